@@ -97,8 +97,8 @@ def names_options(function: Callable[..., T]) -> Callable[..., T]:
     """Decorates a function that is called with options by name: the TypeError for one that does not exist names those that do.
 
     The fields of a parameter whose type is a dataclass of options are keywords of their own: in the signature, in the
-    documentation, and in calls, which may also give the object by the parameter's name. Where the parameter can be given by
-    position, so can the first of its fields.
+    documentation, and in calls, which may also give the object by the parameter's name. If the parameter may be positional, so may
+    its first field.
     """
     written = list(signature(function).parameters.values())
     groups = {p.name: p.annotation for p in written if is_options(p.annotation)}

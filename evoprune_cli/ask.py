@@ -43,7 +43,7 @@ def ask(
     more: opt.MoreQuestions = None,
     interactive: opt.Interactive = False,
     compare: opt.Compare = False,
-    options: opt.Options,
+    options: opt.MakeOptions,
     json: opt.Json = False,
     stats: opt.Stats = None,
     quiet: opt.Quiet = False,
@@ -89,7 +89,7 @@ class _Request:
         return self.words.inputs
 
 
-def _run(request: _Request, output: Output, typed: opt.Options) -> None:
+def _run(request: _Request, output: Output, typed: opt.MakeOptions) -> None:
     """Answers all questions. Where something goes wrong, prints what there is, and raises it."""
     talk, questions = Conversation(request.inputs, output), request.questions or [""]
     with ExitStack() as cleanup:
@@ -197,7 +197,7 @@ def _question_from_stdin() -> str:
     return question
 
 
-def _check_flags(typed: opt.Options) -> PipelineOptions:
+def _check_flags(typed: opt.MakeOptions) -> PipelineOptions:
     """The options of the pipeline, with everything checked that can be wrong with flags alone."""
     from evoprune.video.frames import choose_decoder
 

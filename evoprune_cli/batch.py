@@ -71,7 +71,7 @@ def batch(
     output: Output = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
-    options: opt.Options,
+    options: opt.MakeOptions,
     engine: Engine = ENGINES[0],
     address: Address = None,
     quiet: opt.Quiet = False,

@@ -101,7 +101,7 @@ def evaluate(
     budget: opt.Budgets = None,
     method: opt.Methods = None,
     blind: Blind = False,
-    options: opt.Options,
+    options: opt.MakeOptions,
     processes: Processes = 1,
     output: Output = None,
     resume: Resume = None,

@@ -73,7 +73,7 @@ def inspect(
     *,
     video: Video = None,
     overlay: Overlay = None,
-    options: opt.Options,
+    options: opt.MakeOptions,
     scan: Scan = False,
     clear_cache: ClearCache = False,
     forget_tuned: ForgetTuned = None,
@@ -124,7 +124,7 @@ def _print_lines(facts: Mapping[str, Any]) -> None:
 
 
 def _about_machine(
-    options: opt.Options, overlay: str | None, scan: bool, clear_cache: bool, forget_tuned: str | None
+    options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool, forget_tuned: str | None
 ) -> Iterator[dict]:
     """Versions, devices, decoders, caches, tuned settings, and the model that is named."""
     if clear_cache:
@@ -171,7 +171,7 @@ def _forget_tuned(text: str) -> list[dict]:
 
 
 def _about_video(
-    video: str, typed: opt.Options, overlay: str | None, scan: bool, clear_cache: bool, forget_tuned: str | None
+    video: str, typed: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool, forget_tuned: str | None
 ) -> Iterator[dict]:
     """What a video holds, what a scan finds, what a model would look at, and an overlay: each as soon as it is known."""
     if clear_cache:

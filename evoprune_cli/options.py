@@ -16,7 +16,7 @@ from evoprune_cli import completion
 from evoprune_cli.help_format import HelpAll
 
 COMPLETED = {"model": completion.MODEL, "budget": completion.BUDGET, "method": completion.METHOD}
-Options = Callable[[], PipelineOptions]  # makes them of what was typed; raises UsageError
+MakeOptions = Callable[[], PipelineOptions]  # makes them of what was typed; raises UsageError
 Command = Callable[..., int]
 
 
@@ -34,8 +34,8 @@ def argument(kind: Any, metavar: str, text: str) -> Any:
 def with_options(*kinds: type, without: Iterable[str] = (), **changed: dict[str, Any]) -> Callable[[Command], Command]:
     """Decorates a command: its parameter `options` becomes an option for each field of `kinds`.
 
-    The command is called with an `Options`. Fields that are not offered have their defaults. `--debug` and `--help-all` are
-    added.
+    The command is called with a `MakeOptions`, so that it reports wrong values as its other errors. Fields that are not offered
+    have their defaults. `--debug` and `--help-all` are added.
 
     Args:
         without: names of fields that are not offered.
@@ -141,7 +141,7 @@ Debug = _output(bool, "--debug", "Show the traceback of an error.  [env var: EVO
 
 
 def _for_all(*, debug: Debug = False, help_all: HelpAll = False) -> None:
-    """The last options of every command. Whatever reads them reads the command line."""
+    """The last options of every command; their values are read from the command line elsewhere (`main`)."""
 
 
 def listed(texts: list[str] | None) -> list[str]:

@@ -103,7 +103,7 @@ def profile(
     size: Size = None,
     synthetic: Synthetic = None,
     pictures: Pictures = False,
-    options: opt.Options,
+    options: opt.MakeOptions,
     load_format: LoadFormat = None,
     quantize: Quantize = None,
     new_tokens: NewTokens = 4,
@@ -179,7 +179,7 @@ def _measured(
     show("loading libraries")
     check_libraries()
     from evoprune.pipeline.loading.found import find_model
-    from evoprune.pipeline.saved import with_recipe
+    from evoprune.pipeline.resolving import with_recipe
     from evoprune.profiling import bench, run, settings, time_limit, weights
 
     options, how = replace(model, load_format=load_format or weights.default_load_format(model.model)), {}

@@ -206,7 +206,7 @@ def note_tuning(engine: "Engine") -> None:
     """Says once for a model, on stderr, that what pruning changes in its answers can be measured, unless it was."""
     loaded = engine.loaded
     real = loaded.fingerprint is not None and loaded.load_format != "dummy" and not loaded.is_demo
-    if not real or engine.tuned or not engine.method.acts_at(engine.budget):
+    if not real or engine.tuned or not engine.method.acts_at(engine.share):
         return
     from evoprune.pipeline.saved import never_tuned
 

@@ -79,7 +79,7 @@ def tune(
     budget: Budgets = None,
     method: Methods = None,
     operations: Operations = False,
-    options: opt.Options,
+    options: opt.MakeOptions,
     no_save: NoSave = False,
     output: Output = None,
     chart: Chart = None,

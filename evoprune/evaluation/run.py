@@ -34,7 +34,7 @@ from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, threads_of_each
 from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions, record
-from evoprune.pipeline.saved import make_method, resolve, with_recipe
+from evoprune.pipeline.resolving import make_method, resolve, with_recipe
 from evoprune.pruning.budget import TUNED
 
 DEMO, DEMO_CLIPS = "demo", 100
@@ -116,7 +116,7 @@ def variants(settings: Settings) -> list[Variant]:
     """The rows in order: full, blind, tuned, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
     pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
     asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
-    pruned = [Variant(METHOD, each.method, each.budget) for each in asked if make_method(each).acts_at(each.most)]
+    pruned = [Variant(METHOD, each.method, each.budget) for each in asked if make_method(each).acts_at(each.share)]
     blind = [Variant(BLIND)] if settings.blind else []
     tuned = [Variant(METHOD, *settings.tuned, tuned=True)] if settings.tuned else []
     return [Variant(FULL), *blind, *tuned, *pruned]

@@ -80,8 +80,8 @@ class SharedRows:
 
 def _tower_work(plan: EncoderPlan) -> tuple:
     """What the tower's rows depend on: everything if tokens may be selected inside, else what is collected."""
-    inside = plan.stages[:-1] if plan.tokens else plan.stages
+    inside = plan.stages[:-1] if plan.token_stage else plan.stages
     if any(not isinstance(stage.reduce, SetAside) for stage in inside):
         return (plan,)
-    needs = plan.tokens.selector.needs if plan.tokens else frozenset()
+    needs = plan.token_stage.selector.needs if plan.token_stage else frozenset()
     return plan.grid, plan.reuse, inside, needs, plan.prunes

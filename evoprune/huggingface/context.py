@@ -6,8 +6,7 @@
 
 The package encodes them. It then calls the model's own `generate` or `forward` without the columns of pruned tokens. What
 `generate` returns starts with the whole prompt again, and callbacks that receive ids see the whole prompt. Text is never
-pruned. Flash and flex attention take no mask of numbers, so under them every token weighs as one unit, whatever its cluster
-size is.
+pruned. Flash and flex attention take no mask of numbers, so under them every token weighs as one unit.
 """
 
 from collections.abc import Callable
@@ -34,7 +33,8 @@ from evoprune.keywords import check_types, names_options
 from evoprune.model.cost import Clock
 from evoprune.pipeline.loading.weights import model_fingerprint
 from evoprune.pipeline.options import PruneOptions, check_tuned
-from evoprune.pipeline.saved import Tuned, resolve
+from evoprune.pipeline.resolving import resolve
+from evoprune.pipeline.saved import Tuned
 from evoprune.pruning.budget import DEFAULT, TUNED, parse_budget
 from evoprune.report.records import Report
 
@@ -58,9 +58,9 @@ class PruningContext:
             (`language.prompt`).
         seed: for methods that draw at random.
         pack: on a CPU, copies of the tower's linear layers in the order in which products read them make videos faster to encode
-            (`huggingface.packed_tower`). They are made when the context is entered, last as long as it does, and take as many
-            bytes again as the layers themselves: 1.2 GiB at 3B in bfloat16. "int8": copies in 8 bits, twice as fast as float32 and
-            less exact, 0.6 GiB (`model.integers`). The model itself does not change.
+            (`huggingface.packed_tower`). They last as long as the context and take as many bytes again as the layers themselves:
+            1.2 GiB at 3B in bfloat16. "int8": copies in 8 bits, twice as fast as float32 and less exact, 0.6 GiB. The model itself
+            does not change.
         pictures: prune pictures too, each to the same share of its tokens. Otherwise they stay whole.
 
     Raises:
@@ -98,7 +98,7 @@ class PruningContext:
         raise UsageError(f"{self} has no model yet", "with evoprune.EvoPrune(budget=0.1)(model) as run: ...")
 
     def __exit__(self, *_) -> None:
-        """Without it the with-block would not ask for `__enter__`."""
+        """Needed for a with-block to call `__enter__`."""
 
     def __repr__(self) -> str:
         return f"EvoPrune({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in fields(self))})"

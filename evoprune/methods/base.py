@@ -186,10 +186,9 @@ class Merger(EncoderMethod, ABC):
 class LanguageMethod(Method, ABC):
     """Drops visual tokens between layers of the language model, while it reads the prompt.
 
-    A token that left is gone for all later layers and for decoding. The others keep their positions. Users name the method alone
-    (`fastv -b 0.25`), where the budget is its own, or after one that acts before the language model (`evoprune+fastv`), where the
-    budget is that one's and this method leaves `share` of what arrives. Either is the mean share of the visual tokens over the
-    layers after the first drop.
+    A token that left is gone for all later layers and for decoding. The others keep their positions. Alone (`fastv -b 0.25`) the
+    method gets the budget. Behind another (`evoprune+fastv`) that one gets it, and this method leaves `share` of what arrives. Both
+    are means of the share of visual tokens over the layers after the first drop.
 
     Field:
         share: for combinations, the budget of this method, in (0, 1]; None for `default_share`.

@@ -86,7 +86,7 @@ class Pipeline:
 
     @property
     def reading(self) -> tuple[str, str]:
-        """For the refusal of what reads the question: that it does, and what to take instead."""
+        """Where a method that reads the question is refused: what is wrong, and which method does not."""
         if self.encoder is None:
             return f"method {self.tokens.name} reads the question", "another method"
         name = self.encoder.name

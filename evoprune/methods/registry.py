@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from evoprune.methods.pipeline import Pipeline
 
 GROUP = "evoprune.methods"
-_REGISTRY = {
+_OUTSIDE = {
     "evoprune": "evoprune.methods.evoprune:EvoPrune",
     "evoprune-merge": "evoprune.methods.evoprune_merge:EvoPruneMerge",
     "evoprune-paper": "evoprune.methods.evoprune_paper:EvoPrunePaper",
@@ -55,6 +55,9 @@ _REGISTRY = {
     "nuwa": "evoprune.methods.nuwa:Nuwa",
     "par": "evoprune.methods.par:Par",
     "adjacent": "evoprune.methods.adjacent:Adjacent",
+}
+# These act inside the language model, and may follow another method.
+_INSIDE = {
     "fastv": "evoprune.methods.fastv:FastV",
     "pyramiddrop": "evoprune.methods.pyramiddrop:PyramidDrop",
     "sparsevlm": "evoprune.methods.sparsevlm:SparseVlm",
@@ -66,12 +69,8 @@ _REGISTRY = {
     "nuwa-inner": "evoprune.methods.nuwa_inner:NuwaInner",
     "operations": "evoprune.methods.operations:Operations",
 }
+_REGISTRY, INNER = _OUTSIDE | _INSIDE, tuple(_INSIDE)
 _VARIANTS = {"evs-nofloor": {"floor": "false"}}  # settings that a name brings: evs:floor=false
-# Those that act inside the language model, and may follow another method.
-INNER = (
-    "fastv", "pyramiddrop", "sparsevlm", "visipruner", "d2pruner", "prunevid-inner", "holitom-inner", "flashvid-inner",
-    "nuwa-inner", "operations",
-)  # fmt: skip
 DEFAULT = "evoprune"
 REUSE = "reuse"  # put before a selector: reuse+divprune
 # Names under which users look for what a method follows without being it, as letters and digits alone: hints name the method.
@@ -98,7 +97,7 @@ def available() -> list[str]:
 
 
 def check(text: str) -> None:
-    """Whether every method that `text` names exists, in an order that is possible; settings are not checked. Imports no torch.
+    """Checks that every method that `text` names exists, in a possible order; settings are not checked. Imports no torch.
 
     Raises UsageError: it says which name or order is wrong.
     """

@@ -74,22 +74,22 @@ def _size(size: int) -> str:
 
 
 def working_memory(
-    config: Config, units: int, at_once: int, prompt: int | Sequence[int], bytes_each: int, late: int = 0
+    config: Config, units: int, chunk_units: int, prompt: int | Sequence[int], bytes_each: int, late: int = 0
 ) -> int:
     """Bytes that are in use at once beside the weights, roughly.
 
     Args:
         units: N, of the video.
-        at_once: units that go through the tower together, at most.
+        chunk_units: units that go through the tower together, at most.
         prompt: tokens that the language model reads, in each layer or in all.
         bytes_each: of a weight.
         late: rows, selected among all units after some layers, that go through the other layers together; 0 for none.
     """
-    at_once = min(units, at_once)
+    chunk_units = min(units, chunk_units)
     vision = config.vision_config
     wide = PATCHES * vision.hidden_size
     rows = units * vision.out_hidden_size * bytes_each
-    tower = pixel_bytes(config, at_once, bytes_each) + tower_bytes(config, at_once, bytes_each)
+    tower = pixel_bytes(config, chunk_units, bytes_each) + tower_bytes(config, chunk_units, bytes_each)
     if late:
         # The features of all units, and a second copy for comparing them; then the selected rows. The MLP takes these in turn.
         rows = 2 * units * wide * bytes_each

@@ -1,4 +1,4 @@
-"""The last stages: encoded inputs are asked a question, and the answer is streamed.
+"""Generation: encoded inputs are asked a question, and the answer is streamed.
 
 Answers about the same inputs share the keys and values of their prompt. So a lock is held while a piece is generated, and by
 `Answer.text` until the answer is complete. It is never held while the caller has control: an iteration cannot block another one.

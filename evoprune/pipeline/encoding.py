@@ -1,4 +1,4 @@
-"""The first three stages: frames are read, resized and cut into patches, and become the tokens that the language model reads."""
+"""Encoding: frames are read, resized and cut into patches, and become the tokens that the language model reads."""
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -14,7 +14,7 @@ import torch
 from evoprune.errors import OutOfMemory, memory_guard
 from evoprune.model.cost import Clock
 from evoprune.pipeline.engine import Engine
-from evoprune.pipeline.planning import TEXT, units_at_once
+from evoprune.pipeline.planning import TEXT, fitting_chunk
 from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.plan import InputLimits, Plan
 from evoprune.vision.encoded import Encoded, EncodedRows, select_tokens
@@ -193,7 +193,7 @@ def encode_input(
     reader: PatchReader,
     progress: Progress | None = None,
     rows_of: EncodeRows | None = None,
-    around: int = TEXT,
+    other_tokens: int = TEXT,
     select: bool = True,
 ) -> tuple[Encoded | EncodedRows, dict[str, float]]:
     """Encodes a video, and the seconds that each stage was busy.
@@ -204,24 +204,26 @@ def encode_input(
         progress: called with "encode", frames done and frames in all, after every chunk; then, where all of the video goes
             through some of the tower's layers together, with "layers", those done and in all.
         rows_of: instead of `vision.encoder.encode_rows`.
-        around: tokens of the prompt around the video.
+        other_tokens: tokens of the prompt beside the input's, of text and of other inputs.
         select: whether tokens are selected, unless the method reads the question.
 
     Raises VideoError: unreadable. OutOfMemory. ModelError: numbers that are NaN or infinite.
     """
     clock = Clock(engine.device)
-    at_once, start = units_at_once(engine, plan, around), clock.now()
+    chunk_units, start = fitting_chunk(engine, plan, other_tokens), clock.now()
     while True:
         try:
             with memory_guard("encode"), closing(reader):
-                result = _run(engine, plan, _patches(plan, reader, clock, progress), at_once, progress, rows_of, select)
+                result = _run(
+                    engine, plan, _patches(plan, reader, clock, progress), chunk_units, progress, rows_of, select
+                )
             break
         except OutOfMemory as problem:
             least = plan.grid[1] * plan.grid[2]
-            if problem.stage != "encode" or at_once <= least:
+            if problem.stage != "encode" or chunk_units <= least:
                 raise
         torch.cuda.empty_cache()  # frees memory that is in pieces; does nothing where there is no CUDA
-        at_once = max(least, at_once // 2)
+        chunk_units = max(least, chunk_units // 2)
     seconds = clock.now() - start - clock.seconds.pop("wait", 0.0)
     return result, {"encode": seconds} | reader.clock.seconds
 
@@ -237,7 +239,7 @@ def _run(
     engine: Engine,
     plan: Plan,
     patches: Iterator[torch.Tensor],
-    at_once: int,
+    chunk_units: int,
     progress: Progress | None,
     rows_of: EncodeRows | None,
     select: bool,
@@ -250,7 +252,7 @@ def _run(
         plan.encoder,
         seconds_per_pair=plan.sampling.seconds_per_pair(loaded.video.temporal_patch_size),
         seed=engine.seed,
-        chunk_units=at_once,
+        chunk_units=chunk_units,
         normal=loaded.limits[plan.kind].normal,
         **more,
     )

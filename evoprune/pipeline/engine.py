@@ -7,7 +7,8 @@ import torch
 from evoprune.methods.pipeline import Pipeline
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import PruneOptions
-from evoprune.pipeline.saved import Tuned, for_model
+from evoprune.pipeline.resolving import for_model
+from evoprune.pipeline.saved import Tuned
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Engine:
         )
 
     @property
-    def budget(self) -> float:
+    def share(self) -> float:
         """Share of visual tokens kept, at most."""
-        return self.options.most
+        return self.options.share
 
     @property
     def reported_budget(self) -> float | str:
@@ -50,7 +51,7 @@ class Engine:
 
     def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:
         """Positions in a prompt of `tokens` visual tokens and `text`, in each layer of the language model or in all."""
-        return self.method.prompt_columns(self.depth, tokens, text, self.budget)
+        return self.method.prompt_columns(self.depth, tokens, text, self.share)
 
     @property
     def seed(self) -> int:
@@ -65,7 +66,7 @@ class Engine:
 def make_engine(loaded: LoadedModel, options: PruneOptions, load_seconds: float | None = None) -> Engine:
     """A loaded model with the method that options name. Here a budget of "tuned" becomes the model's method and budget.
 
-    Raises UsageError: as `saved.for_model`; the model was never tuned, or its setting is damaged.
+    Raises UsageError: as `resolving.for_model`; the model was never tuned, or its setting is damaged.
     """
     options, method, tuned = for_model(options, loaded.id, lambda: loaded.weights_fingerprint)
     return Engine(loaded, options, method, load_seconds, tuned)

@@ -16,11 +16,12 @@ from evoprune.model.machine import available_memory
 from evoprune.pipeline.loading.found import DTYPES, FoundModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.planning import TEXT, encoding_bytes
-from evoprune.pipeline.saved import KeptRecipe, Tuned, folder, for_model, recipes, tuned
+from evoprune.pipeline.resolving import for_model
+from evoprune.pipeline.saved import KeptRecipe, Tuned, folder, recipes, tuned
 from evoprune.pruning.budget import PRESETS, keep_count
 from evoprune.video.info import Video
 from evoprune.video.plan import STILL, Plan
-from evoprune.vision.devices import units_at_a_time
+from evoprune.vision.devices import largest_chunk
 from evoprune.vision.tower import tower_shape
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord", "typer", "rich", "numpy")
@@ -148,21 +149,21 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
     Args:
         plan: of the whole video, from `plan.make_plan`.
 
-    Raises UsageError: as `make_method` and `saved.with_recipe`; a budget of "tuned" for weights that were never tuned, or are
+    Raises UsageError: as `make_method` and `resolving.with_recipe`; a budget of "tuned" for weights that were never tuned, or are
     not on this machine.
     """
     pruning, method, _ = for_model(pruning, model.id, lambda: model.weights_fingerprint)
-    budget = pruning.most
+    budget = pruning.share
     encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_count(budget, plan.visual_tokens))
     prompt = method.prompt_columns(model.config.text_config.num_hidden_layers, encoder.keep, TEXT, budget)
     least, available = encoder.grid[1] * encoder.grid[2], available_memory(str(model.device))
-    at_once, bytes_each = max(least, units_at_a_time(model.device)), DTYPES[model.dtype].itemsize
+    chunk_units, bytes_each = max(least, largest_chunk(model.device)), DTYPES[model.dtype].itemsize
 
     def needed() -> int:
-        return model.weights_bytes + encoding_bytes(model.config, encoder, at_once, bytes_each, prompt)
+        return model.weights_bytes + encoding_bytes(model.config, encoder, chunk_units, bytes_each, prompt)
 
-    while available is not None and needed() > available and at_once > least:
-        at_once = max(least, at_once // 2)  # as a run does where memory is short
+    while available is not None and needed() > available and chunk_units > least:
+        chunk_units = max(least, chunk_units // 2)  # as a run does where memory is short
     return {
         "method": pruning.method,
         "budget": method.reported_budget(pruning.budget),

@@ -12,7 +12,7 @@ from evoprune.pipeline.answering import EncodedInputs
 from evoprune.pipeline.encoding import EncodeRows, Encoding, PatchReader, Progress, ReadFrames, encode_input
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.options import SamplingOptions
-from evoprune.pipeline.planning import TEXT, chunk_bytes, plan_input, units_at_once
+from evoprune.pipeline.planning import TEXT, chunk_bytes, fitting_chunk, plan_input
 from evoprune.pruning.budget import keep_count
 from evoprune.video.frames import read_frames
 from evoprune.video.info import PICTURE, check_one_file
@@ -102,11 +102,11 @@ class OpenInputs:
             As `encoding.encode_input`. OutOfMemory before anything is read, if all inputs together need too much.
         """
         count, kept = len(self.plans), sum(plan.encoder.keep for plan in self.plans)
-        around = [TEXT + kept - plan.encoder.keep for plan in self.plans]
-        for plan, text in zip(self.plans, around, strict=True) if count > 1 else ():
-            units_at_once(self.engine, plan, text)
+        other_tokens = [TEXT + kept - plan.encoder.keep for plan in self.plans]
+        for plan, text in zip(self.plans, other_tokens, strict=True) if count > 1 else ():
+            fitting_chunk(self.engine, plan, text)
         encodings = []
-        for number, (each, text) in enumerate(zip(self._inputs, around, strict=True), 1):
+        for number, (each, text) in enumerate(zip(self._inputs, other_tokens, strict=True), 1):
             if progress and count > 1:
                 progress("input", number, count)
             encodings.append(each.encode(progress, text))
@@ -144,15 +144,15 @@ class _OpenInput:
         if self.stored is None:
             self.reader.begin()
 
-    def encode(self, progress: Progress | None, around: int) -> Encoding:
-        """Encodes it, or takes it from the cache; `around`: as of `planning.units_at_once`."""
+    def encode(self, progress: Progress | None, other_tokens: int) -> Encoding:
+        """Encodes it, or takes it from the cache; `other_tokens`: as of `planning.fitting_chunk`."""
         engine, reader, plan, clock = self.engine, self.reader, self.reader.plan, Clock(self.engine.device)
         start, earlier = clock.now(), reader.clock.seconds["read"] if not self.begun else 0.0
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         if self.stored:
             result, seconds = self.stored, {"preprocess": 0.0, "encode": 0.0} | reader.clock.seconds
         else:
-            result, seconds = encode_input(engine, plan, reader, progress, self.encode_rows, around)
+            result, seconds = encode_input(engine, plan, reader, progress, self.encode_rows, other_tokens)
             if reader.damaged:  # not stored, or the next run would not warn
                 warnings.append("damaged_video")
             # Another file may have been put in its place while it was read.
@@ -160,7 +160,7 @@ class _OpenInput:
                 warnings.append("cache_not_written")
         wall = earlier + clock.now() - start
         rows, tokens = (None, result) if isinstance(result, Encoded) else (result, result.nothing_selected())
-        wanted = engine.method.acts_at(engine.budget) and keep_count(engine.budget, plan.units) < plan.units
+        wanted = engine.method.acts_at(engine.share) and keep_count(engine.share, plan.units) < plan.units
         if plan.kind == PICTURE and rows is None and wanted and len(tokens.kept) == plan.units:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
         cache = "hit" if self.stored else "miss" if self.key else "off"

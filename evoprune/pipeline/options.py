@@ -175,7 +175,7 @@ class PruneOptions:
         check_tuned(self.budget, self.method, texts)
 
     @property
-    def most(self) -> float:
+    def share(self) -> float:
         """Share of visual tokens kept, at most; not of a budget of "tuned"."""
         return AUTO_MOST if self.budget in AUTOS else self.budget
 

@@ -28,7 +28,7 @@ from evoprune.video.info import (
 from evoprune.video.plan import Plan, default_max_visual_tokens, make_plan
 from evoprune.video.probe import read_subtitles
 from evoprune.video.sampling import SamplingPlan
-from evoprune.vision.devices import units_at_a_time
+from evoprune.vision.devices import largest_chunk
 from evoprune.vision.tower import tower_shape
 
 CHUNK_BYTES = 64 * 2**20  # of frames as decoded, held at a time
@@ -112,7 +112,7 @@ def plan_input(engine: Engine, info: Video, sampling: SamplingOptions, name: str
     limits = loaded.limits[info.kind]
     full = make_plan(info, limits, **numbers)
     tower = tower_shape(loaded.model.model.visual)
-    encoder = engine.method.plan(tower, full.grid, keep_count(engine.budget, full.visual_tokens))
+    encoder = engine.method.plan(tower, full.grid, keep_count(engine.share, full.visual_tokens))
     asked = sampling.fps is not None or sampling.frames is not None
     return replace(
         full.shrunk(encoder.grid, limits),
@@ -130,46 +130,49 @@ def plan_input(engine: Engine, info: Video, sampling: SamplingOptions, name: str
 def chunk_bytes(engine: Engine, plan: Plan) -> int:
     """Bytes of decoded frames to hold at a time: no more frames than the encoder takes, and no more than a few large ones."""
     limits, (_, height, width) = engine.loaded.video, plan.grid
-    pairs = -(-units_at_a_time(engine.loaded.model.device) // (height * width))
+    pairs = -(-largest_chunk(engine.loaded.model.device) // (height * width))
     return min(CHUNK_BYTES, pairs * limits.temporal_patch_size * plan.source.width * plan.source.height * 3)
 
 
 def encoding_bytes(
-    config: Config, encoder: EncoderPlan, at_once: int, bytes_each: int, prompt: int | Sequence[int]
+    config: Config, encoder: EncoderPlan, chunk_units: int, bytes_each: int, prompt: int | Sequence[int]
 ) -> int:
     """Bytes that encoding a video and reading the prompt take beside the weights, roughly.
 
     Args:
-        at_once: units that go through the tower together, at most.
+        chunk_units: units that go through the tower together, at most.
         bytes_each: of a weight.
         prompt: tokens that the language model reads, in each layer or in all.
     """
-    selections = encoder.selections
-    selected, means = selections[0].rows if selections else 0, 0
-    if any(isinstance(stage.reduce, WholePairs) for stage in selections):
+    stages = encoder.row_stages
+    selected, means = stages[0].rows if stages else 0, 0
+    if any(isinstance(stage.reduce, WholePairs) for stage in stages):
         # Their rows go on in chunks; the means of all of them are made in float32.
-        selected, means = min(at_once, encoder.units), encoder.units * PATCHES * config.vision_config.hidden_size * 4
-    return working_memory(config, encoder.units, at_once, prompt, bytes_each, selected) + means
+        selected, means = (
+            min(chunk_units, encoder.units),
+            encoder.units * PATCHES * config.vision_config.hidden_size * 4,
+        )
+    return working_memory(config, encoder.units, chunk_units, prompt, bytes_each, selected) + means
 
 
-def units_at_once(engine: Engine, plan: Plan, text: int = TEXT) -> int:
+def fitting_chunk(engine: Engine, plan: Plan, other_tokens: int = TEXT) -> int:
     """How many units to encode at a time: fewer than is usual where memory is short, but at least a frame pair.
 
-    Raises OutOfMemory: there is not enough even for a frame pair, or for the prompt, with `text` tokens around the video.
+    Raises OutOfMemory: there is not enough even for a frame pair, or for the prompt, with `other_tokens` beside the video's.
     """
     model, encoder = engine.loaded.model, plan.encoder
-    at_once, least = units_at_a_time(model.device), encoder.grid[1] * encoder.grid[2]
-    prompt = engine.prompt_columns(encoder.keep, text)
+    chunk_units, least = largest_chunk(model.device), encoder.grid[1] * encoder.grid[2]
+    prompt = engine.prompt_columns(encoder.keep, other_tokens)
     while short := shortage(
-        encoding_bytes(model.config, encoder, max(least, at_once), model.dtype.itemsize, prompt), str(model.device)
+        encoding_bytes(model.config, encoder, max(least, chunk_units), model.dtype.itemsize, prompt), str(model.device)
     ):
-        if at_once <= least:
+        if chunk_units <= least:
             frames = f"{counted(plan.sampling.frames, 'frame')} of {plan.width}x{plan.height} pixels"
             size = f"{frames}, {encoder.keep:,} visual tokens kept"
-            size += f", {text:,} tokens of text" if text > TEXT else ""
+            size += f", {other_tokens:,} other tokens" if other_tokens > TEXT else ""
             raise OutOfMemory(f"{plan.name} {short}: {size}", LESS, stage="encode")
-        at_once = max(least, at_once // 2)
-    return at_once
+        chunk_units = max(least, chunk_units // 2)
+    return chunk_units
 
 
 def estimate_first_token(engine: Engine, plan: Plan, text: int = QUESTION) -> float | None:
@@ -179,6 +182,6 @@ def estimate_first_token(engine: Engine, plan: Plan, text: int = QUESTION) -> fl
     model, encoder = engine.loaded.model, plan.encoder
     count, height, width = encoder.grid
     windows = tower_shape(model.model.visual).windows(height, width)
-    work = engine.method.prompt_work(engine.depth, encoder.keep, text, engine.budget)
+    work = engine.method.prompt_work(engine.depth, encoder.keep, text, engine.share)
     seconds = estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, work)
     return seconds if engine.loaded.quantize == "none" else seconds / 2  # products of bytes take about half the time

@@ -1,4 +1,4 @@
-"""The fourth stage: the language model reads a question about videos and pictures (prefill); before, whether it can be read."""
+"""Prefill: the language model reads a question about videos and pictures. Before that, whether the prompt fits."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from evoprune.model.cost import language_bytes, shortage
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import GenerationOptions
-from evoprune.pipeline.planning import TEXT, subtitles_of, units_at_once
+from evoprune.pipeline.planning import TEXT, fitting_chunk, subtitles_of
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 
@@ -61,7 +61,7 @@ class PromptReader:
         positions = positions[:, columns]
         sizes = column_sizes(visuals, columns)
         grids = [plan.grid for plan in self._plans]
-        if dropping := dropping_for(model, self._engine.method, self._engine.budget, visuals, grids, embeds, columns):
+        if dropping := dropping_for(model, self._engine.method, self._engine.share, visuals, grids, embeds, columns):
             return prefill(model, embeds, positions, following, sizes=sizes, dropping=dropping)
         shared = prompt.prefix_length - prompt.visual_tokens + sum(len(e.kept) for e in encoded)
         cache, known = self._take_prefix(system, shared)
@@ -117,9 +117,9 @@ def longest_prompt(
     kept = sum(plan.encoder.keep for plan in plans)
     check_context(engine.loaded, longest, kept, options.max_new_tokens)
     for plan in plans:
-        around = max(TEXT, longest) + kept - plan.encoder.keep
-        if around > TEXT and not any(plan is each for each in encoded):
-            units_at_once(engine, plan, around)
+        other_tokens = max(TEXT, longest) + kept - plan.encoder.keep
+        if other_tokens > TEXT and not any(plan is each for each in encoded):
+            fitting_chunk(engine, plan, other_tokens)
     return longest
 
 

@@ -1,4 +1,4 @@
-"""What was found for a model and is kept for each user, its tuned setting and its recipe; and what options of pruning mean with it.
+"""What was found for a model and is kept for each user: its tuned setting and its recipe.
 
 Files are named by the fingerprint of the weights (`loading.weights.files_fingerprint`), so that they belong to those weights
 wherever they lie. No torch.
@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
@@ -20,11 +20,9 @@ from evoprune import methods
 from evoprune.errors import EvopruneError, UsageError, first_line
 from evoprune.keywords import check_types
 from evoprune.model.rules import read_object
-from evoprune.pipeline.options import PruneOptions
-from evoprune.pruning.budget import AUTO, AUTO_INFLECTION, TUNED, parse_budget
+from evoprune.pruning.budget import TUNED, parse_budget
 
 if TYPE_CHECKING:
-    from evoprune.methods.pipeline import Pipeline
     from evoprune.pruning.operations import Recipe
 
 ALL = "all"
@@ -236,54 +234,6 @@ recipes = Shelf(
     "recipe of operations",
     "evoprune tune VIDEO... --operations",
 )
-
-
-def resolve(options: PruneOptions, name: str | None, weights: Callable[[], str]) -> tuple[PruneOptions, Tuned | None]:
-    """Options with the model's own method and budget in the place of "tuned", and the setting; other options unchanged, and None.
-
-    Args:
-        name: of the model, for errors; None where that is unknown.
-        weights: gives the fingerprint of its weights; called for a budget of "tuned" only.
-
-    Raises UsageError: the model was never tuned, or its setting is damaged. Whatever `weights` raises.
-    """
-    if options.budget != TUNED:
-        return options, None
-    if (setting := tuned.find(weights())) is None:
-        hint = f"evoprune tune VIDEO... -m {name or 'MODEL'} finds one; or give a budget"
-        raise UsageError(f"no tuned setting for {name or 'this model'}", hint)
-    return replace(options, budget=setting.budget, method=setting.method), setting
-
-
-def make_method(options: PruneOptions) -> "Pipeline":
-    """The method that options name, other than those of a budget of "tuned".
-
-    Raises UsageError: settings that it does not have, or a budget of "auto" or "auto:inflection" where it cannot let the
-    content decide.
-    """
-    method = methods.parse(options.method, options.method_args)
-    if options.budget == AUTO_INFLECTION:
-        return method.by_inflection()
-    return method.automatic() if options.budget == AUTO else method
-
-
-def with_recipe(method: "Pipeline", name: str | None, weights: Callable[[], str]) -> "Pipeline":
-    """A method with the recipe of a model, where it follows one; others unchanged. Arguments and errors as of `resolve`."""
-    inner = method.language
-    if getattr(inner, "recipe", inner) is not None or inner is None:  # it follows none, or has it already
-        return method
-    if (kept := recipes.find(weights())) is None:
-        hint = f"evoprune tune VIDEO... --operations -m {name or 'MODEL'} finds one"
-        raise UsageError(f"method {inner.name} follows a recipe, and there is none for {name or 'this model'}", hint)
-    return replace(method, language=replace(inner, recipe=kept.made()))
-
-
-def for_model(
-    options: PruneOptions, name: str | None, weights: Callable[[], str]
-) -> tuple[PruneOptions, "Pipeline", Tuned | None]:
-    """What options mean for a model: as `resolve`, and the method with its recipe. Errors: as of these three."""
-    options, setting = resolve(options, name, weights)
-    return options, with_recipe(make_method(options), name, weights), setting
 
 
 def matching(text: str, more: Sequence[tuple[str, Any]] = ()) -> list[tuple[str, Any]]:

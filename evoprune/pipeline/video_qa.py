@@ -28,7 +28,8 @@ from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenize
 from evoprune.pipeline.opening import OpenInputs, open_inputs
 from evoprune.pipeline.options import HELD, GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
 from evoprune.pipeline.prompting import longest_prompt
-from evoprune.pipeline.saved import Tuned, for_model, make_method
+from evoprune.pipeline.resolving import for_model, make_method
+from evoprune.pipeline.saved import Tuned
 
 if TYPE_CHECKING:
     from evoprune.pipeline.cache import Cache
@@ -191,7 +192,7 @@ def load_qa(
         kind: the class of the result.
     """
     start = time.perf_counter()
-    make_method(pruning)
+    make_method(pruning)  # refuses wrong settings before a model is looked for
     found = find_model(model) if isinstance(model, ModelOptions) else model
     pruning, _, setting = for_model(pruning, found.id, lambda: found.weights_fingerprint)
     loaded = load_model(found, to_answer=True, progress=progress)

@@ -8,7 +8,7 @@ from evoprune.errors import ModelError, OutOfMemory, memory_guard
 from evoprune.model.config import PATCHES
 from evoprune.model.cost import matmul_rate, shortage
 from evoprune.pipeline.loading.model import LoadedModel
-from evoprune.pipeline.saved import with_recipe
+from evoprune.pipeline.resolving import with_recipe
 from evoprune.profiling.clips import Clip, Frames, prepare
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.profiling.results import FULL, HUGGING_FACE, METHOD, Case, Row
@@ -16,7 +16,7 @@ from evoprune.profiling.runners import Turn, run_evoprune, run_hugging_face
 from evoprune.profiling.settings import Settings
 from evoprune.profiling.weights import quantized_models, working_memory
 from evoprune.pruning.budget import keep_count
-from evoprune.vision.devices import units_at_a_time
+from evoprune.vision.devices import largest_chunk
 from evoprune.vision.tower import tower_shape
 
 Source = Callable[[Case], Frames]
@@ -50,9 +50,9 @@ class Bench:
                     self._prepare(case, here, source(case))
         # Large squares, and the tower's own widest product over as many rows as it computes at a time.
         sides, vision = (4096, 8192) if loaded.device.startswith("cuda") else (1024, 2048), model.config.vision_config
-        at_once = min(units_at_a_time(model.device), max((clip.units for clip in self._clips.values()), default=1))
+        chunk_units = min(largest_chunk(model.device), max((clip.units for clip in self._clips.values()), default=1))
         widest = max(3 * vision.hidden_size, vision.intermediate_size)
-        self._shapes = [*((side,) * 3 for side in sides), (PATCHES * at_once, vision.hidden_size, widest)]
+        self._shapes = [*((side,) * 3 for side in sides), (PATCHES * chunk_units, vision.hidden_size, widest)]
 
     def rate(self) -> float:
         """Floating-point operations a second in plain matrix products."""

@@ -96,7 +96,7 @@ def estimate(
 
     Args:
         model: what is known of it before it is loaded.
-        bind: gives a method what belongs to the model (`pipeline.saved.with_recipe`).
+        bind: gives a method what belongs to the model (`pipeline.resolving.with_recipe`).
     """
     config, limits, dtype, device = model
     tree, text = empty(config), config.text_config

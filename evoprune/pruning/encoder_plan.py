@@ -124,7 +124,7 @@ class EncoderPlan:
         for stage, after in pairwise(self.stages):
             if after.first_layer < stage.first_layer or (after.inside_chunk and not stage.inside_chunk):
                 raise ValueError(f"stage {after} cannot come after {stage}")
-        if self.selections and any(isinstance(stage.reduce, SetAside) for stage in self.stages):
+        if self.row_stages and any(isinstance(stage.reduce, SetAside) for stage in self.stages):
             raise ValueError("rows that are set aside come back after the last layer, and none may be selected before")
 
     @property
@@ -140,10 +140,10 @@ class EncoderPlan:
     @property
     def exact(self) -> bool:
         """Whether `layers` and `rows` are exact; otherwise they are upper bounds, and the content decides."""
-        return not self.reuse and all(stage.exact for stage in self.stages if stage is not self.tokens)
+        return not self.reuse and all(stage.exact for stage in self.stages if stage is not self.token_stage)
 
     @property
-    def tokens(self) -> Stage | None:
+    def token_stage(self) -> Stage | None:
         """The stage that selects tokens after the tower."""
         last = self.stages[-1] if self.stages else None
         return last if last and last.first_layer == self.depth and not last.inside_chunk else None
@@ -154,14 +154,14 @@ class EncoderPlan:
         return [stage for stage in self.stages if stage.inside_chunk]
 
     @property
-    def selections(self) -> list[Stage]:
+    def row_stages(self) -> list[Stage]:
         """The stages between layers that select among the rows of the whole video."""
-        return [stage for stage in self.stages if not stage.inside_chunk and stage is not self.tokens]
+        return [stage for stage in self.stages if not stage.inside_chunk and stage is not self.token_stage]
 
     @property
     def spans(self) -> list[range]:
         """The layers before the first of `selections`, and those after each."""
-        edges = [0, *(stage.first_layer for stage in self.selections), self.depth]
+        edges = [0, *(stage.first_layer for stage in self.row_stages), self.depth]
         return [range(first, last) for first, last in pairwise(edges)]
 
     @property
@@ -173,7 +173,7 @@ class EncoderPlan:
     @property
     def rows(self) -> int:
         """Rows that leave the tower."""
-        left = [s.rows for s in self.stages if s is not self.tokens and not isinstance(s.reduce, SetAside)]
+        left = [s.rows for s in self.stages if s is not self.token_stage and not isinstance(s.reduce, SetAside)]
         return left[-1] if left else self.units
 
 

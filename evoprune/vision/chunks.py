@@ -112,8 +112,7 @@ def in_chunks(
         threshold: of reuse, in levels of 255; 0 for no reuse.
         timer: measures the search for references.
         normal: mean and std of the patches' normalisation, as in `patchify`.
-        even: a list that gets, for each piece, whether each of its frame pairs has one colour, up to the first that has more; or
-            None.
+        even: a list to which each piece adds whether each of its frame pairs has one colour, until one has not; or None.
 
     Raises ValueError: the number of patches does not fit `pairs` frame pairs.
     """

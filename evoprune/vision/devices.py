@@ -15,7 +15,7 @@ SCORES = 1 << 21
 GPU_SCORES = 1 << 26
 
 
-def units_at_a_time(device: torch.device) -> int:
+def largest_chunk(device: torch.device) -> int:
     """How many units are encoded at a time; the caller rounds up to whole frame pairs."""
     return CHUNK_UNITS if device.type == "cpu" else GPU_CHUNK_UNITS
 

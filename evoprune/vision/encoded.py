@@ -92,7 +92,7 @@ class Checks:
 
     Attributes:
         even: for each chunk, whether each of its frame pairs has one colour.
-        failed: for each merging, whether a group did not lose its rows.
+        failed: for each merger and layer, whether a group lost fewer rows than planned.
         numbers: for each chunk, whether its rows are without NaN and infinity.
     """
 
@@ -113,7 +113,7 @@ class EncodedRows:
         layers: as in `Encoded`.
         selection: the selection inside the tower, if the language model reads exactly those rows; else None.
         timer: measures pruning.
-        checks: results that `finish` reads.
+        checks: what `finish` refuses, or notes.
     """
 
     plan: EncoderPlan
@@ -178,7 +178,7 @@ def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Select
         UsageError: the method reads the question, and there is none.
         PluginError: a method of another package returns what is no selection of `keep` units.
     """
-    tokens, keep, stage = video.tokens, video.plan.keep, video.plan.tokens
+    tokens, keep, stage = video.tokens, video.plan.keep, video.plan.token_stage
     if video.selection is not None or not video.plan.prunes:
         return video.selection or Selection(video.unit)
     if stage is None:

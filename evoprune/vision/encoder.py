@@ -70,7 +70,7 @@ def encode(
         question: `[Q, D]`, the embeddings of its tokens, for a method that reads the question.
         seconds_per_pair: time from one frame pair to the next, in seconds.
         seed: for methods that draw at random.
-        chunk_units: rows to encode at a time, rounded up to whole frame pairs; default: `devices.units_at_a_time`.
+        chunk_units: rows to encode at a time, rounded up to whole frame pairs; default: `devices.largest_chunk`.
         normal: mean and std of the patches' normalisation, as in `patchify`; reuse compares the pixels behind them.
 
     Raises:
@@ -106,15 +106,15 @@ def encode_rows(
         for chunk in run.chunks(patches, normal):
             x, layout = run.embed(chunk)
             x, layout = run.run_first_layers(chunk, x, layout)
-            if not plan.selections:
+            if not plan.row_stages:
                 x = run.merge_patches(x)
             run.collect(chunk, x, layout)
         chunk = x = layout = None  # frees the memory of the last chunk
         rows, selection = run.all_rows(), None
-        for stage, layers in zip(plan.selections, plan.spans[1:], strict=True):
+        for stage, layers in zip(plan.row_stages, plan.spans[1:], strict=True):
             rows, selection = run.select_rows(rows, stage, seconds_per_pair, seed)
             rows = run.run_later_layers(rows, stage, layers)
-        if plan.selections:
+        if plan.row_stages:
             rows.x = run.merge_patches(rows.x)
             run.checks.numbers.append(all_numbers(rows.x))
     tokens = Tokens(rows.x, rows.owner, plan.grid, seconds_per_pair, seed, run.selector_inputs())
@@ -145,13 +145,13 @@ class _Run:
         self.visual, self.plan = visual, plan
         self.device, self.dtype = weight.device, weight.dtype
         self.geometry = tower_geometry(visual, *plan.grid[1:])
-        self.at_once = chunk_units or devices.units_at_a_time(self.device)
+        self.chunk_units = chunk_units or devices.largest_chunk(self.device)
         self.on_layer = on_layer
         self.timer, self.checks = Timer(self.device), Checks()
-        self.references = CarriedKeys() if plan.reuse else None
-        selector = plan.tokens.selector if plan.tokens else None
+        self.carried = CarriedKeys() if plan.reuse else None
+        selector = plan.token_stage.selector if plan.token_stage else None
         self.gathering = Gathering(selector, tower, self._merge_states) if selector and selector.needs else None
-        if self.gathering and not all(isinstance(stage.reduce, WholePairs) for stage in plan.selections):
+        if self.gathering and not all(isinstance(stage.reduce, WholePairs) for stage in plan.row_stages):
             raise TypeError(
                 f"method {selector.name} selects behind a selection between layers, and gets nothing but the rows"
             )
@@ -171,7 +171,7 @@ class _Run:
             patches,
             self.geometry,
             self.plan.grid[0],
-            rows=self.at_once,
+            rows=self.chunk_units,
             threshold=self.plan.reuse,
             dtype=self.dtype,
             timer=self.timer,
@@ -181,11 +181,11 @@ class _Run:
 
     def embed(self, chunk: Chunk) -> tuple[torch.Tensor, TokenLayout]:
         """The chunk's rows before the first layer, and their layout."""
-        with self.timer if self.references else nullcontext():
+        with self.timer if self.carried else nullcontext():
             layout, latest = chunk.layout(self.geometry)
-        if self.references:
+        if self.carried:
             follows = chunk.first + chunk.pairs < self.plan.grid[0]
-            self.references.begin(latest if follows else None)  # no unit refers to the last chunk
+            self.carried.begin(latest if follows else None)  # no unit refers to the last chunk
         return embed(self.visual, devices.to_device(chunk.patches, self.device)), layout
 
     def run_first_layers(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
@@ -194,7 +194,7 @@ class _Run:
         reduction = _reduction(self.plan, range(chunk.first, chunk.first + chunk.pairs), self.checks.failed)
         for layer in layers:
             self.computed[layer] += reduction.computed(layer, layout)
-        run = LayerRun(self.visual, self.timer, reduction, self.references, self.gathering)
+        run = LayerRun(self.visual, self.timer, reduction, self.carried, self.gathering)
         return run_layers(run, layers, x, layout)
 
     def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> None:
@@ -204,7 +204,7 @@ class _Run:
             with self.timer:
                 self.gathering.finish(order)
         index = order.argsort() + self.count  # of each row among all rows of the video
-        owner = self.references.owners(layout.owner, index) if self.references else index[layout.owner]
+        owner = self.carried.owners(layout.owner, index) if self.carried else index[layout.owner]
         x = x[order]
         self._check_numbers(x)
         self.pieces.append(_VideoRows(x, layout.unit[order] + chunk.first * self.geometry.units, owner))
@@ -216,7 +216,7 @@ class _Run:
         """The rows of all chunks; frees the chunks."""
         live = [rows.x for rows in self.pieces if len(rows.x)]
         units, owners = [rows.unit for rows in self.pieces], [rows.owner for rows in self.pieces]
-        self.pieces, self.references = [], None
+        self.pieces, self.carried = [], None
         return _VideoRows(torch.cat(live), torch.cat(units), torch.cat(owners))
 
     def select_rows(
@@ -224,9 +224,8 @@ class _Run:
     ) -> tuple[_VideoRows, Selection | None]:
         """The rows that go on; and the selection, if the language model reads exactly these rows.
 
-        Rows are compared after the norm of the next layer, which reduces the few channels that are large in all rows, if the
-        selector does not ask for hidden states. Nothing is selected in a video without any change, if all its rows may go on: each
-        of them has seen everything around it.
+        A selector that asks for no hidden states gets rows after the norm of the next layer, which reduces the few channels that
+        are large in all rows. All rows of a video without any change go on if there are few enough of them.
         """
         if not all_true(self.checks.numbers):
             raise not_a_number_error("encode")
@@ -252,13 +251,16 @@ class _Run:
         """The selected rows after `layers`, which run on the whole video at once, or on chunks of whole frame pairs."""
         self.computed[layers.start : layers.stop] = [len(rows.unit)] * len(layers)
         if isinstance(stage.reduce, WholePairs):
-            pairs = -(-self.at_once // self.geometry.units)
+            pairs = -(-self.chunk_units // self.geometry.units)
             pieces = rows.x.split(pairs * self.geometry.units)
             made = [self._run_pairs(x, layers, last=x is pieces[-1]) for x in pieces]
             return _VideoRows(torch.cat(made), rows.unit, rows.owner)
         layout, order = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.owner)
         run = LayerRun(
-            self.visual, self.timer, mlp_rows=self.at_once, on_layer=lambda done: self.on_layer(done, self.plan.depth)
+            self.visual,
+            self.timer,
+            mlp_rows=self.chunk_units,
+            on_layer=lambda done: self.on_layer(done, self.plan.depth),
         )
         x, rows.x = rows.x[order], None  # frees the rows in the old order
         x, _ = run_layers(run, layers, x, layout)
@@ -281,7 +283,7 @@ class _Run:
         """Rows `[E, D]` as the language model reads them, from rows `[E, 4, hidden]`; piece by piece, to bound the memory."""
         if not len(x):
             return x
-        return torch.cat([merge_patches(self.visual, piece) for piece in x.split(self.at_once)])
+        return torch.cat([merge_patches(self.visual, piece) for piece in x.split(self.chunk_units)])
 
     def _merge_states(self, x: torch.Tensor) -> torch.Tensor:
         return self.merge_patches(x.to(self.dtype))

@@ -70,8 +70,8 @@ class TokenLayout:
     Attributes:
         geometry: of one frame pair.
         unit: int64 `[R]`, the unit whose place each row has, in window order.
-        owner: int64 `[N]`, the row that represents each unit, or -1 for a dropped one. R + p means a row of an earlier chunk: the
-            one last encoded at place p, of which only keys and values are left.
+        owner: int64 `[N]`, the row that represents each unit, or -1 for a dropped one. R + p is the row that an
+            earlier chunk encoded at place p. Of it only keys and values are left (`chunks.CarriedKeys`).
         reach: where a unit's owner may be: at the same place, in the same window or frame pair, or anywhere in the clip. A group of
             at least this scope contains all owners of its units.
         counts: rows of each frame pair; None where only the device knows them.

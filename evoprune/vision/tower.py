@@ -164,7 +164,7 @@ class LayerRun:
     Attributes:
         timer: measures pruning.
         reduction: what is done with rows between two layers.
-        references: rows of earlier chunks that this chunk attends to; None without reuse.
+        carried: rows of earlier chunks that this chunk attends to; None without reuse.
         gathering: collects the inputs of a selector; None without one.
         mlp_rows: rows that go through an MLP at a time, which bounds the memory; None for all.
         on_layer: called after each layer with the number of finished layers.
@@ -173,7 +173,7 @@ class LayerRun:
     visual: torch.nn.Module
     timer: Timer
     reduction: Reduction = field(default_factory=Reduction)
-    references: CarriedKeys | None = None
+    carried: CarriedKeys | None = None
     gathering: Gathering | None = None
     mlp_rows: int | None = None
     on_layer: Callable[[int], None] = lambda done: None
@@ -240,8 +240,8 @@ def _attend(
     qkv = qkv.view(*x.shape[:2], 3, vision_sizes(visual.config).num_heads, -1)
     q, k = rotate(qkv[:, :, :2], *rows.rotation).unbind(2)
     v, plain, rotated = qkv[:, :, 2], qkv[:, :, 1], k
-    if run.references:
-        k, v = run.references.seen_by(layer, k, v, layout)
+    if run.carried:
+        k, v = run.carried.seen_by(layer, k, v, layout)
     groups = _groups(rows, scope, x.device)
     bias = (
         run.reduction.size_bias and layout.reach != "place"

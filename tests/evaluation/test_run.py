@@ -75,7 +75,7 @@ def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
     encoded, real = [], evaluation_run.open_inputs
 
     def opened(engine, paths, sampling, **more):
-        encoded.append((Path(paths[0]).name, engine.options.method, engine.budget, more["read"] is grey_frames))
+        encoded.append((Path(paths[0]).name, engine.options.method, engine.share, more["read"] is grey_frames))
         return real(engine, paths, sampling, **more)
 
     monkeypatch.setattr(evaluation_run, "open_inputs", opened)

@@ -26,7 +26,7 @@ def towers(monkeypatch) -> list[tuple]:
     seen, real = [], shared.encode_rows
 
     def encode_rows(visual, patches, plan, **how):
-        seen.append((plan.reuse, len(plan.selections), plan.keep))
+        seen.append((plan.reuse, len(plan.row_stages), plan.keep))
         return real(visual, patches, plan, **how)
 
     monkeypatch.setattr(shared, "encode_rows", encode_rows)

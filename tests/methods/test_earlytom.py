@@ -189,7 +189,7 @@ def test_the_whole_encoder_line_by_line(grid, full_layers, settings_, scene):
     }[scene]()
     keep, units = math.prod(grid) // 4, grid[1] * grid[2]
     plan = plan_of(method, tower_shape(visual), grid, keep)
-    frames = earlytom_slowly(visual, patches, grid, method, {stage.first_layer for stage in plan.selections})
+    frames = earlytom_slowly(visual, patches, grid, method, {stage.first_layer for stage in plan.row_stages})
     for size in (1, 10**6):
         rows = encode_rows(visual, [patches], plan, chunk_units=size)
         assert rows.unit.tolist() == [of[0] * units + i for of, *_ in frames for i in range(units)]

@@ -51,7 +51,7 @@ def test_the_count_is_the_contents_inside_the_bounds(name):
         keep = min(50, max(5, inflection(method.selector.scores(tokens))))
         assert tokens_before_inflection(method.selector, tokens, 50) == keep
         assert not method.exact and (method.name, method.args) == (methods.get(name).name, methods.get(name).args)
-        assert method.plan(TowerShape(8, (7,)), (5, 4, 5), 50).tokens.reduce == Inflection(methods.get(name))
+        assert method.plan(TowerShape(8, (7,)), (5, 4, 5), 50).token_stage.reduce == Inflection(methods.get(name))
 
 
 def test_few_attended_tokens_are_few_tokens():

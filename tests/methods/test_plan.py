@@ -90,7 +90,7 @@ def test_evoprune_selects_between_two_layers():
 @pytest.mark.parametrize(("depth", "layers"), [(0.25, 2), (0.125, 1), (0.01, 1), (0.5, 4), (0.99, 7), (1, None)])
 def test_after_how_many_layers_evoprune_selects(depth, layers):
     plan = methods.parse(f"evoprune:rows=1:depth={depth}").plan(DEMO, GRID, 30)
-    assert [stage.first_layer for stage in plan.selections] == ([layers] if layers else [])
+    assert [stage.first_layer for stage in plan.row_stages] == ([layers] if layers else [])
     assert plan.layers == (UNITS,) * (layers or 8) + (30,) * (8 - (layers or 8)) and plan.rows == plan.layers[-1]
 
 
@@ -98,12 +98,12 @@ def test_after_how_many_layers_evoprune_selects(depth, layers):
 def test_more_rows_than_tokens_may_go_on(power, rows):
     plan = methods.parse(f"evoprune:rows={power}").plan(DEMO, GRID, 30)
     assert (plan.keep, plan.rows, plan.layers) == (30, rows, (UNITS, *(rows,) * 7))
-    assert [stage.first_layer for stage in plan.selections] == ([1] if rows < UNITS else [])
+    assert [stage.first_layer for stage in plan.row_stages] == ([1] if rows < UNITS else [])
 
 
 def test_a_tower_of_one_layer_selects_after_it():
     plan = methods.parse("evoprune").plan(TowerShape(1, (0,)), GRID, 30)
-    assert (plan.selections, plan.layers, plan.rows) == ([], (UNITS,), UNITS)
+    assert (plan.row_stages, plan.layers, plan.rows) == ([], (UNITS,), UNITS)
 
 
 def test_a_merger_plans_rows_for_each_frame_pair():

@@ -100,9 +100,9 @@ def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():
     config = describe_model(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct")).config
     tower, grid = TowerShape(32, (7, 15, 23, 31)), (64, 16, 16)
 
-    def foretold(name: str, at_once: int = 2048) -> int:
+    def foretold(name: str, chunk_units: int = 2048) -> int:
         return planning.encoding_bytes(
-            config, methods.parse(name).plan(tower, grid, 1638), at_once, 2, 1638 + planning.TEXT
+            config, methods.parse(name).plan(tower, grid, 1638), chunk_units, 2, 1638 + planning.TEXT
         )
 
     held = 16_384 * 4 * 1280 * 4
@@ -189,7 +189,7 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
         return real(*args, chunk_units=chunk_units, **how)
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr(planning, "units_at_a_time", lambda device: 4 * per_pair)
+    monkeypatch.setattr(planning, "largest_chunk", lambda device: 4 * per_pair)
     video = qa.encode(CLIP)
     assert video.plan.grid[1:] == (4, 6) and used == [96]
     free = needed(loaded.model.config, video.plan.visual_tokens, 48, video.plan.encoder.keep + planning.TEXT, 4)
@@ -215,7 +215,7 @@ def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, threaded, room, t
         return made
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr(planning, "units_at_a_time", lambda device: 96)
+    monkeypatch.setattr(planning, "largest_chunk", lambda device: 96)
     if room < 24:
         with pytest.raises(OutOfMemory, match=r"(?m)^out of memory in encode$"):
             open_inputs(qa.engine, [CLIP], threaded=threaded).encode()

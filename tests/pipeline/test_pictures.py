@@ -218,7 +218,7 @@ def test_the_memory_of_all_inputs_is_checked_before_any_frame_is_read(loaded, mo
     qa, asked = VideoQA(loaded, budget=0.5), []
     tokens = [len(qa.encode(path).encoded.kept) for path in (OTHER, CLIP)]
     monkeypatch.setattr("evoprune.pipeline.opening.encode_input", lambda *_: pytest.fail("encoded"))
-    monkeypatch.setattr("evoprune.pipeline.opening.units_at_once", lambda _, __, around: asked.append(around))
+    monkeypatch.setattr("evoprune.pipeline.opening.fitting_chunk", lambda _, __, around: asked.append(around))
     with pytest.raises(pytest.fail.Exception):
         qa.encode([CLIP, OTHER])
     assert asked == [TEXT + others for others in tokens]
@@ -230,7 +230,7 @@ def test_asking_checks_the_memory_of_all_that_is_to_be_encoded(loaded, monkeypat
     held = qa.encode(OTHER)
     tokens = [len(held.encoded.kept), len(qa.encode(CLIP).encoded.kept)]
     monkeypatch.setattr("evoprune.pipeline.opening.encode_input", lambda *_: pytest.fail("encoded"))
-    monkeypatch.setattr("evoprune.pipeline.prompting.units_at_once", lambda _, __, around: asked.append(around))
+    monkeypatch.setattr("evoprune.pipeline.prompting.fitting_chunk", lambda _, __, around: asked.append(around))
     for inputs, others in (([CLIP, OTHER], tokens), ([CLIP, held], tokens[:1])):
         asked.clear()
         with pytest.raises(pytest.fail.Exception):

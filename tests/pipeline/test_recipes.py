@@ -144,7 +144,7 @@ def test_pieces_of_the_encoder_do_not_matter(demo, monkeypatch):
 
     answers = []
     for units in (24, 1000):
-        monkeypatch.setattr(devices, "units_at_a_time", lambda device, units=units: units)
+        monkeypatch.setattr(devices, "largest_chunk", lambda device, units=units: units)
         answers.append(load("evoprune+operations").encode(CLIP, frames=12).ask(QUESTIONS[0]))
     assert len({answer.text for answer in answers}) == 1
 

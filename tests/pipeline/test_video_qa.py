@@ -275,7 +275,7 @@ def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
     """A chunk holds what the encoder takes at a time, however small the frames are before they are resized."""
     write_video(tmp_path / "small.mp4", (np.full((32, 32, 3), i, np.uint8) for i in range(120)), fps=4)
     done = []
-    monkeypatch.setattr("evoprune.pipeline.planning.units_at_a_time", lambda device: 8)
+    monkeypatch.setattr("evoprune.pipeline.planning.largest_chunk", lambda device: 8)
     VideoQA(loaded).encode(tmp_path / "small.mp4", frames=32, progress=lambda *now: done.append(now))
     frames = [count for stage, count, _ in done if stage == "encode"]
     assert frames[0] <= 16 and frames[-1] == 32
@@ -306,7 +306,7 @@ def slow(work, seconds):
 @pytest.mark.full
 def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
     """Ten chunks, each 20 ms to preprocess and 30 ms to encode: 300 ms and a little, but 200 and 300 by stage."""
-    monkeypatch.setattr("evoprune.pipeline.planning.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.planning.largest_chunk", lambda device: 24)
     monkeypatch.setattr("evoprune.pipeline.encoding.patchify", slow(patchify, 0.02))
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(lambda *_: time.sleep(0.03))
@@ -330,7 +330,7 @@ def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 @pytest.mark.parametrize("method", ["evoprune", "evs"])
 def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method):
-    monkeypatch.setattr("evoprune.pipeline.planning.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.planning.largest_chunk", lambda device: 24)
     qa, done = VideoQA(loaded, budget=budget, method=method), []
     beside = qa.encode(LONG, progress=lambda *now: done.append(now))
     apart = encode(qa, LONG, threaded=False)
@@ -346,7 +346,7 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
 @pytest.mark.parametrize("threaded", [True, False])
 def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, threaded):
     """Three chunks are ready before it is encoded, one without a thread; none is made twice, or left out."""
-    monkeypatch.setattr("evoprune.pipeline.planning.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.planning.largest_chunk", lambda device: 24)
     qa, made = VideoQA(loaded, budget=0.25), []
 
     def counted(*args):
@@ -418,7 +418,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
         fails()
         return patchify(*args)
 
-    monkeypatch.setattr("evoprune.pipeline.planning.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.planning.largest_chunk", lambda device: 24)
     if stage == "preprocess":
         monkeypatch.setattr("evoprune.pipeline.encoding.patchify", preprocess)
     layer = loaded.model.model.visual.blocks[0].attn.proj

@@ -47,7 +47,7 @@ def encode_slowly(visual, patches, grid, method, keep, changed=None) -> tuple[li
     merger = next((stage.reduce.merger for stage in plan.inside_chunks), None)
     rows = embedded(visual, patches, geo, total, changed)
     for layer, block in enumerate(visual.blocks):
-        if layer in stages and stages[layer] in plan.selections:
+        if layer in stages and stages[layer] in plan.row_stages:
             rows = selected(block, rows, geo, grid, stages[layer].selector, stages[layer].rows)
         scope = "pair" if layer in full else "window"
         run_layer(block, rows, geo, scope, not merger or merger.size_bias)
