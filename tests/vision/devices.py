@@ -72,7 +72,7 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
         return paused
 
     by_hand = pausing(varlen_by_hand)
-    monkeypatch.setattr(devices, "static_shapes", lambda device: True)
+    monkeypatch.setattr(devices, "reading_waits", lambda device: True)
     for where, name in (
         (encoded.EncodedRows, "finish"),
         (chunks, "scan"),

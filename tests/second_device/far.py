@@ -1,0 +1,116 @@
+"""A second device, `far`, whose tensors the CPU cannot read: in Python, through torch's PrivateUse1.
+
+It computes on the CPU, with memory of its own. What a GPU refuses raises: products of tensors here and there, and indices that are
+on the other side, which torch would copy silently. It has neither streams nor kernels of its own: events take the CPU's time, and
+pinned memory is a copy that says it is pinned. `rename` holds for the whole process, so tests on it run in one of their own:
+
+    python -m pytest -p tests.second_device.plugin -m device tests/second_device
+"""
+
+import time
+
+import torch
+from torch.utils._pytree import tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "far"
+COPYING = ("_to_copy", "copy_")
+RESHAPING = ("resize_", "squeeze_", "unsqueeze_", "t_", "transpose_", "set_")  # in place, which a wrapper cannot follow
+
+
+class Far(torch.Tensor):
+    """A tensor on the device; `there` has its values."""
+
+    @staticmethod
+    def __new__(cls, there: torch.Tensor):
+        shape, layout = there.shape, {"strides": there.stride(), "storage_offset": there.storage_offset()}
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=there.dtype, device=f"{NAME}:0", **layout)
+
+    def __init__(self, there: torch.Tensor):
+        self.there = there
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return run(func, args, kwargs or {})
+
+    def tolist(self) -> list:
+        return self.cpu().tolist()
+
+    def __repr__(self) -> str:
+        return f"Far({self.there})"
+
+
+class ElsewhereError(RuntimeError):
+    """Tensors of both devices in one operation."""
+
+
+def run(func, args: tuple, kwargs: dict):
+    name = func._schema.name.removeprefix("aten::")
+    if name in RESHAPING:
+        raise NotImplementedError(f"{name} of a tensor on {NAME}")
+    given: list[torch.Tensor] = []
+    tree_map_only(torch.Tensor, given.append, (args, kwargs))
+    here = [x for x in given if not isinstance(x, Far)]
+    if name not in COPYING and any(x.ndim for x in here):
+        raise ElsewhereError(f"{func} of tensors on {NAME} and on the CPU: {[tuple(x.shape) for x in given]}")
+    target = kwargs.get("device")
+    stays = torch.device(target).type == NAME if target is not None else True
+    if target is not None:
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("pin_memory",)}
+    args, kwargs = tree_map_only(Far, lambda x: x.there, (args, kwargs))
+    made, known = func(*args, **kwargs), {id(x.there): x for x in given if isinstance(x, Far)}
+
+    def outside(x: torch.Tensor) -> torch.Tensor:
+        if id(x) in known:
+            return known[id(x)]
+        return Far(x) if stays and not any(x is one for one in here) else x
+
+    return tree_map_only(torch.Tensor, outside, made)
+
+
+def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None) -> Far:
+    return Far(torch.empty(size, dtype=dtype, device="cpu"))
+
+
+def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None) -> Far:
+    return Far(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
+
+
+class Event:
+    """The CPU's clock in the place of the device's events."""
+
+    def __init__(self, device=None, enable_timing: bool = False):
+        self._at = None
+
+    def record(self, stream=None) -> None:
+        self._at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Nothing runs on."""
+
+    def elapsed_time(self, end: "Event") -> float:
+        return (end._at - self._at) * 1000
+
+
+def _pinned(x: torch.Tensor, device=None) -> torch.Tensor:
+    made = x.clone()
+    made.is_pinned_for_far = True
+    return made
+
+
+_library = torch.library.Library("aten", "IMPL")
+
+
+def register() -> None:
+    """Makes the device known to torch, once in a process."""
+    _setup_privateuseone_for_python_backend(NAME)
+    _library.impl("empty.memory_format", _empty, "PrivateUse1")
+    _library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    torch.Event = Event
+    torch.accelerator.current_stream = lambda device=None: None
+    torch.accelerator.synchronize = lambda device=None: None
+    torch.Tensor.pin_memory = _pinned
+    torch.Tensor.is_pinned = lambda x, device=None: getattr(x, "is_pinned_for_far", False)
