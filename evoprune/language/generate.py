@@ -50,7 +50,9 @@ def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
     if len(ids) and ids.max() >= len(embed.weight):
         problem = f"the tokenizer makes token {int(ids.max())}, and the model knows {len(embed.weight):,}"
         raise ModelError(problem, "take tokenizer and weights from the same model", stage="prefill")
-    return embed(to_device(ids, embed.weight.device)).to(norm.weight.dtype)  # embeddings may stay as their file has them
+    return embed(to_device(ids, embed.weight.device)).to(
+        norm.weight.dtype
+    )  # embeddings may stay as their file has them
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What differs between a CPU and an accelerator: how much is computed at a time, and which values the program may read meanwhile."""
+"""What differs between a CPU and an accelerator: how much is computed at a time, and how time is taken."""
 
 import time
 

@@ -36,7 +36,12 @@ def test_a_record_of_an_earlier_run_is_replaced(cli, tmp_path):
 
 @pytest.mark.parametrize(
     ("args", "code"),
-    [(("-m", "no-such-model"), 4), (("gone.mp4", "-m", "demo"), 3), (("--device", "abacus"), 2), (("-o", "no/such/x"), 2)],
+    [
+        (("-m", "no-such-model"), 4),
+        (("gone.mp4", "-m", "demo"), 3),
+        (("--device", "abacus"), 2),
+        (("-o", "no/such/x"), 2),
+    ],
 )
 def test_what_cannot_be_verified_is_an_error(cli, args, code):
     result = cli("verify", *args, "--json")

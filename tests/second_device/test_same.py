@@ -9,7 +9,7 @@ import evoprune
 from evoprune.huggingface.processor_inputs import processor_inputs
 from evoprune.methods.registry import built_in
 from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.pipeline.options import ModelOptions, SamplingOptions
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.profiling.time_limit import TimeLimit
 from evoprune.profiling.verify.outcome import DIFFERS
@@ -17,9 +17,9 @@ from evoprune.profiling.verify.run import subject_of, verify
 from evoprune.profiling.verify.waiting import Waiting
 from evoprune.tuning.run import Settings, Tuning
 from evoprune.vision import attention
+from tests.pipeline.test_recipes import DEMO
 from tests.recipes import keep_recipe
 from tests.second_device.far import NAME
-from tests.pipeline.test_recipes import DEMO
 from tests.tiny import save_tiny
 from tests.vision.devices import varlen_by_hand
 
@@ -63,13 +63,15 @@ def test_operations(config):
     assert_same(*both(CLIP, method="operations"))
 
 
-@pytest@pytest.mark.parametrize("method", ["none", "evoprune", "evoprune-paper", "visionzip", "reuse+divprune"])
+@pytest.mark.parametrize("method", ["none", "evoprune", "evoprune-paper", "visionzip", "reuse+divprune"])
 def test_the_varlen_kernel(method, monkeypatch):
-    monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: varlen_by_hand if device.type == NAME else None)
+    monkeypatch.setattr(
+        attention, "varlen_kernel", lambda device, dtype: varlen_by_hand if device.type == NAME else None
+    )
     assert_same(*both(CLIP, method=method))
 
 
-.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
 @pytest.mark.parametrize("budget", [1.0, 0.3])
 def test_both_families(family, budget, tmp_path):
     assert_same(*both(CLIP, str(save_tiny(tmp_path / family, family=family)), budget=budget))

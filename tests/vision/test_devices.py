@@ -16,7 +16,7 @@ from evoprune.methods.none import Nothing
 from evoprune.methods.pipeline import Pipeline
 from evoprune.methods.random import Random
 from evoprune.methods.reuse import Reuse
-from evoprune.vision import attention, devices, encoded
+from evoprune.vision import attention, encoded
 from evoprune.vision.attention import attend_packed, grouped_attention, with_bias
 from evoprune.vision.buckets import Packed, buckets
 from evoprune.vision.devices import Timer

@@ -18,10 +18,15 @@ CHECKS = (
     Check("model", "EvoPrune(...)(model) of transformers, with VideoQA, both pruned", pruned.transformers_model),
     Check("waits", "how often the program waits for the device, with the design", speed.waits),
     Check("memory", "the peak of a question, with the estimate", speed.memory),
-    Check("packed", "products with packed weights, with plain ones", unpruned.packed),
+    Check("packed", "products with packed weights, with those in fp64", unpruned.packed),
     Check("batch", "a batch of two in transformers' model, with each prompt by itself", unpruned.batch, slow=True),
     Check("threads", "tokens with another number of threads", pruned.threads, slow=True),
-    Check("int8", "an answer with weights in 8 bits, with the weights as they are", partial(pruned.bits, "int8"), slow=True),
+    Check(
+        "int8",
+        "an answer with weights in 8 bits, with the weights as they are",
+        partial(pruned.bits, "int8"),
+        slow=True,
+    ),
     Check("int4", "the same in 4 bits", partial(pruned.bits, "int4"), slow=True),
     Check("methods", "every method on a short clip, with its plan and with itself", pruned.every_method, slow=True),
 )

@@ -6,12 +6,12 @@ import numpy as np
 
 from evoprune.profiling import synthetic
 
-FRAMES, HEIGHT, WIDTH = 8, 112, 168
+FRAMES, HEIGHT, WIDTH = 8, 120, 180  # no multiples of 28: frames are resized
 
 
 def write_material(folder: Path) -> tuple[Path, Path, Path]:
     """A clip in which things move, a clip that stands still, and a picture: two folders of frames and a file."""
-    moving, still = (synthetic.clip(kind, FRAMES, HEIGHT, WIDTH) for kind in ("motion", "static90"))
+    moving, still = (_clip(kind) for kind in ("motion", "static90"))
     clips = folder / "moving", folder / "still"
     for place, frames in zip(clips, (moving, still[:1].repeat(FRAMES, 0)), strict=True):
         place.mkdir()
@@ -19,6 +19,13 @@ def write_material(folder: Path) -> tuple[Path, Path, Path]:
             _write(place / f"{number}.png", frame)
     _write(folder / "picture.png", still[0])
     return *clips, folder / "picture.png"
+
+
+def _clip(kind: str) -> np.ndarray:
+    """uint8 `[frames, height, width, 3]`."""
+    unit = synthetic.UNIT
+    whole = synthetic.clip(kind, FRAMES, *(-(-side // unit) * unit for side in (HEIGHT, WIDTH)))
+    return np.ascontiguousarray(whole[:, :HEIGHT, :WIDTH])
 
 
 def _write(path: Path, frame: np.ndarray) -> None:

@@ -1,10 +1,11 @@
-"""What is measured: time to the first token beside transformers', kernels, memory, and how often the program waits for the device."""
+"""What is measured: time to the first token beside transformers', kernels, memory, and how often the program waits."""
 
 from statistics import median
 
 import torch
 
 from evoprune.methods import parse
+from evoprune.model.device import reading_waits
 from evoprune.model.linear import can_pack
 from evoprune.model.machine import memory_in_use, peak_memory, reset_peak_memory
 from evoprune.pipeline.planning import TEXT, encoding_bytes, units_at_once
@@ -17,7 +18,6 @@ from evoprune.profiling.verify.waiting import Waiting
 from evoprune.pruning.budget import keep_count
 from evoprune.text import size
 from evoprune.vision.attention import varlen_kernel
-from evoprune.model.device import reading_waits
 from evoprune.vision.tower import tower_shape
 
 ROUNDS = 3
@@ -48,7 +48,10 @@ def kernels(subject: Subject) -> dict[str, str]:
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
         products = f"oneDNN, {capability}" if torch.backends.mkldnn.is_available() else capability
-        return {"attention": "sdpa", "products": f"{products}, {'packed' if can_pack(subject.loaded.model.lm_head.weight) else 'plain'}"}
+        return {
+            "attention": "sdpa",
+            "products": f"{products}, {'packed' if can_pack(subject.loaded.model.lm_head.weight) else 'plain'}",
+        }
     attention = "varlen" if varlen_kernel(device, dtype) else "sdpa"
     return {"attention": attention, "products": f"torch's for {device.type}"}
 

@@ -14,7 +14,7 @@ from evoprune.pipeline.answering import EncodedInputs
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.opening import open_inputs
-from evoprune.pipeline.options import GenerationOptions, PruneOptions, SamplingOptions
+from evoprune.pipeline.options import GenerationOptions, SamplingOptions
 from evoprune.pipeline.prompting import PromptReader
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.profiling.hugging_face import hugging_face_model
@@ -48,8 +48,12 @@ class Subject:
 
     @cached_property
     def transformers(self):
-        """Transformers' model on the same tensors."""
-        return hugging_face_model(self.loaded.model)
+        """Transformers' model on the same tensors, which knows the model's special tokens."""
+        made, specials = hugging_face_model(self.loaded.model), self.loaded.tokenizer.specials()
+        names = {"image_token_id": "image_pad", "video_token_id": "video_pad", "vision_start_token_id": "vision_start"}
+        for name, token in names.items():
+            setattr(made.config, name, specials[f"<|{token}|>"])
+        return made
 
     @property
     def device(self) -> torch.device:

@@ -1,4 +1,4 @@
-"""Counts how often a program waits for a device: copies from it, copies to it that block, and operators whose shape it must know."""
+"""Counts how often a program waits for a device: copies from it, copies to it that block, and shapes that depend on values."""
 
 from collections.abc import Sequence
 from traceback import extract_stack

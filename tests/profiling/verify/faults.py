@@ -44,7 +44,7 @@ FAULTS = {
         "positions", "evoprune.language.prompt:video_positions", 'ascending(w, "cpu")', 'ascending(w, "cpu") + 1'
     ),
     "text behind a video off by one": Fault(
-        "positions", "evoprune.language.prompt:prompt_positions", "int(inside.max()) + 1", "int(inside.max()) + 2"
+        "positions", "evoprune.pipeline.prompting:prompt_positions", "int(inside.max()) + 1", "int(inside.max()) + 2"
     ),
     "the bias of keys and queries left out": Fault(
         "tower",
