@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "far"
-COPYING = ("_to_copy", "copy_")
+COPYING = ("_to_copy", "to", "copy_")
+FACTORIES = ("arange", "arange.start", "arange.start_step", "linspace", "eye")
+WHOLE = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}  # would become several, one of them of `RESHAPING`
 RESHAPING = ("resize_", "squeeze_", "unsqueeze_", "t_", "transpose_", "set_")  # in place, which a wrapper cannot follow
 
 
@@ -29,7 +31,12 @@ class Far(torch.Tensor):
     def __init__(self, there: torch.Tensor):
         self.there = there
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in WHOLE:
+            return run(func, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -47,7 +54,7 @@ class ElsewhereError(RuntimeError):
 
 
 def run(func, args: tuple, kwargs: dict):
-    name = func._schema.name.removeprefix("aten::")
+    name = "matmul" if func in WHOLE else func._schema.name.removeprefix("aten::")
     if name in RESHAPING:
         raise NotImplementedError(f"{name} of a tensor on {NAME}")
     given: list[torch.Tensor] = []
@@ -55,20 +62,31 @@ def run(func, args: tuple, kwargs: dict):
     here = [x for x in given if not isinstance(x, Far)]
     if name not in COPYING and any(x.ndim for x in here):
         raise ElsewhereError(f"{func} of tensors on {NAME} and on the CPU: {[tuple(x.shape) for x in given]}")
-    target = kwargs.get("device")
-    stays = torch.device(target).type == NAME if target is not None else True
-    if target is not None:
-        kwargs = kwargs | {"device": torch.device("cpu")}
-    kwargs = {key: value for key, value in kwargs.items() if key not in ("pin_memory",)}
+    targets = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.device)]
+    stays = all(target.type == NAME for target in targets)
+    args, kwargs = tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
+    kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     args, kwargs = tree_map_only(Far, lambda x: x.there, (args, kwargs))
     made, known = func(*args, **kwargs), {id(x.there): x for x in given if isinstance(x, Far)}
 
     def outside(x: torch.Tensor) -> torch.Tensor:
+        if not stays:
+            return x.clone() if id(x) in known else x
         if id(x) in known:
+            assert known[id(x)].shape == x.shape, f"{func} resizes what it writes into"
             return known[id(x)]
-        return Far(x) if stays and not any(x is one for one in here) else x
+        return x if any(x is one for one in here) else Far(x)
 
     return tree_map_only(torch.Tensor, outside, made)
+
+
+def _made(func):
+    """A factory whose composite form would resize a tensor of the device."""
+
+    def make(*given, device=None, pin_memory=None, layout=None, **how) -> Far:
+        return Far(func(*given, **how, device="cpu"))
+
+    return make
 
 
 def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None) -> Far:
@@ -77,6 +95,12 @@ def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_f
 
 def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None) -> Far:
     return Far(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
+
+
+def _copy_from(source: torch.Tensor, to: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """Where torch copies below `__torch_dispatch__`, as `torch.tensor` does."""
+    (to.there if isinstance(to, Far) else to).copy_(source.there if isinstance(source, Far) else source)
+    return to
 
 
 class Event:
@@ -109,6 +133,10 @@ def register() -> None:
     _setup_privateuseone_for_python_backend(NAME)
     _library.impl("empty.memory_format", _empty, "PrivateUse1")
     _library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    for name in FACTORIES:
+        packet, _, overload = name.partition(".")
+        _library.impl(name, _made(getattr(getattr(torch.ops.aten, packet), overload or "default")), "PrivateUse1")
+    _library.impl("_copy_from", _copy_from, "PrivateUse1")
     torch.Event = Event
     torch.accelerator.current_stream = lambda device=None: None
     torch.accelerator.synchronize = lambda device=None: None

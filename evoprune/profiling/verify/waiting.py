@@ -15,14 +15,15 @@ SHAPED = {
     "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive",
 }  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
-COPYING = {"_to_copy", "copy_"}
+COPYING = {"_to_copy", "to", "copy_"}
 
 
 def shape_depends_on_values(func: Any, args: Sequence[Any]) -> bool:
     """Whether an operator of torch reads values of its arguments before it returns."""
     name = func._schema.name.split("::")[1]
     masks = name in INDEXING and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
-    return masks or name in SHAPED or func == torch.ops.aten.repeat_interleave.Tensor
+    repeats = name == "repeat_interleave" and isinstance(args[-1], torch.Tensor)
+    return masks or repeats or name in SHAPED
 
 
 class Waiting(TorchDispatchMode):
@@ -52,7 +53,7 @@ class Waiting(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if name not in COPYING:
             return False
-        to, source = (made, args[0]) if name == "_to_copy" else args[:2]
-        non_blocking = kwargs.get("non_blocking", len(args) > 2 and args[2])
-        one = reading_waits(to.device) != reading_waits(source.device)
-        return one and not (non_blocking and (source.device.type != "cpu" or source.is_pinned()))
+        to, source = args[:2] if name == "copy_" else (made, args[0])
+        named = kwargs | {each.name: value for each, value in zip(func._schema.arguments, args, strict=False)}
+        across = reading_waits(to.device) != reading_waits(source.device)
+        return across and not (named.get("non_blocking") and source.device.type == "cpu" and source.is_pinned())
