@@ -55,7 +55,9 @@ class PromptReader:
         """The state that decoding of a prompt from `build` starts from; `encoded`: the tokens of each input."""
         model, positions = self._loaded.model, self.positions(prompt)
         following = int(positions.max()) + 1
-        visuals = [Visual(place, e.features, e.kept, e.size) for place, e in zip(prompt.places, encoded, strict=True)]
+        visuals = [
+            Visual(place, e.features, e.kept_here, e.size) for place, e in zip(prompt.places, encoded, strict=True)
+        ]
         embeds, columns = embed_prompt(model, prompt.input_ids, visuals)
         positions = positions[:, columns]
         sizes = column_sizes(visuals, columns)

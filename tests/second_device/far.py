@@ -7,6 +7,7 @@ pinned memory is a copy that says it is pinned. `rename` holds for the whole pro
     python -m pytest -p tests.second_device.plugin -m device tests/second_device
 """
 
+import sys
 import time
 
 import torch
@@ -14,9 +15,11 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "far"
+INDEXING = ("index", "index_put_")  # with indices of the CPU, which a GPU copies: transformers does
 COPYING = ("_to_copy", "to", "copy_")
 FACTORIES = ("arange", "arange.start", "arange.start_step", "linspace", "eye")
-WHOLE = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}  # would become several, one of them of `RESHAPING`
+# Would become several operations, one of them of `RESHAPING`.
+WHOLE = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.einsum, torch.Tensor.quantile}
 RESHAPING = ("resize_", "squeeze_", "unsqueeze_", "t_", "transpose_", "set_")  # in place, which a wrapper cannot follow
 
 
@@ -60,7 +63,11 @@ def run(func, args: tuple, kwargs: dict):
     given: list[torch.Tensor] = []
     tree_map_only(torch.Tensor, given.append, (args, kwargs))
     here = [x for x in given if not isinstance(x, Far)]
-    if name not in COPYING and any(x.ndim for x in here):
+    foreign = (
+        name in INDEXING
+        and "/transformers/" in sys._getframe(2).f_code.co_filename + sys._getframe(3).f_code.co_filename
+    )
+    if name not in COPYING and not foreign and any(x.ndim for x in here):
         raise ElsewhereError(f"{func} of tensors on {NAME} and on the CPU: {[tuple(x.shape) for x in given]}")
     targets = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.device)]
     stays = all(target.type == NAME for target in targets)
@@ -136,6 +143,7 @@ def register() -> None:
     for name in FACTORIES:
         packet, _, overload = name.partition(".")
         _library.impl(name, _made(getattr(getattr(torch.ops.aten, packet), overload or "default")), "PrivateUse1")
+    _library.impl("_local_scalar_dense", lambda x: x.there.item(), "PrivateUse1")
     _library.impl("_copy_from", _copy_from, "PrivateUse1")
     torch.Event = Event
     torch.accelerator.current_stream = lambda device=None: None

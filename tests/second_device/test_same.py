@@ -10,10 +10,10 @@ from evoprune.huggingface.processor_inputs import processor_inputs
 from evoprune.methods.registry import built_in
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.options import ModelOptions, SamplingOptions
-from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.profiling.time_limit import TimeLimit
 from evoprune.profiling.verify.outcome import DIFFERS
 from evoprune.profiling.verify.run import subject_of, verify
+from evoprune.profiling.verify.subject import Subject
 from evoprune.profiling.verify.waiting import Waiting
 from evoprune.tuning.run import Settings, Tuning
 from evoprune.vision import attention
@@ -113,7 +113,7 @@ def test_transformers_model(how):
     calls = processor_inputs("demo", CLIP, QUESTION, **FRAMES)
     made = []
     for device in ("cpu", NAME):
-        model = hugging_face_model(load_model("demo", device=device, dtype="fp32", pack=False).model)
+        model = Subject(load_model("demo", device=device, dtype="fp32", pack=False), *3 * [CLIP]).transformers
         with evoprune.EvoPrune(**how)(model), torch.inference_mode():
             call = {name: value.to(device) for name, value in calls.items()}
             made.append(model(**call, use_cache=False).logits[0, -1].cpu())
@@ -138,11 +138,12 @@ def test_verify():
     assert not [(found.check.name, found.outcome.says) for found in results.of(DIFFERS)]
 
 
-@pytest.mark.parametrize("method", ["none", "evoprune", "divprune", "visionzip"])
-def test_how_often_it_waits(method, record_property):
-    """From the first patches on the device to the first token: the number that docs/gpu.md states."""
+@pytest.mark.parametrize(("method", "times"), [("none", 3), ("divprune", 3), ("visionzip", 3), ("evoprune", 6)])
+def test_how_often_it_waits(method, times):
+    """From the first patches to the first token: the numbers that docs/gpu.md states; `-s` prints all places."""
     qa = evoprune.VideoQA(loaded(NAME), budget=1.0 if method == "none" else 0.25, method=method)
     qa.encode(CLIP, **FRAMES).read_along(QUESTION, [0])
     with Waiting() as mode:
         qa.encode(CLIP, **FRAMES).read_along(QUESTION, [0])
-    print(method, len(mode.places), *mode.places, sep="\n")
+    print(f"{method}: {len(mode.places)}", *mode.places, sep="\n")
+    assert len(mode.outside) == times

@@ -13,6 +13,7 @@ from evoprune.vision import attention, chunks, devices, encoded, encoder
 from tests.vision.results import assert_same, check_result, encode_patches
 from tests.vision.tower import tiny_tower
 
+
 class NoWaiting(TorchDispatchMode):
     """Raises where the host would wait for a GPU."""
 

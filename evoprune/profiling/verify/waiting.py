@@ -15,6 +15,7 @@ SHAPED = {
     "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive",
 }  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+SELECTING = "pruning/", "methods/"  # folders of this package
 COPYING = {"_to_copy", "to", "copy_"}
 
 
@@ -36,6 +37,11 @@ class Waiting(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.places: list[str] = []
+
+    @property
+    def outside(self) -> list[str]:
+        """The places that are in no selection."""
+        return [place for place in self.places if not place.split()[1].startswith(SELECTING)]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))

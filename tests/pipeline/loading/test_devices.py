@@ -44,14 +44,17 @@ def test_what_hides_a_gpu_is_in_the_hint(monkeypatch, visible, hint):
 
 
 @pytest.mark.parametrize(
-    ("device", "demo", "dtype"), [("cuda", False, "bf16"), ("cuda", True, "fp32"), ("xpu", False, "bf16"), ("mps", False, "fp32")]
+    ("device", "demo", "dtype"),
+    [("cuda", False, "bf16"), ("cuda", True, "fp32"), ("xpu", False, "bf16"), ("mps", False, "fp32")],
 )
 def test_the_dtype_of_a_device(device, demo, dtype):
     assert pick_dtype("auto", torch.device(device), demo) == dtype
 
 
 def test_reading_waits_everywhere_but_on_the_cpu(monkeypatch):
-    assert [reading_waits(torch.device(name)) for name in ("cpu", "cuda:1", "xpu", "mps", "meta")] == [False] + [True] * 4
+    assert [reading_waits(torch.device(name)) for name in ("cpu", "cuda:1", "xpu", "mps", "meta")] == [False] + [
+        True
+    ] * 4
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
     assert [is_accelerator(torch.device(name)) for name in ("cpu", "cuda", "xpu:1")] == [False, False, True]
 
@@ -59,7 +62,10 @@ def test_reading_waits_everywhere_but_on_the_cpu(monkeypatch):
 @pytest.mark.parametrize(
     ("says", "message"),
     [
-        ("Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB of which 1.25 GiB is free.", ": 2.00 GiB wanted, 1.25 GiB free"),
+        (
+            "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB of which 1.25 GiB is free.",
+            ": 2.00 GiB wanted, 1.25 GiB free",
+        ),
         ("Tried to allocate 512.00 MiB.\nGPU 0 has a total capacity of ...", ": 512.00 MiB wanted"),
         ("", ""),
     ],
