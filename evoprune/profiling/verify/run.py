@@ -131,7 +131,7 @@ def verify(
 
     Yields the results so far, after each check.
     """
-    results = Results(subject.loaded)
+    results, subject.limit = Results(subject.loaded), limit
     for number, check in enumerate(checks):
         progress(check.name, number, len(checks))
         begun = limit.spent

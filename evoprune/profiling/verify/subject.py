@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
+from math import inf
 from pathlib import Path
 
 import torch
 
-from evoprune.huggingface.processor_inputs import NAMES, TYPES, processor_inputs
+from evoprune.huggingface.processor_inputs import NAMES, TYPES, arguments
 from evoprune.language.prompt import Prompt
 from evoprune.pipeline.answering import EncodedInputs
 from evoprune.pipeline.engine import Engine
@@ -18,6 +20,7 @@ from evoprune.pipeline.options import GenerationOptions, SamplingOptions
 from evoprune.pipeline.prompting import PromptReader
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.profiling.hugging_face import hugging_face_model
+from evoprune.profiling.time_limit import TimeLimit
 from evoprune.profiling.verify.outcome import Gap, at_least, gap
 from evoprune.profiling.verify.wide import computing_in, wider
 from evoprune.video.info import VIDEO
@@ -38,13 +41,18 @@ Features = list[torch.Tensor]
 class Subject:
     """A model and three files, of which more is made when a check first needs it.
 
+    Frames may be smaller than the model's own limits have it, so that several frame pairs are few tokens.
+
     Attributes:
-        loaded: the model with plain weights, that both sides compute with.
-        video, still, picture: of files.
+        loaded: the model with plain weights, that both sides compute with, and without a least size of frames.
+        video, still, picture: files.
+        limit: of the whole run: a check of many steps ends when it is over.
     """
 
     def __init__(self, loaded: LoadedModel, video: Path, still: Path, picture: Path):
-        self.loaded, self.video, self.still, self.picture = loaded, video, still, picture
+        self.limit = TimeLimit(inf)
+        limits = {kind: replace(each, min_pixels=each.unit**2) for kind, each in loaded.limits.items()}
+        self.loaded, self.video, self.still, self.picture = replace(loaded, limits=limits), video, still, picture
 
     @cached_property
     def transformers(self):
@@ -92,18 +100,19 @@ class Subject:
         each = [plan.sampling.seconds_per_pair(pair) for plan in plans if plan.kind == VIDEO]
         return torch.tensor(each, dtype=torch.float64, device="cpu")
 
-    def prompt(self, paths: Sequence[Path]) -> tuple[Prompt, torch.Tensor]:
+    def prompt(self, paths: Sequence[Path], question: str = QUESTION) -> tuple[Prompt, torch.Tensor]:
         """This project's prompt about inputs, and its positions, int64 `[3, L]`."""
         engine = self.asking(1.0).engine
         plans = self.plans(engine, paths)
         reader = PromptReader(engine, plans)
-        prompt = reader.build(QUESTION, GenerationOptions(), sum(plan.units for plan in plans))
+        prompt = reader.build(question, GenerationOptions(), sum(plan.units for plan in plans))
         return prompt, reader.positions(prompt)
 
     def call(self, paths: Sequence[Path], question: str = QUESTION) -> dict[str, torch.Tensor]:
         """The arguments of transformers' model."""
-        wanted = {"frames": SAMPLING.frames, "max_visual_tokens": SAMPLING.max_visual_tokens}
-        made = processor_inputs(self.loaded.found.folder, list(paths), question, **wanted)
+        prompt, _ = self.prompt(paths, question)
+        plans = self.plans(self.asking(1.0).engine, paths)
+        made = arguments(prompt, plans, self.loaded.limits, self.loaded.model.config)
         return {name: value.to(self.device) for name, value in made.items()}
 
     @torch.inference_mode()
