@@ -72,7 +72,7 @@ def test_a_loaded_model_answers(saved):
     with torch.no_grad():
         features = hugging_face_model(loaded.model).model.visual(pixels, torch.tensor([[2, 4, 6]])).pooler_output
     kept = torch.tensor([0, 5, 7])
-    span = VisualSpan(prompt.places[0].start, (2, 2, 3), 1.0)
+    span = VisualSpan(prompt.places[0].runs[0].start, (2, 2, 3), 1.0)
     positions = prompt_positions(len(prompt.input_ids), [span], loaded.model.config.vision_config.tokens_per_second)
     embeds, columns = embed_prompt(loaded.model, prompt.input_ids, [Visual(prompt.places[0], features[kept], kept)])
     state = prefill(loaded.model, embeds, positions[:, columns], int(positions.max()) + 1)
