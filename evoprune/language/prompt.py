@@ -206,9 +206,7 @@ def build_prompt(
     words = {_QUESTION: subtitles + question, _SYSTEM: system or ""}
     check_text(question, system)
     each = times or [()] * len(inputs)
-    ids, runs, prefix_length = [], [], 0
-    split = zip(inputs, each, strict=True)
-    lengths = iter([count // (len(some) or 1) for (_, count), some in split for _ in some or [""]])
+    ids, runs, lengths, prefix_length = [], [], _lengths(inputs, each), 0
     # Split only at the template's special tokens, where the tokenizer splits too. The text between them is encoded as one
     # piece, so that merges across the edge of the user's text (a newline before it, say) are the same as in the whole.
     for piece in re.split(f"({'|'.join(map(re.escape, specials))})", _with_times(rendered, each)):
@@ -236,6 +234,13 @@ def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
         return "".join(f"{time}{match[1].join(MARKERS)}" for time in next(of_inputs)) or match[0]
 
     return re.sub(f"(?:{start})?({'|'.join(map(re.escape, _PLACEHOLDERS))})(?:{end})?", runs, rendered)
+
+
+def _lengths(inputs: Sequence[tuple[str, int]], times: Sequence[Sequence[str]]) -> Iterator[int]:
+    """How many placeholders each run has; an input with times has a run for each."""
+    for (_, count), some in zip(inputs, times, strict=True):
+        runs = len(some) or 1
+        yield from [count // runs] * runs
 
 
 def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequence[Sequence[str]]) -> Iterator[Place]:

@@ -151,6 +151,7 @@ def logits_by_hand(host, tokenizer, plan, kept, features, sizes, answer) -> torc
 @pytest.mark.parametrize("name", ["evoprune", "evoprune:reuse=0", "divprune", "reuse+divprune", "tome", "evs"])
 @pytest.mark.parametrize("budget", [0.4, 0.06])
 def test_pruned_logits_against_a_prompt_by_hand(loaded, host, name, budget):
+    budget = max(budget, 0.2) if name == "tome" else budget  # which leaves a row of each frame pair
     video = VideoQA(loaded, budget=budget, method=name).encode(LONG, max_visual_tokens=60)
     plan, answer = video.plan, [5, 300, 7]
     ours, _ = video.read_along(QUESTION, answer)
@@ -233,4 +234,4 @@ def test_a_model_in_hand_is_pruned_alike(folder, loaded, host, name, budget, pat
         theirs = [i for i in generated(host, inputs) if i not in loaded.eos_ids]
     ours = VideoQA(replace(loaded), budget=budget, method=name).encode(path).ask(QUESTION, max_new_tokens=12)
     assert ours.text is not None and ours.ids == theirs
-    assert run.report.tokens == replace(ours.report.tokens, new=0)
+    assert run.report.tokens == replace(ours.report.tokens, new=None)

@@ -18,8 +18,8 @@ from tests.vision.tower import QWEN3_WIDTH, random_patches, tiny_qwen3
 GRID = (4, 3, 5)
 # A selection before the first DeepStack layer, between two of them, after all of them; reuse; merging; after the encoder.
 METHODS = (
-    "evoprune", "evoprune:reuse=0", "evoprune:depth=0.5", "evoprune:depth=1", "tome", "evoprune-merge", "divprune",
-    "reuse+divprune", "evs",
+    "evoprune", "evoprune:reuse=0", "evoprune:depth=0.5", "evoprune:depth=1", "tome", "evoprune-merge", "evoprune-paper",
+    "divprune", "reuse+divprune", "evs",
 )  # fmt: skip
 
 
@@ -43,11 +43,16 @@ def test_pruned_features_against_loops(name, budget):
         torch.testing.assert_close(cut.deepstack, made.deepstack, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ipcv", "evoprune-paper"])
+@pytest.mark.parametrize("name", ["ipcv", "earlytom"])
 def test_rows_that_come_back_and_whole_pairs_have_features_too(name):
     patches, method = random_patches(GRID, width=QWEN3_WIDTH), methods.parse(name)
-    made = encode_patches(patches, GRID, method, 15, tiny_qwen3())
-    assert made.deepstack.shape == (3, 15, 24) and made.deepstack.isfinite().all()
-    whole = encode_patches(patches, GRID, methods.parse("none"), prod(GRID), tiny_qwen3())
-    first = torch.nn.functional.cosine_similarity(made.deepstack[0], whole.deepstack[0, made.kept], dim=1)
-    assert first.mean() > 0.9  # of a layer before most of the rows have gone
+    made, cut = (
+        encode_patches(patches, GRID, method, 15, tiny_qwen3(), question=torch.ones(2, 24), chunk_units=size)
+        for size in (10**6, 1)
+    )
+    assert made.deepstack.shape == (3, 15, 24)
+    torch.testing.assert_close(cut.deepstack, made.deepstack, rtol=1e-4, atol=1e-4)
+    if name == "ipcv":  # most of whose rows have not gone by the first of these layers
+        whole = encode_patches(patches, GRID, methods.parse("none"), prod(GRID), tiny_qwen3())
+        alike = torch.nn.functional.cosine_similarity(made.deepstack[0], whole.deepstack[0, made.kept], dim=1)
+        assert alike.mean() > 0.9
