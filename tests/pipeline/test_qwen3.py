@@ -185,7 +185,7 @@ def test_the_cache_keeps_deepstack(loaded, tmp_path):
     cache, qa = Cache(tmp_path), VideoQA(loaded, budget=0.3)
     first = qa.encode(CLIP, cache=cache)
     again = qa.encode(CLIP, cache=cache)
-    assert again.report.cache == "hit" if hasattr(again.report, "cache") else True
+    assert again.encoded.rows.is_meta  # it was read
     assert torch.equal(first.encoded.deepstack, again.encoded.deepstack)
     assert first.ask(QUESTION, max_new_tokens=5).text == again.ask(QUESTION, max_new_tokens=5).text
 
