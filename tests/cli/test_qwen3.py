@@ -30,7 +30,7 @@ def test_ask_about_several_inputs_with_subtitles(qwen3, tmp_path):
     (tmp_path / "said.srt").write_text(SRT)
     asked = "ask", LONG, CLIP, "What happens?", "-b", "0.05", "-n", "3", "--json"
     record = qwen3(*asked).record
-    assert record["tokens"]["visual"] == sum(each["visual_tokens_kept"] for each in record["inputs"])
+    assert record["tokens"]["visual"] == sum(each["pruning"]["visual_tokens_kept"] for each in record["inputs"])
     every = qwen3("ask", LONG, CLIP, "What happens?", "-b", "full", "-n", "3", "--json").record
     assert record["tokens"]["text"] < every["tokens"]["text"]  # the times of frame pairs that keep no token
     said = qwen3(

@@ -52,7 +52,7 @@ def masked(model, inputs, made):
     call["attention_mask"] = inputs["attention_mask"].masked_fill(leaves, 0)
     if not TAKES_ENCODED:  # transformers before 5.18
         interface.accept_features(model)
-        return call | interface.encoded_inputs(model, call, features.split(sizes))
+        return call | interface.encoded_inputs(model, call, [(each, None) for each in features.split(sizes)])
     output = BaseModelOutputWithPooling(pooler_output=features.split(sizes))
     if inner:
         of_layers = [each.split(sizes) for each in inner]
