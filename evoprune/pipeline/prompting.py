@@ -77,7 +77,7 @@ class PromptReader:
         cache, known = self._take_prefix(system, shared)
         sizes = None if sizes is None else sizes[known:]
         deepstack = None if deepstack is None else deepstack[:, known:]
-        state = prefill(model, embeds[known:], positions[:, known:], following, cache, sizes, deepstack=deepstack)
+        state = prefill(model, embeds[known:], positions[:, known:], following, cache, sizes, None, deepstack)
         self._prefix = system, state.cache, shared
         return state
 
