@@ -9,13 +9,19 @@ import torch
 import evoprune
 from evoprune import methods
 from evoprune.errors import ModelError
+from evoprune.language.generate import Visual, column_deepstack, embed_prompt, prefill
+from evoprune.language.prompt import prompt_positions
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, read_config
 from evoprune.pipeline.loading.model import load_model
+from evoprune.pipeline.loading.weights import random_model
 from evoprune.pipeline.video_qa import VideoQA
+from evoprune.profiling.clips import place_of
 from evoprune.profiling.hugging_face import hugging_face_model
+from evoprune.pruning.encoder_plan import full_plan
 from evoprune.pruning.reuse import scan
 from evoprune.video.frames import read_frames
+from evoprune.vision.encoder import encode
 from evoprune.vision.preprocess import patch_means, patchify, resize
 from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import plan_of
@@ -235,3 +241,40 @@ def test_a_model_in_hand_is_pruned_alike(folder, loaded, host, name, budget, pat
     ours = VideoQA(replace(loaded), budget=budget, method=name).encode(path).ask(QUESTION, max_new_tokens=12)
     assert ours.text is not None and ours.ids == theirs
     assert run.report.tokens == replace(ours.report.tokens, new=None)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in BUNDLED_CONFIGS if "Qwen3" in name])
+def test_full_budget_at_true_dimensions(name):
+    """The whole tower, and a layer more of the language model than DeepStack adds to, on frames of an odd shape."""
+    config = read_config(BUNDLED_CONFIGS[name])
+    few = replace(config.text_config, num_hidden_layers=4, vocab_size=1000)
+    model = random_model(replace(config, text_config=few), torch.float32, torch.device("cpu"))
+    theirs, grid = hugging_face_model(model), (2, 3, 7)
+    patches = torch.randn(2 * 3 * 7 * 4, 1536, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = theirs.model.visual(patches, torch.tensor([[2, 6, 14]]))
+    made = encode(model.model.visual, [patches], full_plan(tower_shape(model.model.visual), grid))
+    for ours, other in zip(
+        [made.features, *made.deepstack], [expected.pooler_output, *expected.deepstack_features], strict=True
+    ):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+    place = place_of(grid, times=True)
+    ids = torch.arange(place.around[-1].stop + 9) % 1000
+    visuals = [Visual(place, made.features, made.kept, deepstack=made.deepstack)]
+    embeds, columns = embed_prompt(model, ids, visuals)
+    added, positions = (
+        column_deepstack(visuals, columns, embeds),
+        prompt_positions(len(ids), place.spans(grid, 1.0), None),
+    )
+    logits = prefill(model, embeds, positions, 0, deepstack=added).logits
+    is_visual = torch.zeros(1, len(ids), dtype=torch.bool).index_fill_(1, place.columns, True)
+    with torch.inference_mode():
+        hidden = theirs.model.language_model(
+            inputs_embeds=embeds[None],
+            position_ids=torch.cat([torch.arange(len(ids))[None], positions])[:, None],
+            visual_pos_masks=is_visual,
+            deepstack_visual_embeds=expected.deepstack_features,
+        ).last_hidden_state[0, -1]
+        other = theirs.lm_head(hidden)
+    torch.testing.assert_close(logits, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
