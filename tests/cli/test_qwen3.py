@@ -64,7 +64,11 @@ def test_profile_takes_units_of_32_pixels(qwen3, monkeypatch):
     monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
     how = "-r", "1", "-w", "0", "-b", "0.25", "--frames", "4", "--method", "evoprune,fastv", "--synthetic", "static90"
     result = qwen3("profile", *how)
-    assert result.code == 0 and "4 frames of 256x384: 192 units" in result.out
+    assert (
+        result.code == 0
+        and "4 frames of 256x384: 192 units" in result.out
+        and "8 tokens more for the time" in result.out
+    )
     assert "no whole number of merge units" in qwen3("profile", *how, "--size", "224x336").err
 
 
