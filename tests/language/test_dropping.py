@@ -7,6 +7,7 @@ from evoprune import methods
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import TokenStream, Visual, along, dropping_for, embed_prompt, prefill
+from evoprune.language.prompt import Place
 from evoprune.language.settings import GenerationSettings
 from tests.language.test_decoder import assert_close
 from tests.methods.eager import BEFORE, COLUMNS, DROPPING, GRID, VISUAL, Eager, a_prompt, deep_model, run_method
@@ -49,7 +50,7 @@ def test_decoding_equals_reading_all_of_it_anew(name, sizes):
 def test_room_for_the_prompt_and_not_for_what_left(name):
     model, (embeds, positions) = deep_model(), a_prompt()
     ids = torch.zeros(COLUMNS, dtype=torch.int64)
-    place = range(BEFORE, BEFORE + len(VISUAL))
+    place = Place((range(BEFORE, BEFORE + len(VISUAL)),))
     visuals = [Visual(place, embeds[VISUAL], torch.arange(len(VISUAL)))]
     prompt, columns = embed_prompt(model, ids, visuals)
     dropping = dropping_for(model, methods.parse(name), 0.25, visuals, [GRID], prompt, columns)
@@ -68,7 +69,7 @@ def test_without_a_drop_nothing_changes_bit_for_bit(name):
     model, (embeds, positions) = deep_model(), a_prompt()
     assert methods.parse(name).language_plan(8, len(VISUAL), 1.0) is None
     plain = decoder.logits(model, embeds, positions, KVCache(model, COLUMNS))
-    visuals = [Visual(range(BEFORE, BEFORE + len(VISUAL)), embeds[VISUAL], torch.arange(len(VISUAL)))]
+    visuals = [Visual(Place((range(BEFORE, BEFORE + len(VISUAL)),)), embeds[VISUAL], torch.arange(len(VISUAL)))]
     assert dropping_for(model, methods.parse(name), 1.0, visuals, [GRID], embeds, torch.arange(COLUMNS)) is None
     assert torch.equal(plain, decoder.logits(model, embeds, positions, KVCache(model, COLUMNS)))
 
@@ -133,8 +134,8 @@ def test_two_inputs_of_one_prompt():
     grids, random = [(2, 2, 3), (1, 3, 3)], torch.Generator().manual_seed(4)
     ids = torch.zeros(40, dtype=torch.int64)
     visuals = [
-        Visual(range(3, 15), torch.randn(6, hidden, generator=random), torch.arange(0, 12, 2)),
-        Visual(range(18, 27), torch.randn(9, hidden, generator=random), torch.arange(9)),
+        Visual(Place((range(3, 15),)), torch.randn(6, hidden, generator=random), torch.arange(0, 12, 2)),
+        Visual(Place((range(18, 27),)), torch.randn(9, hidden, generator=random), torch.arange(9)),
     ]
     embeds, columns = embed_prompt(model, ids, visuals)
     for name in DROPPING:
