@@ -89,7 +89,7 @@ def working_memory(
     vision = config.vision_config
     wide = PATCHES * vision.hidden_size
     rows = units * vision.out_hidden_size * vision.layers_read * bytes_each
-    tower = pixel_bytes(config, at_once, bytes_each) + tower_bytes(config, at_once, bytes_each)
+    tower = pixel_bytes(config, chunk_units, bytes_each) + tower_bytes(config, chunk_units, bytes_each)
     if late:
         # The features of all units, and a second copy for comparing them; then the selected rows. The MLP takes these in turn.
         rows = 2 * units * wide * bytes_each + late * vision.out_hidden_size * vision.layers_read * bytes_each

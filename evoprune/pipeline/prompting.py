@@ -22,7 +22,7 @@ from evoprune.model.cost import language_bytes, shortage
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import GenerationOptions
-from evoprune.pipeline.planning import TEXT, subtitles_of, units_at_once
+from evoprune.pipeline.planning import TEXT, fitting_chunk, subtitles_of
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
@@ -71,7 +71,7 @@ class PromptReader:
         positions = positions[:, columns]
         sizes, deepstack = column_sizes(visuals, columns), column_deepstack(visuals, columns, embeds)
         grids = [plan.grid for plan in self._plans]
-        if dropping := dropping_for(model, self._engine.method, self._engine.budget, visuals, grids, embeds, columns):
+        if dropping := dropping_for(model, self._engine.method, self._engine.share, visuals, grids, embeds, columns):
             return prefill(model, embeds, positions, following, None, sizes, dropping, deepstack)
         shared = int((columns < prompt.prefix_length).sum())
         cache, known = self._take_prefix(system, shared)

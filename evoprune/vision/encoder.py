@@ -98,7 +98,7 @@ def encode_rows(
         for chunk in run.chunks(patches, normal):
             x, layout = run.embed(chunk)
             x, layout, deepstack = run.run_first_layers(chunk, x, layout)
-            if not plan.selections:
+            if not plan.row_stages:
                 x = run.merge_patches(x)
             run.collect(chunk, x, layout, deepstack)
         chunk = x = layout = deepstack = None  # frees the memory of the last chunk
@@ -179,7 +179,7 @@ class _Run:
             layout, latest = chunk.layout(self.geometry)
         if self.carried:
             follows = chunk.first + chunk.pairs < self.plan.grid[0]
-            self.references.begin(latest if follows else None)  # no unit refers to the last chunk
+            self.carried.begin(latest if follows else None)  # no unit refers to the last chunk
         return embed(self.visual, devices.to_device(chunk.patches, self.device), layout), layout
 
     def run_first_layers(
@@ -190,7 +190,7 @@ class _Run:
         reduction = _reduction(self.plan, range(chunk.first, chunk.first + chunk.pairs), self.checks.failed)
         for layer in layers:
             self.computed[layer] += reduction.computed(layer, layout)
-        run = LayerRun(self.visual, self.timer, reduction, self.references, self.gathering)
+        run = LayerRun(self.visual, self.timer, reduction, self.carried, self.gathering)
         return *run_layers(run, layers, x, layout), run.deepstack
 
     def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout, deepstack: torch.Tensor) -> None:
@@ -200,7 +200,7 @@ class _Run:
             with self.timer:
                 self.gathering.finish(order)
         index = order.argsort() + self.count  # of each row among all rows of the video
-        owner = self.references.owners(layout.owner, index) if self.references else index[layout.owner]
+        owner = self.carried.owners(layout.owner, index) if self.carried else index[layout.owner]
         x, deepstack = x[order], deepstack[order]
         self.note_numbers(x, deepstack)
         self.pieces.append(_VideoRows(x, deepstack, layout.unit[order] + chunk.first * self.geometry.units, owner))
@@ -212,7 +212,7 @@ class _Run:
         """The rows of all chunks; frees the chunks."""
         live = [(rows.x, rows.deepstack) for rows in self.pieces if len(rows.x)]
         units, owners = [rows.unit for rows in self.pieces], [rows.owner for rows in self.pieces]
-        self.pieces, self.references = [], None
+        self.pieces, self.carried = [], None
         return _VideoRows(*(torch.cat(each) for each in (*zip(*live, strict=True), units, owners)))
 
     def select_rows(
@@ -247,7 +247,7 @@ class _Run:
         """The selected rows after `layers`, which run on the whole video at once, or on chunks of whole frame pairs."""
         self.computed[layers.start : layers.stop] = [len(rows.unit)] * len(layers)
         if isinstance(stage.reduce, WholePairs):
-            at_once = -(-self.at_once // self.geometry.units) * self.geometry.units
+            at_once = -(-self.chunk_units // self.geometry.units) * self.geometry.units
             pieces = list(zip(rows.x.split(at_once), rows.deepstack.split(at_once), strict=True))
             made = [self._run_pairs(*piece, layers, last=piece is pieces[-1]) for piece in pieces]
             return _VideoRows(*map(torch.cat, zip(*made, strict=True)), rows.unit, rows.owner)
