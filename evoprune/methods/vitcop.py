@@ -28,7 +28,7 @@ class ViTCoP(LanguageMethod):
     default_share: ClassVar[float] = (32 * 2 / 9 / 0.4 - 2) / 30  # 2/9 over all layers, behind a stage that keeps 0.4
 
     centres: Share = 0.15  # number of clusters, as a share of a frame pair's tokens
-    cutoff: Annotated[float, "(0, inf)"] = 0.5  # of distances, as a share of their root mean square
+    cutoff: Annotated[float, "(0, inf)"] = 0.25  # of distances, as a share of their root mean square
     near: Annotated[float, "[0, inf)"] = (
         0.6  # how far apart tokens may be that join, in heights and widths of the frame
     )
