@@ -4,8 +4,8 @@ Frames are collected in windows of time. A finished window is encoded as a short
 at once, so that a question costs its own text. Its columns are cut off again when the answer has ended. For the model all windows
 are one video: a token has the position of its frame pair by Qwen's rule, counted from the first frame of the stream.
 
-The newest half of the memory is whole. Beyond it windows are thinned (`thinning.targets`) by the measure by which their tokens were
-selected. What is left keeps its position. Positions grow with time; once they come near the end of the model's context, keys are
+The newest half of the memory is whole. Beyond it windows are thinned by the measure by which their tokens were selected
+(stream_memory.py). What is left keeps its position. Positions grow with time; once they come near the end of the model's context, keys are
 rotated back so that the oldest token that is left is at the beginning of the video. Distances stay what they were.
 
 Each window is encoded from its first frame pair on without what was encoded before: a selection covers a window, and can only keep
@@ -13,7 +13,6 @@ rows of its own.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import floor, isfinite, prod
 from threading import RLock
@@ -23,10 +22,8 @@ import torch
 
 from evoprune.errors import UsageError, names_plugins
 from evoprune.keywords import brief, check_type
-from evoprune.language.decoder import KVCache, forward
 from evoprune.language.generate import PrefillState, embed_ids, prefill
 from evoprune.language.prompt import Prompt, build_prompt
-from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.cost import Clock
 from evoprune.pipeline.answering import Askable
 from evoprune.pipeline.encoding import Encoding, PatchReader, encode_input
@@ -35,7 +32,7 @@ from evoprune.pipeline.fill_report import fill_times, inputs_report
 from evoprune.pipeline.options import GenerationOptions, SamplingOptions, StreamOptions
 from evoprune.pipeline.planning import CHUNK_BYTES, plan_input
 from evoprune.pipeline.prompting import check_context, check_memory, check_question
-from evoprune.pipeline.thinning import staying_order, targets
+from evoprune.pipeline.stream_memory import StreamMemory, Window, staying_order
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.indices import ascending
 from evoprune.report.records import Report, TokenCounts
@@ -71,32 +68,13 @@ class Seen:
     thinned: int
 
 
-@dataclass
-class _Window:
-    """A window of the stream.
-
-    Attributes:
-        start_s, end_s: its span.
-        time: position in time of its first frame pair, counted from the first frame of the stream.
-        order: int64 `[n]`, of each token that is left its place in the order in which tokens stay, 0 for the last one to go.
-        whole: number of its tokens before any was thinned.
-    """
-
-    start_s: float
-    end_s: float
-    time: int
-    order: torch.Tensor
-    whole: int
-
-
 class VideoStream(Askable):
     """A stream of frames that can be asked about: made by `VideoQA.stream`, closed by `with`.
 
-    One thread feeds frames, others may ask meanwhile; a window is encoded while no piece of an answer is generated. A window that is
-    finished during an answer is read after it.
+    One thread feeds frames, others may ask meanwhile: the encoder lets each piece of an answer go first. A window that is finished
+    during an answer is read after it.
 
-    Raises UsageError: the method reads the question, changes the input, or acts inside the language model; or the memory is less than
-    two windows.
+    Raises UsageError: the method reads the question, changes the input, or acts inside the language model.
     """
 
     OVERTAKEN = "another question was asked meanwhile, or the stream went on for too long"
@@ -116,11 +94,10 @@ class VideoStream(Askable):
         self._slots: list[int] = []
         self._frames: list[np.ndarray] = []
         self._origin_s = self._last_s = 0.0
-        self._cache: KVCache | None = None
-        self._waiting: list[tuple[_Window, Encoding, torch.Tensor]] = []
-        self._windows: list[_Window] = []
+        self._memory: StreamMemory | None = None
+        self._waiting: list[tuple[Window, Encoding, torch.Tensor]] = []
         self._latest: Encoding | None = None
-        self._count = self._moved = self._following = 0
+        self._count = self._done = 0  # frames that were looked at; the slot after the last finished window
         self._open: int | None = None  # the number of the answer that is being read
         self._problem: str | None = None
         self._head = self._prompt("?").places[0].start
@@ -138,7 +115,8 @@ class VideoStream(Askable):
     def seen(self) -> Seen | None:
         """What the next question is about; None before the first window is finished."""
         with self._lock:
-            windows = [*self._windows, *(window for window, _, _ in self._waiting)]
+            held = self._memory.windows if self._memory else []
+            windows = [*held, *(window for window, _, _ in self._waiting)]
             if not windows:
                 return None
             tokens = sum(len(window.order) for window in windows)
@@ -168,7 +146,7 @@ class VideoStream(Askable):
             size = self._plan.sampling.frames
             if self._slots and slot // size > self._slots[-1] // size:
                 self._finish((self._slots[-1] // size + 1) * size)
-            if self._slots and slot <= self._slots[-1]:
+            if slot < self._done or (self._slots and slot <= self._slots[-1]):
                 return False
             small = resize(torch.from_numpy(np.ascontiguousarray(frame))[None], self._plan.height, self._plan.width)
             self._slots.append(slot)
@@ -192,8 +170,8 @@ class VideoStream(Askable):
         """Frees the memory. An answer that is being read ends."""
         with self._feeding, self._lock:
             self._problem, self._turn = self._problem or "the stream is closed", self._turn + 1
-            self._cache, self._latest = None, None
-            self._waiting, self._windows, self._slots, self._frames = [], [], [], []
+            self._memory, self._latest = None, None
+            self._waiting, self._slots, self._frames = [], [], []
 
     @property
     def _step(self) -> float:
@@ -226,14 +204,15 @@ class VideoStream(Askable):
     def _finish(self, end: int) -> None:
         """Encodes the frames of a window that ends before slot `end`, and reads it unless an answer is being read."""
         slots, frames = self._slots, self._frames
-        self._slots, self._frames = [], []
+        first = max(self._done, slots[0] // self._plan.sampling.frames * self._plan.sampling.frames)
+        self._slots, self._frames, self._done = [], [], end
         if len(frames) % 2:  # as Hugging Face fills up an odd number
             slots, frames = [*slots, slots[-1]], [*frames, frames[-1]]
-        plan = self._window_plan(slots, end)
+        plan = self._window_plan(slots, first, end)
         encoding, order = self._encode(plan, np.stack(frames))
         positions = self._positions(slots[::2], plan.grid)
         start_s, end_s = plan.sampling.start_s, plan.sampling.end_s
-        window = _Window(start_s, end_s, int(positions[0, 0]), order, len(order))
+        window = Window(start_s, end_s, int(positions[0, 0]), order, len(order))
         with self._lock:
             self._check_open()
             self._waiting.append((window, encoding, positions))
@@ -243,17 +222,18 @@ class VideoStream(Askable):
             if self._open is None:
                 self._read_waiting()
 
-    def _window_plan(self, slots: Sequence[int], end: int) -> Plan:
-        """The plan of a window with these slots: as many tokens as its span has at the stream's rate, however many came."""
-        base, size = self._plan, self._plan.sampling.frames
-        first = slots[0] // size * size
+    def _window_plan(self, slots: Sequence[int], first: int, end: int) -> Plan:
+        """The plan of a window from slot `first` to `end`, with the tokens that are due to this span, however many frames came."""
+        base = self._plan
         _, height, width = base.grid
-        grid, due = (len(slots) // 2, height, width), (end - first + end % 2) // 2
+        grid, due = (len(slots) // 2, height, width), -(-(end - first) // 2)
         keep = min(prod(grid), keep_count(self._engine.share, due * height * width))
         encoder = self._engine.method.plan(tower_shape(self._engine.loaded.model.model.visual), grid, keep)
         times = tuple(self._origin_s + slot * self._step for slot in slots)
         span = (self._origin_s + first * self._step, self._origin_s + end * self._step)
-        return replace(base, sampling=SamplingPlan(*span, times, size), grid=grid, encoder=encoder, unshrunk=None)
+        return replace(
+            base, sampling=SamplingPlan(*span, times, base.sampling.wanted), grid=grid, encoder=encoder, unshrunk=None
+        )
 
     def _encode(self, plan: Plan, frames: np.ndarray) -> tuple[Encoding, torch.Tensor]:
         """A window, encoded as a file is, and the order in which its tokens stay."""
@@ -284,68 +264,20 @@ class VideoStream(Askable):
         places = torch.meshgrid(time, ascending(grid[1], "cpu"), ascending(grid[2], "cpu"), indexing="ij")
         return torch.stack(places).flatten(1)
 
-    @torch.inference_mode()
     def _read_waiting(self) -> None:
-        """Reads the windows that wait into the cache, and thins earlier ones."""
+        """Reads the windows that wait."""
+        if self._memory is None:
+            model, ids = self._engine.loaded.model, self._prompt("?").input_ids[: self._head]
+            self._memory = StreamMemory(model, ids, self._limit, self._plan.encoder.keep, floor(ROOM * self._context))
+        self._memory.cut_off()
         while self._waiting:
             window, encoding, positions = self._waiting[0]
-            with self._changing():
-                self._cut_off()
-                self._make_room(int(positions[0, -1]))
-                read = encoding.tokens
-                at = positions[:, read.kept.cpu()] + self._head
-                at[0] -= self._moved
-                cache, model = self._cache, self._engine.loaded.model
-                embeds = read.features.to(model.model.language_model.norm.weight.dtype)
-                forward(model, embeds, at, cache, read.size)
-                most = positions.amax(1)
-                self._following = self._head + 1 + max(int(most[0]) - self._moved, int(most[1]), int(most[2]))
-                self._windows.append(window)
-                self._waiting.pop(0)
-                whole = max(each.whole for each in self._windows)
-                self._thin(targets([(len(w.order), w.whole) for w in self._windows], self._limit, whole))
-
-    def _cut_off(self) -> None:
-        """Cuts off the columns of the latest question; a new cache begins with what precedes the video."""
-        if self._cache is not None:
-            self._cache.crop(self._head + sum(len(window.order) for window in self._windows))
-            return
-        model = self._engine.loaded.model
-        self._cache = KVCache(model, self._head + self._limit + self._plan.encoder.keep + ANSWER_COLUMNS)
-        ids = self._prompt("?").input_ids[: self._head]
-        forward(model, embed_ids(model, ids), ascending(self._head, "cpu").expand(3, -1), self._cache)
-
-    def _make_room(self, latest: int) -> None:
-        """Moves the beginning of the video to the oldest token that is left, where the position `latest` would be out of range."""
-        room = floor(ROOM * self._context)
-        if latest - self._moved <= room:
-            return
-        far = [latest - window.time > room for window in self._windows]
-        self._thin([0 if gone else len(w.order) for gone, w in zip(far, self._windows, strict=True)])
-        beginning = self._windows[0].time if self._windows else latest
-        config = self._engine.loaded.model.config.text_config
-        self._cache.move(config, slice(self._head, self._cache.length), self._moved - beginning)
-        self._moved = beginning
-
-    def _thin(self, counts: Sequence[int]) -> None:
-        """Leaves so many tokens of each window, in the order in which they stay."""
-        stay = [window.order < count for window, count in zip(self._windows, counts, strict=True)]
-        if all(bool(each.all()) for each in stay):
-            return
-        head = torch.ones(self._head, dtype=torch.bool, device="cpu")
-        self._cache.keep(torch.cat([head, *stay]).nonzero()[:, 0])
-        for window, each in zip(self._windows, stay, strict=True):
-            window.order = window.order[each]
-        self._windows = [window for window in self._windows if len(window.order)]
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """What ends in between (Ctrl-C) leaves a cache that nothing can be read from."""
-        try:
-            yield
-        except BaseException:
-            self._problem = "reading a window was broken off"
-            raise
+            try:
+                self._memory.read(window, encoding.tokens, positions)
+            except BaseException:  # also Ctrl-C: the cache may be half changed
+                self._problem = "reading a window was broken off"
+                raise
+            self._waiting.pop(0)
 
     def _check_open(self) -> None:
         if self._problem:
@@ -380,16 +312,15 @@ class VideoStream(Askable):
         loaded = self._engine.loaded
         with clock.stage("prefill"):
             self._read_waiting()
-            self._cut_off()
             check_question(loaded, question)
             ids = self._prompt(question).input_ids[self._head + 1 :]
-            seen, text = self.seen, self._head + len(ids)
+            seen, memory, text = self.seen, self._memory, self._head + len(ids)
             check_context(loaded, text, seen.tokens, options.max_new_tokens)
             check_memory(self._engine, text, seen.tokens)
             report.tokens, report.stream = TokenCounts(text, seen.tokens, text + seen.tokens, 0), asdict(seen)
-            positions = (ascending(len(ids), "cpu") + self._following).expand(3, -1)
-            following = self._following + len(ids)
-            state = prefill(loaded.model, embed_ids(loaded.model, ids), positions, following, self._cache)
+            positions = (ascending(len(ids), "cpu") + memory.following).expand(3, -1)
+            following = memory.following + len(ids)
+            state = prefill(loaded.model, embed_ids(loaded.model, ids), positions, following, memory.cache)
         self._open = self._turn
         return state
 

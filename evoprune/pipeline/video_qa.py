@@ -26,7 +26,14 @@ from evoprune.pipeline.engine import make_engine, unpruned
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.pipeline.opening import OpenInputs, open_inputs
-from evoprune.pipeline.options import HELD, GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
+from evoprune.pipeline.options import (
+    HELD,
+    GenerationOptions,
+    ModelOptions,
+    PruneOptions,
+    SamplingOptions,
+    StreamOptions,
+)
 from evoprune.pipeline.prompting import longest_prompt
 from evoprune.pipeline.resolving import for_model, make_method
 from evoprune.pipeline.saved import Tuned
