@@ -5,7 +5,7 @@ at once, so that a question costs its own text. Its columns are cut off again wh
 are one video: a token has the position of its frame pair by Qwen's rule, counted from the first frame of the stream.
 
 The newest half of the memory is whole. Beyond it windows are thinned by the measure by which their tokens were selected
-(stream_memory.py). What is left keeps its position. Positions grow with time; once they come near the end of the model's context, keys are
+(stream_memory.py). What is left keeps its position. Positions grow with time. Before they leave the model's context, keys are
 rotated back so that the oldest token that is left is at the beginning of the video. Distances stay what they were.
 
 Each window is encoded from its first frame pair on without what was encoded before: a selection covers a window, and can only keep

@@ -78,10 +78,14 @@ class StreamMemory:
         self._thin(targets(held, self._limit, max(whole for _, whole in held)))
 
     def _make_room(self, latest: int) -> None:
-        """Moves the beginning of the video to the oldest token that is left, where the position `latest` would be out of range."""
+        """Moves the beginning of the video to the oldest token that is left, where the position `latest` would be out of range.
+
+        Windows from so long ago that this is not enough go; they have few tokens, unless the context is small.
+        """
         if latest - self._moved <= self._room:
             return
-        self._thin([0 if latest - each.time > self._room else len(each.order) for each in self.windows])
+        far = self._room * 7 // 8  # not all of it, or every window would move the keys, and round them
+        self._thin([0 if latest - each.time > far else len(each.order) for each in self.windows])
         beginning = self.windows[0].time if self.windows else latest
         self.cache.move(self._model.config.text_config, slice(self._head, self.cache.length), self._moved - beginning)
         self._moved = beginning

@@ -162,6 +162,19 @@ def test_the_beginning_can_be_moved_without_a_change_of_distances(demo):
         assert not torch.allclose(moved, old, atol=1e-2)
 
 
+def test_a_memory_longer_than_the_context_is_moved_now_and_then(demo):
+    with VideoQA(demo, budget=0.25).stream(window_s=2.0, memory_s=20.0) as stream:
+        fed(stream, 2)
+        memory, moves = stream._memory, []
+        memory._room = 48  # positions: 24 s, less than what 20 windows span
+        for number in range(1, 40):
+            fed(stream, 2, start=2.0 * number)
+            moves.append(memory._moved)
+            assert memory.following <= memory._head + 48 + 1 and memory.windows[0].time >= memory._moved
+            assert memory.cache.length == memory._head + stream.seen.tokens
+        assert 5 < len(set(moves)) < 30 and stream.ask(QUESTION).text
+
+
 @pytest.mark.parametrize("most, limit", [(36, 720), (5, 10), (7, 100), (1, 2)])
 def test_how_many_tokens_stay(most, limit):
     counts: list[tuple[int, int]] = []
