@@ -132,7 +132,7 @@ def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
     selector made the tokens, they are selected as `evoprune` does.
     """
     stage, kept = rows.plan.token_stage, tokens.kept
-    selector, given = (stage.selector, rows.tokens) if stage else (FarthestPoints(), _of_tokens(rows, tokens))
+    selector, given = (stage.selector, rows.tokens) if stage else (FarthestPoints(count=0), _of_tokens(rows, tokens))
     often, count = torch.zeros_like(kept), len(kept) // 2
     while count:
         often += torch.isin(kept, select(selector, given, count).kept.to(kept.device))
