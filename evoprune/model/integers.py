@@ -188,8 +188,6 @@ class Int4Linear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         if self.full is not None and len(rows) > 1:
             return self.full(x)
-        if self.scales.dtype != rows.dtype:  # the model computes in a wider dtype than its file has
-            self.scales = self.scales.to(rows.dtype)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), self.packed, GROUP, self.scales)
         y = y[:, : self.out_features]
         if self.bias is not None:

@@ -162,6 +162,8 @@ class _Quantised:
             full = Int8Linear(weights | {"large": large}, layer.bias, self._to_bytes)
         made = full
         if self.every[path] == "int4":
+            # The kernel wants the dtype in which the model computes. That of the file may be narrower.
+            weights = weights | {"scales": weights["scales"].to(self._model.dtype)}
             made = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)
         setattr(self._model.get_submodule(parent), name, made)
         self.done += 1

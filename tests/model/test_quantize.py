@@ -214,11 +214,3 @@ def test_threads_change_nothing(kind):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_four_bits_of_stored_weights_follow_the_dtype_of_the_model(dtype):
-    layer, x = layer_of(dtype=torch.bfloat16, bias=False), torch.randn(1, 96).to(dtype)
-    expected = F.linear(x.double(), int4_by_hand(layer.weight))
-    got = int4(layer)(x)
-    assert got.dtype == dtype and (got.double() - expected).abs().max() < 0.05 * expected.abs().max()

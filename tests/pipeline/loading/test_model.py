@@ -152,6 +152,13 @@ def test_forms_of_the_weights(saved, quantize, monkeypatch):
     assert sizes[None] == sizes[0] and (sizes[0] == plain if quantize == "none" else sizes[0] < plain)
 
 
+@pytest.mark.parametrize("quantize", parameters("int8", "int4"))
+def test_a_model_may_compute_in_a_wider_dtype_than_its_file_has(quantize):
+    """The bundled weights are stored in 16 bits."""
+    qa = VideoQA.load("demo", dtype="fp32", quantize=quantize)
+    assert qa.ask("samples/square.mp4", "What colour is the square?").text == "green"
+
+
 def test_quantising_needs_a_cpu(saved):
     with pytest.raises(UsageError, match="unknown quantisation"):
         load_model(str(saved), quantize="int3")
