@@ -141,7 +141,7 @@ Debug = _output(bool, "--debug", "Show the traceback of an error.  [env var: EVO
 
 
 def _for_all(*, debug: Debug = False, help_all: HelpAll = False) -> None:
-    """The last options of every command; their values are read from the command line elsewhere (`main`)."""
+    """The last options of every command. `failures.debugging` and a callback of `HelpAll` read them, not the command."""
 
 
 def listed(texts: list[str] | None) -> list[str]:

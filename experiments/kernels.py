@@ -130,7 +130,8 @@ def byte_products(sizes: Sizes, repeat: int) -> None:
     """
     inner, outer = sizes.product
     plain = nn.Linear(inner, outer, bias=False)
-    built = Int8Linear(int8_weights(plain))
+    stored = int8_weights(plain)
+    built = Int8Linear(stored)
     engine = torch.backends.quantized.engine
     torch.backends.quantized.engine = "fbgemm"
     scales, zeros = built.scale.double(), torch.zeros(outer, dtype=torch.int64)
@@ -143,6 +144,12 @@ def byte_products(sizes: Sizes, repeat: int) -> None:
         # A new view each time, because layers share the conversion of the same activations.
         ways = [lambda x=x: plain(x), lambda x=x: built(x[:]), lambda whole=whole: product(whole, 1.0, 0, held)]
         rows.append((f"{count:,}", *(cell for cells in times(medians(ways, repeat)) for cell in cells)))
+    arranging = [
+        lambda: Int8Linear(stored),
+        lambda: torch.ops.quantized.linear_prepack(weights, None),
+    ]
+    for name, each in zip(("as built", "fbgemm"), medians(arranging, repeat), strict=True):
+        print(f"Arranging the weights, {name}: {each:.0f} ms")
     torch.backends.quantized.engine = engine
     columns = (
         "rows",

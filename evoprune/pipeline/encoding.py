@@ -214,9 +214,8 @@ def encode_input(
     while True:
         try:
             with memory_guard("encode"), closing(reader):
-                result = _run(
-                    engine, plan, _patches(plan, reader, clock, progress), chunk_units, progress, rows_of, select
-                )
+                patches = _patches(plan, reader, clock, progress)
+                result = _run(engine, plan, patches, chunk_units, progress, rows_of, select)
             break
         except OutOfMemory as problem:
             least = plan.grid[1] * plan.grid[2]

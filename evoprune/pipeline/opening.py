@@ -103,13 +103,13 @@ class OpenInputs:
         """
         count, kept = len(self.plans), sum(plan.encoder.keep for plan in self.plans)
         other_tokens = [TEXT + kept - plan.encoder.keep for plan in self.plans]
-        for plan, text in zip(self.plans, other_tokens, strict=True) if count > 1 else ():
-            fitting_chunk(self.engine, plan, text)
+        for plan, others in zip(self.plans, other_tokens, strict=True) if count > 1 else ():
+            fitting_chunk(self.engine, plan, others)
         encodings = []
-        for number, (each, text) in enumerate(zip(self._inputs, other_tokens, strict=True), 1):
+        for number, (each, others) in enumerate(zip(self._inputs, other_tokens, strict=True), 1):
             if progress and count > 1:
                 progress("input", number, count)
-            encodings.append(each.encode(progress, text))
+            encodings.append(each.encode(progress, others))
         return EncodedInputs(self.engine, encodings)
 
     def close(self) -> None:

@@ -148,10 +148,8 @@ def encoding_bytes(
     selected, means = stages[0].rows if stages else 0, 0
     if any(isinstance(stage.reduce, WholePairs) for stage in stages):
         # Their rows go on in chunks; the means of all of them are made in float32.
-        selected, means = (
-            min(chunk_units, encoder.units),
-            encoder.units * PATCHES * config.vision_config.hidden_size * 4,
-        )
+        selected = min(chunk_units, encoder.units)
+        means = encoder.units * PATCHES * config.vision_config.hidden_size * 4
     return working_memory(config, encoder.units, chunk_units, prompt, bytes_each, selected) + means
 
 
