@@ -1,7 +1,7 @@
 """Records a command in a terminal as an animated SVG, in light and dark: `python -m experiments.recording -o docs/recording.svg`.
 
-The command runs on a pseudo-terminal. What it writes appears when it was written. The time until the first output, in which
-Python starts and imports torch, is cut to a second; the picture says so if it was longer. Needs a POSIX system.
+The command runs on a pseudo-terminal. What it writes appears when it was written, but the time until the first output, in which
+Python starts and imports torch, is cut to a second. The picture plays once; where nothing moves, it is the last screen. POSIX only.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-COMMAND = ["ask", "samples/pan.mp4", "Which digit is shown?"]
+COMMAND = ["ask", "samples/square.mp4", "What colour is the square?"]
 COLUMNS, ROWS = 92, 24
 WIDE, TALL, EDGE = 7.8, 17, 16  # of a letter and a line, and around the text, in pixels
 TYPED = 1.2  # seconds for the command
