@@ -73,7 +73,8 @@ def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: to
         rows.div_(scales[-1][:, None]).round_()
         sums.append(rows.sum(1))  # exact: whole numbers below 2^24
         place.copy_(rows)
-    wide = layer.weight[:, large].float().T.contiguous()
+    # A copy, not `contiguous()`: with one channel that keeps the strides of the transpose, and the product takes another kernel.
+    wide = layer.weight[:, large].float().T.clone(memory_format=torch.contiguous_format)
     return {"whole": whole, "scale": torch.cat(scales), "sum": torch.cat(sums), "large": large, "wide": wide}
 
 

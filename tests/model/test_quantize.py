@@ -203,14 +203,19 @@ def test_weights_quantised_piece_by_piece_are_the_same(make, out, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", parameters("int8", "int4"))
-def test_threads_change_nothing(kind):
-    model, found = copy.deepcopy(tiny_model()), []
+def test_threads_change_no_more_than_float32_does(kind):
+    """On some CPUs the last bit of float32 products, such as that of the patch embedding, depends on the number of threads."""
+    plain, found, without = copy.deepcopy(tiny_model()), [], []
+    model = copy.deepcopy(plain)
     quantize(model, kind, calibrate)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             found.append(features_of(model))
+            without.append(features_of(plain))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    for features, exact in zip(found, without, strict=True):
+        # A byte that is rounded the other way is one step of many: less than what rounding itself changes.
+        assert torch.equal(features, found[0]) if torch.equal(exact, without[0]) else relative(features, found[0]) < 0.02
