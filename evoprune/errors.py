@@ -80,8 +80,16 @@ class PluginError(EvopruneError):
     type = "plugin"
 
 
-class PluginWarning(UserWarning):
+class EvopruneWarning(UserWarning):
+    """Base of the warnings that the command line prints in its own way."""
+
+
+class PluginWarning(EvopruneWarning):
     """A method of another package is installed and not used."""
+
+
+class DeviceWarning(EvopruneWarning):
+    """A GPU is there and cannot be used."""
 
 
 class OutOfMemory(EvopruneError):
@@ -156,7 +164,15 @@ def memory_guard(stage: str) -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as problem:
         if not is_out_of_memory(problem):
             raise
-        raise OutOfMemory(f"out of memory in {stage}", LESS, stage=stage) from problem
+        raise OutOfMemory(f"out of memory in {stage}{_wanted(problem)}", LESS, stage=stage) from problem
+
+
+def _wanted(problem: BaseException) -> str:
+    """How much was asked for and how much was free, where the allocator of a GPU says it."""
+    said = re.search(r"Tried to allocate ([\d.]+ \wiB).*?(?:of which ([\d.]+ \wiB) is free|$)", str(problem), re.DOTALL)
+    if not said:
+        return ""
+    return f": {said[1]} wanted" + (f", {said[2]} free" if said[2] else "")
 
 
 def first_line(problem: BaseException) -> str:

@@ -16,7 +16,7 @@ OPEN_FILES = ("/dev/", "/proc/self/fd/")
 HEADS = re.compile(
     b"|".join(
         [
-            rb'\{"schema":"evoprune/(profile|tune|tune-operations)@\d+",',
+            rb'\{"schema":"evoprune/(profile|tune|tune-operations|verify)@\d+",',
             rb"evoprune profile \d\S*, torch \d\S*, transformers \d[^\s;]*[\n;]",  # a table or Markdown
             rb"row,name,method,budget,quantize,frames,height,width,units,encoder_rows,live_share,tokens,prompt,",
             rb'<svg xmlns="http://www\.w3\.org/2000/svg" [^>]*>\n<!-- evoprune -->\n<title>',

@@ -16,7 +16,7 @@ from functools import partial
 import typer
 
 import evoprune
-from evoprune.errors import PluginWarning, UsageError
+from evoprune.errors import EvopruneWarning, UsageError
 from evoprune_cli import completion
 from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
@@ -26,8 +26,9 @@ from evoprune_cli.help_format import Group, showing
 from evoprune_cli.inspect import inspect
 from evoprune_cli.methods import methods
 from evoprune_cli.profile import profile
-from evoprune_cli.terminal import WIDTH, ClosedOutput, print_document, print_error, print_json, print_plugin_warning
+from evoprune_cli.terminal import WIDTH, ClosedOutput, print_document, print_error, print_json, print_own_warning
 from evoprune_cli.tune import tune
+from evoprune_cli.verify import verify
 
 # What the parser raises. Some versions of Typer contain click and others import it, so the class is found through Typer's own.
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -41,7 +42,7 @@ app = typer.Typer(
     help="Ask Qwen2.5-VL (or Qwen2-VL) about videos; visual tokens are pruned inside the vision encoder.\n\n"
     '\b\nevoprune ask clip.mp4 "What happens?"\nevoprune ask --help',
     epilog="Exit codes: 0 done, 1 a bug, 2 usage or an output that cannot be written, 3 video, 4 model, 5 out of memory, "
-    "6 some items failed or no setting passed, 130 interrupted, 143 terminated.",
+    "6 some items failed or no setting passed, 7 verify found a difference, 130 interrupted, 143 terminated.",
     add_completion=False,  # the two options are those of evoprune_cli.completion, with errors of our own
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -82,9 +83,10 @@ app.command(cls=showing("overlay", "scan", "clear_cache", "forget_tuned", *_MODE
 app.command(
     cls=showing("budget", "method", "frames", "size", "model", "time_limit", "form", "output", "chart", "quiet")
 )(profile)
+app.command(cls=showing("quick", "time_limit", "model", "output", *_OUTPUT))(verify)
 app.command(cls=showing("json"))(methods)
 # Of the JSON lines of these commands; the others print a report.
-SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "inspect", "methods", "tune")}
+SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "inspect", "methods", "tune", "verify")}
 
 
 def _terminate(*_) -> None:
@@ -126,8 +128,8 @@ def run() -> None:
 
 def _show_warning(usual: Callable[..., None], message: Warning, category: type[Warning], *where, **more) -> None:
     """Prints a warning of this package's own as such, and others in the usual way."""
-    if issubclass(category, PluginWarning):
-        print_plugin_warning(message)
+    if issubclass(category, EvopruneWarning):
+        print_own_warning(message)
     else:
         usual(message, category, *where, **more)
 

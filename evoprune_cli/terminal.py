@@ -138,8 +138,8 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
     _print_titled("warning:", "33;1", text)
 
 
-def print_plugin_warning(message: Warning | str) -> None:
-    """Prints a warning about a method of another package."""
+def print_own_warning(message: Warning | str) -> None:
+    """Prints a warning of this package: about a method of another one, or a GPU."""
     _print_titled("warning:", "33;1", str(message))
 
 

@@ -8,6 +8,7 @@
 | ray | batches on Ray, also the slow ones |
 | lmms-eval | the model for lmms-eval, in lmms-eval |
 | transformers | transformers' own tests on models that prune; `--source DIR` is a checkout, which is installed |
+| device | on a second device, which is not the CPU (tests/second_device) |
 | lowest | the default tests, with the lowest versions that pyproject.toml allows |
 
 torch is the version of the running environment: older builds are too large to try, and other packages would bring newer ones.
@@ -81,6 +82,10 @@ RECIPES = {
             "-m pip install -q {source}",
         ),
         test="-m experiments.huggingface_tests --source {source} -- -k 'not Integration'",
+    ),
+    "device": Recipe(
+        make=("-m pip install -q -c constraints.txt -e .[test]",),
+        test="-m pytest -q -p tests.second_device.plugin -m device tests/second_device",
     ),
     "lowest": Recipe(
         make=(

@@ -12,9 +12,9 @@ import torch
 from transformers import BatchFeature
 
 from evoprune.keywords import from_keywords
-from evoprune.language.prompt import build_prompt
+from evoprune.language.prompt import Prompt, build_prompt
 from evoprune.language.tokenizer import load_tokenizer
-from evoprune.model.config import QWEN2
+from evoprune.model.config import QWEN2, Config
 from evoprune.pipeline.encoding import patches_of
 from evoprune.pipeline.loading.folder import input_limits
 from evoprune.pipeline.loading.found import find_model
@@ -70,11 +70,17 @@ def processor_inputs(
     said = [(plan.kind, prompt_subtitles(tokenizer, plan.info, plan.sampling, *lines)) for plan in read]
     counts = [(plan.kind, plan.visual_tokens) for plan in read]
     prompt = build_prompt(tokenizer, question, counts, system=system, subtitles=subtitles_of(said))
-    made = _text(prompt.input_ids, prompt.places, [kind for kind, _ in counts])
-    made |= _visual(read, limits, options.decoder)
-    if found.config.vision_config.family == QWEN2:  # whose processor does not say
+    return BatchFeature(arguments(prompt, read, limits, found.config, options.decoder))
+
+
+def arguments(
+    prompt: Prompt, read: Sequence[Plan], limits: dict[str, InputLimits], config: Config, decoder: str = "auto"
+) -> dict[str, torch.Tensor]:
+    """The same for a prompt, what is looked at of its inputs, and the limits and the config of a model."""
+    made = _text(prompt.input_ids, prompt.places, [plan.kind for plan in read]) | _visual(read, limits, decoder)
+    if config.vision_config.family == QWEN2:  # whose processor does not say
         made.pop("second_per_grid_ts", None)
-    return BatchFeature(made)
+    return made
 
 
 def _planned(paths: Sequence[str | PathLike], options: SamplingOptions, limits: dict[str, InputLimits]) -> list[Plan]:

@@ -6,6 +6,7 @@ import torch
 
 from evoprune.methods.base import LanguageMethod
 from evoprune.methods.selecting import select_in_language
+from evoprune.model.device import to_device
 from evoprune.model.numerics import norm, rotate
 from evoprune.pruning.indices import true_indices
 from evoprune.pruning.language_plan import KINDS, LanguagePlan, tokens_of_layers
@@ -76,7 +77,7 @@ class Dropping:
         pair: torch.Tensor,
     ):
         self._model, self._method, self._plan = model, method, plan
-        self._visual, self._pair = visual.to(embeds.device), pair.to(embeds.device)
+        self._visual, self._pair = to_device(visual, embeds.device), to_device(pair, embeds.device)
         self._others = len(embeds) - len(visual)
         self._text = len(embeds) - 1 - int(visual[-1])  # columns after the last of them
         self._embeds = embeds[self._visual], embeds[len(embeds) - self._text :]

@@ -16,6 +16,7 @@ from evoprune.language.settings import GenerationSettings
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.config import ANSWER_COLUMNS
+from evoprune.model.device import to_device
 from evoprune.model.numerics import not_a_number_error
 from evoprune.pruning.indices import ascending
 
@@ -49,7 +50,9 @@ def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
     if len(ids) and ids.max() >= len(embed.weight):
         problem = f"the tokenizer makes token {int(ids.max())}, and the model knows {len(embed.weight):,}"
         raise ModelError(problem, "take tokenizer and weights from the same model", stage="prefill")
-    return embed(ids.to(embed.weight.device)).to(norm.weight.dtype)  # embeddings may stay as their file has them
+    return embed(to_device(ids, embed.weight.device)).to(
+        norm.weight.dtype
+    )  # embeddings may stay as their file has them
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Visual:
     Attributes:
         place: indices of its placeholders in the unpruned prompt.
         features: `[K, hidden]`, the embeddings of the kept visual tokens.
-        kept: int64 `[K]`, indices of the kept tokens among the placeholders, ascending.
+        kept: int64 `[K]`, indices of the kept tokens among the placeholders, ascending; on the CPU from then on.
         size: float32 `[K]`, the weight of each kept token in attention, of `evoprune` the root of its cluster size; None for 1.
 
     Raises ValueError: `kept` and `features` differ in length, or `kept` is not ascending within the place.
@@ -71,7 +74,8 @@ class Visual:
     size: torch.Tensor | None = None
 
     def __post_init__(self):
-        kept, most = self.kept, len(self.place) - 1
+        kept, most = self.kept.cpu(), len(self.place) - 1
+        object.__setattr__(self, "kept", kept)  # read once: from an accelerator it waits
         if len(kept) != len(self.features):
             raise ValueError(f"{len(self.features)} features for {len(kept)} visual tokens")
         if len(kept) and (kept[0] < 0 or kept[-1] > most or bool((kept.diff() <= 0).any())):
@@ -80,7 +84,7 @@ class Visual:
     @property
     def columns(self) -> torch.Tensor:
         """int64 `[K]` on the CPU, the columns of the kept tokens in the unpruned prompt."""
-        return self.kept.cpu() + self.place.start
+        return self.kept + self.place.start
 
 
 def embed_prompt(model, input_ids: torch.Tensor, visuals: Sequence[Visual]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,8 +121,8 @@ def column_sizes(visuals: Sequence[Visual], columns: torch.Tensor) -> torch.Tens
     device = next(iter(sizes.values())).device
     every = torch.ones(int(columns[-1]) + 1, dtype=torch.float32, device=device)
     for i, size in sizes.items():
-        every[visuals[i].columns.to(device)] = size
-    return every[columns.to(device)]
+        every[to_device(visuals[i].columns, device)] = size
+    return every[to_device(columns, device)]
 
 
 def dropping_for(
@@ -137,7 +141,7 @@ def dropping_for(
         visuals: of the prompt's inputs; `grids`: (T, H, W) in units of each.
         embeds, columns: from `embed_prompt`.
     """
-    kept = [visual.kept.cpu() for visual in visuals]
+    kept = [visual.kept for visual in visuals]
     plan = method.language_plan(model.config.text_config.num_hidden_layers, sum(map(len, kept)), budget)
     if plan is None:
         return None

@@ -12,6 +12,7 @@ import torch
 
 from evoprune.errors import memory_guard
 from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, kv_bytes
+from evoprune.model.device import is_accelerator
 from evoprune.model.machine import available_memory
 from evoprune.model.numerics import without_autocast
 
@@ -24,9 +25,9 @@ T = TypeVar("T")
 
 
 def now(device: torch.device) -> float:
-    """Seconds. On CUDA it waits until all kernels are done, which run on after Python has gone on."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Seconds. On an accelerator it waits until all kernels are done, which run on after Python has gone on."""
+    if is_accelerator(device):
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.errors import ModelError
+from evoprune.model.device import to_device
 
 HINT = "fp16 can overflow: take dtype bf16 or fp32; if it stays, the weights are damaged: get them again"
 
@@ -60,7 +61,7 @@ def rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch
     """Cosines and sines `[L, 1, head_dim]` in dtype and on the device of `like`; the sines' first half is negated."""
     rope = config.rope_parameters
     frequencies, axis = _frequencies(rope["rope_theta"], tuple(rope["mrope_section"]))
-    angles = (positions[axis].T * frequencies).to(like.device)[:, None]
+    angles = to_device(positions[axis].T * frequencies, like.device)[:, None]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1).to(like.dtype), torch.cat([-sin, sin], -1).to(like.dtype)
 

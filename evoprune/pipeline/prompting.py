@@ -3,6 +3,8 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
+
 from evoprune.bundled import unknown_words
 from evoprune.errors import LESS, OutOfMemory, UsageError, names_plugins
 from evoprune.keywords import brief
@@ -51,12 +53,11 @@ class PromptReader:
     @names_plugins()
     def read(self, encoded: Sequence[Encoded], prompt: Prompt, system: str | None) -> PrefillState:
         """The state that decoding of a prompt from `build` starts from; `encoded`: the tokens of each input."""
-        model = self._loaded.model
-        positions = prompt_positions(
-            len(prompt.input_ids), self._spans(prompt), model.config.vision_config.tokens_per_second
-        )
+        model, positions = self._loaded.model, self.positions(prompt)
         following = int(positions.max()) + 1
-        visuals = [Visual(place, e.features, e.kept, e.size) for place, e in zip(prompt.places, encoded, strict=True)]
+        visuals = [
+            Visual(place, e.features, e.kept_here, e.size) for place, e in zip(prompt.places, encoded, strict=True)
+        ]
         embeds, columns = embed_prompt(model, prompt.input_ids, visuals)
         positions = positions[:, columns]
         sizes = column_sizes(visuals, columns)
@@ -70,13 +71,15 @@ class PromptReader:
         self._prefix = system, state.cache, shared
         return state
 
-    def _spans(self, prompt: Prompt) -> list[VisualSpan]:
-        """Where in the prompt each input stands, and its grid."""
+    def positions(self, prompt: Prompt) -> torch.Tensor:
+        """int64 `[3, L]`, of the tokens of a prompt from `build`, by Qwen's rule."""
         pair = self._loaded.video.temporal_patch_size
-        return [
+        spans = [
             VisualSpan(place.start, plan.grid, plan.sampling.seconds_per_pair(pair))
             for place, plan in zip(prompt.places, self._plans, strict=True)
         ]
+        per_second = self._loaded.model.config.vision_config.tokens_per_second
+        return prompt_positions(len(prompt.input_ids), spans, per_second)
 
     def _take_prefix(self, system: str | None, shared: int) -> tuple[KVCache | None, int]:
         """The cache up to the question, and its columns; of the new prompt `shared` do not depend on the question."""

@@ -14,6 +14,8 @@ from functools import lru_cache
 
 import torch
 
+from evoprune.model.device import to_device
+
 ALPHA = 1.5
 DIMENSIONS = 128  # of the projected features
 FEW = 512  # up to this number of rows, features are not projected
@@ -63,7 +65,7 @@ def points_of(
     return Points(
         units=units,
         row=owner[units],
-        time=time.float().to(units.device)[units // (grid[1] * grid[2])],
+        time=to_device(time.float(), units.device)[units // (grid[1] * grid[2])],
         place=place,
         half=place.square().sum(1) / 2,
         salience=salience,
@@ -84,7 +86,7 @@ def places_and_salience(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.
     count = torch.bincount(owner[owner >= 0], minlength=len(rows)).float()
     shares = (count / count.sum()).split(AT_ONCE)
     project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > FEW  # otherwise projection saves nothing
-    to = _projection(rows.shape[1]).to(rows.device) if project else None
+    to = to_device(_projection(rows.shape[1]), rows.device) if project else None
 
     def pieces() -> Iterator[torch.Tensor]:  # float32, a few rows at a time to save memory
         return (some.float() for some in rows.split(AT_ONCE))

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import torch
 
+from evoprune.model.device import to_device
 from evoprune.pruning.budget import spread
 from evoprune.pruning.distance import Points, rounded
 from evoprune.pruning.indices import ascending
@@ -201,7 +202,7 @@ def _even(units: torch.Tensor, grid: tuple[int, int, int], keep: int) -> torch.T
     ends = last * keep // len(units)  # how many are selected up to the end of each frame pair
     before = torch.cat([ends.new_zeros(1), ends])
     # Any stretch of the order of `_scattered` covers the frame evenly, and each frame pair continues where the last one ended.
-    turn = (_scattered(grid[1], grid[2]).to(units.device)[place] - before[pair]) % places
+    turn = (to_device(_scattered(grid[1], grid[2]), units.device)[place] - before[pair]) % places
     order = turn.argsort(stable=True)
     order = order[pair[order].argsort(stable=True)]  # by frame pair, then by turn
     rank = ascending(len(units), units.device) - torch.cat([last.new_zeros(1), last])[pair]

@@ -80,7 +80,7 @@ def _read(
     """
     stream = iter(patches)
     ahead = list(islice(stream, 1))
-    apart = reuse and ahead and not devices.static_shapes(ahead[0].device)
+    apart = reuse and ahead and not devices.reading_waits(ahead[0].device)
     for piece in in_pairs(chain(iter(ahead), stream), rows_per_pair, 1 if apart else pairs):
         ahead.clear()  # frees its memory
         if not reuse:
@@ -121,7 +121,7 @@ def in_chunks(
         count, rest = divmod(len(piece), pair)
         if rest or done + count > pairs:
             raise ValueError(f"patches do not add up to {pairs} frame pairs of {geo.units} units")
-        if even is not None and (not even or devices.static_shapes(piece.device) or even[-1]):
+        if even is not None and (not even or devices.reading_waits(piece.device) or even[-1]):
             even.append(_is_even(piece.view(count, -1, piece.shape[1])))
         source = None
         if threshold:

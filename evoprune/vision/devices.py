@@ -1,8 +1,12 @@
-"""What differs between a CPU and a GPU: how much is computed at a time, and which values the program may read meanwhile."""
+"""What differs between a CPU and an accelerator: how much is computed at a time, and how time is taken."""
 
 import time
 
 import torch
+
+from evoprune.model.device import is_accelerator, reading_waits, to_device
+
+__all__ = ["Timer", "largest_chunk", "reading_waits", "scores_at_a_time", "to_device"]
 
 # Units encoded at a time, rounded up to whole frame pairs. 512 units (2,048 patches) keep matrix products at full speed and their
 # results in a CPU's caches (`python -m experiments.kernels`). A GPU needs more to be busy.
@@ -17,31 +21,19 @@ GPU_SCORES = 1 << 26
 
 def largest_chunk(device: torch.device) -> int:
     """How many units are encoded at a time; the caller rounds up to whole frame pairs."""
-    return CHUNK_UNITS if device.type == "cpu" else GPU_CHUNK_UNITS
+    return GPU_CHUNK_UNITS if reading_waits(device) else CHUNK_UNITS
 
 
 def scores_at_a_time(device: torch.device) -> int:
     """How many entries of a score matrix are held at a time."""
-    return SCORES if device.type == "cpu" else GPU_SCORES
-
-
-def static_shapes(device: torch.device) -> bool:
-    """Whether shapes must not depend on values: on a GPU reading a value synchronises; on a CPU it saves padding."""
-    return device.type == "cuda"
-
-
-def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`x` on `device`; a copy from the CPU to a GPU does not synchronise."""
-    if x.device.type == "cpu" and device.type == "cuda":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    return GPU_SCORES if reading_waits(device) else SCORES
 
 
 class Timer:
-    """A context that adds up the time of its blocks; on CUDA it records events, which only `seconds` reads."""
+    """A context that adds up the time of its blocks; on an accelerator it records events, which only `seconds` reads."""
 
     def __init__(self, device: torch.device):
-        self._cuda = device if device.type == "cuda" else None
+        self._device = device if is_accelerator(device) else None
         self._marks = []
 
     def __enter__(self) -> None:
@@ -52,21 +44,21 @@ class Timer:
 
     def copy(self) -> "Timer":
         """A new timer that starts from the same sum."""
-        made = Timer(self._cuda or torch.device("cpu"))
+        made = Timer(self._device or torch.device("cpu"))
         made._marks = list(self._marks)
         return made
 
     def _mark(self):
-        if self._cuda is None:
+        if self._device is None:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._cuda))
+        event = torch.Event(self._device, enable_timing=True)
+        event.record(torch.accelerator.current_stream(self._device))
         return event
 
     def seconds(self) -> float:
-        """The sum so far, in seconds. On CUDA this synchronises with the last block."""
+        """The sum so far, in seconds. On an accelerator this synchronises with the last block."""
         pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
-        if self._cuda is None:
+        if self._device is None:
             return sum(end - start for start, end in pairs)
         if pairs:
             pairs[-1][1].synchronize()

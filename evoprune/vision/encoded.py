@@ -1,6 +1,7 @@
 """The encoder's result: the tokens of a video, and the row that represents each of its units."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -51,12 +52,17 @@ class Encoded:
         """The live share: the mean over the layers of rows computed / units. The tower's time is proportional to it."""
         return sum(rows for _, rows in self.layers) / len(self.layers) / len(self.owner)
 
+    @cached_property
+    def kept_here(self) -> torch.Tensor:
+        """`kept` on the CPU, read once: from an accelerator it waits."""
+        return self.kept.cpu()
+
     @property
     def kept_per_pair(self) -> list[int]:
         """Number of tokens in each frame pair, video after video."""
         edges = [h * w for t, h, w in self.grids for _ in range(t)]
         pair = ascending(len(edges), "cpu").repeat_interleave(torch.tensor(edges, dtype=torch.int64, device="cpu"))
-        return torch.bincount(pair[self.kept.cpu()], minlength=len(edges)).tolist()
+        return torch.bincount(pair[self.kept_here], minlength=len(edges)).tolist()
 
 
 def joined(videos: list[Encoded]) -> Encoded:

@@ -87,7 +87,7 @@ def reduce_rows(
 
     Raises RuntimeError: the merger removed no row in a round, or too many; raised only where shapes are not static.
     """
-    target, static = merging.left[layer + 1], devices.static_shapes(x.device)
+    target, static = merging.left[layer + 1], devices.reading_waits(x.device)
     total, longest = layout.group_count(scope), layout.longest(scope)
     length = tally(layout.group_of(layout.unit, scope), total)
     goal = devices.to_device(torch.tensor(target, dtype=torch.int64, device="cpu"), x.device)

@@ -259,7 +259,7 @@ def _attend(
 def _groups(rows: _LayerRows, scope: Scope, device: torch.device) -> list[Bucket] | Packed:
     """The attention groups of the rows, made once for a layout and a scope."""
     if scope not in rows.groups:
-        if devices.static_shapes(device):
+        if devices.reading_waits(device):
             rows.groups[scope] = Packed(attention_groups(rows.layout, scope, exact=False), rows.layout.rows)
         else:
             rows.groups[scope] = buckets(attention_groups(rows.layout, scope))

@@ -28,6 +28,6 @@ def test_the_reference_is_up_to_date_whatever_the_terminal(cli):
     stored = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert text == stored, "make it anew: python -m evoprune_cli.cli_docs > docs/cli.md"
     assert all(len(line) <= 80 for line in text.split("```text")[1].splitlines()) and "\x1b" not in text
-    for command in ("ask", "batch", "eval", "inspect", "methods", "profile"):
+    for command in ("ask", "batch", "eval", "inspect", "methods", "profile", "verify"):
         assert f"## evoprune {command}\n" in text
     assert cli("ask", "--help-all").out.strip() in text

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from evoprune.profiling import bench
+from evoprune.profiling.verify.checks import CHECKS
 from tests.cli.test_readme import ROOT
 from tests.recipes import keep_recipe
 from tests.tuned import tune
@@ -165,6 +166,14 @@ def test_profile(cli, tiny_folder, monkeypatch):
     monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
     quick = ("-r", "1", "--size", "112x168", "-b", "0.5", "--format", "json", "--method", "fastv,operations", *SHORT)
     check("profile", [cli("profile", "-m", str(tiny_folder), *quick).record], errors=False)
+
+
+def test_verify(cli, monkeypatch):
+    timed = {"transformers_s": 1.0, "evoprune_s": 0.5, "ratio": 2.0}
+    monkeypatch.setattr("evoprune.profiling.verify.speed.first_token", lambda subject: timed)
+    monkeypatch.setattr("evoprune.profiling.verify.run.CHECKS", CHECKS[:3])
+    refused = cli("verify", "gone.mp4", "-m", "demo", "--json").record
+    check("verify", [cli("verify", "-m", "demo", "--json").record, refused])
 
 
 def test_inspect(cli, tmp_path, monkeypatch, config):

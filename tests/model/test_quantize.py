@@ -218,4 +218,6 @@ def test_threads_change_no_more_than_float32_does(kind):
         torch.set_num_threads(before)
     for features, exact in zip(found, without, strict=True):
         # A byte that is rounded the other way is one step of many: less than what rounding itself changes.
-        assert torch.equal(features, found[0]) if torch.equal(exact, without[0]) else relative(features, found[0]) < 0.02
+        assert (
+            torch.equal(features, found[0]) if torch.equal(exact, without[0]) else relative(features, found[0]) < 0.02
+        )

@@ -7,17 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune.methods.base import Merger
 from evoprune.methods.evoprune import FarthestPoints
+from evoprune.profiling.verify.waiting import shape_depends_on_values
 from evoprune.pruning.types import Selection
 from evoprune.vision import attention, chunks, devices, encoded, encoder
 from tests.vision.results import assert_same, check_result, encode_patches
 from tests.vision.tower import tiny_tower
-
-# Operators whose result has a shape that depends on values, or is itself read by the host. On CUDA they wait for the device.
-WAITING = {
-    "_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy", "argwhere", "bincount", "histc",
-    "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive",
-}  # fmt: skip
-INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 
 
 class NoWaiting(TorchDispatchMode):
@@ -28,9 +22,7 @@ class NoWaiting(TorchDispatchMode):
         self.allowed = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.split("::")[1]
-        masks = name in INDEXING and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
-        if not self.allowed and (name in WAITING or masks or func == torch.ops.aten.repeat_interleave.Tensor):
+        if not self.allowed and shape_depends_on_values(func, args):
             raise AssertionError(f"{func} waits for the device")
         return func(*args, **(kwargs or {}))
 
@@ -72,7 +64,7 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
         return paused
 
     by_hand = pausing(varlen_by_hand)
-    monkeypatch.setattr(devices, "static_shapes", lambda device: True)
+    monkeypatch.setattr(devices, "reading_waits", lambda device: True)
     for where, name in (
         (encoded.EncodedRows, "finish"),
         (chunks, "scan"),

@@ -16,7 +16,7 @@ from evoprune.methods.none import Nothing
 from evoprune.methods.pipeline import Pipeline
 from evoprune.methods.random import Random
 from evoprune.methods.reuse import Reuse
-from evoprune.vision import attention, devices, encoded
+from evoprune.vision import attention, encoded
 from evoprune.vision.attention import attend_packed, grouped_attention, with_bias
 from evoprune.vision.buckets import Packed, buckets
 from evoprune.vision.devices import Timer
@@ -237,7 +237,6 @@ def test_every_shape_is_known_on_a_device_without_values(reuse, keep, kernel, mo
         return torch.empty_like(q)
 
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: answer if kernel else None)
-    monkeypatch.setattr(devices, "static_shapes", lambda device: device == meta)
     monkeypatch.setattr(encoded.EncodedRows, "finish", lambda _: (False, 0.0))
     visual = deepcopy(tiny_tower((0, 2))).bfloat16().to(meta)
     method = Pipeline(encoder=Reuse(), selector=Random()) if reuse else EvoPrunePaper(first=0.0, last=1.0)
@@ -323,8 +322,8 @@ def test_on_a_gpu_time_is_taken_by_events_that_are_read_at_the_end(monkeypatch):
     class Event:
         clock = waited = 0
 
-        def __init__(self, enable_timing):
-            assert enable_timing
+        def __init__(self, device, enable_timing):
+            assert device.type == "cuda" and enable_timing
 
         def record(self, stream):
             Event.clock += 10
@@ -337,8 +336,9 @@ def test_on_a_gpu_time_is_taken_by_events_that_are_read_at_the_end(monkeypatch):
             assert Event.waited
             return end.at - self.at
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: None)
     timer = Timer(torch.device("cuda"))
     assert timer.seconds() == 0
     for _ in range(3):

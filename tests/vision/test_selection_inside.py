@@ -203,7 +203,7 @@ def test_rows_that_are_not_finite_are_found_before_the_selection(monkeypatch):
     patches = random_patches((2, 3, 5))
     patches[7] = float("nan")
     monkeypatch.setattr(FarthestPoints, "select", lambda *_: pytest.fail("selected"))
-    monkeypatch.setattr(devices, "static_shapes", lambda device: True)  # where chunks are not looked at one by one
+    monkeypatch.setattr(devices, "reading_waits", lambda device: True)  # where chunks are not looked at one by one
     with pytest.raises(ModelError, match="encode"):
         encode_patches(patches, (2, 3, 5), EvoPrune(reuse=0.0), 6)
 

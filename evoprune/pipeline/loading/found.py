@@ -1,6 +1,7 @@
 """A model that was found, before its weights are read: where it is, what its folder says, and where and how it would be loaded."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 from evoprune.bundled import DEMOS, Demo, demo_in
-from evoprune.errors import ModelError, UsageError, first_line
+from evoprune.errors import DeviceWarning, ModelError, UsageError, first_line
 from evoprune.model.config import Config
 from evoprune.model.precision import check_dtype
 from evoprune.model.quantize import check as check_quantize
@@ -231,7 +232,13 @@ def usable_device(options: ModelOptions) -> torch.device:
 
 
 def has_cuda() -> bool:
-    return torch.cuda.is_available()
+    """Whether torch can use a GPU; warns of one that is there and cannot be used, for example because its driver is old."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    if said and not usable:
+        warnings.warn(f"no GPU is used: {first_line(said[-1].message)}", DeviceWarning, stacklevel=2)
+    return usable
 
 
 def pick_device(name: str) -> torch.device:
@@ -244,16 +251,22 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
         reason = first_line(problem)
         raise UsageError(
-            f"device {name!r} cannot be used here: {reason}", "cpu always works, auto finds a GPU"
+            f"device {name!r} cannot be used here: {reason}", f"cpu always works, auto finds a GPU{_hidden(name)}"
         ) from problem
     return device
+
+
+def _hidden(name: str) -> str:
+    """What hides GPUs of CUDA from this process, for a hint."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return f"; CUDA_VISIBLE_DEVICES is {visible!r}" if name.startswith("cuda") and visible is not None else ""
 
 
 def pick_dtype(name: str, device: torch.device, is_demo: bool) -> str:
     """The short name of a dtype; "auto" depends on the device, see `ModelOptions`. Raises UsageError: an unknown name."""
     check_dtype(name)
     if name == "auto":
-        bf16 = device.type == "cuda" or (device.type == "cpu" and cpu_has_bf16())
+        bf16 = device.type in ("cuda", "xpu") or (device.type == "cpu" and cpu_has_bf16())
         return "bf16" if bf16 and not is_demo else "fp32"
     return name
 

@@ -1,0 +1,163 @@
+"""Checks below a budget of 1.0: counts, what must not depend on chunks or threads, every method, reuse, transformers' model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from evoprune.errors import UsageError
+from evoprune.huggingface.context import PruningContext
+from evoprune.methods.registry import INNER, built_in
+from evoprune.model import cost
+from evoprune.model.quantize import kinds, quantize, saved_bytes
+from evoprune.model.weights import shared
+from evoprune.pipeline.agreement import agreement, reference
+from evoprune.pipeline.answering import EncodedInputs
+from evoprune.pipeline.loading.calibration import calibrate
+from evoprune.pipeline.video_qa import VideoQA
+from evoprune.profiling.verify.outcome import DIFFERS, HELD, Outcome, gap, judged, skipped
+from evoprune.profiling.verify.subject import BUDGET, NEW_TOKENS, QUESTION, SHORT, Subject
+from evoprune.text import counted
+
+FLIPS = (
+    0.1  # share of the tokens that 16 bits may select otherwise: units that are nearly alike round to the same distance
+)
+# Mean KL in nats a token that 8 and 4 bits may cost; with 8 bits 0.001 was measured (results/int8.md).
+KL = {"int8": 0.05, "int4": 0.5}
+COMBINED = ("reuse+divprune", "ipcv+divprune", "evoprune+fastv")
+
+
+@contextmanager
+def counted_rows(visual: torch.nn.Module) -> Iterator[list[int]]:
+    """Counts the rows that each layer of a tower really computes."""
+    rows = [0] * len(visual.blocks)
+
+    def note(layer: int, _, given: tuple[torch.Tensor]) -> None:
+        rows[layer] += len(given[0])
+
+    hooks = [block.attn.qkv.register_forward_pre_hook(partial(note, i)) for i, block in enumerate(visual.blocks)]
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def counts(subject: Subject) -> Outcome:
+    """Rows that enter each layer, and tokens, at two budgets. Nothing is reused, so that all numbers are exact."""
+    said = []
+    for budget in (BUDGET, 0.1):
+        with counted_rows(subject.loaded.model.model.visual) as rows:
+            encoded = subject.encode(subject.asking(budget, "evoprune:reuse=0"), [subject.video])
+        plan, made = encoded.plan.encoder, encoded.encoded
+        for layer, (entered, planned) in enumerate(zip(rows, plan.layers, strict=True)):
+            if entered != planned:
+                says = f"layer {layer} computes {entered} rows at {budget:g}, expected {planned}"
+                return Outcome(DIFFERS, says, {"rows": entered, "rows_limit": planned})
+        if (len(made.kept), len(made.features)) != (plan.keep, plan.keep):
+            says = f"{len(made.features)} tokens at {budget:g}, expected {plan.keep}"
+            return Outcome(DIFFERS, says, {"tokens": len(made.features), "tokens_limit": plan.keep})
+        said.append(f"{plan.units} units, {plan.rows} rows, {plan.keep} tokens at {budget:g}")
+    return Outcome(HELD, "; ".join(said))
+
+
+def chunks(subject: Subject) -> Outcome:
+    """The same tokens from chunks of one frame pair."""
+    qa = subject.asking()
+    usual, small = (subject.encode(qa, [subject.video], chunk_units=units) for units in (None, 1))
+    return _same(subject, usual, small)
+
+
+def threads(subject: Subject) -> Outcome:
+    if subject.device.type != "cpu":
+        return skipped("a CPU's matter")
+    before, qa = torch.get_num_threads(), subject.asking()
+    usual = subject.encode(qa, [subject.video])
+    usual.read_along(QUESTION, [0])
+    torch.set_num_threads(2 if before == 1 else 1)
+    try:
+        return _same(subject, usual, subject.encode(qa, [subject.video]))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _same(subject: Subject, one: EncodedInputs, other: EncodedInputs) -> Outcome:
+    """Whether two encodings have the same tokens and lead to the same logits."""
+    kept, again = ({*each.encoded.kept.tolist()} for each in (one, other))
+    flips = len(kept - again) / len(kept)
+    limits = {"tokens_selected_otherwise": (flips, FLIPS if subject.dtype.itemsize == 2 else 0.0)}
+    found = gap(*(each.read_along(QUESTION, [0])[0] for each in (other, one)), centred=True)
+    if not flips:
+        limits |= found.limits(subject.logits_noise, 2)
+    other_ones = f", {flips:.0%} of them other ones" if flips else ""
+    return judged(f"{counted(len(kept), 'token')}{other_ones}; logits: {found}", limits)
+
+
+def every_method(subject: Subject) -> Outcome:
+    """Each method on a short clip, twice: as many tokens as planned, no NaN, and the same tokens again."""
+    ran, left, every = [], "", (*built_in(), *COMBINED)
+    for name in every:
+        if ran and subject.limit.left <= 0:
+            left = f" of {len(every)}, until the time limit was over"
+            break
+        try:
+            qa = subject.asking(method=name)
+            first, second = (subject.encode(qa, [subject.video], SHORT) for _ in range(2))
+            found = first.read_along(QUESTION, [0])[0], second.read_along(QUESTION, [0])[0]
+        except UsageError:
+            if name != "operations":
+                raise
+            left = " (operations has no recipe for this model)"
+            continue
+        ran.append(name)
+        plan, kept = first.plan.encoder, first.encoded.kept.tolist()
+        if qa.engine.method.exact and name not in INNER and len(kept) != plan.keep:
+            return Outcome(DIFFERS, f"{name}: {len(kept)} tokens, expected {plan.keep}")
+        if not all(each.isfinite().all() for each in found) or second.encoded.kept.tolist() != kept:
+            return Outcome(DIFFERS, f"{name}: NaN, or other tokens the second time")
+    return Outcome(HELD, f"{counted(len(ran), 'method')}{left}, each twice", {"methods": len(ran)})
+
+
+def reuse(subject: Subject) -> Outcome:
+    """A clip that stands still: reuse encodes one frame pair, and its tokens are those of encoding every one."""
+    plain, reusing = (
+        subject.encode(subject.asking(method=name), [subject.still]) for name in ("random", "reuse+random")
+    )
+    pairs, rows = plain.plan.grid[0], len(reusing.encoded.rows)
+    if rows * pairs != plain.units:
+        return Outcome(DIFFERS, f"{rows} rows are encoded, expected {plain.units // pairs}", {"rows": rows})
+    found = gap(reusing.encoded.features, plain.encoded.features)
+    return judged(f"{rows} of {plain.units} units encoded; {found}", found.limits(subject.features_noise))
+
+
+def transformers_model(subject: Subject) -> Outcome:
+    """Logits of a pruned prompt from transformers' language model, and from ours."""
+    ours = subject.encode(subject.asking(), [subject.video]).read_along(QUESTION, [0])[0]
+    with PruningContext(budget=BUDGET, positions="qwen")(subject.transformers), torch.inference_mode():
+        theirs = subject.transformers(**subject.video_call, logits_to_keep=1, use_cache=False).logits[:, -1]
+    found = gap(ours, theirs, centred=True)
+    says = f"{found}; rounding alone {subject.logits_noise.mean:.1e}"
+    return judged(says, found.limits(subject.logits_noise, 2))
+
+
+def bits(kind: str, subject: Subject) -> Outcome:
+    """How far the answer of the model as it is leads a quantised one astray."""
+    if kind not in kinds(subject.device):
+        return skipped("not on this device")
+    model = subject.loaded.model
+    size = sum(weight.nbytes for weight in model.parameters()) - saved_bytes(model, kind)
+    if short := cost.shortage(size, str(subject.device)):
+        return skipped(f"a quantised copy {short}")
+    plain = subject.encode(subject.asking(1.0), [subject.video])
+    asked = plain.ask(QUESTION, max_new_tokens=NEW_TOKENS)
+    for _ in asked:  # which generates it
+        pass
+    given = reference(plain, QUESTION, asked.ids, asked.report.finish_reason == "stop")
+    small = shared(model)
+    quantize(small, kind, calibrate)
+    qa = VideoQA(replace(subject.loaded, model=small, quantize=kind), budget=1.0, method="none")
+    found = agreement(given, subject.encode(qa, [subject.video])).record()
+    says = f"mean KL {found['kl']:.2g} nats, {found['agree']} of {found['tokens']} first choices the same"
+    return judged(says, {"kl": (found["kl"], KL[kind])})

@@ -1,0 +1,167 @@
+"""Runs the checks one after another within a time limit, and makes a record of what came of them."""
+
+import platform
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from evoprune.errors import EvopruneError, first_line, is_out_of_memory
+from evoprune.model.machine import environment, peak_memory
+from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
+from evoprune.pipeline.loading.model import LoadedModel
+from evoprune.profiling.time_limit import TimeLimit
+from evoprune.profiling.verify import speed
+from evoprune.profiling.verify.checks import CHECKS
+from evoprune.profiling.verify.material import write_material
+from evoprune.profiling.verify.outcome import DIFFERS, HELD, SKIPPED, Check, Outcome, skipped
+from evoprune.profiling.verify.subject import Subject
+from evoprune.video.info import PICTURE
+from evoprune.video.probe import probe
+
+SCHEMA = "evoprune/verify@1"
+DIGITS = 4  # of a figure in the record
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A check, what came of it, and how long it took."""
+
+    check: Check
+    outcome: Outcome
+    seconds: float
+
+
+@dataclass
+class Results:
+    """What is known so far.
+
+    Attributes:
+        findings: in the order of the checks.
+        measured: `kernels`, and `first_token`, where there was time for it.
+    """
+
+    loaded: LoadedModel
+    findings: list[Finding] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def of(self, state: str) -> list[Finding]:
+        return [found for found in self.findings if found.outcome.state == state]
+
+    @property
+    def verdict(self) -> str:
+        """The worst state that there is; `SKIPPED` where nothing was compared."""
+        return next((state for state in (DIFFERS, HELD) if self.of(state)), SKIPPED)
+
+    def document(self) -> dict[str, Any]:
+        """The record, without paths, prompts and names of machines."""
+        loaded, env = self.loaded, environment(self.loaded.device)
+        counts = {state: len(self.of(state)) for state in (HELD, DIFFERS, SKIPPED)}
+        checks = [
+            {"name": found.check.name, "compares": found.check.compares, "state": found.outcome.state}
+            | {"says": found.outcome.says, "figures": _short(found.outcome.figures), "seconds": round(found.seconds, 2)}
+            for found in self.findings
+        ]
+        return {
+            "schema": SCHEMA,
+            "verdict": self.verdict,
+            **counts,
+            "model": _facts(loaded),
+            "env": asdict(env) | {"platform": f"{platform.system()} {platform.machine()}"},
+            "checks": checks,
+            "measured": {name: _short(value) for name, value in self.measured.items()},
+            "seconds": round(self.seconds, 2),
+            "peak_bytes": peak_memory(loaded.device),
+        }
+
+
+def _facts(loaded: LoadedModel) -> dict[str, Any]:
+    """What a model is, without its place: its name only where everybody has it."""
+    config, known = loaded.model.config, loaded.id in BUNDLED_CONFIGS or loaded.is_demo
+    vision, text = config.vision_config, config.text_config
+    return {
+        "id": loaded.id if known else None,
+        "family": vision.family,
+        "tower": [vision.depth, vision.hidden_size],
+        "language_model": [text.num_hidden_layers, text.hidden_size],
+        "dtype": loaded.dtype,
+        "device": loaded.device,
+        "weights": "random" if loaded.load_format == "dummy" else "read",
+        "weights_bytes": loaded.weights_bytes,
+    }
+
+
+def _short(figures: dict[str, Any]) -> dict[str, Any]:
+    return {k: float(f"{v:.{DIGITS}g}") if isinstance(v, float) else v for k, v in figures.items()}
+
+
+@contextmanager
+def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
+    """What is compared: a file that the user names, in the place of the clip or the picture made by formula."""
+    with TemporaryDirectory(prefix="evoprune-verify-") as folder:
+        video, still, picture = write_material(Path(folder))
+        if path is not None and probe(path).kind == PICTURE:
+            picture = Path(path)
+        elif path is not None:
+            video = Path(path)
+        yield Subject(loaded, video, still, picture)
+
+
+def verify(
+    subject: Subject,
+    limit: TimeLimit,
+    *,
+    quick: bool = False,
+    progress: Progress = lambda what, done, total: None,
+    failed: Callable[[Exception], None] = lambda problem: None,
+    checks: Sequence[Check] = CHECKS,
+) -> Iterator[Results]:
+    """Runs the checks; those that would begin after the time limit are skipped.
+
+    Args:
+        quick: leaves out slow checks, and what is only measured.
+        progress: called with the name of the next check, checks done, and all.
+        failed: called with what a check raised, which counts as a difference.
+
+    Yields the results so far, after each check.
+    """
+    results, subject.limit = Results(subject.loaded), limit
+    for number, check in enumerate(checks):
+        progress(check.name, number, len(checks))
+        begun = limit.spent
+        if quick and check.slow:
+            outcome = skipped("--quick")
+        elif limit.left <= 0:
+            outcome = skipped(f"the time limit of {limit.seconds:g} s was over")
+        else:
+            outcome = _outcome(check, subject, failed)
+        results.findings.append(Finding(check, outcome, limit.spent - begun))
+        results.seconds = limit.spent
+        yield results
+    results.measured["kernels"] = speed.kernels(subject)
+    if not quick and limit.left > 0:
+        progress("first token", len(checks), len(checks))
+        results.measured["first_token"] = speed.first_token(subject)
+    results.seconds = limit.spent
+    yield results
+
+
+def _outcome(check: Check, subject: Subject, failed: Callable[[Exception], None]) -> Outcome:
+    """What comes of a check; a kernel that does not run, or a library that lacks a function, is a finding as well."""
+    try:
+        return check.run(subject)
+    except Exception as problem:
+        if is_out_of_memory(problem) or (isinstance(problem, EvopruneError) and problem.type == "out_of_memory"):
+            return skipped(f"out of memory: {_without_paths(first_line(problem))}")
+        failed(problem)
+        return Outcome(DIFFERS, _without_paths(f"raised {type(problem).__name__}: {first_line(problem)}"))
+
+
+def _without_paths(text: str) -> str:
+    return re.sub(r"""(?<![\w.])[~.]*/[^\s'",;:)]+|[A-Za-z]:\\[^\s'",;:)]+""", "PATH", text)

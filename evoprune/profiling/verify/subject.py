@@ -1,0 +1,225 @@
+"""What is verified: a loaded model, transformers' model on the same tensors, and inputs as both of them read these."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import cached_property
+from itertools import groupby
+from math import inf
+from pathlib import Path
+
+import torch
+
+from evoprune.huggingface.processor_inputs import NAMES, TYPES, arguments
+from evoprune.language.prompt import Prompt
+from evoprune.pipeline.answering import EncodedInputs
+from evoprune.pipeline.engine import Engine
+from evoprune.pipeline.loading.model import LoadedModel
+from evoprune.pipeline.opening import open_inputs
+from evoprune.pipeline.options import GenerationOptions, SamplingOptions
+from evoprune.pipeline.prompting import PromptReader
+from evoprune.pipeline.video_qa import VideoQA
+from evoprune.profiling.hugging_face import hugging_face_model
+from evoprune.profiling.time_limit import TimeLimit
+from evoprune.profiling.verify.outcome import Gap, at_least, gap
+from evoprune.profiling.verify.wide import computing_in, wider
+from evoprune.video.info import VIDEO
+from evoprune.video.plan import Plan
+from evoprune.vision.encoder import encode_rows
+
+QUESTION, ANOTHER = "What happens in this video?", "Which things can be seen, and where do they go?"
+# Of an input: enough for several frame pairs and windows, and few enough for a large model on a CPU.
+SAMPLING = SamplingOptions(frames=8, max_visual_tokens=128)
+SHORT = SamplingOptions(frames=4, max_visual_tokens=48)
+NEW_TOKENS = 16
+BUDGET = 0.25
+ROUNDINGS = 64  # that a feature is off by where the device cannot compute more exactly
+
+Features = list[torch.Tensor]
+
+
+class Subject:
+    """A model and three files, of which more is made when a check first needs it.
+
+    Frames may be smaller than the model's own limits have it, so that several frame pairs are few tokens.
+
+    Attributes:
+        loaded: the model with plain weights, that both sides compute with, and without a least size of frames.
+        video, still, picture: files.
+        limit: of the whole run: a check of many steps ends when it is over.
+    """
+
+    def __init__(self, loaded: LoadedModel, video: Path, still: Path, picture: Path):
+        self.limit = TimeLimit(inf)
+        limits = {kind: replace(each, min_pixels=each.unit**2) for kind, each in loaded.limits.items()}
+        self.loaded, self.video, self.still, self.picture = replace(loaded, limits=limits), video, still, picture
+
+    @cached_property
+    def transformers(self):
+        """Transformers' model on the same tensors, which knows the model's special tokens."""
+        made, specials = hugging_face_model(self.loaded.model), self.loaded.tokenizer.specials()
+        names = {"image_token_id": "image_pad", "video_token_id": "video_pad", "vision_start_token_id": "vision_start"}
+        for name, token in names.items():
+            setattr(made.config, name, specials[f"<|{token}|>"])
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        return self.loaded.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.loaded.model.dtype
+
+    def asking(self, budget: float = BUDGET, method: str = "evoprune") -> VideoQA:
+        """This project's side; at a budget of 1.0 nothing is pruned."""
+        return VideoQA(self.loaded, budget=budget, method="none" if budget == 1 else method)
+
+    def encode(
+        self,
+        qa: VideoQA,
+        paths: Sequence[Path],
+        sampling: SamplingOptions = SAMPLING,
+        chunk_units: int | None = None,
+    ) -> EncodedInputs:
+        """As `VideoQA.encode`, perhaps with another size of chunks."""
+
+        def in_chunks(*given, **how):
+            return encode_rows(*given, **how | {"chunk_units": chunk_units})
+
+        with closing(open_inputs(qa.engine, paths, sampling, encode_rows=chunk_units and in_chunks)) as opened:
+            return opened.encode()
+
+    def plans(self, engine: Engine, paths: Sequence[Path]) -> list[Plan]:
+        with closing(open_inputs(engine, paths, SAMPLING)) as opened:
+            return opened.plans
+
+    def seconds(self, paths: Sequence[Path]) -> torch.Tensor:
+        """float64, from one frame pair to the next, of each video."""
+        plans, pair = self.plans(self.asking(1.0).engine, paths), self.loaded.video.temporal_patch_size
+        each = [plan.sampling.seconds_per_pair(pair) for plan in plans if plan.kind == VIDEO]
+        return torch.tensor(each, dtype=torch.float64, device="cpu")
+
+    def prompt(self, paths: Sequence[Path], question: str = QUESTION) -> tuple[Prompt, torch.Tensor]:
+        """This project's prompt about inputs, and its positions, int64 `[3, L]`."""
+        engine = self.asking(1.0).engine
+        plans = self.plans(engine, paths)
+        reader = PromptReader(engine, plans)
+        prompt = reader.build(question, GenerationOptions(), sum(plan.units for plan in plans))
+        return prompt, reader.positions(prompt)
+
+    def call(self, paths: Sequence[Path], question: str = QUESTION) -> dict[str, torch.Tensor]:
+        """The arguments of transformers' model."""
+        prompt, _ = self.prompt(paths, question)
+        plans = self.plans(self.asking(1.0).engine, paths)
+        made = arguments(prompt, plans, self.loaded.limits, self.loaded.model.config)
+        return {name: value.to(self.device) for name, value in made.items()}
+
+    @torch.inference_mode()
+    def features(self, call: dict[str, torch.Tensor]) -> Features:
+        """Those of transformers' tower, of each input in the order of the prompt."""
+        visual, of_kind = self.transformers.model.visual, {}
+        for kind, (pixels, grids) in NAMES.items():
+            if pixels in call:
+                made = visual(call[pixels].to(self.dtype), grid_thw=call[grids]).pooler_output
+                counts = call[grids].prod(1) // visual.spatial_merge_size**2
+                of_kind[TYPES[kind]] = list(made.split(counts.tolist()))
+        return [of_kind[kind].pop(0) for kind, _ in runs(call) if kind]
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        call: dict[str, torch.Tensor],
+        positions: torch.Tensor,
+        features: Features,
+        answer: Sequence[int] = (),
+        last: int = 1,
+    ) -> torch.Tensor:
+        """Those of transformers' language model after each of the last tokens, `[last, vocabulary]`.
+
+        Args:
+            positions: int64 `[3, L]`, of the prompt; those of the answer follow.
+            features: of the inputs, instead of what its own tower makes of them.
+            answer: tokens behind the prompt.
+        """
+        text = self.transformers.model.language_model
+        more = torch.tensor(answer, dtype=torch.int64, device=self.device)
+        embeds = text.embed_tokens(torch.cat([call["input_ids"][0], more]))
+        for place, values in zip((place for kind, place in runs(call) if kind), features, strict=True):
+            embeds[place.start : place.stop] = values.to(embeds)
+        row = torch.arange(len(embeds), dtype=torch.int64, device="cpu")
+        following = positions.max() + 1 + row[: len(answer)]
+        every = torch.cat([row[None], torch.cat([positions, following.expand(3, -1)], 1)])
+        hidden = text(inputs_embeds=embeds[None], position_ids=every[:, None].to(self.device), use_cache=False)
+        return self.transformers.lm_head(hidden.last_hidden_state[0, -last:])
+
+    @cached_property
+    def video_call(self) -> dict[str, torch.Tensor]:
+        return self.call([self.video])
+
+    @cached_property
+    def video_prompt(self) -> tuple[Prompt, torch.Tensor]:
+        return self.prompt([self.video])
+
+    @cached_property
+    def video_features(self) -> Features:
+        return self.features(self.video_call)
+
+    @property
+    def text_behind(self) -> int:
+        """Tokens of the prompt behind the video."""
+        prompt, _ = self.video_prompt
+        return len(prompt.input_ids) - prompt.places[-1].stop
+
+    @cached_property
+    def video_logits(self) -> torch.Tensor:
+        """Transformers', after each token behind the video."""
+        return self.logits(self.video_call, self.video_prompt[1], self.video_features, last=self.text_behind)
+
+    @cached_property
+    def _wide(self) -> tuple[Features, torch.Tensor] | None:
+        """Features and logits of transformers in a wider dtype, on the same weights; None where there is none."""
+        dtype = wider(self.dtype, self.device)
+        if dtype is None:
+            return None
+        with computing_in(self.transformers, dtype):
+            features = self.features(self.video_call)
+            logits = self.logits(self.video_call, self.video_prompt[1], features, last=self.text_behind)
+        return features, logits
+
+    @cached_property
+    def features_noise(self) -> Gap:
+        """How far transformers' features are from those of the wider dtype."""
+        if self._wide is None:
+            return _roundings(self.dtype)
+        return at_least(gap(self.video_features[0], self._wide[0][0]), self.dtype)
+
+    @cached_property
+    def logits_noise(self) -> Gap:
+        """The same of its logits, from pixels on."""
+        if self._wide is None:
+            return _roundings(self.dtype)
+        return at_least(gap(self.video_logits, self._wide[1], centred=True), self.dtype)
+
+    @cached_property
+    def logit_noise(self) -> float:
+        """The largest distance between a logit and that of the wider dtype; logits are compared without their mean."""
+        exact = self.video_logits if self._wide is None else self._wide[1]
+        made, exact = (x.cpu().double() - x.cpu().double().mean(1, keepdim=True) for x in (self.video_logits, exact))
+        least = float(exact.abs().max()) * torch.finfo(self.dtype).eps
+        return max(float((made - exact).abs().max()), least * (ROUNDINGS if self._wide is None else 1))
+
+
+def runs(call: dict[str, torch.Tensor]) -> list[tuple[int, range]]:
+    """The runs of a prompt's tokens, in order: of text (0), of a picture (1) or of a video (2), and where it is."""
+    made, at = [], 0
+    for kind, group in groupby(call["mm_token_type_ids"][0].tolist()):
+        count = len(list(group))
+        made.append((kind, range(at, at + count)))
+        at += count
+    return made
+
+
+def _roundings(dtype: torch.dtype) -> Gap:
+    each = ROUNDINGS * torch.finfo(dtype).eps
+    return Gap(each, each)

@@ -1,0 +1,198 @@
+"""Checks with nothing pruned: every step from pixels to the answer against transformers on the same weights."""
+
+from contextlib import closing
+
+import torch
+
+from evoprune.huggingface import interface
+from evoprune.huggingface.context import PruningContext
+from evoprune.language import decoder
+from evoprune.language.decoder import KVCache
+from evoprune.language.generate import Visual, embed_prompt
+from evoprune.model.linear import PackedLinear, packs
+from evoprune.profiling.verify.outcome import DIFFERS, HELD, Gap, Outcome, gap, judged, skipped
+from evoprune.profiling.verify.subject import (
+    ANOTHER,
+    BUDGET,
+    NEW_TOKENS,
+    QUESTION,
+    Subject,
+    runs,
+)
+from evoprune.pruning.indices import ascending
+from evoprune.text import counted
+from evoprune.video.frames import read_frames
+from evoprune.video.plan import Plan
+
+LEVEL = 1.01 / 255  # one level of a pixel, and rounding
+
+
+def patches(subject: Subject) -> Outcome:
+    """The patches of each frame, which are those of a picture in one half of the values and in the other."""
+    worst = Gap(0.0, 0.0)
+    for path, name in ((subject.video, "pixel_values_videos"), (subject.picture, "pixel_values")):
+        (plan,) = subject.plans(subject.asking(1.0).engine, [path])
+        made = subject.call([path])[name].cpu()
+        expected = _patches_of_transformers(subject, plan)
+        if made.shape != expected.shape:
+            return Outcome(DIFFERS, f"patches {list(made.shape)}, expected {list(expected.shape)}")
+        std = min(subject.loaded.limits[plan.kind].image_std)
+        away = (made - expected).abs() * std
+        worst = Gap(max(worst.mean, float(away.mean())), max(worst.largest, float(away.max())))
+    says = f"at most {worst.largest * 255:.2f} of 255 levels, {worst.mean * 255:.3f} on average"
+    return judged(says, {"mean_error": (worst.mean, LEVEL / 4), "largest_error": (worst.largest, LEVEL)})
+
+
+def _patches_of_transformers(subject: Subject, plan: Plan) -> torch.Tensor:
+    """`[patches, 1176]`, from its processor of pictures, which works without torchvision; frames are resized by Pillow."""
+    from PIL import Image
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    limits, size = subject.loaded.limits[plan.kind], (plan.width, plan.height)
+    processor = Qwen2VLImageProcessorPil(
+        image_mean=limits.image_mean, image_std=limits.image_std, patch_size=limits.patch_size, do_resize=False
+    )
+    with closing(read_frames(plan.source, plan.sampling.times_s, decoder=plan.decoder)) as chunks:
+        frames = [frame for chunk in chunks for frame in chunk.frames]
+    made = []
+    for frame in frames if len(frames) > 1 else 2 * frames:
+        picture = Image.fromarray(frame)
+        picture = picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+        made.append(processor(images=picture, return_tensors="pt")["pixel_values"].view(-1, 3, 2, limits.patch_size**2))
+    pairs = [
+        torch.stack([first[:, :, 0], second[:, :, 1]], 2) for first, second in zip(made[::2], made[1::2], strict=True)
+    ]
+    return torch.cat(pairs).flatten(1)
+
+
+def tower(subject: Subject) -> Outcome:
+    encoded = subject.encode(subject.asking(1.0), [subject.video]).encoded
+    found = gap(encoded.features, subject.video_features[0])
+    return judged(_beside(found, subject.features_noise), found.limits(subject.features_noise))
+
+
+def positions(subject: Subject) -> Outcome:
+    """Inside each input as in transformers; the text behind it begins after its largest position, as Qwen's own code has it."""
+    for paths in ([subject.video], [subject.picture, subject.video]):
+        _, made = subject.prompt(paths)
+        call = {name: value.cpu() for name, value in subject.call(paths).items()}
+        if "second_per_grid_ts" in call:  # exactly: a product that is a whole number must not be rounded below it
+            call["second_per_grid_ts"] = subject.seconds(paths)
+        theirs = interface.model_positions(subject.transformers, call, call["attention_mask"], False)[:, 0]
+        expected, at = torch.empty_like(made), 0
+        for _, place in runs(call):
+            here = slice(place.start, place.stop)
+            expected[:, here] = theirs[:, here] - theirs[:, place.start, None] + at
+            at = int(expected[:, here].max()) + 1
+        if wrong := int((made != expected).any(0).sum()):
+            first = int((made != expected).any(0).nonzero()[0])
+            says = f"{counted(wrong, 'position')} of {made.shape[1]}, the first {made[:, first].tolist()}, expected "
+            return Outcome(DIFFERS, says + str(expected[:, first].tolist()), {"wrong": wrong, "wrong_limit": 0})
+    return Outcome(HELD, f"all {made.shape[1]} of a picture and a video equal", {"wrong": 0, "wrong_limit": 0})
+
+
+def logits(subject: Subject) -> Outcome:
+    """The language model alone: both sides read the features of transformers' tower."""
+    model, (prompt, places) = subject.loaded.model, subject.video_prompt
+    visuals = [
+        Visual(place, values, ascending(len(place), "cpu"))
+        for place, values in zip(prompt.places, subject.video_features, strict=True)
+    ]
+    embeds, _ = embed_prompt(model, prompt.input_ids, visuals)
+    made = decoder.logits(model, embeds, places, KVCache(model, len(embeds)), last=subject.text_behind)
+    found = gap(made, subject.video_logits, centred=True)
+    return judged(_beside(found, subject.logits_noise), found.limits(subject.logits_noise))
+
+
+def answer(subject: Subject) -> Outcome:
+    """Transformers reads our answer: at each token its first choice is ours, or nearer to ours than rounding can tell."""
+    return _same_answer(subject, [subject.video])
+
+
+def inputs(subject: Subject) -> Outcome:
+    return _same_answer(subject, [subject.picture, subject.video])
+
+
+def _same_answer(subject: Subject, paths: list) -> Outcome:
+    asked = subject.encode(subject.asking(1.0), paths).ask(QUESTION, max_new_tokens=NEW_TOKENS)
+    text, ids = asked.text, [*asked.ids]
+    ended = asked.report.finish_reason == "stop"
+    both = paths == [subject.video]
+    call = subject.video_call if both else subject.call(paths)
+    _, places = subject.video_prompt if both else subject.prompt(paths)
+    features = subject.video_features if both else subject.features(call)
+    rows = len(ids) + ended
+    read = ids[: rows - 1]
+    theirs = subject.logits(call, places, features, read, last=rows).float().cpu()
+    ends = torch.tensor(subject.loaded.eos_ids, dtype=torch.int64, device="cpu")
+    ours = torch.stack([theirs[row, ids[row]] if row < len(ids) else theirs[row, ends].max() for row in range(rows)])
+    margin = theirs.amax(1) - ours
+    first = next((row for row in range(rows) if margin[row] > 0), None)
+    same = f"{counted(rows, 'token')} equal, {len(text)} characters"
+    if first is not None:
+        same = f"token {first + 1} of {rows} differs, by a margin of {margin[first]:.2g}, within rounding"
+    figures = judged(same, {"margin": (float(margin.max()), 2 * subject.logit_noise)})
+    if figures.state == DIFFERS:
+        says = f"token {first + 1} of {rows}, where transformers prefers another by {margin[first]:.2g}; {figures.says}"
+        return Outcome(DIFFERS, says, figures.figures)
+    return figures
+
+
+def batch(subject: Subject) -> Outcome:
+    """A batch of two through `EvoPrune(...)(model)`: unpruned as the model alone, and pruned as each prompt by itself."""
+    calls = [subject.call([subject.video], question) for question in (QUESTION, ANOTHER)]
+    both = _padded(calls)
+    stock = _last(subject, both)
+    with PruningContext(budget=1.0)(subject.transformers):
+        unpruned = gap(_last(subject, both), stock, centred=True)
+    with PruningContext(budget=BUDGET)(subject.transformers):
+        alone = torch.cat([_last(subject, call) for call in calls])
+        pruned = gap(_last(subject, both), alone, centred=True)
+    found = Gap(max(unpruned.mean, pruned.mean), max(unpruned.largest, pruned.largest))
+    return judged(_beside(found, subject.logits_noise), found.limits(subject.logits_noise, 2))
+
+
+@torch.inference_mode()
+def _last(subject: Subject, call: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The logits behind the prompts of a call."""
+    return subject.transformers(**call, logits_to_keep=1, use_cache=False).logits[:, -1]
+
+
+def _padded(calls: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The calls as one, padded on the left."""
+    most = max(call["input_ids"].shape[1] for call in calls)
+    made = {}
+    for name in calls[0]:
+        values = [call[name] for call in calls]
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            values = [torch.nn.functional.pad(value, (most - value.shape[1], 0)) for value in values]
+        made[name] = torch.cat(values)
+    return made
+
+
+def packed(subject: Subject) -> Outcome:
+    """Commands compute with packed weights: a product with each shape of layer, against the same in fp64."""
+    layers = {}
+    for module in subject.transformers.modules():
+        if packs(module):
+            layers.setdefault(tuple(module.weight.shape), module)
+    layers = {shape: layer for shape, layer in layers.items() if layer.weight.numel() < 2**26}
+    if not layers:
+        return skipped("weights are not packed in this dtype on this device")
+    worst = 0.0
+    for layer in layers.values():
+        ours, least = PackedLinear(layer), layer.in_features**0.5 * torch.finfo(subject.dtype).eps
+        for rows in (1, 300):
+            random = torch.Generator().manual_seed(rows)
+            x = torch.randn(rows, layer.in_features, generator=random, dtype=torch.float32, device="cpu")
+            x = x.to(subject.dtype)
+            bias = None if layer.bias is None else layer.bias.double()
+            exact = torch.nn.functional.linear(x.double(), layer.weight.double(), bias)
+            with torch.inference_mode():
+                worst = max(worst, gap(ours(x), exact).mean / least)
+    says = f"{counted(len(layers), 'shape')} of layers, error at most {worst:.2f} of what a sum of so many terms rounds"
+    return judged(says, {"error_of_rounding": (worst, 1.0)})
+
+
+def _beside(found: Gap, noise: Gap) -> str:
+    return f"{found}; rounding alone {noise.mean:.1e}, {noise.largest:.1e}"

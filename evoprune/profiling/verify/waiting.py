@@ -1,0 +1,65 @@
+"""Counts how often a program waits for a device: copies from it, copies to it that block, and shapes that depend on values."""
+
+from collections.abc import Sequence
+from traceback import extract_stack
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evoprune.model.device import reading_waits
+
+# Operators whose result has a shape that depends on values, or is itself read by the CPU.
+SHAPED = {
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy", "argwhere", "bincount", "histc",
+    "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive",
+}  # fmt: skip
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+SELECTING = "pruning/", "methods/"  # folders of this package
+COPYING = {"_to_copy", "to", "copy_"}
+
+
+def shape_depends_on_values(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an operator of torch reads values of its arguments before it returns."""
+    name = func._schema.name.split("::")[1]
+    masks = name in INDEXING and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    repeats = name == "repeat_interleave" and isinstance(args[-1], torch.Tensor)
+    return masks or repeats or name in SHAPED
+
+
+class Waiting(TorchDispatchMode):
+    """Notes where a program waits.
+
+    Attributes:
+        places: of each time that the program waited, the operator and the line of this package that called it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.places: list[str] = []
+
+    @property
+    def outside(self) -> list[str]:
+        """The places that are in no selection."""
+        return [place for place in self.places if not place.split()[1].startswith(SELECTING)]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if self.waits(func, args, kwargs or {}, made):
+            lines = [frame for frame in extract_stack() if "evoprune/" in frame.filename and __file__ != frame.filename]
+            where = f"{lines[-1].filename.rpartition('evoprune/')[2]}:{lines[-1].lineno}" if lines else "?"
+            self.places.append(f"{func._schema.name.removeprefix('aten::')} {where}")
+        return made
+
+    def waits(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> bool:
+        given = [x for x in args if isinstance(x, torch.Tensor)]
+        there = any(reading_waits(x.device) for x in given)
+        if there and shape_depends_on_values(func, args):
+            return True
+        name = func._schema.name.split("::")[1]
+        if name not in COPYING:
+            return False
+        to, source = args[:2] if name == "copy_" else (made, args[0])
+        named = kwargs | {each.name: value for each, value in zip(func._schema.arguments, args, strict=False)}
+        across = reading_waits(to.device) != reading_waits(source.device)
+        return across and not (named.get("non_blocking") and source.device.type == "cpu" and source.is_pinned())

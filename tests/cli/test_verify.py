@@ -1,0 +1,58 @@
+"""`evoprune verify`: what it prints where, its exit codes, and what it writes."""
+
+import json
+
+import pytest
+
+from tests.profiling.verify.faults import FAULTS
+
+NAMES = ("patches", "positions", "tower", "logits", "answer")
+
+
+def test_a_line_for_each_check_and_a_verdict(cli):
+    result = cli("verify", "-m", "demo", "--quick")
+    assert result.code == 0 and result.err == ""
+    lines = result.out.splitlines()
+    assert lines[0].startswith("demo, fp32, cpu: ") and all(len(line) <= 80 for line in lines)
+    for name in NAMES:
+        assert [line for line in lines if line.startswith(f"held     {name} ")]
+    assert "held, 0 differs, " in lines[-2] + lines[-1] or "held, 0 differs" in result.out
+    assert "computes with this model what transformers computes" in " ".join(result.out.split())
+
+
+def test_a_difference_has_an_exit_code_of_its_own(cli, monkeypatch, tmp_path):
+    FAULTS["columns off by one"].plant(monkeypatch)
+    result = cli("verify", "-m", "demo", "--quick", "--json", "-o", tmp_path / "report.json")
+    assert result.code == 7 and result.record["verdict"] == "differs" and result.record["error"] is None
+    assert json.loads((tmp_path / "report.json").read_text()) == result.record
+    (found,) = [check for check in result.record["checks"] if check["name"] == "positions"]
+    assert found["state"] == "differs" and found["figures"]["wrong"] > 0
+
+
+def test_a_record_of_an_earlier_run_is_replaced(cli, tmp_path):
+    for _ in range(2):
+        assert cli("verify", "-m", "demo", "--time-limit", "0", "-o", tmp_path / "report.json", "-q").code == 7
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (("-m", "no-such-model"), 4),
+        (("gone.mp4", "-m", "demo"), 3),
+        (("--device", "abacus"), 2),
+        (("-o", "no/such/x"), 2),
+    ],
+)
+def test_what_cannot_be_verified_is_an_error(cli, args, code):
+    result = cli("verify", *args, "--json")
+    assert result.code == code and result.record["error"]["code"] == code and result.err.startswith("error: ")
+
+
+def test_a_traceback_of_what_a_check_raised(cli, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("1/0")
+
+    monkeypatch.setattr("evoprune.language.prompt.video_positions", broken)
+    result = cli("verify", "-m", "demo", "--quick", "--debug")
+    assert result.code == 7 and "ZeroDivisionError: 1/0" in result.err and "Traceback" in result.err
+    assert "Traceback" not in cli("verify", "-m", "demo", "--quick").err

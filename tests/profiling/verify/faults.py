@@ -1,0 +1,69 @@
+"""Faults that are planted one at a time: one expression of a function is replaced."""
+
+import inspect
+import sys
+from dataclasses import dataclass
+from textwrap import dedent
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Attributes:
+    found_by: the check that must find it.
+    of: "module:function" or "module:Class.method", where it is called.
+    old, new: the expression, which occurs once, and what is put in its place.
+    """
+
+    found_by: str
+    of: str
+    old: str
+    new: str
+
+    def plant(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module, _, name = self.of.partition(":")
+        owner = __import__(module, fromlist=["_"])
+        *classes, name = name.split(".")
+        for each in classes:
+            owner = getattr(owner, each)
+        source = dedent(inspect.getsource(inspect.unwrap(getattr(owner, name))))
+        assert source.count(self.old) == 1, source
+        known = vars(sys.modules[inspect.unwrap(getattr(owner, name)).__module__]).copy()
+        exec(compile(source.replace(self.old, self.new), f"<{self.of}>", "exec"), known)
+        monkeypatch.setattr(owner, name, known[name])
+
+
+TOWER, DECODER = "evoprune.vision.tower", "evoprune.language.decoder"
+FAULTS = {
+    "another rotary base in the tower": Fault("tower", f"{TOWER}:rotary", "10000.0", "1000.0"),
+    "another rotary base in the language model": Fault(
+        "logits", "evoprune.model.numerics:_frequencies", "/ theta **", "/ (theta / 2) **"
+    ),
+    "columns off by one": Fault(
+        "positions", "evoprune.language.prompt:video_positions", 'ascending(w, "cpu")', 'ascending(w, "cpu") + 1'
+    ),
+    "text behind a video off by one": Fault(
+        "positions", "evoprune.pipeline.prompting:prompt_positions", "int(inside.max()) + 1", "int(inside.max()) + 2"
+    ),
+    "the bias of keys and queries left out": Fault(
+        "tower",
+        f"{TOWER}:_attend",
+        "linear(block.attn.qkv, kind.norm(block.norm1, x))",
+        "F.linear(kind.norm(block.norm1, x), block.attn.qkv.weight)",
+    ),
+    "the bias of cluster sizes left out": Fault(
+        "model", f"{DECODER}:forward", "every[i].log().to(x.dtype)", "every[i].log().to(x.dtype) * 0"
+    ),
+    "a norm of the tower scaled": Fault("tower", f"{TOWER}:norm", ".mul_(weight)", ".mul_(weight * 1.02)"),
+    "a norm of the language model scaled": Fault("logits", f"{DECODER}:norm", "* weight", "* (weight * 1.02)"),
+    "a tower that is not pruned": Fault(
+        "counts",
+        "evoprune.vision.encoder:_Run.select_rows",
+        "plan.keep if whole_pairs else stage.rows",
+        "len(rows.x)",
+    ),
+    "reuse of what has changed": Fault(
+        "reuse", "evoprune.vision.chunks:_rows_of", "source == first", "source == first + 1"
+    ),
+}

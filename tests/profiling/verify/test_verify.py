@@ -1,0 +1,128 @@
+"""Everything holds on small models, and each planted fault is found by the check that should find it."""
+
+import json
+import platform
+
+import pytest
+import torch
+
+from evoprune.pipeline.loading.model import load_model
+from evoprune.profiling.time_limit import TimeLimit
+from evoprune.profiling.verify.checks import CHECKS
+from evoprune.profiling.verify.outcome import DIFFERS, HELD, SKIPPED, Check, gap, judged
+from evoprune.profiling.verify.run import subject_of, verify
+from evoprune.profiling.verify.subject import QUESTION
+from evoprune.profiling.verify.wide import computing_in
+from tests.profiling.verify.faults import FAULTS
+from tests.threads import one_thread  # noqa: F401
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    at = tmp_path_factory.mktemp("tiny")
+    return {family: save_tiny(at / family, family=family) for family in ("qwen2_5_vl", "qwen2_vl")}
+
+
+def verified(name, *, path=None, limit=1e6, dtype="fp32", **how):
+    loaded = load_model(str(name), device="cpu", dtype=dtype, pack=False)
+    with subject_of(loaded, path) as subject:
+        return [*verify(subject, TimeLimit(limit), **how)][-1]
+
+
+def states(results) -> dict[str, str]:
+    return {found.check.name: found.outcome.state for found in results.findings}
+
+
+def assert_held(results) -> None:
+    assert results.verdict == HELD
+    assert not [(found.check.name, found.outcome.says) for found in results.of(DIFFERS)]
+
+
+@pytest.mark.parametrize("name", ["demo", "qwen2_vl", "qwen2_5_vl"])
+def test_everything_holds(folders, name):
+    assert_held(results := verified(folders.get(name, name), quick=True))
+    assert {n for n, s in states(results).items() if s == SKIPPED} == {c.name for c in CHECKS if c.slow} | {"waits"}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["demo", "demo-scenes", "qwen2_vl", "qwen2_5_vl"])
+def test_all_of_it_holds_in_every_dtype(folders, name, dtype):
+    results = verified(folders.get(name, name), dtype=dtype)
+    assert_held(results)
+    assert results.measured["first_token"]["ratio"] > 0
+    slow = [found for found in results.findings if found.check.slow]
+    assert not [found for found in slow if found.outcome.says == "--quick"]
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "demo"])
+def test_a_fault_is_found_by_the_check_that_should_find_it(folders, name, fault, monkeypatch):
+    FAULTS[fault].plant(monkeypatch)
+    results = verified(folders.get(name, name), quick=True)
+    assert results.verdict == DIFFERS
+    found = states(results)
+    assert found[FAULTS[fault].found_by] == DIFFERS, found
+    assert found["patches"] == HELD
+
+
+@pytest.mark.full
+def test_a_fault_of_the_tower_is_found_in_16_bits(folders, monkeypatch):
+    FAULTS["another rotary base in the tower"].plant(monkeypatch)
+    assert states(verified(folders["qwen2_5_vl"], quick=True, dtype="bf16"))["tower"] == DIFFERS
+
+
+@pytest.mark.parametrize("path", ["samples/square.mp4", "docs/overlay.png"])
+def test_a_file_of_the_user(path):
+    assert_held(verified("demo", path=path, quick=True, checks=CHECKS[:5]))
+
+
+def test_what_begins_after_the_time_limit_is_skipped():
+    results = verified("demo", limit=0)
+    assert results.verdict == SKIPPED and {*states(results).values()} == {SKIPPED}
+    assert "time limit of 0 s" in results.findings[0].outcome.says and "first_token" not in results.measured
+
+
+def test_a_check_that_raises_differs_and_names_no_path(tmp_path):
+    def fails(subject):
+        raise RuntimeError(f"no kernel in {tmp_path}/lib.so\nand more")
+
+    def starves(subject):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    raised = []
+    checks = (Check("kernel", "", fails), Check("memory", "", starves), Check("good", "", lambda _: judged("fine", {})))
+    results = verified("demo", checks=checks, quick=True, failed=raised.append)
+    assert states(results) == {"kernel": DIFFERS, "memory": SKIPPED, "good": HELD}
+    assert results.findings[0].outcome.says == "raised RuntimeError: no kernel in PATH" and len(raised) == 1
+
+
+def test_the_record_has_no_paths_prompts_or_names_of_machines(folders):
+    results = verified(folders["qwen2_5_vl"], quick=True)
+    text = json.dumps(results.document(), allow_nan=False)
+    for secret in (str(folders["qwen2_5_vl"].parent), QUESTION, platform.node()):
+        assert secret not in text
+    assert json.loads(text)["model"]["id"] is None
+    assert verified("demo", quick=True, checks=()).document()["model"]["id"] == "demo"
+
+
+def test_a_wider_dtype_shows_rounding_and_leaves_the_model_as_it_was(folders):
+    loaded = load_model(str(folders["qwen2_5_vl"]), device="cpu", dtype="bf16", pack=False)
+    exact = load_model(str(folders["qwen2_5_vl"]), device="cpu", dtype="bf16", pack=False)
+    exact.model.float()
+    with subject_of(loaded, None) as subject, subject_of(exact, None) as other:
+        before = subject.features(subject.video_call)[0]
+        with computing_in(subject.transformers, torch.float32):
+            wide = subject.features(subject.video_call)[0]
+        rounded = {name: value.bfloat16().float() for name, value in other.video_call.items() if "pixel" in name}
+        expected = other.features(other.video_call | rounded)[0]
+        assert wide.dtype == torch.float32 and gap(wide, expected).largest < 1e-5 < 1e-3 < gap(before, expected).mean
+        assert torch.equal(subject.features(subject.video_call)[0], before)
+
+
+def test_a_figure_that_is_no_number_differs():
+    outcome = judged("", {"error": (float("nan"), 1.0)})
+    assert outcome.state == DIFFERS and outcome.figures == {"error": None, "error_limit": 1.0}
+    assert gap(torch.zeros(2, 3), torch.ones(3, 3)).mean == float("inf")

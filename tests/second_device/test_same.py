@@ -1,0 +1,149 @@
+"""What evoprune computes on a second device is what it computes on the CPU."""
+
+from functools import cache
+
+import pytest
+import torch
+
+import evoprune
+from evoprune.huggingface.processor_inputs import processor_inputs
+from evoprune.methods.registry import built_in
+from evoprune.pipeline.loading.model import load_model
+from evoprune.pipeline.options import ModelOptions, SamplingOptions
+from evoprune.profiling.time_limit import TimeLimit
+from evoprune.profiling.verify.outcome import DIFFERS
+from evoprune.profiling.verify.run import subject_of, verify
+from evoprune.profiling.verify.subject import Subject
+from evoprune.profiling.verify.waiting import Waiting
+from evoprune.tuning.run import Settings, Tuning
+from evoprune.vision import attention
+from tests.pipeline.test_recipes import DEMO
+from tests.recipes import keep_recipe
+from tests.second_device.far import NAME
+from tests.tiny import save_tiny
+from tests.vision.devices import varlen_by_hand
+
+pytestmark = pytest.mark.device
+
+CLIP, OTHER, PICTURE = "samples/square.mp4", "samples/arrivals.webm", "docs/overlay.png"
+QUESTION = "What colour is the square?"
+COMBINED = ("reuse+divprune", "ipcv+divprune", "evoprune+fastv")
+METHODS = [name for name in built_in() if name != "operations"]
+FRAMES = {"frames": 8}
+
+
+@cache
+def loaded(device: str, model: str = "demo"):
+    return load_model(model, device=device, dtype="fp32")
+
+
+def both(inputs, model="demo", frames=FRAMES, budget=0.25, **pruning):
+    """The same inputs, encoded on the CPU and on the device."""
+    qas = [evoprune.VideoQA(loaded(device, model), budget=budget, **pruning) for device in ("cpu", NAME)]
+    return [qa.encode(inputs, **frames) for qa in qas]
+
+
+def assert_same(cpu, device) -> None:
+    for ours, theirs in zip(device._encodings, cpu._encodings, strict=True):
+        assert ours.tokens.features.device.type == NAME and ours.tokens.layers == theirs.tokens.layers
+        assert ours.tokens.kept.tolist() == theirs.tokens.kept.tolist()
+        torch.testing.assert_close(ours.tokens.features.cpu(), theirs.tokens.features, atol=2e-4, rtol=1e-4)
+    made, expected = (each.read_along(QUESTION, [5, 6])[0].cpu() for each in (device, cpu))
+    torch.testing.assert_close(made, expected, atol=2e-3, rtol=1e-3)
+    assert device.ask(QUESTION).text == cpu.ask(QUESTION).text
+
+
+@pytest.mark.parametrize("method", [*METHODS, *COMBINED])
+def test_every_method(method):
+    assert_same(*both(CLIP, method=method))
+
+
+def test_operations(config):
+    keep_recipe("demo", DEMO)
+    assert_same(*both(CLIP, method="operations"))
+
+
+@pytest.mark.parametrize("method", ["none", "evoprune", "evoprune-paper", "visionzip", "reuse+divprune"])
+def test_the_varlen_kernel(method, monkeypatch):
+    monkeypatch.setattr(
+        attention, "varlen_kernel", lambda device, dtype: varlen_by_hand if device.type == NAME else None
+    )
+    assert_same(*both(CLIP, method=method))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("budget", [1.0, 0.3])
+def test_both_families(family, budget, tmp_path):
+    assert_same(*both(CLIP, str(save_tiny(tmp_path / family, family=family)), budget=budget))
+
+
+@pytest.mark.parametrize("inputs", [PICTURE, [CLIP, OTHER], [PICTURE, CLIP]], ids=["picture", "two", "both"])
+@pytest.mark.parametrize("budget", [1.0, 0.25])
+def test_pictures_and_several_inputs(inputs, budget):
+    assert_same(*both(inputs, budget=budget, frames=FRAMES | {"max_visual_tokens": 200}))
+
+
+@pytest.mark.parametrize("budget", ["auto", "auto:inflection"])
+def test_the_content_decides(budget):
+    assert_same(*both(CLIP, budget=budget, method="evoprune" if budget == "auto" else "visionzip"))
+
+
+def test_sampling_draws_the_same_tokens():
+    cpu, device = (each.ask(QUESTION, temperature=1.5, max_new_tokens=8, seed=3) for each in both(CLIP))
+    assert device.text == cpu.text
+
+
+def test_a_second_question_uses_the_prompt_again():
+    cpu, device = both(CLIP)
+    for question in (QUESTION, "Which digit is shown?", QUESTION):
+        assert device.ask(question).text == cpu.ask(question).text
+
+
+def test_the_cache(tmp_path):
+    qa, cache = evoprune.VideoQA(loaded(NAME)), evoprune.Cache(tmp_path)
+    first, again = (qa.encode(CLIP, cache=cache, **FRAMES) for _ in range(2))
+    assert (first.report.cache, again.report.cache) == ("miss", "hit")
+    assert again.encoded.features.device.type == NAME
+    assert again.encoded.features.tolist() == first.encoded.features.tolist()
+    assert again.ask(QUESTION).text == first.ask(QUESTION).text
+
+
+@pytest.mark.parametrize("how", [{"budget": 1.0}, {"budget": 0.25}, {"budget": 0.25, "positions": "qwen"}], ids=str)
+def test_transformers_model(how):
+    calls = processor_inputs("demo", CLIP, QUESTION, **FRAMES)
+    made = []
+    for device in ("cpu", NAME):
+        model = Subject(load_model("demo", device=device, dtype="fp32", pack=False), *3 * [CLIP]).transformers
+        with evoprune.EvoPrune(**how)(model), torch.inference_mode():
+            call = {name: value.to(device) for name, value in calls.items()}
+            made.append(model(**call, use_cache=False).logits[0, -1].cpu())
+    torch.testing.assert_close(*made, atol=2e-3, rtol=1e-3)
+
+
+def test_tune():
+    tuning = Tuning(
+        Settings(
+            videos=(CLIP,), questions=(QUESTION,), budgets=(0.5,), model=ModelOptions("demo", device=NAME),
+            sampling=SamplingOptions(frames=4), agree=0.05, time_limit_s=300,
+        )
+    )  # fmt: skip
+    tuning.load(lambda *_: None)
+    tuning.run(lambda *_: None, lambda *_: None)
+    assert tuning.document(None)["rows"]
+
+
+def test_verify():
+    with subject_of(loaded(NAME), None) as subject:
+        results = [*verify(subject, TimeLimit(1e6), quick=True)][-1]
+    assert not [(found.check.name, found.outcome.says) for found in results.of(DIFFERS)]
+
+
+@pytest.mark.parametrize(("method", "times"), [("none", 3), ("divprune", 3), ("visionzip", 3), ("evoprune", 6)])
+def test_how_often_it_waits(method, times):
+    """From the first patches to the first token: the numbers that docs/gpu.md states; `-s` prints all places."""
+    qa = evoprune.VideoQA(loaded(NAME), budget=1.0 if method == "none" else 0.25, method=method)
+    qa.encode(CLIP, **FRAMES).read_along(QUESTION, [0])
+    with Waiting() as mode:
+        qa.encode(CLIP, **FRAMES).read_along(QUESTION, [0])
+    print(f"{method}: {len(mode.places)}", *mode.places, sep="\n")
+    assert len(mode.outside) == times
