@@ -61,6 +61,7 @@ class Dropping:
         embeds: `[C, hidden]`, the prompt.
         visual: int64 `[n]`, the columns of the visual tokens, ascending, not the last column of the prompt among them.
         pair: int64 `[n]`, the number of the frame pair of each visual token.
+        place: float32 `[n, 2]`, see `LayerTokens`.
 
     Attributes:
         dropped: (layers that had run, visual tokens that were left) of each drop.
@@ -75,9 +76,10 @@ class Dropping:
         embeds: torch.Tensor,
         visual: torch.Tensor,
         pair: torch.Tensor,
+        place: torch.Tensor,
     ):
         self._model, self._method, self._plan = model, method, plan
-        self._visual, self._pair = to_device(visual, embeds.device), to_device(pair, embeds.device)
+        self._visual, self._pair, self._place = (to_device(each, embeds.device) for each in (visual, pair, place))
         self._others = len(embeds) - len(visual)
         self._text = len(embeds) - 1 - int(visual[-1])  # columns after the last of them
         self._embeds = embeds[self._visual], embeds[len(embeds) - self._text :]
@@ -148,7 +150,7 @@ class Dropping:
             mask.index_fill_(0, old[kept], True)
             stay = true_indices(mask, len(x) - len(old) + len(kept))
             self._visual = (mask.cumsum(0) - 1)[old[kept]]
-            self._pair = self._pair[kept]
+            self._pair, self._place = self._pair[kept], self._place[kept]
             self._key = None if self._key is None else self._key[kept]
             made = x[stay]
             if found.owner is not None and len(kept):
@@ -170,7 +172,7 @@ class Dropping:
         left = left if plan.groups is None else plan.groups.key
         latest, (cos, sin), texts = layers[after - 1], state.places, slice(len(x) - self._text, None)
         seen = LayerTokens(
-            after, left, due, x[self._visual], self._visual, self._pair, state.queries[0][texts],
+            after, left, due, x[self._visual], self._visual, self._pair, self._place, state.queries[0][texts],
             keys, values, state.bias, *self._embeds, self._memory,
         )  # fmt: skip
 

@@ -145,12 +145,14 @@ def dropping_for(
     plan = method.language_plan(model.config.text_config.num_hidden_layers, sum(map(len, kept)), budget)
     if plan is None:
         return None
-    pairs, before = [], 0
+    pairs, inside, before = [], [], 0
     for mine, (count, height, width) in zip(kept, grids, strict=True):
         pairs.append(mine // (height * width) + before)
+        row, column = mine // width % height, mine % width
+        inside.append(torch.stack([row.float() / height, column.float() / width], 1))
         before += count
     places = torch.isin(columns, torch.cat([visual.columns for visual in visuals])).nonzero()[:, 0]
-    return Dropping(model, method.language, plan, embeds, places, torch.cat(pairs))
+    return Dropping(model, method.language, plan, embeds, places, torch.cat(pairs), torch.cat(inside))
 
 
 def prefill(

@@ -67,6 +67,7 @@ _INSIDE = {
     "holitom-inner": "evoprune.methods.holitom_inner:HoliTomInner",
     "flashvid-inner": "evoprune.methods.flashvid_inner:FlashVidInner",
     "nuwa-inner": "evoprune.methods.nuwa_inner:NuwaInner",
+    "vitcop": "evoprune.methods.vitcop:ViTCoP",
     "operations": "evoprune.methods.operations:Operations",
 }
 _REGISTRY, INNER = _OUTSIDE | _INSIDE, tuple(_INSIDE)

@@ -13,6 +13,7 @@ from evoprune.pruning.ranking import BLOCK, centre_weights, gathered, highest, s
 from evoprune.pruning.types import Selection
 
 HELD = 4  # blocks of distances that are held; more are computed twice
+FAR = 1 << 30  # steps that are more than any distance
 STEPS = 16384  # distances are integers of this many steps of the tokens' root mean square length
 
 
@@ -89,6 +90,32 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
         farthest = torch.maximum(farthest, distance.max())
         apart[some] = distance.masked_fill(~denser, torch.inf).amin(1)
     return snap(torch.minimum(apart, farthest).log() - sparse * step.square() / x.shape[1])
+
+
+def vicinity_clusters(x: torch.Tensor, place: torch.Tensor, count: int, cutoff: float, near: float) -> torch.Tensor:
+    """int64 `[n]`: the one of `count` centres whose cluster each row of `x` (`[n, D]`) is in (ViTCoP, arXiv 2601.17818).
+
+    Each row follows the nearest of the denser rows whose `place` (`[n, 2]`) is at most `near` away, or else of all denser rows.
+    What ends at a centre is its cluster. Centres are the rows of the greatest density times distance to the one they would follow.
+    The density is the sum of exp(-d^2) over all rows, where d is a distance over `cutoff` times the root mean square distance of
+    two rows. Of equally dense rows the first counts as denser. O(n^2 D), memory O(n D).
+    """
+    points = _points(x)[0]
+    scale = cutoff * (2 * (points - points.mean(0)).square().sum(1).mean()).sqrt().clamp(min=1)
+    index, place = ascending(len(points), x.device), place.double()
+    blocks = index.split(BLOCK)
+    dense = snap(torch.cat([(-(_distances(points[some], points) / scale).square()).exp().sum(1) for some in blocks]))
+    apart, follows = torch.empty_like(dense), torch.empty_like(index)
+    for some in blocks:
+        denser = (dense > dense[some, None]) | ((dense == dense[some, None]) & (index < some[:, None]))
+        far = snap(torch.cdist(place[some], place) - near) > 0
+        distance = (_distances(points[some], points) + far * FAR).masked_fill(~denser, torch.inf)
+        apart[some], follows[some] = distance.min(1)
+    centres = highest(snap(dense * apart / scale), count)
+    follows[centres] = centres
+    for _ in range(len(points).bit_length()):
+        follows = follows[follows]
+    return follows
 
 
 def _points(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -153,6 +153,7 @@ class LayerTokens:
     hidden: torch.Tensor  # [n, hidden], the layer's output for the visual tokens, in the model's dtype
     visual: torch.Tensor  # int64 [n], the columns of the visual tokens among the C that this layer read, ascending
     pair: torch.Tensor  # int64 [n], the number of the frame pair of each
+    place: torch.Tensor  # float32 [n, 2], where in the frame each is: row and column, as shares of height and width
     queries: torch.Tensor  # [Q, heads, head_dim], of the text after the last visual token, rotated
     keys: torch.Tensor  # [C, kv_heads, head_dim], of all columns, rotated; neighbouring heads share them
     values: torch.Tensor  # [C, kv_heads, head_dim]

@@ -8,6 +8,7 @@ from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import TokenStream, Visual, along, dropping_for, embed_prompt, prefill
 from evoprune.language.settings import GenerationSettings
+from evoprune.methods.pyramiddrop import PyramidDrop
 from tests.language.test_decoder import assert_close
 from tests.methods.eager import BEFORE, COLUMNS, DROPPING, GRID, VISUAL, Eager, a_prompt, deep_model, run_method
 from tests.methods.test_language_methods import rule_of
@@ -144,3 +145,32 @@ def test_two_inputs_of_one_prompt():
         state = prefill(model, embeds, columns.expand(3, -1), 60, dropping=dropping)
         assert state.logits.isfinite().all()
         assert dropping.dropped and min(state.cache.lengths) >= len(columns) - 15 + (name != "visipruner")
+
+
+def test_a_method_sees_where_in_their_frames_tokens_are(monkeypatch):
+    """Behind each drop too; of two inputs, each in its own grid, of which some units have been left out before."""
+    grids, kept = [(2, 3, 4), (1, 2, 5)], [[0, 3, 5, 10, 13, 18, 23], [1, 4, 6, 9]]
+    model, (embeds, positions) = deep_model(), a_prompt()
+    visuals = [
+        Visual(range(first, end), embeds[first : first + len(some)], torch.tensor(some))
+        for (first, end), some in zip(((5, 29), (31, 41)), kept, strict=True)
+    ]
+    there = [  # of each token: the number of its frame pair, and its row and column
+        (unit // (height * width) + before, unit // width % height / height, unit % width / width)
+        for some, before, (_, height, width) in zip(kept, (0, 2), grids, strict=True)
+        for unit in some
+    ]
+    seen, select = [], PyramidDrop.select
+
+    def watched(self, tokens):
+        seen.append(torch.cat([tokens.pair[:, None], tokens.place], 1))
+        torch.testing.assert_close(seen[-1], torch.tensor(there))
+        found = select(self, tokens)
+        there[:] = [there[i] for i in found.kept.tolist()]
+        return found
+
+    monkeypatch.setattr(PyramidDrop, "select", watched)
+    prompt, columns = embed_prompt(model, torch.zeros(COLUMNS, dtype=torch.int64), visuals)
+    dropping = dropping_for(model, methods.parse("pyramiddrop"), 0.5, visuals, grids, prompt, columns)
+    prefill(model, prompt, positions[:, columns], 60, dropping=dropping)
+    assert len(seen) == 3

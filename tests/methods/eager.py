@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import torch
 
@@ -52,6 +53,11 @@ def a_prompt(seed: int = 0, hidden: int = 64) -> tuple[torch.Tensor, torch.Tenso
 
 def pairs() -> torch.Tensor:
     return torch.arange(GRID[0]).repeat_interleave(GRID[1] * GRID[2])
+
+
+def inside() -> torch.Tensor:
+    """The row and column of each visual token, as shares of height and width."""
+    return torch.tensor([[row / GRID[1], column / GRID[2]] for _, row, column in product(*map(range, GRID))])
 
 
 @dataclass
@@ -176,7 +182,7 @@ def run_method(
 ):
     """What the decoder makes of it: logits, the drops, the cache."""
     plan = method.drops(model.config.text_config.num_hidden_layers, len(VISUAL), budget)
-    dropping = Dropping(model, method, plan, embeds, torch.tensor(VISUAL), pairs())
+    dropping = Dropping(model, method, plan, embeds, torch.tensor(VISUAL), pairs(), inside())
     cache = cache or KVCache(model, 1)
     made = logits(model, embeds, positions, cache, sizes, dropping=dropping)
     return made, dropping, cache

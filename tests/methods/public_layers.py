@@ -21,6 +21,7 @@ def public_layer(kind: str, seed: int, grid: tuple[int, int, int], left: int, du
     """Visual tokens behind a layer. `following`, `unrotated` and `evened` have queries and keys of their own."""
     random, n = np.random.Generator(np.random.PCG64(seed + 1000)), prod(grid)
     columns = BEFORE + n + TEXT
+    inside = torch.cartesian_prod(torch.arange(grid[1]) / grid[1], torch.arange(grid[2]) / grid[2])
 
     def layer(**more) -> LayerTokens:
         tensors = [
@@ -29,7 +30,7 @@ def public_layer(kind: str, seed: int, grid: tuple[int, int, int], left: int, du
         ]
         return LayerTokens(
             1, left, due, public_tokens(kind, seed, grid).features, torch.arange(BEFORE, BEFORE + n),
-            torch.arange(grid[0]).repeat_interleave(grid[1] * grid[2]), *tensors, None,
+            torch.arange(grid[0]).repeat_interleave(grid[1] * grid[2]), inside.repeat(grid[0], 1), *tensors, None,
             torch.from_numpy(nearly_normal(np.random.Generator(np.random.PCG64(seed + 2000)), n, 16)),
             torch.from_numpy(nearly_normal(np.random.Generator(np.random.PCG64(seed + 3000)), TEXT, 16)), {}, **more,
         )  # fmt: skip

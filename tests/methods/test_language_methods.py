@@ -13,6 +13,7 @@ from tests.methods.eager import BEFORE, DROPPING, VISUAL, EagerLayer, a_prompt, 
 from tests.methods.eager import Eager as EagerModel
 from tests.methods.public_layers import public_layer
 from tests.methods.test_video_peers import clustered_line_by_line
+from tests.methods.test_vitcop import rule as vitcop
 from tests.methods.tokens import Largest
 
 LAST = -1
@@ -137,6 +138,7 @@ RULES = {
     "holitom-inner": holitom,
     "flashvid-inner": fastv,
     "nuwa-inner": nuwa,
+    "vitcop": lambda seen: vitcop(seen, methods.get("vitcop")),
 }
 VISI = (
     "visipruner",
@@ -247,7 +249,7 @@ def test_exactly_so_many_stay(name, left):
         assert made.features(public_layer(kind, 0, GRID, left).hidden).isfinite().all()
 
 
-@pytest.mark.parametrize("name", DROPPING)
+@pytest.mark.parametrize("name", [name for name in DROPPING if name != "vitcop"])  # test_vitcop.py has its clusters
 def test_equal_tokens_go_by_index_and_nothing_is_drawn(name):
     tokens = public_layer("random", 0, GRID, 12)
     same = {f"{part}": torch.ones_like(getattr(tokens, part)) for part in ("hidden", "queries", "keys", "values")}

@@ -1,8 +1,8 @@
 """Methods inside the language model against what their authors' code keeps of the same layer; fixtures as in `test_public.py`.
 
 PruneVid's code was given groups of one frame each, SparseVLM's counts without the means that it adds, and no noise. `sums`, where
-tokens are means, has the sum of each token's channels; of SparseVLM's means alone, in ascending order. No code of D2Pruner's
-authors could be had.
+tokens are means, has the sum of each token's channels; of SparseVLM's means alone, in ascending order. ViTCoP's code was given
+the cut-off distance of each frame pair, and its merged tokens are halved. No code of D2Pruner's authors could be had.
 """
 
 import json

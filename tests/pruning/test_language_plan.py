@@ -50,6 +50,13 @@ def test_published_counts_at_published_depths():
     assert drops("holitom-inner", 28, 1000, 0.5) == [(18, 500)]
     assert drops("flashvid-inner", 28, 1000, 0.3) == [(20, 300)]
     assert drops("nuwa-inner", 28, 1000, 0.42) == [(15, 420)]
+    for tokens, counts in (
+        (288, (253, 51)),
+        (230, (165, 33)),
+        (172, (77, 15)),
+    ):  # what 0.5, 0.4 and 0.3 of 576 tokens leave
+        mean = (20 * counts[0] + 10 * counts[1]) / 30 / tokens
+        assert drops("vitcop", 32, tokens, mean) == [*zip((2, 22), counts, strict=True)]
     plan = methods.get("visipruner").drops(32, 576, 0.1)
     assert (plan.blind, plan.looks[0], plan.looks[-1], plan.drops[0].after) == (6, 8, 31, 16)
 
