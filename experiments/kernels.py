@@ -188,6 +188,7 @@ def conversions(model: QwenVL, sizes: Sizes) -> None:
             pieces["a tower layer"] = vision.depth, Tree(block=fresh.model.visual.blocks[0])
         total = 0.0
         for name, (count, module) in pieces.items():
+            module.dtype = DTYPE  # as a whole model tells it, with its norms
             start = time.perf_counter()
             pack(module) if kind == "packed" else quantize(module, kind, call_layers)
             spent = time.perf_counter() - start
