@@ -20,14 +20,12 @@ class FrameChunk:
     """Consecutive frames of a plan.
 
     Attributes:
-        first: index of the first of them among the plan's times.
         frames: uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied), C-contiguous.
-        times_s: the time of each frame itself, which may be earlier than the time that was asked for; seconds from the
-            video's first frame.
-        damaged: damaged packets (of a folder: images) that were met on the way to these frames, and not in earlier chunks.
+        times_s: of the frames themselves, in seconds from the video's first frame; they may be earlier than the times asked for.
+        damaged: damaged packets (of a folder: images) on the way to these frames that no earlier chunk counts.
     """
 
-    first: int
+    first: int  # index among the plan's times
     frames: np.ndarray
     times_s: tuple[float, ...]
     damaged: int = 0
@@ -49,14 +47,12 @@ def read_frames(
 
     Args:
         times_s: seconds from the video's first frame, ascending; a time may repeat.
-        decoder: `auto`, `pyav` or `decord`, see `choose_decoder`.
         chunk_bytes: upper limit of a chunk's size, but a chunk holds two frames even if they are larger.
         even: every chunk but the last holds an even number of frames, so that no frame pair is split.
 
     Raises:
-        UsageError: unknown or missing decoder, or times that do not ascend.
-        VideoError: the decoder refuses such videos; or, while iterating, the file cannot be read (any more), or
-            no frame can be decoded; see also `isolation.run_task`.
+        UsageError: times that do not ascend. And what `choose_decoder` raises.
+        VideoError: while iterating: the file cannot be read (any more), or no frame can be decoded; see also `isolation.run_task`.
     """
     times = tuple(float(t) for t in times_s)
     if not all(map(math.isfinite, times)) or any(b < a for a, b in pairwise(times)):
@@ -65,7 +61,10 @@ def read_frames(
     per_chunk = max(2, chunk_bytes // (info.width * info.height * 3))
     if even:
         per_chunk -= per_chunk % 2
-    return _chunks(info, times, decoder, per_chunk)
+    firsts = range(0, len(times), per_chunk)
+    sizes = [min(per_chunk, len(times) - first) for first in firsts]
+    filled = stream_frames(info, times, decoder, sizes) if sizes else ()
+    return (FrameChunk(first, frames, tuple(at), bad) for first, (frames, at, bad) in zip(firsts, filled, strict=True))
 
 
 def choose_decoder(decoder: str, info: Video | None = None) -> str:
@@ -75,11 +74,7 @@ def choose_decoder(decoder: str, info: Video | None = None) -> str:
     refreshed gradually, or stored out of order in AVI. Read front to back, as here, it is right, but decodes every frame; it has no
     AV1, and gives up on damage. `python -m experiments.decoders` measures both.
 
-    `info`: the video to be read, if it is known already.
-
-    Raises:
-        UsageError: no such decoder, or it is not installed.
-        VideoError: decord is known to fail on videos like this one.
+    Raises UsageError: no such decoder, or it is not installed. VideoError: decord is known to fail on videos like this one.
     """
     if info is not None and info.kind == PICTURE:
         return PILLOW
@@ -89,13 +84,3 @@ def choose_decoder(decoder: str, info: Video | None = None) -> str:
         return "pyav"
     run_task("check_decord", info.path if info else "", {"info": asdict(info) if info else None})
     return "decord"
-
-
-def _chunks(info: Video, times: Sequence[float], decoder: str, per_chunk: int) -> Iterator[FrameChunk]:
-    firsts = range(0, len(times), per_chunk)
-    sizes = [min(per_chunk, len(times) - first) for first in firsts]
-    if not sizes:
-        return
-    arrays = stream_frames(info, times, decoder, sizes)
-    for first, (frames, frame_times, damaged) in zip(firsts, arrays, strict=True):
-        yield FrameChunk(first, frames, tuple(frame_times), damaged)

@@ -24,19 +24,19 @@ SubtitleLine = tuple[float, float, str]  # start and end in seconds from the fir
 class Video:
     """Metadata of a video file, of a folder of images that is read as a video, or of a picture, which has no times.
 
+    None is what the file does not state, or only a scan can tell.
+
     Attributes:
-        duration_s: seconds from the first frame to the end of the last one; None if unknown.
+        duration_s: seconds from the first frame to the end of the last one.
         width, height: pixels as displayed, after rotation. Non-square pixels are not corrected.
         rotation_deg: clockwise rotation that turns stored frames into displayed ones: 0, 90, 180 or 270.
-        codec: such as `h264`; for a folder that of its first image, such as `png`. `pix_fmt`: such as `yuv420p`.
+        codec, pix_fmt: such as `h264`, `yuv420p`; of a folder those of its first image.
         container: FFmpeg's name of the format, such as `matroska,webm`; `folder` for a folder, `picture` for a picture.
-        fps: average frames per second; None if unknown.
-        variable_rate, frames_total: whether frame intervals differ, and how many frames there are; None if only a scan can tell.
+        fps: average frames per second. variable_rate: whether the frame intervals differ.
         start_s: the file's own timestamp of the first frame. All other times in this package count from there.
         tags: metadata tags of the container; of a picture its comment, if it has one.
         mirrored: stored frames are flipped left to right before they are rotated.
-        stated_s: the duration that the file states, in seconds from the first frame to the end of the last one. It exceeds
-            `duration_s` if the file was cut off. None if the file states none, or only one for sound and pictures together.
+        stated_s: as `duration_s`, as the file states it for pictures alone; it is longer if the file was cut off.
     """
 
     path: str
@@ -47,17 +47,16 @@ class Video:
     codec: str
     pix_fmt: str | None
     container: str
-    fps: float | None
-    variable_rate: bool | None
-    frames_total: int | None
-    start_s: float
-    tags: dict[str, str]
+    fps: float | None = None
+    variable_rate: bool | None = None
+    frames_total: int | None = None
+    start_s: float = 0.0
+    tags: dict[str, str] = field(default_factory=dict)
     mirrored: bool = False
     stated_s: float | None = None
 
     @property
     def kind(self) -> str:
-        """What the file is to the model: "video" or "picture"."""
         return PICTURE if self.container == PICTURE else VIDEO
 
     @property
@@ -76,16 +75,14 @@ def world_of(info: Video) -> str | None:
 
 @dataclass(frozen=True)
 class ScanResult:
-    """What decoding a video from beginning to end found.
+    """What decoding a video from beginning to end found; `duration_s` and `stated_s` as in `Video`.
 
     Attributes:
-        frames: that can be decoded.
         damaged: damaged packets (of a folder: images) that were skipped or patched up. Containers that hide their
             damage, such as Matroska, reveal it only by a `duration_s` below `stated_s`.
-        duration_s, stated_s: as in `Video`.
         variable_rate: whether more frame intervals are irregular than damage explains.
-        largest_gap_s: longest time in seconds from one frame to the next; 0 for a single frame.
-        keyframe_median_s, keyframe_max_s: seconds from a keyframe to the next one, or from the last one to the end.
+        largest_gap_s: longest time from one frame to the next; 0 for a single frame.
+        keyframe_median_s, keyframe_max_s: time from a keyframe to the next one, or from the last one to the end.
     """
 
     frames: int
@@ -101,13 +98,11 @@ class ScanResult:
 
 @dataclass(frozen=True)
 class Subtitles:
-    """Subtitles of a video.
+    """Subtitles of a video: `lines` by start, each without markup and line breaks.
 
     Attributes:
-        source: the file, or the track in the video; None if there are none.
-        lines: by start, each without markup and line breaks.
+        source: the file, or the track in the video; None if there are none, and then `note` says why.
         warnings: "subtitles_encoding" if the file's encoding is a guess, cp1252; "damaged_subtitles" if there may be more lines.
-        note: why there are none.
     """
 
     source: str | None = None
@@ -118,15 +113,9 @@ class Subtitles:
 
 @dataclass(frozen=True)
 class PromptSubtitles:
-    """What the prompt has of a video's subtitles.
+    """What the prompt has of a video's `Subtitles`: `text` in front of the question, empty without any, of so many `tokens`.
 
-    Attributes:
-        text: in front of the question; empty without subtitles.
-        source: what they were read from; None if there are none.
-        lines, lines_in_prompt: those of the part that is looked at, and those in `text`.
-        tokens: of `text`.
-        warnings: about them, for reports.
-        note: why there are none, if they were asked for.
+    `lines` counts those of the part that is looked at, `lines_in_prompt` those in `text`.
     """
 
     text: str = ""
@@ -138,7 +127,6 @@ class PromptSubtitles:
     note: str | None = None
 
     def record(self) -> dict[str, Any] | None:
-        """As reports have it."""
         names = ("source", "lines", "lines_in_prompt", "tokens")
         return {name: getattr(self, name) for name in names} if self.source is not None else None
 

@@ -32,14 +32,8 @@ def default_max_visual_tokens(*, on_cpu: bool, is_demo: bool) -> int:
 class InputLimits:
     """What a model expects of a video, or of a picture: size, normalisation, frame rate. The defaults are Qwen2.5-VL's for video.
 
-    Fields with a rule can be given by a file of the model.
-
-    Attributes:
-        min_pixels, max_pixels: area of one frame after resizing.
-        fps: frames to take per second of video.
-        min_frames, max_frames: bounds on the number of frames.
-        image_mean, image_std: of the red, green and blue channel, values in 0..1.
-        merge_size: side of a unit in patches.
+    Fields with a rule can be given by a file of the model. Pixels are the area of one frame after resizing; `merge_size` is the
+    side of a unit in patches; mean and deviation are of the red, green and blue channel, values in 0..1.
     """
 
     min_pixels: Area = 128 * 28 * 28
@@ -75,7 +69,6 @@ class Plan:
         frame_limit: the largest number of frames, by the model or the caller; `sampling.wanted` may be larger.
         token_limit: the largest number of visual tokens before pruning.
         token_capped: whether the token limit made frames smaller or fewer than the model's own limits require.
-        encoder: what the encoder does with it.
         unshrunk: the plan with nothing pruned; None for this one. A method may make the input smaller.
         decoder: "pyav" or "decord"; for a picture "pillow".
         limited: whether the options ask for more frames, or a higher rate, than a limit allows, or frames became smaller for
@@ -99,7 +92,6 @@ class Plan:
 
     @property
     def kind(self) -> str:
-        """ "video" or "picture"."""
         return self.info.kind
 
     @property
@@ -109,7 +101,6 @@ class Plan:
 
     @property
     def full(self) -> "Plan":
-        """The plan with nothing pruned."""
         return self.unshrunk or self
 
     @property
@@ -129,7 +120,6 @@ class Plan:
 
     @property
     def visual_tokens(self) -> int:
-        """Number of units of what is looked at."""
         return math.prod(self.grid)
 
     def shrunk(self, grid: Grid, limits: InputLimits) -> "Plan":
@@ -152,8 +142,7 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int, fact
     rows, cols = round(height / factor), round(width / factor)
     if rows * cols * factor**2 > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        rows = max(1, math.floor(height / shrink / factor))
-        cols = max(1, math.floor(width / shrink / factor))
+        rows, cols = (max(1, math.floor(side / shrink / factor)) for side in (height, width))
     elif rows * cols * factor**2 < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
         rows, cols = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
@@ -177,7 +166,7 @@ def make_plan(
     one frame pair is still too much, smaller than the model's smallest.
 
     Args:
-        limits: the model's, for this kind of input.
+        limits: the model's, for a video or for a picture, which `info` is.
         fps, frames: frames per second, or in all; default: the model's rate. A picture has one.
         start_s, end_s: the span to sample, in seconds; below 0 from the video's end.
         max_frames: replaces the model's limit.
@@ -187,78 +176,52 @@ def make_plan(
         VideoError: unknown duration, an empty span, or a shape that cannot be resized. UsageError: a number out of range, or a
             span of a picture.
     """
-    check_sampling(
-        fps=fps, frames=frames, start_s=start_s, end_s=end_s, max_frames=max_frames, max_visual_tokens=max_visual_tokens
-    )
-    if max_visual_tokens is None:
-        max_visual_tokens = MAX_VISUAL_TOKENS
+    span = {"frames": frames, "start_s": start_s, "end_s": end_s}
+    check_sampling(fps=fps, max_frames=max_frames, max_visual_tokens=max_visual_tokens, **span)
+    most_tokens = MAX_VISUAL_TOKENS if max_visual_tokens is None else max_visual_tokens
+    pair = limits.temporal_patch_size
     if info.kind == PICTURE:
         if start_s != 0 or end_s is not None:
             raise UsageError(f"{info.path} is a picture, which has no start and no end", "leave out start and end")
-        return _picture_plan(info, limits, max_visual_tokens)
-    if info.duration_s is None:
+        sampling, frame_limit, wanted, pairs = STILL, STILL.frames, STILL.frames, 1
+    elif info.duration_s is None:
         raise VideoError(f"cannot tell how long {info.path} is", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
-    span = {"fps": limits.fps if fps is None else fps, "frames": frames, "start_s": start_s, "end_s": end_s}
-    sample = partial(plan_sampling, info.duration_s, min_frames=limits.min_frames, **span)
-    pair = limits.temporal_patch_size
-    most_frames = limits.max_frames if max_frames is None else max_frames
-    # No more pairs than tokens are allowed, so that `times_s` stays short where `most_frames` is huge.
-    sampling = free = sample(max_frames=min(most_frames, pair * max_visual_tokens))
-    preferred, size, pairs = _size(info, limits, sampling.frames // pair, max_visual_tokens)
-    if pairs < sampling.frames // pair:
-        sampling = sample(max_frames=pairs * pair)
-    grid = (sampling.frames // pair, size[0] // limits.unit, size[1] // limits.unit)
-    wanted = min(free.wanted, most_frames - most_frames % pair)
-    token_capped = size != preferred or sampling.frames < wanted
-    return Plan(info, sampling, *size, grid, most_frames, max_visual_tokens, token_capped)
-
-
-def _picture_plan(info: Video, limits: InputLimits, max_tokens: int) -> Plan:
-    """The size of a picture: one frame pair, of which it is both frames."""
-    preferred, size, _ = _size(info, limits, 1, max_tokens)
-    grid = (1, size[0] // limits.unit, size[1] // limits.unit)
-    return Plan(info, STILL, *size, grid, STILL.frames, max_tokens, size != preferred)
-
-
-def _size(
-    info: Video, limits: InputLimits, pairs: int, max_tokens: int
-) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """The frame size that the model prefers; and as of `_fit`. Raises VideoError: a shape that cannot be resized."""
+    else:
+        fps = limits.fps if fps is None else fps
+        sample = partial(plan_sampling, info.duration_s, fps=fps, min_frames=limits.min_frames, **span)
+        frame_limit = limits.max_frames if max_frames is None else max_frames
+        # No more pairs than tokens are allowed, so that `times_s` stays short where `frame_limit` is huge.
+        sampling = sample(max_frames=min(frame_limit, pair * most_tokens))
+        wanted, pairs = min(sampling.wanted, frame_limit - frame_limit % pair), sampling.frames // pair
     try:
-        preferred = smart_resize(info.height, info.width, limits.min_pixels, limits.max_pixels, limits.unit)
-        return preferred, *_fit(info, limits, preferred, pairs, max_tokens)
+        preferred, grid = _fit(info, limits, pairs, most_tokens)
     except ValueError as problem:
         raise VideoError(f"{info.path}: {problem}", "crop it first", stage="preprocess") from None
+    if grid[0] < pairs:
+        sampling = sample(max_frames=grid[0] * pair)
+    token_capped = grid[1:] != preferred or sampling.frames < wanted
+    size = grid[1] * limits.unit, grid[2] * limits.unit
+    return Plan(info, sampling, *size, grid, frame_limit, most_tokens, token_capped)
 
 
-def _fit(
-    info: Video, limits: InputLimits, size: tuple[int, int], pairs: int, max_tokens: int
-) -> tuple[tuple[int, int], int]:
-    """The frame size, (height, width) in pixels, and the number of frame pairs that together have at most `max_tokens` units.
+def _fit(info: Video, limits: InputLimits, pairs: int, most: int) -> tuple[tuple[int, int], Grid]:
+    """The model's (H, W) for a frame, in units; and the largest (T, H, W) of at most `pairs` frame pairs and `most` units.
 
-    Args:
-        size, pairs: without a limit on tokens.
-        max_tokens: first the size is reduced, down to the model's smallest; then the pairs, down to one; then the size again.
+    First the frames are made smaller, down to the model's smallest; then the pairs fewer, down to one; then the frame smaller again.
 
     Raises ValueError: a shape that cannot be resized.
     """
-    unit = limits.unit
-    if pairs * _units(size, unit) > max_tokens:
-        least = min(limits.min_pixels, limits.max_pixels)
-        size = smart_resize(info.height, info.width, least, max(least, max_tokens * unit**2 // pairs), unit)
-    if pairs * _units(size, unit) > max_tokens:
-        pairs = max(1, max_tokens // _units(size, unit))
-    if pairs * _units(size, unit) > max_tokens:
-        size = _cut(*smart_resize(info.height, info.width, 1, max_tokens * unit**2, unit), unit, max_tokens)
-    return size, pairs
 
+    def units(min_pixels: int, max_pixels: int) -> tuple[int, int]:
+        height, width = smart_resize(info.height, info.width, min_pixels, max_pixels, limits.unit)
+        return height // limits.unit, width // limits.unit
 
-def _units(size: tuple[int, int], unit: int) -> int:
-    return (size[0] // unit) * (size[1] // unit)
-
-
-def _cut(height: int, width: int, unit: int, most: int) -> tuple[int, int]:
-    """Cuts the longer side of a very long picture until it has at most `most` units. In pixels."""
-    rows, cols = height // unit, width // unit
-    rows, cols = (rows, min(cols, most // rows)) if rows <= cols else (min(rows, most // cols), cols)
-    return rows * unit, cols * unit
+    area, least = limits.unit**2, min(limits.min_pixels, limits.max_pixels)
+    preferred = rows, cols = units(limits.min_pixels, limits.max_pixels)
+    if pairs * rows * cols > most:
+        rows, cols = units(least, max(least, most * area // pairs))
+        pairs = min(pairs, max(1, most // (rows * cols)))
+    if rows * cols > most:  # the longer side of a very long picture is cut
+        rows, cols = units(1, most * area)
+        rows, cols = (rows, min(cols, most // rows)) if rows <= cols else (min(rows, most // cols), cols)
+    return preferred, (pairs, rows, cols)

@@ -1,6 +1,7 @@
 """What is in a video: `probe` reads its metadata, `scan` decodes all of it, `read_subtitles` reads what is said in it."""
 
 import os
+from typing import Any
 
 from evoprune.video.info import FOLDER_FPS, ScanResult, Subtitles, Video
 from evoprune.video.sandbox.isolation import run_task
@@ -13,7 +14,7 @@ def probe(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> Vi
     packets are read once, without decoding.
 
     Args:
-        path: the file or folder. It is never taken for a URL or a pattern, and playlists are not followed.
+        path: is never taken for a URL or a pattern, and playlists are not followed.
         folder_fps: images of a folder per second of video.
 
     Raises:
@@ -21,32 +22,30 @@ def probe(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> Vi
         VideoError: no such file, not a video, no video stream, no frame that can be decoded, or a folder without images;
             see also `isolation.run_task`.
     """
-    path = os.fspath(path)
-    return Video(**run_task("probe", path, {"path": path, "folder_fps": folder_fps}))
+    return Video(**_run("probe", path, folder_fps=folder_fps))
 
 
 def scan(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> ScanResult:
     """Decode a whole video once, to find damage, its true length, and how regular its frames and keyframes are.
 
-    Memory does not grow with the video: a few frames at a time, and a count of each frame interval.
-
-    Arguments and errors: as of `probe`.
+    Memory does not grow with the video: a few frames at a time, and a count of each frame interval. Otherwise as `probe`.
     """
-    path = os.fspath(path)
-    return ScanResult(**run_task("scan", path, {"path": path, "folder_fps": folder_fps}))
+    return ScanResult(**_run("scan", path, folder_fps=folder_fps))
 
 
 def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float = 1e9) -> Subtitles:
-    """The subtitles whose time overlaps a part of a video.
+    """The subtitles whose time overlaps a part of a video, in seconds from the first frame.
 
     Args:
         choice: a file of subtitles (SRT, WebVTT, ASS, SSA), or a video with a text track; or "auto": a file beside the video, else
             the video's default text track or its only one, else none.
-        start_s, end_s: the part, in seconds from the first frame.
 
     Raises VideoError: no such file; or no subtitles in it, pictures of text only, or text of an unknown encoding; see also
     `isolation.run_task`.
     """
-    arguments = {"path": info.path, "origin_s": info.start_s, "choice": choice, "start_s": start_s, "end_s": end_s}
-    found = run_task("subtitles", info.path, arguments)
+    found = _run("subtitles", info.path, origin_s=info.start_s, choice=choice, start_s=start_s, end_s=end_s)
     return Subtitles(**found | {"lines": [tuple(line) for line in found["lines"]]})
+
+
+def _run(task: str, path: str | os.PathLike[str], **arguments) -> dict[str, Any]:
+    return run_task(task, os.fspath(path), {"path": os.fspath(path), **arguments})

@@ -17,12 +17,9 @@ UNITS = re.compile(r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+(?:\.[0-9]+)?)s)?")
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """The times at which frames are taken.
+    """The times at which frames are taken: `times_s`, ascending, the middles of equal shares of the span that they cover.
 
-    Attributes:
-        start_s, end_s: the span of the video that is covered, in seconds.
-        times_s: one time for each frame, in seconds, ascending: the middles of equal shares of the span.
-        wanted: the number of frames before `max_frames` limited it.
+    `wanted` is the number of frames before `max_frames` limited it.
     """
 
     start_s: float
@@ -37,7 +34,6 @@ class SamplingPlan:
 
     @property
     def seconds_per_frame(self) -> float:
-        """Time from one frame to the next."""
         return (self.end_s - self.start_s) / self.frames
 
     def seconds_per_pair(self, temporal_patch: int = 2) -> float:
@@ -70,35 +66,28 @@ def plan_sampling(
         fps: frames to take per second of video; the count is rounded to the nearest even number, at least 2, and kept
             within `min_frames` and `max_frames`. Ignored when `frames` is given.
         frames: exact number of frames; an odd one is rounded up, and only `max_frames` limits it.
-        start_s, end_s: the span to sample, in seconds; below 0 they count back from the video's end. `end_s` beyond the end, or
-            None, means the end; a start before the beginning means the beginning.
+        start_s, end_s: the span, in seconds, kept within the video; below 0 they count back from its end, which is also None.
         min_frames, max_frames: limits of the count; an odd `min_frames` is rounded up, an odd `max_frames` down, and
             where they contradict each other `max_frames` wins.
 
-    Raises:
-        UsageError: a number is out of range (nan, infinite, negative, no frames at all).
-        VideoError: the span is empty.
+    Raises UsageError: a number out of range. VideoError: the span is empty.
     """
-    _check_time("start", start_s)
-    _check_time("end", end_s)
-    _check("max_frames", max_frames, least=2)
-    _check("min_frames", min_frames, least=0)
     if frames is None and fps is None:
         raise UsageError("neither fps nor frames is given", "give one of the two")
+    rate = fps if frames is None else None
+    check_sampling(fps=rate, frames=frames, start_s=start_s, end_s=end_s, max_frames=max_frames)
+    _check("min_frames", min_frames, least=0)
     start, end = _span(duration_s, start_s, end_s)
-    if frames is not None:
-        _check("frames", frames, least=1)
+    if rate is None:
         wanted = frames + frames % 2
     else:
-        _check_fps(fps)
-        nearest = 2 * math.floor(min((end - start) * fps, sys.maxsize) / 2 + 0.5)
+        nearest = 2 * math.floor(min((end - start) * rate, sys.maxsize) / 2 + 0.5)
         wanted = max(nearest, 2, min_frames + min_frames % 2)
     count = min(wanted, max_frames - max_frames % 2)
     return SamplingPlan(start, end, even_times(start, end, count), wanted)
 
 
 def _span(duration_s: float, start_s: float, end_s: float | None) -> tuple[float, float]:
-    """Where the span begins and ends, in seconds, both inside the video. Raises VideoError if it is empty."""
     if not 0 < duration_s < math.inf:
         raise VideoError(f"the video has no length that frames could be spread over ({duration_s} s)")
     start = start_s if start_s >= 0 else max(0.0, duration_s + start_s)
@@ -132,11 +121,13 @@ def check_sampling(
         raise UsageError(f"at most {max_visual_tokens} visual tokens", "allow at least one")
     if fps is not None and frames is not None:
         raise UsageError("fps and frames exclude each other", "give one of the two")
-    _check_time("start", start_s)
-    _check_time("end", end_s)
+    for name, time_s in (("start", start_s), ("end", end_s)):
+        if time_s is not None and not math.isfinite(time_s):
+            raise UsageError(f"{name} is {time_s}", "give seconds from the beginning, or below 0 from the end")
     _check("max_frames", max_frames, least=2)
     _check("frames", frames, least=1)
-    _check_fps(fps)
+    if fps is not None and not 0 < fps < math.inf:
+        raise UsageError(f"fps is {fps:g}", "give a number above 0")
 
 
 def parse_time(text: str) -> float:
@@ -156,16 +147,6 @@ def parse_time(text: str) -> float:
         f"{text!r} is not a time",
         "write seconds (90.5 or 90.5s), minutes (1:30 or 1m30s) or hours (1:02:03 or 1h2m3s); from the end: -5 or -5s",
     )
-
-
-def _check_fps(fps: float | None) -> None:
-    if fps is not None and not 0 < fps < math.inf:
-        raise UsageError(f"fps is {fps:g}", "give a number above 0")
-
-
-def _check_time(name: str, value: float | None) -> None:
-    if value is not None and not math.isfinite(value):
-        raise UsageError(f"{name} is {value}", "give seconds from the beginning, or below 0 from the end")
 
 
 def _check(name: str, value: float | None, *, least: float) -> None:

@@ -18,7 +18,7 @@ from av.video.stream import VideoStream
 from evoprune.errors import VideoError
 from evoprune.model.limits import available_cores
 from evoprune.video.readers import heartbeat
-from evoprune.video.readers.file_kind import FORMATS, not_a_video
+from evoprune.video.readers.signatures import FORMATS, not_a_video
 
 # Called with a number for each damaged packet or image: the same number for the same damage; None where the file breaks off.
 Damage = Callable[[int | None], None]
@@ -46,8 +46,7 @@ HEADERS = 2**12
 TOLERANCE_S = 0.0006
 
 
-def ignore_damage(number: int | None) -> None:
-    """A `Damage`."""
+def ignore_damage(number: int | None) -> None: ...
 
 
 def reason(error: Exception) -> str:
@@ -150,8 +149,7 @@ def packets(
 ) -> Iterator[Packet | None]:
     """Packets up to the end. If the file breaks off, the last one is None, which makes the decoder return what it still holds.
 
-    `damaged` is called where bytes were skipped in search of the next packet, in containers that make it visible. With `alive`,
-    progress is reported also between packets that are far apart.
+    `damaged` is called where bytes were skipped, in containers that make it visible. `alive` reports progress also between packets.
     """
     dense = container.format.name in DENSE
     end, slack = None, 0
@@ -174,10 +172,9 @@ def packets(
 def decoded_frames(
     container: InputContainer, stream: VideoStream, damaged: Damage = ignore_damage
 ) -> Iterator[VideoFrame]:
-    """All frames from the container's position on, in display order.
+    """All frames from the container's position on, in display order, without damaged packets; frames that were patched up count.
 
-    Damaged packets are skipped; frames that the decoder patched up are not. `damaged` is called for both, and where the file
-    breaks off.
+    `damaged` is called for both, and where the file breaks off.
     """
     for packet in packets(container, stream, damaged):
         broken, frames = packet is None or packet.is_corrupt, []

@@ -60,8 +60,6 @@ def probe(folder: str, fps: float) -> Video:
         fps=fps,
         variable_rate=False,
         frames_total=len(images),
-        start_s=0.0,
-        tags={},
     )
 
 
@@ -75,10 +73,8 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
     done, current, rgb = -1, -1, None  # `done`: the last image that was opened; `current`: the one on screen
     for time in times_s:
         wanted = int(min(max((time + ffmpeg.TOLERANCE_S) * info.fps, 0), last))
-        candidates = [*range(wanted, done, -1), *(range(wanted + 1, last + 1) if rgb is None else ())]
-        for i in candidates:
-            decoded = decode_image(images[i])
-            if decoded is not None:
+        for i in [*range(wanted, done, -1), *(range(wanted + 1, last + 1) if rgb is None else ())]:
+            if decoded := decode_image(images[i]):
                 _, frame, turn = decoded
                 _check_shape(images[i], frame, turn[0], info)
                 current, rgb = i, to_rgb(frame, info.width, info.height, *turn, reformatter)

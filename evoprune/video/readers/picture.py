@@ -1,6 +1,6 @@
 """A file that holds one picture, read with Pillow: the pixels that Hugging Face's image processor sees, at the size that it wants.
 
-A picture is turned by its EXIF data, as `transformers.image_utils.load_image` does, and transparent parts are put over white, as
+It is turned by its EXIF data, as `transformers.image_utils.load_image` does, and transparent parts are put over white, as
 `transformers.image_transforms.convert_to_rgb` does. Unlike there, 16 bits of grey become 8 by their upper half, not by clipping.
 """
 
@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, TiffImagePlugin, features
 from evoprune.errors import VideoError
 from evoprune.video.info import PICTURE, Video
 from evoprune.video.readers import ffmpeg, heartbeat
-from evoprune.video.readers.file_kind import PICTURES, picture_format
+from evoprune.video.readers.signatures import PICTURES, picture_format
 from evoprune.video.readers.pixels import ORIENTATION_TAG, ORIENTATIONS, turned_size
 
 # Larger files are refused before they are read.
@@ -59,11 +59,10 @@ def check_size(path: str) -> None:
     """Raises VideoError if the file is a picture of more than `MAX_PIXELS`."""
     try:
         with _header(path, picture_format(path)):
-            return
-    except VideoError:
-        raise
-    except Exception:  # no picture
-        return
+            pass
+    except Exception as problem:
+        if isinstance(problem, VideoError):  # else no picture
+            raise
 
 
 def too_large(path: str) -> VideoError:
@@ -85,10 +84,7 @@ def probe(path: str) -> Video:
             codec=(image.format or "").lower().replace("mpo", "jpeg"),
             pix_fmt=image.mode,
             container=PICTURE,
-            fps=None,
-            variable_rate=None,
             frames_total=1,
-            start_s=0.0,
             tags=_tags(image),
             mirrored=mirrored,
         )

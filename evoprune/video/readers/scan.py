@@ -11,27 +11,30 @@ from evoprune.video.readers.metadata import RATE_JITTER_S, probe
 
 
 def scan(path: str, folder_fps: float) -> ScanResult:
-    """See `evoprune.video.probe.scan`. Times in seconds; `gaps` and `keyframes` count intervals by their rounded length."""
+    """See `evoprune.video.probe.scan`."""
     began = time.perf_counter()
     info = probe(path, folder_fps)
     if info.kind == PICTURE:
         raise VideoError(f"{path} is a picture, which has nothing to scan", "leave out --scan")
     reader = folder if info.container == folder.CONTAINER else pyav
-    damage, gaps, keyframes = set(), Counter(), Counter()
-    frames, first_s, last_s, key_s, end_s = 0, 0.0, 0.0, 0.0, 0.0
+    damage, frames, end_s = set(), 0, 0.0
+    gaps, keyframes = (
+        Counter(),
+        Counter(),
+    )  # of intervals by their length, rounded so that equal ones are counted together
     with ffmpeg.reading(path):
         for time_s, length_s, key in reader.intervals(info, damage.add):
             if not frames:
                 first_s = key_s = time_s
             else:
-                gaps[_rounded(time_s - last_s)] += 1
+                gaps[round(time_s - last_s, 4)] += 1
                 if key:
-                    keyframes[_rounded(time_s - key_s)] += 1
+                    keyframes[round(time_s - key_s, 4)] += 1
                     key_s = time_s
             frames, last_s, end_s = frames + 1, time_s, max(end_s, time_s + length_s)
     if not frames:
         raise ffmpeg.nothing_decoded(path)
-    keyframes[_rounded(end_s - key_s)] += 1
+    keyframes[round(end_s - key_s, 4)] += 1
     median_gap = _median(gaps)
     irregular = sum(n for gap, n in gaps.items() if abs(gap - median_gap) > RATE_JITTER_S)
     return ScanResult(
@@ -45,10 +48,6 @@ def scan(path: str, folder_fps: float) -> ScanResult:
         keyframe_max_s=max(keyframes),
         seconds=time.perf_counter() - began,
     )
-
-
-def _rounded(seconds: float) -> float:
-    return round(seconds, 4)  # equal intervals are counted together
 
 
 def _median(counts: Counter[float]) -> float:

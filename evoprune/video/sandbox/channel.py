@@ -25,16 +25,16 @@ _ALIVE = _LENGTH.pack(0)
 
 
 class Channel:
-    """One end of a connected Unix socket. Sending and receiving may raise OSError.
-
-    `descriptors`: how many file descriptors a received message may bring, 0 or 1; the caller closes them.
-    """
+    """One end of a connected Unix socket. Sending and receiving may raise OSError; the caller closes a `descriptor` that came."""
 
     def __init__(self, end: socket.socket, descriptors: int = 0):
-        self._socket, self._descriptors, self._reported = end, descriptors, 0.0
+        self._socket, self._descriptors, self._reported = (
+            end,
+            descriptors,
+            0.0,
+        )  # a message may bring so many descriptors
 
     def send(self, message: dict, descriptor: int | None = None) -> None:
-        """Send a message. Raises ValueError if it is too large."""
         content = json.dumps(message).encode()
         if len(content) > LARGEST:
             raise ValueError(f"a message of {len(content):,} bytes")
@@ -94,10 +94,8 @@ class FrameMemory:
         self._free: list[int] = []
 
     def take(self, shape: tuple[int, ...]) -> tuple["np.ndarray", int | None, int | None]:
-        """An array to be filled, uint8 of that shape. Raises OSError where there is no memory.
-
-        Returns the array; the number of its piece, None if it has memory of its own; and a file descriptor of the memory, which
-        the caller closes, None if the other process has it already.
+        """A uint8 array to be filled; the number of its piece, None if it has memory of its own; and a file descriptor of the memory,
+        which the caller closes, None if the other process has it already. Raises OSError where there is no memory.
         """
         import numpy as np
 
@@ -107,14 +105,14 @@ class FrameMemory:
         if self._free:
             number = self._free.pop()
         elif (
-            len(self._pieces) < PIECES and 2 * size > self._size
+            len(self._pieces) == PIECES or 2 * size <= self._size
         ):  # a video's last array may be small, and held for long
+            piece, descriptor = shared_memory(size)
+            return np.frombuffer(piece, np.uint8).reshape(shape), None, descriptor
+        else:
             piece, descriptor = shared_memory(self._size)
             number = len(self._pieces)
             self._pieces.append(piece)
-        else:
-            piece, descriptor = shared_memory(size)
-            return np.frombuffer(piece, np.uint8).reshape(shape), None, descriptor
         array = np.frombuffer(self._pieces[number], np.uint8, size)  # all views of it keep this array alive
         weakref.finalize(array, self._free.append, number).atexit = False
         return array.reshape(shape), number, descriptor

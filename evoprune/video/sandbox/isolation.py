@@ -50,10 +50,7 @@ class Crash(VideoError):
 
 
 class WorkerProcess:
-    """A process that reads videos, one request at a time: `path` names the video in messages, `busy` says that one is unanswered.
-
-    Raises OSError: the process cannot be started.
-    """
+    """A process that reads videos, one request at a time: `path` names the video in messages, `busy` says that one is unanswered."""
 
     def __init__(self):
         self.path, self.busy, self._oom_kills = "", False, oom_kills()
@@ -76,9 +73,6 @@ class WorkerProcess:
                 start_new_session=True,  # Ctrl-C is for this process
             )
         self.pid = self._process.pid
-
-    def alive(self) -> bool:
-        return self._process.poll() is None
 
     def request(self, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """The message that requests a task. Raises VideoError if its path is relative to a folder that no longer exists."""
@@ -117,12 +111,7 @@ class WorkerProcess:
             raise self._crash() from error
 
     def answer(self) -> Any:
-        """The result of the request.
-
-        Raises:
-            Crash: the process ended, or took too much memory. VideoError: no progress for `SILENCE_S`.
-            OutOfMemory: the system ended it, because memory ran out. RuntimeError: a bug in the reader. What the task raised.
-        """
+        """The result of the request. Raises what `run_task` raises, and Crash where that tries again."""
         try:
             message, _ = self._channel.receive(SILENCE_S)
         except TimeoutError as error:
@@ -168,9 +157,9 @@ _idle: list[WorkerProcess] = []
 _lock = threading.Lock()
 
 
-def start_idle() -> None:
-    """Start a process unless one is idle, without waiting for it. If it cannot be started, `borrow` raises later."""
-    if not _idle:
+def warm_up() -> None:
+    """Start a process for the first video unless one is idle, without waiting for it. Where that fails, `borrow` raises later."""
+    if POSSIBLE and not _idle:
         with suppress(OSError), _lock:
             _idle.append(WorkerProcess())
 
@@ -180,7 +169,7 @@ def _take() -> WorkerProcess | None:
     while True:
         with _lock:
             worker = _idle.pop() if _idle else None
-        if worker is None or worker.alive():
+        if worker is None or worker._process.poll() is None:
             return worker
         worker.end()
 
@@ -224,12 +213,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def warm_up() -> None:
-    """Start a process for the first video, without waiting for it. Imports little."""
-    if POSSIBLE:
-        start_idle()
-
-
 def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
     """The result of one of `tasks.TASKS` as plain data. `path` is the video's, for messages.
 
@@ -242,10 +225,9 @@ def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] 
         from evoprune.video.sandbox.tasks import run
 
         return run(task, arguments)
-    try:
+    with suppress(Crash):
         return _run_once(task, path, arguments)
-    except Crash:
-        return _run_once(task, path, arguments)
+    return _run_once(task, path, arguments)
 
 
 def _run_once(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
@@ -271,7 +253,6 @@ def stream_frames(info: Video, times_s: Sequence[float], decoder: str, sizes: Se
 
 
 def _stream_here(info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int]) -> Iterator[FilledArray]:
-    """The same without a worker process."""
     import numpy as np
 
     from evoprune.video.sandbox.tasks import FrameReader

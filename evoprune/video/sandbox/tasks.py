@@ -17,7 +17,6 @@ def check_decord(info: dict[str, Any] | None) -> None:
         decord.check(Video(**info))
 
 
-# Each returns a dataclass or None.
 TASKS = {"probe": metadata.probe, "scan": scan.scan, "check_decord": check_decord, "subtitles": subtitles.read}
 
 
@@ -28,7 +27,6 @@ def run(task: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _reader(info: Video, decoder: str):
-    """The module that reads such a file."""
     if info.kind == PICTURE:
         from evoprune.video.readers import picture  # Pillow's import would delay every video
 
@@ -57,5 +55,4 @@ class FrameReader:
         return times, len(self._damaged) - before
 
     def close(self) -> None:
-        """Close the file."""
         self._frames.close()

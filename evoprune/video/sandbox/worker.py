@@ -68,9 +68,7 @@ def _confine() -> None:
 
 def _allow(pixels: int) -> None:
     """Raise the memory limit to what decoding pictures of that size needs."""
-    wanted = BASE_BYTES + BYTES_PER_PIXEL * pixels
-    if wanted > resource.getrlimit(resource.RLIMIT_DATA)[0]:
-        _limit(wanted)
+    _limit(max(BASE_BYTES + BYTES_PER_PIXEL * pixels, resource.getrlimit(resource.RLIMIT_DATA)[0]))
 
 
 def _limit(memory: int) -> None:
