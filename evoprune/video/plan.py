@@ -207,7 +207,7 @@ def make_plan(
 def _fit(info: Video, limits: InputLimits, pairs: int, most: int) -> tuple[tuple[int, int], Grid]:
     """The model's (H, W) for a frame, in units; and the largest (T, H, W) of at most `pairs` frame pairs and `most` units.
 
-    First the frames are made smaller, down to the model's smallest; then the pairs fewer, down to one; then the frame smaller again.
+    First the frames are made smaller, down to the model's smallest; then the pairs fewer, down to one; then the frames smaller.
 
     Raises ValueError: a shape that cannot be resized.
     """

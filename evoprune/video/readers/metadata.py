@@ -14,8 +14,8 @@ from av.video.stream import VideoStream
 from evoprune.errors import VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg, folder
-from evoprune.video.readers.signatures import PICTURES, picture_format
 from evoprune.video.readers.pixels import orientation, turned_size
+from evoprune.video.readers.signatures import PICTURES, picture_format
 
 # The video's end is read from the packets of its last seconds: the frame displayed last is not always the one stored last.
 TAIL_S = 3.0

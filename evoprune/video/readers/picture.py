@@ -15,8 +15,8 @@ from PIL import Image, ImageOps, TiffImagePlugin, features
 from evoprune.errors import VideoError
 from evoprune.video.info import PICTURE, Video
 from evoprune.video.readers import ffmpeg, heartbeat
-from evoprune.video.readers.signatures import PICTURES, picture_format
 from evoprune.video.readers.pixels import ORIENTATION_TAG, ORIENTATIONS, turned_size
+from evoprune.video.readers.signatures import PICTURES, picture_format
 
 # Larger files are refused before they are read.
 MAX_BYTES = 2**29

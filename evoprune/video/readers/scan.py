@@ -25,7 +25,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
     with ffmpeg.reading(path):
         for time_s, length_s, key in reader.intervals(info, damage.add):
             if not frames:
-                first_s = key_s = time_s
+                first_s = last_s = key_s = time_s
             else:
                 gaps[round(time_s - last_s, 4)] += 1
                 if key:

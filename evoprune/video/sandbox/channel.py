@@ -94,8 +94,8 @@ class FrameMemory:
         self._free: list[int] = []
 
     def take(self, shape: tuple[int, ...]) -> tuple["np.ndarray", int | None, int | None]:
-        """A uint8 array to be filled; the number of its piece, None if it has memory of its own; and a file descriptor of the memory,
-        which the caller closes, None if the other process has it already. Raises OSError where there is no memory.
+        """A uint8 array to be filled; the number of its piece, None if it has memory of its own; and a file descriptor of the
+        memory, which the caller closes, None if the other process has it already. Raises OSError where there is no memory.
         """
         import numpy as np
 
@@ -104,9 +104,7 @@ class FrameMemory:
             self._forks, self._pieces, self._free = _forks, [], []
         if self._free:
             number = self._free.pop()
-        elif (
-            len(self._pieces) == PIECES or 2 * size <= self._size
-        ):  # a video's last array may be small, and held for long
+        elif len(self._pieces) == PIECES or 2 * size <= self._size:  # the last array may be small, and held for long
             piece, descriptor = shared_memory(size)
             return np.frombuffer(piece, np.uint8).reshape(shape), None, descriptor
         else:

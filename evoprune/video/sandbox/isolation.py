@@ -50,7 +50,7 @@ class Crash(VideoError):
 
 
 class WorkerProcess:
-    """A process that reads videos, one request at a time: `path` names the video in messages, `busy` says that one is unanswered."""
+    """A process that reads videos, one request at a time. `path` names the video in messages; `busy`: one is unanswered."""
 
     def __init__(self):
         self.path, self.busy, self._oom_kills = "", False, oom_kills()
