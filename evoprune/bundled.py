@@ -9,13 +9,7 @@ _DEMO = Path(__file__).parent / "demo"
 
 @dataclass(frozen=True)
 class Demo:
-    """A demo model.
-
-    Attributes:
-        folder: its files.
-        world: the name of the generator whose clips it knows.
-        inputs: the most videos and pictures that a prompt of its training had.
-    """
+    """A demo model: its folder, the world whose clips it knows, and the most inputs that a prompt of its training had."""
 
     folder: Path
     world: str
@@ -29,14 +23,14 @@ DEMOS = {
 
 
 def demo_in(folder: Path | None) -> Demo | None:
-    """The demo model in a folder; None for any other folder, or none."""
+    """The demo model in a folder."""
     if folder is None:
         return None
     return next((demo for demo in DEMOS.values() if demo.folder.resolve() == folder.resolve()), None)
 
 
 def demo_knowing(world: str) -> str | None:
-    """The name of the demo model that knows the clips of a world; None if none does."""
+    """The name of the demo model that knows the clips of a world."""
     return next((name for name, demo in DEMOS.items() if demo.world == world), None)
 
 

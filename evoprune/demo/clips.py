@@ -2,10 +2,9 @@
 
 A clip is a function of (split, seed, frame size, length) alone, in continuous time, so it can be drawn at any frame rate.
 
-Each feature makes one weakness of a pruning method show. Things of one or two merge units, digits of ten pixels and colours close
-to each other need detail. Flashes of two or three sampled frames and arrivals need time, counts and places need space. Clutter
-misleads methods that keep what stands out, a panning background those that keep what changes, and the noise of sensor and codec
-those that reuse only what stays the same to the bit.
+Each feature shows one weakness of a pruning method. Things of one or two merge units, digits of ten pixels and colours close to
+each other need detail, flashes and arrivals time, counts and places space. Clutter misleads methods that keep what stands out, a panning
+background those that keep what changes, noise those that reuse only what stays the same to the bit.
 """
 
 from dataclasses import dataclass
@@ -84,8 +83,8 @@ class Thing(Moving):
 class Clip:
     """A scene of `seconds` on a frame of height x width pixels; `seed` also makes its background and its noise.
 
-    `pan`: how many pixels a second the camera moves along x and y over the background; things are followed, their motion is on
-    the frame. `clutter`: grey blots and strokes on each million pixels of background.
+    `pan`: pixels a second that the camera moves along x and y; things keep their places on the frame. `clutter`:
+    grey blots and strokes on each million pixels of background.
     """
 
     seed: tuple[int, ...]
@@ -103,7 +102,7 @@ class Clip:
 
 
 def setting(split: str, seed: int) -> tuple[int, int, int]:
-    """(height, width, grids) of the clip number `seed` of a split: pixels, and seconds as well as grids."""
+    """(height, width, grids) of a clip: pixels, and seconds as well as grids."""
     rng = np.random.default_rng((7, SPLITS[split], seed))
     height, width = FRAMES[rng.choice(len(FRAMES), p=[odds for _, odds in FRAMES])][0]
     grids = LENGTHS[rng.choice(len(LENGTHS), p=[odds for _, odds in LENGTHS])][0]
@@ -120,12 +119,9 @@ def make_clip(
     seconds: float | None = None,
     grids: int | None = None,
 ) -> Clip:
-    """The clip number `seed` of a split.
+    """The clip number `seed` of a split; splits never share a clip. Size (pixels) and length are drawn from the seed by default.
 
-    Args:
-        split: a name of SPLITS; splits never share a clip.
-        height, width: pixels; default: drawn from the seed, like the length.
-        seconds: length; with `grids`, how long one grid (two sampled frames) lasts, which bounds how short a flash is.
+    One of `grids` (two sampled frames) lasts `seconds` / `grids`, which bounds how short a flash is.
     """
     drawn = setting(split, seed)
     height, width, grids = height or drawn[0], width or drawn[1], grids or drawn[2]

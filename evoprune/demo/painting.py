@@ -37,7 +37,7 @@ def glyph_mask(character: str, height: int) -> np.ndarray:
 def outline_mask(outline: str, radius: int, bar: float = 0.34, hole: float = 0.5) -> np.ndarray:
     """Coverage in [0, 1] of each pixel of a `2 * radius` square, from 4x4 points a pixel: float32.
 
-    `bar`: half the thickness of a cross, as a share of the radius. hole: the inner radius of a ring, likewise.
+    Shares of the radius: `bar` is half the thickness of a cross, `hole` the inner radius of a ring.
     """
     n = 8 * radius
     axis = (np.arange(n) + 0.5) / (n / 2) - 1
@@ -92,10 +92,7 @@ def write_frames(
     preset: str = "medium",
     tag: str = DEMO_TAG,
 ) -> None:
-    """Encodes uint8 frames `[height, width, 3]` as a video file, with the generator's `tag` as the container's `comment`.
-
-    Args:
-        size: height and width, even. crf: the codec's constant rate factor.
+    """Encodes uint8 frames `[height, width, 3]` as a video of this `size` (height and width, even), tagged as a comment.
 
     Raises OSError: the file cannot be written.
     """

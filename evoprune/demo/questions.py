@@ -25,12 +25,9 @@ Maker = Callable[[Clip, np.random.Generator], Iterable[tuple]]
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a clip of either world.
+    """A question about a clip of either world; with `options` one of them is the answer. It counts in `groups`.
 
-    Attributes:
-        options: empty for an open question, else one of them is the answer.
-        groups: in which it counts. Of shapes: what it needs, whether it is about a flash, what the camera does. Of scenes: the
-            family of the clip, then finer ones.
+    Of shapes: what it needs, whether it is about a flash, what the camera does. Of scenes: the clip's family, then finer ones.
     """
 
     type: str
@@ -47,12 +44,7 @@ def ask(
     makers: Mapping[str, Maker] | None = None,
     weights: Mapping[str, float] = WEIGHTS,
 ) -> list[Question]:
-    """Up to `count` different questions about the clip, drawn by weight.
-
-    Args:
-        makers: of the types to ask, by name; default: all of MAKERS.
-        weights: how often each type is asked; 1 where a type is missing.
-    """
+    """Up to `count` different questions about the clip, drawn by weight, 1 where a type is missing. `makers`: by default MAKERS."""
     makers = MAKERS if makers is None else makers
     pool = [(t, f) for t, make in makers.items() for f in make(clip, rng)]
     if not pool:

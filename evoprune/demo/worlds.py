@@ -26,7 +26,7 @@ class World:
     """A generator of clips and questions.
 
     Attributes:
-        splits: names of its splits, beside those for training and for samples.
+        splits: beside those for training and for samples.
         crf: how coarsely its clips are encoded, by their seeds: lowest and highest of x264's constant rate factors.
         make: the clip of a split and a seed. ask: the questions about a clip, by its seed. write: its file, at a rate factor.
         may_hold: whether the clip of a seed can have a question of one of these groups.

@@ -27,7 +27,6 @@ class ClipName:
 
 
 def seeds(block: int, limit: int) -> range:
-    """The first `limit` seeds of a block."""
     return range(block * BLOCK, block * BLOCK + limit)
 
 
@@ -54,13 +53,9 @@ def clips_asked(
 
 @contextmanager
 def demo_video(name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()) -> Iterator[Video]:
-    """A clip with its questions, as a file in `folder` that is removed at the end.
+    """A clip with its questions of these groups, as a file in `folder` that is removed at the end.
 
-    Args:
-        crf: x264's constant rate factor; default: by the seed, from what the world has.
-        groups: only the questions of these groups; default: all.
-
-    Raises UsageError: the file cannot be written.
+    `crf`: x264's constant rate factor; default: by the seed. Raises UsageError: the file cannot be written.
     """
     world = WORLDS[name.world]
     clip = world.make(name.split, name.seed)

@@ -79,7 +79,6 @@ class RunFolder:
         self._replace(RESULTS, json.dumps(results, indent=1) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
-        """Writes a file completely or not at all."""
         with _writing(self.path / name):
             unfinished.replace(str(self.path / name), text.encode("ascii"))
 

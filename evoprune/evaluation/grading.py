@@ -158,7 +158,6 @@ def _decided(words: list[Word], place: int) -> frozenset[int]:
 
 
 def _anywhere(words: list[Word]) -> frozenset[int]:
-    """All options that are named."""
     names = [word for word in words if word.kind == "name"]
     letters = any(word.letter and word.sure for word in names)
     return frozenset().union(*(word.options for word in names if word.sure or (letters and word.letter)))

@@ -25,8 +25,7 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
 
     `start` is called once in each process, and returns the function that does a job. It and the jobs are pickled.
 
-    Raises OutOfMemory: the system ended a process, because memory ran out. EvopruneError: a process crashed, or was killed.
-    Whatever `start` or a job raises.
+    Raises OutOfMemory: memory ran out. EvopruneError: a process crashed, or was killed. And what `start` or a job raises.
     """
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     others, killed = set(multiprocessing.active_children()), oom_kills()

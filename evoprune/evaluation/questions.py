@@ -35,7 +35,6 @@ def load_questions(path: Path) -> list[Video]:
 
 
 def _complete(row: Row, fields: dict[str, Any]) -> Row:
-    """The row with its answer, type and groups checked."""
     texts = [normalised(option) for option in row.options]
     if len(set(texts)) < len(texts):
         raise ValueError(f"options are 2 to {len(LETTERS)} different texts")

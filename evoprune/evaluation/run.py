@@ -48,19 +48,17 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked, and how; two runs with the same settings give the same results.
+    """What is asked, and how; two runs with the same settings give the same results, but for `timed`.
 
     Attributes:
         data: path of a file of questions, or "demo"; `digest`: of the file's content.
         budgets, methods: each method at each budget. A budget of "tuned" is one row, with the model's own method; `resolved`
             replaces it by `tuned`. At "auto" and "auto:inflection" the content decides.
-        method_args: settings of the methods, as texts.
         blind: also ask without the video.
         split, seed: which clips of the demo's generators; the seed is also that of methods that select at random.
         world: which of them, or both. groups: only questions of these groups; all if it is empty.
         limit: at most so many videos; None for all of a file, and 100 clips of the demo's, of each world.
-        timed: whether samples hold `prune_ms` too, the milliseconds of pruning for the video, or for the question if the method
-            reads it. Two runs differ in these.
+        timed: whether samples hold `prune_ms` too, of pruning for the video, or for the question if the method reads it.
     """
 
     data: str
@@ -87,7 +85,6 @@ class Settings:
         return replace(self, budgets=tuple(b for b in self.budgets if b != TUNED), tuned=(plain.method, plain.budget))
 
     def record(self) -> dict[str, Any]:
-        """All that results depend on, as flat data for JSON."""
         own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling", "generation")}
         code = {name: code for text in self.methods for name, code in methods.plugin_code(text).items()}
         options = record((self.sampling, self.generation, self.model), RECORDED)
@@ -96,8 +93,6 @@ class Settings:
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table."""
-
     kind: str
     method: str = "none"
     budget: float | str = 1.0
@@ -156,12 +151,9 @@ class Evaluation:
         return any("error" in sample for sample in self.samples)
 
     def run(self, progress: Progress = lambda what: None, processes: int = 1) -> None:
-        """Evaluates all videos that have no samples yet. One that cannot be read, computed or held is left out of all rows.
+        """Evaluates all videos that have no samples yet, so many at a time, each process with a model of its own.
 
-        Args:
-            processes: how many videos at a time, each in a process with a model of its own; samples and their order are the same.
-
-        Raises OutOfMemory: there is too little memory for so many models.
+        A video that cannot be read, computed or held is left out of all rows. Raises OutOfMemory: too little for so many models.
         """
         done = {sample["video"] for sample in self.samples}
         missing = [job for job in self._jobs if str(job) not in done]
@@ -182,7 +174,6 @@ class Evaluation:
                     self.samples += made
 
     def _start_of_each(self, processes: int) -> Callable[[], Callable[[Job], list[dict]]]:
-        """What each of several processes begins with. They share the cores, and need memory for a model each."""
         if self.loaded and (short := shortage(processes * self.loaded.weights_bytes, self.loaded.device)):
             hint = "fewer processes (--processes), or a smaller model"
             raise OutOfMemory(f"{processes} copies of {self.loaded.id}: {short}", hint, stage="load")
@@ -191,7 +182,6 @@ class Evaluation:
         return partial(_start, replace(self.settings, model=model), self.files)
 
     def _all_jobs(self, videos: Sequence[Video] | None) -> Sequence[Job]:
-        """The videos of the file with questions of the groups, or the demo's clips."""
         s = self.settings
         if videos is None:
             worlds = WORLDS if s.world == BOTH else (s.world,)
@@ -287,7 +277,7 @@ class Evaluation:
 
 
 def _start(settings: Settings, files: str) -> Callable[[Job], list[dict]]:
-    """`evaluate` of an evaluation of its own, with a model loaded: what a process runs."""
+    """What a process runs: `evaluate` of an evaluation of its own, with a model loaded."""
     evaluation = Evaluation(settings, [])  # what it evaluates comes one by one
     evaluation.load()
     evaluation.files = files

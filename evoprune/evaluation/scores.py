@@ -31,8 +31,8 @@ def row_name(kind: str, method: str, budget: float | str, tuned: bool = False) -
 def score_rows(samples: Sequence[dict]) -> list[dict]:
     """One dict a row and group, the group of all questions first, full before what is compared with it.
 
-    `difference` is accuracy - that of full, `kept_of_full` accuracy / that of full, and `first_difference` accuracy - that of the
-    row named `first`: the first method's at the same budget. Each, like accuracy, has a 95% interval over videos, None where the
+    `difference` is accuracy - that of full, `kept_of_full` accuracy / that of full, `first_difference` accuracy - that of the row
+    named `first`: the first method's at the same budget. Each, like accuracy, has a 95% interval over videos, None where the
     group has fewer than `LEAST_VIDEOS` videos. Costs are means over the group's questions. Failed samples do not count.
     """
     # Samples of earlier versions lack `layer_tokens`: every layer read all tokens. The order is stable: rows stay in order.
@@ -90,7 +90,7 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
 
 
 def is_tie(row: dict, name: str) -> bool:
-    """Whether a difference, one of `DIFFERENCES`, has an interval, and this includes 0."""
+    """Whether a difference, one of `DIFFERENCES`, has an interval that includes 0."""
     return row[f"{name}_low"] is not None and row[f"{name}_low"] <= 0 <= row[f"{name}_high"]
 
 
@@ -135,7 +135,6 @@ def _difference(name: str, accuracy: np.ndarray, drawn: np.ndarray, row: int, ot
 
 
 def _groups(samples: Sequence[dict]) -> dict[str, np.ndarray]:
-    """Which samples each group holds: bool, by its name."""
     groups, types = {g for s in samples for g in s["groups"]} - {ALL}, {s["type"] for s in samples if s["type"]}
     made = {ALL: np.ones(len(samples), bool)}
     made |= {name: np.array([name in s["groups"] for s in samples]) for name in sorted(groups)}
@@ -173,10 +172,7 @@ def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, floa
 
 
 def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
-    """Totals of `sums` `[C, k]`, a row a cluster, over C clusters drawn with replacement: float64 `[draws, k]`.
-
-    Every column sees the same draws, so that statistics of several columns are paired.
-    """
+    """Totals of `sums` `[C, k]`, a row a cluster, over C clusters drawn with replacement: float64 `[draws, k]`, paired by draw."""
     clusters, made = len(sums), []
     random = np.random.default_rng(seed)
     step = max(1, _AT_ONCE // max(1, clusters))

@@ -21,8 +21,6 @@ HELD = 32
 
 
 class SharedFrames:
-    """The frames of one video, read once for all variants that look at the same times."""
-
     def __init__(self):
         self._held: dict[tuple, list[FrameChunk]] = {}
 
@@ -52,8 +50,7 @@ def grey_frames(info: Video, times_s: Sequence[float], *, decoder: str, chunk_by
 class SharedRows:
     """The tower's rows of one video in one model. Methods that act after the encoder differ only in what they select.
 
-    Attributes:
-        saved: seconds that the latest call would have taken more if its rows had not been there.
+    `saved` is the seconds that the latest call would have taken more if its rows had not been there.
     """
 
     def __init__(self):

@@ -11,10 +11,7 @@ VIDEOS = (
 
 
 def files(folder: str, endings: tuple[str, ...]) -> list[str]:
-    """Paths of the files with these endings in a folder, in natural order of names. Hidden files and folders are left out.
-
-    Raises OSError: the folder cannot be read. ValueError: its name is not one that a folder can have.
-    """
+    """Paths of the files with these endings in a folder, in natural order, without hidden ones. Raises OSError, ValueError."""
     with os.scandir(folder) as entries:
         seen = [e for e in entries if e.name.lower().endswith(endings) and e.name[0] != "."]
         names = [e.name for e in seen if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)]

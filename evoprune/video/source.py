@@ -19,18 +19,12 @@ HINT = "pipe a video into it, e.g. evoprune ask - QUESTION < video.mp4"
 
 @contextmanager
 def local_file(source: str, stdin: BinaryIO | None = None) -> Iterator[str]:
-    """A path to read the video from: `source` itself, or for `-` a temporary file that holds all of standard input.
+    """A path to read the video from: `source` itself, or for `-` (a file of that name is `./-`) a copy of standard input.
 
-    Readers seek, so standard input itself will not do. The temporary file is deleted at the end. Names of files that this
-    process has open, such as `/dev/stdin`, are resolved, because another process reads the video.
+    Readers seek, so standard input itself will not do. Names of files that this process has open, such as `/dev/stdin`, are
+    resolved, because another process reads the video.
 
-    Args:
-        source: a path, or `-` (a file of that name is `./-`).
-        stdin: read for `-`; default: the process's standard input.
-
-    Raises:
-        UsageError: standard input is a terminal.
-        VideoError: standard input is closed, empty or a device, or cannot be stored.
+    Raises UsageError: standard input is a terminal. VideoError: it is closed, empty or a device, or cannot be stored.
     """
     if source.startswith(OPEN_FILES):
         resolved = os.path.realpath(source)

@@ -25,8 +25,8 @@ class Thing(clips.Moving):
         outline: a name of OUTLINES, or `sign`. rgb: the colour with its jitter.
         radius: half the height and, unless it is a sign, half the width, in pixels.
         spans: when it is there, as ascending intervals [start, end) in seconds.
-        text: what a sign says. `turn`: when it changes to `after`, another colour or another text; infinite if it does not.
-        under: the place in the clip's list of the thing that it lies on, -1 if there is none.
+        text: what a sign says. `turn`: when it changes to `after`, another colour or another text.
+        under: the place in the clip's list of the thing that it lies on, or -1.
     """
 
     outline: str
@@ -50,22 +50,18 @@ class Thing(clips.Moving):
 
     @cached_property
     def colours(self) -> tuple[str, ...]:
-        """All colours that it ever has."""
         return (self.colour, self.after) if self.after and not self.is_sign else (self.colour,)
 
     @cached_property
     def glyph(self) -> int:
-        """Height of a sign's characters in pixels."""
         return 2 * self.radius - 6
 
     @cached_property
     def pitch(self) -> int:
-        """Pixels from one character of a sign to the next."""
         return max(7, round(self.glyph * 6 / 7))
 
     @cached_property
     def half(self) -> float:
-        """Half its width in pixels."""
         return (len(self.text) * self.pitch + 6) / 2 if self.is_sign else float(self.radius)
 
     def visible(self, t: float) -> bool:
@@ -78,15 +74,14 @@ class Thing(clips.Moving):
         return self.after if t >= self.turn and self.is_sign else self.text
 
     def event(self, seconds: float) -> str:
-        """What happens to it: blinks, or as `event_between`."""
         return "blinks" if len(self.spans) > 1 else clips.event_between(*self.spans[0], seconds)
 
 
 @dataclass(frozen=True)
 class Camera:
-    """How the camera moves: `still`, `shake`, `pan` by (dx, dy) pixels a second of the ground, or `zoom` between two factors.
+    """`still`, `shake`, `pan` by (dx, dy) pixels a second of the ground, or `zoom` about the frame's middle, between two factors.
 
-    Nearer layers move more under a pan than farther ones. A zoom is about the middle of the frame, from `zoom[0]` to `zoom[1]`.
+    Nearer layers move more under a pan than farther ones.
     """
 
     kind: str = "still"
@@ -110,8 +105,8 @@ class Clip:
     """`seconds` of a frame of height x width pixels that `pairs` frame pairs sample; `seed` also makes scenery and noise.
 
     Attributes:
-        cut: when one scene gives way to the next; infinite if there is one scene alone.
-        clutter: share of the ground that leaves cover. `poles`: things in the foreground.
+        cut: when one scene gives way to the next. `poles`: things in the foreground.
+        clutter: share of the ground that leaves cover.
         noise: of the sensor, standard deviation. `blur`: of the lens, times that a small blur is applied.
     """
 
@@ -134,7 +129,6 @@ class Clip:
 
     @property
     def is_whole(self) -> bool:
-        """Whether one scene fills it."""
         return self.cut >= self.seconds
 
     @cached_property

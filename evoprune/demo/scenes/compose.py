@@ -36,7 +36,6 @@ MOST = 20
 
 
 def family(seed: int) -> str:
-    """`picture` or `video`: what the clip of a seed is."""
     return "picture" if seed % 2 == 0 else "video"
 
 
@@ -85,7 +84,6 @@ def compose(key: tuple[int, ...], height: int, width: int, pairs: int, seconds: 
 
 
 def _camera(rng: np.random.Generator, width: int, seconds: float) -> Camera:
-    """Six of ten cameras stand still."""
     kind = draw(rng, (("still", 0.6), ("shake", 0.1), ("pan", 0.2), ("zoom", 0.1)))
     if kind == "pan":
         angle, speed = int(rng.integers(4)) * np.pi / 2, rng.uniform(0.12, 0.25) * width / seconds
@@ -106,7 +104,6 @@ class _Placer:
         self.names: set[tuple] = set()
 
     def add(self, sign: bool, fate: str, moves: bool, scene: Span) -> None:
-        """Adds one thing if there is room for it within 8 tries."""
         spans, turn = self._spans(fate, scene)
         for _ in range(8):
             look = self._sign(turn < math.inf) if sign else self._shape(turn < math.inf)
@@ -137,7 +134,6 @@ class _Placer:
         return Thing(SIGN, "plain", *colour, (glyph + 7) // 2, 0.0, 0.0, text=text, after=after)
 
     def _shape(self, turns: bool) -> Thing:
-        """A shape at no place."""
         rng, (colour, rgb) = self.rng, self._colour()
         radius = int(min(8.0 * (1 - rng.random()) ** (-1 / 1.8), 26, 0.12 * (self.clip.height + self.clip.width)))
         outline, texture = pick(rng, *OUTLINES), pick(rng, *TEXTURES)

@@ -22,12 +22,9 @@ def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
 
 
 def write_file(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> None:
-    """Writes a still as a JPEG file, any other clip as a video file (`files.write_frames`); both with the tag of scenes as comment.
+    """Writes a still as a JPEG file, any other clip as a video, with the tag of scenes. Raises OSError: it cannot be written.
 
-    Args:
-        crf: x264's constant rate factor. A still has the quality 95 at the finest that the world has, and 65 at the coarsest.
-
-    Raises OSError: the file cannot be written.
+    `crf`: x264's constant rate factor. A still has the quality 95 at the finest that the world has, and 65 at the coarsest.
     """
     if clip.is_still:
         still = Image.fromarray(render(clip, [clip.seconds / 2])[0])

@@ -21,7 +21,7 @@ Sprite = tuple[np.ndarray, np.ndarray]  # colours float32 [h, w, 3] and coverage
 def texture_field(texture: str, size: int, period: int, turn: int = 0) -> np.ndarray:
     """How far each pixel of a `size` square is from the first colour to the second: float32 in [0, 1].
 
-    `period`: pixels until the texture repeats itself. turn: eighths of a half circle by which it is rotated.
+    `period`: pixels until the texture repeats itself. turn: eighths of a half circle.
     """
     axis = np.arange(size) - (size - 1) / 2
     cos, sin = np.cos(turn * np.pi / 8), np.sin(turn * np.pi / 8)
@@ -52,7 +52,6 @@ def thing_sprite(thing: Thing, changed: bool) -> Sprite:
 
 
 def _board(text: str, sign: Thing) -> Sprite:
-    """A text on a board with a rim."""
     glyph, pitch = sign.glyph, sign.pitch
     height, width = glyph + 6, len(text) * pitch + 6
     back = np.array(sign.rgb, np.float32)
@@ -138,8 +137,7 @@ def _leaf_cover(rng: np.random.Generator, radius: int) -> np.ndarray:
 class Scenery:
     """The layers of a scene, each larger than the frame by `margin` pixels at every side.
 
-    Attributes:
-        far: colours float32 `[h, w, 3]`, opaque. ground, near: colours times coverage, and coverage `[h, w, 1]`; None if empty.
+    `far` is opaque: colours float32 `[h, w, 3]`. `ground` and `near` are colours times coverage, and coverage `[h, w, 1]`.
     """
 
     margin: int
@@ -149,7 +147,6 @@ class Scenery:
 
 
 def make_scenery(clip: Clip, scene: int) -> Scenery:
-    """The scenery of a clip's first or second scene."""
     rng = np.random.default_rng((13, *clip.seed, scene))
     camera = clip.camera
     travel = max(abs(camera.dx), abs(camera.dy)) * clip.seconds + 2 * camera.shake

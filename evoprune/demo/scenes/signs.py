@@ -32,7 +32,7 @@ def draw_text(rng: np.random.Generator) -> str:
 
 
 def similar_text(text: str, rng: np.random.Generator) -> str:
-    """Another text of the same kind and length: a number with one or two other digits, or a word of as many letters."""
+    """A number with one or two other digits, or a word of as many letters, perhaps the same."""
     if text.isdigit():
         digits = list(text)
         for at in rng.choice(len(text), min(len(text), int(rng.integers(1, 3))), replace=False):

@@ -46,7 +46,7 @@ def check(info: Video) -> None:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """As `readers` says; `damaged` is never called. Raises VideoError also where decord stops at damage or returns other frames."""
+    """As `readers` says, without `damaged`. Raises VideoError also where decord stops at damage or returns other frames."""
     check(info)
     decord = load()
     with ffmpeg.reading(info.path), open(info.path, "rb") as file, _refusing(info):

@@ -50,7 +50,6 @@ def ignore_damage(number: int | None) -> None: ...
 
 
 def reason(error: Exception) -> str:
-    """What PyAV or the file system says about a file."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -58,7 +57,7 @@ def reason(error: Exception) -> str:
 def reading(path: str) -> Iterator[None]:
     """Turn what PyAV and the file system raise about the file into `VideoError`, which says so where it surely is no video.
 
-    This includes FFmpeg's lack of memory, as a damaged file may ask for any amount; `MemoryError`, such as numpy's, is left alone.
+    So is FFmpeg's lack of memory, as a damaged file may ask for any amount; `MemoryError`, such as numpy's, is left alone.
     """
     try:
         yield
@@ -72,7 +71,7 @@ def reading(path: str) -> Iterator[None]:
 
 @contextmanager
 def open_video(path: str) -> Iterator[InputContainer]:
-    """An opened file. Raises VideoError for a URL, no such file, not a file, or an empty one; and what `reading` turns into it."""
+    """An opened file. Raises VideoError: a URL, no such file, not a file, or an empty one; and as `reading`."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
@@ -109,7 +108,7 @@ def open_bytes(file: BinaryIO, format_name: str | None = None) -> InputContainer
 
 
 def video_stream(container: InputContainer, path: str, *, threads: bool = False) -> VideoStream:
-    """The stream to show; decoded with several `threads`, not more than a container's quota of CPU time leaves.
+    """The stream to show, decoded with several `threads`.
 
     Raises VideoError: no video, only a cover picture, no decoder in this build of FFmpeg, or pictures that are too large.
     """

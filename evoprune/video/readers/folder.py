@@ -36,7 +36,7 @@ def list_images(folder: str) -> list[str]:
 
 
 def probe(folder: str, fps: float) -> Video:
-    """Metadata of a folder as a video. Opens images up to the first that can be decoded; it sets the size."""
+    """Opens images up to the first that can be decoded; it sets the size."""
     if not 0 < fps < math.inf:
         raise UsageError(f"{fps} images per second make no video", "give a number above 0")
     images = list_images(folder)
@@ -64,9 +64,9 @@ def probe(folder: str, fps: float) -> Video:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """As `readers` says. Opens only the images that are needed, one at a time.
+    """As `readers` says. Opens only the images that are needed, one at a time; `damaged` gets their indices.
 
-    A damaged image is replaced by the one before it, at the beginning by the first that can be decoded. `damaged` gets its index.
+    A damaged image is replaced by the one before it, at the beginning by the first that can be decoded.
     """
     images, reformatter = list_images(info.path), VideoReformatter()
     last = len(images) - 1

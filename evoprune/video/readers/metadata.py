@@ -126,7 +126,7 @@ def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Pa
 
 
 def _all_packets(path: str) -> Iterator[Packet]:
-    """All packets of the stream that are not empty, up to where the file breaks off."""
+    """Those of the stream that are not empty."""
     with ffmpeg.open_video(path) as container:
         yield from (
             p for p in ffmpeg.packets(container, ffmpeg.video_stream(container, path)) if p is not None and p.size

@@ -45,7 +45,6 @@ def is_picture(path: str) -> bool:
 
 @contextmanager
 def _header(path: str, name: str | None) -> Iterator[Image.Image]:
-    """The picture in Pillow's format of that name, of which only the header is read."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=[name]) as image:
             if image.width * image.height > ffmpeg.MAX_PIXELS:
@@ -71,7 +70,7 @@ def too_large(path: str) -> VideoError:
 
 
 def probe(path: str) -> Video:
-    """The facts about a picture, from its header. Raises VideoError if it is too large, damaged, or of a format that is unknown."""
+    """As `readers` says, from the header."""
     with _opened(path) as image:
         rotation, mirrored = ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG), (0, False))
         width, height = turned_size(image.size, rotation)
@@ -138,7 +137,6 @@ def _check(image: Image.Image, path: str) -> None:
 
 
 def _tags(image: Image.Image) -> dict[str, str]:
-    """The comment of a picture, if its header has one that is text and not very long."""
     comment = image.info.get("comment", "")
     try:
         text = comment.decode() if isinstance(comment, bytes) else comment

@@ -49,7 +49,7 @@ def picture_format(path: str) -> str | None:
 def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
     """The error for a file that FFmpeg could not read, if it surely holds something else than a video.
 
-    `unrecognised`: FFmpeg recognised nothing in it, so whatever does not begin as videos do is none.
+    Where FFmpeg recognised nothing in it, whatever does not begin as videos do is none.
     """
     head = _head(path)
     if not head or head.startswith(MEDIA) or head[4:8] in BOXES:
@@ -63,7 +63,6 @@ def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
 
 
 def _head(path: str) -> bytes:
-    """The first bytes of a file; none if it is empty, or no file that can be read."""
     try:
         # An empty one may be a device that waits (/proc/kmsg).
         if not os.path.isfile(path) or not os.path.getsize(path):

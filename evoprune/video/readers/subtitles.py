@@ -79,7 +79,6 @@ def _beside(path: str) -> tuple[str | None, str | None]:
 
 
 def _from_file(file: str, origin_s: float) -> Subtitles:
-    """All subtitles of a text file, or of a container."""
     try:
         found = os.stat(file)
     except FileNotFoundError:
@@ -109,7 +108,6 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
 
 
 def _decoded(content: bytes, file: str) -> tuple[str, list[str]]:
-    """The text of a file, and a warning if its encoding is a guess."""
     marked = content.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
     warnings = []
     try:
@@ -125,7 +123,7 @@ def _decoded(content: bytes, file: str) -> tuple[str, list[str]]:
 
 
 def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
-    """The default text track of a container, or its only one. `prefix` stands before the track in the source."""
+    """The default text track of a container, or its only one."""
     with ffmpeg.open_video(path) as container:
         tracks = list(enumerate(container.streams.subtitles, 1))
         texts = [(number, track) for number, track in tracks if _codec(track) in TEXT_CODECS]
