@@ -1,10 +1,13 @@
-"""The models that come with the package, by name: where each is, what it was trained on, and in which words."""
+"""The models that come with the package, by name: where each is, what it was trained on, and in which words. No numpy."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 _DEMO = Path(__file__).parent / "demo"
+# The generators of clips, with the splits to report on and to tune on, and a family of shapes that is never tuned on.
+SPLITS_OF = {"shapes": ("heldout", "validation", "portrait"), "scenes": ("heldout", "validation")}
+WORLDS, SPLITS, BOTH = tuple(SPLITS_OF), SPLITS_OF["shapes"], "both"
 
 
 @dataclass(frozen=True)

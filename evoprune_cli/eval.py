@@ -6,9 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evoprune.bundled import demo_knowing
+from evoprune.bundled import BOTH, SPLITS, WORLDS, demo_knowing
 from evoprune.errors import UsageError
-from evoprune.evaluation.splits import BOTH, SPLITS, WORLDS
 from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import PipelineOptions
 from evoprune_cli import completion

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from evoprune.bundled import WORLDS
 from evoprune.evaluation.run import Evaluation, Settings
 from evoprune.evaluation.scores import FULL
-from evoprune.evaluation.splits import WORLDS
 from evoprune.methods.registry import REUSE
 from evoprune.pipeline.options import ModelOptions
 from evoprune.pruning.encoder_plan import ALLOCATIONS

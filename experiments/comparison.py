@@ -20,10 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from evoprune import methods
+from evoprune.bundled import SPLITS, WORLDS
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.evaluation.folder import SETTINGS
 from evoprune.evaluation.run import DEMO, Evaluation, Settings
-from evoprune.evaluation.splits import SPLITS, WORLDS
 from evoprune.methods.registry import REUSE
 from evoprune.pipeline.options import ModelOptions
 from evoprune.pruning.budget import parse_budget

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 
 import evoprune
+from evoprune import bundled
 from evoprune.bundled import DEMOS, WORDS, demo_in, demo_knowing
 from evoprune.demo.worlds import WORLDS
-from evoprune.evaluation import splits
 
 PACKAGE = Path(evoprune.__file__).parent
 CLIPS = {"demo": "samples/square.mp4", "demo-scenes": "samples/scenes/crossing.mp4"}
 
 
 def test_each_world_has_a_model_that_knows_it():
-    assert [demo.world for demo in DEMOS.values()] == list(WORLDS) == list(splits.WORLDS) == list(WORDS)
+    assert [demo.world for demo in DEMOS.values()] == list(WORLDS) == list(bundled.WORLDS) == list(WORDS)
     assert [demo_knowing(world) for world in WORLDS] == list(DEMOS)
     assert [demo_in(demo.folder / "." / "") for demo in DEMOS.values()] == list(DEMOS.values())
     assert demo_in(PACKAGE) is demo_in(None) is demo_knowing("both") is None

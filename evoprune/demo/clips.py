@@ -3,8 +3,8 @@
 A clip is a function of (split, seed, frame size, length) alone, in continuous time, so it can be drawn at any frame rate.
 
 Each feature shows one weakness of a pruning method. Things of one or two merge units, digits of ten pixels and colours close to
-each other need detail, flashes and arrivals time, counts and places space. Clutter misleads methods that keep what stands out, a panning
-background those that keep what changes, noise those that reuse only what stays the same to the bit.
+each other need detail, flashes and arrivals time, counts and places space. Clutter misleads methods that keep what stands out, a
+panning background those that keep what changes, noise those that reuse only what stays the same to the bit.
 """
 
 from dataclasses import dataclass

@@ -11,7 +11,7 @@ from evoprune.demo import clips, drawing, questions
 from evoprune.demo.questions import Question
 from evoprune.demo.scenes import asking, compose
 from evoprune.demo.scenes import drawing as scenes_drawing
-from evoprune.demo.scenes.happening import kinds
+from evoprune.demo.scenes.happening import types_for
 
 QUESTIONS = 6  # about a clip
 # Of scenes: which groups the clips of a family have; the others are in both.
@@ -26,14 +26,12 @@ class World:
     """A generator of clips and questions.
 
     Attributes:
-        splits: beside those for training and for samples.
         crf: how coarsely its clips are encoded, by their seeds: lowest and highest of x264's constant rate factors.
         make: the clip of a split and a seed. ask: the questions about a clip, by its seed. write: its file, at a rate factor.
         may_hold: whether the clip of a seed can have a question of one of these groups.
     """
 
     name: str
-    splits: tuple[str, ...]
     crf: tuple[int, int]
     make: Callable[[str, int], Any]
     ask: Callable[[Any, int], list[Question]]
@@ -42,14 +40,8 @@ class World:
     may_hold: Callable[[int, Collection[str]], bool]
 
 
-def _scenes_may_hold(seed: int, wanted: Collection[str]) -> bool:
-    other = FAMILIES["video" if compose.family(seed) == "picture" else "picture"]
-    return not set(wanted) <= set(other)
-
-
 SHAPES = World(
     "shapes",
-    ("heldout", "validation", "portrait"),
     (18, 28),
     clips.make_clip,
     lambda clip, seed: questions.ask(clip, np.random.default_rng(seed), QUESTIONS),
@@ -59,12 +51,11 @@ SHAPES = World(
 )
 SCENES = World(
     "scenes",
-    ("heldout", "validation"),
     (scenes_drawing.FINEST, 33),
     compose.make_clip,
-    lambda clip, seed: asking.ask(clip, np.random.default_rng((17, seed)), QUESTIONS, kinds(clip)),
+    lambda clip, seed: asking.ask(clip, np.random.default_rng((17, seed)), QUESTIONS, types_for(clip)),
     lambda clip: ".jpg" if clip.is_still else ".mp4",
     scenes_drawing.write_file,
-    _scenes_may_hold,
+    lambda seed, wanted: not set(wanted) <= set(FAMILIES["video" if compose.family(seed) == "picture" else "picture"]),
 )
 WORLDS = {world.name: world for world in (SHAPES, SCENES)}

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from evoprune.batch.rows import Row
+from evoprune.bundled import SPLITS_OF
 from evoprune.demo.worlds import SHAPES, WORLDS
 from evoprune.errors import UsageError
 from evoprune.evaluation.questions import Video
@@ -40,8 +41,8 @@ def clips_asked(
     made: list[ClipName] = []
     for name in worlds:
         world = WORLDS[name]
-        if split not in world.splits:
-            raise UsageError(f"{name} has no split {split!r}", f"one of {', '.join(world.splits)}")
+        if split not in SPLITS_OF[name]:
+            raise UsageError(f"{name} has no split {split!r}", f"one of {', '.join(SPLITS_OF[name])}")
         fitting = (seed for seed in seeds(block, BLOCK) if not groups or world.may_hold(seed, groups))
         found = [ClipName(split, seed, name) for seed in islice(fitting, limit)]
         if len(found) < limit:

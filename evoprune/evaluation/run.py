@@ -17,6 +17,7 @@ from zlib import crc32
 import evoprune
 from evoprune import methods
 from evoprune.batch.rows import Row, Span, group_by_span
+from evoprune.bundled import BOTH, WORLDS
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.evaluation.cost import NOTE, Cost
 from evoprune.evaluation.demo_clips import ClipName, clips_asked, demo_video
@@ -26,7 +27,6 @@ from evoprune.evaluation.processes import map_in_processes
 from evoprune.evaluation.questions import Video
 from evoprune.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
 from evoprune.evaluation.shared import SharedFrames, SharedRows, grey_frames
-from evoprune.evaluation.splits import BOTH, WORLDS
 from evoprune.model.cost import shortage
 from evoprune.model.machine import environment
 from evoprune.pipeline.engine import make_engine
@@ -93,14 +93,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Variant:
-    kind: str
+    row: str
     method: str = "none"
     budget: float | str = 1.0
     tuned: bool = False
 
     @property
     def name(self) -> str:
-        return row_name(self.kind, self.method, self.budget, self.tuned)
+        return row_name(**asdict(self))
 
 
 def digest(path: Path) -> str:
@@ -214,12 +214,12 @@ class Evaluation:
     def _asked(
         self, variant: Variant, video: Video, span: Span, frames: SharedFrames, rows: SharedRows
     ) -> Iterator[dict]:
-        settings, prunes = self.settings, variant.kind == METHOD and not variant.tuned
+        settings, prunes = self.settings, variant.row == METHOD and not variant.tuned
         seed = ((settings.seed << 32) + crc32(video.name.encode("utf-8", "surrogateescape"))) % 2**63
         args = settings.method_args if prunes else {}
         options = PruneOptions(budget=variant.budget, method=variant.method, method_args=args, seed=seed)
         engine = make_engine(self.loaded, options)
-        how = {"read": grey_frames} if variant.kind == BLIND else {"read": frames.read, "encode_rows": rows.encode_rows}
+        how = {"read": grey_frames} if variant.row == BLIND else {"read": frames.read, "encode_rows": rows.encode_rows}
         sampling = replace(settings.sampling, **span.sampling)
         with closing(open_inputs(engine, [video.path], sampling, names=[video.name], **how)) as opened:
             encoded = opened.encode()
@@ -229,10 +229,7 @@ class Evaluation:
             said = "".join(answer)
             right = grade(row, said)
             made = {
-                "row": variant.kind,
-                "method": variant.method,
-                "budget": variant.budget,
-                "tuned": variant.tuned,
+                **asdict(variant),
                 "question": row.question,
                 "expected": row.answer,
                 "answer": said,

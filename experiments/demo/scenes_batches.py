@@ -10,7 +10,7 @@ from evoprune.demo.scenes.asking import ask
 from evoprune.demo.scenes.clip import Clip
 from evoprune.demo.scenes.compose import SPLITS, compose, draw
 from evoprune.demo.scenes.drawing import render_with_map
-from evoprune.demo.scenes.happening import kinds
+from evoprune.demo.scenes.happening import types_for
 from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.video.sampling import even_times
 from experiments.demo.batches import packed
@@ -168,7 +168,7 @@ def _asked(
     for number, clip in enumerate(clips):
         which = "" if len(clips) == 1 else f"In the {('first', 'second')[number]} {noun}: "
         share = -(-count // len(clips))
-        fitting = {name: kind for name, kind in kinds(clip).items() if not (plain and name in NEVER_OPEN)}
+        fitting = {name: kind for name, kind in types_for(clip).items() if not (plain and name in NEVER_OPEN)}
         fitting |= lessons(clip, taught, fitting) if taught else {}
         for q in ask(clip, rng, share, fitting, choice=0.0 if plain else float(rng.choice([0.3, 0.75]))):
             questions.append(Question(q.type, which + prompt(q), q.answer, q.options, q.groups))

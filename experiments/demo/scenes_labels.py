@@ -86,7 +86,7 @@ def _story(clip: Clip, thing, before: float, now: float) -> int:
 
 
 def _looks(thing, t: float) -> tuple[int, int, int]:
-    colour = list(COLOURS).index(thing.colour_at(t))
+    colour = list(COLOURS).index(thing.colour if thing.is_sign or t < thing.turn else thing.after)
     return LOOKS.index(thing.outline), IGNORED if thing.is_sign else TEXTURES.index(thing.texture), colour
 
 
@@ -113,7 +113,7 @@ def _on_frame(clip: Clip, thing, t: float, dx: float = 0.0) -> tuple[float, floa
 def _write(slots: np.ndarray, clip: Clip, number: int, t: float, seen: np.ndarray) -> None:
     """Sets the label of each slot in which the middle of a character lies that is to be seen."""
     thing = clip.things[number]
-    text = thing.text_at(t)
+    text = thing.after if thing.is_sign and t >= thing.turn else thing.text
     for at, character in enumerate(text):
         x, y = _on_frame(clip, thing, t, (at + 0.5 - len(text) / 2) * thing.pitch)
         if 0 <= x < clip.width and 0 <= y < clip.height and seen[int(y), int(x)] == number:

@@ -5,7 +5,7 @@ Where one thing lies comes before which lies furthest to the left, when somethin
 """
 
 from evoprune.demo.questions import pick
-from evoprune.demo.scenes.asking import Draft, Kind, name, refer
+from evoprune.demo.scenes.asking import Draft, QuestionType, name, refer
 from evoprune.demo.scenes.clip import Clip
 from evoprune.demo.scenes.looking import placed, times_asked, yes
 
@@ -77,15 +77,15 @@ def _when(clip, rng):
 
 
 LOOKING = {
-    "cells": Kind(_cells, "lesson", 1.5),
-    "beside": Kind(_beside, "lesson"),
-    "lists": Kind(_lists, "lesson", 2.0),
+    "cells": QuestionType(_cells, "lesson", 1.5),
+    "beside": QuestionType(_beside, "lesson"),
+    "lists": QuestionType(_lists, "lesson", 2.0),
 }
-HAPPENING = {"when": Kind(_when, "lesson", 1.5)}
+HAPPENING = {"when": QuestionType(_when, "lesson", 1.5)}
 
 
-def lessons(clip: Clip, share: float, of: dict[str, Kind]) -> dict[str, Kind]:
+def lessons(clip: Clip, share: float, of: dict[str, QuestionType]) -> dict[str, QuestionType]:
     """The lessons that fit a clip, so weighted that they are about this share of the questions beside those of `of`."""
     fitting = LOOKING if clip.is_still else LOOKING | HAPPENING
     weight = sum(kind.weight for kind in of.values()) * share / (1 - share) / sum(k.weight for k in fitting.values())
-    return {key: Kind(kind.make, kind.group, kind.weight * weight) for key, kind in fitting.items()}
+    return {key: QuestionType(kind.make, kind.group, kind.weight * weight) for key, kind in fitting.items()}

@@ -10,7 +10,7 @@ from evoprune.demo.painting import CHARACTERS
 from evoprune.demo.questions import Question
 from evoprune.demo.scenes.asking import ask
 from evoprune.demo.scenes.compose import make_clip
-from evoprune.demo.scenes.happening import kinds
+from evoprune.demo.scenes.happening import types_for
 from experiments.demo.build import VOCABULARY, build_tokenizer
 
 HIDDEN = 128
@@ -63,7 +63,7 @@ def scenes_tokenizer(clips: int = 1200):
         for seed in range(clips):
             clip = make_clip("train", seed)
             written = {t.text for t in clip.signs} | {t.after for t in clip.signs}
-            for q in ask(clip, np.random.default_rng(seed), 8, kinds(clip)):
+            for q in ask(clip, np.random.default_rng(seed), 8, types_for(clip)):
                 yield from (
                     line
                     for line in prompt(q).split("\n")

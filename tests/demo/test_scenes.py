@@ -12,7 +12,7 @@ from evoprune.demo.scenes.asking import ask
 from evoprune.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Camera, Clip, Thing
 from evoprune.demo.scenes.compose import SPLITS, compose, family, make_clip
 from evoprune.demo.scenes.drawing import NOTHING, render, render_with_map, write_file
-from evoprune.demo.scenes.happening import kinds
+from evoprune.demo.scenes.happening import types_for
 from evoprune.demo.scenes.scenery import leaves, pink_noise, texture_field, thing_sprite
 from evoprune.demo.scenes.signs import WORDS, similar_text
 from evoprune.video.info import world_of
@@ -46,7 +46,9 @@ def look(split: str, seeds: range) -> tuple[str, float]:
     content, means = hashlib.sha256(), []
     for seed in seeds:
         clip = make_clip(split, seed)
-        content.update(repr((rounded(astuple(clip)), ask(clip, np.random.default_rng(seed), 6, kinds(clip)))).encode())
+        content.update(
+            repr((rounded(astuple(clip)), ask(clip, np.random.default_rng(seed), 6, types_for(clip)))).encode()
+        )
         means.append(render(clip, [0.2, 0.7]).mean())
     return content.hexdigest()[:16], float(np.mean(means))
 

@@ -11,7 +11,7 @@ from evoprune.demo.questions import Question
 from evoprune.demo.scenes.asking import ask
 from evoprune.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Clip, Thing
 from evoprune.demo.scenes.compose import make_clip
-from evoprune.demo.scenes.happening import CHECKED_OVER_TIME, GIST, HAPPENING, kinds
+from evoprune.demo.scenes.happening import CHECKED_OVER_TIME, GIST, HAPPENING, types_for
 from evoprune.demo.scenes.looking import CHECKED, LOOKING
 
 pytestmark = pytest.mark.full  # users never run it, and test_frozen.py and test_scenes.py hold what it makes
@@ -30,7 +30,7 @@ def asked() -> list[tuple[Clip, Question]]:
     made = []
     for seed in range(CLIPS):
         clip = clip_of(seed)
-        made += [(clip, q) for q in ask(clip, np.random.default_rng(seed), 6, kinds(clip))]
+        made += [(clip, q) for q in ask(clip, np.random.default_rng(seed), 6, types_for(clip))]
     return made
 
 
@@ -38,7 +38,7 @@ def asked() -> list[tuple[Clip, Question]]:
 def of_type(type: str) -> list[tuple[Clip, Question]]:
     """All that can be asked of a type about some clips."""
     clips = map(clip_of, range(200))
-    fitting = ((clip, found[type]) for clip in clips if type in (found := kinds(clip)))
+    fitting = ((clip, found[type]) for clip in clips if type in (found := types_for(clip)))
     made = [(clip, q) for clip, kind in fitting for q in ask(clip, np.random.default_rng(clip.seed), 9, {type: kind})]
     assert len(made) > 10
     return made
@@ -101,7 +101,7 @@ def test_all_types_can_be_asked(first, types):
     rng, found = np.random.default_rng(0), set()
     for seed in range(first, 400, 2):
         clip = clip_of(seed)
-        found |= {name for name, kind in kinds(clip).items() if name not in found and [*kind.make(clip, rng)]}
+        found |= {name for name, kind in types_for(clip).items() if name not in found and [*kind.make(clip, rng)]}
     assert found == types
 
 
@@ -222,7 +222,7 @@ def test_changes():
         name = between(q, *((a, f" {b}at the {'end' if end else 'start'}?") for a, b in phrases))
         thing = referred(clip, name)
         at = clip.seconds * 0.99 if end else 0.0
-        assert q.answer == (thing.text_at(at) if thing.is_sign else thing.colour_at(at))
+        assert q.answer == (thing.after if at >= thing.turn else thing.text or thing.colour)
 
 
 def test_cameras_and_cuts():

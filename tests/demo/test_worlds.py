@@ -2,14 +2,14 @@
 
 import pytest
 
+from evoprune import bundled
 from evoprune.demo.worlds import FAMILIES, QUESTIONS, SCENES, SHAPES, WORLDS
-from evoprune.evaluation import splits
 
 
 def test_the_command_line_knows_the_worlds_and_their_splits():
-    assert tuple(WORLDS) == splits.WORLDS and set(splits.SPLITS) == {
-        s for world in WORLDS.values() for s in world.splits
-    }
+    assert list(WORLDS) == list(bundled.WORLDS)
+    for name, splits in bundled.SPLITS_OF.items():
+        assert all(WORLDS[name].make(split, 3) for split in splits)
 
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=lambda world: world.name)

@@ -15,7 +15,7 @@ from evoprune.demo.scenes.asking import ask
 from evoprune.demo.scenes.clip import Camera, Clip, Thing
 from evoprune.demo.scenes.compose import compose
 from evoprune.demo.scenes.drawing import render_with_map
-from evoprune.demo.scenes.happening import CHECKED_OVER_TIME, kinds
+from evoprune.demo.scenes.happening import CHECKED_OVER_TIME, types_for
 from evoprune.demo.scenes.looking import CHECKED
 from experiments.demo.batches import ROW, packed
 from experiments.demo.muon import Muon
@@ -138,7 +138,10 @@ def test_lessons_and_what_they_prepare_are_answered_from_the_clip():
     said: dict[str, set[str]] = {}
     for seed in range(200):
         for q in ask(
-            clip, np.random.default_rng(seed), 6, {**CHECKED, **CHECKED_OVER_TIME, **lessons(clip, 0.5, kinds(clip))}
+            clip,
+            np.random.default_rng(seed),
+            6,
+            {**CHECKED, **CHECKED_OVER_TIME, **lessons(clip, 0.5, types_for(clip))},
         ):
             said.setdefault(q.question, set()).add(q.answer)
     assert all(len(answers) == 1 for answers in said.values())
@@ -198,7 +201,7 @@ def test_what_signs_say_is_spelled(tokenizer):
 
 def test_the_prompt_is_that_of_an_evaluation():
     clip = compose((10, 5), 8, 12, 1, 1.0)
-    for q in ask(clip, np.random.default_rng(0), 8, kinds(clip)):
+    for q in ask(clip, np.random.default_rng(0), 8, types_for(clip)):
         assert q.question in prompt(q)
         if q.options:
             assert f"{'ABCD'[q.options.index(q.answer)]}. {q.answer}\n" in prompt(q)

@@ -9,7 +9,7 @@ from evoprune.demo.clips import make_clip
 from evoprune.demo.questions import ask
 from evoprune.demo.scenes import compose
 from evoprune.demo.scenes.asking import OPTIONS
-from evoprune.demo.scenes.happening import kinds
+from evoprune.demo.scenes.happening import types_for
 from experiments.demo import scenes_lessons
 
 
@@ -24,7 +24,7 @@ def scenes():
         clip, rng = compose.make_clip("train", seed), np.random.default_rng(seed)
         noun = "picture" if clip.is_still else "video"
         taught = scenes_lessons.LOOKING if clip.is_still else scenes_lessons.LOOKING | scenes_lessons.HAPPENING
-        for kind in (*kinds(clip).values(), *taught.values()):
+        for kind in (*types_for(clip).values(), *taught.values()):
             for draft in kind.make(clip, rng):
                 options = (draft.answer, *draft.wrong) if len(draft.wrong) >= OPTIONS - 1 else ()
                 yield Row("", (), (), draft.text, options=options[:OPTIONS]).prompt

@@ -32,7 +32,7 @@ Maker = Callable[[Clip, np.random.Generator], Iterable[Draft]]
 
 
 @dataclass(frozen=True)
-class Kind:
+class QuestionType:
     """One type of question: how it is made, the finer group in which it counts, how often it is asked relative to others."""
 
     make: Maker
@@ -44,15 +44,15 @@ def ask(
     clip: Clip,
     rng: np.random.Generator,
     count: int,
-    kinds: Mapping[str, Kind],
+    types: Mapping[str, QuestionType],
     choice: float = CHOICE,
     brief: float = MOMENT,
 ) -> list[Question]:
     """Up to `count` different questions about the clip, drawn by weight; `choice` and `brief` as CHOICE and MOMENT."""
-    pool = [(name, draft) for name, kind in kinds.items() for draft in kind.make(clip, rng)]
+    pool = [(name, draft) for name, type in types.items() for draft in type.make(clip, rng)]
     flash = np.array([any(t.event(clip.seconds) == "flashes" for t in draft.about) for _, draft in pool])
     per_type = Counter((name, b) for (name, _), b in zip(pool, flash, strict=True))
-    weights = np.array([kinds[n].weight / per_type[n, b] for (n, _), b in zip(pool, flash, strict=True)])
+    weights = np.array([types[n].weight / per_type[n, b] for (n, _), b in zip(pool, flash, strict=True)])
     chosen: list[Question] = []
     while len(chosen) < min(count, len(pool)) and (weights.any() or not chosen):
         wanted = flash == (rng.random() < brief)
@@ -60,7 +60,7 @@ def ask(
         at = int(rng.choice(len(pool), p=odds / odds.sum()))
         weights[at] = 0.0
         name, draft = pool[at]
-        groups = "picture" if clip.is_still else "video", kinds[name].group, *(("moment",) if flash[at] else ())
+        groups = "picture" if clip.is_still else "video", types[name].group, *(("moment",) if flash[at] else ())
         options: tuple[str, ...] = ()
         if len(draft.wrong) >= OPTIONS - 1 and not (draft.open and rng.random() >= choice):
             offered = draft.answer, *draft.wrong[: OPTIONS - 1]

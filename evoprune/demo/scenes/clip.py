@@ -67,12 +67,6 @@ class Thing(clips.Moving):
     def visible(self, t: float) -> bool:
         return any(start <= t < end for start, end in self.spans)
 
-    def colour_at(self, t: float) -> str:
-        return self.after if t >= self.turn and not self.is_sign else self.colour
-
-    def text_at(self, t: float) -> str:
-        return self.after if t >= self.turn and self.is_sign else self.text
-
     def event(self, seconds: float) -> str:
         return "blinks" if len(self.spans) > 1 else clips.event_between(*self.spans[0], seconds)
 

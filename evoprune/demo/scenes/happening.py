@@ -1,7 +1,7 @@
 """Questions that need more than one moment: what happens, in which order, which way, how often, what changes, what stays."""
 
 from evoprune.demo.questions import pick
-from evoprune.demo.scenes.asking import Draft, Kind, distinct, one_of_four, referred, shuffled
+from evoprune.demo.scenes.asking import Draft, QuestionType, distinct, one_of_four, referred, shuffled
 from evoprune.demo.scenes.clip import COLOURS, MOTIONS, Clip
 from evoprune.demo.scenes.looking import CHECKED, COUNTED, LOOKING, times_asked, yes
 from evoprune.demo.scenes.signs import similar_text
@@ -129,23 +129,23 @@ def _does_move(clip, rng):
 
 
 HAPPENING = {
-    "event": Kind(_event, "events", 1.0),
-    "order": Kind(_order, "events", 0.3),
-    "often": Kind(_often, "events", 0.3),
-    "turns": Kind(_turns, "events", 0.6),
-    "lasts": Kind(_lasts, "events", 0.4),
-    "scenes": Kind(_scenes, "events", 0.6),
-    "way": Kind(_way, "motion", 1.3),
-    "moves": Kind(_moves, "motion", 0.3),
-    "camera": Kind(_camera, "motion", 0.9),
+    "event": QuestionType(_event, "events", 1.0),
+    "order": QuestionType(_order, "events", 0.3),
+    "often": QuestionType(_often, "events", 0.3),
+    "turns": QuestionType(_turns, "events", 0.6),
+    "lasts": QuestionType(_lasts, "events", 0.4),
+    "scenes": QuestionType(_scenes, "events", 0.6),
+    "way": QuestionType(_way, "motion", 1.3),
+    "moves": QuestionType(_moves, "motion", 0.3),
+    "camera": QuestionType(_camera, "motion", 0.9),
 }
-CHECKED_OVER_TIME = {"then": Kind(_at, "events", 0.8), "does_move": Kind(_does_move, "motion", 3.0)}
+CHECKED_OVER_TIME = {"then": QuestionType(_at, "events", 0.8), "does_move": QuestionType(_does_move, "motion", 3.0)}
 # What is asked of pictures is asked of videos too, and counts as the gist of a clip: mostly what a glance tells.
 GLANCE, CLOSER = 1.8, 0.6
-GIST = {kind: Kind(found.make, "gist", CLOSER * found.weight) for kind, found in LOOKING.items()}
-GIST |= {kind: Kind(found.make, "gist", GLANCE * found.weight) for kind, found in CHECKED.items()}
+GIST = {name: QuestionType(found.make, "gist", CLOSER * found.weight) for name, found in LOOKING.items()}
+GIST |= {name: QuestionType(found.make, "gist", GLANCE * found.weight) for name, found in CHECKED.items()}
 
 
-def kinds(clip: Clip) -> dict[str, Kind]:
+def types_for(clip: Clip) -> dict[str, QuestionType]:
     """The types of questions that fit a clip of this family."""
     return LOOKING | CHECKED if clip.is_still else GIST | HAPPENING | CHECKED_OVER_TIME

@@ -1,7 +1,17 @@
 """Questions that one moment answers: what signs say, how things look, where they lie, how many there are."""
 
 from evoprune.demo.questions import pick
-from evoprune.demo.scenes.asking import Draft, Kind, absent, distinct, name, refer, referred, shuffled, unhurried
+from evoprune.demo.scenes.asking import (
+    Draft,
+    QuestionType,
+    absent,
+    distinct,
+    name,
+    refer,
+    referred,
+    shuffled,
+    unhurried,
+)
 from evoprune.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Clip, Thing
 from evoprune.demo.scenes.signs import similar_text
 
@@ -144,17 +154,17 @@ def _halves(clip, rng):
 
 _colour = _attribute("colour", COLOURS, "What colour is the {}?", "Which colour does the {} have?")
 LOOKING = {
-    "read": Kind(_read, "text", 2.1),
-    "sign_colour": Kind(_sign_colour, "text", 0.8),
-    "colour": Kind(_colour, "look", 0.8),
-    "texture": Kind(_attribute("texture", TEXTURES, "What pattern does the {} have?"), "look", 1.3),
-    "outline": Kind(_attribute("outline", OUTLINES, "What shape is the {}?"), "look", 0.8),
-    "where": Kind(_where, "place", 1.4),
-    "top": Kind(_top, "place", 0.2),
-    "extreme": Kind(_extreme, "place", 0.3),
-    "count": Kind(_count, "count", 0.7),
-    "there": Kind(_there, "look", 0.9),
-    "missing": Kind(_missing, "look", 0.3),
+    "read": QuestionType(_read, "text", 2.1),
+    "sign_colour": QuestionType(_sign_colour, "text", 0.8),
+    "colour": QuestionType(_colour, "look", 0.8),
+    "texture": QuestionType(_attribute("texture", TEXTURES, "What pattern does the {} have?"), "look", 1.3),
+    "outline": QuestionType(_attribute("outline", OUTLINES, "What shape is the {}?"), "look", 0.8),
+    "where": QuestionType(_where, "place", 1.4),
+    "top": QuestionType(_top, "place", 0.2),
+    "extreme": QuestionType(_extreme, "place", 0.3),
+    "count": QuestionType(_count, "count", 0.7),
+    "there": QuestionType(_there, "look", 0.9),
+    "missing": QuestionType(_missing, "look", 0.3),
 }
 # Those that are answered with yes or no.
-CHECKED = {"any": Kind(_any, "look", 2.0), "half": Kind(_halves, "place", 2.0)}
+CHECKED = {"any": QuestionType(_any, "look", 2.0), "half": QuestionType(_halves, "place", 2.0)}
