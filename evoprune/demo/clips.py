@@ -36,7 +36,7 @@ class Moving:
         return self.x + dx * self.speed * t, self.y + dy * self.speed * t
 
 
-def event_between(start: float, end: float, seconds: float) -> str:
+def event_of(start: float, end: float, seconds: float) -> str:
     """What happens in a clip to a thing that is there in [start, end): stays, appears, vanishes or flashes."""
     comes, goes = start > 0, end < seconds
     return ("flashes" if goes else "appears") if comes else ("vanishes" if goes else "stays")
@@ -76,7 +76,7 @@ class Thing(Moving):
         return min(xa, xb) - r, min(ya, yb) - r, max(xa, xb) + r, max(ya, yb) + r
 
     def event(self, seconds: float) -> str:
-        return event_between(self.start, self.end, seconds)
+        return event_of(self.start, self.end, seconds)
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,9 @@ def place(things: list[Thing], rng, kind, colour, height, width, seconds, step, 
         lo_y, hi_y = radius + 2 + max(0, -dy * speed * seconds), height - radius - 2 - max(0, dy * speed * seconds)
         x, y = float(rng.uniform(lo_x, hi_x)), float(rng.uniform(lo_y, hi_y))
         thing = Thing(kind, colour, rgb, size, radius, x, y, motion, speed, start, end)
-        box = thing.box(seconds)
-        if not any(_overlap(box, other) for other in taken):
+        x0, y0, x1, y1 = thing.box(seconds)
+        if not any(
+            x0 < right + 2 and left < x1 + 2 and y0 < low + 2 and top < y1 + 2 for left, top, right, low in taken
+        ):
             things.append(thing)
             return
-
-
-def _overlap(a, b, gap: float = 2.0) -> bool:
-    return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap

@@ -70,7 +70,7 @@ def thing_mask(kind: str, radius: int) -> np.ndarray:
     return glyph_mask(kind, 2 * radius) if kind.isdigit() else outline_mask(kind, radius, bar=0.33, hole=0.55)
 
 
-def write_video(clip: Clip, path: str | Path, fps: int = 12, **how) -> None:
-    """Encodes the clip as a video file; `how`: see `painting.write_frames`."""
+def write_video(clip: Clip, path: str | Path, fps: int = 12, **encoding) -> None:
+    """Encodes the clip as a video file; `encoding`: see `painting.write_frames`."""
     frames = render(clip, [i / fps for i in range(round(clip.seconds * fps))])
-    write_frames(frames, path, (clip.height, clip.width), fps, **how)
+    write_frames(frames, path, (clip.height, clip.width), fps, **encoding)

@@ -58,8 +58,8 @@ def ask(
     ]
 
 
-def _groups(clip: Clip, kind: str, things: list[Thing]) -> tuple[str, ...]:
-    needs = tuple(name for name, types in GROUPS.items() if kind in types)
+def _groups(clip: Clip, type: str, things: list[Thing]) -> tuple[str, ...]:
+    needs = tuple(name for name, types in GROUPS.items() if type in types)
     flash = any(thing.event(clip.seconds) == "flashes" for thing in things)
     return (*needs, *(("flash",) if flash else ()), "panning" if any(clip.pan) else "static")
 

@@ -44,7 +44,7 @@ _SPACED = re.compile(r"([\u3041-\u9fff\uac00-\ud7a3])")  # Chinese, Japanese and
 _MARKUP = str.maketrans(dict.fromkeys('*`$"“”{}#', " ") | {"\\": "", "’": "'", "‘": "'"})
 ENDS = ("clause", "stop", "line", "aside")
 JOINS = re.compile("and|then|to|maybe|perhaps|possibly|[/&]", re.IGNORECASE)  # two names that are both meant
-BETWEEN = re.compile(rf"{JOINS.pattern}|[,:.–—()\[\]-]|an?|the|option", re.IGNORECASE)
+FILLERS = re.compile(rf"{JOINS.pattern}|[,:.–—()\[\]-]|an?|the|option", re.IGNORECASE)
 
 
 @dataclass
@@ -96,8 +96,8 @@ def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
     `<think>`. "A and B", and a letter beside the text of another option (`B. circle`), name two options.
     """
     alone = normalised(said)
-    for whole in (options, [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]):
-        texts = [normalised(text) for text in whole]
+    for lines in (options, [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]):
+        texts = [normalised(text) for text in lines]
         if texts.count(alone) == 1 and not re.fullmatch("[a-z]", alone):  # a letter may be that of another option
             return texts.index(alone)
     words = read(said, options)
@@ -137,7 +137,7 @@ def _of_lines(words: list[Word]) -> frozenset[int]:
         first, second = line[0], line[1] if len(line) > 1 else Word("line", "")
         if first.kind == "name" and first.letter and first.sure and (first.marked or second.kind in ENDS):
             named |= _decided(line, 0)
-        elif all(word.kind == "name" or BETWEEN.fullmatch(word.text) for word in line):
+        elif all(word.kind == "name" or FILLERS.fullmatch(word.text) for word in line):
             named |= _anywhere(line)
     others = (word.options for word in words if word.kind == "name" and word.marked)
     return named if len(named.union(*others)) == 1 else frozenset()
@@ -151,7 +151,7 @@ def _decided(words: list[Word], place: int) -> frozenset[int]:
         if word.kind == "name":
             alone = number + 1 == len(words) or words[number + 1].kind in ENDS
             return named | word.options if (joined or alone) and not named & word.options else named
-        if not BETWEEN.fullmatch(word.text):
+        if not FILLERS.fullmatch(word.text):
             break
         joined = joined or bool(JOINS.fullmatch(word.text))
     return named
@@ -242,9 +242,9 @@ def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, froze
     ordered = sorted(patterns, key=len, reverse=True)
     groups = {f"text{number}": pattern for number, pattern in enumerate(ordered)}
     names = letters | {group: patterns[pattern] for group, pattern in groups.items()}
-    whole = "|".join(f"(?P<{group}>{pattern})" for group, pattern in groups.items()) or "(?!)"
-    kinds = (
-        rf"(?<![\w+-])(?<!\d[.,:/])(?i:{whole})(?!\w|-\w|[.,:/]\d)",
+    texts = "|".join(f"(?P<{group}>{pattern})" for group, pattern in groups.items()) or "(?!)"
+    branches = (
+        rf"(?<![\w+-])(?<!\d[.,:/])(?i:{texts})(?!\w|-\w|[.,:/]\d)",
         rf"(?P<states>(?i:\b(?:{STATES})\b(?: (?:{IS})\b)?)|答 案|选(?: [择项])?)",
         rf"(?P<aside>(?i:\b(?:{ASIDE})\b)|因 为)",
         rf"(?P<denies>(?i:\b(?:{DENIES})\b)|[不没或])",
@@ -255,7 +255,7 @@ def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, froze
         r"(?P<clause>,(?! (?i:or)\b)|[:()\[\]、–—]|(?<!\w)-(?!\w)|(?i:\b(?:but|so|therefore|thus|hence|and(?= not\b))\b))",
         r"(?P<plain>\w+(?:'\w+)?|[/&,])",
     )
-    return re.compile("|".join(kinds)), {name: frozenset(named) for name, named in names.items()}
+    return re.compile("|".join(branches)), {name: frozenset(named) for name, named in names.items()}
 
 
 def _pattern(option: str, letter: str) -> str:

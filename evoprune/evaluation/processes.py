@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any
@@ -17,7 +16,7 @@ from evoprune.model.limits import oom_kills
 
 Work = Callable[[Any], list[dict]]
 
-_work: Work  # of this process; it raises what its beginning raised
+_work: Work | Exception  # of this process, or what its beginning raised
 
 
 def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: int) -> Iterator[list[dict]]:
@@ -57,11 +56,7 @@ def _begin(start: Callable[[], Work]) -> None:
     try:
         _work = start()
     except Exception as problem:  # raised here, the pool would print it with its traceback, and report a broken pool
-        _work = partial(_raise, problem)
-
-
-def _raise(problem: Exception, _: Any) -> list[dict]:
-    raise problem
+        _work = problem
 
 
 def _end_with_parent() -> None:
@@ -71,4 +66,6 @@ def _end_with_parent() -> None:
 
 
 def _do(job: Any) -> list[dict]:
+    if isinstance(_work, Exception):
+        raise _work
     return _work(job)

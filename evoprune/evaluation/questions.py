@@ -36,26 +36,24 @@ def load_questions(path: Path) -> list[Video]:
 
 def _complete(row: Row, fields: dict[str, Any]) -> Row:
     texts = [normalised(option) for option in row.options]
-    if len(set(texts)) < len(texts):
-        raise ValueError(f"options are 2 to {len(LETTERS)} different texts")
-    groups, kind = fields.get("groups", []), fields.get("type")
-    if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
-        raise ValueError("groups is not a list of texts")
-    if len(row.inputs) > 1:
-        raise ValueError("an evaluation asks about one video or picture at a time")
-    if row.subtitles is not None:
-        raise ValueError("subtitles are not read in an evaluation")
-    if row.answer is None:
-        raise ValueError("no answer")
+    groups, type = fields.get("groups", []), fields.get("type")
     answer = str(row.answer) if isinstance(row.answer, int) else row.answer
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError("answer is not a text")
+    for wrong, problem in (
+        (len(set(texts)) < len(texts), f"options are 2 to {len(LETTERS)} different texts"),
+        (not isinstance(groups, list) or not all(isinstance(g, str) for g in groups), "groups is not a list of texts"),
+        (len(row.inputs) > 1, "an evaluation asks about one video or picture at a time"),
+        (row.subtitles is not None, "subtitles are not read in an evaluation"),
+        (answer is None, "no answer"),
+        (not isinstance(answer, str) or not answer.strip(), "answer is not a text"),
+    ):
+        if wrong:
+            raise ValueError(problem)
     if texts:  # a text goes before a letter
         choice = texts.index(normalised(answer)) if normalised(answer) in texts else chosen_option(answer, row.options)
         if choice is None:
             raise ValueError(f"the answer {answer!r} is none of the options")
         answer = row.options[choice]
-    return replace(row, answer=answer, type=None if kind is None else str(kind), groups=tuple(groups))
+    return replace(row, answer=answer, type=None if type is None else str(type), groups=tuple(groups))
 
 
 GRADED = Rules(

@@ -219,9 +219,11 @@ class Evaluation:
         args = settings.method_args if prunes else {}
         options = PruneOptions(budget=variant.budget, method=variant.method, method_args=args, seed=seed)
         engine = make_engine(self.loaded, options)
-        how = {"read": grey_frames} if variant.row == BLIND else {"read": frames.read, "encode_rows": rows.encode_rows}
+        shared = (
+            {"read": grey_frames} if variant.row == BLIND else {"read": frames.read, "encode_rows": rows.encode_rows}
+        )
         sampling = replace(settings.sampling, **span.sampling)
-        with closing(open_inputs(engine, [video.path], sampling, names=[video.name], **how)) as opened:
+        with closing(open_inputs(engine, [video.path], sampling, names=[video.name], **shared)) as opened:
             encoded = opened.encode()
         cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
         for row in span.rows:

@@ -113,7 +113,10 @@ def precision(rows: Sequence[dict]) -> str | None:
         return f"{asked}: too few videos for intervals of differences, which need at least {LEAST_VIDEOS}"
     found = [(row[name], row[f"{name}_low"], row[f"{name}_high"]) for row in compared for name in DIFFERENCES]
     reach = max(max(value - low, high - value) for value, low, high in found if value is not None)
-    points = math.ceil(1000 * (reach or unseen_share(videos)) - 1e-6) / 10
+    unseen = 1 - 0.05 ** (
+        1 / videos
+    )  # the share of differing videos that all of so many drawn ones miss with a chance of 5%
+    points = math.ceil(1000 * (reach or unseen) - 1e-6) / 10
     return f"{asked}: differences are known to about ±{points:.1f} points"
 
 
@@ -188,8 +191,3 @@ def percentile_interval(values: np.ndarray) -> tuple[float, float]:
         return math.nan, math.nan
     low, high = np.percentile(values, (2.5, 97.5))
     return float(low), float(high)
-
-
-def unseen_share(clusters: int) -> float:
-    """The share of clusters that differ which all of so many drawn ones miss with a chance of 5%: about 3 / clusters."""
-    return 1 - 0.05 ** (1 / clusters)

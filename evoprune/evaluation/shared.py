@@ -24,14 +24,14 @@ class SharedFrames:
     def __init__(self):
         self._held: dict[tuple, list[FrameChunk]] = {}
 
-    def read(self, info: Video, times_s: Sequence[float], **how) -> Iterator[FrameChunk]:
+    def read(self, info: Video, times_s: Sequence[float], **options) -> Iterator[FrameChunk]:
         """As `read_frames`. Frames that come in several chunks are too large to hold, and are read again each time."""
-        key = (tuple(times_s), *sorted(how.items()))
+        key = (tuple(times_s), *sorted(options.items()))
         if key in self._held:
             yield from self._held[key]
             return
         chunks = []
-        with closing(read_frames(info, times_s, **how)) as read:
+        with closing(read_frames(info, times_s, **options)) as read:
             for chunk in read:
                 chunks = [*chunks, chunk][:2]
                 yield chunk
@@ -57,9 +57,9 @@ class SharedRows:
         self.saved = 0.0
         self._held: OrderedDict[tuple, tuple[EncodedRows, float]] = OrderedDict()
 
-    def encode_rows(self, visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **how) -> EncodedRows:
+    def encode_rows(self, visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **options) -> EncodedRows:
         """As `vision.encoder.encode_rows`."""
-        key = (_tower_work(plan), *sorted(how.items()))
+        key = (_tower_work(plan), *sorted(options.items()))
         if key in self._held:
             for _ in patches:  # the reader of the patches counts damaged frames
                 pass
@@ -68,7 +68,7 @@ class SharedRows:
         else:
             clock, self.saved = Clock(visual.patch_embed.proj.weight.device), 0.0
             start = clock.now()
-            rows = encode_rows(visual, clock.each("wait", patches), plan, **how)
+            rows = encode_rows(visual, clock.each("wait", patches), plan, **options)
             self._held[key] = rows, clock.now() - start - clock.seconds["wait"]
             if len(self._held) > HELD:
                 self._held.popitem(last=False)

@@ -140,8 +140,8 @@ def parse_time(text: str) -> float:
         hours, minutes, seconds = (float(group or 0) for group in match.groups())
         total = hours * 3600 + minutes * 60 + seconds
         # The first field may be any number (90:00 is an hour and a half); those after it are below 60.
-        whole = (minutes < 60 or not match[1]) and (seconds < 60 or not (match[1] or match[2]))
-        if whole and math.isfinite(total):
+        proper = (minutes < 60 or not match[1]) and (seconds < 60 or not (match[1] or match[2]))
+        if proper and math.isfinite(total):
             return sign * total if total else 0.0
     raise UsageError(
         f"{text!r} is not a time",

@@ -28,7 +28,7 @@ def _cells(clip, rng):
 
 def _beside(clip, rng):
     """How two things that lie still lie to each other."""
-    if clip.camera.travels or not clip.is_whole:
+    if clip.camera.travels or not clip.is_uncut:
         return []
     lie = [t for t in clip.things if not t.speed]
     drafts = []
@@ -43,7 +43,7 @@ def _beside(clip, rng):
 
 def _lists(clip, rng):
     """Everything, or all of one look, from left to right."""
-    if clip.camera.travels or not clip.is_whole:
+    if clip.camera.travels or not clip.is_uncut:
         return []
     lie = sorted((t for t in clip.things if not t.speed and not t.after), key=lambda t: t.x)
     lie = [t for t in lie if t.event(clip.seconds) == "stays"]
@@ -65,7 +65,7 @@ def _lists(clip, rng):
 
 def _when(clip, rng):
     drafts = []
-    for thing in clip.things if clip.is_whole else ():
+    for thing in clip.things if clip.is_uncut else ():
         event, called, (start, end) = thing.event(clip.seconds), refer(clip, thing, rng), thing.spans[0]
         if called is None or event not in VERBS:
             continue

@@ -87,7 +87,10 @@ def refer(clip: Clip, thing: Thing, rng, hide: str = "") -> str | None:
         parts = parts.split()
         if hide in parts or ("colour" in parts and len(thing.colours) > 1):
             continue
-        if not any(t is not thing and all(_may_be(t, p, getattr(thing, p)) for p in parts) for t in clip.shapes):
+        others = (t for t in clip.shapes if t is not thing)
+        if not any(
+            all(getattr(thing, p) in (t.colours if p == "colour" else [getattr(t, p)]) for p in parts) for t in others
+        ):
             names.append(" ".join([*(getattr(thing, p) for p in parts), *([] if "outline" in parts else ["thing"])]))
     return pick(rng, *names[:3]) if names else None
 
@@ -97,10 +100,6 @@ def referred(clip: Clip, rng, things: Iterable[Thing] | None = None, hide: str =
     for thing in clip.things if things is None else things:
         if (called := refer(clip, thing, rng, hide)) is not None:
             yield thing, called
-
-
-def _may_be(thing: Thing, part: str, value: str) -> bool:
-    return value in thing.colours if part == "colour" else getattr(thing, part) == value
 
 
 def name(thing: Thing) -> str:

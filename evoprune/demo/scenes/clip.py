@@ -68,7 +68,7 @@ class Thing(clips.Moving):
         return any(start <= t < end for start, end in self.spans)
 
     def event(self, seconds: float) -> str:
-        return "blinks" if len(self.spans) > 1 else clips.event_between(*self.spans[0], seconds)
+        return "blinks" if len(self.spans) > 1 else clips.event_of(*self.spans[0], seconds)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Camera:
     Nearer layers move more under a pan than farther ones.
     """
 
-    kind: str = "still"
+    motion: str = "still"
     dx: float = 0.0
     dy: float = 0.0
     zoom: tuple[float, float] = (1.0, 1.0)
@@ -87,7 +87,7 @@ class Camera:
     @property
     def travels(self) -> bool:
         """Whether things that lie still change their places on the frame; a shake is too small for that."""
-        return self.kind in ("pan", "zoom")
+        return self.motion in ("pan", "zoom")
 
     def factor(self, t: float, seconds: float) -> float:
         a, b = self.zoom
@@ -122,7 +122,7 @@ class Clip:
         return self.pairs == 1
 
     @property
-    def is_whole(self) -> bool:
+    def is_uncut(self) -> bool:
         return self.cut >= self.seconds
 
     @cached_property

@@ -84,14 +84,14 @@ def compose(key: tuple[int, ...], height: int, width: int, pairs: int, seconds: 
 
 
 def _camera(rng: np.random.Generator, width: int, seconds: float) -> Camera:
-    kind = draw(rng, (("still", 0.6), ("shake", 0.1), ("pan", 0.2), ("zoom", 0.1)))
-    if kind == "pan":
+    motion = draw(rng, (("still", 0.6), ("shake", 0.1), ("pan", 0.2), ("zoom", 0.1)))
+    if motion == "pan":
         angle, speed = int(rng.integers(4)) * np.pi / 2, rng.uniform(0.12, 0.25) * width / seconds
         return Camera("pan", float(round(speed * np.cos(angle), 3)), float(round(0.6 * speed * np.sin(angle), 3)))
-    if kind == "zoom":
+    if motion == "zoom":
         far = float(rng.uniform(1.2, 1.4))
         return Camera("zoom", zoom=(1.0, far) if rng.random() < 0.5 else (far, 1.0))
-    return Camera(kind, shake=float(rng.uniform(1, 2.5)) if kind == "shake" else 0.0)
+    return Camera(motion, shake=float(rng.uniform(1, 2.5)) if motion == "shake" else 0.0)
 
 
 class _Placer:

@@ -14,7 +14,7 @@ CAMERA = ("stands still", "pans left", "pans right", "pans up", "pans down", "zo
 
 
 def _event(clip, rng):
-    for t, x in referred(clip, rng) if clip.is_whole else ():
+    for t, x in referred(clip, rng) if clip.is_uncut else ():
         event = t.event(clip.seconds)
         if not t.after and rng.random() <= {"stays": STAYS, "flashes": FLASHES}.get(event, 1.0):
             text = pick(rng, f"What happens to the {x}?", f"What does the {x} do?")
@@ -23,7 +23,7 @@ def _event(clip, rng):
 
 def _order(clip, rng):
     apart = max(0.12 * clip.seconds, 1.1 * clip.seconds / clip.pairs)
-    for edge, event in enumerate(("appears", "vanishes") if clip.is_whole else ()):
+    for edge, event in enumerate(("appears", "vanishes") if clip.is_uncut else ()):
         timed = [(t.spans[0][edge], t) for t in distinct(clip) if t.event(clip.seconds) == event]
         timed.sort(key=lambda pair: pair[0])
         if len(timed) < 2:
@@ -37,7 +37,7 @@ def _order(clip, rng):
 def _way(clip, rng):
     drift = max(abs(clip.camera.dx), abs(clip.camera.dy))
     for t, x in referred(clip, rng):
-        if not t.speed or drift > 0.5 * t.speed or clip.camera.kind == "zoom" or not clip.is_whole:
+        if not t.speed or drift > 0.5 * t.speed or clip.camera.motion == "zoom" or not clip.is_uncut:
             continue
         if t.event(clip.seconds) in ("stays", "appears", "vanishes"):
             text = pick(rng, f"Which way does the {x} move?", f"Where does the {x} go?")
@@ -46,7 +46,7 @@ def _way(clip, rng):
 
 def _moves(clip, rng):
     """One of four moves, or one of four does not."""
-    if not clip.camera.travels and clip.is_whole:
+    if not clip.camera.travels and clip.is_uncut:
         named = [t for t in distinct(clip) if t.event(clip.seconds) == "stays"]
         moving, still = [t for t in named if t.speed], [t for t in named if not t.speed]
         yield from one_of_four(clip, rng, "Which of these moves?", moving, still)
@@ -82,7 +82,7 @@ def _turns(clip, rng):
 
 def _lasts(clip, rng):
     """One of four is there all the time; one of four is not."""
-    if clip.is_whole:
+    if clip.is_uncut:
         events = [(t.event(clip.seconds), t) for t in distinct(clip)]
         lasting = [t for event, t in events if event == "stays"]
         passing = [t for event, t in events if event != "stays"]
@@ -93,14 +93,14 @@ def _lasts(clip, rng):
 
 def _camera(clip, rng):
     camera, right = clip.camera, ""
-    if not clip.is_whole:
+    if not clip.is_uncut:
         return
-    if camera.kind == "pan":
+    if camera.motion == "pan":
         across, along = "right" if camera.dx > 0 else "left", "down" if camera.dy > 0 else "up"
         right = f"pans {across if abs(camera.dx) > abs(camera.dy) else along}"
-    elif camera.kind == "zoom":
+    elif camera.motion == "zoom":
         right = "zooms in" if camera.zoom[1] > camera.zoom[0] else "zooms out"
-    elif camera.kind == "still" and rng.random() < STILL:
+    elif camera.motion == "still" and rng.random() < STILL:
         right = "stands still"
     if right:
         yield Draft("What does the camera do?", right, shuffled(rng, set(CAMERA) - {right}))
@@ -108,7 +108,7 @@ def _camera(clip, rng):
 
 def _scenes(clip, rng):
     """What is to be seen in one of two scenes."""
-    if not clip.is_whole:
+    if not clip.is_uncut:
         before, after = ([t for t in distinct(clip) if t.visible(at)] for at in (0.0, clip.seconds * 0.999))
         yield from one_of_four(clip, rng, "Which of these is there before the cut?", before, after, fill=True)
         yield from one_of_four(clip, rng, "Which of these is there after the cut?", after, before, fill=True)

@@ -88,7 +88,7 @@ def _top(clip, rng):
 
 def _extreme(clip, rng):
     named = [t for t in distinct(clip) if not t.speed and t.event(clip.seconds) == "stays" and t.visible(0)]
-    if len(named) < 4 or not clip.is_whole:
+    if len(named) < 4 or not clip.is_uncut:
         return
     for side, key in (
         ("left", lambda t: t.x), ("right", lambda t: -t.x), ("top", lambda t: t.y), ("bottom", lambda t: -t.y),
@@ -101,7 +101,7 @@ def _extreme(clip, rng):
 
 def _count(clip, rng):
     """Things of one look, in a clip where all things stay; each count as often as the others where it can be."""
-    if any(t.event(clip.seconds) != "stays" or t.after for t in clip.things) or not clip.is_whole:
+    if any(t.event(clip.seconds) != "stays" or t.after for t in clip.things) or not clip.is_uncut:
         return
     found: dict[int, list[str]] = {}
     for values, part, plural in (
@@ -136,7 +136,7 @@ def _missing(clip, rng):
 def _any(clip, rng):
     """Whether a thing is there at all."""
     named = [name(t) for t in unhurried(clip)]
-    if named and clip.is_whole:
+    if named and clip.is_uncut:
         for there in (pick(rng, *named), pick(rng, *named)):
             yield Draft(f"Is there any {there}?", "yes")
         for missing in absent(clip, rng, 2):

@@ -158,7 +158,7 @@ def make_scenery(clip: Clip, scene: int) -> Scenery:
     far = noise * np.float32(rng.uniform(8, 24)) + (hue * light).astype(np.float32)
     _strew(far, None, rng, clip.clutter, hue * light)
     ground = near = None
-    if margin and camera.kind == "pan":  # else all leaves lie in one layer, for there is no parallax to see
+    if margin and camera.motion == "pan":  # else all leaves lie in one layer, for there is no parallax to see
         ground = _layer(height, width)
         _strew(*ground, rng, 0.3 * clip.clutter, hue * light)
     if clip.poles:

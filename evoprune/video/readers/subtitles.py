@@ -129,7 +129,12 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
         texts = [(number, track) for number, track in tracks if _codec(track) in TEXT_CODECS]
         default = [each for each in texts if each[1].disposition & Disposition.default]
         if not default and len(texts) != 1:
-            return Subtitles(note=_why_none(len(tracks), len(texts)))
+            note = "no file beside the video, and no text track in it"
+            if tracks:
+                note = "its subtitles are pictures, which are not read; convert them to text, e.g. with Subtitle Edit"
+            if texts:
+                note = f"{len(texts)} text tracks, none of them marked as default; extract one, e.g. with ffmpeg"
+            return Subtitles(note=note)
         number, stream = (default or texts)[0]
         if container.format.name == ffmpeg.MOV:  # whose index says where the packets of one track are
             for other in container.streams:
@@ -139,14 +144,6 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
         lines = _lines(_cues(container, stream, origin_s, warnings))
         language = f" ({stream.language})" if stream.language else ""
         return Subtitles(f"{prefix}track {number}{language}", lines, warnings)
-
-
-def _why_none(tracks: int, texts: int) -> str:
-    if texts:
-        return f"{texts} text tracks, none of them marked as default; extract one, e.g. with ffmpeg"
-    if tracks:
-        return "its subtitles are pictures, which are not read; convert them to text, e.g. with Subtitle Edit"
-    return "no file beside the video, and no text track in it"
 
 
 def _codec(stream: SubtitleStream) -> str | None:

@@ -26,21 +26,17 @@ def run(task: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
     return result and asdict(result)
 
 
-def _reader(info: Video, decoder: str):
-    if info.kind == PICTURE:
-        from evoprune.video.readers import picture  # Pillow's import would delay every video
-
-        return picture
-    return decord if decoder == "decord" else folder if info.container == folder.CONTAINER else pyav
-
-
 class FrameReader:
     """The frames on screen at given times, in order; arguments as of `isolation.stream_frames`."""
 
     def __init__(self, info: Video, times_s: Sequence[float], decoder: str):
         heartbeat.picture_size(info.width * info.height)
+        if info.kind == PICTURE:
+            from evoprune.video.readers import picture as reader  # Pillow's import would delay every video
+        else:
+            reader = decord if decoder == "decord" else folder if info.container == folder.CONTAINER else pyav
         self._damaged: set[int | None] = set()
-        self._frames = _reader(info, decoder).read(info, times_s, self._damaged.add)
+        self._frames = reader.read(info, times_s, self._damaged.add)
 
     def fill(self, frames: np.ndarray) -> tuple[list[float], int]:
         """Write the next frames into uint8 `[n, H, W, 3]`.
