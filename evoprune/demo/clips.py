@@ -81,11 +81,7 @@ class Thing(Moving):
 
 @dataclass(frozen=True)
 class Clip:
-    """A scene of `seconds` on a frame of height x width pixels; `seed` also makes its background and its noise.
-
-    `pan`: pixels a second that the camera moves along x and y; things keep their places on the frame. `clutter`:
-    grey blots and strokes on each million pixels of background.
-    """
+    """A scene of `seconds` on a frame of height x width pixels; `seed` also makes its background and its noise."""
 
     seed: tuple[int, ...]
     height: int
@@ -93,8 +89,11 @@ class Clip:
     seconds: float
     things: tuple[Thing, ...]
     noise: float
-    pan: tuple[float, float] = (0.0, 0.0)
-    clutter: float = 0.0
+    pan: tuple[float, float] = (
+        0.0,
+        0.0,
+    )  # pixels a second that the camera moves; things keep their places on the frame
+    clutter: float = 0.0  # grey blots and strokes on each million pixels of background
 
     @property
     def shapes(self) -> tuple[Thing, ...]:

@@ -25,16 +25,15 @@ Maker = Callable[[Clip, np.random.Generator], Iterable[tuple]]
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a clip of either world; with `options` one of them is the answer. It counts in `groups`.
-
-    Of shapes: what it needs, whether it is about a flash, what the camera does. Of scenes: the clip's family, then finer ones.
-    """
+    """A question about a clip of either world; with `options` one of them is the answer."""
 
     type: str
     question: str
     answer: str
     options: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
+    groups: tuple[
+        str, ...
+    ] = ()  # of shapes: what it needs, flash, camera; of scenes: the clip's family, then finer ones
 
 
 def ask(

@@ -23,21 +23,17 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class World:
-    """A generator of clips and questions.
-
-    Attributes:
-        crf: how coarsely its clips are encoded, by their seeds: lowest and highest of x264's constant rate factors.
-        make: the clip of a split and a seed. ask: the questions about a clip, by its seed. write: its file, at a rate factor.
-        may_hold: whether the clip of a seed can have a question of one of these groups.
-    """
+    """A generator of clips and questions."""
 
     name: str
-    crf: tuple[int, int]
-    make: Callable[[str, int], Any]
-    ask: Callable[[Any, int], list[Question]]
-    suffix: Callable[[Any], str]
-    write: Callable[[Any, Path, int], None]
-    may_hold: Callable[[int, Collection[str]], bool]
+    crf: tuple[int, int]  # lowest and highest of x264's constant rate factors, which go by the seed
+    make: Callable[[str, int], Any]  # the clip of a split and a seed
+    ask: Callable[[Any, int], list[Question]]  # the questions about a clip, by its seed
+    suffix: Callable[[Any], str]  # of a clip's file
+    write: Callable[[Any, Path, int], None]  # the file, at a rate factor
+    may_hold: Callable[
+        [int, Collection[str]], bool
+    ]  # whether the clip of a seed can have a question of one of these groups
 
 
 SHAPES = World(

@@ -51,19 +51,15 @@ FILLERS = re.compile(rf"{JOINS.pattern}|[,:.–—()\[\]-]|an?|the|option", re.I
 class Word:
     """A word or a sign of an answer.
 
-    Attributes:
-        kind: "name" (of options), "states", "denies", "denies_before", "aside", "clause" (which begins), "stop", "line" or "plain".
-        options: the indices of the options that it names; -1 is a letter of no option. letter: whether it names by a letter.
-        marked: whether the letter is in brackets, or begins a clause and has a bracket, a full stop or a colon behind it.
-        sure: whether it names by itself. A letter that does not can only contradict another ("vitamin C", the C of "B and C").
+    A letter that is not `sure` can only contradict another ("vitamin C", the C of "B and C").
     """
 
-    kind: str
+    kind: str  # "name" (of options), "states", "denies", "denies_before", "aside", "clause" (begins), "stop", "line" or "plain"
     text: str
-    options: frozenset[int] = frozenset()
-    letter: bool = False
-    marked: bool = False
-    sure: bool = True
+    options: frozenset[int] = frozenset()  # the indices of those that it names; -1 is a letter of no option
+    letter: bool = False  # whether it names by a letter
+    marked: bool = False  # whether that is in brackets, or begins a clause before a bracket, a full stop or a colon
+    sure: bool = True  # whether it names by itself
 
 
 def grade(row: Row, said: str) -> bool | None:

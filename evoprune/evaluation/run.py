@@ -50,32 +50,26 @@ RECORDED = (
 class Settings:
     """What is asked, and how; two runs with the same settings give the same results, but for `timed`.
 
-    Attributes:
-        data: path of a file of questions, or "demo"; `digest`: of the file's content.
-        budgets, methods: each method at each budget. A budget of "tuned" is one row, with the model's own method; `resolved`
-            replaces it by `tuned`. At "auto" and "auto:inflection" the content decides.
-        blind: also ask without the video.
-        split, seed: which clips of the demo's generators; the seed is also that of methods that select at random.
-        world: which of them, or both. groups: only questions of these groups; all if it is empty.
-        limit: at most so many videos; None for all of a file, and 100 clips of the demo's, of each world.
-        timed: whether samples hold `prune_ms` too, of pruning for the video, or for the question if the method reads it.
+    Each method runs at each budget. A budget of "tuned" is one row, with the model's own method; `resolved` replaces it by `tuned`.
     """
 
-    data: str
+    data: str  # path of a file of questions, or "demo"
     budgets: tuple[float | str, ...]
     methods: tuple[str, ...] = (methods.DEFAULT,)
     method_args: dict[str, str] = field(default_factory=dict)
-    blind: bool = False
+    blind: bool = False  # also ask without the video
     split: str = "heldout"
-    seed: int = 0
-    world: str = WORLDS[0]
-    groups: tuple[str, ...] = ()
-    limit: int | None = None
+    seed: int = 0  # picks the block of clips, and is that of methods that select at random
+    world: str = WORLDS[0]  # or both
+    groups: tuple[str, ...] = ()  # only questions of these; all if it is empty
+    limit: int | None = None  # of videos; None for all of a file, and for 100 clips of each world
     model: ModelOptions = field(default_factory=ModelOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     generation: GenerationOptions = field(default_factory=lambda: GenerationOptions(max_new_tokens=64))
-    digest: str | None = None
-    timed: bool = False
+    digest: str | None = None  # of the file's content
+    timed: bool = (
+        False  # samples hold `prune_ms` too, of pruning for the video, or for the question if the method reads it
+    )
     version: str = evoprune.__version__
     tuned: tuple[str, float] | None = None
 

@@ -17,18 +17,14 @@ PILLOW = "pillow"  # reads pictures, whatever is asked for
 
 @dataclass(frozen=True)
 class FrameChunk:
-    """Consecutive frames of a plan.
-
-    Attributes:
-        frames: uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied), C-contiguous.
-        times_s: of the frames themselves, in seconds from the video's first frame; they may be earlier than the times asked for.
-        damaged: damaged packets (of a folder: images) on the way to these frames that no earlier chunk counts.
-    """
+    """Consecutive frames of a plan."""
 
     first: int  # index among the plan's times
-    frames: np.ndarray
-    times_s: tuple[float, ...]
-    damaged: int = 0
+    frames: np.ndarray  # uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied), C-contiguous
+    times_s: tuple[
+        float, ...
+    ]  # of the frames themselves, perhaps earlier than those asked for; from the video's first frame
+    damaged: int = 0  # damaged packets (of a folder: images) on the way to these frames that no earlier chunk counts
 
 
 def read_frames(

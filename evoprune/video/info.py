@@ -24,36 +24,24 @@ SubtitleLine = tuple[float, float, str]  # start and end in seconds from the fir
 class Video:
     """Metadata of a video file, of a folder of images that is read as a video, or of a picture, which has no times.
 
-    None is what the file does not state, or only a scan can tell.
-
-    Attributes:
-        duration_s: seconds from the first frame to the end of the last one.
-        width, height: pixels as displayed, after rotation. Non-square pixels are not corrected.
-        rotation_deg: clockwise rotation that turns stored frames into displayed ones: 0, 90, 180 or 270.
-        codec, pix_fmt: such as `h264`, `yuv420p`; of a folder those of its first image.
-        container: FFmpeg's name of the format, such as `matroska,webm`; `folder` for a folder, `picture` for a picture.
-        fps: average frames per second. variable_rate: whether the frame intervals differ.
-        start_s: the file's own timestamp of the first frame. All other times in this package count from there.
-        tags: metadata tags of the container; of a picture its comment, if it has one.
-        mirrored: stored frames are flipped left to right before they are rotated.
-        stated_s: as `duration_s`, as the file states it for pictures alone; it is longer if the file was cut off.
+    None is what the file does not state, or only a scan can tell. Times count from the first frame, and are in seconds.
     """
 
     path: str
-    duration_s: float | None
-    width: int
+    duration_s: float | None  # to the end of the last frame
+    width: int  # pixels as displayed, after rotation; pixels that are not square are not corrected
     height: int
-    rotation_deg: int
-    codec: str
-    pix_fmt: str | None
-    container: str
-    fps: float | None = None
-    variable_rate: bool | None = None
+    rotation_deg: int  # clockwise, from stored frames to displayed ones: 0, 90, 180 or 270
+    codec: str  # such as `h264`; of a folder that of its first image
+    pix_fmt: str | None  # such as `yuv420p`
+    container: str  # FFmpeg's name of the format, such as `matroska,webm`; or `folder`, or `picture`
+    fps: float | None = None  # on average
+    variable_rate: bool | None = None  # whether the frame intervals differ
     frames_total: int | None = None
-    start_s: float = 0.0
-    tags: dict[str, str] = field(default_factory=dict)
-    mirrored: bool = False
-    stated_s: float | None = None
+    start_s: float = 0.0  # the file's own timestamp of the first frame
+    tags: dict[str, str] = field(default_factory=dict)  # of the container; of a picture its comment
+    mirrored: bool = False  # stored frames are flipped left to right before they are rotated
+    stated_s: float | None = None  # the duration by the file, of the pictures alone; longer if the file was cut off
 
     @property
     def kind(self) -> str:
@@ -77,52 +65,42 @@ def world_of(info: Video) -> str | None:
 class ScanResult:
     """What decoding a video from beginning to end found; `duration_s` and `stated_s` as in `Video`.
 
-    Attributes:
-        damaged: damaged packets (of a folder: images) that were skipped or patched up. Containers that hide their
-            damage, such as Matroska, reveal it only by a `duration_s` below `stated_s`.
-        variable_rate: whether more frame intervals are irregular than damage explains.
-        largest_gap_s: longest time from one frame to the next; 0 for a single frame.
-        keyframe_median_s, keyframe_max_s: time from a keyframe to the next one, or from the last one to the end.
+    Containers that hide their damage, such as Matroska, reveal it only by a `duration_s` below `stated_s`.
     """
 
     frames: int
-    damaged: int
+    damaged: int  # packets (of a folder: images) that were skipped or patched up
     duration_s: float
     stated_s: float | None
-    variable_rate: bool
-    largest_gap_s: float
-    keyframe_median_s: float
+    variable_rate: bool  # whether more frame intervals are irregular than damage explains
+    largest_gap_s: float  # from one frame to the next; 0 for a single frame
+    keyframe_median_s: float  # from a keyframe to the next one, or from the last one to the end
     keyframe_max_s: float
     seconds: float
 
 
 @dataclass(frozen=True)
 class Subtitles:
-    """Subtitles of a video: `lines` by start, each without markup and line breaks.
+    """Subtitles of a video.
 
-    Attributes:
-        source: the file, or the track in the video; None if there are none, and then `note` says why.
-        warnings: "subtitles_encoding" if the file's encoding is a guess, cp1252; "damaged_subtitles" if there may be more lines.
+    A warning is "subtitles_encoding" if the file's encoding is a guess, cp1252; "damaged_subtitles" if there may be more lines.
     """
 
-    source: str | None = None
-    lines: list[SubtitleLine] = field(default_factory=list)
+    source: str | None = None  # the file, or the track in the video
+    lines: list[SubtitleLine] = field(default_factory=list)  # by start, each without markup and line breaks
     warnings: list[str] = field(default_factory=list)
-    note: str | None = None
+    note: str | None = None  # why there are none
 
 
 @dataclass(frozen=True)
 class PromptSubtitles:
-    """What the prompt has of a video's `Subtitles`: `text` in front of the question, empty without any, of so many `tokens`.
+    """What the prompt has of a video's `Subtitles`."""
 
-    `lines` counts those of the part that is looked at, `lines_in_prompt` those in `text`.
-    """
-
-    text: str = ""
+    text: str = ""  # in front of the question; empty without subtitles
     source: str | None = None
-    lines: int = 0
+    lines: int = 0  # of the part that is looked at
     lines_in_prompt: int = 0
-    tokens: int = 0
+    tokens: int = 0  # of `text`
     warnings: tuple[str, ...] = ()
     note: str | None = None
 

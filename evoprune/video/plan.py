@@ -62,31 +62,22 @@ class Plan:
     """What will be read of a video or a picture, which is one frame, and computed.
 
     `make_plan` sets what is looked at. `encoder` and what follows it are None, empty or False until a model has planned, too.
-
-    Attributes:
-        height, width: of the frames after resizing, in pixels.
-        grid: (T, H, W): frame pairs, and rows and columns of units.
-        frame_limit: the largest number of frames, by the model or the caller; `sampling.wanted` may be larger.
-        token_limit: the largest number of visual tokens before pruning.
-        token_capped: whether the token limit made frames smaller or fewer than the model's own limits require.
-        unshrunk: the plan with nothing pruned; None for this one. A method may make the input smaller.
-        decoder: "pyav" or "decord"; for a picture "pillow".
-        limited: whether the options ask for more frames, or a higher rate, than a limit allows, or frames became smaller for
-            them. A limit on frames that the options set themselves does not count, nor does the model's own rate.
+    `limited` tells whether the options ask for more frames, or a higher rate, than a limit allows, or frames became smaller for
+    them. A limit on frames that the options set themselves does not count, nor does the model's own rate.
     """
 
     info: Video
     sampling: SamplingPlan
-    height: int
+    height: int  # of the frames after resizing, in pixels
     width: int
-    grid: Grid
-    frame_limit: int
-    token_limit: int
-    token_capped: bool
+    grid: Grid  # (T, H, W): frame pairs, and rows and columns of units
+    frame_limit: int  # by the model or the caller; `sampling.wanted` may be larger
+    token_limit: int  # of visual tokens before pruning
+    token_capped: bool  # whether it made frames smaller or fewer than the model's own limits require
     encoder: EncoderPlan | None = None
-    unshrunk: "Plan | None" = None
+    unshrunk: "Plan | None" = None  # the plan with nothing pruned, where a method makes the input smaller
     name: str = ""
-    decoder: str = ""
+    decoder: str = ""  # "pyav" or "decord"; for a picture "pillow"
     limited: bool = False
     subtitles: PromptSubtitles = NOTHING_SAID
 

@@ -16,16 +16,13 @@ MOMENT = 0.1  # chance that a question about a video is about what flashes, if s
 
 @dataclass(frozen=True)
 class Draft:
-    """A question before it is asked: `about` these things, and whether it can be answered as an `open` one, without options.
-
-    The first three texts of `wrong` become options; with fewer than three the question is open.
-    """
+    """A question before it is asked."""
 
     text: str
     answer: str
-    wrong: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()  # the first three become options; with fewer than three the question is open
     about: tuple[Thing, ...] = ()
-    open: bool = True
+    open: bool = True  # whether it can be answered without options
 
 
 Maker = Callable[[Clip, np.random.Generator], Iterable[Draft]]
@@ -33,11 +30,9 @@ Maker = Callable[[Clip, np.random.Generator], Iterable[Draft]]
 
 @dataclass(frozen=True)
 class QuestionType:
-    """One type of question: how it is made, the finer group in which it counts, how often it is asked relative to others."""
-
     make: Maker
-    group: str
-    weight: float = 1.0
+    group: str  # the finer one in which it counts
+    weight: float = 1.0  # how often it is asked, relative to others
 
 
 def ask(

@@ -19,30 +19,22 @@ Span = tuple[float, float]
 
 @dataclass(frozen=True)
 class Thing(clips.Moving):
-    """A thing or a sign. Its place is on the ground of the scene; later things of a clip lie over earlier ones.
+    """A thing or a sign. Its place is on the ground of the scene; later things of a clip lie over earlier ones."""
 
-    Attributes:
-        outline: a name of OUTLINES, or `sign`. rgb: the colour with its jitter.
-        radius: half the height and, unless it is a sign, half the width, in pixels.
-        spans: when it is there, as ascending intervals [start, end) in seconds.
-        text: what a sign says. `turn`: when it changes to `after`, another colour or another text.
-        under: the place in the clip's list of the thing that it lies on, or -1.
-    """
-
-    outline: str
+    outline: str  # a name of OUTLINES, or `sign`
     texture: str
     colour: str
-    rgb: tuple[int, int, int]
-    radius: int
+    rgb: tuple[int, int, int]  # the colour with its jitter
+    radius: int  # half the height and, unless it is a sign, half the width, in pixels
     x: float
     y: float
     motion: str = "still"
     speed: float = 0.0
-    spans: tuple[Span, ...] = ((0.0, math.inf),)
-    text: str = ""
-    turn: float = math.inf
+    spans: tuple[Span, ...] = ((0.0, math.inf),)  # when it is there, as ascending intervals [start, end) in seconds
+    text: str = ""  # what a sign says
+    turn: float = math.inf  # when it changes to `after`, another colour or another text
     after: str = ""
-    under: int = -1
+    under: int = -1  # the place in the clip's list of the thing that it lies on
 
     @cached_property
     def is_sign(self) -> bool:
@@ -96,13 +88,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Clip:
-    """`seconds` of a frame of height x width pixels that `pairs` frame pairs sample; `seed` also makes scenery and noise.
-
-    Attributes:
-        cut: when one scene gives way to the next. `poles`: things in the foreground.
-        clutter: share of the ground that leaves cover.
-        noise: of the sensor, standard deviation. `blur`: of the lens, times that a small blur is applied.
-    """
+    """`seconds` of a frame of height x width pixels that `pairs` frame pairs sample; `seed` also makes scenery and noise."""
 
     seed: tuple[int, ...]
     height: int
@@ -111,11 +97,11 @@ class Clip:
     pairs: int
     things: tuple[Thing, ...]
     camera: Camera = Camera()
-    cut: float = math.inf
-    clutter: float = 0.5
-    poles: int = 0
-    noise: float = 2.0
-    blur: int = 0
+    cut: float = math.inf  # when one scene gives way to the next
+    clutter: float = 0.5  # share of the ground that leaves cover
+    poles: int = 0  # things in the foreground
+    noise: float = 2.0  # of the sensor, standard deviation
+    blur: int = 0  # of the lens, times that a small blur is applied
 
     @property
     def is_still(self) -> bool:

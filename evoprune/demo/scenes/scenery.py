@@ -135,14 +135,11 @@ def _leaf_cover(rng: np.random.Generator, radius: int) -> np.ndarray:
 
 @dataclass
 class Scenery:
-    """The layers of a scene, each larger than the frame by `margin` pixels at every side.
-
-    `far` is opaque: colours float32 `[h, w, 3]`. `ground` and `near` are colours times coverage, and coverage `[h, w, 1]`.
-    """
+    """The layers of a scene, each larger than the frame by `margin` pixels at every side."""
 
     margin: int
-    far: np.ndarray
-    ground: tuple[np.ndarray, np.ndarray] | None
+    far: np.ndarray  # colours float32 `[h, w, 3]`, opaque
+    ground: tuple[np.ndarray, np.ndarray] | None  # colours times coverage, and coverage `[h, w, 1]`
     near: tuple[np.ndarray, np.ndarray] | None
 
 
