@@ -177,8 +177,6 @@ def place(things: list[Thing], rng, kind, colour, height, width, seconds, step, 
         x, y = float(rng.uniform(lo_x, hi_x)), float(rng.uniform(lo_y, hi_y))
         thing = Thing(kind, colour, rgb, size, radius, x, y, motion, speed, start, end)
         x0, y0, x1, y1 = thing.box(seconds)
-        if not any(
-            x0 < right + 2 and left < x1 + 2 and y0 < low + 2 and top < y1 + 2 for left, top, right, low in taken
-        ):
+        if not any(x0 < c + 2 and a < x1 + 2 and y0 < d + 2 and b < y1 + 2 for a, b, c, d in taken):
             things.append(thing)
             return

@@ -31,9 +31,7 @@ class Question:
     question: str
     answer: str
     options: tuple[str, ...] = ()
-    groups: tuple[
-        str, ...
-    ] = ()  # of shapes: what it needs, flash, camera; of scenes: the clip's family, then finer ones
+    groups: tuple[str, ...] = ()  # of shapes: its needs, flash, camera; of scenes: the clip's family, then finer ones
 
 
 def ask(

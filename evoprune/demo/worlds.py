@@ -31,9 +31,7 @@ class World:
     ask: Callable[[Any, int], list[Question]]  # the questions about a clip, by its seed
     suffix: Callable[[Any], str]  # of a clip's file
     write: Callable[[Any, Path, int], None]  # the file, at a rate factor
-    may_hold: Callable[
-        [int, Collection[str]], bool
-    ]  # whether the clip of a seed can have a question of one of these groups
+    may_hold: Callable[[int, Collection[str]], bool]  # whether the clip of a seed can have such questions
 
 
 SHAPES = World(

@@ -67,9 +67,7 @@ class Settings:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     generation: GenerationOptions = field(default_factory=lambda: GenerationOptions(max_new_tokens=64))
     digest: str | None = None  # of the file's content
-    timed: bool = (
-        False  # samples hold `prune_ms` too, of pruning for the video, or for the question if the method reads it
-    )
+    timed: bool = False  # samples hold `prune_ms` too: for the video, or for the question if the method reads it
     version: str = evoprune.__version__
     tuned: tuple[str, float] | None = None
 
@@ -213,9 +211,8 @@ class Evaluation:
         args = settings.method_args if prunes else {}
         options = PruneOptions(budget=variant.budget, method=variant.method, method_args=args, seed=seed)
         engine = make_engine(self.loaded, options)
-        shared = (
-            {"read": grey_frames} if variant.row == BLIND else {"read": frames.read, "encode_rows": rows.encode_rows}
-        )
+        shared = {"read": frames.read, "encode_rows": rows.encode_rows}
+        shared = {"read": grey_frames} if variant.row == BLIND else shared
         sampling = replace(settings.sampling, **span.sampling)
         with closing(open_inputs(engine, [video.path], sampling, names=[video.name], **shared)) as opened:
             encoded = opened.encode()

@@ -113,9 +113,7 @@ def precision(rows: Sequence[dict]) -> str | None:
         return f"{asked}: too few videos for intervals of differences, which need at least {LEAST_VIDEOS}"
     found = [(row[name], row[f"{name}_low"], row[f"{name}_high"]) for row in compared for name in DIFFERENCES]
     reach = max(max(value - low, high - value) for value, low, high in found if value is not None)
-    unseen = 1 - 0.05 ** (
-        1 / videos
-    )  # the share of differing videos that all of so many drawn ones miss with a chance of 5%
+    unseen = 1 - 0.05 ** (1 / videos)  # the share that differs of which so many drawn ones see none, at a chance of 5%
     points = math.ceil(1000 * (reach or unseen) - 1e-6) / 10
     return f"{asked}: differences are known to about ±{points:.1f} points"
 

@@ -21,9 +21,7 @@ class FrameChunk:
 
     first: int  # index among the plan's times
     frames: np.ndarray  # uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied), C-contiguous
-    times_s: tuple[
-        float, ...
-    ]  # of the frames themselves, perhaps earlier than those asked for; from the video's first frame
+    times_s: tuple[float, ...]  # of the frames themselves, from the first frame; perhaps earlier than those asked for
     damaged: int = 0  # damaged packets (of a folder: images) on the way to these frames that no earlier chunk counts
 
 

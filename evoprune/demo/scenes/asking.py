@@ -83,9 +83,7 @@ def refer(clip: Clip, thing: Thing, rng, hide: str = "") -> str | None:
         if hide in parts or ("colour" in parts and len(thing.colours) > 1):
             continue
         others = (t for t in clip.shapes if t is not thing)
-        if not any(
-            all(getattr(thing, p) in (t.colours if p == "colour" else [getattr(t, p)]) for p in parts) for t in others
-        ):
+        if not any(all(getattr(thing, p) in t.looks(p) for p in parts) for t in others):
             names.append(" ".join([*(getattr(thing, p) for p in parts), *([] if "outline" in parts else ["thing"])]))
     return pick(rng, *names[:3]) if names else None
 

@@ -56,6 +56,10 @@ class Thing(clips.Moving):
     def half(self) -> float:
         return (len(self.text) * self.pitch + 6) / 2 if self.is_sign else float(self.radius)
 
+    def looks(self, part: str) -> tuple[str, ...]:
+        """The outline, the texture, or all colours that it ever has."""
+        return self.colours if part == "colour" else (getattr(self, part),)
+
     def visible(self, t: float) -> bool:
         return any(start <= t < end for start, end in self.spans)
 
