@@ -1,7 +1,6 @@
 """After StreamingAssistant (arXiv 2512.12560): drops what its neighbours repeat, and never two neighbours at once."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,8 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Adjacent(Selector):
-    name: ClassVar[str] = "adjacent"
-    source: ClassVar[str] = "after arXiv 2512.12560"
+    name = "adjacent"
+    source = "after arXiv 2512.12560"
 
     still: Cosine = 0.9  # above it, a token repeats its place in the frame pair before; 1 for no redundancy in time
 

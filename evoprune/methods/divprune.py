@@ -1,7 +1,6 @@
 """DivPrune (arXiv 2503.02175): the most diverse tokens, by greedy max-min distance."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,8 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class DivPrune(Selector):
-    name: ClassVar[str] = "divprune"
-    source: ClassVar[str] = "arXiv 2503.02175"
+    name = "divprune"
+    source = "arXiv 2503.02175"
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         return Selection(most_diverse(tokens.features, keep))

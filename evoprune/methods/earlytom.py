@@ -6,7 +6,7 @@ docs/methods.md says what is adapted and left out.
 from collections import deque
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -63,9 +63,9 @@ class Runs:
 class MergedFrames(Runs, Selector):
     """Merges frame pairs between two layers. The number that is left is the content's. O(window N D)."""
 
-    source: ClassVar[str] = "arXiv 2605.30010"
-    exact: ClassVar[bool] = False
-    needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+    source = "arXiv 2605.30010"
+    exact = False
+    needs = frozenset({"hidden"})
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         frame, first = frames_of(tokens)
@@ -87,8 +87,8 @@ class MergedFrames(Runs, Selector):
 class FrameTokens(Runs, Selector):
     """The tokens that the language model reads of merged frame pairs. O(window N D)."""
 
-    source: ClassVar[str] = "arXiv 2605.30010"
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    source = "arXiv 2605.30010"
+    needs = frozenset({"attention"})
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         first = frames_of(tokens)[1]
@@ -113,8 +113,8 @@ class FrameTokens(Runs, Selector):
 class EarlyTom(EncoderMethod):
     """Whole frame pairs merge after three layers. O(window N D) for each merging."""
 
-    name: ClassVar[str] = "earlytom"
-    source: ClassVar[str] = "arXiv 2605.30010"
+    name = "earlytom"
+    source = "arXiv 2605.30010"
 
     threshold: Annotated[float, "(-inf, inf)"] = (
         0.6  # a run ends where the running similarity to its first frame pair is below

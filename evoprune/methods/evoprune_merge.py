@@ -1,7 +1,4 @@
-"""EvoPrune's merging (arXiv 2603.03681) for Qwen2.5-VL, with the settings that won on the demo model (results/ablations.md).
-
-docs/methods.md says what is the paper's and what is adapted.
-"""
+"""EvoPrune's merging (arXiv 2603.03681): with the settings that won (results/ablations.md), the paper's, and those of ToMe."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -31,9 +28,9 @@ FEATURES = ("keys", "keys_rotary", "hidden")
 class EvoPruneMerge(Merger):
     """O(n^2 D) for a group of n rows."""
 
-    name: ClassVar[str] = "evoprune-merge"
-    source: ClassVar[str] = "arXiv 2603.03681, with other settings"
-    absorbed: ClassVar[int] = 1  # which row of each two may merge into another: 0 for the first, 1 for the second
+    name = "evoprune-merge"
+    source = "arXiv 2603.03681, with other settings"
+    absorbed = 1  # which row of each two may merge into another: 0 for the first, 1 for the second
 
     allocation: str = "decreasing"  # which layers merge and how much, from `first` to `last` in relative depth
     first: float = 0.2
@@ -95,3 +92,34 @@ class EvoPruneMerge(Merger):
         rank = attention.masked_fill(~valid, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         # In float64 and slightly lower, because 0.15 of 100 rows must not become 16.
         return valid & (rank < (valid.sum(1, keepdim=True).double() * self.critical - 1e-9).ceil())
+
+
+@dataclass(frozen=True)
+class EvoPrunePaper(EvoPruneMerge):
+    """The paper's settings."""
+
+    name = "evoprune-paper"
+    source = "arXiv 2603.03681"
+
+    allocation: str = "skip"
+    attention: Annotated[float, "(-inf, inf)"] = 0.1
+    critical: Share = 0.1
+
+
+@dataclass(frozen=True)
+class ToMe(EvoPruneMerge):
+    """Without penalties, equally much in every layer, and the other row of each two absorbed; the rest is fixed."""
+
+    name = "tome"
+    source = "arXiv 2210.09461, section 3"
+    absorbed = 0
+
+    allocation: str = "mean"
+    first: float = 0.0
+    last: float = 1.0
+
+    diversity: ClassVar[float] = 0.0
+    attention: ClassVar[float] = 0.0
+    critical: ClassVar[float] = 0.0
+    neighbours: ClassVar[int] = 1
+    features: ClassVar[str] = "keys"

@@ -1,7 +1,7 @@
 """FastVID (arXiv 2503.11187): the most attended tokens of a segment, and means around density peaks."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,9 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class FastVid(Selector):
-    name: ClassVar[str] = "fastvid"
-    source: ClassVar[str] = "arXiv 2503.11187"
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    name = "fastvid"
+    source = "arXiv 2503.11187"
+    needs = frozenset({"attention"})
 
     segments: Count = 8  # the least number of segments
     threshold: Cosine = 0.84  # of neighbouring frame pairs; below it the video is always cut

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,9 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class FlashVid(Selector):
-    name: ClassVar[str] = "flashvid"
-    source: ClassVar[str] = "arXiv 2602.08024, the stage before the language model"
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    name = "flashvid"
+    source = "arXiv 2602.08024, the stage before the language model"
+    needs = frozenset({"attention"})
 
     segments: Count = 4  # the least number of segments
     threshold: Cosine = 0.9  # of neighbouring frame pairs; below it the video is always cut

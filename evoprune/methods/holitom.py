@@ -1,7 +1,7 @@
 """HoliTom (arXiv 2505.21334), the stage before the language model: segments that save most by averaging what stands still."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 
@@ -17,9 +17,9 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class HoliTom(Selector):
-    name: ClassVar[str] = "holitom"
-    source: ClassVar[str] = "arXiv 2505.21334, the stage before the language model"
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    name = "holitom"
+    source = "arXiv 2505.21334, the stage before the language model"
+    needs = frozenset({"attention"})
 
     static: Cosine = 0.8  # a place stands still if its neighbouring tokens are above this
     neighbours: Count = 7  # a density is computed from so many nearest tokens

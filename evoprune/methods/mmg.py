@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,8 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Mmg(Selector):
-    name: ClassVar[str] = "mmg"
-    source: ClassVar[str] = "after arXiv 2508.21044, whose formulas this project fills in"
+    name = "mmg"
+    source = "after arXiv 2508.21044, whose formulas this project fills in"
 
     threshold: Cosine = 0.95  # of neighbouring frame pairs; below it the video is cut
     beta: Share = 0.5  # weight of repetition in the gain of a segment

@@ -1,7 +1,6 @@
 """Maximal marginal relevance, the selection of IDPruner (arXiv 2602.13315): important tokens that differ from each other."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,8 @@ IMPORTANCE = ("attention", "keynorm")
 
 @dataclass(frozen=True)
 class Mmr(Selector):
-    name: ClassVar[str] = "mmr"
-    source: ClassVar[str] = "after arXiv 2602.13315, without its trained scorer"
+    name = "mmr"
+    source = "after arXiv 2602.13315, without its trained scorer"
 
     importance: str = "attention"  # `attention` received, or `keynorm` for the norm of a unit's key
     lam: Share = 0.5  # weight of importance; diversity has the weight 1 - lam

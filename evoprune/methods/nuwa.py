@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import hypot
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,9 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Nuwa(Selector):
-    name: ClassVar[str] = "nuwa"
-    source: ClassVar[str] = "arXiv 2602.02951, the stage before the language model"
-    needs: ClassVar[frozenset[str]] = frozenset({"attention", "middle"})
+    name = "nuwa"
+    source = "arXiv 2602.02951, the stage before the language model"
+    needs = frozenset({"attention", "middle"})
 
     cell: Annotated[int, "[1, 4]"] = 3  # tokens of each cell of 2x2 places that are candidates
     weak: Share = 0.1  # quantile of the kept tokens' attention below which a token becomes a mean

@@ -6,7 +6,6 @@ Key tokens, a quarter as in the authors' code, are those with the most attention
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from evoprune.errors import UsageError
 from evoprune.methods.base import LanguageMethod
@@ -23,8 +22,8 @@ PLACE = 2 / 32  # share of the layers after which they are known
 class Operations(LanguageMethod):
     """Field: recipe: of the model that it works in; None where no model is known yet."""
 
-    name: ClassVar[str] = "operations"
-    source: ClassVar[str] = "zxcvfd13502/GSOP"
+    name = "operations"
+    source = "zxcvfd13502/GSOP"
 
     recipe: Recipe | None = field(default=None, metadata={"report": lambda recipe: recipe and recipe.digest})
 

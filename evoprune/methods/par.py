@@ -1,7 +1,6 @@
 """After PAR (arXiv 2410.07278): tokens that the question is about, and few of those that repeat each other."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -15,9 +14,9 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Par(Selector):
-    name: ClassVar[str] = "par"
-    source: ClassVar[str] = "after arXiv 2410.07278"
-    reads_question: ClassVar[bool] = True
+    name = "par"
+    source = "after arXiv 2410.07278"
+    reads_question = True
 
     link: Cosine = 0.8  # neighbouring tokens are of one cluster if their cosine is above this
 

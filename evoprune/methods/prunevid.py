@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,8 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class PruneVid(Selector):
-    name: ClassVar[str] = "prunevid"
-    source: ClassVar[str] = "arXiv 2412.16117, the stage before the language model"
+    name = "prunevid"
+    source = "arXiv 2412.16117, the stage before the language model"
 
     scenes: Share = 0.25  # number of clusters, as a share of the frame pairs
     static: Cosine = 0.8  # a place is static if the mean of its tokens over time is above this

@@ -6,7 +6,7 @@ represents it.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from evoprune.methods.base import EncoderMethod
 from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
@@ -17,9 +17,9 @@ from evoprune.pruning.reuse import THRESHOLD
 class Reuse(EncoderMethod):
     """Reuse in front of a selector that users name."""
 
-    name: ClassVar[str] = "reuse"
-    source: ClassVar[str] = "this project"
-    combines: ClassVar[bool] = True
+    name = "reuse"
+    source = "this project"
+    combines = True
 
     threshold: Annotated[float, "(0, inf]"] = (
         THRESHOLD  # a unit is encoded again if it changes by so many levels of 255

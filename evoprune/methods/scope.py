@@ -1,7 +1,7 @@
 """SCOPE (arXiv 2510.24214): salient tokens that cover what no selected token covers yet."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ STEPS = 16384  # cosines are integers of this many steps, as in `score.snap`
 
 @dataclass(frozen=True)
 class Scope(Selector):
-    name: ClassVar[str] = "scope"
-    source: ClassVar[str] = "arXiv 2510.24214"
+    name = "scope"
+    source = "arXiv 2510.24214"
 
     alpha: Annotated[float, "[0, inf)"] = 1.0  # power of saliency; at 0, coverage alone decides
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 
@@ -21,9 +20,9 @@ COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110
 
 @dataclass(frozen=True)
 class SparseVlm(LanguageMethod):
-    name: ClassVar[str] = "sparsevlm"
-    source: ClassVar[str] = "arXiv 2410.04417, section 3"
-    default_share: ClassVar[float] = (4 * 300 + 9 * 200 + 16 * 110) / (29 * 576)  # the authors' 192 tokens
+    name = "sparsevlm"
+    source = "arXiv 2410.04417, section 3"
+    default_share = (4 * 300 + 9 * 200 + 16 * 110) / (29 * 576)  # the authors' 192 tokens
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return several_drops(depth, tokens, PLACES, _interpolated, budget)

@@ -1,7 +1,6 @@
 """VidCom2 (arXiv 2505.14454): frame pairs that differ from the rest of the video get more tokens."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,8 @@ TEMPERATURE = 0.01
 
 @dataclass(frozen=True)
 class VidCom2(Selector):
-    name: ClassVar[str] = "vidcom2"
-    source: ClassVar[str] = "arXiv 2505.14454"
+    name = "vidcom2"
+    source = "arXiv 2505.14454"
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         unit = tokens.by_pair(F.normalize(tokens.features[:, steadiest(tokens.features)].float(), dim=1))

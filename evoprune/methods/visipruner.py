@@ -5,7 +5,7 @@ projection), and cos(o - c_i, o) says whether o would be another one without it.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 
@@ -20,9 +20,9 @@ from evoprune.pruning.types import LayerTokens, Selection
 
 @dataclass(frozen=True)
 class VisiPruner(LanguageMethod):
-    name: ClassVar[str] = "visipruner"
-    source: ClassVar[str] = "arXiv 2510.17205, section 4"
-    exact: ClassVar[bool] = False
+    name = "visipruner"
+    source = "arXiv 2510.17205, section 4"
+    exact = False
 
     shallow: Part = 6 / 32  # share of the layers in which text does not attend to visual tokens
     latest: Part = 0.5  # share of the layers after which tokens leave if no layer was decisive

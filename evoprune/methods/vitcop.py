@@ -4,7 +4,7 @@ Its stage before the language model is `visionzip:dominant=1`. docs/methods.md s
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 
@@ -23,9 +23,9 @@ PLACES = (2 / 32, 22 / 32)
 class ViTCoP(LanguageMethod):
     """O(n^2 D) for the n tokens of a frame pair, at the first drop."""
 
-    name: ClassVar[str] = "vitcop"
-    source: ClassVar[str] = "arXiv 2601.17818"
-    default_share: ClassVar[float] = (32 * 2 / 9 / 0.4 - 2) / 30  # 2/9 over all layers, behind a stage that keeps 0.4
+    name = "vitcop"
+    source = "arXiv 2601.17818"
+    default_share = (32 * 2 / 9 / 0.4 - 2) / 30  # 2/9 over all layers, behind a stage that keeps 0.4
 
     centres: Share = 0.15  # number of clusters, as a share of a frame pair's tokens
     cutoff: Annotated[float, "(0, inf)"] = 0.25  # of distances, as a share of their root mean square
