@@ -7,6 +7,7 @@ Leaving out one of all leaves out that of the rest. A token without an operation
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain, product
 
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.language_plan import ALL, KINDS, REST, Drop, Groups, LanguagePlan, Operation
@@ -16,7 +17,7 @@ Removed = frozenset[Operation]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Operations in the order in which they are left out, for a language model of one depth.
+    """Operations in the order in which they are left out. Raises ValueError: a value that cannot be.
 
     Attributes:
         depth: layers of the language model.
@@ -24,8 +25,6 @@ class Recipe:
         key: share of the visual tokens that are not among the rest.
         weights: share of a layer's work on a token that each of `KINDS` is.
         steps: what is left out at each step; together all that can be.
-
-    Raises ValueError: a value that cannot be.
     """
 
     depth: int
@@ -39,9 +38,12 @@ class Recipe:
             raise ValueError("after must be from 1 to depth, and key a share")
         if len(self.weights) != len(KINDS) or min(self.weights) <= 0:
             raise ValueError(f"weights must be {len(KINDS)} numbers above 0")
-        for layer, group, kind in (operation for step in self.steps for operation in step):
-            if not self.after <= layer < self.depth or group not in (ALL, REST) or kind not in KINDS:
-                raise ValueError(f"there is no operation {[layer, group, kind]}")
+        if wrong := [each for each in chain(*self.steps) if tuple(each) not in self._every]:
+            raise ValueError(f"there is no operation {[*wrong[0]]}")
+
+    @property
+    def _every(self) -> list[Operation]:
+        return [*product(range(self.after, self.depth), (ALL, REST), sorted(KINDS))]
 
     @property
     def digest(self) -> str:
@@ -50,28 +52,20 @@ class Recipe:
 
     def count(self, budget: float) -> int:
         """The fewest steps that leave at most `budget` (in (0, 1]) of the work; all if none do."""
-        fits = (count for count in range(len(self.steps)) if self.share(self._first(count)) <= budget)
+        fits = (count for count in range(len(self.steps)) if self.share(chain(*self.steps[:count])) <= budget)
         return next(fits, len(self.steps))
 
     def removed(self, budget: float) -> Removed:
         """The operations of those steps."""
-        return self._first(self.count(budget))
-
-    def _first(self, count: int) -> Removed:
-        return frozenset().union(*self.steps[:count])
+        return frozenset(chain(*self.steps[: self.count(budget)]))
 
     def share(self, removed: Iterable[Operation]) -> float:
         """The share of the work on visual tokens that is left in the layers behind `after`; attention is not counted."""
         weight, sizes = dict(zip(KINDS, self.weights, strict=True)), {ALL: self.key, REST: 1 - self.key}
-
-        def work(gone: Removed) -> float:
-            each = (
-                (n, group, kind) for n in range(self.after, self.depth) for group in sizes for kind in sorted(KINDS)
-            )
-            return sum(weight[one[2]] * sizes[one[1]] for one in each if one not in gone)
-
+        work, gone = {each: weight[each[2]] * sizes[each[1]] for each in self._every}, self._gone(removed)
+        left = sum(own for each, own in work.items() if each not in gone)
         # Rounded, so that what leaves a quarter by the sum of many shares fits into a budget of a quarter.
-        return round(work(self._gone(removed)) / work(frozenset()), 9) if self.after < self.depth else 1.0
+        return round(left / sum(work.values()), 9) if work else 1.0
 
     def plan(self, tokens: int, removed: Iterable[Operation]) -> LanguagePlan:
         """The plan for so many visual tokens. A group that no later layer reads leaves for good."""
@@ -105,7 +99,7 @@ def closed(removed: Iterable[Operation], depth: int) -> Removed:
     made = set(removed)
     made |= {(layer, REST, kind) for layer, group, kind in made if group == ALL}
     for group in (ALL, REST):
-        made |= {(layer, group, kind) for layer in range(_last_keys(made, group, depth) + 1, depth) for kind in KINDS}
+        made |= {*product(range(_last_keys(made, group, depth) + 1, depth), [group], KINDS)}
     return frozenset(made)
 
 
