@@ -21,28 +21,21 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
 
 @dataclass(frozen=True)
 class Row:
-    """A question about one input or several, or about a span of the videos among them.
+    """A question about one input or several, or about a span of the videos among them."""
 
-    Attributes:
-        id: the row's name in the results.
-        inputs: the paths of videos and pictures as the user wrote them. `paths`: the paths that open them.
-        start_s, end_s: the span to look at, in seconds, below 0 from the video's end; `end_s` is None for the end.
-        options: the texts to choose from; empty for an open question.
-        subtitles: those to read, as the user wrote it; None for those of the batch. `subtitles_path`: the same, to open it.
-        answer: the expected answer. A batch passes it on; an evaluation grades by it, and with `options` it is one of them.
-        type, groups: in an evaluation, the names under which the row is counted.
-    """
-
-    id: str
-    inputs: tuple[str, ...]
-    paths: tuple[str, ...]
+    id: str  # the row's name in the results
+    inputs: tuple[str, ...]  # the paths of videos and pictures as the user wrote them
+    paths: tuple[str, ...]  # the paths that open them
     question: str
+    # start_s, end_s: the span to look at, in seconds, below 0 from the video's end; `end_s` is None for the end
     start_s: float = 0.0
     end_s: float | None = None
-    options: tuple[str, ...] = ()
-    subtitles: str | None = None
-    subtitles_path: str | None = None
+    options: tuple[str, ...] = ()  # the texts to choose from; empty for an open question
+    subtitles: str | None = None  # those to read, as the user wrote it; None for those of the batch
+    subtitles_path: str | None = None  # the same, to open it
+    # The expected answer. A batch passes it on; an evaluation grades by it, and with `options` it is one of them.
     answer: Any = None
+    # type, groups: in an evaluation, the names under which the row is counted
     type: str | None = None
     groups: tuple[str, ...] = ()
 
@@ -70,17 +63,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Rules:
-    """What the rows of a file must hold beyond `video` and `question`.
+    """What the rows of a file must hold beyond `video` and `question`."""
 
-    Attributes:
-        fields, file: hints for errors, on the fields of a row and on the file.
-        numbered: a row without an id is named by its line's number; else by a digest of what it asks.
-        complete: called with each row and its fields; returns the row completed, or raises ValueError to refuse it.
-    """
-
+    # fields, file: hints for errors, on the fields of a row and on the file
     fields: str
     file: str = "give a JSONL or CSV file of rows"
-    numbered: bool = False
+    numbered: bool = False  # a row without an id is named by its line's number; else by a digest of what it asks
+    # Called with each row and its fields; returns the row completed, or raises ValueError to refuse it
     complete: Callable[[Row, dict[str, Any]], Row] = lambda row, fields: row
 
 

@@ -12,18 +12,14 @@ from evoprune.pruning.language_plan import LanguagePlan
 
 @dataclass(frozen=True)
 class Pipeline:
-    """`reuse+divprune`, `evoprune+fastv` or a method alone. The budget is that of the first part.
+    """`reuse+divprune`, `evoprune+fastv` or a method alone. The budget is that of the first part."""
 
-    Attributes:
-        input, encoder, selector, language: the parts, each None if there is none.
-        inflection: whether the inflection of the selector's scores decides how many tokens it keeps.
-    """
-
+    # input, encoder, selector, language: the parts, each None if there is none
     input: InputMethod | None = None
     encoder: EncoderMethod | None = None
     selector: Selector | None = None
     language: LanguageMethod | None = None
-    inflection: bool = False
+    inflection: bool = False  # whether the inflection of the selector's scores decides how many tokens it keeps
 
     @classmethod
     def of(cls, method: Method) -> Self:

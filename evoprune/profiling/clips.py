@@ -57,23 +57,15 @@ def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip ready for the tower, and the prompt around it.
+    """A clip ready for the tower, and the prompt around it."""
 
-    Attributes:
-        patches: `[4 * N, 1176]` in Hugging Face's order, on the device and in the dtype of the weights.
-        grid: (T, H, W) in units. `seconds_per_pair`: from one grid to the next.
-        ids: int64 `[15 + N + 15]`, any tokens for the text, and zeros for the video.
-        positions: int64 `[3, 15 + N + 15]` by Qwen's rule; `following`: that of the first new token.
-        unpruned: units of the clip without pruning; more than N if a method made the input smaller.
-    """
-
-    patches: torch.Tensor
-    grid: tuple[int, int, int]
-    seconds_per_pair: float
-    ids: torch.Tensor
-    positions: torch.Tensor
+    patches: torch.Tensor  # `[4 * N, 1176]` in Hugging Face's order, on the device and in the dtype of the weights
+    grid: tuple[int, int, int]  # (T, H, W) in units
+    seconds_per_pair: float  # from one grid to the next
+    ids: torch.Tensor  # int64 `[15 + N + 15]`, any tokens for the text, and zeros for the video
+    positions: torch.Tensor  # int64 `[3, 15 + N + 15]` by Qwen's rule; `following`: that of the first new token
     following: int
-    unpruned: int
+    unpruned: int  # units of the clip without pruning; more than N if a method made the input smaller
 
     @property
     def units(self) -> int:

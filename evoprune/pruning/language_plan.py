@@ -17,28 +17,19 @@ Operation = tuple[int, str, str]  # layer, ALL or REST, kind
 
 @dataclass(frozen=True)
 class Drop:
-    """A place at which visual tokens leave the language model.
+    """A place at which visual tokens leave the language model."""
 
-    Attributes:
-        after: layers that have run by then, at least 1.
-        left: visual tokens that the other layers read.
-    """
-
-    after: int
-    left: int
+    after: int  # layers that have run by then, at least 1
+    left: int  # visual tokens that the other layers read
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Two groups of visual tokens for which layers do not compute the same.
+    """Two groups of visual tokens for which layers do not compute the same."""
 
-    Attributes:
-        key: tokens of the key group. The method names them at its first look; all layers up to then compute everything.
-        gone: operations that are left out; where those of all are, those of the rest are among them.
-    """
-
+    # Tokens of the key group. The method names them at its first look; all layers up to then compute everything.
     key: int
-    gone: frozenset[Operation]
+    gone: frozenset[Operation]  # operations that are left out; where those of all are, those of the rest are among them
 
     def computed(self, layer: int, kind: str) -> tuple[bool, bool]:
         """Whether a layer computes an operation for the key group, and for the rest."""
@@ -47,24 +38,15 @@ class Groups:
 
 @dataclass(frozen=True)
 class LanguagePlan:
-    """The visual tokens that each layer of the language model reads.
+    """The visual tokens that each layer of the language model reads."""
 
-    Attributes:
-        depth: layers of the language model.
-        tokens: visual tokens that reach it.
-        drops: where some of them leave, in order; fewer are left after each. Empty where none leave.
-        exact: whether the counts are exact. Otherwise they are upper bounds, and the content decides.
-        looks: numbers of layers after which the method is asked; those of `drops` if it is `exact`.
-        blind: the first layers in which text after the visual tokens does not attend to them.
-        groups: what layers do not compute for tokens that are still there; None where they compute everything.
-    """
-
-    depth: int
-    tokens: int
-    drops: tuple[Drop, ...]
-    exact: bool = True
-    looks: tuple[int, ...] = ()
-    blind: int = 0
+    depth: int  # layers of the language model
+    tokens: int  # visual tokens that reach it
+    drops: tuple[Drop, ...]  # where some of them leave, in order; fewer are left after each. Empty where none leave.
+    exact: bool = True  # whether the counts are exact. Otherwise they are upper bounds, and the content decides.
+    looks: tuple[int, ...] = ()  # numbers of layers after which the method is asked; those of `drops` if it is `exact`
+    blind: int = 0  # the first layers in which text after the visual tokens does not attend to them
+    # What layers do not compute for tokens that are still there; None where they compute everything
     groups: Groups | None = None
 
     @property

@@ -17,21 +17,13 @@ Removed = frozenset[Operation]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Operations in the order in which they are left out. Raises ValueError: a value that cannot be.
+    """Operations in the order in which they are left out. Raises ValueError: a value that cannot be."""
 
-    Attributes:
-        depth: layers of the language model.
-        after: layers that compute everything. Behind them the tokens are put into groups.
-        key: share of the visual tokens that are not among the rest.
-        weights: share of a layer's work on a token that each of `KINDS` is.
-        steps: what is left out at each step; together all that can be.
-    """
-
-    depth: int
-    after: int
-    key: float
-    weights: tuple[float, ...]
-    steps: tuple[tuple[Operation, ...], ...]
+    depth: int  # layers of the language model
+    after: int  # layers that compute everything. Behind them the tokens are put into groups.
+    key: float  # share of the visual tokens that are not among the rest
+    weights: tuple[float, ...]  # share of a layer's work on a token that each of `KINDS` is
+    steps: tuple[tuple[Operation, ...], ...]  # what is left out at each step; together all that can be
 
     def __post_init__(self):
         if not (1 <= self.after <= self.depth and 0 < self.key < 1):

@@ -22,16 +22,12 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class FullAnswers:
-    """What the unpruned model says about a video, a reference a question.
-
-    Attributes:
-        first_s: seconds of encoding and of reading the first question. `took_s`: that all of it took.
-    """
+    """What the unpruned model says about a video, a reference a question."""
 
     path: str
     references: tuple[Reference, ...]
-    first_s: float
-    took_s: float
+    first_s: float  # seconds of encoding and of reading the first question
+    took_s: float  # that all of it took
 
     @property
     def tokens(self) -> int:

@@ -1,10 +1,7 @@
 """The order in which operations can be left out, found by what each does to the output distribution (docs/methods.md, operations).
 
-As in the authors' code (zxcvfd13502/GSOP): first the deepest layers lose what costs nothing, by binary search: all kinds of
-operation together, then queries and MLP, then queries, for all visual tokens and then for the rest. Then one operation after the
-other goes, always the one whose removal costs least by the latest measurement. A loss may grow by a step; where an operation would
-exceed that, all that are left are measured again, and the loss may grow by one step more. Here it goes on to the end, so that every
-budget has a place in the order. The top layer computes queries and MLP of no visual token.
+First the deepest layers lose what costs nothing, then one operation after the other goes. The top layer computes queries and MLP
+of no visual token.
 """
 
 from bisect import bisect_left

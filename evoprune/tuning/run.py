@@ -37,24 +37,19 @@ SHARE_OF_FULL = 1 / 3  # of the time limit that the full answers may take
 class Settings:
     """What is tuned, and on what.
 
-    Attributes:
-        videos: paths of files or folders of frames. `questions`: asked of every one.
-        agree: share of tokens at which the pruned model must choose as the full one does, in (0, 1).
-        time_limit_s: of the whole run, loading included.
-        budgets, methods: see `search.candidates`. `seed`: for methods that select at random.
-
     Raises UsageError: no video or question, or an agreement or a time limit out of range.
     """
 
-    videos: tuple[str, ...]
-    questions: tuple[str, ...] = GENERAL
-    agree: float = 0.98
-    time_limit_s: float = 600.0
+    videos: tuple[str, ...]  # paths of files or folders of frames
+    questions: tuple[str, ...] = GENERAL  # asked of every one
+    agree: float = 0.98  # share of tokens at which the pruned model must choose as the full one does, in (0, 1)
+    time_limit_s: float = 600.0  # of the whole run, loading included
+    # budgets, methods: see `search.candidates`
     budgets: tuple[float, ...] = ()
     methods: tuple[str, ...] = ()
     model: ModelOptions = field(default_factory=ModelOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    seed: int = 0
+    seed: int = 0  # for methods that select at random
 
     def __post_init__(self):
         if not self.videos or not self.questions:

@@ -43,21 +43,17 @@ def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[
 
 
 class Trial(NamedTuple):
-    """What a video shows of a candidate.
+    """What a video shows of a candidate."""
 
-    Attributes:
-        agree, tokens: tokens of the full answers at which the first choice is the full model's, and all of them.
-        kl: of every token.
-        first_s, full_s: seconds to the first token, of the candidate and with nothing pruned; `took_s`: of the trial.
-        kept, live: share of the visual tokens kept, and of the tower's rows computed.
-    """
-
+    # agree, tokens: tokens of the full answers at which the first choice is the full model's, and all of them
     agree: int
     tokens: int
-    kl: list[float]
+    kl: list[float]  # of every token
+    # first_s, full_s: seconds to the first token, of the candidate and with nothing pruned; `took_s`: of the trial
     first_s: float
     full_s: float
     took_s: float
+    # kept, live: share of the visual tokens kept, and of the tower's rows computed
     kept: float
     live: float
 

@@ -23,31 +23,21 @@ TRIAL = ((4, 4, 4), 16)  # grid and K of the clip with which a method is tried o
 
 @dataclass(frozen=True)
 class Item:
-    """A picture or video.
+    """A picture or video."""
 
-    Attributes:
-        grid: (T, H, W) in units.
-        keep: K, the number of its placeholders.
-        seconds: seconds per pair.
-    """
-
-    grid: Grid
-    keep: int
-    seconds: float = 1.0
+    grid: Grid  # (T, H, W) in units
+    keep: int  # K, the number of its placeholders
+    seconds: float = 1.0  # seconds per pair
 
 
 @dataclass(frozen=True)
 class Normalised:
-    """Normalises the bytes of patches as `vision.preprocess.patchify` does, to the last bit: a token may be selected by it.
+    """Normalises the bytes of patches as `vision.preprocess.patchify` does, to the last bit: a token may be selected by it."""
 
-    Attributes:
-        mean, std: of red, green and blue, for bytes times `scale`.
-        scale: 1/255.
-    """
-
+    # mean, std: of red, green and blue, for bytes times `scale`
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    scale: float
+    scale: float  # 1/255
 
     @property
     def normal(self) -> Normalisation:

@@ -29,15 +29,10 @@ LIMIT, FREE = 2**BITS, 2**11
 
 @dataclass(frozen=True)
 class Placeholders:
-    """The placeholders of a video or picture in a prompt.
+    """The placeholders of a video or picture in a prompt."""
 
-    Attributes:
-        span: where they begin, and the shape of the video, which has `span.tokens` units.
-        count: the number of placeholders, less if the video is pruned.
-    """
-
-    span: VisualSpan
-    count: int
+    span: VisualSpan  # where they begin, and the shape of the video, which has `span.tokens` units
+    count: int  # the number of placeholders, less if the video is pruned
 
 
 def extent(grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None) -> int:
