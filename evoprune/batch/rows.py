@@ -87,14 +87,14 @@ class Span:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The fields of `SamplingOptions` that a row gives."""
+        """Fields of `SamplingOptions`."""
         row = self.rows[0]
         own = {} if row.subtitles_path is None else {"subtitles": row.subtitles_path}
         return {"start_s": row.start_s, "end_s": row.end_s} | own
 
 
 def group_by_span(rows: Iterable[Row]) -> list[Span]:
-    """Rows that share an encoding, together. Inputs, their spans, and the rows of each keep the order of their first rows."""
+    """Rows that share an encoding, together, in the order of their first rows."""
     inputs: dict[tuple[str, ...], dict[tuple, list[Row]]] = {}
     for row in rows:
         inputs.setdefault(row.paths, {}).setdefault((row.start_s, row.end_s, row.subtitles_path), []).append(row)
@@ -104,10 +104,7 @@ def group_by_span(rows: Iterable[Row]) -> list[Span]:
 def product_rows(
     videos: Sequence[str], questions: Sequence[str], start_s: float = 0.0, end_s: float | None = None
 ) -> list[Row]:
-    """Every question about every video. A folder of videos stands for the videos in it (`batch.inputs`).
-
-    Raises UsageError: a video or question is empty, no text or there twice, a folder is unclear, the span is empty; it names all.
-    """
+    """Every question about every video, or every video of a folder. Raises UsageError that names all that is wrong."""
     wrong = Wrong()
     videos = list(in_folders(videos, wrong))
     for noun, texts, check in (("video", videos, _filled), ("question", questions, _text)):
@@ -131,12 +128,7 @@ def load_rows(path: str, start_s: float = 0.0, end_s: float | None = None, rules
 def read_rows(
     content: bytes, name: str, folder: str, start_s: float = 0.0, end_s: float | None = None, rules: Rules = BATCH
 ) -> list[Row]:
-    """The rows of a JSONL or CSV file.
-
-    Fields are `question` and `video`, or `inputs` (a list; in CSV separated by |), with paths relative to `folder`; and optionally
-    `id`, `start` and `end` (seconds, or texts like 1:30; below 0 from the video's end), `options` (in CSV separated by |),
-    `subtitles` ("none", "auto" or a file, relative to `folder`) and `answer`. Other fields are left to `rules`.
-    Null, or an empty cell, counts as missing. `start_s` and `end_s` are for rows that have none of their own.
+    """The rows of a JSONL or CSV file, with paths relative to `folder`; `start_s` and `end_s` are for rows without their own.
 
     Raises UsageError: rows are wrong or repeat an id, or there are none. It names the first wrong rows and counts the others.
     """

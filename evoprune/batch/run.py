@@ -1,7 +1,4 @@
-"""Many questions about many videos, with one model: what `evoprune batch` runs.
-
-While questions about a video are answered, the first chunks of the next one are read and preprocessed.
-"""
+"""Many questions about many videos, with one model; meanwhile the first chunks of the next video are read and preprocessed."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing

@@ -31,7 +31,7 @@ class Settings(PipelineOptions):
     found: "FoundModel | None" = None  # the model, where it is found already
 
     def resolved(self) -> "Settings":
-        """With plain values in the place of a budget of "tuned", for which the model is found; other settings unchanged.
+        """With plain values in the place of a budget of "tuned".
 
         Raises UsageError: the model was never tuned, or its setting is damaged. ModelError: it cannot be found.
         """

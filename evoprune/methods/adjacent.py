@@ -58,11 +58,9 @@ def redundancy(unit: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
 
 
 def highest_apart(score: torch.Tensor, near: torch.Tensor, count: int) -> torch.Tensor:
-    """int64, `count` or fewer: the tokens of highest score, one after another, without neighbours of those taken before.
+    """int64, `count` or fewer: the tokens of highest `score` (`[N]`, -inf for none), without neighbours of those taken before.
 
-    Args:
-        score: `[N]`, -inf for tokens that may not be taken. Ties go to the lower index.
-        near: int64 `[N, 4]`, from `neighbours`.
+    `near`: from `neighbours`. Ties go to the lower index.
     """
     outside = len(score)  # later than all; index -1 finds it, where a token has no neighbour
     order = torch.empty_like(near[:, 0]).index_copy_(0, ranked(score), ascending(outside, score.device))

@@ -26,11 +26,10 @@ class Method:
     """The base of all methods; by itself it keeps every token.
 
     Class attributes:
-        name: the name by which users select the method.
+        name: by which users select the method.
         source: the paper (arXiv id, section where known) that it follows, or "this project".
-        acts: where it acts; each kind below says it.
-        exact: whether exactly K tokens come out. Otherwise the method keeps the nearest count that its shape allows: at most K, or
-            its own minimum if that is more.
+        acts: where it acts.
+        exact: whether exactly K tokens come out; otherwise the nearest count: at most K, or the method's minimum if that is more.
     """
 
     name: ClassVar[str] = "none"
@@ -42,10 +41,7 @@ class Method:
         check_settings(self)
 
     def automatic(self) -> Self:
-        """The same method with a count that depends on the content, and is at most the budget's.
-
-        Raises UsageError: the method cannot do this.
-        """
+        """The same with a count that depends on the content, and is at most the budget's. Raises UsageError if it cannot."""
         raise not_automatic(self.name)
 
     @property
@@ -69,10 +65,9 @@ class InputMethod(Method, ABC):
 
     @abstractmethod
     def resize(self, grid: Grid, keep: int) -> Grid:
-        """The smaller grid that replaces `grid`; both are (T, H, W) in units.
+        """The smaller grid that replaces `grid`: `keep` units or fewer where its shape allows, and no dimension may grow.
 
-        It has `keep` units or fewer where its shape allows. No dimension may grow. A smaller T means fewer frames over the same
-        time; smaller H and W mean frames of lower resolution.
+        A smaller T means fewer frames over the same time; smaller H and W mean frames of lower resolution.
         """
 
 
@@ -120,12 +115,7 @@ class EncoderMethod(Method, ABC):
 
     @abstractmethod
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> Sequence[Stage]:
-        """Where how many rows are left, in the order of layers.
-
-        Args:
-            grid: (T, H, W) of the video in units.
-            keep: K, the number of tokens for the language model, fewer than all units.
-        """
+        """Where how many rows are left, in the order of layers; `keep` is K, fewer than all units of the `grid`."""
 
 
 @dataclass(frozen=True)
@@ -156,12 +146,7 @@ class Merger(EncoderMethod, ABC):
         """
 
     def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
-        """Rows of one frame pair after each layer; here every layer removes equally many.
-
-        Args:
-            units, windows: of the frame pair.
-            keep: rows after the last layer.
-        """
+        """Rows of a frame pair of so many units and windows after each layer, at last `keep`; here all remove equally many."""
         return rows_after_layers(tower, units, windows, keep, layer_weights(tower.depth, "mean", 0.0, 1.0))
 
     def rounds(self, rows: int, left: int) -> int:
@@ -169,7 +154,6 @@ class Merger(EncoderMethod, ABC):
         return rows - left
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
-        """A stage after each layer after which rows merge."""
         count, height, width = grid
         units, windows = height * width, tower.windows(height, width)
         shares = [max(1, share) for share in spread(keep, count)]

@@ -21,14 +21,9 @@ class DivPrune(Selector):
 
 
 def most_diverse(features: torch.Tensor, keep: int, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Selects rows by greedy max-min distance; ties go to the lower index.
+    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by greedy max-min distance; ties go to the lower index.
 
-    Args:
-        features: `[N, D]`, any float dtype.
-        keep: K, from 0 to N.
-        weight: float `[N]`, at least 0; multiplies the distance of a row to the selected rows. None for 1.
-
-    Returns int64 `[K]`, indices of rows, ascending.
+    `weight`: float `[N]`, at least 0; multiplies the distance of a row to the selected rows. None for 1.
     """
     unit = F.normalize(features.float(), dim=1)
 

@@ -1,7 +1,4 @@
-"""EarlyTom (arXiv 2605.30010): whole frame pairs merge between layers; then attention selects tokens.
-
-docs/methods.md says what is adapted and left out.
-"""
+"""EarlyTom (arXiv 2605.30010): whole frame pairs merge between layers; then attention selects tokens."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -116,9 +113,7 @@ class EarlyTom(EncoderMethod):
     name = "earlytom"
     source = "arXiv 2605.30010"
 
-    threshold: Annotated[float, "(-inf, inf)"] = (
-        0.6  # a run ends where the running similarity to its first frame pair is below
-    )
+    threshold: Annotated[float, "(-inf, inf)"] = 0.6  # a run ends where the running similarity to its first is below
     window: Annotated[int, "[2, inf)"] = 8  # a run has fewer frame pairs than this
     momentum: Share = 0.9  # weight of the new similarity in the running mean
     first: Share = 7 / 26  # share of the tower's layers before frame pairs merge, for the first time
@@ -131,11 +126,9 @@ class EarlyTom(EncoderMethod):
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
         latest = max(tower.full_layers, default=tower.depth - 1)
-        after = {min(max(1, round(share * tower.depth)), latest) for share in (self.first, self.second, self.third)} - {
-            0
-        }
+        after = {min(max(1, round(share * tower.depth)), latest) for share in (self.first, self.second, self.third)}
         merge = WholePairs(MergedFrames(self.threshold, self.window, self.momentum))
-        return [Stage(layer, prod(grid), merge, exact=False) for layer in sorted(after)]
+        return [Stage(layer, prod(grid), merge, exact=False) for layer in sorted(after - {0})]
 
 
 def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,10 +140,7 @@ def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
-    """For each frame of `x` (`[F, n, D]`) the mean cosine of its tokens to those of itself and of the following frames.
-
-    Up to `window - 1` frames further: `[i][d]` is that of frames i and i + d.
-    """
+    """`[i][d]`: the mean cosine of the tokens of frames i and i + d of `x` (`[F, n, D]`), d from 0 to `window - 1`."""
     held, found = deque(maxlen=window), []
     for frame in x:
         held.append(F.normalize(frame.float(), dim=1))
@@ -161,10 +151,7 @@ def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
 
 
 def highest_of_stretches(score: torch.Tensor, count: int) -> torch.Tensor:
-    """int64 `[count]`: the highest of `score` (`[n]`) in each of `count` stretches of equal length; ties by index.
-
-    The first stretches are longer by one if necessary.
-    """
+    """int64 `[count]`: the highest of `score` (`[n]`) in each of `count` stretches, of which the first may be longer by one."""
     if not count:
         return ascending(0, score.device)
     length, longer = divmod(len(score), count)

@@ -51,10 +51,7 @@ class FastVid(Selector):
     ) -> None:
         """Writes to `into` (int64 `[N]`) which unit each unit of a segment joins: `keep` themselves, others peaks or nothing.
 
-        Args:
-            x, attention: `[N, D]` and `[N]`, of all units.
-            index: int64 `[g, n]`, the units of the segment's frame pairs.
-            new: the frame pairs that are not too similar to the next one, ascending.
+        `x`, `attention`: `[N, D]`, `[N]`. `index`: int64 `[g, n]`, the segment's units. `new`: its frame pairs unlike the next one.
         """
         half, context = index.shape[1] // 2, min(keep, max(1, int((1 - self.salient) * keep)))
         anchors = new[:: -self.every]

@@ -48,9 +48,7 @@ class HoliTom(Selector):
 
 
 def most_saving(same: torch.Tensor) -> list[range]:
-    """The segments that save most tokens, by dynamic programming, as ranges of frame pairs in order.
-
-    A segment of L frame pairs saves L - 1 tokens for each place that does not change in it.
+    """The segments that save most tokens, by dynamic programming: of L frame pairs L - 1 for each place that does not change.
 
     `same`: bool `[T - 1, n]`, whether each token is similar to the next one at its place.
     """
@@ -74,10 +72,7 @@ def most_saving(same: torch.Tensor) -> list[range]:
 
 
 def stillness(cosine: torch.Tensor, span: range) -> torch.Tensor:
-    """float32 `[n]`: the least cosine of neighbouring tokens at each place of a segment; -inf if it has one frame pair.
-
-    `cosine`: `[T - 1, n]`, of each token to the next one at its place.
-    """
+    """float32 `[n]`: the least `cosine` (`[T - 1, n]`) of neighbours at each place of a segment; -inf for one frame pair."""
     if len(span) == 1:
         return torch.full(cosine.shape[1:], -torch.inf, dtype=torch.float32, device=cosine.device)
     return cosine[span.start : span.stop - 1].amin(0)

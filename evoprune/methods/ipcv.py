@@ -1,6 +1,6 @@
 """IPCV (arXiv 2512.18747): rows that a layer hardly changes are set aside, follow similar rows, and come back at the end.
 
-vision/reductions.py runs it. docs/methods.md says what is adapted.
+vision/reductions.py runs it.
 """
 
 from dataclasses import dataclass

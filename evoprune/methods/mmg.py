@@ -65,14 +65,14 @@ def joined(spans: list[range], like: list[float]) -> list[range]:
     return made
 
 
-def marginal_gains(means: torch.Tensor, whole: torch.Tensor, beta: float) -> list[float]:
+def marginal_gains(means: torch.Tensor, video: torch.Tensor, beta: float) -> list[float]:
     """The gain of each segment when the segment of highest gain is always taken next.
 
-    The gain is the cosine of its mean (one of `means`, `[S, D]`) to that of the video, `whole` (`[D]`), less `beta` times the
-    greatest cosine to a segment taken before.
+    The gain is the cosine of its mean (one of `means`, `[S, D]`) to that of the `video` (`[D]`), less `beta` times the greatest
+    cosine to a segment taken before.
     """
     unit = F.normalize(means, dim=1)
-    represents = snap(unit @ F.normalize(whole, dim=0))
+    represents = snap(unit @ F.normalize(video, dim=0))
     repeats = torch.zeros_like(represents)
     gains = torch.full_like(represents, -torch.inf)
     open_ = torch.ones(len(unit), dtype=torch.bool, device=unit.device)

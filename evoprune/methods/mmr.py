@@ -38,15 +38,9 @@ class Mmr(Selector):
 
 
 def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, lam: float = 0.5) -> torch.Tensor:
-    """Selects rows by maximal marginal relevance; ties go to the lower index.
+    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by maximal marginal relevance; ties go to the lower index.
 
-    Args:
-        features: `[N, D]`, any float dtype.
-        importance: float `[N]`, on any scale.
-        keep: K, from 1 to N.
-        lam: weight of importance, from 0 to 1.
-
-    Returns int64 `[K]`, indices of rows, ascending.
+    `importance`: float `[N]`, on any scale. `lam`: its weight, from 0 to 1.
     """
     important = lam * snap(scaled(importance.float()))
     unit = F.normalize(features.float(), dim=1)

@@ -45,14 +45,9 @@ class Nuwa(Selector):
     def means(
         self, score: torch.Tensor, kept: torch.Tensor, middle: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What each kept token of a frame pair is the mean of.
+        """What each kept token of a frame pair is the mean of: int64 `[m]`, tokens; int64 `[m]`, places; float32 `[m]`, weights.
 
-        Args:
-            score: `[H, W]`, attention.
-            kept: int64 `[k]`, places of the kept tokens.
-            middle: `[H W, d]`, states of all places in the middle of the tower.
-
-        Returns int64 `[m]`, tokens; int64 `[m]`, places; float32 `[m]`, weights.
+        `score`: `[H, W]`, attention. `kept`: int64 `[k]`, places. `middle`: `[H W, d]`, states in the middle of the tower.
         """
         height, width = score.shape
         attention, own = score.flatten()[kept], ascending(len(kept), kept.device)

@@ -29,11 +29,9 @@ class Par(Selector):
 
 
 def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
-    """int64 `[N]`: the first token of each token's cluster.
+    """int64 `[N]`: the first token of each one's cluster: neighbours in time, height and width whose cosine is above `link`.
 
-    Args:
-        unit: `[T, H, W, D]`, tokens of length one.
-        link: neighbours in time, height and width are of one cluster if their cosine is above this.
+    `unit`: `[T, H, W, D]`, of length one.
     """
     index = ascending(unit[..., 0].numel(), unit.device).view(unit.shape[:3])
     ends = []

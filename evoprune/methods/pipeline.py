@@ -62,12 +62,10 @@ class Pipeline:
 
     @property
     def reads_question(self) -> bool:
-        """Whether tokens are selected for each question anew."""
         return self.tokens is not None and self.tokens.reads_question
 
     @property
     def weighs(self) -> bool:
-        """Whether the language model's attention may weigh tokens (`Selection.size`)."""
         return self.tokens is not None and self.tokens.weighs
 
     @property
@@ -89,20 +87,14 @@ class Pipeline:
         return f"method {name} selects with {self.tokens.name}, which reads the question", f"{name}+divprune"
 
     def automatic(self) -> Self:
-        """The same with a count of tokens that depends on the content, and is at most the budget's.
-
-        Raises UsageError: the first part cannot do this.
-        """
+        """The same with the first part `automatic`. Raises UsageError: it cannot be."""
         if len(self.before.members) > 1:
             raise not_automatic(self.before.name)
         made = self.first.automatic()
         return replace(self, **{f.name: made for f in fields(self) if getattr(self, f.name) is self.first})
 
     def by_inflection(self) -> Self:
-        """The same with the count of tokens from the inflection of the selector's scores, and at most the budget's.
-
-        Raises UsageError: there is no selector after the encoder, or one without scores.
-        """
+        """The same with at most as many tokens as before the inflection of the scores. Raises UsageError: there are none."""
         if self.tokens is None or self.tokens.scores is None:
             name = self.tokens.name if self.selector or (self.encoder and self.encoder.combines) else self.first.name
             raise UsageError(
@@ -121,12 +113,7 @@ class Pipeline:
         return budget if self.members else 1.0
 
     def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
-        """The encoder's work on one video.
-
-        Args:
-            grid: (T, H, W) of the video in units.
-            keep: K, the number of tokens for the language model.
-        """
+        """The encoder's work on one video of `grid`, of which `keep`, K, tokens are for the language model."""
         if self.input:
             return full_plan(tower, self.input.resize(grid, keep))
         if keep >= prod(grid) or not (self.encoder or self.selector):
@@ -137,12 +124,9 @@ class Pipeline:
         return EncoderPlan(grid, keep, tower.depth, self.encoder.reuse if self.encoder else 0.0, tuple(stages))
 
     def language_plan(self, depth: int, tokens: int, budget: float) -> LanguagePlan | None:
-        """What leaves the language model; None if nothing does.
+        """What leaves a language model of `depth` layers that `tokens` visual tokens reach; None if nothing does.
 
-        Args:
-            depth: layers of the language model.
-            tokens: visual tokens that reach it.
-            budget: the share that the user asked for, in (0, 1].
+        `budget`: the share that the user asked for, in (0, 1].
         """
         if self.language is None:
             return None

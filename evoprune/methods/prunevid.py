@@ -50,8 +50,7 @@ class PruneVid(Selector):
 def folded(cluster: list[int]) -> list[int]:
     """The lengths of the segments of a video, from the cluster of each frame pair.
 
-    Only the longest runs of a cluster stay, and only if they have two frame pairs or more. What is between two runs joins the
-    longer of them, or the earlier of equals.
+    The longest runs of a cluster stay, if they have two frame pairs or more. Others join the longer neighbour, or the earlier one.
     """
     runs = _runs(cluster)
     longest = {label: max(length for other, length in runs if other == label) for label in cluster}

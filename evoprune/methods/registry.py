@@ -1,8 +1,6 @@
 """The pruning methods by name: this package's own, and those of other packages.
 
-Another package adds a method with an entry point in the group `evoprune.methods`. The entry point's name is the
-method's name, and its object is a subclass of a kind in methods/base.py. It is loaded when
-a user selects it.
+Another package adds one with an entry point in the group `evoprune.methods`: the method's name, and a class of methods/base.py.
 """
 
 import hashlib
@@ -98,10 +96,7 @@ def available() -> list[str]:
 
 
 def check(text: str) -> None:
-    """Checks that every method that `text` names exists, in a possible order; settings are not checked. Imports no torch.
-
-    Raises UsageError: it says which name or order is wrong.
-    """
+    """Raises UsageError if `text` names a method that does not exist, or an impossible order. Imports no torch."""
     names = _names(text)
     if _is_list(text):
         hint = f"to compare several: evoprune eval --method {text}; --compare shows one beside nothing pruned"
@@ -111,7 +106,7 @@ def check(text: str) -> None:
     for name in names:
         if name != REUSE and name not in available():
             raise _unknown(name)
-    before, last = names[:-1], names[-1]
+    *before, last = names
     inner = last in INNER or last in _plugins()  # of other packages' methods, only `get` knows what they are
     if not (_possible(names) or (inner and (not before or _possible(before)))):
         raise _impossible(text)
@@ -165,13 +160,9 @@ def _impossible(text: str) -> UsageError:
 
 @names_plugins()
 def get(text: str, args: dict[str, str] | None = None) -> "Method":
-    """The one method that `text` names: `NAME` or `NAME:SETTING=VALUE:...`.
+    """The one method that `text` names: `NAME` or `NAME:SETTING=VALUE:...`; it overrides `args`, settings as texts.
 
-    `args`: further settings as texts; settings in `text` override them.
-
-    Raises:
-        UsageError: no such method or setting, a combination, or another package's method is broken.
-        PluginError: the code of another package's method failed.
+    Raises UsageError: no such method or setting, a combination, or another package's is broken. PluginError: its code failed.
     """
     check(text)
     if len(_split(text)) > 1:
@@ -181,13 +172,9 @@ def get(text: str, args: dict[str, str] | None = None) -> "Method":
 
 @names_plugins()
 def parse(text: str, args: dict[str, str] | None = None) -> "Pipeline":
-    """What `text` names: a method, or several joined by `+` in the order in which they act: `reuse+divprune`, `evoprune+fastv`.
+    """What `text` names: a method as in `get`, or several joined by `+` in the order in which they act: `reuse+divprune`.
 
-    Args:
-        text: as in `get`, for each of them.
-        args: as in `get`. A combination accepts settings in `text` only.
-
-    Raises UsageError: as `get`, or methods that cannot be combined. PluginError: as `get`.
+    Raises as `get`. UsageError: methods that cannot be combined, or `args` for a combination.
     """
     from evoprune.methods.pipeline import Pipeline
 
@@ -221,18 +208,13 @@ def parse(text: str, args: dict[str, str] | None = None) -> "Pipeline":
 
 
 def _one(text: str, args: dict[str, str] | None) -> "Method":
-    (name,) = _names(text)
+    name, *texts = text.split(":")
     _warn_of_ignored(name)
     where = _FRONTS.get(name) or _REGISTRY.get(name)
-    return _made(_class(where) if where else _load(_plugins()[name]), text, _VARIANTS.get(name, {}) | (args or {}))
-
-
-def _made(kind: "type[Method]", text: str, args: dict[str, str] | None = None) -> "Method":
-    """A method of a class with the settings in `NAME:SETTING=VALUE:...`; `args` are further ones."""
-    _, *texts = text.split(":")
+    method = _class(where) if where else _load(_plugins()[name])
     if wrong := [text for text in texts if "=" not in text]:
-        raise UsageError(f"method {kind.name}: {wrong[0]!r} is not NAME=VALUE", settings_hint(kind, wrong[0]))
-    return from_args(kind, (args or {}) | dict(text.split("=", 1) for text in texts))
+        raise UsageError(f"method {method.name}: {wrong[0]!r} is not NAME=VALUE", settings_hint(method, wrong[0]))
+    return from_args(method, _VARIANTS.get(name, {}) | (args or {}) | dict(text.split("=", 1) for text in texts))
 
 
 @cache
@@ -267,9 +249,8 @@ def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
         folder = folder.parent
     if (folder / "__init__.py").exists():
         return sorted(folder.rglob("*.py"))
-    installed = (
-        [Path(str(each.locate())) for each in entry.dist.files or () if each.suffix == ".py"] if entry.dist else []
-    )
+    files = entry.dist.files or () if entry.dist else ()
+    installed = [Path(str(each.locate())) for each in files if each.suffix == ".py"]
     return sorted(installed if file in installed else folder.glob("*.py"))
 
 
@@ -330,8 +311,7 @@ def _load(entry: EntryPoint) -> type["Method"]:
 
 
 def _broken(entry: EntryPoint, what: str) -> UsageError:
-    hint = "repair or uninstall that package, or choose another method"
-    return UsageError(f"{_named(entry)} {what}", hint)
+    return UsageError(f"{_named(entry)} {what}", "repair or uninstall that package, or choose another method")
 
 
 def _named(entry: EntryPoint) -> str:

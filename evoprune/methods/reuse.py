@@ -1,8 +1,6 @@
 """Reuse in time before any selector: `reuse+divprune`, `reuse:threshold=5+visionzip`.
 
-A unit whose pixels have not changed since its place was last encoded is not encoded again (pruning/reuse.py). The
-selector runs after the encoder and sees every unit of the clip; a reused unit has the feature of the row that
-represents it.
+The selector sees every unit of the clip; one that is not encoded again (pruning/reuse.py) has the feature of an earlier row.
 """
 
 from dataclasses import dataclass
@@ -21,9 +19,8 @@ class Reuse(EncoderMethod):
     source = "this project"
     combines = True
 
-    threshold: Annotated[float, "(0, inf]"] = (
-        THRESHOLD  # a unit is encoded again if it changes by so many levels of 255
-    )
+    # A unit is encoded again if it changes by so many levels of 255.
+    threshold: Annotated[float, "(0, inf]"] = THRESHOLD
 
     @property
     def reuse(self) -> float:

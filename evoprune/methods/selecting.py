@@ -45,15 +45,13 @@ def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection
 
 
 def _check(name: str, found: Selection, enough: bool, keep: int, units: int, device: torch.device) -> None:
+    """`enough`: whether the number of units is one that the method may return where `keep` of `units` were asked for."""
     if wrong := next(_faults(found, enough, keep, units, device), None):
         raise PluginError(f"{name} returned {wrong}", "report it to that package's authors, or choose another method")
 
 
 def _faults(found: Selection, enough: bool, keep: int, units: int, device: torch.device) -> Iterator[str]:
-    """What is wrong with a selection, the first thing first: later ones are not meaningful.
-
-    `enough`: whether its number of units is one that the method may return where `keep` of `units` were asked for.
-    """
+    """What is wrong with a selection, the first thing first: later ones are not meaningful."""
     if not isinstance(found, Selection):
         yield f"an object of class {type(found).__name__} where a Selection was asked for"
     kept = found.kept
@@ -83,16 +81,11 @@ def _faults(found: Selection, enough: bool, keep: int, units: int, device: torch
 
 
 def _wrong_means(means: tuple[torch.Tensor, ...], count: int, units: int, device: torch.device) -> Iterator[str]:
-    """What is wrong with the means of a selection of `count` of `units` units."""
     if not isinstance(means, tuple) or len(means) != 3:
         yield "means that are not three tensors"
-    token, unit, weight = means
-    for name, value, kind in (
-        ("tokens", token, torch.int64),
-        ("units", unit, torch.int64),
-        ("weights", weight, torch.float32),
-    ):
-        yield from _unlike(f"means, {name}", value, kind, len(token), device)
+    (token, unit, weight), dtypes = means, (torch.int64, torch.int64, torch.float32)
+    for name, value, dtype in zip(("tokens", "units", "weights"), means, dtypes, strict=True):
+        yield from _unlike(f"means, {name}", value, dtype, len(token), device)
     outside = (token < 0) | (token >= count) | (unit < 0) | (unit >= units)
     total = torch.zeros(count, dtype=torch.float32, device=token.device)
     if outside.any() or not (weight >= 0).all() or not (total.index_add_(0, token, weight) > 0).all():

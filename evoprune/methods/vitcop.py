@@ -1,6 +1,6 @@
 """ViTCoP's stages inside the language model (arXiv 2601.17818): what has short keys stays, the rest of a cluster merges.
 
-Its stage before the language model is `visionzip:dominant=1`. docs/methods.md says what is adapted.
+Its stage before the language model is `visionzip:dominant=1`.
 """
 
 from dataclasses import dataclass
@@ -50,9 +50,7 @@ class ViTCoP(LanguageMethod):
 def merged(cluster: torch.Tensor, length: torch.Tensor, left: int) -> Selection:
     """Of each cluster the tokens with the shortest keys stay; its others become one token, at the place of the middle one.
 
-    Args:
-        cluster: int64 `[n]`, the number of each token's cluster. If there are more than `left`, those of long keys become one.
-        length: float64 `[n]`, of each token's key.
+    `cluster`: int64 `[n]`; if there are more than `left`, those of long keys become one. `length`: float64 `[n]`, of each key.
     """
     index, size = ascending(len(cluster), cluster.device), torch.bincount(cluster)
     total = torch.zeros(len(size), dtype=torch.float64, device=cluster.device).index_add_(0, cluster, length)

@@ -22,9 +22,7 @@ ELSEWHERE = {
 
 
 def parse_budget(text: str | float, names: Sequence[str] = ()) -> float | str:
-    """The share of visual tokens to keep, from the name of a preset, a number in (0, 1] or a percentage such as `10%`.
-
-    Other `names` are returned unchanged.
+    """The share of visual tokens to keep, from a preset's name, a number in (0, 1] or a percentage; other `names` unchanged.
 
     Raises UsageError: the text is none of these.
     """
@@ -71,23 +69,15 @@ def keep_count(budget: float, units: int) -> int:
 
 
 def spread(keep: int, pairs: int) -> list[int]:
-    """Divides `keep` tokens among equal frame pairs; each gets the mean, rounded down or up. Sums to `keep`.
-
-    Remainders go to frame pairs at even distances, so that even fewer tokens than frame pairs cover the clip.
-    """
+    """Divides `keep` tokens among equal frame pairs; each gets the mean, rounded down, or up at even distances over the clip."""
     return [(i + 1) * keep // pairs - i * keep // pairs for i in range(pairs)]
 
 
 def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
-    """Divides `total` in proportion to `weights`, by largest remainder, with a limit for each share.
+    """Divides `total` in proportion to `weights` (at least 0), by largest remainder, with a limit (`most`) for each share.
 
     Excess above a limit goes to the others, in proportion again; if only weights of zero are left, evenly. Ties go by index.
-
-    Args:
-        weights: at least 0 each.
-        most: the limit of each share.
-
-    Returns the shares. They sum to `total`, or to the sum of `most` if that is less.
+    The shares sum to `total`, or to the sum of `most` if that is less.
     """
     counts, quotas = [0] * len(most), {}
     open_ = [i for i, limit in enumerate(most) if limit > 0]

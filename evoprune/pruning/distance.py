@@ -57,7 +57,7 @@ class Points:
 def points_of(
     rows: torch.Tensor, owner: torch.Tensor, grid: tuple[int, int, int], seconds: Sequence[float], alpha: float
 ) -> Points:
-    """The points of one video: `rows`, `owner` and `grid` as in `Tokens`, the time of each frame pair, and the weight of time."""
+    """The points of one video: `rows`, `owner`, `grid` as in `Tokens`; seconds of each frame pair; `alpha`, the weight of time."""
     units = (owner >= 0).nonzero()[:, 0]
     time = torch.tensor(seconds, dtype=torch.float64, device="cpu")
     time = (time - time.min()) / (float(time.max() - time.min()) or 1.0)
@@ -74,10 +74,7 @@ def points_of(
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
-    """Rounds distances to multiples of `STEP`, so that equal rows are at distance 0 and equal distances are ties.
-
-    Rounding keeps the order, so the minimum of several distances may be rounded instead of each of them.
-    """
+    """Rounds distances, or a minimum of them, to multiples of `STEP`: equal rows are at distance 0, equal distances are ties."""
     return (x * (1 / STEP)).round_().mul_(STEP).clamp_(min=0)
 
 

@@ -1,12 +1,12 @@
 """A language method's plan for a prompt, made before anything is computed. Plain integers, no tensors.
 
-A language method makes the plan from the depth of the language model and the number of visual tokens that reach it. The
-decoder runs it. The cost, the memory check and the estimate of the time to the first token read it.
+A language method makes it. The decoder runs it; the cost, the memory check and the estimate of the first token read it.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from evoprune.pruning.budget import keep_count
 
@@ -70,12 +70,8 @@ class LanguagePlan:
 
 def tokens_of_layers(depth: int, tokens: int, drops: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Visual tokens that each of `depth` layers reads, of `tokens` at first and pairs of (layers that have run, tokens left)."""
-    left = dict(drops)
-    made: list[int] = []
-    for layer in range(depth):
-        tokens = left.get(layer, tokens)
-        made.append(tokens)
-    return tuple(made)
+    edges = [(0, tokens), *drops, (depth, 0)]
+    return tuple(left for (after, left), (end, _) in pairwise(edges) for _ in range(after, end))
 
 
 def layers_before(share: float, depth: int) -> int:
@@ -94,11 +90,8 @@ def several_drops(
     """Several drops, so that `budget` is the mean share of tokens over the layers after the first of them.
 
     Args:
-        depth, tokens: as in `LanguagePlan`.
         places: the share of layers that has run at each drop.
-        shares: from a number in [0, 1] to the share of `tokens` that is left after each drop. The shares grow with the number, and
-            are 0 and 1 at its ends.
-        budget: in (0, 1].
+        shares: from a number in [0, 1] to the share of `tokens` left after each drop, which grows with it from 0 to 1.
     """
     layers = [layers_before(place, depth) for place in places]
     runs = [end - start for start, end in zip(layers, [*layers[1:], depth], strict=True)]  # layers after each drop

@@ -45,17 +45,9 @@ def encode(
 
 
 class Answering:
-    """Answers the questions about all videos within a time.
+    """Answers the questions about all videos within `seconds`, by the clock `now`.
 
-    Args:
-        seconds: for all answers. Where they would take longer they become shorter, then fewer questions are asked, then
-            videos are left out.
-        now: a clock in seconds.
-
-    Attributes:
-        made: the answers, a video each.
-        problems: of each video that cannot be read or computed, by its path.
-        tokens: of an answer, at most. `asked`: questions of each video. `engine`: what answers.
+    Where answers would take longer they become shorter, then fewer questions are asked, then videos are left out.
     """
 
     def __init__(
@@ -66,19 +58,15 @@ class Answering:
         seconds: float,
         now: Clock = time.perf_counter,
     ):
-        self.made: list[FullAnswers] = []
-        self.problems: dict[str, EvopruneError] = {}
-        self.tokens, self.asked = TOKENS[0], len(questions)
+        self.made: list[FullAnswers] = []  # a video each
+        self.problems: dict[str, EvopruneError] = {}  # of videos that cannot be read or computed, by path
+        self.tokens, self.asked = TOKENS[0], len(questions)  # of an answer, at most; of a video
         self._next_s = 0.0  # that the next video takes
         self.engine, self._sampling, self._questions = unpruned(engine), sampling, questions
         self._seconds, self._now, self._begun = seconds, now, now()
 
     def answer(self, videos: tuple[str, ...], progress: Progress = lambda what: None) -> None:
-        """Answers what the time allows, but the first readable video in any case.
-
-        Raises:
-            VideoError, ModelError, OutOfMemory: of the first video, if none can be answered.
-        """
+        """Answers what the time allows, the first readable video in any case. Raises the first problem if there is none."""
         for number, path in enumerate(videos):
             if self.made and self._left < self._next_s:
                 return
@@ -96,7 +84,7 @@ class Answering:
         return self._seconds - (self._now() - self._begun)
 
     def _answered(self, path: str, videos: int) -> FullAnswers:
-        """The answers about a video; `videos`: how many are to be answered from now on."""
+        """`videos`: how many are to be answered from now on."""
         start, frames = self._now(), SharedFrames()
         video, seconds = encode(self.engine, path, self._sampling, frames)
         spent = self._now() - start

@@ -67,19 +67,14 @@ class Settings:
 
 
 class Run:
-    """Construct it, `load` a model, `run`. The results are in `document`, at any time.
+    """Construct it, `load` a model, `run`. The results are in `document`, at any time."""
 
-    Attributes:
-        schema: of the document.
-        loaded: the model; None before `load`. `answering`: the full answers; None before `run`.
-    """
-
-    schema: ClassVar[str]
+    schema: ClassVar[str]  # of the document
 
     def __init__(self, settings: Settings, now: Callable[[], float] = time.perf_counter):
         self.settings, self._now, self._begun = settings, now, now()
-        self.loaded: LoadedModel | None = None
-        self.answering: Answering | None = None
+        self.loaded: LoadedModel | None = None  # before `load`
+        self.answering: Answering | None = None  # the full answers; None before `run`
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Raises what `load_model` raises."""
@@ -94,7 +89,7 @@ class Run:
         return self.settings.time_limit_s - self.spent_s
 
     def answer(self, progress: Progress) -> list[FullAnswers]:
-        """The unpruned model's answers. Raises what `Answering.answer` raises."""
+        """Raises what `Answering.answer` raises."""
         engine, settings = make_engine(self.loaded, PruneOptions(seed=self.settings.seed)), self.settings
         seconds = SHARE_OF_FULL * settings.time_limit_s
         self.answering = Answering(engine, settings.sampling, settings.questions, seconds, self._now)
@@ -127,10 +122,10 @@ class Run:
 
 
 class Tuning(Run):
-    """Finds the fastest setting; `known` is what is known of every candidate.
+    """Finds the fastest setting; `known` has the trials of every candidate.
 
-    With quantised weights the full answers are those of the weights as they are, where there is memory for them, so that a
-    candidate's agreement includes what quantisation changes. Quantisation alone is one more candidate.
+    With quantised weights the full answers are those of the weights as they are, where there is memory for them. Quantisation alone
+    is one more candidate.
 
     Raises UsageError: an unknown method, settings that it does not have, or nothing to try.
     """
@@ -159,23 +154,16 @@ class Tuning(Run):
 
     @property
     def has_results(self) -> bool:
-        """Whether anything was tried."""
         return any(self.known.values())
 
     @property
     def worth_saving(self) -> bool:
-        """Whether a setting passes."""
         return recommended(result_rows(self.known, self.settings.agree)) is not None
 
     def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
         """Answers in full, then tries candidates until everything is known or the time is over.
 
-        Args:
-            progress: called with what comes next, and what is the best so far.
-            note: called with a sentence that is to be read at once.
-
-        Raises:
-            What `Answering.answer` raises.
+        Calls `progress` with what comes next, `note` with what is to be read at once. Raises what `Answering.answer` raises.
         """
         made, held = self.answer(progress), {}
         if self._quantizes and self.loaded.quantize == "none":
@@ -209,7 +197,7 @@ class Tuning(Run):
         return tuned.save(self.loaded.weights_fingerprint, setting)
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """The results so far, as plain data for JSON; `error` is what cut the run short."""
+        """The results so far, for JSON; `error` is what cut the run short."""
         rows = result_rows(self.known, self.settings.agree)
         passing = recommended(rows)
         best = max(rows, key=lambda row: (row["low"], row["agreement"], -row["first_token"]), default=None)

@@ -28,15 +28,11 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """As on a command line."""
         return f"{self.method} -b {self.budget:g}"
 
 
 def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
-    """Every method, `more` than `METHODS`, at each of `budgets` or `BUDGETS`, without those that prune nothing.
-
-    Raises UsageError: an unknown method, or settings that it does not have.
-    """
+    """`METHODS` and `more` at each of `budgets` or `BUDGETS`, without those that prune nothing. Raises what `methods.parse` raises."""
     named = {name: methods.parse(name) for name in dict.fromkeys((*METHODS, *more)) if name != "none"}
     pairs = product(named, sorted(set(budgets or BUDGETS), reverse=True))
     return [Candidate(name, budget) for name, budget in pairs if named[name].acts_at(budget)]
@@ -62,7 +58,6 @@ Known = dict[Candidate, list[Trial]]
 
 
 def observed(trials: Sequence[Trial]) -> float:
-    """The share of tokens that agree."""
     return sum(trial.agree for trial in trials) / sum(trial.tokens for trial in trials)
 
 
@@ -88,9 +83,7 @@ def rungs(videos: int) -> list[range]:
 def affordable(order: Sequence[Candidate], known: Known, new: int, rest: int, rounds: int, left: float) -> int:
     """How many of the candidates, the most promising first, go on to the next round.
 
-    Args:
-        new: videos of the round. rest: videos of this and all later rounds.
-        rounds: this and the later ones, which get equal times. left: seconds for all of them.
+    `new`, `rest`: videos of the round, and of it and all later `rounds`. `left`: seconds, in equal shares for each of these.
     """
     costs = [mean(trial.took_s for trial in known[candidate]) for candidate in order]
     if sum(costs) * rest <= left:
@@ -112,9 +105,7 @@ def search(
 ) -> Iterator[tuple[Candidate, int]]:
     """Tries candidates, video by video, while there is time; `known` grows. Yields the candidate and the video before each trial.
 
-    Args:
-        videos: how many there are. goal: agreement that is asked for.
-        left: seconds until the end. first_guess: seconds of a first trial on a video.
+    `goal`: agreement that is asked for. `left`: seconds until the end. `first_guess`: seconds of a first trial on a video.
     """
     alive, all_rounds = list(known), rungs(videos)
     for number, these in enumerate(all_rounds):
