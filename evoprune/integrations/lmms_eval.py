@@ -47,13 +47,10 @@ class EvoPruneQwen25VL(lmms):
     """Its arguments are lmms-eval's model_args.
 
     Args:
-        pretrained: hub id, local folder, or `demo`.
-        system_prompt: instead of the model's own.
+        pretrained: hub id, local folder, or `demo`. `system_prompt`: instead of the model's own.
         pictures: whether tasks may show pictures, which are pruned as videos are, and several inputs.
-        batch_size: must be 1.
-        max_batch_size: ignored.
-        options: as of `VideoQA.load`, `encode` and `ask`, such as `budget`, `method`, `fps`; what a task says comes first. `method`
-            may bring settings: `evoprune:reuse=0`.
+        batch_size: must be 1. `max_batch_size`: ignored.
+        options: as of `VideoQA.load`, `encode` and `ask`, such as `budget`, `method`, `fps`; what a task says comes first.
 
     Raises EvopruneError: as `VideoQA.load`; a larger batch, or several processes. TypeError: an unknown option.
     """
@@ -139,8 +136,7 @@ def _only_video(visuals: list) -> str:
 
 
 def _files(visuals: list, folder: str) -> list[str]:
-    """The files of a question's videos and pictures. Pictures that a task holds in memory are written into `folder`, without loss,
-    under names that are equal for equal pictures.
+    """The files of a question's videos and pictures. Pictures in memory are written into `folder` under names of their content.
 
     Raises UsageError: something else, or nothing.
     """

@@ -79,10 +79,7 @@ def prepare(
     method: Pipeline | None = None,
     budget: float = 1.0,
 ) -> Clip:
-    """Preprocesses a clip, made smaller if `method` acts on the input.
-
-    The text's tokens are selected at random from all of the vocabulary, always the same.
-    """
+    """Preprocesses a clip, made smaller if `method` acts on the input, with a text of random tokens, always the same."""
     v, visual = loaded.video, loaded.model.model.visual
     count, height, width, _ = frames.shape
     grid = case_grid(Case(count, height, width), v)

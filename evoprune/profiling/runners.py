@@ -67,10 +67,9 @@ def run_evoprune(
 
 @torch.inference_mode()
 def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int) -> Turn:
-    """Transformers' own tower, language model and cache. All tokens are read; logits are of the last token alone.
+    """The tower, language model and cache of transformers' `reference`, one by one, so that each stage can be timed.
 
-    `reference`: the transformers model that shares the weights of `loaded`. Its modules are called one by one, without what its
-    `generate` does around them, so that each stage can be timed.
+    All tokens are read; logits are of the last token alone.
     """
     from transformers import DynamicCache
 

@@ -23,14 +23,9 @@ Draw = Callable[[int], np.ndarray]  # f to integers [H, W, 3], 0 to 255
 
 
 def clip(kind: str, frames: int, height: int, width: int) -> np.ndarray:
-    """A clip of one of `settings.SYNTHETIC`.
+    """uint8 `[frames, height, width, 3]`: a clip of one of `settings.SYNTHETIC`.
 
-    `frames`: how many, even. `height`, `width`: multiples of 28.
-
-    Returns:
-        uint8 `[frames, height, width, 3]`.
-
-    Raises ValueError: an unknown kind, or sizes that are not whole grids of whole units.
+    Raises ValueError: an unknown kind, an odd number of frames, or sizes that are no multiples of 28.
     """
     if kind not in SYNTHETIC:
         raise ValueError(f"no synthetic clip {kind!r}: one of {', '.join(SYNTHETIC)}")

@@ -70,7 +70,7 @@ def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 
 
 def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
-    """`first_token` of each. Settings of a method with equally many rows and tokens do the same work: their times differ by noise."""
+    """`first_token` of each. Settings of a method with equally many rows and tokens do the same work; times differ by noise."""
     of_work = defaultdict(list)
     works = {c: (c.method.partition(":")[0], round(mean(s.kept), 6), round(mean(s.live), 6)) for c, s in tried.items()}
     for candidate, seen in tried.items():
@@ -92,7 +92,7 @@ def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarray:
-    """`[S]`: the share of `agree`ing `tokens` of each of S candidates, as estimated from all: it does not rise with the mean `kl`."""
+    """`[S]`: the share of `agree`ing `tokens` of each of S candidates, estimated from all: it does not rise with the mean `kl`."""
     blocks: list[tuple[float, float, list[int]]] = []  # agreeing tokens, tokens, and the candidates that share them
     for candidate in np.argsort(kl, kind="stable"):
         block = float(agree[candidate]), float(tokens[candidate]), [int(candidate)]

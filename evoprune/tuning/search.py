@@ -32,7 +32,7 @@ class Candidate:
 
 
 def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
-    """`METHODS` and `more` at each of `budgets` or `BUDGETS`, without those that prune nothing. Raises what `methods.parse` raises."""
+    """`METHODS` and `more` at each of `budgets` or `BUDGETS`, without those that prune nothing. Raises as `methods.parse`."""
     named = {name: methods.parse(name) for name in dict.fromkeys((*METHODS, *more)) if name != "none"}
     pairs = product(named, sorted(set(budgets or BUDGETS), reverse=True))
     return [Candidate(name, budget) for name, budget in pairs if named[name].acts_at(budget)]

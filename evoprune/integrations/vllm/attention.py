@@ -26,13 +26,9 @@ HINT = (
 
 
 class BiasedRotary(nn.Module):
-    """Rotates queries and keys as `rotary` does, and appends the dimensions of the bias to each head.
+    """Rotates queries and keys as `rotary`, the layer's own, does, and appends the dimensions of the bias to each head.
 
-    Args:
-        rotary: the layer's own.
-        attention: the layer's attention, with wide heads.
-        head_size: of a head without the bias.
-        scale: by which attention multiplies products.
+    `attention`: the layer's, with wide heads. `head_size`: without the bias. `scale`: by which attention multiplies products.
     """
 
     def __init__(self, rotary: nn.Module, attention: Attention, head_size: int, scale: float):
@@ -63,13 +59,7 @@ class BiasedRotary(nn.Module):
 
 
 class BiasedAttention(Attention):
-    """vLLM's attention on wide heads, for a layer whose values are as narrow as before.
-
-    Args:
-        head_size: of a value.
-        wide: of a query and a key.
-        options: as of `Attention`.
-    """
+    """vLLM's attention on heads that are `wide` for queries and keys, and of `head_size` for values. `options`: of `Attention`."""
 
     def __init__(self, head_size: int, wide: int, **options):
         super().__init__(head_size=wide, **options)

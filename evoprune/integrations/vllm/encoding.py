@@ -61,15 +61,9 @@ def encoded(
 ) -> Encoded:
     """The tokens of an item, exactly K of them.
 
-    Args:
-        visual: the tower.
-        patches: pieces `[n, 1176]`, float32, normalised.
-        method: prunes the item, unless all its units are kept.
-        normal: mean and std of that normalisation.
+    `patches`: pieces `[n, 1176]`, float32, normalised by `normal`, mean and std.
 
-    Raises:
-        ModelError: the tower computes NaN or infinite values.
-        PluginError: a method of another package failed, or kept another number of tokens.
+    Raises ModelError: the tower computes NaN or infinite values. PluginError: another package's method failed, or kept another K.
     """
     plan = method.plan(tower_shape(visual), item.grid, item.keep)
     found = encode(visual, patches, plan, seconds_per_pair=item.seconds, normal=normal)
@@ -88,9 +82,9 @@ def with_columns(found: Encoded, item: Item, tokens_per_second: float | None) ->
 
 
 def try_out(visual, method: Pipeline) -> None:
-    """Encodes a small clip of noise, so that a method that cannot work fails at start and not at the first request.
+    """Encodes a small clip of noise: a method that cannot work, or does not declare that it weighs tokens, fails at start.
 
-    Raises UsageError: the method weighs tokens and does not declare it. Others as `encoded`.
+    Raises as `encoded`, and UsageError.
     """
     grid, keep = TRIAL
     sizes, weight = vision_sizes(visual.config), visual.patch_embed.proj.weight
