@@ -23,53 +23,25 @@ if TYPE_CHECKING:
     from evoprune.methods.pipeline import Pipeline
 
 GROUP = "evoprune.methods"
-_OUTSIDE = {
-    "evoprune": "evoprune.methods.evoprune:EvoPrune",
-    "evoprune-merge": "evoprune.methods.evoprune_merge:EvoPruneMerge",
-    "evoprune-paper": "evoprune.methods.evoprune_merge:EvoPrunePaper",
-    "tome": "evoprune.methods.evoprune_merge:ToMe",
-    "earlytom": "evoprune.methods.earlytom:EarlyTom",
-    "ipcv": "evoprune.methods.ipcv:Ipcv",
-    "none": "evoprune.methods.none:Nothing",
-    "random": "evoprune.methods.random:Random",
-    "downscale": "evoprune.methods.resize:Downscale",
-    "subsample": "evoprune.methods.resize:Subsample",
-    "pool": "evoprune.methods.pool:Pool",
-    "divprune": "evoprune.methods.divprune:DivPrune",
-    "evs": "evoprune.methods.evs:Evs",
-    "evs-nofloor": "evoprune.methods.evs:Evs",
-    "mmr": "evoprune.methods.mmr:Mmr",
-    "scope": "evoprune.methods.scope:Scope",
-    "visionzip": "evoprune.methods.visionzip:VisionZip",
-    "vispruner": "evoprune.methods.vispruner:VisPruner",
-    "cdpruner": "evoprune.methods.cdpruner:CdPruner",
-    "dart": "evoprune.methods.dart:Dart",
-    "vidcom2": "evoprune.methods.vidcom2:VidCom2",
-    "mmg": "evoprune.methods.mmg:Mmg",
-    "fastvid": "evoprune.methods.fastvid:FastVid",
-    "prunevid": "evoprune.methods.prunevid:PruneVid",
-    "holitom": "evoprune.methods.holitom:HoliTom",
-    "flashvid": "evoprune.methods.flashvid:FlashVid",
-    "nuwa": "evoprune.methods.nuwa:Nuwa",
-    "par": "evoprune.methods.par:Par",
-    "adjacent": "evoprune.methods.adjacent:Adjacent",
-}
+_OUTSIDE = (
+    "evoprune", "evoprune-merge", "evoprune-paper", "tome", "earlytom", "ipcv", "none", "random", "downscale", "subsample",
+    "pool", "divprune", "evs", "evs-nofloor", "mmr", "scope", "visionzip", "vispruner", "cdpruner", "dart", "vidcom2", "mmg",
+    "fastvid", "prunevid", "holitom", "flashvid", "nuwa", "par", "adjacent",
+)  # fmt: skip
 # These act inside the language model, and may follow another method.
-_INSIDE = {
-    "fastv": "evoprune.methods.fastv:FastV",
-    "pyramiddrop": "evoprune.methods.pyramiddrop:PyramidDrop",
-    "sparsevlm": "evoprune.methods.sparsevlm:SparseVlm",
-    "visipruner": "evoprune.methods.visipruner:VisiPruner",
-    "d2pruner": "evoprune.methods.d2pruner:D2Pruner",
-    "prunevid-inner": "evoprune.methods.fastv:PruneVidInner",
-    "holitom-inner": "evoprune.methods.fastv:HoliTomInner",
-    "flashvid-inner": "evoprune.methods.fastv:FlashVidInner",
-    "nuwa-inner": "evoprune.methods.fastv:NuwaInner",
-    "vitcop": "evoprune.methods.vitcop:ViTCoP",
-    "operations": "evoprune.methods.operations:Operations",
+INNER = (
+    "fastv", "pyramiddrop", "sparsevlm", "visipruner", "d2pruner", "prunevid-inner", "holitom-inner", "flashvid-inner",
+    "nuwa-inner", "vitcop", "operations",
+)  # fmt: skip
+_ALIASES = {"evs-nofloor": "evs:floor=false"}
+# A method is the class of its name in the file of its name, unless several share a file.
+_SHARED = {
+    "evoprune_merge": ("evoprune-merge", "evoprune-paper", "tome"),
+    "fastv": ("prunevid-inner", "holitom-inner", "flashvid-inner", "nuwa-inner"),
+    "resize": ("downscale", "subsample"),
 }
-_REGISTRY, INNER = _OUTSIDE | _INSIDE, tuple(_INSIDE)
-_VARIANTS = {"evs-nofloor": {"floor": "false"}}  # settings that a name brings: evs:floor=false
+_FILES = {name: file for file, names in _SHARED.items() for name in names}
+_REGISTRY = {name: f"evoprune.methods.{_FILES.get(name, name)}" for name in (*_OUTSIDE, *INNER)}
 DEFAULT = "evoprune"
 REUSE = "reuse"  # put before a selector: reuse+divprune
 # Names under which users look for what a method follows without being it, as letters and digits alone: hints name the method.
@@ -82,7 +54,7 @@ _KNOWN_AS = {
 }
 _NUMBER = re.compile(r"=[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=[:+]|$)")  # of a setting
 # What may stand before a selector.
-_FRONTS = {REUSE: "evoprune.methods.reuse:Reuse", "ipcv": _REGISTRY["ipcv"]}
+_FRONTS = (REUSE, "ipcv")
 
 
 def built_in() -> list[str]:
@@ -210,11 +182,12 @@ def parse(text: str, args: dict[str, str] | None = None) -> "Pipeline":
 def _one(text: str, args: dict[str, str] | None) -> "Method":
     name, *texts = text.split(":")
     _warn_of_ignored(name)
-    where = _FRONTS.get(name) or _REGISTRY.get(name)
-    method = _class(where) if where else _load(_plugins()[name])
+    name, *fixed = _ALIASES.get(name, name).split(":")
+    method = _class(name) if name in (*_REGISTRY, REUSE) else _load(_plugins()[name])
     if wrong := [text for text in texts if "=" not in text]:
         raise UsageError(f"method {method.name}: {wrong[0]!r} is not NAME=VALUE", settings_hint(method, wrong[0]))
-    return from_args(method, _VARIANTS.get(name, {}) | (args or {}) | dict(text.split("=", 1) for text in texts))
+    given, known = (dict(text.split("=", 1) for text in some) for some in (texts, fixed))
+    return from_args(method, known | (args or {}) | given)
 
 
 @cache
@@ -226,10 +199,11 @@ def _warn_of_ignored(name: str) -> None:
             warn(f"{_named(entry)} is ignored: {name} is {used}; give it another name", PluginWarning, stacklevel=2)
 
 
-def _class(where: str) -> "type[Method]":
-    """The class at "module:name" of this package."""
-    module, _, name = where.partition(":")
-    return getattr(import_module(module), name)
+def _class(name: str) -> "type[Method]":
+    """The class of this package's own method, or of reuse."""
+    module = _REGISTRY.get(name, "evoprune.methods.reuse")
+    found = [each for each in vars(import_module(module)).values() if getattr(each, "__module__", None) == module]
+    return next(each for each in found if getattr(each, "name", None) == name)
 
 
 def plugin_code(text: str) -> dict[str, str]:
