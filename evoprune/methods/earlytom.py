@@ -19,11 +19,11 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Runs:
-    """Fields as in `EarlyTom`."""
+    """Which frame pairs follow one another with little change."""
 
-    threshold: float = 0.6
-    window: int = 8
-    momentum: float = 0.9
+    threshold: Annotated[float, "(-inf, inf)"] = 0.6  # a run ends where the running similarity to its first is below
+    window: Annotated[int, "[2, inf)"] = 8  # a run has fewer frame pairs than this
+    momentum: Share = 0.9  # weight of the new similarity in the running mean
 
     def of(self, like: list[list[float]]) -> list[range]:
         """The runs of frames, in order; `like` as from `similarities`."""
@@ -39,19 +39,19 @@ class Runs:
         """The frame that each frame joins, itself if it stays; and the weight of each in the mean."""
         into, weight = list(range(len(like))), [1.0] * len(like)
         for run in self.of(like):
-            between = run[1:-1]
-            if len(between) < 2:
+            inner = run[1:-1]
+            if len(inner) < 2:
                 continue
-            ends, at = like[run[0]][len(run) - 1], between[0]
-            while at < between[-1]:
-                now, after = like[at][1], like[at + 1][1] if at + 1 < between[-1] else 0.0
+            ends, at = like[run[0]][len(run) - 1], inner[0]
+            while at < inner[-1]:
+                now, after = like[at][1], like[at + 1][1] if at + 1 < inner[-1] else 0.0
                 if now > ends and now > after:
                     into[at + 1] = at
                     weight[at] = now / (now + max(0.0, after)) if now > 0 else 1.0
                     weight[at + 1] = 1 - weight[at]
                     at += 1
                 at += 1
-            if at == between[-1]:
+            if at == inner[-1]:
                 into[at], weight[at] = into[at - 1], 0.0
         return into, weight
 
@@ -72,11 +72,11 @@ class MergedFrames(Runs, Selector):
         weight = torch.tensor(weight, dtype=torch.float32, device=frame.device)
         stays = into == ascending(len(into), into.device)
         owner = (stays.cumsum(0) - 1)[into[frame]]
-        at_home = first[frame] == ascending(len(frame), frame.device)  # others are in their frame's state already
+        own = first[frame] == ascending(len(frame), frame.device)  # others are in their frame's state already
         return Selection(
             (first[stays][:, None] * len(places) + places).flatten(),
             (owner[:, None] * len(places) + places).flatten(),
-            torch.where(at_home, weight[frame], 0).repeat_interleave(len(places)),
+            torch.where(own, weight[frame], 0).repeat_interleave(len(places)),
         )
 
 
@@ -107,15 +107,12 @@ class FrameTokens(Runs, Selector):
 
 
 @dataclass(frozen=True)
-class EarlyTom(EncoderMethod):
+class EarlyTom(Runs, EncoderMethod):
     """Whole frame pairs merge after three layers. O(window N D) for each merging."""
 
     name = "earlytom"
     source = "arXiv 2605.30010"
 
-    threshold: Annotated[float, "(-inf, inf)"] = 0.6  # a run ends where the running similarity to its first is below
-    window: Annotated[int, "[2, inf)"] = 8  # a run has fewer frame pairs than this
-    momentum: Share = 0.9  # weight of the new similarity in the running mean
     first: Share = 7 / 26  # share of the tower's layers before frame pairs merge, for the first time
     second: Share = 22 / 26
     third: Share = 24 / 26

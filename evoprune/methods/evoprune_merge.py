@@ -7,18 +7,8 @@ import torch
 
 from evoprune.methods.base import Merger
 from evoprune.methods.settings import Count, Share
+from evoprune.pruning import ranking
 from evoprune.pruning.encoder_plan import TowerShape, layer_weights, rows_after_layers
-from evoprune.pruning.ranking import (
-    alternate,
-    best_partners,
-    composite_score,
-    local_density,
-    match,
-    relative_attention,
-    similarity,
-    snap,
-    strips,
-)
 from evoprune.pruning.types import Candidates
 
 FEATURES = ("keys", "keys_rotary", "hidden")
@@ -58,11 +48,11 @@ class EvoPruneMerge(Merger):
 
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
         c = candidates
-        attention = None if c.attention is None else snap(relative_attention(c.attention, c.valid))
-        source = alternate(c.valid, self.absorbed)
+        attention = None if c.attention is None else ranking.snap(ranking.relative_attention(c.attention, c.valid))
+        source = ranking.alternate(c.valid, self.absorbed)
         best, partner = self._best_partners(c, attention, source)
         at_most = torch.minimum(remove, c.valid.sum(1) // 2)  # one row must be left, also where all are sources
-        return match(best, partner, source, self._critical(attention, c.valid), at_most)
+        return ranking.match(best, partner, source, self._critical(attention, c.valid), at_most)
 
     def rounds(self, rows: int, left: int) -> int:
         count = 0
@@ -74,15 +64,18 @@ class EvoPruneMerge(Merger):
         self, c: Candidates, attention: torch.Tensor | None, source: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """`matching.best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
-        pieces, density = strips(*c.valid.shape), None
+        pieces, density = ranking.strips(*c.valid.shape), None
         if self.diversity:
-            each = (local_density(similarity(c.features, rows), c.valid, self.neighbours, rows) for rows in pieces)
+            each = (
+                ranking.local_density(ranking.similarity(c.features, rows), c.valid, self.neighbours, rows)
+                for rows in pieces
+            )
             density = torch.cat(list(each), 1)
         found = []
         for rows in pieces:
-            cosine = similarity(c.features, rows)
-            score = composite_score(cosine, density, attention, self.diversity, self.attention, rows)
-            found.append(best_partners(snap(score), source[:, rows], c.valid & ~source))
+            cosine = ranking.similarity(c.features, rows)
+            score = ranking.composite_score(cosine, density, attention, self.diversity, self.attention, rows)
+            found.append(ranking.best_partners(ranking.snap(score), source[:, rows], c.valid & ~source))
         return tuple(torch.cat(of_each, 1) for of_each in zip(*found, strict=True))
 
     def _critical(self, attention: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:

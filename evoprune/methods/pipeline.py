@@ -24,8 +24,8 @@ class Pipeline:
     @classmethod
     def of(cls, method: Method) -> Self:
         """One method alone; the base class itself prunes nothing."""
-        kinds = {"input": InputMethod, "encoder": EncoderMethod, "selector": Selector, "language": LanguageMethod}
-        return cls(**{part: method for part, kind in kinds.items() if isinstance(method, kind)})
+        classes = {"input": InputMethod, "encoder": EncoderMethod, "selector": Selector, "language": LanguageMethod}
+        return cls(**{part: method for part, each in classes.items() if isinstance(method, each)})
 
     @property
     def members(self) -> list[Method]:

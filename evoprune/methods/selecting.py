@@ -98,10 +98,10 @@ def _unlike(
     """How a tensor of a selection differs from what it must be: one dimension, `length` (None for any), dtype and device."""
     if not isinstance(value, torch.Tensor):
         yield f"an object of class {type(value).__name__} as {name} where a tensor was asked for"
-    shape, kind = "[K]" if length is None else f"[{length}]", str(dtype).removeprefix("torch.")
+    shape, wanted = "[K]" if length is None else f"[{length}]", str(dtype).removeprefix("torch.")
     if value.dtype != dtype or value.ndim != 1 or length not in (None, len(value)):
         given = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-        yield f"{name} as {given} where {kind} {shape} was asked for"
+        yield f"{name} as {given} where {wanted} {shape} was asked for"
     if value.device != device and not (name == "kept" and value.device.type == "cpu"):
         yield f"{name} on {value.device} where the tokens are on {device}"
 

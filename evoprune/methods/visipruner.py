@@ -64,6 +64,6 @@ def contributions(tokens: LayerTokens) -> tuple[torch.Tensor, torch.Tensor]:
     given, values = weights[:, :, tokens.visual], tokens.values[tokens.visual].transpose(0, 1).double()
     along = (given * (out @ values.transpose(1, 2))).sum((0, 1))  # c_i . o
     square = (given.square() * values.square().sum(2)[:, None]).sum((0, 1))  # |c_i|^2
-    whole = out.square().sum()
-    rest = (whole - 2 * along + square).clamp(min=0).sqrt()  # |o - c_i|
-    return (whole - along) / (whole.sqrt() * rest).clamp(min=1e-30), square.sqrt()
+    total = out.square().sum()
+    rest = (total - 2 * along + square).clamp(min=0).sqrt()  # |o - c_i|
+    return (total - along) / (total.sqrt() * rest).clamp(min=1e-30), square.sqrt()

@@ -28,9 +28,9 @@ SYNTHETIC_FPS = 2.0
 Frames = tuple[torch.Tensor, float]  # uint8 [F, H, W, 3], and the seconds from one grid to the next
 
 
-def synthetic_frames(kind: str, case: Case) -> Frames:
+def synthetic_frames(content: str, case: Case) -> Frames:
     """A clip made by formula, at Qwen's own frame rate; or a picture, its first frame."""
-    made = synthetic.clip(kind, max(synthetic.PAIR, case.frames), case.height, case.width)
+    made = synthetic.clip(content, max(synthetic.PAIR, case.frames), case.height, case.width)
     return torch.from_numpy(made[: case.frames]), 2 / SYNTHETIC_FPS
 
 

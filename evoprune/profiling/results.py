@@ -179,9 +179,9 @@ class Results:
     def of(self, case: Case) -> list[Row]:
         return [row for row in self.rows if row.case == case]
 
-    def _against(self, row: Row, kind: str, stage: str) -> float | None:
-        """How many times as fast `row` is as the row of this kind that it is compared with, if that has samples."""
-        peers = (r for r in self.of(row.case) if r.kind == kind and (kind != BOUND or r.budget == row.budget))
+    def _against(self, row: Row, other: str, stage: str) -> float | None:
+        """How many times as fast `row` is as the `other` kind of row at its case, if that has samples."""
+        peers = (r for r in self.of(row.case) if r.kind == other and (other != BOUND or r.budget == row.budget))
         peer = next((r for r in peers if r.samples), None)
         return median_ratio(peer.seconds(stage), row.seconds(stage)) if peer else None
 

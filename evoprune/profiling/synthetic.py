@@ -22,16 +22,16 @@ SCALES = ((64, 3), (32, 2), (16, 1), (8, 1), (4, 1))
 Draw = Callable[[int], np.ndarray]  # f to integers [H, W, 3], 0 to 255
 
 
-def clip(kind: str, frames: int, height: int, width: int) -> np.ndarray:
+def clip(content: str, frames: int, height: int, width: int) -> np.ndarray:
     """uint8 `[frames, height, width, 3]`: a clip of one of `settings.SYNTHETIC`.
 
-    Raises ValueError: an unknown kind, an odd number of frames, or sizes that are no multiples of 28.
+    Raises ValueError: an unknown content, an odd number of frames, or sizes that are no multiples of 28.
     """
-    if kind not in SYNTHETIC:
-        raise ValueError(f"no synthetic clip {kind!r}: one of {', '.join(SYNTHETIC)}")
+    if content not in SYNTHETIC:
+        raise ValueError(f"no synthetic clip {content!r}: one of {', '.join(SYNTHETIC)}")
     if min(frames, height, width) < 1 or frames % PAIR or height % UNIT or width % UNIT:
         raise ValueError(f"{frames} frames of {height}x{width} are not whole grids of whole units")
-    draw = {"motion": _motion, "static90": _static, "noise": _noise}[kind](height, width)
+    draw = {"motion": _motion, "static90": _static, "noise": _noise}[content](height, width)
     made = np.empty((frames, height, width, 3), np.uint8)
     for f in range(frames):  # one at a time, for the sake of memory
         made[f] = draw(f)

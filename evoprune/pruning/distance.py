@@ -18,7 +18,7 @@ from evoprune.model.device import to_device
 
 ALPHA = 1.5
 DIMENSIONS = 128  # of the projected features
-FEW = 512  # up to this number of rows, features are not projected
+UNPROJECTED = 512  # up to this number of rows, features are not projected
 AT_ONCE = 1024  # rows that have float32 copies at a time
 STILL = 1e-3  # of the mean variance, added to each channel's, so that one that hardly varies counts less
 ROUNDING = 1 / 256  # of a channel's mean: a deviation as small as that of rounding does not count as one
@@ -82,7 +82,7 @@ def places_and_salience(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.
     """`place` and `salience` of `Points`; equal features have equal points. A row counts as often as it represents a unit."""
     count = torch.bincount(owner[owner >= 0], minlength=len(rows)).float()
     shares = (count / count.sum()).split(AT_ONCE)
-    project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > FEW  # otherwise projection saves nothing
+    project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > UNPROJECTED  # otherwise projection saves nothing
     to = to_device(_projection(rows.shape[1]), rows.device) if project else None
 
     def pieces() -> Iterator[torch.Tensor]:  # float32, a few rows at a time to save memory
