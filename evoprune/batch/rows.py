@@ -27,17 +27,15 @@ class Row:
     inputs: tuple[str, ...]  # the paths of videos and pictures as the user wrote them
     paths: tuple[str, ...]  # the paths that open them
     question: str
-    # start_s, end_s: the span to look at, in seconds, below 0 from the video's end; `end_s` is None for the end
-    start_s: float = 0.0
-    end_s: float | None = None
+    start_s: float = 0.0  # of the span to look at, in seconds; below 0 from the video's end
+    end_s: float | None = None  # None for the end
     options: tuple[str, ...] = ()  # the texts to choose from; empty for an open question
     subtitles: str | None = None  # those to read, as the user wrote it; None for those of the batch
     subtitles_path: str | None = None  # the same, to open it
     # The expected answer. A batch passes it on; an evaluation grades by it, and with `options` it is one of them.
     answer: Any = None
-    # type, groups: in an evaluation, the names under which the row is counted
-    type: str | None = None
-    groups: tuple[str, ...] = ()
+    type: str | None = None  # in an evaluation, a name under which the row is counted
+    groups: tuple[str, ...] = ()  # more of them
 
     @property
     def video(self) -> str:
@@ -65,9 +63,8 @@ class Row:
 class Rules:
     """What the rows of a file must hold beyond `video` and `question`."""
 
-    # fields, file: hints for errors, on the fields of a row and on the file
-    fields: str
-    file: str = "give a JSONL or CSV file of rows"
+    fields: str  # a hint for errors in the fields of a row
+    file: str = "give a JSONL or CSV file of rows"  # a hint for errors of the file
     numbered: bool = False  # a row without an id is named by its line's number; else by a digest of what it asks
     # Called with each row and its fields; returns the row completed, or raises ValueError to refuse it
     complete: Callable[[Row, dict[str, Any]], Row] = lambda row, fields: row
@@ -185,8 +182,8 @@ def _row(
     row = rules.complete(row, fields)
     digest = hashlib.sha256(json.dumps(row.asked, sort_keys=True).encode()).hexdigest()[:16]
     name = fields.get("id", number if rules.numbered else digest)
-    if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
-        raise ValueError("id is neither a text nor a whole number")
+    right = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
+    _must(right, "id is neither a text nor a whole number")
     return replace(row, id=str(name))
 
 
@@ -196,37 +193,36 @@ def _check_span(start_s: float, end_s: float | None) -> None:
         raise ValueError(f"end {end_s:g} s is not after start {start_s:g} s")
 
 
+def _must(holds: bool, problem: str) -> None:
+    if not holds:
+        raise ValueError(problem)
+
+
 def _options(fields: dict) -> tuple[str, ...]:
     options = fields.get("options", [])
-    if not isinstance(options, list) or len(options) == 1 or len(options) > len(LETTERS):
-        raise ValueError(f"options are not a list of 2 to {len(LETTERS)} texts")
+    right = isinstance(options, list) and len(options) != 1 and len(options) <= len(LETTERS)
+    _must(right, f"options are not a list of 2 to {len(LETTERS)} texts")
     return tuple(_text(option, "option") for option in options)
 
 
 def _inputs(fields: dict) -> tuple[str, ...]:
     if "inputs" not in fields:
         return (_filled(fields.get("video"), "video"),)
-    if "video" in fields:
-        raise ValueError("video and inputs exclude each other")
     inputs = fields["inputs"]
-    if not isinstance(inputs, list) or not inputs:
-        raise ValueError("inputs are not a list of paths")
+    _must("video" not in fields, "video and inputs exclude each other")
+    _must(isinstance(inputs, list) and inputs, "inputs are not a list of paths")
     return tuple(_filled(each, "input") for each in inputs)
 
 
 def _filled(value: Any, name: str) -> str:
-    if value is None:
-        raise ValueError(f"no {name}")
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is not a text")
-    if not value.strip():
-        raise ValueError(f"{name} is empty")
+    _must(value is not None, f"no {name}")
+    _must(isinstance(value, str), f"{name} is not a text")
+    _must(value.strip(), f"{name} is empty")
     return value
 
 
 def _text(value: Any, name: str) -> str:
-    if not is_text(_filled(value, name)):
-        raise ValueError(f"{name} is not valid text")
+    _must(is_text(_filled(value, name)), f"{name} is not valid text")
     return value
 
 
@@ -235,6 +231,6 @@ def _seconds(value: Any, name: str) -> float | None:
         return None
     if isinstance(value, str):
         return parse_time(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is not a time in seconds")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    _must(number, f"{name} is not a time in seconds")
     return float(value)

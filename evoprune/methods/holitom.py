@@ -30,7 +30,8 @@ class HoliTom(Selector):
         index = tokens.by_pair(ascending(len(tokens.owner), x.device))
         cosine = snap(torch.cosine_similarity(x[1:], x[:-1], dim=2))
         spans = most_saving(cosine > self.static)
-        least = [stillness(cosine, span) for span in spans]
+        alone = torch.full(x.shape[1:2], -torch.inf, dtype=torch.float32, device=x.device)
+        least = [cosine[span.start : span.stop - 1].amin(0) if len(span) > 1 else alone for span in spans]
         into = averaged(index, spans, least, self.static, keep)
         if into is not None:
             return gathered(into.flatten())
@@ -69,10 +70,3 @@ def most_saving(same: torch.Tensor) -> list[range]:
         spans.append(range(start[stop], stop))
         stop = start[stop]
     return spans[::-1]
-
-
-def stillness(cosine: torch.Tensor, span: range) -> torch.Tensor:
-    """float32 `[n]`: the least `cosine` (`[T - 1, n]`) of neighbours at each place of a segment; -inf for one frame pair."""
-    if len(span) == 1:
-        return torch.full(cosine.shape[1:], -torch.inf, dtype=torch.float32, device=cosine.device)
-    return cosine[span.start : span.stop - 1].amin(0)

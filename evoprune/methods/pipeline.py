@@ -14,7 +14,6 @@ from evoprune.pruning.language_plan import LanguagePlan
 class Pipeline:
     """`reuse+divprune`, `evoprune+fastv` or a method alone. The budget is that of the first part."""
 
-    # input, encoder, selector, language: the parts, each None if there is none
     input: InputMethod | None = None
     encoder: EncoderMethod | None = None
     selector: Selector | None = None

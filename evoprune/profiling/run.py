@@ -53,7 +53,11 @@ def measure(
 
     run_round = partial(_run_round, bench, rows, limit, progress, estimated)
     for phase, (rate, turns) in paced(run_round, settings, limit):
-        _note(turns, measured=phase != WARM_UP)
+        for row, turn in turns.items():
+            if isinstance(turn, str):
+                row.error, row.samples = turn, []
+            else:
+                row.counts, row.samples = turn.counts, row.samples + [turn.sample] * (phase != WARM_UP)
         if phase == WARM_UP:
             results = replace(results, warmups=results.warmups + 1, warmup_seconds=limit.spent)
             continue
@@ -110,16 +114,6 @@ def paced(run_round: Callable[[str, int], Round], settings: Settings, limit: Tim
             yield phase, made
     if not measured:
         yield COUNTED, made
-
-
-def _note(turns: dict[Row, Turn | str], measured: bool) -> None:
-    """Writes the turns of a round to their rows; samples only if it is `measured`."""
-    for row, turn in turns.items():
-        if isinstance(turn, str):
-            row.error, row.samples = turn, []
-        else:
-            row.counts = turn.counts
-            row.samples = [*row.samples, turn.sample] if measured else row.samples
 
 
 def _with_bounds(rows: list[Row]) -> list[Row]:

@@ -104,7 +104,12 @@ class Selection:
         if self.owner is None and self.means is None:
             return rows[self.kept if row_of is None else row_of[self.kept]]
         total = torch.zeros(len(self.kept), rows.shape[1], dtype=torch.float32, device=rows.device)
-        size, (into, units, weight) = total.new_zeros(len(self.kept)), self.means or self._means_of_owners()
+        size, means = total.new_zeros(len(self.kept)), self.means
+        if means is None:
+            units = (self.owner >= 0).nonzero()[:, 0]
+            weight = torch.ones_like(self.owner, dtype=torch.float32) if self.weight is None else self.weight
+            means = self.owner[units], units, weight[units]
+        into, units, weight = means
         row = units if row_of is None else row_of[units]
         if row_of is not None:  # a row that joins the same token many times joins it once, with the sum of the weights
             both, back = (into * len(rows) + row).unique(return_inverse=True)
@@ -114,12 +119,6 @@ class Selection:
         for some in ascending(len(into), rows.device).split(AT_ONCE):
             total.index_add_(0, into[some], rows[row[some]].float() * weight[some][:, None])
         return (total / size[:, None]).to(rows.dtype)
-
-    def _means_of_owners(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`owner` and `weight` as `means`."""
-        units = (self.owner >= 0).nonzero()[:, 0]
-        weight = torch.ones_like(self.owner, dtype=torch.float32) if self.weight is None else self.weight
-        return self.owner[units], units, weight[units]
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,9 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
                 "passes": low >= goal,
             }
         )
-    for row in rows:
-        row["frontier"] = not any(_beats(other, row) for other in rows)
+    place = [(-row["first_token"], row["agreement"]) for row in rows]
+    for row, own in zip(rows, place, strict=True):
+        row["frontier"] = not any(other != own and other[0] >= own[0] and other[1] >= own[1] for other in place)
     return sorted(rows, key=lambda row: row["first_token"])
 
 
@@ -76,11 +77,6 @@ def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
     for candidate, seen in tried.items():
         of_work[works[candidate]] += [first / full for first, full in zip(seen.first_s, seen.full_s, strict=True)]
     return {candidate: median(of_work[work]) for candidate, work in works.items()}
-
-
-def _beats(other: dict[str, Any], row: dict[str, Any]) -> bool:
-    faster, nearer = row["first_token"] - other["first_token"], other["agreement"] - row["agreement"]
-    return faster >= 0 and nearer >= 0 and faster + nearer > 0
 
 
 def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

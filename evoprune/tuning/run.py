@@ -35,17 +35,13 @@ SHARE_OF_FULL = 1 / 3  # of the time limit that the full answers may take
 
 @dataclass(frozen=True)
 class Settings:
-    """What is tuned, and on what.
-
-    Raises UsageError: no video or question, or an agreement or a time limit out of range.
-    """
+    """What is tuned, and on what. Raises UsageError: no video or question, or a number out of range."""
 
     videos: tuple[str, ...]  # paths of files or folders of frames
     questions: tuple[str, ...] = GENERAL  # asked of every one
     agree: float = 0.98  # share of tokens at which the pruned model must choose as the full one does, in (0, 1)
     time_limit_s: float = 600.0  # of the whole run, loading included
-    # budgets, methods: see `search.candidates`
-    budgets: tuple[float, ...] = ()
+    budgets: tuple[float, ...] = ()  # as for `search.candidates`, and `methods`
     methods: tuple[str, ...] = ()
     model: ModelOptions = field(default_factory=ModelOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)

@@ -41,17 +41,14 @@ def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[
 class Trial(NamedTuple):
     """What a video shows of a candidate."""
 
-    # agree, tokens: tokens of the full answers at which the first choice is the full model's, and all of them
-    agree: int
-    tokens: int
+    agree: int  # tokens of the full answers at which the first choice is the full model's
+    tokens: int  # all of them
     kl: list[float]  # of every token
-    # first_s, full_s: seconds to the first token, of the candidate and with nothing pruned; `took_s`: of the trial
-    first_s: float
-    full_s: float
-    took_s: float
-    # kept, live: share of the visual tokens kept, and of the tower's rows computed
-    kept: float
-    live: float
+    first_s: float  # to the first token
+    full_s: float  # the same with nothing pruned
+    took_s: float  # of the trial
+    kept: float  # share of the visual tokens
+    live: float  # share of the tower's rows
 
 
 Known = dict[Candidate, list[Trial]]

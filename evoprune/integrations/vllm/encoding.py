@@ -34,8 +34,7 @@ class Item:
 class Normalised:
     """Normalises the bytes of patches as `vision.preprocess.patchify` does, to the last bit: a token may be selected by it."""
 
-    # mean, std: of red, green and blue, for bytes times `scale`
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # of red, green and blue, for bytes times `scale`
     std: tuple[float, ...]
     scale: float  # 1/255
 

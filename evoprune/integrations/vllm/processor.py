@@ -67,7 +67,9 @@ class Processor:
         if "video_embeds" in made:
             raise ValueError("videos that are encoded already cannot be pruned; send the video itself")
         try:
-            budget = self._budget(hf_processor_mm_kwargs)
+            config = self.info.ctx.get_mm_config()
+            options = config.merge_mm_processor_kwargs(hf_processor_mm_kwargs)
+            budget = request_budget(options, config.video_pruning_rate)
         except EvopruneError as problem:
             raise ValueError(f"{problem.message}; {problem.hint}") from problem
         if "video_grid_thw" in made:
@@ -91,10 +93,6 @@ class Processor:
             return replace(update, replacement=placeholders)
 
         return [pruned(update) if update.modality == "video" else update for update in stock]
-
-    def _budget(self, options: Mapping[str, Any]) -> float:
-        config = self.info.ctx.get_mm_config()
-        return request_budget(config.merge_mm_processor_kwargs(options), config.video_pruning_rate)
 
     def _units(self, grid: list[int]) -> tuple[int, int, int]:
         """A grid of Hugging Face, in units."""
