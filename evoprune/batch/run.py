@@ -84,8 +84,7 @@ def _encoded(inputs: OpenInputs | Exception) -> EncodedInputs:
 
 def _answered(encoded: EncodedInputs, row: Row, settings: Settings) -> Report:
     answer = encoded.ask(row.prompt, options=settings.generation)
-    for _ in answer:
-        pass
+    str(answer)  # generates it
     return answer.report
 
 

@@ -97,10 +97,8 @@ def _split(text: str) -> list[str]:
 
 def _is_list(text: str) -> bool:
     """Whether a comma separates methods. One in the value of a setting does not."""
-    known = (*available(), REUSE)
-    return any("," in name for name in _names(text)) or any(
-        _names(part.strip())[0] in known for part in text.split(",")[1:]
-    )
+    later = {_names(part.strip())[0] for part in text.split(",")[1:]}
+    return any("," in name for name in _names(text)) or not later.isdisjoint((*available(), REUSE))
 
 
 def _unknown(name: str) -> UsageError:
@@ -123,11 +121,11 @@ def _possible(names: list[str]) -> bool:
 
 
 def _impossible(text: str) -> UsageError:
-    return UsageError(
-        f"methods cannot be combined as {text!r}",
-        f"use {' or '.join(f'{front}+NAME' for front in _FRONTS)}, where NAME is a method that selects, or NAME+INNER, where INNER "
-        "acts inside the language model",
+    fronts = " or ".join(f"{front}+NAME" for front in _FRONTS)
+    hint = (
+        f"use {fronts}, where NAME is a method that selects, or NAME+INNER, where INNER acts inside the language model"
     )
+    return UsageError(f"methods cannot be combined as {text!r}", hint)
 
 
 @names_plugins()
@@ -153,11 +151,8 @@ def parse(text: str, args: dict[str, str] | None = None) -> "Pipeline":
     check(text)
     names = _split(text)
     if args and len(names) > 1:
-        setting = "=".join(next(iter(args.items())))
-        raise UsageError(
-            f"settings of {text} must be part of its name",
-            f"for example {text}:{setting}, or {REUSE}:threshold=5+{names[-1]}",
-        )
+        example = f"{text}:{'='.join(next(iter(args.items())))}, or {REUSE}:threshold=5+{names[-1]}"
+        raise UsageError(f"settings of {text} must be part of its name", f"for example {example}")
     parts = [Pipeline.of(_one(name, args)) for name in names]
     made = parts.pop()
     language = made.language

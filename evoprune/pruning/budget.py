@@ -51,16 +51,13 @@ def _number(text: str | float) -> float:
 
 def _refused(text: str | float, names: Sequence[str]) -> UsageError:
     if isinstance(text, str) and text in ELSEWHERE and text not in names:
-        return UsageError(
-            f"budget {text!r} does not work here", f"give a share of tokens such as 0.25; {ELSEWHERE[text]}"
-        )
+        hint = f"give a share of tokens such as 0.25; {ELSEWHERE[text]}"
+        return UsageError(f"budget {text!r} does not work here", hint)
     percent, also = _number(text), f", or {', '.join(names[:-1])} or {names[-1]}" if names else ""
     meant = f"did you mean {percent / 100:g} (or {percent:g}%)? " if 1 < percent <= 100 else ""
     hint = f"give a number above 0 and up to 1 (0.25 or 25% for a quarter), or one of {', '.join(PRESETS)}{also}"
-    return UsageError(
-        f"budget {text!r} is not a share of tokens to keep",
-        (meant or did_you_mean(str(text), (*PRESETS, *names))) + hint,
-    )
+    meant = meant or did_you_mean(str(text), (*PRESETS, *names))
+    return UsageError(f"budget {text!r} is not a share of tokens to keep", meant + hint)
 
 
 def keep_count(budget: float, units: int) -> int:

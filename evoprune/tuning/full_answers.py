@@ -9,7 +9,7 @@ from pathlib import Path
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, VideoError
 from evoprune.evaluation.shared import SharedFrames, SharedRows
 from evoprune.pipeline.agreement import Reference, reference
-from evoprune.pipeline.answering import Answer, EncodedInputs
+from evoprune.pipeline.answering import EncodedInputs
 from evoprune.pipeline.engine import Engine, unpruned
 from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import SamplingOptions
@@ -94,7 +94,8 @@ class Answering:
             self._plan(video, spent, videos)
         made: list[Reference] = []
         for question in self._questions[: self.asked]:
-            answer = _finished(video.ask(question, max_new_tokens=self.tokens))
+            answer = video.ask(question, max_new_tokens=self.tokens)
+            str(answer)  # generates it
             made.append(reference(video, question, answer.ids, answer.report.finish_reason == "stop"))
         return FullAnswers(path, tuple(made), seconds + made[0].seconds, self._now() - start)
 
@@ -103,7 +104,8 @@ class Answering:
         question, every = self._questions[0], len(self._questions)
         for _ in range(2):  # the first time also warms up
             start = self._now()
-            answer = _finished(video.ask(question, max_new_tokens=TOKENS[-1]))
+            answer = video.ask(question, max_new_tokens=TOKENS[-1])
+            str(answer)
             reference(video, question, answer.ids, ended=False)
         token = (answer.report.time_ms.generate or 0.0) / 1000 / max(1, len(answer.ids))
         reading = self._now() - start - token * len(answer.ids)
@@ -112,9 +114,3 @@ class Answering:
             self._next_s = encoding + self.asked * (reading + self.tokens * token)
             if videos * self._next_s <= self._left:
                 return
-
-
-def _finished(answer: Answer) -> Answer:
-    for _ in answer:
-        pass
-    return answer

@@ -3,8 +3,7 @@
 A query has 1 there, and a key has bias / scale, so the bias is part of their product. The keys in vLLM's cache have it too, so it
 is right for cached prefixes, chunks and generated tokens. The bias of a token comes with its positions (positions.py).
 
-Kernels exist for some head sizes only, so heads are padded with zeros to the next one: on a CPU from 128 to 160, in flash attention
-to 136. The KV cache grows as much.
+Kernels exist for some head sizes only, so heads are padded with zeros to the next one.
 """
 
 import torch
