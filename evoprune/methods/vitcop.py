@@ -29,9 +29,7 @@ class ViTCoP(LanguageMethod):
 
     centres: Share = 0.15  # number of clusters, as a share of a frame pair's tokens
     cutoff: Annotated[float, "(0, inf)"] = 0.25  # of distances, as a share of their root mean square
-    near: Annotated[float, "[0, inf)"] = (
-        0.6  # how far apart tokens may be that join, in heights and widths of the frame
-    )
+    near: Annotated[float, "[0, inf)"] = 0.6  # how far apart joining tokens may be, in heights and widths of the frame
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return several_drops(depth, tokens, PLACES, lambda part: (part, max(part / 5, 1 - 8.2 * (1 - part))), budget)

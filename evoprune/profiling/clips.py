@@ -63,8 +63,8 @@ class Clip:
     grid: tuple[int, int, int]  # (T, H, W) in units
     seconds_per_pair: float  # from one grid to the next
     ids: torch.Tensor  # int64 `[15 + N + 15]`, any tokens for the text, and zeros for the video
-    positions: torch.Tensor  # int64 `[3, 15 + N + 15]` by Qwen's rule; `following`: that of the first new token
-    following: int
+    positions: torch.Tensor  # int64 `[3, 15 + N + 15]` by Qwen's rule
+    following: int  # position of the first new token
     unpruned: int  # units of the clip without pruning; more than N if a method made the input smaller
 
     @property

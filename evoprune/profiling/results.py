@@ -18,6 +18,10 @@ STAGES = {  # names of times in the document, and in a `Sample`
     "encode": "encode", "encode_prune": "prune", "prefill": "prefill", "prefill_prune": "prefill_prune",
     "generate": "generate", "ttft_model": "first_token",
 }  # fmt: skip
+RATIOS = {  # names in the document, and in `Figures`
+    "first_token_to_hugging_face": "vs_hf", "first_token_to_bound": "vs_bound", "encode_to_hugging_face": "encode_vs_hf",
+    "prune_of_encode": "prune_share", "tower_of_matmul": "matmul_share",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -234,13 +238,7 @@ class Results:
             "counts": asdict(row.counts) if row.counts else None,
             "time_ms": {name: _ms(median(seconds)) if seconds else None for name, seconds in times.items()},
             "rate": {"generate_tok_s": f and _short(f.generate_tok_s)},
-            "ratio": {
-                "first_token_to_hugging_face": f and _short(f.vs_hf),
-                "first_token_to_bound": f and _short(f.vs_bound),
-                "encode_to_hugging_face": f and _short(f.encode_vs_hf),
-                "prune_of_encode": f and _short(f.prune_share),
-                "tower_of_matmul": f and _short(f.matmul_share),
-            },
+            "ratio": {name: f and _short(getattr(f, figure)) for name, figure in RATIOS.items()},
             "memory": {"peak_bytes": f and f.peak_bytes},
             "samples": [
                 {name: _ms(getattr(sample, stage)) for name, stage in STAGES.items()}

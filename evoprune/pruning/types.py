@@ -87,12 +87,8 @@ class Selection:
     kept: torch.Tensor  # int64 [K], the kept units, ascending
     # int64 [N], the index in `kept` of the token whose mean each unit joins, a kept unit its own; -1 for none. None: no means
     owner: torch.Tensor | None = None
-    weight: torch.Tensor | None = (
-        None  # float32 [N], of each unit in that mean, above 0 for kept units; None for equal ones
-    )
-    size: torch.Tensor | None = (
-        None  # float32 [K]: the language model's attention adds log(size) to logits; None for 1 each
-    )
+    weight: torch.Tensor | None = None  # float32 [N], of each unit in that mean, above 0 for kept ones; None for equal
+    size: torch.Tensor | None = None  # float32 [K]: the language model's attention adds log(size); None for 1 each
     # Where a unit joins several tokens: int64 [m] indices into `kept`, int64 [m] units, a kept one's own, and float32 [m] weights
     means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
