@@ -27,10 +27,7 @@ class Wrong:
             self.add(f"{place}{getattr(problem, 'message', problem)}", getattr(problem, "hint", None) or hint)
 
     def check(self, videos: Mapping[str, str], name: str = "") -> None:
-        """Raises UsageError if anything was added: it then names missing videos as well.
-
-        `videos`: path to what messages about it begin with, perhaps a place in the file called `name`, which the error has once.
-        """
+        """Raises UsageError if anything was added, with missing `videos` (path: its place). `name`: of the file, said once."""
         if not self._found:
             return
         for path, place in videos.items():

@@ -1,6 +1,6 @@
-"""A batch on a Ray cluster, with Ray Data: one worker for each GPU, or for each node without GPUs, each with its own model.
+"""A batch on a Ray cluster: one worker for each GPU, or for each node without GPUs. The program that started it writes.
 
-The program that started the batch writes the output. A worker that dies is replaced, and its span is done again, three times.
+A worker that dies is replaced, and its span is done again, three times.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Many questions about many videos, with one model; meanwhile the first chunks of the next video are read and preprocessed."""
+"""Many questions about many videos; meanwhile the first chunks of the next video are read and preprocessed."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing

@@ -132,10 +132,7 @@ def _only_video(visuals: list) -> str:
 
 
 def _files(visuals: list, folder: str) -> list[str]:
-    """The files of a question's videos and pictures. Pictures in memory are written into `folder` under names of their content.
-
-    Raises UsageError: something else, or nothing.
-    """
+    """Files of a question's videos and pictures; those in memory are written into `folder`, named by content. Raises UsageError."""
     paths = []
     for visual in visuals:
         if isinstance(visual, str | os.PathLike):

@@ -63,7 +63,7 @@ class EvoPruneMerge(Merger):
     def _best_partners(
         self, c: Candidates, attention: torch.Tensor | None, source: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """`matching.best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
+        """`ranking.best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
         pieces, density = ranking.strips(*c.valid.shape), None
         if self.diversity:
             each = (

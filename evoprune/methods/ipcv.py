@@ -1,7 +1,4 @@
-"""IPCV (arXiv 2512.18747): rows that a layer hardly changes are set aside, follow similar rows, and come back at the end.
-
-vision/reductions.py runs it.
-"""
+"""IPCV (arXiv 2512.18747): rows that a layer hardly changes are set aside, follow similar rows, and come back at the end."""
 
 from dataclasses import dataclass
 from math import prod

@@ -38,10 +38,7 @@ class Mmr(Selector):
 
 
 def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, lam: float = 0.5) -> torch.Tensor:
-    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by maximal marginal relevance; ties go to the lower index.
-
-    `importance`: float `[N]`, on any scale. `lam`: its weight, from 0 to 1.
-    """
+    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by maximal marginal relevance; `lam` weighs `importance` (`[N]`)."""
     important = lam * snap(scaled(importance.float()))
     unit = F.normalize(features.float(), dim=1)
     return greedy(unit, torch.zeros_like(important), keep, lambda near: snap(important - (1 - lam) * near))

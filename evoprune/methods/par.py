@@ -29,10 +29,7 @@ class Par(Selector):
 
 
 def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
-    """int64 `[N]`: the first token of each one's cluster: neighbours in time, height and width whose cosine is above `link`.
-
-    `unit`: `[T, H, W, D]`, of length one.
-    """
+    """int64 `[N]`: the first token of each one's cluster: neighbours of `unit` (`[T, H, W, D]`) whose cosine is above `link`."""
     index = ascending(unit[..., 0].numel(), unit.device).view(unit.shape[:3])
     ends = []
     for dim in range(3):

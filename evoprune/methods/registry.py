@@ -130,10 +130,7 @@ def _impossible(text: str) -> UsageError:
 
 @names_plugins()
 def get(text: str, args: dict[str, str] | None = None) -> "Method":
-    """The one method that `text` names: `NAME` or `NAME:SETTING=VALUE:...`; it overrides `args`, settings as texts.
-
-    Raises UsageError: no such method or setting, a combination, or another package's is broken. PluginError: its code failed.
-    """
+    """The method that `text` names: `NAME:SETTING=VALUE:...`, before `args`, as texts. Raises UsageError, PluginError."""
     check(text)
     if len(_split(text)) > 1:
         raise _impossible(text)
@@ -142,10 +139,7 @@ def get(text: str, args: dict[str, str] | None = None) -> "Method":
 
 @names_plugins()
 def parse(text: str, args: dict[str, str] | None = None) -> "Pipeline":
-    """What `text` names: a method as in `get`, or several joined by `+` in the order in which they act: `reuse+divprune`.
-
-    Raises as `get`. UsageError: methods that cannot be combined, or `args` for a combination.
-    """
+    """What `text` names: methods as in `get`, joined by `+` in the order in which they act, without `args`. Raises as `get`."""
     from evoprune.methods.pipeline import Pipeline
 
     check(text)

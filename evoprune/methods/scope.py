@@ -12,7 +12,7 @@ from evoprune.pruning.ranking import BLOCK, snap
 from evoprune.pruning.types import Selection, Tokens
 
 AT_ONCE = 32  # sums that are computed again at a time
-STEPS = 16384  # cosines are integers of this many steps, as in `score.snap`
+STEPS = 16384  # cosines are integers of this many steps, as in `ranking.snap`
 
 
 @dataclass(frozen=True)

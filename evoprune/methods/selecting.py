@@ -14,10 +14,7 @@ from evoprune.pruning.types import LayerTokens, Selection, Tokens
 
 
 def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
-    """What `selector` selects: its arguments and result are those of `Selector.select`.
-
-    Raises PluginError: a selector of another package returned something that its base class does not allow.
-    """
+    """What `selector` selects. Raises PluginError: one of another package returned what its base class does not allow."""
     name, units = PLUGINS.get(type(selector)), len(tokens.owner)
     with without_autocast():
         # Rows are shared with other methods of an evaluation, and a stranger's code may write into what it gets.
@@ -30,10 +27,7 @@ def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
 
 
 def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection | None:
-    """What stays behind a layer of the language model: arguments and result are those of `LanguageMethod.select`.
-
-    Raises PluginError: a method of another package returned something that its base class does not allow.
-    """
+    """What stays behind a layer of the language model. Raises as `select`."""
     name, count = PLUGINS.get(type(method)), len(tokens.visual)
     # Keys and values are those of the cache, and a stranger's code may write into what it gets.
     found = method.select(tokens.copied() if name else tokens)

@@ -58,10 +58,7 @@ def reported(method: object) -> dict[str, Any]:
 
 
 def from_args(method: type, args: dict[str, Any]) -> Any:
-    """A method of this class with settings as texts, as on a command line; other values count as their texts.
-
-    Raises UsageError: the method has no such setting, or a value has the wrong type or is out of range.
-    """
+    """A method with settings as texts; other values count as their texts. Raises UsageError: no such setting, or a wrong value."""
     known, values = {f.name: f for f in setting_fields(method)}, {}
     for name, text in args.items():
         if name not in known:

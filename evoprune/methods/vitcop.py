@@ -1,7 +1,4 @@
-"""ViTCoP's stages inside the language model (arXiv 2601.17818): what has short keys stays, the rest of a cluster merges.
-
-Its stage before the language model is `visionzip:dominant=1`.
-"""
+"""ViTCoP's stages inside the language model (arXiv 2601.17818): short keys stay, others merge. Before: `visionzip:dominant=1`."""
 
 from dataclasses import dataclass
 from typing import Annotated

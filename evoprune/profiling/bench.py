@@ -24,10 +24,7 @@ Progress = Callable[[str], None]
 
 
 class Bench:
-    """Rows, models and clips, ready to be measured.
-
-    Rows that cannot run get an error. `source` makes the frames of a case; `notes` are remarks for the results.
-    """
+    """Rows, models and clips, ready to be measured; rows that cannot run get an error. `source` makes the frames of a case."""
 
     def __init__(
         self, loaded: LoadedModel, rows: Sequence[Row], source: Source, settings: Settings, progress: Progress

@@ -1,7 +1,6 @@
-"""What a benchmark measured: rows of raw samples, and the figures made of them (schema `evoprune/profile@1`). No torch.
+"""What a benchmark measured: raw samples in seconds, and figures made of them (schema `evoprune/profile@1`). No torch.
 
-A ratio is taken round by round, and its median is reported, so that a drift of the machine's speed cancels. Times are seconds here
-and milliseconds in the document; unknown values are None.
+A ratio is taken round by round, and its median is reported, so that a drift of the machine's speed cancels.
 """
 
 from collections.abc import Sequence

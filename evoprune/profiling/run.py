@@ -1,7 +1,4 @@
-"""How fast a model answers, against plain Hugging Face transformers on the same weights: what `evoprune profile` runs.
-
-All rows take turns, round after round, in one process. Random weights of the true dimensions have the same speed and counts.
-"""
+"""What `evoprune profile` runs: all rows take turns, round after round, in one process; random weights will do."""
 
 import os
 import platform

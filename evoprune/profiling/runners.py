@@ -59,10 +59,7 @@ def run_evoprune(
 
 @torch.inference_mode()
 def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int) -> Turn:
-    """The tower, language model and cache of transformers' `reference`, one by one, so that each stage can be timed.
-
-    All tokens are read; logits are of the last token alone.
-    """
+    """The tower, language model and cache of transformers' `reference`, one by one; logits are of the last token alone."""
     from transformers import DynamicCache
 
     clock, text = _start(loaded), reference.model.language_model

@@ -22,10 +22,7 @@ ELSEWHERE = {
 
 
 def parse_budget(text: str | float, names: Sequence[str] = ()) -> float | str:
-    """The share of visual tokens to keep, from a preset's name, a number in (0, 1] or a percentage; other `names` unchanged.
-
-    Raises UsageError: the text is none of these.
-    """
+    """The share to keep, from a preset's name, a number in (0, 1] or a percentage; other `names` unchanged. Raises UsageError."""
     if text in names:
         return text
     if isinstance(text, str) and text in PRESETS:

@@ -1,7 +1,4 @@
-"""A language method's plan for a prompt, made before anything is computed. Plain integers, no tensors.
-
-A language method makes it. The decoder runs it; the cost, the memory check and the estimate of the first token read it.
-"""
+"""A language method's plan for a prompt, which the decoder runs, and cost, memory check and estimates read. No tensors."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -71,9 +71,9 @@ class Recipe:
         return LanguagePlan(self.depth, tokens, tuple(drops), looks=tuple(looks), groups=Groups(key, gone))
 
     def _gone(self, removed: Iterable[Operation]) -> Removed:
-        """What is not computed: `closed`, and all but keys in the last layer that computes a group's keys.
+        """What is not computed: `closed`, and all but keys in a group's last layer of keys, unless that is the top layer.
 
-        The top layer computes queries and MLP of the last position alone. They count as computed, as they do with other methods.
+        That one computes queries and MLP of the last position alone. They count as computed, as they do with other methods.
         """
         gone = set(closed(removed, self.depth))
         for group in (ALL, REST):

@@ -1,7 +1,4 @@
-"""Functions that rank tokens, and that score, match and merge pairs of rows. Ties go by index everywhere.
-
-Scores of pairs are computed in strips of rows, because a group of n rows has n x n.
-"""
+"""Functions that rank tokens, and that score, match and merge pairs of rows, in strips of rows. Ties go by index everywhere."""
 
 from collections.abc import Callable, Iterable
 
@@ -108,10 +105,7 @@ def similarity(features: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
 
 
 def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, rows: slice = ALL) -> torch.Tensor:
-    """`[B, m]`: mean cosine of the m `rows` to their `neighbours` nearest other rows of the group; 1 for the only row of a group.
-
-    `cosine`: `[B, m, n]`, from `similarity`. `valid`: bool `[B, n]`.
-    """
+    """`[B, m]`: mean `cosine` (`[B, m, n]`) of the m `rows` to their nearest `valid` others (bool `[B, n]`); 1 for an only row."""
     n = cosine.shape[2]
     index = ascending(n, cosine.device)
     others = valid[:, None, :] & valid[:, rows, None] & (index[rows, None] != index)

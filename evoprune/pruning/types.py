@@ -93,10 +93,7 @@ class Selection:
     means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def features(self, rows: torch.Tensor, row_of: torch.Tensor | None = None) -> torch.Tensor:
-        """`[K, D]`: the tokens, in the dtype of `rows` (`[E, D]`); means are computed in float32.
-
-        `row_of`: int64 `[N]`, the row of each unit; None where each unit has its own.
-        """
+        """`[K, D]`, as `rows` (`[E, D]`): the tokens. `row_of`: int64 `[N]`, the row of each unit, None where each has its own."""
         if self.owner is None and self.means is None:
             return rows[self.kept if row_of is None else row_of[self.kept]]
         total = torch.zeros(len(self.kept), rows.shape[1], dtype=torch.float32, device=rows.device)

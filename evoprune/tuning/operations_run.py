@@ -92,10 +92,7 @@ class OperationTuning(Run):
         return replace(self._blank, steps=tuple(step.operations for step in self.found))
 
     def save(self) -> Path:
-        """Saves the recipe for this model's weights, where the method `operations` finds it; returns its path.
-
-        Raises UsageError: it cannot be written, or the weights cannot be identified.
-        """
+        """Saves the recipe, where method `operations` finds it; returns its path. Raises UsageError: it cannot be saved."""
         made, (_, kl, agree) = self.answering.made, map(list, zip(*self.found, strict=True))
         counts = {"videos": len(made), "tokens": sum(full.tokens for full in made)}
         kept = KeptRecipe(asdict(self.recipe), kl, agree, **counts, **self.kept_facts())

@@ -116,10 +116,7 @@ def design_effect(candidates: Sequence[Counts]) -> float | None:
 
 
 def bounds(share: float, tokens: int, videos: int, effect: float | None) -> tuple[float, float]:
-    """The 95% interval of a share of agreeing tokens: Wilson's (1927), with tokens / `design_effect` independent tokens.
-
-    Where the effect is unknown, each video counts as one token.
-    """
+    """The 95% interval of a share (Wilson, 1927), for tokens / `design_effect` independent tokens; one a video if that is None."""
     n = float(videos) if effect is None else max(1.0, tokens / effect)
     z = Z95**2 / n
     middle, half = (share + z / 2) / (1 + z), math.sqrt(z * share * (1 - share) + z**2 / 4) / (1 + z)

@@ -183,10 +183,7 @@ class Tuning(Run):
             progress(f"video {video + 1} of {len(made)}, {candidate.name}{self._best()}")
 
     def save(self) -> Path:
-        """Saves the recommended setting for this model's weights, where `-b tuned` finds it; returns its path.
-
-        Raises UsageError: it cannot be written, or the weights cannot be identified.
-        """
+        """Saves the recommended setting, where `-b tuned` finds it; returns its path. Raises UsageError: it cannot be saved."""
         row = recommended(result_rows(self.known, self.settings.agree))
         measured = {name: row[name] for name in ("method", "budget", "agreement", "low", "first_token", "videos")}
         setting = Tuned(**measured, **self.kept_facts(), agree=self.settings.agree)

@@ -1,7 +1,4 @@
-"""The settings that are tried, and the search among them: successive halving (arXiv 1502.07943) over videos.
-
-All candidates see the first videos, the most promising see them all. Nothing is left out while there is time for everything.
-"""
+"""The settings that are tried: successive halving (arXiv 1502.07943) over videos, while there is no time for everything."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

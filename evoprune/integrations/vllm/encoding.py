@@ -81,10 +81,7 @@ def with_columns(found: Encoded, item: Item, tokens_per_second: float | None) ->
 
 
 def try_out(visual, method: Pipeline) -> None:
-    """Encodes a small clip of noise: a method that cannot work, or does not declare that it weighs tokens, fails at start.
-
-    Raises as `encoded`, and UsageError.
-    """
+    """Encodes a small clip of noise, so that a method that cannot work fails at start. Raises as `encoded`, and UsageError."""
     grid, keep = TRIAL
     sizes, weight = vision_sizes(visual.config), visual.patch_embed.proj.weight
     noise = torch.Generator().manual_seed(0)
