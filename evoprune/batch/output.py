@@ -62,9 +62,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 class RecordFile:
     """Opened and locked by the constructor, changed from `begin` on. Stdout ("-") or a pipe is only written, and not `regular`.
 
-    An existing file's records are kept with `resume`, as `found`, dropped with `overwrite`; with neither, it must be empty.
-
-    Raises UsageError: the file cannot be written, exists, holds anything but records, or another program is writing it.
+    An existing file's records are kept with `resume`, as `found`, dropped with `overwrite`; with neither, it must be empty. Raises
+    UsageError: the file cannot be written, exists, holds anything but records, or another program is writing it.
     """
 
     def __init__(self, path: str, *, resume: bool = False, overwrite: bool = False):

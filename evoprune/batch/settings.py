@@ -31,10 +31,7 @@ class Settings(PipelineOptions):
     found: "FoundModel | None" = None  # the model, where it is found already
 
     def resolved(self) -> "Settings":
-        """With plain values in the place of a budget of "tuned".
-
-        Raises UsageError: the model was never tuned, or its setting is damaged. ModelError: it cannot be found.
-        """
+        """With plain values for a budget of "tuned". Raises UsageError: there are none. ModelError: the model cannot be found."""
         if self.pruning.budget != TUNED:
             return self
         check_libraries()

@@ -65,9 +65,9 @@ class FlashVid(Selector):
         return into.view_as(index), weight.view_as(index)
 
     def linked(self, unit: torch.Tensor, rest: torch.Tensor, pair: torch.Tensor, most: int) -> torch.Tensor:
-        """int64 `[r]`: the root of each token's tree, where at most `most` links are made, the strongest first.
+        """int64 `[r]`: the root of each one's tree of at most `most` links, the strongest first.
 
-        `unit`: `[n, D]`, all tokens of the segment. `rest`, `pair`: int64 `[r]`, those to link, ascending, and their frame pairs.
+        `unit`: `[n, D]`, all of the segment. `rest`, `pair`: int64 `[r]`, those to link, ascending, and their frame pairs.
         """
         parent, like = rest.clone(), torch.full((len(rest),), -torch.inf, dtype=torch.float32, device=unit.device)
         last = int(pair[-1])

@@ -51,10 +51,7 @@ class Mmg(Selector):
 
 
 def joined(spans: list[range], like: list[float]) -> list[range]:
-    """The segments, in order, after each segment of one frame pair has joined the more similar neighbour.
-
-    `like[t]` is the cosine of the mean tokens of frame pairs t and t + 1.
-    """
+    """The segments after each of one frame pair has joined the more similar neighbour. `like`: cosines as of `transitions`."""
     made: list[range] = []
     for number, span in enumerate(spans):
         left = like[span.start - 1] if made else -math.inf

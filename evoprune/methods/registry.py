@@ -1,7 +1,4 @@
-"""The pruning methods by name: this package's own, and those of other packages.
-
-Another package adds one with an entry point in the group `evoprune.methods`: the method's name, and a class of methods/base.py.
-"""
+"""The methods by name: this package's own, and classes of others in the entry point group `evoprune.methods`."""
 
 import hashlib
 import inspect
@@ -130,7 +127,7 @@ def _impossible(text: str) -> UsageError:
 
 @names_plugins()
 def get(text: str, args: dict[str, str] | None = None) -> "Method":
-    """The method that `text` names: `NAME:SETTING=VALUE:...`, before `args`, as texts. Raises UsageError, PluginError."""
+    """The method `NAME:SETTING=VALUE:...`, whose settings override `args`, as texts. Raises UsageError, PluginError."""
     check(text)
     if len(_split(text)) > 1:
         raise _impossible(text)

@@ -32,11 +32,9 @@ class Scope(Selector):
 
 
 def best_covering(features: torch.Tensor, weight: torch.Tensor | None, keep: int) -> torch.Tensor:
-    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) selected greedily by coverage; ties go to the lower index.
+    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) greedily by coverage times `weight` (float64 `[N]`); ties by index.
 
     What a row adds only shrinks while others are selected. So earlier sums are upper bounds; only the highest are computed anew.
-
-    `weight`: float64 `[N]`, at least 0, multiplies what a row adds; None for equal weights.
     """
     unit = F.normalize(features.float(), dim=1)
     every = ascending(len(unit), unit.device)

@@ -110,10 +110,7 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 
 def bound_of(full: Row, method: Row) -> Row:
-    """The best that a method after the encoder can do with as many tokens as `method` keeps, or why it is unknown.
-
-    It is put together, round by round: the tower without pruning, and `method`'s own prefill and generation.
-    """
+    """The tower of `full` and the rest of `method`, round by round: the best that a method after the encoder can do, or why not."""
     bound = Row(BOUND, method.case, method.budget, error=full.error or method.error)
     if bound.error or full.counts is None or method.counts is None:
         return bound

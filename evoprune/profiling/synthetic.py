@@ -23,10 +23,7 @@ Draw = Callable[[int], np.ndarray]  # f to integers [H, W, 3], 0 to 255
 
 
 def clip(content: str, frames: int, height: int, width: int) -> np.ndarray:
-    """uint8 `[frames, height, width, 3]`: a clip of one of `settings.SYNTHETIC`.
-
-    Raises ValueError: an unknown content, an odd number of frames, or sizes that are no multiples of 28.
-    """
+    """uint8 `[frames, height, width, 3]`: one of `settings.SYNTHETIC`. Raises ValueError: another, or sizes of no whole grids."""
     if content not in SYNTHETIC:
         raise ValueError(f"no synthetic clip {content!r}: one of {', '.join(SYNTHETIC)}")
     if min(frames, height, width) < 1 or frames % PAIR or height % UNIT or width % UNIT:

@@ -127,7 +127,7 @@ def choose_rows(
 ) -> list[Row]:
     """The rows of as many `quantizations` as can be prepared, as far as they end in time; `expected`, `preparing`: of `estimate`.
 
-    Where even the least does not, a limit that is not firm is raised. Raises UsageError: one that is firm.
+    If even the least does not, a limit that is not firm is raised. Raises UsageError: one that is firm.
     """
     for count in range(len(quantizations), 0, -1):
         prepared = [row for row in expected if row.quantize in ("none", *quantizations[:count])]
@@ -147,11 +147,9 @@ def choose_rows(
 
 
 def trimmed(rows: Sequence[Row], took: Mapping[Row, float], estimated: Seconds, rounds: int, left: float) -> list[Row]:
-    """The rows without those that are next and would not end in time; asked before each turn of the first round.
+    """The rows without those that come next and would not end in time; asked before each turn of the first round.
 
-    Args:
-        took: seconds of the rows that have had their turn. How far off their estimates were corrects the other `estimated`.
-        rounds: that are to end in time, this one included.
+    `took`: seconds of rows that had their turn, by which other estimates are corrected. `rounds`: to end in time, with this one.
     """
     expected = sum(map(estimated, took))
     if not expected:

@@ -54,10 +54,7 @@ def outline(options: ModelOptions) -> ModelOutline | None:
 
 
 def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
-    """Loads a model, after a check that there is memory for it and for the smallest case.
-
-    Raises UsageError: a case cannot be cut into merge units. OutOfMemory: there is too little memory. What `load_model` raises.
-    """
+    """Loads a model if there is memory for the smallest case. Raises OutOfMemory; what `case_grid` and `load_model` raise."""
     if found := outline(options):
         config, limits, dtype, place = found
         weights = sum(weight.numel() for weight in empty(config).parameters()) * dtype.itemsize
@@ -70,10 +67,7 @@ def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
 def quantized_models(
     loaded: LoadedModel, names: Sequence[str], working: int, progress: Callable[[str], None]
 ) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
-    """By quantisation, the models that there is memory for beside `working` bytes, and why others are missing; and remarks.
-
-    Transformers runs on the plain weights; those of "none" are packed.
-    """
+    """The models that there is memory for beside `working` bytes ("none" is packed), why others are missing, and remarks."""
     for name in names:
         check_quantize(name, torch.device(loaded.device))
     ours, notes, missing = shared(loaded.model), [], {}

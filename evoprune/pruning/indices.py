@@ -35,9 +35,7 @@ def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> 
 def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.Tensor:
     """int64 `[B, G]`: how many rows each group keeps, by largest remainder, at least one per group with rows; ties by index.
 
-    Args:
-        sizes: int64 `[B, G]`, rows of each group; zeros stay zero. `longest`: an upper bound.
-        total: int64 `[B]`, between the number of groups with rows and the sum of sizes; outside, the sum differs.
+    `sizes`: int64 `[B, G]`, at most `longest`. `total`: int64 `[B]`, from the number of groups with rows to the sum of sizes.
     """
     size, total = sizes.sum(1, keepdim=True), total[:, None]
     counts = torch.where(sizes > 0, (total * sizes // size.clamp(min=1)).clamp(min=1), 0)

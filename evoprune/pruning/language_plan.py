@@ -86,9 +86,7 @@ def several_drops(
 ) -> LanguagePlan:
     """Several drops, so that `budget` is the mean share of tokens over the layers after the first of them.
 
-    Args:
-        places: the share of layers that has run at each drop.
-        shares: from a number in [0, 1] to the share of `tokens` left after each drop, which grows with it from 0 to 1.
+    `places`: the share of layers that has run at each. `shares`: from a number to the share left after each, growing from 0 to 1.
     """
     layers = [layers_before(place, depth) for place in places]
     runs = [end - start for start, end in zip(layers, [*layers[1:], depth], strict=True)]  # layers after each drop

@@ -48,9 +48,7 @@ def greedy(
 ) -> torch.Tensor:
     """int64 `[keep]`, ascending: rows of `unit` (`[N, D]`), one after another that of the highest score; ties by index.
 
-    Args:
-        near: float32 `[N]`, what the first is scored by.
-        score: from the greatest cosine of each row to the selected ones to its score, `[N]` both.
+    `score`: of the greatest cosine of each row to the selected ones, `[N]`; at first of `near`, float32 `[N]`.
     """
     selected = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
     for step in range(keep):

@@ -96,10 +96,7 @@ class _Pruned(SupportsMultiModalPruning):
         return loaded
 
     def embed_multimodal(self, **inputs) -> tuple[torch.Tensor, ...]:
-        """The features of each picture and video of a call, `[tokens, hidden]`.
-
-        Those of videos have `positions.COLUMNS` more columns on a server that prunes.
-        """
+        """Features of each picture and video, `[tokens, hidden]`; pruned videos have `positions.COLUMNS` more columns."""
         with gpu_sync_allowed():  # the encoder reads what it selected
             return tuple(self._features(inputs))
 

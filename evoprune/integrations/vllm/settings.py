@@ -1,8 +1,4 @@
-"""How a server prunes: the method, and the share of visual tokens to keep. No vLLM here.
-
-vLLM carries two settings: `--video-pruning-rate`, the share that goes, and `--additional-config`, which holds the method. A
-request may bring a budget of its own in `mm_processor_kwargs`.
-"""
+"""How a server prunes: `--video-pruning-rate` and `--additional-config`, and budgets of requests. No vLLM here."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -53,10 +49,7 @@ def served_budget(rate: float | None) -> float:
 
 
 def request_budget(options: Mapping[str, Any], rate: float | None) -> float:
-    """The share of visual tokens that stays in a request, by its `mm_processor_kwargs` and `--video-pruning-rate`.
-
-    Raises UsageError: it is no share, the server prunes nothing, or there is no such option.
-    """
+    """The share of visual tokens that stays in a request, by its `mm_processor_kwargs` and the server's rate. Raises UsageError."""
     unknown = [name for name in options if name.startswith("evoprune_") and name != BUDGET]
     if unknown:
         raise UsageError(f"no option {unknown[0]!r}", f"{did_you_mean(unknown[0], [BUDGET])}a request may set {BUDGET}")
