@@ -10,6 +10,7 @@ from evoprune.pruning.types import Selection
 
 HELD = 1 << 22  # scores held at a time (16 MiB), or one row of each group if that is more
 ALL = slice(None)
+
 BLOCK = 512  # rows of an N x N matrix that are held at a time
 
 
