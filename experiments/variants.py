@@ -94,4 +94,4 @@ class Variant(EvoPrune):
 
 def register() -> None:
     """Lets `methods.get` find `variant` in this process."""
-    registry._REGISTRY[Variant.name] = "experiments.variants:Variant"
+    registry._REGISTRY[Variant.name] = "experiments.variants"

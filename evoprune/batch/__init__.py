@@ -1,4 +1,1 @@
-"""Many questions about many videos: rows from JSONL and CSV files, the run, its output file, and the same on Ray.
-
-`evoprune batch` runs this; `evoprune eval` reads its files of questions with `rows.py`.
-"""
+"""Many questions about many videos: rows of files, which `evoprune eval` reads too, the run, its output, and the same on Ray."""

@@ -27,12 +27,7 @@ class Wrong:
             self.add(f"{place}{getattr(problem, 'message', problem)}", getattr(problem, "hint", None) or hint)
 
     def check(self, videos: Mapping[str, str], name: str = "") -> None:
-        """Raises UsageError if anything was added: it then names missing videos as well.
-
-        Args:
-            videos: by their paths, what messages about them begin with: the place of a row, or nothing.
-            name: of the file of rows. Messages begin with it; the error has it once.
-        """
+        """Raises UsageError if anything was added, with missing `videos` (path: its place). `name`: of the file, said once."""
         if not self._found:
             return
         for path, place in videos.items():
@@ -44,17 +39,16 @@ class Wrong:
 
 
 def missing_hint(path: str, in_rows: bool) -> str:
-    """What helps where a video is missing. `in_rows`: a file of rows names it."""
+    """`in_rows`: whether a file of rows names it."""
     if "://" in path:
         return "download what is on the web first, e.g. with yt-dlp"
     return "paths in a file of rows are relative to it" if in_rows else "check the path"
 
 
 def in_folders(videos: Iterable[str], wrong: Wrong) -> Iterator[str]:
-    """The videos, with those in a folder of videos instead of the folder, in natural order of names.
+    """The videos, with those in a folder of videos instead of the folder, in natural order of names; a folder of images is one.
 
-    A folder of images is one video. Among more videos than images, the images are left out, as thumbnails are. Folders inside a
-    folder are not searched. `wrong` collects folders that are unclear, or cannot be read.
+    Among more videos than images, the images are left out, as thumbnails are. `wrong` collects folders that are unclear.
     """
     for video in videos:
         if not os.path.isdir(video):

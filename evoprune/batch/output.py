@@ -60,22 +60,16 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 class RecordFile:
-    """Opened and locked by the constructor, changed from `begin` on. Stdout ("-") or a pipe is only written.
+    """Opened and locked by the constructor, changed from `begin` on. Stdout ("-") or a pipe is only written, and not `regular`.
 
-    An existing file's records are kept with `resume`, dropped with `overwrite`; with neither, it must be empty.
-
-    Attributes:
-        found: the records of an earlier run, in order; empty unless `resume`.
-        written: how many records this run has added.
-        regular: whether it is a regular file.
-
-    Raises UsageError: the file cannot be written, exists, holds anything but records, or another program is writing it.
+    An existing file's records are kept with `resume`, as `found`, dropped with `overwrite`; with neither, it must be empty. Raises
+    UsageError: the file cannot be written, exists, holds anything but records, or another program is writing it.
     """
 
     def __init__(self, path: str, *, resume: bool = False, overwrite: bool = False):
         self.name, self.path = path, os.path.realpath(path)
         self.found: list[Found] = []
-        self.written = 0
+        self.written = 0  # records, by this run
         self._made = self._begun = False
         self.regular = path != STDOUT and (os.path.isfile(self.path) or not os.path.exists(self.path))
         if resume and overwrite:
@@ -119,7 +113,7 @@ class RecordFile:
         self._size = size
 
     def add(self, record: Report) -> None:
-        """Appends a record. It is on the disk when this returns. Neither a signal nor a full disk tears a line."""
+        """Appends a record, which is on the disk when this returns. Neither a signal nor a full disk tears a line."""
         try:
             line = record.to_json().encode()
         except UnicodeEncodeError:  # a path that is not valid Unicode
@@ -233,7 +227,7 @@ class RecordFile:
 
 
 def _is_torn(line: bytes, follows: bool) -> bool:
-    """Whether the line, which is no record, is the beginning of one. The rest may be zeros; all of it, if it `follows` a record."""
+    """Whether the line, no record, is the beginning of one. The rest may be zeros; all of it, if it `follows` a record."""
     begun = line.rstrip(b"\0")
     if line.endswith(b"\n") or not (begun or follows):
         return False

@@ -1,8 +1,6 @@
-"""A batch on a Ray cluster, with Ray Data: one worker for each GPU, or for each node without GPUs, each with its own model.
+"""A batch on a Ray cluster: one worker for each GPU, or for each node without GPUs. The program that started it writes.
 
-The program that started the batch alone writes the output, so locking and resuming work as without Ray. Every node must see the
-same files under the same names, and have evoprune installed. A worker that dies is replaced, and its span is done again. A span
-whose workers die three times is given up, and its rows get records with an error.
+A worker that dies is replaced, and its span is done again, three times.
 """
 
 import json
@@ -50,17 +48,14 @@ def answers_on_ray(
 ) -> Iterator[Report]:
     """A record for every row, as `batch.run.answers`, in the order in which they finish. No video is read in advance.
 
-    Args:
-        address: of a cluster, such as "auto"; None for RAY_ADDRESS, or else a new cluster on this machine.
-        cache: whether each node keeps encoded videos in its cache.
+    `address`: of a cluster, such as "auto"; None for RAY_ADDRESS, or else a new cluster on this machine. `cache`: of each node.
 
     Raises UsageError: Ray is not installed, or there is no cluster. RemoteError: no worker can load the model.
     """
     left = {row.id for span in spans for row in span.rows}
     with _cluster(address) as ray:
         on_ready()
-        tries = ray.remote(num_cpus=0)(Tries).remote()
-        where = {"folder": os.getcwd(), "cache": cache, "tries": tries}
+        where = {"folder": os.getcwd(), "cache": cache, "tries": ray.remote(num_cpus=0)(Tries).remote()}
         for line in _lines(ray, spans, settings, where):
             if error := json.loads(line).get("broken"):
                 raise RemoteError(error)
@@ -137,13 +132,10 @@ class Worker:
         import ray
 
         if ray.get(self._tries.another.remote(span.rows[0].id)) <= TRIES:
-            return self._asked(span)
+            return answers(self._qa, [span], self._settings, self._cache)
         hint = "was there too little memory? take fewer frames (--frames)"
         error = error_record(WorkerDied(f"the worker died, {TRIES} times", hint))
         return (failure_report(row, self._settings, error) for row in span.rows)
-
-    def _asked(self, span: Span) -> Iterator[Report]:
-        return answers(self._qa, [span], self._settings, self._cache)
 
 
 def _row(fields: dict[str, Any]) -> Row:

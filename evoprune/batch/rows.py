@@ -21,30 +21,21 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
 
 @dataclass(frozen=True)
 class Row:
-    """A question about one input or several, or about a span of the videos among them.
+    """A question about one input or several, or about a span of the videos among them."""
 
-    Attributes:
-        id: the row's name in the results.
-        inputs: the paths of videos and pictures as the user wrote them. `paths`: the paths that open them.
-        start_s, end_s: the span to look at, in seconds, below 0 from the video's end; `end_s` is None for the end.
-        options: the texts to choose from; empty for an open question.
-        subtitles: those to read, as the user wrote it; None for those of the batch. `subtitles_path`: the same, to open it.
-        answer: the expected answer. A batch passes it on; an evaluation grades by it, and with `options` it is one of them.
-        type, groups: in an evaluation, the names under which the row is counted.
-    """
-
-    id: str
-    inputs: tuple[str, ...]
-    paths: tuple[str, ...]
+    id: str  # the row's name in the results
+    inputs: tuple[str, ...]  # the paths of videos and pictures as the user wrote them
+    paths: tuple[str, ...]  # the paths that open them
     question: str
-    start_s: float = 0.0
-    end_s: float | None = None
-    options: tuple[str, ...] = ()
-    subtitles: str | None = None
-    subtitles_path: str | None = None
+    start_s: float = 0.0  # of the span to look at, in seconds; below 0 from the video's end
+    end_s: float | None = None  # None for the end
+    options: tuple[str, ...] = ()  # the texts to choose from; empty for an open question
+    subtitles: str | None = None  # those to read, as the user wrote it; None for those of the batch
+    subtitles_path: str | None = None  # the same, to open it
+    # The expected answer. A batch passes it on; an evaluation grades by it, and with `options` it is one of them.
     answer: Any = None
-    type: str | None = None
-    groups: tuple[str, ...] = ()
+    type: str | None = None  # in an evaluation, a name under which the row is counted
+    groups: tuple[str, ...] = ()  # more of them
 
     @property
     def video(self) -> str:
@@ -70,17 +61,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Rules:
-    """What the rows of a file must hold beyond `video` and `question`.
+    """What the rows of a file must hold beyond `video` and `question`."""
 
-    Attributes:
-        fields, file: hints for errors, on the fields of a row and on the file.
-        numbered: a row without an id is named by its line's number; else by a digest of what it asks.
-        complete: called with each row and its fields; returns the row completed, or raises ValueError to refuse it.
-    """
-
-    fields: str
-    file: str = "give a JSONL or CSV file of rows"
-    numbered: bool = False
+    fields: str  # a hint for errors in the fields of a row
+    file: str = "give a JSONL or CSV file of rows"  # a hint for errors of the file
+    numbered: bool = False  # a row without an id is named by its line's number; else by a digest of what it asks
+    # Called with each row and its fields; returns the row completed, or raises ValueError to refuse it
     complete: Callable[[Row, dict[str, Any]], Row] = lambda row, fields: row
 
 
@@ -98,14 +84,14 @@ class Span:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The fields of `SamplingOptions` that a row gives."""
+        """Fields of `SamplingOptions`."""
         row = self.rows[0]
         own = {} if row.subtitles_path is None else {"subtitles": row.subtitles_path}
         return {"start_s": row.start_s, "end_s": row.end_s} | own
 
 
 def group_by_span(rows: Iterable[Row]) -> list[Span]:
-    """Rows that share an encoding, together. Inputs, their spans, and the rows of each keep the order of their first rows."""
+    """Rows that share an encoding, together, in the order of their first rows."""
     inputs: dict[tuple[str, ...], dict[tuple, list[Row]]] = {}
     for row in rows:
         inputs.setdefault(row.paths, {}).setdefault((row.start_s, row.end_s, row.subtitles_path), []).append(row)
@@ -115,10 +101,7 @@ def group_by_span(rows: Iterable[Row]) -> list[Span]:
 def product_rows(
     videos: Sequence[str], questions: Sequence[str], start_s: float = 0.0, end_s: float | None = None
 ) -> list[Row]:
-    """Every question about every video. A folder of videos stands for the videos in it (`batch.inputs`).
-
-    Raises UsageError: a video or question is empty, no text or there twice, a folder is unclear, the span is empty; it names all.
-    """
+    """Every question about every video, or every video of a folder. Raises UsageError that names all that is wrong."""
     wrong = Wrong()
     videos = list(in_folders(videos, wrong))
     for noun, texts, check in (("video", videos, _filled), ("question", questions, _text)):
@@ -142,12 +125,7 @@ def load_rows(path: str, start_s: float = 0.0, end_s: float | None = None, rules
 def read_rows(
     content: bytes, name: str, folder: str, start_s: float = 0.0, end_s: float | None = None, rules: Rules = BATCH
 ) -> list[Row]:
-    """The rows of a JSONL or CSV file.
-
-    Fields are `question` and `video`, or `inputs` (a list; in CSV separated by |), with paths relative to `folder`; and optionally
-    `id`, `start` and `end` (seconds, or texts like 1:30; below 0 from the video's end), `options` (in CSV separated by |),
-    `subtitles` ("none", "auto" or a file, relative to `folder`) and `answer`. Other fields are left to `rules`.
-    Null, or an empty cell, counts as missing. `start_s` and `end_s` are for rows that have none of their own.
+    """The rows of a JSONL or CSV file, with paths relative to `folder`; `start_s` and `end_s` are for rows without their own.
 
     Raises UsageError: rows are wrong or repeat an id, or there are none. It names the first wrong rows and counts the others.
     """
@@ -204,8 +182,8 @@ def _row(
     row = rules.complete(row, fields)
     digest = hashlib.sha256(json.dumps(row.asked, sort_keys=True).encode()).hexdigest()[:16]
     name = fields.get("id", number if rules.numbered else digest)
-    if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
-        raise ValueError("id is neither a text nor a whole number")
+    right = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
+    _must(right, "id is neither a text nor a whole number")
     return replace(row, id=str(name))
 
 
@@ -215,37 +193,36 @@ def _check_span(start_s: float, end_s: float | None) -> None:
         raise ValueError(f"end {end_s:g} s is not after start {start_s:g} s")
 
 
+def _must(holds: bool, problem: str) -> None:
+    if not holds:
+        raise ValueError(problem)
+
+
 def _options(fields: dict) -> tuple[str, ...]:
     options = fields.get("options", [])
-    if not isinstance(options, list) or len(options) == 1 or len(options) > len(LETTERS):
-        raise ValueError(f"options are not a list of 2 to {len(LETTERS)} texts")
+    right = isinstance(options, list) and len(options) != 1 and len(options) <= len(LETTERS)
+    _must(right, f"options are not a list of 2 to {len(LETTERS)} texts")
     return tuple(_text(option, "option") for option in options)
 
 
 def _inputs(fields: dict) -> tuple[str, ...]:
     if "inputs" not in fields:
         return (_filled(fields.get("video"), "video"),)
-    if "video" in fields:
-        raise ValueError("video and inputs exclude each other")
     inputs = fields["inputs"]
-    if not isinstance(inputs, list) or not inputs:
-        raise ValueError("inputs are not a list of paths")
+    _must("video" not in fields, "video and inputs exclude each other")
+    _must(isinstance(inputs, list) and inputs, "inputs are not a list of paths")
     return tuple(_filled(each, "input") for each in inputs)
 
 
 def _filled(value: Any, name: str) -> str:
-    if value is None:
-        raise ValueError(f"no {name}")
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is not a text")
-    if not value.strip():
-        raise ValueError(f"{name} is empty")
+    _must(value is not None, f"no {name}")
+    _must(isinstance(value, str), f"{name} is not a text")
+    _must(value.strip(), f"{name} is empty")
     return value
 
 
 def _text(value: Any, name: str) -> str:
-    if not is_text(_filled(value, name)):
-        raise ValueError(f"{name} is not valid text")
+    _must(is_text(_filled(value, name)), f"{name} is not valid text")
     return value
 
 
@@ -254,6 +231,6 @@ def _seconds(value: Any, name: str) -> float | None:
         return None
     if isinstance(value, str):
         return parse_time(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is not a time in seconds")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    _must(number, f"{name} is not a time in seconds")
     return float(value)

@@ -1,7 +1,4 @@
-"""Many questions about many videos, with one model: what `evoprune batch` runs.
-
-While questions about a video are answered, the first chunks of the next one are read and preprocessed.
-"""
+"""Many questions about many videos; meanwhile the first chunks of the next video are read and preprocessed."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
@@ -87,8 +84,7 @@ def _encoded(inputs: OpenInputs | Exception) -> EncodedInputs:
 
 def _answered(encoded: EncodedInputs, row: Row, settings: Settings) -> Report:
     answer = encoded.ask(row.prompt, options=settings.generation)
-    for _ in answer:
-        pass
+    str(answer)  # generates it
     return answer.report
 
 

@@ -25,20 +25,13 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class Settings(PipelineOptions):
-    """The options of a batch. Each row has its own part of the video instead of `start_s` and `end_s`.
+    """The options of a batch. Each row has its own part of the video instead of `start_s` and `end_s`."""
 
-    Attributes:
-        tuned: the tuned setting that `pruning` comes from; None if it was given. `found`: the model, where it is found already.
-    """
-
-    tuned: Tuned | None = None
-    found: "FoundModel | None" = None
+    tuned: Tuned | None = None  # the tuned setting that `pruning` comes from; None if it was given
+    found: "FoundModel | None" = None  # the model, where it is found already
 
     def resolved(self) -> "Settings":
-        """With plain values in the place of a budget of "tuned", for which the model is found; other settings unchanged.
-
-        Raises UsageError: the model was never tuned, or its setting is damaged. ModelError: it cannot be found.
-        """
+        """With plain values for a budget of "tuned". Raises UsageError: there are none. ModelError: the model cannot be found."""
         if self.pruning.budget != TUNED:
             return self
         check_libraries()

@@ -35,9 +35,7 @@ def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
 
 
 def read_lines(content: bytes, name: str, required: tuple[tuple[str, ...], ...], hint: str) -> Iterator[Line]:
-    """The lines of a file, in order: JSON objects, one a line, or CSV. The first character decides which.
-
-    Empty lines are skipped. Empty cells of a CSV file are left out of a line's fields.
+    """The lines of a file that are not empty: JSON objects, or CSV, by the first character. Empty cells are no fields.
 
     Raises UsageError: the content is not UTF-8, or the head of a CSV file lacks a column: one of each tuple in `required`.
     """

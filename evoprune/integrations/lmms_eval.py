@@ -3,9 +3,8 @@
     python -m lmms_eval --model evoprune_qwen2_5_vl --tasks videomme --log_samples --output_path runs \\
         --model_args pretrained=Qwen/Qwen2.5-VL-3B-Instruct,budget=0.1,method=evoprune
 
-Tasks ask one question at a time about a video or a folder of frames; with `pictures=true` also about pictures, or several of both.
-Consecutive questions about the same videos and pictures share their encoding. Each sample's `token_counts` also holds visual
-tokens in and kept, the tower's live share, milliseconds of every stage, and warnings.
+Consecutive questions about the same videos and pictures share their encoding. Each sample's `token_counts` also holds what was
+measured.
 """
 
 import hashlib
@@ -35,8 +34,6 @@ HINT = "evoprune_qwen2_5_vl answers generate_until about one video a question"
 
 @dataclass
 class Measured(TokenCounts):
-    """Counts of a sample, and what else was measured."""
-
     measured: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,13 +44,10 @@ class EvoPruneQwen25VL(lmms):
     """Its arguments are lmms-eval's model_args.
 
     Args:
-        pretrained: hub id, local folder, or `demo`.
-        system_prompt: instead of the model's own.
+        pretrained: hub id, local folder, or `demo`. `system_prompt`: instead of the model's own.
         pictures: whether tasks may show pictures, which are pruned as videos are, and several inputs.
-        batch_size: must be 1.
-        max_batch_size: ignored.
-        options: as of `VideoQA.load`, `encode` and `ask`, such as `budget`, `method`, `fps`; what a task says comes first. `method`
-            may bring settings: `evoprune:reuse=0`.
+        batch_size: must be 1. `max_batch_size`: ignored.
+        options: as of `VideoQA.load`, `encode` and `ask`, such as `budget`, `method`, `fps`; what a task says comes first.
 
     Raises EvopruneError: as `VideoQA.load`; a larger batch, or several processes. TypeError: an unknown option.
     """
@@ -112,8 +106,7 @@ class EvoPruneQwen25VL(lmms):
         """What the model says, up to the first of the task's stop words, and the report of it."""
         if settings.get("num_beams", 1) > 1:
             raise UsageError("beams are not searched here", "set num_beams to 1 in the task's generation_kwargs")
-        sampled = settings.get("do_sample", True)
-        until = settings.get("until") or []
+        sampled, until = settings.get("do_sample", True), settings.get("until") or []
         until = [until] if isinstance(until, str) else until
         options = replace(
             self._generation,
@@ -139,11 +132,7 @@ def _only_video(visuals: list) -> str:
 
 
 def _files(visuals: list, folder: str) -> list[str]:
-    """The files of a question's videos and pictures. Pictures that a task holds in memory are written into `folder`, without loss,
-    under names that are equal for equal pictures.
-
-    Raises UsageError: something else, or nothing.
-    """
+    """Files of a question's videos and pictures; those in memory are written into `folder`, named by content. Raises UsageError."""
     paths = []
     for visual in visuals:
         if isinstance(visual, str | os.PathLike):
@@ -161,12 +150,7 @@ def _files(visuals: list, folder: str) -> list[str]:
 
 
 def _measured(report: Report) -> Measured:
-    tokens, pruning = report.tokens, report.pruning
-    facts = {
-        "visual_tokens_in": pruning.visual_tokens_in,
-        "visual_tokens_kept": pruning.visual_tokens_kept,
-        "encoder_live_share": pruning.encoder_live_share,
-        "time_ms": asdict(report.time_ms),
-        "warnings": report.warnings,
-    }
-    return Measured(input_tokens=tokens.prompt, output_tokens=tokens.new, measured=facts)
+    names = ("visual_tokens_in", "visual_tokens_kept", "encoder_live_share")
+    facts = {name: getattr(report.pruning, name) for name in names}
+    facts |= {"time_ms": asdict(report.time_ms), "warnings": report.warnings}
+    return Measured(input_tokens=report.tokens.prompt, output_tokens=report.tokens.new, measured=facts)

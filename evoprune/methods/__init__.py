@@ -1,7 +1,4 @@
-"""The pruning methods: one file a method, their base classes, and the registry that finds them by name.
-
-Importing this package imports neither torch nor the methods.
-"""
+"""The pruning methods, their base classes and their registry. Importing this imports neither torch nor the methods."""
 
 from evoprune.methods.registry import DEFAULT, available, built_in, check, get, parse, plugin_code, plugins
 

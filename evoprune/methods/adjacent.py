@@ -1,7 +1,6 @@
 """After StreamingAssistant (arXiv 2512.12560): drops what its neighbours repeat, and never two neighbours at once."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,8 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Adjacent(Selector):
-    name: ClassVar[str] = "adjacent"
-    source: ClassVar[str] = "after arXiv 2512.12560"
+    name = "adjacent"
+    source = "after arXiv 2512.12560"
 
     still: Cosine = 0.9  # above it, a token repeats its place in the frame pair before; 1 for no redundancy in time
 
@@ -59,11 +58,9 @@ def redundancy(unit: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
 
 
 def highest_apart(score: torch.Tensor, near: torch.Tensor, count: int) -> torch.Tensor:
-    """int64, `count` or fewer: the tokens of highest score, one after another, without neighbours of those taken before.
+    """int64, `count` or fewer: the tokens of highest `score` (`[N]`, -inf for none), without neighbours of those taken before.
 
-    Args:
-        score: `[N]`, -inf for tokens that may not be taken. Ties go to the lower index.
-        near: int64 `[N, 4]`, from `neighbours`.
+    `near`: from `neighbours`. Ties go to the lower index.
     """
     outside = len(score)  # later than all; index -1 finds it, where a token has no neighbour
     order = torch.empty_like(near[:, 0]).index_copy_(0, ranked(score), ascending(outside, score.device))

@@ -23,29 +23,19 @@ from evoprune.pruning.types import Candidates, LayerTokens, Selection, Tokens
 
 @dataclass(frozen=True)
 class Method:
-    """The base of all methods; by itself it keeps every token.
+    """The base of all methods; by itself it keeps every token."""
 
-    Class attributes:
-        name: the name by which users select the method.
-        source: the paper (arXiv id, section where known) that it follows, or "this project".
-        acts: where it acts; each kind below says it.
-        exact: whether exactly K tokens come out. Otherwise the method keeps the nearest count that its shape allows: at most K, or
-            its own minimum if that is more.
-    """
-
-    name: ClassVar[str] = "none"
-    source: ClassVar[str] = ""
+    name: ClassVar[str] = "none"  # by which users select it
+    source: ClassVar[str] = ""  # the paper (arXiv id, section where known) that it follows, or "this project"
     acts: ClassVar[Literal["none", "input", "inside", "after", "language"]] = "none"
+    # Whether exactly K tokens come out; otherwise the nearest count: at most K, or the method's minimum if that is more.
     exact: ClassVar[bool] = True
 
     def __post_init__(self):
         check_settings(self)
 
     def automatic(self) -> Self:
-        """The same method with a count that depends on the content, and is at most the budget's.
-
-        Raises UsageError: the method cannot do this.
-        """
+        """The same with a count that depends on the content, and is at most the budget's. Raises UsageError if it cannot."""
         raise not_automatic(self.name)
 
     @property
@@ -69,29 +59,23 @@ class InputMethod(Method, ABC):
 
     @abstractmethod
     def resize(self, grid: Grid, keep: int) -> Grid:
-        """The smaller grid that replaces `grid`; both are (T, H, W) in units.
+        """The smaller grid that replaces `grid`: `keep` units or fewer where its shape allows, and no dimension may grow.
 
-        It has `keep` units or fewer where its shape allows. No dimension may grow. A smaller T means fewer frames over the same
-        time; smaller H and W mean frames of lower resolution.
+        A smaller T means fewer frames over the same time; smaller H and W mean frames of lower resolution.
         """
 
 
 @dataclass(frozen=True)
 class Selector(Method, ABC):
-    """Selects some units: tokens after the encoder, or, in a stage of an `EncoderMethod`, rows that go on.
-
-    Class attributes:
-        needs: what it reads beside the features: "attention" or "keys" of the tower's last full-attention layer, "middle" for
-            states in the middle of the tower. Between layers: nothing, or "hidden" for rows before the next layer's norm.
-        reads_question: whether the selection depends on the question. It is then made again for each question.
-        weighs: whether selections may have sizes (`Selection.size`), by which the language model's attention weighs tokens.
-        scores: for a method that ranks tokens, a function of them: float32 `[N]`, higher for what is kept sooner. Else None.
-    """
+    """Selects some units: tokens after the encoder, or, in a stage of an `EncoderMethod`, rows that go on."""
 
     acts: ClassVar[Literal["after"]] = "after"
+    # What it reads beside the features: "attention" or "keys" of the tower's last full-attention layer, "middle" for states in the
+    # middle of the tower. Between layers: nothing, or "hidden" for rows before the next layer's norm.
     needs: ClassVar[frozenset[str]] = frozenset()
-    reads_question: ClassVar[bool] = False
-    weighs: ClassVar[bool] = False
+    reads_question: ClassVar[bool] = False  # whether the selection is made again for each question
+    weighs: ClassVar[bool] = False  # whether selections may have a `size`, by which the language model weighs tokens
+    # For a method that ranks tokens, a function of them: float32 [N], higher for what is kept sooner.
     scores: ClassVar[Callable[[Self, Tokens], torch.Tensor] | None] = None
 
     @abstractmethod
@@ -105,63 +89,37 @@ class Selector(Method, ABC):
 
 @dataclass(frozen=True)
 class EncoderMethod(Method, ABC):
-    """Reduces rows between layers of the tower, in stages.
-
-    Class attributes:
-        reuse: a unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit.
-        combines: whether users may name the selector of tokens behind it: `NAME+SELECTOR`.
-        tokens: the selector of tokens after the tower, unless users name one; None where every row becomes a token.
-    """
+    """Reduces rows between layers of the tower, in stages."""
 
     acts: ClassVar[Literal["inside"]] = "inside"
-    reuse: ClassVar[float] = 0.0
-    combines: ClassVar[bool] = False
-    tokens: ClassVar[Selector | None] = None
+    reuse: ClassVar[float] = 0.0  # a unit is encoded again if it changes by at least this many levels of 255; 0: always
+    combines: ClassVar[bool] = False  # whether users may name the selector of tokens behind it: NAME+SELECTOR
+    tokens: ClassVar[Selector | None] = None  # selects tokens after the tower; None where every row becomes a token
 
     @abstractmethod
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> Sequence[Stage]:
-        """Where how many rows are left, in the order of layers.
-
-        Args:
-            grid: (T, H, W) of the video in units.
-            keep: K, the number of tokens for the language model, fewer than all units.
-        """
+        """Where how many rows are left, in the order of layers; `keep` is K, fewer than all units of the `grid`."""
 
 
 @dataclass(frozen=True)
 class Merger(EncoderMethod, ABC):
-    """Merges rows between the encoder's layers, inside each window or frame pair.
+    """Merges rows between the encoder's layers, inside each window or frame pair."""
 
-    Class attributes:
-        needs: the feature that `match` compares, one of "keys" (of the layer, before rotary), "keys_rotary" and "hidden"; also
-            "attention", for attention received in the layer.
-        size_bias: whether attention weighs a merged row by its cluster size (ToMe, arXiv 2210.09461, section 3).
-    """
-
+    # The feature that `match` compares, one of "keys" (of the layer, before rotary), "keys_rotary" and "hidden"; also "attention",
+    # for attention received in the layer.
     needs: ClassVar[frozenset[str]] = frozenset({"keys"})
-    size_bias: ClassVar[bool] = True
+    size_bias: ClassVar[bool] = True  # whether attention weighs a merged row by its cluster size (ToMe, section 3)
 
     @abstractmethod
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
-        """Which row of its group each row merges into.
+        """int64 `[B, n]`: which row of its group each of the B groups' rows merges into, itself if it stays.
 
-        The encoder calls this in rounds until every group has lost its rows. On a GPU, it must not read values back (`item`,
-        `nonzero`, masks as indices).
-
-        Args:
-            candidates: B groups of up to n rows.
-            remove: int64 `[B]`, how many rows each group must still lose. A round removes at least one of them, and never more.
-
-        Returns int64 `[B, n]`, indices inside the group; its own index for a row that stays.
+        The encoder calls this in rounds until every group has lost its rows, `remove` (int64 `[B]`) at most and one at least. On a
+        GPU, it must not read values back (`item`, `nonzero`, masks as indices).
         """
 
     def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
-        """Rows of one frame pair after each layer; here every layer removes equally many.
-
-        Args:
-            units, windows: of the frame pair.
-            keep: rows after the last layer.
-        """
+        """Rows of a frame pair of so many units and windows after each layer, at last `keep`; here all remove equally many."""
         return rows_after_layers(tower, units, windows, keep, layer_weights(tower.depth, "mean", 0.0, 1.0))
 
     def rounds(self, rows: int, left: int) -> int:
@@ -169,7 +127,6 @@ class Merger(EncoderMethod, ABC):
         return rows - left
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
-        """A stage after each layer after which rows merge."""
         count, height, width = grid
         units, windows = height * width, tower.windows(height, width)
         shares = [max(1, share) for share in spread(keep, count)]
@@ -189,18 +146,12 @@ class LanguageMethod(Method, ABC):
     A token that left is gone for all later layers and for decoding. The others keep their positions. Alone (`fastv -b 0.25`) the
     method gets the budget. Behind another (`evoprune+fastv`) that one gets it, and this method leaves `share` of what arrives. Both
     are means of the share of visual tokens over the layers after the first drop.
-
-    Field:
-        share: for combinations, the budget of this method, in (0, 1]; None for `default_share`.
-
-    Class attributes:
-        default_share: its paper's.
     """
 
     acts: ClassVar[Literal["language"]] = "language"
-    default_share: ClassVar[float] = 0.5
+    default_share: ClassVar[float] = 0.5  # its paper's
 
-    share: float | None = None
+    share: float | None = None  # for combinations, the budget of this method, in (0, 1]; None for `default_share`
 
     def __post_init__(self):
         super().__post_init__()

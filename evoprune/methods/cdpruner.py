@@ -1,7 +1,6 @@
 """CDPruner (arXiv 2506.10967): tokens that span a great volume together, each weighted by its relevance to the question."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,8 @@ LEAST, STEP = 1 / 128, 1 / 16384
 
 @dataclass(frozen=True)
 class CdPruner(Selector):
-    name: ClassVar[str] = "cdpruner"
-    source: ClassVar[str] = "arXiv 2506.10967"
+    name = "cdpruner"
+    source = "arXiv 2506.10967"
 
     question: bool = True  # whether relevance counts; otherwise diversity alone decides
     negative: bool = False  # whether tokens unlike the question are relevant, as in the authors' code

@@ -1,7 +1,7 @@
 """After D2Pruner (arXiv 2512.19443): attention without the bias of position, then tokens that are unlike each other."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ from evoprune.pruning.types import LayerTokens, Selection
 
 @dataclass(frozen=True)
 class D2Pruner(FastV):
-    name: ClassVar[str] = "d2pruner"
-    source: ClassVar[str] = "after arXiv 2512.19443"
+    name = "d2pruner"
+    source = "after arXiv 2512.19443"
 
     pivots: Share = 0.7  # share of the budget that goes by score alone
     alike: Annotated[float, "(-inf, inf)"] = 0.8  # above this cosine, two of the other tokens do not both stay

@@ -1,7 +1,7 @@
 """DART (arXiv 2502.11494): a few pivot tokens, and the tokens that are least similar to them."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,8 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Dart(Selector):
-    name: ClassVar[str] = "dart"
-    source: ClassVar[str] = "arXiv 2502.11494"
+    name = "dart"
+    source = "arXiv 2502.11494"
 
     visual: Annotated[int, "[0, inf)"] = 4  # number of visual pivots
     text: Annotated[int, "[0, inf)"] = 4  # number of pivots of the question; with 0 the method does not read it

@@ -1,7 +1,6 @@
 """DivPrune (arXiv 2503.02175): the most diverse tokens, by greedy max-min distance."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,22 +13,17 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class DivPrune(Selector):
-    name: ClassVar[str] = "divprune"
-    source: ClassVar[str] = "arXiv 2503.02175"
+    name = "divprune"
+    source = "arXiv 2503.02175"
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         return Selection(most_diverse(tokens.features, keep))
 
 
 def most_diverse(features: torch.Tensor, keep: int, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Selects rows by greedy max-min distance; ties go to the lower index.
+    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by greedy max-min distance; ties go to the lower index.
 
-    Args:
-        features: `[N, D]`, any float dtype.
-        keep: K, from 0 to N.
-        weight: float `[N]`, at least 0; multiplies the distance of a row to the selected rows. None for 1.
-
-    Returns int64 `[K]`, indices of rows, ascending.
+    `weight`: float `[N]`, at least 0; multiplies the distance of a row to the selected rows. None for 1.
     """
     unit = F.normalize(features.float(), dim=1)
 

@@ -1,12 +1,9 @@
-"""EarlyTom (arXiv 2605.30010): whole frame pairs merge between layers; then attention selects tokens.
-
-docs/methods.md says what is adapted and left out.
-"""
+"""EarlyTom (arXiv 2605.30010): whole frame pairs merge between layers; then attention selects tokens."""
 
 from collections import deque
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +19,11 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Runs:
-    """Fields as in `EarlyTom`."""
+    """Which frame pairs follow one another with little change."""
 
-    threshold: float = 0.6
-    window: int = 8
-    momentum: float = 0.9
+    threshold: Annotated[float, "(-inf, inf)"] = 0.6  # a run ends where the running similarity to its first is below
+    window: Annotated[int, "[2, inf)"] = 8  # a run has fewer frame pairs than this
+    momentum: Share = 0.9  # weight of the new similarity in the running mean
 
     def of(self, like: list[list[float]]) -> list[range]:
         """The runs of frames, in order; `like` as from `similarities`."""
@@ -42,19 +39,19 @@ class Runs:
         """The frame that each frame joins, itself if it stays; and the weight of each in the mean."""
         into, weight = list(range(len(like))), [1.0] * len(like)
         for run in self.of(like):
-            between = run[1:-1]
-            if len(between) < 2:
+            inner = run[1:-1]
+            if len(inner) < 2:
                 continue
-            ends, at = like[run[0]][len(run) - 1], between[0]
-            while at < between[-1]:
-                now, after = like[at][1], like[at + 1][1] if at + 1 < between[-1] else 0.0
+            ends, at = like[run[0]][len(run) - 1], inner[0]
+            while at < inner[-1]:
+                now, after = like[at][1], like[at + 1][1] if at + 1 < inner[-1] else 0.0
                 if now > ends and now > after:
                     into[at + 1] = at
                     weight[at] = now / (now + max(0.0, after)) if now > 0 else 1.0
                     weight[at + 1] = 1 - weight[at]
                     at += 1
                 at += 1
-            if at == between[-1]:
+            if at == inner[-1]:
                 into[at], weight[at] = into[at - 1], 0.0
         return into, weight
 
@@ -63,9 +60,9 @@ class Runs:
 class MergedFrames(Runs, Selector):
     """Merges frame pairs between two layers. The number that is left is the content's. O(window N D)."""
 
-    source: ClassVar[str] = "arXiv 2605.30010"
-    exact: ClassVar[bool] = False
-    needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+    source = "arXiv 2605.30010"
+    exact = False
+    needs = frozenset({"hidden"})
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         frame, first = frames_of(tokens)
@@ -75,11 +72,11 @@ class MergedFrames(Runs, Selector):
         weight = torch.tensor(weight, dtype=torch.float32, device=frame.device)
         stays = into == ascending(len(into), into.device)
         owner = (stays.cumsum(0) - 1)[into[frame]]
-        at_home = first[frame] == ascending(len(frame), frame.device)  # others are in their frame's state already
+        own = first[frame] == ascending(len(frame), frame.device)  # others are in their frame's state already
         return Selection(
             (first[stays][:, None] * len(places) + places).flatten(),
             (owner[:, None] * len(places) + places).flatten(),
-            torch.where(at_home, weight[frame], 0).repeat_interleave(len(places)),
+            torch.where(own, weight[frame], 0).repeat_interleave(len(places)),
         )
 
 
@@ -87,8 +84,8 @@ class MergedFrames(Runs, Selector):
 class FrameTokens(Runs, Selector):
     """The tokens that the language model reads of merged frame pairs. O(window N D)."""
 
-    source: ClassVar[str] = "arXiv 2605.30010"
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    source = "arXiv 2605.30010"
+    needs = frozenset({"attention"})
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         first = frames_of(tokens)[1]
@@ -110,17 +107,12 @@ class FrameTokens(Runs, Selector):
 
 
 @dataclass(frozen=True)
-class EarlyTom(EncoderMethod):
+class EarlyTom(Runs, EncoderMethod):
     """Whole frame pairs merge after three layers. O(window N D) for each merging."""
 
-    name: ClassVar[str] = "earlytom"
-    source: ClassVar[str] = "arXiv 2605.30010"
+    name = "earlytom"
+    source = "arXiv 2605.30010"
 
-    threshold: Annotated[float, "(-inf, inf)"] = (
-        0.6  # a run ends where the running similarity to its first frame pair is below
-    )
-    window: Annotated[int, "[2, inf)"] = 8  # a run has fewer frame pairs than this
-    momentum: Share = 0.9  # weight of the new similarity in the running mean
     first: Share = 7 / 26  # share of the tower's layers before frame pairs merge, for the first time
     second: Share = 22 / 26
     third: Share = 24 / 26
@@ -131,11 +123,9 @@ class EarlyTom(EncoderMethod):
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
         latest = max(tower.full_layers, default=tower.depth - 1)
-        after = {min(max(1, round(share * tower.depth)), latest) for share in (self.first, self.second, self.third)} - {
-            0
-        }
+        after = {min(max(1, round(share * tower.depth)), latest) for share in (self.first, self.second, self.third)}
         merge = WholePairs(MergedFrames(self.threshold, self.window, self.momentum))
-        return [Stage(layer, prod(grid), merge, exact=False) for layer in sorted(after)]
+        return [Stage(layer, prod(grid), merge, exact=False) for layer in sorted(after - {0})]
 
 
 def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,10 +137,7 @@ def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
-    """For each frame of `x` (`[F, n, D]`) the mean cosine of its tokens to those of itself and of the following frames.
-
-    Up to `window - 1` frames further: `[i][d]` is that of frames i and i + d.
-    """
+    """`[i][d]`: the mean cosine of the tokens of frames i and i + d of `x` (`[F, n, D]`), d from 0 to `window - 1`."""
     held, found = deque(maxlen=window), []
     for frame in x:
         held.append(F.normalize(frame.float(), dim=1))
@@ -161,10 +148,7 @@ def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
 
 
 def highest_of_stretches(score: torch.Tensor, count: int) -> torch.Tensor:
-    """int64 `[count]`: the highest of `score` (`[n]`) in each of `count` stretches of equal length; ties by index.
-
-    The first stretches are longer by one if necessary.
-    """
+    """int64 `[count]`: the highest of `score` (`[n]`) in each of `count` stretches, of which the first may be longer by one."""
     if not count:
         return ascending(0, score.device)
     length, longer = divmod(len(score), count)

@@ -1,7 +1,4 @@
-"""EvoPrune's merging (arXiv 2603.03681) for Qwen2.5-VL, with the settings that won on the demo model (results/ablations.md).
-
-docs/methods.md says what is the paper's and what is adapted.
-"""
+"""EvoPrune's merging (arXiv 2603.03681): with the settings that won (results/ablations.md), the paper's, and those of ToMe."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -10,18 +7,8 @@ import torch
 
 from evoprune.methods.base import Merger
 from evoprune.methods.settings import Count, Share
+from evoprune.pruning import ranking
 from evoprune.pruning.encoder_plan import TowerShape, layer_weights, rows_after_layers
-from evoprune.pruning.ranking import (
-    alternate,
-    best_partners,
-    composite_score,
-    local_density,
-    match,
-    relative_attention,
-    similarity,
-    snap,
-    strips,
-)
 from evoprune.pruning.types import Candidates
 
 FEATURES = ("keys", "keys_rotary", "hidden")
@@ -31,9 +18,9 @@ FEATURES = ("keys", "keys_rotary", "hidden")
 class EvoPruneMerge(Merger):
     """O(n^2 D) for a group of n rows."""
 
-    name: ClassVar[str] = "evoprune-merge"
-    source: ClassVar[str] = "arXiv 2603.03681, with other settings"
-    absorbed: ClassVar[int] = 1  # which row of each two may merge into another: 0 for the first, 1 for the second
+    name = "evoprune-merge"
+    source = "arXiv 2603.03681, with other settings"
+    absorbed = 1  # which row of each two may merge into another: 0 for the first, 1 for the second
 
     allocation: str = "decreasing"  # which layers merge and how much, from `first` to `last` in relative depth
     first: float = 0.2
@@ -61,11 +48,11 @@ class EvoPruneMerge(Merger):
 
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
         c = candidates
-        attention = None if c.attention is None else snap(relative_attention(c.attention, c.valid))
-        source = alternate(c.valid, self.absorbed)
+        attention = None if c.attention is None else ranking.snap(ranking.relative_attention(c.attention, c.valid))
+        source = ranking.alternate(c.valid, self.absorbed)
         best, partner = self._best_partners(c, attention, source)
         at_most = torch.minimum(remove, c.valid.sum(1) // 2)  # one row must be left, also where all are sources
-        return match(best, partner, source, self._critical(attention, c.valid), at_most)
+        return ranking.match(best, partner, source, self._critical(attention, c.valid), at_most)
 
     def rounds(self, rows: int, left: int) -> int:
         count = 0
@@ -76,16 +63,19 @@ class EvoPruneMerge(Merger):
     def _best_partners(
         self, c: Candidates, attention: torch.Tensor | None, source: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """`matching.best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
-        pieces, density = strips(*c.valid.shape), None
+        """`ranking.best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
+        pieces, density = ranking.strips(*c.valid.shape), None
         if self.diversity:
-            each = (local_density(similarity(c.features, rows), c.valid, self.neighbours, rows) for rows in pieces)
+            each = (
+                ranking.local_density(ranking.similarity(c.features, rows), c.valid, self.neighbours, rows)
+                for rows in pieces
+            )
             density = torch.cat(list(each), 1)
         found = []
         for rows in pieces:
-            cosine = similarity(c.features, rows)
-            score = composite_score(cosine, density, attention, self.diversity, self.attention, rows)
-            found.append(best_partners(snap(score), source[:, rows], c.valid & ~source))
+            cosine = ranking.similarity(c.features, rows)
+            score = ranking.composite_score(cosine, density, attention, self.diversity, self.attention, rows)
+            found.append(ranking.best_partners(ranking.snap(score), source[:, rows], c.valid & ~source))
         return tuple(torch.cat(of_each, 1) for of_each in zip(*found, strict=True))
 
     def _critical(self, attention: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
@@ -95,3 +85,34 @@ class EvoPruneMerge(Merger):
         rank = attention.masked_fill(~valid, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         # In float64 and slightly lower, because 0.15 of 100 rows must not become 16.
         return valid & (rank < (valid.sum(1, keepdim=True).double() * self.critical - 1e-9).ceil())
+
+
+@dataclass(frozen=True)
+class EvoPrunePaper(EvoPruneMerge):
+    """The paper's settings."""
+
+    name = "evoprune-paper"
+    source = "arXiv 2603.03681"
+
+    allocation: str = "skip"
+    attention: Annotated[float, "(-inf, inf)"] = 0.1
+    critical: Share = 0.1
+
+
+@dataclass(frozen=True)
+class ToMe(EvoPruneMerge):
+    """Without penalties, equally much in every layer, and the other row of each two absorbed; the rest is fixed."""
+
+    name = "tome"
+    source = "arXiv 2210.09461, section 3"
+    absorbed = 0
+
+    allocation: str = "mean"
+    first: float = 0.0
+    last: float = 1.0
+
+    diversity: ClassVar[float] = 0.0
+    attention: ClassVar[float] = 0.0
+    critical: ClassVar[float] = 0.0
+    neighbours: ClassVar[int] = 1
+    features: ClassVar[str] = "keys"

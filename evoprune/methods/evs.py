@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -13,8 +12,8 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Evs(Selector):
-    name: ClassVar[str] = "evs"
-    source: ClassVar[str] = "arXiv 2510.14624"
+    name = "evs"
+    source = "arXiv 2510.14624"
 
     floor: bool = True  # whether the first frame pair stays whole, even if the budget is smaller
 

@@ -1,21 +1,26 @@
-"""FastV (arXiv 2403.06764): after the second layer, the visual tokens with the most attention of the last token stay."""
+"""FastV (arXiv 2403.06764), and the stages of other papers that drop tokens once inside the language model, as it does."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from evoprune.methods.base import LanguageMethod
 from evoprune.methods.settings import Part
+from evoprune.pruning.budget import apportion
+from evoprune.pruning.indices import ascending
 from evoprune.pruning.language_plan import LanguagePlan, one_drop
-from evoprune.pruning.ranking import highest, relative
+from evoprune.pruning.ranking import closest, highest, relative
 from evoprune.pruning.types import LayerTokens, Selection
+
+LAST = 3  # tokens of the prompt whose attention counts in `nuwa-inner`
+LEAST = 2.0**-126  # of a weight; float32 has no smaller number of full precision
 
 
 @dataclass(frozen=True)
 class FastV(LanguageMethod):
-    name: ClassVar[str] = "fastv"
-    source: ClassVar[str] = "arXiv 2403.06764, section 4"
+    name = "fastv"
+    source = "arXiv 2403.06764, section 4"
 
     depth: Part = 2 / 32  # share of the layers that run before tokens leave
 
@@ -23,8 +28,80 @@ class FastV(LanguageMethod):
         return one_drop(depth, tokens, self.depth, budget)
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
-        """float32 `[n]`, at least 0: what the tokens that stay have most of."""
+        """float32 `[n]`, at least 0: what the tokens that stay have most of; here attention of the last token."""
         return tokens.attention()
 
     def select(self, tokens: LayerTokens) -> Selection:
         return Selection(highest(relative(self.score(tokens)), tokens.left))
+
+
+@dataclass(frozen=True)
+class FlashVidInner(FastV):
+    name = "flashvid-inner"
+    source = "arXiv 2602.08024"
+    default_share = 0.3
+
+    depth: Part = 20 / 28
+
+
+@dataclass(frozen=True)
+class NuwaInner(FastV):
+    name = "nuwa-inner"
+    source = "arXiv 2602.02951"
+    default_share = 0.42
+
+    depth: Part = 15 / 28
+
+    def score(self, tokens: LayerTokens) -> torch.Tensor:
+        return tokens.last_weights(LAST)[:, tokens.visual].amax(0)
+
+
+@dataclass(frozen=True)
+class PruneVidInner(FastV):
+    name = "prunevid-inner"
+    source = "arXiv 2412.16117, section 3.3"
+    default_share = 0.4
+
+    depth: Part = 11 / 32
+
+    def score(self, tokens: LayerTokens) -> torch.Tensor:
+        queries = ascending(len(tokens.queries), tokens.visual.device)
+        return tokens.unrotated().attention(queries, most=True, causal=False)
+
+    def select(self, tokens: LayerTokens) -> Selection:
+        index, score = ascending(len(tokens.pair), tokens.pair.device), relative(self.score(tokens))
+        sizes = tokens.pair.unique_consecutive(return_counts=True)[1].tolist()
+        counts = apportion(tokens.left, sizes, sizes)
+        kept = [some[highest(score[some], count)] for some, count in zip(index.split(sizes), counts, strict=True)]
+        return Selection(torch.cat(kept))
+
+
+@dataclass(frozen=True)
+class HoliTomInner(FastV):
+    name = "holitom-inner"
+    source = "arXiv 2505.21334"
+    default_share = 0.5
+
+    depth: Part = 18 / 28
+
+    def select(self, tokens: LayerTokens) -> Selection:
+        return joined_in_turn(F.normalize(tokens.hidden.float(), dim=1), super().select(tokens).kept)
+
+
+def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
+    """The selection of `kept` (int64 `[K]`, ascending) rows of `unit` (`[n, D]`, of length 1), which the others join in turn.
+
+    A token becomes the mean of itself and the next one that joins. So the last to join weighs a half, the one before a quarter.
+    """
+    count, device = len(unit), unit.device
+    others = torch.ones(count, dtype=torch.bool, device=device).index_fill_(0, kept, False).nonzero()[:, 0]
+    owner = torch.zeros(count, dtype=torch.int64, device=device)
+    owner[kept], owner[others] = ascending(len(kept), device), closest(unit[others], unit[kept])[1]
+    joining = torch.bincount(owner[others], minlength=len(kept))
+    order = owner[others].argsort(stable=True)  # group by group, each in the order of its tokens
+    starts = joining.cumsum(0) - joining
+    turn = ascending(len(others), device) - starts[owner[others][order]]
+    later = torch.empty(count, dtype=torch.float32, device=device)  # how many join after a token does, itself included
+    later[kept] = joining.float()
+    later[others[order]] = (joining[owner[others][order]] - turn).float()
+    return Selection(kept, owner, torch.exp2(-later).clamp(min=LEAST))

@@ -1,7 +1,7 @@
 """FastVID (arXiv 2503.11187): the most attended tokens of a segment, and means around density peaks."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,9 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class FastVid(Selector):
-    name: ClassVar[str] = "fastvid"
-    source: ClassVar[str] = "arXiv 2503.11187"
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    name = "fastvid"
+    source = "arXiv 2503.11187"
+    needs = frozenset({"attention"})
 
     segments: Count = 8  # the least number of segments
     threshold: Cosine = 0.84  # of neighbouring frame pairs; below it the video is always cut
@@ -51,10 +51,7 @@ class FastVid(Selector):
     ) -> None:
         """Writes to `into` (int64 `[N]`) which unit each unit of a segment joins: `keep` themselves, others peaks or nothing.
 
-        Args:
-            x, attention: `[N, D]` and `[N]`, of all units.
-            index: int64 `[g, n]`, the units of the segment's frame pairs.
-            new: the frame pairs that are not too similar to the next one, ascending.
+        `x`, `attention`: `[N, D]`, `[N]`. `index`: int64 `[g, n]`, the segment's units. `new`: its frame pairs unlike the next one.
         """
         half, context = index.shape[1] // 2, min(keep, max(1, int((1 - self.salient) * keep)))
         anchors = new[:: -self.every]

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,9 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class FlashVid(Selector):
-    name: ClassVar[str] = "flashvid"
-    source: ClassVar[str] = "arXiv 2602.08024, the stage before the language model"
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    name = "flashvid"
+    source = "arXiv 2602.08024, the stage before the language model"
+    needs = frozenset({"attention"})
 
     segments: Count = 4  # the least number of segments
     threshold: Cosine = 0.9  # of neighbouring frame pairs; below it the video is always cut
@@ -42,15 +41,9 @@ class FlashVid(Selector):
         return gathered(into.flatten(), weight.flatten())
 
     def condensed(self, attention: torch.Tensor, x: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which token each token of a segment joins, and with what weight.
+        """Which token of the segment each joins, int64 `[g, n]`, itself if it stays, -1 if it is dropped; and its weight, float32.
 
-        Args:
-            attention: `[g, n]`, of the segment's frame pairs.
-            x: `[g, n, D]`, the features.
-            keep: how many tokens stay.
-
-        Returns:
-            int64 `[g, n]`, indices into the segment: its own if a token stays, -1 if it is dropped; and float32 `[g, n]`, weights.
+        `attention`: `[g, n]`. `x`: `[g, n, D]`, features. `keep`: how many tokens stay.
         """
         pairs, per_pair = attention.shape
         index = ascending(attention.numel(), x.device).view(pairs, per_pair)
@@ -72,12 +65,9 @@ class FlashVid(Selector):
         return into.view_as(index), weight.view_as(index)
 
     def linked(self, unit: torch.Tensor, rest: torch.Tensor, pair: torch.Tensor, most: int) -> torch.Tensor:
-        """int64 `[r]`: the root of each token's tree, where at most `most` links are made, the strongest first.
+        """int64 `[r]`: the root of each one's tree of at most `most` links, the strongest first.
 
-        Args:
-            unit: `[n, D]`, all tokens of the segment, of length one.
-            rest: int64 `[r]`, the tokens to link, ascending.
-            pair: int64 `[r]`, their frame pairs.
+        `unit`: `[n, D]`, all of the segment. `rest`, `pair`: int64 `[r]`, those to link, ascending, and their frame pairs.
         """
         parent, like = rest.clone(), torch.full((len(rest),), -torch.inf, dtype=torch.float32, device=unit.device)
         last = int(pair[-1])
@@ -98,12 +88,9 @@ class FlashVid(Selector):
     def merged(
         self, mean: torch.Tensor, roots: torch.Tensor, pair: torch.Tensor, keep: int, into: torch.Tensor
     ) -> torch.Tensor:
-        """`into` after trees are merged around density peaks until `keep` are left.
+        """`into` (int64 `[n]`, the root of each token) after trees are merged around density peaks until `keep` are left.
 
-        Args:
-            mean: `[r, D]`, the means of the trees.
-            roots, pair: int64 `[r]`, the root of each tree and the root's frame pair.
-            into: int64 `[n]`, the root of each token.
+        `mean`: `[r, D]`, of each tree. `roots`, `pair`: int64 `[r]`, its root and the root's frame pair.
         """
         sizes, to = torch.bincount(pair).tolist(), torch.full_like(into, -1)
         counts = apportion(keep, sizes, sizes)

@@ -1,7 +1,7 @@
 """HoliTom (arXiv 2505.21334), the stage before the language model: segments that save most by averaging what stands still."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 
@@ -17,9 +17,9 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class HoliTom(Selector):
-    name: ClassVar[str] = "holitom"
-    source: ClassVar[str] = "arXiv 2505.21334, the stage before the language model"
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    name = "holitom"
+    source = "arXiv 2505.21334, the stage before the language model"
+    needs = frozenset({"attention"})
 
     static: Cosine = 0.8  # a place stands still if its neighbouring tokens are above this
     neighbours: Count = 7  # a density is computed from so many nearest tokens
@@ -30,7 +30,8 @@ class HoliTom(Selector):
         index = tokens.by_pair(ascending(len(tokens.owner), x.device))
         cosine = snap(torch.cosine_similarity(x[1:], x[:-1], dim=2))
         spans = most_saving(cosine > self.static)
-        least = [stillness(cosine, span) for span in spans]
+        alone = torch.full(x.shape[1:2], -torch.inf, dtype=torch.float32, device=x.device)
+        least = [cosine[span.start : span.stop - 1].amin(0) if len(span) > 1 else alone for span in spans]
         into = averaged(index, spans, least, self.static, keep)
         if into is not None:
             return gathered(into.flatten())
@@ -48,9 +49,7 @@ class HoliTom(Selector):
 
 
 def most_saving(same: torch.Tensor) -> list[range]:
-    """The segments that save most tokens, by dynamic programming, as ranges of frame pairs in order.
-
-    A segment of L frame pairs saves L - 1 tokens for each place that does not change in it.
+    """The segments that save most tokens, by dynamic programming: of L frame pairs L - 1 for each place that does not change.
 
     `same`: bool `[T - 1, n]`, whether each token is similar to the next one at its place.
     """
@@ -71,13 +70,3 @@ def most_saving(same: torch.Tensor) -> list[range]:
         spans.append(range(start[stop], stop))
         stop = start[stop]
     return spans[::-1]
-
-
-def stillness(cosine: torch.Tensor, span: range) -> torch.Tensor:
-    """float32 `[n]`: the least cosine of neighbouring tokens at each place of a segment; -inf if it has one frame pair.
-
-    `cosine`: `[T - 1, n]`, of each token to the next one at its place.
-    """
-    if len(span) == 1:
-        return torch.full(cosine.shape[1:], -torch.inf, dtype=torch.float32, device=cosine.device)
-    return cosine[span.start : span.stop - 1].amin(0)

@@ -1,11 +1,8 @@
-"""IPCV (arXiv 2512.18747): rows that a layer hardly changes are set aside, follow similar rows, and come back at the end.
-
-vision/reductions.py runs it. docs/methods.md says what is adapted.
-"""
+"""IPCV (arXiv 2512.18747): rows that a layer hardly changes are set aside, follow similar rows, and come back at the end."""
 
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from evoprune.methods.base import EncoderMethod
 from evoprune.methods.dart import Dart
@@ -17,10 +14,10 @@ from evoprune.pruning.encoder_plan import Grid, SetAside, Stage, TowerShape
 class Ipcv(EncoderMethod):
     """O(N n D) to find the nearest of n rows. Users may name another selector of tokens: `ipcv+NAME`."""
 
-    name: ClassVar[str] = "ipcv"
-    source: ClassVar[str] = "arXiv 2512.18747"
-    combines: ClassVar[bool] = True
-    tokens: ClassVar[Dart] = Dart()
+    name = "ipcv"
+    source = "arXiv 2512.18747"
+    combines = True
+    tokens = Dart()
 
     keep: Annotated[float, "(0, 1]"] = 0.35  # share of the rows that stay
     first: Share = 3 / 32  # share of the tower's layers before rows are set aside

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,8 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Mmg(Selector):
-    name: ClassVar[str] = "mmg"
-    source: ClassVar[str] = "after arXiv 2508.21044, whose formulas this project fills in"
+    name = "mmg"
+    source = "after arXiv 2508.21044, whose formulas this project fills in"
 
     threshold: Cosine = 0.95  # of neighbouring frame pairs; below it the video is cut
     beta: Share = 0.5  # weight of repetition in the gain of a segment
@@ -52,10 +51,7 @@ class Mmg(Selector):
 
 
 def joined(spans: list[range], like: list[float]) -> list[range]:
-    """The segments, in order, after each segment of one frame pair has joined the more similar neighbour.
-
-    `like[t]` is the cosine of the mean tokens of frame pairs t and t + 1.
-    """
+    """The segments after each of one frame pair has joined the more similar neighbour. `like`: cosines as of `transitions`."""
     made: list[range] = []
     for number, span in enumerate(spans):
         left = like[span.start - 1] if made else -math.inf
@@ -66,14 +62,14 @@ def joined(spans: list[range], like: list[float]) -> list[range]:
     return made
 
 
-def marginal_gains(means: torch.Tensor, whole: torch.Tensor, beta: float) -> list[float]:
+def marginal_gains(means: torch.Tensor, video: torch.Tensor, beta: float) -> list[float]:
     """The gain of each segment when the segment of highest gain is always taken next.
 
-    The gain is the cosine of its mean (one of `means`, `[S, D]`) to that of the video, `whole` (`[D]`), less `beta` times the
-    greatest cosine to a segment taken before.
+    The gain is the cosine of its mean (one of `means`, `[S, D]`) to that of the `video` (`[D]`), less `beta` times the greatest
+    cosine to a segment taken before.
     """
     unit = F.normalize(means, dim=1)
-    represents = snap(unit @ F.normalize(whole, dim=0))
+    represents = snap(unit @ F.normalize(video, dim=0))
     repeats = torch.zeros_like(represents)
     gains = torch.full_like(represents, -torch.inf)
     open_ = torch.ones(len(unit), dtype=torch.bool, device=unit.device)

@@ -1,7 +1,6 @@
 """Maximal marginal relevance, the selection of IDPruner (arXiv 2602.13315): important tokens that differ from each other."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,8 @@ IMPORTANCE = ("attention", "keynorm")
 
 @dataclass(frozen=True)
 class Mmr(Selector):
-    name: ClassVar[str] = "mmr"
-    source: ClassVar[str] = "after arXiv 2602.13315, without its trained scorer"
+    name = "mmr"
+    source = "after arXiv 2602.13315, without its trained scorer"
 
     importance: str = "attention"  # `attention` received, or `keynorm` for the norm of a unit's key
     lam: Share = 0.5  # weight of importance; diversity has the weight 1 - lam
@@ -39,16 +38,7 @@ class Mmr(Selector):
 
 
 def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, lam: float = 0.5) -> torch.Tensor:
-    """Selects rows by maximal marginal relevance; ties go to the lower index.
-
-    Args:
-        features: `[N, D]`, any float dtype.
-        importance: float `[N]`, on any scale.
-        keep: K, from 1 to N.
-        lam: weight of importance, from 0 to 1.
-
-    Returns int64 `[K]`, indices of rows, ascending.
-    """
+    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by maximal marginal relevance; `lam` weighs `importance` (`[N]`)."""
     important = lam * snap(scaled(importance.float()))
     unit = F.normalize(features.float(), dim=1)
     return greedy(unit, torch.zeros_like(important), keep, lambda near: snap(important - (1 - lam) * near))

@@ -1,11 +1,10 @@
 """No pruning: the language model reads every token, whatever the budget is."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from evoprune.methods.base import Method
 
 
 @dataclass(frozen=True)
 class Nothing(Method):
-    source: ClassVar[str] = "this project; the unpruned model"
+    source = "this project; the unpruned model"

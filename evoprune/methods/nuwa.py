@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import hypot
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,9 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Nuwa(Selector):
-    name: ClassVar[str] = "nuwa"
-    source: ClassVar[str] = "arXiv 2602.02951, the stage before the language model"
-    needs: ClassVar[frozenset[str]] = frozenset({"attention", "middle"})
+    name = "nuwa"
+    source = "arXiv 2602.02951, the stage before the language model"
+    needs = frozenset({"attention", "middle"})
 
     cell: Annotated[int, "[1, 4]"] = 3  # tokens of each cell of 2x2 places that are candidates
     weak: Share = 0.1  # quantile of the kept tokens' attention below which a token becomes a mean
@@ -45,14 +45,9 @@ class Nuwa(Selector):
     def means(
         self, score: torch.Tensor, kept: torch.Tensor, middle: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What each kept token of a frame pair is the mean of.
+        """What each kept token of a frame pair is the mean of: int64 `[m]`, tokens; int64 `[m]`, places; float32 `[m]`, weights.
 
-        Args:
-            score: `[H, W]`, attention.
-            kept: int64 `[k]`, places of the kept tokens.
-            middle: `[H W, d]`, states of all places in the middle of the tower.
-
-        Returns int64 `[m]`, tokens; int64 `[m]`, places; float32 `[m]`, weights.
+        `score`: `[H, W]`, attention. `kept`: int64 `[k]`, places. `middle`: `[H W, d]`, states in the middle of the tower.
         """
         height, width = score.shape
         attention, own = score.flatten()[kept], ascending(len(kept), kept.device)

@@ -1,12 +1,6 @@
-"""Operation pruning, from the code of "Beyond Token Pruning: Operation Pruning in Vision-Language Models" (zxcvfd13502/GSOP).
-
-Visual tokens do not leave; layers compute less for them. What goes in which order is a recipe (`pruning.operations`) that
-`evoprune tune --operations` finds for a model; a budget takes its first steps that leave no more than that share of the work.
-Key tokens, a quarter as in the authors' code, are those with the most attention of the prompt's last token after 2 of 32 layers.
-"""
+"""Operation pruning (zxcvfd13502/GSOP): visual tokens stay, and layers compute less for them, by the model's recipe."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from evoprune.errors import UsageError
 from evoprune.methods.base import LanguageMethod
@@ -23,19 +17,17 @@ PLACE = 2 / 32  # share of the layers after which they are known
 class Operations(LanguageMethod):
     """Field: recipe: of the model that it works in; None where no model is known yet."""
 
-    name: ClassVar[str] = "operations"
-    source: ClassVar[str] = "zxcvfd13502/GSOP"
+    name = "operations"
+    source = "zxcvfd13502/GSOP"
 
     recipe: Recipe | None = field(default=None, metadata={"report": lambda recipe: recipe and recipe.digest})
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
-        recipe = self.recipe
-        if recipe is None or recipe.depth != depth:
-            raise UsageError(
-                "method operations has no recipe for this model" if recipe is None
-                else f"the recipe is for {recipe.depth} layers, and this model has {depth}",
-                "evoprune tune VIDEO... --operations finds one",
-            )  # fmt: skip
+        recipe, hint = self.recipe, "evoprune tune VIDEO... --operations finds one"
+        if recipe is None:
+            raise UsageError("method operations has no recipe for this model", hint)
+        if recipe.depth != depth:
+            raise UsageError(f"the recipe is for {recipe.depth} layers, and this model has {depth}", hint)
         return recipe.plan(tokens, recipe.removed(budget))
 
     def select(self, tokens: LayerTokens) -> Selection:

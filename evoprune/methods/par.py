@@ -1,7 +1,6 @@
 """After PAR (arXiv 2410.07278): tokens that the question is about, and few of those that repeat each other."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -15,9 +14,9 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Par(Selector):
-    name: ClassVar[str] = "par"
-    source: ClassVar[str] = "after arXiv 2410.07278"
-    reads_question: ClassVar[bool] = True
+    name = "par"
+    source = "after arXiv 2410.07278"
+    reads_question = True
 
     link: Cosine = 0.8  # neighbouring tokens are of one cluster if their cosine is above this
 
@@ -30,12 +29,7 @@ class Par(Selector):
 
 
 def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
-    """int64 `[N]`: the first token of each token's cluster.
-
-    Args:
-        unit: `[T, H, W, D]`, tokens of length one.
-        link: neighbours in time, height and width are of one cluster if their cosine is above this.
-    """
+    """int64 `[N]`: the first token of each one's cluster: neighbours of `unit` (`[T, H, W, D]`) whose cosine is above `link`."""
     index = ascending(unit[..., 0].numel(), unit.device).view(unit.shape[:3])
     ends = []
     for dim in range(3):

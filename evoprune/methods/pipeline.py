@@ -12,24 +12,19 @@ from evoprune.pruning.language_plan import LanguagePlan
 
 @dataclass(frozen=True)
 class Pipeline:
-    """`reuse+divprune`, `evoprune+fastv` or a method alone. The budget is that of the first part.
-
-    Attributes:
-        input, encoder, selector, language: the parts, each None if there is none.
-        inflection: whether the inflection of the selector's scores decides how many tokens it keeps.
-    """
+    """`reuse+divprune`, `evoprune+fastv` or a method alone. The budget is that of the first part."""
 
     input: InputMethod | None = None
     encoder: EncoderMethod | None = None
     selector: Selector | None = None
     language: LanguageMethod | None = None
-    inflection: bool = False
+    inflection: bool = False  # whether the inflection of the selector's scores decides how many tokens it keeps
 
     @classmethod
     def of(cls, method: Method) -> Self:
         """One method alone; the base class itself prunes nothing."""
-        kinds = {"input": InputMethod, "encoder": EncoderMethod, "selector": Selector, "language": LanguageMethod}
-        return cls(**{part: method for part, kind in kinds.items() if isinstance(method, kind)})
+        classes = {"input": InputMethod, "encoder": EncoderMethod, "selector": Selector, "language": LanguageMethod}
+        return cls(**{part: method for part, each in classes.items() if isinstance(method, each)})
 
     @property
     def members(self) -> list[Method]:
@@ -66,12 +61,10 @@ class Pipeline:
 
     @property
     def reads_question(self) -> bool:
-        """Whether tokens are selected for each question anew."""
         return self.tokens is not None and self.tokens.reads_question
 
     @property
     def weighs(self) -> bool:
-        """Whether the language model's attention may weigh tokens (`Selection.size`)."""
         return self.tokens is not None and self.tokens.weighs
 
     @property
@@ -93,20 +86,14 @@ class Pipeline:
         return f"method {name} selects with {self.tokens.name}, which reads the question", f"{name}+divprune"
 
     def automatic(self) -> Self:
-        """The same with a count of tokens that depends on the content, and is at most the budget's.
-
-        Raises UsageError: the first part cannot do this.
-        """
+        """The same with the first part `automatic`. Raises UsageError: it cannot be."""
         if len(self.before.members) > 1:
             raise not_automatic(self.before.name)
         made = self.first.automatic()
         return replace(self, **{f.name: made for f in fields(self) if getattr(self, f.name) is self.first})
 
     def by_inflection(self) -> Self:
-        """The same with the count of tokens from the inflection of the selector's scores, and at most the budget's.
-
-        Raises UsageError: there is no selector after the encoder, or one without scores.
-        """
+        """The same with at most as many tokens as before the inflection of the scores. Raises UsageError: there are none."""
         if self.tokens is None or self.tokens.scores is None:
             name = self.tokens.name if self.selector or (self.encoder and self.encoder.combines) else self.first.name
             raise UsageError(
@@ -125,12 +112,7 @@ class Pipeline:
         return budget if self.members else 1.0
 
     def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
-        """The encoder's work on one video.
-
-        Args:
-            grid: (T, H, W) of the video in units.
-            keep: K, the number of tokens for the language model.
-        """
+        """The encoder's work on one video of `grid`, of which `keep`, K, tokens are for the language model."""
         if self.input:
             return full_plan(tower, self.input.resize(grid, keep))
         if keep >= prod(grid) or not (self.encoder or self.selector):
@@ -141,12 +123,9 @@ class Pipeline:
         return EncoderPlan(grid, keep, tower.depth, self.encoder.reuse if self.encoder else 0.0, tuple(stages))
 
     def language_plan(self, depth: int, tokens: int, budget: float) -> LanguagePlan | None:
-        """What leaves the language model; None if nothing does.
+        """What leaves a language model of `depth` layers that `tokens` visual tokens reach; None if nothing does.
 
-        Args:
-            depth: layers of the language model.
-            tokens: visual tokens that reach it.
-            budget: the share that the user asked for, in (0, 1].
+        `budget`: the share that the user asked for, in (0, 1].
         """
         if self.language is None:
             return None

@@ -1,7 +1,6 @@
 """Average pooling of neighbouring tokens after the encoder: a baseline in EarlyTom (arXiv 2605.30010) and many other papers."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -15,9 +14,9 @@ from evoprune.pruning.types import Selection, Tokens
 class Pool(Selector):
     """A block lies inside one frame pair, unless there are fewer tokens than frame pairs: then it spans whole ones."""
 
-    name: ClassVar[str] = "pool"
-    source: ClassVar[str] = "arXiv 2605.30010, a baseline there"
-    exact: ClassVar[bool] = False
+    name = "pool"
+    source = "arXiv 2605.30010, a baseline there"
+    exact = False
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         count, height, width = tokens.grid

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,8 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class PruneVid(Selector):
-    name: ClassVar[str] = "prunevid"
-    source: ClassVar[str] = "arXiv 2412.16117, the stage before the language model"
+    name = "prunevid"
+    source = "arXiv 2412.16117, the stage before the language model"
 
     scenes: Share = 0.25  # number of clusters, as a share of the frame pairs
     static: Cosine = 0.8  # a place is static if the mean of its tokens over time is above this
@@ -51,8 +50,7 @@ class PruneVid(Selector):
 def folded(cluster: list[int]) -> list[int]:
     """The lengths of the segments of a video, from the cluster of each frame pair.
 
-    Only the longest runs of a cluster stay, and only if they have two frame pairs or more. What is between two runs joins the
-    longer of them, or the earlier of equals.
+    The longest runs of a cluster stay, if they have two frame pairs or more. Others join the longer neighbour, or the earlier one.
     """
     runs = _runs(cluster)
     longest = {label: max(length for other, length in runs if other == label) for label in cluster}

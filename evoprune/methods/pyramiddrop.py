@@ -1,7 +1,6 @@
 """PyramidDrop (arXiv 2410.17247): after a quarter, a half and three quarters of the layers a share of the visual tokens stays."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from evoprune.methods.base import LanguageMethod
 from evoprune.pruning.language_plan import LanguagePlan, several_drops
@@ -13,9 +12,9 @@ PLACES = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class PyramidDrop(LanguageMethod):
-    name: ClassVar[str] = "pyramiddrop"
-    source: ClassVar[str] = "arXiv 2410.17247, section 3.2"
-    default_share: ClassVar[float] = 7 / 24  # (1/2 + 1/4 + 1/8) / 3: half of the tokens leave each time
+    name = "pyramiddrop"
+    source = "arXiv 2410.17247, section 3.2"
+    default_share = 7 / 24  # (1/2 + 1/4 + 1/8) / 3: half of the tokens leave each time
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return several_drops(depth, tokens, PLACES, lambda share: (share, share**2, share**3), budget)

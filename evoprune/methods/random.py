@@ -1,7 +1,6 @@
 """Random tokens after the encoder: the floor that every method must beat."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -15,8 +14,8 @@ from evoprune.pruning.types import Selection, Tokens
 class Random(Selector):
     """Draws without replacement inside each frame pair, seeded with `tokens.seed`."""
 
-    name: ClassVar[str] = "random"
-    source: ClassVar[str] = "this project; a common baseline"
+    name = "random"
+    source = "this project; a common baseline"
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]

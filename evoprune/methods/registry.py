@@ -1,9 +1,4 @@
-"""The pruning methods by name: this package's own, and those of other packages.
-
-Another package adds a method with an entry point in the group `evoprune.methods`. The entry point's name is the
-method's name, and its object is a subclass of a kind in methods/base.py. It is loaded when
-a user selects it.
-"""
+"""The methods by name: this package's own, and classes of others in the entry point group `evoprune.methods`."""
 
 import hashlib
 import inspect
@@ -25,53 +20,25 @@ if TYPE_CHECKING:
     from evoprune.methods.pipeline import Pipeline
 
 GROUP = "evoprune.methods"
-_OUTSIDE = {
-    "evoprune": "evoprune.methods.evoprune:EvoPrune",
-    "evoprune-merge": "evoprune.methods.evoprune_merge:EvoPruneMerge",
-    "evoprune-paper": "evoprune.methods.evoprune_paper:EvoPrunePaper",
-    "tome": "evoprune.methods.tome:ToMe",
-    "earlytom": "evoprune.methods.earlytom:EarlyTom",
-    "ipcv": "evoprune.methods.ipcv:Ipcv",
-    "none": "evoprune.methods.none:Nothing",
-    "random": "evoprune.methods.random:Random",
-    "downscale": "evoprune.methods.downscale:Downscale",
-    "subsample": "evoprune.methods.subsample:Subsample",
-    "pool": "evoprune.methods.pool:Pool",
-    "divprune": "evoprune.methods.divprune:DivPrune",
-    "evs": "evoprune.methods.evs:Evs",
-    "evs-nofloor": "evoprune.methods.evs:Evs",
-    "mmr": "evoprune.methods.mmr:Mmr",
-    "scope": "evoprune.methods.scope:Scope",
-    "visionzip": "evoprune.methods.visionzip:VisionZip",
-    "vispruner": "evoprune.methods.vispruner:VisPruner",
-    "cdpruner": "evoprune.methods.cdpruner:CdPruner",
-    "dart": "evoprune.methods.dart:Dart",
-    "vidcom2": "evoprune.methods.vidcom2:VidCom2",
-    "mmg": "evoprune.methods.mmg:Mmg",
-    "fastvid": "evoprune.methods.fastvid:FastVid",
-    "prunevid": "evoprune.methods.prunevid:PruneVid",
-    "holitom": "evoprune.methods.holitom:HoliTom",
-    "flashvid": "evoprune.methods.flashvid:FlashVid",
-    "nuwa": "evoprune.methods.nuwa:Nuwa",
-    "par": "evoprune.methods.par:Par",
-    "adjacent": "evoprune.methods.adjacent:Adjacent",
-}
+_OUTSIDE = (
+    "evoprune", "evoprune-merge", "evoprune-paper", "tome", "earlytom", "ipcv", "none", "random", "downscale", "subsample",
+    "pool", "divprune", "evs", "evs-nofloor", "mmr", "scope", "visionzip", "vispruner", "cdpruner", "dart", "vidcom2", "mmg",
+    "fastvid", "prunevid", "holitom", "flashvid", "nuwa", "par", "adjacent",
+)  # fmt: skip
 # These act inside the language model, and may follow another method.
-_INSIDE = {
-    "fastv": "evoprune.methods.fastv:FastV",
-    "pyramiddrop": "evoprune.methods.pyramiddrop:PyramidDrop",
-    "sparsevlm": "evoprune.methods.sparsevlm:SparseVlm",
-    "visipruner": "evoprune.methods.visipruner:VisiPruner",
-    "d2pruner": "evoprune.methods.d2pruner:D2Pruner",
-    "prunevid-inner": "evoprune.methods.prunevid_inner:PruneVidInner",
-    "holitom-inner": "evoprune.methods.holitom_inner:HoliTomInner",
-    "flashvid-inner": "evoprune.methods.flashvid_inner:FlashVidInner",
-    "nuwa-inner": "evoprune.methods.nuwa_inner:NuwaInner",
-    "vitcop": "evoprune.methods.vitcop:ViTCoP",
-    "operations": "evoprune.methods.operations:Operations",
+INNER = (
+    "fastv", "pyramiddrop", "sparsevlm", "visipruner", "d2pruner", "prunevid-inner", "holitom-inner", "flashvid-inner",
+    "nuwa-inner", "vitcop", "operations",
+)  # fmt: skip
+_ALIASES = {"evs-nofloor": "evs:floor=false"}
+# A method is the class of its name in the file of its name, unless several share a file.
+_SHARED = {
+    "evoprune_merge": ("evoprune-merge", "evoprune-paper", "tome"),
+    "fastv": ("prunevid-inner", "holitom-inner", "flashvid-inner", "nuwa-inner"),
+    "resize": ("downscale", "subsample"),
 }
-_REGISTRY, INNER = _OUTSIDE | _INSIDE, tuple(_INSIDE)
-_VARIANTS = {"evs-nofloor": {"floor": "false"}}  # settings that a name brings: evs:floor=false
+_FILES = {name: file for file, names in _SHARED.items() for name in names}
+_REGISTRY = {name: f"evoprune.methods.{_FILES.get(name, name)}" for name in (*_OUTSIDE, *INNER)}
 DEFAULT = "evoprune"
 REUSE = "reuse"  # put before a selector: reuse+divprune
 # Names under which users look for what a method follows without being it, as letters and digits alone: hints name the method.
@@ -84,7 +51,7 @@ _KNOWN_AS = {
 }
 _NUMBER = re.compile(r"=[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=[:+]|$)")  # of a setting
 # What may stand before a selector.
-_FRONTS = {REUSE: "evoprune.methods.reuse:Reuse", "ipcv": _REGISTRY["ipcv"]}
+_FRONTS = (REUSE, "ipcv")
 
 
 def built_in() -> list[str]:
@@ -98,10 +65,7 @@ def available() -> list[str]:
 
 
 def check(text: str) -> None:
-    """Checks that every method that `text` names exists, in a possible order; settings are not checked. Imports no torch.
-
-    Raises UsageError: it says which name or order is wrong.
-    """
+    """Raises UsageError if `text` names a method that does not exist, or an impossible order. Imports no torch."""
     names = _names(text)
     if _is_list(text):
         hint = f"to compare several: evoprune eval --method {text}; --compare shows one beside nothing pruned"
@@ -111,7 +75,7 @@ def check(text: str) -> None:
     for name in names:
         if name != REUSE and name not in available():
             raise _unknown(name)
-    before, last = names[:-1], names[-1]
+    *before, last = names
     inner = last in INNER or last in _plugins()  # of other packages' methods, only `get` knows what they are
     if not (_possible(names) or (inner and (not before or _possible(before)))):
         raise _impossible(text)
@@ -130,10 +94,8 @@ def _split(text: str) -> list[str]:
 
 def _is_list(text: str) -> bool:
     """Whether a comma separates methods. One in the value of a setting does not."""
-    known = (*available(), REUSE)
-    return any("," in name for name in _names(text)) or any(
-        _names(part.strip())[0] in known for part in text.split(",")[1:]
-    )
+    later = {_names(part.strip())[0] for part in text.split(",")[1:]}
+    return any("," in name for name in _names(text)) or not later.isdisjoint((*available(), REUSE))
 
 
 def _unknown(name: str) -> UsageError:
@@ -156,23 +118,16 @@ def _possible(names: list[str]) -> bool:
 
 
 def _impossible(text: str) -> UsageError:
-    return UsageError(
-        f"methods cannot be combined as {text!r}",
-        f"use {' or '.join(f'{front}+NAME' for front in _FRONTS)}, where NAME is a method that selects, or NAME+INNER, where INNER "
-        "acts inside the language model",
+    fronts = " or ".join(f"{front}+NAME" for front in _FRONTS)
+    hint = (
+        f"use {fronts}, where NAME is a method that selects, or NAME+INNER, where INNER acts inside the language model"
     )
+    return UsageError(f"methods cannot be combined as {text!r}", hint)
 
 
 @names_plugins()
 def get(text: str, args: dict[str, str] | None = None) -> "Method":
-    """The one method that `text` names: `NAME` or `NAME:SETTING=VALUE:...`.
-
-    `args`: further settings as texts; settings in `text` override them.
-
-    Raises:
-        UsageError: no such method or setting, a combination, or another package's method is broken.
-        PluginError: the code of another package's method failed.
-    """
+    """The method `NAME:SETTING=VALUE:...`, whose settings override `args`, as texts. Raises UsageError, PluginError."""
     check(text)
     if len(_split(text)) > 1:
         raise _impossible(text)
@@ -181,24 +136,14 @@ def get(text: str, args: dict[str, str] | None = None) -> "Method":
 
 @names_plugins()
 def parse(text: str, args: dict[str, str] | None = None) -> "Pipeline":
-    """What `text` names: a method, or several joined by `+` in the order in which they act: `reuse+divprune`, `evoprune+fastv`.
-
-    Args:
-        text: as in `get`, for each of them.
-        args: as in `get`. A combination accepts settings in `text` only.
-
-    Raises UsageError: as `get`, or methods that cannot be combined. PluginError: as `get`.
-    """
+    """What `text` names: methods as in `get`, joined by `+` in the order in which they act, without `args`. Raises as `get`."""
     from evoprune.methods.pipeline import Pipeline
 
     check(text)
     names = _split(text)
     if args and len(names) > 1:
-        setting = "=".join(next(iter(args.items())))
-        raise UsageError(
-            f"settings of {text} must be part of its name",
-            f"for example {text}:{setting}, or {REUSE}:threshold=5+{names[-1]}",
-        )
+        example = f"{text}:{'='.join(next(iter(args.items())))}, or {REUSE}:threshold=5+{names[-1]}"
+        raise UsageError(f"settings of {text} must be part of its name", f"for example {example}")
     parts = [Pipeline.of(_one(name, args)) for name in names]
     made = parts.pop()
     language = made.language
@@ -221,18 +166,14 @@ def parse(text: str, args: dict[str, str] | None = None) -> "Pipeline":
 
 
 def _one(text: str, args: dict[str, str] | None) -> "Method":
-    (name,) = _names(text)
+    name, *texts = text.split(":")
     _warn_of_ignored(name)
-    where = _FRONTS.get(name) or _REGISTRY.get(name)
-    return _made(_class(where) if where else _load(_plugins()[name]), text, _VARIANTS.get(name, {}) | (args or {}))
-
-
-def _made(kind: "type[Method]", text: str, args: dict[str, str] | None = None) -> "Method":
-    """A method of a class with the settings in `NAME:SETTING=VALUE:...`; `args` are further ones."""
-    _, *texts = text.split(":")
+    name, *fixed = _ALIASES.get(name, name).split(":")
+    method = _class(name) if name in (*_REGISTRY, REUSE) else _load(_plugins()[name])
     if wrong := [text for text in texts if "=" not in text]:
-        raise UsageError(f"method {kind.name}: {wrong[0]!r} is not NAME=VALUE", settings_hint(kind, wrong[0]))
-    return from_args(kind, (args or {}) | dict(text.split("=", 1) for text in texts))
+        raise UsageError(f"method {method.name}: {wrong[0]!r} is not NAME=VALUE", settings_hint(method, wrong[0]))
+    given, known = (dict(text.split("=", 1) for text in some) for some in (texts, fixed))
+    return from_args(method, known | (args or {}) | given)
 
 
 @cache
@@ -244,10 +185,11 @@ def _warn_of_ignored(name: str) -> None:
             warn(f"{_named(entry)} is ignored: {name} is {used}; give it another name", PluginWarning, stacklevel=2)
 
 
-def _class(where: str) -> "type[Method]":
-    """The class at "module:name" of this package."""
-    module, _, name = where.partition(":")
-    return getattr(import_module(module), name)
+def _class(name: str) -> "type[Method]":
+    """The class of this package's own method, or of reuse."""
+    module = _REGISTRY.get(name, "evoprune.methods.reuse")
+    found = [each for each in vars(import_module(module)).values() if getattr(each, "__module__", None) == module]
+    return next(each for each in found if getattr(each, "name", None) == name)
 
 
 def plugin_code(text: str) -> dict[str, str]:
@@ -267,9 +209,8 @@ def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
         folder = folder.parent
     if (folder / "__init__.py").exists():
         return sorted(folder.rglob("*.py"))
-    installed = (
-        [Path(str(each.locate())) for each in entry.dist.files or () if each.suffix == ".py"] if entry.dist else []
-    )
+    files = entry.dist.files or () if entry.dist else ()
+    installed = [Path(str(each.locate())) for each in files if each.suffix == ".py"]
     return sorted(installed if file in installed else folder.glob("*.py"))
 
 
@@ -330,8 +271,7 @@ def _load(entry: EntryPoint) -> type["Method"]:
 
 
 def _broken(entry: EntryPoint, what: str) -> UsageError:
-    hint = "repair or uninstall that package, or choose another method"
-    return UsageError(f"{_named(entry)} {what}", hint)
+    return UsageError(f"{_named(entry)} {what}", "repair or uninstall that package, or choose another method")
 
 
 def _named(entry: EntryPoint) -> str:

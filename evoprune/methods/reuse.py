@@ -1,12 +1,10 @@
 """Reuse in time before any selector: `reuse+divprune`, `reuse:threshold=5+visionzip`.
 
-A unit whose pixels have not changed since its place was last encoded is not encoded again (pruning/reuse.py). The
-selector runs after the encoder and sees every unit of the clip; a reused unit has the feature of the row that
-represents it.
+The selector sees every unit of the clip; one that is not encoded again (pruning/reuse.py) has the feature of an earlier row.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from evoprune.methods.base import EncoderMethod
 from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
@@ -17,13 +15,12 @@ from evoprune.pruning.reuse import THRESHOLD
 class Reuse(EncoderMethod):
     """Reuse in front of a selector that users name."""
 
-    name: ClassVar[str] = "reuse"
-    source: ClassVar[str] = "this project"
-    combines: ClassVar[bool] = True
+    name = "reuse"
+    source = "this project"
+    combines = True
 
-    threshold: Annotated[float, "(0, inf]"] = (
-        THRESHOLD  # a unit is encoded again if it changes by so many levels of 255
-    )
+    # A unit is encoded again if it changes by so many levels of 255.
+    threshold: Annotated[float, "(0, inf]"] = THRESHOLD
 
     @property
     def reuse(self) -> float:

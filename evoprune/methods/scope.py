@@ -1,7 +1,7 @@
 """SCOPE (arXiv 2510.24214): salient tokens that cover what no selected token covers yet."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,13 @@ from evoprune.pruning.ranking import BLOCK, snap
 from evoprune.pruning.types import Selection, Tokens
 
 AT_ONCE = 32  # sums that are computed again at a time
-STEPS = 16384  # cosines are integers of this many steps, as in `score.snap`
+STEPS = 16384  # cosines are integers of this many steps, as in `ranking.snap`
 
 
 @dataclass(frozen=True)
 class Scope(Selector):
-    name: ClassVar[str] = "scope"
-    source: ClassVar[str] = "arXiv 2510.24214"
+    name = "scope"
+    source = "arXiv 2510.24214"
 
     alpha: Annotated[float, "[0, inf)"] = 1.0  # power of saliency; at 0, coverage alone decides
 
@@ -32,11 +32,9 @@ class Scope(Selector):
 
 
 def best_covering(features: torch.Tensor, weight: torch.Tensor | None, keep: int) -> torch.Tensor:
-    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) selected greedily by coverage; ties go to the lower index.
+    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) greedily by coverage times `weight` (float64 `[N]`); ties by index.
 
     What a row adds only shrinks while others are selected. So earlier sums are upper bounds; only the highest are computed anew.
-
-    `weight`: float64 `[N]`, at least 0, multiplies what a row adds; None for equal weights.
     """
     unit = F.normalize(features.float(), dim=1)
     every = ascending(len(unit), unit.device)

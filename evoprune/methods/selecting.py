@@ -14,10 +14,7 @@ from evoprune.pruning.types import LayerTokens, Selection, Tokens
 
 
 def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
-    """What `selector` selects: its arguments and result are those of `Selector.select`.
-
-    Raises PluginError: a selector of another package returned something that its base class does not allow.
-    """
+    """What `selector` selects. Raises PluginError: one of another package returned what its base class does not allow."""
     name, units = PLUGINS.get(type(selector)), len(tokens.owner)
     with without_autocast():
         # Rows are shared with other methods of an evaluation, and a stranger's code may write into what it gets.
@@ -30,10 +27,7 @@ def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
 
 
 def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection | None:
-    """What stays behind a layer of the language model: arguments and result are those of `LanguageMethod.select`.
-
-    Raises PluginError: a method of another package returned something that its base class does not allow.
-    """
+    """What stays behind a layer of the language model. Raises as `select`."""
     name, count = PLUGINS.get(type(method)), len(tokens.visual)
     # Keys and values are those of the cache, and a stranger's code may write into what it gets.
     found = method.select(tokens.copied() if name else tokens)
@@ -45,15 +39,13 @@ def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection
 
 
 def _check(name: str, found: Selection, enough: bool, keep: int, units: int, device: torch.device) -> None:
+    """`enough`: whether the number of units is one that the method may return where `keep` of `units` were asked for."""
     if wrong := next(_faults(found, enough, keep, units, device), None):
         raise PluginError(f"{name} returned {wrong}", "report it to that package's authors, or choose another method")
 
 
 def _faults(found: Selection, enough: bool, keep: int, units: int, device: torch.device) -> Iterator[str]:
-    """What is wrong with a selection, the first thing first: later ones are not meaningful.
-
-    `enough`: whether its number of units is one that the method may return where `keep` of `units` were asked for.
-    """
+    """What is wrong with a selection, the first thing first: later ones are not meaningful."""
     if not isinstance(found, Selection):
         yield f"an object of class {type(found).__name__} where a Selection was asked for"
     kept = found.kept
@@ -83,16 +75,11 @@ def _faults(found: Selection, enough: bool, keep: int, units: int, device: torch
 
 
 def _wrong_means(means: tuple[torch.Tensor, ...], count: int, units: int, device: torch.device) -> Iterator[str]:
-    """What is wrong with the means of a selection of `count` of `units` units."""
     if not isinstance(means, tuple) or len(means) != 3:
         yield "means that are not three tensors"
-    token, unit, weight = means
-    for name, value, kind in (
-        ("tokens", token, torch.int64),
-        ("units", unit, torch.int64),
-        ("weights", weight, torch.float32),
-    ):
-        yield from _unlike(f"means, {name}", value, kind, len(token), device)
+    (token, unit, weight), dtypes = means, (torch.int64, torch.int64, torch.float32)
+    for name, value, dtype in zip(("tokens", "units", "weights"), means, dtypes, strict=True):
+        yield from _unlike(f"means, {name}", value, dtype, len(token), device)
     outside = (token < 0) | (token >= count) | (unit < 0) | (unit >= units)
     total = torch.zeros(count, dtype=torch.float32, device=token.device)
     if outside.any() or not (weight >= 0).all() or not (total.index_add_(0, token, weight) > 0).all():
@@ -105,10 +92,10 @@ def _unlike(
     """How a tensor of a selection differs from what it must be: one dimension, `length` (None for any), dtype and device."""
     if not isinstance(value, torch.Tensor):
         yield f"an object of class {type(value).__name__} as {name} where a tensor was asked for"
-    shape, kind = "[K]" if length is None else f"[{length}]", str(dtype).removeprefix("torch.")
+    shape, wanted = "[K]" if length is None else f"[{length}]", str(dtype).removeprefix("torch.")
     if value.dtype != dtype or value.ndim != 1 or length not in (None, len(value)):
         given = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-        yield f"{name} as {given} where {kind} {shape} was asked for"
+        yield f"{name} as {given} where {wanted} {shape} was asked for"
     if value.device != device and not (name == "kept" and value.device.type == "cpu"):
         yield f"{name} on {value.device} where the tokens are on {device}"
 

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import Field, fields
-from types import NoneType
 from typing import Annotated, Any, get_args
 
 from evoprune.errors import UsageError
@@ -16,16 +15,11 @@ Count = Annotated[int, "[1, inf)"]
 
 def check_settings(method: object) -> None:
     """Checks the fields of a method whose types have a range, such as `Share`; otherwise as `check_ranges`."""
-    ranges = {f.name: f.type.__metadata__[0] for f in fields(method) if hasattr(f.type, "__metadata__")}
-    check_ranges(method, **ranges)
+    check_ranges(method, **{f.name: f.type.__metadata__[0] for f in fields(method) if hasattr(f.type, "__metadata__")})
 
 
 def check_ranges(method: object, **ranges: str) -> None:
-    """Checks numbers of a method.
-
-    Args:
-        method: the object whose attributes they are.
-        ranges: for each name an interval such as "[0, 1]" or "(0, inf)"; a round bracket excludes the end.
+    """Checks attributes of a method, by an interval each such as "[0, 1]" or "(0, inf)"; a round bracket excludes the end.
 
     Raises ValueError: it names each number that is outside, NaN included, and its range.
     """
@@ -42,15 +36,11 @@ def check_ranges(method: object, **ranges: str) -> None:
 
 def _worded(low: float, high: float, interval: str) -> str:
     """An interval, with its ends as numbers, in words."""
-    above = f"{'above' if interval[0] == '(' else 'at least'} {low:g}"
+    above, below = "above" if interval[0] == "(" else "at least", "below" if interval[-1] == ")" else "at most"
     if high == math.inf:
-        return above
-    closed = interval[0] == "[" and interval[-1] == "]"
-    return (
-        f"from {low:g} to {high:g}"
-        if closed
-        else f"{above} and {'below' if interval[-1] == ')' else 'at most'} {high:g}"
-    )
+        return f"{above} {low:g}"
+    ends = above == "at least" and below == "at most"
+    return f"from {low:g} to {high:g}" if ends else f"{above} {low:g} and {below} {high:g}"
 
 
 def setting_fields(method: type) -> list[Field]:
@@ -60,52 +50,44 @@ def setting_fields(method: type) -> list[Field]:
 
 def reported(method: object) -> dict[str, Any]:
     """The fields by name: an infinite number as a text, and a field with a `report` in its metadata as that makes it."""
-    return {f.name: f.metadata.get("report", _json_number)(getattr(method, f.name)) for f in fields(method)}
+
+    def plain(value: Any) -> Any:
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {f.name: f.metadata.get("report", plain)(getattr(method, f.name)) for f in fields(method)}
 
 
-def _json_number(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def from_args(kind: type, args: dict[str, Any]) -> Any:
-    """A method of class `kind` with settings as texts, as on a command line; other values count as their texts.
-
-    Raises UsageError: the method has no such setting, or a value has the wrong type or is out of range.
-    """
-    known = {f.name: f for f in setting_fields(kind)}
-    values = {}
+def from_args(method: type, args: dict[str, Any]) -> Any:
+    """A method with settings as texts; other values count as their texts. Raises UsageError: no such setting, or a wrong value."""
+    known, values = {f.name: f for f in setting_fields(method)}, {}
     for name, text in args.items():
         if name not in known:
-            raise UsageError(f"method {kind.name} has no argument {name!r}", settings_hint(kind))
-        values[name] = _parsed(kind, known[name], str(text))
+            raise UsageError(f"method {method.name} has no argument {name!r}", settings_hint(method))
+        values[name] = _parsed(method, known[name], str(text))
     try:
-        made = kind(**values)
+        made = method(**values)
+        if wrong := [name for name, value in values.items() if value != value]:  # NaN is no number to any method
+            raise ValueError(f"{wrong[0]}=nan is not a number")
     except ValueError as error:
-        raise UsageError(f"method {kind.name}: {error}", settings_hint(kind)) from None
-    if wrong := [name for name, value in values.items() if value != value]:  # NaN is no number to any method
-        raise UsageError(f"method {kind.name}: {wrong[0]}=nan is not a number", settings_hint(kind))
+        raise UsageError(f"method {method.name}: {error}", settings_hint(method)) from None
     return made
 
 
-def settings_hint(kind: type, name: str | None = None) -> str:
+def settings_hint(method: type, name: str | None = None) -> str:
     """A hint that lists the settings, or that shows how the one called `name` is given."""
-    known = {f.name: f"{f.name}={f.default}" for f in setting_fields(kind)}
+    known = {f.name: f"{f.name}={f.default}" for f in setting_fields(method)}
     if name in known:
-        return f"a setting has a value: {kind.name}:{known[name]}"
+        return f"a setting has a value: {method.name}:{known[name]}"
     return f"its arguments and defaults: {', '.join(known.values()) or 'none'}"
 
 
 def _parsed(method: type, setting: Field, text: str) -> Any:
-    """The value of a setting given as text, in the type of its default."""
-    kind = type(setting.default)
-    if setting.default is None:
-        if text == "None":
-            return None
-        kind = next(kind for kind in get_args(setting.type) if kind is not NoneType)
+    """The value of a setting given as text, in the type of its default; of one without, in its first type."""
+    if setting.default is None and text == "None":
+        return None
+    number = type(setting.default) if setting.default is not None else get_args(setting.type)[0]
     try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        return kind(text)
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()] if number is bool else number(text)
     except (KeyError, ValueError):
-        problem = f"method {method.name}: {setting.name}={text!r} is not {kind.__name__}"
+        problem = f"method {method.name}: {setting.name}={text!r} is not {number.__name__}"
         raise UsageError(problem, settings_hint(method)) from None

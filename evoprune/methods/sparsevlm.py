@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import ClassVar
 
 import torch
 
@@ -21,12 +19,17 @@ COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110
 
 @dataclass(frozen=True)
 class SparseVlm(LanguageMethod):
-    name: ClassVar[str] = "sparsevlm"
-    source: ClassVar[str] = "arXiv 2410.04417, section 3"
-    default_share: ClassVar[float] = (4 * 300 + 9 * 200 + 16 * 110) / (29 * 576)  # the authors' 192 tokens
+    name = "sparsevlm"
+    source = "arXiv 2410.04417, section 3"
+    default_share = (4 * 300 + 9 * 200 + 16 * 110) / (29 * 576)  # the authors' 192 tokens
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
-        return several_drops(depth, tokens, PLACES, _interpolated, budget)
+        def shares(place: float) -> Sequence[float]:
+            row = min(int(place * (len(COUNTS) - 1)), len(COUNTS) - 2)
+            part = place * (len(COUNTS) - 1) - row
+            return [(low + part * (high - low)) / 576 for low, high in zip(*COUNTS[row : row + 2], strict=True)]
+
+        return several_drops(depth, tokens, PLACES, shares, budget)
 
     def select(self, tokens: LayerTokens) -> Selection:
         if "raters" not in tokens.memory:
@@ -40,14 +43,6 @@ class SparseVlm(LanguageMethod):
             some = order[stay : stay + recycled(count - stay)].sort().values
             into[some] = some[joined_peaks(tokens.hidden[some], means, means)]
         return gathered(into)
-
-
-def _interpolated(place: float) -> Sequence[float]:
-    """Shares of the tokens left after each drop, for a number in [0, 1]."""
-    rows = list(pairwise(COUNTS))
-    row = min(int(place * len(rows)), len(rows) - 1)
-    part = place * len(rows) - row
-    return [(low + part * (high - low)) / 576 for low, high in zip(*rows[row], strict=True)]
 
 
 def _raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:

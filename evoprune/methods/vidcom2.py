@@ -1,7 +1,6 @@
 """VidCom2 (arXiv 2505.14454): frame pairs that differ from the rest of the video get more tokens."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +16,13 @@ TEMPERATURE = 0.01
 
 @dataclass(frozen=True)
 class VidCom2(Selector):
-    name: ClassVar[str] = "vidcom2"
-    source: ClassVar[str] = "arXiv 2505.14454"
+    name = "vidcom2"
+    source = "arXiv 2505.14454"
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        unit = tokens.by_pair(F.normalize(tokens.features[:, steadiest(tokens.features)].float(), dim=1))
+        variance = tokens.features.float().var(0, correction=0)
+        steady = highest(-variance, -(-len(variance) // 2))  # half of the channels
+        unit = tokens.by_pair(F.normalize(tokens.features[:, steady].float(), dim=1))
         pairs, per_pair = unit.shape[:2]
         like_video = likeness(unit, unit.mean((0, 1), keepdim=True))
         like_pair = likeness(unit, unit.mean(1, keepdim=True))
@@ -29,12 +30,6 @@ class VidCom2(Selector):
         weights = pairs * (1 + snap(unlike)) - 1  # T times the share, rounded: equal shares stay equal
         shares = apportion(keep, weights.tolist(), [per_pair] * pairs)
         return of_pairs(map(highest, -snap(like_video + like_pair), shares), per_pair)
-
-
-def steadiest(features: torch.Tensor) -> torch.Tensor:
-    """int64 `[ceil(D / 2)]`, ascending: the channels of `features` (`[N, D]`) with the least variance; ties by index."""
-    variance = features.float().var(0, correction=0)
-    return highest(-variance, -(-len(variance) // 2))
 
 
 def likeness(unit: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """VisionZip (arXiv 2412.04467): the most attended tokens as they are, and means of the other tokens."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,9 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class VisionZip(Selector):
-    name: ClassVar[str] = "visionzip"
-    source: ClassVar[str] = "arXiv 2412.04467"
-    needs: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
+    name = "visionzip"
+    source = "arXiv 2412.04467"
+    needs = frozenset({"attention", "keys"})
 
     dominant: Share = 0.85  # share of the kept tokens that attention selects
 

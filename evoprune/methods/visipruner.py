@@ -5,7 +5,7 @@ projection), and cos(o - c_i, o) says whether o would be another one without it.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 
@@ -20,9 +20,9 @@ from evoprune.pruning.types import LayerTokens, Selection
 
 @dataclass(frozen=True)
 class VisiPruner(LanguageMethod):
-    name: ClassVar[str] = "visipruner"
-    source: ClassVar[str] = "arXiv 2510.17205, section 4"
-    exact: ClassVar[bool] = False
+    name = "visipruner"
+    source = "arXiv 2510.17205, section 4"
+    exact = False
 
     shallow: Part = 6 / 32  # share of the layers in which text does not attend to visual tokens
     latest: Part = 0.5  # share of the layers after which tokens leave if no layer was decisive
@@ -64,6 +64,6 @@ def contributions(tokens: LayerTokens) -> tuple[torch.Tensor, torch.Tensor]:
     given, values = weights[:, :, tokens.visual], tokens.values[tokens.visual].transpose(0, 1).double()
     along = (given * (out @ values.transpose(1, 2))).sum((0, 1))  # c_i . o
     square = (given.square() * values.square().sum(2)[:, None]).sum((0, 1))  # |c_i|^2
-    whole = out.square().sum()
-    rest = (whole - 2 * along + square).clamp(min=0).sqrt()  # |o - c_i|
-    return (whole - along) / (whole.sqrt() * rest).clamp(min=1e-30), square.sqrt()
+    total = out.square().sum()
+    rest = (total - 2 * along + square).clamp(min=0).sqrt()  # |o - c_i|
+    return (total - along) / (total.sqrt() * rest).clamp(min=1e-30), square.sqrt()

@@ -1,7 +1,6 @@
 """VisPruner (arXiv 2412.01818): half of the tokens by attention, the other half because they differ from each other."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -15,9 +14,9 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class VisPruner(Selector):
-    name: ClassVar[str] = "vispruner"
-    source: ClassVar[str] = "arXiv 2412.01818"
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    name = "vispruner"
+    source = "arXiv 2412.01818"
+    needs = frozenset({"attention"})
 
     important: Share = 0.5  # share of the kept tokens that attention selects
     step: Count = 8  # the most tokens that one round removes

@@ -1,10 +1,7 @@
-"""ViTCoP's stages inside the language model (arXiv 2601.17818): what has short keys stays, the rest of a cluster merges.
-
-Its stage before the language model is `visionzip:dominant=1`. docs/methods.md says what is adapted.
-"""
+"""ViTCoP's stages inside the language model (arXiv 2601.17818): short keys stay, others merge. Before: `visionzip:dominant=1`."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 
@@ -23,15 +20,13 @@ PLACES = (2 / 32, 22 / 32)
 class ViTCoP(LanguageMethod):
     """O(n^2 D) for the n tokens of a frame pair, at the first drop."""
 
-    name: ClassVar[str] = "vitcop"
-    source: ClassVar[str] = "arXiv 2601.17818"
-    default_share: ClassVar[float] = (32 * 2 / 9 / 0.4 - 2) / 30  # 2/9 over all layers, behind a stage that keeps 0.4
+    name = "vitcop"
+    source = "arXiv 2601.17818"
+    default_share = (32 * 2 / 9 / 0.4 - 2) / 30  # 2/9 over all layers, behind a stage that keeps 0.4
 
     centres: Share = 0.15  # number of clusters, as a share of a frame pair's tokens
     cutoff: Annotated[float, "(0, inf)"] = 0.25  # of distances, as a share of their root mean square
-    near: Annotated[float, "[0, inf)"] = (
-        0.6  # how far apart tokens may be that join, in heights and widths of the frame
-    )
+    near: Annotated[float, "[0, inf)"] = 0.6  # how far apart joining tokens may be, in heights and widths of the frame
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return several_drops(depth, tokens, PLACES, lambda part: (part, max(part / 5, 1 - 8.2 * (1 - part))), budget)
@@ -50,9 +45,7 @@ class ViTCoP(LanguageMethod):
 def merged(cluster: torch.Tensor, length: torch.Tensor, left: int) -> Selection:
     """Of each cluster the tokens with the shortest keys stay; its others become one token, at the place of the middle one.
 
-    Args:
-        cluster: int64 `[n]`, the number of each token's cluster. If there are more than `left`, those of long keys become one.
-        length: float64 `[n]`, of each token's key.
+    `cluster`: int64 `[n]`; if there are more than `left`, those of long keys become one. `length`: float64 `[n]`, of each key.
     """
     index, size = ascending(len(cluster), cluster.device), torch.bincount(cluster)
     total = torch.zeros(len(size), dtype=torch.float64, device=cluster.device).index_add_(0, cluster, length)

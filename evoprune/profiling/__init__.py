@@ -1,4 +1,1 @@
-"""Latency, counts and memory against plain Hugging Face transformers on the same weights: what `evoprune profile` runs.
-
-`run.py` measures in rounds; `results.py` makes figures of the raw samples.
-"""
+"""Latency, counts and memory against plain Hugging Face transformers on the same weights: what `evoprune profile` runs."""

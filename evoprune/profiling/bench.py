@@ -24,10 +24,7 @@ Progress = Callable[[str], None]
 
 
 class Bench:
-    """Rows, models and clips, ready to be measured.
-
-    Rows that cannot run get an error. `source` makes the frames of a case; `notes` are remarks for the results.
-    """
+    """Rows, models and clips, ready to be measured; rows that cannot run get an error. `source` makes the frames of a case."""
 
     def __init__(
         self, loaded: LoadedModel, rows: Sequence[Row], source: Source, settings: Settings, progress: Progress
@@ -47,7 +44,11 @@ class Bench:
                     row.error = f"not run: {short}"
             else:
                 with memory_guard("preprocess"):
-                    self._prepare(case, here, source(case))
+                    frames = source(case)
+                    self._clips[case,] = prepare(loaded, *frames)
+                    for name, budget in {(row.method, row.budget) for row in here if row.kind == METHOD}:
+                        if (method := settings.parse(name)).acts == "input":
+                            self._clips[case, name, budget] = prepare(loaded, *frames, method, budget)
         # Large squares, and the tower's own widest product over as many rows as it computes at a time.
         sides, vision = (4096, 8192) if loaded.device.startswith("cuda") else (1024, 2048), model.config.vision_config
         chunk_units = min(largest_chunk(model.device), max((clip.units for clip in self._clips.values()), default=1))
@@ -72,14 +73,6 @@ class Bench:
             return run_evoprune(model, clip, plan, method, row.budget, settings.new_tokens, settings.seed)
         except (ModelError, OutOfMemory) as problem:
             return problem.message
-
-    def _prepare(self, case: Case, rows: Sequence[Row], frames: Frames) -> None:
-        """Preprocesses a clip, once as it is and once for each method and budget that makes it smaller."""
-        self._clips[case,] = prepare(self._loaded, *frames)
-        for name, budget in {(row.method, row.budget) for row in rows if row.kind == METHOD}:
-            method = self._settings.parse(name)
-            if method.acts == "input":
-                self._clips[case, name, budget] = prepare(self._loaded, *frames, method, budget)
 
 
 def all_rows(cases: Sequence[Case], settings: Settings) -> list[Row]:

@@ -28,9 +28,9 @@ SYNTHETIC_FPS = 2.0
 Frames = tuple[torch.Tensor, float]  # uint8 [F, H, W, 3], and the seconds from one grid to the next
 
 
-def synthetic_frames(kind: str, case: Case) -> Frames:
+def synthetic_frames(content: str, case: Case) -> Frames:
     """A clip made by formula, at Qwen's own frame rate; or a picture, its first frame."""
-    made = synthetic.clip(kind, max(synthetic.PAIR, case.frames), case.height, case.width)
+    made = synthetic.clip(content, max(synthetic.PAIR, case.frames), case.height, case.width)
     return torch.from_numpy(made[: case.frames]), 2 / SYNTHETIC_FPS
 
 
@@ -57,23 +57,15 @@ def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip ready for the tower, and the prompt around it.
+    """A clip ready for the tower, and the prompt around it."""
 
-    Attributes:
-        patches: `[4 * N, 1176]` in Hugging Face's order, on the device and in the dtype of the weights.
-        grid: (T, H, W) in units. `seconds_per_pair`: from one grid to the next.
-        ids: int64 `[15 + N + 15]`, any tokens for the text, and zeros for the video.
-        positions: int64 `[3, 15 + N + 15]` by Qwen's rule; `following`: that of the first new token.
-        unpruned: units of the clip without pruning; more than N if a method made the input smaller.
-    """
-
-    patches: torch.Tensor
-    grid: tuple[int, int, int]
-    seconds_per_pair: float
-    ids: torch.Tensor
-    positions: torch.Tensor
-    following: int
-    unpruned: int
+    patches: torch.Tensor  # `[4 * N, 1176]` in Hugging Face's order, on the device and in the dtype of the weights
+    grid: tuple[int, int, int]  # (T, H, W) in units
+    seconds_per_pair: float  # from one grid to the next
+    ids: torch.Tensor  # int64 `[15 + N + 15]`, any tokens for the text, and zeros for the video
+    positions: torch.Tensor  # int64 `[3, 15 + N + 15]` by Qwen's rule
+    following: int  # position of the first new token
+    unpruned: int  # units of the clip without pruning; more than N if a method made the input smaller
 
     @property
     def units(self) -> int:
@@ -87,10 +79,7 @@ def prepare(
     method: Pipeline | None = None,
     budget: float = 1.0,
 ) -> Clip:
-    """Preprocesses a clip, made smaller if `method` acts on the input.
-
-    The text's tokens are selected at random from all of the vocabulary, always the same.
-    """
+    """Preprocesses a clip, made smaller if `method` acts on the input, with a text of random tokens, always the same."""
     v, visual = loaded.video, loaded.model.model.visual
     count, height, width, _ = frames.shape
     grid = case_grid(Case(count, height, width), v)

@@ -1,7 +1,6 @@
-"""What a benchmark measured: rows of raw samples, and the figures made of them (schema `evoprune/profile@1`). No torch.
+"""What a benchmark measured: raw samples in seconds, and figures made of them (schema `evoprune/profile@1`). No torch.
 
-A ratio is taken round by round, and its median is reported, so that a drift of the machine's speed cancels. Times are seconds here
-and milliseconds in the document; unknown values are None.
+A ratio is taken round by round, and its median is reported, so that a drift of the machine's speed cancels.
 """
 
 from collections.abc import Sequence
@@ -17,6 +16,10 @@ HUGGING_FACE, FULL, BOUND, METHOD = "hugging_face", "full", "post_encoder_bound"
 STAGES = {  # names of times in the document, and in a `Sample`
     "encode": "encode", "encode_prune": "prune", "prefill": "prefill", "prefill_prune": "prefill_prune",
     "generate": "generate", "ttft_model": "first_token",
+}  # fmt: skip
+RATIOS = {  # names in the document, and in `Figures`
+    "first_token_to_hugging_face": "vs_hf", "first_token_to_bound": "vs_bound", "encode_to_hugging_face": "encode_vs_hf",
+    "prune_of_encode": "prune_share", "tower_of_matmul": "matmul_share",
 }  # fmt: skip
 
 
@@ -35,21 +38,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Sample:
-    """One row's turn in one round, in seconds.
+    """One row's turn in one round, in seconds."""
 
-    Attributes:
-        encode: the tower. `prune`: scores, merging and selection, part of `encode`.
-        prefill: the prompt, up to the logits of its last token. `prefill_prune`: choosing tokens there, part of prefill.
-        generate: all new tokens; the first needs no pass of its own.
-        peak_bytes: the most memory in use, weights included.
-    """
-
-    encode: float
-    prune: float
-    prefill: float
-    generate: float
-    peak_bytes: int | None = None
-    prefill_prune: float = 0.0
+    encode: float  # the tower
+    prune: float  # scores, merging and selection, part of `encode`
+    prefill: float  # the prompt, up to the logits of its last token
+    generate: float  # all new tokens; the first needs no pass of its own
+    peak_bytes: int | None = None  # the most memory in use, weights included
+    prefill_prune: float = 0.0  # part of `prefill`
 
     @property
     def first_token(self) -> float:
@@ -58,32 +54,23 @@ class Sample:
 
 @dataclass(frozen=True)
 class Counts:
-    """How much work a row has, the same in every round.
+    """How much work a row has, the same in every round."""
 
-    Attributes:
-        units: merge units of the clip, N.
-        encoder_rows: rows that leave the tower; `live_share`: mean over its layers of rows / N.
-        layers: (layer, rows that it computed).
-        tokens: visual tokens that reach the language model, K; `prompt`: those and the text around them.
-        tower_flop: floating-point operations of the tower.
-        language_layers: (layer, visual tokens that it read) of the language model; None where each reads all that reach it.
-        language_work: (layer, visual tokens whose keys, queries and MLP it computed); None where these do not differ.
-    """
-
-    units: int
-    encoder_rows: int
-    live_share: float
-    layers: tuple[tuple[int, int], ...]
-    tokens: int
-    prompt: int
+    units: int  # N, of the clip
+    encoder_rows: int  # that leave the tower
+    live_share: float  # mean over its layers of rows / N
+    layers: tuple[tuple[int, int], ...]  # (layer, rows that it computed)
+    tokens: int  # K, visual tokens that reach the language model
+    prompt: int  # those and the text around them
     tower_flop: float
+    # (layer, visual tokens that it read), and (layer, those whose keys, queries and MLP it computed); None where it is all of them
     language_layers: tuple[tuple[int, int], ...] | None = None
     language_work: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(eq=False)
 class Row:
-    """One row at one case. `kind`: see above. `samples`: one for each measured round; none if the row failed with an `error`."""
+    """One row at one case. `samples`: one for each measured round; none if the row failed with an `error`."""
 
     kind: str
     case: Case
@@ -123,11 +110,7 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 
 def bound_of(full: Row, method: Row) -> Row:
-    """The best that a method after the encoder can do with as many tokens as `method` keeps, or why it is unknown.
-
-    It is put together, round by round: the tower without pruning, a selection that costs nothing, and `method`'s own prefill and
-    generation.
-    """
+    """The tower of `full` and the rest of `method`, round by round: the best that a method after the encoder can do, or why not."""
     bound = Row(BOUND, method.case, method.budget, error=full.error or method.error)
     if bound.error or full.counts is None or method.counts is None:
         return bound
@@ -139,52 +122,40 @@ def bound_of(full: Row, method: Row) -> Row:
 
 
 class Figures(NamedTuple):
-    """The figures of a row: medians over the rounds in seconds, and ratios as medians of the rounds' own.
-
-    Attributes:
-        generate_tok_s: tokens a second over the passes after the first token.
-        prune_share: of encode.
-        vs_hf, vs_bound: how many times faster the first token is than plain transformers', and than the bound's at this budget.
-        encode_vs_hf: how many times faster the tower is.
-        matmul_share: the share of the machine's rate in plain matrix products that the tower reaches.
-        peak_bytes: the highest.
-    """
+    """The figures of a row: medians over the rounds in seconds, and ratios as medians of the rounds' own."""
 
     encode: Spread
     prefill: Spread
     generate: Spread
     first_token: Spread
-    generate_tok_s: float | None
-    prune_share: float
-    vs_hf: float | None
-    vs_bound: float | None
+    generate_tok_s: float | None  # over the passes after the first token
+    prune_share: float  # of encode
+    vs_hf: float | None  # how many times faster the first token is than plain transformers'
+    vs_bound: float | None  # and than the bound's at this budget
     encode_vs_hf: float | None
-    matmul_share: float | None
-    peak_bytes: int | None
+    matmul_share: float | None  # of the machine's rate in plain matrix products, reached by the tower
+    peak_bytes: int | None  # the highest
 
 
 @dataclass
 class Results:
-    """Everything a benchmark found, and with which settings.
-
-    Attributes:
-        machine: facts beyond `env`.
-        rows: case after case: Hugging Face, budget 1.0, then for each budget the bound and the methods.
-        matmul_rates: floating-point operations a second in plain matrix products, one figure a measured round.
-        warmups, rounds: how many ran. `warmup_seconds`, `seconds`: how long the warm-ups took, and everything.
-    """
+    """Everything a benchmark found, and with which settings."""
 
     model: ModelFacts
     weights_bytes: int
     env: Environment
-    machine: dict[str, Any]
+    machine: dict[str, Any]  # facts beyond `env`
     settings: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-    matmul_rates: list[float] = field(default_factory=list)
-    warmups: int = 0
+    rows: list[Row] = field(
+        default_factory=list
+    )  # Hugging Face, budget 1.0, then for each budget the bound and the methods
+    matmul_rates: list[float] = field(
+        default_factory=list
+    )  # operations a second in plain products, of each measured round
+    warmups: int = 0  # that ran, as `rounds`
     rounds: int = 0
     warmup_seconds: float = 0.0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of everything
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
 
@@ -208,9 +179,9 @@ class Results:
     def of(self, case: Case) -> list[Row]:
         return [row for row in self.rows if row.case == case]
 
-    def _against(self, row: Row, kind: str, stage: str) -> float | None:
-        """How many times as fast `row` is as the row of this kind that it is compared with, if that has samples."""
-        peers = (r for r in self.of(row.case) if r.kind == kind and (kind != BOUND or r.budget == row.budget))
+    def _against(self, row: Row, other: str, stage: str) -> float | None:
+        """How many times as fast `row` is as the `other` kind of row at its case, if that has samples."""
+        peers = (r for r in self.of(row.case) if r.kind == other and (other != BOUND or r.budget == row.budget))
         peer = next((r for r in peers if r.samples), None)
         return median_ratio(peer.seconds(stage), row.seconds(stage)) if peer else None
 
@@ -235,23 +206,17 @@ class Results:
 
     def document(self) -> dict[str, Any]:
         """All of it as plain data for JSON: times in milliseconds, sizes in bytes."""
+        rates, seconds = self.matmul_rates, round(self.seconds, 3)
+        ran = {"warmup": self.warmups, "measured": self.rounds, "seconds": seconds, "interrupted": self.interrupted}
         return {
             "schema": SCHEMA,
             "model": asdict(self.model),
             "env": asdict(self.env),
             "machine": self.machine,
             "settings": self.settings,
-            "rounds": {
-                "warmup": self.warmups,
-                "measured": self.rounds,
-                "seconds": round(self.seconds, 3),
-                "interrupted": self.interrupted,
-            },
+            "rounds": ran,
             "memory": {"weights_bytes": self.weights_bytes},
-            "matmul": {
-                "flop_per_s": round(median(self.matmul_rates)) if self.matmul_rates else None,
-                "samples": [round(rate) for rate in self.matmul_rates],
-            },
+            "matmul": {"flop_per_s": round(median(rates)) if rates else None, "samples": [*map(round, rates)]},
             "rows": [self._row_document(row) for row in self.rows],
             "notes": self.remarks,
         }
@@ -269,13 +234,7 @@ class Results:
             "counts": asdict(row.counts) if row.counts else None,
             "time_ms": {name: _ms(median(seconds)) if seconds else None for name, seconds in times.items()},
             "rate": {"generate_tok_s": f and _short(f.generate_tok_s)},
-            "ratio": {
-                "first_token_to_hugging_face": f and _short(f.vs_hf),
-                "first_token_to_bound": f and _short(f.vs_bound),
-                "encode_to_hugging_face": f and _short(f.encode_vs_hf),
-                "prune_of_encode": f and _short(f.prune_share),
-                "tower_of_matmul": f and _short(f.matmul_share),
-            },
+            "ratio": {name: f and _short(getattr(f, figure)) for name, figure in RATIOS.items()},
             "memory": {"peak_bytes": f and f.peak_bytes},
             "samples": [
                 {name: _ms(getattr(sample, stage)) for name, stage in STAGES.items()}

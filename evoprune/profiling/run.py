@@ -1,8 +1,4 @@
-"""How fast a model answers, against plain Hugging Face transformers on the same weights: what `evoprune profile` runs.
-
-All rows take turns, round after round, in one process. Speed does not depend on the values of the weights, so random ones of the
-true dimensions will do. Nor do the counts: how many rows a layer computes follows from the budget and the pixels.
-"""
+"""What `evoprune profile` runs: all rows take turns, round after round, in one process; random weights will do."""
 
 import os
 import platform
@@ -39,15 +35,11 @@ def measure(
     """Runs all rows in turn, round after round, as far as they end in time.
 
     Args:
-        source: makes the frames of a case.
-        about: what else to note among the settings: `video` or `synthetic`.
+        source: makes the frames of a case. `about`: what else to note among the settings: `video` or `synthetic`.
         limit: of the whole run, which may have begun before; None for that of the settings, from now on.
-        rows: from `bench.all_rows`, those that are measured; None for all.
-        estimated: seconds of a row, or how long it takes beside the others.
+        rows: from `bench.all_rows`, those that are measured; None for all. `estimated`: seconds of a row, on any scale.
 
-    Yields:
-        The results so far after each measured round, of which there is at least one. A round that is interrupted leaves the
-        results of the rounds before it as they are.
+    Yields the results so far after each measured round, of which there is at least one.
     """
     limit, asked = limit or TimeLimit(settings.time_limit_s), all_rows(cases, settings)
     rows = list(asked if rows is None else rows)
@@ -58,7 +50,11 @@ def measure(
 
     run_round = partial(_run_round, bench, rows, limit, progress, estimated)
     for phase, (rate, turns) in paced(run_round, settings, limit):
-        _note(turns, measured=phase != WARM_UP)
+        for row, turn in turns.items():
+            if isinstance(turn, str):
+                row.error, row.samples = turn, []
+            else:
+                row.counts, row.samples = turn.counts, row.samples + [turn.sample] * (phase != WARM_UP)
         if phase == WARM_UP:
             results = replace(results, warmups=results.warmups + 1, warmup_seconds=limit.spent)
             continue
@@ -79,7 +75,7 @@ def measure(
 def _run_round(
     bench: Bench, rows: list[Row], limit: TimeLimit, progress: Progress, estimated: Seconds, title: str, rounds: int
 ) -> Round:
-    """A turn of each row. With `rounds`, those that must end in time, rows that would end too late leave `rows`."""
+    """A turn of each row; if `rounds` must end in time, rows that would not leave `rows`."""
     begun = limit.now()
     progress(f"{title}: matrix products")
     rate, turns, took = bench.rate(), {}, {}
@@ -97,17 +93,11 @@ def _run_round(
 
 
 def paced(run_round: Callable[[str, int], Round], settings: Settings, limit: TimeLimit) -> Iterator[tuple[str, Round]]:
-    """Runs rounds while they end in time. The previous round says how long the next one takes.
+    """Runs rounds while they end in time, by the time of the round before; the first one in any case.
 
-    The first round runs in any case. If it was a warm-up and no other round ends in time, it counts as the measured one.
+    `run_round` gets a title; and for the first round, for which rows may be left out, how many must end in time, else 0.
 
-    Args:
-        run_round: called with a title; and for the first round, for which rows may be left out, with how many rounds must end in
-            time, this one included; else with 0.
-        limit: of the whole run.
-
-    Yields:
-        Each round with `WARM_UP` or `ROUND`; and the last warm-up once more with `COUNTED`, if it counts as the measured round.
+    Yields each with `WARM_UP` or `ROUND`; and the last warm-up once more with `COUNTED`, if no measured round ends in time.
     """
     last, made, measured = 0.0, None, False
     titles = [(WARM_UP, n, settings.warmups) for n in range(settings.warmups)]
@@ -121,16 +111,6 @@ def paced(run_round: Callable[[str, int], Round], settings: Settings, limit: Tim
             yield phase, made
     if not measured:
         yield COUNTED, made
-
-
-def _note(turns: dict[Row, Turn | str], measured: bool) -> None:
-    """Writes the turns of a round to their rows; samples only if it is `measured`."""
-    for row, turn in turns.items():
-        if isinstance(turn, str):
-            row.error, row.samples = turn, []
-        else:
-            row.counts = turn.counts
-            row.samples = [*row.samples, turn.sample] if measured else row.samples
 
 
 def _with_bounds(rows: list[Row]) -> list[Row]:

@@ -5,15 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from evoprune.language.generate import (
-    GenerationSettings,
-    TokenStream,
-    Visual,
-    column_sizes,
-    dropping_for,
-    embed_prompt,
-    prefill,
-)
+from evoprune.language import generate
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.cost import Clock, tower_flop
 from evoprune.model.machine import peak_memory, reset_peak_memory
@@ -49,14 +41,14 @@ def run_evoprune(
         )  # fmt: skip
     with clock.stage("prefill"):
         place = range(TEXT_BEFORE, TEXT_BEFORE + clip.units)
-        visuals = [Visual(place, encoded.features, encoded.kept, encoded.size)]
-        embeds, columns = embed_prompt(model, clip.ids, visuals)
-        sizes = column_sizes(visuals, columns)
-        dropping = dropping_for(model, method, budget, visuals, [clip.grid], embeds, columns)
+        visuals = [generate.Visual(place, encoded.features, encoded.kept, encoded.size)]
+        embeds, columns = generate.embed_prompt(model, clip.ids, visuals)
+        sizes = generate.column_sizes(visuals, columns)
+        dropping = generate.dropping_for(model, method, budget, visuals, [clip.grid], embeds, columns)
         positions = clip.positions[:, columns]
-        state = prefill(model, embeds, positions, clip.following, sizes=sizes, dropping=dropping)
+        state = generate.prefill(model, embeds, positions, clip.following, sizes=sizes, dropping=dropping)
     with clock.stage("generate"):
-        tokens = list(TokenStream(model, state, GenerationSettings(new_tokens), eos_ids=()))
+        tokens = list(generate.TokenStream(model, state, generate.GenerationSettings(new_tokens), eos_ids=()))
     counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept))
     sample = _sample(loaded, clock, encoded.prune_seconds, dropping.timer.seconds() if dropping else 0.0)
     if dropping:
@@ -67,11 +59,7 @@ def run_evoprune(
 
 @torch.inference_mode()
 def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int) -> Turn:
-    """Transformers' own tower, language model and cache. All tokens are read; logits are of the last token alone.
-
-    `reference`: the transformers model that shares the weights of `loaded`. Its modules are called one by one, without what its
-    `generate` does around them, so that each stage can be timed.
-    """
+    """The tower, language model and cache of transformers' `reference`, one by one; logits are of the last token alone."""
     from transformers import DynamicCache
 
     clock, text = _start(loaded), reference.model.language_model

@@ -9,26 +9,18 @@ SYNTHETIC = ("motion", "static90", "noise")  # kinds of synthetic clips, see `sy
 
 @dataclass(frozen=True)
 class Settings:
-    """What is swept, and how often it is measured.
+    """What is swept, and how often it is measured."""
 
-    Attributes:
-        budgets, methods, quantize: every method runs at every budget, with each quantisation of the language model's weights.
-        method_args: settings of the methods, as texts. `seed`: for methods that select at random.
-        new_tokens: generated in any case; ends of sequence are ignored.
-        warmups, repetitions: rounds; warm-ups are not counted.
-        time_limit_s: of the whole run. Rows and rounds that would end later are left out; one round of the least rows runs in any
-            case, see `time_limit`.
-    """
-
+    # Every method runs at every budget, with each quantisation of the language model's weights.
     budgets: tuple[float, ...]
     methods: tuple[str, ...] = (methods.DEFAULT,)
     quantize: tuple[str, ...] = ("none",)
-    method_args: dict[str, str] | None = None
-    seed: int = 0
-    new_tokens: int = 4
-    warmups: int = 1
-    repetitions: int = 3
-    time_limit_s: float = 150.0
+    method_args: dict[str, str] | None = None  # settings of the methods, as texts
+    seed: int = 0  # for methods that select at random
+    new_tokens: int = 4  # generated in any case; ends of sequence are ignored
+    warmups: int = 1  # rounds that are not counted
+    repetitions: int = 3  # rounds that are
+    time_limit_s: float = 150.0  # of the whole run: see profiling/time_limit.py
 
     def parse(self, name: str):
         """The `Pipeline` that a name means, with the settings of all methods."""

@@ -22,21 +22,13 @@ SCALES = ((64, 3), (32, 2), (16, 1), (8, 1), (4, 1))
 Draw = Callable[[int], np.ndarray]  # f to integers [H, W, 3], 0 to 255
 
 
-def clip(kind: str, frames: int, height: int, width: int) -> np.ndarray:
-    """A clip of one of `settings.SYNTHETIC`.
-
-    `frames`: how many, even. `height`, `width`: multiples of 28.
-
-    Returns:
-        uint8 `[frames, height, width, 3]`.
-
-    Raises ValueError: an unknown kind, or sizes that are not whole grids of whole units.
-    """
-    if kind not in SYNTHETIC:
-        raise ValueError(f"no synthetic clip {kind!r}: one of {', '.join(SYNTHETIC)}")
+def clip(content: str, frames: int, height: int, width: int) -> np.ndarray:
+    """uint8 `[frames, height, width, 3]`: one of `settings.SYNTHETIC`. Raises ValueError: another, or sizes of no whole grids."""
+    if content not in SYNTHETIC:
+        raise ValueError(f"no synthetic clip {content!r}: one of {', '.join(SYNTHETIC)}")
     if min(frames, height, width) < 1 or frames % PAIR or height % UNIT or width % UNIT:
         raise ValueError(f"{frames} frames of {height}x{width} are not whole grids of whole units")
-    draw = {"motion": _motion, "static90": _static, "noise": _noise}[kind](height, width)
+    draw = {"motion": _motion, "static90": _static, "noise": _noise}[content](height, width)
     made = np.empty((frames, height, width, 3), np.uint8)
     for f in range(frames):  # one at a time, for the sake of memory
         made[f] = draw(f)

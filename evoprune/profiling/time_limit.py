@@ -1,8 +1,4 @@
-"""Which rows of a benchmark end within its time limit.
-
-Before anything is loaded, the time of each row is estimated from its operations and a short measurement of this machine. From the
-first turn on, the times that rows have really taken correct the estimates of the others.
-"""
+"""Which rows of a benchmark end within its time limit: by an estimate before anything is loaded, then corrected by each turn."""
 
 import math
 import time
@@ -35,10 +31,7 @@ Seconds = Callable[[Row], float]
 
 @dataclass
 class TimeLimit:
-    """The seconds that a run may take since it `begun`, by the clock `now`.
-
-    If the limit is not `firm` it is raised for a run that would take longer, which is otherwise refused.
-    """
+    """The seconds that a run may take since it `begun`, by the clock `now`; if not `firm`, at least what its least rows take."""
 
     seconds: float
     now: Callable[[], float] = time.perf_counter
@@ -59,20 +52,19 @@ class TimeLimit:
 
 
 def fitting(rows: Sequence[Row], seconds: Seconds, left: float, kept: Collection[Row] = ()) -> list[Row]:
-    """The rows that end in time, in their order; those that are `kept` are among them in any case.
+    """The rows that end in time, in their order, and those that are `kept`.
 
-    The least is Hugging Face, budget 1.0 and the first method of the fastest case, which are there in any case. Another case is
-    there if these three of it end in time. The rows that remain follow in their order.
+    The least of a case is Hugging Face, budget 1.0 and the first method. That of the fastest case is there in any case, another
+    case if its least ends in time. Other rows follow in their order.
     """
     chosen, used = {*kept}, sum(map(seconds, kept))
     cases = [[row for row in rows if row.case == case] for case in dict.fromkeys(row.case for row in rows)]
     for number, here in enumerate(sorted(cases, key=lambda here: sum(map(seconds, _least(here))))):
-        missing = [row for row in _least(here) if row not in chosen]
-        cost = sum(map(seconds, missing))
-        if number and used + cost > left:
+        first = [row for row in _least(here) if row not in chosen]
+        if number and used + sum(map(seconds, first)) > left:
             continue
-        chosen |= {*missing}
-        used += cost
+        chosen |= {*first}
+        used += sum(map(seconds, first))
         for row in here:
             if row not in chosen and used + seconds(row) <= left:
                 chosen.add(row)
@@ -81,7 +73,6 @@ def fitting(rows: Sequence[Row], seconds: Seconds, left: float, kept: Collection
 
 
 def _least(rows: Sequence[Row]) -> list[Row]:
-    """The rows of a case that the others are compared with, and the first method."""
     method = next((row for row in rows if row.kind == METHOD and row.method != "none"), None)
     return [row for row in rows if row.kind in (HUGGING_FACE, FULL) or row is method]
 
@@ -94,9 +85,7 @@ def estimate(
 ) -> tuple[dict[Row, float], Callable[[Collection[str]], float]]:
     """Seconds of a turn of each row; and a function from quantisations of the weights to the seconds until the first turn.
 
-    Args:
-        model: what is known of it before it is loaded.
-        bind: gives a method what belongs to the model (`pipeline.resolving.with_recipe`).
+    `bind` gives a method what belongs to the model (`pipeline.resolving.with_recipe`).
     """
     config, limits, dtype, device = model
     tree, text = empty(config), config.text_config
@@ -124,9 +113,7 @@ def _memory_rates(device: str, size: int = 2**26) -> tuple[float, float]:
     """Bytes a second that this machine writes into new memory, and that it reads; each the best of three."""
 
     def rate(make: Callable[[], torch.Tensor]) -> float:
-        return size / min(
-            repeat(lambda: make().view(-1)[-1].item(), number=1, repeat=3)
-        )  # reading an item synchronises
+        return size / min(repeat(lambda: make().view(-1)[-1].item(), number=1, repeat=3))  # `item` synchronises
 
     new = partial(torch.ones, size // 4, dtype=torch.float32, device=device)
     return rate(new), rate(new().sum)
@@ -138,14 +125,9 @@ def choose_rows(
     preparing: Callable[[Collection[str]], float],
     limit: TimeLimit,
 ) -> list[Row]:
-    """The rows that are loaded for: those of as many `quantizations` as can be prepared, as far as they end in time.
+    """The rows of as many `quantizations` as can be prepared, as far as they end in time; `expected`, `preparing`: of `estimate`.
 
-    Where even the least does not, a limit that is not firm is raised to what that takes.
-
-    Args:
-        expected, preparing: from `estimate`.
-
-    Raises UsageError: the least that can be measured takes longer than a firm limit.
+    If even the least does not, a limit that is not firm is raised. Raises UsageError: one that is firm.
     """
     for count in range(len(quantizations), 0, -1):
         prepared = [row for row in expected if row.quantize in ("none", *quantizations[:count])]
@@ -165,18 +147,14 @@ def choose_rows(
 
 
 def trimmed(rows: Sequence[Row], took: Mapping[Row, float], estimated: Seconds, rounds: int, left: float) -> list[Row]:
-    """The rows without those that are next and would not end in time; asked before each turn of the first round.
+    """The rows without those that come next and would not end in time; asked before each turn of the first round.
 
-    Args:
-        took: seconds of the rows that have had their turn.
-        estimated: of the others, before anything ran. The factor by which it was wrong so far corrects all.
-        rounds: that are to end in time, this one included.
+    `took`: seconds of rows that had their turn, by which other estimates are corrected. `rounds`: to end in time, with this one.
     """
-    timed = [row for row in rows if row in took]
-    expected = sum(map(estimated, timed))
+    expected = sum(map(estimated, took))
     if not expected:
         return [*rows]
-    scale = sum(took[row] for row in timed) / expected
+    scale = sum(took.values()) / expected
 
     def seconds(row: Row) -> float:
         if row.error:

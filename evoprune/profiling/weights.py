@@ -45,11 +45,7 @@ class ModelOutline(NamedTuple):
 
 
 def outline(options: ModelOptions) -> ModelOutline | None:
-    """The model without its weights; None if only loading tells.
-
-    Raises:
-        What `load_model` raises.
-    """
+    """The model without its weights; None if only loading tells. Raises what `load_model` raises."""
     name, random = options.model, options.load_format == "dummy"
     if random and not (name in BUNDLED_CONFIGS or name in DEMOS or Path(name).is_dir()):
         return None
@@ -58,10 +54,7 @@ def outline(options: ModelOptions) -> ModelOutline | None:
 
 
 def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
-    """Loads a model, after a check that there is memory for it and for the smallest case.
-
-    Raises UsageError: a case cannot be cut into merge units. OutOfMemory: there is too little memory. What `load_model` raises.
-    """
+    """Loads a model if there is memory for the smallest case. Raises OutOfMemory; what `case_grid` and `load_model` raise."""
     if found := outline(options):
         config, limits, dtype, place = found
         weights = sum(weight.numel() for weight in empty(config).parameters()) * dtype.itemsize
@@ -74,12 +67,7 @@ def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
 def quantized_models(
     loaded: LoadedModel, names: Sequence[str], working: int, progress: Callable[[str], None]
 ) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
-    """The model with its weights packed and in each quantisation, beside the plain weights that transformers runs on.
-
-    `working`: bytes that must stay free.
-
-    Returns by quantisation: the models that there is memory for, and why the others are missing. And remarks for the results.
-    """
+    """The models that there is memory for beside `working` bytes ("none" is packed), why others are missing, and remarks."""
     for name in names:
         check_quantize(name, torch.device(loaded.device))
     ours, notes, missing = shared(loaded.model), [], {}
@@ -119,10 +107,7 @@ def _ready(name: str, model: QwenVL, start: float) -> str:
 
 
 def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: int) -> int:
-    """The most bytes in use beside weights of `bytes_each`. Transformers takes the most, with all units at a time.
-
-    Raises UsageError: the frames cannot be cut into merge units.
-    """
+    """The most bytes in use beside weights of `bytes_each`: those of transformers. Raises as `case_grid`."""
     units = prod(case_grid(case, limits))
     held = cost.SMALL_CHANGE + cost.pixel_bytes(config, units, bytes_each)
     language = cost.language_bytes(config, units + TEXT_BEFORE + TEXT_AFTER, bytes_each)

@@ -22,12 +22,7 @@ ELSEWHERE = {
 
 
 def parse_budget(text: str | float, names: Sequence[str] = ()) -> float | str:
-    """The share of visual tokens to keep, from the name of a preset, a number in (0, 1] or a percentage such as `10%`.
-
-    Other `names` are returned unchanged.
-
-    Raises UsageError: the text is none of these.
-    """
+    """The share to keep, from a preset's name, a number in (0, 1] or a percentage; other `names` unchanged. Raises UsageError."""
     if text in names:
         return text
     if isinstance(text, str) and text in PRESETS:
@@ -53,16 +48,13 @@ def _number(text: str | float) -> float:
 
 def _refused(text: str | float, names: Sequence[str]) -> UsageError:
     if isinstance(text, str) and text in ELSEWHERE and text not in names:
-        return UsageError(
-            f"budget {text!r} does not work here", f"give a share of tokens such as 0.25; {ELSEWHERE[text]}"
-        )
+        hint = f"give a share of tokens such as 0.25; {ELSEWHERE[text]}"
+        return UsageError(f"budget {text!r} does not work here", hint)
     percent, also = _number(text), f", or {', '.join(names[:-1])} or {names[-1]}" if names else ""
     meant = f"did you mean {percent / 100:g} (or {percent:g}%)? " if 1 < percent <= 100 else ""
     hint = f"give a number above 0 and up to 1 (0.25 or 25% for a quarter), or one of {', '.join(PRESETS)}{also}"
-    return UsageError(
-        f"budget {text!r} is not a share of tokens to keep",
-        (meant or did_you_mean(str(text), (*PRESETS, *names))) + hint,
-    )
+    meant = meant or did_you_mean(str(text), (*PRESETS, *names))
+    return UsageError(f"budget {text!r} is not a share of tokens to keep", meant + hint)
 
 
 def keep_count(budget: float, units: int) -> int:
@@ -71,23 +63,15 @@ def keep_count(budget: float, units: int) -> int:
 
 
 def spread(keep: int, pairs: int) -> list[int]:
-    """Divides `keep` tokens among equal frame pairs; each gets the mean, rounded down or up. Sums to `keep`.
-
-    Remainders go to frame pairs at even distances, so that even fewer tokens than frame pairs cover the clip.
-    """
+    """Divides `keep` tokens among equal frame pairs; each gets the mean, rounded down, or up at even distances over the clip."""
     return [(i + 1) * keep // pairs - i * keep // pairs for i in range(pairs)]
 
 
 def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
-    """Divides `total` in proportion to `weights`, by largest remainder, with a limit for each share.
+    """Divides `total` in proportion to `weights` (at least 0), by largest remainder, with a limit (`most`) for each share.
 
     Excess above a limit goes to the others, in proportion again; if only weights of zero are left, evenly. Ties go by index.
-
-    Args:
-        weights: at least 0 each.
-        most: the limit of each share.
-
-    Returns the shares. They sum to `total`, or to the sum of `most` if that is less.
+    The shares sum to `total`, or to the sum of `most` if that is less.
     """
     counts, quotas = [0] * len(most), {}
     open_ = [i for i, limit in enumerate(most) if limit > 0]

@@ -47,21 +47,16 @@ def join_groups(
     Args:
         into: int64 `[N]`, the unit that each unit joins, -1 for the units of groups, which is changed.
         features: float32 `[N, D]`.
-        groups: int64 `[m, g]` each: m tokens, each the mean of g units.
-        counts: tokens to keep of each group; a group that keeps none is dropped.
+        groups: int64 `[m, g]` each: m tokens, each the mean of g units. `counts`: tokens to keep of each, 0 drops it.
         neighbours: as in `peak_scores`; no more than there are peaks (`fewer_neighbours`).
         centre: the least weight of a peak, as in `centre_weights`; None for equal weights.
     """
-    weight = torch.ones(len(into), dtype=torch.float32, device=into.device)
+    weight = torch.ones_like(into, dtype=torch.float32)
     for group, count in zip(groups, counts, strict=True):
         if count:
             to = joined_peaks(features[group].mean(1), count, fewer_neighbours(neighbours, count))
             into[group] = group[to, :1].expand(group.shape)
-            own = (
-                torch.ones(len(to), dtype=torch.float32, device=into.device)
-                if centre is None
-                else centre_weights(to, centre)
-            )
+            own = torch.ones_like(to, dtype=torch.float32) if centre is None else centre_weights(to, centre)
             weight[group] = (own / group.shape[1])[:, None].expand(group.shape)
     return gathered(into, weight)
 
@@ -69,8 +64,8 @@ def join_groups(
 def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
     """float64 `[n]`: the logarithm of density times distance to the nearest denser row; for the densest row, the greatest distance.
 
-    Density is exp(-m), where m is the mean squared distance / D to the `neighbours` nearest rows, of which a row itself is the
-    first. The logarithms lack a constant. Of equally dense rows the first counts as denser. O(n^2 D), memory O(n D).
+    Density is exp(-m), m the mean squared distance / D to the `neighbours` nearest rows, itself the first; a constant is left out.
+    Of equally dense rows the first counts as denser. O(n^2 D), memory O(n D).
     """
     points, step = _points(x)
     index = ascending(len(points), x.device)

@@ -18,7 +18,7 @@ from evoprune.model.device import to_device
 
 ALPHA = 1.5
 DIMENSIONS = 128  # of the projected features
-FEW = 512  # up to this number of rows, features are not projected
+UNPROJECTED = 512  # up to this number of rows, features are not projected
 AT_ONCE = 1024  # rows that have float32 copies at a time
 STILL = 1e-3  # of the mean variance, added to each channel's, so that one that hardly varies counts less
 ROUNDING = 1 / 256  # of a channel's mean: a deviation as small as that of rounding does not count as one
@@ -57,7 +57,7 @@ class Points:
 def points_of(
     rows: torch.Tensor, owner: torch.Tensor, grid: tuple[int, int, int], seconds: Sequence[float], alpha: float
 ) -> Points:
-    """The points of one video: `rows`, `owner` and `grid` as in `Tokens`, the time of each frame pair, and the weight of time."""
+    """The points of one video: `rows`, `owner`, `grid` as in `Tokens`; seconds of each frame pair; `alpha`, the weight of time."""
     units = (owner >= 0).nonzero()[:, 0]
     time = torch.tensor(seconds, dtype=torch.float64, device="cpu")
     time = (time - time.min()) / (float(time.max() - time.min()) or 1.0)
@@ -74,10 +74,7 @@ def points_of(
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
-    """Rounds distances to multiples of `STEP`, so that equal rows are at distance 0 and equal distances are ties.
-
-    Rounding keeps the order, so the minimum of several distances may be rounded instead of each of them.
-    """
+    """Rounds distances, or a minimum of them, to multiples of `STEP`: equal rows are at distance 0, equal distances are ties."""
     return (x * (1 / STEP)).round_().mul_(STEP).clamp_(min=0)
 
 
@@ -85,7 +82,7 @@ def places_and_salience(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.
     """`place` and `salience` of `Points`; equal features have equal points. A row counts as often as it represents a unit."""
     count = torch.bincount(owner[owner >= 0], minlength=len(rows)).float()
     shares = (count / count.sum()).split(AT_ONCE)
-    project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > FEW  # otherwise projection saves nothing
+    project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > UNPROJECTED  # otherwise projection saves nothing
     to = to_device(_projection(rows.shape[1]), rows.device) if project else None
 
     def pieces() -> Iterator[torch.Tensor]:  # float32, a few rows at a time to save memory

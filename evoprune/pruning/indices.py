@@ -23,14 +23,9 @@ def true_indices(mask: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs of neighbouring rows as a padded batch of indices.
+    """Runs of neighbouring rows as a padded batch: int64 `[B, longest]`, and bool, which are valid. Padding repeats the last row.
 
-    Args:
-        start, length: int64 `[B]`, the first row and the number of rows of each run; a run may be empty.
-        longest: an upper bound of the lengths.
-        rows: the number of rows; all indices are below it.
-
-    Returns int64 `[B, longest]`, rows; and bool `[B, longest]`, which of them are valid. Padding repeats the last row of a run.
+    `start`, `length`: int64 `[B]`, of each run, which may be empty; `longest`: an upper bound; `rows`: all indices are below it.
     """
     step = ascending(longest, start.device)
     last = (length - 1).clamp(min=0)[:, None]
@@ -38,14 +33,9 @@ def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> 
 
 
 def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.Tensor:
-    """How many rows each group keeps: `total` in proportion to `sizes`, by largest remainder, at least one per group with rows.
+    """int64 `[B, G]`: how many rows each group keeps, by largest remainder, at least one per group with rows; ties by index.
 
-    Args:
-        sizes: int64 `[B, G]`, rows of each group; zeros stay zero.
-        total: int64 `[B]`, between the number of groups with rows and the sum of sizes.
-        longest: an upper bound of the sizes.
-
-    Returns int64 `[B, G]`, at most `sizes`; ties by index. The sum differs from `total` if `total` is out of range.
+    `sizes`: int64 `[B, G]`, at most `longest`. `total`: int64 `[B]`, from the number of groups with rows to the sum of sizes.
     """
     size, total = sizes.sum(1, keepdim=True), total[:, None]
     counts = torch.where(sizes > 0, (total * sizes // size.clamp(min=1)).clamp(min=1), 0)

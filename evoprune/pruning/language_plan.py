@@ -1,12 +1,9 @@
-"""A language method's plan for a prompt, made before anything is computed. Plain integers, no tensors.
-
-A language method makes the plan from the depth of the language model and the number of visual tokens that reach it. The
-decoder runs it. The cost, the memory check and the estimate of the time to the first token read it.
-"""
+"""A language method's plan for a prompt, which the decoder runs, and cost, memory check and estimates read. No tensors."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from evoprune.pruning.budget import keep_count
 
@@ -17,28 +14,19 @@ Operation = tuple[int, str, str]  # layer, ALL or REST, kind
 
 @dataclass(frozen=True)
 class Drop:
-    """A place at which visual tokens leave the language model.
+    """A place at which visual tokens leave the language model."""
 
-    Attributes:
-        after: layers that have run by then, at least 1.
-        left: visual tokens that the other layers read.
-    """
-
-    after: int
-    left: int
+    after: int  # layers that have run by then, at least 1
+    left: int  # visual tokens that the other layers read
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Two groups of visual tokens for which layers do not compute the same.
+    """Two groups of visual tokens for which layers do not compute the same."""
 
-    Attributes:
-        key: tokens of the key group. The method names them at its first look; all layers up to then compute everything.
-        gone: operations that are left out; where those of all are, those of the rest are among them.
-    """
-
+    # Tokens of the key group. The method names them at its first look; all layers up to then compute everything.
     key: int
-    gone: frozenset[Operation]
+    gone: frozenset[Operation]  # operations that are left out; where those of all are, those of the rest are among them
 
     def computed(self, layer: int, kind: str) -> tuple[bool, bool]:
         """Whether a layer computes an operation for the key group, and for the rest."""
@@ -47,24 +35,15 @@ class Groups:
 
 @dataclass(frozen=True)
 class LanguagePlan:
-    """The visual tokens that each layer of the language model reads.
+    """The visual tokens that each layer of the language model reads."""
 
-    Attributes:
-        depth: layers of the language model.
-        tokens: visual tokens that reach it.
-        drops: where some of them leave, in order; fewer are left after each. Empty where none leave.
-        exact: whether the counts are exact. Otherwise they are upper bounds, and the content decides.
-        looks: numbers of layers after which the method is asked; those of `drops` if it is `exact`.
-        blind: the first layers in which text after the visual tokens does not attend to them.
-        groups: what layers do not compute for tokens that are still there; None where they compute everything.
-    """
-
-    depth: int
-    tokens: int
-    drops: tuple[Drop, ...]
-    exact: bool = True
-    looks: tuple[int, ...] = ()
-    blind: int = 0
+    depth: int  # layers of the language model
+    tokens: int  # visual tokens that reach it
+    drops: tuple[Drop, ...]  # where some of them leave, in order; fewer are left after each. Empty where none leave.
+    exact: bool = True  # whether the counts are exact. Otherwise they are upper bounds, and the content decides.
+    looks: tuple[int, ...] = ()  # numbers of layers after which the method is asked; those of `drops` if it is `exact`
+    blind: int = 0  # the first layers in which text after the visual tokens does not attend to them
+    # What layers do not compute for tokens that are still there; None where they compute everything
     groups: Groups | None = None
 
     @property
@@ -88,12 +67,8 @@ class LanguagePlan:
 
 def tokens_of_layers(depth: int, tokens: int, drops: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Visual tokens that each of `depth` layers reads, of `tokens` at first and pairs of (layers that have run, tokens left)."""
-    left = dict(drops)
-    made: list[int] = []
-    for layer in range(depth):
-        tokens = left.get(layer, tokens)
-        made.append(tokens)
-    return tuple(made)
+    edges = [(0, tokens), *drops, (depth, 0)]
+    return tuple(left for (after, left), (end, _) in pairwise(edges) for _ in range(after, end))
 
 
 def layers_before(share: float, depth: int) -> int:
@@ -111,12 +86,7 @@ def several_drops(
 ) -> LanguagePlan:
     """Several drops, so that `budget` is the mean share of tokens over the layers after the first of them.
 
-    Args:
-        depth, tokens: as in `LanguagePlan`.
-        places: the share of layers that has run at each drop.
-        shares: from a number in [0, 1] to the share of `tokens` that is left after each drop. The shares grow with the number, and
-            are 0 and 1 at its ends.
-        budget: in (0, 1].
+    `places`: the share of layers that has run at each. `shares`: from a number to the share left after each, growing from 0 to 1.
     """
     layers = [layers_before(place, depth) for place in places]
     runs = [end - start for start, end in zip(layers, [*layers[1:], depth], strict=True)]  # layers after each drop

@@ -7,6 +7,7 @@ Leaving out one of all leaves out that of the rest. A token without an operation
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain, product
 
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.language_plan import ALL, KINDS, REST, Drop, Groups, LanguagePlan, Operation
@@ -16,32 +17,25 @@ Removed = frozenset[Operation]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Operations in the order in which they are left out, for a language model of one depth.
+    """Operations in the order in which they are left out. Raises ValueError: a value that cannot be."""
 
-    Attributes:
-        depth: layers of the language model.
-        after: layers that compute everything. Behind them the tokens are put into groups.
-        key: share of the visual tokens that are not among the rest.
-        weights: share of a layer's work on a token that each of `KINDS` is.
-        steps: what is left out at each step; together all that can be.
-
-    Raises ValueError: a value that cannot be.
-    """
-
-    depth: int
-    after: int
-    key: float
-    weights: tuple[float, ...]
-    steps: tuple[tuple[Operation, ...], ...]
+    depth: int  # layers of the language model
+    after: int  # layers that compute everything. Behind them the tokens are put into groups.
+    key: float  # share of the visual tokens that are not among the rest
+    weights: tuple[float, ...]  # share of a layer's work on a token that each of `KINDS` is
+    steps: tuple[tuple[Operation, ...], ...]  # what is left out at each step; together all that can be
 
     def __post_init__(self):
         if not (1 <= self.after <= self.depth and 0 < self.key < 1):
             raise ValueError("after must be from 1 to depth, and key a share")
         if len(self.weights) != len(KINDS) or min(self.weights) <= 0:
             raise ValueError(f"weights must be {len(KINDS)} numbers above 0")
-        for layer, group, kind in (operation for step in self.steps for operation in step):
-            if not self.after <= layer < self.depth or group not in (ALL, REST) or kind not in KINDS:
-                raise ValueError(f"there is no operation {[layer, group, kind]}")
+        if wrong := [each for each in chain(*self.steps) if tuple(each) not in self._every]:
+            raise ValueError(f"there is no operation {[*wrong[0]]}")
+
+    @property
+    def _every(self) -> list[Operation]:
+        return [*product(range(self.after, self.depth), (ALL, REST), sorted(KINDS))]
 
     @property
     def digest(self) -> str:
@@ -50,28 +44,20 @@ class Recipe:
 
     def count(self, budget: float) -> int:
         """The fewest steps that leave at most `budget` (in (0, 1]) of the work; all if none do."""
-        fits = (count for count in range(len(self.steps)) if self.share(self._first(count)) <= budget)
+        fits = (count for count in range(len(self.steps)) if self.share(chain(*self.steps[:count])) <= budget)
         return next(fits, len(self.steps))
 
     def removed(self, budget: float) -> Removed:
         """The operations of those steps."""
-        return self._first(self.count(budget))
-
-    def _first(self, count: int) -> Removed:
-        return frozenset().union(*self.steps[:count])
+        return frozenset(chain(*self.steps[: self.count(budget)]))
 
     def share(self, removed: Iterable[Operation]) -> float:
         """The share of the work on visual tokens that is left in the layers behind `after`; attention is not counted."""
         weight, sizes = dict(zip(KINDS, self.weights, strict=True)), {ALL: self.key, REST: 1 - self.key}
-
-        def work(gone: Removed) -> float:
-            each = (
-                (n, group, kind) for n in range(self.after, self.depth) for group in sizes for kind in sorted(KINDS)
-            )
-            return sum(weight[one[2]] * sizes[one[1]] for one in each if one not in gone)
-
+        work, gone = {each: weight[each[2]] * sizes[each[1]] for each in self._every}, self._gone(removed)
+        left = sum(own for each, own in work.items() if each not in gone)
         # Rounded, so that what leaves a quarter by the sum of many shares fits into a budget of a quarter.
-        return round(work(self._gone(removed)) / work(frozenset()), 9) if self.after < self.depth else 1.0
+        return round(left / sum(work.values()), 9) if work else 1.0
 
     def plan(self, tokens: int, removed: Iterable[Operation]) -> LanguagePlan:
         """The plan for so many visual tokens. A group that no later layer reads leaves for good."""
@@ -85,9 +71,9 @@ class Recipe:
         return LanguagePlan(self.depth, tokens, tuple(drops), looks=tuple(looks), groups=Groups(key, gone))
 
     def _gone(self, removed: Iterable[Operation]) -> Removed:
-        """What is not computed: `closed`, and all but keys in the last layer that computes a group's keys.
+        """What is not computed: `closed`, and all but keys in a group's last layer of keys, unless that is the top layer.
 
-        The top layer computes queries and MLP of the last position alone. They count as computed, as they do with other methods.
+        That one computes queries and MLP of the last position alone. They count as computed, as they do with other methods.
         """
         gone = set(closed(removed, self.depth))
         for group in (ALL, REST):
@@ -105,7 +91,7 @@ def closed(removed: Iterable[Operation], depth: int) -> Removed:
     made = set(removed)
     made |= {(layer, REST, kind) for layer, group, kind in made if group == ALL}
     for group in (ALL, REST):
-        made |= {(layer, group, kind) for layer in range(_last_keys(made, group, depth) + 1, depth) for kind in KINDS}
+        made |= {*product(range(_last_keys(made, group, depth) + 1, depth), [group], KINDS)}
     return frozenset(made)
 
 

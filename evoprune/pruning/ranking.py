@@ -1,7 +1,4 @@
-"""Functions that rank tokens, and that score, match and merge pairs of rows. Ties go by index everywhere.
-
-Scores of pairs are computed in strips of rows, because a group of n rows has n x n.
-"""
+"""Functions that rank tokens, and that score, match and merge pairs of rows, in strips of rows. Ties go by index everywhere."""
 
 from collections.abc import Callable, Iterable
 
@@ -52,9 +49,7 @@ def greedy(
 ) -> torch.Tensor:
     """int64 `[keep]`, ascending: rows of `unit` (`[N, D]`), one after another that of the highest score; ties by index.
 
-    Args:
-        near: float32 `[N]`, what the first is scored by.
-        score: from the greatest cosine of each row to the selected ones to its score, `[N]` both.
+    `score`: of the greatest cosine of each row to the selected ones, `[N]`; at first of `near`, float32 `[N]`.
     """
     selected = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
     for step in range(keep):
@@ -109,12 +104,7 @@ def similarity(features: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
 
 
 def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, rows: slice = ALL) -> torch.Tensor:
-    """`[B, m]`: mean cosine of the m `rows` to their `neighbours` nearest other rows of the group; 1 for the only row of a group.
-
-    Args:
-        cosine: `[B, m, n]`, from `similarity`.
-        valid: bool `[B, n]`.
-    """
+    """`[B, m]`: mean `cosine` (`[B, m, n]`) of the m `rows` to their nearest `valid` others (bool `[B, n]`); 1 for an only row."""
     n = cosine.shape[2]
     index = ascending(n, cosine.device)
     others = valid[:, None, :] & valid[:, rows, None] & (index[rows, None] != index)
@@ -142,12 +132,8 @@ def composite_score(
 
         S_ij = s_ij - w_div * max(1 - d_i, 1 - d_j) - w_att * max(a_i, a_j)
 
-    s is the cosine of the rows' features, d the local density (a row unlike all others should not merge), a the attention
-    received, relative to the most attended row of the group.
-
-    Args:
-        cosine: `[B, m, n]`, of the m `rows`, from `similarity`.
-        density, attention: `[B, n]`; None if its weight (w_div, w_att) is zero.
+    s: `cosine` `[B, m, n]` of the m `rows`, from `similarity`; d: local density `[B, n]` (rows unlike all others should not merge);
+    a: relative attention `[B, n]`. d and a are None if their weights are zero.
     """
     score = cosine
     if diversity_weight:
@@ -159,10 +145,7 @@ def composite_score(
 
 
 def snap(score: torch.Tensor) -> torch.Tensor:
-    """Rounds scores to multiples of 1/16384: far below any meaningful difference, and far above rounding noise.
-
-    Cosines of equal rows differ in the last bits, and differently in batches of another size. Rounded, they are ties.
-    """
+    """Rounds scores to multiples of 1/16384: cosines of equal rows, which differ in the last bits, become ties."""
     return (score * 16384).round() / 16384
 
 
@@ -188,8 +171,7 @@ def match(
     """int64 `[B, n]`: the row that each row merges into, its own index if it stays. Sources of highest score merge first.
 
     Args:
-        best, partner: `[B, n]`, from `best_partners`, of all rows.
-        source: bool `[B, n]`.
+        best, partner: `[B, n]`, from `best_partners`, of all rows. `source`: bool `[B, n]`.
         last: bool `[B, n]`, critical rows: they merge only after all other sources.
         remove: int64 `[B]`, how many sources merge; all of them if there are fewer.
     """
@@ -206,17 +188,12 @@ def match(
 def merge_rows(
     x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: int | None = None, moves: int | None = None
 ) -> torch.Tensor:
-    """The size-weighted mean of each row that stays and the rows that merge into it.
+    """`[rows, ...]`, in the dtype of `x`: the size-weighted mean, in float32, of each row that stays and those that merge into it.
 
     Args:
-        x: `[R, ...]`, any float dtype; sums are computed in float32.
-        size: int64 `[R]`, cluster size of each row.
-        into: int64 `[R]`, the row that each row merges into, its own index if it stays.
-        rows: number of rows in the result. Default: the rows that stay, whose count synchronises. If it is more, the last rows are
-            padding without meaning.
+        x, size, into: `[R, ...]`; int64 `[R]`, cluster sizes; int64 `[R]`, the row that each row merges into, itself if it stays.
+        rows: how many stay; without it, their count synchronises. If it is more, the last rows are padding without meaning.
         moves: upper bound of the rows that merge; default `R - rows`.
-
-    Returns `[rows, ...]`, in the dtype of `x`; a row that no other merges into is unchanged.
     """
     goes = into != ascending(len(into), into.device)
     stays = ~goes

@@ -20,9 +20,7 @@ BRIGHTNESS = 1.2
 class ReferenceBlocks:
     """The state between two pieces of a video."""
 
-    means: (
-        torch.Tensor
-    )  # float32 [units, 96], of each place when it was last encoded, divided by the frame pair's brightness
+    means: torch.Tensor  # float32 [units, 96], of each place when last encoded, divided by the frame pair's brightness
     pair: torch.Tensor  # int64 [units], the frame pair that was last encoded at each place
     seen: int  # frame pairs so far
 
@@ -30,15 +28,14 @@ class ReferenceBlocks:
 def scan(
     means: torch.Tensor, references: ReferenceBlocks | None = None, threshold: float = THRESHOLD
 ) -> tuple[torch.Tensor, ReferenceBlocks]:
-    """Scans the next frame pairs of a video, in order. The result does not depend on how the video is cut into pieces.
+    """int64 `[T, units]`: the frame pair of the video whose row represents each unit, its own where it is encoded.
+
+    The result does not depend on how the video is cut into pieces.
 
     Args:
-        means: float32 `[T, units, 96]`, from `vision.preprocess.patch_means`, at least one frame pair.
-        references: from the scan of the piece before; None at the start of a video.
+        means: float32 `[T, units, 96]`, from `vision.preprocess.patch_means`: the next frame pairs, at least one.
+        references: from the scan of the piece before, which returns them; None at the start of a video.
         threshold: in levels of 255; a unit is encoded if a block differs by at least this much. 0 encodes all units.
-
-    Returns int64 `[T, units]`: the frame pair whose row represents each unit, counted from the start of the video (its own
-    where it is encoded); and the references for the next scan.
     """
     seen = references.seen if references else 0
     source = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device)

@@ -25,17 +25,15 @@ def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[ran
 def averaged(
     index: torch.Tensor, spans: list[range], still: list[torch.Tensor], limit: float, keep: int
 ) -> torch.Tensor | None:
-    """Averages the stillest places over time until exactly `keep` units are left.
+    """int64 `[T, n]`: the unit that each joins when the stillest places are averaged over time until `keep` units are left.
 
-    Places are averaged over their segment; the last one only over as many of its first frame pairs as necessary.
+    Places are averaged over their segment (`spans`); the last one over as many of its first frame pairs as necessary.
 
     Args:
         index: int64 `[T, n]`, the numbers of the units.
-        spans: the segments.
-        still: for each segment, `[n]`, how still each place stands; ties go by index.
-        limit: only places that are stiller than this are averaged.
+        still: for each segment, `[n]`, how still each place stands; ties go by index. Only those above `limit` are averaged.
 
-    Returns int64 `[T, n]`: the unit that each unit joins, itself if it stays. None: more than `keep` are left.
+    Returns None if more than `keep` are left.
     """
     into, n, saved = index.clone(), index.shape[1], index.numel() - keep
     if sum(int((each > limit).sum()) * (len(span) - 1) for span, each in zip(spans, still, strict=True)) < saved:

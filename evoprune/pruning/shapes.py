@@ -2,10 +2,9 @@
 
 
 def smaller_frame(height: int, width: int, most: int) -> tuple[int, int]:
-    """(height, width) of the largest frame of at most `most` units with nearly the ratio of height x width; at least 1 x 1.
+    """(height, width) of the largest frame of at most `most` units, at least 1 x 1, with nearly the ratio of height x width.
 
-    A candidate has one dimension of any whole number of units; the ratio gives the other, rounded down or up. Among candidates with
-    equally many units, the one nearest to the ratio wins, then the one of lower height.
+    One dimension is any whole number of units; the ratio gives the other, rounded. Of equals the nearest to the ratio wins.
     """
     sizes = {(1, 1)}
     for rows in range(1, height + 1):

@@ -16,7 +16,7 @@ AT_ONCE = 4096  # units that have float32 copies at a time
 
 @dataclass(frozen=True)
 class Tokens:
-    """A video as a selector sees it, after the encoder or between two of its layers.
+    """A video as a selector sees it, after the encoder or between two of its layers (docs/methods.md, the contract).
 
     What the method did not declare in `needs` or `reads_question` raises TypeError.
     """
@@ -52,8 +52,7 @@ class Tokens:
     def attention(self) -> torch.Tensor:
         """float32 `[N]`: the attention that each unit receives in its frame pair, in the tower's last full-attention layer.
 
-        It is the mean over heads and over the queries of all encoded units of the frame pair, summed over the unit's patches, times
-        the number of units of a frame pair. So 1 is an even share.
+        It is the mean over heads and queries, summed over the unit's patches, times the units of a frame pair: 1 is an even share.
         """
         return self._of_units(self._given("attention"))
 
@@ -84,35 +83,27 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Selection:
-    """The tokens that a selector keeps.
+    """The tokens that a selector keeps. Each token has the position of its unit."""
 
-    Attributes:
-        kept: int64 `[K]`, the kept units, ascending; each token has the position of its unit.
-        owner: int64 `[N]`, for each unit the index in `kept` of the token whose mean it joins, -1 for none. Every kept unit joins
-            its own token. None: each token is the feature of its unit alone.
-        weight: float32 `[N]`, the weight of each unit in that mean: at least 0, and above 0 for kept units. None for equal weights.
-        size: float32 `[K]`, the weight of each token in the language model's attention, which adds log(size) to the token's logits:
-            the cluster size, or a power of it. None for 1 each.
-        means: int64 `[m]` indices into `kept`, int64 `[m]` units and float32 `[m]` weights, in place of `owner` and `weight` where
-            a unit joins several tokens: each token is the weighted mean of its units, its own among them.
-    """
-
-    kept: torch.Tensor
+    kept: torch.Tensor  # int64 [K], the kept units, ascending
+    # int64 [N], the index in `kept` of the token whose mean each unit joins, a kept unit its own; -1 for none. None: no means
     owner: torch.Tensor | None = None
-    weight: torch.Tensor | None = None
-    size: torch.Tensor | None = None
+    weight: torch.Tensor | None = None  # float32 [N], of each unit in that mean, above 0 for kept ones; None for equal
+    size: torch.Tensor | None = None  # float32 [K]: the language model's attention adds log(size); None for 1 each
+    # Where a unit joins several tokens: int64 [m] indices into `kept`, int64 [m] units, a kept one's own, and float32 [m] weights
     means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def features(self, rows: torch.Tensor, row_of: torch.Tensor | None = None) -> torch.Tensor:
-        """`[K, D]`: the tokens, in the dtype of `rows` (`[E, D]`); means are computed in float32.
-
-        `row_of`: int64 `[N]`, the row of each unit; None where each unit has its own.
-        """
+        """`[K, D]`, as `rows` (`[E, D]`): the tokens. `row_of`: int64 `[N]`, the row of each unit, None where each has its own."""
         if self.owner is None and self.means is None:
             return rows[self.kept if row_of is None else row_of[self.kept]]
         total = torch.zeros(len(self.kept), rows.shape[1], dtype=torch.float32, device=rows.device)
-        size = torch.zeros(len(self.kept), dtype=torch.float32, device=rows.device)
-        into, units, weight = self.means or self._means_of_owners()
+        size, means = total.new_zeros(len(self.kept)), self.means
+        if means is None:
+            units = (self.owner >= 0).nonzero()[:, 0]
+            weight = torch.ones_like(self.owner, dtype=torch.float32) if self.weight is None else self.weight
+            means = self.owner[units], units, weight[units]
+        into, units, weight = means
         row = units if row_of is None else row_of[units]
         if row_of is not None:  # a row that joins the same token many times joins it once, with the sum of the weights
             both, back = (into * len(rows) + row).unique(return_inverse=True)
@@ -122,13 +113,6 @@ class Selection:
         for some in ascending(len(into), rows.device).split(AT_ONCE):
             total.index_add_(0, into[some], rows[row[some]].float() * weight[some][:, None])
         return (total / size[:, None]).to(rows.dtype)
-
-    def _means_of_owners(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`owner` and `weight` as `means`."""
-        units = (self.owner >= 0).nonzero()[:, 0]
-        if self.weight is not None:
-            return self.owner[units], units, self.weight[units]
-        return self.owner[units], units, torch.ones(len(units), dtype=torch.float32, device=units.device)
 
 
 @dataclass(frozen=True)
@@ -160,9 +144,7 @@ class LayerTokens:
     bias: torch.Tensor | None  # [C], what attention adds to the logits of each column
     visual_embeds: torch.Tensor  # [N, hidden], all visual tokens as they reached the first layer
     text_embeds: torch.Tensor  # [Q, hidden], the text after the last visual token as it reached the first layer
-    memory: dict = field(
-        default_factory=dict
-    )  # what the method keeps from layer to layer of one prompt; empty at first
+    memory: dict = field(default_factory=dict)  # what the method keeps from layer to layer of a prompt; empty at first
     # The same with queries and keys of the next layer, of this layer before rotary, or as if all visual tokens had the mean key.
     following: Callable[[], "LayerTokens"] | None = None
     unrotated: Callable[[], "LayerTokens"] | None = None
@@ -176,12 +158,9 @@ class LayerTokens:
         return replace(self, **own, **others)
 
     def attention(self, rows: torch.Tensor | None = None, *, most: bool = False, causal: bool = True) -> torch.Tensor:
-        """float32 `[n]`: how much attention each visual token gets, as the mean over heads and queries.
+        """float32 `[n]`: the attention that each visual token gets, as the mean or the maximum (`most`) over heads and queries.
 
-        Args:
-            rows: int64 `[q]`, which of `queries` look; None for the last column of the prompt.
-            most: the maximum over heads and queries instead of the mean.
-            causal: whether a query sees only columns up to its own.
+        `rows`: int64 `[q]`, which of `queries` look, None for the prompt's last; `causal`: each at columns up to its own alone.
         """
         rows = ascending(len(self.queries), self.queries.device)[-1:] if rows is None else rows
         heads, columns = self.queries.shape[1], len(self.keys)
@@ -195,9 +174,8 @@ class LayerTokens:
     def last_weights(self, count: int = 1) -> torch.Tensor:
         """float32 `[heads, C]`: the attention of the prompt's last columns to every column, head by head, as the mean over them."""
         last = ascending(len(self.queries), self.queries.device)[-count:]
-        return (
-            self._weights(last, self.keys.permute(1, 2, 0).float(), causal=True).unflatten(0, (-1, len(last))).mean(1)
-        )
+        weights = self._weights(last, self.keys.permute(1, 2, 0).float(), causal=True)
+        return weights.unflatten(0, (-1, len(last))).mean(1)
 
     def _weights(self, rows: torch.Tensor, keys: torch.Tensor, causal: bool) -> torch.Tensor:
         """Attention weights `[heads * q, C]`, heads first, of some queries; `keys`: float32 `[kv_heads, head_dim, C]`."""

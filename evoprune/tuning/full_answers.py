@@ -9,7 +9,7 @@ from pathlib import Path
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, VideoError
 from evoprune.evaluation.shared import SharedFrames, SharedRows
 from evoprune.pipeline.agreement import Reference, reference
-from evoprune.pipeline.answering import Answer, EncodedInputs
+from evoprune.pipeline.answering import EncodedInputs
 from evoprune.pipeline.engine import Engine, unpruned
 from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import SamplingOptions
@@ -22,16 +22,12 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class FullAnswers:
-    """What the unpruned model says about a video, a reference a question.
-
-    Attributes:
-        first_s: seconds of encoding and of reading the first question. `took_s`: that all of it took.
-    """
+    """What the unpruned model says about a video, a reference a question."""
 
     path: str
     references: tuple[Reference, ...]
-    first_s: float
-    took_s: float
+    first_s: float  # seconds of encoding and of reading the first question
+    took_s: float  # that all of it took
 
     @property
     def tokens(self) -> int:
@@ -49,17 +45,9 @@ def encode(
 
 
 class Answering:
-    """Answers the questions about all videos within a time.
+    """Answers the questions about all videos within `seconds`, by the clock `now`.
 
-    Args:
-        seconds: for all answers. Where they would take longer they become shorter, then fewer questions are asked, then
-            videos are left out.
-        now: a clock in seconds.
-
-    Attributes:
-        made: the answers, a video each.
-        problems: of each video that cannot be read or computed, by its path.
-        tokens: of an answer, at most. `asked`: questions of each video. `engine`: what answers.
+    Where answers would take longer they become shorter, then fewer questions are asked, then videos are left out.
     """
 
     def __init__(
@@ -70,19 +58,15 @@ class Answering:
         seconds: float,
         now: Clock = time.perf_counter,
     ):
-        self.made: list[FullAnswers] = []
-        self.problems: dict[str, EvopruneError] = {}
-        self.tokens, self.asked = TOKENS[0], len(questions)
+        self.made: list[FullAnswers] = []  # a video each
+        self.problems: dict[str, EvopruneError] = {}  # of videos that cannot be read or computed, by path
+        self.tokens, self.asked = TOKENS[0], len(questions)  # of an answer, at most; of a video
         self._next_s = 0.0  # that the next video takes
         self.engine, self._sampling, self._questions = unpruned(engine), sampling, questions
         self._seconds, self._now, self._begun = seconds, now, now()
 
     def answer(self, videos: tuple[str, ...], progress: Progress = lambda what: None) -> None:
-        """Answers what the time allows, but the first readable video in any case.
-
-        Raises:
-            VideoError, ModelError, OutOfMemory: of the first video, if none can be answered.
-        """
+        """Answers what the time allows, the first readable video in any case. Raises the first problem if there is none."""
         for number, path in enumerate(videos):
             if self.made and self._left < self._next_s:
                 return
@@ -100,7 +84,7 @@ class Answering:
         return self._seconds - (self._now() - self._begun)
 
     def _answered(self, path: str, videos: int) -> FullAnswers:
-        """The answers about a video; `videos`: how many are to be answered from now on."""
+        """`videos`: how many are to be answered from now on."""
         start, frames = self._now(), SharedFrames()
         video, seconds = encode(self.engine, path, self._sampling, frames)
         spent = self._now() - start
@@ -110,7 +94,8 @@ class Answering:
             self._plan(video, spent, videos)
         made: list[Reference] = []
         for question in self._questions[: self.asked]:
-            answer = _finished(video.ask(question, max_new_tokens=self.tokens))
+            answer = video.ask(question, max_new_tokens=self.tokens)
+            str(answer)  # generates it
             made.append(reference(video, question, answer.ids, answer.report.finish_reason == "stop"))
         return FullAnswers(path, tuple(made), seconds + made[0].seconds, self._now() - start)
 
@@ -119,7 +104,8 @@ class Answering:
         question, every = self._questions[0], len(self._questions)
         for _ in range(2):  # the first time also warms up
             start = self._now()
-            answer = _finished(video.ask(question, max_new_tokens=TOKENS[-1]))
+            answer = video.ask(question, max_new_tokens=TOKENS[-1])
+            str(answer)
             reference(video, question, answer.ids, ended=False)
         token = (answer.report.time_ms.generate or 0.0) / 1000 / max(1, len(answer.ids))
         reading = self._now() - start - token * len(answer.ids)
@@ -128,9 +114,3 @@ class Answering:
             self._next_s = encoding + self.asked * (reading + self.tokens * token)
             if videos * self._next_s <= self._left:
                 return
-
-
-def _finished(answer: Answer) -> Answer:
-    for _ in answer:
-        pass
-    return answer

@@ -1,13 +1,11 @@
 """The order in which operations can be left out, found by what each does to the output distribution (docs/methods.md, operations).
 
-As in the authors' code (zxcvfd13502/GSOP): first the deepest layers lose what costs nothing, by binary search: all kinds of
-operation together, then queries and MLP, then queries, for all visual tokens and then for the rest. Then one operation after the
-other goes, always the one whose removal costs least by the latest measurement. A loss may grow by a step; where an operation would
-exceed that, all that are left are measured again, and the loss may grow by one step more. Here it goes on to the end, so that every
-budget has a place in the order. The top layer computes queries and MLP of no visual token.
+First the deepest layers lose what costs nothing, then one operation after the other goes. The top layer computes queries and MLP
+of no visual token.
 """
 
-from collections.abc import Callable, Collection
+from bisect import bisect_left
+from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
@@ -40,13 +38,10 @@ def for_nothing(after: int, depth: int, lossless: Callable[[Removed], bool]) -> 
     for group in (ALL, REST):
         last = depth - 1
         for kinds in (ORDER, ORDER[:2], ORDER[:1]):
-
-            def more(first: int, group=group, kinds=kinds, removed=removed) -> Removed:
-                return removed | {*product(range(first, depth), [group], kinds)}
-
-            first = deepest(after, last, lambda first, more=more: lossless(more(first)))
+            more = [removed | {*product(range(first, depth), [group], kinds)} for first in range(depth)]
+            first = deepest(after, last, lambda first, more=more: lossless(more[first]))
             if first is not None:
-                last, removed = first, more(first)
+                last, removed = first, more[first]
             if last <= after:
                 break
     return removed
@@ -56,16 +51,7 @@ def deepest(low: int, high: int, passes: Callable[[int], bool]) -> int | None:
     """The lowest of the layers from `low` to `high` that passes, by binary search; None if `high` does not."""
     if low > high or not passes(high):
         return None
-    if passes(low):
-        return low
-    found = high
-    while low <= high:
-        middle = (low + high) // 2
-        if passes(middle):
-            found, high = middle, middle - 1
-        else:
-            low = middle + 1
-    return found
+    return low + bisect_left(range(low, high), True, key=passes)
 
 
 def search(
@@ -90,7 +76,7 @@ def search(
             known[removed] = measure(removed)
         return known[removed]
 
-    def add(operations: Collection[Operation], loss: Loss | None) -> None:
+    def add(operations: Removed, loss: Loss | None) -> None:
         found.append(Step(tuple(sorted(operations)), *(loss or ())))
 
     every = [*product(range(after, depth), (ALL, REST), ORDER)]

@@ -36,11 +36,7 @@ class _Trial(Operations):
 
 
 class OperationTuning(Run):
-    """Finds a recipe; of the settings `agree` and `methods` are not read.
-
-    Attributes:
-        found: the order so far. `complete`: whether it holds all operations.
-    """
+    """Finds a recipe; of the settings `agree` and `methods` are not read. `found` is the order so far, if `complete` all of it."""
 
     schema = "evoprune/tune-operations@1"
 
@@ -51,7 +47,7 @@ class OperationTuning(Run):
         self._blank: Recipe | None = None
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Raises what `load_model` raises. UsageError: the language model has a single layer."""
+        """Raises as `Run.load`. UsageError: the language model has a single layer."""
         super().load(progress)
         text = self.loaded.model.config.text_config
         after = layers_before(PLACE, text.num_hidden_layers)
@@ -61,12 +57,10 @@ class OperationTuning(Run):
 
     @property
     def has_results(self) -> bool:
-        """Whether anything was found."""
         return bool(self.found)
 
     @property
     def worth_saving(self) -> bool:
-        """Whether the recipe serves every budget."""
         return self.complete
 
     def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
@@ -98,32 +92,20 @@ class OperationTuning(Run):
         return replace(self._blank, steps=tuple(step.operations for step in self.found))
 
     def save(self) -> Path:
-        """Saves the recipe for this model's weights, where the method `operations` finds it; returns its path.
-
-        Raises UsageError: it cannot be written, or the weights cannot be identified.
-        """
-        made = self.answering.made
-        kept = KeptRecipe(
-            recipe=asdict(self.recipe),
-            kl=[step.kl for step in self.found],
-            agree=[step.agree for step in self.found],
-            videos=len(made),
-            tokens=sum(full.tokens for full in made),
-            **self.kept_facts(),
-        )
+        """Saves the recipe, where method `operations` finds it; returns its path. Raises UsageError: it cannot be saved."""
+        made, (_, kl, agree) = self.answering.made, map(list, zip(*self.found, strict=True))
+        counts = {"videos": len(made), "tokens": sum(full.tokens for full in made)}
+        kept = KeptRecipe(asdict(self.recipe), kl, agree, **counts, **self.kept_facts())
         return recipes.save(self.loaded.weights_fingerprint, kept)
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """The results so far, as plain data for JSON; `error` is what cut the run short."""
+        """The results so far, for JSON; `error` is what cut the run short."""
         return {
             **self.facts(),
             "measurements": self._measured,
             "complete": self.complete,
             "rows": self._rows() if self.complete else [],
-            "steps": [
-                {"operations": [[*each] for each in step.operations], "kl": step.kl, "agree": step.agree}
-                for step in self.found
-            ],
+            "steps": [step._asdict() for step in self.found],
             "error": error,
         }
 
@@ -131,9 +113,7 @@ class OperationTuning(Run):
         """What each budget takes of the order, and what that cost."""
         recipe, rows = self.recipe, []
         for budget in sorted({*(self.settings.budgets or BUDGETS)}, reverse=True):
-            count = recipe.count(budget)
-            removed = recipe.removed(budget)
-            last = self.found[count - 1] if count else Step((), 0.0, 1.0)
+            removed, last = recipe.removed(budget), [Step((), 0.0, 1.0), *self.found][recipe.count(budget)]
             share = {"budget": budget, "share": recipe.share(removed), "operations": len(removed)}
             rows.append(share | {"kl": last.kl, "agree": last.agree})
         return rows

@@ -1,11 +1,8 @@
 """From trials to the rows of a table: agreement of candidates, with bounds that hold where one never disagrees.
 
-KL sees more in a token than whether the first choice is the same. So it orders the candidates, and agreement is estimated along
-that order: one with a lower KL is not taken to agree less (isotonic regression, Ayer and others 1955).
-
-The tokens of a video's answers depend on each other, so that they prove less than as many independent ones. How much less cannot be
-seen from a candidate that agrees at every token. All candidates read the same answers, so those that disagree somewhere show it for
-all: the design effect (Kish 1965), variance over videos / variance of independent tokens, is estimated from them together.
+KL orders the candidates, and agreement is estimated along that order: one with a lower KL is not taken to agree less (isotonic
+regression, Ayer and others 1955). The tokens of a video depend on each other, so that they prove less than independent ones: by the
+design effect (Kish 1965), variance over videos / variance of independent tokens, estimated from all candidates together.
 """
 
 import math
@@ -25,12 +22,10 @@ SAME_TIME = 0.05  # medians of times that differ by less are taken as equal
 
 
 def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
-    """One dict a candidate that was tried, the fastest first.
+    """One dict a candidate that was tried, the fastest first (docs/json.md).
 
-    `observed` is the share of the full answers' tokens at which the first choice is the full model's; `agreement` its estimate from
-    all candidates (`smoothed`), with its 95% interval over videos. `kl` and `kl_p95` are nats a token. `first_token` is
-    the time to the first token / that with nothing pruned, the median over videos and over candidates with the same work.
-    `passes`: the interval lies at or above the goal. `frontier`: no other is at least as fast and agrees more.
+    `agreement` is estimated from all candidates (`smoothed`), with its 95% interval over videos; `observed` is its own. `passes`:
+    the interval lies at or above the goal. `frontier`: no other is at least as fast and agrees more.
     """
     tried = {candidate: Trial(*zip(*trials, strict=True)) for candidate, trials in known.items() if trials}  # of tuples
     effect = design_effect([(np.array(seen.agree, float), np.array(seen.tokens, float)) for seen in tried.values()])
@@ -59,13 +54,14 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
                 "passes": low >= goal,
             }
         )
-    for row in rows:
-        row["frontier"] = not any(_beats(other, row) for other in rows)
+    place = [(-row["first_token"], row["agreement"]) for row in rows]
+    for row, own in zip(rows, place, strict=True):
+        row["frontier"] = not any(other != own and other[0] >= own[0] and other[1] >= own[1] for other in place)
     return sorted(rows, key=lambda row: row["first_token"])
 
 
 def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
-    """The agreement of each candidate, estimated among those that were tried on as many videos."""
+    """The agreement of each, estimated among those that were tried on as many videos."""
     made = {}
     for videos in {len(seen.tokens) for seen in tried.values()}:
         group = {candidate: seen for candidate, seen in tried.items() if len(seen.tokens) == videos}
@@ -75,20 +71,12 @@ def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 
 
 def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
-    """`first_token` of each candidate.
-
-    Settings of a method that compute as many rows and keep as many tokens do the same work. What differs in their times is noise.
-    """
+    """`first_token` of each. Settings of a method with equally many rows and tokens do the same work; times differ by noise."""
     of_work = defaultdict(list)
     works = {c: (c.method.partition(":")[0], round(mean(s.kept), 6), round(mean(s.live), 6)) for c, s in tried.items()}
     for candidate, seen in tried.items():
         of_work[works[candidate]] += [first / full for first, full in zip(seen.first_s, seen.full_s, strict=True)]
     return {candidate: median(of_work[work]) for candidate, work in works.items()}
-
-
-def _beats(other: dict[str, Any], row: dict[str, Any]) -> bool:
-    faster, nearer = row["first_token"] - other["first_token"], other["agreement"] - row["agreement"]
-    return faster >= 0 and nearer >= 0 and faster + nearer > 0
 
 
 def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -100,10 +88,7 @@ def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarray:
-    """The share of agreeing tokens of each of S candidates, as estimated from all of them: it does not rise with KL.
-
-    `agree`, `tokens`, `kl`: `[S]`, agreeing tokens, all tokens, and the mean KL.
-    """
+    """`[S]`: the share of `agree`ing `tokens` of each of S candidates, estimated from all: it does not rise with the mean `kl`."""
     blocks: list[tuple[float, float, list[int]]] = []  # agreeing tokens, tokens, and the candidates that share them
     for candidate in np.argsort(kl, kind="stable"):
         block = float(agree[candidate]), float(tokens[candidate]), [int(candidate)]
@@ -118,10 +103,7 @@ def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarra
 
 
 def design_effect(candidates: Sequence[Counts]) -> float | None:
-    """How many tokens prove as much as one independent token; at least 1, None where no candidate shows it.
-
-    `candidates`: of each, `[V]` agreeing tokens and `[V]` tokens of its videos.
-    """
+    """How many tokens prove as much as one independent token; at least 1, None where no candidate shows it."""
     over_videos = independent = 0.0
     for agree, tokens in candidates:
         videos, total = len(tokens), float(tokens.sum())
@@ -134,12 +116,7 @@ def design_effect(candidates: Sequence[Counts]) -> float | None:
 
 
 def bounds(share: float, tokens: int, videos: int, effect: float | None) -> tuple[float, float]:
-    """The 95% interval of a share of agreeing tokens: Wilson's (1927), with tokens / design effect independent tokens.
-
-    Args:
-        share: of `tokens` of so many `videos`.
-        effect: see `design_effect`. Where it is unknown, each video counts as one token.
-    """
+    """The 95% interval of a share (Wilson, 1927), for tokens / `design_effect` independent tokens; one a video if that is None."""
     n = float(videos) if effect is None else max(1.0, tokens / effect)
     z = Z95**2 / n
     middle, half = (share + z / 2) / (1 + z), math.sqrt(z * share * (1 - share) + z**2 / 4) / (1 + z)

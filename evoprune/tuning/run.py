@@ -35,26 +35,17 @@ SHARE_OF_FULL = 1 / 3  # of the time limit that the full answers may take
 
 @dataclass(frozen=True)
 class Settings:
-    """What is tuned, and on what.
+    """What is tuned, and on what. Raises UsageError: no video or question, or a number out of range."""
 
-    Attributes:
-        videos: paths of files or folders of frames. `questions`: asked of every one.
-        agree: share of tokens at which the pruned model must choose as the full one does, in (0, 1).
-        time_limit_s: of the whole run, loading included.
-        budgets, methods: see `search.candidates`. `seed`: for methods that select at random.
-
-    Raises UsageError: no video or question, or an agreement or a time limit out of range.
-    """
-
-    videos: tuple[str, ...]
-    questions: tuple[str, ...] = GENERAL
-    agree: float = 0.98
-    time_limit_s: float = 600.0
-    budgets: tuple[float, ...] = ()
+    videos: tuple[str, ...]  # paths of files or folders of frames
+    questions: tuple[str, ...] = GENERAL  # asked of every one
+    agree: float = 0.98  # share of tokens at which the pruned model must choose as the full one does, in (0, 1)
+    time_limit_s: float = 600.0  # of the whole run, loading included
+    budgets: tuple[float, ...] = ()  # as for `search.candidates`, and `methods`
     methods: tuple[str, ...] = ()
     model: ModelOptions = field(default_factory=ModelOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    seed: int = 0
+    seed: int = 0  # for methods that select at random
 
     def __post_init__(self):
         if not self.videos or not self.questions:
@@ -72,19 +63,14 @@ class Settings:
 
 
 class Run:
-    """Construct it, `load` a model, `run`. The results are in `document`, at any time.
+    """Construct it, `load` a model, `run`. The results are in `document`, at any time."""
 
-    Attributes:
-        schema: of the document.
-        loaded: the model; None before `load`. `answering`: the full answers; None before `run`.
-    """
-
-    schema: ClassVar[str]
+    schema: ClassVar[str]  # of the document
 
     def __init__(self, settings: Settings, now: Callable[[], float] = time.perf_counter):
         self.settings, self._now, self._begun = settings, now, now()
-        self.loaded: LoadedModel | None = None
-        self.answering: Answering | None = None
+        self.loaded: LoadedModel | None = None  # before `load`
+        self.answering: Answering | None = None  # the full answers; None before `run`
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Raises what `load_model` raises."""
@@ -99,7 +85,7 @@ class Run:
         return self.settings.time_limit_s - self.spent_s
 
     def answer(self, progress: Progress) -> list[FullAnswers]:
-        """The unpruned model's answers. Raises what `Answering.answer` raises."""
+        """Raises what `Answering.answer` raises."""
         engine, settings = make_engine(self.loaded, PruneOptions(seed=self.settings.seed)), self.settings
         seconds = SHARE_OF_FULL * settings.time_limit_s
         self.answering = Answering(engine, settings.sampling, settings.questions, seconds, self._now)
@@ -132,10 +118,10 @@ class Run:
 
 
 class Tuning(Run):
-    """Finds the fastest setting; `known` is what is known of every candidate.
+    """Finds the fastest setting; `known` has the trials of every candidate.
 
-    With quantised weights the full answers are those of the weights as they are, where there is memory for them, so that a
-    candidate's agreement includes what quantisation changes. Quantisation alone is one more candidate.
+    With quantised weights the full answers are those of the weights as they are, where there is memory for them. Quantisation alone
+    is one more candidate.
 
     Raises UsageError: an unknown method, settings that it does not have, or nothing to try.
     """
@@ -164,23 +150,16 @@ class Tuning(Run):
 
     @property
     def has_results(self) -> bool:
-        """Whether anything was tried."""
         return any(self.known.values())
 
     @property
     def worth_saving(self) -> bool:
-        """Whether a setting passes."""
         return recommended(result_rows(self.known, self.settings.agree)) is not None
 
     def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
         """Answers in full, then tries candidates until everything is known or the time is over.
 
-        Args:
-            progress: called with what comes next, and what is the best so far.
-            note: called with a sentence that is to be read at once.
-
-        Raises:
-            What `Answering.answer` raises.
+        Calls `progress` with what comes next, `note` with what is to be read at once. Raises what `Answering.answer` raises.
         """
         made, held = self.answer(progress), {}
         if self._quantizes and self.loaded.quantize == "none":
@@ -204,17 +183,14 @@ class Tuning(Run):
             progress(f"video {video + 1} of {len(made)}, {candidate.name}{self._best()}")
 
     def save(self) -> Path:
-        """Saves the recommended setting for this model's weights, where `-b tuned` finds it; returns its path.
-
-        Raises UsageError: it cannot be written, or the weights cannot be identified.
-        """
+        """Saves the recommended setting, where `-b tuned` finds it; returns its path. Raises UsageError: it cannot be saved."""
         row = recommended(result_rows(self.known, self.settings.agree))
         measured = {name: row[name] for name in ("method", "budget", "agreement", "low", "first_token", "videos")}
         setting = Tuned(**measured, **self.kept_facts(), agree=self.settings.agree)
         return tuned.save(self.loaded.weights_fingerprint, setting)
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """The results so far, as plain data for JSON; `error` is what cut the run short."""
+        """The results so far, for JSON; `error` is what cut the run short."""
         rows = result_rows(self.known, self.settings.agree)
         passing = recommended(rows)
         best = max(rows, key=lambda row: (row["low"], row["agreement"], -row["first_token"]), default=None)

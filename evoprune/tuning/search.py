@@ -1,7 +1,4 @@
-"""The settings that are tried, and the search among them: successive halving (arXiv 1502.07943) over videos.
-
-All candidates see the first videos, the most promising see them all. Nothing is left out while there is time for everything.
-"""
+"""The settings that are tried: successive halving (arXiv 1502.07943) over videos, while there is no time for everything."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,45 +25,33 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """As on a command line."""
         return f"{self.method} -b {self.budget:g}"
 
 
 def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
-    """Every method, `more` than `METHODS`, at each of `budgets` or `BUDGETS`, without those that prune nothing.
-
-    Raises UsageError: an unknown method, or settings that it does not have.
-    """
+    """`METHODS` and `more` at each of `budgets` or `BUDGETS`, without those that prune nothing. Raises as `methods.parse`."""
     named = {name: methods.parse(name) for name in dict.fromkeys((*METHODS, *more)) if name != "none"}
     pairs = product(named, sorted(set(budgets or BUDGETS), reverse=True))
     return [Candidate(name, budget) for name, budget in pairs if named[name].acts_at(budget)]
 
 
 class Trial(NamedTuple):
-    """What a video shows of a candidate.
+    """What a video shows of a candidate."""
 
-    Attributes:
-        agree, tokens: tokens of the full answers at which the first choice is the full model's, and all of them.
-        kl: of every token.
-        first_s, full_s: seconds to the first token, of the candidate and with nothing pruned; `took_s`: of the trial.
-        kept, live: share of the visual tokens kept, and of the tower's rows computed.
-    """
-
-    agree: int
-    tokens: int
-    kl: list[float]
-    first_s: float
-    full_s: float
-    took_s: float
-    kept: float
-    live: float
+    agree: int  # tokens of the full answers at which the first choice is the full model's
+    tokens: int  # all of them
+    kl: list[float]  # of every token
+    first_s: float  # to the first token
+    full_s: float  # the same with nothing pruned
+    took_s: float  # of the trial
+    kept: float  # share of the visual tokens
+    live: float  # share of the tower's rows
 
 
 Known = dict[Candidate, list[Trial]]
 
 
 def observed(trials: Sequence[Trial]) -> float:
-    """The share of tokens that agree."""
     return sum(trial.agree for trial in trials) / sum(trial.tokens for trial in trials)
 
 
@@ -92,9 +77,7 @@ def rungs(videos: int) -> list[range]:
 def affordable(order: Sequence[Candidate], known: Known, new: int, rest: int, rounds: int, left: float) -> int:
     """How many of the candidates, the most promising first, go on to the next round.
 
-    Args:
-        new: videos of the round. rest: videos of this and all later rounds.
-        rounds: this and the later ones, which get equal times. left: seconds for all of them.
+    `new`, `rest`: videos of the round, and of it and all later `rounds`. `left`: seconds, in equal shares for each of these.
     """
     costs = [mean(trial.took_s for trial in known[candidate]) for candidate in order]
     if sum(costs) * rest <= left:
@@ -116,9 +99,7 @@ def search(
 ) -> Iterator[tuple[Candidate, int]]:
     """Tries candidates, video by video, while there is time; `known` grows. Yields the candidate and the video before each trial.
 
-    Args:
-        videos: how many there are. goal: agreement that is asked for.
-        left: seconds until the end. first_guess: seconds of a first trial on a video.
+    `goal`: agreement that is asked for. `left`: seconds until the end. `first_guess`: seconds of a first trial on a video.
     """
     alive, all_rounds = list(known), rungs(videos)
     for number, these in enumerate(all_rounds):

@@ -24,7 +24,7 @@ def sample(method, budget, video, number, right, live=0.5):
 
 @pytest.fixture(autouse=True)
 def variant(monkeypatch):
-    monkeypatch.setitem(methods.registry._REGISTRY, Variant.name, "experiments.variants:Variant")
+    monkeypatch.setitem(methods.registry._REGISTRY, Variant.name, "experiments.variants")
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.methods.evoprune_merge import EvoPruneMerge
-from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.methods.evoprune_merge import EvoPruneMerge, EvoPrunePaper
 from evoprune.pruning.budget import spread
 from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.pruning.types import Candidates

@@ -10,7 +10,7 @@ from evoprune.errors import UsageError
 from evoprune.methods.base import Method
 from evoprune.methods.divprune import DivPrune
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.methods.evoprune_merge import EvoPrunePaper
 from evoprune.methods.evs import Evs
 from evoprune.methods.fastv import FastV
 from evoprune.methods.mmr import Mmr

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.methods.evoprune_merge import EvoPruneMerge
-from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.methods.evoprune_merge import EvoPruneMerge, EvoPrunePaper
 from evoprune.pruning import ranking
 from evoprune.pruning.ranking import strips
 from evoprune.pruning.types import Candidates

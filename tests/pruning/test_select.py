@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from evoprune.pruning import distance, select
 from evoprune.pruning.budget import spread
-from evoprune.pruning.distance import FEW, STEP, points_of
+from evoprune.pruning.distance import STEP, UNPROJECTED, points_of
 from evoprune.pruning.select import assign_clusters, farthest_points
 from tests.threads import one_thread  # noqa: F401
 
@@ -300,13 +300,13 @@ def test_a_projection_keeps_distances_and_duplicates_and_is_always_the_same():
     grid = (20, 6, 8)
     features, owner = video(5, grid, share=0.7, wide=2048)
     features[3] = features[8]
-    assert len(features) > FEW
+    assert len(features) > UNPROJECTED
     made = points(features, owner, grid)
     assert made.place.shape[1] == 128
     some = torch.arange(100)
     apart = made.in_features(some, some)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distance, "FEW", len(features))
+        patch.setattr(distance, "UNPROJECTED", len(features))
         true = points(features, owner, grid).in_features(some, some)
     assert apart[3, 8] < STEP / 2
     other = true > 0.1

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.methods.evoprune_merge import EvoPrunePaper
 from evoprune.methods.none import Nothing
 from evoprune.methods.pipeline import Pipeline
 from evoprune.methods.random import Random

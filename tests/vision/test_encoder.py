@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.methods.evoprune_merge import EvoPrunePaper
 from evoprune.methods.none import Nothing
 from evoprune.methods.random import Random
 from evoprune.model.linear import pack

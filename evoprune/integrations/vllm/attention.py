@@ -3,8 +3,7 @@
 A query has 1 there, and a key has bias / scale, so the bias is part of their product. The keys in vLLM's cache have it too, so it
 is right for cached prefixes, chunks and generated tokens. The bias of a token comes with its positions (positions.py).
 
-Kernels exist for some head sizes only, so heads are padded with zeros to the next one: on a CPU from 128 to 160, in flash attention
-to 136. The KV cache grows as much.
+Kernels exist for some head sizes only, so heads are padded with zeros to the next one.
 """
 
 import torch
@@ -26,13 +25,9 @@ HINT = (
 
 
 class BiasedRotary(nn.Module):
-    """Rotates queries and keys as `rotary` does, and appends the dimensions of the bias to each head.
+    """Rotates queries and keys as `rotary`, the layer's own, does, and appends the dimensions of the bias to each head.
 
-    Args:
-        rotary: the layer's own.
-        attention: the layer's attention, with wide heads.
-        head_size: of a head without the bias.
-        scale: by which attention multiplies products.
+    `attention`: the layer's, with wide heads. `head_size`: without the bias. `scale`: by which attention multiplies products.
     """
 
     def __init__(self, rotary: nn.Module, attention: Attention, head_size: int, scale: float):
@@ -63,13 +58,7 @@ class BiasedRotary(nn.Module):
 
 
 class BiasedAttention(Attention):
-    """vLLM's attention on wide heads, for a layer whose values are as narrow as before.
-
-    Args:
-        head_size: of a value.
-        wide: of a query and a key.
-        options: as of `Attention`.
-    """
+    """vLLM's attention on heads that are `wide` for queries and keys, and of `head_size` for values. `options`: of `Attention`."""
 
     def __init__(self, head_size: int, wide: int, **options):
         super().__init__(head_size=wide, **options)

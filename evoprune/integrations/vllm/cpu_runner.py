@@ -10,15 +10,15 @@ from torch import nn
 from vllm.platforms import current_platform
 
 
-def let_cpu_runner_prune(kind: type[nn.Module]) -> None:
-    """From now on, a runner on a CPU notes that models of class `kind` prune, if they do. Nothing else changes, nor on a GPU."""
+def let_cpu_runner_prune(model: type[nn.Module]) -> None:
+    """From now on, a runner on a CPU notes that models of class `model` prune, if they do. Nothing else changes, nor on a GPU."""
     if not current_platform.is_cpu():
         return
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     stock = CPUModelRunner.initialize_kv_cache
     if hasattr(stock, "prunes"):
-        stock.prunes.add(kind)
+        stock.prunes.add(model)
         return
 
     @wraps(stock)
@@ -27,5 +27,5 @@ def let_cpu_runner_prune(kind: type[nn.Module]) -> None:
             runner.is_multimodal_pruning_enabled = runner.model.is_multimodal_pruning_enabled
         return stock(runner, *args, **options)
 
-    initialize_kv_cache.prunes = {kind}
+    initialize_kv_cache.prunes = {model}
     CPUModelRunner.initialize_kv_cache = initialize_kv_cache

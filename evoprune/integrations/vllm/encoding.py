@@ -23,31 +23,20 @@ TRIAL = ((4, 4, 4), 16)  # grid and K of the clip with which a method is tried o
 
 @dataclass(frozen=True)
 class Item:
-    """A picture or video.
+    """A picture or video."""
 
-    Attributes:
-        grid: (T, H, W) in units.
-        keep: K, the number of its placeholders.
-        seconds: seconds per pair.
-    """
-
-    grid: Grid
-    keep: int
-    seconds: float = 1.0
+    grid: Grid  # (T, H, W) in units
+    keep: int  # K, the number of its placeholders
+    seconds: float = 1.0  # seconds per pair
 
 
 @dataclass(frozen=True)
 class Normalised:
-    """Normalises the bytes of patches as `vision.preprocess.patchify` does, to the last bit: a token may be selected by it.
+    """Normalises the bytes of patches as `vision.preprocess.patchify` does, to the last bit: a token may be selected by it."""
 
-    Attributes:
-        mean, std: of red, green and blue, for bytes times `scale`.
-        scale: 1/255.
-    """
-
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # of red, green and blue, for bytes times `scale`
     std: tuple[float, ...]
-    scale: float
+    scale: float  # 1/255
 
     @property
     def normal(self) -> Normalisation:
@@ -71,15 +60,9 @@ def encoded(
 ) -> Encoded:
     """The tokens of an item, exactly K of them.
 
-    Args:
-        visual: the tower.
-        patches: pieces `[n, 1176]`, float32, normalised.
-        method: prunes the item, unless all its units are kept.
-        normal: mean and std of that normalisation.
+    `patches`: pieces `[n, 1176]`, float32, normalised by `normal`, mean and std.
 
-    Raises:
-        ModelError: the tower computes NaN or infinite values.
-        PluginError: a method of another package failed, or kept another number of tokens.
+    Raises ModelError: the tower computes NaN or infinite values. PluginError: another package's method failed, or kept another K.
     """
     plan = method.plan(tower_shape(visual), item.grid, item.keep)
     found = encode(visual, patches, plan, seconds_per_pair=item.seconds, normal=normal)
@@ -98,10 +81,7 @@ def with_columns(found: Encoded, item: Item, tokens_per_second: float | None) ->
 
 
 def try_out(visual, method: Pipeline) -> None:
-    """Encodes a small clip of noise, so that a method that cannot work fails at start and not at the first request.
-
-    Raises UsageError: the method weighs tokens and does not declare it. Others as `encoded`.
-    """
+    """Encodes a small clip of noise, so that a method that cannot work fails at start. Raises as `encoded`, and UsageError."""
     grid, keep = TRIAL
     sizes, weight = vision_sizes(visual.config), visual.patch_embed.proj.weight
     noise = torch.Generator().manual_seed(0)

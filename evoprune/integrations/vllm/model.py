@@ -96,10 +96,7 @@ class _Pruned(SupportsMultiModalPruning):
         return loaded
 
     def embed_multimodal(self, **inputs) -> tuple[torch.Tensor, ...]:
-        """The features of each picture and video of a call, `[tokens, hidden]`.
-
-        Those of videos have `positions.COLUMNS` more columns on a server that prunes.
-        """
+        """Features of each picture and video, `[tokens, hidden]`; pruned videos have `positions.COLUMNS` more columns."""
         with gpu_sync_allowed():  # the encoder reads what it selected
             return tuple(self._features(inputs))
 
@@ -129,11 +126,7 @@ class _Pruned(SupportsMultiModalPruning):
     def recompute_mrope_positions(self, input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens):
         """The features without their additional columns, the prompt's positions, and vLLM's number for generated tokens.
 
-        Args:
-            input_ids: of the prompt, a list or a tensor.
-            multimodal_embeddings: of pictures and videos, from the first one that is not computed yet.
-            mrope_positions: int64 `[3, prompt]`, from `get_mrope_input_positions` or from here.
-            num_computed_tokens: how many tokens of the prompt are computed.
+        `multimodal_embeddings`: from the first picture or video that is not computed yet. `mrope_positions`: int64 `[3, prompt]`.
         """
         wide = self.config.get_text_config().hidden_size
         videos = [each[:, wide:] for each in multimodal_embeddings if each.shape[1] > wide]
@@ -164,10 +157,7 @@ class _Pruned(SupportsMultiModalPruning):
     ) -> Iterator[torch.Tensor]:
         """The features of each picture or video, made by the first process of a tensor-parallel group.
 
-        Args:
-            pixels: `[patches, 1176]` of all items, bytes or normalised.
-            kept: K of each item; all its units for a picture.
-            seconds: seconds per pair of each video; empty for pictures.
+        `pixels`: `[patches, 1176]` of all, bytes or normalised. `kept`: K of each. `seconds`: of a pair of each video; else empty.
         """
         group, wide = get_tp_group(), self.config.get_text_config().hidden_size
         columns = COLUMNS if seconds and self.is_multimodal_pruning_enabled else 0

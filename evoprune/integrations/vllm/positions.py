@@ -1,14 +1,10 @@
 """Positions (M-RoPE) of a prompt whose videos are pruned. No vLLM here.
 
-By Qwen's rule (`language.prompt`) the text after a video starts where the whole video ends, whichever tokens are kept. So all
-positions of a prompt but those of pruned videos are known before anything is encoded.
-
-A placeholder of a pruned video has a negative number until the encoder says which unit its token has: `-1 - start`, where `start`
-is the position of the video. The encoder appends the positions of each token, counted from `start`, to its features. They are
-written in digits below 256, which bfloat16 and float16 hold exactly.
-
-A prompt's chunks, and a request that was interrupted, bring some features again: a position is written once. The 32 bits of a
-token's bias (attention.py) travel in the upper bits of its three positions, which vLLM hands to every layer.
+By Qwen's rule (`language.prompt`) the text after a video starts where the video ends, whichever tokens are kept. So all positions
+but those of pruned videos are known before anything is encoded. A placeholder of a pruned video has `-1 - start`, the position of
+the video, until the encoder appends the positions of each token, counted from `start`, to its features: in digits below 256, which
+bfloat16 and float16 hold exactly. A position is written once, because chunks and interrupted requests bring some features again.
+The 32 bits of a token's bias (attention.py) travel in the upper bits of its three positions, which vLLM hands to every layer.
 """
 
 from collections.abc import Sequence
@@ -29,15 +25,10 @@ LIMIT, FREE = 2**BITS, 2**11
 
 @dataclass(frozen=True)
 class Placeholders:
-    """The placeholders of a video or picture in a prompt.
+    """The placeholders of a video or picture in a prompt."""
 
-    Attributes:
-        span: where they begin, and the shape of the video, which has `span.tokens` units.
-        count: the number of placeholders, less if the video is pruned.
-    """
-
-    span: VisualSpan
-    count: int
+    span: VisualSpan  # where they begin, and the shape of the video, which has `span.tokens` units
+    count: int  # the number of placeholders, less if the video is pruned
 
 
 def extent(grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None) -> int:
@@ -49,15 +40,9 @@ def extent(grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_secon
 def known_positions(
     length: int, items: Sequence[Placeholders], tokens_per_second: float | None
 ) -> tuple[torch.Tensor, int]:
-    """The positions of a prompt before its videos are encoded.
+    """The positions of a prompt before its videos are encoded: int64 `[3, length]`, negative at placeholders of pruned videos.
 
-    Args:
-        length: number of tokens of the prompt, which has `count` placeholders for each item.
-        items: the videos and pictures, in order.
-        tokens_per_second: see `language.prompt.video_positions`.
-
-    Returns int64 `[3, length]`, negative at placeholders of pruned videos; and the number that vLLM adds to the index of a
-    generated token to get its position.
+    And the number that vLLM adds to the index of a generated token to get its position. `items`: videos and pictures, in order.
     """
     pieces, at, following = [], 0, 0
     for item in items:
@@ -80,14 +65,9 @@ def generated_offset(positions: torch.Tensor) -> int:
 
 
 def as_columns(positions: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What the encoder appends to the features of a video's tokens.
+    """What the encoder appends to the features of a video's tokens: `[K, COLUMNS]`, integers below 256 in the features' dtype.
 
-    Args:
-        positions: int64 `[3, K]`, below 2**24, counted from the video's own.
-        bias: float32 `[K]`.
-        dtype: of the features.
-
-    Returns `[K, COLUMNS]`, whole numbers below 256.
+    `positions`: int64 `[3, K]`, below 2**24, counted from the video's own. `bias`: float32 `[K]`.
     """
     bits = bias.float().view(torch.int32).long()
     numbers = [(row, POSITION_DIGITS) for row in positions] + [(bits, BIAS_DIGITS)]
@@ -112,13 +92,7 @@ def split_bias(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def with_videos(positions: torch.Tensor, places: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """The positions of a prompt after some tokens of its videos are known.
-
-    Args:
-        positions: int64 `[3, length]`; negative where no position is written yet.
-        places: int64 `[n]`, the indices of the tokens in the prompt.
-        found: int64 `[3, n]`, from `from_columns`.
-    """
+    """`positions` (int64 `[3, length]`, negative where none is written) with those `found` (`from_columns`) at `places` (`[n]`)."""
     before = positions[:, places]
     made = positions.clone()
     made[:, places] = torch.where(before < 0, found - 1 - before, before)

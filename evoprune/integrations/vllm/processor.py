@@ -6,6 +6,7 @@ It also writes K and the seconds per pair of each video beside its patches. vLLM
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -66,13 +67,16 @@ class Processor:
         if "video_embeds" in made:
             raise ValueError("videos that are encoded already cannot be pruned; send the video itself")
         try:
-            budget = self._budget(hf_processor_mm_kwargs)
+            config = self.info.ctx.get_mm_config()
+            options = config.merge_mm_processor_kwargs(hf_processor_mm_kwargs)
+            budget = request_budget(options, config.video_pruning_rate)
         except EvopruneError as problem:
             raise ValueError(f"{problem.message}; {problem.hint}") from problem
         if "video_grid_thw" in made:
             grids = [self._units(grid) for grid in made["video_grid_thw"].tolist()]
-            made[KEEP] = _numbers([keep_count(budget, t * h * w) for t, h, w in grids], torch.int64)
-            made[SECONDS] = _numbers(list(self._seconds(mm_inputs, grids)), torch.float64)
+            kept, seconds = [keep_count(budget, prod(grid)) for grid in grids], [*self._seconds(mm_inputs, grids)]
+            made[KEEP] = torch.tensor(kept, dtype=torch.int64, device="cpu")
+            made[SECONDS] = torch.tensor(seconds, dtype=torch.float64, device="cpu")
         return made
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
@@ -90,10 +94,6 @@ class Processor:
 
         return [pruned(update) if update.modality == "video" else update for update in stock]
 
-    def _budget(self, options: Mapping[str, Any]) -> float:
-        config = self.info.ctx.get_mm_config()
-        return request_budget(config.merge_mm_processor_kwargs(options), config.video_pruning_rate)
-
     def _units(self, grid: list[int]) -> tuple[int, int, int]:
         """A grid of Hugging Face, in units."""
         merge = self.info.get_hf_config().vision_config.spatial_merge_size
@@ -106,21 +106,13 @@ class Processor:
         """
         sizes, text = vision_sizes(self.info.get_hf_config().vision_config), self.info.get_hf_config().get_text_config()
         most = min(LIMIT, 4 * text.max_position_embeddings)  # as many rotary positions as vLLM computes
-        rates = [_rate(each) for each in inputs.get("video_metadata") or [None] * len(grids)]
+        known = inputs.get("video_metadata") or [None] * len(grids)
+        rates = [None if each is None else each.sampled_fps for each in known]
         for grid, rate in zip(grids, rates, strict=True):
             seconds = sizes.temporal_patch_size / rate if rate and sizes.tokens_per_second else 1.0
             if extent(grid, seconds, sizes.tokens_per_second) >= most:
                 raise ValueError(f"a video of {grid[0] * seconds:,.0f} s has more than the model's {most:,} positions")
             yield seconds
-
-
-def _rate(metadata) -> float | None:
-    """Frames a second that were sampled."""
-    return None if metadata is None else metadata.sampled_fps
-
-
-def _numbers(values: list, dtype: torch.dtype) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 class Info25(Info, Qwen2_5_VLProcessingInfo):

@@ -1,8 +1,4 @@
-"""How a server prunes: the method, and the share of visual tokens to keep. No vLLM here.
-
-vLLM carries two settings: `--video-pruning-rate`, the share that goes, and `--additional-config`, which holds the method. A
-request may bring a budget of its own in `mm_processor_kwargs`.
-"""
+"""How a server prunes: `--video-pruning-rate` and `--additional-config`, and budgets of requests. No vLLM here."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,13 +16,7 @@ EXACT = "choose evoprune, evoprune-merge, tome, divprune or another exact method
 
 
 def method_of(additional: Any) -> Pipeline:
-    """The method that `--additional-config` names; the default one if it names none.
-
-    Args:
-        additional: vLLM's `additional_config`.
-
-    Raises UsageError: no such method or setting, a method that cannot work here, or another key than "method".
-    """
+    """The method that `--additional-config` names, or the default. Raises as `served_method`; UsageError: an unknown key."""
     section = additional.get(SECTION, {}) if isinstance(additional, Mapping) else {}
     unknown = sorted(set(section) - {METHOD}) if isinstance(section, Mapping) else [str(section)]
     if unknown:
@@ -36,11 +26,7 @@ def method_of(additional: Any) -> Pipeline:
 
 @names_plugins()
 def served_method(name: str) -> Pipeline:
-    """The method `name`, perhaps with settings (`NAME:SETTING=VALUE`).
-
-    Raises UsageError: there is no such method or setting; or it resizes frames, reads the question, keeps every token, or keeps
-    a number of tokens that is not known before the video is encoded.
-    """
+    """The method `name`, perhaps with settings (`NAME:SETTING=VALUE`). Raises UsageError: there is none, or it cannot work here."""
     if not isinstance(name, str):
         raise UsageError(f"method {name!r} is not a name", f"for example {EXAMPLE}")
     method = methods.parse(name)
@@ -63,14 +49,7 @@ def served_budget(rate: float | None) -> float:
 
 
 def request_budget(options: Mapping[str, Any], rate: float | None) -> float:
-    """The share of visual tokens that stays in a request.
-
-    Args:
-        options: the request's `mm_processor_kwargs`.
-        rate: `--video-pruning-rate`.
-
-    Raises UsageError: it is no share, the server prunes nothing, or there is no such option.
-    """
+    """The share of visual tokens that stays in a request, by its `mm_processor_kwargs` and the server's rate. Raises UsageError."""
     unknown = [name for name in options if name.startswith("evoprune_") and name != BUDGET]
     if unknown:
         raise UsageError(f"no option {unknown[0]!r}", f"{did_you_mean(unknown[0], [BUDGET])}a request may set {BUDGET}")
