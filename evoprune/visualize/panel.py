@@ -48,8 +48,8 @@ class Panels:
         """The frame's time, and how many units of its frame pair have each fate, apart from those that no unit of the video has."""
         here, anywhere = self._of_frame(self._fate, frame), set(self._fate.tolist())
         counts = (f"{(here == n).sum()} {name}" for n, name in enumerate(FATES) if n in anywhere)
-        minutes, rest = divmod(round(self._video.plan.sampling.times_s[frame] * 100), 6000)
-        return f"{minutes}:{rest // 100:02d}.{rest % 100:02d}: {', '.join(counts)}"
+        minutes, seconds = divmod(round(self._video.plan.sampling.times_s[frame], 2), 60)
+        return f"{minutes:.0f}:{seconds:05.2f}: {', '.join(counts)}"
 
     def _of_frame(self, units: np.ndarray, frame: int) -> np.ndarray:
         """`[h, w]` in units: the values of an array `[N]` for the frame's pair."""
@@ -58,14 +58,7 @@ class Panels:
 
 
 def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
-    """Brightens the pixels that are read, and gives the others the colours of their fates.
-
-    Args:
-        picture: uint8 `[H, W, 3]`.
-        fate: int `[H, W]`, indices in `FATES`.
-
-    Returns uint8 `[H, W, 3]`.
-    """
+    """A picture, uint8 `[H, W, 3]`: pixels that are read are brightened, others take the colour of their fate, int `[H, W]`."""
     levels = picture.astype(np.float32)
     tint = np.array([UNREAD.get(name, (0, 0, 0)) for name in FATES], np.float32)[fate]
     unread = (levels @ LUMA)[..., None] * GREY + tint
@@ -74,12 +67,9 @@ def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
 
 
 def outline(picture: Image.Image, cluster: np.ndarray, y: int, x: int, side: int, colour: Colour, *, dot: bool) -> None:
-    """Draws those edges of unit (y, x) at which its cluster ends, and a dot where it is the owner.
+    """Draws those edges of unit (y, x), `side` pixels wide, at which its cluster ends, and a dot where it is the owner.
 
-    Args:
-        picture: RGB, drawn on.
-        cluster: `[h, w]`, the owner of each unit, -1 for none.
-        side: of a unit in pixels.
+    `cluster`: `[h, w]`, the owner of each unit, -1 for none.
     """
     draw, around = ImageDraw.Draw(picture), np.pad(cluster, 1, constant_values=-1)
     left, top, right, bottom = x * side, y * side, (x + 1) * side - 1, (y + 1) * side - 1
