@@ -4,7 +4,7 @@ import sys
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from evoprune.errors import UsageError
 from evoprune.model.limits import check_libraries
@@ -31,21 +31,21 @@ LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
 class Request:
     """What is asked, and how it is printed."""
 
+    PANELS: ClassVar[dict[str, str]] = {"stats": "Output"}  # by their first fields
+
     words: opt.argument(
         list[str],
         "INPUT",
         "Videos and pictures (files, folders of frames, or - for stdin), then the question, quoted. "
         "Without a question or -Q, the question is read from stdin; otherwise only - reads it.",
     )
-    more: list[str] | None = own(None, None, "-Q --question TEXT", "A question; repeatable. All share one encoding.")
+    more: list[str] | None = own(None, "-Q --question TEXT", "A question; repeatable. All share one encoding.")
     interactive: bool = own(
-        None,
         False,
         "-i --interactive",
         "Ask further questions at a prompt: q or Ctrl-D ends it, Ctrl-C stops an answer. Needs a terminal, but no question.",
     )
     compare: bool = own(
-        None,
         False,
         "--compare",
         "Also answer with nothing pruned, and print both; with --json in the field `compare` of the same line.",
@@ -53,13 +53,12 @@ class Request:
     options: opt.MakeOptions
     json: opt.Json = False
     stats: bool | None = own(
-        "Output",
         None,
         "--stats/--no-stats",
         "Stage times and token counts on stderr; default: unless --json or -q, in one line from the second question on.",
     )
     quiet: opt.Quiet = False
-    verbose: bool = own("Output", False, "-v --verbose", "Also print rows of every layer, settings, versions.")
+    verbose: bool = own(False, "-v --verbose", "Also print rows of every layer, settings, versions.")
     cache: opt.Cache = False
 
     @cached_property

@@ -6,6 +6,7 @@ import traceback
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.model.limits import check_libraries
@@ -28,14 +29,19 @@ ENGINES = ("local", "ray")
 class Request:
     """What is asked, and where the answers go."""
 
+    PANELS: ClassVar[dict[str, str]] = {
+        "questions": "Rows",
+        "output": "Output",
+        "engine": "Engine",
+    }  # by their first fields
+
     videos: opt.argument(
         list[str] | None,
         "VIDEO",
         "Video files, folders of videos, or folders of images, each of which is one video.",
     ) = None
-    questions: list[str] | None = own("Rows", None, "-Q --question TEXT", "Asked of every video; repeatable.")
+    questions: list[str] | None = own(None, "-Q --question TEXT", "Asked of every video; repeatable.")
     source: str | None = own(
-        "Rows",
         None,
         "--from FILE|-",
         "In place of VIDEO and -Q: JSONL or CSV rows with video, question and perhaps "
@@ -43,28 +49,24 @@ class Request:
         "answer. Files are relative to the file; - is stdin, which is read to its end first.",
     )
     output: str | None = own(
-        "Output",
         None,
         "-o --output FILE|-",
         "Where the records go, each as soon as it is finished; - is stdout. Records of a video stand together.",
     )
     resume: bool = own(
-        "Output",
         False,
         "--resume",
         "Go on with FILE if it exists: rows that have an answer are skipped, rows that failed are asked again.",
     )
-    overwrite: bool = own("Output", False, "--overwrite", "Replace what is in FILE.")
+    overwrite: bool = own(False, "--overwrite", "Replace what is in FILE.")
     options: opt.MakeOptions
     engine: str = own(
-        "Engine",
         ENGINES[0],
         "--engine",
         "ray: on a Ray cluster, one model for each GPU, or for each node without GPUs. Needs evoprune[ray].",
         **completion.one_of(*ENGINES),
     )
     address: str | None = own(
-        "Engine",
         None,
         "--address",
         "Of the Ray cluster; default: RAY_ADDRESS, else a cluster on this machine.",

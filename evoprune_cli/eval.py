@@ -3,7 +3,7 @@
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from evoprune.bundled import demo_knowing
 from evoprune.errors import UsageError
@@ -22,8 +22,13 @@ from evoprune_cli.terminal import check_output, note, progress
 class Request:
     """What is asked."""
 
+    PANELS: ClassVar[dict[str, str]] = {
+        "data": "Data",
+        "blind": opt.SWEEP,
+        "processes": "Output",
+    }  # by their first fields
+
     data: str = own(
-        "Data",
         MISSING,
         "--data",
         "Questions: JSONL or CSV rows with video, question, answer and perhaps id, options, type, groups. Or demo: clips "
@@ -31,30 +36,26 @@ class Request:
         **completion.one_of("FILE", "demo"),
     )
     limit: int | None = own(
-        "Data", None, "--limit N", "At most so many videos; default: all of a file, or 100 demo clips.", min=1
+        None, "--limit N", "At most so many videos; default: all of a file, or 100 demo clips.", min=1
     )
     world: str = own(
-        "Data",
         WORLDS[0],
         "--world",
         "The demo's clips: coloured shapes and digits, or crowded scenes with signs.",
         **completion.one_of(*WORLDS, BOTH),
     )
     group: list[str] | None = own(
-        "Data",
         None,
         "--group LIST",
         "Only questions of these groups; of scenes picture (one frame pair) or video, for example.",
     )
     split: str = own(
-        "Data",
         SPLITS[0],
         "--split",
         "The demo's clips: to report on, to tune on, or upright ones with a panning camera, to report on.",
         **completion.one_of(*SPLITS),
     )
     seed: int = own(
-        "Data",
         0,
         "--seed <int>",
         "Block of the demo's clips; blocks share no clip. Also the seed of methods that draw at random.",
@@ -63,28 +64,16 @@ class Request:
     )
     budget: opt.Budgets = None
     method: opt.Methods = None
-    blind: bool = own(
-        opt.SWEEP, False, "--blind", "Also ask without the video: a grey one of the same size and length."
-    )
+    blind: bool = own(False, "--blind", "Also ask without the video: a grey one of the same size and length.")
     options: opt.MakeOptions
     processes: int = own(
-        "Output",
-        1,
-        "--processes N",
-        "Videos at a time, each in a process with its own copy of the model.",
-        min=1,
-        max=256,
+        1, "--processes N", "Videos at a time, each in a process with its own copy of the model.", min=1, max=256
     )
     output: str | None = own(
-        "Output",
-        None,
-        "-o --output DIR",
-        "Write settings, samples and results there; if it exists, to DIR-2 and so on.",
+        None, "-o --output DIR", "Write settings, samples and results there; if it exists, to DIR-2 and so on."
     )
-    resume: str | None = own(
-        "Output", None, "--resume DIR", "Continue the interrupted run in DIR. Needs the same options."
-    )
-    chart: str | None = own("Output", None, "--chart FILE.svg", "Draw accuracy against tokens and against cost.")
+    resume: str | None = own(None, "--resume DIR", "Continue the interrupted run in DIR. Needs the same options.")
+    chart: str | None = own(None, "--chart FILE.svg", "Draw accuracy against tokens and against cost.")
     json: opt.JsonResults = False
     quiet: opt.Quiet = False
 

@@ -1,6 +1,6 @@
 """The options of several commands. Those of the pipeline are made of the dataclasses that define them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, Field, field, fields, is_dataclass, replace
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
@@ -24,19 +24,22 @@ Command = Callable[..., int]
 
 def option(panel: str | None, declared: Any, *names_and_help: str, **settings: Any) -> Any:
     """The annotation of an option of several commands, under the title `panel` in the full help."""
-    return Annotated[declared, _said(panel, *names_and_help, **settings)]
+    return Annotated[declared, _said(*names_and_help, rich_help_panel=panel, **settings)]
 
 
-def own(panel: str | None, default: Any, *names_and_help: str, **settings: Any) -> Any:
-    """A field of a command's dataclass: an option of this command alone. Names are as in the help: "-o --output FILE"."""
-    return field(default=default, metadata={TYPER: _said(panel, *names_and_help, **settings)})
+def own(default: Any, names: str, text: str, **settings: Any) -> Any:
+    """A field of a command's dataclass: an option of this command alone. Names are as in the help: "-o --output FILE".
+
+    It stands under the title of a panel that begins with it or with an earlier field: the class's `PANELS`.
+    """
+    return field(default=default, metadata={TYPER: _said(names, text, **settings)})
 
 
-def _said(panel: str | None, *names_and_help: str, **settings: Any) -> Any:
+def _said(*names_and_help: str, **settings: Any) -> Any:
     *names, text = names_and_help
     *names, last = " ".join(names).split()
     names, metavar = ([*names, last], {}) if last.startswith("-") else (names, {"metavar": last})
-    return typer.Option(*names, help=text, rich_help_panel=panel, **metavar, **settings)
+    return typer.Option(*names, help=text, **metavar, **settings)
 
 
 def argument(declared: Any, metavar: str, text: str) -> Any:
@@ -62,7 +65,7 @@ def with_options(*kinds: type, without: Iterable[str] = (), **changed: dict[str,
         written = list(signature(command).parameters.values())
         request = written[0].annotation if is_dataclass(written[0].annotation) else None
         parameters = []
-        for parameter in map(_of_field, fields(request)) if request else written:
+        for parameter in _of_fields(request) if request else written:
             pipeline = [_parameter(panel, each, said[each.name]) for panel, each in offered]
             parameters += pipeline if parameter.name == "options" else [parameter]
 
@@ -79,10 +82,15 @@ def with_options(*kinds: type, without: Iterable[str] = (), **changed: dict[str,
     return decorate
 
 
-def _of_field(each: Field) -> Parameter:
-    annotation = Annotated[each.type, each.metadata[TYPER]] if each.metadata else each.type
-    default = Parameter.empty if each.default is MISSING else each.default
-    return Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+def _of_fields(request: Any) -> Iterator[Parameter]:
+    panel = None
+    for each in fields(request):
+        annotation, panel = each.type, request.PANELS.get(each.name, panel)
+        if said := each.metadata.get(TYPER):
+            said.rich_help_panel = panel
+            annotation = Annotated[annotation, said]
+        default = Parameter.empty if each.default is MISSING else each.default
+        yield Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _parameter(panel: str, field: Field, said: Option) -> Parameter:

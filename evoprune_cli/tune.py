@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
@@ -28,41 +28,42 @@ ASKED = "What is asked"  # the title of a panel
 class Request:
     """What is asked."""
 
+    PANELS: ClassVar[dict[str, str]] = {
+        "questions": ASKED,
+        "time_limit": opt.SWEEP,
+        "no_save": "Output",
+    }  # by their first fields
+
     videos: opt.argument(list[str], "VIDEO", "Video files like those that will be asked about.")
     questions: list[str] | None = own(
-        ASKED, None, "-Q --question TEXT", "Asked of every video; repeatable. Default: three general ones."
+        None, "-Q --question TEXT", "Asked of every video; repeatable. Default: three general ones."
     )
-    question_file: str | None = own(ASKED, None, "--questions FILE", "A text file with a question on each line.")
+    question_file: str | None = own(None, "--questions FILE", "A text file with a question on each line.")
     agree: float = own(
-        ASKED,
         AGREE,
         "--agree SHARE",
         "Share of the full answers' tokens at which the pruned model must make the same first choice, at the lower end of "
         "the 95% interval.",
     )
     time_limit: float = own(
-        opt.SWEEP,
         600,
         "--time-limit SECONDS",
         "Of the whole run, loading included. The most promising settings are tried on all videos, the others on fewer.",
     )
     budget: list[str] | None = own(
-        opt.SWEEP,
         None,
         "-b --budget",
         "Shares of visual tokens to try, or presets.  [default: 0.5,0.35,0.25,0.15,0.1]",
         **completion.BUDGETS,
     )
     method: list[str] | None = own(
-        opt.SWEEP, None, "--method", "Further methods to try, beside those that are always tried.", **completion.METHODS
+        None, "--method", "Further methods to try, beside those that are always tried.", **completion.METHODS
     )
-    operations: bool = own(
-        opt.SWEEP, False, "--operations", "Find the recipe of the method operations for this model instead."
-    )
+    operations: bool = own(False, "--operations", "Find the recipe of the method operations for this model instead.")
     options: opt.MakeOptions
-    no_save: bool = own("Output", False, "--no-save", "Do not save the recommendation, which -b tuned uses.")
-    output: str | None = own("Output", None, "-o --output FILE.json", "Also write the results there, as JSON.")
-    chart: str | None = own("Output", None, "--chart FILE.svg", "Draw agreement against the time to the first token.")
+    no_save: bool = own(False, "--no-save", "Do not save the recommendation, which -b tuned uses.")
+    output: str | None = own(None, "-o --output FILE.json", "Also write the results there, as JSON.")
+    chart: str | None = own(None, "--chart FILE.svg", "Draw agreement against the time to the first token.")
     json: opt.JsonResults = False
     quiet: opt.Quiet = False
 
