@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from textwrap import wrap
 from typing import Any, ClassVar
@@ -15,9 +15,9 @@ from evoprune.text import budget_text, clock, counted, size
 from evoprune.video.info import PICTURE
 from evoprune_cli import completion
 from evoprune_cli import options as opt
-from evoprune_cli.failures import failure
 from evoprune_cli.files import check_writable, write_bytes
 from evoprune_cli.options import own
+from evoprune_cli.results import rescuing
 from evoprune_cli.terminal import encoding, print_document, print_warning, printable, progress
 
 SCHEMA = "evoprune/inspect@1"
@@ -94,27 +94,20 @@ def inspect(asked: Request) -> int:
 
 def _print(every: Iterator[dict], facts: dict[str, Any], json: bool) -> None:
     """Prints `facts` and all that are found; where something goes wrong, those that were found before it did."""
-    try:
+
+    def deliver(error: dict[str, Any] | None) -> None:
+        # What was asked for stands first; about a video, the model comes after it.
+        first = "overlay" if "video" in facts else "model"
+        if json:
+            print_document({"schema": SCHEMA, **facts, "error": error})
+        elif error is None or "video" not in facts:
+            for line in lines({name: facts[name] for name in (first,) if name in facts} | facts):
+                print(printable(line, sys.stdout))
+
+    with rescuing(lambda: True, deliver):
         for found in every:
             facts |= found
-    except BaseException as problem:
-        if json and not isinstance(problem, BrokenPipeError | SystemExit):
-            print_document({"schema": SCHEMA, **facts, "error": failure(problem)})
-            problem.reported = True
-        elif "video" not in facts:
-            _print_lines(facts)
-        raise
-    if json:
-        print_document({"schema": SCHEMA, **facts, "error": None})
-    else:
-        _print_lines(facts)
-
-
-def _print_lines(facts: Mapping[str, Any]) -> None:
-    """What was asked for stands first; about a video, the model comes after it."""
-    first = ("overlay",) if "video" in facts else ("model",)
-    for line in lines({name: facts[name] for name in first if name in facts} | dict(facts)):
-        print(printable(line, sys.stdout))
+    deliver(None)
 
 
 def _about_machine(asked: Request) -> Iterator[dict]:
@@ -312,7 +305,7 @@ def _layers(value: dict[str, int]) -> str:
 
 SHOWN: dict[str, Callable[[Any], str]] = {  # values that their names explain
     "grid": lambda grid: " x ".join(map(str, grid)) + " units",
-    "resized_hw": lambda sides: f"{sides[1]}x{sides[0]}",
+    "resized_hw": lambda hw: f"{hw[1]}x{hw[0]}",
     "timestamps_s": _times,
     "tower": _layers,
     "language_model": _layers,
