@@ -16,15 +16,10 @@ EVERY_S = 60.0
 
 
 class Tally:
-    """Counts records and reports on stderr. As a context it ends with a summary, also of a batch that is cut short.
+    """Counts records and reports on stderr. As a context it ends with a summary, also of a batch that is interrupted.
 
-    Args:
-        total: all rows, including those that an earlier run answered.
-        quiet: print warnings only.
-        named: videos of which the user knows already that they are missing.
-
-    Attributes:
-        failed: rows that failed in this run.
+    `total`: all rows, also those that an earlier run answered. `failed`: rows of this run. `quiet`: prints warnings only. `named`:
+    videos that the user knows to be missing.
     """
 
     def __init__(self, total: int, quiet: bool, named: Sequence[str] = ()):
@@ -37,9 +32,8 @@ class Tally:
     def note_others(self, count: int) -> None:
         """Says how many records of an earlier run are of rows that are not asked now."""
         if count and not self.quiet:
-            tell(
-                f"the output also holds {counted(count, 'record')} of other rows, which {'stays' if count == 1 else 'stay'} in it"
-            )
+            stay = "stays" if count == 1 else "stay"
+            tell(f"the output also holds {counted(count, 'record')} of other rows, which {stay} in it")
 
     def start(self, file: "RecordFile", left: int, show) -> None:
         """The model is loaded, and `left` rows have no answer yet. `show`: see `terminal.progress`."""

@@ -41,6 +41,11 @@ class Point:
     high: float | None = None
     label: str = ""
 
+    @classmethod
+    def percent(cls, x: float, row: dict, value: str, label: str) -> "Point":
+        """A share of a row of results and its interval, in percent."""
+        return cls(x, 100 * row[value], 100 * row["low"], 100 * row["high"], label)
+
 
 @dataclass(frozen=True)
 class Series:
