@@ -174,7 +174,7 @@ def _settings(options: PipelineOptions):
 
 def _check_files(asked: Request, rows) -> list[str]:
     """As `_check_videos`; also refuses to write into a file that is read."""
-    named = _check_videos(rows, asked.source is not None, asked.quiet)
+    named = _check_videos(asked, rows)
     read = [path for row in rows for path in (*row.paths, row.subtitles_path)] + [asked.source]
     if asked.output != DASH and os.path.realpath(asked.output) in map(os.path.realpath, filter(None, read)):
         raise UsageError(f"{asked.output} is what is to be read", "choose another -o")
@@ -208,11 +208,8 @@ def _rows(asked: Request, sampling: SamplingOptions):
     return read_rows(read_all(stdin, "stdin", "name a file with --from"), "stdin", "", *span)
 
 
-def _check_videos(rows, in_rows: bool, quiet: bool) -> list[str]:
-    """Names missing videos at once, though their rows only fail later. If all are missing, the command is wrong.
-
-    Returns the videos that it named.
-    """
+def _check_videos(asked: Request, rows) -> list[str]:
+    """Names missing videos, and returns them, though their rows only fail later. If all are missing, the command is wrong."""
     from evoprune.batch.inputs import missing_hint
 
     videos = {path: name for row in rows for path, name in zip(row.paths, row.inputs, strict=True)}
@@ -220,9 +217,9 @@ def _check_videos(rows, in_rows: bool, quiet: bool) -> list[str]:
     if len(missing) == len(videos):
         pattern = any(character in missing[0] for character in "*?[")
         hint = "a pattern that matches nothing stays as it is: no file here has such a name"
-        hint = hint if pattern else missing_hint(missing[0], in_rows)
+        hint = hint if pattern else missing_hint(missing[0], asked.source is not None)
         raise VideoError(f"no such file: {some(missing)}", hint)
-    if not missing or quiet:
+    if not missing or asked.quiet:
         return []
     their = "its rows" if len(missing) == 1 else f"{len(missing):,} of {len(videos):,} videos, whose rows"
     tell(f"no such file: {some(missing)} ({their} will fail)")

@@ -195,11 +195,8 @@ def _report(problem: Exception) -> int:
         _nobody_reads([sys.stdout])
         print_error(f"cannot write the output: {problem.strerror}", "is the disk full?")
         return UsageError.exit_code
-    reported = getattr(problem, "reported", False)
-    if isinstance(problem, ParserError):
-        problem = UsageError(_sentence(problem), _hint(problem))
-    error = failure(problem)
-    if "--json" in sys.argv[1:] and not reported:
+    error = failure(UsageError(_sentence(problem), _hint(problem)) if isinstance(problem, ParserError) else problem)
+    if "--json" in sys.argv[1:] and not getattr(problem, "reported", False):
         if schema := SCHEMAS.get(_command()):
             print_document({"schema": schema, "error": error})
         elif _command() != "profile":  # it has --format json instead

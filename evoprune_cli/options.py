@@ -47,8 +47,8 @@ def argument(declared: Any, metavar: str, text: str) -> Any:
     return Annotated[declared, typer.Argument(metavar=metavar, help=text, show_default=False)]
 
 
-def with_options(*kinds: type, without: Iterable[str] = (), **changed: dict[str, Any]) -> Callable[[Command], Command]:
-    """Decorates a command: its parameter `options` becomes an option for each field of `kinds`.
+def with_options(*groups: type, without: Iterable[str] = (), **changed: dict[str, Any]) -> Callable[[Command], Command]:
+    """Decorates a command: its parameter `options` becomes an option for each field of `groups`.
 
     The parameters may also be the fields of a dataclass, the command's only parameter. `options` is a `MakeOptions`, so that the
     command reports wrong values as its other errors. Fields that are not offered have their defaults. `--debug` and `--help-all`
@@ -58,7 +58,7 @@ def with_options(*kinds: type, without: Iterable[str] = (), **changed: dict[str,
         without: names of fields that are not offered.
         changed: what the command says otherwise of a field, by its name: fields of `Option`.
     """
-    offered = [(kind.PANEL, each) for kind in kinds for each in fields(kind) if each.name not in without]
+    offered = [(group.PANEL, each) for group in groups for each in fields(group) if each.name not in without]
     said = {each.name: replace(each.metadata[OPTION], **changed.get(each.name, {})) for _, each in offered}
 
     def decorate(command: Command) -> Command:

@@ -57,7 +57,7 @@ class Tally:
     def __enter__(self) -> "Tally":
         return self
 
-    def __exit__(self, kind, problem, trace) -> None:
+    def __exit__(self, category, problem, trace) -> None:
         if isinstance(problem, BrokenPipeError | SystemExit):
             return
         if problem and not (self._file and self._file.written):
@@ -68,22 +68,23 @@ class Tally:
             print_warning(name, next(iter(videos.values())), len(videos) - 1)
         if self.quiet:
             return
-        done, seconds = self._before + self._file.written - self.failed, time.monotonic() - self._begun
+        made, seconds = self._file.written, time.monotonic() - self._begun
+        done, failed = self._before + made - self.failed, self._failed()
         before = f", {self._before:,} of them before" if self._before else ""
-        failed = f", {self.failed:,} failed" if self.failed else ""
-        made = self._file.written
         took = f": {clock(seconds)}, {pace(made, seconds)}" if made else ""
         tell(f"{done:,} of {self._total:,} rows answered{before}{failed}{took}")
-        if problem and self._file.regular:
+        if self._file.regular and problem:
             tell("to go on: the same command with --resume")
-        elif self.failed and self._file.regular:
+        elif self._file.regular and self.failed:
             tell("once the cause of a failure is mended, the same command with --resume asks the failed rows again")
 
     def _line(self, done: int) -> str:
         seconds, made = time.monotonic() - self._begun, self._file.written
-        failed = f", {self.failed:,} failed" if self.failed else ""
         rest = f", {pace(made, seconds)}, {roughly(seconds / made * (self._total - done))} left" if made else ""
-        return f"{done:,} of {self._total:,} rows{failed}{rest}"
+        return f"{done:,} of {self._total:,} rows{self._failed()}{rest}"
+
+    def _failed(self) -> str:
+        return f", {self.failed:,} failed" if self.failed else ""
 
     def _report_failure(self, inputs: list[str], message: str) -> None:
         if self._named & set(inputs) and message.startswith("no such file"):

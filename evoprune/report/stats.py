@@ -96,12 +96,12 @@ def _heading(report, width: int) -> list[str]:
 
 def _input_line(facts, width: int) -> str:
     """A video or a picture: its name, and what is known of the file. `facts`: an input of a report, or a report of one."""
-    video, kind = facts.video, getattr(facts, "kind", None) or "video"
+    video, medium = facts.video, getattr(facts, "kind", None) or "video"
     size = f"{video.width}x{video.height}"
-    times = f"{_span(facts)}  {size}  {f'{video.fps:.4g}' if video.fps else '?'} fps" if kind == "video" else size
+    times = f"{_span(facts)}  {size}  {f'{video.fps:.4g}' if video.fps else '?'} fps" if medium == "video" else size
     known = f"  {times}  {video.codec}  ({video.decoder})" if video.decoder else ""
     name = "".join(c if c.isprintable() else "?" for c in os.path.basename(os.path.abspath(video.path)))
-    return f"{kind:<11}{shorten(name, max(20, width - 11 - len(known)))}{known}"
+    return f"{medium:<11}{shorten(name, max(20, width - 11 - len(known)))}{known}"
 
 
 def _kept(pruning) -> str:

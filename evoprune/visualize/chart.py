@@ -112,8 +112,8 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], legend: bool = True
 
 
 def _value_ticks(panels: Sequence[Panel], rows: bool) -> list[float]:
-    points = [point for panel in panels for point in panel.points]
-    ends = [end for p in points for end in (p.x if rows else p.y, p.low, p.high) if end is not None]
+    every = ((p.x if rows else p.y, p.low, p.high) for panel in panels for p in panel.points)
+    ends = [end for point in every for end in point if end is not None]
     low, high = min(ends, default=0), max(ends, default=0)
     cut = not any(panel.from_zero for panel in panels) and low >= CUT * high > 0
     return ticks(high, low=low if cut else 0.0)
