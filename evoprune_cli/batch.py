@@ -136,7 +136,13 @@ def _here(asked: Request, spans, settings, show, ready):
         note_tuning(qa.engine)
         note_bits(qa.engine)
     ready()
-    yield from answers(qa, spans, settings, Cache() if asked.cache else None, _print_traceback)
+    yield from answers(
+        qa,
+        spans,
+        settings,
+        Cache() if asked.cache else None,
+        lambda problem: debugging() and traceback.print_exception(problem),
+    )
 
 
 def _on_ray(asked: Request, spans, settings, show, ready):
@@ -224,8 +230,3 @@ def _check_videos(asked: Request, rows) -> list[str]:
     their = "its rows" if len(missing) == 1 else f"{len(missing):,} of {len(videos):,} videos, whose rows"
     tell(f"no such file: {some(missing)} ({their} will fail)")
     return [videos[path] for path in missing[:SOME]]
-
-
-def _print_traceback(problem: Exception) -> None:
-    if debugging():
-        traceback.print_exception(problem)

@@ -6,6 +6,7 @@ there are none it offers files.
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Annotated, Any
 
 import shellingham  # comes with Typer
@@ -74,10 +75,6 @@ def _install(shell: str) -> str:
     return f"{shell} completion installed in {path}; it works in shells that start from now on"
 
 
-def _script(shell: str) -> str:
-    return completion.get_completion_script(prog_name=PROGRAM, complete_var=VARIABLE, shell=shell)
-
-
 def _option(name: str, act: Callable[[str], str], text: str) -> Any:
     """An option that prints what `act` says about the shell that called, found among the parents of this process, and exits."""
 
@@ -96,7 +93,8 @@ def _option(name: str, act: Callable[[str], str], text: str) -> Any:
 
 
 InstallCompletion = _option("--install-completion", _install, "Install completion at TAB for this shell.")
-ShowCompletion = _option("--show-completion", _script, "Print its script instead.")
+_script = partial(completion.get_completion_script, prog_name=PROGRAM, complete_var=VARIABLE)
+ShowCompletion = _option("--show-completion", lambda shell: _script(shell=shell), "Print its script instead.")
 
 
 def one_of(*words: str) -> dict[str, Any]:

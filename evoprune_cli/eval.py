@@ -102,6 +102,8 @@ def evaluate(asked: Request) -> int:
     evoprune eval --data demo -b 0.25,0.1 --method evoprune,downscale -o runs/a
     evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
     """
+    from evoprune.evaluation.questions import load_questions
+
     made = asked.options()
     sweep = opt.sweep(asked.budget, asked.method, made.pruning.method_args, named=True)
     check_output()
@@ -109,9 +111,14 @@ def evaluate(asked: Request) -> int:
     opt.check_choice("--split", asked.split, SPLITS)
     if asked.output is not None and asked.resume is not None:
         raise UsageError("-o and --resume exclude each other", "--resume goes on in its own folder")
-    model = made.model if made.model.model else replace(made.model, model=_knowing(asked.data, asked.world))
+    model = made.model
+    if not model.model and (asked.data, asked.world) == ("demo", BOTH):
+        hint = f"evaluate one after the other (--world {', then --world '.join(WORLDS)}), or name a model with -m"
+        raise UsageError("no bundled model knows both worlds", hint)
+    if not model.model:  # of a file nothing is known, and samples have questions for `demo`
+        model = replace(model, model=demo_knowing(asked.world) if asked.data == "demo" else "demo")
     check_chart(asked.chart, beside=asked.output, inputs=[asked.data])
-    videos = _questions(asked.data)
+    videos = None if asked.data == "demo" else load_questions(Path(asked.data))
     settings = {
         **sweep, "data": asked.data, "blind": asked.blind, "split": asked.split, "seed": asked.seed,
         "limit": asked.limit, "world": asked.world, "groups": tuple(dict.fromkeys(opt.listed(asked.group))),
@@ -157,25 +164,6 @@ def _checked(settings: dict[str, Any], videos, resume: str | None, tell):
     if resume:
         made.keep_in(Path(resume), resume=True)
     return made
-
-
-def _knowing(data: str, world: str) -> str:
-    """The bundled model that knows what is asked about. Of a file nothing is known, and samples have questions for `demo`."""
-    if data != "demo":
-        return "demo"
-    if world == BOTH:
-        hint = f"evaluate one after the other (--world {', then --world '.join(WORLDS)}), or name a model with -m"
-        raise UsageError("no bundled model knows both worlds", hint)
-    return demo_knowing(world)
-
-
-def _questions(data: str):
-    """The videos of a file of questions; None for the demo's own clips."""
-    if data == "demo":
-        return None
-    from evoprune.evaluation.questions import load_questions
-
-    return load_questions(Path(data))
 
 
 def _deliver(evaluation, error: dict[str, Any] | None, asked: Request) -> None:

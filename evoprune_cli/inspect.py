@@ -166,8 +166,12 @@ def _about_video(asked: Request) -> Iterator[dict]:
 
     options, video = asked.options(), asked.video
     options = replace(options, model=replace(options.model, model=options.model.model or "demo"))
-    if asked.overlay is not None:
-        _check_overlay(asked.overlay, video)
+    if (file := asked.overlay) is not None:
+        if (ending := _ending(file)) not in OVERLAYS:
+            hint = ".png shows frame pairs side by side, .gif and .mp4 frame after frame"
+            found = repr(ending) if ending else "no ending"
+            raise UsageError(f"--overlay {file} has {found}, which cannot be drawn", hint)
+        check_writable(file, inputs=[video])
     with local_file(video) as path:
         info = replace(probe(path), path=video)
         from evoprune.pipeline.inspection import video_facts  # which imports torch
@@ -196,14 +200,6 @@ def _plan(info, options: PipelineOptions) -> Iterator[dict]:
     plan = make_plan(info, model.limits[info.kind], **numbers)
     yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
     yield {"memory": memory_facts(model, plan, options.pruning)}
-
-
-def _check_overlay(file: str, video: str) -> None:
-    """Raises UsageError where such a picture or film cannot be drawn or must not be written."""
-    if (ending := _ending(file)) not in OVERLAYS:
-        hint = ".png shows frame pairs side by side, .gif and .mp4 frame after frame"
-        raise UsageError(f"--overlay {file} has {repr(ending) if ending else 'no ending'}, which cannot be drawn", hint)
-    check_writable(file, inputs=[video])
 
 
 def _ending(file: str) -> str:

@@ -5,7 +5,6 @@ import io
 import json
 import textwrap
 from collections.abc import Callable
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -140,14 +139,10 @@ def _table(results: Results, width: int) -> str:
         lines += ["", *textwrap.wrap(_caption(results, case), width)]
         found = [(row, results.figures(row)) for row in results.of(case)]
         for columns in (TIMES, WORK):
-            cells = {title: partial(_cell, cell) for title, cell in columns.items()}
+            cells = {title: (lambda pair, cell=cell: cell(*pair)) for title, cell in columns.items()}
             lines += ["", *fitting(found, lambda pair: pair[0].name, cells, LEAST, width)[0]]
     lines += ["", *folded((*LEGEND, "±: the round that is farthest from the median", *_tail(results)), width)]
     return "\n".join(lines) + "\n"
-
-
-def _cell(cell: Cell, pair: tuple[Row, Figures | None]) -> str:
-    return cell(*pair)
 
 
 # For a page.

@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from evoprune.pipeline.planning import PromptSubtitles
 
 
-def colourful() -> bool:
-    """Whether stderr is a terminal that wants colour (https://no-color.org)."""
-    return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
 def columns() -> int:
     """Columns of stderr: those of the terminal, at most 80."""
     return min(WIDTH, width_of(sys.stderr)) if sys.stderr.isatty() else WIDTH
@@ -48,7 +43,9 @@ def width_of(terminal) -> int:
 
 
 def paint(text: str, code: str) -> str:
-    return f"\x1b[{code}m{text}\x1b[0m" if colourful() else text
+    """In colour where stderr is a terminal that wants it (https://no-color.org)."""
+    plain = not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[{code}m{text}\x1b[0m"
 
 
 class ClosedOutput(io.StringIO):

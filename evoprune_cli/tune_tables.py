@@ -2,7 +2,6 @@
 
 import textwrap
 from collections.abc import Callable
-from functools import partial
 from itertools import cycle
 
 from evoprune.text import counted
@@ -72,7 +71,10 @@ def table(document: dict, width: int = 80) -> str:
     said = [_verdict(document)]
     if document["rows"]:
         cells = {title: cell for title, (cell, _) in COLUMNS.items()}
-        made, titles = fitting(document["rows"], partial(_name, document), cells, DROPPED, width)
+        name = document["recommended"]
+        made, titles = fitting(
+            document["rows"], lambda row: f"{'*' if row['name'] == name else ' '} {row['name']}", cells, DROPPED, width
+        )
         lines += ["", *made, ""]
         said.append("; ".join(f"{title}: {COLUMNS[title][1]}" for title in titles))
     said += [*document["notes"], *failures(document)]
@@ -96,10 +98,6 @@ def _verdict(document: dict) -> str:
     row = rows[document["best"]]
     best = f"the best is {row['name']}: at least {100 * row['low']:.1f}%"
     return f"no setting is sure to agree at {goal} of the tokens, so nothing is saved; {best}"
-
-
-def _name(document: dict, row: dict) -> str:
-    return f"{'*' if row['name'] == document['recommended'] else ' '} {row['name']}"
 
 
 def draw_chart(document: dict) -> str:

@@ -107,16 +107,13 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], legend: bool = True
     for number, panel in enumerate(panels):
         alike = [other for other in panels if other.y_label == panel.y_label]
         place = left + number * (plot + gap), top, plot, height
-        elements += _Plot(panel, *place, _value_ticks(alike, bool(rows)), len(rows)).drawn(named=not legend)
+        every = ((p.x if rows else p.y, p.low, p.high) for other in alike for p in other.points)
+        ends = [end for point in every for end in point if end is not None]
+        low, high = min(ends, default=0), max(ends, default=0)
+        cut = not any(other.from_zero for other in alike) and low >= CUT * high > 0
+        values = ticks(high, low=low if cut else 0.0)
+        elements += _Plot(panel, *place, values, len(rows)).drawn(named=not legend)
     return document(title, width, top + height + BOTTOM, elements)
-
-
-def _value_ticks(panels: Sequence[Panel], rows: bool) -> list[float]:
-    every = ((p.x if rows else p.y, p.low, p.high) for panel in panels for p in panel.points)
-    ends = [end for point in every for end in point if end is not None]
-    low, high = min(ends, default=0), max(ends, default=0)
-    cut = not any(panel.from_zero for panel in panels) and low >= CUT * high > 0
-    return ticks(high, low=low if cut else 0.0)
 
 
 def _head(title: str, subtitle: str, panels: Sequence[Panel], width: int) -> tuple[list[str], int]:

@@ -10,7 +10,7 @@ import colorsys
 import numpy as np
 from PIL import Image, ImageDraw
 
-from evoprune.visualize.fates import FATES, Fates, TracedVideo
+from evoprune.visualize.fates import FATES, TracedVideo
 
 FRAME_WIDTH, MAX_ZOOM = 560, 4  # about as wide as a frame is drawn, in pixels, and how much it is enlarged at most
 READ = (0.66, 86.0)  # a factor and an offset of levels
@@ -26,7 +26,9 @@ class Panels:
     """Draws the frames of one video, each `width` pixels wide."""
 
     def __init__(self, video: TracedVideo):
-        self._video, self._fate, self._colours = video, video.fates.fate.numpy(), _owner_colours(video.fates)
+        self._video, self._fate = video, video.fates.fate.numpy()
+        owners = video.fates.owner[video.fates.all_of("merged")].unique().tolist()
+        self._colours = {owner: cluster_colour(number) for number, owner in enumerate(owners)}
         self._zoom = max(1, min(MAX_ZOOM, round(FRAME_WIDTH / video.plan.width)))
         self._pixels = video.plan.width // video.plan.grid[2]  # of a unit's side in the frame
         self.width = video.plan.width * self._zoom
@@ -93,8 +95,3 @@ def cluster_colour(number: int) -> Colour:
     hue = 0.75 + 0.8 * (number * 0.618034 % 1.0)
     red, green, blue = colorsys.hsv_to_rgb(hue % 1.0, 0.8, 1.0)
     return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def _owner_colours(fates: Fates) -> dict[int, Colour]:
-    """The colour of every unit that others merged into."""
-    return {owner: cluster_colour(n) for n, owner in enumerate(fates.owner[fates.all_of("merged")].unique().tolist())}
