@@ -247,6 +247,5 @@ def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
         from evoprune.video.plan import MAX_VISUAL_TOKENS
 
         where = " on a CPU" if sampling.max_visual_tokens is None and plan.token_limit < MAX_VISUAL_TOKENS else ""
-        frames = f"{plan.sampling.frames} frames" if plan.kind == VIDEO else "a picture"
-        seen = f"{frames} of {plan.width}x{plan.height}"
-        note(f"at most {plan.token_limit:,} tokens{where} (--max-visual-tokens): {seen}")
+        seen = f"{plan.sampling.frames} frames" if plan.kind == VIDEO else "a picture"
+        note(f"at most {plan.token_limit:,} tokens{where} (--max-visual-tokens): {seen} of {plan.width}x{plan.height}")

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import traceback
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from evoprune.pipeline.options import PipelineOptions, SamplingOptions
 from evoprune.text import SOME, some
 from evoprune_cli import completion
 from evoprune_cli import options as opt
-from evoprune_cli.failures import debugging
+from evoprune_cli.failures import print_traceback
 from evoprune_cli.options import own
 from evoprune_cli.results import SOME_FAILED
 from evoprune_cli.tally import Tally
@@ -136,13 +135,7 @@ def _here(asked: Request, spans, settings, show, ready):
         note_tuning(qa.engine)
         note_bits(qa.engine)
     ready()
-    yield from answers(
-        qa,
-        spans,
-        settings,
-        Cache() if asked.cache else None,
-        lambda problem: debugging() and traceback.print_exception(problem),
-    )
+    yield from answers(qa, spans, settings, Cache() if asked.cache else None, print_traceback)
 
 
 def _on_ray(asked: Request, spans, settings, show, ready):

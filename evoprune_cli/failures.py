@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 
 from evoprune.errors import error_record
 
@@ -24,6 +25,12 @@ def failure(problem: BaseException) -> dict:
         if value and not typed and repr(value) in record["message"]:
             record["hint"] = f"{record['hint'] or ''}; the value comes from {name}".lstrip("; ")
     return record
+
+
+def print_traceback(problem: BaseException) -> None:
+    """Where tracebacks are wanted."""
+    if debugging():
+        traceback.print_exception(problem)
 
 
 def debugging() -> bool:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +20,7 @@ from evoprune_cli import completion
 from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
 from evoprune_cli.eval import evaluate
-from evoprune_cli.failures import Terminated, debugging, failure
+from evoprune_cli.failures import Terminated, failure, print_traceback
 from evoprune_cli.help_format import Group, showing
 from evoprune_cli.inspect import inspect
 from evoprune_cli.methods import methods
@@ -189,8 +188,7 @@ def _nobody_reads(streams) -> int:
 
 def _report(problem: Exception) -> int:
     """Prints the two lines of an error, and for `--json` a record unless the command has printed it; returns the exit code."""
-    if debugging():
-        traceback.print_exception(problem)
+    print_traceback(problem)
     if isinstance(problem, OSError) and problem.errno in CANNOT_WRITE and problem.filename is None:
         _nobody_reads([sys.stdout])
         print_error(f"cannot write the output: {problem.strerror}", "is the disk full?")

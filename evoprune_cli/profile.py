@@ -189,12 +189,14 @@ def _clips(
     video: str | None, synthetic: str, counts: list[int], sizes: list[tuple[int, int]]
 ) -> Iterator[tuple[list, dict, Callable]]:
     """The cases to measure, what to note about their frames, and a function that makes the frames of a case."""
+    from evoprune.profiling.results import Case
+
     if video is None:
-        cases, about = _cases(counts, sizes or [SIZE]), {"video": None, "synthetic": synthetic}
-        yield cases, about, partial(_frames_of, synthetic)
+        cases = [Case(count, *size) for count in counts for size in sizes or [SIZE]]
+        yield cases, {"video": None, "synthetic": synthetic}, partial(_frames_of, synthetic)
         return
     from evoprune.video.info import PICTURE
-    from evoprune.video.plan import InputLimits, make_plan
+    from evoprune.video.plan import InputLimits, make_plan, smart_resize
     from evoprune.video.probe import probe
     from evoprune.video.source import local_file
 
@@ -206,14 +208,10 @@ def _clips(
             counts, sizes = [1], sizes or [(plan.height, plan.width)]
         for count in counts:
             make_plan(info, InputLimits(), frames=count)  # refuses a count that the video does not allow
-        cases = _cases(counts, sizes or [_natural_size(info)])
+        # The video's own shape, at no more pixels than synthetic clips have.
+        sizes = sizes or [smart_resize(info.height, info.width, 28 * 28, SIZE[0] * SIZE[1])]
+        cases = [Case(count, *size) for count in counts for size in sizes]
         yield cases, {"video": video, "synthetic": None}, partial(_frames_of, info)
-
-
-def _cases(counts: list[int], sizes: list[tuple[int, int]]) -> list:
-    from evoprune.profiling.results import Case
-
-    return [Case(count, *size) for count in counts for size in sizes]
 
 
 def _frames_of(source, case):
@@ -250,13 +248,6 @@ def _check_flags(asked: Request, quantize: tuple[str, ...]) -> None:
     opt.check_choice("--synthetic", asked.synthetic, (None, *SYNTHETIC))
     if asked.video is not None and asked.synthetic is not None:
         raise UsageError("a video and --synthetic exclude each other", "give one of the two")
-
-
-def _natural_size(info) -> tuple[int, int]:
-    """The video's own shape, at no more pixels than synthetic clips have."""
-    from evoprune.video.plan import smart_resize
-
-    return smart_resize(info.height, info.width, 28 * 28, SIZE[0] * SIZE[1])
 
 
 def _deliver(results, asked: Request) -> None:

@@ -112,8 +112,8 @@ def tune(asked: Request) -> int:
 def _run(asked: Request, settings: dict[str, Any]) -> int:
     """Tunes and delivers; of a run that breaks off, what is known by then."""
     tuning, quiet = None, asked.quiet
-    ready = rescuing(lambda: tuning is not None and tuning.has_results, lambda error: _deliver(tuning, error, asked))
-    with ready, progress(not quiet) as tell:
+    rescue = rescuing(lambda: tuning is not None and tuning.has_results, lambda error: _deliver(tuning, error, asked))
+    with rescue, progress(not quiet) as tell:
         tell("loading libraries")
         check_libraries()
         from evoprune.tuning.operations_run import OperationTuning
