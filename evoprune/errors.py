@@ -36,12 +36,11 @@ class EvopruneError(Exception):
 
     exit_code = 1
     type = "bug"
+    stage: str | None = None
 
     def __init__(self, message: str, hint: str | None = None, *, stage: str | None = None):
         super().__init__(message)
-        self.message = message
-        self.hint = hint
-        self.stage = stage
+        self.message, self.hint, self.stage = message, hint, stage or self.stage
 
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
@@ -59,9 +58,7 @@ class VideoError(EvopruneError):
 
     exit_code = 3
     type = "video"
-
-    def __init__(self, message: str, hint: str | None = None, *, stage: str | None = "read"):
-        super().__init__(message, hint, stage=stage)
+    stage = "read"
 
 
 class ModelError(EvopruneError):
@@ -69,9 +66,7 @@ class ModelError(EvopruneError):
 
     exit_code = 4
     type = "model"
-
-    def __init__(self, message: str, hint: str | None = None, *, stage: str | None = "load"):
-        super().__init__(message, hint, stage=stage)
+    stage = "load"
 
 
 class PluginError(EvopruneError):
@@ -101,15 +96,12 @@ class OutOfMemory(EvopruneError):
 
 def _plugin_of(problem: BaseException) -> str | None:
     """The method of another package in whose code the exception was raised, or in code that it called; None without one."""
-    packages = {_package(kind.__module__): name for kind, name in PLUGINS.items()}
+    packages = {method.__module__.partition(".")[0]: name for method, name in PLUGINS.items()}
     for frame, _ in walk_tb(problem.__traceback__):
-        if (package := _package(str(frame.f_globals.get("__name__", "")))) in packages:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package in packages:
             return PLUGINS.get(type(frame.f_locals.get("self")), packages[package])
     return None
-
-
-def _package(module: str) -> str:
-    return module.partition(".")[0]
 
 
 def _plugin_error(problem: BaseException) -> PluginError | None:
@@ -139,13 +131,7 @@ def error_record(problem: BaseException) -> dict:
     elif not isinstance(problem, EvopruneError):
         hint = "this is a bug; report it with its traceback, which --debug prints"
         problem = EvopruneError(f"{type(problem).__name__}: {first_line(problem)}", hint)
-    return {
-        "code": problem.exit_code,
-        "type": problem.type,
-        "stage": problem.stage,
-        "message": problem.message,
-        "hint": problem.hint,
-    }
+    return {"code": problem.exit_code} | {name: getattr(problem, name) for name in ("type", "stage", "message", "hint")}
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
@@ -170,9 +156,7 @@ def memory_guard(stage: str) -> Iterator[None]:
 def _wanted(problem: BaseException) -> str:
     """How much was asked for and how much was free, where the allocator of a GPU says it."""
     said = re.search(r"Tried to allocate ([\d.]+ \wiB).*?(?:of which ([\d.]+ \wiB) is free|$)", str(problem), re.DOTALL)
-    if not said:
-        return ""
-    return f": {said[1]} wanted" + (f", {said[2]} free" if said[2] else "")
+    return "" if not said else f": {said[1]} wanted" + (f", {said[2]} free" if said[2] else "")
 
 
 def first_line(problem: BaseException) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, cleandoc, signature
+from itertools import chain, repeat
 from numbers import Integral, Real
 from os import PathLike
 from textwrap import wrap
@@ -15,7 +16,7 @@ from evoprune.errors import UsageError
 T = TypeVar("T")
 OPTION = "option"  # of a field's metadata
 # What a declared type accepts, and what it is called.
-KINDS: dict[type, tuple[type, str]] = {
+ACCEPTED: dict[type, tuple[type, str]] = {
     float: (Real, "a number"),
     int: (Integral, "a whole number"),
     str: (str, "a text"),
@@ -70,11 +71,8 @@ def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
 
 def is_options(declared: Any) -> bool:
     """Whether it is a dataclass whose fields are all made by `option`."""
-    return (
-        isinstance(declared, type)
-        and is_dataclass(declared)
-        and all(OPTION in each.metadata for each in fields(declared))
-    )
+    made = isinstance(declared, type) and is_dataclass(declared)
+    return made and all(OPTION in each.metadata for each in fields(declared))
 
 
 def unknown_option(name: str, known: list[str]) -> TypeError:
@@ -82,15 +80,15 @@ def unknown_option(name: str, known: list[str]) -> TypeError:
     return TypeError(f"unknown option {name!r}; known: {', '.join(known)}")
 
 
-def from_keywords(given: Mapping[str, Any], *kinds: type) -> list:
-    """One object of each of `kinds`, made of the keywords that are its fields.
+def from_keywords(given: Mapping[str, Any], *declared: type) -> list:
+    """One object of each of `declared`, made of the keywords that are its fields.
 
     Raises TypeError: a keyword that is a field of none of them. UsageError: a bad value.
     """
-    known = [f.name for kind in kinds for f in fields(kind)]
+    known = [f.name for each in declared for f in fields(each)]
     if unknown := [name for name in given if name not in known]:
         raise unknown_option(unknown[0], known)
-    return [kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in kinds]
+    return [each(**{f.name: given[f.name] for f in fields(each) if f.name in given}) for each in declared]
 
 
 def names_options(function: Callable[..., T]) -> Callable[..., T]:
@@ -116,13 +114,13 @@ def names_options(function: Callable[..., T]) -> Callable[..., T]:
         if len(args) > len(first):
             more = ", ".join(map(brief, args[len(first) :]))
             raise TypeError(f"options are given by name: which is {more}? known: {', '.join(options)}")
-        for name, kind in groups.items():
-            own = {f.name: given.pop(f.name) for f in fields(kind) if f.name in given}
+        for name, group in groups.items():
+            own = {f.name: given.pop(f.name) for f in fields(group) if f.name in given}
             place = places.get(name, len(args))
             if place < len(args):
-                args = (*args[:place], kind(**{first[place]: args[place]}, **own), *args[place + 1 :])
+                args = (*args[:place], group(**{first[place]: args[place]}, **own), *args[place + 1 :])
             elif name not in given:
-                given[name] = kind(**own)
+                given[name] = group(**own)
         return function(*args, **given)
 
     checked.__signature__ = Signature(parameters, return_annotation=signature(function).return_annotation)
@@ -132,17 +130,15 @@ def names_options(function: Callable[..., T]) -> Callable[..., T]:
 
 def _expanded(parameter: Parameter) -> list[Parameter]:
     """The fields of a parameter, the first as it can be given, the others by name."""
-    made = [
-        Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-        for f in fields(parameter.annotation)
-    ]
-    return [made[0].replace(kind=parameter.kind), *made[1:]]
+    places = chain([parameter.kind], repeat(Parameter.KEYWORD_ONLY))
+    each = zip(fields(parameter.annotation), places, strict=False)
+    return [Parameter(f.name, place, default=f.default, annotation=f.type) for f, place in each]
 
 
-def _documented(text: str | None, kinds: Iterable[type]) -> str | None:
-    """A docstring with the options of `kinds` below it."""
+def _documented(text: str | None, groups: Iterable[type]) -> str | None:
+    """A docstring with the options of `groups` below it."""
     lines = []
-    for each in (f for kind in kinds for f in fields(kind)):
+    for each in (f for group in groups for f in fields(group)):
         said = each.metadata[OPTION]
         words = f" ({'|'.join(said.words)})" if said.words else ""
         lines += wrap(f"{each.name}{words}: {said.python or said.help}", 100, subsequent_indent="    ")
@@ -150,27 +146,20 @@ def _documented(text: str | None, kinds: Iterable[type]) -> str | None:
 
 
 def check_types(options: Any) -> None:
-    """Checks that the fields of a dataclass have the types that it declares. Fields of other types than `KINDS` are left out.
-
-    Raises UsageError: it names the field, its value, and what it should be.
-    """
+    """`check_type` of each field of a dataclass."""
     for each in fields(options):
         check_type(each.name, getattr(options, each.name), each.type)
 
 
 def check_type(name: str, value: Any, declared: Any) -> None:
-    """Checks a value of an option, of which the declared type has kinds of `KINDS` alone. Other types are not checked.
-
-    Raises UsageError: it names the option, the value, and what it should be.
-    """
-    kinds = get_args(declared) if isinstance(declared, UnionType) else [declared]
-    wanted = [KINDS.get(get_origin(kind) or kind) for kind in kinds]
+    """Raises UsageError, with what is right, where a value is not of the declared type, if that is in `ACCEPTED`."""
+    types = get_args(declared) if isinstance(declared, UnionType) else [declared]
+    wanted = [ACCEPTED.get(get_origin(each) or each) for each in types]
     if None in wanted:
         return
     *first, last = (each for _, each in wanted)
     right = f"{', '.join(first)} or {last}" if first else last
-    fits = any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in wanted)
-    if not fits:
+    if not any(isinstance(value, each) and (each is bool or not isinstance(value, bool)) for each, _ in wanted):
         raise UsageError(f"{name} is {brief(value)}, not {right}", f"give {right}")
     if isinstance(value, Integral) and not LEAST <= value <= MOST:
         raise UsageError(f"{name} is {value}, which 64 bits cannot hold", "give a smaller number")

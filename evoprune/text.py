@@ -31,10 +31,8 @@ def roughly(seconds: float) -> str:
 
 def shorten(text: str, width: int) -> str:
     """The text with its middle left out where it is too long."""
-    if len(text) <= width:
-        return text
     head = max(0, (width - 3) // 2)
-    return text[:head] + "..." + text[len(text) - (width - 3 - head) :]
+    return text if len(text) <= width else text[:head] + "..." + text[len(text) - (width - 3 - head) :]
 
 
 def size(count: int | None) -> str:

@@ -38,10 +38,7 @@ def start() -> None:
 
 
 def _stop_loops_too(endings: list[int | str | None]) -> None:
-    """Ends an interrupted process by SIGINT itself, once all is cleared up.
-
-    A shell then stops its loop, and shows 130 all the same. After an exit with 130 it would go on with the next round.
-    """
+    """Ends an interrupted process by SIGINT itself, so that a shell stops its loop; after an exit with 130 it would go on."""
     if INTERRUPTED not in endings or os.name != "posix" or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         return
     for stream in (sys.stdout, sys.stderr):
@@ -59,10 +56,10 @@ def _end_at_once_from_now_on() -> None:
         signal.signal(signal.SIGTERM, lambda which, _: os._exit(128 + which))
 
 
-def _report_uncaught(kind, problem, trace) -> None:
+def _report_uncaught(category, problem, trace) -> None:
     """Python's own report, but for Ctrl-C, which may come while another one is being handled."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, problem, trace)
+    if not issubclass(category, KeyboardInterrupt):
+        sys.__excepthook__(category, problem, trace)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, ClassVar
 
 from evoprune.errors import UsageError
 from evoprune.model.limits import check_libraries
@@ -16,40 +16,69 @@ from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
 from evoprune_cli.imports import without_collections
 from evoprune_cli.interactive import check_terminal, converse
-from evoprune_cli.terminal import (
-    check_output,
-    encoding,
-    note,
-    note_bits,
-    note_subtitles,
-    note_tuning,
-    progress,
-    tell,
-)
+from evoprune_cli.options import own
+from evoprune_cli.terminal import check_output, encoding, note, note_bits, note_subtitles, note_tuning, progress, tell
 from evoprune_cli.words import STDIN, USAGE, Words
 
 if TYPE_CHECKING:
-    from evoprune.video.info import Video
     from evoprune.video.plan import Plan
 
 LONGEST_QUESTION = 2**22  # characters that are read from stdin, which may never end
 LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked, and how it is printed."""
+
+    PANELS: ClassVar[dict[str, str]] = {"stats": "Output"}  # by their first fields
+
+    words: opt.argument(
+        list[str],
+        "INPUT",
+        "Videos and pictures (files, folders of frames, or - for stdin), then the question, quoted. "
+        "Without a question or -Q, the question is read from stdin; otherwise only - reads it.",
+    )
+    more: list[str] | None = own(None, "-Q --question TEXT", "A question; repeatable. All share one encoding.")
+    interactive: bool = own(
+        False,
+        "-i --interactive",
+        "Ask further questions at a prompt: q or Ctrl-D ends it, Ctrl-C stops an answer. Needs a terminal, but no question.",
+    )
+    compare: bool = own(
+        False,
+        "--compare",
+        "Also answer with nothing pruned, and print both; with --json in the field `compare` of the same line.",
+    )
+    options: opt.MakeOptions
+    json: opt.Json = False
+    stats: bool | None = own(
+        None,
+        "--stats/--no-stats",
+        "Stage times and token counts on stderr; default: unless --json or -q, in one line from the second question on.",
+    )
+    quiet: opt.Quiet = False
+    verbose: bool = own(False, "-v --verbose", "Also print rows of every layer, settings, versions.")
+    cache: opt.Cache = False
+
+    @cached_property
+    def sorted_words(self) -> Words:
+        return Words.of(self.words)
+
+    @property
+    def questions(self) -> list[str]:
+        """Those of the command line, in order."""
+        first = self.sorted_words.question
+        return [*([] if first is None else [first]), *(self.more or [])]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Files, folders or - for stdin, as they were given."""
+        return self.sorted_words.inputs
+
+
 @opt.with_options(*PipelineOptions.KINDS)
-def ask(
-    *,
-    words: opt.Inputs,
-    more: opt.MoreQuestions = None,
-    interactive: opt.Interactive = False,
-    compare: opt.Compare = False,
-    options: opt.MakeOptions,
-    json: opt.Json = False,
-    stats: opt.Stats = None,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-    cache: opt.Cache = False,
-) -> int:
+def ask(asked: Request) -> int:
     """Ask a question about videos or pictures. The answer goes to stdout, everything else to stderr.
 
     \b
@@ -61,118 +90,90 @@ def ask(
     evoprune ask clip.mp4 --interactive
     echo "What happens?" | evoprune ask clip.mp4 --json
     """
-    request = _Request(Words.of(words), more or [], interactive, compare, cache, quiet)
-    several = interactive or len(request.questions) > 1
-    _run(request, Output.of(json, stats, verbose, quiet, interactive=interactive, several=several), options)
+    several = asked.interactive or len(asked.questions) > 1
+    output = Output.of(
+        asked.json, asked.stats, asked.verbose, asked.quiet, interactive=asked.interactive, several=several
+    )
+    talk, questions = Conversation(asked.inputs, output), asked.questions or [""]
+    with ExitStack() as cleanup:
+        try:
+            check_output()
+            asked.sorted_words.check()
+            warm_up()  # while this process imports what it needs
+            questions = _questions(asked)
+            options = _check_flags(asked.options)
+            check_text(*questions, options.generation.system)
+            paths = [cleanup.enter_context(local_file(each)) for each in asked.inputs]
+            _check_inputs(paths, options.sampling, asked.quiet)
+            _Encoder(asked, options, paths, questions).begin(talk)
+            if asked.interactive:
+                converse(talk, questions, () if asked.quiet else asked.inputs)
+            else:
+                for question in questions:
+                    talk.answer(question)
+        except BaseException as problem:
+            talk.break_off(problem, questions[talk.answered :])
+            raise
     return 0
 
 
 @dataclass(frozen=True)
-class _Request:
-    """What is asked, besides the options of the pipeline and of the output."""
+class _Encoder:
+    """Encodes the inputs at `paths` for the questions."""
 
-    words: Words
-    more: list[str]
-    interactive: bool
-    compare: bool
-    cache: bool
-    quiet: bool
+    asked: Request
+    options: PipelineOptions
+    paths: list[str]
+    questions: list[str]
 
-    @property
-    def questions(self) -> list[str]:
-        """Those of the command line, in order."""
-        return [*([self.words.question] if self.words.question is not None else []), *self.more]
+    def begin(self, talk: Conversation) -> None:
+        """Loads the model, encodes, and hands the inputs to the conversation."""
+        with progress(not self.asked.quiet) as show:
+            check_libraries()
+            with without_collections():
+                from evoprune.pipeline.video_qa import VideoQA
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Files, folders or - for stdin, as they were given."""
-        return self.words.inputs
+            show("loading model")
+            quantizing = partial(show, "quantizing")
+            qa = VideoQA.load(loading=self.options.model, pruning=self.options.pruning, progress=quantizing)
+            if not self.asked.quiet:
+                note_tuning(qa.engine)
+                note_bits(qa.engine)
+            encoded = self.encode(qa.engine, show)
 
+        def encode_full(show):
+            return self.encode(qa.unpruned().engine, show, full=True)
 
-def _run(request: _Request, output: Output, typed: opt.MakeOptions) -> None:
-    """Answers all questions. Where something goes wrong, prints what there is, and raises it."""
-    talk, questions = Conversation(request.inputs, output), request.questions or [""]
-    with ExitStack() as cleanup:
-        try:
-            check_output()
-            request.words.check()
-            warm_up()  # while this process imports what it needs
-            questions = _questions(request)
-            options = _check_flags(typed)
-            check_text(*questions, options.generation.system)
-            paths = [cleanup.enter_context(local_file(each)) for each in request.inputs]
-            _check_inputs(paths, options.sampling, request.quiet)
-            _encode_into(talk, paths, request, questions, options)
-            if request.interactive:
-                converse(talk, questions, () if request.quiet else request.inputs)
-                return
-            for question in questions:
-                talk.answer(question)
-        except BaseException as problem:
-            talk.break_off(problem, questions[talk.answered :])
-            raise
+        talk.begin(encoded, self.options.generation, encode_full if self.asked.compare else None)
 
+    def encode(self, engine, show, full: bool = False):
+        """First says on stderr which limits apply, and how long it will take if that is long."""
+        from evoprune.pipeline.cache import Cache
+        from evoprune.pipeline.opening import open_inputs
+        from evoprune.pipeline.planning import QUESTION
+        from evoprune.pipeline.prompting import longest_prompt
 
-def _encode_into(
-    talk: Conversation, paths: list[str], request: _Request, questions: list[str], options: PipelineOptions
-) -> None:
-    """Loads the model, encodes the inputs, and hands them to the conversation."""
-    with progress(not request.quiet) as show:
-        check_libraries()
-        with without_collections():
-            from evoprune.pipeline.video_qa import VideoQA
-
-        show("loading model")
-        qa = VideoQA.load(loading=options.model, pruning=options.pruning, progress=partial(show, "quantizing"))
-        if not request.quiet:
-            note_tuning(qa.engine)
-            note_bits(qa.engine)
-        encoded = _encode(qa.engine, paths, request, questions, options, show)
-
-    def encode_full(show):
-        return _encode(qa.unpruned().engine, paths, request, questions, options, show, full=True)
-
-    talk.begin(encoded, options.generation, encode_full if request.compare else None)
-
-
-def _encode(
-    engine,
-    paths: list[str],
-    request: _Request,
-    questions: list[str],
-    options: PipelineOptions,
-    show,
-    full: bool = False,
-):
-    """The inputs, encoded; first says on stderr which limits apply, and how long it will take if that is long."""
-    from evoprune.pipeline.cache import Cache
-    from evoprune.pipeline.opening import open_inputs
-    from evoprune.pipeline.planning import QUESTION
-    from evoprune.pipeline.prompting import longest_prompt
-
-    show("reading")
-    sampling, cache = options.sampling, Cache() if request.cache else None
-    with closing(open_inputs(engine, paths, sampling, names=request.inputs, cache=cache)) as opened:
-        plans = opened.plans
-        said = sum(plan.subtitles.tokens for plan in plans)
-        text = longest_prompt(engine, plans, questions, options.generation) if questions else QUESTION + said
-        if not request.quiet:
-            if not full:
-                for plan in plans:
-                    _note_limits(plan.full, sampling)
-                    note_subtitles(plan.subtitles)
-            if not opened.in_cache:
+        show("reading")
+        asked, sampling, cache = self.asked, self.options.sampling, Cache() if self.asked.cache else None
+        with closing(open_inputs(engine, self.paths, sampling, names=asked.inputs, cache=cache)) as opened:
+            plans, text = opened.plans, QUESTION + sum(plan.subtitles.tokens for plan in opened.plans)
+            if self.questions:
+                text = longest_prompt(engine, plans, self.questions, self.options.generation)
+            for plan in [] if asked.quiet or full else plans:
+                _note_limits(plan.full, sampling)
+                note_subtitles(plan.subtitles)
+            if not asked.quiet and not opened.in_cache:
                 _note_wait(engine, plans, text, "with nothing pruned " if full else "")
-        return opened.encode(encoding(show))
+            return opened.encode(encoding(show))
 
 
-def _questions(request: _Request) -> list[str]:
+def _questions(asked: Request) -> list[str]:
     """All questions in order. One is read from stdin if none is given, none will be typed, and stdin is not the video."""
-    questions = request.questions
-    if request.interactive:
+    questions = asked.questions
+    if asked.interactive:
         check_terminal()
     elif not questions:
-        if STDIN in request.inputs:
+        if STDIN in asked.inputs:
             raise UsageError("no question, and stdin is the video", 'cat clip.mp4 | evoprune ask - "What happens?"')
         questions = [_question_from_stdin()]
     if not all(q.strip() for q in questions):
@@ -188,9 +189,8 @@ def _question_from_stdin() -> str:
     except UnicodeDecodeError as problem:
         raise UsageError("the question on stdin is not valid text", "write it in UTF-8") from problem
     if len(question) > LONGEST_QUESTION:
-        raise UsageError(
-            f"the question on stdin has more than {LONGEST_QUESTION:,} characters", "no model reads so much"
-        )
+        said = f"the question on stdin has more than {LONGEST_QUESTION:,} characters"
+        raise UsageError(said, "no model reads so much")
     question = question.removeprefix("\ufeff").strip()
     if not question:
         raise UsageError("no question, and stdin is empty", USAGE)
@@ -208,8 +208,10 @@ def _check_flags(typed: opt.MakeOptions) -> PipelineOptions:
 
 def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> None:
     """Checks the inputs in milliseconds, before torch is imported or weights are read."""
-    from evoprune.video.info import VIDEO, check_one_file
-    from evoprune.video.probe import probe
+    from evoprune.video.frames import choose_decoder
+    from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES, VIDEO, check_one_file, check_picture
+    from evoprune.video.plan import InputLimits, make_plan
+    from evoprune.video.probe import probe, read_subtitles
 
     check_one_file(sampling.subtitles, len(paths))
     found = [probe(path) for path in paths]
@@ -217,29 +219,20 @@ def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> N
     if not quiet and not videos and (sampling.fps or sampling.frames or sampling.max_frames):
         tell("note: --fps, --frames and --max-frames are about videos; a picture is read as it is")
     for info, wanted in zip(found, sampling.of_each(found), strict=True):
-        _check_input(info, wanted)
+        check_picture(info, wanted.subtitles)
+        choose_decoder(wanted.decoder, info)
+        make_plan(info, InputLimits(), **wanted.numbers)
+        if wanted.subtitles not in (NO_SUBTITLES, AUTO_SUBTITLES):
+            read_subtitles(info, wanted.subtitles)
 
 
-def _check_input(info: "Video", sampling: SamplingOptions) -> None:
-    from evoprune.video.frames import choose_decoder
-    from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES, check_picture
-    from evoprune.video.plan import InputLimits, make_plan
-    from evoprune.video.probe import read_subtitles
-
-    check_picture(info, sampling.subtitles)
-    choose_decoder(sampling.decoder, info)
-    make_plan(info, InputLimits(), **sampling.numbers)
-    if sampling.subtitles not in (NO_SUBTITLES, AUTO_SUBTITLES):
-        read_subtitles(info, sampling.subtitles)
-
-
-def _note_wait(engine, plans: list["Plan"], text: int, how: str) -> None:
+def _note_wait(engine, plans: list["Plan"], text: int, condition: str) -> None:
     """How long it will take, if it is long. `text`: tokens of the prompt around the inputs."""
     from evoprune.pipeline.planning import estimate_first_token
 
     each = [estimate_first_token(engine, plan, 0 if number else text) for number, plan in enumerate(plans)]
     if None not in each and (wait := sum(each)) > LONG_WAIT_S:
-        note(f"estimated first token {how}{roughly(wait)}")
+        note(f"estimated first token {condition}{roughly(wait)}")
 
 
 def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
@@ -254,6 +247,5 @@ def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
         from evoprune.video.plan import MAX_VISUAL_TOKENS
 
         where = " on a CPU" if sampling.max_visual_tokens is None and plan.token_limit < MAX_VISUAL_TOKENS else ""
-        frames = f"{plan.sampling.frames} frames" if plan.kind == VIDEO else "a picture"
-        seen = f"{frames} of {plan.width}x{plan.height}"
-        note(f"at most {plan.token_limit:,} tokens{where} (--max-visual-tokens): {seen}")
+        seen = f"{plan.sampling.frames} frames" if plan.kind == VIDEO else "a picture"
+        note(f"at most {plan.token_limit:,} tokens{where} (--max-visual-tokens): {seen} of {plan.width}x{plan.height}")

@@ -6,6 +6,7 @@ there are none it offers files.
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Annotated, Any
 
 import shellingham  # comes with Typer
@@ -66,83 +67,67 @@ def _check(shell: str) -> None:
         raise UsageError(f"no completion for the shell {shell!r}", BY_HAND)
 
 
-def _this_shell() -> str:
-    """The shell that called; found among the parents of this process."""
-    try:
-        shell, _ = shellingham.detect_shell()
-    except shellingham.ShellDetectionFailure as problem:
-        raise UsageError("cannot detect which shell this is", BY_HAND) from problem
-    _check(shell)
-    return shell
-
-
-def _install(context: typer.Context, wanted: bool) -> None:
-    if not wanted or context.resilient_parsing:
-        return
-    shell = _this_shell()
+def _install(shell: str) -> str:
     try:
         _, path = completion.install(shell, PROGRAM)
     except (OSError, UnicodeDecodeError) as problem:
         raise UsageError(f"cannot install the completion of {shell}: {problem}", BY_HAND) from problem
-    typer.echo(f"{shell} completion installed in {path}; it works in shells that start from now on")
-    raise typer.Exit
+    return f"{shell} completion installed in {path}; it works in shells that start from now on"
 
 
-def _show(context: typer.Context, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:
-        shell = _this_shell()
-        typer.echo(completion.get_completion_script(prog_name=PROGRAM, complete_var=VARIABLE, shell=shell))
+def _option(name: str, act: Callable[[str], str], text: str) -> Any:
+    """An option that prints what `act` says about the shell that called, found among the parents of this process, and exits."""
+
+    def run(context: typer.Context, wanted: bool) -> None:
+        if not wanted or context.resilient_parsing:
+            return
+        try:
+            shell, _ = shellingham.detect_shell()
+        except shellingham.ShellDetectionFailure as problem:
+            raise UsageError("cannot detect which shell this is", BY_HAND) from problem
+        _check(shell)
+        typer.echo(act(shell))
         raise typer.Exit
 
+    return Annotated[bool, typer.Option(name, is_eager=True, callback=run, help=text)]
 
-InstallCompletion = Annotated[
-    bool,
-    typer.Option(
-        "--install-completion", is_eager=True, callback=_install, help="Install completion at TAB for this shell."
-    ),
-]
-ShowCompletion = Annotated[
-    bool, typer.Option("--show-completion", is_eager=True, callback=_show, help="Print its script instead.")
-]
+
+InstallCompletion = _option("--install-completion", _install, "Install completion at TAB for this shell.")
+_script = partial(completion.get_completion_script, prog_name=PROGRAM, complete_var=VARIABLE)
+ShowCompletion = _option("--show-completion", lambda shell: _script(shell=shell), "Print its script instead.")
 
 
 def one_of(*words: str) -> dict[str, Any]:
     """The metavar and the completion of an option that takes one of these. Words in capitals are no values: FILE, N."""
     names = [word.partition("[")[0] for word in words if word[0].islower()]  # of "cuda[:N]", "cuda"
-
-    def complete(incomplete: str) -> list[str]:
-        return [] if "FILE" in words and not incomplete else names  # where nothing is offered, the shell offers files
-
-    return {"metavar": "|".join(words), "autocompletion": complete}
+    # Where nothing is offered, the shell offers files.
+    return _completed("|".join(words), lambda typed: [] if "FILE" in words and not typed else names)
 
 
 def list_of(*names: str) -> dict[str, Any]:
     """The same of an option that takes several, with commas between them."""
-
-    def complete(incomplete: str) -> list[str]:
-        return _after_commas(incomplete, lambda last: names)
-
-    return {"metavar": "LIST", "autocompletion": complete}
+    return _completed("LIST", _after_commas(lambda last: names))
 
 
-def _models(incomplete: str) -> list[str]:
-    return list(DEMOS)
+def _completed(metavar: str, complete: Callable[[str], Iterable[str]]) -> dict[str, Any]:
+    return {"metavar": metavar, "autocompletion": lambda incomplete: list(complete(incomplete))}
 
 
-def _budgets(incomplete: str) -> list[str]:
-    return [*PRESETS, *AUTOS, TUNED]
+def _after_commas(complete: Callable[[str], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Completes the last name of a list, behind those that are there; none twice."""
+
+    def complete_last(typed: str) -> list[str]:
+        before = typed[: typed.rfind(",") + 1]
+        return [before + name for name in complete(typed[len(before) :]) if name not in before.split(",")]
+
+    return complete_last
 
 
-def _budget_lists(context: typer.Context, incomplete: str) -> list[str]:
-    """In `eval` of all budgets, elsewhere of those that are numbers."""
-    return _after_commas(incomplete, _budgets if context.info_name == "eval" else lambda last: PRESETS)
-
-
-def _methods(incomplete: str) -> list[str]:
+def _methods(typed: str) -> list[str]:
     """What may follow the last `+`."""
-    before = incomplete[: incomplete.rfind("+") + 1]
+    before = typed[: typed.rfind("+") + 1]
     found = [before + name for name in methods.available() if _exists(before + name)]
-    if incomplete and f"{REUSE}+".startswith(incomplete) and not any(name.startswith(incomplete) for name in found):
+    if typed and f"{REUSE}+".startswith(typed) and not any(name.startswith(typed) for name in found):
         return _methods(f"{REUSE}+")  # it is no method alone
     return found
 
@@ -155,18 +140,14 @@ def _exists(method: str) -> bool:
     return True
 
 
-def _method_lists(incomplete: str) -> list[str]:
-    return _after_commas(incomplete, _methods)
+def _budget_lists(context: typer.Context, incomplete: str) -> list[str]:
+    """In `eval` of all budgets, elsewhere of those that are numbers."""
+    return _after_commas(lambda last: ALL_BUDGETS if context.info_name == "eval" else PRESETS)(incomplete)
 
 
-def _after_commas(incomplete: str, complete: Callable[[str], Iterable[str]]) -> list[str]:
-    """Completions of the last name of a list, behind those that are there; none twice."""
-    before = incomplete[: incomplete.rfind(",") + 1]
-    return [before + name for name in complete(incomplete[len(before) :]) if name not in before.split(",")]
-
-
-MODEL = {"metavar": "ID|DIR|demo", "autocompletion": _models}
-BUDGET = {"metavar": "SHARE|PRESET|auto|tuned", "autocompletion": _budgets}
-METHOD = {"metavar": "NAME", "autocompletion": _methods}
+ALL_BUDGETS = (*PRESETS, *AUTOS, TUNED)
+MODEL = _completed("ID|DIR|demo", lambda typed: DEMOS)
+BUDGET = _completed("SHARE|PRESET|auto|tuned", lambda typed: ALL_BUDGETS)
+METHOD = _completed("NAME", _methods)
 BUDGETS = {"metavar": "LIST", "autocompletion": _budget_lists}
-METHODS = {"metavar": "LIST", "autocompletion": _method_lists}
+METHODS = _completed("LIST", _after_commas(_methods))

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from evoprune.report.records import Report, name_inputs
 from evoprune_cli.failures import failure
@@ -28,7 +28,7 @@ class Output:
     Attributes:
         json: records instead of text.
         stats: the stats of each answer; `verbose`: more in them.
-        blocks: for how many answers they are a block. For later ones they are one line.
+        blocks: for so many answers they are a block, for later ones one line.
         quiet: neither progress nor notes.
         questions: each question of the command line, on stderr where that is a terminal.
     """
@@ -48,20 +48,15 @@ class Output:
 
         By default there are stats unless --json or -q: a block for the first answer, a line for later ones and in a conversation.
         """
-        asked = bool((stats if stats is not None else not json and not quiet) or (verbose and not quiet))
+        wanted = bool((stats if stats is not None else not json and not quiet) or (verbose and not quiet))
         blocks = math.inf if verbose or stats else 0 if interactive else 1
-        return cls(json, asked, verbose, blocks, quiet, several and not json and not quiet)
+        return cls(json, wanted, verbose, blocks, quiet, several and not json and not quiet)
 
 
 class Conversation:
-    """Asks about encoded inputs and prints the answers; knows what was answered, in case it is broken off.
+    """Asks about encoded inputs (of these names) and prints the answers; knows what was answered, in case it is interrupted.
 
-    Args:
-        inputs: their names.
-        output: what is printed.
-
-    Attributes:
-        answered: questions that are done with.
+    `answered`: questions that are done with.
     """
 
     def __init__(self, inputs: Sequence[str], output: Output):
@@ -76,15 +71,10 @@ class Conversation:
         self._warned: set[str] = set()  # names of warnings that are printed
         self._finished = 0  # answers whose stats are printed, or are not wanted
 
-    def begin(
-        self, inputs: "EncodedInputs", generation: "GenerationOptions", encode_full: "EncodeFull | None" = None
-    ) -> None:
+    def begin(self, inputs: "EncodedInputs", generation: "GenerationOptions", encode_full: EncodeFull | None) -> None:
         """From now on questions can be answered. Prints the warnings, which are about the inputs and the model: before any answer.
 
-        Args:
-            inputs: what is asked about.
-            generation: how answers are generated.
-            encode_full: encodes them once more with nothing pruned; None where nothing is to be compared.
+        `encode_full`: encodes the inputs once more with nothing pruned; None where nothing is to be compared.
         """
         self._inputs, self._generation, self._encode_full = inputs, generation, encode_full
         print_warnings(inputs.report)
@@ -102,7 +92,11 @@ class Conversation:
                     self._full = self._encode_full(show)
             answer = self._say(self._full, question, "full")
             report.compare, self._half = answer.report, None
-            report.agreement = self._agreement(question, answer)
+            from evoprune.pipeline.agreement import agreement, reference
+
+            ended = answer.report.finish_reason == "stop"
+            given = reference(self._full, question, answer.ids, ended, self._generation.system)
+            report.agreement = agreement(given, self._inputs).record()
         self.answered += 1  # before it is printed: a record that is interrupted must not be printed twice
         self._finish(report)
 
@@ -110,16 +104,16 @@ class Conversation:
         """Prints what there is when something went wrong: stats, and with JSON a line for every question not answered."""
         if isinstance(problem, BrokenPipeError | SystemExit) or not unanswered:
             return
-        json, interrupted, question = self._output.json, not isinstance(problem, Exception), unanswered[0]
+        json, interrupted = self._output.json, not isinstance(problem, Exception)
         running, self._running = self._running, None
-        report = None
+        report = running.report if interrupted and running else None
         if self._half:
+            report = report or self._failure(unanswered[0], problem)
+        if report:
+            report.finish_reason = "interrupt" if interrupted else "error"
+        if self._half:
+            self._half.compare = report
             report, self._half = self._half, None
-            report.compare = running.report if interrupted and running else self._failure(question, problem)
-            report.compare.finish_reason = "interrupt" if interrupted else "error"
-        elif interrupted and running:
-            report = running.report
-            report.finish_reason = "interrupt"
         self.answered += len(unanswered)
         if report and interrupted:
             self._finish(report)
@@ -129,14 +123,6 @@ class Conversation:
             for missing in unanswered[1 if report else 0 :]:
                 print_json(self._failure(missing, problem))
             problem.reported = True
-
-    def _agreement(self, question: str, full: "Answer") -> dict[str, Any]:
-        """How far the pruned model would have gone along with the full answer; see `pipeline.agreement`."""
-        from evoprune.pipeline.agreement import agreement, reference
-
-        ended = full.report.finish_reason == "stop"
-        given = reference(self._full, question, full.ids, ended, self._generation.system)
-        return agreement(given, self._inputs).record()
 
     def _say(self, inputs: "EncodedInputs", question: str, label: str) -> "Answer":
         """Asks and prints one answer."""

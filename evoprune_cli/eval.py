@@ -1,10 +1,9 @@
 """`evoprune eval`: accuracy against budget, beside what it costs."""
 
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from evoprune.bundled import BOTH, SPLITS, WORLDS, demo_knowing
 from evoprune.errors import UsageError
@@ -12,69 +11,70 @@ from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import PipelineOptions
 from evoprune_cli import completion
 from evoprune_cli import options as opt
-from evoprune_cli.failures import failure
-from evoprune_cli.files import check_chart, print_text, write_text
-from evoprune_cli.terminal import check_output, note, page_width, print_document, progress
+from evoprune_cli.files import check_chart
+from evoprune_cli.options import own
+from evoprune_cli.results import SOME_FAILED, rescuing, show, write
+from evoprune_cli.terminal import check_output, note, progress
 
-SOME_FAILED = 6
 
-_data, _output = partial(opt.option, "Data"), partial(opt.option, "Output")
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked."""
 
-Data = _data(
-    str,
-    "--data",
-    "Questions: JSONL or CSV rows with video, question, answer and perhaps id, options, type, groups. Or demo: clips "
-    "of the demo models' generators.",
-    **completion.one_of("FILE", "demo"),
-)
-Limit = _data(
-    int | None, "--limit", "At most so many videos; default: all of a file, or 100 demo clips.", metavar="N", min=1
-)
-World = _data(
-    str,
-    "--world",
-    "The demo's clips: coloured shapes and digits, or crowded scenes with signs.",
-    **completion.one_of(*WORLDS, BOTH),
-)
-Groups = _data(
-    list[str] | None,
-    "--group",
-    "Only questions of these groups; of scenes picture (one frame pair) or video, for example.",
-    metavar="LIST",
-)
-Split = _data(
-    str,
-    "--split",
-    "The demo's clips: to report on, to tune on, or upright ones with a panning camera, to report on.",
-    **completion.one_of(*SPLITS),
-)
-Seed = _data(
-    int,
-    "--seed",
-    "Block of the demo's clips; blocks share no clip. Also the seed of methods that draw at random.",
-    metavar="<int>",
-    min=0,
-    max=2**31 - 1,
-)
-Blind = opt.swept(bool, "--blind", "Also ask without the video: a grey one of the same size and length.")
-Processes = _output(
-    int,
-    "--processes",
-    "Videos at a time, each in a process with its own copy of the model.",
-    metavar="N",
-    min=1,
-    max=256,
-)
-Output = _output(
-    str | None,
-    "-o",
-    "--output",
-    "Write settings, samples and results there; if it exists, to DIR-2 and so on.",
-    metavar="DIR",
-)
-Resume = _output(str | None, "--resume", "Continue the interrupted run in DIR. Needs the same options.", metavar="DIR")
-Chart = _output(str | None, "--chart", "Draw accuracy against tokens and against cost.", metavar="FILE.svg")
-Json = _output(bool, "--json", "The results as one JSON line instead of a table.")
+    PANELS: ClassVar[dict[str, str]] = {
+        "data": "Data",
+        "blind": opt.SWEEP,
+        "processes": "Output",
+    }  # by their first fields
+
+    data: str = own(
+        MISSING,
+        "--data",
+        "Questions: JSONL or CSV rows with video, question, answer and perhaps id, options, type, groups. Or demo: clips "
+        "of the demo models' generators.",
+        **completion.one_of("FILE", "demo"),
+    )
+    limit: int | None = own(
+        None, "--limit N", "At most so many videos; default: all of a file, or 100 demo clips.", min=1
+    )
+    world: str = own(
+        WORLDS[0],
+        "--world",
+        "The demo's clips: coloured shapes and digits, or crowded scenes with signs.",
+        **completion.one_of(*WORLDS, BOTH),
+    )
+    group: list[str] | None = own(
+        None,
+        "--group LIST",
+        "Only questions of these groups; of scenes picture (one frame pair) or video, for example.",
+    )
+    split: str = own(
+        SPLITS[0],
+        "--split",
+        "The demo's clips: to report on, to tune on, or upright ones with a panning camera, to report on.",
+        **completion.one_of(*SPLITS),
+    )
+    seed: int = own(
+        0,
+        "--seed <int>",
+        "Block of the demo's clips; blocks share no clip. Also the seed of methods that draw at random.",
+        min=0,
+        max=2**31 - 1,
+    )
+    budget: opt.Budgets = None
+    method: opt.Methods = None
+    blind: bool = own(False, "--blind", "Also ask without the video: a grey one of the same size and length.")
+    options: opt.MakeOptions
+    processes: int = own(
+        1, "--processes N", "Videos at a time, each in a process with its own copy of the model.", min=1, max=256
+    )
+    output: str | None = own(
+        None, "-o --output DIR", "Write settings, samples and results there; if it exists, to DIR-2 and so on."
+    )
+    resume: str | None = own(None, "--resume DIR", "Continue the interrupted run in DIR. Needs the same options.")
+    chart: str | None = own(None, "--chart FILE.svg", "Draw accuracy against tokens and against cost.")
+    json: opt.JsonResults = False
+    quiet: opt.Quiet = False
 
 
 @opt.with_options(
@@ -89,25 +89,7 @@ Json = _output(bool, "--json", "The results as one JSON line instead of a table.
     },
     max_new_tokens={"unless_typed": 64},
 )  # fmt: skip
-def evaluate(
-    *,
-    data: Data,
-    limit: Limit = None,
-    world: World = WORLDS[0],
-    group: Groups = None,
-    split: Split = SPLITS[0],
-    seed: Seed = 0,
-    budget: opt.Budgets = None,
-    method: opt.Methods = None,
-    blind: Blind = False,
-    options: opt.MakeOptions,
-    processes: Processes = 1,
-    output: Output = None,
-    resume: Resume = None,
-    chart: Chart = None,
-    json: Json = False,
-    quiet: opt.Quiet = False,
-) -> int:
+def evaluate(asked: Request) -> int:
     """Measure accuracy against budget, on questions with known answers.
 
     Every setting answers the same questions, the full budget first. Settings are compared with it, and with the first method at
@@ -119,105 +101,77 @@ def evaluate(
     evoprune eval --data demo -b 0.25,0.1 --method evoprune,downscale -o runs/a
     evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
     """
-    made = options()
-    sweep = opt.sweep(budget, method, made.pruning.method_args, named=True)
-    _check_flags(world, split, output, resume)
-    model = made.model if made.model.model else replace(made.model, model=_knowing(data, world))
-    check_chart(chart, beside=output, inputs=[data])
-    videos = _questions(data)
-    asked = {
-        **sweep, "data": data, "blind": blind, "split": split, "seed": seed, "limit": limit,
-        "world": world, "groups": tuple(dict.fromkeys(opt.listed(group))),
+    from evoprune.evaluation.questions import load_questions
+
+    made = asked.options()
+    sweep = opt.sweep(asked.budget, asked.method, made.pruning.method_args, named=True)
+    check_output()
+    opt.check_choice("--world", asked.world, (*WORLDS, BOTH))
+    opt.check_choice("--split", asked.split, SPLITS)
+    if asked.output is not None and asked.resume is not None:
+        raise UsageError("-o and --resume exclude each other", "--resume goes on in its own folder")
+    model = made.model
+    if not model.model and (asked.data, asked.world) == ("demo", BOTH):
+        hint = f"evaluate one after the other (--world {', then --world '.join(WORLDS)}), or name a model with -m"
+        raise UsageError("no bundled model knows both worlds", hint)
+    if not model.model:  # of a file nothing is known, and samples have questions for `demo`
+        model = replace(model, model=demo_knowing(asked.world) if asked.data == "demo" else "demo")
+    check_chart(asked.chart, beside=asked.output, inputs=[asked.data])
+    videos = None if asked.data == "demo" else load_questions(Path(asked.data))
+    settings = {
+        **sweep, "data": asked.data, "blind": asked.blind, "split": asked.split, "seed": asked.seed,
+        "limit": asked.limit, "world": asked.world, "groups": tuple(dict.fromkeys(opt.listed(asked.group))),
         "model": model, "sampling": made.sampling, "generation": made.generation,
     }  # fmt: skip
-    deliver = partial(_deliver, json=json, chart=chart)
-    return _run(asked, videos, output, resume, processes, deliver, quiet)
+    return _run(asked, settings, videos)
 
 
-def _run(
-    asked: dict[str, Any], videos, output: str | None, resume: str | None, processes: int, deliver, quiet: bool
-) -> int:
+def _run(asked: Request, settings: dict[str, Any], videos) -> int:
     """Runs an evaluation; returns the exit code. A run that breaks off delivers the results so far.
 
-    Args:
-        asked: fields of `evaluation.run.Settings`. videos: see `Evaluation`.
-        output, resume: the folder to write to, or the one to go on in.
-        deliver: writes the results so far; called with the evaluation and the error that ended it, or None.
+    `settings`: fields of `evaluation.run.Settings`. `videos`: see `Evaluation`.
     """
     evaluation = None
-    try:
-        with progress(not quiet) as show:
-            evaluation = _checked(asked, videos, resume, show)
-            show("loading model")
-            evaluation.load(partial(show, "quantizing"))
-            if output:
-                evaluation.keep_in(Path(output))
-                if not quiet and evaluation.folder.path != Path(output):
-                    note(f"{output} is there already: writing to {evaluation.folder.path}")
-            evaluation.run(show, processes)
-    except BaseException as problem:
-        if evaluation is not None and evaluation.loaded and not isinstance(problem, BrokenPipeError | SystemExit):
-            with suppress(UsageError):  # the first problem is the one to report
-                deliver(evaluation, failure(problem))
-            problem.reported = True
-            if evaluation.folder and not quiet:
+
+    def rescue(error: dict[str, Any]) -> None:
+        try:
+            _deliver(evaluation, error, asked)
+        finally:
+            if evaluation.folder and not asked.quiet:
                 note(f"to go on: the same command with --resume {evaluation.folder.path} instead of -o")
-        raise
-    deliver(evaluation, None)
+
+    with rescuing(lambda: evaluation is not None and evaluation.loaded, rescue), progress(not asked.quiet) as tell:
+        evaluation = _checked(settings, videos, asked.resume, tell)
+        tell("loading model")
+        evaluation.load(partial(tell, "quantizing"))
+        if asked.output:
+            evaluation.keep_in(Path(asked.output))
+            if not asked.quiet and evaluation.folder.path != Path(asked.output):
+                note(f"{asked.output} is there already: writing to {evaluation.folder.path}")
+        evaluation.run(tell, asked.processes)
+    _deliver(evaluation, None, asked)
     return SOME_FAILED if evaluation.failed else 0
 
 
-def _checked(asked: dict[str, Any], videos, resume: str | None, show):
+def _checked(settings: dict[str, Any], videos, resume: str | None, tell):
     """The evaluation, without a model. Wrong settings and a wrong folder are refused here."""
-    show("loading libraries")
+    tell("loading libraries")
     check_libraries()
     from evoprune.evaluation.run import Evaluation, Settings, digest
 
-    made = Evaluation(Settings(**asked, digest=None if videos is None else digest(Path(asked["data"]))), videos)
+    made = Evaluation(Settings(**settings, digest=None if videos is None else digest(Path(settings["data"]))), videos)
     if resume:
         made.keep_in(Path(resume), resume=True)
     return made
 
 
-def _check_flags(world, split, output, resume) -> None:
-    check_output()
-    if world not in (*WORLDS, BOTH):
-        raise UsageError(f"--world {world!r} is unknown", f"one of {', '.join((*WORLDS, BOTH))}")
-    if split not in SPLITS:
-        raise UsageError(f"--split {split!r} is unknown", f"one of {', '.join(SPLITS)}")
-    if output is not None and resume is not None:
-        raise UsageError("-o and --resume exclude each other", "--resume goes on in its own folder")
-
-
-def _knowing(data: str, world: str) -> str:
-    """The bundled model that knows what is asked about. Of a file nothing is known, and samples have questions for `demo`."""
-    if data != "demo":
-        return "demo"
-    if world == BOTH:
-        hint = f"evaluate one after the other (--world {', then --world '.join(WORLDS)}), or name a model with -m"
-        raise UsageError("no bundled model knows both worlds", hint)
-    return demo_knowing(world)
-
-
-def _questions(data: str):
-    """The videos of a file of questions; None for the demo's own clips."""
-    if data == "demo":
-        return None
-    from evoprune.evaluation.questions import load_questions
-
-    return load_questions(Path(data))
-
-
-def _deliver(evaluation, error: dict | None, json: bool, chart: str | None) -> None:
+def _deliver(evaluation, error: dict[str, Any] | None, asked: Request) -> None:
     """Writes the results so far: to stdout first, then into the folder, then as a chart."""
     from evoprune_cli.eval_tables import draw_chart, table
 
     document = evaluation.document(error)
-    if json:
-        print_document(document)
-    elif document["rows"] or error is None:
-        print_text(table(document, page_width()))
+    if asked.json or document["rows"] or error is None:
+        show(document, table, asked.json)
     if evaluation.folder:
         evaluation.folder.finish(document)
-    if chart and document["rows"]:
-        write_text(chart, draw_chart(document))
+    write(document, None, asked.chart, draw_chart)

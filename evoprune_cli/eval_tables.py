@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 from itertools import cycle, product
 
 from evoprune.evaluation.scores import LEAST_QUESTIONS, TYPE, is_tie, same_tokens
-from evoprune.report.records import precision
 from evoprune.text import budget_text, counted
 from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
 from evoprune.visualize.svg import PALE
-from evoprune_cli.tables import fitting, folded, one_line
+from evoprune_cli.tables import failures, fitting, folded, model_line, one_line, short_name
 from evoprune_cli.tables import table as rendered
 
 Cell = Callable[[dict], str]
@@ -30,7 +29,7 @@ def table(document: dict, width: int = 80) -> str:
         if any(row["unparseable"] for row in rows):
             columns["unparsed"] = lambda row: f"{row['unparseable']:,}"
             notes.append("unparsed: answers that name none of the options, or several; they count as wrong")
-        lines += ["", *_fitting(rows, columns, width), *_few([rows[0]], width)]
+        lines += ["", *_fitting(rows, columns, width), *_too_small([rows[0]], width)]
         versus, legend = _versus_first(rows, width)
         lines += versus
         notes[1:1] = legend
@@ -40,21 +39,17 @@ def table(document: dict, width: int = 80) -> str:
             found = [row for row in rest if row["group"].startswith("type:") == typed]
             lines += _by_group(title, found, names, width)
     lines.append("")
-    failures = [f"failed: {failure['video']}: {failure['message']}" for failure in document["failures"]]
     if document["error"]:
         notes.append(f"{document['error']['message']}: not all videos were evaluated")
-    lines += folded((*notes, *map(one_line, failures), *document["notes"]), width)
+    lines += folded((*notes, *failures(document), *document["notes"]), width)
     return "\n".join(lines) + "\n"
 
 
 def _head(document: dict) -> list[str]:
-    model, settings, videos = document["model"], document["settings"], document["videos"]
+    videos, questions = document["videos"], counted(document["items"]["answered"], "question")
+    about = f"{videos['evaluated']} of {counted(videos['wanted'], 'video')}"
     failed = f", {videos['failed']} failed" if videos["failed"] else ""
-    return [
-        f"{one_line(model['id'])}, {precision(model['dtype'], model.get('quantize'))}, {model['device']}",
-        f"{_data(settings)}: {counted(document['items']['answered'], 'question')} about {videos['evaluated']} of "
-        f"{counted(videos['wanted'], 'video')}{failed}",
-    ]
+    return [model_line(document["model"]), f"{_data(document['settings'])}: {questions} about {about}{failed}"]
 
 
 def _data(settings: dict) -> str:
@@ -63,12 +58,8 @@ def _data(settings: dict) -> str:
     return f"{data} ({settings['world']}, {settings['split']}, block {settings['seed']})" if data == "demo" else data
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:+.1f}"
+def _percent(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{100 * value:{sign}.1f}"
 
 
 def _accuracy(row: dict) -> str:
@@ -78,10 +69,10 @@ def _accuracy(row: dict) -> str:
 def _difference(row: dict, name: str = "difference") -> str:
     if row["row"] == "full":
         return ""
-    if row[f"{name}_low"] is None:  # too few videos
-        return _signed(row[name])
-    tie = "tie " if is_tie(row, name) else ""
-    return f"{tie}{_signed(row[name])} ({_signed(row[f'{name}_low'])} to {_signed(row[f'{name}_high'])})"
+    value, low, high = (_percent(row[f"{name}{end}"], "+") for end in ("", "_low", "_high"))
+    if low == "-":  # too few videos
+        return value
+    return f"{'tie ' if is_tie(row, name) else ''}{value} ({low} to {high})"
 
 
 # Columns to drop where the terminal has too few characters, in this order: `LEAST`.
@@ -107,20 +98,18 @@ def _fitting(rows: list[dict], columns: dict[str, Cell], width: int) -> list[str
 
 def _versus_first(rows: list[dict], width: int) -> tuple[list[str], list[str]]:
     """The other methods against the first one, and a note on it. Nothing for one method, or where the terminal is too narrow."""
-    others = [row for row in rows if row["first"]]
+    others, of_name = [row for row in rows if row["first"]], {row["name"]: row for row in rows}
     if not others:
         return [], []
-    of_name = {row["name"]: row for row in rows}
     first = one_line(of_name[others[0]["first"]]["method"])
-    names = [row["name"] + " *" * (not same_tokens(row, of_name[row["first"]])) for row in others]
-    title, marked = f"vs {first}", any(name.endswith(" *") for name in names)
-    differences = [_difference(row, "first_difference") for row in others]
-    made, fits = rendered(["", title], zip(names, differences, strict=True), width)
+    marks = [" *" * (not same_tokens(row, of_name[row["first"]])) for row in others]
+    body = [(row["name"] + mark, _difference(row, "first_difference")) for row, mark in zip(others, marks, strict=True)]
+    made, fits = rendered(["", f"vs {first}"], body, width)
     if not fits:
         return [], []
-    said = f"* reads another number of tokens than {first} at this budget; how many: below" if marked else ""
-    lines = ["", *made, *folded([said], width)]
-    return lines, [f"{title}: the paired difference to the first method, at the same budget"]
+    said = f"* reads another number of tokens than {first} at this budget; how many: below" if any(marks) else ""
+    legend = f"vs {first}: the paired difference to the first method, at the same budget"
+    return ["", *made, *folded([said], width)], [legend]
 
 
 def _by_group(title: str, rows: list[dict], names: list[str], width: int) -> list[str]:
@@ -131,26 +120,24 @@ def _by_group(title: str, rows: list[dict], names: list[str], width: int) -> lis
     lines, rest = [], names
     while rest and groups:
         for count in range(len(rest), 0, -1):
-            body = [
-                [group.removeprefix("type:"), f"{found[names[0]]['n']:,}", *(_percent(found[n]["accuracy"]) for n in rest[:count])]
-                for group, found in groups.items()
-            ]  # fmt: skip
+            body = []
+            for group, found in groups.items():
+                cells = [_percent(found[name]["accuracy"]) for name in rest[:count]]
+                body.append([group.removeprefix(TYPE), f"{found[names[0]]['n']:,}", *cells])
             made, fits = rendered([title, "n", *rest[:count]], body, width)
             if fits:
                 break
         lines += ["", *made]
         rest = rest[count:]
-    lines += _few([found[names[0]] for found in groups.values()], width, title)
-    return lines
+    return lines + _too_small([found[names[0]] for found in groups.values()], width, title)
 
 
-def _few(rows: Sequence[dict], width: int, title: str = "") -> list[str]:
+def _too_small(rows: Sequence[dict], width: int, title: str = "") -> list[str]:
     """A line below a table with too few questions for a measurement. `rows`: one a group; `title`: what groups are called."""
-    few = [row for row in rows if row["n"] < LEAST_QUESTIONS]
-    if not few:
+    names = [one_line(row["group"].removeprefix(TYPE)) for row in rows if row["n"] < LEAST_QUESTIONS]
+    if not names:
         return []
-    names = ", ".join(one_line(row["group"].removeprefix(TYPE)) for row in few)
-    where = f" in {f'every {title}' if len(few) == len(rows) else names}" if title else ""
+    where = f" in {f'every {title}' if len(names) == len(rows) else ', '.join(names)}" if title else ""
     said = f"fewer than {LEAST_QUESTIONS} questions{where}: an example, not a measurement"
     return folded([said], width)
 
@@ -166,22 +153,17 @@ def draw_chart(document: dict) -> str:
         ("layer_tokens", "By tokens", "visual tokens read, mean of a question and of the layers"),
         ("tflop_3b", "By cost", "TFLOP of tower and prefill at 3B dimensions"),
     ):
-        full = rows[0]
         series = []
         for name, (hollow, colour) in ({name: (False, colour) for name, colour in fixed.items()} | looks).items():
             mine = [row for row in rows if row["row" if name in fixed else "method"] == name]
-            points = sorted((_point(row, cost) for row in mine), key=lambda point: point.x)
+            labels = [f"-b {budget_text(row['budget'])}" * (row["row"] == "method") for row in mine]
+            points = [Point.percent(row[cost], row, "accuracy", label) for row, label in zip(mine, labels, strict=True)]
+            points.sort(key=lambda point: point.x)
             if name == "blind" and points:  # a level, not a point: it reads nothing of the video
-                points = [Point(0, points[0].y), Point(full[cost], points[0].y)]
+                points = [Point(0, points[0].y), Point(rows[0][cost], points[0].y)]
             if points:
                 series.append(Series(name, tuple(points), colour, dashed=name == "blind", hollow=hollow))
         panels.append(Panel(title, label, "accuracy, %", tuple(series), from_zero=False))
-    settings, model = document["settings"], document["model"]
-    facts = f"{_data(settings)}, {counted(rows[0]['n'], 'question')} about {counted(rows[0]['videos'], 'video')}"
-    title = f"{one_line(model['id']).rpartition('/')[2]}: accuracy against tokens and against cost"
+    facts = f"{_data(document['settings'])}, {counted(rows[0]['n'], 'question')} about {counted(rows[0]['videos'], 'video')}"
+    title = f"{short_name(document['model']['id'])}: accuracy against tokens and against cost"
     return draw(title, f"{facts}, 95% intervals over videos", panels)
-
-
-def _point(row: dict, cost: str) -> Point:
-    label = f"-b {budget_text(row['budget'])}" if row["row"] == "method" else ""
-    return Point(row[cost], 100 * row["accuracy"], 100 * row["low"], 100 * row["high"], label)

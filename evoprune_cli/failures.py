@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 
 from evoprune.errors import error_record
 
@@ -14,17 +15,22 @@ class Terminated(BaseException):
 
 def failure(problem: BaseException) -> dict:
     """`errors.error_record` for everything that can end a command: also signals, and values from the environment."""
-    stops = {KeyboardInterrupt: (130, "interrupted"), Terminated: (143, "terminated")}
-    if type(problem) not in stops:
-        record = error_record(problem)
-        for name, option in FROM_ENVIRONMENT.items():
-            value = os.environ.get(name)
-            typed = any(word in (value, f"{option}{value}") or word.endswith(f"={value}") for word in sys.argv)
-            if value and not typed and repr(value) in record["message"]:
-                record["hint"] = f"{record['hint'] or ''}; the value comes from {name}".lstrip("; ")
-        return record
-    code, kind = stops[type(problem)]
-    return {"code": code, "type": kind, "stage": None, "message": kind, "hint": None}
+    for signal, code, name in ((KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")):
+        if isinstance(problem, signal):
+            return {"code": code, "type": name, "stage": None, "message": name, "hint": None}
+    record = error_record(problem)
+    for name, option in FROM_ENVIRONMENT.items():
+        value = os.environ.get(name)
+        typed = any(word in (value, f"{option}{value}") or word.endswith(f"={value}") for word in sys.argv)
+        if value and not typed and repr(value) in record["message"]:
+            record["hint"] = f"{record['hint'] or ''}; the value comes from {name}".lstrip("; ")
+    return record
+
+
+def print_traceback(problem: BaseException) -> None:
+    """Where tracebacks are wanted."""
+    if debugging():
+        traceback.print_exception(problem)
 
 
 def debugging() -> bool:

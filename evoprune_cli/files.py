@@ -37,30 +37,23 @@ def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[st
 
 
 def check_writable(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:
-    """Checks that a file can be written, before anything is measured.
+    """Raises UsageError, before anything is measured, where a file cannot be written, or is not evoprune's own, or where it or its
+    folder is read.
 
     Args:
-        path: the file.
         beside: a folder that will be made, with its parents.
         inputs: files and folders that are read; an empty name is none.
-
-    Raises:
-        UsageError: it cannot; it is one of the inputs, or in a folder that is one; or a file is there that is not evoprune's own.
     """
     if path is None:
         return
-    folder = os.path.dirname(os.path.realpath(path))
+    real = os.path.realpath(path)
+    folder = os.path.dirname(real)
     if beside is not None and not os.path.exists(folder) and Path(os.path.realpath(beside)).is_relative_to(folder):
         return
-    if (
-        os.path.isdir(path)
-        or not os.path.isdir(folder)
-        or not os.access(path if os.path.exists(path) else folder, os.W_OK)
-    ):
+    writable = os.access(path if os.path.exists(path) else folder, os.W_OK)
+    if os.path.isdir(path) or not os.path.isdir(folder) or not writable:
         raise UsageError(f"cannot write {path}", "name a file in a folder that exists and can be written")
-    if any(
-        os.path.realpath(each) in (os.path.realpath(path), os.path.realpath(folder)) for each in filter(None, inputs)
-    ):
+    if {real, folder} & {os.path.realpath(each) for each in inputs if each}:
         raise UsageError(f"{path} would change what is read", "name another place")
     if not _may_replace(path):
         raise UsageError(f"{path} is there, and evoprune did not write it", "name another file, or remove this one")

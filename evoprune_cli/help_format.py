@@ -85,9 +85,7 @@ class Command(TyperCommand):
 def _named(signature: str) -> str:
     """What a parameter is called, with a word for its values in the place of a type of Python; those of arguments need none."""
     signature = re.sub(r"^([^-\s]\S*) <.*>$", r"\1", signature)
-    for kind, word in (("str", "TEXT"), ("int", "N"), ("float", "N")):
-        signature = signature.replace(f"<{kind}>", word)
-    return signature
+    return signature.replace("<str>", "TEXT").replace("<int>", "N").replace("<float>", "N")
 
 
 def _brief(param):

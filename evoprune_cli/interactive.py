@@ -19,18 +19,14 @@ OPTION = r"--|-[a-z]"  # how a line begins that is no question
 def check_terminal() -> None:
     """Raises UsageError where stdin is not a terminal."""
     if sys.stdin is None or not sys.stdin.isatty():
-        raise UsageError(
-            "--interactive reads questions from a terminal, and stdin is not one",
-            "several questions at once: -Q, repeatable",
-        )
+        said = "--interactive reads questions from a terminal, and stdin is not one"
+        raise UsageError(said, "several questions at once: -Q, repeatable")
 
 
 def converse(talk: Conversation, questions: list[str], inputs: Sequence[str]) -> None:
     """Answers `questions`, and then each question that is typed, which is appended to them.
 
-    Ctrl-C ends an answer. Pressed twice at the prompt, it ends the conversation.
-
-    `inputs`: their names, for a greeting; empty for none.
+    Ctrl-C ends an answer; pressed twice at the prompt, the conversation. `inputs`: their names, for a greeting; empty for none.
     """
     for question in list(questions):
         _answer(talk, question)
@@ -86,10 +82,8 @@ def typed() -> Iterator[str]:
         elif re.fullmatch(r"/\w*", word):
             tell(f"there is no command {word}; /help lists them")
         elif re.match(OPTION, word):
-            print_error(
-                f"{word.split()[0]} looks like an option, so it is not asked",
-                "options belong to the command line: q ends the conversation, and evoprune ask begins another one with them",
-            )
+            hint = "options belong to the command line: q ends the conversation, and evoprune ask begins another one with them"
+            print_error(f"{word.split()[0]} looks like an option, so it is not asked", hint)
         elif word:
             yield line
 

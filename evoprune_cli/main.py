@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -21,12 +20,12 @@ from evoprune_cli import completion
 from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
 from evoprune_cli.eval import evaluate
-from evoprune_cli.failures import Terminated, debugging, failure
+from evoprune_cli.failures import Terminated, failure, print_traceback
 from evoprune_cli.help_format import Group, showing
 from evoprune_cli.inspect import inspect
 from evoprune_cli.methods import methods
 from evoprune_cli.profile import profile
-from evoprune_cli.terminal import WIDTH, ClosedOutput, print_document, print_error, print_json, print_own_warning
+from evoprune_cli.terminal import WIDTH, ClosedOutput, print_document, print_error, print_json, print_titled
 from evoprune_cli.tune import tune
 from evoprune_cli.verify import verify
 
@@ -68,23 +67,19 @@ def main(
         raise typer.Exit(2)
 
 
-_MODEL, _FRAMES, _OUTPUT = ("model", "budget"), ("fps", "frames", "start_s", "end_s"), ("json", "quiet")
-app.command(cls=showing("more", "interactive", "compare", *_MODEL, *_FRAMES, "max_new_tokens", *_OUTPUT, "verbose"))(
-    ask
-)
-app.command(cls=showing("questions", "source", "output", "resume", "overwrite", *_MODEL, "fps", "quiet"))(batch)
-app.command(
-    "eval", cls=showing("data", "limit", "budget", "method", "blind", "model", "output", "resume", "chart", *_OUTPUT)
-)(evaluate)
-app.command(cls=showing("questions", "agree", "time_limit", "budget", "method", "model", "output", "chart", *_OUTPUT))(
-    tune
-)
-app.command(cls=showing("overlay", "scan", "clear_cache", "forget_tuned", *_MODEL, *_FRAMES, "json"))(inspect)
-app.command(
-    cls=showing("budget", "method", "frames", "size", "model", "time_limit", "form", "output", "chart", "quiet")
-)(profile)
-app.command(cls=showing("quick", "time_limit", "model", "output", *_OUTPUT))(verify)
-app.command(cls=showing("json"))(methods)
+# Names of the options in the short help of each command.
+SHORT_HELP = {
+    ask: "more interactive compare model budget fps frames start_s end_s max_new_tokens json quiet verbose",
+    batch: "questions source output resume overwrite model budget fps quiet",
+    evaluate: "data limit budget method blind model output resume chart json quiet",
+    tune: "questions agree time_limit budget method model output chart json quiet",
+    inspect: "overlay scan clear_cache forget_tuned model budget fps frames start_s end_s json",
+    profile: "budget method frames size model time_limit form output chart quiet",
+    verify: "quick time_limit model output json quiet",
+    methods: "json",
+}
+for command, names in SHORT_HELP.items():
+    app.command("eval" if command is evaluate else None, cls=showing(*names.split()))(command)
 # Of the JSON lines of these commands; the others print a report.
 SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "inspect", "methods", "tune", "verify")}
 
@@ -102,11 +97,9 @@ def _once_more(lost) -> None:
     if lost.exc_type not in signals:
         sys.__unraisablehook__(lost)
         return
-    again = threading.Timer(
-        0.01, os.kill, (os.getpid(), signals[lost.exc_type])
-    )  # from inside the hook it would be lost too
+    # From inside the hook it would be lost too.
+    _AGAIN.append(again := threading.Timer(0.01, os.kill, (os.getpid(), signals[lost.exc_type])))
     again.daemon = True
-    _AGAIN.append(again)
     again.start()
 
 
@@ -129,7 +122,7 @@ def run() -> None:
 def _show_warning(usual: Callable[..., None], message: Warning, category: type[Warning], *where, **more) -> None:
     """Prints a warning of this package's own as such, and others in the usual way."""
     if issubclass(category, EvopruneWarning):
-        print_own_warning(message)
+        print_titled("warning:", str(message))
     else:
         usual(message, category, *where, **more)
 
@@ -195,17 +188,13 @@ def _nobody_reads(streams) -> int:
 
 def _report(problem: Exception) -> int:
     """Prints the two lines of an error, and for `--json` a record unless the command has printed it; returns the exit code."""
-    if debugging():
-        traceback.print_exception(problem)
+    print_traceback(problem)
     if isinstance(problem, OSError) and problem.errno in CANNOT_WRITE and problem.filename is None:
         _nobody_reads([sys.stdout])
         print_error(f"cannot write the output: {problem.strerror}", "is the disk full?")
         return UsageError.exit_code
-    reported = getattr(problem, "reported", False)
-    if isinstance(problem, ParserError):
-        problem = UsageError(_sentence(problem), _hint(problem))
-    error = failure(problem)
-    if "--json" in sys.argv[1:] and not reported:
+    error = failure(UsageError(_sentence(problem), _hint(problem)) if isinstance(problem, ParserError) else problem)
+    if "--json" in sys.argv[1:] and not getattr(problem, "reported", False):
         if schema := SCHEMAS.get(_command()):
             print_document({"schema": schema, "error": error})
         elif _command() != "profile":  # it has --format json instead

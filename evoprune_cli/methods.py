@@ -1,5 +1,6 @@
 """`evoprune methods`: the pruning methods, where each acts, whether it reads the question, and its source."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -27,6 +28,14 @@ COMBINED = (
 )
 
 
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "name": lambda facts: facts["name"],
+    "acts": lambda facts: ACTS.get(facts["acts"], "-"),
+    "question": lambda facts: {True: "yes", False: "no", None: "-"}[facts["reads_question"]],
+    "source": lambda facts: one_line("; ".join(filter(None, [facts["source"], facts["plugin"]]))),
+}
+
+
 def methods(
     json: Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text.")] = False,
     debug: Debug = False,
@@ -43,16 +52,8 @@ def methods(
     if json:
         print_document({"schema": SCHEMA, "methods": found, "error": None})
         return 0
-    rows = [
-        (
-            each["name"],
-            ACTS.get(each["acts"], "-"),
-            {True: "yes", False: "no", None: "-"}[each["reads_question"]],
-            _source(each),
-        )
-        for each in found
-    ]
-    lines, _ = table(["name", "acts", "question", "source"], rows, page_width(), right=False)
+    rows = [[cell(each) for cell in COLUMNS.values()] for each in found]
+    lines, _ = table([*COLUMNS], rows, page_width(), right=False)
     print_text("\n".join([*lines, "", *folded([COMBINED], page_width())]) + "\n")
     return 0
 
@@ -70,7 +71,3 @@ def _facts(name: str, plugin: str | None) -> dict[str, Any]:
         "source": method and method.source,
         "plugin": plugin,
     }
-
-
-def _source(facts: dict[str, Any]) -> str:
-    return one_line("; ".join(filter(None, [facts["source"], facts["plugin"]])))

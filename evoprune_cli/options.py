@@ -1,7 +1,7 @@
 """The options of several commands. Those of the pipeline are made of the dataclasses that define them."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import Field, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, Field, field, fields, is_dataclass, replace
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, get_args
@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from evoprune import methods
+from evoprune.errors import UsageError
 from evoprune.keywords import OPTION, Option
 from evoprune.pipeline.options import PipelineOptions, check_tuned
 from evoprune.pruning.budget import PRESETS, TUNED, parse_budget, parse_budget_or_name
@@ -16,44 +17,63 @@ from evoprune_cli import completion
 from evoprune_cli.help_format import HelpAll
 
 COMPLETED = {"model": completion.MODEL, "budget": completion.BUDGET, "method": completion.METHOD}
+TYPER = "typer"  # in the metadata of a field that `own` makes
 MakeOptions = Callable[[], PipelineOptions]  # makes them of what was typed; raises UsageError
 Command = Callable[..., int]
 
 
-def option(panel: str | None, kind: Any, *names_and_help: str, **settings: Any) -> Any:
-    """The annotation of an option that is no option of the pipeline, under the title `panel` in the full help."""
+def option(panel: str | None, declared: Any, *names_and_help: str, **settings: Any) -> Any:
+    """The annotation of an option of several commands, under the title `panel` in the full help."""
+    return Annotated[declared, _said(*names_and_help, rich_help_panel=panel, **settings)]
+
+
+def own(default: Any, names: str, text: str, **settings: Any) -> Any:
+    """A field of a command's dataclass: an option of this command alone. Names are as in the help: "-o --output FILE".
+
+    It stands under the title of a panel that begins with it or with an earlier field: the class's `PANELS`.
+    """
+    return field(default=default, metadata={TYPER: _said(names, text, **settings)})
+
+
+def _said(*names_and_help: str, **settings: Any) -> Any:
     *names, text = names_and_help
-    return Annotated[kind, typer.Option(*names, help=text, rich_help_panel=panel, **settings)]
+    *names, last = " ".join(names).split()
+    names, metavar = ([*names, last], {}) if last.startswith("-") else (names, {"metavar": last})
+    return typer.Option(*names, help=text, **metavar, **settings)
 
 
-def argument(kind: Any, metavar: str, text: str) -> Any:
+def argument(declared: Any, metavar: str, text: str) -> Any:
     """The annotation of what is no option."""
-    return Annotated[kind, typer.Argument(metavar=metavar, help=text, show_default=False)]
+    return Annotated[declared, typer.Argument(metavar=metavar, help=text, show_default=False)]
 
 
-def with_options(*kinds: type, without: Iterable[str] = (), **changed: dict[str, Any]) -> Callable[[Command], Command]:
-    """Decorates a command: its parameter `options` becomes an option for each field of `kinds`.
+def with_options(*groups: type, without: Iterable[str] = (), **changed: dict[str, Any]) -> Callable[[Command], Command]:
+    """Decorates a command: its parameter `options` becomes an option for each field of `groups`.
 
-    The command is called with a `MakeOptions`, so that it reports wrong values as its other errors. Fields that are not offered
-    have their defaults. `--debug` and `--help-all` are added.
+    The parameters may also be the fields of a dataclass, the command's only parameter. `options` is a `MakeOptions`, so that the
+    command reports wrong values as its other errors. Fields that are not offered have their defaults. `--debug` and `--help-all`
+    are added.
 
     Args:
         without: names of fields that are not offered.
         changed: what the command says otherwise of a field, by its name: fields of `Option`.
     """
-    offered = [(kind.PANEL, each) for kind in kinds for each in fields(kind) if each.name not in without]
+    offered = [(group.PANEL, each) for group in groups for each in fields(group) if each.name not in without]
     said = {each.name: replace(each.metadata[OPTION], **changed.get(each.name, {})) for _, each in offered}
 
     def decorate(command: Command) -> Command:
+        written = list(signature(command).parameters.values())
+        request = written[0].annotation if is_dataclass(written[0].annotation) else None
         parameters = []
-        for parameter in signature(command).parameters.values():
-            own = [_parameter(panel, each, said[each.name]) for panel, each in offered]
-            parameters += own if parameter.name == "options" else [parameter]
+        for parameter in _of_fields(request) if request else written:
+            pipeline = [_parameter(panel, each, said[each.name]) for panel, each in offered]
+            parameters += pipeline if parameter.name == "options" else [parameter]
 
         @wraps(command)
         def run(debug: bool, help_all: bool, **given: Any) -> int:
             typed = {name: given.pop(name) for name in said}
-            return command(**given, options=partial(_made, said, typed))
+            given["options"] = partial(_made, said, typed)
+            return command(request(**given)) if request else command(**given)
 
         run.__signature__ = Signature([*parameters, *signature(_for_all).parameters.values()])
         run.__annotations__ = {}
@@ -62,13 +82,24 @@ def with_options(*kinds: type, without: Iterable[str] = (), **changed: dict[str,
     return decorate
 
 
+def _of_fields(request: Any) -> Iterator[Parameter]:
+    panel = None
+    for each in fields(request):
+        annotation, panel = each.type, request.PANELS.get(each.name, panel)
+        if said := each.metadata.get(TYPER):
+            said.rich_help_panel = panel
+            annotation = Annotated[annotation, said]
+        default = Parameter.empty if each.default is MISSING else each.default
+        yield Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
 def _parameter(panel: str, field: Field, said: Option) -> Parameter:
     """An option of the pipeline, as Typer takes parameters of a command."""
     default = field.default if said.unless_typed is None else said.unless_typed
-    kind = said.typed or (str if str in get_args(field.type) else field.type)
+    declared = said.typed or (str if str in get_args(field.type) else field.type)
     annotation = option(
         panel,
-        kind | None if default is None else kind,
+        declared | None if default is None else declared,
         *(said.flags or [f"--{field.name.replace('_', '-')}"]),
         said.help,
         envvar=said.env,
@@ -85,7 +116,8 @@ def _made(said: dict[str, Option], typed: dict[str, Any]) -> PipelineOptions:
     return PipelineOptions.of(**{name: parse[name](value) if name in parse else value for name, value in typed.items()})
 
 
-swept = partial(option, "Sweep (lists by commas or repetition)")
+SWEEP = "Sweep (lists by commas or repetition)"  # the title of a panel
+swept = partial(option, SWEEP)
 Budgets = swept(
     list[str] | None,
     "-b",
@@ -102,36 +134,10 @@ Methods = swept(
     "reuse+NAME, ipcv+NAME and NAME+fastv.",
     **completion.METHODS,
 )
-_plain, _output = partial(option, None), partial(option, "Output")
-Inputs = argument(
-    list[str],
-    "INPUT",
-    "Videos and pictures (files, folders of frames, or - for stdin), then the question, quoted. "
-    "Without a question or -Q, the question is read from stdin; otherwise only - reads it.",
-)
-MoreQuestions = _plain(
-    list[str] | None, "-Q", "--question", "A question; repeatable. All share one encoding.", metavar="TEXT"
-)
-Interactive = _plain(
-    bool,
-    "-i",
-    "--interactive",
-    "Ask further questions at a prompt: q or Ctrl-D ends it, Ctrl-C stops an answer. Needs a terminal, but no question.",
-)
-Compare = _plain(
-    bool,
-    "--compare",
-    "Also answer with nothing pruned, and print both; with --json in the field `compare` of the same line.",
-)
-
+_output = partial(option, "Output")
 Json = _output(bool, "--json", "One JSON line a question on stdout, instead of text.")
-Stats = _output(
-    bool | None,
-    "--stats/--no-stats",
-    "Stage times and token counts on stderr; default: unless --json or -q, in one line from the second question on.",
-)
+JsonResults = _output(bool, "--json", "The results as one JSON line instead of a table.")
 Quiet = _output(bool, "-q", "--quiet", "No progress, notes or stats; warnings remain.")
-Verbose = _output(bool, "-v", "--verbose", "Also print rows of every layer, settings, versions.")
 Cache = _output(
     bool,
     "--cache/--no-cache",
@@ -144,6 +150,12 @@ def _for_all(*, debug: Debug = False, help_all: HelpAll = False) -> None:
     """The last options of every command. `failures.debugging` and a callback of `HelpAll` read them, not the command."""
 
 
+def check_choice(name: str, value: str | None, known: Iterable[str | None]) -> None:
+    """Raises UsageError where an option has none of the values that it takes."""
+    if value not in known:
+        raise UsageError(f"{name} {value!r} is unknown", f"one of {', '.join(filter(None, known))}")
+
+
 def listed(texts: list[str] | None) -> list[str]:
     """A list given by commas or by repeating the option."""
     return [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
@@ -152,9 +164,7 @@ def listed(texts: list[str] | None) -> list[str]:
 def sweep(budgets: list[str] | None, names: list[str] | None, args: dict[str, str], *, named: bool = False) -> dict:
     """What `profile` and `eval` go through: `budgets`, `methods` and `method_args`, each budget and method once.
 
-    Args:
-        args: settings of the methods.
-        named: whether budgets of "auto", "auto:inflection" and "tuned" are allowed; "tuned", alone, holds the method too.
+    `named`: whether budgets of "auto", "auto:inflection" and "tuned" are allowed; "tuned", alone, holds the method too.
 
     Raises UsageError: a bad budget, no such method, or settings beside a budget of "tuned" alone.
     """

@@ -7,7 +7,7 @@ from evoprune.profiling.results import BOUND, METHOD, Results, Row, Spread
 from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
 from evoprune.visualize.svg import PALE
 from evoprune_cli.profile_tables import device, source
-from evoprune_cli.tables import one_line
+from evoprune_cli.tables import one_line, short_name
 
 
 def draw_chart(results: Results) -> str:
@@ -17,7 +17,7 @@ def draw_chart(results: Results) -> str:
     sizes = ", ".join(sorted({f"{case.height}x{case.width}" for case in cases}))
     facts = [model.dtype, device(results), f"frames of {sizes}" if sweep else str(cases[0]), source(results)]
     facts.append(f"median and range of {results.rounds} rounds" if results.rounds > 1 else "1 round")
-    name = one_line(model.id).rpartition("/")[2] + " with random weights" * (model.load_format == "dummy")
+    name = short_name(model.id) + " with random weights" * (model.load_format == "dummy")
     used = ", ".join(dict.fromkeys(one_line(row.method) for row in results.rows if row.kind == METHOD))
     title = f"{name}: {'time to the first token' if sweep else f'encode against live share of {used}'}"
     return draw(title, ", ".join(facts), _sweep(results) if sweep else [_live_share(results)])
@@ -41,6 +41,12 @@ def _point(x: float, spread: Spread, factor: float, label: str = "") -> Point:
     return Point(x, spread.median * factor, spread.low * factor, spread.high * factor, label)
 
 
+def _series(lines: dict[str, list[Point]], colours: dict[str, str]) -> tuple[Series, ...]:
+    """A line for each name, from left to right; a bound is dashed."""
+    ordered = {name: tuple(sorted(points, key=lambda point: point.x)) for name, points in lines.items()}
+    return tuple(Series(name, points, colours[name], name.startswith("bound")) for name, points in ordered.items())
+
+
 def _sweep(results: Results) -> list[Panel]:
     """Encode, and the first token, against the frames, or against the units where their size changes too."""
     by_frames = len({(case.height, case.width) for case in results.cases}) == 1
@@ -53,13 +59,9 @@ def _sweep(results: Results) -> list[Panel]:
             if figures and (row.kind != BOUND or stage == "first_token"):
                 x = row.case.frames if by_frames else row.counts.units
                 lines.setdefault(row.name, []).append(_point(x, getattr(figures, stage), factor))
-        series = tuple(
-            Series(name, tuple(sorted(points, key=lambda p: p.x)), colours[name], name.startswith("bound"))
-            for name, points in lines.items()
-        )
         xs = tuple(sorted({point.x for points in lines.values() for point in points}))
         label = "frames" if by_frames else "units (visual tokens before pruning)"
-        panels.append(Panel(title, label, unit, series, xs))
+        panels.append(Panel(title, label, unit, _series(lines, colours), xs))
     return panels
 
 
@@ -74,8 +76,7 @@ def _live_share(results: Results) -> Panel:
             lines.setdefault(name, []).append(_point(row.counts.live_share, figures.encode, factor, label))
     fixed = {"Hugging Face": PALE, "budget 1.0": INK}
     colours = fixed | dict(zip((name for name in lines if name not in fixed), cycle(COLOURS), strict=False))
-    series = [Series(name, tuple(sorted(p, key=lambda p: p.x)), colours[name]) for name, p in lines.items()]
-    if full := lines.get("budget 1.0"):
-        ideal = (Point(0, 0), Point(1, full[0].y))
-        series.insert(0, Series("live share of budget 1.0's time", ideal, PALE, dashed=True))
-    return Panel("Encode", "live share: rows computed, mean over all layers", unit, tuple(series))
+    full = [(Point(0, 0), Point(1, points[0].y)) for name, points in lines.items() if name == "budget 1.0"]
+    ideal = [Series("live share of budget 1.0's time", points, PALE, dashed=True) for points in full]
+    series = (*ideal, *_series(lines, colours))
+    return Panel("Encode", "live share: rows computed, mean over all layers", unit, series)

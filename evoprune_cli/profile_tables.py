@@ -5,9 +5,8 @@ import io
 import json
 import textwrap
 from collections.abc import Callable
-from functools import partial
-from operator import attrgetter
 from statistics import median
+from typing import Any
 
 from evoprune.profiling.results import BOUND, METHOD, Case, Figures, Results, Row, Spread
 from evoprune.text import counted, size
@@ -50,35 +49,26 @@ def _range(spread: Spread) -> str:
     return f"{_ms(spread.median)} ({_ms(spread.low)}-{_ms(spread.high)})" if apart else _ms(spread.median)
 
 
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}x"
+def _rate(rate: float) -> str:
+    return f"{rate:.2f}" if rate < 10 else f"{rate:,.0f}"
 
 
-def _share(share: float | None, digits: int = 0) -> str:
-    return "" if share is None else f"{share:.{digits}%}"
+def _of(show: Callable[[Any], str], name: str) -> Cell:
+    """A cell for a figure; a dash where the row has no figures, and nothing where this one is unknown."""
+
+    def cell(row: Row, figures: Figures | None) -> str:
+        value = getattr(figures, name, None)
+        return "-" if figures is None else "" if value is None else show(value)
+
+    return cell
 
 
-def _rate(rate: float | None) -> str:
-    return "" if rate is None else f"{rate:.2f}" if rate < 10 else f"{rate:,.0f}"
-
-
-def _of(show: Callable, name: str) -> Cell:
-    """A cell for a figure; a dash where the row has none."""
-    return lambda row, figures: show(getattr(figures, name)) if figures else "-"
-
-
-def _count(show: Callable, name: str) -> Cell:
+def _count(show: Callable[[Any], str], name: str) -> Cell:
     return lambda row, figures: show(getattr(row.counts, name)) if row.counts else "-"
 
 
 def _pruning(row: Row, figures: Figures | None) -> str:
-    return _share(figures.prune_share, 1) if figures and row.kind == METHOD else "" if figures else "-"
-
-
-def _peak(row: Row, figures: Figures | None) -> str:
-    if figures is None:
-        return "-"
-    return "" if figures.peak_bytes is None else size(figures.peak_bytes)
+    return "" if figures and row.kind != METHOD else _of("{:.1%}".format, "prune_share")(row, figures)
 
 
 # The head: what was measured, and how.
@@ -128,17 +118,17 @@ TIMES: dict[str, Cell] = {
     "encode ms": _of(_near, "encode"),
     "prefill": _of(lambda spread: _ms(spread.median), "prefill"),
     "first token": _of(_near, "first_token"),
-    "vs HF": _of(_times, "vs_hf"),
-    "vs bound": _of(_times, "vs_bound"),
+    "vs HF": _of("{:.2f}x".format, "vs_hf"),
+    "vs bound": _of("{:.2f}x".format, "vs_bound"),
     "tok/s": _of(_rate, "generate_tok_s"),
 }
 WORK: dict[str, Cell] = {
     "tokens": _count("{:,}".format, "tokens"),
     "live": _count("{:.2f}".format, "live_share"),
-    "tower vs HF": _of(_times, "encode_vs_hf"),
-    "matmul": _of(_share, "matmul_share"),
+    "tower vs HF": _of("{:.2f}x".format, "encode_vs_hf"),
+    "matmul": _of("{:.0%}".format, "matmul_share"),
     "pruning": _pruning,
-    "peak": _peak,
+    "peak": _of(size, "peak_bytes"),
 }
 LEAST = ("tok/s", "peak", "prefill", "pruning", "matmul", "encode ms", "tower vs HF", "vs bound")
 
@@ -147,15 +137,12 @@ def _table(results: Results, width: int) -> str:
     lines = folded(_head(results), width)
     for case in results.cases:
         lines += ["", *textwrap.wrap(_caption(results, case), width)]
+        found = [(row, results.figures(row)) for row in results.of(case)]
         for columns in (TIMES, WORK):
-            cells = {title: partial(_cell, results, cell) for title, cell in columns.items()}
-            lines += ["", *fitting(results.of(case), attrgetter("name"), cells, LEAST, width)[0]]
+            cells = {title: (lambda pair, cell=cell: cell(*pair)) for title, cell in columns.items()}
+            lines += ["", *fitting(found, lambda pair: pair[0].name, cells, LEAST, width)[0]]
     lines += ["", *folded((*LEGEND, "±: the round that is farthest from the median", *_tail(results)), width)]
     return "\n".join(lines) + "\n"
-
-
-def _cell(results: Results, cell: Cell, row: Row) -> str:
-    return cell(row, results.figures(row))
 
 
 # For a page.
@@ -200,9 +187,11 @@ def _csv(results: Results) -> str:
     for facts in document["rows"]:
         counts = facts["counts"] or {}
         line = {
-            name: facts[name] for name in ("row", "name", "method", "budget", "quantize", "frames", "height", "width")
+            name: facts[name] for name in ["row", "name", "method", "budget", "quantize", "frames", "height", "width"]
         }
-        line |= {n: counts.get(n) for n in ("units", "encoder_rows", "live_share", "tokens", "prompt", "tower_flop")}
+        line |= {
+            name: counts.get(name) for name in ["units", "encoder_rows", "live_share", "tokens", "prompt", "tower_flop"]
+        }
         for stage, median_ms in facts["time_ms"].items():
             taken = [sample[stage] for sample in facts["samples"]]
             line |= {f"{stage}_ms": median_ms}

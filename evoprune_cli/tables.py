@@ -5,12 +5,29 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from evoprune.report.records import precision
+
 T = TypeVar("T")
 
 
 def one_line(name: str) -> str:
     """A path as one line of printable text."""
     return "".join(c if c.isprintable() else "?" for c in name)
+
+
+def short_name(model: str) -> str:
+    """What titles call a model: the last part of its id or path."""
+    return one_line(model).rpartition("/")[2]
+
+
+def model_line(model: dict) -> str:
+    """Its id, precision and device. `model`: of a document of results."""
+    return f"{one_line(model['id'])}, {precision(model['dtype'], model.get('quantize'))}, {model['device']}"
+
+
+def failures(document: dict) -> list[str]:
+    """A line for each video that failed. `document`: of results."""
+    return [one_line(f"failed: {each['video']}: {each['message']}") for each in document["failures"]]
 
 
 def folded(texts: Iterable[str], width: int, **settings: bool) -> list[str]:
@@ -41,17 +58,14 @@ def table(
 def fitting(
     rows: Sequence[T], name: Callable[[T], str], columns: dict[str, Callable[[T], str]], drop: Iterable[str], width: int
 ) -> tuple[list[str], list[str]]:
-    """A table of as many columns as there is room for: its lines, and their titles.
+    """A table of as many columns as there is room for: its lines, and their titles. Those of `drop` are left out, in this order.
 
-    Args:
-        name: of a row, in the first column. `columns`: title and cell of the others.
-        drop: titles to leave out, in this order.
+    `name`: of a row, in the first column. `columns`: title and cell of the others.
     """
     for title in (None, *drop):
         columns = {each: cell for each, cell in columns.items() if each != title}
-        lines, fits = table(
-            ["", *columns], [[name(row), *(cell(row) for cell in columns.values())] for row in rows], width
-        )
+        body = [[name(row), *(cell(row) for cell in columns.values())] for row in rows]
+        lines, fits = table(["", *columns], body, width)
         if fits:
             break
     return lines, list(columns)

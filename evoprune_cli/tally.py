@@ -16,15 +16,10 @@ EVERY_S = 60.0
 
 
 class Tally:
-    """Counts records and reports on stderr. As a context it ends with a summary, also of a batch that is cut short.
+    """Counts records and reports on stderr. As a context it ends with a summary, also of a batch that is interrupted.
 
-    Args:
-        total: all rows, including those that an earlier run answered.
-        quiet: print warnings only.
-        named: videos of which the user knows already that they are missing.
-
-    Attributes:
-        failed: rows that failed in this run.
+    `total`: all rows, also those that an earlier run answered. `failed`: rows of this run. `quiet`: prints warnings only. `named`:
+    videos that the user knows to be missing.
     """
 
     def __init__(self, total: int, quiet: bool, named: Sequence[str] = ()):
@@ -37,9 +32,8 @@ class Tally:
     def note_others(self, count: int) -> None:
         """Says how many records of an earlier run are of rows that are not asked now."""
         if count and not self.quiet:
-            tell(
-                f"the output also holds {counted(count, 'record')} of other rows, which {'stays' if count == 1 else 'stay'} in it"
-            )
+            stay = "stays" if count == 1 else "stay"
+            tell(f"the output also holds {counted(count, 'record')} of other rows, which {stay} in it")
 
     def start(self, file: "RecordFile", left: int, show) -> None:
         """The model is loaded, and `left` rows have no answer yet. `show`: see `terminal.progress`."""
@@ -63,7 +57,7 @@ class Tally:
     def __enter__(self) -> "Tally":
         return self
 
-    def __exit__(self, kind, problem, trace) -> None:
+    def __exit__(self, category, problem, trace) -> None:
         if isinstance(problem, BrokenPipeError | SystemExit):
             return
         if problem and not (self._file and self._file.written):
@@ -74,22 +68,23 @@ class Tally:
             print_warning(name, next(iter(videos.values())), len(videos) - 1)
         if self.quiet:
             return
-        done, seconds = self._before + self._file.written - self.failed, time.monotonic() - self._begun
+        made, seconds = self._file.written, time.monotonic() - self._begun
+        done, failed = self._before + made - self.failed, self._failed()
         before = f", {self._before:,} of them before" if self._before else ""
-        failed = f", {self.failed:,} failed" if self.failed else ""
-        made = self._file.written
         took = f": {clock(seconds)}, {pace(made, seconds)}" if made else ""
         tell(f"{done:,} of {self._total:,} rows answered{before}{failed}{took}")
-        if problem and self._file.regular:
+        if self._file.regular and problem:
             tell("to go on: the same command with --resume")
-        elif self.failed and self._file.regular:
+        elif self._file.regular and self.failed:
             tell("once the cause of a failure is mended, the same command with --resume asks the failed rows again")
 
     def _line(self, done: int) -> str:
         seconds, made = time.monotonic() - self._begun, self._file.written
-        failed = f", {self.failed:,} failed" if self.failed else ""
         rest = f", {pace(made, seconds)}, {roughly(seconds / made * (self._total - done))} left" if made else ""
-        return f"{done:,} of {self._total:,} rows{failed}{rest}"
+        return f"{done:,} of {self._total:,} rows{self._failed()}{rest}"
+
+    def _failed(self) -> str:
+        return f", {self.failed:,} failed" if self.failed else ""
 
     def _report_failure(self, inputs: list[str], message: str) -> None:
         if self._named & set(inputs) and message.startswith("no such file"):

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +15,11 @@ from evoprune.report.stats import WARNINGS, WIDTH, stats_block, summary, warned,
 from evoprune.text import counted, harmless
 
 LARGE_MODEL = 2**30  # bytes of weights
+COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1"}
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
 if TYPE_CHECKING:
     from evoprune.pipeline.engine import Engine
     from evoprune.pipeline.planning import PromptSubtitles
-
-
-def colourful() -> bool:
-    """Whether stderr is a terminal that wants colour (https://no-color.org)."""
-    return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def columns() -> int:
@@ -34,7 +29,7 @@ def columns() -> int:
 
 def page_width() -> int:
     """Columns for tables on stdout, at most 80."""
-    return min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    return min(WIDTH, width_of(sys.stdout))
 
 
 def width_of(terminal) -> int:
@@ -48,11 +43,13 @@ def width_of(terminal) -> int:
 
 
 def paint(text: str, code: str) -> str:
-    return f"\x1b[{code}m{text}\x1b[0m" if colourful() else text
+    """In colour where stderr is a terminal that wants it (https://no-color.org)."""
+    plain = not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[{code}m{text}\x1b[0m"
 
 
 class ClosedOutput(io.StringIO):
-    """Stands in for a stdout that was closed when the program was started. Whatever is written there is an error."""
+    """In the place of a stdout that was closed when the program was started. Whatever is written there is an error."""
 
     def write(self, text: str) -> int:
         """Raises UsageError."""
@@ -120,9 +117,9 @@ def json_line(document: dict[str, Any]) -> str:
 
 def print_error(message: str, hint: str | None) -> None:
     """The two lines of an error."""
-    _print_titled("error:", "31;1", message)
+    print_titled("error:", message)
     if hint:
-        _print_titled("hint:", "36", hint)
+        print_titled("hint:", hint)
 
 
 def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None:
@@ -135,12 +132,7 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
         text += f" ({path}{f' and {more:,} more' if more else ''})"
     elif more and "{video}" in template:
         text += f" (and {counted(more, 'more video')})"
-    _print_titled("warning:", "33;1", text)
-
-
-def print_own_warning(message: Warning | str) -> None:
-    """Prints a warning of this package: about a method of another one, or a GPU."""
-    _print_titled("warning:", "33;1", str(message))
+    print_titled("warning:", text)
 
 
 def print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
@@ -158,11 +150,8 @@ def print_stats(report: Report, verbose: bool = False) -> None:
 
 def print_summary(report: Report) -> None:
     """Prints the stats of an answer on stderr in one line, of a comparison in two."""
-    if report.compare is None:
-        tell(summary(report))
-        return
-    tell(f"pruned: {summary(report)}")
-    tell(f"full: {summary(report.compare)}")
+    for title, each in {"pruned: ": report, "full: ": report.compare}.items() if report.compare else [("", report)]:
+        tell(f"{title}{summary(each)}")
 
 
 def tell(text: str) -> None:
@@ -171,33 +160,28 @@ def tell(text: str) -> None:
         note(paint(line, "2"))
 
 
-def _print_titled(title: str, colour: str, text: str) -> None:
-    """Words of the command line stay whole, also those with spaces: most are paths."""
+def print_titled(title: str, text: str) -> None:
+    """Words of the command line are not broken, also those with spaces: most are paths. `title`: one of `COLOURS`."""
     text = printable(text)
     for word in sys.argv[1:]:
         text = text.replace(word, word.replace(" ", GLUE)) if " " in word.strip() else text
     first, *rest = (line.replace(GLUE, " ") for line in _folded(f"{title} {text}", len(title) + 1))
-    note(paint(title, colour) + first.removeprefix(title))
-    for line in rest:
+    for line in (paint(title, COLOURS[title]) + first.removeprefix(title), *rest):
         note(line)
 
 
 def _folded(text: str, indent: int) -> list[str]:
     """Lines for stderr: on a terminal folded at spaces, the later ones indented; elsewhere one line, for programs that read it."""
-    if not sys.stderr.isatty():
-        return [text]
-    return textwrap.wrap(
-        text, max(columns(), 30), subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False
-    )
+    settings = {"subsequent_indent": " " * indent, "break_on_hyphens": False, "break_long_words": False}
+    return textwrap.wrap(text, max(columns(), 30), **settings) if sys.stderr.isatty() else [text]
 
 
 def note_subtitles(found: "PromptSubtitles") -> None:
     """Says on stderr which subtitles are in the prompt, if any were asked for, and how many of their lines."""
     if found.source is not None:
-        count = counted(found.lines, "line")
-        if found.lines_in_prompt < found.lines:
-            count = f"{found.lines_in_prompt:,} of {count} (--max-subtitle-tokens)"
-        tell(f"subtitles: {found.source}, {count}")
+        cut = found.lines_in_prompt < found.lines
+        part, by = (f"{found.lines_in_prompt:,} of ", " (--max-subtitle-tokens)") if cut else ("", "")
+        tell(f"subtitles: {found.source}, {part}{counted(found.lines, 'line')}{by}")
     elif found.note:
         tell(f"note: no subtitles: {found.note}")
 
@@ -211,26 +195,22 @@ def note_tuning(engine: "Engine") -> None:
     from evoprune.pipeline.saved import never_tuned
 
     if never_tuned(loaded.fingerprint, lambda: loaded.weights_fingerprint):
-        how = f"evoprune tune VIDEO... -m {loaded.id} shows what pruning changes in its answers"
-        tell(f"note: this model was never tuned: {how}")
+        tell(
+            f"note: this model was never tuned: evoprune tune VIDEO... -m {loaded.id} shows what pruning changes in its answers"
+        )
 
 
 def note_bits(engine: "Engine") -> None:
     """Says on stderr that 8 bits would be faster, where a large model computes in fp32 because the CPU has no bf16 products."""
     loaded = engine.loaded
-    if (
-        loaded.dtype != "fp32"
-        or loaded.device != "cpu"
-        or loaded.quantize != "none"
-        or loaded.weights_bytes < LARGE_MODEL
-    ):
+    usual = (loaded.dtype, loaded.device, loaded.quantize) == ("fp32", "cpu", "none")
+    if not usual or loaded.weights_bytes < LARGE_MODEL:
         return
     from evoprune.model.quantize import kinds
 
     if "int8" in kinds(loaded.model.device):
-        tell(
-            "note: fp32 on this CPU; --quantize int8 is about twice as fast, less exact, and takes a third of the memory"
-        )
+        gain = "about twice as fast, less exact, and takes a third of the memory"
+        tell(f"note: fp32 on this CPU; --quantize int8 is {gain}")
 
 
 def encoding(show: Callable[..., None]) -> Callable[[str, int, int], None]:

@@ -2,13 +2,11 @@
 
 import textwrap
 from collections.abc import Callable
-from functools import partial
 from itertools import cycle
 
-from evoprune.report.records import precision
 from evoprune.text import counted
 from evoprune.visualize.chart import COLOURS, Panel, Point, Series, draw
-from evoprune_cli.tables import fitting, folded, one_line
+from evoprune_cli.tables import failures, fitting, folded, model_line, short_name
 
 GREY = "#9A9A9A"
 # Columns: what they hold, and what that means.
@@ -36,17 +34,12 @@ DROPPED = ("KL 95%", "work", "videos", "tokens", "KL")  # in this order, where t
 
 def _heading(document: dict, width: int) -> list[str]:
     """What was tuned, and on what."""
-    model, videos = document["model"], document["videos"]
-    lines = [
-        f"{one_line(model['id'])}, {precision(model['dtype'], model.get('quantize'))}, {model['device']}",
-        f"{counted(document['answer_tokens'], 'token')} of answers to {counted(document['questions'], 'question')} about "
-        f"{videos['answered']} of {counted(videos['wanted'], 'video')}, {document['seconds']:.0f} s",
-    ]
-    return folded(lines, width)
-
-
-def _failures(document: dict) -> list[str]:
-    return [f"failed: {one_line(found['video'])}: {one_line(found['message'])}" for found in document["failures"]]
+    videos = document["videos"]
+    answers = (
+        f"{counted(document['answer_tokens'], 'token')} of answers to {counted(document['questions'], 'question')}"
+    )
+    about = f"{videos['answered']} of {counted(videos['wanted'], 'video')}, {document['seconds']:.0f} s"
+    return folded([model_line(document["model"]), f"{answers} about {about}"], width)
 
 
 def operations_table(document: dict, width: int = 80) -> str:
@@ -64,7 +57,7 @@ def operations_table(document: dict, width: int = 80) -> str:
         lines += ["", *folded([said], width)]
     else:
         lines.append("no recipe was found: too little time")
-    lines += _failures(document)
+    lines += failures(document)
     if document["error"]:
         lines += textwrap.wrap(f"{document['error']['message']}: not everything was measured", width)
     if document["saved"]:
@@ -78,11 +71,13 @@ def table(document: dict, width: int = 80) -> str:
     said = [_verdict(document)]
     if document["rows"]:
         cells = {title: cell for title, (cell, _) in COLUMNS.items()}
-        made, titles = fitting(document["rows"], partial(_name, document), cells, DROPPED, width)
+        name = document["recommended"]
+        made, titles = fitting(
+            document["rows"], lambda row: f"{'*' if row['name'] == name else ' '} {row['name']}", cells, DROPPED, width
+        )
         lines += ["", *made, ""]
         said.append("; ".join(f"{title}: {COLUMNS[title][1]}" for title in titles))
-    said += document["notes"]
-    said += _failures(document)
+    said += [*document["notes"], *failures(document)]
     if document["error"]:
         said.append(f"{document['error']['message']}: not everything was tried")
     lines += folded(said, width, break_on_hyphens=False)
@@ -96,11 +91,8 @@ def _verdict(document: dict) -> str:
     rows = {row["name"]: row for row in document["rows"]}
     goal = f"{100 * document['settings']['agree']:g}%"
     if name := document["recommended"]:
-        row = rows[name]
-        return (
-            f"recommended: {name}, the fastest that is sure to agree at {goal} of the tokens: first token "
-            f"{1 / row['first_token']:.1f}x as fast, {100 * row['agreement']:.1f}% agree"
-        )
+        gain = f"{1 / rows[name]['first_token']:.1f}x as fast, {100 * rows[name]['agreement']:.1f}% agree"
+        return f"recommended: {name}, the fastest that is sure to agree at {goal} of the tokens: first token {gain}"
     if not rows:
         return "nothing was tried: too little time"
     row = rows[document["best"]]
@@ -108,34 +100,20 @@ def _verdict(document: dict) -> str:
     return f"no setting is sure to agree at {goal} of the tokens, so nothing is saved; {best}"
 
 
-def _name(document: dict, row: dict) -> str:
-    return f"{'*' if row['name'] == document['recommended'] else ' '} {row['name']}"
-
-
 def draw_chart(document: dict) -> str:
     """SVG: agreement against the time to the first token, a line a method, and the frontier."""
     rows, series = document["rows"], []
     for method, colour in zip(dict.fromkeys(row["method"] for row in rows), cycle(COLOURS), strict=False):
         mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["budget"])
-        points = [_point(row, f"-b {row['budget']:g}" * row["frontier"]) for row in mine]
+        labels = {row["name"]: f"-b {row['budget']:g}" * row["frontier"] for row in mine}
+        points = (Point.percent(100 * row["first_token"], row, "agreement", labels[row["name"]]) for row in mine)
         series.append(Series(method, tuple(points), colour))
     best = sorted((row for row in rows if row["frontier"]), key=lambda row: row["first_token"])
-    series.append(Series("frontier", tuple(Point(_x(row), 100 * row["agreement"]) for row in best), GREY, dashed=True))
-    asked, model = document["settings"]["agree"], document["model"]
-    title = (
-        f"{one_line(model['id']).rpartition('/')[2]}: agreement with the unpruned model against time to the first token"
-    )
-    facts = (
-        f"{counted(document['answer_tokens'], 'token')} of answers about {counted(document['videos']['answered'], 'video')}, 95% "
-        f"intervals over videos; {100 * asked:g}% asked"
-    )
+    edge = tuple(Point(100 * row["first_token"], 100 * row["agreement"]) for row in best)
+    series.append(Series("frontier", edge, GREY, dashed=True))
+    title = f"{short_name(document['model']['id'])}: agreement with the unpruned model against time to the first token"
+    answers, videos = counted(document["answer_tokens"], "token"), counted(document["videos"]["answered"], "video")
+    asked = f"{100 * document['settings']['agree']:g}% asked"
+    facts = f"{answers} of answers about {videos}, 95% intervals over videos; {asked}"
     label = "first token, % of the unpruned model's"
     return draw(title, facts, [Panel("", label, "tokens that agree, %", tuple(series), from_zero=False)])
-
-
-def _x(row: dict) -> float:
-    return 100 * row["first_token"]
-
-
-def _point(row: dict, label: str) -> Point:
-    return Point(_x(row), 100 * row["agreement"], 100 * row["low"], 100 * row["high"], label)

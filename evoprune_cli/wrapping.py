@@ -9,12 +9,8 @@ TAB = 8
 
 
 class Wrapped:
-    """Writes pieces of a text as they come, each word as soon as the next one begins; a line ends before a word that does not fit.
-
-    Args:
-        width: columns of a line.
-        write: takes what is to be shown.
-    """
+    """Writes pieces of a text as they come, each word as soon as the next one begins; a line of `width` columns ends before a word
+    that does not fit."""
 
     def __init__(self, width: int, write: Callable[[str], None]):
         from rich.cells import cell_len

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from evoprune import VideoQA
-from evoprune.pipeline.opening import open_inputs
 from evoprune.visualize.fates import TracedVideo, trace
 from evoprune.visualize.svg import COLOURS, GRID, INK, SOFT, document, text
 
@@ -65,7 +64,7 @@ def measure(clip: str, budget: float) -> Run:
     """
     qa = VideoQA.load("demo", budget=budget)
     report = qa.encode(clip).report.pruning
-    video = trace(open_inputs(qa.engine, [clip]))
+    video = trace(qa.engine, clip)
     layers = tuple(rows for _, rows in report.layers)
     return Run(os.path.basename(clip), budget, video, layers, report.encoder_live_share)
 

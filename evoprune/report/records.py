@@ -208,19 +208,16 @@ class Report:
     def __repr__(self) -> str:
         pruning, first = self.pruning, self.time_ms.ttft_wall
         facts = [
-            f"question {self.question!r}" if self.question is not None else "",
-            f"answer {self.answer!r}" if self.answer is not None else "",
-            f"error {self.error['message']!r}" if self.error else "",
-            f"{pruning.visual_tokens_kept:,} of {pruning.visual_tokens_in:,} visual tokens"
-            if pruning.visual_tokens_kept is not None
-            else "",
-            f"first token {first:,.0f} ms" if first is not None else "",
+            f"{name} {getattr(self, name)!r}" for name in ("question", "answer") if getattr(self, name) is not None
         ]
-        return f"<Report: {', '.join(filter(None, facts)) or self._empty}>"
-
-    @property
-    def _empty(self) -> str:
-        return ": ".join(["empty", *(EMPTY[name] for name in self.warnings if name in EMPTY)])
+        if self.error:
+            facts.append(f"error {self.error['message']!r}")
+        if pruning.visual_tokens_kept is not None:
+            facts.append(f"{pruning.visual_tokens_kept:,} of {pruning.visual_tokens_in:,} visual tokens")
+        if first is not None:
+            facts.append(f"first token {first:,.0f} ms")
+        empty = ["empty", *(EMPTY[name] for name in self.warnings if name in EMPTY)]
+        return f"<Report: {', '.join(facts) or ': '.join(empty)}>"
 
     def to_json(self, ascii_only: bool = False) -> str:
         """One compact line; `ascii_only` spells everything else as JSON escapes, as invisible characters always are."""

@@ -39,15 +39,10 @@ WARNINGS = {
 
 
 def stats_block(report, width: int = WIDTH, verbose: bool = False) -> list[str]:
-    """The lines of a `Report`, each at most `width` columns wide.
-
-    `verbose`: also the rows of every layer, settings and versions.
-    """
+    """The lines of a `Report`, at most `width` columns wide. `verbose`: also the rows of every layer, settings and versions."""
     lines = [*_heading(report, width), *_stages(report, width), *_totals(report), *_memory(report.memory)]
-    if report.compare:
-        lines += _side_by_side(report, report.compare)
-    if verbose:
-        lines += _verbose(report)
+    lines += _side_by_side(report, report.compare) if report.compare else []
+    lines += _verbose(report) if verbose else []
     if report.error:
         lines.append(f"{'error':<11}{report.error['message']}")
     return [piece for line in lines for piece in _folded(line, width)]
@@ -68,13 +63,7 @@ def warned(report) -> list[tuple]:
 
 
 def warning_text(name: str, video, path: str | None = None, answers: str | None = None) -> str:
-    """What a warning says.
-
-    Args:
-        video: the `VideoFacts` that it is about.
-        path: what the video is called; None for the name of its file.
-        answers: which answers mean nothing; None for the one about this video.
-    """
+    """What a warning says about a video (`VideoFacts`). `answers`: which ones mean nothing; None for the one about this video."""
     path = path or os.path.basename(os.path.abspath(video.path or "the video"))
     path = "standard input" if video.path == "-" else path
     facts = {"damaged": video.damaged or 0, "ends": clock(video.duration_s), "stated": clock(video.stated_s)}
@@ -107,12 +96,12 @@ def _heading(report, width: int) -> list[str]:
 
 def _input_line(facts, width: int) -> str:
     """A video or a picture: its name, and what is known of the file. `facts`: an input of a report, or a report of one."""
-    video, kind = facts.video, getattr(facts, "kind", None) or "video"
+    video, medium = facts.video, getattr(facts, "kind", None) or "video"
     size = f"{video.width}x{video.height}"
-    times = f"{_span(facts)}  {size}  {f'{video.fps:.4g}' if video.fps else '?'} fps" if kind == "video" else size
+    times = f"{_span(facts)}  {size}  {f'{video.fps:.4g}' if video.fps else '?'} fps" if medium == "video" else size
     known = f"  {times}  {video.codec}  ({video.decoder})" if video.decoder else ""
     name = "".join(c if c.isprintable() else "?" for c in os.path.basename(os.path.abspath(video.path)))
-    return f"{kind:<11}{shorten(name, max(20, width - 11 - len(known)))}{known}"
+    return f"{medium:<11}{shorten(name, max(20, width - 11 - len(known)))}{known}"
 
 
 def _kept(pruning) -> str:
@@ -130,10 +119,10 @@ def _kept(pruning) -> str:
 
 def _span(report) -> str:
     """The video's length, and the part of it that was read if that is not all."""
-    whole, start, end = report.video.duration_s, report.sampling.start_s, report.sampling.end_s
-    if whole is None or start is None or end is None or (start <= 0.05 and end >= whole - 0.05):
-        return clock(whole)
-    return f"{clock(start)}-{clock(end)} of {clock(whole)}"
+    length, start, end = report.video.duration_s, report.sampling.start_s, report.sampling.end_s
+    if None in (length, start, end) or (start <= 0.05 and end >= length - 0.05):
+        return clock(length)
+    return f"{clock(start)}-{clock(end)} of {clock(length)}"
 
 
 def _stages(report, width: int) -> list[str]:
@@ -158,9 +147,9 @@ def _stages(report, width: int) -> list[str]:
 def _each_input(report) -> list[str]:
     """Of several inputs, what each took and what is kept of it."""
     lines = []
-    for number, each in enumerate(report.inputs if len(report.inputs) > 1 else [], 1):
+    for number, each in enumerate(report.inputs, 1):
         kept, spent = each.pruning, each.time_ms
-        if spent.read is not None:
+        if len(report.inputs) > 1 and spent.read is not None:
             times = f"read {spent.read:,.0f}, preprocess {spent.preprocess:,.0f}, encode {spent.encode:,.0f} ms"
             tokens = f"{kept.visual_tokens_in or 0:,} visual tokens -> {kept.visual_tokens_kept or 0:,}"
             lines.append(f"{f'input {number}':<11}{tokens}; {times}")
@@ -189,21 +178,18 @@ def _flow(report) -> dict[str, str]:
         height, width = sampling.resized_hw
         still = any(each.kind == "picture" for each in report.inputs)
         flow["read"] = "a picture" if still else _frames_read(report)
-        flow["preprocess"] = (
-            f"{width}x{height}" if still else f"{counted(sampling.frames, 'frame')} of {width}x{height}"
-        )
+        flow["preprocess"] = f"{counted(sampling.frames, 'frame')} of " * (not still) + f"{width}x{height}"
     if pruning.visual_tokens_kept is not None:
         tokens, kept = counted(pruning.visual_tokens_in, "visual token"), pruning.visual_tokens_kept
         flow["encode"] = f"{tokens} -> {kept:,}, with {100 * (pruning.encoder_live_share or 0):.0f}% of the work"
         if report.cache == "hit":
             flow["read"] = f"{counted(kept, 'visual token')} from the cache"
     if count.prompt is not None:
-        flow["prefill"] = (
-            f"{counted(count.prompt, 'token')} read: {count.visual or 0:,} visual + {count.text or 0} text"
-        )
         drops = [tokens for _, tokens in pruning.language_layers or []]
         fewer = [f"{tokens:,}" for tokens in dict.fromkeys(drops) if tokens < drops[0]]
-        flow["prefill"] += f", then {', '.join(fewer)} visual" if fewer else ""
+        then = f", then {', '.join(fewer)} visual" if fewer else ""
+        read = f"{counted(count.prompt, 'token')} read: {count.visual or 0:,} visual + {count.text or 0} text"
+        flow["prefill"] = read + then
         speed = f", {report.rate.generate_tok_s:.1f} tok/s" if report.rate.generate_tok_s else ""
         flow["generate"] = f"{counted(count.new or 0, 'token')} written{speed}"
     return flow
@@ -217,9 +203,9 @@ def _totals(report) -> list[str]:
     elif report.answer is None and report.question is not None and times.total is not None:
         lines.append(f"{'first token':<11}  not reached")
     if times.total is not None:
-        load = f"  (loading the model, not counted: {times.load:,.0f})" if times.load is not None else ""
-        whole = "" if report.video.path or report.question else "  (the whole call)"
-        lines.append(f"{'total':<11}{times.total:>8,.0f}{load or whole}")
+        said = "" if report.video.path or report.question else "  (the whole call)"
+        said = said if times.load is None else f"  (loading the model, not counted: {times.load:,.0f})"
+        lines.append(f"{'total':<11}{times.total:>8,.0f}{said}")
     return lines
 
 
@@ -254,9 +240,7 @@ def _side_by_side(pruned, full) -> list[str]:
 
 def _folded(line: str, width: int) -> list[str]:
     """The line in pieces that fit, broken between words, the later ones indented."""
-    if len(line) <= width:
-        return [line]
-    return textwrap.wrap(line, max(width, 30), subsequent_indent=INDENT) or [line]
+    return [line] if len(line) <= width else textwrap.wrap(line, max(width, 30), subsequent_indent=INDENT)
 
 
 def _verbose(report) -> list[str]:
@@ -286,10 +270,6 @@ def _subtitles(said: dict) -> str:
 
 
 def _wrapped(title: str, words: list[str]) -> list[str]:
-    lines, line = [], f"{title:<10}"
-    for word in words:
-        if len(line) + 1 + len(word) > WIDTH:
-            lines.append(line)
-            line = " " * 10
-        line += f" {word}"
-    return [*lines, line]
+    settings = {"break_long_words": False, "break_on_hyphens": False}
+    made = textwrap.wrap(" ".join(words), WIDTH, initial_indent=f"{title:<11}", subsequent_indent=INDENT, **settings)
+    return made or [f"{title:<10}"]

@@ -41,6 +41,11 @@ class Point:
     high: float | None = None
     label: str = ""
 
+    @classmethod
+    def percent(cls, x: float, row: dict, value: str, label: str) -> "Point":
+        """A share of a row of results and its interval, in percent."""
+        return cls(x, 100 * row[value], 100 * row["low"], 100 * row["high"], label)
+
 
 @dataclass(frozen=True)
 class Series:
@@ -60,10 +65,8 @@ class Series:
 class Panel:
     """One plot.
 
-    Attributes:
-        x_ticks: replace the ticks at round numbers.
-        from_zero: whether the axis of the values with intervals starts at zero. If not, it starts at a round number below the
-            lowest of them, where all are above a third of the highest, and its label says so.
+    `x_ticks` replace those at round numbers. Unless `from_zero`, the axis of the values with intervals starts at the round number
+    below the lowest, where all are above a third of the highest, and its label says so.
     """
 
     title: str
@@ -82,17 +85,15 @@ def ticks(top: float, most: int = 6, low: float = 0.0) -> list[float]:
     """About `most` + 1 round numbers, from 0, or from the one below `low`, to at least `top`."""
     if not top > low:
         return [low, low + 1.0]
-    span = top - low
-    power = 10.0 ** math.floor(math.log10(span / most))
-    step = next(power * n for n in (1, 2, 2.5, 5, 10, 20) if power * n * most >= span * (1 - 1e-9))
+    power = 10.0 ** math.floor(math.log10((top - low) / most))
+    step = next(power * n for n in (1, 2, 2.5, 5, 10, 20) if power * n * most >= (top - low) * (1 - 1e-9))
     return [n * step for n in range(math.floor(low / step + 1e-9), math.ceil(top / step - 1e-9) + 1)]
 
 
 def draw(title: str, subtitle: str, panels: Sequence[Panel], legend: bool = True, rows: Sequence[str] = ()) -> str:
-    """An SVG document of panels side by side.
+    """An SVG document of panels side by side; those whose values have the same label share the axis of the values.
 
     Args:
-        panels: those whose values have the same label share the axis of the values.
         legend: whether there is one; otherwise each series has its name beside one of its points.
         rows: names. With them, values go to the right: a point's `x` is the value with its interval, and `y` is the number of its
             row, the first on top. Only dashed series are lines.
@@ -106,28 +107,23 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], legend: bool = True
     for number, panel in enumerate(panels):
         alike = [other for other in panels if other.y_label == panel.y_label]
         place = left + number * (plot + gap), top, plot, height
-        elements += _Plot(panel, *place, _value_ticks(alike, "x" if rows else "y"), len(rows)).drawn(named=not legend)
+        every = ((p.x if rows else p.y, p.low, p.high) for other in alike for p in other.points)
+        ends = [end for point in every for end in point if end is not None]
+        low, high = min(ends, default=0), max(ends, default=0)
+        cut = not any(other.from_zero for other in alike) and low >= CUT * high > 0
+        values = ticks(high, low=low if cut else 0.0)
+        elements += _Plot(panel, *place, values, len(rows)).drawn(named=not legend)
     return document(title, width, top + height + BOTTOM, elements)
-
-
-def _value_ticks(panels: Sequence[Panel], name: str) -> list[float]:
-    """The ticks of the axis of `x` or `y` values with their intervals."""
-    ends = [
-        end for panel in panels for p in panel.points for end in (getattr(p, name), p.low, p.high) if end is not None
-    ]
-    low, high = min(ends, default=0), max(ends, default=0)
-    cut = not any(panel.from_zero for panel in panels) and low >= CUT * high > 0
-    return ticks(high, low=low if cut else 0.0)
 
 
 def _head(title: str, subtitle: str, panels: Sequence[Panel], width: int) -> tuple[list[str], int]:
     """Title, subtitle and legend, each in as many lines as it needs; and where the plots begin."""
     elements, y = [], 16
-    for words, size, fill, weight in ((title, 17, INK, 600), (subtitle, 12, SOFT, 400)):
-        letter = LETTER * size / 12 * (1.1 if weight > 400 else 1.0)  # bold letters are wider
+    for words, look in ((title, {"size": 17, "weight": 600}), (subtitle, {"fill": SOFT, "size": 12})):
+        letter = LETTER * look["size"] / 12 * (1.1 if "weight" in look else 1.0)  # bold letters are wider
         for line in textwrap.wrap(words, int((width - 2 * EDGE) / letter)):
-            y += round(1.35 * size)
-            elements.append(text(EDGE, y, line, fill=fill, size=size, weight=weight))
+            y += round(1.35 * look["size"])
+            elements.append(text(EDGE, y, line, **look))
     x, y = EDGE, y + 26
     series = {series.name: series for panel in panels for series in panel.series}
     for one in series.values():
@@ -179,67 +175,65 @@ class _Plot:
             yield f'<path d="{_stroke((x, y), end)}" stroke="{SOFT if value == self.values[0] else GRID}"/>'
             place = (x, bottom + 19, f"{value:,.6g}", "middle") if self.rows else (x - 8, y + 4, f"{value:,.6g}", "end")
             yield text(*place, fill=SOFT)
-        shown = -math.inf
+        last = -math.inf
         for x, value in ((self.at(value, 0)[0], value) for value in self.x_ticks):
-            if x - shown >= CLOSE:
-                shown = x
+            if x - last >= CLOSE:
+                last = x
                 yield f'<path d="M{x:.1f} {bottom:.1f}v5" stroke="{SOFT}"/>'
                 yield text(x, bottom + 19, f"{value:,.6g}", anchor="middle", fill=SOFT)
         start = "" if self.values[0] == 0 else f" (axis from {self.values[0]:,.6g})"
         yield text(middle, bottom + 44, panel.x_label + start * bool(self.rows), anchor="middle")
         if not self.rows:
             x, y = self.left - 46, self.top + self.height / 2
-            turned = f"rotate(-90 {x:.1f} {y:.1f})"
-            yield text(x, y, panel.y_label + start, anchor="middle", transform=turned)
+            yield text(x, y, panel.y_label + start, anchor="middle", transform=f"rotate(-90 {x:.1f} {y:.1f})")
         yield from self._series(named)
 
     def _series(self, named: bool) -> Iterable[str]:
         """Lines, marks, intervals, and labels where they hide least. A label near a point that has one is left out."""
         spots = self._side_by_side()
-        places = [[self.xy(along, value) for along, value, _, _ in mine] for mine in spots]
-        for series, mine in zip(self.panel.series, places, strict=True):
+        places = [[self.xy(along, value) for along, value, *_ in mine] for mine in spots]
+        drawn = list(zip(self.panel.series, spots, places, strict=True))
+        for series, _, here in drawn:
             if series.dashed or not self.rows:
-                self.ink += _along(mine)
-                yield _line(mine, series)
-        cap = ROW_CAP if self.rows else CAP
-        marked = [each for each in zip(self.panel.series, spots, places, strict=True) if not each[0].dashed]
+                self.ink += _along(here)
+                yield _line(here, series)
+        cap, marked = ROW_CAP if self.rows else CAP, [each for each in drawn if not each[0].dashed]
         for series, mine, here in marked:
-            for point, (along, _, low, high), place in zip(series.points, mine, here, strict=True):
+            for (along, _, *ends), place in zip(mine, here, strict=True):
                 self.ink += [place] * 12  # a label had better hide a line than a mark
                 yield _mark(place, series)
-                if point.low is not None and point.high is not None:
-                    ends = [[self.xy(along - cap, end), self.xy(along + cap, end)] for end in (low, high)]
-                    strokes = [[self.xy(along, low), self.xy(along, high)], *ends]
-                    self.ink += [inked for stroke in strokes for inked in _along(stroke)]
+                if ends:
+                    strokes = [
+                        [(along, ends[0]), (along, ends[1])],
+                        *([(along - cap, e), (along + cap, e)] for e in ends),
+                    ]
+                    strokes = [[self.xy(*end) for end in stroke] for stroke in strokes]
+                    self.ink += chain(*map(_along, strokes))
                     path = "".join(_stroke(*stroke) for stroke in strokes)
                     yield f'<path d="{path}" stroke="{series.colour}" stroke-width="1.4" fill="none"/>'
         labelled: list[Place] = []
         for series, _, here in marked:
             if named and series.name:
-                yield self._label(series.name, here, series.colour, 600)
+                yield self._label(series.name, here, fill=series.colour, weight=600)
             for point, place in zip(series.points, here, strict=True):
                 if point.label and all(math.dist(place, other) > CLOSE for other in labelled):
                     labelled.append(place)
-                    yield self._label(point.label, [place], series.colour if named else SOFT, 400)
+                    yield self._label(point.label, [place], fill=series.colour if named else SOFT)
 
-    def _side_by_side(self) -> list[list[tuple[float, float, float, float]]]:
-        """Where the points and their intervals are drawn, in pixels along the axes: side by side where they would hide each other.
+    def _spot(self, point: Point) -> tuple[float, ...]:
+        """Pixels along the axis of positions, and along that of values: of the mark and of the ends of its interval."""
+        position, value = (point.y, point.x) if self.rows else (point.x, point.y)
+        ends = [] if point.low is None or point.high is None else [point.low, point.high]
+        return self.at(position, value)[0], *(self.at(position, each)[1] for each in (value, *ends))
 
-        A mark and its interval move together, so that it is seen whose interval it is.
-        """
+    def _side_by_side(self) -> list[list[tuple[float, ...]]]:
+        """The spots of each series: side by side, with their intervals, where those of several would hide each other."""
 
-        def spot(point: Point) -> tuple[float, float, float, float]:
-            position, value = (point.y, point.x) if self.rows else (point.x, point.y)
-            along, mark = self.at(position, value)
-            if point.low is None or point.high is None:
-                return along, mark, mark - MARK, mark + MARK
-            return along, mark, *(self.at(position, end)[1] for end in (point.low, point.high))
-
-        def hides(a: tuple, b: tuple) -> bool:
-            (low, high), (start, end) = sorted(a[2:]), sorted(b[2:])
+        def hides(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+            (low, high), (start, end) = (sorted(spot[2:]) or (spot[1] - MARK, spot[1] + MARK) for spot in (a, b))
             return abs(a[0] - b[0]) < 2 * MARK and low < end + MARK and start < high + MARK
 
-        spots, crowds = [[spot(point) for point in series.points] for series in self.panel.series], []
+        spots, crowds = [[self._spot(point) for point in series.points] for series in self.panel.series], []
         for s, series in enumerate(self.panel.series):
             for p in range(0 if series.dashed else len(series.points)):
                 near = [crowd for crowd in crowds if any(s != t and hides(spots[s][p], spots[t][q]) for t, q in crowd)]
@@ -251,9 +245,9 @@ class _Plot:
                 spots[s][p] = (middle + step * (number - (len(crowd) - 1) / 2), *spots[s][p][1:])
         return spots
 
-    def _label(self, words: str, marks: Sequence[Place], fill: str, weight: int) -> str:
+    def _label(self, words: str, marks: Sequence[Place], **look: str | int) -> str:
         """Words beside one of the marks, where they hide least."""
-        wide = reach(words, LABEL, weight)
+        wide = reach(words, LABEL, look.get("weight", 400))
 
         def cost(place: tuple[float, float, float]) -> float:
             x, y, away = place
@@ -265,7 +259,7 @@ class _Plot:
         places = ((x + w * wide + dx, y + dy, abs(dy - 4)) for w, dx, dy in OFFSETS for x, y in marks)
         x, y, _ = min(places, key=cost)
         self.ink += [(x + wide * n / 20, y - up) for n in range(21) for up in (0, 4, 8)]
-        return text(x, y, words, fill=fill, size=LABEL, weight=weight)
+        return text(x, y, words, size=LABEL, **look)
 
 
 def _along(places: Sequence[Place]) -> Iterable[Place]:

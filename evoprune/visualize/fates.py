@@ -10,14 +10,16 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.model.cost import Clock
-from evoprune.pipeline.encoding import PatchReader, Progress, encode_input
-from evoprune.pipeline.opening import OpenInputs
-from evoprune.pipeline.planning import chunk_bytes
+from evoprune.pipeline.encoding import Progress
+from evoprune.pipeline.engine import Engine
+from evoprune.pipeline.opening import open_inputs
+from evoprune.pipeline.options import SamplingOptions
 from evoprune.pruning.indices import ascending
+from evoprune.text import counted
 from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import EncodedRows, selected
+from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import resize
 
 FATES = ("read", "reused", "merged", "dropped")  # each unit has one, the first that applies
@@ -33,9 +35,8 @@ class Fates:
     Attributes:
         chosen: bool `[N]`, whether the language model reads a token at the unit's place.
         source: int64 `[N]`, the unit whose pixels represent it: itself, or the same place in an earlier frame pair.
-        owner: int64 `[N]`, the unit at whose place the row or token that represents it ends: itself where it did not merge, -1
-            where no row or token represents it.
-        rows: how many rows the encoder returns.
+        owner: int64 `[N]`, the unit at whose place the row or token that represents it ends, -1 for none.
+        rows: how many the encoder returns.
     """
 
     grid: tuple[int, int, int]
@@ -84,10 +85,8 @@ def fates(video: EncodedRows) -> Fates:
 class TracedVideo:
     """A video's frames and what the encoder did with them.
 
-    Attributes:
-        frames: uint8 `[F, H, W, 3]`, at the size that the encoder reads; two are a frame pair.
-        warnings: as in a report, and `demo_overlay` where a demo model read a video that it was not trained for.
-        damaged: how many packets could not be decoded.
+    `frames`: uint8 `[F, H, W, 3]`, at the size that the encoder reads; two are a frame pair. `damaged`: packets not decoded.
+    `warnings`: as in a report, and `demo_overlay` where a demo model read a video that it was not trained for.
     """
 
     plan: Plan
@@ -99,16 +98,21 @@ class TracedVideo:
     @property
     def summary(self) -> str:
         n, (count, height, width) = self.fates.counts(), self.plan.grid
-        pairs = f"{count} frame pair{'' if count == 1 else 's'} of {height}x{width} units"
+        pairs = f"{counted(count, 'frame pair')} of {height}x{width} units"
         return f"{pairs}: {n['units']:,} units, {n['encoded']:,} encoded, {n['read']:,} tokens read"
 
 
-def trace(opened: OpenInputs, progress: Progress | None = None) -> TracedVideo:
-    """Encodes a single input of which nothing was read yet, and keeps its frames and the fates of its units.
+def trace(
+    engine: Engine,
+    path: str,
+    sampling: SamplingOptions | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> TracedVideo:
+    """Encodes a video and keeps its frames and the fates of its units. Arguments as of `opening.open_inputs`.
 
     Raises UsageError: the method reads the question, or acts inside the language model alone. VideoError. OutOfMemory.
     """
-    engine, (plan,) = opened.engine, opened.plans
     if engine.method.reads_question:
         what, instead = engine.method.reading
         raise UsageError(f"{what}, and an overlay has none", f"use {instead}")
@@ -117,23 +121,22 @@ def trace(opened: OpenInputs, progress: Progress | None = None) -> TracedVideo:
             "use a method that acts before the language model; in a combination, the overlay shows what that one does"
         )
         raise UsageError(f"method {engine.options.method} drops tokens by the question, and an overlay has none", hint)
-    frames = []
+    frames, rows = [], []
 
-    def read(*args, **how) -> Iterator[FrameChunk]:
+    def read(*args, **settings) -> Iterator[FrameChunk]:
         frames.clear()  # where memory was short, the encoder begins anew
-        with closing(read_frames(*args, **how)) as chunks:
-            for chunk in chunks:
+        with closing(read_frames(*args, **settings)) as made:
+            for chunk in made:
                 frames.append(resize(torch.from_numpy(chunk.frames), plan.height, plan.width))
                 yield chunk
 
-    limits = engine.loaded.limits[plan.kind]
-    reader = PatchReader(plan, limits, Clock(torch.device("cpu")), chunk_bytes(engine, plan), read)
-    rows, _ = encode_input(engine, plan, reader, progress, select=False)
-    warnings = {
-        "cut_short": plan.cut_short,
-        "damaged_video": reader.damaged > 0,
-        "equal_scores": rows.finish()[0],
-        "demo_overlay": not engine.loaded.knows(plan.info),
-    }
-    found = [name for name, applies in warnings.items() if applies]
-    return TracedVideo(plan, torch.cat(frames), fates(rows), found, reader.damaged)
+    def encode(*args, **settings) -> EncodedRows:
+        rows[:] = [encode_rows(*args, **settings)]
+        return rows[0]
+
+    with closing(open_inputs(engine, [path], sampling, names=[name], read=read, encode_rows=encode)) as opened:
+        (plan,) = opened.plans
+        report = opened.encode(progress).report
+    found = [each for each in ("cut_short", "damaged_video", "equal_scores") if each in report.inputs[0].warnings]
+    found += [] if engine.loaded.knows(plan.info) else ["demo_overlay"]
+    return TracedVideo(plan, torch.cat(frames), fates(rows[0]), found, report.video.damaged or 0)

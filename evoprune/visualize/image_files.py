@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 
 import av
+import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -21,12 +22,9 @@ def png(picture: Image.Image) -> bytes:
 
 
 def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -> bytes:
-    """RGB pictures of one size as a GIF that repeats for ever.
+    """At least one RGB picture, all of one size, as a GIF that repeats for ever.
 
-    Args:
-        pictures: at least one.
-        seconds: how long each is shown, rounded to hundredths; at least 0.02, because players slow down what is faster.
-        palette: from `shared_palette`.
+    Each takes so many seconds, rounded to hundredths; at least 0.02, because players slow down what is faster.
     """
     first, *others = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
     file, milliseconds = io.BytesIO(), 10 * max(2, round(seconds * 100))
@@ -36,11 +34,7 @@ def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -
 
 def shared_palette(pictures: Iterable[Image.Image]) -> Image.Image:
     """An image whose palette of 256 colours suits RGB pictures of one size: a colour of their own for each would flicker."""
-    samples = list(pictures)
-    width, height = samples[0].size
-    column = Image.new("RGB", (width, height * len(samples)))
-    for number, sample in enumerate(samples):
-        column.paste(sample, (0, number * height))
+    column = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
     return column.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
 
 

@@ -22,14 +22,7 @@ MIN_SECONDS, MAX_SECONDS = 0.1, 0.5  # that a frame of a film is shown
 
 
 def overlay_file(video: TracedVideo, title: str, ending: str) -> bytes:
-    """The content of an overlay file.
-
-    Args:
-        video: from `fates.trace`.
-        title: one or more lines at the top.
-        ending: `.png` for `Overlay.sheet`, `.gif` or `.mp4` for `Overlay.frames`, at the video's own pace but between two and
-            ten frames a second.
-    """
+    """`.png` is `Overlay.sheet`; `.gif` and `.mp4` are `Overlay.frames`, at the video's pace but two to ten frames a second."""
     overlay = Overlay(video, title)
     if ending == ".png":
         return png(overlay.sheet())
@@ -100,7 +93,7 @@ class Overlay:
 
 
 def _text_size(width: int) -> int:
-    """Letters that are legible where a picture of so many pixels is shown about 900 wide."""
+    """Letters that are legible where a picture of so many pixels is displayed about 900 wide."""
     return max(16, round(width / 62))
 
 

@@ -10,7 +10,7 @@ import colorsys
 import numpy as np
 from PIL import Image, ImageDraw
 
-from evoprune.visualize.fates import FATES, Fates, TracedVideo
+from evoprune.visualize.fates import FATES, TracedVideo
 
 FRAME_WIDTH, MAX_ZOOM = 560, 4  # about as wide as a frame is drawn, in pixels, and how much it is enlarged at most
 READ = (0.66, 86.0)  # a factor and an offset of levels
@@ -26,7 +26,9 @@ class Panels:
     """Draws the frames of one video, each `width` pixels wide."""
 
     def __init__(self, video: TracedVideo):
-        self._video, self._fate, self._colours = video, video.fates.fate.numpy(), _owner_colours(video.fates)
+        self._video, self._fate = video, video.fates.fate.numpy()
+        owners = video.fates.owner[video.fates.all_of("merged")].unique().tolist()
+        self._colours = {owner: cluster_colour(number) for number, owner in enumerate(owners)}
         self._zoom = max(1, min(MAX_ZOOM, round(FRAME_WIDTH / video.plan.width)))
         self._pixels = video.plan.width // video.plan.grid[2]  # of a unit's side in the frame
         self.width = video.plan.width * self._zoom
@@ -48,8 +50,8 @@ class Panels:
         """The frame's time, and how many units of its frame pair have each fate, apart from those that no unit of the video has."""
         here, anywhere = self._of_frame(self._fate, frame), set(self._fate.tolist())
         counts = (f"{(here == n).sum()} {name}" for n, name in enumerate(FATES) if n in anywhere)
-        minutes, rest = divmod(round(self._video.plan.sampling.times_s[frame] * 100), 6000)
-        return f"{minutes}:{rest // 100:02d}.{rest % 100:02d}: {', '.join(counts)}"
+        minutes, seconds = divmod(round(self._video.plan.sampling.times_s[frame], 2), 60)
+        return f"{minutes:.0f}:{seconds:05.2f}: {', '.join(counts)}"
 
     def _of_frame(self, units: np.ndarray, frame: int) -> np.ndarray:
         """`[h, w]` in units: the values of an array `[N]` for the frame's pair."""
@@ -58,14 +60,7 @@ class Panels:
 
 
 def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
-    """Brightens the pixels that are read, and gives the others the colours of their fates.
-
-    Args:
-        picture: uint8 `[H, W, 3]`.
-        fate: int `[H, W]`, indices in `FATES`.
-
-    Returns uint8 `[H, W, 3]`.
-    """
+    """A picture, uint8 `[H, W, 3]`: pixels that are read are brightened, others take the colour of their fate, int `[H, W]`."""
     levels = picture.astype(np.float32)
     tint = np.array([UNREAD.get(name, (0, 0, 0)) for name in FATES], np.float32)[fate]
     unread = (levels @ LUMA)[..., None] * GREY + tint
@@ -74,12 +69,9 @@ def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
 
 
 def outline(picture: Image.Image, cluster: np.ndarray, y: int, x: int, side: int, colour: Colour, *, dot: bool) -> None:
-    """Draws those edges of unit (y, x) at which its cluster ends, and a dot where it is the owner.
+    """Draws those edges of unit (y, x), `side` pixels wide, at which its cluster ends, and a dot where it is the owner.
 
-    Args:
-        picture: RGB, drawn on.
-        cluster: `[h, w]`, the owner of each unit, -1 for none.
-        side: of a unit in pixels.
+    `cluster`: `[h, w]`, the owner of each unit, -1 for none.
     """
     draw, around = ImageDraw.Draw(picture), np.pad(cluster, 1, constant_values=-1)
     left, top, right, bottom = x * side, y * side, (x + 1) * side - 1, (y + 1) * side - 1
@@ -103,8 +95,3 @@ def cluster_colour(number: int) -> Colour:
     hue = 0.75 + 0.8 * (number * 0.618034 % 1.0)
     red, green, blue = colorsys.hsv_to_rgb(hue % 1.0, 0.8, 1.0)
     return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def _owner_colours(fates: Fates) -> dict[int, Colour]:
-    """The colour of every unit that others merged into."""
-    return {owner: cluster_colour(n) for n, owner in enumerate(fates.owner[fates.all_of("merged")].unique().tolist())}

@@ -9,6 +9,10 @@ INK, SOFT, PALE, GRID = "#222222", "#5F5F5F", "#8C8C8C", "#E4E4E4"  # PALE: line
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 LETTER = 6.7  # pixels: the average width of a letter of size 12
 BOLD = 7 / 6  # and how much wider bold letters are, in the widest of these fonts
+LOOK = {  # of `text`: attributes, and what is not written
+    "anchor": ("text-anchor", "start"), "fill": ("fill", INK), "size": ("font-size", 12), "weight": ("font-weight", 400),
+    "transform": ("transform", ""),
+}  # fmt: skip
 
 
 def document(title: str, width: int, height: int, elements: Iterable[str]) -> str:
@@ -27,20 +31,11 @@ def document(title: str, width: int, height: int, elements: Iterable[str]) -> st
     )
 
 
-def text(
-    x: float,
-    y: float,
-    words: str,
-    anchor: str = "start",
-    fill: str = INK,
-    size: float = 12,
-    weight: int = 400,
-    transform: str = "",
-) -> str:
-    """Words whose baseline starts, is centred or ends at (x, y)."""
-    more = f' text-anchor="{anchor}"' * (anchor != "start") + f' fill="{fill}"' * (fill != INK)
-    more += f' font-size="{size:g}"' * (size != 12) + f' font-weight="{weight}"' * (weight != 400)
-    more += f" transform={quoteattr(transform)}" * bool(transform)
+def text(x: float, y: float, words: str, anchor: str = "start", **look: str | float) -> str:
+    """Words whose baseline starts, is centred or ends at (x, y). `look`: fill, size, weight, transform."""
+    look["anchor"] = anchor
+    wanted = [(named, look[name]) for name, (named, usual) in LOOK.items() if look.get(name, usual) != usual]
+    more = "".join(f" {named}={quoteattr(str(value))}" for named, value in wanted)
     return f'<text x="{x:.1f}" y="{y:.1f}"{more}>{escape(words)}</text>'
 
 

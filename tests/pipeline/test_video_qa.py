@@ -103,8 +103,7 @@ def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(loaded):
     for model in (loaded, replace(loaded, limits=other)):
         qa = VideoQA(model, budget=0.25, method="reuse+divprune")
         live.add(asked(qa.encode(LONG), n=1).report.pruning.encoder_live_share)
-        with closing(open_inputs(qa.engine, [LONG])) as opened:
-            unchanged.append(trace(opened).fates.source)
+        unchanged.append(trace(qa.engine, LONG).fates.source)
     assert len(live) == 1 and torch.equal(*unchanged)
 
 

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from evoprune.errors import UsageError
-from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.plan import Plan
 from evoprune.video.probe import probe
@@ -29,7 +28,7 @@ def loaded():
 
 
 def traced(loaded, path=CLIP, **settings) -> TracedVideo:
-    return trace(open_inputs(VideoQA(loaded, **settings).engine, [path]))
+    return trace(VideoQA(loaded, **settings).engine, path)
 
 
 def test_reused_units_are_those_whose_pixels_are_older(loaded):
@@ -91,7 +90,7 @@ def test_the_owner_of_merged_units_has_a_dot(loaded, method):
 def test_what_is_drawn_is_what_the_language_model_reads(loaded):
     qa = VideoQA(loaded, budget=0.1)
     kept = qa.encode(CLIP).encoded.kept
-    assert torch.equal(trace(open_inputs(qa.engine, [CLIP])).fates.chosen.nonzero().flatten(), kept)
+    assert torch.equal(trace(qa.engine, CLIP).fates.chosen.nonzero().flatten(), kept)
 
 
 def test_methods_after_the_encoder(loaded):
