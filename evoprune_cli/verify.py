@@ -22,7 +22,7 @@ _output = partial(opt.option, "Output")
 Input = opt.argument(
     str | None, "INPUT", "A video or a picture to compare on; default: a clip and a picture made by formula."
 )
-Quick = opt.option(None, bool, "--quick", "Only the checks that take seconds, and no times.")
+Quick = opt.option(None, bool, "--quick", "Only the checks that take seconds.")
 TimeLimit = opt.option(
     None,
     float | None,
@@ -117,17 +117,13 @@ def _deliver(document: dict, *, json: bool, output: str | None) -> dict:
 
 def text_of(document: dict, width: int = 80) -> str:
     """The record as lines: what was verified, a line a check, what was measured, and the verdict."""
-    model, env, measured = document["model"], document["env"], document["measured"]
+    model, env = document["model"], document["env"]
     about = f"{model['id'] or model['family']}, {model['dtype']}, {model['device']}: {env['device_name']}"
     versions = ", ".join(f"{name} {env[name]}" for name in ("evoprune", "torch", "transformers"))
     lines = [about, f"{versions}, {env['threads']} threads", ""]
     lines += [f"{check['state']:<8} {check['name']:<10} {check['says']}" for check in document["checks"]]
-    lines += [""] + [f"{name}: {value}" for name, value in measured.get("kernels", {}).items()]
-    if times := measured.get("first_token"):
-        both = f"{times['evoprune_s']:.2f} s, transformers {times['transformers_s']:.2f} s"
-        lines.append(f"first token: {both}: {times['ratio']:.1f} times as fast (weights are not packed here)")
     counts = ", ".join(f"{document[state]} {state}" for state in ("held", "differs", "skipped"))
-    lines.append(f"{counts} in {document['seconds']:.0f} s: {VERDICTS[document['verdict']]}")
+    lines += ["", f"{counts} in {document['seconds']:.0f} s: {VERDICTS[document['verdict']]}"]
     return "\n".join(_indented(lines, width)) + "\n"
 
 
