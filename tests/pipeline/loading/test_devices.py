@@ -45,10 +45,19 @@ def test_what_hides_a_gpu_is_in_the_hint(monkeypatch, visible, hint):
 
 @pytest.mark.parametrize(
     ("device", "demo", "dtype"),
-    [("cuda", False, "bf16"), ("cuda", True, "fp32"), ("xpu", False, "bf16"), ("mps", False, "fp32")],
+    [
+        ("cuda:0", False, "bf16"),
+        ("cuda:1", False, "fp32"),
+        ("cuda:0", True, "fp32"),
+        ("xpu", False, "bf16"),
+        ("mps", False, "fp32"),
+    ],
 )
-def test_the_dtype_of_a_device(device, demo, dtype):
+def test_the_dtype_of_a_device(device, demo, dtype, monkeypatch):
+    of_each = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of_each[device.index])
     assert pick_dtype("auto", torch.device(device), demo) == dtype
+    assert pick_dtype("bf16", torch.device(device), demo) == "bf16"
 
 
 def test_reading_waits_everywhere_but_on_the_cpu(monkeypatch):

@@ -63,8 +63,11 @@ FAULTS = {
         "plan.keep if whole_pairs else stage.rows",
         "len(rows.x)",
     ),
-    "reuse of what has changed": Fault(
-        "reuse", "evoprune.vision.chunks:_rows_of", "source == first", "source == first + 1"
+    "units that reuse the row of their neighbour": Fault(
+        "reuse",
+        f"{ENCODER}:_Run.collect",
+        "self.carried.owners(layout.owner, index) if",
+        "self.carried.owners(layout.owner, index).roll(1) if",
     ),
     "pixels too bright": Fault(
         "patches", "evoprune.pipeline.encoding:patchify", "255 * torch.tensor(mean", "250 * torch.tensor(mean"

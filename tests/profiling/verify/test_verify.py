@@ -17,7 +17,6 @@ from tests.profiling.verify.faults import FAULTS
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import save_tiny
 
-
 HERE = [name for name, fault in FAULTS.items() if fault.found_by != "waits"]  # that one: tests/second_device
 
 
