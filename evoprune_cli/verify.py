@@ -81,10 +81,9 @@ def verify(
             limit = Limit(UNLIMITED if time_limit is None else time_limit, begun=begun)
             show("loading model")
             loaded = load_model(made.model, pack=False, to_answer=True)
-            step = partial(_step, show, quiet)
             with subject_of(loaded, path) as subject:
-                for found in run(subject, limit, quick=quick, progress=step, failed=_failed):
-                    results = found
+                for results in run(subject, limit, quick=quick, progress=show, failed=_failed):  # noqa: B007
+                    pass
     except BaseException as problem:
         if results is not None:
             with suppress(UsageError):  # the first problem is the one to report
@@ -93,10 +92,6 @@ def verify(
         raise
     document = deliver(results.document() | {"error": None})
     return 0 if document["verdict"] == "held" else DIFFERENCE
-
-
-def _step(show, quiet: bool, name: str, done: int, total: int) -> None:
-    show(f"checking {name}", done, total)
 
 
 def _failed(problem: Exception) -> None:

@@ -52,13 +52,12 @@ def counts(subject: Subject) -> Outcome:
         with counted_rows(subject.loaded.model.model.visual) as rows:
             encoded = subject.encode(subject.asking(budget, "evoprune:reuse=0"), [subject.video])
         plan, made = encoded.plan.encoder, encoded.encoded
-        for layer, (entered, planned) in enumerate(zip(rows, plan.layers, strict=True)):
+        tokens = ("tokens", len(made.kept), plan.keep), ("features", len(made.features), plan.keep)
+        layers = enumerate(zip(rows, plan.layers, strict=True))
+        for what, entered, planned in (*((f"rows in layer {i}", *pair) for i, pair in layers), *tokens):
             if entered != planned:
-                says = f"layer {layer} computes {entered} rows at {budget:g}, expected {planned}"
-                return Outcome(DIFFERS, says, {"rows": entered, "rows_limit": planned})
-        if (len(made.kept), len(made.features)) != (plan.keep, plan.keep):
-            says = f"{len(made.features)} tokens at {budget:g}, expected {plan.keep}"
-            return Outcome(DIFFERS, says, {"tokens": len(made.features), "tokens_limit": plan.keep})
+                says = f"{entered} {what} at {budget:g}, expected {planned}"
+                return Outcome(DIFFERS, says, {"count": entered, "count_limit": planned})
         said.append(f"{plan.units} units, {plan.rows} rows, {plan.keep} tokens at {budget:g}")
     return Outcome(HELD, "; ".join(said))
 

@@ -120,14 +120,14 @@ def verify(
 
     Args:
         quick: leaves out slow checks.
-        progress: called with the name of the next check, checks done, and all.
+        progress: called with what comes next, checks done, and all.
         failed: called with what a check raised, which counts as a difference.
 
     Yields the results so far, after each check.
     """
     results, subject.limit = Results(subject.loaded), limit
     for number, check in enumerate(checks):
-        progress(check.name, number, len(checks))
+        progress(f"checking {check.name}", number, len(checks))
         begun = limit.spent
         if quick and check.slow:
             outcome = skipped("--quick")
