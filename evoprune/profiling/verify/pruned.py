@@ -135,7 +135,9 @@ def transformers_model(subject: Subject) -> Outcome:
     """Logits of a pruned prompt from transformers' language model, and from ours."""
     ours = subject.encode(subject.asking(), [subject.video]).read_along(QUESTION, [0])[0]
     with PruningContext(budget=BUDGET, positions="qwen")(subject.transformers), torch.inference_mode():
-        theirs = subject.transformers(**subject.video_call, logits_to_keep=1, use_cache=False).logits[:, -1]
+        theirs = subject.transformers(**subject.about(subject.video).call, logits_to_keep=1, use_cache=False).logits[
+            :, -1
+        ]
     found = gap(ours, theirs, centred=True)
     says = f"{found}; rounding alone {subject.logits_noise.mean:.1e}"
     return judged(says, found.limits(subject.logits_noise, 2))

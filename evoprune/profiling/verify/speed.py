@@ -24,14 +24,15 @@ from evoprune.vision.tower import tower_shape
 ROUNDS = 3
 # How often the program may wait from the first patches to the first token of a video, outside of selections, which wait as often
 # as their content has it. Twice before the rows are selected, once for the groups of those, once for the checks at the end of the
-# tower, once for the tokens that are kept, and once for the logits (docs/gpu.md).
-WAITS = 6
+# tower, once for the tokens that are kept, and twice for the first token: whether its logits are numbers, and which is the largest
+# (docs/gpu.md).
+WAITS = 7
 
 
 def first_token(subject: Subject) -> Outcome:
     """Medians of encode and prefill in turns, in seconds: evoprune at the usual budget, and transformers; and their ratio."""
     loaded, method = subject.loaded, parse("evoprune")
-    (plan,) = subject.plans(subject.asking(1.0).engine, [subject.video])
+    (plan,) = subject.about(subject.video).plans
     clip = prepare(loaded, *synthetic_frames("motion", Case(SAMPLING.frames, plan.height, plan.width)))
     pruned = method.plan(tower_shape(loaded.model.model.visual), clip.grid, keep_count(BUDGET, clip.units))
     turns: list[tuple[Turn, Turn]] = []
@@ -98,8 +99,8 @@ def waits(subject: Subject) -> Outcome:
     if not reading_waits(subject.device):
         return skipped("reading a value of a CPU waits for nothing")
     qa = subject.asking()
-    subject.encode(qa, [subject.video]).read_along(QUESTION, [0])
-    with Waiting() as mode:
-        subject.encode(qa, [subject.video]).read_along(QUESTION, [0])
+    for _ in range(2):  # the first time makes what is kept for later
+        with Waiting() as mode:
+            subject.encode(qa, [subject.video]).ask(QUESTION, max_new_tokens=1).text  # noqa: B018
     times, inside = len(mode.outside), len(mode.places) - len(mode.outside)
     return judged(f"{times} times, and {inside} times in selections", {"waits": (times, WAITS)})

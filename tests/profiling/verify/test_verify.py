@@ -111,7 +111,7 @@ def test_the_record_has_no_paths_prompts_or_names_of_machines(folders):
     for secret in (str(folders["qwen2_5_vl"].parent), QUESTION, platform.node()):
         assert secret not in text
     assert json.loads(text)["model"]["id"] is None
-    assert verified("demo", quick=True, checks=()).document()["model"]["id"] == "demo"
+    assert verified("demo", checks=CHECKS[:1]).document()["model"]["id"] == "demo"
 
 
 def test_a_wider_dtype_shows_rounding_and_leaves_the_model_as_it_was(folders):
@@ -119,13 +119,14 @@ def test_a_wider_dtype_shows_rounding_and_leaves_the_model_as_it_was(folders):
     exact = load_model(str(folders["qwen2_5_vl"]), device="cpu", dtype="bf16", pack=False)
     exact.model.float()
     with subject_of(loaded, None) as subject, subject_of(exact, None) as other:
-        before = subject.features(subject.video_call)[0]
+        before = subject.features(subject.about(subject.video).call)[0]
         with computing_in(subject.transformers, torch.float32):
-            wide = subject.features(subject.video_call)[0]
-        rounded = {name: value.bfloat16().float() for name, value in other.video_call.items() if "pixel" in name}
-        expected = other.features(other.video_call | rounded)[0]
+            wide = subject.features(subject.about(subject.video).call)[0]
+        call = other.about(other.video).call
+        rounded = {name: value.bfloat16().float() for name, value in call.items() if "pixel" in name}
+        expected = other.features(call | rounded)[0]
         assert wide.dtype == torch.float32 and gap(wide, expected).largest < 1e-5 < 1e-3 < gap(before, expected).mean
-        assert torch.equal(subject.features(subject.video_call)[0], before)
+        assert torch.equal(subject.features(subject.about(subject.video).call)[0], before)
 
 
 def test_a_figure_that_is_no_number_differs():
