@@ -185,14 +185,13 @@ def test_verify_finds_a_wait(monkeypatch):
 def test_how_often_it_waits(method, times, selecting):
     """From the first patches to the first token: the numbers that docs/gpu.md states; `-s` prints all places."""
     qa = evoprune.VideoQA(loaded(NAME), budget=1.0 if method == "none" else 0.25, method=method)
-    counts = []
+    made = []
     for tokens in (1, 1, 3):  # the first time makes what is kept for later
         with Waiting() as mode:
-            qa.encode(CLIP, **FRAMES).ask(QUESTION, max_new_tokens=tokens).text  # noqa: B018
-        counts.append(len(mode.places))
-        if tokens == 1:
-            first = mode
-    mode = first
-    print(f"{method}: {len(mode.places)}", *mode.places, sep="\n")
-    assert counts[2] - counts[1] == 2 * 2
-    assert (len(mode.outside), len(mode.places)) == (times, times + selecting)
+            answer = qa.encode(CLIP, **FRAMES).ask(QUESTION, max_new_tokens=tokens)
+            answer.text  # which generates it # noqa: B018
+        made.append((mode, len(answer.ids) + (answer.report.finish_reason == "stop")))
+    (first, one), (longer, more) = made[1:]
+    print(f"{method}: {len(first.places)}", *first.places, sep="\n")
+    assert (len(first.outside), len(first.places), one) == (times, times + selecting, 1)
+    assert len(longer.places) - len(first.places) == 2 * (more - 1) > 0
