@@ -22,7 +22,7 @@ _output = partial(opt.option, "Output")
 Input = opt.argument(
     str | None, "INPUT", "A video or a picture to compare on; default: a clip and a picture made by formula."
 )
-Quick = opt.option(None, bool, "--quick", "Only the checks that take seconds, and no times.")
+Quick = opt.option(None, bool, "--quick", "Only the checks that take seconds.")
 TimeLimit = opt.option(
     None,
     float | None,
@@ -81,10 +81,9 @@ def verify(
             limit = Limit(UNLIMITED if time_limit is None else time_limit, begun=begun)
             show("loading model")
             loaded = load_model(made.model, pack=False, to_answer=True)
-            step = partial(_step, show, quiet)
             with subject_of(loaded, path) as subject:
-                for found in run(subject, limit, quick=quick, progress=step, failed=_failed):
-                    results = found
+                for results in run(subject, limit, quick=quick, progress=show, failed=_failed):  # noqa: B007
+                    pass
     except BaseException as problem:
         if results is not None:
             with suppress(UsageError):  # the first problem is the one to report
@@ -93,10 +92,6 @@ def verify(
         raise
     document = deliver(results.document() | {"error": None})
     return 0 if document["verdict"] == "held" else DIFFERENCE
-
-
-def _step(show, quiet: bool, name: str, done: int, total: int) -> None:
-    show(f"checking {name}", done, total)
 
 
 def _failed(problem: Exception) -> None:
@@ -117,17 +112,13 @@ def _deliver(document: dict, *, json: bool, output: str | None) -> dict:
 
 def text_of(document: dict, width: int = 80) -> str:
     """The record as lines: what was verified, a line a check, what was measured, and the verdict."""
-    model, env, measured = document["model"], document["env"], document["measured"]
+    model, env = document["model"], document["env"]
     about = f"{model['id'] or model['family']}, {model['dtype']}, {model['device']}: {env['device_name']}"
     versions = ", ".join(f"{name} {env[name]}" for name in ("evoprune", "torch", "transformers"))
     lines = [about, f"{versions}, {env['threads']} threads", ""]
     lines += [f"{check['state']:<8} {check['name']:<10} {check['says']}" for check in document["checks"]]
-    lines += [""] + [f"{name}: {value}" for name, value in measured.get("kernels", {}).items()]
-    if times := measured.get("first_token"):
-        both = f"{times['evoprune_s']:.2f} s, transformers {times['transformers_s']:.2f} s"
-        lines.append(f"first token: {both}: {times['ratio']:.1f} times as fast (weights are not packed here)")
     counts = ", ".join(f"{document[state]} {state}" for state in ("held", "differs", "skipped"))
-    lines.append(f"{counts} in {document['seconds']:.0f} s: {VERDICTS[document['verdict']]}")
+    lines += ["", f"{counts} in {document['seconds']:.0f} s: {VERDICTS[document['verdict']]}"]
     return "\n".join(_indented(lines, width)) + "\n"
 
 

@@ -192,19 +192,20 @@ def _read(model, state: PrefillState, ids: torch.Tensor, before: int = 0) -> tor
 
 
 @torch.inference_mode()
-def along(model, state: PrefillState, ids: torch.Tensor) -> torch.Tensor:
-    """The logits of every token of a given answer, each behind those before it (teacher forcing), in one pass.
+def along(model, state: PrefillState, ids: torch.Tensor, one_by_one: bool = False) -> torch.Tensor:
+    """The logits of every token of a given answer, each behind those before it (teacher forcing).
 
     Args:
         model: the model that made `state`.
         state: from `prefill`. Its cache grows by the answer.
         ids: int64 `[n]`, the answer; n at least 1.
+        one_by_one: a pass for each token, as decoding has it; else one for all.
 
     Returns float32 `[n, vocabulary]`. Raises ModelError: a logit is NaN or infinite.
     """
-    each = state.logits[None]
+    each, pieces = state.logits[None], ids[:-1].split(1 if one_by_one else len(ids))
     if len(ids) > 1:
-        each = torch.cat([each, _read(model, state, ids[:-1])])
+        each = torch.cat([each, *(_read(model, state, piece, at) for at, piece in enumerate(pieces))])
     if not each.amax(1).isfinite().all():
         raise not_a_number_error("generate")
     return each

@@ -198,8 +198,9 @@ class EncodedInputs:
             clock = Clock(self._engine.device)
             state = self._read(question, options, self._report_of(question, options), clock)
             seconds, given = sum(clock.seconds.values()), torch.tensor(ids, dtype=torch.int64, device="cpu")
-            with clock.stage("generate"):
-                return along(self._engine.loaded.model, state, given), seconds
+            loaded = self._engine.loaded
+            with clock.stage("generate"):  # 4 bits are read where there is one row: several are computed in 8
+                return along(loaded.model, state, given, one_by_one=loaded.quantize == "int4"), seconds
 
     def _report_of(self, question: str, options: GenerationOptions, seed: int = 0) -> Report:
         report, fresh = deepcopy(self._blank), Report()

@@ -222,7 +222,7 @@ def encode_input(
             if problem.stage != "encode" or chunk_units <= least:
                 raise
         torch.cuda.empty_cache()  # frees memory that is in pieces; does nothing where there is no CUDA
-        chunk_units = max(least, chunk_units // 2)
+        chunk_units = max(least, min(chunk_units, plan.encoder.units) // 2)
     seconds = clock.now() - start - clock.seconds.pop("wait", 0.0)
     return result, {"encode": seconds} | reader.clock.seconds
 

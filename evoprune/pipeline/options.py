@@ -60,7 +60,7 @@ class ModelOptions:
         "auto",
         "auto: bf16 where the hardware has it; demo models fp32.",
         words=("auto", *DTYPE_NAMES),
-        python="Also torch's dtypes and their names. auto: bf16 on CUDA and on CPUs that have it, else fp32; demo models fp32.",
+        python="Also torch's dtypes and their names. auto: bf16 on GPUs and CPUs that have it, else fp32; demo models fp32.",
     )
     quantize: str = option(
         "none",

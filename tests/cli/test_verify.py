@@ -1,9 +1,13 @@
 """`evoprune verify`: what it prints where, its exit codes, and what it writes."""
 
 import json
+import platform
+import shutil
 
+import huggingface_hub
 import pytest
 
+from evoprune.profiling.verify.subject import QUESTION
 from tests.profiling.verify.faults import FAULTS
 
 NAMES = ("patches", "positions", "tower", "logits", "answer")
@@ -40,12 +44,36 @@ def test_a_record_of_an_earlier_run_is_replaced(cli, tmp_path):
         (("-m", "no-such-model"), 4),
         (("gone.mp4", "-m", "demo"), 3),
         (("--device", "abacus"), 2),
+        (("-m", "demo", "--device", "meta"), 2),
         (("-o", "no/such/x"), 2),
     ],
 )
 def test_what_cannot_be_verified_is_an_error(cli, args, code):
     result = cli("verify", *args, "--json")
     assert result.code == code and result.record["error"]["code"] == code and result.err.startswith("error: ")
+
+
+def test_a_model_of_the_hub_is_not_named(cli, tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    shutil.copytree(tiny_folder, tmp_path / "models--org--tiny" / "snapshots" / ("a" * 40))
+    (tmp_path / "models--org--tiny" / "refs").mkdir()
+    (tmp_path / "models--org--tiny" / "refs" / "main").write_text("a" * 40)
+    result = cli("verify", "-m", "org/tiny", "--offline", "--quick", "-o", tmp_path / "report.json")
+    written = (tmp_path / "report.json").read_text()
+    assert result.code == 0 and json.loads(written)["model"]["id"] is None
+    assert not [secret for secret in ("org/tiny", str(tmp_path), platform.node(), QUESTION) if secret in written]
+
+
+def test_what_was_found_before_an_interrupt_is_told(cli, monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evoprune.huggingface.interface.model_positions", interrupted)
+    result = cli("verify", "-m", "demo", "--quick", "-o", tmp_path / "report.json")
+    record = json.loads((tmp_path / "report.json").read_text())
+    assert result.code == 130 == record["error"]["code"]
+    assert [check["name"] for check in record["checks"]] == ["kernels", "patches"]
+    assert [line for line in result.out.splitlines() if line.startswith("held     patches ")]
 
 
 def test_a_traceback_of_what_a_check_raised(cli, monkeypatch):

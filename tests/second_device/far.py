@@ -23,11 +23,28 @@ WHOLE = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.einsu
 RESHAPING = ("resize_", "squeeze_", "unsqueeze_", "t_", "transpose_", "set_")  # in place, which a wrapper cannot follow
 
 
+class Memory:
+    """The device's: `most` bytes are the largest tensor that it has room for, `largest` those of the largest so far."""
+
+    most: float = float("inf")
+    largest: int = 0
+
+    @classmethod
+    def take(cls, size: int) -> None:
+        cls.largest = max(cls.largest, size)
+        if size > cls.most:
+            raise torch.OutOfMemoryError(
+                f"{NAME} out of memory. Tried to allocate {size / 2**30:.2f} GiB. It has a total capacity of 1.00 GiB of which"
+                f" {cls.most / 2**30:.2f} GiB is free."
+            )
+
+
 class Far(torch.Tensor):
     """A tensor on the device; `there` has its values."""
 
     @staticmethod
     def __new__(cls, there: torch.Tensor):
+        Memory.take(there.nbytes)
         shape, layout = there.shape, {"strides": there.stride(), "storage_offset": there.storage_offset()}
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=there.dtype, device=f"{NAME}:0", **layout)
 

@@ -6,6 +6,10 @@ import pytest
 import torch
 
 import evoprune
+from evoprune.batch.rows import group_by_span, product_rows
+from evoprune.batch.run import answers
+from evoprune.batch.settings import Settings
+from evoprune.errors import OutOfMemory
 from evoprune.huggingface.processor_inputs import processor_inputs
 from evoprune.methods.registry import built_in
 from evoprune.pipeline.loading.model import load_model
@@ -13,13 +17,16 @@ from evoprune.pipeline.options import ModelOptions, SamplingOptions
 from evoprune.profiling.time_limit import TimeLimit
 from evoprune.profiling.verify.outcome import DIFFERS
 from evoprune.profiling.verify.run import subject_of, verify
+from evoprune.profiling.verify.speed import waits
 from evoprune.profiling.verify.subject import Subject
 from evoprune.profiling.verify.waiting import Waiting
-from evoprune.tuning.run import Settings, Tuning
+from evoprune.tuning.run import Settings as TuningSettings
+from evoprune.tuning.run import Tuning
 from evoprune.vision import attention
 from tests.pipeline.test_recipes import DEMO
+from tests.profiling.verify.faults import FAULTS
 from tests.recipes import keep_recipe
-from tests.second_device.far import NAME
+from tests.second_device.far import NAME, Memory
 from tests.tiny import save_tiny
 from tests.vision.devices import varlen_by_hand
 
@@ -63,7 +70,9 @@ def test_operations(config):
     assert_same(*both(CLIP, method="operations"))
 
 
-@pytest.mark.parametrize("method", ["none", "evoprune", "evoprune-paper", "visionzip", "reuse+divprune"])
+@pytest.mark.parametrize(
+    "method", ["none", "evoprune", "evoprune-paper", "visionzip", "reuse+divprune", "evoprune+fastv"]
+)
 def test_the_varlen_kernel(method, monkeypatch):
     monkeypatch.setattr(
         attention, "varlen_kernel", lambda device, dtype: varlen_by_hand if device.type == NAME else None
@@ -122,7 +131,7 @@ def test_transformers_model(how):
 
 def test_tune():
     tuning = Tuning(
-        Settings(
+        TuningSettings(
             videos=(CLIP,), questions=(QUESTION,), budgets=(0.5,), model=ModelOptions("demo", device=NAME),
             sampling=SamplingOptions(frames=4), agree=0.05, time_limit_s=300,
         )
@@ -138,12 +147,51 @@ def test_verify():
     assert not [(found.check.name, found.outcome.says) for found in results.of(DIFFERS)]
 
 
-@pytest.mark.parametrize(("method", "times"), [("none", 3), ("divprune", 3), ("visionzip", 3), ("evoprune", 6)])
-def test_how_often_it_waits(method, times):
+def test_batch():
+    rows = product_rows([CLIP, PICTURE], [QUESTION, "Which digit is shown?"])
+    settings = Settings.of(frames=8, max_visual_tokens=200, max_new_tokens=8)
+    cpu, device = (
+        [(report.answer, report.error) for report in answers(qa, group_by_span(rows), settings)]
+        for qa in (evoprune.VideoQA(loaded(device)) for device in ("cpu", NAME))
+    )
+    assert device == cpu and len(device) == 4 and not any(error for _, error in device)
+
+
+def test_less_is_encoded_at_a_time_where_memory_runs_out(monkeypatch):
+    qa = evoprune.VideoQA(loaded(NAME), budget=1.0, method="none")
+    monkeypatch.setattr(Memory, "largest", 0)
+    expected = qa.encode(CLIP, **FRAMES).encoded.features.cpu()
+    monkeypatch.setattr(Memory, "most", most := Memory.largest - 1)
+    monkeypatch.setattr(Memory, "largest", 0)
+    made = qa.encode(CLIP, **FRAMES).encoded.features.cpu()
+    assert Memory.largest > most  # which was refused
+    torch.testing.assert_close(made, expected, atol=2e-4, rtol=1e-4)
+    monkeypatch.setattr(Memory, "most", 1000)
+    with pytest.raises(OutOfMemory, match=r"^out of memory in encode: .* GiB wanted, .* GiB free\n") as raised:
+        qa.encode(CLIP, **FRAMES)
+    assert raised.value.exit_code == 5 and "--frames" in raised.value.hint
+
+
+def test_verify_finds_a_wait(monkeypatch):
+    FAULTS["one wait for each norm"].plant(monkeypatch)
+    with subject_of(loaded(NAME), None) as subject:
+        outcome = waits(subject)
+    assert outcome.state == DIFFERS and outcome.figures["waits"] > 7
+
+
+@pytest.mark.parametrize(
+    ("method", "times", "selecting"), [("none", 4, 0), ("divprune", 4, 1), ("visionzip", 4, 9), ("evoprune", 7, 28)]
+)
+def test_how_often_it_waits(method, times, selecting):
     """From the first patches to the first token: the numbers that docs/gpu.md states; `-s` prints all places."""
     qa = evoprune.VideoQA(loaded(NAME), budget=1.0 if method == "none" else 0.25, method=method)
-    qa.encode(CLIP, **FRAMES).read_along(QUESTION, [0])
-    with Waiting() as mode:
-        qa.encode(CLIP, **FRAMES).read_along(QUESTION, [0])
-    print(f"{method}: {len(mode.places)}", *mode.places, sep="\n")
-    assert len(mode.outside) == times
+    made = []
+    for tokens in (1, 1, 3):  # the first time makes what is kept for later
+        with Waiting() as mode:
+            answer = qa.encode(CLIP, **FRAMES).ask(QUESTION, max_new_tokens=tokens)
+            answer.text  # which generates it # noqa: B018
+        made.append((mode, len(answer.ids) + (answer.report.finish_reason == "stop")))
+    (first, one), (longer, more) = made[1:]
+    print(f"{method}: {len(first.places)}", *first.places, sep="\n")
+    assert (len(first.outside), len(first.places), one) == (times, times + selecting, 1)
+    assert len(longer.places) - len(first.places) == 2 * (more - 1) > 0

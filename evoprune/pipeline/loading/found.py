@@ -249,7 +249,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
-        reason = first_line(problem)
+        reason = first_line(problem).partition(". ")[0]
         raise UsageError(
             f"device {name!r} cannot be used here: {reason}", f"cpu always works, auto finds a GPU{_hidden(name)}"
         ) from problem
@@ -266,9 +266,15 @@ def pick_dtype(name: str, device: torch.device, is_demo: bool) -> str:
     """The short name of a dtype; "auto" depends on the device, see `ModelOptions`. Raises UsageError: an unknown name."""
     check_dtype(name)
     if name == "auto":
-        bf16 = device.type in ("cuda", "xpu") or (device.type == "cpu" and cpu_has_bf16())
-        return "bf16" if bf16 and not is_demo else "fp32"
+        return "bf16" if not is_demo and has_bf16(device) else "fp32"
     return name
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 in hardware; older GPUs of CUDA emulate it, slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "xpu" or (device.type == "cpu" and cpu_has_bf16())
 
 
 def cpu_has_bf16() -> bool:

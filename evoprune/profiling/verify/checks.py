@@ -6,6 +6,7 @@ from evoprune.profiling.verify import pruned, speed, unpruned
 from evoprune.profiling.verify.outcome import Check
 
 CHECKS = (
+    Check("kernels", "nothing: what computes attention and products here", speed.kernels),
     Check("patches", "pixels of resized frames, with transformers' processor", unpruned.patches),
     Check("positions", "positions of a prompt's tokens, with transformers'", unpruned.positions),
     Check("tower", "features with nothing pruned, with transformers' tower", unpruned.tower),
@@ -28,5 +29,6 @@ CHECKS = (
         slow=True,
     ),
     Check("int4", "the same in 4 bits", partial(pruned.bits, "int4"), slow=True),
+    Check("speed", "time to the first token, with transformers' in turns", speed.first_token, slow=True),
     Check("methods", "every method on a short clip, with its plan and with itself", pruned.every_method, slow=True),
 )

@@ -11,14 +11,14 @@ FRAMES, HEIGHT, WIDTH = 8, 120, 180  # no multiples of 28: frames are resized
 
 def write_material(folder: Path) -> tuple[Path, Path, Path]:
     """A clip in which things move, a clip that stands still, and a picture: two folders of frames and a file."""
+    from PIL import Image
+
     moving, still = (_clip(kind) for kind in ("motion", "static90"))
-    clips = folder / "moving", folder / "still"
-    for place, frames in zip(clips, (moving, still[:1].repeat(FRAMES, 0)), strict=True):
-        place.mkdir()
+    for name, frames in (("moving", moving), ("still", still[:1].repeat(FRAMES, 0)), ("picture", still[:1])):
+        (folder / name).mkdir()
         for number, frame in enumerate(frames):
-            _write(place / f"{number}.png", frame)
-    _write(folder / "picture.png", still[0])
-    return *clips, folder / "picture.png"
+            Image.fromarray(frame).save(folder / name / f"{number}.png")
+    return folder / "moving", folder / "still", folder / "picture" / "0.png"
 
 
 def _clip(kind: str) -> np.ndarray:
@@ -26,9 +26,3 @@ def _clip(kind: str) -> np.ndarray:
     unit = synthetic.UNIT
     whole = synthetic.clip(kind, FRAMES, *(-(-side // unit) * unit for side in (HEIGHT, WIDTH)))
     return np.ascontiguousarray(whole[:, :HEIGHT, :WIDTH])
-
-
-def _write(path: Path, frame: np.ndarray) -> None:
-    from PIL import Image
-
-    Image.fromarray(frame).save(path)

@@ -14,7 +14,6 @@ from evoprune.model.machine import environment, peak_memory
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.time_limit import TimeLimit
-from evoprune.profiling.verify import speed
 from evoprune.profiling.verify.checks import CHECKS
 from evoprune.profiling.verify.material import write_material
 from evoprune.profiling.verify.outcome import DIFFERS, HELD, SKIPPED, Check, Outcome, skipped
@@ -39,16 +38,10 @@ class Finding:
 
 @dataclass
 class Results:
-    """What is known so far.
-
-    Attributes:
-        findings: in the order of the checks.
-        measured: `kernels`, and `first_token`, where there was time for it.
-    """
+    """What is known so far; `findings` in the order of the checks."""
 
     loaded: LoadedModel
     findings: list[Finding] = field(default_factory=list)
-    measured: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
     def of(self, state: str) -> list[Finding]:
@@ -75,7 +68,6 @@ class Results:
             "model": _facts(loaded),
             "env": asdict(env) | {"platform": f"{platform.system()} {platform.machine()}"},
             "checks": checks,
-            "measured": {name: _short(value) for name, value in self.measured.items()},
             "seconds": round(self.seconds, 2),
             "peak_bytes": peak_memory(loaded.device),
         }
@@ -110,7 +102,9 @@ def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
             picture = Path(path)
         elif path is not None:
             video = Path(path)
-        yield Subject(loaded, video, still, picture)
+        subject = Subject(loaded, video, still, picture)
+        subject.asking()  # raises where the device computes nothing
+        yield subject
 
 
 def verify(
@@ -125,15 +119,15 @@ def verify(
     """Runs the checks; those that would begin after the time limit are skipped.
 
     Args:
-        quick: leaves out slow checks, and what is only measured.
-        progress: called with the name of the next check, checks done, and all.
+        quick: leaves out slow checks.
+        progress: called with what comes next, checks done, and all.
         failed: called with what a check raised, which counts as a difference.
 
     Yields the results so far, after each check.
     """
     results, subject.limit = Results(subject.loaded), limit
     for number, check in enumerate(checks):
-        progress(check.name, number, len(checks))
+        progress(f"checking {check.name}", number, len(checks))
         begun = limit.spent
         if quick and check.slow:
             outcome = skipped("--quick")
@@ -144,12 +138,6 @@ def verify(
         results.findings.append(Finding(check, outcome, limit.spent - begun))
         results.seconds = limit.spent
         yield results
-    results.measured["kernels"] = speed.kernels(subject)
-    if not quick and limit.left > 0:
-        progress("first token", len(checks), len(checks))
-        results.measured["first_token"] = speed.first_token(subject)
-    results.seconds = limit.spent
-    yield results
 
 
 def _outcome(check: Check, subject: Subject, failed: Callable[[Exception], None]) -> Outcome:

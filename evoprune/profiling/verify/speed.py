@@ -3,6 +3,7 @@
 from statistics import median
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from evoprune.methods import parse
 from evoprune.model.device import reading_waits
@@ -12,7 +13,7 @@ from evoprune.pipeline.planning import TEXT, encoding_bytes, fitting_chunk
 from evoprune.profiling.clips import prepare, synthetic_frames
 from evoprune.profiling.results import Case
 from evoprune.profiling.runners import Turn, run_evoprune, run_hugging_face
-from evoprune.profiling.verify.outcome import Outcome, judged, skipped
+from evoprune.profiling.verify.outcome import HELD, Outcome, judged, skipped
 from evoprune.profiling.verify.subject import BUDGET, QUESTION, SAMPLING, Subject
 from evoprune.profiling.verify.waiting import Waiting
 from evoprune.pruning.budget import keep_count
@@ -23,14 +24,15 @@ from evoprune.vision.tower import tower_shape
 ROUNDS = 3
 # How often the program may wait from the first patches to the first token of a video, outside of selections, which wait as often
 # as their content has it. Twice before the rows are selected, once for the groups of those, once for the checks at the end of the
-# tower, once for the tokens that are kept, and once for the logits (docs/gpu.md).
-WAITS = 6
+# tower, once for the tokens that are kept, and twice for the first token: whether its logits are numbers, and which is the largest
+# (docs/gpu.md).
+WAITS = 7
 
 
-def first_token(subject: Subject) -> dict[str, float]:
-    """Medians of encode and prefill in turns, in seconds: `evoprune` at the usual budget, and `transformers`; and their ratio."""
+def first_token(subject: Subject) -> Outcome:
+    """Medians of encode and prefill in turns, in seconds: evoprune at the usual budget, and transformers; and their ratio."""
     loaded, method = subject.loaded, parse("evoprune")
-    (plan,) = subject.plans(subject.asking(1.0).engine, [subject.video])
+    (plan,) = subject.about(subject.video).plans
     clip = prepare(loaded, *synthetic_frames("motion", Case(SAMPLING.frames, plan.height, plan.width)))
     pruned = method.plan(tower_shape(loaded.model.model.visual), clip.grid, keep_count(BUDGET, clip.units))
     turns: list[tuple[Turn, Turn]] = []
@@ -39,21 +41,34 @@ def first_token(subject: Subject) -> dict[str, float]:
         turns.append((theirs, run_evoprune(loaded, clip, pruned, method, BUDGET, 1, 0)))
     each = [[turn.sample.encode + turn.sample.prefill for turn in both] for both in turns[1:]]
     theirs, ours = (median(column) for column in zip(*each, strict=True))
-    return {"transformers_s": theirs, "evoprune_s": ours, "ratio": median(a / b for a, b in each)}
+    figures = {"transformers_s": theirs, "evoprune_s": ours, "ratio": median(a / b for a, b in each)}
+    both = f"{ours:.2f} s, transformers {theirs:.2f} s: {figures['ratio']:.1f} times as fast"
+    return Outcome(HELD, f"first token {both} (weights are not packed here)", figures)
 
 
-def kernels(subject: Subject) -> dict[str, str]:
-    """What computes attention and products here."""
-    device, dtype = subject.device, subject.dtype
+def kernels(subject: Subject) -> Outcome:
+    """What computes attention in the tower and in the language model, and products."""
+    device, dtype, text = subject.device, subject.dtype, subject.loaded.model.config.text_config
+    heads = text.num_attention_heads
+    q = torch.empty(1, heads, 8, text.hidden_size // heads, dtype=dtype, device=device)
+    tower, language = _sdpa(q, attn_mask=q.new_zeros(8, 8)), _sdpa(q, is_causal=True)
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
         products = f"oneDNN, {capability}" if torch.backends.mkldnn.is_available() else capability
-        return {
-            "attention": "sdpa",
-            "products": f"{products}, {'packed' if can_pack(subject.loaded.model.lm_head.weight) else 'plain'}",
-        }
-    attention = "varlen" if varlen_kernel(device, dtype) else "sdpa"
-    return {"attention": attention, "products": f"torch's for {device.type}"}
+        products += ", packed" if can_pack(subject.loaded.model.lm_head.weight) else ", plain"
+        tower = "products" if dtype == torch.bfloat16 else tower
+    else:
+        products = f"torch's for {device.type}, fp32 with {torch.get_float32_matmul_precision()} precision"
+        tower = "varlen" if varlen_kernel(device, dtype) else tower
+    return Outcome(HELD, f"attention: tower {tower}, language model {language}; products: {products}")
+
+
+def _sdpa(q: torch.Tensor, **how) -> str:
+    """The kernel that torch takes for attention, where the device says it."""
+    try:
+        return f"sdpa ({SDPBackend(torch._fused_sdp_choice(q, q, q, **how)).name.lower()})"
+    except (AttributeError, RuntimeError, ValueError):
+        return "sdpa"
 
 
 def memory(subject: Subject) -> Outcome:
@@ -84,8 +99,8 @@ def waits(subject: Subject) -> Outcome:
     if not reading_waits(subject.device):
         return skipped("reading a value of a CPU waits for nothing")
     qa = subject.asking()
-    subject.encode(qa, [subject.video]).read_along(QUESTION, [0])
-    with Waiting() as mode:
-        subject.encode(qa, [subject.video]).read_along(QUESTION, [0])
+    for _ in range(2):  # the first time makes what is kept for later
+        with Waiting() as mode:
+            subject.encode(qa, [subject.video]).ask(QUESTION, max_new_tokens=1).text  # noqa: B018
     times, inside = len(mode.outside), len(mode.places) - len(mode.outside)
     return judged(f"{times} times, and {inside} times in selections", {"waits": (times, WAITS)})

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from evoprune.huggingface.processor_inputs import NAMES, TYPES, arguments
-from evoprune.language.prompt import Prompt
 from evoprune.pipeline.answering import EncodedInputs
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.loading.model import LoadedModel
@@ -23,7 +22,6 @@ from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.profiling.time_limit import TimeLimit
 from evoprune.profiling.verify.outcome import Gap, at_least, gap
 from evoprune.profiling.verify.wide import computing_in, wider
-from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
 from evoprune.vision.encoder import encode_rows
 
@@ -50,7 +48,7 @@ class Subject:
     """
 
     def __init__(self, loaded: LoadedModel, video: Path, still: Path, picture: Path):
-        self.limit = TimeLimit(inf)
+        self.limit, self._asked = TimeLimit(inf), {}
         limits = {kind: replace(each, min_pixels=each.unit**2) for kind, each in loaded.limits.items()}
         self.loaded, self.video, self.still, self.picture = replace(loaded, limits=limits), video, still, picture
 
@@ -94,26 +92,11 @@ class Subject:
         with closing(open_inputs(engine, paths, SAMPLING)) as opened:
             return opened.plans
 
-    def seconds(self, paths: Sequence[Path]) -> torch.Tensor:
-        """float64, from one frame pair to the next, of each video."""
-        plans, pair = self.plans(self.asking(1.0).engine, paths), self.loaded.video.temporal_patch_size
-        each = [plan.sampling.seconds_per_pair(pair) for plan in plans if plan.kind == VIDEO]
-        return torch.tensor(each, dtype=torch.float64, device="cpu")
-
-    def prompt(self, paths: Sequence[Path], question: str = QUESTION) -> tuple[Prompt, torch.Tensor]:
-        """This project's prompt about inputs, and its positions, int64 `[3, L]`."""
-        engine = self.asking(1.0).engine
-        plans = self.plans(engine, paths)
-        reader = PromptReader(engine, plans)
-        prompt = reader.build(question, GenerationOptions(), sum(plan.units for plan in plans))
-        return prompt, reader.positions(prompt)
-
-    def call(self, paths: Sequence[Path], question: str = QUESTION) -> dict[str, torch.Tensor]:
-        """The arguments of transformers' model."""
-        prompt, _ = self.prompt(paths, question)
-        plans = self.plans(self.asking(1.0).engine, paths)
-        made = arguments(prompt, plans, self.loaded.limits, self.loaded.model.config)
-        return {name: value.to(self.device) for name, value in made.items()}
+    def about(self, *paths: Path, question: str = QUESTION) -> "Asked":
+        """A question about inputs, as both sides read it; made once."""
+        if (paths, question) not in self._asked:
+            self._asked[paths, question] = Asked(self, paths, question)
+        return self._asked[paths, question]
 
     @torch.inference_mode()
     def features(self, call: dict[str, torch.Tensor]) -> Features:
@@ -154,27 +137,10 @@ class Subject:
         return self.transformers.lm_head(hidden.last_hidden_state[0, -last:])
 
     @cached_property
-    def video_call(self) -> dict[str, torch.Tensor]:
-        return self.call([self.video])
-
-    @cached_property
-    def video_prompt(self) -> tuple[Prompt, torch.Tensor]:
-        return self.prompt([self.video])
-
-    @cached_property
-    def video_features(self) -> Features:
-        return self.features(self.video_call)
-
-    @property
-    def text_behind(self) -> int:
-        """Tokens of the prompt behind the video."""
-        prompt, _ = self.video_prompt
-        return len(prompt.input_ids) - prompt.places[-1].stop
-
-    @cached_property
     def video_logits(self) -> torch.Tensor:
         """Transformers', after each token behind the video."""
-        return self.logits(self.video_call, self.video_prompt[1], self.video_features, last=self.text_behind)
+        asked = self.about(self.video)
+        return self.logits(asked.call, asked.positions, asked.features, last=asked.text_behind)
 
     @cached_property
     def _wide(self) -> tuple[Features, torch.Tensor] | None:
@@ -182,9 +148,10 @@ class Subject:
         dtype = wider(self.dtype, self.device)
         if dtype is None:
             return None
+        asked = self.about(self.video)
         with computing_in(self.transformers, dtype):
-            features = self.features(self.video_call)
-            logits = self.logits(self.video_call, self.video_prompt[1], features, last=self.text_behind)
+            features = self.features(asked.call)
+            logits = self.logits(asked.call, asked.positions, features, last=asked.text_behind)
         return features, logits
 
     @cached_property
@@ -192,7 +159,7 @@ class Subject:
         """How far transformers' features are from those of the wider dtype."""
         if self._wide is None:
             return _roundings(self.dtype)
-        return at_least(gap(self.video_features[0], self._wide[0][0]), self.dtype)
+        return at_least(gap(self.about(self.video).features[0], self._wide[0][0]), self.dtype)
 
     @cached_property
     def logits_noise(self) -> Gap:
@@ -208,6 +175,35 @@ class Subject:
         made, exact = (x.cpu().double() - x.cpu().double().mean(1, keepdim=True) for x in (self.video_logits, exact))
         least = float(exact.abs().max()) * torch.finfo(self.dtype).eps
         return max(float((made - exact).abs().max()), least * (ROUNDINGS if self._wide is None else 1))
+
+
+class Asked:
+    """A question about inputs, as both sides read it.
+
+    Attributes:
+        plans: what is looked at of each.
+        prompt, positions: this project's, with nothing pruned; int64 `[3, L]`.
+        call: the arguments of transformers' model.
+    """
+
+    def __init__(self, subject: Subject, paths: Sequence[Path], question: str):
+        engine, loaded = subject.asking(1.0).engine, subject.loaded
+        self._subject, self.plans = subject, subject.plans(engine, paths)
+        reader = PromptReader(engine, self.plans)
+        self.prompt = reader.build(question, GenerationOptions(), sum(plan.units for plan in self.plans))
+        self.positions = reader.positions(self.prompt)
+        call = arguments(self.prompt, self.plans, loaded.limits, loaded.model.config)
+        self.call = {name: value.to(subject.device) for name, value in call.items()}
+
+    @cached_property
+    def features(self) -> Features:
+        """Those of transformers' tower."""
+        return self._subject.features(self.call)
+
+    @property
+    def text_behind(self) -> int:
+        """Tokens of the prompt behind the inputs."""
+        return len(self.prompt.input_ids) - self.prompt.places[-1].stop
 
 
 def runs(call: dict[str, torch.Tensor]) -> list[tuple[int, range]]:

@@ -1,6 +1,7 @@
 """Checks with nothing pruned: every step from pixels to the answer against transformers on the same weights."""
 
 from contextlib import closing
+from pathlib import Path
 
 import torch
 
@@ -31,8 +32,8 @@ def patches(subject: Subject) -> Outcome:
     """The patches of each frame, which are those of a picture in one half of the values and in the other."""
     worst = Gap(0.0, 0.0)
     for path, name in ((subject.video, "pixel_values_videos"), (subject.picture, "pixel_values")):
-        (plan,) = subject.plans(subject.asking(1.0).engine, [path])
-        made = subject.call([path])[name].cpu()
+        asked = subject.about(path)
+        (plan,), made = asked.plans, asked.call[name].cpu()
         expected = _patches_of_transformers(subject, plan)
         if made.shape != expected.shape:
             return Outcome(DIFFERS, f"patches {list(made.shape)}, expected {list(expected.shape)}")
@@ -67,17 +68,19 @@ def _patches_of_transformers(subject: Subject, plan: Plan) -> torch.Tensor:
 
 def tower(subject: Subject) -> Outcome:
     encoded = subject.encode(subject.asking(1.0), [subject.video]).encoded
-    found = gap(encoded.features, subject.video_features[0])
+    found = gap(encoded.features, subject.about(subject.video).features[0])
     return judged(_beside(found, subject.features_noise), found.limits(subject.features_noise))
 
 
 def positions(subject: Subject) -> Outcome:
     """Inside each input as in transformers; the text behind it begins after its largest position, as Qwen's own code has it."""
+    pair = subject.loaded.video.temporal_patch_size
     for paths in ([subject.video], [subject.picture, subject.video]):
-        _, made = subject.prompt(paths)
-        call = {name: value.cpu() for name, value in subject.call(paths).items()}
+        asked = subject.about(*paths)
+        made, call = asked.positions, {name: value.cpu() for name, value in asked.call.items()}
         if "second_per_grid_ts" in call:  # exactly: a product that is a whole number must not be rounded below it
-            call["second_per_grid_ts"] = subject.seconds(paths)
+            seconds = [asked.plans[-1].sampling.seconds_per_pair(pair)]
+            call["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float64, device="cpu")
         theirs = interface.model_positions(subject.transformers, call, call["attention_mask"], False)[:, 0]
         expected, at = torch.empty_like(made), 0
         for _, place in runs(call):
@@ -93,37 +96,31 @@ def positions(subject: Subject) -> Outcome:
 
 def logits(subject: Subject) -> Outcome:
     """The language model alone: both sides read the features of transformers' tower."""
-    model, (prompt, places) = subject.loaded.model, subject.video_prompt
+    model, asked = subject.loaded.model, subject.about(subject.video)
     visuals = [
         Visual(place, values, ascending(len(place), "cpu"))
-        for place, values in zip(prompt.places, subject.video_features, strict=True)
+        for place, values in zip(asked.prompt.places, asked.features, strict=True)
     ]
-    embeds, _ = embed_prompt(model, prompt.input_ids, visuals)
-    made = decoder.logits(model, embeds, places, KVCache(model, len(embeds)), last=subject.text_behind)
+    embeds, _ = embed_prompt(model, asked.prompt.input_ids, visuals)
+    made = decoder.logits(model, embeds, asked.positions, KVCache(model, len(embeds)), last=asked.text_behind)
     found = gap(made, subject.video_logits, centred=True)
     return judged(_beside(found, subject.logits_noise), found.limits(subject.logits_noise))
 
 
 def answer(subject: Subject) -> Outcome:
     """Transformers reads our answer: at each token its first choice is ours, or nearer to ours than rounding can tell."""
-    return _same_answer(subject, [subject.video])
+    return _same_answer(subject, subject.video)
 
 
 def inputs(subject: Subject) -> Outcome:
-    return _same_answer(subject, [subject.picture, subject.video])
+    return _same_answer(subject, subject.picture, subject.video)
 
 
-def _same_answer(subject: Subject, paths: list) -> Outcome:
-    asked = subject.encode(subject.asking(1.0), paths).ask(QUESTION, max_new_tokens=NEW_TOKENS)
-    text, ids = asked.text, [*asked.ids]
-    ended = asked.report.finish_reason == "stop"
-    both = paths == [subject.video]
-    call = subject.video_call if both else subject.call(paths)
-    _, places = subject.video_prompt if both else subject.prompt(paths)
-    features = subject.video_features if both else subject.features(call)
-    rows = len(ids) + ended
-    read = ids[: rows - 1]
-    theirs = subject.logits(call, places, features, read, last=rows).float().cpu()
+def _same_answer(subject: Subject, *paths: Path) -> Outcome:
+    said = subject.encode(subject.asking(1.0), paths).ask(QUESTION, max_new_tokens=NEW_TOKENS)
+    text, ids, asked = said.text, [*said.ids], subject.about(*paths)
+    rows = len(ids) + (said.report.finish_reason == "stop")
+    theirs = subject.logits(asked.call, asked.positions, asked.features, ids[: rows - 1], last=rows).float().cpu()
     ends = torch.tensor(subject.loaded.eos_ids, dtype=torch.int64, device="cpu")
     ours = torch.stack([theirs[row, ids[row]] if row < len(ids) else theirs[row, ends].max() for row in range(rows)])
     margin = theirs.amax(1) - ours
@@ -140,7 +137,7 @@ def _same_answer(subject: Subject, paths: list) -> Outcome:
 
 def batch(subject: Subject) -> Outcome:
     """A batch of two through `EvoPrune(...)(model)`: unpruned as the model alone, and pruned as each prompt by itself."""
-    calls = [subject.call([subject.video], question) for question in (QUESTION, ANOTHER)]
+    calls = [subject.about(subject.video, question=question).call for question in (QUESTION, ANOTHER)]
     both = _padded(calls)
     stock = _last(subject, both)
     with PruningContext(budget=1.0)(subject.transformers):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from evoprune.errors import DeviceWarning, OutOfMemory, UsageError, memory_guard
+from evoprune.model.cost import shortage
 from evoprune.model.device import is_accelerator, reading_waits
+from evoprune.model.machine import available_memory
 from evoprune.pipeline.loading.found import pick_device, pick_dtype
 
 OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040).\nPlease update"
@@ -45,10 +47,29 @@ def test_what_hides_a_gpu_is_in_the_hint(monkeypatch, visible, hint):
 
 @pytest.mark.parametrize(
     ("device", "demo", "dtype"),
-    [("cuda", False, "bf16"), ("cuda", True, "fp32"), ("xpu", False, "bf16"), ("mps", False, "fp32")],
+    [
+        ("cuda:0", False, "bf16"),
+        ("cuda:1", False, "fp32"),
+        ("cuda:0", True, "fp32"),
+        ("xpu", False, "bf16"),
+        ("mps", False, "fp32"),
+    ],
 )
-def test_the_dtype_of_a_device(device, demo, dtype):
+def test_the_dtype_of_a_device(device, demo, dtype, monkeypatch):
+    of_each = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of_each[device.index])
     assert pick_dtype("auto", torch.device(device), demo) == dtype
+    assert pick_dtype("bf16", torch.device(device), demo) == "bf16"
+
+
+def test_two_models_on_one_gpu(monkeypatch):
+    """What another process holds is not free; what this one's allocator keeps and does not use is."""
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * gib, 16 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * gib)
+    assert available_memory("cuda:1") == 4 * gib and shortage(4 * gib, "cuda:1") is None
+    assert shortage(5 * gib, "cuda:1") == "needs about 5.0 GiB of memory, and 4.0 GiB are available"
 
 
 def test_reading_waits_everywhere_but_on_the_cpu(monkeypatch):

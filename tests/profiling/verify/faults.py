@@ -34,7 +34,7 @@ class Fault:
         monkeypatch.setattr(owner, name, known[name])
 
 
-TOWER, DECODER = "evoprune.vision.tower", "evoprune.language.decoder"
+TOWER, DECODER, ENCODER = "evoprune.vision.tower", "evoprune.language.decoder", "evoprune.vision.encoder"
 FAULTS = {
     "another rotary base in the tower": Fault("tower", f"{TOWER}:rotary", "10000.0", "1000.0"),
     "another rotary base in the language model": Fault(
@@ -59,11 +59,56 @@ FAULTS = {
     "a norm of the language model scaled": Fault("logits", f"{DECODER}:norm", "* weight", "* (weight * 1.02)"),
     "a tower that is not pruned": Fault(
         "counts",
-        "evoprune.vision.encoder:_Run.select_rows",
+        f"{ENCODER}:_Run.select_rows",
         "plan.keep if whole_pairs else stage.rows",
         "len(rows.x)",
     ),
-    "reuse of what has changed": Fault(
-        "reuse", "evoprune.vision.chunks:_rows_of", "source == first", "source == first + 1"
+    "units that reuse the row of their neighbour": Fault(
+        "reuse",
+        f"{ENCODER}:_Run.collect",
+        "self.carried.owners(layout.owner, index) if",
+        "self.carried.owners(layout.owner, index).roll(1) if",
+    ),
+    "pixels too bright": Fault(
+        "patches", "evoprune.pipeline.encoding:patchify", "255 * torch.tensor(mean", "250 * torch.tensor(mean"
+    ),
+    "decoded tokens at a wrong position": Fault(
+        "answer", "evoprune.language.generate:_read", "state.next_position + before", "state.next_position - before"
+    ),
+    "every input reads the tokens of the last": Fault(
+        "inputs",
+        "evoprune.pipeline.prompting:PromptReader.read",
+        "Visual(place, e.features,",
+        "Visual(place, encoded[-1].features[: len(e.features)],",
+    ),
+    "later chunks own the rows of the first": Fault("chunks", f"{ENCODER}:_Run.collect", " + self.count", ""),
+    "one wait for each norm": Fault(
+        "waits", f"{TOWER}:norm", ".mul_(weight)", ".mul_(weight + 0 * weight.sum().item())"
+    ),
+    "an estimate that leaves the work out": Fault(
+        "memory", "evoprune.profiling.verify.speed:encoding_bytes", "return working_memory", "return 0 * working_memory"
+    ),
+    "packed layers without their bias": Fault(
+        "packed",
+        "evoprune.model.linear:PackedLinear.forward",
+        "self.weights_for(x), self.bias",
+        "self.weights_for(x), None",
+    ),
+    "attention to padding": Fault(
+        "batch",
+        "evoprune.huggingface.context:without_pruned",
+        '["attention_mask"] = columns.take(used)',
+        '["attention_mask"] = torch.ones_like(columns.take(used))',
+    ),
+    "a selection that depends on threads": Fault(
+        "threads",
+        "evoprune.pruning.select:_most_salient",
+        "(of_each == top).to(torch.uint8).argmax()",
+        "torch.get_num_threads()",
+    ),
+    "scales of 8 bits too small": Fault("int8", "evoprune.model.quantize:int8_weights", "/ 127)", "/ 200)"),
+    "zeros of 4 bits off by one": Fault("int4", "evoprune.model.integers:_int4_piece", ".add_(8)", ".add_(9)"),
+    "a method that selects one token too few": Fault(
+        "methods", "evoprune.methods.divprune:DivPrune.select", "(tokens.features, keep)", "(tokens.features, keep - 1)"
     ),
 }

@@ -17,6 +17,8 @@ from tests.profiling.verify.faults import FAULTS
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import save_tiny
 
+HERE = [name for name, fault in FAULTS.items() if fault.found_by != "waits"]  # that one: tests/second_device
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -51,21 +53,25 @@ def test_everything_holds(folders, name):
 def test_all_of_it_holds_in_every_dtype(folders, name, dtype):
     results = verified(folders.get(name, name), dtype=dtype)
     assert_held(results)
-    assert results.measured["first_token"]["ratio"] > 0
+    assert [found.outcome.figures["ratio"] > 0 for found in results.findings if found.check.name == "speed"]
     slow = [found for found in results.findings if found.check.slow]
     assert not [found for found in slow if found.outcome.says == "--quick"]
 
 
 @pytest.mark.few(3)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", HERE)
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "demo"])
 def test_a_fault_is_found_by_the_check_that_should_find_it(folders, name, fault, monkeypatch):
+    (check,) = [check for check in CHECKS if check.name == FAULTS[fault].found_by]
     FAULTS[fault].plant(monkeypatch)
-    results = verified(folders.get(name, name), quick=True)
-    assert results.verdict == DIFFERS
-    found = states(results)
-    assert found[FAULTS[fault].found_by] == DIFFERS, found
-    assert found["patches"] == HELD
+    (found,) = verified(folders.get(name, name), checks=[check]).findings
+    assert not found.outcome.says.startswith("raised"), found.outcome
+    assert found.outcome.state == DIFFERS, found.outcome
+
+
+def test_every_check_finds_a_fault():
+    measured = {"kernels", "speed"}  # which compare nothing that could differ
+    assert {fault.found_by for fault in FAULTS.values()} == {check.name for check in CHECKS} - measured
 
 
 @pytest.mark.full
@@ -82,7 +88,7 @@ def test_a_file_of_the_user(path):
 def test_what_begins_after_the_time_limit_is_skipped():
     results = verified("demo", limit=0)
     assert results.verdict == SKIPPED and {*states(results).values()} == {SKIPPED}
-    assert "time limit of 0 s" in results.findings[0].outcome.says and "first_token" not in results.measured
+    assert "time limit of 0 s" in results.findings[0].outcome.says
 
 
 def test_a_check_that_raises_differs_and_names_no_path(tmp_path):
@@ -105,7 +111,7 @@ def test_the_record_has_no_paths_prompts_or_names_of_machines(folders):
     for secret in (str(folders["qwen2_5_vl"].parent), QUESTION, platform.node()):
         assert secret not in text
     assert json.loads(text)["model"]["id"] is None
-    assert verified("demo", quick=True, checks=()).document()["model"]["id"] == "demo"
+    assert verified("demo", checks=CHECKS[:1]).document()["model"]["id"] == "demo"
 
 
 def test_a_wider_dtype_shows_rounding_and_leaves_the_model_as_it_was(folders):
@@ -113,13 +119,14 @@ def test_a_wider_dtype_shows_rounding_and_leaves_the_model_as_it_was(folders):
     exact = load_model(str(folders["qwen2_5_vl"]), device="cpu", dtype="bf16", pack=False)
     exact.model.float()
     with subject_of(loaded, None) as subject, subject_of(exact, None) as other:
-        before = subject.features(subject.video_call)[0]
+        before = subject.features(subject.about(subject.video).call)[0]
         with computing_in(subject.transformers, torch.float32):
-            wide = subject.features(subject.video_call)[0]
-        rounded = {name: value.bfloat16().float() for name, value in other.video_call.items() if "pixel" in name}
-        expected = other.features(other.video_call | rounded)[0]
+            wide = subject.features(subject.about(subject.video).call)[0]
+        call = other.about(other.video).call
+        rounded = {name: value.bfloat16().float() for name, value in call.items() if "pixel" in name}
+        expected = other.features(call | rounded)[0]
         assert wide.dtype == torch.float32 and gap(wide, expected).largest < 1e-5 < 1e-3 < gap(before, expected).mean
-        assert torch.equal(subject.features(subject.video_call)[0], before)
+        assert torch.equal(subject.features(subject.about(subject.video).call)[0], before)
 
 
 def test_a_figure_that_is_no_number_differs():
