@@ -21,7 +21,8 @@ from evoprune_cli.files import check_chart, check_writable, print_text, write_te
 from evoprune_cli.terminal import WIDTH, check_output, page_width
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
-SIZE = (224, 336)  # pixels of a frame, height and width
+UNITS = (28, 32)  # sides of a unit in pixels, that models have
+SIZE = (224, 336)  # pixels of a frame, height and width, with the first of these; with the other as many units
 PICTURES = ((1344, 1344), (2688, 2688))  # 2,304 and 9,216 visual tokens
 SOME_FAILED = 6
 
@@ -33,8 +34,8 @@ Frames = opt.swept(list[str] | None, "--frames", "Numbers of frames, odd ones ro
 Size = opt.swept(
     list[str] | None,
     "--size",
-    "Height x width of the frames in pixels, multiples of 28; default: 224x336, of a VIDEO its own shape at "
-    "no more pixels.",
+    "Height x width of the frames in pixels, multiples of 28, or of 32 with Qwen3-VL; default: 224x336, or 256x384, "
+    "of a VIDEO its own shape at no more pixels.",
     metavar="HxW,...",
 )
 Synthetic = opt.swept(
@@ -54,7 +55,8 @@ LoadFormat = opt.option(
     str | None,
     "--load-format",
     "auto reads the weights; dummy takes random ones of the same dimensions, which is as fast and needs no "
-    "network; default: dummy for Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct, else auto.",
+    "network; default: dummy for Qwen/Qwen2.5-VL-3B-Instruct, -7B-Instruct and Qwen3-VL-2B-Instruct, -4B-Instruct and "
+    "-8B-Instruct, else auto.",
     **completion.one_of(*LOAD_FORMATS),
 )
 Quantize = opt.swept(
@@ -143,7 +145,7 @@ def profile(
     check_chart(chart, inputs=[video or ""])
     clips = partial(_clips, video, synthetic or SYNTHETIC[0], counts, sizes)
     deliver = partial(_deliver, form=form, output=output, chart=chart)
-    measured = partial(_measured, made.model, load_format, asked, time_limit)
+    measured = partial(_measured, made.model, load_format, asked, time_limit, bool(size))
     return _run(clips, measured, deliver, quiet)
 
 
@@ -169,12 +171,16 @@ def _measured(
     load_format: str | None,
     asked: dict[str, Any],
     seconds: float | None,
+    sized: bool,
     cases: list,
     about: dict,
     source: Callable,
     show,
 ) -> Iterator:
-    """The results after each round, within `seconds` if there are any; see `profiling.run.measure`."""
+    """The results after each round, within `seconds` if there are any; see `profiling.run.measure`.
+
+    `sized`: whether the sizes of the cases were asked for; else they have as many units of another side in pixels.
+    """
     begun = time.perf_counter()
     show("loading libraries")
     check_libraries()
@@ -190,6 +196,9 @@ def _measured(
     usual = swept.time_limit_s
     limit = time_limit.TimeLimit(usual if seconds is None else seconds, begun=begun, firm=seconds is not None)
     if found := weights.outline(options):
+        unit = found.limits.unit
+        cases = cases if sized else [case.of_units(unit / UNITS[0]) for case in cases]
+        source = partial(source, unit=unit)
         expected, preparing = time_limit.estimate(bench.all_rows(cases, swept), swept, found, bind)
         rows = time_limit.choose_rows(expected, swept.quantize, preparing, limit)
         how = {"rows": rows, "estimated": expected.__getitem__}
@@ -231,11 +240,11 @@ def _cases(counts: list[int], sizes: list[tuple[int, int]]) -> list:
     return [Case(count, *size) for count in counts for size in sizes]
 
 
-def _frames_of(source, case):
-    """The frames of a case, of a kind of synthetic clip or of a video."""
+def _frames_of(source, case, unit=UNITS[0]):
+    """The frames of a case, of a kind of synthetic clip or of a video. `unit`: side of a unit in pixels."""
     from evoprune.profiling import clips
 
-    return clips.synthetic_frames(source, case) if isinstance(source, str) else clips.video_frames(source, case)
+    return clips.synthetic_frames(source, case, unit) if isinstance(source, str) else clips.video_frames(source, case)
 
 
 def _frames(texts: list[str]) -> list[int]:
@@ -250,8 +259,13 @@ def _sizes(texts: list[str]) -> list[tuple[int, int]]:
     made = {}
     for text in texts:
         match = re.fullmatch("([0-9]+)x([0-9]+)", text)
-        if not match or not all(int(side) and int(side) % 28 == 0 for side in match.groups()):
-            what = "in multiples of 28, the side of a merge unit" if match else "HEIGHTxWIDTH in pixels"
+        whole = match and any(all(int(side) and int(side) % unit == 0 for side in match.groups()) for unit in UNITS)
+        if not whole:
+            what = (
+                "in multiples of 28, the side of a merge unit, or of 32 with Qwen3-VL"
+                if match
+                else "HEIGHTxWIDTH in pixels"
+            )
             raise UsageError(f"--size {text!r} is not {what}", "for example --size 224x336")
         made[int(match[1]), int(match[2])] = True
     return list(made)

@@ -9,9 +9,11 @@ import json
 
 import pytest
 import torch
+import transformers
 
 import evoprune
 from evoprune.errors import EvopruneError
+from evoprune.huggingface.interface import MODELS
 
 MERGE = 2
 _records: list[dict] = []
@@ -122,9 +124,7 @@ def with_patches(config, inputs: dict, before: int, videos: bool) -> tuple:
 
 def _prune_all_models(method: str) -> None:
     """Lets every model of the supported classes prune from its first call on."""
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
-
-    for cls in (Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration):
+    for cls in (getattr(transformers, f"{model}ForConditionalGeneration") for model in MODELS):
         for name in ("forward", "generate"):
             setattr(cls, name, _from_now_on(getattr(cls, name), name, method))
 

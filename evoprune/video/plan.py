@@ -14,6 +14,8 @@ from evoprune.video.sampling import SamplingPlan, check_sampling, plan_sampling
 # Visual tokens before pruning: Qwen2.5-VL's own limit for a video, and what a CPU encodes in about a minute.
 MAX_VISUAL_TOKENS = 24_576
 MAX_VISUAL_TOKENS_CPU = 4_096
+# Units of a frame where a model limits all frames together: Qwen's own limit, without which four frames would share all of it.
+MAX_FRAME_TOKENS = 768
 
 # How a picture is looked at: once. Its length stands for the second to the next frame pair, which does not exist.
 STILL = SamplingPlan(0.0, 0.5, (0.0,), 1)
@@ -35,7 +37,7 @@ class InputLimits:
     Fields with a rule can be given by a file of the model.
 
     Attributes:
-        min_pixels, max_pixels: area of one frame after resizing.
+        min_pixels, max_pixels: area of one frame after resizing; or, with `of_all_frames`, of all frames of a video together.
         fps: frames to take per second of video.
         min_frames, max_frames: bounds on the number of frames.
         image_mean, image_std: of the red, green and blue channel, values in 0..1.
@@ -52,6 +54,7 @@ class InputLimits:
     patch_size: int = 14
     temporal_patch_size: int = 2
     merge_size: int = 2
+    of_all_frames: bool = False
 
     @property
     def normal(self) -> tuple[Means, Deviations]:
@@ -61,6 +64,13 @@ class InputLimits:
     def unit(self) -> int:
         """Side of a unit in pixels."""
         return self.patch_size * self.merge_size
+
+    def of_each(self, frames: int) -> "InputLimits":
+        """The limits of one frame of a video with so many."""
+        if not self.of_all_frames:
+            return self
+        most = min(MAX_FRAME_TOKENS * self.unit**2, self.max_pixels / frames)
+        return replace(self, min_pixels=self.min_pixels / frames, max_pixels=most, of_all_frames=False)
 
 
 @dataclass(frozen=True)
@@ -140,8 +150,8 @@ class Plan:
         return replace(self, sampling=sampling, height=height * limits.unit, width=width * limits.unit, grid=grid)
 
 
-def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int, factor: int = 28) -> tuple[int, int]:
-    """The frame size that Qwen2.5-VL sees: multiples of `factor`, area within limits, aspect ratio nearly kept.
+def smart_resize(height: int, width: int, min_pixels: float, max_pixels: float, factor: int = 28) -> tuple[int, int]:
+    """The frame size that the model sees: multiples of `factor`, area within limits, aspect ratio nearly kept.
 
     Where both cannot be had, the area is kept and the ratio is not (Qwen2-VL, arXiv 2409.12191, naive dynamic resolution).
 
@@ -204,6 +214,7 @@ def make_plan(
     most_frames = limits.max_frames if max_frames is None else max_frames
     # No more pairs than tokens are allowed, so that `times_s` stays short where `most_frames` is huge.
     sampling = free = sample(max_frames=min(most_frames, pair * max_visual_tokens))
+    limits = limits.of_each(sampling.frames)
     preferred, size, pairs = _size(info, limits, sampling.frames // pair, max_visual_tokens)
     if pairs < sampling.frames // pair:
         sampling = sample(max_frames=pairs * pair)

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 import evoprune
 from evoprune.huggingface import interface
+from tests.prompts import TIME_TOKENS
 
 TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
 ONCE = {"method_args": {"count": "0"}}  # every token counts once
@@ -36,22 +38,42 @@ def masked(model, inputs, made):
     video = inputs["input_ids"] == model.config.video_token_id
     features = torch.full((len(made.owner), made.features.shape[1]), 7.0)
     features[made.kept] = made.features.clone()
+    inner = [] if made.deepstack is None else [torch.full_like(features, 7.0) for _ in made.deepstack]
+    for each, layer in zip(inner, made.deepstack if inner else [], strict=True):
+        each[made.kept] = layer.clone()
     dropped = torch.ones(len(made.owner), dtype=torch.bool).index_fill(0, made.kept, False)
     sizes = (inputs["video_grid_thw"].prod(-1) // 4).tolist()
     call = {name: value for name, value in inputs.items() if name not in ("pixel_values_videos", "video_grid_thw")}
     known = {name: value for name, value in inputs.items() if not name.startswith(("pixel", "input"))}
     call["position_ids"] = model._prepare_position_ids_for_generation(inputs["input_ids"], known)
-    call["attention_mask"] = inputs["attention_mask"].masked_fill(
-        torch.zeros_like(video).masked_scatter(video, dropped), 0
-    )
+    leaves = torch.zeros_like(video).masked_scatter(video, dropped)
+    if inner:
+        leaves = with_empty_pairs(model, inputs["input_ids"], leaves)
+    call["attention_mask"] = inputs["attention_mask"].masked_fill(leaves, 0)
     if not TAKES_ENCODED:  # transformers before 5.18
         interface.accept_features(model)
-        return call | interface.encoded_inputs(model, call, features.split(sizes))
-    call["mm_encoder_outputs"] = {"video": BaseModelOutputWithPooling(pooler_output=features.split(sizes))}
+        return call | interface.encoded_inputs(model, call, [(each, None) for each in features.split(sizes)])
+    output = BaseModelOutputWithPooling(pooler_output=features.split(sizes))
+    if inner:
+        of_layers = [each.split(sizes) for each in inner]
+        output = BaseModelOutputWithDeepstackFeatures(pooler_output=features.split(sizes), deepstack_features=of_layers)
+    call["mm_encoder_outputs"] = {"video": output}
     if "pixel_values" in call:
         pictures = model.get_image_features(call.pop("pixel_values"), call.pop("image_grid_thw"))
         call["mm_encoder_outputs"]["image"] = pictures
     return call
+
+
+def with_empty_pairs(model, ids, dropped):
+    """`dropped`, with the columns of the time and the markers around each frame pair whose tokens are all dropped."""
+    leaves = dropped.clone()
+    for row, prompt in enumerate(ids.tolist()):
+        starts = [i + 1 for i, token in enumerate(prompt) if token == model.config.vision_start_token_id]
+        for start in (start for start in starts if prompt[start] == model.config.video_token_id):
+            end = prompt.index(model.config.vision_end_token_id, start)
+            if dropped[row, start:end].all():
+                leaves[row, start - 1 - TIME_TOKENS : end + 1] = True
+    return leaves
 
 
 def sizes_of(model, inputs, made):
