@@ -4,6 +4,7 @@ The tests' towers have one patch a unit, which evoprune refuses. So the plugin g
 changes no prompt. It can also turn the pictures of the common inputs into videos.
 """
 
+import copy
 import functools
 import json
 
@@ -68,7 +69,9 @@ def _adapt_inputs(cls, videos: bool) -> None:
             return
         make_config, make_inputs = tester.get_config, tester.prepare_config_and_inputs_for_common
         before = make_config().vision_config.spatial_merge_size
-        tester.get_config = lambda: _with_units(make_config())
+        tester.get_config = functools.partial(
+            _config, tester, make_config, copy.deepcopy(getattr(tester, "rope_parameters", None))
+        )
         tester.prepare_config_and_inputs_for_common = lambda: with_patches(*make_inputs(), before, videos)
         if hasattr(self, "prepare_config_and_inputs_for_generate"):
             for_generate = self.prepare_config_and_inputs_for_generate
@@ -85,6 +88,13 @@ def _adapt_inputs(cls, videos: bool) -> None:
             self.prepare_config_and_inputs_for_generate = fewer
 
     cls.setUp = adapted
+
+
+def _config(tester, make_config, rope: dict | None):
+    """The tests' config. `rope`: settings that the tester gives to text and tower, of which the tower's config changes them."""
+    if rope is not None:
+        tester.rope_parameters = copy.deepcopy(rope)
+    return _with_units(make_config())
 
 
 def _with_units(config):

@@ -36,11 +36,7 @@ def seconds_of(inputs):
 def masked(model, inputs, made):
     """The whole prompt, features where units were kept, and a mask without the columns of those that were not."""
     video = inputs["input_ids"] == model.config.video_token_id
-    features = torch.full((len(made.owner), made.features.shape[1]), 7.0)
-    features[made.kept] = made.features.clone()
-    inner = [] if made.deepstack is None else [torch.full_like(features, 7.0) for _ in made.deepstack]
-    for each, layer in zip(inner, made.deepstack if inner else [], strict=True):
-        each[made.kept] = layer.clone()
+    features, *inner = filled(made)
     dropped = torch.ones(len(made.owner), dtype=torch.bool).index_fill(0, made.kept, False)
     sizes = (inputs["video_grid_thw"].prod(-1) // 4).tolist()
     call = {name: value for name, value in inputs.items() if name not in ("pixel_values_videos", "video_grid_thw")}
@@ -53,15 +49,26 @@ def masked(model, inputs, made):
     if not TAKES_ENCODED:  # transformers before 5.18
         interface.accept_features(model)
         return call | interface.encoded_inputs(model, call, [(each, None) for each in features.split(sizes)])
-    output = BaseModelOutputWithPooling(pooler_output=features.split(sizes))
-    if inner:
-        of_layers = [each.split(sizes) for each in inner]
-        output = BaseModelOutputWithDeepstackFeatures(pooler_output=features.split(sizes), deepstack_features=of_layers)
-    call["mm_encoder_outputs"] = {"video": output}
+    call["mm_encoder_outputs"] = {"video": tower_output(made, sizes)}
     if "pixel_values" in call:
         pictures = model.get_image_features(call.pop("pixel_values"), call.pop("image_grid_thw"))
         call["mm_encoder_outputs"]["image"] = pictures
     return call
+
+
+def filled(made):
+    """The features of the last layer and of the layers of DeepStack, `[N, D]` each: of the kept units, and any for the others."""
+    of_layers = [made.features, *(() if made.deepstack is None else made.deepstack)]
+    whole = torch.full((len(made.owner), made.features.shape[1]), 7.0)
+    return [whole.index_copy(0, made.kept, each) for each in of_layers]
+
+
+def tower_output(made, sizes):
+    """What transformers' tower returns of videos or pictures with `sizes` units, with the features of those that are kept."""
+    features, *inner = (each.split(sizes) for each in filled(made))
+    if not inner:
+        return BaseModelOutputWithPooling(pooler_output=features)
+    return BaseModelOutputWithDeepstackFeatures(pooler_output=features, deepstack_features=inner)
 
 
 def with_empty_pairs(model, ids, dropped):

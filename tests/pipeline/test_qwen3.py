@@ -154,7 +154,9 @@ def logits_by_hand(host, tokenizer, plan, kept, features, sizes, answer) -> torc
 
 
 @pytest.mark.few(3)
-@pytest.mark.parametrize("name", ["evoprune", "evoprune:reuse=0", "divprune", "reuse+divprune", "tome", "evs"])
+@pytest.mark.parametrize(
+    "name", ["evoprune", "evoprune:reuse=0", "divprune", "reuse+divprune", "tome", "evs", "reuse+evs"]
+)
 @pytest.mark.parametrize("budget", [0.4, 0.06])
 def test_pruned_logits_against_a_prompt_by_hand(loaded, host, name, budget):
     budget = max(budget, 0.2) if name == "tome" else budget  # which leaves a row of each frame pair
