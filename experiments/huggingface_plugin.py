@@ -15,6 +15,7 @@ import transformers
 import evoprune
 from evoprune.errors import EvopruneError
 from evoprune.huggingface.interface import MODELS
+from evoprune.model.config import FAMILIES
 
 MERGE = 2
 _records: list[dict] = []
@@ -68,10 +69,9 @@ def _adapt_inputs(cls, videos: bool) -> None:
         if not hasattr(tester, "prepare_config_and_inputs_for_common"):
             return
         make_config, make_inputs = tester.get_config, tester.prepare_config_and_inputs_for_common
+        rope = copy.deepcopy(getattr(tester, "rope_parameters", None))
         before = make_config().vision_config.spatial_merge_size
-        tester.get_config = functools.partial(
-            _config, tester, make_config, copy.deepcopy(getattr(tester, "rope_parameters", None))
-        )
+        tester.get_config = functools.partial(_config, tester, make_config, rope)
         tester.prepare_config_and_inputs_for_common = lambda: with_patches(*make_inputs(), before, videos)
         if hasattr(self, "prepare_config_and_inputs_for_generate"):
             for_generate = self.prepare_config_and_inputs_for_generate
@@ -98,8 +98,9 @@ def _config(tester, make_config, rope: dict | None):
 
 
 def _with_units(config):
-    """The tests' config with 2x2 patches a unit, and with layers of full attention that are there."""
+    """The tests' config with 2x2 patches a unit, the published activation, and layers of full attention that are there."""
     vision = config.vision_config
+    vision.hidden_act = FAMILIES[config.model_type].hidden_act
     vision.spatial_merge_size = MERGE
     if hasattr(vision, "fullatt_block_indexes"):
         vision.fullatt_block_indexes = [vision.depth - 1]
