@@ -78,3 +78,8 @@ def test_tune_finds_a_setting_that_is_used(qwen3):
     ((_, saved),) = tuned.every()
     answer = qwen3("ask", CLIP, "What?", "--frames", "4", "-b", "tuned", "-n", "2", "--json")
     assert answer.record["pruning"]["method"] == saved.method
+
+
+def test_verify_holds(qwen3):
+    result = qwen3("verify", "--quick")
+    assert result.code == 0 and result.out.startswith("qwen3_vl, fp32, cpu: ") and " 0 differs, " in result.out
