@@ -23,7 +23,8 @@ from evoprune_cli.results import SOME_FAILED, rescuing
 from evoprune_cli.terminal import WIDTH, check_output, page_width
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
-SIZE = (224, 336)  # pixels of a frame, height and width
+UNITS = (28, 32)  # sides of a unit in pixels, that models have
+SIZE = (224, 336)  # pixels of a frame, height and width, with the first of these; with the other as many units
 PICTURES = ((1344, 1344), (2688, 2688))  # 2,304 and 9,216 visual tokens
 FORMATS = ("table", "md", "csv", "json")
 
@@ -47,8 +48,8 @@ class Request:
     size: list[str] | None = own(
         None,
         "--size HxW,...",
-        "Height x width of the frames in pixels, multiples of 28; default: 224x336, of a VIDEO its own shape at "
-        "no more pixels.",
+        "Height x width of the frames in pixels, multiples of 28, or of 32 with Qwen3-VL; default: 224x336, or 256x384, "
+        "of a VIDEO its own shape at no more pixels.",
     )
     synthetic: str | None = own(
         None,
@@ -67,7 +68,8 @@ class Request:
         None,
         "--load-format",
         "auto reads the weights; dummy takes random ones of the same dimensions, which is as fast and needs no "
-        "network; default: dummy for Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct, else auto.",
+        "network; default: dummy for Qwen/Qwen2.5-VL-3B-Instruct, -7B-Instruct and Qwen3-VL-2B-Instruct, -4B-Instruct and "
+        "-8B-Instruct, else auto.",
         **completion.one_of(*LOAD_FORMATS),
     )
     quantize: list[str] | None = own(
@@ -175,6 +177,10 @@ def _measured(
     usual = swept.time_limit_s
     limit = time_limit.TimeLimit(asked.time_limit if firm else usual, begun=begun, firm=firm)
     if found := weights.outline(model):
+        unit = found.limits.unit
+        if not asked.size:  # as many units, of another side in pixels
+            cases = [case.of_units(unit / UNITS[0]) for case in cases]
+        source = partial(source, unit=unit)
         expected, preparing = time_limit.estimate(bench.all_rows(cases, swept), swept, found, bind)
         rows = time_limit.choose_rows(expected, swept.quantize, preparing, limit)
         chosen = {"rows": rows, "estimated": expected.__getitem__}
@@ -214,11 +220,11 @@ def _clips(
         yield cases, {"video": video, "synthetic": None}, partial(_frames_of, info)
 
 
-def _frames_of(source, case):
-    """The frames of a case, of a kind of synthetic clip or of a video."""
+def _frames_of(source, case, unit=UNITS[0]):
+    """The frames of a case, of a kind of synthetic clip or of a video. `unit`: side of a unit in pixels."""
     from evoprune.profiling import clips
 
-    return clips.synthetic_frames(source, case) if isinstance(source, str) else clips.video_frames(source, case)
+    return clips.synthetic_frames(source, case, unit) if isinstance(source, str) else clips.video_frames(source, case)
 
 
 def _frames(texts: list[str]) -> list[int]:
@@ -233,8 +239,13 @@ def _sizes(texts: list[str]) -> list[tuple[int, int]]:
     made = {}
     for text in texts:
         match = re.fullmatch("([0-9]+)x([0-9]+)", text)
-        if not match or not all(int(side) and int(side) % 28 == 0 for side in match.groups()):
-            what = "in multiples of 28, the side of a merge unit" if match else "HEIGHTxWIDTH in pixels"
+        whole = match and any(all(int(side) and int(side) % unit == 0 for side in match.groups()) for unit in UNITS)
+        if not whole:
+            what = (
+                "in multiples of 28, the side of a merge unit, or of 32 with Qwen3-VL"
+                if match
+                else "HEIGHTxWIDTH in pixels"
+            )
             raise UsageError(f"--size {text!r} is not {what}", "for example --size 224x336")
         made[int(match[1]), int(match[2])] = True
     return list(made)

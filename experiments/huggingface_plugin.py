@@ -4,14 +4,18 @@ The tests' towers have one patch a unit, which evoprune refuses. So the plugin g
 changes no prompt. It can also turn the pictures of the common inputs into videos.
 """
 
+import copy
 import functools
 import json
 
 import pytest
 import torch
+import transformers
 
 import evoprune
 from evoprune.errors import EvopruneError
+from evoprune.huggingface.interface import MODELS
+from evoprune.model.config import FAMILIES
 
 MERGE = 2
 _records: list[dict] = []
@@ -65,8 +69,9 @@ def _adapt_inputs(cls, videos: bool) -> None:
         if not hasattr(tester, "prepare_config_and_inputs_for_common"):
             return
         make_config, make_inputs = tester.get_config, tester.prepare_config_and_inputs_for_common
+        rope = copy.deepcopy(getattr(tester, "rope_parameters", None))
         before = make_config().vision_config.spatial_merge_size
-        tester.get_config = lambda: _with_units(make_config())
+        tester.get_config = functools.partial(_config, tester, make_config, rope)
         tester.prepare_config_and_inputs_for_common = lambda: with_patches(*make_inputs(), before, videos)
         if hasattr(self, "prepare_config_and_inputs_for_generate"):
             for_generate = self.prepare_config_and_inputs_for_generate
@@ -85,9 +90,17 @@ def _adapt_inputs(cls, videos: bool) -> None:
     cls.setUp = adapted
 
 
+def _config(tester, make_config, rope: dict | None):
+    """The tests' config. `rope`: settings that the tester gives to text and tower, of which the tower's config changes them."""
+    if rope is not None:
+        tester.rope_parameters = copy.deepcopy(rope)
+    return _with_units(make_config())
+
+
 def _with_units(config):
-    """The tests' config with 2x2 patches a unit, and with layers of full attention that are there."""
+    """The tests' config with 2x2 patches a unit, the published activation, and layers of full attention that are there."""
     vision = config.vision_config
+    vision.hidden_act = FAMILIES[config.model_type].hidden_act
     vision.spatial_merge_size = MERGE
     if hasattr(vision, "fullatt_block_indexes"):
         vision.fullatt_block_indexes = [vision.depth - 1]
@@ -122,9 +135,7 @@ def with_patches(config, inputs: dict, before: int, videos: bool) -> tuple:
 
 def _prune_all_models(method: str) -> None:
     """Lets every model of the supported classes prune from its first call on."""
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
-
-    for cls in (Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration):
+    for cls in (getattr(transformers, f"{model}ForConditionalGeneration") for model in MODELS):
         for name in ("forward", "generate"):
             setattr(cls, name, _from_now_on(getattr(cls, name), name, method))
 

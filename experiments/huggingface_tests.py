@@ -1,8 +1,8 @@
-"""Runs transformers' own tests of Qwen2.5-VL and Qwen2-VL on models that prune.
+"""Runs transformers' own tests of Qwen3-VL, Qwen2.5-VL and Qwen2-VL on models that prune.
 
     python -m experiments.huggingface_tests --source DIR
 
-DIR is a checkout of transformers of the installed version. The tests of both models, with the common and the generation tests,
+DIR is a checkout of transformers of the installed version. The tests of these models, with the common and the generation tests,
 run on pictures and on videos (`experiments.huggingface_plugin`), each three times: unpatched, with the method `none`, and with
 `evoprune` at budget 1.0. A test that fails unpatched is left out. Every other test must pass, or be refused by evoprune with an
 error of its own.
@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent
-TESTS = tuple(f"tests/models/{name}/test_modeling_{name}.py" for name in ("qwen2_5_vl", "qwen2_vl"))
+TESTS = tuple(f"tests/models/{name}/test_modeling_{name}.py" for name in ("qwen3_vl", "qwen2_5_vl", "qwen2_vl"))
 UNPATCHED, PATCHED, MEDIA = "unpatched", ("none", "evoprune"), ("pictures", "videos")
 
 Outcomes = dict[str, dict]  # of each test that ran: its last record of the plugin

@@ -30,7 +30,7 @@ from evoprune.vision.attention import grouped_attention
 from evoprune.vision.buckets import Bucket
 from evoprune.vision.devices import CHUNK_UNITS
 from evoprune.vision.encoder import encode
-from evoprune.vision.tower import norm as tower_norm
+from evoprune.vision.families import norm as tower_norm
 from evoprune.vision.tower import rotary, rotate, tower_geometry, tower_shape
 from experiments.decoders import medians
 

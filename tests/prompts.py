@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 VIDEO, IMAGE = "video", "image"
+TIME, TIME_TOKENS = 201, 4  # before each frame pair of a video for Qwen3-VL: the first token, and how many
 
 
 def processed(model, *rows: Sequence, side: str = "left", seed: int = 0, seconds: float = 0.7, steps: int = 2) -> dict:
@@ -17,6 +18,7 @@ def processed(model, *rows: Sequence, side: str = "left", seed: int = 0, seconds
         steps: frame pairs of a video that differ; the others repeat the one before, with a little noise.
     """
     config, random = model.config, torch.Generator().manual_seed(seed)
+    width, apart = 6 * config.vision_config.patch_size**2, config.model_type == "qwen3_vl"
     pad = model.generation_config.pad_token_id or 0
     ids, videos, images, grids, shapes = [], [], [], [], []
     for pieces in rows:
@@ -27,7 +29,7 @@ def processed(model, *rows: Sequence, side: str = "left", seed: int = 0, seconds
                 continue
             kind, *grid = piece
             t, h, w = grid if kind == VIDEO else (1, *grid)
-            scene = torch.randn(1, h * w, 1176, generator=random)
+            scene = torch.randn(1, h * w, width, generator=random)
             patches = []
             for pair in range(t):
                 if pair and pair % max(1, t // steps) == 0:
@@ -37,7 +39,11 @@ def processed(model, *rows: Sequence, side: str = "left", seed: int = 0, seconds
             (videos if kind == VIDEO else images).append(torch.cat(patches))
             (grids if kind == VIDEO else shapes).append([t, h, w])
             pads = config.video_token_id if kind == VIDEO else config.image_token_id
-            row += [config.vision_start_token_id, *[pads] * (t * h * w // 4), config.vision_end_token_id]
+            runs = t if apart and kind == VIDEO else 1
+            for _ in range(runs):
+                if apart and kind == VIDEO:
+                    row += [TIME, *torch.randint(1, 200, (TIME_TOKENS - 1,), generator=random).tolist()]
+                row += [config.vision_start_token_id, *[pads] * (t * h * w // 4 // runs), config.vision_end_token_id]
         ids.append(row)
     length = max(map(len, ids))
     filled = [(length - len(row)) for row in ids]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from evoprune.model.config import MODEL_TYPES
+
 ROOT = Path(__file__).parent.parent
 # Entries of evoprune/ in their order: each imports only what comes before it.
 ORDER = (
@@ -275,6 +277,34 @@ def test_every_python_file_that_house_md_or_the_code_names_exists():
         ),
         "files that do not exist",
     )
+
+
+# Who may ask which family a model is of.
+FAMILIES_KNOWN_TO = ("evoprune.model.config", "evoprune.vision.families")
+
+
+def asked_families(code: ast.Module) -> Iterator[ast.AST]:
+    """Where code names a family of models, or reads which one a model is of."""
+    calls = {id(node.func) for node in ast.walk(code) if isinstance(node, ast.Call)}
+    for node in ast.walk(code):
+        named = node.id if isinstance(node, ast.Name) else getattr(node, "value", None)
+        if named in ("QWEN2_5", "QWEN2", "QWEN3", *MODEL_TYPES) or (
+            isinstance(node, ast.Attribute) and node.attr == "family" and id(node) not in calls
+        ):
+            yield node
+
+
+def test_no_other_file_asks_for_the_family_of_a_model():
+    fail_on(
+        (
+            f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
+            for name, path in modules().items()
+            if name not in FAMILIES_KNOWN_TO
+            for node in asked_families(tree(name))
+        ),
+        "questions for the family of a model",
+    )
+    assert all(list(asked_families(tree(name))) for name in FAMILIES_KNOWN_TO)
 
 
 def test_no_name_uses_a_word_that_the_glossary_replaces():

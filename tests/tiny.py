@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL, or a Qwen2-VL, small enough for tests: seeded random weights, a byte-level tokenizer, the hub's file layout."""
+"""A Qwen2.5-VL, Qwen2-VL or Qwen3-VL small enough for tests: seeded random weights, byte-level tokenizer, the hub's file layout."""
 
 import json
 from functools import cache
@@ -96,14 +96,38 @@ QWEN2_VISION = {
 }
 
 
+QWEN3_VISION = {
+    "depth": 6,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 25,
+    "deepstack_visual_indexes": [1, 2, 4],
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+}
+# Its heads are wider than hidden size by heads, and it has a layer more than DeepStack adds to.
+QWEN3_TEXT = {"num_hidden_layers": 4, "head_dim": 24}
+
+
 def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
-    """Two text and two vision layers, hidden 64, head dimension 16; window and full attention both occur in Qwen2.5-VL.
+    """Two text and two vision layers, hidden 64, head dimension 16; window and full attention both occur in Qwen2.5-VL. Qwen3-VL
+    has a few more of each.
 
     With two heads the head dimension of the language model is 32, the least that vLLM has kernels for.
     """
-    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
+    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
-    kind, vision = {"qwen2_5_vl": (Qwen2_5_VLConfig, QWEN2_5_VISION), "qwen2_vl": (Qwen2VLConfig, QWEN2_VISION)}[family]
+    kind, vision = {
+        "qwen2_5_vl": (Qwen2_5_VLConfig, QWEN2_5_VISION),
+        "qwen2_vl": (Qwen2VLConfig, QWEN2_VISION),
+        "qwen3_vl": (Qwen3VLConfig, QWEN3_VISION),
+    }[family]
+    rope = {"mrope_section": [8 // heads, 12 // heads, 12 // heads]}
+    if family == "qwen3_vl":
+        rope = {"mrope_section": [6, 3, 3], "mrope_interleaved": True}
     tokenizer = tiny_tokenizer()
     special = tokenizer.convert_tokens_to_ids
     return kind(
@@ -116,13 +140,10 @@ def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
             "num_key_value_heads": heads // 2,
             "max_position_embeddings": 32768,
             "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [8 // heads, 12 // heads, 12 // heads],
-            },
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **rope},
             "bos_token_id": special("<|endoftext|>"),
             "eos_token_id": special("<|im_end|>"),
+            **(QWEN3_TEXT if family == "qwen3_vl" else {}),
         },
         vision_config=dict(vision),
         image_token_id=special("<|image_pad|>"),
@@ -134,15 +155,15 @@ def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
 
 def tiny_model(seed: int = 0, family: str = "qwen2_5_vl", heads: int = 4):
     """A fresh random model, float32, eval, sdpa. Weights are wide enough that its logits depend on what it reads."""
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    kind = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen2_vl": Qwen2VLForConditionalGeneration}[family]
-    model = kind._from_config(tiny_config(family, heads), dtype=torch.float32, attn_implementation="sdpa").eval()
+    how = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    model = AutoModelForImageTextToText.from_config(tiny_config(family, heads), **how).eval()
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
-                wide = 1.0 if "embed_tokens" in name else weight[0].numel() ** -0.5
+                wide = 1.0 if "embed" in name and "patch" not in name else weight[0].numel() ** -0.5
                 weight.normal_(0, wide, generator=random)
             elif name.endswith("bias"):
                 weight.normal_(0, 0.1, generator=random)
@@ -157,11 +178,14 @@ def save_tiny(folder: str | Path, seed: int = 0, family: str = "qwen2_5_vl", hea
     tokenizer.save_pretrained(folder)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     normal = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+    patch, size = 14, {"shortest_edge": 12544, "longest_edge": 50176}
+    if family == "qwen3_vl":  # whose limits are those of all frames of a video together
+        normal = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+        patch, size = 16, {"shortest_edge": 4096, "longest_edge": 12 * 50176}
     for name, content in {
         "generation_config.json": {"eos_token_id": ends, "do_sample": True, "temperature": 1e-6},
-        "preprocessor_config.json": normal | {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14},
-        "video_preprocessor_config.json": normal
-        | {"size": {"shortest_edge": 12544, "longest_edge": 50176}, "fps": 2.0, "min_frames": 2, "max_frames": 32},
+        "preprocessor_config.json": normal | {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": patch},
+        "video_preprocessor_config.json": normal | {"size": size, "fps": 2.0, "min_frames": 2, "max_frames": 32},
     }.items():
         (folder / name).write_text(json.dumps(content))
     return folder

@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 
 from evoprune.errors import UsageError
+from evoprune.model.config import vision_sizes
 from evoprune.model.numerics import all_numbers
 
 PROCESSOR = (
@@ -66,7 +67,7 @@ def check_question(visual, question: torch.Tensor | None) -> None:
     """Raises:
     UsageError: neither None nor floating-point `[Q, hidden]` with the width of the tokens of `visual`, and Q at least 1.
     """
-    width = None if question is None else visual.merger.mlp[-1].out_features
+    width = None if question is None else vision_sizes(visual.config).out_hidden_size
     good = isinstance(question, torch.Tensor) and question.is_floating_point() and question.ndim == 2
     if question is not None and not (good and len(question) and question.shape[1] == width):
         hint = "pass model.get_input_embeddings()(ids), ids being the question's tokens as a tensor of one dimension"

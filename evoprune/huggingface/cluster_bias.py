@@ -14,7 +14,7 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
     """The call of `forward` in which attention weighs each column by its cluster size.
 
     Args:
-        model: a Hugging Face `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration` whose attention takes masks of numbers
+        model: a Hugging Face model of a supported class whose attention takes masks of numbers
             (`interface.takes_numbers`).
         call: the arguments by name, with `position_ids`; not modified.
         sizes: float32 `[B, C]`, the cluster sizes of the prompt's columns; later columns have size 1. If the call has n * B rows
@@ -28,7 +28,8 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
         of_keys = torch.nn.functional.pad(bias, (0, max(0, first + keys - bias.shape[1])))[:, first : first + keys]
         numbers = dtype if mask.dtype == torch.bool else mask.dtype
         weighted[kind] = _weighted(mask, of_keys[:, None, None].to(mask.device, numbers))
-    return call | {"attention_mask": weighted}
+    alone = list(weighted) == [interface.ONLY_KIND] and not hasattr(model.config.text_config, "layer_types")
+    return call | {"attention_mask": weighted[interface.ONLY_KIND] if alone else weighted}
 
 
 def _weighted(mask: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -90,7 +90,7 @@ class PruningContext:
     def __call__(self, model) -> "PrunedModel":
         """The context for a with-block; pruning starts when the block is entered.
 
-        Raises ModelError: not a `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration`.
+        Raises ModelError: not a model of a supported class (`interface.MODELS`).
         """
         return PrunedModel(model, self)
 
@@ -128,7 +128,7 @@ def apply(
         budget, method, method_args, positions, seed, pack, pictures: see `evoprune.EvoPrune`.
 
     Raises:
-        ModelError: not a `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration`.
+        ModelError: not a model of a supported class (`interface.MODELS`).
         UsageError: bad settings, the model is pruned already, or its tower cannot be packed.
         TypeError: an unknown option.
     """
@@ -141,7 +141,7 @@ def remove(model) -> None:
     Args:
         model: the Hugging Face model, or what `apply` returned.
 
-    Raises ModelError: not a `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration`.
+    Raises ModelError: not a model of a supported class (`interface.MODELS`).
     """
     model = model.model if isinstance(model, PrunedModel) else model
     interface.check_class(model)

@@ -12,7 +12,9 @@ from evoprune.huggingface import interface
 from evoprune.huggingface.arguments import check_question, check_videos, seconds_of
 from evoprune.keywords import names_options
 from evoprune.methods.pipeline import Pipeline
+from evoprune.model.config import vision_sizes
 from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
+from evoprune.video.plan import InputLimits
 from evoprune.vision.encoded import Encoded, joined
 from evoprune.vision.encoder import encode as encode_video
 from evoprune.vision.tower import tower_shape
@@ -36,9 +38,9 @@ def encode(
     The tower's layers obey torch's autocast, as in the model's own forward; tokens are chosen in float32.
 
     Args:
-        model: a Hugging Face `Qwen2_5_VLForConditionalGeneration` or `Qwen2VLForConditionalGeneration`, or any object with such a
-            tower at `model.visual`.
-        pixel_values_videos: float `[patches, 1176]`, from the model's processor; of pictures its `pixel_values`. Reuse takes them
+        model: a Hugging Face `Qwen3VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration` or
+            `Qwen2VLForConditionalGeneration`, or any object with such a tower at `model.visual`.
+        pixel_values_videos: float `[patches, values]`, from the model's processor; of pictures its `pixel_values`. Reuse takes them
             to be normalised by Qwen's own mean and deviation.
         video_grid_thw: int64 `[videos, 3]`, from the processor: frame pairs, and patches down and across; of pictures its
             `image_grid_thw`.
@@ -79,11 +81,11 @@ def encode_with(
     grids = [(t, h // merge, w // merge) for t, h, w in video_grid_thw.tolist()]
     sizes = [t * h * w * merge**2 for t, h, w in grids]
     seconds = seconds_of(seconds_per_pair, len(grids))
-    tower = tower_shape(visual)
+    tower, normal = tower_shape(visual), InputLimits(**vision_sizes(visual.config).traits.video).normal
     videos = []
     for patches, grid, step in zip(pixel_values_videos.split(sizes), grids, seconds, strict=True):
         plan = method.plan(tower, grid, keep_count(share, prod(grid)))
-        how = {"question": question, "seconds_per_pair": step, "seed": seed}
+        how = {"question": question, "seconds_per_pair": step, "seed": seed, "normal": normal}
         videos.append(encode_video(visual, [patches], plan, **how))
     return joined(videos)
 

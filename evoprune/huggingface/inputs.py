@@ -16,7 +16,7 @@ from evoprune.errors import UsageError
 from evoprune.huggingface import interface
 from evoprune.huggingface.columns import Columns
 from evoprune.huggingface.gradients import no_gradients, refusing_gradients, trained_weights
-from evoprune.huggingface.visuals import Visuals
+from evoprune.huggingface.visuals import Visuals, empty_runs
 from evoprune.pruning.indices import ascending
 from evoprune.vision.encoded import Encoded
 
@@ -134,8 +134,9 @@ def without_pruned(
     used = torch.ones_like(ids) if mask is None else mask
     dropped = torch.ones(len(encoded.owner), dtype=torch.bool, device=ids.device)
     dropped[encoded.kept.to(ids.device)] = False
+    leaves = empty_runs(model, call, torch.zeros_like(visual).masked_scatter(visual, dropped))
     # Where all tokens are kept, padding stays too: the model returns what it returns without pruning.
-    columns = Columns.without(torch.zeros_like(visual).masked_scatter(visual, dropped), mask if dropped.any() else None)
+    columns = Columns.without(leaves, mask if dropped.any() else None)
     pruned_call = {name: value for name, value in call.items() if name not in interface.VISION_INPUTS}
     pruned_call["input_ids"] = columns.take(ids, interface.pad_id(model, call))
     if mask is not None or columns.padded:
@@ -150,7 +151,8 @@ def without_pruned(
     per_pair = iter(encoded.kept_per_pair)
     tokens = [sum(islice(per_pair, grids)) for grids, _, _ in encoded.grids]
     features = refusing_gradients(encoded.features, model.model.visual)
-    videos, images = visuals.apart(features.split(tokens))
+    inner = [None] * len(tokens) if encoded.deepstack is None else encoded.deepstack.split(tokens, 1)
+    videos, images = visuals.apart(list(zip(features.split(tokens), inner, strict=True)))
     pruned_call |= interface.encoded_inputs(model, call, videos, images if pictures else None)
     furthest = at[-3:].amax(0).masked_fill(used == 0, -1).cummax(1).values
     return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _sizes(visual, columns, encoded))

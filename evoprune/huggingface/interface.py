@@ -1,4 +1,4 @@
-"""Every property of Hugging Face's Qwen2.5-VL and Qwen2-VL on which this package relies, except their weights.
+"""Every property of Hugging Face's Qwen3-VL, Qwen2.5-VL and Qwen2-VL on which this package relies, except their weights.
 
 tests/huggingface/test_interface.py checks them, and fails if a release of transformers changes one.
 """
@@ -16,15 +16,21 @@ from evoprune.model.config import check_vision, vision_sizes
 from evoprune.pruning.indices import ascending
 
 SUPPORTED = (
-    "supported are transformers' Qwen2_5_VLForConditionalGeneration and Qwen2VLForConditionalGeneration; take it out of "
-    "what wraps it (PEFT: get_base_model(), torch.compile: _orig_mod)"
+    "supported are transformers' Qwen3VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration and "
+    "Qwen2VLForConditionalGeneration; take it out of what wraps it (PEFT: get_base_model(), torch.compile: _orig_mod)"
 )
+# The classes of supported models, and of their towers.
+MODELS = ("Qwen3VL", "Qwen2_5_VL", "Qwen2VL")
+TOWERS = ("Qwen3VLVisionModel", "Qwen2_5_VisionTransformerPretrainedModel", "Qwen2VisionTransformerPretrainedModel")
 # Arguments of `forward` for videos and pictures. It must not get them once those are encoded.
 VISION_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "pixel_values", "image_grid_thw")
 # The argument that replaces them: a dict with the results of `get_video_features` and `get_image_features`. Their
 # `pooler_output` is a list of features `[tokens, hidden]`, one for each video or picture. transformers before 5.18 has no such
 # argument (`encoded_inputs`).
 ENCODED = "mm_encoder_outputs"
+ONLY_KIND = (
+    "full_attention"  # of layers, where a config names no kinds; then the model takes one mask in place of a dict
+)
 # Other arguments with a value per column, beside input_ids, attention_mask and position_ids, and their values at padding.
 PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100, "shift_labels": -100}
 
@@ -37,37 +43,31 @@ def check_model(model) -> None:
 
 def check_class(model) -> None:
     """Raises ModelError unless `model` is of a supported class."""
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
-
-    if not isinstance(model, Qwen2_5_VLForConditionalGeneration | Qwen2VLForConditionalGeneration):
+    if not _is_one_of(model, [f"{name}ForConditionalGeneration" for name in MODELS]):
         raise ModelError(f"an object of class {type(model).__name__} cannot be pruned", SUPPORTED)
 
 
 def tower_of(model):
     """The vision tower of a Hugging Face model, or of a `model.weights.QwenVL`.
 
-    Raises ModelError: the model has no tower of Qwen2.5-VL or Qwen2-VL, the tower has another structure, its weights are
+    Raises ModelError: the model has no tower of a supported family, the tower has another structure, its weights are
     offloaded, or an adapter changes a module that is not called.
     """
     from evoprune.model.weights import Tower
 
     visual = getattr(getattr(model, "model", None), "visual", None)
-    if not isinstance(visual, Tower):
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-        from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
-
-        if not isinstance(visual, Qwen2_5_VisionTransformerPretrainedModel | Qwen2VisionTransformerPretrainedModel):
-            raise ModelError(
-                f"an object of class {type(model).__name__} has no vision tower of Qwen2.5-VL or Qwen2-VL", SUPPORTED
-            )
+    if not (isinstance(visual, Tower) or _is_one_of(visual, TOWERS)):
+        what = f"an object of class {type(model).__name__}"
+        raise ModelError(f"{what} has no vision tower of Qwen3-VL, Qwen2.5-VL or Qwen2-VL", SUPPORTED)
     try:
         check_vision(vision_sizes(visual.config))
     except ValueError as problem:
         raise ModelError(f"the vision tower of this model cannot be run: {problem}", SUPPORTED) from problem
     if visual.patch_embed.proj.weight.is_meta:
         raise ModelError("the vision tower's weights are offloaded", "load the model with its tower on a device")
-    for name, module in _not_called(visual):
-        if hasattr(module, "base_layer"):
+    for name, module in visual.named_modules():
+        # Only linear layers are called. Of other modules the weights are read, so one that wraps them would go unnoticed.
+        if not isinstance(getattr(module, "base_layer", None), torch.nn.Linear | None):
             raise ModelError(
                 f"an adapter on {name} of the vision tower would not run",
                 "merge it (PEFT: merge_and_unload), or leave this module out of its target_modules; linear layers may have one",
@@ -75,21 +75,20 @@ def tower_of(model):
     return visual
 
 
-def _not_called(visual) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The modules of a tower whose weights are read, so that a module that wraps one would go unnoticed; and their names."""
-    yield "patch_embed.proj", visual.patch_embed.proj
-    yield "merger.ln_q", visual.merger.ln_q
-    for i, block in enumerate(visual.blocks):
-        yield from ((f"blocks.{i}.{name}", getattr(block, name)) for name in ("norm1", "norm2"))
+def _is_one_of(x, names: Sequence[str]) -> bool:
+    """Whether an object is of a class of transformers with one of these names, or of a class made from it."""
+    return any(kind.__name__ in names and kind.__module__.startswith("transformers.") for kind in type(x).__mro__)
+
+
+# Of a video or picture: `[tokens, hidden]`; and `[n, tokens, hidden]` of DeepStack, or None.
+Features = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class _Features(torch.Tensor):
     """Features of videos in the place of their pixels."""
 
 
-def encoded_inputs(
-    model, call: dict, videos: Sequence[torch.Tensor], pictures: Sequence[torch.Tensor] | None = None
-) -> dict:
+def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequence[Features] | None = None) -> dict:
     """Arguments of `forward` and `generate` for videos that are encoded already, and for the pictures of the call.
 
     Before transformers 5.18 the features take the place of the pixels, in grids of one row. So generation repeats them for beams,
@@ -98,16 +97,17 @@ def encoded_inputs(
     Args:
         model: a Hugging Face model after `accept_features`.
         call: the arguments of the whole prompt.
-        videos: the features of each video, `[tokens, hidden]`.
+        videos: of each video the features of its tokens.
         pictures: those of each picture; None where the model is to encode them.
 
-    Raises UsageError: prefill in chunks, out of which transformers before 5.18 leaves videos; or encoded pictures there.
+    Raises UsageError: prefill in chunks, out of which transformers before 5.18 leaves videos; or encoded pictures there, or
+    features of DeepStack.
     """
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
     if not _takes_encoded(type(model)):
-        if pictures is not None:
-            raise UsageError("this transformers takes no encoded pictures", "use transformers 5.20 or later")
+        if pictures is not None or any(deep is not None for _, deep in videos):
+            what = "encoded videos of Qwen3-VL" if pictures is None else "encoded pictures"
+            raise UsageError(f"this transformers takes no {what}", "use transformers 5.20 or later")
+        videos = [features for features, _ in videos]
         if setting(model, call, "prefill_chunk_size") is not None:
             raise UsageError(
                 "prefill_chunk_size leaves videos out in this transformers",
@@ -118,12 +118,25 @@ def encoded_inputs(
         return pictures | {"pixel_values_videos": torch.cat(videos).as_subclass(_Features), "video_grid_thw": grids}
     found = dict(call.get(ENCODED) or {})
     if videos:
-        found["video"] = BaseModelOutputWithPooling(pooler_output=videos)
+        found["video"] = _output(videos)
     if pictures is not None:
-        found["image"] = BaseModelOutputWithPooling(pooler_output=pictures)
+        found["image"] = _output(pictures)
     elif call.get("pixel_values") is not None:
         found["image"] = model.get_image_features(call["pixel_values"], call["image_grid_thw"], return_dict=True)
     return {ENCODED: found}
+
+
+def _output(visuals: Sequence[Features]):
+    """What `get_video_features` returns: lists of features, and of each DeepStack layer a list of them."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    features, inner = zip(*visuals, strict=True)
+    if inner[0] is None:
+        return BaseModelOutputWithPooling(pooler_output=list(features))
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+    of_layers = [list(layer) for layer in zip(*inner, strict=True)]
+    return BaseModelOutputWithDeepstackFeatures(pooler_output=list(features), deepstack_features=of_layers)
 
 
 def accept_features(model) -> None:
@@ -166,8 +179,9 @@ def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.S
         call: the arguments of `forward`. `attention_mask` may be `[B, columns]`, None, or ready: `[B, 1, L, keys]`, or a dict of
             those. The model takes such a dict in its place.
 
-    Returns for each type of layer, `[B, 1, L, keys]`: bool for sdpa, True where a key is seen; numbers for eager, the lowest
-    where it is not. Then the shape (B, L) of the call's columns, and the dtype of their embeddings.
+    Returns for each type of layer (`ONLY_KIND` where the config names none), `[B, 1, L, keys]`: bool for sdpa, True where a key
+    is seen; numbers for eager, the lowest where it is not. Then the shape (B, L) of the call's columns, and the dtype of their
+    embeddings.
     """
     from transformers import masking_utils
 
@@ -176,7 +190,7 @@ def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.S
     if embeds is None:  # only its shape, dtype and device are read
         embeds = torch.empty(*ids.shape, 0, dtype=model.get_input_embeddings().weight.dtype, device=ids.device)
     given, masks = call.get("attention_mask"), {}
-    for kind in dict.fromkeys(config.layer_types):
+    for kind in dict.fromkeys(getattr(config, "layer_types", None) or [ONLY_KIND]):
         ready = given.get(kind) if isinstance(given, dict) else given
         if ready is None or ready.ndim == 2:
             make = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
@@ -191,7 +205,8 @@ def first_key(model, call: dict, kind: str) -> int:
     if cache is None:
         return 0
     columns = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
-    return cache.get_mask_sizes(columns.shape[1], model.config.text_config.layer_types.index(kind))[1]
+    kinds = getattr(model.config.text_config, "layer_types", None) or [ONLY_KIND]
+    return cache.get_mask_sizes(columns.shape[1], kinds.index(kind))[1]
 
 
 def warn_of_hooks(visual) -> None:
@@ -261,7 +276,7 @@ def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bo
     """The model's own positions of a prompt's columns: int64 `[4, B, L]` as in `generate`, or `[3, B, L]` as in `forward`."""
     known = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     given = {name: call.get(name) for name in known} | {"attention_mask": mask}
-    if not has_clock(model):  # Qwen2-VL has no such argument
+    if not has_clock(model):  # there is no such argument then
         del given["second_per_grid_ts"]
     ids = call["input_ids"]
     if generating:
@@ -279,12 +294,14 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
     rows = torch.ones_like(ids) if mask is None else mask
     for row, (used, found) in enumerate(zip(rows.cpu().bool(), visual_spans(model, call, mask), strict=True)):
-        positions[:, row, used] = prompt_positions(int(used.sum()), [span for span, _ in found], per_second)
+        positions[:, row, used] = prompt_positions(
+            int(used.sum()), [span for spans, _ in found for span in spans], per_second
+        )
     return positions.to(ids.device)
 
 
-def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tuple[VisualSpan, bool]]]:
-    """For each row of a prompt its videos and pictures, in order, and whether each is a video. Padding is not counted."""
+def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tuple[list[VisualSpan], bool]]]:
+    """For each row of a prompt its videos and pictures, in order: the runs of each, and whether it is a video, without padding."""
     ids = call["input_ids"].cpu()
     videos, images = (
         iter([] if call.get(name) is None else call[name].tolist()) for name in ("video_grid_thw", "image_grid_thw")
@@ -295,7 +312,7 @@ def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tupl
 
 
 def has_clock(model) -> bool:
-    """Whether positions follow a video's time in seconds; those of Qwen2-VL count frame pairs."""
+    """Whether positions follow a video's time in seconds; in Qwen2-VL they count frame pairs, in Qwen3-VL text says the time."""
     return vision_sizes(model.config.vision_config).tokens_per_second is not None
 
 
@@ -309,13 +326,19 @@ def seconds_per_pair(call: dict) -> Sequence[float]:
 
 def _spans(
     config, ids: torch.Tensor, videos: Iterator, images: Iterator, seconds: Iterator[float]
-) -> Iterator[tuple[VisualSpan, bool]]:
-    """The videos and pictures of one row, in order, and whether each is a video; a picture is one frame pair."""
+) -> Iterator[tuple[list[VisualSpan], bool]]:
+    """The videos and pictures of one row, in order: the runs of each, and whether it is a video; a picture is one frame pair."""
     at, merge = 0, config.vision_config.spatial_merge_size
-    while len(found := ((ids[at:] == config.video_token_id) | (ids[at:] == config.image_token_id)).nonzero()):
+    apart = vision_sizes(config.vision_config).traits.timestamps
+    tokens = (ids == config.video_token_id) | (ids == config.image_token_id)
+    while len(found := tokens[at:].nonzero()):
         at += int(found[0])
         is_video = int(ids[at]) == config.video_token_id
         t, h, w = next(videos if is_video else images)
-        span = VisualSpan(at, (t, h // merge, w // merge), next(seconds) if is_video else 1.0)
-        yield span, is_video
-        at += span.tokens
+        second, runs = next(seconds) if is_video else 1.0, t if is_video and apart else 1
+        spans = []
+        for _ in range(runs):
+            at += int(tokens[at:].nonzero()[0])
+            spans.append(VisualSpan(at, (t // runs, h // merge, w // merge), second))
+            at += spans[-1].tokens
+        yield spans, is_video

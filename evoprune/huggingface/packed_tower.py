@@ -33,7 +33,7 @@ class PackedTower:
     The model keeps its own tower, in which nothing changes. Both share the other weights.
 
     Args:
-        visual: transformers' tower of Qwen2.5-VL or Qwen2-VL.
+        visual: transformers' tower of a supported family.
         pack: True to pack, "int8" to quantise.
 
     Raises UsageError: this does not work, or saves no time, where the weights are.

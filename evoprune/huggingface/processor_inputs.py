@@ -12,15 +12,15 @@ import torch
 from transformers import BatchFeature
 
 from evoprune.keywords import from_keywords
-from evoprune.language.prompt import Prompt, build_prompt
+from evoprune.language.prompt import Place, Prompt, build_prompt
 from evoprune.language.tokenizer import load_tokenizer
-from evoprune.model.config import QWEN2, Config
+from evoprune.model.config import VisionConfig
 from evoprune.pipeline.encoding import patches_of
 from evoprune.pipeline.loading.folder import input_limits
 from evoprune.pipeline.loading.found import find_model
 from evoprune.pipeline.options import ModelOptions, SamplingOptions
 from evoprune.pipeline.planning import prompt_subtitles, subtitles_of
-from evoprune.pipeline.prompting import check_not_empty
+from evoprune.pipeline.prompting import check_not_empty, input_times
 from evoprune.pipeline.video_qa import paths_of
 from evoprune.video.frames import choose_decoder, read_frames
 from evoprune.video.info import PICTURE, VIDEO, check_one_file, check_picture
@@ -52,7 +52,7 @@ def processor_inputs(
             24,576), `decoder`, `subtitles`, `max_subtitle_tokens`.
 
     Returns one prompt, on the CPU; `.to(device)` moves it. int64 `[1, L]` "input_ids", "attention_mask" and
-    "mm_token_type_ids"; of videos float32 `[patches, 1176]` "pixel_values_videos", int64 `[videos, 3]` "video_grid_thw", and
+    "mm_token_type_ids"; of videos float32 `[patches, values]` "pixel_values_videos", int64 `[videos, 3]` "video_grid_thw", and
     for Qwen2.5-VL float32 `[videos]` "second_per_grid_ts"; of pictures "pixel_values" and "image_grid_thw" in the same way.
 
     Raises:
@@ -69,16 +69,18 @@ def processor_inputs(
     lines = options.subtitles, options.max_subtitle_tokens
     said = [(plan.kind, prompt_subtitles(tokenizer, plan.info, plan.sampling, *lines)) for plan in read]
     counts = [(plan.kind, plan.visual_tokens) for plan in read]
-    prompt = build_prompt(tokenizer, question, counts, system=system, subtitles=subtitles_of(said))
-    return BatchFeature(arguments(prompt, read, limits, found.config, options.decoder))
+    vision, pair = found.config.vision_config, limits[VIDEO].temporal_patch_size
+    texts = {"subtitles": subtitles_of(said), "times": [input_times(vision, plan, pair) for plan in read]}
+    prompt = build_prompt(tokenizer, question, counts, system=system, **texts)
+    return BatchFeature(arguments(prompt, read, limits, vision, options.decoder))
 
 
 def arguments(
-    prompt: Prompt, read: Sequence[Plan], limits: dict[str, InputLimits], config: Config, decoder: str = "auto"
+    prompt: Prompt, read: Sequence[Plan], limits: dict[str, InputLimits], vision: VisionConfig, decoder: str = "auto"
 ) -> dict[str, torch.Tensor]:
-    """The same for a prompt, what is looked at of its inputs, and the limits and the config of a model."""
+    """The same for a prompt, what is looked at of its inputs, and the limits and the tower's config of a model."""
     made = _text(prompt.input_ids, prompt.places, [plan.kind for plan in read]) | _visual(read, limits, decoder)
-    if config.vision_config.family == QWEN2:  # whose processor does not say
+    if vision.tokens_per_second is None:  # the processor of such a model does not say
         made.pop("second_per_grid_ts", None)
     return made
 
@@ -92,10 +94,10 @@ def _planned(paths: Sequence[str | PathLike], options: SamplingOptions, limits: 
     return made
 
 
-def _text(ids: torch.Tensor, places: Sequence[range], kinds: Sequence[str]) -> dict[str, torch.Tensor]:
+def _text(ids: torch.Tensor, places: Sequence[Place], kinds: Sequence[str]) -> dict[str, torch.Tensor]:
     types = torch.zeros_like(ids)
     for place, kind in zip(places, kinds, strict=True):
-        types[place.start : place.stop] = TYPES[kind]
+        types[place.columns] = TYPES[kind]
     return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "mm_token_type_ids": types[None]}
 
 

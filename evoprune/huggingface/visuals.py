@@ -16,7 +16,7 @@ class Visuals:
 
     Attributes:
         columns: bool `[B, L]`, the placeholders.
-        pixels: `[patches, 1176]`, those of all, in the order of their placeholders. `grids`: int64 `[n, 3]`, in patches.
+        pixels: `[patches, values]`, those of all, in the order of their placeholders. `grids`: int64 `[n, 3]`, in patches.
         videos: of each, whether it is a video.
         seconds: of each, from one frame pair to the next.
     """
@@ -27,7 +27,7 @@ class Visuals:
     videos: tuple[bool, ...]
     seconds: tuple[float, ...]
 
-    def apart(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def apart(self, features: list[interface.Features]) -> tuple[list[interface.Features], list[interface.Features]]:
         """The features of the videos, and of the pictures."""
         both = list(zip(features, self.videos, strict=True))
         return [each for each, video in both if video], [each for each, video in both if not video]
@@ -57,8 +57,26 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
         torch.cat([patches for patches, _ in ordered]),
         torch.stack([grid for _, grid in ordered]),
         tuple(video for _, video in found),
-        tuple(span.seconds_per_pair for span, _ in found),
+        tuple(spans[0].seconds_per_pair for spans, _ in found),
     )
+
+
+def empty_runs(model, call: dict, dropped: torch.Tensor) -> torch.Tensor:
+    """`dropped`, bool `[B, L]`: columns of pruned tokens; with those of the time and markers of each frame pair that keeps none.
+
+    The time stands between the end marker of one frame pair and the start marker of the next. Before the first pair it begins with
+    the token with which it begins before the second.
+    """
+    leaves, ids = dropped.clone(), call["input_ids"]
+    for row, found in enumerate(interface.visual_spans(model, call, None)):
+        for spans in (spans for spans, _ in found if len(spans) > 1):
+            ends = [span.start + span.tokens for span in spans]
+            same = (ids[row, : spans[0].start] == ids[row, ends[0] + 1]).nonzero()
+            starts = [int(same[-1]) if len(same) else spans[0].start - 1, *(end + 1 for end in ends)]
+            for start, span, end in zip(starts, spans, ends, strict=False):
+                marked = int(ids[row, end]) == model.config.vision_end_token_id
+                leaves[row, start : end + 1] |= marked and bool(dropped[row, span.start : end].all())
+    return leaves
 
 
 def _count(call: dict, video: bool) -> int:

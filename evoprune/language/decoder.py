@@ -1,4 +1,4 @@
-"""The forward pass of the language model (Qwen2 and Qwen2.5) over new columns of a prompt, or over one generated token.
+"""The forward pass of the language model (Qwen2, Qwen2.5 and Qwen3) over new columns of a prompt, or over one generated token.
 
 It computes on a tree of weights under Hugging Face's names: a `model.weights.QwenVL`, or a model of transformers. A *column*
 is one token of the prompt or answer. Queries and keys are rotated by three positions at once (M-RoPE, arXiv 2409.12191, section
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.language.dropping import Dropping, LayerState, Rows
+from evoprune.model.config import head_size
 from evoprune.model.linear import linear
-from evoprune.model.numerics import norm, rotate, rotation, without_autocast
+from evoprune.model.numerics import heads_of, norm, rotate, rotation, without_autocast
 from evoprune.pruning.indices import ascending
 
 STRIP = 1024  # query columns that share one mask
@@ -36,7 +37,7 @@ class KVCache:
     def __init__(self, model, capacity: int | Sequence[int]):
         config = model.config.text_config
         weight = model.model.language_model.norm.weight
-        depth, dim = config.num_hidden_layers, config.hidden_size // config.num_attention_heads
+        depth, dim = config.num_hidden_layers, head_size(config)
         capacities = [capacity] * depth if isinstance(capacity, int) else capacity
         shapes = [(1, config.num_key_value_heads, columns, dim) for columns in capacities]
         self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for shape in shapes]
@@ -116,6 +117,7 @@ def forward(
     sizes: torch.Tensor | None = None,
     last: int = 1,
     dropping: Dropping | None = None,
+    deepstack: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Reads new columns after those in the cache, and adds them to it.
 
@@ -127,6 +129,7 @@ def forward(
         sizes: float32 `[L]`, the cluster size of each new column; None for 1 each.
         last: how many columns to return, from 1 to L.
         dropping: which visual tokens leave, in a cache that is empty; None for none.
+        deepstack: `[n, L, hidden]`, what is added to the columns after each of the first n layers; None for nothing.
 
     Returns the last columns after the final norm, `[last, hidden]`.
 
@@ -150,8 +153,10 @@ def forward(
         entered.append(len(x if rows is None else rows.keys))
         entering = x
         x, *seen = _layer(layer, x, places, cache, i, config, bias, last, blind, rows)
+        if deepstack is not None and len(deepstack):
+            x, deepstack = x + deepstack[0, -len(x) :], deepstack[1:]  # the top layer returns the last columns alone
         if dropping and dropping.looks(i + 1):
-            x, stay = dropping.drop(LayerState(i + 1, entering, x, places, bias, *seen))
+            x, deepstack, stay = dropping.drop(LayerState(i + 1, entering, x, places, bias, *seen), deepstack)
             if stay is not None:
                 places = places[0][stay], places[1][stay]
                 every[i + 1 :] = [_at(every[i], stay)] * (len(every) - i - 1)
@@ -172,10 +177,11 @@ def logits(
     sizes: torch.Tensor | None = None,
     last: int = 1,
     dropping: Dropping | None = None,
+    deepstack: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `forward`, but returns the logits of the token after each of the last columns: float32 `[last, vocabulary]`."""
     # The output layer is the largest of all, and only these columns need it.
-    return model.lm_head(forward(model, inputs_embeds, positions, cache, sizes, last, dropping)).float()
+    return model.lm_head(forward(model, inputs_embeds, positions, cache, sizes, last, dropping, deepstack)).float()
 
 
 def _layer(
@@ -196,17 +202,17 @@ def _layer(
     """
     attention, mlp, eps = layer.self_attn, layer.mlp, config.rms_norm_eps
     keyed, asking, fed, sees = (rows.keys, rows.queries, rows.mlp, rows.seen) if rows else (None,) * 4
-    dim, (cos, sin) = config.hidden_size // config.num_attention_heads, places
+    cos, sin = places
     h = norm(x, layer.input_layernorm.weight, eps)
     k, turn = _at(h, keyed), (_at(cos, keyed), _at(sin, keyed))
-    keys = rotate(attention.k_proj(k).view(1, len(k), -1, dim), *turn).transpose(1, 2)
-    values = attention.v_proj(k).view(1, len(k), -1, dim).transpose(1, 2)
+    keys = rotate(heads_of(attention, "k", k, config), *turn)[None].transpose(1, 2)
+    values = heads_of(attention, "v", k, config)[None].transpose(1, 2)
     keys, values = cache.put(number, keys, values)
     if number == config.num_hidden_layers - 1:  # only the output of these columns is used
         x, h, cos, sin = x[-last:], h[-last:], cos[-last:], sin[-last:]
         asking = fed = sees = None
     q, bias = _at(h, asking), _at(bias, keyed)
-    queries = rotate(attention.q_proj(q).view(1, len(q), -1, dim), _at(cos, asking), _at(sin, asking))
+    queries = rotate(heads_of(attention, "q", q, config), _at(cos, asking), _at(sin, asking))[None]
     given = queries, keys, values, bias
     seen = _attend(*given, sees) if blind is None else _attend_blind(*given, *blind)
     x = _put(x, asking, linear(attention.o_proj, seen, plus=_at(x, asking)))

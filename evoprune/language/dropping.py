@@ -7,7 +7,7 @@ import torch
 from evoprune.methods.base import LanguageMethod
 from evoprune.methods.selecting import select_in_language
 from evoprune.model.device import to_device
-from evoprune.model.numerics import norm, rotate
+from evoprune.model.numerics import heads_of, norm, rotate
 from evoprune.pruning.indices import true_indices
 from evoprune.pruning.language_plan import KINDS, LanguagePlan, tokens_of_layers
 from evoprune.pruning.types import LayerTokens, Selection
@@ -131,10 +131,16 @@ class Dropping:
             found[kind] = true_indices(masks[kind], columns - len(stays) + work[kind])
         return Rows(**found, seen=masks["keys"].cumsum(0)[found["queries"]])
 
-    def drop(self, state: LayerState) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def drop(
+        self, state: LayerState, deepstack: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Asks the method.
 
-        Returns the columns for the next layer, of the C that there are; and int64 which these are, None for all.
+        Args:
+            deepstack: `[n, C, hidden]`, what is added to the columns after the next n layers; None for nothing.
+
+        Returns the columns for the next layer, of the C that there are; what is added to these; and int64 which these are, None
+        for all.
         """
         after, x = state.after, state.x
         with self.timer:
@@ -144,7 +150,7 @@ class Dropping:
                 self._key.index_fill_(0, found.kept, True)
                 found = self._group(after)
             if found is None:
-                return x, None
+                return x, deepstack, None
             kept, old = found.kept, self._visual
             mask = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill_(0, old, False)
             mask.index_fill_(0, old[kept], True)
@@ -152,11 +158,13 @@ class Dropping:
             self._visual = (mask.cumsum(0) - 1)[old[kept]]
             self._pair, self._place = self._pair[kept], self._place[kept]
             self._key = None if self._key is None else self._key[kept]
-            made = x[stay]
+            added = [] if deepstack is None else list(deepstack)
+            made = [each[stay] for each in (x, *added)]
             if found.owner is not None and len(kept):
-                made[self._visual] = found.features(x[old])
+                for before, each in zip((x, *added), made, strict=True):
+                    each[self._visual] = found.features(before[old])
             self.dropped.append((after, len(kept)))
-            return made, stay
+            return made[0], torch.stack(made[1:]) if added else None, stay
 
     def _group(self, after: int) -> Selection | None:
         """The tokens that no group leaves with here; None for all that are there."""
@@ -177,22 +185,21 @@ class Dropping:
         )  # fmt: skip
 
         def following() -> LayerTokens:
-            asks = rotate(self._projected(layers[after], "q_proj", x[texts]), cos[texts], sin[texts])
-            return replace(seen, queries=asks, keys=rotate(self._projected(layers[after], "k_proj", x), cos, sin))
+            asks = rotate(self._projected(layers[after], "q", x[texts]), cos[texts], sin[texts])
+            return replace(seen, queries=asks, keys=rotate(self._projected(layers[after], "k", x), cos, sin))
 
         def unrotated() -> LayerTokens:
-            asks = self._projected(latest, "q_proj", entering[texts])
-            return replace(seen, queries=asks, keys=self._projected(latest, "k_proj", entering))
+            asks = self._projected(latest, "q", entering[texts])
+            return replace(seen, queries=asks, keys=self._projected(latest, "k", entering))
 
         def evened() -> LayerTokens:
-            mean = self._projected(latest, "k_proj", entering[self._visual]).float().mean(0).to(keys)
+            mean = self._projected(latest, "k", entering[self._visual]).float().mean(0).to(keys)
             same = rotate(mean.expand(len(self._visual), -1, -1), cos[self._visual], sin[self._visual])
             return replace(seen, keys=keys.index_copy(0, self._visual, same))
 
         return replace(seen, following=following, unrotated=unrotated, evened=evened)
 
     def _projected(self, layer, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Queries or keys `[C, heads, head_dim]` of a layer for its input, before rotary."""
+        """Queries or keys ("q", "k") `[C, heads, head_dim]` of a layer for its input, before rotary."""
         config = self._model.config.text_config
-        h = norm(x, layer.input_layernorm.weight, config.rms_norm_eps)
-        return getattr(layer.self_attn, name)(h).view(len(x), -1, config.hidden_size // config.num_attention_heads)
+        return heads_of(layer.self_attn, name, norm(x, layer.input_layernorm.weight, config.rms_norm_eps), config)

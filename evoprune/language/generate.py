@@ -12,6 +12,7 @@ from evoprune.errors import ModelError
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.dropping import Dropping
+from evoprune.language.prompt import Place
 from evoprune.language.settings import GenerationSettings
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.methods.pipeline import Pipeline
@@ -60,18 +61,20 @@ class Visual:
     """What the language model reads of one input.
 
     Attributes:
-        place: indices of its placeholders in the unpruned prompt.
+        place: where its placeholders are in the unpruned prompt.
         features: `[K, hidden]`, the embeddings of the kept visual tokens.
         kept: int64 `[K]`, indices of the kept tokens among the placeholders, ascending; on the CPU from then on.
         size: float32 `[K]`, the weight of each kept token in attention, of `evoprune` the root of its cluster size; None for 1.
+        deepstack: `[n, K, hidden]`, what is added to these tokens after each of the first n layers; None for nothing.
 
     Raises ValueError: `kept` and `features` differ in length, or `kept` is not ascending within the place.
     """
 
-    place: range
+    place: Place
     features: torch.Tensor
     kept: torch.Tensor
     size: torch.Tensor | None = None
+    deepstack: torch.Tensor | None = None
 
     def __post_init__(self):
         kept, most = self.kept.cpu(), len(self.place) - 1
@@ -84,7 +87,7 @@ class Visual:
     @property
     def columns(self) -> torch.Tensor:
         """int64 `[K]` on the CPU, the columns of the kept tokens in the unpruned prompt."""
-        return self.kept + self.place.start
+        return self.place.columns[self.kept]
 
 
 def embed_prompt(model, input_ids: torch.Tensor, visuals: Sequence[Visual]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,19 +98,26 @@ def embed_prompt(model, input_ids: torch.Tensor, visuals: Sequence[Visual]) -> t
         visuals: of its inputs, in the order of their places.
 
     Returns:
-        Embeddings `[C, hidden]` in the model's dtype, where C is L less the tokens that are not kept; and their columns in the
-        unpruned prompt, int64 `[C]` on the CPU. `positions[:, columns]` are their positions, which are not renumbered.
+        Embeddings `[C, hidden]` in the model's dtype, where C is L less the tokens that are not kept and the columns that leave
+        with them (`Place.around`); and their columns in the unpruned prompt, int64 `[C]` on the CPU, ascending.
+        `positions[:, columns]` are their positions, which are not renumbered.
 
     Raises ModelError: an id that the model does not know.
     """
-    every, pieces, columns, at = ascending(len(input_ids), "cpu"), [], [], 0
+    stays, text = (torch.ones(len(input_ids), dtype=torch.bool, device="cpu") for _ in range(2))
+    for visual in visuals:
+        for run in visual.place.left_out(visual.kept.cpu()):
+            stays[run.start : run.stop] = False
+        stays[visual.place.columns] = text[visual.place.columns] = False
+        stays[visual.columns] = True
+    columns = stays.nonzero()[:, 0]
     with torch.inference_mode():
-        for visual in visuals:
-            text = embed_ids(model, input_ids[at : visual.place.start])
-            pieces += [text, visual.features.to(text)]
-            columns += [every[at : visual.place.start], visual.columns]
-            at = visual.place.stop
-        return torch.cat([*pieces, embed_ids(model, input_ids[at:])]), torch.cat([*columns, every[at:]])
+        embeds = embed_ids(
+            model, torch.where(text, input_ids.cpu(), 0)[columns]
+        )  # no id of a placeholder need be known
+        at = text[columns].logical_not().nonzero()[:, 0].to(embeds.device)
+        features = torch.cat([visual.features.to(embeds) for visual in visuals])
+        return embeds.index_copy(0, at, features), columns
 
 
 def column_sizes(visuals: Sequence[Visual], columns: torch.Tensor) -> torch.Tensor | None:
@@ -123,6 +133,20 @@ def column_sizes(visuals: Sequence[Visual], columns: torch.Tensor) -> torch.Tens
     for i, size in sizes.items():
         every[to_device(visuals[i].columns, device)] = size
     return every[to_device(columns, device)]
+
+
+def column_deepstack(visuals: Sequence[Visual], columns: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
+    """What is added to all columns of a pruned prompt after the first n layers, for `prefill`: nothing to text.
+
+    `columns`, `like`: from `embed_prompt`. Returns `[n, C, hidden]`, or None where nothing is added.
+    """
+    if any(visual.deepstack is None for visual in visuals):
+        return None
+    made = like.new_zeros(len(visuals[0].deepstack), *like.shape)
+    for visual in visuals:
+        at = to_device(torch.searchsorted(columns, visual.columns), like.device)
+        made[:, at] = visual.deepstack.to(like)
+    return made
 
 
 def dropping_for(
@@ -163,6 +187,7 @@ def prefill(
     cache: KVCache | None = None,
     sizes: torch.Tensor | None = None,
     dropping: Dropping | None = None,
+    deepstack: torch.Tensor | None = None,
 ) -> PrefillState:
     """Reads a prompt, or continues one that is in a cache.
 
@@ -174,6 +199,7 @@ def prefill(
         cache: of the columns before; it is extended in place. None starts a new prompt.
         sizes: float32 `[L]`, the cluster size of each column; None for 1 each.
         dropping: of this prompt, which starts a new one; None where nothing leaves.
+        deepstack: `[n, L, hidden]`, what is added to each column after the first n layers; None for nothing.
 
     Raises ValueError: no columns, not one position for each column, or columns before a prompt that tokens leave.
     """
@@ -181,7 +207,7 @@ def prefill(
         columns = len(inputs_embeds) if dropping is None else dropping.columns
         room = columns + ANSWER_COLUMNS if isinstance(columns, int) else [each + ANSWER_COLUMNS for each in columns]
         cache = KVCache(model, room)
-    after = decoder.logits(model, inputs_embeds, positions, cache, sizes, dropping=dropping)[0]
+    after = decoder.logits(model, inputs_embeds, positions, cache, sizes, dropping=dropping, deepstack=deepstack)[0]
     return PrefillState(cache, after, next_position, dropping)
 
 

@@ -5,8 +5,9 @@ neither end its turn early nor fake a video. Only the template places special to
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -19,6 +20,7 @@ from evoprune.video.info import PICTURE, VIDEO
 # What chat templates call an input of each kind, and the placeholder that they write for it.
 CONTENTS = {VIDEO: ("video", "<|video_pad|>"), PICTURE: ("image", "<|image_pad|>")}
 _PLACEHOLDERS = tuple(token for _, token in CONTENTS.values())
+MARKERS = "<|vision_start|>", "<|vision_end|>"  # around placeholders
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,47 @@ def prompt_positions(length: int, videos: Sequence[VisualSpan], tokens_per_secon
     return torch.cat(pieces, dim=1)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an input stands in a prompt.
+
+    Attributes:
+        runs: the columns of its placeholders: one run of all, or as many equal ones as there are frame pairs.
+        around: the columns of each run with its time and its markers, which a prompt does not have if none of the run's tokens is
+            kept: to the model, such a frame pair was not sampled. Empty where what is around the runs always stays.
+    """
+
+    runs: tuple[range, ...]
+    around: tuple[range, ...] = ()
+
+    def __len__(self) -> int:
+        """How many placeholders."""
+        return sum(map(len, self.runs))
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """int64, on the CPU, of the placeholders."""
+        return torch.cat([ascending(len(run), "cpu") + run.start for run in self.runs])
+
+    def spans(self, grid: tuple[int, int, int], seconds_per_pair: float) -> list[VisualSpan]:
+        """The runs of an input of `grid` (T, H, W), as `prompt_positions` takes them."""
+        pairs = grid[0] // len(self.runs)
+        return [VisualSpan(run.start, (pairs, *grid[1:]), seconds_per_pair) for run in self.runs]
+
+    def left_out(self, kept: torch.Tensor) -> list[range]:
+        """What of `around` leaves the prompt where these placeholders (int64, on the CPU) are kept."""
+        if not self.around:
+            return []
+        held = torch.bincount(kept // len(self.runs[0]), minlength=len(self.runs))
+        return [self.around[run] for run in (held == 0).nonzero()[:, 0].tolist()]
+
+
+def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
+    """What Qwen3-VL reads in front of each frame pair, which has `frames` of the times of all frames, in seconds: their mean."""
+    pairs = zip(*(times_s[first::frames] for first in (0, frames - 1)), strict=True)
+    return [f"<{(first + last) / 2:.1f} seconds>" for first, last in pairs]
+
+
 # Placeholders for the user's words while the template is rendered. They have private-use characters, which no template has.
 _QUESTION, _SYSTEM = "\ue000question\ue001", "\ue000system\ue001"
 
@@ -100,14 +143,14 @@ class Prompt:
 
     Attributes:
         input_ids: int64 `[L]`.
-        places: for each input, the indices of its placeholders.
+        places: for each input, where its placeholders are.
         prefix_length: number of leading ids that do not depend on the question, up to and including the last `<|vision_end|>`, and
             where possible the subtitles. Their keys and values serve every question about the same inputs (with the same system
             prompt).
     """
 
     input_ids: torch.Tensor
-    places: tuple[range, ...]
+    places: tuple[Place, ...]
     prefix_length: int
 
     @property
@@ -117,7 +160,7 @@ class Prompt:
 
     @property
     def text_tokens(self) -> int:
-        """Number of ids that are no placeholders."""
+        """Number of ids that are no placeholders; a pruned prompt may have fewer (`Place.around`)."""
         return len(self.input_ids) - self.visual_tokens
 
 
@@ -128,6 +171,7 @@ def build_prompt(
     *,
     system: str | None = None,
     subtitles: str = "",
+    times: Sequence[Sequence[str]] = (),
 ) -> Prompt:
     """The prompt of one user turn: the inputs in their order, then the subtitles and the question, up to where the answer begins.
 
@@ -137,6 +181,8 @@ def build_prompt(
         inputs: of each, "video" or "picture", and N, its number of visual tokens with nothing pruned, at least 1.
         system: a system prompt, taken literally; None leaves it to the template.
         subtitles: what is said in the videos, taken literally; the question follows without a space.
+        times: of each input, what stands in front of each of its frame pairs (`timestamps`), between markers of their own; none
+            where all placeholders of the input are in a row. Default: none for all inputs.
 
     Returns the same ids as tokenising the rendered conversation at once, if the user's text holds no special token.
 
@@ -150,7 +196,7 @@ def build_prompt(
         raise ValueError(f"a prompt has inputs with at least one visual token each, not {list(inputs)}")
     specials = tokenizer.specials()
     rendered = _render(tokenizer, [kind for kind, _ in inputs], system is not None)
-    _check(tokenizer, rendered, [CONTENTS[kind][1] for kind, _ in inputs])
+    _check(tokenizer, rendered, [CONTENTS[kind][1] for kind, _ in inputs], MARKERS if any(times) else ())
 
     if system and _SYSTEM not in rendered:
         raise UsageError(
@@ -159,14 +205,14 @@ def build_prompt(
 
     words = {_QUESTION: subtitles + question, _SYSTEM: system or ""}
     check_text(question, system)
-    ids, places, prefix_length = [], [], 0
+    each = times or [()] * len(inputs)
+    ids, runs, lengths, prefix_length = [], [], _lengths(inputs, each), 0
     # Split only at the template's special tokens, where the tokenizer splits too. The text between them is encoded as one
     # piece, so that merges across the edge of the user's text (a newline before it, say) are the same as in the whole.
-    for piece in re.split(f"({'|'.join(map(re.escape, specials))})", rendered):
+    for piece in re.split(f"({'|'.join(map(re.escape, specials))})", _with_times(rendered, each)):
         if piece in _PLACEHOLDERS:
-            count = inputs[len(places)][1]
-            places.append(range(len(ids), len(ids) + count))
-            ids += [specials[piece]] * count
+            runs.append(range(len(ids), len(ids) + next(lengths)))
+            ids += [specials[piece]] * len(runs[-1])
         elif piece in specials:
             ids.append(specials[piece])
         else:
@@ -176,14 +222,47 @@ def build_prompt(
             if _QUESTION in piece:
                 prefix_length = len(ids) + _shared(tokenizer, encoded, piece.partition(_QUESTION)[0], subtitles)
             ids += encoded
-    return Prompt(torch.tensor(ids, dtype=torch.int64, device="cpu"), tuple(places), prefix_length)
+    places = tuple(_places(tokenizer, ids, runs, each))
+    return Prompt(torch.tensor(ids, dtype=torch.int64, device="cpu"), places, prefix_length)
 
 
-def _check(tokenizer: Tokenizer, rendered: str, due: list[str]) -> None:
-    """Raises ModelError unless the conversation has these placeholders in this order, and then the question."""
+def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
+    """The conversation in which an input with times has a placeholder between markers behind each of them."""
+    of_inputs, (start, end) = iter(times), map(re.escape, MARKERS)
+
+    def runs(match: re.Match) -> str:
+        return "".join(f"{time}{match[1].join(MARKERS)}" for time in next(of_inputs)) or match[0]
+
+    return re.sub(f"(?:{start})?({'|'.join(map(re.escape, _PLACEHOLDERS))})(?:{end})?", runs, rendered)
+
+
+def _lengths(inputs: Sequence[tuple[str, int]], times: Sequence[Sequence[str]]) -> Iterator[int]:
+    """How many placeholders each run has; an input with times has a run for each."""
+    for (_, count), some in zip(inputs, times, strict=True):
+        runs = len(some) or 1
+        yield from [count // runs] * runs
+
+
+def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequence[Sequence[str]]) -> Iterator[Place]:
+    """Where each input stands, whose runs follow one another."""
+    left = iter(runs)
+    for some in times:
+        own = tuple(islice(left, max(1, len(some))))
+        yield Place(own, tuple(_around(tokenizer, ids, run, time) for run, time in zip(own, some, strict=False)))
+
+
+def _around(tokenizer: Tokenizer, ids: list[int], run: range, time: str) -> range:
+    """The columns of a run with its markers, and with the time before them if that has not merged with what comes before it."""
+    own, start = tokenizer.encode(time), run.start - 1
+    start -= len(own) if ids[start - len(own) : start] == own else 0
+    return range(start, run.stop + 1)
+
+
+def _check(tokenizer: Tokenizer, rendered: str, due: list[str], markers: Sequence[str]) -> None:
+    """Raises ModelError unless the conversation has these placeholders in this order, and then the question; and markers exist."""
     known, last = tokenizer.specials(), max(rendered.rfind(token) for token in _PLACEHOLDERS)
     found = re.findall("|".join(map(re.escape, _PLACEHOLDERS)), rendered)
-    if found != due or not set(due) <= known.keys() or not last < rendered.find(_QUESTION):
+    if found != due or not {*due, *markers} <= known.keys() or not last < rendered.find(_QUESTION):
         raise _unusable(tokenizer, "it does not write the inputs in their order and then the question")
 
 

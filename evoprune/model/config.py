@@ -1,11 +1,15 @@
-"""The content of a `config.json` of Qwen2.5-VL or Qwen2-VL, under Hugging Face's names. Needs neither torch nor transformers.
+"""The content of a `config.json` of Qwen2-VL, Qwen2.5-VL or Qwen3-VL, under Hugging Face's names. Needs no torch, no transformers.
 
 Published checkpoints keep the language model's numbers at the top level, newer ones in `text_config`; both are read. A model
 that this program could not run faithfully is refused here, before any weights are read.
+
+What differs between the families is written down here as values. Only `vision/families.py` asks for a family by name, too.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Annotated, Any
 
 from evoprune.model.rules import OBJECT, TEXT, YES_OR_NO, either, list_of, number, pick, section, whole
@@ -15,30 +19,82 @@ Size = Annotated[int, whole(1, 2**22)]
 Tokens = Annotated[int, whole(1, 2**24)]
 Text = Annotated[str, TEXT]
 YesOrNo = Annotated[bool, YES_OR_NO]
+LayerNumbers = Annotated[tuple[int, ...], list_of(whole(0, 1000))]
 TOKEN_ID = whole(0, 2**31)
 END_IDS = either(TOKEN_ID, list_of(TOKEN_ID))  # of the tokens that end an answer
 ROPE_THETA, MROPE_SECTION = number(1e-6, 1e15), list_of(whole(0, 2**16), 3)
 
-QWEN2_5, QWEN2 = "qwen2_5_vl", "qwen2_vl"
-MODEL_TYPES = (QWEN2_5, QWEN2)
+QWEN2_5, QWEN2, QWEN3 = "qwen2_5_vl", "qwen2_vl", "qwen3_vl"
+MODEL_TYPES = (QWEN2_5, QWEN2, QWEN3)
+EXPERTS = "qwen3_vl_moe"  # a model type of which only the tower is a known one
 PATCHES = 4  # of a unit: 2x2
 ANSWER_COLUMNS = 256  # that a prompt's KV cache has to spare: an answer of the usual length needs no second cache
-ACTIVATIONS = {QWEN2_5: "silu", QWEN2: "quick_gelu"}  # of the tower
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family of models differs from the others.
+
+    Attributes:
+        hidden_act: activation of the tower.
+        layer_norms: whether the tower has layer norms, with a bias; else RMS norms.
+        mlp: names of the matrices of a tower layer's MLP, of which the first two of three make a gated one.
+        merger: names of the patch merger's norm and of its two matrices.
+        text: settings of the language model, and of its rotary embedding, where a file does not say.
+        video, picture: what the published processor does with inputs (`video.plan.InputLimits`).
+        unstated: the same for pictures, where a model's folder has no settings of a processor.
+        timestamps: whether a prompt has the time of each frame pair of a video, with markers of its own around its tokens.
+    """
+
+    hidden_act: str
+    layer_norms: bool
+    mlp: tuple[str, ...]
+    merger: tuple[str, str, str]
+    text: Mapping[str, Any]
+    video: Mapping[str, Any]
+    picture: Mapping[str, Any]
+    unstated: Mapping[str, Any]
+    timestamps: bool = False
+
+
+_MERGER = ("ln_q", "mlp.0", "mlp.2")
+_TEXT = {"rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+_PICTURES = {"min_pixels": 56 * 56, "max_pixels": 12_845_056}, {"min_pixels": 56 * 56, "max_pixels": 1280 * 28 * 28}
+_HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+_LARGE = _HALF | {"min_pixels": 65_536, "max_pixels": 16_777_216, "of_all_frames": False}
+FAMILIES = {
+    QWEN2_5: Family("silu", False, ("gate_proj", "up_proj", "down_proj"), _MERGER, _TEXT, {}, *_PICTURES),
+    QWEN2: Family("quick_gelu", True, ("fc1", "fc2"), _MERGER, _TEXT, {}, *_PICTURES),
+    QWEN3: Family(
+        "gelu_pytorch_tanh",
+        True,
+        ("linear_fc1", "linear_fc2"),
+        ("norm", "linear_fc1", "linear_fc2"),
+        {"rope_theta": 5e5, "mrope_section": [24, 20, 20], "rms_norm_eps": 1e-6, "head_dim": 128},
+        _HALF | {"min_pixels": 4096, "max_pixels": 25_165_824, "of_all_frames": True},
+        _LARGE,
+        _LARGE,
+        timestamps=True,
+    ),
+}
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower of either family.
+    """The vision tower of any family.
 
     Attributes:
         hidden_size, intermediate_size: features of a patch in the tower and inside its MLPs.
         out_hidden_size: features of a unit after the merger: the language model's hidden size.
-        fullatt_block_indexes: layers that attend over whole frame pairs, not windows; in Qwen2-VL all of them.
+        fullatt_block_indexes: layers that attend over whole frame pairs, not windows; in Qwen2-VL and Qwen3-VL all of them.
         window_size: side of an attention window in pixels. Where no layer attends over windows it only sets the order of rows.
         patch_size: side of a patch in pixels; `temporal_patch_size`: frames in a frame pair.
         spatial_merge_size: side of a unit in patches.
         tokens_per_second: time positions of M-RoPE per second; None if M-RoPE counts frame pairs.
-        family: one of `MODEL_TYPES`; it decides how the layers are built (`vision.families`).
+        num_position_embeddings: entries of the square table of learned positions; None without one.
+        deepstack_visual_indexes: layers after which a merger of their own makes features for the language model's first layers
+            (DeepStack, arXiv 2406.04334), ascending.
+        family: one of `MODEL_TYPES`.
     """
 
     depth: Layers
@@ -46,7 +102,7 @@ class VisionConfig:
     intermediate_size: Size
     num_heads: Size
     out_hidden_size: Size
-    fullatt_block_indexes: Annotated[tuple[int, ...], list_of(whole(0, 1000))]
+    fullatt_block_indexes: LayerNumbers
     window_size: Size = 112
     patch_size: Size = 14
     temporal_patch_size: Size = 2
@@ -54,12 +110,23 @@ class VisionConfig:
     in_channels: Size = 3
     tokens_per_second: Annotated[int | float | None, number(1e-3, 1e6)] = 4
     hidden_act: Text = "silu"
+    num_position_embeddings: int | None = None
+    deepstack_visual_indexes: tuple[int, ...] = ()
     family: str = QWEN2_5
+
+    @property
+    def traits(self) -> Family:
+        return FAMILIES[self.family]
 
     @property
     def mlp_matrices(self) -> int:
         """Number of hidden x intermediate matrices in a layer's MLP: a gated one has three."""
-        return 3 if self.family == QWEN2_5 else 2
+        return len(self.traits.mlp)
+
+    @property
+    def layers_read(self) -> int:
+        """How many layers' features make a visual token: the last one's, and those of DeepStack."""
+        return 1 + len(self.deepstack_visual_indexes)
 
 
 @dataclass(frozen=True)
@@ -79,11 +146,30 @@ class Qwen2VisionConfig:
 
 
 @dataclass(frozen=True)
+class Qwen3VisionConfig:
+    """The vision tower as Qwen3-VL's files describe it."""
+
+    depth: Layers
+    hidden_size: Size
+    intermediate_size: Size
+    num_heads: Size
+    out_hidden_size: Size
+    num_position_embeddings: Size = 2304
+    deepstack_visual_indexes: LayerNumbers = (8, 16, 24)
+    patch_size: Size = 16
+    temporal_patch_size: Size = 2
+    spatial_merge_size: Size = 2
+    in_channels: Size = 3
+    hidden_act: Text = "gelu_pytorch_tanh"
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """The language model.
 
-    `rope_parameters` holds `rope_theta` and `mrope_section`. `max_position_embeddings` is the length of its context: how many
-    tokens it reads and writes together; None if the file does not say.
+    `rope_parameters` holds `rope_theta`, `mrope_section` and, where the three positions take turns, `mrope_interleaved`.
+    `max_position_embeddings` is the length of its context: how many tokens it reads and writes together; None if the file does not
+    say. `head_dim`: see `head_size`. `head_norms`: whether queries and keys are normed head by head, and have no bias.
     """
 
     vocab_size: Tokens
@@ -98,6 +184,8 @@ class TextConfig:
     use_sliding_window: YesOrNo = False
     eos_token_id: Annotated[int | tuple[int, ...] | None, END_IDS] = None
     max_position_embeddings: Annotated[int | None, whole(1, 2**31)] = None
+    head_dim: Annotated[int | None, whole(1, 2**16)] = None
+    head_norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,21 +202,36 @@ def parse_config(content: dict) -> Config:
 
     Raises ValueError: a number is missing or out of range, or this program cannot run the model.
     """
+    family = content.get("model_type", QWEN2_5)
     text, vision = section(content, "text_config") or content, section(content, "vision_config")
-    rope = dict(section(text, "rope_parameters") or section(text, "rope_scaling"))
-    rope.setdefault("rope_theta", text.get("rope_theta", 1e6))
-    rope.setdefault("mrope_section", [16, 24, 24])
-    heads = text.get("num_attention_heads")
-    text = text | {"rope_parameters": rope, "num_key_value_heads": text.get("num_key_value_heads") or heads}
     tied = content.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     tied = YES_OR_NO.check(False if tied is None else tied, "tie_word_embeddings")
-    family = content.get("model_type", QWEN2_5)
-    config = Config(parse_vision(vision, family), pick(TextConfig, text, "text_config"), tied)
+    config = Config(parse_vision(vision, family), _parse_text(text, family), tied)
     check_vision(config.vision_config)
     _check_text(config.text_config)
     same = config.vision_config.out_hidden_size == config.text_config.hidden_size
     _check(same, "tower and language model differ in size")
     return config
+
+
+def _parse_text(text: dict, family: str) -> TextConfig:
+    """Reads the settings of the language model, wherever they stand. Raises ValueError as `parse_config`."""
+    usual = FAMILIES[family].text
+    rope = dict(section(text, "rope_parameters") or section(text, "rope_scaling"))
+    rope.setdefault("rope_theta", text.get("rope_theta", usual["rope_theta"]))
+    rope.setdefault("mrope_section", usual["mrope_section"])
+    if family == QWEN3:
+        rope["mrope_interleaved"] = True
+        _check(not text.get("attention_bias"), "attention_bias is not supported")
+    heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
+    given = usual | {name: value for name, value in text.items() if value is not None}
+    picked = pick(TextConfig, given | {"rope_parameters": rope, "num_key_value_heads": heads}, "text_config")
+    return replace(picked, head_norms=family == QWEN3)
+
+
+def head_size(text) -> int:
+    """Features of a head of the language model. `text`: a `TextConfig`, or that of transformers."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _check_text(t: TextConfig) -> None:
@@ -138,10 +241,11 @@ def _check_text(t: TextConfig) -> None:
     _check(kind in ("default", "mrope"), f"rope_type {kind!r} is not supported, only Qwen's own")
     _check(not t.use_sliding_window, "sliding window attention is not supported")
     _check(t.hidden_act == "silu", f"activation {t.hidden_act} is not supported, only silu")
-    _check(t.hidden_size % (2 * t.num_attention_heads) == 0, "hidden_size does not divide into heads")
+    divides = t.head_dim is not None or t.hidden_size % (2 * t.num_attention_heads) == 0
+    _check(divides, "hidden_size does not divide into heads")
     _check(t.num_attention_heads % t.num_key_value_heads == 0, "key/value heads do not divide the heads")
     section = MROPE_SECTION.check(rope["mrope_section"], "mrope_section")
-    _check(2 * sum(section) == t.hidden_size // t.num_attention_heads, "mrope_section does not fit the heads")
+    _check(2 * sum(section) == head_size(t), "mrope_section does not fit the heads")
     ROPE_THETA.check(rope["rope_theta"], "rope_theta")
 
 
@@ -155,25 +259,20 @@ def parse_vision(content: dict, family: str) -> VisionConfig:
     Raises ValueError: a number is missing, or is not one.
     """
     content = {"in_channels": content.get("in_chans", 3)} | content
-    if family != QWEN2:
+    if family == QWEN2_5:
         return pick(VisionConfig, content, "vision_config")
-    sizes = pick(Qwen2VisionConfig, content, "vision_config")
-    return VisionConfig(
-        depth=sizes.depth,
-        hidden_size=sizes.embed_dim,
-        intermediate_size=sizes.embed_dim * sizes.mlp_ratio,
-        num_heads=sizes.num_heads,
-        out_hidden_size=sizes.hidden_size,
-        fullatt_block_indexes=tuple(range(sizes.depth)),
-        window_size=4 * sizes.patch_size * sizes.spatial_merge_size,  # of no effect: no layer attends over windows
-        patch_size=sizes.patch_size,
-        temporal_patch_size=sizes.temporal_patch_size,
-        spatial_merge_size=sizes.spatial_merge_size,
-        in_channels=sizes.in_channels,
-        tokens_per_second=None,
-        hidden_act=sizes.hidden_act,
-        family=QWEN2,
-    )
+    sizes = pick(Qwen2VisionConfig if family == QWEN2 else Qwen3VisionConfig, content, "vision_config")
+    values = vars(sizes) | {
+        "fullatt_block_indexes": tuple(range(sizes.depth)),
+        "window_size": 4 * sizes.patch_size * sizes.spatial_merge_size,  # of no effect: no layer attends over windows
+        "tokens_per_second": None,
+        "family": family,
+    }
+    if family == QWEN2:
+        wide = values.pop("embed_dim")
+        values |= {"out_hidden_size": sizes.hidden_size, "hidden_size": wide}
+        values["intermediate_size"] = wide * values.pop("mlp_ratio")
+    return VisionConfig(**values)
 
 
 def vision_sizes(config) -> VisionConfig:
@@ -185,19 +284,45 @@ def vision_sizes(config) -> VisionConfig:
 
 def check_vision(v: VisionConfig) -> None:
     """Raises ValueError if this program cannot run the tower faithfully."""
-    act = ACTIVATIONS[v.family]
+    act = v.traits.hidden_act
     _check(v.hidden_act == act, f"activation {v.hidden_act} of the tower is not supported, only {act}")
     for name, only in (("spatial_merge_size", 2), ("temporal_patch_size", 2), ("in_channels", 3)):
         _check(getattr(v, name) == only, f"{name} {getattr(v, name)} is not supported, only {only}")
+    _check(v.patch_size % 2 == 0, f"patch_size {v.patch_size} is not even")
     _check(v.hidden_size % (4 * v.num_heads) == 0, "the tower's hidden_size does not divide into heads")
     _check(v.window_size % (v.patch_size * v.spatial_merge_size) == 0, "window_size is no whole number of units")
-    layers = all(0 <= i < v.depth for i in v.fullatt_block_indexes)
-    _check(layers, "fullatt_block_indexes names layers that are not there")
+    for name in ("fullatt_block_indexes", "deepstack_visual_indexes"):
+        _check(all(0 <= i < v.depth for i in getattr(v, name)), f"{name} names layers that are not there")
+    after = v.deepstack_visual_indexes
+    _check(all(a < b for a, b in pairwise(after)), "deepstack_visual_indexes do not ascend")
+    table = v.num_position_embeddings or 4
+    _check(table > 1 and math.isqrt(table) ** 2 == table, f"{table} learned positions do not fill a square")
 
 
 def _check(holds: bool, problem: str) -> None:
     if not holds:
         raise ValueError(problem)
+
+
+def as_written(config: Config) -> dict[str, Any]:
+    """The content of a `config.json` that `parse_config` reads as this config; it has no ids of special tokens."""
+    vision, text = (
+        {name: value for name, value in asdict(each).items() if value is not None}
+        for each in (config.vision_config, config.text_config)
+    )
+    family = vision.pop("family")
+    del text["head_norms"]
+    if family == QWEN2:
+        wide = vision["hidden_size"]
+        vision |= {"embed_dim": wide, "hidden_size": vision["out_hidden_size"]}
+        vision["mlp_ratio"] = vision["intermediate_size"] // wide
+    text["rope_parameters"] = {"rope_type": "default"} | text["rope_parameters"]
+    both = {"vision_config": vision, "text_config": text}
+    lists = {
+        name: {key: list(value) if isinstance(value, tuple) else value for key, value in each.items()}
+        for name, each in both.items()
+    }
+    return {"model_type": family, **lists, "tie_word_embeddings": config.tie_word_embeddings}
 
 
 def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -> int:
@@ -208,6 +333,5 @@ def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -
         bytes_each: of a number; 2 for bf16.
     """
     text = config.text_config
-    head = text.hidden_size // text.num_attention_heads
     every = text.num_hidden_layers * tokens if isinstance(tokens, int) else sum(tokens)
-    return 2 * text.num_key_value_heads * head * every * bytes_each
+    return 2 * text.num_key_value_heads * head_size(text) * every * bytes_each

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from evoprune.errors import memory_guard
-from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, kv_bytes
+from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, head_size, kv_bytes
 from evoprune.model.device import is_accelerator
 from evoprune.model.machine import available_memory
 from evoprune.model.numerics import without_autocast
@@ -89,11 +89,11 @@ def working_memory(
     chunk_units = min(units, chunk_units)
     vision = config.vision_config
     wide = PATCHES * vision.hidden_size
-    rows = units * vision.out_hidden_size * bytes_each
+    rows = units * vision.out_hidden_size * vision.layers_read * bytes_each
     tower = pixel_bytes(config, chunk_units, bytes_each) + tower_bytes(config, chunk_units, bytes_each)
     if late:
         # The features of all units, and a second copy for comparing them; then the selected rows. The MLP takes these in turn.
-        rows = 2 * units * wide * bytes_each
+        rows = 2 * units * wide * bytes_each + late * vision.out_hidden_size * vision.layers_read * bytes_each
         tower = max(tower, late * wide * (12 * 4 + bytes_each))
     return SMALL_CHANGE + rows + max(tower, language_bytes(config, prompt, bytes_each))
 
@@ -114,7 +114,8 @@ def tower_bytes(config: Config, units: int, bytes_each: int) -> int:
 def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int) -> int:
     """Bytes of reading a prompt of `prompt` tokens, in each layer or in all, keys and values included."""
     text, most = config.text_config, prompt if isinstance(prompt, int) else max(prompt)
-    widest = most * (8 * text.hidden_size * 4 + 3 * text.intermediate_size * bytes_each)
+    added = config.vision_config.layers_read - 1  # by DeepStack, to as many layers
+    widest = most * ((8 * 4 + added * bytes_each) * text.hidden_size + 3 * text.intermediate_size * bytes_each)
     held = most + ANSWER_COLUMNS if isinstance(prompt, int) else [tokens + ANSWER_COLUMNS for tokens in prompt]
     return widest + kv_bytes(config, held, bytes_each)
 
@@ -136,7 +137,8 @@ def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
         groups = grids * (1 if layer in config.fullatt_block_indexes else windows)
         total += 2 * patches * (4 * h * h + config.mlp_matrices * h * inner) + 4 * patches * (patches / groups) * h
     wide = h * config.spatial_merge_size**2
-    return total + 2 * rows[-1] * (wide * wide + wide * config.out_hidden_size)
+    merged = sum(rows[layer + 1] for layer in config.deepstack_visual_indexes) + rows[-1]
+    return total + 2 * merged * (wide * wide + wide * config.out_hidden_size)
 
 
 def stretched(rows: Sequence[T], depth: int) -> list[T]:
@@ -153,12 +155,14 @@ def prefill_flop(config, length: int | Sequence[int | Sequence[int]]) -> float:
             computes keys and values, queries and output, and the MLP.
     """
     h, lengths = config.hidden_size, [length] * config.num_hidden_layers if isinstance(length, int) else length
-    key_value = h // config.num_attention_heads * config.num_key_value_heads
+    key_value, wide = (head_size(config) * heads for heads in (config.num_key_value_heads, config.num_attention_heads))
     total = 2.0 * h * config.vocab_size
     for each in lengths:
         keys, queries, mlp = (each,) * 3 if isinstance(each, int) else each
         total += (
-            4 * h * (key_value * keys + h * queries) + 6 * h * config.intermediate_size * mlp + 2 * keys * queries * h
+            4 * h * (key_value * keys + wide * queries)
+            + 6 * h * config.intermediate_size * mlp
+            + 2 * keys * queries * wide
         )
     return total
 

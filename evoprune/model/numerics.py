@@ -1,5 +1,5 @@
-"""In which dtype products are computed; norm and rotation of the language model, rounded where Hugging Face rounds them; and checks
-for NaN and infinity: a stage that finds one raises an error.
+"""In which dtype products are computed; norm, heads and rotation of the language model, rounded where Hugging Face rounds them;
+and checks for NaN and infinity: a stage that finds one raises an error.
 
 Torch's autocast would compute float32 products in 16 bits. The layers of a transformers model that a user holds obey it, as
 without pruning. Methods, scores and this package's own models do not: methods compare in float32, and users choose the dtype.
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.errors import ModelError
+from evoprune.model.config import head_size
 from evoprune.model.device import to_device
 
 HINT = "fp16 can overflow: take dtype bf16 or fp32; if it stays, the weights are damaged: get them again"
@@ -49,18 +50,23 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 @lru_cache
-def _frequencies(theta: float, sections: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """For each pair of features: radians per position, float32 `[head_dim / 2]`, and which of the three positions, int64."""
     dim = 2 * sum(sections)
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
+    if interleaved:  # height and width take every third pair as long as they have any, and time has all others
+        axes = [0] * len(axes)
+        for axis in (1, 2):
+            axes[axis : 3 * sections[axis] : 3] = [axis] * len(axes[axis : 3 * sections[axis] : 3])
     return frequencies, torch.tensor(axes, dtype=torch.int64, device="cpu")
 
 
 def rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines `[L, 1, head_dim]` in dtype and on the device of `like`; the sines' first half is negated."""
     rope = config.rope_parameters
-    frequencies, axis = _frequencies(rope["rope_theta"], tuple(rope["mrope_section"]))
+    turns = bool(rope.get("mrope_interleaved"))
+    frequencies, axis = _frequencies(rope["rope_theta"], tuple(rope["mrope_section"]), turns)
     angles = to_device(positions[axis].T * frequencies, like.device)[:, None]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1).to(like.dtype), torch.cat([-sin, sin], -1).to(like.dtype)
@@ -69,3 +75,15 @@ def rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates each feature of `[..., heads, head_dim]` with the one half a head away (arXiv 2104.09864)."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def heads_of(attention, name: str, x: torch.Tensor, config) -> torch.Tensor:
+    """Queries, keys or values of normed `x` (`[L, hidden]`) by head, before rotary: `[L, heads, head_dim]`.
+
+    Args:
+        attention: of a layer of the language model. Its queries and keys are normed head by head where it has such norms.
+        name: "q", "k" or "v".
+    """
+    made = getattr(attention, f"{name}_proj")(x).view(len(x), -1, head_size(config))
+    of_heads = getattr(attention, f"{name}_norm", None)
+    return made if of_heads is None else norm(made, of_heads.weight, config.rms_norm_eps)

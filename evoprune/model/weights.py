@@ -1,4 +1,4 @@
-"""The bare tree of weights of a Qwen2.5-VL or Qwen2-VL, under Hugging Face's names. It has no forward pass.
+"""The bare tree of weights of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, under Hugging Face's names. It has no forward pass.
 
 `vision/tower.py` and `language/decoder.py` compute on such a tree. They also run on a model that was loaded with transformers,
 because the names are the same. Models loaded by this package do without transformers, whose import takes longer than a short
@@ -8,23 +8,29 @@ answer.
 import torch
 from torch import nn
 
-from evoprune.model.config import QWEN2, Config, TextConfig, VisionConfig
+from evoprune.model.config import Config, TextConfig, VisionConfig, head_size
 
 
 class Tree(nn.Module):
-    """A node of the tree: a module whose children have these names."""
+    """A node of the tree: a module whose children have these names; `mlp.0` is a child of the child `mlp`."""
 
     def __init__(self, **children: nn.Module):
         super().__init__()
         for name, child in children.items():
-            self.add_module(name, child)
+            first, _, rest = name.partition(".")
+            if not rest:
+                self.add_module(name, child)
+            elif hasattr(self, first):
+                getattr(self, first).add_module(rest, child)
+            else:
+                self.add_module(first, Tree(**{rest: child}))
 
 
-def _mlp(hidden: int, inner: int, bias: bool) -> Tree:
+def _mlp(hidden: int, inner: int) -> Tree:
     return Tree(
-        gate_proj=nn.Linear(hidden, inner, bias=bias),
-        up_proj=nn.Linear(hidden, inner, bias=bias),
-        down_proj=nn.Linear(inner, hidden, bias=bias),
+        gate_proj=nn.Linear(hidden, inner, bias=False),
+        up_proj=nn.Linear(hidden, inner, bias=False),
+        down_proj=nn.Linear(inner, hidden, bias=False),
     )
 
 
@@ -33,57 +39,80 @@ class Tower(Tree):
 
     def __init__(self, config: VisionConfig):
         wide, patch = config.hidden_size, (config.temporal_patch_size, config.patch_size, config.patch_size)
-        qwen2, inner = config.family == QWEN2, config.intermediate_size
-        joined, norm = wide * config.spatial_merge_size**2, nn.LayerNorm if qwen2 else nn.RMSNorm
+        norm, table = nn.LayerNorm if config.traits.layer_norms else nn.RMSNorm, config.num_position_embeddings
+        joined, inner = wide * config.spatial_merge_size**2, config.deepstack_visual_indexes
         super().__init__(
-            patch_embed=Tree(proj=nn.Conv3d(config.in_channels, wide, patch, patch, bias=False)),
+            patch_embed=Tree(proj=nn.Conv3d(config.in_channels, wide, patch, patch, bias=table is not None)),
             blocks=nn.ModuleList(
                 Tree(
                     norm1=norm(wide),
                     norm2=norm(wide),
                     attn=Tree(qkv=nn.Linear(wide, 3 * wide), proj=nn.Linear(wide, wide)),
-                    mlp=Tree(fc1=nn.Linear(wide, inner), fc2=nn.Linear(inner, wide))
-                    if qwen2
-                    else _mlp(wide, inner, True),
+                    mlp=_tower_mlp(config),
                 )
                 for _ in range(config.depth)
             ),
-            merger=Tree(
-                ln_q=norm(wide),
-                mlp=nn.Sequential(nn.Linear(joined, joined), nn.GELU(), nn.Linear(joined, config.out_hidden_size)),
-            ),
+            merger=_merger(config, norm(wide)),
         )
+        if table is not None:
+            self.pos_embed = _embedding(table, wide)
+        if inner:
+            self.deepstack_merger_list = nn.ModuleList(_merger(config, norm(joined)) for _ in inner)
         self.config = config
+
+
+def _tower_mlp(config: VisionConfig) -> Tree:
+    """The MLP of a layer: matrices into its inner size, and the last one back."""
+    wide, inner = config.hidden_size, config.intermediate_size
+    *into, back = config.traits.mlp
+    return Tree(**{name: nn.Linear(wide, inner) for name in into}, **{back: nn.Linear(inner, wide)})
+
+
+def _merger(config: VisionConfig, norm: nn.Module) -> Tree:
+    joined = config.hidden_size * config.spatial_merge_size**2
+    first, second, third = config.traits.merger
+    layers = {first: norm, second: nn.Linear(joined, joined), third: nn.Linear(joined, config.out_hidden_size)}
+    return Tree(**layers)
+
+
+def _embedding(count: int, wide: int) -> nn.Embedding:
+    """From a tensor: drawing one imports the whole of torch.compile, even without memory."""
+    made = torch.empty(count, wide, dtype=torch.float32, device=torch.get_default_device())
+    return nn.Embedding.from_pretrained(made)
 
 
 class LanguageModel(Tree):
     """The language model's weights, without its output layer."""
 
     def __init__(self, config: TextConfig):
-        wide, heads = config.hidden_size, config.num_attention_heads
-        key_value = wide // heads * config.num_key_value_heads
+        wide = config.hidden_size
         super().__init__(
-            # From a tensor: drawing one imports the whole of torch.compile, even without memory.
-            embed_tokens=nn.Embedding.from_pretrained(
-                torch.empty(config.vocab_size, wide, dtype=torch.float32, device=torch.get_default_device())
-            ),
+            embed_tokens=_embedding(config.vocab_size, wide),
             layers=nn.ModuleList(
                 Tree(
                     input_layernorm=nn.RMSNorm(wide),
                     post_attention_layernorm=nn.RMSNorm(wide),
-                    self_attn=Tree(
-                        q_proj=nn.Linear(wide, wide),
-                        k_proj=nn.Linear(wide, key_value),
-                        v_proj=nn.Linear(wide, key_value),
-                        o_proj=nn.Linear(wide, wide, bias=False),
-                    ),
-                    mlp=_mlp(wide, config.intermediate_size, bias=False),
+                    self_attn=_attention(config),
+                    mlp=_mlp(wide, config.intermediate_size),
                 )
                 for _ in range(config.num_hidden_layers)
             ),
             norm=nn.RMSNorm(wide),
         )
         self.config = config
+
+
+def _attention(config: TextConfig) -> Tree:
+    wide, head, biased = config.hidden_size, head_size(config), not config.head_norms
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    norms = {name: nn.RMSNorm(head) for name in ("q_norm", "k_norm") if config.head_norms}
+    return Tree(
+        q_proj=nn.Linear(wide, queries, bias=biased),
+        k_proj=nn.Linear(wide, keys, bias=biased),
+        v_proj=nn.Linear(wide, keys, bias=biased),
+        o_proj=nn.Linear(queries, wide, bias=False),
+        **norms,
+    )
 
 
 class QwenVL(Tree):

@@ -280,9 +280,9 @@ class EncodedInputs:
                 self._select_for(question, report)
         with clock.stage("prefill"):
             read = [encoding.tokens for encoding in self._encodings]
-            visual, text = sum(len(each.kept) for each in read), prompt.text_tokens
-            report.tokens = TokenCounts(text, visual, text + visual, 0)
             state = self._prompts.read(read, prompt, options.system)
+            visual, columns = sum(len(each.kept) for each in read), state.cache.length
+            report.tokens = TokenCounts(columns - visual, visual, columns, 0)
         fill_dropped(report, state.dropping)
         return state
 

@@ -24,6 +24,7 @@ from evoprune.vision.encoded import Encoded
 
 LIMIT_BYTES = 2 * 2**30
 READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package that each decoder is
+OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that an entry need not have
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Cache(Entries):
                 [tuple(layer) for layer in facts["layers"]],
                 0.0,
                 facts["flat"],
-                tensors["size"].to(device) if "size" in tensors else None,
+                *(tensors[name].to(device) if name in tensors else None for name in OPTIONAL),
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
@@ -99,7 +100,7 @@ class Cache(Entries):
         """Writes an entry atomically, and deletes old ones beyond the limit; False if it cannot be written."""
         from safetensors.torch import save
 
-        tensors = {name: getattr(encoded, name) for name in ("features", "kept", "owner", "size")}
+        tensors = {name: getattr(encoded, name) for name in ("features", "kept", "owner", *OPTIONAL)}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
         about = json.dumps(
             {"rows": len(encoded.rows), "grids": encoded.grids, "layers": encoded.layers, "flat": encoded.flat}

@@ -73,7 +73,7 @@ def prefetched(items: Generator[T, None, None], depth: int = DEPTH) -> Iterator[
 
 
 def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits) -> torch.Tensor:
-    """float32 `[rows, 1176]`: the patches of frames uint8 `[n, height, width, 3]`, resized as planned and normalised."""
+    """float32 `[rows, values]`: the patches of frames uint8 `[n, height, width, 3]`, resized as planned and normalised."""
     sizes = limits.patch_size, limits.temporal_patch_size, limits.merge_size
     resized = resize(torch.from_numpy(frames), plan.height, plan.width)
     return patchify(resized, limits.image_mean, limits.image_std, *sizes)
@@ -113,7 +113,7 @@ class PatchReader:
         self._begun = chain(list(islice(chunks, 1)), chunks)
 
     def chunks(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """For every chunk, how many frames there were up to its end, and its patches `[rows, 1176]`, float32.
+        """For every chunk, how many frames there were up to its end, and its patches `[rows, values]`, float32.
 
         Raises VideoError: unreadable. OutOfMemory.
         """

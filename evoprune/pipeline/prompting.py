@@ -9,14 +9,23 @@ from evoprune.bundled import unknown_words
 from evoprune.errors import LESS, OutOfMemory, UsageError, names_plugins
 from evoprune.keywords import brief
 from evoprune.language.decoder import KVCache
-from evoprune.language.generate import PrefillState, Visual, column_sizes, dropping_for, embed_prompt, prefill
-from evoprune.language.prompt import Prompt, VisualSpan, build_prompt, prompt_positions
-from evoprune.language.tokenizer import Tokenizer
+from evoprune.language.generate import (
+    PrefillState,
+    Visual,
+    column_deepstack,
+    column_sizes,
+    dropping_for,
+    embed_prompt,
+    prefill,
+)
+from evoprune.language.prompt import Prompt, build_prompt, prompt_positions, timestamps
+from evoprune.model.config import VisionConfig
 from evoprune.model.cost import language_bytes, shortage
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.planning import TEXT, fitting_chunk, subtitles_of
+from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 
@@ -45,7 +54,7 @@ class PromptReader:
         Raises UsageError: it does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
         """
         check_question(self._loaded, question)
-        prompt = prompt_about(self._loaded.tokenizer, self._plans, question, options.system)
+        prompt = prompt_about(self._loaded, self._plans, question, options.system)
         check_context(self._loaded, prompt.text_tokens, kept, options.max_new_tokens)
         check_memory(self._engine, prompt.text_tokens, kept)
         return prompt
@@ -55,29 +64,27 @@ class PromptReader:
         """The state that decoding of a prompt from `build` starts from; `encoded`: the tokens of each input."""
         model, positions = self._loaded.model, self.positions(prompt)
         following = int(positions.max()) + 1
-        visuals = [
-            Visual(place, e.features, e.kept_here, e.size) for place, e in zip(prompt.places, encoded, strict=True)
-        ]
+        read = zip(prompt.places, encoded, strict=True)
+        visuals = [Visual(place, each.features, each.kept_here, each.size, each.deepstack) for place, each in read]
         embeds, columns = embed_prompt(model, prompt.input_ids, visuals)
         positions = positions[:, columns]
-        sizes = column_sizes(visuals, columns)
+        sizes, deepstack = column_sizes(visuals, columns), column_deepstack(visuals, columns, embeds)
         grids = [plan.grid for plan in self._plans]
         if dropping := dropping_for(model, self._engine.method, self._engine.share, visuals, grids, embeds, columns):
-            return prefill(model, embeds, positions, following, sizes=sizes, dropping=dropping)
-        shared = prompt.prefix_length - prompt.visual_tokens + sum(len(e.kept) for e in encoded)
+            return prefill(model, embeds, positions, following, None, sizes, dropping, deepstack)
+        shared = int((columns < prompt.prefix_length).sum())
         cache, known = self._take_prefix(system, shared)
         sizes = None if sizes is None else sizes[known:]
-        state = prefill(model, embeds[known:], positions[:, known:], following, cache, sizes)
+        deepstack = None if deepstack is None else deepstack[:, known:]
+        state = prefill(model, embeds[known:], positions[:, known:], following, cache, sizes, None, deepstack)
         self._prefix = system, state.cache, shared
         return state
 
     def positions(self, prompt: Prompt) -> torch.Tensor:
         """int64 `[3, L]`, of the tokens of a prompt from `build`, by Qwen's rule."""
-        pair = self._loaded.video.temporal_patch_size
-        spans = [
-            VisualSpan(place.start, plan.grid, plan.sampling.seconds_per_pair(pair))
-            for place, plan in zip(prompt.places, self._plans, strict=True)
-        ]
+        pair, spans = self._loaded.video.temporal_patch_size, []
+        for place, plan in zip(prompt.places, self._plans, strict=True):
+            spans += place.spans(plan.grid, plan.sampling.seconds_per_pair(pair))
         per_second = self._loaded.model.config.vision_config.tokens_per_second
         return prompt_positions(len(prompt.input_ids), spans, per_second)
 
@@ -93,11 +100,17 @@ class PromptReader:
         return cache, known
 
 
-def prompt_about(tokenizer: Tokenizer, plans: Sequence[Plan], question: str, system: str | None) -> Prompt:
+def prompt_about(loaded: LoadedModel, plans: Sequence[Plan], question: str, system: str | None) -> Prompt:
     """The prompt of a question about some inputs. Errors: as of `language.prompt.build_prompt`."""
     inputs = [(plan.kind, plan.encoder.units) for plan in plans]
     subtitles = subtitles_of([(plan.kind, plan.subtitles) for plan in plans])
-    return build_prompt(tokenizer, question, inputs, system=system, subtitles=subtitles)
+    times = [input_times(loaded.model.config.vision_config, plan, loaded.video.temporal_patch_size) for plan in plans]
+    return build_prompt(loaded.tokenizer, question, inputs, system=system, subtitles=subtitles, times=times)
+
+
+def input_times(config: VisionConfig, plan: Plan, pair: int) -> list[str]:
+    """What the prompt has in front of each frame pair, of `pair` frames; nothing for a picture, or a model that reads no times."""
+    return timestamps(plan.sampling.times_s, pair) if config.traits.timestamps and plan.kind == VIDEO else []
 
 
 def longest_prompt(
@@ -113,10 +126,9 @@ def longest_prompt(
         UsageError: a question does not fit into the model's context. OutOfMemory: what is to be encoded needs too much together
             with the prompt. ModelError: an unusable chat template.
     """
-    tokenizer = engine.loaded.tokenizer
     for question in questions:
         check_question(engine.loaded, question)
-    longest = max(prompt_about(tokenizer, plans, each, options.system).text_tokens for each in questions)
+    longest = max(prompt_about(engine.loaded, plans, each, options.system).text_tokens for each in questions)
     kept = sum(plan.encoder.keep for plan in plans)
     check_context(engine.loaded, longest, kept, options.max_new_tokens)
     for plan in plans:

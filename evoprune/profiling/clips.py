@@ -8,8 +8,9 @@ from math import prod
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.language.prompt import VisualSpan, prompt_positions
+from evoprune.language.prompt import Place, prompt_positions
 from evoprune.methods.pipeline import Pipeline
+from evoprune.model.config import VisionConfig
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling import synthetic
 from evoprune.profiling.results import Case
@@ -23,14 +24,16 @@ from evoprune.vision.tower import tower_shape
 
 # Text tokens before and after the video, as many as a chat template and a short question have.
 TEXT_BEFORE, TEXT_AFTER = 15, 15
+# The same around each frame pair, where a prompt has the time of each: the time and a marker, and a marker.
+BEFORE_PAIR, AFTER_PAIR = 7, 1
 SYNTHETIC_FPS = 2.0
 
 Frames = tuple[torch.Tensor, float]  # uint8 [F, H, W, 3], and the seconds from one grid to the next
 
 
-def synthetic_frames(content: str, case: Case) -> Frames:
-    """A clip made by formula, at Qwen's own frame rate; or a picture, its first frame."""
-    made = synthetic.clip(content, max(synthetic.PAIR, case.frames), case.height, case.width)
+def synthetic_frames(content: str, case: Case, unit: int = synthetic.UNIT) -> Frames:
+    """A clip made by formula, at Qwen's own frame rate; or a picture, its first frame. `unit`: side of a unit in pixels."""
+    made = synthetic.clip(content, max(synthetic.PAIR, case.frames), case.height, case.width, unit)
     return torch.from_numpy(made[: case.frames]), 2 / SYNTHETIC_FPS
 
 
@@ -50,20 +53,37 @@ def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
     if case.height % limits.unit or case.width % limits.unit:
         raise UsageError(
             f"frames of {case.height}x{case.width} pixels are no whole number of merge units",
-            f"height and width must be multiples of {limits.unit}, for example 224x336",
+            f"height and width must be multiples of {limits.unit}, for example {8 * limits.unit}x{12 * limits.unit}",
         )
     return max(1, case.frames // limits.temporal_patch_size), case.height // limits.unit, case.width // limits.unit
+
+
+def place_of(grid: tuple[int, int, int], times: bool) -> Place:
+    """Where the prompt has the units of a clip. `times`: whether the time of each frame pair is in it."""
+    if not times:
+        return Place((range(TEXT_BEFORE, TEXT_BEFORE + prod(grid)),))
+    pairs, units = grid[0], grid[1] * grid[2]
+    starts = [TEXT_BEFORE + pair * (BEFORE_PAIR + units + AFTER_PAIR) + BEFORE_PAIR for pair in range(pairs)]
+    around = tuple(range(start - BEFORE_PAIR, start + units + AFTER_PAIR) for start in starts)
+    return Place(tuple(range(start, start + units) for start in starts), around)
+
+
+def text_tokens(config: VisionConfig, case: Case, limits: InputLimits) -> int:
+    """Tokens of a case's prompt that are no units, where nothing is pruned."""
+    place = place_of(case_grid(case, limits), config.traits.timestamps and case.frames > 1)
+    return (place.around or place.runs)[-1].stop + TEXT_AFTER - len(place)
 
 
 @dataclass(frozen=True)
 class Clip:
     """A clip ready for the tower, and the prompt around it."""
 
-    patches: torch.Tensor  # `[4 * N, 1176]` in Hugging Face's order, on the device and in the dtype of the weights
+    patches: torch.Tensor  # `[4 * N, values]` in Hugging Face's order, on the device and in the dtype of the weights
     grid: tuple[int, int, int]  # (T, H, W) in units
     seconds_per_pair: float  # from one grid to the next
-    ids: torch.Tensor  # int64 `[15 + N + 15]`, any tokens for the text, and zeros for the video
-    positions: torch.Tensor  # int64 `[3, 15 + N + 15]` by Qwen's rule
+    ids: torch.Tensor  # int64 `[L]`, any tokens for the text, and zeros for the video
+    place: Place  # where the video is
+    positions: torch.Tensor  # int64 `[3, L]` by Qwen's rule
     following: int  # position of the first new token
     unpruned: int  # units of the clip without pruning; more than N if a method made the input smaller
 
@@ -92,10 +112,11 @@ def prepare(
         seconds_per_pair *= count / fewer
     patches = patchify(frames, v.image_mean, v.image_std, v.patch_size, v.temporal_patch_size, v.merge_size)
     random, size = torch.Generator().manual_seed(0), loaded.model.config.text_config.vocab_size
-    text = torch.randint(size, (TEXT_BEFORE + TEXT_AFTER,), generator=random, dtype=torch.int64, device="cpu")
-    video = torch.zeros(prod(grid), dtype=torch.int64, device="cpu")
-    ids = torch.cat([text[:TEXT_BEFORE], video, text[TEXT_BEFORE:]])
-    span = VisualSpan(TEXT_BEFORE, grid, seconds_per_pair)
-    positions = prompt_positions(len(ids), [span], visual.config.tokens_per_second)
+    place = place_of(grid, visual.config.traits.timestamps and count > 1)
+    length = (place.around or place.runs)[-1].stop + TEXT_AFTER
+    text = torch.randint(size, (length - len(place),), generator=random, dtype=torch.int64, device="cpu")
+    video = torch.zeros(length, dtype=torch.bool, device="cpu").index_fill_(0, place.columns, True)
+    ids = torch.zeros(length, dtype=torch.int64, device="cpu").masked_scatter_(~video, text)
+    positions = prompt_positions(length, place.spans(grid, seconds_per_pair), visual.config.tokens_per_second)
     patches = patches.to(visual.patch_embed.proj.weight)
-    return Clip(patches, grid, seconds_per_pair, ids, positions, int(positions.max()) + 1, unpruned)
+    return Clip(patches, grid, seconds_per_pair, ids, place, positions, int(positions.max()) + 1, unpruned)

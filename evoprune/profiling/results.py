@@ -4,7 +4,7 @@ A ratio is taken round by round, and its median is reported, so that a drift of 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -34,6 +34,10 @@ class Case:
     def __str__(self) -> str:
         size = f"{self.height}x{self.width}"
         return f"a picture of {size}" if self.frames == 1 else f"{self.frames} frames of {size}"
+
+    def of_units(self, larger: float) -> "Case":
+        """The same number of units, whose side in pixels is so many times larger."""
+        return replace(self, height=round(self.height * larger), width=round(self.width * larger))
 
 
 @dataclass(frozen=True)

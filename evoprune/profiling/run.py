@@ -10,7 +10,7 @@ from evoprune.model.limits import available_cores
 from evoprune.model.machine import environment, reset_peak_memory
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.bench import Bench, Progress, Source, all_rows
-from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE
+from evoprune.profiling.clips import AFTER_PAIR, BEFORE_PAIR, TEXT_AFTER, TEXT_BEFORE
 from evoprune.profiling.results import FULL, METHOD, Case, Results, Row, bound_of
 from evoprune.profiling.runners import Turn
 from evoprune.profiling.settings import Settings
@@ -127,7 +127,13 @@ def _with_bounds(rows: list[Row]) -> list[Row]:
 
 
 def _blank_results(loaded: LoadedModel, settings: Settings, about: dict) -> Results:
-    shared = "peak memory is the whole process's so far: this system cannot measure it for each row"
+    notes = []
+    if not reset_peak_memory(loaded.device):
+        notes.append("peak memory is the whole process's so far: this system cannot measure it for each row")
+    if loaded.model.config.vision_config.traits.timestamps:
+        notes.append(
+            f"{BEFORE_PAIR + AFTER_PAIR} tokens more for the time and the markers of each frame pair of a clip"
+        )
     return Results(
         model=replace(loaded.facts(), quantize="none"),
         weights_bytes=loaded.weights_bytes,
@@ -139,5 +145,5 @@ def _blank_results(loaded: LoadedModel, settings: Settings, about: dict) -> Resu
             "cores": available_cores(),
         },
         settings={**about, **asdict(settings), "text_tokens": TEXT_BEFORE + TEXT_AFTER},
-        notes=[] if reset_peak_memory(loaded.device) else [shared],
+        notes=notes,
     )

@@ -10,7 +10,7 @@ from evoprune.methods.pipeline import Pipeline
 from evoprune.model.cost import Clock, tower_flop
 from evoprune.model.machine import peak_memory, reset_peak_memory
 from evoprune.pipeline.loading.model import LoadedModel
-from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE, Clip
+from evoprune.profiling.clips import TEXT_AFTER, Clip
 from evoprune.profiling.results import Counts, Sample
 from evoprune.pruning.encoder_plan import EncoderPlan
 from evoprune.pruning.indices import ascending
@@ -40,16 +40,16 @@ def run_evoprune(
             question=question, seconds_per_pair=clip.seconds_per_pair, seed=seed, normal=loaded.video.normal,
         )  # fmt: skip
     with clock.stage("prefill"):
-        place = range(TEXT_BEFORE, TEXT_BEFORE + clip.units)
-        visuals = [generate.Visual(place, encoded.features, encoded.kept, encoded.size)]
+        visuals = [generate.Visual(clip.place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
         embeds, columns = generate.embed_prompt(model, clip.ids, visuals)
         sizes = generate.column_sizes(visuals, columns)
+        deepstack = generate.column_deepstack(visuals, columns, embeds)
         dropping = generate.dropping_for(model, method, budget, visuals, [clip.grid], embeds, columns)
         positions = clip.positions[:, columns]
-        state = generate.prefill(model, embeds, positions, clip.following, sizes=sizes, dropping=dropping)
+        state = generate.prefill(model, embeds, positions, clip.following, None, sizes, dropping, deepstack)
     with clock.stage("generate"):
         tokens = list(generate.TokenStream(model, state, generate.GenerationSettings(new_tokens), eos_ids=()))
-    counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept))
+    counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept), len(columns))
     sample = _sample(loaded, clock, encoded.prune_seconds, dropping.timer.seconds() if dropping else 0.0)
     if dropping:
         work = dropping.work and tuple((layer, *each) for layer, each in enumerate(dropping.work))
@@ -68,12 +68,18 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
     # Row 0 is the place in the text; the others are the positions in time, height and width.
     positions = torch.cat([ascending(len(clip.ids), "cpu")[None], clip.positions])[:, None].to(device)
     with clock.stage("encode"):
-        features = reference.model.visual(clip.patches, grid_thw=grid_thw).pooler_output
+        made = reference.model.visual(clip.patches, grid_thw=grid_thw)
     with clock.stage("prefill"):
         embeds = text.embed_tokens(clip.ids.to(device))
-        embeds[TEXT_BEFORE : TEXT_BEFORE + clip.units] = features
+        video = clip.place.columns.to(device)
+        embeds[video], inner = made.pooler_output, {}
+        if getattr(made, "deepstack_features", None):
+            mask = torch.zeros_like(positions[0], dtype=torch.bool).index_fill_(1, video, True)
+            inner = {"visual_pos_masks": mask, "deepstack_visual_embeds": made.deepstack_features}
         cache = DynamicCache(config=reference.config.text_config)
-        hidden = text(inputs_embeds=embeds[None], position_ids=positions, past_key_values=cache, use_cache=True)
+        hidden = text(
+            inputs_embeds=embeds[None], position_ids=positions, past_key_values=cache, use_cache=True, **inner
+        )
         logits = reference.lm_head(hidden.last_hidden_state[:, -1])
     with clock.stage("generate"):
         tokens = [int(logits.argmax())]
@@ -84,7 +90,7 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
             hidden = text(inputs_embeds=embeds, position_ids=position, past_key_values=cache, use_cache=True)
             tokens.append(int(reference.lm_head(hidden.last_hidden_state[:, -1]).argmax()))
     layers = [(layer, clip.units) for layer in range(len(reference.model.visual.blocks))]
-    counts = _counts(loaded.model.model.visual, clip, layers, clip.units, clip.units)
+    counts = _counts(loaded.model.model.visual, clip, layers, clip.units, clip.units, len(clip.ids))
     return Turn(counts, _sample(loaded, clock), tokens)
 
 
@@ -98,8 +104,8 @@ def _sample(loaded: LoadedModel, clock: Clock, prune: float = 0.0, prefill_prune
     return Sample(s["encode"], prune, s["prefill"], s["generate"], peak_memory(loaded.device), prefill_prune)
 
 
-def _counts(visual, clip: Clip, layers: list[tuple[int, int]], rows: int, tokens: int) -> Counts:
+def _counts(visual, clip: Clip, layers: list[tuple[int, int]], rows: int, tokens: int, prompt: int) -> Counts:
     windows = tower_geometry(visual, *clip.grid[1:]).windows
     flop = tower_flop(visual.config, [*(entered for _, entered in layers), rows], clip.grid[0], windows)
     share = sum(entered for _, entered in layers) / len(layers) / clip.unpruned
-    return Counts(clip.unpruned, rows, share, tuple(layers), tokens, len(clip.ids) - clip.units + tokens, flop)
+    return Counts(clip.unpruned, rows, share, tuple(layers), tokens, prompt, flop)

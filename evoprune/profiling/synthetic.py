@@ -1,6 +1,6 @@
 """Clips made by formula, for benchmarks: the same bytes everywhere, for ever. Whole numbers only, and one hash as random generator.
 
-A *grid* is two frames, a *unit* 28x28 pixels of both. f, y, x, c count frames, rows, columns and colour channels from 0.
+A *grid* is two frames, a *unit* 28x28 pixels of both, or 32x32. f, y, x, c count frames, rows, columns and colour channels from 0.
 
 `noise`     byte(1, f, y, x, c): no pixel has to do with another. The most there can be to encode.
 `static90`  Both frames of the first grid are texture(2). Every later grid is equal to it but for one unit in ten (a half counts as
@@ -12,23 +12,24 @@ A *grid* is two frames, a *unit* 28x28 pixels of both. f, y, x, c count frames, 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from evoprune.profiling.settings import SYNTHETIC
 
-UNIT, PAIR = 28, 2  # side of a merge unit in pixels, frames in a grid
+UNIT, PAIR = 28, 2  # side of a merge unit in pixels, if not given; frames in a grid
 SCALES = ((64, 3), (32, 2), (16, 1), (8, 1), (4, 1))
 Draw = Callable[[int], np.ndarray]  # f to integers [H, W, 3], 0 to 255
 
 
-def clip(content: str, frames: int, height: int, width: int) -> np.ndarray:
+def clip(content: str, frames: int, height: int, width: int, unit: int = UNIT) -> np.ndarray:
     """uint8 `[frames, height, width, 3]`: one of `settings.SYNTHETIC`. Raises ValueError: another, or sizes of no whole grids."""
     if content not in SYNTHETIC:
         raise ValueError(f"no synthetic clip {content!r}: one of {', '.join(SYNTHETIC)}")
-    if min(frames, height, width) < 1 or frames % PAIR or height % UNIT or width % UNIT:
+    if min(frames, height, width) < 1 or frames % PAIR or height % unit or width % unit:
         raise ValueError(f"{frames} frames of {height}x{width} are not whole grids of whole units")
-    draw = {"motion": _motion, "static90": _static, "noise": _noise}[content](height, width)
+    draw = {"motion": _motion, "static90": partial(_static, unit=unit), "noise": _noise}[content](height, width)
     made = np.empty((frames, height, width, 3), np.uint8)
     for f in range(frames):  # one at a time, for the sake of memory
         made[f] = draw(f)
@@ -77,16 +78,16 @@ def _noise(height: int, width: int) -> Draw:
     return lambda f: _byte(1, f, *_axes(height, width))
 
 
-def _static(height: int, width: int) -> Draw:
-    still, columns = _texture(2, height, width), width // UNIT
-    units = height // UNIT * columns
+def _static(height: int, width: int, unit: int) -> Draw:
+    still, columns = _texture(2, height, width), width // unit
+    units = height // unit * columns
 
     def draw(f: int) -> np.ndarray:
         if f < PAIR:
             return still
         new = np.zeros(units, bool)
         new[_mix(3, f // PAIR, np.arange(units)).argsort(kind="stable")[: (units + 5) // 10]] = True
-        new = new.reshape(-1, columns, 1).repeat(UNIT, 0).repeat(UNIT, 1)
+        new = new.reshape(-1, columns, 1).repeat(unit, 0).repeat(unit, 1)
         return np.where(new, _byte(4, f, *_axes(height, width)), still)
 
     return draw

@@ -15,7 +15,7 @@ from evoprune.errors import UsageError
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.cost import EFFICIENCY, matmul_rate, prefill_flop, tower_flop
 from evoprune.model.weights import empty
-from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE, case_grid
+from evoprune.profiling.clips import case_grid, text_tokens
 from evoprune.profiling.results import FULL, HUGGING_FACE, METHOD, Row
 from evoprune.profiling.settings import Settings
 from evoprune.profiling.weights import ModelOutline
@@ -97,7 +97,8 @@ def estimate(
         method = bind(settings.parse(row.method)) if row.kind == METHOD else Pipeline()
         grid = case_grid(row.case, limits)
         plan = method.plan(tower, grid, keep_count(row.budget, prod(grid)))
-        prompt = method.prompt_work(text.num_hidden_layers, plan.keep, TEXT_BEFORE + TEXT_AFTER, row.budget)
+        words = text_tokens(config.vision_config, row.case, limits)
+        prompt = method.prompt_work(text.num_hidden_layers, plan.keep, words, row.budget)
         layers, windows = [*plan.layers, plan.rows], tower.windows(*plan.grid[1:])
         flop = tower_flop(config.vision_config, layers, plan.grid[0], windows) + prefill_flop(text, prompt)
         return flop / rate + (settings.new_tokens - 1) * language / read

@@ -22,7 +22,7 @@ from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
 from evoprune.pipeline.loading.found import DTYPES, describe_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.options import ModelOptions
-from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE, case_grid
+from evoprune.profiling.clips import case_grid, text_tokens
 from evoprune.profiling.results import Case
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import InputLimits
@@ -110,5 +110,6 @@ def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: 
     """The most bytes in use beside weights of `bytes_each`: those of transformers. Raises as `case_grid`."""
     units = prod(case_grid(case, limits))
     held = cost.SMALL_CHANGE + cost.pixel_bytes(config, units, bytes_each)
-    language = cost.language_bytes(config, units + TEXT_BEFORE + TEXT_AFTER, bytes_each)
+    text = text_tokens(config.vision_config, case, limits)
+    language = cost.language_bytes(config, units + text, bytes_each)
     return held + max(cost.tower_bytes(config, units, bytes_each), language)

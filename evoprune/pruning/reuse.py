@@ -1,7 +1,7 @@
 """Reuse in time: finds the units that have not changed since they were last encoded, from the pixels and before the tower runs.
 
 Each unit is compared with the frame pair last encoded at its place, because a comparison with the one just before would miss
-slow changes. It has changed if the mean colour of any of its blocks of 7x7 pixels has: such means average out noise, but not a
+slow changes. It has changed if the mean colour of any of its 16 blocks in a frame has: such means average out noise, but not a
 stroke one pixel wide. A small drift in the brightness of the whole picture is no change.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCKS, CHANNELS = 2 * (28 // 7) ** 2, 3  # blocks of a unit in both frames, and colours
+BLOCKS, CHANNELS = 2 * 4**2, 3  # blocks of a unit in both frames, of 7x7 or 8x8 pixels, and colours
 # A unit has changed if a block differs by at least this many levels of 255 (Euclidean over red, green and blue).
 THRESHOLD = 8.0
 # The greatest drift of brightness since the references were encoded, as a factor up or down.

@@ -12,6 +12,7 @@ from evoprune.errors import UsageError
 from evoprune.evaluation.shared import SharedFrames
 from evoprune.methods.operations import KEY, PLACE, Operations
 from evoprune.methods.pipeline import Pipeline
+from evoprune.model.config import head_size
 from evoprune.pipeline.agreement import agreement
 from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.options import PruneOptions
@@ -121,6 +122,7 @@ class OperationTuning(Run):
 
 def weights(config) -> tuple[float, float, float]:
     """What share of a layer's work on a token keys and values, queries and output, and the MLP are; `config`: a `TextConfig`."""
-    hidden, head = config.hidden_size, config.hidden_size // config.num_attention_heads
-    work = 2 * hidden * head * config.num_key_value_heads, 2 * hidden * hidden, 3 * hidden * config.intermediate_size
+    hidden, keys, queries = config.hidden_size, config.num_key_value_heads, config.num_attention_heads
+    work = 2 * hidden * head_size(config) * keys, 2 * hidden * head_size(config) * queries
+    work += (3 * hidden * config.intermediate_size,)
     return tuple(each / sum(work) for each in work)

@@ -14,6 +14,8 @@ from evoprune.video.sampling import SamplingPlan, check_sampling, plan_sampling
 # Visual tokens before pruning: Qwen2.5-VL's own limit for a video, and what a CPU encodes in about a minute.
 MAX_VISUAL_TOKENS = 24_576
 MAX_VISUAL_TOKENS_CPU = 4_096
+# Units of a frame where a model limits all frames together: Qwen's own limit, without which four frames would share all of it.
+MAX_FRAME_TOKENS = 768
 
 # How a picture is looked at: once. Its length stands for the second to the next frame pair, which does not exist.
 STILL = SamplingPlan(0.0, 0.5, (0.0,), 1)
@@ -32,8 +34,9 @@ def default_max_visual_tokens(*, on_cpu: bool, is_demo: bool) -> int:
 class InputLimits:
     """What a model expects of a video, or of a picture: size, normalisation, frame rate. The defaults are Qwen2.5-VL's for video.
 
-    Fields with a rule can be given by a file of the model. Pixels are the area of one frame after resizing; `merge_size` is the
-    side of a unit in patches; mean and deviation are of the red, green and blue channel, values in 0..1.
+    Fields with a rule can be given by a file of the model. Pixels are the area of one frame after resizing, or with `of_all_frames`
+    of all frames of a video together; `merge_size` is the side of a unit in patches; mean and deviation are of the red, green and
+    blue channel, values in 0..1.
     """
 
     min_pixels: Area = 128 * 28 * 28
@@ -46,6 +49,7 @@ class InputLimits:
     patch_size: int = 14
     temporal_patch_size: int = 2
     merge_size: int = 2
+    of_all_frames: bool = False
 
     @property
     def normal(self) -> tuple[Means, Deviations]:
@@ -55,6 +59,13 @@ class InputLimits:
     def unit(self) -> int:
         """Side of a unit in pixels."""
         return self.patch_size * self.merge_size
+
+    def of_each(self, frames: int) -> "InputLimits":
+        """The limits of one frame of a video with so many."""
+        if not self.of_all_frames:
+            return self
+        most = min(MAX_FRAME_TOKENS * self.unit**2, self.max_pixels / frames)
+        return replace(self, min_pixels=self.min_pixels / frames, max_pixels=most, of_all_frames=False)
 
 
 @dataclass(frozen=True)
@@ -121,8 +132,8 @@ class Plan:
         return replace(self, sampling=sampling, height=height * limits.unit, width=width * limits.unit, grid=grid)
 
 
-def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int, factor: int = 28) -> tuple[int, int]:
-    """The frame size that Qwen2.5-VL sees: multiples of `factor`, area within limits, aspect ratio nearly kept.
+def smart_resize(height: int, width: int, min_pixels: float, max_pixels: float, factor: int = 28) -> tuple[int, int]:
+    """The frame size that the model sees: multiples of `factor`, area within limits, aspect ratio nearly kept.
 
     Where both cannot be had, the area is kept and the ratio is not (Qwen2-VL, arXiv 2409.12191, naive dynamic resolution).
 
@@ -184,6 +195,7 @@ def make_plan(
         # No more pairs than tokens are allowed, so that `times_s` stays short where `frame_limit` is huge.
         sampling = sample(max_frames=min(frame_limit, pair * most_tokens))
         wanted, pairs = min(sampling.wanted, frame_limit - frame_limit % pair), sampling.frames // pair
+        limits = limits.of_each(sampling.frames)
     try:
         preferred, grid = _fit(info, limits, pairs, most_tokens)
     except ValueError as problem:
@@ -203,7 +215,7 @@ def _fit(info: Video, limits: InputLimits, pairs: int, most: int) -> tuple[tuple
     Raises ValueError: a shape that cannot be resized.
     """
 
-    def units(min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    def units(min_pixels: float, max_pixels: float) -> tuple[int, int]:
         height, width = smart_resize(info.height, info.width, min_pixels, max_pixels, limits.unit)
         return height // limits.unit, width // limits.unit
 

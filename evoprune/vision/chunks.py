@@ -26,7 +26,7 @@ class Chunk:
 
     Attributes:
         first, pairs: number of the first frame pair in the video, and how many there are.
-        patches: `[R, 4, 1176]`, of the units that are rows, in window order.
+        patches: `[R, 4, values]`, of the units that are rows, in window order.
         source: int64 `[pairs, H*W]` on the CPU, the number of the frame pair whose row represents each unit: its own if the unit is
             a row. None without reuse, where every unit is a row.
     """
@@ -57,7 +57,7 @@ class Chunk:
 
 
 def in_pairs(patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int) -> Iterator[torch.Tensor]:
-    """Cuts a stream of patches (pieces `[n, 1176]`) into pieces of `pairs` whole frame pairs; the last may be shorter."""
+    """Cuts a stream of patches (pieces `[n, values]`) into pieces of `pairs` whole frame pairs; the last may be shorter."""
     held, size = [], rows_per_pair * pairs
     for piece in patches:
         if not len(piece):
@@ -108,7 +108,7 @@ def in_chunks(
     A chunk also ends once it represents `devices.SPARSE` * `rows` units, so its memory does not grow with the video.
 
     Args:
-        patches: pieces `[n, 1176]` that make up `pairs` frame pairs.
+        patches: pieces `[n, values]` that make up `pairs` frame pairs.
         threshold: of reuse, in levels of 255; 0 for no reuse.
         timer: measures the search for references.
         normal: mean and std of the patches' normalisation, as in `patchify`.
@@ -140,7 +140,7 @@ def in_chunks(
 
 
 def _rows_of(patches: torch.Tensor, geo: Geometry, first: int, pairs: int, source: torch.Tensor | None) -> torch.Tensor:
-    """`[R, 4, 1176]`: the patches of the units that are rows, in window order, of `pairs` frame pairs."""
+    """`[R, 4, values]`: the patches of the units that are rows, in window order, of `pairs` frame pairs."""
     alive = None if source is None else source == first + ascending(pairs, "cpu")[:, None]
     unit = window_order(geometry(geo.height, geo.width, geo.side, "cpu"), pairs, alive)
     return patches.view(-1, PATCHES, patches.shape[1])[devices.to_device(unit, patches.device)]
@@ -155,7 +155,7 @@ def _joined(chunks: list[Chunk]) -> Chunk:
 
 
 def _is_even(pairs: torch.Tensor) -> torch.Tensor:
-    """Whether all patches of each frame pair (`[T, patches, 1176]`) are equal within one level of 255; bool without dimension."""
+    """Whether all patches of each frame pair (`[T, patches, values]`) are equal within one level of 255; bool without dimension."""
     return (pairs.amax(1) - pairs.amin(1)).max() < 1 / 255
 
 

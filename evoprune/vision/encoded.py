@@ -31,6 +31,7 @@ class Encoded:
         flat: whether every frame pair has one colour, so that no unit differs from another.
         size: float32 `[K]`, the weight of each token in the language model's attention, which adds log(size) to its logits: in
             `evoprune` (cluster size) ** count, that is the square root by default. None for 1 each.
+        deepstack: `[n, K, D]`, what DeepStack adds to the tokens after the first n layers of the language model; None without it.
     """
 
     features: torch.Tensor
@@ -42,6 +43,7 @@ class Encoded:
     prune_seconds: float
     flat: bool = False
     size: torch.Tensor | None = None
+    deepstack: torch.Tensor | None = None
 
     def __repr__(self) -> str:
         tokens, width = self.features.shape
@@ -56,6 +58,13 @@ class Encoded:
     def kept_here(self) -> torch.Tensor:
         """`kept` on the CPU, read once: from an accelerator it waits."""
         return self.kept.cpu()
+
+    @property
+    def every_feature(self) -> torch.Tensor:
+        """`[(1 + n) K, D]`: the tokens, and behind them what DeepStack adds to them."""
+        return (
+            self.features if self.deepstack is None else torch.cat([self.features[None], self.deepstack]).flatten(0, 1)
+        )
 
     @property
     def kept_per_pair(self) -> list[int]:
@@ -81,6 +90,7 @@ def joined(videos: list[Encoded]) -> Encoded:
         sum(v.prune_seconds for v in videos),
         all(v.flat for v in videos),
         _joined_sizes(videos),
+        None if videos[0].deepstack is None else torch.cat([v.deepstack for v in videos], 1),
     )
 
 
@@ -119,7 +129,8 @@ class EncodedRows:
         layers: as in `Encoded`.
         selection: the selection inside the tower, if the language model reads exactly those rows; else None.
         timer: measures pruning.
-        checks: what `finish` refuses, or notes.
+        checks: results that `finish` reads.
+        deepstack: `[E, n, D]`, the DeepStack features of the rows.
     """
 
     plan: EncoderPlan
@@ -130,12 +141,14 @@ class EncodedRows:
     selection: Selection | None
     timer: Timer
     checks: Checks
+    deepstack: torch.Tensor
 
     def nothing_selected(self) -> Encoded:
         """An encoding without tokens, for a method whose question is not known yet."""
         flat, seconds = self.finish()
         rows, none = self.tokens.rows, self.unit[:0]
-        return Encoded(rows[:0], none, rows, self.tokens.owner, (self.plan.grid,), self.layers, seconds, flat)
+        about = rows, self.tokens.owner, (self.plan.grid,), self.layers, seconds, flat
+        return Encoded(rows[:0], none, *about, deepstack=by_layer(self.deepstack[:0]))
 
     def finish(self) -> tuple[bool, float]:
         """Whether each frame pair has one colour, and the seconds spent on pruning; reads all checks, which synchronises.
@@ -172,9 +185,24 @@ def select_tokens(video: EncodedRows, question: torch.Tensor | None = None) -> E
     with video.timer:
         selection = selected(video, question)
         kept = devices.to_device(selection.kept, rows.device)
-        features = rows if selection is video.selection else replace(selection, kept=kept).features(rows, owner)
+        features, deepstack = rows, video.deepstack
+        if selection is not video.selection:
+            found = replace(selection, kept=kept)
+            features, deepstack = (averaged(found, each, owner) for each in (rows, video.deepstack))
     flat, seconds = video.finish()
-    return Encoded(features, kept, rows, owner, (video.plan.grid,), video.layers, seconds, flat, selection.size)
+    about = rows, owner, (video.plan.grid,), video.layers, seconds, flat
+    return Encoded(features, kept, *about, selection.size, by_layer(deepstack))
+
+
+def averaged(found: Selection, values: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    """Values `[K, ...]` of the selected tokens, from those of rows, `[E, ...]`; `owner`: int64 `[N]`, the row of each unit."""
+    shape = len(found.kept), *values.shape[1:]
+    return found.features(values.flatten(1), owner).view(shape) if values.numel() else values.new_empty(shape)
+
+
+def by_layer(deepstack: torch.Tensor) -> torch.Tensor | None:
+    """`[n, K, D]` from `[K, n, D]`; None where n is 0."""
+    return deepstack.transpose(0, 1) if deepstack.shape[1] else None
 
 
 def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Selection:

@@ -30,21 +30,13 @@ from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import devices
 from evoprune.vision.chunks import CarriedKeys, Chunk, in_chunks
 from evoprune.vision.devices import Timer
-from evoprune.vision.encoded import Checks, Encoded, EncodedRows, all_true, select_tokens
+from evoprune.vision.encoded import Checks, Encoded, EncodedRows, all_true, averaged, select_tokens
+from evoprune.vision.families import embed, layers_of, merge_patches
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import TokenLayout, full_layout, selected_layout
 from evoprune.vision.preprocess import CLIP, Normalisation
 from evoprune.vision.reductions import Followers, Merging
-from evoprune.vision.tower import (
-    LayerRun,
-    Reduction,
-    embed,
-    family,
-    merge_patches,
-    run_layers,
-    tower_geometry,
-    tower_shape,
-)
+from evoprune.vision.tower import LayerRun, Reduction, run_layers, tower_geometry, tower_shape
 
 OnLayer = Callable[[int, int], None]
 
@@ -63,9 +55,9 @@ def encode(
     """Encodes one video.
 
     Args:
-        visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of Qwen2.5-VL or Qwen2-VL, whose layers obey
+        visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of the same families, whose layers obey
             torch's autocast. The rows are then in its dtype.
-        patches: pieces `[n, 1176]` in Hugging Face's order that make up the whole video.
+        patches: pieces `[n, values]` in Hugging Face's order that make up the whole video.
         plan: for this tower, from `Pipeline.plan`.
         question: `[Q, D]`, the embeddings of its tokens, for a method that reads the question.
         seconds_per_pair: time from one frame pair to the next, in seconds.
@@ -105,21 +97,21 @@ def encode_rows(
     with without_autocast() if isinstance(visual, Tower) else nullcontext():
         for chunk in run.chunks(patches, normal):
             x, layout = run.embed(chunk)
-            x, layout = run.run_first_layers(chunk, x, layout)
+            x, layout, deepstack = run.run_first_layers(chunk, x, layout)
             if not plan.row_stages:
                 x = run.merge_patches(x)
-            run.collect(chunk, x, layout)
-        chunk = x = layout = None  # frees the memory of the last chunk
+            run.collect(chunk, x, layout, deepstack)
+        chunk = x = layout = deepstack = None  # frees the memory of the last chunk
         rows, selection = run.all_rows(), None
         for stage, layers in zip(plan.row_stages, plan.spans[1:], strict=True):
             rows, selection = run.select_rows(rows, stage, seconds_per_pair, seed)
             rows = run.run_later_layers(rows, stage, layers)
         if plan.row_stages:
             rows.x = run.merge_patches(rows.x)
-            run.checks.numbers.append(all_numbers(rows.x))
+            run.note_numbers(rows.x, rows.deepstack)
     tokens = Tokens(rows.x, rows.owner, plan.grid, seconds_per_pair, seed, run.selector_inputs())
     source = torch.cat(run.sources)
-    return EncodedRows(plan, tokens, rows.unit, source, run.layers, selection, run.timer, run.checks)
+    return EncodedRows(plan, tokens, rows.unit, source, run.layers, selection, run.timer, run.checks, rows.deepstack)
 
 
 @dataclass
@@ -128,11 +120,13 @@ class _VideoRows:
 
     Attributes:
         x: `[E, 4, hidden]`, or `[E, D]` after the patch merger.
+        deepstack: `[E, n, D]`, the DeepStack features of the rows, of the layers so far; averaged where the rows are.
         unit: int64 `[E]`, the unit whose place each row has.
         owner: int64 `[N]`, the row that represents each unit, -1 for none.
     """
 
     x: torch.Tensor
+    deepstack: torch.Tensor
     unit: torch.Tensor
     owner: torch.Tensor
 
@@ -186,18 +180,20 @@ class _Run:
         if self.carried:
             follows = chunk.first + chunk.pairs < self.plan.grid[0]
             self.carried.begin(latest if follows else None)  # no unit refers to the last chunk
-        return embed(self.visual, devices.to_device(chunk.patches, self.device)), layout
+        return embed(self.visual, devices.to_device(chunk.patches, self.device), layout), layout
 
-    def run_first_layers(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
-        """The rows after the layers before the first selection, or after all layers."""
+    def run_first_layers(
+        self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout
+    ) -> tuple[torch.Tensor, TokenLayout, torch.Tensor]:
+        """The rows after the layers before the first selection, or after all layers; and their DeepStack features."""
         layers = self.plan.spans[0]
         reduction = _reduction(self.plan, range(chunk.first, chunk.first + chunk.pairs), self.checks.failed)
         for layer in layers:
             self.computed[layer] += reduction.computed(layer, layout)
         run = LayerRun(self.visual, self.timer, reduction, self.carried, self.gathering)
-        return run_layers(run, layers, x, layout)
+        return *run_layers(run, layers, x, layout), run.deepstack
 
-    def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> None:
+    def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout, deepstack: torch.Tensor) -> None:
         """Appends a chunk's rows, ordered by unit, to those of earlier chunks. `x`: after the patch merger if no layer follows."""
         order = layout.unit.argsort()
         if self.gathering:
@@ -205,19 +201,19 @@ class _Run:
                 self.gathering.finish(order)
         index = order.argsort() + self.count  # of each row among all rows of the video
         owner = self.carried.owners(layout.owner, index) if self.carried else index[layout.owner]
-        x = x[order]
-        self._check_numbers(x)
-        self.pieces.append(_VideoRows(x, layout.unit[order] + chunk.first * self.geometry.units, owner))
+        x, deepstack = x[order], deepstack[order]
+        self.note_numbers(x, deepstack)
+        self.pieces.append(_VideoRows(x, deepstack, layout.unit[order] + chunk.first * self.geometry.units, owner))
         own = chunk.first + ascending(chunk.pairs, "cpu")[:, None].expand(-1, self.geometry.units)
         self.sources.append(own if chunk.source is None else chunk.source)
         self.count += len(order)
 
     def all_rows(self) -> _VideoRows:
         """The rows of all chunks; frees the chunks."""
-        live = [rows.x for rows in self.pieces if len(rows.x)]
+        live = [(rows.x, rows.deepstack) for rows in self.pieces if len(rows.x)]
         units, owners = [rows.unit for rows in self.pieces], [rows.owner for rows in self.pieces]
         self.pieces, self.carried = [], None
-        return _VideoRows(torch.cat(live), torch.cat(units), torch.cat(owners))
+        return _VideoRows(*(torch.cat(each) for each in (*zip(*live, strict=True), units, owners)))
 
     def select_rows(
         self, rows: _VideoRows, stage: Stage, seconds_per_pair: float, seed: int
@@ -237,24 +233,24 @@ class _Run:
         with self.timer:
             seen = rows.x
             if "hidden" not in selector.needs:
-                seen = family(self.visual).norm(self.visual.blocks[stage.first_layer].norm1, seen)
+                seen = layers_of(self.visual).norm(self.visual.blocks[stage.first_layer].norm1, seen)
             seen = seen.flatten(1)
             tokens = Tokens(seen, rows.owner, plan.grid, seconds_per_pair, seed)
             found = select(selector, tokens, min(most, len(rows.x)))
             owner = found.owner if found.owner is not None else _nearest_kept(seen, rows.owner, found.kept)
             del seen, tokens  # as large as all rows
-            means = found.features(rows.x.flatten(1), rows.owner).view(-1, *rows.x.shape[1:])
+            means, deepstack = (averaged(found, values, rows.owner) for values in (rows.x, rows.deepstack))
         final = not whole_pairs and selector.suffices(len(found.kept), plan.keep, plan.units)
-        return _VideoRows(means, found.kept, owner), found if final else None
+        return _VideoRows(means, deepstack, found.kept, owner), found if final else None
 
     def run_later_layers(self, rows: _VideoRows, stage: Stage, layers: range) -> _VideoRows:
         """The selected rows after `layers`, which run on the whole video at once, or on chunks of whole frame pairs."""
         self.computed[layers.start : layers.stop] = [len(rows.unit)] * len(layers)
         if isinstance(stage.reduce, WholePairs):
-            pairs = -(-self.chunk_units // self.geometry.units)
-            pieces = rows.x.split(pairs * self.geometry.units)
-            made = [self._run_pairs(x, layers, last=x is pieces[-1]) for x in pieces]
-            return _VideoRows(torch.cat(made), rows.unit, rows.owner)
+            at_once = -(-self.chunk_units // self.geometry.units) * self.geometry.units
+            pieces = list(zip(rows.x.split(at_once), rows.deepstack.split(at_once), strict=True))
+            made = [self._run_pairs(*piece, layers, last=piece is pieces[-1]) for piece in pieces]
+            return _VideoRows(*map(torch.cat, zip(*made, strict=True)), rows.unit, rows.owner)
         layout, order = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.owner)
         run = LayerRun(
             self.visual,
@@ -262,14 +258,21 @@ class _Run:
             mlp_rows=self.chunk_units,
             on_layer=lambda done: self.on_layer(done, self.plan.depth),
         )
+        run.deepstack = rows.deepstack[order]
         x, rows.x = rows.x[order], None  # frees the rows in the old order
         x, _ = run_layers(run, layers, x, layout)
-        return _VideoRows(x[order.argsort()], rows.unit, rows.owner)
+        back = order.argsort()
+        return _VideoRows(x[back], run.deepstack[back], rows.unit, rows.owner)
 
-    def _run_pairs(self, x: torch.Tensor, layers: range, last: bool) -> torch.Tensor:
-        """Rows of whole frame pairs after `layers`. `last`: whether no others follow; then finished layers are reported."""
+    def _run_pairs(
+        self, x: torch.Tensor, deepstack: torch.Tensor, layers: range, last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of whole frame pairs and their DeepStack features after `layers`.
+
+        `last`: whether no others follow; then finished layers are reported.
+        """
         layout = full_layout(self.geometry, len(x) // self.geometry.units)
-        run = LayerRun(self.visual, self.timer, gathering=self.gathering)
+        run = LayerRun(self.visual, self.timer, gathering=self.gathering, deepstack=deepstack[layout.unit])
         if last:
             run.on_layer = lambda done: self.on_layer(done, self.plan.depth)
         order = layout.unit.argsort()
@@ -277,7 +280,7 @@ class _Run:
         if self.gathering:
             with self.timer:
                 self.gathering.finish(order)
-        return x[order]
+        return x[order], run.deepstack[order]
 
     def merge_patches(self, x: torch.Tensor) -> torch.Tensor:
         """Rows `[E, D]` as the language model reads them, from rows `[E, 4, hidden]`; piece by piece, to bound the memory."""
@@ -292,13 +295,13 @@ class _Run:
         """The inputs that the selector declared, by name."""
         return self.gathering.collected() if self.gathering else {}
 
-    def _check_numbers(self, rows: torch.Tensor) -> None:
+    def note_numbers(self, *rows: torch.Tensor) -> None:
         """Notes whether `rows` are without NaN and infinity; raises ModelError at once where reading values costs nothing."""
-        if not len(rows):
-            return
-        self.checks.numbers.append(all_numbers(rows))
-        if not devices.reading_waits(self.device) and not self.checks.numbers[-1]:
-            raise not_a_number_error("encode")
+        for values in rows:
+            if values.numel():
+                self.checks.numbers.append(all_numbers(values))
+                if not devices.reading_waits(self.device) and not self.checks.numbers[-1]:
+                    raise not_a_number_error("encode")
 
 
 def _nearest_kept(seen: torch.Tensor, owner: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ The 2x2 patches of a unit are four consecutive rows, and units are in raster ord
 y and x. The result is that of `Qwen2VLImageProcessor`, without torchvision.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -52,14 +54,15 @@ def patchify(
 def patch_means(
     patches: torch.Tensor, units: int, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
 ) -> torch.Tensor:
-    """The mean colour of each block of 7x7 pixels, for `pruning.reuse.scan`.
+    """The mean colour of each block of half a patch, 7x7 or 8x8 pixels, for `pruning.reuse.scan`.
 
     Args:
-        patches: `[T * units * 4, 1176]`, from `patchify`.
+        patches: `[T * units * 4, values]`, from `patchify`, of frame pairs and three colours.
 
     Returns float32 `[T, units, 96]`, in levels of 255.
     """
-    blocks = patches.float().view(-1, units, 2, 2, 3, 2, 2, 7, 2, 7).mean((7, 9))
+    half = math.isqrt(patches.shape[1] // 24)
+    blocks = patches.float().view(-1, units, 2, 2, 3, 2, 2, half, 2, half).mean((7, 9))
     # pair, unit, patch y, x, channel, frame, block y, x -> pair, unit, frame, y, x, channel
     blocks = blocks.permute(0, 1, 5, 2, 6, 3, 7, 4)
     levels = 255 * (blocks * blocks.new_tensor(std) + blocks.new_tensor(mean))

@@ -56,6 +56,17 @@ class Merging(Reduction):
         features = x.flatten(1).float() if keys is None else unit_features(keys)
         return reduce_rows(self, layer, x, layout, scope, features, received)
 
+    def joined(self, values: torch.Tensor, before: TokenLayout, after: TokenLayout) -> torch.Tensor:
+        """A merged row has the size-weighted mean."""
+        if not values.numel():
+            return values.new_empty(after.rows, *values.shape[1:])
+        into, size = after.owner[before.unit], before.size.float()
+        weight = size.new_zeros(after.rows).index_add_(0, into, size).clamp_(min=1)
+        wide = (-1, *[1] * (values.ndim - 1))
+        total = torch.zeros(after.rows, *values.shape[1:], dtype=torch.float32, device=values.device)
+        total.index_add_(0, into, values.float() * size.view(wide))
+        return (total / weight.view(wide)).to(values.dtype)
+
 
 @dataclass(frozen=True)
 class _RoundRows:

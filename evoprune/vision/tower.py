@@ -1,16 +1,11 @@
-"""Runs the layers of a vision tower on rows of a video, with a model's weights, rounded as in Hugging Face's code.
-
-Qwen2.5-VL (arXiv 2502.13923) has RMS norms and gated MLPs. Qwen2-VL (arXiv 2409.12191) has layer norms with a bias, and MLPs of two
-matrices with the quick GELU between them.
-"""
+"""Runs the layers of a vision tower on rows of a video, with a model's weights, rounded as in Hugging Face's code."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 
-from evoprune.model.config import QWEN2, QWEN2_5, vision_sizes
+from evoprune.model.config import vision_sizes
 from evoprune.model.linear import linear
 from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.pruning.indices import ascending
@@ -19,6 +14,7 @@ from evoprune.vision.attention import grouped_attention
 from evoprune.vision.buckets import Bucket, Packed, buckets
 from evoprune.vision.chunks import CarriedKeys
 from evoprune.vision.devices import Timer
+from evoprune.vision.families import Layers, deepstack, layers_of
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
 
@@ -70,47 +66,9 @@ class Reduction:
         """Values `[R', ...]` of all rows that leave the tower, from those of the rows of a layer."""
         return values
 
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between towers: `norm(module, x)`, and `mlp(module, x, plus)`, which adds the MLP of normed `x` to `plus`."""
-
-    norm: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
-    mlp: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def family(visual) -> Family:
-    """The family of a tower, this project's or transformers'."""
-    return FAMILIES[vision_sizes(visual.config).family]
-
-
-def _rms(module, x: torch.Tensor) -> torch.Tensor:
-    return norm(x, module.weight)
-
-
-def _gated(mlp, x: torch.Tensor, plus: torch.Tensor) -> torch.Tensor:
-    hidden = linear(mlp.up_proj, x, times=linear(mlp.gate_proj, x, silu=True))
-    return linear(mlp.down_proj, hidden, plus=plus)
-
-
-def _layer(module, x: torch.Tensor) -> torch.Tensor:
-    return F.layer_norm(x, module.weight.shape, module.weight, module.bias, 1e-6)
-
-
-def _plain(mlp, x: torch.Tensor, plus: torch.Tensor) -> torch.Tensor:
-    hidden = linear(mlp.fc1, x)
-    hidden = hidden.mul_(torch.sigmoid(1.702 * hidden))  # the quick GELU
-    return linear(mlp.fc2, hidden, plus=plus)
-
-
-FAMILIES = {QWEN2_5: Family(_rms, _gated), QWEN2: Family(_layer, _plain)}
-
-
-def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """RMS norm of rows `[..., D]`, in float32; on CPUs with fewer passes over the memory than F.rms_norm."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = length.square_().div_(x.shape[-1]).add_(1e-6).rsqrt_()
-    return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
+    def joined(self, values: torch.Tensor, before: TokenLayout, after: TokenLayout) -> torch.Tensor:
+        """Values `[R', ...]` of all rows that leave the tower, as `after` has changed their layout `before` into another one."""
+        return values
 
 
 def rotary(config, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,16 +105,6 @@ def tower_geometry(visual, height: int, width: int) -> Geometry:
     return geometry(height, width, tower_shape(visual).window, str(visual.patch_embed.proj.weight.device))
 
 
-def embed(visual, patches: torch.Tensor) -> torch.Tensor:
-    """The rows before the first layer, `[R, 4, hidden]`, from patches `[R, 4, 1176]`."""
-    return F.linear(patches, visual.patch_embed.proj.weight.flatten(1))
-
-
-def merge_patches(visual, x: torch.Tensor) -> torch.Tensor:
-    """The tokens for the language model, `[R, D]`, from the last layer's rows `[R, 4, hidden]`."""
-    return visual.merger.mlp(family(visual).norm(visual.merger.ln_q, x).flatten(1))
-
-
 @dataclass
 class LayerRun:
     """What `run_layers` needs beside rows and layout.
@@ -168,6 +116,7 @@ class LayerRun:
         gathering: collects the inputs of a selector; None without one.
         mlp_rows: rows that go through an MLP at a time, which bounds the memory; None for all.
         on_layer: called after each layer with the number of finished layers.
+        deepstack: `[R', n, D]`, the DeepStack features of the rows that leave, of the n layers with some so far; None at first.
     """
 
     visual: torch.nn.Module
@@ -177,6 +126,7 @@ class LayerRun:
     gathering: Gathering | None = None
     mlp_rows: int | None = None
     on_layer: Callable[[int], None] = lambda done: None
+    deepstack: torch.Tensor | None = None
 
 
 @dataclass
@@ -201,9 +151,12 @@ def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayou
 
     Returns the rows after the layers, in window order, and their layout, which differs if there are fewer rows.
     """
+    tower, sizes = tower_shape(run.visual), vision_sizes(run.visual.config)
+    if run.deepstack is None:
+        run.deepstack = x.new_empty(len(x), 0, sizes.out_hidden_size)
     if not layout.rows:  # all units are reused
         return x, layout
-    tower, table = tower_shape(run.visual), rotary(vision_sizes(run.visual.config), layout.geometry)
+    table = rotary(sizes, layout.geometry)
     rows, reduction = _LayerRows(x, layout, _rotation(table, layout)), run.reduction
     reduction.begin(x)
     for layer in layers:
@@ -211,13 +164,24 @@ def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayou
         _transform(run, layer, rows)
         if reduction.acts(layer, rows.layout):
             with run.timer:
-                rows.x, layout = reduction.after(layer, tower.scope(layer), rows.x, rows.layout, *compared)
-                if layout is not rows.layout:
+                before = rows.layout
+                rows.x, layout = reduction.after(layer, tower.scope(layer), rows.x, before, *compared)
+                if layout is not before:
+                    run.deepstack = reduction.joined(run.deepstack, before, layout)
                     rows = _LayerRows(rows.x, layout, _rotation(table, layout))
+        if layer in sizes.deepstack_visual_indexes:
+            _add_deepstack(run, sizes.deepstack_visual_indexes.index(layer), reduction.all_rows(rows.x))
         if run.gathering and layer in run.gathering.middle:
             run.gathering.add_states(reduction.all_rows(rows.x))
         run.on_layer(layer + 1)
     return rows.x, rows.layout
+
+
+def _add_deepstack(run: LayerRun, number: int, x: torch.Tensor) -> None:
+    """Adds the features that rows `[R', 4, hidden]` have for layer `number` of the language model."""
+    pieces = x.split(run.mlp_rows) if run.mlp_rows else [x]
+    made = torch.cat([deepstack(run.visual, number, piece) for piece in pieces])
+    run.deepstack = torch.cat([run.deepstack, made[:, None]], 1)
 
 
 def _rotation(table: tuple[torch.Tensor, torch.Tensor], layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +199,7 @@ def _attend(
         What `Reduction.after` compares: keys `[R, 4, heads, d]`, None for hidden states; and attention received, float32, or None.
     """
     visual, layout, x = run.visual, rows.layout, rows.x
-    block, kind, scope = visual.blocks[layer], family(visual), tower.scope(layer)
+    block, kind, scope = visual.blocks[layer], layers_of(visual), tower.scope(layer)
     qkv = linear(block.attn.qkv, kind.norm(block.norm1, x))
     qkv = qkv.view(*x.shape[:2], 3, vision_sizes(visual.config).num_heads, -1)
     q, k = rotate(qkv[:, :, :2], *rows.rotation).unbind(2)
@@ -268,7 +232,7 @@ def _groups(rows: _LayerRows, scope: Scope, device: torch.device) -> list[Bucket
 
 def _transform(run: LayerRun, layer: int, rows: _LayerRows) -> None:
     """The second half of a layer: the MLP, which works on each row alone."""
-    block, kind = run.visual.blocks[layer], family(run.visual)
+    block, kind = run.visual.blocks[layer], layers_of(run.visual)
     active = run.reduction.active(layer)
     x = rows.x if active is None else rows.x[active]
     pieces = x.split(run.mlp_rows) if run.mlp_rows else [x]
@@ -277,6 +241,6 @@ def _transform(run: LayerRun, layer: int, rows: _LayerRows) -> None:
     rows.x = x if active is None else rows.x.index_copy(0, active, x)
 
 
-def mlp_half(kind: Family, block, x: torch.Tensor) -> torch.Tensor:
+def mlp_half(kind: Layers, block, x: torch.Tensor) -> torch.Tensor:
     """Norm, MLP and residual of a layer on rows `[R, 4, hidden]`."""
     return kind.mlp(block.mlp, kind.norm(block.norm2, x), x)

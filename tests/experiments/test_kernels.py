@@ -12,6 +12,7 @@ from evoprune.model.quantize import check
 from evoprune.pipeline.loading.weights import random_model
 from evoprune.pruning.encoder_plan import full_plan
 from evoprune.vision.encoder import encode
+from evoprune.vision.families import merge_patches
 from experiments import kernels
 from tests.quantized import KINDS
 from tests.threads import one_thread  # noqa: F401
@@ -57,10 +58,9 @@ def test_products_of_bytes_need_no_bf16(monkeypatch, capsys, sizes):
 
 
 def test_the_measured_layer_is_that_of_the_tower(sizes):
-    """One layer of windows, seen through a merger that only norms."""
+    """One layer of windows, seen through the merger."""
     config = replace(sizes.config.vision_config, depth=1, fullatt_block_indexes=())
     visual = random_model(replace(sizes.config, vision_config=config), torch.float32, kernels.CPU).model.visual
-    visual.merger.mlp = torch.nn.Identity()
     units, weight = sizes.grid[0] * sizes.grid[1], visual.patch_embed.proj.weight.flatten(1)
     patches = torch.randn(units * 4, weight.shape[1])
     plan = full_plan(kernels.tower_shape(visual), (1, *sizes.grid))
@@ -70,4 +70,4 @@ def test_the_measured_layer_is_that_of_the_tower(sizes):
     x = (patches @ weight.T).view(units, 4, -1)[order]
     x = kernels.layer(visual.blocks[0], x, turn, config.num_heads, window)[order.argsort()]
     assert (window, grid) == (64, 128)
-    torch.testing.assert_close(kernels.rms_norm(x, visual.merger.ln_q.weight).flatten(1), whole)
+    torch.testing.assert_close(merge_patches(visual, x), whole)

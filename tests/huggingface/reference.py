@@ -6,9 +6,11 @@ from contextlib import contextmanager
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 import evoprune
 from evoprune.huggingface import interface
+from tests.prompts import TIME_TOKENS
 
 TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
 ONCE = {"method_args": {"count": "0"}}  # every token counts once
@@ -34,24 +36,51 @@ def seconds_of(inputs):
 def masked(model, inputs, made):
     """The whole prompt, features where units were kept, and a mask without the columns of those that were not."""
     video = inputs["input_ids"] == model.config.video_token_id
-    features = torch.full((len(made.owner), made.features.shape[1]), 7.0)
-    features[made.kept] = made.features.clone()
+    features, *inner = filled(made)
     dropped = torch.ones(len(made.owner), dtype=torch.bool).index_fill(0, made.kept, False)
     sizes = (inputs["video_grid_thw"].prod(-1) // 4).tolist()
     call = {name: value for name, value in inputs.items() if name not in ("pixel_values_videos", "video_grid_thw")}
     known = {name: value for name, value in inputs.items() if not name.startswith(("pixel", "input"))}
     call["position_ids"] = model._prepare_position_ids_for_generation(inputs["input_ids"], known)
-    call["attention_mask"] = inputs["attention_mask"].masked_fill(
-        torch.zeros_like(video).masked_scatter(video, dropped), 0
-    )
+    leaves = torch.zeros_like(video).masked_scatter(video, dropped)
+    if inner:
+        leaves = with_empty_pairs(model, inputs["input_ids"], leaves)
+    call["attention_mask"] = inputs["attention_mask"].masked_fill(leaves, 0)
     if not TAKES_ENCODED:  # transformers before 5.18
         interface.accept_features(model)
-        return call | interface.encoded_inputs(model, call, features.split(sizes))
-    call["mm_encoder_outputs"] = {"video": BaseModelOutputWithPooling(pooler_output=features.split(sizes))}
+        return call | interface.encoded_inputs(model, call, [(each, None) for each in features.split(sizes)])
+    call["mm_encoder_outputs"] = {"video": tower_output(made, sizes)}
     if "pixel_values" in call:
         pictures = model.get_image_features(call.pop("pixel_values"), call.pop("image_grid_thw"))
         call["mm_encoder_outputs"]["image"] = pictures
     return call
+
+
+def filled(made):
+    """The features of the last layer and of the layers of DeepStack, `[N, D]` each: of the kept units, and any for the others."""
+    of_layers = [made.features, *(() if made.deepstack is None else made.deepstack)]
+    whole = torch.full((len(made.owner), made.features.shape[1]), 7.0)
+    return [whole.index_copy(0, made.kept, each) for each in of_layers]
+
+
+def tower_output(made, sizes):
+    """What transformers' tower returns of videos or pictures with `sizes` units, with the features of those that are kept."""
+    features, *inner = (each.split(sizes) for each in filled(made))
+    if not inner:
+        return BaseModelOutputWithPooling(pooler_output=features)
+    return BaseModelOutputWithDeepstackFeatures(pooler_output=features, deepstack_features=inner)
+
+
+def with_empty_pairs(model, ids, dropped):
+    """`dropped`, with the columns of the time and the markers around each frame pair whose tokens are all dropped."""
+    leaves = dropped.clone()
+    for row, prompt in enumerate(ids.tolist()):
+        starts = [i + 1 for i, token in enumerate(prompt) if token == model.config.vision_start_token_id]
+        for start in (start for start in starts if prompt[start] == model.config.video_token_id):
+            end = prompt.index(model.config.vision_end_token_id, start)
+            if dropped[row, start:end].all():
+                leaves[row, start - 1 - TIME_TOKENS : end + 1] = True
+    return leaves
 
 
 def sizes_of(model, inputs, made):

@@ -290,7 +290,7 @@ def test_copying_a_model_that_prunes_is_refused(model, copied):
 
 
 def test_other_models_are_refused():
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     small |= {
@@ -299,10 +299,10 @@ def test_other_models_are_refused():
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     }
     small["rope_parameters"]["mrope_section"] = [2, 3, 3]
-    small["head_dim"] = 16
+    small |= {"head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
     vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 32, "intermediate_size": 32}
     vision["deepstack_visual_indexes"] = [0]
-    other = Qwen3VLForConditionalGeneration._from_config(Qwen3VLConfig(text_config=small, vision_config=vision))
+    other = Qwen3VLMoeForConditionalGeneration._from_config(Qwen3VLMoeConfig(text_config=small, vision_config=vision))
     for model in (other, tiny_model().model, torch.nn.Linear(2, 2), None):
         with pytest.raises(evoprune.ModelError, match="cannot be pruned") as caught:
             evoprune.apply(model)
@@ -311,7 +311,7 @@ def test_other_models_are_refused():
             evoprune.encode(model, *inputs((1, 4, 4)))
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
 def test_a_tower_with_another_activation_is_refused(family):
     model = tiny_model(family=family)
     model.model.visual.config.hidden_act = "gelu"

@@ -57,6 +57,7 @@ ONE_ROW = ("assistant", "prompt lookup")
 
 
 FAMILIES = ("qwen2_5_vl", "qwen2_vl")
+EVERY = FAMILIES + (("qwen3_vl",) if TAKES_ENCODED else ())
 BY_SIZE = {}  # a token counts by the size of its cluster
 
 
@@ -94,10 +95,15 @@ def every_setting(prompt):
 
 
 CASES = ("model", "prompt", "side", "settings")
+OF_QWEN3 = [
+    (EVERY[-1], "two videos", "left", name)
+    for name in ("beams", "several samples", "static cache", "no cache", "chunked prefill")
+    if name in SETTINGS and len(EVERY) > 2
+]
 
 
 @pytest.mark.few(8)
-@pytest.mark.parametrize(CASES, [*every_prompt(*FAMILIES), *every_setting("batch")], indirect=["model"])
+@pytest.mark.parametrize(CASES, [*every_prompt(*EVERY), *every_setting("batch"), *OF_QWEN3], indirect=["model"])
 def test_full_budget_is_the_models_own(model, prompt, side, settings):
     inputs, settings = processed(model, *PROMPTS[prompt], side=side), SETTINGS[settings]
     expected = generated(model, inputs, **settings)
@@ -117,8 +123,8 @@ def test_prefill_in_chunks_is_refused_where_transformers_would_drop_the_video(mo
 @pytest.mark.few(4)
 @pytest.mark.parametrize(
     (*CASES, "how"),
-    [(*case, ONCE) for case in [*every_prompt(*FAMILIES), *every_setting("one video")]]
-    + [(*case, BY_SIZE) for case in [*every_prompt(FAMILIES[0]), *every_setting("batch")]],
+    [(*case, ONCE) for case in [*every_prompt(*EVERY), *every_setting("one video")]]
+    + [(*case, BY_SIZE) for case in [*every_prompt(FAMILIES[0]), *every_setting("batch"), *OF_QWEN3]],
     indirect=["model"],
 )
 def test_pruned_is_the_whole_prompt_with_dropped_columns_masked(model, prompt, side, settings, how):

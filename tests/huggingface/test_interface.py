@@ -7,11 +7,16 @@ import inspect
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
+from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 from evoprune.huggingface import interface
 from evoprune.huggingface.cluster_bias import with_cluster_bias
@@ -29,18 +34,22 @@ GENERATE = [
     "self", "inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus",
     "assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "kwargs",
 ]  # fmt: skip
-# Qwen2-VL's have the parameters of Qwen2.5-VL's, except the seconds.
-QWEN2_VL = {
-    Qwen2_5_VLForConditionalGeneration.forward: Qwen2VLForConditionalGeneration.forward,
-    Qwen2_5_VLForConditionalGeneration.generate: Qwen2VLForConditionalGeneration.generate,
-    Qwen2_5_VLForConditionalGeneration.get_image_features: Qwen2VLForConditionalGeneration.get_image_features,
-    Qwen2_5_VLForConditionalGeneration.get_video_features: Qwen2VLForConditionalGeneration.get_video_features,
-    Qwen2_5_VLForConditionalGeneration._prepare_position_ids_for_generation: (
-        Qwen2VLForConditionalGeneration._prepare_position_ids_for_generation
-    ),
-    modeling.Qwen2_5_VLModel.compute_3d_position_ids: qwen2.Qwen2VLModel.compute_3d_position_ids,
-    modeling.Qwen2_5_VLModel.get_rope_index: qwen2.Qwen2VLModel.get_rope_index,
-}
+# Those of the other families have the parameters of Qwen2.5-VL's, except the seconds.
+OTHERS = [
+    (Qwen2_5_VLForConditionalGeneration, name, other)
+    for other in (Qwen2VLForConditionalGeneration, Qwen3VLForConditionalGeneration)
+    for name in (
+        "forward",
+        "generate",
+        "get_image_features",
+        "get_video_features",
+        "_prepare_position_ids_for_generation",
+    )
+] + [
+    (modeling.Qwen2_5_VLModel, name, other)
+    for other in (qwen2.Qwen2VLModel, qwen3.Qwen3VLModel)
+    for name in ("compute_3d_position_ids", "get_rope_index")
+]
 SIGNATURES = {
     Qwen2_5_VLForConditionalGeneration.forward: FORWARD,
     Qwen2_5_VLForConditionalGeneration.generate: GENERATE,
@@ -69,10 +78,10 @@ def test_signatures_are_the_known_ones(function):
     assert list(inspect.signature(function).parameters) == SIGNATURES[function]
 
 
-@pytest.mark.parametrize("function", QWEN2_VL, ids=lambda function: function.__qualname__)
-def test_signatures_of_qwen2_vl_differ_in_the_seconds(function):
-    given = set(inspect.signature(QWEN2_VL[function]).parameters)
-    assert given == set(SIGNATURES[function]) - {"second_per_grid_ts"}
+@pytest.mark.parametrize(("known", "name", "other"), OTHERS, ids=lambda x: getattr(x, "__name__", x))
+def test_signatures_of_the_other_families_differ_in_the_seconds(known, name, other):
+    given = set(inspect.signature(getattr(other, name)).parameters) | {"use_cache"}  # which Qwen3-VL has among `kwargs`
+    assert given == {*SIGNATURES[getattr(known, name)], "use_cache"} - {"second_per_grid_ts"}
 
 
 def test_every_argument_for_vision_is_known():
@@ -92,7 +101,7 @@ def test_generate_takes_encoded_videos_and_positions_as_they_are():
     ids = torch.cat([inputs["input_ids"][:, :8], inputs["input_ids"][:, 10:]], 1)
     positions = torch.stack([torch.arange(12), *torch.arange(36).view(3, 12)])[:, None]
     interface.accept_features(model)
-    encoded = interface.encoded_inputs(model, {}, [features])
+    encoded = interface.encoded_inputs(model, {}, [(features, None)])
     model.generate(ids, position_ids=positions, **encoded, max_new_tokens=2, do_sample=False)
     hook.remove()
     assert torch.equal(seen[0]["inputs_embeds"][0, 6:8], features)
@@ -149,3 +158,13 @@ def test_a_sliding_cache_drops_the_first_keys():
     later = torch.tensor([1.0])
     assert torch.equal(masks["full_attention"].flatten().exp(), torch.cat([sizes[0], later]).log().exp())
     assert torch.equal(masks["sliding_attention"].flatten().exp(), torch.cat([sizes[0, 3:], later]).log().exp())
+
+
+def test_a_config_of_qwen3_names_no_kinds_of_layers():
+    """Its model takes one mask, and the columns of DeepStack beside the features."""
+    model = tiny_model(family="qwen3_vl")
+    assert not hasattr(model.config.text_config, "layer_types")
+    masks, _, _ = interface.attention_masks(model, {"input_ids": torch.arange(4)[None]})
+    assert list(masks) == [interface.ONLY_KIND] and masks[interface.ONLY_KIND].shape == (1, 1, 4, 4)
+    output = interface._output([(torch.ones(2, 64), torch.ones(3, 2, 64)), (torch.ones(1, 64), torch.ones(3, 1, 64))])
+    assert [[len(each) for each in layer] for layer in output.deepstack_features] == [[2, 1]] * 3

@@ -5,6 +5,7 @@ import torch
 
 import evoprune
 from evoprune.huggingface.packed_tower import PackedTower
+from evoprune.model.config import MODEL_TYPES
 from evoprune.model.integers import Int8Linear
 from evoprune.model.linear import PackedLinear, can_pack, packed_copy
 from tests.prompts import processed
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.skipif(not can_pack(torch.empty(1)), reason="this torch
 PROMPT = (5, ("image", 4, 4), 2, ("video", 4, 8, 12), 7)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_tokens_are_the_models_own_and_the_model_does_not_change(family):
     model = tiny_model(family=family)
     inputs, wish = processed(model, PROMPT), {"max_new_tokens": 8, "do_sample": False}
@@ -65,7 +66,7 @@ def test_changed_weights_are_packed_again(change):
     torch.testing.assert_close(tower.current().blocks[0].attn.qkv(x), visual.blocks[0].attn.qkv(x))
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("pack", parameters("int8"))
 @torch.no_grad()
 def test_a_tower_in_8_bits_is_near_the_models_own(pack, family):

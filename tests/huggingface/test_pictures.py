@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import evoprune
 from evoprune.errors import UsageError
+from evoprune.model.config import MODEL_TYPES
 from evoprune.pruning.budget import keep_count
-from tests.huggingface.reference import ONCE, TAKES_ENCODED, seconds_of
+from tests.huggingface.reference import ONCE, TAKES_ENCODED, seconds_of, tower_output, with_empty_pairs
 from tests.prompts import processed
 from tests.tiny import tiny_model
 
@@ -20,7 +20,7 @@ PROMPTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen2_vl"])
+@pytest.fixture(scope="module", params=MODEL_TYPES)
 def model(request):
     model = tiny_model(family=request.param)
     model.generation_config.pad_token_id = 398
@@ -48,12 +48,13 @@ def reference(model, inputs, budget, method):
         made = evoprune.encode(
             model, inputs[pixels], inputs[grids], budget=budget, method=method, seconds_per_pair=seconds, **how
         )
-        features = torch.full((len(made.owner), made.features.shape[1]), 7.0).index_copy(0, made.kept, made.features)
-        sizes = (inputs[grids].prod(-1) // 4).tolist()
-        call["mm_encoder_outputs"][kind] = BaseModelOutputWithPooling(pooler_output=features.split(sizes))
+        call["mm_encoder_outputs"][kind] = tower_output(made, (inputs[grids].prod(-1) // 4).tolist())
         dropped = torch.ones(len(made.owner), dtype=torch.bool).index_fill(0, made.kept, False)
         columns = inputs["input_ids"] == token
-        mask = mask.masked_fill(torch.zeros_like(columns).masked_scatter(columns, dropped), 0)
+        leaves = torch.zeros_like(columns).masked_scatter(columns, dropped)
+        if kind == "video" and made.deepstack is not None:
+            leaves = with_empty_pairs(model, inputs["input_ids"], leaves)
+        mask = mask.masked_fill(leaves, 0)
     return call | {"attention_mask": mask}
 
 

@@ -171,14 +171,15 @@ def test_gradients_of_threads_are_their_own(attention, budget):
         same(one, theirs, 1e-5)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_qwen2_vl_has_the_same_gradients(attention):
-    model, called = trained(attention, "reentrant checkpointing", family="qwen2_vl")
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_the_other_families_have_the_same_gradients(attention, family):
+    model, called = trained(attention, "reentrant checkpointing", family=family)
     for budget in BUDGETS:
         with evoprune.EvoPrune(budget=budget)(model):
             made = results(model, called, processed(model, *ROWS))
-        same(made, reference(budget, attention, "left", family="qwen2_vl"), 1e-4)
+        same(made, reference(budget, attention, "left", family=family), 1e-4)
 
 
 @pytest.mark.few(1)

@@ -7,6 +7,7 @@ from evoprune import methods
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import TokenStream, Visual, along, dropping_for, embed_prompt, prefill
+from evoprune.language.prompt import Place
 from evoprune.language.settings import GenerationSettings
 from evoprune.methods.pyramiddrop import PyramidDrop
 from tests.language.test_decoder import assert_close
@@ -50,7 +51,7 @@ def test_decoding_equals_reading_all_of_it_anew(name, sizes):
 def test_room_for_the_prompt_and_not_for_what_left(name):
     model, (embeds, positions) = deep_model(), a_prompt()
     ids = torch.zeros(COLUMNS, dtype=torch.int64)
-    place = range(BEFORE, BEFORE + len(VISUAL))
+    place = Place((range(BEFORE, BEFORE + len(VISUAL)),))
     visuals = [Visual(place, embeds[VISUAL], torch.arange(len(VISUAL)))]
     prompt, columns = embed_prompt(model, ids, visuals)
     dropping = dropping_for(model, methods.parse(name), 0.25, visuals, [GRID], prompt, columns)
@@ -69,7 +70,7 @@ def test_without_a_drop_nothing_changes_bit_for_bit(name):
     model, (embeds, positions) = deep_model(), a_prompt()
     assert methods.parse(name).language_plan(8, len(VISUAL), 1.0) is None
     plain = decoder.logits(model, embeds, positions, KVCache(model, COLUMNS))
-    visuals = [Visual(range(BEFORE, BEFORE + len(VISUAL)), embeds[VISUAL], torch.arange(len(VISUAL)))]
+    visuals = [Visual(Place((range(BEFORE, BEFORE + len(VISUAL)),)), embeds[VISUAL], torch.arange(len(VISUAL)))]
     assert dropping_for(model, methods.parse(name), 1.0, visuals, [GRID], embeds, torch.arange(COLUMNS)) is None
     assert torch.equal(plain, decoder.logits(model, embeds, positions, KVCache(model, COLUMNS)))
 
@@ -134,8 +135,8 @@ def test_two_inputs_of_one_prompt():
     grids, random = [(2, 2, 3), (1, 3, 3)], torch.Generator().manual_seed(4)
     ids = torch.zeros(40, dtype=torch.int64)
     visuals = [
-        Visual(range(3, 15), torch.randn(6, hidden, generator=random), torch.arange(0, 12, 2)),
-        Visual(range(18, 27), torch.randn(9, hidden, generator=random), torch.arange(9)),
+        Visual(Place((range(3, 15),)), torch.randn(6, hidden, generator=random), torch.arange(0, 12, 2)),
+        Visual(Place((range(18, 27),)), torch.randn(9, hidden, generator=random), torch.arange(9)),
     ]
     embeds, columns = embed_prompt(model, ids, visuals)
     for name in DROPPING:
@@ -152,7 +153,7 @@ def test_a_method_sees_where_in_their_frames_tokens_are(monkeypatch):
     grids, kept = [(2, 3, 4), (1, 2, 5)], [[0, 3, 5, 10, 13, 18, 23], [1, 4, 6, 9]]
     model, (embeds, positions) = deep_model(), a_prompt()
     visuals = [
-        Visual(range(first, end), embeds[first : first + len(some)], torch.tensor(some))
+        Visual(Place((range(first, end),)), embeds[first : first + len(some)], torch.tensor(some))
         for (first, end), some in zip(((5, 29), (31, 41)), kept, strict=True)
     ]
     there = [  # of each token: the number of its frame pair, and its row and column

@@ -47,7 +47,7 @@ class Clip:
         with torch.no_grad():
             self.features = model.model.visual(self.pixels, grid_thw=self.grid_thw).pooler_output
         self.prompt = build_prompt(own_tokenizer(), question, [(VIDEO, t * h * w)])
-        span = VisualSpan(self.prompt.places[0].start, grid, seconds)
+        span = VisualSpan(self.prompt.places[0].runs[0].start, grid, seconds)
         self.positions = prompt_positions(len(self.prompt.input_ids), [span], 2)
         self.next_position = int(self.positions.max()) + 1
 
@@ -143,7 +143,7 @@ def test_prefill_keeps_the_last_logits_only(model):
 
 def test_embedding_a_pruned_prompt(model):
     clip = Clip(model, *CLIPS[0])
-    kept, start, n = torch.tensor([0, 3, 71]), clip.prompt.places[0].start, clip.prompt.visual_tokens
+    kept, start, n = torch.tensor([0, 3, 71]), clip.prompt.places[0].runs[0].start, clip.prompt.visual_tokens
     embeds, columns = clip.embed(model, kept)
     length = len(clip.prompt.input_ids)
     assert columns.tolist() == [*range(start), start, start + 3, start + 71, *range(start + n, length)]
@@ -168,7 +168,7 @@ def test_embedding_a_prompt_with_several_inputs(model):
     features = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).split([2, 1, 3])
     visuals = [Visual(*each) for each in zip(prompt.places, features, kept, sizes, strict=True)]
     embeds, columns = embed_prompt(model, prompt.input_ids, visuals)
-    dropped = [prompt.places[0][i] for i in (0, 2, 3)] + list(prompt.places[1][1:])
+    dropped = [prompt.places[0].runs[0][i] for i in (0, 2, 3)] + list(prompt.places[1].runs[0][1:])
     assert columns.tolist() == [i for i in range(len(prompt.input_ids)) if i not in dropped]
     of_column = dict(zip(columns.tolist(), embeds, strict=True))
     for visual in visuals:

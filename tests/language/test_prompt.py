@@ -5,7 +5,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import ModelError, UsageError
-from evoprune.language.prompt import PICTURE, VIDEO, Prompt, build_prompt
+from evoprune.language.prompt import PICTURE, VIDEO, Prompt, build_prompt, timestamps
 from evoprune.language.tokenizer import Tokenizer
 from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
 
@@ -66,7 +66,7 @@ def test_any_text_without_special_tokens_gives_the_ids_of_the_whole(question, sy
 def test_placeholders_stand_between_vision_start_and_vision_end(tokenizer, visual_tokens):
     prompt = about_video(tokenizer, "How many?", visual_tokens)
     start, pad, end = tiny_tokenizer().convert_tokens_to_ids(["<|vision_start|>", "<|video_pad|>", "<|vision_end|>"])
-    ids, at = prompt.input_ids.tolist(), prompt.places[0].start
+    ids, at = prompt.input_ids.tolist(), prompt.places[0].runs[0].start
     assert ids[at - 1 : at + visual_tokens + 1] == [start] + [pad] * visual_tokens + [end]
     assert ids.count(pad) == visual_tokens == prompt.visual_tokens
     assert prompt.text_tokens == len(ids) - visual_tokens
@@ -78,11 +78,11 @@ def test_several_inputs_stand_in_their_order(tokenizer, kinds):
     start, end, *pads = tiny_tokenizer().convert_tokens_to_ids(
         ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
     )
-    ids, at = prompt.input_ids.tolist(), prompt.places[0].start - 1
+    ids, at = prompt.input_ids.tolist(), prompt.places[0].runs[0].start - 1
     rooms = [[start, *[pads[kind == PICTURE]] * (2 + i), end] for i, kind in enumerate(kinds)]
     assert ids[at : prompt.prefix_length] == [token for room in rooms for token in room]
     assert [len(place) for place in prompt.places] == [2 + i for i in range(len(kinds))]
-    assert all(ids[i] in pads for place in prompt.places for i in place)
+    assert all(ids[i] in pads for place in prompt.places for i in place.columns)
     assert prompt.visual_tokens == sum(map(len, prompt.places)) == len(ids) - prompt.text_tokens
 
 
@@ -125,7 +125,7 @@ def test_stand_ins_in_the_users_words_stay_what_they_are(tokenizer):
 
 def test_the_prefix_does_not_depend_on_the_question(tokenizer):
     one, other = (about_video(tokenizer, question, 4, system="Be brief.") for question in ("\nWhy?", "How many?"))
-    assert one.prefix_length == other.prefix_length == one.places[0].stop + 1
+    assert one.prefix_length == other.prefix_length == one.places[0].runs[0].stop + 1
     assert one.input_ids[: one.prefix_length].tolist() == other.input_ids[: other.prefix_length].tolist()
     assert tiny_tokenizer().decode(one.input_ids[one.prefix_length :]).startswith("\nWhy?<|im_end|>")
 
@@ -181,7 +181,7 @@ def test_subtitles_are_part_of_the_prefix_where_no_question_merges_with_them(tok
 def test_a_question_that_merges_with_the_subtitles_shares_the_video_alone(tokenizer):
     apart, merged = (about_video(tokenizer, question, 2, subtitles="said: Wh") for question in ("?", "at?"))
     assert merged.input_ids.tolist() == whole("said: What?", 2, None)
-    assert merged.prefix_length == merged.places[0].stop + 1 < apart.prefix_length
+    assert merged.prefix_length == merged.places[0].runs[0].stop + 1 < apart.prefix_length
 
 
 def test_special_tokens_in_subtitles_are_plain_text(tokenizer):
@@ -203,3 +203,29 @@ def test_an_input_has_at_least_one_token(tokenizer, inputs):
 def test_what_is_no_text_is_a_usage_error(tokenizer, content):
     with pytest.raises(UsageError, match="not valid text"):
         about_video(tokenizer, content.decode(errors="surrogateescape"), 1)
+
+
+TIMES = ["<0.3 seconds>", "<0.8 seconds>", "<11.3 seconds>"]
+
+
+def test_times_stand_before_frame_pairs_between_their_own_markers(tokenizer):
+    prompt = build_prompt(tokenizer, "Why?", [(PICTURE, 2), (VIDEO, 6)], subtitles="said", times=[(), TIMES])
+    picture, video = prompt.places
+    frames = "".join(f"{time}<|vision_start|>{'<|video_pad|>' * 2}<|vision_end|>" for time in TIMES)
+    text = tiny_tokenizer().decode(prompt.input_ids)
+    assert f"<|vision_start|>{'<|image_pad|>' * 2}<|vision_end|>{frames}saidWhy?<|im_end|>" in text
+    assert prompt.input_ids.tolist() == tiny_tokenizer().encode(text) and picture.around == ()
+    assert (len(picture), len(video), prompt.visual_tokens) == (2, 6, 8) and list(map(len, video.runs)) == [2, 2, 2]
+    pads = {tiny_tokenizer().convert_tokens_to_ids("<|video_pad|>")}
+    assert {*prompt.input_ids[video.columns].tolist()} == pads
+    for run, around, time in zip(video.runs, video.around, TIMES, strict=True):
+        assert tiny_tokenizer().decode(prompt.input_ids[around.start : run.start]) == f"{time}<|vision_start|>"
+        assert around.stop == run.stop + 1
+    assert video.left_out(torch.tensor([0, 4, 5])) == [video.around[1]] and picture.left_out(torch.tensor([0])) == []
+    spans = video.spans((3, 1, 2), 0.5)
+    assert [(span.start, span.grid) for span in spans] == [(run.start, (1, 1, 2)) for run in video.runs]
+
+
+def test_the_time_of_a_frame_pair_is_the_middle_of_its_frames():
+    assert timestamps([0.25, 0.75, 9.96, 10.04], 2) == ["<0.5 seconds>", "<10.0 seconds>"]
+    assert timestamps([0.3, 1.0], 1) == ["<0.3 seconds>", "<1.0 seconds>"]

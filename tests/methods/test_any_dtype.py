@@ -10,6 +10,7 @@ import evoprune
 from evoprune import methods
 from evoprune.methods.base import Merger
 from evoprune.methods.mmr import Mmr
+from evoprune.model.config import MODEL_TYPES
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.pruning.types import Selection
@@ -88,13 +89,15 @@ def moved(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def assert_equal_encodings(made, expected) -> None:
-    for field in ("features", "kept", "rows", "owner", "size"):
+    for field in ("features", "kept", "rows", "owner", "size", "deepstack"):
         a, b = getattr(made, field), getattr(expected, field)
         assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)), field
     assert made.kept_per_pair == expected.kept_per_pair
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("qwen2_vl", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", *(pytest.param(other, marks=pytest.mark.full) for other in MODEL_TYPES[1:])]
+)
 @pytest.mark.parametrize("name", one_of_each(ON_PATCHES))
 def test_the_encoding_is_the_same_whatever_the_default(name, family):
     for budget in BUDGETS:
@@ -176,7 +179,7 @@ def test_the_attention_received_is_summed_in_float32_under_autocast(monkeypatch)
 
 @pytest.mark.full
 @pytest.mark.parametrize("half", HALVES)
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_at_full_budget_the_tower_under_autocast_is_hugging_faces(family, half):
     inputs = prompt(family)["pixel_values_videos"], prompt(family)["video_grid_thw"]
     exact = torch.cat(model(family).model.get_video_features(*inputs).pooler_output)

@@ -91,7 +91,20 @@ def test_both_ways_to_write_it_mean_the_same():
         assert getattr(old.text_config, name) == getattr(new.text_config, name)
 
 
-CONFIGS = BUNDLED_CONFIGS | {name: demo.folder / "config.json" for name, demo in DEMOS.items()}
+QWEN3 = {name: path for name, path in BUNDLED_CONFIGS.items() if "Qwen3" in name}
+# Fields of ours that transformers' classes of the families before Qwen3-VL do not have, and that those of Qwen3-VL do not.
+UNKNOWN = "family", "head_norms", "head_dim", "num_position_embeddings", "deepstack_visual_indexes"
+UNKNOWN_TO_QWEN3 = (
+    "family",
+    "head_norms",
+    "fullatt_block_indexes",
+    "window_size",
+    "tokens_per_second",
+    "use_sliding_window",
+)
+CONFIGS = {name: path for name, path in BUNDLED_CONFIGS.items() if name not in QWEN3} | {
+    name: demo.folder / "config.json" for name, demo in DEMOS.items()
+}
 
 
 @pytest.mark.parametrize("path", CONFIGS.values(), ids=CONFIGS)
@@ -103,7 +116,7 @@ def test_numbers_are_those_that_transformers_reads(path, form):
     config, theirs = parse_config(content), Qwen2_5_VLConfig.from_dict(copy.deepcopy(content))
     for part in ("vision_config", "text_config"):
         for name, value in vars(getattr(config, part)).items():
-            if name == "family":
+            if name in UNKNOWN:
                 continue
             expected = getattr(getattr(theirs, part), name)
             if isinstance(value, dict):
@@ -112,12 +125,56 @@ def test_numbers_are_those_that_transformers_reads(path, form):
     assert config.tie_word_embeddings == theirs.tie_word_embeddings
     back = hugging_face_config(config)
     # The demo's file holds the tower's rope, which is a constant and which older transformers do not know.
-    left_out = ("in_chans", "rope_parameters")
+    left_out = ("in_chans", "rope_parameters", *UNKNOWN)
     made, read = (
         {k: v for k, v in vision.to_dict().items() if k not in left_out}
         for vision in (back.vision_config, theirs.vision_config)
     )
     assert made == read
+
+
+@pytest.mark.parametrize("path", QWEN3.values(), ids=QWEN3)
+def test_numbers_of_qwen3_are_those_that_transformers_reads(path):
+    from transformers import Qwen3VLConfig
+
+    content = json.loads(path.read_text())
+    config, theirs = parse_config(content), Qwen3VLConfig.from_dict(copy.deepcopy(content))
+    back = hugging_face_config(config)
+    for part in ("vision_config", "text_config"):
+        for name, value in vars(getattr(config, part)).items():
+            if name in UNKNOWN_TO_QWEN3:
+                continue
+            expected = [getattr(getattr(each, part), name) for each in (theirs, back)]
+            assert expected == [list(value) if isinstance(value, tuple) else value] * 2, name
+    assert config.tie_word_embeddings == theirs.tie_word_embeddings == back.tie_word_embeddings
+    assert config.text_config.head_norms and type(back) is Qwen3VLConfig
+
+
+def test_what_a_file_of_qwen3_leaves_out():
+    content = json.loads(QWEN3["Qwen/Qwen3-VL-4B-Instruct"].read_text())
+    for name in ("rope_parameters", "head_dim", "rms_norm_eps"):
+        del content["text_config"][name]
+    text = parse_config(content).text_config
+    assert (text.head_dim, text.rms_norm_eps, text.rope_parameters["mrope_section"]) == (128, 1e-6, [24, 20, 20])
+    assert text.rope_parameters["mrope_interleaved"] and text.rope_parameters["rope_theta"] == 5e5
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "message"),
+    [
+        ("text_config", "attention_bias", True, "attention_bias"),
+        ("text_config", "head_dim", 96, "mrope_section"),
+        ("vision_config", "deepstack_visual_indexes", [5, 24], "deepstack_visual_indexes names layers"),
+        ("vision_config", "deepstack_visual_indexes", [11, 5], "do not ascend"),
+        ("vision_config", "num_position_embeddings", 2300, "square"),
+        ("vision_config", "patch_size", 15, "not even"),
+    ],
+)
+def test_a_qwen3_that_cannot_run_is_refused(where, name, value, message):
+    content = json.loads(QWEN3["Qwen/Qwen3-VL-4B-Instruct"].read_text())
+    content[where][name] = value
+    with pytest.raises(ValueError, match=message):
+        parse_config(content)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_full_budget_is_hugging_faces_generate(loaded, qwen2, model, clip, pack)
     patches = patchify(resize(frames, plan.height, plan.width))
     t, h, w = plan.grid
     prompt = build_prompt(loaded.tokenizer, "Describe the video.", [(VIDEO, t * h * w)])
-    span = VisualSpan(prompt.places[0].start, plan.grid, plan.sampling.seconds_per_pair())
+    span = VisualSpan(prompt.places[0].runs[0].start, plan.grid, plan.sampling.seconds_per_pair())
     per_second = getattr(model.config.vision_config, "tokens_per_second", None)
     rope = prompt_positions(len(prompt.input_ids), [span], per_second)
     sequence = torch.arange(len(prompt.input_ids))[None]

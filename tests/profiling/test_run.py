@@ -27,6 +27,7 @@ from evoprune.video.probe import probe
 from evoprune.vision.tower import tower_shape
 from tests.quantized import KINDS
 from tests.threads import one_thread  # noqa: F401
+from tests.tiny import save_tiny
 
 CASE, OTHER = Case(4, 112, 168), Case(8, 84, 84)
 SETTINGS = Settings(budgets=(0.5, 0.1), methods=("evoprune-paper", "random"), repetitions=2)
@@ -412,3 +413,13 @@ def test_methods_that_act_on_the_input_look_at_less(loaded):
     for counts in (smaller, fewer):
         assert counts.live_share == 0.25 and counts.encoder_rows == 24
         assert counts.tower_flop < full.tower_flop / 3
+
+
+def test_frame_pairs_of_qwen3_stand_apart_and_generate_what_hugging_face_does(tmp_path):
+    case = Case(4, 128, 192)
+    loaded = weights.load(ModelOptions(str(save_tiny(tmp_path, family="qwen3_vl")), dtype="fp32"), [case])
+    clip = clips.prepare(loaded, *clips.synthetic_frames("motion", case, 32))
+    theirs = run_hugging_face(loaded, hugging_face_model(loaded.model), clip, 4)
+    ours = run_evoprune(loaded, clip, unpruned(loaded, clip), methods.parse("none"), 1.0, 4, 0)
+    assert ours.tokens == theirs.tokens and ours.counts.tower_flop == theirs.counts.tower_flop
+    assert ours.counts.prompt == theirs.counts.prompt == 30 + 2 * (24 + 8) == 30 + 16 + len(clip.place)

@@ -5,6 +5,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError, VideoError
+from evoprune.model.config import FAMILIES, QWEN3
 from evoprune.video.info import Video
 from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits, make_plan, smart_resize
 
@@ -98,3 +99,16 @@ def test_a_plan_names_its_limits():
 def test_what_cannot_be_planned(changes, arguments, error):
     with pytest.raises(error):
         make_plan(video(**changes), InputLimits(), **arguments)
+
+
+@pytest.mark.parametrize("size", [(480, 854), (1080, 1920), (96, 96), (333, 217), (64, 3000)])
+@pytest.mark.parametrize("frames", [4, 32, 200, 768])
+def test_frames_of_qwen3_have_the_size_that_its_processor_gives_them(size, frames):
+    """With the cap of a frame, which is a setting of the processor."""
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resized
+
+    limits = InputLimits(**FAMILIES[QWEN3].video, patch_size=16)
+    info = video(size[1], size[0], 1000.0)
+    plan = make_plan(info, limits, frames=frames, max_visual_tokens=10**6)
+    each = min(768 * 32 * 32, limits.max_pixels // frames)
+    assert (plan.height, plan.width) == resized(frames, *size, 2, 32, limits.min_pixels, each * frames)

@@ -5,19 +5,21 @@ import torch
 from tests.vision.tower import PATCH_WIDTH
 
 
-def clip(grid: tuple[int, int, int], changed: torch.Tensor, seed: int = 0, drift: float = 0.02) -> torch.Tensor:
-    """Patches `[rows, 1176]` in which the units of `changed` (bool `[T, H*W]`) are new noise and all others what they were.
+def clip(
+    grid: tuple[int, int, int], changed: torch.Tensor, seed: int = 0, drift: float = 0.02, width: int = PATCH_WIDTH
+) -> torch.Tensor:
+    """Patches `[rows, width]` in which the units of `changed` (bool `[T, H*W]`) are new noise and all others what they were.
 
     New noise differs by 15 levels and more somewhere; what stays drifts by less than one.
     """
     t, h, w = grid
     random = torch.Generator().manual_seed(seed)
-    now, pairs = torch.zeros(h * w, 4, PATCH_WIDTH), []
+    now, pairs = torch.zeros(h * w, 4, width), []
     for pair in range(t):
         new = changed[pair] if pair else torch.ones(h * w, dtype=torch.bool)
         now = torch.where(new[:, None, None], torch.randn(now.shape, generator=random), now)
         pairs.append(now + drift * torch.randn(now.shape, generator=random) * ~new[:, None, None])
-    return torch.stack(pairs).view(-1, PATCH_WIDTH)
+    return torch.stack(pairs).view(-1, width)
 
 
 def changes(grid: tuple[int, int, int], share: float, seed: int = 0) -> torch.Tensor:

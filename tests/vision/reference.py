@@ -6,15 +6,15 @@ selector, and the weights. All frame pairs are encoded at once: no chunks, nothi
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 
 import torch
 
-from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.pruning.types import Tokens
 from evoprune.vision.layout import Geometry, geometry
+from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import plan_of
 from tests.vision.tower import group_key, place_key
 
@@ -30,6 +30,7 @@ class Row:
     plain: torch.Tensor | None = None
     feature: torch.Tensor | None = None
     attention: float = 0.0
+    deep: list[torch.Tensor] = field(default_factory=list)  # DeepStack features so far, [D] each
 
 
 @torch.no_grad()
@@ -40,27 +41,62 @@ def encode_slowly(visual, patches, grid, method, keep, changed=None) -> tuple[li
         changed: bool `[T, H*W]`, which units differ from what was last encoded at their place; None for all. Those of the first
             frame pair do.
     """
+    rows = rows_slowly(visual, patches, grid, method, keep, changed)
+    tokens = [merged_patches(visual.merger, row.x) for row in rows]
+    return [row.unit for row in rows], owners(rows, math.prod(grid)), torch.stack(tokens)
+
+
+@torch.no_grad()
+def rows_slowly(visual, patches, grid, method, keep, changed=None) -> list[Row]:
+    """The rows after the last layer, ascending by unit; arguments as in `encode_slowly`."""
     geo, total = geometry(*grid[1:]), math.prod(grid)
-    full = tuple(visual.fullatt_block_indexes)
-    plan = plan_of(method, TowerShape(len(visual.blocks), full), grid, keep)
+    shape = tower_shape(visual)
+    plan = plan_of(method, shape, grid, keep)
     stages = {stage.first_layer: stage for stage in plan.stages}
     merger = next((stage.reduce.merger for stage in plan.inside_chunks), None)
     rows = embedded(visual, patches, geo, total, changed)
+    inner = list(getattr(visual.config, "deepstack_visual_indexes", ()))
     for layer, block in enumerate(visual.blocks):
         if layer in stages and stages[layer] in plan.row_stages:
             rows = selected(block, rows, geo, grid, stages[layer].selector, stages[layer].rows)
-        scope = "pair" if layer in full else "window"
-        run_layer(block, rows, geo, scope, not merger or merger.size_bias)
+        run_layer(block, rows, geo, shape.scope(layer), not merger or merger.size_bias)
         if merger and layer + 1 in stages:
-            rows = merged(rows, geo, scope, merger, stages[layer + 1].reduce.left)
-    rows.sort(key=lambda row: row.unit)
-    owner = owners(rows, total)
-    first, second = visual.merger.mlp[0], visual.merger.mlp[2]
-    tokens = []
-    for row in rows:
-        hidden = linear(first, rms_norm(visual.merger.ln_q, row.x).flatten())
-        tokens.append(linear(second, hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))))
-    return [row.unit for row in rows], owner, torch.stack(tokens)
+            rows = merged(rows, geo, shape.scope(layer), merger, stages[layer + 1].reduce.left)
+        for row in rows if layer in inner else []:
+            row.deep.append(merged_patches(visual.deepstack_merger_list[inner.index(layer)], row.x))
+    return sorted(rows, key=lambda row: row.unit)
+
+
+@torch.no_grad()
+def tokens_slowly(
+    visual, patches, grid, method, keep, changed=None
+) -> tuple[list[int], torch.Tensor, torch.Tensor | None]:
+    """The units that the language model reads; their features, `[1 + n, K, D]`, those of the last layer first; and their sizes."""
+    rows = rows_slowly(visual, patches, grid, method, keep, changed)
+    last = torch.stack([merged_patches(visual.merger, row.x) for row in rows])
+    every = torch.stack([last, *(torch.stack(layer) for layer in zip(*(row.deep for row in rows), strict=True))])
+    owner, stage = owners(rows, math.prod(grid)), plan_of(method, tower_shape(visual), grid, keep).token_stage
+    if stage is None:  # the rows are the tokens
+        return [row.unit for row in rows], every, None
+    found = stage.selector.select(Tokens(last.float(), torch.tensor(owner), grid), keep)
+    kept = found.kept.tolist()
+    if found.owner is None:
+        return kept, every[:, [owner[unit] for unit in kept]], found.size
+    clusters = [[unit for unit in range(math.prod(grid)) if found.owner[unit] == k] for k in range(len(kept))]
+    means = [sum(every[:, owner[unit]] for unit in cluster) / len(cluster) for cluster in clusters]
+    return kept, torch.stack(means, 1), found.size
+
+
+def merged_patches(merger, x: torch.Tensor) -> torch.Tensor:
+    """What a patch merger makes of a row `[4, hidden]`."""
+    if hasattr(merger, "ln_q"):
+        normed, first, second = rms_norm(merger.ln_q, x).flatten(), merger.mlp[0], merger.mlp[2]
+    else:
+        after = len(merger.norm.weight) > x.shape[1]
+        normed = layer_norm(merger.norm, x.flatten() if after else x).flatten()
+        first, second = merger.linear_fc1, merger.linear_fc2
+    hidden = linear(first, normed)
+    return linear(second, hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))))
 
 
 def embedded(visual, patches, geo: Geometry, total: int, changed: torch.Tensor | None = None) -> list[Row]:
@@ -72,10 +108,30 @@ def embedded(visual, patches, geo: Geometry, total: int, changed: torch.Tensor |
     for unit in range(total):
         pair, place = divmod(unit, geo.units)
         if changed is None or changed[pair, place]:
-            latest[place] = Row(unit, [], pixels[unit] @ embedding.T)
+            latest[place] = Row(unit, [], pixels[unit] @ embedding.T + added(visual, geo, place))
             rows.append(latest[place])
         latest[place].units.append(unit)
     return sorted(rows, key=lambda row: place_key(geo, row.unit))
+
+
+def added(visual, geo: Geometry, place: int) -> torch.Tensor | float:
+    """The bias of the patch embedding and the learned positions of a unit's patches, `[4, hidden]`; 0 without them."""
+    if not hasattr(visual, "pos_embed"):
+        return 0.0
+    table, (y, x) = visual.pos_embed.weight.double(), divmod(place, geo.width)
+    side, made = math.isqrt(len(table)), []
+    for patch in range(4):
+        at = [(2 * y + patch // 2) / (2 * geo.height - 1), (2 * x + patch % 2) / (2 * geo.width - 1)]
+        found = 0.0
+        for corner in range(4):
+            weight, index = 1.0, 0
+            for share, far in zip(at, divmod(corner, 2), strict=True):
+                low = min(int(share * (side - 1)), side - 2)
+                weight *= 1 - abs(share * (side - 1) - low - far)
+                index = index * side + low + far
+            found = found + weight * table[index]
+        made.append(found)
+    return torch.stack(made) + visual.patch_embed.proj.bias.double()
 
 
 def owners(rows: list[Row], total: int) -> list[int]:
@@ -88,15 +144,23 @@ def selected(block, rows: list[Row], geo: Geometry, grid, selector, keep) -> lis
     units = range(math.prod(grid))
     owner = owners(rows, len(units))
     if keep < len(rows) or any(owner[unit] != owner[unit % geo.units] for unit in units):
-        seen = torch.stack([rms_norm(block.norm1, row.x).flatten() for row in rows])
+        seen = torch.stack([normed(block.norm1, row.x).flatten() for row in rows])
         found = selector.select(Tokens(seen, torch.tensor(owner), grid), min(keep, len(rows)))
         made = []
         for k, unit in enumerate(found.kept.tolist()):
             cluster = [other for other in units if found.owner[other] == k]
             mean_of = cluster if selector.average else [unit]
-            made.append(Row(unit, cluster, sum(rows[owner[other]].x for other in mean_of) / len(mean_of)))
+            row = Row(unit, cluster, sum(rows[owner[other]].x for other in mean_of) / len(mean_of))
+            row.deep = mean_deep([rows[owner[other]].deep for other in mean_of], [1] * len(mean_of))
+            made.append(row)
         rows = made
     return sorted(rows, key=lambda row: place_key(geo, row.unit))
+
+
+def mean_deep(deep: list[list[torch.Tensor]], weights: list[int]) -> list[torch.Tensor]:
+    """The weighted mean of DeepStack features, layer by layer."""
+    of_layers = zip(*deep, strict=True)
+    return [sum(w * x for w, x in zip(weights, each, strict=True)) / sum(weights) for each in of_layers]
 
 
 def merged(rows: list[Row], geo: Geometry, scope: str, method, left: tuple[int, ...]) -> list[Row]:
@@ -127,6 +191,25 @@ def rms_norm(module, x: torch.Tensor) -> torch.Tensor:
     return module.weight.double() * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
+def layer_norm(module, x: torch.Tensor) -> torch.Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return module.weight.double() * centred / scale + module.bias.double()
+
+
+def normed(module, x: torch.Tensor) -> torch.Tensor:
+    return rms_norm(module, x) if getattr(module, "bias", None) is None else layer_norm(module, x)
+
+
+def mlp(module, x: torch.Tensor) -> torch.Tensor:
+    if hasattr(module, "gate_proj"):
+        gate = linear(module.gate_proj, x)
+        return linear(module.down_proj, gate * gate.sigmoid() * linear(module.up_proj, x))
+    inner = linear(module.linear_fc1, x)
+    curve = torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3))
+    return linear(module.linear_fc2, 0.5 * inner * (1 + curve))
+
+
 @cache
 def angles(geo: Geometry, place: int, d: int) -> torch.Tensor:
     """How far each pair of each patch turns, `[4, 1, d / 2]`: the first half by the patch's row, the second by its column."""
@@ -148,7 +231,7 @@ def run_layer(block, rows: list[Row], geo: Geometry, scope: str, size_bias: bool
     """One layer of the tower; leaves queries, keys and the attention received from the own frame pair in the rows."""
     heads = block.attn.num_heads
     for row in rows:
-        qkv = linear(block.attn.qkv, rms_norm(block.norm1, row.x)).view(4, 3, heads, -1)
+        qkv = linear(block.attn.qkv, normed(block.norm1, row.x)).view(4, 3, heads, -1)
         row.plain, row.v = qkv[:, 1], qkv[:, 2]
         row.q, row.k = rotate(qkv[:, 0], geo, row.unit), rotate(qkv[:, 1], geo, row.unit)
         row.attention = 0.0
@@ -169,9 +252,7 @@ def run_layer(block, rows: list[Row], geo: Geometry, scope: str, size_bias: bool
                     seen.attention += float(got)
     for row, answer in answers:
         row.x = row.x + linear(block.attn.proj, answer.flatten(1))
-        hidden = rms_norm(block.norm2, row.x)
-        gate = linear(block.mlp.gate_proj, hidden)
-        row.x = row.x + linear(block.mlp.down_proj, gate * gate.sigmoid() * linear(block.mlp.up_proj, hidden))
+        row.x = row.x + mlp(block.mlp, normed(block.norm2, row.x))
 
 
 def largest_remainder(sizes: list[int], total: int) -> list[int]:
@@ -211,7 +292,7 @@ def one_round(rows: list[Row], remove: int, method, geo: Geometry) -> list[Row]:
         lone = max(1 - density[i], 1 - density[j])
         return rounded(cos[i][j] - method.diversity * lone - method.attention * max(attention[i], attention[j]))
 
-    sources, destinations = range(1, n, 2), range(0, n, 2)
+    sources, destinations = range(method.absorbed, n, 2), range(1 - method.absorbed, n, 2)
     best = {i: max(destinations, key=lambda j: (score(i, j), -j)) for i in sources}
     ranked = sorted(range(n), key=lambda i: (-attention[i], i))
     critical = ranked[: math.ceil(n * Fraction(str(method.critical)))]
@@ -227,6 +308,7 @@ def one_round(rows: list[Row], remove: int, method, geo: Geometry) -> list[Row]:
         size = [len(rows[i].units) for i in cluster]
         row = Row(rows[stays].unit, [unit for i in cluster for unit in rows[i].units], rows[stays].x)
         row.x = sum(s * rows[i].x for s, i in zip(size, cluster, strict=True)) / sum(size)
+        row.deep = mean_deep([rows[i].deep for i in cluster], size)
         row.feature = sum(s * rows[i].feature for s, i in zip(size, cluster, strict=True)) / sum(size)
         row.attention = sum(rows[i].attention for i in cluster)
         left.append(row)

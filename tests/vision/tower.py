@@ -6,7 +6,7 @@ import torch
 
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, merged_layout
 
-PATCH_WIDTH = 1176
+PATCH_WIDTH, QWEN3_WIDTH = 1176, 1536
 
 
 @cache
@@ -35,20 +35,51 @@ def tiny_tower(full_layers: tuple[int, ...] = (1, 3), depth: int = 4, seed: int 
     tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(
         config, dtype=torch.float32, attn_implementation="sdpa"
     )
+    return _drawn(tower, seed)
+
+
+DEEPSTACK = (1, 3, 4)  # layers of `tiny_qwen3`
+
+
+@cache
+def tiny_qwen3(depth: int = 6, seed: int = 0):
+    """The same of Qwen3-VL, with a table of 5x5 learned positions; patches have 1,536 values."""
+    from transformers import Qwen3VLConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+    config = Qwen3VLConfig(
+        vision_config={
+            "depth": depth,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 24,
+            "num_position_embeddings": 25,
+            "deepstack_visual_indexes": list(DEEPSTACK),
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        }
+    ).vision_config
+    tower = Qwen3VLVisionModel._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    return _drawn(tower, seed)
+
+
+def _drawn(tower, seed: int):
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in tower.named_parameters():
             if weight.ndim > 1:
-                weight.normal_(0, weight[0].numel() ** -0.5, generator=random)
+                weight.normal_(0, 1 if "pos_embed" in name else weight[0].numel() ** -0.5, generator=random)
             else:
                 weight.normal_(0.0 if name.endswith("bias") else 1.0, 0.1, generator=random)
     return tower.eval()
 
 
-def random_patches(grid: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
-    """Patches of a video of noise, `[rows, 1176]`."""
+def random_patches(grid: tuple[int, int, int], seed: int = 0, width: int = PATCH_WIDTH) -> torch.Tensor:
+    """Patches of a video of noise, `[rows, width]`."""
     t, h, w = grid
-    return torch.randn(t * h * w * 4, PATCH_WIDTH, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(t * h * w * 4, width, generator=torch.Generator().manual_seed(seed))
 
 
 def merge_at_random(layout: TokenLayout, scope: str, seed: int, share: float = 0.6) -> tuple[TokenLayout, torch.Tensor]:

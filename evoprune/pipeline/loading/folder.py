@@ -17,7 +17,7 @@ import torch
 from evoprune.bundled import DEMOS
 from evoprune.errors import ModelError, first_line
 from evoprune.language.tokenizer import Tokenizer
-from evoprune.model.config import END_IDS, MODEL_TYPES, Config, VisionConfig, parse_config
+from evoprune.model.config import END_IDS, EXPERTS, MODEL_TYPES, Config, VisionConfig, parse_config
 from evoprune.model.rules import Rule, checked, read_object, section
 from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import InputLimits
@@ -28,9 +28,6 @@ DEMO_FOLDER = DEMOS["demo"].folder
 BUNDLED_CONFIGS = {f"Qwen/{path.stem}": path for path in sorted((PACKAGE / "model" / "configs").glob("*.json"))}
 NORMALISATION = ("image_mean", "image_std")
 OF_PICTURES = (*NORMALISATION, "min_pixels", "max_pixels")
-# Pixels of a picture: in the settings of the published models, and by Hugging Face's image processor where no settings say.
-PUBLISHED = {"min_pixels": 56 * 56, "max_pixels": 12_845_056}
-UNSTATED = {"min_pixels": 56 * 56, "max_pixels": 1280 * 28 * 28}
 # With the rules of Windows, both kinds of slash separate. Links may lead elsewhere, as those of the hub's cache do.
 INSIDE = Rule(
     "the name of a file in the same folder",
@@ -42,7 +39,7 @@ HUB_SECONDS = 5.0
 FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]
 SETTINGS = ["config.json", "*processor_config.json"]
 MODEL_HINT = (
-    "evoprune runs Qwen2.5-VL and Qwen2-VL checkpoints, such as Qwen/Qwen2.5-VL-3B-Instruct, and the bundled demos"
+    "evoprune runs Qwen3-VL, Qwen2.5-VL and Qwen2-VL checkpoints, such as Qwen/Qwen2.5-VL-3B-Instruct, and its demos"
 )
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
@@ -55,7 +52,7 @@ def is_id(name: str) -> bool:
 
 def kind_hint(name: str) -> str:
     """The beginning of a hint: which models run, where the name does not look like one of them; else nothing."""
-    return "" if re.search(r"qwen-?2[._]?5?[-_]?vl", name, re.IGNORECASE) else f"{MODEL_HINT}; "
+    return "" if re.search(r"qwen-?(3|2[._]?5?)[-_]?vl", name, re.IGNORECASE) else f"{MODEL_HINT}; "
 
 
 def download(
@@ -146,6 +143,8 @@ def read_config(path: Path) -> Config:
         )
     content = _json(path)
     kind = content.get("model_type")
+    if kind == EXPERTS:
+        raise ModelError(f"{path.parent} is a mixture of experts, which evoprune does not run", MODEL_HINT)
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise ModelError(
             f"{path.parent} is a model of type {reprlib.repr(kind)}, not {' or '.join(MODEL_TYPES)}", MODEL_HINT
@@ -227,20 +226,22 @@ def input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, 
     pixels is meant for one picture; every frame pair would get 16,000 tokens. Qwen's own code limits the frames of a video far
     lower, and those limits are the defaults here.
     """
+    traits = vision_config.traits
     limits = InputLimits(
+        **traits.video,
         patch_size=vision_config.patch_size,
         temporal_patch_size=vision_config.temporal_patch_size,
         merge_size=vision_config.spatial_merge_size,
     )
     if folder is None:
-        return {VIDEO: limits, PICTURE: replace(limits, **PUBLISHED)}
+        return {VIDEO: limits, PICTURE: replace(limits, **traits.picture)}
     joint = folder / "processor_config.json"  # where transformers 5 saves both
     video = _limits(joint, "video_processor") or _limits(folder / "video_preprocessor_config.json")
     image = _limits(joint, "image_processor", OF_PICTURES) or _limits(
         folder / "preprocessor_config.json", only=OF_PICTURES
     )
     normal = {name: image[name] for name in NORMALISATION if name in image}
-    return {VIDEO: replace(limits, **(normal | video)), PICTURE: replace(limits, **(UNSTATED | image))}
+    return {VIDEO: replace(limits, **(normal | video)), PICTURE: replace(limits, **(dict(traits.unstated) | image))}
 
 
 def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None = None) -> dict:

@@ -129,7 +129,7 @@ def load_model(
     progress: Callable[[int, int], None] | None = None,
     **options,
 ) -> LoadedModel:
-    """Loads a Qwen2.5-VL or Qwen2-VL model.
+    """Loads a Qwen3-VL, Qwen2.5-VL or Qwen2-VL model.
 
     Args:
         model: its name, with the other fields of `ModelOptions` as keywords; or all of them; or what `find_model` found. With

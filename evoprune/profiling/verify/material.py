@@ -6,7 +6,7 @@ import numpy as np
 
 from evoprune.profiling import synthetic
 
-FRAMES, HEIGHT, WIDTH = 8, 120, 180  # no multiples of 28: frames are resized
+FRAMES, HEIGHT, WIDTH = 8, 120, 180  # no multiples of 28 or 32: frames are resized
 
 
 def write_material(folder: Path) -> tuple[Path, Path, Path]:

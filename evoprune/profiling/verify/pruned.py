@@ -127,7 +127,7 @@ def reuse(subject: Subject) -> Outcome:
     pairs, rows = plain.plan.grid[0], len(reusing.encoded.rows)
     if rows * pairs != plain.units:
         return Outcome(DIFFERS, f"{rows} rows are encoded, expected {plain.units // pairs}", {"rows": rows})
-    found = gap(reusing.encoded.features, plain.encoded.features)
+    found = gap(reusing.encoded.every_feature, plain.encoded.every_feature)
     return judged(f"{rows} of {plain.units} units encoded; {found}", found.limits(subject.features_noise))
 
 

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from evoprune.errors import EvopruneError, first_line, is_out_of_memory
+from evoprune.model.config import as_written
 from evoprune.model.machine import environment, peak_memory
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
 from evoprune.pipeline.loading.model import LoadedModel
@@ -79,7 +80,7 @@ def _facts(loaded: LoadedModel) -> dict[str, Any]:
     vision, text = config.vision_config, config.text_config
     return {
         "id": loaded.id if known else None,
-        "family": vision.family,
+        "family": as_written(config)["model_type"],
         "tower": [vision.depth, vision.hidden_size],
         "language_model": [text.num_hidden_layers, text.hidden_size],
         "dtype": loaded.dtype,

@@ -33,7 +33,8 @@ def first_token(subject: Subject) -> Outcome:
     """Medians of encode and prefill in turns, in seconds: evoprune at the usual budget, and transformers; and their ratio."""
     loaded, method = subject.loaded, parse("evoprune")
     (plan,) = subject.about(subject.video).plans
-    clip = prepare(loaded, *synthetic_frames("motion", Case(SAMPLING.frames, plan.height, plan.width)))
+    case = Case(SAMPLING.frames, plan.height, plan.width)
+    clip = prepare(loaded, *synthetic_frames("motion", case, loaded.video.unit))
     pruned = method.plan(tower_shape(loaded.model.model.visual), clip.grid, keep_count(BUDGET, clip.units))
     turns: list[tuple[Turn, Turn]] = []
     for _ in range(ROUNDS + 1):

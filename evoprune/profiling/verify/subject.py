@@ -33,8 +33,6 @@ NEW_TOKENS = 16
 BUDGET = 0.25
 ROUNDINGS = 64  # that a feature is off by where the device cannot compute more exactly
 
-Features = list[torch.Tensor]
-
 
 class Subject:
     """A model and three files, of which more is made when a check first needs it.
@@ -99,22 +97,27 @@ class Subject:
         return self._asked[paths, question]
 
     @torch.inference_mode()
-    def features(self, call: dict[str, torch.Tensor]) -> Features:
-        """Those of transformers' tower, of each input in the order of the prompt."""
-        visual, of_kind = self.transformers.model.visual, {}
+    def features(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Those of transformers' tower, `[1 + n, tokens, hidden]` in the order of the prompt: the last ones, and n of DeepStack."""
+        kinds, parts = call["mm_token_type_ids"][0], {}
         for kind, (pixels, grids) in NAMES.items():
             if pixels in call:
-                made = visual(call[pixels].to(self.dtype), grid_thw=call[grids]).pooler_output
-                counts = call[grids].prod(1) // visual.spatial_merge_size**2
-                of_kind[TYPES[kind]] = list(made.split(counts.tolist()))
-        return [of_kind[kind].pop(0) for kind, _ in runs(call) if kind]
+                made = self.transformers.model.visual(call[pixels].to(self.dtype), grid_thw=call[grids])
+                parts[TYPES[kind]] = torch.stack(
+                    [made.pooler_output, *(getattr(made, "deepstack_features", None) or ())]
+                )
+        some = next(iter(parts.values()))
+        every = some.new_empty(len(some), len(kinds), some.shape[2])
+        for kind, made in parts.items():
+            every[:, kinds == kind] = made
+        return every[:, kinds > 0]
 
     @torch.inference_mode()
     def logits(
         self,
         call: dict[str, torch.Tensor],
         positions: torch.Tensor,
-        features: Features,
+        features: torch.Tensor,
         answer: Sequence[int] = (),
         last: int = 1,
     ) -> torch.Tensor:
@@ -122,18 +125,21 @@ class Subject:
 
         Args:
             positions: int64 `[3, L]`, of the prompt; those of the answer follow.
-            features: of the inputs, instead of what its own tower makes of them.
+            features: of the inputs, from `features`, instead of what its own tower makes of them.
             answer: tokens behind the prompt.
         """
         text = self.transformers.model.language_model
         more = torch.tensor(answer, dtype=torch.int64, device=self.device)
         embeds = text.embed_tokens(torch.cat([call["input_ids"][0], more]))
-        for place, values in zip((place for kind, place in runs(call) if kind), features, strict=True):
-            embeds[place.start : place.stop] = values.to(embeds)
+        visual = torch.nn.functional.pad(call["mm_token_type_ids"][0] > 0, (0, len(answer)))
+        embeds[visual], inner = features[0].to(embeds), {}
+        if len(features) > 1:
+            inner = {"visual_pos_masks": visual[None], "deepstack_visual_embeds": list(features[1:].to(embeds))}
         row = torch.arange(len(embeds), dtype=torch.int64, device="cpu")
         following = positions.max() + 1 + row[: len(answer)]
         every = torch.cat([row[None], torch.cat([positions, following.expand(3, -1)], 1)])
-        hidden = text(inputs_embeds=embeds[None], position_ids=every[:, None].to(self.device), use_cache=False)
+        places = every[:, None].to(self.device)
+        hidden = text(inputs_embeds=embeds[None], position_ids=places, use_cache=False, **inner)
         return self.transformers.lm_head(hidden.last_hidden_state[0, -last:])
 
     @cached_property
@@ -143,7 +149,7 @@ class Subject:
         return self.logits(asked.call, asked.positions, asked.features, last=asked.text_behind)
 
     @cached_property
-    def _wide(self) -> tuple[Features, torch.Tensor] | None:
+    def _wide(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Features and logits of transformers in a wider dtype, on the same weights; None where there is none."""
         dtype = wider(self.dtype, self.device)
         if dtype is None:
@@ -159,7 +165,8 @@ class Subject:
         """How far transformers' features are from those of the wider dtype."""
         if self._wide is None:
             return _roundings(self.dtype)
-        return at_least(gap(self.about(self.video).features[0], self._wide[0][0]), self.dtype)
+        features = self.about(self.video).features
+        return at_least(gap(features.flatten(0, 1), self._wide[0].flatten(0, 1)), self.dtype)
 
     @cached_property
     def logits_noise(self) -> Gap:
@@ -192,18 +199,18 @@ class Asked:
         reader = PromptReader(engine, self.plans)
         self.prompt = reader.build(question, GenerationOptions(), sum(plan.units for plan in self.plans))
         self.positions = reader.positions(self.prompt)
-        call = arguments(self.prompt, self.plans, loaded.limits, loaded.model.config)
+        call = arguments(self.prompt, self.plans, loaded.limits, loaded.model.config.vision_config)
         self.call = {name: value.to(subject.device) for name, value in call.items()}
 
     @cached_property
-    def features(self) -> Features:
-        """Those of transformers' tower."""
+    def features(self) -> torch.Tensor:
+        """Those of transformers' tower, see `Subject.features`."""
         return self._subject.features(self.call)
 
     @property
     def text_behind(self) -> int:
         """Tokens of the prompt behind the inputs."""
-        return len(self.prompt.input_ids) - self.prompt.places[-1].stop
+        return len(self.prompt.input_ids) - self.prompt.places[-1].runs[-1].stop
 
 
 def runs(call: dict[str, torch.Tensor]) -> list[tuple[int, range]]:

@@ -9,7 +9,7 @@ from evoprune.huggingface import interface
 from evoprune.huggingface.context import PruningContext
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
-from evoprune.language.generate import Visual, embed_prompt
+from evoprune.language.generate import Visual, column_deepstack, embed_prompt
 from evoprune.model.linear import PackedLinear, packs
 from evoprune.profiling.verify.outcome import DIFFERS, HELD, Gap, Outcome, gap, judged, skipped
 from evoprune.profiling.verify.subject import (
@@ -45,7 +45,7 @@ def patches(subject: Subject) -> Outcome:
 
 
 def _patches_of_transformers(subject: Subject, plan: Plan) -> torch.Tensor:
-    """`[patches, 1176]`, from its processor of pictures, which works without torchvision; frames are resized by Pillow."""
+    """`[patches, values]`, from its processor of pictures, which works without torchvision; frames are resized by Pillow."""
     from PIL import Image
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -68,7 +68,7 @@ def _patches_of_transformers(subject: Subject, plan: Plan) -> torch.Tensor:
 
 def tower(subject: Subject) -> Outcome:
     encoded = subject.encode(subject.asking(1.0), [subject.video]).encoded
-    found = gap(encoded.features, subject.about(subject.video).features[0])
+    found = gap(encoded.every_feature, subject.about(subject.video).features.flatten(0, 1))
     return judged(_beside(found, subject.features_noise), found.limits(subject.features_noise))
 
 
@@ -97,12 +97,12 @@ def positions(subject: Subject) -> Outcome:
 def logits(subject: Subject) -> Outcome:
     """The language model alone: both sides read the features of transformers' tower."""
     model, asked = subject.loaded.model, subject.about(subject.video)
-    visuals = [
-        Visual(place, values, ascending(len(place), "cpu"))
-        for place, values in zip(asked.prompt.places, asked.features, strict=True)
-    ]
-    embeds, _ = embed_prompt(model, asked.prompt.input_ids, visuals)
-    made = decoder.logits(model, embeds, asked.positions, KVCache(model, len(embeds)), last=asked.text_behind)
+    (place,), (last, *inner) = asked.prompt.places, asked.features
+    visuals = [Visual(place, last, ascending(len(place), "cpu"), deepstack=torch.stack(inner) if inner else None)]
+    embeds, columns = embed_prompt(model, asked.prompt.input_ids, visuals)
+    added = column_deepstack(visuals, columns, embeds)
+    cache = KVCache(model, len(embeds))
+    made = decoder.logits(model, embeds, asked.positions, cache, last=asked.text_behind, deepstack=added)
     found = gap(made, subject.video_logits, centred=True)
     return judged(_beside(found, subject.logits_noise), found.limits(subject.logits_noise))
 

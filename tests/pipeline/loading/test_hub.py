@@ -182,7 +182,8 @@ def test_an_incomplete_cache_is_an_error(dead_hub, cache, saved):
     ("name", "runs"),
     [
         ("openai/whisper-base", False),
-        ("Qwen/Qwen3-VL-2B-Instruct", False),
+        ("Qwen/Qwen3-VL-2B-Instruct", True),
+        ("Qwen/Qwen3.5-4B", False),
         ("Qwen/Qwen2.5-7B-Instruct", False),
         ("Qwen/Qwen2.5-VL-3B-Instruct", True),
         ("org/qwen2-vl-tuned", True),
@@ -190,4 +191,4 @@ def test_an_incomplete_cache_is_an_error(dead_hub, cache, saved):
     ],
 )
 def test_the_hint_says_which_models_run_where_a_name_does_not_look_like_one(name, runs):
-    assert hub_module.kind_hint(name).startswith("evoprune runs Qwen2.5-VL and Qwen2-VL") is not runs
+    assert hub_module.kind_hint(name).startswith("evoprune runs Qwen3-VL, Qwen2.5-VL and") is not runs

@@ -72,7 +72,7 @@ def test_a_loaded_model_answers(saved):
     with torch.no_grad():
         features = hugging_face_model(loaded.model).model.visual(pixels, torch.tensor([[2, 4, 6]])).pooler_output
     kept = torch.tensor([0, 5, 7])
-    span = VisualSpan(prompt.places[0].start, (2, 2, 3), 1.0)
+    span = VisualSpan(prompt.places[0].runs[0].start, (2, 2, 3), 1.0)
     positions = prompt_positions(len(prompt.input_ids), [span], loaded.model.config.vision_config.tokens_per_second)
     embeds, columns = embed_prompt(loaded.model, prompt.input_ids, [Visual(prompt.places[0], features[kept], kept)])
     state = prefill(loaded.model, embeds, positions[:, columns], int(positions.max()) + 1)
@@ -276,7 +276,8 @@ def other_architecture_without_weights(folder):
         (drop("config.json"), "holds no config.json"),
         (write("config.json", "{"), "cannot be read"),
         (write("config.json", "[]"), "not a JSON object"),
-        (config(model_type="qwen3_vl"), "of type 'qwen3_vl', not qwen2_5_vl or qwen2_vl"),
+        (config(model_type="qwen3_5"), "of type 'qwen3_5', not qwen2_5_vl or qwen2_vl or qwen3_vl"),
+        (config(model_type="qwen3_vl_moe"), "is a mixture of experts"),
         (config(model_type="qwen2_vl"), "no valid qwen2_vl config: vision_config has no embed_dim"),
         (other_architecture_without_weights, "of type 'llava'"),
         (config(text_config={"hidden_size": "many"}), "no valid qwen2_5_vl config"),

@@ -55,7 +55,9 @@ FAULTS = {
     "the bias of cluster sizes left out": Fault(
         "model", f"{DECODER}:forward", "every[i].log().to(x.dtype)", "every[i].log().to(x.dtype) * 0"
     ),
-    "a norm of the tower scaled": Fault("tower", f"{TOWER}:norm", ".mul_(weight)", ".mul_(weight * 1.02)"),
+    "a norm of the tower scaled": Fault(
+        "tower", f"{TOWER}:mlp_half", "kind.norm(block.norm2, x)", "kind.norm(block.norm2, x) * 1.02"
+    ),
     "a norm of the language model scaled": Fault("logits", f"{DECODER}:norm", "* weight", "* (weight * 1.02)"),
     "a tower that is not pruned": Fault(
         "counts",
@@ -110,5 +112,23 @@ FAULTS = {
     "zeros of 4 bits off by one": Fault("int4", "evoprune.model.integers:_int4_piece", ".add_(8)", ".add_(9)"),
     "a method that selects one token too few": Fault(
         "methods", "evoprune.methods.divprune:DivPrune.select", "(tokens.features, keep)", "(tokens.features, keep - 1)"
+    ),
+}
+# Of what Qwen3-VL alone has.
+QWEN3_FAULTS = {
+    "features of another inner layer": Fault(
+        "tower", f"{TOWER}:_add_deepstack", "deepstack(run.visual, number, piece)", "deepstack(run.visual, 0, piece)"
+    ),
+    "features of inner layers left out": Fault(
+        "logits", f"{DECODER}:forward", "x + deepstack[0, -len(x) :]", "x + 0 * deepstack[0, -len(x) :]"
+    ),
+    "learned positions of another frame": Fault(
+        "tower",
+        "evoprune.vision.families:learned_positions",
+        "2 * geo.width)",
+        "2 * geo.width + 2)[:, : 2 * geo.width]",
+    ),
+    "axes of positions in another order": Fault(
+        "logits", f"{DECODER}:rotation", 'bool(rope.get("mrope_interleaved"))', "False"
     ),
 }

@@ -2,10 +2,12 @@
 
 import json
 import platform
+from itertools import product
 
 import pytest
 import torch
 
+from evoprune.model.config import MODEL_TYPES
 from evoprune.pipeline.loading.model import load_model
 from evoprune.profiling.time_limit import TimeLimit
 from evoprune.profiling.verify.checks import CHECKS
@@ -13,17 +15,18 @@ from evoprune.profiling.verify.outcome import DIFFERS, HELD, SKIPPED, Check, gap
 from evoprune.profiling.verify.run import subject_of, verify
 from evoprune.profiling.verify.subject import QUESTION
 from evoprune.profiling.verify.wide import computing_in
-from tests.profiling.verify.faults import FAULTS
+from tests.profiling.verify.faults import FAULTS, QWEN3_FAULTS
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import save_tiny
 
 HERE = [name for name, fault in FAULTS.items() if fault.found_by != "waits"]  # that one: tests/second_device
+CASES = [*product(("qwen2_5_vl", "qwen3_vl", "demo"), HERE), *product(("qwen3_vl",), QWEN3_FAULTS)]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     at = tmp_path_factory.mktemp("tiny")
-    return {family: save_tiny(at / family, family=family) for family in ("qwen2_5_vl", "qwen2_vl")}
+    return {family: save_tiny(at / family, family=family) for family in MODEL_TYPES}
 
 
 def verified(name, *, path=None, limit=1e6, dtype="fp32", **how):
@@ -41,7 +44,7 @@ def assert_held(results) -> None:
     assert not [(found.check.name, found.outcome.says) for found in results.of(DIFFERS)]
 
 
-@pytest.mark.parametrize("name", ["demo", "qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["demo", *MODEL_TYPES])
 def test_everything_holds(folders, name):
     assert_held(results := verified(folders.get(name, name), quick=True))
     assert {n for n, s in states(results).items() if s == SKIPPED} == {c.name for c in CHECKS if c.slow} | {"waits"}
@@ -49,7 +52,7 @@ def test_everything_holds(folders, name):
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", ["demo", "demo-scenes", "qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["demo", "demo-scenes", *MODEL_TYPES])
 def test_all_of_it_holds_in_every_dtype(folders, name, dtype):
     results = verified(folders.get(name, name), dtype=dtype)
     assert_held(results)
@@ -59,11 +62,11 @@ def test_all_of_it_holds_in_every_dtype(folders, name, dtype):
 
 
 @pytest.mark.few(3)
-@pytest.mark.parametrize("fault", HERE)
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "demo"])
+@pytest.mark.parametrize("name, fault", CASES)
 def test_a_fault_is_found_by_the_check_that_should_find_it(folders, name, fault, monkeypatch):
-    (check,) = [check for check in CHECKS if check.name == FAULTS[fault].found_by]
-    FAULTS[fault].plant(monkeypatch)
+    planted = (FAULTS | QWEN3_FAULTS)[fault]
+    (check,) = [check for check in CHECKS if check.name == planted.found_by]
+    planted.plant(monkeypatch)
     (found,) = verified(folders.get(name, name), checks=[check]).findings
     assert not found.outcome.says.startswith("raised"), found.outcome
     assert found.outcome.state == DIFFERS, found.outcome

@@ -1,0 +1,108 @@
+"""How the layers of a vision tower compute, for each family of models, with rounding as in Hugging Face's code.
+
+Qwen2.5-VL (arXiv 2502.13923) has RMS norms and gated MLPs. Qwen2-VL (arXiv 2409.12191) has layer norms with a bias, and MLPs of two
+matrices with the quick GELU between them. Qwen3-VL (arXiv 2511.21631) has the same with the tanh form of GELU, adds learned
+positions to the patches, and makes features of inner layers too (DeepStack, arXiv 2406.04334).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.model.config import QWEN2, QWEN2_5, QWEN3, vision_sizes
+from evoprune.model.linear import linear
+from evoprune.vision.layout import Geometry, TokenLayout
+
+
+@dataclass(frozen=True)
+class Layers:
+    """`norm(module, x)`, and `mlp(module, x, plus)`, which adds the MLP of normed `x` to `plus`."""
+
+    norm: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
+    mlp: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def layers_of(visual) -> Layers:
+    """How the layers of a tower compute, this project's or transformers'."""
+    return LAYERS[vision_sizes(visual.config).family]
+
+
+def _rms(module, x: torch.Tensor) -> torch.Tensor:
+    return norm(x, module.weight)
+
+
+def _gated(mlp, x: torch.Tensor, plus: torch.Tensor) -> torch.Tensor:
+    hidden = linear(mlp.up_proj, x, times=linear(mlp.gate_proj, x, silu=True))
+    return linear(mlp.down_proj, hidden, plus=plus)
+
+
+def _layer(module, x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, module.weight.shape, module.weight, module.bias, 1e-6)
+
+
+def _quick_gelu(mlp, x: torch.Tensor, plus: torch.Tensor) -> torch.Tensor:
+    hidden = linear(mlp.fc1, x)
+    hidden = hidden.mul_(torch.sigmoid(1.702 * hidden))
+    return linear(mlp.fc2, hidden, plus=plus)
+
+
+def _tanh_gelu(mlp, x: torch.Tensor, plus: torch.Tensor) -> torch.Tensor:
+    return linear(mlp.linear_fc2, F.gelu(linear(mlp.linear_fc1, x), approximate="tanh"), plus=plus)
+
+
+LAYERS = {QWEN2_5: Layers(_rms, _gated), QWEN2: Layers(_layer, _quick_gelu), QWEN3: Layers(_layer, _tanh_gelu)}
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """RMS norm of rows `[..., D]`, in float32; on CPUs with fewer passes over the memory than F.rms_norm."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = length.square_().div_(x.shape[-1]).add_(1e-6).rsqrt_()
+    return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
+
+
+def embed(visual, patches: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """The rows before the first layer, `[R, 4, hidden]`, from patches `[R, 4, values]`; `layout`: of these rows."""
+    proj = visual.patch_embed.proj
+    x = F.linear(patches, proj.weight.flatten(1), proj.bias)
+    if vision_sizes(visual.config).num_position_embeddings is None:
+        return x
+    return x + learned_positions(visual.pos_embed.weight, layout.geometry)[layout.place].to(x.dtype)
+
+
+def learned_positions(table: torch.Tensor, geo: Geometry) -> torch.Tensor:
+    """A square table of learned positions, `[side * side, hidden]`, resampled bilinearly to the patches of a frame pair.
+
+    The corners of the table are those of the frame. Returns float32 `[units, 4, hidden]`, by raster place.
+    """
+    side, wide = math.isqrt(len(table)), table.shape[1]
+    made = table.float().view(side, side, wide)
+    made = _resampled(_resampled(made, 2 * geo.height).transpose(0, 1), 2 * geo.width).transpose(0, 1)
+    return made.reshape(geo.height, 2, geo.width, 2, wide).transpose(1, 2).reshape(geo.units, 4, wide)
+
+
+def _resampled(x: torch.Tensor, count: int) -> torch.Tensor:
+    """`x` `[side, ...]` linearly resampled to `count` entries, at least 2; the first and the last stay."""
+    at = torch.arange(count, dtype=torch.float32, device=x.device) * (len(x) - 1) / (count - 1)
+    low = at.floor().long().clamp(max=len(x) - 2)
+    return torch.lerp(x[low], x[low + 1], (at - low).view(-1, *[1] * (x.ndim - 1)))
+
+
+def merge_patches(visual, x: torch.Tensor) -> torch.Tensor:
+    """The tokens for the language model, `[R, D]`, from the last layer's rows `[R, 4, hidden]`."""
+    return _merged(visual, visual.merger, x)
+
+
+def deepstack(visual, number: int, x: torch.Tensor) -> torch.Tensor:
+    """The features `[R, D]` for layer `number` of the language model, from rows `[R, 4, hidden]` of the tower's layer for it."""
+    return _merged(visual, visual.deepstack_merger_list[number], x)
+
+
+def _merged(visual, merger, x: torch.Tensor) -> torch.Tensor:
+    """The four patches of each row merged; the norm comes before they are joined, or after, as its width says."""
+    before, first, second = map(merger.get_submodule, vision_sizes(visual.config).traits.merger)
+    x = x if before.weight.shape[0] == x.shape[-1] else x.flatten(1)
+    x = layers_of(visual).norm(before, x).flatten(1)
+    return linear(second, F.gelu(linear(first, x)))
