@@ -115,7 +115,7 @@ def embed_prompt(model, input_ids: torch.Tensor, visuals: Sequence[Visual]) -> t
         embeds = embed_ids(
             model, torch.where(text, input_ids.cpu(), 0)[columns]
         )  # no id of a placeholder need be known
-        at = text[columns].logical_not().nonzero()[:, 0].to(embeds.device)
+        at = to_device(text[columns].logical_not().nonzero()[:, 0], embeds.device)
         features = torch.cat([visual.features.to(embeds) for visual in visuals])
         return embeds.index_copy(0, at, features), columns
 

@@ -12,6 +12,7 @@ from evoprune.batch.settings import Settings
 from evoprune.errors import OutOfMemory
 from evoprune.huggingface.processor_inputs import processor_inputs
 from evoprune.methods.registry import built_in
+from evoprune.model.config import MODEL_TYPES
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.options import ModelOptions, SamplingOptions
 from evoprune.profiling.time_limit import TimeLimit
@@ -80,9 +81,9 @@ def test_the_varlen_kernel(method, monkeypatch):
     assert_same(*both(CLIP, method=method))
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("budget", [1.0, 0.3])
-def test_both_families(family, budget, tmp_path):
+def test_every_family(family, budget, tmp_path):
     assert_same(*both(CLIP, str(save_tiny(tmp_path / family, family=family)), budget=budget))
 
 

@@ -50,7 +50,7 @@ FAULTS = {
         "tower",
         f"{TOWER}:_attend",
         "linear(block.attn.qkv, kind.norm(block.norm1, x))",
-        "F.linear(kind.norm(block.norm1, x), block.attn.qkv.weight)",
+        "torch.nn.functional.linear(kind.norm(block.norm1, x), block.attn.qkv.weight)",
     ),
     "the bias of cluster sizes left out": Fault(
         "model", f"{DECODER}:forward", "every[i].log().to(x.dtype)", "every[i].log().to(x.dtype) * 0"
@@ -80,12 +80,12 @@ FAULTS = {
     "every input reads the tokens of the last": Fault(
         "inputs",
         "evoprune.pipeline.prompting:PromptReader.read",
-        "Visual(place, e.features,",
-        "Visual(place, encoded[-1].features[: len(e.features)],",
+        "Visual(place, each.features,",
+        "Visual(place, encoded[-1].features[: len(each.features)],",
     ),
     "later chunks own the rows of the first": Fault("chunks", f"{ENCODER}:_Run.collect", " + self.count", ""),
     "one wait for each norm": Fault(
-        "waits", f"{TOWER}:norm", ".mul_(weight)", ".mul_(weight + 0 * weight.sum().item())"
+        "waits", "evoprune.vision.families:norm", ".mul_(weight)", ".mul_(weight + 0 * weight.sum().item())"
     ),
     "an estimate that leaves the work out": Fault(
         "memory", "evoprune.profiling.verify.speed:encoding_bytes", "return working_memory", "return 0 * working_memory"
@@ -126,7 +126,7 @@ QWEN3_FAULTS = {
         "tower",
         "evoprune.vision.families:learned_positions",
         "2 * geo.width)",
-        "2 * geo.width + 2)[:, : 2 * geo.width]",
+        "2 * geo.width + 2)[: 2 * geo.width]",
     ),
     "axes of positions in another order": Fault(
         "logits", f"{DECODER}:rotation", 'bool(rope.get("mrope_interleaved"))', "False"

@@ -21,6 +21,8 @@ from tests.tiny import save_tiny
 
 HERE = [name for name, fault in FAULTS.items() if fault.found_by != "waits"]  # that one: tests/second_device
 CASES = [*product(("qwen2_5_vl", "qwen3_vl", "demo"), HERE), *product(("qwen3_vl",), QWEN3_FAULTS)]
+# The answer of this small model is the same whatever its picture shows.
+CASES.remove(("qwen3_vl", "every input reads the tokens of the last"))
 
 
 @pytest.fixture(scope="module")
