@@ -239,13 +239,10 @@ def _sizes(texts: list[str]) -> list[tuple[int, int]]:
     made = {}
     for text in texts:
         match = re.fullmatch("([0-9]+)x([0-9]+)", text)
-        whole = match and any(all(int(side) and int(side) % unit == 0 for side in match.groups()) for unit in UNITS)
-        if not whole:
-            what = (
-                "in multiples of 28, the side of a merge unit, or of 32 with Qwen3-VL"
-                if match
-                else "HEIGHTxWIDTH in pixels"
-            )
+        sides = [int(side) for side in match.groups()] if match else [0]
+        if not all(sides) or not any(all(side % unit == 0 for side in sides) for unit in UNITS):
+            units = "in multiples of 28, the side of a merge unit, or of 32 with Qwen3-VL"
+            what = units if match else "HEIGHTxWIDTH in pixels"
             raise UsageError(f"--size {text!r} is not {what}", "for example --size 224x336")
         made[int(match[1]), int(match[2])] = True
     return list(made)

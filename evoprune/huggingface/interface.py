@@ -28,9 +28,8 @@ VISION_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", 
 # `pooler_output` is a list of features `[tokens, hidden]`, one for each video or picture. transformers before 5.18 has no such
 # argument (`encoded_inputs`).
 ENCODED = "mm_encoder_outputs"
-ONLY_KIND = (
-    "full_attention"  # of layers, where a config names no kinds; then the model takes one mask in place of a dict
-)
+# Of layers, where a config names no kinds; then the model takes one mask in place of a dict.
+ONLY_KIND = "full_attention"
 # Other arguments with a value per column, beside input_ids, attention_mask and position_ids, and their values at padding.
 PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100, "shift_labels": -100}
 
@@ -294,9 +293,8 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
     rows = torch.ones_like(ids) if mask is None else mask
     for row, (used, found) in enumerate(zip(rows.cpu().bool(), visual_spans(model, call, mask), strict=True)):
-        positions[:, row, used] = prompt_positions(
-            int(used.sum()), [span for spans, _ in found for span in spans], per_second
-        )
+        spans = [span for spans, _ in found for span in spans]
+        positions[:, row, used] = prompt_positions(int(used.sum()), spans, per_second)
     return positions.to(ids.device)
 
 

@@ -60,21 +60,16 @@ def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
 class Visual:
     """What the language model reads of one input.
 
-    Attributes:
-        place: where its placeholders are in the unpruned prompt.
-        features: `[K, hidden]`, the embeddings of the kept visual tokens.
-        kept: int64 `[K]`, indices of the kept tokens among the placeholders, ascending; on the CPU from then on.
-        size: float32 `[K]`, the weight of each kept token in attention, of `evoprune` the root of its cluster size; None for 1.
-        deepstack: `[n, K, hidden]`, what is added to these tokens after each of the first n layers; None for nothing.
-
     Raises ValueError: `kept` and `features` differ in length, or `kept` is not ascending within the place.
     """
 
-    place: Place
-    features: torch.Tensor
-    kept: torch.Tensor
-    size: torch.Tensor | None = None
-    deepstack: torch.Tensor | None = None
+    place: Place  # in the unpruned prompt
+    features: torch.Tensor  # `[K, hidden]`, the embeddings of the kept visual tokens
+    kept: torch.Tensor  # int64 `[K]`, indices of these among the placeholders, ascending; on the CPU from then on
+    size: torch.Tensor | None = (
+        None  # float32 `[K]`, the weight of each in attention, of `evoprune` the root of its cluster size
+    )
+    deepstack: torch.Tensor | None = None  # `[n, K, hidden]`, what is added to them after each of the first n layers
 
     def __post_init__(self):
         kept, most = self.kept.cpu(), len(self.place) - 1
@@ -112,9 +107,8 @@ def embed_prompt(model, input_ids: torch.Tensor, visuals: Sequence[Visual]) -> t
         stays[visual.columns] = True
     columns = stays.nonzero()[:, 0]
     with torch.inference_mode():
-        embeds = embed_ids(
-            model, torch.where(text, input_ids.cpu(), 0)[columns]
-        )  # no id of a placeholder need be known
+        known = torch.where(text, input_ids.cpu(), 0)  # the model need not know the ids of placeholders
+        embeds = embed_ids(model, known[columns])
         at = to_device(text[columns].logical_not().nonzero()[:, 0], embeds.device)
         features = torch.cat([visual.features.to(embeds) for visual in visuals])
         return embeds.index_copy(0, at, features), columns

@@ -4,6 +4,7 @@ The user's words are only text: `<|im_end|>` or `<|video_pad|>` inside a questio
 neither end its turn early nor fake a video. Only the template places special tokens.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,22 +26,15 @@ MARKERS = "<|vision_start|>", "<|vision_end|>"  # around placeholders
 
 @dataclass(frozen=True)
 class VisualSpan:
-    """A video inside a prompt, or a picture, which is one frame pair.
+    """A video inside a prompt, or a picture, which is one frame pair."""
 
-    Attributes:
-        start: index of its first token.
-        grid: (T, H, W): frame pairs, and rows and columns of units.
-        seconds_per_pair: time from one frame pair to the next, in seconds, with fractions; of one frame pair it does not matter.
-    """
-
-    start: int
-    grid: tuple[int, int, int]
-    seconds_per_pair: float
+    start: int  # index of its first token
+    grid: tuple[int, int, int]  # (T, H, W): frame pairs, and rows and columns of units
+    seconds_per_pair: float  # from one frame pair to the next, with fractions; of one frame pair it does not matter
 
     @property
     def tokens(self) -> int:
-        t, h, w = self.grid
-        return t * h * w
+        return math.prod(self.grid)
 
 
 def video_positions(
@@ -94,12 +88,10 @@ def prompt_positions(length: int, videos: Sequence[VisualSpan], tokens_per_secon
 
 @dataclass(frozen=True)
 class Place:
-    """Where an input stands in a prompt.
+    """Where an input stands in a prompt: the columns of its placeholders, one run of all, or an equal run for each frame pair.
 
-    Attributes:
-        runs: the columns of its placeholders: one run of all, or as many equal ones as there are frame pairs.
-        around: the columns of each run with its time and its markers, which a prompt does not have if none of the run's tokens is
-            kept: to the model, such a frame pair was not sampled. Empty where what is around the runs always stays.
+    `around` are the columns of each run with its time and its markers, which a prompt does not have if none of the run's tokens is
+    kept: to the model, such a frame pair was not sampled. Empty where what is around the runs always stays.
     """
 
     runs: tuple[range, ...]
@@ -141,16 +133,13 @@ _QUESTION, _SYSTEM = "\ue000question\ue001", "\ue000system\ue001"
 class Prompt:
     """A prompt with room for every visual token of its inputs.
 
-    Attributes:
-        input_ids: int64 `[L]`.
-        places: for each input, where its placeholders are.
-        prefix_length: number of leading ids that do not depend on the question, up to and including the last `<|vision_end|>`, and
-            where possible the subtitles. Their keys and values serve every question about the same inputs (with the same system
-            prompt).
+    `prefix_length` is the number of leading ids that do not depend on the question, up to and including the last `<|vision_end|>`,
+    and where possible the subtitles. Their keys and values serve every question about the same inputs and with the same system
+    prompt.
     """
 
-    input_ids: torch.Tensor
-    places: tuple[Place, ...]
+    input_ids: torch.Tensor  # int64 `[L]`
+    places: tuple[Place, ...]  # of each input
     prefix_length: int
 
     @property
@@ -199,14 +188,14 @@ def build_prompt(
     _check(tokenizer, rendered, [CONTENTS[kind][1] for kind, _ in inputs], MARKERS if any(times) else ())
 
     if system and _SYSTEM not in rendered:
-        raise UsageError(
-            "the model's chat template has no place for a system prompt", "leave it out, or write it in the question"
-        )
-
+        problem = "the model's chat template has no place for a system prompt"
+        raise UsageError(problem, "leave it out, or write it in the question")
     words = {_QUESTION: subtitles + question, _SYSTEM: system or ""}
     check_text(question, system)
     each = times or [()] * len(inputs)
-    ids, runs, lengths, prefix_length = [], [], _lengths(inputs, each), 0
+    # The placeholders of each run; an input with times has a run for each of them.
+    lengths = (count // (len(own) or 1) for (_, count), own in zip(inputs, each, strict=True) for _ in own or [""])
+    ids, runs, prefix_length = [], [], 0
     # Split only at the template's special tokens, where the tokenizer splits too. The text between them is encoded as one
     # piece, so that merges across the edge of the user's text (a newline before it, say) are the same as in the whole.
     for piece in re.split(f"({'|'.join(map(re.escape, specials))})", _with_times(rendered, each)):
@@ -234,13 +223,6 @@ def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
         return "".join(f"{time}{match[1].join(MARKERS)}" for time in next(of_inputs)) or match[0]
 
     return re.sub(f"(?:{start})?({'|'.join(map(re.escape, _PLACEHOLDERS))})(?:{end})?", runs, rendered)
-
-
-def _lengths(inputs: Sequence[tuple[str, int]], times: Sequence[Sequence[str]]) -> Iterator[int]:
-    """How many placeholders each run has; an input with times has a run for each."""
-    for (_, count), some in zip(inputs, times, strict=True):
-        runs = len(some) or 1
-        yield from [count // runs] * runs
 
 
 def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequence[Sequence[str]]) -> Iterator[Place]:

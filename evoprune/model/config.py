@@ -33,28 +33,21 @@ ANSWER_COLUMNS = 256  # that a prompt's KV cache has to spare: an answer of the 
 
 @dataclass(frozen=True)
 class Family:
-    """How a family of models differs from the others.
+    """How a family of models differs from the others."""
 
-    Attributes:
-        hidden_act: activation of the tower.
-        layer_norms: whether the tower has layer norms, with a bias; else RMS norms.
-        mlp: names of the matrices of a tower layer's MLP, of which the first two of three make a gated one.
-        merger: names of the patch merger's norm and of its two matrices.
-        text: settings of the language model, and of its rotary embedding, where a file does not say.
-        video, picture: what the published processor does with inputs (`video.plan.InputLimits`).
-        unstated: the same for pictures, where a model's folder has no settings of a processor.
-        timestamps: whether a prompt has the time of each frame pair of a video, with markers of its own around its tokens.
-    """
-
-    hidden_act: str
-    layer_norms: bool
-    mlp: tuple[str, ...]
-    merger: tuple[str, str, str]
-    text: Mapping[str, Any]
-    video: Mapping[str, Any]
+    hidden_act: str  # of the tower
+    layer_norms: bool  # whether the tower has these, with a bias; else RMS norms
+    mlp: tuple[
+        str, ...
+    ]  # names of the matrices of a tower layer's MLP, of which the first two of three make a gated one
+    merger: tuple[str, str, str]  # names of the patch merger's norm and of its two matrices
+    text: Mapping[str, Any]  # settings of the language model, and of its rotary embedding, where a file does not say
+    video: Mapping[str, Any]  # what the published processor does with inputs (`video.plan.InputLimits`)
     picture: Mapping[str, Any]
-    unstated: Mapping[str, Any]
-    timestamps: bool = False
+    unstated: Mapping[str, Any]  # the same for pictures, where a model's folder has no settings of a processor
+    timestamps: bool = (
+        False  # whether a prompt has the time of each frame pair, with markers of its own around its tokens
+    )
 
 
 _MERGER = ("ln_q", "mlp.0", "mlp.2")
@@ -81,38 +74,29 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower of any family.
-
-    Attributes:
-        hidden_size, intermediate_size: features of a patch in the tower and inside its MLPs.
-        out_hidden_size: features of a unit after the merger: the language model's hidden size.
-        fullatt_block_indexes: layers that attend over whole frame pairs, not windows; in Qwen2-VL and Qwen3-VL all of them.
-        window_size: side of an attention window in pixels. Where no layer attends over windows it only sets the order of rows.
-        patch_size: side of a patch in pixels; `temporal_patch_size`: frames in a frame pair.
-        spatial_merge_size: side of a unit in patches.
-        tokens_per_second: time positions of M-RoPE per second; None if M-RoPE counts frame pairs.
-        num_position_embeddings: entries of the square table of learned positions; None without one.
-        deepstack_visual_indexes: layers after which a merger of their own makes features for the language model's first layers
-            (DeepStack, arXiv 2406.04334), ascending.
-        family: one of `MODEL_TYPES`.
-    """
+    """The vision tower of any family."""
 
     depth: Layers
-    hidden_size: Size
-    intermediate_size: Size
+    hidden_size: Size  # features of a patch in the tower
+    intermediate_size: Size  # and inside its MLPs
     num_heads: Size
-    out_hidden_size: Size
-    fullatt_block_indexes: LayerNumbers
-    window_size: Size = 112
-    patch_size: Size = 14
-    temporal_patch_size: Size = 2
-    spatial_merge_size: Size = 2
+    out_hidden_size: Size  # features of a unit after the merger: the language model's hidden size
+    fullatt_block_indexes: (
+        LayerNumbers  # layers that attend over whole frame pairs; in Qwen2-VL and Qwen3-VL all of them
+    )
+    window_size: Size = (
+        112  # of attention, in pixels; where no layer attends over windows it only sets the order of rows
+    )
+    patch_size: Size = 14  # side in pixels
+    temporal_patch_size: Size = 2  # frames in a frame pair
+    spatial_merge_size: Size = 2  # side of a unit in patches
     in_channels: Size = 3
-    tokens_per_second: Annotated[int | float | None, number(1e-3, 1e6)] = 4
+    tokens_per_second: Annotated[int | float | None, number(1e-3, 1e6)] = 4  # None if M-RoPE counts frame pairs
     hidden_act: Text = "silu"
-    num_position_embeddings: int | None = None
+    num_position_embeddings: int | None = None  # entries of the square table of learned positions
+    # Ascending: layers after which a merger of their own makes features for the language model's first layers (DeepStack).
     deepstack_visual_indexes: tuple[int, ...] = ()
-    family: str = QWEN2_5
+    family: str = QWEN2_5  # one of `MODEL_TYPES`
 
     @property
     def traits(self) -> Family:
@@ -306,10 +290,8 @@ def _check(holds: bool, problem: str) -> None:
 
 def as_written(config: Config) -> dict[str, Any]:
     """The content of a `config.json` that `parse_config` reads as this config; it has no ids of special tokens."""
-    vision, text = (
-        {name: value for name, value in asdict(each).items() if value is not None}
-        for each in (config.vision_config, config.text_config)
-    )
+    content = asdict(config, dict_factory=_as_json)
+    vision, text = content["vision_config"], content["text_config"]
     family = vision.pop("family")
     del text["head_norms"]
     if family == QWEN2:
@@ -317,12 +299,11 @@ def as_written(config: Config) -> dict[str, Any]:
         vision |= {"embed_dim": wide, "hidden_size": vision["out_hidden_size"]}
         vision["mlp_ratio"] = vision["intermediate_size"] // wide
     text["rope_parameters"] = {"rope_type": "default"} | text["rope_parameters"]
-    both = {"vision_config": vision, "text_config": text}
-    lists = {
-        name: {key: list(value) if isinstance(value, tuple) else value for key, value in each.items()}
-        for name, each in both.items()
-    }
-    return {"model_type": family, **lists, "tie_word_embeddings": config.tie_word_embeddings}
+    return {"model_type": family, **content}
+
+
+def _as_json(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields if value is not None}
 
 
 def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -> int:

@@ -159,11 +159,8 @@ def prefill_flop(config, length: int | Sequence[int | Sequence[int]]) -> float:
     total = 2.0 * h * config.vocab_size
     for each in lengths:
         keys, queries, mlp = (each,) * 3 if isinstance(each, int) else each
-        total += (
-            4 * h * (key_value * keys + wide * queries)
-            + 6 * h * config.intermediate_size * mlp
-            + 2 * keys * queries * wide
-        )
+        total += 4 * h * (key_value * keys + wide * queries) + 2 * keys * queries * wide
+        total += 6 * h * config.intermediate_size * mlp
     return total
 
 

@@ -131,9 +131,8 @@ def _blank_results(loaded: LoadedModel, settings: Settings, about: dict) -> Resu
     if not reset_peak_memory(loaded.device):
         notes.append("peak memory is the whole process's so far: this system cannot measure it for each row")
     if loaded.model.config.vision_config.traits.timestamps:
-        notes.append(
-            f"{BEFORE_PAIR + AFTER_PAIR} tokens more for the time and the markers of each frame pair of a clip"
-        )
+        more = BEFORE_PAIR + AFTER_PAIR
+        notes.append(f"{more} tokens more for the time and the markers of each frame pair of a clip")
     return Results(
         model=replace(loaded.facts(), quantize="none"),
         weights_bytes=loaded.weights_bytes,

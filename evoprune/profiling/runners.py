@@ -77,9 +77,8 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
             mask = torch.zeros_like(positions[0], dtype=torch.bool).index_fill_(1, video, True)
             inner = {"visual_pos_masks": mask, "deepstack_visual_embeds": made.deepstack_features}
         cache = DynamicCache(config=reference.config.text_config)
-        hidden = text(
-            inputs_embeds=embeds[None], position_ids=positions, past_key_values=cache, use_cache=True, **inner
-        )
+        given = {"inputs_embeds": embeds[None], "position_ids": positions, **inner}
+        hidden = text(**given, past_key_values=cache, use_cache=True)
         logits = reference.lm_head(hidden.last_hidden_state[:, -1])
     with clock.stage("generate"):
         tokens = [int(logits.argmax())]

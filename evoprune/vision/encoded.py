@@ -18,32 +18,22 @@ from evoprune.vision.devices import Timer
 
 @dataclass(frozen=True, repr=False)
 class Encoded:
-    """One encoded video, or several in a row, as the language model reads them.
+    """One encoded video, or several in a row, as the language model reads them."""
 
-    Attributes:
-        features: `[K, D]`, the tokens.
-        kept: int64 `[K]`, the unit whose position each token has, ascending in Hugging Face's order.
-        rows: `[E, D]`, the encoder's rows, ordered by unit.
-        owner: int64 `[N]`, the index in `rows` of the row that represents each unit, -1 for none.
-        grids: (T, H, W) in units, of each video.
-        layers: (layer, rows that it computes), summed over the videos.
-        prune_seconds: time spent on scores, merging and selection; part of the encoding time.
-        flat: whether every frame pair has one colour, so that no unit differs from another.
-        size: float32 `[K]`, the weight of each token in the language model's attention, which adds log(size) to its logits: in
-            `evoprune` (cluster size) ** count, that is the square root by default. None for 1 each.
-        deepstack: `[n, K, D]`, what DeepStack adds to the tokens after the first n layers of the language model; None without it.
-    """
-
-    features: torch.Tensor
-    kept: torch.Tensor
-    rows: torch.Tensor
-    owner: torch.Tensor
-    grids: tuple[tuple[int, int, int], ...]
-    layers: list[tuple[int, int]]
-    prune_seconds: float
-    flat: bool = False
+    features: torch.Tensor  # `[K, D]`, the tokens
+    kept: torch.Tensor  # int64 `[K]`, the unit whose position each token has, ascending in Hugging Face's order
+    rows: torch.Tensor  # `[E, D]`, the encoder's rows, ordered by unit
+    owner: torch.Tensor  # int64 `[N]`, the index in `rows` of the row that represents each unit, -1 for none
+    grids: tuple[tuple[int, int, int], ...]  # (T, H, W) in units, of each video
+    layers: list[tuple[int, int]]  # (layer, rows that it computes), summed over the videos
+    prune_seconds: float  # spent on scores, merging and selection; part of the encoding time
+    flat: bool = False  # whether every frame pair has one colour, so that no unit differs from another
+    # float32 `[K]`, the weight of each token in the language model's attention, which adds log(size) to its logits: in `evoprune`
+    # (cluster size) ** count, that is the square root by default. None for 1 each.
     size: torch.Tensor | None = None
-    deepstack: torch.Tensor | None = None
+    deepstack: torch.Tensor | None = (
+        None  # `[n, K, D]`, added to the tokens after the first n layers of the language model
+    )
 
     def __repr__(self) -> str:
         tokens, width = self.features.shape
@@ -62,9 +52,7 @@ class Encoded:
     @property
     def every_feature(self) -> torch.Tensor:
         """`[(1 + n) K, D]`: the tokens, and behind them what DeepStack adds to them."""
-        return (
-            self.features if self.deepstack is None else torch.cat([self.features[None], self.deepstack]).flatten(0, 1)
-        )
+        return torch.cat([self.features, *(() if self.deepstack is None else self.deepstack)])
 
     @property
     def kept_per_pair(self) -> list[int]:
@@ -119,29 +107,17 @@ class Checks:
 
 @dataclass
 class EncodedRows:
-    """A video after the tower, before tokens are selected.
-
-    Attributes:
-        plan: as it was encoded.
-        tokens: the input of the selector.
-        unit: int64 `[E]`, the unit whose place each row has.
-        source: int64 `[T, H*W]` on the CPU, the number of the frame pair whose pixels represent each unit.
-        layers: as in `Encoded`.
-        selection: the selection inside the tower, if the language model reads exactly those rows; else None.
-        timer: measures pruning.
-        checks: results that `finish` reads.
-        deepstack: `[E, n, D]`, the DeepStack features of the rows.
-    """
+    """A video after the tower, before tokens are selected."""
 
     plan: EncoderPlan
-    tokens: Tokens
-    unit: torch.Tensor
-    source: torch.Tensor
-    layers: list[tuple[int, int]]
-    selection: Selection | None
-    timer: Timer
-    checks: Checks
-    deepstack: torch.Tensor
+    tokens: Tokens  # the input of the selector
+    unit: torch.Tensor  # int64 `[E]`, the unit whose place each row has
+    source: torch.Tensor  # int64 `[T, H*W]` on the CPU, the number of the frame pair whose pixels represent each unit
+    layers: list[tuple[int, int]]  # as in `Encoded`
+    selection: Selection | None  # inside the tower, if the language model reads exactly those rows
+    timer: Timer  # of pruning
+    checks: Checks  # which `finish` reads
+    deepstack: torch.Tensor  # `[E, n, D]`, of the rows
 
     def nothing_selected(self) -> Encoded:
         """An encoding without tokens, for a method whose question is not known yet."""

@@ -116,19 +116,12 @@ def encode_rows(
 
 @dataclass
 class _VideoRows:
-    """Rows of a video, ordered by unit.
+    """Rows of a video, ordered by unit."""
 
-    Attributes:
-        x: `[E, 4, hidden]`, or `[E, D]` after the patch merger.
-        deepstack: `[E, n, D]`, the DeepStack features of the rows, of the layers so far; averaged where the rows are.
-        unit: int64 `[E]`, the unit whose place each row has.
-        owner: int64 `[N]`, the row that represents each unit, -1 for none.
-    """
-
-    x: torch.Tensor
-    deepstack: torch.Tensor
-    unit: torch.Tensor
-    owner: torch.Tensor
+    x: torch.Tensor  # `[E, 4, hidden]`, or `[E, D]` after the patch merger
+    deepstack: torch.Tensor  # `[E, n, D]`, of the layers so far; averaged where the rows are
+    unit: torch.Tensor  # int64 `[E]`, the unit whose place each row has
+    owner: torch.Tensor  # int64 `[N]`, the row that represents each unit, -1 for none
 
 
 class _Run:
@@ -267,10 +260,7 @@ class _Run:
     def _run_pairs(
         self, x: torch.Tensor, deepstack: torch.Tensor, layers: range, last: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of whole frame pairs and their DeepStack features after `layers`.
-
-        `last`: whether no others follow; then finished layers are reported.
-        """
+        """Rows of whole frame pairs and their DeepStack features after `layers`, which are reported if these rows are the last."""
         layout = full_layout(self.geometry, len(x) // self.geometry.units)
         run = LayerRun(self.visual, self.timer, gathering=self.gathering, deepstack=deepstack[layout.unit])
         if last:

@@ -103,9 +103,8 @@ class Subject:
         for kind, (pixels, grids) in NAMES.items():
             if pixels in call:
                 made = self.transformers.model.visual(call[pixels].to(self.dtype), grid_thw=call[grids])
-                parts[TYPES[kind]] = torch.stack(
-                    [made.pooler_output, *(getattr(made, "deepstack_features", None) or ())]
-                )
+                inner = getattr(made, "deepstack_features", None) or ()
+                parts[TYPES[kind]] = torch.stack([made.pooler_output, *inner])
         some = next(iter(parts.values()))
         every = some.new_empty(len(some), len(kinds), some.shape[2])
         for kind, made in parts.items():
