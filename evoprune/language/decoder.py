@@ -63,6 +63,30 @@ class KVCache:
         # In one statement: after a signal between two (Ctrl-C), some of these would be old and some new.
         self.length, self.lengths, self.sizes, self._whole = length, lengths, sizes, whole
 
+    def keep(self, columns: torch.Tensor) -> None:
+        """Drops all columns but some, int64 `[n]` on the CPU, ascending, which move up to the front; their positions stay.
+
+        Raises ValueError: some columns left only some layers.
+        """
+        if self._whole:
+            raise ValueError("columns that left only some layers cannot be counted alike in all")
+        count, sized = len(columns), {id(sizes): sizes[columns] for sizes in self.sizes if sizes is not None}
+        for stored in self._layers:
+            for each in stored:
+                each[:, :, :count] = each[:, :, columns]
+        self.sizes = [sized.get(id(sizes)) for sizes in self.sizes]
+        self.length, self.lengths = count, [count] * len(self.lengths)
+
+    def move(self, config, columns: slice, time: int) -> None:
+        """Moves some columns in time by so many positions: their keys are rotated further, values have no position."""
+        count = len(range(*columns.indices(self.length)))
+        by = torch.tensor([[time], [0], [0]], dtype=torch.int64, device="cpu").expand(3, count)
+        for keys, _ in self._layers:
+            turned = rotate(
+                keys[0, :, columns].transpose(0, 1).float(), *rotation(config, by, keys.new_empty(0).float())
+            )
+            keys[0, :, columns] = turned.transpose(0, 1).to(keys.dtype)
+
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a layer's new columns, `[1, kv_heads, L, head_dim]`, after the valid ones. They become valid with `add`.
 

@@ -279,6 +279,28 @@ class GenerationOptions(GenerationSettings):
 
 
 @dataclass(frozen=True)
+class StreamOptions:
+    """How a stream is remembered. Raises UsageError: a span of no time, or no tokens."""
+
+    PANEL: ClassVar[str] = "Stream"
+
+    window_s: float = option(8.0, "Seconds of a stream that are encoded together.")
+    memory_s: float = option(
+        600.0,
+        "Seconds whose tokens are remembered; beyond them the oldest windows are thinned.",
+        python="What is remembered: as many tokens as so many seconds have. Beyond it the oldest windows are thinned.",
+    )
+    memory_tokens: int | None = option(None, "The same in tokens, instead of `memory_s`.")
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("window_s", "memory_s", "memory_tokens"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UsageError(f"{name} is {value:g}", "give a number above 0")
+
+
+@dataclass(frozen=True)
 class PipelineOptions:
     """Everything that an answer depends on, besides the video, the question and the machine."""
 
