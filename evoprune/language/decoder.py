@@ -6,7 +6,7 @@ is one token of the prompt or answer. Queries and keys are rotated by three posi
 autocast changes nothing here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -140,6 +140,7 @@ def forward(
     sizes: torch.Tensor | None = None,
     last: int = 1,
     dropping: Dropping | None = None,
+    pause: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Reads new columns after those in the cache, and adds them to it.
 
@@ -151,6 +152,7 @@ def forward(
         sizes: float32 `[L]`, the cluster size of each new column; None for 1 each.
         last: how many columns to return, from 1 to L.
         dropping: which visual tokens leave, in a cache that is empty; None for none.
+        pause: called before every layer; it may wait, or raise.
 
     Returns the last columns after the final norm, `[last, hidden]`.
 
@@ -167,6 +169,7 @@ def forward(
     x, places, entered = inputs_embeds, rotation(config, positions, inputs_embeds), []
     every = cache.sizes_with(sizes, columns)
     for i, layer in enumerate(text.layers):
+        pause()
         if not i or every[i] is not every[i - 1]:
             bias = None if every[i] is None else every[i].log().to(x.dtype)
         blind = dropping.blind(i, len(x)) if dropping else None

@@ -13,7 +13,8 @@ rows of its own.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from math import floor, isfinite, prod
 from threading import RLock
 
@@ -32,7 +33,8 @@ from evoprune.pipeline.fill_report import fill_times, inputs_report
 from evoprune.pipeline.options import GenerationOptions, SamplingOptions, StreamOptions
 from evoprune.pipeline.planning import CHUNK_BYTES, plan_input
 from evoprune.pipeline.prompting import check_context, check_memory, check_question
-from evoprune.pipeline.stream_memory import StreamMemory, Window, staying_order
+from evoprune.pipeline.stream_memory import Seen, StreamMemory, Window, staying_order
+from evoprune.pipeline.turns import Turns
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.indices import ascending
 from evoprune.report.records import Report, TokenCounts
@@ -41,6 +43,7 @@ from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import Plan
 from evoprune.video.sampling import SamplingPlan
 from evoprune.vision.encoded import select_tokens
+from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import resize
 from evoprune.vision.tower import tower_shape
 
@@ -49,30 +52,18 @@ ROOM = 0.75  # share of the context that the video may take; the rest is for que
 WAITING = 4  # windows that wait for an answer to be read to its end
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What of a stream the next question is about; times are those of the frames, in seconds.
-
-    Attributes:
-        start_s, end_s: from the oldest window of which a token is left to the end of the newest.
-        windows, tokens: that are held.
-        frames: that were looked at since the stream began, remembered or not.
-        thinned: windows of which not all tokens are left.
-    """
-
-    start_s: float
-    end_s: float
-    windows: int
-    tokens: int
-    frames: int
-    thinned: int
+class _Overtaken(Exception):
+    """A question goes first: a window is read later."""
 
 
 class VideoStream(Askable):
     """A stream of frames that can be asked about: made by `VideoQA.stream`, closed by `with`.
 
-    One thread feeds frames, others may ask meanwhile: the encoder lets each piece of an answer go first. A window that is finished
-    during an answer is read after it.
+    One thread feeds frames, others may ask meanwhile: the encoder waits while a question is read, and goes on layer by layer while
+    the answer is generated. A window that is finished during an answer, or interrupted by a question, is read after it.
+
+    Attributes:
+        skipped, lag_s: what `seen` says of the source; whatever feeds the frames sets them.
 
     Raises UsageError: the method reads the question, changes the input, or acts inside the language model.
     """
@@ -83,13 +74,14 @@ class VideoStream(Askable):
         self, engine: Engine, options: "StreamOptions", sampling: "SamplingOptions", system: str | None, name: str
     ):
         super().__init__(engine)
-        method = engine.method
+        self._lock, method = Turns(), engine.method
         if method.reads_question or method.language or method.input:
             hint = "take one that acts inside the encoder or selects tokens without the question, such as evoprune"
             raise UsageError(f"method {engine.options.method} cannot prune a stream", hint)
         self._options, self._sampling, self._system, self._name = options, sampling, system, name
         self._paid = True  # encoding is no question's
         self._feeding = RLock()
+        self.skipped, self.lag_s = 0, None
         self._plan: Plan | None = None
         self._slots: list[int] = []
         self._frames: list[np.ndarray] = []
@@ -113,15 +105,8 @@ class VideoStream(Askable):
 
     @property
     def seen(self) -> Seen | None:
-        """What the next question is about; None before the first window is finished."""
-        with self._lock:
-            held = self._memory.windows if self._memory else []
-            windows = [*held, *(window for window, _, _ in self._waiting)]
-            if not windows:
-                return None
-            tokens = sum(len(window.order) for window in windows)
-            thinned = sum(len(window.order) < window.whole for window in windows)
-            return Seen(windows[0].start_s, windows[-1].end_s, len(windows), tokens, self._count, thinned)
+        """What the next question is about; None before the first window is read. Waits for nothing."""
+        return self._memory and self._memory.seen(self._count, self.skipped, self.lag_s)
 
     def add(self, frame: np.ndarray, time_s: float) -> bool:
         """Feeds a frame. If it is the first one of another window, the window before is encoded and read first.
@@ -166,10 +151,18 @@ class VideoStream(Askable):
             if self._slots:
                 self._finish(self._slots[-1] + 1)
 
+    def catch_up(self) -> None:
+        """Reads windows that waited for an answer to end; to be called now and then where no frame comes. Raises as `add`."""
+        if self._waiting:
+            with self._feeding, self._lock.lock:
+                if self._open is None:
+                    self._read_waiting(polite=True)
+
     def close(self) -> None:
         """Frees the memory. An answer that is being read ends."""
-        with self._feeding, self._lock:
-            self._problem, self._turn = self._problem or "the stream is closed", self._turn + 1
+        self._problem = self._problem or "the stream is closed"  # which ends what is being encoded
+        with self._feeding, self._lock.lock:
+            self._turn += 1
             self._memory, self._latest = None, None
             self._waiting, self._slots, self._frames = [], [], []
 
@@ -213,14 +206,14 @@ class VideoStream(Askable):
         positions = self._positions(slots[::2], plan.grid)
         start_s, end_s = plan.sampling.start_s, plan.sampling.end_s
         window = Window(start_s, end_s, int(positions[0, 0]), order, len(order))
-        with self._lock:
+        with self._lock.lock:
             self._check_open()
             self._waiting.append((window, encoding, positions))
             self._latest = encoding
             if self._open is not None and len(self._waiting) > WAITING:
-                self._turn, self._open = self._turn + 1, None
+                self._turn, self._open, self._lock.generating = self._turn + 1, None, False
             if self._open is None:
-                self._read_waiting()
+                self._read_waiting(polite=len(self._waiting) <= WAITING)
 
     def _window_plan(self, slots: Sequence[int], first: int, end: int) -> Plan:
         """The plan of a window from slot `first` to `end`, with the tokens that are due to this span, however many frames came."""
@@ -242,13 +235,13 @@ class VideoStream(Askable):
         def read(source, times_s, **_) -> Iterator[FrameChunk]:
             yield FrameChunk(0, frames, tuple(times_s))
 
-        def let_answers_go_first(*_) -> None:
-            with self._lock:
-                pass
+        def pause() -> None:
+            self._lock.pause()
+            self._check_open()
 
         limits = engine.loaded.limits[VIDEO]
         reader, start = PatchReader(plan, limits, clock, CHUNK_BYTES, read, threaded=False), clock.now()
-        rows, seconds = encode_input(engine, plan, reader, let_answers_go_first, select=False)
+        rows, seconds = encode_input(engine, plan, reader, rows_of=partial(encode_rows, pause=pause), select=False)
         tokens = select_tokens(rows)
         order = staying_order(rows, tokens)
         return Encoding(plan, tokens, None, seconds, clock.now() - start), order
@@ -264,8 +257,8 @@ class VideoStream(Askable):
         places = torch.meshgrid(time, ascending(grid[1], "cpu"), ascending(grid[2], "cpu"), indexing="ij")
         return torch.stack(places).flatten(1)
 
-    def _read_waiting(self) -> None:
-        """Reads the windows that wait."""
+    def _read_waiting(self, polite: bool = False) -> None:
+        """Reads the windows that wait; with `polite`, none that a question would have to wait for."""
         if self._memory is None:
             model, ids = self._engine.loaded.model, self._prompt("?").input_ids[: self._head]
             self._memory = StreamMemory(model, ids, self._limit, self._plan.encoder.keep, floor(ROOM * self._context))
@@ -273,11 +266,17 @@ class VideoStream(Askable):
         while self._waiting:
             window, encoding, positions = self._waiting[0]
             try:
-                self._memory.read(window, encoding.tokens, positions)
+                self._memory.read(window, encoding.tokens, positions, self._give_way if polite else lambda: None)
+            except _Overtaken:
+                return
             except BaseException:  # also Ctrl-C: the cache may be half changed
                 self._problem = "reading a window was broken off"
                 raise
             self._waiting.pop(0)
+
+    def _give_way(self) -> None:
+        if self._lock.wanted:
+            raise _Overtaken
 
     def _check_open(self) -> None:
         if self._problem:
@@ -293,6 +292,8 @@ class VideoStream(Askable):
         with self._lock:
             if self._latest is None:
                 raise UsageError("nothing was seen yet", "feed frames first: add(frame, time_s)")
+            if self.seen is None:
+                self._read_waiting()
             report = inputs_report(self._engine, [self._latest])
             report.stream = asdict(self.seen)
             return report
@@ -311,7 +312,13 @@ class VideoStream(Askable):
             raise UsageError("the system prompt was read when the stream began", "give it to VideoQA.stream()")
         loaded = self._engine.loaded
         with clock.stage("prefill"):
-            self._read_waiting()
+            if free := self._feeding.acquire(
+                blocking=False
+            ):  # else a thread feeds, and reads what waits after the answer
+                self._feeding.release()
+            if free or self.seen is None:
+                self._read_waiting()
+            self._memory.cut_off()
             check_question(loaded, question)
             ids = self._prompt(question).input_ids[self._head + 1 :]
             seen, memory, text = self.seen, self._memory, self._head + len(ids)
@@ -321,12 +328,12 @@ class VideoStream(Askable):
             positions = (ascending(len(ids), "cpu") + memory.following).expand(3, -1)
             following = memory.following + len(ids)
             state = prefill(loaded.model, embed_ids(loaded.model, ids), positions, following, memory.cache)
-        self._open = self._turn
+        self._open, self._lock.generating = self._turn, True
         return state
 
     def _ended(self, turn: int) -> None:
         if self._open == turn:
-            self._open = None
+            self._open, self._lock.generating = None, False
 
 
 def _check_frame(frame: np.ndarray, time_s: float) -> None:

@@ -1,6 +1,6 @@
 """The memory of a stream: the KV cache of its windows, which of them are thinned, and in which order their tokens go."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,29 @@ from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.types import Tokens
 from evoprune.vision.encoded import Encoded, EncodedRows
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What of a stream the next question is about; times are those of the frames, in seconds.
+
+    Attributes:
+        start_s, end_s: from the oldest window of which a token is left to the end of the newest.
+        windows, tokens: that are held.
+        frames: that were looked at since the stream began, remembered or not.
+        thinned: windows of which not all tokens are left.
+        skipped: frames of a live source that were due and not looked at, because the machine was too slow.
+        lag_s: of the latest frame behind its source; None where the frames come from somewhere else.
+    """
+
+    start_s: float
+    end_s: float
+    windows: int
+    tokens: int
+    frames: int
+    thinned: int
+    skipped: int = 0
+    lag_s: float | None = None
 
 
 @dataclass
@@ -48,30 +71,38 @@ class StreamMemory:
 
     @torch.inference_mode()
     def __init__(self, model, ids: torch.Tensor, limit: int, most: int, room: int):
-        self.cache, self.windows, self.following = (
-            KVCache(model, len(ids) + limit + most + ANSWER_COLUMNS),
-            [],
-            len(ids),
-        )
+        self.cache, self.windows = KVCache(model, len(ids) + limit + most + ANSWER_COLUMNS), []
+        self.following = len(ids)
         self._model, self._head, self._limit, self._room = model, len(ids), limit, room
         self._moved = 0  # positions in time by which the beginning of the video was moved
         forward(model, embed_ids(model, ids), ascending(len(ids), "cpu").expand(3, -1), self.cache)
+
+    def seen(self, frames: int, skipped: int, lag_s: float | None) -> Seen | None:
+        """What it holds, with what else `Seen` has; None while it holds nothing."""
+        windows = list(self.windows)
+        if not windows:
+            return None
+        tokens = sum(len(window.order) for window in windows)
+        thinned = sum(len(window.order) < window.whole for window in windows)
+        return Seen(windows[0].start_s, windows[-1].end_s, len(windows), tokens, frames, thinned, skipped, lag_s)
 
     def cut_off(self) -> None:
         """Cuts off the columns of a question and its answer."""
         self.cache.crop(self._head + sum(len(window.order) for window in self.windows))
 
     @torch.inference_mode()
-    def read(self, window: Window, tokens: Encoded, positions: torch.Tensor) -> None:
+    def read(self, window: Window, tokens: Encoded, positions: torch.Tensor, pause: Callable[[], None]) -> None:
         """Reads a window, and thins earlier ones. Whatever ends it early leaves a cache that nothing can be read from.
 
-        `positions`: int64 `[3, N]`, of all its units, counted from the first frame of the stream.
+        Args:
+            positions: int64 `[3, N]`, of all its units, counted from the first frame of the stream.
+            pause: called before every layer of the language model. What it raises leaves the cache as it was.
         """
         self._make_room(int(positions[0, -1]))
         own = positions.clone()
         own[0] -= self._moved
         features = tokens.features.to(self._model.model.language_model.norm.weight.dtype)
-        forward(self._model, features, own[:, tokens.kept.cpu()] + self._head, self.cache, tokens.size)
+        forward(self._model, features, own[:, tokens.kept.cpu()] + self._head, self.cache, tokens.size, pause=pause)
         self.following = self._head + int(own.max()) + 1
         self.windows.append(window)
         held = [(len(each.order), each.whole) for each in self.windows]

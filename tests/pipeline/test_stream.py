@@ -256,5 +256,6 @@ def test_questions_from_another_thread(demo):
             assert answer.text is not None
             spans.append((answer.report.stream["end_s"], answer.report.tokens.visual, answer.report.stream["tokens"]))
         feeding.join()
+        stream.catch_up()
         assert spans == sorted(spans, key=lambda span: span[0]) and all(a == b for _, a, b in spans)
         assert stream.seen.end_s == 24.0
