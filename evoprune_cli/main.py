@@ -24,6 +24,7 @@ from evoprune_cli.eval import evaluate
 from evoprune_cli.failures import Terminated, debugging, failure
 from evoprune_cli.help_format import Group, showing
 from evoprune_cli.inspect import inspect
+from evoprune_cli.live import live
 from evoprune_cli.methods import methods
 from evoprune_cli.profile import profile
 from evoprune_cli.terminal import WIDTH, ClosedOutput, print_document, print_error, print_json, print_own_warning
@@ -73,6 +74,9 @@ app.command(cls=showing("more", "interactive", "compare", *_MODEL, *_FRAMES, "ma
     ask
 )
 app.command(cls=showing("questions", "source", "output", "resume", "overwrite", *_MODEL, "fps", "quiet"))(batch)
+app.command(
+    "watch", cls=showing("question", "every", "questions", "pace", "window_s", "memory_s", *_MODEL, "fps", *_OUTPUT)
+)(live)
 app.command(
     "eval", cls=showing("data", "limit", "budget", "method", "blind", "model", "output", "resume", "chart", *_OUTPUT)
 )(evaluate)

@@ -108,6 +108,11 @@ class VideoStream(Askable):
         """What the next question is about; None before the first window is read. Waits for nothing."""
         return self._memory and self._memory.seen(self._count, self.skipped, self.lag_s)
 
+    @property
+    def report(self) -> Report:
+        """Of its latest window; it describes no answer."""
+        return self._blank_report()
+
     def add(self, frame: np.ndarray, time_s: float) -> bool:
         """Feeds a frame. If it is the first one of another window, the window before is encoded and read first.
 
@@ -127,19 +132,25 @@ class VideoStream(Askable):
             if time_s < self._last_s:
                 raise UsageError(f"a frame of {time_s:g} s comes after one of {self._last_s:g} s", "feed them in order")
             self._last_s = time_s
-            slot = floor((time_s - self._origin_s) / self._step + 1e-6)
+            slot = floor((time_s - self._origin_s) / self.step_s + 1e-6)
             size = self._plan.sampling.frames
             if self._slots and slot // size > self._slots[-1] // size:
                 self._finish((self._slots[-1] // size + 1) * size)
             if slot < self._done or (self._slots and slot <= self._slots[-1]):
                 return False
-            small = resize(torch.from_numpy(np.ascontiguousarray(frame))[None], self._plan.height, self._plan.width)
             self._slots.append(slot)
-            self._frames.append(small[0].clone().numpy())
+            self._frames.append(self.scaled(frame))
             self._count += 1
             if slot % size == size - 1:
                 self._finish(slot + 1)
             return True
+
+    def scaled(self, frame: np.ndarray) -> np.ndarray:
+        """A frame of its own as the encoder reads it, which `add` takes too; of any size before the first one was added."""
+        if self._plan is None:
+            return frame
+        pixels = torch.from_numpy(np.ascontiguousarray(frame))[None]
+        return resize(pixels, self._plan.height, self._plan.width)[0].clone().numpy()
 
     def flush(self) -> None:
         """Encodes and reads the frames of the unfinished window, which then ends here, with tokens for its part of the time.
@@ -167,9 +178,9 @@ class VideoStream(Askable):
             self._waiting, self._slots, self._frames = [], [], []
 
     @property
-    def _step(self) -> float:
-        """Seconds from one frame that is looked at to the next."""
-        return self._plan.sampling.seconds_per_frame
+    def step_s(self) -> float | None:
+        """Seconds from one frame that is looked at to the next; None before the first one."""
+        return self._plan and self._plan.sampling.seconds_per_frame
 
     def _begin(self, frame: np.ndarray, time_s: float) -> None:
         """Plans a window as a video of its length, and checks the memory."""
@@ -222,8 +233,8 @@ class VideoStream(Askable):
         grid, due = (len(slots) // 2, height, width), -(-(end - first) // 2)
         keep = min(prod(grid), keep_count(self._engine.share, due * height * width))
         encoder = self._engine.method.plan(tower_shape(self._engine.loaded.model.model.visual), grid, keep)
-        times = tuple(self._origin_s + slot * self._step for slot in slots)
-        span = (self._origin_s + first * self._step, self._origin_s + end * self._step)
+        times = tuple(self._origin_s + slot * self.step_s for slot in slots)
+        span = (self._origin_s + first * self.step_s, self._origin_s + end * self.step_s)
         return replace(
             base, sampling=SamplingPlan(*span, times, base.sampling.wanted), grid=grid, encoder=encoder, unshrunk=None
         )
@@ -252,7 +263,7 @@ class VideoStream(Askable):
         `firsts`: the slot of the first frame of each frame pair.
         """
         per_second = self._engine.loaded.model.config.vision_config.tokens_per_second
-        step = 1.0 if per_second is None else 2 * self._step * per_second
+        step = 1.0 if per_second is None else 2 * self.step_s * per_second
         time = torch.tensor([floor(slot / 2 * step) for slot in firsts], dtype=torch.int64, device="cpu")
         places = torch.meshgrid(time, ascending(grid[1], "cpu"), ascending(grid[2], "cpu"), indexing="ij")
         return torch.stack(places).flatten(1)
