@@ -4,6 +4,7 @@ FFmpeg may open what the user typed, by the protocols that its kind of URL needs
 file of this machine; what comes over a bare connection or from a file may not even be a playlist.
 """
 
+import errno
 import os
 import select
 import stat
@@ -14,6 +15,7 @@ from contextlib import ExitStack
 import av
 import numpy as np
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
@@ -100,9 +102,19 @@ class LiveReader:
         if path and stat.S_ISCHR(os.stat(path).st_mode):
             return av.open(path, format="v4l2", options=limits, timeout=self._timeout_s, metadata_errors="replace")
         limits |= {"protocol_whitelist": "none", "format_whitelist": FORMATS}
-        file = _Following(os.open(path, os.O_RDONLY) if path else os.dup(descriptor), self._timeout_s, self._follow)
-        self._open.callback(file.close)
-        return av.open(file, options=limits, metadata_errors="replace")
+        end = time.monotonic() + self._timeout_s
+        while True:
+            file = _Following(os.open(path, os.O_RDONLY) if path else os.dup(descriptor), self._timeout_s)
+            self._open.callback(file.close)
+            try:
+                container = av.open(file, options=limits, metadata_errors="replace")
+                file.waits = self._follow and path is not None  # not before: FFmpeg also looks at the end of a file
+                return container
+            except av.error.FFmpegError:  # perhaps its beginning is not there yet
+                if not (path and self._follow) or time.monotonic() > end:
+                    raise
+            heartbeat.alive()
+            time.sleep(POLL_S)
 
     def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
         """Each frame with its seconds from the first one, which never go back, whatever the source's own clock does."""
@@ -121,23 +133,30 @@ class LiveReader:
     def _decoded(self) -> Iterator[VideoFrame]:
         """All frames; what cannot be decoded is left out, unless it is all there is for `timeout_s`."""
         latest = time.monotonic()
+        for packet in self._packets():
+            heartbeat.alive()
+            try:
+                frames = self._stream.decode(packet)
+            except (av.error.InvalidDataError, av.error.ArgumentError):
+                frames = []
+            for frame in frames:
+                if frame.width * frame.height > ffmpeg.MAX_PIXELS:
+                    continue
+                heartbeat.picture_size(frame.width * frame.height)
+                yield frame
+                latest = time.monotonic()  # not before: whoever takes it may be slow
+            if time.monotonic() - latest > self._timeout_s:
+                raise VideoError(f"no frame of {self._name} could be decoded for {self._timeout_s:g} s", GARBAGE)
+
+    def _packets(self) -> Iterator[Packet | None]:
+        """All packets; where the source breaks off, None, which makes the decoder return what it still holds, then the error."""
         try:
-            for packet in self._container.demux(self._stream):
-                heartbeat.alive()
-                try:
-                    frames = self._stream.decode(packet)
-                except (av.error.InvalidDataError, av.error.ArgumentError):
-                    frames = []
-                for frame in frames:
-                    if frame.width * frame.height > ffmpeg.MAX_PIXELS:
-                        continue
-                    heartbeat.picture_size(frame.width * frame.height)
-                    latest = time.monotonic()
-                    yield frame
-                if time.monotonic() - latest > self._timeout_s:
-                    raise VideoError(f"no frame of {self._name} could be decoded for {self._timeout_s:g} s", GARBAGE)
+            yield from self._container.demux(self._stream)
         except (av.error.FFmpegError, OSError, IndexError) as problem:
-            raise self._error(problem) from problem
+            yield None
+            # So FFmpeg calls the end of a transfer whose length was not said.
+            if getattr(problem, "errno", None) != errno.EIO or self.facts["finite"]:
+                raise self._error(problem) from problem
 
     def _error(self, problem: Exception) -> VideoError:
         """What a failure means to the user. It never names the URL as it was typed, which may hold a password."""
@@ -148,21 +167,22 @@ class LiveReader:
             hint = "is it running, and can it be reached from here? --timeout waits longer"
             return VideoError(f"nothing came from {name} for {self._timeout_s:g} s", hint)
         if isinstance(problem, av.error.InvalidDataError | av.error.ArgumentError):
-            return VideoError(f"{name} sends no video that can be read", GARBAGE)
+            return VideoError(f"{name} sends no video that can be read", GARBAGE if self._source else PIPED)
         return VideoError(f"cannot read {name}: {ffmpeg.reason(problem)}", "check the address, and whether it plays")
 
 
 GARBAGE = "does it play elsewhere? Formats are those of files, and of playlists over http"
 
+PIPED = "does the command before it fail? A pipe carries MPEG-TS or Matroska, an MP4 only in fragments"
+
 
 class _Following:
-    """The bytes of a pipe, or of a file that may grow, as they come."""
+    """The bytes of a pipe, or of a file, as they come. `waits`: whether the file may grow."""
 
-    def __init__(self, descriptor: int, timeout_s: float, follow: bool):
+    def __init__(self, descriptor: int, timeout_s: float):
         self._file = os.fdopen(descriptor, "rb", buffering=0)
-        self._timeout_s = timeout_s
+        self._timeout_s, self.waits = timeout_s, False
         self._pipe = not stat.S_ISREG(os.fstat(descriptor).st_mode)
-        self._wait = follow and not self._pipe
         self.close = self._file.close
         if not self._pipe:  # FFmpeg takes what can seek for a file
             self.seek, self.tell = self._file.seek, self._file.tell
@@ -178,6 +198,6 @@ class _Following:
                     raise TimeoutError
                 continue
             content = self._file.read(count)
-            if content or not self._wait or left <= 0:
+            if content or not self.waits or left <= 0:
                 return content
             time.sleep(POLL_S)
