@@ -151,14 +151,14 @@ def _run(request: _Request, source: LiveSource, options: PipelineOptions) -> int
         limits = {"fps": sampling.fps, "max_visual_tokens": sampling.max_visual_tokens}
         stream = qa.stream(options=options.stream, system=system, name=source.name, **limits)
         with LiveFeed(stream, source, options.stream.window_s) as feed:
-            session = _Session(request, talk, stream, feed, qa.engine.loaded.device)
+            begin = partial(talk.begin, stream, options.generation)
+            session = _Session(request, talk, begin, stream, feed, qa.engine.loaded.device)
             with progress(not quiet) as show:
                 show("waiting for a frame")
                 while not feed.begun.wait(TICK_S):
                     pass
             if feed.problem:
                 raise feed.problem
-            talk.begin(stream, options.generation)
             code = session.converse() if request.prompt else session.serve()
             if feed.problem:
                 raise feed.problem
@@ -172,8 +172,9 @@ def _run(request: _Request, source: LiveSource, options: PipelineOptions) -> int
 class _Session:
     """A stream that is asked about while it is fed."""
 
-    def __init__(self, request: _Request, talk: Conversation, stream, feed, device: str):
+    def __init__(self, request: _Request, talk: Conversation, begin: Callable[[], None], stream, feed, device: str):
         self._request, self._talk, self._stream, self._feed = request, talk, stream, feed
+        self._begin: Callable[[], None] | None = begin  # with the first question: until then a window may fill
         self._status = _Status(stream, feed, device, not request.output.quiet)
         self._next_s, self._asked_s, self._stride, self._failed = request.every_s, -1.0, 1, 0
 
@@ -181,7 +182,7 @@ class _Session:
         """Questions from the terminal, until q or Ctrl-C. The end of the source does not end it."""
         self._request.speak("Ask about what was seen. /help for help; q, Ctrl-D or Ctrl-C to end.")
         for question in self._status.above(typed(twice=False)):
-            answer(self._talk, question, typed=True)
+            self._answer(question, typed=True)
         return 0
 
     def serve(self) -> int:
@@ -231,8 +232,14 @@ class _Session:
 
     def _ask(self, question: str, identity: str | None = None) -> None:
         self._status.clear()
-        if not answer(self._talk, question, identity=identity):
+        if not self._answer(question, identity=identity):
             self._failed += 1
+
+    def _answer(self, question: str, **how) -> bool:
+        if self._begin:
+            self._begin()
+            self._begin = None
+        return answer(self._talk, question, **how)
 
     def _say_what_is_skipped(self) -> None:
         stride = self._feed.stride
@@ -297,7 +304,7 @@ class _Status:
         skipped = f", {feed.skipped:,} skipped" if feed.skipped else ""
         skipped += f" (1 of {feed.stride} looked at)" if feed.stride > 1 else ""
         state = "ended" if feed.ended.is_set() else f"lag {feed.lag_s:.1f} s"
-        held = f"{clock(seen.end_s)} seen, {counted(seen.frames, 'frame')}" if seen else "nothing seen yet"
+        held = f"{clock(seen.end_s)} seen, {counted(seen.frames, 'frame')}" if seen else "the first window fills"
         tokens = f", {seen.tokens:,} tokens" if seen else ""
         return printable(f"{held}{skipped}; {state}{tokens}, {size(found)}")[: columns() - 1]
 

@@ -15,14 +15,13 @@ rows of its own.
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from math import floor, isfinite, prod
+from math import floor, prod
 from threading import RLock
 
 import numpy as np
 import torch
 
 from evoprune.errors import UsageError, names_plugins
-from evoprune.keywords import brief, check_type
 from evoprune.language.generate import PrefillState, embed_ids, prefill
 from evoprune.language.prompt import Prompt, build_prompt
 from evoprune.model.cost import Clock
@@ -38,7 +37,7 @@ from evoprune.pipeline.turns import Turns
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.indices import ascending
 from evoprune.report.records import Report, TokenCounts
-from evoprune.video.frames import FrameChunk
+from evoprune.video.frames import FrameChunk, check_frame
 from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import Plan
 from evoprune.video.sampling import SamplingPlan
@@ -126,7 +125,7 @@ class VideoStream(Askable):
         """
         with self._feeding:
             self._check_open()
-            _check_frame(frame, time_s)
+            check_frame(frame, time_s)
             if self._plan is None:
                 self._begin(frame, time_s)
             if time_s < self._last_s:
@@ -345,12 +344,3 @@ class VideoStream(Askable):
     def _ended(self, turn: int) -> None:
         if self._open == turn:
             self._open, self._lock.generating = None, False
-
-
-def _check_frame(frame: np.ndarray, time_s: float) -> None:
-    """Raises UsageError where a frame or its time is none."""
-    if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        raise UsageError(f"a frame is {brief(frame)}, not uint8 [H, W, 3]", "give RGB pixels as a numpy array")
-    check_type("time_s", time_s, float)
-    if not isfinite(time_s):
-        raise UsageError(f"the time of a frame is {time_s}", "give seconds")

@@ -16,7 +16,7 @@ class Backlog:
 
     Frames that wait for longer than a window are too many: then every second one is skipped, of those that wait and of those that
     come, and again, down to two a window; where that is not enough, the oldest go. So the encoder is at most two windows
-    behind. Once it waits for frames for more than half of its time, twice as many are looked at. Nothing is skipped that came
+    behind. Once it waits for frames for more than half of its time, twice as many are looked at. Nothing is skipped that comes
     earlier than its own time says, as from a file that is read as fast as it can be: then `put` waits.
 
     Args:
@@ -51,7 +51,7 @@ class Backlog:
             if self._late_s is None or (self._hungry and not self._waiting):  # the encoder waits for it: it is not late
                 self._late_s = max(self._now() - time_s, -np.inf if self._late_s is None else self._late_s)
             while self._span(time_s) >= self.window_s and not self.ended:
-                if self._now() - self._late_s > self._waiting[0][0]:
+                if self._now() - self._late_s - self._waiting[0][0] >= self.window_s - 1e-6:
                     self._skip(time_s)
                     break
                 self._changed.wait(self.step_s)

@@ -8,19 +8,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.sandbox.channel import FrameMemory
 from evoprune.video.sandbox.isolation import POSSIBLE, WorkerProcess, borrow
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PACES = FROM_SOURCE, FROM_FILE = ("source", "file")
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "tcp")
 STDIN = "-"
 LONGEST_S = 20.0  # of a timeout: a process that is silent for longer counts as hung
 RETRY_S = 10.0  # the longest time between two tries to connect
-TimedFrame = tuple[float, np.ndarray]  # seconds from the first one; uint8 [H, W, 3], RGB as displayed
+TimedFrame = tuple[float, "np.ndarray"]  # seconds from the first one; uint8 [H, W, 3], RGB as displayed
 Due = Callable[[], float]
 
 
@@ -140,6 +142,8 @@ def _of_worker(worker: WorkerProcess, arguments: dict, due: Due) -> Iterator:
 
 def _here(arguments: dict, due: Due) -> Iterator:
     """The same without a worker process."""
+    import numpy as np
+
     from evoprune.video.readers.live import LiveReader
 
     descriptor = None if arguments["source"] is not None else os.dup(sys.stdin.fileno())

@@ -32,6 +32,7 @@ PLAYLISTS = {scheme: ",hls,dash,aac,mp3,webvtt" for scheme in ("http", "https")}
     ("rtsp", "rtsps"), ",rtsp,rtp,sdp"
 )
 JUMP_S, FILE_JUMP_S = 10.0, 600.0  # longer steps between two frames are no gaps, but another clock
+PROBED_US = 10**6  # of the source, in microseconds, is read before the first frame comes
 POLL_S = 0.05  # how often a file is asked whether it has grown
 
 
@@ -94,7 +95,7 @@ class LiveReader:
         self._open.close()
 
     def _opened(self, descriptor: int | None) -> InputContainer:
-        limits, path = {"max_pixels": str(ffmpeg.MAX_PIXELS)}, self._source
+        limits, path = {"max_pixels": str(ffmpeg.MAX_PIXELS), "analyzeduration": str(PROBED_US)}, self._source
         if self._scheme:
             limits |= {"protocol_whitelist": PROTOCOLS[self._scheme], "rtsp_flags": "prefer_tcp"}
             limits["format_whitelist"] = FORMATS + PLAYLISTS.get(self._scheme, "")
