@@ -176,7 +176,7 @@ class _Session:
         self._request, self._talk, self._stream, self._feed = request, talk, stream, feed
         self._begin: Callable[[], None] | None = begin  # with the first question: until then a window may fill
         self._status = _Status(stream, feed, device, not request.output.quiet)
-        self._next_s, self._asked_s, self._stride, self._failed = request.every_s, -1.0, 1, 0
+        self._next_s, self._asked_s, self._skips, self._failed = request.every_s, -1.0, False, 0
 
     def converse(self) -> int:
         """Questions from the terminal, until q or Ctrl-C. The end of the source does not end it."""
@@ -242,12 +242,13 @@ class _Session:
         return answer(self._talk, question, **how)
 
     def _say_what_is_skipped(self) -> None:
-        stride = self._feed.stride
-        if stride != self._stride:
+        skips = self._feed.stride > 1
+        if skips != self._skips:
+            self._skips = skips
             self._status.clear()
-            every = "every frame is looked at" if stride == 1 else f"one of {stride} frames is looked at"
-            self._request.speak(f"{'too slow' if stride > self._stride else 'faster again'}: {every}")
-            self._stride = stride
+            self._request.speak(
+                "too slow for all frames: some are skipped, evenly" if skips else "no frames are skipped any more"
+            )
 
 
 class _Status:
@@ -302,7 +303,7 @@ class _Status:
         seen, feed = self._stream.seen, self._feed
         found = memory_in_use(self._device)[0]
         skipped = f", {feed.skipped:,} skipped" if feed.skipped else ""
-        skipped += f" (1 of {feed.stride} looked at)" if feed.stride > 1 else ""
+        skipped += f" (now {100 - 100 / feed.stride:.0f}%)" if feed.stride > 1 else ""
         state = "ended" if feed.ended.is_set() else f"lag {feed.lag_s:.1f} s"
         held = f"{clock(seen.end_s)} seen, {counted(seen.frames, 'frame')}" if seen else "the first window fills"
         tokens = f", {seen.tokens:,} tokens" if seen else ""

@@ -41,7 +41,7 @@ class LiveFeed:
         self.close()
 
     @property
-    def stride(self) -> int:
+    def stride(self) -> float:
         """Of so many frames that are due, one is looked at."""
         return self._backlog.stride
 

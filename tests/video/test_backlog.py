@@ -53,11 +53,12 @@ def test_frames_are_skipped_evenly_where_it_is_too_slow(cost_s):
     late = [each for each in looked if each[0] > 300]
     assert max(lag for _, lag, _ in looked) < 2 * WINDOW_S + 16 * cost_s
     steps = np.diff([time_s for time_s, _, _ in late])
-    assert np.unique(steps.round(6)).size <= 3  # but for the places where the stride changes, one step
     least = cost_s / STEP_S  # so many times as long as it may take
-    assert least / 1.01 <= np.mean(steps) / STEP_S < 4 * least
+    assert least / 1.01 <= np.mean(steps) / STEP_S < 1.2 * least  # at least 0.8 of what the encoder can do
+    common, counts = np.unique(steps.round(6), return_counts=True)
+    assert counts[(common >= STEP_S * (least - 1)) & (common <= STEP_S * (least * 1.2 + 1))].sum() > 0.9 * len(steps)
     due = looked[-1][0] / STEP_S + 1
-    assert abs(due - len(looked) - backlog.skipped) <= WINDOW_S / STEP_S
+    assert abs(due - len(looked) - backlog.skipped) <= 2 * WINDOW_S / STEP_S  # those that wait
 
 
 def test_it_never_falls_behind_without_bound():
