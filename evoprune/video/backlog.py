@@ -8,16 +8,17 @@ from math import ceil, floor, inf
 
 import numpy as np
 
+PATIENCE = 1.5  # windows; while one is encoded, almost as much comes
 BUSY = 0.95  # share of its time that the encoder is to be busy while frames are skipped
 
 
 class Backlog:
     """Frames in the order in which they came; one thread puts them, another one takes them.
 
-    Frames that wait for longer than a window are too many: then every second one of them is skipped, and of those that come so
-    many, evenly, that the encoder has time for the others, by what it took for the latest windows. At least two a window are looked
-    at. If that is too much, the oldest ones go, so that the encoder is at most two windows behind. Nothing is skipped that comes
-    earlier than its own time says, as from a file that is read as fast as it can be: then `put` waits.
+    Frames that wait for longer than one and a half windows are too many: then every second one of them is skipped, and of those that
+    come so many, evenly, that the encoder has time for the others, by what it took for the latest windows. At least two a window are
+    looked at. If that is too much, the oldest ones go, so that the encoder is at most two windows behind. Nothing is skipped that
+    comes earlier than its own time says, as from a file that is read as fast as it can be: then `put` waits.
 
     Args:
         window_s: of the stream.
@@ -53,8 +54,9 @@ class Backlog:
         with self._changed:
             if self._hungry and not self._waiting:  # the encoder waits for it, so it is not late
                 self._late_s = max(self._now() - time_s, self._late_s)
-            while self._span(time_s) >= self.window_s and not self.ended:
-                if self._now() - self._late_s - self._waiting[0][0] >= self.window_s - 1e-6:
+            most_s = PATIENCE * self.window_s
+            while self._span(time_s) >= most_s and not self.ended:
+                if self._now() - self._late_s - self._waiting[0][0] >= most_s - 1e-6:
                     self._skip(time_s)
                     break
                 self._changed.wait(self.step_s)
