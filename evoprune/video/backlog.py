@@ -15,10 +15,10 @@ BUSY = 0.95  # share of its time that the encoder is to be busy while frames are
 class Backlog:
     """Frames in the order in which they came; one thread puts them, another one takes them.
 
-    Frames that wait for longer than one and a half windows are too many: then every second one of them is skipped, and of those that
-    come so many, evenly, that the encoder has time for the others, by what it took for the latest windows. At least two a window are
-    looked at. If that is too much, the oldest ones go, so that the encoder is at most two windows behind. Nothing is skipped that
-    comes earlier than its own time says, as from a file that is read as fast as it can be: then `put` waits.
+    Frames that wait for longer than one and a half windows are too many: then every second one of them is skipped, and of those
+    that come so many, evenly, that the encoder has time for the others, by what it took for the latest windows. At least two a
+    window are looked at. If that is too much, the oldest ones go, so that the encoder is at most two windows behind. Nothing is
+    skipped that comes earlier than its own time says, as from a file that is read as fast as it can be: then `put` waits.
 
     Args:
         window_s: of the stream.
