@@ -49,8 +49,9 @@ class Paced:
         self._closed = True
 
 
-def of_file(qa: VideoQA, source: Paced, frames: int, step_s: float) -> float:
-    """Seconds of encode and prefill of so many frames, read as one window; median of three after one that does not count."""
+def of_file(qa: VideoQA, source: Paced, frames: int, step_s: float) -> tuple[float, int]:
+    """Seconds of encode and prefill of so many frames, read as one window, the median of three after one that does not count; and
+    how many of the frames the limits let through."""
     found = []
     for _ in range(4):
         with qa.stream(window_s=frames * step_s, fps=1 / step_s) as stream:
@@ -60,7 +61,8 @@ def of_file(qa: VideoQA, source: Paced, frames: int, step_s: float) -> float:
             stream.add(source.frame(frames - 1), (frames - 1) * step_s)
             stream.flush()
             found.append(time.perf_counter() - begun)
-    return median(found[1:])
+            looked = stream.seen.frames
+    return median(found[1:]), looked
 
 
 def run(qa: VideoQA, source: Paced, window_s: float, fps: float, every_s: float | None) -> dict:
@@ -109,15 +111,13 @@ def main() -> None:
     how = {"dtype": args.dtype, "quantize": args.quantize, "threads": args.threads}
     qa = VideoQA.load(args.model, budget=args.budget, method=args.method, **how)
     height, width = map(int, args.size.split("x"))
-    reference = of_file(qa, Paced(height, width, 0), args.frames, 0.5)
-    print(
-        f"{args.frames} frames of {args.size} as one window: {reference:.2f} s, {args.frames / reference:.2f} frames a second"
-    )
+    reference, frames = of_file(qa, Paced(height, width, 0), args.frames, 0.5)
+    print(f"{frames} frames of {args.size} as one window: {reference:.2f} s, {frames / reference:.2f} frames a second")
     window_s = reference / args.load  # its frames come in less time than it takes
-    fps = args.frames / window_s
+    fps = frames / window_s
     for every_s in (None, args.every):
         found = run(qa, Paced(height, width, 60 * args.minutes), window_s, fps, every_s)
-        ratio = found["rate"] * reference / args.frames
+        ratio = found["rate"] * reference / frames
         print(
             f"{'no questions' if every_s is None else f'a question every {every_s:g} s'}, windows of {window_s:.2f} s, "
             f"{args.minutes:g} minutes: {found['rate']:.2f} frames a second, {ratio:.2f} of the reference; "
@@ -130,7 +130,7 @@ def main() -> None:
                 f"{median(own):.2f} s; the lag is as before after {median(found['recoveries']):.1f} s (at most "
                 f"{max(found['recoveries']):.1f})"
             )
-    again = of_file(qa, Paced(height, width, 0), args.frames, 0.5)
+    again, _ = of_file(qa, Paced(height, width, 0), args.frames, 0.5)
     print(f"the reference again: {again:.2f} s")
 
 
