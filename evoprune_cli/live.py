@@ -304,7 +304,7 @@ class _Status:
         found = memory_in_use(self._device)[0]
         skipped = f", {feed.skipped:,} skipped" if feed.skipped else ""
         skipped += f" (now {100 - 100 / feed.stride:.0f}%)" if feed.stride > 1 else ""
-        state = "ended" if feed.ended.is_set() else f"lag {feed.lag_s:.1f} s"
+        state = "failed" if feed.problem else "ended" if feed.ended.is_set() else f"lag {feed.lag_s:.1f} s"
         held = f"{clock(seen.end_s)} seen, {counted(seen.frames, 'frame')}" if seen else "the first window fills"
         tokens = f", {seen.tokens:,} tokens" if seen else ""
         return printable(f"{held}{skipped}; {state}{tokens}, {size(found)}")[: columns() - 1]

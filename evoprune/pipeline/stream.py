@@ -285,7 +285,7 @@ class VideoStream(Askable):
             self._waiting.pop(0)
 
     def _give_way(self) -> None:
-        if self._lock.wanted:
+        if self._lock.wanted or self._problem:
             raise _Overtaken
 
     def _check_open(self) -> None:

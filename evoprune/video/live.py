@@ -115,6 +115,8 @@ class LiveSource:
         """The same, read by a worker process, which is ended afterwards."""
         with borrow(self.name) as worker:
             self._worker = worker
+            if self._closing.is_set():
+                raise VideoError(f"{self.name} is closed")
             try:
                 yield from _of_worker(worker, arguments, due)
             finally:

@@ -1,6 +1,7 @@
 """Streams: as a file where they are one window, memory that does not grow, thinning, questions that leave no trace."""
 
 import threading
+import time
 from contextlib import closing
 from itertools import islice
 
@@ -259,3 +260,36 @@ def test_questions_from_another_thread(demo):
         stream.catch_up()
         assert spans == sorted(spans, key=lambda span: span[0]) and all(a == b for _, a, b in spans)
         assert stream.seen.end_s == 24.0
+
+
+def test_the_encoder_waits_while_a_question_is_read(demo):
+    with fed(VideoQA(demo, budget=0.25).stream(window_s=2.0), 2) as stream:
+        layers, pause = [], stream._lock.pause
+        stream._lock.pause = lambda: (layers.append(1), pause())
+        feeding = threading.Thread(target=fed, args=(stream, 2), kwargs={"start": 2.0})
+        with stream._lock:
+            feeding.start()
+            until = time.monotonic() + 10
+            while not layers and time.monotonic() < until:
+                time.sleep(0.01)
+            time.sleep(0.3)
+            assert len(layers) == 1 and stream.seen.windows == 1  # not one further layer
+        feeding.join(30)
+        assert len(layers) > 4 and stream.seen.windows == 2
+
+
+def test_a_window_that_a_question_interrupts_is_read_later(demo):
+    qa = VideoQA(demo, budget=0.25)
+    with fed(qa.stream(window_s=2.0), 4) as broken, fed(qa.stream(window_s=2.0), 4) as whole:
+        fed(whole, 2, start=4.0)
+        broken._open = 0  # as during an answer, so that the window waits
+        fed(broken, 2, start=4.0)
+        broken._open = None
+        broken._lock._calm.clear()  # as a question in another thread does that waits
+        broken._read_waiting(polite=True)
+        assert len(broken._waiting) == 1 and broken.seen.windows == 2
+        broken._lock._calm.set()
+        broken.catch_up()
+        assert not broken._waiting and broken.seen == whole.seen
+        for a, b in zip(logits(broken), logits(whole), strict=True):
+            torch.testing.assert_close(a, b, atol=0.0, rtol=0.0)
