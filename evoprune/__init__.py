@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from evoprune.huggingface.processor_inputs import processor_inputs
     from evoprune.pipeline.answering import Answer, EncodedInputs
     from evoprune.pipeline.cache import Cache
+    from evoprune.pipeline.stream import VideoStream
     from evoprune.pipeline.video_qa import VideoQA
     from evoprune.report.records import Report
     from evoprune.vision.encoded import Encoded
@@ -30,6 +31,7 @@ _SOURCES = {
     "huggingface.processor_inputs": ("processor_inputs",),
     "pipeline.answering": ("Answer", "EncodedInputs"),
     "pipeline.cache": ("Cache",),
+    "pipeline.stream": ("VideoStream",),
     "pipeline.video_qa": ("VideoQA",),
     "report.records": ("Report",),
     "vision.encoded": ("Encoded",),
@@ -49,6 +51,7 @@ __all__ = [
     "UsageError",
     "VideoError",
     "VideoQA",
+    "VideoStream",
     "apply",
     "encode",
     "methods",

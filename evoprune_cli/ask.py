@@ -52,13 +52,9 @@ class Request:
     )
     options: opt.MakeOptions
     json: opt.Json = False
-    stats: bool | None = own(
-        None,
-        "--stats/--no-stats",
-        "Stage times and token counts on stderr; default: unless --json or -q, in one line from the second question on.",
-    )
+    stats: bool | None = own(None, "--stats/--no-stats", opt.STATS)
     quiet: opt.Quiet = False
-    verbose: bool = own(False, "-v --verbose", "Also print rows of every layer, settings, versions.")
+    verbose: bool = own(False, "-v --verbose", opt.VERBOSE)
     cache: opt.Cache = False
 
     @cached_property

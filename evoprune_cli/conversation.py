@@ -80,11 +80,12 @@ class Conversation:
         print_warnings(inputs.report)
         self._warned = set(inputs.report.warnings)
 
-    def answer(self, question: str, typed: bool = False) -> None:
-        """Asks, and prints the answer. `typed`: the question stands on the terminal already."""
+    def answer(self, question: str, typed: bool = False, identity: str | None = None) -> None:
+        """Asks, and prints the answer. `typed`: the question stands on the terminal already. `identity`: of its record."""
         if self._output.questions and not typed and sys.stderr.isatty():
             tell(f"{PROMPT}{' '.join(question.split())}")
         report = self._say(self._inputs, question, "pruned").report
+        report.id = identity or report.id
         if self._encode_full:
             self._half = report
             if self._full is None:  # not earlier: the first answer does not wait for it

@@ -29,30 +29,34 @@ def converse(talk: Conversation, questions: list[str], inputs: Sequence[str]) ->
     Ctrl-C ends an answer; pressed twice at the prompt, the conversation. `inputs`: their names, for a greeting; empty for none.
     """
     for question in list(questions):
-        _answer(talk, question)
+        answer(talk, question)
     if inputs:
         names = listed([os.path.basename(os.path.abspath(each)) for each in inputs])
         tell(f"Ask about {names}. /help for help, q or Ctrl-D to end.")
     for question in typed():
         questions.append(question)
-        _answer(talk, question, typed=True)
+        answer(talk, question, typed=True)
 
 
-def _answer(talk: Conversation, question: str, typed: bool = False) -> None:
+def answer(talk: Conversation, question: str, typed: bool = False, identity: str | None = None) -> bool:
+    """Answers a question; Ctrl-C and a question that cannot be asked end no more than that. Whether it could be asked."""
     try:
-        talk.answer(question, typed)
+        talk.answer(question, typed, identity)
     except KeyboardInterrupt as stop:
         talk.break_off(stop, [question])
         note()  # ends the line on which the terminal printed ^C
     except UsageError as problem:
         talk.break_off(problem, [question])
         print_error(problem.message, problem.hint)
+        return False
+    return True
 
 
-def typed() -> Iterator[str]:
+def typed(twice: bool = True) -> Iterator[str]:
     """Questions, one a line, until the input ends (Ctrl-D) or a line says so. Empty lines are skipped, commands carried out.
 
-    Raises KeyboardInterrupt: on the second Ctrl-C in a row at the prompt: the first may have been meant for an answer.
+    Raises KeyboardInterrupt: on Ctrl-C at the prompt, with `twice` on the second in a row: the first may have been meant for an
+    answer.
     """
     with contextlib.suppress(ImportError):  # without it lines cannot be edited
         import readline  # noqa: F401 (editing and history for `input`)
@@ -68,7 +72,7 @@ def typed() -> Iterator[str]:
             note()
             return
         except KeyboardInterrupt:
-            if warned:
+            if warned or not twice:
                 note()
                 raise
             note("\nq or Ctrl-D ends the conversation, or Ctrl-C once more")

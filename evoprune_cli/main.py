@@ -23,6 +23,7 @@ from evoprune_cli.eval import evaluate
 from evoprune_cli.failures import Terminated, failure, print_traceback
 from evoprune_cli.help_format import Group, showing
 from evoprune_cli.inspect import inspect
+from evoprune_cli.live import live
 from evoprune_cli.methods import methods
 from evoprune_cli.profile import profile
 from evoprune_cli.terminal import WIDTH, ClosedOutput, print_document, print_error, print_json, print_titled
@@ -71,6 +72,7 @@ def main(
 SHORT_HELP = {
     ask: "more interactive compare model budget fps frames start_s end_s max_new_tokens json quiet verbose",
     batch: "questions source output resume overwrite model budget fps quiet",
+    live: "question every questions pace window_s memory_s model budget fps json quiet",
     evaluate: "data limit budget method blind model output resume chart json quiet",
     tune: "questions agree time_limit budget method model output chart json quiet",
     inspect: "overlay scan clear_cache forget_tuned model budget fps frames start_s end_s json",
@@ -79,7 +81,7 @@ SHORT_HELP = {
     methods: "json",
 }
 for command, names in SHORT_HELP.items():
-    app.command("eval" if command is evaluate else None, cls=showing(*names.split()))(command)
+    app.command({evaluate: "eval", live: "watch"}.get(command), cls=showing(*names.split()))(command)
 # Of the JSON lines of these commands; the others print a report.
 SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "inspect", "methods", "tune", "verify")}
 

@@ -18,6 +18,9 @@ from evoprune_cli.help_format import HelpAll
 
 COMPLETED = {"model": completion.MODEL, "budget": completion.BUDGET, "method": completion.METHOD}
 TYPER = "typer"  # in the metadata of a field that `own` makes
+# Of the options of several commands that are fields of their own.
+STATS = "Stage times and token counts on stderr; default: unless --json or -q, in one line from the second question on."
+VERBOSE = "Also print rows of every layer, settings, versions."
 MakeOptions = Callable[[], PipelineOptions]  # makes them of what was typed; raises UsageError
 Command = Callable[..., int]
 

@@ -6,7 +6,7 @@ is one token of the prompt or answer. Queries and keys are rotated by three posi
 autocast changes nothing here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,30 @@ class KVCache:
         # In one statement: after a signal between two (Ctrl-C), some of these would be old and some new.
         self.length, self.lengths, self.sizes, self._whole = length, lengths, sizes, whole
 
+    def keep(self, columns: torch.Tensor) -> None:
+        """Drops all columns but some, int64 `[n]` on the CPU, ascending, which move up to the front; their positions stay.
+
+        Raises ValueError: some columns left only some layers.
+        """
+        if self._whole:
+            raise ValueError("columns that left only some layers cannot be counted alike in all")
+        count, sized = len(columns), {id(sizes): sizes[columns] for sizes in self.sizes if sizes is not None}
+        for stored in self._layers:
+            for each in stored:
+                each[:, :, :count] = each[:, :, columns]
+        self.sizes = [sized.get(id(sizes)) for sizes in self.sizes]
+        self.length, self.lengths = count, [count] * len(self.lengths)
+
+    def move(self, config, columns: slice, time: int) -> None:
+        """Moves some columns in time by so many positions: their keys are rotated further, values have no position."""
+        count = len(range(*columns.indices(self.length)))
+        by = torch.tensor([[time], [0], [0]], dtype=torch.int64, device="cpu").expand(3, count)
+        for keys, _ in self._layers:
+            turned = rotate(
+                keys[0, :, columns].transpose(0, 1).float(), *rotation(config, by, keys.new_empty(0).float())
+            )
+            keys[0, :, columns] = turned.transpose(0, 1).to(keys.dtype)
+
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a layer's new columns, `[1, kv_heads, L, head_dim]`, after the valid ones. They become valid with `add`.
 
@@ -118,6 +142,7 @@ def forward(
     last: int = 1,
     dropping: Dropping | None = None,
     deepstack: torch.Tensor | None = None,
+    pause: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Reads new columns after those in the cache, and adds them to it.
 
@@ -130,6 +155,7 @@ def forward(
         last: how many columns to return, from 1 to L.
         dropping: which visual tokens leave, in a cache that is empty; None for none.
         deepstack: `[n, L, hidden]`, what is added to the columns after each of the first n layers; None for nothing.
+        pause: called before every layer; it may wait, or raise.
 
     Returns the last columns after the final norm, `[last, hidden]`.
 
@@ -146,6 +172,7 @@ def forward(
     x, places, entered = inputs_embeds, rotation(config, positions, inputs_embeds), []
     every = cache.sizes_with(sizes, columns)
     for i, layer in enumerate(text.layers):
+        pause()
         if not i or every[i] is not every[i - 1]:
             bias = None if every[i] is None else every[i].log().to(x.dtype)
         blind = dropping.blind(i, len(x)) if dropping else None

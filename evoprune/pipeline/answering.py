@@ -5,6 +5,7 @@ Answers about the same inputs share the keys and values of their prompt. So a lo
 """
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -115,59 +116,32 @@ def _once_more(problem: Exception) -> Exception:
     return again
 
 
-class EncodedInputs:
-    """Inputs that were encoded once and can be asked about together, one question at a time.
+class Askable(ABC):
+    """What can be asked, one question at a time: its keys and values serve every question. Threads wait for one another (`Answer`).
 
-    Threads wait for one another (`Answer`). A method that reads the question selects tokens for each one anew.
-
-    Args:
-        engine: what encoded them.
-        encodings: at least one, in the order in which the model reads them.
-
-    Attributes:
-        report: describes the encodings; it never changes. Each answer has a report of its own.
-        plans: of each input, what was looked at, and how large.
+    `OVERTAKEN`: why an answer ends that is not the latest one any more.
     """
 
-    def __init__(self, engine: Engine, encodings: Sequence[Encoding]):
-        self._engine = engine
-        self._encodings = [encoding.own() for encoding in encodings]
-        self.plans = [encoding.plan for encoding in encodings]
-        self._prompts = PromptReader(engine, self.plans)
-        self._turn, self._paid, self._lock = 0, False, threading.RLock()
-        self._blank = inputs_report(engine, self._encodings)
-        self.report = deepcopy(self._blank)
-        fill_times(self.report, *total_seconds(self._encodings), engine.loaded.device)
+    OVERTAKEN = "another question was asked meanwhile"
 
-    def __repr__(self) -> str:
-        return f"<EncodedInputs {', '.join(map(_described, self._encodings))}>"
+    def __init__(self, engine: Engine):
+        self._engine, self._lock = engine, threading.RLock()
+        self._turn, self._paid = 0, False
 
-    def with_engine(self, engine: Engine) -> "EncodedInputs":
-        """The same tokens, read by an engine that differs in what happens inside the language model alone."""
-        return EncodedInputs(engine, self._encodings)
+    @abstractmethod
+    def _blank_report(self) -> Report:
+        """The report of an answer before its question is read, of its own."""
 
-    @property
-    def encoded(self) -> Encoded:
-        """The tokens of the first input, mostly the only one; none before the question, where the method reads it.
+    @abstractmethod
+    def _new_clock(self, report: Report) -> tuple[Clock, float]:
+        """A clock for an answer, and the wall-clock seconds before it: the inputs' time, until a question has paid for it."""
 
-        From the cache, `encoded.rows` have a shape but hold no data.
-        """
-        return self._encodings[0].tokens
+    @abstractmethod
+    def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
+        """The state from which the answer is decoded."""
 
-    @property
-    def plan(self) -> Plan:
-        """Of the first input."""
-        return self.plans[0]
-
-    @property
-    def info(self) -> Video:
-        """Facts about the file of the first input."""
-        return self.plan.info
-
-    @property
-    def units(self) -> int:
-        """Visual tokens of the first input with nothing pruned; more than were looked at, if the method made it smaller."""
-        return self.plan.units
+    def _ended(self, turn: int) -> None:  # noqa: B027 (nothing to do where nothing waits)
+        """Called once the answer of that number is complete, was closed or failed."""
 
     @names_options
     def ask(self, question: str, *, options: GenerationOptions, seed: int | None = None) -> Answer:
@@ -186,24 +160,8 @@ class EncodedInputs:
         ids: list[int] = []
         return Answer(report, self._pieces(question, options, seed, report, ids), self._lock, ids)
 
-    def read_along(self, question: str, ids: Sequence[int], system: str | None = None) -> tuple[torch.Tensor, float]:
-        """Reads a question and a given answer, the tokens `ids`, at least one: teacher forcing. Errors: as of `Answer`.
-
-        Returns the logits of every token of the answer, each behind those before it, float32 `[len(ids), vocabulary]`; and the
-        seconds from the question to the first of them.
-        """
-        options = GenerationOptions(max_new_tokens=len(ids), system=system)
-        with self._lock:
-            self._turn += 1
-            clock = Clock(self._engine.device)
-            state = self._read(question, options, self._report_of(question, options), clock)
-            seconds, given = sum(clock.seconds.values()), torch.tensor(ids, dtype=torch.int64, device="cpu")
-            loaded = self._engine.loaded
-            with clock.stage("generate"):  # 4 bits are read where there is one row: several are computed in 8
-                return along(loaded.model, state, given, one_by_one=loaded.quantize == "int4"), seconds
-
     def _report_of(self, question: str, options: GenerationOptions, seed: int = 0) -> Report:
-        report, fresh = deepcopy(self._blank), Report()
+        report, fresh = self._blank_report(), Report()
         report.id, report.created_utc, report.question = fresh.id, fresh.created_utc, question
         report.generation = options.record(seed)
         report.warnings += question_warnings(self._engine.loaded, question, report.warnings)
@@ -239,16 +197,88 @@ class EncodedInputs:
                 update()
                 yield piece
                 if turn != self._turn:
-                    raise UsageError(
-                        "another question was asked meanwhile", "finish one answer before the next question"
-                    )
+                    raise UsageError(self.OVERTAKEN, "finish one answer before the next question")
             update()
         except GeneratorExit:  # the reader stopped early
             update()
             raise
+        finally:
+            self._ended(turn)
+
+
+class EncodedInputs(Askable):
+    """Inputs that were encoded once and can be asked about together, one question at a time.
+
+    Threads wait for one another (`Answer`). A method that reads the question selects tokens for each one anew.
+
+    Args:
+        engine: what encoded them.
+        encodings: at least one, in the order in which the model reads them.
+
+    Attributes:
+        report: describes the encodings; it never changes. Each answer has a report of its own.
+        plans: of each input, what was looked at, and how large.
+    """
+
+    def __init__(self, engine: Engine, encodings: Sequence[Encoding]):
+        super().__init__(engine)
+        self._encodings = [encoding.own() for encoding in encodings]
+        self.plans = [encoding.plan for encoding in encodings]
+        self._prompts = PromptReader(engine, self.plans)
+        self._blank = inputs_report(engine, self._encodings)
+        self.report = deepcopy(self._blank)
+        fill_times(self.report, *total_seconds(self._encodings), engine.loaded.device)
+
+    def __repr__(self) -> str:
+        return f"<EncodedInputs {', '.join(map(_described, self._encodings))}>"
+
+    def with_engine(self, engine: Engine) -> "EncodedInputs":
+        """The same tokens, read by an engine that differs in what happens inside the language model alone."""
+        return EncodedInputs(engine, self._encodings)
+
+    @property
+    def encoded(self) -> Encoded:
+        """The tokens of the first input, mostly the only one; none before the question, where the method reads it.
+
+        From the cache, `encoded.rows` have a shape but hold no data.
+        """
+        return self._encodings[0].tokens
+
+    @property
+    def plan(self) -> Plan:
+        """Of the first input."""
+        return self.plans[0]
+
+    @property
+    def info(self) -> Video:
+        """Facts about the file of the first input."""
+        return self.plan.info
+
+    @property
+    def units(self) -> int:
+        """Visual tokens of the first input with nothing pruned; more than were looked at, if the method made it smaller."""
+        return self.plan.units
+
+    def read_along(self, question: str, ids: Sequence[int], system: str | None = None) -> tuple[torch.Tensor, float]:
+        """Reads a question and a given answer, the tokens `ids`, at least one: teacher forcing. Errors: as of `Answer`.
+
+        Returns the logits of every token of the answer, each behind those before it, float32 `[len(ids), vocabulary]`; and the
+        seconds from the question to the first of them.
+        """
+        options = GenerationOptions(max_new_tokens=len(ids), system=system)
+        with self._lock:
+            self._turn += 1
+            clock = Clock(self._engine.device)
+            state = self._read(question, options, self._report_of(question, options), clock)
+            seconds, given = sum(clock.seconds.values()), torch.tensor(ids, dtype=torch.int64, device="cpu")
+            loaded = self._engine.loaded
+            with clock.stage("generate"):  # 4 bits are read where there is one row: several are computed in 8
+                return along(loaded.model, state, given, one_by_one=loaded.quantize == "int4"), seconds
+
+    def _blank_report(self) -> Report:
+        return deepcopy(self._blank)
 
     def _new_clock(self, report: Report) -> tuple[Clock, float]:
-        """A clock for an answer, and the wall-clock seconds before it: the inputs' time, until a question has paid for it."""
         clock = Clock(self._engine.device)
         clock.seconds, wall = total_seconds(self._encodings)
         if self._paid:

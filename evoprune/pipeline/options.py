@@ -279,6 +279,44 @@ class GenerationOptions(GenerationSettings):
 
 
 @dataclass(frozen=True)
+class StreamOptions:
+    """How a stream is remembered. Raises UsageError: a span of no time, or no tokens."""
+
+    PANEL: ClassVar[str] = "Stream"
+
+    window_s: float = option(
+        8.0,
+        "Time of a stream that is encoded together, with a fixed number of tokens.",
+        "--window",
+        metavar="TIME",
+        typed=str,
+        unless_typed="8s",
+        parse=parse_time,
+        python="Seconds of a stream that are encoded together, with a fixed number of tokens.",
+    )
+    memory_s: float = option(
+        600.0,
+        "What is remembered: as many tokens as this time has. Beyond it the oldest windows are thinned.",
+        "--memory",
+        metavar="TIME",
+        typed=str,
+        unless_typed="10m",
+        parse=parse_time,
+        python="What is remembered: as many tokens as so many seconds have. Beyond it the oldest windows are thinned.",
+    )
+    memory_tokens: int | None = option(
+        None, "The same in tokens, instead of --memory.", python="The same in tokens, instead of `memory_s`."
+    )
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("window_s", "memory_s", "memory_tokens"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UsageError(f"{name} is {value:g}", "give a number above 0")
+
+
+@dataclass(frozen=True)
 class PipelineOptions:
     """Everything that an answer depends on, besides the video, the question and the machine."""
 
@@ -286,13 +324,14 @@ class PipelineOptions:
     pruning: PruneOptions = field(default_factory=PruneOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     generation: GenerationOptions = field(default_factory=GenerationOptions)
+    stream: StreamOptions = field(default_factory=StreamOptions)
 
     KINDS: ClassVar[tuple[type, ...]] = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions)
 
     @classmethod
     def of(cls, **options) -> Self:
-        """Made of the fields of all four. Raises UsageError: a bad value. TypeError: an unknown option."""
-        return cls(*from_keywords(options, *cls.KINDS))
+        """Made of the fields of all five. Raises UsageError: a bad value. TypeError: an unknown option."""
+        return cls(*from_keywords(options, *cls.KINDS, StreamOptions))
 
 
 def record(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:

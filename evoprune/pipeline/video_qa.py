@@ -26,13 +26,21 @@ from evoprune.pipeline.engine import make_engine, unpruned
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.pipeline.opening import OpenInputs, open_inputs
-from evoprune.pipeline.options import HELD, GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
+from evoprune.pipeline.options import (
+    HELD,
+    GenerationOptions,
+    ModelOptions,
+    PruneOptions,
+    SamplingOptions,
+    StreamOptions,
+)
 from evoprune.pipeline.prompting import longest_prompt
 from evoprune.pipeline.resolving import for_model, make_method
 from evoprune.pipeline.saved import Tuned
 
 if TYPE_CHECKING:
     from evoprune.pipeline.cache import Cache
+    from evoprune.pipeline.stream import VideoStream
 
 
 Path = str | os.PathLike[str]
@@ -161,6 +169,33 @@ class VideoQA:
                 longest_prompt(self.engine, plans, [question], options, held)
             encoded = [each if isinstance(each, EncodedInputs) else each.encode() for each in opened]
         return together(self.engine, encoded).ask(question, options=options, seed=seed)
+
+    @names_options
+    def stream(
+        self,
+        *,
+        options: StreamOptions,
+        fps: float | None = None,
+        max_visual_tokens: int | None = None,
+        system: str | None = None,
+        name: str = "stream",
+    ) -> "VideoStream":
+        """Begins a live video: `add` feeds frames, `ask` asks about what was seen so far. To be closed, by `with`.
+
+        Args:
+            fps: frames a second to look at; default: the model's rate.
+            max_visual_tokens: of a window, before pruning; as of `encode`.
+            system: a system prompt; None for the model's own.
+            name: what reports call it.
+
+        Raises UsageError: numbers that make no sense, or a method that cannot prune a stream. TypeError: an unknown option.
+        """
+        from evoprune.pipeline.stream import VideoStream  # which few need
+
+        check_type("system", system, str | None)
+        check_type("name", name, str)
+        sampling = SamplingOptions(fps=fps, max_visual_tokens=max_visual_tokens)
+        return VideoStream(self.engine, options, sampling, system, name)
 
 
 def paths_of(given: Any) -> Sequence[Path]:

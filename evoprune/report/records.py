@@ -199,6 +199,7 @@ class Report:
     batch: dict[str, Any] | None = None
     subtitles: dict[str, Any] | None = None
     inputs: list[InputFacts] = field(default_factory=list)
+    stream: dict[str, Any] | None = None
 
     def __str__(self) -> str:
         """The stats as lines of text, as the command line prints them, and what the warnings say."""

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from evoprune.errors import UsageError
+from evoprune.keywords import brief, check_type
 from evoprune.video.info import PICTURE, Video
 from evoprune.video.sandbox.isolation import run_task, stream_frames
 
@@ -78,3 +79,12 @@ def choose_decoder(decoder: str, info: Video | None = None) -> str:
         return "pyav"
     run_task("check_decord", info.path if info else "", {"info": asdict(info) if info else None})
     return "decord"
+
+
+def check_frame(frame: np.ndarray, time_s: float) -> None:
+    """Raises UsageError where a frame or its time is none."""
+    if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        raise UsageError(f"a frame is {brief(frame)}, not uint8 [H, W, 3]", "give RGB pixels as a numpy array")
+    check_type("time_s", time_s, float)
+    if not math.isfinite(time_s):
+        raise UsageError(f"the time of a frame is {time_s}", "give seconds")

@@ -87,13 +87,16 @@ def encode_rows(
     chunk_units: int | None = None,
     normal: Normalisation = CLIP,
     on_layer: OnLayer = lambda done, total: None,
+    pause: Callable[[], None] = lambda: None,
 ) -> EncodedRows:
     """The part of `encode` before a question is needed. Arguments and errors as in `encode`.
 
-    `on_layer`: called with the number of finished layers and of all layers, after each layer that follows a selection inside
-    the tower.
+    Args:
+        on_layer: called with the number of finished layers and of all layers, after each layer that follows a selection inside
+            the tower.
+        pause: called after every layer; it may wait.
     """
-    run = _Run(visual, plan, chunk_units, on_layer)
+    run = _Run(visual, plan, chunk_units, on_layer, pause)
     with without_autocast() if isinstance(visual, Tower) else nullcontext():
         for chunk in run.chunks(patches, normal):
             x, layout = run.embed(chunk)
@@ -127,13 +130,15 @@ class _VideoRows:
 class _Run:
     """The state of one video while the tower encodes it; its methods are the steps of `encode_rows`."""
 
-    def __init__(self, visual, plan: EncoderPlan, chunk_units: int | None, on_layer: OnLayer):
+    def __init__(
+        self, visual, plan: EncoderPlan, chunk_units: int | None, on_layer: OnLayer, pause: Callable[[], None]
+    ):
         weight, tower = visual.patch_embed.proj.weight, tower_shape(visual)
         self.visual, self.plan = visual, plan
         self.device, self.dtype = weight.device, weight.dtype
         self.geometry = tower_geometry(visual, *plan.grid[1:])
         self.chunk_units = chunk_units or devices.largest_chunk(self.device)
-        self.on_layer = on_layer
+        self.on_layer, self.pause = on_layer, pause
         self.timer, self.checks = Timer(self.device), Checks()
         self.carried = CarriedKeys() if plan.reuse else None
         selector = plan.token_stage.selector if plan.token_stage else None
@@ -183,7 +188,7 @@ class _Run:
         reduction = _reduction(self.plan, range(chunk.first, chunk.first + chunk.pairs), self.checks.failed)
         for layer in layers:
             self.computed[layer] += reduction.computed(layer, layout)
-        run = LayerRun(self.visual, self.timer, reduction, self.carried, self.gathering)
+        run = LayerRun(self.visual, self.timer, reduction, self.carried, self.gathering, on_layer=self._pause)
         return *run_layers(run, layers, x, layout), run.deepstack
 
     def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout, deepstack: torch.Tensor) -> None:
@@ -245,12 +250,7 @@ class _Run:
             made = [self._run_pairs(*piece, layers, last=piece is pieces[-1]) for piece in pieces]
             return _VideoRows(*map(torch.cat, zip(*made, strict=True)), rows.unit, rows.owner)
         layout, order = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.owner)
-        run = LayerRun(
-            self.visual,
-            self.timer,
-            mlp_rows=self.chunk_units,
-            on_layer=lambda done: self.on_layer(done, self.plan.depth),
-        )
+        run = LayerRun(self.visual, self.timer, mlp_rows=self.chunk_units, on_layer=self._after_layer)
         run.deepstack = rows.deepstack[order]
         x, rows.x = rows.x[order], None  # frees the rows in the old order
         x, _ = run_layers(run, layers, x, layout)
@@ -263,14 +263,20 @@ class _Run:
         """Rows of whole frame pairs and their DeepStack features after `layers`, which are reported if these rows are the last."""
         layout = full_layout(self.geometry, len(x) // self.geometry.units)
         run = LayerRun(self.visual, self.timer, gathering=self.gathering, deepstack=deepstack[layout.unit])
-        if last:
-            run.on_layer = lambda done: self.on_layer(done, self.plan.depth)
+        run.on_layer = self._after_layer if last else self._pause
         order = layout.unit.argsort()
         x, _ = run_layers(run, layers, x[layout.unit], layout)
         if self.gathering:
             with self.timer:
                 self.gathering.finish(order)
         return x[order], run.deepstack[order]
+
+    def _after_layer(self, done: int) -> None:
+        self.on_layer(done, self.plan.depth)
+        self.pause()
+
+    def _pause(self, done: int) -> None:
+        self.pause()
 
     def merge_patches(self, x: torch.Tensor) -> torch.Tensor:
         """Rows `[E, D]` as the language model reads them, from rows `[E, 4, hidden]`; piece by piece, to bound the memory."""

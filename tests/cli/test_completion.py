@@ -16,7 +16,7 @@ from evoprune.methods import registry
 from evoprune_cli.main import app
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["ask", "batch", "eval", "tune", "inspect", "profile", "verify", "methods"]
+COMMANDS = ["ask", "batch", "watch", "eval", "tune", "inspect", "profile", "verify", "methods"]
 BUDGETS = ["full", "high", "balanced", "fast", "auto", "auto:inflection", "tuned"]
 # A line up to the cursor, and what is offered; where that is nothing, the shell offers files.
 LINES = {
@@ -54,6 +54,7 @@ LINES = {
     "eval --data ": [],
     "eval --data d": ["demo"],
     "ask --subtitles ": [],
+    "watch --pace ": ["source", "file"],
     "ask --subtitles a": ["auto"],
     "batch -o ": [],
     "inspect --forget-tuned ": ["all"],

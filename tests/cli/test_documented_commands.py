@@ -142,7 +142,7 @@ def test_commands_are_found_in_shell_lines(line, arguments):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("watch clip.mp4", "no command"),
+        ("guess clip.mp4", "no command"),
         ("ask a.mp4 Who? --no-such-option", "No such option"),
         ("ask a.mp4 Who? --decoder ffmpeg", "'ffmpeg' is none of"),
         ("ask a.mp4 Who? -n many", "valid integer"),

@@ -129,6 +129,9 @@ def test_ask_and_batch(cli, tiny_folder, rows, tmp_path, config):
     outputs = [cli("ask", SQUARE, "What?", "--json", "--compare", "--subtitles", str(subtitles), *model).record]
     inner = ("-m", str(tiny_folder), *SHORT, "--method", "evoprune+fastv")
     outputs.append(cli("ask", SQUARE, "What?", "--json", *inner).record)
+    outputs.append(
+        cli("watch", SQUARE, "-Q", "What?", "--json", "-m", str(tiny_folder), "-n", "2", "--fps", "1").record
+    )
     keep_recipe(tiny_folder)
     outputs.append(cli("ask", SQUARE, "What?", "--json", *inner[:-1], "operations").record)
     rows.write_text("".join([rows.read_text(), *(json.dumps(row) + "\n" for row in (SAID, BOTH))]))

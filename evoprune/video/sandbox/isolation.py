@@ -143,8 +143,12 @@ class WorkerProcess:
         problem.add_note(os.pread(self._stderr.fileno(), 2**16, 0).decode(errors="replace"))
         return problem
 
+    def kill(self) -> None:
+        """Kill the process, whatever it does; for another thread: whoever waits for an answer gets a `Crash`."""
+        self._process.kill()
+
     def end(self) -> None:
-        """Kill the process, whatever it does."""
+        """Kill the process, whatever it does, and forget it."""
         self._process.kill()
         self._process.stdin.close()
         self._channel.close()

@@ -5,6 +5,8 @@ Every message is a request and gets one answer.
 - `{"shape", "piece", "last"}` fills an array of that shape with the next frames of the open video. `piece` numbers the memory
   that holds the array; new memory comes with the message as a file descriptor; None means that it is used only once. `last`
   says that no further array follows. The first request of this kind comes in one message with the task `frames`.
+- The task `live` opens a source that does not wait, of which a pipe comes as a file descriptor. Then the task `next` looks for
+  its next frame, and `shape` takes it.
 - The answer is `{"result"}`, or `{"error"}` for the user, or `{"memory"}` with the limit that was exceeded, or `{"bug"}`.
 """
 
@@ -25,6 +27,7 @@ import numpy as np
 from evoprune.errors import EvopruneError, VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import heartbeat
+from evoprune.video.readers.live import LiveReader
 from evoprune.video.sandbox.channel import Channel
 from evoprune.video.sandbox.tasks import FrameReader, run
 
@@ -83,8 +86,13 @@ def _serve(channel: Channel) -> None:
         message, memory = channel.receive()
         shape, piece, last = (message.pop(name, None) for name in ("shape", "piece", "last"))
         try:
-            if message:
+            if message.get("task") == "next":
+                result = reader.next(**message["arguments"])
+                message = None
+            elif message:
                 pieces.clear()
+            if message and message["task"] == "live":
+                message["arguments"]["descriptor"], memory = memory, None
             if memory is not None:  # first, because it closes the descriptor whatever fails later
                 pieces[piece] = _mapped(memory)
             if message:
@@ -106,7 +114,9 @@ def _serve(channel: Channel) -> None:
         channel.send(answer)
 
 
-def _begin(task: str, folder: str | None, arguments: dict[str, Any]) -> tuple[FrameReader | None, dict | None]:
+def _begin(
+    task: str, folder: str | None, arguments: dict[str, Any]
+) -> tuple[FrameReader | LiveReader | None, dict | None]:
     """Run a task: the reader that it opens, if any, and its result."""
     _limit(BASE_BYTES)
     if folder is not None:
@@ -116,6 +126,9 @@ def _begin(task: str, folder: str | None, arguments: dict[str, Any]) -> tuple[Fr
             raise VideoError(f"cannot enter {folder}: {error.strerror}", "give the whole path of the video") from error
     if task == "frames":
         return FrameReader(Video(**arguments.pop("info")), **arguments), None
+    if task == "live":
+        reader = LiveReader(**arguments)
+        return reader, reader.facts
     return None, run(task, arguments)
 
 

@@ -1,0 +1,94 @@
+"""Feeds a stream from a live source: one thread reads frames, another one encodes them, whoever asks has a third one."""
+
+import threading
+from contextlib import closing
+
+from evoprune.pipeline.stream import VideoStream
+from evoprune.video.backlog import Backlog
+from evoprune.video.live import LiveSource
+
+PATIENCE_S = 0.1  # how long the encoder waits for a frame before it looks whether a window waits to be read
+END_S = 3.0  # how long closing waits for a thread
+FPS = 2.0  # until the first frame tells the stream's rate
+
+
+class LiveFeed:
+    """Frames of a source go to a stream until the source ends, or the feed is closed, best by `with`.
+
+    Args:
+        stream: is fed, and told how far it is behind and what was skipped.
+        source: is closed with the feed.
+        window_s: of the stream.
+
+    Attributes:
+        begun: set once a frame was fed, or none will be. `ended`: set once all of the source is encoded, or reading it failed.
+        problem: why it failed; None where it did not.
+    """
+
+    def __init__(self, stream: VideoStream, source: LiveSource, window_s: float):
+        self.begun, self.ended = threading.Event(), threading.Event()
+        self.problem: BaseException | None = None
+        self._stream, self._source, self._closing = stream, source, False
+        self._backlog = Backlog(window_s, 1 / FPS)
+        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._read, self._encode)]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> "LiveFeed":
+        return self
+
+    def __exit__(self, *problem) -> None:
+        self.close()
+
+    @property
+    def stride(self) -> float:
+        """Of so many frames that are due, one is looked at."""
+        return self._backlog.stride
+
+    @property
+    def skipped(self) -> int:
+        """Frames that were due, and are not looked at."""
+        return self._backlog.skipped
+
+    @property
+    def lag_s(self) -> float:
+        """How far the latest frame is behind its source."""
+        return self._backlog.lag_s
+
+    def close(self) -> None:
+        """Ends reading and encoding, and closes the stream."""
+        self._closing = True
+        self._source.close()
+        self._backlog.end()
+        self._backlog.clear()
+        self._stream.close()
+        for thread in self._threads:
+            thread.join(END_S)
+
+    def _read(self) -> None:
+        try:
+            with closing(self._source.frames(self._backlog.due)) as frames:
+                for time_s, frame in frames:
+                    self._backlog.put(time_s, self._stream.scaled(frame))
+        except BaseException as problem:  # is raised by whoever asks
+            self.problem = self.problem or problem
+        self._backlog.end()
+
+    def _encode(self) -> None:
+        stream, backlog = self._stream, self._backlog
+        try:
+            while (found := backlog.take(PATIENCE_S)) or not backlog.ended:
+                stream.skipped, stream.lag_s = backlog.skipped, backlog.lag_s
+                if found is None:
+                    stream.catch_up()
+                    continue
+                stream.add(found[1], found[0])
+                backlog.step_s = stream.step_s
+                self.begun.set()
+            stream.flush()
+        except BaseException as problem:
+            self.problem = None if self._closing else problem
+            self._source.close()
+            backlog.end()
+        self.begun.set()
+        self.ended.set()

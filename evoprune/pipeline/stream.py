@@ -1,0 +1,346 @@
+"""Live video: frames are fed as they come, and questions about what was seen are asked at any time.
+
+Frames are collected in windows of time. A finished window is encoded as a short video is, and its tokens are read into the KV cache
+at once, so that a question costs its own text. Its columns are cut off again when the answer has ended. For the model all windows
+are one video: a token has the position of its frame pair by Qwen's rule, counted from the first frame of the stream.
+
+The newest half of the memory is whole. Beyond it windows are thinned by the measure by which their tokens were selected
+(stream_memory.py). What is left keeps its position. Positions grow with time. Before they leave the model's context, keys are
+rotated back so that the oldest token that is left is at the beginning of the video. Distances stay what they were.
+
+Each window is encoded from its first frame pair on without what was encoded before: a selection covers a window, and can only keep
+rows of its own.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from math import floor, prod
+from threading import RLock
+
+import numpy as np
+import torch
+
+from evoprune.errors import UsageError, names_plugins
+from evoprune.language.generate import PrefillState, embed_ids, prefill
+from evoprune.language.prompt import Prompt, build_prompt
+from evoprune.model.cost import Clock
+from evoprune.pipeline.answering import Askable
+from evoprune.pipeline.encoding import Encoding, PatchReader, encode_input
+from evoprune.pipeline.engine import Engine
+from evoprune.pipeline.fill_report import fill_times, inputs_report
+from evoprune.pipeline.options import GenerationOptions, SamplingOptions, StreamOptions
+from evoprune.pipeline.planning import CHUNK_BYTES, plan_input
+from evoprune.pipeline.prompting import check_context, check_memory, check_question
+from evoprune.pipeline.stream_memory import Seen, StreamMemory, Window, staying_order
+from evoprune.pipeline.turns import Turns
+from evoprune.pruning.budget import keep_count
+from evoprune.pruning.indices import ascending
+from evoprune.report.records import Report, TokenCounts
+from evoprune.video.frames import FrameChunk, check_frame
+from evoprune.video.info import VIDEO, Video
+from evoprune.video.plan import Plan
+from evoprune.video.sampling import SamplingPlan
+from evoprune.vision.encoded import select_tokens
+from evoprune.vision.encoder import encode_rows
+from evoprune.vision.preprocess import resize
+from evoprune.vision.tower import tower_shape
+
+CONTEXT = 32_768  # positions of a model that states no context
+ROOM = 0.75  # share of the context that the video may take; the rest is for questions and answers
+WAITING = 4  # windows that wait for an answer to be read to its end
+
+
+class _Overtaken(Exception):
+    """A question goes first: a window is read later."""
+
+
+class VideoStream(Askable):
+    """A stream of frames that can be asked about: made by `VideoQA.stream`, closed by `with`.
+
+    One thread feeds frames, others may ask meanwhile: the encoder waits while a question is read, and goes on layer by layer while
+    the answer is generated. A window that is finished during an answer, or interrupted by a question, is read after it.
+
+    Attributes:
+        skipped, lag_s: what `seen` says of the source; whatever feeds the frames sets them.
+
+    Raises UsageError: the method reads the question, changes the input, or acts inside the language model.
+    """
+
+    OVERTAKEN = "another question was asked meanwhile, or the stream went on for too long"
+
+    def __init__(
+        self, engine: Engine, options: "StreamOptions", sampling: "SamplingOptions", system: str | None, name: str
+    ):
+        super().__init__(engine)
+        self._lock, method = Turns(), engine.method
+        if method.reads_question or method.language or method.input:
+            hint = "take one that acts inside the encoder or selects tokens without the question, such as evoprune"
+            raise UsageError(f"method {engine.options.method} cannot prune a stream", hint)
+        self._options, self._sampling, self._system, self._name = options, sampling, system, name
+        self._paid = True  # encoding is no question's
+        self._feeding = RLock()
+        self.skipped, self.lag_s = 0, None
+        self._plan: Plan | None = None
+        self._slots: list[int] = []
+        self._frames: list[np.ndarray] = []
+        self._origin_s = self._last_s = 0.0
+        self._memory: StreamMemory | None = None
+        self._waiting: list[tuple[Window, Encoding, torch.Tensor]] = []
+        self._latest: Encoding | None = None
+        self._count = self._done = 0  # frames that were looked at; the slot after the last finished window
+        self._open: int | None = None  # the number of the answer that is being read
+        self._problem: str | None = None
+        self._head = self._prompt("?").places[0].runs[0].start
+
+    def __enter__(self) -> "VideoStream":
+        return self
+
+    def __exit__(self, *problem) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<VideoStream {self._name!r}: {self.seen or 'nothing seen'}>"
+
+    @property
+    def seen(self) -> Seen | None:
+        """What the next question is about; None before the first window is read. Waits for nothing."""
+        return self._memory and self._memory.seen(self._count, self.skipped, self.lag_s)
+
+    @property
+    def report(self) -> Report:
+        """Of its latest window; it describes no answer."""
+        return self._blank_report()
+
+    def add(self, frame: np.ndarray, time_s: float) -> bool:
+        """Feeds a frame. If it is the first one of another window, the window before is encoded and read first.
+
+        Args:
+            frame: uint8 `[H, W, 3]`, RGB. The size of the first one decides what the model sees; others are scaled to it.
+            time_s: when it was taken, in seconds from anywhere, not before the frame before it.
+
+        Returns whether it is looked at: frames that come faster than the stream's rate are not.
+
+        Raises UsageError: no such array, a time that goes back, or a closed stream. OutOfMemory. ModelError.
+        """
+        with self._feeding:
+            self._check_open()
+            check_frame(frame, time_s)
+            if self._plan is None:
+                self._begin(frame, time_s)
+            if time_s < self._last_s:
+                raise UsageError(f"a frame of {time_s:g} s comes after one of {self._last_s:g} s", "feed them in order")
+            self._last_s = time_s
+            slot = floor((time_s - self._origin_s) / self.step_s + 1e-6)
+            size = self._plan.sampling.frames
+            if self._slots and slot // size > self._slots[-1] // size:
+                self._finish((self._slots[-1] // size + 1) * size)
+            if slot < self._done or (self._slots and slot <= self._slots[-1]):
+                return False
+            self._slots.append(slot)
+            self._frames.append(self.scaled(frame))
+            self._count += 1
+            if slot % size == size - 1:
+                self._finish(slot + 1)
+            return True
+
+    def scaled(self, frame: np.ndarray) -> np.ndarray:
+        """A frame of its own as the encoder reads it, which `add` takes too; of any size before the first one was added."""
+        if self._plan is None:
+            return frame
+        pixels = torch.from_numpy(np.ascontiguousarray(frame))[None]
+        return resize(pixels, self._plan.height, self._plan.width)[0].clone().numpy()
+
+    def flush(self) -> None:
+        """Encodes and reads the frames of the unfinished window, which then ends here, with tokens for its part of the time.
+
+        Raises as `add`.
+        """
+        with self._feeding:
+            self._check_open()
+            if self._slots:
+                self._finish(self._slots[-1] + 1)
+
+    def catch_up(self) -> None:
+        """Reads windows that waited for an answer to end; to be called now and then where no frame comes. Raises as `add`."""
+        if self._waiting:
+            with self._feeding, self._lock.lock:
+                if self._open is None:
+                    self._read_waiting(polite=True)
+
+    def close(self) -> None:
+        """Frees the memory. An answer that is being read ends."""
+        self._problem = self._problem or "the stream is closed"  # which ends what is being encoded
+        with self._feeding, self._lock.lock:
+            self._turn += 1
+            self._memory, self._latest = None, None
+            self._waiting, self._slots, self._frames = [], [], []
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds from one frame that is looked at to the next; None before the first one."""
+        return self._plan and self._plan.sampling.seconds_per_frame
+
+    def _begin(self, frame: np.ndarray, time_s: float) -> None:
+        """Plans a window as a video of its length, and checks the memory."""
+        height, width, _ = frame.shape
+        window_s = self._options.window_s
+        info = Video(self._name, window_s, width, height, 0, "raw", None, "stream", None, None, None, 0.0, {})
+        self._plan = plan_input(self._engine, info, self._sampling, self._name)
+        self._origin_s = self._last_s = time_s
+        if self._limit < 2 * self._plan.encoder.keep:
+            problem = f"a memory of {self._limit:,} tokens is less than two windows of {self._plan.encoder.keep:,}"
+            raise UsageError(problem, "a longer memory, shorter windows (window_s, --window) or a lower budget")
+
+    @property
+    def _limit(self) -> int:
+        """The largest number of visual tokens that are held."""
+        most, options = self._plan.encoder.keep, self._options
+        wanted = options.memory_tokens or floor(options.memory_s / options.window_s * most)
+        return min(wanted, floor(ROOM * self._context))
+
+    @property
+    def _context(self) -> int:
+        return self._engine.loaded.model.config.text_config.max_position_embeddings or CONTEXT
+
+    @names_plugins()
+    def _finish(self, end: int) -> None:
+        """Encodes the frames of a window that ends before slot `end`, and reads it unless an answer is being read."""
+        slots, frames = self._slots, self._frames
+        first = max(self._done, slots[0] // self._plan.sampling.frames * self._plan.sampling.frames)
+        self._slots, self._frames, self._done = [], [], end
+        if len(frames) % 2:  # as Hugging Face fills up an odd number
+            slots, frames = [*slots, slots[-1]], [*frames, frames[-1]]
+        plan = self._window_plan(slots, first, end)
+        encoding, order = self._encode(plan, np.stack(frames))
+        positions = self._positions(slots[::2], plan.grid)
+        start_s, end_s = plan.sampling.start_s, plan.sampling.end_s
+        window = Window(start_s, end_s, int(positions[0, 0]), order, len(order))
+        with self._lock.lock:
+            self._check_open()
+            self._waiting.append((window, encoding, positions))
+            self._latest = encoding
+            if self._open is not None and len(self._waiting) > WAITING:
+                self._turn, self._open, self._lock.generating = self._turn + 1, None, False
+            if self._open is None:
+                self._read_waiting(polite=len(self._waiting) <= WAITING)
+
+    def _window_plan(self, slots: Sequence[int], first: int, end: int) -> Plan:
+        """The plan of a window from slot `first` to `end`, with the tokens that are due to this span, however many frames came."""
+        base = self._plan
+        _, height, width = base.grid
+        grid, due = (len(slots) // 2, height, width), -(-(end - first) // 2)
+        keep = min(prod(grid), keep_count(self._engine.share, due * height * width))
+        encoder = self._engine.method.plan(tower_shape(self._engine.loaded.model.model.visual), grid, keep)
+        times = tuple(self._origin_s + slot * self.step_s for slot in slots)
+        span = (self._origin_s + first * self.step_s, self._origin_s + end * self.step_s)
+        return replace(
+            base, sampling=SamplingPlan(*span, times, base.sampling.wanted), grid=grid, encoder=encoder, unshrunk=None
+        )
+
+    def _encode(self, plan: Plan, frames: np.ndarray) -> tuple[Encoding, torch.Tensor]:
+        """A window, encoded as a file is, and the order in which its tokens stay."""
+        engine, clock = self._engine, Clock(torch.device("cpu"))
+
+        def read(source, times_s, **_) -> Iterator[FrameChunk]:
+            yield FrameChunk(0, frames, tuple(times_s))
+
+        def pause() -> None:
+            self._lock.pause()
+            self._check_open()
+
+        limits = engine.loaded.limits[VIDEO]
+        reader, start = PatchReader(plan, limits, clock, CHUNK_BYTES, read, threaded=False), clock.now()
+        rows, seconds = encode_input(engine, plan, reader, rows_of=partial(encode_rows, pause=pause), select=False)
+        tokens = select_tokens(rows)
+        order = staying_order(rows, tokens)
+        return Encoding(plan, tokens, None, seconds, clock.now() - start), order
+
+    def _positions(self, firsts: Sequence[int], grid: tuple[int, int, int]) -> torch.Tensor:
+        """int64 `[3, T * H * W]`: the positions of a window's units, counted from the first frame of the stream.
+
+        `firsts`: the slot of the first frame of each frame pair.
+        """
+        per_second = self._engine.loaded.model.config.vision_config.tokens_per_second
+        step = 1.0 if per_second is None else 2 * self.step_s * per_second
+        time = torch.tensor([floor(slot / 2 * step) for slot in firsts], dtype=torch.int64, device="cpu")
+        places = torch.meshgrid(time, ascending(grid[1], "cpu"), ascending(grid[2], "cpu"), indexing="ij")
+        return torch.stack(places).flatten(1)
+
+    def _read_waiting(self, polite: bool = False) -> None:
+        """Reads the windows that wait; with `polite`, none that a question would have to wait for."""
+        if self._memory is None:
+            model, ids = self._engine.loaded.model, self._prompt("?").input_ids[: self._head]
+            self._memory = StreamMemory(model, ids, self._limit, self._plan.encoder.keep, floor(ROOM * self._context))
+        self._memory.cut_off()
+        while self._waiting:
+            window, encoding, positions = self._waiting[0]
+            try:
+                self._memory.read(window, encoding.tokens, positions, self._give_way if polite else lambda: None)
+            except _Overtaken:
+                return
+            except BaseException:  # also Ctrl-C: the cache may be half changed
+                self._problem = "reading a window was broken off"
+                raise
+            self._waiting.pop(0)
+
+    def _give_way(self) -> None:
+        if self._lock.wanted or self._problem:
+            raise _Overtaken
+
+    def _check_open(self) -> None:
+        if self._problem:
+            raise UsageError(self._problem, "begin another one: VideoQA.stream()")
+
+    def _prompt(self, question: str) -> Prompt:
+        return build_prompt(self._engine.loaded.tokenizer, question, [(VIDEO, 1)], system=self._system)
+
+    def _blank_report(self) -> Report:
+        self._check_open()
+        if self._latest is None:
+            self.flush()
+        with self._lock:
+            if self._latest is None:
+                raise UsageError("nothing was seen yet", "feed frames first: add(frame, time_s)")
+            if self.seen is None:
+                self._read_waiting()
+            report = inputs_report(self._engine, [self._latest])
+            report.stream = asdict(self.seen)
+            return report
+
+    def _new_clock(self, report: Report) -> tuple[Clock, float]:
+        clock = Clock(self._engine.device)
+        clock.seconds = dict.fromkeys(("read", "preprocess", "encode"), 0.0)
+        report.time_ms.encode_prune = 0.0
+        fill_times(report, clock.seconds, 0.0, self._engine.loaded.device)
+        return clock, 0.0
+
+    @torch.inference_mode()
+    def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
+        self._check_open()
+        if options.system not in (None, self._system):
+            raise UsageError("the system prompt was read when the stream began", "give it to VideoQA.stream()")
+        loaded = self._engine.loaded
+        with clock.stage("prefill"):
+            if free := self._feeding.acquire(
+                blocking=False
+            ):  # else a thread feeds, and reads what waits after the answer
+                self._feeding.release()
+            if free or self.seen is None:
+                self._read_waiting()
+            self._memory.cut_off()
+            check_question(loaded, question)
+            ids = self._prompt(question).input_ids[self._head + 1 :]
+            seen, memory, text = self.seen, self._memory, self._head + len(ids)
+            check_context(loaded, text, seen.tokens, options.max_new_tokens)
+            check_memory(self._engine, text, seen.tokens)
+            report.tokens, report.stream = TokenCounts(text, seen.tokens, text + seen.tokens, 0), asdict(seen)
+            positions = (ascending(len(ids), "cpu") + memory.following).expand(3, -1)
+            following = memory.following + len(ids)
+            state = prefill(loaded.model, embed_ids(loaded.model, ids), positions, following, memory.cache)
+        self._open, self._lock.generating = self._turn, True
+        return state
+
+    def _ended(self, turn: int) -> None:
+        if self._open == turn:
+            self._open, self._lock.generating = None, False

@@ -1,0 +1,126 @@
+"""Frames between a source and the encoder: what waits, and which frames are skipped where the encoder is too slow."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from math import ceil, floor, inf
+
+import numpy as np
+
+PATIENCE = 1.5  # windows; while one is encoded, almost as much comes
+BUSY = 0.95  # share of its time that the encoder is to be busy while frames are skipped
+
+
+class Backlog:
+    """Frames in the order in which they came; one thread puts them, another one takes them.
+
+    Frames that wait for longer than one and a half windows are too many: then every second one of them is skipped, and of those
+    that come so many, evenly, that the encoder has time for the others, by what it took for the latest windows. At least two a
+    window are looked at. If that is too much, the oldest ones go, so that the encoder is at most two windows behind. Nothing is
+    skipped that comes earlier than its own time says, as from a file that is read as fast as it can be: then `put` waits.
+
+    Args:
+        window_s: of the stream.
+        step_s: from one frame that is due to the next.
+        now: the time, in seconds.
+
+    Attributes:
+        step_s: may change.
+        stride: of so many frames that are due, one is looked at; 1 or more, no whole number.
+        skipped: frames that were due, and are not looked at.
+        lag_s: how far the frame that was taken last is behind the source.
+        ended: whether no frame will come.
+    """
+
+    def __init__(self, window_s: float, step_s: float, now: Callable[[], float] = time.monotonic):
+        self.window_s, self.step_s = window_s, step_s
+        self.stride, self.skipped, self.lag_s, self.ended = 1.0, 0, 0.0, False
+        self._now, self._changed = now, threading.Condition()
+        self._waiting: deque[tuple[float, np.ndarray]] = deque()
+        self._late_s = -inf  # the time at which a frame of 0 s comes without any lag
+        self._last_s, self._next_s = -inf, 0.0  # of the latest frame; from where on the next one is due
+        self._hungry, self._known, self._thinned = True, False, -inf
+        self._since, self._idle, self._taken, self._window = now(), 0.0, 0, 0
+
+    def due(self) -> float:
+        """From which time on a frame is wanted, in seconds of the source."""
+        if self.stride == 1 and self._last_s >= 0:
+            return (self._slot(self._last_s) + 1) * self.step_s
+        return ceil(self._next_s / self.step_s - 1e-6) * self.step_s
+
+    def put(self, time_s: float, frame: np.ndarray) -> None:
+        """Appends a frame that is due; waits where there are enough, and the source is early."""
+        with self._changed:
+            if self._hungry and not self._waiting:  # the encoder waits for it, so it is not late
+                self._late_s = max(self._now() - time_s, self._late_s)
+            most_s = PATIENCE * self.window_s
+            while self._span(time_s) >= most_s and not self.ended:
+                if self._now() - self._late_s - self._waiting[0][0] >= most_s - 1e-6:
+                    self._skip(time_s)
+                    break
+                self._changed.wait(self.step_s)
+            if self._last_s >= 0:
+                self.skipped += max(0, self._slot(min(self.due(), time_s)) - self._slot(self._last_s) - 1)
+            self._last_s = time_s
+            self._next_s = max(self._next_s + self.stride * self.step_s, (self._slot(time_s) + 1) * self.step_s)
+            self._waiting.append((time_s, frame))
+            self._changed.notify_all()
+
+    def take(self, patience_s: float) -> tuple[float, np.ndarray] | None:
+        """The oldest frame that waits; None if none came for so long, or if none will."""
+        with self._changed:
+            begun = self._now()
+            if not self._waiting:
+                self._hungry = True
+                self._changed.wait_for(lambda: self._waiting or self.ended, patience_s)
+                self._idle += self._now() - begun
+            if not self._waiting:
+                return None
+            found, self._hungry = self._waiting.popleft(), False
+            self.lag_s = max(0.0, self._now() - self._late_s - found[0])
+            if found[0] // self.window_s != self._window:
+                self._measure(found[0] // self.window_s)
+            self._taken += 1
+            self._changed.notify_all()
+            return found
+
+    def end(self) -> None:
+        """No frame will come; what waits can be taken."""
+        with self._changed:
+            self.ended = True
+            self._changed.notify_all()
+
+    def clear(self) -> None:
+        """Drops what waits."""
+        with self._changed:
+            self._waiting.clear()
+
+    def _slot(self, time_s: float) -> int:
+        return floor(time_s / self.step_s + 1e-6)
+
+    def _span(self, time_s: float) -> float:
+        return time_s - self._waiting[0][0] if self._waiting else 0.0
+
+    def _skip(self, time_s: float) -> None:
+        """Every second frame of those that wait, once in the time of a window; then the oldest."""
+        before = len(self._waiting)
+        if self._now() - self._thinned >= self.window_s:
+            self._thinned, self._waiting = self._now(), deque(list(self._waiting)[::2])
+            self.stride = max(self.stride, 1.0 + 1e-3)  # from now on it is measured
+        while self._span(time_s) >= 2 * self.window_s:
+            self._waiting.popleft()
+        self.skipped += before - len(self._waiting)
+
+    def _measure(self, window: float) -> None:
+        """Where frames are skipped: so many that the encoder has time for the others, by the latest windows."""
+        now = self._now()
+        busy_s = now - self._since - self._idle
+        if self.stride > 1 and self._taken:
+            most = self.window_s / (2 * self.step_s)
+            wanted = busy_s / (self._taken * self.step_s * BUSY)
+            before = self.stride if self._known else wanted
+            self.stride, self._known = max(1.0, min(most, (before + wanted) / 2)), True
+        else:
+            self._known = False
+        self._since, self._idle, self._taken, self._window = now, 0.0, 0, window

@@ -1,0 +1,176 @@
+"""Sources that do not wait, read by a process apart: frames as they come, and what to do where they stop coming."""
+
+import os
+import re
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from evoprune.errors import UsageError, VideoError
+from evoprune.video.sandbox.channel import FrameMemory
+from evoprune.video.sandbox.isolation import POSSIBLE, WorkerProcess, borrow
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PACES = FROM_SOURCE, FROM_FILE = ("source", "file")
+SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "tcp")
+STDIN = "-"
+LONGEST_S = 20.0  # of a timeout: a process that is silent for longer counts as hung
+RETRY_S = 10.0  # the longest time between two tries to connect
+TimedFrame = tuple[float, "np.ndarray"]  # seconds from the first one; uint8 [H, W, 3], RGB as displayed
+Due = Callable[[], float]
+
+
+class LiveSource:
+    """A source and its connections, one after the other.
+
+    Args:
+        source: a URL of `SCHEMES`, a camera such as /dev/video0, a file, or `-` for the standard input, a pipe.
+        pace: "source", frames as they come, of a file also what is appended to it; or "file", at the pace of their times.
+        timeout_s: how long the source may be silent, and a file may take to grow.
+        reconnects: how often in a row a URL or a camera that ended or failed is tried again.
+        tell: is given a sentence about each try.
+
+    Attributes:
+        name: of the source, without a password.
+
+    Raises UsageError: numbers out of range, another protocol, a terminal. VideoError: no such file.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        pace: str = FROM_SOURCE,
+        timeout_s: float = 10.0,
+        reconnects: int = 5,
+        tell: Callable[[str], None] = lambda text: None,
+    ):
+        if pace not in PACES:
+            raise UsageError(f"unknown pace {pace!r}", f"choose {' or '.join(PACES)}")
+        if not 1 <= timeout_s <= LONGEST_S:
+            raise UsageError(f"a timeout of {timeout_s:g} s", f"1 to {LONGEST_S:g} s")
+        if reconnects < 0:
+            raise UsageError(f"{reconnects} reconnects", "0 or more")
+        _check(source)
+        self.name = "standard input" if source == STDIN else re.sub(r"(?<=://)[^/]*@", "", source)
+        self._source, self._pace, self._timeout_s = None if source == STDIN else source, pace, float(timeout_s)
+        self._reconnects = 0 if source == STDIN or os.path.isfile(source) else reconnects
+        self._tell, self._closing, self._worker = tell, threading.Event(), None
+
+    def frames(self, due: Due) -> Iterator[TimedFrame]:
+        """Frames until the source ends; `due` says from which time on the next one is wanted.
+
+        Times go on over all connections: as much time has passed between two as there was.
+
+        Raises VideoError: the source cannot be read, broke off, or did not come back.
+        """
+        tries, base, last = 0, 0.0, None
+        while True:
+            problem, finite = None, False
+            try:
+                with closing(self._connection(lambda base=base: due() - base)) as frames:
+                    finite = next(frames)
+                    for time_s, frame in frames:
+                        tries, last = 0, (base + time_s, time.monotonic())
+                        yield base + time_s, frame
+            except VideoError as found:
+                problem = found
+            if self._closing.is_set() or (finite and not problem):
+                return
+            if last is None or tries >= self._reconnects:
+                if problem or last is None:
+                    raise problem or VideoError(f"{self.name} has no frame", "does it play elsewhere?")
+                return
+            tries += 1
+            why = problem.message if problem else f"{self.name} has ended"
+            self._tell(f"{why}; connecting again ({tries} of {self._reconnects})")
+            self._closing.wait(min(2.0 ** (tries - 1), RETRY_S))
+            base = last[0] + time.monotonic() - last[1]
+
+    def close(self) -> None:
+        """Ends the reading, in whichever thread it is."""
+        self._closing.set()
+        if worker := self._worker:
+            worker.kill()
+
+    def _connection(self, due: Due) -> Iterator:
+        """Whether it has an end of its own, then its frames, at their pace."""
+        arguments = {"source": self._source, "name": self.name, "timeout_s": self._timeout_s}
+        arguments["follow"] = self._pace == FROM_SOURCE
+        with closing((self._apart if POSSIBLE else _here)(arguments, due)) as frames:
+            yield next(frames)
+            begun = time.monotonic()
+            for time_s, frame in frames:
+                wait = begun + time_s - time.monotonic() if self._pace == FROM_FILE else 0.0
+                if wait > 0 and self._closing.wait(wait):
+                    return
+                yield time_s, frame
+
+    def _apart(self, arguments: dict, due: Due) -> Iterator:
+        """The same, read by a worker process, which is ended afterwards."""
+        with borrow(self.name) as worker:
+            self._worker = worker
+            if self._closing.is_set():
+                raise VideoError(f"{self.name} is closed")
+            try:
+                yield from _of_worker(worker, arguments, due)
+            finally:
+                self._worker, worker.busy = None, True
+
+
+def _of_worker(worker: WorkerProcess, arguments: dict, due: Due) -> Iterator:
+    descriptor = None if arguments["source"] is not None else sys.stdin.fileno()
+    worker.send(worker.request("live", arguments), descriptor)
+    yield worker.answer()["finite"]
+    memory, size = None, None
+    while True:
+        worker.send(worker.request("next", {"after_s": due()}))
+        found = worker.answer()
+        if found is None:
+            return
+        shape = (1, found["height"], found["width"], 3)
+        if shape != size:
+            memory, size = FrameMemory(shape[1] * shape[2] * 3), shape
+        frames = worker.ask_to_fill(memory, shape, {})
+        worker.answer()
+        yield found["time_s"], frames[0].copy()
+        del frames  # so that its memory can be used again
+
+
+def _here(arguments: dict, due: Due) -> Iterator:
+    """The same without a worker process."""
+    import numpy as np
+
+    from evoprune.video.readers.live import LiveReader
+
+    descriptor = None if arguments["source"] is not None else os.dup(sys.stdin.fileno())
+    with closing(LiveReader(**arguments, descriptor=descriptor)) as reader:
+        yield reader.facts["finite"]
+        while found := reader.next(due()):
+            frames = np.empty((1, found["height"], found["width"], 3), np.uint8)
+            reader.fill(frames)
+            yield found["time_s"], frames[0]
+
+
+def _check(source: str) -> None:
+    """Raises UsageError or VideoError where there is surely no such source."""
+    if source == STDIN:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("- means standard input, which is a terminal", "pipe a video into it")
+        return
+    if "://" in source and not os.path.exists(source):
+        if (scheme := source.partition("://")[0].lower()) not in SCHEMES:
+            raise UsageError(f"streams of {scheme}:// are not read", f"one of {', '.join(SCHEMES)}")
+        return
+    try:
+        kind = os.stat(source).st_mode
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise VideoError(f"cannot read {source}: {reason}", "give a file, a camera, a URL, or - for a pipe") from error
+    if not (stat.S_ISREG(kind) or stat.S_ISCHR(kind)):
+        raise VideoError(f"{source} is neither a file nor a camera", "- reads a pipe")

@@ -1,0 +1,204 @@
+"""Frames of a source that does not wait, as they come: a stream's URL, a camera, a pipe, a file that grows, or a file.
+
+FFmpeg may open what the user typed, by the protocols that its kind of URL needs. `file` is none of them, so a playlist reaches no
+file of this machine; what comes over a bare connection or from a file may not even be a playlist.
+"""
+
+import errno
+import os
+import select
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+
+from evoprune.errors import VideoError
+from evoprune.video.readers import ffmpeg, heartbeat
+from evoprune.video.readers.pixels import orientation, to_rgb, turned_size
+
+_WEB, _RTSP = "http,https,httpproxy,tcp,tls,crypto", "rtsp,rtsps,rtp,udp,tcp,tls"
+PROTOCOLS = {"http": _WEB, "https": _WEB, "rtsp": _RTSP, "rtsps": _RTSP, "udp": "udp", "tcp": "tcp"}
+FORMATS = (
+    "mpegts,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,flv,avi,nut,ogg,asf,mpeg,mpegvideo,mjpeg,mpjpeg,h264,hevc,av1,ivf,gif"
+)
+PLAYLISTS = {scheme: ",hls,dash,aac,mp3,webvtt" for scheme in ("http", "https")} | dict.fromkeys(
+    ("rtsp", "rtsps"), ",rtsp,rtp,sdp"
+)
+JUMP_S, FILE_JUMP_S = 10.0, 600.0  # longer steps between two frames are no gaps, but another clock
+PROBED_US = 10**6  # of the source, in microseconds, is read before the first frame comes
+POLL_S = 0.05  # how often a file is asked whether it has grown
+
+
+class LiveReader:
+    """One connection to a source.
+
+    Args:
+        source: a URL of `PROTOCOLS`, a path, or a camera's device; None for the pipe `descriptor`, which is closed at the end.
+        name: of the source, for messages.
+        timeout_s: how long it may be silent.
+        follow: whether a file may grow: at its end it has so long to do so.
+
+    Attributes:
+        facts: "finite", whether the source has an end of its own; "codec" and "container".
+
+    Raises VideoError: no such source, none that can be read, or one that wants a password.
+    """
+
+    def __init__(
+        self, source: str | None, name: str, timeout_s: float, follow: bool = False, descriptor: int | None = None
+    ):
+        self._source, self._name, self._timeout_s, self._follow = source, name, timeout_s, follow
+        self._scheme = source.partition("://")[0].lower() if source and "://" in source else None
+        self._open, self._held, self._sizes = ExitStack(), None, {}
+        self._reformatter = VideoReformatter()
+        if descriptor is not None:
+            self._open.callback(os.close, descriptor)
+        try:
+            self._container = self._open.enter_context(self._opened(descriptor))
+            stream = self._stream = ffmpeg.video_stream(self._container, name, threads=True)
+        except VideoError:
+            raise
+        except (av.error.FFmpegError, OSError, ValueError) as problem:
+            raise self._error(problem) from problem
+        known = self._scheme and ((self._container.duration or 0) > 0 or self._container.size > 0)
+        codec, container = stream.codec_context.codec.canonical_name, self._container.format.name
+        self.facts = {"finite": bool(known), "codec": codec, "container": container}
+        self._frames = self._timed()
+
+    def next(self, after_s: float) -> dict | None:
+        """The next frame that is not earlier than so many seconds after the first one; None where the source has ended.
+
+        Returns its "time_s", and its "height" and "width" in pixels; `fill` has the pixels.
+        """
+        for time_s, frame in self._frames:
+            if time_s >= after_s - ffmpeg.TOLERANCE_S:
+                turn = orientation(frame)
+                width, height = turned_size((frame.width, frame.height), turn[0])
+                self._held = frame, width, height, turn
+                return {"time_s": time_s, "height": height, "width": width}
+        return None
+
+    def fill(self, frames: np.ndarray) -> None:
+        """Writes the frame that `next` found into uint8 `[1, H, W, 3]`."""
+        frame, width, height, turn = self._held
+        frames[0] = to_rgb(frame, width, height, *turn, self._reformatter)
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._open.close()
+
+    def _opened(self, descriptor: int | None) -> InputContainer:
+        limits, path = {"max_pixels": str(ffmpeg.MAX_PIXELS), "analyzeduration": str(PROBED_US)}, self._source
+        if self._scheme:
+            limits |= {"protocol_whitelist": PROTOCOLS[self._scheme], "rtsp_flags": "prefer_tcp"}
+            limits["format_whitelist"] = FORMATS + PLAYLISTS.get(self._scheme, "")
+            return av.open(path, options=limits, timeout=self._timeout_s, metadata_errors="replace")
+        if path and stat.S_ISCHR(os.stat(path).st_mode):
+            return av.open(path, format="v4l2", options=limits, timeout=self._timeout_s, metadata_errors="replace")
+        limits |= {"protocol_whitelist": "none", "format_whitelist": FORMATS}
+        end = time.monotonic() + self._timeout_s
+        while True:
+            file = _Following(os.open(path, os.O_RDONLY) if path else os.dup(descriptor), self._timeout_s)
+            self._open.callback(file.close)
+            try:
+                container = av.open(file, options=limits, metadata_errors="replace")
+                file.waits = self._follow and path is not None  # not before: FFmpeg also looks at the end of a file
+                return container
+            except av.error.FFmpegError:  # perhaps its beginning is not there yet
+                if not (path and self._follow) or time.monotonic() > end:
+                    raise
+            heartbeat.alive()
+            time.sleep(POLL_S)
+
+    def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
+        """Each frame with its seconds from the first one, which never go back, whatever the source's own clock does."""
+        stream, time_s, before, arrived = self._stream, 0.0, None, time.monotonic()
+        rate, longest = stream.average_rate or stream.guessed_rate, JUMP_S if self._scheme else FILE_JUMP_S
+        step = 1 / float(rate or ffmpeg.FALLBACK_FPS)
+        for number, frame in enumerate(self._decoded()):
+            stamp, now = ffmpeg.frame_time(frame, stream), time.monotonic()
+            passed = step if stamp is None or before is None else stamp - before
+            if not 0 <= passed <= longest:
+                passed = max(step, now - arrived)
+            time_s += passed if number else 0.0
+            before, arrived = stamp, now
+            yield time_s, frame
+
+    def _decoded(self) -> Iterator[VideoFrame]:
+        """All frames; what cannot be decoded is left out, unless it is all there is for `timeout_s`."""
+        latest = time.monotonic()
+        for packet in self._packets():
+            heartbeat.alive()
+            try:
+                frames = self._stream.decode(packet)
+            except (av.error.InvalidDataError, av.error.ArgumentError):
+                frames = []
+            for frame in frames:
+                if frame.width * frame.height > ffmpeg.MAX_PIXELS:
+                    continue
+                heartbeat.picture_size(frame.width * frame.height)
+                yield frame
+                latest = time.monotonic()  # not before: whoever takes it may be slow
+            if time.monotonic() - latest > self._timeout_s:
+                raise VideoError(f"no frame of {self._name} could be decoded for {self._timeout_s:g} s", GARBAGE)
+
+    def _packets(self) -> Iterator[Packet | None]:
+        """All packets; where the source breaks off, None, which makes the decoder return what it still holds, then the error."""
+        try:
+            yield from self._container.demux(self._stream)
+        except (av.error.FFmpegError, OSError, IndexError) as problem:
+            yield None
+            # So FFmpeg calls the end of a transfer whose length was not said.
+            if getattr(problem, "errno", None) != errno.EIO or self.facts["finite"]:
+                raise self._error(problem) from problem
+
+    def _error(self, problem: Exception) -> VideoError:
+        """What a failure means to the user. It never names the URL as it was typed, which may hold a password."""
+        name = self._name
+        if isinstance(problem, av.error.HTTPUnauthorizedError):
+            return VideoError(f"{name} wants a user and a password, or other ones", "SCHEME://USER:PASSWORD@HOST/...")
+        if isinstance(problem, av.error.ExitError | av.error.TimeoutError | TimeoutError):
+            hint = "is it running, and can it be reached from here? --timeout waits longer"
+            return VideoError(f"nothing came from {name} for {self._timeout_s:g} s", hint)
+        if isinstance(problem, av.error.InvalidDataError | av.error.ArgumentError):
+            return VideoError(f"{name} sends no video that can be read", GARBAGE if self._source else PIPED)
+        return VideoError(f"cannot read {name}: {ffmpeg.reason(problem)}", "check the address, and whether it plays")
+
+
+GARBAGE = "does it play elsewhere? Formats are those of files, and of playlists over http"
+
+PIPED = "does the command before it fail? A pipe carries MPEG-TS or Matroska, an MP4 only in fragments"
+
+
+class _Following:
+    """The bytes of a pipe, or of a file, as they come. `waits`: whether the file may grow."""
+
+    def __init__(self, descriptor: int, timeout_s: float):
+        self._file = os.fdopen(descriptor, "rb", buffering=0)
+        self._timeout_s, self.waits = timeout_s, False
+        self._pipe = not stat.S_ISREG(os.fstat(descriptor).st_mode)
+        self.close = self._file.close
+        if not self._pipe:  # FFmpeg takes what can seek for a file
+            self.seek, self.tell = self._file.seek, self._file.tell
+
+    def read(self, count: int) -> bytes:
+        """The next bytes, up to so many; none at the end. Raises TimeoutError: a pipe was silent for too long."""
+        end = time.monotonic() + self._timeout_s
+        while True:
+            heartbeat.alive()
+            left = end - time.monotonic()
+            if self._pipe and not select.select([self._file], [], [], min(1.0, max(0.0, left)))[0]:
+                if left <= 0:
+                    raise TimeoutError
+                continue
+            content = self._file.read(count)
+            if content or not self.waits or left <= 0:
+                return content
+            time.sleep(POLL_S)

@@ -1,0 +1,184 @@
+"""Streams against whole files: accuracy at equal tokens, what a thinned memory costs, and two hours of memory and time.
+
+    python -m experiments.live -o results/watch.md --minutes 10 --hours 2
+
+Clips are validation clips of both worlds. Each is read as a file, and fed frame by frame as a stream; the same questions are asked
+at the end. `--minutes` is time of the processor, after which no further clip begins; the page says how many there were.
+"""
+
+import argparse
+import math
+import time
+from collections import defaultdict
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from evoprune.evaluation.demo_clips import clips_asked, demo_video
+from evoprune.evaluation.grading import grade
+from evoprune.model.machine import memory_in_use
+from evoprune.pipeline.loading.model import load_model
+from evoprune.pipeline.video_qa import VideoQA
+from evoprune.video.frames import read_frames
+from experiments.paired import in_points, paired_difference
+
+MODELS = {"shapes": "demo", "scenes": "demo-scenes"}
+FILE = "whole file"
+# Windows of a clip, the share of its tokens that the memory holds, and seconds of an earlier grey window before it.
+STREAMS = {
+    "3 windows": (3, 1.0, 0.0),
+    "6 windows": (6, 1.0, 0.0),
+    "6 windows, 3/4 remembered": (6, 0.75, 0.0),
+    "6 windows, 1/2 remembered": (6, 0.5, 0.0),
+    "6 windows, 1/3 remembered": (6, 0.34, 0.0),
+    "3 windows, after 8 s": (3, 1.0, 8.0),
+    "3 windows, after 1 minute": (3, 1.0, 60.0),
+}
+PAGE = """# Live video
+
+Made by `python -m experiments.live -o results/watch.md --minutes {minutes:g} --hours {hours:g}`.
+
+## The end of a stream against the whole file
+
+{clips} validation clips, half of them of each world, with {questions:,} questions; {method}. Each clip was read as a file, and as a
+stream that was fed its frames one after the other. Both were asked the same questions at the end. *tokens*: visual tokens that the
+language model read, on average. *remembered*: the memory holds this share of the clip's tokens, so that its oldest windows are
+thinned. *after*: a grey frame was seen so long before. The difference to the file is in points, with its 95% interval over clips.
+
+{tables}
+A stream of one window is the file (tests/pipeline/test_stream.py). Of several windows each selects among its own units, and each
+has its share of the tokens. The bundled models know clips of some seconds. An earlier window that is further away than these is
+outside of what they learned: the last row of each table says what that does to them, and nothing about a model that was trained
+for hours.
+
+## Two hours
+
+{hours_text}
+"""
+
+
+def accuracy(minutes: float, budgets: list[float], method: str) -> dict[tuple[str, float], dict[str, list[dict]]]:
+    """The samples by world and budget, then by what was asked: the file or a stream."""
+    loaded = {world: load_model(name) for world, name in MODELS.items()}
+    samples: dict[tuple[str, float], dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    clips = [clips_asked([world], "validation", 0, 1000) for world in MODELS]
+    begun = time.process_time()
+    with TemporaryDirectory() as folder:
+        for pair in zip(*clips, strict=True):
+            if time.process_time() - begun > 60 * minutes:
+                break
+            for clip in pair:
+                with demo_video(clip, Path(folder)) as video:
+                    for budget in budgets:
+                        qa = VideoQA(loaded[clip.world], budget=budget, method=method)
+                        for name, made in asked(qa, video).items():
+                            samples[clip.world, budget][name] += made
+            print(f"{pair[0]}, {time.process_time() - begun:.0f} s", flush=True)
+    return samples
+
+
+def asked(qa: VideoQA, video) -> dict[str, list[dict]]:
+    """The samples of a clip: of the file and of each stream."""
+    of_file = qa.encode(video.path)
+    plan = of_file.plan
+    times = plan.sampling.times_s
+    with closing(read_frames(plan.info, times)) as chunks:
+        frames = np.concatenate([chunk.frames.copy() for chunk in chunks])
+    found, step, tokens = {FILE: answers(of_file, video)}, plan.sampling.seconds_per_frame, of_file.plan.encoder.keep
+    for name, (windows, share, before_s) in STREAMS.items():
+        size = max(2, 2 * round(len(times) / windows / 2))
+        least = 2 * math.ceil(tokens * size / len(times))
+        limit = {} if share == 1 else {"memory_tokens": max(least, math.floor(share * tokens))}
+        with qa.stream(fps=1 / step, window_s=size * step, **limit) as stream:
+            start = math.ceil(before_s / (size * step)) * size * step  # at the beginning of a window
+            if before_s:
+                stream.add(np.full_like(frames[0], 128), 0.0)
+                stream.flush()
+            for number, frame in enumerate(frames):
+                stream.add(frame, start + number * step)
+            stream.flush()
+            found[name] = answers(stream, video)
+    return found
+
+
+def answers(source, video) -> list[dict]:
+    made = []
+    for row in video.rows:
+        answer = source.ask(row.prompt, max_new_tokens=32)
+        right = bool(grade(row, answer.text))
+        made.append({"video": video.name, "id": row.id, "right": right, "tokens": answer.report.tokens.visual})
+    return made
+
+
+def table(samples: dict[tuple[str, float], dict[str, list[dict]]]) -> str:
+    lines = []
+    for (world, budget), rows in samples.items():
+        lines += [
+            f"### {world}, budget {budget:g}",
+            "",
+            "| | tokens | accuracy | difference to the file |",
+            "|---|--:|--:|--:|",
+        ]
+        for name, made in rows.items():
+            right, tokens = (np.mean([each[key] for each in made]) for key in ("right", "tokens"))
+            difference = "" if name == FILE else in_points(*paired_difference(made, rows[FILE]))
+            lines.append(f"| {name} | {tokens:.1f} | {100 * right:.1f}% | {difference} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def hours_text(hours: float, method: str) -> str:
+    """What the process holds and how long a question takes, every so often in a stream of that length, simulated faster."""
+    qa, rows, begun = VideoQA.load("demo", method=method, budget=0.25), [], time.perf_counter()
+    pictures = np.random.default_rng(0).integers(0, 256, (64, 112, 168, 3), dtype=np.uint8)
+    every = max(300, 60 * round(hours * 60 / 12))
+    with qa.stream() as stream:
+        for second in range(round(3600 * hours)):
+            for half in (0.0, 0.5):
+                stream.add(pictures[(2 * second + int(2 * half)) * 7 % 64], second + half)
+            if (second + 1) % every == 0:
+                asked_at = time.perf_counter()
+                next(stream.ask("What happens?", max_new_tokens=1), None)
+                wait_ms, seen = 1000 * (time.perf_counter() - asked_at), stream.seen
+                rows.append((second + 1, seen, memory_in_use("cpu")[0], wait_ms))
+    seconds = time.perf_counter() - begun
+    lines = [
+        f"A stream of {hours:g} hours at two frames a second, windows of 8 s and a memory of 10 minutes, fed as fast as it goes: "
+        f"{seconds:.0f} s. *own*: memory of the process that is not mapped from files.",
+        "",
+        "| time | tokens | windows, of them thinned | back to | own | first token |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    for at, seen, own, wait_ms in rows:
+        back = (seen.end_s - seen.start_s) / 60
+        held = f"{seen.windows}, {seen.thinned}"
+        lines.append(
+            f"| {at / 60:.0f} min | {seen.tokens:,} | {held} | {back:.0f} min | {own / 2**20:.0f} MiB | {wait_ms:.0f} ms |"
+        )
+    growth = 100 * (max(own for _, _, own, _ in rows) / rows[0][2] - 1)
+    return "\n".join([*lines, "", f"After the first row the process grows by {growth:.1f}% at most."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, default=Path("results/watch.md"))
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--hours", type=float, default=2.0)
+    parser.add_argument("--method", default="evoprune")
+    parser.add_argument(
+        "-b", "--budgets", type=lambda text: [float(each) for each in text.split(",")], default=[0.25, 0.1]
+    )
+    args = parser.parse_args()
+    hours = hours_text(args.hours, args.method)
+    samples = accuracy(args.minutes, args.budgets, args.method)
+    rows = [rows[FILE] for (_, budget), rows in samples.items() if budget == args.budgets[0]]
+    clips, questions = len({each["video"] for made in rows for each in made}), sum(map(len, rows))
+    facts = {"minutes": args.minutes, "hours": args.hours, "clips": clips, "questions": questions}
+    page = PAGE.format(**facts, method=args.method, tables=table(samples), hours_text=hours)
+    args.output.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

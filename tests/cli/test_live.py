@@ -1,0 +1,154 @@
+"""`evoprune watch`: live video on the command line, questions while it runs, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tests.cli.test_interactive import ROOT, endless, keyboard  # noqa: F401 (fixtures)
+from tests.video.files import numbered_frames, write_video
+from tests.video.streaming import streams
+
+CLIP, QUESTION, MORE = str(ROOT / "samples" / "square.mp4"), "What colour is the square?", "How many shapes are there?"
+ASKED = ("-Q", QUESTION)
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("EVOPRUNE_")} | {"OMP_NUM_THREADS": "1"}
+
+
+def records(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    clip = write_video(tmp_path_factory.mktemp("served") / "clip.ts", numbered_frames(60, 112, 168), fps=10)
+    with streams(clip) as (url, _):
+        yield url
+
+
+def test_at_the_end_of_a_file(cli):
+    result = cli("watch", CLIP, *ASKED, "-q")
+    assert (result.code, result.out) == (0, "green\n") and result.err.count("\n") == 1  # the warning about the demo
+
+
+@pytest.mark.parametrize("method", ["evoprune", "adjacent", "evs"])
+def test_one_window_has_the_answer_and_the_tokens_of_the_file(cli, method):
+    flags = ("-b", "0.25", "--method", method, "--json")
+    of_file = cli("ask", CLIP, QUESTION, *flags).record
+    of_stream = cli("watch", CLIP, *ASKED, "--window", "6s", *flags).record
+    assert of_stream["answer"] == of_file["answer"] == "green"
+    assert of_stream["tokens"] == of_file["tokens"] and of_stream["pruning"]["kept_ratio"] == 0.25
+    assert (of_stream["stream"]["start_s"], of_stream["stream"]["end_s"]) == (0.0, 6.0)
+
+
+def test_again_and_again(cli):
+    result = cli("watch", CLIP, *ASKED, "-Q", MORE, "--every", "2s", "--window", "2s", "--pace", "file", "--json")
+    found = records(result.out)
+    assert result.code == 0 and [each["question"] for each in found] == [QUESTION, MORE] * (len(found) // 2)
+    ends = [each["stream"]["end_s"] for each in found[::2]]
+    assert ends == sorted(set(ends)) and ends[-1] == 6.0 and len(ends) >= 2
+    assert all(each["stream"]["tokens"] == each["tokens"]["visual"] for each in found)
+    assert all(each["time_ms"]["encode"] == 0 and each["video"]["path"] == CLIP for each in found)
+
+
+def test_questions_from_a_pipe(cli, tmp_path):
+    lines = [{"question": QUESTION, "id": "a"}, {"question": " "}, ["no"], {"question": MORE, "id": 7}]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "broken {\n\n")
+    result = cli("watch", CLIP, "--questions", path, "--json")
+    found = records(result.out)
+    assert result.code == 6 and [each["error"] and each["error"]["code"] for each in found] == [None, 2, 2, None, 2]
+    assert [found[0]["id"], found[3]["id"]] == ["a", "7"] and found[0]["answer"]
+    assert result.err.count("hint:") == 3
+
+
+def test_the_prompt(cli):
+    result = cli("watch", CLIP, stdin=f"{QUESTION}\n/help\n{MORE}\nq\n", terminal=True, columns=100)
+    assert result.code == 0 and result.out.splitlines()[0] and len(result.out.splitlines()) == 2
+    assert "Ask about what was seen" in result.err and result.err.count("> ") >= 4
+    assert (" seen, " in result.err and " tokens, " in result.err and "lag" in result.err) or "ended" in result.err
+
+
+def test_the_status_line_is_for_terminals(cli):
+    on_terminal = cli("watch", CLIP, *ASKED, "--pace", "file", "--window", "2s", columns=80)
+    assert "lag 0." in on_terminal.err and "frames" in on_terminal.err and on_terminal.out == "green\n"
+    assert max(len(line) for line in on_terminal.err.split("\r") if "lag" in line) < 90
+    for result in (cli("watch", CLIP, *ASKED), cli("watch", CLIP, *ASKED, "-q", columns=80)):
+        assert "lag" not in result.err and result.out == "green\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ((CLIP,), "no questions, and stdin is no terminal"),
+        ((CLIP, "--every", "3s"), "--every without a question"),
+        ((CLIP, *ASKED, "--every", "0"), "--every 0"),
+        ((CLIP, *ASKED, "--every", "soon"), "is not a time"),
+        ((CLIP, *ASKED, "--pace", "fast"), "unknown pace"),
+        ((CLIP, *ASKED, "--timeout", "1h"), "a timeout of 3600 s"),
+        ((CLIP, *ASKED, "--window", "0"), "window_s is 0"),
+        ((CLIP, "-Q", " "), "the question is empty"),
+        (("-", "--questions", "-"), "both the video and the questions"),
+        (("ftp://127.0.0.1/x", *ASKED), "ftp://"),
+        ((CLIP, *ASKED, "--method", "fastv"), "cannot prune a stream"),
+        ((CLIP, "--questions", "gone.jsonl"), "no such file: gone.jsonl"),
+        ((CLIP, *ASKED, "--memory-tokens", "3"), "less than two windows"),
+    ],
+)
+def test_what_makes_no_sense(cli, args, says):
+    result = cli("watch", *args, "--json")
+    assert result.code == 2 and says in result.record["error"]["message"] and "hint: " in result.err
+
+
+@pytest.mark.parametrize(
+    ("name", "answers", "says"),
+    [("stall", 1, "nothing came from"), ("secret", 0, "a password"), ("garbage", 0, ""), ("nothing", 0, "cannot read")],
+)
+def test_sources_that_fail(cli, served, name, answers, says):
+    """What was seen before is asked about; then the error is the end."""
+    result = cli("watch", f"{served}/{name}.ts", *ASKED, "--timeout", "1s", "--reconnects", "0", "--json")
+    found = records(result.out)
+    assert result.code == 3 and says in result.err and len(found) == answers + 1
+    assert found[-1]["error"]["code"] == 3 and [bool(each["answer"]) for each in found] == [True] * answers + [False]
+
+
+def test_a_password_is_in_no_output(cli, served):
+    result = cli("watch", served.replace("//", "//me:sesame@") + "/secret.ts", *ASKED, "--reconnects", "0", "--json")
+    assert result.code == 0 and "sesame" not in result.out + result.err and result.record["answer"]
+
+
+def test_a_pipe_that_is_interrupted():
+    """stdin is the video, and stays open."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "evoprune_cli", "watch", "-", *ASKED, "--every", "1s", "--window", "1s", "-q", "--json"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+    )
+    clip = (ROOT / "samples" / "vanish.webm").read_bytes()
+    threading.Thread(target=lambda: (process.stdin.write(clip), process.stdin.flush()), daemon=True).start()
+    record = json.loads(process.stdout.readline())
+    assert record["answer"] and record["video"]["path"] == "standard input"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) in (-signal.SIGINT, 130)
+    assert b"Traceback" not in process.stderr.read()
+    process.stdin.close()
+
+
+@pytest.mark.full
+def test_ctrl_c_stops_an_answer_and_at_the_prompt_everything(keyboard, endless):  # noqa: F811
+    screen, process = keyboard("watch", CLIP, "--pace", "file", "-m", endless, "-n", "3000", "-t", "1", "-q")
+    screen.wait_for("> ")
+    screen.press(b"What happens?\n")
+    assert process.stdout.read(1)
+    screen.press(b"\x03")
+    screen.wait_for("> ", 2)
+    screen.press(b"\x03")
+    assert process.wait(60) == -signal.SIGINT and "Traceback" not in screen.finish()

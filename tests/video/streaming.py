@@ -1,0 +1,129 @@
+"""A server of streams on the loopback, each of which behaves in its own way, for a bounded time."""
+
+import http.server
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+LONGEST_S = 30.0  # that any of them goes on
+
+
+class Streams(http.server.BaseHTTPRequestHandler):
+    """GET /NAME: what `DEEDS` does, with the bytes of a clip."""
+
+    def __init__(self, clip: bytes, visits: list[str], *args):
+        self.clip, self.visits = clip, visits
+        super().__init__(*args)
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        name = self.path.strip("/").partition(".")[0].partition("?")[0]
+        self.visits.append(name)
+        with suppress(BrokenPipeError, ConnectionResetError):
+            getattr(self, f"_{name}")()
+
+    def _begin(self, code: int = 200, **headers: str) -> None:
+        self.send_response(code)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+
+    def _whole(self) -> None:
+        self._begin(Content_Length=str(len(self.clip)), Content_Type="video/mp2t")
+        self.wfile.write(self.clip)
+
+    def _live(self) -> None:
+        self._begin(Content_Type="video/mp2t")
+        self.wfile.write(self.clip)
+
+    def _twice(self) -> None:
+        """Comes twice, and is gone then."""
+        if self.visits.count("twice") > 2:
+            self._begin(404)
+        else:
+            self._live()
+
+    def _stall(self) -> None:
+        self._begin(Content_Type="video/mp2t")
+        self.wfile.write(self.clip[: len(self.clip) * 3 // 4])
+        self.wfile.flush()
+        time.sleep(LONGEST_S)
+
+    def _silent(self) -> None:
+        time.sleep(LONGEST_S)
+
+    def _garbage(self) -> None:
+        self._begin(Content_Type="video/mp2t")
+        end = time.monotonic() + LONGEST_S
+        while time.monotonic() < end:
+            self.wfile.write(bytes(range(256)) * 64)
+
+    def _mixed(self) -> None:
+        """Garbage between two halves."""
+        self._begin(Content_Type="video/mp2t")
+        middle = len(self.clip) // 2 // 188 * 188
+        self.wfile.write(self.clip[:middle] + b"\x13" * 20_000 + self.clip[middle:])
+
+    def _secret(self) -> None:
+        if self.headers.get("Authorization"):
+            self._live()
+        else:
+            self._begin(401, WWW_Authenticate='Basic realm="x"', Content_Length="0")
+
+    def _playlist(self) -> None:
+        """Segments in a file of this machine."""
+        path = self.path.partition("?")[2]
+        text = f"#EXTM3U\n#EXT-X-TARGETDURATION:6\n#EXTINF:6,\n{path}\n#EXT-X-ENDLIST\n".encode()
+        self._begin(Content_Length=str(len(text)), Content_Type="application/vnd.apple.mpegurl")
+        self.wfile.write(text)
+
+
+@contextmanager
+def streams(clip: Path) -> Iterator[tuple[str, list[str]]]:
+    """The beginning of its URLs, and the names that were asked for."""
+    visits: list[str] = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Streams, clip.read_bytes(), visits))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", visits
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)
+
+
+@contextmanager
+def connection(content: bytes, answers: bool = False) -> Iterator[int]:
+    """The port of a server that sends some bytes to whoever connects; with `answers`, after each request."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                there, _ = listening.accept()
+            except OSError:
+                return
+            with there:
+                there.settimeout(LONGEST_S)
+                try:
+                    while not answers or (request := there.recv(4096)):
+                        number = b"" if not answers else request.partition(b"CSeq: ")[2].partition(b"\r\n")[0]
+                        there.sendall(content.replace(b"NUMBER", number))
+                        if not answers:
+                            break
+                except OSError:
+                    pass
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield listening.getsockname()[1]
+    finally:
+        listening.close()

@@ -1,0 +1,113 @@
+"""Frames that wait for the encoder, with a simulated clock: which are skipped, and how far it falls behind."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from evoprune.video.backlog import Backlog
+
+WINDOW_S, STEP_S = 8.0, 0.5
+FRAME = np.zeros((1, 1, 3), np.uint8)
+
+
+def live(cost_s, seconds, *, window_cost_s=0.0, busy=lambda now: 0.0):
+    """Frames at 10 a second come at their time; the encoder takes so long for each frame, and more for each window.
+
+    `busy`: seconds that something else takes the encoder, at a time. Returns the backlog, and of each frame that was looked at its
+    time, the lag, and the stride.
+    """
+    now = [0.0]
+    backlog, looked = Backlog(WINDOW_S, STEP_S, lambda: now[0]), []
+    free_s, waiting, window = 0.0, [], 0
+    for number in range(round(seconds * 10)):
+        now[0] = number / 10
+        if now[0] >= backlog.due() - 1e-9:
+            backlog.put(now[0], FRAME)
+        while free_s <= now[0]:
+            at, found = now[0], backlog.take(0.0)
+            if found is None:
+                free_s = at + 0.1
+                backlog._idle += 0.1  # which it has waited for
+                break
+            waiting.append(found)
+            looked.append((found[0], backlog.lag_s, backlog.stride))
+            free_s = at + busy(at)
+            if found[0] // WINDOW_S > window:
+                window = found[0] // WINDOW_S
+                free_s += cost_s * len(waiting) + window_cost_s
+                waiting = []
+    return backlog, looked
+
+
+def test_nothing_is_skipped_where_the_encoder_is_fast_enough():
+    backlog, looked = live(0.4, 200)
+    assert backlog.skipped == 0 and backlog.stride == 1
+    assert [time_s for time_s, _, _ in looked] == pytest.approx(np.arange(len(looked)) * STEP_S)
+    assert max(lag for _, lag, _ in looked) < WINDOW_S
+
+
+@pytest.mark.parametrize("cost_s", [0.7, 1.5, 3.0])
+def test_frames_are_skipped_evenly_where_it_is_too_slow(cost_s):
+    backlog, looked = live(cost_s, 1200)
+    late = [each for each in looked if each[0] > 300]
+    assert max(lag for _, lag, _ in looked) < 2 * WINDOW_S + 16 * cost_s
+    steps = np.diff([time_s for time_s, _, _ in late])
+    least = cost_s / STEP_S  # so many times as long as it may take
+    assert least / 1.01 <= np.mean(steps) / STEP_S < 1.2 * least  # at least 0.8 of what the encoder can do
+    common, counts = np.unique(steps.round(6), return_counts=True)
+    assert counts[(common >= STEP_S * (least - 1)) & (common <= STEP_S * (least * 1.2 + 1))].sum() > 0.9 * len(steps)
+    due = looked[-1][0] / STEP_S + 1
+    assert abs(due - len(looked) - backlog.skipped) <= 2 * WINDOW_S / STEP_S  # those that wait
+
+
+def test_it_never_falls_behind_without_bound():
+    """Each window takes longer than it lasts, whatever is skipped: windows are left out."""
+    backlog, looked = live(0.1, 1200, window_cost_s=20.0)
+    assert max(lag for _, lag, _ in looked) < 2 * WINDOW_S + 25
+    assert backlog.skipped > 1000
+
+
+def test_it_recovers_after_a_burst_of_other_work():
+    backlog, looked = live(0.3, 400, busy=lambda now: 12.0 if 100 <= now < 101 else 0.0)
+    assert backlog.skipped > 0 and backlog.stride == 1
+    assert all(lag < WINDOW_S for time_s, lag, _ in looked if not 90 < time_s < 130)
+    assert [each[2] for each in looked if each[0] > 160] == [1] * sum(each[0] > 160 for each in looked)
+
+
+def test_what_comes_early_waits_and_is_not_skipped():
+    """A file that is read as fast as it can be, by a slow encoder that is faster than the file's own time."""
+    backlog, found = Backlog(WINDOW_S, STEP_S), []
+
+    def put():
+        for number in range(200):
+            backlog.put(number * STEP_S, FRAME)
+        backlog.end()
+
+    thread = threading.Thread(target=put)
+    thread.start()
+    while (each := backlog.take(0.1)) or not backlog.ended:
+        if each:
+            found.append(each[0])
+    thread.join()
+    assert backlog.skipped == 0 and found == [number * STEP_S for number in range(200)]
+
+
+def test_a_stall_is_no_lag():
+    now = [0.0]
+    backlog = Backlog(WINDOW_S, STEP_S, lambda: now[0])
+    for number in range(40):
+        now[0] = number * STEP_S + (100.0 if number >= 20 else 0.0)
+        backlog.put(number * STEP_S, FRAME)
+        assert backlog.take(0.0) and backlog.take(0.0) is None
+        assert backlog.lag_s == 0.0
+    assert backlog.skipped == 0
+
+
+def test_the_rate_may_change():
+    backlog = Backlog(WINDOW_S, STEP_S, lambda: 0.0)
+    assert backlog.due() == 0.0
+    backlog.put(0.0, FRAME)
+    assert backlog.due() == 0.5
+    backlog.step_s = 0.25
+    assert backlog.due() == 0.25

@@ -1,0 +1,244 @@
+"""Live sources: they stall, end, come back, change, send garbage, or want a password. Nothing hangs."""
+
+import os
+import sys
+import threading
+import time
+
+import pytest
+
+from evoprune.errors import UsageError, VideoError
+from evoprune.video.live import LiveSource
+from tests.video.files import number_of, numbered_frames, write_video
+from tests.video.streaming import connection, streams
+
+FPS = 10
+UNAUTHORISED = b'RTSP/1.0 401 Unauthorized\r\nCSeq: NUMBER\r\nWWW-Authenticate: Basic realm="x"\r\n\r\n'
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Three seconds."""
+    return write_video(tmp_path_factory.mktemp("live") / "clip.ts", numbered_frames(30), fps=FPS)
+
+
+@pytest.fixture(scope="module")
+def served(clip):
+    with streams(clip) as (url, visits):
+        yield url, visits
+
+
+def read(source, fps=FPS, **how):
+    """The times of the frames and their numbers, what was told, and how it ended."""
+    found, told, last = [], [], [-1.0]
+    how = {"timeout_s": 1.0, "reconnects": 0} | how
+    live = LiveSource(str(source), tell=told.append, **how)
+    problem = None
+    begun = time.monotonic()
+    try:
+        for time_s, frame in live.frames(lambda: last[0] + 1 / fps):
+            found.append((time_s, number_of(frame)))
+            last[0] = time_s
+    except VideoError as error:
+        problem = error
+    assert time.monotonic() - begun < 15
+    return found, told, problem
+
+
+def check_whole(found):
+    assert [number for _, number in found] == list(range(30))
+    assert [time_s for time_s, _ in found] == pytest.approx([n / FPS for n in range(30)], abs=0.01)
+
+
+def test_a_file_a_url_and_a_connection_give_the_same_frames(clip, served):
+    check_whole(read(clip, pace="file")[0])
+    check_whole(read(f"{served[0]}/whole.ts", reconnects=3)[0])  # which has an end, so nothing is tried again
+    with connection(clip.read_bytes()) as port:
+        check_whole(read(f"tcp://127.0.0.1:{port}")[0])
+
+
+def test_in_this_process_too(clip, served, monkeypatch):
+    monkeypatch.setattr("evoprune.video.live.POSSIBLE", False)
+    check_whole(read(clip, pace="file")[0])
+    found, _, problem = read(f"{served[0]}/silent")
+    assert not found and "nothing came from" in problem.message
+
+
+def test_a_rate(clip):
+    found = read(clip, fps=2, pace="file")[0]
+    assert [number for _, number in found] == [0, 5, 10, 15, 20, 25]
+
+
+def test_a_file_at_its_own_pace(clip):
+    begun = time.monotonic()
+    read(clip, pace="file")
+    assert 2.8 < time.monotonic() - begun < 8
+
+
+def test_a_file_that_grows(clip, tmp_path):
+    content, path = clip.read_bytes(), tmp_path / "growing.ts"
+    third = len(content) // 3 // 188 * 188
+    path.write_bytes(content[:third])
+
+    def grow():
+        for start in (third, 2 * third):
+            time.sleep(0.4)
+            with open(path, "ab") as file:
+                file.write(content[start : start + third if start == third else None])
+
+    thread = threading.Thread(target=grow)
+    thread.start()
+    found, _, problem = read(path, timeout_s=2.0)
+    thread.join()
+    assert problem is None
+    check_whole(found)
+
+
+def test_a_pipe(clip, monkeypatch):
+    def reading(feed):
+        there, here = os.pipe()
+        with os.fdopen(there, "rb") as stdin, os.fdopen(here, "wb", buffering=0) as pipe:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            thread = threading.Thread(target=feed, args=(pipe,))
+            thread.start()
+            try:
+                return read("-")
+            finally:
+                thread.join()
+
+    found, _, problem = reading(lambda pipe: (pipe.write(clip.read_bytes()), pipe.close()))
+    assert problem is None
+    check_whole(found)
+    found, _, problem = reading(lambda pipe: (pipe.write(clip.read_bytes()), time.sleep(3)))
+    assert "nothing came from standard input for 1 s" in problem.message and found
+    found, _, problem = reading(lambda pipe: (pipe.write(b"no video\n" * 9999), pipe.close()))
+    assert not found and "no video that can be read" in problem.message
+
+
+def test_a_source_that_ends_and_comes_back(served):
+    url, visits = served
+    found, told, problem = read(f"{url}/twice.ts", reconnects=2)
+    assert [number for _, number in found] == [*range(30)] * 2 and visits.count("twice") == 4
+    times = [time_s for time_s, _ in found]
+    assert times == sorted(times) and times[30] - times[29] > 0.9  # what was lost has passed
+    tries = [text.rpartition("; ")[2] for text in told]
+    assert tries == [f"connecting again ({number} of 2)" for number in (1, 1, 2)] and "has ended" in told[0]
+    assert problem.exit_code == 3 and "404" in problem.message
+
+
+def test_a_source_that_stalls(served):
+    found, _, problem = read(f"{served[0]}/stall.ts")
+    assert found and "nothing came from" in problem.message and "--timeout" in problem.hint
+    found, _, problem = read(f"{served[0]}/silent.ts", reconnects=5)  # never there, so nothing is tried again
+    assert not found and "nothing came from" in problem.message
+
+
+def test_garbage(served):
+    found, _, problem = read(f"{served[0]}/garbage.ts")
+    assert not found and problem.exit_code == 3
+    found, _, problem = read(f"{served[0]}/mixed.ts", pace="file")
+    assert problem is None and len(found) >= 10 and found[-1][1] == 29
+    with connection(b"nothing that is a video\n" * 9999) as port:
+        assert "no video" in read(f"tcp://127.0.0.1:{port}")[2].message
+    with connection(b"") as port:
+        assert not read(f"tcp://127.0.0.1:{port}")[0]
+
+
+def test_a_password_is_asked_for_and_never_printed(served):
+    url, _ = served
+    assert "wants a user and a password" in read(f"{url}/secret.ts")[2].message
+    there = url.replace("//", "//me:sesame@")
+    live = LiveSource(f"{there}/secret.ts", timeout_s=1.0, reconnects=0)
+    assert "sesame" not in live.name and number_of(next(live.frames(lambda: 0.0))[1]) == 0
+    problem = read(f"{there}/nothing.ts")[2]
+    assert "sesame" not in str(problem) and "me:" not in str(problem)
+    with connection(UNAUTHORISED, answers=True) as port:
+        problem = read(f"rtsp://127.0.0.1:{port}/x")[2]
+        assert "wants a user and a password" in problem.message
+
+
+@pytest.mark.parametrize("where", ["file://{}", "{}", "concat:{}", "subfile,,start,0,end,0,,:{}", "http+{}"])
+def test_a_playlist_reaches_no_file_of_this_machine(served, clip, where):
+    found, _, problem = read(f"{served[0]}/playlist.m3u8?{where.format(clip)}")
+    assert not found and problem.exit_code == 3
+
+
+def test_a_playlist_reaches_what_is_on_the_web(served):
+    url, _ = served
+    found, _, problem = read(f"{url}/playlist.m3u8?{url}/whole.ts")
+    assert problem is None
+    check_whole(found)
+
+
+def test_a_file_that_is_a_playlist(served, tmp_path):
+    path = tmp_path / "list.m3u8"
+    path.write_text(f"#EXTM3U\n#EXTINF:6,\n{served[0]}/whole.ts\n#EXT-X-ENDLIST\n")
+    before = len(served[1])
+    assert read(path, pace="file")[2].exit_code == 3 and len(served[1]) == before
+    with connection(path.read_bytes()) as port:
+        assert read(f"tcp://127.0.0.1:{port}")[2].exit_code == 3 and len(served[1]) == before
+
+
+def test_frames_of_another_size_and_times_that_jump(tmp_path):
+    small, large = (
+        write_video(tmp_path / f"{name}.ts", numbered_frames(10, *size), fps=FPS, start=start)
+        for name, size, start in (("a", (48, 64), 500.0), ("b", (96, 128), 3.0))
+    )
+    both = tmp_path / "both.ts"
+    both.write_bytes(small.read_bytes() + large.read_bytes())
+    sizes, times = [], []
+    live = LiveSource(str(both), pace="source", timeout_s=1.0)
+    for time_s, frame in live.frames(lambda: times[-1] + 0.05 if times else 0.0):
+        sizes.append(frame.shape[:2])
+        times.append(time_s)
+    assert sizes[0] == (48, 64) and sizes[-1] == (96, 128)
+    assert times == sorted(times) and times[-1] < 3.0
+
+
+def test_closing_ends_whatever_it_waits_for(served):
+    live = LiveSource(f"{served[0]}/silent.ts", timeout_s=20.0)
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(list(live.frames(lambda: 0.0))))
+    thread.start()
+    time.sleep(1.0)
+    begun = time.monotonic()
+    live.close()
+    thread.join(5)
+    assert ended == [[]] and time.monotonic() - begun < 3
+
+
+def test_a_decoder_that_crashes_is_another_end_of_a_connection(served):
+    live, times = LiveSource(f"{served[0]}/live.ts", timeout_s=1.0, reconnects=1, tell=lambda text: None), []
+    for time_s, _ in live.frames(lambda: times[-1] + 0.1 if times else 0.0):
+        times.append(time_s)
+        if len(times) == 5:
+            live._worker.kill()
+        if len(times) == 20:
+            live.close()
+    assert len(times) >= 20 and times == sorted(times)
+
+
+@pytest.mark.parametrize(
+    ("source", "how", "code"),
+    [
+        ("gone.mp4", {}, 3),
+        (".", {}, 3),
+        ("/dev/video99", {}, 3),
+        ("ftp://example.org/x", {}, 2),
+        ("file:///etc/passwd", {}, 2),
+        ("concat:/etc/passwd", {}, 3),
+        ("a\0b", {}, 3),
+        ("/dev/null", {}, 3),
+        ("http://127.0.0.1:1/x", {"timeout_s": 0.0}, 2),
+        ("http://127.0.0.1:1/x", {"timeout_s": 99.0}, 2),
+        ("http://127.0.0.1:1/x", {"reconnects": -1}, 2),
+        ("http://127.0.0.1:1/x", {"pace": "fast"}, 2),
+        ("http://127.0.0.1:1/x", {}, 3),
+        ("rtsp://127.0.0.1:1/x", {}, 3),
+        ("udp://127.0.0.1:18765", {}, 3),
+    ],
+)
+def test_what_is_no_source(source, how, code):
+    with pytest.raises((UsageError, VideoError)) as found:
+        list(LiveSource(source, **{"timeout_s": 1.0, "reconnects": 0} | how).frames(lambda: 0.0))
+    assert found.value.exit_code == code and found.value.hint
