@@ -9,6 +9,7 @@ from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.resolving import for_model
 from evoprune.pipeline.saved import Tuned
+from evoprune.pruning.budget import plain
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Engine:
     @property
     def reported_budget(self) -> float | str:
         """The budget as reports have it: 1.0 for a method that prunes nothing, or "auto" or "auto:inflection"."""
-        return self.method.reported_budget(self.options.budget)
+        return plain(self.method.reported_budget(self.options.budget))
 
     @property
     def depth(self) -> int:

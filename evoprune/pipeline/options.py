@@ -23,12 +23,12 @@ from evoprune.model.precision import (
     parse_threads,
     short_dtype,
 )
-from evoprune.pruning.budget import AUTO_MOST, AUTOS, DEFAULT, PRESETS, TUNED, parse_budget_or_name
+from evoprune.pruning.budget import AUTO_MOST, AUTOS, DEFAULT, PRESETS, TUNED, parse_budget_or_name, plain
 from evoprune.video.info import NO_SUBTITLES, PICTURE, VIDEO, Video
 from evoprune.video.sampling import check_sampling, parse_time
 
 MAX_SUBTITLE_TOKENS = 2048
-_PRESETS = ", ".join(f"{name} ({value:g})" for name, value in PRESETS.items())
+_PRESETS = ", ".join(PRESETS)
 HELD = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
 
 
@@ -303,7 +303,7 @@ def record(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
     made = {}
     for group in groups:
         for each in fields(group):
-            value = getattr(group, each.name)
+            value = plain(getattr(group, each.name))
             if each.name in always or (each.metadata[OPTION].changes_answers and value != each.default):
                 made[each.name] = value
     return made
