@@ -114,8 +114,8 @@ class EvoPrune(EncoderMethod):
             return []
         units, made = prod(grid), []
         after = min(max(1, round(self.depth * tower.depth)), tower.depth - 1)
-        patches = FarthestPatches(self.alpha, self.floor, average=False)
-        for layer, power, select in ((0, self.first, patches), (after, self.rows, FarthestPoints(*astuple(patches)))):
+        points = replace(self.tokens, average=False, within=0.0)
+        for layer, power, select in ((0, self.first, FarthestPatches(*astuple(points))), (after, self.rows, points)):
             rows = max(keep, round(units * (keep / units) ** (power if grid[0] > 1 else STILL * power)))
             if rows < (made[-1].rows if made else units):
                 made.append(Stage(layer, rows, select, self.exact))

@@ -26,6 +26,9 @@ class Preset(float):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Preset) and self.name == other.name
 
+    def __ne__(self, other: object) -> bool:  # a float has one of its own
+        return not self == other
+
     def __hash__(self) -> int:
         return hash(self.name)
 
