@@ -9,7 +9,7 @@ from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.resolving import for_model
 from evoprune.pipeline.saved import Tuned
-from evoprune.pruning.budget import plain
+from evoprune.pruning.budget import largest_share, plain
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Engine:
         return self.loaded.model.config.text_config.num_hidden_layers
 
     def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:
-        """Positions in a prompt of `tokens` visual tokens and `text`, in each layer of the language model or in all."""
-        return self.method.prompt_columns(self.depth, tokens, text, self.share)
+        """Positions in a prompt of `tokens` visual tokens and `text`, at most, in each layer of the language model or in all."""
+        return self.method.prompt_columns(self.depth, tokens, text, largest_share(self.share))
 
     @property
     def seed(self) -> int:

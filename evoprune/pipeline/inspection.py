@@ -18,7 +18,7 @@ from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.planning import TEXT, encoding_bytes
 from evoprune.pipeline.resolving import for_model
 from evoprune.pipeline.saved import KeptRecipe, Tuned, folder, recipes, tuned
-from evoprune.pruning.budget import PRESETS, keep_tokens, plain
+from evoprune.pruning.budget import PRESETS, keep_tokens, plain, share_of
 from evoprune.video.info import Video
 from evoprune.video.plan import STILL, Plan
 from evoprune.vision.devices import largest_chunk
@@ -155,7 +155,9 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
     pruning, method, _ = for_model(pruning, model.id, lambda: model.weights_fingerprint)
     budget = pruning.share
     encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_tokens(budget, plan.grid))
-    prompt = method.prompt_columns(model.config.text_config.num_hidden_layers, encoder.keep, TEXT, budget)
+    prompt = method.prompt_columns(
+        model.config.text_config.num_hidden_layers, encoder.keep, TEXT, share_of(budget, [encoder.grid])
+    )
     least, available = encoder.grid[1] * encoder.grid[2], available_memory(str(model.device))
     chunk_units, bytes_each = max(least, largest_chunk(model.device)), DTYPES[model.dtype].itemsize
 

@@ -10,7 +10,7 @@ from evoprune.model.cost import estimate_first_token as estimate_seconds
 from evoprune.model.cost import shortage, working_memory
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.options import SamplingOptions
-from evoprune.pruning.budget import keep_tokens
+from evoprune.pruning.budget import keep_tokens, share_of
 from evoprune.pruning.encoder_plan import EncoderPlan, WholePairs
 from evoprune.text import counted
 from evoprune.video.frames import choose_decoder
@@ -180,6 +180,6 @@ def estimate_first_token(engine: Engine, plan: Plan, text: int = QUESTION) -> fl
     model, encoder = engine.loaded.model, plan.encoder
     count, height, width = encoder.grid
     windows = tower_shape(model.model.visual).windows(height, width)
-    work = engine.method.prompt_work(engine.depth, encoder.keep, text, engine.share)
+    work = engine.method.prompt_work(engine.depth, encoder.keep, text, share_of(engine.share, [encoder.grid]))
     seconds = estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, work)
     return seconds if engine.loaded.quantize == "none" else seconds / 2  # products of bytes take about half the time

@@ -17,6 +17,7 @@ from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.planning import TEXT, fitting_chunk, subtitles_of
+from evoprune.pruning.budget import share_of
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 
@@ -62,7 +63,8 @@ class PromptReader:
         positions = positions[:, columns]
         sizes = column_sizes(visuals, columns)
         grids = [plan.grid for plan in self._plans]
-        if dropping := dropping_for(model, self._engine.method, self._engine.share, visuals, grids, embeds, columns):
+        share = share_of(self._engine.share, grids)
+        if dropping := dropping_for(model, self._engine.method, share, visuals, grids, embeds, columns):
             return prefill(model, embeds, positions, following, sizes=sizes, dropping=dropping)
         shared = prompt.prefix_length - prompt.visual_tokens + sum(len(e.kept) for e in encoded)
         cache, known = self._take_prefix(system, shared)

@@ -12,6 +12,7 @@ from evoprune.model.machine import peak_memory, reset_peak_memory
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE, Clip
 from evoprune.profiling.results import Counts, Sample
+from evoprune.pruning.budget import share_of
 from evoprune.pruning.encoder_plan import EncoderPlan
 from evoprune.pruning.indices import ascending
 from evoprune.vision.encoder import encode
@@ -44,7 +45,9 @@ def run_evoprune(
         visuals = [generate.Visual(place, encoded.features, encoded.kept, encoded.size)]
         embeds, columns = generate.embed_prompt(model, clip.ids, visuals)
         sizes = generate.column_sizes(visuals, columns)
-        dropping = generate.dropping_for(model, method, budget, visuals, [clip.grid], embeds, columns)
+        dropping = generate.dropping_for(
+            model, method, share_of(budget, [clip.grid]), visuals, [clip.grid], embeds, columns
+        )
         positions = clip.positions[:, columns]
         state = generate.prefill(model, embeds, positions, clip.following, sizes=sizes, dropping=dropping)
     with clock.stage("generate"):

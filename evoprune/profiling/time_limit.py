@@ -18,7 +18,7 @@ from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE, case_grid
 from evoprune.profiling.results import FULL, HUGGING_FACE, METHOD, Row
 from evoprune.profiling.settings import Settings
 from evoprune.profiling.weights import ModelOutline
-from evoprune.pruning.budget import keep_tokens
+from evoprune.pruning.budget import keep_tokens, share_of
 from evoprune.vision.tower import tower_shape
 
 LIBRARIES_S = 4.0  # to import transformers
@@ -96,7 +96,8 @@ def estimate(
         method = bind(settings.parse(row.method)) if row.kind == METHOD else Pipeline()
         grid = case_grid(row.case, limits)
         plan = method.plan(tower, grid, keep_tokens(row.budget, grid))
-        prompt = method.prompt_work(text.num_hidden_layers, plan.keep, TEXT_BEFORE + TEXT_AFTER, row.budget)
+        share = share_of(row.budget, [grid])
+        prompt = method.prompt_work(text.num_hidden_layers, plan.keep, TEXT_BEFORE + TEXT_AFTER, share)
         layers, windows = [*plan.layers, plan.rows], tower.windows(*plan.grid[1:])
         flop = tower_flop(config.vision_config, layers, plan.grid[0], windows) + prefill_flop(text, prompt)
         return flop / rate + (settings.new_tokens - 1) * language / read

@@ -60,7 +60,7 @@ ELSEWHERE = {
 
 def parse_budget(text: str | float, names: Sequence[str] = ()) -> float | str:
     """The share to keep, from a preset's name, a number in (0, 1] or a percentage; other `names` unchanged. Raises UsageError."""
-    if text in names:
+    if text in names or isinstance(text, Preset):  # which another object parsed before
         return text
     if isinstance(text, str) and text in PRESETS:
         return PRESETS[text]
@@ -102,6 +102,18 @@ def plain(budget: float | str) -> float | str:
 def keep_tokens(budget: float, grid: tuple[int, int, int]) -> int:
     """K of one input: `grid` is (T, H, W) in units."""
     return keep_count(budget.still if isinstance(budget, Preset) and grid[0] == 1 else budget, prod(grid))
+
+
+def share_of(budget: float, grids: Sequence[tuple[int, int, int]]) -> float:
+    """The share of all units of several inputs that `keep_tokens` keeps, for methods that know only one share."""
+    if not isinstance(budget, Preset):
+        return budget
+    return sum(keep_tokens(budget, grid) for grid in grids) / sum(map(prod, grids))
+
+
+def largest_share(budget: float) -> float:
+    """The largest share of any input that a budget keeps."""
+    return max(budget, budget.still) if isinstance(budget, Preset) else budget
 
 
 def keep_count(budget: float, units: int) -> int:
