@@ -141,7 +141,8 @@ class PruneOptions:
         "--budget",
         env="EVOPRUNE_BUDGET",
         python="Share of visual tokens kept: a number in (0, 1]; a preset, which keeps more of a still than of a video: "
-        f"{_PRESETS}; auto or auto:inflection, where the content decides; or tuned, the method and budget that were tuned for the model.",
+        f"{_PRESETS}; auto or auto:inflection, where the content decides; or "
+        "tuned, the method and budget that were tuned for the model.",
     )
     method: str = option(
         methods.DEFAULT,

@@ -19,6 +19,7 @@ from evoprune.pipeline.options import (
     PipelineOptions,
     PruneOptions,
     SamplingOptions,
+    record,
 )
 from evoprune.pruning.budget import PRESETS
 from evoprune_cli.ask import ask
