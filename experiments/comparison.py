@@ -133,7 +133,11 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         budgets = list(dict.fromkeys(plain(parse_budget(text)) for text in asked.budget.split(",")))
         alone = [plain(parse_budget(text)) for text in asked.equal_cost.split(",") if text]
-        if max(map(share, budgets + alone)) == 1 or len(budgets) > len(COLOURS) or min(asked.limit, asked.processes) < 1:
+        if (
+            max(map(share, budgets + alone)) == 1
+            or len(budgets) > len(COLOURS)
+            or min(asked.limit, asked.processes) < 1
+        ):
             raise UsageError(
                 "budgets are shares below 1, at most six; clips and processes one or more", "for example -b 0.5,0.1"
             )
