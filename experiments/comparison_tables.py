@@ -190,10 +190,10 @@ def own_steps(outcome: Outcome, budgets: Sequence[Budget]) -> list[str]:
         for budget in budgets
     }
     order = sorted((budget for budget in budgets if found[budget]), key=share, reverse=True)
-    return [
-        f"- `-b {budget_text(small)}` minus `-b {budget_text(large)}`: {_difference(*paired_difference(found[small], found[large]))}"
-        for large, small in pairwise(order)
-    ]
+    steps = (
+        (large, small, _difference(*paired_difference(found[small], found[large]))) for large, small in pairwise(order)
+    )
+    return [f"- `-b {budget_text(small)}` minus `-b {budget_text(large)}`: {points}" for large, small, points in steps]
 
 
 def against_ours(outcome: Outcome, budgets: Sequence[Budget]) -> str:

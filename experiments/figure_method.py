@@ -87,8 +87,8 @@ def figure(run: Run) -> str:
         ),
         (
             f"3  Three selections: before the tower, after {layer} of {total}, and after the tower",
-            f"{run.layers[0]} rows enter, {run.layers[-1]} go on and {n['read']} become tokens: the farthest in features and time, as "
-            "means of their clusters (number: units).",
+            f"{run.layers[0]} rows enter, {run.layers[-1]} go on and {n['read']} become tokens: the farthest in features and "
+            "time, as means of clusters (number: units).",
         ),
     )
     elements = [
