@@ -13,7 +13,7 @@ from evoprune.pipeline.encoding import EncodeRows, Encoding, PatchReader, Progre
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.planning import TEXT, chunk_bytes, fitting_chunk, plan_input
-from evoprune.pruning.budget import keep_count
+from evoprune.pruning.budget import keep_tokens
 from evoprune.video.frames import read_frames
 from evoprune.video.info import PICTURE, check_one_file
 from evoprune.video.probe import probe
@@ -160,7 +160,7 @@ class _OpenInput:
                 warnings.append("cache_not_written")
         wall = earlier + clock.now() - start
         rows, tokens = (None, result) if isinstance(result, Encoded) else (result, result.nothing_selected())
-        wanted = engine.method.acts_at(engine.share) and keep_count(engine.share, plan.units) < plan.units
+        wanted = engine.method.acts_at(engine.share) and keep_tokens(engine.share, plan.full.grid) < plan.units
         if plan.kind == PICTURE and rows is None and wanted and len(tokens.kept) == plan.units:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
         cache = "hit" if self.stored else "miss" if self.key else "off"
