@@ -134,9 +134,9 @@ class PruneOptions:
 
     budget: float | str = option(
         DEFAULT,
-        "Share of visual tokens kept: 0.1 or 10%, or a preset, which keeps more of a still than of a video: "
-        f"{_SHARES}. -b full prunes nothing; -b auto to let the content decide, or auto:inflection by a method's scores; "
-        "-b tuned for what was tuned for the model, method included.",
+        f"Share of visual tokens kept: 0.1 or 10%, or a preset: {_SHARES}. "
+        "A preset keeps more of a still than of a video; full prunes nothing. -b auto lets the content decide, auto:inflection "
+        "a method's scores; -b tuned is what was tuned for the model, method included.",
         "-b",
         "--budget",
         env="EVOPRUNE_BUDGET",

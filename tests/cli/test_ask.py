@@ -15,6 +15,8 @@ import pytest
 
 from evoprune.bundled import DEMOS
 from evoprune.demo.worlds import SCENES
+from evoprune.methods.evoprune import EvoPrune
+from evoprune.pruning.budget import PRESETS
 from evoprune.report.records import Report
 from evoprune.report.stats import stats_block
 from tests.cli.screen import visible
@@ -145,10 +147,11 @@ def test_methods(cli, method, kept, rows):
 
 @pytest.mark.full
 def test_the_live_share_is_the_mean_of_the_layers(cli):
-    for budget, share in (("high", 0.5), ("fast", 0.1)):
+    for budget in ("high", "fast"):
+        share = PRESETS[budget]
         pruning = cli("ask", CLIP, QUESTION, "--json", "-b", budget).record["pruning"]
         entered = [rows for _, rows in pruning["layers"]]
-        most = round(144 * share**0.5)
+        most = round(144 * share ** EvoPrune().rows)
         assert pruning["encoder_live_share"] == pytest.approx(sum(entered) / len(entered) / 144, abs=1e-6)
         assert pruning["layers"][-1][1] == pruning["encoder_rows"] <= most
         assert pruning["visual_tokens_kept"] == round(144 * share)
@@ -182,7 +185,7 @@ def test_model_and_budget_from_the_environment(cli, tiny_folder, monkeypatch):
     monkeypatch.setenv("EVOPRUNE_MODEL", str(tiny_folder))
     monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
     record = cli("ask", CLIP, QUESTION, "-n", "1", "--json").record
-    assert record["model"]["id"] == str(tiny_folder) and record["pruning"]["budget"] == 0.1
+    assert record["model"]["id"] == str(tiny_folder) and record["pruning"]["budget"] == "fast"
     assert cli("ask", CLIP, QUESTION, "-m", "demo", "-b", "1", "--json").record["pruning"]["budget"] == 1.0
 
 

@@ -254,7 +254,7 @@ def test_a_warning_of_an_overlay_is_a_sentence(cli, tmp_path):
 def test_what_was_asked_for_stands_first(cli, tmp_path):
     first, second, *rest = cli("inspect", CLIP, "--overlay", tmp_path / "a.png").out.splitlines()
     assert first.split() == ["overlay", str(tmp_path / "a.png")]
-    assert "evoprune -b 0.25; 144 units: 36 read, " in second and second.endswith(" dropped")
+    assert "evoprune -b balanced; 144 units: 36 read, " in second and second.endswith(" dropped")
     assert "frame size" in "\n".join(rest) and "168x112" in "\n".join(rest)
     assert cli("inspect", "-m", "demo").out.startswith("model\n")
     assert cli("inspect", CLIP, "-m", "demo").out.startswith("video\n")

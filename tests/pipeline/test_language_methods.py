@@ -1,9 +1,12 @@
 """Methods inside the language model through `VideoQA`: questions one after the other, teacher forcing, reports, the cache."""
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from evoprune import Cache, VideoQA
 from evoprune.pipeline.agreement import agreement, reference
+from evoprune.pruning.budget import PRESETS
 from evoprune.report.stats import stats_block
 
 CLIP, QUESTIONS = (
@@ -13,8 +16,8 @@ CLIP, QUESTIONS = (
 NAMES = ("fastv", "evoprune+pyramiddrop", "reuse+visionzip+visipruner", "cdpruner+holitom-inner", "divprune+sparsevlm")
 
 
-def load(name, **how):
-    return VideoQA.load("demo", method=name, budget=0.5, **how)
+def load(name, budget=0.5, **how):
+    return VideoQA.load("demo", method=name, budget=budget, **how)
 
 
 @pytest.mark.few(1)
@@ -73,3 +76,15 @@ def test_the_content_may_decide_what_reaches_it():
     answer = video.ask(QUESTIONS[0])
     read = [tokens for _, tokens in (answer.text and answer.report.pruning.language_layers)]
     assert read[0] == len(video.encoded.kept) and read[1:] == [int(read[0] * 0.5 + 0.5)] * 3
+
+
+def test_a_preset_keeps_its_larger_share_of_a_picture(tmp_path):
+    """Inside the language model too, where no plan of an input says how many tokens that is."""
+    preset, picture = PRESETS["fast"], tmp_path / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 280, 3), dtype=np.uint8)).save(picture)
+    for path, most in ((picture, preset.still), (CLIP, float(preset))):
+        answer = load("fastv", preset).encode(path).ask(QUESTIONS[0])
+        assert answer.text
+        report = answer.report.pruning
+        shares = [read / report.visual_tokens_in for _, read in report.language_layers]
+        assert shares[0] == 1 and shares[-1] == pytest.approx(most, abs=0.02)

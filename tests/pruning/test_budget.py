@@ -13,9 +13,11 @@ from evoprune.pruning.budget import (
     apportion,
     keep_count,
     keep_tokens,
+    largest_share,
     parse_budget,
     parse_budget_or_name,
     plain,
+    share_of,
     spread,
 )
 
@@ -49,6 +51,13 @@ def test_a_preset_keeps_its_name_and_a_larger_share_of_a_still(name):
     assert preset == pickle.loads(pickle.dumps(preset)) and preset != float(preset)
     assert keep_tokens(preset, (4, 5, 10)) == keep_count(float(preset), 200)
     assert keep_tokens(preset, (1, 10, 20)) == keep_count(preset.still, 200) > keep_tokens(float(preset), (1, 10, 20))
+
+
+def test_several_inputs_have_one_share_together():
+    preset, still, video = PRESETS["fast"], (1, 10, 10), (3, 10, 10)
+    assert share_of(preset, [still]) == preset.still and share_of(preset, [video]) == pytest.approx(float(preset))
+    assert share_of(preset, [still, video]) == (keep_tokens(preset, still) + keep_tokens(preset, video)) / 400
+    assert share_of(0.25, [still]) == largest_share(0.25) == 0.25 and largest_share(preset) == preset.still
 
 
 @pytest.mark.parametrize(
