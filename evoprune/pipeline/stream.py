@@ -23,7 +23,7 @@ import torch
 
 from evoprune.errors import UsageError, names_plugins
 from evoprune.language.generate import PrefillState, embed_ids, prefill
-from evoprune.language.prompt import Prompt, build_prompt
+from evoprune.language.prompt import build_prompt, timestamps
 from evoprune.model.cost import Clock
 from evoprune.pipeline.answering import Askable
 from evoprune.pipeline.encoding import Encoding, PatchReader, encode_input
@@ -32,7 +32,7 @@ from evoprune.pipeline.fill_report import fill_times, inputs_report
 from evoprune.pipeline.options import GenerationOptions, SamplingOptions, StreamOptions
 from evoprune.pipeline.planning import CHUNK_BYTES, plan_input
 from evoprune.pipeline.prompting import check_context, check_memory, check_question
-from evoprune.pipeline.stream_memory import Seen, StreamMemory, Window, staying_order
+from evoprune.pipeline.stream_memory import Seen, StreamMemory, Unread, columns_of, staying_order
 from evoprune.pipeline.turns import Turns
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.indices import ascending
@@ -86,12 +86,13 @@ class VideoStream(Askable):
         self._frames: list[np.ndarray] = []
         self._origin_s = self._last_s = 0.0
         self._memory: StreamMemory | None = None
-        self._waiting: list[tuple[Window, Encoding, torch.Tensor]] = []
+        self._waiting: list[Unread] = []
+        self._following = 0  # position after the latest window, counted from the beginning of the stream
         self._latest: Encoding | None = None
         self._count = self._done = 0  # frames that were looked at; the slot after the last finished window
         self._open: int | None = None  # the number of the answer that is being read
         self._problem: str | None = None
-        self._head = self._prompt("?").places[0].runs[0].start
+        self._head = len(self._around("?")[0])
 
     def __enter__(self) -> "VideoStream":
         return self
@@ -197,11 +198,12 @@ class VideoStream(Askable):
         """The largest number of visual tokens that are held."""
         most, options = self._plan.encoder.keep, self._options
         wanted = options.memory_tokens or floor(options.memory_s / options.window_s * most)
-        return min(wanted, floor(ROOM * self._context))
+        return min(wanted, self._room)
 
     @property
-    def _context(self) -> int:
-        return self._engine.loaded.model.config.text_config.max_position_embeddings or CONTEXT
+    def _room(self) -> int:
+        """Positions, and tokens, that a video may take by the model's context."""
+        return floor(ROOM * (self._engine.loaded.model.config.text_config.max_position_embeddings or CONTEXT))
 
     @names_plugins()
     def _finish(self, end: int) -> None:
@@ -213,12 +215,15 @@ class VideoStream(Askable):
             slots, frames = [*slots, slots[-1]], [*frames, frames[-1]]
         plan = self._window_plan(slots, first, end)
         encoding, order = self._encode(plan, np.stack(frames))
-        positions = self._positions(slots[::2], plan.grid)
-        start_s, end_s = plan.sampling.start_s, plan.sampling.end_s
-        window = Window(start_s, end_s, int(positions[0, 0]), order, len(order))
+        config = self._engine.loaded.model.config.vision_config
+        pair_s = 1.0 if config.tokens_per_second is None else 2 * self.step_s
+        times = timestamps([(slot + 0.5) * self.step_s for slot in slots]) if config.traits.timestamps else []
+        span, pairs_s = (plan.sampling.start_s, plan.sampling.end_s), [slot / 2 * pair_s for slot in slots[::2]]
+        unread = columns_of(self._engine.loaded, encoding.tokens, order, span, pairs_s, times, self._following)
+        self._following = int(unread.last.max()) + 1
         with self._lock.lock:
             self._check_open()
-            self._waiting.append((window, encoding, positions))
+            self._waiting.append(unread)
             self._latest = encoding
             if self._open is not None and len(self._waiting) > WAITING:
                 self._turn, self._open, self._lock.generating = self._turn + 1, None, False
@@ -256,27 +261,16 @@ class VideoStream(Askable):
         order = staying_order(rows, tokens)
         return Encoding(plan, tokens, None, seconds, clock.now() - start), order
 
-    def _positions(self, firsts: Sequence[int], grid: tuple[int, int, int]) -> torch.Tensor:
-        """int64 `[3, T * H * W]`: the positions of a window's units, counted from the first frame of the stream.
-
-        `firsts`: the slot of the first frame of each frame pair.
-        """
-        per_second = self._engine.loaded.model.config.vision_config.tokens_per_second
-        step = 1.0 if per_second is None else 2 * self.step_s * per_second
-        time = torch.tensor([floor(slot / 2 * step) for slot in firsts], dtype=torch.int64, device="cpu")
-        places = torch.meshgrid(time, ascending(grid[1], "cpu"), ascending(grid[2], "cpu"), indexing="ij")
-        return torch.stack(places).flatten(1)
-
     def _read_waiting(self, polite: bool = False) -> None:
         """Reads the windows that wait; with `polite`, none that a question would have to wait for."""
         if self._memory is None:
-            model, ids = self._engine.loaded.model, self._prompt("?").input_ids[: self._head]
-            self._memory = StreamMemory(model, ids, self._limit, self._plan.encoder.keep, floor(ROOM * self._context))
-        self._memory.cut_off()
+            loaded, head = self._engine.loaded, self._around("?")[0]
+            room = loaded.demo.span if loaded.demo else self._room
+            self._memory = StreamMemory(loaded.model, head, self._limit, self._plan.encoder.keep, room)
+        self._memory.cache.crop(self._memory.columns)
         while self._waiting:
-            window, encoding, positions = self._waiting[0]
             try:
-                self._memory.read(window, encoding.tokens, positions, self._give_way if polite else lambda: None)
+                self._memory.read(self._waiting[0], self._give_way if polite else lambda: None)
             except _Overtaken:
                 return
             except BaseException:  # also Ctrl-C: the cache may be half changed
@@ -292,8 +286,13 @@ class VideoStream(Askable):
         if self._problem:
             raise UsageError(self._problem, "begin another one: VideoQA.stream()")
 
-    def _prompt(self, question: str) -> Prompt:
-        return build_prompt(self._engine.loaded.tokenizer, question, [(VIDEO, 1)], system=self._system)
+    def _around(self, question: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64: the ids of a prompt before the video and after it."""
+        loaded = self._engine.loaded
+        times = [[""]] if loaded.model.config.vision_config.traits.timestamps else ()  # markers go with the frame pairs
+        prompt = build_prompt(loaded.tokenizer, question, [(VIDEO, 1)], system=self._system, times=times)
+        (video,) = prompt.places[0].around or prompt.places[0].runs
+        return prompt.input_ids[: video.start], prompt.input_ids[video.stop :]
 
     def _blank_report(self) -> Report:
         self._check_open()
@@ -328,10 +327,10 @@ class VideoStream(Askable):
                 self._feeding.release()
             if free or self.seen is None:
                 self._read_waiting()
-            self._memory.cut_off()
             check_question(loaded, question)
-            ids = self._prompt(question).input_ids[self._head + 1 :]
-            seen, memory, text = self.seen, self._memory, self._head + len(ids)
+            ids, seen, memory = self._around(question)[1], self.seen, self._memory
+            memory.cache.crop(memory.columns)
+            text = memory.columns - seen.tokens + len(ids)
             check_context(loaded, text, seen.tokens, options.max_new_tokens)
             check_memory(self._engine, text, seen.tokens)
             report.tokens, report.stream = TokenCounts(text, seen.tokens, text + seen.tokens, 0), asdict(seen)
