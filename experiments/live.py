@@ -153,9 +153,9 @@ def hours_text(hours: float, method: str) -> str:
                 rows.append((second + 1, seen, memory_in_use("cpu")[0], wait_ms))
     seconds = time.perf_counter() - begun
     lines = [
-        f"A stream of {hours:g} hours at two frames a second, windows of 8 s and a memory of 10 minutes, read by `demo` as by a model "
-        f"that may use all of its context, as fast as it goes: {seconds:.0f} s. *own*: memory of the process that is not mapped from "
-        "files.",
+        f"A stream of {hours:g} hours at two frames a second, windows of 8 s and a memory of 10 minutes, read by `demo` as by a "
+        f"model that may use all of its context, as fast as it goes: {seconds:.0f} s. *own*: memory of the process that is not "
+        "mapped from files.",
         "",
         "| time | tokens | windows, of them thinned | back to | own | first token |",
         "|--:|--:|--:|--:|--:|--:|",

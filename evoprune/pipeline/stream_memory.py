@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import floor
 
 import torch
 
@@ -16,6 +15,7 @@ from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.types import Tokens
 from evoprune.video.info import VIDEO
+from evoprune.video.sampling import SamplingPlan
 from evoprune.vision.encoded import Encoded, EncodedRows
 
 
@@ -70,8 +70,8 @@ def columns_of(
     loaded: LoadedModel,
     encoded: Encoded,
     order: torch.Tensor,
-    span: tuple[float, float],
-    pairs_s: Sequence[float],
+    span: SamplingPlan,
+    at: Sequence[int],
     times: Sequence[str],
     following: int,
 ) -> Unread:
@@ -79,10 +79,9 @@ def columns_of(
 
     Args:
         order: int64 `[K]`, from `staying_order`.
-        span: of the window, in seconds; `pairs_s`: seconds from the beginning of the stream to each frame pair, counted in frame
-            pairs where the model counts them.
-        times: what it reads in front of each frame pair; none where it reads no times.
-        following: the first position after the window before, which counts where there are times.
+        span: of the window; `at`: position in time of each frame pair, counted from the beginning of the stream.
+        times: what the model reads in front of each frame pair; none where it reads no times.
+        following: the first position after the window before, which counts in place of `at` where there are times.
     """
     (grid,), specials = encoded.grids, loaded.tokenizer.specials()
     start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS[VIDEO][1], MARKERS[1]))
@@ -97,8 +96,7 @@ def columns_of(
     if times:
         positions = prompt_positions(len(ids), place.spans(grid, 1.0), None) + following
     else:
-        step = loaded.model.config.vision_config.tokens_per_second or 1.0
-        time = torch.tensor([floor(each * step) for each in pairs_s], dtype=torch.int64, device="cpu")
+        time = torch.tensor(at, dtype=torch.int64, device="cpu")
         inside = torch.meshgrid(time, *(ascending(side, "cpu") for side in grid[1:]), indexing="ij")
         positions = torch.stack(inside).flatten(1)
     read = [Visual(place, encoded.features, encoded.kept_here, encoded.size, encoded.deepstack)]
@@ -108,7 +106,7 @@ def columns_of(
     for run, tokens in zip(around, runs, strict=True):
         least = stays[run.start : run.stop].min()
         stays[run.start : tokens.start] = stays[tokens.stop : run.stop] = least
-    window = Window(*span, int(positions[0, 0]), len(order), stays[columns], visual[columns])
+    window = Window(span.start_s, span.end_s, int(positions[0, 0]), len(order), stays[columns], visual[columns])
     last, sizes = positions.amax(1, keepdim=True), column_sizes(read, columns)
     return Unread(window, embeds, positions[:, columns], last, sizes, column_deepstack(read, columns, embeds))
 

@@ -37,16 +37,13 @@ POLL_S = 0.05  # how often a file is asked whether it has grown
 
 
 class LiveReader:
-    """One connection to a source.
+    """One connection to a source. `facts`: "finite", whether it has an end of its own; "codec" and "container".
 
     Args:
         source: a URL of `PROTOCOLS`, a path, or a camera's device; None for the pipe `descriptor`, which is closed at the end.
         name: of the source, for messages.
         timeout_s: how long it may be silent.
         follow: whether a file may grow: at its end it has so long to do so.
-
-    Attributes:
-        facts: "finite", whether the source has an end of its own; "codec" and "container".
 
     Raises VideoError: no such source, none that can be read, or one that wants a password.
     """
@@ -81,14 +78,13 @@ class LiveReader:
             if time_s >= after_s - ffmpeg.TOLERANCE_S:
                 turn = orientation(frame)
                 width, height = turned_size((frame.width, frame.height), turn[0])
-                self._held = frame, width, height, turn
+                self._held = frame, width, height, *turn
                 return {"time_s": time_s, "height": height, "width": width}
         return None
 
     def fill(self, frames: np.ndarray) -> None:
         """Writes the frame that `next` found into uint8 `[1, H, W, 3]`."""
-        frame, width, height, turn = self._held
-        frames[0] = to_rgb(frame, width, height, *turn, self._reformatter)
+        frames[0] = to_rgb(*self._held, self._reformatter)
 
     def close(self) -> None:
         """Ends the connection."""
@@ -96,12 +92,12 @@ class LiveReader:
 
     def _opened(self, descriptor: int | None) -> InputContainer:
         limits, path = {"max_pixels": str(ffmpeg.MAX_PIXELS), "analyzeduration": str(PROBED_US)}, self._source
+        camera = "v4l2" if path and not self._scheme and stat.S_ISCHR(os.stat(path).st_mode) else None
         if self._scheme:
             limits |= {"protocol_whitelist": PROTOCOLS[self._scheme], "rtsp_flags": "prefer_tcp"}
             limits["format_whitelist"] = FORMATS + PLAYLISTS.get(self._scheme, "")
-            return av.open(path, options=limits, timeout=self._timeout_s, metadata_errors="replace")
-        if path and stat.S_ISCHR(os.stat(path).st_mode):
-            return av.open(path, format="v4l2", options=limits, timeout=self._timeout_s, metadata_errors="replace")
+        if self._scheme or camera:
+            return av.open(path, format=camera, options=limits, timeout=self._timeout_s, metadata_errors="replace")
         limits |= {"protocol_whitelist": "none", "format_whitelist": FORMATS}
         end = time.monotonic() + self._timeout_s
         while True:
