@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.stream_memory import targets
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.frames import read_frames
+from experiments.demo import batches, scenes_batches
 from tests.tiny import save_tiny
 
 CLIP = "samples/square.mp4"
@@ -229,6 +231,14 @@ def test_qwen3_reads_a_moved_window_as_the_first_one(qwen3):
             visual = memory.windows[0].visual.nonzero()[:, 0] + stream._head
             keys.append(memory.cache._layers[0][0][0, :, visual])
     torch.testing.assert_close(*keys, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "pairs"), [("demo", batches, "LENGTHS"), ("demo-scenes", scenes_batches, "PAIRS")]
+)
+def test_the_range_of_a_bundled_model_is_its_longest_clip_of_training(name, module, pairs):
+    seconds = max(count for count, _ in getattr(module, pairs)) * max(module.PACES)
+    assert DEMOS[name].span == 2 * seconds  # two positions a second
 
 
 def test_a_bundled_model_forgets_what_is_further_away_than_its_longest_clip():
