@@ -59,11 +59,9 @@ class LiveReader:
             self._open.callback(os.close, descriptor)
         try:
             self._container = self._open.enter_context(self._opened(descriptor))
-            stream = self._stream = ffmpeg.video_stream(self._container, name, threads=True)
-        except VideoError:
-            raise
         except (av.error.FFmpegError, OSError, ValueError) as problem:
             raise self._error(problem) from problem
+        stream = self._stream = ffmpeg.video_stream(self._container, name, threads=True)
         known = self._scheme and ((self._container.duration or 0) > 0 or self._container.size > 0)
         codec, container = stream.codec_context.codec.canonical_name, self._container.format.name
         self.facts = {"finite": bool(known), "codec": codec, "container": container}
@@ -121,9 +119,8 @@ class LiveReader:
         for number, frame in enumerate(self._decoded()):
             stamp, now = ffmpeg.frame_time(frame, stream), time.monotonic()
             passed = step if stamp is None or before is None else stamp - before
-            if not 0 <= passed <= longest:
-                passed = max(step, now - arrived)
-            time_s += passed if number else 0.0
+            if number:
+                time_s += passed if 0 <= passed <= longest else max(step, now - arrived)
             before, arrived = stamp, now
             yield time_s, frame
 
@@ -169,7 +166,6 @@ class LiveReader:
 
 
 GARBAGE = "does it play elsewhere? Formats are those of files, and of playlists over http"
-
 PIPED = "does the command before it fail? A pipe carries MPEG-TS or Matroska, an MP4 only in fragments"
 
 
