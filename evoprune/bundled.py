@@ -12,16 +12,17 @@ WORLDS, SPLITS, BOTH = tuple(SPLITS_OF), SPLITS_OF["shapes"], "both"
 
 @dataclass(frozen=True)
 class Demo:
-    """A demo model: its folder, the world whose clips it knows, and the most inputs that a prompt of its training had."""
+    """A demo model: its folder, and the world whose clips it knows."""
 
     folder: Path
     world: str
-    inputs: int
+    inputs: int  # the most that a prompt of its training had
+    span: int  # positions in time of the longest clip of its training: two a second
 
 
 DEMOS = {
-    "demo": Demo(_DEMO / "weights", "shapes", inputs=1),
-    "demo-scenes": Demo(_DEMO / "weights_scenes", "scenes", inputs=2),
+    "demo": Demo(_DEMO / "weights", "shapes", inputs=1, span=48),
+    "demo-scenes": Demo(_DEMO / "weights_scenes", "scenes", inputs=2, span=64),
 }
 
 

@@ -6,7 +6,8 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import floor
@@ -134,9 +135,9 @@ def _run(request: Request, source: LiveSource, options: PipelineOptions) -> int:
     """Loads the model, and asks until the source or the questions end."""
     flags = request.json, request.stats, request.verbose, request.quiet
     output = Output.of(*flags, interactive=request.prompt, several=len(request.asked) > 1)
-    talk, quiet = Conversation([source.name], output), request.quiet
+    talk = Conversation([source.name], output)
     try:
-        with progress(not quiet) as show:
+        with progress(not request.quiet) as show:
             check_libraries()
             with without_collections():
                 from evoprune.pipeline.live import LiveFeed
@@ -144,24 +145,22 @@ def _run(request: Request, source: LiveSource, options: PipelineOptions) -> int:
 
             show("loading model")
             qa = VideoQA.load(loading=options.model, pruning=options.pruning, progress=partial(show, "quantizing"))
-        if not quiet:
+        if not request.quiet:
             note_tuning(qa.engine)
             note_bits(qa.engine)
         sampling, system = options.sampling, options.generation.system
         limits = {"fps": sampling.fps, "max_visual_tokens": sampling.max_visual_tokens}
         stream = qa.stream(options=options.stream, system=system, name=source.name, **limits)
         with LiveFeed(stream, source, options.stream.window_s) as feed:
-            begin = partial(talk.begin, stream, options.generation, None)
-            session = _Session(request, talk, begin, stream, feed, qa.engine.loaded.device)
-            with progress(not quiet) as show:
+            session = _Session(request, talk, stream, feed, qa.engine.loaded.device)
+            with progress(not request.quiet) as show:
                 show("waiting for a frame")
                 while not feed.begun.wait(TICK_S):
                     pass
-            if feed.problem:
-                raise feed.problem
+            feed.check()
+            session.begin = partial(talk.begin, stream, options.generation, None)
             code = session.converse() if request.prompt else session.serve()
-            if feed.problem:
-                raise feed.problem
+            feed.check()
             return code
     except BaseException as problem:
         if not talk.answered:
@@ -172,34 +171,43 @@ def _run(request: Request, source: LiveSource, options: PipelineOptions) -> int:
 class _Session:
     """A stream that is asked about while it is fed."""
 
-    def __init__(self, request: Request, talk: Conversation, begin: Callable[[], None], stream, feed, device: str):
-        self._request, self._talk, self._stream, self._feed = request, talk, stream, feed
-        self._begin: Callable[[], None] | None = begin  # with the first question: until then a window may fill
-        self._status = _Status(stream, feed, device, not request.quiet)
+    def __init__(self, request: Request, talk: Conversation, stream, feed, device: str):
+        self._request, self._talk, self._stream, self._feed, self._device = request, talk, stream, feed, device
+        self.begin: Callable[[], None] | None = None  # with the first question: until then a window may fill
         self._next_s, self._asked_s, self._skips, self._failed = request.every_s, -1.0, False, 0
+        self._status = not request.quiet and sys.stderr.isatty()
+        self._latest, self._there = 0.0, False  # when the status line was written; whether it stands there
 
     def converse(self) -> int:
         """Questions from the terminal, until q or Ctrl-C. The end of the source does not end it."""
         self._request.speak("Ask about what was seen. /help for help; q, Ctrl-D or Ctrl-C to end.")
-        for question in self._status.above(typed(twice=False)):
+        questions = typed(twice=False)
+        while True:
+            if self._status:
+                note(self._state())
+            if (question := next(questions, None)) is None:
+                return 0
             self._answer(question, typed=True)
-        return 0
 
     def serve(self) -> int:
         """The questions of the command line and of the pipe, until the source ends, or nobody can ask any more."""
         lines = _lines(self._request.questions) if self._request.questions is not None else None
         while True:
             ended = self._feed.ended.wait(TICK_S)
-            self._say_what_is_skipped()
-            self._status.line()
+            if (self._feed.backlog.stride > 1) != self._skips:
+                self._skips = not self._skips
+                self._clear()
+                more = "too slow for all frames: some are skipped, evenly"
+                self._request.speak(more if self._skips else "no frames are skipped any more")
+            self._show()
             self._ask_what_is_due(ended)
-            while lines and (line := _next(lines)) is not None:
-                if line is END:
+            while lines and not lines.empty():
+                if (line := lines.get()) is None:
                     lines = None
-                    break
-                self._ask_line(line)
+                else:
+                    self._ask_line(line)
             if ended or not (lines or self._request.asked):
-                self._status.clear()
+                self._clear()
                 return SOME_FAILED if self._failed else 0
 
     def _ask_what_is_due(self, ended: bool) -> None:
@@ -211,140 +219,72 @@ class _Session:
         if due or (ended and now_s > self._asked_s):
             self._asked_s = now_s
             for question in self._request.asked:
-                self._ask(question)
+                self._answer(question)
 
     def _ask_line(self, line: bytes) -> None:
         """A question of the pipe; one that is none has a record, and does not end anything."""
         try:
             fields = jsonlib.loads(line)
-            asked = fields.get("question") if isinstance(fields, dict) else None
+            asked, identity = (fields.get(name) if isinstance(fields, dict) else None for name in ("question", "id"))
             if not isinstance(asked, str) or not asked.strip():
                 raise ValueError('no "question"')
-            identity = fields.get("id")
         except (ValueError, RecursionError) as problem:
             wrong = UsageError(f"a line of --questions is no question: {problem}", '{"question": "What happens?"}')
             self._failed += 1
-            self._status.clear()
-            self._talk.break_off(wrong, [line.decode(errors="replace")])
+            self._clear()
+            self._talk.break_off(wrong, [line.decode(errors="replace").rstrip("\n")])
             print_error(wrong.message, wrong.hint)
-            return
-        self._ask(asked, None if identity is None else str(identity))
+        else:
+            self._answer(asked, identity=None if identity is None else str(identity))
 
-    def _ask(self, question: str, identity: str | None = None) -> None:
-        self._status.clear()
-        if not self._answer(question, identity=identity):
-            self._failed += 1
+    def _answer(self, question: str, **how) -> None:
+        self._clear()
+        if self.begin:
+            self.begin()
+            self.begin = None
+        self._failed += not answer(self._talk, question, **how)
 
-    def _answer(self, question: str, **how) -> bool:
-        if self._begin:
-            self._begin()
-            self._begin = None
-        return answer(self._talk, question, **how)
-
-    def _say_what_is_skipped(self) -> None:
-        skips = self._feed.stride > 1
-        if skips != self._skips:
-            self._skips = skips
-            self._status.clear()
-            self._request.speak(
-                "too slow for all frames: some are skipped, evenly" if skips else "no frames are skipped any more"
-            )
-
-
-class _Status:
-    """The status line: on stderr, only where that is a terminal."""
-
-    def __init__(self, stream, feed, device: str, wanted: bool):
-        self._stream, self._feed, self._device = stream, feed, device
-        self._active, self._latest, self._there = wanted and sys.stderr.isatty(), 0.0, False
-
-    def line(self) -> None:
-        """Writes it anew, now and then, over the one before."""
-        import time
-
-        if self._active and time.monotonic() - self._latest >= STATUS_S:
+    def _show(self) -> None:
+        """Writes the status line anew, now and then, over the one before."""
+        if self._status and time.monotonic() - self._latest >= STATUS_S:
             self._latest, self._there = time.monotonic(), True
-            self._write(f"\r{self._text()}\x1b[K")
+            _write(f"\r{self._state()}\x1b[K")
 
-    def clear(self) -> None:
+    def _clear(self) -> None:
         if self._there:
             self._there = False
-            self._write("\r\x1b[K")
+            _write("\r\x1b[K")
 
-    def above(self, questions: Iterator[str]) -> Iterator[str]:
-        """Questions that are typed; meanwhile it stands above the prompt, and is written anew while the line is empty."""
-        done = threading.Event()
-        while True:
-            if self._active:
-                note(self._text())
-            done.clear()
-            updating = threading.Thread(target=self._update, args=(done,), daemon=True)
-            updating.start()
-            try:
-                question = next(questions, None)
-            finally:
-                done.set()
-                updating.join()
-            if question is None:
-                return
-            yield question
-
-    def _update(self, done: threading.Event) -> None:
-        with contextlib.suppress(ImportError):
-            import readline
-
-            while self._active and not done.wait(STATUS_S):
-                if not readline.get_line_buffer():
-                    self._write(f"\x1b7\x1b[1A\r{self._text()}\x1b[K\x1b8")
-
-    def _text(self) -> str:
+    def _state(self) -> str:
         from evoprune.model.machine import memory_in_use
 
-        seen, feed = self._stream.seen, self._feed
-        found = memory_in_use(self._device)[0]
-        skipped = f", {feed.skipped:,} skipped" if feed.skipped else ""
-        skipped += f" (now {100 - 100 / feed.stride:.0f}%)" if feed.stride > 1 else ""
-        state = "failed" if feed.problem else "ended" if feed.ended.is_set() else f"lag {feed.lag_s:.1f} s"
+        seen, feed, backlog = self._stream.seen, self._feed, self._feed.backlog
+        skipped = f", {backlog.skipped:,} skipped" if backlog.skipped else ""
+        skipped += f" (now {100 - 100 / backlog.stride:.0f}%)" if backlog.stride > 1 else ""
+        state = "failed" if feed.problem else "ended" if feed.ended.is_set() else f"lag {backlog.lag_s:.1f} s"
         held = f"{clock(seen.end_s)} seen, {counted(seen.frames, 'frame')}" if seen else "the first window fills"
         tokens = f", {seen.tokens:,} tokens" if seen else ""
-        return printable(f"{held}{skipped}; {state}{tokens}, {size(found)}")[: columns() - 1]
-
-    def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
-            sys.stderr.flush()
+        return printable(f"{held}{skipped}; {state}{tokens}, {size(memory_in_use(self._device)[0])}")[: columns() - 1]
 
 
-END = object()
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
-def _lines(path: str) -> "queue.SimpleQueue[bytes | object]":
-    """Lines of a pipe as they come, and END; read by a thread that holds no lock of Python's streams."""
-    found: queue.SimpleQueue[bytes | object] = queue.SimpleQueue()
+def _lines(path: str) -> "queue.SimpleQueue[bytes | None]":
+    """Lines of a pipe as they come, none of them empty, then None; read by a thread that holds no lock of Python's streams."""
     if path != STDIN and not os.path.exists(path):
         raise UsageError(f"no such file: {path}", "--questions - reads stdin")
+    found: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def read() -> None:
-        rest = b""
-        with contextlib.suppress(OSError):
-            descriptor = sys.stdin.fileno() if path == STDIN else os.open(path, os.O_RDONLY)
-            while content := os.read(descriptor, 2**16):
-                *whole, rest = (rest + content).split(b"\n")
-                for line in [*whole, *([rest] if len(rest) > LONGEST_LINE else [])]:
-                    found.put(line)
-                rest = b"" if len(rest) > LONGEST_LINE else rest
-        found.put(rest)
-        found.put(END)
+        typed = path == STDIN
+        with contextlib.suppress(OSError), open(sys.stdin.fileno() if typed else path, "rb", closefd=not typed) as file:
+            for line in filter(bytes.strip, iter(partial(file.readline, LONGEST_LINE), b"")):
+                found.put(line)
+        found.put(None)
 
     threading.Thread(target=read, daemon=True).start()
     return found
-
-
-def _next(lines: "queue.SimpleQueue[bytes | object]") -> bytes | object | None:
-    """The next line that is not empty; None where none has come."""
-    with contextlib.suppress(queue.Empty):
-        while True:
-            line = lines.get_nowait()
-            if line is END or line.strip():
-                return line
-    return None

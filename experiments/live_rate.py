@@ -73,7 +73,7 @@ def run(qa: VideoQA, source: Paced, window_s: float, fps: float, every_s: float 
     with LiveFeed(stream, source, window_s) as feed:
         feed.begun.wait()
         while not feed.ended.wait(0.1):
-            lags.append(feed.lag_s)
+            lags.append(feed.backlog.lag_s)
             if every_s and time.monotonic() - asked_at >= every_s and stream.seen:
                 asked_at = time.monotonic()
                 usual = max(lags[-round(10 * window_s) :])
@@ -84,12 +84,11 @@ def run(qa: VideoQA, source: Paced, window_s: float, fps: float, every_s: float 
                 for _ in answer:
                     pass
                 answered = time.monotonic()
-                while feed.lag_s > usual + 0.5 and not feed.ended.wait(0.1):
+                while feed.backlog.lag_s > usual + 0.5 and not feed.ended.wait(0.1):
                     pass
                 recoveries.append(time.monotonic() - answered)
-        seconds, looked, skipped = time.monotonic() - begun, stream.seen.frames, feed.skipped
-        if feed.problem:
-            raise feed.problem
+        seconds, looked, skipped = time.monotonic() - begun, stream.seen.frames, feed.backlog.skipped
+        feed.check()
     facts = {"rate": looked / seconds, "looked": looked, "skipped": skipped, "lag": max(lags), "waits": waits}
     return facts | {"own": own, "recoveries": recoveries}
 

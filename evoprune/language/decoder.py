@@ -78,10 +78,9 @@ class KVCache:
         self.sizes = [sized.get(id(sizes)) for sizes in self.sizes]
         self.length, self.lengths = count, [count] * len(self.lengths)
 
-    def move(self, config, columns: slice, time: int) -> None:
-        """Moves some columns in time by so many positions: their keys are rotated further, values have no position."""
-        count = len(range(*columns.indices(self.length)))
-        by = torch.tensor([[time], [0], [0]], dtype=torch.int64, device="cpu").expand(3, count)
+    def move(self, config, columns: slice, by: torch.Tensor) -> None:
+        """Moves some columns by so many positions, int64 `[3, 1]`: their keys are rotated further, values have no position."""
+        by = by.expand(3, len(range(*columns.indices(self.length))))
         for keys, _ in self._layers:
             turned = rotate(
                 keys[0, :, columns].transpose(0, 1).float(), *rotation(config, by, keys.new_empty(0).float())

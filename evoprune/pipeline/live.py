@@ -13,23 +13,19 @@ FPS = 2.0  # until the first frame tells the stream's rate
 
 
 class LiveFeed:
-    """Frames of a source go to a stream until the source ends, or the feed is closed, best by `with`.
-
-    Args:
-        stream: is fed, and told how far it is behind and what was skipped.
-        source: is closed with the feed.
-        window_s: of the stream.
+    """Frames of a source go to a stream until the source ends, or the feed is closed, best by `with`: then both are closed.
 
     Attributes:
+        backlog: frames between the two.
         begun: set once a frame was fed, or none will be. `ended`: set once all of the source is encoded, or reading it failed.
         problem: why it failed; None where it did not.
     """
 
     def __init__(self, stream: VideoStream, source: LiveSource, window_s: float):
+        self.backlog = Backlog(window_s, 1 / FPS)
         self.begun, self.ended = threading.Event(), threading.Event()
         self.problem: BaseException | None = None
         self._stream, self._source, self._closing = stream, source, False
-        self._backlog = Backlog(window_s, 1 / FPS)
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._read, self._encode)]
         for thread in self._threads:
             thread.start()
@@ -38,44 +34,29 @@ class LiveFeed:
         return self
 
     def __exit__(self, *problem) -> None:
-        self.close()
-
-    @property
-    def stride(self) -> float:
-        """Of so many frames that are due, one is looked at."""
-        return self._backlog.stride
-
-    @property
-    def skipped(self) -> int:
-        """Frames that were due, and are not looked at."""
-        return self._backlog.skipped
-
-    @property
-    def lag_s(self) -> float:
-        """How far the latest frame is behind its source."""
-        return self._backlog.lag_s
-
-    def close(self) -> None:
-        """Ends reading and encoding, and closes the stream."""
         self._closing = True
         self._source.close()
-        self._backlog.end()
-        self._backlog.clear()
+        self.backlog.end(drop=True)
         self._stream.close()
         for thread in self._threads:
             thread.join(END_S)
 
+    def check(self) -> None:
+        """Raises why reading or encoding failed."""
+        if self.problem:
+            raise self.problem
+
     def _read(self) -> None:
         try:
-            with closing(self._source.frames(self._backlog.due)) as frames:
+            with closing(self._source.frames(self.backlog.due)) as frames:
                 for time_s, frame in frames:
-                    self._backlog.put(time_s, self._stream.scaled(frame))
+                    self.backlog.put(time_s, self._stream.scaled(frame))
         except BaseException as problem:  # is raised by whoever asks
             self.problem = self.problem or problem
-        self._backlog.end()
+        self.backlog.end()
 
     def _encode(self) -> None:
-        stream, backlog = self._stream, self._backlog
+        stream, backlog = self._stream, self.backlog
         try:
             while (found := backlog.take(PATIENCE_S)) or not backlog.ended:
                 stream.skipped, stream.lag_s = backlog.skipped, backlog.lag_s

@@ -4,12 +4,10 @@ Frames are collected in windows of time. A finished window is encoded as a short
 at once, so that a question costs its own text. Its columns are cut off again when the answer has ended. For the model all windows
 are one video: a token has the position of its frame pair by Qwen's rule, counted from the first frame of the stream.
 
-The newest half of the memory is whole. Beyond it windows are thinned by the measure by which their tokens were selected
-(stream_memory.py). What is left keeps its position. Positions grow with time. Before they leave the model's context, keys are
-rotated back so that the oldest token that is left is at the beginning of the video. Distances stay what they were.
+The newest half of the memory is whole, windows before it are thinned (stream_memory.py). What is left keeps its position. Before
+positions leave the range that the model knows, keys are rotated back, so that the video begins at the oldest window that is left.
 
-Each window is encoded from its first frame pair on without what was encoded before: a selection covers a window, and can only keep
-rows of its own.
+Each window is encoded without what was encoded before: a selection covers a window, and can only keep rows of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +21,7 @@ import torch
 
 from evoprune.errors import UsageError, names_plugins
 from evoprune.language.generate import PrefillState, embed_ids, prefill
-from evoprune.language.prompt import Prompt, build_prompt
+from evoprune.language.prompt import build_prompt, timestamps
 from evoprune.model.cost import Clock
 from evoprune.pipeline.answering import Askable
 from evoprune.pipeline.encoding import Encoding, PatchReader, encode_input
@@ -32,7 +30,7 @@ from evoprune.pipeline.fill_report import fill_times, inputs_report
 from evoprune.pipeline.options import GenerationOptions, SamplingOptions, StreamOptions
 from evoprune.pipeline.planning import CHUNK_BYTES, plan_input
 from evoprune.pipeline.prompting import check_context, check_memory, check_question
-from evoprune.pipeline.stream_memory import Seen, StreamMemory, Window, staying_order
+from evoprune.pipeline.stream_memory import Seen, StreamMemory, Unread, columns_of, staying_order
 from evoprune.pipeline.turns import Turns
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.indices import ascending
@@ -60,9 +58,7 @@ class VideoStream(Askable):
 
     One thread feeds frames, others may ask meanwhile: the encoder waits while a question is read, and goes on layer by layer while
     the answer is generated. A window that is finished during an answer, or interrupted by a question, is read after it.
-
-    Attributes:
-        skipped, lag_s: what `seen` says of the source; whatever feeds the frames sets them.
+    `skipped` and `lag_s` are what `seen` says of the source; whatever feeds the frames sets them.
 
     Raises UsageError: the method reads the question, changes the input, or acts inside the language model.
     """
@@ -70,7 +66,7 @@ class VideoStream(Askable):
     OVERTAKEN = "another question was asked meanwhile, or the stream went on for too long"
 
     def __init__(
-        self, engine: Engine, options: "StreamOptions", sampling: "SamplingOptions", system: str | None, name: str
+        self, engine: Engine, options: StreamOptions, sampling: SamplingOptions, system: str | None, name: str
     ):
         super().__init__(engine)
         self._lock, method = Turns(), engine.method
@@ -78,20 +74,19 @@ class VideoStream(Askable):
             hint = "take one that acts inside the encoder or selects tokens without the question, such as evoprune"
             raise UsageError(f"method {engine.options.method} cannot prune a stream", hint)
         self._options, self._sampling, self._system, self._name = options, sampling, system, name
-        self._paid = True  # encoding is no question's
-        self._feeding = RLock()
+        self._paid, self._feeding = True, RLock()  # encoding is no question's
         self.skipped, self.lag_s = 0, None
         self._plan: Plan | None = None
-        self._slots: list[int] = []
-        self._frames: list[np.ndarray] = []
+        self._slots, self._frames = [], []
         self._origin_s = self._last_s = 0.0
         self._memory: StreamMemory | None = None
-        self._waiting: list[tuple[Window, Encoding, torch.Tensor]] = []
+        self._waiting: list[Unread] = []
+        self._following = 0  # position after the latest window, counted from the beginning of the stream
         self._latest: Encoding | None = None
         self._count = self._done = 0  # frames that were looked at; the slot after the last finished window
         self._open: int | None = None  # the number of the answer that is being read
         self._problem: str | None = None
-        self._head = self._prompt("?").places[0].runs[0].start
+        self._head = len(self._around("?")[0])
 
     def __enter__(self) -> "VideoStream":
         return self
@@ -183,10 +178,21 @@ class VideoStream(Askable):
 
     def _begin(self, frame: np.ndarray, time_s: float) -> None:
         """Plans a window as a video of its length, and checks the memory."""
-        height, width, _ = frame.shape
-        window_s = self._options.window_s
-        info = Video(self._name, window_s, width, height, 0, "raw", None, "stream", None, None, None, 0.0, {})
-        self._plan = plan_input(self._engine, info, self._sampling, self._name)
+        facts = (
+            self._options.window_s,
+            frame.shape[1],
+            frame.shape[0],
+            0,
+            "raw",
+            None,
+            "stream",
+            None,
+            None,
+            None,
+            0.0,
+            {},
+        )
+        self._plan = plan_input(self._engine, Video(self._name, *facts), self._sampling, self._name)
         self._origin_s = self._last_s = time_s
         if self._limit < 2 * self._plan.encoder.keep:
             problem = f"a memory of {self._limit:,} tokens is less than two windows of {self._plan.encoder.keep:,}"
@@ -197,11 +203,12 @@ class VideoStream(Askable):
         """The largest number of visual tokens that are held."""
         most, options = self._plan.encoder.keep, self._options
         wanted = options.memory_tokens or floor(options.memory_s / options.window_s * most)
-        return min(wanted, floor(ROOM * self._context))
+        return min(wanted, self._room)
 
     @property
-    def _context(self) -> int:
-        return self._engine.loaded.model.config.text_config.max_position_embeddings or CONTEXT
+    def _room(self) -> int:
+        """Positions, and tokens, that a video may take by the model's context."""
+        return floor(ROOM * (self._engine.loaded.model.config.text_config.max_position_embeddings or CONTEXT))
 
     @names_plugins()
     def _finish(self, end: int) -> None:
@@ -213,12 +220,15 @@ class VideoStream(Askable):
             slots, frames = [*slots, slots[-1]], [*frames, frames[-1]]
         plan = self._window_plan(slots, first, end)
         encoding, order = self._encode(plan, np.stack(frames))
-        positions = self._positions(slots[::2], plan.grid)
-        start_s, end_s = plan.sampling.start_s, plan.sampling.end_s
-        window = Window(start_s, end_s, int(positions[0, 0]), order, len(order))
+        config = self._engine.loaded.model.config.vision_config
+        times = timestamps([(slot + 0.5) * self.step_s for slot in slots]) if config.traits.timestamps else []
+        step = 2 * self.step_s * config.tokens_per_second if config.tokens_per_second else 1.0
+        at = [floor(slot / 2 * step) for slot in slots[::2]]
+        unread = columns_of(self._engine.loaded, encoding.tokens, order, plan.sampling, at, times, self._following)
+        self._following = int(unread.last.max()) + 1
         with self._lock.lock:
             self._check_open()
-            self._waiting.append((window, encoding, positions))
+            self._waiting.append(unread)
             self._latest = encoding
             if self._open is not None and len(self._waiting) > WAITING:
                 self._turn, self._open, self._lock.generating = self._turn + 1, None, False
@@ -227,16 +237,13 @@ class VideoStream(Askable):
 
     def _window_plan(self, slots: Sequence[int], first: int, end: int) -> Plan:
         """The plan of a window from slot `first` to `end`, with the tokens that are due to this span, however many frames came."""
-        base = self._plan
-        _, height, width = base.grid
-        grid, due = (len(slots) // 2, height, width), -(-(end - first) // 2)
-        keep = min(prod(grid), keep_count(self._engine.share, due * height * width))
-        encoder = self._engine.method.plan(tower_shape(self._engine.loaded.model.model.visual), grid, keep)
-        times = tuple(self._origin_s + slot * self.step_s for slot in slots)
-        span = (self._origin_s + first * self.step_s, self._origin_s + end * self.step_s)
-        return replace(
-            base, sampling=SamplingPlan(*span, times, base.sampling.wanted), grid=grid, encoder=encoder, unshrunk=None
-        )
+        base, engine = self._plan, self._engine
+        grid, due = (len(slots) // 2, *base.grid[1:]), -(-(end - first) // 2)
+        keep = min(prod(grid), keep_count(engine.share, due * prod(grid[1:])))
+        encoder = engine.method.plan(tower_shape(engine.loaded.model.model.visual), grid, keep)
+        start_s, end_s, *times = (self._origin_s + slot * self.step_s for slot in (first, end, *slots))
+        sampling = SamplingPlan(start_s, end_s, tuple(times), base.sampling.wanted)
+        return replace(base, sampling=sampling, grid=grid, encoder=encoder, unshrunk=None)
 
     def _encode(self, plan: Plan, frames: np.ndarray) -> tuple[Encoding, torch.Tensor]:
         """A window, encoded as a file is, and the order in which its tokens stay."""
@@ -253,30 +260,18 @@ class VideoStream(Askable):
         reader, start = PatchReader(plan, limits, clock, CHUNK_BYTES, read, threaded=False), clock.now()
         rows, seconds = encode_input(engine, plan, reader, rows_of=partial(encode_rows, pause=pause), select=False)
         tokens = select_tokens(rows)
-        order = staying_order(rows, tokens)
-        return Encoding(plan, tokens, None, seconds, clock.now() - start), order
-
-    def _positions(self, firsts: Sequence[int], grid: tuple[int, int, int]) -> torch.Tensor:
-        """int64 `[3, T * H * W]`: the positions of a window's units, counted from the first frame of the stream.
-
-        `firsts`: the slot of the first frame of each frame pair.
-        """
-        per_second = self._engine.loaded.model.config.vision_config.tokens_per_second
-        step = 1.0 if per_second is None else 2 * self.step_s * per_second
-        time = torch.tensor([floor(slot / 2 * step) for slot in firsts], dtype=torch.int64, device="cpu")
-        places = torch.meshgrid(time, ascending(grid[1], "cpu"), ascending(grid[2], "cpu"), indexing="ij")
-        return torch.stack(places).flatten(1)
+        return Encoding(plan, tokens, None, seconds, clock.now() - start), staying_order(rows, tokens)
 
     def _read_waiting(self, polite: bool = False) -> None:
         """Reads the windows that wait; with `polite`, none that a question would have to wait for."""
         if self._memory is None:
-            model, ids = self._engine.loaded.model, self._prompt("?").input_ids[: self._head]
-            self._memory = StreamMemory(model, ids, self._limit, self._plan.encoder.keep, floor(ROOM * self._context))
-        self._memory.cut_off()
+            loaded, head = self._engine.loaded, self._around("?")[0]
+            room = loaded.demo.span if loaded.demo else self._room
+            self._memory = StreamMemory(loaded.model, head, self._limit, self._plan.encoder.keep, room)
+        self._memory.cache.crop(self._memory.columns)
         while self._waiting:
-            window, encoding, positions = self._waiting[0]
             try:
-                self._memory.read(window, encoding.tokens, positions, self._give_way if polite else lambda: None)
+                self._memory.read(self._waiting[0], self._give_way if polite else lambda: None)
             except _Overtaken:
                 return
             except BaseException:  # also Ctrl-C: the cache may be half changed
@@ -292,8 +287,13 @@ class VideoStream(Askable):
         if self._problem:
             raise UsageError(self._problem, "begin another one: VideoQA.stream()")
 
-    def _prompt(self, question: str) -> Prompt:
-        return build_prompt(self._engine.loaded.tokenizer, question, [(VIDEO, 1)], system=self._system)
+    def _around(self, question: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64: the ids of a prompt before the video and after it."""
+        loaded = self._engine.loaded
+        times = [[""]] if loaded.model.config.vision_config.traits.timestamps else ()  # markers go with the frame pairs
+        prompt = build_prompt(loaded.tokenizer, question, [(VIDEO, 1)], system=self._system, times=times)
+        (video,) = prompt.places[0].around or prompt.places[0].runs
+        return prompt.input_ids[: video.start], prompt.input_ids[video.stop :]
 
     def _blank_report(self) -> Report:
         self._check_open()
@@ -322,16 +322,15 @@ class VideoStream(Askable):
             raise UsageError("the system prompt was read when the stream began", "give it to VideoQA.stream()")
         loaded = self._engine.loaded
         with clock.stage("prefill"):
-            if free := self._feeding.acquire(
-                blocking=False
-            ):  # else a thread feeds, and reads what waits after the answer
+            if self._feeding.acquire(blocking=False):  # else a thread feeds, and reads what waits after the answer
                 self._feeding.release()
-            if free or self.seen is None:
                 self._read_waiting()
-            self._memory.cut_off()
+            elif self.seen is None:
+                self._read_waiting()
             check_question(loaded, question)
-            ids = self._prompt(question).input_ids[self._head + 1 :]
-            seen, memory, text = self.seen, self._memory, self._head + len(ids)
+            ids, seen, memory = self._around(question)[1], self.seen, self._memory
+            memory.cache.crop(memory.columns)
+            text = memory.columns - seen.tokens + len(ids)
             check_context(loaded, text, seen.tokens, options.max_new_tokens)
             check_memory(self._engine, text, seen.tokens)
             report.tokens, report.stream = TokenCounts(text, seen.tokens, text + seen.tokens, 0), asdict(seen)

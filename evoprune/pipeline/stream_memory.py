@@ -6,54 +6,109 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.language.decoder import KVCache, forward
-from evoprune.language.generate import embed_ids
+from evoprune.language.generate import Visual, column_deepstack, column_sizes, embed_ids, embed_prompt
+from evoprune.language.prompt import CONTENTS, MARKERS, Place, prompt_positions
 from evoprune.methods.evoprune import FarthestPoints
 from evoprune.methods.selecting import select
 from evoprune.model.config import ANSWER_COLUMNS
+from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.types import Tokens
+from evoprune.video.info import VIDEO
+from evoprune.video.sampling import SamplingPlan
 from evoprune.vision.encoded import Encoded, EncodedRows
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What of a stream the next question is about; times are those of the frames, in seconds.
+    """What of a stream the next question is about; times are those of the frames, in seconds."""
 
-    Attributes:
-        start_s, end_s: from the oldest window of which a token is left to the end of the newest.
-        windows, tokens: that are held.
-        frames: that were looked at since the stream began, remembered or not.
-        thinned: windows of which not all tokens are left.
-        skipped: frames of a live source that were due and not looked at, because the machine was too slow.
-        lag_s: of the latest frame behind its source; None where the frames come from somewhere else.
-    """
-
-    start_s: float
+    start_s: float  # of the oldest window of which a token is left
     end_s: float
     windows: int
     tokens: int
-    frames: int
-    thinned: int
-    skipped: int = 0
-    lag_s: float | None = None
+    frames: int  # that were looked at since the stream began, remembered or not
+    thinned: int  # windows of which not all tokens are left
+    skipped: int = 0  # frames of a live source that were due and not looked at, because the machine was too slow
+    lag_s: float | None = None  # of the latest frame behind its source; None where the frames come from somewhere else
 
 
 @dataclass
 class Window:
-    """A window of the stream.
-
-    Attributes:
-        start_s, end_s: its span.
-        time: position in time of its first frame pair, counted from the first frame of the stream.
-        order: int64 `[n]`, of each token that is left its place in the order in which tokens stay, 0 for the last one to go.
-        whole: number of its tokens before any was thinned.
-    """
+    """A window of a stream, of which C columns are left."""
 
     start_s: float
     end_s: float
-    time: int
-    order: torch.Tensor
-    whole: int
+    time: int  # position in time of its first column, counted from the beginning of the stream
+    whole: int  # its tokens before any was thinned
+    order: (
+        torch.Tensor
+    )  # int64 `[C]`: place in the order in which tokens stay, 0 for the last; of text, its frame pair's least
+    visual: torch.Tensor  # bool `[C]`: which columns are tokens
+
+    @property
+    def tokens(self) -> int:
+        return int(self.visual.sum())
+
+
+@dataclass(frozen=True)
+class Unread:
+    """What the language model is to read of a window, as `decoder.forward` takes it.
+
+    `positions`, int64 `[3, C]`, are counted from the beginning of the stream; `last`, int64 `[3, 1]`: the largest unpruned.
+    """
+
+    window: Window
+    embeds: torch.Tensor
+    positions: torch.Tensor
+    last: torch.Tensor
+    sizes: torch.Tensor | None
+    deepstack: torch.Tensor | None
+
+
+def columns_of(
+    loaded: LoadedModel,
+    encoded: Encoded,
+    order: torch.Tensor,
+    span: SamplingPlan,
+    at: Sequence[int],
+    times: Sequence[str],
+    following: int,
+) -> Unread:
+    """The columns of an encoded window.
+
+    Args:
+        order: int64 `[K]`, from `staying_order`.
+        span: of the window; `at`: position in time of each frame pair, counted from the beginning of the stream.
+        times: what the model reads in front of each frame pair; none where it reads no times.
+        following: the first position after the window before, which counts in place of `at` where there are times.
+    """
+    (grid,), specials = encoded.grids, loaded.tokenizer.specials()
+    start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS[VIDEO][1], MARKERS[1]))
+    units, ids, runs, around = grid[1] * grid[2], [], [], []
+    for text in times:
+        before = [*loaded.tokenizer.encode(text), start]
+        runs.append(range(len(ids) + len(before), len(ids) + len(before) + units))
+        around.append(range(len(ids), runs[-1].stop + 1))
+        ids += [*before, *[pad] * units, end]
+    ids = torch.tensor(ids or [pad] * units * grid[0], dtype=torch.int64, device="cpu")
+    place = Place(tuple(runs) or (range(len(ids)),), tuple(around))
+    if times:
+        positions = prompt_positions(len(ids), place.spans(grid, 1.0), None) + following
+    else:
+        time = torch.tensor(at, dtype=torch.int64, device="cpu")
+        inside = torch.meshgrid(time, *(ascending(side, "cpu") for side in grid[1:]), indexing="ij")
+        positions = torch.stack(inside).flatten(1)
+    read = [Visual(place, encoded.features, encoded.kept_here, encoded.size, encoded.deepstack)]
+    embeds, columns = embed_prompt(loaded.model, ids, read)
+    stays, visual = torch.full_like(ids, len(order)), torch.zeros_like(ids, dtype=torch.bool)
+    stays[read[0].columns], visual[read[0].columns] = order, True
+    for run, tokens in zip(around, runs, strict=True):
+        least = stays[run.start : run.stop].min()
+        stays[run.start : tokens.start] = stays[tokens.stop : run.stop] = least
+    window = Window(span.start_s, span.end_s, int(positions[0, 0]), len(order), stays[columns], visual[columns])
+    last, sizes = positions.amax(1, keepdim=True), column_sizes(read, columns)
+    return Unread(window, embeds, positions[:, columns], last, sizes, column_deepstack(read, columns, embeds))
 
 
 class StreamMemory:
@@ -74,7 +129,11 @@ class StreamMemory:
         self.cache, self.windows = KVCache(model, len(ids) + limit + most + ANSWER_COLUMNS), []
         self.following = len(ids)
         self._model, self._head, self._limit, self._room = model, len(ids), limit, room
-        self._moved = 0  # positions in time by which the beginning of the video was moved
+        self._moved = 0  # positions by which the beginning of the video was moved
+        alike = int(
+            model.config.vision_config.traits.timestamps
+        )  # each frame pair has rows and columns behind the text before it
+        self._axes = torch.tensor([[1], [alike], [alike]], dtype=torch.int64, device="cpu")
         forward(model, embed_ids(model, ids), ascending(len(ids), "cpu").expand(3, -1), self.cache)
 
     def seen(self, frames: int, skipped: int, lag_s: float | None) -> Seen | None:
@@ -82,43 +141,46 @@ class StreamMemory:
         windows = list(self.windows)
         if not windows:
             return None
-        tokens = sum(len(window.order) for window in windows)
-        thinned = sum(len(window.order) < window.whole for window in windows)
-        return Seen(windows[0].start_s, windows[-1].end_s, len(windows), tokens, frames, thinned, skipped, lag_s)
+        held = [window.tokens for window in windows]
+        thinned = sum(count < window.whole for count, window in zip(held, windows, strict=True))
+        return Seen(windows[0].start_s, windows[-1].end_s, len(windows), sum(held), frames, thinned, skipped, lag_s)
 
-    def cut_off(self) -> None:
-        """Cuts off the columns of a question and its answer."""
-        self.cache.crop(self._head + sum(len(window.order) for window in self.windows))
+    @property
+    def columns(self) -> int:
+        """Columns up to the end of the video."""
+        return self._head + sum(len(window.order) for window in self.windows)
 
     @torch.inference_mode()
-    def read(self, window: Window, tokens: Encoded, positions: torch.Tensor, pause: Callable[[], None]) -> None:
+    def read(self, unread: Unread, pause: Callable[[], None]) -> None:
         """Reads a window, and thins earlier ones. Whatever ends it early leaves a cache that nothing can be read from.
 
-        Args:
-            positions: int64 `[3, N]`, of all its units, counted from the first frame of the stream.
-            pause: called before every layer of the language model. What it raises leaves the cache as it was.
+        `pause` is called before every layer of the language model. What it raises leaves the cache as it was.
         """
-        self._make_room(int(positions[0, -1]))
-        own = positions.clone()
-        own[0] -= self._moved
-        features = tokens.features.to(self._model.model.language_model.norm.weight.dtype)
-        forward(self._model, features, own[:, tokens.kept.cpu()] + self._head, self.cache, tokens.size, pause=pause)
-        self.following = self._head + int(own.max()) + 1
-        self.windows.append(window)
-        held = [(len(each.order), each.whole) for each in self.windows]
+        self._make_room(unread.window.time, int(unread.last[0]))
+        by = self._head - self._moved * self._axes
+        positions = unread.positions + by
+        forward(
+            self._model, unread.embeds, positions, self.cache, unread.sizes, deepstack=unread.deepstack, pause=pause
+        )
+        self.following = int((unread.last + by).max()) + 1
+        self.windows.append(unread.window)
+        held = [(window.tokens, window.whole) for window in self.windows]
         self._thin(targets(held, self._limit, max(whole for _, whole in held)))
 
-    def _make_room(self, latest: int) -> None:
-        """Moves the beginning of the video to the oldest token that is left, where the position `latest` would be out of range.
+    def _make_room(self, first: int, last: int) -> None:
+        """Moves the beginning of the video to the oldest window that is left, where a window up to `last` would be out of range.
 
-        Windows from so long ago that this is not enough go; they have few tokens, unless the context is small.
+        Windows from so long ago that this is not enough go; they have few tokens, unless the range is short. An eighth of it
+        becomes free, in whole windows, or every window of a long memory would move the keys, and round them.
         """
-        if latest - self._moved <= self._room:
+        if last - self._moved <= self._room:
             return
-        far = self._room * 7 // 8  # not all of it, or every window would move the keys, and round them
-        self._thin([0 if latest - each.time > far else len(each.order) for each in self.windows])
-        beginning = self.windows[0].time if self.windows else latest
-        self.cache.move(self._model.config.text_config, slice(self._head, self.cache.length), self._moved - beginning)
+        size = last - first + 1
+        far = self._room - self._room // 8 // size * size
+        self._thin([0 if last - each.time > far else each.tokens for each in self.windows])
+        beginning = self.windows[0].time if self.windows else first
+        config = self._model.config.text_config
+        self.cache.move(config, slice(self._head, self.cache.length), (self._moved - beginning) * self._axes)
         self._moved = beginning
 
     def _thin(self, counts: Sequence[int]) -> None:
@@ -129,7 +191,7 @@ class StreamMemory:
         head = torch.ones(self._head, dtype=torch.bool, device="cpu")
         self.cache.keep(torch.cat([head, *stay]).nonzero()[:, 0])
         for window, each in zip(self.windows, stay, strict=True):
-            window.order = window.order[each]
+            window.order, window.visual = window.order[each], window.visual[each]
         self.windows = [window for window in self.windows if len(window.order)]
 
 
@@ -142,8 +204,7 @@ def targets(windows: Sequence[tuple[int, int]], limit: int, most: int) -> list[i
 
     Args:
         windows: of each, the tokens that are left, and those that there were.
-        limit: tokens of all together, at least twice `most`.
-        most: tokens of the largest window.
+        limit: tokens of all together, at least twice `most`, those of the largest window.
     """
     counts, whole = [left for left, _ in windows], max(1, limit // (2 * most))
     due = [full >> ((len(windows) - 1 - number) // whole) for number, (_, full) in enumerate(windows)]
@@ -162,17 +223,16 @@ def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
     The method selects half of the tokens again, then a quarter, and so on: what it selects most often stays longest. Where no
     selector made the tokens, they are selected as `evoprune` does.
     """
-    stage, kept = rows.plan.token_stage, tokens.kept
-    selector, given = (stage.selector, rows.tokens) if stage else (FarthestPoints(count=0), _of_tokens(rows, tokens))
-    often, count = torch.zeros_like(kept), len(kept) // 2
+    if stage := rows.plan.token_stage:
+        selector, given = stage.selector, rows.tokens
+    else:
+        owner = torch.full_like(tokens.owner, -1)
+        owner[tokens.kept] = ascending(len(tokens.kept), owner.device)
+        seen = rows.tokens
+        selector = FarthestPoints(count=0)
+        given = Tokens(tokens.features, owner, rows.plan.grid, seen.seconds_per_pair, seen.seed)
+    often, count = torch.zeros_like(tokens.kept), len(tokens.kept) // 2
     while count:
-        often += torch.isin(kept, select(selector, given, count).kept.to(kept.device))
+        often += torch.isin(tokens.kept, select(selector, given, count).kept.to(often.device))
         count //= 2
     return often.cpu().argsort(descending=True, stable=True).argsort()
-
-
-def _of_tokens(rows: EncodedRows, tokens: Encoded) -> Tokens:
-    """The tokens alone, as a selector sees them."""
-    owner = torch.full_like(tokens.owner, -1)
-    owner[tokens.kept] = ascending(len(tokens.kept), owner.device)
-    return Tokens(tokens.features, owner, rows.plan.grid, rows.tokens.seconds_per_pair, rows.tokens.seed)

@@ -20,22 +20,15 @@ class Backlog:
     window are looked at. If that is too much, the oldest ones go, so that the encoder is at most two windows behind. Nothing is
     skipped that comes earlier than its own time says, as from a file that is read as fast as it can be: then `put` waits.
 
-    Args:
-        window_s: of the stream.
-        step_s: from one frame that is due to the next.
-        now: the time, in seconds.
-
-    Attributes:
-        step_s: may change.
-        stride: of so many frames that are due, one is looked at; 1 or more, no whole number.
-        skipped: frames that were due, and are not looked at.
-        lag_s: how far the frame that was taken last is behind the source.
-        ended: whether no frame will come.
+    `step_s`, from one frame that is due to the next, may change. `now`: the time, in seconds.
     """
 
     def __init__(self, window_s: float, step_s: float, now: Callable[[], float] = time.monotonic):
         self.window_s, self.step_s = window_s, step_s
-        self.stride, self.skipped, self.lag_s, self.ended = 1.0, 0, 0.0, False
+        self.stride = 1.0  # of so many frames that are due, one is looked at; no whole number
+        self.skipped = 0  # frames that were due, and are not looked at
+        self.lag_s = 0.0  # how far the frame that was taken last is behind the source
+        self.ended = False  # whether no frame will come
         self._now, self._changed = now, threading.Condition()
         self._waiting: deque[tuple[float, np.ndarray]] = deque()
         self._late_s = -inf  # the time at which a frame of 0 s comes without any lag
@@ -85,16 +78,13 @@ class Backlog:
             self._changed.notify_all()
             return found
 
-    def end(self) -> None:
-        """No frame will come; what waits can be taken."""
+    def end(self, drop: bool = False) -> None:
+        """No frame will come; what waits can be taken, unless it is to `drop`."""
         with self._changed:
             self.ended = True
+            if drop:
+                self._waiting.clear()
             self._changed.notify_all()
-
-    def clear(self) -> None:
-        """Drops what waits."""
-        with self._changed:
-            self._waiting.clear()
 
     def _slot(self, time_s: float) -> int:
         return floor(time_s / self.step_s + 1e-6)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.sandbox.channel import FrameMemory
-from evoprune.video.sandbox.isolation import POSSIBLE, WorkerProcess, borrow
+from evoprune.video.sandbox.isolation import POSSIBLE, borrow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,17 +27,13 @@ Due = Callable[[], float]
 
 
 class LiveSource:
-    """A source and its connections, one after the other.
+    """A source and its connections, one after the other. `name`: without a password.
 
     Args:
         source: a URL of `SCHEMES`, a camera such as /dev/video0, a file, or `-` for the standard input, a pipe.
         pace: "source", frames as they come, of a file also what is appended to it; or "file", at the pace of their times.
         timeout_s: how long the source may be silent, and a file may take to grow.
-        reconnects: how often in a row a URL or a camera that ended or failed is tried again.
-        tell: is given a sentence about each try.
-
-    Attributes:
-        name: of the source, without a password.
+        reconnects: how often in a row a URL or a camera that ended or failed is tried again; `tell` is given a sentence about it.
 
     Raises UsageError: numbers out of range, another protocol, a terminal. VideoError: no such file.
     """
@@ -118,28 +114,22 @@ class LiveSource:
             if self._closing.is_set():
                 raise VideoError(f"{self.name} is closed")
             try:
-                yield from _of_worker(worker, arguments, due)
+                worker.send(worker.request("live", arguments), None if self._source else sys.stdin.fileno())
+                yield worker.answer()["finite"]
+                memory, shape = None, None
+                while True:
+                    worker.send(worker.request("next", {"after_s": due()}))
+                    if (found := worker.answer()) is None:
+                        return
+                    if shape != (1, found["height"], found["width"], 3):
+                        shape = (1, found["height"], found["width"], 3)
+                        memory = FrameMemory(shape[1] * shape[2] * 3)
+                    frames = worker.ask_to_fill(memory, shape, {})
+                    worker.answer()
+                    yield found["time_s"], frames[0].copy()
+                    del frames  # so that its memory can be used again
             finally:
                 self._worker, worker.busy = None, True
-
-
-def _of_worker(worker: WorkerProcess, arguments: dict, due: Due) -> Iterator:
-    descriptor = None if arguments["source"] is not None else sys.stdin.fileno()
-    worker.send(worker.request("live", arguments), descriptor)
-    yield worker.answer()["finite"]
-    memory, size = None, None
-    while True:
-        worker.send(worker.request("next", {"after_s": due()}))
-        found = worker.answer()
-        if found is None:
-            return
-        shape = (1, found["height"], found["width"], 3)
-        if shape != size:
-            memory, size = FrameMemory(shape[1] * shape[2] * 3), shape
-        frames = worker.ask_to_fill(memory, shape, {})
-        worker.answer()
-        yield found["time_s"], frames[0].copy()
-        del frames  # so that its memory can be used again
 
 
 def _here(arguments: dict, due: Due) -> Iterator:
@@ -148,7 +138,7 @@ def _here(arguments: dict, due: Due) -> Iterator:
 
     from evoprune.video.readers.live import LiveReader
 
-    descriptor = None if arguments["source"] is not None else os.dup(sys.stdin.fileno())
+    descriptor = None if arguments["source"] else os.dup(sys.stdin.fileno())
     with closing(LiveReader(**arguments, descriptor=descriptor)) as reader:
         yield reader.facts["finite"]
         while found := reader.next(due()):

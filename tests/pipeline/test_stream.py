@@ -3,17 +3,21 @@
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
+from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.stream_memory import targets
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.frames import read_frames
+from experiments.demo import batches, scenes_batches
+from tests.tiny import save_tiny
 
 CLIP = "samples/square.mp4"
 QUESTION = "What colour is the square?"
@@ -21,7 +25,14 @@ QUESTION = "What colour is the square?"
 
 @pytest.fixture(scope="module")
 def demo():
-    return load_model("demo", pack=False)
+    """The demo model, as one whose range of positions is that of its context."""
+    return replace(load_model("demo", pack=False), demo=None)
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    folder = save_tiny(tmp_path_factory.mktemp("qwen3"), family="qwen3_vl")
+    return load_model(str(folder), dtype="fp32", pack=False)
 
 
 def frames_of(video):
@@ -46,8 +57,9 @@ def fed(stream, seconds, fps=2.0, start=0.0):
 
 
 @pytest.mark.parametrize("budget, method", [(1.0, "none"), (0.25, "evoprune"), (0.1, "adjacent"), (0.25, "visionzip")])
-def test_a_stream_of_one_window_has_the_answer_of_the_file(demo, budget, method):
-    qa = VideoQA(demo, budget=budget, method=method)
+@pytest.mark.parametrize("model", ["demo", "qwen3"])
+def test_a_stream_of_one_window_has_the_answer_of_the_file(model, budget, method, request):
+    qa = VideoQA(request.getfixturevalue(model), budget=budget, method=method)
     video = qa.encode(CLIP)
     rate = video.plan.sampling.frames / video.info.duration_s
     with qa.stream(fps=rate, window_s=video.info.duration_s) as stream:
@@ -87,9 +99,10 @@ def test_a_question_leaves_no_trace(demo):
         assert waiting == (half.report.finish_reason == "interrupt") and asked.seen == silent.seen
 
 
-def test_windows_are_read_as_one_video(demo):
+@pytest.mark.parametrize("model", ["demo", "qwen3"])
+def test_windows_are_read_as_one_video(model, request):
     """With nothing pruned, several windows are the columns and positions of one video, since frame pairs do not see each other."""
-    qa = VideoQA(demo, budget=1.0)
+    qa = VideoQA(request.getfixturevalue(model), budget=1.0)
     with fed(qa.stream(window_s=8.0), 8) as one, fed(qa.stream(window_s=2.0), 8) as four:
         assert four.seen.windows == 4 and one.seen.windows == 1
         for a, b in zip(logits(one), logits(four), strict=True):
@@ -164,9 +177,9 @@ def test_the_beginning_can_be_moved_without_a_change_of_distances(demo):
         whole = slice(memory._head, memory.cache.length)
         old = keys[0, :, whole].clone()
         with torch.inference_mode():
-            memory.cache.move(demo.model.config.text_config, whole, -40)
+            memory.cache.move(demo.model.config.text_config, whole, -40 * memory._axes)
             moved = keys[0, :, whole].clone()
-            memory.cache.move(demo.model.config.text_config, whole, 40)
+            memory.cache.move(demo.model.config.text_config, whole, 40 * memory._axes)
         products = [each @ each.transpose(1, 2) for each in (old, moved)]
         torch.testing.assert_close(*products, atol=1e-3, rtol=1e-4)
         torch.testing.assert_close(keys[0, :, whole], old, atol=1e-4, rtol=1e-4)
@@ -184,6 +197,60 @@ def test_a_memory_longer_than_the_context_is_moved_now_and_then(demo):
             assert memory.following <= memory._head + 48 + 1 and memory.windows[0].time >= memory._moved
             assert memory.cache.length == memory._head + stream.seen.tokens
         assert 5 < len(set(moves)) < 30 and stream.ask(QUESTION).text
+
+
+def test_qwen3_forgets_the_time_of_a_frame_pair_with_its_last_token(qwen3):
+    qa = VideoQA(qwen3, budget=0.25)
+    with fed(qa.stream(window_s=4.0), 4) as stream:
+        (window,) = stream._memory.windows
+        texts = len(window.order) - window.tokens
+    with fed(qa.stream(window_s=4.0, memory_s=12.0), 60) as stream:
+        memory, counts = stream._memory, []
+        for window in memory.windows:
+            counts.append((window.tokens, len(window.order) - window.tokens))
+            assert window.tokens and (~window.visual).any()
+            assert set(window.order[~window.visual].tolist()) <= set(window.order[window.visual].tolist())
+        assert counts == sorted(counts) and 0 < counts[0][1] < texts <= counts[-1][1]
+        assert memory.cache.length == sum(map(sum, counts)) + stream._head
+        answer = stream.ask(QUESTION, max_new_tokens=2)
+        assert answer.text is not None and answer.report.tokens.visual == stream.seen.tokens
+        assert answer.report.tokens.text > sum(text for _, text in counts)
+
+
+def test_qwen3_reads_a_moved_window_as_the_first_one(qwen3):
+    """A window after one that is forgotten has the keys that it has at the beginning, where it reads as many digits."""
+    qa, keys = VideoQA(qwen3, budget=0.25), []
+    for later in (False, True):
+        with fed(qa.stream(window_s=4.0), 4) as stream:
+            memory = stream._memory
+            size = memory.following - stream._head
+            memory._room = size + 1  # for one window
+            fed(stream, 4 * later, start=4.0)
+            assert len(memory.windows) == 1 and memory.following == stream._head + size
+            assert memory._moved == (size if later else 0)
+            visual = memory.windows[0].visual.nonzero()[:, 0] + stream._head
+            keys.append(memory.cache._layers[0][0][0, :, visual])
+    torch.testing.assert_close(*keys, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "pairs"), [("demo", batches, "LENGTHS"), ("demo-scenes", scenes_batches, "PAIRS")]
+)
+def test_the_range_of_a_bundled_model_is_its_longest_clip_of_training(name, module, pairs):
+    seconds = max(count for count, _ in getattr(module, pairs)) * max(module.PACES)
+    assert DEMOS[name].span == 2 * seconds  # two positions a second
+
+
+def test_a_bundled_model_forgets_what_is_further_away_than_its_longest_clip():
+    """An hour later the last windows are read as they are at the beginning of a stream."""
+    qa = VideoQA(load_model("demo", pack=False), budget=0.25)
+    with fed(qa.stream(window_s=4.0), 4) as alone, fed(qa.stream(window_s=4.0), 4) as later:
+        fed(later, 4, start=3600.0)
+        assert later.seen.windows == 1 and later._memory.following == alone._memory.following
+        for one, other in zip(logits(alone), logits(later), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        fed(later, 60, start=3604.0)
+        assert later.seen.windows == 6 and later._memory.following <= later._head + 48  # 24 seconds
 
 
 @pytest.mark.parametrize("most, limit", [(36, 720), (5, 10), (7, 100), (1, 2)])

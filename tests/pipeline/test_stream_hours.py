@@ -1,17 +1,19 @@
 """Two hours of stream, simulated faster: memory and the time to answer stay what they are."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from evoprune.model.machine import memory_in_use
+from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.video_qa import VideoQA
 
 
 @pytest.mark.slow
 def test_two_hours():
-    qa, held, waits = VideoQA.load("demo", budget=0.25), {}, {}
+    qa, held, waits = VideoQA(replace(load_model("demo"), demo=None), budget=0.25), {}, {}
     pictures = np.random.default_rng(0).integers(0, 256, (64, 112, 168, 3), dtype=np.uint8)
     with qa.stream(memory_s=240.0) as stream:
         for number in range(2 * 7200):

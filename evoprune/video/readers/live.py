@@ -37,16 +37,13 @@ POLL_S = 0.05  # how often a file is asked whether it has grown
 
 
 class LiveReader:
-    """One connection to a source.
+    """One connection to a source. `facts`: "finite", whether it has an end of its own; "codec" and "container".
 
     Args:
         source: a URL of `PROTOCOLS`, a path, or a camera's device; None for the pipe `descriptor`, which is closed at the end.
         name: of the source, for messages.
         timeout_s: how long it may be silent.
         follow: whether a file may grow: at its end it has so long to do so.
-
-    Attributes:
-        facts: "finite", whether the source has an end of its own; "codec" and "container".
 
     Raises VideoError: no such source, none that can be read, or one that wants a password.
     """
@@ -62,11 +59,9 @@ class LiveReader:
             self._open.callback(os.close, descriptor)
         try:
             self._container = self._open.enter_context(self._opened(descriptor))
-            stream = self._stream = ffmpeg.video_stream(self._container, name, threads=True)
-        except VideoError:
-            raise
         except (av.error.FFmpegError, OSError, ValueError) as problem:
             raise self._error(problem) from problem
+        stream = self._stream = ffmpeg.video_stream(self._container, name, threads=True)
         known = self._scheme and ((self._container.duration or 0) > 0 or self._container.size > 0)
         codec, container = stream.codec_context.codec.canonical_name, self._container.format.name
         self.facts = {"finite": bool(known), "codec": codec, "container": container}
@@ -81,14 +76,13 @@ class LiveReader:
             if time_s >= after_s - ffmpeg.TOLERANCE_S:
                 turn = orientation(frame)
                 width, height = turned_size((frame.width, frame.height), turn[0])
-                self._held = frame, width, height, turn
+                self._held = frame, width, height, *turn
                 return {"time_s": time_s, "height": height, "width": width}
         return None
 
     def fill(self, frames: np.ndarray) -> None:
         """Writes the frame that `next` found into uint8 `[1, H, W, 3]`."""
-        frame, width, height, turn = self._held
-        frames[0] = to_rgb(frame, width, height, *turn, self._reformatter)
+        frames[0] = to_rgb(*self._held, self._reformatter)
 
     def close(self) -> None:
         """Ends the connection."""
@@ -96,12 +90,12 @@ class LiveReader:
 
     def _opened(self, descriptor: int | None) -> InputContainer:
         limits, path = {"max_pixels": str(ffmpeg.MAX_PIXELS), "analyzeduration": str(PROBED_US)}, self._source
+        camera = "v4l2" if path and not self._scheme and stat.S_ISCHR(os.stat(path).st_mode) else None
         if self._scheme:
             limits |= {"protocol_whitelist": PROTOCOLS[self._scheme], "rtsp_flags": "prefer_tcp"}
             limits["format_whitelist"] = FORMATS + PLAYLISTS.get(self._scheme, "")
-            return av.open(path, options=limits, timeout=self._timeout_s, metadata_errors="replace")
-        if path and stat.S_ISCHR(os.stat(path).st_mode):
-            return av.open(path, format="v4l2", options=limits, timeout=self._timeout_s, metadata_errors="replace")
+        if self._scheme or camera:
+            return av.open(path, format=camera, options=limits, timeout=self._timeout_s, metadata_errors="replace")
         limits |= {"protocol_whitelist": "none", "format_whitelist": FORMATS}
         end = time.monotonic() + self._timeout_s
         while True:
@@ -125,9 +119,8 @@ class LiveReader:
         for number, frame in enumerate(self._decoded()):
             stamp, now = ffmpeg.frame_time(frame, stream), time.monotonic()
             passed = step if stamp is None or before is None else stamp - before
-            if not 0 <= passed <= longest:
-                passed = max(step, now - arrived)
-            time_s += passed if number else 0.0
+            if number:
+                time_s += passed if 0 <= passed <= longest else max(step, now - arrived)
             before, arrived = stamp, now
             yield time_s, frame
 
@@ -173,7 +166,6 @@ class LiveReader:
 
 
 GARBAGE = "does it play elsewhere? Formats are those of files, and of playlists over http"
-
 PIPED = "does the command before it fail? A pipe carries MPEG-TS or Matroska, an MP4 only in fragments"
 
 
