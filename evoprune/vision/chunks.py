@@ -163,11 +163,7 @@ class CarriedKeys:
         self._keys_values: dict[int, torch.Tensor] = {}  # by layer: [P, 2, 4, heads, d]
 
     def begin(self, latest: torch.Tensor | None) -> None:
-        """Starts a chunk.
-
-        `latest`: int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where the reference does not
-        change; None if no later chunk follows.
-        """
+        """Starts a chunk; `latest`: from `Chunk.layout`, None if no later chunk follows."""
         self._latest = latest
 
     def seen_by(

@@ -16,6 +16,7 @@ only at a selection between layers, at the end, when it reads all checks, and wi
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,38 +43,15 @@ OnLayer = Callable[[int], None]
 
 
 def encode(
-    visual,
-    patches: Iterable[torch.Tensor],
-    plan: EncoderPlan,
-    *,
-    question: torch.Tensor | None = None,
-    seconds_per_pair: float = 1.0,
-    seed: int = 0,
-    chunk_units: int | None = None,
-    normal: Normalisation = CLIP,
+    visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, *, question: torch.Tensor | None = None, **how: Any
 ) -> Encoded:
-    """Encodes one video.
+    """Encodes one video: `encode_rows`, whose other arguments (`how`) and errors it has, and `select_tokens`.
 
-    Args:
-        visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of the same families, whose layers obey
-            torch's autocast. The rows are then in its dtype.
-        patches: pieces `[n, values]` in Hugging Face's order that make up the whole video.
-        plan: for this tower, from `Pipeline.plan`.
-        question: `[Q, D]`, the embeddings of its tokens, for a method that reads the question.
-        seconds_per_pair: from one frame pair to the next.
-        seed: for methods that draw at random.
-        chunk_units: rows to encode at a time, rounded up to whole frame pairs; default: `devices.largest_chunk`.
-        normal: mean and std of the patches' normalisation, as in `patchify`; reuse compares the pixels behind them.
+    `question`: `[Q, D]`, the embeddings of its tokens, for a method that reads the question.
 
-    Raises:
-        ValueError: the number of patches does not fit the grid.
-        UsageError: the method reads the question, and there is none.
-        ModelError: the tower computes NaN or infinite values.
+    Raises UsageError: the method reads the question, and there is none.
     """
-    rows = encode_rows(
-        visual, patches, plan, seconds_per_pair=seconds_per_pair, seed=seed, chunk_units=chunk_units, normal=normal
-    )
-    return select_tokens(rows, question)
+    return select_tokens(encode_rows(visual, patches, plan, **how), question)
 
 
 @torch.inference_mode()
@@ -89,12 +67,22 @@ def encode_rows(
     on_layer: Callable[[int, int], None] = lambda done, total: None,
     pause: Callable[[], None] = lambda: None,
 ) -> EncodedRows:
-    """The part of `encode` before a question is needed. Arguments and errors as in `encode`.
+    """The part of `encode` before a question is needed.
 
     Args:
+        visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of the same families, whose layers obey
+            torch's autocast. The rows are then in its dtype.
+        patches: pieces `[n, values]` in Hugging Face's order that make up the whole video.
+        plan: for this tower, from `Pipeline.plan`.
+        seconds_per_pair: from one frame pair to the next.
+        seed: for methods that draw at random.
+        chunk_units: rows to encode at a time, rounded up to whole frame pairs; default: `devices.largest_chunk`.
+        normal: mean and std of the patches' normalisation, as in `patchify`; reuse compares the pixels behind them.
         on_layer: called with the number of finished layers and of all layers, after each layer that follows a selection inside
             the tower.
         pause: called after every layer; it may wait.
+
+    Raises ValueError: the number of patches does not fit the grid. ModelError: the tower computes NaN or infinite values.
     """
 
     def after_layer(done: int) -> None:

@@ -13,7 +13,7 @@ from evoprune.pruning.ranking import merge_rows, snap, unit_features
 from evoprune.pruning.types import Candidates
 from evoprune.vision import devices
 from evoprune.vision.layout import Scope, TokenLayout, merged_layout
-from evoprune.vision.tower import Reduction
+from evoprune.vision.tower import Compared, Reduced, Reduction
 
 
 @dataclass
@@ -39,15 +39,8 @@ class Merging(Reduction):
     def acts(self, layer: int, layout: TokenLayout) -> bool:
         return self.left.get(layer + 1, layout.per_pair) != layout.per_pair
 
-    def after(
-        self,
-        layer: int,
-        scope: Scope,
-        x: torch.Tensor,
-        layout: TokenLayout,
-        keys: torch.Tensor | None,
-        received: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, TokenLayout]:
+    def after(self, layer: int, scope: Scope, x: torch.Tensor, layout: TokenLayout, compared: Compared) -> Reduced:
+        keys, received = compared
         features = x.flatten(1).float() if keys is None else unit_features(keys)
         return reduce_rows(self, layer, x, layout, scope, features, received)
 
@@ -86,7 +79,7 @@ def reduce_rows(
     scope: Scope,
     features: torch.Tensor,
     attention: torch.Tensor | None,
-) -> tuple[torch.Tensor, TokenLayout]:
+) -> Reduced:
     """Merges rows (`[R, 4, hidden]`) in groups of `scope` after `layer`, in rounds, until each frame pair has its target.
 
     Where shapes are static, the rounds cannot end early: there are as many as the worst case needs, and until the last one merged
@@ -234,15 +227,7 @@ class Followers(Reduction):
     def acts(self, layer: int, layout: TokenLayout) -> bool:
         return self._first - 1 <= layer + 1 <= self._plan.until or layer + 1 == self._depth
 
-    def after(
-        self,
-        layer: int,
-        scope: Scope,
-        x: torch.Tensor,
-        layout: TokenLayout,
-        keys: torch.Tensor | None,
-        received: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, TokenLayout]:
+    def after(self, layer: int, scope: Scope, x: torch.Tensor, layout: TokenLayout, compared: Compared) -> Reduced:
         plan, done = self._plan, layer + 1
         if done < self._first:
             self._earlier = x

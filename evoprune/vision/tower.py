@@ -18,6 +18,9 @@ from evoprune.vision.families import Layers, deepstack, layers_of
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
 
+Compared = tuple[torch.Tensor | None, torch.Tensor | None]
+Reduced = tuple[torch.Tensor, TokenLayout]
+
 
 class Reduction:
     """The base of what merges rows or sets them aside (reductions.py); one object a chunk."""
@@ -43,18 +46,10 @@ class Reduction:
         """Whether `after` changes anything after a layer."""
         return False
 
-    def after(
-        self,
-        layer: int,
-        scope: Scope,
-        x: torch.Tensor,
-        layout: TokenLayout,
-        keys: torch.Tensor | None,
-        received: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, TokenLayout]:
+    def after(self, layer: int, scope: Scope, x: torch.Tensor, layout: TokenLayout, compared: Compared) -> Reduced:
         """The rows for the next layer and their layout, from `x` (`[R, 4, hidden]`) after a layer whose attention has `scope`.
 
-        `keys` (`[R, 4, heads, d]`) and `received` (float32 `[R]`) are those of the layer, if `needs` asks for them, else None.
+        `compared`: keys (`[R, 4, heads, d]`) and attention received (float32 `[R]`) of the layer, None unless `needs` asks for it.
         """
         return x, layout
 
@@ -153,7 +148,7 @@ def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayou
         if reduction.acts(layer, rows.layout):
             with run.timer:
                 before = rows.layout
-                rows.x, layout = reduction.after(layer, tower.scope(layer), rows.x, before, *compared)
+                rows.x, layout = reduction.after(layer, tower.scope(layer), rows.x, before, compared)
                 if layout is not before:
                     run.deepstack = reduction.joined(run.deepstack, before, layout)
                     rows = laid_out(rows.x, layout)
@@ -171,12 +166,10 @@ def _add_deepstack(run: LayerRun, number: int, x: torch.Tensor) -> None:
     run.deepstack = torch.cat([run.deepstack, made[:, None]], 1)
 
 
-def _attend(
-    run: LayerRun, tower: TowerShape, layer: int, rows: _LayerRows
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _attend(run: LayerRun, tower: TowerShape, layer: int, rows: _LayerRows) -> Compared:
     """The first half of a layer: attention, added to the rows.
 
-    Returns what `Reduction.after` compares: keys `[R, 4, heads, d]`, None for hidden states; and attention received, or None.
+    Returns what `Reduction.after` compares: keys, None for hidden states; and attention received, or None.
     """
     visual, layout, x = run.visual, rows.layout, rows.x
     block, kind, scope = visual.blocks[layer], layers_of(visual), tower.scope(layer)
