@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from evoprune.language.dropping import Dropping, LayerState, Rows
+from evoprune.language.dropping import Dropping, LayerState
 from evoprune.model.config import head_size
 from evoprune.model.linear import linear
 from evoprune.model.numerics import heads_of, norm, rotate, rotation, without_autocast
@@ -23,15 +23,8 @@ STRIP = 1024  # query columns that share one mask
 class KVCache:
     """Keys and values of every layer for the columns read so far. A layer lacks the columns that left before it.
 
-    Args:
-        model: its config decides the shape; the last norm has the dtype and the device.
-        capacity: columns to allocate, at least 1, in each layer or in all. A layer's cache grows by half when it is full.
-
-    Attributes:
-        length: columns that were read. A forward pass raises it at its end, so a pass that fails leaves the cache as it was.
-        lengths: columns that are valid in each layer.
-        sizes: of each layer float32 `[lengths[i]]`, the weight of each column: attention treats it as that many columns; None for 1
-            each. Layers with the same columns share a tensor.
+    `model`: its config decides the shape; the last norm has the dtype and the device. `capacity`: columns to allocate, at least 1,
+    in each layer or in all. A layer's cache grows by half when it is full.
     """
 
     def __init__(self, model, capacity: int | Sequence[int]):
@@ -42,8 +35,11 @@ class KVCache:
         shapes = [(1, config.num_key_value_heads, columns, dim) for columns in capacities]
         self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for shape in shapes]
         self._whole = 0  # columns up to the last one that has left a layer: among them, layers do not end alike
+        # Columns that were read. A forward pass raises it at its end, so a pass that fails leaves the cache as it was.
         self.length = 0
-        self.lengths = [0] * depth
+        self.lengths = [0] * depth  # columns that are valid in each layer
+        # Of each layer float32 `[lengths[i]]`, the weight of each column: attention treats it as that many columns; None for 1
+        # each. Layers with the same columns share a tensor.
         self.sizes: list[torch.Tensor | None] = [None] * depth
 
     @property
@@ -92,15 +88,14 @@ class KVCache:
 
         Returns all keys and values of the layer `[1, kv_heads, lengths[layer] + L, head_dim]`, views.
         """
-        before, columns = self.lengths[layer], keys.shape[2]
-        end = before + columns
-        stored = self._layers[layer]
+        before, stored = self.lengths[layer], self._layers[layer]
+        end = before + keys.shape[2]
         if end > stored[0].shape[2]:
             # Layer by layer, so that only one layer is in memory twice.
-            stored = self._layers[layer] = _grown(stored[0], before, end), _grown(stored[1], before, end)
-        stored[0].narrow(2, before, columns).copy_(keys)
-        stored[1].narrow(2, before, columns).copy_(values)
-        return stored[0].narrow(2, 0, end), stored[1].narrow(2, 0, end)
+            stored = self._layers[layer] = tuple(_grown(each, before, end) for each in stored)
+        for each, new in zip(stored, (keys, values), strict=True):
+            each[:, :, before:end] = new
+        return stored[0][:, :, :end], stored[1][:, :, :end]
 
     def add(self, read: int, columns: Sequence[int], sizes: Sequence[torch.Tensor | None]) -> None:
         """Makes what was put valid: `read` columns, of which each layer has `columns`, with the `sizes` of all its columns."""
@@ -152,8 +147,8 @@ def forward(
         cache: of the columns before; L longer afterwards, or unchanged if this raises.
         sizes: float32 `[L]`, the cluster size of each new column; None for 1 each.
         last: how many columns to return, from 1 to L.
-        dropping: which visual tokens leave, in a cache that is empty; None for none.
-        deepstack: `[n, L, hidden]`, what is added to the columns after each of the first n layers; None for nothing.
+        dropping: which visual tokens leave, in a cache that is empty.
+        deepstack: `[n, L, hidden]`, what is added to the columns after each of the first n layers.
         pause: called before every layer; it may wait, or raise.
 
     Returns the last columns after the final norm, `[last, hidden]`.
@@ -169,25 +164,25 @@ def forward(
         raise ValueError(f"visual tokens leave a prompt, and {cache.length} columns come before it")
     config, text = model.config.text_config, model.model.language_model
     x, places, entered = inputs_embeds, rotation(config, positions, inputs_embeds), []
+    deepstack = x.new_empty(0, *x.shape) if deepstack is None else deepstack
     every = cache.sizes_with(sizes, columns)
     for i, layer in enumerate(text.layers):
         pause()
         if not i or every[i] is not every[i - 1]:
             bias = None if every[i] is None else every[i].log().to(x.dtype)
-        blind = dropping.blind(i, len(x)) if dropping else None
-        rows = dropping.rows(i, len(x)) if dropping else None
-        entered.append(len(x if rows is None else rows.keys))
+        blind, rows = (dropping.blind(i, len(x)), dropping.rows(i, len(x))) if dropping else (None, [])
+        entered.append(len(rows[0]) if rows else len(x))
         entering = x
         x, *seen = _layer(layer, x, places, cache, i, config, bias, last, blind, rows)
-        if deepstack is not None and len(deepstack):
+        if len(deepstack):
             x, deepstack = x + deepstack[0, -len(x) :], deepstack[1:]  # the top layer returns the last columns alone
         if dropping and dropping.looks(i + 1):
             x, deepstack, stay = dropping.drop(LayerState(i + 1, entering, x, places, bias, *seen), deepstack)
             if stay is not None:
                 places = places[0][stay], places[1][stay]
                 every[i + 1 :] = [_at(every[i], stay)] * (len(every) - i - 1)
-        if rows is not None:
-            every[i] = _at(every[i], rows.keys)
+        if rows:
+            every[i] = _at(every[i], rows[0])
     hidden = norm(x, text.norm.weight, config.rms_norm_eps)
     cache.add(columns, entered, every)
     return hidden
@@ -195,19 +190,10 @@ def forward(
 
 @torch.inference_mode()
 @without_autocast()
-def logits(
-    model,
-    inputs_embeds: torch.Tensor,
-    positions: torch.Tensor,
-    cache: KVCache,
-    sizes: torch.Tensor | None = None,
-    last: int = 1,
-    dropping: Dropping | None = None,
-    deepstack: torch.Tensor | None = None,
-) -> torch.Tensor:
+def logits(model, *args, **kwargs) -> torch.Tensor:
     """As `forward`, but returns the logits of the token after each of the last columns: float32 `[last, vocabulary]`."""
     # The output layer is the largest of all, and only these columns need it.
-    return model.lm_head(forward(model, inputs_embeds, positions, cache, sizes, last, dropping, deepstack)).float()
+    return model.lm_head(forward(model, *args, **kwargs)).float()
 
 
 def _layer(
@@ -220,26 +206,24 @@ def _layer(
     bias: torch.Tensor | None,
     last: int,
     blind: tuple[torch.Tensor, int] | None,
-    rows: Rows | None,
+    rows: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, and all keys and values.
 
-    With `rows`, keys, queries and MLP are those of some columns only; the others keep their state.
+    `blind`, `rows`: of `Dropping`. Columns without queries or MLP keep their state.
     """
     attention, mlp, eps = layer.self_attn, layer.mlp, config.rms_norm_eps
-    keyed, asking, fed, sees = (rows.keys, rows.queries, rows.mlp, rows.seen) if rows else (None,) * 4
-    cos, sin = places
+    (keyed, asking, fed), (cos, sin) = rows or (None,) * 3, places
     h = norm(x, layer.input_layernorm.weight, eps)
-    k, turn = _at(h, keyed), (_at(cos, keyed), _at(sin, keyed))
-    keys = rotate(heads_of(attention, "k", k, config), *turn)[None].transpose(1, 2)
-    values = heads_of(attention, "v", k, config)[None].transpose(1, 2)
-    keys, values = cache.put(number, keys, values)
+    keys, values = (heads_of(attention, name, _at(h, keyed), config) for name in "kv")
+    keys = rotate(keys, _at(cos, keyed), _at(sin, keyed))
+    keys, values = cache.put(number, *(each[None].transpose(1, 2) for each in (keys, values)))
     if number == config.num_hidden_layers - 1:  # only the output of these columns is used
         x, h, cos, sin = x[-last:], h[-last:], cos[-last:], sin[-last:]
-        asking = fed = sees = None
-    q, bias = _at(h, asking), _at(bias, keyed)
-    queries = rotate(heads_of(attention, "q", q, config), _at(cos, asking), _at(sin, asking))[None]
-    given = queries, keys, values, bias
+        asking = fed = None
+    queries = rotate(heads_of(attention, "q", _at(h, asking), config), _at(cos, asking), _at(sin, asking))[None]
+    sees = None if asking is None else torch.searchsorted(keyed, asking, right=True)
+    given = queries, keys, values, _at(bias, keyed)
     seen = _attend(*given, sees) if blind is None else _attend_blind(*given, *blind)
     x = _put(x, asking, linear(attention.o_proj, seen, plus=_at(x, asking)))
     old = _at(x, fed)
@@ -271,13 +255,13 @@ def _attend(
         queries: `[1, L, heads, head_dim]`; neighbouring heads share keys and values.
         keys, values: `[1, kv_heads, n, head_dim]`.
         bias: `[n]`, added to the logits of each key: the logarithm of its cluster size makes a key weigh as much as that many
-            equal keys (arXiv 2210.09461, section 3). None for no bias.
+            equal keys (arXiv 2210.09461, section 3).
         sees: int64 `[L]`, ascending, how many keys each query sees, n the last; None for the last L columns.
 
     Returns `[L, heads * head_dim]`.
     """
     _, columns, heads, dim = queries.shape
-    kv_heads = keys.shape[1]
+    kv_heads, n = keys.shape[1:3]
     if columns == 1:
         # Heads that share keys become columns of one head: keys are read once for all of them, two to four times as fast.
         queries, mask = queries.view(1, kv_heads, -1, dim), None if bias is None else bias[None]
@@ -286,25 +270,10 @@ def _attend(
     group = heads // kv_heads
     queries = queries.view(columns, kv_heads, group, dim).permute(1, 2, 0, 3)
     keys, values = (t.transpose(0, 1).expand(-1, group, -1, -1) for t in (keys, values))
-    if keys.shape[2] > columns or bias is not None or sees is not None:
-        out = _attend_in_strips(queries, keys, values, bias, sees)
-    else:
+    if n == columns and bias is None and sees is None:
         out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-    return out.permute(2, 0, 1, 3).reshape(columns, -1)
-
-
-def _attend_in_strips(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    bias: torch.Tensor | None,
-    sees: torch.Tensor | None,
-) -> torch.Tensor:
-    """Causal attention with an explicit mask, a strip of queries at a time: a whole mask grows with the square of the prompt.
-
-    Queries and output are `[kv_heads, group, L, head_dim]`, keys and values `[kv_heads, group, n, head_dim]`.
-    """
-    columns, n, strips = queries.shape[2], keys.shape[2], []
+        return out.permute(2, 0, 1, 3).reshape(columns, -1)
+    strips = []  # of queries, each with a mask: that of all would grow with the square of the prompt
     for start in range(0, columns, STRIP):
         strip = queries[:, :, start : start + STRIP]
         rows = strip.shape[2]
@@ -317,7 +286,7 @@ def _attend_in_strips(
         if bias is not None:
             mask = bias[:end].expand(len(mask), -1).masked_fill(~mask, -torch.inf)
         strips.append(F.scaled_dot_product_attention(strip, keys[:, :, :end], values[:, :, :end], attn_mask=mask))
-    return torch.cat(strips, 2)
+    return torch.cat(strips, 2).permute(2, 0, 1, 3).reshape(columns, -1)
 
 
 def _attend_blind(
@@ -331,8 +300,7 @@ def _attend_blind(
     """As `_attend`, but columns from `end` on attend to `others` (int64) only. The cache holds nothing but these columns."""
     # queries in front of `end`; there may be the last columns only
     before = max(0, queries.shape[1] - (keys.shape[2] - end))
-    seen = keys[:, :, others], values[:, :, others], None if bias is None else bias[others]
-    made = [_attend(queries[:, before:], *seen)]
+    made = [_attend(queries[:, before:], keys[:, :, others], values[:, :, others], _at(bias, others))]
     if before:
         first = None if bias is None else bias[:end]
         made.insert(0, _attend(queries[:, :before], keys[:, :, :end], values[:, :, :end], first))

@@ -13,45 +13,19 @@ from evoprune.pruning.language_plan import KINDS, LanguagePlan, tokens_of_layers
 from evoprune.pruning.types import LayerTokens, Selection
 from evoprune.vision.devices import Timer
 
-Places = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The columns for which a layer computes each kind of operation, where these are not all that it reads.
-
-    Attributes:
-        keys, queries, mlp: int64, ascending, the last column of the prompt among them.
-        seen: int64, of each column in `queries` how many of `keys` are not behind it.
-    """
-
-    keys: torch.Tensor
-    queries: torch.Tensor
-    mlp: torch.Tensor
-    seen: torch.Tensor
-
 
 @dataclass(frozen=True)
 class LayerState:
-    """What the latest layer of the language model read and made.
+    """What the latest layer of the language model read and made, for C columns."""
 
-    Attributes:
-        after: layers that have run.
-        entering, x: `[C, hidden]`, input and output of the latest of them.
-        places: the rotation of each column.
-        bias: `[C]`, see `decoder._attend`.
-        queries: `[1, C, heads, head_dim]`, of that layer, rotated.
-        keys, values: `[1, kv_heads, C, head_dim]`, of that layer; keys are rotated.
-    """
-
-    after: int
-    entering: torch.Tensor
-    x: torch.Tensor
-    places: Places
-    bias: torch.Tensor | None
-    queries: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
+    after: int  # layers that have run
+    entering: torch.Tensor  # `[C, hidden]`, the input of the latest of them
+    x: torch.Tensor  # `[C, hidden]`, its output
+    places: tuple[torch.Tensor, torch.Tensor]  # cosines and sines of the columns
+    bias: torch.Tensor | None  # `[C]`, see `decoder._attend`
+    queries: torch.Tensor  # `[1, C, heads, head_dim]`, rotated
+    keys: torch.Tensor  # `[1, kv_heads, C, head_dim]`, rotated
+    values: torch.Tensor  # as `keys`
 
 
 class Dropping:
@@ -62,10 +36,6 @@ class Dropping:
         visual: int64 `[n]`, the columns of the visual tokens, ascending, not the last column of the prompt among them.
         pair: int64 `[n]`, the number of the frame pair of each visual token.
         place: float32 `[n, 2]`, see `LayerTokens`.
-
-    Attributes:
-        dropped: (layers that had run, visual tokens that were left) of each drop.
-        timer: measures what the method computes.
     """
 
     def __init__(
@@ -84,10 +54,9 @@ class Dropping:
         self._text = len(embeds) - 1 - int(visual[-1])  # columns after the last of them
         self._embeds = embeds[self._visual], embeds[len(embeds) - self._text :]
         self._memory: dict = {}
-        # bool, which visual tokens are in the key group; None before that is known
-        self._key: torch.Tensor | None = None
-        self.dropped: list[tuple[int, int]] = []
-        self.timer = Timer(embeds.device)
+        self._key: torch.Tensor | None = None  # bool, the visual tokens in the key group; None before that is known
+        self.dropped: list[tuple[int, int]] = []  # of each drop, layers that had run and visual tokens that were left
+        self.timer = Timer(embeds.device)  # of what the method computes
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -114,61 +83,57 @@ class Dropping:
         """The only columns (int64) that text after the visual tokens attends to in a layer, and where it begins; None for all."""
         if layer >= self._plan.blind:
             return None
-        mask = torch.ones(columns, dtype=torch.bool, device=self._visual.device).index_fill_(0, self._visual, False)
-        return true_indices(mask, columns - len(self._visual)), columns - self._text
+        return self._with_text(columns, torch.zeros_like(self._visual, dtype=torch.bool), 0), columns - self._text
 
-    def rows(self, layer: int, columns: int) -> Rows | None:
-        """For which of its `columns` a layer computes what; None where it computes everything."""
+    def rows(self, layer: int, columns: int) -> list[torch.Tensor]:
+        """For which of its columns a layer computes each of `KINDS`, int64, ascending; empty where it computes everything."""
         groups = self._plan.groups
-        if groups is None or self._key is None or all(all(groups.computed(layer, kind)) for kind in KINDS):
-            return None
-        work = dict(zip(KINDS, self._plan.work[layer], strict=True))
-        masks, found = {}, {}
-        for kind in KINDS:
-            key_too, rest_too = groups.computed(layer, kind)
-            stays = torch.full_like(self._key, key_too) if key_too == rest_too else self._key == key_too
-            masks[kind] = torch.ones(columns, dtype=torch.bool, device=stays.device).index_copy_(0, self._visual, stays)
-            found[kind] = true_indices(masks[kind], columns - len(stays) + work[kind])
-        return Rows(**found, seen=masks["keys"].cumsum(0)[found["queries"]])
+        if self._key is None or all(all(groups.computed(layer, kind)) for kind in KINDS):
+            return []
+        stays = (torch.where(self._key, *groups.computed(layer, kind)) for kind in KINDS)
+        return [self._with_text(columns, *each) for each in zip(stays, self._plan.work[layer], strict=True)]
+
+    def _with_text(self, columns: int, stays: torch.Tensor, count: int) -> torch.Tensor:
+        """int64, ascending: those of `columns` that are no visual tokens, or of which `stays` (bool `[n]`, `count` of them)."""
+        mask = torch.ones(columns, dtype=torch.bool, device=stays.device).index_copy_(0, self._visual, stays)
+        return true_indices(mask, columns - len(stays) + count)
 
     def drop(
-        self, state: LayerState, deepstack: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        self, state: LayerState, deepstack: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Asks the method.
 
-        Args:
-            deepstack: `[n, C, hidden]`, what is added to the columns after the next n layers; None for nothing.
+        `deepstack`: `[n, C, hidden]`, what is added to the columns after the next n layers.
 
         Returns the columns for the next layer, of the C that there are; what is added to these; and int64 which these are, None
         for all.
         """
-        after, x = state.after, state.x
         with self.timer:
-            found = select_in_language(self._method, self._seen(state)) if self._key is None else self._group(after)
-            if self._plan.groups and self._key is None:
-                self._key = torch.zeros(len(self._visual), dtype=torch.bool, device=x.device)
-                self._key.index_fill_(0, found.kept, True)
-                found = self._group(after)
+            found = self._selected(state)
             if found is None:
-                return x, deepstack, None
+                return state.x, deepstack, None
             kept, old = found.kept, self._visual
-            mask = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill_(0, old, False)
-            mask.index_fill_(0, old[kept], True)
-            stay = true_indices(mask, len(x) - len(old) + len(kept))
-            self._visual = (mask.cumsum(0) - 1)[old[kept]]
+            stays = torch.zeros_like(old, dtype=torch.bool).index_fill_(0, kept, True)
+            stay = self._with_text(len(state.x), stays, len(kept))
+            self._visual = torch.searchsorted(stay, old[kept])
             self._pair, self._place = self._pair[kept], self._place[kept]
             self._key = None if self._key is None else self._key[kept]
-            added = [] if deepstack is None else list(deepstack)
-            made = [each[stay] for each in (x, *added)]
+            every = state.x, *deepstack
+            made = torch.stack([each[stay] for each in every])
             if found.owner is not None and len(kept):
-                for before, each in zip((x, *added), made, strict=True):
+                for before, each in zip(every, made, strict=True):
                     each[self._visual] = found.features(before[old])
-            self.dropped.append((after, len(kept)))
-            return made[0], torch.stack(made[1:]) if added else None, stay
+            self.dropped.append((state.after, len(kept)))
+            return made[0], made[1:], stay
 
-    def _group(self, after: int) -> Selection | None:
-        """The tokens that no group leaves with here; None for all that are there."""
-        left = self._plan.left(after)
+    def _selected(self, state: LayerState) -> Selection | None:
+        """The tokens that stay, None for all: as the method says; or with groups those of the key group, where the rest leaves."""
+        if self._plan.groups is None:
+            return select_in_language(self._method, self._seen(state))
+        if self._key is None:
+            kept = select_in_language(self._method, self._seen(state)).kept
+            self._key = torch.zeros_like(self._visual, dtype=torch.bool).index_fill_(0, kept, True)
+        left = self._plan.left(state.after)
         return None if left == len(self._key) else Selection(true_indices(self._key, left))
 
     def _seen(self, state: LayerState) -> LayerTokens:

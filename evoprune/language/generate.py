@@ -24,19 +24,12 @@ from evoprune.pruning.indices import ascending
 
 @dataclass
 class PrefillState:
-    """The state after a prompt was read, from which decoding starts.
+    """The state after a prompt was read, from which decoding starts."""
 
-    Attributes:
-        cache: keys and values of the prompt; decoding extends it in place.
-        logits: float32 `[vocabulary]`, of the token after the prompt.
-        next_position: M-RoPE position of the first generated token, the same in time, height and width.
-        dropping: what left while the prompt was read; None where nothing was to leave.
-    """
-
-    cache: KVCache
-    logits: torch.Tensor
-    next_position: int
-    dropping: Dropping | None = None
+    cache: KVCache  # keys and values of the prompt; decoding extends it in place
+    logits: torch.Tensor  # float32 `[vocabulary]`, of the token after the prompt
+    next_position: int  # M-RoPE position of the first generated token, the same in time, height and width
+    dropping: Dropping | None = None  # what left while the prompt was read
 
 
 @torch.inference_mode()
@@ -51,9 +44,8 @@ def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
     if len(ids) and ids.max() >= len(embed.weight):
         problem = f"the tokenizer makes token {int(ids.max())}, and the model knows {len(embed.weight):,}"
         raise ModelError(problem, "take tokenizer and weights from the same model", stage="prefill")
-    return embed(to_device(ids, embed.weight.device)).to(
-        norm.weight.dtype
-    )  # embeddings may stay as their file has them
+    embeds = embed(to_device(ids, embed.weight.device))
+    return embeds.to(norm.weight.dtype)  # embeddings may stay as their file has them
 
 
 @dataclass(frozen=True)
@@ -66,9 +58,7 @@ class Visual:
     place: Place  # in the unpruned prompt
     features: torch.Tensor  # `[K, hidden]`, the embeddings of the kept visual tokens
     kept: torch.Tensor  # int64 `[K]`, indices of these among the placeholders, ascending; on the CPU from then on
-    size: torch.Tensor | None = (
-        None  # float32 `[K]`, the weight of each in attention, of `evoprune` the root of its cluster size
-    )
+    size: torch.Tensor | None = None  # float32 `[K]`, the weight of each in attention
     deepstack: torch.Tensor | None = None  # `[n, K, hidden]`, what is added to them after each of the first n layers
 
     def __post_init__(self):
@@ -88,20 +78,17 @@ class Visual:
 def embed_prompt(model, input_ids: torch.Tensor, visuals: Sequence[Visual]) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeds a prompt of which only some visual tokens are kept.
 
-    Args:
-        input_ids: int64 `[L]`, the unpruned prompt.
-        visuals: of its inputs, in the order of their places.
+    `input_ids`: int64 `[L]`, the unpruned prompt; `visuals`: of its inputs, in the order of their places.
 
-    Returns:
-        Embeddings `[C, hidden]` in the model's dtype, where C is L less the tokens that are not kept and the columns that leave
-        with them (`Place.around`); and their columns in the unpruned prompt, int64 `[C]` on the CPU, ascending.
-        `positions[:, columns]` are their positions, which are not renumbered.
+    Returns embeddings `[C, hidden]` in the model's dtype, where C is L less the tokens that are not kept and the columns that leave
+    with them (`Place.around`); and their columns in the unpruned prompt, int64 `[C]` on the CPU, ascending. `positions[:, columns]`
+    are their positions, which are not renumbered.
 
     Raises ModelError: an id that the model does not know.
     """
     stays, text = (torch.ones(len(input_ids), dtype=torch.bool, device="cpu") for _ in range(2))
     for visual in visuals:
-        for run in visual.place.left_out(visual.kept.cpu()):
+        for run in visual.place.left_out(visual.kept):
             stays[run.start : run.stop] = False
         stays[visual.place.columns] = text[visual.place.columns] = False
         stays[visual.columns] = True
@@ -154,10 +141,7 @@ def dropping_for(
 ) -> Dropping | None:
     """What leaves while a pruned prompt is read; None where the method lets nothing leave inside the language model.
 
-    Args:
-        method, budget: as the user named them.
-        visuals: of the prompt's inputs; `grids`: (T, H, W) in units of each.
-        embeds, columns: from `embed_prompt`.
+    `method`, `budget`: as the user named them; `grids`: (T, H, W) in units of each input; `embeds`, `columns`: from `embed_prompt`.
     """
     kept = [visual.kept for visual in visuals]
     plan = method.language_plan(model.config.text_config.num_hidden_layers, sum(map(len, kept)), budget)
@@ -183,19 +167,12 @@ def prefill(
     dropping: Dropping | None = None,
     deepstack: torch.Tensor | None = None,
 ) -> PrefillState:
-    """Reads a prompt, or continues one that is in a cache.
+    """Reads a prompt, or continues one that is in a cache; other arguments and errors as of `decoder.forward`.
 
     Args:
-        inputs_embeds: `[L, hidden]`.
-        positions: int64 `[3, L]`, M-RoPE positions (time, height, width), on the CPU.
         next_position: position of the first generated token: by Qwen's rule the *unpruned* prompt's largest position plus
             one. Only decoding uses it.
         cache: of the columns before; it is extended in place. None starts a new prompt.
-        sizes: float32 `[L]`, the cluster size of each column; None for 1 each.
-        dropping: of this prompt, which starts a new one; None where nothing leaves.
-        deepstack: `[n, L, hidden]`, what is added to each column after the first n layers; None for nothing.
-
-    Raises ValueError: no columns, not one position for each column, or columns before a prompt that tokens leave.
     """
     if cache is None:
         columns = len(inputs_embeds) if dropping is None else dropping.columns
@@ -213,13 +190,9 @@ def _read(model, state: PrefillState, ids: torch.Tensor, before: int = 0) -> tor
 
 @torch.inference_mode()
 def along(model, state: PrefillState, ids: torch.Tensor, one_by_one: bool = False) -> torch.Tensor:
-    """The logits of every token of a given answer, each behind those before it (teacher forcing).
+    """The logits of every token of an answer (`ids`, int64 `[n]`, n at least 1), each behind those before it (teacher forcing).
 
-    Args:
-        model: the model that made `state`.
-        state: from `prefill`. Its cache grows by the answer.
-        ids: int64 `[n]`, the answer; n at least 1.
-        one_by_one: a pass for each token, as decoding has it; else one for all.
+    The cache of `state` grows by the answer. `one_by_one`: a pass for each token, as decoding has it; else one for all.
 
     Returns float32 `[n, vocabulary]`. Raises ModelError: a logit is NaN or infinite.
     """
@@ -232,24 +205,16 @@ def along(model, state: PrefillState, ids: torch.Tensor, one_by_one: bool = Fals
 
 
 class TokenStream(Iterator[int]):
-    """Generated token ids; each is computed when it is requested. End-of-sequence tokens are not yielded.
+    """Generated token ids; each is computed when it is requested. `eos_ids` end the answer and are not yielded.
 
-    Args:
-        model: the model that made `state`.
-        state: from `prefill`. Its cache grows by the decoded tokens, so a state serves one answer.
-        eos_ids: token ids that end the answer.
-        seed: of the draws; the same seed gives the same answer.
-
-    Attributes:
-        finish_reason: None until the end, then "stop" (the model ended its turn) or "length".
-        ids: the tokens yielded.
+    The cache of `state` grows by the decoded tokens, so a state serves one answer. The same `seed` gives the same answer.
 
     Raises ModelError: while iterating, if a logit is NaN or infinite.
     """
 
     def __init__(self, model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int], seed: int = 0):
-        self.finish_reason: str | None = None
-        self.ids: list[int] = []
+        self.finish_reason: str | None = None  # at the end "stop" (the model ended its turn) or "length"
+        self.ids: list[int] = []  # the tokens yielded
         self._model, self._state, self._settings = model, state, settings
         self._eos_ids = frozenset(eos_ids)
         # On the CPU, so that a seed gives the same draws on every device.
@@ -262,7 +227,10 @@ class TokenStream(Iterator[int]):
         if self.finish_reason is not None:
             raise StopIteration
         # The pass after a token runs only when another token is requested.
-        logits = self._following() if self.ids else self._state.logits
+        logits = self._state.logits
+        if self.ids:
+            last = torch.tensor(self.ids[-1:], dtype=torch.int64, device="cpu")
+            logits = _read(self._model, self._state, last, len(self.ids) - 1)[0]
         if not logits.max().isfinite():  # the largest is NaN where any is
             raise not_a_number_error("generate" if self.ids else "prefill")
         token = choose(logits, self._settings, self._random)
@@ -272,17 +240,11 @@ class TokenStream(Iterator[int]):
         self.ids.append(token)
         return token
 
-    def _following(self) -> torch.Tensor:
-        last = torch.tensor(self.ids[-1:], dtype=torch.int64, device="cpu")
-        return _read(self._model, self._state, last, len(self.ids) - 1)[0]
-
 
 def choose(logits: torch.Tensor, settings: GenerationSettings, random: torch.Generator) -> int:
-    """The next token id: the most probable one, or a draw (nucleus sampling, arXiv 1904.09751).
+    """The next token id: the most probable one, or a draw (nucleus sampling, arXiv 1904.09751), by a CPU generator.
 
-    Args:
-        logits: float32 `[vocabulary]`.
-        random: a CPU generator, advanced by a draw.
+    `logits`: float32 `[vocabulary]`.
     """
     if settings.temperature == 0:
         return int(logits.argmax())
@@ -302,10 +264,6 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
     A byte-level token may end inside a character. Its last bytes are held back until the character is complete. Special tokens
     are left out. The joined pieces equal `tokenizer.decode` of all ids.
-
-    Args:
-        tokenizer: a byte-level one, as Qwen's is.
-        ids: token ids, consumed one at a time.
     """
     pending, yielded = [], 0
     for token in ids:

@@ -40,14 +40,10 @@ class VisualSpan:
 def video_positions(
     grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None
 ) -> torch.Tensor:
-    """Positions of a video's units, counted from its own start.
+    """int64 `[3, T*H*W]`: time, height and width of a video's units, counted from its own start, in raster order.
 
-    Args:
-        grid: (T, H, W): frame pairs, and rows and columns of units.
-        seconds_per_pair: time from one frame pair to the next.
-        tokens_per_second: time positions per second (`config.VisionConfig`); None for one per frame pair.
-
-    Returns int64 `[3, T*H*W]`: time, height, width; frame pair after frame pair, units in raster order.
+    `grid`: (T, H, W) in frame pairs and units; `seconds_per_pair`: from one frame pair to the next; `tokens_per_second`: time
+    positions per second (`config.VisionConfig`), None for one per frame pair.
     """
     t, h, w = grid
     # In float64, and rounded down once at the end: multiples of a rounded step would drift.
@@ -62,13 +58,10 @@ def prompt_positions(length: int, videos: Sequence[VisualSpan], tokens_per_secon
     Text has the same number in time, height and width. A video token has the time of its frame pair and the row and column of its
     unit, counted from where the video starts. Text after a video continues at the largest position so far plus one.
 
-    Args:
-        length: number of tokens, including video tokens.
-        videos: the videos and pictures in it, in order and without overlap.
-        tokens_per_second: see `video_positions`.
+    `length` counts video tokens too; `videos`, and pictures, are in order and do not overlap; `tokens_per_second` as of
+    `video_positions`.
 
-    Returns:
-        int64 `[3, length]`. The first generated token has the position `positions.max() + 1`.
+    Returns int64 `[3, length]`. The first generated token has the position `positions.max() + 1`.
 
     Raises ValueError: a video overlaps another or does not fit into the prompt.
     """
@@ -88,13 +81,11 @@ def prompt_positions(length: int, videos: Sequence[VisualSpan], tokens_per_secon
 
 @dataclass(frozen=True)
 class Place:
-    """Where an input stands in a prompt: the columns of its placeholders, one run of all, or an equal run for each frame pair.
+    """Where an input stands in a prompt."""
 
-    `around` are the columns of each run with its time and its markers, which a prompt does not have if none of the run's tokens is
-    kept: to the model, such a frame pair was not sampled. Empty where what is around the runs always stays.
-    """
-
-    runs: tuple[range, ...]
+    runs: tuple[range, ...]  # the columns of its placeholders: one run of all, or an equal run for each frame pair
+    # The columns of each run with its time and its markers, which a prompt does not have if none of the run's tokens is kept: to
+    # the model, such a frame pair was not sampled. Empty where what is around the runs always stays.
     around: tuple[range, ...] = ()
 
     def __len__(self) -> int:
@@ -131,15 +122,12 @@ _QUESTION, _SYSTEM = "\ue000question\ue001", "\ue000system\ue001"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with room for every visual token of its inputs.
-
-    `prefix_length` is the number of leading ids that do not depend on the question, up to and including the last `<|vision_end|>`,
-    and where possible the subtitles. Their keys and values serve every question about the same inputs and with the same system
-    prompt.
-    """
+    """A prompt with room for every visual token of its inputs."""
 
     input_ids: torch.Tensor  # int64 `[L]`
     places: tuple[Place, ...]  # of each input
+    # Leading ids that do not depend on the question, up to and including the last `<|vision_end|>`, and where possible the
+    # subtitles. Their keys and values serve every question about the same inputs and with the same system prompt.
     prefix_length: int
 
     @property
@@ -164,12 +152,11 @@ def build_prompt(
 ) -> Prompt:
     """The prompt of one user turn: the inputs in their order, then the subtitles and the question, up to where the answer begins.
 
+    All texts are taken literally; the question follows the subtitles without a space.
+
     Args:
-        tokenizer: with Qwen's special tokens and chat template.
-        question: taken literally.
         inputs: of each, "video" or "picture", and N, its number of visual tokens with nothing pruned, at least 1.
-        system: a system prompt, taken literally; None leaves it to the template.
-        subtitles: what is said in the videos, taken literally; the question follows without a space.
+        system: a system prompt; None leaves it to the template.
         times: of each input, what stands in front of each of its frame pairs (`timestamps`), between markers of their own; none
             where all placeholders of the input are in a row. Default: none for all inputs.
 

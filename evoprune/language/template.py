@@ -26,11 +26,7 @@ POSSIBLE = bool(sys.executable) and not hasattr(sys, "frozen")
 
 
 def render(source: str, variables: dict[str, Any]) -> str:
-    """What a template makes of variables.
-
-    Args:
-        source: Jinja.
-        variables: plain data for JSON.
+    """What a template (Jinja) makes of variables, which are plain data for JSON.
 
     Raises:
         ValueError: the template is broken, refuses the variables, or takes or makes too much; the message says which.

@@ -20,19 +20,13 @@ KINDS = {"model": ("BPE",), "normalizer": ("NFC", "NFKC", "NoneType"), "decoder"
 
 @dataclass
 class Tokenizer:
-    """A model's tokenizer and chat template.
+    """A model's tokenizer and chat template."""
 
-    Attributes:
-        backend: a `tokenizers.Tokenizer`.
-        chat_template: Jinja source.
-        named: tokens by their names in the tokenizer's settings, such as "eos_token"; templates may use them.
-        template_file: where the template is from, for errors.
-    """
-
-    backend: Any
-    chat_template: str
+    backend: Any  # a `tokenizers.Tokenizer`
+    chat_template: str  # Jinja source
+    # Tokens by their names in the tokenizer's settings, such as "eos_token"; templates may use them
     named: dict[str, str] = field(default_factory=dict)
-    template_file: str = ""
+    template_file: str = ""  # where the template is from, for errors
 
     def __post_init__(self):
         self.backend.encode_special_tokens = True  # special tokens in a user's text are ordinary words
@@ -85,7 +79,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         )
     try:
         backend = _backend(folder)
-        _check_kind(backend)
+        # Other steps than those of Qwen's tokenizers could make gigabytes of a short text.
+        for name, kinds in KINDS.items():
+            kind = type(getattr(backend, name)).__name__
+            if kind not in kinds:
+                raise ValueError(f"its {name} is of kind {kind}, not {' or '.join(kinds)}".replace("NoneType", "none"))
         settings = _settings(folder / "tokenizer_config.json")
         template, source = _template(folder, settings)
     except Exception as problem:  # the Rust parser raises plain Exceptions
@@ -113,14 +111,6 @@ def _backend(folder: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
-
-
-def _check_kind(backend) -> None:
-    """Refuses what Qwen's tokenizers do not have: other steps than theirs could make gigabytes of a short text."""
-    for name, kinds in KINDS.items():
-        kind = type(getattr(backend, name)).__name__
-        if kind not in kinds:
-            raise ValueError(f"its {name} is of kind {kind}, not {' or '.join(kinds)}".replace("NoneType", "none"))
 
 
 def _check_size(file: Path) -> None:

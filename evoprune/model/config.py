@@ -15,7 +15,8 @@ from typing import Annotated, Any
 from evoprune.model.rules import OBJECT, TEXT, YES_OR_NO, either, list_of, number, pick, section, whole
 
 Layers = Annotated[int, whole(1, 1000)]  # far more than any model has, and still built in a second
-Size = Annotated[int, whole(1, 2**22)]
+SIZE = whole(1, 2**22)
+Size = Annotated[int, SIZE]
 Tokens = Annotated[int, whole(1, 2**24)]
 Text = Annotated[str, TEXT]
 YesOrNo = Annotated[bool, YES_OR_NO]
@@ -45,6 +46,7 @@ class Family:
     video: Mapping[str, Any]  # what the published processor does with inputs (`video.plan.InputLimits`)
     picture: Mapping[str, Any]
     unstated: Mapping[str, Any]  # the same for pictures, where a model's folder has no settings of a processor
+    vision: Mapping[str, Any]  # settings of the tower, where a file does not say
     timestamps: bool = (
         False  # whether a prompt has the time of each frame pair, with markers of its own around its tokens
     )
@@ -55,9 +57,15 @@ _TEXT = {"rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 _PICTURES = {"min_pixels": 56 * 56, "max_pixels": 12_845_056}, {"min_pixels": 56 * 56, "max_pixels": 1280 * 28 * 28}
 _HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 _LARGE = _HALF | {"min_pixels": 65_536, "max_pixels": 16_777_216, "of_all_frames": False}
+_TOWER = {
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": (8, 16, 24),
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+}
 FAMILIES = {
-    QWEN2_5: Family("silu", False, ("gate_proj", "up_proj", "down_proj"), _MERGER, _TEXT, {}, *_PICTURES),
-    QWEN2: Family("quick_gelu", True, ("fc1", "fc2"), _MERGER, _TEXT, {}, *_PICTURES),
+    QWEN2_5: Family("silu", False, ("gate_proj", "up_proj", "down_proj"), _MERGER, _TEXT, {}, *_PICTURES, {}),
+    QWEN2: Family("quick_gelu", True, ("fc1", "fc2"), _MERGER, _TEXT, {}, *_PICTURES, {"hidden_act": "quick_gelu"}),
     QWEN3: Family(
         "gelu_pytorch_tanh",
         True,
@@ -67,6 +75,7 @@ FAMILIES = {
         _HALF | {"min_pixels": 4096, "max_pixels": 25_165_824, "of_all_frames": True},
         _LARGE,
         _LARGE,
+        _TOWER,
         timestamps=True,
     ),
 }
@@ -93,9 +102,9 @@ class VisionConfig:
     in_channels: Size = 3
     tokens_per_second: Annotated[int | float | None, number(1e-3, 1e6)] = 4  # None if M-RoPE counts frame pairs
     hidden_act: Text = "silu"
-    num_position_embeddings: int | None = None  # entries of the square table of learned positions
+    num_position_embeddings: Annotated[int | None, SIZE] = None  # entries of the square table of learned positions
     # Ascending: layers after which a merger of their own makes features for the language model's first layers (DeepStack).
-    deepstack_visual_indexes: tuple[int, ...] = ()
+    deepstack_visual_indexes: LayerNumbers = ()
     family: str = QWEN2_5  # one of `MODEL_TYPES`
 
     @property
@@ -114,47 +123,17 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class Qwen2VisionConfig:
-    """The vision tower as Qwen2-VL's files describe it: `embed_dim` is the tower's size, `hidden_size` the language model's."""
+class Qwen2Sizes:
+    """What Qwen2-VL's files call otherwise: `hidden_size` is the language model's, `embed_dim` the tower's."""
 
-    depth: Layers
     embed_dim: Size
     hidden_size: Size
-    num_heads: Size
     mlp_ratio: Annotated[int, whole(1, 1000)] = 4
-    patch_size: Size = 14
-    temporal_patch_size: Size = 2
-    spatial_merge_size: Size = 2
-    in_channels: Size = 3
-    hidden_act: Text = "quick_gelu"
-
-
-@dataclass(frozen=True)
-class Qwen3VisionConfig:
-    """The vision tower as Qwen3-VL's files describe it."""
-
-    depth: Layers
-    hidden_size: Size
-    intermediate_size: Size
-    num_heads: Size
-    out_hidden_size: Size
-    num_position_embeddings: Size = 2304
-    deepstack_visual_indexes: LayerNumbers = (8, 16, 24)
-    patch_size: Size = 16
-    temporal_patch_size: Size = 2
-    spatial_merge_size: Size = 2
-    in_channels: Size = 3
-    hidden_act: Text = "gelu_pytorch_tanh"
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The language model.
-
-    `rope_parameters` holds `rope_theta`, `mrope_section` and, where the three positions take turns, `mrope_interleaved`.
-    `max_position_embeddings` is the length of its context: how many tokens it reads and writes together; None if the file does not
-    say. `head_dim`: see `head_size`. `head_norms`: whether queries and keys are normed head by head, and have no bias.
-    """
+    """The language model."""
 
     vocab_size: Tokens
     hidden_size: Size
@@ -162,14 +141,16 @@ class TextConfig:
     num_hidden_layers: Layers
     num_attention_heads: Size
     num_key_value_heads: Size
+    # `rope_theta`, `mrope_section` and, where the three positions take turns, `mrope_interleaved`
     rope_parameters: Annotated[dict[str, Any], OBJECT]
     rms_norm_eps: Annotated[float, number(1e-30, 1)] = 1e-5
     hidden_act: Text = "silu"
     use_sliding_window: YesOrNo = False
     eos_token_id: Annotated[int | tuple[int, ...] | None, END_IDS] = None
+    # The length of its context: how many tokens it reads and writes together; None if the file does not say
     max_position_embeddings: Annotated[int | None, whole(1, 2**31)] = None
-    head_dim: Annotated[int | None, whole(1, 2**16)] = None
-    head_norms: bool = False
+    head_dim: Annotated[int | None, whole(1, 2**16)] = None  # see `head_size`
+    head_norms: bool = False  # whether queries and keys are normed head by head, and have no bias
 
 
 @dataclass(frozen=True)
@@ -234,29 +215,21 @@ def _check_text(t: TextConfig) -> None:
 
 
 def parse_vision(content: dict, family: str) -> VisionConfig:
-    """Reads the `vision_config` of a model.
-
-    Args:
-        content: as in the file.
-        family: one of `MODEL_TYPES`; in Qwen2-VL's files names differ, and some numbers are constants.
-
-    Raises ValueError: a number is missing, or is not one.
-    """
-    content = {"in_channels": content.get("in_chans", 3)} | content
-    if family == QWEN2_5:
-        return pick(VisionConfig, content, "vision_config")
-    sizes = pick(Qwen2VisionConfig if family == QWEN2 else Qwen3VisionConfig, content, "vision_config")
-    values = vars(sizes) | {
-        "fullatt_block_indexes": tuple(range(sizes.depth)),
-        "window_size": 4 * sizes.patch_size * sizes.spatial_merge_size,  # of no effect: no layer attends over windows
-        "tokens_per_second": None,
-        "family": family,
-    }
+    """Reads the `vision_config` of a model of one of `MODEL_TYPES`. Raises ValueError: a number is missing, or is not one."""
+    given = {"in_channels": content.get("in_chans", 3)} | FAMILIES[family].vision
+    given |= {name: value for name, value in content.items() if value is not None}
     if family == QWEN2:
-        wide = values.pop("embed_dim")
-        values |= {"out_hidden_size": sizes.hidden_size, "hidden_size": wide}
-        values["intermediate_size"] = wide * values.pop("mlp_ratio")
-    return VisionConfig(**values)
+        own = pick(Qwen2Sizes, given, "vision_config")
+        given |= {"hidden_size": own.embed_dim, "out_hidden_size": own.hidden_size}
+        given["intermediate_size"] = own.embed_dim * own.mlp_ratio
+    if family != QWEN3:
+        given |= {"num_position_embeddings": None, "deepstack_visual_indexes": None}
+    if family == QWEN2_5:
+        return pick(VisionConfig, given, "vision_config")
+    picked = pick(VisionConfig, given | {"fullatt_block_indexes": [], "window_size": None}, "vision_config")
+    window = 4 * picked.patch_size * picked.spatial_merge_size  # of no effect: no layer attends over windows
+    every = tuple(range(picked.depth))
+    return replace(picked, fullatt_block_indexes=every, window_size=window, tokens_per_second=None, family=family)
 
 
 def vision_sizes(config) -> VisionConfig:
@@ -307,12 +280,7 @@ def _as_json(fields: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -> int:
-    """Bytes of the language model's keys and values for a prompt.
-
-    Args:
-        tokens: of the prompt, in each layer or in all.
-        bytes_each: of a number; 2 for bf16.
-    """
+    """Bytes of the language model's keys and values for a prompt of `tokens`, in each layer or in all."""
     text = config.text_config
     every = text.num_hidden_layers * tokens if isinstance(tokens, int) else sum(tokens)
     return 2 * text.num_key_value_heads * head_size(text) * every * bytes_each

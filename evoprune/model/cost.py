@@ -79,12 +79,9 @@ def working_memory(
 ) -> int:
     """Bytes that are in use at once beside the weights, roughly.
 
-    Args:
-        units: N, of the video.
-        chunk_units: units that go through the tower together, at most.
-        prompt: tokens that the language model reads, in each layer or in all.
-        bytes_each: of a weight.
-        late: rows, selected among all units after some layers, that go through the other layers together; 0 for none.
+    `units`: N, of the video, of which at most `chunk_units` go through the tower together; `prompt`: tokens that the language model
+    reads, in each layer or in all; `bytes_each`: of a weight; `late`: rows, selected among all units after some layers, that go
+    through the other layers together.
     """
     chunk_units = min(units, chunk_units)
     vision = config.vision_config
@@ -121,13 +118,9 @@ def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int)
 
 
 def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
-    """Operations of the vision tower.
+    """Operations of the vision tower (`config`: a `VisionConfig`) on `grids` frame pairs of so many attention windows.
 
-    Args:
-        config: a `VisionConfig`.
-        rows: rows that each layer computes, over the whole video, and as a last entry the rows that reach the merger.
-        grids: frame pairs T.
-        windows: attention windows of one frame pair.
+    `rows`: that each layer computes, over the whole video, and as a last entry the rows that reach the merger.
     """
     h, inner = config.hidden_size, config.intermediate_size
     pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
@@ -147,12 +140,10 @@ def stretched(rows: Sequence[T], depth: int) -> list[T]:
 
 
 def prefill_flop(config, length: int | Sequence[int | Sequence[int]]) -> float:
-    """Operations of reading a prompt, with logits of the last token only.
+    """Operations of reading a prompt, with logits of the last token only; `config`: a `TextConfig`.
 
-    Args:
-        config: a `TextConfig`.
-        length: tokens of the prompt after pruning, in each layer or in all. Of a layer also three numbers: the tokens of which it
-            computes keys and values, queries and output, and the MLP.
+    `length`: tokens of the prompt after pruning, in each layer or in all. Of a layer also three numbers: the tokens of which it
+    computes keys and values, queries and output, and the MLP.
     """
     h, lengths = config.hidden_size, [length] * config.num_hidden_layers if isinstance(length, int) else length
     key_value, wide = (head_size(config) * heads for heads in (config.num_key_value_heads, config.num_attention_heads))
@@ -173,10 +164,7 @@ def matmul_rate(
 ) -> float:
     """Operations per second of a plain matrix product on this machine, the best of several.
 
-    Args:
-        dtype, device: of the matrices.
-        seconds: how long each of `shapes` is tried.
-        shapes: rows, inner size and columns.
+    `shapes`: rows, inner size and columns; each is tried for so many `seconds`.
     """
     best, place = 0.0, torch.device(device)
     for rows, inner, columns in shapes:
@@ -192,12 +180,6 @@ def matmul_rate(
 def estimate_first_token(
     model, rows: Sequence[int], grids: int, windows: int, prompt: int | Sequence[int | Sequence[int]]
 ) -> float:
-    """Seconds until the first token on a CPU: a rough estimate.
-
-    Args:
-        model: a `QwenVL` on a CPU.
-        rows, grids, windows: see `tower_flop`.
-        prompt: length of the prompt after pruning, as in `prefill_flop`.
-    """
+    """Seconds until the first token of a `QwenVL` on a CPU, roughly; arguments as of `tower_flop` and `prefill_flop`."""
     work = tower_flop(model.config.vision_config, rows, grids, windows) + prefill_flop(model.config.text_config, prompt)
     return work / (EFFICIENCY * matmul_rate(model.dtype, "cpu", 0.04))  # briefly: the first word waits for it

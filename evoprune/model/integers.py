@@ -50,12 +50,10 @@ Weights = dict[str, torch.Tensor]  # of a quantised layer, by name, on the CPU
 
 
 def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: torch.Tensor | None = None) -> Weights:
-    """What an `Int8Linear` is made of.
+    """What an `Int8Linear` is made of, of a layer on the CPU.
 
-    Args:
-        layer: what to quantise, on the CPU.
-        large: int64, the input channels that are computed in float32; None for none.
-        memory: int8, where `whole` is written if it fits; the next call with it writes there again.
+    `large`: int64, the input channels that are computed in float32; `memory`: int8, where `whole` is written if it fits; the next
+    call with it writes there again.
 
     Returns `whole`, int8 `[out, in]`; `scale` and `sum` of its rows, float32 `[out]`; `large`; and `wide`, float32 `[m, out]`, the
     weights of the large channels.
@@ -99,13 +97,16 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         whole, step, wide = self.to_bytes(x, self.large)
-        y = torch.ops.onednn.qlinear_pointwise(
-            whole, 1.0, 0, self.packed, self.scale, self.zero, self.offset, 1.0, 0, torch.float32, "none", [], ""
-        )
+        y = _product(whole, self.packed, self.scale, self.zero, self.offset)
         y = y.mul_(step) if self.bias is None else torch.addcmul(self.bias, y, step, out=y)
         if len(self.wide):
             y.addmm_(wide, self.wide)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, offset) -> torch.Tensor:
+    how = 1.0, 0, torch.float32, "none", [], ""
+    return torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, scale, zero, offset, *how)
 
 
 def _largest(rows: torch.Tensor) -> torch.Tensor:
@@ -143,10 +144,7 @@ def exact(largest: int) -> bool:
     zero = torch.zeros(64, dtype=torch.int32, device="cpu")
     bytes_ = torch.full((2, 64), largest, dtype=torch.uint8, device="cpu")
     packed = torch.ops.onednn.qlinear_prepack(torch.full((64, 64), 127, dtype=torch.int8, device="cpu"), None)
-    found = torch.ops.onednn.qlinear_pointwise(
-        bytes_, 1.0, 0, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-    return bool((found == 64 * largest * 127).all())
+    return bool((_product(bytes_, packed, scale, zero, None) == 64 * largest * 127).all())
 
 
 def int4_weights(layer: nn.Linear) -> Weights:

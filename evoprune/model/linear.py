@@ -28,18 +28,14 @@ SPARE = 2**28  # bytes that packing leaves free
 
 @dataclass
 class PackingTime:
-    """How long layers that share it have packed their weights, in seconds."""
-
-    seconds: float = 0.0
+    seconds: float = 0.0  # that layers which share this have packed their weights
 
 
 class PackedLinear(nn.Module):
     """A linear layer on the CPU with weights in the order that the matrix product reads. The plain weights are not kept.
 
-    Args:
-        layer: what is replaced.
-        spent: None packs at once. Else a layer that is not small packs when it is first called with few rows, unless memory is
-            short then, and adds the seconds here. Until then it computes with the plain weights.
+    `spent`: None packs at once. Else a layer that is not small packs when it is first called with few rows, unless memory is short
+    then, and adds the seconds here. Until then it computes with the plain weights.
     """
 
     def __init__(self, layer: nn.Linear, spent: PackingTime | None = None):
@@ -92,12 +88,9 @@ def linear(
     times: torch.Tensor | None = None,
     plus: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`layer(x)`, followed by at most one of: SiLU, a product with `times`, a sum with `plus`.
+    """`layer(x)`, followed by at most one of: SiLU, a product with `times`, a sum with `plus` (`[..., out]`).
 
-    Args:
-        layer: any module that maps `[..., in]` to `[..., out]`.
-        x: `[..., in]`.
-        times, plus: `[..., out]`.
+    `layer`: any module that maps `[..., in]` to `[..., out]`.
     """
     if isinstance(layer, PackedLinear):
         if silu:

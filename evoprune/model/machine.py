@@ -73,10 +73,8 @@ def reset_peak_memory(device: str) -> bool:
         return True
     try:
         with open("/proc/self/clear_refs", "w") as f:
-            if hasattr(
-                libc := ctypes.CDLL(None), "malloc_trim"
-            ):  # memory that was freed and is kept would be used uncounted
-                libc.malloc_trim(0)
+            if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+                libc.malloc_trim(0)  # memory that was freed and is kept would be used uncounted
             f.write("5")
     except OSError:
         return False

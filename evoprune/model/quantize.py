@@ -104,8 +104,6 @@ def quantize(
     """Quantises the linear layers of a model in place, each when its input is known.
 
     Args:
-        model: with `model.visual`, `model.language_model` and `lm_head`.
-        kind: "int8" or "int4".
         run: runs the model on some input, the same in every run; every linear layer is called.
         progress: called with the number of layers done and of all layers.
         store: called with each layer's name and what `restore` makes it of.
@@ -124,8 +122,7 @@ def quantize(
         return made.put(path, layer, weights)
 
     for path in made.every:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, Unquantised(model.get_submodule(path), partial(become, path)))
+        made.replace(path, Unquantised(model.get_submodule(path), partial(become, path)))
     with torch.inference_mode():
         run(model)
     if missing := len(made.every) - made.done:
@@ -151,13 +148,16 @@ class _Quantised:
         """Whether a layer needs int8 weights: all, but an output layer in int4, which reads one row."""
         return self.every[path] == "int8" or path != "lm_head"
 
+    def replace(self, path: str, layer: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(self._model.get_submodule(parent), name, layer)
+
     def put(self, path: str, layer: nn.Linear, weights: Weights) -> nn.Module:
         """Makes the quantised layer of `weights`, and puts it in the place of `layer`."""
-        parent, _, name = path.rpartition(".")
         full = None
         if self.reads_rows(path):
             # Layers of one module with the same channels have the same input: `to_bytes` knows it by the same object.
-            key = parent, layer.in_features, tuple(weights["large"].tolist())
+            key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
             large = self._known.setdefault(key, weights["large"])
             full = Int8Linear(weights | {"large": large}, layer.bias, self._to_bytes)
         made = full
@@ -165,7 +165,7 @@ class _Quantised:
             # The kernel wants the dtype in which the model computes. That of the file may be narrower.
             weights = weights | {"scales": weights["scales"].to(self._model.dtype)}
             made = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)
-        setattr(self._model.get_submodule(parent), name, made)
+        self.replace(path, made)
         self.done += 1
         if self._progress:
             self._progress(self.done, len(self.every))

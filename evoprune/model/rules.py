@@ -24,14 +24,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must be.
+    """What a value must be."""
 
-    Attributes:
-        what: it in words, as after "is not".
-        holds: whether a value is that.
-    """
-
-    what: str
+    what: str  # in words, as after "is not"
     holds: Callable[[Any], bool]
 
     def check(self, value: Any, name: str) -> Any:
@@ -119,7 +114,13 @@ def loads(text: str) -> Any:
         raise deep from None
     level = [value]
     for _ in range(LEVELS):
-        level = [inner for each in level for inner in _inside(each)]
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, dict | list)
+        ]
         if not level:
             return value
     raise deep
@@ -138,12 +139,6 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
     return value
-
-
-def _inside(value: Any) -> list[Any]:
-    """What a list or an object holds."""
-    found = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [each for each in found if isinstance(each, dict | list)]
 
 
 def _refuse(word: str) -> None:

@@ -35,9 +35,9 @@ def grouped_attention(
         plan: the groups, from `buckets` or as `Packed`.
         size_bias: adds to the scores of a key the log of its cluster size inside the group (proportional attention: ToMe, arXiv
             2210.09461, section 3).
-        received: float32 `[R]` of zeros, or None. The function adds the attention that each row receives: the mean over heads and
-            over the queries of a group, summed over the row's 4 patches and over the groups of its own chunk. Later chunks are
-            left out, because the result must not depend on the chunk size.
+        received: float32 `[R]`, to which the attention is added that each row receives: the mean over heads and over the queries of
+            a group, summed over the row's 4 patches and over the groups of its own chunk. Later chunks are left out, because the
+            result must not depend on the chunk size.
         timer: measures the time for `received`.
     """
     timer = timer or nullcontext()
@@ -46,8 +46,7 @@ def grouped_attention(
         if kernel is not None:
             if received is not None:
                 with timer:
-                    queries, keys = plan.bucket.by_head(q, "query"), plan.bucket.by_head(k, "key")
-                    add_by_row(received, received_by_keys(queries, keys, plan.bucket, size_bias), plan.bucket)
+                    add_received(received, q, k, plan.bucket, size_bias)
             return attend_packed(kernel, q, k, v, plan, size_bias)
         plan = [plan.bucket]
     out = torch.empty_like(q)
@@ -57,10 +56,8 @@ def grouped_attention(
             return answer.reshape(q.shape)
         if bucket.back is not None:
             return answer.flatten(0, 1)[bucket.back]
-        if bucket.query_valid is None:
-            out[bucket.query.flatten()] = answer.flatten(0, 1)
-        else:
-            out[bucket.query[bucket.query_valid]] = answer[bucket.query_valid]
+        valid = ... if bucket.query_valid is None else bucket.query_valid
+        out[bucket.query[valid]] = answer[valid]
     return out
 
 
@@ -102,10 +99,8 @@ def attend_by_products(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention as two matrix products: for bf16 on a CPU half the time of the fused kernel, if the scores stay in the cache.
 
-    Args:
-        q: `[B, heads, Q, d]`. k, v: `[B, heads, K, d]`. bias: `[B, 1, 1, K]` or None.
-        weight: float32 `[B, Q]`, the weight of each query in the attention received; None if that is not needed.
-        timer: measures the time for the attention received.
+    `q`: `[B, heads, Q, d]`; `k`, `v`: `[B, heads, K, d]`; `bias`: `[B, 1, 1, K]`; `weight`: float32 `[B, Q]`, of each query in the
+    attention received, which `timer` measures.
 
     Returns `[B, heads, Q, d]`; and the attention received, float32 `[B, K]`, or None.
     """
@@ -140,9 +135,14 @@ def attention_received(q: torch.Tensor, k: torch.Tensor, plan: list[Bucket] | Pa
     """float32 `[R]`, as `received` of `grouped_attention`, without the output of the attention."""
     total = torch.zeros(len(k), dtype=torch.float32, device=k.device)
     for bucket in [plan.bucket] if isinstance(plan, Packed) else plan:
-        queries, keys = bucket.by_head(q, "query"), bucket.by_head(k, "key")
-        add_by_row(total, received_by_keys(queries, keys, bucket, size_bias), bucket)
+        add_received(total, q, k, bucket, size_bias)
     return total[: len(q)]
+
+
+def add_received(received: torch.Tensor, q: torch.Tensor, k: torch.Tensor, bucket: Bucket, size_bias: bool) -> None:
+    """Adds the attention that the rows of a bucket receive, as `grouped_attention`."""
+    per_key = received_by_keys(bucket.by_head(q, "query"), bucket.by_head(k, "key"), bucket, size_bias)
+    add_by_row(received, per_key, bucket)
 
 
 @without_autocast()
@@ -162,9 +162,7 @@ def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket, 
 def query_weight(bucket: Bucket, heads: int) -> torch.Tensor:
     """float32 `[B, Q*4]`: the weight of each query patch in the mean over heads and queries of its group; 0 at padding."""
     valid = bucket.query_valid
-    if valid is None:
-        valid = torch.ones(bucket.shape, dtype=torch.bool, device=bucket.key_count.device)
-    valid = valid.float()
+    valid = bucket.key_count.new_ones(bucket.shape, dtype=torch.float32) if valid is None else valid.float()
     return (valid / valid.sum(1, keepdim=True).clamp(min=1) / PATCHES / heads).repeat_interleave(PATCHES, dim=1)
 
 
@@ -201,12 +199,8 @@ def attend_packed(
     key, value = (x if groups.consecutive else x[groups.keys] for x in (k, v))
     if size_bias:
         q, key, value = with_bias(q, key, value, groups.count)
-    answer = kernel(
-        *(x.flatten(0, 1) for x in (q, key, value)),
-        *plan.ends,
-        *(longest * PATCHES for longest in groups.longest),
-        scale=dim**-0.5,
-    )
+    longest = [most * PATCHES for most in groups.longest]
+    answer = kernel(*(x.flatten(0, 1) for x in (q, key, value)), *plan.ends, *longest, scale=dim**-0.5)
     return answer[..., :dim].unflatten(0, (-1, PATCHES))
 
 

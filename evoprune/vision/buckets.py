@@ -20,49 +20,32 @@ from evoprune.vision.layout import Groups
 
 @dataclass(frozen=True)
 class Bucket:
-    """A batch of B groups, with Q query rows and K key rows each.
+    """A batch of B groups, with Q query rows and K key rows each."""
 
-    Attributes:
-        shape: (B, Q).
-        query: int64 `[B, Q]` rows, or None where the bucket is all rows in order.
-        key: int64 `[B, K]` rows, or None where the keys are the queries.
-        query_valid: bool `[B, Q]`, False at padding; None without padding.
-        key_count: int64 `[B, K]`, how many units of the group each key represents; 0 at padding.
-        padded: whether any key is padding.
-        back: int64 `[R]`, the index of each row among the B * Q answers; None where `query` and `query_valid` say it.
-        near: bool `[B, K]`, whether the key is a row of the group's own frame pair, False at padding; None where every key is.
-    """
-
-    shape: tuple[int, int]
-    query: torch.Tensor | None
-    key: torch.Tensor | None
-    query_valid: torch.Tensor | None
-    key_count: torch.Tensor
-    padded: bool
+    shape: tuple[int, int]  # (B, Q)
+    query: torch.Tensor | None  # int64 `[B, Q]` rows, or None where the bucket is all rows in order
+    key: torch.Tensor | None  # int64 `[B, K]` rows, or None where the keys are the queries
+    query_valid: torch.Tensor | None  # bool `[B, Q]`, False at padding; None without padding
+    key_count: torch.Tensor  # int64 `[B, K]`, how many units of the group each key represents; 0 at padding
+    padded: bool  # whether any key is padding
+    # int64 `[R]`, the index of each row among the B * Q answers; None where `query` and `query_valid` say it
     back: torch.Tensor | None = None
+    # bool `[B, K]`, whether the key is a row of the group's own frame pair, False at padding; None where every key is
     near: torch.Tensor | None = None
 
-    def gather(self, x: torch.Tensor, which: str) -> torch.Tensor:
-        """Rows of `x` `[R, 4, ...]` as `[B, Q or K, 4, ...]`."""
-        index = self.key if which == "key" and self.key is not None else self.query
-        return x.view(*self.shape, *x.shape[1:]) if index is None else x[index]
-
     def by_head(self, x: torch.Tensor, which: str) -> torch.Tensor:
-        """Rows of `x` `[R, 4, heads, d]` as `[B, heads, Q*4 or K*4, d]`."""
-        return self.gather(x, which).reshape(self.shape[0], -1, *x.shape[2:]).transpose(1, 2)
+        """Rows of `x` `[R, 4, heads, d]` as `[B, heads, Q*4 or K*4, d]`; `which`: "query" or "key"."""
+        index = self.key if which == "key" and self.key is not None else self.query
+        rows = x if index is None else x[index]
+        return rows.reshape(self.shape[0], -1, *x.shape[2:]).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """All groups of a chunk, for a device whose values the CPU does not read.
+    """All groups of a chunk, for a device whose values the CPU does not read."""
 
-    Attributes:
-        groups: from `layout.attention_groups` with `exact=False`.
-        rows: R, rows of the chunk.
-    """
-
-    groups: Groups
-    rows: int
+    groups: Groups  # from `layout.attention_groups` with `exact=False`
+    rows: int  # R, of the chunk
 
     @cached_property
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,21 +57,35 @@ class Packed:
     @cached_property
     def bucket(self) -> Bucket:
         """One bucket of all groups, padded to the greatest length that a group can have."""
-        groups, count, (longest, most) = self.groups, len(self.groups.length), self.groups.longest
+        groups, count, longest = self.groups, len(self.groups.length), self.groups.longest[0]
         if groups.even:
             return Bucket((count, longest), None, None, None, groups.count.view(count, longest), False)
-        query, valid = runs(groups.start, groups.length, longest, self.rows)
-        key, key_valid = query, valid
-        if not groups.consecutive:
-            start = groups.key_length.cumsum(0) - groups.key_length
-            key, key_valid = runs(start, groups.key_length, most, len(groups.keys))
-        units = torch.where(key_valid, groups.count[key], 0)
         row = ascending(self.rows, groups.start.device)
         group = torch.searchsorted(groups.start + groups.length, row, right=True).clamp(max=count - 1)
         back = (group * longest + row - groups.start[group]).clamp(max=count * longest - 1)
-        keys = None if groups.consecutive else groups.keys[key]
-        near = None if groups.near is None else groups.near[key] & key_valid
-        return Bucket((count, longest), query, keys, valid, units, True, back, near)
+        return _padded(groups, self.rows, ascending(count, row.device), *groups.longest, back)
+
+
+def _padded(
+    groups: Groups, rows: int, members: torch.Tensor, longest: int, most: int, back: torch.Tensor | None = None
+) -> Bucket:
+    """The bucket of some groups (int64 `[B]`), padded to `longest` queries and `most` keys. `rows`: of all groups.
+
+    `back`: see `Bucket`; without it, whether there is padding is read, which synchronises.
+    """
+    query, valid = runs(groups.start[members], groups.length[members], longest, rows)
+    start = groups.key_length.cumsum(0) - groups.key_length
+    key, key_valid = runs(start[members], groups.key_length[members], most, len(groups.keys))
+    return Bucket(
+        tuple(query.shape),
+        query,
+        None if groups.consecutive else groups.keys[key],
+        None if back is None and valid.all() else valid,
+        torch.where(key_valid, groups.count[key], 0),
+        back is not None or not key_valid.all(),
+        back,
+        None if groups.near is None else groups.near[key] & key_valid,
+    )
 
 
 def buckets(groups: Groups) -> list[Bucket]:
@@ -102,32 +99,12 @@ def buckets(groups: Groups) -> list[Bucket]:
     if groups.consecutive and len(lengths) == 1:
         shape = (len(groups.length), int(lengths))
         return [Bucket(shape, None, None, None, groups.count.view(shape), False)]
-    key_start = groups.key_length.cumsum(0) - groups.key_length
     rows, made = int(groups.length.sum()), []
     for like in _alike(groups.key_length, 0.75 if len(lengths) > 4 else 1.0):
         batches = [like] if groups.consecutive else [like[some] for some in _alike(groups.length[like], 0.5)]
         for members in batches:
-            key_length = groups.key_length[members]
-            key, key_valid = runs(key_start[members], key_length, int(key_length.max()), len(groups.keys))
-            count = torch.where(key_valid, groups.count[key], 0)
-            near = None if groups.near is None else groups.near[key] & key_valid
-            key = groups.keys[key]
-            if groups.consecutive:
-                query, query_valid = key, key_valid
-            else:
-                length = groups.length[members]
-                query, query_valid = runs(groups.start[members], length, int(length.max()), rows)
-            made.append(
-                Bucket(
-                    tuple(query.shape),
-                    query,
-                    None if groups.consecutive else key,
-                    None if query_valid.all() else query_valid,
-                    count,
-                    not key_valid.all(),
-                    near=near,
-                )
-            )
+            longest, most = (int(each[members].max()) for each in (groups.length, groups.key_length))
+            made.append(_padded(groups, rows, members, longest, most))
     return made
 
 

@@ -22,18 +22,13 @@ from evoprune.vision.preprocess import CLIP, Normalisation, patch_means
 
 @dataclass(frozen=True)
 class Chunk:
-    """Neighbouring whole frame pairs.
+    """Neighbouring whole frame pairs."""
 
-    Attributes:
-        first, pairs: number of the first frame pair in the video, and how many there are.
-        patches: `[R, 4, values]`, of the units that are rows, in window order.
-        source: int64 `[pairs, H*W]` on the CPU, the number of the frame pair whose row represents each unit: its own if the unit is
-            a row. None without reuse, where every unit is a row.
-    """
-
-    first: int
-    pairs: int
-    patches: torch.Tensor
+    first: int  # number of the first frame pair in the video
+    pairs: int  # how many there are
+    patches: torch.Tensor  # `[R, 4, values]`, of the units that are rows, in window order
+    # int64 `[pairs, H*W]` on the CPU, the number of the frame pair whose row represents each unit: its own if the unit is a row.
+    # None without reuse, where every unit is a row.
     source: torch.Tensor | None = None
 
     @property
@@ -168,11 +163,7 @@ class CarriedKeys:
         self._keys_values: dict[int, torch.Tensor] = {}  # by layer: [P, 2, 4, heads, d]
 
     def begin(self, latest: torch.Tensor | None) -> None:
-        """Starts a chunk.
-
-        `latest`: int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where the reference does not
-        change; None if no later chunk follows.
-        """
+        """Starts a chunk; `latest`: from `Chunk.layout`, None if no later chunk follows."""
         self._latest = latest
 
     def seen_by(

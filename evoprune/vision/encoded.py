@@ -31,9 +31,8 @@ class Encoded:
     # float32 `[K]`, the weight of each token in the language model's attention, which adds log(size) to its logits: in `evoprune`
     # (cluster size) ** count, that is the square root by default. None for 1 each.
     size: torch.Tensor | None = None
-    deepstack: torch.Tensor | None = (
-        None  # `[n, K, D]`, added to the tokens after the first n layers of the language model
-    )
+    # `[n, K, D]`, added to the tokens after the first n layers of the language model
+    deepstack: torch.Tensor | None = None
 
     def __repr__(self) -> str:
         tokens, width = self.features.shape
@@ -68,6 +67,10 @@ def joined(videos: list[Encoded]) -> Encoded:
         return videos[0]
     units = [0, *accumulate(len(v.owner) for v in videos)]
     rows = [0, *accumulate(len(v.rows) for v in videos)]
+    sizes = None
+    if any(v.size is not None for v in videos):
+        ones = (v.features.new_ones(len(v.kept), dtype=torch.float32) for v in videos)
+        sizes = torch.cat([one if v.size is None else v.size for v, one in zip(videos, ones, strict=True)])
     return Encoded(
         torch.cat([v.features for v in videos]),
         torch.cat([v.kept + first for v, first in zip(videos, units, strict=False)]),
@@ -77,32 +80,20 @@ def joined(videos: list[Encoded]) -> Encoded:
         [(layers[0][0], sum(n for _, n in layers)) for layers in zip(*(v.layers for v in videos), strict=True)],
         sum(v.prune_seconds for v in videos),
         all(v.flat for v in videos),
-        _joined_sizes(videos),
+        sizes,
         None if videos[0].deepstack is None else torch.cat([v.deepstack for v in videos], 1),
-    )
-
-
-def _joined_sizes(videos: list[Encoded]) -> torch.Tensor | None:
-    if all(v.size is None for v in videos):
-        return None
-    return torch.cat(
-        [v.features.new_ones(len(v.kept), dtype=torch.float32) if v.size is None else v.size for v in videos]
     )
 
 
 @dataclass
 class Checks:
-    """Results that are read at the end, so that nothing synchronises earlier: bool tensors without dimension.
+    """Results that are read at the end, so that nothing synchronises earlier: bool tensors without dimension."""
 
-    Attributes:
-        even: for each chunk, whether each of its frame pairs has one colour.
-        failed: for each merger and layer, whether a group lost fewer rows than planned.
-        numbers: for each chunk, whether its rows are without NaN and infinity.
-    """
-
-    even: list[torch.Tensor] = field(default_factory=list)
-    failed: list[torch.Tensor] = field(default_factory=list)
-    numbers: list[torch.Tensor] = field(default_factory=list)
+    even: list[torch.Tensor] = field(
+        default_factory=list
+    )  # for each chunk, whether each of its frame pairs has one colour
+    failed: list[torch.Tensor] = field(default_factory=list)  # whether a group lost fewer rows than planned
+    numbers: list[torch.Tensor] = field(default_factory=list)  # whether rows are without NaN and infinity
 
 
 @dataclass
@@ -121,10 +112,16 @@ class EncodedRows:
 
     def nothing_selected(self) -> Encoded:
         """An encoding without tokens, for a method whose question is not known yet."""
+        return self.encoded(self.tokens.rows[:0], self.unit[:0], None, self.deepstack[:0])
+
+    def encoded(
+        self, features: torch.Tensor, kept: torch.Tensor, size: torch.Tensor | None, deepstack: torch.Tensor
+    ) -> Encoded:
+        """The encoding with these tokens; `deepstack`: `[K, n, D]`. Errors as of `finish`."""
         flat, seconds = self.finish()
-        rows, none = self.tokens.rows, self.unit[:0]
-        about = rows, self.tokens.owner, (self.plan.grid,), self.layers, seconds, flat
-        return Encoded(rows[:0], none, *about, deepstack=by_layer(self.deepstack[:0]))
+        by_layer = deepstack.transpose(0, 1) if deepstack.shape[1] else None
+        about = self.tokens.rows, self.tokens.owner, (self.plan.grid,), self.layers, seconds, flat
+        return Encoded(features, kept, *about, size, by_layer)
 
     def finish(self) -> tuple[bool, float]:
         """Whether each frame pair has one colour, and the seconds spent on pruning; reads all checks, which synchronises.
@@ -165,20 +162,13 @@ def select_tokens(video: EncodedRows, question: torch.Tensor | None = None) -> E
         if selection is not video.selection:
             found = replace(selection, kept=kept)
             features, deepstack = (averaged(found, each, owner) for each in (rows, video.deepstack))
-    flat, seconds = video.finish()
-    about = rows, owner, (video.plan.grid,), video.layers, seconds, flat
-    return Encoded(features, kept, *about, selection.size, by_layer(deepstack))
+    return video.encoded(features, kept, selection.size, deepstack)
 
 
 def averaged(found: Selection, values: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
     """Values `[K, ...]` of the selected tokens, from those of rows, `[E, ...]`; `owner`: int64 `[N]`, the row of each unit."""
     shape = len(found.kept), *values.shape[1:]
     return found.features(values.flatten(1), owner).view(shape) if values.numel() else values.new_empty(shape)
-
-
-def by_layer(deepstack: torch.Tensor) -> torch.Tensor | None:
-    """`[n, K, D]` from `[K, n, D]`; None where n is 0."""
-    return deepstack.transpose(0, 1) if deepstack.shape[1] else None
 
 
 def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Selection:

@@ -16,6 +16,7 @@ only at a selection between layers, at the end, when it reads all checks, and wi
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,42 +39,19 @@ from evoprune.vision.preprocess import CLIP, Normalisation
 from evoprune.vision.reductions import Followers, Merging
 from evoprune.vision.tower import LayerRun, Reduction, run_layers, tower_geometry, tower_shape
 
-OnLayer = Callable[[int, int], None]
+OnLayer = Callable[[int], None]
 
 
 def encode(
-    visual,
-    patches: Iterable[torch.Tensor],
-    plan: EncoderPlan,
-    *,
-    question: torch.Tensor | None = None,
-    seconds_per_pair: float = 1.0,
-    seed: int = 0,
-    chunk_units: int | None = None,
-    normal: Normalisation = CLIP,
+    visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, *, question: torch.Tensor | None = None, **how: Any
 ) -> Encoded:
-    """Encodes one video.
+    """Encodes one video: `encode_rows`, whose other arguments (`how`) and errors it has, and `select_tokens`.
 
-    Args:
-        visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of the same families, whose layers obey
-            torch's autocast. The rows are then in its dtype.
-        patches: pieces `[n, values]` in Hugging Face's order that make up the whole video.
-        plan: for this tower, from `Pipeline.plan`.
-        question: `[Q, D]`, the embeddings of its tokens, for a method that reads the question.
-        seconds_per_pair: time from one frame pair to the next, in seconds.
-        seed: for methods that draw at random.
-        chunk_units: rows to encode at a time, rounded up to whole frame pairs; default: `devices.largest_chunk`.
-        normal: mean and std of the patches' normalisation, as in `patchify`; reuse compares the pixels behind them.
+    `question`: `[Q, D]`, the embeddings of its tokens, for a method that reads the question.
 
-    Raises:
-        ValueError: the number of patches does not fit the grid.
-        UsageError: the method reads the question, and there is none.
-        ModelError: the tower computes NaN or infinite values.
+    Raises UsageError: the method reads the question, and there is none.
     """
-    rows = encode_rows(
-        visual, patches, plan, seconds_per_pair=seconds_per_pair, seed=seed, chunk_units=chunk_units, normal=normal
-    )
-    return select_tokens(rows, question)
+    return select_tokens(encode_rows(visual, patches, plan, **how), question)
 
 
 @torch.inference_mode()
@@ -86,17 +64,32 @@ def encode_rows(
     seed: int = 0,
     chunk_units: int | None = None,
     normal: Normalisation = CLIP,
-    on_layer: OnLayer = lambda done, total: None,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
     pause: Callable[[], None] = lambda: None,
 ) -> EncodedRows:
-    """The part of `encode` before a question is needed. Arguments and errors as in `encode`.
+    """The part of `encode` before a question is needed.
 
     Args:
+        visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of the same families, whose layers obey
+            torch's autocast. The rows are then in its dtype.
+        patches: pieces `[n, values]` in Hugging Face's order that make up the whole video.
+        plan: for this tower, from `Pipeline.plan`.
+        seconds_per_pair: from one frame pair to the next.
+        seed: for methods that draw at random.
+        chunk_units: rows to encode at a time, rounded up to whole frame pairs; default: `devices.largest_chunk`.
+        normal: mean and std of the patches' normalisation, as in `patchify`; reuse compares the pixels behind them.
         on_layer: called with the number of finished layers and of all layers, after each layer that follows a selection inside
             the tower.
         pause: called after every layer; it may wait.
+
+    Raises ValueError: the number of patches does not fit the grid. ModelError: the tower computes NaN or infinite values.
     """
-    run = _Run(visual, plan, chunk_units, on_layer, pause)
+
+    def after_layer(done: int) -> None:
+        on_layer(done, plan.depth)
+        pause()
+
+    run = _Run(visual, plan, chunk_units, after_layer, lambda done: pause())
     with without_autocast() if isinstance(visual, Tower) else nullcontext():
         for chunk in run.chunks(patches, normal):
             x, layout = run.embed(chunk)
@@ -112,9 +105,10 @@ def encode_rows(
         if plan.row_stages:
             rows.x = run.merge_patches(rows.x)
             run.note_numbers(rows.x, rows.deepstack)
-    tokens = Tokens(rows.x, rows.owner, plan.grid, seconds_per_pair, seed, run.selector_inputs())
-    source = torch.cat(run.sources)
-    return EncodedRows(plan, tokens, rows.unit, source, run.layers, selection, run.timer, run.checks, rows.deepstack)
+    gathered = run.gathering.collected() if run.gathering else {}  # the inputs that the selector declared
+    tokens = Tokens(rows.x, rows.owner, plan.grid, seconds_per_pair, seed, gathered)
+    source, layers = torch.cat(run.sources), list(enumerate(run.computed))
+    return EncodedRows(plan, tokens, rows.unit, source, layers, selection, run.timer, run.checks, rows.deepstack)
 
 
 @dataclass
@@ -130,15 +124,13 @@ class _VideoRows:
 class _Run:
     """The state of one video while the tower encodes it; its methods are the steps of `encode_rows`."""
 
-    def __init__(
-        self, visual, plan: EncoderPlan, chunk_units: int | None, on_layer: OnLayer, pause: Callable[[], None]
-    ):
+    def __init__(self, visual, plan: EncoderPlan, chunk_units: int | None, after_layer: OnLayer, pause: OnLayer):
         weight, tower = visual.patch_embed.proj.weight, tower_shape(visual)
         self.visual, self.plan = visual, plan
         self.device, self.dtype = weight.device, weight.dtype
         self.geometry = tower_geometry(visual, *plan.grid[1:])
         self.chunk_units = chunk_units or devices.largest_chunk(self.device)
-        self.on_layer, self.pause = on_layer, pause
+        self.after_layer, self.pause = after_layer, pause  # called with the number of finished layers
         self.timer, self.checks = Timer(self.device), Checks()
         self.carried = CarriedKeys() if plan.reuse else None
         selector = plan.token_stage.selector if plan.token_stage else None
@@ -151,11 +143,6 @@ class _Run:
         self.pieces: list[_VideoRows] = []
         self.sources: list[torch.Tensor] = []
         self.count = 0
-
-    @property
-    def layers(self) -> list[tuple[int, int]]:
-        """The number of each layer, and the rows that it computed."""
-        return list(enumerate(self.computed))
 
     def chunks(self, patches: Iterable[torch.Tensor], normal: Normalisation) -> Iterator[Chunk]:
         """The chunks of the video: whole frame pairs that go through the tower together."""
@@ -188,7 +175,7 @@ class _Run:
         reduction = _reduction(self.plan, range(chunk.first, chunk.first + chunk.pairs), self.checks.failed)
         for layer in layers:
             self.computed[layer] += reduction.computed(layer, layout)
-        run = LayerRun(self.visual, self.timer, reduction, self.carried, self.gathering, on_layer=self._pause)
+        run = LayerRun(self.visual, self.timer, reduction, self.carried, self.gathering, on_layer=self.pause)
         return *run_layers(run, layers, x, layout), run.deepstack
 
     def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout, deepstack: torch.Tensor) -> None:
@@ -250,7 +237,7 @@ class _Run:
             made = [self._run_pairs(*piece, layers, last=piece is pieces[-1]) for piece in pieces]
             return _VideoRows(*map(torch.cat, zip(*made, strict=True)), rows.unit, rows.owner)
         layout, order = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.owner)
-        run = LayerRun(self.visual, self.timer, mlp_rows=self.chunk_units, on_layer=self._after_layer)
+        run = LayerRun(self.visual, self.timer, mlp_rows=self.chunk_units, on_layer=self.after_layer)
         run.deepstack = rows.deepstack[order]
         x, rows.x = rows.x[order], None  # frees the rows in the old order
         x, _ = run_layers(run, layers, x, layout)
@@ -263,20 +250,13 @@ class _Run:
         """Rows of whole frame pairs and their DeepStack features after `layers`, which are reported if these rows are the last."""
         layout = full_layout(self.geometry, len(x) // self.geometry.units)
         run = LayerRun(self.visual, self.timer, gathering=self.gathering, deepstack=deepstack[layout.unit])
-        run.on_layer = self._after_layer if last else self._pause
+        run.on_layer = self.after_layer if last else self.pause
         order = layout.unit.argsort()
         x, _ = run_layers(run, layers, x[layout.unit], layout)
         if self.gathering:
             with self.timer:
                 self.gathering.finish(order)
         return x[order], run.deepstack[order]
-
-    def _after_layer(self, done: int) -> None:
-        self.on_layer(done, self.plan.depth)
-        self.pause()
-
-    def _pause(self, done: int) -> None:
-        self.pause()
 
     def merge_patches(self, x: torch.Tensor) -> torch.Tensor:
         """Rows `[E, D]` as the language model reads them, from rows `[E, 4, hidden]`; piece by piece, to bound the memory."""
@@ -286,10 +266,6 @@ class _Run:
 
     def _merge_states(self, x: torch.Tensor) -> torch.Tensor:
         return self.merge_patches(x.to(self.dtype))
-
-    def selector_inputs(self) -> dict[str, torch.Tensor]:
-        """The inputs that the selector declared, by name."""
-        return self.gathering.collected() if self.gathering else {}
 
     def note_numbers(self, *rows: torch.Tensor) -> None:
         """Notes whether `rows` are without NaN and infinity; raises ModelError at once where reading values costs nothing."""

@@ -18,13 +18,8 @@ MIDDLE = 7 / 32, 23 / 32  # the layers of "middle", in relative depth: those of 
 class Gathering:
     """Collects what a selector needs, chunk after chunk.
 
-    Args:
-        selector: its `needs` are collected.
-        tower: attention and keys come from its last full-attention layer, `layer`.
-        merge: the patch merger, from float32 `[R, 4, hidden]` to `[R, D]`.
-
-    Attributes:
-        layer, middle: numbers of the layers that are looked at, and after which states are added.
+    `selector`: its `needs` are collected, attention and keys from the tower's last full-attention layer; `merge`: the patch merger,
+    from float32 `[R, 4, hidden]` to `[R, D]`.
 
     Raises:
         TypeError: the selector needs something unknown.
@@ -38,8 +33,9 @@ class Gathering:
             )
         if not tower.full_layers:
             raise ValueError(f"method {selector.name} needs a full-attention layer, and this tower has none")
-        self.layer = max(tower.full_layers)
+        self.layer = max(tower.full_layers)  # that is looked at
         first, last = (min(round(share * tower.depth), tower.depth - 1) for share in MIDDLE)
+        # After which states are added
         self.middle = range(first, last + 1) if "middle" in selector.needs else range(0)
         self._merge = merge
         self._states: torch.Tensor | None = None
@@ -54,14 +50,11 @@ class Gathering:
         layout: TokenLayout,
         groups: list[Bucket] | Packed,
         bias: bool,
-        spread: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+        spread: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """Computes the values of one chunk, in that layer.
+        """Computes the values of one chunk, in that layer; `q`, `k`, `groups`, `bias` as in `attention_received`, of frame pairs.
 
-        Args:
-            q, k, groups, bias: as in `attention_received`, with frame pairs as groups.
-            plain: `[R, 4, heads, d]`, keys before rotary.
-            spread: gives the values of all rows of the chunk, from those of the rows of this layer.
+        `plain`: `[R, 4, heads, d]`, keys before rotary; `spread`: the values of all rows of the chunk, of those of the layer.
         """
         values = {}
         if "attention" in self._collected:

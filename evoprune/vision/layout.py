@@ -65,24 +65,18 @@ def geometry(height: int, width: int, side: int = 4, device: str = "cpu") -> Geo
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The live rows of a run of frame pairs.
+    """The live rows of a run of frame pairs."""
 
-    Attributes:
-        geometry: of one frame pair.
-        unit: int64 `[R]`, the unit whose place each row has, in window order.
-        owner: int64 `[N]`, the row that represents each unit, or -1 for a dropped one. R + p is the row that an
-            earlier chunk encoded at place p. Of it only keys and values are left (`chunks.CarriedKeys`).
-        reach: where a unit's owner may be: at the same place, in the same window or frame pair, or anywhere in the clip. A group of
-            at least this scope contains all owners of its units.
-        counts: rows of each frame pair; None where only the device knows them.
-    """
-
-    geometry: Geometry
+    geometry: Geometry  # of one frame pair
     pairs: int
-    unit: torch.Tensor
+    unit: torch.Tensor  # int64 `[R]`, the unit whose place each row has, in window order
+    # int64 `[N]`, the row that represents each unit, or -1 for a dropped one. R + p is the row that an earlier chunk encoded at
+    # place p. Of it only keys and values are left (`chunks.CarriedKeys`).
     owner: torch.Tensor
+    # Where a unit's owner may be: at the same place, in the same window or frame pair, or anywhere in the clip. A group of at
+    # least this scope contains all owners of its units.
     reach: Reach = "place"
-    counts: tuple[int, ...] | None = None
+    counts: tuple[int, ...] | None = None  # rows of each frame pair; None where only the device knows them
 
     @property
     def rows(self) -> int:
@@ -201,46 +195,46 @@ class Groups:
 
     Query rows of a group are neighbours: `start[g] : start[g] + length[g]`. Groups that are not exact (see `attention_groups`) may
     include groups without rows, and unused keys at the end.
-
-    Attributes:
-        start, length: int64 `[G]`.
-        consecutive: whether the keys of each group are its query rows; then `keys` is all rows.
-        keys: int64 `[sum of key_length, or more]`, key rows, group after group: its own, and other rows that own some of its units.
-        key_length: int64 `[G]`.
-        count: int64, like `keys`: how many of the group's units each key row represents.
-        longest: upper bounds of the rows and of the keys of a group.
-        even: whether every group is known to have `longest[0]` rows.
-        near: bool, like `keys`: whether the row belongs to the group's own frame pair; None where all do.
     """
 
-    start: torch.Tensor
-    length: torch.Tensor
-    consecutive: bool
+    start: torch.Tensor  # int64 `[G]`
+    length: torch.Tensor  # int64 `[G]`
+    consecutive: bool  # whether the keys of each group are its query rows; then `keys` is all rows
+    # int64 `[sum of key_length, or more]`, key rows, group after group: its own, and other rows that own some of its units
     keys: torch.Tensor
-    key_length: torch.Tensor
-    count: torch.Tensor
-    longest: tuple[int, int]
-    even: bool
-    near: torch.Tensor | None = None
+    key_length: torch.Tensor  # int64 `[G]`
+    count: torch.Tensor  # int64, like `keys`: how many of the group's units each key row represents
+    longest: tuple[int, int]  # upper bounds of the rows and of the keys of a group
+    even: bool  # whether every group is known to have `longest[0]` rows
+    near: torch.Tensor | None = (
+        None  # bool, like `keys`: whether the row belongs to the group's own frame pair; None: all do
+    )
 
 
 def attention_groups(layout: TokenLayout, scope: Scope, exact: bool = True) -> Groups:
     """The groups of a layer whose attention is limited to `scope`; `exact` removes empty ones and unused keys, and synchronises."""
     length = tally(layout.group_of(layout.unit, scope), layout.group_count(scope))
-    make = _own_groups if WIDTH[layout.reach] <= WIDTH[scope] else _owner_groups
-    groups = make(layout, scope, length)
-    return _trimmed(groups) if exact else groups
-
-
-def _own_groups(layout: TokenLayout, scope: Scope, length: torch.Tensor) -> Groups:
-    """Groups whose keys are their own rows."""
-    geo, longest = layout.geometry, layout.longest(scope)
-    if scope == "window":
-        even = layout.reach == "place" and geo.windows * geo.largest_window == geo.units
-    else:
+    if WIDTH[layout.reach] > WIDTH[scope]:
+        groups = _owner_groups(layout, scope, length)
+    else:  # the keys of a group are its own rows
+        geo, longest, start = layout.geometry, layout.longest(scope), length.cumsum(0) - length
         even = min(layout.per_pair) == longest
-    start, keys = length.cumsum(0) - length, ascending(layout.rows, length.device)
-    return Groups(start, length, True, keys, length, layout.size, (longest, longest), even)
+        if scope == "window":
+            even = layout.reach == "place" and geo.windows * geo.largest_window == geo.units
+        keys = ascending(layout.rows, length.device)
+        groups = Groups(start, length, True, keys, length, layout.size, (longest, longest), even)
+    if not exact:
+        return groups
+    used, keys = groups.length > 0, int(groups.key_length.sum())
+    return replace(
+        groups,
+        start=groups.start[used],
+        length=groups.length[used],
+        keys=groups.keys[:keys],
+        key_length=groups.key_length[used],
+        count=groups.count[:keys],
+        near=None if groups.near is None else groups.near[:keys],
+    )
 
 
 def _owner_groups(layout: TokenLayout, scope: Scope, length: torch.Tensor) -> Groups:
@@ -265,17 +259,3 @@ def _owner_groups(layout: TokenLayout, scope: Scope, length: torch.Tensor) -> Gr
         near = pair[keys % rows] == keys // rows // (total // layout.pairs)
     start, longest = length.cumsum(0) - length, (layout.longest(scope), longest_keys)
     return Groups(start, length, False, keys % rows, key_length, count, longest, False, near)
-
-
-def _trimmed(groups: Groups) -> Groups:
-    """The groups without empty ones and without unused keys."""
-    used, keys = groups.length > 0, int(groups.key_length.sum())
-    return replace(
-        groups,
-        start=groups.start[used],
-        length=groups.length[used],
-        keys=groups.keys[:keys],
-        key_length=groups.key_length[used],
-        count=groups.count[:keys],
-        near=None if groups.near is None else groups.near[:keys],
-    )

@@ -33,10 +33,8 @@ def patchify(
 ) -> torch.Tensor:
     """Cuts frames of the final size into normalised patches.
 
-    Args:
-        frames: uint8 `[F, H, W, 3]`, F a multiple of `temporal` or 1, for a picture, which fills a frame pair; H and W multiples of
-            `patch * merge`.
-        mean, std: of the normalisation, for red, green and blue, on a scale from 0 to 1.
+    `frames`: uint8 `[F, H, W, 3]`, F a multiple of `temporal` or 1, for a picture, which fills a frame pair; H and W multiples of
+    `patch * merge`. `mean`, `std`: for red, green and blue, on a scale from 0 to 1.
 
     Returns float32 `[max(1, F/temporal) * H/patch * W/patch, 3 * temporal * patch * patch]` in Hugging Face's order.
     """
@@ -54,12 +52,9 @@ def patchify(
 def patch_means(
     patches: torch.Tensor, units: int, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
 ) -> torch.Tensor:
-    """The mean colour of each block of half a patch, 7x7 or 8x8 pixels, for `pruning.reuse.scan`.
+    """float32 `[T, units, 96]`: the mean colour of each block of half a patch, 7x7 or 8x8 pixels, in levels of 255.
 
-    Args:
-        patches: `[T * units * 4, values]`, from `patchify`, of frame pairs and three colours.
-
-    Returns float32 `[T, units, 96]`, in levels of 255.
+    `patches`: `[T * units * 4, values]`, from `patchify`, of frame pairs and three colours.
     """
     half = math.isqrt(patches.shape[1] // 24)
     blocks = patches.float().view(-1, units, 2, 2, 3, 2, 2, half, 2, half).mean((7, 9))

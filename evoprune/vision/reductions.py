@@ -12,23 +12,18 @@ from evoprune.pruning.indices import ascending, runs, share_rows, tally, true_in
 from evoprune.pruning.ranking import merge_rows, snap, unit_features
 from evoprune.pruning.types import Candidates
 from evoprune.vision import devices
-from evoprune.vision.layout import Geometry, Scope, TokenLayout, merged_layout
-from evoprune.vision.tower import Reduction
+from evoprune.vision.layout import Scope, TokenLayout, merged_layout
+from evoprune.vision.tower import Compared, Reduced, Reduction
 
 
 @dataclass
 class Merging(Reduction):
-    """The merging of one chunk.
+    """The merging of one chunk."""
 
-    Attributes:
-        merger: decides which rows merge.
-        left: by the number of layers that have run, where rows merge: the rows of each of the chunk's frame pairs from there on.
-        failed: bool tensors without dimension, read at the end: whether a group did not lose its rows.
-    """
-
-    merger: Merger
+    merger: Merger  # decides which rows merge
+    # By the number of layers that have run, where rows merge: the rows of each of the chunk's frame pairs from there on
     left: Mapping[int, tuple[int, ...]]
-    failed: list[torch.Tensor]
+    failed: list[torch.Tensor]  # bool tensors without dimension, read at the end: whether a group did not lose its rows
 
     @property
     def size_bias(self) -> bool:
@@ -44,15 +39,8 @@ class Merging(Reduction):
     def acts(self, layer: int, layout: TokenLayout) -> bool:
         return self.left.get(layer + 1, layout.per_pair) != layout.per_pair
 
-    def after(
-        self,
-        layer: int,
-        scope: Scope,
-        x: torch.Tensor,
-        layout: TokenLayout,
-        keys: torch.Tensor | None,
-        received: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, TokenLayout]:
+    def after(self, layer: int, scope: Scope, x: torch.Tensor, layout: TokenLayout, compared: Compared) -> Reduced:
+        keys, received = compared
         features = x.flatten(1).float() if keys is None else unit_features(keys)
         return reduce_rows(self, layer, x, layout, scope, features, received)
 
@@ -77,6 +65,11 @@ class _RoundRows:
     attention: torch.Tensor | None
     layout: TokenLayout
 
+    def lengths(self, scope: Scope) -> torch.Tensor:
+        """int64 `[groups]`: rows of each group. Padding counts as one more group, which is left out."""
+        total = self.layout.group_count(scope)
+        return tally(self.layout.group_of(self.layout.unit, scope), total + 1)[:total]
+
 
 def reduce_rows(
     merging: Merging,
@@ -86,7 +79,7 @@ def reduce_rows(
     scope: Scope,
     features: torch.Tensor,
     attention: torch.Tensor | None,
-) -> tuple[torch.Tensor, TokenLayout]:
+) -> Reduced:
     """Merges rows (`[R, 4, hidden]`) in groups of `scope` after `layer`, in rounds, until each frame pair has its target.
 
     Where shapes are static, the rounds cannot end early: there are as many as the worst case needs, and until the last one merged
@@ -99,11 +92,9 @@ def reduce_rows(
     Raises RuntimeError: the merger removed no row in a round, or too many; raised only where shapes are not static.
     """
     target, static = merging.left[layer + 1], devices.reading_waits(x.device)
-    total, longest = layout.group_count(scope), layout.longest(scope)
-    length = tally(layout.group_of(layout.unit, scope), total)
+    rows, longest = _RoundRows(x, features, attention, layout), layout.longest(scope)
     goal = devices.to_device(torch.tensor(target, dtype=torch.int64, device="cpu"), x.device)
-    wanted = share_rows(length.view(len(target), -1), goal, longest).flatten()
-    rows = _RoundRows(x, features, attention, layout)
+    wanted = share_rows(rows.lengths(scope).view(len(target), -1), goal, longest).flatten()
     rounds = most_rounds(layout, scope, target, merging.merger) if static else layout.rows - sum(target)
     for after in reversed(range(rounds)):
         merged = _round(rows, scope, wanted, longest, merging.merger, target, last=not after, static=static)
@@ -115,8 +106,7 @@ def reduce_rows(
         if layout.rows != sum(target):
             raise RuntimeError(f"method {merging.merger.name} left {layout.rows} rows where {sum(target)} were planned")
         return rows.x, layout
-    left = tally(layout.group_of(layout.unit, scope), total + 1)[:total]
-    merging.failed.append((left != wanted).any())
+    merging.failed.append((rows.lengths(scope) != wanted).any())
     # A merger that removed too many rows leaves padding. `finish` reports it; until then padding must stay inside the last
     # frame pair.
     return rows.x, replace(layout, unit=layout.unit.clamp(max=len(layout.owner) - 1))
@@ -139,8 +129,7 @@ def _round(
         wanted: int64 `[groups]`, the target of each group; longest: upper bound of its rows now.
         target: rows of each frame pair after the last round.
     """
-    layout, total = rows.layout, len(wanted)
-    length = tally(layout.group_of(layout.unit, scope), total + 1)[:total]  # padding counts as one more group
+    layout, length = rows.layout, rows.lengths(scope)
     start, remove = length.cumsum(0) - length, length - wanted
     if not static:
         busy = (remove > 0).nonzero().flatten()
@@ -151,9 +140,9 @@ def _round(
     row, valid = runs(start, length, longest, layout.rows)
     into = _merged_into(rows, row, valid, remove, merger)
     stays = into == ascending(layout.rows, into.device)
-    left = sum(target) if last else layout.rows
-    moves = rows.layout.rows - sum(target)
-    if not static:
+    if static:
+        left, moves = sum(target) if last else layout.rows, layout.rows - sum(target)
+    else:
         left = int(stays.sum())
         moves = layout.rows - left
         if not moves:
@@ -238,15 +227,7 @@ class Followers(Reduction):
     def acts(self, layer: int, layout: TokenLayout) -> bool:
         return self._first - 1 <= layer + 1 <= self._plan.until or layer + 1 == self._depth
 
-    def after(
-        self,
-        layer: int,
-        scope: Scope,
-        x: torch.Tensor,
-        layout: TokenLayout,
-        keys: torch.Tensor | None,
-        received: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, TokenLayout]:
+    def after(self, layer: int, scope: Scope, x: torch.Tensor, layout: TokenLayout, compared: Compared) -> Reduced:
         plan, done = self._plan, layer + 1
         if done < self._first:
             self._earlier = x
@@ -280,14 +261,14 @@ class Followers(Reduction):
         rank = geo.order.argsort()  # of each place in window order
         order = rank[change[:, rank].argsort(dim=1, descending=True, stable=True)]  # ties by place
         kept, dropped = order[:, :keep].sort().values, order[:, keep:].sort().values
-        self._near = nearest_rows(rows, kept, dropped, self._plan.neighbours) + (
-            ascending(pairs, x.device)[:, None, None] * keep
-        )
-        first = ascending(pairs, x.device)[:, None] * geo.units
-        self._near = self._near.flatten(0, 1)
+        first = ascending(pairs, x.device)[:, None]
+        near = nearest_rows(rows, kept, dropped, self._plan.neighbours)
+        self._near, first = (near + first[:, :, None] * keep).flatten(0, 1), first * geo.units
         self._kept, self._dropped = (kept + first).flatten(), (dropped + first).flatten()
         self._saved, self._earlier, self._layout = x, None, layout
-        self._layout_of_kept = kept_layout(geo, layout, self._kept, keep)
+        unit, owner = layout.unit[self._kept], torch.full_like(layout.owner, -1)  # the others own nothing
+        owner[unit] = ascending(len(unit), unit.device)
+        self._layout_of_kept = TokenLayout(geo, pairs, unit, owner, "window", (keep,) * pairs)
 
     def _moved(self, kept: torch.Tensor) -> torch.Tensor:
         """All rows `[R, 4, hidden]`, from the kept ones: a dropped row has moved as the rows that it follows, on average."""
@@ -313,11 +294,3 @@ def nearest_rows(rows: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor, 
     longest = distance.flatten(1).amax(1)[:, None, None] if distance.numel() else distance.new_ones(())
     order = snap(distance / longest.clamp(min=1e-30)).argsort(dim=2, stable=True)
     return order[:, :, :count]
-
-
-def kept_layout(geo: Geometry, layout: TokenLayout, kept: torch.Tensor, each: int) -> TokenLayout:
-    """The layout of some rows of a full layout (int64 `[k]`, ascending), `each` of every frame pair; the others own nothing."""
-    unit = layout.unit[kept]
-    owner = torch.full_like(layout.owner, -1)
-    owner[unit] = ascending(len(kept), unit.device)
-    return TokenLayout(geo, layout.pairs, unit, owner, "window", (each,) * layout.pairs)

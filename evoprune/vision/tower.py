@@ -18,6 +18,9 @@ from evoprune.vision.families import Layers, deepstack, layers_of
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
 
+Compared = tuple[torch.Tensor | None, torch.Tensor | None]
+Reduced = tuple[torch.Tensor, TokenLayout]
+
 
 class Reduction:
     """The base of what merges rows or sets them aside (reductions.py); one object a chunk."""
@@ -43,18 +46,10 @@ class Reduction:
         """Whether `after` changes anything after a layer."""
         return False
 
-    def after(
-        self,
-        layer: int,
-        scope: Scope,
-        x: torch.Tensor,
-        layout: TokenLayout,
-        keys: torch.Tensor | None,
-        received: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, TokenLayout]:
+    def after(self, layer: int, scope: Scope, x: torch.Tensor, layout: TokenLayout, compared: Compared) -> Reduced:
         """The rows for the next layer and their layout, from `x` (`[R, 4, hidden]`) after a layer whose attention has `scope`.
 
-        `keys` (`[R, 4, heads, d]`) and `received` (float32 `[R]`) are those of the layer, if `needs` asks for them, else None.
+        `compared`: keys (`[R, 4, heads, d]`) and attention received (float32 `[R]`) of the layer, None unless `needs` asks for it.
         """
         return x, layout
 
@@ -107,43 +102,27 @@ def tower_geometry(visual, height: int, width: int) -> Geometry:
 
 @dataclass
 class LayerRun:
-    """What `run_layers` needs beside rows and layout.
-
-    Attributes:
-        timer: measures pruning.
-        reduction: what is done with rows between two layers.
-        carried: rows of earlier chunks that this chunk attends to; None without reuse.
-        gathering: collects the inputs of a selector; None without one.
-        mlp_rows: rows that go through an MLP at a time, which bounds the memory; None for all.
-        on_layer: called after each layer with the number of finished layers.
-        deepstack: `[R', n, D]`, the DeepStack features of the rows that leave, of the n layers with some so far; None at first.
-    """
+    """What `run_layers` needs beside rows and layout."""
 
     visual: torch.nn.Module
-    timer: Timer
-    reduction: Reduction = field(default_factory=Reduction)
-    carried: CarriedKeys | None = None
-    gathering: Gathering | None = None
-    mlp_rows: int | None = None
-    on_layer: Callable[[int], None] = lambda done: None
+    timer: Timer  # of pruning
+    reduction: Reduction = field(default_factory=Reduction)  # what is done with rows between two layers
+    carried: CarriedKeys | None = None  # rows of earlier chunks that this chunk attends to; None without reuse
+    gathering: Gathering | None = None  # collects the inputs of a selector
+    mlp_rows: int | None = None  # rows that go through an MLP at a time, which bounds the memory; None for all
+    on_layer: Callable[[int], None] = lambda done: None  # called after each layer with the number of finished layers
+    # `[R', n, D]`, the DeepStack features of the rows that leave, of the n layers with some so far; None at first
     deepstack: torch.Tensor | None = None
 
 
 @dataclass
 class _LayerRows:
-    """Rows with their layout, and values that depend on the layout alone.
+    """Rows with their layout, and values that depend on the layout alone."""
 
-    Attributes:
-        x: `[R, 4, hidden]`, in window order.
-        layout: of the rows.
-        rotation: cos and sin of each row, `[R, 4, 1, 1, d]`.
-        groups: the attention groups of each scope, once they are made.
-    """
-
-    x: torch.Tensor
+    x: torch.Tensor  # `[R, 4, hidden]`, in window order
     layout: TokenLayout
-    rotation: tuple[torch.Tensor, torch.Tensor]
-    groups: dict[Scope, list[Bucket] | Packed] = field(default_factory=dict)
+    rotation: list[torch.Tensor]  # cos and sin of each row, `[R, 4, 1, 1, d]`
+    groups: dict[Scope, list[Bucket] | Packed] = field(default_factory=dict)  # by scope, once they are made
 
 
 def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
@@ -156,8 +135,12 @@ def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayou
         run.deepstack = x.new_empty(len(x), 0, sizes.out_hidden_size)
     if not layout.rows:  # all units are reused
         return x, layout
-    table = rotary(sizes, layout.geometry)
-    rows, reduction = _LayerRows(x, layout, _rotation(table, layout)), run.reduction
+    table, reduction = rotary(sizes, layout.geometry), run.reduction
+
+    def laid_out(x: torch.Tensor, layout: TokenLayout) -> _LayerRows:
+        return _LayerRows(x, layout, [of_place[layout.place][:, :, None, None] for of_place in table])
+
+    rows = laid_out(x, layout)
     reduction.begin(x)
     for layer in layers:
         compared = _attend(run, tower, layer, rows)
@@ -165,10 +148,10 @@ def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayou
         if reduction.acts(layer, rows.layout):
             with run.timer:
                 before = rows.layout
-                rows.x, layout = reduction.after(layer, tower.scope(layer), rows.x, before, *compared)
+                rows.x, layout = reduction.after(layer, tower.scope(layer), rows.x, before, compared)
                 if layout is not before:
                     run.deepstack = reduction.joined(run.deepstack, before, layout)
-                    rows = _LayerRows(rows.x, layout, _rotation(table, layout))
+                    rows = laid_out(rows.x, layout)
         if layer in sizes.deepstack_visual_indexes:
             _add_deepstack(run, sizes.deepstack_visual_indexes.index(layer), reduction.all_rows(rows.x))
         if run.gathering and layer in run.gathering.middle:
@@ -179,24 +162,14 @@ def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayou
 
 def _add_deepstack(run: LayerRun, number: int, x: torch.Tensor) -> None:
     """Adds the features that rows `[R', 4, hidden]` have for layer `number` of the language model."""
-    pieces = x.split(run.mlp_rows) if run.mlp_rows else [x]
-    made = torch.cat([deepstack(run.visual, number, piece) for piece in pieces])
+    made = _in_pieces(run, lambda piece: deepstack(run.visual, number, piece), x)
     run.deepstack = torch.cat([run.deepstack, made[:, None]], 1)
 
 
-def _rotation(table: tuple[torch.Tensor, torch.Tensor], layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of each row, `[R, 4, 1, 1, d]`."""
-    cos, sin = (of_place[layout.place][:, :, None, None] for of_place in table)
-    return cos, sin
-
-
-def _attend(
-    run: LayerRun, tower: TowerShape, layer: int, rows: _LayerRows
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _attend(run: LayerRun, tower: TowerShape, layer: int, rows: _LayerRows) -> Compared:
     """The first half of a layer: attention, added to the rows.
 
-    Returns:
-        What `Reduction.after` compares: keys `[R, 4, heads, d]`, None for hidden states; and attention received, float32, or None.
+    Returns what `Reduction.after` compares: keys, None for hidden states; and attention received, or None.
     """
     visual, layout, x = run.visual, rows.layout, rows.x
     block, kind, scope = visual.blocks[layer], layers_of(visual), tower.scope(layer)
@@ -206,10 +179,12 @@ def _attend(
     v, plain, rotated = qkv[:, :, 2], qkv[:, :, 1], k
     if run.carried:
         k, v = run.carried.seen_by(layer, k, v, layout)
-    groups = _groups(rows, scope, x.device)
-    bias = (
-        run.reduction.size_bias and layout.reach != "place"
-    )  # before rows merge, every cluster size is 1 and its log is 0
+    if scope not in rows.groups:  # made once for a layout
+        exact = not devices.reading_waits(x.device)
+        groups = attention_groups(layout, scope, exact)
+        rows.groups[scope] = buckets(groups) if exact else Packed(groups, layout.rows)
+    groups = rows.groups[scope]
+    bias = run.reduction.size_bias and layout.reach != "place"  # before rows merge, the log of every cluster size is 0
     needs = run.reduction.needs(layer, layout)
     received = torch.zeros(len(k), dtype=torch.float32, device=k.device) if "attention" in needs else None
     mixed = grouped_attention(q, k, v, groups, bias, received, run.timer)
@@ -220,14 +195,10 @@ def _attend(
     return None if "hidden" in needs else plain if "keys" in needs else rotated, received
 
 
-def _groups(rows: _LayerRows, scope: Scope, device: torch.device) -> list[Bucket] | Packed:
-    """The attention groups of the rows, made once for a layout and a scope."""
-    if scope not in rows.groups:
-        if devices.reading_waits(device):
-            rows.groups[scope] = Packed(attention_groups(rows.layout, scope, exact=False), rows.layout.rows)
-        else:
-            rows.groups[scope] = buckets(attention_groups(rows.layout, scope))
-    return rows.groups[scope]
+def _in_pieces(run: LayerRun, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """What a function makes of rows, `mlp_rows` at a time."""
+    made = [function(piece) for piece in (x.split(run.mlp_rows) if run.mlp_rows else [x])]
+    return made[0] if len(made) == 1 else torch.cat(made)
 
 
 def _transform(run: LayerRun, layer: int, rows: _LayerRows) -> None:
@@ -235,9 +206,7 @@ def _transform(run: LayerRun, layer: int, rows: _LayerRows) -> None:
     block, kind = run.visual.blocks[layer], layers_of(run.visual)
     active = run.reduction.active(layer)
     x = rows.x if active is None else rows.x[active]
-    pieces = x.split(run.mlp_rows) if run.mlp_rows else [x]
-    made = [mlp_half(kind, block, piece) for piece in pieces]
-    x = made[0] if len(made) == 1 else torch.cat(made)
+    x = _in_pieces(run, lambda piece: mlp_half(kind, block, piece), x)
     rows.x = x if active is None else rows.x.index_copy(0, active, x)
 
 

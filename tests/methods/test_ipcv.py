@@ -61,7 +61,7 @@ def test_does_what_the_public_code_does(case):
         else:
             rows = rows.index_copy(0, active, computed(rows[active].flatten(1)).view(-1, *rows.shape[1:]))
         if followers.acts(layer, layout):
-            rows, layout = followers.after(layer, "pair", rows, layout, None, None)
+            rows, layout = followers.after(layer, "pair", rows, layout, (None, None))
     assert followers._kept.tolist() == case["kept"]
     assert [set(near) for near in followers._near.tolist()] == [set(near) for near in case["near"]]
     torch.testing.assert_close(rows.flatten(1).sum(1), torch.tensor(case["sums"]), atol=2e-3, rtol=1e-4)
@@ -220,7 +220,7 @@ def test_nothing_waits_for_a_gpu(full_layers, chunk_units, kernel, monkeypatch):
 def test_equal_rows_go_by_index():
     followers, layout = Followers(aside(1, 3, 2, 2), 4), full_layout(geometry(3, 6), 2)
     followers.begin(torch.zeros(36, 4, 2))
-    followers.after(0, "pair", torch.ones(36, 4, 2), layout, None, None)
+    followers.after(0, "pair", torch.ones(36, 4, 2), layout, (None, None))
     assert layout.unit[followers._kept].tolist() == [0, 1, 2, 18, 19, 20]
     assert followers._near.unique(dim=0).tolist() == [[0, 1], [3, 4]]
 
@@ -234,7 +234,7 @@ def test_no_matrix_of_all_pairs():
         followers.begin(torch.zeros_like(x))
         for layer in range(4):
             if followers.acts(layer, layout):
-                x, layout = followers.after(layer, "pair", x, layout, None, None)
+                x, layout = followers.after(layer, "pair", x, layout, (None, None))
     assert len(x) == math.prod(grid) and largest.numbers <= 64 * 167 * 89 < 16384**2 / 100
 
 

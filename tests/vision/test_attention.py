@@ -165,7 +165,7 @@ def test_equal_groups_of_neighbours_are_one_view_without_mask():
         assert bucket.shape == shape
         assert bucket.query is None and bucket.key is None and bucket.query_valid is None and not bucket.padded
         x = torch.randn(layout.rows, 4, 2)
-        assert bucket.gather(x, "query").data_ptr() == x.data_ptr()
+        assert bucket.by_head(x, "query").data_ptr() == x.data_ptr()
 
 
 def test_groups_of_much_different_length_do_not_pad_each_other():
