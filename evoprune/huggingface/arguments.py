@@ -31,10 +31,7 @@ def settings_alone(init: Callable) -> Callable:
 
 
 def check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
-    """Checks that patches and grids are a processor's, and fit one another and the tower `visual`.
-
-    Raises UsageError: it says what is wrong.
-    """
+    """Raises UsageError unless patches and grids are a processor's, and fit one another and the tower `visual`."""
     width, merge = visual.patch_embed.proj.weight[0].numel(), visual.config.spatial_merge_size
     good = isinstance(pixels, torch.Tensor) and pixels.is_floating_point() and pixels.shape[1:] == (width,)
     if not good:
@@ -64,12 +61,12 @@ def seconds_of(seconds: float | Sequence[float], videos: int) -> list[float]:
 
 
 def check_question(visual, question: torch.Tensor | None) -> None:
-    """Raises:
-    UsageError: neither None nor floating-point `[Q, hidden]` with the width of the tokens of `visual`, and Q at least 1.
-    """
-    width = None if question is None else vision_sizes(visual.config).out_hidden_size
+    """Raises UsageError: neither None nor floating-point `[Q, hidden]`, as wide as the tokens of `visual`, and Q at least 1."""
+    if question is None:
+        return
+    width = vision_sizes(visual.config).out_hidden_size
     good = isinstance(question, torch.Tensor) and question.is_floating_point() and question.ndim == 2
-    if question is not None and not (good and len(question) and question.shape[1] == width):
+    if not (good and len(question) and question.shape[1] == width):
         hint = "pass model.get_input_embeddings()(ids), ids being the question's tokens as a tensor of one dimension"
         raise UsageError(f"the question is {_what(question)}, not floating-point [tokens, {width}]", hint)
 

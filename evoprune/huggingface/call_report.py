@@ -28,11 +28,9 @@ def call_report(
     """The report of one call with videos or pictures that are pruned; the caller adds the times.
 
     Args:
-        model: the Hugging Face model.
-        call, pruned: the call's arguments by name, as the user gave them and as the model gets them.
+        call, pruned: its arguments, as the user gave them and as the model gets them.
         visuals, encoded: what was pruned, and what became of it.
         name, method: the pruning method as the user named it, and itself.
-        budget: share of the visual tokens to keep.
         positions: where the settings place tokens; the call's own `position_ids` override it.
     """
     device, units = str(model.device), len(encoded.owner)
@@ -75,15 +73,10 @@ def call_report(
 
 @dataclass(frozen=True)
 class LatestCall:
-    """What is known of a call afterwards: its report, and the columns of its prompt that are left."""
+    """A call's report, and the columns of its prompt that are left. Where nothing was encoded here, a warning says why."""
 
     report: Report = field(default_factory=Report)
     columns: Columns | None = None
-
-    @classmethod
-    def empty(cls, why: str) -> "LatestCall":
-        """A call in which nothing was encoded here. `why`: a name in `report.records.EMPTY`."""
-        return cls(Report(warnings=[why]))
 
 
 class LatestCalls:
@@ -93,9 +86,7 @@ class LatestCalls:
         self._of_thread, self._of_all = threading.local(), LatestCall()
 
     def set(self, call: LatestCall) -> None:
-        """Makes `call` the latest one of the calling thread."""
         self._of_thread.call = self._of_all = call
 
     def get(self) -> LatestCall:
-        """The latest call, for the calling thread."""
         return getattr(self._of_thread, "call", self._of_all)

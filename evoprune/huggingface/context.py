@@ -22,19 +22,17 @@ from evoprune.huggingface import interface
 from evoprune.huggingface.arguments import settings_alone
 from evoprune.huggingface.call_report import LatestCall, LatestCalls, call_report
 from evoprune.huggingface.cluster_bias import with_cluster_bias
-from evoprune.huggingface.columns import Columns, with_whole_prompt
+from evoprune.huggingface.columns import Columns, with_whole_prompt, with_whole_prompts
 from evoprune.huggingface.encoding import encode_with, patch_method
 from evoprune.huggingface.inputs import PAST, Past, continued, remember, why_not, without_pruned
-from evoprune.huggingface.packed_tower import check_pack, packed_tower
+from evoprune.huggingface.packed_tower import PackedTower, check_pack
 from evoprune.huggingface.patches import Patches, end_of
 from evoprune.huggingface.visuals import find_visuals
-from evoprune.huggingface.whole_prompt import with_whole_prompts
 from evoprune.keywords import check_types, names_options
 from evoprune.model.cost import Clock
 from evoprune.pipeline.loading.weights import model_fingerprint
 from evoprune.pipeline.options import PruneOptions, check_tuned
-from evoprune.pipeline.resolving import resolve
-from evoprune.pipeline.saved import Tuned
+from evoprune.pipeline.saved import Tuned, resolve
 from evoprune.pruning.budget import DEFAULT, TUNED, parse_budget
 from evoprune.report.records import Report
 
@@ -123,9 +121,7 @@ def apply(
 ) -> "PrunedModel":
     """Prunes inside `model` from now on, until `remove()` of the result or `evoprune.remove(model)` is called.
 
-    Args:
-        model: the Hugging Face model.
-        budget, method, method_args, positions, seed, pack, pictures: see `evoprune.EvoPrune`.
+    The settings are those of `evoprune.EvoPrune`.
 
     Raises:
         ModelError: not a model of a supported class (`interface.MODELS`).
@@ -138,10 +134,7 @@ def apply(
 def remove(model) -> None:
     """Ends the pruning of `model`, whatever began it; does nothing if it is not pruned. See `PrunedModel.remove`.
 
-    Args:
-        model: the Hugging Face model, or what `apply` returned.
-
-    Raises ModelError: not a model of a supported class (`interface.MODELS`).
+    `model` may be what `apply` returned. Raises ModelError: not a model of a supported class (`interface.MODELS`).
     """
     model = model.model if isinstance(model, PrunedModel) else model
     interface.check_class(model)
@@ -166,12 +159,12 @@ class PrunedModel:
     with a value per column that neither the processor makes nor are labels. With nothing to prune and `positions="host"`, the
     model's own code runs such calls. Hooks on modules of the tower see nothing, or the rows of this package; a warning names them.
 
-    Attributes:
-        model: as given. settings: with plain values in the place of a budget of "tuned".
+    `settings` have plain values in the place of a budget of "tuned".
     """
 
     def __init__(self, model, settings: PruningContext):
-        interface.check_model(model)
+        interface.check_class(model)
+        interface.tower_of(model)
         interface.accept_features(model)
         self._tuned: Tuned | None = None
         if settings.budget == TUNED:
@@ -221,7 +214,8 @@ class PrunedModel:
         return self._latest.get().columns
 
     def __enter__(self) -> "PrunedModel":
-        packed = self._packed or packed_tower(self.model.model.visual, self.settings.pack)
+        pack = self.settings.pack
+        packed = self._packed or (PackedTower(self.model.model.visual, pack) if pack else None)
         self._patches.install()
         self._packed = packed
         return self
@@ -296,21 +290,19 @@ class PrunedModel:
                 return self._prune(call, generating)
             if not optional:
                 raise reason
-            self._latest.set(LatestCall.empty("own_code"))
+            self._latest.set(LatestCall(Report(warnings=["own_code"])))
             return call, None
         past = getattr(cache, PAST, None)
         if past is None or not length:  # an emptied cache takes a new prompt, which is whole
-            self._latest.set(LatestCall.empty("pictures_only" if interface.has_picture(call) else "no_video"))
-        if past is None:
-            return call, None
-        if not length:
-            delattr(cache, PAST)
+            why = "pictures_only" if interface.has_picture(call) else "no_video"
+            self._latest.set(LatestCall(Report(warnings=[why])))
+            if past is not None:
+                delattr(cache, PAST)
             return call, None
         past = past.held(length)
         return continued(self.model, call, past, length, generating), past
 
     def _prunes(self, call: dict) -> bool:
-        """Whether a call brings something to prune."""
         return interface.has_video(call) or (self.settings.pictures and interface.has_picture(call))
 
     def _prune(self, call: dict, generating: bool) -> tuple[dict, Past]:
@@ -323,8 +315,7 @@ class PrunedModel:
             tower = visual if packed is None else packed.current()
             given = visuals.pixels, visuals.grids, self._share, self._method
             encoded = encode_with(tower, *given, seconds_per_pair=visuals.seconds, seed=settings.seed)
-        whose = settings.pictures and interface.has_picture(call)
-        pruned, past = without_pruned(self.model, call, visuals, encoded, settings.positions, generating, whose)
+        pruned, past = without_pruned(self.model, call, visuals, encoded, settings.positions, generating)
         named = (settings.method, self._method, self._share, settings.positions)
         report = call_report(self.model, call, pruned, visuals, encoded, *named)
         report.memory.weights_bytes += packed.nbytes if packed else 0
@@ -337,13 +328,9 @@ class PrunedModel:
 
 @dataclass(frozen=True)
 class _Inside:
-    """What `generate` says in each call of `forward` that it makes: that its columns are the ones to read.
+    """What `generate` says in each call of `forward` that it makes: that its columns are the ones to read."""
 
-    Attributes:
-        sizes: float32 `[B, C]`, the cluster sizes of the prompt's columns; None for 1.
-    """
-
-    sizes: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None  # float32 `[B, C]`, the cluster sizes of the prompt's columns; None for 1
 
     def __deepcopy__(self, _) -> None:
         """None: `generate` hands copies of its arguments to an assistant model, whose `forward` need not know this one."""

@@ -15,7 +15,6 @@ from torch.nn.functional import pad
 from evoprune.errors import UsageError
 from evoprune.huggingface import interface
 from evoprune.huggingface.columns import Columns
-from evoprune.huggingface.gradients import no_gradients, refusing_gradients, trained_weights
 from evoprune.huggingface.visuals import Visuals, empty_runs
 from evoprune.pruning.indices import ascending
 from evoprune.vision.encoded import Encoded
@@ -25,18 +24,13 @@ PAST = "evoprune"  # attribute that is set on caches; copies of a cache have it 
 
 @dataclass(frozen=True)
 class Past:
-    """What later calls must know of a cache whose prompt was pruned.
+    """What later calls must know of a cache whose prompt was pruned."""
 
-    Attributes:
-        columns: the columns of the prompt that are left.
-        delta: int64 `[B, L]`, for each column as the last one of the prompt: the position of a later token is this plus the number
-            of tokens before it.
-        sizes: float32 `[B, C]`, the cluster size of each column that is left; None for 1.
-    """
-
-    columns: Columns
+    columns: Columns  # of the prompt that are left
+    # int64 `[B, L]`, for each column as the last one of the prompt: the position of a later token is this plus the number of tokens
+    # before it.
     delta: torch.Tensor
-    sizes: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None  # float32 `[B, C]`, the cluster size of each column that is left; None for 1
 
     def held(self, length: int) -> "Past":
         """The `Past` of the same cache cut to `length` columns. A greater length, with text behind the prompt, changes nothing."""
@@ -57,10 +51,7 @@ def remember(past: Past | None, results: Iterable[Any]) -> None:
 def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError | None:
     """Why this package cannot run a new prompt with videos, although the model itself may take it; None if it can.
 
-    Args:
-        call: the arguments of a new prompt with videos.
-        generating: whether this is a call of `generate`, and not of the model itself.
-        optional: whether the model's own code does the same, since nothing is pruned.
+    `generating`: in a call of `generate`. `optional`: the model's own code does the same, since nothing is pruned.
     """
     visual = model.model.visual
     given = [call.get(name) for name in ("pixel_values_videos", "pixel_values")]
@@ -86,12 +77,9 @@ def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError |
         )
     if _packed(call):
         return UsageError("several sequences packed in a row cannot be pruned", "pass them as rows of a batch")
-    return None if generating else _why_not_directly(call)
-
-
-def _why_not_directly(call: dict) -> UsageError | None:
-    """As `why_not`, for arguments of direct calls alone: those with a value per column that cannot lose columns."""
-    shape = call["input_ids"].shape
+    if generating:
+        return None
+    shape = ids.shape
     known = {"input_ids", "attention_mask", "position_ids", *interface.PER_COLUMN, *interface.VISION_INPUTS}
     for name, value in call.items():
         per_column = isinstance(value, torch.Tensor) and value.shape[:2] == shape and name not in known
@@ -111,20 +99,13 @@ def _packed(call: dict) -> bool:
 
 
 def without_pruned(
-    model, call: dict, visuals: Visuals, encoded: Encoded, positions: str, generating: bool, pictures: bool
+    model, call: dict, visuals: Visuals, encoded: Encoded, positions: str, generating: bool
 ) -> tuple[dict, Past]:
-    """The call without the columns of pruned tokens.
+    """The call of a new prompt without the columns of pruned tokens, and the `Past` of its cache.
 
     Args:
-        call: the arguments of a new prompt; not modified.
-        visuals: from `find_visuals`.
-        encoded: all of them.
+        visuals, encoded: what is pruned in it.
         positions: "host" or "qwen"; `position_ids` in the call override it.
-        generating: whether this is a call of `generate`.
-        pictures: whether pictures are among `visuals`; else the model encodes those of the call.
-
-    Returns:
-        The new call, and the `Past` of its cache.
 
     Raises UsageError: prefill in chunks with a transformers that would leave the videos out (`interface.encoded_inputs`).
     """
@@ -153,7 +134,7 @@ def without_pruned(
     features = refusing_gradients(encoded.features, model.model.visual)
     inner = [None] * len(tokens) if encoded.deepstack is None else encoded.deepstack.split(tokens, 1)
     videos, images = visuals.apart(list(zip(features.split(tokens), inner, strict=True)))
-    pruned_call |= interface.encoded_inputs(model, call, videos, images if pictures else None)
+    pruned_call |= interface.encoded_inputs(model, call, videos, images or None)
     furthest = at[-3:].amax(0).masked_fill(used == 0, -1).cummax(1).values
     return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _sizes(visual, columns, encoded))
 
@@ -206,9 +187,7 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
     """A call that continues from a cache with a pruned prompt, without the pruned columns.
 
     Args:
-        call: the arguments; not modified.
-        past: of the cache, cut to its length (`Past.held`).
-        length: number of columns in the cache.
+        past: of the cache, cut to its `length` (`Past.held`).
         generating: whether this is a call of `generate`, whose ids and mask include the columns in the cache.
 
     Raises UsageError: the call has pictures, or its rows or columns do not fit the whole prompt of the cache.
@@ -250,3 +229,35 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
     elif at.shape[-1] == total:
         pruned_call["position_ids"] = columns.take(at)
     return pruned_call
+
+
+def no_gradients() -> UsageError:
+    """The error where gradients of a tower that prunes are asked for."""
+    return UsageError(
+        "a vision tower that prunes has no gradients",
+        "to train the language model alone: model.model.visual.requires_grad_(False)",
+    )
+
+
+def trained_weights(visual) -> list[torch.Tensor]:
+    """The tower's weights that are to get gradients."""
+    return [weight for weight in visual.parameters() if weight.requires_grad]
+
+
+def refusing_gradients(features: torch.Tensor, visual) -> torch.Tensor:
+    """The features of a tower, from which `backward` raises UsageError if the tower's weights are to get gradients.
+
+    A forward pass in eval mode is usually no training, though by default gradients are enabled and weights ask for them.
+    """
+    trained = trained_weights(visual)
+    return _NoGradients.apply(features, trained[0]) if trained and torch.is_grad_enabled() else features
+
+
+class _NoGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return features.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        raise no_gradients()

@@ -12,20 +12,13 @@ NAMES = {True: ("pixel_values_videos", "video_grid_thw"), False: ("pixel_values"
 
 @dataclass(frozen=True)
 class Visuals:
-    """What is pruned in a call.
+    """What is pruned in a call."""
 
-    Attributes:
-        columns: bool `[B, L]`, the placeholders.
-        pixels: `[patches, values]`, those of all, in the order of their placeholders. `grids`: int64 `[n, 3]`, in patches.
-        videos: of each, whether it is a video.
-        seconds: of each, from one frame pair to the next.
-    """
-
-    columns: torch.Tensor
-    pixels: torch.Tensor
-    grids: torch.Tensor
-    videos: tuple[bool, ...]
-    seconds: tuple[float, ...]
+    columns: torch.Tensor  # bool `[B, L]`, the placeholders
+    pixels: torch.Tensor  # `[patches, values]`, those of all, in the order of their placeholders
+    grids: torch.Tensor  # int64 `[n, 3]`, in patches
+    videos: tuple[bool, ...]  # of each, whether it is a video
+    seconds: tuple[float, ...]  # of each, from one frame pair to the next
 
     def apart(self, features: list[interface.Features]) -> tuple[list[interface.Features], list[interface.Features]]:
         """The features of the videos, and of the pictures."""
@@ -39,7 +32,8 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
     columns = torch.zeros_like(call["input_ids"], dtype=torch.bool)
     for video in kinds:
         columns |= _placeholders(model, call, video)
-    if len(interface.seconds_per_pair(call)) != _count(call, True):
+    grids = call.get("video_grid_thw")
+    if len(interface.seconds_per_pair(call)) != (0 if grids is None else len(grids)):
         raise UsageError("second_per_grid_ts are not one for each video", "pass all that the processor returned")
     pixels, grids = ({video: call[NAMES[video][i]] for video in kinds} for i in (0, 1))
     if len(kinds) == 1:
@@ -77,11 +71,6 @@ def empty_runs(model, call: dict, dropped: torch.Tensor) -> torch.Tensor:
                 marked = int(ids[row, end]) == model.config.vision_end_token_id
                 leaves[row, start : end + 1] |= marked and bool(dropped[row, span.start : end].all())
     return leaves
-
-
-def _count(call: dict, video: bool) -> int:
-    grids = call.get(NAMES[video][1])
-    return 0 if grids is None else len(grids)
 
 
 def _placeholders(model, call: dict, video: bool) -> torch.Tensor:

@@ -77,15 +77,12 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
 
 def fill_kept(report: Report, encodings: Sequence[Encoding]) -> None:
     """Writes into a report what the language model reads of the inputs."""
-    _fill_kept(report.pruning, encodings)
-    for facts, encoding in zip(report.inputs, encodings, strict=True):
-        _fill_kept(facts.pruning, [encoding])
-
-
-def _fill_kept(pruning: Pruning, encodings: Sequence[Encoding]) -> None:
-    pruning.visual_tokens_kept = sum(len(each.tokens.kept) for each in encodings)
-    pruning.kept_ratio = pruning.visual_tokens_kept / sum(each.plan.units for each in encodings)
-    pruning.kept_per_pair = [count for each in encodings for count in each.tokens.kept_per_pair]
+    whole = report.pruning, encodings
+    each = [(facts.pruning, [encoding]) for facts, encoding in zip(report.inputs, encodings, strict=True)]
+    for pruning, some in [whole, *each]:
+        pruning.visual_tokens_kept = sum(len(one.tokens.kept) for one in some)
+        pruning.kept_ratio = pruning.visual_tokens_kept / sum(one.plan.units for one in some)
+        pruning.kept_per_pair = [count for one in some for count in one.tokens.kept_per_pair]
 
 
 def fill_dropped(report: Report, dropping: Dropping | None) -> None:

@@ -19,15 +19,12 @@ class LiveFeed:
         stream: is fed, and told how far it is behind and what was skipped.
         source: is closed with the feed.
         window_s: of the stream.
-
-    Attributes:
-        begun: set once a frame was fed, or none will be. `ended`: set once all of the source is encoded, or reading it failed.
-        problem: why it failed; None where it did not.
     """
 
     def __init__(self, stream: VideoStream, source: LiveSource, window_s: float):
-        self.begun, self.ended = threading.Event(), threading.Event()
-        self.problem: BaseException | None = None
+        self.begun = threading.Event()  # set once a frame was fed, or none will be
+        self.ended = threading.Event()  # set once all of the source is encoded, or reading it failed
+        self.problem: BaseException | None = None  # why it failed
         self._stream, self._source, self._closing = stream, source, False
         self._backlog = Backlog(window_s, 1 / FPS)
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._read, self._encode)]

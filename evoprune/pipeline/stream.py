@@ -14,7 +14,6 @@ rows of its own.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from math import floor, prod
 from threading import RLock
 
@@ -26,11 +25,11 @@ from evoprune.language.generate import PrefillState, embed_ids, prefill
 from evoprune.language.prompt import Prompt, build_prompt
 from evoprune.model.cost import Clock
 from evoprune.pipeline.answering import Askable
-from evoprune.pipeline.encoding import Encoding, PatchReader, encode_input
+from evoprune.pipeline.encoding import Encoding, OpenInput
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.fill_report import fill_times, inputs_report
 from evoprune.pipeline.options import GenerationOptions, SamplingOptions, StreamOptions
-from evoprune.pipeline.planning import CHUNK_BYTES, plan_input
+from evoprune.pipeline.planning import plan_input
 from evoprune.pipeline.prompting import check_context, check_memory, check_question
 from evoprune.pipeline.stream_memory import Seen, StreamMemory, Window, staying_order
 from evoprune.pipeline.turns import Turns
@@ -41,7 +40,7 @@ from evoprune.video.frames import FrameChunk, check_frame
 from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import Plan
 from evoprune.video.sampling import SamplingPlan
-from evoprune.vision.encoded import select_tokens
+from evoprune.vision.encoded import EncodedRows
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import resize
 from evoprune.vision.tower import tower_shape
@@ -234,13 +233,12 @@ class VideoStream(Askable):
         encoder = self._engine.method.plan(tower_shape(self._engine.loaded.model.model.visual), grid, keep)
         times = tuple(self._origin_s + slot * self.step_s for slot in slots)
         span = (self._origin_s + first * self.step_s, self._origin_s + end * self.step_s)
-        return replace(
-            base, sampling=SamplingPlan(*span, times, base.sampling.wanted), grid=grid, encoder=encoder, unshrunk=None
-        )
+        sampling = SamplingPlan(*span, times, base.sampling.wanted)
+        return replace(base, sampling=sampling, grid=grid, encoder=encoder, unshrunk=None, limited=False)
 
     def _encode(self, plan: Plan, frames: np.ndarray) -> tuple[Encoding, torch.Tensor]:
         """A window, encoded as a file is, and the order in which its tokens stay."""
-        engine, clock = self._engine, Clock(torch.device("cpu"))
+        made: list[EncodedRows] = []
 
         def read(source, times_s, **_) -> Iterator[FrameChunk]:
             yield FrameChunk(0, frames, tuple(times_s))
@@ -249,12 +247,13 @@ class VideoStream(Askable):
             self._lock.pause()
             self._check_open()
 
-        limits = engine.loaded.limits[VIDEO]
-        reader, start = PatchReader(plan, limits, clock, CHUNK_BYTES, read, threaded=False), clock.now()
-        rows, seconds = encode_input(engine, plan, reader, rows_of=partial(encode_rows, pause=pause), select=False)
-        tokens = select_tokens(rows)
-        order = staying_order(rows, tokens)
-        return Encoding(plan, tokens, None, seconds, clock.now() - start), order
+        def rows_of(*given, **how) -> EncodedRows:
+            made[:] = [encode_rows(*given, **how, pause=pause)]
+            return made[0]
+
+        opened = OpenInput(self._engine, plan, Clock(torch.device("cpu")), read, threaded=False)
+        encoding = opened.encode(rows_of=rows_of)
+        return encoding, staying_order(made[0], encoding.tokens)
 
     def _positions(self, firsts: Sequence[int], grid: tuple[int, int, int]) -> torch.Tensor:
         """int64 `[3, T * H * W]`: the positions of a window's units, counted from the first frame of the stream.

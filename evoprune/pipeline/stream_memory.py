@@ -17,43 +17,27 @@ from evoprune.vision.encoded import Encoded, EncodedRows
 
 @dataclass(frozen=True)
 class Seen:
-    """What of a stream the next question is about; times are those of the frames, in seconds.
+    """What of a stream the next question is about; times are those of the frames, in seconds."""
 
-    Attributes:
-        start_s, end_s: from the oldest window of which a token is left to the end of the newest.
-        windows, tokens: that are held.
-        frames: that were looked at since the stream began, remembered or not.
-        thinned: windows of which not all tokens are left.
-        skipped: frames of a live source that were due and not looked at, because the machine was too slow.
-        lag_s: of the latest frame behind its source; None where the frames come from somewhere else.
-    """
-
-    start_s: float
-    end_s: float
-    windows: int
-    tokens: int
-    frames: int
-    thinned: int
-    skipped: int = 0
-    lag_s: float | None = None
+    start_s: float  # of the oldest window of which a token is left
+    end_s: float  # of the newest
+    windows: int  # that are held
+    tokens: int  # that are held
+    frames: int  # that were looked at since the stream began, remembered or not
+    thinned: int  # windows of which not all tokens are left
+    skipped: int = 0  # frames of a live source that were due and not looked at, because the machine was too slow
+    lag_s: float | None = None  # of the latest frame behind its source; None where the frames come from somewhere else
 
 
 @dataclass
 class Window:
-    """A window of the stream.
-
-    Attributes:
-        start_s, end_s: its span.
-        time: position in time of its first frame pair, counted from the first frame of the stream.
-        order: int64 `[n]`, of each token that is left its place in the order in which tokens stay, 0 for the last one to go.
-        whole: number of its tokens before any was thinned.
-    """
+    """A window of the stream."""
 
     start_s: float
     end_s: float
-    time: int
-    order: torch.Tensor
-    whole: int
+    time: int  # position in time of its first frame pair, counted from the first frame of the stream
+    order: torch.Tensor  # int64 `[n]`, of each token that is left its place in the order of leaving, 0 for the last one
+    whole: int  # number of its tokens before any was thinned
 
 
 class StreamMemory:
@@ -63,16 +47,13 @@ class StreamMemory:
         ids: int64 `[n]`, of what precedes the video.
         limit: tokens that are held; `most`: of a window.
         room: positions that the video may take.
-
-    Attributes:
-        windows: of which tokens are left, the oldest first.
-        following: position of the text after the video.
     """
 
     @torch.inference_mode()
     def __init__(self, model, ids: torch.Tensor, limit: int, most: int, room: int):
-        self.cache, self.windows = KVCache(model, len(ids) + limit + most + ANSWER_COLUMNS), []
-        self.following = len(ids)
+        self.cache = KVCache(model, len(ids) + limit + most + ANSWER_COLUMNS)
+        self.windows: list[Window] = []  # of which tokens are left, the oldest first
+        self.following = len(ids)  # position of the text after the video
         self._model, self._head, self._limit, self._room = model, len(ids), limit, room
         self._moved = 0  # positions in time by which the beginning of the video was moved
         forward(model, embed_ids(model, ids), ascending(len(ids), "cpu").expand(3, -1), self.cache)

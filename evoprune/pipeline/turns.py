@@ -6,15 +6,13 @@ BRIEF_S = 0.02  # how long a layer of the encoder waits for a token of an answer
 
 
 class Turns:
-    """The lock of the answers about a stream; while one waits for it or holds it, `pause` waits, in another thread.
-
-    Attributes:
-        lock: the lock itself, for what need not be first.
-        generating: whether the question of an answer is read, so that the encoder goes on between two tokens.
-    """
+    """The lock of the answers about a stream; while one waits for it or holds it, `pause` waits, in another thread."""
 
     def __init__(self):
-        self.lock, self.generating = RLock(), False
+        self.lock = RLock()  # for what need not be first
+        self.generating = (
+            False  # whether the question of an answer is read, so that the encoder goes on between two tokens
+        )
         self._calm = Event()
         self._calm.set()
 
