@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from evoprune.huggingface import interface
 from evoprune.huggingface.columns import Columns
-from evoprune.huggingface.visuals import Visuals
+from evoprune.huggingface.inputs import Visuals
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.linear import weights_bytes
 from evoprune.model.machine import environment, memory_in_use, peak_memory
@@ -27,11 +27,8 @@ def call_report(
 ) -> Report:
     """The report of one call with videos or pictures that are pruned; the caller adds the times.
 
-    Args:
-        call, pruned: its arguments, as the user gave them and as the model gets them.
-        visuals, encoded: what was pruned, and what became of it.
-        name, method: the pruning method as the user named it, and itself.
-        positions: where the settings place tokens; the call's own `position_ids` override it.
+    `call` and `pruned` are its arguments, as the user gave them and as the model gets them; `visuals` and `encoded` what was
+    pruned, and what became of it; `name` the method as the user named it. The call's own `position_ids` override `positions`.
     """
     device, units = str(model.device), len(encoded.owner)
     mask, grids = pruned.get("attention_mask"), visuals.grids.tolist()

@@ -85,9 +85,7 @@ class Columns:
 def with_whole_prompt(prompt: torch.Tensor, places: int, ids: torch.Tensor) -> torch.Tensor:
     """Ids `[B * n, L + new]` with the whole prompt in place of the pruned one.
 
-    Args:
-        prompt: int64 `[B, L]`, the whole one. `places`: columns of the pruned one, with which `ids` begin.
-        ids: int64 `[B * n, places + new]`, n neighbouring rows for each prompt.
+    `prompt`: int64 `[B, L]`, the whole one. `ids`: int64 `[B * n, places + new]`, n neighbouring rows for each prompt.
     """
     prompt = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), 0)
     return torch.cat([prompt, ids[:, places:]], 1)

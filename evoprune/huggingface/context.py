@@ -11,7 +11,7 @@ pruned. Flash and flex attention take no mask of numbers, so under them every to
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
@@ -19,16 +19,14 @@ import torch
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.huggingface import interface
-from evoprune.huggingface.arguments import settings_alone
 from evoprune.huggingface.call_report import LatestCall, LatestCalls, call_report
 from evoprune.huggingface.cluster_bias import with_cluster_bias
 from evoprune.huggingface.columns import Columns, with_whole_prompt, with_whole_prompts
 from evoprune.huggingface.encoding import encode_with, patch_method
-from evoprune.huggingface.inputs import PAST, Past, continued, remember, why_not, without_pruned
+from evoprune.huggingface.inputs import PAST, Past, continued, find_visuals, remember, why_not, without_pruned
 from evoprune.huggingface.packed_tower import PackedTower, check_pack
 from evoprune.huggingface.patches import Patches, end_of
-from evoprune.huggingface.visuals import find_visuals
-from evoprune.keywords import check_types, names_options
+from evoprune.keywords import check_types, documented, names_options, option
 from evoprune.model.cost import Clock
 from evoprune.pipeline.loading.weights import model_fingerprint
 from evoprune.pipeline.options import PruneOptions, check_tuned
@@ -41,25 +39,25 @@ INNER = "evoprune_inside"  # argument of the calls of `forward` that `generate` 
 SWITCH = "this object only says how long the model prunes"
 
 
+def _settings_alone(init: Callable) -> Callable:
+    """Decorates `PruningContext.__init__`: a model among the settings is an error that says where it belongs."""
+
+    @wraps(init)
+    def checked(self, *args, **given) -> None:
+        for model in (*args, *given.values()):
+            if isinstance(model, torch.nn.Module):
+                hint = "first the settings, then the model: EvoPrune(budget=0.1)(model)"
+                raise UsageError(f"an object of class {type(model).__name__} is no setting", hint)
+        init(self, *args, **given)
+
+    return checked
+
+
 @dataclass(frozen=True)
 class PruningContext:
     """Settings of pruning. Called with a model, it returns the context in which that model prunes.
 
     Users reach it as `evoprune.EvoPrune`.
-
-    Attributes:
-        budget: share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset; or "tuned", for the
-            method and budget that were tuned for the model's weights (`evoprune tune`).
-        method, method_args: name of a pruning method, and its settings by name.
-        positions: "host" gives each token the position that the model itself gives it, so that budget 1.0 is the model's own
-            output; "qwen" starts the text after a video at the end of the video's time, as Qwen trained its models
-            (`language.prompt`).
-        seed: for methods that draw at random.
-        pack: on a CPU, copies of the tower's linear layers in the order in which products read them make videos faster to encode
-            (`huggingface.packed_tower`). They last as long as the context and take as many bytes again as the layers themselves:
-            1.2 GiB at 3B in bfloat16. "int8": copies in 8 bits, twice as fast as float32 and less exact, 0.6 GiB. The model itself
-            does not change.
-        pictures: prune pictures too, each to the same share of its tokens. Otherwise they stay whole.
 
     Raises:
         UsageError: a bad budget, method or `positions`, or a method that resizes frames or reads the question; called with a
@@ -67,13 +65,29 @@ class PruningContext:
         TypeError: an unknown option.
     """
 
-    budget: float | str = DEFAULT
-    method: str = methods.DEFAULT
-    method_args: dict[str, Any] | None = None
-    positions: Literal["host", "qwen"] = "host"
-    seed: int = 0
-    pack: bool | Literal["int8"] = False
-    pictures: bool = False
+    budget: float | str = option(
+        DEFAULT,
+        "Share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset; or tuned, for the method "
+        "and the budget that were tuned for the model's weights (`evoprune tune`).",
+    )
+    method: str = option(methods.DEFAULT, "Name of a pruning method.")
+    method_args: dict[str, Any] | None = option(None, "Settings of the method, by name.")
+    positions: Literal["host", "qwen"] = option(
+        "host",
+        "host gives each token the position that the model itself gives it, so that budget 1.0 is the model's own output; qwen "
+        "starts the text after a video at the end of the video's time, as Qwen trained its models (`language.prompt`).",
+    )
+    seed: int = option(0, "Seed of methods that draw at random.")
+    pack: bool | Literal["int8"] = option(
+        False,
+        "On a CPU, copies of the tower's linear layers in the order in which products read them make videos faster to encode "
+        "(`huggingface.packed_tower`). They last as long as the context and take as many bytes again as the layers themselves: 1.2 "
+        "GiB at 3B in bfloat16. int8: copies in 8 bits, twice as fast as float32 and less exact, 0.6 GiB. The model itself does "
+        "not change.",
+    )
+    pictures: bool = option(
+        False, "Prune pictures too, each to the same share of its tokens. Otherwise they stay whole."
+    )
 
     def __post_init__(self):
         if self.budget != TUNED:
@@ -102,33 +116,22 @@ class PruningContext:
         return f"EvoPrune({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in fields(self))})"
 
 
-PruningContext.__init__ = settings_alone(names_options(PruningContext.__init__))  # written by `dataclass`
+PruningContext.__init__ = _settings_alone(names_options(PruningContext.__init__))  # written by `dataclass`
+PruningContext.__doc__ = documented(PruningContext.__doc__, [PruningContext])
 # What users call it, in a help page and a traceback. A method has the name EvoPrune as well.
 PruningContext.__module__, PruningContext.__name__, PruningContext.__qualname__ = "evoprune", "EvoPrune", "EvoPrune"
 
 
 @names_options
-def apply(
-    model,
-    *,
-    budget: float | str = DEFAULT,
-    method: str = methods.DEFAULT,
-    method_args: dict[str, Any] | None = None,
-    positions: Literal["host", "qwen"] = "host",
-    seed: int = 0,
-    pack: bool | Literal["int8"] = False,
-    pictures: bool = False,
-) -> "PrunedModel":
+def apply(model, *, settings: PruningContext) -> "PrunedModel":
     """Prunes inside `model` from now on, until `remove()` of the result or `evoprune.remove(model)` is called.
-
-    The settings are those of `evoprune.EvoPrune`.
 
     Raises:
         ModelError: not a model of a supported class (`interface.MODELS`).
         UsageError: bad settings, the model is pruned already, or its tower cannot be packed.
         TypeError: an unknown option.
     """
-    return PruningContext(budget, method, method_args, positions, seed, pack, pictures)(model).__enter__()
+    return settings(model).__enter__()
 
 
 def remove(model) -> None:

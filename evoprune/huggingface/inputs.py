@@ -15,11 +15,27 @@ from torch.nn.functional import pad
 from evoprune.errors import UsageError
 from evoprune.huggingface import interface
 from evoprune.huggingface.columns import Columns
-from evoprune.huggingface.visuals import Visuals, empty_runs
 from evoprune.pruning.indices import ascending
 from evoprune.vision.encoded import Encoded
 
+NAMES = {True: ("pixel_values_videos", "video_grid_thw"), False: ("pixel_values", "image_grid_thw")}
 PAST = "evoprune"  # attribute that is set on caches; copies of a cache have it too
+
+
+@dataclass(frozen=True)
+class Visuals:
+    """What is pruned in a call."""
+
+    columns: torch.Tensor  # bool `[B, L]`, the placeholders
+    pixels: torch.Tensor  # `[patches, values]`, those of all, in the order of their placeholders
+    grids: torch.Tensor  # int64 `[n, 3]`, in patches
+    videos: tuple[bool, ...]  # of each, whether it is a video
+    seconds: tuple[float, ...]  # of each, from one frame pair to the next
+
+    def apart(self, features: list[interface.Features]) -> tuple[list[interface.Features], list[interface.Features]]:
+        """The features of the videos, and of the pictures."""
+        both = list(zip(features, self.videos, strict=True))
+        return [each for each, video in both if video], [each for each, video in both if not video]
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,66 @@ def remember(past: Past | None, results: Iterable[Any]) -> None:
     for cache in results:
         if past is not None and hasattr(cache, "get_seq_length"):
             setattr(cache, PAST, past)
+
+
+def find_visuals(model, call: dict, pictures: bool) -> Visuals:
+    """The videos of a new prompt, and its pictures if those are pruned. Raises UsageError: they do not fit the prompt."""
+    kinds = [video for video in (True, False) if call.get(NAMES[video][0]) is not None and (video or pictures)]
+    columns = torch.zeros_like(call["input_ids"], dtype=torch.bool)
+    for video in kinds:
+        columns |= _placeholders(model, call, video)
+    grids = call.get("video_grid_thw")
+    if len(interface.seconds_per_pair(call)) != (0 if grids is None else len(grids)):
+        raise UsageError("second_per_grid_ts are not one for each video", "pass all that the processor returned")
+    pixels, grids = ({video: call[NAMES[video][i]] for video in kinds} for i in (0, 1))
+    if len(kinds) == 1:
+        (only,) = kinds
+        seconds = interface.seconds_per_pair(call) if only else [1.0] * len(grids[only])
+        return Visuals(columns, pixels[only], grids[only], (only,) * len(grids[only]), tuple(seconds))
+    each = {
+        video: iter(zip(pixels[video].split(grids[video].prod(-1).tolist()), grids[video], strict=True))
+        for video in kinds
+    }
+    found = [pair for row in interface.visual_spans(model, call, None) for pair in row]
+    ordered = [next(each[video]) for _, video in found]
+    return Visuals(
+        columns,
+        torch.cat([patches for patches, _ in ordered]),
+        torch.stack([grid for _, grid in ordered]),
+        tuple(video for _, video in found),
+        tuple(spans[0].seconds_per_pair for spans, _ in found),
+    )
+
+
+def empty_runs(model, call: dict, dropped: torch.Tensor) -> torch.Tensor:
+    """`dropped`, bool `[B, L]`: columns of pruned tokens; with those of the time and markers of each frame pair that keeps none.
+
+    The time stands between the end marker of one frame pair and the start marker of the next. Before the first pair it begins with
+    the token with which it begins before the second.
+    """
+    leaves, ids = dropped.clone(), call["input_ids"]
+    for row, found in enumerate(interface.visual_spans(model, call, None)):
+        for spans in (spans for spans, _ in found if len(spans) > 1):
+            ends = [span.start + span.tokens for span in spans]
+            same = (ids[row, : spans[0].start] == ids[row, ends[0] + 1]).nonzero()
+            starts = [int(same[-1]) if len(same) else spans[0].start - 1, *(end + 1 for end in ends)]
+            for start, span, end in zip(starts, spans, ends, strict=False):
+                marked = int(ids[row, end]) == model.config.vision_end_token_id
+                leaves[row, start : end + 1] |= marked and bool(dropped[row, span.start : end].all())
+    return leaves
+
+
+def _placeholders(model, call: dict, video: bool) -> torch.Tensor:
+    """The columns of the videos, or of the pictures: bool `[B, L]`."""
+    token, name = (model.config.video_token_id, "video") if video else (model.config.image_token_id, "image")
+    grids, columns = call.get(NAMES[video][1]), call["input_ids"] == token
+    units = 0 if grids is None else int(grids.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
+    if not units or units != int(columns.sum()):
+        raise UsageError(
+            f"input_ids have {int(columns.sum())} {name} tokens, {NAMES[video][1]} makes {units}",
+            "pass all that one call of the processor returned",
+        )
+    return columns
 
 
 def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError | None:
@@ -103,9 +179,7 @@ def without_pruned(
 ) -> tuple[dict, Past]:
     """The call of a new prompt without the columns of pruned tokens, and the `Past` of its cache.
 
-    Args:
-        visuals, encoded: what is pruned in it.
-        positions: "host" or "qwen"; `position_ids` in the call override it.
+    `visuals` and `encoded` are what is pruned in it. The call's own `position_ids` override `positions`.
 
     Raises UsageError: prefill in chunks with a transformers that would leave the videos out (`interface.encoded_inputs`).
     """
@@ -131,7 +205,9 @@ def without_pruned(
         pruned_call["position_ids"][0] = interface.text_positions(columns.take(used))
     per_pair = iter(encoded.kept_per_pair)
     tokens = [sum(islice(per_pair, grids)) for grids, _, _ in encoded.grids]
-    features = refusing_gradients(encoded.features, model.model.visual)
+    features, trained = encoded.features, trained_weights(model.model.visual)
+    if trained and torch.is_grad_enabled():  # in eval mode this is usually no training, so `backward` alone raises
+        features = _NoGradients.apply(features, trained[0])
     inner = [None] * len(tokens) if encoded.deepstack is None else encoded.deepstack.split(tokens, 1)
     videos, images = visuals.apart(list(zip(features.split(tokens), inner, strict=True)))
     pruned_call |= interface.encoded_inputs(model, call, videos, images or None)
@@ -142,9 +218,8 @@ def without_pruned(
 def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
     """The labels of the columns that are left, under the names under which the call has them.
 
-    A column predicts the next one that is left. `labels` say what a column is, `shift_labels` what follows it.
-
-    `used`: `[B, L]`, 0 at padding, which predicts nothing: how much padding a row has depends on what the others lose.
+    A column predicts the next one that is left. `labels` say what a column is, `shift_labels` what follows it. `used`: `[B, L]`, 0
+    at padding, which predicts nothing: how much padding a row has depends on what the others lose.
     """
     first = columns.take(used).cumsum(1)[:, :-1] == 0
     targets = {}
@@ -186,9 +261,7 @@ def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generati
 def continued(model, call: dict, past: Past, length: int, generating: bool) -> dict:
     """A call that continues from a cache with a pruned prompt, without the pruned columns.
 
-    Args:
-        past: of the cache, cut to its `length` (`Past.held`).
-        generating: whether this is a call of `generate`, whose ids and mask include the columns in the cache.
+    `past`: of the cache, cut to its `length` (`Past.held`). Ids and mask of `generate` include the columns in the cache.
 
     Raises UsageError: the call has pictures, or its rows or columns do not fit the whole prompt of the cache.
     """
@@ -242,15 +315,6 @@ def no_gradients() -> UsageError:
 def trained_weights(visual) -> list[torch.Tensor]:
     """The tower's weights that are to get gradients."""
     return [weight for weight in visual.parameters() if weight.requires_grad]
-
-
-def refusing_gradients(features: torch.Tensor, visual) -> torch.Tensor:
-    """The features of a tower, from which `backward` raises UsageError if the tower's weights are to get gradients.
-
-    A forward pass in eval mode is usually no training, though by default gradients are enabled and weights ask for them.
-    """
-    trained = trained_weights(visual)
-    return _NoGradients.apply(features, trained[0]) if trained and torch.is_grad_enabled() else features
 
 
 class _NoGradients(torch.autograd.Function):

@@ -87,9 +87,7 @@ def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequ
     Before transformers 5.18 the features take the place of the pixels, in grids of one row. So generation repeats them for beams,
     and passes them on to the first step only, as it does with pixels.
 
-    Args:
-        model: after `accept_features`.
-        pictures: None where the model is to encode them.
+    `model`: after `accept_features`. `pictures`: None where the model is to encode them.
 
     Raises UsageError before transformers 5.18: prefill in chunks, which leaves videos out; encoded pictures; DeepStack.
     """
@@ -164,9 +162,8 @@ def takes_numbers(model) -> bool:
 def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.Size, torch.dtype]:
     """The masks that the layers of the language model make of a call's `attention_mask`.
 
-    Args:
-        model: with eager or sdpa attention.
-        call: of `forward`. `attention_mask` may be `[B, columns]`, None, or ready: `[B, 1, L, keys]`, or a dict of those.
+    `model`: with eager or sdpa attention. In the call of `forward`, `attention_mask` may be `[B, columns]`, None, or ready: `[B, 1,
+    L, keys]`, or a dict of those.
 
     Returns for each type of layer (`ONLY_KIND` where the config names none), `[B, 1, L, keys]`: bool for sdpa, True where a key
     is seen; numbers for eager, the lowest where it is not. Then the shape (B, L) of the call's columns and their dtype.

@@ -45,12 +45,25 @@ def inputs_report(engine: Engine, encodings: Sequence[Encoding]) -> Report:
 
 
 def _input_facts(engine: Engine, encoding: Encoding) -> InputFacts:
-    plan, tokens = encoding.plan, encoding.tokens
+    plan, tokens, info = encoding.plan, encoding.tokens, encoding.plan.info
     times = {stage: spent * 1000 for stage, spent in encoding.seconds.items()}
     return InputFacts(
         path=plan.name,
         kind=plan.kind,
-        video=_video_facts(encoding),
+        video=VideoFacts(
+            path=plan.name,
+            duration_s=info.duration_s,
+            width=info.width,
+            height=info.height,
+            rotation_deg=info.rotation_deg,
+            codec=info.codec,
+            fps=info.fps,
+            variable_rate=info.variable_rate,
+            frames_total=info.frames_total,
+            decoder=plan.decoder,
+            stated_s=info.stated_s,
+            damaged=encoding.damaged,
+        ),
         sampling=_sampling(engine, plan),
         pruning=_pruning(engine, [encoding]),
         time_ms=InputTimes(**times, encode_prune=tokens.prune_seconds * 1000),
@@ -93,24 +106,6 @@ def fill_dropped(report: Report, dropping: Dropping | None) -> None:
             [layer, *counts] for layer, counts in enumerate(dropping.work)
         ]
         report.time_ms.prefill_prune = dropping.timer.seconds() * 1000
-
-
-def _video_facts(encoding: Encoding) -> VideoFacts:
-    plan, info = encoding.plan, encoding.plan.info
-    return VideoFacts(
-        path=plan.name,
-        duration_s=info.duration_s,
-        width=info.width,
-        height=info.height,
-        rotation_deg=info.rotation_deg,
-        codec=info.codec,
-        fps=info.fps,
-        variable_rate=info.variable_rate,
-        frames_total=info.frames_total,
-        decoder=plan.decoder,
-        stated_s=info.stated_s,
-        damaged=encoding.damaged,
-    )
 
 
 def _sampling(engine: Engine, plan: Plan) -> Sampling:

@@ -50,6 +50,10 @@ def environment_facts() -> dict:
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         devices[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"
+    demos = {}  # `demo_model`, `demo_model_folder` and so on
+    for name, demo in DEMOS.items():
+        key, there = f"{name.replace('-', '_')}_model", (demo.folder / "model.safetensors").is_file()
+        demos |= {key: "installed" if there else "missing", f"{key}_folder": str(demo.folder)}
     cache = Cache()
     videos, occupied = cache.size()
     models, models_bytes = weights_folder().size()
@@ -62,7 +66,7 @@ def environment_facts() -> dict:
         "decoders": decoders,
         "methods": methods.available(),
         "method_plugins": methods.plugins(),
-        **_demo_facts(),
+        **demos,
         "bundled_configs": list(BUNDLED_CONFIGS),
         "hub_cache": constants.HF_HUB_CACHE,
         "cache": {
@@ -101,16 +105,6 @@ def _kept_facts(kept: Sequence[tuple[str, Any]], names: Sequence[str]) -> list[d
     ]
 
 
-def _demo_facts() -> dict[str, str]:
-    """Whether each demo model is installed, and its folder: `demo_model`, `demo_model_folder` and so on."""
-    facts = {}
-    for name, demo in DEMOS.items():
-        key = f"{name.replace('-', '_')}_model"
-        facts[key] = "installed" if (demo.folder / "model.safetensors").is_file() else "missing"
-        facts[f"{key}_folder"] = str(demo.folder)
-    return facts
-
-
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -143,12 +137,9 @@ def model_facts(model: FoundModel) -> dict:
 def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
     """The memory that one question about a video takes at a budget, as it is checked before a run.
 
-    Where memory is short, it is that of fewer units at a time.
+    Where memory is short, it is that of fewer units at a time. `plan`: of the whole video, from `plan.make_plan`.
 
-    `plan`: of the whole video, from `plan.make_plan`.
-
-    Raises UsageError: as `make_method` and `saved.with_recipe`; a budget of "tuned" for weights that were never tuned, or are
-    not on this machine.
+    Raises UsageError: as of `for_model`; a budget of "tuned" for weights that are not on this machine.
     """
     pruning, method, _ = for_model(pruning, model.id, lambda: model.weights_fingerprint)
     budget = pruning.share

@@ -15,10 +15,7 @@ FPS = 2.0  # until the first frame tells the stream's rate
 class LiveFeed:
     """Frames of a source go to a stream until the source ends, or the feed is closed, best by `with`.
 
-    Args:
-        stream: is fed, and told how far it is behind and what was skipped.
-        source: is closed with the feed.
-        window_s: of the stream.
+    The stream is told how far it is behind and what was skipped; `window_s` is its own. The source is closed with the feed.
     """
 
     def __init__(self, stream: VideoStream, source: LiveSource, window_s: float):

@@ -37,14 +37,11 @@ def open_inputs(
         paths: at least one file or folder of frames, in the order in which the model reads them.
         sampling: applies to each of them; what it says of time, to the videos among them.
         names: what reports call them; default: their paths.
-        cache: where encoded inputs are kept. Not used for a method that reads the question, nor with another `read`.
-        read: gives the frames, instead of `video.frames.read_frames`.
-        encode_rows: instead of `vision.encoder.encode_rows`.
-        threaded: whether a thread reads and preprocesses while the encoder runs.
+        cache: not used for a method that reads the question, nor with another `read`.
+        read, encode_rows, threaded: as of `OpenInput`.
 
-    Raises:
-        VideoError: one is missing, unreadable or empty. UsageError: numbers that make no sense, a part of the time where there are
-            pictures alone, or a file of subtitles for several inputs.
+    Raises VideoError: one is missing, unreadable or empty. UsageError: numbers that make no sense, a part of the time where there
+    are pictures alone, or a file of subtitles for several inputs.
     """
     sampling = sampling or SamplingOptions()
     check_one_file(sampling.subtitles, len(paths))

@@ -124,9 +124,8 @@ def longest_prompt(
 ) -> int:
     """Tokens of text in the longest prompt of some questions about inputs, of which `encoded` are encoded already.
 
-    Raises:
-        UsageError: a question does not fit into the model's context. OutOfMemory: what is to be encoded needs too much together
-            with the prompt. ModelError: an unusable chat template.
+    Raises UsageError: a question does not fit into the model's context. OutOfMemory: what is to be encoded needs too much together
+    with the prompt. ModelError: an unusable chat template.
     """
     for question in questions:
         check_question(engine.loaded, question)

@@ -43,10 +43,8 @@ class Window:
 class StreamMemory:
     """Windows in a KV cache, behind what precedes the video in the prompt.
 
-    Args:
-        ids: int64 `[n]`, of what precedes the video.
-        limit: tokens that are held; `most`: of a window.
-        room: positions that the video may take.
+    `ids`: int64 `[n]`, of what precedes the video. `limit`: tokens that are held; `most`: of a window. `room`: positions that the
+    video may take.
     """
 
     @torch.inference_mode()
@@ -75,9 +73,8 @@ class StreamMemory:
     def read(self, window: Window, tokens: Encoded, positions: torch.Tensor, pause: Callable[[], None]) -> None:
         """Reads a window, and thins earlier ones. Whatever ends it early leaves a cache that nothing can be read from.
 
-        Args:
-            positions: int64 `[3, N]`, of all its units, counted from the first frame of the stream.
-            pause: called before every layer of the language model. What it raises leaves the cache as it was.
+        `positions`: int64 `[3, N]`, of all its units, counted from the first frame of the stream. `pause`: called before every
+        layer of the language model. What it raises leaves the cache as it was.
         """
         self._make_room(int(positions[0, -1]))
         own = positions.clone()
@@ -121,10 +118,8 @@ def targets(windows: Sequence[tuple[int, int]], limit: int, most: int) -> list[i
     stay, of as many before those a quarter, and so on until there are none. While there are more than `limit`, those
     that have more than is due lose half, from the oldest on.
 
-    Args:
-        windows: of each, the tokens that are left, and those that there were.
-        limit: tokens of all together, at least twice `most`.
-        most: tokens of the largest window.
+    `windows`: of each, the tokens that are left, and those that there were. `limit`: of all together, at least twice `most`, the
+    tokens of the largest window.
     """
     counts, whole = [left for left, _ in windows], max(1, limit // (2 * most))
     due = [full >> ((len(windows) - 1 - number) // whole) for number, (_, full) in enumerate(windows)]
@@ -144,16 +139,15 @@ def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
     selector made the tokens, they are selected as `evoprune` does.
     """
     stage, kept = rows.plan.token_stage, tokens.kept
-    selector, given = (stage.selector, rows.tokens) if stage else (FarthestPoints(count=0), _of_tokens(rows, tokens))
+    if stage:
+        selector, given = stage.selector, rows.tokens
+    else:
+        owner = torch.full_like(tokens.owner, -1)
+        owner[tokens.kept] = ascending(len(tokens.kept), owner.device)
+        selector = FarthestPoints(count=0)
+        given = Tokens(tokens.features, owner, rows.plan.grid, rows.tokens.seconds_per_pair, rows.tokens.seed)
     often, count = torch.zeros_like(kept), len(kept) // 2
     while count:
         often += torch.isin(kept, select(selector, given, count).kept.to(kept.device))
         count //= 2
     return often.cpu().argsort(descending=True, stable=True).argsort()
-
-
-def _of_tokens(rows: EncodedRows, tokens: Encoded) -> Tokens:
-    """The tokens alone, as a selector sees them."""
-    owner = torch.full_like(tokens.owner, -1)
-    owner[tokens.kept] = ascending(len(tokens.kept), owner.device)
-    return Tokens(tokens.features, owner, rows.plan.grid, rows.tokens.seconds_per_pair, rows.tokens.seed)

@@ -60,9 +60,7 @@ def download(
 ) -> tuple[Path, str]:
     """A hub model's folder in the hub's own cache, downloaded as far as needed and possible, and its commit.
 
-    Args:
-        files: patterns of the files to download.
-        check: called with the config's path before anything large is downloaded; raises if the model cannot run.
+    `check` is called with the config's path before any of `files`, which are patterns; it raises if the model cannot run.
 
     Raises ModelError: no such model or revision, no access, or the hub is out of reach and the cache does not hold it.
     """

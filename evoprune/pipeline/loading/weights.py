@@ -142,12 +142,11 @@ def make_ready(
 ) -> PackingTime:
     """Quantises the linear layers of a model on the CPU in place, or packs them. Arguments as `load_model`.
 
-    `store`: the fingerprint under which quantised weights are looked for on disk, and stored; None for neither.
-
     Those of the tower are packed now, those of the language model when few rows come: the tower is a sixth of a 3B model, and
     packed it encodes about a tenth faster; the language model would make the first word wait. Where memory is short, no layers are.
 
-    Returns how long layers have packed; it grows when they do.
+    `store`: the fingerprint of quantised weights on disk; None for neither reading nor storing them. Returns how long layers have
+    packed; it grows when they do.
     """
     spent = PackingTime()
     if model.device.type != "cpu":
