@@ -100,7 +100,8 @@ def tune(asked: Request) -> int:
     settings = {
         "videos": _there(asked.videos), "questions": _questions(asked.questions, asked.question_file),
         "agree": asked.agree, "time_limit_s": asked.time_limit,
-        "budgets": tuple(map(parse_budget, opt.listed(asked.budget))), "methods": tuple(opt.listed(asked.method)),
+        "budgets": tuple(float(parse_budget(text)) for text in opt.listed(asked.budget)),
+        "methods": tuple(opt.listed(asked.method)),
     }  # fmt: skip
     for name in settings["methods"]:
         methods.check(name)

@@ -18,9 +18,12 @@ import numpy as np
 from evoprune.bundled import WORLDS
 from evoprune.evaluation.run import Evaluation, Settings
 from evoprune.evaluation.scores import FULL
+from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.registry import REUSE
 from evoprune.pipeline.options import ModelOptions
+from evoprune.pruning.budget import parse_budget, plain
 from evoprune.pruning.encoder_plan import ALLOCATIONS
+from evoprune.text import budget_text
 from experiments.distances import DISTANCES
 from experiments.paired import in_points, paired_difference
 from experiments.variants import register
@@ -58,6 +61,7 @@ def _tried(setting: str, *values: float) -> dict[str, str]:
 
 
 PAPER, OURS = "evoprune-paper", "evoprune"
+OWN = EvoPrune()
 NO_ATTENTION = "attention=0:critical=0"
 ABLATIONS = {
     "allocation": Ablation(
@@ -112,7 +116,7 @@ ABLATIONS = {
         },
     ),
     "depth": Ablation(
-        "After which share of the layers rows are selected",
+        "After which share of the layers rows are selected a second time",
         OURS,
         {"0.125": ""}
         | {str(share): f"depth={share}" for share in (0.1875, 0.25, 0.375, 0.5, 0.75)}
@@ -148,14 +152,24 @@ ABLATIONS = {
         {"never": ""} | {str(share): f"variant:opening={share}" for share in (0.5, 0.9)},
     ),
     "rows": Ablation(
-        "Rows that go on after the selection, as a power of the budget; after which share of the layers; what tokens become",
+        "Rows that go on after the second selection, as a power of the budget; after which share of the layers; what tokens become",
         OURS,
         {
-            "0.5": "",
-            **_tried("rows", 1, 0.7, 0.6, 0.4),
-            **{f"{p}, depth {d}": f"rows={p}:depth={d}" for p in (0.6, 0.5) for d in (0.1875, 0.25)},
+            f"{OWN.rows:g}": "",
+            **_tried("rows", *(power for power in (1, 0.875, 0.75, 0.65, 0.5) if power != OWN.rows)),
+            **{f"{p}, depth {d}": f"rows={p}:depth={d}" for p in (0.875, 0.65) for d in (0.1875, 0.25)},
             "all": "depth=1",
             "tokens as they are": "average=false",
+        },
+    ),
+    "first": Ablation(
+        "Rows that enter the tower, as a power of the budget; the same with more rows after the second selection",
+        OURS,
+        {
+            f"{OWN.first:g}": "",
+            **_tried("first", *(power for power in (0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75) if power != OWN.first)),
+            "0, rows 0.5": "first=0:rows=0.5",
+            "0.2, rows 0.5": "first=0.2:rows=0.5",
         },
     ),
     "contrast": Ablation(
@@ -201,14 +215,14 @@ def specs(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(spec for name in names for spec in ABLATIONS[name].specs().values()))
 
 
-def table(ablation: Ablation, samples: Sequence[dict], budgets: Sequence[float]) -> list[str]:
+def table(ablation: Ablation, samples: Sequence[dict], budgets: Sequence[float | str]) -> list[str]:
     """Lines of Markdown, a variant a row: for each budget accuracy, the paired difference to the first row in points, with its 95%
     interval over videos, the live share, and the share of tokens that the language model reads."""
     found: dict[tuple, list[dict]] = {}
     for sample in samples:
         if "error" not in sample:
             found.setdefault((sample["method"], sample["budget"]), []).append(sample)
-    title = [part for b in budgets for part in (f"-b {b:g}", "difference", "live", "read")]
+    title = [part for b in budgets for part in (f"-b {budget_text(b)}", "difference", "live", "read")]
     lines = [f"| {ablation.method} | " + " | ".join(title) + " |", "|---" * (len(title) + 1) + "|"]
     base = next(iter(ablation.specs().values()))
     for label, spec in ablation.specs().items():
@@ -258,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = args.only.split(",")
     if unknown := [name for name in names if name not in ABLATIONS]:
         parser.error(f"no ablation {unknown[0]!r}: one of {', '.join(ABLATIONS)}")
-    budgets = tuple(float(b) for b in args.budgets.split(","))
+    budgets = tuple(plain(parse_budget(text)) for text in args.budgets.split(","))
     settings = Settings(
         "demo",
         budgets,

@@ -26,10 +26,10 @@ from evoprune.evaluation.folder import SETTINGS
 from evoprune.evaluation.run import DEMO, Evaluation, Settings
 from evoprune.methods.registry import REUSE
 from evoprune.pipeline.options import ModelOptions
-from evoprune.pruning.budget import parse_budget
+from evoprune.pruning.budget import parse_budget, plain
 from evoprune.visualize.chart import COLOURS
 from experiments.comparison_chart import chart
-from experiments.comparison_tables import OURS, Outcome, document
+from experiments.comparison_tables import OURS, Budget, Outcome, document, share
 
 BUDGETS, CLIPS = (0.5, 0.25, 0.1), 100
 
@@ -65,7 +65,7 @@ def measure(settings: Settings, folder: Path, processes: int, progress: Callable
 
 def compare(
     models: Sequence[str],
-    budgets: Sequence[float],
+    budgets: Sequence[Budget],
     folder: Path,
     *,
     names: Sequence[str] | None = None,
@@ -74,7 +74,7 @@ def compare(
     seed: int = 0,
     limit: int = CLIPS,
     processes: int = 1,
-    alone: Sequence[float] = (),
+    alone: Sequence[Budget] = (),
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[Outcome]:
     """Every method of `names`, by default all rows, at every budget in every model, one model after another.
@@ -131,9 +131,13 @@ def main(args: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if args is None else args)
     asked = parser.parse_args(given)
     try:
-        budgets = list(dict.fromkeys(parse_budget(text) for text in asked.budget.split(",")))
-        alone = [parse_budget(text) for text in asked.equal_cost.split(",") if text]
-        if max(budgets + alone) == 1 or len(budgets) > len(COLOURS) or min(asked.limit, asked.processes) < 1:
+        budgets = list(dict.fromkeys(plain(parse_budget(text)) for text in asked.budget.split(",")))
+        alone = [plain(parse_budget(text)) for text in asked.equal_cost.split(",") if text]
+        if (
+            max(map(share, budgets + alone)) == 1
+            or len(budgets) > len(COLOURS)
+            or min(asked.limit, asked.processes) < 1
+        ):
             raise UsageError(
                 "budgets are shares below 1, at most six; clips and processes one or more", "for example -b 0.5,0.1"
             )

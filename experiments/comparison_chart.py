@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 from evoprune.evaluation.scores import ALL, FULL
+from evoprune.text import budget_text
 from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
-from experiments.comparison_tables import Outcome
+from experiments.comparison_tables import Budget, Outcome
 
 
-def chart(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
+def chart(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> str:
     """SVG: a line a method, the most accurate on top (mean over models and budgets), a dot a budget, a panel a model.
 
     Rows with `outdated`, from a page that marks them, are marked.
@@ -26,7 +27,7 @@ def chart(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
                 Point(100 * row["accuracy"], names.index(_label(row)), 100 * row["low"], 100 * row["high"])
                 for row in outcome.rows(budget)
             )
-            series.append(Series(f"-b {budget:g}", tuple(points), colour))
+            series.append(Series(f"-b {budget_text(budget)}", tuple(points), colour))
         for row in outcome.document["rows"]:
             if row["row"] == FULL and row["group"] == ALL:
                 full = 100 * row["accuracy"]

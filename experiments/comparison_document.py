@@ -10,8 +10,9 @@ from pathlib import Path
 
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.evaluation.scores import ALL, FULL, METHOD
+from evoprune.pruning.budget import parse_budget, plain
 from experiments.comparison_chart import chart
-from experiments.comparison_tables import Outcome
+from experiments.comparison_tables import Budget, Outcome, share
 
 INTERVAL = re.compile(r"([\d.]+) \(([\d.]+)-([\d.]+)\)")
 
@@ -38,21 +39,21 @@ def read(document: str) -> list[Outcome]:
     return made
 
 
-def budgets(outcomes: Sequence[Outcome]) -> list[float]:
+def budgets(outcomes: Sequence[Outcome]) -> list[Budget]:
     """The budgets of pruned rows, the largest first."""
     found = {row["budget"] for outcome in outcomes for row in outcome.document["rows"] if row["row"] == METHOD}
-    return sorted(found, reverse=True)
+    return sorted(found, key=share, reverse=True)
 
 
 def _rows(block: str) -> list[dict]:
     """The rows of a model's tables, one table a budget."""
     made = []
-    for budget, table in re.findall(r"^### `-b ([\d.]+)`\n\n(.*?)(?:\n\n|\Z)", block, re.M | re.S):
+    for budget, table in re.findall(r"^### `-b ([\w.]+)`\n\n(.*?)(?:\n\n|\Z)", block, re.M | re.S):
         titles, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
         for cells in lines:
             found = dict(zip(titles, cells, strict=True))
             made.append(
-                {"row": METHOD, "group": ALL, "method": cells[0].strip("`*"), "budget": float(budget)}
+                {"row": METHOD, "group": ALL, "method": cells[0].strip("`*"), "budget": plain(parse_budget(budget))}
                 | {"outdated": cells[0].endswith("*")}
                 | {"tflop_3b": float(found["TFLOP"])}
                 | _shares("accuracy", "low", "high", cell=found["accuracy"])

@@ -6,9 +6,12 @@ from itertools import pairwise
 
 from evoprune import methods
 from evoprune.evaluation.scores import ALL, BLIND, FULL, METHOD, TYPE, row_name
+from evoprune.pruning.budget import largest_share, parse_budget
+from evoprune.text import budget_text
 from experiments.paired import in_points, paired_difference
 
 OURS = methods.DEFAULT
+Budget = float | str  # as results hold it: a number, or the name of a preset
 # By world: groups with columns of their own at equal cost.
 APART = {"shapes": ("static", "panning"), "scenes": ("picture", "video", "text")}
 
@@ -42,6 +45,11 @@ GROUPS_LEGEND = {
 }
 
 
+def share(budget: Budget) -> float:
+    """The share of a video's tokens that a budget keeps."""
+    return float(parse_budget(budget))
+
+
 @dataclass(frozen=True)
 class Standing:
     """A row against the best of its budget: its accuracy minus the best's, with its 95% interval, as shares."""
@@ -67,7 +75,7 @@ class Outcome:
     document: dict
     samples: list[dict]
 
-    def rows(self, budget: float) -> list[dict]:
+    def rows(self, budget: Budget) -> list[dict]:
         """The rows of a budget over all questions, the most accurate first."""
         found = [row for row in self.document["rows"] if _at(row, budget) and row["group"] == ALL]
         return sorted(found, key=lambda row: -row["accuracy"])
@@ -79,7 +87,7 @@ class Outcome:
         return Outcome(self.name, self.document | {"rows": self.document["rows"] + rows}, self.samples + samples)
 
 
-def standings(samples: Sequence[dict], budget: float) -> dict[str, Standing]:
+def standings(samples: Sequence[dict], budget: Budget) -> dict[str, Standing]:
     """Of each method at a budget, by name. The best has most right answers; of several, it is the first."""
     rows: dict[str, list[dict]] = {}
     for sample in sorted((s for s in samples if "error" not in s), key=lambda s: s["video"]):  # stable
@@ -129,9 +137,9 @@ def equal_cost(outcome: Outcome) -> list[Match]:
     return made
 
 
-def _by_method(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> dict[str, dict[float, list[dict]]]:
+def _by_method(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> dict[str, dict[Budget, list[dict]]]:
     """The rows of each method at each budget, one a model. Variants and combinations are left out."""
-    found: dict[str, dict[float, list[dict]]] = {}
+    found: dict[str, dict[Budget, list[dict]]] = {}
     for outcome in outcomes:
         for budget in budgets:
             for row in outcome.rows(budget):
@@ -151,13 +159,13 @@ def _operations(rows: Sequence[dict], outcome: Outcome) -> str:
     return f"{100 * rows[0]['tflop_3b'] / full:.0f}%" if rows and full else ""
 
 
-def short(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
+def short(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> str:
     """What each method keeps in each model, and what it costs in the first one, as a Markdown table.
 
     The best method on average comes first.
     """
     found = _by_method(outcomes, budgets)
-    lines = [["", *(title for budget in budgets for title in (f"-b {budget:g} keeps", "operations"))]]
+    lines = [["", *(title for budget in budgets for title in (f"-b {budget_text(budget)} keeps", "operations"))]]
     lines.append(["---"] * len(lines[0]))
     means = {name: [row["accuracy"] for rows in at.values() for row in rows] for name, at in found.items()}
     for name in sorted(found, key=lambda name: -sum(means[name]) / len(means[name])):
@@ -170,27 +178,27 @@ def short(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
 
 
 def _over(row: dict) -> str:
-    """A mark where a row keeps more tokens than its budget allows."""
+    """A mark where a row keeps more tokens than its budget allows: of a preset, its share of a still."""
     inner = row["layer_tokens"] < row["tokens"]  # whose budget is a mean over layers
-    return " †" * (row["kept_share"] > OVER * row["budget"] and not inner)
+    return " †" * (row["kept_share"] > OVER * largest_share(parse_budget(row["budget"])) and not inner)
 
 
-def own_steps(outcome: Outcome, budgets: Sequence[float]) -> list[str]:
+def own_steps(outcome: Outcome, budgets: Sequence[Budget]) -> list[str]:
     """What `evoprune` loses from each budget to the next smaller one, paired, as Markdown."""
     found = {
         budget: [s for s in outcome.samples if "error" not in s and _at(s, budget) and s["method"] == OURS]
         for budget in budgets
     }
-    order = sorted((budget for budget in budgets if found[budget]), reverse=True)
-    return [
-        f"- `-b {small:g}` minus `-b {large:g}`: {_difference(*paired_difference(found[small], found[large]))}"
-        for large, small in pairwise(order)
-    ]
+    order = sorted((budget for budget in budgets if found[budget]), key=share, reverse=True)
+    steps = (
+        (large, small, _difference(*paired_difference(found[small], found[large]))) for large, small in pairwise(order)
+    )
+    return [f"- `-b {budget_text(small)}` minus `-b {budget_text(large)}`: {points}" for large, small, points in steps]
 
 
-def against_ours(outcome: Outcome, budgets: Sequence[float]) -> str:
+def against_ours(outcome: Outcome, budgets: Sequence[Budget]) -> str:
     """`evoprune` minus each other row of the same budget, paired, as a Markdown table; nothing where it is not among them."""
-    found: dict[tuple[str, float], list[dict]] = {}
+    found: dict[tuple[str, Budget], list[dict]] = {}
     for sample in outcome.samples:
         if "error" not in sample and sample["row"] == METHOD:
             found.setdefault((sample["method"], sample["budget"]), []).append(sample)
@@ -198,14 +206,14 @@ def against_ours(outcome: Outcome, budgets: Sequence[float]) -> str:
     names = [name for name in dict.fromkeys(name for name, _ in found) if name != OURS]
     if not (given and names):
         return ""
-    lines = [["", *(f"-b {budget:g}" for budget in given)], ["---"] * (len(given) + 1)]
+    lines = [["", *(f"-b {budget_text(budget)}" for budget in given)], ["---"] * (len(given) + 1)]
     for name in names:
         pairs = [(found[OURS, budget], found.get((name, budget))) for budget in given]
         lines.append([f"`{name}`", *(_difference(*paired_difference(a, b)) if b else "" for a, b in pairs)])
     return _joined(lines)
 
 
-def document(outcomes: Sequence[Outcome], budgets: Sequence[float], chart: str, command: str) -> str:
+def document(outcomes: Sequence[Outcome], budgets: Sequence[Budget], chart: str, command: str) -> str:
     """All of it in Markdown."""
     settings, videos = (outcomes[0].document[name] for name in ("settings", "videos"))
     clips = f"{videos['evaluated']:,} clips of {settings['world']} ({settings['split']}, block {settings['seed']})"
@@ -227,7 +235,7 @@ def document(outcomes: Sequence[Outcome], budgets: Sequence[float], chart: str, 
     return "\n\n".join(blocks) + "\n"
 
 
-def _findings(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> list[str]:
+def _findings(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> list[str]:
     """The most accurate method of each budget (mean of the models) and `evoprune`, with what they keep and cost, as a list."""
     found, lines = _by_method(outcomes, budgets), []
     for budget in budgets:
@@ -237,14 +245,14 @@ def _findings(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> list[str
         best = max(at, key=lambda name: sum(row["accuracy"] for row in at[name]) / len(at[name]))
         shown = dict.fromkeys((best, OURS) if OURS in at else (best,))
         parts = [f"`{name}` {_kept_of_all(at[name])}% with {_operations(at[name], outcomes[0])}" for name in shown]
-        lines.append(f"- `-b {budget:g}`: {'; '.join(parts)}")
+        lines.append(f"- `-b {budget_text(budget)}`: {'; '.join(parts)}")
     first = "The most accurate method at each budget (mean of the models)" + f", and `{OURS}`" * (OURS in found)
     return (
         [f"{first}: accuracy kept, and share of the operations with nothing pruned.", "\n".join(lines)] if lines else []
     )
 
 
-def _of_model(outcome: Outcome, budgets: Sequence[float]) -> list[str]:
+def _of_model(outcome: Outcome, budgets: Sequence[Budget]) -> list[str]:
     """The section of one model: accuracy and cost of each budget, paired differences, and accuracy by group."""
     videos, answered = outcome.document["videos"], outcome.document["items"]["answered"]
     failed = f"; {videos['failed']} failed and are left out" if videos["failed"] else ""
@@ -257,7 +265,7 @@ def _of_model(outcome: Outcome, budgets: Sequence[float]) -> list[str]:
         + (f" From the question alone, without the video: {_accuracy(blind)}." if blind else ""),
     ]
     for budget in budgets:
-        blocks += [f"### `-b {budget:g}`", _table(outcome, budget), *_spread(outcome, budget)]
+        blocks += [f"### `-b {budget_text(budget)}`", _table(outcome, budget), *_spread(outcome, budget)]
     if steps := own_steps(outcome, budgets):
         blocks += [f"### `{OURS}` from one budget to the next", "\n".join(steps)]
     if others := against_ours(outcome, budgets):
@@ -271,7 +279,7 @@ def _of_model(outcome: Outcome, budgets: Sequence[float]) -> list[str]:
     return blocks
 
 
-def _table(outcome: Outcome, budget: float) -> str:
+def _table(outcome: Outcome, budget: Budget) -> str:
     against = standings(outcome.samples, budget)
     titles = ["", "accuracy", "kept", "against the best", "tokens", "live share", "TFLOP", "selection ms"]
     lines = [titles, ["---"] * len(titles)]
@@ -286,11 +294,11 @@ def _table(outcome: Outcome, budget: float) -> str:
     return _joined(lines)
 
 
-def _group_table(outcome: Outcome, budget: float, groups: Sequence[str]) -> str:
+def _group_table(outcome: Outcome, budget: Budget, groups: Sequence[str]) -> str:
     """Accuracy in each group at a budget, after that with nothing pruned."""
     found = {(row["method"], row["group"]): row for row in outcome.document["rows"] if _at(row, budget)}
     full = {row["group"]: row for row in outcome.document["rows"] if row["row"] == FULL}
-    lines = [[f"-b {budget:g}", *groups], ["---"] * (len(groups) + 1)]
+    lines = [[f"-b {budget_text(budget)}", *groups], ["---"] * (len(groups) + 1)]
     lines.append(["nothing pruned", *(_accuracy(full[group]) if group in full else "" for group in groups)])
     for row in outcome.rows(budget):
         cells = (found.get((row["method"], group)) for group in groups)
@@ -298,7 +306,7 @@ def _group_table(outcome: Outcome, budget: float, groups: Sequence[str]) -> str:
     return _joined(lines)
 
 
-def _spread(outcome: Outcome, budget: float) -> list[str]:
+def _spread(outcome: Outcome, budget: Budget) -> list[str]:
     """How well the clips separate methods: from random tokens to the best row, in half-widths of the interval."""
     rows = outcome.rows(budget)
     drawn = next((row for row in rows if row["method"] == "random"), None)
@@ -321,7 +329,7 @@ def _all_of_ours(outcome: Outcome) -> str:
     rows = [r for r in outcome.document["rows"] if r["row"] == METHOD and r["group"] == ALL and r["method"] == OURS]
     return "\n".join(
         f"- `{row['name']}` keeps {_kept(row)}% with {row['tflop_3b']:.3g} TFLOP"
-        for row in sorted(rows, key=lambda row: -row["budget"])
+        for row in sorted(rows, key=lambda row: -share(row["budget"]))
     )
 
 
@@ -340,20 +348,20 @@ def _joined(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _shared(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
+def _shared(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> str:
     lines = []
     for budget in budgets:
         tied = [{name for name, s in standings(o.samples, budget).items() if s.best or s.tie} for o in outcomes]
         names = [row["method"] for row in outcomes[0].rows(budget) if all(row["method"] in found for found in tied)]
-        lines.append(f"- `-b {budget:g}`: {', '.join(f'`{name}`' for name in names) or 'none'}")
+        lines.append(f"- `-b {budget_text(budget)}`: {', '.join(f'`{name}`' for name in names) or 'none'}")
     return "\n".join(lines)
 
 
-def _at(row: dict, budget: float) -> bool:
+def _at(row: dict, budget: Budget) -> bool:
     return row["row"] == METHOD and row["budget"] == budget
 
 
-def _selection_ms(samples: Sequence[dict], method: str, budget: float) -> str:
+def _selection_ms(samples: Sequence[dict], method: str, budget: Budget) -> str:
     """The mean; empty if some answers come from a run that was not timed."""
     mine = [s for s in samples if "error" not in s and _at(s, budget) and s["method"] == method]
     times = [s["prune_ms"] for s in mine if "prune_ms" in s]

@@ -34,7 +34,7 @@ class Run:
     Attributes:
         name: of the clip. budget: share of units that is kept.
         video: frames and fates of units.
-        layers: rows that each layer of the tower computes, of which there are fewer after the first selection.
+        layers: rows that each layer of the tower computes, of which there are fewer after the second selection.
         live_share: mean of `layers`, as a share of the units.
     """
 
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def first_layers(self) -> int:
-        """How many layers run before the first selection."""
+        """How many layers run before the second selection."""
         return next((n for n, rows in enumerate(self.layers) if rows < self.layers[0]), len(self.layers))
 
 
@@ -83,12 +83,12 @@ def figure(run: Run) -> str:
         (
             "2  Reuse in time",
             f"{n['units'] - changed} units (pale) look as when they were last encoded and are not encoded again. "
-            f"{changed} enter the tower.",
+            f"{changed} have changed.",
         ),
         (
-            f"3  Two selections, after {layer} of {total} and after the tower",
-            f"Of {run.layers[-1]} rows that go on, {n['read']} become tokens: the farthest in features and time, as means of their "
-            "clusters (number: units, if not 1).",
+            f"3  Three selections: before the tower, after {layer} of {total}, and after the tower",
+            f"{run.layers[0]} rows enter, {run.layers[-1]} go on and {n['read']} become tokens: the farthest in features and "
+            "time, as means of clusters (number: units).",
         ),
     )
     elements = [

@@ -17,9 +17,11 @@ from pathlib import Path
 from evoprune import methods
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.evaluation.scores import FULL, METHOD
+from evoprune.text import budget_text
 from evoprune.visualize.chart import Panel, Point, Series, draw
 from evoprune.visualize.svg import SOFT
 from experiments.comparison_document import read
+from experiments.comparison_tables import Budget, share
 
 # Dark enough for labels of 11 pixels on white; the first is `evoprune`'s.
 COLOURS = ("#0072B2", "#C24A00", "#00785A", "#A6457E", "#7D5F00", "#4B4B4B", "#6A4FB3", "#2F7D8C")
@@ -32,7 +34,7 @@ class Row:
     """A method at a budget: percent of the full accuracy that it keeps, with its interval, and of the full operations."""
 
     method: str
-    budget: float
+    budget: Budget
     kept: float
     low: float
     high: float
@@ -102,7 +104,7 @@ def chart(found: Sequence[Row], times: Mapping[str, float]) -> str:
             colours,
         ),
     )
-    budgets = ", ".join(f"{budget:g}" for budget in sorted({row.budget for row in found}))
+    budgets = ", ".join(map(budget_text, sorted({row.budget for row in found}, key=share)))
     facts = (
         f"Each line: -b {budgets}, from left to right, with 95% intervals. Dashed: the frontier, which no row beats in both. "
         "Accuracy: a demo model on its own clips. Times: 8 moving frames, fp32, 4 CPU threads. Methods after the encoder were "
@@ -115,7 +117,7 @@ def _timed(found: Sequence[Row], times: Mapping[str, float]) -> Iterator[tuple[R
     for row in found:
         name, ours = row.method.removesuffix(EARLIER), row.method == methods.DEFAULT
         after = name in methods.built_in() and methods.get(name).acts == "after"
-        place = f"{methods.DEFAULT if ours else 'bound'} -b {row.budget:g}"
+        place = f"{methods.DEFAULT if ours else 'bound'} -b {budget_text(row.budget)}"
         if (after or ours) and place in times:
             yield row, times[place]
 
@@ -126,9 +128,9 @@ def _panel(
     """A line a method, with the budgets of `evoprune`, the points at which nothing is pruned, and the frontier of all."""
     series = []
     for name, colour in colours.items():
-        mine = sorted((row for row in costs if row.method == name), key=lambda row: row.budget)
+        mine = sorted((row for row in costs if row.method == name), key=lambda row: share(row.budget))
         points = [
-            Point(costs[row], row.kept, row.low, row.high, f"-b {row.budget:g}" * (name == methods.DEFAULT))
+            Point(costs[row], row.kept, row.low, row.high, f"-b {budget_text(row.budget)}" * (name == methods.DEFAULT))
             for row in mine
         ]
         series += [Series(name, tuple(points), colour)] if points else []

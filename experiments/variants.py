@@ -3,13 +3,13 @@
 What an ablation shows to be worth it moves into `evoprune`; the rest stays here, out of what users install.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 
 from evoprune.methods import registry
-from evoprune.methods.evoprune import EvoPrune, FarthestPoints
+from evoprune.methods.evoprune import EvoPrune, FarthestPatches, FarthestPoints
 from evoprune.methods.settings import check_ranges
 from evoprune.pruning import distance
 from evoprune.pruning.distance import points_of
@@ -61,6 +61,13 @@ class VariantPoints(FarthestPoints):
 
 
 @dataclass(frozen=True)
+class VariantPatches(VariantPoints):
+    """The same among patch embeddings."""
+
+    needs: ClassVar[frozenset[str]] = FarthestPatches.needs
+
+
+@dataclass(frozen=True)
 class Variant(EvoPrune):
     """Fields beyond those of `evoprune`:
 
@@ -87,8 +94,11 @@ class Variant(EvoPrune):
         return VariantPoints(self.alpha, self.floor, self.average, self.count, self.within, *own)
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
+        plain = EvoPrune(**{field.name: getattr(self, field.name) for field in fields(EvoPrune)})
+        points = replace(self.tokens, average=False, within=0.0, inside=True)
+        patches = VariantPatches(*astuple(points))
         return [
-            replace(stage, reduce=replace(stage.reduce, inside=True)) for stage in super().stages(tower, grid, keep)
+            replace(stage, reduce=points if stage.first_layer else patches) for stage in plain.stages(tower, grid, keep)
         ]
 
 

@@ -35,7 +35,7 @@ from evoprune.pipeline.loading.model import LoadedModel, load_model, threads_of_
 from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions, record
 from evoprune.pipeline.saved import make_method, resolve, with_recipe
-from evoprune.pruning.budget import TUNED
+from evoprune.pruning.budget import TUNED, plain
 
 DEMO, DEMO_CLIPS = "demo", 100
 Progress = Callable[[str], None]
@@ -78,6 +78,7 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling", "generation")}
+        own["budgets"] = tuple(map(plain, self.budgets))
         code = {name: code for text in self.methods for name, code in methods.plugin_code(text).items()}
         options = record((self.sampling, self.generation, self.model), RECORDED)
         return own | options | ({"plugins": code} if code else {})
@@ -103,7 +104,9 @@ def variants(settings: Settings) -> list[Variant]:
     """The rows in order: full, blind, tuned, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
     pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
     asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
-    pruned = [Variant(METHOD, each.method, each.budget) for each in asked if make_method(each).acts_at(each.share)]
+    pruned = [
+        Variant(METHOD, each.method, plain(each.budget)) for each in asked if make_method(each).acts_at(each.share)
+    ]
     blind = [Variant(BLIND)] if settings.blind else []
     tuned = [Variant(METHOD, *settings.tuned, tuned=True)] if settings.tuned else []
     return [Variant(FULL), *blind, *tuned, *pruned]

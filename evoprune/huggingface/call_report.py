@@ -10,6 +10,7 @@ from evoprune.methods.pipeline import Pipeline
 from evoprune.model.linear import weights_bytes
 from evoprune.model.machine import environment, memory_in_use, peak_memory
 from evoprune.pipeline.loading.found import DTYPES
+from evoprune.pruning.budget import plain
 from evoprune.report.records import Memory, ModelFacts, Pruning, Report, Sampling, TokenCounts
 from evoprune.vision.encoded import Encoded
 
@@ -46,7 +47,7 @@ def call_report(
         pruning=Pruning(
             method=name,
             args=method.args,
-            budget=method.reported_budget(budget),
+            budget=plain(method.reported_budget(budget)),
             kept_ratio=len(encoded.kept) / units,
             visual_tokens_in=units,
             visual_tokens_kept=len(encoded.kept),

@@ -1,7 +1,7 @@
 """The pruned encoder on a Hugging Face model's weights and its processor's output."""
 
 from collections.abc import Sequence
-from math import isfinite, prod
+from math import isfinite
 from numbers import Real
 from typing import Any
 
@@ -14,7 +14,7 @@ from evoprune.keywords import names_options
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.config import vision_sizes
 from evoprune.model.numerics import all_numbers
-from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
+from evoprune.pruning.budget import DEFAULT, keep_tokens, parse_budget
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoded import Encoded, joined
 from evoprune.vision.encoder import encode as encode_video
@@ -89,7 +89,7 @@ def encode_with(
     tower, normal = tower_shape(visual), InputLimits(**vision_sizes(visual.config).traits.video).normal
     videos = []
     for patches, grid, step in zip(pixel_values_videos.split(sizes), grids, seconds, strict=True):
-        plan = method.plan(tower, grid, keep_count(share, prod(grid)))
+        plan = method.plan(tower, grid, keep_tokens(share, grid))
         how = {"question": question, "seconds_per_pair": step, "seed": seed, "normal": normal}
         videos.append(encode_video(visual, [patches], plan, **how))
     return joined(videos)

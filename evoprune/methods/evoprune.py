@@ -1,17 +1,17 @@
-"""evoprune, this project's own method: reuse in time, a selection between two layers of the encoder, and one after it.
+"""evoprune, this project's own method: reuse in time, two selections of rows in the encoder, and one of tokens after it.
 
 1. Reuse: a unit whose pixels have not changed since its place was last encoded is not encoded again. Its row stays visible to
    attention (pruning/reuse.py).
-2. First selection: after the first eighth of the tower's layers, farthest-point sampling over features and time selects the rows
-   for the other layers (pruning/select.py), as many as all units times the root of the budget.
-3. Second selection: after the tower the tokens are selected among these rows in the same way. Each becomes the mean of its cluster.
+2. Rows: farthest-point sampling over features and time (pruning/select.py) selects the rows that enter the tower among the patch
+   embeddings, and again, after the first eighth of the layers, those that go on. Both numbers are powers of the budget.
+3. Tokens: after the tower the tokens are selected among these rows in the same way. Each becomes the mean of its cluster.
 4. Bias: the language model's attention adds half the log of the cluster size to each token's logits.
 
-No paper describes this method; docs/methods.md says what it shares with which. results/scenes-ablations.md says what settings are
-worth, results/ablations.md which settings were tried and brought nothing.
+No paper describes this method; docs/methods.md says what it shares with which. results/frontier.md says what its stages are worth,
+results/ablations.md which settings were tried and brought nothing.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from math import prod
 from typing import Annotated, ClassVar
 
@@ -28,6 +28,7 @@ from evoprune.pruning.select import assign_clusters, farthest_points
 from evoprune.pruning.types import Selection, Tokens
 
 WITHIN = 0.01  # `within` under `--budget auto`
+STILL = 2 / 3  # of the powers of `rows` and `first` count for one frame pair, whose units no other frame pair repeats
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,28 @@ class FarthestPoints(Selector):
 
 
 @dataclass(frozen=True)
+class FarthestPatches(FarthestPoints):
+    """The same among patch embeddings as they are: the norm would make flat units as different as any other."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+
+
+@dataclass(frozen=True)
 class EvoPrune(EncoderMethod):
-    """Two selections, and reuse before them; see above."""
+    """Three selections, and reuse before them; see above."""
 
     name: ClassVar[str] = "evoprune"
     source: ClassVar[str] = "this project; its aim is that of arXiv 2603.03681"
 
     # A unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit.
     reuse: Annotated[float, "[0, inf]"] = THRESHOLD
-    depth: Annotated[float, "(0, 1]"] = (
-        0.125  # share of the tower's layers before the first selection; 1 selects after the tower alone
-    )
+    # Share of the tower's layers before the second selection; 1 selects after the tower alone.
+    depth: Annotated[float, "(0, 1]"] = 0.125
     alpha: Annotated[float, "[0, inf)"] = ALPHA  # weight of time in the selection's distance
-    # How many rows go on after the first selection: all units times budget ** rows. 0 is all of them; 1 is as many as tokens, which
-    # become means at once, without a second selection.
-    rows: Share = 0.5
+    # How many rows enter the tower, and go on after the second selection: all units times budget ** first, and ** rows. 0 is all
+    # of them, 1 as many as tokens.
+    first: Share = 0.4
+    rows: Share = 0.75
     floor: Share = 0.0  # share of its even part of the budget that each frame pair gets at least
     average: bool = True  # whether a token becomes the mean of its cluster, or stays as it is
     # The language model's attention weighs a token by (cluster size) ** count; 0 weighs all tokens equally, 1 is ToMe's
@@ -102,12 +110,16 @@ class EvoPrune(EncoderMethod):
         return FarthestPoints(self.alpha, self.floor, self.average, self.count, self.within)
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
-        after, units = min(max(1, round(self.depth * tower.depth)), tower.depth - 1), prod(grid)
-        rows = max(keep, round(units * (keep / units) ** self.rows))
-        if self.depth == 1 or not after or rows == units:  # a tower of one layer has no layer after the selection
+        if self.depth == 1:
             return []
-        select = self.tokens if self.rows == 1 else replace(self.tokens, average=False, within=0.0)
-        return [Stage(after, rows, select, self.exact)]
+        units, made = prod(grid), []
+        after = min(max(1, round(self.depth * tower.depth)), tower.depth - 1)
+        points = replace(self.tokens, average=False, within=0.0)
+        for layer, power, select in ((0, self.first, FarthestPatches(*astuple(points))), (after, self.rows, points)):
+            rows = max(keep, round(units * (keep / units) ** (power if grid[0] > 1 else STILL * power)))
+            if rows < (made[-1].rows if made else units):
+                made.append(Stage(layer, rows, select, self.exact))
+        return made
 
     def automatic(self) -> "EvoPrune":
         return replace(self, within=self.within or WITHIN)

@@ -16,7 +16,7 @@ from evoprune.errors import OutOfMemory, memory_guard
 from evoprune.model.cost import Clock
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.planning import TEXT, chunk_bytes, fitting_chunk
-from evoprune.pruning.budget import keep_count
+from evoprune.pruning.budget import keep_tokens
 from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.info import PICTURE
 from evoprune.video.plan import InputLimits, Plan
@@ -164,7 +164,7 @@ class OpenInput:
                 warnings.append("cache_not_written")
         wall = earlier + clock.now() - start
         rows, tokens = (None, result) if isinstance(result, Encoded) else (result, result.nothing_selected())
-        wanted = engine.method.acts_at(engine.share) and keep_count(engine.share, plan.units) < plan.units
+        wanted = engine.method.acts_at(engine.share) and keep_tokens(engine.share, plan.full.grid) < plan.units
         if plan.kind == PICTURE and rows is None and wanted and len(tokens.kept) == plan.units:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
         cache, seconds = "hit" if self.stored else "miss" if self.key else "off", clock.seconds | self._clock.seconds

@@ -8,6 +8,7 @@ from evoprune.methods.pipeline import Pipeline
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.saved import Tuned, for_model
+from evoprune.pruning.budget import largest_share, plain
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Engine:
     @property
     def reported_budget(self) -> float | str:
         """The budget as reports have it: 1.0 for a method that prunes nothing, or "auto" or "auto:inflection"."""
-        return self.method.reported_budget(self.options.budget)
+        return plain(self.method.reported_budget(self.options.budget))
 
     @property
     def depth(self) -> int:
@@ -43,8 +44,8 @@ class Engine:
         return self.loaded.model.config.text_config.num_hidden_layers
 
     def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:
-        """Positions in a prompt of `tokens` visual tokens and `text`, in each layer of the language model or in all."""
-        return self.method.prompt_columns(self.depth, tokens, text, self.share)
+        """Positions in a prompt of `tokens` visual tokens and `text`, at most, in each layer of the language model or in all."""
+        return self.method.prompt_columns(self.depth, tokens, text, largest_share(self.share))
 
     @property
     def seed(self) -> int:

@@ -17,7 +17,7 @@ from evoprune.pipeline.loading.found import DTYPES, FoundModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.planning import TEXT, encoding_bytes
 from evoprune.pipeline.saved import KeptRecipe, Tuned, folder, for_model, recipes, tuned
-from evoprune.pruning.budget import PRESETS, keep_count
+from evoprune.pruning.budget import PRESETS, keep_tokens, plain, share_of
 from evoprune.video.info import Video
 from evoprune.video.plan import STILL, Plan
 from evoprune.vision.devices import largest_chunk
@@ -143,8 +143,10 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
     """
     pruning, method, _ = for_model(pruning, model.id, lambda: model.weights_fingerprint)
     budget = pruning.share
-    encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_count(budget, plan.visual_tokens))
-    prompt = method.prompt_columns(model.config.text_config.num_hidden_layers, encoder.keep, TEXT, budget)
+    encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_tokens(budget, plan.grid))
+    prompt = method.prompt_columns(
+        model.config.text_config.num_hidden_layers, encoder.keep, TEXT, share_of(budget, [encoder.grid])
+    )
     least, available = encoder.grid[1] * encoder.grid[2], available_memory(str(model.device))
     chunk_units, bytes_each = max(least, largest_chunk(model.device)), DTYPES[model.dtype].itemsize
 
@@ -155,7 +157,7 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
         chunk_units = max(least, chunk_units // 2)  # as a run does where memory is short
     return {
         "method": pruning.method,
-        "budget": method.reported_budget(pruning.budget),
+        "budget": plain(method.reported_budget(pruning.budget)),
         "visual_tokens": encoder.keep,
         "weights_bytes": model.weights_bytes,
         "working_bytes": needed() - model.weights_bytes,
@@ -182,10 +184,10 @@ def plan_facts(plan: Plan, config) -> dict:
         "capped": plan.capped,
         "presets": {
             name: {
-                "budget": budget,
-                "tokens": keep_count(budget, n),
-                "kv_cache_bytes": kv_bytes(config, keep_count(budget, n)),
+                "budget": tokens / n,
+                "tokens": tokens,
+                "kv_cache_bytes": kv_bytes(config, tokens),
             }
-            for name, budget in PRESETS.items()
+            for name, tokens in ((name, keep_tokens(budget, plan.grid)) for name, budget in PRESETS.items())
         },
     }

@@ -23,12 +23,15 @@ from evoprune.model.precision import (
     parse_threads,
     short_dtype,
 )
-from evoprune.pruning.budget import AUTO_MOST, AUTOS, DEFAULT, PRESETS, TUNED, parse_budget_or_name
+from evoprune.pruning.budget import AUTO_MOST, AUTOS, DEFAULT, PRESETS, TUNED, Preset, parse_budget_or_name, plain
 from evoprune.video.info import NO_SUBTITLES, PICTURE, VIDEO, Video
 from evoprune.video.sampling import check_sampling, parse_time
 
 MAX_SUBTITLE_TOKENS = 2048
-_PRESETS = ", ".join(f"{name} ({value:g})" for name, value in PRESETS.items())
+_PRESETS = ", ".join(PRESETS)
+_SHARES = ", ".join(
+    f"{name} ({float(p):g}; stills {p.still:g})" for name, p in PRESETS.items() if isinstance(p, Preset)
+)
 HELD = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
 
 
@@ -131,13 +134,15 @@ class PruneOptions:
 
     budget: float | str = option(
         DEFAULT,
-        f"Share of visual tokens kept: 0.1 or 10%, or {_PRESETS}. -b full prunes nothing; -b auto to let the content "
-        "decide, or auto:inflection by a method's scores; -b tuned for what was tuned for the model, method included.",
+        "Share of visual tokens kept: 0.1 or 10%, or a preset, which keeps more of a still than of a video: "
+        f"{_SHARES}. -b full prunes nothing; -b auto to let the content decide, or auto:inflection by a method's scores; "
+        "-b tuned for what was tuned for the model, method included.",
         "-b",
         "--budget",
         env="EVOPRUNE_BUDGET",
-        python=f"Share of visual tokens kept: a number in (0, 1], or {_PRESETS}; auto or auto:inflection, where the content "
-        "decides; or tuned, the method and budget that were tuned for the model.",
+        python="Share of visual tokens kept: a number in (0, 1]; a preset, which keeps more of a still than of a video: "
+        f"{_PRESETS}; auto or auto:inflection, where the content decides; or "
+        "tuned, the method and budget that were tuned for the model.",
     )
     method: str = option(
         methods.DEFAULT,
@@ -342,7 +347,7 @@ def record(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
     made = {}
     for group in groups:
         for each in fields(group):
-            value = getattr(group, each.name)
+            value = plain(getattr(group, each.name))
             if each.name in always or (each.metadata[OPTION].changes_answers and value != each.default):
                 made[each.name] = value
     return made

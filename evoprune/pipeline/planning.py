@@ -10,7 +10,7 @@ from evoprune.model.cost import estimate_first_token as estimate_seconds
 from evoprune.model.cost import shortage, working_memory
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.options import SamplingOptions
-from evoprune.pruning.budget import keep_count
+from evoprune.pruning.budget import keep_tokens, share_of
 from evoprune.pruning.encoder_plan import EncoderPlan, WholePairs
 from evoprune.text import counted
 from evoprune.video.frames import choose_decoder
@@ -107,7 +107,7 @@ def plan_input(engine: Engine, info: Video, sampling: SamplingOptions, name: str
     limits = loaded.limits[info.kind]
     full = make_plan(info, limits, **numbers)
     tower = tower_shape(loaded.model.model.visual)
-    encoder = engine.method.plan(tower, full.grid, keep_count(engine.share, full.visual_tokens))
+    encoder = engine.method.plan(tower, full.grid, keep_tokens(engine.share, full.grid))
     asked = sampling.fps is not None or sampling.frames is not None
     return replace(
         full.shrunk(encoder.grid, limits),
@@ -173,6 +173,6 @@ def estimate_first_token(engine: Engine, plan: Plan, text: int = QUESTION) -> fl
     model, encoder = engine.loaded.model, plan.encoder
     count, height, width = encoder.grid
     windows = tower_shape(model.model.visual).windows(height, width)
-    work = engine.method.prompt_work(engine.depth, encoder.keep, text, engine.share)
+    work = engine.method.prompt_work(engine.depth, encoder.keep, text, share_of(engine.share, [encoder.grid]))
     seconds = estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, work)
     return seconds if engine.loaded.quantize == "none" else seconds / 2  # products of bytes take about half the time

@@ -25,6 +25,7 @@ from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.planning import TEXT, fitting_chunk, subtitles_of
+from evoprune.pruning.budget import share_of
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
@@ -71,7 +72,7 @@ class PromptReader:
         sizes = column_sizes(visuals, columns)
         deepstack = column_deepstack(visuals, columns, embeds)
         grids = [plan.grid for plan in self._plans]
-        method, share = self._engine.method, self._engine.share
+        method, share = self._engine.method, share_of(self._engine.share, grids)
         if dropping := dropping_for(model, method, share, visuals, grids, embeds, columns):
             return prefill(model, embeds, positions, following, None, sizes, dropping, deepstack)
         shared = int((columns < prompt.prefix_length).sum())

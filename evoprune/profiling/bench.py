@@ -9,13 +9,13 @@ from evoprune.model.config import PATCHES
 from evoprune.model.cost import matmul_rate, shortage
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.saved import with_recipe
-from evoprune.profiling.clips import Clip, Frames, prepare
+from evoprune.profiling.clips import Clip, Frames, case_grid, prepare
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.profiling.results import FULL, HUGGING_FACE, METHOD, Case, Row
 from evoprune.profiling.runners import Turn, run_evoprune, run_hugging_face
 from evoprune.profiling.settings import Settings
 from evoprune.profiling.weights import quantized_models, working_memory
-from evoprune.pruning.budget import keep_count
+from evoprune.pruning.budget import keep_tokens
 from evoprune.vision.devices import largest_chunk
 from evoprune.vision.tower import tower_shape
 
@@ -68,7 +68,8 @@ class Bench:
                 return run_hugging_face(loaded, self._reference, clip, settings.new_tokens)
             method = settings.parse(row.method) if row.kind == METHOD else methods.parse(row.method)
             method = with_recipe(method, loaded.id, lambda: loaded.weights_fingerprint)
-            model, keep = self._models[row.quantize], min(keep_count(row.budget, clip.unpruned), clip.units)
+            model, grid = self._models[row.quantize], case_grid(row.case, self._loaded.video)
+            keep = min(keep_tokens(row.budget, grid), clip.units)
             plan = method.plan(tower_shape(model.model.model.visual), clip.grid, keep)
             return run_evoprune(model, clip, plan, method, row.budget, settings.new_tokens, settings.seed)
         except (ModelError, OutOfMemory) as problem:

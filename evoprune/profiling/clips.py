@@ -14,7 +14,7 @@ from evoprune.model.config import VisionConfig
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling import synthetic
 from evoprune.profiling.results import Case
-from evoprune.pruning.budget import keep_count
+from evoprune.pruning.budget import keep_tokens
 from evoprune.video.frames import read_frames
 from evoprune.video.info import PICTURE, Video
 from evoprune.video.plan import InputLimits, make_plan
@@ -104,7 +104,7 @@ def prepare(
     count, height, width, _ = frames.shape
     grid = case_grid(Case(count, height, width), v)
     unpruned = prod(grid)
-    smaller = method.plan(tower_shape(visual), grid, keep_count(budget, unpruned)).grid if method else grid
+    smaller = method.plan(tower_shape(visual), grid, keep_tokens(budget, grid)).grid if method else grid
     if smaller != grid:
         grid, fewer = smaller, min(count, smaller[0] * v.temporal_patch_size)
         picked = [int(time) for time in even_times(0, count, fewer)]

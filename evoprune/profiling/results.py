@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any, NamedTuple
 
+from evoprune.pruning.budget import plain
 from evoprune.report.records import Environment, ModelFacts
 
 SCHEMA = "evoprune/profile@1"
@@ -232,7 +233,7 @@ class Results:
             "row": row.kind,
             "name": row.name,
             "method": row.method,
-            "budget": row.budget,
+            "budget": plain(row.budget),
             "quantize": row.quantize,
             **asdict(row.case),
             "counts": asdict(row.counts) if row.counts else None,

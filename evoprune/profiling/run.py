@@ -15,6 +15,7 @@ from evoprune.profiling.results import FULL, METHOD, Case, Results, Row, bound_o
 from evoprune.profiling.runners import Turn
 from evoprune.profiling.settings import Settings
 from evoprune.profiling.time_limit import Seconds, TimeLimit, left_out, trimmed
+from evoprune.pruning.budget import plain
 
 WARM_UP, ROUND, COUNTED = "warm-up", "round", "counted"  # what `paced` yields
 Round = tuple[float, dict[Row, Turn | str]]  # the rate in matrix products, and the turn of each row or why it failed
@@ -143,6 +144,11 @@ def _blank_results(loaded: LoadedModel, settings: Settings, about: dict) -> Resu
             "processors": os.cpu_count(),
             "cores": available_cores(),
         },
-        settings={**about, **asdict(settings), "text_tokens": TEXT_BEFORE + TEXT_AFTER},
+        settings={
+            **about,
+            **asdict(settings),
+            "budgets": [*map(plain, settings.budgets)],
+            "text_tokens": TEXT_BEFORE + TEXT_AFTER,
+        },
         notes=notes,
     )

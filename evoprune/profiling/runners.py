@@ -12,6 +12,7 @@ from evoprune.model.machine import peak_memory, reset_peak_memory
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.clips import TEXT_AFTER, Clip
 from evoprune.profiling.results import Counts, Sample
+from evoprune.pruning.budget import share_of
 from evoprune.pruning.encoder_plan import EncoderPlan
 from evoprune.pruning.indices import ascending
 from evoprune.vision.encoder import encode
@@ -44,7 +45,8 @@ def run_evoprune(
         embeds, columns = generate.embed_prompt(model, clip.ids, visuals)
         sizes = generate.column_sizes(visuals, columns)
         deepstack = generate.column_deepstack(visuals, columns, embeds)
-        dropping = generate.dropping_for(model, method, budget, visuals, [clip.grid], embeds, columns)
+        share = share_of(budget, [clip.grid])
+        dropping = generate.dropping_for(model, method, share, visuals, [clip.grid], embeds, columns)
         positions = clip.positions[:, columns]
         state = generate.prefill(model, embeds, positions, clip.following, None, sizes, dropping, deepstack)
     with clock.stage("generate"):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
-from math import prod
 from timeit import repeat
 
 import torch
@@ -19,7 +18,7 @@ from evoprune.profiling.clips import case_grid, text_tokens
 from evoprune.profiling.results import FULL, HUGGING_FACE, METHOD, Row
 from evoprune.profiling.settings import Settings
 from evoprune.profiling.weights import ModelOutline
-from evoprune.pruning.budget import keep_count
+from evoprune.pruning.budget import keep_tokens, share_of
 from evoprune.vision.tower import tower_shape
 
 LIBRARIES_S = 4.0  # to import transformers
@@ -96,9 +95,9 @@ def estimate(
     def turn(row: Row) -> float:
         method = bind(settings.parse(row.method)) if row.kind == METHOD else Pipeline()
         grid = case_grid(row.case, limits)
-        plan = method.plan(tower, grid, keep_count(row.budget, prod(grid)))
+        plan = method.plan(tower, grid, keep_tokens(row.budget, grid))
         words = text_tokens(config.vision_config, row.case, limits)
-        prompt = method.prompt_work(text.num_hidden_layers, plan.keep, words, row.budget)
+        prompt = method.prompt_work(text.num_hidden_layers, plan.keep, words, share_of(row.budget, [grid]))
         layers, windows = [*plan.layers, plan.rows], tower.windows(*plan.grid[1:])
         flop = tower_flop(config.vision_config, layers, plan.grid[0], windows) + prefill_flop(text, prompt)
         return flop / rate + (settings.new_tokens - 1) * language / read

@@ -3,11 +3,48 @@
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from math import prod
 
 from evoprune.errors import UsageError
 from evoprune.text import did_you_mean
 
-PRESETS = {"full": 1.0, "high": 0.5, "balanced": 0.25, "fast": 0.1}
+
+class Preset(float):
+    """A budget with a name: the share of a video's tokens, and `still`, that of one frame pair, which no other repeats.
+
+    It equals no number, because the two differ in what they keep of pictures.
+    """
+
+    def __new__(cls, name: str, video: float, still: float):
+        made = super().__new__(cls, video)
+        made.name, made.still = name, still
+        return made
+
+    def __reduce__(self):
+        return Preset, (self.name, float(self), self.still)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Preset) and self.name == other.name
+
+    def __ne__(self, other: object) -> bool:  # a float has one of its own
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return self.name
+
+
+PRESETS = {
+    "full": 1.0,
+    "high": Preset("high", 0.4, 0.7),
+    "balanced": Preset("balanced", 0.25, 0.5),
+    "fast": Preset("fast", 0.1, 0.3),
+}
 DEFAULT = "balanced"
 # Under AUTO the content decides how many tokens are kept (`Method.automatic`), between these shares.
 AUTO, AUTO_LEAST, AUTO_MOST = "auto", 0.05, 0.5
@@ -23,7 +60,7 @@ ELSEWHERE = {
 
 def parse_budget(text: str | float, names: Sequence[str] = ()) -> float | str:
     """The share to keep, from a preset's name, a number in (0, 1] or a percentage; other `names` unchanged. Raises UsageError."""
-    if text in names:
+    if text in names or isinstance(text, Preset):  # which another object parsed before
         return text
     if isinstance(text, str) and text in PRESETS:
         return PRESETS[text]
@@ -55,6 +92,28 @@ def _refused(text: str | float, names: Sequence[str]) -> UsageError:
     hint = f"give a number above 0 and up to 1 (0.25 or 25% for a quarter), or one of {', '.join(PRESETS)}{also}"
     meant = meant or did_you_mean(str(text), (*PRESETS, *names))
     return UsageError(f"budget {text!r} is not a share of tokens to keep", meant + hint)
+
+
+def plain(budget: float | str) -> float | str:
+    """A budget as records hold it: a number, or a name."""
+    return budget.name if isinstance(budget, Preset) else budget
+
+
+def keep_tokens(budget: float, grid: tuple[int, int, int]) -> int:
+    """K of one input: `grid` is (T, H, W) in units."""
+    return keep_count(budget.still if isinstance(budget, Preset) and grid[0] == 1 else budget, prod(grid))
+
+
+def share_of(budget: float, grids: Sequence[tuple[int, int, int]]) -> float:
+    """The share of all units of several inputs that `keep_tokens` keeps, for methods that know only one share."""
+    if not isinstance(budget, Preset):
+        return budget
+    return sum(keep_tokens(budget, grid) for grid in grids) / sum(map(prod, grids))
+
+
+def largest_share(budget: float) -> float:
+    """The largest share of any input that a budget keeps."""
+    return max(budget, budget.still) if isinstance(budget, Preset) else budget
 
 
 def keep_count(budget: float, units: int) -> int:

@@ -254,7 +254,7 @@ def test_resume_mends_a_torn_line_and_refuses_other_settings(run, out, monkeypat
         no_weights(patch)
         for args, says in (
             (("--seed", "1"), "other settings: seed was 0, is 1"),
-            (("-b", "1"), "budget was 0.25, is 1"),
+            (("-b", "1"), "budget was 'balanced', is 1"),
             (("--method", "random"), "method was 'evoprune', is 'random'"),
         ):
             result = run(*CLIPS, *ASKED, "--resume", *args)

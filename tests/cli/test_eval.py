@@ -14,6 +14,7 @@ import pytest
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.evaluation import run as evaluation_run
 from evoprune.evaluation.scores import COSTS, score_rows
+from evoprune.pruning.budget import PRESETS
 from evoprune_cli.eval_tables import table
 from evoprune_cli.failures import Terminated
 from tests.cli.screen import visible
@@ -399,8 +400,8 @@ def test_defaults(cli, monkeypatch):
     monkeypatch.delenv("EVOPRUNE_BUDGET")
     assert cli("eval", "--data", DATA).code == 130
     (demo, none), (file, videos) = made
-    assert none is None and len(videos) == 6 and demo.budgets == (0.1,)
-    assert (file.budgets, file.methods, file.method_args) == ((0.5, 0.25, 0.1), ("evoprune",), {})
+    assert none is None and len(videos) == 6 and demo.budgets == (PRESETS["fast"],)
+    assert (file.budgets, file.methods, file.method_args) == (tuple(PRESETS.values())[1:], ("evoprune",), {})
     assert (file.split, file.seed, file.limit, file.blind, file.generation.max_new_tokens) == (
         "heldout",
         0,

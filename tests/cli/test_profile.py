@@ -12,6 +12,7 @@ from evoprune.errors import ModelError
 from evoprune.model import cost
 from evoprune.profiling import bench, settings, weights
 from evoprune.profiling.results import Case
+from evoprune.pruning.budget import PRESETS
 from experiments.profile_chart import main as draw_again
 from tests.cli.screen import visible
 
@@ -306,11 +307,11 @@ def test_defaults(cli, monkeypatch):
     assert cli("profile").code == 4
     assert asked == [("Qwen/Qwen2.5-VL-3B-Instruct", [Case(8, 224, 336)], "dummy")]
     (s,) = recorded
-    assert (s.budgets, s.methods, s.method_args, s.seed) == ((0.5, 0.25, 0.1), ("evoprune",), {}, 0)
+    assert (s.budgets, s.methods, s.method_args, s.seed) == (tuple(PRESETS.values())[1:], ("evoprune",), {}, 0)
     assert (s.new_tokens, s.warmups, s.repetitions, s.time_limit_s) == (4, 1, 3, 150)
     monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
     cli("profile")
-    assert recorded[-1].budgets == (0.1,)
+    assert recorded[-1].budgets == (PRESETS["fast"],)
 
 
 def test_help_imports_neither_torch_nor_numpy():

@@ -85,7 +85,7 @@ def test_shell_blocks_run_one_after_the_other(tmp_path, page):
 ASKED = {
     "What colour is the square?": "green",
     "What digit is it?": "7",
-    "What happens to the square?": "pruned: vanishes\nfull: stays",  # at 0.1, beside the answer from all tokens
+    "What happens to the square?": "pruned: appears\nfull: stays",  # at 0.05, beside the answer from all tokens
     "Which way does the green heart move?": "right",
 }
 

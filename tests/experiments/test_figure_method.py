@@ -25,8 +25,8 @@ def test_the_committed_figure_is_that_of_the_clip(run):
 def test_the_counts_belong_together(run):
     counts = run.video.fates.counts()
     assert int(run.sizes.sum()) == counts["units"] and int((run.sizes > 0).sum()) == counts["read"]
-    assert counts["encoded"] > run.layers[1] > counts["read"]
-    assert run.layers == (counts["encoded"], *[run.layers[1]] * 7) and run.first_layers == 1
+    assert counts["encoded"] > run.layers[0] > run.layers[1] > counts["read"]
+    assert run.layers == (run.layers[0], *[run.layers[1]] * 7) and run.first_layers == 1
     shown = words(figure(run))
     assert [str(size) for size in run.sizes.tolist() if size > 1] == [w for w in shown if w.isdigit()][:-3]
     assert [str(rows) for rows in run.layers[:2]] == [w for w in shown if w.isdigit()][-3:-1]

@@ -34,7 +34,9 @@ def test_without_settings_it_is_evoprune(tokens):
     ]
     assert counts[0] == counts[1]
     assert torch.equal(plain.weight, same.weight)
-    plain, same = inner(EvoPrune(rows=1.0)).select(tokens, 30), inner(Variant(rows=1.0)).select(tokens, 30)
+    needs = [[stage.selector.needs for stage in method.stages(TOWER, GRID, 30)] for method in (Variant(), EvoPrune())]
+    assert needs[0] == needs[1] and len(needs[0]) == 2
+    plain, same = EvoPrune().tokens.select(tokens, 30), Variant().tokens.select(tokens, 30)
     assert torch.equal(plain.kept, same.kept) and plain.weight is same.weight is None
 
 

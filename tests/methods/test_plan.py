@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.methods.evoprune import FarthestPoints
+from evoprune.methods.evoprune import FarthestPatches, FarthestPoints
 from evoprune.pruning.encoder_plan import EncoderPlan, Stage, TowerShape, full_plan
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
@@ -47,7 +47,7 @@ def test_the_encoder_computes_what_was_planned(name, keep):
         assert all(
             count <= most for count, most in zip([*rows, len(made.rows)], [*plan.layers, plan.rows], strict=True)
         )
-        assert rows[0] < plan.layers[0] or not plan.reuse
+        assert rows[0] < plan.layers[0] or not plan.reuse or plan.stages[0].first_layer == 0
     if method.exact and plan.prunes:
         assert len(made.kept) == plan.keep == keep
     assert len(made.kept) == len(made.features) and (made.kept.diff() > 0).all() and made.features.isfinite().all()
@@ -75,11 +75,12 @@ def test_an_input_method_plans_a_smaller_grid():
     assert methods.parse("downscale").plan(DEMO, GRID, 35) == full_plan(DEMO, (5, 2, 3))
 
 
-def test_evoprune_selects_between_two_layers():
-    rows = round((UNITS * 30) ** 0.5)
-    layers = (UNITS, *(rows,) * 7)
+def test_evoprune_selects_before_and_between_layers():
+    first, rows = round(UNITS * (30 / UNITS) ** 0.4), round(UNITS * (30 / UNITS) ** 0.75)
+    layers = (first, *(rows,) * 7)
     plan = methods.parse("evoprune").plan(DEMO, GRID, 30)
-    stages = (Stage(1, rows, FarthestPoints(average=False)), Stage(8, 30, FarthestPoints()))
+    patches, select = FarthestPatches(average=False), FarthestPoints(average=False)
+    stages = (Stage(0, first, patches), Stage(1, rows, select), Stage(8, 30, FarthestPoints()))
     assert plan == EncoderPlan(GRID, 30, 8, 8.0, stages) and not plan.exact
     assert (plan.layers, plan.rows) == (layers, rows)
     assert methods.parse("evoprune:reuse=0").plan(DEMO, GRID, 30) == replace(plan, reuse=0.0)
@@ -87,23 +88,29 @@ def test_evoprune_selects_between_two_layers():
     assert not methods.parse("evoprune:reuse=0").automatic().plan(DEMO, GRID, 30).exact  # fewer rows may be enough
 
 
+def test_one_frame_pair_keeps_more_rows():
+    units = 240
+    plan = methods.parse("evoprune").plan(DEMO, (1, 12, 20), 24)
+    assert plan.layers == (round(units * 0.1 ** (0.8 / 3)), *(round(units * 0.1**0.5),) * 7)
+
+
 @pytest.mark.parametrize(("depth", "layers"), [(0.25, 2), (0.125, 1), (0.01, 1), (0.5, 4), (0.99, 7), (1, None)])
 def test_after_how_many_layers_evoprune_selects(depth, layers):
-    plan = methods.parse(f"evoprune:rows=1:depth={depth}").plan(DEMO, GRID, 30)
+    plan = methods.parse(f"evoprune:first=0:rows=1:depth={depth}").plan(DEMO, GRID, 30)
     assert [stage.first_layer for stage in plan.row_stages] == ([layers] if layers else [])
     assert plan.layers == (UNITS,) * (layers or 8) + (30,) * (8 - (layers or 8)) and plan.rows == plan.layers[-1]
 
 
 @pytest.mark.parametrize(("power", "rows"), [(1, 30), (0.5, round((UNITS * 30) ** 0.5)), (0, UNITS)])
 def test_more_rows_than_tokens_may_go_on(power, rows):
-    plan = methods.parse(f"evoprune:rows={power}").plan(DEMO, GRID, 30)
+    plan = methods.parse(f"evoprune:first=0:rows={power}").plan(DEMO, GRID, 30)
     assert (plan.keep, plan.rows, plan.layers) == (30, rows, (UNITS, *(rows,) * 7))
     assert [stage.first_layer for stage in plan.row_stages] == ([1] if rows < UNITS else [])
 
 
-def test_a_tower_of_one_layer_selects_after_it():
-    plan = methods.parse("evoprune").plan(TowerShape(1, (0,)), GRID, 30)
-    assert (plan.row_stages, plan.layers, plan.rows) == ([], (UNITS,), UNITS)
+def test_a_tower_of_one_layer_selects_before_and_after_it():
+    plan = methods.parse("evoprune:rows=1").plan(TowerShape(1, (0,)), GRID, 30)
+    assert [(stage.first_layer, stage.rows) for stage in plan.stages] == [(0, 69), (0, 30), (1, 30)]
 
 
 def test_a_merger_plans_rows_for_each_frame_pair():

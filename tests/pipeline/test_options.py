@@ -1,8 +1,9 @@
 """Options of the pipeline: checked when they are made, without torch, and made of keywords."""
 
+import pickle
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from inspect import Parameter, signature
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from evoprune.pipeline.options import (
     PipelineOptions,
     PruneOptions,
     SamplingOptions,
+    record,
 )
+from evoprune.pruning.budget import PRESETS
 from evoprune_cli.ask import ask
 from evoprune_cli.batch import batch
 
@@ -71,8 +74,11 @@ def test_fps_and_frames_exclude_each_other():
         SamplingOptions(fps=1.0, frames=4)
 
 
-def test_a_preset_becomes_its_share():
-    assert PruneOptions("fast") == PruneOptions(0.1) == PruneOptions("0.1")
+def test_a_preset_keeps_its_name():
+    fast = PruneOptions("fast")
+    assert fast == PruneOptions(PRESETS["fast"]) == replace(fast, seed=0) == pickle.loads(pickle.dumps(fast))
+    assert fast != PruneOptions(float(PRESETS["fast"])) and record([fast], ("budget",))["budget"] == "fast"
+    assert PruneOptions(0.1) == PruneOptions("0.1") == PruneOptions("10%")
     assert PruneOptions("auto").budget == "auto" and PruneOptions(method_args=None).method_args == {}
 
 

@@ -124,12 +124,12 @@ def test_torchs_own_names_of_dtypes_and_devices_are_welcome(dtype, device):
 
 def test_objects_say_in_a_line_what_they_are(demo):
     assert repr(demo.loaded) == "<LoadedModel 'demo' in fp32 on cpu>"
-    assert repr(demo.engine) == "<Engine 'demo' in fp32 on cpu: method 'evoprune', budget 0.25, seed 0>"
+    assert repr(demo.engine) == "<Engine 'demo' in fp32 on cpu: method 'evoprune', budget balanced, seed 0>"
     model = tiny_model()
     run = evoprune.apply(model, budget="fast")
-    assert repr(run) == "<PrunedModel: evoprune at budget 0.1, active>" and repr(run.settings).startswith("EvoPrune(")
+    assert repr(run) == "<PrunedModel: evoprune at budget fast, active>" and repr(run.settings).startswith("EvoPrune(")
     run.remove()
-    assert repr(run) == "<PrunedModel: evoprune at budget 0.1, not active>"
+    assert repr(run) == "<PrunedModel: evoprune at budget fast, not active>"
 
 
 def test_a_method_that_prunes_nothing_says_so():

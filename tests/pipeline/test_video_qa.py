@@ -535,7 +535,7 @@ def test_each_question_may_have_a_seed_of_its_own(loaded):
 
 def test_they_say_in_a_line_what_they_are(loaded):
     qa = VideoQA(loaded, budget="fast", seed=3)
-    assert repr(qa) == f"<VideoQA {loaded.id!r} in fp32 on cpu: method 'evoprune', budget 0.1, seed 3>"
+    assert repr(qa) == f"<VideoQA {loaded.id!r} in fp32 on cpu: method 'evoprune', budget fast, seed 3>"
     video = qa.encode(CLIP, name="clip")
     assert repr(video) == (
         "<EncodedInputs 'clip': 12 frames, 6 frame pairs of 4x6 units, 14 of 144 visual tokens kept>"

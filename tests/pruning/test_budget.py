@@ -1,4 +1,5 @@
 import math
+import pickle
 from fractions import Fraction
 
 import pytest
@@ -6,16 +7,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError
-from evoprune.pruning.budget import DEFAULT, PRESETS, apportion, keep_count, parse_budget, parse_budget_or_name, spread
+from evoprune.pruning.budget import (
+    DEFAULT,
+    PRESETS,
+    apportion,
+    keep_count,
+    keep_tokens,
+    parse_budget,
+    parse_budget_or_name,
+    plain,
+    spread,
+)
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
     [
         ("full", 1.0),
-        ("high", 0.5),
-        ("balanced", 0.25),
-        ("fast", 0.1),
         ("1", 1.0),
         ("0.3", 0.3),
         ("1e-6", 1e-6),
@@ -32,6 +40,15 @@ def test_parse_budget(text, value):
 def test_the_default_is_a_preset():
     assert DEFAULT in PRESETS
     assert list(PRESETS.values()) == sorted(PRESETS.values(), reverse=True)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "full"])
+def test_a_preset_keeps_its_name_and_a_larger_share_of_a_still(name):
+    preset = parse_budget(name)
+    assert (preset.name, f"{preset}", f"{preset:g}", plain(preset)) == (name,) * 4 and plain(0.5) == 0.5
+    assert preset == pickle.loads(pickle.dumps(preset)) and preset != float(preset)
+    assert keep_tokens(preset, (4, 5, 10)) == keep_count(float(preset), 200)
+    assert keep_tokens(preset, (1, 10, 20)) == keep_count(preset.still, 200) > keep_tokens(float(preset), (1, 10, 20))
 
 
 @pytest.mark.parametrize(

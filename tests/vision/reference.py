@@ -144,7 +144,8 @@ def selected(block, rows: list[Row], geo: Geometry, grid, selector, keep) -> lis
     units = range(math.prod(grid))
     owner = owners(rows, len(units))
     if keep < len(rows) or any(owner[unit] != owner[unit % geo.units] for unit in units):
-        seen = torch.stack([normed(block.norm1, row.x).flatten() for row in rows])
+        as_it_is = "hidden" in selector.needs
+        seen = torch.stack([(row.x if as_it_is else normed(block.norm1, row.x)).flatten() for row in rows])
         found = selector.select(Tokens(seen, torch.tensor(owner), grid), min(keep, len(rows)))
         made = []
         for k, unit in enumerate(found.kept.tolist()):

@@ -59,7 +59,8 @@ def test_reused_rows_against_loops(share, full_layers):
 
 @pytest.mark.parametrize("method", [EvoPrune(), AFTER], ids=["inside", "after"])
 def test_a_threshold_of_zero_is_no_reuse(method):
-    grid, none = (6, 3, 5), replace(method, reuse=0.0)
+    grid, method = (6, 3, 5), replace(method, first=0.0)
+    none = replace(method, reuse=0.0)
     assert encode_clip(grid, changes(grid, 0.0), none, 9).layers[0][1] == prod(grid)
     # Any other threshold gives the same where everything changes by more than it.
     moving = changes(grid, 1.0)

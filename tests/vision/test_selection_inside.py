@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from evoprune.errors import ModelError
 from evoprune.methods.base import EncoderMethod, Selector
-from evoprune.methods.evoprune import EvoPrune, FarthestPoints
+from evoprune.methods.evoprune import STILL, EvoPrune, FarthestPoints
 from evoprune.methods.none import Nothing
 from evoprune.pruning.encoder_plan import Stage
 from evoprune.pruning.types import Selection
@@ -48,7 +48,7 @@ def test_selected_rows_against_loops(share, keep, full_layers):
     patches, visual = clip(grid, changed), tiny_tower(full_layers)
     for method in (
         EvoPrune(), EvoPrune(depth=0.75, alpha=1.0), EvoPrune(average=False, reuse=0.0, count=0.0),
-        EvoPrune(rows=1.0), EvoPrune(rows=0.0), Several(),
+        EvoPrune(rows=1.0), EvoPrune(rows=0.0), EvoPrune(first=0.0), Several(),
     ):  # fmt: skip
         units, owner, tokens = encode_slowly(visual, patches, grid, method, keep, changed if method.reuse else None)
         for size in (1, 30, 10**6):
@@ -74,7 +74,7 @@ def test_selected_rows_against_loops(share, keep, full_layers):
     chunk_units=st.integers(1, 200),
 )
 def test_counts_are_exact_and_do_not_depend_on_the_chunk_size(grid, share, seed, share_kept, depth, power, chunk_units):
-    method, n = EvoPrune(depth=depth, rows=power), prod(grid)
+    method, n = EvoPrune(depth=depth, first=0.0, rows=power), prod(grid)
     keep = max(1, round(n * share_kept))
     changed = changes(grid, share, seed)
     whole = encode_clip(grid, changed, method, keep, seed, chunk_units=10**6)
@@ -87,6 +87,7 @@ def test_counts_are_exact_and_do_not_depend_on_the_chunk_size(grid, share, seed,
     after = max(1, round(depth * 4))
     rows = [count for _, count in whole.layers]
     assert {*rows[:after]} == {int(changed.sum())} and {*rows[after:]} == {len(whole.rows)}
+    power *= 1 if grid[0] > 1 else STILL
     assert len(whole.rows) <= min(max(keep, round(n * (keep / n) ** power)), rows[0])
 
 
@@ -105,7 +106,7 @@ def test_a_still_clip_goes_on_as_its_first_frame_pair_where_that_is_kept(pairs):
     grid = (pairs, 3, 5)
     patches = clip(grid, changes(grid, 0.0))
     alone = encode_patches(patches[: 4 * 15], (1, 3, 5), Nothing(), 15)
-    method = EvoPrune(rows=1.0)
+    method = EvoPrune(first=0.0, rows=1.0)
     made = encode_patches(patches, grid, method, 15)
     torch.testing.assert_close(made.rows, alone.rows, atol=2e-5, rtol=1e-5)
     assert made.layers == [(layer, 15) for layer in range(4)] and made.owner.tolist() == list(range(15)) * pairs
@@ -126,12 +127,14 @@ class Given(Selector):
 
 @dataclass(frozen=True, eq=False)
 class GivenInside(EvoPrune):
-    rows: float = 1.0
     given: Given | None = None
 
     @property
     def tokens(self):
         return self.given
+
+    def stages(self, tower, grid, keep):
+        return [Stage(1, keep, self.given)]
 
 
 def inside(kept, owner, weight=None, **settings_) -> GivenInside:

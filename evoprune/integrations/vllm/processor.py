@@ -6,7 +6,6 @@ It also writes K and the seconds per pair of each video beside its patches. vLLM
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from evoprune.errors import EvopruneError
 from evoprune.integrations.vllm.positions import LIMIT, extent
 from evoprune.integrations.vllm.settings import request_budget, without_own
 from evoprune.model.config import vision_sizes
-from evoprune.pruning.budget import keep_count
+from evoprune.pruning.budget import keep_tokens
 
 KEEP, SECONDS = "evoprune_keep", "evoprune_seconds"  # fields of each video, beside those of vLLM
 END = "<|vision_end|>"
@@ -74,7 +73,7 @@ class Processor:
             raise ValueError(f"{problem.message}; {problem.hint}") from problem
         if "video_grid_thw" in made:
             grids = [self._units(grid) for grid in made["video_grid_thw"].tolist()]
-            kept, seconds = [keep_count(budget, prod(grid)) for grid in grids], [*self._seconds(mm_inputs, grids)]
+            kept, seconds = [keep_tokens(budget, grid) for grid in grids], [*self._seconds(mm_inputs, grids)]
             made[KEEP] = torch.tensor(kept, dtype=torch.int64, device="cpu")
             made[SECONDS] = torch.tensor(seconds, dtype=torch.float64, device="cpu")
         return made
