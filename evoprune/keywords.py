@@ -124,7 +124,7 @@ def names_options(function: Callable[..., T]) -> Callable[..., T]:
         return function(*args, **given)
 
     checked.__signature__ = Signature(parameters, return_annotation=signature(function).return_annotation)
-    checked.__doc__ = _documented(function.__doc__, groups.values())
+    checked.__doc__ = documented(function.__doc__, groups.values())
     return checked
 
 
@@ -135,7 +135,7 @@ def _expanded(parameter: Parameter) -> list[Parameter]:
     return [Parameter(f.name, place, default=f.default, annotation=f.type) for f, place in each]
 
 
-def _documented(text: str | None, groups: Iterable[type]) -> str | None:
+def documented(text: str | None, groups: Iterable[type]) -> str | None:
     """A docstring with the options of `groups` below it."""
     lines = []
     for each in (f for group in groups for f in fields(group)):

@@ -165,7 +165,7 @@ def _measured(
     show("loading libraries")
     check_libraries()
     from evoprune.pipeline.loading.found import find_model
-    from evoprune.pipeline.resolving import with_recipe
+    from evoprune.pipeline.saved import with_recipe
     from evoprune.profiling import bench, run, time_limit, weights
     from evoprune.profiling.settings import Settings
 

@@ -8,8 +8,7 @@ from evoprune import methods
 from evoprune.errors import ModelError
 from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import PipelineOptions, record
-from evoprune.pipeline.resolving import resolve
-from evoprune.pipeline.saved import Tuned
+from evoprune.pipeline.saved import Tuned, resolve
 from evoprune.pruning.budget import TUNED
 
 if TYPE_CHECKING:

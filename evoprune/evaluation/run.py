@@ -34,7 +34,7 @@ from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, threads_of_each
 from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions, record
-from evoprune.pipeline.resolving import make_method, resolve, with_recipe
+from evoprune.pipeline.saved import make_method, resolve, with_recipe
 from evoprune.pruning.budget import TUNED, plain
 
 DEMO, DEMO_CLIPS = "demo", 100

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from evoprune.huggingface import interface
 from evoprune.huggingface.columns import Columns
-from evoprune.huggingface.visuals import Visuals
+from evoprune.huggingface.inputs import Visuals
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.linear import weights_bytes
 from evoprune.model.machine import environment, memory_in_use, peak_memory
@@ -28,13 +28,8 @@ def call_report(
 ) -> Report:
     """The report of one call with videos or pictures that are pruned; the caller adds the times.
 
-    Args:
-        model: the Hugging Face model.
-        call, pruned: the call's arguments by name, as the user gave them and as the model gets them.
-        visuals, encoded: what was pruned, and what became of it.
-        name, method: the pruning method as the user named it, and itself.
-        budget: share of the visual tokens to keep.
-        positions: where the settings place tokens; the call's own `position_ids` override it.
+    `call` and `pruned` are its arguments, as the user gave them and as the model gets them; `visuals` and `encoded` what was
+    pruned, and what became of it; `name` the method as the user named it. The call's own `position_ids` override `positions`.
     """
     device, units = str(model.device), len(encoded.owner)
     mask, grids = pruned.get("attention_mask"), visuals.grids.tolist()
@@ -76,15 +71,10 @@ def call_report(
 
 @dataclass(frozen=True)
 class LatestCall:
-    """What is known of a call afterwards: its report, and the columns of its prompt that are left."""
+    """A call's report, and the columns of its prompt that are left. Where nothing was encoded here, a warning says why."""
 
     report: Report = field(default_factory=Report)
     columns: Columns | None = None
-
-    @classmethod
-    def empty(cls, why: str) -> "LatestCall":
-        """A call in which nothing was encoded here. `why`: a name in `report.records.EMPTY`."""
-        return cls(Report(warnings=[why]))
 
 
 class LatestCalls:
@@ -94,9 +84,7 @@ class LatestCalls:
         self._of_thread, self._of_all = threading.local(), LatestCall()
 
     def set(self, call: LatestCall) -> None:
-        """Makes `call` the latest one of the calling thread."""
         self._of_thread.call = self._of_all = call
 
     def get(self) -> LatestCall:
-        """The latest call, for the calling thread."""
         return getattr(self._of_thread, "call", self._of_all)

@@ -14,11 +14,10 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
     """The call of `forward` in which attention weighs each column by its cluster size.
 
     Args:
-        model: a Hugging Face model of a supported class whose attention takes masks of numbers
-            (`interface.takes_numbers`).
-        call: the arguments by name, with `position_ids`; not modified.
-        sizes: float32 `[B, C]`, the cluster sizes of the prompt's columns; later columns have size 1. If the call has n * B rows
-            (beams), each row of `sizes` applies to n neighbouring rows.
+        model: its attention takes masks of numbers (`interface.takes_numbers`).
+        call: with `position_ids`.
+        sizes: float32 `[B, C]`, of the prompt's columns; later columns have size 1. If the call has n * B rows (beams), each row
+            of `sizes` applies to n neighbouring rows.
     """
     masks, shape, dtype = interface.attention_masks(model, call)
     bias = sizes.log().repeat_interleave(shape[0] // len(sizes), 0)

@@ -2,36 +2,34 @@
 
 The columns that are left of a row move together to the right, so that all rows still end where the answer begins. A row with fewer
 columns than another gets padding at its start. Padding on the left that no row needs is removed.
+Callbacks of `generate` get ids of the whole prompt.
 """
 
+from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 
 from evoprune.errors import UsageError
+from evoprune.huggingface import interface
 from evoprune.pruning.indices import ascending
 
 
 @dataclass(frozen=True, repr=False)
 class Columns:
-    """The columns that are left of a batch.
+    """The columns that are left of a batch."""
 
-    Attributes:
-        index: int64 `[B, C]`, for each place the column of the whole batch that it holds, ascending; -1 for padding, at the start.
-        width: number of columns of the whole batch.
-    """
-
+    # int64 `[B, C]`, for each place the column of the whole batch that it holds, ascending; -1 for padding, at the start.
     index: torch.Tensor
-    width: int
+    width: int  # number of columns of the whole batch
 
     @classmethod
     def without(cls, dropped: torch.Tensor, mask: torch.Tensor | None = None) -> "Columns":
         """All columns that are not dropped, in as few places as the longest row needs.
 
-        Args:
-            dropped: bool `[B, L]`.
-            mask: `[B, L]`, 0 at padding; None without padding. Padding before a row's first token is removed where it needs more
-                places than the longest row.
+        `dropped`: bool `[B, L]`. `mask`: `[B, L]`, 0 at padding; None without padding. Padding before a row's first token is
+        removed where it needs more places than the longest row.
         """
         stays, width = ~dropped, dropped.shape[1]
         needed = stays if mask is None else stays & (mask.cumsum(1) > 0)
@@ -85,14 +83,63 @@ class Columns:
 
 
 def with_whole_prompt(prompt: torch.Tensor, places: int, ids: torch.Tensor) -> torch.Tensor:
-    """Ids with the whole prompt in place of the pruned one.
+    """Ids `[B * n, L + new]` with the whole prompt in place of the pruned one.
 
-    Args:
-        prompt: int64 `[B, L]`, the whole prompt.
-        places: number of columns of the pruned prompt, with which `ids` begin.
-        ids: int64 `[B * n, places + new]`, n neighbouring rows for each prompt.
-
-    Returns `[B * n, L + new]`.
+    `prompt`: int64 `[B, L]`, the whole one. `ids`: int64 `[B * n, places + new]`, n neighbouring rows for each prompt.
     """
     prompt = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), 0)
     return torch.cat([prompt, ids[:, places:]], 1)
+
+
+def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
+    """The call of `generate` on a pruned prompt, in which lengths and callbacks refer to the whole prompt, that of `call`."""
+    prompt, places = call["input_ids"], pruned_call["input_ids"].shape[1]
+    pruned_call = dict(pruned_call)
+    for name in ("logits_processor", "stopping_criteria"):
+        if pruned_call.get(name):
+            wrapped = copy(pruned_call[name])
+            wrapped[:] = [_OnWholePrompts(one, prompt, places) for one in wrapped]
+            pruned_call[name] = wrapped
+    if (allowed := pruned_call.get("prefix_allowed_tokens_fn")) is not None:
+        pruned_call["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
+            row, with_whole_prompt(prompt[row, None], places, ids[None])[0]
+        )
+    if pruned_call.get("streamer") is not None:
+        pruned_call["streamer"] = _WholePromptStreamer(pruned_call["streamer"], prompt)
+    for name in ("max_length", "min_length"):
+        if (length := interface.setting(model, call, name)) is None:
+            continue
+        length = max(0, length - prompt.shape[1] + places)
+        if pruned_call.get(name) is None and pruned_call.get("generation_config") is not None:
+            pruned_call["generation_config"] = copy(pruned_call["generation_config"])
+            setattr(pruned_call["generation_config"], name, length)
+        else:
+            pruned_call[name] = length
+    return pruned_call
+
+
+class _OnWholePrompts:
+    """A logits processor or stopping criterion that gets ids of the whole prompt."""
+
+    def __init__(self, wrapped: Callable, prompt: torch.Tensor, places: int):
+        self._wrapped, self._prompt, self._places = wrapped, prompt, places
+
+    def __call__(self, input_ids, scores):
+        return self._wrapped(with_whole_prompt(self._prompt, self._places, input_ids), scores)
+
+    def __getattr__(self, name: str):
+        return getattr(self._wrapped, name)
+
+
+class _WholePromptStreamer:
+    """A streamer that gets the whole prompt in the first call of `put`, which is the prompt's."""
+
+    def __init__(self, wrapped, prompt: torch.Tensor):
+        self._wrapped, self._prompt = wrapped, prompt
+
+    def put(self, value: torch.Tensor) -> None:
+        self._wrapped.put(value if self._prompt is None else self._prompt.cpu())
+        self._prompt = None
+
+    def end(self) -> None:
+        self._wrapped.end()

@@ -11,7 +11,7 @@ pruned. Flash and flex attention take no mask of numbers, so under them every to
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
@@ -19,22 +19,18 @@ import torch
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.huggingface import interface
-from evoprune.huggingface.arguments import settings_alone
 from evoprune.huggingface.call_report import LatestCall, LatestCalls, call_report
 from evoprune.huggingface.cluster_bias import with_cluster_bias
-from evoprune.huggingface.columns import Columns, with_whole_prompt
+from evoprune.huggingface.columns import Columns, with_whole_prompt, with_whole_prompts
 from evoprune.huggingface.encoding import encode_with, patch_method
-from evoprune.huggingface.inputs import PAST, Past, continued, remember, why_not, without_pruned
-from evoprune.huggingface.packed_tower import check_pack, packed_tower
+from evoprune.huggingface.inputs import PAST, Past, continued, find_visuals, remember, why_not, without_pruned
+from evoprune.huggingface.packed_tower import PackedTower, check_pack
 from evoprune.huggingface.patches import Patches, end_of
-from evoprune.huggingface.visuals import find_visuals
-from evoprune.huggingface.whole_prompt import with_whole_prompts
-from evoprune.keywords import check_types, names_options
+from evoprune.keywords import check_types, documented, names_options, option
 from evoprune.model.cost import Clock
 from evoprune.pipeline.loading.weights import model_fingerprint
 from evoprune.pipeline.options import PruneOptions, check_tuned
-from evoprune.pipeline.resolving import resolve
-from evoprune.pipeline.saved import Tuned
+from evoprune.pipeline.saved import Tuned, resolve
 from evoprune.pruning.budget import DEFAULT, TUNED, parse_budget
 from evoprune.report.records import Report
 
@@ -43,25 +39,25 @@ INNER = "evoprune_inside"  # argument of the calls of `forward` that `generate` 
 SWITCH = "this object only says how long the model prunes"
 
 
+def _settings_alone(init: Callable) -> Callable:
+    """Decorates `PruningContext.__init__`: a model among the settings is an error that says where it belongs."""
+
+    @wraps(init)
+    def checked(self, *args, **given) -> None:
+        for model in (*args, *given.values()):
+            if isinstance(model, torch.nn.Module):
+                hint = "first the settings, then the model: EvoPrune(budget=0.1)(model)"
+                raise UsageError(f"an object of class {type(model).__name__} is no setting", hint)
+        init(self, *args, **given)
+
+    return checked
+
+
 @dataclass(frozen=True)
 class PruningContext:
     """Settings of pruning. Called with a model, it returns the context in which that model prunes.
 
     Users reach it as `evoprune.EvoPrune`.
-
-    Attributes:
-        budget: share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset; or "tuned", for the
-            method and budget that were tuned for the model's weights (`evoprune tune`).
-        method, method_args: name of a pruning method, and its settings by name.
-        positions: "host" gives each token the position that the model itself gives it, so that budget 1.0 is the model's own
-            output; "qwen" starts the text after a video at the end of the video's time, as Qwen trained its models
-            (`language.prompt`).
-        seed: for methods that draw at random.
-        pack: on a CPU, copies of the tower's linear layers in the order in which products read them make videos faster to encode
-            (`huggingface.packed_tower`). They last as long as the context and take as many bytes again as the layers themselves:
-            1.2 GiB at 3B in bfloat16. "int8": copies in 8 bits, twice as fast as float32 and less exact, 0.6 GiB. The model itself
-            does not change.
-        pictures: prune pictures too, each to the same share of its tokens. Otherwise they stay whole.
 
     Raises:
         UsageError: a bad budget, method or `positions`, or a method that resizes frames or reads the question; called with a
@@ -69,13 +65,29 @@ class PruningContext:
         TypeError: an unknown option.
     """
 
-    budget: float | str = DEFAULT
-    method: str = methods.DEFAULT
-    method_args: dict[str, Any] | None = None
-    positions: Literal["host", "qwen"] = "host"
-    seed: int = 0
-    pack: bool | Literal["int8"] = False
-    pictures: bool = False
+    budget: float | str = option(
+        DEFAULT,
+        "Share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset; or tuned, for the method "
+        "and the budget that were tuned for the model's weights (`evoprune tune`).",
+    )
+    method: str = option(methods.DEFAULT, "Name of a pruning method.")
+    method_args: dict[str, Any] | None = option(None, "Settings of the method, by name.")
+    positions: Literal["host", "qwen"] = option(
+        "host",
+        "host gives each token the position that the model itself gives it, so that budget 1.0 is the model's own output; qwen "
+        "starts the text after a video at the end of the video's time, as Qwen trained its models (`language.prompt`).",
+    )
+    seed: int = option(0, "Seed of methods that draw at random.")
+    pack: bool | Literal["int8"] = option(
+        False,
+        "On a CPU, copies of the tower's linear layers in the order in which products read them make videos faster to encode "
+        "(`huggingface.packed_tower`). They last as long as the context and take as many bytes again as the layers themselves: 1.2 "
+        "GiB at 3B in bfloat16. int8: copies in 8 bits, twice as fast as float32 and less exact, 0.6 GiB. The model itself does "
+        "not change.",
+    )
+    pictures: bool = option(
+        False, "Prune pictures too, each to the same share of its tokens. Otherwise they stay whole."
+    )
 
     def __post_init__(self):
         if self.budget != TUNED:
@@ -104,44 +116,28 @@ class PruningContext:
         return f"EvoPrune({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in fields(self))})"
 
 
-PruningContext.__init__ = settings_alone(names_options(PruningContext.__init__))  # written by `dataclass`
+PruningContext.__init__ = _settings_alone(names_options(PruningContext.__init__))  # written by `dataclass`
+PruningContext.__doc__ = documented(PruningContext.__doc__, [PruningContext])
 # What users call it, in a help page and a traceback. A method has the name EvoPrune as well.
 PruningContext.__module__, PruningContext.__name__, PruningContext.__qualname__ = "evoprune", "EvoPrune", "EvoPrune"
 
 
 @names_options
-def apply(
-    model,
-    *,
-    budget: float | str = DEFAULT,
-    method: str = methods.DEFAULT,
-    method_args: dict[str, Any] | None = None,
-    positions: Literal["host", "qwen"] = "host",
-    seed: int = 0,
-    pack: bool | Literal["int8"] = False,
-    pictures: bool = False,
-) -> "PrunedModel":
+def apply(model, *, settings: PruningContext) -> "PrunedModel":
     """Prunes inside `model` from now on, until `remove()` of the result or `evoprune.remove(model)` is called.
-
-    Args:
-        model: the Hugging Face model.
-        budget, method, method_args, positions, seed, pack, pictures: see `evoprune.EvoPrune`.
 
     Raises:
         ModelError: not a model of a supported class (`interface.MODELS`).
         UsageError: bad settings, the model is pruned already, or its tower cannot be packed.
         TypeError: an unknown option.
     """
-    return PruningContext(budget, method, method_args, positions, seed, pack, pictures)(model).__enter__()
+    return settings(model).__enter__()
 
 
 def remove(model) -> None:
     """Ends the pruning of `model`, whatever began it; does nothing if it is not pruned. See `PrunedModel.remove`.
 
-    Args:
-        model: the Hugging Face model, or what `apply` returned.
-
-    Raises ModelError: not a model of a supported class (`interface.MODELS`).
+    `model` may be what `apply` returned. Raises ModelError: not a model of a supported class (`interface.MODELS`).
     """
     model = model.model if isinstance(model, PrunedModel) else model
     interface.check_class(model)
@@ -166,12 +162,12 @@ class PrunedModel:
     with a value per column that neither the processor makes nor are labels. With nothing to prune and `positions="host"`, the
     model's own code runs such calls. Hooks on modules of the tower see nothing, or the rows of this package; a warning names them.
 
-    Attributes:
-        model: as given. settings: with plain values in the place of a budget of "tuned".
+    `settings` have plain values in the place of a budget of "tuned".
     """
 
     def __init__(self, model, settings: PruningContext):
-        interface.check_model(model)
+        interface.check_class(model)
+        interface.tower_of(model)
         interface.accept_features(model)
         self._tuned: Tuned | None = None
         if settings.budget == TUNED:
@@ -221,7 +217,8 @@ class PrunedModel:
         return self._latest.get().columns
 
     def __enter__(self) -> "PrunedModel":
-        packed = self._packed or packed_tower(self.model.model.visual, self.settings.pack)
+        pack = self.settings.pack
+        packed = self._packed or (PackedTower(self.model.model.visual, pack) if pack else None)
         self._patches.install()
         self._packed = packed
         return self
@@ -296,21 +293,19 @@ class PrunedModel:
                 return self._prune(call, generating)
             if not optional:
                 raise reason
-            self._latest.set(LatestCall.empty("own_code"))
+            self._latest.set(LatestCall(Report(warnings=["own_code"])))
             return call, None
         past = getattr(cache, PAST, None)
         if past is None or not length:  # an emptied cache takes a new prompt, which is whole
-            self._latest.set(LatestCall.empty("pictures_only" if interface.has_picture(call) else "no_video"))
-        if past is None:
-            return call, None
-        if not length:
-            delattr(cache, PAST)
+            why = "pictures_only" if interface.has_picture(call) else "no_video"
+            self._latest.set(LatestCall(Report(warnings=[why])))
+            if past is not None:
+                delattr(cache, PAST)
             return call, None
         past = past.held(length)
         return continued(self.model, call, past, length, generating), past
 
     def _prunes(self, call: dict) -> bool:
-        """Whether a call brings something to prune."""
         return interface.has_video(call) or (self.settings.pictures and interface.has_picture(call))
 
     def _prune(self, call: dict, generating: bool) -> tuple[dict, Past]:
@@ -323,8 +318,7 @@ class PrunedModel:
             tower = visual if packed is None else packed.current()
             given = visuals.pixels, visuals.grids, self._share, self._method
             encoded = encode_with(tower, *given, seconds_per_pair=visuals.seconds, seed=settings.seed)
-        whose = settings.pictures and interface.has_picture(call)
-        pruned, past = without_pruned(self.model, call, visuals, encoded, settings.positions, generating, whose)
+        pruned, past = without_pruned(self.model, call, visuals, encoded, settings.positions, generating)
         named = (settings.method, self._method, self._share, settings.positions)
         report = call_report(self.model, call, pruned, visuals, encoded, *named)
         report.memory.weights_bytes += packed.nbytes if packed else 0
@@ -337,13 +331,9 @@ class PrunedModel:
 
 @dataclass(frozen=True)
 class _Inside:
-    """What `generate` says in each call of `forward` that it makes: that its columns are the ones to read.
+    """What `generate` says in each call of `forward` that it makes: that its columns are the ones to read."""
 
-    Attributes:
-        sizes: float32 `[B, C]`, the cluster sizes of the prompt's columns; None for 1.
-    """
-
-    sizes: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None  # float32 `[B, C]`, the cluster sizes of the prompt's columns; None for 1
 
     def __deepcopy__(self, _) -> None:
         """None: `generate` hands copies of its arguments to an assistant model, whose `forward` need not know this one."""

@@ -15,28 +15,38 @@ from torch.nn.functional import pad
 from evoprune.errors import UsageError
 from evoprune.huggingface import interface
 from evoprune.huggingface.columns import Columns
-from evoprune.huggingface.gradients import no_gradients, refusing_gradients, trained_weights
-from evoprune.huggingface.visuals import Visuals, empty_runs
 from evoprune.pruning.indices import ascending
 from evoprune.vision.encoded import Encoded
 
+NAMES = {True: ("pixel_values_videos", "video_grid_thw"), False: ("pixel_values", "image_grid_thw")}
 PAST = "evoprune"  # attribute that is set on caches; copies of a cache have it too
 
 
 @dataclass(frozen=True)
+class Visuals:
+    """What is pruned in a call."""
+
+    columns: torch.Tensor  # bool `[B, L]`, the placeholders
+    pixels: torch.Tensor  # `[patches, values]`, those of all, in the order of their placeholders
+    grids: torch.Tensor  # int64 `[n, 3]`, in patches
+    videos: tuple[bool, ...]  # of each, whether it is a video
+    seconds: tuple[float, ...]  # of each, from one frame pair to the next
+
+    def apart(self, features: list[interface.Features]) -> tuple[list[interface.Features], list[interface.Features]]:
+        """The features of the videos, and of the pictures."""
+        both = list(zip(features, self.videos, strict=True))
+        return [each for each, video in both if video], [each for each, video in both if not video]
+
+
+@dataclass(frozen=True)
 class Past:
-    """What later calls must know of a cache whose prompt was pruned.
+    """What later calls must know of a cache whose prompt was pruned."""
 
-    Attributes:
-        columns: the columns of the prompt that are left.
-        delta: int64 `[B, L]`, for each column as the last one of the prompt: the position of a later token is this plus the number
-            of tokens before it.
-        sizes: float32 `[B, C]`, the cluster size of each column that is left; None for 1.
-    """
-
-    columns: Columns
+    columns: Columns  # of the prompt that are left
+    # int64 `[B, L]`, for each column as the last one of the prompt: the position of a later token is this plus the number of tokens
+    # before it.
     delta: torch.Tensor
-    sizes: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None  # float32 `[B, C]`, the cluster size of each column that is left; None for 1
 
     def held(self, length: int) -> "Past":
         """The `Past` of the same cache cut to `length` columns. A greater length, with text behind the prompt, changes nothing."""
@@ -54,13 +64,70 @@ def remember(past: Past | None, results: Iterable[Any]) -> None:
             setattr(cache, PAST, past)
 
 
+def find_visuals(model, call: dict, pictures: bool) -> Visuals:
+    """The videos of a new prompt, and its pictures if those are pruned. Raises UsageError: they do not fit the prompt."""
+    kinds = [video for video in (True, False) if call.get(NAMES[video][0]) is not None and (video or pictures)]
+    columns = torch.zeros_like(call["input_ids"], dtype=torch.bool)
+    for video in kinds:
+        columns |= _placeholders(model, call, video)
+    grids = call.get("video_grid_thw")
+    if len(interface.seconds_per_pair(call)) != (0 if grids is None else len(grids)):
+        raise UsageError("second_per_grid_ts are not one for each video", "pass all that the processor returned")
+    pixels, grids = ({video: call[NAMES[video][i]] for video in kinds} for i in (0, 1))
+    if len(kinds) == 1:
+        (only,) = kinds
+        seconds = interface.seconds_per_pair(call) if only else [1.0] * len(grids[only])
+        return Visuals(columns, pixels[only], grids[only], (only,) * len(grids[only]), tuple(seconds))
+    each = {
+        video: iter(zip(pixels[video].split(grids[video].prod(-1).tolist()), grids[video], strict=True))
+        for video in kinds
+    }
+    found = [pair for row in interface.visual_spans(model, call, None) for pair in row]
+    ordered = [next(each[video]) for _, video in found]
+    return Visuals(
+        columns,
+        torch.cat([patches for patches, _ in ordered]),
+        torch.stack([grid for _, grid in ordered]),
+        tuple(video for _, video in found),
+        tuple(spans[0].seconds_per_pair for spans, _ in found),
+    )
+
+
+def empty_runs(model, call: dict, dropped: torch.Tensor) -> torch.Tensor:
+    """`dropped`, bool `[B, L]`: columns of pruned tokens; with those of the time and markers of each frame pair that keeps none.
+
+    The time stands between the end marker of one frame pair and the start marker of the next. Before the first pair it begins with
+    the token with which it begins before the second.
+    """
+    leaves, ids = dropped.clone(), call["input_ids"]
+    for row, found in enumerate(interface.visual_spans(model, call, None)):
+        for spans in (spans for spans, _ in found if len(spans) > 1):
+            ends = [span.start + span.tokens for span in spans]
+            same = (ids[row, : spans[0].start] == ids[row, ends[0] + 1]).nonzero()
+            starts = [int(same[-1]) if len(same) else spans[0].start - 1, *(end + 1 for end in ends)]
+            for start, span, end in zip(starts, spans, ends, strict=False):
+                marked = int(ids[row, end]) == model.config.vision_end_token_id
+                leaves[row, start : end + 1] |= marked and bool(dropped[row, span.start : end].all())
+    return leaves
+
+
+def _placeholders(model, call: dict, video: bool) -> torch.Tensor:
+    """The columns of the videos, or of the pictures: bool `[B, L]`."""
+    token, name = (model.config.video_token_id, "video") if video else (model.config.image_token_id, "image")
+    grids, columns = call.get(NAMES[video][1]), call["input_ids"] == token
+    units = 0 if grids is None else int(grids.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
+    if not units or units != int(columns.sum()):
+        raise UsageError(
+            f"input_ids have {int(columns.sum())} {name} tokens, {NAMES[video][1]} makes {units}",
+            "pass all that one call of the processor returned",
+        )
+    return columns
+
+
 def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError | None:
     """Why this package cannot run a new prompt with videos, although the model itself may take it; None if it can.
 
-    Args:
-        call: the arguments of a new prompt with videos.
-        generating: whether this is a call of `generate`, and not of the model itself.
-        optional: whether the model's own code does the same, since nothing is pruned.
+    `generating`: in a call of `generate`. `optional`: the model's own code does the same, since nothing is pruned.
     """
     visual = model.model.visual
     given = [call.get(name) for name in ("pixel_values_videos", "pixel_values")]
@@ -86,12 +153,9 @@ def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError |
         )
     if _packed(call):
         return UsageError("several sequences packed in a row cannot be pruned", "pass them as rows of a batch")
-    return None if generating else _why_not_directly(call)
-
-
-def _why_not_directly(call: dict) -> UsageError | None:
-    """As `why_not`, for arguments of direct calls alone: those with a value per column that cannot lose columns."""
-    shape = call["input_ids"].shape
+    if generating:
+        return None
+    shape = ids.shape
     known = {"input_ids", "attention_mask", "position_ids", *interface.PER_COLUMN, *interface.VISION_INPUTS}
     for name, value in call.items():
         per_column = isinstance(value, torch.Tensor) and value.shape[:2] == shape and name not in known
@@ -111,20 +175,11 @@ def _packed(call: dict) -> bool:
 
 
 def without_pruned(
-    model, call: dict, visuals: Visuals, encoded: Encoded, positions: str, generating: bool, pictures: bool
+    model, call: dict, visuals: Visuals, encoded: Encoded, positions: str, generating: bool
 ) -> tuple[dict, Past]:
-    """The call without the columns of pruned tokens.
+    """The call of a new prompt without the columns of pruned tokens, and the `Past` of its cache.
 
-    Args:
-        call: the arguments of a new prompt; not modified.
-        visuals: from `find_visuals`.
-        encoded: all of them.
-        positions: "host" or "qwen"; `position_ids` in the call override it.
-        generating: whether this is a call of `generate`.
-        pictures: whether pictures are among `visuals`; else the model encodes those of the call.
-
-    Returns:
-        The new call, and the `Past` of its cache.
+    `visuals` and `encoded` are what is pruned in it. The call's own `position_ids` override `positions`.
 
     Raises UsageError: prefill in chunks with a transformers that would leave the videos out (`interface.encoded_inputs`).
     """
@@ -150,10 +205,12 @@ def without_pruned(
         pruned_call["position_ids"][0] = interface.text_positions(columns.take(used))
     per_pair = iter(encoded.kept_per_pair)
     tokens = [sum(islice(per_pair, grids)) for grids, _, _ in encoded.grids]
-    features = refusing_gradients(encoded.features, model.model.visual)
+    features, trained = encoded.features, trained_weights(model.model.visual)
+    if trained and torch.is_grad_enabled():  # in eval mode this is usually no training, so `backward` alone raises
+        features = _NoGradients.apply(features, trained[0])
     inner = [None] * len(tokens) if encoded.deepstack is None else encoded.deepstack.split(tokens, 1)
     videos, images = visuals.apart(list(zip(features.split(tokens), inner, strict=True)))
-    pruned_call |= interface.encoded_inputs(model, call, videos, images if pictures else None)
+    pruned_call |= interface.encoded_inputs(model, call, videos, images or None)
     furthest = at[-3:].amax(0).masked_fill(used == 0, -1).cummax(1).values
     return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _sizes(visual, columns, encoded))
 
@@ -161,9 +218,8 @@ def without_pruned(
 def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
     """The labels of the columns that are left, under the names under which the call has them.
 
-    A column predicts the next one that is left. `labels` say what a column is, `shift_labels` what follows it.
-
-    `used`: `[B, L]`, 0 at padding, which predicts nothing: how much padding a row has depends on what the others lose.
+    A column predicts the next one that is left. `labels` say what a column is, `shift_labels` what follows it. `used`: `[B, L]`, 0
+    at padding, which predicts nothing: how much padding a row has depends on what the others lose.
     """
     first = columns.take(used).cumsum(1)[:, :-1] == 0
     targets = {}
@@ -205,11 +261,7 @@ def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generati
 def continued(model, call: dict, past: Past, length: int, generating: bool) -> dict:
     """A call that continues from a cache with a pruned prompt, without the pruned columns.
 
-    Args:
-        call: the arguments; not modified.
-        past: of the cache, cut to its length (`Past.held`).
-        length: number of columns in the cache.
-        generating: whether this is a call of `generate`, whose ids and mask include the columns in the cache.
+    `past`: of the cache, cut to its `length` (`Past.held`). Ids and mask of `generate` include the columns in the cache.
 
     Raises UsageError: the call has pictures, or its rows or columns do not fit the whole prompt of the cache.
     """
@@ -250,3 +302,26 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
     elif at.shape[-1] == total:
         pruned_call["position_ids"] = columns.take(at)
     return pruned_call
+
+
+def no_gradients() -> UsageError:
+    """The error where gradients of a tower that prunes are asked for."""
+    return UsageError(
+        "a vision tower that prunes has no gradients",
+        "to train the language model alone: model.model.visual.requires_grad_(False)",
+    )
+
+
+def trained_weights(visual) -> list[torch.Tensor]:
+    """The tower's weights that are to get gradients."""
+    return [weight for weight in visual.parameters() if weight.requires_grad]
+
+
+class _NoGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return features.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        raise no_gradients()

@@ -34,12 +34,6 @@ ONLY_KIND = "full_attention"
 PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100, "shift_labels": -100}
 
 
-def check_model(model) -> None:
-    """Raises ModelError unless `model` can be pruned."""
-    check_class(model)
-    tower_of(model)
-
-
 def check_class(model) -> None:
     """Raises ModelError unless `model` is of a supported class."""
     if not _is_one_of(model, [f"{name}ForConditionalGeneration" for name in MODELS]):
@@ -93,14 +87,9 @@ def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequ
     Before transformers 5.18 the features take the place of the pixels, in grids of one row. So generation repeats them for beams,
     and passes them on to the first step only, as it does with pixels.
 
-    Args:
-        model: a Hugging Face model after `accept_features`.
-        call: the arguments of the whole prompt.
-        videos: of each video the features of its tokens.
-        pictures: those of each picture; None where the model is to encode them.
+    `model`: after `accept_features`. `pictures`: None where the model is to encode them.
 
-    Raises UsageError: prefill in chunks, out of which transformers before 5.18 leaves videos; or encoded pictures there, or
-    features of DeepStack.
+    Raises UsageError before transformers 5.18: prefill in chunks, which leaves videos out; encoded pictures; DeepStack.
     """
     if not _takes_encoded(type(model)):
         if pictures is not None or any(deep is not None for _, deep in videos):
@@ -173,14 +162,11 @@ def takes_numbers(model) -> bool:
 def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.Size, torch.dtype]:
     """The masks that the layers of the language model make of a call's `attention_mask`.
 
-    Args:
-        model: a Hugging Face model with eager or sdpa attention.
-        call: the arguments of `forward`. `attention_mask` may be `[B, columns]`, None, or ready: `[B, 1, L, keys]`, or a dict of
-            those. The model takes such a dict in its place.
+    `model`: with eager or sdpa attention. In the call of `forward`, `attention_mask` may be `[B, columns]`, None, or ready: `[B, 1,
+    L, keys]`, or a dict of those.
 
     Returns for each type of layer (`ONLY_KIND` where the config names none), `[B, 1, L, keys]`: bool for sdpa, True where a key
-    is seen; numbers for eager, the lowest where it is not. Then the shape (B, L) of the call's columns, and the dtype of their
-    embeddings.
+    is seen; numbers for eager, the lowest where it is not. Then the shape (B, L) of the call's columns and their dtype.
     """
     from transformers import masking_utils
 
@@ -249,7 +235,6 @@ def setting(model, call: dict, name: str):
 
 
 def pad_id(model, call: dict) -> int:
-    """The token id for padding."""
     pad, ends = setting(model, call, "pad_token_id"), setting(model, call, "eos_token_id")
     return next(_ids(x)[0] for x in (pad, ends, 0) if x is not None)
 

@@ -22,19 +22,10 @@ def check_pack(pack: bool | str) -> None:
         raise UsageError(f"pack is {brief(pack)}, not True, False or {INT8!r}", "leave it out to change nothing")
 
 
-def packed_tower(visual: nn.Module, pack: bool | str) -> "PackedTower | None":
-    """The tower that encodes instead of `visual`; None for `visual` itself. Raises UsageError: as `PackedTower`."""
-    return PackedTower(visual, pack) if pack else None
-
-
 class PackedTower:
     """The tower of a model with its linear layers packed (`model.linear`) or in 8 bits (`model.integers`), to encode on a CPU.
 
     The model keeps its own tower, in which nothing changes. Both share the other weights.
-
-    Args:
-        visual: transformers' tower of a supported family.
-        pack: True to pack, "int8" to quantise.
 
     Raises UsageError: this does not work, or saves no time, where the weights are.
     """
@@ -64,7 +55,11 @@ class PackedTower:
         sample = [number for layer in layers.values() for number in _sample(layer.weight)]
         packed, packed_known, packed_sample = self._state
         if packed is None or (known, sample) != (packed_known, packed_sample):
-            packed = _quantised(self._visual) if self._pack == INT8 else packed_copy(self._visual)
+            if self._pack == INT8:
+                packed = shared_copy(self._visual, lambda layer: layer if type(layer) is nn.Linear else None)
+                quantize(packed, INT8, calibrate_tower)
+            else:
+                packed = packed_copy(self._visual)
             self._state = packed, known, sample
         return packed
 
@@ -72,13 +67,6 @@ class PackedTower:
     def nbytes(self) -> int:
         """Bytes of the packed layers, beside the model's own."""
         return sum(layer.nbytes for layer in self._state[0].modules() if isinstance(layer, PackedLinear | Int8Linear))
-
-
-def _quantised(visual: nn.Module) -> nn.Module:
-    """A copy of a tower whose linear layers are quantised; it shares everything else, and nothing changes in `visual`."""
-    made = shared_copy(visual, lambda layer: layer if type(layer) is nn.Linear else None)
-    quantize(made, INT8, calibrate_tower)
-    return made
 
 
 def _version(weight: torch.Tensor) -> int:

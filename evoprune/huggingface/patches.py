@@ -34,7 +34,6 @@ class Patches:
     """The replaced methods of one model.
 
     Args:
-        model: the object whose attributes are set.
         runs: for each method's name, the function that runs instead of it.
         inner: name of the argument that marks an inner call; the signatures of the replaced methods have it.
         end: what `end_of` finds: calls `remove`, and frees what else the owner of these patches holds.

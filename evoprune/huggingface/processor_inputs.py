@@ -12,7 +12,7 @@ import torch
 from transformers import BatchFeature
 
 from evoprune.keywords import from_keywords
-from evoprune.language.prompt import Place, Prompt, build_prompt
+from evoprune.language.prompt import Prompt, build_prompt
 from evoprune.language.tokenizer import load_tokenizer
 from evoprune.model.config import VisionConfig
 from evoprune.pipeline.encoding import patches_of
@@ -65,7 +65,10 @@ def processor_inputs(
     check_one_file(options.subtitles, len(paths))
     found = find_model(ModelOptions(model, revision, device="cpu", offline=offline))
     tokenizer, limits = load_tokenizer(found.folder), input_limits(found.folder, found.config.vision_config)
-    read = _planned(paths, options, limits)
+    infos, read = [probe(path) for path in paths], []
+    for info, wanted in zip(infos, options.of_each(infos), strict=True):
+        check_picture(info, options.subtitles)
+        read.append(make_plan(info, limits[info.kind], **wanted.numbers))
     lines = options.subtitles, options.max_subtitle_tokens
     said = [(plan.kind, prompt_subtitles(tokenizer, plan.info, plan.sampling, *lines)) for plan in read]
     counts = [(plan.kind, plan.visual_tokens) for plan in read]
@@ -79,26 +82,15 @@ def arguments(
     prompt: Prompt, read: Sequence[Plan], limits: dict[str, InputLimits], vision: VisionConfig, decoder: str = "auto"
 ) -> dict[str, torch.Tensor]:
     """The same for a prompt, what is looked at of its inputs, and the limits and the tower's config of a model."""
-    made = _text(prompt.input_ids, prompt.places, [plan.kind for plan in read]) | _visual(read, limits, decoder)
+    ids = prompt.input_ids
+    types = torch.zeros_like(ids)
+    for place, plan in zip(prompt.places, read, strict=True):
+        types[place.columns] = TYPES[plan.kind]
+    made = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "mm_token_type_ids": types[None]}
+    made |= _visual(read, limits, decoder)
     if vision.tokens_per_second is None:  # the processor of such a model does not say
         made.pop("second_per_grid_ts", None)
     return made
-
-
-def _planned(paths: Sequence[str | PathLike], options: SamplingOptions, limits: dict[str, InputLimits]) -> list[Plan]:
-    """What is looked at of each input."""
-    infos, made = [probe(path) for path in paths], []
-    for info, wanted in zip(infos, options.of_each(infos), strict=True):
-        check_picture(info, options.subtitles)
-        made.append(make_plan(info, limits[info.kind], **wanted.numbers))
-    return made
-
-
-def _text(ids: torch.Tensor, places: Sequence[Place], kinds: Sequence[str]) -> dict[str, torch.Tensor]:
-    types = torch.zeros_like(ids)
-    for place, kind in zip(places, kinds, strict=True):
-        types[place.columns] = TYPES[kind]
-    return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "mm_token_type_ids": types[None]}
 
 
 def _visual(read: Sequence[Plan], limits: dict[str, InputLimits], decoder: str) -> dict[str, torch.Tensor]:

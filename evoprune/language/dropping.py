@@ -6,7 +6,7 @@ import torch
 
 from evoprune.methods.base import LanguageMethod
 from evoprune.methods.selecting import select_in_language
-from evoprune.model.device import to_device
+from evoprune.model.machine import to_device
 from evoprune.model.numerics import heads_of, norm, rotate
 from evoprune.pruning.indices import true_indices
 from evoprune.pruning.language_plan import KINDS, LanguagePlan, tokens_of_layers

@@ -17,7 +17,7 @@ from evoprune.language.settings import GenerationSettings
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.config import ANSWER_COLUMNS
-from evoprune.model.device import to_device
+from evoprune.model.machine import to_device
 from evoprune.model.numerics import not_a_number_error
 from evoprune.pruning.indices import ascending
 

@@ -12,8 +12,7 @@ import torch
 
 from evoprune.errors import memory_guard
 from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, head_size, kv_bytes
-from evoprune.model.device import is_accelerator
-from evoprune.model.machine import available_memory
+from evoprune.model.machine import available_memory, is_accelerator
 from evoprune.model.numerics import without_autocast
 
 SMALL_CHANGE = 128 * 2**20  # bytes that any run takes, however small

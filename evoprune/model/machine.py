@@ -1,4 +1,4 @@
-"""This machine and process: facts for reports and checks of memory; and the pages of memory-mapped weights."""
+"""This machine and process: facts for reports and checks of memory; the pages of memory-mapped weights; what a device waits for."""
 
 import ctypes
 import functools
@@ -133,3 +133,21 @@ def _read(weights: list[torch.Tensor]) -> None:
             madvise(*piece, WILL_NEED)  # the disk reads all of it at once
             if madvise(*piece, POPULATE_READ):
                 return  # an older system, or no memory
+
+
+def reading_waits(device: torch.device) -> bool:
+    """Whether reading a value waits for the device: everywhere but on the CPU. There, no shape may depend on values."""
+    return device.type != "cpu"
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether it is of the kind that torch drives here by streams and events, to which pinned memory is copied meanwhile."""
+    found = torch.accelerator.current_accelerator()
+    return found is not None and found.type == device.type
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`x` on `device`. A copy from the CPU to an accelerator does not wait for it."""
+    if x.device.type == "cpu" and is_accelerator(device):
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from evoprune.errors import ModelError
 from evoprune.model.config import head_size
-from evoprune.model.device import to_device
+from evoprune.model.machine import to_device
 
 HINT = "fp16 can overflow: take dtype bf16 or fp32; if it stays, the weights are damaged: get them again"
 

@@ -13,37 +13,23 @@ KEPT = 1024  # tokens whose probabilities are kept for every token of an answer,
 
 @dataclass(frozen=True)
 class Reference:
-    """An answer of the unpruned model.
-
-    Attributes:
-        question, system: what was asked.
-        ids: its tokens, and any one for its end: only what comes before the last is read.
-        tokens: int64 `[n, k]`, the most probable tokens at each of the n places, the first choice first.
-        logs: float32 `[n, k + 1]`, the logarithms of their probabilities, and of that of all others together.
-        seconds: from the question to the first token.
-    """
+    """An answer of the unpruned model."""
 
     question: str
     system: str | None
-    ids: tuple[int, ...]
-    tokens: torch.Tensor
-    logs: torch.Tensor
-    seconds: float
+    ids: tuple[int, ...]  # its tokens, and any one for its end: only what comes before the last is read
+    tokens: torch.Tensor  # int64 `[n, k]`, the most probable tokens at each of the n places, the first choice first
+    logs: torch.Tensor  # float32 `[n, k + 1]`, the logarithms of their probabilities, and of that of all others
+    seconds: float  # from the question to the first token
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Along one answer.
+    """Along one answer."""
 
-    Attributes:
-        agrees: bool `[n]`, at which tokens the first choices are the same.
-        kl: float32 `[n]`, KL(unpruned || pruned) in nats, at least 0. All but the `KEPT` most probable tokens count as one.
-        seconds: from the question to the first token.
-    """
-
-    agrees: torch.Tensor
-    kl: torch.Tensor
-    seconds: float
+    agrees: torch.Tensor  # bool `[n]`, at which tokens the first choices are the same
+    kl: torch.Tensor  # float32 `[n]`, KL(unpruned || pruned) in nats; all but the `KEPT` most probable count as one
+    seconds: float  # from the question to the first token
 
     def record(self) -> dict[str, float]:
         found = {"tokens": len(self.agrees), "agree": int(self.agrees.sum())}

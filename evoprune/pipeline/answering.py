@@ -16,7 +16,7 @@ from evoprune.errors import UsageError, error_record, names_plugins
 from evoprune.keywords import check_type, names_options
 from evoprune.language.generate import PrefillState, TokenStream, along, embed_question, stream_text
 from evoprune.model.cost import Clock
-from evoprune.pipeline.encoding import Encoding, total_seconds
+from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.fill_report import fill_dropped, fill_kept, fill_times, inputs_report
 from evoprune.pipeline.options import GenerationOptions
@@ -37,9 +37,8 @@ class Answer(Iterator[str]):
     Threads may read answers of one video at the same time: each `text` is generated as a whole, one after the other. An iteration
     ends with an error if another answer began between two of its pieces, in this thread or another.
 
-    Attributes:
-        report: of this answer; up to date after each piece, complete after the last. `report.answer` is what there is so far.
-        ids: its tokens so far, without the one that ends it.
+    `report` is up to date after each piece, `report.answer` what there is so far; `ids` are its tokens so far, without the one that
+    ends it.
 
     Raises, while it is read, and again whenever it is read after that; `report.error` says the same:
         UsageError: the question and its answer do not fit into the model's context, or another question was asked meanwhile.
@@ -117,12 +116,9 @@ def _once_more(problem: Exception) -> Exception:
 
 
 class Askable(ABC):
-    """What can be asked, one question at a time: its keys and values serve every question. Threads wait for one another (`Answer`).
+    """What can be asked, one question at a time: its keys and values serve every question. Threads wait for one another."""
 
-    `OVERTAKEN`: why an answer ends that is not the latest one any more.
-    """
-
-    OVERTAKEN = "another question was asked meanwhile"
+    OVERTAKEN = "another question was asked meanwhile"  # why an answer ends that is not the latest one any more
 
     def __init__(self, engine: Engine):
         self._engine, self._lock = engine, threading.RLock()
@@ -174,9 +170,8 @@ class Askable(ABC):
         self._turn += 1
         turn = self._turn
         clock, earlier = self._new_clock(report)
-        start, packing = clock.now(), self._engine.loaded.packing
-        packed = packing.seconds
-        loaded = self._engine.loaded
+        loaded, start = self._engine.loaded, clock.now()
+        packing, packed = loaded.packing, loaded.packing.seconds
         state = self._read(question, options, report, clock)
         tokens = TokenStream(loaded.model, state, options, loaded.eos_ids, seed)
         self._paid = True
@@ -188,11 +183,11 @@ class Askable(ABC):
             report.tokens.new, report.finish_reason = len(ids), tokens.finish_reason
             clock.seconds["pack"] = packing.seconds - packed
             total = earlier + clock.now() - start
-            fill_times(report, clock.seconds, total, self._engine.loaded.device, packing.seconds - before)
+            fill_times(report, clock.seconds, total, loaded.device, packing.seconds - before)
 
         update()
         try:
-            for piece in clock.each("generate", stream_text(self._engine.loaded.tokenizer, tokens)):
+            for piece in clock.each("generate", stream_text(loaded.tokenizer, tokens)):
                 report.answer += piece
                 update()
                 yield piece
@@ -209,15 +204,8 @@ class Askable(ABC):
 class EncodedInputs(Askable):
     """Inputs that were encoded once and can be asked about together, one question at a time.
 
-    Threads wait for one another (`Answer`). A method that reads the question selects tokens for each one anew.
-
-    Args:
-        engine: what encoded them.
-        encodings: at least one, in the order in which the model reads them.
-
-    Attributes:
-        report: describes the encodings; it never changes. Each answer has a report of its own.
-        plans: of each input, what was looked at, and how large.
+    Threads wait for one another (`Answer`). A method that reads the question selects tokens for each one anew. `report` describes
+    the encodings, and never changes: each answer has one of its own. `plans`: of each input, what was looked at, and how large.
     """
 
     def __init__(self, engine: Engine, encodings: Sequence[Encoding]):
@@ -227,10 +215,16 @@ class EncodedInputs(Askable):
         self._prompts = PromptReader(engine, self.plans)
         self._blank = inputs_report(engine, self._encodings)
         self.report = deepcopy(self._blank)
-        fill_times(self.report, *total_seconds(self._encodings), engine.loaded.device)
+        fill_times(self.report, *self._spent, engine.loaded.device)
 
     def __repr__(self) -> str:
-        return f"<EncodedInputs {', '.join(map(_described, self._encodings))}>"
+        said = []
+        for plan, tokens in ((each.plan, each.tokens) for each in self._encodings):
+            count, height, width = plan.grid
+            pairs = f"{plan.sampling.frames} frames, {counted(count, 'frame pair')} of {height}x{width} units"
+            size = pairs if plan.kind == VIDEO else f"a picture of {height}x{width} units"
+            said.append(f"{plan.name!r}: {size}, {len(tokens.kept):,} of {plan.units:,} visual tokens kept")
+        return f"<EncodedInputs {', '.join(said)}>"
 
     def with_engine(self, engine: Engine) -> "EncodedInputs":
         """The same tokens, read by an engine that differs in what happens inside the language model alone."""
@@ -246,12 +240,10 @@ class EncodedInputs(Askable):
 
     @property
     def plan(self) -> Plan:
-        """Of the first input."""
         return self.plans[0]
 
     @property
     def info(self) -> Video:
-        """Facts about the file of the first input."""
         return self.plan.info
 
     @property
@@ -275,12 +267,19 @@ class EncodedInputs(Askable):
             with clock.stage("generate"):  # 4 bits are read where there is one row: several are computed in 8
                 return along(loaded.model, state, given, one_by_one=loaded.quantize == "int4"), seconds
 
+    @property
+    def _spent(self) -> tuple[dict[str, float], float]:
+        """The busy seconds of each stage, and the wall-clock seconds, of all inputs together."""
+        every = self._encodings
+        stages = {stage: sum(each.seconds[stage] for each in every) for stage in every[0].seconds}
+        return stages, sum(each.wall_seconds for each in every)
+
     def _blank_report(self) -> Report:
         return deepcopy(self._blank)
 
     def _new_clock(self, report: Report) -> tuple[Clock, float]:
         clock = Clock(self._engine.device)
-        clock.seconds, wall = total_seconds(self._encodings)
+        clock.seconds, wall = self._spent
         if self._paid:
             clock.seconds, wall = dict.fromkeys(clock.seconds, 0.0), 0.0
             report.time_ms.encode_prune = 0.0
@@ -329,12 +328,3 @@ def together(engine: Engine, inputs: Sequence[EncodedInputs]) -> EncodedInputs:
     if len(inputs) == 1:
         return inputs[0]
     return EncodedInputs(engine, [encoding for each in inputs for encoding in each._encodings])
-
-
-def _described(encoding: Encoding) -> str:
-    """An input in a few words."""
-    plan = encoding.plan
-    count, height, width = plan.grid
-    pairs = f"{plan.sampling.frames} frames, {counted(count, 'frame pair')} of {height}x{width} units"
-    size = pairs if plan.kind == VIDEO else f"a picture of {height}x{width} units"
-    return f"{plan.name!r}: {size}, {len(encoding.tokens.kept):,} of {plan.units:,} visual tokens kept"

@@ -29,15 +29,10 @@ OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that an entry need not h
 
 @dataclass(frozen=True)
 class Cache(Entries):
-    """A folder of encoded videos; several processes may use it at a time.
+    """A folder of encoded videos; several processes may use it at a time."""
 
-    Attributes:
-        folder: made when something is stored; default: the one of `evoprune ask --cache`.
-        limit_bytes: of all entries together; the least recently used are deleted.
-    """
-
-    folder: Path = field(default_factory=default_folder)
-    limit_bytes: int = LIMIT_BYTES
+    folder: Path = field(default_factory=default_folder)  # default: the one of `evoprune ask --cache`
+    limit_bytes: int = LIMIT_BYTES  # of all entries together; the least recently used are deleted
 
     def key(self, engine: Engine, plan: Plan) -> str | None:
         """The entry's key: equal keys mean equal encodings. None without a fingerprint of the model or a readable file."""

@@ -1,12 +1,13 @@
 """Encoding: frames are read, resized and cut into patches, and become the tokens that the language model reads."""
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import chain, islice
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -14,12 +15,17 @@ import torch
 from evoprune.errors import OutOfMemory, memory_guard
 from evoprune.model.cost import Clock
 from evoprune.pipeline.engine import Engine
-from evoprune.pipeline.planning import TEXT, fitting_chunk
+from evoprune.pipeline.planning import TEXT, chunk_bytes, fitting_chunk
+from evoprune.pruning.budget import keep_tokens
 from evoprune.video.frames import FrameChunk, read_frames
+from evoprune.video.info import PICTURE
 from evoprune.video.plan import InputLimits, Plan
 from evoprune.vision.encoded import Encoded, EncodedRows, select_tokens
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import patchify, resize
+
+if TYPE_CHECKING:
+    from evoprune.pipeline.cache import Cache  # imported where one is used
 
 Progress = Callable[[str, int, int], None]  # "encode", frames done, in all; then perhaps "layers", of the tower
 EncodeRows = Callable[..., EncodedRows]
@@ -79,51 +85,130 @@ def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits) -> torch.Ten
     return patchify(resized, limits.image_mean, limits.image_std, *sizes)
 
 
-class PatchReader:
-    """The patches of a video. `chunks` can be called again, which begins anew. To be closed.
+class OpenInput:
+    """A video or picture that is being read: its patches, or what the cache has of it. To be encoded once, and closed.
 
     Args:
         clock: adds up the seconds of "read" and "preprocess".
-        chunk_bytes: of decoded frames, held at a time.
         read: gives the frames, as `video.frames.read_frames`.
         threaded: whether a thread prepares the next chunks while one is used.
-
-    Attributes:
-        damaged: packets that could not be decoded, since `chunks` was last called.
     """
 
     def __init__(
         self,
+        engine: Engine,
         plan: Plan,
-        limits: InputLimits,
         clock: Clock,
-        chunk_bytes: int,
         read: ReadFrames = read_frames,
         threaded: bool = True,
+        cache: "Cache | None" = None,
     ):
-        self.clock, self.damaged = clock, 0
-        self.plan, self._limits, self._chunk_bytes = plan, limits, chunk_bytes
-        self._read, self._threaded = read, threaded
+        self.engine, self.plan, self.damaged = engine, plan, 0
+        self._clock, self._cache, self._read, self._threaded = clock, cache, read, threaded
         self._begun: Iterator[tuple[int, torch.Tensor]] | None = None
-        self._open = ExitStack()
+        self._early, self._open = False, ExitStack()
+
+    @cached_property
+    def key(self) -> str | None:
+        """Of its entry in the cache; None without one."""
+        with self._clock.stage("read"):
+            return self._cache.key(self.engine, self.plan) if self._cache else None
+
+    @cached_property
+    def stored(self) -> Encoded | None:
+        """What the cache has."""
+        if not self.key:
+            return None
+        with self._clock.stage("read"):
+            return self._cache.load(self.key, self.engine.device)
 
     def begin(self) -> None:
-        """Has the first chunk ready when it returns; a thread goes on to the next two. Errors: as of `chunks`."""
-        chunks = self._start()
-        self._begun = chain(list(islice(chunks, 1)), chunks)
-
-    def chunks(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """For every chunk, how many frames there were up to its end, and its patches `[rows, values]`, float32.
+        """Has the first chunk ready when it returns; a thread goes on to the next two.
 
         Raises VideoError: unreadable. OutOfMemory.
         """
-        begun, self._begun = self._begun, None
-        return begun or self._start()
+        self._early = True
+        if self.stored is None:
+            chunks = self._start()
+            self._begun = chain(list(islice(chunks, 1)), chunks)
 
     def close(self) -> None:
         """Reads no further."""
         self._begun = None
         self._open.close()
+
+    def encode(
+        self, progress: Progress | None = None, other_tokens: int = TEXT, rows_of: EncodeRows | None = None
+    ) -> "Encoding":
+        """Reads, preprocesses and encodes it, or takes it from the cache.
+
+        Args:
+            progress: called with "encode", frames done and frames in all, after every chunk; then, where all of the video goes
+                through some of the tower's layers together, with "layers", those done and in all.
+            other_tokens: of the prompt beside the input's, of text and of other inputs.
+            rows_of: instead of `vision.encoder.encode_rows`.
+
+        Raises VideoError: unreadable. OutOfMemory. ModelError: numbers that are NaN or infinite.
+        """
+        engine, plan, clock = self.engine, self.plan, Clock(self.engine.device)
+        start, earlier = clock.now(), 0.0 if self._early else self._clock.seconds.get("read", 0.0)
+        warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
+        if self.stored:
+            result, clock.seconds = self.stored, {"preprocess": 0.0, "encode": 0.0}
+        else:
+            result = self._encode(clock, progress, other_tokens, rows_of or encode_rows)
+            if self.damaged:  # not stored, or the next run would not warn
+                warnings.append("damaged_video")
+            # Another file may have been put in its place while it was read.
+            elif self.key and self._cache.key(engine, plan) == self.key and not self._cache.store(self.key, result):
+                warnings.append("cache_not_written")
+        wall = earlier + clock.now() - start
+        rows, tokens = (None, result) if isinstance(result, Encoded) else (result, result.nothing_selected())
+        wanted = engine.method.acts_at(engine.share) and keep_tokens(engine.share, plan.full.grid) < plan.units
+        if plan.kind == PICTURE and rows is None and wanted and len(tokens.kept) == plan.units:
+            warnings.append("whole_picture")  # the method keeps at least one whole frame pair
+        cache, seconds = "hit" if self.stored else "miss" if self.key else "off", clock.seconds | self._clock.seconds
+        return Encoding(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
+
+    def _encode(
+        self, clock: Clock, progress: Progress | None, other_tokens: int, rows_of: EncodeRows
+    ) -> Encoded | EncodedRows:
+        """The tokens, or the rows where the method reads the question. Writes the seconds of "encode" into `clock`.
+
+        Where there is not enough memory after all it begins anew, with half as many units in the tower at a time.
+        """
+        plan, loaded = self.plan, self.engine.loaded
+        chunk_units, start = fitting_chunk(self.engine, plan, other_tokens), clock.now()
+        how = {
+            "seconds_per_pair": plan.sampling.seconds_per_pair(loaded.video.temporal_patch_size),
+            "seed": self.engine.seed,
+            "normal": loaded.limits[plan.kind].normal,
+        }
+        if progress:
+            how["on_layer"] = partial(progress, "layers")
+        late = self.engine.method.reads_question and plan.encoder.prunes
+        while True:
+            try:
+                with memory_guard("encode"), closing(self):
+                    patches = self._patches(clock, progress)
+                    rows = rows_of(loaded.model.model.visual, patches, plan.encoder, chunk_units=chunk_units, **how)
+                    result = rows if late else select_tokens(rows)
+                break
+            except OutOfMemory as problem:
+                least = plan.grid[1] * plan.grid[2]
+                if problem.stage != "encode" or chunk_units <= least:
+                    raise
+            torch.cuda.empty_cache()  # frees memory that is in pieces; does nothing where there is no CUDA
+            chunk_units = max(least, min(chunk_units, plan.encoder.units) // 2)
+        clock.seconds["encode"] = clock.now() - start - clock.seconds.pop("wait", 0.0)
+        return result
+
+    def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
+        begun, self._begun = self._begun, None
+        for frames_done, patches in clock.each("wait", begun or self._start()):
+            yield patches
+            if progress:
+                progress("encode", frames_done, self.plan.sampling.frames)
 
     def _start(self) -> Iterator[tuple[int, torch.Tensor]]:
         self.damaged = 0
@@ -131,38 +216,29 @@ class PatchReader:
         return self._open.enter_context(closing(prefetched(made) if self._threaded else made))
 
     def _make(self) -> Generator[tuple[int, torch.Tensor], None, None]:
-        plan, limits = self.plan, self._limits
-        read = self._read(plan.source, plan.sampling.times_s, decoder=plan.decoder, chunk_bytes=self._chunk_bytes)
-        with closing(read) as chunks:
-            for chunk in self.clock.each("read", chunks):
+        """For every chunk, how many frames there were up to its end, and its patches `[rows, values]`, float32."""
+        plan, limits = self.plan, self.engine.loaded.limits[self.plan.kind]
+        size = chunk_bytes(self.engine, plan)
+        with closing(self._read(plan.source, plan.sampling.times_s, decoder=plan.decoder, chunk_bytes=size)) as chunks:
+            for chunk in self._clock.each("read", chunks):
                 self.damaged += chunk.damaged
-                with self.clock.stage("preprocess"):
+                with self._clock.stage("preprocess"):
                     patches = patches_of(chunk.frames, plan, limits)
                 yield chunk.first + len(chunk.frames), patches
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """An input that was encoded, and what that took.
-
-    Attributes:
-        tokens: what the language model reads; none where a question is to come first.
-        rows: where the method selects tokens for each question, what it selects from; else None.
-        seconds: how long each stage was busy: "read", "preprocess" and "encode".
-        wall_seconds: from the start of reading to the end of encoding.
-        cache: "hit" (from disk), "miss" (encoded, then stored) or "off".
-        warnings: names, as in reports.
-        damaged: packets that could not be decoded.
-    """
+    """An input that was encoded, and what that took."""
 
     plan: Plan
-    tokens: Encoded
-    rows: EncodedRows | None
-    seconds: dict[str, float]
-    wall_seconds: float
-    cache: str = "off"
-    warnings: tuple[str, ...] = ()
-    damaged: int = 0
+    tokens: Encoded  # what the language model reads; none where a question is to come first
+    rows: EncodedRows | None  # where the method selects tokens for each question, what it selects from
+    seconds: dict[str, float]  # how long each stage was busy: "read", "preprocess" and "encode"
+    wall_seconds: float  # from the start of reading to the end of encoding
+    cache: str  # "hit" (from disk), "miss" (encoded, then stored) or "off"
+    warnings: tuple[str, ...]  # names, as in reports
+    damaged: int  # packets that could not be decoded
 
     @property
     def kept(self) -> int:
@@ -179,80 +255,3 @@ class Encoding:
     def selected(self, question: torch.Tensor) -> "Encoding":
         """With the tokens for a question, its embedding `[words, D]`, where the method selects them for each one."""
         return replace(self, tokens=select_tokens(self.rows, question)) if self.rows else self
-
-
-def total_seconds(encodings: Sequence[Encoding]) -> tuple[dict[str, float], float]:
-    """The busy seconds of each stage, and the wall-clock seconds, of all inputs together."""
-    stages = {stage: sum(each.seconds[stage] for each in encodings) for stage in encodings[0].seconds}
-    return stages, sum(each.wall_seconds for each in encodings)
-
-
-def encode_input(
-    engine: Engine,
-    plan: Plan,
-    reader: PatchReader,
-    progress: Progress | None = None,
-    rows_of: EncodeRows | None = None,
-    other_tokens: int = TEXT,
-    select: bool = True,
-) -> tuple[Encoded | EncodedRows, dict[str, float]]:
-    """Encodes a video, and the seconds that each stage was busy.
-
-    Where there is not enough memory after all it begins anew, with half as many units in the tower at a time.
-
-    Args:
-        progress: called with "encode", frames done and frames in all, after every chunk; then, where all of the video goes
-            through some of the tower's layers together, with "layers", those done and in all.
-        rows_of: instead of `vision.encoder.encode_rows`.
-        other_tokens: tokens of the prompt beside the input's, of text and of other inputs.
-        select: whether tokens are selected, unless the method reads the question.
-
-    Raises VideoError: unreadable. OutOfMemory. ModelError: numbers that are NaN or infinite.
-    """
-    clock = Clock(engine.device)
-    chunk_units, start = fitting_chunk(engine, plan, other_tokens), clock.now()
-    while True:
-        try:
-            with memory_guard("encode"), closing(reader):
-                patches = _patches(plan, reader, clock, progress)
-                result = _run(engine, plan, patches, chunk_units, progress, rows_of, select)
-            break
-        except OutOfMemory as problem:
-            least = plan.grid[1] * plan.grid[2]
-            if problem.stage != "encode" or chunk_units <= least:
-                raise
-        torch.cuda.empty_cache()  # frees memory that is in pieces; does nothing where there is no CUDA
-        chunk_units = max(least, min(chunk_units, plan.encoder.units) // 2)
-    seconds = clock.now() - start - clock.seconds.pop("wait", 0.0)
-    return result, {"encode": seconds} | reader.clock.seconds
-
-
-def _patches(plan: Plan, reader: PatchReader, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
-    for frames_done, patches in clock.each("wait", reader.chunks()):
-        yield patches
-        if progress:
-            progress("encode", frames_done, plan.sampling.frames)
-
-
-def _run(
-    engine: Engine,
-    plan: Plan,
-    patches: Iterator[torch.Tensor],
-    chunk_units: int,
-    progress: Progress | None,
-    rows_of: EncodeRows | None,
-    select: bool,
-) -> Encoded | EncodedRows:
-    loaded = engine.loaded
-    more = {"on_layer": lambda done, total: progress("layers", done, total)} if progress else {}
-    rows = (rows_of or encode_rows)(
-        loaded.model.model.visual,
-        patches,
-        plan.encoder,
-        seconds_per_pair=plan.sampling.seconds_per_pair(loaded.video.temporal_patch_size),
-        seed=engine.seed,
-        chunk_units=chunk_units,
-        normal=loaded.limits[plan.kind].normal,
-        **more,
-    )
-    return select_tokens(rows) if select and not (engine.method.reads_question and plan.encoder.prunes) else rows

@@ -7,26 +7,19 @@ import torch
 from evoprune.methods.pipeline import Pipeline
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import PruneOptions
-from evoprune.pipeline.resolving import for_model
-from evoprune.pipeline.saved import Tuned
+from evoprune.pipeline.saved import Tuned, for_model
 from evoprune.pruning.budget import largest_share, plain
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Made by `make_engine`.
-
-    Attributes:
-        options: how visual tokens are pruned; never "tuned", but what that means for this model.
-        load_seconds: how long loading took, for reports; None where that is unknown.
-        tuned: the tuned setting that `options` come from; None if they were given.
-    """
+    """Made by `make_engine`."""
 
     loaded: LoadedModel
-    options: PruneOptions
+    options: PruneOptions  # how visual tokens are pruned; never "tuned", but what that means for this model
     method: Pipeline
-    load_seconds: float | None = None
-    tuned: Tuned | None = None
+    load_seconds: float | None = None  # how long loading took, for reports; None where that is unknown
+    tuned: Tuned | None = None  # the tuned setting that `options` come from; None if they were given
 
     def __repr__(self) -> str:
         loaded, options = self.loaded, self.options
@@ -67,7 +60,7 @@ class Engine:
 def make_engine(loaded: LoadedModel, options: PruneOptions, load_seconds: float | None = None) -> Engine:
     """A loaded model with the method that options name. Here a budget of "tuned" becomes the model's method and budget.
 
-    Raises UsageError: as `resolving.for_model`; the model was never tuned, or its setting is damaged.
+    Raises UsageError: as `saved.for_model`; the model was never tuned, or its setting is damaged.
     """
     options, method, tuned = for_model(options, loaded.id, lambda: loaded.weights_fingerprint)
     return Engine(loaded, options, method, load_seconds, tuned)

@@ -37,15 +37,10 @@ def own_code() -> str:
 
 @dataclass(frozen=True)
 class Entries:
-    """A folder of such files; several processes may use it at a time.
+    """A folder of such files; several processes may use it at a time."""
 
-    Attributes:
-        folder: made when something is stored.
-        limit_bytes: of all entries together; the least recently used are deleted.
-    """
-
-    folder: Path
-    limit_bytes: int
+    folder: Path  # made when something is stored
+    limit_bytes: int  # of all entries together; the least recently used are deleted
 
     def __post_init__(self):
         object.__setattr__(self, "folder", Path(self.folder))

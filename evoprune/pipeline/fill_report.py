@@ -45,12 +45,25 @@ def inputs_report(engine: Engine, encodings: Sequence[Encoding]) -> Report:
 
 
 def _input_facts(engine: Engine, encoding: Encoding) -> InputFacts:
-    plan, tokens = encoding.plan, encoding.tokens
+    plan, tokens, info = encoding.plan, encoding.tokens, encoding.plan.info
     times = {stage: spent * 1000 for stage, spent in encoding.seconds.items()}
     return InputFacts(
         path=plan.name,
         kind=plan.kind,
-        video=_video_facts(encoding),
+        video=VideoFacts(
+            path=plan.name,
+            duration_s=info.duration_s,
+            width=info.width,
+            height=info.height,
+            rotation_deg=info.rotation_deg,
+            codec=info.codec,
+            fps=info.fps,
+            variable_rate=info.variable_rate,
+            frames_total=info.frames_total,
+            decoder=plan.decoder,
+            stated_s=info.stated_s,
+            damaged=encoding.damaged,
+        ),
         sampling=_sampling(engine, plan),
         pruning=_pruning(engine, [encoding]),
         time_ms=InputTimes(**times, encode_prune=tokens.prune_seconds * 1000),
@@ -77,15 +90,12 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
 
 def fill_kept(report: Report, encodings: Sequence[Encoding]) -> None:
     """Writes into a report what the language model reads of the inputs."""
-    _fill_kept(report.pruning, encodings)
-    for facts, encoding in zip(report.inputs, encodings, strict=True):
-        _fill_kept(facts.pruning, [encoding])
-
-
-def _fill_kept(pruning: Pruning, encodings: Sequence[Encoding]) -> None:
-    pruning.visual_tokens_kept = sum(len(each.tokens.kept) for each in encodings)
-    pruning.kept_ratio = pruning.visual_tokens_kept / sum(each.plan.units for each in encodings)
-    pruning.kept_per_pair = [count for each in encodings for count in each.tokens.kept_per_pair]
+    whole = report.pruning, encodings
+    each = [(facts.pruning, [encoding]) for facts, encoding in zip(report.inputs, encodings, strict=True)]
+    for pruning, some in [whole, *each]:
+        pruning.visual_tokens_kept = sum(len(one.tokens.kept) for one in some)
+        pruning.kept_ratio = pruning.visual_tokens_kept / sum(one.plan.units for one in some)
+        pruning.kept_per_pair = [count for one in some for count in one.tokens.kept_per_pair]
 
 
 def fill_dropped(report: Report, dropping: Dropping | None) -> None:
@@ -96,24 +106,6 @@ def fill_dropped(report: Report, dropping: Dropping | None) -> None:
             [layer, *counts] for layer, counts in enumerate(dropping.work)
         ]
         report.time_ms.prefill_prune = dropping.timer.seconds() * 1000
-
-
-def _video_facts(encoding: Encoding) -> VideoFacts:
-    plan, info = encoding.plan, encoding.plan.info
-    return VideoFacts(
-        path=plan.name,
-        duration_s=info.duration_s,
-        width=info.width,
-        height=info.height,
-        rotation_deg=info.rotation_deg,
-        codec=info.codec,
-        fps=info.fps,
-        variable_rate=info.variable_rate,
-        frames_total=info.frames_total,
-        decoder=plan.decoder,
-        stated_s=info.stated_s,
-        damaged=encoding.damaged,
-    )
 
 
 def _sampling(engine: Engine, plan: Plan) -> Sampling:

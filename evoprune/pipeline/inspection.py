@@ -16,8 +16,7 @@ from evoprune.model.machine import available_memory
 from evoprune.pipeline.loading.found import DTYPES, FoundModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.planning import TEXT, encoding_bytes
-from evoprune.pipeline.resolving import for_model
-from evoprune.pipeline.saved import KeptRecipe, Tuned, folder, recipes, tuned
+from evoprune.pipeline.saved import KeptRecipe, Tuned, folder, for_model, recipes, tuned
 from evoprune.pruning.budget import PRESETS, keep_tokens, plain, share_of
 from evoprune.video.info import Video
 from evoprune.video.plan import STILL, Plan
@@ -51,6 +50,10 @@ def environment_facts() -> dict:
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         devices[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"
+    demos = {}  # `demo_model`, `demo_model_folder` and so on
+    for name, demo in DEMOS.items():
+        key, there = f"{name.replace('-', '_')}_model", (demo.folder / "model.safetensors").is_file()
+        demos |= {key: "installed" if there else "missing", f"{key}_folder": str(demo.folder)}
     cache = Cache()
     videos, occupied = cache.size()
     models, models_bytes = weights_folder().size()
@@ -63,7 +66,7 @@ def environment_facts() -> dict:
         "decoders": decoders,
         "methods": methods.available(),
         "method_plugins": methods.plugins(),
-        **_demo_facts(),
+        **demos,
         "bundled_configs": list(BUNDLED_CONFIGS),
         "hub_cache": constants.HF_HUB_CACHE,
         "cache": {
@@ -85,30 +88,21 @@ def environment_facts() -> dict:
 
 def tuned_facts(settings: Sequence[tuple[str, Tuned | UsageError]]) -> list[dict]:
     """Tuned settings with their fingerprints, and with the error of each that is `damaged`, whose other values are None."""
-    unknown = dict.fromkeys(field.name for field in fields(Tuned))
-    return [_kept_facts(fingerprint, setting, unknown) for fingerprint, setting in settings]
+    return _kept_facts(settings, [field.name for field in fields(Tuned)])
 
 
 def recipe_facts(kept: Sequence[tuple[str, KeptRecipe | UsageError]]) -> list[dict]:
     """The same of recipes of operations, without the recipes themselves."""
-    unknown = dict.fromkeys(("model", "created_utc", "videos", "questions", "tokens", "version"))
-    return [_kept_facts(fingerprint, recipe, unknown) for fingerprint, recipe in kept]
+    return _kept_facts(kept, ("model", "created_utc", "videos", "questions", "tokens", "version"))
 
 
-def _kept_facts(fingerprint: str, kept: Any, unknown: dict[str, None]) -> dict[str, Any]:
-    known = not isinstance(kept, UsageError)
-    values = {name: getattr(kept, name) if known else None for name in unknown}
-    return {"fingerprint": fingerprint} | values | {"damaged": None if known else kept.message}
-
-
-def _demo_facts() -> dict[str, str]:
-    """Whether each demo model is installed, and its folder: `demo_model`, `demo_model_folder` and so on."""
-    facts = {}
-    for name, demo in DEMOS.items():
-        key = f"{name.replace('-', '_')}_model"
-        facts[key] = "installed" if (demo.folder / "model.safetensors").is_file() else "missing"
-        facts[f"{key}_folder"] = str(demo.folder)
-    return facts
+def _kept_facts(kept: Sequence[tuple[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"fingerprint": fingerprint}
+        | {name: getattr(each, name, None) for name in names}
+        | {"damaged": each.message if isinstance(each, UsageError) else None}
+        for fingerprint, each in kept
+    ]
 
 
 def _version(name: str) -> str | None:
@@ -119,7 +113,6 @@ def _version(name: str) -> str | None:
 
 
 def video_facts(info: Video) -> dict:
-    """Container facts."""
     return asdict(info)
 
 
@@ -144,13 +137,9 @@ def model_facts(model: FoundModel) -> dict:
 def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
     """The memory that one question about a video takes at a budget, as it is checked before a run.
 
-    Where memory is short, it is that of fewer units at a time.
+    Where memory is short, it is that of fewer units at a time. `plan`: of the whole video, from `plan.make_plan`.
 
-    Args:
-        plan: of the whole video, from `plan.make_plan`.
-
-    Raises UsageError: as `make_method` and `resolving.with_recipe`; a budget of "tuned" for weights that were never tuned, or are
-    not on this machine.
+    Raises UsageError: as of `for_model`; a budget of "tuned" for weights that are not on this machine.
     """
     pruning, method, _ = for_model(pruning, model.id, lambda: model.weights_fingerprint)
     budget = pruning.share
@@ -181,9 +170,7 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
 def plan_facts(plan: Plan, config) -> dict:
     """What a model would look at: times, sizes, and at each preset the tokens and the bytes of the KV cache.
 
-    Args:
-        plan: from `plan.make_plan`.
-        config: the model's `Config`.
+    `plan`: from `plan.make_plan`. `config`: the model's.
     """
     n, span = plan.visual_tokens, None if plan.sampling is STILL else plan.sampling
     return {

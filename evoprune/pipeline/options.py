@@ -1,7 +1,4 @@
-"""The options shared by the command line, batches, evaluations, lmms-eval and Python, each defined once. Imports no torch.
-
-Values are checked when an object is made, as far as that needs neither a model nor a video.
-"""
+"""The options shared by the command line, batches, evaluations, lmms-eval and Python, each defined once. Imports no torch."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -188,9 +185,8 @@ class PruneOptions:
 def check_tuned(budget: float | str, method: str, method_args: Mapping[str, Any] | None) -> None:
     """Raises UsageError where a method or settings of one are given beside a budget of "tuned"."""
     if budget == TUNED and (method != methods.DEFAULT or method_args):
-        raise UsageError(
-            f"budget {TUNED} holds the method too", "leave the method and its settings out, or give a budget"
-        )
+        hint = "leave the method and its settings out, or give a budget"
+        raise UsageError(f"budget {TUNED} holds the method too", hint)
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,7 @@ def prompt_subtitles(
 ) -> PromptSubtitles:
     """Reads the subtitles of a span of a video, and fits them into a number of tokens.
 
-    Args:
-        choice: "none", or as of `video.probe.read_subtitles`, whose errors this raises.
-        max_tokens: with more, lines are left out, evenly over all.
+    `choice`: "none", or as of `video.probe.read_subtitles`, whose errors this raises.
     """
     if choice == NO_SUBTITLES:
         return NOTHING_SAID
@@ -73,7 +71,9 @@ def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtit
     text, tokens = "", 0
     while too_many - fits > 1:
         count = (fits + too_many) // 2
-        block = as_text(_evenly(lines, count))
+        block = as_text(
+            [lines[(2 * i + 1) * len(lines) // (2 * count)] for i in range(count)]
+        )  # in the middle of equal shares
         needed = len(tokenizer.encode(block)) if len(block) <= longest else max_tokens + 1
         if needed <= max_tokens:
             fits, text, tokens = count, block, needed
@@ -92,11 +92,6 @@ def _time(seconds: float) -> str:
     minutes, rest = divmod(max(0, int(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _evenly(lines: Sequence[SubtitleLine], count: int) -> list[SubtitleLine]:
-    """The middle ones of `count` equal shares of the lines."""
-    return [lines[(2 * i + 1) * len(lines) // (2 * count)] for i in range(count)]
 
 
 def plan_input(engine: Engine, info: Video, sampling: SamplingOptions, name: str | None = None) -> Plan:
@@ -139,10 +134,8 @@ def encoding_bytes(
 ) -> int:
     """Bytes that encoding a video and reading the prompt take beside the weights, roughly.
 
-    Args:
-        chunk_units: units that go through the tower together, at most.
-        bytes_each: of a weight.
-        prompt: tokens that the language model reads, in each layer or in all.
+    `chunk_units`: that go through the tower together, at most. `bytes_each`: of a weight. `prompt`: tokens that the language model
+    reads, in each layer or in all.
     """
     stages = encoder.row_stages
     selected, means = stages[0].rows if stages else 0, 0

@@ -8,9 +8,16 @@ import torch
 from evoprune.bundled import unknown_words
 from evoprune.errors import LESS, OutOfMemory, UsageError, names_plugins
 from evoprune.keywords import brief
-from evoprune.language import generate
 from evoprune.language.decoder import KVCache
-from evoprune.language.generate import PrefillState, Visual
+from evoprune.language.generate import (
+    PrefillState,
+    Visual,
+    column_deepstack,
+    column_sizes,
+    dropping_for,
+    embed_prompt,
+    prefill,
+)
 from evoprune.language.prompt import Prompt, build_prompt, prompt_positions, timestamps
 from evoprune.model.config import VisionConfig
 from evoprune.model.cost import language_bytes, shortage
@@ -60,19 +67,19 @@ class PromptReader:
         following = int(positions.max()) + 1
         read = zip(prompt.places, encoded, strict=True)
         visuals = [Visual(place, each.features, each.kept_here, each.size, each.deepstack) for place, each in read]
-        embeds, columns = generate.embed_prompt(model, prompt.input_ids, visuals)
+        embeds, columns = embed_prompt(model, prompt.input_ids, visuals)
         positions = positions[:, columns]
-        sizes = generate.column_sizes(visuals, columns)
-        deepstack = generate.column_deepstack(visuals, columns, embeds)
+        sizes = column_sizes(visuals, columns)
+        deepstack = column_deepstack(visuals, columns, embeds)
         grids = [plan.grid for plan in self._plans]
         method, share = self._engine.method, share_of(self._engine.share, grids)
-        if dropping := generate.dropping_for(model, method, share, visuals, grids, embeds, columns):
-            return generate.prefill(model, embeds, positions, following, None, sizes, dropping, deepstack)
+        if dropping := dropping_for(model, method, share, visuals, grids, embeds, columns):
+            return prefill(model, embeds, positions, following, None, sizes, dropping, deepstack)
         shared = int((columns < prompt.prefix_length).sum())
         cache, known = self._take_prefix(system, shared)
         sizes = None if sizes is None else sizes[known:]
         deepstack = None if deepstack is None else deepstack[:, known:]
-        state = generate.prefill(model, embeds[known:], positions[:, known:], following, cache, sizes, None, deepstack)
+        state = prefill(model, embeds[known:], positions[:, known:], following, cache, sizes, None, deepstack)
         self._prefix = system, state.cache, shared
         return state
 
@@ -118,9 +125,8 @@ def longest_prompt(
 ) -> int:
     """Tokens of text in the longest prompt of some questions about inputs, of which `encoded` are encoded already.
 
-    Raises:
-        UsageError: a question does not fit into the model's context. OutOfMemory: what is to be encoded needs too much together
-            with the prompt. ModelError: an unusable chat template.
+    Raises UsageError: a question does not fit into the model's context. OutOfMemory: what is to be encoded needs too much together
+    with the prompt. ModelError: an unusable chat template.
     """
     for question in questions:
         check_question(engine.loaded, question)

@@ -1,7 +1,7 @@
 """What was found for a model and is kept for each user: its tuned setting and its recipe.
 
 Files are named by the fingerprint of the weights (`loading.weights.files_fingerprint`), so that they belong to those weights
-wherever they lie. No torch.
+wherever they lie. And what options of pruning mean for a model, with that in the place of "tuned". No torch until then.
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
@@ -20,9 +20,11 @@ from evoprune import methods
 from evoprune.errors import EvopruneError, UsageError, first_line
 from evoprune.keywords import check_types
 from evoprune.model.rules import read_object
-from evoprune.pruning.budget import TUNED, parse_budget
+from evoprune.pipeline.options import PruneOptions
+from evoprune.pruning.budget import AUTO, AUTO_INFLECTION, TUNED, parse_budget
 
 if TYPE_CHECKING:
+    from evoprune.methods.pipeline import Pipeline
     from evoprune.pruning.operations import Recipe
 
 ALL = "all"
@@ -38,21 +40,15 @@ def folder() -> Path:
 
 @dataclass(frozen=True)
 class Shelf(Generic[T]):
-    """The files of one kind.
+    """The files of one kind."""
 
-    Attributes:
-        name: of their folder.
-        schema: the name of their format, with its version.
-        kind: the dataclass that a file holds, of plain values. It refuses what cannot be: UsageError or ValueError.
-        what: what a file is called in messages.
-        again: the command that makes a new one.
-    """
-
-    name: str
-    schema: str
-    kind: type[T]
-    what: str
-    again: str
+    name: str  # of their folder
+    schema: str  # the name of their format, with its version
+    kind: type[
+        T
+    ]  # what a file holds: a dataclass of plain values, which refuses what cannot be: UsageError or ValueError
+    what: str  # what a file is called in messages
+    again: str  # the command that makes a new one
 
     def find(self, fingerprint: str) -> T | None:
         """What is kept for these weights; None for nothing. Raises UsageError if its file is damaged or cannot be read."""
@@ -128,31 +124,19 @@ def _cannot(do: str, path: Path, problem: OSError) -> UsageError:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A tuned setting, and what was measured when it was found.
+    """A tuned setting, and what was measured when it was found. Raises UsageError: a value that cannot be."""
 
-    Attributes:
-        method: with its settings, as `--method` takes it. `budget`: share of visual tokens kept.
-        model: the model's name at that time, for people.
-        created_utc: ISO date and time.
-        agree: the agreement that was asked for. `agreement`: what was measured; `low`: the lower end of its 95% interval.
-        first_token: time to the first token as a share of that with nothing pruned.
-        videos, questions: how many were measured.
-        version: of evoprune.
-
-    Raises UsageError: a value that cannot be.
-    """
-
-    method: str
+    method: str  # with its settings, as `--method` takes it
     budget: float
-    model: str
-    created_utc: str
-    agree: float
-    agreement: float
-    low: float
-    first_token: float
-    videos: int
+    model: str  # the model's name at that time, for people
+    created_utc: str  # ISO date and time
+    agree: float  # the agreement that was asked for
+    agreement: float  # what was measured
+    low: float  # the lower end of its 95% interval
+    first_token: float  # time to the first token as a share of that with nothing pruned
+    videos: int  # that were measured, as the questions
     questions: int
-    version: str
+    version: str  # of evoprune
 
     def __post_init__(self):
         check_types(self)
@@ -178,27 +162,16 @@ class Tuned:
 
 @dataclass(frozen=True)
 class KeptRecipe:
-    """A recipe of operation pruning, and what was measured when it was found.
+    """A recipe of operation pruning, and what was measured when it was found. Raises UsageError, ValueError: what cannot be."""
 
-    Attributes:
-        recipe: the fields of a `Recipe`, as plain data.
-        kl: after each step, the mean of KL(unpruned || pruned) in nats a token; None for a step that was not measured.
-        agree: after each step, the share of tokens at which the first choice is the unpruned model's; None as with `kl`.
-        model, created_utc, version: as of `Tuned`.
-        videos, questions, tokens: how many were measured; tokens of all full answers.
-
-    Raises:
-        UsageError, ValueError: a value that cannot be.
-    """
-
-    recipe: dict
-    kl: list
-    agree: list
+    recipe: dict  # the fields of a `Recipe`, as plain data
+    kl: list  # after each step, the mean of KL(unpruned || pruned) in nats a token; None for a step that was not measured
+    agree: list  # after each step, the share of tokens at which the first choice is the unpruned model's; None as with `kl`
     model: str
     created_utc: str
-    videos: int
+    videos: int  # that were measured, as what follows
     questions: int
-    tokens: int
+    tokens: int  # of all full answers
     version: str
 
     def __post_init__(self):
@@ -208,7 +181,9 @@ class KeptRecipe:
             raise ValueError("videos, questions and tokens must be above 0")
         steps = len(self.made().steps)
         for values in (self.kl, self.agree):
-            if not isinstance(values, list) or len(values) != steps or not all(map(_measured, values)):
+            known = [value for value in values if value is not None] if isinstance(values, list) else None
+            numbers = known is not None and all(isinstance(value, int | float) and value >= 0 for value in known)
+            if not numbers or len(values) != steps:
                 raise ValueError("kl and agree must hold a number of at least 0, or null, for each step")
 
     def made(self) -> "Recipe":
@@ -222,25 +197,16 @@ class KeptRecipe:
             raise ValueError(f"it holds no recipe: {problem}") from problem
 
 
-def _measured(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and value >= 0)
-
-
 tuned = Shelf(TUNED, "evoprune/tuned@1", Tuned, "tuned setting", "evoprune tune")
 recipes = Shelf(
-    "operations",
-    "evoprune/operations@1",
-    KeptRecipe,
-    "recipe of operations",
-    "evoprune tune VIDEO... --operations",
+    "operations", "evoprune/operations@1", KeptRecipe, "recipe of operations", "evoprune tune VIDEO... --operations"
 )
 
 
 def matching(text: str, more: Sequence[tuple[str, Any]] = ()) -> list[tuple[str, Any]]:
     """The settings that a text names: "all", the name of a model, or the beginning of a fingerprint.
 
-    Args:
-        more: what else is kept for models, of which those without a setting are named the same way.
+    `more`: what else is kept for models, of which those without a setting are named the same way.
 
     Raises UsageError: it names none, or more than one without being "all".
     """
@@ -259,9 +225,8 @@ def matching(text: str, more: Sequence[tuple[str, Any]] = ()) -> list[tuple[str,
 def never_tuned(model: str, weights: Callable[[], str]) -> bool:
     """Whether weights have no setting; at most once for a model, because the next call finds a mark and says no.
 
-    Args:
-        model: a fingerprint of the model that costs nothing (`LoadedModel.fingerprint`), by which the mark is named.
-        weights: gives the fingerprint of its weights; called where there is no mark.
+    `model`: a fingerprint of the model that costs nothing (`LoadedModel.fingerprint`), by which the mark is named. `weights`: gives
+    the fingerprint of its weights; called where there is no mark.
     """
     mark = folder() / "seen" / sha256(model.encode()).hexdigest()
     if os.path.exists(mark):  # unlike a path's own method, it raises nothing
@@ -269,3 +234,52 @@ def never_tuned(model: str, weights: Callable[[], str]) -> bool:
     with suppress(OSError):  # without a mark, the next run asks again
         _write(mark, "")
     return not os.path.exists(tuned.path(weights()))
+
+
+def resolve(options: PruneOptions, name: str | None, weights: Callable[[], str]) -> tuple[PruneOptions, Tuned | None]:
+    """Options with the model's own method and budget in the place of "tuned", and the setting; other options unchanged, and None.
+
+    `name`: of the model, for errors. `weights`: gives the fingerprint of its weights; called for a budget of "tuned" only.
+
+    Raises UsageError: the model was never tuned, or its setting is damaged. Whatever `weights` raises.
+    """
+    if options.budget != TUNED:
+        return options, None
+    if (setting := tuned.find(weights())) is None:
+        hint = f"evoprune tune VIDEO... -m {name or 'MODEL'} finds one; or give a budget"
+        raise UsageError(f"no tuned setting for {name or 'this model'}", hint)
+    return replace(options, budget=setting.budget, method=setting.method), setting
+
+
+def make_method(options: PruneOptions) -> "Pipeline":
+    """The method that options name, other than those of a budget of "tuned".
+
+    Raises UsageError: settings that it does not have, or a budget of "auto" or "auto:inflection" where it cannot let the
+    content decide.
+    """
+    method = methods.parse(options.method, options.method_args)
+    if options.budget == AUTO_INFLECTION:
+        return method.by_inflection()
+    return method.automatic() if options.budget == AUTO else method
+
+
+def with_recipe(method: "Pipeline", name: str | None, weights: Callable[[], str]) -> "Pipeline":
+    """A method with the recipe of a model, where it follows one; others unchanged. Arguments and errors as of `resolve`."""
+    inner = method.language
+    if getattr(inner, "recipe", inner) is not None or inner is None:  # it follows none, or has it already
+        return method
+    if (kept := recipes.find(weights())) is None:
+        hint = f"evoprune tune VIDEO... --operations -m {name or 'MODEL'} finds one"
+        raise UsageError(f"method {inner.name} follows a recipe, and there is none for {name or 'this model'}", hint)
+    return replace(method, language=replace(inner, recipe=kept.made()))
+
+
+def for_model(
+    options: PruneOptions, name: str | None, weights: Callable[[], str]
+) -> tuple[PruneOptions, "Pipeline", Tuned | None]:
+    """What options mean for a model: the options of `resolve`, the method with its recipe, and the setting.
+
+    Raises UsageError: as `resolve`, `make_method` and `with_recipe`.
+    """
+    options, setting = resolve(options, name, weights)
+    return options, with_recipe(make_method(options), name, weights), setting

@@ -12,7 +12,6 @@ Each window is encoded without what was encoded before: a selection covers a win
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from math import floor, prod
 from threading import RLock
 
@@ -24,11 +23,11 @@ from evoprune.language.generate import PrefillState, embed_ids, prefill
 from evoprune.language.prompt import build_prompt, timestamps
 from evoprune.model.cost import Clock
 from evoprune.pipeline.answering import Askable
-from evoprune.pipeline.encoding import Encoding, PatchReader, encode_input
+from evoprune.pipeline.encoding import Encoding, OpenInput
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.fill_report import fill_times, inputs_report
 from evoprune.pipeline.options import GenerationOptions, SamplingOptions, StreamOptions
-from evoprune.pipeline.planning import CHUNK_BYTES, plan_input
+from evoprune.pipeline.planning import plan_input
 from evoprune.pipeline.prompting import check_context, check_memory, check_question
 from evoprune.pipeline.stream_memory import Seen, StreamMemory, Unread, columns_of, staying_order
 from evoprune.pipeline.turns import Turns
@@ -39,7 +38,7 @@ from evoprune.video.frames import FrameChunk, check_frame
 from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import Plan
 from evoprune.video.sampling import SamplingPlan
-from evoprune.vision.encoded import select_tokens
+from evoprune.vision.encoded import EncodedRows
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import resize
 from evoprune.vision.tower import tower_shape
@@ -243,11 +242,11 @@ class VideoStream(Askable):
         encoder = engine.method.plan(tower_shape(engine.loaded.model.model.visual), grid, keep)
         start_s, end_s, *times = (self._origin_s + slot * self.step_s for slot in (first, end, *slots))
         sampling = SamplingPlan(start_s, end_s, tuple(times), base.sampling.wanted)
-        return replace(base, sampling=sampling, grid=grid, encoder=encoder, unshrunk=None)
+        return replace(base, sampling=sampling, grid=grid, encoder=encoder, unshrunk=None, limited=False)
 
     def _encode(self, plan: Plan, frames: np.ndarray) -> tuple[Encoding, torch.Tensor]:
         """A window, encoded as a file is, and the order in which its tokens stay."""
-        engine, clock = self._engine, Clock(torch.device("cpu"))
+        made: list[EncodedRows] = []
 
         def read(source, times_s, **_) -> Iterator[FrameChunk]:
             yield FrameChunk(0, frames, tuple(times_s))
@@ -256,11 +255,13 @@ class VideoStream(Askable):
             self._lock.pause()
             self._check_open()
 
-        limits = engine.loaded.limits[VIDEO]
-        reader, start = PatchReader(plan, limits, clock, CHUNK_BYTES, read, threaded=False), clock.now()
-        rows, seconds = encode_input(engine, plan, reader, rows_of=partial(encode_rows, pause=pause), select=False)
-        tokens = select_tokens(rows)
-        return Encoding(plan, tokens, None, seconds, clock.now() - start), staying_order(rows, tokens)
+        def rows_of(*given, **how) -> EncodedRows:
+            made[:] = [encode_rows(*given, **how, pause=pause)]
+            return made[0]
+
+        opened = OpenInput(self._engine, plan, Clock(torch.device("cpu")), read, threaded=False)
+        encoding = opened.encode(rows_of=rows_of)
+        return encoding, staying_order(made[0], encoding.tokens)
 
     def _read_waiting(self, polite: bool = False) -> None:
         """Reads the windows that wait; with `polite`, none that a question would have to wait for."""

@@ -35,8 +35,7 @@ from evoprune.pipeline.options import (
     StreamOptions,
 )
 from evoprune.pipeline.prompting import longest_prompt
-from evoprune.pipeline.resolving import for_model, make_method
-from evoprune.pipeline.saved import Tuned
+from evoprune.pipeline.saved import Tuned, for_model, make_method
 
 if TYPE_CHECKING:
     from evoprune.pipeline.cache import Cache
@@ -52,8 +51,7 @@ class VideoQA:
     It computes in the dtype that the model was loaded with, also inside torch's autocast. `loaded` is from `loading.load_model`;
     `load_seconds` is how long that took, for reports.
 
-    Attributes:
-        engine: the model and how it prunes, as `opening.open_inputs` takes it.
+    `engine` is the model and how it prunes, as `opening.open_inputs` takes it.
 
     Raises:
         UsageError: a bad budget or method. ModelError: a model without a tokenizer. TypeError: an unknown option, or a name in
@@ -77,12 +75,9 @@ class VideoQA:
     def load(
         cls, loading: ModelOptions, *, pruning: PruneOptions, progress: Callable[[int, int], None] | None = None
     ) -> "VideoQA":
-        """Loads a model. Options are checked before any weights are read.
+        """Loads a model. Options are checked before any weights are read. Errors: as of `load_model` and the constructor.
 
         `progress`: called with layers quantised and layers in all.
-
-        Raises:
-            As `loading.load_model` and the constructor.
         """
         check_type("progress", progress, Callable | None)
         return load_qa(loading, pruning, progress=progress, kind=cls)
@@ -116,7 +111,7 @@ class VideoQA:
             path: a file or a folder of frames; or several, in the order in which the model reads them.
             name: what reports call a single input; default: its path.
             cache: where encoded inputs are kept. Not used for a method that reads the question.
-            progress: called with a stage, steps done and steps in all; see `encoding.encode_input`.
+            progress: called with a stage, steps done and steps in all; see `encoding.OpenInput.encode`.
 
         Raises:
             VideoError: missing, unreadable or empty, or so are the subtitles. UsageError: numbers that make no sense, a part of the
@@ -126,11 +121,14 @@ class VideoQA:
         check_type("name", name, str | None)
         check_type("progress", progress, Callable | None)
         if cache is not None:
-            _check_cache(cache)
+            from evoprune.pipeline.cache import Cache  # which few need
+
+            if not isinstance(cache, Cache):
+                hint = "give evoprune.Cache(), evoprune.Cache(folder) or None"
+                raise UsageError(f"cache is {brief(cache)}, not a Cache", hint)
         names = None if name is None else [name] * len(paths)
         with closing(open_inputs(self.engine, paths, sampling, names=names, cache=cache)) as opened:
-            encoded = opened.encode(progress)
-        return encoded
+            return opened.encode(progress)
 
     @names_options
     def ask(
@@ -149,20 +147,17 @@ class VideoQA:
             question: taken literally.
             seed: as of `EncodedInputs.ask`.
 
-        Raises:
-            As `encode` and `EncodedInputs.ask`. UsageError: an input was encoded for another model or pruning.
+        Errors: as of `encode` and `EncodedInputs.ask`. UsageError: an input was encoded for another model or pruning.
         """
         one = str | os.PathLike | EncodedInputs
         given = [inputs] if isinstance(inputs, one) else inputs
         if not isinstance(given, list | tuple) or not all(isinstance(each, one) for each in given):
             raise UsageError(f"the inputs are {brief(inputs)}, not paths", "give paths, or what encode made of them")
         with ExitStack() as stack:
-            opened: list[EncodedInputs | OpenInputs] = [
-                each
-                if isinstance(each, EncodedInputs)
-                else stack.enter_context(closing(open_inputs(self.engine, [each])))
-                for each in given
-            ]
+            opened: list[EncodedInputs | OpenInputs] = []
+            for each in given:
+                known = isinstance(each, EncodedInputs)
+                opened.append(each if known else stack.enter_context(closing(open_inputs(self.engine, [each]))))
             if isinstance(question, str) and opened:
                 held = [plan for each in opened if isinstance(each, EncodedInputs) for plan in each.plans]
                 plans = [plan for each in opened for plan in each.plans]
@@ -221,10 +216,7 @@ def load_qa(
 ) -> VideoQA:
     """Loads a model, as `VideoQA.load`. A budget of "tuned" is resolved before the weights are read.
 
-    Args:
-        model: the options, or what `find_model` found with them.
-        tuned: the tuned setting that `pruning` was made from, for reports.
-        kind: the class of the result.
+    `model`: the options, or what `find_model` found with them. `tuned`: the setting that `pruning` was made from, for reports.
     """
     start = time.perf_counter()
     make_method(pruning)  # refuses wrong settings before a model is looked for
@@ -234,12 +226,3 @@ def load_qa(
     made = kind(loaded, load_seconds=time.perf_counter() - start, pruning=pruning)
     made.engine = replace(made.engine, tuned=setting or tuned)
     return made
-
-
-def _check_cache(cache: Any) -> None:
-    from evoprune.pipeline.cache import Cache  # which few need
-
-    if not isinstance(cache, Cache):
-        raise UsageError(
-            f"cache is {brief(cache)}, not a Cache", "give evoprune.Cache(), evoprune.Cache(folder) or None"
-        )

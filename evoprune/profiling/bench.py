@@ -8,7 +8,7 @@ from evoprune.errors import ModelError, OutOfMemory, memory_guard
 from evoprune.model.config import PATCHES
 from evoprune.model.cost import matmul_rate, shortage
 from evoprune.pipeline.loading.model import LoadedModel
-from evoprune.pipeline.resolving import with_recipe
+from evoprune.pipeline.saved import with_recipe
 from evoprune.profiling.clips import Clip, Frames, case_grid, prepare
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.profiling.results import FULL, HUGGING_FACE, METHOD, Case, Row

@@ -84,7 +84,7 @@ def estimate(
 ) -> tuple[dict[Row, float], Callable[[Collection[str]], float]]:
     """Seconds of a turn of each row; and a function from quantisations of the weights to the seconds until the first turn.
 
-    `bind` gives a method what belongs to the model (`pipeline.resolving.with_recipe`).
+    `bind` gives a method what belongs to the model (`pipeline.saved.with_recipe`).
     """
     config, limits, dtype, device = model
     tree, text = empty(config), config.text_config

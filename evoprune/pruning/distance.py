@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import torch
 
-from evoprune.model.device import to_device
+from evoprune.model.machine import to_device
 
 ALPHA = 1.5
 DIMENSIONS = 128  # of the projected features

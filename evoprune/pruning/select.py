@@ -9,7 +9,7 @@ import math
 import numpy as np
 import torch
 
-from evoprune.model.device import to_device
+from evoprune.model.machine import to_device
 from evoprune.pruning.budget import spread
 from evoprune.pruning.distance import Points, rounded
 from evoprune.pruning.indices import ascending

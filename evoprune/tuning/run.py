@@ -18,8 +18,7 @@ from evoprune.pipeline.agreement import agreement
 from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
-from evoprune.pipeline.resolving import with_recipe
-from evoprune.pipeline.saved import Tuned, tuned
+from evoprune.pipeline.saved import Tuned, tuned, with_recipe
 from evoprune.text import counted
 from evoprune.tuning.full_answers import TOKENS, Answering, FullAnswers, Progress, encode
 from evoprune.tuning.results import least_tokens, provable, recommended, result_rows

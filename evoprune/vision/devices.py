@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from evoprune.model.device import is_accelerator, reading_waits, to_device
+from evoprune.model.machine import is_accelerator, reading_waits, to_device
 
 __all__ = ["Timer", "largest_chunk", "reading_waits", "scores_at_a_time", "to_device"]
 

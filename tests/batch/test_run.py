@@ -17,6 +17,7 @@ from evoprune.batch.run import answers
 from evoprune.batch.settings import Settings
 from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.pipeline import opening
+from evoprune.pipeline.encoding import OpenInput
 from evoprune.report.records import Report
 from evoprune.video.frames import read_frames
 
@@ -101,13 +102,13 @@ def test_each_record_is_what_asking_alone_gives(qa):
 
 @pytest.mark.full
 def test_one_encoding_serves_all_questions_with_the_same_part(qa, monkeypatch):
-    encoded, real = [], opening.encode_input
+    encoded, real = [], OpenInput.encode
 
-    def encode(engine, plan, *how):
-        encoded.append(plan.info.path)
-        return real(engine, plan, *how)
+    def encode(opened, *how):
+        encoded.append(opened.plan.info.path)
+        return real(opened, *how)
 
-    monkeypatch.setattr(opening, "encode_input", encode)
+    monkeypatch.setattr(OpenInput, "encode", encode)
     rows = [replace(row, id=f"{row.id} {start}", start_s=start) for start in (0.0, 2.0) for row in ROWS]
     made = list(answers(qa, group_by_span(rows), changed(max_new_tokens=1)))
     assert encoded == [clip for clip in CLIPS for _ in range(2)] and len({report.id for report in made}) == 12

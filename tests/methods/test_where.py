@@ -12,7 +12,7 @@ from evoprune.errors import UsageError
 from evoprune.huggingface.encoding import patch_method
 from evoprune.integrations.vllm.settings import served_method
 from evoprune.pipeline.options import PruneOptions
-from evoprune.pipeline.resolving import make_method
+from evoprune.pipeline.saved import make_method
 from evoprune.pruning.types import Selection, Tokens
 
 HEADER = (

@@ -208,7 +208,7 @@ def test_each_input_is_cached_by_itself(tmp_path):
 def test_all_inputs_must_fit_into_the_context_before_any_frame_is_read(loaded, monkeypatch):
     text = replace(loaded.model.config.text_config, max_position_embeddings=300)
     monkeypatch.setattr(loaded.model, "config", replace(loaded.model.config, text_config=text))
-    monkeypatch.setattr("evoprune.pipeline.opening.encode_input", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr("evoprune.pipeline.encoding.encode_rows", lambda *_, **__: pytest.fail("encoded"))
     qa = VideoQA(loaded, budget=1.0)
     with pytest.raises(UsageError, match=r"288 visual tokens and .* do not fit into the 300 tokens"):
         qa.ask([CLIP, CLIP], QUESTION)
@@ -217,7 +217,7 @@ def test_all_inputs_must_fit_into_the_context_before_any_frame_is_read(loaded, m
 def test_the_memory_of_all_inputs_is_checked_before_any_frame_is_read(loaded, monkeypatch):
     qa, asked = VideoQA(loaded, budget=0.5), []
     tokens = [len(qa.encode(path).encoded.kept) for path in (OTHER, CLIP)]
-    monkeypatch.setattr("evoprune.pipeline.opening.encode_input", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr("evoprune.pipeline.encoding.encode_rows", lambda *_, **__: pytest.fail("encoded"))
     monkeypatch.setattr("evoprune.pipeline.opening.fitting_chunk", lambda _, __, around: asked.append(around))
     with pytest.raises(pytest.fail.Exception):
         qa.encode([CLIP, OTHER])
@@ -229,7 +229,7 @@ def test_asking_checks_the_memory_of_all_that_is_to_be_encoded(loaded, monkeypat
     qa, asked = VideoQA(loaded, budget=budget), []
     held = qa.encode(OTHER)
     tokens = [len(held.encoded.kept), len(qa.encode(CLIP).encoded.kept)]
-    monkeypatch.setattr("evoprune.pipeline.opening.encode_input", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr("evoprune.pipeline.encoding.encode_rows", lambda *_, **__: pytest.fail("encoded"))
     monkeypatch.setattr("evoprune.pipeline.prompting.fitting_chunk", lambda _, __, around: asked.append(around))
     for inputs, others in (([CLIP, OTHER], tokens), ([CLIP, held], tokens[:1])):
         asked.clear()

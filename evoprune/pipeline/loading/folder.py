@@ -2,11 +2,11 @@
 
 import hashlib
 import os
-import queue
 import re
 import reprlib
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
@@ -60,10 +60,7 @@ def download(
 ) -> tuple[Path, str]:
     """A hub model's folder in the hub's own cache, downloaded as far as needed and possible, and its commit.
 
-    Args:
-        name: `org/name`.
-        files: patterns of the files to download.
-        check: called with the config's path before anything large is downloaded; raises if the model cannot run.
+    `check` is called with the config's path before any of `files`, which are patterns; it raises if the model cannot run.
 
     Raises ModelError: no such model or revision, no access, or the hub is out of reach and the cache does not hold it.
     """
@@ -92,9 +89,8 @@ def download(
             return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local))
         except Exception as problem:
             if local:
-                download = f"hf download {name} --local-dir DIR"
-                network = f"where there is a network: {download}; then DIR is the model. The demo needs neither"
-                hint = kind_hint(name) + network
+                hint = f"{kind_hint(name)}where there is a network: hf download {name} --local-dir DIR; then DIR is the model. "
+                hint += "The demo needs neither"
                 raise ModelError(f"{name} is not in the local cache, and {unreachable}", hint) from problem
             raise ModelError(
                 f"the download of {name} broke off: {first_line(problem)}", "run it again to go on"
@@ -117,26 +113,21 @@ def cached_folder(name: str, revision: str | None) -> Path | None:
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
     """`work()`, or TimeoutError. HTTP timeouts leave out name resolution, which alone can take half a minute."""
-    answer = queue.SimpleQueue()
+    answer = Future()
 
     def run():
         try:
-            answer.put((work(), None))
+            answer.set_result(work())
         except BaseException as problem:
-            answer.put((None, problem))
+            answer.set_exception(problem)
 
     threading.Thread(target=run, daemon=True).start()
-    try:
-        result, problem = answer.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    if problem is not None:
-        raise problem
-    return result
+    if not wait([answer], seconds).done:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return answer.result()
 
 
 def read_config(path: Path) -> Config:
-    """Reads and checks a config.json."""
     if not os.path.isfile(path):
         raise ModelError(
             f"{path.parent} holds no config.json", "name a folder in the hub's file layout, or a hub id org/name"
@@ -210,10 +201,9 @@ def eos_ids(folder: Path | None, config: Config, tokenizer: Tokenizer | None) ->
     if folder:
         path = folder / "generation_config.json"
         with _valid(f"{path} is damaged"):
-            ids = _json(path).get("eos_token_id")
-            ids = None if ids is None else END_IDS.check(ids, "eos_token_id")
-    if ids is None:
-        ids = config.text_config.eos_token_id
+            if (ids := _json(path).get("eos_token_id")) is not None:
+                ids = END_IDS.check(ids, "eos_token_id")
+    ids = config.text_config.eos_token_id if ids is None else ids
     if ids is None and tokenizer is not None:
         ids = tokenizer.backend.token_to_id(tokenizer.named.get("eos_token", ""))
     return () if ids is None else ids if isinstance(ids, tuple) else (ids,)

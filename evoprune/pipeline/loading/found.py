@@ -38,24 +38,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class FoundModel:
-    """Made by `find_model`, `look_up` and `describe_model`.
+    """Made by `find_model`, `look_up` and `describe_model`."""
 
-    Attributes:
-        options: which model, and how it is to be loaded.
-        device: where to.
-        folder: its files; None for a bundled config. `commit`: on the hub, None for anything local.
-        config: the content of its config.json.
-    """
-
-    options: ModelOptions
+    options: ModelOptions  # which model, and how it is to be loaded
     device: torch.device
-    folder: Path | None
-    commit: str | None
+    folder: Path | None  # its files; None for a bundled config
+    commit: str | None  # on the hub, None for anything local
     config: Config
 
     @property
     def id(self) -> str:
-        """Its name as given."""
         return self.options.model
 
     @property
@@ -65,17 +57,14 @@ class FoundModel:
 
     @property
     def demo(self) -> Demo | None:
-        """Which bundled demo model this is the folder of; None for any other model."""
         return demo_in(self.folder)
 
     @property
     def dtype(self) -> str:
-        """The short name of the dtype that it is loaded in."""
         return pick_dtype(self.options.dtype, self.device, is_demo=self.demo is not None)
 
     @cached_property
     def limits(self) -> dict[str, InputLimits]:
-        """Of videos and of pictures, by kind."""
         return input_limits(self.folder, self.config.vision_config)
 
     @cached_property
@@ -143,15 +132,11 @@ class FoundModel:
 
 
 def find_model(options: ModelOptions) -> FoundModel:
-    """Finds a model, and downloads it if it is on the hub and not here yet.
-
-    Raises:
-        UsageError, ModelError: as `loading.load_model`.
-    """
-    device, name, random = usable_device(options), options.model, options.load_format == "dummy"
-    if random and _is_bundled(name):
+    """Finds a model, and downloads it if it is on the hub and not here yet. Errors: as of `load_model`."""
+    device, random = usable_device(options), options.load_format == "dummy"
+    if random and _is_bundled(options.model):
         if options.revision is not None:
-            problem = f"the bundled config of {name} has no revision {options.revision!r}"
+            problem = f"the bundled config of {options.model} has no revision {options.revision!r}"
             raise UsageError(problem, "leave the revision out")
         return _found(options, device)
     return _found(options, device, *locate(options, files=None if random else FILES))
@@ -249,17 +234,12 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
-        reason = first_line(problem).partition(". ")[0]
-        raise UsageError(
-            f"device {name!r} cannot be used here: {reason}", f"cpu always works, auto finds a GPU{_hidden(name)}"
-        ) from problem
+        reason, visible = first_line(problem).partition(". ")[0], os.environ.get("CUDA_VISIBLE_DEVICES")
+        hint = "cpu always works, auto finds a GPU"
+        if name.startswith("cuda") and visible is not None:  # which may hide GPUs from this process
+            hint += f"; CUDA_VISIBLE_DEVICES is {visible!r}"
+        raise UsageError(f"device {name!r} cannot be used here: {reason}", hint) from problem
     return device
-
-
-def _hidden(name: str) -> str:
-    """What hides GPUs of CUDA from this process, for a hint."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return f"; CUDA_VISIBLE_DEVICES is {visible!r}" if name.startswith("cuda") and visible is not None else ""
 
 
 def pick_dtype(name: str, device: torch.device, is_demo: bool) -> str:

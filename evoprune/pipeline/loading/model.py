@@ -1,13 +1,9 @@
-"""Loading a model: a bundled demo, a folder, a hub id, or true dimensions with random weights for benchmarks.
-
-Whatever can be checked is checked before the weights are read. Only safetensors are read, and no code that comes with a model is
-ever run.
-"""
+"""Loads a model. Whatever can be checked is checked before the weights are read, and no code that comes with it is ever run."""
 
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -44,50 +40,30 @@ WEIGHTS_PER_THREAD = 32_000_000
 
 @dataclass
 class LoadedModel:
-    """A model that is ready to answer.
+    """A model that is ready to answer."""
 
-    Attributes:
-        model: the weights, on `device` in `dtype`, and their config.
-        tokenizer: with a chat template; None only for random weights without tokenizer files.
-        limits: of videos and of pictures, by kind.
-        eos_ids: token ids that end an answer.
-        id: the name of a bundled demo, or the folder or hub id as given.
-        revision: commit on the hub, None for anything local.
-        dtype: "bf16", "fp16" or "fp32".
-        device: torch's name of the device.
-        demo: which bundled demo model this is, with its trained weights; None for any other model.
-        load_format: "auto" or "dummy" (random weights).
-        quantize: "none", "int8" or "int4".
-        weights_bytes: of all weights in memory, tied ones counted once.
-        fingerprint: changes when the weights' files do, or their place; None where that is unknown.
-        found: the model before it was loaded; None where that is unknown.
-        load_seconds: of the steps of loading: "tokenizer", "weights" and "prepare".
-        packing: how long layers have packed since, which they do when they are first called with few rows.
-    """
-
-    model: QwenVL
-    tokenizer: Tokenizer | None
-    limits: dict[str, InputLimits]
-    eos_ids: tuple[int, ...]
-    id: str
-    revision: str | None
-    dtype: str
+    model: QwenVL  # the weights, on `device` in `dtype`, and their config
+    tokenizer: Tokenizer | None  # with a chat template; None only for random weights without tokenizer files
+    limits: dict[str, InputLimits]  # of videos and of pictures, by kind
+    eos_ids: tuple[int, ...]  # that end an answer
+    id: str  # the name of a bundled demo, or the folder or hub id as given
+    revision: str | None  # commit on the hub, None for anything local
+    dtype: str  # "bf16", "fp16" or "fp32"
     device: str
-    demo: Demo | None
-    load_format: str
+    demo: Demo | None  # which bundled demo model this is, with its trained weights
+    load_format: str  # "auto" or "dummy" (random weights)
     quantize: str
-    weights_bytes: int
-    fingerprint: str | None = None
-    found: FoundModel | None = None
-    load_seconds: dict[str, float] = field(default_factory=dict)
-    packing: PackingTime = field(default_factory=PackingTime)
+    weights_bytes: int  # of all weights in memory, tied ones counted once
+    fingerprint: str | None  # changes when the weights' files do, or their place; None where that is unknown
+    found: FoundModel  # the model before it was loaded
+    load_seconds: dict[str, float]  # of the steps of loading: "tokenizer", "weights" and "prepare"
+    packing: PackingTime  # how long layers have packed since, which they do when they are first called with few rows
 
     def __repr__(self) -> str:
         return f"<LoadedModel {self.id!r} in {self.dtype} on {self.device}>"
 
     @property
     def is_demo(self) -> bool:
-        """Whether this is a bundled demo model with its trained weights."""
         return self.demo is not None
 
     def knows(self, info: Video) -> bool:
@@ -106,8 +82,6 @@ class LoadedModel:
         Raises UsageError: they are random, not from files, or their files have changed.
         """
         found = self.found
-        if found is None:
-            raise UsageError(f"where the weights of {self.id} come from is not known", "load them with load_model")
         try:
             same = fingerprint(self.id, self.revision, found.folder, found.files) == self.fingerprint
         except OSError:
@@ -117,7 +91,6 @@ class LoadedModel:
         return found.weights_fingerprint
 
     def facts(self) -> ModelFacts:
-        """The model's part of a report."""
         return ModelFacts(self.id, self.revision, self.dtype, self.quantize, self.device, self.load_format)
 
 
@@ -132,19 +105,13 @@ def load_model(
     """Loads a Qwen3-VL, Qwen2.5-VL or Qwen2-VL model.
 
     Args:
-        model: its name, with the other fields of `ModelOptions` as keywords; or all of them; or what `find_model` found. With
-            random weights `tokenizer` is None where there are no tokenizer files, so always with a bundled config.
-        pack: on a CPU, rearrange the weights for speed if there is memory for it, those of the language model when
-            few rows first come; they can no longer be read.
+        model: its name, with the other fields of `ModelOptions` as keywords; or all of them; or what `find_model` found.
+        pack: on a CPU, rearrange the weights for speed if there is memory for it; they can no longer be read.
         to_answer: refuse a model that has no tokenizer, before its weights are read.
         progress: called with layers quantised and layers in all.
 
-    Raises:
-        UsageError: unknown or absent device, unknown dtype, load format or quantisation, no number of threads, a revision of
-            something local.
-        ModelError: the model is missing, of another kind, damaged, or out of reach.
-        OutOfMemory: the weights do not fit.
-        TypeError: an unknown keyword.
+    Raises UsageError: an option that makes no sense here. OutOfMemory: the weights do not fit. TypeError: an unknown keyword.
+    ModelError: the model is missing, of another kind, damaged, or out of reach.
     """
     if isinstance(model, str):
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
@@ -215,7 +182,6 @@ def _weights(
 
 
 def no_tokenizer(name: str) -> ModelError:
-    """The error for a model that has dimensions but no tokenizer, and is to answer."""
     hint = "name a folder that holds config.json and a tokenizer; to measure speed without one: evoprune profile"
     return ModelError(f"random weights of {name} have no tokenizer, so no question can be asked", hint)
 
@@ -226,12 +192,9 @@ def thread_count(weights: int, cores: int) -> int:
 
 
 def use_threads(wanted: int | str | None, config: Config) -> None:
-    """Sets the number of threads of this process, as `torch.set_num_threads` does.
+    """Sets the number of threads of this process.
 
-    Args:
-        wanted: the number; "auto" for one by the size of the model and the cores that this process may use, unless OMP_NUM_THREADS
-            is set; None to leave the number as it is.
-        config: of the model.
+    "auto" is one by the size of the model and the cores that this process may use, unless OMP_NUM_THREADS is set.
     """
     if wanted == AUTO_THREADS and not os.environ.get("OMP_NUM_THREADS"):
         weights = sum(weight.numel() for weight in empty(config).parameters())

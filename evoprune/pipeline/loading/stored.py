@@ -34,11 +34,14 @@ def weights_folder() -> Entries:
     return Entries(default_folder() / "weights", LIMIT_BYTES)
 
 
-def quantize_once(model: QwenVL, kind: str, fingerprint: str, progress: Progress | None = None) -> None:
-    """Quantises a model in place, from an entry if there is one, else into a new one.
+def quantize_once(model: QwenVL, kind: str, fingerprint: str | None, progress: Progress | None = None) -> None:
+    """Quantises a model in place: from an entry if there is one, else into a new one.
 
-    `fingerprint`: of its files and the dtype in which it computes.
+    `fingerprint`: of its files and the dtype in which it computes; None for no entry.
     """
+    if fingerprint is None:
+        quantize(model, kind, calibrate, progress)
+        return
     entries, key = weights_folder(), _key(fingerprint, kind)
     if read := _entry(entries.path(key), dict(places(model, kind))):
         restore(model, kind, read, progress)

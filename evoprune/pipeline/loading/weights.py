@@ -13,7 +13,6 @@ from evoprune.model.linear import PackingTime
 from evoprune.model.linear import pack as pack_layers
 from evoprune.model.machine import available_memory, page_in
 from evoprune.model.quantize import Progress, places, saved_bytes
-from evoprune.model.quantize import quantize as quantize_layers
 from evoprune.model.weights import QwenVL, empty, name_in_memory
 
 BELONG = "config.json and the weights must belong together; get the model again"
@@ -47,9 +46,9 @@ def load_weights(
     """
     model = empty(config)
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
-    as_stored = (
-        ["lm_head", "model.language_model.embed_tokens", *dict(places(model, quantize))] if quantize != "none" else []
-    )
+    as_stored = []
+    if quantize != "none":
+        as_stored = ["lm_head", "model.language_model.embed_tokens", *dict(places(model, quantize))]
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
     found = {}
@@ -143,26 +142,19 @@ def make_ready(
 ) -> PackingTime:
     """Quantises the linear layers of a model on the CPU in place, or packs them. Arguments as `load_model`.
 
-    `store`: the fingerprint under which quantised weights are looked for on disk, and stored; None for neither.
-
     Those of the tower are packed now, those of the language model when few rows come: the tower is a sixth of a 3B model, and
-    packed it encodes about a tenth faster; the language model would make the first word wait. Where memory is short, layers are not
-    packed.
+    packed it encodes about a tenth faster; the language model would make the first word wait. Where memory is short, no layers are.
 
-    Returns how long layers have packed; it grows when they do.
+    `store`: the fingerprint of quantised weights on disk; None for neither reading nor storing them. Returns how long layers have
+    packed; it grows when they do.
     """
     spent = PackingTime()
     if model.device.type != "cpu":
         return spent
-    if quantize != "none" and store:
+    if quantize != "none":
         from evoprune.pipeline.loading.stored import quantize_once
 
         quantize_once(model, quantize, store, progress)
-        return spent
-    if quantize != "none":
-        from evoprune.pipeline.loading.calibration import calibrate
-
-        quantize_layers(model, quantize, calibrate, progress)
         return spent
     linear_bytes = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
     available = available_memory("cpu")
@@ -191,11 +183,7 @@ def files_fingerprint(files: Iterable[Path], tree: QwenVL) -> str:
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """The same of a transformers model in memory, on any device.
-
-    Raises UsageError: its weights cannot be read as those of its checkpoint: they are quantised, offloaded, or an adapter adds
-    to them.
-    """
+    """The same of a transformers model in memory. Raises UsageError: its weights are quantised, offloaded or under an adapter."""
     if getattr(model.config, "quantization_config", None) is not None:
         raise _quantised("this model")
     for name, module in model.named_modules():

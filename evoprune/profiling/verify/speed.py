@@ -6,9 +6,8 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from evoprune.methods import parse
-from evoprune.model.device import reading_waits
 from evoprune.model.linear import can_pack
-from evoprune.model.machine import memory_in_use, peak_memory, reset_peak_memory
+from evoprune.model.machine import memory_in_use, peak_memory, reading_waits, reset_peak_memory
 from evoprune.pipeline.planning import TEXT, encoding_bytes, fitting_chunk
 from evoprune.profiling.clips import prepare, synthetic_frames
 from evoprune.profiling.results import Case

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evoprune.model.device import reading_waits
+from evoprune.model.machine import reading_waits
 
 # Operators whose result has a shape that depends on values, or is itself read by the CPU.
 SHAPED = {

@@ -7,8 +7,7 @@ import torch
 
 from evoprune.errors import DeviceWarning, OutOfMemory, UsageError, memory_guard
 from evoprune.model.cost import shortage
-from evoprune.model.device import is_accelerator, reading_waits
-from evoprune.model.machine import available_memory
+from evoprune.model.machine import available_memory, is_accelerator, reading_waits
 from evoprune.pipeline.loading.found import pick_device, pick_dtype
 
 OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040).\nPlease update"
