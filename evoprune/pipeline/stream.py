@@ -65,7 +65,7 @@ class VideoStream(Askable):
     OVERTAKEN = "another question was asked meanwhile, or the stream went on for too long"
 
     def __init__(
-        self, engine: Engine, options: StreamOptions, sampling: SamplingOptions, system: str | None, name: str
+        self, engine: Engine, options: "StreamOptions", sampling: "SamplingOptions", system: str | None, name: str
     ):
         super().__init__(engine)
         self._lock, method = Turns(), engine.method
