@@ -1,7 +1,7 @@
 """What the presets keep: `python -m experiments.frontier OUT --split heldout --seed N --limit N`.
 
-Both worlds, each with both sets of weights; every set has its folder in OUT, and an existing run is resumed. The table has, for each
-row, the accuracy kept in percent with the 95% interval of the difference to the full model in points, and the worst of the sets.
+Both worlds, each with both sets of weights; every set has its folder in OUT, and an existing run is resumed. The table has the
+accuracy kept in percent of each row, the 95% interval of its difference to the full model in points, and the worst of the sets.
 """
 
 import argparse

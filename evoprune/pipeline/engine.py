@@ -30,7 +30,7 @@ class Engine:
 
     @property
     def share(self) -> float:
-        """Share of visual tokens kept, at most."""
+        """Share of a video's tokens kept, at most; a `Preset` has another one for stills."""
         return self.options.share
 
     @property

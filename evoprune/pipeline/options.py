@@ -122,7 +122,7 @@ def parse_settings(texts: Iterable[str] | None) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """How visual tokens are pruned. A preset becomes its share, and the values of `method_args` become texts.
+    """How visual tokens are pruned. A preset becomes a `Preset`, and the values of `method_args` become texts.
 
     Raises UsageError: a bad budget, no such method, or "tuned" together with a method or its settings.
     """

@@ -160,7 +160,7 @@ class EncoderPlan:
 
     @property
     def spans(self) -> list[range]:
-        """The layers before the first of `selections`, and those after each."""
+        """The layers before the first of `row_stages`, and those after each."""
         edges = [0, *(stage.first_layer for stage in self.row_stages), self.depth]
         return [range(first, last) for first, last in pairwise(edges)]
 
