@@ -64,7 +64,7 @@ def table(samples: dict[str, list[dict]]) -> list[str]:
             found = [s for s in samples[name] if group is None or group in s["groups"]]
             full = [s for s in found if s["row"] == FULL]
             mine = [s for s in found if (s["row"], s["method"], s["budget"]) == (METHOD, method, budget)]
-            cells.append(f"{kept(mine, full):.1f}")
+            cells.append(f"{kept(mine, full):.1f}" if any(s["right"] for s in full) else "")
             if group is None:
                 whole.append(kept(mine, full))
                 cells[-1] += f", {in_points(*paired_difference(mine, full))}"
