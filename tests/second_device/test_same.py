@@ -181,7 +181,7 @@ def test_verify_finds_a_wait(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("method", "times", "selecting"), [("none", 4, 0), ("divprune", 4, 1), ("visionzip", 4, 9), ("evoprune", 7, 28)]
+    ("method", "times", "selecting"), [("none", 4, 0), ("divprune", 4, 1), ("visionzip", 4, 9), ("evoprune", 8, 42)]
 )
 def test_how_often_it_waits(method, times, selecting):
     """From the first patches to the first token: the numbers that docs/gpu.md states; `-s` prints all places."""

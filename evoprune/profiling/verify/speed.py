@@ -22,10 +22,10 @@ from evoprune.vision.tower import tower_shape
 
 ROUNDS = 3
 # How often the program may wait from the first patches to the first token of a video, outside of selections, which wait as often
-# as their content has it. Twice before the rows are selected, once for the groups of those, once for the checks at the end of the
-# tower, once for the tokens that are kept, and twice for the first token: whether its logits are numbers, and which is the largest
-# (docs/gpu.md).
-WAITS = 7
+# as their content has it. Twice before rows are selected, once for the groups of rows of each of two selections, once for the checks
+# at the end of the tower, once for the tokens that are kept, and twice for the first token: whether its logits are numbers, and
+# which is the largest (docs/gpu.md).
+WAITS = 8
 
 
 def first_token(subject: Subject) -> Outcome:
