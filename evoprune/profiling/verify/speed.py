@@ -22,7 +22,7 @@ from evoprune.vision.tower import tower_shape
 
 ROUNDS = 3
 # How often the program may wait from the first patches to the first token of a video, outside of selections, which wait as often
-# as their content has it. Twice before rows are selected, once for the groups of rows of each of two selections, once for the checks
+# as their content has it. Twice before rows are selected, once for the groups of each of two selections, once for the checks
 # at the end of the tower, once for the tokens that are kept, and twice for the first token: whether its logits are numbers, and
 # which is the largest (docs/gpu.md).
 WAITS = 8
