@@ -130,6 +130,9 @@ class _Run:
         self.device, self.dtype = weight.device, weight.dtype
         self.geometry = tower_geometry(visual, *plan.grid[1:])
         self.chunk_units = chunk_units or devices.largest_chunk(self.device)
+        # Rows that go through an MLP or the patch merger at a time. In 16 bits a product rounds otherwise with another number of
+        # rows, and a selection behind it would depend on the size of chunks.
+        self.piece = devices.largest_chunk(self.device)
         self.after_layer, self.pause = after_layer, pause  # called with the number of finished layers
         self.timer, self.checks = Timer(self.device), Checks()
         self.carried = CarriedKeys() if plan.reuse else None
@@ -237,7 +240,7 @@ class _Run:
             made = [self._run_pairs(*piece, layers, last=piece is pieces[-1]) for piece in pieces]
             return _VideoRows(*map(torch.cat, zip(*made, strict=True)), rows.unit, rows.owner)
         layout, order = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.owner)
-        run = LayerRun(self.visual, self.timer, mlp_rows=self.chunk_units, on_layer=self.after_layer)
+        run = LayerRun(self.visual, self.timer, mlp_rows=self.piece, on_layer=self.after_layer)
         run.deepstack = rows.deepstack[order]
         x, rows.x = rows.x[order], None  # frees the rows in the old order
         x, _ = run_layers(run, layers, x, layout)
@@ -262,7 +265,7 @@ class _Run:
         """Rows `[E, D]` as the language model reads them, from rows `[E, 4, hidden]`; piece by piece, to bound the memory."""
         if not len(x):
             return x
-        return torch.cat([merge_patches(self.visual, piece) for piece in x.split(self.chunk_units)])
+        return torch.cat([merge_patches(self.visual, piece) for piece in x.split(self.piece)])
 
     def _merge_states(self, x: torch.Tensor) -> torch.Tensor:
         return self.merge_patches(x.to(self.dtype))
