@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from evoprune.language.dropping import Dropping, LayerState
 from evoprune.model.config import head_size
 from evoprune.model.linear import linear
+from evoprune.model.machine import to_device
 from evoprune.model.numerics import heads_of, norm, rotate, rotation, without_autocast
 from evoprune.pruning.indices import ascending
 
@@ -67,6 +68,7 @@ class KVCache:
         """
         if self._whole:
             raise ValueError("columns that left only some layers cannot be counted alike in all")
+        columns = to_device(columns, self._layers[0][0].device)
         count, sized = len(columns), {id(sizes): sizes[columns] for sizes in self.sizes if sizes is not None}
         for stored in self._layers:
             for each in stored:

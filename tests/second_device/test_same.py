@@ -1,7 +1,9 @@
 """What evoprune computes on a second device is what it computes on the CPU."""
 
+from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,6 +109,26 @@ def test_a_second_question_uses_the_prompt_again():
     cpu, device = both(CLIP)
     for question in (QUESTION, "Which digit is shown?", QUESTION):
         assert device.ask(question).text == cpu.ask(question).text
+
+
+@pytest.mark.parametrize("demo_range", [True, False], ids=["moved", "thinned"])
+def test_a_stream(demo_range):
+    """Windows are thinned, and where the range of positions is short the keys are rotated back."""
+    made = []
+    for device in ("cpu", NAME):
+        model = loaded(device) if demo_range else replace(loaded(device), demo=None)
+        with evoprune.VideoQA(model, budget=0.25).stream(window_s=2.0, memory_s=8.0) as stream:
+            for number in range(64):
+                frame = np.random.default_rng(number).integers(0, 256, (112, 112, 3), dtype=np.uint8)
+                stream.add(frame, number / 2)
+            made.append((stream.ask(QUESTION).text, stream.seen, stream._memory.cache))
+    (cpu, seen, expected), (device, also, cache) = made
+    assert device == cpu and also == seen and seen.thinned
+    assert cache._layers[0][0].device.type == NAME
+    for ours, theirs in zip(cache._layers, expected._layers, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            here = slice(None), slice(None), slice(cache.length)
+            torch.testing.assert_close(a[here].cpu(), b[here], atol=2e-3, rtol=1e-3)
 
 
 def test_the_cache(tmp_path):
