@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from contextlib import closing
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +27,7 @@ from evoprune.video.frames import read_frames
 from experiments.paired import in_points, paired_difference
 
 MODELS = {"shapes": "demo", "scenes": "demo-scenes"}
+METHODS = ["evoprune", "adjacent", "evs"]
 FILE = "whole file"
 # Windows of a clip, the share of its tokens that the memory holds, seconds of an earlier window, and whether it is grey.
 STREAMS = {
@@ -38,13 +40,14 @@ STREAMS = {
     "3 windows, after 1 minute": (3, 1.0, 60.0, True),
     "3 windows, after 1 minute, turned": (3, 1.0, 60.0, False),
 }
+PLAIN = ("3 windows", "6 windows")
 PAGE = """# Live video
 
 Made by `python -m experiments.live -o results/watch.md --minutes {minutes:g} --hours {hours:g}`.
 
 ## The end of a stream against the whole file
 
-{clips} validation clips, half of them of each world, with {questions:,} questions; {method}. Each clip was read as a file, and as a
+{clips} validation clips, half of them of each world, with {questions:,} questions. Each clip was read as a file, and as a
 stream that was fed its frames one after the other. Both were asked the same questions at the end. *tokens*: visual tokens that the
 language model read, on average. *remembered*: the memory holds this share of the clip's tokens, so that its oldest windows are
 thinned. *after*: a window began so long before, which is grey, or the end of the clip *turned* upside down and played backwards.
@@ -63,11 +66,11 @@ it cost 46 to 52 points, because its distance was outside of what they learned.
 
 
 def accuracy(
-    minutes: float, budgets: list[float], method: str, only: str
-) -> dict[tuple[str, float], dict[str, list[dict]]]:
-    """The samples by world and budget, then by what was asked: the file or a stream."""
+    minutes: float, budgets: list[float], methods: list[str], only: str
+) -> dict[tuple[str, str, float], dict[str, list[dict]]]:
+    """The samples by world, method and budget, then by what was asked: the file or a stream. Of the first method all `STREAMS`."""
     loaded = {world: load_model(name) for world, name in MODELS.items()}
-    samples: dict[tuple[str, float], dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    samples: dict[tuple[str, str, float], dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     clips = [clips_asked([world], "validation", 0, 1000) for world in MODELS]
     begun = time.process_time()
     with TemporaryDirectory() as folder:
@@ -76,25 +79,26 @@ def accuracy(
                 break
             for clip in pair:
                 with demo_video(clip, Path(folder)) as video:
-                    for budget in budgets:
+                    for method, budget in product(methods, budgets):
                         qa = VideoQA(loaded[clip.world], budget=budget, method=method)
-                        for name, made in asked(qa, video, only).items():
-                            samples[clip.world, budget][name] += made
+                        streams = [name for name in STREAMS if name.startswith(only)]
+                        streams = streams if method == methods[0] else [name for name in streams if name in PLAIN]
+                        for name, made in asked(qa, video, streams).items():
+                            samples[clip.world, method, budget][name] += made
             print(f"{pair[0]}, {time.process_time() - begun:.0f} s", flush=True)
     return samples
 
 
-def asked(qa: VideoQA, video, only: str) -> dict[str, list[dict]]:
-    """The samples of a clip: of the file and of each stream whose name begins so."""
+def asked(qa: VideoQA, video, streams: list[str]) -> dict[str, list[dict]]:
+    """The samples of a clip: of the file and of some of `STREAMS`."""
     of_file = qa.encode(video.path)
     plan = of_file.plan
     times = plan.sampling.times_s
     with closing(read_frames(plan.info, times)) as chunks:
         frames = np.concatenate([chunk.frames.copy() for chunk in chunks])
     found, step, tokens = {FILE: answers(of_file, video)}, plan.sampling.seconds_per_frame, of_file.plan.encoder.keep
-    for name, (windows, share, before_s, grey) in STREAMS.items():
-        if not name.startswith(only):
-            continue
+    for name in streams:
+        windows, share, before_s, grey = STREAMS[name]
         size = max(2, 2 * round(len(times) / windows / 2))
         least = 2 * math.ceil(tokens * size / len(times))
         limit = {} if share == 1 else {"memory_tokens": max(least, math.floor(share * tokens))}
@@ -120,11 +124,11 @@ def answers(source, video) -> list[dict]:
     return made
 
 
-def table(samples: dict[tuple[str, float], dict[str, list[dict]]]) -> str:
+def table(samples: dict[tuple[str, str, float], dict[str, list[dict]]]) -> str:
     lines = []
-    for (world, budget), rows in samples.items():
+    for (world, method, budget), rows in sorted(samples.items(), key=lambda each: each[0][1] != METHODS[0]):
         lines += [
-            f"### {world}, budget {budget:g}",
+            f"### `{method}`, {world}, budget {budget:g}",
             "",
             "| | tokens | accuracy | difference to the file |",
             "|---|--:|--:|--:|",
@@ -179,17 +183,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--hours", type=float, default=2.0, help="0 for none")
     parser.add_argument("--only", default="", help="how the names of the streams begin that are asked")
-    parser.add_argument("--method", default="evoprune")
+    parser.add_argument("--method", type=lambda text: text.split(","), default=METHODS)
     parser.add_argument(
         "-b", "--budgets", type=lambda text: [float(each) for each in text.split(",")], default=[0.25, 0.1]
     )
     args = parser.parse_args()
-    hours = hours_text(args.hours, args.method) if args.hours else ""
+    hours = hours_text(args.hours, args.method[0]) if args.hours else ""
     samples = accuracy(args.minutes, args.budgets, args.method, args.only)
-    rows = [rows[FILE] for (_, budget), rows in samples.items() if budget == args.budgets[0]]
+    rows = [rows[FILE] for key, rows in samples.items() if key[1:] == (args.method[0], args.budgets[0])]
     clips, questions = len({each["video"] for made in rows for each in made}), sum(map(len, rows))
     facts = {"minutes": args.minutes, "hours": args.hours, "clips": clips, "questions": questions}
-    page = PAGE.format(**facts, method=args.method, tables=table(samples), hours_text=hours)
+    page = PAGE.format(**facts, tables=table(samples), hours_text=hours)
     args.output.write_text(page, encoding="utf-8")
 
 

@@ -25,6 +25,7 @@ class Paced:
     """A source of moving frames at their time, until it is closed."""
 
     def __init__(self, height: int, width: int, seconds: float):
+        self.facts = {}
         generator = np.random.default_rng(0)
         scene = generator.integers(0, 256, (height // 14 + 40, width // 14 + 40, 3), dtype=np.uint8)
         self._scene, self._size = scene.repeat(14, 0).repeat(14, 1), (height, width)
@@ -65,10 +66,10 @@ def of_file(qa: VideoQA, source: Paced, frames: int, step_s: float) -> tuple[flo
     return median(found[1:]), looked
 
 
-def run(qa: VideoQA, source: Paced, window_s: float, fps: float, every_s: float | None) -> dict:
+def run(qa: VideoQA, source: Paced, window_s: float, fps: float, every_s: float | None, memory_s: float) -> dict:
     """One stream to its end, with questions or without."""
     waits, own, recoveries, lags = [], [], [], []
-    stream = qa.stream(window_s=window_s, fps=fps)
+    stream = qa.stream(window_s=window_s, fps=fps, memory_s=memory_s)
     begun, asked_at = time.monotonic(), time.monotonic()
     with LiveFeed(stream, source, window_s) as feed:
         feed.begun.wait()
@@ -87,9 +88,9 @@ def run(qa: VideoQA, source: Paced, window_s: float, fps: float, every_s: float 
                 while feed.backlog.lag_s > usual + 0.5 and not feed.ended.wait(0.1):
                     pass
                 recoveries.append(time.monotonic() - answered)
-        seconds, looked, skipped = time.monotonic() - begun, stream.seen.frames, feed.backlog.skipped
+        seconds, seen, skipped = time.monotonic() - begun, stream.seen, feed.backlog.skipped
         feed.check()
-    facts = {"rate": looked / seconds, "looked": looked, "skipped": skipped, "lag": max(lags), "waits": waits}
+    facts = {"rate": seen.frames / seconds, "seen": seen, "skipped": skipped, "lag": max(lags), "waits": waits}
     return facts | {"own": own, "recoveries": recoveries}
 
 
@@ -101,26 +102,33 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quantize", default="none")
     parser.add_argument("--threads", default="auto")
-    parser.add_argument("--size", default="224x336", help="height x width")
+    parser.add_argument("--size", default="280x392", help="height x width, so much that the model makes them no larger")
     parser.add_argument("--frames", type=int, default=16, help="of a window, where nothing is skipped")
     parser.add_argument("--load", type=float, default=1.25)
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--minutes", type=float, default=10.0, help="without questions")
+    parser.add_argument("--asked-minutes", type=float, default=5.0, help="with questions")
+    parser.add_argument("--memory", type=float, default=600.0, help="seconds of the stream that are remembered")
     parser.add_argument("--every", type=float, default=60.0, help="seconds between two questions")
     args = parser.parse_args()
     how = {"dtype": args.dtype, "quantize": args.quantize, "threads": args.threads}
     qa = VideoQA.load(args.model, budget=args.budget, method=args.method, **how)
     height, width = map(int, args.size.split("x"))
     reference, frames = of_file(qa, Paced(height, width, 0), args.frames, 0.5)
-    print(f"{frames} frames of {args.size} as one window: {reference:.2f} s, {frames / reference:.2f} frames a second")
+    print(
+        f"{frames} frames of {args.size} as one window: {reference:.2f} s, {frames / reference:.2f} a second",
+        flush=True,
+    )
     window_s = reference / args.load  # its frames come in less time than it takes
     fps = frames / window_s
-    for every_s in (None, args.every):
-        found = run(qa, Paced(height, width, 60 * args.minutes), window_s, fps, every_s)
+    for every_s, minutes in ((None, args.minutes), (args.every, args.asked_minutes)):
+        found = run(qa, Paced(height, width, 60 * minutes), window_s, fps, every_s, args.memory)
         ratio = found["rate"] * reference / frames
         print(
             f"{'no questions' if every_s is None else f'a question every {every_s:g} s'}, windows of {window_s:.2f} s, "
-            f"{args.minutes:g} minutes: {found['rate']:.2f} frames a second, {ratio:.2f} of the reference; "
-            f"{found['looked']:,} looked at, {found['skipped']:,} skipped, lag at most {found['lag']:.1f} s"
+            f"{minutes:g} minutes: {found['rate']:.2f} frames a second, {ratio:.2f} of the reference; "
+            f"{found['seen'].frames:,} looked at, {found['skipped']:,} skipped, {found['seen'].tokens:,} tokens at the end, "
+            f"lag at most {found['lag']:.1f} s",
+            flush=True,
         )
         if found["waits"]:
             waits, own = found["waits"], found["own"]

@@ -63,6 +63,7 @@ class LiveFeed:
                 if found is None:
                     stream.catch_up()
                     continue
+                stream.facts = self._source.facts
                 stream.add(found[1], found[0])
                 backlog.step_s = stream.step_s
                 self.begun.set()

@@ -57,7 +57,7 @@ class VideoStream(Askable):
 
     One thread feeds frames, others may ask meanwhile: the encoder waits while a question is read, and goes on layer by layer while
     the answer is generated. A window that is finished during an answer, or interrupted by a question, is read after it.
-    `skipped` and `lag_s` are what `seen` says of the source; whatever feeds the frames sets them.
+    Whatever feeds the frames sets `skipped` and `lag_s`, which `seen` says of the source, and `facts`, fields of its `Video`.
 
     Raises UsageError: the method reads the question, changes the input, or acts inside the language model.
     """
@@ -74,7 +74,7 @@ class VideoStream(Askable):
             raise UsageError(f"method {engine.options.method} cannot prune a stream", hint)
         self._options, self._sampling, self._system, self._name = options, sampling, system, name
         self._paid, self._feeding = True, RLock()  # encoding is no question's
-        self.skipped, self.lag_s = 0, None
+        self.skipped, self.lag_s, self.facts = 0, None, {}
         self._plan: Plan | None = None
         self._slots, self._frames = [], []
         self._origin_s = self._last_s = 0.0
@@ -146,7 +146,7 @@ class VideoStream(Askable):
         return resize(pixels, self._plan.height, self._plan.width)[0].clone().numpy()
 
     def flush(self) -> None:
-        """Encodes and reads the frames of the unfinished window, which then ends here, with tokens for its part of the time.
+        """Encodes and reads the frames of the unfinished window, which then ends here.
 
         Raises as `add`.
         """
@@ -177,21 +177,11 @@ class VideoStream(Askable):
 
     def _begin(self, frame: np.ndarray, time_s: float) -> None:
         """Plans a window as a video of its length, and checks the memory."""
-        facts = (
-            self._options.window_s,
-            frame.shape[1],
-            frame.shape[0],
-            0,
-            "raw",
-            None,
-            "stream",
-            None,
-            None,
-            None,
-            0.0,
-            {},
+        height, width, _ = frame.shape
+        window = Video(
+            self._name, self._options.window_s, width, height, 0, "raw", None, "stream", None, None, None, 0.0
         )
-        self._plan = plan_input(self._engine, Video(self._name, *facts), self._sampling, self._name)
+        self._plan = plan_input(self._engine, replace(window, **self.facts), self._sampling, self._name)
         self._origin_s = self._last_s = time_s
         if self._limit < 2 * self._plan.encoder.keep:
             problem = f"a memory of {self._limit:,} tokens is less than two windows of {self._plan.encoder.keep:,}"
@@ -235,10 +225,10 @@ class VideoStream(Askable):
                 self._read_waiting(polite=len(self._waiting) <= WAITING)
 
     def _window_plan(self, slots: Sequence[int], first: int, end: int) -> Plan:
-        """The plan of a window from slot `first` to `end`, with the tokens that are due to this span, however many frames came."""
+        """The plan of a window from slot `first` to `end`, of which these slots have a frame."""
         base, engine = self._plan, self._engine
-        grid, due = (len(slots) // 2, *base.grid[1:]), -(-(end - first) // 2)
-        keep = min(prod(grid), keep_count(engine.share, due * prod(grid[1:])))
+        grid = len(slots) // 2, *base.grid[1:]
+        keep = keep_count(engine.share, prod(grid))
         encoder = engine.method.plan(tower_shape(engine.loaded.model.model.visual), grid, keep)
         start_s, end_s, *times = (self._origin_s + slot * self.step_s for slot in (first, end, *slots))
         sampling = SamplingPlan(start_s, end_s, tuple(times), base.sampling.wanted)
@@ -306,7 +296,7 @@ class VideoStream(Askable):
             if self.seen is None:
                 self._read_waiting()
             report = inputs_report(self._engine, [self._latest])
-            report.stream = asdict(self.seen)
+            report.stream, report.video.duration_s = asdict(self.seen), self.seen.end_s
             return report
 
     def _new_clock(self, report: Report) -> tuple[Clock, float]:

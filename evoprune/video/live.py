@@ -27,7 +27,7 @@ Due = Callable[[], float]
 
 
 class LiveSource:
-    """A source and its connections, one after the other. `name`: without a password.
+    """A source and its connections, one after the other. `name`: without a password. `facts`: of `Video`, once it is open.
 
     Args:
         source: a URL of `SCHEMES`, a camera such as /dev/video0, a file, or `-` for the standard input, a pipe.
@@ -57,6 +57,7 @@ class LiveSource:
         self._source, self._pace, self._timeout_s = None if source == STDIN else source, pace, float(timeout_s)
         self._reconnects = 0 if source == STDIN or os.path.isfile(source) else reconnects
         self._tell, self._closing, self._worker = tell, threading.Event(), None
+        self.facts: dict = {}
 
     def frames(self, due: Due) -> Iterator[TimedFrame]:
         """Frames until the source ends; `due` says from which time on the next one is wanted.
@@ -70,7 +71,8 @@ class LiveSource:
             problem, finite = None, False
             try:
                 with closing(self._connection(lambda base=base: due() - base)) as frames:
-                    finite = next(frames)
+                    self.facts = next(frames)
+                    finite = self.facts.pop("finite")
                     for time_s, frame in frames:
                         tries, last = 0, (base + time_s, time.monotonic())
                         yield base + time_s, frame
@@ -95,7 +97,7 @@ class LiveSource:
             worker.kill()
 
     def _connection(self, due: Due) -> Iterator:
-        """Whether it has an end of its own, then its frames, at their pace."""
+        """Facts of a `LiveReader`, then its frames, at their pace."""
         arguments = {"source": self._source, "name": self.name, "timeout_s": self._timeout_s}
         arguments["follow"] = self._pace == FROM_SOURCE
         with closing((self._apart if POSSIBLE else _here)(arguments, due)) as frames:
@@ -115,7 +117,7 @@ class LiveSource:
                 raise VideoError(f"{self.name} is closed")
             try:
                 worker.send(worker.request("live", arguments), None if self._source else sys.stdin.fileno())
-                yield worker.answer()["finite"]
+                yield worker.answer()
                 memory, shape = None, None
                 while True:
                     worker.send(worker.request("next", {"after_s": due()}))
@@ -140,7 +142,7 @@ def _here(arguments: dict, due: Due) -> Iterator:
 
     descriptor = None if arguments["source"] else os.dup(sys.stdin.fileno())
     with closing(LiveReader(**arguments, descriptor=descriptor)) as reader:
-        yield reader.facts["finite"]
+        yield reader.facts
         while found := reader.next(due()):
             frames = np.empty((1, found["height"], found["width"], 3), np.uint8)
             reader.fill(frames)

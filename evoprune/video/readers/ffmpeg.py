@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from types import SimpleNamespace
 from typing import BinaryIO
 
@@ -29,8 +30,8 @@ FALLBACK_FPS = 25.0
 # Containers that store the time of each frame, so that times are the same after a jump; others are read front to back.
 MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 SEEKABLE = (MOV, "matroska,webm", "mpegts")
-# Tags with more characters are left out, because tags travel with every `Video`.
-TAG_CHARACTERS = 4000
+# Tags with more characters are left out, and all but some, because tags travel with every `Video`.
+TAG_CHARACTERS, MOST_TAGS = 4000, 200
 # Larger pictures are refused. 16K video, and photographs of 100 megapixels, are smaller.
 MAX_PIXELS = 2**27
 INCOMPLETE = (
@@ -130,6 +131,12 @@ def video_stream(container: InputContainer, path: str, *, threads: bool = False)
     if threads:
         stream.thread_type, stream.codec_context.thread_count = "AUTO", thread_count()
     return stream
+
+
+def tags(container: InputContainer) -> dict[str, str]:
+    """Tags of a container, without those that are too long or too many."""
+    short = ((key, text) for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS)
+    return dict(islice(short, MOST_TAGS))
 
 
 def thread_count() -> int:

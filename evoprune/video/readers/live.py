@@ -37,7 +37,7 @@ POLL_S = 0.05  # how often a file is asked whether it has grown
 
 
 class LiveReader:
-    """One connection to a source. `facts`: "finite", whether it has an end of its own; "codec" and "container".
+    """One connection to a source. `facts`: "finite", whether it has an end of its own; "codec", "container" and "tags".
 
     Args:
         source: a URL of `PROTOCOLS`, a path, or a camera's device; None for the pipe `descriptor`, which is closed at the end.
@@ -64,7 +64,8 @@ class LiveReader:
         stream = self._stream = ffmpeg.video_stream(self._container, name, threads=True)
         known = self._scheme and ((self._container.duration or 0) > 0 or self._container.size > 0)
         codec, container = stream.codec_context.codec.canonical_name, self._container.format.name
-        self.facts = {"finite": bool(known), "codec": codec, "container": container}
+        tags = ffmpeg.tags(self._container)
+        self.facts = {"finite": bool(known), "codec": codec, "container": container, "tags": tags}
         self._frames = self._timed()
 
     def next(self, after_s: float) -> dict | None:

@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Iterable, Iterator
-from itertools import islice
 
 import av
 import numpy as np
@@ -21,7 +20,6 @@ from evoprune.video.readers.signatures import PICTURES, picture_format
 TAIL_S = 3.0
 # Frame intervals that differ by less are constant: Matroska rounds times to milliseconds.
 RATE_JITTER_S = 0.0025
-TAGS = 200  # at most this many are kept
 
 
 def probe(path: str, folder_fps: float) -> Video:
@@ -50,7 +48,6 @@ def _probe_file(path: str, container: InputContainer) -> Video:
     width, height = turned_size((first.width, first.height), rotation)
     rate = stream.average_rate or stream.guessed_rate
     step = 1 / float(rate or ffmpeg.FALLBACK_FPS)
-    tags = ((key, text) for key, text in container.metadata.items() if len(key) + len(text) <= ffmpeg.TAG_CHARACTERS)
     # The header's count is wrong if it has more frames than the file has bytes.
     total = stream.frames if stream.frames <= container.size else 0
     start = ffmpeg.frame_time(first, stream)
@@ -69,7 +66,7 @@ def _probe_file(path: str, container: InputContainer) -> Video:
         variable_rate=_variable_rate(stream),
         frames_total=total or None,
         start_s=start or 0.0,
-        tags=dict(islice(tags, TAGS)),
+        tags=ffmpeg.tags(container),
         mirrored=mirrored,
         stated_s=stated and max(stated, duration or 0.0),
     )
