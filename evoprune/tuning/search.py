@@ -9,9 +9,9 @@ from typing import NamedTuple
 from evoprune import methods
 
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)
-# This project's method as it is, with as few rows as tokens, with its first selection after half of the tower's layers, and with
-# tokens spread evenly over time; and the paper's merging.
-METHODS = ("evoprune", "evoprune:rows=1", "evoprune:depth=0.5", "evoprune:floor=1", "evoprune-paper")
+# This project's method as it is, with as few rows as tokens, with more rows and none left out before the tower, and with tokens
+# spread evenly over time; and the paper's merging.
+METHODS = ("evoprune", "evoprune:rows=1", "evoprune:first=0:rows=0.5", "evoprune:floor=1", "evoprune-paper")
 FIRST = 2  # videos that every candidate sees
 LEAST = 3  # candidates that are never left out for want of time
 
