@@ -33,8 +33,9 @@ class Backlog:
         self._waiting: deque[tuple[float, np.ndarray]] = deque()
         self._late_s = -inf  # the time at which a frame of 0 s comes without any lag
         self._last_s, self._next_s = -inf, 0.0  # of the latest frame; from where on the next one is due
-        self._hungry, self._known, self._thinned = True, False, -inf
+        self._hungry, self._thinned = True, -inf
         self._since, self._idle, self._taken, self._window = now(), 0.0, 0, 0
+        self._busy_s = self._looked = 0.0  # of the latest windows, each with half of the weight of the next one
 
     def due(self) -> float:
         """From which time on a frame is wanted, in seconds of the source."""
@@ -103,14 +104,14 @@ class Backlog:
         self.skipped += before - len(self._waiting)
 
     def _measure(self, window: float) -> None:
-        """Where frames are skipped: so many that the encoder has time for the others, by the latest windows."""
+        """Where frames are skipped: so many that the encoder has time for the others, by the latest windows.
+
+        A single window tells little: it may be encoded while frames of the next one are taken.
+        """
         now = self._now()
-        busy_s = now - self._since - self._idle
-        if self.stride > 1 and self._taken:
+        self._busy_s = self._busy_s / 2 + now - self._since - self._idle
+        self._looked = self._looked / 2 + self._taken
+        if self.stride > 1 and self._looked:
             most = self.window_s / (2 * self.step_s)
-            wanted = busy_s / (self._taken * self.step_s * BUSY)
-            before = self.stride if self._known else wanted
-            self.stride, self._known = max(1.0, min(most, (before + wanted) / 2)), True
-        else:
-            self._known = False
+            self.stride = max(1.0, min(most, self._busy_s / (self._looked * self.step_s * BUSY)))
         self._since, self._idle, self._taken, self._window = now, 0.0, 0, window
