@@ -2,6 +2,7 @@
 
     python -m experiments.start_to_first_word CKPT                             # this checkout; CKPT is written if it is not there
     python -m experiments.start_to_first_word CKPT --before OTHER_CHECKOUT     # the other one and this one in turn
+    python -m experiments.start_to_first_word CKPT --method tome               # more options of `evoprune ask`
 
 CKPT is a checkpoint of the 3B model's true dimensions with random weights (`experiments.checkpoint`: 7.5 GB). Everything counts:
 the interpreter, imports, reading weights and video, encode and prefill. The first run of each checkout does not: it brings the
@@ -156,8 +157,7 @@ def main() -> None:
     parser.add_argument("-b", "--budget", default="0.25")
     parser.add_argument("-n", "--new-tokens", type=int, default=8)
     parser.add_argument("-r", "--repeat", type=int, default=5)
-    parser.add_argument("more", nargs="*", help="further options of `evoprune ask`, after --")
-    given = parser.parse_args()
+    given, more = parser.parse_known_args()
     if not given.checkpoint.exists():
         write_checkpoint(given.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
@@ -165,7 +165,7 @@ def main() -> None:
         if given.video is None:
             write_clip(video)
         arguments = [str(video.resolve()), "What happens?", "-m", str(given.checkpoint.resolve()), "-b", given.budget]
-        arguments += ["--frames", str(given.frames), "-n", str(given.new_tokens), "--no-stats", *given.more]
+        arguments += ["--frames", str(given.frames), "-n", str(given.new_tokens), "--no-stats", *more]
         checkouts = {"before": given.before.resolve()} if given.before else {}
         runs: dict[str, list[Run]] = {name: [] for name in [*checkouts, "now"]}
         for number in range(given.repeat + 1):
