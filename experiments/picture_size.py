@@ -47,8 +47,9 @@ def main() -> None:
                             encoded = VideoQA(loaded, budget=share).encode(path)
                             for row in video.rows:
                                 answer = encoded.ask(row.prompt, max_new_tokens=32)
-                                counts = answer.report.pruning.visual_tokens_in, answer.report.tokens.visual
-                                found[times, share].append((*counts, bool(grade(row, answer.text))))
+                                right = bool(grade(row, answer.text))
+                                counts = answer.report.pruning
+                                found[times, share].append((counts.visual_tokens_in, counts.visual_tokens_kept, right))
         for times, share in itertools.product(TIMES, SHARES):
             units, tokens, right = np.mean(found[times, share], 0)
             kept = right / np.mean(found[times, 1.0], 0)[2]
