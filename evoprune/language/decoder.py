@@ -19,7 +19,6 @@ from evoprune.model.numerics import heads_of, norm, rotate, rotation, without_au
 from evoprune.pruning.indices import ascending
 
 STRIP = 1024  # query columns that share one mask
-MASK = 2**25  # numbers in masks that layers share, at most
 
 
 class KVCache:
@@ -168,7 +167,7 @@ def forward(
     config, text = model.config.text_config, model.model.language_model
     x, places, entered = inputs_embeds, rotation(config, positions, inputs_embeds), []
     deepstack = x.new_empty(0, *x.shape) if deepstack is None else deepstack
-    every, masks = cache.sizes_with(sizes, columns), _Masks()
+    every = cache.sizes_with(sizes, columns)
     for i, layer in enumerate(text.layers):
         pause()
         if not i or every[i] is not every[i - 1]:
@@ -176,7 +175,7 @@ def forward(
         blind, rows = (dropping.blind(i, len(x)), dropping.rows(i, len(x))) if dropping else (None, [])
         entered.append(len(rows[0]) if rows else len(x))
         entering = x
-        x, *seen = _layer(layer, x, places, cache, i, config, bias, last, blind, rows, masks)
+        x, *seen = _layer(layer, x, places, cache, i, config, bias, last, blind, rows)
         if len(deepstack):
             x, deepstack = x + deepstack[0, -len(x) :], deepstack[1:]  # the top layer returns the last columns alone
         if dropping and dropping.looks(i + 1):
@@ -210,7 +209,6 @@ def _layer(
     last: int,
     blind: tuple[torch.Tensor, int] | None,
     rows: list[torch.Tensor],
-    masks: "_Masks",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, and all keys and values.
 
@@ -228,7 +226,7 @@ def _layer(
     queries = rotate(heads_of(attention, "q", _at(h, asking), config), _at(cos, asking), _at(sin, asking))[None]
     sees = None if asking is None else torch.searchsorted(keyed, asking, right=True)
     given = queries, keys, values, _at(bias, keyed)
-    seen = _attend(*given, sees, masks) if blind is None else _attend_blind(*given, *blind)
+    seen = _attend(*given, sees) if blind is None else _attend_blind(*given, *blind)
     x = _put(x, asking, linear(attention.o_proj, seen, plus=_at(x, asking)))
     old = _at(x, fed)
     h = norm(old, layer.post_attention_layernorm.weight, eps)
@@ -246,35 +244,12 @@ def _put(x: torch.Tensor, rows: torch.Tensor | None, new: torch.Tensor) -> torch
     return new if rows is None else x.index_copy(0, rows, new)
 
 
-class _Masks:
-    """The masks of one pass, made once for all layers with the same columns while they are small."""
-
-    def __init__(self):
-        self._made: tuple[int, torch.Tensor | None, torch.Tensor] | None = None
-
-    def causal(
-        self, rows: int, end: int, bias: torch.Tensor | None, like: torch.Tensor, group: int = 1
-    ) -> torch.Tensor:
-        """`[group * rows, end]`: what is added to the logits of the last `rows` of `end` columns; each `group` times."""
-        if self._made and self._made[2].shape == (group * rows, end) and self._made[1] is bias:
-            return self._made[2]
-        mask = torch.zeros(end, dtype=like.dtype, device=like.device) if bias is None else bias[:end]
-        mask = mask.repeat(rows, 1)
-        later = torch.ones(rows, rows, dtype=torch.bool, device=like.device).triu_(1)
-        mask[:, end - rows :].masked_fill_(later, -torch.inf)
-        mask = mask.repeat(group, 1)
-        if mask.numel() <= MASK:
-            self._made = group, bias, mask
-        return mask
-
-
 def _attend(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     bias: torch.Tensor | None,
     sees: torch.Tensor | None = None,
-    masks: _Masks | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last L columns, or of other columns.
 
@@ -294,13 +269,8 @@ def _attend(
         queries, mask = queries.view(1, kv_heads, -1, dim), None if bias is None else bias[None]
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).reshape(1, -1)
     # Key/value heads become the batch, so keys are not repeated and the kernel needs no support for groups.
-    group, masks = heads // kv_heads, masks or _Masks()
+    group = heads // kv_heads
     queries = queries.view(columns, kv_heads, group, dim).permute(1, 2, 0, 3)
-    if sees is None and n > 2 * columns and queries.dtype != torch.float32 and group * columns * n <= MASK:
-        # As above. In 32 bits it saves no time.
-        mask = masks.causal(columns, n, bias, queries, group)
-        out = F.scaled_dot_product_attention(queries.reshape(1, kv_heads, -1, dim), keys, values, attn_mask=mask)
-        return out.view(kv_heads, group, columns, dim).permute(2, 0, 1, 3).reshape(columns, -1)
     keys, values = (t.transpose(0, 1).expand(-1, group, -1, -1) for t in (keys, values))
     if n == columns and bias is None and sees is None:
         out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
@@ -311,12 +281,12 @@ def _attend(
         rows = strip.shape[2]
         if sees is None:
             end = n - columns + start + rows
-            mask = masks.causal(rows, end, bias, queries)
+            mask = torch.ones(rows, end, dtype=torch.bool, device=queries.device).tril(end - rows)
         else:
             end = n if start + rows == columns else int(sees[start + rows - 1])
             mask = ascending(end, queries.device) < sees[start : start + rows, None]
-            if bias is not None:
-                mask = bias[:end].expand(len(mask), -1).masked_fill(~mask, -torch.inf)
+        if bias is not None:
+            mask = bias[:end].expand(len(mask), -1).masked_fill(~mask, -torch.inf)
         strips.append(F.scaled_dot_product_attention(strip, keys[:, :, :end], values[:, :, :end], attn_mask=mask))
     return torch.cat(strips, 2).permute(2, 0, 1, 3).reshape(columns, -1)
 

@@ -99,6 +99,14 @@ def test_a_question_leaves_no_trace(demo):
         assert waiting == (half.report.finish_reason == "interrupt") and asked.seen == silent.seen
 
 
+def test_a_window_of_half_of_the_frames_has_half_of_the_tokens(demo):
+    qa = VideoQA(demo, budget=0.25)
+    with qa.stream(window_s=8.0) as full, qa.stream(window_s=8.0) as half:
+        fed(full, 8), fed(half, 8, fps=1.0)
+        half.flush()
+        assert (full.seen.frames, half.seen.frames) == (16, 8) and full.seen.tokens == 2 * half.seen.tokens
+
+
 @pytest.mark.parametrize("model", ["demo", "qwen3"])
 def test_windows_are_read_as_one_video(model, request):
     """With nothing pruned, several windows are the columns and positions of one video, since frame pairs do not see each other."""
