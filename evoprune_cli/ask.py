@@ -7,14 +7,13 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, ClassVar
 
 from evoprune.errors import UsageError
-from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import PipelineOptions, SamplingOptions
 from evoprune.text import check_text, roughly
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune.video.source import local_file
 from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
-from evoprune_cli.imports import without_collections
+from evoprune_cli.imports import prepare, without_collections
 from evoprune_cli.interactive import check_terminal, converse
 from evoprune_cli.options import own
 from evoprune_cli.terminal import check_output, encoding, note, note_bits, note_subtitles, note_tuning, progress, tell
@@ -125,7 +124,7 @@ class _Encoder:
     def begin(self, talk: Conversation) -> None:
         """Loads the model, encodes, and hands the inputs to the conversation."""
         with progress(not self.asked.quiet) as show:
-            check_libraries()
+            prepare()
             with without_collections():
                 from evoprune.pipeline.video_qa import VideoQA
 

@@ -8,12 +8,12 @@ from functools import partial
 from typing import ClassVar
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import PipelineOptions, SamplingOptions
 from evoprune.text import SOME, some
 from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.failures import print_traceback
+from evoprune_cli.imports import prepare
 from evoprune_cli.options import own
 from evoprune_cli.results import SOME_FAILED
 from evoprune_cli.tally import Tally
@@ -126,7 +126,7 @@ def _run(asked: Request, rows, settings, tally: Tally) -> int:
 def _here(asked: Request, spans, settings, show, ready):
     """Records made in this process."""
     show("loading model")
-    check_libraries()
+    prepare()
     from evoprune.batch.run import answers
     from evoprune.pipeline.cache import Cache
 

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from evoprune.bundled import BOTH, SPLITS, WORLDS, demo_knowing
 from evoprune.errors import UsageError
-from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import PipelineOptions
 from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.files import check_chart
+from evoprune_cli.imports import prepare
 from evoprune_cli.options import own
 from evoprune_cli.results import SOME_FAILED, rescuing, show, write
 from evoprune_cli.terminal import check_output, note, progress
@@ -156,7 +156,7 @@ def _run(asked: Request, settings: dict[str, Any], videos) -> int:
 def _checked(settings: dict[str, Any], videos, resume: str | None, tell):
     """The evaluation, without a model. Wrong settings and a wrong folder are refused here."""
     tell("loading libraries")
-    check_libraries()
+    prepare()
     from evoprune.evaluation.run import Evaluation, Settings, digest
 
     made = Evaluation(Settings(**settings, digest=None if videos is None else digest(Path(settings["data"]))), videos)

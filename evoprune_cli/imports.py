@@ -1,8 +1,16 @@
-"""Importing what a command needs, without what Python would do meanwhile."""
+"""Before and while a command imports torch: enough memory, memory that is kept, no garbage collections."""
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from evoprune.model.limits import check_libraries, keep_freed_memory
+
+
+def prepare() -> None:
+    """To be called before torch is imported. Raises OutOfMemory: there is not even memory for the libraries."""
+    check_libraries()
+    keep_freed_memory()
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from textwrap import wrap
 from typing import Any, ClassVar
 
 from evoprune.errors import UsageError
-from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
 from evoprune.report.records import VideoFacts
 from evoprune.text import budget_text, clock, counted, size
@@ -16,6 +15,7 @@ from evoprune.video.info import PICTURE
 from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.files import check_writable, write_bytes
+from evoprune_cli.imports import prepare
 from evoprune_cli.options import own
 from evoprune_cli.results import rescuing
 from evoprune_cli.terminal import encoding, print_document, print_warning, printable, progress
@@ -209,7 +209,7 @@ def _ending(file: str) -> str:
 def _draw_overlay(file: str, path: str, video: str, options: PipelineOptions) -> dict[str, Any]:
     """Draws what a model makes of a video; the facts to report."""
     with progress(True) as show:
-        check_libraries()
+        prepare()
         from evoprune.pipeline.video_qa import VideoQA
         from evoprune.visualize.fates import trace
         from evoprune.visualize.overlay import overlay_file

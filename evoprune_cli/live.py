@@ -14,7 +14,6 @@ from math import floor
 from typing import ClassVar
 
 from evoprune.errors import UsageError
-from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import PipelineOptions, StreamOptions
 from evoprune.text import check_text, clock, counted, size
 from evoprune.video.live import FROM_SOURCE, PACES, STDIN, LiveSource
@@ -23,7 +22,7 @@ from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
-from evoprune_cli.imports import without_collections
+from evoprune_cli.imports import prepare, without_collections
 from evoprune_cli.interactive import answer, typed
 from evoprune_cli.options import own
 from evoprune_cli.results import SOME_FAILED
@@ -138,7 +137,7 @@ def _run(request: Request, source: LiveSource, options: PipelineOptions) -> int:
     talk = Conversation([source.name], output)
     try:
         with progress(not request.quiet) as show:
-            check_libraries()
+            prepare()
             with without_collections():
                 from evoprune.pipeline.live import LiveFeed
                 from evoprune.pipeline.video_qa import VideoQA

@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.model.limits import check_libraries
 from evoprune.model.precision import LOAD_FORMATS, QUANTIZE
 from evoprune.pipeline.options import ModelOptions, PruneOptions
 from evoprune.profiling.settings import SYNTHETIC
 from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.files import check_chart, check_writable, print_text, write_text
+from evoprune_cli.imports import prepare
 from evoprune_cli.options import own
 from evoprune_cli.results import SOME_FAILED, rescuing
 from evoprune_cli.terminal import WIDTH, check_output, page_width
@@ -163,7 +163,7 @@ def _measured(
     """The results after each round, within the time limit; see `profiling.run.measure`."""
     begun = time.perf_counter()
     show("loading libraries")
-    check_libraries()
+    prepare()
     from evoprune.pipeline.loading.found import find_model
     from evoprune.pipeline.saved import with_recipe
     from evoprune.profiling import bench, run, time_limit, weights

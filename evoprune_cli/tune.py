@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
-from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.pruning.budget import parse_budget
 from evoprune.report.records import rounded
@@ -16,6 +15,7 @@ from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_chart, check_writable
+from evoprune_cli.imports import prepare
 from evoprune_cli.options import own
 from evoprune_cli.results import SOME_FAILED, rescuing, show, write
 from evoprune_cli.terminal import check_output, note, progress
@@ -116,7 +116,7 @@ def _run(asked: Request, settings: dict[str, Any]) -> int:
     rescue = rescuing(lambda: tuning is not None and tuning.has_results, lambda error: _deliver(tuning, error, asked))
     with rescue, progress(not quiet) as tell:
         tell("loading libraries")
-        check_libraries()
+        prepare()
         from evoprune.tuning.operations_run import OperationTuning
         from evoprune.tuning.run import Settings, Tuning
 

@@ -6,11 +6,11 @@ from contextlib import suppress
 from functools import partial
 
 from evoprune.errors import UsageError
-from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import ModelOptions
 from evoprune_cli import options as opt
 from evoprune_cli.failures import debugging, failure
 from evoprune_cli.files import check_writable, print_text, write_text
+from evoprune_cli.imports import prepare
 from evoprune_cli.tables import folded
 from evoprune_cli.terminal import check_output, json_line, note, page_width, print_document, progress
 
@@ -72,7 +72,7 @@ def verify(
     try:
         with progress(not quiet) as show:
             show("loading libraries")
-            check_libraries()
+            prepare()
             from evoprune.pipeline.loading.model import load_model
             from evoprune.profiling.time_limit import TimeLimit as Limit
             from evoprune.profiling.verify.run import subject_of

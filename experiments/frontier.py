@@ -27,6 +27,11 @@ SETS = {
 GROUPS = ("picture", "video", "text", "events")  # of scenes; of shapes there are none of these
 
 
+def folder_of(out: Path, name: str) -> Path:
+    """Where the run of a set is kept."""
+    return out / name.replace(", ", "-")
+
+
 def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
     """The samples of one set."""
     world, model = SETS[name]
@@ -40,7 +45,7 @@ def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
         limit=args.limit,
         model=ModelOptions(model, dtype="fp32"),
     )
-    run, folder = Evaluation(settings, None), out / name.replace(", ", "-")
+    run, folder = Evaluation(settings, None), folder_of(out, name)
     run.keep_in(folder, resume=folder.exists())
     run.load()
     run.run(lambda what: print(f"{name}: {what}", file=sys.stderr, flush=True), args.processes)

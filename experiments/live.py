@@ -22,15 +22,18 @@ from evoprune.evaluation.demo_clips import clips_asked, demo_video
 from evoprune.evaluation.grading import grade
 from evoprune.model.machine import memory_in_use
 from evoprune.pipeline.loading.model import load_model
+from evoprune.pipeline.options import StreamOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.frames import read_frames
 from experiments.paired import in_points, paired_difference
 
 MODELS = {"shapes": "demo", "scenes": "demo-scenes"}
-METHODS = ["evoprune", "adjacent", "evs"]
+METHODS = ["evoprune", "adjacent", "evs", "evs-nofloor"]
 FILE = "whole file"
-# Windows of a clip, the share of its tokens that the memory holds, seconds of an earlier window, and whether it is grey.
+# Windows of a clip (None: of the default length), the share of its tokens that the memory holds, seconds of an earlier window, and
+# whether it is grey.
 STREAMS = {
+    "windows of 8 s": (None, 1.0, 0.0, True),
     "3 windows": (3, 1.0, 0.0, True),
     "6 windows": (6, 1.0, 0.0, True),
     "6 windows, 3/4 remembered": (6, 0.75, 0.0, True),
@@ -40,7 +43,7 @@ STREAMS = {
     "3 windows, after 1 minute": (3, 1.0, 60.0, True),
     "3 windows, after 1 minute, turned": (3, 1.0, 60.0, False),
 }
-PLAIN = ("3 windows", "6 windows")
+PLAIN = ("windows of 8 s", "3 windows", "6 windows")
 PAGE = """# Live video
 
 Made by `python -m experiments.live -o results/watch.md --minutes {minutes:g} --hours {hours:g}`.
@@ -99,8 +102,9 @@ def asked(qa: VideoQA, video, streams: list[str]) -> dict[str, list[dict]]:
     found, step, tokens = {FILE: answers(of_file, video)}, plan.sampling.seconds_per_frame, of_file.plan.encoder.keep
     for name in streams:
         windows, share, before_s, grey = STREAMS[name]
-        size = max(2, 2 * round(len(times) / windows / 2))
-        least = 2 * math.ceil(tokens * size / len(times))
+        length = len(times) / windows if windows else StreamOptions.window_s / step
+        size = max(2, 2 * round(length / 2))
+        least = 2 * math.ceil(tokens * min(1, size / len(times)))
         limit = {} if share == 1 else {"memory_tokens": max(least, math.floor(share * tokens))}
         with qa.stream(fps=1 / step, window_s=size * step, **limit) as stream:
             start = math.ceil(before_s / (size * step)) * size * step  # at the beginning of a window

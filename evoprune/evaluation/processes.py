@@ -12,7 +12,7 @@ from threading import Thread
 from typing import Any
 
 from evoprune.errors import EvopruneError, OutOfMemory, PluginWarning
-from evoprune.model.limits import oom_kills
+from evoprune.model.limits import keep_freed_memory, oom_kills
 
 Work = Callable[[Any], list[dict]]
 
@@ -53,6 +53,7 @@ def _begin(start: Callable[[], Work]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore", PluginWarning)  # the parent has printed them
+    keep_freed_memory()
     try:
         _work = start()
     except Exception as problem:  # raised here, the pool would print it with its traceback, and report a broken pool

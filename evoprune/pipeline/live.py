@@ -63,8 +63,10 @@ class LiveFeed:
                 if found is None:
                     stream.catch_up()
                     continue
-                stream.facts = self._source.facts
+                stream.facts, before = self._source.facts, stream.encoded
                 stream.add(found[1], found[0])
+                if stream.encoded > before:
+                    backlog.encoded()
                 backlog.step_s = stream.step_s
                 self.begun.set()
             stream.flush()

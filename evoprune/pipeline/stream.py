@@ -58,6 +58,7 @@ class VideoStream(Askable):
     One thread feeds frames, others may ask meanwhile: the encoder waits while a question is read, and goes on layer by layer while
     the answer is generated. A window that is finished during an answer, or interrupted by a question, is read after it.
     Whatever feeds the frames sets `skipped` and `lag_s`, which `seen` says of the source, and `facts`, fields of its `Video`.
+    `encoded`: how many windows were.
 
     Raises UsageError: the method reads the question, changes the input, or acts inside the language model.
     """
@@ -74,7 +75,7 @@ class VideoStream(Askable):
             raise UsageError(f"method {engine.options.method} cannot prune a stream", hint)
         self._options, self._sampling, self._system, self._name = options, sampling, system, name
         self._paid, self._feeding = True, RLock()  # encoding is no question's
-        self.skipped, self.lag_s, self.facts = 0, None, {}
+        self.skipped, self.lag_s, self.facts, self.encoded = 0, None, {}, 0
         self._plan: Plan | None = None
         self._slots, self._frames = [], []
         self._origin_s = self._last_s = 0.0
@@ -176,16 +177,24 @@ class VideoStream(Askable):
         return self._plan and self._plan.sampling.seconds_per_frame
 
     def _begin(self, frame: np.ndarray, time_s: float) -> None:
-        """Plans a window as a video of its length, and checks the memory."""
+        """Plans a window as a video of its length, and reads what precedes the video in the prompt, which packs weights."""
         height, width, _ = frame.shape
         window = Video(
             self._name, self._options.window_s, width, height, 0, "raw", None, "stream", None, None, None, 0.0
         )
         self._plan = plan_input(self._engine, replace(window, **self.facts), self._sampling, self._name)
         self._origin_s = self._last_s = time_s
-        if self._limit < 2 * self._plan.encoder.keep:
-            problem = f"a memory of {self._limit:,} tokens is less than two windows of {self._plan.encoder.keep:,}"
-            raise UsageError(problem, "a longer memory, shorter windows (window_s, --window) or a lower budget")
+        try:
+            if self._limit < 2 * self._plan.encoder.keep:
+                problem = f"a memory of {self._limit:,} tokens is less than two windows of {self._plan.encoder.keep:,}"
+                raise UsageError(problem, "a longer memory, shorter windows (window_s, --window) or a lower budget")
+            loaded, head = self._engine.loaded, self._around("?")[0]
+            room = loaded.demo.span if loaded.demo else self._room
+            with self._lock.lock:
+                self._memory = StreamMemory(loaded.model, head, self._limit, self._plan.encoder.keep, room)
+        except BaseException:
+            self._plan = None
+            raise
 
     @property
     def _limit(self) -> int:
@@ -218,7 +227,7 @@ class VideoStream(Askable):
         with self._lock.lock:
             self._check_open()
             self._waiting.append(unread)
-            self._latest = encoding
+            self._latest, self.encoded = encoding, self.encoded + 1
             if self._open is not None and len(self._waiting) > WAITING:
                 self._turn, self._open, self._lock.generating = self._turn + 1, None, False
             if self._open is None:
@@ -255,10 +264,6 @@ class VideoStream(Askable):
 
     def _read_waiting(self, polite: bool = False) -> None:
         """Reads the windows that wait; with `polite`, none that a question would have to wait for."""
-        if self._memory is None:
-            loaded, head = self._engine.loaded, self._around("?")[0]
-            room = loaded.demo.span if loaded.demo else self._room
-            self._memory = StreamMemory(loaded.model, head, self._limit, self._plan.encoder.keep, room)
         self._memory.cache.crop(self._memory.columns)
         while self._waiting:
             try:

@@ -34,7 +34,7 @@ class Backlog:
         self._late_s = -inf  # the time at which a frame of 0 s comes without any lag
         self._last_s, self._next_s = -inf, 0.0  # of the latest frame; from where on the next one is due
         self._hungry, self._thinned = True, -inf
-        self._since, self._idle, self._taken, self._window = now(), 0.0, 0, 0
+        self._since, self._idle, self._taken = now(), 0.0, 0
         self._busy_s = self._looked = 0.0  # of the latest windows, each with half of the weight of the next one
 
     def due(self) -> float:
@@ -73,11 +73,23 @@ class Backlog:
                 return None
             found, self._hungry = self._waiting.popleft(), False
             self.lag_s = max(0.0, self._now() - self._late_s - found[0])
-            if found[0] // self.window_s != self._window:
-                self._measure(found[0] // self.window_s)
             self._taken += 1
             self._changed.notify_all()
             return found
+
+    def encoded(self) -> None:
+        """A window was encoded. Where frames are skipped, that tells how many, so that there is time for the others.
+
+        A single window tells little: it may be encoded while frames of the next one are taken.
+        """
+        with self._changed:
+            now = self._now()
+            self._busy_s = self._busy_s / 2 + now - self._since - self._idle
+            self._looked = self._looked / 2 + self._taken
+            if self.stride > 1 and self._looked:
+                most = self.window_s / (2 * self.step_s)
+                self.stride = max(1.0, min(most, self._busy_s / (self._looked * self.step_s * BUSY)))
+            self._since, self._idle, self._taken = now, 0.0, 0
 
     def end(self, drop: bool = False) -> None:
         """No frame will come; what waits can be taken, unless it is to `drop`."""
@@ -102,16 +114,3 @@ class Backlog:
         while self._span(time_s) >= 2 * self.window_s:
             self._waiting.popleft()
         self.skipped += before - len(self._waiting)
-
-    def _measure(self, window: float) -> None:
-        """Where frames are skipped: so many that the encoder has time for the others, by the latest windows.
-
-        A single window tells little: it may be encoded while frames of the next one are taken.
-        """
-        now = self._now()
-        self._busy_s = self._busy_s / 2 + now - self._since - self._idle
-        self._looked = self._looked / 2 + self._taken
-        if self.stride > 1 and self._looked:
-            most = self.window_s / (2 * self.step_s)
-            self.stride = max(1.0, min(most, self._busy_s / (self._looked * self.step_s * BUSY)))
-        self._since, self._idle, self._taken, self._window = now, 0.0, 0, window

@@ -101,7 +101,7 @@ def test_what_evoprune_wrote_is_replaced(cli, clip, tmp_path, monkeypatch, what)
     def reached():
         raise EvopruneError("it would be written")
 
-    monkeypatch.setattr(f"evoprune_cli.{what.split()[0]}.check_libraries", reached)
+    monkeypatch.setattr(f"evoprune_cli.{what.split()[0]}.prepare", reached)
     named = tmp_path / ("named.svg" if "chart" in what else "named.mp4")
     named.symlink_to(tmp_path / "other")
     for content in (None, *written().values()):  # first a link to nothing

@@ -11,20 +11,24 @@ WINDOW_S, STEP_S = 8.0, 0.5
 FRAME = np.zeros((1, 1, 3), np.uint8)
 
 
-def live(cost_s, seconds, *, window_cost_s=0.0, busy=lambda now: 0.0):
+def live(cost_s, seconds, *, window_cost_s=0.0, busy=lambda now: 0.0, at_once=True):
     """Frames at 10 a second come at their time; the encoder takes so long for each frame, and more for each window.
 
-    `busy`: seconds that something else takes the encoder, at a time. Returns the backlog, and of each frame that was looked at its
-    time, the lag, and the stride.
+    `busy`: seconds that something else takes the encoder, at a time. `at_once`: whether a window is encoded after its last frame,
+    if that is looked at, and not before the first one of the next window. Returns the backlog, and of each frame that was looked
+    at its time, the lag, and the stride.
     """
     now = [0.0]
     backlog, looked = Backlog(WINDOW_S, STEP_S, lambda: now[0]), []
-    free_s, waiting, window = 0.0, [], 0
+    free_s, waiting, window, encoding = 0.0, [], 0, False
     for number in range(round(seconds * 10)):
         now[0] = number / 10
         if now[0] >= backlog.due() - 1e-9:
             backlog.put(now[0], FRAME)
         while free_s <= now[0]:
+            if encoding:
+                backlog.encoded()
+                encoding = False
             at, found = now[0], backlog.take(0.0)
             if found is None:
                 free_s = at + 0.1
@@ -33,8 +37,9 @@ def live(cost_s, seconds, *, window_cost_s=0.0, busy=lambda now: 0.0):
             waiting.append(found)
             looked.append((found[0], backlog.lag_s, backlog.stride))
             free_s = at + busy(at)
-            if found[0] // WINDOW_S > window:
-                window = found[0] // WINDOW_S
+            last = at_once and found[0] % WINDOW_S >= WINDOW_S - STEP_S
+            if last or found[0] // WINDOW_S > window:
+                window, encoding = found[0] // WINDOW_S + last, True
                 free_s += cost_s * len(waiting) + window_cost_s
                 waiting = []
     return backlog, looked
@@ -47,9 +52,10 @@ def test_nothing_is_skipped_where_the_encoder_is_fast_enough():
     assert max(lag for _, lag, _ in looked) < WINDOW_S
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("cost_s", [0.7, 1.5, 3.0])
-def test_frames_are_skipped_evenly_where_it_is_too_slow(cost_s):
-    backlog, looked = live(cost_s, 1200)
+def test_frames_are_skipped_evenly_where_it_is_too_slow(cost_s, at_once):
+    backlog, looked = live(cost_s, 1200, at_once=at_once)
     late = [each for each in looked if each[0] > 300]
     assert max(lag for _, lag, _ in looked) < 2 * WINDOW_S + 16 * cost_s
     steps = np.diff([time_s for time_s, _, _ in late])
@@ -57,6 +63,8 @@ def test_frames_are_skipped_evenly_where_it_is_too_slow(cost_s):
     assert least / 1.01 <= np.mean(steps) / STEP_S < 1.2 * least  # at least 0.8 of what the encoder can do
     common, counts = np.unique(steps.round(6), return_counts=True)
     assert counts[(common >= STEP_S * (least - 1)) & (common <= STEP_S * (least * 1.2 + 1))].sum() > 0.9 * len(steps)
+    strides = [stride for _, _, stride in late]
+    assert max(strides) < 1.1 * min(strides)
     due = looked[-1][0] / STEP_S + 1
     assert abs(due - len(looked) - backlog.skipped) <= 2 * WINDOW_S / STEP_S  # those that wait
 
