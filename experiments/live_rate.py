@@ -15,6 +15,7 @@ from statistics import median
 
 import numpy as np
 
+from evoprune.model.limits import keep_freed_memory
 from evoprune.pipeline.live import LiveFeed
 from evoprune.pipeline.video_qa import VideoQA
 
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=600.0, help="seconds of the stream that are remembered")
     parser.add_argument("--every", type=float, default=60.0, help="seconds between two questions")
     args = parser.parse_args()
+    keep_freed_memory()  # as `watch` does
     how = {"dtype": args.dtype, "quantize": args.quantize, "threads": args.threads}
     qa = VideoQA.load(args.model, budget=args.budget, method=args.method, **how)
     height, width = map(int, args.size.split("x"))
@@ -120,7 +122,8 @@ def main() -> None:
     )
     window_s = reference / args.load  # its frames come in less time than it takes
     fps = frames / window_s
-    for every_s, minutes in ((None, args.minutes), (args.every, args.asked_minutes)):
+    runs = ((None, args.minutes), (args.every, args.asked_minutes))
+    for every_s, minutes in ((every_s, minutes) for every_s, minutes in runs if minutes):
         found = run(qa, Paced(height, width, 60 * minutes), window_s, fps, every_s, args.memory)
         ratio = found["rate"] * reference / frames
         print(

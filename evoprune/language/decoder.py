@@ -78,12 +78,13 @@ class KVCache:
 
     def move(self, config, columns: slice, by: torch.Tensor) -> None:
         """Moves some columns by so many positions, int64 `[3, 1]`: their keys are rotated further, values have no position."""
-        by = by.expand(3, len(range(*columns.indices(self.length))))
+        like = self._layers[0][0].new_empty(0).float()
+        cos, sin = rotation(config, by, like)  # the same for all of them
+        first, end, _ = columns.indices(self.length)
         for keys, _ in self._layers:
-            turned = rotate(
-                keys[0, :, columns].transpose(0, 1).float(), *rotation(config, by, keys.new_empty(0).float())
-            )
-            keys[0, :, columns] = turned.transpose(0, 1).to(keys.dtype)
+            for start in range(first, end, STRIP):  # a copy of all would be the most that a stream takes at once
+                strip = keys[0, :, start : min(end, start + STRIP)]
+                strip.copy_(rotate(strip.transpose(0, 1).float(), cos, sin).transpose(0, 1))
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a layer's new columns, `[1, kv_heads, L, head_dim]`, after the valid ones. They become valid with `add`.

@@ -15,8 +15,8 @@ from pathlib import Path
 from evoprune.errors import OutOfMemory
 
 ROOT = Path("/")
-# Options of glibc's mallopt. Freed memory above the trim threshold is given back, what is larger than the map threshold gets new pages
-# each time, and arenas of other threads than the first are kept small.
+# Options of glibc's mallopt. Freed memory above the trim threshold is given back, what is larger than the map threshold gets new
+# pages each time, and arenas of other threads than the first are kept small.
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, ARENA_MAX = -1, -2, -3, -8
 MALLOC = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26, MMAP_THRESHOLD: 2**30, ARENA_MAX: 1}
 # Bytes that torch and this package take by themselves. No model answers in less.
