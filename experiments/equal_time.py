@@ -19,7 +19,7 @@ from evoprune.pruning.budget import PRESETS
 from evoprune.text import budget_text
 from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
 from evoprune.visualize.svg import SOFT
-from experiments.frontier import SETS, folder_of, kept
+from experiments.frontier import SETS, kept, samples_of
 from experiments.paired import in_points, paired_difference
 
 OURS = "evoprune"
@@ -36,11 +36,10 @@ def read(folders: Sequence[Path]) -> Samples:
     for name in SETS:
         rows = found[name] = {}
         for folder in folders:
-            with open(folder_of(folder, name) / "samples.jsonl", encoding="utf-8") as file:
-                for sample in filter(lambda made: "error" not in made, map(json.loads, file)):
-                    if sample["row"] in (FULL, METHOD):
-                        key = NONE if sample["row"] == FULL else (sample["method"], sample["budget"])
-                        rows.setdefault(key, {})[sample["video"], sample["id"]] = sample
+            for sample in samples_of(folder, name):
+                if sample["row"] in (FULL, METHOD):
+                    key = NONE if sample["row"] == FULL else (sample["method"], sample["budget"])
+                    rows.setdefault(key, {})[sample["video"], sample["id"]] = sample
         found[name] = {key: list(each.values()) for key, each in rows.items()}
     return found
 
@@ -148,13 +147,13 @@ def chart(samples: Samples, presets: Samples, fast: dict[Key, float]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profiles", type=Path, nargs="+", help="the first one that has a row counts")
-    parser.add_argument("--presets", type=Path, required=True)
-    parser.add_argument("--rivals", type=Path, required=True)
+    parser.add_argument("--presets", type=Path, nargs="+", required=True)
+    parser.add_argument("--rivals", type=Path, nargs="+", required=True)
     parser.add_argument("-o", "--output", type=Path, help="of the table; default: stdout")
     parser.add_argument("--chart", type=Path)
     args = parser.parse_args(arguments)
     fast = speeds(args.profiles)
-    samples, presets = read([args.rivals]), read([args.presets])
+    samples, presets = read(args.rivals), read(args.presets)
     text = "\n".join(table(samples, fast)) + "\n"
     if args.output:
         args.output.write_text(text, encoding="utf-8")

@@ -5,6 +5,7 @@ accuracy kept in percent of each row, the 95% interval of its difference to the 
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,12 @@ GROUPS = ("picture", "video", "text", "events")  # of scenes; of shapes there ar
 def folder_of(out: Path, name: str) -> Path:
     """Where the run of a set is kept."""
     return out / name.replace(", ", "-")
+
+
+def samples_of(out: Path, name: str) -> list[dict]:
+    """The samples of a set that a run kept."""
+    with open(folder_of(out, name) / "samples.jsonl", encoding="utf-8") as file:
+        return [sample for sample in map(json.loads, file) if "error" not in sample]
 
 
 def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
@@ -87,8 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", default="evoprune")
     parser.add_argument("--sets", default=";".join(SETS), help="some of: %(default)s")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--also", type=Path, nargs="+", default=[], help="folders of other runs that count too")
     args = parser.parse_args(arguments)
     samples = {name: evaluated(args.out, name, args) for name in args.sets.split(";")}
+    for name, each in samples.items():
+        for folder in args.also:
+            each += samples_of(folder, name)
     for name, each in samples.items():
         full = [s for s in each if s["row"] == FULL]
         share = 100 * np.mean([s["right"] for s in full])
