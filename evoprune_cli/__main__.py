@@ -8,7 +8,7 @@ import sys
 
 # How long the threads of a parallel step spin before they sleep, waiting for the next one. GNU's OpenMP takes 300,000 turns, many
 # milliseconds, on cores that other programs need, or the thread that all wait for. It reads this when torch is loaded.
-SPIN = {"GOMP_SPINCOUNT": "1000"}
+SPIN = {"GOMP_SPINCOUNT": "10000"}
 CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 INTERRUPTED = 130
 

@@ -3,6 +3,7 @@
 import threading
 from contextlib import closing
 
+from evoprune.model.machine import compute_alone, end_team
 from evoprune.pipeline.stream import VideoStream
 from evoprune.video.backlog import Backlog
 from evoprune.video.live import LiveSource
@@ -26,6 +27,7 @@ class LiveFeed:
         self.begun, self.ended = threading.Event(), threading.Event()
         self.problem: BaseException | None = None
         self._stream, self._source, self._closing = stream, source, False
+        end_team()  # this thread has loaded the model, and another one encodes
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._read, self._encode)]
         for thread in self._threads:
             thread.start()
@@ -47,6 +49,7 @@ class LiveFeed:
             raise self.problem
 
     def _read(self) -> None:
+        compute_alone()  # it only scales frames
         try:
             with closing(self._source.frames(self.backlog.due)) as frames:
                 for time_s, frame in frames:

@@ -22,6 +22,7 @@ from evoprune.errors import UsageError, names_plugins
 from evoprune.language.generate import PrefillState, embed_ids, prefill
 from evoprune.language.prompt import build_prompt, timestamps
 from evoprune.model.cost import Clock
+from evoprune.model.machine import end_team
 from evoprune.pipeline.answering import Askable
 from evoprune.pipeline.encoding import Encoding, OpenInput
 from evoprune.pipeline.engine import Engine
@@ -337,5 +338,6 @@ class VideoStream(Askable):
         return state
 
     def _ended(self, turn: int) -> None:
+        end_team()  # the encoder computes in another thread
         if self._open == turn:
             self._open, self._lock.generating = None, False

@@ -45,7 +45,7 @@ def test_reports_say_how_many_there_were(cli, tiny_folder, monkeypatch, option, 
 
 
 @pytest.mark.parametrize(
-    ("given", "spin"), [({}, "1000"), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")], ids=str
+    ("given", "spin"), [({}, "10000"), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")], ids=str
 )
 def test_threads_sleep_soon_unless_the_environment_says_otherwise(monkeypatch, given, spin):
     monkeypatch.setattr(os, "environ", given)

@@ -1,5 +1,9 @@
 """How many threads a model computes with, and who may change the number."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -63,3 +67,40 @@ def test_what_is_no_number_of_threads(wrong):
 def test_the_defaults():
     """The library leaves the number alone."""
     assert ModelOptions().threads is None and ModelOptions(threads="auto").threads == "auto"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the threads in /proc")
+def test_the_threads_of_a_team_end_and_come_back():
+    """In a process of its own, which computes with two threads, then with one of its own alone."""
+    code = """
+import json, os, threading
+import torch
+from evoprune.model.machine import _openmp, compute_alone, end_team
+from evoprune.vision.preprocess import resize
+
+def product():
+    return (torch.ones(512, 512) @ torch.ones(512, 512)).sum().item()
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def alone():
+    compute_alone()
+    counts.append((resize(torch.ones(2, 512, 512, 3, dtype=torch.uint8), 512, 256).sum().item() * 512 / 3, threads()))
+
+torch.set_num_threads(2)
+before, counts = threads(), [(product(), threads())]
+end_team()
+counts.append((product() if not _openmp() else 512.0**3, threads()))
+counts.append((product(), threads()))
+end_team()
+thread = threading.Thread(target=alone)
+thread.start()
+thread.join()
+print(json.dumps([bool(_openmp()), [result == 512.0**3 for result, _ in counts], [count - before for _, count in counts]]))
+"""
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    known, right, more = json.loads(made.stdout)
+    assert all(right)
+    if known:
+        assert more[:3] == [1, 0, 1] and more[3] == 1  # the other thread itself, and none of a team
