@@ -7,7 +7,7 @@ are one video: a token has the position of its frame pair by Qwen's rule, counte
 The newest half of the memory is whole, windows before it are thinned (stream_memory.py). What is left keeps its position. Before
 positions leave the range that the model knows, keys are rotated back, so that the video begins at the oldest window that is left.
 
-Each window is encoded without what was encoded before: a selection covers a window, and can only keep rows of its own.
+Each window is encoded without what was encoded before, so that it does not depend on windows that are thinned while it is whole.
 """
 
 from collections.abc import Iterator, Sequence
