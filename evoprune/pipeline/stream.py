@@ -215,7 +215,9 @@ class VideoStream(Askable):
         slots, frames = self._slots, self._frames
         first = max(self._done, slots[0] // self._plan.sampling.frames * self._plan.sampling.frames)
         self._slots, self._frames, self._done = [], [], end
-        if len(frames) % 2:  # as Hugging Face fills up an odd number
+        if len(frames) % 2 and 1 < len(frames) < end - first:  # some are missing: one more, in place of one twice
+            slots, frames, self._count = slots[:-1], frames[:-1], self._count - 1
+        elif len(frames) % 2:  # as Hugging Face fills up an odd number
             slots, frames = [*slots, slots[-1]], [*frames, frames[-1]]
         plan = self._window_plan(slots, first, end)
         encoding, order = self._encode(plan, np.stack(frames))

@@ -9,7 +9,7 @@ from math import ceil, floor, inf
 import numpy as np
 
 PATIENCE = 1.5  # windows; while one is encoded, almost as much comes
-BUSY = 0.95  # share of its time that the encoder is to be busy while frames are skipped
+BUSY = 0.97  # share of its time that the encoder is to be busy while frames are skipped
 
 
 class Backlog:

@@ -107,6 +107,16 @@ def test_a_window_of_half_of_the_frames_has_half_of_the_tokens(demo):
         assert (full.seen.frames, half.seen.frames) == (16, 8) and full.seen.tokens == 2 * half.seen.tokens
 
 
+def test_an_odd_number_of_frames_is_filled_up_only_where_none_is_missing(demo):
+    """Where some are missing, one more is left out: a pair of one frame twice would cost as much as two."""
+    for numbers, looked in ((range(4), 4), (range(3), 3), ((0, 1, 3), 2), ((2,), 1)):
+        with VideoQA(demo, budget=0.25).stream(window_s=2.0, fps=2.0) as stream:
+            for number in numbers:
+                stream.add(np.full((112, 168, 3), 60 * number, np.uint8), number / 2)
+            stream.flush()
+            assert (stream.seen.frames, stream._latest.plan.grid[0]) == (looked, -(-looked // 2)), numbers
+
+
 @pytest.mark.parametrize("model", ["demo", "qwen3"])
 def test_windows_are_read_as_one_video(model, request):
     """With nothing pruned, several windows are the columns and positions of one video, since frame pairs do not see each other."""
