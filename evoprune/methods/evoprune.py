@@ -66,7 +66,7 @@ class FarthestPoints(Selector):
         """float32 `[tokens]`: the cluster size that the language model assumes for each token; None for 1."""
         if not self.count or tokens == len(owner):
             return None
-        return tally(owner, tokens).float() ** self.count
+        return tally(torch.where(owner < 0, tokens, owner), tokens + 1)[:tokens].float() ** self.count
 
 
 @dataclass(frozen=True)

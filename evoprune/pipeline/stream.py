@@ -7,7 +7,7 @@ are one video: a token has the position of its frame pair by Qwen's rule, counte
 The newest half of the memory is whole, windows before it are thinned (stream_memory.py). What is left keeps its position. Before
 positions leave the range that the model knows, keys are rotated back, so that the video begins at the oldest window that is left.
 
-Each window is encoded without what was encoded before, so that it does not depend on windows that are thinned while it is whole.
+What has not changed since the window before is not encoded again, but may become a token of each window (vision/segments.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,6 +42,7 @@ from evoprune.video.sampling import SamplingPlan
 from evoprune.vision.encoded import EncodedRows
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import resize
+from evoprune.vision.segments import NothingNew, Segment
 from evoprune.vision.tower import tower_shape
 
 CONTEXT = 32_768  # positions of a model that states no context
@@ -83,11 +84,10 @@ class VideoStream(Askable):
         self._memory: StreamMemory | None = None
         self._waiting: list[Unread] = []
         self._following = 0  # position after the latest window, counted from the beginning of the stream
-        self._latest: Encoding | None = None
+        self._latest, self._segment = None, Segment()  # the encoding of the latest window; what the next one is
         self._count = self._done = 0  # frames that were looked at; the slot after the last finished window
         self._open: int | None = None  # the number of the answer that is being read
         self._problem: str | None = None
-        self._head = len(self._around("?")[0])
 
     def __enter__(self) -> "VideoStream":
         return self
@@ -169,7 +169,7 @@ class VideoStream(Askable):
         self._problem = self._problem or "the stream is closed"  # which ends what is being encoded
         with self._feeding, self._lock.lock:
             self._turn += 1
-            self._memory, self._latest = None, None
+            self._memory, self._latest, self._segment = None, None, None
             self._waiting, self._slots, self._frames = [], [], []
 
     @property
@@ -247,8 +247,8 @@ class VideoStream(Askable):
         return replace(base, sampling=sampling, grid=grid, encoder=encoder, unshrunk=None, limited=False)
 
     def _encode(self, plan: Plan, frames: np.ndarray) -> tuple[Encoding, torch.Tensor]:
-        """A window, encoded as a file is, and the order in which its tokens stay."""
-        made: list[EncodedRows] = []
+        """A window, encoded as a segment of a file, and the order in which its tokens stay."""
+        made, segment = [], self._segment
 
         def read(source, times_s, **_) -> Iterator[FrameChunk]:
             yield FrameChunk(0, frames, tuple(times_s))
@@ -258,12 +258,17 @@ class VideoStream(Askable):
             self._check_open()
 
         def rows_of(*given, **how) -> EncodedRows:
-            made[:] = [encode_rows(*given, **how, pause=pause)]
-            return made[0]
+            made.append(encode_rows(*given, **how, pause=pause, segment=segment))
+            return made[-1]
 
-        opened = OpenInput(self._engine, plan, Clock(torch.device("cpu")), read, threaded=False)
-        encoding = opened.encode(rows_of=rows_of)
-        return encoding, staying_order(made[0], encoding.tokens)
+        try:
+            opened = OpenInput(self._engine, plan, Clock(torch.device("cpu")), read, threaded=False)
+            encoding = opened.encode(rows_of=rows_of)
+        except NothingNew:  # then all of it is encoded anew
+            self._segment = Segment()
+            return self._encode(plan, frames)
+        self._segment = Segment(segment.left)
+        return encoding, staying_order(made[-1], encoding.tokens)
 
     def _read_waiting(self, polite: bool = False) -> None:
         """Reads the windows that wait; with `polite`, none that a question would have to wait for."""

@@ -13,7 +13,7 @@ import torch
 
 from evoprune.model.config import PATCHES
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.reuse import scan
+from evoprune.pruning.reuse import ReferenceBlocks, scan
 from evoprune.vision import devices
 from evoprune.vision.devices import Timer
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, geometry, referring_layout, window_order
@@ -97,6 +97,7 @@ def in_chunks(
     timer: Timer,
     normal: Normalisation = CLIP,
     even: list[torch.Tensor] | None = None,
+    references: list[ReferenceBlocks] | None = None,
 ) -> Iterator[Chunk]:
     """Cuts a video into chunks of `rows` rows, rounded up to whole frame pairs; the last may have fewer.
 
@@ -108,10 +109,12 @@ def in_chunks(
         timer: measures the search for references.
         normal: mean and std of the patches' normalisation, as in `patchify`.
         even: a list to which each piece adds whether each of its frame pairs has one colour, until one has not; or None.
+        references: of the segment before, if there is one; in the end those of this video. A unit that a row of the segment
+            before represents has a negative `Chunk.source`.
 
     Raises ValueError: the number of patches does not fit `pairs` frame pairs.
     """
-    pair, done, references, held = geo.units * PATCHES, 0, None, []
+    pair, done, held, references = geo.units * PATCHES, 0, [], [] if references is None else references
     for piece, here in _read(patches, pair, -(-rows // geo.units), threshold > 0, timer):
         count, rest = divmod(len(piece), pair)
         if rest or done + count > pairs:
@@ -121,7 +124,9 @@ def in_chunks(
         source = None
         if threshold:
             with timer:
-                source, references = scan(patch_means(here, geo.units, *normal), references, threshold)
+                means = patch_means(here, geo.units, *normal)
+                source, seen = scan(means, references[0] if references else None, threshold)
+                references[:] = [seen]
         held.append(Chunk(done, count, _rows_of(piece, geo, done, count, source).to(dtype), source))
         done += count
         units = (done - held[0].first) * geo.units
@@ -154,13 +159,29 @@ def _is_even(pairs: torch.Tensor) -> torch.Tensor:
     return (pairs.amax(1) - pairs.amin(1)).max() < 1 / 255
 
 
-class CarriedKeys:
-    """The latest encoded row of each of P places: its index among all rows, and its keys and values in each layer."""
+@dataclass(frozen=True)
+class Earlier:
+    """What a segment of a longer video leaves to the next one, for each of P places: of the row that represents its last unit."""
 
-    def __init__(self):
+    references: ReferenceBlocks  # its pixels
+    keys_values: dict[int, torch.Tensor]  # by layer: `[P, 2, 4, heads, d]`
+    features: torch.Tensor  # `[P, D]`, after the patch merger
+    deepstack: torch.Tensor  # `[P, n, D]`
+
+
+class CarriedKeys:
+    """The latest encoded row of each of P places: its index among all rows, and its keys and values in each layer.
+
+    At first the rows are those of the segment before (`earlier`), which have no index: -1.
+    """
+
+    def __init__(self, earlier: Earlier | None = None):
         self._number: torch.Tensor | None = None  # int64 [P]
         self._latest: torch.Tensor | None = None
-        self._keys_values: dict[int, torch.Tensor] = {}  # by layer: [P, 2, 4, heads, d]
+        self.keys_values: dict[int, torch.Tensor] = {}  # by layer: [P, 2, 4, heads, d]
+        if earlier is not None:
+            places, self.keys_values = len(earlier.features), dict(earlier.keys_values)
+            self._number = torch.full((places,), -1, dtype=torch.int64, device=earlier.features.device)
 
     def begin(self, latest: torch.Tensor | None) -> None:
         """Starts a chunk; `latest`: from `Chunk.layout`, None if no later chunk follows."""
@@ -170,7 +191,7 @@ class CarriedKeys:
         self, layer: int, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[R or R + P, 4, heads, d]`: a chunk's in `layer`, and the references'; keeps those of later chunks."""
-        earlier = self._keys_values.pop(layer, None)
+        earlier = self.keys_values.pop(layer, None)
         if earlier is None and self._latest is None:
             return k, v
         both = torch.stack([k, v], 1)
@@ -178,7 +199,7 @@ class CarriedKeys:
             both = torch.cat([both, earlier])
         if self._latest is not None:
             stays = len(k) + ascending(layout.geometry.units, k.device) if earlier is not None else 0
-            self._keys_values[layer] = both[torch.where(self._latest < 0, stays, layout.owner[self._latest])]
+            self.keys_values[layer] = both[torch.where(self._latest < 0, stays, layout.owner[self._latest])]
         return both.unbind(1) if earlier is not None and layout.reach == "clip" else (k, v)
 
     def owners(self, owner: torch.Tensor, number: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,6 @@ only at a selection between layers, at the end, when it reads all checks, and wi
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import TokenLayout, full_layout, selected_layout
 from evoprune.vision.preprocess import CLIP, Normalisation
 from evoprune.vision.reductions import Followers, Merging
+from evoprune.vision.segments import NothingNew, Segment, VideoRows
 from evoprune.vision.tower import LayerRun, Reduction, run_layers, tower_geometry, tower_shape
 
 OnLayer = Callable[[int], None]
@@ -66,6 +66,7 @@ def encode_rows(
     normal: Normalisation = CLIP,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
     pause: Callable[[], None] = lambda: None,
+    segment: Segment | None = None,
 ) -> EncodedRows:
     """The part of `encode` before a question is needed.
 
@@ -81,15 +82,17 @@ def encode_rows(
         on_layer: called with the number of finished layers and of all layers, after each layer that follows a selection inside
             the tower.
         pause: called after every layer; it may wait.
+        segment: of a longer video, if this is one; its `left` is for the next segment.
 
     Raises ValueError: the number of patches does not fit the grid. ModelError: the tower computes NaN or infinite values.
+    NothingNew: no unit has changed since the segment before.
     """
 
     def after_layer(done: int) -> None:
         on_layer(done, plan.depth)
         pause()
 
-    run = _Run(visual, plan, chunk_units, after_layer, lambda done: pause())
+    run = _Run(visual, plan, chunk_units, after_layer, lambda done: pause(), segment)
     with without_autocast() if isinstance(visual, Tower) else nullcontext():
         for chunk in run.chunks(patches, normal):
             x, layout = run.embed(chunk)
@@ -105,26 +108,26 @@ def encode_rows(
         if plan.row_stages:
             rows.x = run.merge_patches(rows.x)
             run.note_numbers(rows.x, rows.deepstack)
+    if run.segment:
+        rows, selection = run.segment.joined(rows, selection)
     gathered = run.gathering.collected() if run.gathering else {}  # the inputs that the selector declared
     tokens = Tokens(rows.x, rows.owner, plan.grid, seconds_per_pair, seed, gathered)
     source, layers = torch.cat(run.sources), list(enumerate(run.computed))
     return EncodedRows(plan, tokens, rows.unit, source, layers, selection, run.timer, run.checks, rows.deepstack)
 
 
-@dataclass
-class _VideoRows:
-    """Rows of a video, ordered by unit."""
-
-    x: torch.Tensor  # `[E, 4, hidden]`, or `[E, D]` after the patch merger
-    deepstack: torch.Tensor  # `[E, n, D]`, of the layers so far; averaged where the rows are
-    unit: torch.Tensor  # int64 `[E]`, the unit whose place each row has
-    owner: torch.Tensor  # int64 `[N]`, the row that represents each unit, -1 for none
-
-
 class _Run:
     """The state of one video while the tower encodes it; its methods are the steps of `encode_rows`."""
 
-    def __init__(self, visual, plan: EncoderPlan, chunk_units: int | None, after_layer: OnLayer, pause: OnLayer):
+    def __init__(
+        self,
+        visual,
+        plan: EncoderPlan,
+        chunk_units: int | None,
+        after_layer: OnLayer,
+        pause: OnLayer,
+        segment: Segment | None = None,
+    ):
         weight, tower = visual.patch_embed.proj.weight, tower_shape(visual)
         self.visual, self.plan = visual, plan
         self.device, self.dtype = weight.device, weight.dtype
@@ -135,7 +138,8 @@ class _Run:
         self.piece = devices.largest_chunk(self.device)
         self.after_layer, self.pause = after_layer, pause  # called with the number of finished layers
         self.timer, self.checks = Timer(self.device), Checks()
-        self.carried = CarriedKeys() if plan.reuse else None
+        self.segment = segment and segment.begun(plan, self.geometry)  # None where the plan can leave nothing
+        self.carried = CarriedKeys(self.segment and self.segment.earlier) if plan.reuse else None
         selector = plan.token_stage.selector if plan.token_stage else None
         self.gathering = Gathering(selector, tower, self._merge_states) if selector and selector.needs else None
         if self.gathering and not all(isinstance(stage.reduce, WholePairs) for stage in plan.row_stages):
@@ -143,7 +147,7 @@ class _Run:
                 f"method {selector.name} selects behind a selection between layers, and gets nothing but the rows"
             )
         self.computed = [0] * tower.depth
-        self.pieces: list[_VideoRows] = []
+        self.pieces: list[VideoRows] = []
         self.sources: list[torch.Tensor] = []
         self.count = 0
 
@@ -159,6 +163,7 @@ class _Run:
             timer=self.timer,
             normal=normal,
             even=self.checks.even if self.plan.prunes else None,
+            references=self.segment and self.segment.references,
         )
 
     def embed(self, chunk: Chunk) -> tuple[torch.Tensor, TokenLayout]:
@@ -166,8 +171,8 @@ class _Run:
         with self.timer if self.carried else nullcontext():
             layout, latest = chunk.layout(self.geometry)
         if self.carried:
-            follows = chunk.first + chunk.pairs < self.plan.grid[0]
-            self.carried.begin(latest if follows else None)  # no unit refers to the last chunk
+            follows = chunk.first + chunk.pairs < self.plan.grid[0] or self.segment is not None
+            self.carried.begin(latest if follows else None)  # else no unit refers to the last chunk
         return embed(self.visual, devices.to_device(chunk.patches, self.device), layout), layout
 
     def run_first_layers(
@@ -191,21 +196,26 @@ class _Run:
         owner = self.carried.owners(layout.owner, index) if self.carried else index[layout.owner]
         x, deepstack = x[order], deepstack[order]
         self.note_numbers(x, deepstack)
-        self.pieces.append(_VideoRows(x, deepstack, layout.unit[order] + chunk.first * self.geometry.units, owner))
+        self.pieces.append(VideoRows(x, deepstack, layout.unit[order] + chunk.first * self.geometry.units, owner))
         own = chunk.first + ascending(chunk.pairs, "cpu")[:, None].expand(-1, self.geometry.units)
         self.sources.append(own if chunk.source is None else chunk.source)
         self.count += len(order)
 
-    def all_rows(self) -> _VideoRows:
-        """The rows of all chunks; frees the chunks."""
+    def all_rows(self) -> VideoRows:
+        """The rows of all chunks; frees the chunks. Raises NothingNew: there are none."""
+        if not self.count:
+            raise NothingNew
         live = [(rows.x, rows.deepstack) for rows in self.pieces if len(rows.x)]
         units, owners = [rows.unit for rows in self.pieces], [rows.owner for rows in self.pieces]
+        rows = VideoRows(*(torch.cat(each) for each in (*zip(*live, strict=True), units, owners)))
+        if self.segment:
+            self.segment.chunks_done(self.carried, rows.owner)
         self.pieces, self.carried = [], None
-        return _VideoRows(*(torch.cat(each) for each in (*zip(*live, strict=True), units, owners)))
+        return rows
 
     def select_rows(
-        self, rows: _VideoRows, stage: Stage, seconds_per_pair: float, seed: int
-    ) -> tuple[_VideoRows, Selection | None]:
+        self, rows: VideoRows, stage: Stage, seconds_per_pair: float, seed: int
+    ) -> tuple[VideoRows, Selection | None]:
         """The rows that go on; and the selection, if the language model reads exactly these rows.
 
         A selector that asks for no hidden states gets rows after the norm of the next layer, which reduces the few channels that
@@ -229,23 +239,26 @@ class _Run:
             del seen, tokens  # as large as all rows
             means, deepstack = (averaged(found, values, rows.owner) for values in (rows.x, rows.deepstack))
         final = not whole_pairs and selector.suffices(len(found.kept), plan.keep, plan.units)
-        return _VideoRows(means, deepstack, found.kept, owner), found if final else None
+        return VideoRows(means, deepstack, found.kept, owner), found if final else None
 
-    def run_later_layers(self, rows: _VideoRows, stage: Stage, layers: range) -> _VideoRows:
+    def run_later_layers(self, rows: VideoRows, stage: Stage, layers: range) -> VideoRows:
         """The selected rows after `layers`, which run on the whole video at once, or on chunks of whole frame pairs."""
         self.computed[layers.start : layers.stop] = [len(rows.unit)] * len(layers)
         if isinstance(stage.reduce, WholePairs):
             at_once = -(-self.chunk_units // self.geometry.units) * self.geometry.units
             pieces = list(zip(rows.x.split(at_once), rows.deepstack.split(at_once), strict=True))
             made = [self._run_pairs(*piece, layers, last=piece is pieces[-1]) for piece in pieces]
-            return _VideoRows(*map(torch.cat, zip(*made, strict=True)), rows.unit, rows.owner)
+            return VideoRows(*map(torch.cat, zip(*made, strict=True)), rows.unit, rows.owner)
         layout, order = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.owner)
-        run = LayerRun(self.visual, self.timer, mlp_rows=self.piece, on_layer=self.after_layer)
+        layout, carried = self.segment.enter(layout) if self.segment else (layout, None)
+        run = LayerRun(self.visual, self.timer, carried=carried, mlp_rows=self.piece, on_layer=self.after_layer)
         run.deepstack = rows.deepstack[order]
         x, rows.x = rows.x[order], None  # frees the rows in the old order
         x, _ = run_layers(run, layers, x, layout)
+        if self.segment:
+            self.segment.layers_done(carried, layers)
         back = order.argsort()
-        return _VideoRows(x[back], run.deepstack[back], rows.unit, rows.owner)
+        return VideoRows(x[back], run.deepstack[back], rows.unit, rows.owner)
 
     def _run_pairs(
         self, x: torch.Tensor, deepstack: torch.Tensor, layers: range, last: bool

@@ -134,7 +134,11 @@ def test_memory_does_not_grow_and_the_oldest_windows_are_thinned_step_by_step(de
             fed(stream, 2, start=2.0 * number)
             cache, windows = stream._memory.cache, stream._memory.windows
             held.append(stream.seen.tokens)
-            assert cache.length == stream._head + held[-1] == stream._head + sum(len(w.order) for w in windows)
+            assert (
+                cache.length
+                == stream._memory._head + held[-1]
+                == stream._memory._head + sum(len(w.order) for w in windows)
+            )
             for window in windows:
                 now = set(window.order.tolist())
                 assert now == set(range(len(now))) and now <= before.get(window.start_s, now)
@@ -165,7 +169,7 @@ def test_windows_of_any_method_are_thinned(demo, method):
 def test_what_is_left_keeps_its_keys(demo):
     with VideoQA(demo, budget=0.25).stream(window_s=2.0, memory_s=8.0) as stream:
         fed(stream, 8)
-        cache, head = stream._memory.cache, stream._head
+        cache, head = stream._memory.cache, stream._memory._head
         keys, order = cache._layers[0][0][0, :, head : cache.length].clone(), stream._memory.windows[0].order
         fed(stream, 2, start=8.0)
         left = len(stream._memory.windows[0].order)
@@ -229,7 +233,7 @@ def test_qwen3_forgets_the_time_of_a_frame_pair_with_its_last_token(qwen3):
             assert window.tokens and (~window.visual).any()
             assert set(window.order[~window.visual].tolist()) <= set(window.order[window.visual].tolist())
         assert counts == sorted(counts) and 0 < counts[0][1] < texts <= counts[-1][1]
-        assert memory.cache.length == sum(map(sum, counts)) + stream._head
+        assert memory.cache.length == sum(map(sum, counts)) + stream._memory._head
         answer = stream.ask(QUESTION, max_new_tokens=2)
         assert answer.text is not None and answer.report.tokens.visual == stream.seen.tokens
         assert answer.report.tokens.text > sum(text for _, text in counts)
@@ -241,12 +245,12 @@ def test_qwen3_reads_a_moved_window_as_the_first_one(qwen3):
     for later in (False, True):
         with fed(qa.stream(window_s=4.0), 4) as stream:
             memory = stream._memory
-            size = memory.following - stream._head
+            size = memory.following - stream._memory._head
             memory._room = size + 1  # for one window
             fed(stream, 4 * later, start=4.0)
-            assert len(memory.windows) == 1 and memory.following == stream._head + size
+            assert len(memory.windows) == 1 and memory.following == stream._memory._head + size
             assert memory._moved == (size if later else 0)
-            visual = memory.windows[0].visual.nonzero()[:, 0] + stream._head
+            visual = memory.windows[0].visual.nonzero()[:, 0] + stream._memory._head
             keys.append(memory.cache._layers[0][0][0, :, visual])
     torch.testing.assert_close(*keys, atol=1e-4, rtol=1e-4)
 
@@ -268,7 +272,7 @@ def test_a_bundled_model_forgets_what_is_further_away_than_its_longest_clip():
         for one, other in zip(logits(alone), logits(later), strict=True):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
         fed(later, 60, start=3604.0)
-        assert later.seen.windows == 6 and later._memory.following <= later._head + 48  # 24 seconds
+        assert later.seen.windows == 6 and later._memory.following <= later._memory._head + 48  # 24 seconds
 
 
 @pytest.mark.parametrize("most, limit", [(36, 720), (5, 10), (7, 100), (1, 2)])
@@ -378,3 +382,19 @@ def test_a_window_that_a_question_interrupts_is_read_later(demo):
         assert not broken._waiting and broken.seen == whole.seen
         for a, b in zip(logits(broken), logits(whole), strict=True):
             torch.testing.assert_close(a, b, atol=0.0, rtol=0.0)
+
+
+def test_what_has_not_changed_since_the_window_before_is_not_encoded_again(demo):
+    picture = np.random.default_rng(0).integers(0, 256, (112, 168, 3), dtype=np.uint8)
+    rows, tokens = [], []
+    with VideoQA(demo, budget=0.25).stream(window_s=2.0, fps=2.0) as stream:
+        for number in range(16):
+            frame = picture.copy()
+            if 4 <= number < 12:  # a corner of one unit changes with each frame pair
+                frame[:28, :28] = 60 + 20 * (number // 2)
+            stream.add(frame, number / 2)
+            if number % 4 == 3:
+                rows.append(stream._latest.tokens.layers[0][1])
+                tokens.append(stream.seen.tokens)
+        assert stream.ask(QUESTION).text
+    assert rows == [24, 2, 2, 1] and tokens == [12, 24, 36, 48]

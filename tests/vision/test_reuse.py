@@ -181,7 +181,7 @@ def test_what_is_carried_to_the_next_chunk_does_not_grow(monkeypatch):
 
     def measured(run, *args):
         result = run_layers(run, *args)
-        kept = run.carried._keys_values.values()
+        kept = run.carried.keys_values.values()
         held.append(sum(x.untyped_storage().nbytes() for x in kept))
         return result
 
