@@ -57,10 +57,10 @@ thinned. *after*: a window began so long before, which is grey, or the end of th
 The difference to the file is in points, with its 95% interval over clips.
 
 {tables}
-A stream of one window is the file (tests/pipeline/test_stream.py). Of several windows each selects among its own units, and each
-has its share of the tokens. The bundled models know clips of seconds: an earlier window stays only while both fit into the longest
-clip of their training, 24 s (`demo`) and 32 s (`demo-scenes`). So a window of a minute ago has no tokens left. While it was kept,
-it cost 46 to 52 points, because its distance was outside of what they learned.
+A stream of one window is the file (tests/pipeline/test_stream.py). Of several windows each selects among its own units and those
+that have not changed since the window before, and has its share of the tokens. The bundled models know clips of seconds: an earlier
+window stays only while both fit into the longest clip of their training, 24 s (`demo`) and 32 s (`demo-scenes`). So a window of a
+minute ago has no tokens left. While it was kept, it cost 46 to 52 points, because its distance was outside of what they learned.
 
 ## Two hours
 
@@ -69,7 +69,7 @@ it cost 46 to 52 points, because its distance was outside of what they learned.
 
 
 def accuracy(
-    minutes: float, budgets: list[float], methods: list[str], only: str
+    minutes: float, budgets: list[float], methods: list[str], only: str, plain: bool
 ) -> dict[tuple[str, str, float], dict[str, list[dict]]]:
     """The samples by world, method and budget, then by what was asked: the file or a stream. Of the first method all `STREAMS`."""
     loaded = {world: load_model(name) for world, name in MODELS.items()}
@@ -85,7 +85,11 @@ def accuracy(
                     for method, budget in product(methods, budgets):
                         qa = VideoQA(loaded[clip.world], budget=budget, method=method)
                         streams = [name for name in STREAMS if name.startswith(only)]
-                        streams = streams if method == methods[0] else [name for name in streams if name in PLAIN]
+                        streams = (
+                            streams
+                            if method == methods[0] and not plain
+                            else [name for name in streams if name in PLAIN]
+                        )
                         for name, made in asked(qa, video, streams).items():
                             samples[clip.world, method, budget][name] += made
             print(f"{pair[0]}, {time.process_time() - begun:.0f} s", flush=True)
@@ -191,13 +195,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--hours", type=float, default=2.0, help="0 for none")
     parser.add_argument("--only", default="", help="how the names of the streams begin that are asked")
+    parser.add_argument("--plain", action="store_true", help="no thinned memories and no earlier windows")
     parser.add_argument("--method", type=lambda text: text.split(","), default=METHODS)
     parser.add_argument(
         "-b", "--budgets", type=lambda text: [float(each) for each in text.split(",")], default=[0.25, 0.1]
     )
     args = parser.parse_args()
     hours = hours_text(args.hours, args.method[0]) if args.hours else ""
-    samples = accuracy(args.minutes, args.budgets, args.method, args.only)
+    samples = accuracy(args.minutes, args.budgets, args.method, args.only, args.plain)
     rows = [rows[FILE] for key, rows in samples.items() if key[1:] == (args.method[0], args.budgets[0])]
     clips, questions = len({each["video"] for made in rows for each in made}), sum(map(len, rows))
     facts = {"minutes": args.minutes, "hours": args.hours, "clips": clips, "questions": questions}

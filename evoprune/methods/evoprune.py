@@ -66,6 +66,7 @@ class FarthestPoints(Selector):
         """float32 `[tokens]`: the cluster size that the language model assumes for each token; None for 1."""
         if not self.count or tokens == len(owner):
             return None
+        # A unit may have no row here, but one of an earlier window.
         return tally(torch.where(owner < 0, tokens, owner), tokens + 1)[:tokens].float() ** self.count
 
 

@@ -107,6 +107,12 @@ def tower_bytes(config: Config, units: int, bytes_each: int) -> int:
     return units * PATCHES * (12 * vision.hidden_size * 4 + 3 * vision.intermediate_size * bytes_each)
 
 
+def carried_bytes(config: Config, places: int, bytes_each: int) -> int:
+    """Bytes of the tower's keys and values of all layers for the places of a frame pair, which frame pairs after it attend to."""
+    vision = config.vision_config
+    return places * vision.depth * 2 * PATCHES * vision.hidden_size * bytes_each
+
+
 def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int) -> int:
     """Bytes of reading a prompt of `prompt` tokens, in each layer or in all, keys and values included."""
     text, most = config.text_config, prompt if isinstance(prompt, int) else max(prompt)

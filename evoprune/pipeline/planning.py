@@ -6,8 +6,8 @@ from dataclasses import replace
 from evoprune.errors import LESS, OutOfMemory
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.model.config import PATCHES, Config
+from evoprune.model.cost import carried_bytes, shortage, working_memory
 from evoprune.model.cost import estimate_first_token as estimate_seconds
-from evoprune.model.cost import shortage, working_memory
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pruning.budget import keep_tokens, share_of
@@ -164,6 +164,16 @@ def fitting_chunk(engine: Engine, plan: Plan, other_tokens: int = TEXT) -> int:
             raise OutOfMemory(f"{plan.name} {short}: {size}", LESS, stage="encode")
         chunk_units = max(least, chunk_units // 2)
     return chunk_units
+
+
+def check_carried(engine: Engine, plan: Plan) -> None:
+    """Raises OutOfMemory where there is too little for what a window of a stream leaves to the next one (vision/segments.py)."""
+    model, (_, height, width) = engine.loaded.model, plan.encoder.grid
+    needed = 2 * carried_bytes(
+        model.config, height * width, model.dtype.itemsize
+    )  # those of two windows are held at once
+    if plan.encoder.reuse and (short := shortage(needed, str(model.device))):
+        raise OutOfMemory(f"a stream of {plan.width}x{plan.height} pixels {short}", LESS, stage="encode")
 
 
 def estimate_first_token(engine: Engine, plan: Plan, text: int = QUESTION) -> float | None:

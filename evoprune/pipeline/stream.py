@@ -28,7 +28,7 @@ from evoprune.pipeline.encoding import Encoding, OpenInput
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.fill_report import fill_times, inputs_report
 from evoprune.pipeline.options import GenerationOptions, SamplingOptions, StreamOptions
-from evoprune.pipeline.planning import plan_input
+from evoprune.pipeline.planning import check_carried, plan_input
 from evoprune.pipeline.prompting import check_context, check_memory, check_question
 from evoprune.pipeline.stream_memory import Seen, StreamMemory, Unread, columns_of, staying_order
 from evoprune.pipeline.turns import Turns
@@ -189,6 +189,7 @@ class VideoStream(Askable):
             if self._limit < 2 * self._plan.encoder.keep:
                 problem = f"a memory of {self._limit:,} tokens is less than two windows of {self._plan.encoder.keep:,}"
                 raise UsageError(problem, "a longer memory, shorter windows (window_s, --window) or a lower budget")
+            check_carried(self._engine, self._plan)
             loaded, head = self._engine.loaded, self._around("?")[0]
             room = loaded.demo.span if loaded.demo else self._room
             with self._lock.lock:
@@ -215,9 +216,7 @@ class VideoStream(Askable):
         slots, frames = self._slots, self._frames
         first = max(self._done, slots[0] // self._plan.sampling.frames * self._plan.sampling.frames)
         self._slots, self._frames, self._done = [], [], end
-        if len(frames) % 2 and 1 < len(frames) < end - first:  # some are missing: one more, in place of one twice
-            slots, frames, self._count = slots[:-1], frames[:-1], self._count - 1
-        elif len(frames) % 2:  # as Hugging Face fills up an odd number
+        if len(frames) % 2:  # as Hugging Face fills up an odd number
             slots, frames = [*slots, slots[-1]], [*frames, frames[-1]]
         plan = self._window_plan(slots, first, end)
         encoding, order = self._encode(plan, np.stack(frames))

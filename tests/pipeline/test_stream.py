@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from evoprune.bundled import DEMOS
-from evoprune.errors import UsageError
+from evoprune.errors import OutOfMemory, UsageError
+from evoprune.pipeline import planning
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.stream_memory import targets
 from evoprune.pipeline.video_qa import VideoQA
@@ -105,16 +106,6 @@ def test_a_window_of_half_of_the_frames_has_half_of_the_tokens(demo):
         fed(full, 8), fed(half, 8, fps=1.0)
         half.flush()
         assert (full.seen.frames, half.seen.frames) == (16, 8) and full.seen.tokens == 2 * half.seen.tokens
-
-
-def test_an_odd_number_of_frames_is_filled_up_only_where_none_is_missing(demo):
-    """Where some are missing, one more is left out: a pair of one frame twice would cost as much as two."""
-    for numbers, looked in ((range(4), 4), (range(3), 3), ((0, 1, 3), 2), ((2,), 1)):
-        with VideoQA(demo, budget=0.25).stream(window_s=2.0, fps=2.0) as stream:
-            for number in numbers:
-                stream.add(np.full((112, 168, 3), 60 * number, np.uint8), number / 2)
-            stream.flush()
-            assert (stream.seen.frames, stream._latest.plan.grid[0]) == (looked, -(-looked // 2)), numbers
 
 
 @pytest.mark.parametrize("model", ["demo", "qwen3"])
@@ -398,3 +389,19 @@ def test_what_has_not_changed_since_the_window_before_is_not_encoded_again(demo)
                 tokens.append(stream.seen.tokens)
         assert stream.ask(QUESTION).text
     assert rows == [24, 2, 2, 1] and tokens == [12, 24, 36, 48]
+
+
+def test_what_a_window_leaves_to_the_next_one_counts_as_memory(demo, monkeypatch):
+    asked = []
+    monkeypatch.setattr(planning, "shortage", lambda needed, device: asked.append(needed) or "needs more than there is")
+    frame = np.zeros((112, 168, 3), np.uint8)
+    with VideoQA(demo, budget=0.25).stream(window_s=2.0, fps=2.0) as stream:
+        for _ in range(2):  # it says so again
+            with pytest.raises(OutOfMemory, match="168x112 pixels needs more"):
+                stream.add(frame, 0.0)
+        monkeypatch.undo()
+        for number in range(8):
+            frame[:28, :28] = 30 * number
+            stream.add(frame, number / 2)
+        held = sum(each.nbytes for each in stream._segment.earlier.keys_values.values())
+    assert asked == [2 * held] * 2
