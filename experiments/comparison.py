@@ -126,8 +126,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=CLIPS, help="clips (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="clips at a time (default: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/comparison"), help="default: %(default)s")
-    parser.add_argument("--table", type=Path, default=Path("results/comparison.md"), help="default: %(default)s")
-    parser.add_argument("--chart", type=Path, default=Path("results/comparison.svg"), help="default: %(default)s")
+    parser.add_argument("--table", type=Path, default=Path("runs/comparison.md"), help="default: %(default)s")
+    parser.add_argument("--chart", type=Path, default=Path("runs/comparison.svg"), help="default: %(default)s")
     given = list(sys.argv[1:] if args is None else args)
     asked = parser.parse_args(given)
     try:

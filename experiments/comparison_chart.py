@@ -9,22 +9,19 @@ from experiments.comparison_tables import Budget, Outcome
 
 
 def chart(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> str:
-    """SVG: a line a method, the most accurate on top (mean over models and budgets), a dot a budget, a panel a model.
-
-    Rows with `outdated`, from a page that marks them, are marked.
-    """
+    """SVG: a line a method, the most accurate on top (mean over models and budgets), a dot a budget, a panel a model."""
     accuracy: dict[str, list[float]] = {}
     for outcome in outcomes:
         for budget in budgets:
             for row in outcome.rows(budget):
-                accuracy.setdefault(_label(row), []).append(row["accuracy"])
+                accuracy.setdefault(row["method"], []).append(row["accuracy"])
     names = sorted(accuracy, key=lambda name: -sum(accuracy[name]) / len(accuracy[name]))
     panels = []
     for outcome in outcomes:
         series = []
         for budget, colour in zip(budgets, COLOURS, strict=False):
             points = (
-                Point(100 * row["accuracy"], names.index(_label(row)), 100 * row["low"], 100 * row["high"])
+                Point(100 * row["accuracy"], names.index(row["method"]), 100 * row["low"], 100 * row["high"])
                 for row in outcome.rows(budget)
             )
             series.append(Series(f"-b {budget_text(budget)}", tuple(points), colour))
@@ -36,10 +33,4 @@ def chart(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> str:
     settings, count = outcomes[0].document["settings"], outcomes[0].document["videos"]["evaluated"]
     facts = f"demo ({settings['split']}, block {settings['seed']}), {count:,} clips, 95% intervals over videos. "
     facts += "The most accurate method on top: mean over models and budgets."
-    if any(name.endswith("*") for name in names):
-        facts += " *: measured with earlier code, or with a setting that was removed."
     return draw("Accuracy of each method at the same budgets", facts, panels, rows=names)
-
-
-def _label(row: dict) -> str:
-    return row["method"] + "*" * row.get("outdated", False)

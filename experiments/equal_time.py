@@ -1,30 +1,35 @@
-"""The frontier: methods of others against `evoprune` at equal time, a table and a chart.
+"""All methods beside `evoprune`: what each keeps and costs, and which is better at equal time; tables and a chart.
 
-    python -m experiments.equal_time PROFILE.json --presets DIR --rivals DIR -o results/equal-time.md --chart results/frontier.svg
+    python -m experiments.equal_time results/frontier.md --presets DIR --rivals DIR DIR -o tables.md --chart results/frontier.svg
 
-PROFILE.json is of `evoprune profile --format json`. Both folders are of `experiments.frontier`: the first has the presets on many
-clips, the second the methods of others and `evoprune` on the same clips. A method that selects after the encoder has the time of
-the profile's bound, which leaves its selection out.
+The folders are of `experiments.frontier`: the presets on many clips, for the chart, and the rows to compare, of which the clips
+that all rows share count. The page has times of `evoprune profile` in two kinds of tables: with budgets as columns
+(`| | -b 0.25 |`), and with rows `METHOD -b BUDGET`. Of several runs the slowest counts. A method that selects after the encoder has
+the time of the bound, which leaves its selection out.
 """
 
 import argparse
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from evoprune import methods
 from evoprune.evaluation.scores import FULL, METHOD
-from evoprune.profiling.results import BOUND
-from evoprune.pruning.budget import PRESETS
+from evoprune.pruning.budget import PRESETS, parse_budget
 from evoprune.text import budget_text
 from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
 from evoprune.visualize.svg import SOFT
 from experiments.frontier import SETS, kept, samples_of
+from experiments.frontier import table as by_group
 from experiments.paired import in_points, paired_difference
 
 OURS = "evoprune"
 ALIKE = 1.03  # times that differ by less are equal
 LEAST = 60  # percent; the chart leaves out what keeps less
+BOUND, FULL_ROW = "bound of all methods after the encoder", "budget 1.0"  # in the page
+RATIO = "times as fast as Hugging Face"
 
 Key = tuple[str, float | str]  # a method and a budget
 Samples = dict[str, dict[Key, list[dict]]]  # by set, then by row; with nothing pruned it is NONE
@@ -32,52 +37,86 @@ NONE: Key = "none", 1.0
 
 
 def read(folders: Sequence[Path]) -> Samples:
+    """The rows of all folders, on the questions that every row of a set answered."""
     found: Samples = {}
     for name in SETS:
-        rows = found[name] = {}
+        rows: dict[Key, dict] = {}
         for folder in folders:
             for sample in samples_of(folder, name):
                 if sample["row"] in (FULL, METHOD):
                     key = NONE if sample["row"] == FULL else (sample["method"], sample["budget"])
                     rows.setdefault(key, {})[sample["video"], sample["id"]] = sample
-        found[name] = {key: list(each.values()) for key, each in rows.items()}
+        shared = set.intersection(*(set(each) for each in rows.values()))
+        found[name] = {key: [each[which] for which in sorted(shared)] for key, each in rows.items()}
     return found
 
 
-def speeds(profiles: Sequence[Path]) -> dict[Key, float]:
-    """First token of Hugging Face over that of each row of the same run, by a video's share; a bound has the method BOUND."""
-    found = {}
-    for profile in profiles:
-        for row in json.loads(profile.read_text(encoding="utf-8"))["rows"]:
-            method = BOUND if row["row"] == BOUND else row["method"]
-            if method and (ratio := row["ratio"]["first_token_to_hugging_face"]):
-                found.setdefault((method, float(PRESETS.get(row["budget"], row["budget"]))), ratio)
+def speeds(page: str) -> dict[Key, float]:
+    """First token of Hugging Face over that of each row, by a video's share; the lowest of all tables."""
+    found: dict[Key, float] = {}
+
+    def add(method: str, share: str, cell: str) -> None:
+        key = NONE if method == FULL_ROW else (method, float(parse_budget(share)))
+        found[key] = min(float(cell), found.get(key, float(cell)))
+
+    for block in re.findall(r"(?:^\|.*\n)+", page, re.M):
+        titles, _, *rows = ([cell.strip(" `") for cell in line.strip()[1:-1].split("|")] for line in block.splitlines())
+        for name, *cells in rows:
+            method, _, budget = name.partition(" -b ")
+            if all(title.startswith("-b ") for title in titles[1:]):
+                for title, cell in zip(titles[1:], cells, strict=True):
+                    add(name, title.removeprefix("-b "), cell)
+            elif budget and RATIO in titles:
+                add(method, budget, cells[titles.index(RATIO) - 1])
     return found
 
 
 def speed_of(key: Key, fast: dict[Key, float]) -> float | None:
     name, budget = key
-    share = float(PRESETS.get(budget, budget))
     after = methods.parse(name).acts == "after"
-    return fast.get((BOUND if after else name, share))
-
-
-def on_same(mine: list[dict], others: list[dict]) -> list[dict]:
-    there = {(s["video"], s["id"]) for s in others}
-    return [s for s in mine if (s["video"], s["id"]) in there]
+    return fast.get((BOUND if after else name, float(parse_budget(budget))))
 
 
 def worst(samples: Samples, key: Key) -> float:
     """Percent of the accuracy kept in the worst of the sets."""
-    return min(kept(rows[key], on_same(rows[NONE], rows[key])) for rows in samples.values())
+    return min(kept(rows[key], rows[NONE]) for rows in samples.values())
+
+
+def rows_of(samples: Samples) -> set[Key]:
+    """Those that all sets have."""
+    return set.intersection(*(set(rows) for rows in samples.values()))
+
+
+def short(samples: Samples, world: str, fast: dict[Key, float]) -> list[str]:
+    """What each method keeps in a world with each set of weights, its share of the operations, and its speed."""
+    sets = [rows for name, rows in samples.items() if name.split(",")[0] == world]
+    budgets = [budget for budget in PRESETS if any(key[0] != OURS and key[1] == budget for key in rows_of(samples))]
+    heads = [head for budget in budgets for head in (f"`-b {budget}` keeps", "operations", "first token")]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+
+    def shares(key: Key) -> list[float]:
+        return [kept(rows[key], rows[NONE]) for rows in sets]
+
+    def cells(key: Key) -> list[str]:
+        spent = np.mean([s["tflop_3b"] for s in sets[0][key]]) / np.mean([s["tflop_3b"] for s in sets[0][NONE]])
+        speed = speed_of(key, fast)
+        return [
+            " / ".join(f"{each:.1f}" for each in shares(key)),
+            f"{100 * spent:.0f}%",
+            f"{speed:.2f}" if speed else "",
+        ]
+
+    names = dict.fromkeys(name for name, budget in sorted(rows_of(samples), key=str) if budget in budgets)
+    for name in sorted(names, key=lambda name: -np.mean([shares((name, budget)) for budget in budgets])):
+        lines.append("| " + " | ".join([f"`{name}`", *(c for budget in budgets for c in cells((name, budget)))]) + " |")
+    return lines
 
 
 def verdicts(samples: Samples, key: Key, ours: Key) -> list[str]:
     """Our row minus the other one, in points, in each set."""
     made = []
     for rows in samples.values():
-        mine = on_same(rows[ours], rows[key])
-        mean, low, high = paired_difference(mine, on_same(rows[key], mine))
+        mean, low, high = paired_difference(rows[ours], rows[key])
         word = "better" if low > 0 else "worse" if high < 0 else "tie"
         made.append(f"{word} {in_points(mean, low, high)}")
     return made
@@ -85,8 +124,8 @@ def verdicts(samples: Samples, key: Key, ours: Key) -> list[str]:
 
 def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
     """A row for each row of the others: the most accurate of ours that takes no longer, and what it keeps more."""
-    rows = set.intersection(*(set(each) for each in samples.values()))
-    ours = {key: speed_of(key, fast) for key in rows if key[0] == OURS} | {NONE: fast["none", 1.0]}
+    rows = rows_of(samples)
+    ours = {key: speed_of(key, fast) for key in rows if key[0] == OURS} | {NONE: fast[NONE]}
     ours = {key: speed for key, speed in ours.items() if speed}
     lines = [
         "| | first token | keeps | ours | first token | " + " | ".join(SETS) + " |",
@@ -116,27 +155,25 @@ def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
 
 
 def chart(samples: Samples, presets: Samples, fast: dict[Key, float]) -> str:
-    rows = set.intersection(*(set(each) for each in samples.values()))
     inside, after = [], []
-    for key in sorted(rows, key=str):
+    for key in sorted(rows_of(samples), key=str):
         speed = speed_of(key, fast)
         if key[0] in (OURS, "none") or not speed or worst(samples, key) < LEAST:
             continue
         is_after = methods.parse(key[0]).acts == "after"
         (after if is_after else inside).append(Point(speed, worst(samples, key), label="" if is_after else key[0]))
-    made = set.intersection(*(set(each) for each in presets.values()))
-    ours = [(speed_of((OURS, name), fast), name) for name in PRESETS if (OURS, name) in made]
+    ours = [(speed_of((OURS, name), fast), name) for name in PRESETS if (OURS, name) in rows_of(presets)]
     line = [Point(speed, worst(presets, (OURS, name)), label=f"-b {name}") for speed, name in ours if speed]
     series = [
-        Series("evoprune", (Point(fast["none", 1.0], 100.0, label="-b full"), *line), COLOURS[0]),
+        Series("evoprune", (Point(fast[NONE], 100.0, label="-b full"), *line), COLOURS[0]),
         *(Series("", (point,), COLOURS[1]) for point in inside),
         *(Series("", (point,), SOFT, hollow=True) for point in after),
         Series("", (Point(1.0, 100.0, label="Hugging Face"),), INK),
     ]
     x_label, y_label = "first token, times as fast as Hugging Face", "accuracy kept, worst of four sets, %"
     facts = (
-        "Two generated worlds, two demo models each. Orange: methods of others inside the encoder or the language model, at a "
-        "quarter and a tenth of the tokens; grey: methods after the encoder, as fast as they would be if selecting cost nothing. "
+        "Two generated worlds, two demo models each. Orange: other methods on the input, inside the encoder or the language model, "
+        "with the tokens of balanced and fast; grey: methods after the encoder, as fast as they are if selecting costs nothing. "
         "3B dimensions, 8 moving frames, fp32, two CPU threads."
     )
     return draw(
@@ -144,21 +181,34 @@ def chart(samples: Samples, presets: Samples, fast: dict[Key, float]) -> str:
     )
 
 
+def page(samples: Samples, fast: dict[Key, float]) -> str:
+    """All tables in Markdown."""
+    blocks = []
+    for world in dict.fromkeys(name.split(",")[0] for name in SETS):
+        about = len({s["video"] for s in samples[world][NONE]})
+        blocks += [
+            f"## `{world}`: {about} clips, {len(samples[world][NONE])} questions",
+            "\n".join(short(samples, world, fast)),
+        ]
+    flat = {name: [sample for each in rows.values() for sample in each] for name, rows in samples.items()}
+    blocks += ["## At equal time", "\n".join(table(samples, fast)), "## By kind of question", "\n".join(by_group(flat))]
+    return "\n\n".join(blocks) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profiles", type=Path, nargs="+", help="the first one that has a row counts")
+    parser.add_argument("times", type=Path, help="a page with tables of times")
     parser.add_argument("--presets", type=Path, nargs="+", required=True)
     parser.add_argument("--rivals", type=Path, nargs="+", required=True)
-    parser.add_argument("-o", "--output", type=Path, help="of the table; default: stdout")
+    parser.add_argument("-o", "--output", type=Path, help="of the tables; default: stdout")
     parser.add_argument("--chart", type=Path)
     args = parser.parse_args(arguments)
-    fast = speeds(args.profiles)
+    fast = speeds(args.times.read_text(encoding="utf-8"))
     samples, presets = read(args.rivals), read(args.presets)
-    text = "\n".join(table(samples, fast)) + "\n"
     if args.output:
-        args.output.write_text(text, encoding="utf-8")
+        args.output.write_text(page(samples, fast), encoding="utf-8")
     else:
-        print(text, end="")
+        print(page(samples, fast), end="")
     if args.chart:
         args.chart.write_text(chart(samples, presets, fast), encoding="utf-8")
 

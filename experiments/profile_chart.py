@@ -1,6 +1,6 @@
 """Draws a chart of `evoprune profile` again, from what `--format json -o FILE` kept.
 
-python -m experiments.profile_chart runs/frames.json -o results/frames.svg
+python -m experiments.profile_chart runs/frames.json -o frames.svg
 """
 
 import argparse

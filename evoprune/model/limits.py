@@ -74,8 +74,8 @@ def check_libraries(root: Path = ROOT) -> None:
 def keep_freed_memory() -> None:
     """Has the C library keep the memory that this process frees, up to its peak; for processes of our own. Only glibc can.
 
-    It would give back what the layers' results took, and get new pages from the system for those of the next layer: at 3B in bf16
-    that is a seventh of the time of encoding 40 frames.
+    It would give back what the layers' results took, and get new pages from the system for those of the next layer, which is a
+    twenty-fifth of the time of encoding 24 frames at 3B in bf16 (results/machines.md).
     """
     import ctypes  # which --help does not need
 

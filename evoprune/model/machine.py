@@ -140,7 +140,8 @@ def end_team() -> None:
     """Ends the OpenMP threads that wait for this thread, which computes no more for now. They are started again when it does.
 
     With more of them than cores, those that compute for another thread sleep in place of spinning between two parallel steps,
-    which costs a seventh of the time of encoding at 3B. Does nothing where torch has another OpenMP than GNU's.
+    which makes encoding 24 frames at 3B a sixth slower (results/machines.md). Does nothing where torch has another OpenMP than
+    GNU's.
     """
     if library := _openmp():
         library.omp_pause_resource_all(SOFT)

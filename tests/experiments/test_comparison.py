@@ -2,7 +2,6 @@
 
 from functools import partial
 from itertools import product
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -166,13 +165,6 @@ def test_the_short_table_has_no_variants_and_no_combinations():
         "| `random` | 100.0 / 100.0 | 100% |",
         "| `pool` | 50.0 / 50.0 | 100% |",
     ]
-
-
-@pytest.mark.parametrize("name", ["comparison", "comparison-scenes"])
-def test_the_short_table_in_the_docs_is_that_of_the_comparison(name):
-    made, page = (Path(file).read_text(encoding="utf-8") for file in (f"results/{name}.md", "docs/methods.md"))
-    table = made.split("## In short\n")[1].split("\n## ")[0].strip().split("\n\n")[1]
-    assert table.count("\n") > 20 and table in page
 
 
 def test_equal_cost_is_the_most_expensive_of_ours_that_costs_no_more():
