@@ -27,14 +27,10 @@ DEMOS = {
 
 
 def demo_in(folder: Path | None) -> Demo | None:
-    """The demo model in a folder."""
-    if folder is None:
-        return None
-    return next((demo for demo in DEMOS.values() if demo.folder.resolve() == folder.resolve()), None)
+    return next((demo for demo in DEMOS.values() if folder and demo.folder.resolve() == folder.resolve()), None)
 
 
 def demo_knowing(world: str) -> str | None:
-    """The name of the demo model that knows the clips of a world."""
     return next((name for name, demo in DEMOS.items() if demo.world == world), None)
 
 

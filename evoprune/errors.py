@@ -94,21 +94,17 @@ class OutOfMemory(EvopruneError):
     type = "out_of_memory"
 
 
-def _plugin_of(problem: BaseException) -> str | None:
-    """The method of another package in whose code the exception was raised, or in code that it called; None without one."""
+def _plugin_error(problem: BaseException) -> PluginError | None:
+    """The error for an unexpected exception in another package's method, or in code that it called; None for any other."""
     packages = {method.__module__.partition(".")[0]: name for method, name in PLUGINS.items()}
-    for frame, _ in walk_tb(problem.__traceback__):
+    expected = isinstance(problem, EvopruneError) or is_out_of_memory(problem)
+    for frame, _ in walk_tb(None if expected else problem.__traceback__):
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if package in packages:
-            return PLUGINS.get(type(frame.f_locals.get("self")), packages[package])
+            method = PLUGINS.get(type(frame.f_locals.get("self")), packages[package])
+            hint = "report it to that package's authors, with the traceback, which --debug prints; or choose another method"
+            return PluginError(f"{method} failed: {type(problem).__name__}: {first_line(problem)}", hint)
     return None
-
-
-def _plugin_error(problem: BaseException) -> PluginError | None:
-    """The error for an unexpected exception in the code of another package's method; None for any other."""
-    brought = None if isinstance(problem, EvopruneError) or is_out_of_memory(problem) else _plugin_of(problem)
-    hint = "report it to that package's authors, with the traceback, which --debug prints; or choose another method"
-    return PluginError(f"{brought} failed: {type(problem).__name__}: {first_line(problem)}", hint) if brought else None
 
 
 @contextmanager
@@ -136,10 +132,10 @@ def error_record(problem: BaseException) -> dict:
 
 def is_out_of_memory(problem: BaseException) -> bool:
     """Whether a host or a device ran out of memory, by the type of what was raised, or by what it says."""
-    if isinstance(problem, OSError) and problem.errno == errno.ENOMEM:
+    if isinstance(problem, MemoryError) or (isinstance(problem, OSError) and problem.errno == errno.ENOMEM):
         return True
-    says = isinstance(problem, RuntimeError | OSError | ImportError) and re.search("|".join(NO_MEMORY), str(problem))
-    return bool(says) or isinstance(problem, MemoryError)
+    said = str(problem) if isinstance(problem, RuntimeError | OSError | ImportError) else ""
+    return re.search("|".join(NO_MEMORY), said) is not None
 
 
 @contextmanager
@@ -150,13 +146,12 @@ def memory_guard(stage: str) -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as problem:
         if not is_out_of_memory(problem):
             raise
-        raise OutOfMemory(f"out of memory in {stage}{_wanted(problem)}", LESS, stage=stage) from problem
-
-
-def _wanted(problem: BaseException) -> str:
-    """How much was asked for and how much was free, where the allocator of a GPU says it."""
-    said = re.search(r"Tried to allocate ([\d.]+ \wiB).*?(?:of which ([\d.]+ \wiB) is free|$)", str(problem), re.DOTALL)
-    return "" if not said else f": {said[1]} wanted" + (f", {said[2]} free" if said[2] else "")
+        # The allocator of a GPU says how much was asked for and how much was free.
+        said = re.search(
+            r"Tried to allocate ([\d.]+ \wiB).*?(?:of which ([\d.]+ \wiB) is free|$)", str(problem), re.DOTALL
+        )
+        wanted = "" if not said else f": {said[1]} wanted" + (f", {said[2]} free" if said[2] else "")
+        raise OutOfMemory(f"out of memory in {stage}{wanted}", LESS, stage=stage) from problem
 
 
 def first_line(problem: BaseException) -> str:

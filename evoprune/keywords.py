@@ -1,6 +1,6 @@
 """Options as fields of dataclasses, and as keywords of functions. Mistyped ones are named with what would be right. No torch."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, cleandoc, signature
@@ -69,26 +69,20 @@ def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
     return field(default=default, metadata={OPTION: Option(help, flags, **more)})
 
 
-def is_options(declared: Any) -> bool:
-    """Whether it is a dataclass whose fields are all made by `option`."""
-    made = isinstance(declared, type) and is_dataclass(declared)
-    return made and all(OPTION in each.metadata for each in fields(declared))
-
-
-def unknown_option(name: str, known: list[str]) -> TypeError:
-    """The error of a keyword that does not exist."""
-    return TypeError(f"unknown option {name!r}; known: {', '.join(known)}")
-
-
 def from_keywords(given: Mapping[str, Any], *declared: type) -> list:
     """One object of each of `declared`, made of the keywords that are its fields.
 
     Raises TypeError: a keyword that is a field of none of them. UsageError: a bad value.
     """
     known = [f.name for each in declared for f in fields(each)]
-    if unknown := [name for name in given if name not in known]:
-        raise unknown_option(unknown[0], known)
+    _check_known(given, known, known)
     return [each(**{f.name: given[f.name] for f in fields(each) if f.name in given}) for each in declared]
+
+
+def _check_known(given: Iterable[str], known: Collection[str], options: Sequence[str]) -> None:
+    """Raises TypeError, with the options that there are, for a keyword that is not known."""
+    if unknown := [name for name in given if name not in known]:
+        raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(options)}")
 
 
 def names_options(function: Callable[..., T]) -> Callable[..., T]:
@@ -99,8 +93,13 @@ def names_options(function: Callable[..., T]) -> Callable[..., T]:
     its first field.
     """
     written = list(signature(function).parameters.values())
-    groups = {p.name: p.annotation for p in written if is_options(p.annotation)}
-    parameters = [each for p in written for each in (_expanded(p) if p.name in groups else [p])]
+    dataclasses = {p.name: p.annotation for p in written if is_dataclass(p.annotation)}
+    groups = {name: each for name, each in dataclasses.items() if all(OPTION in f.metadata for f in fields(each))}
+    parameters = []
+    for p in written:
+        kinds = chain([p.kind], repeat(Parameter.KEYWORD_ONLY))  # the first field as the parameter, the others by name
+        made = zip(fields(p.annotation) if p.name in groups else (), kinds, strict=False)
+        parameters += [Parameter(f.name, kind, default=f.default, annotation=f.type) for f, kind in made] or [p]
     known = [p.name for p in parameters if p.kind in (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
     options = [p.name for p in parameters if p.default is not Parameter.empty]
     first = [p.name for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
@@ -108,9 +107,7 @@ def names_options(function: Callable[..., T]) -> Callable[..., T]:
 
     @wraps(function)
     def checked(*args: Any, **given: Any) -> T:
-        for name in given:
-            if name not in known and name not in groups:
-                raise unknown_option(name, options)
+        _check_known(given, {*known, *groups}, options)
         if len(args) > len(first):
             more = ", ".join(map(brief, args[len(first) :]))
             raise TypeError(f"options are given by name: which is {more}? known: {', '.join(options)}")
@@ -126,13 +123,6 @@ def names_options(function: Callable[..., T]) -> Callable[..., T]:
     checked.__signature__ = Signature(parameters, return_annotation=signature(function).return_annotation)
     checked.__doc__ = documented(function.__doc__, groups.values())
     return checked
-
-
-def _expanded(parameter: Parameter) -> list[Parameter]:
-    """The fields of a parameter, the first as it can be given, the others by name."""
-    places = chain([parameter.kind], repeat(Parameter.KEYWORD_ONLY))
-    each = zip(fields(parameter.annotation), places, strict=False)
-    return [Parameter(f.name, place, default=f.default, annotation=f.type) for f, place in each]
 
 
 def documented(text: str | None, groups: Iterable[type]) -> str | None:

@@ -1,36 +1,85 @@
 """`evoprune ask`: videos and pictures, one question or several, the answers on stdout."""
 
+import os
+import re
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from evoprune.errors import UsageError
+from evoprune.errors import UsageError, VideoError
 from evoprune.pipeline.options import PipelineOptions, SamplingOptions
 from evoprune.text import check_text, roughly
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune.video.source import local_file
 from evoprune_cli import options as opt
-from evoprune_cli.conversation import Conversation, Output
-from evoprune_cli.imports import prepare, without_collections
+from evoprune_cli.conversation import Conversation
 from evoprune_cli.interactive import check_terminal, converse
-from evoprune_cli.options import own
-from evoprune_cli.terminal import check_output, encoding, note, note_bits, note_subtitles, note_tuning, progress, tell
-from evoprune_cli.words import STDIN, USAGE, Words
+from evoprune_cli.loading import load
+from evoprune_cli.options import flag, own
+from evoprune_cli.terminal import check_output, encoding, note, note_subtitles, progress, tell
 
 if TYPE_CHECKING:
     from evoprune.video.plan import Plan
 
+STDIN = "-"
+USAGE = 'evoprune ask video.mp4 "What happens?"'
+# How paths look: a URL, the beginning of a path, or the ending of a file.
+PATH = re.compile(r"\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
 LONGEST_QUESTION = 2**22  # characters that are read from stdin, which may never end
 LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
+
+
+@dataclass(frozen=True)
+class Words:
+    """The inputs, and the question if there is one among the words."""
+
+    inputs: tuple[str, ...]
+    question: str | None = None
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> "Words":
+        """The last of several words is the question, unless there is such a file, or it looks like the name of one."""
+        *before, last = words
+        if before and not _exists(last) and not PATH.fullmatch(last):
+            return cls(tuple(before), last)
+        return cls(tuple(words))
+
+    def check(self) -> None:
+        """Raises VideoError or UsageError where one of several inputs is no file. A single one is checked when it is opened."""
+        if self.inputs.count(STDIN) > 1:
+            raise UsageError("standard input is there twice", "it can be read once")
+        if len(self.inputs) == 1 and self.question is None and re.search(r"\s", self.inputs[0]):
+            (only,) = self.inputs
+            if not _exists(only) and not PATH.search(only):
+                raise VideoError(f"no such file: {only}", f"the video comes first: {USAGE}")
+        missing = [word for word in self.inputs if not _exists(word)] if len(self.inputs) > 1 else []
+        if not missing:
+            return
+        name, last = missing[0], self.inputs[-1]
+        if name == self.inputs[0] and not PATH.fullmatch(name):
+            raise VideoError(f"no such file: {name}", f"videos and pictures come first: {USAGE}")
+        if not PATH.fullmatch(name):
+            words, hint = [*missing, *filter(None, [self.question])], f"quote the question: {USAGE}; a second one: -Q"
+            if any(word.startswith("-") for word in words):
+                hint = "what follows -- is no option: put options before it"
+            raise UsageError(f"unexpected extra words: {' '.join(words)}", hint)
+        question = f"; to ask it as a question: -Q {name}" if name == last and self.question is None else ""
+        raise VideoError(f"no such file: {name}", f"check the path{question}")
+
+
+def _exists(word: str) -> bool:
+    try:
+        return word == STDIN or os.path.lexists(word)
+    except ValueError:  # not a name that a file can have
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What is asked, and how it is printed."""
-
-    PANELS: ClassVar[dict[str, str]] = {"stats": "Output"}  # by their first fields
 
     words: opt.argument(
         list[str],
@@ -38,22 +87,20 @@ class Request:
         "Videos and pictures (files, folders of frames, or - for stdin), then the question, quoted. "
         "Without a question or -Q, the question is read from stdin; otherwise only - reads it.",
     )
-    more: list[str] | None = own(None, "-Q --question TEXT", "A question; repeatable. All share one encoding.")
-    interactive: bool = own(
-        False,
+    more: list[str] | None = own("-Q --question TEXT", "A question; repeatable. All share one encoding.")
+    interactive: bool = flag(
         "-i --interactive",
         "Ask further questions at a prompt: q or Ctrl-D ends it, Ctrl-C stops an answer. Needs a terminal, but no question.",
     )
-    compare: bool = own(
-        False,
+    compare: bool = flag(
         "--compare",
         "Also answer with nothing pruned, and print both; with --json in the field `compare` of the same line.",
     )
     options: opt.MakeOptions
     json: opt.Json = False
-    stats: bool | None = own(None, "--stats/--no-stats", opt.STATS)
+    stats: opt.Stats = None
     quiet: opt.Quiet = False
-    verbose: bool = own(False, "-v --verbose", opt.VERBOSE)
+    verbose: opt.Verbose = False
     cache: opt.Cache = False
 
     @cached_property
@@ -85,22 +132,29 @@ def ask(asked: Request) -> int:
     evoprune ask clip.mp4 --interactive
     echo "What happens?" | evoprune ask clip.mp4 --json
     """
-    several = asked.interactive or len(asked.questions) > 1
-    output = Output.of(
-        asked.json, asked.stats, asked.verbose, asked.quiet, interactive=asked.interactive, several=several
+    talk = Conversation(
+        asked.inputs, asked, interactive=asked.interactive, several=asked.interactive or len(asked.questions) > 1
     )
-    talk, questions = Conversation(asked.inputs, output), asked.questions or [""]
+    questions = asked.questions or [""]
     with ExitStack() as cleanup:
         try:
             check_output()
             asked.sorted_words.check()
             warm_up()  # while this process imports what it needs
             questions = _questions(asked)
-            options = _check_flags(asked.options)
+            options = asked.options()
+            from evoprune.video.frames import choose_decoder
+
+            choose_decoder(options.sampling.decoder)
             check_text(*questions, options.generation.system)
             paths = [cleanup.enter_context(local_file(each)) for each in asked.inputs]
             _check_inputs(paths, options.sampling, asked.quiet)
-            _Encoder(asked, options, paths, questions).begin(talk)
+            encode = partial(_encode, asked, options, paths, questions)
+            with progress(not asked.quiet) as show:
+                qa = load(options, show, asked.quiet)
+                encoded = encode(qa.engine, show)
+            encode_full = (lambda show: encode(qa.unpruned().engine, show, full=True)) if asked.compare else None
+            talk.begin(encoded, options.generation, encode_full)
             if asked.interactive:
                 converse(talk, questions, () if asked.quiet else asked.inputs)
             else:
@@ -112,54 +166,27 @@ def ask(asked: Request) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class _Encoder:
-    """Encodes the inputs at `paths` for the questions."""
+def _encode(
+    asked: Request, options: PipelineOptions, paths: list[str], questions: list[str], engine, show, full: bool = False
+):
+    """Encodes the inputs at `paths`. First says on stderr which limits apply, and how long it will take if that is long."""
+    from evoprune.pipeline.cache import Cache
+    from evoprune.pipeline.planning import QUESTION
+    from evoprune.pipeline.prompting import longest_prompt
+    from evoprune.pipeline.video_qa import open_inputs
 
-    asked: Request
-    options: PipelineOptions
-    paths: list[str]
-    questions: list[str]
-
-    def begin(self, talk: Conversation) -> None:
-        """Loads the model, encodes, and hands the inputs to the conversation."""
-        with progress(not self.asked.quiet) as show:
-            prepare()
-            with without_collections():
-                from evoprune.pipeline.video_qa import VideoQA
-
-            show("loading model")
-            quantizing = partial(show, "quantizing")
-            qa = VideoQA.load(loading=self.options.model, pruning=self.options.pruning, progress=quantizing)
-            if not self.asked.quiet:
-                note_tuning(qa.engine)
-                note_bits(qa.engine)
-            encoded = self.encode(qa.engine, show)
-
-        def encode_full(show):
-            return self.encode(qa.unpruned().engine, show, full=True)
-
-        talk.begin(encoded, self.options.generation, encode_full if self.asked.compare else None)
-
-    def encode(self, engine, show, full: bool = False):
-        """First says on stderr which limits apply, and how long it will take if that is long."""
-        from evoprune.pipeline.cache import Cache
-        from evoprune.pipeline.opening import open_inputs
-        from evoprune.pipeline.planning import QUESTION
-        from evoprune.pipeline.prompting import longest_prompt
-
-        show("reading")
-        asked, sampling, cache = self.asked, self.options.sampling, Cache() if self.asked.cache else None
-        with closing(open_inputs(engine, self.paths, sampling, names=asked.inputs, cache=cache)) as opened:
-            plans, text = opened.plans, QUESTION + sum(plan.subtitles.tokens for plan in opened.plans)
-            if self.questions:
-                text = longest_prompt(engine, plans, self.questions, self.options.generation)
-            for plan in [] if asked.quiet or full else plans:
-                _note_limits(plan.full, sampling)
-                note_subtitles(plan.subtitles)
-            if not asked.quiet and not opened.in_cache:
-                _note_wait(engine, plans, text, "with nothing pruned " if full else "")
-            return opened.encode(encoding(show))
+    show("reading")
+    sampling, cache = options.sampling, Cache() if asked.cache else None
+    with closing(open_inputs(engine, paths, sampling, names=asked.inputs, cache=cache)) as opened:
+        plans, text = opened.plans, QUESTION + sum(plan.subtitles.tokens for plan in opened.plans)
+        if questions:
+            text = longest_prompt(engine, plans, questions, options.generation)
+        for plan in [] if asked.quiet or full else plans:
+            _note_limits(plan.full, sampling)
+            note_subtitles(plan.subtitles)
+        if not asked.quiet and not opened.in_cache:
+            _note_wait(engine, plans, text, "with nothing pruned " if full else "")
+        return opened.encode(encoding(show))
 
 
 def _questions(asked: Request) -> list[str]:
@@ -190,15 +217,6 @@ def _question_from_stdin() -> str:
     if not question:
         raise UsageError("no question, and stdin is empty", USAGE)
     return question
-
-
-def _check_flags(typed: opt.MakeOptions) -> PipelineOptions:
-    """The options of the pipeline, with everything checked that can be wrong with flags alone."""
-    from evoprune.video.frames import choose_decoder
-
-    options = typed()
-    choose_decoder(options.sampling.decoder)
-    return options
 
 
 def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> None:

@@ -5,7 +5,6 @@ import sys
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.pipeline.options import PipelineOptions, SamplingOptions
@@ -13,11 +12,11 @@ from evoprune.text import SOME, some
 from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.failures import print_traceback
-from evoprune_cli.imports import prepare
-from evoprune_cli.options import own
+from evoprune_cli.loading import note_model, prepare
+from evoprune_cli.options import flag, own
 from evoprune_cli.results import SOME_FAILED
 from evoprune_cli.tally import Tally
-from evoprune_cli.terminal import note_bits, note_tuning, progress, tell
+from evoprune_cli.terminal import progress, tell
 
 DASH = "-"  # stdin, or stdout
 USAGE = 'evoprune batch *.mp4 -Q "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct -o answers.jsonl'
@@ -28,45 +27,33 @@ ENGINES = ("local", "ray")
 class Request:
     """What is asked, and where the answers go."""
 
-    PANELS: ClassVar[dict[str, str]] = {
-        "questions": "Rows",
-        "output": "Output",
-        "engine": "Engine",
-    }  # by their first fields
-
     videos: opt.argument(
-        list[str] | None,
-        "VIDEO",
-        "Video files, folders of videos, or folders of images, each of which is one video.",
+        list[str] | None, "VIDEO", "Video files, folders of videos, or folders of images, each of which is one video."
     ) = None
-    questions: list[str] | None = own(None, "-Q --question TEXT", "Asked of every video; repeatable.")
+    questions: list[str] | None = own("-Q --question TEXT", "Asked of every video; repeatable.")
     source: str | None = own(
-        None,
         "--from FILE|-",
         "In place of VIDEO and -Q: JSONL or CSV rows with video, question and perhaps "
         "id, start, end, options (in CSV a|b|c), subtitles, "
         "answer. Files are relative to the file; - is stdin, which is read to its end first.",
     )
     output: str | None = own(
-        None,
         "-o --output FILE|-",
         "Where the records go, each as soon as it is finished; - is stdout. Records of a video stand together.",
     )
-    resume: bool = own(
-        False,
+    resume: bool = flag(
         "--resume",
         "Go on with FILE if it exists: rows that have an answer are skipped, rows that failed are asked again.",
     )
-    overwrite: bool = own(False, "--overwrite", "Replace what is in FILE.")
+    overwrite: bool = flag("--overwrite", "Replace what is in FILE.")
     options: opt.MakeOptions
     engine: str = own(
-        ENGINES[0],
         "--engine",
         "ray: on a Ray cluster, one model for each GPU, or for each node without GPUs. Needs evoprune[ray].",
+        default=ENGINES[0],
         **completion.one_of(*ENGINES),
     )
     address: str | None = own(
-        None,
         "--address",
         "Of the Ray cluster; default: RAY_ADDRESS, else a cluster on this machine.",
         **completion.one_of("auto", "HOST:PORT"),
@@ -75,7 +62,11 @@ class Request:
     cache: opt.Cache = False
 
 
-@opt.with_options(*PipelineOptions.KINDS, model={"unless_typed": ""})
+@opt.with_options(
+    *PipelineOptions.KINDS,
+    model={"unless_typed": ""},
+    panels={"questions": "Rows", "output": "Output", "engine": "Engine"},
+)
 def batch(asked: Request) -> int:
     """Ask many questions about many videos: one JSON line each.
 
@@ -131,9 +122,7 @@ def _here(asked: Request, spans, settings, show, ready):
     from evoprune.pipeline.cache import Cache
 
     qa = settings.load(partial(show, "quantizing"))
-    if not asked.quiet:
-        note_tuning(qa.engine)
-        note_bits(qa.engine)
+    note_model(qa.engine, asked.quiet)
     ready()
     yield from answers(qa, spans, settings, Cache() if asked.cache else None, print_traceback)
 
@@ -171,15 +160,6 @@ def _settings(options: PipelineOptions):
     return Settings(options.model, options.pruning, options.sampling.timeless, options.generation)
 
 
-def _check_files(asked: Request, rows) -> list[str]:
-    """As `_check_videos`; also refuses to write into a file that is read."""
-    named = _check_videos(asked, rows)
-    read = [path for row in rows for path in (*row.paths, row.subtitles_path)] + [asked.source]
-    if asked.output != DASH and os.path.realpath(asked.output) in map(os.path.realpath, filter(None, read)):
-        raise UsageError(f"{asked.output} is what is to be read", "choose another -o")
-    return named
-
-
 def _rows(asked: Request, sampling: SamplingOptions):
     from evoprune.batch.inputs import left_out
     from evoprune.batch.rows import load_rows, product_rows, read_rows
@@ -207,8 +187,11 @@ def _rows(asked: Request, sampling: SamplingOptions):
     return read_rows(read_all(stdin, "stdin", "name a file with --from"), "stdin", "", *span)
 
 
-def _check_videos(asked: Request, rows) -> list[str]:
-    """Names missing videos, and returns them, though their rows only fail later. If all are missing, the command is wrong."""
+def _check_files(asked: Request, rows) -> list[str]:
+    """Names missing videos, and returns them, though their rows only fail later. If all are missing, the command is wrong.
+
+    Also refuses to write into a file that is read.
+    """
     from evoprune.batch.inputs import missing_hint
 
     videos = {path: name for row in rows for path, name in zip(row.paths, row.inputs, strict=True)}
@@ -218,8 +201,10 @@ def _check_videos(asked: Request, rows) -> list[str]:
         hint = "a pattern that matches nothing stays as it is: no file here has such a name"
         hint = hint if pattern else missing_hint(missing[0], asked.source is not None)
         raise VideoError(f"no such file: {some(missing)}", hint)
-    if not missing or asked.quiet:
-        return []
-    their = "its rows" if len(missing) == 1 else f"{len(missing):,} of {len(videos):,} videos, whose rows"
-    tell(f"no such file: {some(missing)} ({their} will fail)")
-    return [videos[path] for path in missing[:SOME]]
+    if missing and not asked.quiet:
+        their = "its rows" if len(missing) == 1 else f"{len(missing):,} of {len(videos):,} videos, whose rows"
+        tell(f"no such file: {some(missing)} ({their} will fail)")
+    read = filter(None, [*videos, *(row.subtitles_path for row in rows), asked.source])
+    if asked.output != DASH and os.path.realpath(asked.output) in map(os.path.realpath, read):
+        raise UsageError(f"{asked.output} is what is to be read", "choose another -o")
+    return [] if asked.quiet else [videos[path] for path in missing[:SOME]]

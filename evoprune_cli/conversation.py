@@ -3,14 +3,12 @@
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evoprune.report.records import Report, name_inputs
 from evoprune_cli.failures import failure
-from evoprune_cli.terminal import note, print_json, print_stats, print_summary, print_warnings, progress, tell
-from evoprune_cli.wrapping import print_stream
+from evoprune_cli.terminal import print_json, print_stats, print_stream, print_warnings, progress, tell
 
 if TYPE_CHECKING:
     from evoprune.pipeline.answering import Answer, EncodedInputs
@@ -21,47 +19,23 @@ Show = Callable[..., None]  # what is being done, done, total
 EncodeFull = Callable[[Show], "EncodedInputs"]
 
 
-@dataclass(frozen=True)
-class Output:
-    """What is printed.
-
-    Attributes:
-        json: records instead of text.
-        stats: the stats of each answer; `verbose`: more in them.
-        blocks: for so many answers they are a block, for later ones one line.
-        quiet: neither progress nor notes.
-        questions: each question of the command line, on stderr where that is a terminal.
-    """
-
-    json: bool
-    stats: bool
-    verbose: bool
-    blocks: float
-    quiet: bool
-    questions: bool
-
-    @classmethod
-    def of(
-        cls, json: bool, stats: bool | None, verbose: bool, quiet: bool, *, interactive: bool, several: bool
-    ) -> "Output":
-        """Made of a command's arguments. `several`: there is more than one question.
-
-        By default there are stats unless --json or -q: a block for the first answer, a line for later ones and in a conversation.
-        """
-        wanted = bool((stats if stats is not None else not json and not quiet) or (verbose and not quiet))
-        blocks = math.inf if verbose or stats else 0 if interactive else 1
-        return cls(json, wanted, verbose, blocks, quiet, several and not json and not quiet)
-
-
 class Conversation:
     """Asks about encoded inputs (of these names) and prints the answers; knows what was answered, in case it is interrupted.
 
-    `answered`: questions that are done with.
+    By default there are stats unless --json or -q: a block for the first answer, a line for later ones and in a conversation.
+
+    Attributes:
+        answered: questions that are done with.
     """
 
-    def __init__(self, inputs: Sequence[str], output: Output):
+    def __init__(self, inputs: Sequence[str], request: Any, *, interactive: bool, several: bool):
+        """`request`: of a command, with `json`, `stats`, `verbose` and `quiet`. `several`: there is more than one question."""
         self.answered = 0
-        self._names, self._output = inputs, output
+        self._names, self._json, self._verbose, self._quiet = inputs, request.json, request.verbose, request.quiet
+        plain = not request.json and not request.quiet
+        self._echo = several and plain and sys.stderr.isatty()  # questions of the command line, on stderr
+        self._stats = (plain if request.stats is None else request.stats) or (request.verbose and not request.quiet)
+        self._blocks = math.inf if request.verbose or request.stats else 0 if interactive else 1  # so many, then lines
         self._generation: GenerationOptions | None = None
         self._inputs: EncodedInputs | None = None
         self._full: EncodedInputs | None = None
@@ -82,14 +56,14 @@ class Conversation:
 
     def answer(self, question: str, typed: bool = False, identity: str | None = None) -> None:
         """Asks, and prints the answer. `typed`: the question stands on the terminal already. `identity`: of its record."""
-        if self._output.questions and not typed and sys.stderr.isatty():
+        if self._echo and not typed:
             tell(f"{PROMPT}{' '.join(question.split())}")
         report = self._say(self._inputs, question, "pruned").report
         report.id = identity or report.id
         if self._encode_full:
             self._half = report
             if self._full is None:  # not earlier: the first answer does not wait for it
-                with progress(not self._output.quiet) as show:
+                with progress(not self._quiet) as show:
                     self._full = self._encode_full(show)
             answer = self._say(self._full, question, "full")
             report.compare, self._half = answer.report, None
@@ -105,7 +79,7 @@ class Conversation:
         """Prints what there is when something went wrong: stats, and with JSON a line for every question not answered."""
         if isinstance(problem, BrokenPipeError | SystemExit) or not unanswered:
             return
-        json, interrupted = self._output.json, not isinstance(problem, Exception)
+        interrupted = not isinstance(problem, Exception)
         running, self._running = self._running, None
         report = running.report if interrupted and running else None
         if self._half:
@@ -118,9 +92,9 @@ class Conversation:
         self.answered += len(unanswered)
         if report and interrupted:
             self._finish(report)
-        elif report and json:
+        elif report and self._json:
             print_json(report)
-        if json:
+        if self._json:
             for missing in unanswered[1 if report else 0 :]:
                 print_json(self._failure(missing, problem))
             problem.reported = True
@@ -131,10 +105,10 @@ class Conversation:
         new = [name for name in answer.report.warnings if name not in self._warned] if label == "pruned" else []
         print_warnings(answer.report, new)
         self._warned.update(new)
-        with progress(not self._output.quiet) as show:
+        with progress(not self._quiet) as show:
             show("reading prompt")
             first = next(answer, "")
-        if self._output.json:
+        if self._json:
             for _ in answer:
                 pass
         else:
@@ -143,14 +117,11 @@ class Conversation:
         return answer
 
     def _finish(self, report: Report) -> None:
-        if self._output.json:
+        if self._json:
             print_json(report)
         self._finished += 1
-        if self._output.stats and self._finished > self._output.blocks:
-            print_summary(report)
-        elif self._output.stats:
-            note()
-            print_stats(report, self._output.verbose)
+        if self._stats:
+            print_stats(report, self._verbose, short=self._finished > self._blocks)
 
     def _failure(self, question: str, problem: BaseException) -> Report:
         """The record of a question that has no answer."""

@@ -3,7 +3,7 @@
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from evoprune.bundled import BOTH, SPLITS, WORLDS, demo_knowing
 from evoprune.errors import UsageError
@@ -11,8 +11,8 @@ from evoprune.pipeline.options import PipelineOptions
 from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.files import check_chart
-from evoprune_cli.imports import prepare
-from evoprune_cli.options import own
+from evoprune_cli.loading import prepare
+from evoprune_cli.options import flag, own
 from evoprune_cli.results import SOME_FAILED, rescuing, show, write
 from evoprune_cli.terminal import check_output, note, progress
 
@@ -21,58 +21,52 @@ from evoprune_cli.terminal import check_output, note, progress
 class Request:
     """What is asked."""
 
-    PANELS: ClassVar[dict[str, str]] = {
-        "data": "Data",
-        "blind": opt.SWEEP,
-        "processes": "Output",
-    }  # by their first fields
-
     data: str = own(
-        MISSING,
         "--data",
         "Questions: JSONL or CSV rows with video, question, answer and perhaps id, options, type, groups. Or demo: clips "
         "of the demo models' generators.",
+        default=MISSING,
         **completion.one_of("FILE", "demo"),
     )
-    limit: int | None = own(
-        None, "--limit N", "At most so many videos; default: all of a file, or 100 demo clips.", min=1
-    )
+    limit: int | None = own("--limit N", "At most so many videos; default: all of a file, or 100 demo clips.", min=1)
     world: str = own(
-        WORLDS[0],
         "--world",
         "The demo's clips: coloured shapes and digits, or crowded scenes with signs.",
+        default=WORLDS[0],
         **completion.one_of(*WORLDS, BOTH),
     )
     group: list[str] | None = own(
-        None,
-        "--group LIST",
-        "Only questions of these groups; of scenes picture (one frame pair) or video, for example.",
+        "--group LIST", "Only questions of these groups; of scenes picture (one frame pair) or video, for example."
     )
     split: str = own(
-        SPLITS[0],
         "--split",
         "The demo's clips: to report on, to tune on, or upright ones with a panning camera, to report on.",
+        default=SPLITS[0],
         **completion.one_of(*SPLITS),
     )
     seed: int = own(
-        0,
         "--seed <int>",
         "Block of the demo's clips; blocks share no clip. Also the seed of methods that draw at random.",
+        default=0,
         min=0,
         max=2**31 - 1,
     )
     budget: opt.Budgets = None
     method: opt.Methods = None
-    blind: bool = own(False, "--blind", "Also ask without the video: a grey one of the same size and length.")
+    blind: bool = flag("--blind", "Also ask without the video: a grey one of the same size and length.")
     options: opt.MakeOptions
     processes: int = own(
-        1, "--processes N", "Videos at a time, each in a process with its own copy of the model.", min=1, max=256
+        "--processes N",
+        "Videos at a time, each in a process with its own copy of the model.",
+        default=1,
+        min=1,
+        max=256,
     )
     output: str | None = own(
-        None, "-o --output DIR", "Write settings, samples and results there; if it exists, to DIR-2 and so on."
+        "-o --output DIR", "Write settings, samples and results there; if it exists, to DIR-2 and so on."
     )
-    resume: str | None = own(None, "--resume DIR", "Continue the interrupted run in DIR. Needs the same options.")
-    chart: str | None = own(None, "--chart FILE.svg", "Draw accuracy against tokens and against cost.")
+    resume: str | None = own("--resume DIR", "Continue the interrupted run in DIR. Needs the same options.")
+    chart: str | None = own("--chart FILE.svg", "Draw accuracy against tokens and against cost.")
     json: opt.JsonResults = False
     quiet: opt.Quiet = False
 
@@ -88,6 +82,7 @@ class Request:
         "help": "Hub id, local folder, demo or demo-scenes; default: demo, or demo-scenes for --world scenes.",
     },
     max_new_tokens={"unless_typed": 64},
+    panels={"data": "Data", "blind": opt.SWEEP, "processes": "Output"},
 )  # fmt: skip
 def evaluate(asked: Request) -> int:
     """Measure accuracy against budget, on questions with known answers.
@@ -141,7 +136,14 @@ def _run(asked: Request, settings: dict[str, Any], videos) -> int:
                 note(f"to go on: the same command with --resume {evaluation.folder.path} instead of -o")
 
     with rescuing(lambda: evaluation is not None and evaluation.loaded, rescue), progress(not asked.quiet) as tell:
-        evaluation = _checked(settings, videos, asked.resume, tell)
+        tell("loading libraries")
+        prepare()
+        from evoprune.evaluation.run import Evaluation, Settings, digest
+
+        checksum = None if videos is None else digest(Path(asked.data))
+        evaluation = Evaluation(Settings(**settings, digest=checksum), videos)
+        if asked.resume:
+            evaluation.keep_in(Path(asked.resume), resume=True)
         tell("loading model")
         evaluation.load(partial(tell, "quantizing"))
         if asked.output:
@@ -151,18 +153,6 @@ def _run(asked: Request, settings: dict[str, Any], videos) -> int:
         evaluation.run(tell, asked.processes)
     _deliver(evaluation, None, asked)
     return SOME_FAILED if evaluation.failed else 0
-
-
-def _checked(settings: dict[str, Any], videos, resume: str | None, tell):
-    """The evaluation, without a model. Wrong settings and a wrong folder are refused here."""
-    tell("loading libraries")
-    prepare()
-    from evoprune.evaluation.run import Evaluation, Settings, digest
-
-    made = Evaluation(Settings(**settings, digest=None if videos is None else digest(Path(settings["data"]))), videos)
-    if resume:
-        made.keep_in(Path(resume), resume=True)
-    return made
 
 
 def _deliver(evaluation, error: dict[str, Any] | None, asked: Request) -> None:

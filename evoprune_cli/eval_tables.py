@@ -107,9 +107,9 @@ def _versus_first(rows: list[dict], width: int) -> tuple[list[str], list[str]]:
     made, fits = rendered(["", f"vs {first}"], body, width)
     if not fits:
         return [], []
-    said = f"* reads another number of tokens than {first} at this budget; how many: below" if any(marks) else ""
+    said = [f"* reads another number of tokens than {first} at this budget; how many: below"] if any(marks) else []
     legend = f"vs {first}: the paired difference to the first method, at the same budget"
-    return ["", *made, *folded([said], width)], [legend]
+    return ["", *made, *folded(said, width)], [legend]
 
 
 def _by_group(title: str, rows: list[dict], names: list[str], width: int) -> list[str]:

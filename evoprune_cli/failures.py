@@ -29,10 +29,5 @@ def failure(problem: BaseException) -> dict:
 
 def print_traceback(problem: BaseException) -> None:
     """Where tracebacks are wanted."""
-    if debugging():
+    if "--debug" in sys.argv[1:] or os.environ.get("EVOPRUNE_DEBUG", "") not in ("", "0"):
         traceback.print_exception(problem)
-
-
-def debugging() -> bool:
-    """Whether tracebacks are wanted."""
-    return "--debug" in sys.argv[1:] or os.environ.get("EVOPRUNE_DEBUG", "") not in ("", "0")

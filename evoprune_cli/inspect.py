@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from textwrap import wrap
-from typing import Any, ClassVar
+from typing import Any
 
 from evoprune.errors import UsageError
 from evoprune.pipeline.options import ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
@@ -15,12 +15,11 @@ from evoprune.video.info import PICTURE
 from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.files import check_writable, write_bytes
-from evoprune_cli.imports import prepare
-from evoprune_cli.options import own
+from evoprune_cli.loading import prepare
+from evoprune_cli.options import flag, own
 from evoprune_cli.results import rescuing
 from evoprune_cli.terminal import encoding, print_document, print_warning, printable, progress
 
-SCHEMA = "evoprune/inspect@1"
 NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # facts of things by their names
 OFTEN_NOTHING = ("folder", "download_bytes")  # facts that have no line where there is nothing to say
 FOR_PROGRAMS = ("args", "warnings")  # warnings are on stderr, as sentences
@@ -37,29 +36,23 @@ OVERLAYS = (".png", ".gif", ".mp4")  # endings of the pictures that `inspect --o
 class Request:
     """What is asked."""
 
-    PANELS: ClassVar[dict[str, str]] = {}
-
     video: opt.argument(
         str | None, "VIDEO", "A video file, a folder of frames, or - for stdin; without it, a report on this machine."
     ) = None
     overlay: str | None = own(
-        None,
         "--overlay FILE",
         f"Draw which units are read, reused, merged and dropped ({', '.join(OVERLAYS)}). "
         "Loads the model; pruning options are for this.",
     )
     options: opt.MakeOptions
-    scan: bool = own(False, "--scan", "Decode the whole video and report damage, true length and variable rate.")
-    clear_cache: bool = own(
-        False, "--clear-cache", "Delete what --cache and --store-quantized keep on disk, then report."
-    )
+    scan: bool = flag("--scan", "Decode the whole video and report damage, true length and variable rate.")
+    clear_cache: bool = flag("--clear-cache", "Delete what --cache and --store-quantized keep on disk, then report.")
     forget_tuned: str | None = own(
-        None,
         "--forget-tuned",
         "Delete the tuned setting and the recipe of a model (by name or beginning of its fingerprint) or all, then report.",
         **completion.one_of("NAME", "FINGERPRINT", "all"),
     )
-    json: bool = own(False, "--json", "JSON on stdout instead of text.")
+    json: bool = flag("--json", "JSON on stdout instead of text.")
 
 
 @opt.with_options(
@@ -99,7 +92,7 @@ def _print(every: Iterator[dict], facts: dict[str, Any], json: bool) -> None:
         # What was asked for stands first; about a video, the model comes after it.
         first = "overlay" if "video" in facts else "model"
         if json:
-            print_document({"schema": SCHEMA, **facts, "error": error})
+            print_document({"schema": "evoprune/inspect@1", **facts, "error": error})
         elif error is None or "video" not in facts:
             for line in lines({name: facts[name] for name in (first,) if name in facts} | facts):
                 print(printable(line, sys.stdout))
@@ -143,15 +136,14 @@ def _clear_cache() -> None:
 
 def _forget_tuned(text: str) -> list[dict]:
     """Deletes the tuned settings and recipes that a text names; their facts."""
-    from evoprune.pipeline.inspection import recipe_facts, tuned_facts
     from evoprune.pipeline.saved import matching, recipes, tuned
 
     named, forgotten = {fingerprint for fingerprint, _ in matching(text, recipes.every())}, []
-    for shelf, facts in ((tuned, tuned_facts), (recipes, recipe_facts)):
+    for shelf in (tuned, recipes):
         found = [(fingerprint, kept) for fingerprint, kept in shelf.every() if fingerprint in named]
         for fingerprint, _ in found:
             shelf.remove(fingerprint)
-        forgotten += facts(found)
+        forgotten += shelf.facts(found)
     return forgotten
 
 
@@ -174,9 +166,7 @@ def _about_video(asked: Request) -> Iterator[dict]:
         check_writable(file, inputs=[video])
     with local_file(video) as path:
         info = replace(probe(path), path=video)
-        from evoprune.pipeline.inspection import video_facts  # which imports torch
-
-        yield {"video": video_facts(info)}
+        yield {"video": asdict(info)}
         if asked.scan:
             from evoprune.video.probe import scan as scan_video
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import floor
-from typing import ClassVar
 
 from evoprune.errors import UsageError
 from evoprune.pipeline.options import PipelineOptions, StreamOptions
@@ -21,22 +20,12 @@ from evoprune.video.sampling import parse_time
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import completion
 from evoprune_cli import options as opt
-from evoprune_cli.conversation import Conversation, Output
-from evoprune_cli.imports import prepare, without_collections
+from evoprune_cli.conversation import Conversation
 from evoprune_cli.interactive import answer, typed
+from evoprune_cli.loading import load
 from evoprune_cli.options import own
 from evoprune_cli.results import SOME_FAILED
-from evoprune_cli.terminal import (
-    check_output,
-    columns,
-    note,
-    note_bits,
-    note_tuning,
-    print_error,
-    printable,
-    progress,
-    tell,
-)
+from evoprune_cli.terminal import check_output, columns, note, print_error, printable, progress, tell
 
 LEFT_OUT = ("frames", "start_s", "end_s", "max_frames", "decoder", "subtitles", "max_subtitle_tokens")
 LONGEST_LINE = 2**22  # bytes of a question
@@ -47,35 +36,35 @@ TICK_S, STATUS_S = 0.05, 1.0
 class Request:
     """What is asked and when, and what is said about it."""
 
-    PANELS: ClassVar[dict[str, str]] = {"pace": "Source", "stats": "Output"}  # by their first fields
-
     source: opt.argument(
         str,
         "SOURCE",
         "An rtsp, http, udp or tcp URL, a camera (/dev/video0), a file, also one that grows, or - for a pipe on stdin.",
     )
     question: list[str] | None = own(
-        None, "-Q --question TEXT", "A question at the end of the source, or see --every; repeatable."
+        "-Q --question TEXT", "A question at the end of the source, or see --every; repeatable."
     )
-    every: str | None = own(None, "--every TIME", "Ask -Q each time so much of the source was seen: 30s.")
+    every: str | None = own("--every TIME", "Ask -Q each time so much of the source was seen: 30s.")
     questions: str | None = own(
-        None, "--questions FILE", 'Questions from a pipe: JSON lines with "question", perhaps "id"; - for stdin.'
+        "--questions FILE", 'Questions from a pipe: JSON lines with "question", perhaps "id"; - for stdin.'
     )
     pace: str = own(
-        FROM_SOURCE,
         "--pace",
         "source: frames as they come; file: at the pace of a file's own times.",
+        default=FROM_SOURCE,
         **completion.one_of(*PACES),
     )
     timeout: str = own(
-        "10s", "--timeout TIME", "How long the source may be silent, and a file take to grow, at most 20s."
+        "--timeout TIME", "How long the source may be silent, and a file take to grow, at most 20s.", default="10s"
     )
-    reconnects: int = own(5, "--reconnects", "How often in a row a URL or camera that ended or failed is tried again.")
+    reconnects: int = own(
+        "--reconnects", "How often in a row a URL or camera that ended or failed is tried again.", default=5
+    )
     options: opt.MakeOptions
     json: opt.Json = False
-    stats: bool | None = own(None, "--stats/--no-stats", opt.STATS)
+    stats: opt.Stats = None
     quiet: opt.Quiet = False
-    verbose: bool = own(False, "-v --verbose", opt.VERBOSE)
+    verbose: opt.Verbose = False
 
     @property
     def asked(self) -> list[str]:
@@ -95,7 +84,7 @@ class Request:
             tell(text)
 
 
-@opt.with_options(StreamOptions, *PipelineOptions.KINDS, without=LEFT_OUT)
+@opt.with_options(StreamOptions, *PipelineOptions.KINDS, without=LEFT_OUT, panels={"pace": "Source"})
 def live(request: Request) -> int:
     """Ask about live video while it runs. Without -Q and --questions, questions are typed at a prompt.
 
@@ -132,21 +121,12 @@ def _check_questions(request: Request) -> None:
 
 def _run(request: Request, source: LiveSource, options: PipelineOptions) -> int:
     """Loads the model, and asks until the source or the questions end."""
-    flags = request.json, request.stats, request.verbose, request.quiet
-    output = Output.of(*flags, interactive=request.prompt, several=len(request.asked) > 1)
-    talk = Conversation([source.name], output)
+    talk = Conversation([source.name], request, interactive=request.prompt, several=len(request.asked) > 1)
     try:
         with progress(not request.quiet) as show:
-            prepare()
-            with without_collections():
-                from evoprune.pipeline.live import LiveFeed
-                from evoprune.pipeline.video_qa import VideoQA
+            qa = load(options, show, request.quiet)
+        from evoprune.pipeline.live import LiveFeed
 
-            show("loading model")
-            qa = VideoQA.load(loading=options.model, pruning=options.pruning, progress=partial(show, "quantizing"))
-        if not request.quiet:
-            note_tuning(qa.engine)
-            note_bits(qa.engine)
         sampling, system = options.sampling, options.generation.system
         limits = {"fps": sampling.fps, "max_visual_tokens": sampling.max_visual_tokens}
         stream = qa.stream(options=options.stream, system=system, name=source.name, **limits)

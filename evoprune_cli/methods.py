@@ -14,7 +14,6 @@ from evoprune_cli.options import Debug
 from evoprune_cli.tables import folded, one_line, table
 from evoprune_cli.terminal import page_width, print_document
 
-SCHEMA = "evoprune/methods@1"
 ACTS = {
     "none": "nowhere",
     "input": "on the input",
@@ -50,7 +49,7 @@ def methods(
     found = [_facts(name, None) for name in registry.built_in()]
     found += [_facts(name, state) for name, state in registry.plugins().items()]
     if json:
-        print_document({"schema": SCHEMA, "methods": found, "error": None})
+        print_document({"schema": "evoprune/methods@1", "methods": found, "error": None})
         return 0
     rows = [[cell(each) for cell in COLUMNS.values()] for each in found]
     lines, _ = table([*COLUMNS], rows, page_width(), right=False)

@@ -1,7 +1,7 @@
 """The options of several commands. Those of the pipeline are made of the dataclasses that define them."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import MISSING, Field, field, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, field, fields, replace
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, get_args
@@ -18,24 +18,23 @@ from evoprune_cli.help_format import HelpAll
 
 COMPLETED = {"model": completion.MODEL, "budget": completion.BUDGET, "method": completion.METHOD}
 TYPER = "typer"  # in the metadata of a field that `own` makes
-# Of the options of several commands that are fields of their own.
-STATS = "Stage times and token counts on stderr; default: unless --json or -q, in one line from the second question on."
-VERBOSE = "Also print rows of every layer, settings, versions."
 MakeOptions = Callable[[], PipelineOptions]  # makes them of what was typed; raises UsageError
 Command = Callable[..., int]
 
 
-def option(panel: str | None, declared: Any, *names_and_help: str, **settings: Any) -> Any:
+def option(panel: str, declared: Any, *names_and_help: str, **settings: Any) -> Any:
     """The annotation of an option of several commands, under the title `panel` in the full help."""
     return Annotated[declared, _said(*names_and_help, rich_help_panel=panel, **settings)]
 
 
-def own(default: Any, names: str, text: str, **settings: Any) -> Any:
-    """A field of a command's dataclass: an option of this command alone. Names are as in the help: "-o --output FILE".
-
-    It stands under the title of a panel that begins with it or with an earlier field: the class's `PANELS`.
-    """
+def own(names: str, text: str, default: Any = None, **settings: Any) -> Any:
+    """A field of a command's dataclass: an option of this command alone. Names are as in the help: "-o --output FILE"."""
     return field(default=default, metadata={TYPER: _said(names, text, **settings)})
+
+
+def flag(names: str, text: str) -> Any:
+    """As `own`, of a bool that is False unless it is typed."""
+    return own(names, text, default=False)
 
 
 def _said(*names_and_help: str, **settings: Any) -> Any:
@@ -50,33 +49,33 @@ def argument(declared: Any, metavar: str, text: str) -> Any:
     return Annotated[declared, typer.Argument(metavar=metavar, help=text, show_default=False)]
 
 
-def with_options(*groups: type, without: Iterable[str] = (), **changed: dict[str, Any]) -> Callable[[Command], Command]:
-    """Decorates a command: its parameter `options` becomes an option for each field of `groups`.
+def with_options(
+    *groups: type, without: Iterable[str] = (), panels: dict[str, str] | None = None, **changed: dict[str, Any]
+) -> Callable[[Callable[[Any], int]], Command]:
+    """Decorates a command whose only parameter is a dataclass: its fields become options and arguments.
 
-    The parameters may also be the fields of a dataclass, the command's only parameter. `options` is a `MakeOptions`, so that the
-    command reports wrong values as its other errors. Fields that are not offered have their defaults. `--debug` and `--help-all`
-    are added.
+    The field `options`, a `MakeOptions`, so that the command reports wrong values as its other errors, becomes an option for each
+    field of `groups`. Fields that are not offered have their defaults. `--debug` and `--help-all` are added.
 
     Args:
         without: names of fields that are not offered.
+        panels: by the name of its first field, the title in the full help of fields that `own` makes.
         changed: what the command says otherwise of a field, by its name: fields of `Option`.
     """
     offered = [(group.PANEL, each) for group in groups for each in fields(group) if each.name not in without]
     said = {each.name: replace(each.metadata[OPTION], **changed.get(each.name, {})) for _, each in offered}
 
-    def decorate(command: Command) -> Command:
-        written = list(signature(command).parameters.values())
-        request = written[0].annotation if is_dataclass(written[0].annotation) else None
+    def decorate(command: Callable[[Any], int]) -> Command:
+        (request,) = (parameter.annotation for parameter in signature(command).parameters.values())
         parameters = []
-        for parameter in _of_fields(request) if request else written:
+        for parameter in _of_fields(request, panels or {}):
             pipeline = [_parameter(panel, each, said[each.name]) for panel, each in offered]
             parameters += pipeline if parameter.name == "options" else [parameter]
 
         @wraps(command)
         def run(debug: bool, help_all: bool, **given: Any) -> int:
             typed = {name: given.pop(name) for name in said}
-            given["options"] = partial(_made, said, typed)
-            return command(request(**given)) if request else command(**given)
+            return command(request(**given, options=partial(_made, said, typed)))
 
         run.__signature__ = Signature([*parameters, *signature(_for_all).parameters.values()])
         run.__annotations__ = {}
@@ -85,10 +84,10 @@ def with_options(*groups: type, without: Iterable[str] = (), **changed: dict[str
     return decorate
 
 
-def _of_fields(request: Any) -> Iterator[Parameter]:
+def _of_fields(request: Any, panels: dict[str, str]) -> Iterator[Parameter]:
     panel = None
     for each in fields(request):
-        annotation, panel = each.type, request.PANELS.get(each.name, panel)
+        annotation, panel = each.type, panels.get(each.name, panel)
         if said := each.metadata.get(TYPER):
             said.rich_help_panel = panel
             annotation = Annotated[annotation, said]
@@ -120,8 +119,8 @@ def _made(said: dict[str, Option], typed: dict[str, Any]) -> PipelineOptions:
 
 
 SWEEP = "Sweep (lists by commas or repetition)"  # the title of a panel
-swept = partial(option, SWEEP)
-Budgets = swept(
+Budgets = option(
+    SWEEP,
     list[str] | None,
     "-b",
     "--budget",
@@ -130,7 +129,8 @@ Budgets = swept(
     envvar="EVOPRUNE_BUDGET",
     **completion.BUDGETS,
 )
-Methods = swept(
+Methods = option(
+    SWEEP,
     list[str] | None,
     "--method",
     f"Names (see evoprune methods); default: {methods.DEFAULT}. NAME:SETTING=VALUE for its settings; "
@@ -141,6 +141,12 @@ _output = partial(option, "Output")
 Json = _output(bool, "--json", "One JSON line a question on stdout, instead of text.")
 JsonResults = _output(bool, "--json", "The results as one JSON line instead of a table.")
 Quiet = _output(bool, "-q", "--quiet", "No progress, notes or stats; warnings remain.")
+Stats = _output(
+    bool | None,
+    "--stats/--no-stats",
+    "Stage times and token counts on stderr; default: unless --json or -q, in one line from the second question on.",
+)
+Verbose = _output(bool, "-v", "--verbose", "Also print rows of every layer, settings, versions.")
 Cache = _output(
     bool,
     "--cache/--no-cache",
@@ -150,7 +156,7 @@ Debug = _output(bool, "--debug", "Show the traceback of an error.  [env var: EVO
 
 
 def _for_all(*, debug: Debug = False, help_all: HelpAll = False) -> None:
-    """The last options of every command. `failures.debugging` and a callback of `HelpAll` read them, not the command."""
+    """The last options of every command. `failures.print_traceback` and a callback of `HelpAll` read them, not the command."""
 
 
 def check_choice(name: str, value: str | None, known: Iterable[str | None]) -> None:

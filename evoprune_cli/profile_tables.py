@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import textwrap
 from collections.abc import Callable
 from statistics import median
@@ -11,6 +10,7 @@ from typing import Any
 from evoprune.profiling.results import BOUND, METHOD, Case, Figures, Results, Row, Spread
 from evoprune.text import counted, size
 from evoprune_cli.tables import fitting, folded, one_line
+from evoprune_cli.terminal import json_line
 
 Cell = Callable[[Row, Figures | None], str]
 
@@ -26,7 +26,7 @@ LEGEND = (
 def render(results: Results, form: str, width: int = 80) -> str:
     """The results as `table`, `md`, `csv` or `json`; `width` is that of a table, in columns."""
     if form == "json":
-        return json.dumps(results.document(), separators=(",", ":"), ensure_ascii=True, allow_nan=False) + "\n"
+        return json_line(results.document()) + "\n"
     return {"table": lambda r: _table(r, width), "md": _markdown, "csv": _csv}[form](results)
 
 

@@ -33,7 +33,9 @@ def show(document: dict[str, Any], render: Callable[[dict, int], str], json: boo
         print_text(render(document, page_width()))
 
 
-def write(document: dict[str, Any], output: str | None, chart: str | None, draw: Callable[[dict], str]) -> None:
+def write(
+    document: dict[str, Any], output: str | None, chart: str | None = None, draw: Callable[[dict], str] | None = None
+) -> None:
     """Writes results to the files that are wanted: as JSON, and as a chart of `draw` where there is a row."""
     if output:
         write_text(output, json_line(document) + "\n")

@@ -31,8 +31,8 @@ def failures(document: dict) -> list[str]:
 
 
 def folded(texts: Iterable[str], width: int, **settings: bool) -> list[str]:
-    """Lines no longer than `width`; those that continue one are indented."""
-    return [line for text in texts for line in textwrap.wrap(text, width, subsequent_indent="  ", **settings)]
+    """Lines no longer than `width`; those that continue one are indented, empty ones stay."""
+    return [line for text in texts for line in textwrap.wrap(text, width, subsequent_indent="  ", **settings) or [""]]
 
 
 def table(

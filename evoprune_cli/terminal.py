@@ -14,11 +14,10 @@ from evoprune.report.records import Report, VideoFacts
 from evoprune.report.stats import WARNINGS, WIDTH, stats_block, summary, warned, warning_text
 from evoprune.text import counted, harmless
 
-LARGE_MODEL = 2**30  # bytes of weights
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1"}
+TAB = 8  # columns
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
 if TYPE_CHECKING:
-    from evoprune.pipeline.engine import Engine
     from evoprune.pipeline.planning import PromptSubtitles
 
 
@@ -53,17 +52,15 @@ class ClosedOutput(io.StringIO):
 
     def write(self, text: str) -> int:
         """Raises UsageError."""
-        raise OutputClosed("there is nowhere to write to: stdout is closed", "redirect it, for example: > answers.txt")
+        problem = UsageError(
+            "there is nowhere to write to: stdout is closed", "redirect it, for example: > answers.txt"
+        )
+        problem.reported = True  # no record of it can be printed
+        raise problem
 
     def fileno(self) -> int:
         """Raises UsageError."""
         return self.write("")
-
-
-class OutputClosed(UsageError):
-    """Stdout is closed, so that no record of this can be printed."""
-
-    reported = True
 
 
 def check_output() -> None:
@@ -142,16 +139,15 @@ def print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
             print_warning(name, video)
 
 
-def print_stats(report: Report, verbose: bool = False) -> None:
-    """Prints the stats of an answer on stderr."""
+def print_stats(report: Report, verbose: bool, short: bool) -> None:
+    """Prints the stats of an answer on stderr as a block behind an empty line; `short`: in one line, of a comparison in two."""
+    if short:
+        for title, each in {"pruned: ": report, "full: ": report.compare}.items() if report.compare else [("", report)]:
+            tell(f"{title}{summary(each)}")
+        return
+    note()
     for line in stats_block(report, columns(), verbose):
         note(paint(printable(line), "2"))
-
-
-def print_summary(report: Report) -> None:
-    """Prints the stats of an answer on stderr in one line, of a comparison in two."""
-    for title, each in {"pruned: ": report, "full: ": report.compare}.items() if report.compare else [("", report)]:
-        tell(f"{title}{summary(each)}")
 
 
 def tell(text: str) -> None:
@@ -186,31 +182,63 @@ def note_subtitles(found: "PromptSubtitles") -> None:
         tell(f"note: no subtitles: {found.note}")
 
 
-def note_tuning(engine: "Engine") -> None:
-    """Says once for a model, on stderr, that what pruning changes in its answers can be measured, unless it was."""
-    loaded = engine.loaded
-    real = loaded.fingerprint is not None and loaded.load_format != "dummy" and not loaded.is_demo
-    if not real or engine.tuned or not engine.method.acts_at(engine.share):
-        return
-    from evoprune.pipeline.saved import never_tuned
+class Wrapped:
+    """Writes pieces of a text as they come, each word as soon as the next one begins; a line of `width` columns ends before a word
+    that does not fit."""
 
-    if never_tuned(loaded.fingerprint, lambda: loaded.weights_fingerprint):
-        tell(
-            f"note: this model was never tuned: evoprune tune VIDEO... -m {loaded.id} shows what pruning changes in its answers"
-        )
+    def __init__(self, width: int, write: Callable[[str], None]):
+        from rich.cells import cell_len
+
+        self._width, self._write, self._cells = width, write, cell_len
+        self._column, self._gap, self._word = 0, "", ""
+        self._inside = False  # a word that is longer than a line: the terminal breaks it
+
+    def add(self, text: str) -> None:
+        """The next piece. Between two wide characters, as of Chinese, a line may end without a space."""
+        for character in text:
+            if character.isspace():
+                self.flush()
+                self._inside = False
+                self._gap += character
+                if character == "\n":
+                    self._write(self._gap)
+                    self._gap, self._column = "", 0
+                continue
+            self._word += character
+            wide = self._cells(character) > 1
+            if wide or self._cells(self._word) >= self._width:
+                self.flush()
+                self._inside = not wide
+
+    def flush(self) -> None:
+        """Writes the word that has begun."""
+        if not self._word:
+            return
+        gap, word = sum(TAB if c == "\t" else 1 for c in self._gap), self._cells(self._word)
+        if self._column and not self._inside and self._column + gap + word > self._width:
+            self._gap, self._column, gap = "\n", 0, 0
+        self._write(self._gap + self._word)
+        self._column = self._column + gap + word
+        if self._column > self._width:  # the terminal breaks what is longer than a line
+            self._column %= self._width
+        self._gap = self._word = ""
 
 
-def note_bits(engine: "Engine") -> None:
-    """Says on stderr that 8 bits would be faster, where a large model computes in fp32 because the CPU has no bf16 products."""
-    loaded = engine.loaded
-    usual = (loaded.dtype, loaded.device, loaded.quantize) == ("fp32", "cpu", "none")
-    if not usual or loaded.weights_bytes < LARGE_MODEL:
-        return
-    from evoprune.model.quantize import kinds
+def print_stream(pieces) -> None:
+    """Prints an answer as it is generated, and a newline even when it is interrupted; where stdout is no terminal, as it is."""
 
-    if "int8" in kinds(loaded.model.device):
-        gain = "about twice as fast, less exact, and takes a third of the memory"
-        tell(f"note: fp32 on this CPU; --quantize int8 is {gain}")
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    wrapped = Wrapped(width_of(sys.stdout), show) if sys.stdout.isatty() else None
+    try:
+        for piece in pieces:
+            text = encodable(piece, sys.stdout)
+            wrapped.add(text) if wrapped else show(text)
+    finally:
+        if wrapped:
+            wrapped.flush()
+        print(flush=True)
 
 
 def encoding(show: Callable[..., None]) -> Callable[[str, int, int], None]:
@@ -228,14 +256,24 @@ def encoding(show: Callable[..., None]) -> Callable[[str, int, int], None]:
 
 
 @contextmanager
-def progress(active: bool) -> Iterator:
-    """Shows a line of progress on stderr while a block runs, on a terminal only. Yields `show(what, done, total)`."""
+def progress(active: bool, timing: bool = False) -> Iterator:
+    """Shows a line of progress on stderr while a block runs, on a terminal only. Yields `show(what, done, total)`.
+
+    `timing`: the line does not move, since the thread of a spinner would disturb what is measured, and it gets `what` alone.
+    """
     if not active or not sys.stderr.isatty():
         yield lambda what, done=0, total=0: None
         return
     from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
 
     console = Console(stderr=True, highlight=False)
+    if timing:
+        still = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
+        with Live(console=console, transient=True, **still) as live:
+            yield lambda what: live.update(Text(what, style="dim", no_wrap=True, overflow="ellipsis"), refresh=True)
+        return
     with console.status("loading", spinner="line") as status:
 
         def show(what: str, done: int = 0, total: int = 0) -> None:

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
@@ -15,8 +15,8 @@ from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_chart, check_writable
-from evoprune_cli.imports import prepare
-from evoprune_cli.options import own
+from evoprune_cli.loading import prepare
+from evoprune_cli.options import flag, own
 from evoprune_cli.results import SOME_FAILED, rescuing, show, write
 from evoprune_cli.terminal import check_output, note, progress
 
@@ -28,42 +28,35 @@ ASKED = "What is asked"  # the title of a panel
 class Request:
     """What is asked."""
 
-    PANELS: ClassVar[dict[str, str]] = {
-        "questions": ASKED,
-        "time_limit": opt.SWEEP,
-        "no_save": "Output",
-    }  # by their first fields
-
     videos: opt.argument(list[str], "VIDEO", "Video files like those that will be asked about.")
     questions: list[str] | None = own(
-        None, "-Q --question TEXT", "Asked of every video; repeatable. Default: three general ones."
+        "-Q --question TEXT", "Asked of every video; repeatable. Default: three general ones."
     )
-    question_file: str | None = own(None, "--questions FILE", "A text file with a question on each line.")
+    question_file: str | None = own("--questions FILE", "A text file with a question on each line.")
     agree: float = own(
-        AGREE,
         "--agree SHARE",
         "Share of the full answers' tokens at which the pruned model must make the same first choice, at the lower end of "
         "the 95% interval.",
+        default=AGREE,
     )
     time_limit: float = own(
-        600,
         "--time-limit SECONDS",
         "Of the whole run, loading included. The most promising settings are tried on all videos, the others on fewer.",
+        default=600,
     )
     budget: list[str] | None = own(
-        None,
         "-b --budget",
         "Shares of visual tokens to try, or presets.  [default: 0.5,0.35,0.25,0.15,0.1]",
         **completion.BUDGETS,
     )
     method: list[str] | None = own(
-        None, "--method", "Further methods to try, beside those that are always tried.", **completion.METHODS
+        "--method", "Further methods to try, beside those that are always tried.", **completion.METHODS
     )
-    operations: bool = own(False, "--operations", "Find the recipe of the method operations for this model instead.")
+    operations: bool = flag("--operations", "Find the recipe of the method operations for this model instead.")
     options: opt.MakeOptions
-    no_save: bool = own(False, "--no-save", "Do not save the recommendation, which -b tuned uses.")
-    output: str | None = own(None, "-o --output FILE.json", "Also write the results there, as JSON.")
-    chart: str | None = own(None, "--chart FILE.svg", "Draw agreement against the time to the first token.")
+    no_save: bool = flag("--no-save", "Do not save the recommendation, which -b tuned uses.")
+    output: str | None = own("-o --output FILE.json", "Also write the results there, as JSON.")
+    chart: str | None = own("--chart FILE.svg", "Draw agreement against the time to the first token.")
     json: opt.JsonResults = False
     quiet: opt.Quiet = False
 
@@ -73,6 +66,7 @@ class Request:
     PruneOptions,
     SamplingOptions,
     without=("load_format", "budget", "method", "method_args", "decoder", "subtitles", "max_subtitle_tokens"),
+    panels={"questions": ASKED, "time_limit": opt.SWEEP, "no_save": "Output"},
 )
 def tune(asked: Request) -> int:
     """Find the fastest setting that keeps this model's answers.

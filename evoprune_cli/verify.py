@@ -1,57 +1,43 @@
 """`evoprune verify`: whether this machine computes with this model what transformers computes."""
 
 import time
-import traceback
-from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
 
-from evoprune.errors import UsageError
 from evoprune.pipeline.options import ModelOptions
 from evoprune_cli import options as opt
-from evoprune_cli.failures import debugging, failure
-from evoprune_cli.files import check_writable, print_text, write_text
-from evoprune_cli.imports import prepare
+from evoprune_cli.failures import print_traceback
+from evoprune_cli.files import check_writable
+from evoprune_cli.loading import prepare
+from evoprune_cli.options import flag, own
+from evoprune_cli.results import rescuing, show, write
 from evoprune_cli.tables import folded
-from evoprune_cli.terminal import check_output, json_line, note, page_width, print_document, progress
+from evoprune_cli.terminal import check_output, progress
 
 DIFFERENCE = 7
 UNLIMITED = 86_400.0
 
-_output = partial(opt.option, "Output")
 
-Input = opt.argument(
-    str | None, "INPUT", "A video or a picture to compare on; default: a clip and a picture made by formula."
-)
-Quick = opt.option(None, bool, "--quick", "Only the checks that take seconds.")
-TimeLimit = opt.option(
-    None,
-    float | None,
-    "--time-limit",
-    "Of the whole run, loading included: checks that would begin later are skipped.",
-    metavar="SECONDS",
-    min=0,
-)
-Output = _output(
-    str | None,
-    "-o",
-    "--output",
-    "Also write the record there, as JSON without paths, prompts and names of machines.",
-    metavar="FILE.json",
-)
-Json = _output(bool, "--json", "The record as one JSON line instead of text.")
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked."""
+
+    path: opt.argument(
+        str | None, "INPUT", "A video or a picture to compare on; default: a clip and a picture made by formula."
+    ) = None
+    quick: bool = flag("--quick", "Only the checks that take seconds.")
+    time_limit: float | None = own(
+        "--time-limit SECONDS", "Of the whole run, loading included: checks that would begin later are skipped.", min=0
+    )
+    options: opt.MakeOptions
+    output: str | None = own(
+        "-o --output FILE.json", "Also write the record there, as JSON without paths, prompts and names of machines."
+    )
+    json: bool = flag("--json", "The record as one JSON line instead of text.")
+    quiet: opt.Quiet = False
 
 
-@opt.with_options(ModelOptions, without=("quantize", "store_quantized"))
-def verify(
-    *,
-    path: Input = None,
-    quick: Quick = False,
-    time_limit: TimeLimit = None,
-    options: opt.MakeOptions,
-    output: Output = None,
-    json: Json = False,
-    quiet: opt.Quiet = False,
-) -> int:
+@opt.with_options(ModelOptions, without=("quantize", "store_quantized"), panels={"output": "Output"})
+def verify(asked: Request) -> int:
     """Check that this machine computes with this model what transformers computes.
 
     Both sides compute with the same weights, on the same device and in the same dtype: pixels, features, positions, logits and
@@ -66,48 +52,31 @@ def verify(
     """
     begun = time.perf_counter()
     check_output()
-    check_writable(output, inputs=[path or ""])
-    made, results = options(), None
-    deliver = partial(_deliver, json=json, output=output)
-    try:
-        with progress(not quiet) as show:
-            show("loading libraries")
-            prepare()
-            from evoprune.pipeline.loading.model import load_model
-            from evoprune.profiling.time_limit import TimeLimit as Limit
-            from evoprune.profiling.verify.run import subject_of
-            from evoprune.profiling.verify.run import verify as run
+    check_writable(asked.output, inputs=[asked.path or ""])
+    made, results = asked.options(), None
+    rescue = rescuing(lambda: results is not None, lambda error: _deliver(results, error, asked))
+    with rescue, progress(not asked.quiet) as tell:
+        tell("loading libraries")
+        prepare()
+        from evoprune.pipeline.loading.model import load_model
+        from evoprune.profiling.time_limit import TimeLimit
+        from evoprune.profiling.verify.run import subject_of
+        from evoprune.profiling.verify.run import verify as run
 
-            limit = Limit(UNLIMITED if time_limit is None else time_limit, begun=begun)
-            show("loading model")
-            loaded = load_model(made.model, pack=False, to_answer=True)
-            with subject_of(loaded, path) as subject:
-                for results in run(subject, limit, quick=quick, progress=show, failed=_failed):  # noqa: B007
-                    pass
-    except BaseException as problem:
-        if results is not None:
-            with suppress(UsageError):  # the first problem is the one to report
-                deliver(results.document() | {"error": failure(problem)})
-            problem.reported = True
-        raise
-    document = deliver(results.document() | {"error": None})
-    return 0 if document["verdict"] == "held" else DIFFERENCE
+        limit = TimeLimit(UNLIMITED if asked.time_limit is None else asked.time_limit, begun=begun)
+        tell("loading model")
+        loaded = load_model(made.model, pack=False, to_answer=True)
+        with subject_of(loaded, asked.path) as subject:
+            for results in run(subject, limit, quick=asked.quick, progress=tell, failed=print_traceback):  # noqa: B007
+                pass
+    _deliver(results, None, asked)
+    return 0 if results.verdict == "held" else DIFFERENCE
 
 
-def _failed(problem: Exception) -> None:
-    """The traceback of what a check raised, which its line alone does not hold."""
-    if debugging():
-        note("".join(traceback.format_exception(problem)).rstrip())
-
-
-def _deliver(document: dict, *, json: bool, output: str | None) -> dict:
-    if json:
-        print_document(document)
-    else:
-        print_text(text_of(document, page_width()))
-    if output:
-        write_text(output, json_line(document) + "\n")
-    return document
+def _deliver(results, error: dict | None, asked: Request) -> None:
+    document = results.document() | {"error": error}
+    show(document, text_of, asked.json)
+    write(document, asked.output)
 
 
 def text_of(document: dict, width: int = 80) -> str:
@@ -119,7 +88,7 @@ def text_of(document: dict, width: int = 80) -> str:
     lines += [f"{check['state']:<8} {check['name']:<10} {check['says']}" for check in document["checks"]]
     counts = ", ".join(f"{document[state]} {state}" for state in ("held", "differs", "skipped"))
     lines += ["", f"{counts} in {document['seconds']:.0f} s: {VERDICTS[document['verdict']]}"]
-    return "\n".join(_indented(lines, width)) + "\n"
+    return "\n".join(folded(lines, width)) + "\n"
 
 
 VERDICTS = {
@@ -127,8 +96,3 @@ VERDICTS = {
     "differs": "something is not as it should be; -o FILE.json writes what a bug report needs",
     "skipped": "nothing was compared",
 }
-
-
-def _indented(lines: list[str], width: int) -> list[str]:
-    """Empty lines stay; others are folded."""
-    return [part for line in lines for part in (folded([line], width) if line else [""])]

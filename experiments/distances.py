@@ -10,12 +10,12 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from evoprune.pruning import distance
+from evoprune.pruning import select
 
 Distance = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 TODAY = "today"
 
-# Each replaces `places_and_salience` of `pruning.distance`. A share is the weight of a row, `[E, 1]`.
+# Each replaces `places_and_salience` of `pruning.select`. A share is the weight of a row, `[E, 1]`.
 
 
 def _share(rows: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
@@ -24,8 +24,8 @@ def _share(rows: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
 
 
 def _salience(unlike: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    salience = distance.rounded(unlike) * (share[:, 0] > 0)
-    return salience / salience.max().clamp(min=distance.STEP)
+    salience = select.rounded(unlike) * (share[:, 0] > 0)
+    return salience / salience.max().clamp(min=select.STEP)
 
 
 def cosine(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,9 +76,9 @@ DISTANCES: dict[str, Distance | None] = {
 @contextmanager
 def using(places: Distance | None) -> Iterator[None]:
     """Has the selection use another distance."""
-    today = distance.places_and_salience
-    distance.places_and_salience = places or today
+    today = select.places_and_salience
+    select.places_and_salience = places or today
     try:
         yield
     finally:
-        distance.places_and_salience = today
+        select.places_and_salience = today

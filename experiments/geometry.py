@@ -21,8 +21,8 @@ from evoprune.evaluation.demo_clips import clips_asked, demo_video
 from evoprune.methods.evoprune import EvoPrune, FarthestPoints
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.loading.model import LoadedModel, load_model
-from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import ModelOptions, PruneOptions
+from evoprune.pipeline.video_qa import open_inputs
 from evoprune.pruning.types import Selection, Tokens
 from experiments.distances import DISTANCES, using
 

@@ -26,8 +26,7 @@ from evoprune.pipeline.loading.found import describe_model
 from evoprune.pipeline.loading.weights import random_model
 from evoprune.pipeline.options import ModelOptions
 from evoprune.pruning.encoder_plan import full_plan
-from evoprune.vision.attention import grouped_attention
-from evoprune.vision.buckets import Bucket
+from evoprune.vision.attention import Bucket, grouped_attention
 from evoprune.vision.devices import CHUNK_UNITS
 from evoprune.vision.encoder import encode
 from evoprune.vision.families import norm as tower_norm

@@ -24,8 +24,8 @@ from evoprune.evaluation.grading import grade
 from evoprune.evaluation.questions import Video
 from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.model import LoadedModel, load_model
-from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import PruneOptions
+from evoprune.pipeline.video_qa import open_inputs
 from evoprune.video.frames import FrameChunk, read_frames
 from experiments.paired import in_points, paired_difference
 

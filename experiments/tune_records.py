@@ -23,8 +23,8 @@ from evoprune.evaluation.shared import SharedFrames, SharedRows
 from evoprune.pipeline.agreement import agreement, reference
 from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import ModelOptions, PruneOptions
+from evoprune.pipeline.video_qa import open_inputs
 from evoprune.tuning.search import Candidate, candidates
 
 RIVALS = ("random", "divprune", "downscale")

@@ -11,10 +11,9 @@ import torch
 from evoprune.methods import registry
 from evoprune.methods.evoprune import EvoPrune, FarthestPatches, FarthestPoints
 from evoprune.methods.settings import check_ranges
-from evoprune.pruning import distance
-from evoprune.pruning.distance import points_of
+from evoprune.pruning import select
 from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
-from evoprune.pruning.select import _farthest, _filled, assign_clusters
+from evoprune.pruning.select import _farthest, _filled, assign_clusters, points_of
 from evoprune.pruning.types import Selection, Tokens
 from experiments.distances import DISTANCES, TODAY, Distance, using
 
@@ -37,7 +36,7 @@ class VariantPoints(FarthestPoints):
 
     def _places(self) -> Distance | None:
         """The distance, stretched where a unit's patches differ from one another."""
-        places = DISTANCES[self.distance] or distance.places_and_salience
+        places = DISTANCES[self.distance] or select.places_and_salience
         if not self.contrast or not self.inside:  # after the patch merger, a row has no patches
             return places
 

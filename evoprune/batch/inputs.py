@@ -64,15 +64,13 @@ def in_folders(videos: Iterable[str], wrong: Wrong) -> Iterator[str]:
             yield from found or [video]
         elif images:
             pattern = os.path.join(video, "*" + os.path.splitext(found[0])[1])
+            hint = f"name the videos ({pattern}), or move the images to a folder of their own"
             wrong.add(
-                f"the folder {video} holds {counted(len(images), 'image')} and {counted(len(found), 'video')}",
-                f"name the videos ({pattern}), or move the images to a folder of their own",
+                f"the folder {video} holds {counted(len(images), 'image')} and {counted(len(found), 'video')}", hint
             )
         else:
-            wrong.add(
-                f"neither videos nor images in the folder {video}",
-                f"folders inside it are not searched; files that count end in {', '.join((*VIDEOS, *IMAGES))}",
-            )
+            hint = f"folders inside it are not searched; files that count end in {', '.join((*VIDEOS, *IMAGES))}"
+            wrong.add(f"neither videos nor images in the folder {video}", hint)
 
 
 def left_out(video: str) -> str:

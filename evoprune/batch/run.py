@@ -13,8 +13,7 @@ from evoprune.errors import OutOfMemory, error_record
 from evoprune.pipeline.answering import EncodedInputs
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.encoding import prefetched
-from evoprune.pipeline.opening import OpenInputs, open_inputs
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pipeline.video_qa import OpenInputs, VideoQA, open_inputs
 from evoprune.report.records import Report, name_inputs
 
 T = TypeVar("T")

@@ -89,10 +89,7 @@ class Clip:
     seconds: float
     things: tuple[Thing, ...]
     noise: float
-    pan: tuple[float, float] = (
-        0.0,
-        0.0,
-    )  # pixels a second that the camera moves; things keep their places on the frame
+    pan: tuple[float, float] = (0.0, 0.0)  # of the camera, in pixels a second; things keep their places on the frame
     clutter: float = 0.0  # grey blots and strokes on each million pixels of background
 
     @property

@@ -32,9 +32,9 @@ from evoprune.model.machine import environment
 from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, threads_of_each
-from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions, record
 from evoprune.pipeline.saved import make_method, resolve, with_recipe
+from evoprune.pipeline.video_qa import open_inputs
 from evoprune.pruning.budget import TUNED, plain
 
 DEMO, DEMO_CLIPS = "demo", 100

@@ -150,7 +150,7 @@ def _round(value: float) -> float | None:
 
 
 def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, float]:
-    """The 95% interval of a share of right answers: Wilson's (1927), with the effective number of questions.
+    """The 95% interval of a share of right answers: Wilson's, with the effective number of questions.
 
     That is the number of independent questions that would be as uncertain as these clusters are, at most the number of questions.
     Where all answers are right, or all wrong, their correlation is unknown, and it is the number of clusters.
@@ -164,10 +164,22 @@ def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, floa
     share = float(right.sum()) / total
     n = float(clusters)
     if 0 < share < 1 and clusters > 1:
-        variance = float(((right - share * asked) ** 2).sum()) * clusters / (clusters - 1) / total**2
+        variance = share_variance(right, asked)
         n = min(total, share * (1 - share) / variance) if variance else total
-    middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    return wilson(share, n)
+
+
+def share_variance(right: np.ndarray, asked: np.ndarray) -> float:
+    """Of a share of right answers, estimated over its clusters; arguments as of `accuracy_interval`, two clusters at least."""
+    clusters, total = len(asked), float(asked.sum())
+    residual = right - float(right.sum()) / total * asked
+    return float((residual**2).sum()) * clusters / (clusters - 1) / total**2
+
+
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """The 95% interval of a share of `n` independent answers (Wilson, 1927)."""
+    z = Z95**2 / n
+    middle, half = (share + z / 2) / (1 + z), math.sqrt(z * share * (1 - share) + z**2 / 4) / (1 + z)
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 

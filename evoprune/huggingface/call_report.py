@@ -1,7 +1,6 @@
 """The report of one call of a pruned Hugging Face model."""
 
 import threading
-from dataclasses import dataclass, field
 
 from evoprune.huggingface import interface
 from evoprune.huggingface.columns import Columns
@@ -26,10 +25,9 @@ def call_report(
     budget: float,
     positions: str,
 ) -> Report:
-    """The report of one call with videos or pictures that are pruned; the caller adds the times.
+    """The report of one call with visuals that are pruned; the caller adds the times. `name`: the method as the user named it.
 
-    `call` and `pruned` are its arguments, as the user gave them and as the model gets them; `visuals` and `encoded` what was
-    pruned, and what became of it; `name` the method as the user named it. The call's own `position_ids` override `positions`.
+    `call`, `pruned`: its arguments as given, and as the model gets them. Its own `position_ids` override `positions`.
     """
     device, units = str(model.device), len(encoded.owner)
     mask, grids = pruned.get("attention_mask"), visuals.grids.tolist()
@@ -40,10 +38,7 @@ def call_report(
     one = len(grids) == 1
     timed = one and visuals.videos[0] and (call.get("second_per_grid_ts") is not None or interface.has_clock(model))
     return Report(
-        sampling=Sampling(
-            grid_thw=grids[0] if one else None,
-            seconds_per_pair=visuals.seconds[0] if timed else None,
-        ),
+        sampling=Sampling(grid_thw=grids[0] if one else None, seconds_per_pair=visuals.seconds[0] if timed else None),
         pruning=Pruning(
             method=name,
             args=method.args,
@@ -69,22 +64,14 @@ def call_report(
     )
 
 
-@dataclass(frozen=True)
-class LatestCall:
-    """A call's report, and the columns of its prompt that are left. Where nothing was encoded here, a warning says why."""
-
-    report: Report = field(default_factory=Report)
-    columns: Columns | None = None
-
-
 class LatestCalls:
-    """The latest call of each thread; for a thread that has made none, the latest call of all."""
+    """The report of each thread's latest call, and the columns left of its prompt. Other threads get those of the latest of all."""
 
     def __init__(self):
-        self._of_thread, self._of_all = threading.local(), LatestCall()
+        self._of_thread, self._of_all = threading.local(), (Report(), None)
 
-    def set(self, call: LatestCall) -> None:
-        self._of_thread.call = self._of_all = call
+    def set(self, report: Report, columns: Columns | None = None) -> None:
+        self._of_thread.call = self._of_all = report, columns
 
-    def get(self) -> LatestCall:
+    def get(self) -> tuple[Report, Columns | None]:
         return getattr(self._of_thread, "call", self._of_all)

@@ -66,15 +66,11 @@ class Columns:
         return Columns(torch.cat([self.index, more.expand(len(self.index), -1)], 1), width)
 
     def first(self, places: int) -> "Columns":
-        """The columns of the batch cut before place `places`; dropped columns just before it stay part of the batch.
-
-        Raises UsageError: the cut is at different columns in different rows.
-        """
+        """The columns before place `places`, and dropped ones just before it. Raises UsageError: rows differ in where that is."""
         ends = self.index[:, places].unique()
         if len(ends) > 1:
-            raise UsageError(
-                "past_key_values were cut in the middle of a padded batch", "cut those of each prompt on its own"
-            )
+            hint = "cut those of each prompt on its own"
+            raise UsageError("past_key_values were cut in the middle of a padded batch", hint)
         return Columns(self.index[:, :places], int(ends))
 
     def repeated(self, times: int) -> "Columns":
@@ -83,10 +79,7 @@ class Columns:
 
 
 def with_whole_prompt(prompt: torch.Tensor, places: int, ids: torch.Tensor) -> torch.Tensor:
-    """Ids `[B * n, L + new]` with the whole prompt in place of the pruned one.
-
-    `prompt`: int64 `[B, L]`, the whole one. `ids`: int64 `[B * n, places + new]`, n neighbouring rows for each prompt.
-    """
+    """int64 `[B * n, L + new]`: `ids`, `[B * n, places + new]`, with the whole `prompt`, `[B, L]`, for the pruned one."""
     prompt = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), 0)
     return torch.cat([prompt, ids[:, places:]], 1)
 

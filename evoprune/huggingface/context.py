@@ -19,14 +19,13 @@ import torch
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.huggingface import interface
-from evoprune.huggingface.call_report import LatestCall, LatestCalls, call_report
-from evoprune.huggingface.cluster_bias import with_cluster_bias
+from evoprune.huggingface.call_report import LatestCalls, call_report
 from evoprune.huggingface.columns import Columns, with_whole_prompt, with_whole_prompts
 from evoprune.huggingface.encoding import encode_with, patch_method
 from evoprune.huggingface.inputs import PAST, Past, continued, find_visuals, remember, why_not, without_pruned
-from evoprune.huggingface.packed_tower import PackedTower, check_pack
-from evoprune.huggingface.patches import Patches, end_of
-from evoprune.keywords import check_types, documented, names_options, option
+from evoprune.huggingface.packed_tower import INT8, PackedTower
+from evoprune.huggingface.patches import INNER, Patches, end_of
+from evoprune.keywords import brief, check_types, documented, names_options, option
 from evoprune.model.cost import Clock
 from evoprune.pipeline.loading.weights import model_fingerprint
 from evoprune.pipeline.options import PruneOptions, check_tuned
@@ -35,7 +34,6 @@ from evoprune.pruning.budget import DEFAULT, TUNED, parse_budget
 from evoprune.report.records import Report
 
 METHODS = ("generate", "forward")  # of the model, that are replaced
-INNER = "evoprune_inside"  # argument of the calls of `forward` that `generate` makes; nothing is pruned in those again
 SWITCH = "this object only says how long the model prunes"
 
 
@@ -97,13 +95,13 @@ class PruningContext:
         patch_method(self.method, self.method_args)
         if self.positions not in ("host", "qwen"):
             raise UsageError(f"positions {self.positions!r} are not known", "host or qwen")
-        check_pack(self.pack)
+        if not isinstance(self.pack, bool) and self.pack != INT8:
+            raise UsageError(
+                f"pack is {brief(self.pack)}, not True, False or {INT8!r}", "leave it out to change nothing"
+            )
 
     def __call__(self, model) -> "PrunedModel":
-        """The context for a with-block; pruning starts when the block is entered.
-
-        Raises ModelError: not a model of a supported class (`interface.MODELS`).
-        """
+        """The context for a with-block, at whose beginning pruning starts. Raises ModelError: not a model of `interface.MODELS`."""
         return PrunedModel(model, self)
 
     def __enter__(self) -> NoReturn:
@@ -171,16 +169,15 @@ class PrunedModel:
         interface.accept_features(model)
         self._tuned: Tuned | None = None
         if settings.budget == TUNED:
-            pruning, self._tuned = resolve(
-                PruneOptions(TUNED), model.name_or_path or None, partial(model_fingerprint, model)
-            )
+            name, weights = model.name_or_path or None, partial(model_fingerprint, model)
+            pruning, self._tuned = resolve(PruneOptions(TUNED), name, weights)
             settings = replace(settings, budget=pruning.budget, method=pruning.method)
         self.model, self.settings, self._packed = model, settings, None
         self._method = patch_method(settings.method, settings.method_args)
         self._share = parse_budget(settings.budget)
         self._latest = LatestCalls()
         runs = dict(zip(METHODS, (self._generate, self._forward), strict=True))
-        self._patches = Patches(model, runs, inner=INNER, end=self.remove)
+        self._patches = Patches(model, runs, self.remove)
 
     def __repr__(self) -> str:
         state = "active" if self._patches.active else "not active"
@@ -206,7 +203,7 @@ class PrunedModel:
         that the model's own code ran.
         A call that continues from the cache of a pruned prompt leaves the report as it is.
         """
-        latest = self._latest.get().report
+        latest, _ = self._latest.get()
         if latest.pruning.method is None and not latest.warnings and not self._patches.active:
             return Report(warnings=["not_active"])
         return latest
@@ -214,7 +211,7 @@ class PrunedModel:
     @property
     def columns(self) -> Columns | None:
         """Which columns of the prompt are left, of the call whose `report` this is; None where that is empty."""
-        return self._latest.get().columns
+        return self._latest.get()[1]
 
     def __enter__(self) -> "PrunedModel":
         pack = self.settings.pack
@@ -243,7 +240,7 @@ class PrunedModel:
             call, past = self._without_pruned(call, generating=False)
         sizes = getattr(inside or past, "sizes", None)
         if sizes is not None and interface.takes_numbers(self.model):
-            call = with_cluster_bias(self.model, call, sizes)
+            call = interface.with_cluster_bias(self.model, call, sizes)
         out = stock(**call)
         remember(past, out if isinstance(out, tuple) else out.to_tuple())
         return out
@@ -276,29 +273,25 @@ class PrunedModel:
 
     @torch.compiler.disable  # in a compiled `forward`, only the model's own code is worth compiling
     def _without_pruned(self, call: dict, generating: bool) -> tuple[dict, Past | None]:
-        """The call without pruned columns, and the `Past` that its cache must carry.
-
-        If nothing is pruned, these are the call itself and None.
-        """
+        """The call without pruned columns, and the `Past` of its cache; the call itself and None if nothing is pruned."""
         cache = call.get("past_key_values")
         length = 0 if cache is None else int(cache.get_seq_length())
         if self._prunes(call):
             if length:
-                raise UsageError(
-                    "a video cannot go on from past_key_values", "pass the whole conversation without them"
-                )
+                hint = "pass the whole conversation without them"
+                raise UsageError("a video cannot go on from past_key_values", hint)
             as_host = self.settings.positions == "host" or call.get("position_ids") is not None
             optional = as_host and not self._method.acts_at(self._share)
             if (reason := why_not(self.model, call, generating, optional)) is None:
                 return self._prune(call, generating)
             if not optional:
                 raise reason
-            self._latest.set(LatestCall(Report(warnings=["own_code"])))
+            self._latest.set(Report(warnings=["own_code"]))
             return call, None
         past = getattr(cache, PAST, None)
         if past is None or not length:  # an emptied cache takes a new prompt, which is whole
             why = "pictures_only" if interface.has_picture(call) else "no_video"
-            self._latest.set(LatestCall(Report(warnings=[why])))
+            self._latest.set(Report(warnings=[why]))
             if past is not None:
                 delattr(cache, PAST)
             return call, None
@@ -325,7 +318,7 @@ class PrunedModel:
         report.pruning.tuned = self._tuned.origin if self._tuned else None
         report.time_ms.encode = clock.seconds["encode"] * 1000
         report.time_ms.encode_prune = encoded.prune_seconds * 1000
-        self._latest.set(LatestCall(report, past.columns))
+        self._latest.set(report, past.columns)
         return pruned, past
 
 

@@ -102,13 +102,11 @@ def patch_method(name: str, args: dict[str, str] | None, has_question: bool = Fa
     """
     found = methods.parse(name, args)
     if found.acts == "input":
-        raise UsageError(
-            f"method {name} acts on frames, and these are patches", "use VideoQA, or shrink the video first"
-        )
+        hint = "use VideoQA, or shrink the video first"
+        raise UsageError(f"method {name} acts on frames, and these are patches", hint)
     if found.language:
-        hint = (
-            f"use VideoQA or the command line; here {found.before.name if found.before.members else 'evoprune'} works"
-        )
+        works = found.before.name if found.before.members else "evoprune"
+        hint = f"use VideoQA or the command line; here {works} works"
         raise UsageError(f"method {name} acts inside the language model, which is not pruned here", hint)
     if found.reads_question and not has_question:
         what, instead = found.reading

@@ -32,11 +32,6 @@ class Visuals:
     videos: tuple[bool, ...]  # of each, whether it is a video
     seconds: tuple[float, ...]  # of each, from one frame pair to the next
 
-    def apart(self, features: list[interface.Features]) -> tuple[list[interface.Features], list[interface.Features]]:
-        """The features of the videos, and of the pictures."""
-        both = list(zip(features, self.videos, strict=True))
-        return [each for each, video in both if video], [each for each, video in both if not video]
-
 
 @dataclass(frozen=True)
 class Past:
@@ -78,19 +73,12 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
         (only,) = kinds
         seconds = interface.seconds_per_pair(call) if only else [1.0] * len(grids[only])
         return Visuals(columns, pixels[only], grids[only], (only,) * len(grids[only]), tuple(seconds))
-    each = {
-        video: iter(zip(pixels[video].split(grids[video].prod(-1).tolist()), grids[video], strict=True))
-        for video in kinds
-    }
+    patches = {video: pixels[video].split(grids[video].prod(-1).tolist()) for video in kinds}
+    each = {video: iter(zip(patches[video], grids[video], strict=True)) for video in kinds}
     found = [pair for row in interface.visual_spans(model, call, None) for pair in row]
-    ordered = [next(each[video]) for _, video in found]
-    return Visuals(
-        columns,
-        torch.cat([patches for patches, _ in ordered]),
-        torch.stack([grid for _, grid in ordered]),
-        tuple(video for _, video in found),
-        tuple(spans[0].seconds_per_pair for spans, _ in found),
-    )
+    pixels, grids = zip(*(next(each[video]) for _, video in found), strict=True)
+    videos, seconds = tuple(video for _, video in found), tuple(spans[0].seconds_per_pair for spans, _ in found)
+    return Visuals(columns, torch.cat(pixels), torch.stack(grids), videos, seconds)
 
 
 def empty_runs(model, call: dict, dropped: torch.Tensor) -> torch.Tensor:
@@ -117,18 +105,13 @@ def _placeholders(model, call: dict, video: bool) -> torch.Tensor:
     grids, columns = call.get(NAMES[video][1]), call["input_ids"] == token
     units = 0 if grids is None else int(grids.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
     if not units or units != int(columns.sum()):
-        raise UsageError(
-            f"input_ids have {int(columns.sum())} {name} tokens, {NAMES[video][1]} makes {units}",
-            "pass all that one call of the processor returned",
-        )
+        problem = f"input_ids have {int(columns.sum())} {name} tokens, {NAMES[video][1]} makes {units}"
+        raise UsageError(problem, "pass all that one call of the processor returned")
     return columns
 
 
 def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError | None:
-    """Why this package cannot run a new prompt with videos, although the model itself may take it; None if it can.
-
-    `generating`: in a call of `generate`. `optional`: the model's own code does the same, since nothing is pruned.
-    """
+    """Why this package cannot run a new prompt with videos; None if it can. `optional`: the model's own code does the same."""
     visual = model.model.visual
     given = [call.get(name) for name in ("pixel_values_videos", "pixel_values")]
     if call.get(interface.ENCODED) or given == [None, None]:
@@ -140,17 +123,15 @@ def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError |
         return no_gradients()
     ids, mask = call.get("input_ids"), call.get("attention_mask")
     if ids is None or call.get("inputs_embeds") is not None:
-        return UsageError(
-            "inputs_embeds beside a video cannot be pruned", "pass input_ids, which have the video's tokens"
-        )
+        hint = "pass input_ids, which have the video's tokens"
+        return UsageError("inputs_embeds beside a video cannot be pruned", hint)
     for name in ("input_ids", "attention_mask", "video_grid_thw", "image_grid_thw"):
         if not isinstance(call.get(name), torch.Tensor | None):
             hint = "call the processor with return_tensors='pt'"
             return UsageError(f"{name} are of class {type(call[name]).__name__}, not a tensor", hint)
     if mask is not None and mask.shape != ids.shape:
-        return UsageError(
-            f"attention_mask is {list(mask.shape)}, input_ids are {list(ids.shape)}", "pass the processor's own mask"
-        )
+        shapes = f"attention_mask is {list(mask.shape)}, input_ids are {list(ids.shape)}"
+        return UsageError(shapes, "pass the processor's own mask")
     if _packed(call):
         return UsageError("several sequences packed in a row cannot be pruned", "pass them as rows of a batch")
     if generating:
@@ -177,11 +158,9 @@ def _packed(call: dict) -> bool:
 def without_pruned(
     model, call: dict, visuals: Visuals, encoded: Encoded, positions: str, generating: bool
 ) -> tuple[dict, Past]:
-    """The call of a new prompt without the columns of pruned tokens, and the `Past` of its cache.
+    """The call of a new prompt without the columns of pruned tokens, `encoded` of `visuals`, and the `Past` of its cache.
 
-    `visuals` and `encoded` are what is pruned in it. The call's own `position_ids` override `positions`.
-
-    Raises UsageError: prefill in chunks with a transformers that would leave the videos out (`interface.encoded_inputs`).
+    The call's own `position_ids` override `positions`. Raises UsageError: as of `interface.encoded_inputs`.
     """
     ids, mask, visual = call["input_ids"], call.get("attention_mask"), visuals.columns
     if mask is None and generating:
@@ -209,7 +188,9 @@ def without_pruned(
     if trained and torch.is_grad_enabled():  # in eval mode this is usually no training, so `backward` alone raises
         features = _NoGradients.apply(features, trained[0])
     inner = [None] * len(tokens) if encoded.deepstack is None else encoded.deepstack.split(tokens, 1)
-    videos, images = visuals.apart(list(zip(features.split(tokens), inner, strict=True)))
+    made = list(zip(features.split(tokens), inner, visuals.videos, strict=True))
+    videos = [(each, deep) for each, deep, is_video in made if is_video]
+    images = [(each, deep) for each, deep, is_video in made if not is_video]
     pruned_call |= interface.encoded_inputs(model, call, videos, images or None)
     furthest = at[-3:].amax(0).masked_fill(used == 0, -1).cummax(1).values
     return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _sizes(visual, columns, encoded))
@@ -270,18 +251,14 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
         raise UsageError("only text can follow a pruned video in past_key_values", "pass the whole conversation anew")
     new = call["inputs_embeds"] if ids is None else ids
     if len(new) % len(past.delta):
-        raise UsageError(
-            f"{len(new)} rows go on from past_key_values of {len(past.delta)} prompts",
-            "continue all rows, or pass the whole conversation",
-        )
+        problem = f"{len(new)} rows go on from past_key_values of {len(past.delta)} prompts"
+        raise UsageError(problem, "continue all rows, or pass the whole conversation")
     columns = past.columns.repeated(len(new) // len(past.columns.index))
     known = columns.width + length - columns.places
     total = mask.shape[1] if mask is not None else new.shape[1] + (0 if generating else known)
     if total <= known or (not generating and total != known + new.shape[1]):
-        raise UsageError(
-            f"{total} columns go on from past_key_values that represent {known}",
-            "count the pruned tokens of the video in ids and attention_mask too",
-        )
+        problem = f"{total} columns go on from past_key_values that represent {known}"
+        raise UsageError(problem, "count the pruned tokens of the video in ids and attention_mask too")
     columns = columns.following(total)
     if mask is None and generating:
         mask = interface.inferred_mask(model, call)
@@ -305,15 +282,11 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
 
 
 def no_gradients() -> UsageError:
-    """The error where gradients of a tower that prunes are asked for."""
-    return UsageError(
-        "a vision tower that prunes has no gradients",
-        "to train the language model alone: model.model.visual.requires_grad_(False)",
-    )
+    hint = "to train the language model alone: model.model.visual.requires_grad_(False)"
+    return UsageError("a vision tower that prunes has no gradients", hint)
 
 
 def trained_weights(visual) -> list[torch.Tensor]:
-    """The tower's weights that are to get gradients."""
     return [weight for weight in visual.parameters() if weight.requires_grad]
 
 

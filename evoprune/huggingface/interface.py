@@ -61,10 +61,8 @@ def tower_of(model):
     for name, module in visual.named_modules():
         # Only linear layers are called. Of other modules the weights are read, so one that wraps them would go unnoticed.
         if not isinstance(getattr(module, "base_layer", None), torch.nn.Linear | None):
-            raise ModelError(
-                f"an adapter on {name} of the vision tower would not run",
-                "merge it (PEFT: merge_and_unload), or leave this module out of its target_modules; linear layers may have one",
-            )
+            hint = "merge it (PEFT: merge_and_unload), or leave this module out of its target_modules; linear layers may have one"
+            raise ModelError(f"an adapter on {name} of the vision tower would not run", hint)
     return visual
 
 
@@ -84,10 +82,8 @@ class _Features(torch.Tensor):
 def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequence[Features] | None = None) -> dict:
     """Arguments of `forward` and `generate` for videos that are encoded already, and for the pictures of the call.
 
-    Before transformers 5.18 the features take the place of the pixels, in grids of one row. So generation repeats them for beams,
-    and passes them on to the first step only, as it does with pixels.
-
-    `model`: after `accept_features`. `pictures`: None where the model is to encode them.
+    Before transformers 5.18 the features take the place of the pixels, in grids of one row: generation repeats them for beams, and
+    passes them on to the first step only. `model`: after `accept_features`. `pictures`: None where the model is to encode them.
 
     Raises UsageError before transformers 5.18: prefill in chunks, which leaves videos out; encoded pictures; DeepStack.
     """
@@ -97,10 +93,8 @@ def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequ
             raise UsageError(f"this transformers takes no {what}", "use transformers 5.20 or later")
         videos = [features for features, _ in videos]
         if setting(model, call, "prefill_chunk_size") is not None:
-            raise UsageError(
-                "prefill_chunk_size leaves videos out in this transformers",
-                "unset it, or use transformers 5.20 or later",
-            )
+            hint = "unset it, or use transformers 5.20 or later"
+            raise UsageError("prefill_chunk_size leaves videos out in this transformers", hint)
         pictures = {name: call[name] for name in ("pixel_values", "image_grid_thw") if call.get(name) is not None}
         grids = torch.tensor([[1, 1, len(features)] for features in videos], dtype=torch.int64, device=videos[0].device)
         return pictures | {"pixel_values_videos": torch.cat(videos).as_subclass(_Features), "video_grid_thw": grids}
@@ -128,10 +122,7 @@ def _output(visuals: Sequence[Features]):
 
 
 def accept_features(model) -> None:
-    """Lets the class of `model.model` read the features of `encoded_inputs`, once and for all; nothing else changes in it.
-
-    Nothing to do from transformers 5.18 on. Before, its `get_video_features` returns such features as they are.
-    """
+    """Lets the class of `model.model` read the features of `encoded_inputs` before transformers 5.18, once and for all."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     kind = type(model.model)
@@ -160,13 +151,11 @@ def takes_numbers(model) -> bool:
 
 
 def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.Size, torch.dtype]:
-    """The masks that the layers of the language model make of a call's `attention_mask`.
+    """The masks that the layers of the language model, with eager or sdpa attention, make of a call's `attention_mask`.
 
-    `model`: with eager or sdpa attention. In the call of `forward`, `attention_mask` may be `[B, columns]`, None, or ready: `[B, 1,
-    L, keys]`, or a dict of those.
-
-    Returns for each type of layer (`ONLY_KIND` where the config names none), `[B, 1, L, keys]`: bool for sdpa, True where a key
-    is seen; numbers for eager, the lowest where it is not. Then the shape (B, L) of the call's columns and their dtype.
+    That may be `[B, columns]`, None, or ready: `[B, 1, L, keys]`, or a dict of those. Returns for each type of layer (`ONLY_KIND`
+    where the config names none) `[B, 1, L, keys]`: bool for sdpa, True where a key is seen; numbers for eager, the lowest where it
+    is not. Then the shape (B, L) of the call's columns and their dtype.
     """
     from transformers import masking_utils
 
@@ -184,14 +173,33 @@ def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.S
     return masks, embeds.shape[:2], embeds.dtype
 
 
-def first_key(model, call: dict, kind: str) -> int:
-    """The column of the first key that layers of this type see; above 0 where a cache with a sliding window has dropped some."""
-    cache = call.get("past_key_values")
-    if cache is None:
-        return 0
-    columns = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
-    kinds = getattr(model.config.text_config, "layer_types", None) or [ONLY_KIND]
-    return cache.get_mask_sizes(columns.shape[1], kinds.index(kind))[1]
+def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
+    """The call of `forward`, with `position_ids`, in which log(size) is added to the attention logits of each column.
+
+    In this project's own decoder, `language.decoder.forward` adds it. Here the model's own layers run, and the bias is part of the
+    call's attention mask, so that layers computed again for the gradient (checkpointing) see the same, and other threads do not.
+
+    `model`: `takes_numbers`. `sizes`: float32 `[B, C]`, of the prompt's columns; later ones have size 1. If the call has n * B rows
+    (beams), each row of `sizes` applies to n neighbouring rows.
+    """
+    masks, shape, dtype = attention_masks(model, call)
+    kinds, cache = getattr(model.config.text_config, "layer_types", None), call.get("past_key_values")
+    bias, weighted = sizes.log().repeat_interleave(shape[0] // len(sizes), 0), {}
+    for kind, mask in masks.items():
+        # The first key that such layers see is above 0 where a cache with a sliding window has dropped some.
+        first = cache.get_mask_sizes(shape[1], (kinds or [ONLY_KIND]).index(kind))[1] if cache is not None else 0
+        end = first + mask.shape[-1]
+        of_keys = torch.nn.functional.pad(bias, (0, max(0, end - bias.shape[1])))[:, None, None, first:end]
+        if mask.dtype == torch.bool:
+            # Minus infinity, as sdpa has it for such a mask: a row that sees no key is then zero. The lowest finite number would
+            # make it the mean of all values, of later columns too.
+            weighted[kind] = torch.where(mask, of_keys.to(mask.device, dtype), -torch.inf)
+        else:
+            # Adding to a masked entry could overflow to minus infinity. In eager attention a row of those would be NaN.
+            seen = mask > torch.finfo(mask.dtype).min / 2
+            weighted[kind] = torch.where(seen, mask + of_keys.to(mask.device, mask.dtype), mask)
+    alone = list(weighted) == [ONLY_KIND] and not hasattr(model.config.text_config, "layer_types")
+    return call | {"attention_mask": weighted[ONLY_KIND] if alone else weighted}
 
 
 def warn_of_hooks(visual) -> None:
@@ -203,12 +211,9 @@ def warn_of_hooks(visual) -> None:
         if not (getattr(hook, "__module__", None) or "").startswith("transformers.")
     ]
     if hooks:
-        warnings.warn(
-            f"hooks on the vision tower see nothing, or rows of evoprune, while the model prunes: {', '.join(hooks[:4])}"
-            + (f" and {len(hooks) - 4} others" if len(hooks) > 4 else "")
-            + "; take what evoprune.encode returns, or remove the pruning first",
-            stacklevel=3,
-        )
+        named = ", ".join(hooks[:4]) + (f" and {len(hooks) - 4} others" if len(hooks) > 4 else "")
+        what = f"hooks on the vision tower see nothing, or rows of evoprune, while the model prunes: {named}"
+        warnings.warn(f"{what}; take what evoprune.encode returns, or remove the pruning first", stacklevel=3)
 
 
 def has_video(call: dict) -> bool:
@@ -285,10 +290,8 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
 
 def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tuple[list[VisualSpan], bool]]]:
     """For each row of a prompt its videos and pictures, in order: the runs of each, and whether it is a video, without padding."""
-    ids = call["input_ids"].cpu()
-    videos, images = (
-        iter([] if call.get(name) is None else call[name].tolist()) for name in ("video_grid_thw", "image_grid_thw")
-    )
+    ids, grids = call["input_ids"].cpu(), [call.get(name) for name in ("video_grid_thw", "image_grid_thw")]
+    videos, images = (iter([] if each is None else each.tolist()) for each in grids)
     seconds = iter(seconds_per_pair(call))
     rows = torch.ones_like(ids) if mask is None else mask.cpu()
     return [list(_spans(model.config, ids[row, used.bool()], videos, images, seconds)) for row, used in enumerate(rows)]

@@ -2,11 +2,9 @@
 
 from typing import Literal
 
-import torch
 from torch import nn
 
 from evoprune.errors import UsageError
-from evoprune.keywords import brief
 from evoprune.model.integers import Int8Linear
 from evoprune.model.linear import PackedLinear, can_pack, is_plain, packed_copy, shared_copy
 from evoprune.model.quantize import check, quantize
@@ -14,12 +12,6 @@ from evoprune.pipeline.loading.calibration import calibrate_tower
 
 INT8 = "int8"
 SAMPLES = 16  # of each weight, which are compared to notice that it was changed
-
-
-def check_pack(pack: bool | str) -> None:
-    """Raises UsageError: neither a bool nor "int8"."""
-    if not isinstance(pack, bool) and pack != INT8:
-        raise UsageError(f"pack is {brief(pack)}, not True, False or {INT8!r}", "leave it out to change nothing")
 
 
 class PackedTower:
@@ -34,10 +26,8 @@ class PackedTower:
         weight = visual.patch_embed.proj.weight
         if pack is True and not can_pack(weight):
             dtype = str(weight.dtype).removeprefix("torch.")
-            raise UsageError(
-                f"pack=True does not work in {dtype} on {weight.device} here",
-                "it is for CPUs, in float32 or, where the CPU multiplies it in hardware, bfloat16; leave it out",
-            )
+            hint = "it is for CPUs, in float32 or, where the CPU multiplies it in hardware, bfloat16; leave it out"
+            raise UsageError(f"pack=True does not work in {dtype} on {weight.device} here", hint)
         if pack == INT8:
             check(INT8, weight.device)
         self._visual, self._pack = visual, pack
@@ -50,9 +40,12 @@ class PackedTower:
         Changes are noticed by the layers' tensors, the number of torch's changes in place, and a sample of the values, which
         reveals changes through `.data`.
         """
-        layers = {name: layer for name, layer in self._visual.named_modules() if is_plain(layer)}
-        known = {name: (layer, layer.weight.data_ptr(), _version(layer.weight)) for name, layer in layers.items()}
-        sample = [number for layer in layers.values() for number in _sample(layer.weight)]
+        known, sample = {}, []
+        for name, layer in self._visual.named_modules():
+            if is_plain(layer):
+                weight, flat = layer.weight, layer.weight.detach().flatten()
+                known[name] = layer, weight.data_ptr(), 0 if weight.is_inference() else weight._version
+                sample += flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].tolist()
         packed, packed_known, packed_sample = self._state
         if packed is None or (known, sample) != (packed_known, packed_sample):
             if self._pack == INT8:
@@ -67,12 +60,3 @@ class PackedTower:
     def nbytes(self) -> int:
         """Bytes of the packed layers, beside the model's own."""
         return sum(layer.nbytes for layer in self._state[0].modules() if isinstance(layer, PackedLinear | Int8Linear))
-
-
-def _version(weight: torch.Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
-
-
-def _sample(weight: torch.Tensor) -> list[float]:
-    flat = weight.detach().flatten()
-    return flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].tolist()

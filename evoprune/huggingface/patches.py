@@ -1,7 +1,7 @@
 """Replaces methods of one model object by functions of this package, and puts them back.
 
 The functions may call one another through the model: `generate` calls `forward` for every token. Such an inner call carries an
-argument that says so (`inner`). No flag on the model does, because other threads call the same model at the same time.
+argument that says so. No flag on the model does, because other threads call the same model at the same time.
 """
 
 import functools
@@ -15,11 +15,7 @@ from evoprune.errors import UsageError
 
 Run = Callable[[Callable, dict], Any]  # takes the model's own method, and the arguments of the call by name
 End = Callable[[], None]
-TWICE = (
-    "it prunes in one way at a time: evoprune.remove(model) ends the other; "
-    "a service calls evoprune.apply(model, ...) once, at its start"
-)
-
+INNER = "evoprune_inside"  # the argument of inner calls; nothing is pruned in those again
 LOCK = threading.Lock()  # one for all patches: two threads may begin to prune one model at the same time
 
 
@@ -33,31 +29,28 @@ def end_of(model, names: Iterable[str]) -> End | None:
 class Patches:
     """The replaced methods of one model.
 
-    Args:
-        runs: for each method's name, the function that runs instead of it.
-        inner: name of the argument that marks an inner call; the signatures of the replaced methods have it.
-        end: what `end_of` finds: calls `remove`, and frees what else the owner of these patches holds.
+    `runs`: for each method's name, the function that runs instead of it. `end`: what `end_of` finds: calls `remove`, and frees what
+    else the owner of these patches holds.
     """
 
-    def __init__(self, model, runs: dict[str, Run], inner: str, end: End):
-        self._model, self._runs, self._inner, self._end = model, runs, inner, end
+    def __init__(self, model, runs: dict[str, Run], end: End):
+        self._model, self._runs, self._end = model, runs, end
         self._installed: dict[str, _Patch] = {}
         self._replaced: dict[str, Any] = {}
         self._calls = 0
 
     def install(self) -> None:
-        """Replaces the methods; does nothing if they are replaced already.
-
-        Raises UsageError: other `Patches` are installed in the model.
-        """
+        """Replaces the methods, if they are not yet. Raises UsageError: other `Patches` are installed in the model."""
         with LOCK:
             if not self._installed:
                 if end_of(self._model, self._runs):
-                    raise UsageError("this model is pruned already", TWICE)
+                    hint = "it prunes in one way at a time: evoprune.remove(model) ends the other; "
+                    hint += "a service calls evoprune.apply(model, ...) once, at its start"
+                    raise UsageError("this model is pruned already", hint)
                 own = vars(self._model)
                 self._replaced = {name: own[name] for name in self._runs if name in own}
                 for name, run in self._runs.items():
-                    self._installed[name] = _Patch(getattr(self._model, name), run, self._inner, self._end)
+                    self._installed[name] = _Patch(getattr(self._model, name), run, self._end)
                     setattr(self._model, name, self._installed[name])
             self._activate(True)
 
@@ -97,27 +90,29 @@ class Patches:
         if self._calls or self.active:
             return
         for name, patch in self._installed.items():
-            if vars(self._model).get(name) is not patch:
-                continue
-            delattr(self._model, name)
-            if name in self._replaced:
-                setattr(self._model, name, self._replaced[name])
+            if vars(self._model).get(name) is patch:
+                delattr(self._model, name)
+                if name in self._replaced:
+                    setattr(self._model, name, self._replaced[name])
         self._installed, self._replaced = {}, {}
 
 
 class _Patch:
     """A callable in place of one method of a model. When it is not active, it is that method, except to inner calls."""
 
-    def __init__(self, stock: Callable, run: Run, inner: str, end: End):
+    def __init__(self, stock: Callable, run: Run, end: End):
         functools.update_wrapper(self, stock)
         self.active, self.end = True, end
-        self._stock, self._run, self._inner = stock, run, inner
+        self._stock, self._run = stock, run
         self._own_signature = inspect.signature(stock)
+        others = [each for name, each in self._own_signature.parameters.items() if name != INNER]
+        at = next((i for i, each in enumerate(others) if each.kind is each.VAR_KEYWORD), len(others))
         # `generate` refuses arguments that the signature of `forward` does not have.
-        self.__signature__ = _with_parameter(self._own_signature, inner)
+        others.insert(at, inspect.Parameter(INNER, inspect.Parameter.KEYWORD_ONLY, default=None))
+        self.__signature__ = self._own_signature.replace(parameters=others)
 
     def __call__(self, *args, **kwargs):
-        if not (self.active or self._inner in kwargs):
+        if not (self.active or INNER in kwargs):
             return self._stock(*args, **kwargs)
         if not args:  # as in every inner call, which torch.compile may trace
             return self._run(self._stock, kwargs)
@@ -126,17 +121,9 @@ class _Patch:
 
     def __reduce_ex__(self, _):
         if self.active:
-            raise UsageError(
-                "a model cannot be copied or pickled while it is pruned", "evoprune.remove(model) ends that"
-            )
+            hint = "evoprune.remove(model) ends that"
+            raise UsageError("a model cannot be copied or pickled while it is pruned", hint)
         return _itself, (self._stock,)
-
-
-def _with_parameter(signature: inspect.Signature, name: str) -> inspect.Signature:
-    others = [parameter for key, parameter in signature.parameters.items() if key != name]
-    at = next((i for i, each in enumerate(others) if each.kind is each.VAR_KEYWORD), len(others))
-    more = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-    return signature.replace(parameters=[*others[:at], more, *others[at:]])
 
 
 def _is_active(function: Callable) -> bool:

@@ -16,7 +16,6 @@ from evoprune.language.prompt import Prompt, build_prompt
 from evoprune.language.tokenizer import load_tokenizer
 from evoprune.model.config import VisionConfig
 from evoprune.pipeline.encoding import patches_of
-from evoprune.pipeline.loading.folder import input_limits
 from evoprune.pipeline.loading.found import find_model
 from evoprune.pipeline.options import ModelOptions, SamplingOptions
 from evoprune.pipeline.planning import prompt_subtitles, subtitles_of
@@ -64,7 +63,7 @@ def processor_inputs(
     paths = paths_of(inputs)
     check_one_file(options.subtitles, len(paths))
     found = find_model(ModelOptions(model, revision, device="cpu", offline=offline))
-    tokenizer, limits = load_tokenizer(found.folder), input_limits(found.folder, found.config.vision_config)
+    tokenizer, limits = load_tokenizer(found.folder), found.limits
     infos, read = [probe(path) for path in paths], []
     for info, wanted in zip(infos, options.of_each(infos), strict=True):
         check_picture(info, options.subtitles)
@@ -87,30 +86,19 @@ def arguments(
     for place, plan in zip(prompt.places, read, strict=True):
         types[place.columns] = TYPES[plan.kind]
     made = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "mm_token_type_ids": types[None]}
-    made |= _visual(read, limits, decoder)
-    if vision.tokens_per_second is None:  # the processor of such a model does not say
-        made.pop("second_per_grid_ts", None)
-    return made
-
-
-def _visual(read: Sequence[Plan], limits: dict[str, InputLimits], decoder: str) -> dict[str, torch.Tensor]:
-    """The pixels and grids of all inputs, by kind, in their order."""
-    made = {}
+    patches: dict[str, list[torch.Tensor]] = {VIDEO: [], PICTURE: []}
+    for plan in read:
+        chosen = choose_decoder(decoder, plan.info)
+        with closing(read_frames(plan.source, plan.sampling.times_s, decoder=chosen)) as chunks:
+            patches[plan.kind] += [patches_of(each.frames, plan, limits[plan.kind]) for each in chunks]
     for kind, (pixels, grids) in NAMES.items():
-        mine, merge = [plan for plan in read if plan.kind == kind], limits[kind].merge_size
-        if mine:
-            made[pixels] = torch.cat([patches for each in mine for patches in _patches(each, limits[kind], decoder)])
-            shapes = [(plan.grid[0], plan.grid[1] * merge, plan.grid[2] * merge) for plan in mine]
-            made[grids] = torch.tensor(shapes, dtype=torch.int64, device="cpu")
-            if kind == VIDEO:
-                pair = limits[kind].temporal_patch_size
-                seconds = [plan.sampling.seconds_per_pair(pair) for plan in mine]
-                made["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device="cpu")
+        if not patches[kind]:
+            continue
+        merge = limits[kind].merge_size
+        shapes = [(plan.grid[0], plan.grid[1] * merge, plan.grid[2] * merge) for plan in read if plan.kind == kind]
+        made |= {pixels: torch.cat(patches[kind]), grids: torch.tensor(shapes, dtype=torch.int64, device="cpu")}
+    if patches[VIDEO] and vision.tokens_per_second is not None:  # the processor of another model does not say
+        pair = limits[VIDEO].temporal_patch_size
+        seconds = [plan.sampling.seconds_per_pair(pair) for plan in read if plan.kind == VIDEO]
+        made["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device="cpu")
     return made
-
-
-def _patches(plan: Plan, limits: InputLimits, decoder: str) -> list[torch.Tensor]:
-    """The patches of an input, chunk by chunk."""
-    decoder = choose_decoder(decoder, plan.info)
-    with closing(read_frames(plan.source, plan.sampling.times_s, decoder=decoder)) as chunks:
-        return [patches_of(chunk.frames, plan, limits) for chunk in chunks]

@@ -70,8 +70,8 @@ class EvoPruneQwen25VL(lmms):
         model, pruning, self._sampling, self._generation = from_keywords(given, *PipelineOptions.KINDS)
         self._qa = VideoQA.load(loading=model, pruning=pruning)
         self._pictures = str(pictures).lower() in ("true", "1")
-        self._inputs: EncodedInputs | None = None
-        self._shown: list[str] | None = None
+        self._inputs: EncodedInputs | None = None  # of the latest question
+        self._shown: list[str] | None = None  # what they are called, by content where they were in memory
 
     def generate_until(self, requests) -> list[GenerationResult]:
         """The answers, in the order of the requests."""
@@ -89,20 +89,15 @@ class EvoPruneQwen25VL(lmms):
             visuals = doc_to_visual(self.task_dict[task][split][doc_id])
             with TemporaryDirectory(prefix="evoprune-") as folder:
                 paths = _files(visuals, folder) if self._pictures else [_only_video(visuals)]
-                inputs = self._encoded(paths, [path.removeprefix(folder) for path in paths])
-            text, report = self._answer(inputs, question, settings)
+                contents = [path.removeprefix(folder) for path in paths]
+                if self._shown != contents:
+                    self._inputs = self._shown = None  # its memory goes before the next one is encoded
+                    self._inputs, self._shown = self._qa.encode(paths, sampling=self._sampling), contents
+            text, report = self._answer(question, settings)
             self.cache_hook.add_partial("generate_until", (question, settings), text)
             yield GenerationResult(text, _measured(report))
 
-    def _encoded(self, paths: list[str], contents: list[str]) -> EncodedInputs:
-        """The inputs at `paths`; those of the question before, if the names of their `contents` are the same."""
-        if self._shown != contents:
-            self._inputs = self._shown = None  # its memory goes before the next one is encoded
-            self._inputs = self._qa.encode(paths, sampling=self._sampling)
-            self._shown = contents
-        return self._inputs
-
-    def _answer(self, inputs: EncodedInputs, question: str, settings: dict[str, Any]) -> tuple[str, Report]:
+    def _answer(self, question: str, settings: dict[str, Any]) -> tuple[str, Report]:
         """What the model says, up to the first of the task's stop words, and the report of it."""
         if settings.get("num_beams", 1) > 1:
             raise UsageError("beams are not searched here", "set num_beams to 1 in the task's generation_kwargs")
@@ -114,7 +109,7 @@ class EvoPruneQwen25VL(lmms):
             temperature=(settings.get("temperature") or self._generation.temperature) if sampled else 0.0,
             top_p=settings.get("top_p") or self._generation.top_p,
         )
-        answer = inputs.ask(question, options=options)
+        answer = self._inputs.ask(question, options=options)
         for _ in answer:
             said = answer.report.answer
             if ends := [said.index(stop) for stop in until if stop in said]:

@@ -24,16 +24,14 @@ STRIP = 1024  # query columns that share one mask
 class KVCache:
     """Keys and values of every layer for the columns read so far. A layer lacks the columns that left before it.
 
-    `model`: its config decides the shape; the last norm has the dtype and the device. `capacity`: columns to allocate, at least 1,
-    in each layer or in all. A layer's cache grows by half when it is full.
+    `capacity`: columns to allocate, at least 1, in each layer or in all. A layer's cache grows by half when it is full.
     """
 
     def __init__(self, model, capacity: int | Sequence[int]):
-        config = model.config.text_config
-        weight = model.model.language_model.norm.weight
-        depth, dim = config.num_hidden_layers, head_size(config)
+        config, weight = model.config.text_config, model.model.language_model.norm.weight
+        depth = config.num_hidden_layers
         capacities = [capacity] * depth if isinstance(capacity, int) else capacity
-        shapes = [(1, config.num_key_value_heads, columns, dim) for columns in capacities]
+        shapes = [(1, config.num_key_value_heads, columns, head_size(config)) for columns in capacities]
         self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for shape in shapes]
         self._whole = 0  # columns up to the last one that has left a layer: among them, layers do not end alike
         # Columns that were read. A forward pass raises it at its end, so a pass that fails leaves the cache as it was.
@@ -93,9 +91,10 @@ class KVCache:
         """
         before, stored = self.lengths[layer], self._layers[layer]
         end = before + keys.shape[2]
-        if end > stored[0].shape[2]:
+        if end > (full := stored[0].shape[2]):
             # Layer by layer, so that only one layer is in memory twice.
-            stored = self._layers[layer] = tuple(_grown(each, before, end) for each in stored)
+            more = (0, 0, 0, max(end, full * 3 // 2) - before)
+            stored = self._layers[layer] = tuple(F.pad(each[:, :, :before], more) for each in stored)
         for each, new in zip(stored, (keys, values), strict=True):
             each[:, :, before:end] = new
         return stored[0][:, :, :end], stored[1][:, :, :end]
@@ -120,14 +119,6 @@ class KVCache:
         return [made[id(before), length] for before, length in zip(self.sizes, self.lengths, strict=True)]
 
 
-def _grown(tensor: torch.Tensor, valid: int, needed: int) -> torch.Tensor:
-    """A copy of a layer's keys or values with room for `needed` columns, of which `valid` are there."""
-    one, heads, capacity, dim = tensor.shape
-    grown = tensor.new_empty(one, heads, max(needed, capacity * 3 // 2), dim)
-    grown[:, :, :valid] = tensor[:, :, :valid]
-    return grown
-
-
 @torch.inference_mode()
 @without_autocast()
 def forward(
@@ -141,11 +132,11 @@ def forward(
     deepstack: torch.Tensor | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Reads new columns after those in the cache, and adds them to it.
+    """The last columns after the final norm, `[last, hidden]`, of new columns that are read after those in the cache.
 
     Args:
         model: tree of weights under Hugging Face's names; only its linear layers are called.
-        inputs_embeds: `[L, hidden]`, on the device of the weights, L at least 1.
+        inputs_embeds: `[L, hidden]`, the new columns, on the device of the weights, L at least 1.
         positions: int64 `[3, L]`, M-RoPE positions (time, height, width), on the CPU.
         cache: of the columns before; L longer afterwards, or unchanged if this raises.
         sizes: float32 `[L]`, the cluster size of each new column; None for 1 each.
@@ -153,8 +144,6 @@ def forward(
         dropping: which visual tokens leave, in a cache that is empty.
         deepstack: `[n, L, hidden]`, what is added to the columns after each of the first n layers.
         pause: called before every layer; it may wait, or raise.
-
-    Returns the last columns after the final norm, `[last, hidden]`.
 
     Raises ValueError: no columns, not one position for each, fewer than are to be returned, or `dropping` after others.
     """
@@ -252,16 +241,13 @@ def _attend(
     bias: torch.Tensor | None,
     sees: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last L columns, or of other columns.
+    """Causal attention of the last L columns, or of other columns: `[L, heads * head_dim]`.
 
     Args:
-        queries: `[1, L, heads, head_dim]`; neighbouring heads share keys and values.
-        keys, values: `[1, kv_heads, n, head_dim]`.
+        queries: `[1, L, heads, head_dim]`; neighbouring heads share `keys` and `values`, `[1, kv_heads, n, head_dim]`.
         bias: `[n]`, added to the logits of each key: the logarithm of its cluster size makes a key weigh as much as that many
             equal keys (arXiv 2210.09461, section 3).
         sees: int64 `[L]`, ascending, how many keys each query sees, n the last; None for the last L columns.
-
-    Returns `[L, heads * head_dim]`.
     """
     _, columns, heads, dim = queries.shape
     kv_heads, n = keys.shape[1:3]
@@ -301,10 +287,9 @@ def _attend_blind(
     end: int,
 ) -> torch.Tensor:
     """As `_attend`, but columns from `end` on attend to `others` (int64) only. The cache holds nothing but these columns."""
-    # queries in front of `end`; there may be the last columns only
-    before = max(0, queries.shape[1] - (keys.shape[2] - end))
-    made = [_attend(queries[:, before:], keys[:, :, others], values[:, :, others], _at(bias, others))]
-    if before:
-        first = None if bias is None else bias[:end]
-        made.insert(0, _attend(queries[:, :before], keys[:, :, :end], values[:, :, :end], first))
-    return torch.cat(made)
+    before = max(0, queries.shape[1] - (keys.shape[2] - end))  # there may be queries of the last columns only
+    made = _attend(queries[:, before:], keys[:, :, others], values[:, :, others], _at(bias, others))
+    if not before:
+        return made
+    first = None if bias is None else bias[:end]
+    return torch.cat([_attend(queries[:, :before], keys[:, :, :end], values[:, :, :end], first), made])

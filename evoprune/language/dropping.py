@@ -101,12 +101,9 @@ class Dropping:
     def drop(
         self, state: LayerState, deepstack: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Asks the method.
+        """The columns for the next layer, of the C that there are; their `deepstack`; and int64 which these are, None for all.
 
         `deepstack`: `[n, C, hidden]`, what is added to the columns after the next n layers.
-
-        Returns the columns for the next layer, of the C that there are; what is added to these; and int64 which these are, None
-        for all.
         """
         with self.timer:
             found = self._selected(state)
@@ -137,7 +134,6 @@ class Dropping:
         return None if left == len(self._key) else Selection(true_indices(self._key, left))
 
     def _seen(self, state: LayerState) -> LayerTokens:
-        """What the method sees."""
         layers, plan = self._model.model.language_model.layers, self._plan
         after, entering, x = state.after, state.entering, state.x
         keys, values = state.keys[0].transpose(0, 1), state.values[0].transpose(0, 1)

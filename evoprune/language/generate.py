@@ -76,13 +76,10 @@ class Visual:
 
 
 def embed_prompt(model, input_ids: torch.Tensor, visuals: Sequence[Visual]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeds a prompt of which only some visual tokens are kept.
+    """The embeddings `[C, hidden]` of a pruned prompt, in the model's dtype; and int64 `[C]` on the CPU, ascending, its columns.
 
-    `input_ids`: int64 `[L]`, the unpruned prompt; `visuals`: of its inputs, in the order of their places.
-
-    Returns embeddings `[C, hidden]` in the model's dtype, where C is L less the tokens that are not kept and the columns that leave
-    with them (`Place.around`); and their columns in the unpruned prompt, int64 `[C]` on the CPU, ascending. `positions[:, columns]`
-    are their positions, which are not renumbered.
+    C is L less the tokens that are not kept and the columns that leave with them (`Place.around`). Columns are those of the
+    unpruned prompt, `input_ids` (int64 `[L]`), and so are positions. `visuals`: of its inputs, in the order of their places.
 
     Raises ModelError: an id that the model does not know.
     """
@@ -102,24 +99,21 @@ def embed_prompt(model, input_ids: torch.Tensor, visuals: Sequence[Visual]) -> t
 
 
 def column_sizes(visuals: Sequence[Visual], columns: torch.Tensor) -> torch.Tensor | None:
-    """The cluster sizes of all columns of a pruned prompt, for `prefill`: 1 for text, `size` for visual tokens.
-
-    Returns float32 `[C]` for the columns of `embed_prompt`, or None where all are 1.
-    """
-    sizes = {i: visual.size for i, visual in enumerate(visuals) if visual.size is not None}
-    if not sizes:
+    """float32 `[C]`: the cluster sizes of the columns of `embed_prompt`, 1 for text; None where all are 1."""
+    sized = [visual for visual in visuals if visual.size is not None]
+    if not sized:
         return None
-    device = next(iter(sizes.values())).device
+    device = sized[0].size.device
     every = torch.ones(int(columns[-1]) + 1, dtype=torch.float32, device=device)
-    for i, size in sizes.items():
-        every[to_device(visuals[i].columns, device)] = size
+    for visual in sized:
+        every[to_device(visual.columns, device)] = visual.size
     return every[to_device(columns, device)]
 
 
 def column_deepstack(visuals: Sequence[Visual], columns: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
-    """What is added to all columns of a pruned prompt after the first n layers, for `prefill`: nothing to text.
+    """`[n, C, hidden]`: what is added to the columns of `embed_prompt` after the first n layers, None for nothing.
 
-    `columns`, `like`: from `embed_prompt`. Returns `[n, C, hidden]`, or None where nothing is added.
+    `like`: the embeddings of these columns.
     """
     if any(visual.deepstack is None for visual in visuals):
         return None
@@ -190,11 +184,11 @@ def _read(model, state: PrefillState, ids: torch.Tensor, before: int = 0) -> tor
 
 @torch.inference_mode()
 def along(model, state: PrefillState, ids: torch.Tensor, one_by_one: bool = False) -> torch.Tensor:
-    """The logits of every token of an answer (`ids`, int64 `[n]`, n at least 1), each behind those before it (teacher forcing).
+    """float32 `[n, vocabulary]`: the logits of every token of an answer (`ids`, int64 `[n]`), each behind those before it.
 
     The cache of `state` grows by the answer. `one_by_one`: a pass for each token, as decoding has it; else one for all.
 
-    Returns float32 `[n, vocabulary]`. Raises ModelError: a logit is NaN or infinite.
+    Raises ModelError: a logit is NaN or infinite.
     """
     each, pieces = state.logits[None], ids[:-1].split(1 if one_by_one else len(ids))
     if len(ids) > 1:
@@ -260,10 +254,9 @@ def choose(logits: torch.Tensor, settings: GenerationSettings, random: torch.Gen
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of token ids, in pieces, as the ids arrive.
+    """The text of token ids, in pieces, as the ids arrive; joined, they equal `tokenizer.decode` of all ids.
 
-    A byte-level token may end inside a character. Its last bytes are held back until the character is complete. Special tokens
-    are left out. The joined pieces equal `tokenizer.decode` of all ids.
+    A byte-level token may end inside a character. Its last bytes are held back until the character is complete.
     """
     pending, yielded = [], 0
     for token in ids:

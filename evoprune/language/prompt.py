@@ -42,8 +42,7 @@ def video_positions(
 ) -> torch.Tensor:
     """int64 `[3, T*H*W]`: time, height and width of a video's units, counted from its own start, in raster order.
 
-    `grid`: (T, H, W) in frame pairs and units; `seconds_per_pair`: from one frame pair to the next; `tokens_per_second`: time
-    positions per second (`config.VisionConfig`), None for one per frame pair.
+    `grid`, `seconds_per_pair`: as in `VisualSpan`; `tokens_per_second`: as in `config.VisionConfig`.
     """
     t, h, w = grid
     # In float64, and rounded down once at the end: multiples of a rounded step would drift.
@@ -53,15 +52,11 @@ def video_positions(
 
 
 def prompt_positions(length: int, videos: Sequence[VisualSpan], tokens_per_second: float | None) -> torch.Tensor:
-    """M-RoPE positions of an unpruned prompt of `length` tokens, by Qwen's rule (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    """int64 `[3, length]`: M-RoPE positions of an unpruned prompt, by Qwen's rule (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
     Text has the same number in time, height and width. A video token has the time of its frame pair and the row and column of its
-    unit, counted from where the video starts. Text after a video continues at the largest position so far plus one.
-
-    `length` counts video tokens too; `videos`, and pictures, are in order and do not overlap; `tokens_per_second` as of
-    `video_positions`.
-
-    Returns int64 `[3, length]`. The first generated token has the position `positions.max() + 1`.
+    unit, counted from where the video starts. Text after a video continues at the largest position so far plus one; so does the
+    first generated token. `videos`, and pictures, are in order; `tokens_per_second` as of `video_positions`.
 
     Raises ValueError: a video overlaps another or does not fit into the prompt.
     """
@@ -152,7 +147,8 @@ def build_prompt(
 ) -> Prompt:
     """The prompt of one user turn: the inputs in their order, then the subtitles and the question, up to where the answer begins.
 
-    All texts are taken literally; the question follows the subtitles without a space.
+    All texts are taken literally; the question follows the subtitles without a space. If they hold no special token, the ids are
+    the same as of tokenising the rendered conversation at once.
 
     Args:
         inputs: of each, "video" or "picture", and N, its number of visual tokens with nothing pruned, at least 1.
@@ -160,20 +156,15 @@ def build_prompt(
         times: of each input, what stands in front of each of its frame pairs (`timestamps`), between markers of their own; none
             where all placeholders of the input are in a row. Default: none for all inputs.
 
-    Returns the same ids as tokenising the rendered conversation at once, if the user's text holds no special token.
-
-    Raises:
-        ModelError: the chat template is broken, or does not write the inputs in their order and then the question.
-        UsageError: the question or the system prompt is not Unicode text (stray bytes from a shell), or the template leaves the
-            system prompt out.
-        ValueError: no inputs, or a number of tokens below 1.
+    Raises ModelError: the chat template is broken, or does not write the inputs in their order and then the question. UsageError:
+    the question or the system prompt is not Unicode text (stray bytes from a shell), or the template leaves the system prompt out.
+    ValueError: no inputs, or a number of tokens below 1.
     """
     if not inputs or min(count for _, count in inputs) < 1:
         raise ValueError(f"a prompt has inputs with at least one visual token each, not {list(inputs)}")
     specials = tokenizer.specials()
     rendered = _render(tokenizer, [kind for kind, _ in inputs], system is not None)
     _check(tokenizer, rendered, [CONTENTS[kind][1] for kind, _ in inputs], MARKERS if any(times) else ())
-
     if system and _SYSTEM not in rendered:
         problem = "the model's chat template has no place for a system prompt"
         raise UsageError(problem, "leave it out, or write it in the question")
@@ -196,7 +187,9 @@ def build_prompt(
             text = re.sub(f"{_QUESTION}|{_SYSTEM}", lambda match: words[match[0]], piece)
             encoded = tokenizer.encode(text)
             if _QUESTION in piece:
-                prefix_length = len(ids) + _shared(tokenizer, encoded, piece.partition(_QUESTION)[0], subtitles)
+                before = tokenizer.encode(piece.partition(_QUESTION)[0] + subtitles) if subtitles else []
+                # None of them where the question's beginning merges with the subtitles.
+                prefix_length = len(ids) + (len(before) if encoded[: len(before)] == before else 0)
             ids += encoded
     places = tuple(_places(tokenizer, ids, runs, each))
     return Prompt(torch.tensor(ids, dtype=torch.int64, device="cpu"), places, prefix_length)
@@ -233,12 +226,6 @@ def _check(tokenizer: Tokenizer, rendered: str, due: list[str], markers: Sequenc
     found = re.findall("|".join(map(re.escape, _PLACEHOLDERS)), rendered)
     if found != due or not {*due, *markers} <= known.keys() or not last < rendered.find(_QUESTION):
         raise _unusable(tokenizer, "it does not write the inputs in their order and then the question")
-
-
-def _shared(tokenizer: Tokenizer, encoded: list[int], before: str, subtitles: str) -> int:
-    """How many ids of a text are those of what precedes the question in it; 0 if the question's beginning merges with that."""
-    ids = tokenizer.encode(before + subtitles) if subtitles else []
-    return len(ids) if encoded[: len(ids)] == ids else 0
 
 
 def _render(tokenizer: Tokenizer, kinds: Sequence[str], with_system: bool) -> str:

@@ -64,9 +64,8 @@ def _apart(request: str, seconds: int) -> dict[str, str]:
         return json.loads(done.stdout)
     if done.returncode < 0:  # by a signal: of the limit on CPU time, or of the system
         raise ValueError(f"it does not come to an end within {seconds} s, or takes too much memory")
-    raise RuntimeError(
-        f"the process that renders chat templates failed: {done.stderr.decode(errors='replace')[-2000:]}"
-    )
+    said = done.stderr.decode(errors="replace")[-2000:]
+    raise RuntimeError(f"the process that renders chat templates failed: {said}")
 
 
 def main(seconds: int) -> None:

@@ -66,17 +66,15 @@ class Tokenizer:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model's folder has tokenizer files."""
-    return (folder / "tokenizer.json").is_file() or all(
-        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
-    )
+    there = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).is_file()}
+    return "tokenizer.json" in there or {"vocab.json", "merges.txt"} <= there
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a model's folder. Raises ModelError: missing, damaged, or without a chat template."""
     if not has_tokenizer(folder):
-        raise ModelError(
-            f"{folder} holds no tokenizer", "copy tokenizer.json and tokenizer_config.json from the original model"
-        )
+        hint = "copy tokenizer.json and tokenizer_config.json from the original model"
+        raise ModelError(f"{folder} holds no tokenizer", hint)
     try:
         backend = _backend(folder)
         # Other steps than those of Qwen's tokenizers could make gigabytes of a short text.
@@ -89,13 +87,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     except Exception as problem:  # the Rust parser raises plain Exceptions
         if is_out_of_memory(problem):
             raise
-        raise ModelError(
-            f"the tokenizer in {folder} cannot be loaded: {first_line(problem)}", "get its files again"
-        ) from problem
+        message = f"the tokenizer in {folder} cannot be loaded: {first_line(problem)}"
+        raise ModelError(message, "get its files again") from problem
     if not template:
-        raise ModelError(
-            f"the tokenizer in {folder} has no chat template", "copy chat_template.json from the original model"
-        )
+        hint = "copy chat_template.json from the original model"
+        raise ModelError(f"the tokenizer in {folder} has no chat template", hint)
     # Either plain text or {"content": text, ...}.
     tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items() if k.endswith("_token")}
     return Tokenizer(backend, template, {k: v for k, v in tokens.items() if isinstance(v, str)}, str(source))

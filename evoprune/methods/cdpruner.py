@@ -1,4 +1,4 @@
-"""CDPruner (arXiv 2506.10967): tokens that span a great volume together, each weighted by its relevance to the question."""
+"""Tokens that the question is about, and that do not repeat each other: CDPruner (arXiv 2506.10967) and PAR (arXiv 2410.07278)."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
+from evoprune.methods.settings import Cosine
 from evoprune.pruning.budget import spread
-from evoprune.pruning.ranking import of_pairs, scaled, snap
+from evoprune.pruning.indices import ascending
+from evoprune.pruning.ranking import highest, of_pairs, ranked, scaled, snap
 from evoprune.pruning.types import Selection, Tokens
 
 LEAST, STEP = 1 / 128, 1 / 16384
@@ -15,6 +17,8 @@ LEAST, STEP = 1 / 128, 1 / 16384
 
 @dataclass(frozen=True)
 class CdPruner(Selector):
+    """Tokens that span a great volume together, each weighted by its relevance."""
+
     name = "cdpruner"
     source = "arXiv 2506.10967"
 
@@ -59,3 +63,50 @@ def widest(unit: torch.Tensor, weight: torch.Tensor, keep: int) -> torch.Tensor:
         factor[step] = beside / left[best].clamp(min=STEP).sqrt()
         left = left - factor[step].square()
     return selected.nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class Par(Selector):
+    """Tokens by relevance, which counts less for each more relevant token of the same cluster."""
+
+    name = "par"
+    source = "after arXiv 2410.07278"
+    reads_question = True
+
+    link: Cosine = 0.8  # neighbouring tokens are of one cluster if their cosine is above this
+
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        relevance = snap(relevant(like_question(tokens)))
+        return relevance / (1 + rank_inside(relevance, connected(tokens.normalised.view(*tokens.grid, -1), self.link)))
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        return Selection(highest(self.scores(tokens), keep))
+
+
+def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
+    """int64 `[N]`: the first token of each one's cluster: neighbours of `unit` (`[T, H, W, D]`) whose cosine is above `link`."""
+    index = ascending(unit[..., 0].numel(), unit.device).view(unit.shape[:3])
+    ends = []
+    for dim in range(3):
+        length = unit.shape[dim] - 1
+        linked = (snap((unit.narrow(dim, 0, length) * unit.narrow(dim, 1, length)).sum(-1)) > link).flatten()
+        ends.append(torch.stack([index.narrow(dim, first, length).flatten()[linked] for first in (0, 1)]))
+    a, b = torch.cat(ends, 1)
+    cluster = index.flatten().clone()
+    while (cluster[a] != cluster[b]).any():
+        least = torch.minimum(cluster[a], cluster[b])
+        for end in (cluster[a], cluster[b]):  # the roots, so that whole clusters join
+            cluster.scatter_reduce_(0, end, least, "amin")
+        while (cluster != cluster[cluster]).any():
+            cluster = cluster[cluster]
+    return cluster
+
+
+def rank_inside(score: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """int64 `[N]`: how many tokens of the same group come before each token by score; ties by index."""
+    order = ranked(score)
+    order = order[group[order].argsort(stable=True)]  # by group, then by score
+    place = ascending(len(order), order.device)
+    new = torch.cat([group.new_ones(1, dtype=torch.bool), group[order][1:] != group[order][:-1]])
+    start = torch.where(new, place, 0).cummax(0).values
+    return torch.empty_like(order).index_copy_(0, order, place - start)

@@ -20,11 +20,10 @@ import torch
 from evoprune.methods.base import EncoderMethod, Selector
 from evoprune.methods.settings import Share
 from evoprune.pruning.budget import AUTO_LEAST, keep_count
-from evoprune.pruning.distance import ALPHA, points_of
 from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
 from evoprune.pruning.indices import tally
 from evoprune.pruning.reuse import THRESHOLD
-from evoprune.pruning.select import assign_clusters, farthest_points
+from evoprune.pruning.select import ALPHA, assign_clusters, farthest_points, points_of
 from evoprune.pruning.types import Selection, Tokens
 
 WITHIN = 0.01  # `within` under `--budget auto`

@@ -64,14 +64,11 @@ class EvoPruneMerge(Merger):
         self, c: Candidates, attention: torch.Tensor | None, source: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """`ranking.best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
-        pieces, density = ranking.strips(*c.valid.shape), None
+        pieces, density, found = ranking.strips(*c.valid.shape), None, []
         if self.diversity:
-            each = (
-                ranking.local_density(ranking.similarity(c.features, rows), c.valid, self.neighbours, rows)
-                for rows in pieces
-            )
-            density = torch.cat(list(each), 1)
-        found = []
+            cosines = ((rows, ranking.similarity(c.features, rows)) for rows in pieces)
+            each = [ranking.local_density(cosine, c.valid, self.neighbours, rows) for rows, cosine in cosines]
+            density = torch.cat(each, 1)
         for rows in pieces:
             cosine = ranking.similarity(c.features, rows)
             score = ranking.composite_score(cosine, density, attention, self.diversity, self.attention, rows)

@@ -1,16 +1,17 @@
-"""FastV (arXiv 2403.06764), and the stages of other papers that drop tokens once inside the language model, as it does."""
+"""FastV (arXiv 2403.06764), and other methods that keep the tokens of highest score inside the language model."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import LanguageMethod
-from evoprune.methods.settings import Part
+from evoprune.methods.settings import Part, Share
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.language_plan import LanguagePlan, one_drop
-from evoprune.pruning.ranking import closest, highest, relative
+from evoprune.pruning.language_plan import LanguagePlan, one_drop, several_drops
+from evoprune.pruning.ranking import closest, highest, ranked, relative, snap
 from evoprune.pruning.types import LayerTokens, Selection
 
 LAST = 3  # tokens of the prompt whose attention counts in `nuwa-inner`
@@ -18,7 +19,19 @@ LEAST = 2.0**-126  # of a weight; float32 has no smaller number of full precisio
 
 
 @dataclass(frozen=True)
-class FastV(LanguageMethod):
+class HighestScore(LanguageMethod):
+    """Of the tokens that are there, those of the highest score stay."""
+
+    def score(self, tokens: LayerTokens) -> torch.Tensor:
+        """float32 `[n]`, at least 0: what the tokens that stay have most of; here attention of the last token."""
+        return tokens.attention()
+
+    def select(self, tokens: LayerTokens) -> Selection:
+        return Selection(highest(relative(self.score(tokens)), tokens.left))
+
+
+@dataclass(frozen=True)
+class FastV(HighestScore):
     name = "fastv"
     source = "arXiv 2403.06764, section 4"
 
@@ -27,12 +40,20 @@ class FastV(LanguageMethod):
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return one_drop(depth, tokens, self.depth, budget)
 
-    def score(self, tokens: LayerTokens) -> torch.Tensor:
-        """float32 `[n]`, at least 0: what the tokens that stay have most of; here attention of the last token."""
-        return tokens.attention()
 
-    def select(self, tokens: LayerTokens) -> Selection:
-        return Selection(highest(relative(self.score(tokens)), tokens.left))
+@dataclass(frozen=True)
+class PyramidDrop(HighestScore):
+    """After a quarter, a half and three quarters of the layers a share of the visual tokens stays."""
+
+    name = "pyramiddrop"
+    source = "arXiv 2410.17247, section 3.2"
+    default_share = 7 / 24  # (1/2 + 1/4 + 1/8) / 3: half of the tokens leave each time
+
+    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
+        return several_drops(depth, tokens, (0.25, 0.5, 0.75), lambda share: (share, share**2, share**3), budget)
+
+    def score(self, tokens: LayerTokens) -> torch.Tensor:
+        return tokens.following().attention()
 
 
 @dataclass(frozen=True)
@@ -86,6 +107,32 @@ class HoliTomInner(FastV):
 
     def select(self, tokens: LayerTokens) -> Selection:
         return joined_in_turn(F.normalize(tokens.hidden.float(), dim=1), super().select(tokens).kept)
+
+
+@dataclass(frozen=True)
+class D2Pruner(FastV):
+    """After D2Pruner: attention without the bias of position, then tokens that are unlike each other."""
+
+    name = "d2pruner"
+    source = "after arXiv 2512.19443"
+
+    pivots: Share = 0.7  # share of the budget that goes by score alone
+    alike: Annotated[float, "(-inf, inf)"] = 0.8  # above this cosine, two of the other tokens do not both stay
+
+    def select(self, tokens: LayerTokens) -> Selection:
+        order = ranked(relative(tokens.attention() / (tokens.evened().attention() + 1e-7)))
+        pivots = int(tokens.left * self.pivots)
+        rest, chosen = order[pivots:], []
+        unit = F.normalize(tokens.hidden[rest].float(), dim=1)
+        free = torch.ones_like(rest, dtype=torch.bool)
+        while len(chosen) < tokens.left - pivots and free.any():
+            best = int(free.nonzero()[0])
+            chosen.append(best)
+            free &= snap(unit @ unit[best]) <= self.alike
+            free[best] = False
+        late = torch.ones_like(rest).index_fill_(0, rest.new_tensor(chosen), 0)
+        filled = rest[late.argsort(stable=True)]  # the unlike ones, then the others, each by score
+        return Selection(torch.cat([order[:pivots], filled[: tokens.left - pivots]]).sort().values)
 
 
 def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:

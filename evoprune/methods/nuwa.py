@@ -58,11 +58,8 @@ class Nuwa(Selector):
         weight = (unit[kept[weak]] @ unit.T).clamp(min=0) * near.clamp(min=0)
         weight[ascending(len(weak), kept.device), kept[weak]] = 0  # its own weight is exactly 1, below
         token, place = weight.nonzero().unbind(1)
-        return (
-            torch.cat([own, weak[token]]),
-            torch.cat([kept, place]),
-            torch.cat([torch.ones_like(attention), weight[token, place]]),
-        )
+        weight = torch.cat([torch.ones_like(attention), weight[token, place]])
+        return torch.cat([own, weak[token]]), torch.cat([kept, place]), weight
 
 
 def rank_in_cell(score: torch.Tensor) -> torch.Tensor:

@@ -3,18 +3,16 @@
 from dataclasses import dataclass, field
 
 from evoprune.errors import UsageError
-from evoprune.methods.base import LanguageMethod
+from evoprune.methods.fastv import HighestScore
 from evoprune.pruning.language_plan import LanguagePlan
 from evoprune.pruning.operations import Recipe
-from evoprune.pruning.ranking import highest, relative
-from evoprune.pruning.types import LayerTokens, Selection
 
 KEY = 0.25  # share of the visual tokens that are key
 PLACE = 2 / 32  # share of the layers after which they are known
 
 
 @dataclass(frozen=True)
-class Operations(LanguageMethod):
+class Operations(HighestScore):
     """Field: recipe: of the model that it works in; None where no model is known yet."""
 
     name = "operations"
@@ -29,6 +27,3 @@ class Operations(LanguageMethod):
         if recipe.depth != depth:
             raise UsageError(f"the recipe is for {recipe.depth} layers, and this model has {depth}", hint)
         return recipe.plan(tokens, recipe.removed(budget))
-
-    def select(self, tokens: LayerTokens) -> Selection:
-        return Selection(highest(relative(tokens.attention()), tokens.left))

@@ -96,10 +96,9 @@ class Pipeline:
         """The same with at most as many tokens as before the inflection of the scores. Raises UsageError: there are none."""
         if self.tokens is None or self.tokens.scores is None:
             name = self.tokens.name if self.selector or (self.encoder and self.encoder.combines) else self.first.name
-            raise UsageError(
-                f"method {name} has no scores whose curve could decide the budget",
-                "give a share such as 0.25, or take a method that ranks tokens, such as visionzip, with auto:inflection",
-            )
+            problem = f"method {name} has no scores whose curve could decide the budget"
+            other = "take a method that ranks tokens, such as visionzip, with auto:inflection"
+            raise UsageError(problem, f"give a share such as 0.25, or {other}")
         return replace(self, inflection=True)
 
     def acts_at(self, budget: float) -> bool:

@@ -34,8 +34,12 @@ _ALIASES = {"evs-nofloor": "evs:floor=false"}
 # A method is the class of its name in the file of its name, unless several share a file.
 _SHARED = {
     "evoprune_merge": ("evoprune-merge", "evoprune-paper", "tome"),
-    "fastv": ("prunevid-inner", "holitom-inner", "flashvid-inner", "nuwa-inner"),
-    "resize": ("downscale", "subsample"),
+    "baselines": ("none", "random", "downscale", "subsample", "pool"),
+    "evs": ("adjacent",),
+    "cdpruner": ("par",),
+    "prunevid": ("holitom",),
+    "visionzip": ("vispruner",),
+    "fastv": ("pyramiddrop", "d2pruner", "prunevid-inner", "holitom-inner", "flashvid-inner", "nuwa-inner"),
 }
 _FILES = {name: file for file, names in _SHARED.items() for name in names}
 _REGISTRY = {name: f"evoprune.methods.{_FILES.get(name, name)}" for name in (*_OUTSIDE, *INNER)}
@@ -119,10 +123,8 @@ def _possible(names: list[str]) -> bool:
 
 def _impossible(text: str) -> UsageError:
     fronts = " or ".join(f"{front}+NAME" for front in _FRONTS)
-    hint = (
-        f"use {fronts}, where NAME is a method that selects, or NAME+INNER, where INNER acts inside the language model"
-    )
-    return UsageError(f"methods cannot be combined as {text!r}", hint)
+    kinds = "NAME is a method that selects, or NAME+INNER, where INNER acts inside the language model"
+    return UsageError(f"methods cannot be combined as {text!r}", f"use {fronts}, where {kinds}")
 
 
 @names_plugins()

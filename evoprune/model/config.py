@@ -38,18 +38,14 @@ class Family:
 
     hidden_act: str  # of the tower
     layer_norms: bool  # whether the tower has these, with a bias; else RMS norms
-    mlp: tuple[
-        str, ...
-    ]  # names of the matrices of a tower layer's MLP, of which the first two of three make a gated one
+    mlp: tuple[str, ...]  # names of the matrices of a tower layer's MLP; of three, the first two make a gated one
     merger: tuple[str, str, str]  # names of the patch merger's norm and of its two matrices
     text: Mapping[str, Any]  # settings of the language model, and of its rotary embedding, where a file does not say
     video: Mapping[str, Any]  # what the published processor does with inputs (`video.plan.InputLimits`)
     picture: Mapping[str, Any]
     unstated: Mapping[str, Any]  # the same for pictures, where a model's folder has no settings of a processor
     vision: Mapping[str, Any]  # settings of the tower, where a file does not say
-    timestamps: bool = (
-        False  # whether a prompt has the time of each frame pair, with markers of its own around its tokens
-    )
+    timestamps: bool = False  # whether a prompt has the time of each frame pair, and markers around its tokens
 
 
 _MERGER = ("ln_q", "mlp.0", "mlp.2")
@@ -57,27 +53,15 @@ _TEXT = {"rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 _PICTURES = {"min_pixels": 56 * 56, "max_pixels": 12_845_056}, {"min_pixels": 56 * 56, "max_pixels": 1280 * 28 * 28}
 _HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 _LARGE = _HALF | {"min_pixels": 65_536, "max_pixels": 16_777_216, "of_all_frames": False}
-_TOWER = {
-    "num_position_embeddings": 2304,
-    "deepstack_visual_indexes": (8, 16, 24),
-    "patch_size": 16,
-    "hidden_act": "gelu_pytorch_tanh",
-}
+_TANH, _MLP = "gelu_pytorch_tanh", ("linear_fc1", "linear_fc2")
+_QWEN3_TEXT = {"rope_theta": 5e5, "mrope_section": [24, 20, 20], "rms_norm_eps": 1e-6, "head_dim": 128}
+_QWEN3_VIDEO = _HALF | {"min_pixels": 4096, "max_pixels": 25_165_824, "of_all_frames": True}
+_TOWER = {"num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24), "patch_size": 16}
+_QWEN3 = _QWEN3_TEXT, _QWEN3_VIDEO, _LARGE, _LARGE, _TOWER | {"hidden_act": _TANH}
 FAMILIES = {
     QWEN2_5: Family("silu", False, ("gate_proj", "up_proj", "down_proj"), _MERGER, _TEXT, {}, *_PICTURES, {}),
     QWEN2: Family("quick_gelu", True, ("fc1", "fc2"), _MERGER, _TEXT, {}, *_PICTURES, {"hidden_act": "quick_gelu"}),
-    QWEN3: Family(
-        "gelu_pytorch_tanh",
-        True,
-        ("linear_fc1", "linear_fc2"),
-        ("norm", "linear_fc1", "linear_fc2"),
-        {"rope_theta": 5e5, "mrope_section": [24, 20, 20], "rms_norm_eps": 1e-6, "head_dim": 128},
-        _HALF | {"min_pixels": 4096, "max_pixels": 25_165_824, "of_all_frames": True},
-        _LARGE,
-        _LARGE,
-        _TOWER,
-        timestamps=True,
-    ),
+    QWEN3: Family(_TANH, True, _MLP, ("norm", *_MLP), *_QWEN3, timestamps=True),
 }
 
 
@@ -90,12 +74,8 @@ class VisionConfig:
     intermediate_size: Size  # and inside its MLPs
     num_heads: Size
     out_hidden_size: Size  # features of a unit after the merger: the language model's hidden size
-    fullatt_block_indexes: (
-        LayerNumbers  # layers that attend over whole frame pairs; in Qwen2-VL and Qwen3-VL all of them
-    )
-    window_size: Size = (
-        112  # of attention, in pixels; where no layer attends over windows it only sets the order of rows
-    )
+    fullatt_block_indexes: LayerNumbers  # that attend over whole frame pairs; in Qwen2-VL and Qwen3-VL all of them
+    window_size: Size = 112  # of attention, in pixels; where no layer attends over windows, it only orders the rows
     patch_size: Size = 14  # side in pixels
     temporal_patch_size: Size = 2  # frames in a frame pair
     spatial_merge_size: Size = 2  # side of a unit in patches

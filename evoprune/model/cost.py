@@ -167,10 +167,7 @@ def matmul_rate(
     seconds: float = 0.1,
     shapes: Sequence[tuple[int, int, int]] = ((1024, 1024, 1024),),
 ) -> float:
-    """Operations per second of a plain matrix product on this machine, the best of several.
-
-    `shapes`: rows, inner size and columns; each is tried for so many `seconds`.
-    """
+    """Operations per second of a plain matrix product here, the best of `shapes` (rows, inner size, columns), `seconds` each."""
     best, place = 0.0, torch.device(device)
     for rows, inner, columns in shapes:
         a, b = (torch.randn(x, dtype=dtype, device=device) for x in ((rows, inner), (inner, columns)))

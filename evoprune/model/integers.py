@@ -28,10 +28,9 @@ class Bytes:
         self._last: tuple = (None, None, None)
 
     def __call__(self, x: torch.Tensor, large: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rounds the rows of `x`, `[..., K]`, in which the channels `large` (int64) count as 0.
+        """uint8 `[R, K]`, with `levels() + 1` for zero: the rows of `x`, `[..., K]`, whose channels `large` (int64) count as 0.
 
-        Returns uint8 `[R, K]`, with `levels() + 1` for zero; the step of each row, float32 `[R, 1]`; and the large
-        channels, float32 `[R, m]`.
+        Also the step of each row, float32 `[R, 1]`; and the large channels, float32 `[R, m]`.
         """
         known, known_large, made = self._last  # read once: another thread may run the same model
         if x is known and large is known_large:
@@ -52,11 +51,9 @@ Weights = dict[str, torch.Tensor]  # of a quantised layer, by name, on the CPU
 def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: torch.Tensor | None = None) -> Weights:
     """What an `Int8Linear` is made of, of a layer on the CPU.
 
-    `large`: int64, the input channels that are computed in float32; `memory`: int8, where `whole` is written if it fits; the next
-    call with it writes there again.
-
-    Returns `whole`, int8 `[out, in]`; `scale` and `sum` of its rows, float32 `[out]`; `large`; and `wide`, float32 `[m, out]`, the
-    weights of the large channels.
+    That is `whole`, int8 `[out, in]`; `scale` and `sum` of its rows, float32 `[out]`; `large`, int64, the input channels that are
+    computed in float32; and `wide`, float32 `[m, out]`, their weights. `memory`: int8, where `whole` is written if it fits; the
+    next call with it writes there again.
     """
     large = torch.zeros(0, dtype=torch.int64, device="cpu") if large is None else large
     count = layer.weight.numel()
@@ -170,9 +167,7 @@ def _int4_piece(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Int4Linear(nn.Module):
     """`x @ W.T + bias` with `int4_weights` of `shape`, features out and in. `full`: computes several rows, if it is given."""
 
-    def __init__(
-        self, weights: Weights, shape: Sequence[int], bias: torch.Tensor | None = None, full: nn.Module | None = None
-    ):
+    def __init__(self, weights: Weights, shape: Sequence[int], bias: torch.Tensor | None = None, full=None):
         super().__init__()
         self.out_features, self.in_features = shape
         self.full, self.bias = full, bias

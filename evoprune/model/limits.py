@@ -66,9 +66,8 @@ def check_libraries(root: Path = ROOT) -> None:
     available = available_memory(root)
     if available is not None and available < LIBRARIES:
         found = f"{max(0, available) >> 20} MiB are available, and the libraries alone take {LIBRARIES >> 20}"
-        raise OutOfMemory(
-            f"too little memory: {found}", "close other programs, or give the container more", stage="load"
-        )
+        hint = "close other programs, or give the container more"
+        raise OutOfMemory(f"too little memory: {found}", hint, stage="load")
 
 
 def keep_freed_memory() -> None:

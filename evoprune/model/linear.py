@@ -109,9 +109,8 @@ def linear(
 
 def weights_bytes(model: nn.Module) -> int:
     """Bytes of all weights as the model holds them (packed, quantised). Shared weights count once."""
-    return sum(weight.nbytes for weight in model.parameters()) + sum(
-        getattr(module, "nbytes", 0) for module in model.modules()
-    )
+    inside = sum(getattr(module, "nbytes", 0) for module in model.modules())
+    return inside + sum(weight.nbytes for weight in model.parameters())
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -120,9 +119,8 @@ def can_pack(weight: torch.Tensor) -> bool:
         return False
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    return torch.backends.mkldnn.is_available() and all(
-        hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
-    )
+    operators = "_reorder_linear_weight", "_linear_pointwise"
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 
 
 def pack(model: nn.Module, spent: PackingTime | None = None) -> None:

@@ -20,9 +20,9 @@ HINT = "fp16 can overflow: take dtype bf16 or fp32; if it stays, the weights are
 
 
 def all_numbers(x: torch.Tensor) -> torch.Tensor:
-    """Whether `x`, which is not empty, holds neither NaN nor infinity.
+    """bool without dimension, on the device of `x`: whether that, which is not empty, holds neither NaN nor infinity.
 
-    Returns bool, no dimension, on the device of `x`. One pass over `x`, no copy, no synchronisation.
+    One pass over `x`, no copy, no synchronisation.
     """
     low, high = x.aminmax()
     return low.isfinite() & high.isfinite()
@@ -78,11 +78,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def heads_of(attention, name: str, x: torch.Tensor, config) -> torch.Tensor:
-    """Queries, keys or values of normed `x` (`[L, hidden]`) by head, before rotary: `[L, heads, head_dim]`.
+    """`[L, heads, head_dim]`, before rotary: queries, keys or values ("q", "k", "v") of normed `x` (`[L, hidden]`), by head.
 
-    Args:
-        attention: of a layer of the language model. Its queries and keys are normed head by head where it has such norms.
-        name: "q", "k" or "v".
+    `attention`: of a layer of the language model. Its queries and keys are normed head by head where it has such norms.
     """
     made = getattr(attention, f"{name}_proj")(x).view(len(x), -1, head_size(config))
     of_heads = getattr(attention, f"{name}_norm", None)

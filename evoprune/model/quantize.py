@@ -50,10 +50,7 @@ class Unquantised(nn.Module):
 
 
 def check(kind: str, device: torch.device) -> None:
-    """Check that a kind of quantisation works here.
-
-    Raises UsageError: no such kind, or not on this device, with this PyTorch or this CPU.
-    """
+    """Raises UsageError: there is no such kind of quantisation, or not on this device, with this PyTorch or this CPU."""
     check_quantize(kind)
     if kind == "none":
         return
@@ -103,10 +100,8 @@ def quantize(
 ) -> None:
     """Quantises the linear layers of a model in place, each when its input is known.
 
-    Args:
-        run: runs the model on some input, the same in every run; every linear layer is called.
-        progress: called with the number of layers done and of all layers.
-        store: called with each layer's name and what `restore` makes it of.
+    `run`: runs the model on some input, the same in every run; every linear layer is called. `progress`: called with the number of
+    layers done and of all layers. `store`: called with each layer's name and what `restore` makes it of.
 
     Raises RuntimeError: a layer was not called.
     """

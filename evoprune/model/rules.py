@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -71,9 +72,9 @@ def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The entries of `content` that are fields of a dataclass with rules. Null counts as missing.
+    """The entries of `content` that are fields of a dataclass with rules. Null counts as missing. Errors name `where`.NAME.
 
-    Raises ValueError: a value is not what its rule says; it names the entry as `where`.NAME.
+    Raises ValueError: a value is not what its rule says.
     """
     return {
         name: rule.check(content[name], f"{where}.{name}" if where else name)
@@ -112,15 +113,10 @@ def loads(text: str) -> Any:
         value = json.loads(text, parse_constant=_refuse, parse_float=_real)
     except RecursionError:
         raise deep from None
-    level = [value]
-    for _ in range(LEVELS):
-        level = [
-            inner
-            for each in level
-            if isinstance(each, dict | list)
-            for inner in (each.values() if isinstance(each, dict) else each)
-            if isinstance(inner, dict | list)
-        ]
+    level = [[value]]
+    for _ in range(LEVELS + 1):
+        inside = chain.from_iterable(each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for each in inside if isinstance(each, dict | list)]
         if not level:
             return value
     raise deep

@@ -5,6 +5,8 @@ because the names are the same. Models loaded by this package do without transfo
 answer.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -26,12 +28,11 @@ class Tree(nn.Module):
                 self.add_module(first, Tree(**{rest: child}))
 
 
-def _mlp(hidden: int, inner: int) -> Tree:
-    return Tree(
-        gate_proj=nn.Linear(hidden, inner, bias=False),
-        up_proj=nn.Linear(hidden, inner, bias=False),
-        down_proj=nn.Linear(inner, hidden, bias=False),
-    )
+def _mlp(names: Sequence[str], wide: int, inner: int, bias: bool) -> Tree:
+    """The MLP of a layer: matrices into its inner size, and the last one back."""
+    *into, back = names
+    made = {name: nn.Linear(wide, inner, bias) for name in into}
+    return Tree(**made, **{back: nn.Linear(inner, wide, bias)})
 
 
 class Tower(Tree):
@@ -48,7 +49,7 @@ class Tower(Tree):
                     norm1=norm(wide),
                     norm2=norm(wide),
                     attn=Tree(qkv=nn.Linear(wide, 3 * wide), proj=nn.Linear(wide, wide)),
-                    mlp=_tower_mlp(config),
+                    mlp=_mlp(config.traits.mlp, wide, config.intermediate_size, bias=True),
                 )
                 for _ in range(config.depth)
             ),
@@ -59,13 +60,6 @@ class Tower(Tree):
         if inner:
             self.deepstack_merger_list = nn.ModuleList(_merger(config, norm(joined)) for _ in inner)
         self.config = config
-
-
-def _tower_mlp(config: VisionConfig) -> Tree:
-    """The MLP of a layer: matrices into its inner size, and the last one back."""
-    wide, inner = config.hidden_size, config.intermediate_size
-    *into, back = config.traits.mlp
-    return Tree(**{name: nn.Linear(wide, inner) for name in into}, **{back: nn.Linear(inner, wide)})
 
 
 def _merger(config: VisionConfig, norm: nn.Module) -> Tree:
@@ -93,7 +87,7 @@ class LanguageModel(Tree):
                     input_layernorm=nn.RMSNorm(wide),
                     post_attention_layernorm=nn.RMSNorm(wide),
                     self_attn=_attention(config),
-                    mlp=_mlp(wide, config.intermediate_size),
+                    mlp=_mlp(("gate_proj", "up_proj", "down_proj"), wide, config.intermediate_size, bias=False),
                 )
                 for _ in range(config.num_hidden_layers)
             ),

@@ -12,6 +12,7 @@ from copy import deepcopy
 
 import torch
 
+from evoprune.bundled import unknown_words
 from evoprune.errors import UsageError, error_record, names_plugins
 from evoprune.keywords import check_type, names_options
 from evoprune.language.generate import PrefillState, TokenStream, along, embed_question, stream_text
@@ -20,10 +21,10 @@ from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.fill_report import fill_dropped, fill_kept, fill_times, inputs_report
 from evoprune.pipeline.options import GenerationOptions
-from evoprune.pipeline.prompting import PromptReader, check_not_empty, question_warnings
+from evoprune.pipeline.prompting import PromptReader, check_not_empty
 from evoprune.report.records import Report, TokenCounts
 from evoprune.text import counted
-from evoprune.video.info import VIDEO, Video
+from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 
@@ -122,15 +123,11 @@ class Askable(ABC):
 
     def __init__(self, engine: Engine):
         self._engine, self._lock = engine, threading.RLock()
-        self._turn, self._paid = 0, False
+        self._turn, self._paid = 0, False  # how often it was asked; whether a report has had the times of the inputs
 
     @abstractmethod
     def _blank_report(self) -> Report:
         """The report of an answer before its question is read, of its own."""
-
-    @abstractmethod
-    def _new_clock(self, report: Report) -> tuple[Clock, float]:
-        """A clock for an answer, and the wall-clock seconds before it: the inputs' time, until a question has paid for it."""
 
     @abstractmethod
     def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
@@ -160,8 +157,21 @@ class Askable(ABC):
         report, fresh = self._blank_report(), Report()
         report.id, report.created_utc, report.question = fresh.id, fresh.created_utc, question
         report.generation = options.record(seed)
-        report.warnings += question_warnings(self._engine.loaded, question, report.warnings)
+        demo = self._engine.loaded.demo  # which answers whatever it is asked
+        if demo and "demo_model" not in report.warnings and unknown_words(question, demo.world):
+            report.warnings.append("demo_question")
         return report
+
+    def _new_clock(self, report: Report) -> tuple[Clock, float]:
+        """A clock for an answer, and the wall-clock seconds before it: the inputs' time, until a question has paid for it."""
+        clock = Clock(self._engine.device)
+        clock.seconds, wall = dict.fromkeys(("read", "preprocess", "encode"), 0.0), 0.0
+        if self._paid:
+            report.time_ms.encode_prune = 0.0
+        else:
+            clock.seconds, wall = self._spent
+        fill_times(report, clock.seconds, wall, self._engine.loaded.device)
+        return clock, wall
 
     def _pieces(
         self, question: str, options: GenerationOptions, seed: int, report: Report, ids: list[int]
@@ -232,24 +242,12 @@ class EncodedInputs(Askable):
 
     @property
     def encoded(self) -> Encoded:
-        """The tokens of the first input, mostly the only one; none before the question, where the method reads it.
-
-        From the cache, `encoded.rows` have a shape but hold no data.
-        """
+        """The tokens of the first input; none before the question where the method reads it. `rows` of the cache hold no data."""
         return self._encodings[0].tokens
 
     @property
     def plan(self) -> Plan:
         return self.plans[0]
-
-    @property
-    def info(self) -> Video:
-        return self.plan.info
-
-    @property
-    def units(self) -> int:
-        """Visual tokens of the first input with nothing pruned; more than were looked at, if the method made it smaller."""
-        return self.plan.units
 
     def read_along(self, question: str, ids: Sequence[int], system: str | None = None) -> tuple[torch.Tensor, float]:
         """Reads a question and a given answer, the tokens `ids`, at least one: teacher forcing. Errors: as of `Answer`.
@@ -277,20 +275,11 @@ class EncodedInputs(Askable):
     def _blank_report(self) -> Report:
         return deepcopy(self._blank)
 
-    def _new_clock(self, report: Report) -> tuple[Clock, float]:
-        clock = Clock(self._engine.device)
-        clock.seconds, wall = self._spent
-        if self._paid:
-            clock.seconds, wall = dict.fromkeys(clock.seconds, 0.0), 0.0
-            report.time_ms.encode_prune = 0.0
-        fill_times(report, clock.seconds, wall, self._engine.loaded.device)
-        return clock, wall
-
     @names_plugins()
     def _select_for(self, question: str, report: Report) -> None:
         """Has the method select tokens for this question; keys and values of earlier ones are of no use then."""
         loaded, before = self._engine.loaded, self._prune_seconds if self._paid else 0.0
-        self._prompts.forget()
+        self._prompts = PromptReader(self._engine, self.plans)
         words = embed_question(loaded.model, loaded.tokenizer, question)
         self._encodings = [encoding.selected(words) for encoding in self._encodings]
         fill_kept(report, self._encodings)
@@ -317,10 +306,7 @@ class EncodedInputs(Askable):
 
 
 def together(engine: Engine, inputs: Sequence[EncodedInputs]) -> EncodedInputs:
-    """Inputs that were encoded apart, to be asked about together; what was encoded in one call is itself.
-
-    Raises UsageError: there are none, or one was encoded by another model or pruning.
-    """
+    """Inputs that were encoded apart, to be asked about together. Raises UsageError: none, or one of another model or pruning."""
     if not inputs:
         raise UsageError("there is no input", "give at least one path, or what encode made of it")
     if any(each._engine is not engine for each in inputs):

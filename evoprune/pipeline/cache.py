@@ -97,9 +97,8 @@ class Cache(Entries):
 
         tensors = {name: getattr(encoded, name) for name in ("features", "kept", "owner", *OPTIONAL)}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
-        about = json.dumps(
-            {"rows": len(encoded.rows), "grids": encoded.grids, "layers": encoded.layers, "flat": encoded.flat}
-        )
+        facts = {"rows": len(encoded.rows), "grids": encoded.grids, "layers": encoded.layers, "flat": encoded.flat}
+        about = json.dumps(facts)
         content = save(tensors, {"about": about, "digest": _digest(about, tensors)})
         return len(content) <= self.limit_bytes and self.write(key, lambda file: file.write(content))
 

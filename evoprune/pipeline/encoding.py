@@ -88,10 +88,8 @@ def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits) -> torch.Ten
 class OpenInput:
     """A video or picture that is being read: its patches, or what the cache has of it. To be encoded once, and closed.
 
-    Args:
-        clock: adds up the seconds of "read" and "preprocess".
-        read: gives the frames, as `video.frames.read_frames`.
-        threaded: whether a thread prepares the next chunks while one is used.
+    `clock` adds up the seconds of "read" and "preprocess"; `read` gives the frames, as `video.frames.read_frames`; `threaded`:
+    whether a thread prepares the next chunks while one is used.
     """
 
     def __init__(
@@ -123,17 +121,13 @@ class OpenInput:
             return self._cache.load(self.key, self.engine.device)
 
     def begin(self) -> None:
-        """Has the first chunk ready when it returns; a thread goes on to the next two.
-
-        Raises VideoError: unreadable. OutOfMemory.
-        """
+        """Has the first chunk ready when it returns; a thread goes on to the next two. Raises VideoError. OutOfMemory."""
         self._early = True
         if self.stored is None:
             chunks = self._start()
             self._begun = chain(list(islice(chunks, 1)), chunks)
 
     def close(self) -> None:
-        """Reads no further."""
         self._begun = None
         self._open.close()
 

@@ -1,4 +1,4 @@
-"""A loaded model with its pruning method, shared by opening, encoding and answering."""
+"""A loaded model with its pruning method, shared by encoding and answering."""
 
 from dataclasses import dataclass
 
@@ -22,11 +22,8 @@ class Engine:
     tuned: Tuned | None = None  # the tuned setting that `options` come from; None if they were given
 
     def __repr__(self) -> str:
-        loaded, options = self.loaded, self.options
-        return (
-            f"<Engine {loaded.id!r} in {loaded.dtype} on {loaded.device}: "
-            f"method {options.method!r}, budget {self.reported_budget}, seed {options.seed}>"
-        )
+        how = f"method {self.options.method!r}, budget {self.reported_budget}, seed {self.seed}"
+        return f"<Engine {self.loaded.id!r} in {self.loaded.dtype} on {self.loaded.device}: {how}>"
 
     @property
     def share(self) -> float:
@@ -38,14 +35,10 @@ class Engine:
         """The budget as reports have it: 1.0 for a method that prunes nothing, or "auto" or "auto:inflection"."""
         return plain(self.method.reported_budget(self.options.budget))
 
-    @property
-    def depth(self) -> int:
-        """Layers of the language model."""
-        return self.loaded.model.config.text_config.num_hidden_layers
-
     def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:
         """Positions in a prompt of `tokens` visual tokens and `text`, at most, in each layer of the language model or in all."""
-        return self.method.prompt_columns(self.depth, tokens, text, largest_share(self.share))
+        depth = self.loaded.model.config.text_config.num_hidden_layers
+        return self.method.prompt_columns(depth, tokens, text, largest_share(self.share))
 
     @property
     def seed(self) -> int:
@@ -58,10 +51,7 @@ class Engine:
 
 
 def make_engine(loaded: LoadedModel, options: PruneOptions, load_seconds: float | None = None) -> Engine:
-    """A loaded model with the method that options name. Here a budget of "tuned" becomes the model's method and budget.
-
-    Raises UsageError: as `saved.for_model`; the model was never tuned, or its setting is damaged.
-    """
+    """A loaded model with the method that options name; "tuned" becomes the model's setting. Raises UsageError: as `for_model`."""
     options, method, tuned = for_model(options, loaded.id, lambda: loaded.weights_fingerprint)
     return Engine(loaded, options, method, load_seconds, tuned)
 

@@ -5,7 +5,6 @@ They never fail a run: an entry that cannot be written is skipped.
 
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,16 +14,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 import evoprune
+from evoprune.pipeline.saved import UNFINISHED, folder, write_file
 
-SUFFIX, UNFINISHED = ".safetensors", ".tmp"
+SUFFIX = ".safetensors"
 HOUR = 3600.0
 
 
 def default_folder() -> Path:
     """EVOPRUNE_CACHE_DIR, or `evoprune` where this user's caches are."""
-    if named := os.environ.get("EVOPRUNE_CACHE_DIR"):
-        return Path(os.path.expanduser(named))
-    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "evoprune"
+    return folder("cache")
 
 
 @cache
@@ -46,21 +44,10 @@ class Entries:
         object.__setattr__(self, "folder", Path(self.folder))
 
     def write(self, key: str, content: Callable[[BinaryIO], None]) -> bool:
-        """Writes an entry atomically, and deletes old ones beyond the limit; False if it cannot be written.
-
-        `content`: writes into the open file. Errors of its own are raised, those of the system are not.
-        """
+        """Writes an entry, and deletes old ones beyond the limit; False where the system refuses. Raises what `content` does."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(suffix=UNFINISHED, dir=self.folder)
-            try:
-                with open(handle, "wb") as file:
-                    content(file)
-                os.replace(temporary, self.path(key))
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(temporary)
-                raise
+            write_file(self.path(key), content)
         except OSError:
             return False
         self._make_room()
@@ -92,9 +79,8 @@ class Entries:
 
     def _make_room(self) -> None:
         """Deletes the least recently used entries beyond the limit, and unfinished files that a killed process left."""
-        files = sorted(self._files(), key=lambda file: file[1].st_mtime, reverse=True)
         total = 0
-        for path, stat in files:
+        for path, stat in sorted(self._files(), key=lambda file: file[1].st_mtime, reverse=True):
             total += stat.st_size
             unfinished = path.suffix == UNFINISHED
             if total > self.limit_bytes if not unfinished else time.time() - stat.st_mtime > HOUR:

@@ -10,6 +10,18 @@ from evoprune.report.records import InputFacts, InputTimes, Memory, Pruning, Rat
 from evoprune.video.plan import STILL, Plan
 
 FLAT = "equal_scores"
+# What a report says of a file as it is known of it.
+OF_FILES = (
+    "duration_s",
+    "width",
+    "height",
+    "rotation_deg",
+    "codec",
+    "fps",
+    "variable_rate",
+    "frames_total",
+    "stated_s",
+)
 
 
 def inputs_report(engine: Engine, encodings: Sequence[Encoding]) -> Report:
@@ -45,25 +57,13 @@ def inputs_report(engine: Engine, encodings: Sequence[Encoding]) -> Report:
 
 
 def _input_facts(engine: Engine, encoding: Encoding) -> InputFacts:
-    plan, tokens, info = encoding.plan, encoding.tokens, encoding.plan.info
+    plan, tokens = encoding.plan, encoding.tokens
+    known = {name: getattr(plan.info, name) for name in OF_FILES}
     times = {stage: spent * 1000 for stage, spent in encoding.seconds.items()}
     return InputFacts(
         path=plan.name,
         kind=plan.kind,
-        video=VideoFacts(
-            path=plan.name,
-            duration_s=info.duration_s,
-            width=info.width,
-            height=info.height,
-            rotation_deg=info.rotation_deg,
-            codec=info.codec,
-            fps=info.fps,
-            variable_rate=info.variable_rate,
-            frames_total=info.frames_total,
-            decoder=plan.decoder,
-            stated_s=info.stated_s,
-            damaged=encoding.damaged,
-        ),
+        video=VideoFacts(**known, path=plan.name, decoder=plan.decoder, damaged=encoding.damaged),
         sampling=_sampling(engine, plan),
         pruning=_pruning(engine, [encoding]),
         time_ms=InputTimes(**times, encode_prune=tokens.prune_seconds * 1000),
@@ -102,9 +102,8 @@ def fill_dropped(report: Report, dropping: Dropping | None) -> None:
     """Writes into a report what left inside the language model, if anything could; synchronises."""
     if dropping is not None:
         report.pruning.language_layers = [list(layer) for layer in enumerate(dropping.layers)]
-        report.pruning.language_work = dropping.work and [
-            [layer, *counts] for layer, counts in enumerate(dropping.work)
-        ]
+        work = dropping.work and [[layer, *counts] for layer, counts in enumerate(dropping.work)]
+        report.pruning.language_work = work
         report.time_ms.prefill_prune = dropping.timer.seconds() * 1000
 
 

@@ -3,22 +3,18 @@
 import os
 import platform
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import evoprune
 from evoprune.bundled import DEMOS
-from evoprune.errors import EvopruneError, UsageError
+from evoprune.errors import EvopruneError
 from evoprune.model.config import kv_bytes
 from evoprune.model.machine import available_memory
 from evoprune.pipeline.loading.found import DTYPES, FoundModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.planning import TEXT, encoding_bytes
-from evoprune.pipeline.saved import KeptRecipe, Tuned, folder, for_model, recipes, tuned
+from evoprune.pipeline.saved import folder, for_model, recipes, tuned
 from evoprune.pruning.budget import PRESETS, keep_tokens, plain, share_of
-from evoprune.video.info import Video
 from evoprune.video.plan import STILL, Plan
 from evoprune.vision.devices import largest_chunk
 from evoprune.vision.tower import tower_shape
@@ -77,8 +73,8 @@ def environment_facts() -> dict:
             "quantized_models": models,
             "quantized_bytes": models_bytes,
         },
-        "tuned": tuned_facts(tuned.every()),
-        "recipes": recipe_facts(recipes.every()),
+        "tuned": tuned.facts(tuned.every()),
+        "recipes": recipes.facts(recipes.every()),
         "config_folder": str(folder()),
         "offline": constants.HF_HUB_OFFLINE,
         "stdout_encoding": sys.stdout.encoding,
@@ -86,34 +82,11 @@ def environment_facts() -> dict:
     }
 
 
-def tuned_facts(settings: Sequence[tuple[str, Tuned | UsageError]]) -> list[dict]:
-    """Tuned settings with their fingerprints, and with the error of each that is `damaged`, whose other values are None."""
-    return _kept_facts(settings, [field.name for field in fields(Tuned)])
-
-
-def recipe_facts(kept: Sequence[tuple[str, KeptRecipe | UsageError]]) -> list[dict]:
-    """The same of recipes of operations, without the recipes themselves."""
-    return _kept_facts(kept, ("model", "created_utc", "videos", "questions", "tokens", "version"))
-
-
-def _kept_facts(kept: Sequence[tuple[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    return [
-        {"fingerprint": fingerprint}
-        | {name: getattr(each, name, None) for name in names}
-        | {"damaged": each.message if isinstance(each, UsageError) else None}
-        for fingerprint, each in kept
-    ]
-
-
 def _version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def video_facts(info: Video) -> dict:
-    return asdict(info)
 
 
 def model_facts(model: FoundModel) -> dict:
@@ -135,18 +108,15 @@ def model_facts(model: FoundModel) -> dict:
 
 
 def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
-    """The memory that one question about a video takes at a budget, as it is checked before a run.
-
-    Where memory is short, it is that of fewer units at a time. `plan`: of the whole video, from `plan.make_plan`.
+    """The memory that one question about a video takes at a budget, as it is checked before a run; `plan`: of the whole video.
 
     Raises UsageError: as of `for_model`; a budget of "tuned" for weights that are not on this machine.
     """
     pruning, method, _ = for_model(pruning, model.id, lambda: model.weights_fingerprint)
     budget = pruning.share
     encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_tokens(budget, plan.grid))
-    prompt = method.prompt_columns(
-        model.config.text_config.num_hidden_layers, encoder.keep, TEXT, share_of(budget, [encoder.grid])
-    )
+    depth, share = model.config.text_config.num_hidden_layers, share_of(budget, [encoder.grid])
+    prompt = method.prompt_columns(depth, encoder.keep, TEXT, share)
     least, available = encoder.grid[1] * encoder.grid[2], available_memory(str(model.device))
     chunk_units, bytes_each = max(least, largest_chunk(model.device)), DTYPES[model.dtype].itemsize
 
@@ -168,10 +138,7 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
 
 
 def plan_facts(plan: Plan, config) -> dict:
-    """What a model would look at: times, sizes, and at each preset the tokens and the bytes of the KV cache.
-
-    `plan`: from `plan.make_plan`. `config`: the model's.
-    """
+    """What a model would look at: times, sizes, and at each preset the tokens and the bytes of the KV cache."""
     n, span = plan.visual_tokens, None if plan.sampling is STILL else plan.sampling
     return {
         "start_s": span and span.start_s,
@@ -183,11 +150,7 @@ def plan_facts(plan: Plan, config) -> dict:
         "visual_tokens": n,
         "capped": plan.capped,
         "presets": {
-            name: {
-                "budget": tokens / n,
-                "tokens": tokens,
-                "kv_cache_bytes": kv_bytes(config, tokens),
-            }
+            name: {"budget": tokens / n, "tokens": tokens, "kv_cache_bytes": kv_bytes(config, tokens)}
             for name, tokens in ((name, keep_tokens(budget, plan.grid)) for name, budget in PRESETS.items())
         },
     }

@@ -16,10 +16,8 @@ FPS = 2.0  # until the first frame tells the stream's rate
 class LiveFeed:
     """Frames of a source go to a stream until the source ends, or the feed is closed, best by `with`: then both are closed.
 
-    Attributes:
-        backlog: frames between the two.
-        begun: set once a frame was fed, or none will be. `ended`: set once all of the source is encoded, or reading it failed.
-        problem: why it failed; None where it did not.
+    `backlog`: frames between the two. `begun`: set once a frame was fed, or none will be. `ended`: set once all of the source is
+    encoded, or reading it failed. `problem`: why it failed.
     """
 
     def __init__(self, stream: VideoStream, source: LiveSource, window_s: float):

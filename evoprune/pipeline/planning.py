@@ -12,7 +12,7 @@ from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pruning.budget import keep_tokens, share_of
 from evoprune.pruning.encoder_plan import EncoderPlan, WholePairs
-from evoprune.text import counted
+from evoprune.text import clock, counted
 from evoprune.video.frames import choose_decoder
 from evoprune.video.info import (
     NO_SUBTITLES,
@@ -42,10 +42,7 @@ TOKEN_CHARACTERS = 16  # texts with more characters for each token are not encod
 def prompt_subtitles(
     tokenizer: Tokenizer, info: Video, span: SamplingPlan, choice: str, max_tokens: int
 ) -> PromptSubtitles:
-    """Reads the subtitles of a span of a video, and fits them into a number of tokens.
-
-    `choice`: "none", or as of `video.probe.read_subtitles`, whose errors this raises.
-    """
+    """The subtitles of a span of a video, in at most so many tokens. `choice`, errors: as of `probe.read_subtitles`; or none."""
     if choice == NO_SUBTITLES:
         return NOTHING_SAID
     if info.kind == PICTURE:
@@ -71,9 +68,8 @@ def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtit
     text, tokens = "", 0
     while too_many - fits > 1:
         count = (fits + too_many) // 2
-        block = as_text(
-            [lines[(2 * i + 1) * len(lines) // (2 * count)] for i in range(count)]
-        )  # in the middle of equal shares
+        middles = [(2 * i + 1) * len(lines) // (2 * count) for i in range(count)]  # of equal shares
+        block = as_text([lines[i] for i in middles])
         needed = len(tokenizer.encode(block)) if len(block) <= longest else max_tokens + 1
         if needed <= max_tokens:
             fits, text, tokens = count, block, needed
@@ -83,15 +79,9 @@ def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtit
 
 
 def as_text(lines: Sequence[SubtitleLine]) -> str:
-    """The lines with their times, under a title, with an empty line at the end."""
-    return "\n".join([TITLE, *(f"[{_time(start)}] {text}" for start, _, text in lines), "", ""])
-
-
-def _time(seconds: float) -> str:
-    """1:02:03 or 0:06: the second that has begun."""
-    minutes, rest = divmod(max(0, int(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    """The lines with their times, the second that has begun, under a title, with an empty line at the end."""
+    times = [clock(max(0, int(start))).removesuffix(".0") for start, _, _ in lines]
+    return "\n".join([TITLE, *(f"[{time}] {text}" for time, (_, _, text) in zip(times, lines, strict=True)), "", ""])
 
 
 def plan_input(engine: Engine, info: Video, sampling: SamplingOptions, name: str | None = None) -> Plan:
@@ -109,6 +99,7 @@ def plan_input(engine: Engine, info: Video, sampling: SamplingOptions, name: str
     tower = tower_shape(loaded.model.model.visual)
     encoder = engine.method.plan(tower, full.grid, keep_tokens(engine.share, full.grid))
     asked = sampling.fps is not None or sampling.frames is not None
+    lines = sampling.subtitles, sampling.max_subtitle_tokens
     return replace(
         full.shrunk(encoder.grid, limits),
         encoder=encoder,
@@ -116,9 +107,7 @@ def plan_input(engine: Engine, info: Video, sampling: SamplingOptions, name: str
         name=name or info.path,
         decoder=decoder,
         limited=asked and (full.token_capped or (full.capped and sampling.max_frames is None)),
-        subtitles=prompt_subtitles(
-            loaded.tokenizer, info, full.sampling, sampling.subtitles, sampling.max_subtitle_tokens
-        ),
+        subtitles=prompt_subtitles(loaded.tokenizer, info, full.sampling, *lines),
     )
 
 
@@ -134,8 +123,7 @@ def encoding_bytes(
 ) -> int:
     """Bytes that encoding a video and reading the prompt take beside the weights, roughly.
 
-    `chunk_units`: that go through the tower together, at most. `bytes_each`: of a weight. `prompt`: tokens that the language model
-    reads, in each layer or in all.
+    `bytes_each`: of a weight. `prompt`: tokens that the language model reads, in each layer or in all.
     """
     stages = encoder.row_stages
     selected, means = stages[0].rows if stages else 0, 0
@@ -154,24 +142,22 @@ def fitting_chunk(engine: Engine, plan: Plan, other_tokens: int = TEXT) -> int:
     model, encoder = engine.loaded.model, plan.encoder
     chunk_units, least = largest_chunk(model.device), encoder.grid[1] * encoder.grid[2]
     prompt = engine.prompt_columns(encoder.keep, other_tokens)
-    while short := shortage(
-        encoding_bytes(model.config, encoder, max(least, chunk_units), model.dtype.itemsize, prompt), str(model.device)
-    ):
+    while True:
+        needed = encoding_bytes(model.config, encoder, max(least, chunk_units), model.dtype.itemsize, prompt)
+        if not (short := shortage(needed, str(model.device))):
+            return chunk_units
         if chunk_units <= least:
             frames = f"{counted(plan.sampling.frames, 'frame')} of {plan.width}x{plan.height} pixels"
             size = f"{frames}, {encoder.keep:,} visual tokens kept"
             size += f", {other_tokens:,} other tokens" if other_tokens > TEXT else ""
             raise OutOfMemory(f"{plan.name} {short}: {size}", LESS, stage="encode")
         chunk_units = max(least, chunk_units // 2)
-    return chunk_units
 
 
 def check_carried(engine: Engine, plan: Plan) -> None:
     """Raises OutOfMemory where there is too little for what a window of a stream leaves to the next one (vision/segments.py)."""
     model, (_, height, width) = engine.loaded.model, plan.encoder.grid
-    needed = 2 * carried_bytes(
-        model.config, height * width, model.dtype.itemsize
-    )  # those of two windows are held at once
+    needed = 2 * carried_bytes(model.config, height * width, model.dtype.itemsize)  # two windows' are held at once
     if plan.encoder.reuse and (short := shortage(needed, str(model.device))):
         raise OutOfMemory(f"a stream of {plan.width}x{plan.height} pixels {short}", LESS, stage="encode")
 
@@ -183,6 +169,7 @@ def estimate_first_token(engine: Engine, plan: Plan, text: int = QUESTION) -> fl
     model, encoder = engine.loaded.model, plan.encoder
     count, height, width = encoder.grid
     windows = tower_shape(model.model.visual).windows(height, width)
-    work = engine.method.prompt_work(engine.depth, encoder.keep, text, share_of(engine.share, [encoder.grid]))
+    depth = model.config.text_config.num_hidden_layers
+    work = engine.method.prompt_work(depth, encoder.keep, text, share_of(engine.share, [encoder.grid]))
     seconds = estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, work)
     return seconds if engine.loaded.quantize == "none" else seconds / 2  # products of bytes take about half the time

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from evoprune.bundled import unknown_words
 from evoprune.errors import LESS, OutOfMemory, UsageError, names_plugins
 from evoprune.keywords import brief
 from evoprune.language.decoder import KVCache
@@ -44,10 +43,6 @@ class PromptReader:
         self._engine, self._loaded, self._plans = engine, engine.loaded, plans
         # The system prompt, the cache, and how many of its columns no question changes.
         self._prefix: tuple[str | None, KVCache, int] | None = None
-
-    def forget(self) -> None:
-        """Frees the keys and values of earlier prompts: the next one is about other tokens."""
-        self._prefix = None
 
     def build(self, question: str, options: GenerationOptions, kept: int) -> Prompt:
         """The prompt of a question, with room for all visual tokens of the inputs, of which `kept` will be read.
@@ -146,9 +141,9 @@ def check_question(loaded: LoadedModel, question: str) -> None:
     beginning = question[: BEGINNING * context] if context else question
     # A cut word may take a few tokens more than the whole one, and prompt and answer have as many of their own.
     if len(beginning) < len(question) and len(loaded.tokenizer.encode(beginning)) > context:
+        length = f"a question of {len(question):,} characters"
         raise UsageError(
-            f"a question of {len(question):,} characters does not fit into the {context:,} tokens of this model's context",
-            "ask a shorter question",
+            f"{length} does not fit into the {context:,} tokens of this model's context", "ask a shorter question"
         )
 
 
@@ -180,9 +175,3 @@ def check_memory(engine: Engine, text: int, visual: int) -> None:
     needed = language_bytes(model.config, engine.prompt_columns(visual, text), model.dtype.itemsize)
     if short := shortage(needed, engine.loaded.device):
         raise OutOfMemory(f"a prompt of {text + visual:,} tokens {short}", LESS, stage="prefill")
-
-
-def question_warnings(loaded: LoadedModel, question: str, known: Sequence[str]) -> list[str]:
-    """Warnings about a question, by name; a demo model answers whatever it is asked. `known`: those about the inputs."""
-    strange = loaded.demo and "demo_model" not in known and unknown_words(question, loaded.demo.world)
-    return ["demo_question"] if strange else []

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeVar
 
 from evoprune import methods
 from evoprune.errors import EvopruneError, UsageError, first_line
@@ -28,14 +28,27 @@ if TYPE_CHECKING:
     from evoprune.pruning.operations import Recipe
 
 ALL = "all"
+UNFINISHED = ".tmp"  # what the names of files end with while they are written
 T = TypeVar("T")
 
 
-def folder() -> Path:
-    """EVOPRUNE_CONFIG_DIR, or `evoprune` where this user's settings are."""
-    if named := os.environ.get("EVOPRUNE_CONFIG_DIR"):
-        return Path(os.path.expanduser(named))
-    return Path(os.path.expanduser(os.environ.get("XDG_CONFIG_HOME") or "~/.config")) / "evoprune"
+def folder(kind: str = "config") -> Path:
+    """EVOPRUNE_CONFIG_DIR, or `evoprune` where this user's settings are; or the same of `kind` "cache"."""
+    standard = os.path.join(os.environ.get(f"XDG_{kind.upper()}_HOME") or f"~/.{kind}", "evoprune")
+    return Path(os.path.expanduser(os.environ.get(f"EVOPRUNE_{kind.upper()}_DIR") or standard))
+
+
+def write_file(path: Path, content: Callable[[BinaryIO], None]) -> None:
+    """Writes a file completely or not at all. Raises OSError, and what `content` does."""
+    handle, temporary = tempfile.mkstemp(suffix=UNFINISHED, dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            content(file)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 @dataclass(frozen=True)
@@ -44,9 +57,8 @@ class Shelf(Generic[T]):
 
     name: str  # of their folder
     schema: str  # the name of their format, with its version
-    kind: type[
-        T
-    ]  # what a file holds: a dataclass of plain values, which refuses what cannot be: UsageError or ValueError
+    # What a file holds: a dataclass of plain values, which refuses what cannot be: UsageError or ValueError.
+    kind: type[T]
     what: str  # what a file is called in messages
     again: str  # the command that makes a new one
 
@@ -80,6 +92,16 @@ class Shelf(Generic[T]):
                 found.append((name, problem))
         return sorted(found, key=lambda pair: getattr(pair[1], "created_utc", ""), reverse=True)
 
+    def facts(self, kept: Sequence[tuple[str, T | UsageError]]) -> list[dict[str, Any]]:
+        """Fingerprints and values, but for recipes; of a `damaged` one the error, and None for its values."""
+        names = [field.name for field in fields(self.kind) if field.type not in (dict, list)]
+        return [
+            {"fingerprint": fingerprint}
+            | {name: getattr(each, name, None) for name in names}
+            | {"damaged": each.message if isinstance(each, UsageError) else None}
+            for fingerprint, each in kept
+        ]
+
     def save(self, fingerprint: str, kept: T) -> Path:
         """Writes a file in the place of an earlier one; returns its path. Raises UsageError if it cannot be written."""
         path = self.path(fingerprint)
@@ -91,11 +113,10 @@ class Shelf(Generic[T]):
 
     def remove(self, fingerprint: str) -> None:
         """Deletes a file. Raises UsageError if there is none, or it cannot be deleted."""
-        path = self.path(fingerprint)
         try:
-            path.unlink()
+            self.path(fingerprint).unlink()
         except OSError as problem:
-            raise _cannot("remove", path, problem) from problem
+            raise _cannot("remove", self.path(fingerprint), problem) from problem
 
     def path(self, fingerprint: str) -> Path:
         """Where the file for these weights is, or would be."""
@@ -103,18 +124,10 @@ class Shelf(Generic[T]):
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes a file completely or not at all, in a folder that only this user may read. Raises OSError."""
+    """Writes a file in a folder that only this user may read. Raises OSError."""
     folder().mkdir(mode=0o700, parents=True, exist_ok=True)
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    write_file(path, lambda file: file.write(text.encode()))
 
 
 def _cannot(do: str, path: Path, problem: OSError) -> UsageError:
@@ -145,9 +158,8 @@ class Tuned:
         try:
             datetime.fromisoformat(self.created_utc)
         except ValueError as problem:
-            raise UsageError(
-                f"created_utc {self.created_utc!r} is no date and time", "give it in ISO format"
-            ) from problem
+            what = f"created_utc {self.created_utc!r} is no date and time"
+            raise UsageError(what, "give it in ISO format") from problem
         for name in ("agree", "agreement", "low"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, not a share", "give a number from 0 to 1")
@@ -204,9 +216,7 @@ recipes = Shelf(
 
 
 def matching(text: str, more: Sequence[tuple[str, Any]] = ()) -> list[tuple[str, Any]]:
-    """The settings that a text names: "all", the name of a model, or the beginning of a fingerprint.
-
-    `more`: what else is kept for models, of which those without a setting are named the same way.
+    """The settings, and of `more` models without one, that a text names: "all", a model's name, or the beginning of a fingerprint.
 
     Raises UsageError: it names none, or more than one without being "all".
     """
@@ -225,8 +235,7 @@ def matching(text: str, more: Sequence[tuple[str, Any]] = ()) -> list[tuple[str,
 def never_tuned(model: str, weights: Callable[[], str]) -> bool:
     """Whether weights have no setting; at most once for a model, because the next call finds a mark and says no.
 
-    `model`: a fingerprint of the model that costs nothing (`LoadedModel.fingerprint`), by which the mark is named. `weights`: gives
-    the fingerprint of its weights; called where there is no mark.
+    `model`: `LoadedModel.fingerprint`, which costs nothing. `weights`: gives the fingerprint of the weights where there is no mark.
     """
     mark = folder() / "seen" / sha256(model.encode()).hexdigest()
     if os.path.exists(mark):  # unlike a path's own method, it raises nothing
@@ -237,11 +246,10 @@ def never_tuned(model: str, weights: Callable[[], str]) -> bool:
 
 
 def resolve(options: PruneOptions, name: str | None, weights: Callable[[], str]) -> tuple[PruneOptions, Tuned | None]:
-    """Options with the model's own method and budget in the place of "tuned", and the setting; other options unchanged, and None.
+    """Options with the model's own method and budget in the place of "tuned", and the setting; others unchanged, and None.
 
-    `name`: of the model, for errors. `weights`: gives the fingerprint of its weights; called for a budget of "tuned" only.
-
-    Raises UsageError: the model was never tuned, or its setting is damaged. Whatever `weights` raises.
+    `name`: of the model, for errors. `weights`: gives the fingerprint of its weights, where it is needed; what it raises is raised.
+    Raises UsageError: the model was never tuned, or its setting is damaged.
     """
     if options.budget != TUNED:
         return options, None
@@ -254,8 +262,7 @@ def resolve(options: PruneOptions, name: str | None, weights: Callable[[], str])
 def make_method(options: PruneOptions) -> "Pipeline":
     """The method that options name, other than those of a budget of "tuned".
 
-    Raises UsageError: settings that it does not have, or a budget of "auto" or "auto:inflection" where it cannot let the
-    content decide.
+    Raises UsageError: settings that it does not have, or a budget of "auto" where it cannot let the content decide.
     """
     method = methods.parse(options.method, options.method_args)
     if options.budget == AUTO_INFLECTION:
@@ -277,9 +284,6 @@ def with_recipe(method: "Pipeline", name: str | None, weights: Callable[[], str]
 def for_model(
     options: PruneOptions, name: str | None, weights: Callable[[], str]
 ) -> tuple[PruneOptions, "Pipeline", Tuned | None]:
-    """What options mean for a model: the options of `resolve`, the method with its recipe, and the setting.
-
-    Raises UsageError: as `resolve`, `make_method` and `with_recipe`.
-    """
+    """What options mean for a model: the options of `resolve`, the method with its recipe, the setting. Errors: theirs."""
     options, setting = resolve(options, name, weights)
     return options, with_recipe(make_method(options), name, weights), setting

@@ -26,7 +26,7 @@ from evoprune.model.machine import end_team
 from evoprune.pipeline.answering import Askable
 from evoprune.pipeline.encoding import Encoding, OpenInput
 from evoprune.pipeline.engine import Engine
-from evoprune.pipeline.fill_report import fill_times, inputs_report
+from evoprune.pipeline.fill_report import inputs_report
 from evoprune.pipeline.options import GenerationOptions, SamplingOptions, StreamOptions
 from evoprune.pipeline.planning import check_carried, plan_input
 from evoprune.pipeline.prompting import check_context, check_memory, check_question
@@ -148,10 +148,7 @@ class VideoStream(Askable):
         return resize(pixels, self._plan.height, self._plan.width)[0].clone().numpy()
 
     def flush(self) -> None:
-        """Encodes and reads the frames of the unfinished window, which then ends here.
-
-        Raises as `add`.
-        """
+        """Encodes and reads the frames of the unfinished window, which then ends here. Raises as `add`."""
         with self._feeding:
             self._check_open()
             if self._slots:
@@ -310,13 +307,6 @@ class VideoStream(Askable):
             report = inputs_report(self._engine, [self._latest])
             report.stream, report.video.duration_s = asdict(self.seen), self.seen.end_s
             return report
-
-    def _new_clock(self, report: Report) -> tuple[Clock, float]:
-        clock = Clock(self._engine.device)
-        clock.seconds = dict.fromkeys(("read", "preprocess", "encode"), 0.0)
-        report.time_ms.encode_prune = 0.0
-        fill_times(report, clock.seconds, 0.0, self._engine.loaded.device)
-        return clock, 0.0
 
     @torch.inference_mode()
     def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:

@@ -43,7 +43,7 @@ class Window:
     whole: int  # its tokens before any was thinned
     order: (
         torch.Tensor
-    )  # int64 `[C]`: place in the order in which tokens stay, 0 for the last; of text, its frame pair's least
+    )  # int64 `[C]`: place in the order in which tokens stay, 0 for the last; text has its pair's least
     visual: torch.Tensor  # bool `[C]`: which columns are tokens
 
     @property
@@ -75,13 +75,10 @@ def columns_of(
     times: Sequence[str],
     following: int,
 ) -> Unread:
-    """The columns of an encoded window.
+    """The columns of an encoded window, which has `order` from `staying_order`; `span`: of the window.
 
-    Args:
-        order: int64 `[K]`, from `staying_order`.
-        span: of the window; `at`: position in time of each frame pair, counted from the beginning of the stream.
-        times: what the model reads in front of each frame pair; none where it reads no times.
-        following: the first position after the window before, which counts in place of `at` where there are times.
+    `at`: position in time of each frame pair, from the beginning of the stream. `times`: what the model reads in front of each;
+    none where it reads no times. `following`: the first position after the window before, which counts where there are times.
     """
     (grid,), specials = encoded.grids, loaded.tokenizer.specials()
     start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS[VIDEO][1], MARKERS[1]))
@@ -114,14 +111,8 @@ def columns_of(
 class StreamMemory:
     """Windows in a KV cache, behind what precedes the video in the prompt.
 
-    Args:
-        ids: int64 `[n]`, of what precedes the video.
-        limit: tokens that are held; `most`: of a window.
-        room: positions that the video may take.
-
-    Attributes:
-        windows: of which tokens are left, the oldest first.
-        following: position of the text after the video.
+    `ids`: int64 `[n]`, of what precedes it. `limit`: tokens that are held; `most`: of a window. `room`: positions for the video.
+    `windows`: those of which tokens are left, the oldest first. `following`: position of the text after the video.
     """
 
     @torch.inference_mode()
@@ -130,9 +121,8 @@ class StreamMemory:
         self.following = len(ids)
         self._model, self._head, self._limit, self._room = model, len(ids), limit, room
         self._moved = 0  # positions by which the beginning of the video was moved
-        alike = int(
-            model.config.vision_config.traits.timestamps
-        )  # each frame pair has rows and columns behind the text before it
+        # Where the text says times, each frame pair has its rows and columns behind the text before it, too.
+        alike = int(model.config.vision_config.traits.timestamps)
         self._axes = torch.tensor([[1], [alike], [alike]], dtype=torch.int64, device="cpu")
         forward(model, embed_ids(model, ids), ascending(len(ids), "cpu").expand(3, -1), self.cache)
 
@@ -158,10 +148,8 @@ class StreamMemory:
         """
         self._make_room(unread.window.time, int(unread.last[0]))
         by = self._head - self._moved * self._axes
-        positions = unread.positions + by
-        forward(
-            self._model, unread.embeds, positions, self.cache, unread.sizes, deepstack=unread.deepstack, pause=pause
-        )
+        more = {"deepstack": unread.deepstack, "pause": pause}
+        forward(self._model, unread.embeds, unread.positions + by, self.cache, unread.sizes, **more)
         self.following = int((unread.last + by).max()) + 1
         self.windows.append(unread.window)
         held = [(window.tokens, window.whole) for window in self.windows]
@@ -196,15 +184,11 @@ class StreamMemory:
 
 
 def targets(windows: Sequence[tuple[int, int]], limit: int, most: int) -> list[int]:
-    """How many tokens of each window stay, the oldest window first.
+    """How many tokens of each window stay, the oldest window first; `windows`: of each, what is left, and what there was.
 
-    The newest windows, which together have half of the limit, are whole. Of as many before them half of the tokens is due to
-    stay, of as many before those a quarter, and so on until there are none. While there are more than `limit`, those
-    that have more than is due lose half, from the oldest on.
-
-    Args:
-        windows: of each, the tokens that are left, and those that there were.
-        limit: tokens of all together, at least twice `most`, those of the largest window.
+    The newest windows, which together have half of the limit, are whole. Of as many before them half of the tokens is due to stay,
+    of as many before those a quarter, and so on. While there are more than `limit`, those that have more than is due lose half,
+    from the oldest on. `limit` is at least twice `most`, the tokens of the largest window.
     """
     counts, whole = [left for left, _ in windows], max(1, limit // (2 * most))
     due = [full >> ((len(windows) - 1 - number) // whole) for number, (_, full) in enumerate(windows)]
@@ -228,8 +212,7 @@ def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
     else:
         owner = torch.full_like(tokens.owner, -1)
         owner[tokens.kept] = ascending(len(tokens.kept), owner.device)
-        seen = rows.tokens
-        selector = FarthestPoints(count=0)
+        selector, seen = FarthestPoints(count=0), rows.tokens
         given = Tokens(tokens.features, owner, rows.plan.grid, seen.seconds_per_pair, seen.seed)
     often, count = torch.zeros_like(tokens.kept), len(tokens.kept) // 2
     while count:

@@ -18,14 +18,16 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from evoprune.errors import UsageError, names_plugins
 from evoprune.keywords import brief, check_type, names_options
+from evoprune.model.cost import Clock
 from evoprune.pipeline.answering import Answer, EncodedInputs, together
-from evoprune.pipeline.encoding import Progress
-from evoprune.pipeline.engine import make_engine, unpruned
+from evoprune.pipeline.encoding import EncodeRows, OpenInput, Progress, ReadFrames
+from evoprune.pipeline.engine import Engine, make_engine, unpruned
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenizer
-from evoprune.pipeline.opening import OpenInputs, open_inputs
 from evoprune.pipeline.options import (
     HELD,
     GenerationOptions,
@@ -34,8 +36,12 @@ from evoprune.pipeline.options import (
     SamplingOptions,
     StreamOptions,
 )
+from evoprune.pipeline.planning import TEXT, fitting_chunk, plan_input
 from evoprune.pipeline.prompting import longest_prompt
 from evoprune.pipeline.saved import Tuned, for_model, make_method
+from evoprune.video.frames import read_frames
+from evoprune.video.info import check_one_file
+from evoprune.video.probe import probe
 
 if TYPE_CHECKING:
     from evoprune.pipeline.cache import Cache
@@ -51,7 +57,7 @@ class VideoQA:
     It computes in the dtype that the model was loaded with, also inside torch's autocast. `loaded` is from `loading.load_model`;
     `load_seconds` is how long that took, for reports.
 
-    `engine` is the model and how it prunes, as `opening.open_inputs` takes it.
+    `engine` is the model and how it prunes, as `open_inputs` takes it.
 
     Raises:
         UsageError: a bad budget or method. ModelError: a model without a tokenizer. TypeError: an unknown option, or a name in
@@ -193,6 +199,83 @@ class VideoQA:
         return VideoStream(self.engine, options, sampling, system, name)
 
 
+def open_inputs(
+    engine: Engine,
+    paths: Sequence[Path],
+    sampling: SamplingOptions | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    cache: "Cache | None" = None,
+    read: ReadFrames = read_frames,
+    encode_rows: EncodeRows | None = None,
+    threaded: bool = True,
+) -> "OpenInputs":
+    """Probes videos and pictures, at least one, in the order in which the model reads them, and plans what is read; reads no frame.
+
+    `sampling` applies to each, what it says of time to the videos. `names`: for reports; default: the paths. `cache`: not used for
+    a method that reads the question, nor with another `read`. `read`, `threaded`, `encode_rows`: as of `OpenInput` and its
+    `encode`.
+
+    Raises VideoError: one is missing, unreadable or empty. UsageError: numbers that make no sense, a part of the time where
+    there are pictures alone, or a file of subtitles for several inputs.
+    """
+    sampling = sampling or SamplingOptions()
+    check_one_file(sampling.subtitles, len(paths))
+    clocks, infos, opened = [Clock(torch.device("cpu")) for _ in paths], [], []  # clocks that never wait for a GPU
+    usable = cache if read is read_frames and not engine.method.reads_question else None
+    for path, clock in zip(paths, clocks, strict=True):
+        with clock.stage("read"):
+            infos.append(probe(path))
+    each = zip(clocks, infos, sampling.of_each(infos), names or [None] * len(paths), strict=True)
+    for clock, info, wanted, name in each:
+        with clock.stage("read"):
+            plan = plan_input(engine, info, wanted, name)
+        opened.append(OpenInput(engine, plan, clock, read, threaded=threaded, cache=usable))
+    return OpenInputs(engine, opened, encode_rows)
+
+
+class OpenInputs:
+    """Made by `open_inputs`. To be encoded once, and closed. `plans`: what is looked at, of each."""
+
+    def __init__(self, engine: Engine, inputs: Sequence[OpenInput], encode_rows: EncodeRows | None):
+        self.engine, self.plans = engine, [each.plan for each in inputs]
+        self._inputs, self._encode_rows = inputs, encode_rows
+
+    @property
+    def in_cache(self) -> bool:
+        """Whether nothing has to be read or encoded. Reads whole files once, if there is a cache."""
+        return all([each.stored is not None for each in self._inputs])
+
+    def begin(self) -> None:
+        """Reads the first chunk of the first one, while something else is computed; a thread goes on to the next two.
+
+        Raises VideoError: unreadable. OutOfMemory.
+        """
+        self._inputs[0].begin()
+
+    def encode(self, progress: Progress | None = None) -> EncodedInputs:
+        """Reads, preprocesses and encodes one after the other.
+
+        `progress`: as of `OpenInput.encode`. Of several inputs also called with "input", which one begins, and how many.
+
+        Errors: as of `OpenInput.encode`. OutOfMemory before anything is read, if all inputs together need too much.
+        """
+        count, kept = len(self.plans), sum(plan.encoder.keep for plan in self.plans)
+        other_tokens = [TEXT + kept - plan.encoder.keep for plan in self.plans]
+        for plan, others in zip(self.plans, other_tokens, strict=True) if count > 1 else ():
+            fitting_chunk(self.engine, plan, others)
+        encodings = []
+        for number, (each, others) in enumerate(zip(self._inputs, other_tokens, strict=True), 1):
+            if progress and count > 1:
+                progress("input", number, count)
+            encodings.append(each.encode(progress, others, self._encode_rows))
+        return EncodedInputs(self.engine, encodings)
+
+    def close(self) -> None:
+        for each in self._inputs:
+            each.close()
+
+
 def paths_of(given: Any) -> Sequence[Path]:
     """The paths of one or of several inputs. Raises UsageError if there are none, or what was given are no paths."""
     paths = [given] if isinstance(given, str | os.PathLike) else given
@@ -214,10 +297,7 @@ def load_qa(
     progress: Callable[[int, int], None] | None = None,
     kind: type[VideoQA] = VideoQA,
 ) -> VideoQA:
-    """Loads a model, as `VideoQA.load`. A budget of "tuned" is resolved before the weights are read.
-
-    `model`: the options, or what `find_model` found with them. `tuned`: the setting that `pruning` was made from, for reports.
-    """
+    """Loads a model, as `VideoQA.load`; "tuned" is resolved before weights are read. `tuned`: where `pruning` is from."""
     start = time.perf_counter()
     make_method(pruning)  # refuses wrong settings before a model is looked for
     found = find_model(model) if isinstance(model, ModelOptions) else model

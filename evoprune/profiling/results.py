@@ -119,8 +119,7 @@ def bound_of(full: Row, method: Row) -> Row:
     bound = Row(BOUND, method.case, method.budget, error=full.error or method.error)
     if bound.error or full.counts is None or method.counts is None:
         return bound
-    f, m = full.counts, method.counts
-    bound.counts = Counts(f.units, f.encoder_rows, f.live_share, f.layers, m.tokens, m.prompt, f.tower_flop)
+    bound.counts = replace(full.counts, tokens=method.counts.tokens, prompt=method.counts.prompt)
     rounds = zip(full.samples, method.samples, strict=True)
     bound.samples = [Sample(tower.encode, 0.0, rest.prefill, rest.generate) for tower, rest in rounds]
     return bound
@@ -151,12 +150,9 @@ class Results:
     env: Environment
     machine: dict[str, Any]  # facts beyond `env`
     settings: dict[str, Any]
-    rows: list[Row] = field(
-        default_factory=list
-    )  # Hugging Face, budget 1.0, then for each budget the bound and the methods
-    matmul_rates: list[float] = field(
-        default_factory=list
-    )  # operations a second in plain products, of each measured round
+    # Hugging Face, budget 1.0, then for each budget the bound and the methods.
+    rows: list[Row] = field(default_factory=list)
+    matmul_rates: list[float] = field(default_factory=list)  # plain products' operations a second, by measured round
     warmups: int = 0  # that ran, as `rounds`
     rounds: int = 0
     warmup_seconds: float = 0.0
@@ -213,11 +209,8 @@ class Results:
         """All of it as plain data for JSON: times in milliseconds, sizes in bytes."""
         rates, seconds = self.matmul_rates, round(self.seconds, 3)
         ran = {"warmup": self.warmups, "measured": self.rounds, "seconds": seconds, "interrupted": self.interrupted}
-        return {
-            "schema": SCHEMA,
-            "model": asdict(self.model),
-            "env": asdict(self.env),
-            "machine": self.machine,
+        facts = {"schema": SCHEMA, "model": asdict(self.model), "env": asdict(self.env), "machine": self.machine}
+        return facts | {
             "settings": self.settings,
             "rounds": ran,
             "memory": {"weights_bytes": self.weights_bytes},

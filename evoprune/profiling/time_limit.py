@@ -13,12 +13,12 @@ import torch
 from evoprune.errors import UsageError
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.cost import EFFICIENCY, matmul_rate, prefill_flop, tower_flop
-from evoprune.model.weights import empty
+from evoprune.pipeline.loading.found import DTYPES, FoundModel
 from evoprune.profiling.clips import case_grid, text_tokens
 from evoprune.profiling.results import FULL, HUGGING_FACE, METHOD, Row
 from evoprune.profiling.settings import Settings
-from evoprune.profiling.weights import ModelOutline
 from evoprune.pruning.budget import keep_tokens, share_of
+from evoprune.video.info import VIDEO
 from evoprune.vision.tower import tower_shape
 
 LIBRARIES_S = 4.0  # to import transformers
@@ -79,18 +79,18 @@ def _least(rows: Sequence[Row]) -> list[Row]:
 def estimate(
     rows: Sequence[Row],
     settings: Settings,
-    model: ModelOutline,
+    model: FoundModel,
     bind: Callable[[Pipeline], Pipeline] = lambda method: method,
 ) -> tuple[dict[Row, float], Callable[[Collection[str]], float]]:
     """Seconds of a turn of each row; and a function from quantisations of the weights to the seconds until the first turn.
 
     `bind` gives a method what belongs to the model (`pipeline.saved.with_recipe`).
     """
-    config, limits, dtype, device = model
-    tree, text = empty(config), config.text_config
-    tower, parts = tower_shape(tree.model.visual), (tree, tree.model.language_model)
+    config, limits, dtype, device = model.config, model.limits[VIDEO], DTYPES[model.dtype], str(model.device)
+    text, parts = config.text_config, (model.tree, model.tree.model.language_model)
+    tower = tower_shape(model.tree.model.visual)
     weights, language = (sum(w.numel() for w in part.parameters()) * dtype.itemsize for part in parts)
-    rate, (written, read) = EFFICIENCY * matmul_rate(dtype, str(device)), _memory_rates(str(device))
+    rate, (written, read) = EFFICIENCY * matmul_rate(dtype, device), _memory_rates(device)
 
     def turn(row: Row) -> float:
         method = bind(settings.parse(row.method)) if row.kind == METHOD else Pipeline()

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -16,10 +15,10 @@ from evoprune.model.cost import now
 from evoprune.model.linear import PackedLinear, can_pack, pack, weights_bytes
 from evoprune.model.quantize import check as check_quantize
 from evoprune.model.quantize import quantize, saved_bytes
-from evoprune.model.weights import QwenVL, empty, shared
+from evoprune.model.weights import QwenVL, shared
 from evoprune.pipeline.loading.calibration import calibrate
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
-from evoprune.pipeline.loading.found import DTYPES, describe_model
+from evoprune.pipeline.loading.found import DTYPES, FoundModel, describe_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.options import ModelOptions
 from evoprune.profiling.clips import case_grid, text_tokens
@@ -35,31 +34,21 @@ def default_load_format(name: str) -> str:
     return "dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto"
 
 
-class ModelOutline(NamedTuple):
-    """What is known of a model before it is loaded. `limits`: of its videos. `dtype`, `device`: of the weights."""
-
-    config: Config
-    limits: InputLimits
-    dtype: torch.dtype
-    device: torch.device
-
-
-def outline(options: ModelOptions) -> ModelOutline | None:
+def outline(options: ModelOptions) -> FoundModel | None:
     """The model without its weights; None if only loading tells. Raises what `load_model` raises."""
     name, random = options.model, options.load_format == "dummy"
     if random and not (name in BUNDLED_CONFIGS or name in DEMOS or Path(name).is_dir()):
         return None
-    found = describe_model(replace(options, revision=None) if random else options)
-    return ModelOutline(found.config, found.limits[VIDEO], DTYPES[found.dtype], found.device)
+    return describe_model(replace(options, revision=None) if random else options)
 
 
 def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
     """Loads a model if there is memory for the smallest case. Raises OutOfMemory; what `case_grid` and `load_model` raise."""
     if found := outline(options):
-        config, limits, dtype, place = found
-        weights = sum(weight.numel() for weight in empty(config).parameters()) * dtype.itemsize
-        working = min(working_memory(config, case, limits, dtype.itemsize) for case in cases)
-        if short := cost.shortage(weights + working, str(place)):
+        size = DTYPES[found.dtype].itemsize
+        weights = sum(weight.numel() for weight in found.tree.parameters()) * size
+        working = min(working_memory(found.config, case, found.limits[VIDEO], size) for case in cases)
+        if short := cost.shortage(weights + working, str(found.device)):
             raise OutOfMemory(f"{options.model} at {min(cases)} {short}", MEMORY_HINT, stage="load")
     return load_model(options, pack=False)
 

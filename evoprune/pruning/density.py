@@ -48,7 +48,6 @@ def join_groups(
         into: int64 `[N]`, the unit that each unit joins, -1 for the units of groups, which is changed.
         features: float32 `[N, D]`.
         groups: int64 `[m, g]` each: m tokens, each the mean of g units. `counts`: tokens to keep of each, 0 drops it.
-        neighbours: as in `peak_scores`; no more than there are peaks (`fewer_neighbours`).
         centre: the least weight of a peak, as in `centre_weights`; None for equal weights.
     """
     weight = torch.ones_like(into, dtype=torch.float32)

@@ -16,19 +16,13 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class TowerShape:
-    """The properties of a vision tower that plans depend on.
-
-    Attributes:
-        full_layers: layers whose attention spans a whole frame pair; the others attend inside windows.
-        window: side of a window in units.
-    """
+    """The properties of a vision tower that plans depend on."""
 
     depth: int
-    full_layers: tuple[int, ...]
-    window: int = 4
+    full_layers: tuple[int, ...]  # whose attention spans a whole frame pair; the others attend inside windows
+    window: int = 4  # its side in units
 
     def scope(self, layer: int) -> Literal["window", "pair"]:
-        """The scope of attention in a layer."""
         return "pair" if layer in self.full_layers else "window"
 
     def windows(self, height: int, width: int) -> int:
@@ -60,34 +54,23 @@ class Merge:
 
 @dataclass(frozen=True)
 class SetAside:
-    """Rows are set aside, follow similar rows, and come back after the last layer (vision/reductions.py).
+    """Rows are set aside, follow similar rows, and come back after the last layer (vision/reductions.py)."""
 
-    Attributes:
-        left: rows of each frame pair that stay.
-        until: number of layers up to which rows that were set aside are keys and values of attention.
-        neighbours: how many of the rows that stay each other row follows.
-    """
-
-    left: int
-    until: int
-    neighbours: int
+    left: int  # rows of each frame pair that stay
+    until: int  # number of layers up to which rows that were set aside are keys and values of attention
+    neighbours: int  # how many of the rows that stay each other row follows
 
 
 @dataclass(frozen=True)
 class Stage:
-    """From one layer of the tower on there are fewer rows.
+    """From one layer of the tower on there are fewer rows."""
 
-    Attributes:
-        first_layer: how many layers have run: 0 for patch embeddings, the tower's depth for what comes after its last layer.
-        rows: of the whole video from there on; an upper bound if not `exact`.
-        reduce: a `Selector` of rows, or of tokens after the last layer; `WholePairs`, `Inflection`, `Merge` or `SetAside`.
-        exact: whether `rows` does not depend on the content.
-    """
-
-    first_layer: int
-    rows: int
-    reduce: Any
-    exact: bool = True
+    first_layer: int  # how many layers have run: 0 for patch embeddings, the tower's depth for after its last layer
+    rows: int  # of the whole video from there on; an upper bound if not `exact`
+    reduce: (
+        Any  # a `Selector` of rows, or of tokens after the last layer; `WholePairs`, `Inflection`, `Merge`, `SetAside`
+    )
+    exact: bool = True  # whether `rows` does not depend on the content
 
     @property
     def inside_chunk(self) -> bool:
@@ -104,21 +87,16 @@ class Stage:
 class EncoderPlan:
     """The encoder's work on one video.
 
-    Attributes:
-        grid: (T, H, W) in units, as the encoder sees the video; an input method makes it smaller than the video's own.
-        keep: K, the number of tokens for the language model.
-        depth: layers of the tower.
-        reuse: a unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit.
-        stages: in the order of their layers. The last may select tokens, after the last layer.
-
     Raises ValueError: stages that are out of order, or that reduce chunks after the video as a whole was reduced.
     """
 
-    grid: Grid
-    keep: int
-    depth: int
-    reuse: float = 0.0
-    stages: tuple[Stage, ...] = ()
+    grid: Grid  # (T, H, W) in units, as the encoder sees it; an input method makes it smaller than the video's own
+    keep: int  # K, the number of tokens for the language model
+    depth: int  # layers of the tower
+    reuse: float = (
+        0.0  # a unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit
+    )
+    stages: tuple[Stage, ...] = ()  # in the order of their layers; the last may select tokens, after the last layer
 
     def __post_init__(self):
         for stage, after in pairwise(self.stages):
@@ -190,9 +168,8 @@ def layer_weights(depth: int, allocation: str, first: float, last: float) -> dic
     Raises ValueError: an unknown allocation or an empty range.
     """
     if allocation not in ALLOCATIONS or not 0 <= first <= last <= 1:
-        raise ValueError(
-            f"no schedule {allocation!r} from {first} to {last}: one of {ALLOCATIONS}, 0 <= first <= last <= 1"
-        )
+        known = f"one of {ALLOCATIONS}, 0 <= first <= last <= 1"
+        raise ValueError(f"no schedule {allocation!r} from {first} to {last}: {known}")
     end = min(depth, max(1, round(last * depth))) - 1
     begin = min(end, max(0, math.ceil(first * depth) - 1))
     layers = list(range(begin, end + 1))

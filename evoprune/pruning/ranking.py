@@ -9,9 +9,8 @@ from evoprune.pruning.indices import ascending, true_indices
 from evoprune.pruning.types import Selection
 
 HELD = 1 << 22  # scores held at a time (16 MiB), or one row of each group if that is more
-ALL = slice(None)
-
 BLOCK = 512  # rows of an N x N matrix that are held at a time
+ALL = slice(None)
 
 
 def ranked(score: torch.Tensor) -> torch.Tensor:
@@ -157,9 +156,9 @@ def alternate(valid: torch.Tensor, first: int = 1) -> torch.Tensor:
 def best_partners(
     score: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The highest `score` (`[B, m, n]`) of each source (bool `[B, m]`) with a destination (bool `[B, n]`).
+    """`[B, m]`: the highest `score` (`[B, m, n]`) of each source (bool `[B, m]`) with a destination (bool `[B, n]`), else -inf.
 
-    Returns `[B, m]`, -inf for other rows; and int64 `[B, m]`, the index of that destination. Ties go to the lower index.
+    And int64 `[B, m]`, the index of that destination. Ties go to the lower index.
     """
     allowed = source[:, :, None] & destination[:, None, :]
     return tuple(score.masked_fill(~allowed, -torch.inf).max(2))
@@ -170,10 +169,8 @@ def match(
 ) -> torch.Tensor:
     """int64 `[B, n]`: the row that each row merges into, its own index if it stays. Sources of highest score merge first.
 
-    Args:
-        best, partner: `[B, n]`, from `best_partners`, of all rows. `source`: bool `[B, n]`.
-        last: bool `[B, n]`, critical rows: they merge only after all other sources.
-        remove: int64 `[B]`, how many sources merge; all of them if there are fewer.
+    `best`, `partner`: `[B, n]`, from `best_partners`, of all rows; `source`: bool `[B, n]`; `last`: bool `[B, n]`, critical rows,
+    which merge only after all other sources; `remove`: int64 `[B]`, how many sources merge, all of them if there are fewer.
     """
     b, n = source.shape
     # The order: sources by score, then critical sources, then all other rows. The stable sorts give ties to the lower index.

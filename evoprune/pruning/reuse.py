@@ -30,12 +30,10 @@ def scan(
 ) -> tuple[torch.Tensor, ReferenceBlocks]:
     """int64 `[T, units]`: the frame pair of the video whose row represents each unit, its own where it is encoded.
 
-    The result does not depend on how the video is cut into pieces.
+    Also what the scan of the next piece takes as `references`; the result does not depend on how the video is cut into pieces.
 
-    Args:
-        means: float32 `[T, units, 96]`, from `vision.preprocess.patch_means`: the next frame pairs, at least one.
-        references: from the scan of the piece before, which returns them; None at the start of a video.
-        threshold: in levels of 255; a unit is encoded if a block differs by at least this much. 0 encodes all units.
+    `means`: float32 `[T, units, 96]`, from `vision.preprocess.patch_means`: the next frame pairs, at least one. `threshold`: in
+    levels of 255; 0 encodes all units.
     """
     seen = references.seen if references else 0
     source = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device)

@@ -20,29 +20,3 @@ def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[ran
     below = (similarity < threshold).nonzero().flatten().tolist()
     edges = [0, *sorted(cut + 1 for cut in {*lowest, *below}), len(similarity) + 1]
     return [range(first, last) for first, last in pairwise(edges)]
-
-
-def averaged(
-    index: torch.Tensor, spans: list[range], still: list[torch.Tensor], limit: float, keep: int
-) -> torch.Tensor | None:
-    """int64 `[T, n]`: the unit that each joins when the stillest places are averaged over time until `keep` units are left.
-
-    Places are averaged over their segment (`spans`); the last one over as many of its first frame pairs as necessary.
-
-    Args:
-        index: int64 `[T, n]`, the numbers of the units.
-        still: for each segment, `[n]`, how still each place stands; ties go by index. Only those above `limit` are averaged.
-
-    Returns None if more than `keep` are left.
-    """
-    into, n, saved = index.clone(), index.shape[1], index.numel() - keep
-    if sum(int((each > limit).sum()) * (len(span) - 1) for span, each in zip(spans, still, strict=True)) < saved:
-        return None
-    for best in torch.cat(still).argsort(descending=True, stable=True).tolist():
-        if not saved:
-            break
-        span, place = spans[best // n], best % n
-        fewer = min(saved, len(span) - 1)
-        into[span.start : span.start + fewer + 1, place] = index[span.start, place]
-        saved -= fewer
-    return into

@@ -1,49 +1,135 @@
 """The selection: farthest-point sampling over features and time, and the clusters that it makes.
 
-The K most different units of a video are selected, one after another, each the farthest from all selected before
-(pruning/distance.py). It is the exact greedy selection, and holds no matrix of N x N or N x K numbers.
+The K most different units of a video are selected, one after another, each the farthest from all selected before. It is the exact
+greedy selection, and holds no matrix of N x N or N x K numbers. The distance is how much two units differ, in features and in time:
+
+    d(i, j) = |p_i - p_j|^2 / 2 + alpha / 2 * salience_j^2 * |t_i - t_j|
+
+Unit i is selected and unit j is a candidate. p is a unit's feature minus the mean over all units of the clip, with every
+channel divided by its standard deviation, and all divided by the length of the longest (results/geometry.md). t runs from 0 to 1
+over the clip. salience_j = |p_j|^2: the more a thing stands out, the more it counts as new at another time.
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from evoprune.model.machine import to_device
 from evoprune.pruning.budget import spread
-from evoprune.pruning.distance import Points, rounded
+from evoprune.pruning.encoder_plan import Grid
 from evoprune.pruning.indices import ascending
 
+ALPHA = 1.5
+DIMENSIONS = 128  # of the projected features
+UNPROJECTED = 512  # up to this number of rows, features are not projected
+AT_ONCE = 1024  # rows that have float32 copies at a time
+STILL = 1e-3  # of the mean variance, added to each channel's, so that one that hardly varies counts less
+ROUNDING = 1 / 256  # of a channel's mean: a deviation as small as that of rounding does not count as one
+STEP = 1 / 16384  # resolution of distances
 POOL = 512  # candidates of a pool; affects the speed alone
 PIECE = 1 << 20  # numbers in the largest tensor of a pass
 
 
+@dataclass(frozen=True)
+class Points:
+    """The n units of a video as points with distances; E rows represent them."""
+
+    units: torch.Tensor  # int64 [n], ascending
+    row: torch.Tensor  # int64 [n], the row of each unit
+    time: torch.Tensor  # float32 [n], from 0 to 1
+    place: torch.Tensor  # float32 [E, d], at most about 1 long; distances are approximate if it is projected
+    half: torch.Tensor  # float32 [E], half of the squared length of each place
+    salience: torch.Tensor  # float32 [E], from 0 to 1; all 0 if all features are equal
+    weight: torch.Tensor  # float32 [E], of time: alpha / 2 * salience^2
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def some(self, index: torch.Tensor) -> "Points":
+        """The points with these indices (int64); all rows stay."""
+        return replace(self, units=self.units[index], row=self.row[index], time=self.time[index])
+
+    def in_features(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """float32 `[a, b]`: the first term of the distance, between rows `a` and rows `b` (int64), before `rounded`."""
+        return torch.addmm(self.half[b], self.place[a], self.place[b].T, alpha=-1).add_(self.half[a][:, None])
+
+    def add_time(self, distance: torch.Tensor, candidates: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+        """Adds the second term in place to `distance` `[candidates, selected]`; both are indices of points (int64)."""
+        lapse = (self.time[candidates][:, None] - self.time[selected]).abs_()
+        return distance.add_(lapse.mul_(self.weight[self.row[candidates]][:, None]))
+
+
+def points_of(
+    rows: torch.Tensor, owner: torch.Tensor, grid: tuple[int, int, int], seconds: Sequence[float], alpha: float
+) -> Points:
+    """The points of one video: `rows`, `owner`, `grid` as in `Tokens`; seconds of each frame pair; `alpha`, the weight of time."""
+    units = (owner >= 0).nonzero()[:, 0]
+    time = torch.tensor(seconds, dtype=torch.float64, device="cpu")
+    time = (time - time.min()) / (float(time.max() - time.min()) or 1.0)
+    place, salience = places_and_salience(rows, owner)
+    return Points(
+        units=units,
+        row=owner[units],
+        time=to_device(time.float(), units.device)[units // (grid[1] * grid[2])],
+        place=place,
+        half=place.square().sum(1) / 2,
+        salience=salience,
+        weight=alpha / 2 * salience**2,
+    )
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Rounds distances, or a minimum of them, to multiples of `STEP`: equal rows are at distance 0, equal distances are ties."""
+    return (x * (1 / STEP)).round_().mul_(STEP).clamp_(min=0)
+
+
+def places_and_salience(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`place` and `salience` of `Points`; equal features have equal points. A row counts as often as it represents a unit."""
+    count = torch.bincount(owner[owner >= 0], minlength=len(rows)).float()
+    shares = (count / count.sum()).split(AT_ONCE)
+    project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > UNPROJECTED  # otherwise projection saves nothing
+    to = to_device(_projection(rows.shape[1]), rows.device) if project else None
+
+    def pieces() -> Iterator[torch.Tensor]:  # float32, a few rows at a time to save memory
+        return (some.float() for some in rows.split(AT_ONCE))
+
+    first = rows[0].float()  # sums of differences are exact where all rows are equal
+    mean = first + sum(share @ (piece - first) for share, piece in zip(shares, pieces(), strict=True))
+    variance = sum(share @ (piece - mean).square_() for share, piece in zip(shares, pieces(), strict=True))
+    scale = (variance + STILL * variance.mean() + (ROUNDING * mean).square_()).clamp_(min=1e-30).rsqrt_()
+    standard = ((piece - mean).mul_(scale) for piece in pieces())
+    made = [(piece if to is None else piece @ to, piece.square().sum(1)) for piece in standard]
+    place, salience = (torch.cat(pieces) for pieces in zip(*made, strict=True))
+    largest = (salience * (count > 0)).max().clamp(min=STILL * rows.shape[1])
+    salience = rounded(salience / largest) * (count > 0)
+    return place / largest.sqrt(), salience
+
+
+@lru_cache(maxsize=8)
+def _projection(width: int) -> torch.Tensor:
+    """float32 `[width, DIMENSIONS]`: orthogonal columns in random directions that keep squared lengths to about an eighth."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    normal = torch.randn(width, DIMENSIONS, generator=generator, dtype=torch.float32, device="cpu")
+    return torch.linalg.qr(normal).Q * math.sqrt(width / DIMENSIONS)
+
+
 def farthest_points(
-    points: Points,
-    grid: tuple[int, int, int],
-    keep: int,
-    *,
-    within: float = 0.0,
-    least: int = 1,
-    floor: float = 0.0,
+    points: Points, grid: Grid, keep: int, *, within: float = 0.0, least: int = 1, floor: float = 0.0
 ) -> torch.Tensor:
-    """Selects `keep` units of one video, or as many as it takes until every unit is near a selected one.
+    """int64 `[K]`, ascending: `keep` units of one video, or as many as it takes until every unit is near a selected one.
 
     The first is the most salient unit. Ties go to the lower index. Once no remaining unit differs from the selected ones (a black
     video, for example), the others are spread evenly over time and over each frame pair.
 
     Args:
-        points: all units that may be selected.
-        keep: K, from 1 to the number of points.
-        within: stop before K once no unit is farther than this from a selected one; 0 for exactly K.
-        least: with `within`, the least number of units to select.
-        floor: share of its even part of `keep` that each frame pair gets first, before units are selected among all; 0 for none, 1
-            for an even spread.
+        within: stop before `keep` once no unit is farther than this from a selected one, and `least` are selected; 0 for never.
+        floor: share of its even part of `keep` that each frame pair gets first, before units are selected among all.
 
-    Returns:
-        int64 `[keep]`, or fewer if `within` is above 0: units, ascending.
-
-    Raises ValueError: `keep` is out of range.
+    Raises ValueError: `keep` is not from 1 to the number of points.
     """
     if not 1 <= keep <= len(points):
         raise ValueError(f"cannot select {keep} of {len(points)} units")
@@ -75,7 +161,7 @@ def assign_clusters(points: Points, kept: torch.Tensor, total: int) -> torch.Ten
     return owner
 
 
-def _of_each_pair(points: Points, grid: tuple[int, int, int], keep: int, floor: float) -> list[int]:
+def _of_each_pair(points: Points, grid: Grid, keep: int, floor: float) -> list[int]:
     """Indices of points that each frame pair gets first: its most different ones, `floor` times its even part of `keep`."""
     selected, pair = [], points.units // (grid[1] * grid[2])
     counts = torch.bincount(pair, minlength=grid[0]).tolist()
@@ -89,7 +175,7 @@ def _of_each_pair(points: Points, grid: tuple[int, int, int], keep: int, floor: 
     return selected
 
 
-def _filled(points: Points, grid: tuple[int, int, int], selected: torch.Tensor, least: int) -> torch.Tensor:
+def _filled(points: Points, grid: Grid, selected: torch.Tensor, least: int) -> torch.Tensor:
     """`selected`, filled up to `least` with other points at even distances."""
     if len(selected) >= least:
         return selected
@@ -170,15 +256,11 @@ def _select_in_pool(
     within: float,
     least: int,
 ) -> list[int]:
-    """Indices of points selected from a pool, in order, while its farthest member is certain to be the farthest of all candidates.
+    """Points selected from a pool, in order, while its farthest member is certain to be the farthest of all candidates.
 
-    Args:
-        nearest: float32 `[n]`, the distance of each member to the nearest selected point.
-        apart: float32 `[n, n]`, the distance of each member (second dimension) to each member that is selected (first dimension).
-        members: int64 `[n]`, indices of the members among all points.
-        bound, before: the greatest distance outside the pool, and the first candidate at that distance.
-        most: the most points to select.
-        within, least: stop at distance `within` once `least` points are selected.
+    `nearest`: float32 `[n]`, distances of the members to the nearest selected point; `apart`: float32 `[n, n]`, of each (second
+    dimension) to each that may be selected; `members`, `bound`, `before`: from `_farthest_candidates`. At most `most` are selected,
+    and at least `least` if others are no farther than `within`.
     """
     at, apart, index = nearest.cpu().numpy().copy(), apart.cpu().numpy(), members.cpu().numpy()
     selected = []
@@ -194,7 +276,7 @@ def _select_in_pool(
     return selected
 
 
-def _even(units: torch.Tensor, grid: tuple[int, int, int], keep: int) -> torch.Tensor:
+def _even(units: torch.Tensor, grid: Grid, keep: int) -> torch.Tensor:
     """int64 `[keep]`: indices of `units` (int64, ascending), even over time and over the places of each frame pair."""
     places = grid[1] * grid[2]
     pair, place = units // places, units % places
@@ -213,8 +295,5 @@ def _scattered(height: int, width: int) -> torch.Tensor:
     """int64 `[height * width]`: the order in which a low-discrepancy sequence (Roberts's R2) first visits the places."""
     n, step = torch.arange(1, 8 * height * width + 1, dtype=torch.float64, device="cpu"), 1.324717957244746
     visits = (n / step % 1 * height).long() * width + (n / step**2 % 1 * width).long()
-    never = len(n)
-    first = torch.full((height * width,), never, dtype=torch.int64, device="cpu").scatter_reduce(
-        0, visits, ascending(never, "cpu"), "amin"
-    )
-    return first.argsort(stable=True).argsort()
+    first = torch.full((height * width,), len(n), dtype=torch.int64, device="cpu")
+    return first.scatter_reduce(0, visits, ascending(len(n), "cpu"), "amin").argsort(stable=True).argsort()

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from evoprune.pruning.indices import ascending
 
 HELD = 1 << 24  # attention weights that are held at a time
-
 AT_ONCE = 4096  # units that have float32 copies at a time
 
 

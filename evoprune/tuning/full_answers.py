@@ -1,6 +1,5 @@
 """The unpruned model's answers, which candidates are compared with."""
 
-import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from evoprune.evaluation.shared import SharedFrames, SharedRows
 from evoprune.pipeline.agreement import Reference, reference
 from evoprune.pipeline.answering import EncodedInputs
 from evoprune.pipeline.engine import Engine, unpruned
-from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import SamplingOptions
+from evoprune.pipeline.video_qa import open_inputs
 
 TOKENS = (64, 32, 16, 8)  # of an answer, at most; fewer where time is short
 SLOW = 1 / 10  # of the time there is: a first encoding that takes longer is not repeated
@@ -51,12 +50,7 @@ class Answering:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        sampling: SamplingOptions,
-        questions: tuple[str, ...],
-        seconds: float,
-        now: Clock = time.perf_counter,
+        self, engine: Engine, sampling: SamplingOptions, questions: tuple[str, ...], seconds: float, now: Clock
     ):
         self.made: list[FullAnswers] = []  # a video each
         self.problems: dict[str, EvopruneError] = {}  # of videos that cannot be read or computed, by path

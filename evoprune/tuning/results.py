@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from evoprune.evaluation.scores import Z95
+from evoprune.evaluation.scores import Z95, share_variance, wilson
 from evoprune.tuning.search import Candidate, Known, Trial
 
 Counts = tuple[np.ndarray, np.ndarray]  # of a candidate: agreeing tokens and tokens of every video
@@ -106,21 +106,18 @@ def design_effect(candidates: Sequence[Counts]) -> float | None:
     """How many tokens prove as much as one independent token; at least 1, None where no candidate shows it."""
     over_videos = independent = 0.0
     for agree, tokens in candidates:
-        videos, total = len(tokens), float(tokens.sum())
-        if videos < 2:
+        if len(tokens) < 2:
             continue
+        total = float(tokens.sum())
         share = float(agree.sum()) / total
-        over_videos += float(((agree - share * tokens) ** 2).sum()) * videos / (videos - 1) / total**2
+        over_videos += share_variance(agree, tokens)
         independent += share * (1 - share) / total
     return max(1.0, over_videos / independent) if independent else None
 
 
 def bounds(share: float, tokens: int, videos: int, effect: float | None) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson, 1927), for tokens / `design_effect` independent tokens; one a video if that is None."""
-    n = float(videos) if effect is None else max(1.0, tokens / effect)
-    z = Z95**2 / n
-    middle, half = (share + z / 2) / (1 + z), math.sqrt(z * share * (1 - share) + z**2 / 4) / (1 + z)
-    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+    """The 95% interval of a share, for tokens / `design_effect` independent tokens; one a video if that is None."""
+    return wilson(share, float(videos) if effect is None else max(1.0, tokens / effect))
 
 
 def provable(tokens: float) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 from statistics import mean, median
 from typing import NamedTuple
 
@@ -82,11 +82,7 @@ def affordable(order: Sequence[Candidate], known: Known, new: int, rest: int, ro
     costs = [mean(trial.took_s for trial in known[candidate]) for candidate in order]
     if sum(costs) * rest <= left:
         return len(order)
-    count, used = 0, 0.0
-    while count < len(order) and (used + costs[count] * new <= left / rounds or count < LEAST):
-        used += costs[count] * new
-        count += 1
-    return count
+    return max(min(LEAST, len(order)), sum(used * new <= left / rounds for used in accumulate(costs)))
 
 
 def search(

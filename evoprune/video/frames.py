@@ -27,12 +27,7 @@ class FrameChunk:
 
 
 def read_frames(
-    info: Video,
-    times_s: Sequence[float],
-    *,
-    decoder: str = "auto",
-    chunk_bytes: int = 64 * 2**20,
-    even: bool = True,
+    info: Video, times_s: Sequence[float], *, decoder: str = "auto", chunk_bytes: int = 64 * 2**20
 ) -> Iterator[FrameChunk]:
     """The frame on screen at each time: the first frame before the video begins, the last one after it ends.
 
@@ -42,8 +37,8 @@ def read_frames(
 
     Args:
         times_s: seconds from the video's first frame, ascending; a time may repeat.
-        chunk_bytes: upper limit of a chunk's size, but a chunk holds two frames even if they are larger.
-        even: every chunk but the last holds an even number of frames, so that no frame pair is split.
+        chunk_bytes: upper limit of a chunk's size, but a chunk holds two frames even if they are larger. Every chunk but the last
+            holds an even number of frames, so that no frame pair is split.
 
     Raises:
         UsageError: times that do not ascend. And what `choose_decoder` raises.
@@ -53,9 +48,7 @@ def read_frames(
     if not all(map(math.isfinite, times)) or any(b < a for a, b in pairwise(times)):
         raise UsageError("times of frames must be numbers that ascend")
     decoder = choose_decoder(decoder, info)
-    per_chunk = max(2, chunk_bytes // (info.width * info.height * 3))
-    if even:
-        per_chunk -= per_chunk % 2
+    per_chunk = max(2, chunk_bytes // (info.width * info.height * 3) // 2 * 2)
     firsts = range(0, len(times), per_chunk)
     sizes = [min(per_chunk, len(times) - first) for first in firsts]
     filled = stream_frames(info, times, decoder, sizes) if sizes else ()

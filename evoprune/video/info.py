@@ -6,10 +6,8 @@ from typing import Any
 
 from evoprune.errors import UsageError
 
-# What an input is to the model.
-VIDEO, PICTURE = "video", "picture"
-# Default frame rate of a folder of images: the rate at which frames for Qwen2.5-VL are usually extracted.
-FOLDER_FPS = 2.0
+VIDEO, PICTURE = "video", "picture"  # what an input is to the model
+FOLDER_FPS = 2.0  # of a folder of images, by default: the rate at which frames for Qwen2.5-VL are usually extracted
 # What the comment of a clip says: which generator made it.
 DEMO_TAG = "evoprune demo clip"
 SCENES_TAG = "evoprune scenes clip"

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from math import prod
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
@@ -123,9 +124,8 @@ class LiveSource:
                     worker.send(worker.request("next", {"after_s": due()}))
                     if (found := worker.answer()) is None:
                         return
-                    if shape != (1, found["height"], found["width"], 3):
-                        shape = (1, found["height"], found["width"], 3)
-                        memory = FrameMemory(shape[1] * shape[2] * 3)
+                    if shape != (new := (1, found["height"], found["width"], 3)):
+                        shape, memory = new, FrameMemory(prod(new))
                     frames = worker.ask_to_fill(memory, shape, {})
                     worker.answer()
                     yield found["time_s"], frames[0].copy()

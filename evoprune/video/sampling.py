@@ -62,13 +62,11 @@ def plan_sampling(
 ) -> SamplingPlan:
     """Spread an even number of frames over a video, or over a span of it: t_i = start + (i + 0.5) * span / n.
 
-    Args:
-        fps: frames to take per second of video; the count is rounded to the nearest even number, at least 2, and kept
-            within `min_frames` and `max_frames`. Ignored when `frames` is given.
-        frames: exact number of frames; an odd one is rounded up, and only `max_frames` limits it.
-        start_s, end_s: the span, in seconds, kept within the video; below 0 they count back from its end, which is also None.
-        min_frames, max_frames: limits of the count; an odd `min_frames` is rounded up, an odd `max_frames` down, and
-            where they contradict each other `max_frames` wins.
+    Args, otherwise as of `plan.make_plan`:
+        fps: the count is rounded to the nearest even number, at least 2, within the limits. Ignored when `frames` is given.
+        frames: an odd number is rounded up, and only `max_frames` limits it.
+        min_frames, max_frames: an odd `min_frames` is rounded up, an odd `max_frames` down; of two that contradict each other
+            `max_frames` wins.
 
     Raises UsageError: a number out of range. VideoError: the span is empty.
     """
@@ -92,15 +90,12 @@ def _span(duration_s: float, start_s: float, end_s: float | None) -> tuple[float
         raise VideoError(f"the video has no length that frames could be spread over ({duration_s} s)")
     start = start_s if start_s >= 0 else max(0.0, duration_s + start_s)
     end = duration_s if end_s is None else min(end_s if end_s >= 0 else duration_s + end_s, duration_s)
+    video = f"the video, which is {duration_s:g} s long"
     if start >= duration_s:
-        raise VideoError(
-            f"start {start_s:g} s lies beyond the video, which is {duration_s:g} s long", "choose an earlier start"
-        )
+        raise VideoError(f"start {start_s:g} s lies beyond {video}", "choose an earlier start")
     if end <= start:
-        raise VideoError(
-            f"nothing between start {start_s:g} s and end {end_s:g} s of the video, which is {duration_s:g} s long",
-            "choose an end after the start; below 0 both count back from the video's end",
-        )
+        hint = "choose an end after the start; below 0 both count back from the video's end"
+        raise VideoError(f"nothing between start {start_s:g} s and end {end_s:g} s of {video}", hint)
     return start, end
 
 
@@ -143,10 +138,10 @@ def parse_time(text: str) -> float:
         proper = (minutes < 60 or not match[1]) and (seconds < 60 or not (match[1] or match[2]))
         if proper and math.isfinite(total):
             return sign * total if total else 0.0
-    raise UsageError(
-        f"{text!r} is not a time",
-        "write seconds (90.5 or 90.5s), minutes (1:30 or 1m30s) or hours (1:02:03 or 1h2m3s); from the end: -5 or -5s",
+    hint = (
+        "write seconds (90.5 or 90.5s), minutes (1:30 or 1m30s) or hours (1:02:03 or 1h2m3s); from the end: -5 or -5s"
     )
+    raise UsageError(f"{text!r} is not a time", hint)
 
 
 def _check(name: str, value: float | None, *, least: float) -> None:

@@ -50,10 +50,8 @@ def local_file(source: str, stdin: BinaryIO | None = None) -> Iterator[str]:
                 shutil.copyfileobj(stdin, file, CHUNK_BYTES)
                 size = file.tell()
         except OSError as error:
-            reason = error.strerror or error
-            raise VideoError(
-                f"cannot store standard input: {reason}", "set TMPDIR to a folder with room for the video"
-            ) from error
+            hint = "set TMPDIR to a folder with room for the video"
+            raise VideoError(f"cannot store standard input: {error.strerror or error}", hint) from error
         if not size:
             raise VideoError("standard input is empty", "did the command before the pipe fail?")
         try:

@@ -38,8 +38,7 @@ class Chunk:
     def layout(self, geo: Geometry) -> tuple[TokenLayout, torch.Tensor | None]:
         """The layout of the chunk's rows, on the device of `geo`; with reuse it is computed on the CPU.
 
-        Returns the layout; and int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where the
-        reference does not change. None without reuse.
+        Also int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where none does; None without reuse.
         """
         if self.source is None:
             return full_layout(geo, self.pairs), None
@@ -104,10 +103,8 @@ def in_chunks(
     A chunk also ends once it represents `devices.SPARSE` * `rows` units, so its memory does not grow with the video.
 
     Args:
-        patches: pieces `[n, values]` that make up `pairs` frame pairs.
-        threshold: of reuse, in levels of 255; 0 for no reuse.
-        timer: measures the search for references.
-        normal: mean and std of the patches' normalisation, as in `patchify`.
+        patches: pieces `[n, values]` that make up `pairs` frame pairs; `normal`: mean and std of their normalisation.
+        threshold: of reuse, in levels of 255; 0 for no reuse. `timer` measures the search for references.
         even: a list to which each piece adds whether each of its frame pairs has one colour, until one has not; or None.
         references: of the segment before, if there is one; in the end those of this video. A unit that a row of the segment
             before represents has a negative `Chunk.source`.
@@ -120,7 +117,8 @@ def in_chunks(
         if rest or done + count > pairs:
             raise ValueError(f"patches do not add up to {pairs} frame pairs of {geo.units} units")
         if even is not None and (not even or devices.reading_waits(piece.device) or even[-1]):
-            even.append(_is_even(piece.view(count, -1, piece.shape[1])))
+            of_pair = piece.view(count, -1, piece.shape[1])  # one colour: all patches are equal within one level of 255
+            even.append((of_pair.amax(1) - of_pair.amin(1)).max() < 1 / 255)
         source = None
         if threshold:
             with timer:
@@ -152,11 +150,6 @@ def _joined(chunks: list[Chunk]) -> Chunk:
         return chunks[0]
     patches, source = torch.cat([chunk.patches for chunk in chunks]), torch.cat([chunk.source for chunk in chunks])
     return Chunk(chunks[0].first, sum(chunk.pairs for chunk in chunks), patches, source)
-
-
-def _is_even(pairs: torch.Tensor) -> torch.Tensor:
-    """Whether all patches of each frame pair (`[T, patches, values]`) are equal within one level of 255; bool without dimension."""
-    return (pairs.amax(1) - pairs.amin(1)).max() < 1 / 255
 
 
 @dataclass(frozen=True)

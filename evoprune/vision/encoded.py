@@ -89,9 +89,7 @@ def joined(videos: list[Encoded]) -> Encoded:
 class Checks:
     """Results that are read at the end, so that nothing synchronises earlier: bool tensors without dimension."""
 
-    even: list[torch.Tensor] = field(
-        default_factory=list
-    )  # for each chunk, whether each of its frame pairs has one colour
+    even: list[torch.Tensor] = field(default_factory=list)  # for each chunk, whether each frame pair has one colour
     failed: list[torch.Tensor] = field(default_factory=list)  # whether a group lost fewer rows than planned
     numbers: list[torch.Tensor] = field(default_factory=list)  # whether rows are without NaN and infinity
 
@@ -131,9 +129,8 @@ class EncodedRows:
         if not all_true(self.checks.numbers):
             raise not_a_number_error("encode")
         if self.checks.failed and torch.stack(self.checks.failed).any():
-            raise RuntimeError(
-                f"method {self.plan.stages[0].reduce.merger.name} did not remove as many rows as it was asked to"
-            )
+            name = self.plan.stages[0].reduce.merger.name
+            raise RuntimeError(f"method {name} did not remove as many rows as it was asked to")
         return bool(self.checks.even) and all_true(self.checks.even), self.timer.seconds()
 
 
@@ -146,15 +143,11 @@ def all_true(flags: list[torch.Tensor]) -> bool:
 def select_tokens(video: EncodedRows, question: torch.Tensor | None = None) -> Encoded:
     """Selects the tokens that the language model reads. May be called again with another question.
 
-    Args:
-        video: from `encoder.encode_rows`.
-        question: as in `encoder.encode`; ignored unless the method reads the question.
+    `question`: as in `encoder.encode`; ignored unless the method reads the question.
 
-    Raises:
-        ModelError, RuntimeError: as in `EncodedRows.finish`. UsageError, PluginError: as in `selected`.
+    Raises ModelError, RuntimeError: as in `EncodedRows.finish`. UsageError, PluginError: as in `selected`.
     """
-    tokens = video.tokens
-    rows, owner = tokens.rows, tokens.owner
+    rows, owner = video.tokens.rows, video.tokens.owner
     with video.timer:
         selection = selected(video, question)
         kept = devices.to_device(selection.kept, rows.device)
@@ -174,9 +167,7 @@ def averaged(found: Selection, values: torch.Tensor, owner: torch.Tensor) -> tor
 def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Selection:
     """The units that the language model reads; arguments as in `select_tokens`.
 
-    Raises:
-        UsageError: the method reads the question, and there is none.
-        PluginError: a method of another package returns what is no selection of `keep` units.
+    Raises UsageError: the method reads the question, and there is none. PluginError: as `methods.selecting.select`.
     """
     tokens, keep, stage = video.tokens, video.plan.keep, video.plan.token_stage
     if video.selection is not None or not video.plan.prunes:
@@ -187,10 +178,8 @@ def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Select
     selector = stage.selector
     if selector.reads_question:
         if question is None:
-            raise UsageError(
-                f"method {selector.name} reads the question, and there is none here",
-                "give the question with the video, or take another method",
-            )
+            problem = f"method {selector.name} reads the question, and there is none here"
+            raise UsageError(problem, "give the question with the video, or take another method")
         tokens = replace(tokens, given={**tokens.given, "question": question.to(video.unit.device).float()})
     if isinstance(stage.reduce, Inflection):
         keep = tokens_before_inflection(selector, tokens, keep)

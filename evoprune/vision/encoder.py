@@ -32,12 +32,11 @@ from evoprune.vision.chunks import CarriedKeys, Chunk, in_chunks
 from evoprune.vision.devices import Timer
 from evoprune.vision.encoded import Checks, Encoded, EncodedRows, all_true, averaged, select_tokens
 from evoprune.vision.families import embed, layers_of, merge_patches
-from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import TokenLayout, full_layout, selected_layout
 from evoprune.vision.preprocess import CLIP, Normalisation
 from evoprune.vision.reductions import Followers, Merging
 from evoprune.vision.segments import NothingNew, Segment, VideoRows
-from evoprune.vision.tower import LayerRun, Reduction, run_layers, tower_geometry, tower_shape
+from evoprune.vision.tower import Gathering, LayerRun, Reduction, run_layers, tower_geometry, tower_shape
 
 OnLayer = Callable[[int], None]
 
@@ -48,8 +47,6 @@ def encode(
     """Encodes one video: `encode_rows`, whose other arguments (`how`) and errors it has, and `select_tokens`.
 
     `question`: `[Q, D]`, the embeddings of its tokens, for a method that reads the question.
-
-    Raises UsageError: the method reads the question, and there is none.
     """
     return select_tokens(encode_rows(visual, patches, plan, **how), question)
 
@@ -75,12 +72,10 @@ def encode_rows(
             torch's autocast. The rows are then in its dtype.
         patches: pieces `[n, values]` in Hugging Face's order that make up the whole video.
         plan: for this tower, from `Pipeline.plan`.
-        seconds_per_pair: from one frame pair to the next.
-        seed: for methods that draw at random.
+        seconds_per_pair, seed: as in `Tokens`.
         chunk_units: rows to encode at a time, rounded up to whole frame pairs; default: `devices.largest_chunk`.
         normal: mean and std of the patches' normalisation, as in `patchify`; reuse compares the pixels behind them.
-        on_layer: called with the number of finished layers and of all layers, after each layer that follows a selection inside
-            the tower.
+        on_layer: called with the number of finished layers and of all, after each that follows a selection inside the tower.
         pause: called after every layer; it may wait.
         segment: of a longer video, if this is one; its `left` is for the next segment.
 
@@ -141,18 +136,17 @@ class _Run:
         self.segment = segment and segment.begun(plan, self.geometry)  # None where the plan can leave nothing
         self.carried = CarriedKeys(self.segment and self.segment.earlier) if plan.reuse else None
         selector = plan.token_stage.selector if plan.token_stage else None
-        self.gathering = Gathering(selector, tower, self._merge_states) if selector and selector.needs else None
+        needs = selector and selector.needs
+        self.gathering = Gathering(selector, tower, lambda x: self.merge_patches(x.to(self.dtype))) if needs else None
         if self.gathering and not all(isinstance(stage.reduce, WholePairs) for stage in plan.row_stages):
-            raise TypeError(
-                f"method {selector.name} selects behind a selection between layers, and gets nothing but the rows"
-            )
+            problem = "selects behind a selection between layers, and gets nothing but the rows"
+            raise TypeError(f"method {selector.name} {problem}")
         self.computed = [0] * tower.depth
         self.pieces: list[VideoRows] = []
         self.sources: list[torch.Tensor] = []
         self.count = 0
 
     def chunks(self, patches: Iterable[torch.Tensor], normal: Normalisation) -> Iterator[Chunk]:
-        """The chunks of the video: whole frame pairs that go through the tower together."""
         return in_chunks(
             patches,
             self.geometry,
@@ -280,9 +274,6 @@ class _Run:
             return x
         return torch.cat([merge_patches(self.visual, piece) for piece in x.split(self.piece)])
 
-    def _merge_states(self, x: torch.Tensor) -> torch.Tensor:
-        return self.merge_patches(x.to(self.dtype))
-
     def note_numbers(self, *rows: torch.Tensor) -> None:
         """Notes whether `rows` are without NaN and infinity; raises ModelError at once where reading values costs nothing."""
         for values in rows:
@@ -293,9 +284,9 @@ class _Run:
 
 
 def _nearest_kept(seen: torch.Tensor, owner: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """int64 `[N]`, for a selector that names no owners: the kept row that is most similar to each unit's row, by cosine.
+    """int64 `[N]`, for a selector that names no owners: which of `kept` (int64 `[K]`) is most similar to each unit, by cosine.
 
-    `seen`: `[E, D]`, rows. owner: int64 `[N]`, the row of each unit. kept: int64 `[K]`, the kept units.
+    `seen`: `[E, D]`, rows; `owner`: int64 `[N]`, the row of each unit.
     """
     rows = F.normalize(seen.float(), dim=1)
     found = closest(rows, rows[owner[kept]])[1][owner]

@@ -133,8 +133,7 @@ def full_layout(geo: Geometry, pairs: int) -> TokenLayout:
 def referring_layout(geo: Geometry, source: torch.Tensor) -> TokenLayout:
     """The layout with reuse: some units are rows, and each other unit is owned by a row at its place in an earlier frame pair.
 
-    `source`: int64 `[T, H*W]` on the CPU: the frame pair whose row represents each unit, counted from the first of these; a
-    negative number is a frame pair of an earlier chunk.
+    `source`: as in `Chunk`, but counted from the first of these frame pairs; a negative number is one of an earlier chunk.
     """
     pairs = len(source)
     alive = source == ascending(pairs, source.device)[:, None]
@@ -151,13 +150,10 @@ def referring_layout(geo: Geometry, source: torch.Tensor) -> TokenLayout:
 def selected_layout(
     geo: Geometry, pairs: int, kept: torch.Tensor, owner: torch.Tensor
 ) -> tuple[TokenLayout, torch.Tensor]:
-    """The layout after a selection: some units are rows, and each other unit is owned by one of them, anywhere in the clip.
+    """The layout after a selection, and int64 `[K]`, the index in `kept` of each of its rows.
 
-    Args:
-        kept: int64 `[K]`, ascending: the units that are rows.
-        owner: int64 `[T * H*W]`, indices into `kept`, -1 for a unit that is dropped.
-
-    Returns the layout; and int64 `[K]`, the index in `kept` of each of its rows.
+    `kept`: int64 `[K]`, ascending, the units that are rows; `owner`: int64 `[T * H*W]`, which of them owns each unit, anywhere in
+    the clip, -1 for one that is dropped.
     """
     place = geo.order.argsort()  # the rank of each place in window order
     order = (kept // geo.units * geo.units + place[kept % geo.units]).argsort()
@@ -206,9 +202,7 @@ class Groups:
     count: torch.Tensor  # int64, like `keys`: how many of the group's units each key row represents
     longest: tuple[int, int]  # upper bounds of the rows and of the keys of a group
     even: bool  # whether every group is known to have `longest[0]` rows
-    near: torch.Tensor | None = (
-        None  # bool, like `keys`: whether the row belongs to the group's own frame pair; None: all do
-    )
+    near: torch.Tensor | None = None  # bool, like `keys`: whether the row is of the group's own frame pair; None: all
 
 
 def attention_groups(layout: TokenLayout, scope: Scope, exact: bool = True) -> Groups:

@@ -31,12 +31,10 @@ def patchify(
     temporal: int = 2,
     merge: int = 2,
 ) -> torch.Tensor:
-    """Cuts frames of the final size into normalised patches.
+    """float32 `[max(1, F/temporal) * H/patch * W/patch, 3 * temporal * patch * patch]`: patches in Hugging Face's order.
 
     `frames`: uint8 `[F, H, W, 3]`, F a multiple of `temporal` or 1, for a picture, which fills a frame pair; H and W multiples of
     `patch * merge`. `mean`, `std`: for red, green and blue, on a scale from 0 to 1.
-
-    Returns float32 `[max(1, F/temporal) * H/patch * W/patch, 3 * temporal * patch * patch]` in Hugging Face's order.
     """
     frames = frames.expand(temporal, -1, -1, -1) if len(frames) == 1 else frames
     f, h, w, c = frames.shape

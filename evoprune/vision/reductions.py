@@ -18,8 +18,6 @@ from evoprune.vision.tower import Compared, Reduced, Reduction
 
 @dataclass
 class Merging(Reduction):
-    """The merging of one chunk."""
-
     merger: Merger  # decides which rows merge
     # By the number of layers that have run, where rows merge: the rows of each of the chunk's frame pairs from there on
     left: Mapping[int, tuple[int, ...]]
@@ -83,11 +81,8 @@ def reduce_rows(
     """Merges rows (`[R, 4, hidden]`) in groups of `scope` after `layer`, in rounds, until each frame pair has its target.
 
     Where shapes are static, the rounds cannot end early: there are as many as the worst case needs, and until the last one merged
-    rows stay at the end as padding.
-
-    Args:
-        features: float32 `[R, D]`, compared by the merger. A merged row has the size-weighted mean.
-        attention: float32 `[R]` or None, compared by the merger. A merged row has the sum.
+    rows stay at the end as padding. The merger compares `features` (float32 `[R, D]`), of which a merged row has the size-weighted
+    mean, and `attention` (float32 `[R]` or None), of which it has the sum.
 
     Raises RuntimeError: the merger removed no row in a round, or too many; raised only where shapes are not static.
     """
@@ -125,9 +120,8 @@ def _round(
 ) -> _RoundRows | None:
     """One round: a call of the merger, and the merging that it decides. None if every group has lost its rows.
 
-    Args:
-        wanted: int64 `[groups]`, the target of each group; longest: upper bound of its rows now.
-        target: rows of each frame pair after the last round.
+    `wanted`: int64 `[groups]`, the target of each group; `longest`: upper bound of its rows now; `target`: rows of each frame pair
+    after the last round.
     """
     layout, length = rows.layout, rows.lengths(scope)
     start, remove = length.cumsum(0) - length, length - wanted
@@ -161,12 +155,7 @@ def _round(
 def _merged_into(
     rows: _RoundRows, row: torch.Tensor, valid: torch.Tensor, remove: torch.Tensor, merger: Merger
 ) -> torch.Tensor:
-    """int64 `[R]`: the row that each row merges into, its own index if it stays.
-
-    Args:
-        row: int64 `[B, n]`, the rows of each group, where `valid` (bool `[B, n]`).
-        remove: int64 `[B]`, how many rows each group must lose.
-    """
+    """int64 `[R]`: the row that each row merges into, its own index if it stays; arguments as of `runs` and `Merger.match`."""
     layout = rows.layout
     candidates = Candidates(
         features=rows.features[row],
@@ -284,9 +273,7 @@ class Followers(Reduction):
 def nearest_rows(rows: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor, count: int) -> torch.Tensor:
     """int64 `[B, d, min(count, k)]`: indices in `kept` of the rows nearest to each dropped row, the nearest first; ties by index.
 
-    Args:
-        rows: float32 `[B, n, D]`.
-        kept: int64 `[B, k]`, dropped: int64 `[B, d]`: indices of rows.
+    `rows`: float32 `[B, n, D]`; `kept`, `dropped`: int64 `[B, k]` and `[B, d]`, indices of rows.
     """
     wide = (-1, -1, rows.shape[2])
     some, others = (rows.gather(1, index[:, :, None].expand(wide)) for index in (dropped, kept))

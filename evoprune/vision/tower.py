@@ -1,25 +1,30 @@
-"""Runs the layers of a vision tower on rows of a video, with a model's weights, rounded as in Hugging Face's code."""
+"""Runs the layers of a vision tower on rows of a video, with a model's weights, rounded as in Hugging Face's code.
+
+What happens between layers is a `Reduction`; what a selector needs of them, `Gathering` collects.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
+from evoprune.methods.base import Selector
 from evoprune.model.config import vision_sizes
 from evoprune.model.linear import linear
 from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.pruning.indices import ascending
+from evoprune.pruning.ranking import unit_features
 from evoprune.vision import devices
-from evoprune.vision.attention import grouped_attention
-from evoprune.vision.buckets import Bucket, Packed, buckets
+from evoprune.vision.attention import Bucket, Packed, attention_received, buckets, grouped_attention
 from evoprune.vision.chunks import CarriedKeys
 from evoprune.vision.devices import Timer
 from evoprune.vision.families import Layers, deepstack, layers_of
-from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
 
 Compared = tuple[torch.Tensor | None, torch.Tensor | None]
 Reduced = tuple[torch.Tensor, TokenLayout]
+KNOWN = ("attention", "keys", "middle")
+MIDDLE = 7 / 32, 23 / 32  # the layers of "middle", in relative depth: those of Nuwa (arXiv 2602.02951)
 
 
 class Reduction:
@@ -64,6 +69,69 @@ class Reduction:
     def joined(self, values: torch.Tensor, before: TokenLayout, after: TokenLayout) -> torch.Tensor:
         """Values `[R', ...]` of all rows that leave the tower, as `after` has changed their layout `before` into another one."""
         return values
+
+
+class Gathering:
+    """Collects what a selector needs, chunk after chunk; attention and keys are those of the tower's last full-attention layer.
+
+    `merge`: the patch merger, from float32 `[R, 4, hidden]` to `[R, D]`.
+
+    Raises TypeError: the selector needs something unknown. ValueError: the tower has no full-attention layer.
+    """
+
+    def __init__(self, selector: Selector, tower: TowerShape, merge: Callable[[torch.Tensor], torch.Tensor]):
+        if unknown := sorted(selector.needs - set(KNOWN)):
+            known = f"after the encoder there is {', '.join(KNOWN)}"
+            raise TypeError(f"method {selector.name} needs {unknown[0]!r}; {known}")
+        if not tower.full_layers:
+            raise ValueError(f"method {selector.name} needs a full-attention layer, and this tower has none")
+        self.layer = max(tower.full_layers)  # that is looked at
+        first, last = (min(round(share * tower.depth), tower.depth - 1) for share in MIDDLE)
+        # After which states are added
+        self.middle = range(first, last + 1) if "middle" in selector.needs else range(0)
+        self._merge = merge
+        self._states: torch.Tensor | None = None
+        self._collected: dict[str, list[torch.Tensor]] = {name: [] for name in sorted(selector.needs)}
+        self._seen: dict[str, torch.Tensor] | None = None
+
+    def look(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        plain: torch.Tensor,
+        layout: TokenLayout,
+        groups: list[Bucket] | Packed,
+        bias: bool,
+        spread: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Computes the values of one chunk, in that layer; `q`, `k`, `groups`, `bias` as in `attention_received`, of frame pairs.
+
+        `plain`: `[R, 4, heads, d]`, keys before rotary; `spread`: the values of all rows of the chunk, of those of the layer.
+        """
+        self._seen = {}
+        if "attention" in self._collected:
+            self._seen["attention"] = spread(attention_received(q, k, groups, bias) * layout.geometry.units)
+        if "keys" in self._collected:
+            self._seen["keys"] = spread(unit_features(plain))
+
+    def add_states(self, x: torch.Tensor) -> None:
+        """Adds the rows of one chunk after one of the layers `middle`, `[R, 4, hidden]`, to the states of which it is the mean."""
+        share = x.float() / len(self.middle)
+        self._states = share if self._states is None else self._states + share
+
+    def finish(self, order: torch.Tensor) -> None:
+        """Stores the values of a chunk; `order`, int64 `[R]`, sorts its rows by unit."""
+        if self._seen is None:  # the chunk has no rows
+            return
+        values, self._seen = self._seen, None
+        if self._states is not None:
+            values["middle"], self._states = self._merge(self._states).float(), None
+        for name, value in values.items():
+            self._collected[name].append(value[order])
+
+    def collected(self) -> dict[str, torch.Tensor]:
+        """The values of the whole video by name, float32 `[E, ...]`, rows ordered by unit."""
+        return {name: torch.cat(pieces) for name, pieces in self._collected.items()}
 
 
 def rotary(config, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,10 +194,7 @@ class _LayerRows:
 
 
 def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
-    """Runs neighbouring layers of the tower on rows `[R, 4, hidden]` in window order.
-
-    Returns the rows after the layers, in window order, and their layout, which differs if there are fewer rows.
-    """
+    """Rows `[R, 4, hidden]`, in window order, after neighbouring layers of the tower; and their layout, for there may be fewer."""
     tower, sizes = tower_shape(run.visual), vision_sizes(run.visual.config)
     if run.deepstack is None:
         run.deepstack = x.new_empty(len(x), 0, sizes.out_hidden_size)
@@ -167,10 +232,7 @@ def _add_deepstack(run: LayerRun, number: int, x: torch.Tensor) -> None:
 
 
 def _attend(run: LayerRun, tower: TowerShape, layer: int, rows: _LayerRows) -> Compared:
-    """The first half of a layer: attention, added to the rows.
-
-    Returns what `Reduction.after` compares: keys, None for hidden states; and attention received, or None.
-    """
+    """The first half of a layer: attention, added to the rows. Returns what `Reduction.after` compares."""
     visual, layout, x = run.visual, rows.layout, rows.x
     block, kind, scope = visual.blocks[layer], layers_of(visual), tower.scope(layer)
     qkv = linear(block.attn.qkv, kind.norm(block.norm1, x))

@@ -203,10 +203,8 @@ class _Plot:
                 self.ink += [place] * 12  # a label had better hide a line than a mark
                 yield _mark(place, series)
                 if ends:
-                    strokes = [
-                        [(along, ends[0]), (along, ends[1])],
-                        *([(along - cap, e), (along + cap, e)] for e in ends),
-                    ]
+                    bars = [[(along - cap, end), (along + cap, end)] for end in ends]
+                    strokes = [[(along, end) for end in ends], *bars]
                     strokes = [[self.xy(*end) for end in stroke] for stroke in strokes]
                     self.ink += chain(*map(_along, strokes))
                     path = "".join(_stroke(*stroke) for stroke in strokes)

@@ -12,8 +12,8 @@ import torch
 from evoprune.errors import UsageError
 from evoprune.pipeline.encoding import Progress
 from evoprune.pipeline.engine import Engine
-from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import SamplingOptions
+from evoprune.pipeline.video_qa import open_inputs
 from evoprune.pruning.indices import ascending
 from evoprune.text import counted
 from evoprune.video.frames import FrameChunk, read_frames
@@ -109,7 +109,7 @@ def trace(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> TracedVideo:
-    """Encodes a video and keeps its frames and the fates of its units. Arguments as of `opening.open_inputs`.
+    """Encodes a video and keeps its frames and the fates of its units. Arguments as of `video_qa.open_inputs`.
 
     Raises UsageError: the method reads the question, or acts inside the language model alone. VideoError. OutOfMemory.
     """

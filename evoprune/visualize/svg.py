@@ -17,18 +17,15 @@ LOOK = {  # of `text`: attributes, and what is not written
 
 def document(title: str, width: int, height: int, elements: Iterable[str]) -> str:
     """An SVG document of so many pixels: a white card with a thin edge, and the elements on it."""
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img"'
-            f' font-family="{FONT}" font-size="12" fill="{INK}">',
-            "<!-- evoprune -->",
-            f"<title>{escape(title)}</title>",
-            f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="6" fill="#FFFFFF" stroke="#D0D0D0"/>',
-            *elements,
-            "</svg>",
-            "",
-        ]
-    )
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img"'
+    look = f'font-family="{FONT}" font-size="12" fill="{INK}"'
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {look}>',
+        "<!-- evoprune -->",
+        f"<title>{escape(title)}</title>",
+    ]
+    card = f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="6" fill="#FFFFFF" stroke="#D0D0D0"/>'
+    return "\n".join([*head, card, *elements, "</svg>", ""])
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", **look: str | float) -> str:

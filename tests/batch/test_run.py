@@ -16,7 +16,7 @@ from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
 from evoprune.batch.settings import Settings
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.pipeline import opening
+from evoprune.pipeline import video_qa
 from evoprune.pipeline.encoding import OpenInput
 from evoprune.report.records import Report
 from evoprune.video.frames import read_frames
@@ -150,7 +150,7 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
             second.set()
         return read_frames(info, times, **how)
 
-    real = opening.open_inputs
+    real = video_qa.open_inputs
     monkeypatch.setattr(run, "open_inputs", lambda *args, **how: real(*args, read=read, **how))
     with closing(answers(qa, group_by_span(ROWS), changed(max_new_tokens=1))) as made:
         next(made)
@@ -169,7 +169,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 @pytest.mark.parametrize(
     ("where", "problem", "kind", "stage", "failing"),
     [
-        ("evoprune.pipeline.opening.probe", VideoError("gone"), "video", "read", 2),
+        ("evoprune.pipeline.video_qa.probe", VideoError("gone"), "video", "read", 2),
         ("evoprune.pipeline.encoding.patchify", MemoryError(), "out_of_memory", "preprocess", 2),
         ("evoprune.pipeline.encoding.encode_rows", FULL, "out_of_memory", "encode", 2),
         ("evoprune.pipeline.prompting.prefill", FULL, "out_of_memory", "prefill", 1),

@@ -124,10 +124,8 @@ CASES = {
     "help of inspect": Case(("inspect", "--help"), out=None, ways=("pipe", "narrow")),
     "version": Case(("--version",), out=None, ways=PIPE),
     # 1: a bug
-    "bug": Case(ASK, 1, "ZeroDivisionError", breaks=("evoprune_cli.ask._check_flags", ZeroDivisionError("1/0"))),
-    "bug in inspect": Case(
-        ("inspect", CLIP), 1, "KeyError", breaks=("evoprune.pipeline.inspection.video_facts", KeyError(1))
-    ),
+    "bug": Case(ASK, 1, "ZeroDivisionError", breaks=("evoprune_cli.ask._check_inputs", ZeroDivisionError("1/0"))),
+    "bug in inspect": Case(("inspect", CLIP), 1, "KeyError", breaks=("evoprune_cli.inspect.asdict", KeyError(1))),
     "bug in batch": Case(
         BATCH, 1, "KeyError", breaks=("evoprune.batch.output.remaining", KeyError(1)), ways=EVERYWHERE
     ),
@@ -384,7 +382,7 @@ def _check_json(case: Case, result) -> None:
 @pytest.mark.parametrize("code", [1, 3])
 def test_a_traceback_only_where_it_is_asked_for(cli, monkeypatch, code):
     if code == 1:
-        monkeypatch.setattr("evoprune_cli.ask._check_flags", _raiser(ZeroDivisionError("1/0")))
+        monkeypatch.setattr("evoprune_cli.ask._check_inputs", _raiser(ZeroDivisionError("1/0")))
     args = ASK if code == 1 else ("ask", "no/such.mp4", QUESTION)
     by_flag = cli(*args, "--debug")
     monkeypatch.setenv("EVOPRUNE_DEBUG", "1")

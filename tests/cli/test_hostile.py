@@ -13,6 +13,7 @@ import pytest
 from evoprune import __version__
 from evoprune_cli import main
 from evoprune_cli.failures import Terminated
+from evoprune_cli.terminal import encodable
 
 ROOT = Path(__file__).parents[2]
 CLIP = str(ROOT / "samples/square.mp4")
@@ -130,15 +131,14 @@ NASTY = "a\x1b[31mb\x9b2Jc\rd\u202ee\tf\ng\u00e9\u3000\U0001f468\u200d\U0001f469
 def test_answers_are_not_obeyed_by_a_terminal(cli, says, monkeypatch):
     says(NASTY)
     assert cli("ask", CLIP, "What?", *QUICK).out == NASTY + "\n"  # in a pipe it stays what it is
-    monkeypatch.setattr("evoprune_cli.wrapping.encodable", _as_on_a_terminal)
+    monkeypatch.setattr("evoprune_cli.terminal.encodable", _as_on_a_terminal)
     shown = "a\\x1b[31mb\\x9b2Jc\\rd\\u202ee\tf\ng\u00e9\u3000\U0001f468\u200d\U0001f469\n"
     assert cli("ask", CLIP, "What?", *QUICK).out == shown
 
 
-def _as_on_a_terminal(text, stream):
-    from evoprune_cli.terminal import encodable
-
-    stream.isatty = lambda: True
+def _as_on_a_terminal(text, stream=None):
+    if stream is not None:
+        stream.isatty = lambda: True
     return encodable(text, stream)
 
 

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from evoprune_cli.imports import without_collections
+from evoprune_cli.loading import without_collections
 
 
 def test_collections_go_on_afterwards():

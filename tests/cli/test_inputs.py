@@ -7,7 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from evoprune_cli.words import Words
+from evoprune_cli.ask import Words
 
 CLIP, OTHER, QUESTION = "samples/square.mp4", "samples/arrivals.webm", "What differs?"
 QUICK = ("-n", "2")

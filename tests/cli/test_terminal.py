@@ -7,7 +7,8 @@ import pytest
 
 from evoprune import VideoQA
 from evoprune.report.records import Report, VideoFacts
-from evoprune_cli.terminal import note_bits, print_json, print_warning
+from evoprune_cli.loading import note_bits
+from evoprune_cli.terminal import print_json, print_warning
 from tests.cli.screen import visible
 from tests.loading import load_model
 

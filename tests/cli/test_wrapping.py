@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from evoprune_cli.wrapping import Wrapped, print_stream
+from evoprune_cli.terminal import Wrapped, print_stream
 
 TEXT = (
     "A small purple triangle moves up. The digit 2 appears.\n\n  Then: unbreakablewordsarelongerthanaline, and so on."

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from evoprune.methods.evoprune import FarthestPoints
-from evoprune.pruning import distance
+from evoprune.pruning import select
 from evoprune.pruning.types import Tokens
 from experiments.distances import DISTANCES, TODAY, using
 from experiments.geometry import common, duplicated, gains, shares_kept
@@ -35,11 +35,11 @@ def test_gains_change_a_standardised_distance_little(tokens):
 
 
 def test_the_distance_is_restored():
-    before = distance.places_and_salience
+    before = select.places_and_salience
     with pytest.raises(ValueError), using(DISTANCES["standardised"]):
-        assert distance.places_and_salience is not before
+        assert select.places_and_salience is not before
         raise ValueError
-    assert distance.places_and_salience is before and DISTANCES[TODAY] is None
+    assert select.places_and_salience is before and DISTANCES[TODAY] is None
 
 
 def test_duplicates_stand_at_the_right_of_what_was_there(tokens):

@@ -141,7 +141,7 @@ def loaded_by_hand(name, question, clip=CLIP):
     model.config.image_token_id = special["<|image_pad|>"]
     model.generation_config.eos_token_id = list(loaded.eos_ids)
     video = evoprune.VideoQA(loaded, budget=1.0).encode(clip)
-    plan, info = video.plan, video.info
+    plan, info = video.plan, video.plan.info
     frames = np.concatenate([chunk.frames for chunk in read_frames(info, plan.sampling.times_s)])
     t, h, w = plan.grid
     ids = build_prompt(loaded.tokenizer, question, [(VIDEO, t * h * w)]).input_ids[None]

@@ -19,7 +19,6 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 from evoprune.huggingface import interface
-from evoprune.huggingface.cluster_bias import with_cluster_bias
 from tests.prompts import processed
 from tests.tiny import tiny_model
 
@@ -141,7 +140,7 @@ def test_attention_adds_a_mask_of_numbers(attention, layers):
         expected = model.model.language_model(
             inputs_embeds=twice, position_ids=at.expand(4, 1, -1), attention_mask=mask
         ).last_hidden_state[:, [0, 1, 3, 4]]
-        made = model.model.language_model(**with_cluster_bias(model, call, torch.tensor([[1.0, 2.0, 1.0]])))
+        made = model.model.language_model(**interface.with_cluster_bias(model, call, torch.tensor([[1.0, 2.0, 1.0]])))
     torch.testing.assert_close(made.last_hidden_state, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -154,7 +153,7 @@ def test_a_sliding_cache_drops_the_first_keys():
         cache.update(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16), layer)
     call = {"input_ids": torch.tensor([[7]]), "attention_mask": torch.ones(1, 6), "past_key_values": cache}
     sizes = torch.arange(1.0, 6.0)[None]
-    masks = with_cluster_bias(model, call, sizes)["attention_mask"]
+    masks = interface.with_cluster_bias(model, call, sizes)["attention_mask"]
     later = torch.tensor([1.0])
     assert torch.equal(masks["full_attention"].flatten().exp(), torch.cat([sizes[0], later]).log().exp())
     assert torch.equal(masks["sliding_attention"].flatten().exp(), torch.cat([sizes[0, 3:], later]).log().exp())

@@ -9,7 +9,7 @@ from evoprune.language.decoder import KVCache
 from evoprune.language.generate import TokenStream, Visual, along, dropping_for, embed_prompt, prefill
 from evoprune.language.prompt import Place
 from evoprune.language.settings import GenerationSettings
-from evoprune.methods.pyramiddrop import PyramidDrop
+from evoprune.methods.fastv import PyramidDrop
 from tests.language.test_decoder import assert_close
 from tests.methods.eager import BEFORE, COLUMNS, DROPPING, GRID, VISUAL, Eager, a_prompt, deep_model, run_method
 from tests.methods.test_language_methods import rule_of

@@ -9,9 +9,9 @@ import torch
 
 from evoprune import methods
 from evoprune.errors import UsageError
+from evoprune.methods.baselines import Random
 from evoprune.methods.ipcv import Ipcv
 from evoprune.methods.pipeline import Pipeline
-from evoprune.methods.random import Random
 from evoprune.pruning.encoder_plan import SetAside, Stage, TowerShape, full_plan
 from evoprune.pruning.types import Tokens
 from evoprune.vision.encoder import encode_rows

@@ -145,7 +145,7 @@ def test_they_are_listed_after_the_built_in_ones_and_loaded_when_selected(packag
 
 def test_a_built_in_name_cannot_be_taken(package):
     with pytest.warns(PluginWarning, match="'random' of extra-methods 1.2 is ignored: random is evoprune's own"):
-        assert type(methods.get("random")).__module__ == "evoprune.methods.random"
+        assert type(methods.get("random")).__module__ == "evoprune.methods.baselines"
     with warnings.catch_warnings(action="error"):  # once
         methods.get("random")
     assert methods.parse("reuse+first:skip=3").selector == methods.get("first:skip=3")

@@ -35,7 +35,7 @@ def test_keeps_what_the_public_code_keeps(case, monkeypatch):
     method = methods.get(case["method"])
     if "counts" in case:
         counts = iter(case["counts"])
-        monkeypatch.setattr(f"evoprune.methods.{method.name}.apportion", lambda *_: next(counts))
+        monkeypatch.setattr(f"{type(method).__module__}.apportion", lambda *_: next(counts))
     made = method.select(tokens, case["keep"])
     ours = set(made.kept.tolist())
     if len(theirs) < case["keep"]:  # before the rest is filled up

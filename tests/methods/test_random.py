@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.methods.random import Random
+from evoprune.methods.baselines import Random
 from evoprune.pruning.budget import spread
 from evoprune.pruning.types import Tokens
 

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.methods.holitom import most_saving
 from evoprune.methods.mmg import joined, marginal_gains
-from evoprune.methods.prunevid import folded
+from evoprune.methods.prunevid import folded, most_saving
 from evoprune.pruning import density
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.density import peak_scores, peaks

@@ -18,9 +18,8 @@ from evoprune.pipeline import encoding, planning
 from evoprune.pipeline.loading.found import describe_model
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.loading.weights import needed_bytes
-from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import ModelOptions, SamplingOptions
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pipeline.video_qa import VideoQA, open_inputs
 from evoprune.pruning.encoder_plan import TowerShape
 from tests.quantized import KINDS
 from tests.threads import one_thread  # noqa: F401

@@ -14,7 +14,7 @@ from evoprune.errors import ModelError, VideoError
 from evoprune.evaluation.run import Evaluation, Video
 from evoprune.evaluation.run import Settings as EvalSettings
 from evoprune.model.numerics import all_numbers
-from evoprune.pipeline import opening
+from evoprune.pipeline import video_qa
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.video_qa import VideoQA
@@ -98,7 +98,7 @@ def test_the_stage_is_named(loaded, where, stage, bad, temperature):
 
 
 def test_in_a_batch_and_in_an_evaluation_the_next_one_runs(loaded, monkeypatch):
-    calls, real = [], opening.open_inputs
+    calls, real = [], video_qa.open_inputs
 
     def opened(*args, **how):
         calls.append(1)
@@ -133,7 +133,7 @@ def test_pictures_of_a_row_of_pixels(loaded, tmp_path, shape, method):
     if SHAPES[shape]:
         video = qa.encode(tmp_path)
         "".join(video.ask("What?", max_new_tokens=2))
-        assert 1 <= video.report.pruning.visual_tokens_kept <= video.units
+        assert 1 <= video.report.pruning.visual_tokens_kept <= video.plan.units
     else:
         with pytest.raises(VideoError, match="within a ratio of 200"):
             qa.encode(tmp_path)

@@ -15,8 +15,7 @@ from evoprune.methods.evs import Evs
 from evoprune.pipeline import cache as cache_module
 from evoprune.pipeline.cache import Cache, content_hash, default_folder
 from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.opening import open_inputs
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pipeline.video_qa import VideoQA, open_inputs
 from evoprune.video.frames import read_frames
 from evoprune.vision.encoded import Encoded
 from tests.threads import one_thread  # noqa: F401

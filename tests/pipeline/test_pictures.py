@@ -15,9 +15,8 @@ from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.methods.registry import INNER
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.planning import TEXT
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pipeline.video_qa import VideoQA, open_inputs
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.pruning.budget import keep_count
 from evoprune.video.frames import read_frames
@@ -176,7 +175,7 @@ def test_exactly_k_tokens_are_kept_of_each_input(loaded, method, tmp_path):
 def test_a_picture_that_a_method_cannot_prune_stays_whole_and_says_so(loaded, method, whole, tmp_path):
     picture = VideoQA(loaded, budget=0.25, method=method).encode(save(tmp_path / "a.png", 300, 200))
     assert ("whole_picture" in picture.report.warnings) == whole
-    assert (len(picture.encoded.kept) == picture.units) == (whole or method == "none")
+    assert (len(picture.encoded.kept) == picture.plan.units) == (whole or method == "none")
 
 
 @pytest.mark.full
@@ -218,7 +217,7 @@ def test_the_memory_of_all_inputs_is_checked_before_any_frame_is_read(loaded, mo
     qa, asked = VideoQA(loaded, budget=0.5), []
     tokens = [len(qa.encode(path).encoded.kept) for path in (OTHER, CLIP)]
     monkeypatch.setattr("evoprune.pipeline.encoding.encode_rows", lambda *_, **__: pytest.fail("encoded"))
-    monkeypatch.setattr("evoprune.pipeline.opening.fitting_chunk", lambda _, __, around: asked.append(around))
+    monkeypatch.setattr("evoprune.pipeline.video_qa.fitting_chunk", lambda _, __, around: asked.append(around))
     with pytest.raises(pytest.fail.Exception):
         qa.encode([CLIP, OTHER])
     assert asked == [TEXT + others for others in tokens]

@@ -5,11 +5,10 @@ import pytest
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.pipeline import planning, prompting
 from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.planning import estimate_first_token
 from evoprune.pipeline.prompting import longest_prompt
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pipeline.video_qa import VideoQA, open_inputs
 from tests.threads import one_thread  # noqa: F401
 
 CLIP, LONG = "samples/square.mp4", "What is it? " * 500

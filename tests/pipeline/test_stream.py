@@ -38,7 +38,7 @@ def qwen3(tmp_path_factory):
 
 def frames_of(video):
     """The frames that a file is looked at with, and their times."""
-    with closing(read_frames(video.info, video.plan.sampling.times_s)) as chunks:
+    with closing(read_frames(video.plan.info, video.plan.sampling.times_s)) as chunks:
         return [
             (frame.copy(), time)
             for chunk in chunks
@@ -62,8 +62,8 @@ def fed(stream, seconds, fps=2.0, start=0.0):
 def test_a_stream_of_one_window_has_the_answer_of_the_file(model, budget, method, request):
     qa = VideoQA(request.getfixturevalue(model), budget=budget, method=method)
     video = qa.encode(CLIP)
-    rate = video.plan.sampling.frames / video.info.duration_s
-    with qa.stream(fps=rate, window_s=video.info.duration_s) as stream:
+    rate = video.plan.sampling.frames / video.plan.info.duration_s
+    with qa.stream(fps=rate, window_s=video.plan.info.duration_s) as stream:
         for frame, time in frames_of(video):
             assert stream.add(frame, time)
         of_file, of_stream = video.ask(QUESTION), stream.ask(QUESTION)

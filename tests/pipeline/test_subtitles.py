@@ -8,11 +8,10 @@ import torch
 from evoprune.pipeline import prompting
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import GenerationOptions, SamplingOptions
 from evoprune.pipeline.planning import PromptSubtitles, as_text, fit
 from evoprune.pipeline.prompting import longest_prompt
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pipeline.video_qa import VideoQA, open_inputs
 from evoprune.video.info import Subtitles
 from tests.threads import one_thread  # noqa: F401
 from tests.video.subtitled import srt

@@ -19,10 +19,9 @@ from evoprune.model.weights import shared
 from evoprune.pipeline.answering import Answer
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.loading.weights import make_ready
-from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.planning import estimate_first_token
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pipeline.video_qa import VideoQA, open_inputs
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.report.records import Report
 from evoprune.video.frames import read_frames
@@ -73,7 +72,7 @@ def test_full_budget_is_hugging_faces_generate(loaded, qwen2, model, clip, pack)
     video = VideoQA(ours, budget=1.0).encode(clip)
     mine = asked(video, "Describe the video.")
     plan, model = video.plan, hugging_face_model(loaded.model)
-    chunks = read_frames(video.info, plan.sampling.times_s)
+    chunks = read_frames(plan.info, plan.sampling.times_s)
     frames = torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks]))
     patches = patchify(resize(frames, plan.height, plan.width))
     t, h, w = plan.grid

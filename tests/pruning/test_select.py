@@ -5,10 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.pruning import distance, select
+from evoprune.pruning import select
 from evoprune.pruning.budget import spread
-from evoprune.pruning.distance import STEP, UNPROJECTED, points_of
-from evoprune.pruning.select import assign_clusters, farthest_points
+from evoprune.pruning.select import STEP, UNPROJECTED, assign_clusters, farthest_points, points_of
 from tests.threads import one_thread  # noqa: F401
 
 CASES = {
@@ -306,12 +305,12 @@ def test_a_projection_keeps_distances_and_duplicates_and_is_always_the_same():
     some = torch.arange(100)
     apart = made.in_features(some, some)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distance, "UNPROJECTED", len(features))
+        patch.setattr(select, "UNPROJECTED", len(features))
         true = points(features, owner, grid).in_features(some, some)
     assert apart[3, 8] < STEP / 2
     other = true > 0.1
     assert ((apart / true)[other] - 1).abs().mean() < 0.12
-    distance._projection.cache_clear()
+    select._projection.cache_clear()
     assert torch.equal(points(features, owner, grid).place, made.place)
 
 

@@ -172,16 +172,15 @@ def test_no_moments_no_chunks(long_file):
 
 @pytest.mark.few(8)
 @pytest.mark.parametrize("frames_fitting", [0, 1, 2, 3, 4, 5, 100])
-@pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("total", [2, 7, 10])
-def test_chunks_are_bounded_and_whole_pairs(frames_fitting, even, total, long_file):
+def test_chunks_are_bounded_and_whole_pairs(frames_fitting, total, long_file):
     info = probe(long_file)
     times = [0.05 + 0.1 * i for i in range(total)]
-    chunks = list(read_frames(info, times, chunk_bytes=frames_fitting * 64 * 48 * 3 + 100, even=even))
+    chunks = list(read_frames(info, times, chunk_bytes=frames_fitting * 64 * 48 * 3 + 100))
     sizes = [len(chunk.frames) for chunk in chunks]
     assert [chunk.first for chunk in chunks] == [sum(sizes[:i]) for i in range(len(sizes))]
     assert max(sizes) <= max(2, frames_fitting)
-    assert not even or all(size % 2 == 0 for size in sizes[:-1])
+    assert all(size % 2 == 0 for size in sizes[:-1])
     assert [number_of(rgb) for rgb in pixels(chunks)] == list(range(total))
     for chunk in chunks:
         assert chunk.frames.dtype == np.uint8

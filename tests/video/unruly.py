@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from evoprune.errors import VideoError
-from evoprune.video.readers import heartbeat, metadata
+from evoprune.video.readers import ffmpeg, metadata
 from evoprune.video.sandbox import channel, tasks, worker
 
 C = ctypes.PyDLL(None)  # calls into C keep Python's lock, as a decoder's callbacks may
@@ -22,7 +22,7 @@ def sleep_in_c() -> None:
 def slow() -> None:
     for _ in range(30):
         time.sleep(0.1)
-        heartbeat.alive()
+        ffmpeg.alive()
 
 
 def talk_nonsense() -> None:

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from evoprune.vision.attention import grouped_attention
-from evoprune.vision.buckets import buckets
+from evoprune.vision.attention import buckets, grouped_attention
 from evoprune.vision.devices import Timer
 from evoprune.vision.layout import attention_groups, full_layout, geometry, merged_layout, referring_layout
 from tests.vision.tower import groups_by_hand, random_layout

@@ -10,15 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from evoprune.methods.baselines import Nothing, Random
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_merge import EvoPrunePaper
-from evoprune.methods.none import Nothing
 from evoprune.methods.pipeline import Pipeline
-from evoprune.methods.random import Random
 from evoprune.methods.reuse import Reuse
 from evoprune.vision import attention, encoded
-from evoprune.vision.attention import attend_packed, grouped_attention, with_bias
-from evoprune.vision.buckets import Packed, buckets
+from evoprune.vision.attention import Packed, attend_packed, buckets, grouped_attention, with_bias
 from evoprune.vision.devices import Timer
 from evoprune.vision.layout import attention_groups, geometry
 from tests.vision.clips import changes, clip

@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
+from evoprune.methods.baselines import Nothing, Random
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_merge import EvoPrunePaper
-from evoprune.methods.none import Nothing
-from evoprune.methods.random import Random
 from evoprune.model.linear import pack
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.encoder_plan import ALLOCATIONS

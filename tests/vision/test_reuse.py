@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
+from evoprune.methods.baselines import Nothing
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.methods.none import Nothing
 from evoprune.model.linear import pack
-from evoprune.pruning.distance import points_of
 from evoprune.pruning.reuse import THRESHOLD, scan
-from evoprune.pruning.select import assign_clusters, farthest_points
+from evoprune.pruning.select import assign_clusters, farthest_points, points_of
 from evoprune.vision import encoder
 from evoprune.vision.preprocess import patch_means
 from tests.vision.clips import changes, clip

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from evoprune.errors import ModelError
 from evoprune.methods.base import EncoderMethod, Selector
+from evoprune.methods.baselines import Nothing
 from evoprune.methods.evoprune import STILL, EvoPrune, FarthestPoints
-from evoprune.methods.none import Nothing
 from evoprune.pruning.encoder_plan import Stage
 from evoprune.pruning.types import Selection
 from evoprune.vision import devices

@@ -129,16 +129,12 @@ def _does_move(clip, rng):
 
 
 HAPPENING = {
-    "event": QuestionType(_event, "events", 1.0),
-    "order": QuestionType(_order, "events", 0.3),
-    "often": QuestionType(_often, "events", 0.3),
-    "turns": QuestionType(_turns, "events", 0.6),
-    "lasts": QuestionType(_lasts, "events", 0.4),
-    "scenes": QuestionType(_scenes, "events", 0.6),
-    "way": QuestionType(_way, "motion", 1.3),
-    "moves": QuestionType(_moves, "motion", 0.3),
+    "event": QuestionType(_event, "events", 1.0), "order": QuestionType(_order, "events", 0.3),
+    "often": QuestionType(_often, "events", 0.3), "turns": QuestionType(_turns, "events", 0.6),
+    "lasts": QuestionType(_lasts, "events", 0.4), "scenes": QuestionType(_scenes, "events", 0.6),
+    "way": QuestionType(_way, "motion", 1.3), "moves": QuestionType(_moves, "motion", 0.3),
     "camera": QuestionType(_camera, "motion", 0.9),
-}
+}  # fmt: skip
 CHECKED_OVER_TIME = {"then": QuestionType(_at, "events", 0.8), "does_move": QuestionType(_does_move, "motion", 3.0)}
 # What is asked of pictures is asked of videos too, and counts as the gist of a clip: mostly what a glance tells.
 GLANCE, CLOSER = 1.8, 0.6

@@ -154,17 +154,13 @@ def _halves(clip, rng):
 
 _colour = _attribute("colour", COLOURS, "What colour is the {}?", "Which colour does the {} have?")
 LOOKING = {
-    "read": QuestionType(_read, "text", 2.1),
-    "sign_colour": QuestionType(_sign_colour, "text", 0.8),
+    "read": QuestionType(_read, "text", 2.1), "sign_colour": QuestionType(_sign_colour, "text", 0.8),
     "colour": QuestionType(_colour, "look", 0.8),
     "texture": QuestionType(_attribute("texture", TEXTURES, "What pattern does the {} have?"), "look", 1.3),
     "outline": QuestionType(_attribute("outline", OUTLINES, "What shape is the {}?"), "look", 0.8),
-    "where": QuestionType(_where, "place", 1.4),
-    "top": QuestionType(_top, "place", 0.2),
-    "extreme": QuestionType(_extreme, "place", 0.3),
-    "count": QuestionType(_count, "count", 0.7),
-    "there": QuestionType(_there, "look", 0.9),
-    "missing": QuestionType(_missing, "look", 0.3),
-}
+    "where": QuestionType(_where, "place", 1.4), "top": QuestionType(_top, "place", 0.2),
+    "extreme": QuestionType(_extreme, "place", 0.3), "count": QuestionType(_count, "count", 0.7),
+    "there": QuestionType(_there, "look", 0.9), "missing": QuestionType(_missing, "look", 0.3),
+}  # fmt: skip
 # Those that are answered with yes or no.
 CHECKED = {"any": QuestionType(_any, "look", 2.0), "half": QuestionType(_halves, "place", 2.0)}

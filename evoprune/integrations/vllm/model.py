@@ -5,6 +5,7 @@ all: two processes could select different tokens, if their numbers differed in t
 """
 
 from collections.abc import Iterable, Iterator
+from functools import wraps
 from math import prod
 
 import torch
@@ -18,17 +19,16 @@ from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGenera
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from vllm.model_executor.models.utils import StageMissingLayer, init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
 
 from evoprune.errors import ModelError, UsageError
 from evoprune.integrations.vllm import processor
 from evoprune.integrations.vllm.attention import add_bias
-from evoprune.integrations.vllm.cpu_runner import let_cpu_runner_prune
 from evoprune.integrations.vllm.encoding import Item, Normalised, encoded, try_out, with_columns
 from evoprune.integrations.vllm.positions import (
     COLUMNS,
-    Placeholders,
     from_columns,
     generated_offset,
     known_positions,
@@ -70,19 +70,16 @@ class _Pruned(SupportsMultiModalPruning):
         _check(self.sizes, vllm_config)
         self.normalised = Normalised(*_load_norm_params(model_config))
         with self._mark_tower_model(vllm_config, {"image", "video"}):
-            self.visual = (
-                _empty_tower(self.sizes) if get_tp_group().rank_in_group == 0 else StageMissingLayer("vision_tower")
-            )
+            first = get_tp_group().rank_in_group == 0
+            self.visual = _empty_tower(self.sizes) if first else StageMissingLayer("vision_tower")
         with self._mark_language_model(vllm_config):
-            self.language_model = init_vllm_registered_model(
-                vllm_config=vllm_config,
-                prefix=maybe_prefix(prefix, "language_model"),
-                architectures=["Qwen2ForCausalLM"],
-            )
+            language = {"prefix": maybe_prefix(prefix, "language_model"), "architectures": ["Qwen2ForCausalLM"]}
+            self.language_model = init_vllm_registered_model(vllm_config=vllm_config, **language)
         if weighs:
             add_bias(self.language_model.model.layers, vllm_config)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
-        let_cpu_runner_prune(type(self))
+        if current_platform.is_cpu():
+            _let_cpu_runner_prune(type(self))
         budget = served_budget(multimodal.video_pruning_rate)
         logger.info("videos are encoded by evoprune: method %s, budget %g", self.method.name, budget)
 
@@ -120,7 +117,7 @@ class _Pruned(SupportsMultiModalPruning):
             seconds = feature.data.get(processor.SECONDS)
             (shape,) = self._grids(feature.data[grid].data[None])
             span = VisualSpan(feature.mm_position.offset, shape, 1.0 if seconds is None else float(seconds.data))
-            items.append(Placeholders(span, feature.mm_position.length))
+            items.append((span, feature.mm_position.length))
         return known_positions(len(input_tokens), items, self.sizes.tokens_per_second)
 
     def recompute_mrope_positions(self, input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens):
@@ -136,11 +133,8 @@ class _Pruned(SupportsMultiModalPruning):
                 ids = torch.as_tensor(input_ids, dtype=torch.int64, device=mrope_positions.device)
                 places = (ids[num_computed_tokens:] == self.config.video_token_id).nonzero()[:, 0] + num_computed_tokens
                 mrope_positions = with_videos(mrope_positions, places[: len(columns)], from_columns(columns))
-            return (
-                [each[:, :wide] for each in multimodal_embeddings],
-                mrope_positions,
-                generated_offset(mrope_positions),
-            )
+            features = [each[:, :wide] for each in multimodal_embeddings]
+            return features, mrope_positions, generated_offset(mrope_positions)
 
     def get_encoder_cudagraph_config(self) -> EncoderCudaGraphConfig:
         """No graphs: how much the encoder computes depends on the video."""
@@ -167,13 +161,10 @@ class _Pruned(SupportsMultiModalPruning):
                 made = torch.empty(keep, wide + columns, dtype=self.model_config.dtype, device=group.device)
             else:
                 item = Item(grid, keep, seconds[i] if seconds else 1.0)
-                found = encoded(self.visual, self._patches(patches), item, self.method, self.normalised.normal)
+                given = self.normalised(patches) if patches.dtype == torch.uint8 else [patches.float()]
+                found = encoded(self.visual, given, item, self.method, self.normalised.normal)
                 made = with_columns(found, item, self.sizes.tokens_per_second) if columns else found.features
             yield group.broadcast(made.contiguous())
-
-    def _patches(self, pixels: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Patches in float32, from what vLLM's processor made: bytes, or normalised numbers."""
-        return self.normalised(pixels) if pixels.dtype == torch.uint8 else iter([pixels.float()])
 
 
 def _check(sizes: VisionConfig, config: VllmConfig) -> None:
@@ -181,9 +172,8 @@ def _check(sizes: VisionConfig, config: VllmConfig) -> None:
     try:
         check_vision(sizes)
     except ValueError as problem:
-        raise ModelError(
-            f"the vision tower of this model cannot be run: {problem}", "serve it without evoprune"
-        ) from problem
+        what = f"the vision tower of this model cannot be run: {problem}"
+        raise ModelError(what, "serve it without evoprune") from problem
     if config.model_config.dtype == torch.float16:
         raise UsageError("the vision tower of Qwen overflows in float16", "start with --dtype bfloat16 or float32")
     speculative = config.speculative_config
@@ -198,6 +188,29 @@ def _empty_tower(sizes: VisionConfig) -> Tower:
     with torch.device("meta"):
         tower = Tower(sizes)
     return tower.to_empty(device=device).eval().requires_grad_(False)
+
+
+def _let_cpu_runner_prune(model: type[nn.Module]) -> None:
+    """From now on, vLLM's runner on a CPU notes that models of class `model` prune, if they do. Nothing else changes.
+
+    The runner on GPUs looks at the model after loading. The one on CPUs has a loader of its own, which does not (0.32): vLLM's own
+    pruning fails there.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    stock = CPUModelRunner.initialize_kv_cache
+    if hasattr(stock, "prunes"):
+        stock.prunes.add(model)
+        return
+
+    @wraps(stock)
+    def initialize_kv_cache(runner, *args, **options):
+        if type(runner.model) in initialize_kv_cache.prunes:
+            runner.is_multimodal_pruning_enabled = runner.model.is_multimodal_pruning_enabled
+        return stock(runner, *args, **options)
+
+    initialize_kv_cache.prunes = {model}
+    CPUModelRunner.initialize_kv_cache = initialize_kv_cache
 
 
 @MULTIMODAL_REGISTRY.register_processor(

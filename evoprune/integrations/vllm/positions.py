@@ -8,7 +8,6 @@ The 32 bits of a token's bias (attention.py) travel in the upper bits of its thr
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -23,14 +22,6 @@ BITS = 20  # of a position; the other 11 of a positive int32 are free
 LIMIT, FREE = 2**BITS, 2**11
 
 
-@dataclass(frozen=True)
-class Placeholders:
-    """The placeholders of a video or picture in a prompt."""
-
-    span: VisualSpan  # where they begin, and the shape of the video, which has `span.tokens` units
-    count: int  # the number of placeholders, less if the video is pruned
-
-
 def extent(grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None) -> int:
     """How many positions the text after a video starts later than the video itself."""
     clock = 1.0 if tokens_per_second is None else seconds_per_pair * tokens_per_second
@@ -38,25 +29,25 @@ def extent(grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_secon
 
 
 def known_positions(
-    length: int, items: Sequence[Placeholders], tokens_per_second: float | None
+    length: int, items: Sequence[tuple[VisualSpan, int]], tokens_per_second: float | None
 ) -> tuple[torch.Tensor, int]:
     """The positions of a prompt before its videos are encoded: int64 `[3, length]`, negative at placeholders of pruned videos.
 
-    And the number that vLLM adds to the index of a generated token to get its position. `items`: videos and pictures, in order.
+    And the number that vLLM adds to the index of a generated token to get its position. `items`: videos and pictures, in order,
+    each with the number of its placeholders, which is less than that of its units if it is pruned.
     """
     pieces, at, following = [], 0, 0
-    for item in items:
-        span = item.span
+    for span, count in items:
         pieces.append((ascending(span.start - at, "cpu") + following).expand(3, -1))
         following += span.start - at
-        if item.count == prod(span.grid):
+        if count == prod(span.grid):
             pieces.append(video_positions(span.grid, span.seconds_per_pair, tokens_per_second) + following)
         else:
-            pieces.append(torch.full((3, item.count), -1 - following, dtype=torch.int64, device="cpu"))
+            pieces.append(torch.full((3, count), -1 - following, dtype=torch.int64, device="cpu"))
         following += extent(span.grid, span.seconds_per_pair, tokens_per_second)
-        at = span.start + item.count
+        at = span.start + count
     pieces.append((ascending(length - at, "cpu") + following).expand(3, -1))
-    return torch.cat(pieces, dim=1), following + length - at - length
+    return torch.cat(pieces, dim=1), following - at
 
 
 def generated_offset(positions: torch.Tensor) -> int:

@@ -57,10 +57,8 @@ def request_budget(options: Mapping[str, Any], rate: float | None) -> float:
         return served_budget(rate)
     budget = parse_budget(options[BUDGET])
     if budget < 1 and not rate:
-        raise UsageError(
-            "this server prunes nothing, for it was started without a rate",
-            "start it with --video-pruning-rate, which may be as small as 1e-9, and set budgets in requests",
-        )
+        hint = "start it with --video-pruning-rate, which may be as small as 1e-9, and set budgets in requests"
+        raise UsageError("this server prunes nothing, for it was started without a rate", hint)
     return budget
 
 

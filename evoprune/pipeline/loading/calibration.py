@@ -41,10 +41,7 @@ def _patches(visual) -> torch.Tensor:
     noise = torch.randn(count, values, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     place = torch.linspace(-2, 2, values, dtype=torch.float32, device="cpu")
     level = torch.linspace(-2, 2, count, dtype=torch.float32, device="cpu")[:, None]
-    flat, smooth, striped = (
-        level.expand(-1, values),
-        level + place / 2,
-        torch.sign(torch.sin(40 * place + level)) * level,
-    )
-    kind = ascending(count, "cpu")[:, None] % 4
-    return torch.where(kind == 0, flat, torch.where(kind == 1, smooth, torch.where(kind == 2, striped, noise)))
+    flat, smooth = level.expand(-1, values), level + place / 2
+    striped = torch.sign(torch.sin(40 * place + level)) * level
+    kinds = torch.stack([flat, smooth, striped, noise])
+    return kinds[ascending(count, "cpu") % 4, ascending(count, "cpu")]

@@ -92,9 +92,8 @@ def download(
                 hint = f"{kind_hint(name)}where there is a network: hf download {name} --local-dir DIR; then DIR is the model. "
                 hint += "The demo needs neither"
                 raise ModelError(f"{name} is not in the local cache, and {unreachable}", hint) from problem
-            raise ModelError(
-                f"the download of {name} broke off: {first_line(problem)}", "run it again to go on"
-            ) from problem
+            broken = f"the download of {name} broke off: {first_line(problem)}"
+            raise ModelError(broken, "run it again to go on") from problem
 
     # Checked before gigabytes are downloaded.
     check(fetch("config.json") / "config.json")
@@ -129,17 +128,15 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
 
 def read_config(path: Path) -> Config:
     if not os.path.isfile(path):
-        raise ModelError(
-            f"{path.parent} holds no config.json", "name a folder in the hub's file layout, or a hub id org/name"
-        )
+        hint = "name a folder in the hub's file layout, or a hub id org/name"
+        raise ModelError(f"{path.parent} holds no config.json", hint)
     content = _json(path)
     kind = content.get("model_type")
     if kind == EXPERTS:
         raise ModelError(f"{path.parent} is a mixture of experts, which evoprune does not run", MODEL_HINT)
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
-        raise ModelError(
-            f"{path.parent} is a model of type {reprlib.repr(kind)}, not {' or '.join(MODEL_TYPES)}", MODEL_HINT
-        )
+        known = " or ".join(MODEL_TYPES)
+        raise ModelError(f"{path.parent} is a model of type {reprlib.repr(kind)}, not {known}", MODEL_HINT)
     if "quantization_config" in content:
         raise ModelError(f"{path.parent} holds quantized weights", "take the original checkpoint in bf16, fp16 or fp32")
     with _valid(f"{path} is no valid {kind} config"):
@@ -174,14 +171,12 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model. Their headers are read, so that missing or truncated files are found here."""
     from safetensors import SafetensorError, safe_open
 
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        files = [single]
-    elif index.is_file():
+    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    if not files[0].is_file() and index.is_file():
         with _valid(f"{index} is damaged"):
             named = section(_json(index), "weight_map")
             files = [folder / name for name in sorted({INSIDE.check(v, f"weight_map.{k}") for k, v in named.items()})]
-    else:
+    elif not files[0].is_file():
         files = []
     if not files:
         hint = (
@@ -213,8 +208,7 @@ def input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, 
     """Limits of videos and of pictures from a model folder's processor settings, and patch sizes from its config.
 
     `preprocessor_config.json` belongs to the image processor. Of videos only its mean and std are used: its limit of 12.8 million
-    pixels is meant for one picture; every frame pair would get 16,000 tokens. Qwen's own code limits the frames of a video far
-    lower, and those limits are the defaults here.
+    pixels is meant for one picture, and Qwen's own code limits the frames of a video far lower. Those limits are the defaults here.
     """
     traits = vision_config.traits
     limits = InputLimits(
@@ -227,9 +221,8 @@ def input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, 
         return {VIDEO: limits, PICTURE: replace(limits, **traits.picture)}
     joint = folder / "processor_config.json"  # where transformers 5 saves both
     video = _limits(joint, "video_processor") or _limits(folder / "video_preprocessor_config.json")
-    image = _limits(joint, "image_processor", OF_PICTURES) or _limits(
-        folder / "preprocessor_config.json", only=OF_PICTURES
-    )
+    image = _limits(joint, "image_processor", OF_PICTURES)
+    image = image or _limits(folder / "preprocessor_config.json", only=OF_PICTURES)
     normal = {name: image[name] for name in NORMALISATION if name in image}
     return {VIDEO: replace(limits, **(normal | video)), PICTURE: replace(limits, **(dict(traits.unstated) | image))}
 

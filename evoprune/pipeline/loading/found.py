@@ -11,7 +11,6 @@ import torch
 from evoprune.bundled import DEMOS, Demo, demo_in
 from evoprune.errors import DeviceWarning, ModelError, UsageError, first_line
 from evoprune.model.config import Config
-from evoprune.model.precision import check_dtype
 from evoprune.model.quantize import check as check_quantize
 from evoprune.model.weights import QwenVL, empty
 from evoprune.pipeline.loading.folder import (
@@ -74,10 +73,7 @@ class FoundModel:
 
     @cached_property
     def files(self) -> list[Path]:
-        """The files of its weights; none of random ones.
-
-        Raises ModelError: they are missing, damaged, or have another number of layers than the config.
-        """
+        """The files of its weights; none of random ones. Raises ModelError: missing, damaged, or other layers than the config's."""
         files = [] if self.random else weight_files(self.folder)
         check_layers(self.config, files)
         return files
@@ -92,18 +88,15 @@ class FoundModel:
 
     @cached_property
     def weights_fingerprint(self) -> str:
-        """What identifies the weights (`weights.files_fingerprint`); at 3B a tenth of a second.
-
-        Raises UsageError: they are random, or not on this machine. ModelError: they are damaged.
-        """
+        """As `weights.files_fingerprint`. Raises UsageError: random, or not on this machine. ModelError: damaged."""
         if self.random:
             hint = "take the weights (load format auto), or give a budget as a number"
             raise UsageError(f"the weights of {self.id} are random, so nothing was tuned on them", hint)
         if self.folder is None or (is_id(self.id) and not self.files_here):
             hint = "give a budget as a number, or download them first"
             raise UsageError(f"the weights of {self.id} are not on this machine, so nothing was tuned on them", hint)
-        files = self.files  # which checks the number of layers, before a tree of that many is built
-        return files_fingerprint(files, self.tree)
+        # `files` first: it checks the number of layers, before a tree of that many is built.
+        return files_fingerprint(self.files, self.tree)
 
     @property
     def parameters(self) -> int:
@@ -179,18 +172,14 @@ def _found(
 
 
 def locate(options: ModelOptions, *, files: list[str] | None) -> tuple[Path, str | None]:
-    """The folder of a model, and its commit if it is a hub id.
-
-    `files`: patterns of what to download from the hub; None if nothing may be downloaded.
-    """
+    """The folder of a model, and its commit if it is a hub id. `files`: patterns of what to download; None if nothing may be."""
     name, revision = options.model, options.revision
     if not name.strip():
         raise ModelError("the name of the model is empty", MODEL_HINT)
     folder = DEMOS[name].folder if name in DEMOS else Path(os.path.expanduser(name))
     if name in DEMOS and not (folder / "config.json").is_file():
-        raise ModelError(
-            f"the bundled {name} model is missing: {folder}", "install evoprune again, or name another model"
-        )
+        hint = "install evoprune again, or name another model"
+        raise ModelError(f"the bundled {name} model is missing: {folder}", hint)
     if os.path.isdir(folder):  # unlike a path's own method, it raises nothing
         if revision is not None:
             raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
@@ -203,8 +192,7 @@ def locate(options: ModelOptions, *, files: list[str] | None) -> tuple[Path, str
         hint = f"{meant}a hub id is org/name; {MODEL_HINT}"
         raise ModelError(f"{name!r} is neither a folder here nor a hub id", hint)
     if files is None:
-        known = " and ".join(BUNDLED_CONFIGS)
-        hint = f"random weights need a local folder, {', '.join(DEMOS)}, or {known}"
+        hint = f"random weights need a local folder, {', '.join(DEMOS)}, or {' and '.join(BUNDLED_CONFIGS)}"
         raise ModelError(f"no bundled config for {name}", hint)
     return download(name, revision, options.offline, files, check=read_config)
 
@@ -216,20 +204,14 @@ def usable_device(options: ModelOptions) -> torch.device:
     return device
 
 
-def has_cuda() -> bool:
-    """Whether torch can use a GPU; warns of one that is there and cannot be used, for example because its driver is old."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        usable = torch.cuda.is_available()
-    if said and not usable:
-        warnings.warn(f"no GPU is used: {first_line(said[-1].message)}", DeviceWarning, stacklevel=2)
-    return usable
-
-
 def pick_device(name: str) -> torch.device:
     """The device of a name; "auto" is CUDA if there is any, else the CPU. Raises UsageError: it cannot be used."""
     if name == "auto":
-        name = "cuda" if has_cuda() else "cpu"
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if said and name == "cpu":  # a GPU is there and cannot be used, for example because its driver is old
+            warnings.warn(f"no GPU is used: {first_line(said[-1].message)}", DeviceWarning, stacklevel=2)
     try:
         device = torch.device(name)
         torch.zeros(1, dtype=torch.float32, device=device)
@@ -243,18 +225,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, is_demo: bool) -> str:
-    """The short name of a dtype; "auto" depends on the device, see `ModelOptions`. Raises UsageError: an unknown name."""
-    check_dtype(name)
-    if name == "auto":
-        return "bf16" if not is_demo and has_bf16(device) else "fp32"
-    return name
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bf16 in hardware; older GPUs of CUDA emulate it, slower than fp32."""
+    """A dtype; for "auto" bf16 if the device multiplies it in hardware: older GPUs of CUDA emulate it, slower than fp32."""
+    if name != "auto":
+        return name
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "xpu" or (device.type == "cpu" and cpu_has_bf16())
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = device.type == "xpu" or (device.type == "cpu" and cpu_has_bf16())
+    return "bf16" if fast and not is_demo else "fp32"
 
 
 def cpu_has_bf16() -> bool:

@@ -77,10 +77,7 @@ class LoadedModel:
 
     @property
     def weights_fingerprint(self) -> str:
-        """What identifies the weights, whatever their place, time and dtype (`loading.fingerprint`). Reads their files once.
-
-        Raises UsageError: they are random, not from files, or their files have changed.
-        """
+        """As `FoundModel.weights_fingerprint`. Raises UsageError: random, not from files, or the files have changed."""
         found = self.found
         try:
             same = fingerprint(self.id, self.revision, found.folder, found.files) == self.fingerprint
@@ -102,13 +99,10 @@ def load_model(
     progress: Callable[[int, int], None] | None = None,
     **options,
 ) -> LoadedModel:
-    """Loads a Qwen3-VL, Qwen2.5-VL or Qwen2-VL model.
+    """Loads a Qwen3-VL, Qwen2.5-VL or Qwen2-VL model: its name, with other fields of `ModelOptions`; or those; or a found one.
 
-    Args:
-        model: its name, with the other fields of `ModelOptions` as keywords; or all of them; or what `find_model` found.
-        pack: on a CPU, rearrange the weights for speed if there is memory for it; they can no longer be read.
-        to_answer: refuse a model that has no tokenizer, before its weights are read.
-        progress: called with layers quantised and layers in all.
+    `pack`: on a CPU, rearrange the weights for speed if there is memory for it; they can no longer be read. `to_answer`: refuse a
+    model that has no tokenizer, before its weights are read. `progress`: called with layers quantised and layers in all.
 
     Raises UsageError: an option that makes no sense here. OutOfMemory: the weights do not fit. TypeError: an unknown keyword.
     ModelError: the model is missing, of another kind, damaged, or out of reach.
@@ -148,10 +142,7 @@ def load_model(
 def _weights(
     found: FoundModel, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
 ) -> tuple[QwenVL, PackingTime]:
-    """The weights, ready to be used; random ones where there are no files. Writes the times of the parts into `seconds`.
-
-    Raises OutOfMemory: they do not fit.
-    """
+    """The weights, ready to be used. Writes the times of the parts into `seconds`. Raises OutOfMemory: they do not fit."""
     name, device, files, quantize = found.id, found.device, found.files, found.options.quantize
     form = DTYPES[found.dtype], device
     hint = "use a smaller model" + (", or bf16 weights (dtype bf16)" if found.dtype == "fp32" else "")
@@ -192,10 +183,7 @@ def thread_count(weights: int, cores: int) -> int:
 
 
 def use_threads(wanted: int | str | None, config: Config) -> None:
-    """Sets the number of threads of this process.
-
-    "auto" is one by the size of the model and the cores that this process may use, unless OMP_NUM_THREADS is set.
-    """
+    """Sets the threads of this process: a number, or "auto", by the model's size and the cores unless OMP_NUM_THREADS is set."""
     if wanted == AUTO_THREADS and not os.environ.get("OMP_NUM_THREADS"):
         weights = sum(weight.numel() for weight in empty(config).parameters())
         torch.set_num_threads(thread_count(weights, available_cores()))
@@ -204,10 +192,7 @@ def use_threads(wanted: int | str | None, config: Config) -> None:
 
 
 def threads_of_each(wanted: int | str | None, processes: int) -> int:
-    """How many threads each of several processes gets, that compute what this one would: `wanted`, if it is a number.
-
-    Otherwise as many as this process has, but together no more than there are cores.
-    """
+    """The threads of each of several processes: `wanted`, if a number, else as this one has; together at most one a core."""
     if isinstance(wanted, int):
         return wanted
     return max(1, min(torch.get_num_threads(), available_cores() // processes))

@@ -35,10 +35,7 @@ def weights_folder() -> Entries:
 
 
 def quantize_once(model: QwenVL, kind: str, fingerprint: str | None, progress: Progress | None = None) -> None:
-    """Quantises a model in place: from an entry if there is one, else into a new one.
-
-    `fingerprint`: of its files and the dtype in which it computes; None for no entry.
-    """
+    """Quantises a model in place: from the entry of its files and dtype (`fingerprint`; None for no entry), or into a new one."""
     if fingerprint is None:
         quantize(model, kind, calibrate, progress)
         return

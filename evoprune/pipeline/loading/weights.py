@@ -40,9 +40,7 @@ def load_weights(
 ) -> QwenVL:
     """Reads the weights. On the CPU, in the dtype of the file, they stay memory-mapped until they are packed.
 
-    Those that are to be quantised stay so in any dtype, because they are read one layer at a time, and so do the embeddings.
-
-    Raises ModelError: tensors are missing or have another shape than the config says.
+    Those to be quantised and the embeddings stay so in any dtype. Raises ModelError: tensors are missing or of another shape.
     """
     model = empty(config)
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
@@ -63,9 +61,8 @@ def load_weights(
             raise ModelError(problem, BELONG)
         found[name] = weight if name.removesuffix(".weight") in as_stored else weight.to(device, dtype)
     if missing := sorted(wanted.keys() - found.keys()):
-        raise ModelError(
-            f"the weights in {files[0].parent} lack {len(missing)} tensors, first {missing[0]}", "get the model again"
-        )
+        problem = f"the weights in {files[0].parent} lack {len(missing)} tensors, first {missing[0]}"
+        raise ModelError(problem, "get the model again")
     model.load_state_dict(found, strict=False, assign=True)
     model.tie()
     return model.requires_grad_(False)
@@ -90,10 +87,7 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Qw
 
 
 def check_layers(config: Config, files: list[Path]) -> None:
-    """Compares the numbers of layers with the names in the weights, if there are any, before a tree of that many is built.
-
-    Raises ModelError: the last layer of the tower or of the language model is not there.
-    """
+    """Raises ModelError where the weights, if there are any, lack the last layer of the tower or of the language model."""
     names = {name_in_memory(stored) for _, _, stored in stored_tensors(files)}
     last = {
         "model.visual.blocks": config.vision_config.depth,
@@ -101,17 +95,14 @@ def check_layers(config: Config, files: list[Path]) -> None:
     }
     for layers, count in last.items():
         if files and not any(name.startswith(f"{layers}.{count - 1}.") for name in names):
-            raise ModelError(
-                f"the weights in {files[0].parent} lack {layers}.{count - 1}, the last layer that config.json counts",
-                BELONG,
-            )
+            last_layer = f"{layers}.{count - 1}, the last layer that config.json counts"
+            raise ModelError(f"the weights in {files[0].parent} lack {last_layer}", BELONG)
 
 
 def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool) -> int:
     """Bytes that the weights take, from when they are read. `mapped`: whether they `stay_mapped`.
 
-    Memory-mapped weights count. The system may drop them, but then reads them from the disk again for every token. Only those that
-    are quantised are read no more than once.
+    Memory-mapped weights count: dropped ones are read again for every token. Those that are quantised are read no more than once.
     """
     model = empty(config).to(dtype)
     wide = sum(weight.nbytes for weight in model.parameters())
@@ -143,10 +134,8 @@ def make_ready(
     """Quantises the linear layers of a model on the CPU in place, or packs them. Arguments as `load_model`.
 
     Those of the tower are packed now, those of the language model when few rows come: the tower is a sixth of a 3B model, and
-    packed it encodes about a tenth faster; the language model would make the first word wait. Where memory is short, no layers are.
-
-    `store`: the fingerprint of quantised weights on disk; None for neither reading nor storing them. Returns how long layers have
-    packed; it grows when they do.
+    packed it encodes about a tenth faster; the language model would make the first word wait. Where memory is short, none are.
+    `store`: the fingerprint of quantised weights on disk; None for no storing. Returns how long layers have packed, so far.
     """
     spent = PackingTime()
     if model.device.type != "cpu":
@@ -167,10 +156,8 @@ def make_ready(
 def files_fingerprint(files: Iterable[Path], tree: QwenVL) -> str:
     """What identifies weights: the same for their files and for the model in memory, whatever its name, folder or dtype.
 
-    It is a hash of every 1-D tensor and of the first row of every other one: milliseconds for gigabytes, and a fine-tune changes
-    it. Values are compared in bf16: a checkpoint in fp32 that was loaded in fp16 has been rounded twice, and differs.
-
-    `tree`: of the model, perhaps without memory. Tensors of the files that have no place in it are left out.
+    A hash of every 1-D tensor and of the first row of every other one: milliseconds for gigabytes, and a fine-tune changes it.
+    Values are compared in bf16: a checkpoint in fp32 that was loaded in fp16 has been rounded twice, and differs.
     """
     shapes = {name: list(weight.shape) for name, weight in tree.named_parameters()}
     rows: list[Row] = []

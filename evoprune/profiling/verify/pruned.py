@@ -125,25 +125,23 @@ def reuse(subject: Subject) -> Outcome:
         subject.encode(subject.asking(method=name), [subject.still]) for name in ("random", "reuse+random")
     )
     pairs, rows = plain.plan.grid[0], len(reusing.encoded.rows)
-    if rows * pairs != plain.units:
-        return Outcome(DIFFERS, f"{rows} rows are encoded, expected {plain.units // pairs}", {"rows": rows})
+    if rows * pairs != plain.plan.units:
+        return Outcome(DIFFERS, f"{rows} rows are encoded, expected {plain.plan.units // pairs}", {"rows": rows})
     found = gap(reusing.encoded.every_feature, plain.encoded.every_feature)
-    return judged(f"{rows} of {plain.units} units encoded; {found}", found.limits(subject.features_noise))
+    return judged(f"{rows} of {plain.plan.units} units encoded; {found}", found.limits(subject.features_noise))
 
 
 def transformers_model(subject: Subject) -> Outcome:
     """Logits of a pruned prompt from transformers' language model, and from ours."""
     ours = subject.encode(subject.asking(), [subject.video]).read_along(QUESTION, [0])[0]
-    with PruningContext(budget=BUDGET, positions="qwen")(subject.transformers), torch.inference_mode():
-        theirs = subject.transformers(**subject.about(subject.video).call, logits_to_keep=1, use_cache=False).logits[
-            :, -1
-        ]
+    with PruningContext(budget=BUDGET, positions="qwen")(subject.transformers):
+        theirs = subject.last_logits(subject.about(subject.video).call)
     found = gap(ours, theirs, centred=True)
     says = f"{found}; rounding alone {subject.logits_noise.mean:.1e}"
     return judged(says, found.limits(subject.logits_noise, 2))
 
 
-def bits(kind: str, subject: Subject) -> Outcome:
+def _bits(kind: str, subject: Subject) -> Outcome:
     """How far the answer of the model as it is leads a quantised one astray."""
     if kind not in kinds(subject.device):
         return skipped("not on this device")
@@ -165,3 +163,6 @@ def bits(kind: str, subject: Subject) -> Outcome:
     says = f"mean KL {kl:.2g} nats, {same} of {len(ids)} first choices the same, error of logits {error:.1e}"
     most = ERRORS[kind] + GROWTH * subject.logits_noise.mean
     return judged(says, {"kl": (kl, KL[kind]), "mean_error": (error, most)})
+
+
+int8, int4 = partial(_bits, "int8"), partial(_bits, "int4")

@@ -9,14 +9,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from evoprune.errors import EvopruneError, first_line, is_out_of_memory
 from evoprune.model.config import as_written
 from evoprune.model.machine import environment, peak_memory
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
 from evoprune.pipeline.loading.model import LoadedModel
+from evoprune.profiling import synthetic
 from evoprune.profiling.time_limit import TimeLimit
-from evoprune.profiling.verify.checks import CHECKS
-from evoprune.profiling.verify.material import write_material
+from evoprune.profiling.verify import pruned, speed, unpruned
 from evoprune.profiling.verify.outcome import DIFFERS, HELD, SKIPPED, Check, Outcome, skipped
 from evoprune.profiling.verify.subject import Subject
 from evoprune.video.info import PICTURE
@@ -24,6 +26,30 @@ from evoprune.video.probe import probe
 
 SCHEMA = "evoprune/verify@1"
 DIGITS = 4  # of a figure in the record
+FRAMES, HEIGHT, WIDTH = 8, 120, 180  # of the clips made by formula; no multiples of 28 or 32: frames are resized
+# In the order in which they run: the cheap ones and those on which others rest come first.
+CHECKS = (
+    Check("kernels", "nothing: what computes attention and products here", speed.kernels),
+    Check("patches", "pixels of resized frames, with transformers' processor", unpruned.patches),
+    Check("positions", "positions of a prompt's tokens, with transformers'", unpruned.positions),
+    Check("tower", "features with nothing pruned, with transformers' tower", unpruned.tower),
+    Check("logits", "the language model on the same features, with transformers'", unpruned.logits),
+    Check("answer", "a greedy answer about a video, token by token, with transformers'", unpruned.answer),
+    Check("inputs", "the same about a picture and a video together", unpruned.inputs, slow=True),
+    Check("counts", "rows of each layer and tokens, with the plan", pruned.counts),
+    Check("chunks", "tokens from the smallest chunks, with those from the usual ones", pruned.chunks),
+    Check("reuse", "a clip that stands still, with and without reuse", pruned.reuse),
+    Check("model", "EvoPrune(...)(model) of transformers, with VideoQA, both pruned", pruned.transformers_model),
+    Check("waits", "how often the program waits for the device, with the design", speed.waits),
+    Check("memory", "the peak of a question, with the estimate", speed.memory),
+    Check("packed", "products with packed weights, with those in fp64", unpruned.packed),
+    Check("batch", "a batch of two in transformers' model, with each prompt by itself", unpruned.batch, slow=True),
+    Check("threads", "tokens with another number of threads", pruned.threads, slow=True),
+    Check("int8", "an answer with weights in 8 bits, with the weights as they are", pruned.int8, slow=True),
+    Check("int4", "the same in 4 bits", pruned.int4, slow=True),
+    Check("speed", "time to the first token, with transformers' in turns", speed.first_token, slow=True),
+    Check("methods", "every method on a short clip, with its plan and with itself", pruned.every_method, slow=True),
+)
 
 Progress = Callable[[str, int, int], None]
 
@@ -98,7 +124,7 @@ def _short(figures: dict[str, Any]) -> dict[str, Any]:
 def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
     """What is compared: a file that the user names, in the place of the clip or the picture made by formula."""
     with TemporaryDirectory(prefix="evoprune-verify-") as folder:
-        video, still, picture = write_material(Path(folder))
+        video, still, picture = _material(Path(folder))
         if path is not None and probe(path).kind == PICTURE:
             picture = Path(path)
         elif path is not None:
@@ -106,6 +132,25 @@ def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
         subject = Subject(loaded, video, still, picture)
         subject.asking()  # raises where the device computes nothing
         yield subject
+
+
+def _material(folder: Path) -> tuple[Path, Path, Path]:
+    """A clip in which things move, a clip that stands still, and a picture: two folders of frames and a file."""
+    from PIL import Image
+
+    moving, still = (_clip(kind) for kind in ("motion", "static90"))
+    for name, frames in (("moving", moving), ("still", still[:1].repeat(FRAMES, 0)), ("picture", still[:1])):
+        (folder / name).mkdir()
+        for number, frame in enumerate(frames):
+            Image.fromarray(frame).save(folder / name / f"{number}.png")
+    return folder / "moving", folder / "still", folder / "picture" / "0.png"
+
+
+def _clip(kind: str) -> np.ndarray:
+    """uint8 `[frames, height, width, 3]`."""
+    unit = synthetic.UNIT
+    whole = synthetic.clip(kind, FRAMES, *(-(-side // unit) * unit for side in (HEIGHT, WIDTH)))
+    return np.ascontiguousarray(whole[:, :HEIGHT, :WIDTH])
 
 
 def verify(

@@ -14,10 +14,9 @@ from evoprune.huggingface.processor_inputs import NAMES, TYPES, arguments
 from evoprune.pipeline.answering import EncodedInputs
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.loading.model import LoadedModel
-from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import GenerationOptions, SamplingOptions
 from evoprune.pipeline.prompting import PromptReader
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pipeline.video_qa import VideoQA, open_inputs
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.profiling.time_limit import TimeLimit
 from evoprune.profiling.verify.outcome import Gap, at_least, gap
@@ -72,11 +71,7 @@ class Subject:
         return VideoQA(self.loaded, budget=budget, method="none" if budget == 1 else method)
 
     def encode(
-        self,
-        qa: VideoQA,
-        paths: Sequence[Path],
-        sampling: SamplingOptions = SAMPLING,
-        chunk_units: int | None = None,
+        self, qa: VideoQA, paths: Sequence[Path], sampling: SamplingOptions = SAMPLING, chunk_units: int | None = None
     ) -> EncodedInputs:
         """As `VideoQA.encode`, perhaps with another size of chunks."""
 
@@ -140,6 +135,11 @@ class Subject:
         places = every[:, None].to(self.device)
         hidden = text(inputs_embeds=embeds[None], position_ids=places, use_cache=False, **inner)
         return self.transformers.lm_head(hidden.last_hidden_state[0, -last:])
+
+    @torch.inference_mode()
+    def last_logits(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Those of transformers' model behind each prompt of a call, `[prompts, vocabulary]`."""
+        return self.transformers(**call, logits_to_keep=1, use_cache=False).logits[:, -1]
 
     @cached_property
     def video_logits(self) -> torch.Tensor:

@@ -12,14 +12,7 @@ from evoprune.language.decoder import KVCache
 from evoprune.language.generate import Visual, column_deepstack, embed_prompt
 from evoprune.model.linear import PackedLinear, packs
 from evoprune.profiling.verify.outcome import DIFFERS, HELD, Gap, Outcome, gap, judged, skipped
-from evoprune.profiling.verify.subject import (
-    ANOTHER,
-    BUDGET,
-    NEW_TOKENS,
-    QUESTION,
-    Subject,
-    runs,
-)
+from evoprune.profiling.verify.subject import ANOTHER, BUDGET, NEW_TOKENS, QUESTION, Subject, runs
 from evoprune.pruning.indices import ascending
 from evoprune.text import counted
 from evoprune.video.frames import read_frames
@@ -139,20 +132,14 @@ def batch(subject: Subject) -> Outcome:
     """A batch of two through `EvoPrune(...)(model)`: unpruned as the model alone, and pruned as each prompt by itself."""
     calls = [subject.about(subject.video, question=question).call for question in (QUESTION, ANOTHER)]
     both = _padded(calls)
-    stock = _last(subject, both)
+    stock = subject.last_logits(both)
     with PruningContext(budget=1.0)(subject.transformers):
-        unpruned = gap(_last(subject, both), stock, centred=True)
+        unpruned = gap(subject.last_logits(both), stock, centred=True)
     with PruningContext(budget=BUDGET)(subject.transformers):
-        alone = torch.cat([_last(subject, call) for call in calls])
-        pruned = gap(_last(subject, both), alone, centred=True)
+        alone = torch.cat([subject.last_logits(call) for call in calls])
+        pruned = gap(subject.last_logits(both), alone, centred=True)
     found = Gap(max(unpruned.mean, pruned.mean), max(unpruned.largest, pruned.largest))
     return judged(_beside(found, subject.logits_noise), found.limits(subject.logits_noise, 2))
-
-
-@torch.inference_mode()
-def _last(subject: Subject, call: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The logits behind the prompts of a call."""
-    return subject.transformers(**call, logits_to_keep=1, use_cache=False).logits[:, -1]
 
 
 def _padded(calls: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

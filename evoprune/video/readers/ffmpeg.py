@@ -18,33 +18,36 @@ from av.video.stream import VideoStream
 
 from evoprune.errors import VideoError
 from evoprune.model.limits import available_cores
-from evoprune.video.readers import heartbeat
 from evoprune.video.readers.signatures import FORMATS, not_a_video
 
 # Called with a number for each damaged packet or image: the same number for the same damage; None where the file breaks off.
 Damage = Callable[[int | None], None]
 Frames = Iterator[tuple[float, np.ndarray]]  # what readers return, see `readers`
 
-# Frame rate of a stream that states none; FFmpeg assumes the same.
-FALLBACK_FPS = 25.0
+FALLBACK_FPS = 25.0  # of a stream that states no frame rate; FFmpeg assumes the same
 # Containers that store the time of each frame, so that times are the same after a jump; others are read front to back.
 MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 SEEKABLE = (MOV, "matroska,webm", "mpegts")
 # Tags with more characters are left out, and all but some, because tags travel with every `Video`.
 TAG_CHARACTERS, MOST_TAGS = 4000, 200
-# Larger pictures are refused. 16K video, and photographs of 100 megapixels, are smaller.
-MAX_PIXELS = 2**27
+MAX_PIXELS = 2**27  # of pictures that are read: 16K video, and photographs of 100 megapixels, have fewer
 INCOMPLETE = (
     "is it a complete video file? An MP4 or MOV cut off before its index, usually at its end, cannot be read at all"
 )
-# More threads than this gain nothing, and each holds a picture.
-MAX_THREADS = 16
+MAX_THREADS = 16  # more gain nothing, and each holds a picture
 # Containers in which packet follows packet. At damage, FFmpeg searches for the next packet without an error.
 DENSE = ("matroska,webm", "flv")
 # Bytes between two packets that are no damage, beside twice the first packet's size (its transparency, for example).
 HEADERS = 2**12
-# A frame counts as on screen this much before its time: Matroska rounds times to the nearest millisecond.
-TOLERANCE_S = 0.0006
+TOLERANCE_S = 0.0006  # a frame counts as on screen so much before its time: Matroska rounds times to milliseconds
+
+
+def alive() -> None:
+    """Called after each frame or packet. A worker process reports it, because one that is silent for long counts as hung."""
+
+
+def picture_size(pixels: int) -> None:
+    """Called before pictures of so many pixels are decoded. The worker process raises its memory limit by it."""
 
 
 def ignore_damage(number: int | None) -> None: ...
@@ -127,7 +130,7 @@ def video_stream(container: InputContainer, path: str, *, threads: bool = False)
         hint = f"at most {MAX_PIXELS // 10**6} megapixels can be read; is it damaged?"
         raise VideoError(f"{path} says that its pictures have {width:,} x {height:,} pixels", hint)
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # a frame may state another size
-    heartbeat.picture_size(width * height)
+    picture_size(width * height)
     if threads:
         stream.thread_type, stream.codec_context.thread_count = "AUTO", thread_count()
     return stream
@@ -151,17 +154,18 @@ def nothing_decoded(path: str) -> VideoError:
 
 
 def packets(
-    container: InputContainer, stream: Stream, damaged: Damage = ignore_damage, *, alive: bool = False
+    container: InputContainer, stream: Stream, damaged: Damage = ignore_damage, *, every_stream: bool = False
 ) -> Iterator[Packet | None]:
     """Packets up to the end. If the file breaks off, the last one is None, which makes the decoder return what it still holds.
 
-    `damaged` is called where bytes were skipped, in containers that make it visible. `alive` reports progress also between packets.
+    `damaged` is called where bytes were skipped, in containers that make it visible. With `every_stream` the others are read too,
+    which reports progress between packets that are far apart.
     """
     dense = container.format.name in DENSE
     end, slack = None, 0
     try:
-        for count, packet in enumerate(container.demux() if dense or alive else container.demux(stream)):
-            heartbeat.alive()
+        for count, packet in enumerate(container.demux() if dense or every_stream else container.demux(stream)):
+            alive()
             if count > container.size:  # more packets than bytes: the index is a loop
                 raise av.error.InvalidDataError(0, "endless")
             if dense and packet.pos is not None:
@@ -191,7 +195,7 @@ def decoded_frames(
         if broken:
             damaged(None if packet is None else _stamp(packet))
         for frame in frames:
-            heartbeat.alive()
+            alive()
             if frame.is_corrupt:
                 damaged(_stamp(frame))
             yield frame

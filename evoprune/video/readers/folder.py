@@ -17,8 +17,7 @@ from evoprune.video.readers import ffmpeg
 from evoprune.video.readers.pixels import ORIENTATION_TAG, ORIENTATIONS, orientation, to_rgb, turned_size
 
 CONTAINER = "folder"
-# Larger files count as damaged.
-MAX_BYTES = 2**29
+MAX_BYTES = 2**29  # larger files count as damaged
 EXIF_MARKS, EXIF_FORMATS = (b"Exif\0\0", b"eXIf", b"EXIF"), ("JPEG", "PNG", "WEBP")
 SAME_SHAPE = 0.02  # by which the ratios of width and height of a video's images may differ, relative
 

@@ -20,7 +20,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import VideoError
-from evoprune.video.readers import ffmpeg, heartbeat
+from evoprune.video.readers import ffmpeg
 from evoprune.video.readers.pixels import orientation, to_rgb, turned_size
 
 _WEB, _RTSP = "http,https,httpproxy,tcp,tls,crypto", "rtsp,rtsps,rtp,udp,tcp,tls"
@@ -28,9 +28,8 @@ PROTOCOLS = {"http": _WEB, "https": _WEB, "rtsp": _RTSP, "rtsps": _RTSP, "udp": 
 FORMATS = (
     "mpegts,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,flv,avi,nut,ogg,asf,mpeg,mpegvideo,mjpeg,mpjpeg,h264,hevc,av1,ivf,gif"
 )
-PLAYLISTS = {scheme: ",hls,dash,aac,mp3,webvtt" for scheme in ("http", "https")} | dict.fromkeys(
-    ("rtsp", "rtsps"), ",rtsp,rtp,sdp"
-)
+_WEB_LISTS, _RTSP_LISTS = ",hls,dash,aac,mp3,webvtt", ",rtsp,rtp,sdp"
+PLAYLISTS = {"http": _WEB_LISTS, "https": _WEB_LISTS, "rtsp": _RTSP_LISTS, "rtsps": _RTSP_LISTS}
 JUMP_S, FILE_JUMP_S = 10.0, 600.0  # longer steps between two frames are no gaps, but another clock
 PROBED_US = 10**6  # of the source, in microseconds, is read before the first frame comes
 POLL_S = 0.05  # how often a file is asked whether it has grown
@@ -86,7 +85,6 @@ class LiveReader:
         frames[0] = to_rgb(*self._held, self._reformatter)
 
     def close(self) -> None:
-        """Ends the connection."""
         self._open.close()
 
     def _opened(self, descriptor: int | None) -> InputContainer:
@@ -109,7 +107,7 @@ class LiveReader:
             except av.error.FFmpegError:  # perhaps its beginning is not there yet
                 if not (path and self._follow) or time.monotonic() > end:
                     raise
-            heartbeat.alive()
+            ffmpeg.alive()
             time.sleep(POLL_S)
 
     def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
@@ -129,7 +127,7 @@ class LiveReader:
         """All frames; what cannot be decoded is left out, unless it is all there is for `timeout_s`."""
         latest = time.monotonic()
         for packet in self._packets():
-            heartbeat.alive()
+            ffmpeg.alive()
             try:
                 frames = self._stream.decode(packet)
             except (av.error.InvalidDataError, av.error.ArgumentError):
@@ -137,7 +135,7 @@ class LiveReader:
             for frame in frames:
                 if frame.width * frame.height > ffmpeg.MAX_PIXELS:
                     continue
-                heartbeat.picture_size(frame.width * frame.height)
+                ffmpeg.picture_size(frame.width * frame.height)
                 yield frame
                 latest = time.monotonic()  # not before: whoever takes it may be slow
             if time.monotonic() - latest > self._timeout_s:
@@ -185,7 +183,7 @@ class _Following:
         """The next bytes, up to so many; none at the end. Raises TimeoutError: a pipe was silent for too long."""
         end = time.monotonic() + self._timeout_s
         while True:
-            heartbeat.alive()
+            ffmpeg.alive()
             left = end - time.monotonic()
             if self._pipe and not select.select([self._file], [], [], min(1.0, max(0.0, left)))[0]:
                 if left <= 0:

@@ -1,8 +1,11 @@
-"""Metadata of a video file, read without decoding more than its first frame."""
+"""What is in a video file: `probe` decodes no more than its first frame, `scan` all of it."""
 
 import math
 import os
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 
 import av
 import numpy as np
@@ -11,15 +14,14 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from evoprune.errors import VideoError
-from evoprune.video.info import Video
-from evoprune.video.readers import ffmpeg, folder
+from evoprune.video.info import PICTURE, ScanResult, Video
+from evoprune.video.readers import ffmpeg, folder, pyav
 from evoprune.video.readers.pixels import orientation, turned_size
 from evoprune.video.readers.signatures import PICTURES, picture_format
 
 # The video's end is read from the packets of its last seconds: the frame displayed last is not always the one stored last.
 TAIL_S = 3.0
-# Frame intervals that differ by less are constant: Matroska rounds times to milliseconds.
-RATE_JITTER_S = 0.0025
+RATE_JITTER_S = 0.0025  # frame intervals that differ by less are constant: Matroska rounds times to milliseconds
 
 
 def probe(path: str, folder_fps: float) -> Video:
@@ -125,9 +127,8 @@ def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Pa
 def _all_packets(path: str) -> Iterator[Packet]:
     """Those of the stream that are not empty."""
     with ffmpeg.open_video(path) as container:
-        yield from (
-            p for p in ffmpeg.packets(container, ffmpeg.video_stream(container, path)) if p is not None and p.size
-        )
+        packets = ffmpeg.packets(container, ffmpeg.video_stream(container, path))
+        yield from (packet for packet in packets if packet is not None and packet.size)
 
 
 def _variable_rate(stream: VideoStream) -> bool | None:
@@ -135,3 +136,47 @@ def _variable_rate(stream: VideoStream) -> bool | None:
         return None  # only MP4 and related containers list every frame in advance
     steps = np.diff([entry.timestamp for entry in stream.index_entries])
     return bool(np.ptp(steps) * stream.time_base > RATE_JITTER_S)
+
+
+def scan(path: str, folder_fps: float) -> ScanResult:
+    """See `evoprune.video.probe.scan`."""
+    began = time.perf_counter()
+    info = probe(path, folder_fps)
+    if info.kind == PICTURE:
+        raise VideoError(f"{path} is a picture, which has nothing to scan", "leave out --scan")
+    reader = folder if info.container == folder.CONTAINER else pyav
+    damage, frames, end_s = set(), 0, 0.0
+    gaps, keyframes = Counter(), Counter()  # intervals by their length, rounded so that equal ones count together
+    with ffmpeg.reading(path):
+        for time_s, length_s, key in reader.intervals(info, damage.add):
+            if not frames:
+                first_s = last_s = key_s = time_s
+            else:
+                gaps[round(time_s - last_s, 4)] += 1
+                if key:
+                    keyframes[round(time_s - key_s, 4)] += 1
+                    key_s = time_s
+            frames, last_s, end_s = frames + 1, time_s, max(end_s, time_s + length_s)
+    if not frames:
+        raise ffmpeg.nothing_decoded(path)
+    keyframes[round(end_s - key_s, 4)] += 1
+    median_gap = _median(gaps)
+    irregular = sum(n for gap, n in gaps.items() if abs(gap - median_gap) > RATE_JITTER_S)
+    return ScanResult(
+        frames=frames,
+        damaged=len(damage),
+        duration_s=end_s - first_s,
+        stated_s=info.stated_s,
+        variable_rate=irregular > len(damage),
+        largest_gap_s=max(gaps, default=0.0),
+        keyframe_median_s=_median(keyframes),
+        keyframe_max_s=max(keyframes),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _median(counts: Counter[float]) -> float:
+    values = sorted(counts)
+    half = sum(counts.values()) / 2
+    sums = accumulate(counts[value] for value in values)
+    return next((value for value, so_far in zip(values, sums, strict=True) if so_far >= half), 0.0)

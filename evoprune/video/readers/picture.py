@@ -14,12 +14,11 @@ from PIL import Image, ImageOps, TiffImagePlugin, features
 
 from evoprune.errors import VideoError
 from evoprune.video.info import PICTURE, Video
-from evoprune.video.readers import ffmpeg, heartbeat
+from evoprune.video.readers import ffmpeg
 from evoprune.video.readers.pixels import ORIENTATION_TAG, ORIENTATIONS, turned_size
 from evoprune.video.readers.signatures import PICTURES, picture_format
 
-# Larger files are refused before they are read.
-MAX_BYTES = 2**29
+MAX_BYTES = 2**29  # larger files are refused before they are read
 CONVERT = "convert it to JPEG or PNG"
 ANIMATIONS = ("GIF", "PNG")  # formats whose animations are videos
 # Tags of a camera's raw file, whose first picture is a small one, and the value that says so.
@@ -114,8 +113,8 @@ def _opened(path: str) -> Iterator[Image.Image]:
         if os.stat(path).st_size > MAX_BYTES:
             raise too_large(path)
         with _header(path, name) as image:
-            heartbeat.alive()
-            heartbeat.picture_size(image.width * image.height)
+            ffmpeg.alive()
+            ffmpeg.picture_size(image.width * image.height)
             _check(image, path)
             yield image
     except (VideoError, MemoryError):

@@ -7,19 +7,12 @@ from evoprune.errors import VideoError
 HEAD = 4096  # bytes
 FORMATS = "MP4, MOV, MKV, WebM, AVI and GIF are read, most others that FFmpeg knows, pictures, and folders of images"
 OTHERS = {
-    b"#EXTM3U": "a playlist",
-    b"ffconcat version": "a playlist",
-    b"%PDF-": "a PDF document",
-    b"PK\x03\x04": "a ZIP archive or an office document",
-    b"\x1f\x8b": "a gzip archive",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"Rar!": "a RAR archive",
-    b"\x7fELF": "a program",
-    b"SQLite format 3": "a database",
-    b"\x93NUMPY": "a NumPy array",
-    b"\xff\xfe": "a text file",  # in UTF-16
-    b"\xfe\xff": "a text file",
-}
+    b"#EXTM3U": "a playlist", b"ffconcat version": "a playlist", b"%PDF-": "a PDF document",
+    b"PK\x03\x04": "a ZIP archive or an office document", b"\x1f\x8b": "a gzip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!": "a RAR archive", b"\x7fELF": "a program",
+    b"SQLite format 3": "a database", b"\x93NUMPY": "a NumPy array",
+    b"\xff\xfe": "a text file", b"\xfe\xff": "a text file",  # in UTF-16
+}  # fmt: skip
 MEDIA = (b"\x1aE\xdf\xa3", b"RIFF", b"FLV", b"OggS", b"\0\0\1", b"\x30\x26\xb2\x75", b"GIF8", b"YUV4MPEG2")
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof")  # of MP4 and MOV, after four bytes
 # Pictures, by Pillow's names of their formats. HEIC is recognised, and refused.

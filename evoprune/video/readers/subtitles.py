@@ -15,7 +15,7 @@ from av.subtitles.stream import SubtitleStream
 
 from evoprune.errors import VideoError
 from evoprune.video.info import AUTO_SUBTITLES, SubtitleLine, Subtitles
-from evoprune.video.readers import ffmpeg, heartbeat
+from evoprune.video.readers import ffmpeg
 
 ENDINGS = (".srt", ".vtt", ".ass", ".ssa")  # of files beside a video, the preferred one first
 LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")  # between a video's name and the ending: .en, .pt-BR
@@ -63,7 +63,7 @@ def _beside(path: str) -> tuple[str | None, str | None]:
     exact, others = {}, []
     with os.scandir(folder or ".") as entries:
         for entry in entries:
-            heartbeat.alive()
+            ffmpeg.alive()
             front, ending = os.path.splitext(entry.name)
             if not front.startswith(stem) or ending.lower() not in ENDINGS:
                 continue
@@ -156,7 +156,7 @@ def _cues(
     """The start and the end of each cue, in seconds, and its text lines. Adds a warning where something cannot be read."""
     hidden, size = _codec(stream) in ("ass", "ssa"), 0
     tick, per = stream.time_base.as_integer_ratio()  # fractions would take half of the time
-    for packet in ffmpeg.packets(container, stream, alive=True):
+    for packet in ffmpeg.packets(container, stream, every_stream=True):
         if packet is not None and (packet.pts is None or not packet.size):
             continue
         texts = None
@@ -194,7 +194,7 @@ def _lines(cues: Iterable[tuple[float, float, list[str]]]) -> list[SubtitleLine]
     made: list[list] = []
     on_screen: dict[str, list] = {}  # the line that last held each text
     for start, end, texts in sorted(cues, key=lambda cue: cue[:2]):
-        heartbeat.alive()
+        ffmpeg.alive()
         new = []
         for text in texts:
             before = on_screen.get(text)

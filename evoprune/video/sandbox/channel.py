@@ -28,11 +28,8 @@ class Channel:
     """One end of a connected Unix socket. Sending and receiving may raise OSError; the caller closes a `descriptor` that came."""
 
     def __init__(self, end: socket.socket, descriptors: int = 0):
-        self._socket, self._descriptors, self._reported = (
-            end,
-            descriptors,
-            0.0,
-        )  # a message may bring so many descriptors
+        self._socket, self._reported = end, 0.0
+        self._descriptors = descriptors  # that a message may bring
 
     def send(self, message: dict, descriptor: int | None = None) -> None:
         content = json.dumps(message).encode()

@@ -28,17 +28,12 @@ from evoprune.video.sandbox.channel import Channel, FrameMemory
 if TYPE_CHECKING:
     import numpy as np
 
-# How many processes are kept for later videos.
-MAX_IDLE = 2
-
+MAX_IDLE = 2  # processes that are kept for later videos
+SILENCE_S = 25.0  # a worker that reports no progress for so long counts as hung
 # Elsewhere everything runs in this process, and FFmpeg is trusted. The executable of a frozen program is no Python.
 POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
-
 # uint8 [n, H, W, 3], the time of each frame in seconds, and the number of damaged packets met on the way.
 FilledArray = tuple["np.ndarray", list[float], int]
-
-# A worker that reports no progress for this long counts as hung, in seconds.
-SILENCE_S = 25.0
 # What the process runs. It imports from the same paths as this one.
 PROGRAM = "import sys; sys.path[:] = {paths}; from evoprune.video.sandbox.worker import main; main({socket})"
 ERRORS = {error.type: error for error in (UsageError, VideoError, OutOfMemory)}
@@ -148,8 +143,8 @@ class WorkerProcess:
         self._process.kill()
 
     def end(self) -> None:
-        """Kill the process, whatever it does, and forget it."""
-        self._process.kill()
+        """Kill the process, and forget it."""
+        self.kill()
         self._process.stdin.close()
         self._channel.close()
         self._stderr.close()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from evoprune.video.info import PICTURE, Video
-from evoprune.video.readers import decord, folder, heartbeat, metadata, pyav, scan, subtitles
+from evoprune.video.readers import decord, ffmpeg, folder, metadata, pyav, subtitles
 
 
 def check_decord(info: dict[str, Any] | None) -> None:
@@ -17,7 +17,7 @@ def check_decord(info: dict[str, Any] | None) -> None:
         decord.check(Video(**info))
 
 
-TASKS = {"probe": metadata.probe, "scan": scan.scan, "check_decord": check_decord, "subtitles": subtitles.read}
+TASKS = {"probe": metadata.probe, "scan": metadata.scan, "check_decord": check_decord, "subtitles": subtitles.read}
 
 
 def run(task: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
@@ -30,7 +30,7 @@ class FrameReader:
     """The frames on screen at given times, in order; arguments as of `isolation.stream_frames`."""
 
     def __init__(self, info: Video, times_s: Sequence[float], decoder: str):
-        heartbeat.picture_size(info.width * info.height)
+        ffmpeg.picture_size(info.width * info.height)
         if info.kind == PICTURE:
             from evoprune.video.readers import picture as reader  # Pillow's import would delay every video
         else:
@@ -47,7 +47,7 @@ class FrameReader:
         for slot in frames:
             time, slot[:] = next(self._frames)
             times.append(time)
-            heartbeat.alive()
+            ffmpeg.alive()
         return times, len(self._damaged) - before
 
     def close(self) -> None:

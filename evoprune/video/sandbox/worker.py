@@ -26,7 +26,7 @@ import numpy as np
 
 from evoprune.errors import EvopruneError, VideoError
 from evoprune.video.info import Video
-from evoprune.video.readers import heartbeat
+from evoprune.video.readers import ffmpeg
 from evoprune.video.readers.live import LiveReader
 from evoprune.video.sandbox.channel import Channel
 from evoprune.video.sandbox.tasks import FrameReader, run
@@ -43,7 +43,7 @@ def main(descriptor: int) -> None:
     _end_with(0)
     _confine()
     channel = Channel(socket.socket(fileno=descriptor), descriptors=1)
-    heartbeat.alive, heartbeat.picture_size = channel.report_alive, _allow
+    ffmpeg.alive, ffmpeg.picture_size = channel.report_alive, _allow
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the other end is closed
         _serve(channel)
 

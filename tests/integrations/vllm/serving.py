@@ -9,9 +9,8 @@ import numpy as np
 import evoprune
 from evoprune.integrations.vllm import PREFIX
 from evoprune.pipeline.answering import EncodedInputs
-from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import SamplingOptions
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pipeline.video_qa import VideoQA, open_inputs
 from evoprune.video.frames import read_frames
 
 DEMO = Path(evoprune.__file__).parent / "demo" / "weights"

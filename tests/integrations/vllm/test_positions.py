@@ -5,7 +5,6 @@ import torch
 
 from evoprune.integrations.vllm.positions import (
     LIMIT,
-    Placeholders,
     as_columns,
     from_columns,
     generated_offset,
@@ -37,7 +36,7 @@ def prompt(per_second, share=0.3):
         columns += [whole + i for i in range(text)] + (whole + text + chosen).tolist()
         ids += [TEXT] * text
         spans.append(VisualSpan(whole + text, grid, seconds))
-        items.append(Placeholders(VisualSpan(len(ids), grid, seconds), keep))
+        items.append((VisualSpan(len(ids), grid, seconds), keep))
         ids += [kind] * keep
         whole += text + units
         kept += [chosen] if kind == VIDEO else []
@@ -108,7 +107,7 @@ def test_the_bias_travels_with_the_positions_exactly(dtype, number):
 
 
 def test_an_unpruned_video_has_its_positions_from_the_start():
-    items = [Placeholders(VisualSpan(2, (3, 2, 2), 0.7), 12)]
+    items = [(VisualSpan(2, (3, 2, 2), 0.7), 12)]
     positions, offset = known_positions(17, items, 2.0)
-    right = prompt_positions(17, [items[0].span], 2.0)
+    right = prompt_positions(17, [items[0][0]], 2.0)
     assert torch.equal(positions, right) and offset == int(right.max()) + 1 - 17

@@ -10,9 +10,8 @@ import torch
 from evoprune.model.config import MODEL_TYPES
 from evoprune.pipeline.loading.model import load_model
 from evoprune.profiling.time_limit import TimeLimit
-from evoprune.profiling.verify.checks import CHECKS
 from evoprune.profiling.verify.outcome import DIFFERS, HELD, SKIPPED, Check, gap, judged
-from evoprune.profiling.verify.run import subject_of, verify
+from evoprune.profiling.verify.run import CHECKS, subject_of, verify
 from evoprune.profiling.verify.subject import QUESTION
 from evoprune.profiling.verify.wide import computing_in
 from tests.profiling.verify.faults import FAULTS, QWEN3_FAULTS

@@ -1,0 +1,91 @@
+"""What every method must beat: nothing pruned, random tokens, fewer or smaller frames, and average pooling."""
+
+from dataclasses import dataclass
+
+import torch
+
+from evoprune.methods.base import InputMethod, Method, Selector
+from evoprune.pruning.budget import spread
+from evoprune.pruning.encoder_plan import Grid
+from evoprune.pruning.indices import ascending
+from evoprune.pruning.ranking import of_pairs
+from evoprune.pruning.shapes import smaller_frame
+from evoprune.pruning.types import Selection, Tokens
+
+
+@dataclass(frozen=True)
+class Nothing(Method):
+    """The language model reads every token, whatever the budget is."""
+
+    source = "this project; the unpruned model"
+
+
+@dataclass(frozen=True)
+class Random(Selector):
+    """Draws without replacement inside each frame pair, seeded with `tokens.seed`."""
+
+    name = "random"
+    source = "this project; a common baseline"
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
+        generator = torch.Generator("cpu").manual_seed(tokens.seed)  # the same draw on every device
+        drawn = (
+            torch.randperm(per_pair, generator=generator, dtype=torch.int64, device="cpu")[:share].sort().values
+            for share in spread(keep, pairs)
+        )
+        return of_pairs(drawn, per_pair)
+
+
+@dataclass(frozen=True)
+class Subsample(InputMethod):
+    """Fewer whole frame pairs, at least one."""
+
+    name = "subsample"
+    source = "arXiv 2605.30010, a baseline there"
+
+    def resize(self, grid: Grid, keep: int) -> Grid:
+        count, height, width = grid
+        return min(count, max(1, keep // (height * width))), height, width
+
+
+@dataclass(frozen=True)
+class Downscale(InputMethod):
+    """As many frame pairs, of smaller frames: whole units in nearly the same ratio, at least one."""
+
+    name = "downscale"
+    source = "VTC-Bench, a baseline there"
+
+    def resize(self, grid: Grid, keep: int) -> Grid:
+        count, height, width = grid
+        return count, *smaller_frame(height, width, keep // count)
+
+
+@dataclass(frozen=True)
+class Pool(Selector):
+    """Means of blocks of neighbouring tokens.
+
+    A block lies inside one frame pair, unless there are fewer tokens than frame pairs: then it spans whole ones.
+    """
+
+    name = "pool"
+    source = "arXiv 2605.30010, a baseline there"
+    exact = False
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        count, height, width = tokens.grid
+        pairs = min(count, keep)
+        shape = (pairs, *smaller_frame(height, width, keep // pairs))
+        sizes, device = zip(tokens.grid, shape, strict=True), tokens.owner.device
+        block, middle = zip(*(_blocks(n, blocks, device) for n, blocks in sizes), strict=True)
+        places = torch.meshgrid(*middle, indexing="ij")
+        kept = (places[0] * height + places[1]) * width + places[2]
+        blocks = torch.meshgrid(*block, indexing="ij")
+        owner = (blocks[0] * shape[1] + blocks[1]) * shape[2] + blocks[2]
+        return Selection(kept.flatten(), owner.flatten())
+
+
+def _blocks(length: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 `[length]`, which of `count` blocks of nearly equal length each place is in; int64 `[count]`, their middle places."""
+    edges = ascending(count + 1, device) * length // count
+    return ascending(count, device).repeat_interleave(edges.diff()), (edges[:-1] + edges[1:] - 1) // 2

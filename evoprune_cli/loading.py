@@ -1,0 +1,86 @@
+"""How commands load a model: enough memory, memory that is kept, no garbage collections in imports, and notes about the model."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from evoprune.model.limits import check_libraries, keep_freed_memory
+from evoprune.pipeline.options import PipelineOptions
+from evoprune_cli.terminal import tell
+
+if TYPE_CHECKING:
+    from evoprune.pipeline.engine import Engine
+    from evoprune.pipeline.video_qa import VideoQA
+
+LARGE_MODEL = 2**30  # bytes of weights
+
+
+def prepare() -> None:
+    """To be called before torch is imported. Raises OutOfMemory: there is not even memory for the libraries."""
+    check_libraries()
+    keep_freed_memory()
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Imports inside are an eighth faster: Python does not search a hundred thousand new objects for garbage again and again.
+
+    Nothing that is imported is ever garbage, so later collections leave it out too.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def load(options: PipelineOptions, show: Callable[..., None], quiet: bool) -> "VideoQA":
+    """The model of `ask` and `watch`. `show`: of `terminal.progress`."""
+    prepare()
+    with without_collections():
+        from evoprune.pipeline.video_qa import VideoQA
+
+    show("loading model")
+    qa = VideoQA.load(loading=options.model, pruning=options.pruning, progress=partial(show, "quantizing"))
+    note_model(qa.engine, quiet)
+    return qa
+
+
+def note_model(engine: "Engine", quiet: bool) -> None:
+    """Says on stderr what would make a model faster, or show what pruning changes."""
+    if not quiet:
+        note_tuning(engine)
+        note_bits(engine)
+
+
+def note_tuning(engine: "Engine") -> None:
+    """Says once for a model, on stderr, that what pruning changes in its answers can be measured, unless it was."""
+    loaded = engine.loaded
+    real = loaded.fingerprint is not None and loaded.load_format != "dummy" and not loaded.is_demo
+    if not real or engine.tuned or not engine.method.acts_at(engine.share):
+        return
+    from evoprune.pipeline.saved import never_tuned
+
+    if never_tuned(loaded.fingerprint, lambda: loaded.weights_fingerprint):
+        tell(
+            f"note: this model was never tuned: evoprune tune VIDEO... -m {loaded.id} shows what pruning changes in its answers"
+        )
+
+
+def note_bits(engine: "Engine") -> None:
+    """Says on stderr that 8 bits would be faster, where a large model computes in fp32 because the CPU has no bf16 products."""
+    loaded = engine.loaded
+    usual = (loaded.dtype, loaded.device, loaded.quantize) == ("fp32", "cpu", "none")
+    if not usual or loaded.weights_bytes < LARGE_MODEL:
+        return
+    from evoprune.model.quantize import kinds
+
+    if "int8" in kinds(loaded.model.device):
+        gain = "about twice as fast, less exact, and takes a third of the memory"
+        tell(f"note: fp32 on this CPU; --quantize int8 is {gain}")
