@@ -20,7 +20,16 @@ from evoprune.model.precision import (
     parse_threads,
     short_dtype,
 )
-from evoprune.pruning.budget import AUTO_MOST, AUTOS, DEFAULT, PRESETS, PRESETS_IN_WORDS, TUNED, parse_budget_or_name, plain
+from evoprune.pruning.budget import (
+    AUTO_MOST,
+    AUTOS,
+    DEFAULT,
+    PRESETS,
+    PRESETS_IN_WORDS,
+    TUNED,
+    parse_budget_or_name,
+    plain,
+)
 from evoprune.video.info import NO_SUBTITLES, PICTURE, VIDEO, Video
 from evoprune.video.sampling import check_sampling, parse_time
 
