@@ -20,16 +20,7 @@ from evoprune.model.precision import (
     parse_threads,
     short_dtype,
 )
-from evoprune.pruning.budget import (
-    AUTO_MOST,
-    AUTOS,
-    DEFAULT,
-    PRESETS,
-    PRESETS_IN_WORDS,
-    TUNED,
-    parse_budget_or_name,
-    plain,
-)
+from evoprune.pruning.budget import AUTO_MOST, AUTOS, DEFAULT, IN_WORDS, PRESETS, TUNED, parse_budget_or_name, plain
 from evoprune.video.info import NO_SUBTITLES, PICTURE, VIDEO, Video
 from evoprune.video.sampling import check_sampling, parse_time
 
@@ -138,7 +129,7 @@ class PruneOptions:
     budget: float | str = option(
         DEFAULT,
         "Share of visual tokens kept: 0.1 or 10%, or a preset, here with the accuracy that demo models keep and the speed of the "
-        f"first token at 3B dimensions: {PRESETS_IN_WORDS}. "
+        f"first token at 3B dimensions: {IN_WORDS}. "
         "A preset keeps more of a still than of a video; full prunes nothing. -b auto lets the content decide, auto:inflection "
         "a method's scores; -b tuned is what was tuned for the model, method included.",
         "-b",

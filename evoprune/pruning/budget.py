@@ -48,7 +48,7 @@ PRESETS = {
 # Accuracy kept in the worst of the demo's worlds and weights, in percent, and first token against Hugging Face
 # (results/frontier.md).
 MEASURED = {"high": (97.9, 2.0), "balanced": (97.1, 2.8), "fast": (94.9, 4.4)}
-PRESETS_IN_WORDS = ", ".join(
+IN_WORDS = ", ".join(
     f"{name} ({float(PRESETS[name]):g}; stills {PRESETS[name].still:g}; {kept}%, {speed}x)"
     for name, (kept, speed) in MEASURED.items()
 )
