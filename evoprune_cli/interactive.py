@@ -38,17 +38,22 @@ def converse(talk: Conversation, questions: list[str], inputs: Sequence[str]) ->
         answer(talk, question, typed=True)
 
 
-def answer(talk: Conversation, question: str, typed: bool = False, identity: str | None = None) -> bool:
-    """Answers a question; Ctrl-C and a question that cannot be asked end no more than that. Whether it could be asked."""
+def answer(
+    talk: Conversation, question: str, typed: bool = False, identity: str | None = None, goes_on: bool = True
+) -> bool:
+    """Answers a question; one that cannot be asked ends nothing, nor, with `goes_on`, does Ctrl-C. Whether it could be asked."""
+    before = talk.answered
     try:
         talk.answer(question, typed, identity)
-    except KeyboardInterrupt as stop:
-        talk.break_off(stop, [question])
-        note()  # ends the line on which the terminal printed ^C
     except UsageError as problem:
         talk.break_off(problem, [question])
         print_error(problem.message, problem.hint)
         return False
+    except BaseException as problem:
+        talk.break_off(problem, [question] if talk.answered == before else [])
+        if not (goes_on and isinstance(problem, KeyboardInterrupt)):
+            raise
+        note()  # ends the line on which the terminal printed ^C
     return True
 
 

@@ -148,7 +148,7 @@ def _run(request: Request, source: LiveSource, options: PipelineOptions) -> int:
 
 
 class _Session:
-    """A stream that is asked about while it is fed."""
+    """A stream that is asked about while it is fed. Ctrl-C ends the answer to a typed question, otherwise the command."""
 
     def __init__(self, request: Request, talk: Conversation, stream, feed, device: str):
         self._request, self._talk, self._stream, self._feed, self._device = request, talk, stream, feed, device
@@ -221,7 +221,7 @@ class _Session:
         if self.begin:
             self.begin()
             self.begin = None
-        self._failed += not answer(self._talk, question, **how)
+        self._failed += not answer(self._talk, question, **how, goes_on=self._request.prompt)
 
     def _show(self) -> None:
         """Writes the status line anew, now and then, over the one before."""

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from evoprune_cli.conversation import Conversation
 from tests.cli.test_interactive import ROOT, endless, keyboard  # noqa: F401 (fixtures)
 from tests.video.files import numbered_frames, write_video
 from tests.video.streaming import streams
@@ -130,6 +131,9 @@ def test_a_pipe_that_is_interrupted():
         stderr=subprocess.PIPE,
         env=ENVIRONMENT,
         cwd=ROOT,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # ignored, where tests run in the background
     )
     clip = (ROOT / "samples" / "vanish.webm").read_bytes()
     threading.Thread(target=lambda: (process.stdin.write(clip), process.stdin.flush()), daemon=True).start()
@@ -137,9 +141,24 @@ def test_a_pipe_that_is_interrupted():
     assert record["answer"] and record["video"]["path"] == "standard input"
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) in (-signal.SIGINT, 130)
+    assert process.wait(60) == -signal.SIGINT
     assert b"Traceback" not in process.stderr.read()
     process.stdin.close()
+
+
+@pytest.mark.parametrize(("where", "reason"), [("_say", "interrupt"), ("_finish", "stop")])
+def test_ctrl_c_in_an_answer_ends_what_nobody_types(cli, monkeypatch, where, reason):
+    """Before the first token, and when the record is printed: one record of that question, and none of the next."""
+
+    def interrupted(self, *args):
+        if where == "_finish":
+            real(self, *args)
+        raise KeyboardInterrupt
+
+    real = getattr(Conversation, where)
+    monkeypatch.setattr(Conversation, where, interrupted)
+    result = cli("watch", CLIP, *ASKED, "-Q", MORE, "--json")
+    assert result.code == 130 and result.record["question"] == QUESTION and result.record["finish_reason"] == reason
 
 
 @pytest.mark.full
