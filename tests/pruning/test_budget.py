@@ -1,6 +1,8 @@
 import math
 import pickle
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from evoprune.errors import UsageError
 from evoprune.pruning.budget import (
     DEFAULT,
+    IN_WORDS,
     PRESETS,
     apportion,
     keep_count,
@@ -138,3 +141,12 @@ def test_apportion_by_hand():
     assert apportion(10, [8, 1, 1], [2, 3, 10]) == [2, 3, 5]
     assert apportion(5, [0, 0], [9, 9]) == [3, 2] and apportion(5, [1, 0], [3, 9]) == [3, 2]
     assert apportion(99, [1, 2], [3, 4]) == [3, 4] and apportion(0, [1, 2], [3, 4]) == [0, 0]
+
+
+def test_the_help_says_of_presets_what_the_guide_says():
+    said = re.findall(r"(\w+) \(([\d.]+); (?:accuracy )?([\d.]+%), ([\d.]+)x", IN_WORDS)
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text("utf-8")
+    for name, share, kept, speed in said:
+        assert share == f"{float(PRESETS[name]):g}"
+        assert f"| `-b {name}` | {share} | {PRESETS[name].still:g} | {kept} | {speed} times |" in guide
+    assert ["full", *(each[0] for each in said)] == list(PRESETS)
