@@ -172,7 +172,7 @@ def measure(names: list[str], model: str, dtype: str, rounds: int) -> list[str]:
             f"{faster:.2f}",
             f"{wall:.2f}",
             f"{sooner:.2f}",
-            f"{AT_ONCE / all_at_once['wall']:.2f}",
+            f"{AT_ONCE / all_at_once['wall']:.2g}",
             f"{all_at_once['peak'] / 2**30:.2f}",
         )
         rows.append(f"| {' | '.join(cells)} |")

@@ -5,6 +5,7 @@ Pruned columns leave gaps among the positions (`prompt.prompt_positions`).
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -69,7 +70,7 @@ class Visual:
         if len(kept) and (kept[0] < 0 or kept[-1] > most or bool((kept.diff() <= 0).any())):
             raise ValueError(f"kept visual tokens must ascend within 0..{most}")
 
-    @property
+    @cached_property
     def columns(self) -> torch.Tensor:
         """int64 `[K]` on the CPU, the columns of the kept tokens in the unpruned prompt."""
         return self.place.columns[self.kept]
@@ -83,19 +84,19 @@ def embed_prompt(model, input_ids: torch.Tensor, visuals: Sequence[Visual]) -> t
 
     Raises ModelError: an id that the model does not know.
     """
-    stays, text = (torch.ones(len(input_ids), dtype=torch.bool, device="cpu") for _ in range(2))
+    stays = torch.ones(len(input_ids), dtype=torch.bool, device="cpu")
     for visual in visuals:
         for run in visual.place.left_out(visual.kept):
             stays[run.start : run.stop] = False
-        stays[visual.place.columns] = text[visual.place.columns] = False
+        stays[visual.place.columns] = False
         stays[visual.columns] = True
     columns = stays.nonzero()[:, 0]
     with torch.inference_mode():
-        known = torch.where(text, input_ids.cpu(), 0)  # the model need not know the ids of placeholders
-        embeds = embed_ids(model, known[columns])
-        at = to_device(text[columns].logical_not().nonzero()[:, 0], embeds.device)
+        at = torch.searchsorted(columns, torch.cat([visual.columns for visual in visuals]))
+        # The model need not know the ids of placeholders.
+        embeds = embed_ids(model, input_ids.cpu()[columns].index_fill_(0, at, 0))
         features = torch.cat([visual.features.to(embeds) for visual in visuals])
-        return embeds.index_copy(0, at, features), columns
+        return embeds.index_copy_(0, to_device(at, embeds.device), features), columns
 
 
 def column_sizes(visuals: Sequence[Visual], columns: torch.Tensor) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import torch
@@ -87,7 +88,7 @@ class Place:
         """How many placeholders."""
         return sum(map(len, self.runs))
 
-    @property
+    @cached_property
     def columns(self) -> torch.Tensor:
         """int64, on the CPU, of the placeholders."""
         return torch.cat([ascending(len(run), "cpu") + run.start for run in self.runs])
