@@ -50,9 +50,9 @@ def available_memory(root: Path = ROOT) -> int | None:
     count as available, because the system drops them when memory is short.
     """
     try:
-        free = kib(root / "proc/meminfo", "MemAvailable")
-        mapped = kib(root / "proc/self/status", "VmSize")
-    except (OSError, StopIteration):
+        (free,) = kib(root / "proc/meminfo", "MemAvailable")
+        (mapped,) = kib(root / "proc/self/status", "VmSize")
+    except (OSError, KeyError):
         return None
     groups = (left for folder in _groups("memory", root) for left in _left(folder))
     return min(free, _left_of_address_space(mapped), *groups)
@@ -139,10 +139,10 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
             yield from (mounted / inner for inner in (folder, *folder.parents))
 
 
-def kib(path: Path, name: str) -> int:
-    """A figure in kibibytes of a file in /proc, in bytes."""
-    with path.open() as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+def kib(path: Path, *names: str) -> list[int]:
+    """Figures in kibibytes of a file in /proc, in bytes. Raises OSError: no such file. KeyError: no such figure."""
+    found = dict(line.partition(":")[::2] for line in path.read_text("utf-8", "replace").splitlines())
+    return [int(found[name].split()[0]) * 1024 for name in names]
 
 
 def _left_of_address_space(mapped: int) -> float:

@@ -46,8 +46,8 @@ def peak_memory(device: str) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     try:
         # Not getrusage: on Linux its peak includes the process that started this one.
-        return limits.kib(Path("/proc/self/status"), "VmHWM")
-    except (OSError, StopIteration):
+        return limits.kib(Path("/proc/self/status"), "VmHWM")[0]
+    except (OSError, KeyError):
         pass
     try:
         import resource
@@ -58,12 +58,12 @@ def peak_memory(device: str) -> int | None:
 
 def memory_in_use(device: str) -> tuple[int | None, int | None]:
     """Bytes of this process now: its own, and pages of files mapped into memory. None where unknown, and on CUDA."""
-    status = Path("/proc/self/status")
     if device.startswith("cuda"):
         return None, None
     try:
-        return limits.kib(status, "RssAnon") + limits.kib(status, "RssShmem"), limits.kib(status, "RssFile")
-    except (OSError, StopIteration):
+        own, shared, mapped = limits.kib(Path("/proc/self/status"), "RssAnon", "RssShmem", "RssFile")
+        return own + shared, mapped
+    except (OSError, KeyError):
         return None, None
 
 

@@ -294,7 +294,7 @@ import numpy as np
 from evoprune.model.limits import keep_freed_memory, kib
 
 def own():
-    return kib(Path("/proc/self/status"), "RssAnon")
+    return kib(Path("/proc/self/status"), "RssAnon")[0]
 
 def work():
     before = own()
