@@ -131,9 +131,8 @@ def test_a_pipe_that_is_interrupted():
         stderr=subprocess.PIPE,
         env=ENVIRONMENT,
         cwd=ROOT,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        ),  # ignored, where tests run in the background
+        # Where tests run in the background, the signal is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     clip = (ROOT / "samples" / "vanish.webm").read_bytes()
     threading.Thread(target=lambda: (process.stdin.write(clip), process.stdin.flush()), daemon=True).start()

@@ -53,7 +53,7 @@ def test_everything_holds(folders, name):
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", ["demo", *MODEL_TYPES])
+@pytest.mark.parametrize("name", ["demo", "demo-scenes", *MODEL_TYPES])
 def test_all_of_it_holds_in_every_dtype(folders, name, dtype):
     results = verified(folders.get(name, name), dtype=dtype)
     assert_held(results)
