@@ -1,7 +1,7 @@
 """A model whose features ripen late: the demo model with layers in front of its tower that change nothing.
 
-    python -m experiments.late_tower runs/late --layers 4
-    evoprune tune samples/*.mp4 -m runs/late
+    python -m experiments.late_tower runs/late --clips runs/late-clips
+    evoprune tune runs/late-clips/* -m runs/late
 
 The first new layer adds a large constant to every feature, the last one takes it away, and those between add nothing: all answers
 stay the same. A selection between them sees features that are almost alike, so what is right for the demo model is wrong here.
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from evoprune.demo.worlds import SHAPES
+from evoprune.evaluation.demo_clips import clips_asked
 from evoprune.pipeline.loading.folder import DEMO_FOLDER
 
 BLOCK = re.compile(r"^((?:model\.)?visual\.blocks\.)(\d+)(\..*)$")
@@ -57,13 +59,25 @@ def late_tower(folder: Path, layers: int, common: float = 0.0, source: Path = DE
     save_file(made, folder / "model.safetensors", {"format": "pt"})
 
 
+def write_clips(folder: Path, block: int, count: int = 16) -> None:
+    """Writes the first validation clips of a block as files, to tune on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in clips_asked([SHAPES.name], "validation", block, count):
+        clip = SHAPES.make(name.split, name.seed)
+        SHAPES.write(clip, folder / f"{name}{SHAPES.suffix(clip)}", SHAPES.crf[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--common", type=float, default=300.0)
+    parser.add_argument("--clips", type=Path, help="a folder for 16 validation clips of the block")
+    parser.add_argument("--block", type=int, default=34)
     args = parser.parse_args()
     late_tower(args.folder, args.layers, args.common)
+    if args.clips:
+        write_clips(args.clips, args.block)
 
 
 if __name__ == "__main__":
