@@ -175,9 +175,9 @@ class _Run:
         """The rows after the layers before the first selection, or after all layers; and their DeepStack features."""
         layers = self.plan.spans[0]
         reduction = _reduction(self.plan, range(chunk.first, chunk.first + chunk.pairs), self.checks.failed)
-        for layer in layers:
-            self.computed[layer] += reduction.computed(layer, layout)
-        run = LayerRun(self.visual, self.timer, reduction, self.carried, self.gathering, on_layer=self.pause)
+        run = LayerRun(
+            self.visual, self.timer, self.computed, reduction, self.carried, self.gathering, on_layer=self.pause
+        )
         return *run_layers(run, layers, x, layout), run.deepstack
 
     def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout, deepstack: torch.Tensor) -> None:
@@ -237,7 +237,6 @@ class _Run:
 
     def run_later_layers(self, rows: VideoRows, stage: Stage, layers: range) -> VideoRows:
         """The selected rows after `layers`, which run on the whole video at once, or on chunks of whole frame pairs."""
-        self.computed[layers.start : layers.stop] = [len(rows.unit)] * len(layers)
         if isinstance(stage.reduce, WholePairs):
             at_once = -(-self.chunk_units // self.geometry.units) * self.geometry.units
             pieces = list(zip(rows.x.split(at_once), rows.deepstack.split(at_once), strict=True))
@@ -245,8 +244,8 @@ class _Run:
             return VideoRows(*map(torch.cat, zip(*made, strict=True)), rows.unit, rows.owner)
         layout, order = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.owner)
         layout, carried = self.segment.enter(layout) if self.segment else (layout, None)
-        run = LayerRun(self.visual, self.timer, carried=carried, mlp_rows=self.piece, on_layer=self.after_layer)
-        run.deepstack = rows.deepstack[order]
+        how = {"carried": carried, "mlp_rows": self.piece, "deepstack": rows.deepstack[order]}
+        run = LayerRun(self.visual, self.timer, self.computed, on_layer=self.after_layer, **how)
         x, rows.x = rows.x[order], None  # frees the rows in the old order
         x, _ = run_layers(run, layers, x, layout)
         if self.segment:
@@ -259,8 +258,9 @@ class _Run:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of whole frame pairs and their DeepStack features after `layers`, which are reported if these rows are the last."""
         layout = full_layout(self.geometry, len(x) // self.geometry.units)
-        run = LayerRun(self.visual, self.timer, gathering=self.gathering, deepstack=deepstack[layout.unit])
-        run.on_layer = self.after_layer if last else self.pause
+        how = {"gathering": self.gathering, "deepstack": deepstack[layout.unit]}
+        on_layer = self.after_layer if last else self.pause
+        run = LayerRun(self.visual, self.timer, self.computed, on_layer=on_layer, **how)
         order = layout.unit.argsort()
         x, _ = run_layers(run, layers, x[layout.unit], layout)
         if self.gathering:

@@ -30,10 +30,6 @@ def layers_of(visual) -> Layers:
     return LAYERS[vision_sizes(visual.config).family]
 
 
-def _rms(module, x: torch.Tensor) -> torch.Tensor:
-    return norm(x, module.weight)
-
-
 def _gated(mlp, x: torch.Tensor, plus: torch.Tensor) -> torch.Tensor:
     hidden = linear(mlp.up_proj, x, times=linear(mlp.gate_proj, x, silu=True))
     return linear(mlp.down_proj, hidden, plus=plus)
@@ -53,7 +49,11 @@ def _tanh_gelu(mlp, x: torch.Tensor, plus: torch.Tensor) -> torch.Tensor:
     return linear(mlp.linear_fc2, F.gelu(linear(mlp.linear_fc1, x), approximate="tanh"), plus=plus)
 
 
-LAYERS = {QWEN2_5: Layers(_rms, _gated), QWEN2: Layers(_layer, _quick_gelu), QWEN3: Layers(_layer, _tanh_gelu)}
+LAYERS = {
+    QWEN2_5: Layers(lambda module, x: norm(x, module.weight), _gated),
+    QWEN2: Layers(_layer, _quick_gelu),
+    QWEN3: Layers(_layer, _tanh_gelu),
+}
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -90,18 +90,13 @@ def _resampled(x: torch.Tensor, count: int) -> torch.Tensor:
     return torch.lerp(x[low], x[low + 1], (at - low).view(-1, *[1] * (x.ndim - 1)))
 
 
-def merge_patches(visual, x: torch.Tensor) -> torch.Tensor:
-    """The tokens for the language model, `[R, D]`, from the last layer's rows `[R, 4, hidden]`."""
-    return _merged(visual, visual.merger, x)
+def merge_patches(visual, x: torch.Tensor, number: int | None = None) -> torch.Tensor:
+    """The tokens for the language model, `[R, D]`, from the last layer's rows `[R, 4, hidden]`.
 
-
-def deepstack(visual, number: int, x: torch.Tensor) -> torch.Tensor:
-    """The features `[R, D]` for layer `number` of the language model, from rows `[R, 4, hidden]` of the tower's layer for it."""
-    return _merged(visual, visual.deepstack_merger_list[number], x)
-
-
-def _merged(visual, merger, x: torch.Tensor) -> torch.Tensor:
-    """The four patches of each row merged; the norm comes before they are joined, or after, as its width says."""
+    With `number`, what DeepStack adds after that layer of the language model, from rows of the tower's layer for it. The norm comes
+    before the patches are joined, or after, as its width says.
+    """
+    merger = visual.merger if number is None else visual.deepstack_merger_list[number]
     before, first, second = map(merger.get_submodule, vision_sizes(visual.config).traits.merger)
     x = x if before.weight.shape[0] == x.shape[-1] else x.flatten(1)
     x = layers_of(visual).norm(before, x).flatten(1)

@@ -16,31 +16,89 @@ from evoprune.vision.layout import Scope, TokenLayout, merged_layout
 from evoprune.vision.tower import Compared, Reduced, Reduction
 
 
-@dataclass
 class Merging(Reduction):
-    merger: Merger  # decides which rows merge
-    # By the number of layers that have run, where rows merge: the rows of each of the chunk's frame pairs from there on
-    left: Mapping[int, tuple[int, ...]]
-    failed: list[torch.Tensor]  # bool tensors without dimension, read at the end: whether a group did not lose its rows
+    """Rows of one chunk merge after some layers, in windows or frame pairs, as a merger decides.
 
-    @property
-    def size_bias(self) -> bool:
-        return self.merger.size_bias
+    `left`: by the number of layers that have run, where rows merge, the rows of each of the chunk's frame pairs from there on.
+    `failed` gets bool tensors without dimension, which are read at the end: whether a group did not lose its rows.
+    """
 
-    def computed(self, layer: int, layout: TokenLayout) -> int:
-        merged = [done for done in self.left if done <= layer]
-        return sum(self.left[max(merged)]) if merged else layout.rows
-
-    def needs(self, layer: int, layout: TokenLayout) -> frozenset[str]:
-        return self.merger.needs if self.acts(layer, layout) else frozenset()
+    def __init__(self, merger: Merger, left: Mapping[int, tuple[int, ...]], failed: list[torch.Tensor]):
+        self._merger, self._left, self._failed = merger, left, failed
+        self.size_bias, self.needs = merger.size_bias, merger.needs
 
     def acts(self, layer: int, layout: TokenLayout) -> bool:
-        return self.left.get(layer + 1, layout.per_pair) != layout.per_pair
+        return self._left.get(layer + 1, layout.per_pair) != layout.per_pair
 
     def after(self, layer: int, scope: Scope, x: torch.Tensor, layout: TokenLayout, compared: Compared) -> Reduced:
+        """In rounds, until each frame pair has its target.
+
+        Where shapes are static, the rounds cannot end early: there are as many as the worst case needs, and until the last one
+        merged rows stay at the end as padding.
+
+        Raises RuntimeError: the merger removed no row in a round, or too many; raised only where shapes are not static.
+        """
         keys, received = compared
         features = x.flatten(1).float() if keys is None else unit_features(keys)
-        return reduce_rows(self, layer, x, layout, scope, features, received)
+        target, static = self._left[layer + 1], devices.reading_waits(x.device)
+        rows, longest = _RoundRows(x, features, received, layout, scope), layout.longest(scope)
+        goal = devices.to_device(torch.tensor(target, dtype=torch.int64, device="cpu"), x.device)
+        wanted = share_rows(rows.lengths.view(len(target), -1), goal, longest).flatten()
+        rounds = most_rounds(layout, scope, target, self._merger) if static else layout.rows - sum(target)
+        for left in reversed(range(rounds)):
+            merged = self._round(rows, wanted, longest, target, last=not left, static=static)
+            if merged is None:
+                break
+            rows = merged
+        layout = rows.layout
+        if not static:
+            if layout.rows != sum(target):
+                problem = f"left {layout.rows} rows where {sum(target)} were planned"
+                raise RuntimeError(f"method {self._merger.name} {problem}")
+            return rows.x, layout
+        self._failed.append((rows.lengths != wanted).any())
+        # A merger that removed too many rows leaves padding. `finish` reports it; until then padding must stay inside the last
+        # frame pair.
+        return rows.x, replace(layout, unit=layout.unit.clamp(max=len(layout.owner) - 1))
+
+    def _round(
+        self,
+        rows: "_RoundRows",
+        wanted: torch.Tensor,
+        longest: int,
+        target: tuple[int, ...],
+        *,
+        last: bool,
+        static: bool,
+    ) -> "_RoundRows | None":
+        """One round: a call of the merger, and the merging that it decides. None if every group has lost its rows.
+
+        `wanted`: int64 `[groups]`, the target of each group; `longest`: upper bound of its rows now; `target`: rows of each frame
+        pair after the last round.
+        """
+        layout, length = rows.layout, rows.lengths
+        start, remove = length.cumsum(0) - length, length - wanted
+        if not static:
+            busy = (remove > 0).nonzero().flatten()
+            if not len(busy):
+                return None
+            start, length, remove = start[busy], length[busy], remove[busy]
+            longest = int(length.max())
+        into = _merged_into(rows, *runs(start, length, longest, layout.rows), remove, self._merger)
+        stays = into == ascending(layout.rows, into.device)
+        if static:
+            left, moves = sum(target) if last else layout.rows, layout.rows - sum(target)
+        else:
+            left = int(stays.sum())
+            moves = layout.rows - left
+            if not moves:
+                raise RuntimeError(f"method {self._merger.name} merged nothing in a {rows.scope} that must lose rows")
+        attention = rows.attention
+        if attention is not None:
+            attention = torch.zeros_like(attention).index_add_(0, into, attention)[true_indices(stays, left)]
+        x, features = (merge_rows(each, layout.size, into, left, moves) for each in (rows.x, rows.features))
+        counts = target if left == sum(target) else None
+        return _RoundRows(x, features, attention, merged_layout(layout, into, rows.scope, left, counts), rows.scope)
 
     def joined(self, values: torch.Tensor, before: TokenLayout, after: TokenLayout) -> torch.Tensor:
         """A merged row has the size-weighted mean."""
@@ -56,100 +114,19 @@ class Merging(Reduction):
 
 @dataclass(frozen=True)
 class _RoundRows:
-    """Rows between two rounds of merging; fields as the arguments of `reduce_rows`."""
+    """Rows between two rounds of merging."""
 
-    x: torch.Tensor
-    features: torch.Tensor
-    attention: torch.Tensor | None
+    x: torch.Tensor  # `[R, 4, hidden]`
+    features: torch.Tensor  # float32 `[R, D]`, which the merger compares; a merged row has the size-weighted mean
+    attention: torch.Tensor | None  # float32 `[R]`, of which a merged row has the sum
     layout: TokenLayout
+    scope: Scope  # of the groups
 
-    def lengths(self, scope: Scope) -> torch.Tensor:
+    @property
+    def lengths(self) -> torch.Tensor:
         """int64 `[groups]`: rows of each group. Padding counts as one more group, which is left out."""
-        total = self.layout.group_count(scope)
-        return tally(self.layout.group_of(self.layout.unit, scope), total + 1)[:total]
-
-
-def reduce_rows(
-    merging: Merging,
-    layer: int,
-    x: torch.Tensor,
-    layout: TokenLayout,
-    scope: Scope,
-    features: torch.Tensor,
-    attention: torch.Tensor | None,
-) -> Reduced:
-    """Merges rows (`[R, 4, hidden]`) in groups of `scope` after `layer`, in rounds, until each frame pair has its target.
-
-    Where shapes are static, the rounds cannot end early: there are as many as the worst case needs, and until the last one merged
-    rows stay at the end as padding. The merger compares `features` (float32 `[R, D]`), of which a merged row has the size-weighted
-    mean, and `attention` (float32 `[R]` or None), of which it has the sum.
-
-    Raises RuntimeError: the merger removed no row in a round, or too many; raised only where shapes are not static.
-    """
-    target, static = merging.left[layer + 1], devices.reading_waits(x.device)
-    rows, longest = _RoundRows(x, features, attention, layout), layout.longest(scope)
-    goal = devices.to_device(torch.tensor(target, dtype=torch.int64, device="cpu"), x.device)
-    wanted = share_rows(rows.lengths(scope).view(len(target), -1), goal, longest).flatten()
-    rounds = most_rounds(layout, scope, target, merging.merger) if static else layout.rows - sum(target)
-    for after in reversed(range(rounds)):
-        merged = _round(rows, scope, wanted, longest, merging.merger, target, last=not after, static=static)
-        if merged is None:
-            break
-        rows = merged
-    layout = rows.layout
-    if not static:
-        if layout.rows != sum(target):
-            raise RuntimeError(f"method {merging.merger.name} left {layout.rows} rows where {sum(target)} were planned")
-        return rows.x, layout
-    merging.failed.append((rows.lengths(scope) != wanted).any())
-    # A merger that removed too many rows leaves padding. `finish` reports it; until then padding must stay inside the last
-    # frame pair.
-    return rows.x, replace(layout, unit=layout.unit.clamp(max=len(layout.owner) - 1))
-
-
-def _round(
-    rows: _RoundRows,
-    scope: Scope,
-    wanted: torch.Tensor,
-    longest: int,
-    merger: Merger,
-    target: tuple[int, ...],
-    *,
-    last: bool,
-    static: bool,
-) -> _RoundRows | None:
-    """One round: a call of the merger, and the merging that it decides. None if every group has lost its rows.
-
-    `wanted`: int64 `[groups]`, the target of each group; `longest`: upper bound of its rows now; `target`: rows of each frame pair
-    after the last round.
-    """
-    layout, length = rows.layout, rows.lengths(scope)
-    start, remove = length.cumsum(0) - length, length - wanted
-    if not static:
-        busy = (remove > 0).nonzero().flatten()
-        if not len(busy):
-            return None
-        start, length, remove = start[busy], length[busy], remove[busy]
-        longest = int(length.max())
-    row, valid = runs(start, length, longest, layout.rows)
-    into = _merged_into(rows, row, valid, remove, merger)
-    stays = into == ascending(layout.rows, into.device)
-    if static:
-        left, moves = sum(target) if last else layout.rows, layout.rows - sum(target)
-    else:
-        left = int(stays.sum())
-        moves = layout.rows - left
-        if not moves:
-            raise RuntimeError(f"method {merger.name} merged nothing in a {scope} that must lose rows")
-    attention = rows.attention
-    if attention is not None:
-        attention = torch.zeros_like(attention).index_add_(0, into, attention)[true_indices(stays, left)]
-    return _RoundRows(
-        merge_rows(rows.x, layout.size, into, left, moves),
-        merge_rows(rows.features, layout.size, into, left, moves),
-        attention,
-        merged_layout(layout, into, scope, left, target if left == sum(target) else None),
-    )
+        total = self.layout.group_count(self.scope)
+        return tally(self.layout.group_of(self.layout.unit, self.scope), total + 1)[:total]
 
 
 def _merged_into(
@@ -205,10 +182,6 @@ class Followers(Reduction):
     def begin(self, x: torch.Tensor) -> None:
         if self._first == 1:
             self._earlier = x
-
-    def computed(self, layer: int, layout: TokenLayout) -> int:
-        """Rows in `layer`: without followers, of which attention computes keys and values."""
-        return layout.rows if layer < self._first else layout.pairs * self._plan.left
 
     def active(self, layer: int) -> torch.Tensor | None:
         return self._kept if self._first <= layer < self._plan.until else None

@@ -18,7 +18,7 @@ from evoprune.vision import devices
 from evoprune.vision.attention import Bucket, Packed, attention_received, buckets, grouped_attention
 from evoprune.vision.chunks import CarriedKeys
 from evoprune.vision.devices import Timer
-from evoprune.vision.families import Layers, deepstack, layers_of
+from evoprune.vision.families import Layers, layers_of, merge_patches
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
 
 Compared = tuple[torch.Tensor | None, torch.Tensor | None]
@@ -31,17 +31,10 @@ class Reduction:
     """The base of what merges rows or sets them aside (reductions.py); one object a chunk."""
 
     size_bias: bool = True  # whether attention weighs a row by its cluster size inside the group
+    needs: frozenset[str] = frozenset()  # what `after` compares of a layer: as in `Merger.needs`
 
     def begin(self, x: torch.Tensor) -> None:
         """Notes the rows before the first layer, `[R, 4, hidden]`."""
-
-    def computed(self, layer: int, layout: TokenLayout) -> int:
-        """Rows that a layer computes, where `layout` is that of the rows before the first layer."""
-        return layout.rows
-
-    def needs(self, layer: int, layout: TokenLayout) -> frozenset[str]:
-        """What `after` compares of a layer: as in `Merger.needs`; empty for nothing."""
-        return frozenset()
 
     def active(self, layer: int) -> torch.Tensor | None:
         """int64: the rows that go through the layer's MLP; None for all."""
@@ -174,6 +167,7 @@ class LayerRun:
 
     visual: torch.nn.Module
     timer: Timer  # of pruning
+    computed: list[int]  # rows of each of the tower's layers so far, to which those of these layers are added
     reduction: Reduction = field(default_factory=Reduction)  # what is done with rows between two layers
     carried: CarriedKeys | None = None  # rows of earlier chunks that this chunk attends to; None without reuse
     gathering: Gathering | None = None  # collects the inputs of a selector
@@ -227,7 +221,7 @@ def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayou
 
 def _add_deepstack(run: LayerRun, number: int, x: torch.Tensor) -> None:
     """Adds the features that rows `[R', 4, hidden]` have for layer `number` of the language model."""
-    made = _in_pieces(run, lambda piece: deepstack(run.visual, number, piece), x)
+    made = _in_pieces(run, lambda piece: merge_patches(run.visual, piece, number), x)
     run.deepstack = torch.cat([run.deepstack, made[:, None]], 1)
 
 
@@ -247,7 +241,7 @@ def _attend(run: LayerRun, tower: TowerShape, layer: int, rows: _LayerRows) -> C
         rows.groups[scope] = buckets(groups) if exact else Packed(groups, layout.rows)
     groups = rows.groups[scope]
     bias = run.reduction.size_bias and layout.reach != "place"  # before rows merge, the log of every cluster size is 0
-    needs = run.reduction.needs(layer, layout)
+    needs = run.reduction.needs if run.reduction.acts(layer, layout) else ()
     received = torch.zeros(len(k), dtype=torch.float32, device=k.device) if "attention" in needs else None
     mixed = grouped_attention(q, k, v, groups, bias, received, run.timer)
     if run.gathering and layer == run.gathering.layer:
@@ -268,6 +262,7 @@ def _transform(run: LayerRun, layer: int, rows: _LayerRows) -> None:
     block, kind = run.visual.blocks[layer], layers_of(run.visual)
     active = run.reduction.active(layer)
     x = rows.x if active is None else rows.x[active]
+    run.computed[layer] += len(x)
     x = _in_pieces(run, lambda piece: mlp_half(kind, block, piece), x)
     rows.x = x if active is None else rows.x.index_copy(0, active, x)
 

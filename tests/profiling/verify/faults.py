@@ -117,7 +117,10 @@ FAULTS = {
 # Of what Qwen3-VL alone has.
 QWEN3_FAULTS = {
     "features of another inner layer": Fault(
-        "tower", f"{TOWER}:_add_deepstack", "deepstack(run.visual, number, piece)", "deepstack(run.visual, 0, piece)"
+        "tower",
+        f"{TOWER}:_add_deepstack",
+        "merge_patches(run.visual, piece, number)",
+        "merge_patches(run.visual, piece, 0)",
     ),
     "features of inner layers left out": Fault(
         "logits", f"{DECODER}:forward", "x + deepstack[0, -len(x) :]", "x + 0 * deepstack[0, -len(x) :]"
