@@ -92,11 +92,6 @@ class VisionConfig:
         return FAMILIES[self.family]
 
     @property
-    def mlp_matrices(self) -> int:
-        """Number of hidden x intermediate matrices in a layer's MLP: a gated one has three."""
-        return len(self.traits.mlp)
-
-    @property
     def layers_read(self) -> int:
         """How many layers' features make a visual token: the last one's, and those of DeepStack."""
         return 1 + len(self.deepstack_visual_indexes)

@@ -127,13 +127,13 @@ def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
 
     `rows`: that each layer computes, over the whole video, and as a last entry the rows that reach the merger.
     """
-    h, inner = config.hidden_size, config.intermediate_size
+    h, mlp = config.hidden_size, len(config.traits.mlp) * config.intermediate_size
     pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
     total = 2.0 * rows[0] * PATCHES * pixels * h
     for layer, units in enumerate(rows[:-1]):
         patches = units * PATCHES
         groups = grids * (1 if layer in config.fullatt_block_indexes else windows)
-        total += 2 * patches * (4 * h * h + config.mlp_matrices * h * inner) + 4 * patches * (patches / groups) * h
+        total += 2 * patches * (4 * h * h + mlp * h) + 4 * patches * (patches / groups) * h
     wide = h * config.spatial_merge_size**2
     merged = sum(rows[layer + 1] for layer in config.deepstack_visual_indexes) + rows[-1]
     return total + 2 * merged * (wide * wide + wide * config.out_hidden_size)

@@ -58,9 +58,8 @@ def read_frames(
 def choose_decoder(decoder: str, info: Video | None = None) -> str:
     """The decoder to use, `pyav` or `decord`, and for a picture `pillow`, after a check that it can be used.
 
-    `auto` is PyAV. decord counts frames, and after a jump its count is wrong wherever groups of pictures are open (x265's default),
-    refreshed gradually, or stored out of order in AVI. Read front to back, as here, it is right, but decodes every frame; it has no
-    AV1, and gives up on damage. `python -m experiments.decoders` measures both.
+    `auto` is PyAV: decord decodes every frame (readers/decord.py says why), has no AV1, and gives up on damage.
+    `python -m experiments.decoders` measures both.
 
     Raises UsageError: no such decoder, or it is not installed. VideoError: decord is known to fail on videos like this one.
     """

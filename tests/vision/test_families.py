@@ -67,7 +67,7 @@ def test_the_rows_of_a_still_clip_are_those_of_its_first_frame_pair(model):
 def test_all_families_name_their_sizes_alike():
     sizes = vision_sizes(tiny_model(family=QWEN2).config.vision_config)
     assert sizes.family == QWEN2 and (sizes.hidden_size, sizes.out_hidden_size, sizes.intermediate_size) == (48, 64, 96)
-    assert sizes.fullatt_block_indexes == (0, 1) and sizes.tokens_per_second is None and sizes.mlp_matrices == 2
+    assert sizes.fullatt_block_indexes == (0, 1) and sizes.tokens_per_second is None and len(sizes.traits.mlp) == 2
     assert vision_sizes(sizes) is sizes
     assert vision_sizes(tiny_model().config.vision_config).family == QWEN2_5
     sizes = vision_sizes(tiny_model(family=QWEN3).config.vision_config)

@@ -1,8 +1,8 @@
 """Frames of a file by decord: front to back only, and refused where decord is known to be wrong.
 
-decord addresses frames by number, and after a jump its numbers are wrong wherever frames depend on others across a
-keyframe (`get_batch`, `seek_accurate` and `skip_frames` alike). What it returns in sequence is right, so every frame up to
-the last one needed is decoded and converted.
+decord addresses frames by number, and after a jump its numbers are wrong (`get_batch`, `seek_accurate` and `skip_frames` alike)
+wherever groups of pictures are open (x265's default), refreshed gradually, or stored out of order in AVI. What it returns in
+sequence is right, so every frame up to the last one needed is decoded and converted.
 """
 
 import os
