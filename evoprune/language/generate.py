@@ -14,7 +14,7 @@ from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.dropping import Dropping
 from evoprune.language.prompt import Place
-from evoprune.language.settings import GenerationSettings
+from evoprune.language.settings import GenerationOptions
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.config import ANSWER_COLUMNS
@@ -207,7 +207,7 @@ class TokenStream(Iterator[int]):
     Raises ModelError: while iterating, if a logit is NaN or infinite.
     """
 
-    def __init__(self, model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int], seed: int = 0):
+    def __init__(self, model, state: PrefillState, settings: GenerationOptions, eos_ids: Iterable[int], seed: int = 0):
         self.finish_reason: str | None = None  # at the end "stop" (the model ended its turn) or "length"
         self.ids: list[int] = []  # the tokens yielded
         self._model, self._state, self._settings = model, state, settings
@@ -236,7 +236,7 @@ class TokenStream(Iterator[int]):
         return token
 
 
-def choose(logits: torch.Tensor, settings: GenerationSettings, random: torch.Generator) -> int:
+def choose(logits: torch.Tensor, settings: GenerationOptions, random: torch.Generator) -> int:
     """The next token id: the most probable one, or a draw (nucleus sampling, arXiv 1904.09751), by a CPU generator.
 
     `logits`: float32 `[vocabulary]`.

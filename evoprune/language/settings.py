@@ -1,15 +1,17 @@
-"""How an answer is decoded. Imports no torch."""
+"""How an answer is generated. Imports no torch."""
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 from evoprune.errors import UsageError
-from evoprune.keywords import option
+from evoprune.keywords import check_types, option
 
 
 @dataclass(frozen=True)
-class GenerationSettings:
-    """How an answer is decoded. Raises UsageError: a value out of range."""
+class GenerationOptions:
+    """How an answer is generated. Raises UsageError: a value out of range."""
+
+    PANEL: ClassVar[str] = "Generation"
 
     max_new_tokens: int = option(256, "Longest answer, in tokens.", "-n", "--max-new-tokens")
     temperature: float = option(
@@ -24,8 +26,12 @@ class GenerationSettings:
         "Nucleus sampling.",
         python="Draw only among the most probable tokens that together reach this probability, in (0, 1].",
     )
+    system: str | None = option(
+        None, "A system prompt.", "-s", "--system", metavar="TEXT", python="A system prompt; None for the model's own."
+    )
 
     def __post_init__(self):
+        check_types(self)
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}", "ask for at least one token")
         if not 0 <= self.temperature < float("inf"):
@@ -34,5 +40,5 @@ class GenerationSettings:
             raise UsageError(f"top_p is {self.top_p}", "top_p is a probability above 0, and 1 keeps every token")
 
     def record(self, seed: int) -> dict[str, Any]:
-        """As reports hold it, with the seed of the draws."""
-        return {f.name: getattr(self, f.name) for f in fields(GenerationSettings)} | {"seed": seed}
+        """As reports hold it: how tokens are chosen, with the seed of the draws."""
+        return {name: value for name, value in asdict(self).items() if name != "system"} | {"seed": seed}

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.keywords import OPTION, check_types, from_keywords, option
-from evoprune.language.settings import GenerationSettings
+from evoprune.language.settings import GenerationOptions
 from evoprune.model.precision import (
     AUTO_THREADS,
     DTYPE_NAMES,
@@ -260,21 +260,6 @@ class SamplingOptions:
         """How frames are chosen: what `video.plan.make_plan` takes."""
         others = ("decoder", "subtitles", "max_subtitle_tokens")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
-
-
-@dataclass(frozen=True)
-class GenerationOptions(GenerationSettings):
-    """How an answer is generated."""
-
-    PANEL: ClassVar[str] = "Generation"
-
-    system: str | None = option(
-        None, "A system prompt.", "-s", "--system", metavar="TEXT", python="A system prompt; None for the model's own."
-    )
-
-    def __post_init__(self):
-        check_types(self)
-        super().__post_init__()
 
 
 @dataclass(frozen=True)

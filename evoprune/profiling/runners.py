@@ -50,7 +50,7 @@ def run_evoprune(
         positions = clip.positions[:, columns]
         state = generate.prefill(model, embeds, positions, clip.following, None, sizes, dropping, deepstack)
     with clock.stage("generate"):
-        tokens = list(generate.TokenStream(model, state, generate.GenerationSettings(new_tokens), eos_ids=()))
+        tokens = list(generate.TokenStream(model, state, generate.GenerationOptions(new_tokens), eos_ids=()))
     counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept), len(columns))
     sample = _sample(loaded, clock, encoded.prune_seconds, dropping.timer.seconds() if dropping else 0.0)
     if dropping:

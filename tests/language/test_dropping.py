@@ -8,7 +8,7 @@ from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import TokenStream, Visual, along, dropping_for, embed_prompt, prefill
 from evoprune.language.prompt import Place
-from evoprune.language.settings import GenerationSettings
+from evoprune.language.settings import GenerationOptions
 from evoprune.methods.fastv import PyramidDrop
 from tests.language.test_decoder import assert_close
 from tests.methods.eager import BEFORE, COLUMNS, DROPPING, GRID, VISUAL, Eager, a_prompt, deep_model, run_method
@@ -59,7 +59,7 @@ def test_room_for_the_prompt_and_not_for_what_left(name):
     room = [keys.shape[2] - 256 for keys, _ in state.cache._layers]
     assert room == list(dropping.columns) and all(a >= b for a, b in zip(room, state.cache.lengths, strict=True))
     assert list(dropping.layers) == [length - TEXT for length in state.cache.lengths]
-    tokens = list(TokenStream(model, state, GenerationSettings(4), ()))
+    tokens = list(TokenStream(model, state, GenerationOptions(4), ()))
     dropping = dropping_for(model, methods.parse(name), 0.25, visuals, [GRID], prompt, columns)
     again = prefill(model, prompt, positions, 60, dropping=dropping)
     assert along(model, again, torch.tensor(tokens)).argmax(-1).tolist() == tokens

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from evoprune.errors import UsageError
 from evoprune.language.generate import (
-    GenerationSettings,
+    GenerationOptions,
     TokenStream,
     Visual,
     choose,
@@ -61,7 +61,7 @@ class Clip:
 
 
 def greedy(model, state, tokens=TOKENS):
-    return list(TokenStream(model, state, GenerationSettings(max_new_tokens=tokens), []))
+    return list(TokenStream(model, state, GenerationOptions(max_new_tokens=tokens), []))
 
 
 @pytest.mark.few(2)
@@ -185,13 +185,13 @@ def test_an_answer_ends_at_an_end_token_or_at_its_length(model):
     clip = Clip(model, *CLIPS[0])
     tokens = greedy(model, clip.prefill(model))
     end = tokens[9]
-    answer = TokenStream(model, clip.prefill(model), GenerationSettings(max_new_tokens=TOKENS), [end, 10**6])
+    answer = TokenStream(model, clip.prefill(model), GenerationOptions(max_new_tokens=TOKENS), [end, 10**6])
     assert answer.finish_reason is None
     assert list(answer) == tokens[: tokens.index(end)]
     assert (answer.finish_reason, answer.ids) == ("stop", tokens[: tokens.index(end)])
     assert next(answer, None) is None
 
-    answer = TokenStream(model, clip.prefill(model), GenerationSettings(max_new_tokens=3), [])
+    answer = TokenStream(model, clip.prefill(model), GenerationOptions(max_new_tokens=3), [])
     assert list(answer) == tokens[:3]
     assert answer.finish_reason == "length"
 
@@ -199,7 +199,7 @@ def test_an_answer_ends_at_an_end_token_or_at_its_length(model):
 def test_no_forward_pass_runs_for_a_token_nobody_asked_for(model):
     state = Clip(model, *CLIPS[3]).prefill(model)
     length = state.cache.length
-    answer = TokenStream(model, state, GenerationSettings(max_new_tokens=4), [])
+    answer = TokenStream(model, state, GenerationOptions(max_new_tokens=4), [])
     next(answer)
     assert state.cache.length == length
     list(answer)
@@ -210,7 +210,7 @@ def test_sampling_depends_on_the_seed_alone(model):
     clip = Clip(model, *CLIPS[0])
 
     def sample(seed):
-        settings = GenerationSettings(max_new_tokens=TOKENS, temperature=1.0, top_p=0.9)
+        settings = GenerationOptions(max_new_tokens=TOKENS, temperature=1.0, top_p=0.9)
         return list(TokenStream(model, clip.prefill(model), settings, [], seed))
 
     assert sample(1) == sample(1)
@@ -221,8 +221,8 @@ def test_sampling_next_to_zero_is_greedy(model):
     clip = Clip(model, *CLIPS[0])
     expected = greedy(model, clip.prefill(model), 8)
     for close in (
-        GenerationSettings(max_new_tokens=8, temperature=1e-6),
-        GenerationSettings(max_new_tokens=8, temperature=1.0, top_p=1e-6),
+        GenerationOptions(max_new_tokens=8, temperature=1e-6),
+        GenerationOptions(max_new_tokens=8, temperature=1.0, top_p=1e-6),
     ):
         assert list(TokenStream(model, clip.prefill(model), close, [])) == expected
 
@@ -232,7 +232,7 @@ def test_draws_follow_temperature_and_nucleus():
 
     def shares(**settings):
         random = torch.Generator().manual_seed(0)
-        settings = GenerationSettings(**settings)
+        settings = GenerationOptions(**settings)
         return torch.tensor([choose(logits, settings, random) for _ in range(2000)]).bincount(minlength=4) / 2000
 
     torch.testing.assert_close(shares(temperature=1.0), logits.exp(), atol=0.03, rtol=0)
@@ -249,7 +249,7 @@ def test_draws_follow_temperature_and_nucleus():
 )
 def test_settings_out_of_range_are_usage_errors(settings):
     with pytest.raises(UsageError):
-        GenerationSettings(**settings)
+        GenerationOptions(**settings)
 
 
 @pytest.mark.parametrize("text", ["Yes.", " naïve 你好, 世界 👩‍👩‍👧 fin", "🎬", "\n\n a  b\t", "", "real \ufffd mark"])

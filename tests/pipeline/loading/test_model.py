@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from evoprune.bundled import DEMOS
 from evoprune.errors import ModelError, OutOfMemory, UsageError
-from evoprune.language.generate import GenerationSettings, TokenStream, Visual, embed_prompt, prefill, stream_text
+from evoprune.language.generate import GenerationOptions, TokenStream, Visual, embed_prompt, prefill, stream_text
 from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
 from evoprune.model import linear
 from evoprune.model.integers import Int8Linear
@@ -76,7 +76,7 @@ def test_a_loaded_model_answers(saved):
     positions = prompt_positions(len(prompt.input_ids), [span], loaded.model.config.vision_config.tokens_per_second)
     embeds, columns = embed_prompt(loaded.model, prompt.input_ids, [Visual(prompt.places[0], features[kept], kept)])
     state = prefill(loaded.model, embeds, positions[:, columns], int(positions.max()) + 1)
-    answer = TokenStream(loaded.model, state, GenerationSettings(max_new_tokens=8), loaded.eos_ids)
+    answer = TokenStream(loaded.model, state, GenerationOptions(max_new_tokens=8), loaded.eos_ids)
     assert "".join(stream_text(loaded.tokenizer, answer))
     assert answer.finish_reason in ("stop", "length")
 
