@@ -85,40 +85,35 @@ def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits) -> torch.Ten
     return patchify(resized, limits.image_mean, limits.image_std, *sizes)
 
 
+@dataclass(eq=False)
 class OpenInput:
-    """A video or picture that is being read: its patches, or what the cache has of it. To be encoded once, and closed.
+    """A video or picture that is being read: its patches, or what the cache has of it. To be encoded once, and closed."""
 
-    `clock` adds up the seconds of "read" and "preprocess"; `read` gives the frames, as `video.frames.read_frames`; `threaded`:
-    whether a thread prepares the next chunks while one is used.
-    """
+    engine: Engine
+    plan: Plan
+    clock: Clock  # adds up the seconds of "read" and "preprocess"
+    read: ReadFrames = read_frames  # gives the frames, as `video.frames.read_frames`
+    encode_rows: EncodeRows | None = None  # in the place of that of `vision.encoder`
+    threaded: bool = True  # whether a thread prepares the next chunks while one is used
+    cache: "Cache | None" = None
 
-    def __init__(
-        self,
-        engine: Engine,
-        plan: Plan,
-        clock: Clock,
-        read: ReadFrames = read_frames,
-        threaded: bool = True,
-        cache: "Cache | None" = None,
-    ):
-        self.engine, self.plan, self.damaged = engine, plan, 0
-        self._clock, self._cache, self._read, self._threaded = clock, cache, read, threaded
+    def __post_init__(self):
+        self.damaged, self._early, self._open = 0, False, ExitStack()
         self._begun: Iterator[tuple[int, torch.Tensor]] | None = None
-        self._early, self._open = False, ExitStack()
 
     @cached_property
     def key(self) -> str | None:
         """Of its entry in the cache; None without one."""
-        with self._clock.stage("read"):
-            return self._cache.key(self.engine, self.plan) if self._cache else None
+        with self.clock.stage("read"):
+            return self.cache.key(self.engine, self.plan) if self.cache else None
 
     @cached_property
     def stored(self) -> Encoded | None:
         """What the cache has."""
         if not self.key:
             return None
-        with self._clock.stage("read"):
-            return self._cache.load(self.key, self.engine.device)
+        with self.clock.stage("read"):
+            return self.cache.load(self.key, self.engine.device)
 
     def begin(self) -> None:
         """Has the first chunk ready when it returns; a thread goes on to the next two. Raises VideoError. OutOfMemory."""
@@ -131,48 +126,44 @@ class OpenInput:
         self._begun = None
         self._open.close()
 
-    def encode(
-        self, progress: Progress | None = None, other_tokens: int = TEXT, rows_of: EncodeRows | None = None
-    ) -> "Encoding":
+    def encode(self, progress: Progress | None = None, other_tokens: int = TEXT) -> "Encoding":
         """Reads, preprocesses and encodes it, or takes it from the cache.
 
         Args:
             progress: called with "encode", frames done and frames in all, after every chunk; then, where all of the video goes
                 through some of the tower's layers together, with "layers", those done and in all.
             other_tokens: of the prompt beside the input's, of text and of other inputs.
-            rows_of: instead of `vision.encoder.encode_rows`.
 
         Raises VideoError: unreadable. OutOfMemory. ModelError: numbers that are NaN or infinite.
         """
         engine, plan, clock = self.engine, self.plan, Clock(self.engine.device)
-        start, earlier = clock.now(), 0.0 if self._early else self._clock.seconds.get("read", 0.0)
+        start, earlier = clock.now(), 0.0 if self._early else self.clock.seconds.get("read", 0.0)
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         if self.stored:
             result, clock.seconds = self.stored, {"preprocess": 0.0, "encode": 0.0}
         else:
-            result = self._encode(clock, progress, other_tokens, rows_of or encode_rows)
+            result = self._encode(clock, progress, other_tokens)
             if self.damaged:  # not stored, or the next run would not warn
                 warnings.append("damaged_video")
             # Another file may have been put in its place while it was read.
-            elif self.key and self._cache.key(engine, plan) == self.key and not self._cache.store(self.key, result):
+            elif self.key and self.cache.key(engine, plan) == self.key and not self.cache.store(self.key, result):
                 warnings.append("cache_not_written")
         wall = earlier + clock.now() - start
         rows, tokens = (None, result) if isinstance(result, Encoded) else (result, result.nothing_selected())
         wanted = engine.method.acts_at(engine.share) and keep_tokens(engine.share, plan.full.grid) < plan.units
         if plan.kind == PICTURE and rows is None and wanted and len(tokens.kept) == plan.units:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
-        cache, seconds = "hit" if self.stored else "miss" if self.key else "off", clock.seconds | self._clock.seconds
+        cache, seconds = "hit" if self.stored else "miss" if self.key else "off", clock.seconds | self.clock.seconds
         return Encoding(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
 
-    def _encode(
-        self, clock: Clock, progress: Progress | None, other_tokens: int, rows_of: EncodeRows
-    ) -> Encoded | EncodedRows:
+    def _encode(self, clock: Clock, progress: Progress | None, other_tokens: int) -> Encoded | EncodedRows:
         """The tokens, or the rows where the method reads the question. Writes the seconds of "encode" into `clock`.
 
         Where there is not enough memory after all it begins anew, with half as many units in the tower at a time.
         """
         plan, loaded = self.plan, self.engine.loaded
         chunk_units, start = fitting_chunk(self.engine, plan, other_tokens), clock.now()
+        run, tower = self.encode_rows or encode_rows, loaded.model.model.visual
         how = {
             "seconds_per_pair": plan.sampling.seconds_per_pair(loaded.video.temporal_patch_size),
             "seed": self.engine.seed,
@@ -185,7 +176,7 @@ class OpenInput:
             try:
                 with memory_guard("encode"), closing(self):
                     patches = self._patches(clock, progress)
-                    rows = rows_of(loaded.model.model.visual, patches, plan.encoder, chunk_units=chunk_units, **how)
+                    rows = run(tower, patches, plan.encoder, chunk_units=chunk_units, **how)
                     result = rows if late else select_tokens(rows)
                 break
             except OutOfMemory as problem:
@@ -207,16 +198,16 @@ class OpenInput:
     def _start(self) -> Iterator[tuple[int, torch.Tensor]]:
         self.damaged = 0
         made = self._make()
-        return self._open.enter_context(closing(prefetched(made) if self._threaded else made))
+        return self._open.enter_context(closing(prefetched(made) if self.threaded else made))
 
     def _make(self) -> Generator[tuple[int, torch.Tensor], None, None]:
         """For every chunk, how many frames there were up to its end, and its patches `[rows, values]`, float32."""
         plan, limits = self.plan, self.engine.loaded.limits[self.plan.kind]
         size = chunk_bytes(self.engine, plan)
-        with closing(self._read(plan.source, plan.sampling.times_s, decoder=plan.decoder, chunk_bytes=size)) as chunks:
-            for chunk in self._clock.each("read", chunks):
+        with closing(self.read(plan.source, plan.sampling.times_s, decoder=plan.decoder, chunk_bytes=size)) as chunks:
+            for chunk in self.clock.each("read", chunks):
                 self.damaged += chunk.damaged
-                with self._clock.stage("preprocess"):
+                with self.clock.stage("preprocess"):
                     patches = patches_of(chunk.frames, plan, limits)
                 yield chunk.first + len(chunk.frames), patches
 

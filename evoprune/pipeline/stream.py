@@ -258,8 +258,8 @@ class VideoStream(Askable):
             return made[-1]
 
         try:
-            opened = OpenInput(self._engine, plan, Clock(torch.device("cpu")), read, threaded=False)
-            encoding = opened.encode(rows_of=rows_of)
+            opened = OpenInput(self._engine, plan, Clock(torch.device("cpu")), read, rows_of, threaded=False)
+            encoding = opened.encode()
         except NothingNew:  # then all of it is encoded anew
             self._segment = Segment()
             return self._encode(plan, frames)

@@ -213,8 +213,7 @@ def open_inputs(
     """Probes videos and pictures, at least one, in the order in which the model reads them, and plans what is read; reads no frame.
 
     `sampling` applies to each, what it says of time to the videos. `names`: for reports; default: the paths. `cache`: not used for
-    a method that reads the question, nor with another `read`. `read`, `threaded`, `encode_rows`: as of `OpenInput` and its
-    `encode`.
+    a method that reads the question, nor with another `read`. `read`, `encode_rows`, `threaded`: as of `OpenInput`.
 
     Raises VideoError: one is missing, unreadable or empty. UsageError: numbers that make no sense, a part of the time where
     there are pictures alone, or a file of subtitles for several inputs.
@@ -230,16 +229,15 @@ def open_inputs(
     for clock, info, wanted, name in each:
         with clock.stage("read"):
             plan = plan_input(engine, info, wanted, name)
-        opened.append(OpenInput(engine, plan, clock, read, threaded=threaded, cache=usable))
-    return OpenInputs(engine, opened, encode_rows)
+        opened.append(OpenInput(engine, plan, clock, read, encode_rows, threaded, usable))
+    return OpenInputs(engine, opened)
 
 
 class OpenInputs:
     """Made by `open_inputs`. To be encoded once, and closed. `plans`: what is looked at, of each."""
 
-    def __init__(self, engine: Engine, inputs: Sequence[OpenInput], encode_rows: EncodeRows | None):
-        self.engine, self.plans = engine, [each.plan for each in inputs]
-        self._inputs, self._encode_rows = inputs, encode_rows
+    def __init__(self, engine: Engine, inputs: Sequence[OpenInput]):
+        self.engine, self.plans, self._inputs = engine, [each.plan for each in inputs], inputs
 
     @property
     def in_cache(self) -> bool:
@@ -268,7 +266,7 @@ class OpenInputs:
         for number, (each, others) in enumerate(zip(self._inputs, other_tokens, strict=True), 1):
             if progress and count > 1:
                 progress("input", number, count)
-            encodings.append(each.encode(progress, others, self._encode_rows))
+            encodings.append(each.encode(progress, others))
         return EncodedInputs(self.engine, encodings)
 
     def close(self) -> None:
