@@ -37,31 +37,20 @@ def brief(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """What the command line and the documentation say of an option.
+    """What the command line and the documentation say of an option."""
 
-    Attributes:
-        help: of the command line, and of Python where `python` says nothing else.
-        flags: how it is typed; if there are none, by its name.
-        words: its values, for help and completion; those in capitals stand for any others: FILE, N.
-        metavar: what help shows for its value. `least`, `most`: its range.
-        env: the variable that sets it.
-        typed: the type of what is typed, of which `parse` makes the value; None for the field's.
-        unless_typed: the default of the command line; None for the field's.
-        changes_answers: whether answers depend on it, so that outputs record it.
-    """
-
-    help: str
-    flags: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
-    metavar: str | None = None
-    least: int | None = None
+    help: str  # of the command line, and of Python where `python` says nothing else
+    flags: tuple[str, ...] = ()  # how it is typed; if there are none, by its name
+    words: tuple[str, ...] = ()  # its values, for help and completion; those in capitals stand for any others: FILE, N
+    metavar: str | None = None  # what help shows for its value
+    least: int | None = None  # the range of its value
     most: int | None = None
-    env: str | None = None
-    typed: Any = None
-    unless_typed: Any = None
+    env: str | None = None  # the variable that sets it
+    typed: Any = None  # the type of what is typed, of which `parse` makes the value; None for the field's
+    unless_typed: Any = None  # the default of the command line; None for the field's
     parse: Callable[[Any], Any] | None = None
     python: str | None = None
-    changes_answers: bool = True
+    changes_answers: bool = True  # whether answers depend on it, so that outputs record it
 
 
 def option(default: Any, help: str, *flags: str, **more: Any) -> Any:

@@ -1,6 +1,7 @@
 """Reports of the pipeline: what was looked at, what was kept, how long each stage took."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from evoprune.language.dropping import Dropping
 from evoprune.model.machine import environment, memory_in_use, peak_memory
@@ -10,18 +11,6 @@ from evoprune.report.records import InputFacts, InputTimes, Memory, Pruning, Rat
 from evoprune.video.plan import STILL, Plan
 
 FLAT = "equal_scores"
-# What a report says of a file as it is known of it.
-OF_FILES = (
-    "duration_s",
-    "width",
-    "height",
-    "rotation_deg",
-    "codec",
-    "fps",
-    "variable_rate",
-    "frames_total",
-    "stated_s",
-)
 
 
 def inputs_report(engine: Engine, encodings: Sequence[Encoding]) -> Report:
@@ -58,12 +47,13 @@ def inputs_report(engine: Engine, encodings: Sequence[Encoding]) -> Report:
 
 def _input_facts(engine: Engine, encoding: Encoding) -> InputFacts:
     plan, tokens = encoding.plan, encoding.tokens
-    known = {name: getattr(plan.info, name) for name in OF_FILES}
+    facts = {"path": plan.name, "decoder": plan.decoder, "damaged": encoding.damaged}
+    known = {each.name: getattr(plan.info, each.name) for each in fields(VideoFacts) if each.name not in facts}
     times = {stage: spent * 1000 for stage, spent in encoding.seconds.items()}
     return InputFacts(
         path=plan.name,
         kind=plan.kind,
-        video=VideoFacts(**known, path=plan.name, decoder=plan.decoder, damaged=encoding.damaged),
+        video=VideoFacts(**known, **facts),
         sampling=_sampling(engine, plan),
         pruning=_pruning(engine, [encoding]),
         time_ms=InputTimes(**times, encode_prune=tokens.prune_seconds * 1000),
