@@ -33,12 +33,6 @@ class PrefillState:
     dropping: Dropping | None = None  # what left while the prompt was read
 
 
-@torch.inference_mode()
-def embed_question(model, tokenizer: Tokenizer, question: str) -> torch.Tensor:
-    """`[Q, hidden]`: the embeddings of the question's own tokens, without the prompt around them, in the model's dtype."""
-    return embed_ids(model, torch.tensor(tokenizer.encode(question), dtype=torch.int64, device="cpu"))
-
-
 def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
     """The embeddings `[n, hidden]` of token ids, int64 `[n]`. Raises ModelError: the model has no embedding for one of them."""
     embed, norm = model.model.language_model.embed_tokens, model.model.language_model.norm

@@ -32,12 +32,11 @@ def render(source: str, variables: dict[str, Any]) -> str:
         ValueError: the template is broken, refuses the variables, or takes or makes too much; the message says which.
         OSError: no process can be started.
     """
-    return _cached(source, json.dumps(variables), CPU_SECONDS)
+    return _cached(json.dumps({"source": source, "variables": variables}), CPU_SECONDS)
 
 
 @lru_cache(maxsize=16)
-def _cached(source: str, variables: str, seconds: int) -> str:
-    request = json.dumps({"source": source, "variables": json.loads(variables)})
+def _cached(request: str, seconds: int) -> str:
     answer = _apart(request, seconds) if POSSIBLE else _answer(request)
     if "error" in answer:
         raise ValueError(answer["error"])

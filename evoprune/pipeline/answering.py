@@ -15,7 +15,7 @@ import torch
 from evoprune.bundled import unknown_words
 from evoprune.errors import UsageError, error_record, names_plugins
 from evoprune.keywords import check_type, names_options
-from evoprune.language.generate import PrefillState, TokenStream, along, embed_question, stream_text
+from evoprune.language.generate import PrefillState, TokenStream, along, embed_ids, stream_text
 from evoprune.model.cost import Clock
 from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
@@ -276,11 +276,13 @@ class EncodedInputs(Askable):
         return deepcopy(self._blank)
 
     @names_plugins()
+    @torch.inference_mode()
     def _select_for(self, question: str, report: Report) -> None:
         """Has the method select tokens for this question; keys and values of earlier ones are of no use then."""
         loaded, before = self._engine.loaded, self._prune_seconds if self._paid else 0.0
         self._prompts = PromptReader(self._engine, self.plans)
-        words = embed_question(loaded.model, loaded.tokenizer, question)
+        ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
+        words = embed_ids(loaded.model, ids)  # without the prompt around them
         self._encodings = [encoding.selected(words) for encoding in self._encodings]
         fill_kept(report, self._encodings)
         report.time_ms.encode_prune = (self._prune_seconds - before) * 1000

@@ -14,15 +14,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import evoprune
-from evoprune.pipeline.saved import UNFINISHED, folder, write_file
+from evoprune.pipeline.saved import UNFINISHED, write_file
 
 SUFFIX = ".safetensors"
 HOUR = 3600.0
-
-
-def default_folder() -> Path:
-    """EVOPRUNE_CACHE_DIR, or `evoprune` where this user's caches are."""
-    return folder("cache")
 
 
 @cache

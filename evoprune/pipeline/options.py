@@ -24,8 +24,6 @@ from evoprune.pruning.budget import AUTO_MOST, AUTOS, DEFAULT, IN_WORDS, PRESETS
 from evoprune.video.info import NO_SUBTITLES, PICTURE, VIDEO, Video
 from evoprune.video.sampling import check_sampling, parse_time
 
-MAX_SUBTITLE_TOKENS = 2048
-_PRESETS = ", ".join(PRESETS)
 HELD = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
 
 
@@ -136,7 +134,7 @@ class PruneOptions:
         "--budget",
         env="EVOPRUNE_BUDGET",
         python="Share of visual tokens kept: a number in (0, 1]; a preset, which keeps more of a still than of a video: "
-        f"{_PRESETS}; auto or auto:inflection, where the content decides; or "
+        f"{', '.join(PRESETS)}; auto or auto:inflection, where the content decides; or "
         "tuned, the method and budget that were tuned for the model.",
     )
     method: str = option(
@@ -232,9 +230,7 @@ class SamplingOptions:
         "video with a text track.",
         words=("none", "auto", "FILE"),
     )
-    max_subtitle_tokens: int = option(
-        MAX_SUBTITLE_TOKENS, "Limit of the subtitles: above it, lines are left out, evenly over all."
-    )
+    max_subtitle_tokens: int = option(2048, "Limit of the subtitles: above it, lines are left out, evenly over all.")
 
     def __post_init__(self):
         check_types(self)

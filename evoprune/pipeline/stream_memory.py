@@ -41,9 +41,8 @@ class Window:
     end_s: float
     time: int  # position in time of its first column, counted from the beginning of the stream
     whole: int  # its tokens before any was thinned
-    order: (
-        torch.Tensor
-    )  # int64 `[C]`: place in the order in which tokens stay, 0 for the last; text has its pair's least
+    # int64 `[C]`: place in the order in which tokens stay, 0 for the last; text has its pair's least
+    order: torch.Tensor
     visual: torch.Tensor  # bool `[C]`: which columns are tokens
 
     @property

@@ -48,7 +48,7 @@ def test_a_model_that_is_loaded_takes_the_threads_it_is_given(saved, monkeypatch
 
 
 def test_a_real_model_takes_all_cores_that_this_process_may_use():
-    model.use_threads("auto", describe_model(ModelOptions(REAL)).config)
+    model.use_threads("auto", describe_model(ModelOptions(REAL)))
     assert torch.get_num_threads() == 8
 
 

@@ -13,7 +13,7 @@ import torch
 
 from evoprune.methods.evs import Evs
 from evoprune.pipeline import cache as cache_module
-from evoprune.pipeline.cache import Cache, content_hash, default_folder
+from evoprune.pipeline.cache import Cache, content_hash
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.video_qa import VideoQA, open_inputs
 from evoprune.video.frames import read_frames
@@ -299,12 +299,12 @@ def test_several_processes_at_once(tmp_path):
 
 def test_where_it_is(monkeypatch, tmp_path):
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
-    assert default_folder() == tmp_path
+    assert Cache().folder == tmp_path
     monkeypatch.delenv("EVOPRUNE_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert default_folder() == Path("/caches/evoprune")
+    assert Cache().folder == Path("/caches/evoprune")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_folder() == Path.home() / ".cache" / "evoprune"
+    assert Cache().folder == Path.home() / ".cache" / "evoprune"
 
 
 def test_a_damaged_video_is_not_kept_because_nobody_would_be_warned(loaded, cache, tmp_path):

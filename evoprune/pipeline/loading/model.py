@@ -11,13 +11,12 @@ from evoprune.bundled import Demo
 from evoprune.errors import ModelError, OutOfMemory, UsageError, is_out_of_memory
 from evoprune.keywords import from_keywords
 from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from evoprune.model.config import Config
 from evoprune.model.cost import shortage
 from evoprune.model.limits import available_cores
 from evoprune.model.linear import PackingTime, weights_bytes
 from evoprune.model.precision import AUTO_THREADS
 from evoprune.model.quantize import kinds
-from evoprune.model.weights import QwenVL, empty
+from evoprune.model.weights import QwenVL
 from evoprune.pipeline.loading.folder import eos_ids, fingerprint
 from evoprune.pipeline.loading.found import DTYPES, FoundModel, find_model
 from evoprune.pipeline.loading.weights import (
@@ -110,8 +109,8 @@ def load_model(
     if isinstance(model, str):
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
     found = model if isinstance(model, FoundModel) else find_model(model)
-    model, device, folder, config = found.options, found.device, found.folder, found.config
-    use_threads(model.threads, config)
+    model, folder = found.options, found.folder
+    use_threads(model.threads, found)
     tokenizer, start = None, time.perf_counter()
     if folder is not None and (has_tokenizer(folder) or not found.random):
         tokenizer = load_tokenizer(folder)
@@ -123,11 +122,11 @@ def load_model(
         model=weights,
         tokenizer=tokenizer,
         limits=found.limits,
-        eos_ids=eos_ids(folder, config, tokenizer),
+        eos_ids=eos_ids(folder, found.config, tokenizer),
         id=model.model,
         revision=found.commit,
         dtype=found.dtype,
-        device=str(device),
+        device=str(found.device),
         demo=None if found.random else found.demo,
         load_format=model.load_format,
         quantize=model.quantize,
@@ -182,11 +181,10 @@ def thread_count(weights: int, cores: int) -> int:
     return max(1, min(cores, weights // WEIGHTS_PER_THREAD))
 
 
-def use_threads(wanted: int | str | None, config: Config) -> None:
+def use_threads(wanted: int | str | None, found: FoundModel) -> None:
     """Sets the threads of this process: a number, or "auto", by the model's size and the cores unless OMP_NUM_THREADS is set."""
     if wanted == AUTO_THREADS and not os.environ.get("OMP_NUM_THREADS"):
-        weights = sum(weight.numel() for weight in empty(config).parameters())
-        torch.set_num_threads(thread_count(weights, available_cores()))
+        torch.set_num_threads(thread_count(found.parameters, available_cores()))
     elif isinstance(wanted, int):
         torch.set_num_threads(wanted)
 

@@ -14,8 +14,9 @@ import evoprune
 from evoprune.model.integers import Weights, levels
 from evoprune.model.quantize import Progress, places, quantize, restore
 from evoprune.model.weights import QwenVL
-from evoprune.pipeline.entries import Entries, default_folder, own_code
+from evoprune.pipeline.entries import Entries, own_code
 from evoprune.pipeline.loading.calibration import calibrate
+from evoprune.pipeline.saved import folder
 
 LIMIT_BYTES = 32 * 2**30
 HEADER_BYTES = 2**21  # of an entry, filled up with spaces; a tensor's entry takes about 120
@@ -31,7 +32,7 @@ NAMES = {
 
 def weights_folder() -> Entries:
     """Where the entries are: `weights` in the folder of the encoded videos."""
-    return Entries(default_folder() / "weights", LIMIT_BYTES)
+    return Entries(folder("cache") / "weights", LIMIT_BYTES)
 
 
 def quantize_once(model: QwenVL, kind: str, fingerprint: str | None, progress: Progress | None = None) -> None:
