@@ -55,9 +55,7 @@ class VideoQA:
     """A loaded model with a pruning method and a budget, ready for videos.
 
     It computes in the dtype that the model was loaded with, also inside torch's autocast. `loaded` is from `loading.load_model`;
-    `load_seconds` is how long that took, for reports.
-
-    `engine` is the model and how it prunes, as `open_inputs` takes it.
+    `load_seconds` is how long that took, for reports. `engine` is the model and how it prunes, as `open_inputs` takes it.
 
     Raises:
         UsageError: a bad budget or method. ModelError: a model without a tokenizer. TypeError: an unknown option, or a name in

@@ -48,10 +48,10 @@ def stats_block(report, width: int = WIDTH, verbose: bool = False) -> list[str]:
     return [piece for line in lines for piece in _folded(line, width)]
 
 
-def warning_lines(report, width: int = WIDTH) -> list[str]:
-    """What the warnings of a `Report` say, each line at most `width` columns wide."""
-    texts = (warning_text(name, video) for name, video in warned(report))
-    return [piece for text in texts for piece in _folded(f"{'warning':<11}{text}", width)]
+def warning_lines(report) -> list[str]:
+    """What the warnings of a `Report` say, each line at most `WIDTH` columns wide."""
+    texts = (f"{'warning':<11}{warning_text(name, video)}" for name, video in warned(report))
+    return [piece for text in texts for piece in _folded(text, WIDTH)]
 
 
 def warned(report) -> list[tuple]:
