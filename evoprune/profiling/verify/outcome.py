@@ -1,6 +1,6 @@
 """What a check is and what comes of it: held, differs or skipped; and the distance between what two programs computed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, NamedTuple
@@ -77,6 +77,9 @@ class Gap(NamedTuple):
             "largest_error": (self.largest, times * LARGEST * noise.largest),
         }
 
+    def worse(self, other: Sequence[float]) -> "Gap":
+        return Gap(*map(max, self, other))
+
     def __str__(self) -> str:
         return f"error {self.mean:.1e}, at most {self.largest:.1e}"
 
@@ -94,9 +97,3 @@ def gap(made: torch.Tensor, expected: torch.Tensor, centred: bool = False) -> Ga
     tiny = torch.finfo(torch.float32).tiny
     each = (made - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=tiny)
     return Gap(float(each.mean()), float(each.max()))
-
-
-def at_least(noise: Gap, dtype: torch.dtype) -> Gap:
-    """Noise that is no less than a rounding of one number: a short sum may happen to be exact."""
-    least = torch.finfo(dtype).eps
-    return Gap(max(noise.mean, least), max(noise.largest, least))

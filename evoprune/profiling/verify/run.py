@@ -125,10 +125,8 @@ def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
     """What is compared: a file that the user names, in the place of the clip or the picture made by formula."""
     with TemporaryDirectory(prefix="evoprune-verify-") as folder:
         video, still, picture = _material(Path(folder))
-        if path is not None and probe(path).kind == PICTURE:
-            picture = Path(path)
-        elif path is not None:
-            video = Path(path)
+        if path is not None:
+            video, picture = (video, Path(path)) if probe(path).kind == PICTURE else (Path(path), picture)
         subject = Subject(loaded, video, still, picture)
         subject.asking()  # raises where the device computes nothing
         yield subject
@@ -138,19 +136,14 @@ def _material(folder: Path) -> tuple[Path, Path, Path]:
     """A clip in which things move, a clip that stands still, and a picture: two folders of frames and a file."""
     from PIL import Image
 
-    moving, still = (_clip(kind) for kind in ("motion", "static90"))
+    unit = synthetic.UNIT
+    whole = FRAMES, *(-(-side // unit) * unit for side in (HEIGHT, WIDTH))
+    moving, still = (synthetic.clip(kind, *whole)[:, :HEIGHT, :WIDTH] for kind in ("motion", "static90"))
     for name, frames in (("moving", moving), ("still", still[:1].repeat(FRAMES, 0)), ("picture", still[:1])):
         (folder / name).mkdir()
         for number, frame in enumerate(frames):
-            Image.fromarray(frame).save(folder / name / f"{number}.png")
+            Image.fromarray(np.ascontiguousarray(frame)).save(folder / name / f"{number}.png")
     return folder / "moving", folder / "still", folder / "picture" / "0.png"
-
-
-def _clip(kind: str) -> np.ndarray:
-    """uint8 `[frames, height, width, 3]`."""
-    unit = synthetic.UNIT
-    whole = synthetic.clip(kind, FRAMES, *(-(-side // unit) * unit for side in (HEIGHT, WIDTH)))
-    return np.ascontiguousarray(whole[:, :HEIGHT, :WIDTH])
 
 
 def verify(

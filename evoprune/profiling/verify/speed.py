@@ -81,19 +81,13 @@ def memory(subject: Subject) -> Outcome:
     (plan,) = subject.plans(qa.engine, [subject.video])
     chunk_units, encoder = fitting_chunk(qa.engine, plan), plan.encoder
     prompt = qa.engine.prompt_columns(encoder.keep, TEXT)
-    model = subject.loaded.model
-    estimate = encoding_bytes(model.config, encoder, chunk_units, model.dtype.itemsize, prompt)
-    before = _in_use(device)
+    config = subject.loaded.model.config
+    estimate = encoding_bytes(config, encoder, chunk_units, subject.dtype.itemsize, prompt)
+    on_cuda = device.startswith("cuda")
+    before = torch.cuda.memory_allocated(device) if on_cuda else sum(memory_in_use(device))  # as `peak_memory` counts
     subject.encode(qa, [subject.video]).read_along(QUESTION, [0])
     peak = peak_memory(device) - before
     return judged(f"{size(max(0, peak))} beside the weights, estimated {size(estimate)}", {"bytes": (peak, estimate)})
-
-
-def _in_use(device: str) -> int:
-    """Bytes now, as `peak_memory` counts them."""
-    if device.startswith("cuda"):
-        return torch.cuda.memory_allocated(device)
-    return sum(memory_in_use(device))
 
 
 def waits(subject: Subject) -> Outcome:

@@ -1,6 +1,6 @@
 """What is verified: a loaded model, transformers' model on the same tensors, and inputs as both of them read these."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
@@ -19,7 +19,7 @@ from evoprune.pipeline.prompting import PromptReader
 from evoprune.pipeline.video_qa import VideoQA, open_inputs
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.profiling.time_limit import TimeLimit
-from evoprune.profiling.verify.outcome import Gap, at_least, gap
+from evoprune.profiling.verify.outcome import Gap, gap
 from evoprune.profiling.verify.wide import computing_in, wider
 from evoprune.video.plan import Plan
 from evoprune.vision.encoder import encode_rows
@@ -162,17 +162,17 @@ class Subject:
     @cached_property
     def features_noise(self) -> Gap:
         """How far transformers' features are from those of the wider dtype."""
-        if self._wide is None:
-            return _roundings(self.dtype)
-        features = self.about(self.video).features
-        return at_least(gap(features.flatten(0, 1), self._wide[0].flatten(0, 1)), self.dtype)
+        return self._noise(lambda wide: gap(self.about(self.video).features.flatten(0, 1), wide[0].flatten(0, 1)))
 
     @cached_property
     def logits_noise(self) -> Gap:
         """The same of its logits, from pixels on."""
-        if self._wide is None:
-            return _roundings(self.dtype)
-        return at_least(gap(self.video_logits, self._wide[1], centred=True), self.dtype)
+        return self._noise(lambda wide: gap(self.video_logits, wide[1], centred=True))
+
+    def _noise(self, of: Callable[[tuple[torch.Tensor, torch.Tensor]], Gap]) -> Gap:
+        """No less than a rounding of one number, because a short sum may happen to be exact."""
+        least = torch.finfo(self.dtype).eps
+        return Gap(*2 * [ROUNDINGS * least]) if self._wide is None else of(self._wide).worse((least, least))
 
     @cached_property
     def logit_noise(self) -> float:
@@ -220,8 +220,3 @@ def runs(call: dict[str, torch.Tensor]) -> list[tuple[int, range]]:
         made.append((kind, range(at, at + count)))
         at += count
     return made
-
-
-def _roundings(dtype: torch.dtype) -> Gap:
-    each = ROUNDINGS * torch.finfo(dtype).eps
-    return Gap(each, each)

@@ -8,7 +8,6 @@ import torch
 from evoprune.huggingface import interface
 from evoprune.huggingface.context import PruningContext
 from evoprune.language import decoder
-from evoprune.language.decoder import KVCache
 from evoprune.language.generate import Visual, column_deepstack, embed_prompt
 from evoprune.model.linear import PackedLinear, packs
 from evoprune.profiling.verify.outcome import DIFFERS, HELD, Gap, Outcome, gap, judged, skipped
@@ -32,7 +31,7 @@ def patches(subject: Subject) -> Outcome:
             return Outcome(DIFFERS, f"patches {list(made.shape)}, expected {list(expected.shape)}")
         std = min(subject.loaded.limits[plan.kind].image_std)
         away = (made - expected).abs() * std
-        worst = Gap(max(worst.mean, float(away.mean())), max(worst.largest, float(away.max())))
+        worst = worst.worse((float(away.mean()), float(away.max())))
     says = f"at most {worst.largest * 255:.2f} of 255 levels, {worst.mean * 255:.3f} on average"
     return judged(says, {"mean_error": (worst.mean, LEVEL / 4), "largest_error": (worst.largest, LEVEL)})
 
@@ -61,8 +60,8 @@ def _patches_of_transformers(subject: Subject, plan: Plan) -> torch.Tensor:
 
 def tower(subject: Subject) -> Outcome:
     encoded = subject.encode(subject.asking(1.0), [subject.video]).encoded
-    found = gap(encoded.every_feature, subject.about(subject.video).features.flatten(0, 1))
-    return judged(_beside(found, subject.features_noise), found.limits(subject.features_noise))
+    theirs = subject.about(subject.video).features.flatten(0, 1)
+    return _within(gap(encoded.every_feature, theirs), subject.features_noise)
 
 
 def positions(subject: Subject) -> Outcome:
@@ -94,14 +93,12 @@ def logits(subject: Subject) -> Outcome:
     visuals = [Visual(place, last, ascending(len(place), "cpu"), deepstack=torch.stack(inner) if inner else None)]
     embeds, columns = embed_prompt(model, asked.prompt.input_ids, visuals)
     added = column_deepstack(visuals, columns, embeds)
-    cache = KVCache(model, len(embeds))
+    cache = decoder.KVCache(model, len(embeds))
     made = decoder.logits(model, embeds, asked.positions, cache, last=asked.text_behind, deepstack=added)
-    found = gap(made, subject.video_logits, centred=True)
-    return judged(_beside(found, subject.logits_noise), found.limits(subject.logits_noise))
+    return _within(gap(made, subject.video_logits, centred=True), subject.logits_noise)
 
 
 def answer(subject: Subject) -> Outcome:
-    """Transformers reads our answer: at each token its first choice is ours, or nearer to ours than rounding can tell."""
     return _same_answer(subject, subject.video)
 
 
@@ -110,6 +107,7 @@ def inputs(subject: Subject) -> Outcome:
 
 
 def _same_answer(subject: Subject, *paths: Path) -> Outcome:
+    """Transformers reads our answer: at each token its first choice is ours, or nearer to ours than rounding can tell."""
     said = subject.encode(subject.asking(1.0), paths).ask(QUESTION, max_new_tokens=NEW_TOKENS)
     text, ids, asked = said.text, [*said.ids], subject.about(*paths)
     rows = len(ids) + (said.report.finish_reason == "stop")
@@ -121,11 +119,11 @@ def _same_answer(subject: Subject, *paths: Path) -> Outcome:
     same = f"{counted(rows, 'token')} equal, {len(text)} characters"
     if first is not None:
         same = f"token {first + 1} of {rows} differs, by a margin of {margin[first]:.2g}, within rounding"
-    figures = judged(same, {"margin": (float(margin.max()), 2 * subject.logit_noise)})
-    if figures.state == DIFFERS:
-        says = f"token {first + 1} of {rows}, where transformers prefers another by {margin[first]:.2g}; {figures.says}"
-        return Outcome(DIFFERS, says, figures.figures)
-    return figures
+    found = judged(same, {"margin": (float(margin.max()), 2 * subject.logit_noise)})
+    if found.state == DIFFERS:
+        says = f"token {first + 1} of {rows}, where transformers prefers another by {margin[first]:.2g}; {found.says}"
+        return Outcome(DIFFERS, says, found.figures)
+    return found
 
 
 def batch(subject: Subject) -> Outcome:
@@ -138,8 +136,7 @@ def batch(subject: Subject) -> Outcome:
     with PruningContext(budget=BUDGET)(subject.transformers):
         alone = torch.cat([subject.last_logits(call) for call in calls])
         pruned = gap(subject.last_logits(both), alone, centred=True)
-    found = Gap(max(unpruned.mean, pruned.mean), max(unpruned.largest, pruned.largest))
-    return judged(_beside(found, subject.logits_noise), found.limits(subject.logits_noise, 2))
+    return _within(unpruned.worse(pruned), subject.logits_noise, 2)
 
 
 def _padded(calls: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -178,5 +175,5 @@ def packed(subject: Subject) -> Outcome:
     return judged(says, {"error_of_rounding": (worst, 1.0)})
 
 
-def _beside(found: Gap, noise: Gap) -> str:
-    return f"{found}; rounding alone {noise.mean:.1e}, {noise.largest:.1e}"
+def _within(found: Gap, noise: Gap, times: float = 1.0) -> Outcome:
+    return judged(f"{found}; rounding alone {noise.mean:.1e}, {noise.largest:.1e}", found.limits(noise, times))
