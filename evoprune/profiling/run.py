@@ -57,19 +57,15 @@ def measure(
             else:
                 row.counts, row.samples = turn.counts, row.samples + [turn.sample] * (phase != WARM_UP)
         if phase == WARM_UP:
-            results = replace(results, warmups=results.warmups + 1, warmup_seconds=limit.spent)
+            results.warmups, results.warmup_seconds = results.warmups + 1, limit.spent
             continue
         if phase == COUNTED:
             results.warmups -= 1
             notes.append("without a warm-up: a second round would not have ended in time, so the first one counts")
-        results = replace(
-            results,
-            rows=_with_bounds([replace(row) for row in rows]),
-            matmul_rates=[*results.matmul_rates, rate],
-            rounds=results.rounds + 1,
-            seconds=limit.spent,
-            notes=[*notes, *left_out(asked, rows, limit)],
-        )
+        results.rows = _with_bounds([replace(row) for row in rows])
+        results.matmul_rates.append(rate)
+        results.rounds, results.seconds = results.rounds + 1, limit.spent
+        results.notes = [*notes, *left_out(asked, rows, limit)]
         yield results
 
 

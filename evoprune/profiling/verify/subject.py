@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
-from itertools import groupby
 from math import inf
 from pathlib import Path
 
@@ -210,13 +209,3 @@ class Asked:
     def text_behind(self) -> int:
         """Tokens of the prompt behind the inputs."""
         return len(self.prompt.input_ids) - self.prompt.places[-1].runs[-1].stop
-
-
-def runs(call: dict[str, torch.Tensor]) -> list[tuple[int, range]]:
-    """The runs of a prompt's tokens, in order: of text (0), of a picture (1) or of a video (2), and where it is."""
-    made, at = [], 0
-    for kind, group in groupby(call["mm_token_type_ids"][0].tolist()):
-        count = len(list(group))
-        made.append((kind, range(at, at + count)))
-        at += count
-    return made

@@ -11,7 +11,7 @@ from evoprune.language import decoder
 from evoprune.language.generate import Visual, column_deepstack, embed_prompt
 from evoprune.model.linear import PackedLinear, packs
 from evoprune.profiling.verify.outcome import DIFFERS, HELD, Gap, Outcome, gap, judged, skipped
-from evoprune.profiling.verify.subject import ANOTHER, BUDGET, NEW_TOKENS, QUESTION, Subject, runs
+from evoprune.profiling.verify.subject import ANOTHER, BUDGET, NEW_TOKENS, QUESTION, Subject
 from evoprune.pruning.indices import ascending
 from evoprune.text import counted
 from evoprune.video.frames import read_frames
@@ -46,16 +46,11 @@ def _patches_of_transformers(subject: Subject, plan: Plan) -> torch.Tensor:
         image_mean=limits.image_mean, image_std=limits.image_std, patch_size=limits.patch_size, do_resize=False
     )
     with closing(read_frames(plan.source, plan.sampling.times_s, decoder=plan.decoder)) as chunks:
-        frames = [frame for chunk in chunks for frame in chunk.frames]
-    made = []
-    for frame in frames if len(frames) > 1 else 2 * frames:
-        picture = Image.fromarray(frame)
-        picture = picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
-        made.append(processor(images=picture, return_tensors="pt")["pixel_values"].view(-1, 3, 2, limits.patch_size**2))
-    pairs = [
-        torch.stack([first[:, :, 0], second[:, :, 1]], 2) for first, second in zip(made[::2], made[1::2], strict=True)
-    ]
-    return torch.cat(pairs).flatten(1)
+        frames = [Image.fromarray(frame) for chunk in chunks for frame in chunk.frames]
+    frames = [frame.resize(size, Image.Resampling.BICUBIC) for frame in (frames if len(frames) > 1 else 2 * frames)]
+    made = processor(images=frames, return_tensors="pt")["pixel_values"]
+    first, second = made.view(len(frames) // 2, 2, -1, 3, 2, limits.patch_size**2).unbind(1)
+    return torch.stack([first[..., 0, :], second[..., 1, :]], -2).flatten(0, 1).flatten(1)
 
 
 def tower(subject: Subject) -> Outcome:
@@ -74,11 +69,12 @@ def positions(subject: Subject) -> Outcome:
             seconds = [asked.plans[-1].sampling.seconds_per_pair(pair)]
             call["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float64, device="cpu")
         theirs = interface.model_positions(subject.transformers, call, call["attention_mask"], False)[:, 0]
-        expected, at = torch.empty_like(made), 0
-        for _, place in runs(call):
-            here = slice(place.start, place.stop)
-            expected[:, here] = theirs[:, here] - theirs[:, place.start, None] + at
-            at = int(expected[:, here].max()) + 1
+        runs, at = [], 0  # of text, of a picture or of a video
+        _, lengths = call["mm_token_type_ids"][0].unique_consecutive(return_counts=True)
+        for run in theirs.split(lengths.tolist(), 1):
+            runs.append(run - run[:, :1] + at)
+            at = int(runs[-1].max()) + 1
+        expected = torch.cat(runs, 1)
         if wrong := int((made != expected).any(0).sum()):
             first = int((made != expected).any(0).nonzero()[0])
             says = f"{counted(wrong, 'position')} of {made.shape[1]}, the first {made[:, first].tolist()}, expected "

@@ -52,8 +52,7 @@ class Waiting(TorchDispatchMode):
         return made
 
     def waits(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> bool:
-        given = [x for x in args if isinstance(x, torch.Tensor)]
-        there = any(reading_waits(x.device) for x in given)
+        there = any(isinstance(x, torch.Tensor) and reading_waits(x.device) for x in args)
         if there and shape_depends_on_values(func, args):
             return True
         name = func._schema.name.split("::")[1]
