@@ -9,9 +9,8 @@ SYNTHETIC = ("motion", "static90", "noise")  # kinds of synthetic clips, see `sy
 
 @dataclass(frozen=True)
 class Settings:
-    """What is swept, and how often it is measured."""
+    """Every method runs at every budget, with each quantisation of the language model's weights."""
 
-    # Every method runs at every budget, with each quantisation of the language model's weights.
     budgets: tuple[float, ...]
     methods: tuple[str, ...] = (methods.DEFAULT,)
     quantize: tuple[str, ...] = ("none",)

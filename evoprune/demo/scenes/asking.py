@@ -36,21 +36,16 @@ class QuestionType:
 
 
 def ask(
-    clip: Clip,
-    rng: np.random.Generator,
-    count: int,
-    types: Mapping[str, QuestionType],
-    choice: float = CHOICE,
-    brief: float = MOMENT,
+    clip: Clip, rng: np.random.Generator, count: int, types: Mapping[str, QuestionType], choice: float = CHOICE
 ) -> list[Question]:
-    """Up to `count` different questions about the clip, drawn by weight; `choice` and `brief` as CHOICE and MOMENT."""
+    """Up to `count` different questions about the clip, drawn by weight; `choice`: see CHOICE."""
     pool = [(name, draft) for name, type in types.items() for draft in type.make(clip, rng)]
     flash = np.array([any(t.event(clip.seconds) == "flashes" for t in draft.about) for _, draft in pool])
     per_type = Counter((name, b) for (name, _), b in zip(pool, flash, strict=True))
     weights = np.array([types[n].weight / per_type[n, b] for (n, _), b in zip(pool, flash, strict=True)])
     chosen: list[Question] = []
     while len(chosen) < min(count, len(pool)) and (weights.any() or not chosen):
-        wanted = flash == (rng.random() < brief)
+        wanted = flash == (rng.random() < MOMENT)
         odds = weights * (wanted if (weights * wanted).any() else 1)
         at = int(rng.choice(len(pool), p=odds / odds.sum()))
         weights[at] = 0.0

@@ -104,9 +104,10 @@ class _Placer:
         self.names: set[tuple] = set()
 
     def add(self, sign: bool, fate: str, moves: bool, scene: Span) -> None:
-        spans, turn = self._spans(fate, scene)
+        spans, turns = self._spans(fate, scene), fate == "turns"
+        turn = float(self.rng.uniform(0.3, 0.7)) * self.clip.seconds if turns else math.inf
         for _ in range(8):
-            look = self._sign(turn < math.inf) if sign else self._shape(turn < math.inf)
+            look = self._sign(turns) if sign else self._shape(turns)
             name = look.outline, look.texture, look.colour
             texts = {text for t in self.things if t.is_sign for text in (t.text, t.after) if text}
             if name in self.names or (sign and {look.text, look.after} & texts):
@@ -140,26 +141,24 @@ class _Placer:
         after = pick(rng, *(c for c in COLOURS if c != colour)) if turns else ""
         return Thing(outline, texture, colour, rgb, radius, 0.0, 0.0, after=after)
 
-    def _spans(self, fate: str, scene: Span) -> tuple[tuple[Span, ...], float]:
-        """When it is there, and when it changes."""
+    def _spans(self, fate: str, scene: Span) -> tuple[Span, ...]:
+        """When it is there."""
         rng, seconds, step = self.rng, self.clip.seconds, self.clip.seconds / self.clip.pairs
         if fate == "appears":
-            return ((float(rng.uniform(0.2, 0.8)) * seconds, math.inf),), math.inf
+            return ((float(rng.uniform(0.2, 0.8)) * seconds, math.inf),)
         if fate == "vanishes":
-            return ((0.0, float(rng.uniform(0.2, 0.8)) * seconds),), math.inf
+            return ((0.0, float(rng.uniform(0.2, 0.8)) * seconds),)
         if fate == "flashes":
             length = float(rng.uniform(1.05, 1.6)) * step
             start = float(rng.uniform(0.4 * step, seconds - 0.4 * step - length))
-            return ((start, start + length),), math.inf
-        if fate == "turns":
-            return ((0.0, math.inf),), float(rng.uniform(0.3, 0.7)) * seconds
+            return ((start, start + length),)
         gaps = int(rng.integers(1, 1 + min(4, int(seconds / step / 2.4)))) if fate == "blinks" else 0
         if gaps:
             # As long to be seen as not, each for more than a frame pair.
             edges = np.linspace(0, seconds, 2 * gaps + 2)[1:-1] + rng.uniform(-0.08, 0.08, 2 * gaps) * step
             ends = [0.0, *(float(e) for e in edges), math.inf]
-            return tuple(zip(ends[::2], ends[1::2], strict=True)), math.inf
-        return (scene,), math.inf
+            return tuple(zip(ends[::2], ends[1::2], strict=True))
+        return (scene,)
 
     def _somewhere(self, thing: Thing) -> Thing | None:
         """The thing at a place where its whole way stays on the frame and it hides nothing for good, or None after 12 tries."""

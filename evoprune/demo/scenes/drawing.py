@@ -84,10 +84,9 @@ def _sharp(clip: Clip, t: float, scenery: Scenery, sprite_of: Callable[..., Spri
 
 def _shake(clip: Clip, t: float) -> tuple[int, int]:
     """The offset of a camera in a hand: a sum of slow waves, in whole pixels."""
-    if not clip.camera.shake:
+    a, phase = clip.camera.shake, clip.seed[-1] % 628 / 100
+    if not a:
         return 0, 0
-    a = clip.camera.shake
-    phase = clip.seed[-1] % 628 / 100
     return (
         round(a * (0.7 * np.sin(2.3 * t + phase) + 0.5 * np.sin(5.1 * t))),
         round(a * (0.7 * np.cos(1.9 * t + phase) + 0.5 * np.sin(4.3 * t))),

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from evoprune.demo.questions import pick
+
 _LIST = """
 ACE ACT AGE AIR ARM ART BAG BAR BAY BED BEE BOX BUS BUY CAB CAN CAP CAR CAT COD COW CUP DAY DOG DRY EAR EGG END EYE
 FAN FAR FIG FIT FLY FOG FOX FUN GAP GAS GYM HAT HEN ICE INK JAM JAR JET JOB JOY KEY KID LAB LEG LIP MAP MUD NET NUT
@@ -27,8 +29,7 @@ def draw_text(rng: np.random.Generator) -> str:
     """A number of 2 to 5 digits, or a word of 3 to 6 letters."""
     if rng.random() < 0.5:
         return "".join(str(d) for d in rng.integers(0, 10, int(rng.integers(2, 6))))
-    words = BY_LENGTH[int(rng.integers(3, 7))]
-    return words[int(rng.integers(len(words)))]
+    return pick(rng, *BY_LENGTH[int(rng.integers(3, 7))])
 
 
 def similar_text(text: str, rng: np.random.Generator) -> str:
@@ -38,5 +39,4 @@ def similar_text(text: str, rng: np.random.Generator) -> str:
         for at in rng.choice(len(text), min(len(text), int(rng.integers(1, 3))), replace=False):
             digits[at] = str((int(digits[at]) + int(rng.integers(1, 10))) % 10)
         return "".join(digits)
-    words = BY_LENGTH[len(text)]
-    return words[int(rng.integers(len(words)))]
+    return pick(rng, *BY_LENGTH[len(text)])
