@@ -1,6 +1,6 @@
 """A method as the user names it: what acts on the input, inside the encoder, after it, and inside the language model."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Self
 
@@ -89,8 +89,7 @@ class Pipeline:
         """The same with the first part `automatic`. Raises UsageError: it cannot be."""
         if len(self.before.members) > 1:
             raise not_automatic(self.before.name)
-        made = self.first.automatic()
-        return replace(self, **{f.name: made for f in fields(self) if getattr(self, f.name) is self.first})
+        return replace(Pipeline.of(self.first.automatic()), language=self.language)
 
     def by_inflection(self) -> Self:
         """The same with at most as many tokens as before the inflection of the scores. Raises UsageError: there are none."""

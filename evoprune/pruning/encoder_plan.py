@@ -67,9 +67,8 @@ class Stage:
 
     first_layer: int  # how many layers have run: 0 for patch embeddings, the tower's depth for after its last layer
     rows: int  # of the whole video from there on; an upper bound if not `exact`
-    reduce: (
-        Any  # a `Selector` of rows, or of tokens after the last layer; `WholePairs`, `Inflection`, `Merge`, `SetAside`
-    )
+    # A `Selector` of rows, or of tokens after the last layer; `WholePairs`, `Inflection`, `Merge`, `SetAside`
+    reduce: Any
     exact: bool = True  # whether `rows` does not depend on the content
 
     @property
@@ -93,9 +92,8 @@ class EncoderPlan:
     grid: Grid  # (T, H, W) in units, as the encoder sees it; an input method makes it smaller than the video's own
     keep: int  # K, the number of tokens for the language model
     depth: int  # layers of the tower
-    reuse: float = (
-        0.0  # a unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit
-    )
+    # A unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit
+    reuse: float = 0.0
     stages: tuple[Stage, ...] = ()  # in the order of their layers; the last may select tokens, after the last layer
 
     def __post_init__(self):

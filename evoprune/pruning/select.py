@@ -216,9 +216,18 @@ def _farthest(points: Points, start: list[int], keep: int, within: float, least:
         rows, back = points.row[members].unique(return_inverse=True)  # a row is often there at several times
         apart = points.in_features(rows, rows)[back[:, None], back]  # [selected, candidate]
         points.add_time(apart.T, members, members)
-        most, fewest = keep - len(selected), least - len(selected)
-        fresh = _select_in_pool(nearest[members], rounded(apart), members, bound, before, most, within, fewest)
-        selected += fresh
+        near, apart = nearest[members].cpu().numpy().copy(), rounded(apart).cpu().numpy()
+        index, fresh = members.cpu().numpy(), []
+        while len(selected) < keep:
+            best = int(near.argmax())  # the first of equals
+            if near[best] <= (within if len(selected) >= least else 0):
+                break
+            if near[best] < bound or (near[best] == bound and index[best] > before):
+                break  # a farther candidate outside comes first in the next pool
+            fresh.append(int(index[best]))
+            selected.append(fresh[-1])
+            np.minimum(near, apart[best], out=near)
+            near[best] = -1
     return torch.tensor(selected, dtype=torch.int64, device=device)
 
 
@@ -244,36 +253,6 @@ def _farthest_candidates(nearest: torch.Tensor, count: int) -> tuple[torch.Tenso
     inside = count - len(farther)
     first = int(ties[inside]) if inside < len(ties) else len(nearest)
     return torch.cat([farther, ties[:inside]]).sort().values, float(bound), first
-
-
-def _select_in_pool(
-    nearest: torch.Tensor,
-    apart: torch.Tensor,
-    members: torch.Tensor,
-    bound: float,
-    before: int,
-    most: int,
-    within: float,
-    least: int,
-) -> list[int]:
-    """Points selected from a pool, in order, while its farthest member is certain to be the farthest of all candidates.
-
-    `nearest`: float32 `[n]`, distances of the members to the nearest selected point; `apart`: float32 `[n, n]`, of each (second
-    dimension) to each that may be selected; `members`, `bound`, `before`: from `_farthest_candidates`. At most `most` are selected,
-    and at least `least` if others are no farther than `within`.
-    """
-    at, apart, index = nearest.cpu().numpy().copy(), apart.cpu().numpy(), members.cpu().numpy()
-    selected = []
-    while len(selected) < most:
-        i = int(at.argmax())  # the first of equals
-        if at[i] <= (within if len(selected) >= least else 0):
-            break  # a farther candidate outside comes first in the next pool
-        if at[i] < bound or (at[i] == bound and index[i] > before):
-            break
-        selected.append(int(index[i]))
-        np.minimum(at, apart[i], out=at)
-        at[i] = -1
-    return selected
 
 
 def _even(units: torch.Tensor, grid: Grid, keep: int) -> torch.Tensor:
