@@ -9,7 +9,7 @@ from evoprune.methods.base import Selector
 from evoprune.methods.settings import Cosine
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import highest, of_pairs, ranked, scaled, snap
+from evoprune.pruning.ranking import highest, of_pairs, ranked, scaled, snap, turns
 from evoprune.pruning.types import Selection, Tokens
 
 LEAST, STEP = 1 / 128, 1 / 16384
@@ -77,7 +77,8 @@ class Par(Selector):
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         relevance = snap(relevant(like_question(tokens)))
-        return relevance / (1 + rank_inside(relevance, connected(tokens.normalised.view(*tokens.grid, -1), self.link)))
+        cluster = connected(tokens.normalised.view(*tokens.grid, -1), self.link)
+        return relevance / (1 + turns(ranked(relevance), cluster))
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         return Selection(highest(self.scores(tokens), keep))
@@ -100,13 +101,3 @@ def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
         while (cluster != cluster[cluster]).any():
             cluster = cluster[cluster]
     return cluster
-
-
-def rank_inside(score: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """int64 `[N]`: how many tokens of the same group come before each token by score; ties by index."""
-    order = ranked(score)
-    order = order[group[order].argsort(stable=True)]  # by group, then by score
-    place = ascending(len(order), order.device)
-    new = torch.cat([group.new_ones(1, dtype=torch.bool), group[order][1:] != group[order][:-1]])
-    start = torch.where(new, place, 0).cummax(0).values
-    return torch.empty_like(order).index_copy_(0, order, place - start)

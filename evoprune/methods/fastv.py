@@ -11,7 +11,7 @@ from evoprune.methods.settings import Part, Share
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.language_plan import LanguagePlan, one_drop, several_drops
-from evoprune.pruning.ranking import closest, highest, ranked, relative, snap
+from evoprune.pruning.ranking import closest, highest, ranked, relative, snap, turns
 from evoprune.pruning.types import LayerTokens, Selection
 
 LAST = 3  # tokens of the prompt whose attention counts in `nuwa-inner`
@@ -143,12 +143,9 @@ def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
     count, device = len(unit), unit.device
     others = torch.ones(count, dtype=torch.bool, device=device).index_fill_(0, kept, False).nonzero()[:, 0]
     owner = torch.zeros(count, dtype=torch.int64, device=device)
-    owner[kept], owner[others] = ascending(len(kept), device), closest(unit[others], unit[kept])[1]
-    joining = torch.bincount(owner[others], minlength=len(kept))
-    order = owner[others].argsort(stable=True)  # group by group, each in the order of its tokens
-    starts = joining.cumsum(0) - joining
-    turn = ascending(len(others), device) - starts[owner[others][order]]
+    to = closest(unit[others], unit[kept])[1]
+    owner[kept], owner[others] = ascending(len(kept), device), to
+    joining = torch.bincount(to, minlength=len(kept))
     later = torch.empty(count, dtype=torch.float32, device=device)  # how many join after a token does, itself included
-    later[kept] = joining.float()
-    later[others[order]] = (joining[owner[others][order]] - turn).float()
+    later[kept], later[others] = joining.float(), (joining[to] - turns(ascending(len(to), device), to)).float()
     return Selection(kept, owner, torch.exp2(-later).clamp(min=LEAST))

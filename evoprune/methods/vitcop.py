@@ -10,7 +10,7 @@ from evoprune.methods.settings import Share
 from evoprune.pruning.density import vicinity_clusters
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.language_plan import LanguagePlan, several_drops
-from evoprune.pruning.ranking import gathered, highest, ranked, relative
+from evoprune.pruning.ranking import gathered, highest, ranked, relative, turns
 from evoprune.pruning.types import LayerTokens, Selection
 
 PLACES = (2 / 32, 22 / 32)
@@ -58,14 +58,7 @@ def merged(cluster: torch.Tensor, length: torch.Tensor, left: int) -> Selection:
         missing = spare - int(alone.sum())
         able = order[alone[order] < size[order] - 1] if missing > 0 else order[alone[order] > 0].flip(0)
         alone[able[: abs(missing)]] += 1 if missing > 0 else -1
-    stays, joining = _turns(cluster, ranked(-relative(length))) < alone[cluster], (size - alone)[cluster]
-    middle = _turns(cluster, stays.to(torch.int8).argsort(stable=True)) == joining // 2
+    stays, joining = turns(ranked(-relative(length)), cluster) < alone[cluster], (size - alone)[cluster]
+    middle = turns(stays.to(torch.int8).argsort(stable=True), cluster) == joining // 2
     to = torch.empty_like(size).index_copy_(0, cluster[middle], index[middle])
     return gathered(torch.where(stays, index, to[cluster]), torch.where(middle, joining + 1, 1).float())
-
-
-def _turns(cluster: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """int64 `[n]`: how many tokens of the same cluster (`[n]`) are before each one in `order` (`[n]`)."""
-    order, size = order[cluster[order].argsort(stable=True)], torch.bincount(cluster)
-    before = (size.cumsum(0) - size)[cluster[order]]
-    return torch.empty_like(order).index_copy_(0, order, ascending(len(order), order.device) - before)

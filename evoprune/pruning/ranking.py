@@ -85,6 +85,13 @@ def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
     return torch.where(stays, own, (1 - own) / others.clamp(min=1))
 
 
+def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """int64 `[n]`: how many of the same `group` (int64 `[n]`, from 0) come before each token in `order` (int64 `[n]`)."""
+    order, size = order[group[order].argsort(stable=True)], torch.bincount(group)
+    before = (size.cumsum(0) - size)[group[order]]
+    return torch.empty_like(order).index_copy_(0, order, ascending(len(order), order.device) - before)
+
+
 def strips(groups: int, rows: int) -> list[slice]:
     """The strips of `groups` padded groups of `rows` rows whose scores `[groups, strip, rows]` are at most `HELD`."""
     step = max(1, HELD // max(1, groups * rows))
@@ -182,20 +189,16 @@ def match(
     return torch.where(goes, partner, ascending(n, source.device))
 
 
-def merge_rows(
-    x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: int | None = None, moves: int | None = None
-) -> torch.Tensor:
+def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: int, moves: int) -> torch.Tensor:
     """`[rows, ...]`, in the dtype of `x`: the size-weighted mean, in float32, of each row that stays and those that merge into it.
 
     Args:
         x, size, into: `[R, ...]`; int64 `[R]`, cluster sizes; int64 `[R]`, the row that each row merges into, itself if it stays.
-        rows: how many stay; without it, their count synchronises. If it is more, the last rows are padding without meaning.
-        moves: upper bound of the rows that merge; default `R - rows`.
+        rows: how many stay, or more: then the last rows are padding without meaning.
+        moves: upper bound of the rows that merge.
     """
     goes = into != ascending(len(into), into.device)
     stays = ~goes
-    rows = int(stays.sum()) if rows is None else rows
-    moves = len(into) - rows if moves is None else moves
     kept, moved = true_indices(stays, rows), true_indices(goes, moves)
     out, before = x[kept], size[kept]
     to = (stays.cumsum(0) - 1).clamp(max=rows - 1)[into[moved]]
