@@ -15,8 +15,7 @@ from evoprune.text import check_text, roughly
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune.video.source import local_file
 from evoprune_cli import options as opt
-from evoprune_cli.conversation import Conversation
-from evoprune_cli.interactive import check_terminal, converse
+from evoprune_cli.conversation import Conversation, check_terminal, converse
 from evoprune_cli.loading import load
 from evoprune_cli.options import flag, own
 from evoprune_cli.terminal import check_output, encoding, note, note_subtitles, progress, tell

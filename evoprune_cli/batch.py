@@ -11,12 +11,11 @@ from evoprune.pipeline.options import PipelineOptions, SamplingOptions
 from evoprune.text import SOME, some
 from evoprune_cli import completion
 from evoprune_cli import options as opt
-from evoprune_cli.failures import print_traceback
 from evoprune_cli.loading import note_model, prepare
 from evoprune_cli.options import flag, own
 from evoprune_cli.results import SOME_FAILED
 from evoprune_cli.tally import Tally
-from evoprune_cli.terminal import progress, tell
+from evoprune_cli.terminal import print_traceback, progress, tell
 
 DASH = "-"  # stdin, or stdout
 USAGE = 'evoprune batch *.mp4 -Q "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct -o answers.jsonl'

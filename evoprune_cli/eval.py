@@ -10,10 +10,9 @@ from evoprune.errors import UsageError
 from evoprune.pipeline.options import PipelineOptions
 from evoprune_cli import completion
 from evoprune_cli import options as opt
-from evoprune_cli.files import check_chart
 from evoprune_cli.loading import prepare
 from evoprune_cli.options import flag, own
-from evoprune_cli.results import SOME_FAILED, rescuing, show, write
+from evoprune_cli.results import SOME_FAILED, check_chart, rescuing, show, write
 from evoprune_cli.terminal import check_output, note, progress
 
 

@@ -14,10 +14,9 @@ from evoprune.text import budget_text, clock, counted, size
 from evoprune.video.info import PICTURE
 from evoprune_cli import completion
 from evoprune_cli import options as opt
-from evoprune_cli.files import check_writable, write_bytes
 from evoprune_cli.loading import prepare
 from evoprune_cli.options import flag, own
-from evoprune_cli.results import rescuing
+from evoprune_cli.results import check_writable, rescuing, write_bytes
 from evoprune_cli.terminal import encoding, print_document, print_warning, printable, progress
 
 NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # facts of things by their names

@@ -20,8 +20,7 @@ from evoprune.video.sampling import parse_time
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import completion
 from evoprune_cli import options as opt
-from evoprune_cli.conversation import Conversation
-from evoprune_cli.interactive import answer, typed
+from evoprune_cli.conversation import Conversation, answer, typed
 from evoprune_cli.loading import load
 from evoprune_cli.options import own
 from evoprune_cli.results import SOME_FAILED

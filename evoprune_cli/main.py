@@ -20,13 +20,22 @@ from evoprune_cli import completion
 from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
 from evoprune_cli.eval import evaluate
-from evoprune_cli.failures import Terminated, failure, print_traceback
 from evoprune_cli.help_format import Group, showing
 from evoprune_cli.inspect import inspect
 from evoprune_cli.live import live
 from evoprune_cli.methods import methods
 from evoprune_cli.profile import profile
-from evoprune_cli.terminal import WIDTH, ClosedOutput, print_document, print_error, print_json, print_titled
+from evoprune_cli.terminal import (
+    WIDTH,
+    ClosedOutput,
+    Terminated,
+    failure,
+    print_document,
+    print_error,
+    print_json,
+    print_titled,
+    print_traceback,
+)
 from evoprune_cli.tune import tune
 from evoprune_cli.verify import verify
 

@@ -8,9 +8,9 @@ import typer
 
 from evoprune import methods as registry
 from evoprune.errors import EvopruneError
-from evoprune_cli.files import print_text
 from evoprune_cli.help_format import HelpAll
 from evoprune_cli.options import Debug
+from evoprune_cli.results import print_text
 from evoprune_cli.tables import folded, one_line, table
 from evoprune_cli.terminal import page_width, print_document
 

@@ -156,7 +156,7 @@ Debug = _output(bool, "--debug", "Show the traceback of an error.  [env var: EVO
 
 
 def _for_all(*, debug: Debug = False, help_all: HelpAll = False) -> None:
-    """The last options of every command. `failures.print_traceback` and a callback of `HelpAll` read them, not the command."""
+    """The last options of every command. `terminal.print_traceback` and a callback of `HelpAll` read them, not the command."""
 
 
 def check_choice(name: str, value: str | None, known: Iterable[str | None]) -> None:

@@ -16,10 +16,9 @@ from evoprune.profiling.settings import SYNTHETIC
 from evoprune.video.info import PICTURE, VIDEO, Video
 from evoprune_cli import completion
 from evoprune_cli import options as opt
-from evoprune_cli.files import check_chart, check_writable, print_text, write_text
 from evoprune_cli.loading import prepare
 from evoprune_cli.options import flag, own
-from evoprune_cli.results import SOME_FAILED, rescuing
+from evoprune_cli.results import SOME_FAILED, check_chart, check_writable, print_text, rescuing, write_bytes
 from evoprune_cli.terminal import WIDTH, check_output, page_width, progress
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -236,17 +235,16 @@ def _sizes(texts: list[str]) -> list[tuple[int, int]]:
 
 def _deliver(results, asked: Request) -> None:
     """Prints or writes the results, and the chart."""
-    from evoprune_cli.profile_chart import draw_chart
-    from evoprune_cli.profile_tables import render
+    from evoprune_cli.profile_tables import draw_chart, render
 
     text = render(results, asked.form, WIDTH if asked.output else page_width())
     if asked.output is None:
         print_text(text)
     else:
         try:
-            write_text(asked.output, text)
+            write_bytes(asked.output, text.encode())
         except UsageError:
             print_text(text)  # it took minutes to find out
             raise
     if asked.chart:
-        write_text(asked.chart, draw_chart(results))
+        write_bytes(asked.chart, draw_chart(results).encode())

@@ -1,15 +1,103 @@
-"""Results of the commands that measure: delivered in the end, or as far as they are known when a run breaks off."""
+"""Results, to stdout and to files: delivered in the end, or as far as they are known when a run breaks off."""
 
-from collections.abc import Callable, Iterator
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
+from evoprune.batch import unfinished
 from evoprune.errors import UsageError
-from evoprune_cli.failures import failure
-from evoprune_cli.files import print_text, write_text
-from evoprune_cli.terminal import json_line, page_width, print_document
+from evoprune_cli.terminal import encodable, failure, json_line, page_width, print_document
 
 SOME_FAILED = 6  # an exit code
+OPEN_FILES = ("/dev/", "/proc/self/fd/")
+# How each kind of file begins that evoprune writes, and only such a file: a word somewhere in it proves nothing.
+HEADS = re.compile(
+    b"|".join(
+        [
+            rb'\{"schema":"evoprune/(profile|tune|tune-operations|verify)@\d+",',
+            rb"evoprune profile \d\S*, torch \d\S*, transformers \d[^\s;]*[\n;]",  # a table or Markdown
+            rb"row,name,method,budget,quantize,frames,height,width,units,encoder_rows,live_share,tokens,prompt,",
+            rb'<svg xmlns="http://www\.w3\.org/2000/svg" [^>]*>\n<!-- evoprune -->\n<title>',
+            rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR.{17}\0\0\0\x19tEXtSoftware\0evoprune overlay",
+            rb"GIF8.{9,800}!\xfe\x10evoprune overlay\0",
+        ]
+    ),
+    re.DOTALL,
+)
+MP4_END = b"\0\0\0(\xa9cmt\0\0\0 data\0\0\0\1\0\0\0\0evoprune overlay"  # a comment is the last that is in an MP4 file
+
+
+def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:
+    """As `check_writable`, for an SVG file."""
+    if path is not None and not path.startswith(OPEN_FILES) and not path.lower().endswith(".svg"):
+        raise UsageError(f"--chart {path}: charts are SVG files", "name it .svg")
+    check_writable(path, beside, inputs)
+
+
+def check_writable(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:
+    """Raises UsageError, before anything is measured, where a file cannot be written, or is not evoprune's own, or where it or its
+    folder is read.
+
+    Args:
+        beside: a folder that will be made, with its parents.
+        inputs: files and folders that are read; an empty name is none.
+    """
+    if path is None:
+        return
+    real = os.path.realpath(path)
+    folder = os.path.dirname(real)
+    if beside is not None and not os.path.exists(folder) and Path(os.path.realpath(beside)).is_relative_to(folder):
+        return
+    writable = os.access(path if os.path.exists(path) else folder, os.W_OK)
+    if os.path.isdir(path) or not os.path.isdir(folder) or not writable:
+        raise UsageError(f"cannot write {path}", "name a file in a folder that exists and can be written")
+    if {real, folder} & {os.path.realpath(each) for each in inputs if each}:
+        raise UsageError(f"{path} would change what is read", "name another place")
+    if not _may_replace(path):
+        raise UsageError(f"{path} is there, and evoprune did not write it", "name another file, or remove this one")
+
+
+def _may_replace(path: str) -> bool:
+    """Whether a file is missing, empty, a device or a pipe, or begins as evoprune's own."""
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode) or not found.st_size:
+            return True
+        with open(path, "rb") as file:
+            head = file.read(1024)
+            file.seek(max(0, found.st_size - len(MP4_END)))
+            return bool(HEADS.match(head)) or (head[4:8] == b"ftyp" and file.read() == MP4_END)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
+def print_text(text: str) -> None:
+    """Prints to stdout, with escapes for characters outside its encoding."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        text = text.replace("±", "+-")
+    print(encodable(text, sys.stdout), end="", flush=True)
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Raises: UsageError. What was there stays where there is no room for the new content."""
+    try:
+        folder = os.path.dirname(os.path.realpath(path))
+        if os.path.exists(path) and not (os.path.isfile(path) and os.access(folder, os.W_OK)):
+            with open(path, "wb") as file:
+                file.write(content)
+            return
+        unfinished.replace(os.path.realpath(path), content)
+    except OSError as problem:
+        raise UsageError(f"cannot write {path}: {problem.strerror}", "choose another place") from problem
 
 
 @contextmanager
@@ -38,6 +126,6 @@ def write(
 ) -> None:
     """Writes results to the files that are wanted: as JSON, and as a chart of `draw` where there is a row."""
     if output:
-        write_text(output, json_line(document) + "\n")
+        write_bytes(output, f"{json_line(document)}\n".encode())
     if chart and document["rows"]:
-        write_text(chart, draw(document))
+        write_bytes(chart, draw(document).encode())

@@ -5,20 +5,26 @@ import json
 import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from evoprune.errors import UsageError
+from evoprune.errors import UsageError, error_record
 from evoprune.report.records import Report, VideoFacts
 from evoprune.report.stats import WARNINGS, WIDTH, stats_block, summary, warned, warning_text
 from evoprune.text import counted, harmless
 
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1"}
 TAB = 8  # columns
+FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b"}  # with the option each sets
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
 if TYPE_CHECKING:
     from evoprune.pipeline.planning import PromptSubtitles
+
+
+class Terminated(BaseException):
+    """SIGTERM as an exception, so that finished results are printed and files closed."""
 
 
 def columns() -> int:
@@ -110,6 +116,26 @@ def print_document(document: dict[str, Any]) -> None:
 
 def json_line(document: dict[str, Any]) -> str:
     return json.dumps(document, separators=(",", ":"), allow_nan=False)
+
+
+def failure(problem: BaseException) -> dict:
+    """`errors.error_record` for everything that can end a command: also signals, and values from the environment."""
+    for signal, code, name in ((KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")):
+        if isinstance(problem, signal):
+            return {"code": code, "type": name, "stage": None, "message": name, "hint": None}
+    record = error_record(problem)
+    for name, option in FROM_ENVIRONMENT.items():
+        value = os.environ.get(name)
+        typed = any(word in (value, f"{option}{value}") or word.endswith(f"={value}") for word in sys.argv)
+        if value and not typed and repr(value) in record["message"]:
+            record["hint"] = f"{record['hint'] or ''}; the value comes from {name}".lstrip("; ")
+    return record
+
+
+def print_traceback(problem: BaseException) -> None:
+    """Where tracebacks are wanted."""
+    if "--debug" in sys.argv[1:] or os.environ.get("EVOPRUNE_DEBUG", "") not in ("", "0"):
+        traceback.print_exception(problem)
 
 
 def print_error(message: str, hint: str | None) -> None:

@@ -13,12 +13,10 @@ from evoprune.pruning.budget import parse_budget
 from evoprune.report.records import rounded
 from evoprune_cli import completion
 from evoprune_cli import options as opt
-from evoprune_cli.failures import failure
-from evoprune_cli.files import check_chart, check_writable
 from evoprune_cli.loading import prepare
 from evoprune_cli.options import flag, own
-from evoprune_cli.results import SOME_FAILED, rescuing, show, write
-from evoprune_cli.terminal import check_output, note, progress
+from evoprune_cli.results import SOME_FAILED, check_chart, check_writable, rescuing, show, write
+from evoprune_cli.terminal import check_output, failure, note, progress
 
 AGREE = 0.98
 ASKED = "What is asked"  # the title of a panel

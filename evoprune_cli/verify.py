@@ -5,13 +5,11 @@ from dataclasses import dataclass
 
 from evoprune.pipeline.options import ModelOptions
 from evoprune_cli import options as opt
-from evoprune_cli.failures import print_traceback
-from evoprune_cli.files import check_writable
 from evoprune_cli.loading import prepare
 from evoprune_cli.options import flag, own
-from evoprune_cli.results import rescuing, show, write
+from evoprune_cli.results import check_writable, rescuing, show, write
 from evoprune_cli.tables import folded
-from evoprune_cli.terminal import check_output, progress
+from evoprune_cli.terminal import check_output, print_traceback, progress
 
 DIFFERENCE = 7
 UNLIMITED = 86_400.0

@@ -20,7 +20,7 @@ from evoprune.batch.output import RecordFile
 from evoprune.language.generate import choose
 from evoprune.pipeline import video_qa
 from evoprune_cli import tally
-from evoprune_cli.failures import Terminated
+from evoprune_cli.terminal import Terminated
 from tests.cli.screen import visible
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from evoprune_cli.failures import Terminated
+from evoprune_cli.terminal import Terminated
 from tests.cli.screen import Screen, visible
 from tests.video.files import numbered_frames, spoil, write_video
 

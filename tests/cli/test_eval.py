@@ -16,7 +16,7 @@ from evoprune.evaluation import run as evaluation_run
 from evoprune.evaluation.scores import COSTS, score_rows
 from evoprune.pruning.budget import PRESETS
 from evoprune_cli.eval_tables import table
-from evoprune_cli.failures import Terminated
+from evoprune_cli.terminal import Terminated
 from tests.cli.screen import visible
 
 ROOT = Path(__file__).parents[2]

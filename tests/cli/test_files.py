@@ -14,8 +14,8 @@ from evoprune.profiling.results import METHOD, Case, Results, Row
 from evoprune.report.records import Environment, ModelFacts
 from evoprune.visualize.image_files import gif, mp4, png, shared_palette
 from evoprune.visualize.svg import document
-from evoprune_cli.files import check_writable, write_bytes
 from evoprune_cli.profile_tables import render
+from evoprune_cli.results import check_writable, write_bytes
 from evoprune_cli.terminal import json_line
 
 SAMPLES = Path("samples")

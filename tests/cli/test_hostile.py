@@ -12,8 +12,7 @@ import pytest
 
 from evoprune import __version__
 from evoprune_cli import main
-from evoprune_cli.failures import Terminated
-from evoprune_cli.terminal import encodable
+from evoprune_cli.terminal import Terminated, encodable
 
 ROOT = Path(__file__).parents[2]
 CLIP = str(ROOT / "samples/square.mp4")

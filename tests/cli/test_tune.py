@@ -12,7 +12,7 @@ import pytest
 from evoprune.errors import UsageError
 from evoprune.pipeline.saved import recipes, tuned
 from evoprune.tuning.run import Tuning
-from evoprune_cli.failures import Terminated
+from evoprune_cli.terminal import Terminated
 
 CLIPS = ("samples/square.mp4", "samples/arrivals.webm")
 LOW = ("--agree", "0.01")
