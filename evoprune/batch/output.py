@@ -107,10 +107,9 @@ class RecordFile:
                 self._number = self._copied(kept)
             os.ftruncate(self._number, size)
             if kept and os.pread(self._number, 1, size - 1) != b"\n":
-                size += os.write(self._number, b"\n")
+                os.write(self._number, b"\n")
         except OSError as problem:
             raise self._cannot_write(problem) from problem
-        self._size = size
 
     def add(self, record: Report) -> None:
         """Appends a record, which is on the disk when this returns. Neither a signal nor a full disk tears a line."""
@@ -129,20 +128,12 @@ class RecordFile:
 
     def _write(self, line: bytes) -> None:
         try:
-            rest = memoryview(line)
-            while rest:
-                rest = rest[os.write(self._number, rest) :]
-            if self.regular:
-                os.fsync(self._number)
+            unfinished.append(self._number, line, self.regular)
         except BrokenPipeError:
             raise
         except OSError as problem:
-            if self.regular:
-                os.ftruncate(self._number, self._size)
             raise self._cannot_write(problem) from problem
         self.written += 1
-        if self.regular:
-            self._size += len(line)
 
     def _open(self) -> int:
         """A file descriptor; of a regular file one that holds its lock."""

@@ -1,4 +1,4 @@
-"""Files that are written under a name of their own, beside the file that they then replace. All functions may raise OSError."""
+"""Files that are written completely or not at all. All functions may raise OSError."""
 
 import glob
 import os
@@ -17,6 +17,20 @@ def replace(path: str, content: bytes) -> None:
         os.replace(unfinished, path)
     except BaseException:
         os.unlink(unfinished)
+        raise
+
+
+def append(number: int, content: bytes, regular: bool = True) -> None:
+    """Appends to an open file. To a `regular` one it appends all of the content or nothing, which is on the disk afterwards."""
+    size, rest = os.fstat(number).st_size, memoryview(content)
+    try:
+        while rest:
+            rest = rest[os.write(number, rest) :]
+        if regular:
+            os.fsync(number)
+    except BaseException:
+        if regular:
+            os.ftruncate(number, size)
         raise
 
 

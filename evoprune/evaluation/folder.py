@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -55,7 +54,7 @@ class RunFolder:
                 unfinished.remove_left_overs(str(path / name))
         samples = _finished(text)
         folder = cls(path, samples)
-        kept = "".join(_line(sample) for sample in samples)
+        kept = "".join(map(_line, samples))
         if kept.encode() != text:
             folder._replace(SAMPLES, kept)
         return folder
@@ -63,19 +62,11 @@ class RunFolder:
     def add(self, samples: list[dict]) -> None:
         """Appends all samples of a video, or none of them. They are on the disk when this returns. Raises UsageError."""
         samples[-1]["last"] = True
-        path, rest = self.path / SAMPLES, memoryview("".join(_line(sample) for sample in samples).encode())
+        path = self.path / SAMPLES
         with _writing(path), open(path, "ab", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            try:
-                while rest:
-                    rest = rest[file.write(rest) :]
-                os.fsync(file.fileno())
-            except BaseException:
-                file.truncate(size)
-                raise
+            unfinished.append(file.fileno(), "".join(map(_line, samples)).encode())
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Writes the results, complete or so far."""
         self._replace(RESULTS, json.dumps(results, indent=1) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
