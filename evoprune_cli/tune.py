@@ -24,8 +24,6 @@ ASKED = "What is asked"  # the title of a panel
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked."""
-
     videos: opt.argument(list[str], "VIDEO", "Video files like those that will be asked about.")
     questions: list[str] | None = own(
         "-Q --question TEXT", "Asked of every video; repeatable. Default: three general ones."
@@ -109,7 +107,7 @@ def _run(asked: Request, settings: dict[str, Any]) -> int:
     with rescue, progress(not quiet) as tell:
         tell("loading libraries")
         prepare()
-        from evoprune.tuning.operations_run import OperationTuning
+        from evoprune.tuning.operations import OperationTuning
         from evoprune.tuning.run import Settings, Tuning
 
         tuning = (OperationTuning if asked.operations else Tuning)(Settings(**settings))

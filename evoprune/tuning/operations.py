@@ -1,16 +1,34 @@
-"""The order in which operations can be left out, found by what each does to the output distribution (docs/methods.md, operations).
+"""One run of `evoprune tune --operations`: the order in which operations can be left out (docs/methods.md, operations).
 
-First the deepest layers lose what costs nothing, then one operation after the other goes. The top layer computes queries and MLP
-of no visual token.
+It is found by what each operation does to the output distribution. First the deepest layers lose what costs nothing, then one
+operation after the other goes. The top layer computes queries and MLP of no visual token.
 """
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from evoprune.pruning.language_plan import ALL, REST, Operation
-from evoprune.pruning.operations import Removed, closed
+import numpy as np
+
+from evoprune.errors import UsageError
+from evoprune.evaluation.shared import SharedFrames
+from evoprune.methods.operations import KEY, PLACE, Operations
+from evoprune.methods.pipeline import Pipeline
+from evoprune.model.config import head_size
+from evoprune.pipeline.agreement import agreement
+from evoprune.pipeline.engine import make_engine
+from evoprune.pipeline.options import PruneOptions
+from evoprune.pipeline.saved import KeptRecipe, recipes
+from evoprune.pruning.language_plan import ALL, REST, LanguagePlan, Operation, layers_before
+from evoprune.pruning.operations import Recipe, Removed, closed
+from evoprune.text import counted
+from evoprune.tuning.full_answers import Progress, encode
+from evoprune.tuning.run import Run, Settings
+from evoprune.tuning.search import BUDGETS
 
 STEP = 0.3 / 15  # of the loss with everything removed
 # Kinds in the order in which the authors' code tries them; of equal losses the last one goes first.
@@ -100,3 +118,104 @@ def search(
             add(then - removed, measured)
             removed = then
     return True
+
+
+@dataclass(frozen=True)
+class _Trial(Operations):
+    """Without some operations, whatever the budget."""
+
+    removed: Removed = field(default=frozenset(), metadata={"report": sorted})
+
+    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
+        return self.recipe.plan(tokens, self.removed)
+
+
+class OperationTuning(Run):
+    """Finds a recipe; of the settings `agree` and `methods` are not read. `found` is the order so far, if `complete` all of it."""
+
+    schema = "evoprune/tune-operations@1"
+
+    def __init__(self, settings: Settings, now: Callable[[], float] = time.perf_counter):
+        super().__init__(settings, now)
+        self.found: list[Step] = []
+        self.complete, self._measured = False, 0
+        self._blank: Recipe | None = None
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Raises as `Run.load`. UsageError: the language model has a single layer."""
+        super().load(progress)
+        text = self.loaded.model.config.text_config
+        after = layers_before(PLACE, text.num_hidden_layers)
+        if not after:
+            raise UsageError("a language model with one layer has no operations to leave out", "take a deeper model")
+        self._blank = Recipe(text.num_hidden_layers, after, KEY, weights(text), ())
+
+    @property
+    def has_results(self) -> bool:
+        return bool(self.found)
+
+    @property
+    def worth_saving(self) -> bool:
+        return self.complete
+
+    def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
+        """Answers in full, then searches until the order is complete or the time is over; otherwise as `Tuning.run`."""
+        made, settings, asked = self.answer(progress), self.settings, []
+        full = make_engine(self.loaded, PruneOptions(1.0, "none", seed=settings.seed))
+        for number, answers in enumerate(made):
+            progress(f"encoding video {number + 1} of {len(made)}")
+            asked.append((encode(full, answers.path, settings.sampling, SharedFrames())[0], answers.references))
+
+        def measure(removed: Removed) -> Loss:
+            self._measured += 1
+            left_out = sum(len(step.operations) for step in self.found)
+            progress(f"measurement {self._measured}, {counted(left_out, 'operation')} left out")
+            engine = replace(full, method=Pipeline(language=_Trial(recipe=self._blank, removed=removed)))
+            pruned = [(video.with_engine(engine), references) for video, references in asked]
+            each = [agreement(given, video) for video, references in pruned for given in references]
+            kl = np.concatenate([one.kl.numpy() for one in each])
+            return Loss(float(kl.mean()), sum(int(one.agrees.sum()) for one in each) / len(kl))
+
+        blank = self._blank
+        self.complete = search(blank.after, blank.depth, measure, self.found, lambda: self.left_s > 0)
+        if not self.complete:
+            note(f"{self._measured} measurements took all the time: too little to order the operations (--time-limit)")
+
+    @property
+    def recipe(self) -> Recipe:
+        return replace(self._blank, steps=tuple(step.operations for step in self.found))
+
+    def save(self) -> Path:
+        """Saves the recipe, where method `operations` finds it; returns its path. Raises UsageError: it cannot be saved."""
+        made, (_, kl, agree) = self.answering.made, map(list, zip(*self.found, strict=True))
+        counts = {"videos": len(made), "tokens": sum(full.tokens for full in made)}
+        kept = KeptRecipe(asdict(self.recipe), kl, agree, **counts, **self.kept_facts())
+        return recipes.save(self.loaded.weights_fingerprint, kept)
+
+    def document(self, error: dict | None = None) -> dict[str, Any]:
+        """The results so far, for JSON; `error` is what cut the run short."""
+        return {
+            **self.facts(),
+            "measurements": self._measured,
+            "complete": self.complete,
+            "rows": self._rows() if self.complete else [],
+            "steps": [step._asdict() for step in self.found],
+            "error": error,
+        }
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """What each budget takes of the order, and what that cost."""
+        recipe, rows = self.recipe, []
+        for budget in sorted({*(self.settings.budgets or BUDGETS)}, reverse=True):
+            removed, last = recipe.removed(budget), [Step((), 0.0, 1.0), *self.found][recipe.count(budget)]
+            share = {"budget": budget, "share": recipe.share(removed), "operations": len(removed)}
+            rows.append(share | {"kl": last.kl, "agree": last.agree})
+        return rows
+
+
+def weights(config) -> tuple[float, float, float]:
+    """What share of a layer's work on a token keys and values, queries and output, and the MLP are; `config`: a `TextConfig`."""
+    hidden, keys, queries = config.hidden_size, config.num_key_value_heads, config.num_attention_heads
+    work = 2 * hidden * head_size(config) * keys, 2 * hidden * head_size(config) * queries
+    work += (3 * hidden * config.intermediate_size,)
+    return tuple(each / sum(work) for each in work)

@@ -14,8 +14,7 @@ from evoprune.pipeline.video_qa import VideoQA
 from evoprune.pruning.language_plan import KINDS
 from evoprune.pruning.operations import ALL, REST, Recipe, closed
 from evoprune.tuning import run as run_module
-from evoprune.tuning.operations import Loss, Step, deepest, search
-from evoprune.tuning.operations_run import OperationTuning
+from evoprune.tuning.operations import Loss, OperationTuning, Step, deepest, search
 from evoprune.tuning.run import Settings
 from tests.methods.eager import deep_model
 from tests.tuning.made_up_losses import made_up_loss
