@@ -78,8 +78,6 @@ def _exists(word: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked, and how it is printed."""
-
     words: opt.argument(
         list[str],
         "INPUT",
@@ -108,13 +106,11 @@ class Request:
 
     @property
     def questions(self) -> list[str]:
-        """Those of the command line, in order."""
         first = self.sorted_words.question
         return [*([] if first is None else [first]), *(self.more or [])]
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Files, folders or - for stdin, as they were given."""
         return self.sorted_words.inputs
 
 

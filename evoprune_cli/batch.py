@@ -24,8 +24,6 @@ ENGINES = ("local", "ray")
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked, and where the answers go."""
-
     videos: opt.argument(
         list[str] | None, "VIDEO", "Video files, folders of videos, or folders of images, each of which is one video."
     ) = None
@@ -114,7 +112,6 @@ def _run(asked: Request, rows, settings, tally: Tally) -> int:
 
 
 def _here(asked: Request, spans, settings, show, ready):
-    """Records made in this process."""
     show("loading model")
     prepare()
     from evoprune.batch.run import answers
@@ -127,7 +124,6 @@ def _here(asked: Request, spans, settings, show, ready):
 
 
 def _on_ray(asked: Request, spans, settings, show, ready):
-    """Records made on a Ray cluster."""
     from evoprune.batch.ray import answers_on_ray
 
     show("connecting to Ray")

@@ -16,7 +16,6 @@ The `--help-all` of every command. Made by `python -m evoprune_cli.cli_docs > do
 
 
 def reference() -> str:
-    """The text of `docs/cli.md`."""
     group = get_command(app)
     above = group.make_context("evoprune", [], resilient_parsing=True, terminal_width=WIDTH - 2)
     sections = [INTRODUCTION, _section("evoprune", above.get_help())]

@@ -117,7 +117,6 @@ class Conversation:
             problem.reported = True
 
     def _say(self, inputs: "EncodedInputs", question: str, label: str) -> "Answer":
-        """Asks and prints one answer."""
         answer = self._running = inputs.ask(question, options=self._generation)
         new = [name for name in answer.report.warnings if name not in self._warned] if label == "pruned" else []
         print_warnings(answer.report, new)

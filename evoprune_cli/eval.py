@@ -18,8 +18,6 @@ from evoprune_cli.terminal import check_output, note, progress
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked."""
-
     data: str = own(
         "--data",
         "Questions: JSONL or CSV rows with video, question, answer and perhaps id, options, type, groups. Or demo: clips "

@@ -16,7 +16,6 @@ EVERYTHING = "evoprune.help_all"  # in the `meta` of a context whose help names 
 
 
 def full_help(context: typer.Context) -> str:
-    """The help with every option."""
     context.meta[EVERYTHING] = True
     return context.get_help()
 
@@ -76,7 +75,6 @@ class Command(TyperCommand):
         return found
 
     def format_epilog(self, ctx, formatter) -> None:
-        """The line that names the full help."""
         if not ctx.meta.get(EVERYTHING):
             formatter.write_paragraph()
             formatter.write_text(f"All options: {ctx.command_path} --help-all")

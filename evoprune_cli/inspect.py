@@ -33,8 +33,6 @@ OVERLAYS = (".png", ".gif", ".mp4")  # endings of the pictures that `inspect --o
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked."""
-
     video: opt.argument(
         str | None, "VIDEO", "A video file, a folder of frames, or - for stdin; without it, a report on this machine."
     ) = None
@@ -176,7 +174,6 @@ def _about_video(asked: Request) -> Iterator[dict]:
 
 
 def _plan(info, options: PipelineOptions) -> Iterator[dict]:
-    """The model, what it would look at, and the memory that this takes."""
     from evoprune.pipeline.inspection import memory_facts, model_facts, plan_facts
     from evoprune.pipeline.loading.found import look_up
     from evoprune.video.plan import default_max_visual_tokens, make_plan

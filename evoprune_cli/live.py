@@ -33,8 +33,6 @@ TICK_S, STATUS_S = 0.05, 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked and when, and what is said about it."""
-
     source: opt.argument(
         str,
         "SOURCE",
@@ -71,7 +69,6 @@ class Request:
 
     @property
     def prompt(self) -> bool:
-        """Whether questions are typed."""
         return not (self.question or self.questions)
 
     @cached_property

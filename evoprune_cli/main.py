@@ -16,7 +16,7 @@ import typer
 
 import evoprune
 from evoprune.errors import EvopruneWarning, UsageError
-from evoprune_cli import completion
+from evoprune_cli import completion, terminal
 from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
 from evoprune_cli.eval import evaluate
@@ -25,17 +25,6 @@ from evoprune_cli.inspect import inspect
 from evoprune_cli.live import live
 from evoprune_cli.methods import methods
 from evoprune_cli.profile import profile
-from evoprune_cli.terminal import (
-    WIDTH,
-    ClosedOutput,
-    Terminated,
-    failure,
-    print_document,
-    print_error,
-    print_json,
-    print_titled,
-    print_traceback,
-)
 from evoprune_cli.tune import tune
 from evoprune_cli.verify import verify
 
@@ -96,7 +85,7 @@ SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "inspect", "methods",
 
 
 def _terminate(*_) -> None:
-    raise Terminated
+    raise terminal.Terminated
 
 
 _AGAIN: list[threading.Timer] = []  # signals that are sent again
@@ -104,7 +93,7 @@ _AGAIN: list[threading.Timer] = []  # signals that are sent again
 
 def _once_more(lost) -> None:
     """A hook for exceptions that cannot be caught: a signal that arrived in a destructor is sent again."""
-    signals = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}
+    signals = {KeyboardInterrupt: signal.SIGINT, terminal.Terminated: signal.SIGTERM}
     if lost.exc_type not in signals:
         sys.__unraisablehook__(lost)
         return
@@ -125,7 +114,7 @@ def run() -> None:
             code = _outcome()
     except KeyboardInterrupt:  # a signal while another ending was being reported
         code = 130
-    except Terminated:
+    except terminal.Terminated:
         code = 143
     sys.exit(code)
 
@@ -133,7 +122,7 @@ def run() -> None:
 def _show_warning(usual: Callable[..., None], message: Warning, category: type[Warning], *where, **more) -> None:
     """Prints a warning of this package's own as such, and others in the usual way."""
     if issubclass(category, EvopruneWarning):
-        print_titled("warning:", str(message))
+        terminal.print_titled("warning:", str(message))
     else:
         usual(message, category, *where, **more)
 
@@ -146,7 +135,7 @@ def _replace_closed_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     if sys.stdout is None:
-        sys.stdout = ClosedOutput()
+        sys.stdout = terminal.ClosedOutput()
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
 
@@ -156,7 +145,7 @@ def _outcome() -> int:
     streams = sys.stdout, sys.stderr
     try:
         # Not standalone, or click would print errors its own way. Commands return their exit code.
-        columns = min(shutil.get_terminal_size().columns, WIDTH)
+        columns = min(shutil.get_terminal_size().columns, terminal.WIDTH)
         completion.prepare()
         try:
             code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
@@ -172,7 +161,7 @@ def _outcome() -> int:
         code = done.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except Terminated:
+    except terminal.Terminated:
         code = 143
     except (Exception, ParserError) as problem:
         try:
@@ -199,20 +188,22 @@ def _nobody_reads(streams) -> int:
 
 def _report(problem: Exception) -> int:
     """Prints the two lines of an error, and for `--json` a record unless the command has printed it; returns the exit code."""
-    print_traceback(problem)
+    terminal.print_traceback(problem)
     if isinstance(problem, OSError) and problem.errno in CANNOT_WRITE and problem.filename is None:
         _nobody_reads([sys.stdout])
-        print_error(f"cannot write the output: {problem.strerror}", "is the disk full?")
+        terminal.print_error(f"cannot write the output: {problem.strerror}", "is the disk full?")
         return UsageError.exit_code
-    error = failure(UsageError(_sentence(problem), _hint(problem)) if isinstance(problem, ParserError) else problem)
+    error = terminal.failure(
+        UsageError(_sentence(problem), _hint(problem)) if isinstance(problem, ParserError) else problem
+    )
     if "--json" in sys.argv[1:] and not getattr(problem, "reported", False):
         if schema := SCHEMAS.get(_command()):
-            print_document({"schema": schema, "error": error})
+            terminal.print_document({"schema": schema, "error": error})
         elif _command() != "profile":  # it has --format json instead
             from evoprune.report.records import Report
 
-            print_json(Report(finish_reason="error", error=error))
-    print_error(error["message"], error["hint"])
+            terminal.print_json(Report(finish_reason="error", error=error))
+    terminal.print_error(error["message"], error["hint"])
     return error["code"]
 
 

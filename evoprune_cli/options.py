@@ -22,13 +22,13 @@ MakeOptions = Callable[[], PipelineOptions]  # makes them of what was typed; rai
 Command = Callable[..., int]
 
 
-def option(panel: str, declared: Any, *names_and_help: str, **settings: Any) -> Any:
-    """The annotation of an option of several commands, under the title `panel` in the full help."""
-    return Annotated[declared, _said(*names_and_help, rich_help_panel=panel, **settings)]
+def option(panel: str, declared: Any, names: str, text: str, **settings: Any) -> Any:
+    """The annotation of an option of several commands, under the title `panel` in the full help. Names: "-o --output FILE"."""
+    return Annotated[declared, _said(names, text, rich_help_panel=panel, **settings)]
 
 
 def own(names: str, text: str, default: Any = None, **settings: Any) -> Any:
-    """A field of a command's dataclass: an option of this command alone. Names are as in the help: "-o --output FILE"."""
+    """A field of a command's dataclass: an option of this command alone."""
     return field(default=default, metadata={TYPER: _said(names, text, **settings)})
 
 
@@ -37,11 +37,10 @@ def flag(names: str, text: str) -> Any:
     return own(names, text, default=False)
 
 
-def _said(*names_and_help: str, **settings: Any) -> Any:
-    *names, text = names_and_help
-    *names, last = " ".join(names).split()
-    names, metavar = ([*names, last], {}) if last.startswith("-") else (names, {"metavar": last})
-    return typer.Option(*names, help=text, **metavar, **settings)
+def _said(names: str, text: str, **settings: Any) -> Any:
+    *flags, last = names.split()
+    flags, metavar = ([*flags, last], {}) if last.startswith("-") else (flags, {"metavar": last})
+    return typer.Option(*flags, help=text, **metavar, **settings)
 
 
 def argument(declared: Any, metavar: str, text: str) -> Any:
@@ -102,7 +101,7 @@ def _parameter(panel: str, field: Field, said: Option) -> Parameter:
     annotation = option(
         panel,
         declared | None if default is None else declared,
-        *(said.flags or [f"--{field.name.replace('_', '-')}"]),
+        " ".join(said.flags) or f"--{field.name.replace('_', '-')}",
         said.help,
         envvar=said.env,
         min=said.least,
@@ -122,8 +121,7 @@ SWEEP = "Sweep (lists by commas or repetition)"  # the title of a panel
 Budgets = option(
     SWEEP,
     list[str] | None,
-    "-b",
-    "--budget",
+    "-b --budget",
     "Shares of visual tokens kept, or presets; only in eval auto, auto:inflection, tuned; "
     f"default: {','.join(list(PRESETS)[1:])}. Full is always there.",
     envvar="EVOPRUNE_BUDGET",
@@ -140,13 +138,13 @@ Methods = option(
 _output = partial(option, "Output")
 Json = _output(bool, "--json", "One JSON line a question on stdout, instead of text.")
 JsonResults = _output(bool, "--json", "The results as one JSON line instead of a table.")
-Quiet = _output(bool, "-q", "--quiet", "No progress, notes or stats; warnings remain.")
+Quiet = _output(bool, "-q --quiet", "No progress, notes or stats; warnings remain.")
 Stats = _output(
     bool | None,
     "--stats/--no-stats",
     "Stage times and token counts on stderr; default: unless --json or -q, in one line from the second question on.",
 )
-Verbose = _output(bool, "-v", "--verbose", "Also print rows of every layer, settings, versions.")
+Verbose = _output(bool, "-v --verbose", "Also print rows of every layer, settings, versions.")
 Cache = _output(
     bool,
     "--cache/--no-cache",

@@ -30,8 +30,6 @@ FORMATS = ("table", "md", "csv", "json")
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked."""
-
     video: opt.argument(str | None, "VIDEO", "A video instead of a synthetic clip; see --synthetic.") = None
     budget: opt.Budgets = None
     method: opt.Methods = None

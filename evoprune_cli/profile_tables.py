@@ -104,7 +104,6 @@ def _head(results: Results) -> list[str]:
 
 
 def _tail(results: Results) -> list[str]:
-    """Rows that failed, and the remarks."""
     failed = [f"{row.name}, {row.case}: {row.error}" for row in results.rows if row.error and row.kind != BOUND]
     return [*failed, *results.remarks]
 

@@ -33,7 +33,6 @@ DROPPED = ("KL 95%", "work", "videos", "tokens", "KL")  # in this order, where t
 
 
 def _heading(document: dict, width: int) -> list[str]:
-    """What was tuned, and on what."""
     videos = document["videos"]
     answers = (
         f"{counted(document['answer_tokens'], 'token')} of answers to {counted(document['questions'], 'question')}"
@@ -43,7 +42,6 @@ def _heading(document: dict, width: int) -> list[str]:
 
 
 def operations_table(document: dict, width: int = 80) -> str:
-    """What each budget of a recipe costs."""
     lines = _heading(document, width)
     if document["rows"]:
         lines += ["", f"{'':<8}{'work':>8}{'operations':>12}{'KL':>10}{'agree':>9}"]
@@ -87,7 +85,6 @@ def table(document: dict, width: int = 80) -> str:
 
 
 def _verdict(document: dict) -> str:
-    """What to use."""
     rows = {row["name"]: row for row in document["rows"]}
     goal = f"{100 * document['settings']['agree']:g}%"
     if name := document["recommended"]:

@@ -17,8 +17,6 @@ UNLIMITED = 86_400.0
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked."""
-
     path: opt.argument(
         str | None, "INPUT", "A video or a picture to compare on; default: a clip and a picture made by formula."
     ) = None

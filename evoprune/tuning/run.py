@@ -56,7 +56,6 @@ class Settings:
             raise UsageError(f"a time limit of {self.time_limit_s:g} s leaves no time", "for example 600")
 
     def record(self) -> dict[str, Any]:
-        """As flat data for JSON."""
         own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling")}
         return own | asdict(self.model) | asdict(self.sampling)
 

@@ -189,7 +189,7 @@ def test_a_signal_during_the_report(cli, monkeypatch, again, code):
     def interrupted(*_):
         raise again
 
-    monkeypatch.setattr(main, "print_error", interrupted)
+    monkeypatch.setattr(main.terminal, "print_error", interrupted)
     result = cli("ask", "no/such.mp4", "What?", *QUICK)
     assert (result.code, result.out, result.err) == (code, "", "")
 
