@@ -10,7 +10,7 @@ pruned. Flash and flex attention take no mask of numbers, so under them every to
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -110,13 +110,10 @@ class PruningContext:
     def __exit__(self, *_) -> None:
         """Needed for a with-block to call `__enter__`."""
 
-    def __repr__(self) -> str:
-        return f"EvoPrune({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in fields(self))})"
-
 
 PruningContext.__init__ = _settings_alone(names_options(PruningContext.__init__))  # written by `dataclass`
 PruningContext.__doc__ = documented(PruningContext.__doc__, [PruningContext])
-# What users call it, in a help page and a traceback. A method has the name EvoPrune as well.
+# What users call it, in a help page, its repr and a traceback. A method has the name EvoPrune as well.
 PruningContext.__module__, PruningContext.__name__, PruningContext.__qualname__ = "evoprune", "EvoPrune", "EvoPrune"
 
 

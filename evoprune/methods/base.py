@@ -7,14 +7,14 @@ method knows of windows, rotary positions, patch mergers, placeholders or prompt
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, fields
+from math import isfinite, prod
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.methods.settings import check_ranges, check_settings, reported
+from evoprune.methods.settings import check_ranges, check_settings
 from evoprune.pruning.budget import spread
 from evoprune.pruning.encoder_plan import Grid, Merge, Stage, TowerShape, layer_weights, rows_after_layers
 from evoprune.pruning.language_plan import LanguagePlan
@@ -40,8 +40,12 @@ class Method:
 
     @property
     def args(self) -> dict[str, Any]:
-        """The settings by name, as reports show them: an infinite number is a text, because JSON has no such number."""
-        return reported(self)
+        """The settings by name, as reports show them: a field with a `report` in its metadata as that makes it."""
+
+        def plain(value: Any) -> Any:  # JSON has no infinite number
+            return str(value) if isinstance(value, float) and not isfinite(value) else value
+
+        return {f.name: f.metadata.get("report", plain)(getattr(self, f.name)) for f in fields(self)}
 
 
 def not_automatic(name: str) -> UsageError:

@@ -1,4 +1,4 @@
-"""The settings of a method: their ranges, from texts as on a command line, and as reports show them."""
+"""The settings of a method: their ranges, and how they are made of texts, as on a command line."""
 
 import math
 from dataclasses import Field, fields
@@ -46,15 +46,6 @@ def _worded(low: float, high: float, interval: str) -> str:
 def setting_fields(method: type) -> list[Field]:
     """The fields that users set: all except those that belong to a model."""
     return [f for f in fields(method) if not f.metadata]
-
-
-def reported(method: object) -> dict[str, Any]:
-    """The fields by name: an infinite number as a text, and a field with a `report` in its metadata as that makes it."""
-
-    def plain(value: Any) -> Any:
-        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-    return {f.name: f.metadata.get("report", plain)(getattr(method, f.name)) for f in fields(method)}
 
 
 def from_args(method: type, args: dict[str, Any]) -> Any:
