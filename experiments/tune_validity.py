@@ -3,8 +3,8 @@
     python -m experiments.tune_validity runs/shapes.jsonl runs/second.jsonl --heldout runs/shapes-6.jsonl runs/second-6.jsonl
 
 It reads files of `experiments.tune_records`: for each model one of clips to tune on, and one of others to report on, in the same
-order. It prints the rank correlations of agreement and of KL with labelled accuracy; how many clips they need; and, from disjoint
-draws of clips, what accuracy the recommended setting has on the other clips.
+order. It prints the rank correlations of agreement, of KL and of the clips' own labels with labelled accuracy; how many clips they
+need; and, from disjoint draws of clips, what accuracy the recommended setting has on the other clips.
 """
 
 import argparse
@@ -85,17 +85,16 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(ranks(one), ranks(other))[0, 1])
 
 
-def correlations(records: Records, accuracy: np.ndarray, clips: int | None = None) -> tuple[float, float]:
-    """Of agreement, and of -KL, with accuracy: over all clips, or the median over draws of so many of them."""
+def correlations(records: Records, accuracy: np.ndarray, clips: int | None = None) -> list[float]:
+    """Of agreement, of -KL and of labels with accuracy: over all clips, or the median over draws of so many of them."""
     total, random = records.right.shape[1], np.random.default_rng(0)
     draws = [np.arange(total)] if clips is None else [random.choice(total, clips, replace=False) for _ in range(DRAWS)]
     found = []
     for chosen in draws:
         tokens = records.tokens[:, chosen].sum(1)
         scores = records.agree[:, chosen].sum(1) / tokens, -records.kl[:, chosen].sum(1) / tokens
-        found.append([spearman(score, accuracy) for score in scores])
-    agreement, kl = np.median(found, 0)
-    return float(agreement), float(kl)
+        found.append([spearman(score, accuracy) for score in (*scores, records.right[:, chosen].sum(1))])
+    return np.median(found, 0).tolist()
 
 
 @dataclass(frozen=True)
@@ -163,13 +162,13 @@ def report(title: str, tune: Records, heldout: Records | None, goals: Sequence[f
     others = tune.accuracy if heldout is None else heldout.accuracy
     which = "the same clips" if heldout is None else f"{int(heldout.questions[0].sum()):,} questions about other clips"
     lines += ["Rank correlation with labelled accuracy over the settings (of drawn clips the median of 200 draws).", ""]
-    lines += ["| label-free score on | accuracy on | agreement | -KL |", "|---|---|---|---|"]
+    lines += ["| score on | accuracy on | agreement | -KL | labels |", "|---|---|---|---|---|"]
     rows = [
         ("all clips", "the same clips", correlations(tune, tune.accuracy)),
         ("all clips", which, correlations(tune, others)),
     ]
     rows += [(f"{count} clips", which, correlations(tune, others, count)) for count in COUNTS]
-    lines += [f"| {one} | {other} | {agreement:.3f} | {kl:.3f} |" for one, other, (agreement, kl) in rows]
+    lines += [f"| {one} | {other} | {' | '.join(f'{value:.3f}' for value in values)} |" for one, other, values in rows]
     if heldout is not None:
         full = heldout.full.sum() / heldout.questions[0].sum()
         lines += ["", f"The full budget answers {100 * full:.1f}% of the held-out questions right.", ""]
