@@ -56,14 +56,17 @@ class FarthestPoints(Selector):
         weight = None
         if not self.average:
             weight = torch.zeros(len(owner), dtype=torch.float32, device=owner.device).index_fill_(0, kept, 1.0)
-        size = None
-        if self.count and len(kept) < units:
-            # A unit may have no row here, but one of an earlier window.
-            size = tally(torch.where(owner < 0, len(kept), owner), len(kept) + 1)[:-1].float() ** self.count
-        return Selection(kept, owner, weight, size)
+        return Selection(kept, owner, weight, self._sizes(owner, len(kept)))
 
     def suffices(self, count: int, keep: int, units: int) -> bool:
         return count == keep or (self.within > 0 and keep_count(AUTO_LEAST, units) <= count <= keep)
+
+    def _sizes(self, owner: torch.Tensor, tokens: int) -> torch.Tensor | None:
+        """float32 `[tokens]`: the cluster size that the language model assumes for each token; None for 1."""
+        if not self.count or tokens == len(owner):
+            return None
+        # A unit may have no row here, but one of an earlier window.
+        return tally(torch.where(owner < 0, tokens, owner), tokens + 1)[:tokens].float() ** self.count
 
 
 @dataclass(frozen=True)
