@@ -1,7 +1,7 @@
 """A model whose features ripen late: the demo model with layers in front of its tower that change nothing.
 
     python -m experiments.late_tower runs/late --clips runs/late-clips
-    evoprune tune runs/late-clips/* -m runs/late
+    evoprune tune runs/late-clips/*.mp4 -m runs/late --questions runs/late-clips/questions.txt
 
 The first new layer adds a large constant to every feature, the last one takes it away, and those between add nothing: all answers
 stay the same. A selection between them sees features that are almost alike, so what is right for the demo model is wrong here.
@@ -20,6 +20,18 @@ from evoprune.evaluation.demo_clips import clips_asked
 from evoprune.pipeline.loading.folder import DEMO_FOLDER
 
 BLOCK = re.compile(r"^((?:model\.)?visual\.blocks\.)(\d+)(\..*)$")
+QUESTIONS = """\
+How many shapes are there?
+What number can be seen?
+What appears?
+What vanishes?
+Which thing flashes?
+What happens in the video?
+Is there a yellow triangle?
+Which way does the square move?
+What colour is the digit?
+How big is the white shape?
+"""
 ADDS = ("attn.proj.weight", "attn.proj.bias", "mlp.down_proj.weight", "mlp.down_proj.bias")
 
 
@@ -60,8 +72,9 @@ def late_tower(folder: Path, layers: int, common: float = 0.0, source: Path = DE
 
 
 def write_clips(folder: Path, block: int, count: int = 16) -> None:
-    """Writes the first validation clips of a block as files, to tune on."""
+    """Writes the first validation clips of a block as files, to tune on, and the questions."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "questions.txt").write_text(QUESTIONS)
     for name in clips_asked([SHAPES.name], "validation", block, count):
         clip = SHAPES.make(name.split, name.seed)
         SHAPES.write(clip, folder / f"{name}{SHAPES.suffix(clip)}", SHAPES.crf[0])
