@@ -47,16 +47,11 @@ class FarthestPoints(Selector):
         return self.count > 0
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        units = len(tokens.owner)
-        seconds = [tokens.seconds_per_pair * pair for pair in range(tokens.grid[0])]
-        points = points_of(tokens.rows, tokens.owner, tokens.grid, seconds, self.alpha)
-        least = keep_count(AUTO_LEAST, units)
-        kept = farthest_points(points, tokens.grid, keep, within=self.within, least=least, floor=self.floor)
-        owner = assign_clusters(points, kept, units)
-        weight = None
-        if not self.average:
-            weight = torch.zeros(len(owner), dtype=torch.float32, device=owner.device).index_fill_(0, kept, 1.0)
-        return Selection(kept, owner, weight, self._sizes(owner, len(kept)))
+        points = points_of(tokens.rows, tokens.owner, tokens.grid, self.alpha)
+        least = keep_count(AUTO_LEAST, len(tokens.owner))
+        kept = farthest_points(points, keep, within=self.within, least=least, floor=self.floor)
+        owner = assign_clusters(points, kept)
+        return Selection(kept, owner, size=self._sizes(owner, len(kept)), averages=self.average)
 
     def suffices(self, count: int, keep: int, units: int) -> bool:
         return count == keep or (self.within > 0 and keep_count(AUTO_LEAST, units) <= count <= keep)

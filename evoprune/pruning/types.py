@@ -91,10 +91,11 @@ class Selection:
     size: torch.Tensor | None = None  # float32 [K]: the language model's attention adds log(size); None for 1 each
     # Where a unit joins several tokens: int64 [m] indices into `kept`, int64 [m] units, a kept one's own, and float32 [m] weights
     means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    averages: bool = True  # False: each token stays as its kept unit is, whatever `owner` says it represents
 
     def features(self, rows: torch.Tensor, row_of: torch.Tensor | None = None) -> torch.Tensor:
         """`[K, D]`, as `rows` (`[E, D]`): the tokens. `row_of`: int64 `[N]`, the row of each unit, None where each has its own."""
-        if self.owner is None and self.means is None:
+        if not self.averages or (self.owner is None and self.means is None):
             return rows[self.kept if row_of is None else row_of[self.kept]]
         total = torch.zeros(len(self.kept), rows.shape[1], dtype=torch.float32, device=rows.device)
         size, means = total.new_zeros(len(self.kept)), self.means

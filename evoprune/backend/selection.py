@@ -1,0 +1,190 @@
+"""Two operators of the selection: farthest points inside tubes, and the nearest selected point of each.
+
+Each is one operator with one contract: numpy on a CPU, kernels of Triton on CUDA, a few operations of PyTorch elsewhere. Distances are
+whole numbers of steps, so that devices that sum in another order agree, and equal rows are at distance 0.
+
+A point j has a row and a time. Its distance to a selected point i is, in steps,
+
+    d(i, j) = half[row_i] + half[row_j] - place[row_i] . place[row_j] + weight[row_j] * |time_i - time_j|
+"""
+
+import numpy as np
+import torch
+
+from evoprune.backend.fallback import with_fallback
+
+HELD = 1 << 23  # distances that a CPU holds at a time
+HELD_ON_DEVICE = 1 << 26
+FEW_ROWS = 512  # up to so many rows a CPU computes products of rows once, for all points
+
+# Plain registration: `torch.library.custom_op` imports torch's compiler, which takes seconds.
+_LIBRARY = torch.library.Library("evoprune", "DEF")
+_LIBRARY.define(
+    "tube_radii(Tensor place, Tensor half, Tensor weight, Tensor first, Tensor row, Tensor time, Tensor tubes, int keep) -> Tensor"
+)
+_LIBRARY.define(
+    "nearest_selected(Tensor place, Tensor half, Tensor weight, Tensor row, Tensor time, Tensor selected) -> Tensor"
+)
+tube_radii = torch.ops.evoprune.tube_radii
+nearest_selected = torch.ops.evoprune.nearest_selected
+
+
+def _tube_radii(
+    place: torch.Tensor,
+    half: torch.Tensor,
+    weight: torch.Tensor,
+    first: torch.Tensor,
+    row: torch.Tensor,
+    time: torch.Tensor,
+    tubes: torch.Tensor,
+    keep: int,
+) -> torch.Tensor:
+    """float32 `[N]`: the radius of each point, in whole steps; -1 for a point without a row.
+
+    In each tube the points are selected one after another, each the farthest from those before it, and that distance is its radius.
+    The first is that of the largest `first`, which is its radius, or one step more than the second's. So radii fall from point to
+    point, and the K points of the largest radii are in each tube the first of its order. Ties go to the lower index.
+
+    Args:
+        place, half, weight, first: float32 `[E, d]`, `[E]`, `[E]`, `[E]`, of rows, all in steps.
+        row: int64 `[N]`, of each point, -1 for none. time: float32 `[N]`.
+        tubes: int64 `[B, L]`, the points of each tube, ascending; N is padding.
+        keep: the radii of points that are not among the first so many may be 0: a CPU ends sooner.
+    """
+    index, rows, valid = _members(row, tubes)
+    apart = _apart(place, half, weight, rows, time[index])
+    near = torch.where(valid, first[rows], -1.0)
+    at = torch.arange(len(tubes), dtype=torch.int64, device=row.device)
+    place_in = torch.arange(tubes.shape[1], dtype=torch.int64, device=row.device)
+    start = near.argmax(1, keepdim=True)
+    is_start = place_in == start
+    radii = torch.where(is_start, near.clamp(min=0), 0.0)
+    near = torch.where(valid & ~is_start, apart[at, start[:, 0]], -1.0)
+    second = near.amax(1, keepdim=True)
+    radii = torch.where(is_start & (second > 0), torch.maximum(radii, second + 1), radii)
+    for _ in range(1, tubes.shape[1]):
+        radius, best = near.max(1, keepdim=True)
+        is_best = place_in == best
+        radii = torch.where(is_best, torch.maximum(radii, radius), radii)
+        near = torch.where(is_best, -1.0, torch.minimum(near, apart[at, best[:, 0]]))
+    made = row.new_full((len(row) + 1,), -1, dtype=torch.float32)
+    return made.scatter_(0, tubes.flatten(), torch.where(valid, radii, -1.0).flatten())[:-1].clone()
+
+
+def _members(row: torch.Tensor, tubes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The points and the rows of the members of tubes, int64 `[B, L]`, 0 where there is none; and bool, where there is one."""
+    inside = tubes < len(row)
+    index = torch.where(inside, tubes, 0)
+    rows = row[index]
+    return index, rows.clamp(min=0), inside & (rows >= 0)
+
+
+def _apart(
+    place: torch.Tensor, half: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, time: torch.Tensor
+) -> torch.Tensor:
+    """float32 `[B, selected, candidate]`: rounded distances of points with these `rows` (int64 `[B, L]`) and times."""
+    if rows.device.type == "cpu" and len(place) <= FEW_ROWS:
+        product = (place @ place.T)[rows[:, :, None], rows[:, None, :]]
+    else:
+        there = place[rows]
+        product = there @ there.transpose(1, 2)
+    apart = (time[:, :, None] - time[:, None, :]).abs_().mul_(weight[rows][:, None, :])
+    of = half[rows]
+    return apart.sub_(product).add_(of[:, None, :]).add_(of[:, :, None]).round_().clamp_(min=0)
+
+
+def _tube_radii_cpu(place, half, weight, first, row, time, tubes, keep):
+    made = torch.full((len(row) + 1,), -1, dtype=torch.float32)
+    for some in tubes.split(max(1, HELD // tubes.shape[1] ** 2)):
+        index, rows, valid = _members(row, some)
+        apart = _apart(place, half, weight, rows, time[index])
+        radii = _greedy(apart.numpy(), torch.where(valid, first[rows], -1).numpy(), keep)
+        made[some] = torch.where(valid, torch.from_numpy(radii), -1)
+    return made[:-1].clone()
+
+
+def _greedy(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
+    """float32 `[B, L]`: radii, from distances `[B, L, L]`, and `first` (`[B, L]`, -1 for what is no point)."""
+    at, near = np.arange(len(first)), first
+    best = near.argmax(1)
+    radii = np.zeros_like(first)
+    radii[at, best] = near[at, best].clip(0)
+    near = np.where(first < 0, np.float32(-1), apart[at, best])
+    near[at, best] = -1
+    second = near.max(1)
+    radii[at, best] = np.where(second > 0, np.maximum(radii[at, best], second + 1), radii[at, best])
+    for step in range(1, first.shape[1]):
+        best = near.argmax(1)
+        radius = near[at, best]
+        farthest = radius.max()
+        if farthest <= 0 or (step % 8 == 0 and np.count_nonzero(radii > farthest) >= keep):
+            break
+        radii[at, best] = np.maximum(radii[at, best], radius)
+        np.minimum(near, apart[at, best], out=near)
+        near[at, best] = -1
+    return radii
+
+
+def _nearest_selected(
+    place: torch.Tensor,
+    half: torch.Tensor,
+    weight: torch.Tensor,
+    row: torch.Tensor,
+    time: torch.Tensor,
+    selected: torch.Tensor,
+) -> torch.Tensor:
+    """int64 `[N]`: which of `selected` (int64 `[K]`, points) is nearest to each point, a selected one its own; -1 without a row.
+
+    Ties go to the lower index. Other arguments as of `tube_radii`.
+    """
+    of, rows = row[selected], row.clamp(min=0)
+    there, half_of, when = place[of], half[of], time[selected]
+    found = []
+    for some in torch.arange(len(row), dtype=torch.int64, device=row.device).split(HELD_ON_DEVICE // len(selected)):
+        mine = rows[some]
+        apart = torch.addmm(half_of, place[mine], there.T, alpha=-1).add_(half[mine][:, None])
+        apart.add_((time[some][:, None] - when).abs_().mul_(weight[mine][:, None]))
+        found.append(apart.round_().clamp_(min=0).argmin(1))
+    return _own(torch.cat(found), row, selected)
+
+
+def _own(found: torch.Tensor, row: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+    numbers = torch.arange(len(selected), dtype=torch.int64, device=row.device)
+    return torch.where(row < 0, -1, found).index_copy_(0, selected, numbers)
+
+
+def _nearest_selected_cpu(place, half, weight, row, time, selected):
+    # With reuse one row is that of many points: products are computed for rows, a piece at a time that stays in the cache.
+    rows, back = row[selected].unique(return_inverse=True)
+    there, half_of, when = place[rows], half[rows], time[selected]
+    found = torch.empty(len(row), dtype=torch.int64)
+    points = (row >= 0).nonzero()[:, 0]
+    for some in points.split(max(1, (HELD >> 3) // len(selected))):
+        mine, of = row[some].unique(return_inverse=True)
+        apart = torch.addmm(half_of, place[mine], there.T, alpha=-1).add_(half[mine][:, None])[of[:, None], back]
+        apart.add_((time[some][:, None] - when).abs_().mul_(weight[row[some]][:, None]))
+        found[some] = apart.round_().clamp_(min=0).argmin(1)
+    return _own(found, row, selected)
+
+
+@with_fallback("the selection of units", _tube_radii)
+def _tube_radii_cuda(*args):
+    from evoprune.backend import selection_kernels  # Triton takes a while to import
+
+    return selection_kernels.tube_radii(*args)
+
+
+@with_fallback("the selection of clusters", _nearest_selected)
+def _nearest_selected_cuda(*args):
+    from evoprune.backend import selection_kernels
+
+    return selection_kernels.nearest_selected(*args)
+
+
+for _name, _plain, _cpu, _cuda in (
+    ("tube_radii", _tube_radii, _tube_radii_cpu, _tube_radii_cuda),
+    ("nearest_selected", _nearest_selected, _nearest_selected_cpu, _nearest_selected_cuda),
+):
+    _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _cpu, "CPU")
+    _LIBRARY.impl(_name, _cuda, "CUDA")
