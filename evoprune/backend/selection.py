@@ -1,4 +1,4 @@
-"""Two operators of the selection: farthest points inside tubes, and the nearest selected point of each.
+"""Three operators of the selection: farthest points inside tubes, the nearest selected point of each, and means of clusters.
 
 Each is one operator with one contract: numpy on a CPU, kernels of Triton on CUDA, a few operations of PyTorch elsewhere. Distances are
 whole numbers of steps, so that devices that sum in another order agree, and equal rows are at distance 0.
@@ -25,8 +25,10 @@ _LIBRARY.define(
 _LIBRARY.define(
     "nearest_selected(Tensor place, Tensor half, Tensor weight, Tensor row, Tensor time, Tensor selected) -> Tensor"
 )
+_LIBRARY.define("mean_rows(Tensor rows, Tensor into, Tensor row, Tensor weight, int count) -> Tensor")
 tube_radii = torch.ops.evoprune.tube_radii
 nearest_selected = torch.ops.evoprune.nearest_selected
+mean_rows = torch.ops.evoprune.mean_rows
 
 
 def _tube_radii(
@@ -167,6 +169,28 @@ def _nearest_selected_cpu(place, half, weight, row, time, selected):
     return _own(found, row, selected)
 
 
+def _mean_rows(
+    rows: torch.Tensor, into: torch.Tensor, row: torch.Tensor, weight: torch.Tensor, count: int
+) -> torch.Tensor:
+    """`[count, D]`, in the dtype of `rows` (`[E, D]`): weighted means of rows, summed in float32.
+
+    `into`, `row`: int64 `[m]`, which mean each row joins. `weight`: float32 `[m]`; those of a mean sum to more than 0.
+    """
+    total = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
+    size = total.new_zeros(count).index_add_(0, into, weight)
+    at_once = max(1, (HELD_ON_DEVICE if rows.device.type != "cpu" else HELD) // rows.shape[1])
+    for some in torch.arange(len(into), dtype=torch.int64, device=rows.device).split(at_once):
+        total.index_add_(0, into[some], rows[row[some]].float() * weight[some][:, None])
+    return (total / size[:, None]).to(rows.dtype)
+
+
+def _mean_rows_cpu(rows, into, row, weight, count):
+    # With reuse a row joins the same mean many times: it joins once, with the sum of the weights.
+    both, back = (into * len(rows) + row).unique(return_inverse=True)
+    weight = torch.zeros(len(both), dtype=torch.float32).index_add_(0, back, weight)
+    return _mean_rows(rows, both // len(rows), both % len(rows), weight, count)
+
+
 @with_fallback("the selection of units", _tube_radii)
 def _tube_radii_cuda(*args):
     from evoprune.backend import selection_kernels  # Triton takes a while to import
@@ -181,9 +205,17 @@ def _nearest_selected_cuda(*args):
     return selection_kernels.nearest_selected(*args)
 
 
+@with_fallback("the means of clusters", _mean_rows)
+def _mean_rows_cuda(*args):
+    from evoprune.backend import selection_kernels
+
+    return selection_kernels.mean_rows(*args)
+
+
 for _name, _plain, _cpu, _cuda in (
     ("tube_radii", _tube_radii, _tube_radii_cpu, _tube_radii_cuda),
     ("nearest_selected", _nearest_selected, _nearest_selected_cpu, _nearest_selected_cuda),
+    ("mean_rows", _mean_rows, _mean_rows_cpu, _mean_rows_cuda),
 ):
     _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _cpu, "CPU")

@@ -92,6 +92,20 @@ def _nearest(
     tl.store(out + point, tl.where(mine >= 0, found, -1), mask=point < points)
 
 
+@triton.jit
+def _means(rows, order, row, weight, ends, out, width: tl.constexpr, block: tl.constexpr):
+    """Columns of one mean, whose rows are added in the order of their index, so that the sum is always the same."""
+    mean = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * block + tl.arange(0, block)
+    total, size = tl.zeros((block,), tl.float32), 0.0
+    for i in range(tl.load(ends + mean), tl.load(ends + mean + 1)):
+        member = tl.load(order + i)
+        w = tl.load(weight + member)
+        total += w * tl.load(rows + tl.load(row + member) * width + at, mask=at < width, other=0.0).to(tl.float32)
+        size += w
+    tl.store(out + mean * width + at, (total / size).to(out.dtype.element_ty), mask=at < width)
+
+
 def _piece(d: int) -> int:
     """How many features of two points are multiplied at a time."""
     return max(16, min(64, triton.next_power_of_2(d)))
@@ -105,7 +119,9 @@ def tube_radii(place, half, weight, first, row, time, tubes, keep):
         place, half, weight, row, time, tubes, apart, len(row), length, d=d, piece=_piece(d), side=SIDE
     )
     radii, block = torch.empty_like(row, dtype=torch.float32), triton.next_power_of_2(length)
-    _greedy[count,](apart, first, row, tubes, radii, len(row), length, block=block, num_warps=max(1, min(8, block // 128)))
+    _greedy[count,](
+        apart, first, row, tubes, radii, len(row), length, block=block, num_warps=max(1, min(8, block // 128))
+    )
     return radii
 
 
@@ -117,3 +133,13 @@ def nearest_selected(place, half, weight, row, time, selected):
     )
     numbers = torch.arange(len(selected), dtype=torch.int64, device=row.device)
     return found.index_copy_(0, selected, numbers)
+
+
+def mean_rows(rows, into, row, weight, count):
+    rows, width = rows.contiguous(), rows.shape[1]
+    sorted_, order = into.sort(stable=True)
+    ends = torch.searchsorted(sorted_, torch.arange(count + 1, dtype=torch.int64, device=into.device))
+    means, block = rows.new_empty(count, width), min(1024, triton.next_power_of_2(width))
+    grid = count, triton.cdiv(width, block)
+    _means[grid](rows, order, row, weight, ends, means, width=width, block=block)
+    return means

@@ -25,6 +25,7 @@ from evoprune.video.frames import choose_decoder, read_frames
 from evoprune.video.info import PICTURE, VIDEO, check_one_file, check_picture
 from evoprune.video.plan import InputLimits, Plan, make_plan
 from evoprune.video.probe import probe
+from evoprune.vision.preprocess import normalised
 
 NAMES = {VIDEO: ("pixel_values_videos", "video_grid_thw"), PICTURE: ("pixel_values", "image_grid_thw")}
 TYPES = {PICTURE: 1, VIDEO: 2}  # of the tokens, in `mm_token_type_ids`
@@ -90,7 +91,8 @@ def arguments(
     for plan in read:
         chosen = choose_decoder(decoder, plan.info)
         with closing(read_frames(plan.source, plan.sampling.times_s, decoder=chosen)) as chunks:
-            patches[plan.kind] += [patches_of(each.frames, plan, limits[plan.kind]) for each in chunks]
+            made_of = (patches_of(each.frames, plan, limits[plan.kind], torch.device("cpu")) for each in chunks)
+            patches[plan.kind] += [normalised(pixels, *limits[plan.kind].normal) for pixels in made_of]
     for kind, (pixels, grids) in NAMES.items():
         if not patches[kind]:
             continue

@@ -14,6 +14,7 @@ import torch
 
 from evoprune.errors import OutOfMemory, memory_guard
 from evoprune.model.cost import Clock
+from evoprune.model.machine import to_device
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.planning import TEXT, chunk_bytes, fitting_chunk
 from evoprune.pruning.budget import keep_tokens
@@ -22,7 +23,7 @@ from evoprune.video.info import PICTURE
 from evoprune.video.plan import InputLimits, Plan
 from evoprune.vision.encoded import Encoded, EncodedRows, select_tokens
 from evoprune.vision.encoder import encode_rows
-from evoprune.vision.preprocess import patchify, resize
+from evoprune.vision.preprocess import pixel_patches, resize
 
 if TYPE_CHECKING:
     from evoprune.pipeline.cache import Cache  # imported where one is used
@@ -78,11 +79,10 @@ def prefetched(items: Generator[T, None, None], depth: int = DEPTH) -> Iterator[
             thread.join(PATIENCE_S)
 
 
-def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits) -> torch.Tensor:
-    """float32 `[rows, values]`: the patches of frames uint8 `[n, height, width, 3]`, resized as planned and normalised."""
-    sizes = limits.patch_size, limits.temporal_patch_size, limits.merge_size
-    resized = resize(torch.from_numpy(frames), plan.height, plan.width)
-    return patchify(resized, limits.image_mean, limits.image_std, *sizes)
+def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torch.device) -> torch.Tensor:
+    """uint8 `[rows, values]` on `device`: the patches of frames uint8 `[n, height, width, 3]`, resized as planned."""
+    resized = to_device(resize(torch.from_numpy(frames), plan.height, plan.width), device)
+    return pixel_patches(resized, limits.patch_size, limits.temporal_patch_size, limits.merge_size)
 
 
 @dataclass(eq=False)
@@ -201,14 +201,14 @@ class OpenInput:
         return self._open.enter_context(closing(prefetched(made) if self.threaded else made))
 
     def _make(self) -> Generator[tuple[int, torch.Tensor], None, None]:
-        """For every chunk, how many frames there were up to its end, and its patches `[rows, values]`, float32."""
+        """For every chunk, how many frames there were up to its end, and its patches `[rows, values]`, uint8."""
         plan, limits = self.plan, self.engine.loaded.limits[self.plan.kind]
         size = chunk_bytes(self.engine, plan)
         with closing(self.read(plan.source, plan.sampling.times_s, decoder=plan.decoder, chunk_bytes=size)) as chunks:
             for chunk in self.clock.each("read", chunks):
                 self.damaged += chunk.damaged
                 with self.clock.stage("preprocess"):
-                    patches = patches_of(chunk.frames, plan, limits)
+                    patches = patches_of(chunk.frames, plan, limits, self.engine.device)
                 yield chunk.first + len(chunk.frames), patches
 
 

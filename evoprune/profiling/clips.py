@@ -19,7 +19,7 @@ from evoprune.video.frames import read_frames
 from evoprune.video.info import PICTURE, Video
 from evoprune.video.plan import InputLimits, make_plan
 from evoprune.video.sampling import even_times
-from evoprune.vision.preprocess import patchify, resize
+from evoprune.vision.preprocess import normalised, pixel_patches, resize
 from evoprune.vision.tower import tower_shape
 
 # Text tokens before and after the video, as many as a chat template and a short question have.
@@ -78,7 +78,8 @@ def text_tokens(config: VisionConfig, case: Case, limits: InputLimits) -> int:
 class Clip:
     """A clip ready for the tower, and the prompt around it."""
 
-    patches: torch.Tensor  # `[4 * N, values]` in Hugging Face's order, on the device and in the dtype of the weights
+    pixels: torch.Tensor  # uint8 `[4 * N, values]`, patches in Hugging Face's order, on the device of the weights
+    patches: torch.Tensor  # the same normalised, in the dtype of the weights: what transformers is given
     grid: tuple[int, int, int]  # (T, H, W) in units
     seconds_per_pair: float  # from one grid to the next
     ids: torch.Tensor  # int64 `[L]`, any tokens for the text, and zeros for the video
@@ -110,7 +111,8 @@ def prepare(
         picked = [int(time) for time in even_times(0, count, fewer)]
         frames = resize(frames[picked], grid[1] * v.unit, grid[2] * v.unit)
         seconds_per_pair *= count / fewer
-    patches = patchify(frames, v.image_mean, v.image_std, v.patch_size, v.temporal_patch_size, v.merge_size)
+    weight = visual.patch_embed.proj.weight
+    pixels = pixel_patches(frames.to(weight.device), v.patch_size, v.temporal_patch_size, v.merge_size)
     random, size = torch.Generator().manual_seed(0), loaded.model.config.text_config.vocab_size
     place = place_of(grid, visual.config.traits.timestamps and count > 1)
     length = (place.around or place.runs)[-1].stop + TEXT_AFTER
@@ -118,5 +120,5 @@ def prepare(
     video = torch.zeros(length, dtype=torch.bool, device="cpu").index_fill_(0, place.columns, True)
     ids = torch.zeros(length, dtype=torch.int64, device="cpu").masked_scatter_(~video, text)
     positions = prompt_positions(length, place.spans(grid, seconds_per_pair), visual.config.tokens_per_second)
-    patches = patches.to(visual.patch_embed.proj.weight)
-    return Clip(patches, grid, seconds_per_pair, ids, place, positions, int(positions.max()) + 1, unpruned)
+    patches = normalised(pixels, *v.normal).to(weight.dtype)
+    return Clip(pixels, patches, grid, seconds_per_pair, ids, place, positions, int(positions.max()) + 1, unpruned)

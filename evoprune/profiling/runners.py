@@ -37,7 +37,7 @@ def run_evoprune(
         embed = model.model.language_model.embed_tokens
         question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device)) if method.reads_question else None
         encoded = encode(
-            visual, [clip.patches], plan,
+            visual, [clip.pixels], plan,
             question=question, seconds_per_pair=clip.seconds_per_pair, seed=seed, normal=loaded.video.normal,
         )  # fmt: skip
     with clock.stage("prefill"):

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCKS, CHANNELS = 2 * 4**2, 3  # blocks of a unit in both frames, of 7x7 or 8x8 pixels, and colours
+from evoprune.backend.reuse import reuse_scan
+
 # A unit has changed if a block differs by at least this many levels of 255 (Euclidean over red, green and blue).
 THRESHOLD = 8.0
-# The greatest drift of brightness since the references were encoded, as a factor up or down.
-BRIGHTNESS = 1.2
 
 
 @dataclass(frozen=True)
@@ -35,38 +34,8 @@ def scan(
     `means`: float32 `[T, units, 96]`, from `vision.preprocess.patch_means`: the next frame pairs, at least one. `threshold`: in
     levels of 255; 0 encodes all units.
     """
-    seen = references.seen if references else 0
-    source = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device)
-    held, pair = (references.means, references.pair) if references else (None, torch.zeros_like(source[0]))
-    for t, now in enumerate(means):
-        if held is None:
-            held, changed = now, torch.ones_like(pair, dtype=torch.bool)
-        else:
-            gain = brightness(now, held)
-            changed = differences(now, held * gain) >= threshold
-            if 2 * int(changed.sum()) > len(changed):
-                # Most of the picture has changed (a cut, or a moving camera), so the measured brightness means nothing.
-                gain = torch.ones_like(gain)
-                changed = differences(now, held) >= threshold
-            held = torch.where(changed[:, None], now / gain, held)
-        pair = torch.where(changed, seen + t, pair)
-        source[t] = pair
-    return source, ReferenceBlocks(held.clone(), pair, seen + len(means))
-
-
-def differences(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """float32 `[units]`: the greatest difference of a block (float32 `[units, 96]` both), Euclidean over the channels."""
-    difference = (means - reference).view(len(means), BLOCKS, CHANNELS)
-    return difference.square_().sum(2).amax(1).sqrt_()
-
-
-def brightness(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """float32 `[96]`: how much brighter the picture is than its references: one factor per channel, repeated for every block.
-
-    The median over units, weighted by brightness, ignores changes in less than half of the picture, and noise in dark regions.
-    """
-    now, then = (x.view(len(x), BLOCKS, CHANNELS).mean(1) for x in (means, reference))
-    ratio, order = (now / then.clamp(min=1e-3)).sort(0)
-    weight = then.gather(0, order).cumsum(0)
-    middle = (weight < weight[-1] / 2).sum(0, keepdim=True)
-    return ratio.gather(0, middle)[0].clamp(1 / BRIGHTNESS, BRIGHTNESS).repeat(BLOCKS)
+    held, pair, seen = means[0], means.new_zeros(means.shape[1], dtype=torch.int64), 0
+    if references:
+        held, pair, seen = references.means, references.pair, references.seen
+    source, held, pair = reuse_scan(means, held, pair, references is not None, seen, threshold)
+    return source, ReferenceBlocks(held, pair, seen + len(means))

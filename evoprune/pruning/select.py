@@ -154,8 +154,8 @@ def grid_tables(grid: Grid, device: str) -> tuple[torch.Tensor, torch.Tensor, to
     """
     pairs, places = grid[0], grid[1] * grid[2]
     time = (torch.arange(pairs, dtype=torch.float32, device="cpu") / max(1, pairs - 1)).repeat_interleave(places)
-    # One place of each frame pair in each round. A pair's places follow each other in an order of which any stretch covers the frame
-    # evenly, and pairs start far apart in it.
+    # One place of each frame pair in each round. The places of a pair follow each other in an order of which any stretch covers the
+    # frame evenly, and pairs start far apart in it.
     far_apart = torch.arange(pairs, dtype=torch.float64, device="cpu") * GOLDEN % 1
     begin = (far_apart * places).long()
     rounds = (_scattered(grid[1], grid[2]) - begin[:, None]) % places
@@ -164,7 +164,7 @@ def grid_tables(grid: Grid, device: str) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def _tubes(grid: Grid) -> torch.Tensor:
-    """int64 `[B, L]`: the units of each tube, ascending, padded with N. Along each side of the grid tubes are equally long, or nearly.
+    """int64 `[B, L]`: the units of each tube, ascending, padded with N. Along each side of the grid tubes are about equally long.
 
     Where there is little time, the square is larger.
     """
@@ -175,7 +175,10 @@ def _tubes(grid: Grid) -> torch.Tensor:
     of = [torch.arange(n, dtype=torch.int64, device="cpu") * cut // n for n, cut in zip(grid, cuts, strict=True)]
     tube = ((of[0][:, None] * cuts[1] + of[1])[:, :, None] * cuts[2] + of[2]).flatten()
     size = torch.bincount(tube)
-    order, rank = tube.argsort(stable=True), ascending(len(tube), "cpu") - (size.cumsum(0) - size).repeat_interleave(size)
+    order, rank = (
+        tube.argsort(stable=True),
+        ascending(len(tube), "cpu") - (size.cumsum(0) - size).repeat_interleave(size),
+    )
     tubes = torch.full((len(size), int(size.max())), len(tube), dtype=torch.int64, device="cpu")
     tubes[tube[order], rank] = order
     return tubes

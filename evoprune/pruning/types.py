@@ -7,10 +7,10 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from evoprune.backend.selection import mean_rows
 from evoprune.pruning.indices import ascending
 
 HELD = 1 << 24  # attention weights that are held at a time
-AT_ONCE = 4096  # units that have float32 copies at a time
 
 
 @dataclass(frozen=True)
@@ -97,22 +97,20 @@ class Selection:
         """`[K, D]`, as `rows` (`[E, D]`): the tokens. `row_of`: int64 `[N]`, the row of each unit, None where each has its own."""
         if not self.averages or (self.owner is None and self.means is None):
             return rows[self.kept if row_of is None else row_of[self.kept]]
-        total = torch.zeros(len(self.kept), rows.shape[1], dtype=torch.float32, device=rows.device)
-        size, means = total.new_zeros(len(self.kept)), self.means
-        if means is None:
-            units = (self.owner >= 0).nonzero()[:, 0]
-            weight = torch.ones_like(self.owner, dtype=torch.float32) if self.weight is None else self.weight
-            means = self.owner[units], units, weight[units]
-        into, units, weight = means
-        row = units if row_of is None else row_of[units]
-        if row_of is not None:  # a row that joins the same token many times joins it once, with the sum of the weights
-            both, back = (into * len(rows) + row).unique(return_inverse=True)
-            weight = torch.zeros(len(both), dtype=torch.float32, device=rows.device).index_add_(0, back, weight)
-            into, row = both // len(rows), both % len(rows)
-        size.index_add_(0, into, weight)
-        for some in ascending(len(into), rows.device).split(AT_ONCE):
-            total.index_add_(0, into[some], rows[row[some]].float() * weight[some][:, None])
-        return (total / size[:, None]).to(rows.dtype)
+        weight = torch.ones_like(self.owner, dtype=torch.float32) if self.weight is None else self.weight
+        if self.means is not None:
+            into, row, weight = self.means
+        elif reading_waits(rows.device):  # which units have a token is not read: the others weigh nothing
+            into, row, weight = (
+                self.owner.clamp(min=0),
+                ascending(len(self.owner), rows.device),
+                weight * (self.owner >= 0),
+            )
+        else:
+            row = (self.owner >= 0).nonzero()[:, 0]
+            into, weight = self.owner[row], weight[row]
+        row = row if row_of is None else row_of[row].clamp(min=0)
+        return mean_rows(rows, into, row, weight, len(self.kept))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from evoprune.pruning.reuse import ReferenceBlocks, scan
 from evoprune.vision import devices
 from evoprune.vision.devices import Timer
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, geometry, referring_layout, window_order
-from evoprune.vision.preprocess import CLIP, Normalisation, patch_means
+from evoprune.vision.preprocess import CLIP, Normalisation, normalised, patch_means
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Chunk:
     first: int  # number of the first frame pair in the video
     pairs: int  # how many there are
     patches: torch.Tensor  # `[R, 4, values]`, of the units that are rows, in window order
-    # int64 `[pairs, H*W]` on the CPU, the number of the frame pair whose row represents each unit: its own if the unit is a row.
-    # None without reuse, where every unit is a row.
+    counts: tuple[int, ...]  # rows of each frame pair
+    # int64 `[pairs, H*W]`, the number of the frame pair whose row represents each unit: its own if the unit is a row. None without
+    # reuse, where every unit is a row.
     source: torch.Tensor | None = None
 
     @property
@@ -36,16 +37,16 @@ class Chunk:
         return len(self.patches)
 
     def layout(self, geo: Geometry) -> tuple[TokenLayout, torch.Tensor | None]:
-        """The layout of the chunk's rows, on the device of `geo`; with reuse it is computed on the CPU.
+        """The layout of the chunk's rows, on the device of `geo`.
 
         Also int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where none does; None without reuse.
         """
         if self.source is None:
             return full_layout(geo, self.pairs), None
-        here, device = geometry(geo.height, geo.width, geo.side, "cpu"), torch.device(geo.device)
-        layout = referring_layout(here, self.source - self.first)
+        here, device = geometry(geo.height, geo.width, geo.side, str(self.source.device)), torch.device(geo.device)
+        layout = referring_layout(here, self.source - self.first, self.counts)
         pair = self.source[-1] - self.first
-        latest = torch.where(pair < 0, -1, pair * geo.units + ascending(geo.units, "cpu"))
+        latest = torch.where(pair < 0, -1, pair * geo.units + ascending(geo.units, pair.device))
         unit, owner, latest = (devices.to_device(x, device) for x in (layout.unit, layout.owner, latest))
         return replace(layout, geometry=geo, unit=unit, owner=owner), latest
 
@@ -63,26 +64,6 @@ def in_pairs(patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int) ->
             held = [joined[size:]] if have > size else []  # never an empty piece
     if held:
         yield torch.cat(held)
-
-
-def _read(
-    patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int, reuse: bool, timer: Timer
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Whole frame pairs, `pairs` at a time; with `reuse` one at a time, and the same on the CPU.
-
-    A copy from a GPU synchronises, so `pairs` are copied at once.
-    """
-    stream = iter(patches)
-    ahead = list(islice(stream, 1))
-    apart = reuse and ahead and not devices.reading_waits(ahead[0].device)
-    for piece in in_pairs(chain(iter(ahead), stream), rows_per_pair, 1 if apart else pairs):
-        ahead.clear()  # frees its memory
-        if not reuse:
-            yield piece, piece
-            continue
-        with timer:
-            here = piece.cpu()
-        yield from zip(piece.split(rows_per_pair), here.split(rows_per_pair), strict=True)
 
 
 def in_chunks(
@@ -103,7 +84,7 @@ def in_chunks(
     A chunk also ends once it represents `devices.SPARSE` * `rows` units, so its memory does not grow with the video.
 
     Args:
-        patches: pieces `[n, values]` that make up `pairs` frame pairs; `normal`: mean and std of their normalisation.
+        patches: pieces `[n, values]` that make up `pairs` frame pairs: pixels (uint8), or normalised. `normal`: mean and std.
         threshold: of reuse, in levels of 255; 0 for no reuse. `timer` measures the search for references.
         even: a list to which each piece adds whether each of its frame pairs has one colour, until one has not; or None.
         references: of the segment before, if there is one; in the end those of this video. A unit that a row of the segment
@@ -112,20 +93,30 @@ def in_chunks(
     Raises ValueError: the number of patches does not fit `pairs` frame pairs.
     """
     pair, done, held, references = geo.units * PATCHES, 0, [], [] if references is None else references
-    for piece, here in _read(patches, pair, -(-rows // geo.units), threshold > 0, timer):
+    stream = iter(patches)
+    ahead = list(islice(stream, 1))
+    # The scan costs a CPU nothing more frame pair by frame pair. It waits for an accelerator once for each piece.
+    here = bool(ahead) and not devices.reading_waits(ahead[0].device)
+    at_once = 1 if threshold and here else -(-rows // geo.units)
+    for piece in in_pairs(chain(iter(ahead), stream), pair, at_once):
+        ahead.clear()  # frees its memory
         count, rest = divmod(len(piece), pair)
         if rest or done + count > pairs:
             raise ValueError(f"patches do not add up to {pairs} frame pairs of {geo.units} units")
-        if even is not None and (not even or devices.reading_waits(piece.device) or even[-1]):
+        if even is not None and (not even or not here or even[-1]):
             of_pair = piece.view(count, -1, piece.shape[1])  # one colour: all patches are equal within one level of 255
             even.append((of_pair.amax(1) - of_pair.amin(1)).max() < 1 / 255)
-        source = None
+        source, counts = None, (geo.units,) * count
         if threshold:
             with timer:
-                means = patch_means(here, geo.units, *normal)
+                means = patch_means(piece, geo.units, *normal)
                 source, seen = scan(means, references[0] if references else None, threshold)
+                counts = tuple((source == done + ascending(count, source.device)[:, None]).sum(1).tolist())
                 references[:] = [seen]
-        held.append(Chunk(done, count, _rows_of(piece, geo, done, count, source).to(dtype), source))
+        rows_here = _rows_of(piece, geo, done, counts, source)
+        if rows_here.dtype == torch.uint8:
+            rows_here = normalised(rows_here, *normal)
+        held.append(Chunk(done, count, rows_here.to(dtype), counts, source))
         done += count
         units = (done - held[0].first) * geo.units
         if sum(chunk.rows for chunk in held) >= rows or units >= devices.SPARSE * rows:
@@ -137,11 +128,14 @@ def in_chunks(
         yield _joined(held)
 
 
-def _rows_of(patches: torch.Tensor, geo: Geometry, first: int, pairs: int, source: torch.Tensor | None) -> torch.Tensor:
-    """`[R, 4, values]`: the patches of the units that are rows, in window order, of `pairs` frame pairs."""
-    alive = None if source is None else source == first + ascending(pairs, "cpu")[:, None]
-    unit = window_order(geometry(geo.height, geo.width, geo.side, "cpu"), pairs, alive)
-    return patches.view(-1, PATCHES, patches.shape[1])[devices.to_device(unit, patches.device)]
+def _rows_of(
+    patches: torch.Tensor, geo: Geometry, first: int, counts: tuple[int, ...], source: torch.Tensor | None
+) -> torch.Tensor:
+    """`[R, 4, values]`: the patches of the units that are rows, in window order."""
+    pairs, here = len(counts), geometry(geo.height, geo.width, geo.side, str(patches.device))
+    alive = None if source is None else source == first + ascending(pairs, source.device)[:, None]
+    unit = window_order(here, pairs, alive, sum(counts))
+    return patches.view(-1, PATCHES, patches.shape[1])[unit]
 
 
 def _joined(chunks: list[Chunk]) -> Chunk:
@@ -149,7 +143,8 @@ def _joined(chunks: list[Chunk]) -> Chunk:
     if len(chunks) == 1:
         return chunks[0]
     patches, source = torch.cat([chunk.patches for chunk in chunks]), torch.cat([chunk.source for chunk in chunks])
-    return Chunk(chunks[0].first, sum(chunk.pairs for chunk in chunks), patches, source)
+    counts = sum((chunk.counts for chunk in chunks), ())
+    return Chunk(chunks[0].first, len(counts), patches, counts, source)
 
 
 @dataclass(frozen=True)

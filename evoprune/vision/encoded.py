@@ -101,7 +101,7 @@ class EncodedRows:
     plan: EncoderPlan
     tokens: Tokens  # the input of the selector
     unit: torch.Tensor  # int64 `[E]`, the unit whose place each row has
-    source: torch.Tensor  # int64 `[T, H*W]` on the CPU, the number of the frame pair whose pixels represent each unit
+    source: torch.Tensor  # int64 `[T, H*W]`, the number of the frame pair whose pixels represent each unit
     layers: list[tuple[int, int]]  # as in `Encoded`
     selection: Selection | None  # inside the tower, if the language model reads exactly those rows
     timer: Timer  # of pruning
@@ -126,17 +126,19 @@ class EncodedRows:
 
         Raises ModelError: a row has NaN or infinite values. RuntimeError: a merger did not remove its rows.
         """
-        if not all_true(self.checks.numbers):
+        checks, no = self.checks, torch.zeros_like(self.checks.numbers[0])
+        flags = (
+            torch.stack(checks.numbers).all(),
+            torch.stack([no, *checks.failed]).any(),
+            torch.stack([~no, *checks.even]).all(),
+        )
+        numbers, failed, even = torch.stack(flags).tolist()  # one copy from an accelerator
+        if not numbers:
             raise not_a_number_error("encode")
-        if self.checks.failed and torch.stack(self.checks.failed).any():
+        if failed:
             name = self.plan.stages[0].reduce.merger.name
             raise RuntimeError(f"method {name} did not remove as many rows as it was asked to")
-        return bool(self.checks.even) and all_true(self.checks.even), self.timer.seconds()
-
-
-def all_true(flags: list[torch.Tensor]) -> bool:
-    """Whether all are true (bool tensors without dimension); synchronises."""
-    return bool(torch.stack(flags).all())
+        return bool(checks.even) and even, self.timer.seconds()
 
 
 @torch.inference_mode()

@@ -30,7 +30,7 @@ from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import devices
 from evoprune.vision.chunks import CarriedKeys, Chunk, in_chunks
 from evoprune.vision.devices import Timer
-from evoprune.vision.encoded import Checks, Encoded, EncodedRows, all_true, averaged, select_tokens
+from evoprune.vision.encoded import Checks, Encoded, EncodedRows, averaged, select_tokens
 from evoprune.vision.families import embed, layers_of, merge_patches
 from evoprune.vision.layout import TokenLayout, full_layout, selected_layout
 from evoprune.vision.preprocess import CLIP, Normalisation
@@ -70,7 +70,7 @@ def encode_rows(
     Args:
         visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of the same families, whose layers obey
             torch's autocast. The rows are then in its dtype.
-        patches: pieces `[n, values]` in Hugging Face's order that make up the whole video.
+        patches: pieces `[n, values]` in Hugging Face's order that make up the whole video: pixels (uint8), or normalised.
         plan: for this tower, from `Pipeline.plan`.
         seconds_per_pair, seed: as in `Tokens`.
         chunk_units: rows to encode at a time, rounded up to whole frame pairs; default: `devices.largest_chunk`.
@@ -144,11 +144,12 @@ class _Run:
         self.computed = [0] * tower.depth
         self.pieces: list[VideoRows] = []
         self.sources: list[torch.Tensor] = []
-        self.count = 0
+        self.counts: tuple[int, ...] = ()  # rows that entered the tower, of each frame pair so far
+        self.count = 0  # rows after the layers that run in chunks, so far
 
     def chunks(self, patches: Iterable[torch.Tensor], normal: Normalisation) -> Iterator[Chunk]:
         return in_chunks(
-            patches,
+            (devices.to_device(piece, self.device) for piece in patches),
             self.geometry,
             self.plan.grid[0],
             rows=self.chunk_units,
@@ -167,7 +168,7 @@ class _Run:
         if self.carried:
             follows = chunk.first + chunk.pairs < self.plan.grid[0] or self.segment is not None
             self.carried.begin(latest if follows else None)  # else no unit refers to the last chunk
-        return embed(self.visual, devices.to_device(chunk.patches, self.device), layout), layout
+        return embed(self.visual, chunk.patches, layout), layout
 
     def run_first_layers(
         self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout
@@ -191,8 +192,9 @@ class _Run:
         x, deepstack = x[order], deepstack[order]
         self.note_numbers(x, deepstack)
         self.pieces.append(VideoRows(x, deepstack, layout.unit[order] + chunk.first * self.geometry.units, owner))
-        own = chunk.first + ascending(chunk.pairs, "cpu")[:, None].expand(-1, self.geometry.units)
+        own = chunk.first + ascending(chunk.pairs, order.device)[:, None].expand(-1, self.geometry.units)
         self.sources.append(own if chunk.source is None else chunk.source)
+        self.counts += chunk.counts
         self.count += len(order)
 
     def all_rows(self) -> VideoRows:
@@ -215,12 +217,9 @@ class _Run:
         A selector that asks for no hidden states gets rows after the norm of the next layer, which reduces the few channels that
         are large in all rows. All rows of a video without any change go on if there are few enough of them.
         """
-        if stage is self.plan.row_stages[0] and not all_true(self.checks.numbers):  # later ones find no new checks
-            raise not_a_number_error("encode")
         plan, selector, whole_pairs = self.plan, stage.selector, isinstance(stage.reduce, WholePairs)
         most = plan.keep if whole_pairs else stage.rows
-        by_pair = rows.owner.view(plan.grid[0], -1)
-        if most >= len(rows.x) and (by_pair == by_pair[0]).all():
+        if most >= len(rows.x) and not any(self.counts[1:]):
             return rows, None
         with self.timer:
             seen = rows.x

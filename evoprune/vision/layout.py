@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from evoprune.model.machine import reading_waits
 from evoprune.pruning.indices import ascending, tally, true_indices
 
 Scope = Literal["window", "pair"]
@@ -91,13 +92,14 @@ class TokenLayout:
 
     @cached_property
     def per_pair(self) -> tuple[int, ...]:
-        """Rows of each frame pair; synchronises only if `counts` is None."""
+        """Rows of each frame pair; waits for an accelerator if `counts` is None."""
         return self.counts or tuple(tally(self.group_of(self.unit, "pair"), self.pairs).tolist())
 
     def longest(self, scope: Scope) -> int:
-        """An upper bound of the rows of a group, computed without the device."""
+        """An upper bound of the rows of a group, computed without waiting."""
         most = self.geometry.largest_window if scope == "window" else self.geometry.units
-        return min(max(self.per_pair), most)
+        known = self.counts or not reading_waits(self.unit.device)
+        return min(max(self.per_pair) if known else self.rows, most)
 
     @cached_property
     def place(self) -> torch.Tensor:
@@ -116,10 +118,10 @@ class TokenLayout:
         return pair
 
 
-def window_order(geo: Geometry, pairs: int, alive: torch.Tensor | None = None) -> torch.Tensor:
-    """int64 `[R]`: the units of `pairs` frame pairs in window order; only those of `alive` (bool `[T, H*W]`), if given."""
-    units = ascending(pairs, geo.device)[:, None] * geo.units + geo.order
-    return units.flatten() if alive is None else units[alive[:, geo.order]]
+def window_order(geo: Geometry, pairs: int, alive: torch.Tensor | None = None, count: int = 0) -> torch.Tensor:
+    """int64 `[R]`: the units of `pairs` frame pairs in window order; with `alive` (bool `[T, H*W]`) those `count`."""
+    units = (ascending(pairs, geo.device)[:, None] * geo.units + geo.order).flatten()
+    return units if alive is None else units[true_indices(alive[:, geo.order].flatten(), count)]
 
 
 def full_layout(geo: Geometry, pairs: int) -> TokenLayout:
@@ -130,21 +132,20 @@ def full_layout(geo: Geometry, pairs: int) -> TokenLayout:
     return TokenLayout(geo, pairs, unit, owner, "place", (geo.units,) * pairs)
 
 
-def referring_layout(geo: Geometry, source: torch.Tensor) -> TokenLayout:
+def referring_layout(geo: Geometry, source: torch.Tensor, counts: tuple[int, ...]) -> TokenLayout:
     """The layout with reuse: some units are rows, and each other unit is owned by a row at its place in an earlier frame pair.
 
-    `source`: as in `Chunk`, but counted from the first of these frame pairs; a negative number is one of an earlier chunk.
+    `source`, `counts`: as in `Chunk`, the first counted from the first of these frame pairs; a negative number is one of an earlier
+    chunk.
     """
-    pairs = len(source)
+    pairs, rows = len(source), sum(counts)
     alive = source == ascending(pairs, source.device)[:, None]
-    unit = window_order(geo, pairs, alive)
-    rows = len(unit)
+    unit = window_order(geo, pairs, alive, rows)
     number = torch.zeros(pairs * geo.units, dtype=torch.int64, device=source.device)
     number[unit] = ascending(rows, source.device)
     place = ascending(geo.units, source.device)
     owner = torch.where(source >= 0, number[source.clamp(min=0) * geo.units + place], rows + place).flatten()
-    counts = tuple(alive.sum(1).tolist())
-    return TokenLayout(geo, pairs, unit, owner, "place" if bool(alive.all()) else "clip", counts)
+    return TokenLayout(geo, pairs, unit, owner, "place" if rows == pairs * geo.units else "clip", counts)
 
 
 def selected_layout(
@@ -212,7 +213,7 @@ def attention_groups(layout: TokenLayout, scope: Scope, exact: bool = True) -> G
         groups = _owner_groups(layout, scope, length)
     else:  # the keys of a group are its own rows
         geo, longest, start = layout.geometry, layout.longest(scope), length.cumsum(0) - length
-        even = min(layout.per_pair) == longest
+        even = layout.counts is not None and min(layout.counts) == longest
         if scope == "window":
             even = layout.reach == "place" and geo.windows * geo.largest_window == geo.units
         keys = ascending(layout.rows, length.device)

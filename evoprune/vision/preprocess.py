@@ -5,10 +5,12 @@ y and x. The result is that of `Qwen2VLImageProcessor`, without torchvision.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
+from evoprune.model.machine import to_device
 from evoprune.video.plan import InputLimits
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std
@@ -31,20 +33,37 @@ def patchify(
     temporal: int = 2,
     merge: int = 2,
 ) -> torch.Tensor:
-    """float32 `[max(1, F/temporal) * H/patch * W/patch, 3 * temporal * patch * patch]`: patches in Hugging Face's order.
+    """float32: `pixel_patches`, normalised, as Hugging Face's processors make them."""
+    return normalised(pixel_patches(frames, patch, temporal, merge), mean, std)
+
+
+def pixel_patches(frames: torch.Tensor, patch: int = 14, temporal: int = 2, merge: int = 2) -> torch.Tensor:
+    """uint8 `[max(1, F/temporal) * H/patch * W/patch, 3 * temporal * patch * patch]`: patches in Hugging Face's order.
 
     `frames`: uint8 `[F, H, W, 3]`, F a multiple of `temporal` or 1, for a picture, which fills a frame pair; H and W multiples of
-    `patch * merge`. `mean`, `std`: for red, green and blue, on a scale from 0 to 1.
+    `patch * merge`.
     """
     frames = frames.expand(temporal, -1, -1, -1) if len(frames) == 1 else frames
     f, h, w, c = frames.shape
     unit = patch * merge
     x = frames.reshape(f // temporal, temporal, h // unit, merge, patch, w // unit, merge, patch, c)
-    x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).contiguous().float()  # pair, unit y, x, patch y, x, channel, frame, y, x
-    shape = (c, 1, 1, 1)
-    x -= 255 * torch.tensor(mean, dtype=torch.float32, device=x.device).view(shape)
-    x /= 255 * torch.tensor(std, dtype=torch.float32, device=x.device).view(shape)
-    return x.view(-1, c * temporal * patch * patch)
+    # pair, unit y, x, patch y, x, channel, frame, y, x
+    return x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, c * temporal * patch * patch)
+
+
+def normalised(
+    patches: torch.Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
+) -> torch.Tensor:
+    """float32, as `patches`, uint8 `[..., values]`: for red, green and blue, on a scale from 0 to 1, less `mean`, over `std`."""
+    x = patches.unflatten(-1, (3, -1)).float()
+    x -= _by_channel(mean, x.device)
+    x /= _by_channel(std, x.device)
+    return x.flatten(-2)
+
+
+@lru_cache(maxsize=32)
+def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return to_device(255 * torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1), device)
 
 
 def patch_means(
@@ -52,11 +71,12 @@ def patch_means(
 ) -> torch.Tensor:
     """float32 `[T, units, 96]`: the mean colour of each block of half a patch, 7x7 or 8x8 pixels, in levels of 255.
 
-    `patches`: `[T * units * 4, values]`, from `patchify`, of frame pairs and three colours.
+    `patches`: `[T * units * 4, values]`, of frame pairs and three colours: pixels (uint8), or normalised by `mean` and `std`.
     """
     half = math.isqrt(patches.shape[1] // 24)
     blocks = patches.float().view(-1, units, 2, 2, 3, 2, 2, half, 2, half).mean((7, 9))
     # pair, unit, patch y, x, channel, frame, block y, x -> pair, unit, frame, y, x, channel
     blocks = blocks.permute(0, 1, 5, 2, 6, 3, 7, 4)
-    levels = 255 * (blocks * blocks.new_tensor(std) + blocks.new_tensor(mean))
-    return levels.reshape(-1, units, 96)
+    if patches.dtype != torch.uint8:
+        blocks = 255 * (blocks * blocks.new_tensor(std) + blocks.new_tensor(mean))
+    return blocks.reshape(-1, units, 96)

@@ -77,7 +77,7 @@ def fates(video: EncodedRows) -> Fates:
     chosen = torch.zeros(len(row), dtype=torch.bool, device=row.device)
     chosen[kept] = True
     _, height, width = video.plan.grid
-    source = (video.source * height * width + ascending(height * width, "cpu")).flatten()
+    source = (video.source.cpu() * height * width + ascending(height * width, "cpu")).flatten()
     return Fates(video.plan.grid, chosen, source, owner, len(video.unit))
 
 
