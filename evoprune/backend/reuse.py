@@ -1,6 +1,6 @@
 """The operator of reuse: which frame pair was last encoded at the place of each unit, one frame pair after another.
 
-Plain PyTorch on a CPU, one Triton kernel on CUDA, PyTorch without reading a value elsewhere. pruning/reuse.py says what it computes.
+One Triton kernel on CUDA, PyTorch elsewhere; off the CPU no value is read. pruning/reuse.py says what it computes.
 """
 
 import torch
@@ -24,8 +24,8 @@ def _reuse_scan(
     """int64 `[T, units]`, the frame pair whose row represents each unit; and `held` and `pair` after these frame pairs.
 
     Args:
-        means: float32 `[T, units, 96]`, of the next frame pairs. held: float32 `[units, 96]`, of each place when it was last encoded,
-            without meaning if not `known`. pair: int64 `[units]`, when that was. seen: frame pairs before.
+        means: float32 `[T, units, 96]`, of the next frame pairs. held: float32 `[units, 96]`, of each place when it was last
+            encoded, without meaning if not `known`. pair: int64 `[units]`, when that was. seen: frame pairs before.
         threshold: in levels of 255.
     """
     source = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device)

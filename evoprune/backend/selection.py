@@ -1,7 +1,7 @@
 """Three operators of the selection: farthest points inside tubes, the nearest selected point of each, and means of clusters.
 
-Each is one operator with one contract: numpy on a CPU, kernels of Triton on CUDA, a few operations of PyTorch elsewhere. Distances are
-whole numbers of steps, so that devices that sum in another order agree, and equal rows are at distance 0.
+Each is one operator with one contract: numpy on a CPU, kernels of Triton on CUDA, a few operations of PyTorch elsewhere. Distances
+are whole numbers of steps, so that devices that sum in another order agree, and equal rows are at distance 0.
 
 A point j has a row and a time. Its distance to a selected point i is, in steps,
 

@@ -100,15 +100,10 @@ class Selection:
         weight = torch.ones_like(self.owner, dtype=torch.float32) if self.weight is None else self.weight
         if self.means is not None:
             into, row, weight = self.means
-        elif reading_waits(rows.device):  # which units have a token is not read: the others weigh nothing
-            into, row, weight = (
-                self.owner.clamp(min=0),
-                ascending(len(self.owner), rows.device),
-                weight * (self.owner >= 0),
-            )
-        else:
-            row = (self.owner >= 0).nonzero()[:, 0]
-            into, weight = self.owner[row], weight[row]
+        else:  # which units have a token is not read, which would wait for a GPU: the others weigh nothing
+            into, row = self.owner.clamp(min=0), ascending(len(self.owner), rows.device)
+            weight = (self.owner >= 0).float()
+            weight = weight if self.weight is None else weight * self.weight
         row = row if row_of is None else row_of[row].clamp(min=0)
         return mean_rows(rows, into, row, weight, len(self.kept))
 
