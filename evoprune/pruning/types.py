@@ -97,7 +97,6 @@ class Selection:
         """`[K, D]`, as `rows` (`[E, D]`): the tokens. `row_of`: int64 `[N]`, the row of each unit, None where each has its own."""
         if not self.averages or (self.owner is None and self.means is None):
             return rows[self.kept if row_of is None else row_of[self.kept]]
-        weight = torch.ones_like(self.owner, dtype=torch.float32) if self.weight is None else self.weight
         if self.means is not None:
             into, row, weight = self.means
         else:  # which units have a token is not read, which would wait for a GPU: the others weigh nothing
