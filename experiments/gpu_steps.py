@@ -68,15 +68,17 @@ def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] =
     from evoprune.profiling.bench import Bench, all_rows
     from evoprune.profiling.results import Case
     from evoprune.profiling.settings import Settings
+    from evoprune.video.info import VIDEO
 
-    cases = [Case(*map(int, case.split("x"))) for case in args.cases]
     options = ModelOptions(
         model=args.model, device=args.device, load_format=weights.default_load_format(args.model), dtype=args.dtype
     )
+    unit = weights.outline(options).limits[VIDEO].unit
+    cases = [
+        Case(*map(int, case.split("x"))).of_units(unit / 28) for case in args.cases
+    ]  # as many units, whatever their size
     loaded = weights.load(options, cases)
-    unit = loaded.video.unit
     settings = Settings(budgets=tuple(args.budgets), methods=tuple(methods), new_tokens=new_tokens)
-    cases = [case.of_units(unit / 28) for case in cases]  # as many units, where these are larger
     # DivPrune, which selects after the tower, at the first budget alone.
     rows = [r for r in all_rows(cases, settings) if r.method != "divprune" or r.budget == args.budgets[0]]
     bench = Bench(loaded, rows, lambda case: clips.synthetic_frames("motion", case, unit), settings, lambda what: None)
