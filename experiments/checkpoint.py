@@ -30,16 +30,20 @@ def write_checkpoint(folder: Path, model: str = MODEL, shards: int = 2) -> None:
     """Writes weights in bf16, config, tokenizer and processor settings into `folder`, which must not exist."""
     made = folder.with_name(folder.name + ".writing")
     made.mkdir()
-    config = read_config(BUNDLED_CONFIGS[model])
-    _write_weights(made, config, shards)
-    shutil.copyfile(BUNDLED_CONFIGS[model], made / "config.json")
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-        shutil.copyfile(DEMO_FOLDER / name, made / name)
-    tokenizer = _tokenizer(json.loads((DEMO_FOLDER / "tokenizer.json").read_text(encoding="utf-8")))
-    (made / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
-    # No end of an answer: each is as long as it is allowed to be.
-    (made / "generation_config.json").write_text(json.dumps({"eos_token_id": []}), encoding="utf-8")
+    _write_weights(made, read_config(BUNDLED_CONFIGS[model]), shards)
+    write_settings(made, model)
     made.rename(folder)
+
+
+def write_settings(folder: Path, model: str = MODEL) -> None:
+    """Writes config, tokenizer and processor settings into `folder`: all that random weights need to be asked."""
+    shutil.copyfile(BUNDLED_CONFIGS[model], folder / "config.json")
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        shutil.copyfile(DEMO_FOLDER / name, folder / name)
+    tokenizer = _tokenizer(json.loads((DEMO_FOLDER / "tokenizer.json").read_text(encoding="utf-8")))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    # No end of an answer: each is as long as it is allowed to be.
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": []}), encoding="utf-8")
 
 
 def _write_weights(folder: Path, config: Config, shards: int) -> None:
