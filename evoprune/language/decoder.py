@@ -84,6 +84,11 @@ class KVCache:
                 strip = keys[0, :, start : min(end, start + STRIP)]
                 strip.copy_(rotate(strip.transpose(0, 1).float(), cos, sin).transpose(0, 1))
 
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The valid keys and values of a layer, `[1, kv_heads, lengths[layer], head_dim]`, views."""
+        keys, values = self._layers[layer]
+        return keys[:, :, : self.lengths[layer]], values[:, :, : self.lengths[layer]]
+
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a layer's new columns, `[1, kv_heads, L, head_dim]`, after the valid ones. They become valid with `add`.
 
@@ -165,7 +170,7 @@ def forward(
         blind, rows = (dropping.blind(i, len(x)), dropping.rows(i, len(x))) if dropping else (None, [])
         entered.append(len(rows[0]) if rows else len(x))
         entering = x
-        x, *seen = _layer(layer, x, places, cache, i, config, bias, last, blind, rows)
+        x, *seen = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows)
         if len(deepstack):
             x, deepstack = x + deepstack[0, -len(x) :], deepstack[1:]  # the top layer returns the last columns alone
         if dropping and dropping.looks(i + 1):
@@ -188,21 +193,22 @@ def logits(model, *args, **kwargs) -> torch.Tensor:
     return model.lm_head(forward(model, *args, **kwargs)).float()
 
 
-def _layer(
+def run_layer(
     layer,
     x: torch.Tensor,
     places: tuple[torch.Tensor, torch.Tensor],
-    cache: KVCache,
+    cache,
     number: int,
     config,
-    bias: torch.Tensor | None,
-    last: int,
-    blind: tuple[torch.Tensor, int] | None,
-    rows: list[torch.Tensor],
+    bias: torch.Tensor | None = None,
+    last: int = 1,
+    blind: tuple[torch.Tensor, int] | None = None,
+    rows: Sequence[torch.Tensor] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, and all keys and values.
 
-    `blind`, `rows`: of `Dropping`. Columns without queries or MLP keep their state.
+    `cache`: a `KVCache`, or a `StaticCache` for a column alone. `blind`, `rows`: of `Dropping`. Columns without queries or MLP keep
+    their state.
     """
     attention, mlp, eps = layer.self_attn, layer.mlp, config.rms_norm_eps
     (keyed, asking, fed), (cos, sin) = rows or (None,) * 3, places
@@ -244,7 +250,8 @@ def _attend(
     """Causal attention of the last L columns, or of other columns: `[L, heads * head_dim]`.
 
     Args:
-        queries: `[1, L, heads, head_dim]`; neighbouring heads share `keys` and `values`, `[1, kv_heads, n, head_dim]`.
+        queries: `[1, L, heads, head_dim]`; neighbouring heads share `keys` and `values`, `[1, kv_heads, n, head_dim]`. For one
+            column these may have the features of a bias behind those of the head (`bias_features`).
         bias: `[n]`, added to the logits of each key: the logarithm of its cluster size makes a key weigh as much as that many
             equal keys (arXiv 2210.09461, section 3).
         sees: int64 `[L]`, ascending, how many keys each query sees, n the last; None for the last L columns.
@@ -254,6 +261,10 @@ def _attend(
     if columns == 1:
         # Heads that share keys become columns of one head: keys are read once for all of them, two to four times as fast.
         queries, mask = queries.view(1, kv_heads, -1, dim), None if bias is None else bias[None]
+        if more := keys.shape[3] - dim:
+            queries = F.pad(queries, (0, more), value=1.0)
+            seen = F.scaled_dot_product_attention(queries, keys, values, scale=dim**-0.5)
+            return seen[..., :dim].reshape(1, -1)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).reshape(1, -1)
     # Key/value heads become the batch, so keys are not repeated and the kernel needs no support for groups.
     group = heads // kv_heads
@@ -276,6 +287,17 @@ def _attend(
             mask = bias[:end].expand(len(mask), -1).masked_fill(~mask, -torch.inf)
         strips.append(F.scaled_dot_product_attention(strip, keys[:, :, :end], values[:, :, :end], attn_mask=mask))
     return torch.cat(strips, 2).permute(2, 0, 1, 3).reshape(columns, -1)
+
+
+def bias_features(bias: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """`[n, e]`: features behind those of keys, `dim`, whose product with ones is a bias on their scores, float32 `[n]`.
+
+    A kernel that takes no mask takes them: heads may have up to 256 features, in multiples of eight. Scores are divided by the root
+    of `dim`. The bias is the sum of two numbers, because one in bf16 would be off by up to 2^-9 of it.
+    """
+    value = (bias * dim**0.5).clamp(min=torch.finfo(dtype).min / 4)  # -inf times 0 would be NaN
+    high = value.to(dtype)
+    return F.pad(torch.stack([high, (value - high.float()).to(dtype)], -1), (0, -(dim + 2) % 8))
 
 
 def _attend_blind(
