@@ -2,6 +2,7 @@
 
 import time
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from evoprune.language.generate import GenerationOptions, TokenStream, prefill
 from evoprune.model.config import MODEL_TYPES
 from tests.tiny import tiny_model
 
+DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -31,9 +33,9 @@ def prompt_state(model, columns: int, sizes: bool = True, seed: int = 0):
     text = model.model.language_model
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 400, (columns,), generator=random)
-    counts = torch.randint(1, 9, (columns,), generator=random).float().to("cuda") if sizes else None
+    counts = torch.randint(1, 9, (columns,), generator=random).float().to(DEVICE) if sizes else None
     with torch.inference_mode():
-        embeds = text.embed_tokens(ids.to("cuda")).to(text.norm.weight.dtype)
+        embeds = text.embed_tokens(ids.to(DEVICE)).to(text.norm.weight.dtype)
     return prefill(model, embeds, torch.arange(columns).expand(3, -1), columns, sizes=counts)
 
 
@@ -44,7 +46,7 @@ def answer(model, columns: int, new: int, **how) -> list[int]:
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_graph_decodes_the_same_tokens(family, dtype):
-    model = tiny_model(family=family).to("cuda", dtype)
+    model = tiny_model(family=family).to(DEVICE, dtype)
     for columns, sizes in ((40, True), (30, False), (600, True), (500, False)):
         made = {}
         for how in ("graph", "step", "plain"):
@@ -53,19 +55,18 @@ def test_a_graph_decodes_the_same_tokens(family, dtype):
         assert made["graph"] == made["step"]  # the same kernels on the same shapes
         if dtype == torch.float32:
             assert made["graph"] == made["plain"]
-    assert sorted(static._made[model].graphs) == [512, 1024]
+    assert list(static._made[model].graphs) == [1024]
 
 
 def test_logits_at_3b():
     measure(256, 16)
 
 
-def measure(columns: int = 1024, new: int = 64) -> None:
+def measure(columns: int = 1024, new: int = 64, name: str = "Qwen/Qwen2.5-VL-3B-Instruct") -> None:
     """Compares logits of the step with the plain decoder's along one answer, and prints milliseconds a token."""
     from evoprune.pipeline.loading.model import load_model
 
-    name = "Qwen/Qwen2.5-VL-3B-Instruct"
-    model = load_model(name, load_format="dummy", device="cuda", dtype="bf16").model
+    model = load_model(name, load_format="dummy", device=DEVICE, dtype="bf16").model
     ids = answer(model, columns, new)
     with torch.inference_mode():
         state = prompt_state(model, columns)
@@ -89,9 +90,9 @@ def measure(columns: int = 1024, new: int = 64) -> None:
                 for token in tokens:
                     times.append(time.perf_counter())
                     made.setdefault(how, []).append(token)
-                torch.cuda.synchronize()
-            gaps = sorted(b - a for a, b in zip(times[8:], times[9:], strict=False))
-            slowest = max(b - a for a, b in zip(times, times[1:], strict=False))
+                torch.accelerator.synchronize()
+            gaps = sorted(b - a for a, b in pairwise(times[8:]))
+            slowest = max(b - a for a, b in pairwise(times))
             whole = (times[-1] - times[0]) / (new - 1)
             print(
                 f"{how}: median {1000 * gaps[len(gaps) // 2]:.2f} ms a token, mean {1000 * whole:.2f}, "
@@ -102,7 +103,7 @@ def measure(columns: int = 1024, new: int = 64) -> None:
         with decoding("graph"):
             if capture:
                 static._made[model].graphs.clear()
-            torch.cuda.synchronize()
+            torch.accelerator.synchronize()
             begun = time.perf_counter()
             answer(model, columns, 2 * static.PLAIN_TOKENS)
         print(
