@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Entries of evoprune/ in their order: each imports only what comes before it.
 ORDER = (
     "bundled", "errors", "keywords", "text", "report",
-    "model", "pruning", "methods", "video", "vision", "language", "pipeline", "huggingface", "batch", "demo",
+    "model", "backend", "pruning", "methods", "video", "vision", "language", "pipeline", "huggingface", "batch", "demo",
     "evaluation", "profiling", "tuning", "visualize", "integrations",
 )  # fmt: skip
 MAX_FILE_LINES = 350

@@ -1,4 +1,4 @@
-"""What a device does in its own way: the selection, attention, copies and time. Everything else is the same on every device.
+"""What a device does in its own way: kernels, graphs, and what else is chosen by the device.
 
-A kernel of Triton has plain PyTorch beside it, which runs where there is no Triton and with `EVOPRUNE_PLAIN=1`.
+Each of them has a plain form in PyTorch beside it, which runs where a kernel cannot, and with `EVOPRUNE_PLAIN=1`.
 """

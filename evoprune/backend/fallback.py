@@ -1,19 +1,20 @@
-"""Whether kernels are used, and what happens where one fails: plain PyTorch, and one line on stderr."""
+"""Whether kernels and graphs are used, and what happens where a kernel fails: plain PyTorch, and one warning."""
 
 import os
-import sys
+import warnings
 from collections.abc import Callable
 from functools import lru_cache, wraps
 
 import torch
 
-PLAIN = "EVOPRUNE_PLAIN"  # variable of the environment that turns kernels and graphs off
+from evoprune.errors import DeviceWarning, first_line
+
 _failed: set[str] = set()
 
 
 def plain() -> bool:
-    """Whether the user turned kernels and graphs off."""
-    return os.environ.get(PLAIN, "") not in ("", "0")
+    """Whether this process wants nothing but plain PyTorch: EVOPRUNE_PLAIN is set, and not to 0."""
+    return os.environ.get("EVOPRUNE_PLAIN", "0") not in ("", "0")
 
 
 @lru_cache(maxsize=1)
@@ -26,9 +27,9 @@ def has_triton() -> bool:
 
 
 def with_fallback(what: str, plain_form: Callable) -> Callable[[Callable], Callable]:
-    """Decorates a function that runs kernels: `plain_form`, of the same arguments, replaces it where kernels are off or fail.
+    """Decorates a function that runs kernels: `plain_form`, of the same arguments, replaces it where they are off or have failed.
 
-    A failure is said once on stderr; from then on the plain form runs. Running out of memory is not a failure of a kernel.
+    A failure is said once. Running out of memory is none.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -42,8 +43,8 @@ def with_fallback(what: str, plain_form: Callable) -> Callable[[Callable], Calla
                 raise
             except Exception as problem:
                 _failed.add(what)
-                reason = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
-                print(f"warning: {what} runs without its kernel ({reason})", file=sys.stderr)
+                said = f"{what} runs without its kernel, which takes longer: {first_line(problem)}"
+                warnings.warn(said, DeviceWarning, stacklevel=2)
                 return plain_form(*args, **kwargs)
 
         return run

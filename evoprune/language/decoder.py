@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from evoprune.backend.attention import without_cudnn
+from evoprune.backend.causal import carries_bias, causal_attention
 from evoprune.language.dropping import Dropping, LayerState
 from evoprune.model.config import head_size
 from evoprune.model.linear import linear
@@ -84,6 +86,11 @@ class KVCache:
                 strip = keys[0, :, start : min(end, start + STRIP)]
                 strip.copy_(rotate(strip.transpose(0, 1).float(), cos, sin).transpose(0, 1))
 
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The valid keys and values of a layer, `[1, kv_heads, lengths[layer], head_dim]`, views."""
+        keys, values = self._layers[layer]
+        return keys[:, :, : self.lengths[layer]], values[:, :, : self.lengths[layer]]
+
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a layer's new columns, `[1, kv_heads, L, head_dim]`, after the valid ones. They become valid with `add`.
 
@@ -121,6 +128,7 @@ class KVCache:
 
 @torch.inference_mode()
 @without_autocast()
+@without_cudnn()
 def forward(
     model,
     inputs_embeds: torch.Tensor,
@@ -161,11 +169,11 @@ def forward(
     for i, layer in enumerate(text.layers):
         pause()
         if not i or every[i] is not every[i - 1]:
-            bias = None if every[i] is None else every[i].log().to(x.dtype)
+            bias, features = _bias(every[i], x, config)
         blind, rows = (dropping.blind(i, len(x)), dropping.rows(i, len(x))) if dropping else (None, [])
         entered.append(len(rows[0]) if rows else len(x))
         entering = x
-        x, *seen = _layer(layer, x, places, cache, i, config, bias, last, blind, rows)
+        x, *seen = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows, features)
         if len(deepstack):
             x, deepstack = x + deepstack[0, -len(x) :], deepstack[1:]  # the top layer returns the last columns alone
         if dropping and dropping.looks(i + 1):
@@ -188,21 +196,32 @@ def logits(model, *args, **kwargs) -> torch.Tensor:
     return model.lm_head(forward(model, *args, **kwargs)).float()
 
 
-def _layer(
+def _bias(sizes: torch.Tensor | None, like: torch.Tensor, config) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The bias of columns, and its features for attention that takes no mask, as of `_attend`."""
+    if sizes is None:
+        return None, None
+    bias = sizes.log()
+    carried = len(like) > 1 and carries_bias(like.device)
+    return bias.to(like.dtype), bias_features(bias, head_size(config), like.dtype) if carried else None
+
+
+def run_layer(
     layer,
     x: torch.Tensor,
     places: tuple[torch.Tensor, torch.Tensor],
-    cache: KVCache,
+    cache,
     number: int,
     config,
-    bias: torch.Tensor | None,
-    last: int,
-    blind: tuple[torch.Tensor, int] | None,
-    rows: list[torch.Tensor],
+    bias: torch.Tensor | None = None,
+    last: int = 1,
+    blind: tuple[torch.Tensor, int] | None = None,
+    rows: Sequence[torch.Tensor] = (),
+    features: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, and all keys and values.
 
-    `blind`, `rows`: of `Dropping`. Columns without queries or MLP keep their state.
+    `cache`: a `KVCache`, or a `StaticCache` for a column alone. `bias`, `features`: of `_attend`; `blind`, `rows`: of `Dropping`.
+    Columns without queries or MLP keep their state.
     """
     attention, mlp, eps = layer.self_attn, layer.mlp, config.rms_norm_eps
     (keyed, asking, fed), (cos, sin) = rows or (None,) * 3, places
@@ -215,8 +234,8 @@ def _layer(
         asking = fed = None
     queries = rotate(heads_of(attention, "q", _at(h, asking), config), _at(cos, asking), _at(sin, asking))[None]
     sees = None if asking is None else torch.searchsorted(keyed, asking, right=True)
-    given = queries, keys, values, _at(bias, keyed)
-    seen = _attend(*given, sees) if blind is None else _attend_blind(*given, *blind)
+    given, features = (queries, keys, values, _at(bias, keyed)), _at(features, keyed)
+    seen = _attend(*given, sees, features) if blind is None else _attend_blind(*given, features, *blind)
     x = _put(x, asking, linear(attention.o_proj, seen, plus=_at(x, asking)))
     old = _at(x, fed)
     h = norm(old, layer.post_attention_layernorm.weight, eps)
@@ -240,28 +259,39 @@ def _attend(
     values: torch.Tensor,
     bias: torch.Tensor | None,
     sees: torch.Tensor | None = None,
+    features: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last L columns, or of other columns: `[L, heads * head_dim]`.
 
     Args:
-        queries: `[1, L, heads, head_dim]`; neighbouring heads share `keys` and `values`, `[1, kv_heads, n, head_dim]`.
+        queries: `[1, L, heads, head_dim]`; neighbouring heads share `keys` and `values`, `[1, kv_heads, n, head_dim]`. For one
+            column these may have the features of a bias behind those of the head (`bias_features`).
         bias: `[n]`, added to the logits of each key: the logarithm of its cluster size makes a key weigh as much as that many
             equal keys (arXiv 2210.09461, section 3).
         sees: int64 `[L]`, ascending, how many keys each query sees, n the last; None for the last L columns.
+        features: `[n, e]`, of the bias (`bias_features`), where a kernel is to take it that takes no mask.
     """
     _, columns, heads, dim = queries.shape
     kv_heads, n = keys.shape[1:3]
     if columns == 1:
         # Heads that share keys become columns of one head: keys are read once for all of them, two to four times as fast.
         queries, mask = queries.view(1, kv_heads, -1, dim), None if bias is None else bias[None]
+        if more := keys.shape[3] - dim:
+            queries = F.pad(queries, (0, more), value=1.0)
+            seen = F.scaled_dot_product_attention(queries, keys, values, scale=dim**-0.5)
+            return seen[..., :dim].reshape(1, -1)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).reshape(1, -1)
     # Key/value heads become the batch, so keys are not repeated and the kernel needs no support for groups.
     group = heads // kv_heads
     queries = queries.view(columns, kv_heads, group, dim).permute(1, 2, 0, 3)
-    keys, values = (t.transpose(0, 1).expand(-1, group, -1, -1) for t in (keys, values))
-    if n == columns and bias is None and sees is None:
-        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        return out.permute(2, 0, 1, 3).reshape(columns, -1)
+    keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+    if sees is None and (bias is None or features is not None):
+        asks, *seen = (queries, keys, values) if bias is None else _with(features, queries, keys, values)
+        seen = [t.expand(-1, group, -1, -1) for t in seen]
+        out = causal_attention(asks, *seen, scale=None if bias is None else dim**-0.5)
+        if out is not None:
+            return out[..., :dim].permute(2, 0, 1, 3).reshape(columns, -1)
+    keys, values = (t.expand(-1, group, -1, -1) for t in (keys, values))
     strips = []  # of queries, each with a mask: that of all would grow with the square of the prompt
     for start in range(0, columns, STRIP):
         strip = queries[:, :, start : start + STRIP]
@@ -278,18 +308,41 @@ def _attend(
     return torch.cat(strips, 2).permute(2, 0, 1, 3).reshape(columns, -1)
 
 
+def bias_features(bias: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """`[n, e]`: features behind those of keys, `dim`, whose product with ones is a bias on their scores, float32 `[n]`.
+
+    A kernel that takes no mask takes them: heads may have up to 256 features, in multiples of eight. Scores are divided by the root
+    of `dim`. The bias is the sum of two numbers, because one in bf16 would be off by up to 2^-9 of it.
+    """
+    value = (bias * dim**0.5).clamp(min=torch.finfo(dtype).min / 4)  # -inf times 0 would be NaN
+    high = value.to(dtype)
+    return F.pad(torch.stack([high, (value - high.float()).to(dtype)], -1), (0, -(dim + 2) % 8))
+
+
+def _with(
+    features: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Heads, `[kv_heads, g, columns, head_dim]`, with the features of a bias: keys have them, queries ones, values zeros."""
+    more = features.shape[1]
+    keys = torch.cat([keys, features.expand(*keys.shape[:2], -1, -1)], -1)
+    return F.pad(queries, (0, more), value=1.0), keys, F.pad(values, (0, more))
+
+
 def _attend_blind(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     bias: torch.Tensor | None,
+    features: torch.Tensor | None,
     others: torch.Tensor,
     end: int,
 ) -> torch.Tensor:
     """As `_attend`, but columns from `end` on attend to `others` (int64) only. The cache holds nothing but these columns."""
     before = max(0, queries.shape[1] - (keys.shape[2] - end))  # there may be queries of the last columns only
-    made = _attend(queries[:, before:], keys[:, :, others], values[:, :, others], _at(bias, others))
+    extra = {"features": _at(features, others)}
+    made = _attend(queries[:, before:], keys[:, :, others], values[:, :, others], _at(bias, others), **extra)
     if not before:
         return made
-    first = None if bias is None else bias[:end]
-    return torch.cat([_attend(queries[:, :before], keys[:, :, :end], values[:, :, :end], first), made])
+    first, extra = (None if each is None else each[:end] for each in (bias, features))
+    first = _attend(queries[:, :before], keys[:, :, :end], values[:, :, :end], first, features=extra)
+    return torch.cat([first, made])

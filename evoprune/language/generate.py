@@ -10,11 +10,12 @@ from functools import cached_property
 import torch
 
 from evoprune.errors import ModelError
-from evoprune.language import decoder
+from evoprune.language import decoder, static
 from evoprune.language.decoder import KVCache
 from evoprune.language.dropping import Dropping
 from evoprune.language.prompt import Place
 from evoprune.language.settings import GenerationOptions
+from evoprune.language.static import best_of
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.config import ANSWER_COLUMNS
@@ -196,7 +197,8 @@ def along(model, state: PrefillState, ids: torch.Tensor, one_by_one: bool = Fals
 class TokenStream(Iterator[int]):
     """Generated token ids; each is computed when it is requested. `eos_ids` end the answer and are not yielded.
 
-    The cache of `state` grows by the decoded tokens, so a state serves one answer. The same `seed` gives the same answer.
+    The cache of `state` grows by the tokens that are decoded plainly, so a state serves one answer; on CUDA the others go through
+    a graph (`static`). The same `seed` gives the same answer.
 
     Raises ModelError: while iterating, if a logit is NaN or infinite.
     """
@@ -208,6 +210,9 @@ class TokenStream(Iterator[int]):
         self._eos_ids = frozenset(eos_ids)
         # On the CPU, so that a seed gives the same draws on every device.
         self._random = torch.Generator().manual_seed(seed)
+        self._read = 0  # how many of them are in the cache of the state
+        self._steps: static.Steps | None = None  # where the others are
+        self._holder = object()
 
     @torch.inference_mode()
     def __next__(self) -> int:
@@ -216,18 +221,48 @@ class TokenStream(Iterator[int]):
         if self.finish_reason is not None:
             raise StopIteration
         # The pass after a token runs only when another token is requested.
-        logits = self._state.logits
-        if self.ids:
-            last = torch.tensor(self.ids[-1:], dtype=torch.int64, device="cpu")
-            logits = _read(self._model, self._state, last, len(self.ids) - 1)[0]
-        if not logits.max().isfinite():  # the largest is NaN where any is
-            raise not_a_number_error("generate" if self.ids else "prefill")
-        token = choose(logits, self._settings, self._random)
+        token = self._stepped() if self.ids else None
+        if token is None:
+            token = self._picked(self._state.logits if not self.ids else self._plainly())
         if token in self._eos_ids:
             self.finish_reason = "stop"
             raise StopIteration
         self.ids.append(token)
         return token
+
+    def _plainly(self) -> torch.Tensor:
+        """The logits after all tokens so far: those that the cache lacks are read, usually one."""
+        missing = torch.tensor(self.ids[self._read :], dtype=torch.int64, device="cpu")
+        logits = _read(self._model, self._state, missing, self._read)[-1]
+        self._read = len(self.ids)
+        return logits
+
+    def _stepped(self) -> int | None:
+        """The next token by a step on tensors that keep their place; None where it is to be decoded plainly."""
+        last = len(self.ids) - 1
+        try:
+            if self._steps is None and self._read == last:
+                position, left = self._state.next_position + last, self._settings.max_new_tokens - len(self.ids)
+                given = self._model, self._holder, self._state.cache, position, len(self.ids), left
+                self._steps = static.begin(*given)
+            made = self._steps and self._steps.following(self._model, self._holder, self.ids[-1], self._picked)
+        except RuntimeError as problem:
+            static.give_up(self._model, problem)
+            made = None
+        if made is None:
+            self._steps = None
+        return made
+
+    def _picked(self, logits: torch.Tensor, best: torch.Tensor | None = None) -> int:
+        """The next token, of its logits; `best`: `best_of` them, if that is known."""
+        if greedy := self._settings.temperature == 0:
+            token, good = (best_of(logits) if best is None else best).tolist()
+        else:
+            logits = logits.cpu()
+            good = logits.max().isfinite()  # the largest is NaN where any is
+        if not good:
+            raise not_a_number_error("generate" if self.ids else "prefill")
+        return token if greedy else choose(logits, self._settings, self._random)
 
 
 def choose(logits: torch.Tensor, settings: GenerationOptions, random: torch.Generator) -> int:

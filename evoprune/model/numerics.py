@@ -64,12 +64,20 @@ def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> 
 
 def rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines `[L, 1, head_dim]` in dtype and on the device of `like`; the sines' first half is negated."""
+    frequencies, axis = frequencies_of(config)
+    return turns_by(to_device(positions[axis].T * frequencies, like.device), like.dtype)
+
+
+def turns_by(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `rotation`, of angles, float32 `[L, head_dim / 2]`."""
+    cos, sin = angles[:, None].cos(), angles[:, None].sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+
+
+def frequencies_of(config) -> tuple[torch.Tensor, torch.Tensor]:
+    """On the CPU, see `_frequencies`. `config`: of the language model."""
     rope = config.rope_parameters
-    turns = bool(rope.get("mrope_interleaved"))
-    frequencies, axis = _frequencies(rope["rope_theta"], tuple(rope["mrope_section"]), turns)
-    angles = to_device(positions[axis].T * frequencies, like.device)[:, None]
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], -1).to(like.dtype), torch.cat([-sin, sin], -1).to(like.dtype)
+    return _frequencies(rope["rope_theta"], tuple(rope["mrope_section"]), bool(rope.get("mrope_interleaved")))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -6,15 +6,15 @@ their lengths. On a GPU, reading the lengths would synchronise. There `Packed` h
 the lengths on the device, or as one bucket padded to the greatest possible length.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
+from evoprune.backend.attention import varlen_kernel
 from evoprune.model.config import PATCHES
 from evoprune.model.numerics import without_autocast
 from evoprune.pruning.indices import ascending, runs
@@ -289,20 +289,6 @@ def add_by_row(received: torch.Tensor, per_key: torch.Tensor, bucket: Bucket) ->
     else:
         own = bucket.key_count > 0 if bucket.near is None else bucket.near
         received.index_add_(0, index.flatten(), torch.where(own, per_row, 0).flatten())
-
-
-@lru_cache
-def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
-    """PyTorch's `varlen_attn`, or None if this torch does not have it, or the device cannot run it in this dtype."""
-    if device.type != "cuda" or torch.version.cuda is None or dtype not in (torch.bfloat16, torch.float16):
-        return None
-    if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cuda.is_flash_attention_available():
-        return None
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if "scale" in inspect.signature(varlen_attn).parameters else None
 
 
 def attend_packed(

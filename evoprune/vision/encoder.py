@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from evoprune.backend.attention import without_cudnn
 from evoprune.methods.selecting import select
 from evoprune.model.numerics import all_numbers, not_a_number_error, without_autocast
 from evoprune.model.weights import Tower
@@ -52,6 +53,7 @@ def encode(
 
 
 @torch.inference_mode()
+@without_cudnn()
 def encode_rows(
     visual,
     patches: Iterable[torch.Tensor],

@@ -97,6 +97,34 @@ def test_columns_that_count_more_than_once(model, cuts, strip, monkeypatch):
     assert_close(ones, fresh(model, embeds, positions))
 
 
+@pytest.mark.parametrize("cuts", [[], [20], [20, LENGTH - 1]])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
+def test_a_bias_in_features_of_heads_is_that_in_a_mask(cuts, dtype, near, monkeypatch):
+    model, (embeds, positions) = tiny_model().to(dtype), columns()
+    counts = torch.randint(1, 50, (LENGTH,), generator=torch.Generator().manual_seed(1)).float()
+
+    def made():
+        cache = KVCache(model, LENGTH)
+        for start, end in itertools.pairwise([0, *cuts, LENGTH]):
+            given = embeds[start:end].to(dtype), positions[:, start:end], cache, counts[start:end]
+            logits = decoder.logits(model, *given)
+        return logits
+
+    def lower_right(queries, keys, values, scale):
+        """As the kernels of CUDA, without a mask of the caller."""
+        shapes.append((queries.shape[2:], keys.shape[2:], values.shape[2:]))
+        mask = torch.ones(queries.shape[2], keys.shape[2]).tril(keys.shape[2] - queries.shape[2]).bool()
+        return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+
+    expected, shapes = made(), []
+    monkeypatch.setattr(decoder, "carries_bias", lambda device: True)
+    monkeypatch.setattr(decoder, "causal_attention", lower_right)
+    assert_close(made(), expected, near)
+    ends = [end for end in [*cuts, LENGTH] if end != LENGTH or LENGTH - 1 not in cuts]
+    # The last column of the top layer, and a column alone, take the mask.
+    assert [keys for _, keys, _ in shapes] == [(end, 24) for end in ends]
+
+
 def test_counts_are_cropped_with_their_columns(model):
     embeds, positions = columns()
     cache, counts = KVCache(model, LENGTH), torch.full((LENGTH,), 3.0)

@@ -1,0 +1,60 @@
+"""Attention on CUDA: never cuDNN's, which plans each new shape for up to seconds; and the kernel for packed groups."""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+
+from evoprune.backend.fallback import plain
+
+_lock = threading.Lock()
+_inside, _before = 0, False
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """A context, and a decorator, in which `scaled_dot_product_attention` does not choose cuDNN.
+
+    The flag is the process's: the first thread that enters notes it, and the last one that leaves puts it back.
+    """
+    global _inside, _before
+    with _lock:
+        if not _inside:
+            _before = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                torch.backends.cuda.enable_cudnn_sdp(_before)
+
+
+@lru_cache
+def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
+    """Attention of groups of any lengths in one call; None if torch does not have it, or the device cannot run it in this dtype.
+
+    It is called with queries, keys and values `[patches, heads, d]`, the ends of groups among queries and among keys (int32), the
+    greatest number of each, and `scale`.
+    """
+    if device.type != "cuda" or torch.version.cuda is None or dtype not in (torch.bfloat16, torch.float16) or plain():
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cuda.is_flash_attention_available():
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if "scale" in inspect.signature(varlen_attn).parameters:
+        return varlen_attn
+
+    def scaled(q, k, v, query_ends, key_ends, longest, most, scale):
+        # Before `scale` was an argument, it was 1 / sqrt(d) of what is given.
+        return varlen_attn(q * (scale * q.shape[-1] ** 0.5), k, v, query_ends, key_ends, longest, most)
+
+    return scaled

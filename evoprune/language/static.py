@@ -1,0 +1,178 @@
+"""Decoding on tensors that keep their place, so that one CUDA graph runs a whole step.
+
+A step reads a token on the device, writes its keys and values into a cache of a set size, and says which token follows. No shape
+in it depends on a value, and nothing is copied to the host. Attention reads the whole cache: the keys of columns that are not there
+yet have a bias that leaves them no weight. A model has one such cache, which serves one answer at a time: whoever begins takes it
+over, and the answer that had it reads its latest tokens again into its own cache.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from evoprune.backend import graph
+from evoprune.backend.attention import without_cudnn
+from evoprune.errors import DeviceWarning, first_line
+from evoprune.language.decoder import KVCache, bias_features, run_layer
+from evoprune.model.config import head_size, kv_bytes
+from evoprune.model.linear import is_plain
+from evoprune.model.machine import available_memory, to_device
+from evoprune.model.numerics import frequencies_of, norm, turns_by, without_autocast
+
+# Tokens that an answer has before a graph is captured for it, and the fewest that may still come then. A capture takes as long as
+# a few plain steps, and an answer of a word or two should not wait for it.
+PLAIN_TOKENS = 4
+COLUMNS = 512  # that a graph reads at least; others read twice as many, and so on
+MOST_NEW = 1024  # tokens of an answer that a cache has room for at first
+SHARE = 0.25  # of the memory that is free, at most, for such a cache
+
+
+class StaticCache:
+    """Keys and values of up to `capacity` columns, and the inputs and results of a step, at places that never change."""
+
+    def __init__(self, model, capacity: int):
+        config, like = model.config.text_config, model.model.language_model.norm.weight
+        self.capacity, self._dim = capacity, head_size(config)
+        more = bias_features(torch.zeros(1, dtype=torch.float32, device="cpu"), self._dim, like.dtype).shape[1]
+        wide = self._dim + more
+        self._held = like.new_zeros(config.num_hidden_layers, 2, config.num_key_value_heads, capacity, wide)
+        self.read = capacity  # how many of the columns attention reads
+        # int64 `[1]`: what a step reads, and in which column and at which position; it goes on to the next of both.
+        self.token, self.column, self.position = like.new_zeros(3, 1, dtype=torch.int64).unbind(0)
+        self.frequencies = to_device(frequencies_of(config)[0], like.device)
+        self.logits = like.new_zeros(len(model.lm_head.weight), dtype=torch.float32)  # of the token that follows
+        self.best = like.new_zeros(2, dtype=torch.int64)  # see `best_of`
+
+    def fill(self, cache: KVCache, position: int, read: int) -> None:
+        """Copies the columns of another cache, which are the same in all layers. `position`: of the first token that is read."""
+        length, dim = cache.length, self._dim
+        for number, held in enumerate(self._held):
+            for to, given in zip(held, cache.of_layer(number), strict=True):
+                to[:, :length, :dim] = given[0]
+        self._held[:, :, :, length:read, :dim] = 0  # of an earlier answer, perhaps NaN, which no weight of 0 removes
+        bias = self.logits.new_full((read,), -torch.inf)
+        bias[:length] = 0 if cache.sizes[0] is None else cache.sizes[0].log()
+        self._held[:, 0, :, :read, dim:] = bias_features(bias, dim, self._held.dtype)
+        self.read = read
+        self.column.fill_(length)
+        self.position.fill_(position)
+
+    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `KVCache.put` of one column, but returns all columns that are read, with the features of their bias."""
+        held = self._held[layer, :, :, : self.read]
+        for to, new in zip(held, (keys, values), strict=True):
+            to[..., : self._dim].index_copy_(1, self.column, new[0])
+        return held[:1], held[1:]
+
+    def open(self) -> None:
+        """Gives the column of a step its weight, in every layer."""
+        self._held[:, 0, :, : self.read, self._dim :].index_fill_(2, self.column, 0)
+
+
+def best_of(logits: torch.Tensor) -> torch.Tensor:
+    """int64 `[2]`: the most probable token, and 0 if a logit (float32 `[vocabulary]`) is NaN or infinite. One copy reads both."""
+    return torch.stack([logits.argmax(), logits.amax().isfinite().long()])  # the largest is NaN where any is
+
+
+@torch.inference_mode()
+@without_autocast()
+@without_cudnn()
+def step(model, cache: StaticCache) -> None:
+    """Reads the token of a cache, and writes what follows it there."""
+    config, text = model.config.text_config, model.model.language_model
+    x = text.embed_tokens(cache.token).to(text.norm.weight.dtype)
+    # Time, height and width of a generated token are the same.
+    places = turns_by(cache.position[:, None] * cache.frequencies, x.dtype)
+    cache.open()
+    for number, layer in enumerate(text.layers):
+        x = run_layer(layer, x, places, cache, number, config)[0]
+    logits = model.lm_head(norm(x, text.norm.weight, config.rms_norm_eps)).float()[0]
+    cache.logits.copy_(logits)
+    cache.best.copy_(best_of(logits))
+    cache.column.add_(1)
+    cache.position.add_(1)
+
+
+class Steps:
+    """Steps of one answer at a time on a static cache, each size of which has a graph. Threads wait for one another."""
+
+    def __init__(self, model, capacity: int):
+        self.cache = StaticCache(model, capacity)
+        self.graphs: dict[int, Callable[[], None]] = {}  # by the columns that they read
+        self._lock = threading.Lock()
+        self._holder: object | None = None  # whose answer it is; None for nobody's
+        self._room = 0  # tokens that it has room for
+
+    def begin(self, holder: object, cache: KVCache, position: int, read: int) -> None:
+        """The cache is that of another answer from now on; errors leave it to nobody."""
+        with self._lock:
+            self._holder = None
+            self.cache.fill(cache, position, read)
+            self._holder, self._room = holder, read - cache.length
+
+    def following(self, model, holder: object, token: int, pick: Callable) -> int | None:
+        """The token behind `token`, as `pick` takes it from logits and `best_of`; None if the cache is another's, or full."""
+        with self._lock:
+            if self._holder is not holder or not self._room:
+                return None
+            self._holder = None  # whatever breaks off here may have left half a step
+            self.cache.token.fill_(token)
+            if replay := self.graphs.get(self.cache.read):
+                replay()
+            else:
+                device = self.cache.token.device
+                self.graphs[self.cache.read] = graph.run_and_capture(lambda: step(model, self.cache), device)
+            made = pick(self.cache.logits, self.cache.best)
+            self._holder, self._room = holder, self._room - 1
+            return made
+
+
+# Of each model its steps; None where a capture has failed.
+_made: WeakKeyDictionary[nn.Module, Steps | None] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def begin(model, holder: object, cache: KVCache, position: int, decoded: int, left: int) -> Steps | None:
+    """Steps that hold what a cache holds, for the answer of `holder`; None where its next token is better decoded plainly.
+
+    `position`: of the token that is read next. `decoded`, `left`: how many tokens the answer has, and may still have.
+    """
+    like = model.model.language_model.norm.weight
+    if not graph.can_capture(like.device) or {*cache.lengths} != {cache.length} or len({*map(id, cache.sizes)}) > 1:
+        return None
+    need = cache.length + min(left, MOST_NEW)
+    columns = max(COLUMNS, 1 << (need - 1).bit_length())
+    with _making:
+        steps = _made.get(model)
+        if model in _made and steps is None:
+            return None
+        known = [size for size in steps.graphs if need <= size <= 4 * columns] if steps else []
+        if not known:
+            if min(decoded, left) < PLAIN_TOKENS:
+                return None
+            if steps is None or steps.cache.capacity < columns:
+                if not _possible(model, columns, like):
+                    return None
+                steps = _made[model] = Steps(model, columns)
+    steps.begin(holder, cache, position, min(known, default=columns))
+    return steps
+
+
+def give_up(model, problem: Exception) -> None:
+    """From now on, tokens of this model are decoded plainly."""
+    _made[model] = None
+    said = f"tokens are decoded without a CUDA graph, which takes longer: {first_line(problem)}"
+    warnings.warn(said, DeviceWarning, stacklevel=2)
+
+
+def _possible(model, columns: int, like: torch.Tensor) -> bool:
+    """Whether there is memory for so many columns, and every layer computes the same on each call: hooks may not."""
+    layers = [model.lm_head, *model.model.language_model.layers.modules()]
+    if not all(is_plain(each) for each in layers if isinstance(each, nn.Linear)):
+        return False
+    available = available_memory(str(like.device))
+    return available is None or kv_bytes(model.config, columns, like.itemsize) < SHARE * available

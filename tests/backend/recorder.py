@@ -1,0 +1,84 @@
+"""A graph without a GPU: the operations of a function are recorded, and run again on the tensors that they had."""
+
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "is_nonzero")
+MAKES = ("lift_fresh", "arange", "_to_copy")  # of which only a copy to another dtype may be captured
+
+
+class Recorder(TorchDispatchMode):
+    """Refuses what a capture refuses: to read a value, to copy between devices, and to make tensors of values of the host."""
+
+    def __init__(self):
+        super().__init__()
+        self._ran: list[tuple] = []
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self._own: set[int] = set()  # addresses that operations have made
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in WAITS and not (name in MAKES and "dtype" not in kwargs), f"{name} while a graph is captured"
+        for argument, given in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._note(given)
+        made = func(*args, **kwargs)
+        given = {x.untyped_storage().data_ptr() for x in _tensors((args, kwargs))}
+        self._own |= {x.untyped_storage().data_ptr() for x in _tensors(made)} - given
+        self._ran.append((func, args, kwargs, made))
+        return made
+
+    def _note(self, x: torch.Tensor) -> None:
+        at = x.untyped_storage().data_ptr()
+        if at not in self._own and at not in self._before:
+            self._before[at] = x.untyped_storage(), x.untyped_storage().clone()
+
+    def undo(self) -> None:
+        """A capture runs nothing."""
+        for whole, before in self._before.values():
+            whole.copy_(before)
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        for func, args, kwargs, made in self._ran:
+            again = func(*args, **kwargs)
+            for old, new in zip(made, again, strict=True) if isinstance(made, tuple) else [(made, again)]:
+                if not isinstance(old, torch.Tensor):
+                    continue
+                assert old.shape == new.shape
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def _tensors(made) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    tree_map_only(torch.Tensor, found.append, made)
+    return found
+
+
+class Graphs:
+    """In the place of `backend.graph`: what it captures is recorded."""
+
+    def __init__(self):
+        self.captured = self.replayed = 0
+
+    def can_capture(self, device: torch.device) -> bool:
+        return True
+
+    def run_and_capture(self, function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        function()
+        self.captured += 1
+        with torch.inference_mode(), Recorder() as recorder:
+            function()
+            made = recorder
+        made.undo()
+
+        def replay() -> None:
+            self.replayed += 1
+            made.replay()
+
+        return replay

@@ -1,0 +1,251 @@
+"""Decoding in steps whose tensors keep their place, in and out of a graph, against the plain decoder."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from evoprune.errors import DeviceWarning, ModelError
+from evoprune.language import decoder, static
+from evoprune.language.generate import GenerationOptions, PrefillState, TokenStream, prefill
+from evoprune.language.prompt import VisualSpan, prompt_positions
+from evoprune.model.config import MODEL_TYPES
+from tests.backend.recorder import Graphs
+from tests.tiny import tiny_model
+
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Recorded graphs on the CPU, in which tokens are decoded from the second on."""
+    made = Graphs()
+    monkeypatch.setattr(static, "graph", made)
+    monkeypatch.setattr(static, "PLAIN_TOKENS", 1)
+    monkeypatch.setattr(static, "COLUMNS", 64)
+    monkeypatch.setattr(static, "_made", weakref.WeakKeyDictionary())
+    return made
+
+
+def state_of(model, columns=40, sizes=False, seed=0) -> PrefillState:
+    """The state after a prompt with a pruned video; with `sizes` its tokens count several times."""
+    positions = prompt_positions(90, [VisualSpan(5, (5, 3, 4), 1.5)], 2)
+    random = torch.Generator().manual_seed(seed)
+    kept = torch.randperm(90, generator=random)[:columns].sort().values
+    embeds = torch.randn(columns, 64, generator=random).to(model.dtype)
+    counts = torch.randint(1, 9, (columns,), generator=random).float() if sizes else None
+    return prefill(model, embeds, positions[:, kept], int(positions.max()) + 1, sizes=counts)
+
+
+def stream(model, state, new=NEW, end=(), seed=0, **options) -> TokenStream:
+    return TokenStream(model, state, GenerationOptions(max_new_tokens=new, **options), end, seed)
+
+
+def plainly(model, *args, **options) -> list[int]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static, "begin", lambda *_: None)
+        return list(stream(model, *args, **options))
+
+
+@pytest.mark.parametrize("sizes", [False, True])
+@pytest.mark.parametrize("family", MODEL_TYPES)
+def test_a_graph_decodes_the_tokens_of_the_plain_decoder(family, sizes, graphs):
+    model = tiny_model(family=family)
+    expected = plainly(model, state_of(model, sizes=sizes))
+    answer = stream(model, state_of(model, sizes=sizes))
+    assert list(answer) == expected
+    assert len(set(expected)) > 1  # a model stuck on one token would agree with anything
+    assert (graphs.captured, graphs.replayed) == (1, NEW - 2)  # the first is the prompt's, the second is captured
+    assert answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
+def test_the_logits_of_a_step_are_those_of_the_plain_decoder(family, dtype, near):
+    model, ids = tiny_model(family=family).to(dtype), [5, 17, 9, 200]
+    state, also = state_of(model, sizes=True), state_of(model, sizes=True)
+    with torch.inference_mode():
+        cache = static.StaticCache(model, 64)
+        cache.fill(also.cache, also.next_position, 64)
+        for number, token in enumerate(ids):
+            position = torch.full((3, 1), state.next_position + number)
+            embeds = model.get_input_embeddings()(torch.tensor([token]))
+            expected = decoder.logits(model, embeds, position, state.cache)[0]
+            cache.token.fill_(token)
+            static.step(model, cache)
+            torch.testing.assert_close(cache.logits, expected, atol=near, rtol=near)
+            assert cache.best.tolist() == [int(cache.logits.argmax()), 1]
+    assert (int(cache.column), int(cache.position)) == (44, state.next_position + 4)
+    assert also.cache.length == 40
+
+
+def test_later_answers_use_the_graph_of_the_first(model, graphs):
+    for number, (columns, sizes) in enumerate([(40, True), (50, False), (20, True)]):
+        expected = plainly(model, state_of(model, columns, sizes, seed=number))
+        before = graphs.replayed
+        assert list(stream(model, state_of(model, columns, sizes, seed=number))) == expected
+        assert graphs.captured == 1
+        assert number == 0 or graphs.replayed - before == NEW - 1
+
+
+def test_what_an_earlier_answer_left_in_the_cache_is_not_read(model, graphs):
+    list(stream(model, state_of(model, 45)))
+    cache = static._made[model].cache
+    with torch.inference_mode():
+        cache._held[..., 45:, : cache._dim] = torch.nan
+    expected = plainly(model, state_of(model, 30))
+    assert list(stream(model, state_of(model, 30))) == expected
+    assert graphs.captured == 1
+
+
+def test_a_longer_prompt_has_a_larger_cache_and_a_graph_of_its_own(model, graphs, monkeypatch):
+    monkeypatch.setattr(static, "COLUMNS", 8)
+    # Columns of the prompt and the answer, what its graph reads, and how often one was captured so far
+    for columns, read, captured in ((5, 8, 1), (40, 64, 2), (20, 64, 2), (5, 8, 3), (80, 128, 4), (40, 128, 4)):
+        expected = plainly(model, state_of(model, columns), new=4)
+        assert list(stream(model, state_of(model, columns), new=4)) == expected
+        assert (static._made[model].cache.read, graphs.captured) == (read, captured)
+    assert static._made[model].cache.capacity == 128
+
+
+def test_an_answer_goes_on_where_its_cache_is_full(model, graphs, monkeypatch):
+    monkeypatch.setattr(static, "MOST_NEW", 4)
+    monkeypatch.setattr(static, "COLUMNS", 16)
+    expected = plainly(model, state_of(model, 28), new=24)
+    assert list(stream(model, state_of(model, 28), new=24)) == expected
+    assert static._made[model].cache.read == 64
+    assert graphs.captured == 2
+
+
+def test_two_answers_at_the_same_time(model, graphs):
+    expected = [plainly(model, state_of(model, seed=seed)) for seed in (1, 2)]
+    answers = [stream(model, state_of(model, seed=seed)) for seed in (1, 2)]
+    made = [[], []]
+    for turn in range(NEW):
+        for answer, ids in zip(answers, made, strict=True):
+            ids.extend(next(answer) for _ in range(1 + turn % 3) if len(ids) < NEW)
+    assert made == expected
+    assert graphs.replayed > 5
+
+
+def test_an_answer_that_is_broken_off_goes_on(model, graphs, monkeypatch):
+    expected, answer = plainly(model, state_of(model)), stream(model, state_of(model))
+    made = [next(answer) for _ in range(5)]
+    pick, raised = TokenStream._picked, []
+
+    def interrupted(self, *given):
+        if not raised:
+            raised.append(1)
+            raise KeyboardInterrupt
+        return pick(self, *given)
+
+    monkeypatch.setattr(TokenStream, "_picked", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(answer)
+    assert made + list(answer) == expected
+
+
+def test_drawn_tokens(model, graphs):
+    how = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
+    expected = plainly(model, state_of(model), **how)
+    assert list(stream(model, state_of(model), **how)) == expected
+    assert expected != plainly(model, state_of(model))
+    assert graphs.replayed == NEW - 2
+
+
+def test_logits_that_are_no_numbers_are_an_error(graphs):
+    model = tiny_model()
+    answer = stream(model, state_of(model))
+    for _ in range(4):
+        next(answer)
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan  # in place: the graph reads it where it was
+    with pytest.raises(ModelError, match="numbers of generate"):
+        next(answer)
+
+
+def test_a_short_answer_is_not_captured(model, graphs, monkeypatch):
+    monkeypatch.setattr(static, "PLAIN_TOKENS", 4)
+    list(stream(model, state_of(model), new=7))
+    assert graphs.captured == 0
+    list(stream(model, state_of(model), new=8))
+    assert (graphs.captured, graphs.replayed) == (1, 3)  # four are plain, one is captured
+    list(stream(model, state_of(model), new=3))
+    assert graphs.replayed == 5
+
+
+def test_layers_of_different_lengths_are_decoded_plainly(model, graphs):
+    state = state_of(model)
+    state.cache.lengths[1] -= 3
+    list(stream(model, state))
+    assert graphs.captured == 0
+
+
+def test_hooks_are_called(graphs):
+    model = tiny_model()
+    calls = []
+    model.model.language_model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
+    state = state_of(model)
+    list(stream(model, state))
+    assert (graphs.captured, len(calls)) == (0, NEW)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_capture_that_fails_is_said_once_and_tokens_are_decoded_plainly(model, graphs, monkeypatch):
+    def fails(function, device):
+        function()
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(graphs, "run_and_capture", fails)
+    expected = plainly(model, state_of(model))
+    with pytest.warns(
+        DeviceWarning, match=r"without a CUDA graph.*: operation not permitted when stream is capturing$"
+    ):
+        assert list(stream(model, state_of(model))) == expected
+    assert list(stream(model, state_of(model))) == expected
+
+
+def test_too_little_memory_is_no_error(model, graphs, monkeypatch):
+    monkeypatch.setattr(static, "available_memory", lambda device: 4 * 32 * 1024)  # of 64 columns of two layers
+    list(stream(model, state_of(model)))
+    assert graphs.captured == 0
+    monkeypatch.setattr(static, "available_memory", lambda device: 4 * 32 * 1024 + 1)
+    list(stream(model, state_of(model)))
+    assert graphs.captured == 1
+
+
+def test_a_model_that_is_gone_leaves_nothing(graphs):
+    model = tiny_model()
+    list(stream(model, state_of(model)))
+    assert len(static._made) == 1
+    static._made[model].graphs.clear()  # a recorded graph holds the weights
+    del model
+    gc.collect()
+    assert len(static._made) == 0
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, False), ("0", False), ("", False), ("1", True)])
+def test_plain_is_a_setting_of_the_environment(value, expected, monkeypatch):
+    from evoprune.backend import graph
+
+    monkeypatch.delenv("EVOPRUNE_PLAIN", raising=False)
+    if value is not None:
+        monkeypatch.setenv("EVOPRUNE_PLAIN", value)
+    assert graph.plain() is expected
+    assert not graph.can_capture(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_features_of_a_bias(dtype):
+    bias = torch.tensor([0.0, 1.0, 40.0, 1000.0]).log()
+    made = decoder.bias_features(bias, 16, dtype)
+    assert made.shape == (4, 8) and made.dtype == dtype
+    found = made.float().sum(1) / 4
+    torch.testing.assert_close(found[1:], bias[1:], atol=1e-4, rtol=1e-4)
+    assert found[0].isfinite() and found[0] < -1000
