@@ -34,7 +34,7 @@ def _gain(now, then, inside, low: tl.constexpr, high: tl.constexpr, halvings: tl
     return b.to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "units", "seen", "known", "threshold"])
 def _scan(
     means, now_mean, held, held_mean, pair, source, pairs, units, seen, known, threshold,
     low: tl.constexpr, high: tl.constexpr, halvings: tl.constexpr, blocks: tl.constexpr, block: tl.constexpr,

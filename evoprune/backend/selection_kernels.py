@@ -1,26 +1,19 @@
-"""The operators of backend/selection.py as kernels of Triton."""
+"""The operators of backend/selection.py as kernels of Triton, around products of cuBLAS."""
 
 import torch
 import triton
 import triton.language as tl
 
+from evoprune.backend.selection import HELD_ON_DEVICE
+
 SIDE = 64  # points, and selected ones, of a block of distances
+# Sizes change from video to video: kernels are not compiled again for those that 16 divides.
+SIZES = ["points", "length", "count", "begin", "pieces"]
 
 
 @triton.jit
-def _distances(
-    place, half, weight, row_i, row_j, time_i, time_j, valid_i, valid_j,
-    d: tl.constexpr, piece: tl.constexpr,
-):  # fmt: skip
-    """Rounded distances `[i, j]` of selected points i and candidates j."""
-    side_i: tl.constexpr = row_i.shape[0]
-    side_j: tl.constexpr = row_j.shape[0]
-    product = tl.zeros((side_i, side_j), tl.float32)
-    for start in range(0, d, piece):
-        k = start + tl.arange(0, piece)
-        a = tl.load(place + row_i[:, None] * d + k[None, :], mask=valid_i[:, None] & (k < d)[None, :], other=0.0)
-        b = tl.load(place + row_j[:, None] * d + k[None, :], mask=valid_j[:, None] & (k < d)[None, :], other=0.0)
-        product += tl.dot(a, tl.trans(b), input_precision="ieee")
+def _distances(product, half, weight, row_i, row_j, time_i, time_j, valid_i, valid_j):
+    """Rounded distances `[i, j]` of selected points i and candidates j, from the product of their places."""
     half_i = tl.load(half + row_i, mask=valid_i, other=0.0)
     half_j = tl.load(half + row_j, mask=valid_j, other=0.0)
     weight_j = tl.load(weight + row_j, mask=valid_j, other=0.0)
@@ -28,11 +21,9 @@ def _distances(
     return tl.maximum(tl.floor(apart + 0.5), 0.0)
 
 
-@triton.jit
-def _tube_distances(
-    place, half, weight, row, time, tubes, out, points, length,
-    d: tl.constexpr, piece: tl.constexpr, side: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
+def _tube_distances(product, half, weight, row, time, tubes, points, length, side: tl.constexpr):
+    """Puts the distances of one tube in the place of its products."""
     tube = tl.program_id(0).to(tl.int64)
     i, j = tl.program_id(1) * side + tl.arange(0, side), tl.program_id(2) * side + tl.arange(0, side)
     point_i = tl.load(tubes + tube * length + i, mask=i < length, other=points)
@@ -41,12 +32,13 @@ def _tube_distances(
     row_j = tl.load(row + point_j, mask=point_j < points, other=-1)
     time_i = tl.load(time + point_i, mask=point_i < points, other=0.0)
     time_j = tl.load(time + point_j, mask=point_j < points, other=0.0)
-    apart = _distances(place, half, weight, row_i, row_j, time_i, time_j, row_i >= 0, row_j >= 0, d, piece)
-    at = out + tube * length * length + i[:, None] * length + j[None, :]
-    tl.store(at, apart, mask=(i < length)[:, None] & (j < length)[None, :])
+    at = product + tube * length * length + i[:, None] * length + j[None, :]
+    inside = (i < length)[:, None] & (j < length)[None, :]
+    found = tl.load(at, mask=inside, other=0.0)
+    tl.store(at, _distances(found, half, weight, row_i, row_j, time_i, time_j, row_i >= 0, row_j >= 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _greedy(apart, first, row, tubes, out, points, length, block: tl.constexpr):
     """The radii of one tube."""
     tube = tl.program_id(0).to(tl.int64)
@@ -69,12 +61,11 @@ def _greedy(apart, first, row, tubes, out, points, length, block: tl.constexpr):
     tl.store(out + point, tl.where(valid, radii, -1.0), mask=point < points)
 
 
-@triton.jit
-def _nearest(
-    place, half, weight, row, time, selected, out, points, count,
-    d: tl.constexpr, piece: tl.constexpr, side: tl.constexpr,
-):  # fmt: skip
-    point = tl.program_id(0) * side + tl.arange(0, side)
+@triton.jit(do_not_specialize=SIZES)
+def _nearest(product, half, weight, row, time, selected, out, begin, points, count, side: tl.constexpr):
+    """Which selected point is nearest to each of some points, from `begin` to `points`; `product`: `[point, selected]`."""
+    number = tl.program_id(0) * side + tl.arange(0, side)
+    point = begin + number
     mine = tl.load(row + point, mask=point < points, other=-1)
     when = tl.load(time + point, mask=point < points, other=0.0)
     least = tl.full((side,), float("inf"), tl.float32)
@@ -84,7 +75,9 @@ def _nearest(
         other = tl.load(selected + k, mask=k < count, other=0)
         row_k = tl.load(row + other, mask=k < count, other=-1)
         time_k = tl.load(time + other, mask=k < count, other=0.0)
-        apart = _distances(place, half, weight, row_k, mine, time_k, when, k < count, mine >= 0, d, piece)
+        at = product + number.to(tl.int64)[:, None] * count + k[None, :]
+        of = tl.trans(tl.load(at, mask=(point < points)[:, None] & (k < count)[None, :], other=0.0))
+        apart = _distances(of, half, weight, row_k, mine, time_k, when, k < count, mine >= 0)
         apart = tl.where((k < count)[:, None], apart, float("inf"))
         nearest, which = tl.min(apart, 0, return_indices=True)
         found = tl.where(nearest < least, which + start, found)
@@ -106,33 +99,27 @@ def _means(rows, order, row, weight, ends, out, width: tl.constexpr, block: tl.c
     tl.store(out + mean * width + at, (total / size).to(out.dtype.element_ty), mask=at < width)
 
 
-def _piece(d: int) -> int:
-    """How many features of two points are multiplied at a time."""
-    return max(16, min(64, triton.next_power_of_2(d)))
-
-
 def tube_radii(place, half, weight, first, row, time, tubes, keep):
-    (count, length), d = tubes.shape, place.shape[1]
-    apart = place.new_empty(count, length, length)
+    (count, length), points = tubes.shape, len(row)
+    there = place[row[tubes.clamp(max=points - 1)].clamp(min=0)]
+    apart = torch.bmm(there, there.transpose(1, 2))
     blocks = triton.cdiv(length, SIDE)
-    _tube_distances[count, blocks, blocks](
-        place, half, weight, row, time, tubes, apart, len(row), length, d=d, piece=_piece(d), side=SIDE
-    )
-    radii, block = torch.empty_like(row, dtype=torch.float32), triton.next_power_of_2(length)
-    _greedy[count,](
-        apart, first, row, tubes, radii, len(row), length, block=block, num_warps=max(1, min(8, block // 128))
-    )
+    _tube_distances[count, blocks, blocks](apart, half, weight, row, time, tubes, points, length, side=SIDE)
+    # One size of a block for nearly all grids: a kernel is compiled for each.
+    radii, block = torch.empty_like(row, dtype=torch.float32), max(512, triton.next_power_of_2(length))
+    _greedy[count,](apart, first, row, tubes, radii, points, length, block=block, num_warps=4)
     return radii
 
 
 def nearest_selected(place, half, weight, row, time, selected):
-    found, d = torch.empty_like(row), place.shape[1]
-    grid = (triton.cdiv(len(row), SIDE),)
-    _nearest[grid](
-        place, half, weight, row, time, selected, found, len(row), len(selected), d=d, piece=_piece(d), side=SIDE
-    )
-    numbers = torch.arange(len(selected), dtype=torch.int64, device=row.device)
-    return found.index_copy_(0, selected, numbers)
+    found, (points, count) = torch.empty_like(row), (len(row), len(selected))
+    there, rows = place[row[selected]].T, row.clamp(min=0)
+    step = max(1, HELD_ON_DEVICE // count)
+    for begin in range(0, points, step):
+        end = min(begin + step, points)
+        product, grid = place[rows[begin:end]] @ there, (triton.cdiv(end - begin, SIDE),)
+        _nearest[grid](product, half, weight, row, time, selected, found, begin, end, count, side=SIDE)
+    return found.index_copy_(0, selected, torch.arange(count, dtype=torch.int64, device=row.device))
 
 
 def mean_rows(rows, into, row, weight, count):
