@@ -12,6 +12,12 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+# Kernels run in Triton's interpreter where there is no GPU. Triton reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tests.process_state import differences, process_state
 from tests.tiny import save_tiny
 

@@ -11,16 +11,15 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from evoprune.backend import layers
 from evoprune.backend.attention import without_cudnn
-from evoprune.backend.causal import carries_bias, causal_attention
+from evoprune.backend.causal import carries_bias
+from evoprune.language.attention import STRIP, attend, attend_blind, bias_features, rows_at
 from evoprune.language.dropping import Dropping, LayerState
 from evoprune.model.config import head_size
 from evoprune.model.linear import linear
 from evoprune.model.machine import to_device
 from evoprune.model.numerics import heads_of, norm, rotate, rotation, without_autocast
-from evoprune.pruning.indices import ascending
-
-STRIP = 1024  # query columns that share one mask
 
 
 class KVCache:
@@ -28,6 +27,8 @@ class KVCache:
 
     `capacity`: columns to allocate, at least 1, in each layer or in all. A layer's cache grows by half when it is full.
     """
+
+    column = None  # where its `room` begins, on the device; None for its first column
 
     def __init__(self, model, capacity: int | Sequence[int]):
         config, weight = model.config.text_config, model.model.language_model.norm.weight
@@ -96,15 +97,21 @@ class KVCache:
 
         Returns all keys and values of the layer `[1, kv_heads, lengths[layer] + L, head_dim]`, views.
         """
+        *room, known_keys, known_values = self.room(layer, keys.shape[2])
+        for each, new in zip(room, (keys, values), strict=True):
+            each[:] = new[0]
+        return known_keys, known_values
+
+    def room(self, layer: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where a layer's new keys and values go, `[kv_heads, columns, head_dim]`; and all of them, as of `put`."""
         before, stored = self.lengths[layer], self._layers[layer]
-        end = before + keys.shape[2]
+        end = before + columns
         if end > (full := stored[0].shape[2]):
             # Layer by layer, so that only one layer is in memory twice.
             more = (0, 0, 0, max(end, full * 3 // 2) - before)
             stored = self._layers[layer] = tuple(F.pad(each[:, :, :before], more) for each in stored)
-        for each, new in zip(stored, (keys, values), strict=True):
-            each[:, :, before:end] = new
-        return stored[0][:, :, :end], stored[1][:, :, :end]
+        known = tuple(each[:, :, :end] for each in stored)
+        return *(each[0, :, before:] for each in known), *known
 
     def add(self, read: int, columns: Sequence[int], sizes: Sequence[torch.Tensor | None]) -> None:
         """Makes what was put valid: `read` columns, of which each layer has `columns`, with the `sizes` of all its columns."""
@@ -180,9 +187,9 @@ def forward(
             x, deepstack, stay = dropping.drop(LayerState(i + 1, entering, x, places, bias, *seen), deepstack)
             if stay is not None:
                 places = places[0][stay], places[1][stay]
-                every[i + 1 :] = [_at(every[i], stay)] * (len(every) - i - 1)
+                every[i + 1 :] = [rows_at(every[i], stay)] * (len(every) - i - 1)
         if rows:
-            every[i] = _at(every[i], rows[0])
+            every[i] = rows_at(every[i], rows[0])
     hidden = norm(x, text.norm.weight, config.rms_norm_eps)
     cache.add(columns, entered, every)
     return hidden
@@ -197,7 +204,7 @@ def logits(model, *args, **kwargs) -> torch.Tensor:
 
 
 def _bias(sizes: torch.Tensor | None, like: torch.Tensor, config) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The bias of columns, and its features for attention that takes no mask, as of `_attend`."""
+    """The bias of columns, and its features for attention that takes no mask, as of `attend`."""
     if sizes is None:
         return None, None
     bias = sizes.log()
@@ -220,129 +227,64 @@ def run_layer(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, and all keys and values.
 
-    `cache`: a `KVCache`, or a `StaticCache` for a column alone. `bias`, `features`: of `_attend`; `blind`, `rows`: of `Dropping`.
+    `cache`: a `KVCache`, or a `StaticCache` for a column alone. `bias`, `features`: of `attend`; `blind`, `rows`: of `Dropping`.
     Columns without queries or MLP keep their state.
     """
     attention, mlp, eps = layer.self_attn, layer.mlp, config.rms_norm_eps
+    whole = blind is None and not rows and (len(x) <= last or number < config.num_hidden_layers - 1)
+    if whole and (fused := _fused(layer, x, places, cache, number, config, bias, features)):
+        return fused
     (keyed, asking, fed), (cos, sin) = rows or (None,) * 3, places
     h = norm(x, layer.input_layernorm.weight, eps)
-    keys, values = (heads_of(attention, name, _at(h, keyed), config) for name in "kv")
-    keys = rotate(keys, _at(cos, keyed), _at(sin, keyed))
+    keys, values = (heads_of(attention, name, rows_at(h, keyed), config) for name in "kv")
+    keys = rotate(keys, rows_at(cos, keyed), rows_at(sin, keyed))
     keys, values = cache.put(number, *(each[None].transpose(1, 2) for each in (keys, values)))
     if number == config.num_hidden_layers - 1:  # only the output of these columns is used
         x, h, cos, sin = x[-last:], h[-last:], cos[-last:], sin[-last:]
         asking = fed = None
-    queries = rotate(heads_of(attention, "q", _at(h, asking), config), _at(cos, asking), _at(sin, asking))[None]
+    queries = rotate(heads_of(attention, "q", rows_at(h, asking), config), rows_at(cos, asking), rows_at(sin, asking))[
+        None
+    ]
     sees = None if asking is None else torch.searchsorted(keyed, asking, right=True)
-    given, features = (queries, keys, values, _at(bias, keyed)), _at(features, keyed)
-    seen = _attend(*given, sees, features) if blind is None else _attend_blind(*given, features, *blind)
-    x = _put(x, asking, linear(attention.o_proj, seen, plus=_at(x, asking)))
-    old = _at(x, fed)
+    given, features = (queries, keys, values, rows_at(bias, keyed)), rows_at(features, keyed)
+    seen = attend(*given, sees, features) if blind is None else attend_blind(*given, features, *blind)
+    x = _put(x, asking, linear(attention.o_proj, seen, plus=rows_at(x, asking)))
+    old = rows_at(x, fed)
     h = norm(old, layer.post_attention_layernorm.weight, eps)
     new = linear(mlp.down_proj, linear(mlp.up_proj, h, times=linear(mlp.gate_proj, h, silu=True)), plus=old)
     return _put(x, fed, new), queries, keys, values
 
 
-def _at(x: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
-    """Some rows of `x`; all where `rows` is None."""
-    return x if x is None or rows is None else x[rows]
+def _fused(
+    layer,
+    x: torch.Tensor,
+    places: tuple[torch.Tensor, torch.Tensor],
+    cache,
+    number: int,
+    config,
+    bias: torch.Tensor | None,
+    features: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """As `run_layer` of all columns, by fused kernels on joined weights; None where there are none."""
+    attention, mlp, eps, heads = layer.self_attn, layer.mlp, config.rms_norm_eps, config.num_attention_heads
+    fast, into, gates = layers.kernels(x.device), layers.joined(attention), layers.joined(mlp)
+    if None in (fast, into, gates):
+        return None
+    try:
+        _, h = fast.add_norm(x.contiguous(), None, layer.input_layernorm.weight, eps)
+        norms = (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
+        *room, keys, values = cache.room(number, len(x))
+        dim = head_size(config)
+        made = F.linear(h, *into)
+        queries = fast.rotate_put(made, places, norms, eps, heads, *room, cache.column, keys.shape[3] - dim)
+        seen = attend(queries, keys, values, bias, features=features, dim=dim)
+        x, h = fast.add_norm(x.contiguous(), attention.o_proj(seen), layer.post_attention_layernorm.weight, eps)
+        return x + mlp.down_proj(fast.silu_times(F.linear(h, gates[0]))), queries, keys, values
+    except Exception as problem:
+        layers.give_up(problem)
+        return None
 
 
 def _put(x: torch.Tensor, rows: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
     """`x` with new values in some rows, or in all."""
     return new if rows is None else x.index_copy(0, rows, new)
-
-
-def _attend(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    bias: torch.Tensor | None,
-    sees: torch.Tensor | None = None,
-    features: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Causal attention of the last L columns, or of other columns: `[L, heads * head_dim]`.
-
-    Args:
-        queries: `[1, L, heads, head_dim]`; neighbouring heads share `keys` and `values`, `[1, kv_heads, n, head_dim]`. For one
-            column these may have the features of a bias behind those of the head (`bias_features`).
-        bias: `[n]`, added to the logits of each key: the logarithm of its cluster size makes a key weigh as much as that many
-            equal keys (arXiv 2210.09461, section 3).
-        sees: int64 `[L]`, ascending, how many keys each query sees, n the last; None for the last L columns.
-        features: `[n, e]`, of the bias (`bias_features`), where a kernel is to take it that takes no mask.
-    """
-    _, columns, heads, dim = queries.shape
-    kv_heads, n = keys.shape[1:3]
-    if columns == 1:
-        # Heads that share keys become columns of one head: keys are read once for all of them, two to four times as fast.
-        queries, mask = queries.view(1, kv_heads, -1, dim), None if bias is None else bias[None]
-        if more := keys.shape[3] - dim:
-            queries = F.pad(queries, (0, more), value=1.0)
-            seen = F.scaled_dot_product_attention(queries, keys, values, scale=dim**-0.5)
-            return seen[..., :dim].reshape(1, -1)
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).reshape(1, -1)
-    # Key/value heads become the batch, so keys are not repeated and the kernel needs no support for groups.
-    group = heads // kv_heads
-    queries = queries.view(columns, kv_heads, group, dim).permute(1, 2, 0, 3)
-    keys, values = keys.transpose(0, 1), values.transpose(0, 1)
-    if sees is None and (bias is None or features is not None):
-        asks, *seen = (queries, keys, values) if bias is None else _with(features, queries, keys, values)
-        seen = [t.expand(-1, group, -1, -1) for t in seen]
-        out = causal_attention(asks, *seen, scale=None if bias is None else dim**-0.5)
-        if out is not None:
-            return out[..., :dim].permute(2, 0, 1, 3).reshape(columns, -1)
-    keys, values = (t.expand(-1, group, -1, -1) for t in (keys, values))
-    strips = []  # of queries, each with a mask: that of all would grow with the square of the prompt
-    for start in range(0, columns, STRIP):
-        strip = queries[:, :, start : start + STRIP]
-        rows = strip.shape[2]
-        if sees is None:
-            end = n - columns + start + rows
-            mask = torch.ones(rows, end, dtype=torch.bool, device=queries.device).tril(end - rows)
-        else:
-            end = n if start + rows == columns else int(sees[start + rows - 1])
-            mask = ascending(end, queries.device) < sees[start : start + rows, None]
-        if bias is not None:
-            mask = bias[:end].expand(len(mask), -1).masked_fill(~mask, -torch.inf)
-        strips.append(F.scaled_dot_product_attention(strip, keys[:, :, :end], values[:, :, :end], attn_mask=mask))
-    return torch.cat(strips, 2).permute(2, 0, 1, 3).reshape(columns, -1)
-
-
-def bias_features(bias: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
-    """`[n, e]`: features behind those of keys, `dim`, whose product with ones is a bias on their scores, float32 `[n]`.
-
-    A kernel that takes no mask takes them: heads may have up to 256 features, in multiples of eight. Scores are divided by the root
-    of `dim`. The bias is the sum of two numbers, because one in bf16 would be off by up to 2^-9 of it.
-    """
-    value = (bias * dim**0.5).clamp(min=torch.finfo(dtype).min / 4)  # -inf times 0 would be NaN
-    high = value.to(dtype)
-    return F.pad(torch.stack([high, (value - high.float()).to(dtype)], -1), (0, -(dim + 2) % 8))
-
-
-def _with(
-    features: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Heads, `[kv_heads, g, columns, head_dim]`, with the features of a bias: keys have them, queries ones, values zeros."""
-    more = features.shape[1]
-    keys = torch.cat([keys, features.expand(*keys.shape[:2], -1, -1)], -1)
-    return F.pad(queries, (0, more), value=1.0), keys, F.pad(values, (0, more))
-
-
-def _attend_blind(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    bias: torch.Tensor | None,
-    features: torch.Tensor | None,
-    others: torch.Tensor,
-    end: int,
-) -> torch.Tensor:
-    """As `_attend`, but columns from `end` on attend to `others` (int64) only. The cache holds nothing but these columns."""
-    before = max(0, queries.shape[1] - (keys.shape[2] - end))  # there may be queries of the last columns only
-    extra = {"features": _at(features, others)}
-    made = _attend(queries[:, before:], keys[:, :, others], values[:, :, others], _at(bias, others), **extra)
-    if not before:
-        return made
-    first, extra = (None if each is None else each[:end] for each in (bias, features))
-    first = _attend(queries[:, :before], keys[:, :, :end], values[:, :, :end], first, features=extra)
-    return torch.cat([first, made])

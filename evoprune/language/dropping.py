@@ -22,7 +22,7 @@ class LayerState:
     entering: torch.Tensor  # `[C, hidden]`, the input of the latest of them
     x: torch.Tensor  # `[C, hidden]`, its output
     places: tuple[torch.Tensor, torch.Tensor]  # cosines and sines of the columns
-    bias: torch.Tensor | None  # `[C]`, see `decoder._attend`
+    bias: torch.Tensor | None  # `[C]`, see `attention.attend`
     queries: torch.Tensor  # `[1, C, heads, head_dim]`, rotated
     keys: torch.Tensor  # `[1, kv_heads, C, head_dim]`, rotated
     values: torch.Tensor  # as `keys`

@@ -17,7 +17,8 @@ from torch import nn
 from evoprune.backend import graph
 from evoprune.backend.attention import without_cudnn
 from evoprune.errors import DeviceWarning, first_line
-from evoprune.language.decoder import KVCache, bias_features, run_layer
+from evoprune.language.attention import bias_features
+from evoprune.language.decoder import KVCache, run_layer
 from evoprune.model.config import head_size, kv_bytes
 from evoprune.model.linear import is_plain
 from evoprune.model.machine import available_memory, to_device
@@ -63,10 +64,15 @@ class StaticCache:
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `KVCache.put` of one column, but returns all columns that are read, with the features of their bias."""
-        held = self._held[layer, :, :, : self.read]
-        for to, new in zip(held, (keys, values), strict=True):
+        *room, known_keys, known_values = self.room(layer, 1)
+        for to, new in zip(room, (keys, values), strict=True):
             to[..., : self._dim].index_copy_(1, self.column, new[0])
-        return held[:1], held[1:]
+        return known_keys, known_values
+
+    def room(self, layer: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `KVCache.room`; the new one begins at `column`."""
+        held = self._held[layer, :, :, : self.read]
+        return *held.unbind(0), held[:1], held[1:]
 
     def open(self) -> None:
         """Gives the column of a step its weight, in every layer."""

@@ -22,7 +22,9 @@ def hugging_face_model(model: QwenVL):
     with torch.device("meta"):
         how = {"dtype": model.dtype, "attn_implementation": "sdpa"}
         made = AutoModelForImageTextToText.from_config(hugging_face_config(model.config), **how)
-    made.load_state_dict(model.state_dict(), strict=True, assign=True)
+    # Those that are a part of a padded matrix as a user has them.
+    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    made.load_state_dict(weights, strict=True, assign=True)
     made.tie_weights()
     # Rotary frequencies follow from the config, and are not part of the weights.
     for parent in list(made.modules()):

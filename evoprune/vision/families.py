@@ -19,10 +19,10 @@ from evoprune.vision.layout import Geometry, TokenLayout
 
 @dataclass(frozen=True)
 class Layers:
-    """`norm(module, x)`, and `mlp(module, x, plus)`, which adds the MLP of normed `x` to `plus`."""
+    """`norm(module, x)`, and `mlp(module, x, plus)`, which adds the MLP of normed `x` to `plus`, None for nothing."""
 
     norm: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
-    mlp: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+    mlp: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def layers_of(visual) -> Layers:
@@ -30,7 +30,7 @@ def layers_of(visual) -> Layers:
     return LAYERS[vision_sizes(visual.config).family]
 
 
-def _gated(mlp, x: torch.Tensor, plus: torch.Tensor) -> torch.Tensor:
+def _gated(mlp, x: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
     hidden = linear(mlp.up_proj, x, times=linear(mlp.gate_proj, x, silu=True))
     return linear(mlp.down_proj, hidden, plus=plus)
 
@@ -39,13 +39,13 @@ def _layer(module, x: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x, module.weight.shape, module.weight, module.bias, 1e-6)
 
 
-def _quick_gelu(mlp, x: torch.Tensor, plus: torch.Tensor) -> torch.Tensor:
+def _quick_gelu(mlp, x: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
     hidden = linear(mlp.fc1, x)
     hidden = hidden.mul_(torch.sigmoid(1.702 * hidden))
     return linear(mlp.fc2, hidden, plus=plus)
 
 
-def _tanh_gelu(mlp, x: torch.Tensor, plus: torch.Tensor) -> torch.Tensor:
+def _tanh_gelu(mlp, x: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
     return linear(mlp.linear_fc2, F.gelu(linear(mlp.linear_fc1, x), approximate="tanh"), plus=plus)
 
 

@@ -14,7 +14,7 @@ from evoprune.model.linear import linear
 from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import unit_features
-from evoprune.vision import devices
+from evoprune.vision import devices, fused
 from evoprune.vision.attention import Bucket, Packed, attention_received, buckets, grouped_attention
 from evoprune.vision.chunks import CarriedKeys
 from evoprune.vision.devices import Timer
@@ -195,6 +195,8 @@ def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayou
     if not layout.rows:  # all units are reused
         return x, layout
     table, reduction = rotary(sizes, layout.geometry), run.reduction
+    if run.carried is None and run.gathering is None and type(reduction) is Reduction and fused.can_fuse(x):
+        x, layers = _run_fused(run, layers, x, layout, table)
 
     def laid_out(x: torch.Tensor, layout: TokenLayout) -> _LayerRows:
         return _LayerRows(x, layout, [of_place[layout.place][:, :, None, None] for of_place in table])
@@ -217,6 +219,21 @@ def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayou
             run.gathering.add_states(reduction.all_rows(rows.x))
         run.on_layer(layer + 1)
     return rows.x, rows.layout
+
+
+def _run_fused(
+    run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayout, table: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, range]:
+    """Rows after `layers` by the kernels of a GPU, and the layers that are left."""
+    inner = vision_sizes(run.visual.config).deepstack_visual_indexes
+
+    def after(layer: int, x: torch.Tensor) -> None:
+        run.computed[layer] += len(x)
+        if layer in inner:
+            _add_deepstack(run, inner.index(layer), x)
+        run.on_layer(layer + 1)
+
+    return fused.run_layers(run.visual, tower_shape(run.visual), layers, x, layout, table, run.mlp_rows, after)
 
 
 def _add_deepstack(run: LayerRun, number: int, x: torch.Tensor) -> None:

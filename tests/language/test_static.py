@@ -8,6 +8,7 @@ import torch
 
 from evoprune.errors import DeviceWarning, ModelError
 from evoprune.language import decoder, static
+from evoprune.language.attention import bias_features
 from evoprune.language.generate import GenerationOptions, PrefillState, TokenStream, prefill
 from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.model.config import MODEL_TYPES
@@ -244,7 +245,7 @@ def test_plain_is_a_setting_of_the_environment(value, expected, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_features_of_a_bias(dtype):
     bias = torch.tensor([0.0, 1.0, 40.0, 1000.0]).log()
-    made = decoder.bias_features(bias, 16, dtype)
+    made = bias_features(bias, 16, dtype)
     assert made.shape == (4, 8) and made.dtype == dtype
     found = made.float().sum(1) / 4
     torch.testing.assert_close(found[1:], bias[1:], atol=1e-4, rtol=1e-4)

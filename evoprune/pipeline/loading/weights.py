@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from evoprune.backend.fallback import plain
+from evoprune.backend.layers import join, join_tower
 from evoprune.errors import ModelError, UsageError
 from evoprune.model.config import Config
 from evoprune.model.linear import PackingTime
@@ -131,13 +133,16 @@ def page_in_weights(model: QwenVL) -> None:
 def make_ready(
     model: QwenVL, quantize: str, *, pack: bool = True, progress: Progress | None = None, store: str | None = None
 ) -> PackingTime:
-    """Quantises the linear layers of a model on the CPU in place, or packs them. Arguments as `load_model`.
+    """Quantises the linear layers of a model on the CPU in place, or packs them; on CUDA, joins them. Arguments as `load_model`.
 
     Those of the tower are packed now, those of the language model when few rows come: the tower is a sixth of a 3B model, and
     packed it encodes about a tenth faster; the language model would make the first word wait. Where memory is short, none are.
     `store`: the fingerprint of quantised weights on disk; None for no storing. Returns how long layers have packed, so far.
     """
     spent = PackingTime()
+    if model.device.type == "cuda" and not plain():
+        join(model)
+        join_tower(model.model.visual)
     if model.device.type != "cpu":
         return spent
     if quantize != "none":

@@ -1,0 +1,84 @@
+"""Layers in few operations: joined weights and fused kernels on CUDA."""
+
+import warnings
+from types import ModuleType
+
+import torch
+
+from evoprune.backend.fallback import plain
+from evoprune.errors import DeviceWarning, first_line, is_out_of_memory
+from evoprune.model.linear import is_plain
+
+TOGETHER = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}  # products of the same input
+_problem: list[Exception] = []  # why kernels are not used any more
+
+
+def join(model) -> None:
+    """Puts weights that are multiplied with the same input behind each other in memory; each stays a layer of its own."""
+    for layer in model.model.language_model.layers:
+        for part, names in TOGETHER.items():
+            module = layer.get_submodule(part)
+            linears = [module.get_submodule(name) for name in names]
+            if not all(map(is_plain, linears)):
+                continue
+            rows = [each.out_features for each in linears]
+            weight = torch.cat([each.weight.detach() for each in linears])
+            bias = None if linears[0].bias is None else torch.cat([each.bias.detach() for each in linears])
+            for each, piece in zip(linears, weight.split(rows), strict=True):
+                each.weight = torch.nn.Parameter(piece, requires_grad=False)
+            module.joined = weight, bias
+
+
+def join_tower(visual) -> None:
+    """Puts the two first matrices of each gated MLP of a tower behind each other, and pads the inner size for fast products.
+
+    3,420, the inner size of Qwen2.5-VL, is no multiple of 8: products with it take twice as long. Padding is zeros, which change
+    nothing; each layer keeps its own weights as a view.
+    """
+    for block in visual.blocks:
+        mlp = block.mlp
+        linears = [getattr(mlp, name, None) for name in (*TOGETHER["mlp"], "down_proj")]
+        if not all(each is not None and is_plain(each) for each in linears):
+            continue
+        gate, up, down = linears
+        inner = gate.out_features
+        wide = -(-inner // 32) * 32
+        weight, bias = gate.weight.new_zeros(2 * wide, gate.in_features), gate.weight.new_zeros(2 * wide)
+        mlp.wide_down = down.weight.new_zeros(down.out_features, wide)
+        for each, start in ((gate, 0), (up, wide)):
+            weight[start : start + inner] = each.weight.detach()
+            bias[start : start + inner] = each.bias.detach()
+            each.weight = torch.nn.Parameter(weight[start : start + inner], requires_grad=False)
+        mlp.wide_down[:, :inner] = down.weight.detach()
+        down.weight = torch.nn.Parameter(mlp.wide_down[:, :inner], requires_grad=False)
+        mlp.joined = weight, bias
+
+
+def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """The weights of `join` of a layer's attention or MLP; None if there are none, or a layer has others by now."""
+    found = getattr(module, "joined", None)
+    if found is None:
+        return None
+    first = module.q_proj if hasattr(module, "q_proj") else module.gate_proj
+    return found if first.weight.data_ptr() == found[0].data_ptr() else None
+
+
+def kernels(device: torch.device) -> ModuleType | None:
+    """The fused kernels for a device, `layers_triton`; None where there are none, or one has failed."""
+    if device.type != "cuda" or _problem or plain():
+        return None
+    try:
+        from evoprune.backend import layers_triton
+    except ImportError as problem:
+        _problem.append(problem)
+        return None
+    return layers_triton
+
+
+def give_up(problem: Exception) -> None:
+    """From now on, layers compute without fused kernels. Raises `problem` again if it is about memory."""
+    if is_out_of_memory(problem):
+        raise problem
+    _problem.append(problem)
+    said = f"layers compute without fused kernels, which takes longer: {first_line(problem)}"
+    warnings.warn(said, DeviceWarning, stacklevel=2)
