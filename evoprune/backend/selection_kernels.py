@@ -4,8 +4,6 @@ import torch
 import triton
 import triton.language as tl
 
-from evoprune.backend.selection import HELD_ON_DEVICE
-
 SIDE = 64  # points, and selected ones, of a block of distances
 # Sizes change from video to video: kernels are not compiled again for those that 16 divides.
 SIZES = ["points", "length", "count", "begin", "pieces"]
@@ -111,10 +109,10 @@ def tube_radii(place, half, weight, first, row, time, tubes, keep):
     return radii
 
 
-def nearest_selected(place, half, weight, row, time, selected):
+def nearest_selected(place, half, weight, row, time, selected, held=1 << 26):
     found, (points, count) = torch.empty_like(row), (len(row), len(selected))
     there, rows = place[row[selected]].T, row.clamp(min=0)
-    step = max(1, HELD_ON_DEVICE // count)
+    step = max(1, held // count)  # products are held for so many points at a time
     for begin in range(0, points, step):
         end = min(begin + step, points)
         product, grid = place[rows[begin:end]] @ there, (triton.cdiv(end - begin, SIDE),)

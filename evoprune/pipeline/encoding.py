@@ -162,6 +162,7 @@ class OpenInput:
         Where there is not enough memory after all it begins anew, with half as many units in the tower at a time.
         """
         plan, loaded = self.plan, self.engine.loaded
+        loaded.ready()
         chunk_units, start = fitting_chunk(self.engine, plan, other_tokens), clock.now()
         run, tower = self.encode_rows or encode_rows, loaded.model.model.visual
         how = {

@@ -50,7 +50,9 @@ def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
         working = min(working_memory(found.config, case, found.limits[VIDEO], size) for case in cases)
         if short := cost.shortage(weights + working, str(found.device)):
             raise OutOfMemory(f"{options.model} at {min(cases)} {short}", MEMORY_HINT, stage="load")
-    return load_model(options, pack=False)
+    loaded = load_model(options, pack=False)
+    loaded.ready()
+    return loaded
 
 
 def quantized_models(

@@ -233,12 +233,12 @@ def test_a_model_that_is_gone_leaves_nothing(graphs):
 
 @pytest.mark.parametrize(("value", "expected"), [(None, False), ("0", False), ("", False), ("1", True)])
 def test_plain_is_a_setting_of_the_environment(value, expected, monkeypatch):
-    from evoprune.backend import graph
+    from evoprune.backend import fallback, graph
 
     monkeypatch.delenv("EVOPRUNE_PLAIN", raising=False)
     if value is not None:
         monkeypatch.setenv("EVOPRUNE_PLAIN", value)
-    assert graph.plain() is expected
+    assert fallback.plain() is expected
     assert not graph.can_capture(torch.device("cpu"))
 
 

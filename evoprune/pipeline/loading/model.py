@@ -19,6 +19,7 @@ from evoprune.model.quantize import kinds
 from evoprune.model.weights import QwenVL
 from evoprune.pipeline.loading.folder import eos_ids, fingerprint
 from evoprune.pipeline.loading.found import DTYPES, FoundModel, find_model
+from evoprune.pipeline.loading.warm import warm_up
 from evoprune.pipeline.loading.weights import (
     load_weights,
     make_ready,
@@ -57,6 +58,7 @@ class LoadedModel:
     found: FoundModel  # the model before it was loaded
     load_seconds: dict[str, float]  # of the steps of loading: "tokenizer", "weights" and "prepare"
     packing: PackingTime  # how long layers have packed since, which they do when they are first called with few rows
+    ready: Callable[[], None] = lambda: None  # waits for what was begun beside loading (`warm_up`)
 
     def __repr__(self) -> str:
         return f"<LoadedModel {self.id!r} in {self.dtype} on {self.device}>"
@@ -117,6 +119,7 @@ def load_model(
     if to_answer and tokenizer is None:
         raise no_tokenizer(model.model)
     files, seconds = found.files, {"tokenizer": time.perf_counter() - start}
+    ready = warm_up(found.config, DTYPES[found.dtype], found.device)
     weights, packing = _weights(found, pack, progress, seconds)
     return LoadedModel(
         model=weights,
@@ -135,6 +138,7 @@ def load_model(
         found=found,
         load_seconds=seconds,
         packing=packing,
+        ready=ready,
     )
 
 
