@@ -23,6 +23,7 @@ class Layers:
 
     norm: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
     mlp: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    rms: bool = False  # whether norms divide by the root of the mean square, without mean and bias
 
 
 def layers_of(visual) -> Layers:
@@ -50,7 +51,7 @@ def _tanh_gelu(mlp, x: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
 
 
 LAYERS = {
-    QWEN2_5: Layers(lambda module, x: norm(x, module.weight), _gated),
+    QWEN2_5: Layers(lambda module, x: norm(x, module.weight), _gated, rms=True),
     QWEN2: Layers(_layer, _quick_gelu),
     QWEN3: Layers(_layer, _tanh_gelu),
 }

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from evoprune.backend.attention import varlen_kernel
 from evoprune.backend.layers import give_up, joined, kernels
-from evoprune.model.config import PATCHES, QWEN2_5, vision_sizes
+from evoprune.model.config import PATCHES, vision_sizes
 from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.vision.attention import Packed
 from evoprune.vision.families import layers_of
@@ -91,7 +91,7 @@ def _add_norm(
     """The sum, and the sum after `norm`."""
     if norm is None:
         return x + plus, None
-    if vision_sizes(visual.config).family == QWEN2_5:
+    if layers_of(visual).rms:
         return kernels(x.device).add_norm(x, plus, norm.weight, EPS)
     x = x if plus is None else x + plus
     return x, layers_of(visual).norm(norm, x)
