@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from evoprune.backend import layers
 from evoprune.language import generate, static
 from evoprune.language.generate import GenerationOptions, TokenStream, prefill
 from evoprune.model.config import MODEL_TYPES
@@ -18,11 +19,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @contextmanager
 def decoding(how: str):
-    """ "graph"; "step", the same without a graph; or "plain", the decoder of prompts."""
+    """ "graph"; "step", the same without a graph; "plain", the decoder of prompts; or "old", that without fused kernels."""
     with pytest.MonkeyPatch.context() as patch:
+        if how == "old":
+            patch.setattr(layers, "kernels", lambda device: None)
         if how == "step":
             patch.setattr(static.graph, "run_and_capture", lambda function, device: function() or function)
-        if how == "plain":
+        if how in ("plain", "old"):
             patch.setattr(static, "begin", lambda *_: None)
         elif how == "step":
             patch.setattr(static, "_made", static.WeakKeyDictionary())
@@ -45,16 +48,19 @@ def answer(model, columns: int, new: int, **how) -> list[int]:
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_graph_decodes_the_same_tokens(family, dtype):
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_graph_decodes_the_same_tokens(family, dtype, joined):
     model = tiny_model(family=family).to(DEVICE, dtype)
+    if joined:
+        layers.join(model)
     for columns, sizes in ((40, True), (30, False), (600, True), (500, False)):
         made = {}
-        for how in ("graph", "step", "plain"):
+        for how in ("graph", "step", "plain", "old"):
             with decoding(how):
                 made[how] = answer(model, columns, 24, sizes=sizes)
         assert made["graph"] == made["step"]  # the same kernels on the same shapes
         if dtype == torch.float32:
-            assert made["graph"] == made["plain"]
+            assert made["graph"] == made["plain"] == made["old"]
     assert list(static._made[model].graphs) == [1024]
 
 
@@ -81,7 +87,7 @@ def measure(columns: int = 1024, new: int = 64, name: str = "Qwen/Qwen2.5-VL-3B-
     print(f"largest difference of logits between step and plain decoder: {worst:.3f} standard deviations")
     assert worst < 0.2
     made = {}
-    for how in ("plain", "step", "graph", "graph"):
+    for how in ("old", "plain", "step", "graph", "graph"):
         with decoding(how):
             for _ in range(2):  # the second time nothing is captured
                 state = prompt_state(model, columns)
