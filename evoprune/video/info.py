@@ -40,6 +40,7 @@ class Video:
     tags: dict[str, str] = field(default_factory=dict)  # of the container; of a picture its comment
     mirrored: bool = False  # stored frames are flipped left to right before they are rotated
     stated_s: float | None = None  # the duration by the file, of the pictures alone; longer if the file was cut off
+    clock_restarts: int = 0  # how often the file's clock starts anew, as in files that were joined; times here go on
 
     @property
     def kind(self) -> str:

@@ -41,6 +41,8 @@ def check(info: Video) -> None:
         raise _refusal(info, "its FFmpeg has no decoder for AV1")
     if info.container not in CONTAINERS:
         raise _refusal(info, f"it does not read {info.container} reliably")
+    if info.clock_restarts:
+        raise _refusal(info, "it loses the frames after a restart of the clock")
     if info.mirrored and info.container == ffmpeg.MOV:
         raise _refusal(info, "it turns mirrored videos the wrong way")
 

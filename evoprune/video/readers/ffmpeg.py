@@ -28,6 +28,9 @@ FALLBACK_FPS = 25.0  # of a stream that states no frame rate; FFmpeg assumes the
 # Containers that store the time of each frame, so that times are the same after a jump; others are read front to back.
 MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 SEEKABLE = (MOV, "matroska,webm", "mpegts")
+# Containers that files are often joined in, byte by byte (`cat a.ts b.ts`, the parts of a DVD), so that the clock restarts.
+JOINED = ("mpegts", "mpeg")
+BACK_S, LONGEST_GAP_S = 0.5, 600.0  # a step back by more is another clock; so is, in such a container, a longer gap
 # Tags with more characters are left out, and all but some, because tags travel with every `Video`.
 TAG_CHARACTERS, MOST_TAGS = 4000, 200
 MAX_PIXELS = 2**27  # of pictures that are read: 16K video, and photographs of 100 megapixels, have fewer
@@ -203,6 +206,11 @@ def decoded_frames(
 
 def _stamp(found: Packet | VideoFrame) -> int | None:
     return found.dts if found.pts is None else found.pts
+
+
+def restarts(passed_s: float, container: str) -> bool:
+    """Whether two times in a row, so many seconds apart, are of different clocks."""
+    return passed_s < -BACK_S or (passed_s > LONGEST_GAP_S and container in JOINED)
 
 
 def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
