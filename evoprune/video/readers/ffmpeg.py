@@ -10,9 +10,11 @@ from typing import BinaryIO
 
 import av
 import numpy as np
+from av.codec.context import CodecContext
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition, Stream
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -42,6 +44,7 @@ MAX_THREADS = 16  # more gain nothing, and each holds a picture
 DENSE = ("matroska,webm", "flv")
 # Bytes between two packets that are no damage, beside twice the first packet's size (its transparency, for example).
 HEADERS = 2**12
+WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders of streams that say they have transparency
 TOLERANCE_S = 0.0006  # a frame counts as on screen so much before its time: Matroska rounds times to milliseconds
 
 
@@ -182,6 +185,16 @@ def packets(
         yield None
 
 
+def decoder(stream: VideoStream) -> VideoStream | VideoCodecContext:
+    """What decodes a stream. FFmpeg's own decoders of VP8 and VP9 leave out transparency; those of libvpx do not."""
+    name = WITH_ALPHA.get(stream.codec_context.codec.canonical_name)
+    if name is None or stream.metadata.get("alpha_mode") != "1":
+        return stream
+    made = CodecContext.create(name, "r")
+    made.options, made.thread_count = stream.codec_context.options, stream.codec_context.thread_count
+    return made
+
+
 def decoded_frames(
     container: InputContainer, stream: VideoStream, damaged: Damage = ignore_damage
 ) -> Iterator[VideoFrame]:
@@ -189,10 +202,11 @@ def decoded_frames(
 
     `damaged` is called for both, and where the file breaks off.
     """
+    decode = decoder(stream).decode
     for packet in packets(container, stream, damaged):
         broken, frames = packet is None or packet.is_corrupt, []
         try:
-            frames = stream.decode(packet)
+            frames = decode(packet)
         except av.error.FFmpegError:  # the next packet may be whole
             broken = True
         if broken:

@@ -68,7 +68,7 @@ def _probe_file(path: str, container: InputContainer) -> Video:
         height=height,
         rotation_deg=rotation,
         codec=stream.codec_context.codec.canonical_name,
-        pix_fmt=stream.codec_context.pix_fmt or first.format.name,
+        pix_fmt=first.format.name,
         container=container.format.name,
         fps=float(rate) if rate else None,
         variable_rate=_variable_rate(stream),
