@@ -74,6 +74,14 @@ def test_a_file_in_one_piece_has_one_clock(name, folder):
     assert probe(write_kind(folder, name)).clock_restarts == 0
 
 
+def test_gaps_of_hours_are_no_restart(tmp_path):
+    times = [0.0, 1234.567, 5000.003, 9999.987, 20000.017]
+    for name in ("a.mkv", "a.mp4", "a.webm"):
+        how = {"codec": "libvpx"} if name == "a.webm" else {}
+        info = probe(write_video(tmp_path / name, numbered_frames(5), pts=times, **how))
+        assert info.clock_restarts == 0 and info.duration_s == pytest.approx(times[-1] + 0.1, abs=2e-3)
+
+
 def test_decord_refuses_them(tmp_path):
     pytest.importorskip("decord")
     path = joined(tmp_path, "a.mkv", 40)

@@ -116,9 +116,11 @@ def _measured(found: Iterable[Packet | None], container: str, step: float) -> _T
         tick, per = packet.time_base.as_integer_ratio()  # fractions would take several times as long
         shown, decoded = packet.pts * tick / per, (packet.pts if packet.dts is None else packet.dts) * tick / per
         length = (packet.duration or 0) * tick / per or step
+        # Elsewhere decoding times are FFmpeg's guess; but no keyframe is displayed before what is stored before it.
+        stored, key = container in ffmpeg.JOINED, packet.is_keyframe
         if times is None:
             times = _Times(shown, shown, length, decoded, shown + length)
-        elif ffmpeg.restarts(decoded - times.decoded_s, container):
+        elif ffmpeg.restarts(decoded - times.decoded_s if stored else key * (shown - times.last_s), container):
             times.parts_s += times.last_s - times.first_s + step
             times.first_s = times.last_s = shown
             times.restarts += 1
