@@ -154,6 +154,7 @@ def _about_video(asked: Request) -> Iterator[dict]:
     from evoprune.video.source import local_file
 
     options, video = asked.options(), asked.video
+    rate = options.sampling.frame_rate
     options = replace(options, model=replace(options.model, model=options.model.model or "demo"))
     if (file := asked.overlay) is not None:
         if (ending := _ending(file)) not in OVERLAYS:
@@ -162,12 +163,12 @@ def _about_video(asked: Request) -> Iterator[dict]:
             raise UsageError(f"--overlay {file} has {found}, which cannot be drawn", hint)
         check_writable(file, inputs=[video])
     with local_file(video) as path:
-        info = replace(probe(path), path=video)
+        info = replace(probe(path, folder_fps=rate), path=video)
         yield {"video": asdict(info)}
         if asked.scan:
             from evoprune.video.probe import scan as scan_video
 
-            yield {"scan": asdict(scan_video(path))}
+            yield {"scan": asdict(scan_video(path, folder_fps=rate))}
         yield from _plan(info, options)
         if asked.overlay is not None:
             yield {"overlay": _draw_overlay(asked.overlay, path, video, options)}

@@ -64,7 +64,7 @@ def processor_inputs(
     check_one_file(options.subtitles, len(paths))
     found = find_model(ModelOptions(model, revision, device="cpu", offline=offline))
     tokenizer, limits = load_tokenizer(found.folder), found.limits
-    infos, read = [probe(path) for path in paths], []
+    infos, read = [probe(path, folder_fps=options.frame_rate) for path in paths], []
     for info, wanted in zip(infos, options.of_each(infos), strict=True):
         check_picture(info, options.subtitles)
         read.append(make_plan(info, limits[info.kind], **wanted.numbers))
