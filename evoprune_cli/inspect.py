@@ -20,7 +20,15 @@ from evoprune_cli.results import check_writable, rescuing, write_bytes
 from evoprune_cli.terminal import encoding, print_document, print_warning, printable, progress
 
 NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # facts of things by their names
-OFTEN_NOTHING = ("folder", "download_bytes")  # facts that have no line where there is nothing to say
+OFTEN_NOTHING = (
+    "folder",
+    "download_bytes",
+    "clock_restarts",
+    "hdr",
+    "interlaced",
+    "pixel_aspect",
+    "other_tracks",
+)  # facts that have no line where there is nothing to say
 FOR_PROGRAMS = ("args", "warnings")  # warnings are on stderr, as sentences
 TITLES = {  # of facts whose names do not explain them, or are too long
     "resized_hw": "frame size",

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from evoprune_cli.ask import Words
+from tests.video.files import write_said
 
 CLIP, OTHER, QUESTION = "samples/square.mp4", "samples/arrivals.webm", "What differs?"
 QUICK = ("-n", "2")
@@ -190,3 +191,11 @@ def test_frames_of_a_folder_have_a_rate(cli, tmp_path):
 @pytest.mark.parametrize("wrong", ["0", "-1", "nan", "inf"])
 def test_a_rate_that_makes_no_sense(cli, wrong):
     assert cli("inspect", "samples/square.mp4", f"--frame-rate={wrong}").code == 2
+
+
+def test_what_is_not_seen_as_in_a_player_is_said(cli, tmp_path):
+    write_said(tmp_path / "cameras.mp4")
+    found = cli("ask", tmp_path / "cameras.mp4", "What digit is it?", "-m", "demo", "-n", 1, "--frames", 2)
+    assert "cameras.mp4 has more than one video track" in " ".join(found.err.split())
+    assert "other tracks        2" in cli("inspect", tmp_path / "cameras.mp4").out
+    assert "other tracks" not in cli("inspect", "samples/square.mp4").out

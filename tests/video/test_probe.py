@@ -6,7 +6,7 @@ import pytest
 
 from evoprune.errors import VideoError
 from evoprune.video.probe import probe, scan
-from tests.video.files import numbered_frames, write_sound, write_video
+from tests.video.files import SAID, numbered_frames, write_said, write_sound, write_video
 
 FRAMES = numbered_frames(30)
 FILES = {
@@ -204,3 +204,11 @@ def copied(path, out):
                     packet.stream = stream
                     target.mux(packet)
     return out
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_is_not_shown_as_players_show_it_is_said(name, tmp_path):
+    facts, warning = write_said(tmp_path / name)
+    info = probe(tmp_path / name)
+    assert {fact: getattr(info, fact) for fact in facts} == facts
+    assert info.warnings == ([warning] if warning else [])

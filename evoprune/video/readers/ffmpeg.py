@@ -117,17 +117,22 @@ def open_bytes(file: BinaryIO, format_name: str | None = None) -> InputContainer
     return av.open(nameless, format=format_name, options=options, **_TAGS)
 
 
+def moving(container: InputContainer) -> list[VideoStream]:
+    """The video tracks that are no cover pictures."""
+    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+
+
 def video_stream(container: InputContainer, path: str, *, threads: bool = False) -> VideoStream:
     """The stream to show, decoded with several `threads`.
 
     Raises VideoError: no video, only a cover picture, no decoder in this build of FFmpeg, or pictures that are too large.
     """
-    moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if not moving:
+    tracks = moving(container)
+    if not tracks:
         found = "only a cover picture" if container.streams.video else "no video stream"
         raise VideoError(f"{path} has {found}", "give a file with moving pictures")
     best = container.streams.best("video")
-    stream = best if best in moving else moving[0]
+    stream = best if best in tracks else tracks[0]
     if stream.codec_context is None:
         hint = "convert it to H.264, e.g. with ffmpeg, unless it is damaged"
         raise VideoError(f"there is no decoder for the video in {path}", hint)
