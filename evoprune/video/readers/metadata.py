@@ -182,6 +182,8 @@ def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Time
             return False
         packets = (p for p in ffmpeg.packets(container, stream) if p is not None and p.dts is not None)
         times = [float(p.dts * p.time_base) for p in islice(packets, 1 if place else FIRST_PACKETS)]
+        if not times:  # nor is there one later
+            break
         begun, places = begun or times, places + times[:1]
     places.append(tail.decoded_s)
     steps = np.diff(places)
