@@ -48,7 +48,7 @@ def processor_inputs(
         question: taken literally. `system`: a system prompt; None for the model's own.
         revision, offline: of the model, see `VideoQA.load`.
         sampling: options of `VideoQA.encode`: `fps`, `frames`, `start_s`, `end_s`, `max_frames`, `max_visual_tokens` (default:
-            24,576), `decoder`, `subtitles`, `max_subtitle_tokens`.
+            24,576), `frame_rate`, `decoder`, `subtitles`, `max_subtitle_tokens`.
 
     Returns one prompt, on the CPU; `.to(device)` moves it. int64 `[1, L]` "input_ids", "attention_mask" and
     "mm_token_type_ids"; of videos float32 `[patches, values]` "pixel_values_videos", int64 `[videos, 3]` "video_grid_thw", and

@@ -212,3 +212,11 @@ def test_what_is_not_shown_as_players_show_it_is_said(name, tmp_path):
     info = probe(tmp_path / name)
     assert {fact: getattr(info, fact) for fact in facts} == facts
     assert info.warnings == ([warning] if warning else [])
+
+
+def test_a_short_gap_is_no_end_that_is_missing(tmp_path):
+    """The copy's header has the wrong duration of a frame in the middle, two seconds after the true end."""
+    times = [*(i / 12 for i in range(22)), *(i / 12 + 2.5 for i in range(22, 32))]
+    written = write_video(tmp_path / "a.mp4", numbered_frames(32), pts=times, fps=12, options={"bf": "3"})
+    info = probe(copied(written, tmp_path / "b.mkv"))
+    assert not info.cut_short and info.duration_s == pytest.approx(times[-1] + 1 / 12, abs=2e-3)

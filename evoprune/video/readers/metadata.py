@@ -166,7 +166,7 @@ def _stated(
     if name in ffmpeg.DENSE and container.duration is not None and len(container.streams) == 1:
         stated = max(container.duration / av.time_base - start, duration)
         # It includes the wrong duration of a frame that was copied from an MP4, see `_measured`.
-        if stated - duration > TAIL_S and (every := _measured(_all_packets(path), name, step)):
+        if stated - duration > 0.5 and (every := _measured(_all_packets(path), name, step)):
             stated = stated if every.claimed_s - start < stated - 1e-2 else duration
         return stated
     return None
