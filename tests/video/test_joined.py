@@ -17,6 +17,8 @@ KINDS = {
     "a.vob": (MPEG2, MPEG2),
     "a.mpg": (MPEG2, MPEG2),
     "a.mkv": ({}, {}),
+    "a.avi": ({"codec": "mpeg4"},) * 2,
+    "b.avi": ({}, {}),
     "a.webm": ({"codec": "libvpx"},) * 2,
 }
 

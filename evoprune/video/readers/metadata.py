@@ -25,6 +25,7 @@ TAIL_S = 3.0
 # Of a file without an index: places at which a time is looked at, and packets at its beginning.
 PLACES, FIRST_PACKETS = 64, 250
 HDR = (16, 18)  # FFmpeg's numbers of the curves of brightness PQ and HLG
+MOST_PARTS = 1000  # of a file, that are looked for
 RATE_JITTER_S = 0.0025  # frame intervals that differ by less are constant: Matroska rounds times to milliseconds
 
 
@@ -78,7 +79,7 @@ def _probe_file(path: str, container: InputContainer) -> Video:
         tags=ffmpeg.tags(container),
         mirrored=mirrored,
         stated_s=stated and max(stated, duration or 0.0),
-        clock_restarts=times.restarts if times else 0,
+        clock_restarts=times.restarts if times else _further_avis(path) if container.format.name == "avi" else 0,
         hdr=first.color_trc in HDR,
         interlaced=bool(first.interlaced_frame),
         pixel_aspect=float(aspect) if (aspect := stream.sample_aspect_ratio) and aspect != 1 else None,
@@ -142,13 +143,27 @@ def _duration(path: str, stream: VideoStream, start: float | None, times: _Times
         return step * sum(1 for _ in _all_packets(path))
     if stream.container.format.name == "avi":
         # If the index does not list as many frames as the header, the file was cut off, or has gaps.
-        if stream.frames == len(stream.index_entries):
+        if stream.frames == len(stream.index_entries) and not _further_avis(path):
             return step * stream.frames
         decoded = [float(p.dts * p.time_base) for p in _all_packets(path) if p.dts is not None]
         return max(decoded) - min(decoded) + step if decoded else None
     if times is None:
         return None
     return times.parts_s + times.last_s + times.length_s - (times.first_s if times.restarts else start)
+
+
+def _further_avis(path: str) -> int:
+    """How many AVI files follow the first one in a file; FFmpeg reads them, and counts the first one alone."""
+    found, end = -1, 0
+    with open(path, "rb") as file:
+        for _ in range(MOST_PARTS):
+            file.seek(end)
+            head = file.read(12)
+            if head[:4] != b"RIFF":
+                break
+            found += head[8:] == b"AVI "  # the parts of one large file are called AVIX
+            end += 8 + int.from_bytes(head[4:8], "little")
+    return max(0, found)
 
 
 def _stated(
