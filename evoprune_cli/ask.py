@@ -222,7 +222,7 @@ def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> N
     from evoprune.video.probe import probe, read_subtitles
 
     check_one_file(sampling.subtitles, len(paths))
-    found = [probe(path) for path in paths]
+    found = [probe(path, folder_fps=sampling.frame_rate) for path in paths]
     videos = [info for info in found if info.kind == VIDEO]
     if not quiet and not videos and (sampling.fps or sampling.frames or sampling.max_frames):
         tell("note: --fps, --frames and --max-frames are about videos; a picture is read as it is")

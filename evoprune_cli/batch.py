@@ -31,7 +31,7 @@ class Request:
     source: str | None = own(
         "--from FILE|-",
         "In place of VIDEO and -Q: JSONL or CSV rows with video, question and perhaps "
-        "id, start, end, options (in CSV a|b|c), subtitles, "
+        "id, start, end, frame_rate, options (in CSV a|b|c), subtitles, "
         "answer. Files are relative to the file; - is stdin, which is read to its end first.",
     )
     output: str | None = own(

@@ -20,7 +20,15 @@ from evoprune_cli.results import check_writable, rescuing, write_bytes
 from evoprune_cli.terminal import encoding, print_document, print_warning, printable, progress
 
 NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # facts of things by their names
-OFTEN_NOTHING = ("folder", "download_bytes")  # facts that have no line where there is nothing to say
+OFTEN_NOTHING = (
+    "folder",
+    "download_bytes",
+    "clock_restarts",
+    "hdr",
+    "interlaced",
+    "pixel_aspect",
+    "other_tracks",
+)  # facts that have no line where there is nothing to say
 FOR_PROGRAMS = ("args", "warnings")  # warnings are on stderr, as sentences
 TITLES = {  # of facts whose names do not explain them, or are too long
     "resized_hw": "frame size",
@@ -154,6 +162,7 @@ def _about_video(asked: Request) -> Iterator[dict]:
     from evoprune.video.source import local_file
 
     options, video = asked.options(), asked.video
+    rate = options.sampling.frame_rate
     options = replace(options, model=replace(options.model, model=options.model.model or "demo"))
     if (file := asked.overlay) is not None:
         if (ending := _ending(file)) not in OVERLAYS:
@@ -162,12 +171,12 @@ def _about_video(asked: Request) -> Iterator[dict]:
             raise UsageError(f"--overlay {file} has {found}, which cannot be drawn", hint)
         check_writable(file, inputs=[video])
     with local_file(video) as path:
-        info = replace(probe(path), path=video)
+        info = replace(probe(path, folder_fps=rate), path=video)
         yield {"video": asdict(info)}
         if asked.scan:
             from evoprune.video.probe import scan as scan_video
 
-            yield {"scan": asdict(scan_video(path))}
+            yield {"scan": asdict(scan_video(path, folder_fps=rate))}
         yield from _plan(info, options)
         if asked.overlay is not None:
             yield {"overlay": _draw_overlay(asked.overlay, path, video, options)}

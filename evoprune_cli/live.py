@@ -26,7 +26,7 @@ from evoprune_cli.options import own
 from evoprune_cli.results import SOME_FAILED
 from evoprune_cli.terminal import check_output, columns, note, print_error, printable, progress, tell
 
-LEFT_OUT = ("frames", "start_s", "end_s", "max_frames", "decoder", "subtitles", "max_subtitle_tokens")
+LEFT_OUT = ("frames", "start_s", "end_s", "max_frames", "frame_rate", "decoder", "subtitles", "max_subtitle_tokens")
 LONGEST_LINE = 2**22  # bytes of a question
 TICK_S, STATUS_S = 0.05, 1.0
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ class Row:
     question: str
     start_s: float = 0.0  # of the span to look at, in seconds; below 0 from the video's end
     end_s: float | None = None  # None for the end
+    frame_rate: float | None = None  # frames a second in folders of frames; None for that of the batch
     options: tuple[str, ...] = ()  # the texts to choose from; empty for an open question
     subtitles: str | None = None  # those to read, as the user wrote it; None for those of the batch
     subtitles_path: str | None = None  # the same, to open it
@@ -55,8 +57,8 @@ class Row:
         """The fields that the model's answer depends on, as plain data."""
         about = {"inputs": list(self.inputs)} if len(self.inputs) > 1 else {"video": self.video}
         facts = {"question": self.question, "start_s": self.start_s, "end_s": self.end_s, "options": list(self.options)}
-        own = {} if self.subtitles is None else {"subtitles": self.subtitles}  # else as before there were any
-        return about | facts | own
+        own = {"subtitles": self.subtitles, "frame_rate": self.frame_rate}
+        return about | facts | {name: value for name, value in own.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Rules:
 
 
 BATCH = Rules(
-    "a row has question and video, or inputs for several, and may have id, start, end, options, subtitles and answer"
+    "a row has question and video, or inputs for several, and may have id, start, end, frame_rate, options, subtitles and answer"
 )
 REQUIRED = (("video", "inputs"), ("question",))  # one of each
 
@@ -86,15 +88,18 @@ class Span:
     def sampling(self) -> dict[str, Any]:
         """Fields of `SamplingOptions`."""
         row = self.rows[0]
-        own = {} if row.subtitles_path is None else {"subtitles": row.subtitles_path}
-        return {"start_s": row.start_s, "end_s": row.end_s} | own
+        own = {"subtitles": row.subtitles_path, "frame_rate": row.frame_rate}
+        given = {name: value for name, value in own.items() if value is not None}
+        return {"start_s": row.start_s, "end_s": row.end_s} | given
 
 
 def group_by_span(rows: Iterable[Row]) -> list[Span]:
     """Rows that share an encoding, together, in the order of their first rows."""
     inputs: dict[tuple[str, ...], dict[tuple, list[Row]]] = {}
     for row in rows:
-        inputs.setdefault(row.paths, {}).setdefault((row.start_s, row.end_s, row.subtitles_path), []).append(row)
+        inputs.setdefault(row.paths, {}).setdefault(
+            (row.start_s, row.end_s, row.frame_rate, row.subtitles_path), []
+        ).append(row)
     return [Span(tuple(found)) for spans in inputs.values() for found in spans.values()]
 
 
@@ -174,6 +179,7 @@ def _row(
         question=_text(fields.get("question"), "question"),
         start_s=start,
         end_s=end,
+        frame_rate=_rate(fields.get("frame_rate")),
         options=_options(fields),
         subtitles=subtitles,
         subtitles_path=subtitles if named else os.path.join(folder, subtitles),
@@ -224,6 +230,16 @@ def _filled(value: Any, name: str) -> str:
 def _text(value: Any, name: str) -> str:
     _must(is_text(_filled(value, name)), f"{name} is not valid text")
     return value
+
+
+def _rate(value: Any) -> float | None:
+    if value is None:
+        return None
+    with suppress(ValueError):  # a CSV file has texts
+        value = float(value) if isinstance(value, str) else value
+    right = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    _must(right, "frame_rate is not a number above 0")
+    return float(value)
 
 
 def _seconds(value: Any, name: str) -> float | None:

@@ -57,7 +57,7 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
 
 
 GRADED = Rules(
-    fields="a row has video, question and answer, and may have id, start, end, options, type and groups",
+    fields="a row has video, question and answer, and may have id, start, end, frame_rate, options, type and groups",
     file="give a JSONL or CSV file of questions, or demo",
     numbered=True,
     complete=_complete,

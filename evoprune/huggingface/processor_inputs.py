@@ -49,7 +49,7 @@ def processor_inputs(
         question: taken literally. `system`: a system prompt; None for the model's own.
         revision, offline: of the model, see `VideoQA.load`.
         sampling: options of `VideoQA.encode`: `fps`, `frames`, `start_s`, `end_s`, `max_frames`, `max_visual_tokens` (default:
-            24,576), `decoder`, `subtitles`, `max_subtitle_tokens`.
+            24,576), `frame_rate`, `decoder`, `subtitles`, `max_subtitle_tokens`.
 
     Returns one prompt, on the CPU; `.to(device)` moves it. int64 `[1, L]` "input_ids", "attention_mask" and
     "mm_token_type_ids"; of videos float32 `[patches, values]` "pixel_values_videos", int64 `[videos, 3]` "video_grid_thw", and
@@ -65,7 +65,7 @@ def processor_inputs(
     check_one_file(options.subtitles, len(paths))
     found = find_model(ModelOptions(model, revision, device="cpu", offline=offline))
     tokenizer, limits = load_tokenizer(found.folder), found.limits
-    infos, read = [probe(path) for path in paths], []
+    infos, read = [probe(path, folder_fps=options.frame_rate) for path in paths], []
     for info, wanted in zip(infos, options.of_each(infos), strict=True):
         check_picture(info, options.subtitles)
         read.append(make_plan(info, limits[info.kind], **wanted.numbers))

@@ -139,6 +139,7 @@ class OpenInput:
         engine, plan, clock = self.engine, self.plan, Clock(self.engine.device)
         start, earlier = clock.now(), 0.0 if self._early else self.clock.seconds.get("read", 0.0)
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
+        warnings += plan.info.warnings
         if self.stored:
             result, clock.seconds = self.stored, {"preprocess": 0.0, "encode": 0.0}
         else:

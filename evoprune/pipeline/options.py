@@ -1,5 +1,6 @@
 """The options shared by the command line, batches, evaluations, lmms-eval and Python, each defined once. Imports no torch."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -21,7 +22,7 @@ from evoprune.model.precision import (
     short_dtype,
 )
 from evoprune.pruning.budget import AUTO_MOST, AUTOS, DEFAULT, IN_WORDS, PRESETS, TUNED, parse_budget_or_name, plain
-from evoprune.video.info import NO_SUBTITLES, PICTURE, VIDEO, Video
+from evoprune.video.info import FOLDER_FPS, NO_SUBTITLES, PICTURE, VIDEO, Video
 from evoprune.video.sampling import check_sampling, parse_time
 
 HELD = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
@@ -223,6 +224,7 @@ class SamplingOptions:
         None,
         "Limit before pruning: above it, frames become smaller, then fewer; default: 24576, for real models on a CPU 4096.",
     )
+    frame_rate: float = option(FOLDER_FPS, "Frames a second in a folder of frames. Video files have their own rate.")
     decoder: str = option("auto", "Library that reads the video; auto is pyav.", words=("auto", "pyav", "decord"))
     subtitles: str | PathLike = option(
         NO_SUBTITLES,
@@ -239,6 +241,8 @@ class SamplingOptions:
             raise UsageError("subtitles is empty", "none, auto or a file")
         if self.max_subtitle_tokens < 1:
             raise UsageError(f"at most {self.max_subtitle_tokens} tokens of subtitles", "1 or more; or no subtitles")
+        if not 0 < self.frame_rate < math.inf:
+            raise UsageError(f"frame_rate is {self.frame_rate:g}", "give a number above 0")
         check_sampling(**self.numbers)
 
     @property
@@ -254,7 +258,7 @@ class SamplingOptions:
     @property
     def numbers(self) -> dict[str, Any]:
         """How frames are chosen: what `video.plan.make_plan` takes."""
-        others = ("decoder", "subtitles", "max_subtitle_tokens")
+        others = ("frame_rate", "decoder", "subtitles", "max_subtitle_tokens")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
 
 

@@ -222,7 +222,7 @@ def open_inputs(
     usable = cache if read is read_frames and not engine.method.reads_question else None
     for path, clock in zip(paths, clocks, strict=True):
         with clock.stage("read"):
-            infos.append(probe(path))
+            infos.append(probe(path, folder_fps=sampling.frame_rate))
     each = zip(clocks, infos, sampling.of_each(infos), names or [None] * len(paths), strict=True)
     for clock, info, wanted, name in each:
         with clock.stage("read"):

@@ -26,6 +26,13 @@ WARNINGS = {
     "damaged_video": "{video} is damaged ({damaged:,} of its packets or images); each frame that cannot be decoded was "
     "replaced by the one before it",
     "cut_short": "{video} breaks off at {ends}, although its file says that it lasts until {stated}",
+    "hdr_video": "{video} is HDR, and its colours are read as if it were not: they are too dark and too pale. Convert it to SDR "
+    "first, e.g. with HandBrake",
+    "interlaced_video": "{video} is interlaced: edges of what moves look like combs. Deinterlace it first, e.g. with ffmpeg -i IN "
+    "-vf bwdif OUT",
+    "stretched_video": "the pixels of {video} are not square, and are read as if they were: it looks narrower or wider than in a "
+    "player. Scale it first, e.g. with ffmpeg -i IN -vf scale=iw*sar:ih,setsar=1 OUT",
+    "other_tracks": "{video} has more than one video track; only the main one is read. Extract another with ffmpeg -map",
     "limited": "fewer or smaller frames were looked at than --fps or --frames ask for; --max-frames and --max-visual-tokens "
     "set the limits",
     "demo_model": f"{KNOWN}; {{answers}} nothing. For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",

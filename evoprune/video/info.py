@@ -40,6 +40,17 @@ class Video:
     tags: dict[str, str] = field(default_factory=dict)  # of the container; of a picture its comment
     mirrored: bool = False  # stored frames are flipped left to right before they are rotated
     stated_s: float | None = None  # the duration by the file, of the pictures alone; longer if the file was cut off
+    clock_restarts: int = 0  # how often the file's clock starts anew, as in files that were joined; times here go on
+    hdr: bool = False  # PQ or HLG, which are converted to RGB as if they were neither
+    interlaced: bool = False
+    pixel_aspect: float | None = None  # width by height of the stored pixels, where they are not square
+    other_tracks: int = 0  # of moving pictures, which are not read
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the model sees in another way than players show it."""
+        found = {"hdr_video": self.hdr, "interlaced_video": self.interlaced, "stretched_video": self.pixel_aspect}
+        return [name for name, true in (found | {"other_tracks": self.other_tracks}).items() if true]
 
     @property
     def kind(self) -> str:

@@ -137,6 +137,7 @@ def trace(
     with closing(open_inputs(engine, [path], sampling, names=[name], read=read, encode_rows=encode)) as opened:
         (plan,) = opened.plans
         report = opened.encode(progress).report
-    found = [each for each in ("cut_short", "damaged_video", "equal_scores") if each in report.inputs[0].warnings]
+    found = list(plan.info.warnings)
+    found += [each for each in ("cut_short", "damaged_video", "equal_scores") if each in report.inputs[0].warnings]
     found += [] if engine.loaded.knows(plan.info) else ["demo_overlay"]
     return TracedVideo(plan, torch.cat(frames), fates(rows[0]), found, report.video.damaged or 0)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -212,7 +213,10 @@ def test_bash_completes_without_slow_imports(cli, monkeypatch, tmp_path):
     monkeypatch.setattr(shellingham, "detect_shell", lambda: ("bash", "/bin/bash"))
     (tmp_path / "script").write_text(cli("--show-completion").out)
     program = tmp_path / "evoprune"
-    program.write_text(f"""#!{sys.executable}
+    python = shlex.quote(sys.executable)
+    program.write_text(f"""#!/bin/sh
+'''exec' {python} "$0" "$@"  # as pip writes it where a path has spaces
+' '''
 import sys
 from evoprune_cli.__main__ import start
 try:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -535,7 +536,7 @@ def test_ctrl_c_ends_the_loop_of_a_shell_too(tmp_path):
     interrupted = (
         "main.run = lambda: os.kill(os.getpid(), signal.SIGINT); from evoprune_cli.__main__ import start; start()"
     )
-    loop = f'for i in 1 2; do {sys.executable} -c "{begins}{interrupted}"; echo "code $?"; done'
+    loop = f'for i in 1 2; do {shlex.quote(sys.executable)} -c "{begins}{interrupted}"; echo "code $?"; done'
     done = subprocess.run(["bash", "-c", loop], capture_output=True, text=True, timeout=60, start_new_session=True)
     assert done.stdout == "code 130\ncode 130\n"  # what a shell calls the end by this signal
     one = subprocess.run([sys.executable, "-c", begins + interrupted], capture_output=True, timeout=60)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -118,7 +119,9 @@ def test_a_chart_beside_results_that_are_not_there_yet(run, tmp_path):
 
 @pytest.mark.full
 def test_no_room_for_the_demos_clips(tmp_path):
-    command = f"ulimit -f 2; exec {sys.executable} -m evoprune_cli eval --data demo --limit 1 -b 0.1 -m demo"
+    command = (
+        f"ulimit -f 2; exec {shlex.quote(sys.executable)} -m evoprune_cli eval --data demo --limit 1 -b 0.1 -m demo"
+    )
     done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, text=True)
     assert done.returncode == 2 and "cannot write a clip" in done.stderr and "TMPDIR" in done.stderr
 

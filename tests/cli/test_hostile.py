@@ -152,12 +152,12 @@ def test_json_has_escapes_for_what_cannot_be_seen(cli, says):
 
 REDIRECTED = {
     # shell: exit code, what stderr says
-    "ask >&-": (f"ask {CLIP} What? -q", 2, "stdout is closed"),
-    "ask --json >&-": (f"ask {CLIP} What? -q --json", 2, "stdout is closed"),
-    "batch >&-": (f"batch {CLIP} -Q What? -m demo -o -", 2, "stdout is closed"),
-    "eval >&-": (f"eval --data {ROOT}/samples/questions.jsonl", 2, "stdout is closed"),
+    "ask >&-": ("ask samples/square.mp4 What? -q", 2, "stdout is closed"),
+    "ask --json >&-": ("ask samples/square.mp4 What? -q --json", 2, "stdout is closed"),
+    "batch >&-": ("batch samples/square.mp4 -Q What? -m demo -o -", 2, "stdout is closed"),
+    "eval >&-": ("eval --data samples/questions.jsonl", 2, "stdout is closed"),
     "help >&-": ("--help", 2, "stdout is closed"),
-    "an unknown flag >/dev/full": (f"ask {CLIP} What? --json --none", 2, "No space left"),
+    "an unknown flag >/dev/full": ("ask samples/square.mp4 What? --json --none", 2, "No space left"),
     "help >/dev/full": ("--help", 2, "No space left"),
 }
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from evoprune_cli.ask import Words
+from tests.video.files import write_said
 
 CLIP, OTHER, QUESTION = "samples/square.mp4", "samples/arrivals.webm", "What differs?"
 QUICK = ("-n", "2")
@@ -164,3 +165,37 @@ def test_profile_of_pictures(cli, photo, tiny_folder):
         assert [row["counts"]["tokens"] for row in rows] == [6, 6, 2, 2] and not any(row["error"] for row in rows)
     for words in (("--pictures", CLIP), ("--pictures", "--frames", "8")):
         assert "--pictures excludes" in cli("profile", *words).err
+
+
+def test_frames_of_a_folder_have_a_rate(cli, tmp_path):
+    frames, rows = tmp_path / "frames", tmp_path / "rows.jsonl"
+    frames.mkdir()
+    for i in range(20):
+        Image.new("RGB", (56, 56), (12 * i, 0, 0)).save(frames / f"{i}.png")
+    assert cli("inspect", frames, "--json").record["video"]["duration_s"] == 10.0
+    found = cli("inspect", frames, "--frame-rate", 10, "--scan", "--json").record
+    assert found["video"]["duration_s"] == found["scan"]["duration_s"] == 2.0
+    assert len(found["plan"]["timestamps_s"]) == 4
+    record = cli("ask", frames, "What digit is it?", "-m", "demo", "--frame-rate", 8, "-n", 1, "--json").record
+    assert record["video"]["duration_s"] == 2.5
+    own = {"video": "frames", "question": "What digit is it?", "frame_rate": 4}
+    rows.write_text(json.dumps(own) + "\n" + json.dumps({"video": "frames", "question": "Why?"}))
+    asked = "batch", "--from", rows, "-m", "demo", "-o", "-", "--frame-rate", 5, "-n", 1
+    assert [json.loads(line)["video"]["duration_s"] for line in cli(*asked).out.splitlines()] == [5.0, 4.0]
+    for wrong in (0, "4 fps", True):
+        rows.write_text(json.dumps(own | {"frame_rate": wrong}))
+        refused = cli(*asked)
+        assert refused.code == 2 and "frame_rate" in refused.err
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "nan", "inf"])
+def test_a_rate_that_makes_no_sense(cli, wrong):
+    assert cli("inspect", "samples/square.mp4", f"--frame-rate={wrong}").code == 2
+
+
+def test_what_is_not_seen_as_in_a_player_is_said(cli, tmp_path):
+    write_said(tmp_path / "cameras.mp4")
+    found = cli("ask", tmp_path / "cameras.mp4", "What digit is it?", "-m", "demo", "-n", 1, "--frames", 2)
+    assert "cameras.mp4 has more than one video track" in " ".join(found.err.split())
+    assert "other tracks        2" in cli("inspect", tmp_path / "cameras.mp4").out
+    assert "other tracks" not in cli("inspect", "samples/square.mp4").out

@@ -37,6 +37,7 @@ WRONG = [
     (SamplingOptions, "frames", 0, "frames is 0"),
     (SamplingOptions, "start_s", float("nan"), "start is nan"),
     (SamplingOptions, "end_s", float("inf"), "end is inf"),
+    (SamplingOptions, "frame_rate", 0, "frame_rate is 0"),
     (SamplingOptions, "max_frames", 1, "max_frames is 1"),
     (SamplingOptions, "max_visual_tokens", 0, "at most 0 visual tokens"),
     (GenerationOptions, "max_new_tokens", 0, "max_new_tokens is 0"),

@@ -182,3 +182,36 @@ def pixels(chunks):
 def numbers(info, times, **how):
     """The numbers in the frames that are read."""
     return [number_of(rgb) for chunk in read_frames(info, times, **how) for rgb in chunk.frames]
+
+
+SAID = {  # how a file is written, what is known of it, and the warning
+    "pq.mp4": ({"codec": "libx265", "pix_fmt": "yuv420p10le"}, {"color_trc": 16}, {"hdr": True}, "hdr_video"),
+    "hlg.mkv": ({"codec": "libx265", "pix_fmt": "yuv420p10le"}, {"color_trc": 18}, {"hdr": True}, "hdr_video"),
+    "fields.mp4": ({"options": {"x264-params": "interlaced=1"}}, {}, {"interlaced": True}, "interlaced_video"),
+    "wide.mp4": ({}, {"sample_aspect_ratio": Fraction(16, 11)}, {"pixel_aspect": 16 / 11}, "stretched_video"),
+    "wide.mkv": ({}, {"sample_aspect_ratio": Fraction(16, 11)}, {"pixel_aspect": 16 / 11}, "stretched_video"),
+    "cameras.mp4": ({"tracks": 3}, {}, {"other_tracks": 2}, "other_tracks"),
+    "plain.mp4": ({}, {}, {"hdr": False, "interlaced": False, "pixel_aspect": None, "other_tracks": 0}, None),
+}
+
+
+def write_said(path: Path) -> tuple[dict, str | None]:
+    """A file of `SAID`, by its name; returns what is known of it, and the warning."""
+    how, settings, facts, warning = SAID[path.name]
+    how = {"codec": "libx264", "pix_fmt": "yuv420p", "options": {"x265-params": "log-level=none"}, "tracks": 1} | how
+    with av.open(str(path), "w") as out:
+        tracks = [out.add_stream(how["codec"], rate=10, options=how["options"]) for _ in range(how["tracks"])]
+        for track in tracks:
+            track.height, track.width, track.pix_fmt = 48, 64, how["pix_fmt"]
+            for name, value in settings.items():
+                setattr(track.codec_context, name, value)
+        for i, rgb in enumerate(numbered_frames(4)):
+            for track in tracks:
+                frame = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format=how["pix_fmt"])
+                frame.pts, frame.time_base = i, Fraction(1, 10)
+                if "color_trc" in settings:
+                    frame.color_trc = settings["color_trc"]
+                out.mux(track.encode(frame))
+        for track in tracks:
+            out.mux(track.encode(None))
+    return facts, warning

@@ -70,7 +70,7 @@ KINDS = {
     "444.webm": Kind(VP9 | {"pix_fmt": "yuv444p"}),
     "interlaced.mp4": Kind({"options": {"x264-params": "interlaced=1"}}),
     "rgb.mp4": Kind({"codec": "libx264rgb", "pix_fmt": "rgb24"}),
-    "alpha.mov": Kind({"codec": "prores_ks", "pix_fmt": "yuva444p10le"}),
+    "alpha.mov": Kind({"codec": "prores_ks", "pix_fmt": "yuva444p10le"}, decord_refuses="transparent"),
     "png16.mov": Kind({"codec": "png", "pix_fmt": "rgb48be"}, size=(47, 63)),
     "ffv1.mkv": Kind({"codec": "ffv1", "pix_fmt": "bgr0"}, size=(47, 63)),
     "raw.avi": Kind({"codec": "rawvideo", "pix_fmt": "bgr24"}, size=(47, 63)),

@@ -1,8 +1,12 @@
 import struct
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
+from PIL import Image
 
+from evoprune.errors import VideoError
 from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe
 from tests.video.files import number_of, numbered_frames, numbers, quarters, write_video
@@ -66,3 +70,77 @@ def test_full_range_is_honoured(folder):
     grey = [np.full((48, 64, 3), 10, np.uint8)] * 2
     path = write_video(folder / "full.mp4", grey, codec="mjpeg", pix_fmt="yuvj420p")
     assert abs(int(first_picture(path).mean()) - 10) <= 2
+
+
+CLEAR = np.zeros((48, 64, 4), np.uint8)  # red, half black, and nothing, which is stored as black
+CLEAR[:, :24] = 200, 0, 0, 255
+CLEAR[:, 24:40] = 0, 0, 0, 128
+# What is seen of it, from left to right.
+OVER_WHITE = [(200, 0, 0), (127, 127, 127), (255, 255, 255)]
+TRANSPARENT = {
+    "prores.mov": ("prores_ks", "yuva444p10le", {}),
+    "animation.mov": ("qtrle", "argb", {}),
+    "png.mov": ("png", "rgba", {}),
+    "ffv1.mkv": ("ffv1", "bgra", {}),
+    "vp9.webm": ("libvpx-vp9", "yuva420p", {"auto-alt-ref": "0"}),
+    "vp8.webm": ("libvpx", "yuva420p", {"auto-alt-ref": "0"}),
+}
+
+
+def written_transparent(path, codec, pix_fmt, options):
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=10, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
+        for i in range(3):
+            frame = av.VideoFrame.from_ndarray(CLEAR, format="rgba").reformat(format=pix_fmt)
+            frame.pts, frame.time_base = i, Fraction(1, 10)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return path
+
+
+def is_over_white(got):
+    colours = [got[24, x].astype(int) for x in (10, 32, 56)]
+    return np.abs(np.subtract(colours, OVER_WHITE)).max() <= 4
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+def test_transparent_parts_of_videos_are_put_over_white(name, tmp_path):
+    info = probe(written_transparent(tmp_path / name, *TRANSPARENT[name]))
+    (chunk,) = read_frames(info, [0.05, 0.25])
+    assert is_over_white(chunk.frames[0]) and is_over_white(chunk.frames[1])
+
+
+@pytest.mark.parametrize("ending", ["png", "webp"])
+def test_transparent_frames_of_a_folder_are_put_over_white(ending, tmp_path):
+    Image.fromarray(CLEAR).save(tmp_path / f"a.{ending}", lossless=True, exact=True)
+    large = Image.fromarray(CLEAR).resize((128, 96), Image.Resampling.NEAREST)
+    large.save(tmp_path / f"b.{ending}", lossless=True, exact=True)
+    assert is_over_white(first_picture(tmp_path / f"a.{ending}"))  # a picture
+    (chunk,) = read_frames(probe(tmp_path), [0.0, 0.5])
+    assert is_over_white(chunk.frames[0]) and is_over_white(chunk.frames[1])
+
+
+@pytest.mark.parametrize(("ending", "mode"), [("png", "LA"), ("png", "P")])
+def test_grey_and_palettes_with_transparency(ending, mode, tmp_path):
+    image = Image.fromarray(CLEAR).convert("LA") if mode == "LA" else Image.fromarray(CLEAR[..., 0]).convert("P")
+    image.save(tmp_path / f"a.{ending}", **({} if mode == "LA" else {"transparency": 0}))
+    (chunk,) = read_frames(probe(tmp_path), [0.0])
+    assert chunk.frames[0][24, 56].tolist() == [255] * 3
+    assert np.array_equal(chunk.frames[0], first_picture(tmp_path / f"a.{ending}"))
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.apng"])
+def test_animations_are_put_over_white(name, tmp_path):
+    frames = [Image.fromarray(np.roll(CLEAR, i, 1)) for i in range(3)]
+    how = {"format": "PNG"} if name == "a.apng" else {"disposal": 2}
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=100, **how)
+    got = first_picture(tmp_path / name)
+    assert got[24, 56].tolist() == [255] * 3 and np.abs(got[24, 10].astype(int) - (200, 0, 0)).max() <= 2
+
+
+def test_decord_refuses_transparency(tmp_path):
+    pytest.importorskip("decord")
+    info = probe(written_transparent(tmp_path / "a.mov", *TRANSPARENT["png.mov"]))
+    with pytest.raises(VideoError, match="transparent"):
+        list(read_frames(info, [0.0], decoder="decord"))

@@ -1,11 +1,12 @@
 import os
 
+import av
 import numpy as np
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.video.probe import probe
-from tests.video.files import numbered_frames, write_sound, write_video
+from evoprune.video.probe import probe, scan
+from tests.video.files import SAID, numbered_frames, write_said, write_sound, write_video
 
 FRAMES = numbered_frames(30)
 FILES = {
@@ -158,3 +159,64 @@ def test_a_video_of_which_nothing_can_be_decoded_is_refused(tmp_path):
     content[begin : content.index(b"moov") - 4] = bytes(content.index(b"moov") - 4 - begin)
     path.write_bytes(content)
     refused(path)
+
+
+BURSTS = [*(i / 12 for i in range(36)), *(23 + i / 12 for i in range(30))]  # 12 a second, with a gap of 20 s
+
+
+@pytest.mark.parametrize("frames", [0, 3])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.ts", "remuxed.mkv"])
+def test_a_gap_in_time_does_not_make_a_video_longer(name, frames, tmp_path):
+    """Frames that are stored out of order have, in MP4, differences of decoding times as their durations."""
+    written = tmp_path / name.replace("remuxed.mkv", "b.mp4")
+    write_video(written, numbered_frames(66), pts=BURSTS, fps=12, options={"bf": str(frames)})
+    path = copied(written, tmp_path / name)
+    info = probe(path)
+    assert info.duration_s == pytest.approx(25.5, abs=2e-3) and not info.cut_short
+    assert scan(path).duration_s == pytest.approx(25.5, abs=2e-3)
+
+
+@pytest.mark.parametrize("frames", [0, 3])
+def test_a_gap_before_the_last_frames(frames, tmp_path):
+    """The frame displayed last is stored before the gap's end, so the whole gap counts as its duration."""
+    times = [*(i / 12 for i in range(34)), *(23 + i / 12 for i in range(5))]
+    options = {"bf": str(frames), "x264-params": "b-adapt=0:scenecut=0"}
+    path = write_video(tmp_path / "a.mp4", numbered_frames(39), pts=times, fps=12, options=options)
+    assert [probe(path).duration_s, scan(path).duration_s] == pytest.approx([23 + 5 / 12] * 2, abs=2e-3)
+
+
+def test_an_average_rate_is_not_the_length_of_a_frame(tmp_path):
+    times = [*(0.5 * i for i in range(7)), *(23 + 0.5 * i for i in range(5))]
+    for name, pts in (("gap.mp4", times), ("slides.mp4", range(12))):
+        path = write_video(tmp_path / name, numbered_frames(12), pts=pts, fps=12, options={"bf": "0"})
+        info = probe(path)
+        assert info.duration_s == info.stated_s == pytest.approx(pts[-1] + 1 / 12, abs=2e-3)
+        assert not info.cut_short
+
+
+def copied(path, out):
+    """The file, or a copy of its packets in another container."""
+    if path != out:
+        with av.open(str(path)) as source, av.open(str(out), "w") as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    target.mux(packet)
+    return out
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_is_not_shown_as_players_show_it_is_said(name, tmp_path):
+    facts, warning = write_said(tmp_path / name)
+    info = probe(tmp_path / name)
+    assert {fact: getattr(info, fact) for fact in facts} == facts
+    assert info.warnings == ([warning] if warning else [])
+
+
+def test_a_short_gap_is_no_end_that_is_missing(tmp_path):
+    """The copy's header has the wrong duration of a frame in the middle, two seconds after the true end."""
+    times = [*(i / 12 for i in range(22)), *(i / 12 + 2.5 for i in range(22, 32))]
+    written = write_video(tmp_path / "a.mp4", numbered_frames(32), pts=times, fps=12, options={"bf": "3"})
+    info = probe(copied(written, tmp_path / "b.mkv"))
+    assert not info.cut_short and info.duration_s == pytest.approx(times[-1] + 1 / 12, abs=2e-3)

@@ -29,7 +29,7 @@ from evoprune.pipeline.loading.folder import (
 )
 from evoprune.pipeline.loading.weights import check_layers, files_fingerprint, needed_bytes, stay_mapped
 from evoprune.pipeline.options import ModelOptions
-from evoprune.text import did_you_mean
+from evoprune.text import did_you_mean, is_text
 from evoprune.video.plan import InputLimits
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -183,6 +183,9 @@ def locate(options: ModelOptions, *, files: list[str] | None) -> tuple[Path, str
     if os.path.isdir(folder):  # unlike a path's own method, it raises nothing
         if revision is not None:
             raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
+        if not is_text(os.path.abspath(folder)):  # as the readers of tokenizers and weights want it
+            hint = "rename it, or set LC_ALL to a locale with UTF-8, such as C.UTF-8"
+            raise ModelError(f"the path {folder} is not valid text", hint)
         return folder, None
     if os.path.exists(folder):
         raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")

@@ -11,11 +11,12 @@ from contextlib import closing, contextmanager
 from types import ModuleType
 
 import numpy as np
+from av.video.format import VideoFormat
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg, pyav
-from evoprune.video.readers.pixels import rotated, turned_size
+from evoprune.video.readers.pixels import may_be_transparent, rotated, turned_size
 
 # In other containers it does not return to the beginning (MPEG-TS), or it does not open them at all.
 CONTAINERS = (ffmpeg.MOV, "matroska,webm", "avi", "flv")
@@ -41,6 +42,10 @@ def check(info: Video) -> None:
         raise _refusal(info, "its FFmpeg has no decoder for AV1")
     if info.container not in CONTAINERS:
         raise _refusal(info, f"it does not read {info.container} reliably")
+    if info.pix_fmt and may_be_transparent(VideoFormat(info.pix_fmt)):
+        raise _refusal(info, "it shows transparent parts as black")
+    if info.clock_restarts:
+        raise _refusal(info, "it loses the frames after a restart of the clock")
     if info.mirrored and info.container == ffmpeg.MOV:
         raise _refusal(info, "it turns mirrored videos the wrong way")
 

@@ -10,9 +10,11 @@ from typing import BinaryIO
 
 import av
 import numpy as np
+from av.codec.context import CodecContext
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition, Stream
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -28,6 +30,9 @@ FALLBACK_FPS = 25.0  # of a stream that states no frame rate; FFmpeg assumes the
 # Containers that store the time of each frame, so that times are the same after a jump; others are read front to back.
 MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 SEEKABLE = (MOV, "matroska,webm", "mpegts")
+# Containers that files are often joined in, byte by byte (`cat a.ts b.ts`, the parts of a DVD), so that the clock restarts.
+JOINED = ("mpegts", "mpeg")
+BACK_S, LONGEST_GAP_S = 0.5, 600.0  # a step back by more is another clock; so is, in such a container, a longer gap
 # Tags with more characters are left out, and all but some, because tags travel with every `Video`.
 TAG_CHARACTERS, MOST_TAGS = 4000, 200
 MAX_PIXELS = 2**27  # of pictures that are read: 16K video, and photographs of 100 megapixels, have fewer
@@ -39,6 +44,7 @@ MAX_THREADS = 16  # more gain nothing, and each holds a picture
 DENSE = ("matroska,webm", "flv")
 # Bytes between two packets that are no damage, beside twice the first packet's size (its transparency, for example).
 HEADERS = 2**12
+WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders of streams that say they have transparency
 TOLERANCE_S = 0.0006  # a frame counts as on screen so much before its time: Matroska rounds times to milliseconds
 
 
@@ -111,17 +117,22 @@ def open_bytes(file: BinaryIO, format_name: str | None = None) -> InputContainer
     return av.open(nameless, format=format_name, options=options, **_TAGS)
 
 
+def moving(container: InputContainer) -> list[VideoStream]:
+    """The video tracks that are no cover pictures."""
+    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+
+
 def video_stream(container: InputContainer, path: str, *, threads: bool = False) -> VideoStream:
     """The stream to show, decoded with several `threads`.
 
     Raises VideoError: no video, only a cover picture, no decoder in this build of FFmpeg, or pictures that are too large.
     """
-    moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if not moving:
+    tracks = moving(container)
+    if not tracks:
         found = "only a cover picture" if container.streams.video else "no video stream"
         raise VideoError(f"{path} has {found}", "give a file with moving pictures")
     best = container.streams.best("video")
-    stream = best if best in moving else moving[0]
+    stream = best if best in tracks else tracks[0]
     if stream.codec_context is None:
         hint = "convert it to H.264, e.g. with ffmpeg, unless it is damaged"
         raise VideoError(f"there is no decoder for the video in {path}", hint)
@@ -179,6 +190,16 @@ def packets(
         yield None
 
 
+def decoder(stream: VideoStream) -> VideoStream | VideoCodecContext:
+    """What decodes a stream. FFmpeg's own decoders of VP8 and VP9 leave out transparency; those of libvpx do not."""
+    name = WITH_ALPHA.get(stream.codec_context.codec.canonical_name)
+    if name is None or stream.metadata.get("alpha_mode") != "1":
+        return stream
+    made = CodecContext.create(name, "r")
+    made.options, made.thread_count = stream.codec_context.options, stream.codec_context.thread_count
+    return made
+
+
 def decoded_frames(
     container: InputContainer, stream: VideoStream, damaged: Damage = ignore_damage
 ) -> Iterator[VideoFrame]:
@@ -186,10 +207,11 @@ def decoded_frames(
 
     `damaged` is called for both, and where the file breaks off.
     """
+    decode = decoder(stream).decode
     for packet in packets(container, stream, damaged):
         broken, frames = packet is None or packet.is_corrupt, []
         try:
-            frames = stream.decode(packet)
+            frames = decode(packet)
         except av.error.FFmpegError:  # the next packet may be whole
             broken = True
         if broken:
@@ -203,6 +225,11 @@ def decoded_frames(
 
 def _stamp(found: Packet | VideoFrame) -> int | None:
     return found.dts if found.pts is None else found.pts
+
+
+def restarts(passed_s: float, container: str) -> bool:
+    """Whether two times in a row, so many seconds apart, are of different clocks."""
+    return passed_s < -BACK_S or (passed_s > LONGEST_GAP_S and container in JOINED)
 
 
 def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:

@@ -125,11 +125,11 @@ class LiveReader:
 
     def _decoded(self) -> Iterator[VideoFrame]:
         """All frames; what cannot be decoded is left out, unless it is all there is for `timeout_s`."""
-        latest = time.monotonic()
+        latest, decode = time.monotonic(), ffmpeg.decoder(self._stream).decode
         for packet in self._packets():
             ffmpeg.alive()
             try:
-                frames = self._stream.decode(packet)
+                frames = decode(packet)
             except (av.error.InvalidDataError, av.error.ArgumentError):
                 frames = []
             for frame in frames:

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
@@ -35,11 +36,27 @@ def turned_size(size: tuple[int, int], rotation_deg: int) -> tuple[int, int]:
     return size if rotation_deg % 180 == 0 else size[::-1]
 
 
+def may_be_transparent(form: VideoFormat) -> bool:
+    return form.has_palette or any(component.is_alpha for component in form.components)
+
+
+def over_white(frame: VideoFrame, reformatter: VideoReformatter) -> VideoFrame:
+    """The frame with its transparent parts over white, as those of pictures are; itself without any."""
+    if not may_be_transparent(frame.format):
+        return frame
+    rgba = reformatter.reformat(frame, format="rgba").to_ndarray().astype(np.uint16)
+    alpha = rgba[..., 3:]
+    if alpha.min() == 255:
+        return frame
+    mixed = (rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
+    return VideoFrame.from_ndarray(mixed.astype(np.uint8), format="rgb24")
+
+
 def to_rgb(
     frame: VideoFrame, width: int, height: int, rotation_deg: int, mirrored: bool, reformatter: VideoReformatter
 ) -> np.ndarray:
     """uint8 `[height, width, 3]`: the frame by libswscale's default conversion, rotated and scaled to this size."""
-    stored = turned_size((width, height), rotation_deg)
+    stored, frame = turned_size((width, height), rotation_deg), over_white(frame, reformatter)
     return rotated(reformatter.reformat(frame, *stored, format="rgb24").to_ndarray(), rotation_deg, mirrored)
 
 

@@ -50,7 +50,8 @@ def _on_screen(
     info: Video, times: Sequence[float], damaged: ffmpeg.Damage, *, seek: bool = True
 ) -> Iterator[TimedFrame]:
     """The frame on screen at each time. Holds no more than that frame and the one after it."""
-    end = info.duration_s if seek and info.container in ffmpeg.SEEKABLE else None
+    seek = seek and info.container in ffmpeg.SEEKABLE and not info.clock_restarts
+    end = info.duration_s if seek else None
     jump_from, keyframe_time = MIN_JUMP_S, 0.0
     with ffmpeg.open_video(info.path) as container:
         stream = ffmpeg.video_stream(container, info.path, threads=True)
@@ -96,10 +97,15 @@ def _jump(
 
 
 def decode(container: InputContainer, stream: VideoStream, info: Video, damaged: ffmpeg.Damage) -> Iterator[TimedFrame]:
-    """As `decoded_frames`, with the time of each frame: where the file states none, one step after the frame before it."""
+    """As `decoded_frames`, with the time of each frame: where the file states none, one step after the frame before it.
+
+    So is the first frame after a restart of the file's clock, from where on times are counted.
+    """
     step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
-    time = -step
+    time, origin = -step, info.start_s
     for frame in ffmpeg.decoded_frames(container, stream, damaged):
         stamp = ffmpeg.frame_time(frame, stream)
-        time = time + step if stamp is None else stamp - info.start_s
+        if stamp is not None and info.clock_restarts and ffmpeg.restarts(stamp - origin - time, info.container):
+            origin = stamp - time - step
+        time = time + step if stamp is None else stamp - origin
         yield time, frame

@@ -36,6 +36,7 @@ class FrameReader:
         else:
             reader = decord if decoder == "decord" else folder if info.container == folder.CONTAINER else pyav
         self._damaged: set[int | None] = set()
+        self._joints = info.clock_restarts  # at each of which a packet may be incomplete
         self._frames = reader.read(info, times_s, self._damaged.add)
 
     def fill(self, frames: np.ndarray) -> tuple[list[float], int]:
@@ -43,12 +44,15 @@ class FrameReader:
 
         Returns the time of each frame in seconds, and how many damaged packets were found that earlier calls did not find.
         """
-        times, before = [], len(self._damaged)
+        times, before = [], self._count()
         for slot in frames:
             time, slot[:] = next(self._frames)
             times.append(time)
             ffmpeg.alive()
-        return times, len(self._damaged) - before
+        return times, self._count() - before
+
+    def _count(self) -> int:
+        return max(0, len(self._damaged) - self._joints)
 
     def close(self) -> None:
         self._frames.close()

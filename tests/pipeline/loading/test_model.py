@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import socket
@@ -321,6 +322,12 @@ def test_a_name_that_is_nearly_right_is_named():
         load_model("qwen2.5-vl-3b")
     assert caught.value.hint.startswith("did you mean Qwen/Qwen2.5-VL-3B-Instruct? ")
     assert "the name of the model is empty" in error_of(" ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere paths are text")
+def test_a_folder_whose_name_is_no_text_is_not_called_damaged(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / os.fsdecode(b"mod\xe8le"))
+    assert "is not valid text" in error_of(folder)
 
 
 def test_a_file_is_not_a_model(saved):
