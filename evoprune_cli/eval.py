@@ -41,13 +41,10 @@ class Request:
         default=SPLITS[0],
         **completion.one_of(*SPLITS),
     )
-    seed: int = own(
-        "--seed <int>",
-        "Block of the demo's clips; blocks share no clip. Also the seed of methods that draw at random.",
-        default=0,
-        min=0,
-        max=2**31 - 1,
+    block: int = own(
+        "--block <int>", "Block of the demo's clips; blocks share no clip.", default=0, min=0, max=2**31 - 1
     )
+    seed: int = own("--seed <int>", "Seed of methods that draw at random.", default=0, min=0, max=2**31 - 1)
     budget: opt.Budgets = None
     method: opt.Methods = None
     blind: bool = flag("--blind", "Also ask without the video: a grey one of the same size and length.")
@@ -111,8 +108,8 @@ def evaluate(asked: Request) -> int:
     check_chart(asked.chart, beside=asked.output, inputs=[asked.data])
     videos = None if asked.data == "demo" else load_questions(Path(asked.data))
     settings = {
-        **sweep, "data": asked.data, "blind": asked.blind, "split": asked.split, "seed": asked.seed,
-        "limit": asked.limit, "world": asked.world, "groups": tuple(dict.fromkeys(opt.listed(asked.group))),
+        **sweep, "data": asked.data, "blind": asked.blind, "split": asked.split, "block": asked.block,
+        "seed": asked.seed, "limit": asked.limit, "world": asked.world, "groups": tuple(dict.fromkeys(opt.listed(asked.group))),
         "model": model, "sampling": made.sampling, "generation": made.generation,
     }  # fmt: skip
     return _run(asked, settings, videos)

@@ -55,7 +55,7 @@ def _head(document: dict) -> list[str]:
 def _data(settings: dict) -> str:
     """The file of questions, or which of the demo's clips."""
     data = one_line(settings["data"])
-    return f"{data} ({settings['world']}, {settings['split']}, block {settings['seed']})" if data == "demo" else data
+    return f"{data} ({settings['world']}, {settings['split']}, block {settings['block']})" if data == "demo" else data
 
 
 def _percent(value: float | None, sign: str = "") -> str:

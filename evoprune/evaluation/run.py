@@ -36,6 +36,7 @@ from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOpti
 from evoprune.pipeline.saved import make_method, resolve, with_recipe
 from evoprune.pipeline.video_qa import open_inputs
 from evoprune.pruning.budget import TUNED, plain
+from evoprune.pruning.types import generator_seed
 
 DEMO, DEMO_CLIPS = "demo", 100
 Progress = Callable[[str], None]
@@ -59,7 +60,8 @@ class Settings:
     method_args: dict[str, str] = field(default_factory=dict)
     blind: bool = False  # also ask without the video
     split: str = "heldout"
-    seed: int = 0  # picks the block of clips, and is that of methods that select at random
+    seed: int = 0  # of methods that select at random
+    block: int = 0  # of the demo's clips
     world: str = WORLDS[0]  # or both
     groups: tuple[str, ...] = ()  # only questions of these; all if it is empty
     limit: int | None = None  # of videos; None for all of a file, and for 100 clips of each world
@@ -180,7 +182,7 @@ class Evaluation:
         s = self.settings
         if videos is None:
             worlds = WORLDS if s.world == BOTH else (s.world,)
-            return clips_asked(worlds, s.split, s.seed, s.limit or DEMO_CLIPS, s.groups)
+            return clips_asked(worlds, s.split, s.block, s.limit or DEMO_CLIPS, s.groups)
         if s.groups:
             every = [replace(v, rows=tuple(r for r in v.rows if set(s.groups) & set(r.groups))) for v in videos]
             chosen = [video for video in every if video.rows]
@@ -210,7 +212,7 @@ class Evaluation:
         self, variant: Variant, video: Video, span: Span, frames: SharedFrames, rows: SharedRows
     ) -> Iterator[dict]:
         settings, prunes = self.settings, variant.row == METHOD and not variant.tuned
-        seed = ((settings.seed << 32) + crc32(video.name.encode("utf-8", "surrogateescape"))) % 2**63
+        seed = crc32(video.name.encode("utf-8", "surrogateescape"), generator_seed(settings.seed))
         args = settings.method_args if prunes else {}
         options = PruneOptions(budget=variant.budget, method=variant.method, method_args=args, seed=seed)
         engine = make_engine(self.loaded, options)
