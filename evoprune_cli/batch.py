@@ -13,7 +13,7 @@ from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.loading import note_model, prepare
 from evoprune_cli.options import flag, own
-from evoprune_cli.results import SOME_FAILED
+from evoprune_cli.results import SOME_FAILED, one_of
 from evoprune_cli.tally import Tally
 from evoprune_cli.terminal import print_traceback, progress, tell
 
@@ -42,7 +42,7 @@ class Request:
         "--resume",
         "Go on with FILE if it exists: rows that have an answer are skipped, rows that failed are asked again.",
     )
-    overwrite: bool = flag("--overwrite", "Replace what is in FILE.")
+    overwrite: bool = flag("--overwrite", "Replace the records in FILE; a file that holds anything else stays.")
     options: opt.MakeOptions
     engine: str = own(
         "--engine",
@@ -200,6 +200,6 @@ def _check_files(asked: Request, rows) -> list[str]:
         their = "its rows" if len(missing) == 1 else f"{len(missing):,} of {len(videos):,} videos, whose rows"
         tell(f"no such file: {some(missing)} ({their} will fail)")
     read = filter(None, [*videos, *(row.subtitles_path for row in rows), asked.source])
-    if asked.output != DASH and os.path.realpath(asked.output) in map(os.path.realpath, read):
+    if asked.output != DASH and one_of(asked.output, read):
         raise UsageError(f"{asked.output} is what is to be read", "choose another -o")
     return [] if asked.quiet else [videos[path] for path in missing[:SOME]]

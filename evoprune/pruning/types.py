@@ -15,7 +15,7 @@ AT_ONCE = 4096  # units that have float32 copies at a time
 
 
 def generator_seed(seed: int) -> int:
-    """A seed of which torch's CPU generator uses every bit: below 2**32 the same one, else a hash of it. It takes the low 32 bits."""
+    """The seed for torch's CPU generator, which takes the low 32 bits alone: below 2**32 as it is, else a hash of all its bits."""
     digest = blake2b(str(seed).encode(), digest_size=4).digest()
     return seed if 0 <= seed < 2**32 else int.from_bytes(digest)
 

@@ -192,6 +192,7 @@ def no_weights(monkeypatch):
         ((*CLIPS, *ASKED, "-o", "no/such/out.jsonl"), "cannot write no/such/out.jsonl", 2),
         ((*CLIPS, *ASKED, "-o", "/proc/out.jsonl"), "cannot write /proc/out.jsonl", 2),
         ((*CLIPS, *ASKED, "-o", CLIPS[1], "--overwrite"), "samples/three.mp4 is what is to be read", 2),
+        (("--overwrite", "-o", *CLIPS, *ASKED), "samples/square.mp4 is there, and holds no records of a batch", 2),
         (("--from", "samples/questions.jsonl", "-o", "./samples/questions.jsonl", "--overwrite"), "is to be read", 2),
         (("--from", "no/such.csv"), "cannot read no/such.csv", 2),
         (("--from", "-"), "nothing is piped", 2),
