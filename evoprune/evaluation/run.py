@@ -223,7 +223,7 @@ class Evaluation:
             encoded = opened.encode()
         cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
         for row in span.rows:
-            answer = encoded.ask(row.prompt, options=settings.generation)
+            answer = encoded.ask(row.prompt, options=row.generation(settings.generation))
             said = "".join(answer)
             right = grade(row, said)
             made = {

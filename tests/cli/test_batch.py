@@ -51,6 +51,20 @@ def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in content.split(b"\n")[:-1]]
 
 
+def test_fields_of_a_row(run, out):
+    """Those of other tools are followed, and unknown ones named."""
+    own = {"video": str(ROOT / CLIPS[0]), "question": "What?", "video_start": 1, "video_end": 2.5, "nframes": 2}
+    rows = [own | {"max_new_tokens": 1, "strat": 3}, own | {"fps": 4, "nframes": None, "id": "b"}]
+    result = run("--from", "-", "-q", stdin="".join(json.dumps(row) + "\n" for row in rows).encode())
+    assert result.code == 0
+    assert result.err == "warning: stdin: fields that are not used: strat in 1 row (did you mean start?)\n"
+    first, second = records(out)
+    assert (first["sampling"]["frames"], second["sampling"]["frames"]) == (2, 6)
+    assert (first["sampling"]["start_s"], first["sampling"]["end_s"]) == (1.0, 2.5)
+    assert (first["generation"]["max_new_tokens"], second["generation"]["max_new_tokens"]) == (1, 2)
+    assert (first["batch"]["row"]["frames"], second["batch"]["row"]["fps"]) == (2, 4)
+
+
 def test_a_pattern_that_matches_nothing(run):
     assert "a pattern that matches nothing" in run("no*such.mp4", *ASKED).err
     assert run("nosuch.mp4", *ASKED).err.endswith("hint: check the path\n")
