@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.pipeline.options import PipelineOptions, SamplingOptions
-from evoprune.text import check_text, roughly
+from evoprune.text import LONGEST, check_text, missing_hint, roughly, shorten
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune.video.source import local_file
 from evoprune_cli import options as opt
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 USAGE = 'evoprune ask video.mp4 "What happens?"'
-# How paths look: a URL, the beginning of a path, or the ending of a file.
-PATH = re.compile(r"\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
+# How paths look: a URL of data or of a place, the beginning of a path, or the ending of a file.
+PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
 LONGEST_QUESTION = 2**22  # characters that are read from stdin, which may never end
 LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
 
@@ -66,7 +66,7 @@ class Words:
                 hint = "what follows -- is no option: put options before it"
             raise UsageError(f"unexpected extra words: {' '.join(words)}", hint)
         question = f"; to ask it as a question: -Q {name}" if name == last and self.question is None else ""
-        raise VideoError(f"no such file: {name}", f"check the path{question}")
+        raise VideoError(f"no such file: {shorten(name, LONGEST)}", missing_hint(name, f"check the path{question}"))
 
 
 def _exists(word: str) -> bool:
