@@ -192,15 +192,22 @@ def _questions(asked: Request) -> list[str]:
     elif not questions:
         if STDIN in asked.inputs:
             raise UsageError("no question, and stdin is the video", 'cat clip.mp4 | evoprune ask - "What happens?"')
-        questions = [_question_from_stdin()]
+        questions = [_question_from_stdin(asked.inputs)]
     if not all(q.strip() for q in questions):
         raise UsageError("the question is empty", USAGE)
     return questions
 
 
-def _question_from_stdin() -> str:
+def _question_from_stdin(inputs: Sequence[str]) -> str:
+    """Raises UsageError: there is none; the last of several inputs may be meant as one."""
+    *before, last = inputs
+    named = (
+        f"there is a file {shorten(last, LONGEST)}; to ask that as the question: -Q {shorten(last, LONGEST)}"
+        if before
+        else ""
+    )
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("no question", f"{USAGE}, or -i for a prompt")
+        raise UsageError("no question", named or f"{USAGE}, or -i for a prompt")
     try:
         question = sys.stdin.read(LONGEST_QUESTION + 1)
     except UnicodeDecodeError as problem:
@@ -210,7 +217,7 @@ def _question_from_stdin() -> str:
         raise UsageError(said, "no model reads so much")
     question = question.removeprefix("\ufeff").strip()
     if not question:
-        raise UsageError("no question, and stdin is empty", USAGE)
+        raise UsageError("no question, and stdin is empty", named or USAGE)
     return question
 
 

@@ -110,7 +110,7 @@ def _tail(results: Results) -> list[str]:
 
 def _caption(results: Results, case: Case) -> str:
     units = next((row.counts.units for row in results.of(case) if row.counts), None)
-    return f"{case}" + (f": {units:,} units" if units else "")
+    return f"{case}" + (f": {counted(units, 'unit')}" if units else "")
 
 
 # For a terminal: a table of times, and below it one of the work behind them. Columns are dropped in the order of `LEAST` where

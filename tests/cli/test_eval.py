@@ -340,7 +340,7 @@ def test_only_questions_of_a_group(run, choices):
         (("--group", "sound"), "no question is in sound"),
         (("--limit", "0"), "--limit"),
         (("--seed", "-1"), "--seed"),
-        (("-n", "0"), "max_new_tokens"),
+        (("-n", "0"), "--max-new-tokens is 0"),
         (("--fps", "1"), "fps and frames"),
         (("--dtype", "fp1"), "fp1"),
         (("--device", "abacus"), "abacus"),

@@ -77,13 +77,14 @@ def test_the_last_word_is_the_question_unless_it_is_a_path(words, inputs, questi
         ((CLIP, "b.mpv"), 3, "no such file: b.mpv\nhint: check the path; to ask it as a question: -Q b.mpv"),
         ((CLIP, "gone.mp4", QUESTION), 3, "no such file: gone.mp4\nhint: check the path\n"),
         ((CLIP, "gone.mp4", "-Q", QUESTION), 3, "no such file: gone.mp4"),
+        ((CLIP, "docs"), 2, "no question\nhint: there is a file docs; to ask that as the question: -Q docs\n"),
         ((CLIP, "what", "is", "it"), 2, "unexpected extra words: what is it\nhint: quote the question"),
         (("-", "-", QUESTION), 2, "standard input is there twice"),
         ((CLIP, OTHER, QUESTION, "--subtitles", "a.srt"), 2, "a.srt holds the subtitles of one video"),
     ],
 )
 def test_what_is_no_input_is_named(cli, words, code, says):
-    result = cli("ask", *words)
+    result = cli("ask", *words, stdin="", terminal=True)
     assert (result.code, result.out) == (code, "") and says in result.err
 
 
