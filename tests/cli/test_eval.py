@@ -233,7 +233,7 @@ def test_an_interruption_prints_what_there_is_and_can_go_on(run, tmp_path, monke
         breaking(patch, 4, problem)  # in the second video
         torn = run(*asked, "-o", place)
     assert torn.code == code
-    assert torn.err == f"to go on: the same command with --resume {place} instead of -o\n"
+    assert torn.err == f"to go on: evoprune eval --resume {place}\n"
     if form == "json":
         assert torn.record["error"]["code"] == code and torn.record["videos"]["evaluated"] == 1
     else:
@@ -242,6 +242,25 @@ def test_an_interruption_prints_what_there_is_and_can_go_on(run, tmp_path, monke
     assert (again.code, again.out, again.err) == (0, whole.out, "")
     for name in ("results.json", "samples.jsonl"):
         assert (place / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_folder_is_all_that_is_needed_to_go_on(run, cli, tmp_path, monkeypatch):
+    place, more = tmp_path / "a run", ("-b", "fast,0.4", "--seed", "3", "--method", "evoprune:reuse=0,random")
+    with monkeypatch.context() as patch:
+        breaking(patch, 7, KeyboardInterrupt())  # in the second video
+        torn = run(*more, "-o", place)
+    assert torn.code == 130 and torn.err.endswith(f"to go on: evoprune eval --resume '{place}'\n")
+    monkeypatch.setenv("EVOPRUNE_MODEL", "other")
+    again = cli("eval", "--resume", place, "--json", "-q", "--threads", "1")
+    assert (again.code, again.err) == (0, "")
+    assert again.record["videos"] == {"wanted": 2, "evaluated": 2, "failed": 0}
+    assert json.loads(json.dumps(again.record["settings"])) == json.loads((place / "settings.json").read_text())
+    for given in ("-b", "--budget"):
+        refused = cli("eval", "--resume", place, given, "0.1")
+        assert refused.code == 2 and f"{given} is given beside --resume" in refused.err
+    (place / "settings.json").write_text('{"data": "demo"}')
+    assert f"{place} is no folder of an evaluation" in cli("eval", "--resume", place).err
+    assert "hint: --data FILE, or --data demo" in cli("eval", "-b", "0.5").err
 
 
 @pytest.mark.parametrize("form", ["table", "json"])
