@@ -133,6 +133,20 @@ def test_a_table_on_stdout_and_nothing_else(run):
     assert all(len(line) <= 80 and line == line.rstrip() for line in result.out.splitlines())
 
 
+def test_only_columns_that_are_there_are_explained(run):
+    document = run("--json").record
+    gone = 0
+    for width in (80, 40, 30):
+        made = table(document, width)
+        heads, text = [line for line in made.splitlines() if line.startswith("   ")], " ".join(made.split())
+        assert "accuracy, in percent" in text and "TFLOP: operations" in text and "…" not in made
+        for title in ("vs full", "kept", "live"):
+            there = title in " ".join(heads)
+            assert (f"{title}: " in text) == there, (width, title)
+            gone += not there
+    assert gone >= 3
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("columns", [100, 80, 60, 40])
 def test_a_narrow_terminal(run, choices, monkeypatch, columns):
