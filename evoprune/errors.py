@@ -24,6 +24,9 @@ NO_MEMORY = (
     "failed to map segment",
 )
 
+# Of more than 200 characters, such as a video inside its own URL: its beginning and its end.
+LONG_WORD = re.compile(r"(?=\S{201})(\S{97})\S*(\S{100})(?!\S)")
+
 # Methods of other packages, as far as they are loaded: the class of each, with how errors name it.
 PLUGINS: dict[type, str] = {}
 
@@ -127,7 +130,8 @@ def error_record(problem: BaseException) -> dict:
     elif not isinstance(problem, EvopruneError):
         hint = "this is a bug; report it with its traceback, which --debug prints"
         problem = EvopruneError(f"{type(problem).__name__}: {first_line(problem)}", hint)
-    return {"code": problem.exit_code} | {name: getattr(problem, name) for name in ("type", "stage", "message", "hint")}
+    made = {"code": problem.exit_code} | {name: getattr(problem, name) for name in ("type", "stage", "message", "hint")}
+    return made | {name: made[name] and LONG_WORD.sub(r"\1...\2", made[name]) for name in ("message", "hint")}
 
 
 def is_out_of_memory(problem: BaseException) -> bool:

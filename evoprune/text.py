@@ -9,6 +9,8 @@ from evoprune.errors import UsageError
 # Control characters but for tab and newline, which a terminal obeys; and those that make it show text in another order.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
+FILE_URL = "file://"
+LONGEST = 200  # characters of a path in a message
 SOME = 10  # texts that a sentence names before it only counts them
 
 
@@ -55,6 +57,15 @@ def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
     """The beginning of a hint, which names the known words, at most so many, that a misspelt one is like; empty where none is."""
     near = get_close_matches(word.lower(), list(known), most)
     return f"did you mean {listed(near, 'or')}? " if near else ""
+
+
+def missing_hint(path: str, usual: str) -> str:
+    """The hint where there is no file of that name: what else it is, or else `usual`."""
+    if path.startswith("data:"):
+        return "write it to a file, and give the path of that"
+    if path.startswith(FILE_URL):
+        return f"leave out {FILE_URL}"
+    return "download what is on the web first, e.g. with yt-dlp" if "://" in path else usual
 
 
 def some(texts: Sequence[str], separator: str = ", ") -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.pipeline.options import PipelineOptions, SamplingOptions
-from evoprune.text import check_text, roughly
+from evoprune.text import LONGEST, check_text, missing_hint, roughly, shorten
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune.video.source import local_file
 from evoprune_cli import options as opt
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 USAGE = 'evoprune ask video.mp4 "What happens?"'
-# How paths look: a URL, the beginning of a path, or the ending of a file.
-PATH = re.compile(r"\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
+# How paths look: a URL of data or of a place, the beginning of a path, or the ending of a file.
+PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
 LONGEST_QUESTION = 2**22  # characters that are read from stdin, which may never end
 LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
 
@@ -66,7 +66,7 @@ class Words:
                 hint = "what follows -- is no option: put options before it"
             raise UsageError(f"unexpected extra words: {' '.join(words)}", hint)
         question = f"; to ask it as a question: -Q {name}" if name == last and self.question is None else ""
-        raise VideoError(f"no such file: {name}", f"check the path{question}")
+        raise VideoError(f"no such file: {shorten(name, LONGEST)}", missing_hint(name, f"check the path{question}"))
 
 
 def _exists(word: str) -> bool:
@@ -192,15 +192,22 @@ def _questions(asked: Request) -> list[str]:
     elif not questions:
         if STDIN in asked.inputs:
             raise UsageError("no question, and stdin is the video", 'cat clip.mp4 | evoprune ask - "What happens?"')
-        questions = [_question_from_stdin()]
+        questions = [_question_from_stdin(asked.inputs)]
     if not all(q.strip() for q in questions):
         raise UsageError("the question is empty", USAGE)
     return questions
 
 
-def _question_from_stdin() -> str:
+def _question_from_stdin(inputs: Sequence[str]) -> str:
+    """Raises UsageError: there is none; the last of several inputs may be meant as one."""
+    *before, last = inputs
+    named = (
+        f"there is a file {shorten(last, LONGEST)}; to ask that as the question: -Q {shorten(last, LONGEST)}"
+        if before
+        else ""
+    )
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("no question", f"{USAGE}, or -i for a prompt")
+        raise UsageError("no question", named or f"{USAGE}, or -i for a prompt")
     try:
         question = sys.stdin.read(LONGEST_QUESTION + 1)
     except UnicodeDecodeError as problem:
@@ -210,7 +217,7 @@ def _question_from_stdin() -> str:
         raise UsageError(said, "no model reads so much")
     question = question.removeprefix("\ufeff").strip()
     if not question:
-        raise UsageError("no question, and stdin is empty", USAGE)
+        raise UsageError("no question, and stdin is empty", named or USAGE)
     return question
 
 

@@ -8,12 +8,12 @@ from functools import partial
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.pipeline.options import PipelineOptions, SamplingOptions
-from evoprune.text import SOME, some
+from evoprune.text import LONGEST, SOME, missing_hint, shorten, some
 from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.loading import note_model, prepare
 from evoprune_cli.options import flag, own
-from evoprune_cli.results import SOME_FAILED
+from evoprune_cli.results import SOME_FAILED, one_of
 from evoprune_cli.tally import Tally
 from evoprune_cli.terminal import print_traceback, progress, tell
 
@@ -31,7 +31,7 @@ class Request:
     source: str | None = own(
         "--from FILE|-",
         "In place of VIDEO and -Q: JSONL or CSV rows with video, question and perhaps "
-        "id, start, end, frame_rate, options (in CSV a|b|c), subtitles, "
+        "id, start, end, fps, frames, frame_rate, max_new_tokens, options (in CSV a|b|c), subtitles, "
         "answer. Files are relative to the file; - is stdin, which is read to its end first.",
     )
     output: str | None = own(
@@ -42,7 +42,7 @@ class Request:
         "--resume",
         "Go on with FILE if it exists: rows that have an answer are skipped, rows that failed are asked again.",
     )
-    overwrite: bool = flag("--overwrite", "Replace what is in FILE.")
+    overwrite: bool = flag("--overwrite", "Replace the records in FILE; a file that holds anything else stays.")
     options: opt.MakeOptions
     engine: str = own(
         "--engine",
@@ -187,19 +187,18 @@ def _check_files(asked: Request, rows) -> list[str]:
 
     Also refuses to write into a file that is read.
     """
-    from evoprune.batch.inputs import missing_hint
-
     videos = {path: name for row in rows for path, name in zip(row.paths, row.inputs, strict=True)}
     missing = [path for path in videos if not os.path.exists(path)]
+    names = [shorten(path, LONGEST) for path in missing]
     if len(missing) == len(videos):
         pattern = any(character in missing[0] for character in "*?[")
         hint = "a pattern that matches nothing stays as it is: no file here has such a name"
-        hint = hint if pattern else missing_hint(missing[0], asked.source is not None)
-        raise VideoError(f"no such file: {some(missing)}", hint)
+        usual = "check the path" if asked.source is None else "paths in a file of rows are relative to it"
+        raise VideoError(f"no such file: {some(names)}", hint if pattern else missing_hint(missing[0], usual))
     if missing and not asked.quiet:
         their = "its rows" if len(missing) == 1 else f"{len(missing):,} of {len(videos):,} videos, whose rows"
-        tell(f"no such file: {some(missing)} ({their} will fail)")
+        tell(f"no such file: {some(names)} ({their} will fail)")
     read = filter(None, [*videos, *(row.subtitles_path for row in rows), asked.source])
-    if asked.output != DASH and os.path.realpath(asked.output) in map(os.path.realpath, read):
+    if asked.output != DASH and one_of(asked.output, read):
         raise UsageError(f"{asked.output} is what is to be read", "choose another -o")
     return [] if asked.quiet else [videos[path] for path in missing[:SOME]]

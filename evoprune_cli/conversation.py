@@ -219,8 +219,8 @@ def typed(twice: bool = True) -> Iterator[str]:
             return
         if word in HELPS:
             tell(HELP)
-        elif re.fullmatch(r"/\w*", word):
-            tell(f"there is no command {word}; /help lists them")
+        elif command := re.match(r"/[\w-]*(?=\s|$)", word):
+            tell(f"there is no command {command[0]}, so it is not asked; /help lists them")
         elif re.match(OPTION, word):
             hint = "options belong to the command line: q ends the conversation, and evoprune ask begins another one with them"
             print_error(f"{word.split()[0]} looks like an option, so it is not asked", hint)

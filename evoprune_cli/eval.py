@@ -1,13 +1,16 @@
 """`evoprune eval`: accuracy against budget, beside what it costs."""
 
-from dataclasses import MISSING, dataclass, replace
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evoprune.bundled import BOTH, SPLITS, WORLDS, demo_knowing
 from evoprune.errors import UsageError
-from evoprune.pipeline.options import PipelineOptions
+from evoprune.pipeline.options import ModelOptions, PipelineOptions
 from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.loading import prepare
@@ -18,11 +21,10 @@ from evoprune_cli.terminal import check_output, note, progress
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    data: str = own(
+    data: str | None = own(
         "--data",
         "Questions: JSONL or CSV rows with video, question, answer and perhaps id, options, type, groups. Or demo: clips "
         "of the demo models' generators.",
-        default=MISSING,
         **completion.one_of("FILE", "demo"),
     )
     limit: int | None = own("--limit N", "At most so many videos; default: all of a file, or 100 demo clips.", min=1)
@@ -41,13 +43,10 @@ class Request:
         default=SPLITS[0],
         **completion.one_of(*SPLITS),
     )
-    seed: int = own(
-        "--seed <int>",
-        "Block of the demo's clips; blocks share no clip. Also the seed of methods that draw at random.",
-        default=0,
-        min=0,
-        max=2**31 - 1,
+    block: int = own(
+        "--block <int>", "Block of the demo's clips; blocks share no clip.", default=0, min=0, max=2**31 - 1
     )
+    seed: int = own("--seed <int>", "Seed of methods that draw at random.", default=0, min=0, max=2**31 - 1)
     budget: opt.Budgets = None
     method: opt.Methods = None
     blind: bool = flag("--blind", "Also ask without the video: a grey one of the same size and length.")
@@ -62,7 +61,10 @@ class Request:
     output: str | None = own(
         "-o --output DIR", "Write settings, samples and results there; if it exists, to DIR-2 and so on."
     )
-    resume: str | None = own("--resume DIR", "Continue the interrupted run in DIR. Needs the same options.")
+    resume: str | None = own(
+        "--resume DIR",
+        "Continue the interrupted run in DIR, with its settings; or give the same ones, --data included.",
+    )
     chart: str | None = own("--chart FILE.svg", "Draw accuracy against tokens and against cost.")
     json: opt.JsonResults = False
     quiet: opt.Quiet = False
@@ -93,9 +95,11 @@ def evaluate(asked: Request) -> int:
     evoprune eval --data demo -b 0.25,0.1 --method evoprune,downscale -o runs/a
     evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
     """
-    from evoprune.evaluation.questions import load_questions
-
     made = asked.options()
+    if asked.resume is not None and asked.data is None:
+        return _resumed(asked, made.model)
+    if asked.data is None:
+        raise UsageError("no questions", "--data FILE, or --data demo")
     sweep = opt.sweep(asked.budget, asked.method, made.pruning.method_args, named=True)
     check_output()
     opt.check_choice("--world", asked.world, (*WORLDS, BOTH))
@@ -108,21 +112,50 @@ def evaluate(asked: Request) -> int:
         raise UsageError("no bundled model knows both worlds", hint)
     if not model.model:  # of a file nothing is known, and samples have questions for `demo`
         model = replace(model, model=demo_knowing(asked.world) if asked.data == "demo" else "demo")
-    check_chart(asked.chart, beside=asked.output, inputs=[asked.data])
-    videos = None if asked.data == "demo" else load_questions(Path(asked.data))
     settings = {
-        **sweep, "data": asked.data, "blind": asked.blind, "split": asked.split, "seed": asked.seed,
-        "limit": asked.limit, "world": asked.world, "groups": tuple(dict.fromkeys(opt.listed(asked.group))),
+        **sweep, "data": asked.data, "blind": asked.blind, "split": asked.split, "block": asked.block,
+        "seed": asked.seed, "limit": asked.limit, "world": asked.world, "groups": tuple(dict.fromkeys(opt.listed(asked.group))),
         "model": model, "sampling": made.sampling, "generation": made.generation,
     }  # fmt: skip
-    return _run(asked, settings, videos)
+    return _run(asked, asked.data, lambda cls: cls(**settings))
 
 
-def _run(asked: Request, settings: dict[str, Any], videos) -> int:
+# What may be given beside --resume DIR alone: all that results do not depend on.
+BESIDE_RESUME = (
+    "--resume", "--processes", "--chart", "--json", "-q", "--quiet", "--debug", "--device", "--threads", "--offline",
+    "--store-quantized",
+)  # fmt: skip
+
+
+def _resumed(asked: Request, model: ModelOptions) -> int:
+    """Goes on with a run by its folder alone."""
+    from evoprune.evaluation.folder import no_folder, stored_settings
+
+    check_output()
+    if other := [word for word in sys.argv[2:] if word.startswith("-") and word.partition("=")[0] not in BESIDE_RESUME]:
+        hint = "leave it out, or give all settings, --data included"
+        raise UsageError(f"{other[0]} is given beside --resume, which has the settings of its run", hint)
+    folder = Path(asked.resume)
+    record = stored_settings(folder)
+
+    def settings(cls: type):
+        try:
+            return cls.of_record(record, model)
+        except (KeyError, TypeError, ValueError) as problem:
+            raise no_folder(folder) from problem
+
+    return _run(asked, str(record.get("data")), settings)
+
+
+def _run(asked: Request, data: str, settings: Callable[[type], Any]) -> int:
     """Runs an evaluation; returns the exit code. A run that breaks off delivers the results so far.
 
-    `settings`: fields of `evaluation.run.Settings`. `videos`: see `Evaluation`.
+    `settings`: makes `evaluation.run.Settings`, the class that it is called with.
     """
+    from evoprune.evaluation.questions import load_questions
+
+    check_chart(asked.chart, beside=asked.output, inputs=[data])
+    videos = None if data == "demo" else load_questions(Path(data))
     evaluation = None
 
     def rescue(error: dict[str, Any]) -> None:
@@ -130,15 +163,15 @@ def _run(asked: Request, settings: dict[str, Any], videos) -> int:
             _deliver(evaluation, error, asked)
         finally:
             if evaluation.folder and not asked.quiet:
-                note(f"to go on: the same command with --resume {evaluation.folder.path} instead of -o")
+                note(f"to go on: evoprune eval --resume {shlex.quote(str(evaluation.folder.path))}")
 
     with rescuing(lambda: evaluation is not None and evaluation.loaded, rescue), progress(not asked.quiet) as tell:
         tell("loading libraries")
         prepare()
         from evoprune.evaluation.run import Evaluation, Settings, digest
 
-        checksum = None if videos is None else digest(Path(asked.data))
-        evaluation = Evaluation(Settings(**settings, digest=checksum), videos)
+        checksum = None if videos is None else digest(Path(data))
+        evaluation = Evaluation(replace(settings(Settings), digest=checksum), videos)
         if asked.resume:
             evaluation.keep_in(Path(asked.resume), resume=True)
         tell("loading model")

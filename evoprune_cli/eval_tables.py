@@ -11,29 +11,38 @@ from evoprune_cli.tables import failures, fitting, folded, model_line, one_line,
 from evoprune_cli.tables import table as rendered
 
 Cell = Callable[[dict], str]
+# Of columns, those of answers and those of costs.
 LEGEND = (
-    "accuracy, in percent, with its 95% interval over videos; vs full: the paired difference in points, with its interval, a tie "
-    "where that includes 0; kept: of full's accuracy",
-    "tokens that the language model reads, mean of a question and of its layers; live: share of the rows that the tower "
-    "computes, mean over its layers; TFLOP: operations of tower and prefill at 3B dimensions",
+    {
+        "accuracy": "accuracy, in percent, with its 95% interval over videos",
+        "vs full": "vs full: the paired difference in points, with its interval, a tie where that includes 0",
+        "kept": "kept: of full's accuracy",
+    },
+    {
+        "tokens": "tokens that the language model reads, mean of a question and of its layers",
+        "live": "live: share of the rows that the tower computes, mean over its layers",
+        "TFLOP": "TFLOP: operations of tower and prefill at 3B dimensions",
+    },
 )
+UNPARSED = "unparsed: answers that name none of the options, or several; they count as wrong"
 
 
 def table(document: dict, width: int = 80) -> str:
     """The results: all questions, then group by group; no line longer than `width`."""
     lines = folded(_head(document), width)
     rows = [row for row in document["rows"] if row["group"] == "all"]
-    notes = [*LEGEND]
+    notes: list[str] = []
     if rows:
         columns = dict(ANSWERS)
         if any(row["unparseable"] for row in rows):
             columns["unparsed"] = lambda row: f"{row['unparseable']:,}"
-            notes.append("unparsed: answers that name none of the options, or several; they count as wrong")
-        lines += ["", *_fitting(rows, columns, width), *_too_small([rows[0]], width)]
+        made, titles = _fitting(rows, columns, width)
+        lines += ["", *made, *_too_small([rows[0]], width)]
         versus, legend = _versus_first(rows, width)
-        lines += versus
-        notes[1:1] = legend
-        lines += ["", *_fitting(rows, COSTS, width)]
+        costs, of_costs = _fitting(rows, COSTS, width)
+        lines += [*versus, "", *costs]
+        notes = [_explained(LEGEND[0], titles), *legend, _explained(LEGEND[1], of_costs)]
+        notes += [UNPARSED] * ("unparsed" in titles)
         names, rest = [row["name"] for row in rows], [row for row in document["rows"] if row["group"] != "all"]
         for title, typed in (("group", False), ("type", True)):
             found = [row for row in rest if row["group"].startswith("type:") == typed]
@@ -55,7 +64,7 @@ def _head(document: dict) -> list[str]:
 def _data(settings: dict) -> str:
     """The file of questions, or which of the demo's clips."""
     data = one_line(settings["data"])
-    return f"{data} ({settings['world']}, {settings['split']}, block {settings['seed']})" if data == "demo" else data
+    return f"{data} ({settings['world']}, {settings['split']}, block {settings['block']})" if data == "demo" else data
 
 
 def _percent(value: float | None, sign: str = "") -> str:
@@ -92,8 +101,12 @@ COSTS: dict[str, Cell] = {
 LEAST = ("kept", "vs full", "of all", "prefill", "tower", "live", "unparsed")
 
 
-def _fitting(rows: list[dict], columns: dict[str, Cell], width: int) -> list[str]:
-    return fitting(rows, lambda row: row["name"], columns, LEAST, width)[0]
+def _fitting(rows: list[dict], columns: dict[str, Cell], width: int) -> tuple[list[str], list[str]]:
+    return fitting(rows, lambda row: row["name"], columns, LEAST, width)
+
+
+def _explained(legend: dict[str, str], titles: Sequence[str]) -> str:
+    return "; ".join(text for title, text in legend.items() if title in titles)
 
 
 def _versus_first(rows: list[dict], width: int) -> tuple[list[str], list[str]]:

@@ -251,15 +251,18 @@ def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
 def _overlay_lines(title: str, overlay: dict) -> list[str]:
     fates = ", ".join(f"{overlay[fate]:,} {fate}" for fate in ("read", "reused", "merged", "dropped"))
     setting = f"{overlay['method']} -b {budget_text(overlay['budget'])}"
-    return [f"{title:<{TITLE}}{overlay['file']}", f"{'':<{TITLE}}{setting}; {overlay['units']:,} units: {fates}"]
+    return [
+        f"{title:<{TITLE}}{overlay['file']}",
+        f"{'':<{TITLE}}{setting}; {counted(overlay['units'], 'unit')}: {fates}",
+    ]
 
 
 def _preset_lines(title: str, presets: dict[str, dict]) -> list[str]:
-    indent = " " * (len(title) - len(title.lstrip()) + 2)
-    return [title] + [
-        f"{indent}{name:<18}-b {p['budget']:<5g} {p['tokens']:>8,} tokens  KV cache {size(p['kv_cache_bytes'])}"
-        for name, p in presets.items()
-    ]
+    indent, made = " " * (len(title) - len(title.lstrip()) + 2), [title]
+    for name, preset in presets.items():
+        tokens = f"{preset['tokens']:>8,} {'token ' if preset['tokens'] == 1 else 'tokens'}"
+        made.append(f"{indent}{name:<18}-b {preset['share']:<5g} {tokens}  KV cache {size(preset['kv_cache_bytes'])}")
+    return made
 
 
 def _tuned_lines(title: str, settings: list[dict]) -> list[str]:
@@ -291,7 +294,7 @@ def _times(value: list[float]) -> str:
 
 
 def _layers(value: dict[str, int]) -> str:
-    return f"{value['layers']:,} layers, hidden size {value['hidden_size']:,}"
+    return f"{counted(value['layers'], 'layer')}, hidden size {value['hidden_size']:,}"
 
 
 SHOWN: dict[str, Callable[[Any], str]] = {  # values that their names explain

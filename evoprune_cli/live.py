@@ -238,7 +238,7 @@ class _Session:
         skipped += f" (now {100 - 100 / backlog.stride:.0f}%)" if backlog.stride > 1 else ""
         state = "failed" if feed.problem else "ended" if feed.ended.is_set() else f"lag {backlog.lag_s:.1f} s"
         held = f"{clock(seen.end_s)} seen, {counted(seen.frames, 'frame')}" if seen else "the first window fills"
-        tokens = f", {seen.tokens:,} tokens" if seen else ""
+        tokens = f", {counted(seen.tokens, 'token')}" if seen else ""
         return printable(f"{held}{skipped}; {state}{tokens}, {size(memory_in_use(self._device)[0])}")[: columns() - 1]
 
 

@@ -101,7 +101,7 @@ def _parameter(panel: str, field: Field, said: Option) -> Parameter:
     annotation = option(
         panel,
         declared | None if default is None else declared,
-        " ".join(said.flags) or f"--{field.name.replace('_', '-')}",
+        " ".join(_flags(field.name, said)),
         said.help,
         envvar=said.env,
         min=said.least,
@@ -112,9 +112,22 @@ def _parameter(panel: str, field: Field, said: Option) -> Parameter:
     return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
+def _flags(name: str, said: Option) -> tuple[str, ...]:
+    """How a field of a name is typed, the long form last."""
+    return said.flags or (f"--{name.replace('_', '-')}",)
+
+
 def _made(said: dict[str, Option], typed: dict[str, Any]) -> PipelineOptions:
     parse = {name: each.parse for name, each in said.items() if each.parse}
-    return PipelineOptions.of(**{name: parse[name](value) if name in parse else value for name, value in typed.items()})
+    try:
+        return PipelineOptions.of(
+            **{name: parse[name](value) if name in parse else value for name, value in typed.items()}
+        )
+    except UsageError as problem:  # which may begin with the name of a field in Python
+        name = problem.message.partition(" is ")[0]
+        if name in said:
+            problem.message = _flags(name, said[name])[-1] + problem.message.removeprefix(name)
+        raise
 
 
 SWEEP = "Sweep (lists by commas or repetition)"  # the title of a panel

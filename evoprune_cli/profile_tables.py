@@ -3,7 +3,7 @@
 import csv
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import cycle
 from statistics import median
 from typing import Any
@@ -21,9 +21,22 @@ LEGEND = (
     "Hugging Face: plain transformers under sdpa, on the same weights; budget 1.0: evoprune, nothing pruned",
     "bound: the best that pruning after the encoder can do, put together from the same round: encode of budget 1.0, a selection "
     "that costs nothing, prefill and generation of as many tokens as the row below it keeps",
-    "vs HF, vs bound: how many times faster, the median of the rounds' own ratios; first token is encode + prefill",
-    "live: share of the rows that the tower computes, mean over its layers; matmul: of the machine's rate, what it reaches",
+    "{ratios}: how many times faster, the median of the rounds' own ratios; first token is encode + prefill",
 )
+SHARES = {
+    "live": "share of the rows that the tower computes, mean over its layers",
+    "matmul": "of the machine's rate, what it reaches",
+}
+
+
+def _legend(titles: Collection[str]) -> list[str]:
+    """What rows and columns mean; `titles`: of the columns that are there."""
+    ratios = ", ".join(title for title in ("vs HF", "vs bound") if title in titles)
+    shares = "; ".join(f"{title}: {text}" for title, text in SHARES.items() if title in titles)
+    return [
+        *(text.format(ratios=ratios) for text in LEGEND if ratios or "{ratios}" not in text),
+        *filter(None, [shares]),
+    ]
 
 
 def render(results: Results, form: str, width: int = 80) -> str:
@@ -110,7 +123,7 @@ def _tail(results: Results) -> list[str]:
 
 def _caption(results: Results, case: Case) -> str:
     units = next((row.counts.units for row in results.of(case) if row.counts), None)
-    return f"{case}" + (f": {units:,} units" if units else "")
+    return f"{case}" + (f": {counted(units, 'unit')}" if units else "")
 
 
 # For a terminal: a table of times, and below it one of the work behind them. Columns are dropped in the order of `LEAST` where
@@ -136,14 +149,16 @@ LEAST = ("tok/s", "peak", "prefill", "pruning", "matmul", "encode ms", "tower vs
 
 
 def _table(results: Results, width: int) -> str:
-    lines = folded(_head(results), width)
+    lines, titles = folded(_head(results), width), []
     for case in results.cases:
         lines += ["", *textwrap.wrap(_caption(results, case), width)]
         found = [(row, results.figures(row)) for row in results.of(case)]
         for columns in (TIMES, WORK):
             cells = {title: (lambda pair, cell=cell: cell(*pair)) for title, cell in columns.items()}
-            lines += ["", *fitting(found, lambda pair: pair[0].name, cells, LEAST, width)[0]]
-    lines += ["", *folded((*LEGEND, "±: the round that is farthest from the median", *_tail(results)), width)]
+            made, there = fitting(found, lambda pair: pair[0].name, cells, LEAST, width)
+            lines += ["", *made]
+            titles += there
+    lines += ["", *folded((*_legend(titles), "±: the round that is farthest from the median", *_tail(results)), width)]
     return "\n".join(lines) + "\n"
 
 
@@ -171,7 +186,7 @@ def _markdown(results: Results) -> str:
         figures, case = results.figures(row), row.case
         where = [] if one else [f"{case.frames:,}", f"{case.height}x{case.width}"]
         lines.append(_cells([*where, row.name, *(cell(row, figures) for cell in MARKDOWN.values())]))
-    notes = (*LEGEND, "Times: the median (lowest-highest) of the rounds", *_tail(results))
+    notes = (*_legend(MARKDOWN), "Times: the median (lowest-highest) of the rounds", *_tail(results))
     return "\n".join([*lines, "", *(f"- {note[0].upper()}{note[1:]}." for note in notes)]) + "\n"
 
 

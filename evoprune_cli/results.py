@@ -14,7 +14,6 @@ from evoprune.errors import UsageError
 from evoprune_cli.terminal import encodable, failure, json_line, page_width, print_document
 
 SOME_FAILED = 6  # an exit code
-OPEN_FILES = ("/dev/", "/proc/self/fd/")
 # How each kind of file begins that evoprune writes, and only such a file: a word somewhere in it proves nothing.
 HEADS = re.compile(
     b"|".join(
@@ -34,7 +33,7 @@ MP4_END = b"\0\0\0(\xa9cmt\0\0\0 data\0\0\0\1\0\0\0\0evoprune overlay"  # a comm
 
 def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:
     """As `check_writable`, for an SVG file."""
-    if path is not None and not path.startswith(OPEN_FILES) and not path.lower().endswith(".svg"):
+    if path is not None and not path.startswith(unfinished.OPEN_FILES) and not path.lower().endswith(".svg"):
         raise UsageError(f"--chart {path}: charts are SVG files", "name it .svg")
     check_writable(path, beside, inputs)
 
@@ -56,14 +55,27 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
     writable = os.access(path if os.path.exists(path) else folder, os.W_OK)
     if os.path.isdir(path) or not os.path.isdir(folder) or not writable:
         raise UsageError(f"cannot write {path}", "name a file in a folder that exists and can be written")
-    if {real, folder} & {os.path.realpath(each) for each in inputs if each}:
+    read = list(filter(None, inputs))
+    if folder in map(os.path.realpath, read) or one_of(path, read):
         raise UsageError(f"{path} would change what is read", "name another place")
     if not _may_replace(path):
         raise UsageError(f"{path} is there, and evoprune did not write it", "name another file, or remove this one")
 
 
+def one_of(path: str, files: Iterable[str]) -> bool:
+    """Whether it is one of these files, perhaps by another name."""
+    real, found = os.path.realpath(path), os.stat(path) if os.path.exists(path) else None
+    return any(
+        os.path.realpath(each) == real
+        or (found is not None and os.path.exists(each) and os.path.samestat(found, os.stat(each)))
+        for each in files
+    )
+
+
 def _may_replace(path: str) -> bool:
-    """Whether a file is missing, empty, a device or a pipe, or begins as evoprune's own."""
+    """Whether a file is missing, empty, open, a device or a pipe, or begins as evoprune's own."""
+    if path.startswith(unfinished.OPEN_FILES):
+        return True
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode) or not found.st_size:
@@ -91,8 +103,9 @@ def write_bytes(path: str, content: bytes) -> None:
     """Raises: UsageError. What was there stays where there is no room for the new content."""
     try:
         folder = os.path.dirname(os.path.realpath(path))
-        if os.path.exists(path) and not (os.path.isfile(path) and os.access(folder, os.W_OK)):
-            with open(path, "wb") as file:
+        given = path.startswith(unfinished.OPEN_FILES)
+        if given or (os.path.exists(path) and not (os.path.isfile(path) and os.access(folder, os.W_OK))):
+            with open(path, "ab" if given else "wb") as file:
                 file.write(content)
             return
         unfinished.replace(os.path.realpath(path), content)

@@ -8,6 +8,7 @@ from typing import TypeVar
 from evoprune.report.records import precision
 
 T = TypeVar("T")
+LEAST_NAME = 8  # characters of the first column for which the others keep their width
 
 
 def one_line(name: str) -> str:
@@ -38,18 +39,28 @@ def folded(texts: Iterable[str], width: int, **settings: bool) -> list[str]:
 def table(
     titles: Sequence[str], rows: Iterable[Sequence[str]], width: int, right: bool = True
 ) -> tuple[list[str], bool]:
-    """The lines of a table, and whether it fits into `width` as it is. `right`: the columns after the first hold numbers."""
+    """The lines of a table, and whether it fits into `width` as it is. Where it does not, words are broken and none is cut.
+
+    `right`: the columns after the first hold numbers, and the first gives way to them.
+    """
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.measure import Measurement
     from rich.table import Table
 
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
-    made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
+    made, rows = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style=""), list(rows)
     for number, title in enumerate(titles):
-        made.add_column(title, justify="right" if number and right else "left")
+        made.add_column(title, justify="right" if number and right else "left", overflow="fold")
     for row in rows:
         made.add_row(*row)
     wide = Measurement.get(console, console.options.update(width=10_000), made).maximum
+    if right and wide > width:
+        cells = [[*title.split(), *(row[number] for row in rows)] for number, title in enumerate(titles)]
+        least = [max(map(cell_len, column), default=0) for column in cells[1:]]
+        if width - sum(least) - 2 * len(least) >= LEAST_NAME:
+            for column, columns in zip(made.columns[1:], least, strict=True):
+                column.width = columns
     with console.capture() as captured:
         console.print(made)
     return [line.rstrip() for line in captured.get().splitlines()], wide <= width

@@ -72,7 +72,7 @@ class Tally:
         done, failed = self._before + made - self.failed, self._failed()
         before = f", {self._before:,} of them before" if self._before else ""
         took = f": {clock(seconds)}, {pace(made, seconds)}" if made else ""
-        tell(f"{done:,} of {self._total:,} rows answered{before}{failed}{took}")
+        tell(f"{done:,} of {counted(self._total, 'row')} answered{before}{failed}{took}")
         if self._file.regular and problem:
             tell("to go on: the same command with --resume")
         elif self._file.regular and self.failed:
@@ -81,7 +81,7 @@ class Tally:
     def _line(self, done: int) -> str:
         seconds, made = time.monotonic() - self._begun, self._file.written
         rest = f", {pace(made, seconds)}, {roughly(seconds / made * (self._total - done))} left" if made else ""
-        return f"{done:,} of {self._total:,} rows{self._failed()}{rest}"
+        return f"{done:,} of {counted(self._total, 'row')}{self._failed()}{rest}"
 
     def _failed(self) -> str:
         return f", {self.failed:,} failed" if self.failed else ""

@@ -11,6 +11,7 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.pruning.budget import parse_budget
 from evoprune.report.records import rounded
+from evoprune.text import LONGEST, missing_hint, shorten
 from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.loading import prepare
@@ -122,7 +123,8 @@ def _there(videos: list[str]) -> tuple[str, ...]:
     """The videos, each once. Raises VideoError: none of them exists."""
     found = tuple(dict.fromkeys(videos))
     if not any(map(os.path.exists, found)):
-        raise VideoError(f"no such file: {found[0]}", "evoprune tune VIDEO... -m MODEL")
+        hint = missing_hint(found[0], "evoprune tune VIDEO... -m MODEL")
+        raise VideoError(f"no such file: {shorten(found[0], LONGEST)}", hint)
     return found
 
 

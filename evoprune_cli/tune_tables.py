@@ -29,6 +29,22 @@ COLUMNS: dict[str, tuple[Callable[[dict], str], str]] = {
     ),
     "videos": (lambda row: f"{row['videos']}", "on which it was tried"),
 }
+# The same of recipes of operations.
+OPERATIONS: dict[str, tuple[Callable[[dict], str], str]] = {
+    "work": (
+        lambda row: f"{100 * row['share']:.1f}%",
+        "what is left of the work on visual tokens in the layers that leave some out",
+    ),
+    "operations": (lambda row: f"{row['operations']:,}", "left out"),
+    "KL": (
+        lambda row: "-" if row["kl"] is None else f"{row['kl']:.3f}",
+        "mean of KL(unpruned, pruned) in nats a token; -: not measured",
+    ),
+    "agree": (
+        lambda row: "-" if row["kl"] is None else f"{100 * row['agree']:.1f}%",
+        "tokens with the same first choice",
+    ),
+}
 DROPPED = ("KL 95%", "work", "videos", "tokens", "KL")  # in this order, where the terminal has too few characters
 
 
@@ -44,15 +60,12 @@ def _heading(document: dict, width: int) -> list[str]:
 def operations_table(document: dict, width: int = 80) -> str:
     lines = _heading(document, width)
     if document["rows"]:
-        lines += ["", f"{'':<8}{'work':>8}{'operations':>12}{'KL':>10}{'agree':>9}"]
-        for row in document["rows"]:
-            measured = "not measured" if row["kl"] is None else f"{row['kl']:>10.3f}{100 * row['agree']:>8.1f}%"
-            lines.append(f"-b {row['budget']:<5g}{100 * row['share']:>7.1f}%{row['operations']:>12,}{measured}")
-        said = (
-            "work: what is left of the work on visual tokens in the layers that leave some out; operations: left out; KL: mean of "
-            "KL(unpruned, pruned) in nats a token; agree: tokens with the same first choice"
+        cells = {title: cell for title, (cell, _) in OPERATIONS.items()}
+        made, titles = fitting(
+            document["rows"], lambda row: f"-b {row['budget']:g}", cells, ("operations", "agree"), width
         )
-        lines += ["", *folded([said], width)]
+        said = "; ".join(f"{title}: {OPERATIONS[title][1]}" for title in titles)
+        lines += ["", *made, "", *folded([said], width)]
     else:
         lines.append("no recipe was found: too little time")
     lines += failures(document)

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 
 from evoprune.pipeline.options import ModelOptions
+from evoprune.text import counted
 from evoprune_cli import options as opt
 from evoprune_cli.loading import prepare
 from evoprune_cli.options import flag, own
@@ -80,7 +81,7 @@ def text_of(document: dict, width: int = 80) -> str:
     model, env = document["model"], document["env"]
     about = f"{model['id'] or model['family']}, {model['dtype']}, {model['device']}: {env['device_name']}"
     versions = ", ".join(f"{name} {env[name]}" for name in ("evoprune", "torch", "transformers"))
-    lines = [about, f"{versions}, {env['threads']} threads", ""]
+    lines = [about, f"{versions}, {counted(env['threads'], 'thread')}", ""]
     lines += [f"{check['state']:<8} {check['name']:<10} {check['says']}" for check in document["checks"]]
     counts = ", ".join(f"{document[state]} {state}" for state in ("held", "differs", "skipped"))
     lines += ["", f"{counts} in {document['seconds']:.0f} s: {VERDICTS[document['verdict']]}"]

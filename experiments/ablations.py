@@ -247,7 +247,7 @@ def report(names: Iterable[str], run: Evaluation, group: str | None = None) -> s
     full = [s for s in samples if s["row"] == FULL]
     settings, of = run.settings, f", group {group!r}" if group else ""
     lines = [
-        f"{settings.world}: {len({s['video'] for s in full}):,} clips of split {settings.split!r}, block {settings.seed}{of}, "
+        f"{settings.world}: {len({s['video'] for s in full}):,} clips of split {settings.split!r}, block {settings.block}{of}, "
         f"{len(full):,} questions; with nothing pruned {100 * np.mean([s['right'] for s in full]):.1f}%.",
     ]
     for name in names:
@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         specs(names),
         world=args.world,
         split=args.split,
-        seed=args.seed,
+        block=args.seed,
         limit=args.limit,
         model=ModelOptions(args.model, dtype="fp32"),  # as the demo's own; all that know its clips are as small
     )

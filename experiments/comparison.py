@@ -91,7 +91,7 @@ def compare(
         blind=True,
         world=world,
         split=split,
-        seed=seed,
+        block=seed,
         limit=limit,
         model=ModelOptions(dtype="fp32"),  # as the demo's own; all that know its clips are as small
         timed=True,

@@ -216,7 +216,7 @@ def against_ours(outcome: Outcome, budgets: Sequence[Budget]) -> str:
 def document(outcomes: Sequence[Outcome], budgets: Sequence[Budget], chart: str, command: str) -> str:
     """All of it in Markdown."""
     settings, videos = (outcomes[0].document[name] for name in ("settings", "videos"))
-    clips = f"{videos['evaluated']:,} clips of {settings['world']} ({settings['split']}, block {settings['seed']})"
+    clips = f"{videos['evaluated']:,} clips of {settings['world']} ({settings['split']}, block {settings['block']})"
     blocks = [
         f"# Methods side by side: {clips}",
         *_findings(outcomes, budgets),

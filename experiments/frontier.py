@@ -48,7 +48,7 @@ def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
         tuple(args.method.split(",")),
         world=world,
         split=args.split,
-        seed=args.seed,
+        block=args.seed,
         limit=args.limit,
         model=ModelOptions(model, dtype="fp32"),
     )

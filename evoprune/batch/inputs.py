@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from evoprune.errors import EvopruneError, UsageError
-from evoprune.text import counted, some
+from evoprune.text import LONGEST, counted, missing_hint, shorten, some
 from evoprune.video.listing import IMAGES, VIDEOS, files
 
 
@@ -32,17 +32,11 @@ class Wrong:
             return
         for path, place in videos.items():
             if not os.path.exists(path):
-                self.add(f"{place}no such file: {path}", missing_hint(path, bool(name)))
+                usual = "paths in a file of rows are relative to it" if name else "check the path"
+                self.add(f"{place}no such file: {shorten(path, LONGEST)}", missing_hint(path, usual))
         first, *others = (message for message, _ in self._found)
         messages = [first, *(message.removeprefix(f"{name}, ") for message in others)]
         raise UsageError(some(messages, "; "), some(list(dict.fromkeys(hint for _, hint in self._found)), "; "))
-
-
-def missing_hint(path: str, in_rows: bool) -> str:
-    """`in_rows`: whether a file of rows names it."""
-    if "://" in path:
-        return "download what is on the web first, e.g. with yt-dlp"
-    return "paths in a file of rows are relative to it" if in_rows else "check the path"
 
 
 def in_folders(videos: Iterable[str], wrong: Wrong) -> Iterator[str]:

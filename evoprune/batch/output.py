@@ -21,7 +21,7 @@ from evoprune.report.records import SCHEMA, Report, rounded
 
 STDOUT = "-"
 HEAD = f'{{"schema":"{SCHEMA}",'.encode()  # how every record begins
-OTHER_HINT = "choose another -o, or give --overwrite instead of --resume to replace the whole file"
+OTHER_HINT = "name another file with -o, or remove this one"
 DAMAGED_HINT = "if nobody needs that line, delete it, and the same command goes on; or choose another -o"
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system without locks
 
@@ -60,18 +60,21 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 class RecordFile:
-    """Opened and locked by the constructor, changed from `begin` on. Stdout ("-") or a pipe is only written, and not `regular`.
+    """Opened and locked by the constructor, changed from `begin` on. Stdout ("-"), a pipe or an open file is only written, and not
+    `regular`.
 
     An existing file's records are kept with `resume`, as `found`, dropped with `overwrite`; with neither, it must be empty. Raises
     UsageError: the file cannot be written, exists, holds anything but records, or another program is writing it.
     """
 
     def __init__(self, path: str, *, resume: bool = False, overwrite: bool = False):
-        self.name, self.path = path, os.path.realpath(path)
+        self.name = path
         self.found: list[Found] = []
         self.written = 0  # records, by this run
         self._made = self._begun = False
-        self.regular = path != STDOUT and (os.path.isfile(self.path) or not os.path.exists(self.path))
+        given = path == STDOUT or path.startswith(unfinished.OPEN_FILES)
+        self.regular = not given and (os.path.isfile(path) or not os.path.exists(path))
+        self.path = os.path.realpath(path) if self.regular else path
         if resume and overwrite:
             raise UsageError("--resume and --overwrite exclude each other", "give one of the two")
         if not self.regular and (resume or overwrite):
@@ -81,11 +84,14 @@ class RecordFile:
         except OSError as problem:
             raise self._cannot_write(problem) from problem
         try:
-            if self.regular and os.fstat(self._number).st_size and not overwrite:
-                if not resume:
+            if self.regular and os.fstat(self._number).st_size:
+                if resume:
+                    self.found = self._read()
+                elif not self._holds_records():
+                    raise UsageError(f"{path} is there, and holds no records of a batch", OTHER_HINT)
+                elif not overwrite:
                     hint = "--resume goes on with it, --overwrite replaces it; or name another file with -o"
                     raise UsageError(f"{path} is there already", hint)
-                self.found = self._read()
         except BaseException:
             os.close(self._number)
             raise
@@ -141,7 +147,7 @@ class RecordFile:
             sys.stdout.flush()
             return os.dup(sys.stdout.fileno())
         if not self.regular:
-            return os.open(self.path, os.O_WRONLY)
+            return os.open(self.path, os.O_WRONLY | os.O_APPEND)
         flags = os.O_RDWR | os.O_APPEND
         while True:
             try:
@@ -171,6 +177,11 @@ class RecordFile:
         except OSError as problem:
             if problem.errno not in NO_LOCKS:
                 raise
+
+    def _holds_records(self) -> bool:
+        """Whether the file begins as a record does, which may be torn."""
+        begun = os.pread(self._number, len(HEAD), 0).rstrip(b"\0")
+        return bool(begun) and HEAD.startswith(begun)
 
     def _read(self) -> list[Found]:
         """All whole records. A torn one may follow them; a file with anything else is refused."""

@@ -4,20 +4,31 @@ import hashlib
 import json
 import math
 import os
+import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import unquote
 
 from evoprune.batch.inputs import Wrong, in_folders
 from evoprune.batch.table import Line, read_file, read_lines
-from evoprune.errors import UsageError
-from evoprune.text import is_text
+from evoprune.errors import EvopruneWarning, UsageError
+from evoprune.language.settings import GenerationOptions
+from evoprune.text import FILE_URL, counted, did_you_mean, is_text, shorten, some
 from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
-from evoprune.video.sampling import parse_time
+from evoprune.video.sampling import check_sampling, parse_time
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
+LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNORECASE | re.DOTALL)
+# What a row may have. `type` and `groups` are for evaluations, whose files a batch reads too.
+FIELDS = (
+    "id", "video", "inputs", "question", "start", "end", "fps", "frames", "frame_rate", "max_new_tokens", "options", "subtitles", "answer",
+    "type", "groups",
+)  # fmt: skip
+SAME = {"video_start": "start", "video_end": "end", "nframes": "frames"}  # what qwen-vl-utils calls them
+LONGEST_PATH = 4096  # characters
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,10 @@ class Row:
     question: str
     start_s: float = 0.0  # of the span to look at, in seconds; below 0 from the video's end
     end_s: float | None = None  # None for the end
-    frame_rate: float | None = None  # frames a second in folders of frames; None for that of the batch
+    fps: float | None = None  # of this row; None for that of the batch, as with the three below
+    frames: int | None = None
+    frame_rate: float | None = None  # frames a second in folders of frames
+    max_new_tokens: int | None = None
     options: tuple[str, ...] = ()  # the texts to choose from; empty for an open question
     subtitles: str | None = None  # those to read, as the user wrote it; None for those of the batch
     subtitles_path: str | None = None  # the same, to open it
@@ -57,8 +71,13 @@ class Row:
         """The fields that the model's answer depends on, as plain data."""
         about = {"inputs": list(self.inputs)} if len(self.inputs) > 1 else {"video": self.video}
         facts = {"question": self.question, "start_s": self.start_s, "end_s": self.end_s, "options": list(self.options)}
-        own = {"subtitles": self.subtitles, "frame_rate": self.frame_rate}
+        names = ("fps", "frames", "frame_rate", "max_new_tokens", "subtitles")
+        own = {name: getattr(self, name) for name in names}
         return about | facts | {name: value for name, value in own.items() if value is not None}
+
+    def generation(self, usual: GenerationOptions) -> GenerationOptions:
+        """How the answer is generated: as `usual`, but for what the row says itself."""
+        return usual if self.max_new_tokens is None else replace(usual, max_new_tokens=self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -73,14 +92,15 @@ class Rules:
 
 
 BATCH = Rules(
-    "a row has question and video, or inputs for several, and may have id, start, end, frame_rate, options, subtitles and answer"
+    "a row has question and video, or inputs for several, and may have id, start, end, fps, frames, frame_rate, max_new_tokens, "
+    "options, subtitles and answer"
 )
 REQUIRED = (("video", "inputs"), ("question",))  # one of each
 
 
 @dataclass(frozen=True)
 class Span:
-    """Inputs, a span of their time, and subtitles, encoded once for all `rows` about them, of which there is at least one."""
+    """Inputs, a span of their time, its frames, and subtitles, encoded once for all `rows` about them, at least one."""
 
     rows: tuple[Row, ...]
 
@@ -88,18 +108,18 @@ class Span:
     def sampling(self) -> dict[str, Any]:
         """Fields of `SamplingOptions`."""
         row = self.rows[0]
-        own = {"subtitles": row.subtitles_path, "frame_rate": row.frame_rate}
-        given = {name: value for name, value in own.items() if value is not None}
-        return {"start_s": row.start_s, "end_s": row.end_s} | given
+        own = {} if row.fps is None and row.frames is None else {"fps": row.fps, "frames": row.frames}
+        own |= {} if row.frame_rate is None else {"frame_rate": row.frame_rate}
+        own |= {} if row.subtitles_path is None else {"subtitles": row.subtitles_path}
+        return {"start_s": row.start_s, "end_s": row.end_s} | own
 
 
 def group_by_span(rows: Iterable[Row]) -> list[Span]:
     """Rows that share an encoding, together, in the order of their first rows."""
     inputs: dict[tuple[str, ...], dict[tuple, list[Row]]] = {}
     for row in rows:
-        inputs.setdefault(row.paths, {}).setdefault(
-            (row.start_s, row.end_s, row.frame_rate, row.subtitles_path), []
-        ).append(row)
+        encoding = (row.start_s, row.end_s, row.fps, row.frames, row.frame_rate, row.subtitles_path)
+        inputs.setdefault(row.paths, {}).setdefault(encoding, []).append(row)
     return [Span(tuple(found)) for spans in inputs.values() for found in spans.values()]
 
 
@@ -118,7 +138,7 @@ def product_rows(
     with wrong.noting("", "choose an end after the start"):
         _check_span(start_s, end_s)
     wrong.check(dict.fromkeys(videos, ""))
-    pairs = ((0, {"video": video, "question": question}) for video in videos for question in questions)
+    pairs = (("", 0, {"video": video, "question": question}) for video in videos for question in questions)
     return _rows(pairs, "", "", (start_s, end_s), BATCH)
 
 
@@ -145,20 +165,35 @@ def _rows(lines: Iterable[Line], name: str, folder: str, span: tuple[float, floa
     wrong = Wrong()
     rows: dict[str, Row] = {}
     places: dict[str, str] = {}
-    for number, fields in lines:
-        place = f"{name}, line {number}"
+    unused = Counter()
+    for noun, number, fields in lines:
+        place = f"{name}, {noun} {number}"
         with wrong.noting(f"{place}: ", rules.fields):
             row = _row(number, fields, folder, span, rules)
             if row.id in rows:
                 message = f"{place}: the same id (or the same question) as {places[row.id]}"
                 wrong.add(message, "give every row an id of its own")
             rows[row.id], places[row.id] = row, place
+            unused.update(
+                field for field, value in fields.items() if value is not None and field not in (*FIELDS, *SAME)
+            )
     videos: dict[str, str] = {}
     for row in rows.values():
         for path in row.paths:
             videos.setdefault(path, f"{places[row.id]}: " if name else "")
     wrong.check(videos, name)
+    if unused:
+        warnings.warn(f"{name}: fields that are not used: {_named(unused)}", EvopruneWarning, stacklevel=4)
     return list(rows.values())
+
+
+def _named(unused: Counter) -> str:
+    """Fields, each with the number of its rows, and with the one that may be meant."""
+    texts = []
+    for field, count in unused.items():
+        near = did_you_mean(field, (*FIELDS, *SAME)).strip()
+        texts.append(f"{shorten(field, 40)} in {counted(count, 'row')}{f' ({near})' if near else ''}")
+    return some(texts)
 
 
 def _row(
@@ -166,31 +201,53 @@ def _row(
 ) -> Row:
     if isinstance(fields, ValueError):
         raise fields
-    fields = {name: value for name, value in fields.items() if value is not None}
+    fields = _renamed({name: value for name, value in fields.items() if value is not None})
     start, end = (_seconds(fields.get(name, usual), name) for name, usual in zip(("start", "end"), span, strict=True))
     _check_span(start, end)
+    fps, frames, max_new_tokens = (
+        _number(fields.get(name), name, kind)
+        for name, kind in (("fps", float), ("frames", int), ("max_new_tokens", int))
+    )
+    check_sampling(fps=fps, frames=frames)
     inputs = _inputs(fields)
-    subtitles = _filled(fields["subtitles"], "subtitles") if "subtitles" in fields else None
+    subtitles = _file(fields["subtitles"], "subtitles") if "subtitles" in fields else None
     named = subtitles in (None, NO_SUBTITLES, AUTO_SUBTITLES)
     row = Row(
         id="",
         inputs=inputs,
-        paths=tuple(os.path.join(folder, each) for each in inputs),
+        paths=tuple(_path(folder, each) for each in inputs),
         question=_text(fields.get("question"), "question"),
         start_s=start,
         end_s=end,
+        fps=fps,
+        frames=frames,
         frame_rate=_rate(fields.get("frame_rate")),
+        max_new_tokens=max_new_tokens,
         options=_options(fields),
         subtitles=subtitles,
-        subtitles_path=subtitles if named else os.path.join(folder, subtitles),
+        subtitles_path=subtitles if named else _path(folder, subtitles),
         answer=fields.get("answer"),
     )
+    row.generation(GenerationOptions())  # refuses what is out of range
     row = rules.complete(row, fields)
     digest = hashlib.sha256(json.dumps(row.asked, sort_keys=True).encode()).hexdigest()[:16]
     name = fields.get("id", number if rules.numbered else digest)
     right = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
     _must(right, "id is neither a text nor a whole number")
     return replace(row, id=str(name))
+
+
+def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields by this project's names."""
+    for theirs, own in SAME.items():
+        _must(theirs not in fields or own not in fields, f"{own} and {theirs} exclude each other")
+    return {SAME.get(name, name): value for name, value in fields.items()}
+
+
+def _path(folder: str, text: str) -> str:
+    """The path that opens a file, which is relative to `folder`; a row may also have `~` or a file:// URL."""
+    file = unquote(text.removeprefix(FILE_URL)) if text.startswith(FILE_URL) else os.path.expanduser(text)
+    return os.path.join(folder, file)
 
 
 def _check_span(start_s: float, end_s: float | None) -> None:
@@ -208,16 +265,37 @@ def _options(fields: dict) -> tuple[str, ...]:
     options = fields.get("options", [])
     right = isinstance(options, list) and len(options) != 1 and len(options) <= len(LETTERS)
     _must(right, f"options are not a list of 2 to {len(LETTERS)} texts")
-    return tuple(_text(option, "option") for option in options)
+    return _without_letters(tuple(_text(option, "option") for option in options))
+
+
+def _without_letters(options: tuple[str, ...]) -> tuple[str, ...]:
+    """Options without the letters that each begins with, for the prompt adds its own. Raises ValueError: in another order."""
+    found = [LETTERED.fullmatch(option) for option in options]
+    if not options or not all(found):
+        return options
+    letters = "".join(each[1] or each[2] for each in found).upper()
+    in_order = LETTERS[: len(options)]
+    mixed = letters != in_order and sorted(letters) == list(in_order)
+    _must(not mixed, f"the letters of the options are {', '.join(letters)}, not in order")
+    return tuple(each[3] for each in found) if letters == in_order else options
 
 
 def _inputs(fields: dict) -> tuple[str, ...]:
     if "inputs" not in fields:
-        return (_filled(fields.get("video"), "video"),)
+        return (_file(fields.get("video"), "video"),)
     inputs = fields["inputs"]
     _must("video" not in fields, "video and inputs exclude each other")
     _must(isinstance(inputs, list) and inputs, "inputs are not a list of paths")
-    return tuple(_filled(each, "input") for each in inputs)
+    return tuple(_file(each, "input") for each in inputs)
+
+
+def _file(value: Any, name: str) -> str:
+    hint = "write it to a file, and give the path of that"
+    if _filled(value, name).startswith("data:"):
+        raise UsageError(f"{name} is a data: URL, not a path", hint)
+    if len(value) > LONGEST_PATH:
+        raise UsageError(f"{name} is a text of {len(value):,} characters, not a path", hint)
+    return value
 
 
 def _filled(value: Any, name: str) -> str:
@@ -233,13 +311,20 @@ def _text(value: Any, name: str) -> str:
 
 
 def _rate(value: Any) -> float | None:
-    if value is None:
-        return None
-    with suppress(ValueError):  # a CSV file has texts
-        value = float(value) if isinstance(value, str) else value
-    right = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-    _must(right, "frame_rate is not a number above 0")
-    return float(value)
+    made = _number(value, "frame_rate", float)
+    _must(made is None or 0 < made < math.inf, "frame_rate is not a number above 0")
+    return None if made is None else float(made)
+
+
+def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
+    """A number that a row may have, in CSV as a text; None where it has none."""
+    try:
+        made = kind(value) if isinstance(value, str) else value
+    except ValueError:
+        made = value
+    right = made is None or (isinstance(made, (int, kind)) and not isinstance(made, bool))
+    _must(right, f"{name} is not a {'whole ' if kind is int else ''}number")
+    return made
 
 
 def _seconds(value: Any, name: str) -> float | None:

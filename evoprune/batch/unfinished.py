@@ -5,6 +5,7 @@ import os
 import secrets
 from pathlib import Path
 
+OPEN_FILES = ("/dev/", "/proc/self/fd/")  # written to as they are given, such as the pipe of >(gzip > x)
 _NAME, _ANY = "{}.evoprune-{}.tmp", "[0-9a-f]" * 8
 
 

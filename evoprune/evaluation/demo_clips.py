@@ -46,7 +46,7 @@ def clips_asked(
         fitting = (seed for seed in seeds(block, BLOCK) if not groups or world.may_hold(seed, groups))
         found = [ClipName(split, seed, name) for seed in islice(fitting, limit)]
         if len(found) < limit:
-            hint = "lower --limit, or take several blocks (--seed)"
+            hint = "lower --limit, or take several blocks (--block)"
             raise UsageError(f"a block of the demo's clips holds {len(found):,}", hint)
         made += found
     return made

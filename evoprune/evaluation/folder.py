@@ -41,12 +41,11 @@ class RunFolder:
 
         Raises UsageError: `path` is no such folder, or its run had other settings.
         """
+        before, file = stored_settings(path), path / SAMPLES
         try:
-            before = read_object(path / SETTINGS)
-            file = path / SAMPLES
             text = file.read_bytes() if file.exists() else b""
-        except (OSError, ValueError) as problem:
-            raise UsageError(f"{path} is no folder of an evaluation", f"name one with a {SETTINGS}") from problem
+        except OSError as problem:
+            raise no_folder(path) from problem
         if other := differences(before, json.loads(json.dumps(settings))):
             raise UsageError(f"{path} was begun with other settings: {other}", "give the same ones, or a new -o DIR")
         with _writing(path):
@@ -72,6 +71,18 @@ class RunFolder:
     def _replace(self, name: str, text: str) -> None:
         with _writing(self.path / name):
             unfinished.replace(str(self.path / name), text.encode("ascii"))
+
+
+def stored_settings(path: Path) -> dict[str, Any]:
+    """The settings of the run in a folder. Raises UsageError: there is none."""
+    try:
+        return read_object(path / SETTINGS)
+    except (OSError, ValueError) as problem:
+        raise no_folder(path) from problem
+
+
+def no_folder(path: Path) -> UsageError:
+    return UsageError(f"{path} is no folder of an evaluation", f"name one with a {SETTINGS}")
 
 
 def _line(sample: dict) -> str:

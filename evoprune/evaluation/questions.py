@@ -31,7 +31,7 @@ def load_questions(path: Path) -> list[Video]:
     videos: dict[str, list[Row]] = {}
     for row in load_rows(str(path), rules=GRADED):
         videos.setdefault(row.video, []).append(row)
-    return [Video(name, path.parent / name, tuple(rows)) for name, rows in videos.items()]
+    return [Video(name, Path(rows[0].paths[0]), tuple(rows)) for name, rows in videos.items()]
 
 
 def _complete(row: Row, fields: dict[str, Any]) -> Row:
@@ -57,7 +57,8 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
 
 
 GRADED = Rules(
-    fields="a row has video, question and answer, and may have id, start, end, frame_rate, options, type and groups",
+    fields="a row has video, question and answer, and may have id, start, end, fps, frames, frame_rate, max_new_tokens, options, "
+    "type and groups",
     file="give a JSONL or CSV file of questions, or demo",
     numbered=True,
     complete=_complete,

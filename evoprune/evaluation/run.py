@@ -6,7 +6,7 @@ Every answer becomes a sample, a plain dict; `scores.py` makes the table of them
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,15 +27,24 @@ from evoprune.evaluation.processes import map_in_processes
 from evoprune.evaluation.questions import Video
 from evoprune.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
 from evoprune.evaluation.shared import SharedFrames, SharedRows, grey_frames
+from evoprune.keywords import OPTION
 from evoprune.model.cost import shortage
 from evoprune.model.machine import environment
 from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, threads_of_each
-from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions, record
+from evoprune.pipeline.options import (
+    GenerationOptions,
+    ModelOptions,
+    PipelineOptions,
+    PruneOptions,
+    SamplingOptions,
+    record,
+)
 from evoprune.pipeline.saved import make_method, resolve, with_recipe
 from evoprune.pipeline.video_qa import open_inputs
-from evoprune.pruning.budget import TUNED, plain
+from evoprune.pruning.budget import TUNED, parse_budget_or_name, plain
+from evoprune.pruning.types import generator_seed
 
 DEMO, DEMO_CLIPS = "demo", 100
 Progress = Callable[[str], None]
@@ -59,7 +68,8 @@ class Settings:
     method_args: dict[str, str] = field(default_factory=dict)
     blind: bool = False  # also ask without the video
     split: str = "heldout"
-    seed: int = 0  # picks the block of clips, and is that of methods that select at random
+    seed: int = 0  # of methods that select at random
+    block: int = 0  # of the demo's clips
     world: str = WORLDS[0]  # or both
     groups: tuple[str, ...] = ()  # only questions of these; all if it is empty
     limit: int | None = None  # of videos; None for all of a file, and for 100 clips of each world
@@ -70,6 +80,22 @@ class Settings:
     timed: bool = False  # samples hold `prune_ms` too: for the video, or for the question if the method reads it
     version: str = evoprune.__version__
     tuned: tuple[str, float] | None = None
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any], model: ModelOptions) -> "Settings":
+        """Those of a record, whose file may have changed since; `model`: what answers do not depend on, such as the device.
+
+        Raises KeyError, TypeError, ValueError or UsageError: it is no such record.
+        """
+        options = {name: value for name, value in record.items() if name not in ("digest", "version", "plugins")}
+        own = {
+            each.name: options.pop(each.name) for each in fields(cls) if each.name in options and each.name != "model"
+        }
+        own["budgets"] = tuple(map(parse_budget_or_name, own["budgets"]))
+        own |= {name: tuple(own[name]) for name in ("methods", "groups", "tuned") if own.get(name) is not None}
+        free = (each.name for each in fields(model) if not each.metadata[OPTION].changes_answers)
+        made = PipelineOptions.of(**{name: getattr(model, name) for name in free} | options)
+        return cls(**own, model=made.model, sampling=made.sampling, generation=made.generation)
 
     def resolved(self, found: FoundModel) -> "Settings":
         """With the tuned method and budget. Raises UsageError: the model was never tuned, or its setting is damaged."""
@@ -180,7 +206,7 @@ class Evaluation:
         s = self.settings
         if videos is None:
             worlds = WORLDS if s.world == BOTH else (s.world,)
-            return clips_asked(worlds, s.split, s.seed, s.limit or DEMO_CLIPS, s.groups)
+            return clips_asked(worlds, s.split, s.block, s.limit or DEMO_CLIPS, s.groups)
         if s.groups:
             every = [replace(v, rows=tuple(r for r in v.rows if set(s.groups) & set(r.groups))) for v in videos]
             chosen = [video for video in every if video.rows]
@@ -210,7 +236,7 @@ class Evaluation:
         self, variant: Variant, video: Video, span: Span, frames: SharedFrames, rows: SharedRows
     ) -> Iterator[dict]:
         settings, prunes = self.settings, variant.row == METHOD and not variant.tuned
-        seed = ((settings.seed << 32) + crc32(video.name.encode("utf-8", "surrogateescape"))) % 2**63
+        seed = crc32(video.name.encode("utf-8", "surrogateescape"), generator_seed(settings.seed))
         args = settings.method_args if prunes else {}
         options = PruneOptions(budget=variant.budget, method=variant.method, method_args=args, seed=seed)
         engine = make_engine(self.loaded, options)
@@ -221,7 +247,7 @@ class Evaluation:
             encoded = opened.encode()
         cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
         for row in span.rows:
-            answer = encoded.ask(row.prompt, options=settings.generation)
+            answer = encoded.ask(row.prompt, options=row.generation(settings.generation))
             said = "".join(answer)
             right = grade(row, said)
             made = {

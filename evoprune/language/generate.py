@@ -22,6 +22,7 @@ from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.machine import to_device
 from evoprune.model.numerics import not_a_number_error
 from evoprune.pruning.indices import ascending
+from evoprune.pruning.types import generator_seed
 
 
 @dataclass
@@ -209,7 +210,7 @@ class TokenStream(Iterator[int]):
         self._model, self._state, self._settings = model, state, settings
         self._eos_ids = frozenset(eos_ids)
         # On the CPU, so that a seed gives the same draws on every device.
-        self._random = torch.Generator().manual_seed(seed)
+        self._random = torch.Generator().manual_seed(generator_seed(seed))
         self._read = 0  # how many of them are in the cache of the state
         self._steps: static.Steps | None = None  # where the others are
         self._holder = object()

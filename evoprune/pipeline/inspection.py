@@ -14,7 +14,7 @@ from evoprune.pipeline.loading.found import DTYPES, FoundModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.planning import TEXT, encoding_bytes
 from evoprune.pipeline.saved import folder, for_model, recipes, tuned
-from evoprune.pruning.budget import PRESETS, keep_tokens, plain, share_of
+from evoprune.pruning.budget import PRESETS, keep_tokens, plain, share_for, share_of
 from evoprune.video.plan import STILL, Plan
 from evoprune.vision.devices import largest_chunk
 from evoprune.vision.tower import tower_shape
@@ -150,7 +150,13 @@ def plan_facts(plan: Plan, config) -> dict:
         "visual_tokens": n,
         "capped": plan.capped,
         "presets": {
-            name: {"budget": tokens / n, "tokens": tokens, "kv_cache_bytes": kv_bytes(config, tokens)}
-            for name, tokens in ((name, keep_tokens(budget, plan.grid)) for name, budget in PRESETS.items())
+            name: {
+                "budget": tokens / n,
+                "share": share_for(budget, plan.grid),
+                "tokens": tokens,
+                "kv_cache_bytes": kv_bytes(config, tokens),
+            }
+            for name, budget in PRESETS.items()
+            for tokens in [keep_tokens(budget, plan.grid)]
         },
     }

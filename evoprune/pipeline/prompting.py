@@ -25,6 +25,7 @@ from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.planning import TEXT, fitting_chunk, subtitles_of
 from evoprune.pruning.budget import share_of
+from evoprune.text import counted
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
@@ -160,8 +161,8 @@ def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None
     context = loaded.model.config.text_config.max_position_embeddings
     if context is not None and text + visual + new > context:
         raise UsageError(
-            f"{text:,} tokens of text, {visual:,} visual tokens and an answer of up to {new:,} tokens do not fit into the "
-            f"{context:,} tokens of this model's context",
+            f"{counted(text, 'token')} of text, {counted(visual, 'visual token')} and an answer of up to {counted(new, 'token')} "
+            f"do not fit into the {context:,} tokens of this model's context",
             "ask a shorter question, or for a shorter answer (-n, max_new_tokens), keep fewer visual tokens (-b, budget) or "
             "subtitles (--max-subtitle-tokens, max_subtitle_tokens), or look at fewer frames (--max-frames, max_frames)",
         )

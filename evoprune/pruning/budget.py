@@ -102,9 +102,14 @@ def plain(budget: float | str) -> float | str:
     return budget.name if isinstance(budget, Preset) else budget
 
 
+def share_for(budget: float, grid: tuple[int, int, int]) -> float:
+    """The share of one input: `grid` is (T, H, W) in units."""
+    return budget.still if isinstance(budget, Preset) and grid[0] == 1 else float(budget)
+
+
 def keep_tokens(budget: float, grid: tuple[int, int, int]) -> int:
     """K of one input: `grid` is (T, H, W) in units."""
-    return keep_count(budget.still if isinstance(budget, Preset) and grid[0] == 1 else budget, prod(grid))
+    return keep_count(share_for(budget, grid), prod(grid))
 
 
 def share_of(budget: float, grids: Sequence[tuple[int, int, int]]) -> float:

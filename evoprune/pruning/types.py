@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from hashlib import blake2b
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,12 @@ from evoprune.backend.selection import mean_rows
 from evoprune.pruning.indices import ascending
 
 HELD = 1 << 24  # attention weights that are held at a time
+
+
+def generator_seed(seed: int) -> int:
+    """The seed for torch's CPU generator, which takes the low 32 bits alone: below 2**32 as it is, else a hash of all its bits."""
+    digest = blake2b(str(seed).encode(), digest_size=4).digest()
+    return seed if 0 <= seed < 2**32 else int.from_bytes(digest)
 
 
 @dataclass(frozen=True)
@@ -24,9 +31,12 @@ class Tokens:
     owner: torch.Tensor  # int64 [N], the row that represents each unit, -1 for none
     grid: tuple[int, int, int]  # (T, H, W) in units
     seconds_per_pair: float = 1.0  # from one frame pair to the next
-    seed: int = 0  # for what is drawn at random
+    seed: int = 0  # for what is drawn at random, as `generator_seed` makes it
     # float32 "attention" [E], "keys" [E, 4 d], "middle" [E, D] and "question" [Q, D], as far as declared
     given: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self):
+        object.__setattr__(self, "seed", generator_seed(self.seed))
 
     def copied(self) -> "Tokens":
         """The same tokens in memory of their own."""

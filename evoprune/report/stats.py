@@ -80,7 +80,7 @@ def warning_text(name: str, video, path: str | None = None, answers: str | None 
 def summary(report) -> str:
     """One line: tokens, first token and total."""
     tokens, times = report.tokens, report.time_ms
-    read = f"{tokens.prompt or 0:,} tokens read ({tokens.visual or 0:,} visual), {tokens.new or 0:,} written"
+    read = f"{counted(tokens.prompt or 0, 'token')} read ({tokens.visual or 0:,} visual), {tokens.new or 0:,} written"
     first = "not reached" if times.ttft_wall is None else f"{times.ttft_wall:,.0f} ms"
     return f"{read}; first token {first}, total {times.total or 0:,.0f} ms"
 

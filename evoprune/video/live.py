@@ -12,6 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
+from evoprune.text import FILE_URL, LONGEST, missing_hint, shorten
 from evoprune.video.sandbox.channel import FrameMemory
 from evoprune.video.sandbox.isolation import POSSIBLE, borrow
 
@@ -157,12 +158,14 @@ def _check(source: str) -> None:
         return
     if "://" in source and not os.path.exists(source):
         if (scheme := source.partition("://")[0].lower()) not in SCHEMES:
-            raise UsageError(f"streams of {scheme}:// are not read", f"one of {', '.join(SCHEMES)}")
+            hint = missing_hint(source, "") if source.startswith(FILE_URL) else f"one of {', '.join(SCHEMES)}"
+            raise UsageError(f"streams of {scheme}:// are not read", hint)
         return
     try:
         kind = os.stat(source).st_mode
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise VideoError(f"cannot read {source}: {reason}", "give a file, a camera, a URL, or - for a pipe") from error
+        hint = missing_hint(source, "give a file, a camera, a URL, or - for a pipe")
+        raise VideoError(f"cannot read {shorten(source, LONGEST)}: {reason}", hint) from error
     if not (stat.S_ISREG(kind) or stat.S_ISCHR(kind)):
         raise VideoError(f"{source} is neither a file nor a camera", "- reads a pipe")

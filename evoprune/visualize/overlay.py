@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from evoprune.text import counted
 from evoprune.visualize.fates import FATES, TracedVideo
 from evoprune.visualize.image_files import gif, mp4, png, shared_palette
 from evoprune.visualize.panel import Panels, cluster_colour, light, outline
@@ -80,10 +81,10 @@ class Overlay:
         of_earlier = f", {again:,} of them with the row of an earlier frame pair" if again else ""
         meanings = {
             "read": f"one token of the language model each. {counts['read']:,} of {counts['units']:,} units{of_earlier}.",
-            "reused": f"unchanged since an earlier frame pair, so not encoded again. {counts['reused']:,} units.",
+            "reused": f"unchanged since an earlier frame pair, so not encoded again. {counted(counts['reused'], 'unit')}.",
             "merged": "averaged into the unit with a dot of the same colour, here or in another frame pair. "
-            f"{counts['merged']:,} units.{alike}",
-            "dropped": f"encoded, and then left out. {counts['dropped']:,} units.",
+            f"{counted(counts['merged'], 'unit')}.{alike}",
+            "dropped": f"encoded, and then left out. {counted(counts['dropped'], 'unit')}.",
         }
         return [
             _legend_entry(name, f"{name.capitalize()}: {meaning}", width, size)

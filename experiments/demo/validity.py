@@ -74,7 +74,7 @@ def kept(
             cells = [cell for cell in CELLS if (cell.group, cell.budget) == (group, budget)]
             first = budget == next(cell.budget for cell in CELLS if cell.group == group)
             settings = Settings(
-                DEMO, (budget,), tuple(dict.fromkeys(cell.method for cell in cells)), blind=first, split=split, seed=seed,
+                DEMO, (budget,), tuple(dict.fromkeys(cell.method for cell in cells)), blind=first, split=split, block=seed,
                 world="scenes", groups=(group,), limit=limit, model=ModelOptions(model, dtype="fp32"),
                 generation=GenerationOptions(max_new_tokens=LONGEST),
             )  # fmt: skip

@@ -66,6 +66,45 @@ def test_what_is_there_is_not_touched_by_accident(path):
     assert ids(path) == ["2"]
 
 
+@pytest.mark.parametrize("content", [b"\0\0\0 ftypisom", b'{"question":"What?"}\n', b"notes", HEAD[:-1] + b"x"])
+@pytest.mark.parametrize("how", [{"overwrite": True}, {"resume": True}, {}])
+def test_what_holds_no_records_is_never_replaced(path, content, how):
+    path.write_bytes(content)
+    with pytest.raises(UsageError) as caught:
+        RecordFile(str(path), **how)
+    assert path.read_bytes() == content and "--overwrite" not in caught.value.hint
+
+
+@pytest.mark.parametrize("content", [b"", HEAD, HEAD[:5], HEAD + b'"id":"1"}\n'])
+def test_what_is_empty_or_holds_records_is_replaced(path, content):
+    path.write_bytes(content)
+    write(path, record(2), overwrite=True)
+    assert ids(path) == ["2"]
+
+
+def test_an_open_file_is_written_to_as_given(tmp_path):
+    """As a shell names a pipe to a program, `>(gzip > x)`, or its own output. What is in a file stays."""
+    read, end = os.pipe()
+    write(f"/dev/fd/{end}", record(1))
+    os.close(end)
+    with open(read, "rb") as file:
+        assert json.loads(file.read())["id"] == "1"
+    with open(tmp_path / "all", "ab") as file:
+        file.write(b"before\n")
+        file.flush()
+        write(f"/dev/fd/{file.fileno()}", record(2))
+        file.write(b"after\n")
+    before, line, after = (tmp_path / "all").read_bytes().splitlines()
+    assert (before, json.loads(line)["id"], after) == (b"before", "2", b"after")
+    os.mkfifo(tmp_path / "pipe")
+    reader = threading.Thread(target=lambda: read_.append((tmp_path / "pipe").read_bytes()))
+    read_ = []
+    reader.start()
+    write(tmp_path / "pipe", record(3))
+    reader.join()
+    assert json.loads(read_[0])["id"] == "3"
+
+
 def test_nothing_is_left_where_nothing_was_written(path):
     RecordFile(str(path)).close()
     assert not path.exists()
@@ -154,7 +193,7 @@ def test_a_file_that_is_not_ours_is_left_alone(path, content, line):
     with pytest.raises(UsageError, match=f"out.jsonl, line {line} is no record of a batch") as caught:
         RecordFile(str(path), resume=True)
     assert path.read_text() == content
-    assert ("delete it" if line > 1 else "--overwrite") in caught.value.hint
+    assert ("delete it" if line > 1 else "remove this one") in caught.value.hint
 
 
 def test_records_begin_as_it_is_believed():

@@ -3,13 +3,14 @@
 import json
 import re
 import string
+import warnings
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.batch.rows import Row, group_by_span, load_rows, product_rows, read_rows
-from evoprune.errors import UsageError
+from evoprune.errors import EvopruneWarning, UsageError
 
 ROW = {"video": "a.mp4", "question": "What?"}
 
@@ -51,6 +52,27 @@ def test_the_prompt_holds_the_options_with_their_letters():
     assert Row("1", ("v",), ("v",), "Which?").prompt == "Which?"
     lines = Row("1", ("v",), ("v",), "Which?", options=("apple", "a pear", "plum")).prompt.splitlines()
     assert lines[:4] == ["Which?", "A. apple", "B. a pear", "C. plum"] and "letter" in lines[4] and len(lines) == 5
+
+
+@pytest.mark.parametrize("form", ["{}. {}", "{}) {}", "({}) {}", "{}: {}", "{}.{}", " {} . {}"])
+def test_options_that_have_their_letters_get_no_others(form):
+    lettered = [form.format(letter, text) for letter, text in zip("ABC", ("red", "A. one", "plum"), strict=True)]
+    (row,) = read(jsonl(ROW | {"options": lettered}))
+    assert row.options == ("red", "A. one", "plum")
+    (lower,) = read(jsonl(ROW | {"options": ["a. red", "b. blue"]}))
+    assert lower.prompt.splitlines()[1:3] == ["A. red", "B. blue"]
+
+
+@pytest.mark.parametrize(
+    "options", [["A. red", "blue"], ["C: drive", "D: drive"], ["A", "B"], ["A cat", "B movie"], ["A.", "B."]]
+)
+def test_options_that_only_look_lettered_stay(options):
+    assert read(jsonl(ROW | {"options": options}))[0].options == tuple(options)
+
+
+def test_letters_in_another_order_are_refused():
+    with pytest.raises(UsageError, match="the letters of the options are B, A"):
+        read(jsonl(ROW | {"options": ["B. blue", "A. red"]}))
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
@@ -222,6 +244,86 @@ def test_inputs_that_are_none_are_refused(inputs, says):
 def test_video_and_inputs_exclude_each_other():
     with pytest.raises(UsageError, match="exclude each other"):
         read(jsonl(ROW | {"inputs": ["b.mp4"]}))
+
+
+def test_fields_as_other_tools_write_them():
+    theirs = ROW | {"video_start": 1, "video_end": "0:03", "nframes": 8, "max_new_tokens": 5}
+    (row,) = read(jsonl(theirs))
+    assert (row.start_s, row.end_s, row.fps, row.frames, row.max_new_tokens) == (1.0, 3.0, None, 8, 5)
+    (same,) = read(jsonl(ROW | {"start": 1, "end": 3, "frames": 8, "max_new_tokens": 5}))
+    (of_csv,) = read(b"Video,QUESTION, Start ,end,nframes,max_new_tokens\na.mp4,What?,1,3,8,5\n")
+    assert row == same == of_csv
+    assert row.asked["frames"] == 8 and row.asked["max_new_tokens"] == 5 and "fps" not in row.asked
+    (often,) = read(jsonl(ROW | {"fps": "0.5"}))
+    (usual,) = read(jsonl(ROW))
+    assert len({often.id, usual.id, row.id}) == 3
+    spans = group_by_span([often, usual, usual])
+    # A row's own rate stands instead of the batch's number of frames, and the other way round.
+    assert [span.sampling for span in spans] == [
+        {"start_s": 0.0, "end_s": None, "fps": 0.5, "frames": None}, {"start_s": 0.0, "end_s": None},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"start": 1, "video_start": 1}, "start and video_start exclude each other"),
+        ({"fps": 2, "nframes": 8}, "fps and frames exclude each other"),
+        ({"fps": 0}, "fps is 0"),
+        ({"fps": "fast"}, "fps is not a number"),
+        ({"nframes": 0}, "frames is 0"),
+        ({"frames": 2.5}, "frames is not a whole number"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": True}, "max_new_tokens is not a whole number"),
+    ],
+)
+def test_numbers_that_make_no_sense(fields, says):
+    with pytest.raises(UsageError, match=f"line 1: {says}"):
+        read(jsonl(ROW | fields))
+
+
+def test_fields_that_are_not_used_are_named_once():
+    rows = [ROW | {"id": i, "strat": 5, "split": "test"} for i in range(2)] + [ROW | {"id": 2, "split": "test"}]
+    with pytest.warns(EvopruneWarning) as said:
+        read(jsonl(*rows))
+    (warning,) = said
+    assert (
+        str(warning.message) == "rows: fields that are not used: strat in 2 rows (did you mean start?), split in 3 rows"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(jsonl(ROW | {"type": "order", "groups": ["time"], "answer": 3, "subtitles": None, "other": None}))
+
+
+def test_an_array_of_rows():
+    array = f"[{json.dumps(ROW)},\n {json.dumps(ROW | {'id': 7})}]"
+    assert [row.id for row in read(array.encode())] == [read(jsonl(ROW))[0].id, "7"]
+    with pytest.raises(UsageError, match="rows, row 2: no video; row 3: not a JSON object"):
+        read(b'[{"video": "a", "question": "b"}, {}, 3]')
+    with pytest.raises(UsageError, match="rows is not JSON: "):
+        read(b'[{"video": "a"},')
+
+
+def test_paths_of_the_user_and_of_other_tools(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    names = ["~/a.mp4", "file:///clips/a%20b.mp4", "b.mp4"]
+    rows = read(jsonl(*[ROW | {"video": name, "subtitles": name} for name in names]))
+    assert [row.paths for row in rows] == [("/home/me/a.mp4",), ("/clips/a b.mp4",), ("there/b.mp4",)]
+    assert [row.inputs[0] for row in rows] == names
+    assert [row.subtitles_path for row in rows] == ["/home/me/a.mp4", "/clips/a b.mp4", "there/b.mp4"]
+
+
+def test_a_video_inside_its_row_is_refused_in_a_line():
+    with pytest.raises(UsageError) as caught:
+        read(jsonl(ROW | {"video": "data:video/mp4;base64," + "A" * 10**6}, {}))
+    assert caught.value.message == "rows, line 1: video is a data: URL, not a path; line 2: no video"
+    assert "write it to a file" in caught.value.hint
+
+
+def test_a_long_path_is_not_printed_whole():
+    with pytest.raises(UsageError) as caught:
+        read(jsonl(ROW | {"video": "a" * 900}, {}))
+    assert "no such file: there/aaa" in caught.value.message and len(caught.value.message) < 300
 
 
 some_rows = st.lists(

@@ -51,6 +51,20 @@ def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in content.split(b"\n")[:-1]]
 
 
+def test_fields_of_a_row(run, out):
+    """Those of other tools are followed, and unknown ones named."""
+    own = {"video": str(ROOT / CLIPS[0]), "question": "What?", "video_start": 1, "video_end": 2.5, "nframes": 2}
+    rows = [own | {"max_new_tokens": 1, "strat": 3}, own | {"fps": 4, "nframes": None, "id": "b"}]
+    result = run("--from", "-", "-q", stdin="".join(json.dumps(row) + "\n" for row in rows).encode())
+    assert result.code == 0
+    assert result.err == "warning: stdin: fields that are not used: strat in 1 row (did you mean start?)\n"
+    first, second = records(out)
+    assert (first["sampling"]["frames"], second["sampling"]["frames"]) == (2, 6)
+    assert (first["sampling"]["start_s"], first["sampling"]["end_s"]) == (1.0, 2.5)
+    assert (first["generation"]["max_new_tokens"], second["generation"]["max_new_tokens"]) == (1, 2)
+    assert (first["batch"]["row"]["frames"], second["batch"]["row"]["fps"]) == (2, 4)
+
+
 def test_a_pattern_that_matches_nothing(run):
     assert "a pattern that matches nothing" in run("no*such.mp4", *ASKED).err
     assert run("nosuch.mp4", *ASKED).err.endswith("hint: check the path\n")
@@ -176,13 +190,13 @@ def no_weights(monkeypatch):
         ((*CLIPS, *ASKED, "--method-arg", "speed=1"), "speed", 2),
         ((*CLIPS, *ASKED, "--method-arg", "speed"), "NAME=VALUE", 2),
         ((*CLIPS, *ASKED, "--fps", "1"), "fps and frames", 2),
-        ((*CLIPS, *ASKED, "--frames", "0"), "frames", 2),
-        ((*CLIPS, *ASKED, "--max-frames", "0"), "max_frames", 2),
+        ((*CLIPS, *ASKED, "--frames", "0"), "--frames is 0", 2),
+        ((*CLIPS, *ASKED, "--max-frames", "0"), "--max-frames is 0", 2),
         ((*CLIPS, *ASKED, "--max-visual-tokens", "0"), "visual tokens", 2),
         ((*CLIPS, *ASKED, "--start", "soon"), "soon", 2),
         ((*CLIPS, *ASKED, "--start", "3", "--end", "2"), "end 2 s is not after", 2),
         ((*CLIPS, *ASKED, "--decoder", "vlc"), "vlc", 2),
-        ((*CLIPS, *ASKED, "-n", "0"), "max_new_tokens", 2),
+        ((*CLIPS, *ASKED, "-n", "0"), "--max-new-tokens is 0", 2),
         ((*CLIPS, *ASKED, "-t", "-1"), "temperature", 2),
         ((*CLIPS, *ASKED, "--device", "abacus"), "abacus", 2),
         ((*CLIPS, *ASKED, "--json"), "--json", 2),
@@ -192,6 +206,7 @@ def no_weights(monkeypatch):
         ((*CLIPS, *ASKED, "-o", "no/such/out.jsonl"), "cannot write no/such/out.jsonl", 2),
         ((*CLIPS, *ASKED, "-o", "/proc/out.jsonl"), "cannot write /proc/out.jsonl", 2),
         ((*CLIPS, *ASKED, "-o", CLIPS[1], "--overwrite"), "samples/three.mp4 is what is to be read", 2),
+        (("--overwrite", "-o", *CLIPS, *ASKED), "samples/square.mp4 is there, and holds no records of a batch", 2),
         (("--from", "samples/questions.jsonl", "-o", "./samples/questions.jsonl", "--overwrite"), "is to be read", 2),
         (("--from", "no/such.csv"), "cannot read no/such.csv", 2),
         (("--from", "-"), "nothing is piped", 2),

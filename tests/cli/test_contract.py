@@ -186,7 +186,7 @@ CASES = {
     "bad time to inspect": fails(2, "soon", "inspect", CLIP, "--end", "soon"),
     "no tokens allowed": fails(2, "visual tokens", *ASK, "--max-visual-tokens", "0"),
     "unknown decoder": fails(2, "vlc", *ASK, "--decoder", "vlc"),
-    "no new tokens": fails(2, "max_new_tokens", *ASK, "-n", "0"),
+    "no new tokens": fails(2, "--max-new-tokens is 0", *ASK, "-n", "0"),
     "negative temperature": fails(2, "temperature", *ASK, "-t", "-1"),
     "unknown device": fails(2, "abacus", *ASK, "--device", "abacus"),
     "unknown dtype": fails(2, "fp1", *ASK, "--dtype", "fp1"),

@@ -136,6 +136,20 @@ def test_a_table_on_stdout_and_nothing_else(run):
     assert all(len(line) <= 80 and line == line.rstrip() for line in result.out.splitlines())
 
 
+def test_only_columns_that_are_there_are_explained(run):
+    document = run("--json").record
+    gone = 0
+    for width in (80, 40, 30):
+        made = table(document, width)
+        heads, text = [line for line in made.splitlines() if line.startswith("   ")], " ".join(made.split())
+        assert "accuracy, in percent" in text and "TFLOP: operations" in text and "…" not in made
+        for title in ("vs full", "kept", "live"):
+            there = title in " ".join(heads)
+            assert (f"{title}: " in text) == there, (width, title)
+            gone += not there
+    assert gone >= 3
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("columns", [100, 80, 60, 40])
 def test_a_narrow_terminal(run, choices, monkeypatch, columns):
@@ -236,7 +250,7 @@ def test_an_interruption_prints_what_there_is_and_can_go_on(run, tmp_path, monke
         breaking(patch, 4, problem)  # in the second video
         torn = run(*asked, "-o", place)
     assert torn.code == code
-    assert torn.err == f"to go on: the same command with --resume {place} instead of -o\n"
+    assert torn.err == f"to go on: evoprune eval --resume {place}\n"
     if form == "json":
         assert torn.record["error"]["code"] == code and torn.record["videos"]["evaluated"] == 1
     else:
@@ -245,6 +259,25 @@ def test_an_interruption_prints_what_there_is_and_can_go_on(run, tmp_path, monke
     assert (again.code, again.out, again.err) == (0, whole.out, "")
     for name in ("results.json", "samples.jsonl"):
         assert (place / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_folder_is_all_that_is_needed_to_go_on(run, cli, tmp_path, monkeypatch):
+    place, more = tmp_path / "a run", ("-b", "fast,0.4", "--seed", "3", "--method", "evoprune:reuse=0,random")
+    with monkeypatch.context() as patch:
+        breaking(patch, 7, KeyboardInterrupt())  # in the second video
+        torn = run(*more, "-o", place)
+    assert torn.code == 130 and torn.err.endswith(f"to go on: evoprune eval --resume '{place}'\n")
+    monkeypatch.setenv("EVOPRUNE_MODEL", "other")
+    again = cli("eval", "--resume", place, "--json", "-q", "--threads", "1")
+    assert (again.code, again.err) == (0, "")
+    assert again.record["videos"] == {"wanted": 2, "evaluated": 2, "failed": 0}
+    assert json.loads(json.dumps(again.record["settings"])) == json.loads((place / "settings.json").read_text())
+    for given in ("-b", "--budget"):
+        refused = cli("eval", "--resume", place, given, "0.1")
+        assert refused.code == 2 and f"{given} is given beside --resume" in refused.err
+    (place / "settings.json").write_text('{"data": "demo"}')
+    assert f"{place} is no folder of an evaluation" in cli("eval", "--resume", place).err
+    assert "hint: --data FILE, or --data demo" in cli("eval", "-b", "0.5").err
 
 
 @pytest.mark.parametrize("form", ["table", "json"])
@@ -343,7 +376,7 @@ def test_only_questions_of_a_group(run, choices):
         (("--group", "sound"), "no question is in sound"),
         (("--limit", "0"), "--limit"),
         (("--seed", "-1"), "--seed"),
-        (("-n", "0"), "max_new_tokens"),
+        (("-n", "0"), "--max-new-tokens is 0"),
         (("--fps", "1"), "fps and frames"),
         (("--dtype", "fp1"), "fp1"),
         (("--device", "abacus"), "abacus"),

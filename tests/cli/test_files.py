@@ -122,12 +122,27 @@ def test_a_link_stays_a_link(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"new"
 
 
+def test_an_open_file_is_written_to_as_given(tmp_path):
+    with open(tmp_path / "all", "ab") as file:
+        for content in (b"one\n", b"two\n"):
+            check_writable(f"/dev/fd/{file.fileno()}")
+            write_bytes(f"/dev/fd/{file.fileno()}", content)
+    assert (tmp_path / "all").read_bytes() == b"one\ntwo\n"
+    read, end = os.pipe()
+    check_writable(f"/dev/fd/{end}")
+    write_bytes(f"/dev/fd/{end}", b"three")
+    os.close(end)
+    with open(read, "rb") as file:
+        assert file.read() == b"three"
+
+
 @pytest.mark.parametrize("what", ["tune -o", "profile -o", "inspect --overlay"])
 def test_an_input_is_never_replaced(cli, clip, tmp_path, what):
     clip.write_bytes(written()["mp4"])
     before = clip.read_bytes()
     (tmp_path / "link.mp4").symlink_to(clip)
-    for target in (clip, tmp_path / "link.mp4"):
+    (tmp_path / "hard.mp4").hardlink_to(clip)
+    for target in (clip, tmp_path / "link.mp4", tmp_path / "hard.mp4"):
         result = cli(*commands(clip, target)[what])
         assert result.code == 2 and f"{target} would change what is read" in result.err
     assert clip.read_bytes() == before

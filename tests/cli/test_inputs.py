@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -77,14 +78,47 @@ def test_the_last_word_is_the_question_unless_it_is_a_path(words, inputs, questi
         ((CLIP, "b.mpv"), 3, "no such file: b.mpv\nhint: check the path; to ask it as a question: -Q b.mpv"),
         ((CLIP, "gone.mp4", QUESTION), 3, "no such file: gone.mp4\nhint: check the path\n"),
         ((CLIP, "gone.mp4", "-Q", QUESTION), 3, "no such file: gone.mp4"),
+        ((CLIP, "docs"), 2, "no question\nhint: there is a file docs; to ask that as the question: -Q docs\n"),
         ((CLIP, "what", "is", "it"), 2, "unexpected extra words: what is it\nhint: quote the question"),
         (("-", "-", QUESTION), 2, "standard input is there twice"),
         ((CLIP, OTHER, QUESTION, "--subtitles", "a.srt"), 2, "a.srt holds the subtitles of one video"),
     ],
 )
 def test_what_is_no_input_is_named(cli, words, code, says):
-    result = cli("ask", *words)
+    result = cli("ask", *words, stdin="", terminal=True)
     assert (result.code, result.out) == (code, "") and says in result.err
+
+
+DATA = "data:video/mp4;base64," + "A" * 9000
+LONG = "a" * 300 + ".mp4"
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        (DATA, "write it to a file, and give the path of that"),
+        (LONG, ""),
+        (" ".join(["an name"] * 50) + ".mp4", ""),
+        ("file:///clips/a.mp4", "leave out file://"),
+    ],
+    ids=["data", "long", "long with spaces", "file"],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ask", "{}", "What?", "--json"), ("ask", "samples/square.mp4", "{}", "What?"), ("inspect", "{}"), ("profile", "{}"),
+        ("ask", "samples/square.mp4", "What?", "--subtitles", "{}"), ("tune", "{}", "-m", "demo"),
+        ("batch", "{}", "-Q", "What?", "-m", "demo", "-o", "-"), ("watch", "{}", "-m", "demo", "-Q", "What?", "--every", "1s"),
+    ],
+    ids=lambda command: " ".join(word[:9] for word in command),
+)  # fmt: skip
+def test_what_is_no_path_is_refused_in_a_line(cli, command, given, hint):
+    result = cli(*(word.format(given) for word in command))
+    hint = "" if command[0] == "batch" and given.startswith("file:") else hint  # a batch understands it
+    assert result.code in (2, 3) and len(result.err.splitlines()) == 2 and f"hint: {hint}" in result.err
+    assert len(result.err) < 600 and not re.search(r"\w{201}", result.err + result.out)
+    if result.out:
+        assert max(map(len, (result.record["error"]["message"], result.record["inputs"][0]["path"]))) <= 250
 
 
 @pytest.mark.parametrize("options", [("--start", "1"), ("--end", "-1"), ("--subtitles", "a.srt")])

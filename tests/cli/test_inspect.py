@@ -34,6 +34,7 @@ def test_video_and_plan(cli):
     assert result.code == 0 and result.err == ""
     assert record["video"]["codec"] == "h264" and record["scan"]["frames"] == 72 and record["scan"]["damaged"] == 0
     assert record["plan"]["grid"] == [6, 4, 6] and record["plan"]["presets"]["fast"]["tokens"] == 14
+    assert [preset["share"] for preset in record["plan"]["presets"].values()] == [1.0, 0.4, 0.25, 0.1]
 
 
 def test_plan_of_a_real_model_needs_no_network(cli):

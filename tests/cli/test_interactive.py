@@ -60,9 +60,10 @@ def test_a_line_that_looks_like_an_option_is_not_asked(cli, line):
 
 
 def test_it_greets_and_has_help(cli):
-    result = cli(*ASK, stdin="/help\n/foo\n?\n", terminal=True)
+    result = cli(*ASK, stdin="/help\n/foo\n/set-budget 0.1\n?\n", terminal=True)
     assert "Ask about square.mp4. /help for help" in result.err.partition("> ")[0] and result.out == ""
     assert result.err.count("q or Ctrl-D: the end") == 2 and "there is no command /foo" in result.err
+    assert "there is no command /set-budget" in result.err
 
 
 def test_json_lines(cli):

@@ -91,7 +91,7 @@ def test_the_status_line_is_for_terminals(cli):
         ((CLIP, *ASKED, "--every", "soon"), "is not a time"),
         ((CLIP, *ASKED, "--pace", "fast"), "unknown pace"),
         ((CLIP, *ASKED, "--timeout", "1h"), "a timeout of 3600 s"),
-        ((CLIP, *ASKED, "--window", "0"), "window_s is 0"),
+        ((CLIP, *ASKED, "--window", "0"), "--window is 0"),
         ((CLIP, "-Q", " "), "the question is empty"),
         (("-", "--questions", "-"), "both the video and the questions"),
         (("ftp://127.0.0.1/x", *ASKED), "ftp://"),

@@ -13,6 +13,7 @@ from evoprune.model import cost
 from evoprune.profiling import bench, settings, weights
 from evoprune.profiling.results import Case
 from evoprune.pruning.budget import PRESETS
+from evoprune_cli.profile_tables import render
 from experiments.profile_chart import main as draw_again
 from tests.cli.screen import visible
 
@@ -51,6 +52,16 @@ def test_a_table_on_stdout_and_nothing_else(profile):
     assert "4 frames of 112x168: 48 units" in result.out and "1 round after 1 of warm-up" in result.out
     assert "random weights" not in result.out and "synthetic motion; 30 text tokens; 4 new tokens" in result.out
     assert all(len(line) <= 80 and line == line.rstrip() for line in result.out.splitlines())
+
+
+def test_only_columns_that_are_there_are_explained(profile, monkeypatch):
+    seen = []
+    monkeypatch.setattr("evoprune_cli.profile_tables.render", lambda results, *_: seen.append(results) or "")
+    profile()
+    for width, gone in ((80, ()), (40, ("vs bound", "matmul"))):
+        text = " ".join(render(seen[0], "table", width).split())
+        for title in ("vs bound", "live", "matmul"):
+            assert (f"{title}: " in text) == (title not in gone), (width, title)
 
 
 @pytest.mark.full

@@ -27,6 +27,15 @@ def test_a_file_is_read_video_by_video(tmp_path):
     assert (second.rows[0].type, second.rows[0].groups) == ("order", ("time",))
 
 
+def test_options_with_letters(tmp_path):
+    options = ["A. red", "B. blue"]
+    answers = ["A", "A. red", "red", "(B)", "blue"]
+    rows = [ROW | {"options": options, "answer": answer} for answer in answers]
+    (video,) = load_questions(write(tmp_path / "q.jsonl", *rows))
+    assert [row.answer for row in video.rows] == ["red", "red", "red", "blue", "blue"]
+    assert all(row.options == ("red", "blue") for row in video.rows)
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [

@@ -19,6 +19,7 @@ from evoprune.evaluation.cost import COST_MODEL
 from evoprune.evaluation.questions import Video, load_questions
 from evoprune.evaluation.run import Evaluation, Settings, variants
 from evoprune.evaluation.shared import SharedFrames, grey_frames
+from evoprune.methods.baselines import Random
 from evoprune.model import cost
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.pipeline.loading.found import describe_model
@@ -191,7 +192,18 @@ def test_methods_that_draw_lots_do_so_anew_for_each_video_but_alike_in_every_run
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation_run, "make_engine", lambda m, o: seeds.append(o.seed) or real(m, o))
         kept(0), kept(1), kept(2**31 - 1)
-    assert len(set(seeds)) == 6 and all(0 <= seed < 2**63 for seed in seeds)
+    assert len(set(seeds)) == 6 and all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_the_seed_changes_what_is_drawn_and_the_block_of_clips_does_not(loaded, monkeypatch):
+    drawn, real = [], Random.select
+    monkeypatch.setattr(Random, "select", lambda *a: drawn.append(real(*a)) or drawn[-1])
+    for settings in (SETTINGS, replace(SETTINGS, seed=1), replace(SETTINGS, block=1)):
+        begun(loaded, replace(settings, budgets=(0.5,)), videos(("square.mp4",))).run()
+    first, other_seed, other_block = (selection.kept.tolist() for selection in drawn)
+    assert len(first) == len(other_seed) and first != other_seed and first == other_block
+    clips = [str(clip) for clip in Evaluation(Settings("demo", (0.5,), limit=1, seed=3, block=2), None)._jobs]
+    assert clips == ["heldout-200000"]
 
 
 @pytest.mark.full

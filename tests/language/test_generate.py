@@ -243,6 +243,14 @@ def test_draws_follow_temperature_and_nucleus():
     )
 
 
+def test_a_large_seed_draws_otherwise_than_its_low_half(model):
+    def drawn(seed):
+        state = Clip(model, *CLIPS[0]).prefill(model)
+        return tuple(TokenStream(model, state, GenerationOptions(max_new_tokens=8, temperature=9.0), [], seed))
+
+    assert len({drawn(seed) for seed in (3, 3 + 2**32, 3 + 2**33)}) == 3
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"max_new_tokens": 0}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}],

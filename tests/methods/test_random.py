@@ -27,6 +27,23 @@ def test_the_count_is_exact_and_spread_over_the_pairs(grid, data, seed):
 def test_a_seed_gives_one_draw_and_another_seed_another():
     assert torch.equal(select((3, 5, 6), 20, 7), select((3, 5, 6), 20, 7))
     assert len({tuple(select((3, 5, 6), 20, seed).tolist()) for seed in range(20)}) == 20
+    large = [
+        0,
+        2**32,
+        2**33,
+        5 + 2**32,
+        5,
+        2**63 - 1,
+        2**32 - 1,
+        -1,
+    ]  # of which torch's CPU generator takes the low 32 bits
+    assert len({tuple(select((3, 5, 6), 20, seed).tolist()) for seed in large}) == len(large)
+
+
+def test_what_a_plug_in_seeds_its_generator_with_fits_it():
+    tokens = Tokens(torch.zeros(4, 2), torch.arange(4), (1, 2, 2), 1.0, 2**40)
+    assert 0 <= tokens.seed < 2**32 and tokens.copied().seed == tokens.seed
+    assert Tokens(torch.zeros(4, 2), torch.arange(4), (1, 2, 2), 1.0, 7).seed == 7
 
 
 @pytest.mark.parametrize("keep", [6, 12])

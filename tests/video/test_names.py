@@ -125,7 +125,7 @@ def test_paths_that_lead_nowhere(name, here):
     for use in (probe, scan):
         with pytest.raises(VideoError) as caught:
             use(name)
-        assert name in caught.value.message and caught.value.exit_code == 3 and caught.value.hint
+        assert name[:90] in caught.value.message and caught.value.exit_code == 3 and caught.value.hint
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links are for Unix")

@@ -1,10 +1,12 @@
 """A model's folder, perhaps from the Hugging Face hub, and what it says: config, limits of inputs, ends of answers, weights."""
 
 import hashlib
+import json
 import os
 import re
 import reprlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -15,10 +17,11 @@ from typing import Any
 import torch
 
 from evoprune.bundled import DEMOS
-from evoprune.errors import ModelError, first_line
+from evoprune.errors import EvopruneWarning, ModelError, first_line
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.model.config import END_IDS, EXPERTS, MODEL_TYPES, Config, VisionConfig, parse_config
 from evoprune.model.rules import Rule, checked, read_object, section
+from evoprune.text import shorten
 from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import InputLimits
 
@@ -27,6 +30,13 @@ DEMO_FOLDER = DEMOS["demo"].folder
 # The published dimensions (config.json of the two repositories), so that benchmarks need no network.
 BUNDLED_CONFIGS = {f"Qwen/{path.stem}": path for path in sorted((PACKAGE / "model" / "configs").glob("*.json"))}
 NORMALISATION = ("image_mean", "image_std")
+# What is done whatever the settings of a processor say. Other values are named, null counts as missing.
+ALWAYS = {
+    "do_sample_frames": True, "num_frames": None, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_normalize": True, "do_convert_rgb": True, "do_center_crop": False, "do_pad": False, "resample": 3,
+}  # fmt: skip
+# Whose settings have `do_sample_frames` false unless somebody changed it; whoever uses it samples frames outside.
+SAMPLED_OUTSIDE = "Qwen2VLVideoProcessor"
 OF_PICTURES = (*NORMALISATION, "min_pixels", "max_pixels")
 # With the rules of Windows, both kinds of slash separate. Links may lead elsewhere, as those of the hub's cache do.
 INSIDE = Rule(
@@ -223,8 +233,26 @@ def input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, 
     video = _limits(joint, "video_processor") or _limits(folder / "video_preprocessor_config.json")
     image = _limits(joint, "image_processor", OF_PICTURES)
     image = image or _limits(folder / "preprocessor_config.json", only=OF_PICTURES)
+    _warn_of_unused(folder)
     normal = {name: image[name] for name in NORMALISATION if name in image}
     return {VIDEO: replace(limits, **(normal | video)), PICTURE: replace(limits, **(dict(traits.unstated) | image))}
+
+
+def _warn_of_unused(folder: Path) -> None:
+    """Names settings of processors that have been checked and are not followed, in one warning."""
+    joint, unused = _json(folder / "processor_config.json"), {}
+    for inner, file in (
+        ("video_processor", "video_preprocessor_config.json"),
+        ("image_processor", "preprocessor_config.json"),
+    ):
+        content = section(joint, inner) or _json(folder / file)
+        usual = ALWAYS | ({"do_sample_frames": False} if content.get("video_processor_type") == SAMPLED_OUTSIDE else {})
+        unused |= {
+            name: content[name] for name, value in usual.items() if content.get(name) not in (None, value, ALWAYS[name])
+        }
+    if unused:
+        named = ", ".join(f"{name}={shorten(json.dumps(value), 40)}" for name, value in unused.items())
+        warnings.warn(f"{folder}: settings of the processor that are not used: {named}", EvopruneWarning, stacklevel=3)
 
 
 def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None = None) -> dict:

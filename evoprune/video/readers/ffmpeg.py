@@ -20,6 +20,7 @@ from av.video.stream import VideoStream
 
 from evoprune.errors import VideoError
 from evoprune.model.limits import available_cores
+from evoprune.text import LONGEST, missing_hint, shorten
 from evoprune.video.readers.signatures import FORMATS, not_a_video
 
 # Called with a number for each damaged packet or image: the same number for the same damage; None where the file breaks off.
@@ -86,13 +87,16 @@ def open_video(path: str) -> Iterator[InputContainer]:
         found = os.stat(path)
     except FileNotFoundError:
         if "://" in path:
-            raise VideoError(f"{path} is a URL, not a file", "download it first, e.g. with yt-dlp") from None
+            hint = missing_hint(path, "")
+            raise VideoError(f"{shorten(path, LONGEST)} is a URL, not a file", hint) from None
         if os.path.islink(path):
             raise VideoError(f"{path} is a link to a file that is not there", "check where it leads") from None
-        raise VideoError(f"no such file: {path or repr(path)}", "check the path") from None
+        raise VideoError(
+            f"no such file: {shorten(path, LONGEST) or repr(path)}", missing_hint(path, "check the path")
+        ) from None
     except OSError as error:
-        hint = "check the path, and whether you may read it"
-        raise VideoError(f"cannot read {path}: {error.strerror}", hint) from error
+        hint = missing_hint(path, "check the path, and whether you may read it")
+        raise VideoError(f"cannot read {shorten(path, LONGEST)}: {error.strerror}", hint) from error
     if not stat.S_ISREG(found.st_mode):
         problem = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
         raise VideoError(f"{path} is {problem}", "give a video file; - reads one from standard input")

@@ -14,6 +14,7 @@ from av.stream import Discard, Disposition
 from av.subtitles.stream import SubtitleStream
 
 from evoprune.errors import VideoError
+from evoprune.text import LONGEST, missing_hint, shorten
 from evoprune.video.info import AUTO_SUBTITLES, SubtitleLine, Subtitles
 from evoprune.video.readers import ffmpeg
 
@@ -48,7 +49,9 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
         else:
             found = _from_container(path, origin_s, "")
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(f"cannot read subtitles from {file or path}: {ffmpeg.reason(error)}", HINT) from error
+        name = file or path
+        said = f"cannot read subtitles from {shorten(name, LONGEST)}: {ffmpeg.reason(error)}"
+        raise VideoError(said, missing_hint(name, HINT) if file else HINT) from error
     if found.source is None:
         return Subtitles(note=why or found.note)
     lines = [line for line in found.lines if line[0] < end_s and (line[1] > start_s or line[0] >= start_s)]
@@ -82,8 +85,8 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
     try:
         found = os.stat(file)
     except FileNotFoundError:
-        hint = "check the path; auto looks for one beside the video"
-        raise VideoError(f"no such file of subtitles: {file}", hint) from None
+        hint = missing_hint(file, "check the path; auto looks for one beside the video")
+        raise VideoError(f"no such file of subtitles: {shorten(file, LONGEST)}", hint) from None
     if not stat.S_ISREG(found.st_mode):
         raise VideoError(f"{file} is no file of subtitles", HINT)
     with open(file, "rb") as opened:

@@ -6,6 +6,7 @@ import socket
 import struct
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evoprune.bundled import DEMOS
-from evoprune.errors import ModelError, OutOfMemory, UsageError
+from evoprune.errors import EvopruneWarning, ModelError, OutOfMemory, UsageError
 from evoprune.language.generate import GenerationOptions, TokenStream, Visual, embed_prompt, prefill, stream_text
 from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
 from evoprune.model import linear
@@ -211,6 +212,31 @@ def test_older_and_newer_ways_to_write_video_limits(folder):
     (folder / "processor_config.json").write_text(json.dumps(joint))
     limits = load_model(str(folder)).video
     assert (limits.min_pixels, limits.max_pixels, limits.max_frames) == (1568, 15680, 8)
+
+
+def test_settings_of_the_processor_that_are_not_used_are_named_once(folder):
+    name = "video_preprocessor_config.json"
+    edit(
+        folder / name,
+        do_resize=True,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        num_frames=None,
+        resample=3,
+    )
+    # What transformers writes of itself for these models; frames are chosen by the options.
+    edit(folder / name, do_sample_frames=False, video_processor_type="Qwen2VLVideoProcessor", do_center_crop=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(str(folder))
+    edit(folder / name, num_frames=8, do_normalize=False, do_resize=False, video_processor_type="Qwen3VLVideoProcessor")
+    edit(folder / "preprocessor_config.json", do_resize=False, resample=2)
+    with pytest.warns(EvopruneWarning) as said:
+        load_model(str(folder))
+    (warning,) = said
+    named = "do_sample_frames=false, num_frames=8, do_resize=false, do_normalize=false, resample=2"
+    assert str(warning.message) == f"{folder}: settings of the processor that are not used: {named}"
 
 
 @pytest.mark.parametrize(("setting", "expected"), [(7, (7,)), ([7, 8], (7, 8)), (None, (400,))])
