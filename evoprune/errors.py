@@ -87,6 +87,10 @@ class DeviceWarning(EvopruneWarning):
     """A GPU is there and cannot be used."""
 
 
+class ModelWarning(EvopruneWarning):
+    """Something that a model's folder holds is not used."""
+
+
 class OutOfMemory(EvopruneError):
     """A stage needed more memory than there is."""
 

@@ -35,6 +35,8 @@ INSIDE = Rule(
 )
 
 
+ADAPTER = "adapter_config.json"
+MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
 HUB_SECONDS = 5.0
 FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]
 SETTINGS = ["config.json", "*processor_config.json"]
