@@ -20,7 +20,9 @@ def change(folder, edited):
     """Writes the weights of a folder anew: `edited` changes their dict."""
     weights = load_file(folder / "model.safetensors")
     edited(weights)
-    save_file({name: weight.clone() for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: weight.clone() for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
 
 
 def of_transformers(folder):
@@ -93,5 +95,7 @@ def test_a_tensor_under_two_names_is_refused_where_they_differ(folder):
 def test_an_adapter_beside_the_weights_is_said(folder):
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     save_file({"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 64)}, folder / "adapter_model.safetensors")
-    with pytest.warns(ModelWarning, match=r"holds an adapter \(adapter_config.json\) beside the weights, which is not used"):
+    with pytest.warns(
+        ModelWarning, match=r"holds an adapter \(adapter_config.json\) beside the weights, which is not used"
+    ):
         load_model(str(folder))
