@@ -11,7 +11,7 @@ from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any
 
-from evoprune.errors import EvopruneError, OutOfMemory, PluginWarning
+from evoprune.errors import EvopruneError, ModelWarning, OutOfMemory, PluginWarning
 from evoprune.model.limits import keep_freed_memory, oom_kills
 
 Work = Callable[[Any], list[dict]]
@@ -52,7 +52,8 @@ def _begin(start: Callable[[], Work]) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     Thread(target=_end_with_parent, daemon=True).start()
-    warnings.simplefilter("ignore", PluginWarning)  # the parent has printed them
+    for category in (PluginWarning, ModelWarning):  # the parent has printed them
+        warnings.simplefilter("ignore", category)
     keep_freed_memory()
     try:
         _work = start()

@@ -137,6 +137,18 @@ class Config:
     tie_word_embeddings: bool = False
 
 
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What a `generation_config.json` says of choosing tokens; None where it says nothing."""
+
+    eos_token_id: Annotated[int | tuple[int, ...] | None, END_IDS] = None
+    do_sample: Annotated[bool | None, YES_OR_NO] = None
+    temperature: Annotated[float | None, number(0, 1e6)] = None
+    top_k: Annotated[int | None, whole(0, 2**31)] = None
+    top_p: Annotated[float | None, number(0, 1)] = None
+    repetition_penalty: Annotated[float | None, number(1e-3, 1e3)] = None
+
+
 def parse_config(content: dict) -> Config:
     """Reads the content of a `config.json`.
 

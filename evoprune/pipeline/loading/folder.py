@@ -5,6 +5,7 @@ import os
 import re
 import reprlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 
 from evoprune.bundled import DEMOS
-from evoprune.errors import ModelError, first_line
+from evoprune.errors import ModelError, ModelWarning, first_line
 from evoprune.language.tokenizer import Tokenizer
-from evoprune.model.config import END_IDS, EXPERTS, MODEL_TYPES, Config, VisionConfig, parse_config
-from evoprune.model.rules import Rule, checked, read_object, section
+from evoprune.model.config import EXPERTS, MODEL_TYPES, Config, GenerationSettings, VisionConfig, parse_config
+from evoprune.model.rules import Rule, checked, pick, read_object, section
+from evoprune.text import listed
 from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import InputLimits
 
@@ -28,6 +30,12 @@ DEMO_FOLDER = DEMOS["demo"].folder
 BUNDLED_CONFIGS = {f"Qwen/{path.stem}": path for path in sorted((PACKAGE / "model" / "configs").glob("*.json"))}
 NORMALISATION = ("image_mean", "image_std")
 OF_PICTURES = (*NORMALISATION, "min_pixels", "max_pixels")
+# Settings of transformers' `generate` that change answers and are not done here, and what they are where they change nothing.
+NOT_DONE = dict.fromkeys(
+    ("bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "min_length",
+     "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "min_p", "penalty_alpha",
+     "no_repeat_ngram_size", "sequence_bias", "stop_strings", "suppress_tokens", "top_h"), 0
+) | dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p"), 1)  # fmt: skip
 # With the rules of Windows, both kinds of slash separate. Links may lead elsewhere, as those of the hub's cache do.
 INSIDE = Rule(
     "the name of a file in the same folder",
@@ -193,17 +201,32 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def eos_ids(folder: Path | None, config: Config, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    ids = None
-    if folder:
-        path = folder / "generation_config.json"
-        with _valid(f"{path} is damaged"):
-            if (ids := _json(path).get("eos_token_id")) is not None:
-                ids = END_IDS.check(ids, "eos_token_id")
-    ids = config.text_config.eos_token_id if ids is None else ids
-    if ids is None and tokenizer is not None:
+def read_generation(folder: Path | None) -> GenerationSettings:
+    """What a model's generation_config.json says. Warns of what it asks for and nothing here does."""
+    path = None if folder is None else folder / "generation_config.json"
+    content = {} if path is None else _json(path)
+    if asked := sorted(name for name, off in NOT_DONE.items() if content.get(name) and content[name] != off):
+        warnings.warn(f"evoprune does not do what {path} asks for: {listed(asked)}", ModelWarning, stacklevel=2)
+    with _valid(f"{path} is damaged"):
+        return pick(GenerationSettings, content, "")
+
+
+def eos_ids(
+    folder: Path | None, generation: GenerationSettings, config: Config, tokenizer: Tokenizer | None
+) -> tuple[int, ...]:
+    """The tokens that end an answer, of the first file that names some. Raises ModelError: none of them is one of the model's."""
+    ids, file = generation.eos_token_id, "generation_config.json"
+    if ids in (None, ()):
+        ids, file = config.text_config.eos_token_id, "config.json"
+    if ids in (None, ()) and tokenizer is not None:
         ids = tokenizer.backend.token_to_id(tokenizer.named.get("eos_token", ""))
-    return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
+    ids = () if ids is None else ids if isinstance(ids, tuple) else (ids,)
+    if never := [each for each in ids if each >= config.text_config.vocab_size]:
+        said = f"eos_token_id {', '.join(map(str, never))} is no token of the model"
+        if len(never) == len(ids):
+            raise ModelError(f"{folder}/{file}: {said}, so no answer could end", "get the file again")
+        warnings.warn(f"{folder}/{file}: {said}", ModelWarning, stacklevel=2)
+    return tuple(each for each in ids if each not in never)
 
 
 def input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, InputLimits]:

@@ -116,7 +116,8 @@ def inputs(subject: Subject) -> Outcome:
 
 def _same_answer(subject: Subject, *paths: Path) -> Outcome:
     """Transformers reads our answer: at each token its first choice is ours, or nearer to ours than rounding can tell."""
-    said = subject.encode(subject.asking(1.0), paths).ask(QUESTION, max_new_tokens=NEW_TOKENS)
+    inputs = subject.encode(subject.asking(1.0), paths)
+    said = inputs.ask(QUESTION, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
     text, ids, asked = said.text, [*said.ids], subject.about(*paths)
     rows = len(ids) + (said.report.finish_reason == "stop")
     theirs = subject.logits(asked.call, asked.positions, asked.features, ids[: rows - 1], last=rows).float().cpu()
