@@ -154,10 +154,11 @@ def parse_config(content: dict) -> Config:
 
     Raises ValueError: a number is missing or out of range, or this program cannot run the model.
     """
-    family = content.get("model_type", QWEN2_5)
+    family = content.get("model_type") or QWEN2_5
     text, vision = section(content, "text_config") or content, section(content, "vision_config")
-    tied = content.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-    tied = YES_OR_NO.check(False if tied is None else tied, "tie_word_embeddings")
+    # Either place ties them, as in transformers: earlier versions wrote the one in `text_config` alone.
+    tied = [each.get("tie_word_embeddings") for each in (content, text)]
+    tied = any([YES_OR_NO.check(each, "tie_word_embeddings") for each in tied if each is not None])
     config = Config(parse_vision(vision, family), _parse_text(text, family), tied)
     check_vision(config.vision_config)
     _check_text(config.text_config)
@@ -169,14 +170,15 @@ def parse_config(content: dict) -> Config:
 def _parse_text(text: dict, family: str) -> TextConfig:
     """Reads the settings of the language model, wherever they stand. Raises ValueError as `parse_config`."""
     usual = FAMILIES[family].text
-    rope = dict(section(text, "rope_parameters") or section(text, "rope_scaling"))
-    rope.setdefault("rope_theta", text.get("rope_theta", usual["rope_theta"]))
-    rope.setdefault("mrope_section", usual["mrope_section"])
+    given = usual | {name: value for name, value in text.items() if value is not None}
+    rope = section(text, "rope_parameters") or section(text, "rope_scaling")
+    rope = {name: given[name] for name in ("rope_theta", "mrope_section")} | {
+        name: value for name, value in rope.items() if value is not None
+    }
     if family == QWEN3:
         rope["mrope_interleaved"] = True
         _check(not text.get("attention_bias"), "attention_bias is not supported")
     heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
-    given = usual | {name: value for name, value in text.items() if value is not None}
     picked = pick(TextConfig, given | {"rope_parameters": rope, "num_key_value_heads": heads}, "text_config")
     return replace(picked, head_norms=family == QWEN3)
 

@@ -212,3 +212,61 @@ def test_parsing_needs_no_torch():
 
     code = "import sys, evoprune.model.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def outcome(content):
+    try:
+        return parse_config(content)
+    except ValueError as problem:
+        return str(problem)
+
+
+def objects(content):
+    """The objects in a config, itself first."""
+    yield content
+    for value in content.values():
+        if isinstance(value, dict):
+            yield from objects(value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [NEW, flat(NEW), QWEN2_VL_2B, json.loads(next(iter(QWEN3.values())).read_text())],
+    ids=["new", "flat", "qwen2", "qwen3"],
+)
+def test_null_is_missing(content):
+    more = (
+        "rope_theta",
+        "mrope_section",
+        "rope_type",
+        "type",
+        "rope_parameters",
+        "rope_scaling",
+        "tie_word_embeddings",
+    )
+    more = (*more, "attention_bias", "in_chans", "text_config", "use_sliding_window", "head_dim", "hidden_act")
+    for number, original in enumerate(objects(content)):
+        for name in {*original, *more} - {"model_type"}:
+            made = []
+            for missing in (True, False):
+                changed = copy.deepcopy(content)
+                at = [*objects(changed)][number]
+                at.pop(name, None)
+                if not missing:
+                    at[name] = None
+                made.append(outcome(changed))
+            assert made[0] == made[1], name
+
+
+@pytest.mark.parametrize("outer", [True, False, None])
+@pytest.mark.parametrize("inner", [True, False, None])
+def test_either_place_ties_embeddings_as_in_transformers(outer, inner):
+    from transformers import AutoConfig
+
+    content = copy.deepcopy(NEW)
+    for at, tied in ((content, outer), (content["text_config"], inner)):
+        at.pop("tie_word_embeddings", None)
+        if tied is not None:
+            at["tie_word_embeddings"] = tied
+    expected = AutoConfig.for_model(**copy.deepcopy(content)).tie_word_embeddings
+    assert parse_config(content).tie_word_embeddings == expected == bool(outer or inner)

@@ -147,7 +147,7 @@ def read_config(path: Path) -> Config:
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         known = " or ".join(MODEL_TYPES)
         raise ModelError(f"{path.parent} is a model of type {reprlib.repr(kind)}, not {known}", MODEL_HINT)
-    if "quantization_config" in content:
+    if content.get("quantization_config") is not None:
         raise ModelError(f"{path.parent} holds quantized weights", "take the original checkpoint in bf16, fp16 or fp32")
     with _valid(f"{path} is no valid {kind} config"):
         return parse_config(content)
@@ -173,7 +173,7 @@ def _json(path: Path) -> dict:
 def stored_dtype(path: Path) -> torch.dtype | None:
     """The dtype of the published weights, if a config.json that has been checked says so."""
     content = _json(path)
-    name = content.get("dtype", content.get("torch_dtype"))
+    name = content.get("dtype") or content.get("torch_dtype")
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(str(name))
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from evoprune.errors import ModelWarning
+from evoprune.pipeline.loading.folder import stored_dtype
 from evoprune.pipeline.loading.found import describe_model
 from evoprune.pipeline.options import ModelOptions
 from tests.loading import edit, error_of, load_model
@@ -99,3 +100,14 @@ def test_an_adapter_beside_the_weights_is_said(folder):
         ModelWarning, match=r"holds an adapter \(adapter_config.json\) beside the weights, which is not used"
     ):
         load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "name, value", [("quantization_config", None), ("dtype", None), ("text_config", {"quantization_config": None})]
+)
+def test_null_in_a_config_is_missing(folder, name, value):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content[name] = content[name] | value if value else value
+    path.write_text(json.dumps({"torch_dtype": "float32"} | content))
+    assert load_model(str(folder)).model is not None and stored_dtype(path) == torch.float32
