@@ -24,6 +24,9 @@ NO_MEMORY = (
     "failed to map segment",
 )
 
+LFS = b"version https://git-lfs.github.com/spec/"  # how what git-lfs leaves in the place of a file begins
+LFS_HINT = "the file itself is missing: run `git lfs pull` in its folder, or download it"
+
 # Methods of other packages, as far as they are loaded: the class of each, with how errors name it.
 PLUGINS: dict[type, str] = {}
 

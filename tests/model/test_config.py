@@ -4,7 +4,7 @@ import json
 import pytest
 
 from evoprune.bundled import DEMOS
-from evoprune.model.config import parse_config
+from evoprune.model.config import Unsupported, parse_config
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
 from evoprune.profiling.hugging_face import hugging_face_config
 
@@ -186,7 +186,7 @@ def test_a_qwen3_that_cannot_run_is_refused(where, name, value, message):
         ("text_config", "vocab_size", 1.5, "not a whole number"),
         ("text_config", "rms_norm_eps", "small", "not a number from"),
         ("text_config", "num_key_value_heads", 3, "key/value heads"),
-        ("text_config", "use_sliding_window", True, "sliding window"),
+        ("text_config", "use_sliding_window", "yes", "use_sliding_window is 'yes'"),
         ("text_config", "hidden_act", "gelu", "activation"),
         ("text_config", "rope_parameters", {"rope_type": "yarn"}, "rope_type 'yarn'"),
         ("text_config", "rope_parameters", {"mrope_section": [1, 2, 3]}, "mrope_section"),
@@ -270,3 +270,27 @@ def test_either_place_ties_embeddings_as_in_transformers(outer, inner):
             at["tie_word_embeddings"] = tied
     expected = AutoConfig.for_model(**copy.deepcopy(content)).tie_word_embeddings
     assert parse_config(content).tie_word_embeddings == expected == bool(outer or inner)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"max_window_layers": 28},
+        {"max_window_layers": 36},
+        {"max_window_layers": 28, "sliding_window": None},
+        {"max_window_layers": 0, "layer_types": ["full_attention"] * 36},
+        {"layer_types": ["full_attention"] * 35 + ["sliding_attention"]},
+    ],
+)
+def test_a_sliding_window_counts_where_transformers_has_layers_with_one(given):
+    from transformers import Qwen2_5_VLConfig
+
+    content = copy.deepcopy(NEW)
+    content["text_config"] |= {"use_sliding_window": True, **given}
+    theirs = Qwen2_5_VLConfig.from_dict(copy.deepcopy(content)).text_config
+    if "sliding_attention" in theirs.layer_types:
+        with pytest.raises(Unsupported, match="sliding window"):
+            parse_config(content)
+    else:
+        assert not parse_config(content).text_config.use_sliding_window

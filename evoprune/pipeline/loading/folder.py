@@ -18,8 +18,17 @@ import torch
 from evoprune.bundled import DEMOS
 from evoprune.errors import ModelError, ModelWarning, first_line
 from evoprune.language.tokenizer import Tokenizer
-from evoprune.model.config import EXPERTS, MODEL_TYPES, Config, GenerationSettings, VisionConfig, parse_config
-from evoprune.model.rules import Rule, checked, pick, read_object, section
+from evoprune.model.config import (
+    EXPERTS,
+    MODEL_TYPES,
+    Config,
+    GenerationSettings,
+    Unsupported,
+    VisionConfig,
+    parse_config,
+)
+from evoprune.model.rules import Rule, check_fetched, checked, pick, read_object, section
+from evoprune.pipeline.loading.weights import MERGE
 from evoprune.text import listed
 from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import InputLimits
@@ -44,7 +53,7 @@ INSIDE = Rule(
 
 
 ADAPTER = "adapter_config.json"
-MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
+NAME = 100  # characters of a name that a file gives, in a message
 HUB_SECONDS = 5.0
 FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]
 SETTINGS = ["config.json", "*processor_config.json"]
@@ -52,6 +61,10 @@ MODEL_HINT = (
     "evoprune runs Qwen3-VL, Qwen2.5-VL and Qwen2-VL checkpoints, such as Qwen/Qwen2.5-VL-3B-Instruct, and its demos"
 )
 
+_QUANTIZED = re.compile(
+    r"(^|[-_./])(awq|gptq|gguf|nvfp4|fp[48]|mlx|bnb|int[48]|[2-8]-?bit|w[48]a(8|16))($|[-_.])", re.IGNORECASE
+)
+_ORIGINAL = re.compile(r"qwen(2|2\.5|3)-vl-\d+b(-instruct|-thinking)?", re.IGNORECASE)
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
@@ -62,7 +75,18 @@ def is_id(name: str) -> bool:
 
 def kind_hint(name: str) -> str:
     """The beginning of a hint: which models run, where the name does not look like one of them; else nothing."""
+    if (original := original_of(name)) is not None:
+        instead = original or "the original checkpoint"
+        return f"its name is that of quantized weights, which evoprune does not read; take {instead}; "
     return "" if re.search(r"qwen-?(3|2[._]?5?)[-_]?vl", name, re.IGNORECASE) else f"{MODEL_HINT}; "
+
+
+def original_of(name: str) -> str | None:
+    """The id of the model that a name says to be a quantised form of, as far as it is known; None for any other name."""
+    if not _QUANTIZED.search(name):
+        return None
+    found = _ORIGINAL.search(name)
+    return f"Qwen/{found[0]}" if found else ""
 
 
 def download(
@@ -89,7 +113,8 @@ def download(
             hint = f"check the spelling, or log in with `hf auth login` if it is private or gated; {MODEL_HINT}"
             raise ModelError(f"there is no folder {name} here, and no such model on the hub for you", hint) from problem
         except errors.EntryNotFoundError as problem:
-            raise ModelError(f"{name} has no config.json on the hub", MODEL_HINT) from problem
+            hint = f"{kind_hint(name) or f'{MODEL_HINT}; '}adapters must be merged first, GGUF files are not read"
+            raise ModelError(f"{name} has no config.json on the hub", hint) from problem
         except Exception as problem:  # the HTTP library below differs from version to version
             unreachable = f"the hub cannot be reached ({first_line(problem)})"
 
@@ -99,9 +124,14 @@ def download(
             return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local))
         except Exception as problem:
             if local:
-                hint = f"{kind_hint(name)}where there is a network: hf download {name} --local-dir DIR; then DIR is the model. "
-                hint += "The demo needs neither"
-                raise ModelError(f"{name} is not in the local cache, and {unreachable}", hint) from problem
+                at = "" if revision is None else f" --revision {revision}"
+                refs = Path(hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs"
+                held = sorted(file.name for file in refs.glob("*")) if revision is not None else []
+                others = f"the cache holds {listed(held)}; " if held else ""
+                hint = f"{kind_hint(name)}{others}where there is a network: hf download {name}{at} --local-dir DIR; "
+                hint += "then DIR is the model. The demo needs neither"
+                wanted = name if revision is None else f"{name} at revision {revision}"
+                raise ModelError(f"{wanted} is not in the local cache, and {unreachable}", hint) from problem
             broken = f"the download of {name} broke off: {first_line(problem)}"
             raise ModelError(broken, "run it again to go on") from problem
 
@@ -138,8 +168,7 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
 
 def read_config(path: Path) -> Config:
     if not os.path.isfile(path):
-        hint = "name a folder in the hub's file layout, or a hub id org/name"
-        raise ModelError(f"{path.parent} holds no config.json", hint)
+        raise _no_config(path.parent)
     content = _json(path)
     kind = content.get("model_type")
     if kind == EXPERTS:
@@ -148,9 +177,44 @@ def read_config(path: Path) -> Config:
         known = " or ".join(MODEL_TYPES)
         raise ModelError(f"{path.parent} is a model of type {reprlib.repr(kind)}, not {known}", MODEL_HINT)
     if content.get("quantization_config") is not None:
-        raise ModelError(f"{path.parent} holds quantized weights", "take the original checkpoint in bf16, fp16 or fp32")
+        method = section(content, "quantization_config").get("quant_method")
+        how = f" ({method})" if isinstance(method, str) else ""
+        hint = "take the original checkpoint in bf16, fp16 or fp32"
+        raise ModelError(f"{path.parent} holds quantized weights{how}", hint)
     with _valid(f"{path} is no valid {kind} config"):
-        return parse_config(content)
+        try:
+            return parse_config(content)
+        except Unsupported as reason:
+            hint = f"take its config.json without yarn; {MODEL_HINT}" if "yarn" in str(reason) else MODEL_HINT
+            raise ModelError(f"evoprune cannot run {path.parent}: {reason}", hint) from reason
+
+
+def _no_config(folder: Path) -> ModelError:
+    """The error for a folder without a config.json, which may be an adapter's, or one of the hub's cache."""
+    if (folder / ADAPTER).is_file():
+        base = _json(folder / ADAPTER).get("base_model_name_or_path")
+        of = f" of {base[:NAME]}" if isinstance(base, str) and base else ""
+        return ModelError(f"{folder} holds an adapter{of}, not a model", MERGE)
+    cached = next((each for each in (folder, folder.parent) if each.name.startswith("models--")), None)
+    snapshots = [] if cached is None else sorted(cached.glob("snapshots/*/config.json"))
+    if snapshots:
+        hint = f"name the model {_cached_id(cached)}, or {snapshots[-1].parent}"
+        return ModelError(f"{folder} is a folder of the hub's cache, and holds no config.json", hint)
+    return ModelError(f"{folder} holds no config.json", "name a folder in the hub's file layout, or a hub id org/name")
+
+
+def _cached_id(folder: Path) -> str:
+    """The id of the model of a folder in the hub's cache, `models--org--name`."""
+    return folder.name.removeprefix("models--").replace("--", "/", 1)
+
+
+def _download_of(folder: Path) -> tuple[str, str, bool]:
+    """Of a model's folder: what was downloaded, the command that goes on with it, and whether that surely broke off."""
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        name = _cached_id(folder.parents[1])
+        return name, f"hf download {name}", False
+    broken = any((folder / ".cache" / "huggingface" / "download").rglob("*.incomplete"))
+    return str(folder), "hf download ID --local-dir DIR", broken
 
 
 @contextmanager
@@ -167,6 +231,7 @@ def _json(path: Path) -> dict:
     if not os.path.lexists(path):  # a link that leads nowhere is no missing file
         return {}
     with _valid(f"{path} cannot be read"):
+        check_fetched(path)
         return read_object(path)
 
 
@@ -188,14 +253,21 @@ def weight_files(folder: Path) -> list[Path]:
             files = [folder / name for name in sorted({INSIDE.check(v, f"weight_map.{k}") for k, v in named.items()})]
     elif not files[0].is_file():
         files = []
-    if not files:
+    name, again, broken = _download_of(folder)
+    if not files and not broken:
         hint = (
             "weights must be model.safetensors, or shards with model.safetensors.index.json; other formats are not read"
         )
+        hint += f". If the download was not finished: {again}" if name != str(folder) else ""
         raise ModelError(f"{folder} holds no safetensors weights", hint)
-    for file in files:
+    for file in files or [folder / "model.safetensors"]:
         if not file.is_file():
+            if broken or name != str(folder):
+                raise ModelError(
+                    f"the download of {name} is not finished: {file.name} is missing", f"to go on: {again}"
+                )
             raise ModelError(f"weights file {file} is missing", "get the file again")
+        check_fetched(file)
         with _valid(f"weights file {file} is damaged or incomplete", SafetensorError), safe_open(file, framework="pt"):
             pass
     return files

@@ -17,7 +17,6 @@ from evoprune.pipeline.loading.folder import (
     ADAPTER,
     BUNDLED_CONFIGS,
     FILES,
-    MERGE,
     MODEL_HINT,
     SETTINGS,
     cached_folder,
@@ -29,7 +28,14 @@ from evoprune.pipeline.loading.folder import (
     stored_dtype,
     weight_files,
 )
-from evoprune.pipeline.loading.weights import check_layers, files_fingerprint, needed_bytes, separate_head, stay_mapped
+from evoprune.pipeline.loading.weights import (
+    MERGE,
+    check_layers,
+    files_fingerprint,
+    needed_bytes,
+    separate_head,
+    stay_mapped,
+)
 from evoprune.pipeline.options import ModelOptions
 from evoprune.text import did_you_mean
 from evoprune.video.plan import InputLimits

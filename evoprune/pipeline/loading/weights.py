@@ -18,6 +18,15 @@ from evoprune.model.quantize import Progress, places, saved_bytes
 from evoprune.model.weights import QwenVL, empty, name_in_memory
 
 BELONG = "config.json and the weights must belong together; get the model again"
+MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
+# How names of tensors begin that other programs wrote, and what to do about it.
+ELSEWHERE = {
+    "base_model.model.": f"the weights are those of a model under an adapter; {MERGE}",
+    "module.": "the weights are those of a DistributedDataParallel or DataParallel around the model; save its `module`",
+    "_orig_mod.": "the weights are those of a model under torch.compile; save its `_orig_mod`",
+    "vision_tower.": "the weights are a conversion, as of MLX; take the original checkpoint",
+    "language_model.model.": "the weights are a conversion, as of MLX; take the original checkpoint",
+}
 RESERVE = 2**29  # bytes that packed weights leave for the work itself
 IN_FILE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors call them
 FINGERPRINTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -125,7 +134,8 @@ def check_layers(config: Config, files: list[Path]) -> None:
     for layers, count in last.items():
         if files and not any(name.startswith(f"{layers}.{count - 1}.") for name in names):
             last_layer = f"{layers}.{count - 1}, the last layer that config.json counts"
-            raise ModelError(f"the weights in {files[0].parent} lack {last_layer}", BELONG)
+            known = (hint for start, hint in ELSEWHERE.items() if any(name.startswith(start) for name in names))
+            raise ModelError(f"the weights in {files[0].parent} lack {last_layer}", next(known, BELONG))
 
 
 def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool) -> int:
