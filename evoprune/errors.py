@@ -26,6 +26,8 @@ NO_MEMORY = (
 
 # Of more than 200 characters, such as a video inside its own URL: its beginning and its end.
 LONG_WORD = re.compile(r"(?=\S{201})(\S{97})\S*(\S{100})(?!\S)")
+LFS = b"version https://git-lfs.github.com/spec/"  # how what git-lfs leaves in the place of a file begins
+LFS_HINT = "the file itself is missing: run `git lfs pull` in its folder, or download it"
 
 # Methods of other packages, as far as they are loaded: the class of each, with how errors name it.
 PLUGINS: dict[type, str] = {}
@@ -88,6 +90,10 @@ class PluginWarning(EvopruneWarning):
 
 class DeviceWarning(EvopruneWarning):
     """A GPU is there and cannot be used."""
+
+
+class ModelWarning(EvopruneWarning):
+    """Something that a model's folder holds is not used."""
 
 
 class OutOfMemory(EvopruneError):

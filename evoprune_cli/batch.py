@@ -118,7 +118,7 @@ def _here(asked: Request, spans, settings, show, ready):
     from evoprune.pipeline.cache import Cache
 
     qa = settings.load(partial(show, "quantizing"))
-    note_model(qa.engine, asked.quiet)
+    note_model(qa.engine, settings.generation, asked.quiet)
     ready()
     yield from answers(qa, spans, settings, Cache() if asked.cache else None, print_traceback)
 

@@ -135,6 +135,10 @@ class Conversation:
     def _finish(self, report: Report) -> None:
         if self._json:
             print_json(report)
+        else:
+            cut = [each for each in (report, report.compare) if each and "answer_cut" in each.warnings]
+            for each in cut[:1]:
+                print_warnings(each, ["answer_cut"])
         self._finished += 1
         if self._stats:
             print_stats(report, self._verbose, short=self._finished > self._blocks)

@@ -74,7 +74,7 @@ class Request:
     *PipelineOptions.KINDS,
     without=(
         "load_format", "budget", "method", "seed", "start_s", "end_s", "decoder", "subtitles", "max_subtitle_tokens",
-        "temperature", "top_p", "system",
+        "temperature", "top_p", "top_k", "system",
     ),
     model={
         "unless_typed": "",

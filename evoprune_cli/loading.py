@@ -7,14 +7,16 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from evoprune.model.limits import check_libraries, keep_freed_memory
-from evoprune.pipeline.options import PipelineOptions
+from evoprune.pipeline.options import GenerationOptions, PipelineOptions
 from evoprune_cli.terminal import tell
 
 if TYPE_CHECKING:
+    from evoprune.model.config import GenerationSettings
     from evoprune.pipeline.engine import Engine
     from evoprune.pipeline.video_qa import VideoQA
 
 LARGE_MODEL = 2**30  # bytes of weights
+GREEDY = 1e-3  # temperatures below it change nothing that could be seen
 
 
 def prepare() -> None:
@@ -48,15 +50,29 @@ def load(options: PipelineOptions, show: Callable[..., None], quiet: bool) -> "V
 
     show("loading model")
     qa = VideoQA.load(loading=options.model, pruning=options.pruning, progress=partial(show, "quantizing"))
-    note_model(qa.engine, quiet)
+    note_model(qa.engine, options.generation, quiet)
     return qa
 
 
-def note_model(engine: "Engine", quiet: bool) -> None:
-    """Says on stderr what would make a model faster, or show what pruning changes."""
+def note_model(engine: "Engine", generation: GenerationOptions, quiet: bool) -> None:
+    """Says on stderr what a model's files ask for and is not done, what would make it faster, or show what pruning changes."""
     if not quiet:
+        note_draws(engine.loaded.generation, generation)
         note_tuning(engine)
         note_bits(engine)
+
+
+def note_draws(files: "GenerationSettings", asked: GenerationOptions) -> None:
+    """Says on stderr that a model's generation_config.json has tokens drawn, where they are not drawn in that way."""
+    wanted = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # what transformers takes for those that are not there
+    wanted |= {name: getattr(files, name) for name in wanted if getattr(files, name) is not None}
+    greedy = asked.temperature == 0 and (wanted["top_k"] == 1 or wanted["temperature"] < GREEDY)
+    if not files.do_sample or greedy or wanted == {name: getattr(asked, name) for name in wanted}:
+        return
+    flags = " ".join(
+        f"--{name.replace('_', '-')} {value:g}" for name, value in wanted.items() if value != getattr(asked, name)
+    )
+    tell(f"note: the model's generation_config.json has tokens drawn otherwise than here; as it says: {flags}")
 
 
 def note_tuning(engine: "Engine") -> None:

@@ -27,7 +27,7 @@ class Tally:
         self._total, self._named = total, frozenset(named)
         self._file: RecordFile | None = None
         self._warnings: dict[str, dict[str | None, VideoFacts]] = {}  # by name, the videos that have it by path
-        self._last_failure = ""
+        self._last_failure, self._cut = "", 0  # `_cut`: answers that -n cut
 
     def note_others(self, count: int) -> None:
         """Says how many records of an earlier run are of rows that are not asked now."""
@@ -43,7 +43,10 @@ class Tally:
 
     def add(self, record: Report) -> None:
         """Counts a record that is already in the file."""
+        self._cut += record.finish_reason == "length"
         for name, video in warned(record):
+            if name == "answer_cut":
+                continue  # counted, whatever video it is about
             self._warnings.setdefault(name, {}).setdefault(video.path, video)
         if record.error:
             self.failed += 1
@@ -73,6 +76,9 @@ class Tally:
         before = f", {self._before:,} of them before" if self._before else ""
         took = f": {clock(seconds)}, {pace(made, seconds)}" if made else ""
         tell(f"{done:,} of {counted(self._total, 'row')} answered{before}{failed}{took}")
+        if self._cut:
+            were = "answer was" if self._cut == 1 else "answers were"
+            tell(f"{self._cut:,} {were} cut: -n (max_new_tokens) allows no more tokens")
         if self._file.regular and problem:
             tell("to go on: the same command with --resume")
         elif self._file.regular and self.failed:

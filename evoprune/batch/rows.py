@@ -24,8 +24,8 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
 LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNORECASE | re.DOTALL)
 # What a row may have. `type` and `groups` are for evaluations, whose files a batch reads too.
 FIELDS = (
-    "id", "video", "inputs", "question", "start", "end", "fps", "frames", "frame_rate", "max_new_tokens", "options", "subtitles", "answer",
-    "type", "groups",
+    "id", "video", "inputs", "question", "start", "end", "fps", "frames", "frame_rate", "max_new_tokens", "options",
+    "subtitles", "answer", "type", "groups",
 )  # fmt: skip
 SAME = {"video_start": "start", "video_end": "end", "nframes": "frames"}  # what qwen-vl-utils calls them
 LONGEST_PATH = 4096  # characters

@@ -108,6 +108,8 @@ class EvoPruneQwen25VL(lmms):
             max_new_tokens=settings.get("max_new_tokens") or self._generation.max_new_tokens,
             temperature=(settings.get("temperature") or self._generation.temperature) if sampled else 0.0,
             top_p=settings.get("top_p") or self._generation.top_p,
+            top_k=settings.get("top_k") or self._generation.top_k,
+            repetition_penalty=settings.get("repetition_penalty") or self._generation.repetition_penalty,
         )
         answer = self._inputs.ask(question, options=options)
         for _ in answer:

@@ -3,7 +3,7 @@
 Pruned columns leave gaps among the positions (`prompt.prompt_positions`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,6 +33,7 @@ class PrefillState:
     logits: torch.Tensor  # float32 `[vocabulary]`, of the token after the prompt
     next_position: int  # M-RoPE position of the first generated token, the same in time, height and width
     dropping: Dropping | None = None  # what left while the prompt was read
+    prompt_ids: torch.Tensor | None = None  # int64 `[L]`, of the unpruned prompt; a repetition penalty needs them
 
 
 def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
@@ -209,6 +210,8 @@ class TokenStream(Iterator[int]):
         self.ids: list[int] = []  # the tokens yielded
         self._model, self._state, self._settings = model, state, settings
         self._eos_ids = frozenset(eos_ids)
+        penalised = settings.repetition_penalty not in (None, 1) and state.prompt_ids is not None
+        self._seen = set(state.prompt_ids.tolist()) if penalised else set()  # tokens of the prompt and the answer
         # On the CPU, so that a seed gives the same draws on every device.
         self._random = torch.Generator().manual_seed(generator_seed(seed))
         self._read = 0  # how many of them are in the cache of the state
@@ -229,6 +232,7 @@ class TokenStream(Iterator[int]):
             self.finish_reason = "stop"
             raise StopIteration
         self.ids.append(token)
+        self._seen.add(token)
         return token
 
     def _plainly(self) -> torch.Tensor:
@@ -256,32 +260,52 @@ class TokenStream(Iterator[int]):
 
     def _picked(self, logits: torch.Tensor, best: torch.Tensor | None = None) -> int:
         """The next token, of its logits; `best`: `best_of` them, if that is known."""
-        if greedy := self._settings.temperature == 0:
+        settings = self._settings
+        if best_wins := settings.temperature == 0 and settings.repetition_penalty in (None, 1):
             token, good = (best_of(logits) if best is None else best).tolist()
         else:
             logits = logits.cpu()
             good = logits.max().isfinite()  # the largest is NaN where any is
         if not good:
             raise not_a_number_error("generate" if self.ids else "prefill")
-        return token if greedy else choose(logits, self._settings, self._random)
+        return token if best_wins else choose(logits, settings, self._random, self._seen)
 
 
-def choose(logits: torch.Tensor, settings: GenerationOptions, random: torch.Generator) -> int:
-    """The next token id: the most probable one, or a draw (nucleus sampling, arXiv 1904.09751), by a CPU generator.
+def choose(
+    logits: torch.Tensor, settings: GenerationOptions, random: torch.Generator, seen: Collection[int] = ()
+) -> int:
+    """The next token id: the most probable one, or a draw by a CPU generator.
 
-    `logits`: float32 `[vocabulary]`.
+    `logits`: float32 `[vocabulary]`. `seen`: the tokens of prompt and answer, which a repetition penalty is for.
     """
+    if settings.repetition_penalty not in (None, 1):
+        logits = penalised(logits, settings.repetition_penalty, seen)
     if settings.temperature == 0:
         return int(logits.argmax())
+    return int(torch.multinomial(probabilities(logits.cpu(), settings), 1, generator=random))
+
+
+def penalised(logits: torch.Tensor, penalty: float, seen: Collection[int]) -> torch.Tensor:
+    """Logits of tokens that were seen become smaller where the penalty is above 1 (arXiv 1909.05858), as in transformers."""
+    ids = to_device(torch.tensor([*seen], dtype=torch.int64, device="cpu"), logits.device)
+    found = logits[ids]
+    return logits.index_put((ids,), torch.where(found < 0, found * penalty, found / penalty))
+
+
+def probabilities(logits: torch.Tensor, settings: GenerationOptions) -> torch.Tensor:
+    """Of the tokens in a draw, float64 `[vocabulary]`, up to a factor: temperature, `top_k`, nucleus (arXiv 1904.09751)."""
     # From the largest logit down, so that a tiny temperature cannot overflow.
-    logits = logits.cpu().double()
-    probabilities = ((logits - logits.max()) / settings.temperature).softmax(-1)
+    logits = logits.double()
+    logits = (logits - logits.max()) / settings.temperature
+    if 0 < settings.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[-1], float("-inf"))
+    made = logits.softmax(-1)
     if settings.top_p < 1:
-        ordered, order = probabilities.sort(descending=True, stable=True)
+        ordered, order = made.sort(descending=True, stable=True)
         # A token is kept if those before it do not reach top_p, so the first one is always kept.
         ordered[ordered.cumsum(-1) - ordered >= settings.top_p] = 0
-        probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
-    return int(torch.multinomial(probabilities, 1, generator=random))
+        made = torch.zeros_like(made).scatter_(0, order, ordered)
+    return made
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -26,6 +26,18 @@ class GenerationOptions:
         "Nucleus sampling.",
         python="Draw only among the most probable tokens that together reach this probability, in (0, 1].",
     )
+    top_k: int = option(
+        0,
+        "Draw among so many of the most probable tokens; 0: all.",
+        python="Draw only among so many of the most probable tokens, and any as probable as the last of them; 0: among all.",
+    )
+    repetition_penalty: float | None = option(
+        None,
+        "Above 1, tokens of prompt and answer are less probable; 1: off; default: what the model's generation_config.json says.",
+        metavar="N",
+        python="Above 1, tokens that the prompt or the answer holds become less probable; 1 is off; None for the model's own "
+        "(generation_config.json).",
+    )
     system: str | None = option(
         None, "A system prompt.", "-s", "--system", metavar="TEXT", python="A system prompt; None for the model's own."
     )
@@ -38,6 +50,10 @@ class GenerationOptions:
             raise UsageError(f"temperature is {self.temperature}", "0 is greedy, 1 samples as the model was trained")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}", "top_p is a probability above 0, and 1 keeps every token")
+        if self.top_k < 0:
+            raise UsageError(f"top_k is {self.top_k}", "0 keeps every token")
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
+            raise UsageError(f"repetition_penalty is {self.repetition_penalty}", "1 is off, 1.05 is a usual value")
 
     def record(self, seed: int) -> dict[str, Any]:
         """As reports hold it: how tokens are chosen, with the seed of the draws."""

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -111,15 +112,59 @@ def _answer(request: str) -> dict[str, str]:
 
 
 def _compiled(source: str):
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import loopcontrols
+    """The template in an environment like that of transformers: the same tags, filters, functions and line breaks."""
+    from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Scope
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class Generation(Extension):
+        """`{% generation %}` marks what a model writes, for training; what is inside is rendered as it is."""
+
+        tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    class Names(Namespace):
+        """`namespace`, which stores no name that begins with an underscore."""
+
+        def __init__(*args, **kwargs):  # so that a name may be `self`
+            self, *given = args
+            Namespace.__init__(self)
+            for name, value in dict(*given, **kwargs).items():
+                Names.__setitem__(self, name, value)
+
+        def __setitem__(self, name, value):
+            if str(name).startswith("_"):
+                raise SecurityError(f"a namespace stores no names with an underscore before them: {name!r}")
+            Namespace.__setitem__(self, name, value)
+
+    class Dict:
+        """`dict` without the attributes of a class."""
+
+        def __call__(self, *args, **kwargs):
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, *args):
+            return dict.fromkeys(*args)
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    # The same settings as in transformers, so that line breaks are the same.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
-    environment.globals["raise_exception"] = refuse
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        how = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": sort_keys}
+        return json.dumps(value, **how)
+
+    extensions = [Generation, loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = to_json
+    environment.globals |= {
+        "raise_exception": refuse,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "dict": Dict(),
+        "namespace": Names,
+    }
     return environment.from_string(source)

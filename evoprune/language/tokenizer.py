@@ -11,7 +11,7 @@ from typing import Any
 
 from evoprune.errors import ModelError, first_line, is_out_of_memory
 from evoprune.language.template import render
-from evoprune.model.rules import TEXT, read_object
+from evoprune.model.rules import TEXT, check_fetched, read_object
 
 MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's have 11 MB and 3 kB
 
@@ -85,7 +85,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         settings = _settings(folder / "tokenizer_config.json")
         template, source = _template(folder, settings)
     except Exception as problem:  # the Rust parser raises plain Exceptions
-        if is_out_of_memory(problem):
+        if isinstance(problem, ModelError) or is_out_of_memory(problem):
             raise
         message = f"the tokenizer in {folder} cannot be loaded: {first_line(problem)}"
         raise ModelError(message, "get its files again") from problem
@@ -114,10 +114,14 @@ def _check_size(file: Path) -> None:
         raise ValueError(f"{file.name} is no regular file")
     if file.stat().st_size > MAX_BYTES[file.name]:
         raise ValueError(f"{file.name} has more than {MAX_BYTES[file.name] // 2**20} MiB")
+    check_fetched(file)
 
 
 def _settings(path: Path) -> dict:
-    return read_object(path) if os.path.lexists(path) else {}
+    if not os.path.lexists(path):
+        return {}
+    check_fetched(path)
+    return read_object(path)
 
 
 def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:

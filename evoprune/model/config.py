@@ -137,15 +137,32 @@ class Config:
     tie_word_embeddings: bool = False
 
 
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What a `generation_config.json` says of choosing tokens; None where it says nothing."""
+
+    eos_token_id: Annotated[int | tuple[int, ...] | None, END_IDS] = None
+    do_sample: Annotated[bool | None, YES_OR_NO] = None
+    temperature: Annotated[float | None, number(0, 1e6)] = None
+    top_k: Annotated[int | None, whole(0, 2**31)] = None
+    top_p: Annotated[float | None, number(0, 1)] = None
+    repetition_penalty: Annotated[float | None, number(1e-3, 1e3)] = None
+
+
+class Unsupported(ValueError):
+    """This program cannot run a model, whose config is valid."""
+
+
 def parse_config(content: dict) -> Config:
     """Reads the content of a `config.json`.
 
-    Raises ValueError: a number is missing or out of range, or this program cannot run the model.
+    Raises ValueError: a number is missing or out of range. Unsupported: this program cannot run the model.
     """
-    family = content.get("model_type", QWEN2_5)
+    family = content.get("model_type") or QWEN2_5
     text, vision = section(content, "text_config") or content, section(content, "vision_config")
-    tied = content.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-    tied = YES_OR_NO.check(False if tied is None else tied, "tie_word_embeddings")
+    # Either place ties them, as in transformers: earlier versions wrote the one in `text_config` alone.
+    tied = [each.get("tie_word_embeddings") for each in (content, text)]
+    tied = any([YES_OR_NO.check(each, "tie_word_embeddings") for each in tied if each is not None])
     config = Config(parse_vision(vision, family), _parse_text(text, family), tied)
     check_vision(config.vision_config)
     _check_text(config.text_config)
@@ -157,16 +174,26 @@ def parse_config(content: dict) -> Config:
 def _parse_text(text: dict, family: str) -> TextConfig:
     """Reads the settings of the language model, wherever they stand. Raises ValueError as `parse_config`."""
     usual = FAMILIES[family].text
-    rope = dict(section(text, "rope_parameters") or section(text, "rope_scaling"))
-    rope.setdefault("rope_theta", text.get("rope_theta", usual["rope_theta"]))
-    rope.setdefault("mrope_section", usual["mrope_section"])
+    given = usual | {name: value for name, value in text.items() if value is not None}
+    rope = section(text, "rope_parameters") or section(text, "rope_scaling")
+    rope = {name: given[name] for name in ("rope_theta", "mrope_section")} | {
+        name: value for name, value in rope.items() if value is not None
+    }
     if family == QWEN3:
         rope["mrope_interleaved"] = True
-        _check(not text.get("attention_bias"), "attention_bias is not supported")
+        _check_supported(not text.get("attention_bias"), "attention_bias is not supported")
     heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
-    given = usual | {name: value for name, value in text.items() if value is not None}
     picked = pick(TextConfig, given | {"rope_parameters": rope, "num_key_value_heads": heads}, "text_config")
-    return replace(picked, head_norms=family == QWEN3)
+    slides = picked.use_sliding_window and _slides(given, picked.num_hidden_layers)
+    slides = slides and text.get("sliding_window", True) is not None
+    return replace(picked, head_norms=family == QWEN3, use_sliding_window=slides)
+
+
+def _slides(given: Mapping[str, Any], depth: int) -> bool:
+    """Whether some layer attends over a sliding window, as transformers decides it where these are in use."""
+    if "layer_types" in given:
+        return "sliding_attention" in list_of(TEXT).check(given["layer_types"], "text_config.layer_types")
+    return whole(0, 2**31).check(given.get("max_window_layers", 80), "text_config.max_window_layers") < depth
 
 
 def head_size(text) -> int:
@@ -178,9 +205,9 @@ def _check_text(t: TextConfig) -> None:
     """Raises ValueError if this program cannot run the language model faithfully."""
     rope = t.rope_parameters
     kind = rope.get("rope_type", rope.get("type", "default"))
-    _check(kind in ("default", "mrope"), f"rope_type {kind!r} is not supported, only Qwen's own")
-    _check(not t.use_sliding_window, "sliding window attention is not supported")
-    _check(t.hidden_act == "silu", f"activation {t.hidden_act} is not supported, only silu")
+    _check_supported(kind in ("default", "mrope"), f"rope_type {kind!r} is not supported, only Qwen's own")
+    _check_supported(not t.use_sliding_window, "sliding window attention is not supported")
+    _check_supported(t.hidden_act == "silu", f"activation {t.hidden_act} is not supported, only silu")
     divides = t.head_dim is not None or t.hidden_size % (2 * t.num_attention_heads) == 0
     _check(divides, "hidden_size does not divide into heads")
     _check(t.num_attention_heads % t.num_key_value_heads == 0, "key/value heads do not divide the heads")
@@ -217,9 +244,9 @@ def vision_sizes(config) -> VisionConfig:
 def check_vision(v: VisionConfig) -> None:
     """Raises ValueError if this program cannot run the tower faithfully."""
     act = v.traits.hidden_act
-    _check(v.hidden_act == act, f"activation {v.hidden_act} of the tower is not supported, only {act}")
+    _check_supported(v.hidden_act == act, f"activation {v.hidden_act} of the tower is not supported, only {act}")
     for name, only in (("spatial_merge_size", 2), ("temporal_patch_size", 2), ("in_channels", 3)):
-        _check(getattr(v, name) == only, f"{name} {getattr(v, name)} is not supported, only {only}")
+        _check_supported(getattr(v, name) == only, f"{name} {getattr(v, name)} is not supported, only {only}")
     _check(v.patch_size % 2 == 0, f"patch_size {v.patch_size} is not even")
     _check(v.hidden_size % (4 * v.num_heads) == 0, "the tower's hidden_size does not divide into heads")
     _check(v.window_size % (v.patch_size * v.spatial_merge_size) == 0, "window_size is no whole number of units")
@@ -234,6 +261,11 @@ def check_vision(v: VisionConfig) -> None:
 def _check(holds: bool, problem: str) -> None:
     if not holds:
         raise ValueError(problem)
+
+
+def _check_supported(holds: bool, problem: str) -> None:
+    if not holds:
+        raise Unsupported(problem)
 
 
 def as_written(config: Config) -> dict[str, Any]:

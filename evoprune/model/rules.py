@@ -17,6 +17,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from evoprune.errors import LFS, LFS_HINT, ModelError
+
 LEVELS = 100  # of lists and objects inside one another; Python itself fails at about a thousand
 MAX_BYTES = 2**26  # of a settings file
 
@@ -120,6 +122,14 @@ def loads(text: str) -> Any:
         if not level:
             return value
     raise deep
+
+
+def check_fetched(path: Path) -> None:
+    """Raises ModelError: git-lfs has left a pointer in the place of a file."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(LFS)) == LFS:
+                raise ModelError(f"{path} is a git-lfs pointer", LFS_HINT)
 
 
 def read_object(path: Path) -> dict[str, Any]:

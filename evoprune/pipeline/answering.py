@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
 
@@ -148,6 +149,8 @@ class Askable(ABC):
         """
         check_not_empty(question)
         check_type("seed", seed, int | None)
+        if options.repetition_penalty is None:
+            options = replace(options, repetition_penalty=self._engine.loaded.generation.repetition_penalty or 1.0)
         seed = self._engine.seed if seed is None else seed
         report = self._report_of(question, options, seed)
         ids: list[int] = []
@@ -204,6 +207,8 @@ class Askable(ABC):
                 if turn != self._turn:
                     raise UsageError(self.OVERTAKEN, "finish one answer before the next question")
             update()
+            if report.finish_reason == "length":
+                report.warnings.append("answer_cut")
         except GeneratorExit:  # the reader stopped early
             update()
             raise
@@ -301,6 +306,7 @@ class EncodedInputs(Askable):
         with clock.stage("prefill"):
             read = [encoding.tokens for encoding in self._encodings]
             state = self._prompts.read(read, prompt, options.system)
+            state.prompt_ids = prompt.input_ids
             visual, columns = sum(len(each.kept) for each in read), state.cache.length
             report.tokens = TokenCounts(columns - visual, visual, columns, 0)
         fill_dropped(report, state.dropping)

@@ -321,7 +321,7 @@ class VideoStream(Askable):
             elif self.seen is None:
                 self._read_waiting()
             check_question(loaded, question)
-            ids, seen, memory = self._around(question)[1], self.seen, self._memory
+            (before, ids), seen, memory = self._around(question), self.seen, self._memory
             memory.cache.crop(memory.columns)
             text = memory.columns - seen.tokens + len(ids)
             check_context(loaded, text, seen.tokens, options.max_new_tokens)
@@ -330,6 +330,7 @@ class VideoStream(Askable):
             positions = (ascending(len(ids), "cpu") + memory.following).expand(3, -1)
             following = memory.following + len(ids)
             state = prefill(loaded.model, embed_ids(loaded.model, ids), positions, following, memory.cache)
+            state.prompt_ids = torch.cat([before, ids])
         self._open, self._lock.generating = self._turn, True
         return state
 

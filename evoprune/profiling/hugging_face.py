@@ -1,5 +1,7 @@
 """Plain Hugging Face transformers on the same weights: the reference that everything is measured against."""
 
+from pathlib import Path
+
 import torch
 
 from evoprune.model.config import Config, as_written
@@ -35,3 +37,38 @@ def hugging_face_model(model: QwenVL):
                 with model.device:
                     setattr(parent, name, type(child)(*given))
     return made.eval().requires_grad_(False)
+
+
+def hugging_face_from_files(folder: Path, dtype: torch.dtype, device: torch.device):
+    """The model of transformers as it reads a folder, config and weights, by itself; under sdpa."""
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        how = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+        made = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **how)
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    return made.to(device).eval().requires_grad_(False)
+
+
+def share_equal(made, model: QwenVL) -> list[str]:
+    """Puts the tensors of `model` in the places of those of a transformers model that are equal to them.
+
+    Returns the names of the others: of all that one of the two has, and the other has otherwise or not at all.
+    """
+    ours = dict(model.named_parameters(remove_duplicate=False))
+    theirs = dict(made.named_parameters(remove_duplicate=False))
+    differing = sorted(ours.keys() ^ theirs.keys())
+    for name in sorted(ours.keys() & theirs.keys()):
+        if torch.equal(ours[name], theirs[name]):
+            module, _, last = name.rpartition(".")
+            made.get_submodule(module).register_parameter(last, ours[name])
+        else:
+            differing.append(name)
+    return differing

@@ -35,6 +35,7 @@ WARNINGS = {
     "other_tracks": "{video} has more than one video track; only the main one is read. Extract another with ffmpeg -map",
     "limited": "fewer or smaller frames were looked at than --fps or --frames ask for; --max-frames and --max-visual-tokens "
     "set the limits",
+    "answer_cut": "the answer was cut: -n (max_new_tokens) allows no more tokens",
     "demo_model": f"{KNOWN}; {{answers}} nothing. For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
     "demo_inputs": "the demo models were trained without subtitles, and on few inputs at a time (demo: one video; demo-scenes: "
     "up to two videos or pictures); answers about others mean little",

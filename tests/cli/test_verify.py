@@ -81,7 +81,7 @@ def test_what_was_found_before_an_interrupt_is_told(cli, monkeypatch, tmp_path):
     result = cli("verify", "-m", "demo", "--quick", "-o", tmp_path / "report.json")
     record = json.loads((tmp_path / "report.json").read_text())
     assert result.code == 130 == record["error"]["code"]
-    assert [check["name"] for check in record["checks"]] == ["kernels", "patches"]
+    assert [check["name"] for check in record["checks"]] == ["kernels", "weights", "patches"]
     assert [line for line in result.out.splitlines() if line.startswith("held     patches ")]
 
 

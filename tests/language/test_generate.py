@@ -5,6 +5,13 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.generation import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from evoprune.errors import UsageError
 from evoprune.language.generate import (
@@ -14,7 +21,9 @@ from evoprune.language.generate import (
     choose,
     column_sizes,
     embed_prompt,
+    penalised,
     prefill,
+    probabilities,
     stream_text,
 )
 from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
@@ -251,9 +260,62 @@ def test_a_large_seed_draws_otherwise_than_its_low_half(model):
     assert len({drawn(seed) for seed in (3, 3 + 2**32, 3 + 2**33)}) == 3
 
 
+@pytest.mark.few(2)
+@pytest.mark.parametrize("penalty", [1.0, 1.05, 1.5, 0.5])
+def test_a_repetition_penalty_gives_the_tokens_of_transformers(model, penalty):
+    clip = Clip(model, *CLIPS[1])
+    length = len(clip.prompt.input_ids)
+    expected = model.generate(
+        input_ids=clip.prompt.input_ids[None],
+        pixel_values_videos=clip.pixels,
+        video_grid_thw=clip.grid_thw,
+        position_ids=torch.cat([torch.arange(length)[None], clip.positions])[:, None],
+        do_sample=False,
+        max_new_tokens=TOKENS,
+        eos_token_id=-1,
+        repetition_penalty=penalty,
+    )[0, length:].tolist()
+    state = clip.prefill(model)
+    state.prompt_ids = clip.prompt.input_ids
+    made = list(TokenStream(model, state, GenerationOptions(TOKENS, repetition_penalty=penalty), []))
+    assert made == expected and (penalty == 1 or made != greedy(model, clip.prefill(model)))
+
+
+def of_transformers(logits, ids, penalty, temperature, top_k, top_p):
+    each = [RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)]
+    each += [TopKLogitsWarper(top_k)] if top_k else []
+    scores = LogitsProcessorList([*each, TopPLogitsWarper(top_p)])(torch.tensor([ids]), logits[None])
+    return scores[0].softmax(-1)
+
+
+@pytest.mark.parametrize(
+    "penalty, temperature, top_k, top_p",
+    [(1.0, 0.7, 20, 0.8), (1.3, 1.0, 0, 0.9), (0.7, 2.0, 5, 1.0), (1.2, 0.5, 1, 1.0), (1.05, 1.5, 1000, 0.95)],
+)
+def test_probabilities_are_those_of_transformers(penalty, temperature, top_k, top_p):
+    logits, ids = torch.randn(200, generator=torch.Generator().manual_seed(0)) * 3, [3, 5, 5, 199, 17]
+    if top_p == 1:  # of equals, a nucleus takes any
+        logits[50] = logits[51]
+    options = GenerationOptions(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty)
+    expected = of_transformers(logits, ids, penalty, temperature, top_k, top_p)
+    made = probabilities(penalised(logits, penalty, ids), options)
+    assert torch.allclose((made / made.sum()).float(), expected, atol=1e-6)
+    drawn = {choose(logits, options, torch.Generator().manual_seed(seed), ids) for seed in range(200)}
+    assert drawn <= {*expected.nonzero()[:, 0].tolist()} and (len(drawn) > 1) == bool(expected.max() < 1)
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{"max_new_tokens": 0}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}],
+    [
+        {"top_k": -1},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"max_new_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+    ],
 )
 def test_settings_out_of_range_are_usage_errors(settings):
     with pytest.raises(UsageError):

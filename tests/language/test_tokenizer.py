@@ -53,10 +53,15 @@ TEMPLATES = [
     "{{ bos_token }}{{ eos_token }}{{ messages | tojson }}",
     "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
     "{% if tools %}tools{% endif %}{% if add_generation_prompt %}go{% endif %}",
+    "{% for m in messages %}\n{% generation %}\n  {{ m.role }}\n{% endgeneration %}\n{%- endfor %}",
+    "{{ strftime_now('%Y %B') }}",
+    "{% set seen = namespace(n=1) %}{% set seen.n = 2 %}{{ seen.n }}{{ dict(b='ä', a=1) | tojson(indent=2, sort_keys=true) }}",
+    "{{ dict.fromkeys(['a', 'b'], 1) }}{{ ['ä', 1] | tojson(true, separators=(',', ':')) }}",
 ]
+REFUSED = ["{{ namespace(_a=1) }}", "{% set n = namespace() %}{% set n.__a = 1 %}", "{{ [1] | tojson(default=none) }}"]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(7)
 @pytest.mark.parametrize("template", [None, *TEMPLATES])
 def test_rendering_is_that_of_transformers(folder, template):
     own, theirs = load_tokenizer(folder), tiny_tokenizer()
@@ -66,6 +71,16 @@ def test_rendering_is_that_of_transformers(folder, template):
             messages, tokenize=False, add_generation_prompt=True, chat_template=template
         )
         assert own.render(messages) == expected
+
+
+@pytest.mark.parametrize("template", REFUSED)
+def test_what_transformers_refuses_is_refused(folder, template):
+    own = load_tokenizer(folder)
+    own.chat_template = template
+    with pytest.raises(Exception, match=r"underscore|argument"):
+        tiny_tokenizer().apply_chat_template(MESSAGES, chat_template=template)
+    with pytest.raises(ValueError, match=r"underscore|argument"):
+        own.render(MESSAGES)
 
 
 def test_templates_run_in_a_sandbox(folder):

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from evoprune.bundled import DEMOS
-from evoprune.model.config import parse_config
+from evoprune.model.config import Unsupported, parse_config
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
 from evoprune.profiling.hugging_face import hugging_face_config
 
@@ -186,7 +186,7 @@ def test_a_qwen3_that_cannot_run_is_refused(where, name, value, message):
         ("text_config", "vocab_size", 1.5, "not a whole number"),
         ("text_config", "rms_norm_eps", "small", "not a number from"),
         ("text_config", "num_key_value_heads", 3, "key/value heads"),
-        ("text_config", "use_sliding_window", True, "sliding window"),
+        ("text_config", "use_sliding_window", "yes", "use_sliding_window is 'yes'"),
         ("text_config", "hidden_act", "gelu", "activation"),
         ("text_config", "rope_parameters", {"rope_type": "yarn"}, "rope_type 'yarn'"),
         ("text_config", "rope_parameters", {"mrope_section": [1, 2, 3]}, "mrope_section"),
@@ -212,3 +212,85 @@ def test_parsing_needs_no_torch():
 
     code = "import sys, evoprune.model.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def outcome(content):
+    try:
+        return parse_config(content)
+    except ValueError as problem:
+        return str(problem)
+
+
+def objects(content):
+    """The objects in a config, itself first."""
+    yield content
+    for value in content.values():
+        if isinstance(value, dict):
+            yield from objects(value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [NEW, flat(NEW), QWEN2_VL_2B, json.loads(next(iter(QWEN3.values())).read_text())],
+    ids=["new", "flat", "qwen2", "qwen3"],
+)
+def test_null_is_missing(content):
+    more = (
+        "rope_theta",
+        "mrope_section",
+        "rope_type",
+        "type",
+        "rope_parameters",
+        "rope_scaling",
+        "tie_word_embeddings",
+    )
+    more = (*more, "attention_bias", "in_chans", "text_config", "use_sliding_window", "head_dim", "hidden_act")
+    for number, original in enumerate(objects(content)):
+        for name in {*original, *more} - {"model_type"}:
+            made = []
+            for missing in (True, False):
+                changed = copy.deepcopy(content)
+                at = [*objects(changed)][number]
+                at.pop(name, None)
+                if not missing:
+                    at[name] = None
+                made.append(outcome(changed))
+            assert made[0] == made[1], name
+
+
+@pytest.mark.parametrize("outer", [True, False, None])
+@pytest.mark.parametrize("inner", [True, False, None])
+def test_either_place_ties_embeddings_as_in_transformers(outer, inner):
+    from transformers import AutoConfig
+
+    content = copy.deepcopy(NEW)
+    for at, tied in ((content, outer), (content["text_config"], inner)):
+        at.pop("tie_word_embeddings", None)
+        if tied is not None:
+            at["tie_word_embeddings"] = tied
+    expected = AutoConfig.for_model(**copy.deepcopy(content)).tie_word_embeddings
+    assert parse_config(content).tie_word_embeddings == expected == bool(outer or inner)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"max_window_layers": 28},
+        {"max_window_layers": 36},
+        {"max_window_layers": 28, "sliding_window": None},
+        {"max_window_layers": 0, "layer_types": ["full_attention"] * 36},
+        {"layer_types": ["full_attention"] * 35 + ["sliding_attention"]},
+    ],
+)
+def test_a_sliding_window_counts_where_transformers_has_layers_with_one(given):
+    from transformers import Qwen2_5_VLConfig
+
+    content = copy.deepcopy(NEW)
+    content["text_config"] |= {"use_sliding_window": True, **given}
+    theirs = Qwen2_5_VLConfig.from_dict(copy.deepcopy(content)).text_config
+    if "sliding_attention" in theirs.layer_types:
+        with pytest.raises(Unsupported, match="sliding window"):
+            parse_config(content)
+    else:
+        assert not parse_config(content).text_config.use_sliding_window

@@ -43,6 +43,8 @@ WRONG = [
     (GenerationOptions, "max_new_tokens", 0, "max_new_tokens is 0"),
     (GenerationOptions, "temperature", -0.1, "temperature is -0.1"),
     (GenerationOptions, "top_p", 0.0, "top_p is 0.0"),
+    (GenerationOptions, "top_k", -1, "top_k is -1"),
+    (GenerationOptions, "repetition_penalty", 0.0, "repetition_penalty is 0.0"),
     (ModelOptions, "model", 3, "model is 3, not a text or a path"),
     (ModelOptions, "offline", 1, "offline is 1, not True or False"),
     (PruneOptions, "budget", None, "budget None is not a share"),
@@ -124,7 +126,10 @@ def test_a_function_takes_the_fields_of_its_options_or_the_object():
     assert [*shown][:2] == ["model", "revision"] and shown["seed"].default is None and "options" not in shown
     assert shown["model"].kind is Parameter.POSITIONAL_OR_KEYWORD and shown["top_p"].kind is Parameter.KEYWORD_ONLY
     assert all(f"    {name}" in ask.__doc__ for name in shown) and "Nucleus" not in ask.__doc__
-    with pytest.raises(TypeError, match=r"unknown option 'topp'; known: model, revision, .*, top_p, system, seed"):
+    with pytest.raises(
+        TypeError,
+        match=r"unknown option 'topp'; known: model, revision, .*, top_p, top_k, repetition_penalty, system, seed",
+    ):
         ask(topp=1)
     with pytest.raises(TypeError, match="options are given by name"):
         ask("demo", "main")

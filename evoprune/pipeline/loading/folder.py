@@ -17,11 +17,20 @@ from typing import Any
 import torch
 
 from evoprune.bundled import DEMOS
-from evoprune.errors import EvopruneWarning, ModelError, first_line
+from evoprune.errors import EvopruneWarning, ModelError, ModelWarning, first_line
 from evoprune.language.tokenizer import Tokenizer
-from evoprune.model.config import END_IDS, EXPERTS, MODEL_TYPES, Config, VisionConfig, parse_config
-from evoprune.model.rules import Rule, checked, read_object, section
-from evoprune.text import shorten
+from evoprune.model.config import (
+    EXPERTS,
+    MODEL_TYPES,
+    Config,
+    GenerationSettings,
+    Unsupported,
+    VisionConfig,
+    parse_config,
+)
+from evoprune.model.rules import Rule, check_fetched, checked, pick, read_object, section
+from evoprune.pipeline.loading.weights import MERGE
+from evoprune.text import listed, shorten
 from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import InputLimits
 
@@ -38,6 +47,12 @@ ALWAYS = {
 # Whose settings have `do_sample_frames` false unless somebody changed it; whoever uses it samples frames outside.
 SAMPLED_OUTSIDE = "Qwen2VLVideoProcessor"
 OF_PICTURES = (*NORMALISATION, "min_pixels", "max_pixels")
+# Settings of transformers' `generate` that change answers and are not done here, and what they are where they change nothing.
+NOT_DONE = dict.fromkeys(
+    ("bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "min_length",
+     "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "min_p", "penalty_alpha",
+     "no_repeat_ngram_size", "sequence_bias", "stop_strings", "suppress_tokens", "top_h"), 0
+) | dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p"), 1)  # fmt: skip
 # With the rules of Windows, both kinds of slash separate. Links may lead elsewhere, as those of the hub's cache do.
 INSIDE = Rule(
     "the name of a file in the same folder",
@@ -45,6 +60,8 @@ INSIDE = Rule(
 )
 
 
+ADAPTER = "adapter_config.json"
+NAME = 100  # characters of a name that a file gives, in a message
 HUB_SECONDS = 5.0
 FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]
 SETTINGS = ["config.json", "*processor_config.json"]
@@ -52,6 +69,10 @@ MODEL_HINT = (
     "evoprune runs Qwen3-VL, Qwen2.5-VL and Qwen2-VL checkpoints, such as Qwen/Qwen2.5-VL-3B-Instruct, and its demos"
 )
 
+_QUANTIZED = re.compile(
+    r"(^|[-_./])(awq|gptq|gguf|nvfp4|fp[48]|mlx|bnb|int[48]|[2-8]-?bit|w[48]a(8|16))($|[-_.])", re.IGNORECASE
+)
+_ORIGINAL = re.compile(r"qwen(2|2\.5|3)-vl-\d+b(-instruct|-thinking)?", re.IGNORECASE)
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
@@ -62,7 +83,18 @@ def is_id(name: str) -> bool:
 
 def kind_hint(name: str) -> str:
     """The beginning of a hint: which models run, where the name does not look like one of them; else nothing."""
+    if (original := original_of(name)) is not None:
+        instead = original or "the original checkpoint"
+        return f"its name is that of quantized weights, which evoprune does not read; take {instead}; "
     return "" if re.search(r"qwen-?(3|2[._]?5?)[-_]?vl", name, re.IGNORECASE) else f"{MODEL_HINT}; "
+
+
+def original_of(name: str) -> str | None:
+    """The id of the model that a name says to be a quantised form of, as far as it is known; None for any other name."""
+    if not _QUANTIZED.search(name):
+        return None
+    found = _ORIGINAL.search(name)
+    return f"Qwen/{found[0]}" if found else ""
 
 
 def download(
@@ -89,7 +121,8 @@ def download(
             hint = f"check the spelling, or log in with `hf auth login` if it is private or gated; {MODEL_HINT}"
             raise ModelError(f"there is no folder {name} here, and no such model on the hub for you", hint) from problem
         except errors.EntryNotFoundError as problem:
-            raise ModelError(f"{name} has no config.json on the hub", MODEL_HINT) from problem
+            hint = f"{kind_hint(name) or f'{MODEL_HINT}; '}adapters must be merged first, GGUF files are not read"
+            raise ModelError(f"{name} has no config.json on the hub", hint) from problem
         except Exception as problem:  # the HTTP library below differs from version to version
             unreachable = f"the hub cannot be reached ({first_line(problem)})"
 
@@ -99,9 +132,14 @@ def download(
             return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local))
         except Exception as problem:
             if local:
-                hint = f"{kind_hint(name)}where there is a network: hf download {name} --local-dir DIR; then DIR is the model. "
-                hint += "The demo needs neither"
-                raise ModelError(f"{name} is not in the local cache, and {unreachable}", hint) from problem
+                at = "" if revision is None else f" --revision {revision}"
+                refs = Path(hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs"
+                held = sorted(file.name for file in refs.glob("*")) if revision is not None else []
+                others = f"the cache holds {listed(held)}; " if held else ""
+                hint = f"{kind_hint(name)}{others}where there is a network: hf download {name}{at} --local-dir DIR; "
+                hint += "then DIR is the model. The demo needs neither"
+                wanted = name if revision is None else f"{name} at revision {revision}"
+                raise ModelError(f"{wanted} is not in the local cache, and {unreachable}", hint) from problem
             broken = f"the download of {name} broke off: {first_line(problem)}"
             raise ModelError(broken, "run it again to go on") from problem
 
@@ -138,8 +176,7 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
 
 def read_config(path: Path) -> Config:
     if not os.path.isfile(path):
-        hint = "name a folder in the hub's file layout, or a hub id org/name"
-        raise ModelError(f"{path.parent} holds no config.json", hint)
+        raise _no_config(path.parent)
     content = _json(path)
     kind = content.get("model_type")
     if kind == EXPERTS:
@@ -147,10 +184,45 @@ def read_config(path: Path) -> Config:
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         known = " or ".join(MODEL_TYPES)
         raise ModelError(f"{path.parent} is a model of type {reprlib.repr(kind)}, not {known}", MODEL_HINT)
-    if "quantization_config" in content:
-        raise ModelError(f"{path.parent} holds quantized weights", "take the original checkpoint in bf16, fp16 or fp32")
+    if content.get("quantization_config") is not None:
+        method = section(content, "quantization_config").get("quant_method")
+        how = f" ({method})" if isinstance(method, str) else ""
+        hint = "take the original checkpoint in bf16, fp16 or fp32"
+        raise ModelError(f"{path.parent} holds quantized weights{how}", hint)
     with _valid(f"{path} is no valid {kind} config"):
-        return parse_config(content)
+        try:
+            return parse_config(content)
+        except Unsupported as reason:
+            hint = f"take its config.json without yarn; {MODEL_HINT}" if "yarn" in str(reason) else MODEL_HINT
+            raise ModelError(f"evoprune cannot run {path.parent}: {reason}", hint) from reason
+
+
+def _no_config(folder: Path) -> ModelError:
+    """The error for a folder without a config.json, which may be an adapter's, or one of the hub's cache."""
+    if (folder / ADAPTER).is_file():
+        base = _json(folder / ADAPTER).get("base_model_name_or_path")
+        of = f" of {base[:NAME]}" if isinstance(base, str) and base else ""
+        return ModelError(f"{folder} holds an adapter{of}, not a model", MERGE)
+    cached = next((each for each in (folder, folder.parent) if each.name.startswith("models--")), None)
+    snapshots = [] if cached is None else sorted(cached.glob("snapshots/*/config.json"))
+    if snapshots:
+        hint = f"name the model {_cached_id(cached)}, or {snapshots[-1].parent}"
+        return ModelError(f"{folder} is a folder of the hub's cache, and holds no config.json", hint)
+    return ModelError(f"{folder} holds no config.json", "name a folder in the hub's file layout, or a hub id org/name")
+
+
+def _cached_id(folder: Path) -> str:
+    """The id of the model of a folder in the hub's cache, `models--org--name`."""
+    return folder.name.removeprefix("models--").replace("--", "/", 1)
+
+
+def _download_of(folder: Path) -> tuple[str, str, bool]:
+    """Of a model's folder: what was downloaded, the command that goes on with it, and whether that surely broke off."""
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        name = _cached_id(folder.parents[1])
+        return name, f"hf download {name}", False
+    broken = any((folder / ".cache" / "huggingface" / "download").rglob("*.incomplete"))
+    return str(folder), "hf download ID --local-dir DIR", broken
 
 
 @contextmanager
@@ -167,13 +239,14 @@ def _json(path: Path) -> dict:
     if not os.path.lexists(path):  # a link that leads nowhere is no missing file
         return {}
     with _valid(f"{path} cannot be read"):
+        check_fetched(path)
         return read_object(path)
 
 
 def stored_dtype(path: Path) -> torch.dtype | None:
     """The dtype of the published weights, if a config.json that has been checked says so."""
     content = _json(path)
-    name = content.get("dtype", content.get("torch_dtype"))
+    name = content.get("dtype") or content.get("torch_dtype")
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(str(name))
 
 
@@ -188,30 +261,52 @@ def weight_files(folder: Path) -> list[Path]:
             files = [folder / name for name in sorted({INSIDE.check(v, f"weight_map.{k}") for k, v in named.items()})]
     elif not files[0].is_file():
         files = []
-    if not files:
+    name, again, broken = _download_of(folder)
+    if not files and not broken:
         hint = (
             "weights must be model.safetensors, or shards with model.safetensors.index.json; other formats are not read"
         )
+        hint += f". If the download was not finished: {again}" if name != str(folder) else ""
         raise ModelError(f"{folder} holds no safetensors weights", hint)
-    for file in files:
+    for file in files or [folder / "model.safetensors"]:
         if not file.is_file():
+            if broken or name != str(folder):
+                raise ModelError(
+                    f"the download of {name} is not finished: {file.name} is missing", f"to go on: {again}"
+                )
             raise ModelError(f"weights file {file} is missing", "get the file again")
+        check_fetched(file)
         with _valid(f"weights file {file} is damaged or incomplete", SafetensorError), safe_open(file, framework="pt"):
             pass
     return files
 
 
-def eos_ids(folder: Path | None, config: Config, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    ids = None
-    if folder:
-        path = folder / "generation_config.json"
-        with _valid(f"{path} is damaged"):
-            if (ids := _json(path).get("eos_token_id")) is not None:
-                ids = END_IDS.check(ids, "eos_token_id")
-    ids = config.text_config.eos_token_id if ids is None else ids
-    if ids is None and tokenizer is not None:
+def read_generation(folder: Path | None) -> GenerationSettings:
+    """What a model's generation_config.json says. Warns of what it asks for and nothing here does."""
+    path = None if folder is None else folder / "generation_config.json"
+    content = {} if path is None else _json(path)
+    if asked := sorted(name for name, off in NOT_DONE.items() if content.get(name) and content[name] != off):
+        warnings.warn(f"evoprune does not do what {path} asks for: {listed(asked)}", ModelWarning, stacklevel=2)
+    with _valid(f"{path} is damaged"):
+        return pick(GenerationSettings, content, "")
+
+
+def eos_ids(
+    folder: Path | None, generation: GenerationSettings, config: Config, tokenizer: Tokenizer | None
+) -> tuple[int, ...]:
+    """The tokens that end an answer, of the first file that names some. Raises ModelError: none of them is one of the model's."""
+    ids, file = generation.eos_token_id, "generation_config.json"
+    if ids in (None, ()):
+        ids, file = config.text_config.eos_token_id, "config.json"
+    if ids in (None, ()) and tokenizer is not None:
         ids = tokenizer.backend.token_to_id(tokenizer.named.get("eos_token", ""))
-    return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
+    ids = () if ids is None else ids if isinstance(ids, tuple) else (ids,)
+    if never := [each for each in ids if each >= config.text_config.vocab_size]:
+        said = f"eos_token_id {', '.join(map(str, never))} is no token of the model"
+        if len(never) == len(ids):
+            raise ModelError(f"{folder}/{file}: {said}, so no answer could end", "get the file again")
+        warnings.warn(f"{folder}/{file}: {said}", ModelWarning, stacklevel=2)
+    return tuple(each for each in ids if each not in never)
 
 
 def input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, InputLimits]:

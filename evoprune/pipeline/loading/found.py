@@ -2,18 +2,19 @@
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from evoprune.bundled import DEMOS, Demo, demo_in
-from evoprune.errors import DeviceWarning, ModelError, UsageError, first_line
+from evoprune.errors import DeviceWarning, ModelError, ModelWarning, UsageError, first_line
 from evoprune.model.config import Config
 from evoprune.model.quantize import check as check_quantize
 from evoprune.model.weights import QwenVL, empty
 from evoprune.pipeline.loading.folder import (
+    ADAPTER,
     BUNDLED_CONFIGS,
     FILES,
     MODEL_HINT,
@@ -27,7 +28,14 @@ from evoprune.pipeline.loading.folder import (
     stored_dtype,
     weight_files,
 )
-from evoprune.pipeline.loading.weights import check_layers, files_fingerprint, needed_bytes, stay_mapped
+from evoprune.pipeline.loading.weights import (
+    MERGE,
+    check_layers,
+    files_fingerprint,
+    needed_bytes,
+    separate_head,
+    stay_mapped,
+)
 from evoprune.pipeline.options import ModelOptions
 from evoprune.text import did_you_mean, is_text
 from evoprune.video.plan import InputLimits
@@ -73,9 +81,15 @@ class FoundModel:
 
     @cached_property
     def files(self) -> list[Path]:
-        """The files of its weights; none of random ones. Raises ModelError: missing, damaged, or other layers than the config's."""
+        """The files of its weights; none of random ones. Warns of an adapter beside them, which is not applied.
+
+        Raises ModelError: missing, damaged, or other layers than the config's.
+        """
         files = [] if self.random else weight_files(self.folder)
         check_layers(self.config, files)
+        if files and (self.folder / ADAPTER).is_file():
+            said = f"{self.folder} holds an adapter ({ADAPTER}) beside the weights, which is not used; {MERGE}"
+            warnings.warn(said, ModelWarning, stacklevel=2)
         return files
 
     @cached_property
@@ -168,7 +182,10 @@ def _found(
     options: ModelOptions, device: torch.device, folder: Path | None = None, commit: str | None = None
 ) -> FoundModel:
     path = BUNDLED_CONFIGS[options.model] if folder is None else folder / "config.json"
-    return FoundModel(options, device, folder, commit, read_config(path))
+    found = FoundModel(options, device, folder, commit, read_config(path))
+    if not found.config.tie_word_embeddings or found.random or not separate_head(found.files_here):
+        return found
+    return replace(found, config=replace(found.config, tie_word_embeddings=False))
 
 
 def locate(options: ModelOptions, *, files: list[str] | None) -> tuple[Path, str | None]:

@@ -11,13 +11,14 @@ from evoprune.bundled import Demo
 from evoprune.errors import ModelError, OutOfMemory, UsageError, is_out_of_memory
 from evoprune.keywords import from_keywords
 from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from evoprune.model.config import GenerationSettings
 from evoprune.model.cost import shortage
 from evoprune.model.limits import available_cores
 from evoprune.model.linear import PackingTime, weights_bytes
 from evoprune.model.precision import AUTO_THREADS
 from evoprune.model.quantize import kinds
 from evoprune.model.weights import QwenVL
-from evoprune.pipeline.loading.folder import eos_ids, fingerprint
+from evoprune.pipeline.loading.folder import eos_ids, fingerprint, read_generation
 from evoprune.pipeline.loading.found import DTYPES, FoundModel, find_model
 from evoprune.pipeline.loading.warm import warm_up
 from evoprune.pipeline.loading.weights import (
@@ -46,6 +47,7 @@ class LoadedModel:
     tokenizer: Tokenizer | None  # with a chat template; None only for random weights without tokenizer files
     limits: dict[str, InputLimits]  # of videos and of pictures, by kind
     eos_ids: tuple[int, ...]  # that end an answer
+    generation: GenerationSettings  # of its files
     id: str  # the name of a bundled demo, or the folder or hub id as given
     revision: str | None  # commit on the hub, None for anything local
     dtype: str  # "bf16", "fp16" or "fp32"
@@ -118,6 +120,8 @@ def load_model(
         tokenizer = load_tokenizer(folder)
     if to_answer and tokenizer is None:
         raise no_tokenizer(model.model)
+    generation = read_generation(folder)
+    ends = eos_ids(folder, generation, found.config, tokenizer)
     files, seconds = found.files, {"tokenizer": time.perf_counter() - start}
     ready = warm_up(found.config, DTYPES[found.dtype], found.device)
     weights, packing = _weights(found, pack, progress, seconds)
@@ -125,7 +129,8 @@ def load_model(
         model=weights,
         tokenizer=tokenizer,
         limits=found.limits,
-        eos_ids=eos_ids(folder, found.config, tokenizer),
+        eos_ids=ends,
+        generation=generation,
         id=model.model,
         revision=found.commit,
         dtype=found.dtype,

@@ -1,6 +1,8 @@
 """A model's weights: read from safetensors files or made at random, and brought into the form in which they are fastest here."""
 
 import hashlib
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import torch
 
 from evoprune.backend.fallback import plain
 from evoprune.backend.layers import join, join_tower
-from evoprune.errors import ModelError, UsageError
+from evoprune.errors import ModelError, ModelWarning, UsageError
 from evoprune.model.config import Config
 from evoprune.model.linear import PackingTime
 from evoprune.model.linear import pack as pack_layers
@@ -18,10 +20,22 @@ from evoprune.model.quantize import Progress, places, saved_bytes
 from evoprune.model.weights import QwenVL, empty, name_in_memory
 
 BELONG = "config.json and the weights must belong together; get the model again"
+MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
+# How names of tensors begin that other programs wrote, and what to do about it.
+ELSEWHERE = {
+    "base_model.model.": f"the weights are those of a model under an adapter; {MERGE}",
+    "module.": "the weights are those of a DistributedDataParallel or DataParallel around the model; save its `module`",
+    "_orig_mod.": "the weights are those of a model under torch.compile; save its `_orig_mod`",
+    "vision_tower.": "the weights are a conversion, as of MLX; take the original checkpoint",
+    "language_model.model.": "the weights are a conversion, as of MLX; take the original checkpoint",
+}
 RESERVE = 2**29  # bytes that packed weights leave for the work itself
 IN_FILE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors call them
 FINGERPRINTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-LEFT_OUT = "lm_head.weight"  # of fingerprints: files may or may not hold it where it is tied
+HEAD, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
+LEFT_OUT = HEAD  # of fingerprints: files may or may not hold it where it is tied
+COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids)$")  # buffers of older files, which follow from the config
+NAMED = 3  # tensors that are not used, in a warning
 LEAST = 2.0**-14  # smaller values lose digits in fp16
 
 Row = tuple[str, Sequence[int], torch.Tensor]  # a tensor's name in the tree, its shape, and what is hashed of it
@@ -42,32 +56,56 @@ def load_weights(
 ) -> QwenVL:
     """Reads the weights. On the CPU, in the dtype of the file, they stay memory-mapped until they are packed.
 
-    Those to be quantised and the embeddings stay so in any dtype. Raises ModelError: tensors are missing or of another shape.
+    Those to be quantised and the embeddings stay so in any dtype. Where input and output embeddings are tied and a file holds the
+    output layer alone, it is both. Warns of tensors that are not used.
+
+    Raises ModelError: tensors are missing, of another shape, or stored twice with other values.
     """
     model = empty(config)
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
     as_stored = []
     if quantize != "none":
         as_stored = ["lm_head", "model.language_model.embed_tokens", *dict(places(model, quantize))]
-    if config.tie_word_embeddings:
-        del wanted["lm_head.weight"]
-    found = {}
+    found, unused = {}, []
     for file, content, stored in stored_tensors(files):
         name = name_in_memory(stored)
         if name not in wanted:
+            unused += [] if COMPUTED.search(name) else [stored]
             continue
         weight = content.get_tensor(stored)
         if weight.shape != wanted[name] or not weight.is_floating_point():
             what = f"{weight.dtype} {list(weight.shape)} where config.json wants {list(wanted[name])}"
             problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
             raise ModelError(problem, BELONG)
-        found[name] = weight if name.removesuffix(".weight") in as_stored else weight.to(device, dtype)
+        weight = weight if name.removesuffix(".weight") in as_stored else weight.to(device, dtype)
+        if name in found and not torch.equal(weight, found[name]):
+            problem = f"the weights in {file.parent} cannot be loaded: {name} is stored twice, with other values"
+            raise ModelError(problem, BELONG)
+        found[name] = weight
+    if config.tie_word_embeddings:  # to what there is; `separate_head` was asked before
+        head = found.pop(HEAD, None)
+        found.setdefault(EMBEDDINGS, head) if head is not None else None
+        del wanted[HEAD]
     if missing := sorted(wanted.keys() - found.keys()):
         problem = f"the weights in {files[0].parent} lack {len(missing)} tensors, first {missing[0]}"
         raise ModelError(problem, "get the model again")
+    if unused:
+        are = "tensor of the weights is" if len(unused) == 1 else "tensors of the weights are"
+        said = f"{len(unused):,} {are} not used in {files[0].parent}: {', '.join(unused[:NAMED])}"
+        warnings.warn(said + (", ..." if len(unused) > NAMED else ""), ModelWarning, stacklevel=2)
     model.load_state_dict(found, strict=False, assign=True)
     model.tie()
     return model.requires_grad_(False)
+
+
+def separate_head(files: Iterable[Path]) -> bool:
+    """Whether files hold an output layer that differs from the embeddings: transformers then ties the two under no config."""
+    stored = ((name_in_memory(name), content, name) for _, content, name in stored_tensors(files))
+    found = {known: content.get_tensor(name) for known, content, name in stored if known in (HEAD, EMBEDDINGS)}
+    if len(found) < 2:
+        return False
+    head, embeddings = found.values()
+    return head.dtype != embeddings.dtype or not torch.equal(head, embeddings)
 
 
 def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> QwenVL:
@@ -98,7 +136,8 @@ def check_layers(config: Config, files: list[Path]) -> None:
     for layers, count in last.items():
         if files and not any(name.startswith(f"{layers}.{count - 1}.") for name in names):
             last_layer = f"{layers}.{count - 1}, the last layer that config.json counts"
-            raise ModelError(f"the weights in {files[0].parent} lack {last_layer}", BELONG)
+            known = (hint for start, hint in ELSEWHERE.items() if any(name.startswith(start) for name in names))
+            raise ModelError(f"the weights in {files[0].parent} lack {last_layer}", next(known, BELONG))
 
 
 def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool) -> int:

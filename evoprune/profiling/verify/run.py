@@ -30,6 +30,7 @@ FRAMES, HEIGHT, WIDTH = 8, 120, 180  # of the clips made by formula; no multiple
 # In the order in which they run: the cheap ones and those on which others rest come first.
 CHECKS = (
     Check("kernels", "nothing: what computes attention and products here", speed.kernels),
+    Check("weights", "every tensor, with what transformers reads of the same files", unpruned.weights),
     Check("patches", "pixels of resized frames, with transformers' processor", unpruned.patches),
     Check("positions", "positions of a prompt's tokens, with transformers'", unpruned.positions),
     Check("tower", "features with nothing pruned, with transformers' tower", unpruned.tower),

@@ -1,4 +1,4 @@
-"""What is verified: a loaded model, transformers' model on the same tensors, and inputs as both of them read these."""
+"""What is verified: a loaded model, transformers' model of the same files, and inputs as both of them read these."""
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from evoprune.huggingface.processor_inputs import NAMES, TYPES, arguments
+from evoprune.model.cost import shortage
 from evoprune.pipeline.answering import EncodedInputs
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import GenerationOptions, SamplingOptions
 from evoprune.pipeline.prompting import PromptReader
 from evoprune.pipeline.video_qa import VideoQA, open_inputs
-from evoprune.profiling.hugging_face import hugging_face_model
+from evoprune.profiling.hugging_face import hugging_face_from_files, hugging_face_model, share_equal
 from evoprune.profiling.time_limit import TimeLimit
 from evoprune.profiling.verify.outcome import Gap, gap
 from evoprune.profiling.verify.wide import computing_in, wider
@@ -41,17 +42,30 @@ class Subject:
         loaded: the model with plain weights, that both sides compute with, and without a least size of frames.
         video, still, picture: files.
         limit: of the whole run: a check of many steps ends when it is over.
+        differing: once there is `transformers`, names of tensors that it reads of the files otherwise than this project.
+        not_read: why it does not read them; None where it does.
     """
 
     def __init__(self, loaded: LoadedModel, video: Path, still: Path, picture: Path):
         self.limit, self._asked = TimeLimit(inf), {}
+        self.differing: list[str] = []
+        self.not_read: str | None = None
         limits = {kind: replace(each, min_pixels=each.unit**2) for kind, each in loaded.limits.items()}
         self.loaded, self.video, self.still, self.picture = replace(loaded, limits=limits), video, still, picture
 
     @cached_property
     def transformers(self):
-        """Transformers' model on the same tensors, which knows the model's special tokens."""
-        made, specials = hugging_face_model(self.loaded.model), self.loaded.tokenizer.specials()
+        """Transformers' model, which knows the model's special tokens. It reads the files itself, where there are any and memory
+        for a second copy of the weights; otherwise it is made of our tensors. Equal ones are in memory once."""
+        model, found = self.loaded.model, self.loaded.found
+        short = shortage(self.loaded.weights_bytes, self.loaded.device)
+        if found.random or short:
+            self.not_read = f"a second copy of the weights {short}" if short else "random weights are in no file"
+            made = hugging_face_model(model)
+        else:
+            made = hugging_face_from_files(found.folder, self.dtype, self.device)
+            self.differing = share_equal(made, model)
+        specials = self.loaded.tokenizer.specials()
         names = {"image_token_id": "image_pad", "video_token_id": "video_pad", "vision_start_token_id": "vision_start"}
         for name, token in names.items():
             setattr(made.config, name, specials[f"<|{token}|>"])

@@ -20,6 +20,18 @@ from evoprune.video.plan import Plan
 LEVEL = 1.01 / 255  # one level of a pixel, and rounding
 
 
+def weights(subject: Subject) -> Outcome:
+    """Transformers reads the files itself: every tensor of one program is in the other, bit by bit."""
+    count = len(list(subject.transformers.parameters()))
+    if subject.not_read:
+        return skipped(subject.not_read)
+    if names := subject.differing:
+        says = f"{counted(len(names), 'tensor')} otherwise than transformers reads the files, first {names[0]}"
+        return Outcome(DIFFERS, says, {"differing": len(names), "differing_limit": 0})
+    says = f"all {count} tensors as transformers reads them of the files"
+    return Outcome(HELD, says, {"differing": 0, "differing_limit": 0})
+
+
 def patches(subject: Subject) -> Outcome:
     """The patches of each frame, which are those of a picture in one half of the values and in the other."""
     worst = Gap(0.0, 0.0)
@@ -104,7 +116,8 @@ def inputs(subject: Subject) -> Outcome:
 
 def _same_answer(subject: Subject, *paths: Path) -> Outcome:
     """Transformers reads our answer: at each token its first choice is ours, or nearer to ours than rounding can tell."""
-    said = subject.encode(subject.asking(1.0), paths).ask(QUESTION, max_new_tokens=NEW_TOKENS)
+    inputs = subject.encode(subject.asking(1.0), paths)
+    said = inputs.ask(QUESTION, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
     text, ids, asked = said.text, [*said.ids], subject.about(*paths)
     rows = len(ids) + (said.report.finish_reason == "stop")
     theirs = subject.logits(asked.call, asked.positions, asked.features, ids[: rows - 1], last=rows).float().cpu()

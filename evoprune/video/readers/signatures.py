@@ -2,7 +2,7 @@
 
 import os
 
-from evoprune.errors import VideoError
+from evoprune.errors import LFS, LFS_HINT, VideoError
 
 HEAD = 4096  # bytes
 FORMATS = "MP4, MOV, MKV, WebM, AVI and GIF are read, most others that FFmpeg knows, pictures, and folders of images"
@@ -50,6 +50,8 @@ def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
     found = next((name for start, name in OTHERS.items() if head.startswith(start)), None)
     if found is None and len(head.translate(None, CONTROL)) == len(head):
         found = "a text file"
+    if head.startswith(LFS):
+        return VideoError(f"{path} is a git-lfs pointer", LFS_HINT)
     if found:
         return VideoError(f"{path} is not a video: it is {found}", FORMATS)
     return VideoError(f"{path} is not a video, or its beginning is damaged", FORMATS) if unrecognised else None

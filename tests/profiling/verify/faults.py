@@ -36,6 +36,12 @@ class Fault:
 
 TOWER, DECODER, ENCODER = "evoprune.vision.tower", "evoprune.language.decoder", "evoprune.vision.encoder"
 FAULTS = {
+    "a tensor that is loaded upside down": Fault(
+        "weights",
+        "evoprune.pipeline.loading.model:load_weights",
+        "found[name] = weight\n",
+        "found[name] = weight.flip(0)\n",
+    ),
     "another rotary base in the tower": Fault("tower", f"{TOWER}:rotary", "10000.0", "1000.0"),
     "another rotary base in the language model": Fault(
         "logits", "evoprune.model.numerics:_frequencies", "/ theta **", "/ (theta / 2) **"

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 from itertools import product
 
 import pytest
@@ -14,6 +15,7 @@ from evoprune.profiling.verify.outcome import DIFFERS, HELD, SKIPPED, Check, gap
 from evoprune.profiling.verify.run import CHECKS, subject_of, verify
 from evoprune.profiling.verify.subject import QUESTION
 from evoprune.profiling.verify.wide import computing_in
+from tests.loading import edit
 from tests.profiling.verify.faults import FAULTS, QWEN3_FAULTS
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import save_tiny
@@ -80,6 +82,23 @@ def test_every_check_finds_a_fault():
     assert {fault.found_by for fault in FAULTS.values()} == {check.name for check in CHECKS} - measured
 
 
+def test_a_separate_output_layer_under_tied_embeddings_that_is_left_out_is_found(folders, tmp_path, monkeypatch):
+    folder = shutil.copytree(folders["qwen2_5_vl"], tmp_path / "apart")
+    edit(folder / "config.json", tie_word_embeddings=True)
+    assert_held(verified(folder, checks=CHECKS[:6]))
+    monkeypatch.setattr("evoprune.pipeline.loading.found.separate_head", lambda files: False)
+    found = verified(folder, checks=CHECKS[:6])
+    assert states(found)["weights"] == states(found)["logits"] == DIFFERS
+    (weights,) = (each.outcome for each in found.findings if each.check.name == "weights")
+    assert weights.says == "1 tensor otherwise than transformers reads the files, first lm_head.weight"
+
+
+def test_without_memory_for_a_second_copy_it_is_made_of_our_tensors(monkeypatch):
+    monkeypatch.setattr("evoprune.profiling.verify.subject.shortage", lambda *_: "needs more")
+    results = verified("demo", checks=CHECKS[:6])
+    assert {n for n, s in states(results).items() if s == SKIPPED} == {"weights"}
+
+
 @pytest.mark.full
 def test_a_fault_of_the_tower_is_found_in_16_bits(folders, monkeypatch):
     FAULTS["another rotary base in the tower"].plant(monkeypatch)
@@ -120,7 +139,8 @@ def test_the_record_has_no_paths_prompts_or_names_of_machines(folders):
     assert verified("demo", checks=CHECKS[:1]).document()["model"]["id"] == "demo"
 
 
-def test_a_wider_dtype_shows_rounding_and_leaves_the_model_as_it_was(folders):
+def test_a_wider_dtype_shows_rounding_and_leaves_the_model_as_it_was(folders, monkeypatch):
+    monkeypatch.setattr("evoprune.profiling.verify.subject.shortage", lambda *_: "so that our tensors are used")
     loaded = load_model(str(folders["qwen2_5_vl"]), device="cpu", dtype="bf16", pack=False)
     exact = load_model(str(folders["qwen2_5_vl"]), device="cpu", dtype="bf16", pack=False)
     exact.model.float()
