@@ -4,11 +4,13 @@ import os
 import sys
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.live import LiveSource
+from evoprune.video.readers.live import POLL_S, LiveReader
 from tests.video.files import number_of, numbered_frames, write_video
 from tests.video.streaming import connection, streams
 
@@ -242,3 +244,30 @@ def test_what_is_no_source(source, how, code):
     with pytest.raises((UsageError, VideoError)) as found:
         list(LiveSource(source, **{"timeout_s": 1.0, "reconnects": 0} | how).frames(lambda: 0.0))
     assert found.value.exit_code == code and found.value.hint
+
+
+class Clock:
+    """A time that passes while something sleeps, and not otherwise."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    "name", ["clip.gif", "clip.mjpeg", "clip.ts", "clip.mpg", "clip.webm", "clip.mp4", "clip.h264"]
+)
+def test_a_file_that_has_ended_is_waited_for_once(tmp_path, monkeypatch, name):
+    """Whatever FFmpeg reads again at its end, and whatever it still holds."""
+    how = {"gif": {"codec": "gif", "pix_fmt": "rgb8"}, "mjpeg": {"codec": "mjpeg", "pix_fmt": "yuvj420p"}}
+    how |= {"mpg": {"codec": "mpeg1video", "fps": 25}, "webm": {"codec": "libvpx"}}
+    path = write_video(tmp_path / name, numbered_frames(30), **how.get(name.partition(".")[2], {}))
+    monkeypatch.setattr("evoprune.video.readers.live.time", clock := Clock())
+    with closing(LiveReader(str(path), name, timeout_s=10.0, follow=True)) as reader:
+        times = [found["time_s"] for found in iter(lambda: reader.next(0.0), None)]
+    assert len(times) == 30 and clock.now < 10.0 + 3 * POLL_S

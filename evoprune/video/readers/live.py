@@ -124,8 +124,8 @@ class LiveReader:
             yield time_s, frame
 
     def _decoded(self) -> Iterator[VideoFrame]:
-        """All frames; what cannot be decoded is left out, unless it is all there is for `timeout_s`."""
-        latest = time.monotonic()
+        """All frames; what cannot be decoded is left out, unless it is all that comes for `timeout_s`."""
+        since = None  # when the first packet after the latest frame came; waiting for one is no failure
         for packet in self._packets():
             ffmpeg.alive()
             try:
@@ -137,8 +137,9 @@ class LiveReader:
                     continue
                 ffmpeg.picture_size(frame.width * frame.height)
                 yield frame
-                latest = time.monotonic()  # not before: whoever takes it may be slow
-            if time.monotonic() - latest > self._timeout_s:
+            ended = packet is None or not packet.size
+            since = None if frames or ended else since or time.monotonic()
+            if since and time.monotonic() - since > self._timeout_s:
                 raise VideoError(f"no frame of {self._name} could be decoded for {self._timeout_s:g} s", GARBAGE)
 
     def _packets(self) -> Iterator[Packet | None]:
@@ -180,16 +181,21 @@ class _Following:
             self.seek, self.tell = self._file.seek, self._file.tell
 
     def read(self, count: int) -> bytes:
-        """The next bytes, up to so many; none at the end. Raises TimeoutError: a pipe was silent for too long."""
+        """The next bytes, up to so many; none at the end. Raises TimeoutError: a pipe was silent for too long.
+
+        There is one such end: FFmpeg reads on after it, in some formats ten times, and is not to wait each time.
+        """
         end = time.monotonic() + self._timeout_s
         while True:
             ffmpeg.alive()
             left = end - time.monotonic()
             if self._pipe and not select.select([self._file], [], [], min(1.0, max(0.0, left)))[0]:
                 if left <= 0:
+                    self._timeout_s = 0.0
                     raise TimeoutError
                 continue
             content = self._file.read(count)
-            if content or not self.waits or left <= 0:
+            self.waits = self.waits and (bool(content) or left > 0)
+            if content or not self.waits:
                 return content
             time.sleep(POLL_S)
