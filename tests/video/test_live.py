@@ -4,14 +4,17 @@ import os
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.live import LiveSource
 from evoprune.video.readers.live import POLL_S, LiveReader
-from tests.video.files import number_of, numbered_frames, write_video
+from tests.video.files import number_of, numbered_frames, quarters, write_video
+from tests.video.kinds import write_kind
 from tests.video.streaming import connection, streams
 
 FPS = 10
@@ -96,7 +99,10 @@ def test_a_file_that_grows(clip, tmp_path):
     check_whole(found)
 
 
-def test_a_pipe(clip, monkeypatch):
+@pytest.fixture
+def piped(monkeypatch):
+    """`read`, of standard input, into which `feed` writes."""
+
     def reading(feed):
         there, here = os.pipe()
         with os.fdopen(there, "rb") as stdin, os.fdopen(here, "wb", buffering=0) as pipe:
@@ -108,12 +114,16 @@ def test_a_pipe(clip, monkeypatch):
             finally:
                 thread.join()
 
-    found, _, problem = reading(lambda pipe: (pipe.write(clip.read_bytes()), pipe.close()))
+    return reading
+
+
+def test_a_pipe(clip, piped):
+    found, _, problem = piped(lambda pipe: (pipe.write(clip.read_bytes()), pipe.close()))
     assert problem is None
     check_whole(found)
-    found, _, problem = reading(lambda pipe: (pipe.write(clip.read_bytes()), time.sleep(3)))
+    found, _, problem = piped(lambda pipe: (pipe.write(clip.read_bytes()), time.sleep(3)))
     assert "nothing came from standard input for 1 s" in problem.message and found
-    found, _, problem = reading(lambda pipe: (pipe.write(b"no video\n" * 9999), pipe.close()))
+    found, _, problem = piped(lambda pipe: (pipe.write(b"no video\n" * 9999), pipe.close()))
     assert not found and "no video that can be read" in problem.message
 
 
@@ -271,3 +281,61 @@ def test_a_file_that_has_ended_is_waited_for_once(tmp_path, monkeypatch, name):
     with closing(LiveReader(str(path), name, timeout_s=10.0, follow=True)) as reader:
         times = [found["time_s"] for found in iter(lambda: reader.next(0.0), None)]
     assert len(times) == 30 and clock.now < 10.0 + 3 * POLL_S
+
+
+@pytest.mark.parametrize(
+    "name", ["note.txt", "list.m3u8", "page.pdf", "photo.jpg", "photo.png", "photo.webp", "photo.avif"]
+)
+def test_what_never_becomes_a_video_is_told_at_once(tmp_path, monkeypatch, name):
+    path, text = (
+        tmp_path / name,
+        {"txt": b"Some text.\n", "m3u8": b"#EXTM3U\n#EXTINF:6,\nx.ts\n", "pdf": b"%PDF-1.7\n\0"},
+    )
+    if name.startswith("photo"):
+        Image.fromarray(quarters()).save(path)
+    else:
+        path.write_bytes(text[path.suffix[1:]])
+    monkeypatch.setattr("evoprune.video.readers.live.time", clock := Clock())
+    with pytest.raises(VideoError) as found:
+        LiveReader(str(path), name, timeout_s=10.0, follow=True)
+    assert clock.now == 0.0 and "is a" in found.value.message and str(path) in found.value.message
+    assert ("evoprune ask" in found.value.hint) == name.startswith("photo")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"", "complete"), (b"\0\0\0\x18ftypisom\0\0\0\0", "complete"), (b"\7" * 99, "MP4")]
+)
+def test_what_is_no_video_yet_is_waited_for(tmp_path, monkeypatch, content, says):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(content)
+    monkeypatch.setattr("evoprune.video.readers.live.time", clock := Clock())
+    with pytest.raises(VideoError, match="clip") as found:
+        LiveReader(str(path), str(path), timeout_s=1.0, follow=True)
+    assert 1.0 <= clock.now < 1.2 and says in found.value.hint
+
+
+@pytest.mark.parametrize("name", ["picture.apng", "raw.y4m", "mpeg2.mxf"])
+def test_formats_that_files_have(tmp_path, name):
+    assert len(read(write_kind(tmp_path, name), pace="file", fps=25)[0]) == 40
+
+
+@pytest.fixture(scope="module")
+def index_at_the_end(tmp_path_factory):
+    """An MP4 of more bytes than FFmpeg holds."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), dtype=np.uint8)
+    return write_video(tmp_path_factory.mktemp("noise") / "clip.mp4", noise)
+
+
+def test_an_index_at_the_end(index_at_the_end, piped):
+    content, ways = index_at_the_end.read_bytes(), []
+
+    def feed(pipe):
+        with suppress(BrokenPipeError):
+            pipe.write(content)
+        pipe.close()
+
+    with streams(index_at_the_end) as (url, _), connection(content) as port:
+        ways += [read(f"{url}/whole.mp4"), read(f"{url}/live.mp4"), read(f"tcp://127.0.0.1:{port}")]
+    ways.append(piped(feed))
+    for found, _, problem in ways:
+        assert not found and "index" in problem.message and "+faststart" in problem.hint

@@ -22,11 +22,13 @@ from av.video.reformatter import VideoReformatter
 from evoprune.errors import VideoError
 from evoprune.video.readers import ffmpeg
 from evoprune.video.readers.pixels import orientation, to_rgb, turned_size
+from evoprune.video.readers.signatures import not_a_video, picture_format
 
 _WEB, _RTSP = "http,https,httpproxy,tcp,tls,crypto", "rtsp,rtsps,rtp,udp,tcp,tls"
 PROTOCOLS = {"http": _WEB, "https": _WEB, "rtsp": _RTSP, "rtsps": _RTSP, "udp": "udp", "tcp": "tcp"}
 FORMATS = (
     "mpegts,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,flv,avi,nut,ogg,asf,mpeg,mpegvideo,mjpeg,mpjpeg,h264,hevc,av1,ivf,gif"
+    ",apng,yuv4mpegpipe,mxf"
 )
 _WEB_LISTS, _RTSP_LISTS = ",hls,dash,aac,mp3,webvtt", ",rtsp,rtp,sdp"
 PLAYLISTS = {"http": _WEB_LISTS, "https": _WEB_LISTS, "rtsp": _RTSP_LISTS, "rtsps": _RTSP_LISTS}
@@ -98,15 +100,26 @@ class LiveReader:
         limits |= {"protocol_whitelist": "none", "format_whitelist": FORMATS}
         end = time.monotonic() + self._timeout_s
         while True:
+            if path and picture_format(path) not in (None, "GIF"):  # a GIF is read as a video, even of one frame
+                from evoprune.video.readers import picture  # imports Pillow
+
+                if picture.is_picture(path):
+                    raise VideoError(f"{path} is a picture, not a video", "evoprune ask answers questions about it")
             file = _Following(os.open(path, os.O_RDONLY) if path else os.dup(descriptor), self._timeout_s)
             self._open.callback(file.close)
             try:
                 container = av.open(file, options=limits, metadata_errors="replace")
                 file.waits = self._follow and path is not None  # not before: FFmpeg also looks at the end of a file
                 return container
-            except av.error.FFmpegError:  # perhaps its beginning is not there yet
-                if not (path and self._follow) or time.monotonic() > end:
+            except av.error.FFmpegError as problem:  # perhaps its beginning is not there yet
+                file.close()
+                if not path:
                     raise
+                late = not self._follow or time.monotonic() > end
+                if other := not_a_video(path, unrecognised=late):
+                    raise other from problem
+                if late:
+                    raise VideoError(f"cannot read {path}: {ffmpeg.reason(problem)}", ffmpeg.INCOMPLETE) from problem
             ffmpeg.alive()
             time.sleep(POLL_S)
 
@@ -144,9 +157,16 @@ class LiveReader:
 
     def _packets(self) -> Iterator[Packet | None]:
         """All packets; where the source breaks off, None, which makes the decoder return what it still holds, then the error."""
+        begun = False
         try:
-            yield from self._container.demux(self._stream)
+            for packet in self._container.demux(self._stream):
+                yield packet
+                begun = True
         except (av.error.FFmpegError, OSError, IndexError) as problem:
+            back = self.facts["container"] == ffmpeg.MOV and not begun  # FFmpeg cannot go back to the frames
+            if back and isinstance(problem, av.error.InvalidDataError | av.error.OSError):
+                message = f"{self._name} has its index at its end, so it can be read only as a file"
+                raise VideoError(message, INDEXED) from problem
             yield None
             # So FFmpeg calls the end of a transfer whose length was not said.
             if getattr(problem, "errno", None) != errno.EIO or self.facts["finite"]:
@@ -167,6 +187,7 @@ class LiveReader:
 
 GARBAGE = "does it play elsewhere? Formats are those of files, and of playlists over http"
 PIPED = "does the command before it fail? A pipe carries MPEG-TS or Matroska, an MP4 only in fragments"
+INDEXED = "download it first, or have it written by ffmpeg -movflags +faststart"
 
 
 class _Following:
