@@ -163,7 +163,7 @@ class LiveReader:
                 yield packet
                 begun = True
         except (av.error.FFmpegError, OSError, IndexError) as problem:
-            back = self.facts["container"] == ffmpeg.MOV and not begun  # FFmpeg cannot go back to the frames
+            back = (self._scheme or not self._source) and self.facts["container"] == ffmpeg.MOV and not begun
             if back and isinstance(problem, av.error.InvalidDataError | av.error.OSError):
                 message = f"{self._name} has its index at its end, so it can be read only as a file"
                 raise VideoError(message, INDEXED) from problem
