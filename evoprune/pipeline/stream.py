@@ -130,7 +130,7 @@ class VideoStream(Askable):
     @property
     def report(self) -> Report:
         """Of its latest window, the unfinished one before the first was finished; it describes no answer."""
-        return self._report(self._latest or self._look())
+        return self._report(self._latest or self._look() or self._latest)  # it may have been finished meanwhile
 
     def add(self, frame: np.ndarray, time_s: float) -> bool:
         """Feeds a frame. If it is the first one of another window, the window before is encoded and read first.

@@ -149,16 +149,19 @@ def test_the_unfinished_window_stays_in_the_range_of_a_bundled_model():
         assert answer.report.stream["start_s"] >= 6.0  # 24 seconds
 
 
-def test_a_question_waits_for_the_window_that_is_encoded(demo):
-    with fed(VideoQA(demo, budget=0.25).stream(window_s=2.0), 2) as stream:
+@pytest.mark.parametrize("ask", [True, False])
+def test_the_window_that_is_encoded_is_waited_for(demo, ask):
+    with VideoQA(demo, budget=0.25).stream(window_s=2.0) as stream:
         begun, goes_on, pause = threading.Event(), threading.Event(), stream._lock.pause
         stream._lock.pause = lambda: (begun.set(), goes_on.wait(10), pause())
-        feeding = threading.Thread(target=fed, args=(stream, 2), kwargs={"start": 2.0})
+        feeding = threading.Thread(target=fed, args=(stream, 2))
         feeding.start()
         assert begun.wait(10)
         threading.Timer(0.1, goes_on.set).start()
-        answer = stream.ask(QUESTION, max_new_tokens=2)
-        assert answer.text and answer.report.stream["end_s"] == 4.0
+        if ask:
+            answer = stream.ask(QUESTION, max_new_tokens=2)
+            assert answer.text and answer.report.stream["end_s"] == 2.0
+        assert stream.report.video.duration_s == 2.0
         feeding.join(30)
 
 
