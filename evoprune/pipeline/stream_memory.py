@@ -21,7 +21,7 @@ from evoprune.vision.encoded import Encoded, EncodedRows
 
 @dataclass(frozen=True)
 class Seen:
-    """What of a stream the next question is about; times are those of the frames, in seconds."""
+    """What of a stream is held, or a question is about; times are those of the frames, in seconds."""
 
     start_s: float  # of the oldest window of which a token is left
     end_s: float
