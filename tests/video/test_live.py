@@ -182,6 +182,13 @@ def test_a_playlist_reaches_what_is_on_the_web(served):
     check_whole(found)
 
 
+@pytest.mark.parametrize("name", ["aa", "ab"])  # itself; two that name each other
+def test_a_playlist_that_names_itself(served, name):
+    before = len(served[1])
+    found, _, problem = read(f"{served[0]}/loop.m3u8?{name}", timeout_s=10.0)
+    assert not found and "names itself" in problem.message and len(served[1]) - before < 100
+
+
 def test_a_file_that_is_a_playlist(served, tmp_path):
     path = tmp_path / "list.m3u8"
     path.write_text(f"#EXTM3U\n#EXTINF:6,\n{served[0]}/whole.ts\n#EXT-X-ENDLIST\n")

@@ -9,10 +9,13 @@ import os
 import select
 import stat
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
 import av
+import av.logging
 import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
@@ -35,6 +38,7 @@ PLAYLISTS = {"http": _WEB_LISTS, "https": _WEB_LISTS, "rtsp": _RTSP_LISTS, "rtsp
 JUMP_S, FILE_JUMP_S = 10.0, 600.0  # longer steps between two frames are no gaps, but another clock
 PROBED_US = 10**6  # of the source, in microseconds, is read before the first frame comes
 POLL_S = 0.05  # how often a file is asked whether it has grown
+MOST_ASKED = 10  # the same request, before the first frame: a live playlist is asked for now and then
 
 
 class LiveReader:
@@ -96,7 +100,8 @@ class LiveReader:
             limits |= {"protocol_whitelist": PROTOCOLS[self._scheme], "rtsp_flags": "prefer_tcp"}
             limits["format_whitelist"] = FORMATS + PLAYLISTS.get(self._scheme, "")
         if self._scheme or camera:
-            return av.open(path, format=camera, options=limits, timeout=self._timeout_s, metadata_errors="replace")
+            how = {"format": camera, "options": limits, "timeout": self._timeout_s, "metadata_errors": "replace"}
+            return self._followed(path, how) if self._scheme in ("http", "https") else av.open(path, **how)
         limits |= {"protocol_whitelist": "none", "format_whitelist": FORMATS}
         end = time.monotonic() + self._timeout_s
         while True:
@@ -122,6 +127,25 @@ class LiveReader:
                     raise VideoError(f"cannot read {path}: {ffmpeg.reason(problem)}", ffmpeg.INCOMPLETE) from problem
             ffmpeg.alive()
             time.sleep(POLL_S)
+
+    def _followed(self, url: str, how: dict) -> InputContainer:
+        """What a URL holds. FFmpeg follows a playlist that names itself without end, so its log is searched for that meanwhile."""
+        level, opener = av.logging.get_level(), ThreadPoolExecutor(1)
+        av.logging.set_level(av.logging.DEBUG)  # at which requests are logged
+        try:
+            with av.logging.Capture(local=False) as log:
+                opening = opener.submit(av.open, url, **how)
+                while not wait([opening], POLL_S).done:
+                    ffmpeg.alive()
+                    asked = Counter(text for _, _, text in list(log) if text.startswith("request:"))
+                    if max(asked.values(), default=0) > MOST_ASKED:
+                        raise VideoError(
+                            f"{self._name} is a playlist that names itself", "give the address of a stream"
+                        )
+            return opening.result()
+        finally:
+            av.logging.set_level(level)
+            opener.shutdown(wait=False)  # the thread ends by the timeout, or with this process
 
     def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
         """Each frame with its seconds from the first one, which never go back, whatever the source's own clock does."""
