@@ -117,11 +117,14 @@ def piped(monkeypatch):
     return reading
 
 
-def test_a_pipe(clip, piped):
+def test_a_pipe(clip, piped, tmp_path):
     found, _, problem = piped(lambda pipe: (pipe.write(clip.read_bytes()), pipe.close()))
     assert problem is None
     check_whole(found)
     found, _, problem = piped(lambda pipe: (pipe.write(clip.read_bytes()), time.sleep(3)))
+    assert "nothing came from standard input for 1 s" in problem.message and found
+    content = write_video(tmp_path / "clip.mpg", numbered_frames(30), codec="mpeg1video", fps=25).read_bytes()
+    found, _, problem = piped(lambda pipe: pipe.write(content))  # which stays open, and FFmpeg reads on
     assert "nothing came from standard input for 1 s" in problem.message and found
     found, _, problem = piped(lambda pipe: (pipe.write(b"no video\n" * 9999), pipe.close()))
     assert not found and "no video that can be read" in problem.message

@@ -219,7 +219,7 @@ class _Following:
 
     def __init__(self, descriptor: int, timeout_s: float):
         self._file = os.fdopen(descriptor, "rb", buffering=0)
-        self._timeout_s, self.waits = timeout_s, False
+        self._timeout_s, self.waits, self._silent = timeout_s, False, False
         self._pipe = not stat.S_ISREG(os.fstat(descriptor).st_mode)
         self.close = self._file.close
         if not self._pipe:  # FFmpeg takes what can seek for a file
@@ -228,15 +228,15 @@ class _Following:
     def read(self, count: int) -> bytes:
         """The next bytes, up to so many; none at the end. Raises TimeoutError: a pipe was silent for too long.
 
-        There is one such end: FFmpeg reads on after it, in some formats ten times, and is not to wait each time.
+        Both come once, and nothing after it: FFmpeg reads on, in some formats ten times.
         """
         end = time.monotonic() + self._timeout_s
-        while True:
+        while not self._silent:
             ffmpeg.alive()
             left = end - time.monotonic()
             if self._pipe and not select.select([self._file], [], [], min(1.0, max(0.0, left)))[0]:
                 if left <= 0:
-                    self._timeout_s = 0.0
+                    self._silent = True
                     raise TimeoutError
                 continue
             content = self._file.read(count)
@@ -244,3 +244,4 @@ class _Following:
             if content or not self.waits:
                 return content
             time.sleep(POLL_S)
+        return b""
