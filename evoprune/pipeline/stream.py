@@ -11,9 +11,9 @@ positions leave the range that the model knows, keys are rotated back, so that t
 What has not changed since the window before is not encoded again, but may become a token of each window (vision/segments.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from math import floor, prod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from math import floor
 from threading import Lock, RLock
 
 import numpy as np
@@ -21,30 +21,26 @@ import torch
 
 from evoprune.errors import UsageError, names_plugins
 from evoprune.language.generate import PrefillState, embed_ids, prefill
-from evoprune.language.prompt import build_prompt, timestamps
+from evoprune.language.prompt import build_prompt
 from evoprune.model.cost import Clock
 from evoprune.model.machine import end_team
 from evoprune.pipeline.answering import Askable
-from evoprune.pipeline.encoding import Encoding, OpenInput
+from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.fill_report import inputs_report
 from evoprune.pipeline.options import GenerationOptions, SamplingOptions, StreamOptions
 from evoprune.pipeline.planning import check_carried, plan_input
 from evoprune.pipeline.prompting import check_context, check_memory, check_question
-from evoprune.pipeline.stream_memory import Seen, StreamMemory, Unread, columns_of, staying_order
+from evoprune.pipeline.stream_memory import Seen, StreamMemory, Unread
+from evoprune.pipeline.stream_window import EncodedWindow, encode_window
 from evoprune.pipeline.turns import Turns
-from evoprune.pruning.budget import keep_count
 from evoprune.pruning.indices import ascending
 from evoprune.report.records import Report, TokenCounts
-from evoprune.video.frames import FrameChunk, check_frame
+from evoprune.video.frames import check_frame
 from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import Plan
-from evoprune.video.sampling import SamplingPlan
-from evoprune.vision.encoded import EncodedRows
-from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import resize
-from evoprune.vision.segments import NothingNew, Segment
-from evoprune.vision.tower import tower_shape
+from evoprune.vision.segments import Segment
 
 CONTEXT = 32_768  # positions of a model that states no context
 ROOM = 0.75  # share of the context that the video may take; the rest is for questions and answers
@@ -53,17 +49,6 @@ WAITING = 4  # windows that wait for an answer to be read to its end
 
 class _Overtaken(Exception):
     """A question goes first: a window is read later."""
-
-
-@dataclass(frozen=True)
-class _Window:
-    """A window that was encoded: of so many `frames`, up to slot `end`. `segment`: what the next one takes over."""
-
-    frames: int
-    end: int
-    encoding: Encoding
-    unread: Unread
-    segment: Segment
 
 
 class VideoStream(Askable):
@@ -89,9 +74,7 @@ class VideoStream(Askable):
             hint = "take one that acts inside the encoder or selects tokens without the question, such as evoprune"
             raise UsageError(f"method {engine.options.method} cannot prune a stream", hint)
         self._options, self._sampling, self._system, self._name = options, sampling, system, name
-        self._paid = (
-            True  # finished windows are no question's; the unfinished one is that of the first question about it
-        )
+        self._paid = True  # encoding is no question's, but for the unfinished window
         self._gate, self._feeding = Lock(), RLock()
         self.skipped, self.lag_s, self.facts, self.encoded = 0, None, {}, 0
         self._plan: Plan | None = None
@@ -101,7 +84,7 @@ class VideoStream(Askable):
         self._waiting: list[Unread] = []
         self._following = 0  # position after the latest window, counted from the beginning of the stream
         self._latest, self._segment = None, Segment()  # the encoding of the latest window; what the next one is
-        self._unfinished: _Window | None = None  # as the latest question saw it
+        self._unfinished: EncodedWindow | None = None  # as the latest question saw it
         self._count = self._done = 0  # frames that were looked at; the slot after the last finished window
         self._open: int | None = None  # the number of the answer that is being read
         self._problem: str | None = None
@@ -239,7 +222,7 @@ class VideoStream(Askable):
         slots, frames, done, window = self._slots, self._frames, self._done, self._unfinished
         self._slots, self._frames, self._done = [], [], end
         if not (window and (window.frames, window.end) == (len(slots), end)):
-            window = self._encode_window(slots, frames, done, end, self._pause)
+            window = self._encode(slots, frames, done, end, self._pause)
         self._segment, self._following = window.segment, int(window.unread.last.max()) + 1
         with self._lock.lock:
             self._check_open()
@@ -259,61 +242,19 @@ class VideoStream(Askable):
                 return None
             frames, end, window = len(self._slots), self._slots[-1] + 1, self._unfinished
             if not (window and (window.frames, window.end) == (frames, end)):
-                window = self._encode_window(self._slots, self._frames, self._done, end, self._check_open)
+                window = self._encode(self._slots, self._frames, self._done, end, self._check_open)
                 self._spent = dict(window.encoding.seconds), window.encoding.wall_seconds
                 self._unfinished, self._paid = window, False
             return window.encoding
 
-    def _encode_window(
-        self,
-        slots: Sequence[int],
-        frames: Sequence[np.ndarray],
-        done: int,
-        end: int,
-        pause: Callable[[], None],
-    ) -> _Window:
-        """The window of these slots, which ends before slot `end`; `done`: where the one before ended."""
-        count, size = len(frames), self._plan.sampling.frames
-        if count % 2:  # as Hugging Face fills up an odd number
-            slots, frames = [*slots, slots[-1]], [*frames, frames[-1]]
-        plan = self._window_plan(slots, max(done, slots[0] // size * size), end)
-        encoding, order, segment = self._encode(plan, np.stack(frames), Segment(self._segment.earlier), pause)
-        config = self._engine.loaded.model.config.vision_config
-        times = timestamps([(slot + 0.5) * self.step_s for slot in slots]) if config.traits.timestamps else []
-        step = 2 * self.step_s * config.tokens_per_second if config.tokens_per_second else 1.0
-        at = [floor(slot / 2 * step) for slot in slots[::2]]
-        unread = columns_of(self._engine.loaded, encoding.tokens, order, plan.sampling, at, times, self._following)
-        return _Window(count, end, encoding, unread, segment)
-
-    def _window_plan(self, slots: Sequence[int], first: int, end: int) -> Plan:
-        """The plan of a window from slot `first` to `end`, of which these slots have a frame."""
-        base, engine = self._plan, self._engine
-        grid = len(slots) // 2, *base.grid[1:]
-        keep = keep_count(engine.share, prod(grid))
-        encoder = engine.method.plan(tower_shape(engine.loaded.model.model.visual), grid, keep)
-        start_s, end_s, *times = (self._origin_s + slot * self.step_s for slot in (first, end, *slots))
-        sampling = SamplingPlan(start_s, end_s, tuple(times), base.sampling.wanted)
-        return replace(base, sampling=sampling, grid=grid, encoder=encoder, unshrunk=None, limited=False)
-
     def _encode(
-        self, plan: Plan, frames: np.ndarray, segment: Segment, pause: Callable[[], None]
-    ) -> tuple[Encoding, torch.Tensor, Segment]:
-        """A window, encoded as a segment of a file, the order in which its tokens stay, and what the next segment is."""
-        made = []
-
-        def read(source, times_s, **_) -> Iterator[FrameChunk]:
-            yield FrameChunk(0, frames, tuple(times_s))
-
-        def rows_of(*given, **how) -> EncodedRows:
-            made.append(encode_rows(*given, **how, pause=pause, segment=segment))
-            return made[-1]
-
-        try:
-            opened = OpenInput(self._engine, plan, Clock(torch.device("cpu")), read, rows_of, threaded=False)
-            encoding = opened.encode()
-        except NothingNew:  # then all of it is encoded anew
-            return self._encode(plan, frames, Segment(), pause)
-        return encoding, staying_order(made[-1], encoding.tokens), Segment(segment.left)
+        self, slots: Sequence[int], frames: Sequence[np.ndarray], done: int, end: int, pause: Callable[[], None]
+    ) -> EncodedWindow:
+        """A window that ends before slot `end`; `done`: where the one before ended."""
+        size = self._plan.sampling.frames
+        span = range(max(done, slots[0] // size * size), end)
+        given = self._origin_s, slots, frames, span, self._segment, self._following
+        return encode_window(self._engine, self._plan, *given, pause)
 
     def _pause(self) -> None:
         """Called before each layer of the encoder."""
