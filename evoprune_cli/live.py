@@ -186,8 +186,7 @@ class _Session:
                 return SOME_FAILED if self._failed else 0
 
     def _ask_what_is_due(self, ended: bool) -> None:
-        seen = self._stream.seen
-        now_s = seen.end_s if seen else 0.0
+        now_s = self._stream.until_s or 0.0
         due = self._next_s is not None and now_s >= self._next_s
         if due:
             self._next_s = (floor(now_s / self._request.every_s) + 1) * self._request.every_s
@@ -233,12 +232,12 @@ class _Session:
     def _state(self) -> str:
         from evoprune.model.machine import memory_in_use
 
-        seen, feed, backlog = self._stream.seen, self._feed, self._feed.backlog
+        seen, until_s, feed, backlog = self._stream.seen, self._stream.until_s, self._feed, self._feed.backlog
         skipped = f", {backlog.skipped:,} skipped" if backlog.skipped else ""
         skipped += f" (now {100 - 100 / backlog.stride:.0f}%)" if backlog.stride > 1 else ""
         state = "failed" if feed.problem else "ended" if feed.ended.is_set() else f"lag {backlog.lag_s:.1f} s"
-        held = f"{clock(seen.end_s)} seen, {counted(seen.frames, 'frame')}" if seen else "the first window fills"
-        tokens = f", {counted(seen.tokens, 'token')}" if seen else ""
+        held = f"{clock(until_s or 0.0)} seen"
+        tokens = f", {counted(seen.frames, 'frame')}, {counted(seen.tokens, 'token')}" if seen else ""
         return printable(f"{held}{skipped}; {state}{tokens}, {size(memory_in_use(self._device)[0])}")[: columns() - 1]
 
 

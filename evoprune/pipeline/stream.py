@@ -1,8 +1,9 @@
 """Live video: frames are fed as they come, and questions about what was seen are asked at any time.
 
 Frames are collected in windows of time. A finished window is encoded as a short video is, and its tokens are read into the KV cache
-at once, so that a question costs its own text. Its columns are cut off again when the answer has ended. For the model all windows
-are one video: a token has the position of its frame pair by Qwen's rule, counted from the first frame of the stream.
+at once. A question also sees the frames of the unfinished window, which are encoded for it. What is read for a question is cut off
+again when the answer has ended. For the model all windows are one video: a token has the position of its frame pair by Qwen's rule,
+counted from the first frame of the stream.
 
 The newest half of the memory is whole, windows before it are thinned (stream_memory.py). What is left keeps its position. Before
 positions leave the range that the model knows, keys are rotated back, so that the video begins at the oldest window that is left.
@@ -10,40 +11,36 @@ positions leave the range that the model knows, keys are rotated back, so that t
 What has not changed since the window before is not encoded again, but may become a token of each window (vision/segments.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from math import floor, prod
-from threading import RLock
+from math import floor
+from threading import Lock, RLock
 
 import numpy as np
 import torch
 
 from evoprune.errors import UsageError, names_plugins
 from evoprune.language.generate import PrefillState, embed_ids, prefill
-from evoprune.language.prompt import build_prompt, timestamps
+from evoprune.language.prompt import build_prompt
 from evoprune.model.cost import Clock
 from evoprune.model.machine import end_team
 from evoprune.pipeline.answering import Askable
-from evoprune.pipeline.encoding import Encoding, OpenInput
+from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.fill_report import inputs_report
 from evoprune.pipeline.options import GenerationOptions, SamplingOptions, StreamOptions
 from evoprune.pipeline.planning import check_carried, plan_input
 from evoprune.pipeline.prompting import check_context, check_memory, check_question
-from evoprune.pipeline.stream_memory import Seen, StreamMemory, Unread, columns_of, staying_order
+from evoprune.pipeline.stream_memory import Seen, StreamMemory, Unread
+from evoprune.pipeline.stream_window import EncodedWindow, encode_window
 from evoprune.pipeline.turns import Turns
-from evoprune.pruning.budget import keep_count
 from evoprune.pruning.indices import ascending
 from evoprune.report.records import Report, TokenCounts
-from evoprune.video.frames import FrameChunk, check_frame
+from evoprune.video.frames import check_frame
 from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import Plan
-from evoprune.video.sampling import SamplingPlan
-from evoprune.vision.encoded import EncodedRows
-from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import resize
-from evoprune.vision.segments import NothingNew, Segment
-from evoprune.vision.tower import tower_shape
+from evoprune.vision.segments import Segment
 
 CONTEXT = 32_768  # positions of a model that states no context
 ROOM = 0.75  # share of the context that the video may take; the rest is for questions and answers
@@ -57,8 +54,9 @@ class _Overtaken(Exception):
 class VideoStream(Askable):
     """A stream of frames that can be asked about: made by `VideoQA.stream`, closed by `with`.
 
-    One thread feeds frames, others may ask meanwhile: the encoder waits while a question is read, and goes on layer by layer while
-    the answer is generated. A window that is finished during an answer, or interrupted by a question, is read after it.
+    One thread feeds frames, others may ask meanwhile: a question waits for the window that is being encoded, the encoder waits
+    while the question is read, and goes on layer by layer while the answer is generated. A window that is finished during an
+    answer, or interrupted by a question, is read after it.
     Whatever feeds the frames sets `skipped` and `lag_s`, which `seen` says of the source, and `facts`, fields of its `Video`.
     `encoded`: how many windows were.
 
@@ -76,7 +74,8 @@ class VideoStream(Askable):
             hint = "take one that acts inside the encoder or selects tokens without the question, such as evoprune"
             raise UsageError(f"method {engine.options.method} cannot prune a stream", hint)
         self._options, self._sampling, self._system, self._name = options, sampling, system, name
-        self._paid, self._feeding = True, RLock()  # encoding is no question's
+        self._paid = True  # encoding is no question's, but for the unfinished window
+        self._gate, self._feeding = Lock(), RLock()
         self.skipped, self.lag_s, self.facts, self.encoded = 0, None, {}, 0
         self._plan: Plan | None = None
         self._slots, self._frames = [], []
@@ -85,6 +84,7 @@ class VideoStream(Askable):
         self._waiting: list[Unread] = []
         self._following = 0  # position after the latest window, counted from the beginning of the stream
         self._latest, self._segment = None, Segment()  # the encoding of the latest window; what the next one is
+        self._unfinished: EncodedWindow | None = None  # as the latest question saw it
         self._count = self._done = 0  # frames that were looked at; the slot after the last finished window
         self._open: int | None = None  # the number of the answer that is being read
         self._problem: str | None = None
@@ -100,13 +100,20 @@ class VideoStream(Askable):
 
     @property
     def seen(self) -> Seen | None:
-        """What the next question is about; None before the first window is read. Waits for nothing."""
-        return self._memory and self._memory.seen(self._count, self.skipped, self.lag_s)
+        """The finished windows that were read; None before the first one. Waits for nothing."""
+        return self._memory and self._seen(())
+
+    @property
+    def until_s(self) -> float | None:
+        """Up to which time a question sees, as `seen.end_s` where no window is unfinished. Waits for nothing."""
+        if slots := self._slots:
+            return self._origin_s + (slots[-1] + 1) * self.step_s
+        return self.seen and self.seen.end_s
 
     @property
     def report(self) -> Report:
-        """Of its latest window; it describes no answer."""
-        return self._blank_report()
+        """Of its latest window, the unfinished one before the first was finished; it describes no answer."""
+        return self._report(self._latest or self._look() or self._latest)  # it may have been finished meanwhile
 
     def add(self, frame: np.ndarray, time_s: float) -> bool:
         """Feeds a frame. If it is the first one of another window, the window before is encoded and read first.
@@ -119,6 +126,8 @@ class VideoStream(Askable):
 
         Raises UsageError: no such array, a time that goes back, or a closed stream. OutOfMemory. ModelError.
         """
+        with self._gate:  # or this thread would come before a question that waits
+            pass
         with self._feeding:
             self._check_open()
             check_frame(frame, time_s)
@@ -166,7 +175,7 @@ class VideoStream(Askable):
         self._problem = self._problem or "the stream is closed"  # which ends what is being encoded
         with self._feeding, self._lock.lock:
             self._turn += 1
-            self._memory, self._latest, self._segment = None, None, None
+            self._memory, self._latest, self._segment, self._unfinished = None, None, None, None
             self._waiting, self._slots, self._frames = [], [], []
 
     @property
@@ -210,74 +219,62 @@ class VideoStream(Askable):
     @names_plugins()
     def _finish(self, end: int) -> None:
         """Encodes the frames of a window that ends before slot `end`, and reads it unless an answer is being read."""
-        slots, frames = self._slots, self._frames
-        first = max(self._done, slots[0] // self._plan.sampling.frames * self._plan.sampling.frames)
+        slots, frames, done, window = self._slots, self._frames, self._done, self._unfinished
         self._slots, self._frames, self._done = [], [], end
-        if len(frames) % 2:  # as Hugging Face fills up an odd number
-            slots, frames = [*slots, slots[-1]], [*frames, frames[-1]]
-        plan = self._window_plan(slots, first, end)
-        encoding, order = self._encode(plan, np.stack(frames))
-        config = self._engine.loaded.model.config.vision_config
-        times = timestamps([(slot + 0.5) * self.step_s for slot in slots]) if config.traits.timestamps else []
-        step = 2 * self.step_s * config.tokens_per_second if config.tokens_per_second else 1.0
-        at = [floor(slot / 2 * step) for slot in slots[::2]]
-        unread = columns_of(self._engine.loaded, encoding.tokens, order, plan.sampling, at, times, self._following)
-        self._following = int(unread.last.max()) + 1
+        if not (window and (window.frames, window.end) == (len(slots), end)):
+            window = self._encode(slots, frames, done, end, self._pause)
+        self._segment, self._following = window.segment, int(window.unread.last.max()) + 1
         with self._lock.lock:
             self._check_open()
-            self._waiting.append(unread)
-            self._latest, self.encoded = encoding, self.encoded + 1
+            self._waiting.append(window.unread)
+            self._latest, self._unfinished, self.encoded = window.encoding, None, self.encoded + 1
             if self._open is not None and len(self._waiting) > WAITING:
                 self._turn, self._open, self._lock.generating = self._turn + 1, None, False
             if self._open is None:
                 self._read_waiting(polite=len(self._waiting) <= WAITING)
 
-    def _window_plan(self, slots: Sequence[int], first: int, end: int) -> Plan:
-        """The plan of a window from slot `first` to `end`, of which these slots have a frame."""
-        base, engine = self._plan, self._engine
-        grid = len(slots) // 2, *base.grid[1:]
-        keep = keep_count(engine.share, prod(grid))
-        encoder = engine.method.plan(tower_shape(engine.loaded.model.model.visual), grid, keep)
-        start_s, end_s, *times = (self._origin_s + slot * self.step_s for slot in (first, end, *slots))
-        sampling = SamplingPlan(start_s, end_s, tuple(times), base.sampling.wanted)
-        return replace(base, sampling=sampling, grid=grid, encoder=encoder, unshrunk=None, limited=False)
-
-    def _encode(self, plan: Plan, frames: np.ndarray) -> tuple[Encoding, torch.Tensor]:
-        """A window, encoded as a segment of a file, and the order in which its tokens stay."""
-        made, segment = [], self._segment
-
-        def read(source, times_s, **_) -> Iterator[FrameChunk]:
-            yield FrameChunk(0, frames, tuple(times_s))
-
-        def pause() -> None:
-            self._lock.pause()
+    @names_plugins()
+    def _look(self) -> Encoding | None:
+        """Encodes the frames of the unfinished window for a question, unless the latest one saw the same; None for no frames."""
+        with self._gate, self._feeding:
             self._check_open()
+            if not self._slots:
+                return None
+            frames, end, window = len(self._slots), self._slots[-1] + 1, self._unfinished
+            if not (window and (window.frames, window.end) == (frames, end)):
+                window = self._encode(self._slots, self._frames, self._done, end, self._check_open)
+                self._spent = dict(window.encoding.seconds), window.encoding.wall_seconds
+                self._unfinished, self._paid = window, False
+            return window.encoding
 
-        def rows_of(*given, **how) -> EncodedRows:
-            made.append(encode_rows(*given, **how, pause=pause, segment=segment))
-            return made[-1]
+    def _encode(
+        self, slots: Sequence[int], frames: Sequence[np.ndarray], done: int, end: int, pause: Callable[[], None]
+    ) -> EncodedWindow:
+        """A window that ends before slot `end`; `done`: where the one before ended."""
+        size = self._plan.sampling.frames
+        span = range(max(done, slots[0] // size * size), end)
+        given = self._origin_s, slots, frames, span, self._segment, self._following
+        return encode_window(self._engine, self._plan, *given, pause)
 
-        try:
-            opened = OpenInput(self._engine, plan, Clock(torch.device("cpu")), read, rows_of, threaded=False)
-            encoding = opened.encode()
-        except NothingNew:  # then all of it is encoded anew
-            self._segment = Segment()
-            return self._encode(plan, frames)
-        self._segment = Segment(segment.left)
-        return encoding, staying_order(made[-1], encoding.tokens)
+    def _pause(self) -> None:
+        """Called before each layer of the encoder."""
+        self._lock.pause()
+        self._check_open()
 
-    def _read_waiting(self, polite: bool = False) -> None:
-        """Reads the windows that wait; with `polite`, none that a question would have to wait for."""
+    def _read_waiting(self, polite: bool = False, after: Sequence[Unread] = ()) -> None:
+        """Reads the windows that wait; with `polite`, none that a question would have to wait for. Makes room for those `after`."""
         self._memory.cache.crop(self._memory.columns)
-        while self._waiting:
-            try:
+        try:
+            while self._waiting:
                 self._memory.read(self._waiting[0], self._give_way if polite else lambda: None)
-            except _Overtaken:
-                return
-            except BaseException:  # also Ctrl-C: the cache may be half changed
-                self._problem = "reading a window was broken off"
-                raise
-            self._waiting.pop(0)
+                self._waiting.pop(0)
+            for each in after:
+                self._memory.make_room(each)
+        except _Overtaken:
+            return
+        except BaseException:  # also Ctrl-C: the cache may be half changed
+            self._problem = "reading a window was broken off"
+            raise
 
     def _give_way(self) -> None:
         if self._lock.wanted or self._problem:
@@ -296,17 +293,24 @@ class VideoStream(Askable):
         return prompt.input_ids[: video.start], prompt.input_ids[video.stop :]
 
     def _blank_report(self) -> Report:
-        self._check_open()
-        if self._latest is None:
-            self.flush()
+        return self._report(self._look() or self._latest)
+
+    def _report(self, encoding: Encoding | None) -> Report:
         with self._lock:
-            if self._latest is None:
+            self._check_open()
+            if encoding is None:
                 raise UsageError("nothing was seen yet", "feed frames first: add(frame, time_s)")
-            if self.seen is None:
-                self._read_waiting()
-            report = inputs_report(self._engine, [self._latest])
-            report.stream, report.video.duration_s = asdict(self.seen), self.seen.end_s
+            report, seen = inputs_report(self._engine, [encoding]), self._seen(self._unread)
+            report.stream, report.video.duration_s = seen and asdict(seen), encoding.plan.sampling.end_s
             return report
+
+    @property
+    def _unread(self) -> list[Unread]:
+        """The unfinished window, as the latest question sees it, or nothing."""
+        return [self._unfinished.unread] if self._unfinished else []
+
+    def _seen(self, unread: Sequence[Unread]) -> Seen | None:
+        return self._memory.seen(self._count, self.skipped, self.lag_s, [each.window for each in unread])
 
     @torch.inference_mode()
     def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
@@ -315,21 +319,17 @@ class VideoStream(Askable):
             raise UsageError("the system prompt was read when the stream began", "give it to VideoQA.stream()")
         loaded = self._engine.loaded
         with clock.stage("prefill"):
-            if self._feeding.acquire(blocking=False):  # else a thread feeds, and reads what waits after the answer
-                self._feeding.release()
-                self._read_waiting()
-            elif self.seen is None:
-                self._read_waiting()
+            unread = self._unread
+            self._read_waiting(after=unread)
             check_question(loaded, question)
-            (before, ids), seen, memory = self._around(question), self.seen, self._memory
-            memory.cache.crop(memory.columns)
-            text = memory.columns - seen.tokens + len(ids)
+            (before, ids), seen, memory = self._around(question), self._seen(unread), self._memory
+            text = memory.columns + sum(len(each.embeds) for each in unread) - seen.tokens + len(ids)
             check_context(loaded, text, seen.tokens, options.max_new_tokens)
             check_memory(self._engine, text, seen.tokens)
             report.tokens, report.stream = TokenCounts(text, seen.tokens, text + seen.tokens, 0), asdict(seen)
-            positions = (ascending(len(ids), "cpu") + memory.following).expand(3, -1)
-            following = memory.following + len(ids)
-            state = prefill(loaded.model, embed_ids(loaded.model, ids), positions, following, memory.cache)
+            following = memory.look(*unread) if unread else memory.following
+            positions = (ascending(len(ids), "cpu") + following).expand(3, -1)
+            state = prefill(loaded.model, embed_ids(loaded.model, ids), positions, following + len(ids), memory.cache)
             state.prompt_ids = torch.cat([before, ids])
         self._open, self._lock.generating = self._turn, True
         return state

@@ -21,7 +21,7 @@ from evoprune.vision.encoded import Encoded, EncodedRows
 
 @dataclass(frozen=True)
 class Seen:
-    """What of a stream the next question is about; times are those of the frames, in seconds."""
+    """What of a stream is held, or a question is about; times are those of the frames, in seconds."""
 
     start_s: float  # of the oldest window of which a token is left
     end_s: float
@@ -125,9 +125,9 @@ class StreamMemory:
         self._axes = torch.tensor([[1], [alike], [alike]], dtype=torch.int64, device="cpu")
         forward(model, embed_ids(model, ids), ascending(len(ids), "cpu").expand(3, -1), self.cache)
 
-    def seen(self, frames: int, skipped: int, lag_s: float | None) -> Seen | None:
-        """What it holds, with what else `Seen` has; None while it holds nothing."""
-        windows = list(self.windows)
+    def seen(self, frames: int, skipped: int, lag_s: float | None, unfinished: Sequence[Window] = ()) -> Seen | None:
+        """What it holds, and the `unfinished` window, with what else `Seen` has; None while there is nothing."""
+        windows = [*self.windows, *unfinished]
         if not windows:
             return None
         held = [window.tokens for window in windows]
@@ -145,21 +145,31 @@ class StreamMemory:
 
         `pause` is called before every layer of the language model. What it raises leaves the cache as it was.
         """
-        self._make_room(unread.window.time, int(unread.last[0]))
-        by = self._head - self._moved * self._axes
-        more = {"deepstack": unread.deepstack, "pause": pause}
-        forward(self._model, unread.embeds, unread.positions + by, self.cache, unread.sizes, **more)
-        self.following = int((unread.last + by).max()) + 1
+        self.make_room(unread)
+        self.following = self.look(unread, pause)
         self.windows.append(unread.window)
         held = [(window.tokens, window.whole) for window in self.windows]
         self._thin(targets(held, self._limit, max(whole for _, whole in held)))
 
-    def _make_room(self, first: int, last: int) -> None:
-        """Moves the beginning of the video to the oldest window that is left, where a window up to `last` would be out of range.
+    @torch.inference_mode()
+    def look(self, unread: Unread, pause: Callable[[], None] = lambda: None) -> int:
+        """Reads a window for which there is room, behind those that are held: cropping the cache to `columns` takes it back.
+
+        Returns the position of the text after it.
+        """
+        by = self._head - self._moved * self._axes
+        more = {"deepstack": unread.deepstack, "pause": pause}
+        forward(self._model, unread.embeds, unread.positions + by, self.cache, unread.sizes, **more)
+        return int((unread.last + by).max()) + 1
+
+    @torch.inference_mode()
+    def make_room(self, unread: Unread) -> None:
+        """Moves the beginning of the video to the oldest window that is left, where a window would be out of range.
 
         Windows from so long ago that this is not enough go; they have few tokens, unless the range is short. An eighth of it
         becomes free, in whole windows, or every window of a long memory would move the keys, and round them.
         """
+        first, last = unread.window.time, int(unread.last[0])
         if last - self._moved <= self._room:
             return
         size = last - first + 1

@@ -100,6 +100,71 @@ def test_a_question_leaves_no_trace(demo):
         assert waiting == (half.report.finish_reason == "interrupt") and asked.seen == silent.seen
 
 
+@pytest.mark.parametrize("model", ["demo", "qwen3"])
+def test_a_question_sees_the_frames_of_the_unfinished_window(model, request):
+    qa = VideoQA(request.getfixturevalue(model), budget=0.25)
+    with fed(qa.stream(window_s=4.0), 7) as stream, fed(qa.stream(window_s=4.0), 7) as ended:
+        ended.flush()
+        answer, same = stream.ask(QUESTION), ended.ask(QUESTION)
+        assert answer.text == same.text and answer.ids == same.ids and answer.report.tokens == same.report.tokens
+        assert answer.report.stream == same.report.stream and answer.report.stream["end_s"] == 7.0
+        assert answer.report.pruning == same.report.pruning and answer.report.sampling == same.report.sampling
+        assert (stream.seen.end_s, stream.until_s) == (4.0, 7.0)  # what is held; what a question sees
+        assert answer.report.time_ms.encode and not same.report.time_ms.encode  # it had them encoded
+        assert answer.report.time_ms.ttft_wall > answer.report.time_ms.encode
+
+
+def test_the_unfinished_window_leaves_no_trace(demo):
+    """Asked after each frame, of moving frames and of some that do not change, or never."""
+    frames = [noise(0) if number % 5 else noise(number) for number in range(18)]
+    qa, ends = VideoQA(demo, budget=0.25), []
+    with qa.stream(window_s=4.0, memory_s=8.0) as asked, qa.stream(window_s=4.0, memory_s=8.0) as silent:
+        for number, frame in enumerate(frames):
+            asked.add(frame, number / 2)
+            silent.add(frame, number / 2)
+            answer = asked.ask(QUESTION, max_new_tokens=2)
+            assert answer.text and answer.report.tokens.visual == answer.report.stream["tokens"]
+            ends.append(answer.report.stream["end_s"])
+        assert asked.seen == silent.seen and ends == [(number + 1) / 2 for number in range(18)]
+        assert all(torch.equal(a, b) for a, b in zip(logits(asked), logits(silent), strict=True))
+
+
+def test_what_was_encoded_for_a_question_stays_where_no_frame_came_since(demo, monkeypatch):
+    with fed(VideoQA(demo, budget=0.25).stream(window_s=8.0), 3) as stream:
+        encode, encoded = stream._encode, []
+        monkeypatch.setattr(stream, "_encode", lambda *given: encoded.append(1) or encode(*given))
+        first, second = (stream.ask(QUESTION) for _ in range(2))
+        assert first.text == second.text and len(encoded) == 1
+        stream.flush()
+        third = stream.ask(QUESTION)
+        assert third.text == first.text and third.report.stream == first.report.stream and len(encoded) == 1
+        assert stream.encoded == stream.seen.windows == 1 and stream.until_s == 3.0
+        assert [each.report.time_ms.encode > 0 for each in (first, second, third)] == [True, False, False]
+
+
+def test_the_unfinished_window_stays_in_the_range_of_a_bundled_model():
+    with fed(VideoQA(load_model("demo", pack=False), budget=0.25).stream(window_s=8.0), 30) as stream:
+        answer = stream.ask(QUESTION)
+        assert answer.text and answer.report.stream["end_s"] == 30.0
+        assert answer.report.stream["start_s"] >= 6.0  # 24 seconds
+
+
+@pytest.mark.parametrize("ask", [True, False])
+def test_the_window_that_is_encoded_is_waited_for(demo, ask):
+    with VideoQA(demo, budget=0.25).stream(window_s=2.0) as stream:
+        begun, goes_on, pause = threading.Event(), threading.Event(), stream._lock.pause
+        stream._lock.pause = lambda: (begun.set(), goes_on.wait(10), pause())
+        feeding = threading.Thread(target=fed, args=(stream, 2))
+        feeding.start()
+        assert begun.wait(10)
+        threading.Timer(0.1, goes_on.set).start()
+        if ask:
+            answer = stream.ask(QUESTION, max_new_tokens=2)
+            assert answer.text and answer.report.stream["end_s"] == 2.0
+        assert stream.report.video.duration_s == 2.0
+        feeding.join(30)
+
+
 def test_a_window_of_half_of_the_frames_has_half_of_the_tokens(demo):
     qa = VideoQA(demo, budget=0.25)
     with qa.stream(window_s=8.0) as full, qa.stream(window_s=8.0) as half:

@@ -83,6 +83,13 @@ class Streams(http.server.BaseHTTPRequestHandler):
         self._begin(Content_Length=str(len(text)), Content_Type="application/vnd.apple.mpegurl")
         self.wfile.write(text)
 
+    def _loop(self) -> None:
+        """A playlist of playlists: of the one whose name is read backwards."""
+        there = self.path.partition("?")[2]
+        text = f"#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1000\n/loop.m3u8?{there[::-1]}\n".encode()
+        self._begin(Content_Length=str(len(text)), Content_Type="application/vnd.apple.mpegurl")
+        self.wfile.write(text)
+
 
 @contextmanager
 def streams(clip: Path) -> Iterator[tuple[str, list[str]]]:

@@ -4,12 +4,17 @@ import os
 import sys
 import threading
 import time
+from contextlib import closing, suppress
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.live import LiveSource
-from tests.video.files import number_of, numbered_frames, write_video
+from evoprune.video.readers.live import POLL_S, LiveReader
+from tests.video.files import number_of, numbered_frames, quarters, write_video
+from tests.video.kinds import write_kind
 from tests.video.streaming import connection, streams
 
 FPS = 10
@@ -94,7 +99,10 @@ def test_a_file_that_grows(clip, tmp_path):
     check_whole(found)
 
 
-def test_a_pipe(clip, monkeypatch):
+@pytest.fixture
+def piped(monkeypatch):
+    """`read`, of standard input, into which `feed` writes."""
+
     def reading(feed):
         there, here = os.pipe()
         with os.fdopen(there, "rb") as stdin, os.fdopen(here, "wb", buffering=0) as pipe:
@@ -106,12 +114,19 @@ def test_a_pipe(clip, monkeypatch):
             finally:
                 thread.join()
 
-    found, _, problem = reading(lambda pipe: (pipe.write(clip.read_bytes()), pipe.close()))
+    return reading
+
+
+def test_a_pipe(clip, piped, tmp_path):
+    found, _, problem = piped(lambda pipe: (pipe.write(clip.read_bytes()), pipe.close()))
     assert problem is None
     check_whole(found)
-    found, _, problem = reading(lambda pipe: (pipe.write(clip.read_bytes()), time.sleep(3)))
+    found, _, problem = piped(lambda pipe: (pipe.write(clip.read_bytes()), time.sleep(3)))
     assert "nothing came from standard input for 1 s" in problem.message and found
-    found, _, problem = reading(lambda pipe: (pipe.write(b"no video\n" * 9999), pipe.close()))
+    content = write_video(tmp_path / "clip.mpg", numbered_frames(30), codec="mpeg1video", fps=25).read_bytes()
+    found, _, problem = piped(lambda pipe: pipe.write(content))  # which stays open, and FFmpeg reads on
+    assert "nothing came from standard input for 1 s" in problem.message and found
+    found, _, problem = piped(lambda pipe: (pipe.write(b"no video\n" * 9999), pipe.close()))
     assert not found and "no video that can be read" in problem.message
 
 
@@ -168,6 +183,13 @@ def test_a_playlist_reaches_what_is_on_the_web(served):
     found, _, problem = read(f"{url}/playlist.m3u8?{url}/whole.ts")
     assert problem is None
     check_whole(found)
+
+
+@pytest.mark.parametrize("name", ["aa", "ab"])  # itself; two that name each other
+def test_a_playlist_that_names_itself(served, name):
+    before = len(served[1])
+    found, _, problem = read(f"{served[0]}/loop.m3u8?{name}", timeout_s=10.0)
+    assert not found and "names itself" in problem.message and len(served[1]) - before < 100
 
 
 def test_a_file_that_is_a_playlist(served, tmp_path):
@@ -242,3 +264,88 @@ def test_what_is_no_source(source, how, code):
     with pytest.raises((UsageError, VideoError)) as found:
         list(LiveSource(source, **{"timeout_s": 1.0, "reconnects": 0} | how).frames(lambda: 0.0))
     assert found.value.exit_code == code and found.value.hint
+
+
+class Clock:
+    """A time that passes while something sleeps, and not otherwise."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    "name", ["clip.gif", "clip.mjpeg", "clip.ts", "clip.mpg", "clip.webm", "clip.mp4", "clip.h264"]
+)
+def test_a_file_that_has_ended_is_waited_for_once(tmp_path, monkeypatch, name):
+    """Whatever FFmpeg reads again at its end, and whatever it still holds."""
+    how = {"gif": {"codec": "gif", "pix_fmt": "rgb8"}, "mjpeg": {"codec": "mjpeg", "pix_fmt": "yuvj420p"}}
+    how |= {"mpg": {"codec": "mpeg1video", "fps": 25}, "webm": {"codec": "libvpx"}}
+    path = write_video(tmp_path / name, numbered_frames(30), **how.get(name.partition(".")[2], {}))
+    monkeypatch.setattr("evoprune.video.readers.live.time", clock := Clock())
+    with closing(LiveReader(str(path), name, timeout_s=10.0, follow=True)) as reader:
+        times = [found["time_s"] for found in iter(lambda: reader.next(0.0), None)]
+    assert len(times) == 30 and clock.now < 10.0 + 3 * POLL_S
+
+
+@pytest.mark.parametrize(
+    "name", ["note.txt", "list.m3u8", "page.pdf", "photo.jpg", "photo.png", "photo.webp", "photo.avif"]
+)
+def test_what_never_becomes_a_video_is_told_at_once(tmp_path, monkeypatch, name):
+    path, text = (
+        tmp_path / name,
+        {"txt": b"Some text.\n", "m3u8": b"#EXTM3U\n#EXTINF:6,\nx.ts\n", "pdf": b"%PDF-1.7\n\0"},
+    )
+    if name.startswith("photo"):
+        Image.fromarray(quarters()).save(path)
+    else:
+        path.write_bytes(text[path.suffix[1:]])
+    monkeypatch.setattr("evoprune.video.readers.live.time", clock := Clock())
+    with pytest.raises(VideoError) as found:
+        LiveReader(str(path), name, timeout_s=10.0, follow=True)
+    assert clock.now == 0.0 and "is a" in found.value.message and str(path) in found.value.message
+    assert ("evoprune ask" in found.value.hint) == name.startswith("photo")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"", "complete"), (b"\0\0\0\x18ftypisom\0\0\0\0", "complete"), (b"\7" * 99, "MP4")]
+)
+def test_what_is_no_video_yet_is_waited_for(tmp_path, monkeypatch, content, says):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(content)
+    monkeypatch.setattr("evoprune.video.readers.live.time", clock := Clock())
+    with pytest.raises(VideoError, match="clip") as found:
+        LiveReader(str(path), str(path), timeout_s=1.0, follow=True)
+    assert 1.0 <= clock.now < 1.2 and says in found.value.hint
+
+
+@pytest.mark.parametrize("name", ["picture.apng", "raw.y4m", "mpeg2.mxf"])
+def test_formats_that_files_have(tmp_path, name):
+    assert len(read(write_kind(tmp_path, name), pace="file", fps=25)[0]) == 40
+
+
+@pytest.fixture(scope="module")
+def index_at_the_end(tmp_path_factory):
+    """An MP4 of more bytes than FFmpeg holds."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), dtype=np.uint8)
+    return write_video(tmp_path_factory.mktemp("noise") / "clip.mp4", noise)
+
+
+def test_an_index_at_the_end(index_at_the_end, piped):
+    content, ways = index_at_the_end.read_bytes(), []
+
+    def feed(pipe):
+        with suppress(BrokenPipeError):
+            pipe.write(content)
+        pipe.close()
+
+    with streams(index_at_the_end) as (url, _), connection(content) as port:
+        ways += [read(f"{url}/whole.mp4"), read(f"{url}/live.mp4"), read(f"tcp://127.0.0.1:{port}")]
+    ways.append(piped(feed))
+    for found, _, problem in ways:
+        assert not found and "index" in problem.message and "+faststart" in problem.hint

@@ -9,10 +9,13 @@ import os
 import select
 import stat
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
 import av
+import av.logging
 import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
@@ -22,17 +25,20 @@ from av.video.reformatter import VideoReformatter
 from evoprune.errors import VideoError
 from evoprune.video.readers import ffmpeg
 from evoprune.video.readers.pixels import orientation, to_rgb, turned_size
+from evoprune.video.readers.signatures import not_a_video, picture_format
 
 _WEB, _RTSP = "http,https,httpproxy,tcp,tls,crypto", "rtsp,rtsps,rtp,udp,tcp,tls"
 PROTOCOLS = {"http": _WEB, "https": _WEB, "rtsp": _RTSP, "rtsps": _RTSP, "udp": "udp", "tcp": "tcp"}
 FORMATS = (
     "mpegts,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,flv,avi,nut,ogg,asf,mpeg,mpegvideo,mjpeg,mpjpeg,h264,hevc,av1,ivf,gif"
+    ",apng,yuv4mpegpipe,mxf"
 )
 _WEB_LISTS, _RTSP_LISTS = ",hls,dash,aac,mp3,webvtt", ",rtsp,rtp,sdp"
 PLAYLISTS = {"http": _WEB_LISTS, "https": _WEB_LISTS, "rtsp": _RTSP_LISTS, "rtsps": _RTSP_LISTS}
 JUMP_S, FILE_JUMP_S = 10.0, 600.0  # longer steps between two frames are no gaps, but another clock
 PROBED_US = 10**6  # of the source, in microseconds, is read before the first frame comes
 POLL_S = 0.05  # how often a file is asked whether it has grown
+MOST_ASKED = 10  # the same request, before the first frame: a live playlist is asked for now and then
 
 
 class LiveReader:
@@ -94,21 +100,52 @@ class LiveReader:
             limits |= {"protocol_whitelist": PROTOCOLS[self._scheme], "rtsp_flags": "prefer_tcp"}
             limits["format_whitelist"] = FORMATS + PLAYLISTS.get(self._scheme, "")
         if self._scheme or camera:
-            return av.open(path, format=camera, options=limits, timeout=self._timeout_s, metadata_errors="replace")
+            how = {"format": camera, "options": limits, "timeout": self._timeout_s, "metadata_errors": "replace"}
+            return self._followed(path, how) if self._scheme in ("http", "https") else av.open(path, **how)
         limits |= {"protocol_whitelist": "none", "format_whitelist": FORMATS}
         end = time.monotonic() + self._timeout_s
         while True:
+            if path and picture_format(path) not in (None, "GIF"):  # a GIF is read as a video, even of one frame
+                from evoprune.video.readers import picture  # imports Pillow
+
+                if picture.is_picture(path):
+                    raise VideoError(f"{path} is a picture, not a video", "evoprune ask answers questions about it")
             file = _Following(os.open(path, os.O_RDONLY) if path else os.dup(descriptor), self._timeout_s)
             self._open.callback(file.close)
             try:
                 container = av.open(file, options=limits, metadata_errors="replace")
                 file.waits = self._follow and path is not None  # not before: FFmpeg also looks at the end of a file
                 return container
-            except av.error.FFmpegError:  # perhaps its beginning is not there yet
-                if not (path and self._follow) or time.monotonic() > end:
+            except av.error.FFmpegError as problem:  # perhaps its beginning is not there yet
+                file.close()
+                if not path:
                     raise
+                late = not self._follow or time.monotonic() > end
+                if other := not_a_video(path, unrecognised=late):
+                    raise other from problem
+                if late:
+                    raise VideoError(f"cannot read {path}: {ffmpeg.reason(problem)}", ffmpeg.INCOMPLETE) from problem
             ffmpeg.alive()
             time.sleep(POLL_S)
+
+    def _followed(self, url: str, how: dict) -> InputContainer:
+        """What a URL holds. FFmpeg follows a playlist that names itself without end, so its log is searched for that meanwhile."""
+        level, opener = av.logging.get_level(), ThreadPoolExecutor(1)
+        av.logging.set_level(av.logging.DEBUG)  # at which requests are logged
+        try:
+            with av.logging.Capture(local=False) as log:
+                opening = opener.submit(av.open, url, **how)
+                while not wait([opening], POLL_S).done:
+                    ffmpeg.alive()
+                    asked = Counter(text for _, _, text in list(log) if text.startswith("request:"))
+                    if max(asked.values(), default=0) > MOST_ASKED:
+                        raise VideoError(
+                            f"{self._name} is a playlist that names itself", "give the address of a stream"
+                        )
+            return opening.result()
+        finally:
+            av.logging.set_level(level)
+            opener.shutdown(wait=False)  # the thread ends by the timeout, or with this process
 
     def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
         """Each frame with its seconds from the first one, which never go back, whatever the source's own clock does."""
@@ -124,8 +161,9 @@ class LiveReader:
             yield time_s, frame
 
     def _decoded(self) -> Iterator[VideoFrame]:
-        """All frames; what cannot be decoded is left out, unless it is all there is for `timeout_s`."""
-        latest, decode = time.monotonic(), ffmpeg.decoder(self._stream).decode
+        """All frames; what cannot be decoded is left out, unless it is all that comes for `timeout_s`."""
+        since = None  # when the first packet after the latest frame came; waiting for one is no failure
+        decode = ffmpeg.decoder(self._stream).decode
         for packet in self._packets():
             ffmpeg.alive()
             try:
@@ -137,15 +175,23 @@ class LiveReader:
                     continue
                 ffmpeg.picture_size(frame.width * frame.height)
                 yield frame
-                latest = time.monotonic()  # not before: whoever takes it may be slow
-            if time.monotonic() - latest > self._timeout_s:
+            ended = packet is None or not packet.size
+            since = None if frames or ended else since or time.monotonic()
+            if since and time.monotonic() - since > self._timeout_s:
                 raise VideoError(f"no frame of {self._name} could be decoded for {self._timeout_s:g} s", GARBAGE)
 
     def _packets(self) -> Iterator[Packet | None]:
         """All packets; where the source breaks off, None, which makes the decoder return what it still holds, then the error."""
+        begun = False
         try:
-            yield from self._container.demux(self._stream)
+            for packet in self._container.demux(self._stream):
+                yield packet
+                begun = True
         except (av.error.FFmpegError, OSError, IndexError) as problem:
+            back = (self._scheme or not self._source) and self.facts["container"] == ffmpeg.MOV and not begun
+            if back and isinstance(problem, av.error.InvalidDataError | av.error.OSError):
+                message = f"{self._name} has its index at its end, so it can be read only as a file"
+                raise VideoError(message, INDEXED) from problem
             yield None
             # So FFmpeg calls the end of a transfer whose length was not said.
             if getattr(problem, "errno", None) != errno.EIO or self.facts["finite"]:
@@ -166,6 +212,7 @@ class LiveReader:
 
 GARBAGE = "does it play elsewhere? Formats are those of files, and of playlists over http"
 PIPED = "does the command before it fail? A pipe carries MPEG-TS or Matroska, an MP4 only in fragments"
+INDEXED = "download it first, or have it written by ffmpeg -movflags +faststart"
 
 
 class _Following:
@@ -173,23 +220,29 @@ class _Following:
 
     def __init__(self, descriptor: int, timeout_s: float):
         self._file = os.fdopen(descriptor, "rb", buffering=0)
-        self._timeout_s, self.waits = timeout_s, False
+        self._timeout_s, self.waits, self._silent = timeout_s, False, False
         self._pipe = not stat.S_ISREG(os.fstat(descriptor).st_mode)
         self.close = self._file.close
         if not self._pipe:  # FFmpeg takes what can seek for a file
             self.seek, self.tell = self._file.seek, self._file.tell
 
     def read(self, count: int) -> bytes:
-        """The next bytes, up to so many; none at the end. Raises TimeoutError: a pipe was silent for too long."""
+        """The next bytes, up to so many; none at the end. Raises TimeoutError: a pipe was silent for too long.
+
+        Both come once, and nothing after it: FFmpeg reads on, in some formats ten times.
+        """
         end = time.monotonic() + self._timeout_s
-        while True:
+        while not self._silent:
             ffmpeg.alive()
             left = end - time.monotonic()
             if self._pipe and not select.select([self._file], [], [], min(1.0, max(0.0, left)))[0]:
                 if left <= 0:
+                    self._silent = True
                     raise TimeoutError
                 continue
             content = self._file.read(count)
-            if content or not self.waits or left <= 0:
+            self.waits = self.waits and (bool(content) or left > 0)
+            if content or not self.waits:
                 return content
             time.sleep(POLL_S)
+        return b""
