@@ -6,16 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from evoprune.backend.reuse import BLOCKS, BRIGHTNESS, CHANNELS
-
 
 def _bits(x: float) -> int:
     """The bits of a positive float32 as a whole number: of larger numbers it is larger."""
     return struct.unpack("<i", struct.pack("<f", x))[0]
-
-
-LOW, HIGH = _bits(1 / BRIGHTNESS), _bits(BRIGHTNESS)
-HALVINGS = (HIGH - LOW).bit_length()
 
 
 @triton.jit
@@ -100,15 +94,17 @@ def _scan(
     tl.store(pair + u, latest, mask=inside)
 
 
-def reuse_scan(means, held, pair, known, seen, threshold):
+def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most):
+    """`most`: the greatest drift of brightness. Other arguments as of the operator, and of backend/reuse.py."""
     count, units, _ = means.shape
-    by_channel = (-1, units, BLOCKS, CHANNELS)
+    low, high = _bits(1 / most), _bits(most)
+    by_channel = (-1, units, blocks, channels)
     of_pairs = means.view(by_channel).mean(2).transpose(1, 2).contiguous()
     of_held = held.view(by_channel).mean(2).transpose(1, 2).contiguous()
     held, pair = held.T.contiguous(), pair.clone()  # the kernel writes into them
     source, block = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device), triton.next_power_of_2(units)
     _scan[1,](
         means.transpose(1, 2).contiguous(), of_pairs, held, of_held, pair, source, count, units, seen, int(known), threshold,
-        low=LOW, high=HIGH, halvings=HALVINGS, blocks=BLOCKS, block=block, num_warps=max(1, min(16, block // 64)),
+        low=low, high=high, halvings=(high - low).bit_length(), blocks=blocks, block=block, num_warps=max(1, min(16, block // 64)),
     )  # fmt: skip
     return source, held.T.contiguous(), pair
