@@ -104,9 +104,9 @@ FAULTS = {
     ),
     "a selection that depends on threads": Fault(
         "threads",
-        "evoprune.pruning.select:_most_salient",
-        "(of_each == top).to(torch.uint8).argmax()",
-        "torch.get_num_threads()",
+        "evoprune.pruning.select:farthest_points",
+        "order = radii.long() * units + turn",
+        "order = radii.long() * units + turn.roll(torch.get_num_threads())",
     ),
     "scales of 8 bits too small": Fault("int8", "evoprune.model.quantize:int8_weights", "/ 127)", "/ 200)"),
     "zeros of 4 bits off by one": Fault("int4", "evoprune.model.integers:_int4_piece", ".add_(8)", ".add_(9)"),
