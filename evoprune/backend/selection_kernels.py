@@ -25,7 +25,8 @@ def _distances(
     half_j = tl.load(half + row_j, mask=valid_j, other=0.0)
     weight_j = tl.load(weight + row_j, mask=valid_j, other=0.0)
     apart = half_i[:, None] + half_j[None, :] - product + weight_j[None, :] * tl.abs(time_i[:, None] - time_j[None, :])
-    return tl.maximum(tl.floor(apart + 0.5), 0.0)
+    even = (apart + 12582912.0) - 12582912.0  # 1.5 * 2**23: rounds to even, as torch does
+    return tl.maximum(tl.where(apart < 4194304.0, even, apart), 0.0)
 
 
 @triton.jit
@@ -127,7 +128,7 @@ def tube_radii(place, half, weight, first, row, time, tubes, keep):
 
 def nearest_selected(place, half, weight, row, time, selected):
     found, d = torch.empty_like(row), place.shape[1]
-    grid = (triton.cdiv(len(row), SIDE),)
+    grid, selected = (triton.cdiv(len(row), SIDE),), selected.contiguous()
     _nearest[grid](
         place, half, weight, row, time, selected, found, len(row), len(selected), d=d, piece=_piece(d), side=SIDE
     )
