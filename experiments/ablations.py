@@ -146,11 +146,6 @@ ABLATIONS = {
     "distance": Ablation(
         "Distance of the selection", OURS, {name: f"variant:distance={name}" if at else "" for at, name in enumerate(DISTANCES)}
     ),
-    "opening": Ablation(
-        "The first frame pair as a whole, where it is at most this share of the tokens",
-        OURS,
-        {"never": ""} | {str(share): f"variant:opening={share}" for share in (0.5, 0.9)},
-    ),
     "rows": Ablation(
         "Rows that go on after the second selection, as a power of the budget; after which share of the layers; what tokens become",
         OURS,

@@ -25,7 +25,7 @@ def _share(rows: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
 
 def _salience(unlike: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     salience = select.rounded(unlike) * (share[:, 0] > 0)
-    return salience / salience.max().clamp(min=select.STEP)
+    return salience / salience.max().clamp(min=1 / select.STEPS)
 
 
 def cosine(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,10 +19,12 @@ import torch.nn.functional as F
 
 from evoprune.evaluation.demo_clips import clips_asked, demo_video
 from evoprune.methods.evoprune import EvoPrune, FarthestPoints
+from evoprune.methods.pipeline import Pipeline
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.options import ModelOptions, PruneOptions
 from evoprune.pipeline.video_qa import open_inputs
+from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
 from evoprune.pruning.types import Selection, Tokens
 from experiments.distances import DISTANCES, using
 
@@ -42,13 +44,13 @@ class Recorder(FarthestPoints):
 
 @dataclass(frozen=True)
 class Recorded(EvoPrune):
-    """`evoprune` with a `Recorder`."""
+    """`evoprune` with a `Recorder` between two layers."""
 
-    recorder: Recorder = field(default_factory=Recorder, metadata={"method": True})
+    recorder: Recorder = field(default_factory=lambda: Recorder(average=False), metadata={"method": True})
 
-    @property
-    def selector(self) -> Recorder:
-        return self.recorder
+    def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
+        made = super().stages(tower, grid, keep)
+        return [replace(stage, reduce=self.recorder) if stage.first_layer else stage for stage in made]
 
 
 def tokens_of(loaded: LoadedModel, budget: float, block: int, clips: int, world: str) -> list[tuple[Tokens, int]]:
@@ -57,13 +59,13 @@ def tokens_of(loaded: LoadedModel, budget: float, block: int, clips: int, world:
     with TemporaryDirectory() as folder:
         for clip in clips_asked([world], "validation", block, clips):
             method = Recorded()
-            engine = Engine(loaded, PruneOptions(budget, "evoprune"), method)
+            engine = Engine(loaded, PruneOptions(budget, "evoprune"), Pipeline(encoder=method))
             with (
                 demo_video(clip, Path(folder)) as video,
                 closing(open_inputs(engine, [video.path])) as opened,
             ):
                 opened.encode()
-            found += method.recorder.seen[:1]  # a second selection follows the tower where few rows are alive
+            found += method.recorder.seen
     return found
 
 

@@ -13,7 +13,6 @@ from evoprune.methods.evoprune import EvoPrune, FarthestPatches, FarthestPoints
 from evoprune.methods.settings import check_ranges
 from evoprune.pruning import select
 from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
-from evoprune.pruning.select import _farthest, _filled, assign_clusters, points_of
 from evoprune.pruning.types import Selection, Tokens
 from experiments.distances import DISTANCES, TODAY, Distance, using
 
@@ -26,13 +25,11 @@ class VariantPoints(FarthestPoints):
 
     distance: str = TODAY
     contrast: float = 0.0
-    opening: float = 0.0
     inside: bool = False
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         with using(self._places()):
-            opens = tokens.grid[1] * tokens.grid[2] <= self.opening * keep
-            return self._opened(tokens, keep) if opens else super().select(tokens, keep)
+            return super().select(tokens, keep)
 
     def _places(self) -> Distance | None:
         """The distance, stretched where a unit's patches differ from one another."""
@@ -48,16 +45,6 @@ class VariantPoints(FarthestPoints):
 
         return stretched
 
-    def _opened(self, tokens: Tokens, keep: int) -> Selection:
-        """The first frame pair as a whole, then the units that differ most from it and from one another."""
-        seconds = [tokens.seconds_per_pair * pair for pair in range(tokens.grid[0])]
-        points = points_of(tokens.rows, tokens.owner, tokens.grid, seconds, self.alpha)
-        start = (points.units < tokens.grid[1] * tokens.grid[2]).nonzero()[:, 0].tolist()
-        selected = _filled(points, tokens.grid, _farthest(points, start, keep, 0.0, keep), keep)
-        kept = points.units[selected].sort().values
-        owner = assign_clusters(points, kept, len(tokens.owner))
-        return Selection(kept, owner, None, self._sizes(owner, len(kept)))
-
 
 @dataclass(frozen=True)
 class VariantPatches(VariantPoints):
@@ -72,24 +59,22 @@ class Variant(EvoPrune):
 
     distance: one of `experiments.distances.DISTANCES`.
     contrast: by how much a unit counts as farther away whose patches differ as much from one another as is usual in the clip.
-    opening: the first frame pair is selected as a whole, where it is at most this share of the tokens.
     """
 
     name: ClassVar[str] = "variant"
 
     distance: str = TODAY
     contrast: float = 0.0
-    opening: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, contrast="[0, inf)", opening="[0, 1)")
+        check_ranges(self, contrast="[0, inf)")
         if self.distance not in DISTANCES:
             raise ValueError(f"distance is one of {', '.join(DISTANCES)}")
 
     @property
     def tokens(self) -> VariantPoints:
-        own = (self.distance, self.contrast, self.opening)
+        own = (self.distance, self.contrast)
         return VariantPoints(self.alpha, self.floor, self.average, self.count, self.within, *own)
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:

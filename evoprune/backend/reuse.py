@@ -68,7 +68,7 @@ def brightness(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 def _reuse_scan_cuda(*args):
     from evoprune.backend import reuse_kernels
 
-    return reuse_kernels.reuse_scan(*args, BLOCKS, BRIGHTNESS)
+    return reuse_kernels.reuse_scan(*args, BLOCKS, CHANNELS, BRIGHTNESS)
 
 
 _LIBRARY.impl("reuse_scan", _reuse_scan, "CompositeExplicitAutograd")

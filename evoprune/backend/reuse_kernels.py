@@ -94,12 +94,14 @@ def _scan(
     tl.store(pair + u, latest, mask=inside)
 
 
-def reuse_scan(means, held, pair, known, seen, threshold, blocks, brightness):
+def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most):
+    """`most`: the greatest drift of brightness. Other arguments as of the operator, and of backend/reuse.py."""
     count, units, _ = means.shape
-    by_channel, (low, high) = (-1, units, blocks, 3), (_bits(1 / brightness), _bits(brightness))
+    low, high = _bits(1 / most), _bits(most)
+    by_channel = (-1, units, blocks, channels)
     of_pairs = means.view(by_channel).mean(2).transpose(1, 2).contiguous()
     of_held = held.view(by_channel).mean(2).transpose(1, 2).contiguous()
-    held, pair = held.T.contiguous(), pair.clone()  # the kernel writes into them
+    held, pair = held.T.clone(memory_format=torch.contiguous_format), pair.clone()  # the kernel writes into them
     source, block = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device), triton.next_power_of_2(units)
     _scan[1,](
         means.transpose(1, 2).contiguous(), of_pairs, held, of_held, pair, source, count, units, seen, int(known), threshold,

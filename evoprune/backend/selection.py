@@ -159,7 +159,7 @@ def _nearest_selected_cpu(place, half, weight, row, time, selected):
     # With reuse one row is that of many points: products are computed for rows, a piece at a time that stays in the cache.
     rows, back = row[selected].unique(return_inverse=True)
     there, half_of, when = place[rows], half[rows], time[selected]
-    found = torch.empty(len(row), dtype=torch.int64, device="cpu")
+    found = torch.empty_like(row)
     points = (row >= 0).nonzero()[:, 0]
     for some in points.split(max(1, (HELD >> 3) // len(selected))):
         mine, of = row[some].unique(return_inverse=True)
@@ -187,7 +187,7 @@ def _mean_rows(
 def _mean_rows_cpu(rows, into, row, weight, count):
     # With reuse a row joins the same mean many times: it joins once, with the sum of the weights.
     both, back = (into * len(rows) + row).unique(return_inverse=True)
-    weight = torch.zeros(len(both), dtype=torch.float32, device="cpu").index_add_(0, back, weight)
+    weight = weight.new_zeros(len(both)).index_add_(0, back, weight)
     return _mean_rows(rows, both // len(rows), both % len(rows), weight, count)
 
 

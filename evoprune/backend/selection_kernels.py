@@ -16,7 +16,8 @@ def _distances(product, half, weight, row_i, row_j, time_i, time_j, valid_i, val
     half_j = tl.load(half + row_j, mask=valid_j, other=0.0)
     weight_j = tl.load(weight + row_j, mask=valid_j, other=0.0)
     apart = half_i[:, None] + half_j[None, :] - product + weight_j[None, :] * tl.abs(time_i[:, None] - time_j[None, :])
-    return tl.maximum(tl.floor(apart + 0.5), 0.0)
+    even = (apart + 12582912.0) - 12582912.0  # 1.5 * 2**23: rounds to even, as torch does
+    return tl.maximum(tl.where(apart < 4194304.0, even, apart), 0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -110,7 +111,7 @@ def tube_radii(place, half, weight, first, row, time, tubes, keep):
 
 
 def nearest_selected(place, half, weight, row, time, selected, held=1 << 26):
-    found, (points, count) = torch.empty_like(row), (len(row), len(selected))
+    found, selected, (points, count) = torch.empty_like(row), selected.contiguous(), (len(row), len(selected))
     there, rows = place[row[selected]].T, row.clamp(min=0)
     step = max(1, held // count)  # products are held for so many points at a time
     for begin in range(0, points, step):

@@ -119,7 +119,8 @@ def farthest_points(
         return ascending(units, points.row.device)
     _, turn, tubes = grid_tables(points.grid, str(points.row.device))
     first = (points.salience * (STEPS / 2)).round_()
-    radii = tube_radii(points.place, points.half, points.weight, first, points.row, points.time, tubes, keep)
+    needed = units if floor else keep  # a frame pair's share may lie beyond the first `keep` of the clip
+    radii = tube_radii(points.place, points.half, points.weight, first, points.row, points.time, tubes, needed)
     if within:
         keep = max(min(least, keep), min(keep, int((radii > within * STEPS).sum())))
     order = radii.long() * units + turn
@@ -175,10 +176,8 @@ def _tubes(grid: Grid) -> torch.Tensor:
     of = [torch.arange(n, dtype=torch.int64, device="cpu") * cut // n for n, cut in zip(grid, cuts, strict=True)]
     tube = ((of[0][:, None] * cuts[1] + of[1])[:, :, None] * cuts[2] + of[2]).flatten()
     size = torch.bincount(tube)
-    order, rank = (
-        tube.argsort(stable=True),
-        ascending(len(tube), "cpu") - (size.cumsum(0) - size).repeat_interleave(size),
-    )
+    order = tube.argsort(stable=True)
+    rank = ascending(len(tube), "cpu") - (size.cumsum(0) - size).repeat_interleave(size)
     tubes = torch.full((len(size), int(size.max())), len(tube), dtype=torch.int64, device="cpu")
     tubes[tube[order], rank] = order
     return tubes

@@ -81,6 +81,7 @@ def in_chunks(
 ) -> Iterator[Chunk]:
     """Cuts a video into chunks of `rows` rows, rounded up to whole frame pairs; the last may have fewer.
 
+    Where reading waits, reuse compares as many frame pairs at a time as have `rows` units, and a chunk has all rows of these.
     A chunk also ends once it represents `devices.SPARSE` * `rows` units, so its memory does not grow with the video.
 
     Args:

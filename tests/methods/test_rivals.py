@@ -182,7 +182,7 @@ def test_a_selection_may_drop_tokens():
 
 @pytest.mark.parametrize("at_once", [1, 2, 4096])
 def test_a_selection_may_be_of_rows_that_several_units_have(at_once, monkeypatch):
-    monkeypatch.setattr("evoprune.pruning.types.AT_ONCE", at_once)
+    monkeypatch.setattr("evoprune.backend.selection.HELD", at_once)
     made = Selection(torch.tensor([1, 3]), torch.tensor([0, 0, -1, 1, 1]))
     rows, of = torch.tensor([[1.0], [4.0], [9.0]]), torch.tensor([0, 1, 2, 1, 0])
     assert made.features(rows, of).tolist() == [[2.5], [2.5]] == made.features(rows[of]).tolist()

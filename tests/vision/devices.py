@@ -6,10 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune.methods.base import Merger
-from evoprune.methods.evoprune import FarthestPoints
 from evoprune.profiling.verify.waiting import shape_depends_on_values
-from evoprune.pruning.types import Selection
-from evoprune.vision import attention, chunks, devices, encoded, encoder
+from evoprune.vision import attention, devices, encoded, encoder
 from tests.vision.results import assert_same, check_result, encode_patches
 from tests.vision.tower import tiny_tower
 
@@ -52,7 +50,7 @@ def varlen_by_hand(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale):
 def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
     """From now on the encoder treats the CPU as a GPU, with or without the kernel; enter the result around it.
 
-    What may wait, or is the CPU's work anyway: comparing pixels, selecting rows and tokens, and reading the checks at the end.
+    What may wait: selecting rows, which reads whether a clip stands still, and reading the checks at the end.
     """
     mode = NoWaiting()
 
@@ -67,12 +65,7 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
     monkeypatch.setattr(devices, "reading_waits", lambda device: True)
     for where, name in (
         (encoded.EncodedRows, "finish"),
-        (chunks, "scan"),
-        (chunks, "_rows_of"),
-        (chunks.Chunk, "layout"),
         (encoder._Run, "select_rows"),
-        (FarthestPoints, "select"),
-        (Selection, "features"),
     ):
         monkeypatch.setattr(where, name, pausing(getattr(where, name)))
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: by_hand if kernel else None)

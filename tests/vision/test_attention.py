@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evoprune.vision.attention import buckets, grouped_attention
 from evoprune.vision.devices import Timer
-from evoprune.vision.layout import attention_groups, full_layout, geometry, merged_layout, referring_layout
-from tests.vision.tower import groups_by_hand, random_layout
+from evoprune.vision.layout import attention_groups, full_layout, geometry, merged_layout
+from tests.vision.tower import groups_by_hand, random_layout, referring
 
 HEADS, DIM = 2, 8
 LAYOUTS = [  # (frame pairs, height, width), merges so far, scope of the layer
@@ -188,7 +188,7 @@ def test_groups_with_few_queries_do_not_pad_to_those_with_many(scope):
     source = torch.zeros(10, 64, dtype=torch.int64)
     for pair in range(1, 10):
         source[pair:, pair] = pair
-    groups = attention_groups(referring_layout(geometry(8, 8), source), scope)
+    groups = attention_groups(referring(geometry(8, 8), source), scope)
     keys = 16 if scope == "window" else 64
     assert (groups.key_length == keys).all() and groups.length.unique().tolist() == [1, keys]
     full, few = buckets(groups)
@@ -197,7 +197,7 @@ def test_groups_with_few_queries_do_not_pad_to_those_with_many(scope):
     chance = torch.rand(10, 64, generator=torch.Generator().manual_seed(0))
     source = torch.where(chance < torch.arange(10)[:, None] / 20, torch.arange(10)[:, None], 0)
     source = source.cummax(0).values
-    groups = attention_groups(referring_layout(geometry(8, 8), source), scope)
+    groups = attention_groups(referring(geometry(8, 8), source), scope)
     plan = buckets(groups)
     assert 2 < len(plan) < len(groups.length)
     for bucket in plan:

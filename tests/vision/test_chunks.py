@@ -9,10 +9,10 @@ from evoprune.pruning.reuse import scan
 from evoprune.vision import devices
 from evoprune.vision.chunks import in_chunks, in_pairs
 from evoprune.vision.devices import Timer
-from evoprune.vision.layout import geometry, referring_layout
+from evoprune.vision.layout import geometry
 from evoprune.vision.preprocess import patch_means
 from tests.vision.clips import changes, clip
-from tests.vision.tower import PATCH_WIDTH, random_patches
+from tests.vision.tower import PATCH_WIDTH, random_patches, referring
 
 
 @settings(deadline=None)
@@ -55,7 +55,7 @@ def test_a_chunk_is_as_many_frame_pairs_as_it_takes(grid, share, seed, rows, reu
     source = torch.arange(count)[:, None].expand(-1, geo.units)
     if reuse:
         source, _ = scan(patch_means(patches, geo.units), threshold=5.0)
-    layout = referring_layout(geo, source)
+    layout = referring(geo, source)
     expected = filled(list(layout.per_pair), geo.units, rows)
     assert [(chunk.first, chunk.pairs) for chunk in made] == [(pairs[0], len(pairs)) for pairs in expected]
     # Together they have the rows of the whole video, in its order, and nothing of any other unit.

@@ -14,11 +14,10 @@ from evoprune.vision.layout import (
     full_layout,
     geometry,
     merged_layout,
-    referring_layout,
     selected_layout,
     window_order,
 )
-from tests.vision.tower import group_key, groups_by_hand, merge_at_random, place_key, random_layout
+from tests.vision.tower import group_key, groups_by_hand, merge_at_random, place_key, random_layout, referring
 
 SCOPES = ("window", "pair")
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 10), st.integers(1, 10))
@@ -187,7 +186,7 @@ def sources(draw):
 @given(sources())
 def test_references_against_loops(made):
     source, geo = made
-    layout = referring_layout(geo, source)
+    layout = referring(geo, source)
     encoded = [t * geo.units + p for t, places in enumerate(source.tolist()) for p, at in enumerate(places) if at == t]
     rows = sorted(encoded, key=lambda unit: place_key(geo, unit))
     assert layout.unit.tolist() == rows and layout.rows == len(rows)
@@ -207,7 +206,7 @@ def test_references_against_loops(made):
 @given(sources(), st.sampled_from(SCOPES))
 def test_groups_see_rows_of_earlier_frame_pairs(made, scope):
     source, geo = made
-    layout = referring_layout(geo, source)
+    layout = referring(geo, source)
     pair_of_row = (layout.unit // geo.units).tolist() + [-1] * geo.units
     by_hand = groups_by_hand(layout, scope)
     assert groups_as_made(layout, scope) == by_hand
@@ -237,7 +236,7 @@ def test_selected_units_are_rows_in_window_order_and_own_their_clusters(grid, sh
     owner[kept] = torch.arange(keep)
     layout, order = selected_layout(geo, grid[0], kept, owner)
     alive = torch.zeros(n, dtype=torch.bool).index_fill_(0, kept, True).view(grid[0], -1)
-    assert torch.equal(layout.unit, window_order(geo, grid[0], alive)) and torch.equal(layout.unit, kept[order])
+    assert torch.equal(layout.unit, window_order(geo, grid[0], alive, keep)) and torch.equal(layout.unit, kept[order])
     assert torch.equal(layout.unit[layout.owner], kept[owner])
     assert sum(layout.per_pair) == layout.rows == keep
 

@@ -31,9 +31,8 @@ def encoded_units(patches, grid, threshold=THRESHOLD) -> torch.Tensor:
     return source == torch.arange(grid[0])[:, None]
 
 
-def points(encoded, grid, seconds_per_pair=1.0, alpha=EvoPrune.alpha):
-    seconds = [seconds_per_pair * pair for pair in range(grid[0])]
-    return points_of(encoded.rows, encoded.owner, grid, seconds, alpha)
+def points(encoded, grid, alpha=EvoPrune.alpha):
+    return points_of(encoded.rows, encoded.owner, grid, alpha)
 
 
 # --- against the slow encoder ------------------------------------------------------------------------------------------
@@ -138,7 +137,7 @@ def test_every_count_can_be_had(share, method):
 def test_units_are_selected_among_all_at_their_times():
     grid = (6, 3, 5)
     made = encode_clip(grid, changes(grid, 0.2), replace(AFTER, alpha=2.0), 20, seconds_per_pair=0.4)
-    assert torch.equal(made.kept, farthest_points(points(made, grid, 0.4, alpha=2.0), grid, 20))
+    assert torch.equal(made.kept, farthest_points(points(made, grid, alpha=2.0), 20))
 
 
 @pytest.mark.parametrize("average", [True, False])
@@ -147,7 +146,7 @@ def test_units_are_selected_among_all_at_their_times():
 def test_a_token_is_the_mean_of_its_cluster_and_counts_by_its_size(average, count, share):
     grid, keep = (6, 3, 5), 20
     made = encode_clip(grid, changes(grid, share), replace(AFTER, average=average, count=count), keep)
-    owner = assign_clusters(points(made, grid), made.kept, 90)
+    owner = assign_clusters(points(made, grid), made.kept)
     clusters = [made.rows[made.owner[owner == k]] for k in range(keep)]
     assert sum(map(len, clusters)) == 90 and torch.equal(owner[made.kept], torch.arange(keep))
     tokens = torch.stack([rows.mean(0) for rows in clusters]) if average else made.rows[made.owner[made.kept]]

@@ -202,13 +202,16 @@ def test_the_result_is_the_same_on_a_gpu(monkeypatch, grid, share, keep, method,
 # --- errors ------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_that_are_not_finite_are_found_before_the_selection(monkeypatch):
-    patches = random_patches((2, 3, 5))
+@pytest.mark.parametrize("waits", [False, True])
+def test_rows_that_are_not_finite_are_found_before_the_selection_or_at_the_end_where_reading_waits(waits, monkeypatch):
+    patches, selected = random_patches((2, 3, 5)), []
     patches[7] = float("nan")
-    monkeypatch.setattr(FarthestPoints, "select", lambda *_: pytest.fail("selected"))
-    monkeypatch.setattr(devices, "reading_waits", lambda device: True)  # where chunks are not looked at one by one
+    select = FarthestPoints.select
+    monkeypatch.setattr(FarthestPoints, "select", lambda *args: selected.append(1) or select(*args))
+    monkeypatch.setattr(devices, "reading_waits", lambda device: waits)
     with pytest.raises(ModelError, match="encode"):
-        encode_patches(patches, (2, 3, 5), EvoPrune(reuse=0.0), 6)
+        encode_patches(patches, (2, 3, 5), EvoPrune(reuse=0.0, first=0.0), 6)
+    assert len(selected) == 2 * waits
 
 
 def test_rows_that_are_not_finite_after_the_selection_are_found_too():

@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from evoprune.vision.layout import Geometry, TokenLayout, full_layout, merged_layout
+from evoprune.vision.layout import Geometry, TokenLayout, full_layout, merged_layout, referring_layout
 
 PATCH_WIDTH, QWEN3_WIDTH = 1176, 1536
 
@@ -103,6 +103,11 @@ def random_layout(geo: Geometry, pairs: int, scopes: list[str], seed: int = 0, s
     for step, scope in enumerate(scopes):
         layout, _ = merge_at_random(layout, scope, seed * 31 + step, share)
     return layout
+
+
+def referring(geo: Geometry, source: torch.Tensor) -> TokenLayout:
+    """The layout with reuse, of which a chunk knows the rows of each frame pair."""
+    return referring_layout(geo, source, tuple((source == torch.arange(len(source))[:, None]).sum(1).tolist()))
 
 
 def place_key(geo: Geometry, unit: int) -> tuple[int, int, int, int, int]:

@@ -78,7 +78,7 @@ FAULTS = {
         "self.carried.owners(layout.owner, index).roll(1) if",
     ),
     "pixels too bright": Fault(
-        "patches", "evoprune.pipeline.encoding:patchify", "255 * torch.tensor(mean", "250 * torch.tensor(mean"
+        "patches", "evoprune.huggingface.processor_inputs:normalised", "_by_channel(std", "0.98 * _by_channel(std"
     ),
     "decoded tokens at a wrong position": Fault(
         "answer", "evoprune.language.generate:_read", "state.next_position + before", "state.next_position - before"
@@ -110,9 +110,9 @@ FAULTS = {
     ),
     "a selection that depends on threads": Fault(
         "threads",
-        "evoprune.pruning.select:_most_salient",
-        "(of_each == top).to(torch.uint8).argmax()",
-        "torch.get_num_threads()",
+        "evoprune.methods.evoprune:farthest_points",
+        "radii.long()",
+        "radii.roll(torch.get_num_threads()).long()",
     ),
     "scales of 8 bits too small": Fault("int8", "evoprune.model.quantize:int8_weights", "/ 127)", "/ 200)"),
     "zeros of 4 bits off by one": Fault("int4", "evoprune.model.integers:_int4_piece", ".add_(8)", ".add_(9)"),

@@ -1,0 +1,58 @@
+"""The kernels of Triton, which its interpreter runs on a CPU: run by test_kernels.py in a process of its own."""
+
+import pytest
+import torch
+
+from evoprune.backend import reuse, reuse_kernels, selection, selection_kernels
+from tests.backend.cases import SHAPES, clusters, means, points
+
+EVERY = pytest.mark.parametrize("name", SHAPES)
+
+
+@EVERY
+def test_radii(name):
+    args = points(SHAPES[name], 1)
+    expected = selection._tube_radii(*args, 1)
+    assert torch.equal(selection_kernels.tube_radii(*args, 1), expected)
+
+
+@EVERY
+@pytest.mark.parametrize("step", [1, 4, 1000])
+def test_the_nearest(name, step):
+    place, half, weight, _, row, time, _ = points(SHAPES[name], 3)
+    args = place, half, weight, row, time, (row >= 0).nonzero()[::step, 0]
+    assert torch.equal(selection_kernels.nearest_selected(*args), selection._nearest_selected(*args))
+
+
+def test_distances_are_rounded_to_even():
+    """As torch rounds them: the times of two points make their distances 0.5, 1.5 and 2.5."""
+    place, half, weight, row = torch.zeros(1, 16), torch.zeros(1), torch.ones(1), torch.zeros(4, dtype=torch.int64)
+    args = place, half, weight, torch.zeros(1), row, torch.tensor([0.0, 0.5, 1.5, 2.5]), torch.arange(4)[None]
+    assert torch.equal(selection_kernels.tube_radii(*args, 4), selection._tube_radii(*args, 4))
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float32, 0), (torch.float16, 0), (torch.bfloat16, 2**-7)], ids=["32", "16", "b16"]
+)
+def test_means(name, dtype, error):
+    """The interpreter rounds to bf16 by cutting bits off."""
+    args = clusters(SHAPES[name], 4, dtype)
+    torch.testing.assert_close(selection_kernels.mean_rows(*args), selection._mean_rows(*args), rtol=error, atol=0)
+
+
+@pytest.mark.few(5)
+@pytest.mark.parametrize("units", [1, 5, 24])
+@pytest.mark.parametrize("threshold", [0.0, 8.0])
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("kind", ["cut", "noise", "still"])
+def test_reuse(units, kind, known, threshold):
+    frames = means(3, units, 0, kind)
+    held = frames[0] if not known else means(1, units, 1, kind)[0]
+    args = frames, held, torch.full((units,), -2), known, 7, threshold
+    before = [x.clone() for x in args[:3]]
+    made = reuse_kernels.reuse_scan(*args, reuse.BLOCKS, reuse.CHANNELS, reuse.BRIGHTNESS)
+    expected = reuse.reuse_scan(*args)
+    assert torch.equal(made[0], expected[0]) and torch.equal(made[2], expected[2])
+    torch.testing.assert_close(made[1], expected[1], rtol=1e-6, atol=0)
+    assert all(torch.equal(x, then) for x, then in zip(args[:3], before, strict=True))

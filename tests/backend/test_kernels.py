@@ -1,0 +1,80 @@
+"""Kernels of Triton equal the forms of other devices; and what happens where one fails."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from evoprune.backend import fallback
+from evoprune.backend.fallback import with_fallback
+
+KERNELS = Path(__file__).with_name("kernels.py")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton here")
+@pytest.mark.parametrize("which", ["not full", pytest.param("full", marks=pytest.mark.full)])
+def test_the_kernels_under_the_interpreter(which):
+    """In a process of its own: a function becomes one of the interpreter when Triton is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-m", which, str(KERNELS)]
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    made = subprocess.run(
+        command, env=variables | {"TRITON_INTERPRET": "1"}, cwd=KERNELS.parents[2], capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stdout[-6000:] + made.stderr[-2000:]
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """How often the kernel was started; no function is known to have failed."""
+    monkeypatch.setattr(fallback, "has_triton", lambda: True)
+    monkeypatch.setattr(fallback, "_failed", set())
+    monkeypatch.delenv(fallback.PLAIN, raising=False)
+    return []
+
+
+def failing(tried, problem):
+    @with_fallback("the sum", lambda a, b: a + b)
+    def kernel(a, b):
+        tried.append(1)
+        if problem:
+            raise problem
+        return "kernel"
+
+    return kernel
+
+
+def test_a_kernel_that_fails_is_replaced_and_said_once(tried, capfd):
+    kernel = failing(tried, RuntimeError("no such instruction\nof this GPU"))
+    assert [kernel(1, 2), kernel(3, b=4)] == [3, 7] and len(tried) == 1
+    said = capfd.readouterr()
+    assert (
+        said.out == "" and said.err == "warning: the sum runs without its kernel (RuntimeError: no such instruction)\n"
+    )
+
+
+def test_a_kernel_that_works_is_used(tried, capfd):
+    kernel = failing(tried, None)
+    assert kernel(1, 2) == kernel(3, 4) == "kernel" and capfd.readouterr().err == ""
+
+
+def test_memory_that_runs_out_is_no_failure_of_a_kernel(tried):
+    kernel = failing(tried, torch.OutOfMemoryError("out of memory"))
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            kernel(1, 2)
+    assert len(tried) == 2
+
+
+@pytest.mark.parametrize(("value", "runs"), [("1", False), ("0", True), ("", True)])
+def test_the_environment_turns_kernels_off(value, runs, tried, monkeypatch):
+    monkeypatch.setenv(fallback.PLAIN, value)
+    assert failing(tried, None)(1, 2) == ("kernel" if runs else 3) and len(tried) == runs
+
+
+def test_without_triton_no_kernel_is_tried(tried, monkeypatch, capfd):
+    monkeypatch.setattr(fallback, "has_triton", lambda: False)
+    assert failing(tried, None)(1, 2) == 3 and not tried and capfd.readouterr().err == ""

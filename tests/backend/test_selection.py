@@ -1,0 +1,83 @@
+"""The operators of the selection: each form computes the same, and the radii are what they are said to be."""
+
+import pytest
+import torch
+
+from evoprune.backend import selection
+from tests.backend.cases import SHAPES, clusters, points
+from tests.threads import one_thread  # noqa: F401
+
+EVERY = pytest.mark.parametrize("name", SHAPES)
+KEEP = pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+
+
+@EVERY
+@KEEP
+@pytest.mark.parametrize("held", [1, 1 << 23])
+def test_radii_are_the_same_in_the_form_of_the_cpu(name, share, held, monkeypatch):
+    """Of the points of the `keep` largest radii; the CPU may leave the others at 0."""
+    monkeypatch.setattr(selection, "HELD", held)
+    args = points(SHAPES[name], 1)
+    keep = max(1, round(share * int((args[4] >= 0).sum())))
+    plain = selection._tube_radii(*args, keep)
+    made = selection.tube_radii(*args, keep)
+    assert made.dtype == torch.float32 and made.shape == args[4].shape
+    first = plain >= plain.sort(descending=True).values[keep - 1]
+    assert torch.equal(made[first], plain[first]) and ((made == plain) | (made == 0)).all()
+    assert torch.equal(made < 0, args[4] < 0)
+    assert torch.equal(plain, selection._tube_radii(*args, 1))
+
+
+@EVERY
+def test_points_of_a_tube_fall_in_the_order_in_which_the_farthest_come(name):
+    place, half, weight, first, row, time, tubes = args = points(SHAPES[name], 2)
+    radii = selection.tube_radii(*args, len(row))
+    assert (radii[row < 0] == -1).all() and torch.equal(radii, radii.round())
+    for tube in tubes:
+        units = [u for u in tube.tolist() if u < len(row) and row[u] >= 0]
+        order = sorted(units, key=lambda u: (-radii[u], u))
+        if not units:
+            continue
+        index = torch.tensor(order)
+        rows = row[index]
+        apart = half[rows][:, None] + half[rows] - place[rows] @ place[rows].T
+        apart = (apart + weight[rows] * (time[index][:, None] - time[index]).abs()).round().clamp(min=0)
+        begins = max(units, key=lambda u: (first[row[u]], -u))
+        if len(order) == 1 or radii[order[1]] > 0:
+            assert order[0] == begins and radii[begins] >= first[row[begins]]
+        for step in range(1, len(order)):
+            near = apart[:step].amin(0)
+            if radii[order[step]] > 0:
+                assert radii[order[step]] == near[step] == near[step:].max()
+                assert radii[begins] > radii[order[step]]
+
+
+@EVERY
+@KEEP
+@pytest.mark.parametrize("held", [1, 1 << 23])
+def test_the_nearest_is_the_same_in_the_form_of_the_cpu(name, share, held, monkeypatch):
+    place, half, weight, first, row, time, tubes = points(SHAPES[name], 3)
+    there = (row >= 0).nonzero()[:, 0]
+    selected = there[:: max(1, round(1 / (share or 1e-3)))]
+    args = place, half, weight, row, time, selected
+    expected = selection._nearest_selected(*args)
+    monkeypatch.setattr(selection, "HELD", held)
+    monkeypatch.setattr(selection, "HELD_ON_DEVICE", max(held, len(selected)))
+    assert torch.equal(selection.nearest_selected(*args), expected)
+    assert torch.equal(selection._nearest_selected(*args), expected)
+    assert torch.equal(expected < 0, row < 0)
+    assert torch.equal(expected[selected], torch.arange(len(selected)))
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("held", [1, 1 << 23])
+def test_means_are_the_same_in_the_form_of_the_cpu(name, dtype, held, monkeypatch):
+    rows, into, row, weight, count = args = clusters(SHAPES[name], 4, dtype)
+    monkeypatch.setattr(selection, "HELD", held)
+    made = selection.mean_rows(*args)
+    assert made.dtype == dtype and torch.equal(made, selection._mean_rows(*args))
+    for mean in range(count):
+        mine = into == mean
+        total = (weight[mine][:, None] * rows[row[mine]].float()).sum(0)
+        assert torch.equal(made[mean], (total / weight[mine].sum()).to(dtype))
