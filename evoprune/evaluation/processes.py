@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -51,6 +52,7 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
 def _begin(start: Callable[[], Work]) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    sys.stdout = sys.stderr  # the parent's answers go to stdout
     Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore", PluginWarning)  # the parent has printed them
     keep_freed_memory()

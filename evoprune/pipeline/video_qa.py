@@ -99,7 +99,6 @@ class VideoQA:
         return VideoQA(engine.loaded, load_seconds=engine.load_seconds, pruning=engine.options)
 
     @names_options
-    @names_plugins()
     def encode(
         self,
         path: Path | Sequence[Path],
@@ -197,6 +196,7 @@ class VideoQA:
         return VideoStream(self.engine, options, sampling, system, name)
 
 
+@names_plugins()
 def open_inputs(
     engine: Engine,
     paths: Sequence[Path],
@@ -249,6 +249,7 @@ class OpenInputs:
         """
         self._inputs[0].begin()
 
+    @names_plugins()
     def encode(self, progress: Progress | None = None) -> EncodedInputs:
         """Reads, preprocesses and encodes one after the other.
 

@@ -12,6 +12,7 @@ from evoprune.evaluation import processes
 from evoprune.evaluation.processes import map_in_processes
 
 SCRIPT = """
+import sys
 import time
 from evoprune.evaluation.processes import map_in_processes
 
@@ -19,7 +20,7 @@ def start():
     return work
 
 def work(job):
-    print("at work", flush=True)
+    print("at work", file=sys.__stdout__, flush=True)
     time.sleep(100)
     return []
 
