@@ -3,6 +3,7 @@
 import errno
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
@@ -48,7 +49,7 @@ class EvopruneError(Exception):
 
 
 class UsageError(EvopruneError):
-    """Flags or arguments that make no sense, alone or together, or an output that cannot be written."""
+    """Flags or arguments that make no sense, alone or together, an output that cannot be written, or a limit of the system."""
 
     exit_code = 2
     type = "usage"
@@ -163,6 +164,20 @@ def memory_guard(stage: str) -> Iterator[None]:
         )
         wanted = "" if not said else f": {said[1]} wanted" + (f", {said[2]} free" if said[2] else "")
         raise OutOfMemory(f"out of memory in {stage}{wanted}", LESS, stage=stage) from problem
+
+
+def process_error(what: str, problem: OSError, stage: str | None = None) -> EvopruneError:
+    """The error for what the system refuses where a process is started or served: `what` cannot be done."""
+    message = f"cannot {what}: {problem.strerror}"
+    if problem.errno == errno.ENOMEM:
+        return OutOfMemory(message, "close other programs", stage=stage)
+    hints = {
+        errno.EMFILE: "close files that this program holds open, or allow it more of them: ulimit -n",
+        errno.ENFILE: "close other programs: this system has too many open files",
+        errno.EAGAIN: "end other processes of this user, or allow more of them: ulimit -u",
+    }
+    python = f"sys.executable is {sys.executable}; set it to a Python that can be run"
+    return UsageError(message, hints.get(problem.errno, python), stage=stage)
 
 
 def first_line(problem: BaseException) -> str:

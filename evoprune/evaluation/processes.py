@@ -12,7 +12,7 @@ from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any
 
-from evoprune.errors import EvopruneError, OutOfMemory, PluginWarning
+from evoprune.errors import EvopruneError, OutOfMemory, PluginWarning, process_error
 from evoprune.model.limits import keep_freed_memory, oom_kills
 
 Work = Callable[[Any], list[dict]]
@@ -33,7 +33,11 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
     try:
         # Not `pool.map`: it cancels what is left after a failure, and the thread that ends a broken pool fails on a cancelled job
         # (Python 3.11). That thread would neither end the other processes nor wait for them.
-        for result in [pool.submit(_do, job) for job in jobs]:
+        try:
+            results = [pool.submit(_do, job) for job in jobs]
+        except OSError as problem:
+            raise process_error("start another process", problem) from problem
+        for result in results:
             yield result.result()
     except BaseException as problem:
         for process in set(multiprocessing.active_children()) - others:
