@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from typing import ClassVar
 
 import torch
 
@@ -29,7 +30,17 @@ from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 
 
-class Answer(Iterator[str]):
+class Uncopied:
+    """Base of what belongs to its process and its model, with caches and locks: pickle and copy refuse it."""
+
+    INSTEAD: ClassVar[str]  # what to do
+
+    def __reduce_ex__(self, protocol: int):
+        """Raises TypeError."""
+        raise TypeError(f"no {type(self).__name__} can be pickled or copied: {self.INSTEAD}")
+
+
+class Answer(Uncopied, Iterator[str]):
     """An answer, in pieces as they are generated. Generation begins with the first piece.
 
     An iteration goes on where the one before stopped; over a complete answer it begins again. `str(answer)`, `answer == text` and
@@ -45,6 +56,8 @@ class Answer(Iterator[str]):
         UsageError: the question and its answer do not fit into the model's context, or another question was asked meanwhile.
         OutOfMemory. ModelError: numbers that are NaN or infinite.
     """
+
+    INSTEAD = "take answer.text and answer.report"
 
     def __init__(
         self,
@@ -116,9 +129,10 @@ def _once_more(problem: Exception) -> Exception:
     return again
 
 
-class Askable(ABC):
+class Askable(ABC, Uncopied):
     """What can be asked, one question at a time: its keys and values serve every question. Threads wait for one another."""
 
+    INSTEAD = "threads may share it; another process needs a VideoQA of its own, and encodes there"
     OVERTAKEN = "another question was asked meanwhile"  # why an answer ends that is not the latest one any more
 
     def __init__(self, engine: Engine):

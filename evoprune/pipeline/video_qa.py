@@ -23,7 +23,7 @@ import torch
 from evoprune.errors import UsageError, names_plugins
 from evoprune.keywords import brief, check_type, names_options
 from evoprune.model.cost import Clock
-from evoprune.pipeline.answering import Answer, EncodedInputs, together
+from evoprune.pipeline.answering import Answer, EncodedInputs, Uncopied, together
 from evoprune.pipeline.encoding import EncodeRows, OpenInput, Progress, ReadFrames
 from evoprune.pipeline.engine import Engine, make_engine, unpruned
 from evoprune.pipeline.loading.found import FoundModel, find_model
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 Path = str | os.PathLike[str]
 
 
-class VideoQA:
+class VideoQA(Uncopied):
     """A loaded model with a pruning method and a budget, ready for videos.
 
     It computes in the dtype that the model was loaded with, also inside torch's autocast. `loaded` is from `loading.load_model`;
@@ -61,6 +61,8 @@ class VideoQA:
         UsageError: a bad budget or method. ModelError: a model without a tokenizer. TypeError: an unknown option, or a name in
         the place of a loaded model.
     """
+
+    INSTEAD = "threads may share it; another process loads its own, with VideoQA.load"
 
     @names_options
     def __init__(self, loaded: LoadedModel, *, load_seconds: float | None = None, pruning: PruneOptions):

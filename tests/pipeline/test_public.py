@@ -1,5 +1,6 @@
 """The names of `import evoprune`: all there, listed, and free until they are used."""
 
+import copy
 import pickle
 import pydoc
 import re
@@ -31,6 +32,22 @@ def test_every_public_name_can_be_had_and_is_listed():
 def test_settings_are_of_the_class_that_users_know():
     settings = evoprune.EvoPrune(budget=0.1, seed=3)
     assert f"{type(settings)}" == "<class 'evoprune.EvoPrune'>" and pickle.loads(pickle.dumps(settings)) == settings
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.deepcopy, copy.copy])
+def test_what_belongs_to_its_process_says_so_where_it_is_copied(demo, copied):
+    video = demo.encode("samples/square.mp4", frames=4)
+    answer = video.ask("What colour is the square?", max_new_tokens=1)
+    with demo.stream() as stream:
+        for each, hint in (
+            (demo, "VideoQA.load"),
+            (video, "threads may"),
+            (stream, "threads may"),
+            (answer, "answer.text"),
+        ):
+            with pytest.raises(TypeError, match=f"no {type(each).__name__} can be pickled or copied: .*{hint}"):
+                copied(each)
+    assert copied(answer.report) and copied(evoprune.Cache("cache"))
 
 
 def options_of(*kinds: type) -> dict[str, object]:
