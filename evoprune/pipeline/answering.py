@@ -147,7 +147,7 @@ class Askable(ABC, Uncopied):
     def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
         """The state from which the answer is decoded."""
 
-    def _ended(self, turn: int) -> None:  # noqa: B027 (nothing to do where nothing waits)
+    def _ended(self, turn: int) -> None:
         """Called once the answer of that number is complete, was closed or failed."""
 
     @names_options
