@@ -161,7 +161,7 @@ class Askable(ABC, Uncopied):
         Raises UsageError: an option out of range, or a question that is empty or no text. TypeError: an unknown option.
         """
         check_not_empty(question)
-        check_type("seed", seed, int | None)
+        seed = check_type("seed", seed, int | None)
         seed = self._engine.seed if seed is None else seed
         report = self._report_of(question, options, seed)
         ids: list[int] = []

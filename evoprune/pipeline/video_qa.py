@@ -162,7 +162,7 @@ class VideoQA(Uncopied):
             opened: list[EncodedInputs | OpenInputs] = []
             for each in given:
                 known = isinstance(each, EncodedInputs)
-                opened.append(each if known else stack.enter_context(closing(open_inputs(self.engine, [each]))))
+                opened.append(each if known else stack.enter_context(closing(open_inputs(self.engine, paths_of(each)))))
             if isinstance(question, str) and opened:
                 held = [plan for each in opened if isinstance(each, EncodedInputs) for plan in each.plans]
                 plans = [plan for each in opened for plan in each.plans]
@@ -276,16 +276,16 @@ class OpenInputs:
 
 
 def paths_of(given: Any) -> Sequence[Path]:
-    """The paths of one or of several inputs. Raises UsageError if there are none, or what was given are no paths."""
+    """The paths of one or of several inputs, as texts. Raises UsageError if there are none, or what was given are no paths."""
     paths = [given] if isinstance(given, str | os.PathLike) else given
     if not isinstance(paths, list | tuple) or not paths:
         raise UsageError(f"the input is {brief(given)}, not a path", "give the path of a file or a folder of frames")
     for each in paths:
-        if not isinstance(each, str | os.PathLike):
+        if not isinstance(each, str | os.PathLike) or isinstance(os.fspath(each), bytes):
             known = isinstance(each, EncodedInputs)
             hint = "ask takes it as it is: ask([encoded, ...], question)" if known else "give paths of files or folders"
             raise UsageError(f"an input is {brief(each)}, not a path", hint)
-    return paths
+    return [os.fspath(each) for each in paths]
 
 
 def load_qa(

@@ -84,6 +84,8 @@ def open_video(path: str) -> Iterator[InputContainer]:
         if os.path.islink(path):
             raise VideoError(f"{path} is a link to a file that is not there", "check where it leads") from None
         raise VideoError(f"no such file: {path or repr(path)}", "check the path") from None
+    except ValueError:  # such as a null byte
+        raise VideoError(f"no file can have the name {path!r}", "check the path") from None
     except OSError as error:
         hint = "check the path, and whether you may read it"
         raise VideoError(f"cannot read {path}: {error.strerror}", hint) from error
