@@ -2,6 +2,8 @@
 
 import errno
 import re
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
@@ -52,7 +54,7 @@ class EvopruneError(Exception):
 
 
 class UsageError(EvopruneError):
-    """Flags or arguments that make no sense, alone or together, or an output that cannot be written."""
+    """Flags or arguments that make no sense, alone or together, an output that cannot be written, or a limit of the system."""
 
     exit_code = 2
     type = "usage"
@@ -106,7 +108,7 @@ class OutOfMemory(EvopruneError):
 def _plugin_error(problem: BaseException) -> PluginError | None:
     """The error for an unexpected exception in another package's method, or in code that it called; None for any other."""
     packages = {method.__module__.partition(".")[0]: name for method, name in PLUGINS.items()}
-    expected = isinstance(problem, EvopruneError) or is_out_of_memory(problem)
+    expected = isinstance(problem, EvopruneError) or is_out_of_memory(problem) or is_interruption(problem)
     for frame, _ in walk_tb(None if expected else problem.__traceback__):
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if package in packages:
@@ -118,10 +120,13 @@ def _plugin_error(problem: BaseException) -> PluginError | None:
 
 @contextmanager
 def names_plugins() -> Iterator[None]:
-    """Also a decorator. An exception in the code of another package's method becomes a PluginError that names the method."""
+    """Also a decorator. What the code of another package's method raises becomes a PluginError that names the method.
+
+    So does SystemExit, with which it would end the whole program, but not what a signal raises meanwhile.
+    """
     try:
         yield
-    except Exception as problem:
+    except BaseException as problem:
         if named := _plugin_error(problem):
             raise named from problem
         raise
@@ -138,6 +143,13 @@ def error_record(problem: BaseException) -> dict:
         problem = EvopruneError(f"{type(problem).__name__}: {first_line(problem)}", hint)
     made = {"code": problem.exit_code} | {name: getattr(problem, name) for name in ("type", "stage", "message", "hint")}
     return made | {name: made[name] and LONG_WORD.sub(r"\1...\2", made[name]) for name in ("message", "hint")}
+
+
+def is_interruption(problem: BaseException) -> bool:
+    """Whether a signal is the reason: Ctrl-C, or what this program's handler of any signal has raised."""
+    handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()}
+    frames = (frame for frame, _ in walk_tb(problem.__traceback__))
+    return isinstance(problem, KeyboardInterrupt) or any(frame.f_code in handlers for frame in frames)
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
@@ -164,6 +176,24 @@ def memory_guard(stage: str) -> Iterator[None]:
         raise OutOfMemory(f"out of memory in {stage}{wanted}", LESS, stage=stage) from problem
 
 
+def process_error(what: str, problem: OSError, stage: str | None = None) -> EvopruneError:
+    """The error for what the system refuses where a process is started or served: `what` cannot be done."""
+    message = f"cannot {what}: {problem.strerror}"
+    if problem.errno == errno.ENOMEM:
+        return OutOfMemory(message, "close other programs", stage=stage)
+    hints = {
+        errno.EMFILE: "close files that this program holds open, or allow it more of them: ulimit -n",
+        errno.ENFILE: "close other programs: this system has too many open files",
+        errno.EAGAIN: "end other processes of this user, or allow more of them: ulimit -u",
+    }
+    python = f"sys.executable is {sys.executable}; set it to a Python that can be run"
+    return UsageError(message, hints.get(problem.errno, python), stage=stage)
+
+
 def first_line(problem: BaseException) -> str:
-    """What an exception says, in one line; its type where it says nothing."""
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    """What an exception says, in one line; its type where it says nothing, or cannot say it."""
+    try:
+        said = str(problem).strip()
+    except Exception:  # of another package
+        said = ""
+    return (said or type(problem).__name__).splitlines()[0]

@@ -31,8 +31,11 @@ LEAST, MOST = -(2**63), 2**64 - 1  # of a whole number that torch takes, as a se
 
 def brief(value: Any) -> str:
     """A value for a message: its repr where that is short, else its class."""
-    text = repr(value)
-    return text if len(text) <= 60 and "\n" not in text else f"of class {type(value).__name__}"
+    try:
+        text = repr(value)
+    except Exception:  # another package's class may raise anything
+        text = ""
+    return text if 0 < len(text) <= 60 and "\n" not in text else f"of class {type(value).__name__}"
 
 
 @dataclass(frozen=True)
@@ -125,20 +128,26 @@ def documented(text: str | None, groups: Iterable[type]) -> str | None:
 
 
 def check_types(options: Any) -> None:
-    """`check_type` of each field of a dataclass."""
+    """`check_type` of each field of a dataclass, which then holds Python's own numbers, as JSON and torch's seeds need them."""
     for each in fields(options):
-        check_type(each.name, getattr(options, each.name), each.type)
+        object.__setattr__(options, each.name, check_type(each.name, getattr(options, each.name), each.type))
 
 
-def check_type(name: str, value: Any, declared: Any) -> None:
-    """Raises UsageError, with what is right, where a value is not of the declared type, if that is in `ACCEPTED`."""
+def check_type(name: str, value: Any, declared: Any) -> Any:
+    """The value, as one of Python's own numbers if it is one of numpy's.
+
+    Raises UsageError, with what is right, where it is not of the declared type, if that is in `ACCEPTED`.
+    """
     types = get_args(declared) if isinstance(declared, UnionType) else [declared]
     wanted = [ACCEPTED.get(get_origin(each) or each) for each in types]
     if None in wanted:
-        return
+        return value
     *first, last = (each for _, each in wanted)
     right = f"{', '.join(first)} or {last}" if first else last
     if not any(isinstance(value, each) and (each is bool or not isinstance(value, bool)) for each, _ in wanted):
         raise UsageError(f"{name} is {brief(value)}, not {right}", f"give {right}")
     if isinstance(value, Integral) and not LEAST <= value <= MOST:
         raise UsageError(f"{name} is {value}, which 64 bits cannot hold", "give a smaller number")
+    if isinstance(value, Real) and not isinstance(value, int | float):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value

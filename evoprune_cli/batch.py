@@ -15,7 +15,7 @@ from evoprune_cli.loading import note_model, prepare
 from evoprune_cli.options import flag, own
 from evoprune_cli.results import SOME_FAILED, one_of
 from evoprune_cli.tally import Tally
-from evoprune_cli.terminal import print_traceback, progress, tell
+from evoprune_cli.terminal import print_traceback, progress, stdout, tell
 
 DASH = "-"  # stdin, or stdout
 USAGE = 'evoprune batch *.mp4 -Q "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct -o answers.jsonl'
@@ -91,7 +91,7 @@ def _run(asked: Request, rows, settings, tally: Tally) -> int:
     from evoprune.batch.rows import group_by_span
 
     on_ray = asked.engine == "ray"
-    opened = partial(RecordFile, asked.output, resume=asked.resume, overwrite=asked.overwrite)
+    opened = partial(RecordFile, asked.output, stdout=stdout(), resume=asked.resume, overwrite=asked.overwrite)
     with tally, closing(opened()) as file, progress(not asked.quiet) as show:
         settings = settings.resolved_here() if on_ray else settings.resolved()
         left = remaining(rows, settings, file.found)

@@ -21,6 +21,7 @@ from evoprune_cli.terminal import (
     print_stream,
     print_warnings,
     progress,
+    stdout,
     tell,
 )
 
@@ -235,13 +236,14 @@ def typed(twice: bool = True) -> Iterator[str]:
 @contextlib.contextmanager
 def _output_on_stderr() -> Iterator[None]:
     """Sends stdout to stderr: `input` and readline print their prompt on stdout, which is for answers only."""
-    sys.stdout.flush()
-    number = sys.stdout.fileno()
+    stdout().flush()
+    number = stdout().fileno()
     kept = os.dup(number)
     os.dup2(sys.stderr.fileno(), number)
     try:
-        yield
+        with contextlib.redirect_stdout(stdout()):  # with stderr there, `input` would not use readline
+            yield
     finally:
-        sys.stdout.flush()
+        stdout().flush()
         os.dup2(kept, number)
         os.close(kept)

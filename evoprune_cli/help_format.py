@@ -11,6 +11,8 @@ from typing import Annotated, ClassVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from evoprune_cli.terminal import only_answers_on_stdout
+
 BESIDE_NAMES = 60  # characters of help that a shell prints beside the name of an option
 EVERYTHING = "evoprune.help_all"  # in the `meta` of a context whose help names every option
 
@@ -49,6 +51,11 @@ class Command(TyperCommand):
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         """Nothing where names alone are wanted, for a shell or a document: Typer would import pydantic for the values."""
         return [] if ctx.resilient_parsing else super().parse_args(ctx, args)
+
+    def invoke(self, ctx):
+        """Runs the command; stdout is then for its answers alone."""
+        with only_answers_on_stdout():
+            return super().invoke(ctx)
 
     def format_options(self, ctx, formatter) -> None:
         """Every option under the title of its panel, or the common ones in one list."""

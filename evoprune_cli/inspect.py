@@ -1,7 +1,6 @@
 """`evoprune inspect`: this machine, a model, or a video and what a model would look at in it. It never uses the network."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from textwrap import wrap
@@ -17,7 +16,7 @@ from evoprune_cli import options as opt
 from evoprune_cli.loading import prepare
 from evoprune_cli.options import flag, own
 from evoprune_cli.results import check_writable, rescuing, write_bytes
-from evoprune_cli.terminal import encoding, print_document, print_warning, printable, progress
+from evoprune_cli.terminal import encoding, print_document, print_warning, printable, progress, stdout
 
 NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # facts of things by their names
 OFTEN_NOTHING = (
@@ -100,7 +99,7 @@ def _print(every: Iterator[dict], facts: dict[str, Any], json: bool) -> None:
             print_document({"schema": "evoprune/inspect@1", **facts, "error": error})
         elif error is None or "video" not in facts:
             for line in lines({name: facts[name] for name in (first,) if name in facts} | facts):
-                print(printable(line, sys.stdout))
+                print(printable(line, stdout()), file=stdout())
 
     with rescuing(lambda: True, deliver):
         for found in every:
@@ -120,7 +119,7 @@ def _about_machine(asked: Request) -> Iterator[dict]:
         raise UsageError("--overlay needs a video", "evoprune inspect clip.mp4 --overlay clip.png")
     from evoprune.pipeline.inspection import environment_facts, model_facts
 
-    yield environment_facts()
+    yield environment_facts(stdout())
     if (model := asked.options().model).model:
         from evoprune.pipeline.loading.found import look_up
 

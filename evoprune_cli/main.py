@@ -15,7 +15,7 @@ from functools import partial
 import typer
 
 import evoprune
-from evoprune.errors import EvopruneWarning, UsageError
+from evoprune.errors import EvopruneWarning, UsageError, names_plugins
 from evoprune_cli import completion, terminal
 from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
@@ -148,7 +148,8 @@ def _outcome() -> int:
         columns = min(shutil.get_terminal_size().columns, terminal.WIDTH)
         completion.prepare()
         try:
-            code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
+            with names_plugins():
+                code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
         finally:
             for again in _AGAIN:  # the command may end before they arrive, and was interrupted all the same
                 again.join()

@@ -3,7 +3,6 @@
 import os
 import re
 import stat
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from evoprune.batch import unfinished
 from evoprune.errors import UsageError
-from evoprune_cli.terminal import encodable, failure, json_line, page_width, print_document
+from evoprune_cli.terminal import encodable, failure, json_line, page_width, print_document, stdout
 
 SOME_FAILED = 6  # an exit code
 # How each kind of file begins that evoprune writes, and only such a file: a word somewhere in it proves nothing.
@@ -92,11 +91,12 @@ def _may_replace(path: str) -> bool:
 
 def print_text(text: str) -> None:
     """Prints to stdout, with escapes for characters outside its encoding."""
+    stream = stdout()
     try:
-        text.encode(sys.stdout.encoding or "ascii")
+        text.encode(stream.encoding or "ascii")
     except UnicodeEncodeError:
         text = text.replace("±", "+-")
-    print(encodable(text, sys.stdout), end="", flush=True)
+    print(encodable(text, stream), end="", file=stream, flush=True)
 
 
 def write_bytes(path: str, content: bytes) -> None:

@@ -8,7 +8,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from evoprune.errors import UsageError, error_record
 from evoprune.report.records import Report, VideoFacts
@@ -23,8 +23,27 @@ if TYPE_CHECKING:
     from evoprune.pipeline.planning import PromptSubtitles
 
 
+_stdout: TextIO | None = None  # while `sys.stdout` is stderr
+
+
 class Terminated(BaseException):
     """SIGTERM as an exception, so that finished results are printed and files closed."""
+
+
+def stdout() -> TextIO:
+    """Stdout, also inside `only_answers_on_stdout`."""
+    return _stdout or sys.stdout
+
+
+@contextmanager
+def only_answers_on_stdout() -> Iterator[None]:
+    """Sends to stderr what others print meanwhile: plug-ins and libraries. Answers go to `stdout()`."""
+    global _stdout
+    _stdout, sys.stdout = sys.stdout, sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout, _stdout = _stdout, None
 
 
 def columns() -> int:
@@ -34,7 +53,7 @@ def columns() -> int:
 
 def page_width() -> int:
     """Columns for tables on stdout, at most 80."""
-    return min(WIDTH, width_of(sys.stdout))
+    return min(WIDTH, width_of(stdout()))
 
 
 def width_of(terminal) -> int:
@@ -71,7 +90,7 @@ class ClosedOutput(io.StringIO):
 
 def check_output() -> None:
     """Raises UsageError, before anything is computed, if stdout is closed."""
-    sys.stdout.write("")
+    stdout().write("")
 
 
 def encodable(text: str, stream=None) -> str:
@@ -99,19 +118,19 @@ def note(text: str = "") -> None:
 
 def print_json(report: Report) -> None:
     """Prints a report as one line on stdout, in plain ASCII where stdout or the text is not valid UTF-8."""
-    text = report.to_json()
+    text, stream = report.to_json(), stdout()
     try:
-        proper = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8" and bool(text.encode("utf-8"))
+        proper = (stream.encoding or "").lower().replace("-", "") == "utf8" and bool(text.encode("utf-8"))
     except UnicodeEncodeError:  # a path with bytes that are not UTF-8
         proper = False
     # One write, so that lines of processes that share a file stay whole: print would write the end of a long line on its own.
-    sys.stdout.write(f"{text if proper else report.to_json(ascii_only=True)}\n")
-    sys.stdout.flush()
+    stream.write(f"{text if proper else report.to_json(ascii_only=True)}\n")
+    stream.flush()
 
 
 def print_document(document: dict[str, Any]) -> None:
     """Prints results as one line on stdout, in plain ASCII."""
-    print(json_line(document), flush=True)
+    print(json_line(document), file=stdout(), flush=True)
 
 
 def json_line(document: dict[str, Any]) -> str:
@@ -253,18 +272,20 @@ class Wrapped:
 def print_stream(pieces) -> None:
     """Prints an answer as it is generated, and a newline even when it is interrupted; where stdout is no terminal, as it is."""
 
-    def show(text: str) -> None:
-        print(text, end="", flush=True)
+    stream = stdout()
 
-    wrapped = Wrapped(width_of(sys.stdout), show) if sys.stdout.isatty() else None
+    def show(text: str) -> None:
+        print(text, end="", file=stream, flush=True)
+
+    wrapped = Wrapped(width_of(stream), show) if stream.isatty() else None
     try:
         for piece in pieces:
-            text = encodable(piece, sys.stdout)
+            text = encodable(piece, stream)
             wrapped.add(text) if wrapped else show(text)
     finally:
         if wrapped:
             wrapped.flush()
-        print(flush=True)
+        print(file=stream, flush=True)
 
 
 def encoding(show: Callable[..., None]) -> Callable[[str, int, int], None]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from evoprune.batch import unfinished
 from evoprune.batch.rows import Row
@@ -67,8 +67,10 @@ class RecordFile:
     UsageError: the file cannot be written, exists, holds anything but records, or another program is writing it.
     """
 
-    def __init__(self, path: str, *, resume: bool = False, overwrite: bool = False):
-        self.name = path
+    def __init__(
+        self, path: str, *, stdout: TextIO | None = None, resume: bool = False, overwrite: bool = False
+    ):  # `stdout`: where "-" is, if not `sys.stdout`
+        self.name, self._stdout = path, stdout or sys.stdout
         self.found: list[Found] = []
         self.written = 0  # records, by this run
         self._made = self._begun = False
@@ -144,8 +146,8 @@ class RecordFile:
     def _open(self) -> int:
         """A file descriptor; of a regular file one that holds its lock."""
         if self.name == STDOUT:
-            sys.stdout.flush()
-            return os.dup(sys.stdout.fileno())
+            self._stdout.flush()
+            return os.dup(self._stdout.fileno())
         if not self.regular:
             return os.open(self.path, os.O_WRONLY | os.O_APPEND)
         flags = os.O_RDWR | os.O_APPEND

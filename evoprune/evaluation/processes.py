@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -11,7 +12,7 @@ from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any
 
-from evoprune.errors import EvopruneError, EvopruneWarning, OutOfMemory
+from evoprune.errors import EvopruneError, EvopruneWarning, OutOfMemory, process_error
 from evoprune.model.limits import keep_freed_memory, oom_kills
 
 Work = Callable[[Any], list[dict]]
@@ -32,7 +33,11 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
     try:
         # Not `pool.map`: it cancels what is left after a failure, and the thread that ends a broken pool fails on a cancelled job
         # (Python 3.11). That thread would neither end the other processes nor wait for them.
-        for result in [pool.submit(_do, job) for job in jobs]:
+        try:
+            results = [pool.submit(_do, job) for job in jobs]
+        except OSError as problem:
+            raise process_error("start another process", problem) from problem
+        for result in results:
             yield result.result()
     except BaseException as problem:
         for process in set(multiprocessing.active_children()) - others:
@@ -51,6 +56,7 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
 def _begin(start: Callable[[], Work]) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    sys.stdout = sys.stderr  # the parent's answers go to stdout
     Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore", EvopruneWarning)  # the parent has printed them
     keep_freed_memory()

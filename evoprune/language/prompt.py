@@ -13,7 +13,7 @@ from itertools import islice
 
 import torch
 
-from evoprune.errors import ModelError, OutOfMemory, UsageError
+from evoprune.errors import ModelError, UsageError, process_error
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.pruning.indices import ascending
 from evoprune.text import check_text
@@ -239,8 +239,7 @@ def _render(tokenizer: Tokenizer, kinds: Sequence[str], with_system: bool) -> st
     except ValueError as problem:
         raise _unusable(tokenizer, str(problem)) from problem
     except OSError as problem:
-        message = f"cannot start the process that renders the chat template: {problem.strerror}"
-        raise OutOfMemory(message, "close other programs", stage="prefill") from problem
+        raise process_error("start the process that renders the chat template", problem, "prefill") from problem
 
 
 def _unusable(tokenizer: Tokenizer, reason: str) -> ModelError:

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from warnings import warn
 
-from evoprune.errors import PLUGINS, EvopruneError, PluginWarning, UsageError, first_line, names_plugins
+from evoprune.errors import (
+    PLUGINS,
+    EvopruneError,
+    PluginWarning,
+    UsageError,
+    first_line,
+    is_interruption,
+    names_plugins,
+)
 from evoprune.methods.settings import from_args, settings_hint
 from evoprune.text import did_you_mean
 
@@ -256,7 +264,9 @@ def _load(entry: EntryPoint) -> type["Method"]:
 
     try:
         found = entry.load()
-    except Exception as problem:  # another package's module may raise anything when it is imported
+    except BaseException as problem:  # another package's module may raise anything when it is imported
+        if is_interruption(problem):
+            raise
         reason = f"{type(problem).__name__}: {first_line(problem)}"
         raise _broken(entry, f"cannot be loaded ({reason})") from problem
     if not (isinstance(found, type) and issubclass(found, Method)):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 
@@ -30,7 +31,17 @@ from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 
 
-class Answer(Iterator[str]):
+class Uncopied:
+    """Base of what belongs to its process and its model, with caches and locks: pickle and copy refuse it."""
+
+    INSTEAD: ClassVar[str]  # what to do
+
+    def __reduce_ex__(self, protocol: int):
+        """Raises TypeError."""
+        raise TypeError(f"no {type(self).__name__} can be pickled or copied: {self.INSTEAD}")
+
+
+class Answer(Uncopied, Iterator[str]):
     """An answer, in pieces as they are generated. Generation begins with the first piece.
 
     An iteration goes on where the one before stopped; over a complete answer it begins again. `str(answer)`, `answer == text` and
@@ -46,6 +57,8 @@ class Answer(Iterator[str]):
         UsageError: the question and its answer do not fit into the model's context, or another question was asked meanwhile.
         OutOfMemory. ModelError: numbers that are NaN or infinite.
     """
+
+    INSTEAD = "take answer.text and answer.report"
 
     def __init__(
         self,
@@ -117,9 +130,10 @@ def _once_more(problem: Exception) -> Exception:
     return again
 
 
-class Askable(ABC):
+class Askable(ABC, Uncopied):
     """What can be asked, one question at a time: its keys and values serve every question. Threads wait for one another."""
 
+    INSTEAD = "threads may share it; another process needs a VideoQA of its own, and encodes there"
     OVERTAKEN = "another question was asked meanwhile"  # why an answer ends that is not the latest one any more
 
     def __init__(self, engine: Engine):
@@ -134,7 +148,7 @@ class Askable(ABC):
     def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
         """The state from which the answer is decoded."""
 
-    def _ended(self, turn: int) -> None:  # noqa: B027 (nothing to do where nothing waits)
+    def _ended(self, turn: int) -> None:
         """Called once the answer of that number is complete, was closed or failed."""
 
     @names_options
@@ -148,7 +162,7 @@ class Askable(ABC):
         Raises UsageError: an option out of range, or a question that is empty or no text. TypeError: an unknown option.
         """
         check_not_empty(question)
-        check_type("seed", seed, int | None)
+        seed = check_type("seed", seed, int | None)
         if options.repetition_penalty is None:
             options = replace(options, repetition_penalty=self._engine.loaded.generation.repetition_penalty or 1.0)
         seed = self._engine.seed if seed is None else seed

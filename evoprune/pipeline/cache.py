@@ -1,7 +1,7 @@
 """Encoded videos on disk: the same file, looked at in the same way by the same model, is encoded once.
 
-An entry is a safetensors file named by a hash of everything that its numbers depend on. The cache never fails a run: a damaged
-entry counts as missing, and an entry that cannot be written is skipped.
+An entry is a safetensors file named by a hash of everything that its numbers depend on, which it also holds. The cache never
+fails a run: an entry that is damaged or has the name of another one counts as missing, and one that cannot be written is skipped.
 """
 
 import hashlib
@@ -76,6 +76,8 @@ class Cache(Entries):
                 if file.metadata()["digest"] != _digest(about, tensors):
                     return None
             facts = loads(about)
+            if facts["key"] != key:
+                return None
             with suppress(OSError):  # a folder that may only be read
                 os.utime(path)
             features = tensors["features"]
@@ -99,7 +101,13 @@ class Cache(Entries):
 
         tensors = {name: getattr(encoded, name) for name in ("features", "kept", "owner", *OPTIONAL)}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
-        facts = {"rows": len(encoded.rows), "grids": encoded.grids, "layers": encoded.layers, "flat": encoded.flat}
+        facts = {
+            "key": key,
+            "rows": len(encoded.rows),
+            "grids": encoded.grids,
+            "layers": encoded.layers,
+            "flat": encoded.flat,
+        }
         about = json.dumps(facts)
         content = save(tensors, {"about": about, "digest": _digest(about, tensors)})
         return len(content) <= self.limit_bytes and self.write(key, lambda file: file.write(content))

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import evoprune
+from evoprune.errors import UsageError
+from evoprune.keywords import brief, check_type
 from evoprune.pipeline.saved import UNFINISHED, write_file
 
 SUFFIX = ".safetensors"
@@ -36,7 +38,15 @@ class Entries:
     limit_bytes: int  # of all entries together; the least recently used are deleted
 
     def __post_init__(self):
-        object.__setattr__(self, "folder", Path(self.folder))
+        """Raises UsageError: `folder` is no path, or `limit_bytes` no number."""
+        try:
+            object.__setattr__(self, "folder", Path(self.folder))
+            named = b"\0" not in os.fsencode(self.folder)
+        except (TypeError, UnicodeEncodeError):
+            named = False
+        if not named:
+            raise UsageError(f"the folder of a cache is {brief(self.folder)}, not a path", "give the path of a folder")
+        object.__setattr__(self, "limit_bytes", check_type("limit_bytes", self.limit_bytes, int))
 
     def write(self, key: str, content: Callable[[BinaryIO], None]) -> bool:
         """Writes an entry, and deletes old ones beyond the limit; False where the system refuses. Raises what `content` does."""

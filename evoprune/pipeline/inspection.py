@@ -2,8 +2,8 @@
 
 import os
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import TextIO
 
 import evoprune
 from evoprune.bundled import DEMOS
@@ -22,8 +22,8 @@ from evoprune.vision.tower import tower_shape
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord", "typer", "rich", "numpy")
 
 
-def environment_facts() -> dict:
-    """Versions, devices, decoders, methods, caches, tuned settings and environment variables."""
+def environment_facts(stdout: TextIO) -> dict:
+    """Versions, devices, decoders, methods, caches, tuned settings, environment variables, and the encoding of `stdout`."""
     import torch
     from huggingface_hub import constants
 
@@ -77,7 +77,7 @@ def environment_facts() -> dict:
         "recipes": recipes.facts(recipes.every()),
         "config_folder": str(folder()),
         "offline": constants.HF_HUB_OFFLINE,
-        "stdout_encoding": sys.stdout.encoding,
+        "stdout_encoding": stdout.encoding,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("EVOPRUNE_")},
     }
 

@@ -45,6 +45,7 @@ class PromptReader:
         # The system prompt, the cache, and how many of its columns no question changes.
         self._prefix: tuple[str | None, KVCache, int] | None = None
 
+    @names_plugins()
     def build(self, question: str, options: GenerationOptions, kept: int) -> Prompt:
         """The prompt of a question, with room for all visual tokens of the inputs, of which `kept` will be read.
 

@@ -183,6 +183,7 @@ class VideoStream(Askable):
         """Seconds from one frame that is looked at to the next; None before the first one."""
         return self._plan and self._plan.sampling.seconds_per_frame
 
+    @names_plugins()
     def _begin(self, frame: np.ndarray, time_s: float) -> None:
         """Plans a window as a video of its length, and reads what precedes the video in the prompt, which packs weights."""
         height, width, _ = frame.shape

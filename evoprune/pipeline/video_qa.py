@@ -23,7 +23,7 @@ import torch
 from evoprune.errors import UsageError, names_plugins
 from evoprune.keywords import brief, check_type, names_options
 from evoprune.model.cost import Clock
-from evoprune.pipeline.answering import Answer, EncodedInputs, together
+from evoprune.pipeline.answering import Answer, EncodedInputs, Uncopied, together
 from evoprune.pipeline.encoding import EncodeRows, OpenInput, Progress, ReadFrames
 from evoprune.pipeline.engine import Engine, make_engine, unpruned
 from evoprune.pipeline.loading.found import FoundModel, find_model
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 Path = str | os.PathLike[str]
 
 
-class VideoQA:
+class VideoQA(Uncopied):
     """A loaded model with a pruning method and a budget, ready for videos.
 
     It computes in the dtype that the model was loaded with, also inside torch's autocast. `loaded` is from `loading.load_model`;
@@ -61,6 +61,8 @@ class VideoQA:
         UsageError: a bad budget or method. ModelError: a model without a tokenizer. TypeError: an unknown option, or a name in
         the place of a loaded model.
     """
+
+    INSTEAD = "threads may share it; another process loads its own, with VideoQA.load"
 
     @names_options
     def __init__(self, loaded: LoadedModel, *, load_seconds: float | None = None, pruning: PruneOptions):
@@ -99,7 +101,6 @@ class VideoQA:
         return VideoQA(engine.loaded, load_seconds=engine.load_seconds, pruning=engine.options)
 
     @names_options
-    @names_plugins()
     def encode(
         self,
         path: Path | Sequence[Path],
@@ -161,7 +162,7 @@ class VideoQA:
             opened: list[EncodedInputs | OpenInputs] = []
             for each in given:
                 known = isinstance(each, EncodedInputs)
-                opened.append(each if known else stack.enter_context(closing(open_inputs(self.engine, [each]))))
+                opened.append(each if known else stack.enter_context(closing(open_inputs(self.engine, paths_of(each)))))
             if isinstance(question, str) and opened:
                 held = [plan for each in opened if isinstance(each, EncodedInputs) for plan in each.plans]
                 plans = [plan for each in opened for plan in each.plans]
@@ -197,6 +198,7 @@ class VideoQA:
         return VideoStream(self.engine, options, sampling, system, name)
 
 
+@names_plugins()
 def open_inputs(
     engine: Engine,
     paths: Sequence[Path],
@@ -249,6 +251,7 @@ class OpenInputs:
         """
         self._inputs[0].begin()
 
+    @names_plugins()
     def encode(self, progress: Progress | None = None) -> EncodedInputs:
         """Reads, preprocesses and encodes one after the other.
 
@@ -273,16 +276,16 @@ class OpenInputs:
 
 
 def paths_of(given: Any) -> Sequence[Path]:
-    """The paths of one or of several inputs. Raises UsageError if there are none, or what was given are no paths."""
+    """The paths of one or of several inputs, as texts. Raises UsageError if there are none, or what was given are no paths."""
     paths = [given] if isinstance(given, str | os.PathLike) else given
     if not isinstance(paths, list | tuple) or not paths:
         raise UsageError(f"the input is {brief(given)}, not a path", "give the path of a file or a folder of frames")
     for each in paths:
-        if not isinstance(each, str | os.PathLike):
+        if not isinstance(each, str | os.PathLike) or isinstance(os.fspath(each), bytes):
             known = isinstance(each, EncodedInputs)
             hint = "ask takes it as it is: ask([encoded, ...], question)" if known else "give paths of files or folders"
             raise UsageError(f"an input is {brief(each)}, not a path", hint)
-    return paths
+    return [os.fspath(each) for each in paths]
 
 
 def load_qa(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import product
 
 from evoprune import methods
-from evoprune.errors import ModelError, OutOfMemory, memory_guard
+from evoprune.errors import ModelError, OutOfMemory, memory_guard, names_plugins
 from evoprune.model.config import PATCHES
 from evoprune.model.cost import matmul_rate, shortage
 from evoprune.pipeline.loading.model import LoadedModel
@@ -59,6 +59,7 @@ class Bench:
         """Floating-point operations a second in plain matrix products."""
         return matmul_rate(self._loaded.model.dtype, self._loaded.device, shapes=self._shapes)
 
+    @names_plugins()
     def run(self, row: Row) -> Turn | str:
         """A turn of a row; or why it failed: NaN or infinity, or no memory."""
         settings, loaded = self._settings, self._loaded

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.examples import MADE_BY, counts
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -28,13 +30,7 @@ def test_the_transcript_of_the_readme(cli):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     command, shown = re.search(r"^```text\n\$ evoprune (ask samples.*?)\n(.*?)^```", readme, re.S | re.M).groups()
     result = cli(*shlex.split(command))
-
-    def counts(text: str) -> list[list[str]]:
-        measured = ("model", "first token", "total", "memory", " " * 11)
-        lines = [line for line in text.splitlines() if line and not line.startswith(measured)]
-        return [re.sub(r"^(\S+|  pruning) +[\d.,]+ *#*", r"\1 ", line).split() for line in lines]
-
-    assert counts(shown) == counts(result.out + result.err)
+    assert counts(shown) == counts(result.out + result.err), MADE_BY
 
 
 @pytest.mark.full

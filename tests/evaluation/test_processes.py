@@ -1,5 +1,6 @@
 """Jobs shared out over processes."""
 
+import errno
 import multiprocessing
 import os
 import subprocess
@@ -7,11 +8,12 @@ import sys
 
 import pytest
 
-from evoprune.errors import EvopruneError, ModelError, OutOfMemory
+from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError
 from evoprune.evaluation import processes
 from evoprune.evaluation.processes import map_in_processes
 
 SCRIPT = """
+import sys
 import time
 from evoprune.evaluation.processes import map_in_processes
 
@@ -19,7 +21,8 @@ def start():
     return work
 
 def work(job):
-    print("at work", flush=True)
+    sys.__stdout__.write("at work\\n")
+    sys.__stdout__.flush()
     time.sleep(100)
     return []
 
@@ -89,3 +92,12 @@ def test_results_come_in_order_and_no_process_stays(fails):
         each.close()
     assert made == [[{"job": 2 * job}] for job in range(5)]
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_a_system_without_room_for_another_process(monkeypatch):
+    def refuses(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(processes.ProcessPoolExecutor, "submit", refuses)
+    with pytest.raises(UsageError, match="cannot start another process: Too many open files"):
+        list(map_in_processes(crashes, [1], 2))

@@ -2,11 +2,13 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import tomllib
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 import evoprune
 from evoprune import methods
 from evoprune.errors import PLUGINS, PluginError, PluginWarning, UsageError, names_plugins
+from evoprune.evaluation.processes import map_in_processes
 from evoprune.methods import registry
 from evoprune.methods.selecting import select as select_tokens_of
 from evoprune.methods.selecting import select_in_language
@@ -439,3 +442,86 @@ def test_a_run_is_not_gone_on_with_other_code_of_a_method(package, cli, tmp_path
         result = cli(*command)
         assert result.code == 2 and "plugins" in result.err
     assert methods.plugin_code("evoprune+fastv") == methods.plugin_code("reuse+scope") == {}
+
+
+# --- what ends a program, and what is printed ----------------------------------------------------------------------------
+
+LEAVES = ["SystemExit", "SystemExit('no licence')", "BaseException('gone')"]
+NOISY = "import sys\nprint('hello of a package')\n"
+MINE = "@dataclass(frozen=True)\nclass Mine(First):\n    name: ClassVar[str] = 'mine'\n    def select(self, tokens, keep):\n"
+
+
+@pytest.mark.parametrize("leaves", LEAVES)
+def test_one_that_leaves_the_program_when_it_is_imported_is_broken(package, leaves):
+    (package / "extra_methods.py").write_text(f"raise {leaves}\n")
+    says = f"'first' of extra-methods 1.2 cannot be loaded .{leaves.split('(')[0]}: "
+    with pytest.raises(UsageError, match=says) as caught:
+        methods.parse("first")
+    assert "uninstall" in caught.value.hint and "broken: cannot be loaded" in methods.plugins()["first"]
+
+
+@pytest.mark.parametrize("leaves", LEAVES)
+def test_one_that_leaves_the_program_when_it_selects_has_failed(package, leaves):
+    one_more(package, f"{MINE}        raise {leaves}\n")
+    with pytest.raises(PluginError, match=f"'mine' of extra-methods 1.2 failed: {leaves.split('(')[0]}: "):
+        evoprune.VideoQA.load("demo", budget=0.5, method="mine").encode("samples/square.mp4")
+
+
+def test_a_command_does_not_end_with_0_for_one_that_leaves_the_program(package, cli):  # noqa: F811
+    one_more(package, f"{MINE}        raise SystemExit(0)\n")
+    failed = "error: method 'mine' of extra-methods 1.2 failed: SystemExit: 0"
+    done = cli(*ASK, *QUESTIONS[:2], "--method", "mine")
+    assert done.code == 1 and done.record["error"]["type"] == "plugin" and failed in done.err
+    two = ("batch", "samples/square.mp4", "samples/pan.mp4", *QUESTIONS[:2], "-m", "demo", "--frames", "4", "-o", "-")
+    done = cli(*two, "--method", "mine")
+    errors = [json.loads(line)["error"] for line in done.out.splitlines()]
+    assert done.code == 6 and [error["type"] for error in errors] == ["plugin"] * 2
+    done = cli("eval", "--limit", "1", "--data", "samples/questions.jsonl", "--method", "mine", "-b", "0.5")
+    assert done.code == 1 and failed in done.err
+    (package / "extra_methods.py").write_text("raise SystemExit\n")
+    del sys.modules["extra_methods"]
+    for command in ("methods", "inspect"):
+        done = cli(command)
+        assert done.code == 0 and "cannot be loaded" in done.out
+    done = cli(*ASK, *QUESTIONS[:2], "--method", "first")
+    assert done.code == done.record["error"]["code"] == 2 and "error: method 'first' of extra-methods" in done.err
+
+
+@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, TimeoutError])
+def test_what_a_signal_raises_is_no_fault_of_the_method_that_it_interrupts(package, raised):
+    def handle(*_):
+        raise raised
+
+    one_more(package, f"{MINE}        import os, signal; os.kill(os.getpid(), signal.SIGUSR1)\n")
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with pytest.raises(raised):
+            evoprune.VideoQA.load("demo", budget=0.5, method="mine").encode("samples/square.mp4")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_an_interruption_while_one_is_imported_is_one(package):
+    (package / "extra_methods.py").write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        methods.parse("first")
+
+
+def test_what_one_prints_goes_to_stderr(package, cli):  # noqa: F811
+    one_more(package, f"{NOISY}{MINE}        print('selecting')\n        return super().select(tokens, keep)\n")
+    done = cli(*ASK, *QUESTIONS[:2], "--method", "mine")
+    assert done.record["pruning"]["method"] == "mine" and done.err.startswith("hello of a package\nselecting\n")
+    for command in ("methods", "inspect"):
+        del sys.modules["extra_methods"]
+        done = cli(command, "--json")
+        assert done.record["schema"] and "hello of a package\n" in done.err
+    two = ("batch", "samples/square.mp4", *QUESTIONS, "-m", "demo", "--frames", "4", "-n", "1", "-o", "-")
+    done = cli(*two, "--method", "mine")
+    assert len([json.loads(line) for line in done.out.splitlines()]) == 2 and "selecting" in done.err
+    done = cli("ask", "samples/square.mp4", *QUESTIONS[:2], "--method", "mine", "-n", "2")
+    assert "selecting" not in done.out and len(done.out.splitlines()) == 1
+
+
+def test_what_one_prints_in_another_process_goes_to_stderr(capfd):
+    list(map_in_processes(partial(partial, print), ["hello"], 1))
+    assert capfd.readouterr() == ("", "hello\n")

@@ -225,6 +225,18 @@ def test_a_damaged_entry_is_replaced(loaded, cache, clip, damage):
     assert again.report.cache == "hit" and answer(again) == fresh
 
 
+def test_an_entry_under_the_name_of_another_one_is_not_used(loaded, cache, clip):
+    qa = VideoQA(loaded, budget=0.25)
+    fresh = answer(qa.encode(clip, cache=cache))
+    (entry,) = cache.folder.iterdir()
+    assert qa.encode("samples/pan.mp4", cache=cache).report.cache == "miss"
+    (other,) = set(cache.folder.iterdir()) - {entry}
+    shutil.copy(other, entry)
+    video = qa.encode(clip, cache=cache)
+    assert video.report.cache == "miss" and answer(video) == fresh
+    assert qa.encode(clip, cache=cache).report.cache == "hit"
+
+
 def test_what_cannot_be_written_is_a_warning(loaded, clip, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     qa = VideoQA(loaded, budget=0.25)

@@ -1,5 +1,8 @@
 """The names of `import evoprune`: all there, listed, and free until they are used."""
 
+import copy
+import json
+import os
 import pickle
 import pydoc
 import re
@@ -9,6 +12,7 @@ from dataclasses import fields
 from functools import partial
 from inspect import signature
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +35,66 @@ def test_every_public_name_can_be_had_and_is_listed():
 def test_settings_are_of_the_class_that_users_know():
     settings = evoprune.EvoPrune(budget=0.1, seed=3)
     assert f"{type(settings)}" == "<class 'evoprune.EvoPrune'>" and pickle.loads(pickle.dumps(settings)) == settings
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.deepcopy, copy.copy])
+def test_what_belongs_to_its_process_says_so_where_it_is_copied(demo, copied):
+    video = demo.encode("samples/square.mp4", frames=4)
+    answer = video.ask("What colour is the square?", max_new_tokens=1)
+    with demo.stream() as stream:
+        for each, hint in (
+            (demo, "VideoQA.load"),
+            (video, "threads may"),
+            (stream, "threads may"),
+            (answer, "answer.text"),
+        ):
+            with pytest.raises(TypeError, match=f"no {type(each).__name__} can be pickled or copied: .*{hint}"):
+                copied(each)
+    assert copied(answer.report) and copied(evoprune.Cache("cache"))
+
+
+class Unprintable(os.PathLike):
+    """Of a class that can be printed no more than read."""
+
+    def __repr__(self):
+        raise ZeroDivisionError
+
+    def __fspath__(self):
+        return b"samples/square.mp4"
+
+
+def test_odd_arguments_are_refused_in_a_sentence(demo, tmp_path):
+    odd = Unprintable()
+    for call, says in {
+        lambda: demo.encode(odd): "an input is of class Unprintable, not a path",
+        lambda: demo.ask(odd, "What?"): "an input is of class Unprintable, not a path",
+        lambda: evoprune.VideoQA.load("demo", budget=odd): "budget is of class Unprintable, not",
+        lambda: evoprune.Cache(None): "the folder of a cache is None, not a path",
+        lambda: evoprune.Cache("a\0b"): "the folder of a cache is .*, not a path",
+        lambda: evoprune.Cache("a\ud800b"): "the folder of a cache is .*, not a path",
+        lambda: evoprune.Cache(tmp_path, limit_bytes="2 GiB"): "limit_bytes is '2 GiB', not a whole number",
+    }.items():
+        with pytest.raises(evoprune.UsageError, match=says):
+            call()
+    for name in ("a\0b", "a\ud800b"):
+        with pytest.raises(evoprune.VideoError, match="no file can have the name 'a"):
+            demo.encode(name)
+
+
+def test_numbers_of_numpy_are_welcome(demo):
+    numbers = {
+        "max_visual_tokens": np.int64(50),
+        "start_s": np.float32(1),
+        "end_s": np.float64(3),
+        "frames": np.int16(4),
+    }
+    video, plain = demo.encode("samples/square.mp4", **numbers), {name: value.item() for name, value in numbers.items()}
+    assert video.report.sampling == demo.encode("samples/square.mp4", **plain).report.sampling
+    answer = video.ask("What?", max_new_tokens=np.int32(1), temperature=np.float32(0.5), seed=np.int64(3))
+    assert answer.text and json.loads(answer.report.to_json())["generation"]["temperature"] == 0.5
+    seeds = (np.uint8(5), 5)
+    drawn = [evoprune.VideoQA(demo.loaded, method="random", seed=seed).encode("samples/square.mp4") for seed in seeds]
+    assert drawn[0].report.pruning == drawn[1].report.pruning
 
 
 def options_of(*kinds: type) -> dict[str, object]:

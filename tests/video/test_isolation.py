@@ -1,5 +1,6 @@
 """The process that videos are read in: whatever becomes of it, it is an error about the video, and nothing stays behind."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evoprune.errors import OutOfMemory, VideoError
+from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe
 from evoprune.video.sandbox import channel, isolation
@@ -187,9 +188,45 @@ def test_a_process_that_cannot_start(named, started, monkeypatch):
     with pytest.raises(VideoError, match="exit code 1") as caught:
         probe(named("fine"))
     assert "No module named 'nonexistent" in caught.value.__notes__[-1]
-    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
-    with pytest.raises(OutOfMemory, match="cannot start"):
+    monkeypatch.setattr(sys, "executable", "/bin/true")  # as in a program that has Python inside
+    with pytest.raises(VideoError, match="exit code 0") as caught:
         probe(named("fine"))
+    assert caught.value.hint.endswith("; or sys.executable, /bin/true, is not Python")
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    with pytest.raises(UsageError, match="cannot start the process that reads videos: No such file") as caught:
+        probe(named("fine"))
+    assert caught.value.hint == "sys.executable is /nonexistent/python; set it to a Python that can be run"
+
+
+CANNOT = {
+    errno.ENOMEM: (OutOfMemory, "close other programs"),
+    errno.EMFILE: (UsageError, "close files that this program holds open, or allow it more of them: ulimit -n"),
+    errno.ENFILE: (UsageError, "close other programs: this system has too many open files"),
+    errno.EAGAIN: (UsageError, "end other processes of this user, or allow more of them: ulimit -u"),
+}
+
+
+@pytest.mark.parametrize("number", CANNOT)
+def test_a_process_that_the_system_refuses(named, started, monkeypatch, number):
+    def refuses(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(subprocess, "Popen", refuses)
+    kind, hint = CANNOT[number]
+    with pytest.raises(kind, match=f"cannot start the process that reads videos: {os.strerror(number)}") as caught:
+        probe(named("fine"))
+    assert (type(caught.value), caught.value.hint, caught.value.stage) == (kind, hint, "read")
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
+def test_memory_for_frames_that_the_system_refuses(good, started, monkeypatch, number):
+    def refuses(*_):
+        raise OSError(number, os.strerror(number))
+
+    video = probe(good)
+    monkeypatch.setattr(os, "memfd_create", refuses)
+    with pytest.raises(UsageError if number == errno.EMFILE else MemoryError, match=os.strerror(number)):
+        list(read_frames(video, TIMES))
 
 
 def test_one_process_serves_one_video_after_the_other(good, started):

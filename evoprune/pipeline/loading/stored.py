@@ -41,10 +41,10 @@ def quantize_once(model: QwenVL, kind: str, fingerprint: str | None, progress: P
         quantize(model, kind, calibrate, progress)
         return
     entries, key = weights_folder(), _key(fingerprint, kind)
-    if read := _entry(entries.path(key), dict(places(model, kind))):
+    if read := _entry(entries.path(key), key, dict(places(model, kind))):
         restore(model, kind, read, progress)
         return
-    stream = _Stream()
+    stream = _Stream(key)
 
     def write(file: BinaryIO) -> None:
         stream.file = file
@@ -62,8 +62,8 @@ def _key(fingerprint: str, kind: str) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _entry(path: Path, layers: Collection[str]) -> Callable[[str], Weights] | None:
-    """What reads a layer's weights from a file, memory-mapped; None where there is none, or it is damaged."""
+def _entry(path: Path, key: str, layers: Collection[str]) -> Callable[[str], Weights] | None:
+    """What reads a layer's weights from a file, memory-mapped; None where there is none, it is damaged, or of another key."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -76,7 +76,7 @@ def _entry(path: Path, layers: Collection[str]) -> Callable[[str], Weights] | No
     for name in file.keys():  # noqa: SIM118 (not a dict)
         layer, _, part = name.rpartition(".")
         names.setdefault(layer, []).append(part)
-    if names.keys() != set(layers):
+    if names.keys() != set(layers) or (file.metadata() or {}).get("key") != key:
         return None
     with suppress(OSError):  # a folder that may only be read
         os.utime(path)
@@ -86,14 +86,14 @@ def _entry(path: Path, layers: Collection[str]) -> Callable[[str], Weights] | No
 class _Stream:
     """A safetensors file that is written tensor by tensor, its header last. Goes on without a file that cannot be written."""
 
-    def __init__(self):
+    def __init__(self, key: str):
         self.file: BinaryIO | None = None
-        self._header: dict[str, dict] = {}
+        self._header: dict[str, dict] = {"__metadata__": {"key": key}}
         self._end, self._problem = 0, None
 
     def add(self, layer: str, weights: Weights) -> None:
         try:
-            if not self._header:
+            if not self._end:
                 self.file.seek(8 + HEADER_BYTES)
             for part, tensor in weights.items():
                 if not self._problem:

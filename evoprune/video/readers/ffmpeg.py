@@ -94,6 +94,8 @@ def open_video(path: str) -> Iterator[InputContainer]:
         raise VideoError(
             f"no such file: {shorten(path, LONGEST) or repr(path)}", missing_hint(path, "check the path")
         ) from None
+    except ValueError:  # such as a null byte
+        raise VideoError(f"no file can have the name {shorten(repr(path), LONGEST)}", "check the path") from None
     except OSError as error:
         hint = missing_hint(path, "check the path, and whether you may read it")
         raise VideoError(f"cannot read {shorten(path, LONGEST)}: {error.strerror}", hint) from error

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import evoprune
-from evoprune.errors import OutOfMemory, UsageError, VideoError
+from evoprune.errors import OutOfMemory, UsageError, VideoError, process_error
 from evoprune.model.limits import oom_kills
 from evoprune.video.info import Video
 from evoprune.video.sandbox.channel import Channel, FrameMemory
@@ -48,7 +48,7 @@ class WorkerProcess:
     """A process that reads videos, one request at a time. `path` names the video in messages; `busy`: one is unanswered."""
 
     def __init__(self):
-        self.path, self.busy, self._oom_kills = "", False, oom_kills()
+        self.path, self.busy, self._answered, self._oom_kills = "", False, False, oom_kills()
         here, there = socket.socketpair()
         here.settimeout(SILENCE_S)
         self._channel = Channel(here)
@@ -80,7 +80,7 @@ class WorkerProcess:
     def ask_to_fill(self, memory: FrameMemory, shape: tuple[int, ...], more: dict[str, Any]) -> "np.ndarray":
         """Request the next frames, with `more` entries of the message: uint8 `[n, H, W, 3]`, filled when `answer` returns.
 
-        Raises VideoError: a limit on the size of files forbids such memory. MemoryError: there is none.
+        Raises VideoError: a limit on the size of files forbids such memory. UsageError: too many open files. MemoryError.
         """
         try:
             frames, number, descriptor = memory.take(shape)
@@ -89,6 +89,8 @@ class WorkerProcess:
             if error.errno == errno.EFBIG:
                 message = "the limit on the size of files is below that of a few frames"
                 raise VideoError(message, "ulimit -f unlimited") from error
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise process_error("share frames with the process that reads videos", error, "read") from error
             raise MemoryError(f"no memory for frames: {error.strerror}") from error
         try:
             self.send({"shape": shape, "piece": number, **more}, descriptor)
@@ -114,6 +116,7 @@ class WorkerProcess:
             raise VideoError(message, HINT) from error
         except (OSError, EOFError, ValueError, RecursionError) as error:
             raise self._crash() from error
+        self._answered = True
         # An earlier video in the same process may have taken the memory, so this is a crash: it is tried again.
         if limit := message.get("memory"):
             raise Crash(f"reading {self.path} takes more than {limit / 2**30:.1f} GiB of memory", HINT)
@@ -134,7 +137,12 @@ class WorkerProcess:
             hint = "close other programs, give the container more memory, or convert the video to a smaller size"
             return OutOfMemory(f"out of memory: the system ended the decoder of {self.path}", hint, stage="read")
         end = "its answer is invalid" if code is None else signal.strsignal(-code) if code < 0 else f"exit code {code}"
-        problem = Crash(f"the decoder crashed on {self.path} ({end})", HINT)
+        hint = (
+            HINT
+            if self._answered or code is None or code < 0
+            else f"{HINT}; or sys.executable, {sys.executable}, is not Python"
+        )
+        problem = Crash(f"the decoder crashed on {self.path} ({end})", hint)
         problem.add_note(os.pread(self._stderr.fileno(), 2**16, 0).decode(errors="replace"))
         return problem
 
@@ -179,8 +187,7 @@ def borrow(path: str) -> Iterator[WorkerProcess]:
     try:
         worker = _take() or WorkerProcess()
     except OSError as error:
-        message = f"cannot start the process that reads videos: {error.strerror}"
-        raise OutOfMemory(message, "close other programs", stage="read") from error
+        raise process_error("start the process that reads videos", error, "read") from error
     worker.path = path
     try:
         yield worker
@@ -217,7 +224,7 @@ def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] 
 
     Raises:
         VideoError: the process crashed or took too much memory, twice, or made no progress for `SILENCE_S`.
-        OutOfMemory: no process can be started, or the system ended it because memory ran out.
+        OutOfMemory: there is none to start a process, or the system ended it. UsageError: no process can be started.
         What the task raises.
     """
     if not POSSIBLE:

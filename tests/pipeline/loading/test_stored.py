@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import shutil
 
 import pytest
 import torch
@@ -71,6 +72,18 @@ def test_a_damaged_entry_is_written_again(damage, kind, folder, runs):
     entry.write_bytes(damage(whole))
     assert same(quantised(kind), expected) and len(runs) == 2
     assert entry.read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", parameters(SOME))
+def test_an_entry_under_the_name_of_another_one_is_written_again(kind, folder, runs):
+    expected = quantised(kind)
+    (entry,) = folder.iterdir()
+    quantised(kind, "b")
+    (other,) = set(folder.iterdir()) - {entry}
+    whole = entry.read_bytes()
+    shutil.copy(other, entry)
+    assert same(quantised(kind), expected) and len(runs) == 3
+    assert entry.read_bytes() == whole != other.read_bytes()
 
 
 @pytest.mark.parametrize("kind", parameters(SOME))
