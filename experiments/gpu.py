@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 # The seconds that a part may take, all its steps together.
 SECONDS = {"correctness": 75, "table": 190, "decoding": 55, "first": 85, "operations": 65}
-DRY_SECONDS = 60
+DRY_SECONDS = 120
 SPARE = 6.0  # seconds between the last turn that a step may begin and its end
 TAIL = 30  # lines of the output of a step that failed
 QWEN = "Qwen/Qwen{}-Instruct"

@@ -12,12 +12,6 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
-
-# Kernels run in Triton's interpreter where there is no GPU. Triton reads this when it is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from tests.process_state import differences, process_state
 from tests.tiny import save_tiny
 
@@ -36,16 +30,29 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.
 EXPERIMENTS = Path(__file__).parent / "experiments"
 
 
+def pytest_configure(config):
+    """Hides GPUs, from processes that a test starts too, unless `-m` asks for tests of them: `auto` is the CPU then.
+
+    Tests compare with tensors of the CPU, expect its sums to the last bit, or want 8 bits. Before CUDA is asked for anything.
+    """
+    if "cuda" not in (config.option.markexpr or "").replace("not cuda", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton reads this when it is imported
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Of a test marked `few(n)`, n of its cases stay in the default run, evenly spread. The others are `full`.
 
-    So are all tests of experiments, which users never run.
+    So are all tests of experiments, which users never run. A test marked `cuda` is skipped where there is no GPU to be seen.
     """
+    needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and -m cuda")
     cases = defaultdict(list)
     for item in items:
         if EXPERIMENTS in item.path.parents:
             item.add_marker("full")
+        if item.get_closest_marker("cuda"):
+            item.add_marker(needs_gpu)
         if item.get_closest_marker("few"):
             cases[item.nodeid.partition("[")[0]].append(item)
     for all_of_it in cases.values():

@@ -6,6 +6,7 @@ tests/huggingface/test_interface.py checks them, and fails if a release of trans
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import wraps
+from importlib.metadata import version
 from inspect import signature
 
 import torch
@@ -28,6 +29,7 @@ VISION_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", 
 # `pooler_output` is a list of features `[tokens, hidden]`, one for each video or picture. transformers before 5.18 has no such
 # argument (`encoded_inputs`).
 ENCODED = "mm_encoder_outputs"
+NEEDED = "transformers 5.20 or later"  # where an older one does not do
 # Of layers, where a config names no kinds; then the model takes one mask in place of a dict.
 ONLY_KIND = "full_attention"
 # Other arguments with a value per column, beside input_ids, attention_mask and position_ids, and their values at padding.
@@ -85,15 +87,14 @@ def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequ
     Before transformers 5.18 the features take the place of the pixels, in grids of one row: generation repeats them for beams, and
     passes them on to the first step only. `model`: after `accept_features`. `pictures`: None where the model is to encode them.
 
-    Raises UsageError before transformers 5.18: prefill in chunks, which leaves videos out; encoded pictures; DeepStack.
+    Raises UsageError before transformers 5.18: prefill in chunks, which leaves videos out; encoded pictures.
     """
-    if not _takes_encoded(type(model)):
-        if pictures is not None or any(deep is not None for _, deep in videos):
-            what = "encoded videos of Qwen3-VL" if pictures is None else "encoded pictures"
-            raise UsageError(f"this transformers takes no {what}", "use transformers 5.20 or later")
+    if not takes_encoded(model):
+        if pictures is not None:
+            raise _older("encoded pictures")
         videos = [features for features, _ in videos]
         if setting(model, call, "prefill_chunk_size") is not None:
-            hint = "unset it, or use transformers 5.20 or later"
+            hint = f"unset it, or use {NEEDED}"
             raise UsageError("prefill_chunk_size leaves videos out in this transformers", hint)
         pictures = {name: call[name] for name in ("pixel_values", "image_grid_thw") if call.get(name) is not None}
         grids = torch.tensor([[1, 1, len(features)] for features in videos], dtype=torch.int64, device=videos[0].device)
@@ -122,13 +123,18 @@ def _output(visuals: Sequence[Features]):
 
 
 def accept_features(model) -> None:
-    """Lets the class of `model.model` read the features of `encoded_inputs` before transformers 5.18, once and for all."""
+    """Lets the class of `model.model` read the features of `encoded_inputs` before transformers 5.18, once and for all.
+
+    Raises UsageError before that: a model with DeepStack (Qwen3-VL), whose features are of several layers.
+    """
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     kind = type(model.model)
     stock = kind.get_video_features
-    if _takes_encoded(type(model)) or hasattr(stock, "returns_features"):
+    if takes_encoded(model) or hasattr(stock, "returns_features"):
         return
+    if getattr(model.config.vision_config, "deepstack_visual_indexes", None):
+        raise _older("encoded videos of Qwen3-VL")
 
     @wraps(stock)
     def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
@@ -141,8 +147,13 @@ def accept_features(model) -> None:
     kind.get_video_features = get_video_features
 
 
-def _takes_encoded(kind: type) -> bool:
-    return ENCODED in signature(kind.forward).parameters
+def takes_encoded(model) -> bool:
+    """Whether the model takes videos that are encoded already; before transformers 5.18 none does."""
+    return ENCODED in signature(type(model).forward).parameters
+
+
+def _older(what: str) -> UsageError:
+    return UsageError(f"transformers {version('transformers')} takes no {what}", f"use {NEEDED}")
 
 
 def takes_numbers(model) -> bool:

@@ -20,6 +20,7 @@ from evoprune.pruning.budget import PRESETS
 from evoprune.report.records import Report
 from evoprune.report.stats import stats_block
 from tests.cli.screen import visible
+from tests.decoders import needs_decord
 from tests.loading import edit
 from tests.video.files import write_video
 
@@ -127,6 +128,7 @@ def test_each_of_several_questions_stands_above_its_answer_on_a_terminal(cli, fl
         assert "> W" not in cli(*asked, *flags, columns=80).err
 
 
+@needs_decord
 def test_both_decoders_give_the_same_answer(cli):
     record = cli("ask", CLIP, QUESTION, "--decoder", "decord", "--json").record
     assert record["video"]["decoder"] == "decord" and record["answer"] == ANSWER

@@ -15,6 +15,7 @@ from evoprune.bundled import DEMOS
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.pruning.reuse import THRESHOLD
 from evoprune_cli.inspect import TITLE, lines
+from tests.decoders import needs_decord
 from tests.quantized import KINDS
 from tests.video.files import write_video
 
@@ -199,6 +200,7 @@ def test_overlay(cli, tmp_path, ending, frames):
         assert sum(1 for _ in drawn.decode(video=0)) == frames
 
 
+@needs_decord
 def test_overlay_takes_the_options_of_pruning_and_sampling(cli, tmp_path):
     options = (
         "--method",

@@ -18,6 +18,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
+import evoprune
 from evoprune.huggingface import interface
 from tests.prompts import processed
 from tests.tiny import tiny_model
@@ -106,6 +107,22 @@ def test_generate_takes_encoded_videos_and_positions_as_they_are():
     assert torch.equal(seen[0]["inputs_embeds"][0, 6:8], features)
     assert torch.equal(seen[0]["position_ids"], positions)
     assert seen[1]["position_ids"].flatten().tolist() == [12, 12, 24, 36]
+
+
+def test_qwen3_is_refused_before_it_is_pruned_where_transformers_takes_no_encoded_videos(monkeypatch):
+    monkeypatch.setattr(interface, "takes_encoded", lambda model: False)
+    monkeypatch.setattr(interface, "version", {"transformers": "5.17.0"}.get)
+    for use in (evoprune.EvoPrune(budget=1.0), evoprune.apply):
+        with pytest.raises(
+            evoprune.UsageError, match=r"^transformers 5\.17\.0 takes no encoded videos of Qwen3-VL"
+        ) as caught:
+            use(tiny_model(family="qwen3_vl"))
+        assert caught.value.hint == "use transformers 5.20 or later"
+    other = tiny_model()
+    other.config.vision_config.deepstack_visual_indexes = ()
+    kind = type(other.model)
+    monkeypatch.setattr(kind, "get_video_features", kind.get_video_features)  # which is replaced, and is to come back
+    evoprune.EvoPrune(budget=1.0)(other)
 
 
 def test_generation_settings_have_generates_precedence():

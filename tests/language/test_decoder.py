@@ -379,7 +379,7 @@ def test_neither_prefill_nor_decoding_needs_transformers():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_computes_the_same(model, dtype):
     there = tiny_model().to("cuda", dtype)

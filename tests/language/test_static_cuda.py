@@ -14,7 +14,7 @@ from evoprune.model.config import MODEL_TYPES
 from tests.tiny import tiny_model
 
 DEVICE = "cuda"
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.cuda
 
 
 @contextmanager

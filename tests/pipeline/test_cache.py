@@ -18,6 +18,7 @@ from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.video_qa import VideoQA, open_inputs
 from evoprune.video.frames import read_frames
 from evoprune.vision.encoded import Encoded
+from tests.decoders import DECODERS
 from tests.threads import one_thread  # noqa: F401
 from tests.video.files import spoil
 
@@ -117,7 +118,7 @@ def test_what_the_numbers_depend_on_makes_another_entry(loaded, cache, clip, tmp
         {"start_s": 1.0},
         {"end_s": 3.0},
         {"max_visual_tokens": 50},
-        {"decoder": "decord"},
+        *([{"decoder": "decord"}] if "decord" in DECODERS else []),
         {"qa": VideoQA(loaded, budget=0.5)},
         {"qa": VideoQA(loaded, budget=0.25, seed=1)},
         {"qa": VideoQA(loaded, budget=0.25, method="evs")},

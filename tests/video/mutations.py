@@ -26,6 +26,7 @@ from evoprune.video.frames import choose_decoder, read_frames
 from evoprune.video.plan import InputLimits, make_plan
 from evoprune.video.probe import probe
 from evoprune.video.sandbox import isolation
+from tests.decoders import DECODERS
 from tests.video.files import numbered_frame, numbered_frames, write_image, write_video
 from tests.video.kinds import KINDS, write_kind
 
@@ -217,7 +218,7 @@ def run(number: int, seed: int, originals: dict[str, bytes], folder: Path, by_co
         video = folder / f"{number}_images"
         video.mkdir(exist_ok=True)
         path.rename(video / kind)
-    decoder = "decord" if number % DECORD_EVERY == 0 else "auto"
+    decoder = "decord" if number % DECORD_EVERY == 0 and "decord" in DECODERS else "auto"
     code, what, seconds, most = timed(video, decoder)
     if seconds > LONGEST_S:  # is it the file, or was the machine busy elsewhere?
         code, what, seconds, most = timed(video, decoder)

@@ -10,6 +10,7 @@ from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe, scan
 from evoprune.video.sandbox import isolation
 from experiments.decoders import in_this_process
+from tests.decoders import DECODERS
 from tests.video.files import numbered_frames, pixels, write_image
 from tests.video.good import good_files
 from tests.video.kinds import write_kind
@@ -32,7 +33,7 @@ def everything(path, decoder, chunk_frames):
 
 
 def check(path, chunk_frames):
-    for decoder in ("pyav", "decord"):
+    for decoder in DECODERS:
         apart = everything(path, decoder, chunk_frames)
         with in_this_process():
             here = everything(path, decoder, chunk_frames)

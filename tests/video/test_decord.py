@@ -1,7 +1,6 @@
 import sys
 from itertools import pairwise
 
-import decord
 import numpy as np
 import pytest
 
@@ -11,6 +10,8 @@ from evoprune.video.probe import probe
 from evoprune.video.readers import decord as backend
 from tests.video.files import number_of, numbered_frames, numbers, pixels, spoil, write_video
 from tests.video.kinds import HEVC, OPEN_GOP
+
+decord = pytest.importorskip("decord")
 
 
 def test_auto_is_pyav():

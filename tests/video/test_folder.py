@@ -14,6 +14,7 @@ from evoprune.video.listing import natural
 from evoprune.video.probe import probe
 from evoprune.video.readers import folder as backend
 from evoprune.video.readers.folder import exif_orientation
+from tests.decoders import needs_decord
 from tests.video.files import number_of, numbered_frame, numbered_frames, numbers, pixels, quarters, write_image
 
 
@@ -241,6 +242,7 @@ def test_only_images_that_are_shown_are_opened_one_by_one(tmp_path, opened):
     assert opened == [f"frame{i}.png" for i in (2, 10, 20, 19, 21)]
 
 
+@needs_decord
 def test_decord_reads_no_folders(tmp_path):
     info = probe(write_images(tmp_path, 2))
     assert choose_decoder("auto", info) == "pyav"

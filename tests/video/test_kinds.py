@@ -6,6 +6,7 @@ import pytest
 from evoprune.errors import VideoError
 from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe
+from tests.decoders import EVERY, needs_decord
 from tests.video.files import number_of, numbers, pixels
 from tests.video.kinds import KINDS, table, write_kind
 
@@ -14,6 +15,7 @@ def moments_in(info):
     return sorted([-1.0, 0.0, *np.linspace(0, info.duration_s, 23), 99.0])
 
 
+@needs_decord
 @pytest.mark.few(8)
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.decord_refuses])
 def test_both_decoders_show_the_same_frames(name, folder):
@@ -28,7 +30,7 @@ def test_both_decoders_show_the_same_frames(name, folder):
 
 
 @pytest.mark.few(10)
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", EVERY)
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_is_answered_or_refused(name, decoder, folder, capfd):
     kind, path = KINDS[name], write_kind(folder, name)

@@ -7,6 +7,7 @@ import pytest
 from evoprune.errors import VideoError
 from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe, scan
+from tests.decoders import DECODERS, EVERY
 from tests.video.files import numbered_frame, numbered_frames, numbers, write_image, write_video
 
 NAMES = [
@@ -46,7 +47,7 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.few(6)
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", EVERY)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")
 def test_a_name_is_nothing_but_a_name(name, decoder, here):
@@ -69,7 +70,7 @@ def test_a_name_that_is_no_text(here):
     except OSError:
         pytest.skip("this file system wants text")
     info = probe(name)
-    for decoder in ("pyav", "decord"):
+    for decoder in DECODERS:
         assert numbers(info, [0.25], decoder=decoder) == [2]
 
 
@@ -228,10 +229,9 @@ def test_a_video_replaced_by_a_playlist_is_not_followed(here):
     info = probe(path)
     write_video(here / "secret.ts", numbered_frames(3), options={"bf": "0"})
     path.write_text(PLAYLISTS["m3u8"].format(target="secret.ts"))
-    with pytest.raises(VideoError):
-        list(read_frames(info, [0.0]))
-    with pytest.raises(VideoError):
-        list(read_frames(info, [0.0], decoder="decord"))
+    for decoder in DECODERS:
+        with pytest.raises(VideoError):
+            list(read_frames(info, [0.0], decoder=decoder))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows keeps such folders")

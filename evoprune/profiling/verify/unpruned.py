@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from evoprune.errors import UsageError
 from evoprune.huggingface import interface
 from evoprune.huggingface.context import PruningContext
 from evoprune.language import decoder
@@ -79,6 +80,8 @@ def positions(subject: Subject) -> Outcome:
         made, call = asked.positions, {name: value.cpu() for name, value in asked.call.items()}
         if "second_per_grid_ts" in call:  # exactly: a product that is a whole number must not be rounded below it
             seconds = [asked.plans[-1].sampling.seconds_per_pair(pair)]
+            if seconds[0] % 1 and not interface.takes_encoded(subject.transformers):
+                return skipped("this transformers cuts seconds from one frame pair to the next to whole ones")
             call["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float64, device="cpu")
         theirs = interface.model_positions(subject.transformers, call, call["attention_mask"], False)[:, 0]
         runs, at = [], 0  # of text, of a picture or of a video
@@ -137,12 +140,16 @@ def _same_answer(subject: Subject, *paths: Path) -> Outcome:
 
 def batch(subject: Subject) -> Outcome:
     """A batch of two through `EvoPrune(...)(model)`: unpruned as the model alone, and pruned as each prompt by itself."""
+    try:
+        whole, pruning = (PruningContext(budget=budget)(subject.transformers) for budget in (1.0, BUDGET))
+    except UsageError as older:  # Qwen3-VL in an older transformers
+        return skipped(older.message)
     calls = [subject.about(subject.video, question=question).call for question in (QUESTION, ANOTHER)]
     both = _padded(calls)
     stock = subject.last_logits(both)
-    with PruningContext(budget=1.0)(subject.transformers):
+    with whole:
         unpruned = gap(subject.last_logits(both), stock, centred=True)
-    with PruningContext(budget=BUDGET)(subject.transformers):
+    with pruning:
         alone = torch.cat([subject.last_logits(call) for call in calls])
         pruned = gap(subject.last_logits(both), alone, centred=True)
     return _within(unpruned.worse(pruned), subject.logits_noise, 2)

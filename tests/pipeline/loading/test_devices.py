@@ -1,5 +1,6 @@
 """Which device is taken, and what is said about one that cannot be."""
 
+import os
 import warnings
 
 import pytest
@@ -11,6 +12,11 @@ from evoprune.model.machine import available_memory, is_accelerator, reading_wai
 from evoprune.pipeline.loading.found import pick_device, pick_dtype
 
 OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040).\nPlease update"
+
+
+def test_the_other_tests_see_no_gpu():
+    """Those marked `cuda` alone do: `auto` is the CPU here, and in processes that a test starts."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
 
 
 def test_a_gpu_with_an_old_driver_is_named_in_one_line_and_the_cpu_goes_on(monkeypatch):

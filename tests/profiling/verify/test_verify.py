@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 
+from evoprune.huggingface import interface
 from evoprune.model.config import MODEL_TYPES
 from evoprune.pipeline.loading.model import load_model
 from evoprune.profiling.time_limit import TimeLimit
@@ -15,6 +16,7 @@ from evoprune.profiling.verify.outcome import DIFFERS, HELD, SKIPPED, Check, gap
 from evoprune.profiling.verify.run import CHECKS, subject_of, verify
 from evoprune.profiling.verify.subject import QUESTION
 from evoprune.profiling.verify.wide import computing_in
+from tests.huggingface.reference import TAKES_ENCODED
 from tests.loading import edit
 from tests.profiling.verify.faults import FAULTS, QWEN3_FAULTS
 from tests.threads import one_thread  # noqa: F401
@@ -50,7 +52,9 @@ def assert_held(results) -> None:
 @pytest.mark.parametrize("name", ["demo", *MODEL_TYPES])
 def test_everything_holds(folders, name):
     assert_held(results := verified(folders.get(name, name), quick=True))
-    assert {n for n, s in states(results).items() if s == SKIPPED} == {c.name for c in CHECKS if c.slow} | {"waits"}
+    older = {"model"} if name == "qwen3_vl" and not TAKES_ENCODED else set()
+    expected = {c.name for c in CHECKS if c.slow} | {"waits"} | older
+    assert {n for n, s in states(results).items() if s == SKIPPED} == expected
 
 
 @pytest.mark.full
@@ -108,6 +112,17 @@ def test_a_fault_of_the_tower_is_found_in_16_bits(folders, monkeypatch):
 @pytest.mark.parametrize("path", ["samples/square.mp4", "docs/overlay.png"])
 def test_a_file_of_the_user(path):
     assert_held(verified("demo", path=path, quick=True, checks=CHECKS[:5]))
+
+
+def test_what_an_older_transformers_cannot_do_is_skipped(folders, monkeypatch):
+    monkeypatch.setattr(interface, "takes_encoded", lambda model: False)
+    named = [check for check in CHECKS if check.name in ("model", "batch")]
+    results = verified(folders["qwen3_vl"], checks=named)
+    assert {*states(results).values()} == {SKIPPED}
+    assert "takes no encoded videos of Qwen3-VL" in results.findings[0].outcome.says
+    positions = [check for check in CHECKS if check.name == "positions"]
+    assert states(verified("demo", path="samples/square.mp4", checks=positions)) == {"positions": SKIPPED}  # 2 / 3 s
+    assert states(verified("demo", checks=positions)) == {"positions": HELD}
 
 
 def test_what_begins_after_the_time_limit_is_skipped():

@@ -1,0 +1,84 @@
+"""A GPU gives what the CPU gives: an encoding, answers, the operators of the selection, decoding in a graph. Run with `-m cuda`."""
+
+import pytest
+import torch
+
+from evoprune.pipeline.loading.model import load_model
+from evoprune.pipeline.video_qa import VideoQA
+from evoprune.profiling.time_limit import TimeLimit
+from evoprune.profiling.verify.run import subject_of, verify
+
+pytestmark = pytest.mark.cuda
+
+CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
+
+
+@pytest.fixture(scope="module")
+def devices():
+    """The demo model on the CPU, and on what `auto` takes."""
+    return load_model("demo", device="cpu"), load_model("demo", dtype="fp32", pack=False)
+
+
+def test_auto_takes_the_gpu(devices):
+    assert [loaded.device.partition(":")[0] for loaded in devices] == ["cpu", "cuda"]
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.25])
+def test_an_encoding_and_an_answer_are_those_of_the_cpu(devices, budget):
+    here, there = (VideoQA(loaded, budget=budget).encode(CLIP) for loaded in devices)
+    kept, on_gpu = ({*each.encoded.kept.tolist()} for each in (here, there))
+    assert len(on_gpu) == len(kept) and len(kept - on_gpu) <= 0.05 * len(
+        kept
+    )  # where distances are equal but for rounding
+    if kept == on_gpu:
+        features = there.encoded.features.cpu()
+        torch.testing.assert_close(features, here.encoded.features, rtol=2e-3, atol=2e-3 * float(features.abs().max()))
+    answers = [each.ask(QUESTION, max_new_tokens=8) for each in (here, there)]
+    assert answers[0].text == answers[1].text == "green"
+    assert answers[1].report.memory.peak_bytes > 0 and answers[1].report.model.device.startswith("cuda")
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.25])
+def test_without_graphs_and_kernels_the_tokens_are_the_same(devices, budget, monkeypatch):
+    video = VideoQA(devices[1], budget=budget).encode(CLIP)
+    long = {"max_new_tokens": 24, "temperature": 1.0, "seed": 3}  # a draw does not end at once
+    answer = video.ask("What happens in the clip?", **long)
+    text = answer.text
+    monkeypatch.setenv("EVOPRUNE_PLAIN", "1")
+    plain = VideoQA(devices[1], budget=budget).encode(CLIP)
+    assert {*plain.encoded.kept.tolist()} == {*video.encoded.kept.tolist()}
+    assert plain.ask("What happens in the clip?", **long).text == text
+
+
+def test_verify_holds(devices):
+    with subject_of(devices[1], None) as subject:
+        *_, results = verify(subject, TimeLimit(240), quick=True)
+    assert not [(found.check.name, found.outcome.says) for found in results.of("differs")]
+    assert results.verdict == "held"
+
+
+@pytest.mark.parametrize("rows, points, side", [(1, 1, 1), (40, 96, 32), (700, 1000, 300)])
+def test_operators_of_the_selection_are_those_of_the_cpu(rows, points, side):
+    """Whole numbers, so that sums are exact in any order."""
+    pytest.importorskip("evoprune.backend.selection")
+    random = torch.Generator().manual_seed(points)
+
+    def draw(high, *shape):
+        return torch.randint(high, shape, generator=random)
+
+    place = (2 * draw(9, rows, 64) - 8).float()
+    half, weight, first = (place**2).sum(1) / 2, draw(5, rows).float(), draw(100, rows).float()
+    row, time = draw(rows, points) - (draw(8, points) == 0).long(), draw(6, points).float()
+    row[0] = 0
+    tubes = torch.full((-(-points // side) * side,), points, dtype=torch.int64)
+    tubes[:points] = torch.arange(points)
+    tubes = tubes.view(-1, side)
+    there = [x.cuda() for x in (place, half, weight, first, row, time, tubes)]
+    radii = torch.ops.evoprune.tube_radii(place, half, weight, first, row, time, tubes, points)
+    assert torch.equal(torch.ops.evoprune.tube_radii(*there, points).cpu(), radii)
+    selected = radii.argsort(descending=True, stable=True)[: max(1, int((row >= 0).sum()) // 4)].sort().values
+    nearest = torch.ops.evoprune.nearest_selected(place, half, weight, row, time, selected)
+    place, half, weight, first, row, time, _ = there
+    assert torch.equal(
+        torch.ops.evoprune.nearest_selected(place, half, weight, row, time, selected.cuda()).cpu(), nearest
+    )
