@@ -12,6 +12,8 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
 from tests.process_state import differences, process_state
 from tests.tiny import save_tiny
 

@@ -35,14 +35,18 @@ def without_cudnn() -> Iterator[None]:
                 torch.backends.cuda.enable_cudnn_sdp(_before)
 
 
-@lru_cache
 def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
     """Attention of groups of any lengths in one call; None if torch does not have it, or the device cannot run it in this dtype.
 
     It is called with queries, keys and values `[patches, heads, d]`, the ends of groups among queries and among keys (int32), the
     greatest number of each, and `scale`.
     """
-    if device.type != "cuda" or torch.version.cuda is None or dtype not in (torch.bfloat16, torch.float16) or plain():
+    return None if plain() or device.type != "cuda" else _varlen_kernel(device, dtype)
+
+
+@lru_cache
+def _varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
+    if torch.version.cuda is None or dtype not in (torch.bfloat16, torch.float16):
         return None
     if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cuda.is_flash_attention_available():
         return None

@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 
 import torch
@@ -10,11 +11,22 @@ import torch
 from evoprune.errors import DeviceWarning, first_line
 
 _failed: set[str] = set()
+_plainly: list[bool] = []
 
 
 def plain() -> bool:
-    """Whether this process wants nothing but plain PyTorch: EVOPRUNE_PLAIN is set, and not to 0."""
-    return os.environ.get("EVOPRUNE_PLAIN", "0") not in ("", "0")
+    """Whether nothing but plain PyTorch is wanted: EVOPRUNE_PLAIN is set, and not to 0, or this is inside of `plainly`."""
+    return bool(_plainly) or os.environ.get("EVOPRUNE_PLAIN", "0") not in ("", "0")
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """A context in which no kernel and no graph is used."""
+    _plainly.append(True)
+    try:
+        yield
+    finally:
+        _plainly.pop()
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,8 @@
 """Layers in few operations: joined weights and fused kernels on CUDA."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -10,6 +12,7 @@ from evoprune.errors import DeviceWarning, first_line, is_out_of_memory
 from evoprune.model.linear import is_plain
 
 TOGETHER = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}  # products of the same input
+_apart: list[bool] = []
 _problem: list[Exception] = []  # why kernels are not used any more
 
 
@@ -57,10 +60,20 @@ def join_tower(visual) -> None:
 def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """The weights of `join` of a layer's attention or MLP; None if there are none, or a layer has others by now."""
     found = getattr(module, "joined", None)
-    if found is None:
+    if found is None or _apart:
         return None
     first = module.q_proj if hasattr(module, "q_proj") else module.gate_proj
     return found if first.weight.data_ptr() == found[0].data_ptr() else None
+
+
+@contextmanager
+def unjoined() -> Iterator[None]:
+    """A context in which products take each matrix by itself, as in a model of transformers."""
+    _apart.append(True)
+    try:
+        yield
+    finally:
+        _apart.pop()
 
 
 def kernels(device: torch.device) -> ModuleType | None:

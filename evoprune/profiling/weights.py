@@ -61,7 +61,9 @@ def quantized_models(
     """The models that there is memory for beside `working` bytes ("none" is packed), why others are missing, and remarks."""
     for name in names:
         check_quantize(name, torch.device(loaded.device))
-    ours, notes, missing = shared(loaded.model), [], {}
+    # Where layers are not packed they may have been joined, and stay so.
+    ours = shared(loaded.model) if can_pack(next(loaded.model.parameters())) else loaded.model
+    notes, missing = [], {}
     parts = ours.model.visual, ours.model.language_model
     tower, language = (sum(weight.nbytes for weight in part.parameters()) for part in parts)
     plain = sum(weight.nbytes for weight in loaded.model.parameters())

@@ -21,7 +21,7 @@ def test_plain_takes_masks(monkeypatch):
     assert not carries_bias(torch.device("cuda"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dim", [128, 136])
 @pytest.mark.parametrize("rows", [2, 64, 500, 700])
 def test_the_end_of_a_prompt_on_a_gpu(rows, dim):

@@ -7,10 +7,12 @@ from functools import partial
 
 import torch
 
+from evoprune.backend.layers import unjoined
 from evoprune.errors import UsageError
 from evoprune.huggingface.context import PruningContext
 from evoprune.methods.registry import INNER, built_in
 from evoprune.model import cost
+from evoprune.model.config import PATCHES
 from evoprune.model.quantize import kinds, quantize, saved_bytes
 from evoprune.model.weights import shared
 from evoprune.pipeline.answering import EncodedInputs
@@ -35,7 +37,7 @@ def counted_rows(visual: torch.nn.Module) -> Iterator[list[int]]:
     rows = [0] * len(visual.blocks)
 
     def note(layer: int, _, given: tuple[torch.Tensor]) -> None:
-        rows[layer] += len(given[0])
+        rows[layer] += given[0].shape[:-1].numel() // PATCHES
 
     hooks = [block.attn.qkv.register_forward_pre_hook(partial(note, i)) for i, block in enumerate(visual.blocks)]
     try:
@@ -132,12 +134,16 @@ def reuse(subject: Subject) -> Outcome:
 
 
 def transformers_model(subject: Subject) -> Outcome:
-    """Logits of a pruned prompt from transformers' language model, and from ours."""
+    """Logits of a pruned prompt from transformers' language model, and from ours.
+
+    Both towers compute with weights as they are: products with joined ones round otherwise, and a selection depends on that.
+    """
     try:
         pruning = PruningContext(budget=BUDGET, positions="qwen")(subject.transformers)
     except UsageError as older:  # Qwen3-VL in an older transformers
         return skipped(older.message)
-    ours = subject.encode(subject.asking(), [subject.video]).read_along(QUESTION, [0])[0]
+    with unjoined():
+        ours = subject.encode(subject.asking(), [subject.video]).read_along(QUESTION, [0])[0]
     with pruning:
         theirs = subject.last_logits(subject.about(subject.video).call)
     found = gap(ours, theirs, centred=True)

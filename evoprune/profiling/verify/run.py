@@ -18,7 +18,7 @@ from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling import synthetic
 from evoprune.profiling.time_limit import TimeLimit
-from evoprune.profiling.verify import pruned, speed, unpruned
+from evoprune.profiling.verify import accelerated, pruned, speed, unpruned
 from evoprune.profiling.verify.outcome import DIFFERS, HELD, SKIPPED, Check, Outcome, skipped
 from evoprune.profiling.verify.subject import Subject
 from evoprune.video.info import PICTURE
@@ -41,6 +41,7 @@ CHECKS = (
     Check("chunks", "tokens from the smallest chunks, with those from the usual ones", pruned.chunks),
     Check("reuse", "a clip that stands still, with and without reuse", pruned.reuse),
     Check("model", "EvoPrune(...)(model) of transformers, with VideoQA, both pruned", pruned.transformers_model),
+    Check("plain", "kernels and graphs of a GPU, with plain PyTorch", accelerated.accelerated),
     Check("waits", "how often the program waits for the device, with the design", speed.waits),
     Check("memory", "the peak of a question, with the estimate", speed.memory),
     Check("packed", "products with packed weights, with those in fp64", unpruned.packed),
