@@ -1,6 +1,5 @@
 """Attention on CUDA: never cuDNN's, which plans each new shape for up to seconds; and the kernel for packed groups."""
 
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,15 +49,19 @@ def _varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
         return None
     if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cuda.is_flash_attention_available():
         return None
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    if "scale" in inspect.signature(varlen_attn).parameters:
-        return varlen_attn
+    return attend_varlen
 
-    def scaled(q, k, v, query_ends, key_ends, longest, most, scale):
-        # Before `scale` was an argument, it was 1 / sqrt(d) of what is given.
-        return varlen_attn(q * (scale * q.shape[-1] ** 0.5), k, v, query_ends, key_ends, longest, most)
 
-    return scaled
+def attend_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_ends: torch.Tensor,
+    key_ends: torch.Tensor,
+    longest: int,
+    most: int,
+    scale: float,
+) -> torch.Tensor:
+    """See `varlen_kernel`. It is what `torch.nn.attention.varlen` calls, whose import takes as long as a first answer."""
+    lengths = query_ends, key_ends, longest, most
+    return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, False, False, scale=scale)[0]

@@ -5,6 +5,7 @@ What happens between layers is a `Reduction`; what a selector needs of them, `Ga
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -132,7 +133,11 @@ def rotary(config, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
 
     The first half of the sines is negated. One half of the angles depends on the patch's y, the other half on its x.
     """
-    merge, quarter = config.spatial_merge_size, config.hidden_size // config.num_heads // 4
+    return _rotary(config.spatial_merge_size, config.hidden_size // config.num_heads // 4, geo)
+
+
+@lru_cache(maxsize=16)
+def _rotary(merge: int, quarter: int, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
     speed = 10000.0 ** (torch.arange(quarter, dtype=torch.float32, device=geo.device) / -quarter)
     y, x = torch.meshgrid(ascending(geo.height, geo.device), ascending(geo.width, geo.device), indexing="ij")
     dy, dx = torch.meshgrid(ascending(merge, geo.device), ascending(merge, geo.device), indexing="ij")

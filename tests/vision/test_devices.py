@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from evoprune.backend import attention as backend_attention
+from evoprune.backend.attention import attend_varlen
 from evoprune.methods.baselines import Nothing, Random
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_merge import EvoPrunePaper
@@ -20,7 +22,7 @@ from evoprune.vision.attention import Packed, attend_packed, buckets, grouped_at
 from evoprune.vision.devices import Timer
 from evoprune.vision.layout import attention_groups, geometry
 from tests.vision.clips import changes, clip
-from tests.vision.devices import NoWaiting, assert_same_on_a_gpu, take_gpu_route, varlen_by_hand
+from tests.vision.devices import NoWaiting, assert_same_on_a_gpu, take_gpu_route
 from tests.vision.results import encode_noise, encode_patches
 from tests.vision.test_attention import HEADS, LAYOUTS, by_hand, rows_of
 from tests.vision.test_chunks import chunks_of
@@ -128,29 +130,26 @@ def test_in_bf16_the_kernel_is_as_exact_as_its_dtype(shape, merges, scope, size_
 
 
 def test_the_kernel_is_used_only_on_gpus_that_can_run_it(monkeypatch):
-    found = attention.varlen_kernel.__wrapped__
+    found = backend_attention._varlen_kernel.__wrapped__
+    assert attention.varlen_kernel(torch.device("cpu"), torch.bfloat16) is None
     gpu = torch.device("cuda")
-    assert found(torch.device("cpu"), torch.bfloat16) is None
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert found(gpu, torch.bfloat16) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert found(gpu, torch.float32) is None
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_by_hand)
-    assert found(gpu, torch.float16) is varlen_by_hand
-    monkeypatch.setattr(varlen, "varlen_attn", lambda q, k, v, ends_q, ends_k, longest_q, longest_k: q)
-    assert found(gpu, torch.bfloat16) is None  # a torch whose kernel takes no scale
+    assert found(gpu, torch.float16) is attend_varlen
+    monkeypatch.setenv("EVOPRUNE_PLAIN", "1")
+    assert attention.varlen_kernel(gpu, torch.float16) is None
 
 
 def test_torchs_own_kernel_accepts_the_arguments():
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
     layout = random_layout(geometry(5, 7), 2, ["pair"], seed=1)
     q, k, v = (x.bfloat16() for x in rows_of(layout))
     plan = packed(layout, "window")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made = attend_packed(varlen.varlen_attn, q, k, v, plan, True)
+        made = attend_packed(attend_varlen, q, k, v, plan, True)
     assert made.shape == q.shape and made.dtype == q.dtype
 
 
