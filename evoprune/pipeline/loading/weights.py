@@ -110,7 +110,11 @@ def separate_head(files: Iterable[Path]) -> bool:
 
 def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> QwenVL:
     """A model with seeded random weights, for benchmarks: speed does not depend on the values. Takes seconds at 3B."""
-    model = empty(config).to(dtype).to_empty(device=device)
+    model = empty(config)
+    for module in model.modules():  # not `to_empty`, which imports torch's compiler for two seconds
+        for name, weight in [*module.named_parameters(recurse=False)]:
+            made = torch.empty(weight.shape, dtype=dtype, device=device)
+            setattr(module, name, torch.nn.Parameter(made, requires_grad=False))
     model.tie()
     # One block of noise, repeated. Its length is a prime, so that no two rows of a matrix are equal.
     random = torch.Generator().manual_seed(0)
