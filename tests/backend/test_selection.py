@@ -56,7 +56,7 @@ def test_points_of_a_tube_fall_in_the_order_in_which_the_farthest_come(name):
 @KEEP
 @pytest.mark.parametrize("held", [1, 1 << 23])
 def test_the_nearest_is_the_same_in_the_form_of_the_cpu(name, share, held, monkeypatch):
-    place, half, weight, first, row, time, tubes = points(SHAPES[name], 3)
+    place, half, weight, _, row, time, _ = points(SHAPES[name], 3)
     there = (row >= 0).nonzero()[:, 0]
     selected = there[:: max(1, round(1 / (share or 1e-3)))]
     args = place, half, weight, row, time, selected
