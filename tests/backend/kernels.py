@@ -9,6 +9,27 @@ from tests.backend.cases import SHAPES, clusters, means, points
 EVERY = pytest.mark.parametrize("name", SHAPES)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["32", "b16"])
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 45])
+def test_places(length, projected, dtype):
+    random = torch.Generator().manual_seed(length)
+    rows = (torch.randn(length, 70, generator=random) * torch.linspace(0.1, 9, 70) + 3).to(dtype)
+    owner = torch.cat([torch.randint(-1, length, (60,), generator=random), torch.zeros(1, dtype=torch.int64)])
+    args = rows, owner, torch.randn(70, 16, generator=random) / 4 if projected else None, 16384
+    count = selection._counts(owner, length)
+    place, salience = selection_kernels.standard_places(
+        rows, count, args[2], 16384, selection.STILL, selection.ROUNDING
+    )
+    expected = selection.standard_places(*args)
+    torch.testing.assert_close(place, expected[0], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(salience, expected[1], atol=1 / 16384, rtol=0)
+    same = selection_kernels.standard_places(
+        rows[:1].expand(9, -1), torch.ones(9), None, 16384, selection.STILL, selection.ROUNDING
+    )
+    assert not same[0].any() and not same[1].any()
+
+
 @EVERY
 def test_radii(name):
     args = points(SHAPES[name], 1)

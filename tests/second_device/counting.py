@@ -1,6 +1,7 @@
 """Counts what an encode asks of a device, where the counts are exact: `python -m tests.second_device.counting`.
 
-Operations are all that reach torch's dispatcher, views too; an operator of evoprune is one. Copies are those of tensors to the host.
+Operations are all that reach torch's dispatcher, views too; an operator of evoprune is one. Copies are those of tensors to the
+host.
 """
 
 import argparse
@@ -70,7 +71,10 @@ def main() -> None:
                 counted, waits = encodes(qa, clip, bool(args.lines), **frames)
                 total = counted.operations.total()
                 ratio = total / base.operations.total()
-                print(f"| {clip} | {method} | {budget:g} | {total:,} | {ratio:.2f} | {counted.copies} | {waits} |", flush=True)
+                print(
+                    f"| {clip} | {method} | {budget:g} | {total:,} | {ratio:.2f} | {counted.copies} | {waits} |",
+                    flush=True,
+                )
                 for (where, name), count in counted.operations.most_common(args.lines):
                     print(f"{count:6} {name} {where}")
 
