@@ -50,7 +50,7 @@ def _standard_places(
         projection: float32 `[D, d]`, of the places; None for none.
         steps: in a length of 1.
     """
-    count = _counts(owner, len(rows))
+    count = unit_counts(owner, len(rows))
     at_once = AT_ONCE_ON_DEVICE if rows.device.type != "cpu" else AT_ONCE
     shares = (count / count.sum()).split(at_once)
 
@@ -68,8 +68,8 @@ def _standard_places(
     return place / largest.sqrt(), rounded(salience / largest, steps) * (count > 0)
 
 
-def _counts(owner: torch.Tensor, rows: int) -> torch.Tensor:
-    """float32 `[rows]`: how many units each row has."""
+def unit_counts(owner: torch.Tensor, rows: int) -> torch.Tensor:
+    """float32 `[rows]`: how many units each row has; `owner`: int64 `[N]`, -1 for none."""
     count = torch.zeros(rows + 1, dtype=torch.float32, device=owner.device)
     return count.scatter_(0, owner + 1, 1, reduce="add")[1:]
 
@@ -243,7 +243,7 @@ def _mean_rows_cpu(rows, into, row, weight, count):
 def _standard_places_cuda(rows, owner, projection, steps):
     from evoprune.backend import selection_kernels  # Triton takes a while to import
 
-    count = _counts(owner, len(rows))
+    count = unit_counts(owner, len(rows))
     return selection_kernels.standard_places(rows, count, projection, steps, STILL, ROUNDING)
 
 

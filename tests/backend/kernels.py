@@ -17,7 +17,7 @@ def test_places(length, projected, dtype):
     rows = (torch.randn(length, 70, generator=random) * torch.linspace(0.1, 9, 70) + 3).to(dtype)
     owner = torch.cat([torch.randint(-1, length, (60,), generator=random), torch.zeros(1, dtype=torch.int64)])
     args = rows, owner, torch.randn(70, 16, generator=random) / 4 if projected else None, 16384
-    count = selection._counts(owner, length)
+    count = selection.unit_counts(owner, length)
     place, salience = selection_kernels.standard_places(
         rows, count, args[2], 16384, selection.STILL, selection.ROUNDING
     )
