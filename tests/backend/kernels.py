@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from evoprune.backend import reuse, reuse_kernels, selection, selection_kernels
-from tests.backend.cases import SHAPES, clusters, means, points
+from evoprune.backend import greedy, greedy_kernels, reuse, reuse_kernels, selection, selection_kernels
+from tests.backend.cases import SHAPES, clusters, means, points, unit_rows
 
 EVERY = pytest.mark.parametrize("name", SHAPES)
 
@@ -77,3 +77,16 @@ def test_reuse(units, kind, known, threshold):
     assert torch.equal(made[0], expected[0]) and torch.equal(made[2], expected[2])
     torch.testing.assert_close(made[1], expected[1], rtol=1e-6, atol=0)
     assert all(torch.equal(x, then) for x, then in zip(args[:3], before, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 19, 130])
+@pytest.mark.parametrize("kind", ["plain", "weight", "bonus"])
+@pytest.mark.parametrize("from_nearest", [False, True])
+@pytest.mark.parametrize("held", [1, 1 << 26])
+def test_greedy(rows, kind, from_nearest, held, monkeypatch):
+    monkeypatch.setattr(greedy_kernels, "HELD", held)
+    unit, value = unit_rows(rows, 3)
+    args = unit, value if kind == "weight" else None, value if kind == "bonus" else None, 0.5
+    for keep in {1, -(-rows // 4), min(rows, 20)}:
+        expected = greedy.greedy_cosine(*args, keep, from_nearest)
+        assert torch.equal(greedy_kernels.greedy_cosine(*args, keep, from_nearest), expected)
