@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from evoprune.backend.selection import rounded
 from evoprune.pruning import select
 
 Distance = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -24,7 +25,7 @@ def _share(rows: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
 
 
 def _salience(unlike: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    salience = select.rounded(unlike) * (share[:, 0] > 0)
+    salience = rounded(unlike, select.STEPS) * (share[:, 0] > 0)
     return salience / salience.max().clamp(min=1 / select.STEPS)
 
 

@@ -1,4 +1,4 @@
-"""Three operators of the selection: farthest points inside tubes, the nearest selected point of each, and means of clusters.
+"""Operators of the selection: places of rows, farthest points inside tubes, the nearest selected point of each, means of clusters.
 
 Each is one operator with one contract: numpy on a CPU, kernels of Triton on CUDA, a few operations of PyTorch elsewhere. Distances
 are whole numbers of steps, so that devices that sum in another order agree, and equal rows are at distance 0.
@@ -8,6 +8,8 @@ A point j has a row and a time. Its distance to a selected point i is, in steps,
     d(i, j) = half[row_i] + half[row_j] - place[row_i] . place[row_j] + weight[row_j] * |time_i - time_j|
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -16,9 +18,13 @@ from evoprune.backend.fallback import with_fallback
 HELD = 1 << 23  # distances that a CPU holds at a time
 HELD_ON_DEVICE = 1 << 26
 FEW_ROWS = 512  # up to so many rows a CPU computes products of rows once, for all points
+AT_ONCE, AT_ONCE_ON_DEVICE = 1024, 16384  # rows that have float32 copies at a time
+STILL = 1e-3  # of the mean variance, added to each channel's, so that one that hardly varies counts less
+ROUNDING = 1 / 256  # of a channel's mean: a deviation as small as that of rounding does not count as one
 
 # Plain registration: `torch.library.custom_op` imports torch's compiler, which takes seconds.
 _LIBRARY = torch.library.Library("evoprune", "DEF")
+_LIBRARY.define("standard_places(Tensor rows, Tensor owner, Tensor? projection, int steps) -> (Tensor, Tensor)")
 _LIBRARY.define(
     "tube_radii(Tensor place, Tensor half, Tensor weight, Tensor first, Tensor row, Tensor time, Tensor tubes, int keep) -> Tensor"
 )
@@ -26,9 +32,51 @@ _LIBRARY.define(
     "nearest_selected(Tensor place, Tensor half, Tensor weight, Tensor row, Tensor time, Tensor selected) -> Tensor"
 )
 _LIBRARY.define("mean_rows(Tensor rows, Tensor into, Tensor row, Tensor weight, int count) -> Tensor")
+standard_places = torch.ops.evoprune.standard_places
 tube_radii = torch.ops.evoprune.tube_radii
 nearest_selected = torch.ops.evoprune.nearest_selected
 mean_rows = torch.ops.evoprune.mean_rows
+
+
+def _standard_places(
+    rows: torch.Tensor, owner: torch.Tensor, projection: torch.Tensor | None, steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 `[E, d]`, rows less their mean, every channel divided by its standard deviation, and all by the longest's length.
+
+    Also float32 `[E]`, the squared lengths, in whole steps; 0 of a row without a unit. Of equal rows both are 0.
+
+    Args:
+        rows: `[E, D]`. owner: int64 `[N]`, the row of each unit, -1 for none; a row counts as often as it has units.
+        projection: float32 `[D, d]`, of the places; None for none.
+        steps: in a length of 1.
+    """
+    count = unit_counts(owner, len(rows))
+    at_once = AT_ONCE_ON_DEVICE if rows.device.type != "cpu" else AT_ONCE
+    shares = (count / count.sum()).split(at_once)
+
+    def pieces() -> Iterator[torch.Tensor]:  # float32, a few rows at a time to save memory
+        return (some.float() for some in rows.split(at_once))
+
+    first = rows[0].float()  # sums of differences are exact where all rows are equal
+    mean = first + sum(share @ (piece - first) for share, piece in zip(shares, pieces(), strict=True))
+    variance = sum(share @ (piece - mean).square_() for share, piece in zip(shares, pieces(), strict=True))
+    scale = (variance + STILL * variance.mean() + (ROUNDING * mean).square_()).clamp_(min=1e-30).rsqrt_()
+    standard = ((piece - mean).mul_(scale) for piece in pieces())
+    made = [(piece if projection is None else piece @ projection, piece.square().sum(1)) for piece in standard]
+    place, salience = (torch.cat(pieces) for pieces in zip(*made, strict=True))
+    largest = (salience * (count > 0)).max().clamp(min=STILL * rows.shape[1])
+    return place / largest.sqrt(), rounded(salience / largest, steps) * (count > 0)
+
+
+def unit_counts(owner: torch.Tensor, rows: int) -> torch.Tensor:
+    """float32 `[rows]`: how many units each row has; `owner`: int64 `[N]`, -1 for none."""
+    count = torch.zeros(rows + 1, dtype=torch.float32, device=owner.device)
+    return count.scatter_(0, owner + 1, 1, reduce="add")[1:]
+
+
+def rounded(x: torch.Tensor, steps: int) -> torch.Tensor:
+    """Rounds numbers to whole steps."""
+    return (x * steps).round_().div_(steps).clamp_(min=0)
 
 
 def _tube_radii(
@@ -191,9 +239,17 @@ def _mean_rows_cpu(rows, into, row, weight, count):
     return _mean_rows(rows, both // len(rows), both % len(rows), weight, count)
 
 
+@with_fallback("the distance of units", _standard_places)
+def _standard_places_cuda(rows, owner, projection, steps):
+    from evoprune.backend import selection_kernels  # Triton takes a while to import
+
+    count = unit_counts(owner, len(rows))
+    return selection_kernels.standard_places(rows, count, projection, steps, STILL, ROUNDING)
+
+
 @with_fallback("the selection of units", _tube_radii)
 def _tube_radii_cuda(*args):
-    from evoprune.backend import selection_kernels  # Triton takes a while to import
+    from evoprune.backend import selection_kernels
 
     return selection_kernels.tube_radii(*args)
 
@@ -213,6 +269,7 @@ def _mean_rows_cuda(*args):
 
 
 for _name, _plain, _cpu, _cuda in (
+    ("standard_places", _standard_places, _standard_places, _standard_places_cuda),
     ("tube_radii", _tube_radii, _tube_radii_cpu, _tube_radii_cuda),
     ("nearest_selected", _nearest_selected, _nearest_selected_cpu, _nearest_selected_cuda),
     ("mean_rows", _mean_rows, _mean_rows_cpu, _mean_rows_cuda),

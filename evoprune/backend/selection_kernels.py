@@ -5,8 +5,56 @@ import triton
 import triton.language as tl
 
 SIDE = 64  # points, and selected ones, of a block of distances
+ROWS, CHANNELS = 32, 64  # of a block of features
 # Sizes change from video to video: kernels are not compiled again for those that 16 divides.
-SIZES = ["points", "length", "count", "begin", "pieces"]
+SIZES = ["points", "length", "count", "begin"]
+
+
+@triton.jit(do_not_specialize=["length"])
+def _moments(rows, count, mean, variance, length, width, block_rows: tl.constexpr, block: tl.constexpr):
+    """Mean and variance of some channels over the rows, each as often as it counts."""
+    c = tl.program_id(0) * block + tl.arange(0, block)
+    inside = c < width
+    first = tl.load(rows + c, mask=inside, other=0.0).to(tl.float32)
+    total, size = tl.zeros((block,), tl.float32), 0.0
+    for start in range(0, length, block_rows):
+        r = start + tl.arange(0, block_rows)
+        n = tl.load(count + r, mask=r < length, other=0.0)
+        at = rows + r.to(tl.int64)[:, None] * width + c[None, :]
+        x = tl.load(at, mask=(r < length)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(n[:, None] * (x - first[None, :]), 0)
+        size += tl.sum(n, 0)
+    middle = first + total / size
+    total = tl.zeros((block,), tl.float32)
+    for start in range(0, length, block_rows):
+        r = start + tl.arange(0, block_rows)
+        n = tl.load(count + r, mask=r < length, other=0.0)
+        at = rows + r.to(tl.int64)[:, None] * width + c[None, :]
+        x = tl.load(at, mask=(r < length)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(n[:, None] * (x - middle[None, :]) * (x - middle[None, :]), 0)
+    tl.store(mean + c, middle, mask=inside)
+    tl.store(variance + c, total / size, mask=inside)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _standardise(
+    rows, mean, variance, average, place, squares, length, still, rounding,
+    width: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Rows less their mean, over the deviation of each channel; and the squared length of each."""
+    r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    least, total = still * tl.load(average), tl.zeros((block_rows,), tl.float32)
+    for start in range(0, width, block):
+        c = start + tl.arange(0, block)
+        middle = tl.load(mean + c, mask=c < width, other=0.0)
+        off = rounding * middle
+        scale = tl.rsqrt(tl.maximum(tl.load(variance + c, mask=c < width, other=1.0) + least + off * off, 1e-30))
+        at, mask = r.to(tl.int64)[:, None] * width + c[None, :], (r < length)[:, None] & (c < width)[None, :]
+        x = tl.load(rows + at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(mask, (x - middle[None, :]) * scale[None, :], 0.0)
+        total += tl.sum(x * x, 1)
+        tl.store(place + at, x, mask=mask)
+    tl.store(squares + r, total, mask=r < length)
 
 
 @triton.jit
@@ -96,6 +144,21 @@ def _means(rows, order, row, weight, ends, out, width: tl.constexpr, block: tl.c
         total += w * tl.load(rows + tl.load(row + member) * width + at, mask=at < width, other=0.0).to(tl.float32)
         size += w
     tl.store(out + mean * width + at, (total / size).to(out.dtype.element_ty), mask=at < width)
+
+
+def standard_places(rows, count, projection, steps, still, rounding):
+    rows, (length, width) = rows.contiguous(), rows.shape
+    mean, variance = (torch.empty(width, dtype=torch.float32, device=rows.device) for _ in range(2))
+    _moments[triton.cdiv(width, CHANNELS),](rows, count, mean, variance, length, width, block_rows=ROWS, block=CHANNELS)
+    place, squares = torch.empty_like(rows, dtype=torch.float32), torch.empty_like(count)
+    _standardise[triton.cdiv(length, ROWS),](
+        rows, mean, variance, variance.mean(), place, squares, length, still, rounding,
+        width=width, block_rows=ROWS, block=CHANNELS,
+    )  # fmt: skip
+    place = place if projection is None else place @ projection
+    squares = torch.where(count > 0, squares, 0)
+    largest = squares.max().clamp(min=still * width)
+    return place / largest.sqrt(), (squares / largest * steps).round_().div_(steps)
 
 
 def tube_radii(place, half, weight, first, row, time, tubes, keep):

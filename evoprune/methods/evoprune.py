@@ -17,11 +17,11 @@ from typing import Annotated, ClassVar
 
 import torch
 
+from evoprune.backend.selection import unit_counts
 from evoprune.methods.base import EncoderMethod, Selector
 from evoprune.methods.settings import Share
 from evoprune.pruning.budget import AUTO_LEAST, keep_count
 from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
-from evoprune.pruning.indices import tally
 from evoprune.pruning.reuse import THRESHOLD
 from evoprune.pruning.select import ALPHA, assign_clusters, farthest_points, points_of
 from evoprune.pruning.types import Selection, Tokens
@@ -60,8 +60,7 @@ class FarthestPoints(Selector):
         """float32 `[tokens]`: the cluster size that the language model assumes for each token; None for 1."""
         if not self.count or tokens == len(owner):
             return None
-        # A unit may have no row here, but one of an earlier window.
-        return tally(torch.where(owner < 0, tokens, owner), tokens + 1)[:tokens].float() ** self.count
+        return unit_counts(owner, tokens) ** self.count
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from evoprune.backend.greedy import greedy_cosine
 from evoprune.methods.base import Selector
 from evoprune.methods.settings import Share
-from evoprune.pruning.ranking import greedy, scaled, snap
+from evoprune.pruning.ranking import scaled, snap
 from evoprune.pruning.types import Selection, Tokens
 
 IMPORTANCE = ("attention", "keynorm")
@@ -40,5 +41,4 @@ class Mmr(Selector):
 def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, lam: float = 0.5) -> torch.Tensor:
     """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by maximal marginal relevance; `lam` weighs `importance` (`[N]`)."""
     important = lam * snap(scaled(importance.float()))
-    unit = F.normalize(features.float(), dim=1)
-    return greedy(unit, torch.zeros_like(important), keep, lambda near: snap(important - (1 - lam) * near))
+    return greedy_cosine(F.normalize(features.float(), dim=1), None, important, 1 - lam, keep, False)

@@ -1,15 +1,15 @@
 """Functions that rank tokens, and that score, match and merge pairs of rows, in strips of rows. Ties go by index everywhere."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 
+from evoprune.backend.greedy import BLOCK, snap
 from evoprune.pruning.indices import ascending, true_indices
 from evoprune.pruning.types import Selection
 
 HELD = 1 << 22  # scores held at a time (16 MiB), or one row of each group if that is more
-BLOCK = 512  # rows of an N x N matrix that are held at a time
 ALL = slice(None)
 
 
@@ -41,22 +41,6 @@ def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, tor
     """
     found = [snap(some @ others.T).max(1) for some in unit.split(BLOCK)]
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
-
-
-def greedy(
-    unit: torch.Tensor, near: torch.Tensor, keep: int, score: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """int64 `[keep]`, ascending: rows of `unit` (`[N, D]`), one after another that of the highest score; ties by index.
-
-    `score`: of the greatest cosine of each row to the selected ones, `[N]`; at first of `near`, float32 `[N]`.
-    """
-    selected = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
-    for step in range(keep):
-        latest = score(near).masked_fill(selected, -torch.inf).argmax()[None]
-        selected.index_fill_(0, latest, True)  # an index in brackets would synchronise a GPU
-        cosine = snap(unit @ unit.index_select(0, latest)[0])
-        near = torch.maximum(near, cosine) if step else cosine
-    return selected.nonzero().flatten()
 
 
 def of_pairs(kept: Iterable[torch.Tensor], per_pair: int) -> Selection:
@@ -148,11 +132,6 @@ def composite_score(
     if attention_weight:
         score = score - attention_weight * torch.maximum(attention[:, rows, None], attention[:, None, :])
     return score
-
-
-def snap(score: torch.Tensor) -> torch.Tensor:
-    """Rounds scores to multiples of 1/16384: cosines of equal rows, which differ in the last bits, become ties."""
-    return (score * 16384).round() / 16384
 
 
 def alternate(valid: torch.Tensor, first: int = 1) -> torch.Tensor:

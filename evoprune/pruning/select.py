@@ -13,24 +13,20 @@ over the clip. salience_j = |p_j|^2: the more a thing stands out, the more it co
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from evoprune.backend.selection import nearest_selected, tube_radii
-from evoprune.model.machine import reading_waits, to_device
+from evoprune.backend.selection import nearest_selected, standard_places, tube_radii
+from evoprune.model.machine import to_device
 from evoprune.pruning.budget import spread
 from evoprune.pruning.encoder_plan import Grid
-from evoprune.pruning.indices import ascending, tally
+from evoprune.pruning.indices import ascending
 
 ALPHA = 1.5
 DIMENSIONS = 128  # of the projected features
 UNPROJECTED = 512  # up to this number of rows, features are not projected
-AT_ONCE, AT_ONCE_ON_DEVICE = 1024, 16384  # rows that have float32 copies at a time
-STILL = 1e-3  # of the mean variance, added to each channel's, so that one that hardly varies counts less
-ROUNDING = 1 / 256  # of a channel's mean: a deviation as small as that of rounding does not count as one
 STEPS = 16384  # of distances in one; equal rows are at distance 0, equal distances are ties
 TUBE_UNITS = 512  # a tube has about so many units, of at most `TUBE_PAIRS` frame pairs
 TUBE_PAIRS = 16
@@ -58,35 +54,13 @@ def points_of(rows: torch.Tensor, owner: torch.Tensor, grid: Grid, alpha: float)
     return Points(grid, owner, time, place, place.square().sum(1) / 2, salience, STEPS * alpha / 2 * salience**2)
 
 
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    """Rounds distances, or a minimum of them, to whole steps."""
-    return (x * STEPS).round_().div_(STEPS).clamp_(min=0)
-
-
 def places_and_salience(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where rows are in the space of the distance, at most about 1 long, and `salience` of `Points`; of equal features, equal.
 
     A row counts as often as it represents a unit.
     """
-    count = tally(torch.where(owner < 0, len(rows), owner), len(rows) + 1)[:-1].float()
-    at_once = AT_ONCE_ON_DEVICE if reading_waits(rows.device) else AT_ONCE
-    shares = (count / count.sum()).split(at_once)
     project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > UNPROJECTED  # otherwise projection saves nothing
-    to = to_device(_projection(rows.shape[1]), rows.device) if project else None
-
-    def pieces() -> Iterator[torch.Tensor]:  # float32, a few rows at a time to save memory
-        return (some.float() for some in rows.split(at_once))
-
-    first = rows[0].float()  # sums of differences are exact where all rows are equal
-    mean = first + sum(share @ (piece - first) for share, piece in zip(shares, pieces(), strict=True))
-    variance = sum(share @ (piece - mean).square_() for share, piece in zip(shares, pieces(), strict=True))
-    scale = (variance + STILL * variance.mean() + (ROUNDING * mean).square_()).clamp_(min=1e-30).rsqrt_()
-    standard = ((piece - mean).mul_(scale) for piece in pieces())
-    made = [(piece if to is None else piece @ to, piece.square().sum(1)) for piece in standard]
-    place, salience = (torch.cat(pieces) for pieces in zip(*made, strict=True))
-    largest = (salience * (count > 0)).max().clamp(min=STILL * rows.shape[1])
-    salience = rounded(salience / largest) * (count > 0)
-    return place / largest.sqrt(), salience
+    return standard_places(rows, owner, to_device(_projection(rows.shape[1]), rows.device) if project else None, STEPS)
 
 
 @lru_cache(maxsize=8)

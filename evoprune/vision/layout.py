@@ -112,24 +112,34 @@ class TokenLayout:
 
     def group_of(self, unit: torch.Tensor, scope: Scope) -> torch.Tensor:
         """The number of the window or frame pair of each unit (int64, any shape), counted over all frame pairs."""
-        pair = unit // self.geometry.units
-        if scope == "window":
-            return pair * self.geometry.windows + self.geometry.window[unit % self.geometry.units]
-        return pair
+        return group_table(self.geometry, self.pairs, scope)[unit]
+
+
+@lru_cache(maxsize=64)
+def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
+    """int64 `[T * H*W + 1]`: the number of the window or frame pair of each unit, and of padding, which is after the last."""
+    pair, place = ascending(pairs + 1, geo.device), torch.zeros_like(geo.window)
+    if scope == "window":
+        pair, place = pair * geo.windows, geo.window
+    return (pair[:, None] + place).flatten()[: pairs * geo.units + 1].clone()
+
+
+@lru_cache(maxsize=64)
+def order_tables(geo: Geometry, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 `[T * H*W]`, twice: all units in window order, and the rank of each unit in it."""
+    order = (ascending(pairs, geo.device)[:, None] * geo.units + geo.order).flatten()
+    return order, order.argsort()
 
 
 def window_order(geo: Geometry, pairs: int, alive: torch.Tensor | None = None, count: int = 0) -> torch.Tensor:
     """int64 `[R]`: the units of `pairs` frame pairs in window order; with `alive` (bool `[T, H*W]`) those `count`."""
-    units = (ascending(pairs, geo.device)[:, None] * geo.units + geo.order).flatten()
-    return units if alive is None else units[true_indices(alive[:, geo.order].flatten(), count)]
+    units, _ = order_tables(geo, pairs)
+    return units if alive is None else units[true_indices(alive.flatten()[units], count)]
 
 
 def full_layout(geo: Geometry, pairs: int) -> TokenLayout:
     """The layout in which every unit is a row."""
-    unit = window_order(geo, pairs)
-    owner = torch.empty_like(unit)
-    owner[unit] = ascending(len(unit), unit.device)
-    return TokenLayout(geo, pairs, unit, owner, "place", (geo.units,) * pairs)
+    return TokenLayout(geo, pairs, *order_tables(geo, pairs), "place", (geo.units,) * pairs)
 
 
 def referring_layout(geo: Geometry, source: torch.Tensor, counts: tuple[int, ...]) -> TokenLayout:
@@ -156,8 +166,7 @@ def selected_layout(
     `kept`: int64 `[K]`, ascending, the units that are rows; `owner`: int64 `[T * H*W]`, which of them owns each unit, anywhere in
     the clip, -1 for one that is dropped.
     """
-    place = geo.order.argsort()  # the rank of each place in window order
-    order = (kept // geo.units * geo.units + place[kept % geo.units]).argsort()
+    order = order_tables(geo, pairs)[1][kept].argsort()
     row = torch.where(owner >= 0, order.argsort()[owner.clamp(min=0)], -1)
     return TokenLayout(geo, pairs, kept[order], row, "clip"), order
 
@@ -239,18 +248,18 @@ def _owner_groups(layout: TokenLayout, scope: Scope, length: torch.Tensor) -> Gr
     """
     geo, total = layout.geometry, layout.group_count(scope)
     units, rows = len(layout.owner), layout.rows + geo.units
-    group = layout.group_of(ascending(units, length.device), scope)
+    group = group_table(geo, layout.pairs, scope)[:-1]
     asked = (layout.owner >= 0) & (length[group] > 0)  # a group without query rows needs no keys
     unused = total * rows
     both = torch.where(asked, group * rows + layout.owner, unused).sort().values  # (group, row that owns a unit of it)
-    new = torch.cat([torch.ones(1, dtype=torch.bool, device=length.device), both[1:] != both[:-1]])
-    slot = torch.where(both < unused, new.cumsum(0) - 1, units)
+    slot = torch.where(both < unused, F.pad((both[1:] != both[:-1]).cumsum(0), (1, 0)), units)
     keys = torch.full((units + 1,), unused, dtype=torch.int64, device=length.device).scatter_(0, slot, both)[:units]
-    key_length = tally(keys // rows, total + 1)[:total]
+    of, keys = keys // rows, keys % rows
+    key_length = tally(of, total + 1)[:total]
     count = tally(slot, units + 1)[:units]
     longest_keys, near = geo.largest_window if scope == "window" else geo.units, None
     if layout.reach == "clip":
         pair = F.pad(layout.group_of(layout.unit, "pair"), (0, geo.units), value=-1)
-        near = pair[keys % rows] == keys // rows // (total // layout.pairs)
+        near = pair[keys] == (of if scope == "pair" else of // geo.windows)
     start, longest = length.cumsum(0) - length, (layout.longest(scope), longest_keys)
-    return Groups(start, length, False, keys % rows, key_length, count, longest, False, near)
+    return Groups(start, length, False, keys, key_length, count, longest, False, near)

@@ -70,3 +70,11 @@ def means(pairs: int, units: int, seed: int, kind: str) -> torch.Tensor:
     return torch.where(
         moves | (kind == "noise"), noise, still + torch.randint(0, 3, noise.shape, generator=random)
     ).float()
+
+
+def unit_rows(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 `[rows, 16]` of length one whose cosines are eighths, a third of them the same; and `[rows]`, for each a number."""
+    random = torch.Generator().manual_seed(seed)
+    unit = (torch.rand(rows, 16, generator=random) - 0.5).sign() / 4
+    unit[1::3] = unit[0]
+    return unit, torch.randint(0, 4, (rows,), generator=random) / 4

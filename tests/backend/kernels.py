@@ -3,10 +3,31 @@
 import pytest
 import torch
 
-from evoprune.backend import reuse, reuse_kernels, selection, selection_kernels
-from tests.backend.cases import SHAPES, clusters, means, points
+from evoprune.backend import greedy, greedy_kernels, reuse, reuse_kernels, selection, selection_kernels
+from tests.backend.cases import SHAPES, clusters, means, points, unit_rows
 
 EVERY = pytest.mark.parametrize("name", SHAPES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["32", "b16"])
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 45])
+def test_places(length, projected, dtype):
+    random = torch.Generator().manual_seed(length)
+    rows = (torch.randn(length, 70, generator=random) * torch.linspace(0.1, 9, 70) + 3).to(dtype)
+    owner = torch.cat([torch.randint(-1, length, (60,), generator=random), torch.zeros(1, dtype=torch.int64)])
+    args = rows, owner, torch.randn(70, 16, generator=random) / 4 if projected else None, 16384
+    count = selection.unit_counts(owner, length)
+    place, salience = selection_kernels.standard_places(
+        rows, count, args[2], 16384, selection.STILL, selection.ROUNDING
+    )
+    expected = selection.standard_places(*args)
+    torch.testing.assert_close(place, expected[0], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(salience, expected[1], atol=1 / 16384, rtol=0)
+    same = selection_kernels.standard_places(
+        rows[:1].expand(9, -1), torch.ones(9), None, 16384, selection.STILL, selection.ROUNDING
+    )
+    assert not same[0].any() and not same[1].any()
 
 
 @EVERY
@@ -56,3 +77,16 @@ def test_reuse(units, kind, known, threshold):
     assert torch.equal(made[0], expected[0]) and torch.equal(made[2], expected[2])
     torch.testing.assert_close(made[1], expected[1], rtol=1e-6, atol=0)
     assert all(torch.equal(x, then) for x, then in zip(args[:3], before, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 19, 130])
+@pytest.mark.parametrize("kind", ["plain", "weight", "bonus"])
+@pytest.mark.parametrize("from_nearest", [False, True])
+@pytest.mark.parametrize("held", [1, 1 << 26])
+def test_greedy(rows, kind, from_nearest, held, monkeypatch):
+    monkeypatch.setattr(greedy_kernels, "HELD", held)
+    unit, value = unit_rows(rows, 3)
+    args = unit, value if kind == "weight" else None, value if kind == "bonus" else None, 0.5
+    for keep in {1, -(-rows // 4), min(rows, 20)}:
+        expected = greedy.greedy_cosine(*args, keep, from_nearest)
+        assert torch.equal(greedy_kernels.greedy_cosine(*args, keep, from_nearest), expected)

@@ -85,7 +85,9 @@ def measure(columns: int = 1024, new: int = 64, name: str = "Qwen/Qwen2.5-VL-3B-
             static.step(model, cache)
             worst = max(worst, float((cache.logits - plain).abs().max() / plain.std()))
     print(f"largest difference of logits between step and plain decoder: {worst:.3f} standard deviations")
-    assert worst < 0.4  # in bf16 each of the two is off by about 0.04 in the mean, and the largest of 151,936 is 4.5 times that
+    assert (
+        worst < 0.4
+    )  # in bf16 each of the two is off by about 0.04 in the mean, and the largest of 151,936 is 4.5 times that
     made = {}
     for how in ("old", "plain", "step", "graph", "graph"):
         with decoding(how):

@@ -8,7 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.methods.divprune import most_diverse, nearest_cosine
+from evoprune.backend.greedy import nearest_cosine
+from evoprune.methods.divprune import most_diverse
 from evoprune.pruning.ranking import snap
 from evoprune.pruning.shapes import smaller_frame
 from evoprune.pruning.types import Selection, Tokens
