@@ -40,7 +40,7 @@ def _rotate_into_groups(
         tl.store(k + write, (a * c - b * s).to(kind), mask=inside)
         tl.store(k + write + dim // 2, (b * c + a * s).to(kind), mask=inside)
     if gathers:
-        both = inside & (at >= rows)
+        both = inside & (h * 0 + at >= rows)[None, :]
         tl.store(v + write, tl.load(qkv + read + wide, mask=both, other=0.0), mask=both)
         last = tl.load(qkv + read + wide + dim // 2, mask=both, other=0.0)
         tl.store(v + write + dim // 2, last, mask=both)
