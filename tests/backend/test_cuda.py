@@ -6,7 +6,12 @@ import torch
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.profiling.time_limit import TimeLimit
+from evoprune.profiling.verify.accelerated import accelerated
+from evoprune.profiling.verify.outcome import DIFFERS
 from evoprune.profiling.verify.run import subject_of, verify
+
+pytest.importorskip("triton")
+from evoprune.backend import selection_kernels
 
 pytestmark = pytest.mark.cuda
 
@@ -55,6 +60,14 @@ def test_verify_holds(devices):
         *_, results = verify(subject, TimeLimit(240), quick=True)
     assert not [(found.check.name, found.outcome.says) for found in results.of("differs")]
     assert results.verdict == "held"
+
+
+def test_a_kernel_that_computes_something_else_is_found(devices, monkeypatch):
+    real = selection_kernels.nearest_selected
+    monkeypatch.setattr(selection_kernels, "nearest_selected", lambda *args: real(*args).flip(0))
+    with subject_of(devices[1], None) as subject:
+        outcome = accelerated(subject)
+    assert outcome.state == DIFFERS and "clusters unlike" in outcome.says
 
 
 @pytest.mark.parametrize("rows, points, side", [(1, 1, 1), (40, 96, 32), (700, 1000, 300)])

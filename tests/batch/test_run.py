@@ -170,10 +170,10 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     ("where", "problem", "kind", "stage", "failing"),
     [
         ("evoprune.pipeline.video_qa.probe", VideoError("gone"), "video", "read", 2),
-        ("evoprune.pipeline.encoding.patchify", MemoryError(), "out_of_memory", "preprocess", 2),
+        ("evoprune.pipeline.encoding.pixel_patches", MemoryError(), "out_of_memory", "preprocess", 2),
         ("evoprune.pipeline.encoding.encode_rows", FULL, "out_of_memory", "encode", 2),
         ("evoprune.pipeline.prompting.prefill", FULL, "out_of_memory", "prefill", 1),
-        ("evoprune.language.generate.choose", FULL, "out_of_memory", "generate", 1),
+        ("evoprune.language.generate.best_of", FULL, "out_of_memory", "generate", 1),
         ("evoprune.pipeline.encoding.encode_rows", ZeroDivisionError("1/0"), "bug", None, 2),
     ],
 )

@@ -19,6 +19,7 @@ from evoprune.methods.evoprune import EvoPrune
 from evoprune.pruning.budget import PRESETS
 from evoprune.report.records import Report
 from evoprune.report.stats import stats_block
+from evoprune_cli.terminal import stdout
 from tests.cli.screen import visible
 from tests.decoders import needs_decord
 from tests.loading import edit
@@ -287,7 +288,9 @@ def test_a_question_without_a_video(cli):
 def test_the_warning_that_an_answer_means_nothing_comes_before_it(cli, tmp_path, monkeypatch, flags):
     path = tmp_path / "foreign.mp4"
     write_video(path, np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
-    monkeypatch.setattr("evoprune_cli.terminal.print_warning", lambda name, video: print(f"warning {name}"))
+    monkeypatch.setattr(
+        "evoprune_cli.terminal.print_warning", lambda name, video: print(f"warning {name}", file=stdout())
+    )
     assert cli("ask", path, QUESTION, *flags).out.startswith("warning demo_model\n")
 
 

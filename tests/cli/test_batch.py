@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from evoprune.batch.output import RecordFile
-from evoprune.language.generate import choose
+from evoprune.language.static import best_of
 from evoprune.pipeline import video_qa
 from evoprune_cli import tally
 from evoprune_cli.terminal import Terminated
@@ -85,9 +85,9 @@ def breaking(monkeypatch, at: int, problem: BaseException):
         chosen.append(1)
         if len(chosen) == at:
             raise problem.with_traceback(None)
-        return choose(*args)
+        return best_of(*args)
 
-    monkeypatch.setattr("evoprune.language.generate.choose", fails)
+    monkeypatch.setattr("evoprune.language.generate.best_of", fails)
 
 
 def test_a_record_for_every_question_about_every_video(run, cli, out, tiny_folder):
@@ -327,13 +327,13 @@ def test_an_interruption_keeps_what_is_finished(run, out, monkeypatch, problem):
 
 @pytest.mark.full
 @pytest.mark.parametrize("problem", [KeyboardInterrupt(), Terminated()])
-@pytest.mark.parametrize("at", ["choose", "load_weights"])
+@pytest.mark.parametrize("at", ["best_of", "load_weights"])
 def test_an_interruption_before_the_first_record(run, out, monkeypatch, problem, at):
     def stops(*_):
         raise problem.with_traceback(None)
 
     where = {
-        "choose": "evoprune.language.generate.choose",
+        "best_of": "evoprune.language.generate.best_of",
         "load_weights": "evoprune.pipeline.loading.model.load_weights",
     }
     monkeypatch.setattr(where[at], stops)

@@ -21,7 +21,7 @@ from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.pruning.budget import keep_count
 from evoprune.video.frames import read_frames
 from evoprune.vision.encoder import encode_rows
-from evoprune.vision.preprocess import patchify, resize
+from evoprune.vision.preprocess import normalised, patchify, resize
 from tests.methods.kinds import one_of_each
 from tests.threads import one_thread  # noqa: F401
 
@@ -123,7 +123,7 @@ def test_patches_are_those_of_the_image_processor(loaded, size, tmp_path):
     with closing(open_inputs(VideoQA(loaded, budget=1.0).engine, [path], encode_rows=kept)) as opened:
         theirs, grid = pixels_of(loaded, opened.plans[0])
         opened.encode()
-    torch.testing.assert_close(torch.cat(found), theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalised(torch.cat(found)), theirs, atol=1e-5, rtol=0)
     assert grid[0].tolist() == [1, *(2 * side for side in opened.plans[0].grid[1:])]
 
 

@@ -25,7 +25,7 @@ from evoprune.pipeline.video_qa import VideoQA, open_inputs
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.report.records import Report
 from evoprune.video.frames import read_frames
-from evoprune.vision.preprocess import patchify, resize
+from evoprune.vision.preprocess import patchify, pixel_patches, resize
 from evoprune.visualize.fates import trace
 from tests.tiny import save_tiny
 from tests.video.files import write_video
@@ -305,7 +305,7 @@ def slow(work, seconds):
 def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
     """Ten chunks, each 20 ms to preprocess and 30 ms to encode: 300 ms and a little, but 200 and 300 by stage."""
     monkeypatch.setattr("evoprune.pipeline.planning.largest_chunk", lambda device: 24)
-    monkeypatch.setattr("evoprune.pipeline.encoding.patchify", slow(patchify, 0.02))
+    monkeypatch.setattr("evoprune.pipeline.encoding.pixel_patches", slow(pixel_patches, 0.02))
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(lambda *_: time.sleep(0.03))
 
@@ -349,9 +349,9 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, thre
 
     def counted(*args):
         made.append(1)
-        return patchify(*args)
+        return pixel_patches(*args)
 
-    monkeypatch.setattr("evoprune.pipeline.encoding.patchify", counted)
+    monkeypatch.setattr("evoprune.pipeline.encoding.pixel_patches", counted)
     at_once = qa.encode(LONG)
     chunks, made[:] = len(made), []
     with closing(open_inputs(qa.engine, [LONG], threaded=threaded)) as video:
@@ -369,7 +369,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, thre
 
 @pytest.mark.full
 def test_what_was_done_early_costs_no_time_on_the_wall(loaded, monkeypatch):
-    monkeypatch.setattr("evoprune.pipeline.encoding.patchify", slow(patchify, 1.0))
+    monkeypatch.setattr("evoprune.pipeline.encoding.pixel_patches", slow(pixel_patches, 1.0))
     with closing(open_inputs(VideoQA(loaded).engine, [CLIP])) as video:
         video.begin()
         times = video.encode().report.time_ms
@@ -414,11 +414,11 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
 
     def preprocess(*args):
         fails()
-        return patchify(*args)
+        return pixel_patches(*args)
 
     monkeypatch.setattr("evoprune.pipeline.planning.largest_chunk", lambda device: 24)
     if stage == "preprocess":
-        monkeypatch.setattr("evoprune.pipeline.encoding.patchify", preprocess)
+        monkeypatch.setattr("evoprune.pipeline.encoding.pixel_patches", preprocess)
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(fails if stage == "encode" else lambda *_: None)
     with pytest.raises(type(problem)) as caught:

@@ -104,7 +104,8 @@ def test_urls_are_refused():
 def test_what_is_not_a_file_is_refused(tmp_path):
     refused(tmp_path / "missing.mp4", "no such file")
     refused(tmp_path, "folder")
-    refused("nul\0byte.mp4")
+    with pytest.raises(VideoError, match="no file can have the name"):
+        probe("nul\0byte.mp4")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")
         refused(tmp_path / "pipe", "not a regular file")

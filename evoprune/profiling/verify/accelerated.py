@@ -78,7 +78,9 @@ def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
     positions = torch.arange(64, dtype=torch.int64, device="cpu").expand(3, -1)
     with plainly():
         state = generate.prefill(model, embeds, positions, 64)
-        plain = generate.along(model, state, torch.tensor([*answer.ids, 0], dtype=torch.int64, device="cpu"), one_by_one=True)[1:]
+        plain = generate.along(
+            model, state, torch.tensor([*answer.ids, 0], dtype=torch.int64, device="cpu"), one_by_one=True
+        )[1:]
     state = generate.prefill(model, embeds, positions, 64)
     steps, holder, made = static.Steps(model, static.COLUMNS), object(), []
     steps.begin(holder, state.cache, 64, static.COLUMNS)

@@ -53,7 +53,7 @@ def assert_held(results) -> None:
 def test_everything_holds(folders, name):
     assert_held(results := verified(folders.get(name, name), quick=True))
     older = {"model"} if name == "qwen3_vl" and not TAKES_ENCODED else set()
-    expected = {c.name for c in CHECKS if c.slow} | {"waits"} | older
+    expected = {c.name for c in CHECKS if c.slow} | {"waits", "plain"} | older
     assert {n for n, s in states(results).items() if s == SKIPPED} == expected
 
 
@@ -82,7 +82,7 @@ def test_a_fault_is_found_by_the_check_that_should_find_it(folders, name, fault,
 
 
 def test_every_check_finds_a_fault():
-    measured = {"kernels", "speed"}  # which compare nothing that could differ
+    measured = {"kernels", "speed", "plain"}  # which compare nothing that could differ; "plain" on a GPU (test_cuda.py)
     assert {fault.found_by for fault in FAULTS.values()} == {check.name for check in CHECKS} - measured
 
 
