@@ -168,7 +168,7 @@ def tube_radii(place, half, weight, first, row, time, tubes, keep):
     blocks = triton.cdiv(length, SIDE)
     _tube_distances[count, blocks, blocks](apart, half, weight, row, time, tubes, points, length, side=SIDE)
     # One size of a block for nearly all grids: a kernel is compiled for each.
-    radii, block = torch.empty_like(row, dtype=torch.float32), max(512, triton.next_power_of_2(length))
+    radii, block = torch.empty_like(row, dtype=torch.float32), max(256, triton.next_power_of_2(length))
     _greedy[count,](apart, first, row, tubes, radii, points, length, block=block, num_warps=4)
     return radii
 

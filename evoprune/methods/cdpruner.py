@@ -1,5 +1,6 @@
 """Tokens that the question is about, and that do not repeat each other: CDPruner (arXiv 2506.10967) and PAR (arXiv 2410.07278)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from evoprune.pruning.ranking import highest, of_pairs, ranked, scaled, snap, tu
 from evoprune.pruning.types import Selection, Tokens
 
 LEAST, STEP = 1 / 128, 1 / 16384
+HELD = 1 << 23  # features in float64 that are held at a time
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,13 @@ class CdPruner(Selector):
         return -like_question(tokens) if self.negative else like_question(tokens)
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        unit, weight = tokens.by_pair(tokens.normalised), map(relevant, tokens.by_pair(self.scores(tokens)))
-        return of_pairs(map(widest, unit, weight, spread(keep, len(unit))), unit.shape[1])
+        weight = torch.stack([*map(relevant, tokens.by_pair(self.scores(tokens)))])
+        unit = tokens.by_pair(tokens.normalised)
+        counts, at_once, kept = spread(keep, len(unit)), max(1, HELD // unit[0].numel()), []
+        for first in range(0, len(unit), at_once):
+            some = slice(first, first + at_once)
+            kept += widest(unit[some], weight[some], counts[some])
+        return of_pairs(kept, unit.shape[1])
 
 
 def like_question(tokens: Tokens) -> torch.Tensor:
@@ -50,19 +57,26 @@ def relevant(relevance: torch.Tensor) -> torch.Tensor:
     return torch.where(flat, torch.ones_like(relevance), scaled(relevance).clamp(min=LEAST))
 
 
-def widest(unit: torch.Tensor, weight: torch.Tensor, keep: int) -> torch.Tensor:
-    """int64 `[keep]`, ascending: rows of `unit` (`[n, D]`) whose volume, times `weight` (`[n]`) each, is greatest; greedily."""
-    vectors = unit.double() * weight.double()[:, None]
-    factor = vectors.new_zeros(keep, len(unit))  # rows of the Cholesky factor, in the order of selection
-    left = vectors.square().sum(1)  # squared length of each row outside the span of the selected ones
-    selected = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
-    for step in range(keep):
-        best = snap(left).masked_fill(selected, -torch.inf).argmax()
-        selected[best] = True
-        beside = vectors @ vectors[best] - factor[:step].T @ factor[:step, best]
-        factor[step] = beside / left[best].clamp(min=STEP).sqrt()
+def widest(unit: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+    """For each of T groups, int64 `[count]`, ascending: rows whose volume, times the weight of each, is greatest; greedily.
+
+    `unit`: `[T, n, D]`; `weight`: `[T, n]`; `counts`: how many of each group. All groups select a row at a time.
+    """
+    vectors = unit.double() * weight.double()[:, :, None]
+    factor = vectors.new_zeros(max(counts), *weight.shape)  # rows of the Cholesky factors, in the order of selection
+    left = vectors.square().sum(2)  # squared length of each row outside the span of the selected ones
+    selected, order = torch.zeros_like(left, dtype=torch.bool), []
+    for step in range(max(counts)):
+        best = snap(left).masked_fill(selected, -torch.inf).argmax(1, keepdim=True)
+        selected.scatter_(1, best, True)
+        order.append(best)
+        column = vectors.take_along_dim(best[:, :, None], 1).transpose(1, 2)
+        known = factor[:step].take_along_dim(best[None], 2)  # of each selected row, its part along those before
+        beside = (vectors @ column)[:, :, 0] - (factor[:step] * known).sum(0)
+        factor[step] = beside / left.take_along_dim(best, 1).clamp(min=STEP).sqrt()
         left = left - factor[step].square()
-    return selected.nonzero().flatten()
+    order = torch.cat(order, 1)
+    return [rows[:count].sort().values for rows, count in zip(order, counts, strict=True)]
 
 
 @dataclass(frozen=True)

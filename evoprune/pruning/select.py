@@ -28,7 +28,7 @@ ALPHA = 1.5
 DIMENSIONS = 128  # of the projected features
 UNPROJECTED = 512  # up to this number of rows, features are not projected
 STEPS = 16384  # of distances in one; equal rows are at distance 0, equal distances are ties
-TUBE_UNITS = 512  # a tube has about so many units, of at most `TUBE_PAIRS` frame pairs
+TUBE_UNITS = 256  # a tube has about so many units, of at most `TUBE_PAIRS` frame pairs
 TUBE_PAIRS = 16
 GOLDEN = (5**0.5 - 1) / 2
 

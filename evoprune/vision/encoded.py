@@ -33,6 +33,7 @@ class Encoded:
     size: torch.Tensor | None = None
     # `[n, K, D]`, added to the tokens after the first n layers of the language model
     deepstack: torch.Tensor | None = None
+    read: torch.Tensor | None = None  # `kept` on the CPU, if it has been read
 
     def __repr__(self) -> str:
         tokens, width = self.features.shape
@@ -46,7 +47,7 @@ class Encoded:
     @cached_property
     def kept_here(self) -> torch.Tensor:
         """`kept` on the CPU, read once: from an accelerator it waits."""
-        return self.kept.cpu()
+        return self.kept.cpu() if self.read is None else self.read
 
     @property
     def every_feature(self) -> torch.Tensor:
@@ -116,13 +117,13 @@ class EncodedRows:
         self, features: torch.Tensor, kept: torch.Tensor, size: torch.Tensor | None, deepstack: torch.Tensor
     ) -> Encoded:
         """The encoding with these tokens; `deepstack`: `[K, n, D]`. Errors as of `finish`."""
-        flat, seconds = self.finish()
+        flat, seconds, read = self.finish(kept)
         by_layer = deepstack.transpose(0, 1) if deepstack.shape[1] else None
         about = self.tokens.rows, self.tokens.owner, (self.plan.grid,), self.layers, seconds, flat
-        return Encoded(features, kept, *about, size, by_layer)
+        return Encoded(features, kept, *about, size, by_layer, read)
 
-    def finish(self) -> tuple[bool, float]:
-        """Whether each frame pair has one colour, and the seconds spent on pruning; reads all checks, which synchronises.
+    def finish(self, kept: torch.Tensor) -> tuple[bool, float, torch.Tensor]:
+        """Whether each frame pair has one colour, the seconds spent on pruning, and `kept` on the CPU; reads all checks.
 
         Raises ModelError: a row has NaN or infinite values. RuntimeError: a merger did not remove its rows.
         """
@@ -132,13 +133,16 @@ class EncodedRows:
             torch.stack([no, *checks.failed]).any(),
             torch.stack([~no, *checks.even]).all(),
         )
-        numbers, failed, even = torch.stack(flags).tolist()  # one copy from an accelerator
+        flags = torch.stack(flags)
+        if devices.reading_waits(kept.device):  # one copy from an accelerator
+            flags, kept = torch.cat([flags.long(), kept]).cpu().split([len(flags), len(kept)])
+        numbers, failed, even = flags.tolist()
         if not numbers:
             raise not_a_number_error("encode")
         if failed:
             name = self.plan.stages[0].reduce.merger.name
             raise RuntimeError(f"method {name} did not remove as many rows as it was asked to")
-        return bool(checks.even) and even, self.timer.seconds()
+        return bool(checks.even) and bool(even), self.timer.seconds(), kept
 
 
 @torch.inference_mode()

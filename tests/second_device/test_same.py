@@ -29,6 +29,7 @@ from evoprune.vision import attention
 from tests.pipeline.test_recipes import DEMO
 from tests.profiling.verify.faults import FAULTS
 from tests.recipes import keep_recipe
+from tests.second_device.counting import encodes
 from tests.second_device.far import NAME, Memory
 from tests.tiny import save_tiny
 from tests.vision.devices import varlen_by_hand
@@ -199,11 +200,11 @@ def test_verify_finds_a_wait(monkeypatch):
     FAULTS["one wait for each norm"].plant(monkeypatch)
     with subject_of(loaded(NAME), None) as subject:
         outcome = waits(subject)
-    assert outcome.state == DIFFERS and outcome.figures["waits"] > 7
+    assert outcome.state == DIFFERS and outcome.figures["waits"] > 4
 
 
 @pytest.mark.parametrize(
-    ("method", "times", "selecting"), [("none", 3, 0), ("divprune", 3, 1), ("visionzip", 3, 9), ("evoprune", 7, 42)]
+    ("method", "times", "selecting"), [("none", 2, 0), ("divprune", 2, 0), ("visionzip", 2, 7), ("evoprune", 3, 0)]
 )
 def test_how_often_it_waits(method, times, selecting):
     """From the first patches to the first token: the numbers that docs/gpu.md states; `-s` prints all places."""
@@ -218,3 +219,13 @@ def test_how_often_it_waits(method, times, selecting):
     print(f"{method}: {len(first.places)}", *first.places, sep="\n")
     assert (len(first.outside), len(first.places), one) == (times, times + selecting, 1)
     assert len(longer.places) - len(first.places) == more - 1 > 0
+
+
+@pytest.mark.parametrize("budget", [0.25, 1.0])
+def test_operations_copies_and_waits_do_not_grow_with_the_video(budget):
+    """From 384 units in two tubes to 1,152 in more; `python -m tests.second_device.counting` prints the table of docs/gpu.md."""
+    qa, made = evoprune.VideoQA(loaded(NAME), budget=budget), []
+    for frames in (8, 24):
+        counted, waits = encodes(qa, "samples/pan.mp4", frames=frames)
+        made.append((counted.operations.total(), counted.copies, waits))
+    assert made[0] == made[1] and made[0][1:] == ((2, 2) if budget < 1 else (1, 1))

@@ -234,7 +234,7 @@ def test_every_shape_is_known_on_a_device_without_values(reuse, keep, kernel, mo
         return torch.empty_like(q)
 
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: answer if kernel else None)
-    monkeypatch.setattr(encoded.EncodedRows, "finish", lambda _: (False, 0.0))
+    monkeypatch.setattr(encoded.EncodedRows, "finish", lambda _, kept: (False, 0.0, kept))
     visual = deepcopy(tiny_tower((0, 2))).bfloat16().to(meta)
     method = Pipeline(encoder=Reuse(), selector=Random()) if reuse else EvoPrunePaper(first=0.0, last=1.0)
     patches = clip(grid, changes(grid, 0.3))

@@ -22,10 +22,9 @@ from evoprune.vision.tower import tower_shape
 
 ROUNDS = 3
 # How often the program may wait from the first patches to the first token of a video, outside of selections, which wait as often
-# as their content has it. Twice before rows are selected, once for the groups of each of two selections, once for the checks
-# at the end of the tower, once for the tokens that are kept, and twice for the first token: whether its logits are numbers, and
-# which is the largest (docs/gpu.md).
-WAITS = 8
+# as their content has it. Once for the counts of changed units, once for the checks and the tokens that are kept, and twice for the
+# first token: whether its logits are numbers, and which is the largest (docs/gpu.md).
+WAITS = 4
 
 
 def first_token(subject: Subject) -> Outcome:
