@@ -102,7 +102,10 @@ def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most
     of_pairs = means.view(by_channel).mean(2).transpose(1, 2).contiguous()
     of_held = held.view(by_channel).mean(2).transpose(1, 2).contiguous()
     held, pair = held.T.clone(memory_format=torch.contiguous_format), pair.clone()  # the kernel writes into them
-    source, block = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device), triton.next_power_of_2(units)
+    source, block = (
+        torch.empty(means.shape[:2], dtype=torch.int64, device=means.device),
+        max(512, triton.next_power_of_2(units)),
+    )
     _scan[1,](
         means.transpose(1, 2).contiguous(), of_pairs, held, of_held, pair, source, count, units, seen, int(known), threshold,
         low=low, high=high, halvings=(high - low).bit_length(), blocks=blocks, block=block, num_warps=max(1, min(16, block // 64)),

@@ -29,7 +29,6 @@ from evoprune.vision import attention
 from tests.pipeline.test_recipes import DEMO
 from tests.profiling.verify.faults import FAULTS
 from tests.recipes import keep_recipe
-from tests.second_device.counting import encodes
 from tests.second_device.far import NAME, Memory
 from tests.tiny import save_tiny
 from tests.vision.devices import varlen_by_hand
@@ -224,6 +223,8 @@ def test_how_often_it_waits(method, times, selecting):
 @pytest.mark.parametrize("budget", [0.25, 1.0])
 def test_operations_copies_and_waits_do_not_grow_with_the_video(budget):
     """From 384 units in two tubes to 1,152 in more; `python -m tests.second_device.counting` prints the table of docs/gpu.md."""
+    from tests.second_device.counting import encodes  # which makes the device
+
     qa, made = evoprune.VideoQA(loaded(NAME), budget=budget), []
     for frames in (8, 24):
         counted, waits = encodes(qa, "samples/pan.mp4", frames=frames)

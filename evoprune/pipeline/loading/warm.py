@@ -3,6 +3,7 @@
 A model of one layer with the same widths answers about a few units, in a thread of its own.
 """
 
+import atexit
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +29,7 @@ def warm_up(config: Config, dtype: torch.dtype, device: torch.device) -> Callabl
         return lambda: None
     thread = threading.Thread(target=_touch, args=(config, dtype, device), name="evoprune-warm-up", daemon=True)
     thread.start()
+    atexit.register(thread.join)  # a compiler that runs while the interpreter ends crashes it
     return thread.join
 
 
