@@ -13,18 +13,24 @@ from evoprune.backend import fallback
 from evoprune.backend.fallback import with_fallback
 from evoprune.errors import DeviceWarning
 
-KERNELS = Path(__file__).with_name("kernels.py")
+HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton here")
-@pytest.mark.parametrize("which", ["not full", pytest.param("full", marks=pytest.mark.full)])
-def test_the_kernels_under_the_interpreter(which):
+@pytest.mark.parametrize(
+    ("file", "interpreter", "which"),
+    [
+        ("kernels.py", "1", "not full"),
+        pytest.param("kernels.py", "1", "full", marks=pytest.mark.full),
+        pytest.param("compiled.py", "0", "not full", marks=pytest.mark.full),
+    ],
+)
+def test_the_kernels_of_triton(file, interpreter, which, tmp_path):
     """In a process of its own: a function becomes one of the interpreter when Triton is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-m", which, str(KERNELS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-m", which, str(HERE / file)]
     variables = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    made = subprocess.run(
-        command, env=variables | {"TRITON_INTERPRET": "1"}, cwd=KERNELS.parents[2], capture_output=True, text=True
-    )
+    variables |= {"TRITON_INTERPRET": interpreter, "TRITON_CACHE_DIR": str(tmp_path)}
+    made = subprocess.run(command, env=variables, cwd=HERE.parents[1], capture_output=True, text=True)
     assert made.returncode == 0, made.stdout[-6000:] + made.stderr[-2000:]
 
 

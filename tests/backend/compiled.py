@@ -1,0 +1,44 @@
+"""The kernels of Triton compiled for GPUs, without one: run by test_kernels.py in a process of its own."""
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from evoprune.backend import greedy_kernels, groups_kernels, reuse_kernels, selection_kernels
+
+# Of arguments, by name; all others are pointers to float32, or constants.
+TYPES = {
+    **dict.fromkeys(("row", "tubes", "selected", "order", "ends", "pair", "source"), "*i64"),
+    **dict.fromkeys(("points", "length", "count", "pairs", "units", "seen", "known", "rows", "keep", "width"), "i32"),
+    **dict.fromkeys(("threshold", "still", "rounding", "factor"), "fp32"),
+    "cosines": "*i16",
+}
+LOW, HIGH = reuse_kernels._bits(1 / 1.2), reuse_kernels._bits(1.2)
+SCAN = {"low": LOW, "high": HIGH, "halvings": (HIGH - LOW).bit_length(), "blocks": 32}
+ROWS = {"block_rows": selection_kernels.ROWS, "block": selection_kernels.CHANNELS}
+GROUPS = {"tile": groups_kernels.TILE, "block": 1024}
+LONG = dict.fromkeys(groups_kernels._place.arg_names, "*i64") | dict.fromkeys(["key_length"], "*i64")
+CASES = {
+    "distances": (selection_kernels._tube_distances, {"d": 128, "piece": 64, "side": selection_kernels.SIDE}, {}),
+    "nearest": (selection_kernels._nearest, {"d": 128, "piece": 64, "side": selection_kernels.SIDE}, {"out": "*i64"}),
+    "radii": (selection_kernels._greedy, {"block": 512}, {}),
+    "means": (selection_kernels._means, {"width": 5120, "block": 1024}, {"rows": "*bf16", "out": "*bf16"}),
+    "moments": (selection_kernels._moments, ROWS, {"rows": "*bf16", "count": "*fp32"}),
+    "standardise": (selection_kernels._standardise, {"width": 5120} | ROWS, {"rows": "*bf16"}),
+    "reuse": (reuse_kernels._scan, SCAN | {"block": 512}, {}),
+    "owners": (groups_kernels._count, GROUPS, LONG | {"own": "*i32"}),
+    "groups": (groups_kernels._place, GROUPS, LONG | {"own": "*i32"}),
+    "cosines": (greedy_kernels._greedy, {"weighted": True, "with_bonus": False, "block": 16384}, {}),
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", CASES)
+def test_a_kernel_compiles(name, capability):
+    kernel, constants, types = CASES[name]
+    signature = {each: (TYPES | types).get(each, "*fp32") for each in kernel.arg_names} | dict.fromkeys(
+        constants, "constexpr"
+    )
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    assert "cubin" in triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
