@@ -16,7 +16,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.groups import owner_groups
 from evoprune.model.machine import reading_waits
 from evoprune.pruning.indices import ascending, tally, true_indices
 
@@ -123,13 +122,6 @@ def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
     if scope == "window":
         pair, place = pair * geo.windows, geo.window
     return (pair[:, None] + place).flatten()[: pairs * geo.units + 1].clone()
-
-
-@lru_cache(maxsize=64)
-def group_starts(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
-    """int64 `[G + 1]`: where the units of each window or frame pair start in window order, and where the last ends."""
-    group = group_table(geo, pairs, scope)[:-1]
-    return F.pad(tally(group, pairs * (geo.windows if scope == "window" else 1)).cumsum(0), (1, 0))
 
 
 @lru_cache(maxsize=64)
@@ -254,13 +246,18 @@ def _owner_groups(layout: TokenLayout, scope: Scope, length: torch.Tensor) -> Gr
 
     A row owns the unit whose place it has, so it is a key of its own group.
     """
-    geo, rows = layout.geometry, layout.rows + layout.geometry.units
-    group, (order, _) = group_table(geo, layout.pairs, scope)[:-1], order_tables(geo, layout.pairs)
-    longest_keys = geo.largest_window if scope == "window" else geo.units
-    keys, of, count, key_length = owner_groups(
-        layout.owner, length, group, order, group_starts(geo, layout.pairs, scope), rows, longest_keys
-    )
-    near = None
+    geo, total = layout.geometry, layout.group_count(scope)
+    units, rows = len(layout.owner), layout.rows + geo.units
+    group = group_table(geo, layout.pairs, scope)[:-1]
+    asked = (layout.owner >= 0) & (length[group] > 0)  # a group without query rows needs no keys
+    unused = total * rows
+    both = torch.where(asked, group * rows + layout.owner, unused).sort().values  # (group, row that owns a unit of it)
+    slot = torch.where(both < unused, F.pad((both[1:] != both[:-1]).cumsum(0), (1, 0)), units)
+    keys = torch.full((units + 1,), unused, dtype=torch.int64, device=length.device).scatter_(0, slot, both)[:units]
+    of, keys = keys // rows, keys % rows
+    key_length = tally(of, total + 1)[:total]
+    count = tally(slot, units + 1)[:units]
+    longest_keys, near = geo.largest_window if scope == "window" else geo.units, None
     if layout.reach == "clip":
         pair = F.pad(layout.group_of(layout.unit, "pair"), (0, geo.units), value=-1)
         near = pair[keys] == (of if scope == "pair" else of // geo.windows)

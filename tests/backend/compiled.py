@@ -5,7 +5,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from evoprune.backend import greedy_kernels, groups_kernels, reuse_kernels, selection_kernels
+from evoprune.backend import greedy_kernels, reuse_kernels, selection_kernels
 
 # Of arguments, by name; all others are pointers to float32, or constants.
 TYPES = {
@@ -17,8 +17,6 @@ TYPES = {
 LOW, HIGH = reuse_kernels._bits(1 / 1.2), reuse_kernels._bits(1.2)
 SCAN = {"low": LOW, "high": HIGH, "halvings": (HIGH - LOW).bit_length(), "blocks": 32}
 ROWS = {"block_rows": selection_kernels.ROWS, "block": selection_kernels.CHANNELS}
-GROUPS = {"tile": groups_kernels.TILE, "block": 1024}
-LONG = dict.fromkeys(groups_kernels._place.arg_names, "*i64") | dict.fromkeys(["key_length"], "*i64")
 CASES = {
     "distances": (selection_kernels._tube_distances, {"d": 128, "piece": 64, "side": selection_kernels.SIDE}, {}),
     "nearest": (selection_kernels._nearest, {"d": 128, "piece": 64, "side": selection_kernels.SIDE}, {"out": "*i64"}),
@@ -27,8 +25,6 @@ CASES = {
     "moments": (selection_kernels._moments, ROWS, {"rows": "*bf16", "count": "*fp32"}),
     "standardise": (selection_kernels._standardise, {"width": 5120} | ROWS, {"rows": "*bf16"}),
     "reuse": (reuse_kernels._scan, SCAN | {"block": 512}, {}),
-    "owners": (groups_kernels._count, GROUPS, LONG | {"own": "*i32"}),
-    "groups": (groups_kernels._place, GROUPS, LONG | {"own": "*i32"}),
     "cosines": (greedy_kernels._greedy, {"weighted": True, "with_bonus": False, "block": 16384}, {}),
 }
 

@@ -3,16 +3,7 @@
 import pytest
 import torch
 
-from evoprune.backend import (
-    greedy,
-    greedy_kernels,
-    groups,
-    groups_kernels,
-    reuse,
-    reuse_kernels,
-    selection,
-    selection_kernels,
-)
+from evoprune.backend import greedy, greedy_kernels, reuse, reuse_kernels, selection, selection_kernels
 from tests.backend.cases import SHAPES, clusters, means, points, unit_rows
 
 EVERY = pytest.mark.parametrize("name", SHAPES)
@@ -69,21 +60,6 @@ def test_means(name, dtype, error):
     """The interpreter rounds to bf16 by cutting bits off."""
     args = clusters(SHAPES[name], 4, dtype)
     torch.testing.assert_close(selection_kernels.mean_rows(*args), selection._mean_rows(*args), rtol=error, atol=0)
-
-
-@pytest.mark.parametrize("sizes", [(1,), (16, 16, 8), (3, 0, 40, 1)])
-@pytest.mark.parametrize("rows", [1, 7, 90])
-def test_groups(sizes, rows):
-    random, units = torch.Generator().manual_seed(rows), sum(sizes)
-    order = torch.randperm(units, generator=random)
-    group = torch.empty(units, dtype=torch.int64)
-    group[order] = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    start = torch.tensor([0, *sizes]).cumsum(0)
-    owner = torch.randint(-1, rows, (units,), generator=random)
-    for length in (torch.ones(len(sizes), dtype=torch.int64), torch.arange(len(sizes)) % 2):
-        expected = groups.owner_groups(owner, length, group, order, start, rows, max(sizes))
-        made = groups_kernels.owner_groups(owner, length, order, start, max(sizes))
-        assert all(torch.equal(*both) for both in zip(made, expected, strict=True))
 
 
 @pytest.mark.few(5)
