@@ -13,7 +13,7 @@ def ascending(count: int, device: torch.device | str) -> torch.Tensor:
 
 def tally(index: torch.Tensor, bins: int) -> torch.Tensor:
     """int64 `[bins]`: how often each number occurs in `index` (int64 `[n]`)."""
-    return index.new_zeros(bins).scatter_(0, index, 1, reduce="add")
+    return index.new_zeros(bins).scatter_add_(0, index, torch.ones_like(index))
 
 
 def true_indices(mask: torch.Tensor, count: int) -> torch.Tensor:
