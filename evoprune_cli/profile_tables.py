@@ -18,7 +18,7 @@ from evoprune_cli.terminal import json_line
 Cell = Callable[[Row, Figures | None], str]
 
 LEGEND = (
-    "Hugging Face: plain transformers under sdpa, on the same weights; budget 1.0: evoprune, nothing pruned",
+    "Hugging Face: plain transformers on the same weights; budget 1.0: evoprune, nothing pruned",
     "bound: the best that pruning after the encoder can do, put together from the same round: encode of budget 1.0, a selection "
     "that costs nothing, prefill and generation of as many tokens as the row below it keeps",
     "{ratios}: how many times faster, the median of the rounds' own ratios; first token is encode + prefill",

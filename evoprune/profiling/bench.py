@@ -10,7 +10,7 @@ from evoprune.model.cost import matmul_rate, shortage
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.saved import with_recipe
 from evoprune.profiling.clips import Clip, Frames, case_grid, prepare
-from evoprune.profiling.hugging_face import hugging_face_model
+from evoprune.profiling.hugging_face import fastest_attention, hugging_face_model
 from evoprune.profiling.results import FULL, HUGGING_FACE, METHOD, Case, Row
 from evoprune.profiling.runners import Turn, run_evoprune, run_hugging_face
 from evoprune.profiling.settings import Settings
@@ -30,11 +30,15 @@ class Bench:
         self, loaded: LoadedModel, rows: Sequence[Row], source: Source, settings: Settings, progress: Progress
     ):
         self._loaded, self._settings = loaded, settings
-        self._reference, model = hugging_face_model(loaded.model), loaded.model
+        model, attention = loaded.model, fastest_attention(loaded.model)
+        self._reference = hugging_face_model(model, attention)
         names = [name for name in settings.quantize if any(row.quantize == name for row in rows)]
         cases = {case: [row for row in rows if row.case == case] for case in dict.fromkeys(row.case for row in rows)}
         needed = {c: working_memory(model.config, c, loaded.video, model.dtype.itemsize) for c in cases}
         self._models, missing, self.notes = quantized_models(loaded, names, max(needed.values()), progress)
+        if model.device.type == "cuda":
+            slow = ", whose tower loops over windows in Python; flash-attn, which does not, is not installed"
+            self.notes.append(f"transformers runs {attention}{slow if attention == 'sdpa' else ''}")
         for row in rows:
             row.error = missing.get(row.quantize)
         self._clips: dict[tuple, Clip] = {}  # of a case, and of a case, method and budget where that acts on the input

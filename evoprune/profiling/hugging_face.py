@@ -1,5 +1,6 @@
 """Plain Hugging Face transformers on the same weights: the reference that everything is measured against."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -17,12 +18,18 @@ def hugging_face_config(config: Config):
     return AutoConfig.for_model(**content)
 
 
-def hugging_face_model(model: QwenVL):
-    """The model of transformers for this family (`Qwen3VLForConditionalGeneration`, ...) under sdpa, on the tensors of `model`."""
+def fastest_attention(model: QwenVL) -> str:
+    """The fastest attention that transformers has here for this model: flash-attn's where it is installed, else torch's."""
+    installed = find_spec("flash_attn") is not None
+    return "flash_attention_2" if installed and model.device.type == "cuda" and model.dtype.itemsize == 2 else "sdpa"
+
+
+def hugging_face_model(model: QwenVL, attention: str = "sdpa"):
+    """The model of transformers for this family (`Qwen3VLForConditionalGeneration`, ...), on the tensors of `model`."""
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
-        how = {"dtype": model.dtype, "attn_implementation": "sdpa"}
+        how = {"dtype": model.dtype, "attn_implementation": attention}
         made = AutoModelForImageTextToText.from_config(hugging_face_config(model.config), **how)
     # Those that are a part of a padded matrix as a user has them.
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
