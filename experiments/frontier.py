@@ -84,6 +84,24 @@ def table(samples: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
+def against(samples: dict[str, list[dict]], others: dict[str, list[dict]]) -> list[str]:
+    """Lines of Markdown: how many points more each row is right than the same row of another run, on the clips of both."""
+    rows = dict.fromkeys((s["method"], s["budget"]) for each in samples.values() for s in each if s["row"] == METHOD)
+    lines = ["| | " + " | ".join(samples) + " |", "|---" * (len(samples) + 1) + "|"]
+    for method, budget in rows:
+        cells = []
+        for name in samples:
+            mine, theirs = (
+                [s for s in runs[name] if (s["row"], s["method"], s["budget"]) == (METHOD, method, budget)]
+                for runs in (samples, others)
+            )
+            both = {(s["video"], s["id"]) for s in mine} & {(s["video"], s["id"]) for s in theirs}
+            mine, theirs = ([s for s in each if (s["video"], s["id"]) in both] for each in (mine, theirs))
+            cells.append(in_points(*paired_difference(mine, theirs)))
+        lines.append(f"| `{method} -b {budget_text(budget)}` | " + " | ".join(cells) + " |")
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the runs")
@@ -94,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", default="evoprune")
     parser.add_argument("--sets", default=";".join(SETS), help="some of: %(default)s")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--against", type=Path, help="folder of the same run of another version, row by row")
     parser.add_argument("--also", type=Path, nargs="+", default=[], help="folders of other runs that count too")
     args = parser.parse_args(arguments)
     samples = {name: evaluated(args.out, name, args) for name in args.sets.split(";")}
@@ -105,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         share = 100 * np.mean([s["right"] for s in full])
         print(f"- {name}: {len(full):,} questions about {len({s['video'] for s in full}):,} clips; full {share:.1f}%")
     print("\n".join(["", *table(samples)]))
+    if args.against:
+        print("\n".join(["", *against(samples, {name: samples_of(args.against, name) for name in samples})]))
 
 
 if __name__ == "__main__":
