@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Entries of evoprune/ in their order: each imports only what comes before it.
 ORDER = (
     "bundled", "errors", "keywords", "text", "report",
-    "model", "backend", "pruning", "methods", "video", "vision", "language", "pipeline", "huggingface", "batch", "demo",
+    "backend", "model", "pruning", "methods", "video", "vision", "language", "pipeline", "huggingface", "batch", "demo",
     "evaluation", "profiling", "tuning", "visualize", "integrations",
 )  # fmt: skip
 # Functions of torch that make a tensor from numbers. Without dtype and device, the result is of the host program's defaults.

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from evoprune.backend.fallback import plain
+from evoprune.backend.fallback import uses_kernels
 
 _lock = threading.Lock()
 _inside, _before = 0, False
@@ -40,7 +40,7 @@ def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
     It is called with queries, keys and values `[patches, heads, d]`, the ends of groups among queries and among keys (int32), the
     greatest number of each, and `scale`.
     """
-    return None if plain() or device.type != "cuda" else _varlen_kernel(device, dtype)
+    return _varlen_kernel(device, dtype) if uses_kernels(device) else None
 
 
 @lru_cache

@@ -14,12 +14,12 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from evoprune.backend import devices
 from evoprune.backend.attention import varlen_kernel
+from evoprune.backend.devices import Timer
 from evoprune.model.config import PATCHES
 from evoprune.model.numerics import without_autocast
 from evoprune.pruning.indices import ascending, runs
-from evoprune.vision import devices
-from evoprune.vision.devices import Timer
 from evoprune.vision.layout import Groups
 
 # Keys from which on the fused kernel is faster, because scores no longer stay in the cache. With the 36,864 patches of a picture of

@@ -9,16 +9,17 @@ from functools import lru_cache
 
 import torch
 
+from evoprune.backend import devices
+from evoprune.backend.devices import Timer
 from evoprune.methods.base import Selector
 from evoprune.model.config import vision_sizes
 from evoprune.model.linear import linear
 from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import unit_features
-from evoprune.vision import devices, fused
+from evoprune.vision import fused
 from evoprune.vision.attention import Bucket, Packed, attention_received, buckets, grouped_attention
 from evoprune.vision.chunks import CarriedKeys
-from evoprune.vision.devices import Timer
 from evoprune.vision.families import Layers, layers_of, merge_patches
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
 
@@ -258,7 +259,7 @@ def _attend(run: LayerRun, tower: TowerShape, layer: int, rows: _LayerRows) -> C
     if run.carried:
         k, v = run.carried.seen_by(layer, k, v, layout)
     if scope not in rows.groups:  # made once for a layout
-        exact = not devices.reading_waits(x.device)
+        exact = devices.exact_shapes(x.device)
         groups = attention_groups(layout, scope, exact)
         rows.groups[scope] = buckets(groups) if exact else Packed(groups, layout.rows)
     groups = rows.groups[scope]

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evoprune.backend import attention as backend_attention
 from evoprune.backend.attention import attend_varlen
+from evoprune.backend.devices import Timer
 from evoprune.methods.baselines import Nothing, Random
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_merge import EvoPrunePaper
@@ -19,7 +20,6 @@ from evoprune.methods.pipeline import Pipeline
 from evoprune.methods.reuse import Reuse
 from evoprune.vision import attention, encoded
 from evoprune.vision.attention import Packed, attend_packed, buckets, grouped_attention, with_bias
-from evoprune.vision.devices import Timer
 from evoprune.vision.layout import attention_groups, geometry
 from tests.vision.clips import changes, clip
 from tests.vision.devices import NoWaiting, assert_same_on_a_gpu, take_gpu_route
