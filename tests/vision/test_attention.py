@@ -67,7 +67,7 @@ def by_hand(q, k, v, layout, scope, size_bias):
 )
 def test_attention_against_loops_in_each_dtype(shape, merges, scope, size_bias, dtype, scores, long, monkeypatch):
     monkeypatch.setattr("evoprune.backend.devices.SCORES", scores)  # also in many small pieces
-    monkeypatch.setattr("evoprune.vision.attention.LONG", long)
+    monkeypatch.setattr("evoprune.backend.attention.LONG", long)
     layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=7)
     q, k, v = (x.to(dtype) for x in rows_of(layout))
     plan, received = plan_of(layout, scope), torch.zeros(layout.rows)

@@ -5,6 +5,7 @@ from statistics import median
 import torch
 from torch.nn.attention import SDPBackend
 
+from evoprune.backend.attention import varlen_kernel
 from evoprune.backend.devices import exact_shapes, is_host, memory_in_use, peak_memory, reset_peak_memory
 from evoprune.methods import parse
 from evoprune.model.linear import can_pack
@@ -17,7 +18,6 @@ from evoprune.profiling.verify.subject import BUDGET, QUESTION, SAMPLING, Subjec
 from evoprune.profiling.verify.waiting import Waiting
 from evoprune.pruning.budget import keep_count
 from evoprune.text import size
-from evoprune.vision.attention import varlen_kernel
 from evoprune.vision.tower import tower_shape
 
 ROUNDS = 3
