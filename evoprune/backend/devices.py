@@ -57,7 +57,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def describe_devices() -> dict[str, str]:
-    """What `device_name` says of the devices here, and more; by name."""
+    """The devices here by name: the product of each, and what it has."""
     found = {"cpu": f"{device_name('cpu')}, bf16 {'yes' if has_bf16(torch.device('cpu')) else 'no'}"}
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
@@ -66,7 +66,7 @@ def describe_devices() -> dict[str, str]:
 
 
 def device_name(device: str) -> str:
-    """What it is: the product's name."""
+    """The name of the product."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     try:
