@@ -182,6 +182,7 @@ def _about_video(asked: Request) -> Iterator[dict]:
 
 
 def _plan(info, options: PipelineOptions) -> Iterator[dict]:
+    from evoprune.backend.devices import is_host
     from evoprune.pipeline.inspection import memory_facts, model_facts, plan_facts
     from evoprune.pipeline.loading.found import look_up
     from evoprune.video.plan import default_max_visual_tokens, make_plan
@@ -189,7 +190,7 @@ def _plan(info, options: PipelineOptions) -> Iterator[dict]:
     model, numbers = look_up(options.model), options.sampling.numbers
     yield {"model": model_facts(model)}
     if numbers["max_visual_tokens"] is None:
-        on_cpu = model.device.type == "cpu"
+        on_cpu = is_host(model.device)
         numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=model.demo is not None)
     plan = make_plan(info, model.limits[info.kind], **numbers)
     yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}

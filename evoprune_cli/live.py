@@ -230,7 +230,7 @@ class _Session:
             _write("\r\x1b[K")
 
     def _state(self) -> str:
-        from evoprune.model.machine import memory_in_use
+        from evoprune.backend.devices import memory_in_use
 
         seen, until_s, feed, backlog = self._stream.seen, self._stream.until_s, self._feed, self._feed.backlog
         skipped = f", {backlog.skipped:,} skipped" if backlog.skipped else ""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from evoprune.model.limits import check_libraries, keep_freed_memory
+from evoprune.backend.limits import check_libraries, keep_freed_memory
 from evoprune.pipeline.options import GenerationOptions, PipelineOptions
 from evoprune_cli.terminal import tell
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from evoprune.model.limits import available_cores
+from evoprune.backend.limits import available_cores
 
 ROOT = Path(__file__).parents[1]
 CLIP = ROOT / "samples" / "square.mp4"

@@ -228,7 +228,7 @@ def generated(bench, count: int) -> tuple[float, list[int]]:
     """The same of transformers' `generate` about a text as long as the smallest prompt: `count` tokens less one token."""
     import torch
 
-    from evoprune.model.cost import now
+    from evoprune.backend.devices import now
 
     (clip, *_), reference = bench._clips.values(), bench._reference
     ids = clip.ids.clamp(min=5, max=500)[None].to(clip.patches.device)  # no token that stands for a picture

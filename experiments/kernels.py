@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from evoprune.backend.devices import CHUNK_UNITS
 from evoprune.errors import UsageError, first_line
 from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import matmul_rate
@@ -27,7 +28,6 @@ from evoprune.pipeline.loading.weights import random_model
 from evoprune.pipeline.options import ModelOptions
 from evoprune.pruning.encoder_plan import full_plan
 from evoprune.vision.attention import Bucket, grouped_attention
-from evoprune.vision.devices import CHUNK_UNITS
 from evoprune.vision.encoder import encode
 from evoprune.vision.families import norm as tower_norm
 from evoprune.vision.tower import rotary, rotate, tower_geometry, tower_shape

@@ -18,9 +18,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from evoprune.backend.devices import memory_in_use, reset_peak_memory
 from evoprune.evaluation.demo_clips import clips_asked, demo_video
 from evoprune.evaluation.grading import grade
-from evoprune.model.machine import memory_in_use, reset_peak_memory
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.options import StreamOptions
 from evoprune.pipeline.video_qa import VideoQA

@@ -15,7 +15,7 @@ from statistics import median
 
 import numpy as np
 
-from evoprune.model.limits import keep_freed_memory
+from evoprune.backend.limits import keep_freed_memory
 from evoprune.pipeline.live import LiveFeed
 from evoprune.pipeline.video_qa import VideoQA
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
-from evoprune.model.limits import keep_freed_memory
+from evoprune.backend.limits import keep_freed_memory
 
 # Setting by name: whether memory is kept, the spin count, whether another thread encodes, whether the first one's team is ended.
 SETTINGS = {

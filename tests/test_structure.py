@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Entries of evoprune/ in their order: each imports only what comes before it.
 ORDER = (
     "bundled", "errors", "keywords", "text", "report",
-    "model", "backend", "pruning", "methods", "video", "vision", "language", "pipeline", "huggingface", "batch", "demo",
+    "backend", "model", "pruning", "methods", "video", "vision", "language", "pipeline", "huggingface", "batch", "demo",
     "evaluation", "profiling", "tuning", "visualize", "integrations",
 )  # fmt: skip
 # Functions of torch that make a tensor from numbers. Without dtype and device, the result is of the host program's defaults.
@@ -258,6 +258,35 @@ def test_no_other_file_asks_for_the_family_of_a_model():
         "questions for the family of a model",
     )
     assert all(list(asked_families(tree(name))) for name in FAMILIES_KNOWN_TO)
+
+
+# Who may ask what a device is: `verify` says it, and vLLM has devices of its own.
+DEVICES_KNOWN_TO = ("evoprune.backend.", "evoprune.profiling.verify.", "evoprune.integrations.vllm.")
+
+
+def asked_devices(code: ast.Module) -> Iterator[ast.Attribute]:
+    """Where code reads of which kind a device is, or uses what torch has for one kind."""
+    for node in ast.walk(code):
+        asked = r"(.*\.)?device\.type|torch\.(cuda|accelerator|mps|xpu)|.*\.is_(cpu|cuda|mps|xpu)"
+        if isinstance(node, ast.Attribute) and re.fullmatch(asked, ast.unparse(node)):
+            yield node
+
+
+def test_no_other_file_asks_what_a_device_is():
+    fail_on(
+        (
+            f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
+            for name, path in modules().items()
+            if not name.startswith(DEVICES_KNOWN_TO)
+            for node in asked_devices(tree(name))
+        ),
+        "questions for a device",
+    )
+    asked = "x.device.type == 'cpu', device.type, torch.cuda.empty_cache(), x.is_cuda, torch.accelerator.synchronize()"
+    assert len(list(asked_devices(ast.parse(asked)))) == 5
+    assert not list(
+        asked_devices(ast.parse("x.device, torch.backends.cuda.flash_sdp_enabled(), dtype.type, x.to(device)"))
+    )
 
 
 def test_a_circle_is_reported_with_the_line_of_every_import():

@@ -1,4 +1,4 @@
-"""What a device does in its own way: kernels, graphs, and what else is chosen by the device.
+"""Questions for a device, and what it does in its own way: kernels, graphs, and what else is chosen by the device.
 
-Each of them has a plain form in PyTorch beside it, which runs where a kernel cannot, and with `EVOPRUNE_PLAIN=1`.
+Kernels and graphs have a plain form in PyTorch beside it, which runs where they cannot, and with `EVOPRUNE_PLAIN=1`.
 """

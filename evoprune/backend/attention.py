@@ -1,4 +1,4 @@
-"""Attention on CUDA: never cuDNN's, which plans each new shape for up to seconds; and the kernel for packed groups."""
+"""Attention by device: on CUDA never cuDNN's, which plans each new shape for up to seconds; kernels for groups of rows."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -7,7 +7,12 @@ from functools import lru_cache
 
 import torch
 
-from evoprune.backend.fallback import plain
+from evoprune.backend.devices import is_host
+from evoprune.backend.fallback import uses_kernels
+
+# Keys from which on the fused kernel is faster, because scores no longer stay in the cache. With the 36,864 patches of a picture of
+# 2688x2688 pixels it takes a third of the time.
+LONG = 4096
 
 _lock = threading.Lock()
 _inside, _before = 0, False
@@ -34,13 +39,18 @@ def without_cudnn() -> Iterator[None]:
                 torch.backends.cuda.enable_cudnn_sdp(_before)
 
 
+def attends_by_products(queries: torch.Tensor, keys: int) -> bool:
+    """Whether two products with the scores between them are faster than a fused kernel: in bf16 on a CPU, of so many keys."""
+    return is_host(queries.device) and queries.dtype == torch.bfloat16 and keys < LONG
+
+
 def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
     """Attention of groups of any lengths in one call; None if torch does not have it, or the device cannot run it in this dtype.
 
     It is called with queries, keys and values `[patches, heads, d]`, the ends of groups among queries and among keys (int32), the
     greatest number of each, and `scale`.
     """
-    return None if plain() or device.type != "cuda" else _varlen_kernel(device, dtype)
+    return _varlen_kernel(device, dtype) if uses_kernels(device) else None
 
 
 @lru_cache

@@ -3,12 +3,12 @@
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.fallback import plain
+from evoprune.backend.fallback import uses_kernels
 
 
 def carries_bias(device: torch.device) -> bool:
     """Whether the bias of keys goes into further features of heads there, because kernels that take masks are slow."""
-    return device.type == "cuda" and not plain()
+    return uses_kernels(device)
 
 
 def causal_attention(
@@ -17,7 +17,7 @@ def causal_attention(
     """Attention of the last L of n columns, by heads, `[..., L, d]`; None where there is no kernel for it without a mask."""
     if queries.shape[2] == keys.shape[2]:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
-    if queries.device.type != "cuda" or plain():
+    if not uses_kernels(queries.device):
         return None
     # Not `torch.nn.attention.bias`, which calls the same and imports the whole of torch.compile. Flash attention's "causal" ends at
     # the lower right; the check is of shapes and types, and refuses "causal" because that of torch begins at the upper left.

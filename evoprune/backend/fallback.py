@@ -19,6 +19,11 @@ def plain() -> bool:
     return bool(_plainly) or os.environ.get("EVOPRUNE_PLAIN", "0") not in ("", "0")
 
 
+def uses_kernels(device: torch.device) -> bool:
+    """Whether kernels are used there: on CUDA, unless only plain PyTorch is wanted."""
+    return device.type == "cuda" and not plain()
+
+
 @contextmanager
 def plainly() -> Iterator[None]:
     """A context in which no kernel and no graph is used."""

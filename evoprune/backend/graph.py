@@ -1,14 +1,16 @@
-"""A CUDA graph of a function: one launch runs all of its kernels again, on the same memory."""
+"""Functions on streams of CUDA: as a graph, whose one launch runs all kernels again on the same memory, or beside the program."""
 
+import atexit
+import threading
 from collections.abc import Callable
 
 import torch
 
-from evoprune.backend.fallback import plain
+from evoprune.backend.fallback import uses_kernels
 
 
 def can_capture(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.cuda is not None and not plain()
+    return uses_kernels(device) and torch.version.cuda is not None
 
 
 def run_and_capture(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -28,3 +30,21 @@ def run_and_capture(function: Callable[[], None], device: torch.device) -> Calla
             graph.capture_end()
     torch.cuda.current_stream(device).wait_stream(stream)
     return graph.replay
+
+
+def run_beside(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Begins a function on CUDA, in a thread and on a stream of its own. Returns what waits for its end; what it raises is lost."""
+    if device.type != "cuda":
+        return lambda: None
+    thread = threading.Thread(target=_try, args=(function, device), name="evoprune-beside", daemon=True)
+    thread.start()
+    atexit.register(thread.join)  # a compiler that runs while the interpreter ends crashes it
+    return thread.join
+
+
+def _try(function: Callable[[], None], device: torch.device) -> None:
+    try:
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            function()
+    except Exception:  # the program itself will say what is wrong
+        return

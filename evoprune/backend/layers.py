@@ -7,9 +7,8 @@ from types import ModuleType
 
 import torch
 
-from evoprune.backend.fallback import plain
+from evoprune.backend.fallback import uses_kernels
 from evoprune.errors import DeviceWarning, first_line, is_out_of_memory
-from evoprune.model.linear import is_plain
 
 TOGETHER = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}  # products of the same input
 _apart: list[bool] = []
@@ -66,6 +65,12 @@ def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     return found if first.weight.data_ptr() == found[0].data_ptr() else None
 
 
+def is_plain(module: torch.nn.Module) -> bool:
+    """Whether a module is a linear layer that has no hooks: whoever sets a hook wants to see its calls."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is torch.nn.Linear and not hooked
+
+
 @contextmanager
 def unjoined() -> Iterator[None]:
     """A context in which products take each matrix by itself, as in a model of transformers."""
@@ -78,7 +83,7 @@ def unjoined() -> Iterator[None]:
 
 def kernels(device: torch.device) -> ModuleType | None:
     """The fused kernels for a device, `layers_triton`; None where there are none, or one has failed."""
-    if device.type != "cuda" or _problem or plain():
+    if _problem or not uses_kernels(device):
         return None
     try:
         from evoprune.backend import layers_triton

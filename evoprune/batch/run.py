@@ -5,8 +5,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
-
+from evoprune.backend.devices import empty_cache
 from evoprune.batch.rows import Row, Span
 from evoprune.batch.settings import Settings
 from evoprune.errors import OutOfMemory, error_record
@@ -95,5 +94,5 @@ def _tried(work: Callable[[], T], on_failure: OnFailure) -> tuple[T | None, dict
         on_failure(problem)
         error = error_record(problem)
     if error["type"] == OutOfMemory.type:
-        torch.cuda.empty_cache()  # returns free but fragmented memory; does nothing without CUDA
+        empty_cache()
     return None, error

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from evoprune import methods
+from evoprune.backend.limits import check_libraries
 from evoprune.errors import ModelError
-from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import PipelineOptions, record
 from evoprune.pipeline.saved import Tuned, resolve
 from evoprune.pruning.budget import TUNED

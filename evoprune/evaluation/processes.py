@@ -12,8 +12,8 @@ from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any
 
+from evoprune.backend.limits import keep_freed_memory, oom_kills
 from evoprune.errors import EvopruneError, EvopruneWarning, OutOfMemory, process_error
-from evoprune.model.limits import keep_freed_memory, oom_kills
 
 Work = Callable[[Any], list[dict]]
 

@@ -4,9 +4,10 @@ from typing import Literal
 
 from torch import nn
 
+from evoprune.backend.layers import is_plain
 from evoprune.errors import UsageError
 from evoprune.model.integers import Int8Linear
-from evoprune.model.linear import PackedLinear, can_pack, is_plain, packed_copy, shared_copy
+from evoprune.model.linear import PackedLinear, can_pack, packed_copy, shared_copy
 from evoprune.model.quantize import check, quantize
 from evoprune.pipeline.loading.calibration import calibrate_tower
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from evoprune.backend import layers
 from evoprune.backend.attention import without_cudnn
 from evoprune.backend.causal import carries_bias
+from evoprune.backend.devices import to_device
 from evoprune.language.attention import STRIP, attend, attend_blind, bias_features, rows_at
 from evoprune.language.dropping import Dropping, LayerState
 from evoprune.model.config import head_size
 from evoprune.model.linear import linear
-from evoprune.model.machine import to_device
 from evoprune.model.numerics import heads_of, norm, rotate, rotation, without_autocast
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from evoprune.backend.devices import to_device
 from evoprune.errors import ModelError
 from evoprune.language import decoder, static
 from evoprune.language.decoder import KVCache
@@ -19,7 +20,6 @@ from evoprune.language.static import best_of
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.config import ANSWER_COLUMNS
-from evoprune.model.machine import to_device
 from evoprune.model.numerics import not_a_number_error
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.types import generator_seed

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from evoprune.backend.devices import exact_shapes
 from evoprune.errors import PLUGINS, PluginError
 from evoprune.methods.base import LanguageMethod, Selector
 from evoprune.model.numerics import without_autocast
@@ -96,7 +97,7 @@ def _unlike(
     if value.dtype != dtype or value.ndim != 1 or length not in (None, len(value)):
         given = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
         yield f"{name} as {given} where {wanted} {shape} was asked for"
-    if value.device != device and not (name == "kept" and value.device.type == "cpu"):
+    if value.device != device and not (name == "kept" and exact_shapes(value.device)):
         yield f"{name} on {value.device} where the tokens are on {device}"
 
 

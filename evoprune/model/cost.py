@@ -3,16 +3,15 @@
 A multiply-add counts as two operations. Counts use the actual rows of every layer and the actual length of the prompt.
 """
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
+from evoprune.backend.devices import available_memory, now
 from evoprune.errors import memory_guard
 from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, head_size, kv_bytes
-from evoprune.model.machine import available_memory, is_accelerator
 from evoprune.model.numerics import without_autocast
 
 SMALL_CHANGE = 128 * 2**20  # bytes that any run takes, however small
@@ -21,13 +20,6 @@ EFFICIENCY = 0.5
 
 
 T = TypeVar("T")
-
-
-def now(device: torch.device) -> float:
-    """Seconds. On an accelerator it waits until all kernels are done, which run on after Python has gone on."""
-    if is_accelerator(device):
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
 
 
 class Clock:

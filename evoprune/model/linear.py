@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.model.machine import available_memory, cool
+from evoprune.backend.devices import available_memory, is_host
+from evoprune.backend.layers import is_plain
+from evoprune.model.machine import cool
 
 # The number of rows that packing assumes. From a few dozen rows up, the arrangement does not depend on it.
 ROWS = 512
@@ -115,7 +117,7 @@ def weights_bytes(model: nn.Module) -> int:
 
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether packing works and saves time: on the CPU, in a dtype that it multiplies in hardware, with this torch."""
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+    if not is_host(weight.device) or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
@@ -151,9 +153,3 @@ def shared_copy(module: nn.Module, replace: Callable[[nn.Module], nn.Module | No
 def packs(module: nn.Module) -> bool:
     """Whether `packed_copy` packs this module."""
     return is_plain(module) and can_pack(module.weight)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that has no hooks: whoever sets a hook wants to see its calls."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and not hooked

@@ -1,9 +1,8 @@
-"""This machine and process: facts for reports and checks of memory; pages of memory-mapped weights; threads; waits for devices."""
+"""This machine and process: facts for reports; pages of memory-mapped weights; threads."""
 
 import ctypes
 import functools
 import mmap
-import platform
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 import evoprune
-from evoprune.model import limits
+from evoprune.backend.devices import device_name
 from evoprune.report.records import Environment
 
 PIECE = 2**26  # bytes asked for at a time
@@ -27,70 +26,9 @@ def environment(device: str) -> Environment:
         evoprune=evoprune.__version__,
         torch=torch.__version__,
         transformers=version("transformers"),
-        device_name=torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name(),
+        device_name=device_name(device),
         threads=torch.get_num_threads(),
     )
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def peak_memory(device: str) -> int | None:
-    """Bytes: on CUDA the allocator's peak, else the largest resident size of this process so far. None where unknown."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        # Not getrusage: on Linux its peak includes the process that started this one.
-        return limits.kib(Path("/proc/self/status"), "VmHWM")[0]
-    except (OSError, KeyError):
-        pass
-    try:
-        import resource
-    except ImportError:  # not a Unix
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def memory_in_use(device: str) -> tuple[int | None, int | None]:
-    """Bytes of this process now: its own, and pages of files mapped into memory. None where unknown, and on CUDA."""
-    if device.startswith("cuda"):
-        return None, None
-    try:
-        own, shared, mapped = limits.kib(Path("/proc/self/status"), "RssAnon", "RssShmem", "RssFile")
-        return own + shared, mapped
-    except (OSError, KeyError):
-        return None, None
-
-
-def reset_peak_memory(device: str) -> bool:
-    """Restarts the count of `peak_memory`; False where the system cannot."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        with open("/proc/self/clear_refs", "w") as f:
-            if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-                libc.malloc_trim(0)  # memory that was freed and is kept would be used uncounted
-            f.write("5")
-    except OSError:
-        return False
-    return True
-
-
-def available_memory(device: str) -> int | None:
-    """Bytes that this process can get now without swapping; None where unknown, and on the meta device, which needs none.
-
-    On CUDA: what is free on the device and in torch's own allocator. Else see `limits.available_memory`.
-    """
-    if device.startswith("cuda"):
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    return None if device == "meta" else limits.available_memory()
 
 
 def page_in(weights: Iterable[torch.Tensor]) -> threading.Thread | None:
@@ -165,21 +103,3 @@ def _openmp() -> ctypes.CDLL | None:
     path = next((path for path in paths if "torch" in path), None)
     library = path and ctypes.CDLL(path)
     return library if hasattr(library, "omp_pause_resource_all") else None  # OpenMP 5.0, since GCC 9
-
-
-def reading_waits(device: torch.device) -> bool:
-    """Whether reading a value waits for the device: everywhere but on the CPU. There, no shape may depend on values."""
-    return device.type != "cpu"
-
-
-def is_accelerator(device: torch.device) -> bool:
-    """Whether it is of the kind that torch drives here by streams and events, to which pinned memory is copied meanwhile."""
-    found = torch.accelerator.current_accelerator()
-    return found is not None and found.type == device.type
-
-
-def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`x` on `device`. A copy from the CPU to an accelerator does not wait for it."""
-    if x.device.type == "cpu" and is_accelerator(device):
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)

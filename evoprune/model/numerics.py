@@ -12,9 +12,9 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from evoprune.backend.devices import accelerator, to_device
 from evoprune.errors import ModelError
 from evoprune.model.config import head_size
-from evoprune.model.machine import to_device
 
 HINT = "fp16 can overflow: take dtype bf16 or fp32; if it stays, the weights are damaged: get them again"
 
@@ -36,9 +36,8 @@ def not_a_number_error(stage: str) -> ModelError:
 @contextmanager
 def without_autocast() -> Iterator[None]:
     """A context, and a decorator, in which products are computed in the dtype of their factors."""
-    accelerator = torch.accelerator.current_accelerator()
     with ExitStack() as stack:
-        for kind in {"cpu"} if accelerator is None else {"cpu", accelerator.type}:
+        for kind in {"cpu", accelerator() or "cpu"}:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield

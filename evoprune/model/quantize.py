@@ -10,6 +10,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from evoprune.backend.devices import is_host
+from evoprune.backend.layers import is_plain
 from evoprune.errors import UsageError
 from evoprune.model.integers import (
     GROUP,
@@ -22,7 +24,6 @@ from evoprune.model.integers import (
     int8_weights,
     large_channels,
 )
-from evoprune.model.linear import is_plain
 from evoprune.model.machine import cool
 from evoprune.model.precision import check_quantize
 
@@ -54,7 +55,7 @@ def check(kind: str, device: torch.device) -> None:
     check_quantize(kind)
     if kind == "none":
         return
-    if device.type != "cpu":
+    if not is_host(device):
         raise UsageError(f"quantize {kind} works on the CPU, not on {device}", "leave quantize out")
     if kind not in kinds(device):
         raise UsageError(f"this PyTorch has no exact {kind} products for this CPU", "leave quantize out")
@@ -62,7 +63,7 @@ def check(kind: str, device: torch.device) -> None:
 
 def kinds(device: torch.device) -> list[str]:
     """The kinds of quantisation that work on a device, with this PyTorch and this CPU; without "none"."""
-    if device.type != "cpu" or not exact(127):
+    if not is_host(device) or not exact(127):
         return []
     return ["int8", "int4"] if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") else ["int8"]
 

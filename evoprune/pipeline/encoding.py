@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
+from evoprune.backend.devices import empty_cache, to_device
 from evoprune.errors import OutOfMemory, memory_guard
 from evoprune.model.cost import Clock
-from evoprune.model.machine import to_device
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.planning import TEXT, chunk_bytes, fitting_chunk
 from evoprune.pruning.budget import keep_tokens
@@ -185,7 +185,7 @@ class OpenInput:
                 least = plan.grid[1] * plan.grid[2]
                 if problem.stage != "encode" or chunk_units <= least:
                     raise
-            torch.cuda.empty_cache()  # frees memory that is in pieces; does nothing where there is no CUDA
+            empty_cache()
             chunk_units = max(least, min(chunk_units, plan.encoder.units) // 2)
         clock.seconds["encode"] = clock.now() - start - clock.seconds.pop("wait", 0.0)
         return result

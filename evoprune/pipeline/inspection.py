@@ -6,17 +6,16 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TextIO
 
 import evoprune
+from evoprune.backend.devices import available_memory, largest_chunk
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError
 from evoprune.model.config import kv_bytes
-from evoprune.model.machine import available_memory
 from evoprune.pipeline.loading.found import DTYPES, FoundModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.planning import TEXT, encoding_bytes
 from evoprune.pipeline.saved import folder, for_model, recipes, tuned
 from evoprune.pruning.budget import PRESETS, keep_tokens, plain, share_for, share_of
 from evoprune.video.plan import STILL, Plan
-from evoprune.vision.devices import largest_chunk
 from evoprune.vision.tower import tower_shape
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord", "typer", "rich", "numpy")
@@ -24,15 +23,13 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord"
 
 def environment_facts(stdout: TextIO) -> dict:
     """Versions, devices, decoders, methods, caches, tuned settings, environment variables, and the encoding of `stdout`."""
-    import torch
     from huggingface_hub import constants
 
     from evoprune import methods
-    from evoprune.model.limits import available_cores, available_memory
-    from evoprune.model.machine import cpu_name
+    from evoprune.backend.devices import describe_devices
+    from evoprune.backend.limits import available_cores, available_memory
     from evoprune.pipeline.cache import Cache
     from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
-    from evoprune.pipeline.loading.found import cpu_has_bf16
     from evoprune.pipeline.loading.stored import weights_folder
     from evoprune.video.frames import choose_decoder
 
@@ -42,10 +39,6 @@ def environment_facts(stdout: TextIO) -> dict:
         decoders["decord"] = "works"
     except EvopruneError as problem:
         decoders["decord"] = problem.message
-    devices = {"cpu": f"{cpu_name()}, bf16 {'yes' if cpu_has_bf16() else 'no'}"}
-    for number in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(number)
-        devices[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"
     demos = {}  # `demo_model`, `demo_model_folder` and so on
     for name, demo in DEMOS.items():
         key, there = f"{name.replace('-', '_')}_model", (demo.folder / "model.safetensors").is_file()
@@ -57,7 +50,7 @@ def environment_facts(stdout: TextIO) -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {"evoprune": evoprune.__version__} | {name: _version(name) for name in PACKAGES},
-        "devices": devices,
+        "devices": describe_devices(),
         "available": {"cores": available_cores(), "memory_bytes": available_memory()},
         "decoders": decoders,
         "methods": methods.available(),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from evoprune.backend.devices import largest_chunk
 from evoprune.errors import LESS, OutOfMemory
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.model.config import PATCHES, Config
@@ -28,7 +29,6 @@ from evoprune.video.info import (
 from evoprune.video.plan import Plan, default_max_visual_tokens, make_plan
 from evoprune.video.probe import read_subtitles
 from evoprune.video.sampling import SamplingPlan
-from evoprune.vision.devices import largest_chunk
 from evoprune.vision.tower import tower_shape
 
 CHUNK_BYTES = 64 * 2**20  # of frames as decoded, held at a time

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import product
 
 from evoprune import methods
+from evoprune.backend.devices import largest_chunk
 from evoprune.errors import ModelError, OutOfMemory, memory_guard, names_plugins
 from evoprune.model.config import PATCHES
 from evoprune.model.cost import matmul_rate, shortage
@@ -16,7 +17,6 @@ from evoprune.profiling.runners import Turn, run_evoprune, run_hugging_face
 from evoprune.profiling.settings import Settings
 from evoprune.profiling.weights import quantized_models, working_memory
 from evoprune.pruning.budget import keep_tokens
-from evoprune.vision.devices import largest_chunk
 from evoprune.vision.tower import tower_shape
 
 Source = Callable[[Case], Frames]

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 
+from evoprune.backend.devices import peak_memory, reset_peak_memory
 from evoprune.language import generate
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.cost import Clock, tower_flop
-from evoprune.model.machine import peak_memory, reset_peak_memory
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.clips import TEXT_AFTER, Clip
 from evoprune.profiling.results import Counts, Sample

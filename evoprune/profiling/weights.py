@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from evoprune.backend.devices import now
 from evoprune.bundled import DEMOS
 from evoprune.errors import OutOfMemory
 from evoprune.model import cost
 from evoprune.model.config import Config
-from evoprune.model.cost import now
 from evoprune.model.linear import PackedLinear, can_pack, pack, weights_bytes
 from evoprune.model.quantize import check as check_quantize
 from evoprune.model.quantize import quantize, saved_bytes

@@ -18,8 +18,8 @@ from functools import lru_cache
 
 import torch
 
+from evoprune.backend.devices import to_device
 from evoprune.backend.selection import nearest_selected, standard_places, tube_radii
-from evoprune.model.machine import to_device
 from evoprune.pruning.budget import spread
 from evoprune.pruning.encoder_plan import Grid
 from evoprune.pruning.indices import ascending

@@ -2,8 +2,8 @@
 
 Groups of similar length share a *bucket*: they are padded to a common length, and a mask covers the padding. Equal groups of
 neighbouring rows need no padding, so their bucket is a view without gather or mask. On a CPU, `buckets` sorts the groups by
-their lengths. On a GPU, reading the lengths would synchronise. There `Packed` holds all groups at once: for a kernel that reads
-the lengths on the device, or as one bucket padded to the greatest possible length.
+their lengths. On a GPU, reading the lengths would synchronise. There `Packed` holds all groups for a kernel that reads the
+lengths on the device; without one, they are a bucket padded to the greatest possible length. `plan_attention` chooses.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,17 +14,13 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.attention import varlen_kernel
+from evoprune.backend import devices
+from evoprune.backend.attention import attends_by_products, varlen_kernel
+from evoprune.backend.devices import Timer
 from evoprune.model.config import PATCHES
 from evoprune.model.numerics import without_autocast
 from evoprune.pruning.indices import ascending, runs
-from evoprune.vision import devices
-from evoprune.vision.devices import Timer
-from evoprune.vision.layout import Groups
-
-# Keys from which on the fused kernel is faster, because scores no longer stay in the cache. With the 36,864 patches of a picture of
-# 2688x2688 pixels it takes a third of the time.
-LONG = 4096
+from evoprune.vision.layout import Groups, Scope, TokenLayout, attention_groups
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,12 @@ class Packed:
 
     groups: Groups  # from `layout.attention_groups` with `exact=False`
     rows: int  # R, of the chunk
+    kernel: Callable | None  # `varlen_kernel`; None where there is nothing but `bucket`
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attention of all groups in one call of the kernel; arguments `[patches, heads, d]`, keys group after group."""
+        longest = [most * PATCHES for most in self.groups.longest]
+        return self.kernel(q, k, v, *self.ends, *longest, scale=scale)
 
     @cached_property
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,6 +75,19 @@ class Packed:
         group = torch.searchsorted(groups.start + groups.length, row, right=True).clamp(max=count - 1)
         back = (group * longest + row - groups.start[group]).clamp(max=count * longest - 1)
         return _padded(groups, self.rows, ascending(count, row.device), *groups.longest, back)
+
+
+Plan = list[Bucket] | Packed
+
+
+def plan_attention(layout: TokenLayout, scope: Scope, like: torch.Tensor) -> Plan:
+    """How the rows of a layout attend inside their groups of `scope`, by the device and the dtype of `like`."""
+    exact = devices.exact_shapes(like.device)
+    groups = attention_groups(layout, scope, exact)
+    if exact:
+        return buckets(groups)
+    packed = Packed(groups, layout.rows, varlen_kernel(like.device, like.dtype))
+    return packed if packed.kernel else [packed.bucket]
 
 
 def _padded(
@@ -141,7 +156,7 @@ def grouped_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    plan: list[Bucket] | Packed,
+    plan: Plan,
     size_bias: bool = False,
     received: torch.Tensor | None = None,
     timer: Timer | None = None,
@@ -158,13 +173,10 @@ def grouped_attention(
     """
     timer = timer or nullcontext()
     if isinstance(plan, Packed):
-        kernel = varlen_kernel(q.device, q.dtype)
-        if kernel is not None:
-            if received is not None:
-                with timer:
-                    add_received(received, q, k, plan.bucket, size_bias)
-            return attend_packed(kernel, q, k, v, plan, size_bias)
-        plan = [plan.bucket]
+        if received is not None:
+            with timer:
+                add_received(received, q, k, plan.bucket, size_bias)
+        return attend_packed(q, k, v, plan, size_bias)
     out = torch.empty_like(q)
     for bucket in plan:
         answer = _attend_bucket(q, k, v, bucket, size_bias, received, timer)
@@ -189,7 +201,7 @@ def _attend_bucket(
     """Attention of one bucket, `[B, Q, 4, heads, d]`; arguments as in `grouped_attention`."""
     query, key, value = (bucket.by_head(x, which) for x, which in ((q, "query"), (k, "key"), (v, "key")))
     bias, per_key = key_bias(bucket, size_bias, q.dtype), None
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and key.shape[2] < LONG:
+    if attends_by_products(q, key.shape[2]):
         weight = None
         if received is not None:
             with timer:
@@ -245,7 +257,7 @@ def attend_by_products(
     return out, None if received is None else received.view(batch, heads, keys).sum(1)
 
 
-def attention_received(q: torch.Tensor, k: torch.Tensor, plan: list[Bucket] | Packed, size_bias: bool) -> torch.Tensor:
+def attention_received(q: torch.Tensor, k: torch.Tensor, plan: Plan, size_bias: bool) -> torch.Tensor:
     """float32 `[R]`, as `received` of `grouped_attention`, without the output of the attention."""
     total = torch.zeros(len(k), dtype=torch.float32, device=k.device)
     for bucket in [plan.bucket] if isinstance(plan, Packed) else plan:
@@ -291,16 +303,13 @@ def add_by_row(received: torch.Tensor, per_key: torch.Tensor, bucket: Bucket) ->
         received.index_add_(0, index.flatten(), torch.where(own, per_row, 0).flatten())
 
 
-def attend_packed(
-    kernel: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Packed, size_bias: bool
-) -> torch.Tensor:
-    """Attention of all groups in one call of a kernel that reads their lengths on the GPU; it takes neither mask nor bias."""
+def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Packed, size_bias: bool) -> torch.Tensor:
+    """Attention of all groups by a kernel that reads their lengths on the GPU; it takes neither mask nor bias."""
     groups, dim = plan.groups, q.shape[-1]
     key, value = (x if groups.consecutive else x[groups.keys] for x in (k, v))
     if size_bias:
         q, key, value = with_bias(q, key, value, groups.count)
-    longest = [most * PATCHES for most in groups.longest]
-    answer = kernel(*(x.flatten(0, 1) for x in (q, key, value)), *plan.ends, *longest, scale=dim**-0.5)
+    answer = plan.attend(*(x.flatten(0, 1) for x in (q, key, value)), scale=dim**-0.5)
     return answer[..., :dim].unflatten(0, (-1, PATCHES))
 
 

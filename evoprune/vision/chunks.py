@@ -11,13 +11,16 @@ from itertools import chain, islice
 
 import torch
 
+from evoprune.backend import devices
+from evoprune.backend.devices import Timer
 from evoprune.model.config import PATCHES
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.reuse import ReferenceBlocks, scan
-from evoprune.vision import devices
-from evoprune.vision.devices import Timer
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, geometry, referring_layout, window_order
 from evoprune.vision.preprocess import CLIP, Normalisation, normalised, patch_means
+
+# A chunk may represent this many times more units than it has rows. Attention reads a key for each row that represents its units.
+SPARSE = 8
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def in_chunks(
     """Cuts a video into chunks of `rows` rows, rounded up to whole frame pairs; the last may have fewer.
 
     Where reading waits, reuse compares as many frame pairs at a time as have `rows` units, and a chunk has all rows of these.
-    A chunk also ends once it represents `devices.SPARSE` * `rows` units, so its memory does not grow with the video.
+    A chunk also ends once it represents `SPARSE` * `rows` units, so its memory does not grow with the video.
 
     Args:
         patches: pieces `[n, values]` that make up `pairs` frame pairs: pixels (uint8), or normalised. `normal`: mean and std.
@@ -97,7 +100,7 @@ def in_chunks(
     stream = iter(patches)
     ahead = list(islice(stream, 1))
     # The scan costs a CPU nothing more frame pair by frame pair. It waits for an accelerator once for each piece.
-    here = bool(ahead) and not devices.reading_waits(ahead[0].device)
+    here = bool(ahead) and devices.exact_shapes(ahead[0].device)
     at_once = 1 if threshold and here else -(-rows // geo.units)
     for piece in in_pairs(chain(iter(ahead), stream), pair, at_once):
         ahead.clear()  # frees its memory
@@ -120,7 +123,7 @@ def in_chunks(
         held.append(Chunk(done, count, rows_here.to(dtype), counts, source))
         done += count
         units = (done - held[0].first) * geo.units
-        if sum(chunk.rows for chunk in held) >= rows or units >= devices.SPARSE * rows:
+        if sum(chunk.rows for chunk in held) >= rows or units >= SPARSE * rows:
             yield _joined(held)
             held = []
     if done != pairs:

@@ -6,14 +6,14 @@ from itertools import accumulate
 
 import torch
 
+from evoprune.backend import devices
+from evoprune.backend.devices import Timer
 from evoprune.errors import UsageError
 from evoprune.methods.selecting import select, tokens_before_inflection
 from evoprune.model.numerics import not_a_number_error
 from evoprune.pruning.encoder_plan import EncoderPlan, Inflection
 from evoprune.pruning.indices import ascending, tally
 from evoprune.pruning.types import Selection, Tokens
-from evoprune.vision import devices
-from evoprune.vision.devices import Timer
 
 
 @dataclass(frozen=True, repr=False)
@@ -134,7 +134,7 @@ class EncodedRows:
             torch.stack([~no, *checks.even]).all(),
         )
         flags = torch.stack(flags)
-        if devices.reading_waits(kept.device):  # one copy from an accelerator
+        if not devices.exact_shapes(kept.device):  # one copy from an accelerator
             flags, kept = torch.cat([flags.long(), kept]).cpu().split([len(flags), len(kept)])
         numbers, failed, even = flags.tolist()
         if not numbers:

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from evoprune.backend import devices
 from evoprune.backend.attention import without_cudnn
+from evoprune.backend.devices import Timer
 from evoprune.methods.selecting import select
 from evoprune.model.numerics import all_numbers, not_a_number_error, without_autocast
 from evoprune.model.weights import Tower
@@ -28,9 +30,7 @@ from evoprune.pruning.encoder_plan import EncoderPlan, SetAside, Stage, WholePai
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import closest
 from evoprune.pruning.types import Selection, Tokens
-from evoprune.vision import devices
 from evoprune.vision.chunks import CarriedKeys, Chunk, in_chunks
-from evoprune.vision.devices import Timer
 from evoprune.vision.encoded import Checks, Encoded, EncodedRows, averaged, select_tokens
 from evoprune.vision.families import embed, layers_of, merge_patches
 from evoprune.vision.layout import TokenLayout, full_layout, selected_layout
@@ -280,7 +280,7 @@ class _Run:
         for values in rows:
             if values.numel():
                 self.checks.numbers.append(all_numbers(values))
-                if not devices.reading_waits(self.device) and not self.checks.numbers[-1]:
+                if devices.exact_shapes(self.device) and not self.checks.numbers[-1]:
                     raise not_a_number_error("encode")
 
 

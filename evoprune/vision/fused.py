@@ -12,9 +12,9 @@ from evoprune.backend.attention import varlen_kernel
 from evoprune.backend.layers import give_up, joined, kernels
 from evoprune.model.config import PATCHES, vision_sizes
 from evoprune.pruning.encoder_plan import TowerShape
-from evoprune.vision.attention import Packed
+from evoprune.vision.attention import Packed, plan_attention
 from evoprune.vision.families import layers_of
-from evoprune.vision.layout import Scope, TokenLayout, attention_groups
+from evoprune.vision.layout import Scope, TokenLayout
 
 EPS = 1e-6
 
@@ -46,7 +46,7 @@ def run_layers(
         try:
             scope: Scope = tower.scope(layer)
             if scope not in packed:
-                packed[scope] = Packed(attention_groups(layout, scope, exact=False), layout.rows)
+                packed[scope] = plan_attention(layout, scope, x)
             after = visual.blocks[layer + 1].norm1 if layer + 1 in layers else None
             made = _layer(visual, visual.blocks[layer], x, normed, after, packed[scope], layout, table, piece)
         except Exception as problem:
@@ -78,8 +78,7 @@ def _layer(
     keys = None if groups.consecutive else groups.keys
     count = None if layout.reach == "place" else groups.count  # before rows merge, the log of every cluster size is 0
     q, k, v = rotate_into_groups(qkv, *table, layout.place, heads, keys, count)
-    longest = [most * PATCHES for most in groups.longest]
-    mixed = varlen_kernel(x.device, x.dtype)(q, k, v, *packed.ends, *longest, scale=dim**-0.5)
+    mixed = packed.attend(q, k, v, scale=dim**-0.5)
     x, normed = _add_norm(visual, x, block.attn.proj(mixed[..., :dim].flatten(1)), block.norm2)
     made = [_mlp(visual, block.mlp, some) for some in normed.split(piece * PATCHES if piece else len(normed))]
     return _add_norm(visual, x, made[0] if len(made) == 1 else torch.cat(made), after)

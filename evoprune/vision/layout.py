@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from evoprune.model.machine import reading_waits
+from evoprune.backend import devices
 from evoprune.pruning.indices import ascending, tally, true_indices
 
 Scope = Literal["window", "pair"]
@@ -98,7 +98,7 @@ class TokenLayout:
     def longest(self, scope: Scope) -> int:
         """An upper bound of the rows of a group, computed without waiting."""
         most = self.geometry.largest_window if scope == "window" else self.geometry.units
-        known = self.counts or not reading_waits(self.unit.device)
+        known = self.counts or devices.exact_shapes(self.unit.device)
         return min(max(self.per_pair) if known else self.rows, most)
 
     @cached_property

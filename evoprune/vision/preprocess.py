@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from evoprune.model.machine import to_device
+from evoprune.backend.devices import to_device
 from evoprune.video.plan import InputLimits
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from evoprune.backend import devices
 from evoprune.methods.base import Merger
 from evoprune.model.numerics import without_autocast
 from evoprune.pruning.encoder_plan import Stage
 from evoprune.pruning.indices import ascending, runs, share_rows, tally, true_indices
 from evoprune.pruning.ranking import merge_rows, snap, unit_features
 from evoprune.pruning.types import Candidates
-from evoprune.vision import devices
 from evoprune.vision.layout import Scope, TokenLayout, merged_layout
 from evoprune.vision.tower import Compared, Reduced, Reduction
 
@@ -40,7 +40,7 @@ class Merging(Reduction):
         """
         keys, received = compared
         features = x.flatten(1).float() if keys is None else unit_features(keys)
-        target, static = self._left[layer + 1], devices.reading_waits(x.device)
+        target, static = self._left[layer + 1], not devices.exact_shapes(x.device)
         rows, longest = _RoundRows(x, features, received, layout, scope), layout.longest(scope)
         goal = devices.to_device(torch.tensor(target, dtype=torch.int64, device="cpu"), x.device)
         wanted = share_rows(rows.lengths.view(len(target), -1), goal, longest).flatten()

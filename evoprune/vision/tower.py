@@ -9,18 +9,18 @@ from functools import lru_cache
 
 import torch
 
+from evoprune.backend.devices import Timer
 from evoprune.methods.base import Selector
 from evoprune.model.config import vision_sizes
 from evoprune.model.linear import linear
 from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import unit_features
-from evoprune.vision import devices, fused
-from evoprune.vision.attention import Bucket, Packed, attention_received, buckets, grouped_attention
+from evoprune.vision import fused
+from evoprune.vision.attention import Plan, attention_received, grouped_attention, plan_attention
 from evoprune.vision.chunks import CarriedKeys
-from evoprune.vision.devices import Timer
 from evoprune.vision.families import Layers, layers_of, merge_patches
-from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
+from evoprune.vision.layout import Geometry, Scope, TokenLayout, geometry
 
 Compared = tuple[torch.Tensor | None, torch.Tensor | None]
 Reduced = tuple[torch.Tensor, TokenLayout]
@@ -94,7 +94,7 @@ class Gathering:
         k: torch.Tensor,
         plain: torch.Tensor,
         layout: TokenLayout,
-        groups: list[Bucket] | Packed,
+        groups: Plan,
         bias: bool,
         spread: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
@@ -189,7 +189,7 @@ class _LayerRows:
     x: torch.Tensor  # `[R, 4, hidden]`, in window order
     layout: TokenLayout
     rotation: list[torch.Tensor]  # cos and sin of each row, `[R, 4, 1, 1, d]`
-    groups: dict[Scope, list[Bucket] | Packed] = field(default_factory=dict)  # by scope, once they are made
+    groups: dict[Scope, Plan] = field(default_factory=dict)  # by scope, once they are made
 
 
 def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
@@ -258,9 +258,7 @@ def _attend(run: LayerRun, tower: TowerShape, layer: int, rows: _LayerRows) -> C
     if run.carried:
         k, v = run.carried.seen_by(layer, k, v, layout)
     if scope not in rows.groups:  # made once for a layout
-        exact = not devices.reading_waits(x.device)
-        groups = attention_groups(layout, scope, exact)
-        rows.groups[scope] = buckets(groups) if exact else Packed(groups, layout.rows)
+        rows.groups[scope] = plan_attention(layout, scope, q)
     groups = rows.groups[scope]
     bias = run.reduction.size_bias and layout.reach != "place"  # before rows merge, the log of every cluster size is 0
     needs = run.reduction.needs if run.reduction.acts(layer, layout) else ()

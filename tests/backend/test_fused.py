@@ -5,11 +5,11 @@ from copy import deepcopy
 import pytest
 import torch
 
-from evoprune.backend import layers
+from evoprune.backend import devices, layers
 from evoprune.backend.layers import join_tower, joined
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.pipeline import Pipeline
-from evoprune.vision import attention, devices, fused, tower
+from evoprune.vision import attention, fused, tower
 from tests.vision.clips import changes, clip
 from tests.vision.devices import varlen_by_hand
 from tests.vision.results import encode_patches
@@ -31,7 +31,7 @@ def on_kernels(monkeypatch):
         return real(*args)
 
     real = fused._layer
-    monkeypatch.setattr(devices, "reading_waits", lambda device: True)
+    monkeypatch.setattr(devices, "exact_shapes", lambda device: False)
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: varlen_by_hand)
     monkeypatch.setattr(fused, "varlen_kernel", lambda device, dtype: varlen_by_hand)
     monkeypatch.setattr(fused, "kernels", lambda device: layers_triton)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from evoprune.model.machine import memory_in_use
+from evoprune.backend.devices import memory_in_use
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

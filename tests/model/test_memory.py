@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from evoprune import methods
+from evoprune.backend.devices import available_memory
 from evoprune.errors import LESS, NO_MEMORY, OutOfMemory, error_record, is_out_of_memory, memory_guard
 from evoprune.model import cost
 from evoprune.model.config import kv_bytes
 from evoprune.model.cost import language_bytes, prefill_flop, working_memory
-from evoprune.model.machine import available_memory
 from evoprune.model.quantize import saved_bytes
 from evoprune.model.weights import empty
 from evoprune.pipeline import encoding, planning

@@ -140,7 +140,7 @@ def test_the_report_says_what_was_computed(demo):
 
 @pytest.mark.full
 def test_pieces_of_the_encoder_do_not_matter(demo, monkeypatch):
-    from evoprune.vision import devices
+    from evoprune.backend import devices
 
     answers = []
     for units in (24, 1000):

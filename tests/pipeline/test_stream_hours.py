@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evoprune.model.machine import memory_in_use, reset_peak_memory
+from evoprune.backend.devices import memory_in_use, reset_peak_memory
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.video_qa import VideoQA
 

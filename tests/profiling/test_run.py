@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from evoprune import methods
+from evoprune.backend.devices import peak_memory, reset_peak_memory
 from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.model import cost
-from evoprune.model.machine import peak_memory, reset_peak_memory
 from evoprune.pipeline.loading.found import describe_model
 from evoprune.pipeline.options import ModelOptions
 from evoprune.profiling import bench, clips, runners, weights

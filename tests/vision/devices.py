@@ -5,9 +5,10 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evoprune.backend import devices
 from evoprune.methods.base import Merger
 from evoprune.profiling.verify.waiting import shape_depends_on_values
-from evoprune.vision import attention, devices, encoded, encoder
+from evoprune.vision import attention, encoded, encoder
 from tests.vision.results import assert_same, check_result, encode_patches
 from tests.vision.tower import tiny_tower
 
@@ -62,7 +63,7 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
         return paused
 
     by_hand = pausing(varlen_by_hand)
-    monkeypatch.setattr(devices, "reading_waits", lambda device: True)
+    monkeypatch.setattr(devices, "exact_shapes", lambda device: False)
     for where, name in (
         (encoded.EncodedRows, "finish"),
         (encoder._Run, "select_rows"),

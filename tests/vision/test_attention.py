@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from evoprune.backend.devices import Timer
 from evoprune.vision.attention import buckets, grouped_attention
-from evoprune.vision.devices import Timer
 from evoprune.vision.layout import attention_groups, full_layout, geometry, merged_layout
 from tests.vision.tower import groups_by_hand, random_layout, referring
 
@@ -66,8 +66,8 @@ def by_hand(q, k, v, layout, scope, size_bias):
     [(torch.float32, 100, 1), (torch.bfloat16, 1 << 23, 10**6), (torch.bfloat16, 100, 10**6), (torch.bfloat16, 100, 1)],
 )
 def test_attention_against_loops_in_each_dtype(shape, merges, scope, size_bias, dtype, scores, long, monkeypatch):
-    monkeypatch.setattr("evoprune.vision.devices.SCORES", scores)  # also in many small pieces
-    monkeypatch.setattr("evoprune.vision.attention.LONG", long)
+    monkeypatch.setattr("evoprune.backend.devices.SCORES", scores)  # also in many small pieces
+    monkeypatch.setattr("evoprune.backend.attention.LONG", long)
     layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=7)
     q, k, v = (x.to(dtype) for x in rows_of(layout))
     plan, received = plan_of(layout, scope), torch.zeros(layout.rows)

@@ -5,10 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evoprune.backend.devices import Timer
 from evoprune.pruning.reuse import scan
-from evoprune.vision import devices
-from evoprune.vision.chunks import in_chunks, in_pairs
-from evoprune.vision.devices import Timer
+from evoprune.vision.chunks import SPARSE, in_chunks, in_pairs
 from evoprune.vision.layout import geometry
 from evoprune.vision.preprocess import patch_means
 from tests.vision.clips import changes, clip
@@ -35,7 +34,7 @@ def filled(rows: list[int], units: int, enough: int) -> list[list[int]]:
     made = [[]]
     for pair in range(len(rows)):
         made[-1].append(pair)
-        if sum(rows[i] for i in made[-1]) >= enough or units * len(made[-1]) >= devices.SPARSE * enough:
+        if sum(rows[i] for i in made[-1]) >= enough or units * len(made[-1]) >= SPARSE * enough:
             made.append([])
     return made if made[-1] else made[:-1]
 

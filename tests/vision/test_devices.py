@@ -12,14 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evoprune.backend import attention as backend_attention
 from evoprune.backend.attention import attend_varlen
+from evoprune.backend.devices import Timer
 from evoprune.methods.baselines import Nothing, Random
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_merge import EvoPrunePaper
 from evoprune.methods.pipeline import Pipeline
 from evoprune.methods.reuse import Reuse
 from evoprune.vision import attention, encoded
-from evoprune.vision.attention import Packed, attend_packed, buckets, grouped_attention, with_bias
-from evoprune.vision.devices import Timer
+from evoprune.vision.attention import Packed, attend_packed, buckets, grouped_attention, plan_attention, with_bias
 from evoprune.vision.layout import attention_groups, geometry
 from tests.vision.clips import changes, clip
 from tests.vision.devices import NoWaiting, assert_same_on_a_gpu, take_gpu_route
@@ -28,11 +28,6 @@ from tests.vision.test_attention import HEADS, LAYOUTS, by_hand, rows_of
 from tests.vision.test_chunks import chunks_of
 from tests.vision.test_encoder import papers
 from tests.vision.tower import random_layout, random_patches, tiny_tower
-
-
-def packed(layout, scope) -> Packed:
-    return Packed(attention_groups(layout, scope, exact=False), layout.rows)
-
 
 # --- attention ---------------------------------------------------------------------------------------------------------
 
@@ -48,8 +43,8 @@ def test_attention_with_and_without_the_kernel_against_loops(shape, merges, scop
     out, expected = by_hand(q, k, v, layout, scope, size_bias)
     received = torch.zeros(layout.rows)
     with take_gpu_route(monkeypatch, kernel):
-        made = grouped_attention(q, k, v, packed(layout, scope), size_bias, received)
-        again = grouped_attention(q, k, v, packed(layout, scope), size_bias)
+        made = grouped_attention(q, k, v, plan_attention(layout, scope, q), size_bias, received)
+        again = grouped_attention(q, k, v, plan_attention(layout, scope, q), size_bias)
     torch.testing.assert_close(made, out, atol=3e-6, rtol=1e-5)
     torch.testing.assert_close(received, expected, atol=3e-6, rtol=1e-5)
     assert torch.equal(made, again)
@@ -70,7 +65,7 @@ def test_attention_is_the_cpus_on_any_layout(monkeypatch, shape, merges, scope, 
     theirs, mine = torch.zeros(layout.rows), torch.zeros(layout.rows)
     expected = grouped_attention(q, k, v, buckets(attention_groups(layout, scope)), size_bias, theirs)
     with monkeypatch.context() as patch, take_gpu_route(patch, kernel):
-        made = grouped_attention(q, k, v, packed(layout, scope), size_bias, mine)
+        made = grouped_attention(q, k, v, plan_attention(layout, scope, q), size_bias, mine)
     torch.testing.assert_close(made, expected, atol=3e-6, rtol=1e-5)
     torch.testing.assert_close(mine, theirs, atol=3e-6, rtol=1e-5)
 
@@ -125,7 +120,7 @@ def test_in_bf16_the_kernel_is_as_exact_as_its_dtype(shape, merges, scope, size_
     q, k, v = (x.bfloat16() for x in rows_of(layout))
     exact, _ = by_hand(q.float(), k.float(), v.float(), layout, scope, size_bias)
     with monkeypatch.context() as patch, take_gpu_route(patch, True):
-        made = grouped_attention(q, k, v, packed(layout, scope), size_bias)
+        made = grouped_attention(q, k, v, plan_attention(layout, scope, q), size_bias)
     torch.testing.assert_close(made.float(), exact, atol=1e-3, rtol=2**-7)
 
 
@@ -147,9 +142,9 @@ def test_the_kernel_is_used_only_on_gpus_that_can_run_it(monkeypatch):
 def test_torchs_own_kernel_accepts_the_arguments():
     layout = random_layout(geometry(5, 7), 2, ["pair"], seed=1)
     q, k, v = (x.bfloat16() for x in rows_of(layout))
-    plan = packed(layout, "window")
+    plan = Packed(attention_groups(layout, "window", exact=False), layout.rows, attend_varlen)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made = attend_packed(attend_varlen, q, k, v, plan, True)
+        made = attend_packed(q, k, v, plan, True)
     assert made.shape == q.shape and made.dtype == q.dtype
 
 

@@ -10,13 +10,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evoprune.backend import devices
 from evoprune.errors import ModelError
 from evoprune.methods.base import EncoderMethod, Selector
 from evoprune.methods.baselines import Nothing
 from evoprune.methods.evoprune import STILL, EvoPrune, FarthestPoints
 from evoprune.pruning.encoder_plan import Stage
 from evoprune.pruning.types import Selection
-from evoprune.vision import devices
 from tests.vision.clips import changes, clip
 from tests.vision.devices import assert_same_on_a_gpu
 from tests.vision.reference import encode_slowly
@@ -208,7 +208,7 @@ def test_rows_that_are_not_finite_are_found_before_the_selection_or_at_the_end_w
     patches[7] = float("nan")
     select = FarthestPoints.select
     monkeypatch.setattr(FarthestPoints, "select", lambda *args: selected.append(1) or select(*args))
-    monkeypatch.setattr(devices, "reading_waits", lambda device: waits)
+    monkeypatch.setattr(devices, "exact_shapes", lambda device: not waits)
     with pytest.raises(ModelError, match="encode"):
         encode_patches(patches, (2, 3, 5), EvoPrune(reuse=0.0, first=0.0), 6)
     assert len(selected) == 2 * waits

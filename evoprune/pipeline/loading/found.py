@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from evoprune.backend.devices import has_bf16, pick_device
 from evoprune.bundled import DEMOS, Demo, demo_in
-from evoprune.errors import DeviceWarning, ModelError, ModelWarning, UsageError, first_line
+from evoprune.errors import ModelError, ModelWarning, UsageError
 from evoprune.model.config import Config
 from evoprune.model.quantize import check as check_quantize
 from evoprune.model.weights import QwenVL, empty
@@ -224,42 +225,8 @@ def usable_device(options: ModelOptions) -> torch.device:
     return device
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a name; "auto" is CUDA if there is any, else the CPU. Raises UsageError: it cannot be used."""
-    if name == "auto":
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if said and name == "cpu":  # a GPU is there and cannot be used, for example because its driver is old
-            warnings.warn(f"no GPU is used: {first_line(said[-1].message)}", DeviceWarning, stacklevel=2)
-    try:
-        device = torch.device(name)
-        torch.zeros(1, dtype=torch.float32, device=device)
-    except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
-        reason, visible = first_line(problem).partition(". ")[0], os.environ.get("CUDA_VISIBLE_DEVICES")
-        hint = "cpu always works, auto finds a GPU"
-        if name.startswith("cuda") and visible is not None:  # which may hide GPUs from this process
-            hint += f"; CUDA_VISIBLE_DEVICES is {visible!r}"
-        raise UsageError(f"device {name!r} cannot be used here: {reason}", hint) from problem
-    return device
-
-
 def pick_dtype(name: str, device: torch.device, is_demo: bool) -> str:
-    """A dtype; for "auto" bf16 if the device multiplies it in hardware: older GPUs of CUDA emulate it, slower than fp32."""
+    """A dtype; for "auto" bf16 if the device multiplies it in hardware."""
     if name != "auto":
         return name
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = device.type == "xpu" or (device.type == "cpu" and cpu_has_bf16())
-    return "bf16" if fast and not is_demo else "fp32"
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware; where it does not, bf16 is slower than fp32."""
-    if hasattr(torch.cpu, "get_capabilities"):  # not in the oldest torch that is supported
-        found = {name for name, value in torch.cpu.get_capabilities().items() if value}
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        found = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
-    return bool(found & {"avx512_bf16", "amx_bf16", "bf16", "arm_bf16"})
+    return "bf16" if not is_demo and has_bf16(device) else "fp32"

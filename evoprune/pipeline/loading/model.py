@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from evoprune.backend.limits import available_cores
 from evoprune.bundled import Demo
 from evoprune.errors import ModelError, OutOfMemory, UsageError, is_out_of_memory
 from evoprune.keywords import from_keywords
 from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from evoprune.model.config import GenerationSettings
 from evoprune.model.cost import shortage
-from evoprune.model.limits import available_cores
 from evoprune.model.linear import PackingTime, weights_bytes
 from evoprune.model.precision import AUTO_THREADS
 from evoprune.model.quantize import kinds

@@ -3,13 +3,13 @@
 A model of one layer with the same widths answers about a few units, in a thread of its own.
 """
 
-import atexit
-import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
+from evoprune.backend.graph import run_beside
 from evoprune.backend.layers import join, join_tower
 from evoprune.language.generate import TokenStream, Visual, column_deepstack, column_sizes, embed_prompt, prefill
 from evoprune.language.prompt import Place
@@ -25,20 +25,7 @@ GRID, KEEP, WORDS = (2, 8, 8), 32, 8
 
 def warm_up(config: Config, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
     """Begins on CUDA. Returns what waits until it is done; it does nothing else, and raises nothing."""
-    if device.type != "cuda":
-        return lambda: None
-    thread = threading.Thread(target=_touch, args=(config, dtype, device), name="evoprune-warm-up", daemon=True)
-    thread.start()
-    atexit.register(thread.join)  # a compiler that runs while the interpreter ends crashes it
-    return thread.join
-
-
-def _touch(config: Config, dtype: torch.dtype, device: torch.device) -> None:
-    try:
-        with torch.cuda.stream(torch.cuda.Stream(device)):
-            _answer(config, dtype, device)
-    except Exception:  # the question itself will say what is wrong
-        return
+    return run_beside(partial(_answer, config, dtype, device), device)
 
 
 def _answer(config: Config, dtype: torch.dtype, device: torch.device) -> None:

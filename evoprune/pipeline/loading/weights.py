@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from evoprune.backend.fallback import plain
+from evoprune.backend.devices import available_memory, is_host
+from evoprune.backend.fallback import uses_kernels
 from evoprune.backend.layers import join, join_tower
 from evoprune.errors import ModelError, ModelWarning, UsageError
 from evoprune.model.config import Config
 from evoprune.model.linear import PackingTime
 from evoprune.model.linear import pack as pack_layers
-from evoprune.model.machine import available_memory, page_in
+from evoprune.model.machine import page_in
 from evoprune.model.quantize import Progress, places, saved_bytes
 from evoprune.model.weights import QwenVL, empty, name_in_memory
 
@@ -156,7 +157,7 @@ def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool
 
 def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none") -> bool:
     """Whether weights are used, or quantised, as they are in their files."""
-    if not files or device.type != "cpu":
+    if not files or not is_host(device):
         return False
     if quantize != "none":
         return True
@@ -183,10 +184,10 @@ def make_ready(
     `store`: the fingerprint of quantised weights on disk; None for no storing. Returns how long layers have packed, so far.
     """
     spent = PackingTime()
-    if model.device.type == "cuda" and not plain():
+    if uses_kernels(model.device):
         join(model)
         join_tower(model.model.visual)
-    if model.device.type != "cpu":
+    if not is_host(model.device):
         return spent
     if quantize != "none":
         from evoprune.pipeline.loading.stored import quantize_once

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from evoprune.backend.devices import is_host
 from evoprune.backend.layers import unjoined
 from evoprune.errors import UsageError
 from evoprune.huggingface.context import PruningContext
@@ -72,7 +73,7 @@ def chunks(subject: Subject) -> Outcome:
 
 
 def threads(subject: Subject) -> Outcome:
-    if subject.device.type != "cpu":
+    if not is_host(subject.device):
         return skipped("a CPU's matter")
     before, qa = torch.get_num_threads(), subject.asking()
     usual = subject.encode(qa, [subject.video])

@@ -5,9 +5,10 @@ from statistics import median
 import torch
 from torch.nn.attention import SDPBackend
 
+from evoprune.backend.attention import varlen_kernel
+from evoprune.backend.devices import exact_shapes, is_host, memory_in_use, peak_memory, reset_peak_memory
 from evoprune.methods import parse
 from evoprune.model.linear import can_pack
-from evoprune.model.machine import memory_in_use, peak_memory, reading_waits, reset_peak_memory
 from evoprune.pipeline.planning import TEXT, encoding_bytes, fitting_chunk
 from evoprune.profiling.clips import prepare, synthetic_frames
 from evoprune.profiling.results import Case
@@ -17,7 +18,6 @@ from evoprune.profiling.verify.subject import BUDGET, QUESTION, SAMPLING, Subjec
 from evoprune.profiling.verify.waiting import Waiting
 from evoprune.pruning.budget import keep_count
 from evoprune.text import size
-from evoprune.vision.attention import varlen_kernel
 from evoprune.vision.tower import tower_shape
 
 ROUNDS = 3
@@ -53,7 +53,7 @@ def kernels(subject: Subject) -> Outcome:
     heads = text.num_attention_heads
     q = torch.empty(1, heads, 8, text.hidden_size // heads, dtype=dtype, device=device)
     tower, language = _sdpa(q, attn_mask=q.new_zeros(8, 8)), _sdpa(q, is_causal=True)
-    if device.type == "cpu":
+    if is_host(device):
         capability = torch.backends.cpu.get_cpu_capability()
         products = f"oneDNN, {capability}" if torch.backends.mkldnn.is_available() else capability
         products += ", packed" if can_pack(subject.loaded.model.lm_head.weight) else ", plain"
@@ -91,7 +91,7 @@ def memory(subject: Subject) -> Outcome:
 
 def waits(subject: Subject) -> Outcome:
     """How often the program waits for the device from the start of encoding to the first token."""
-    if not reading_waits(subject.device):
+    if exact_shapes(subject.device):
         return skipped("reading a value of a CPU waits for nothing")
     qa = subject.asking()
     for _ in range(2):  # the first time makes what is kept for later

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evoprune.model.machine import reading_waits
+from evoprune.backend.devices import exact_shapes
 
 # Operators whose result has a shape that depends on values, or is itself read by the CPU.
 SHAPED = {
@@ -52,7 +52,7 @@ class Waiting(TorchDispatchMode):
         return made
 
     def waits(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> bool:
-        there = any(isinstance(x, torch.Tensor) and reading_waits(x.device) for x in args)
+        there = any(isinstance(x, torch.Tensor) and not exact_shapes(x.device) for x in args)
         if there and shape_depends_on_values(func, args):
             return True
         name = func._schema.name.split("::")[1]
@@ -60,5 +60,5 @@ class Waiting(TorchDispatchMode):
             return False
         to, source = args[:2] if name == "copy_" else (made, args[0])
         named = kwargs | {each.name: value for each, value in zip(func._schema.arguments, args, strict=False)}
-        across = reading_waits(to.device) != reading_waits(source.device)
-        return across and not (named.get("non_blocking") and source.device.type == "cpu" and source.is_pinned())
+        across = exact_shapes(to.device) != exact_shapes(source.device)
+        return across and not (named.get("non_blocking") and exact_shapes(source.device) and source.is_pinned())

@@ -18,8 +18,8 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from evoprune.backend.limits import available_cores
 from evoprune.errors import VideoError
-from evoprune.model.limits import available_cores
 from evoprune.text import LONGEST, missing_hint, shorten
 from evoprune.video.readers.signatures import FORMATS, not_a_video
 

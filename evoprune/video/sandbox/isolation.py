@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import evoprune
+from evoprune.backend.limits import oom_kills
 from evoprune.errors import OutOfMemory, UsageError, VideoError, process_error
-from evoprune.model.limits import oom_kills
 from evoprune.video.info import Video
 from evoprune.video.sandbox.channel import Channel, FrameMemory
 

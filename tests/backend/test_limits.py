@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from evoprune.backend.limits import LIBRARIES, ROOT, _groups, available_cores, available_memory, check_libraries
 from evoprune.errors import OutOfMemory
-from evoprune.model.limits import LIBRARIES, ROOT, _groups, available_cores, available_memory, check_libraries
 from evoprune.model.weights import empty
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER, read_config
 from tests.quantized import parameters
@@ -183,7 +183,7 @@ def limited():
 
 def test_a_real_quota(limited):
     limits = {"cpu.cfs_quota_us": 150_000, "cpu.max": "150000 100000"}
-    done = limited("cpu", limits, "-c", "from evoprune.model.limits import available_cores; print(available_cores())")
+    done = limited("cpu", limits, "-c", "from evoprune.backend.limits import available_cores; print(available_cores())")
     assert done.stdout == f"{min(2, available_cores())}\n", done.stderr
 
 
@@ -291,7 +291,7 @@ def test_freed_memory_is_kept_where_that_was_asked_for(kept):
 import threading
 from pathlib import Path
 import numpy as np
-from evoprune.model.limits import keep_freed_memory, kib
+from evoprune.backend.limits import keep_freed_memory, kib
 
 def own():
     return kib(Path("/proc/self/status"), "RssAnon")[0]

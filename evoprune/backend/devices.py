@@ -1,0 +1,210 @@
+"""The questions for a device: which one is used and what it has, how much is computed at a time, copies, waits, time, memory."""
+
+import ctypes
+import os
+import platform
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from evoprune.backend import limits
+from evoprune.errors import DeviceWarning, UsageError, first_line
+
+# Units encoded at a time, rounded up to whole frame pairs. 512 units (2,048 patches) keep matrix products at full speed and their
+# results in a CPU's caches (`python -m experiments.kernels`). A GPU needs more to be busy.
+CHUNK_UNITS = 512
+GPU_CHUNK_UNITS = 8192
+# Entries of a score matrix held at a time, for the same reasons.
+SCORES = 1 << 21
+GPU_SCORES = 1 << 26
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; "auto" is CUDA if there is any, else the CPU. Raises UsageError: it cannot be used."""
+    if name == "auto":
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if said and name == "cpu":  # a GPU is there and cannot be used, for example because its driver is old
+            warnings.warn(f"no GPU is used: {first_line(said[-1].message)}", DeviceWarning, stacklevel=2)
+    try:
+        device = torch.device(name)
+        torch.zeros(1, dtype=torch.float32, device=device)
+    except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
+        reason, visible = first_line(problem).partition(". ")[0], os.environ.get("CUDA_VISIBLE_DEVICES")
+        hint = "cpu always works, auto finds a GPU"
+        if name.startswith("cuda") and visible is not None:  # which may hide GPUs from this process
+            hint += f"; CUDA_VISIBLE_DEVICES is {visible!r}"
+        raise UsageError(f"device {name!r} cannot be used here: {reason}", hint) from problem
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether it multiplies bf16 in hardware; where it does not, as on older GPUs of CUDA, bf16 is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return device.type == "xpu"
+    if hasattr(torch.cpu, "get_capabilities"):  # not in the oldest torch that is supported
+        found = {name for name, value in torch.cpu.get_capabilities().items() if value}
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        found = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    return bool(found & {"avx512_bf16", "amx_bf16", "bf16", "arm_bf16"})
+
+
+def describe_devices() -> dict[str, str]:
+    """The devices here by name: the product of each, and what it has."""
+    found = {"cpu": f"{device_name('cpu')}, bf16 {'yes' if has_bf16(torch.device('cpu')) else 'no'}"}
+    for number in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(number)
+        found[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"
+    return found
+
+
+def device_name(device: str) -> str:
+    """The name of the product."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def is_host(device: torch.device) -> bool:
+    """Whether it is the CPU: weights may stay in the pages of files, and products are those of oneDNN."""
+    return device.type == "cpu"
+
+
+def exact_shapes(device: torch.device) -> bool:
+    """Whether reading a value costs nothing, so that shapes may depend on values: on the CPU alone."""
+    return device.type == "cpu"
+
+
+def largest_chunk(device: torch.device) -> int:
+    """How many units are encoded at a time; the caller rounds up to whole frame pairs."""
+    return CHUNK_UNITS if exact_shapes(device) else GPU_CHUNK_UNITS
+
+
+def scores_at_a_time(device: torch.device) -> int:
+    """How many entries of a score matrix are held at a time."""
+    return SCORES if exact_shapes(device) else GPU_SCORES
+
+
+def accelerator() -> str | None:
+    """The kind of device that torch drives here by streams and events, to which pinned memory is copied meanwhile."""
+    found = torch.accelerator.current_accelerator()
+    return found and found.type
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`x` on `device`. A copy from the CPU to an accelerator does not wait for it."""
+    if x.device.type == "cpu" and device.type == accelerator():
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def now(device: torch.device) -> float:
+    """Seconds. On an accelerator it waits until all kernels are done, which run on after Python has gone on."""
+    if device.type == accelerator():
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+class Timer:
+    """A context that adds up the time of its blocks; on an accelerator it records events, which only `seconds` reads."""
+
+    def __init__(self, device: torch.device):
+        self._device = device if device.type == accelerator() else None
+        self._marks = []
+
+    def __enter__(self) -> None:
+        self._marks.append(self._mark())
+
+    def __exit__(self, *_) -> None:
+        self._marks.append(self._mark())
+
+    def copy(self) -> "Timer":
+        """A new timer that starts from the same sum."""
+        made = Timer(self._device or torch.device("cpu"))
+        made._marks = list(self._marks)
+        return made
+
+    def _mark(self):
+        if self._device is None:
+            return time.perf_counter()
+        event = torch.Event(self._device, enable_timing=True)
+        event.record(torch.accelerator.current_stream(self._device))
+        return event
+
+    def seconds(self) -> float:
+        """The sum so far, in seconds. On an accelerator this synchronises with the last block."""
+        pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
+        if self._device is None:
+            return sum(end - start for start, end in pairs)
+        if pairs:
+            pairs[-1][1].synchronize()
+        return sum(start.elapsed_time(end) for start, end in pairs) / 1000
+
+
+def peak_memory(device: str) -> int | None:
+    """Bytes: on CUDA the allocator's peak, else the largest resident size of this process so far. None where unknown."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        # Not getrusage: on Linux its peak includes the process that started this one.
+        return limits.kib(Path("/proc/self/status"), "VmHWM")[0]
+    except (OSError, KeyError):
+        pass
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_in_use(device: str) -> tuple[int | None, int | None]:
+    """Bytes of this process now: its own, and pages of files mapped into memory. None where unknown, and on CUDA."""
+    if device.startswith("cuda"):
+        return None, None
+    try:
+        own, shared, mapped = limits.kib(Path("/proc/self/status"), "RssAnon", "RssShmem", "RssFile")
+        return own + shared, mapped
+    except (OSError, KeyError):
+        return None, None
+
+
+def reset_peak_memory(device: str) -> bool:
+    """Restarts the count of `peak_memory`; False where the system cannot."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        with open("/proc/self/clear_refs", "w") as f:
+            if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+                libc.malloc_trim(0)  # memory that was freed and is kept would be used uncounted
+            f.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def available_memory(device: str) -> int | None:
+    """Bytes that this process can get now without swapping; None where unknown, and on the meta device, which needs none.
+
+    On CUDA: what is free on the device and in torch's own allocator. Else see `limits.available_memory`.
+    """
+    if device.startswith("cuda"):
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return None if device == "meta" else limits.available_memory()
+
+
+def empty_cache() -> None:
+    """Returns memory of CUDA that is free but in pieces; does nothing where there is no CUDA."""
+    torch.cuda.empty_cache()
