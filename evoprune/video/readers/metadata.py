@@ -59,9 +59,8 @@ def _probe_file(path: str, container: InputContainer) -> Video:
     start = ffmpeg.frame_time(first, stream)
     times = None if start is None or container.format.name == "avi" else _times(path, container, stream, step)
     duration = _duration(path, stream, start, times, step)
-    stated = _stated(
-        path, stream, start or 0.0, duration, times, step
-    )  # after `_times`, which makes FFmpeg find fragments
+    # After `_times`, which makes FFmpeg find fragments.
+    stated = _stated(path, stream, start or 0.0, duration, times, step)
     return Video(
         path=path,
         duration_s=duration,
