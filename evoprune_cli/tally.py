@@ -77,8 +77,7 @@ class Tally:
         took = f": {clock(seconds)}, {pace(made, seconds)}" if made else ""
         tell(f"{done:,} of {counted(self._total, 'row')} answered{before}{failed}{took}")
         if self._cut:
-            were = "answer was" if self._cut == 1 else "answers were"
-            tell(f"{self._cut:,} {were} cut: -n (max_new_tokens) allows no more tokens")
+            tell(f"{counted(self._cut, 'answer')} may be incomplete: -n (max_new_tokens) allows no more tokens")
         if self._file.regular and problem:
             tell("to go on: the same command with --resume")
         elif self._file.regular and self.failed:

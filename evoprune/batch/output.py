@@ -61,15 +61,13 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 class RecordFile:
     """Opened and locked by the constructor, changed from `begin` on. Stdout ("-"), a pipe or an open file is only written, and not
-    `regular`.
+    `regular`. `stdout`: where "-" is, if not `sys.stdout`.
 
     An existing file's records are kept with `resume`, as `found`, dropped with `overwrite`; with neither, it must be empty. Raises
     UsageError: the file cannot be written, exists, holds anything but records, or another program is writing it.
     """
 
-    def __init__(
-        self, path: str, *, stdout: TextIO | None = None, resume: bool = False, overwrite: bool = False
-    ):  # `stdout`: where "-" is, if not `sys.stdout`
+    def __init__(self, path: str, *, stdout: TextIO | None = None, resume: bool = False, overwrite: bool = False):
         self.name, self._stdout = path, stdout or sys.stdout
         self.found: list[Found] = []
         self.written = 0  # records, by this run

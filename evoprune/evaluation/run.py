@@ -45,6 +45,7 @@ from evoprune.pipeline.saved import make_method, resolve, with_recipe
 from evoprune.pipeline.video_qa import open_inputs
 from evoprune.pruning.budget import TUNED, parse_budget_or_name, plain
 from evoprune.pruning.types import generator_seed
+from evoprune.text import counted
 
 DEMO, DEMO_CLIPS = "demo", 100
 Progress = Callable[[str], None]
@@ -288,6 +289,9 @@ class Evaluation:
         notes, given = [NOTE], self.settings.method_args
         if given:
             notes.append("settings of the methods: " + ", ".join(f"{name}={value}" for name, value in given.items()))
+        if cut := sum("answer_cut" in s.get("warnings", ()) for s in self.samples):
+            total = counted(len(self.samples), "answer")
+            notes.append(f"{cut:,} of {total} may be incomplete: -n (max_new_tokens) allows no more tokens")
         if self.settings.data == DEMO:
             notes.append("small synthetic clips: how methods rank on them, not what a real Qwen2.5-VL scores")
         if any("demo_model" in s.get("warnings", ()) for s in self.samples):

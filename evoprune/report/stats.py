@@ -18,7 +18,7 @@ KNOWN = "the demo models know only generated clips (demo: coloured shapes and di
 WARNINGS = {
     "whole_picture": "{video} stays whole: the method prunes frames of videos, and a picture has one",
     "pictures_whole": "the pictures stay whole without pictures=True; counts of pruning are those of the videos alone",
-    "equal_scores": "{video} is one even colour throughout, so pruning had nothing to go by",
+    "equal_scores": "{video} shows nothing but even colours, so pruning had nothing to go by",
     "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
     "cache_not_written": "the encoded video could not be stored; `evoprune inspect` names the folder: is it full, or read-only?",
     "damaged_subtitles": "some of the subtitles cannot be decoded and are left out; is their text UTF-8?",
@@ -35,7 +35,7 @@ WARNINGS = {
     "other_tracks": "{video} has more than one video track; only the main one is read. Extract another with ffmpeg -map",
     "limited": "fewer or smaller frames were looked at than --fps or --frames ask for; --max-frames and --max-visual-tokens "
     "set the limits",
-    "answer_cut": "the answer was cut: -n (max_new_tokens) allows no more tokens",
+    "answer_cut": "the answer may be incomplete: -n (max_new_tokens) allows no more tokens",
     "demo_model": f"{KNOWN}; {{answers}} nothing. For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
     "demo_inputs": "the demo models were trained without subtitles, and on few inputs at a time (demo: one video; demo-scenes: "
     "up to two videos or pictures); answers about others mean little",

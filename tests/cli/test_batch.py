@@ -26,7 +26,7 @@ from tests.cli.screen import visible
 ROOT = Path(__file__).parents[2]
 CLIPS = ["samples/square.mp4", "samples/three.mp4"]
 QUESTIONS = ["What happens?", "How many shapes are there?"]
-CUT = "4 answers were cut: -n (max_new_tokens) allows no more tokens"  # all of a test's rows have few
+CUT = "4 answers may be incomplete: -n (max_new_tokens) allows no more tokens"  # all of a test's rows have few
 ASKED = [word for question in QUESTIONS for word in ("-Q", question)]
 
 

@@ -332,7 +332,10 @@ def test_the_demo(cli):
     document = result.record
     assert (result.code, result.err) == (0, "") and document["settings"]["split"] == "validation"
     assert document["rows"][0]["n"] == 6 and any("synthetic" in note for note in document["notes"])
-    text = cli("eval", "--data", "demo", "--limit", "1", "-b", "0.25").out
+    assert not any("incomplete" in note for note in document["notes"])
+    result = cli("eval", "--data", "demo", "--limit", "1", "-b", "0.25", "-n", "1")
+    text = result.out
+    assert "of 12 answers may be incomplete: -n (max_new_tokens) allows no more tokens" in " ".join(text.split())
     assert (
         "demo (shapes, heldout, block 0): 6 questions about 1 of 1 video" in text
         and "\ngroup " in text

@@ -24,6 +24,7 @@ from evoprune.pipeline.planning import estimate_first_token
 from evoprune.pipeline.video_qa import VideoQA, open_inputs
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.report.records import Report
+from evoprune.report.stats import warning_lines
 from evoprune.video.frames import read_frames
 from evoprune.vision.preprocess import patchify, pixel_patches, resize
 from evoprune.visualize.fates import trace
@@ -558,6 +559,8 @@ def test_a_black_video_is_a_video(loaded, tmp_path, method):
     video = VideoQA(loaded, budget=0.25, method=method).encode(tmp_path / "black.mp4")
     assert len(video.encoded.kept) == round(0.25 * video.plan.visual_tokens)
     assert asked(video).report.warnings[0] == "equal_scores" and video.report.warnings == ["equal_scores"]
+    # Its frames may be even, and differ.
+    assert "black.mp4 shows nothing but even colours" in " ".join(warning_lines(video.report))
 
 
 @pytest.mark.parametrize(

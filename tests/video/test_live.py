@@ -13,7 +13,7 @@ from PIL import Image
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.live import LiveSource
 from evoprune.video.readers.live import POLL_S, LiveReader
-from tests.video.files import number_of, numbered_frames, quarters, write_video
+from tests.video.files import number_of, numbered_frames, quarters, write_said, write_video
 from tests.video.kinds import write_kind
 from tests.video.streaming import connection, streams
 
@@ -53,6 +53,14 @@ def read(source, fps=FPS, **how):
 def check_whole(found):
     assert [number for _, number in found] == list(range(30))
     assert [time_s for time_s, _ in found] == pytest.approx([n / FPS for n in range(30)], abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["pq.mp4", "fields.mp4", "wide.mkv", "plain.mp4"])
+def test_what_players_show_in_another_way_is_known(tmp_path, name):
+    expected = {"hdr": False, "interlaced": False, "pixel_aspect": None} | write_said(tmp_path / name)[0]
+    expected.pop("other_tracks", None)
+    with closing(LiveReader(str(tmp_path / name), name, 1.0)) as reader:
+        assert {field: reader.facts[field] for field in expected} == pytest.approx(expected)
 
 
 def test_a_file_a_url_and_a_connection_give_the_same_frames(clip, served):

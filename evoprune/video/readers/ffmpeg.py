@@ -46,6 +46,8 @@ DENSE = ("matroska,webm", "flv")
 # Bytes between two packets that are no damage, beside twice the first packet's size (its transparency, for example).
 HEADERS = 2**12
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders of streams that say they have transparency
+HDR = (16, 18)  # FFmpeg's numbers of the curves of brightness PQ and HLG
+PROGRESSIVE = 1  # its number of an order of fields; larger ones are of interlaced video
 TOLERANCE_S = 0.0006  # a frame counts as on screen so much before its time: Matroska rounds times to milliseconds
 
 
@@ -194,6 +196,16 @@ def packets(
     # PyAV (18) raises IndexError where damage looks like a new stream.
     except (av.error.FFmpegError, IndexError):
         yield None
+
+
+def shown_otherwise(stream: VideoStream, first: VideoFrame | None = None) -> dict[str, bool | float | None]:
+    """Fields of `Video` about what players show in another way, by the `first` frame, or by the header alone."""
+    context, aspect = stream.codec_context, stream.sample_aspect_ratio
+    return {
+        "hdr": (first or context).color_trc in HDR,
+        "interlaced": bool(first.interlaced_frame) if first else context.field_order > PROGRESSIVE,
+        "pixel_aspect": float(aspect) if aspect and aspect != 1 else None,
+    }
 
 
 def decoder(stream: VideoStream) -> VideoStream | VideoCodecContext:

@@ -42,7 +42,7 @@ MOST_ASKED = 10  # the same request, before the first frame: a live playlist is 
 
 
 class LiveReader:
-    """One connection to a source. `facts`: "finite", whether it has an end of its own; "codec", "container" and "tags".
+    """One connection to a source. `facts`: "finite", whether it has an end of its own; others of `Video`.
 
     Args:
         source: a URL of `PROTOCOLS`, a path, or a camera's device; None for the pipe `descriptor`, which is closed at the end.
@@ -69,8 +69,13 @@ class LiveReader:
         stream = self._stream = ffmpeg.video_stream(self._container, name, threads=True)
         known = self._scheme and ((self._container.duration or 0) > 0 or self._container.size > 0)
         codec, container = stream.codec_context.codec.canonical_name, self._container.format.name
-        tags = ffmpeg.tags(self._container)
-        self.facts = {"finite": bool(known), "codec": codec, "container": container, "tags": tags}
+        self.facts = {
+            "finite": bool(known),
+            "codec": codec,
+            "container": container,
+            "tags": ffmpeg.tags(self._container),
+        }
+        self.facts |= ffmpeg.shown_otherwise(stream)
         self._frames = self._timed()
 
     def next(self, after_s: float) -> dict | None:

@@ -24,7 +24,6 @@ from evoprune.video.readers.signatures import PICTURES, picture_format
 TAIL_S = 3.0
 # Of a file without an index: places at which a time is looked at, and packets at its beginning.
 PLACES, FIRST_PACKETS = 64, 250
-HDR = (16, 18)  # FFmpeg's numbers of the curves of brightness PQ and HLG
 MOST_PARTS = 1000  # of a file, that are looked for
 RATE_JITTER_S = 0.0025  # frame intervals that differ by less are constant: Matroska rounds times to milliseconds
 
@@ -60,9 +59,8 @@ def _probe_file(path: str, container: InputContainer) -> Video:
     start = ffmpeg.frame_time(first, stream)
     times = None if start is None or container.format.name == "avi" else _times(path, container, stream, step)
     duration = _duration(path, stream, start, times, step)
-    stated = _stated(
-        path, stream, start or 0.0, duration, times, step
-    )  # after `_times`, which makes FFmpeg find fragments
+    # After `_times`, which makes FFmpeg find fragments.
+    stated = _stated(path, stream, start or 0.0, duration, times, step)
     return Video(
         path=path,
         duration_s=duration,
@@ -80,10 +78,8 @@ def _probe_file(path: str, container: InputContainer) -> Video:
         mirrored=mirrored,
         stated_s=stated and max(stated, duration or 0.0),
         clock_restarts=times.restarts if times else _further_avis(path) if container.format.name == "avi" else 0,
-        hdr=first.color_trc in HDR,
-        interlaced=bool(first.interlaced_frame),
-        pixel_aspect=float(aspect) if (aspect := stream.sample_aspect_ratio) and aspect != 1 else None,
         other_tracks=len(ffmpeg.moving(container)) - 1,
+        **ffmpeg.shown_otherwise(stream, first),
     )
 
 
