@@ -12,7 +12,9 @@ from tests.tiny import save_tiny
 
 
 def run_step(tmp_path, *arguments: str) -> dict:
-    gpu_steps.main([*arguments, "--device", "cpu", "--rounds", "1", "--seconds", "300", "-o", str(tmp_path / "found.json")])
+    gpu_steps.main(
+        [*arguments, "--device", "cpu", "--rounds", "1", "--seconds", "300", "-o", str(tmp_path / "found.json")]
+    )
     return json.loads((tmp_path / "found.json").read_text())
 
 
