@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.backend.devices import CHUNK_UNITS
+from evoprune.backend.devices import CHUNK_UNITS, environment
 from evoprune.errors import UsageError, first_line
 from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import matmul_rate
 from evoprune.model.integers import Int4Linear, Int8Linear, int4_weights, int8_weights
 from evoprune.model.linear import PackedLinear, can_pack, linear, pack
-from evoprune.model.machine import environment
 from evoprune.model.quantize import Unquantised, check, quantize
 from evoprune.model.weights import QwenVL, Tree, shared
 from evoprune.pipeline.loading.found import describe_model

@@ -14,9 +14,9 @@ from dataclasses import replace
 import torch
 
 from evoprune import methods
+from evoprune.backend.devices import environment
 from evoprune.huggingface.encoding import encode_with
 from evoprune.huggingface.packed_tower import PackedTower
-from evoprune.model.machine import environment
 from evoprune.pipeline.loading.found import DTYPES, describe_model
 from evoprune.pipeline.loading.weights import random_model
 from evoprune.pipeline.options import ModelOptions

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 
@@ -50,12 +49,7 @@ def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
     It is called with queries, keys and values `[patches, heads, d]`, the ends of groups among queries and among keys (int32), the
     greatest number of each, and `scale`.
     """
-    return _varlen_kernel(device, dtype) if uses_kernels(device) else None
-
-
-@lru_cache
-def _varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
-    if torch.version.cuda is None or dtype not in (torch.bfloat16, torch.float16):
+    if not uses_kernels(device) or torch.version.cuda is None or dtype not in (torch.bfloat16, torch.float16):
         return None
     if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cuda.is_flash_attention_available():
         return None

@@ -6,11 +6,6 @@ import torch.nn.functional as F
 from evoprune.backend.fallback import uses_kernels
 
 
-def carries_bias(device: torch.device) -> bool:
-    """Whether the bias of keys goes into further features of heads there, because kernels that take masks are slow."""
-    return uses_kernels(device)
-
-
 def causal_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None
 ) -> torch.Tensor | None:

@@ -6,12 +6,15 @@ import platform
 import sys
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+import evoprune
 from evoprune.backend import limits
 from evoprune.errors import DeviceWarning, UsageError, first_line
+from evoprune.report.records import Environment
 
 # Units encoded at a time, rounded up to whole frame pairs. 512 units (2,048 patches) keep matrix products at full speed and their
 # results in a CPU's caches (`python -m experiments.kernels`). A GPU needs more to be busy.
@@ -54,6 +57,17 @@ def has_bf16(device: torch.device) -> bool:
         cpuinfo = Path("/proc/cpuinfo")
         found = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
     return bool(found & {"avx512_bf16", "amx_bf16", "bf16", "arm_bf16"})
+
+
+def environment(device: str) -> Environment:
+    """Versions, device and threads."""
+    return Environment(
+        evoprune=evoprune.__version__,
+        torch=torch.__version__,
+        transformers=version("transformers"),
+        device_name=device_name(device),
+        threads=torch.get_num_threads(),
+    )
 
 
 def describe_devices() -> dict[str, str]:

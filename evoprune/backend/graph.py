@@ -3,6 +3,7 @@
 import atexit
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -36,15 +37,15 @@ def run_beside(function: Callable[[], None], device: torch.device) -> Callable[[
     """Begins a function on CUDA, in a thread and on a stream of its own. Returns what waits for its end; what it raises is lost."""
     if device.type != "cuda":
         return lambda: None
-    thread = threading.Thread(target=_try, args=(function, device), name="evoprune-beside", daemon=True)
+
+    def run() -> None:
+        with (
+            suppress(Exception),
+            torch.cuda.stream(torch.cuda.Stream(device)),
+        ):  # the program itself will say what is wrong
+            function()
+
+    thread = threading.Thread(target=run, name="evoprune-beside", daemon=True)
     thread.start()
     atexit.register(thread.join)  # a compiler that runs while the interpreter ends crashes it
     return thread.join
-
-
-def _try(function: Callable[[], None], device: torch.device) -> None:
-    try:
-        with torch.cuda.stream(torch.cuda.Stream(device)):
-            function()
-    except Exception:  # the program itself will say what is wrong
-        return

@@ -16,6 +16,7 @@ from zlib import crc32
 
 import evoprune
 from evoprune import methods
+from evoprune.backend.devices import environment
 from evoprune.batch.rows import Row, Span, group_by_span
 from evoprune.bundled import BOTH, WORLDS
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
@@ -29,7 +30,6 @@ from evoprune.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, precision, r
 from evoprune.evaluation.shared import SharedFrames, SharedRows, grey_frames
 from evoprune.keywords import OPTION
 from evoprune.model.cost import shortage
-from evoprune.model.machine import environment
 from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, threads_of_each

@@ -2,13 +2,12 @@
 
 import threading
 
-from evoprune.backend.devices import memory_in_use, peak_memory
+from evoprune.backend.devices import environment, memory_in_use, peak_memory
 from evoprune.huggingface import interface
 from evoprune.huggingface.columns import Columns
 from evoprune.huggingface.inputs import Visuals
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.linear import weights_bytes
-from evoprune.model.machine import environment
 from evoprune.pipeline.loading.found import DTYPES
 from evoprune.pruning.budget import plain
 from evoprune.report.records import Memory, ModelFacts, Pruning, Report, Sampling, TokenCounts

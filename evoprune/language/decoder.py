@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from evoprune.backend import layers
 from evoprune.backend.attention import without_cudnn
-from evoprune.backend.causal import carries_bias
 from evoprune.backend.devices import to_device
+from evoprune.backend.fallback import uses_kernels
 from evoprune.language.attention import STRIP, attend, attend_blind, bias_features, rows_at
 from evoprune.language.dropping import Dropping, LayerState
 from evoprune.model.config import head_size
@@ -208,7 +208,7 @@ def _bias(sizes: torch.Tensor | None, like: torch.Tensor, config) -> tuple[torch
     if sizes is None:
         return None, None
     bias = sizes.log()
-    carried = len(like) > 1 and carries_bias(like.device)
+    carried = len(like) > 1 and uses_kernels(like.device)  # kernels that take masks are slow
     return bias.to(like.dtype), bias_features(bias, head_size(config), like.dtype) if carried else None
 
 

@@ -1,4 +1,4 @@
-"""This machine and process: facts for reports; pages of memory-mapped weights; threads."""
+"""Pages of memory-mapped weights, and threads of this process."""
 
 import ctypes
 import functools
@@ -6,29 +6,13 @@ import mmap
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-import evoprune
-from evoprune.backend.devices import device_name
-from evoprune.report.records import Environment
-
 PIECE = 2**26  # bytes asked for at a time
 SOFT = 1  # how OpenMP pauses: it keeps what was set
 WILL_NEED, COLD, POPULATE_READ = 3, 20, 22  # in Linux, the second since 5.4, the third since 5.14
-
-
-def environment(device: str) -> Environment:
-    """Versions, device and threads."""
-    return Environment(
-        evoprune=evoprune.__version__,
-        torch=torch.__version__,
-        transformers=version("transformers"),
-        device_name=device_name(device),
-        threads=torch.get_num_threads(),
-    )
 
 
 def page_in(weights: Iterable[torch.Tensor]) -> threading.Thread | None:

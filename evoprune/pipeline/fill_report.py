@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import fields
 
-from evoprune.backend.devices import memory_in_use, peak_memory
+from evoprune.backend.devices import environment, memory_in_use, peak_memory
 from evoprune.language.dropping import Dropping
-from evoprune.model.machine import environment
 from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
 from evoprune.report.records import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
-from evoprune.backend.devices import reset_peak_memory
+from evoprune.backend.devices import environment, reset_peak_memory
 from evoprune.backend.limits import available_cores
-from evoprune.model.machine import environment
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.bench import Bench, Progress, Source, all_rows
 from evoprune.profiling.clips import AFTER_PAIR, BEFORE_PAIR, TEXT_AFTER, TEXT_BEFORE

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import evoprune
 from evoprune import methods
+from evoprune.backend.devices import environment
 from evoprune.errors import OutOfMemory, UsageError, error_record
 from evoprune.evaluation.shared import SharedFrames, SharedRows
-from evoprune.model.machine import environment
 from evoprune.pipeline.agreement import agreement
 from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.model import LoadedModel, load_model

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.attention import attends_by_products, varlen_kernel
-from evoprune.backend.devices import Timer
 from evoprune.model.config import PATCHES
 from evoprune.model.numerics import without_autocast
 from evoprune.pruning.indices import ascending, runs
@@ -159,7 +158,7 @@ def grouped_attention(
     plan: Plan,
     size_bias: bool = False,
     received: torch.Tensor | None = None,
-    timer: Timer | None = None,
+    timer: devices.Timer | None = None,
 ) -> torch.Tensor:
     """Softmax attention of every row to the key rows of its group, `[R, 4, heads, d]`.
 

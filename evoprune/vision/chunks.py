@@ -12,7 +12,6 @@ from itertools import chain, islice
 import torch
 
 from evoprune.backend import devices
-from evoprune.backend.devices import Timer
 from evoprune.model.config import PATCHES
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.reuse import ReferenceBlocks, scan
@@ -77,7 +76,7 @@ def in_chunks(
     rows: int,
     threshold: float,
     dtype: torch.dtype,
-    timer: Timer,
+    timer: devices.Timer,
     normal: Normalisation = CLIP,
     even: list[torch.Tensor] | None = None,
     references: list[ReferenceBlocks] | None = None,

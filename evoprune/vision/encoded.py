@@ -7,7 +7,6 @@ from itertools import accumulate
 import torch
 
 from evoprune.backend import devices
-from evoprune.backend.devices import Timer
 from evoprune.errors import UsageError
 from evoprune.methods.selecting import select, tokens_before_inflection
 from evoprune.model.numerics import not_a_number_error
@@ -105,7 +104,7 @@ class EncodedRows:
     source: torch.Tensor  # int64 `[T, H*W]`, the number of the frame pair whose pixels represent each unit
     layers: list[tuple[int, int]]  # as in `Encoded`
     selection: Selection | None  # inside the tower, if the language model reads exactly those rows
-    timer: Timer  # of pruning
+    timer: devices.Timer  # of pruning
     checks: Checks  # which `finish` reads
     deepstack: torch.Tensor  # `[E, n, D]`, of the rows
 

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.attention import without_cudnn
-from evoprune.backend.devices import Timer
 from evoprune.methods.selecting import select
 from evoprune.model.numerics import all_numbers, not_a_number_error, without_autocast
 from evoprune.model.weights import Tower
@@ -134,7 +133,7 @@ class _Run:
         # rows, and a selection behind it would depend on the size of chunks.
         self.piece = devices.largest_chunk(self.device)
         self.after_layer, self.pause = after_layer, pause  # called with the number of finished layers
-        self.timer, self.checks = Timer(self.device), Checks()
+        self.timer, self.checks = devices.Timer(self.device), Checks()
         self.segment = segment and segment.begun(plan, self.geometry)  # None where the plan can leave nothing
         self.carried = CarriedKeys(self.segment and self.segment.earlier) if plan.reuse else None
         selector = plan.token_stage.selector if plan.token_stage else None

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from evoprune.backend.causal import carries_bias, causal_attention
+from evoprune.backend.causal import causal_attention
+from evoprune.backend.fallback import uses_kernels
 
 
 def test_a_whole_prompt_and_its_end():
@@ -13,12 +14,12 @@ def test_a_whole_prompt_and_its_end():
     weights = (q @ k.transpose(2, 3) / 4).masked_fill(~torch.ones(20, 20).tril().bool(), -torch.inf).softmax(-1)
     torch.testing.assert_close(whole, weights @ v)
     assert causal_attention(q[:, :, 5:], k, v, None) is None  # a mask serves as well on a CPU
-    assert not carries_bias(torch.device("cpu")) and carries_bias(torch.device("cuda"))
+    assert not uses_kernels(torch.device("cpu")) and uses_kernels(torch.device("cuda"))
 
 
 def test_plain_takes_masks(monkeypatch):
     monkeypatch.setenv("EVOPRUNE_PLAIN", "1")
-    assert not carries_bias(torch.device("cuda"))
+    assert not uses_kernels(torch.device("cuda"))
 
 
 @pytest.mark.cuda

@@ -117,7 +117,7 @@ def test_a_bias_in_features_of_heads_is_that_in_a_mask(cuts, dtype, near, monkey
         return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
 
     expected, shapes = made(), []
-    monkeypatch.setattr(decoder, "carries_bias", lambda device: True)
+    monkeypatch.setattr(decoder, "uses_kernels", lambda device: True)
     monkeypatch.setattr(attention, "causal_attention", lower_right)
     assert_close(made(), expected, near)
     ends = [end for end in [*cuts, LENGTH] if end != LENGTH or LENGTH - 1 not in cuts]

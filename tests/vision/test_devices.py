@@ -10,8 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from evoprune.backend import attention as backend_attention
-from evoprune.backend.attention import attend_varlen
+from evoprune.backend.attention import attend_varlen, varlen_kernel
 from evoprune.backend.devices import Timer
 from evoprune.methods.baselines import Nothing, Random
 from evoprune.methods.evoprune import EvoPrune
@@ -125,18 +124,17 @@ def test_in_bf16_the_kernel_is_as_exact_as_its_dtype(shape, merges, scope, size_
 
 
 def test_the_kernel_is_used_only_on_gpus_that_can_run_it(monkeypatch):
-    found = backend_attention._varlen_kernel.__wrapped__
-    assert attention.varlen_kernel(torch.device("cpu"), torch.bfloat16) is None
+    assert varlen_kernel(torch.device("cpu"), torch.bfloat16) is None
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert found(gpu, torch.bfloat16) is None
+    assert varlen_kernel(gpu, torch.bfloat16) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert found(gpu, torch.float32) is None
-    assert found(gpu, torch.float16) is attend_varlen
+    assert varlen_kernel(gpu, torch.float32) is None
+    assert varlen_kernel(gpu, torch.float16) is attend_varlen
     monkeypatch.setenv("EVOPRUNE_PLAIN", "1")
-    assert attention.varlen_kernel(gpu, torch.float16) is None
+    assert varlen_kernel(gpu, torch.float16) is None
 
 
 def test_torchs_own_kernel_accepts_the_arguments():

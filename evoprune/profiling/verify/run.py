@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from evoprune.backend.devices import peak_memory
+from evoprune.backend.devices import environment, peak_memory
 from evoprune.errors import EvopruneError, first_line, is_out_of_memory
 from evoprune.model.config import as_written
-from evoprune.model.machine import environment
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling import synthetic
