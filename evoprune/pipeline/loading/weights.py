@@ -18,6 +18,7 @@ from evoprune.model.linear import pack as pack_layers
 from evoprune.model.machine import available_memory, page_in
 from evoprune.model.quantize import Progress, places, saved_bytes
 from evoprune.model.weights import QwenVL, empty, name_in_memory
+from evoprune.text import counted
 
 BELONG = "config.json and the weights must belong together; get the model again"
 MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
@@ -87,7 +88,7 @@ def load_weights(
         found.setdefault(EMBEDDINGS, head) if head is not None else None
         del wanted[HEAD]
     if missing := sorted(wanted.keys() - found.keys()):
-        problem = f"the weights in {files[0].parent} lack {len(missing)} tensors, first {missing[0]}"
+        problem = f"the weights in {files[0].parent} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
         raise ModelError(problem, "get the model again")
     if unused:
         are = "tensor of the weights is" if len(unused) == 1 else "tensors of the weights are"

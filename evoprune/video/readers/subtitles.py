@@ -13,7 +13,7 @@ from av.container import InputContainer
 from av.stream import Discard, Disposition
 from av.subtitles.stream import SubtitleStream
 
-from evoprune.errors import VideoError
+from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.text import LONGEST, missing_hint, shorten
 from evoprune.video.info import AUTO_SUBTITLES, SubtitleLine, Subtitles
 from evoprune.video.readers import ffmpeg
@@ -106,6 +106,8 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
     with ffmpeg.open_bytes(io.BytesIO(content), name) as container:
         lines = _lines(_cues(container, container.streams.subtitles[0], 0.0, warnings))
     if not lines:
+        if content.startswith(LFS):
+            raise VideoError(f"{file} is a git-lfs pointer", LFS_HINT)
         raise VideoError(f"{file} holds no subtitles", HINT)
     return Subtitles(file, lines, warnings)
 
