@@ -84,8 +84,8 @@ def load_weights(
             raise ModelError(problem, BELONG)
         found[name] = weight
     if config.tie_word_embeddings:  # to what there is; `separate_head` was asked before
-        head = found.pop(HEAD, None)
-        found.setdefault(EMBEDDINGS, head) if head is not None else None
+        if HEAD in found:
+            found.setdefault(EMBEDDINGS, found.pop(HEAD))
         del wanted[HEAD]
     if missing := sorted(wanted.keys() - found.keys()):
         problem = f"the weights in {files[0].parent} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
