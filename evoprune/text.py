@@ -37,6 +37,11 @@ def shorten(text: str, width: int) -> str:
     return text if len(text) <= width else text[:head] + "..." + text[len(text) - (width - 3 - head) :]
 
 
+def shown(path: str) -> str:
+    """A path in a message: no more than its beginning and end where it is long, or a video inside a data: URL."""
+    return shorten(path, 40 if path.startswith("data:") else LONGEST)
+
+
 def size(count: int | None) -> str:
     if count is None:
         return "?"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.pipeline.options import PipelineOptions, SamplingOptions
-from evoprune.text import LONGEST, check_text, missing_hint, roughly, shorten
+from evoprune.text import check_text, missing_hint, roughly, shown
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune.video.source import local_file
 from evoprune_cli import options as opt
@@ -66,7 +66,7 @@ class Words:
                 hint = "what follows -- is no option: put options before it"
             raise UsageError(f"unexpected extra words: {' '.join(words)}", hint)
         question = f"; to ask it as a question: -Q {name}" if name == last and self.question is None else ""
-        raise VideoError(f"no such file: {shorten(name, LONGEST)}", missing_hint(name, f"check the path{question}"))
+        raise VideoError(f"no such file: {shown(name)}", missing_hint(name, f"check the path{question}"))
 
 
 def _exists(word: str) -> bool:
@@ -201,11 +201,7 @@ def _questions(asked: Request) -> list[str]:
 def _question_from_stdin(inputs: Sequence[str]) -> str:
     """Raises UsageError: there is none; the last of several inputs may be meant as one."""
     *before, last = inputs
-    named = (
-        f"there is a file {shorten(last, LONGEST)}; to ask that as the question: -Q {shorten(last, LONGEST)}"
-        if before
-        else ""
-    )
+    named = f"there is a file {shown(last)}; to ask that as the question: -Q {shown(last)}" if before else ""
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("no question", named or f"{USAGE}, or -i for a prompt")
     try:

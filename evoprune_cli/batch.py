@@ -8,7 +8,7 @@ from functools import partial
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.pipeline.options import PipelineOptions, SamplingOptions
-from evoprune.text import LONGEST, SOME, missing_hint, shorten, some
+from evoprune.text import SOME, missing_hint, shown, some
 from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.loading import note_model, prepare
@@ -189,7 +189,7 @@ def _check_files(asked: Request, rows) -> list[str]:
     """
     videos = {path: name for row in rows for path, name in zip(row.paths, row.inputs, strict=True)}
     missing = [path for path in videos if not os.path.exists(path)]
-    names = [shorten(path, LONGEST) for path in missing]
+    names = [shown(path) for path in missing]
     if len(missing) == len(videos):
         pattern = any(character in missing[0] for character in "*?[")
         hint = "a pattern that matches nothing stays as it is: no file here has such a name"

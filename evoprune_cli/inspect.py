@@ -16,7 +16,7 @@ from evoprune_cli import options as opt
 from evoprune_cli.loading import prepare
 from evoprune_cli.options import flag, own
 from evoprune_cli.results import check_writable, rescuing, write_bytes
-from evoprune_cli.terminal import encoding, print_document, print_warning, printable, progress, stdout
+from evoprune_cli.terminal import encoding, page_width, print_document, print_warning, printable, progress, stdout
 
 NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # facts of things by their names
 OFTEN_NOTHING = (
@@ -34,7 +34,7 @@ TITLES = {  # of facts whose names do not explain them, or are too long
     "capped": "cut by a limit",
     "demo_scenes_model_folder": "demo scenes folder",
 }
-WIDTH, TITLE = 80, 22  # columns of a line, and of what stands before its value
+TITLE = 22  # columns of what stands before a value
 OVERLAYS = (".png", ".gif", ".mp4")  # endings of the pictures that `inspect --overlay` draws
 
 
@@ -224,7 +224,7 @@ def _draw_overlay(file: str, path: str, video: str, options: PipelineOptions) ->
 
 
 def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
-    """Nested facts as aligned lines, folded at 80 columns. `literal`: their names are names of things, printed as they are."""
+    """Nested facts as aligned lines, folded to the terminal. `literal`: their names are names of things, printed as they are."""
     made = []
     for key, value in facts.items():
         name = "" if literal else key  # which decides what a value looks like
@@ -240,12 +240,16 @@ def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
             made += [title, *lines(value, indent + 2, name in NAMES)]
         else:
             text = _value(name, value)
-            if isinstance(value, list):  # only lists are folded: paths and tags stay in one piece
-                indented = {"initial_indent": f"{title + ' ':<{TITLE}}", "subsequent_indent": " " * TITLE}
-                made += wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False, **indented)
+            if isinstance(value, list) or name in SHOWN:  # paths and tags stay in one piece
+                made += _folded(f"{title + ' ':<{TITLE}}", text, TITLE)
             else:
                 made.append(f"{title + ' ':<{TITLE}}{text}")
     return made
+
+
+def _folded(title: str, text: str, indent: int) -> list[str]:
+    indented = {"initial_indent": title, "subsequent_indent": " " * indent}
+    return wrap(text, page_width(), break_long_words=False, break_on_hyphens=False, **indented)
 
 
 def _overlay_lines(title: str, overlay: dict) -> list[str]:
@@ -261,7 +265,8 @@ def _preset_lines(title: str, presets: dict[str, dict]) -> list[str]:
     indent, made = " " * (len(title) - len(title.lstrip()) + 2), [title]
     for name, preset in presets.items():
         tokens = f"{preset['tokens']:>8,} {'token ' if preset['tokens'] == 1 else 'tokens'}"
-        made.append(f"{indent}{name:<18}-b {preset['share']:<5g} {tokens}  KV cache {size(preset['kv_cache_bytes'])}")
+        told = f"-b {preset['share']:<5g} {tokens}  KV cache {size(preset['kv_cache_bytes'])}"
+        made += _folded(f"{indent}{name:<18}", told, TITLE)
     return made
 
 

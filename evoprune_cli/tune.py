@@ -11,7 +11,7 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.pruning.budget import parse_budget
 from evoprune.report.records import rounded
-from evoprune.text import LONGEST, missing_hint, shorten
+from evoprune.text import missing_hint, shown
 from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.loading import prepare
@@ -124,7 +124,7 @@ def _there(videos: list[str]) -> tuple[str, ...]:
     found = tuple(dict.fromkeys(videos))
     if not any(map(os.path.exists, found)):
         hint = missing_hint(found[0], "evoprune tune VIDEO... -m MODEL")
-        raise VideoError(f"no such file: {shorten(found[0], LONGEST)}", hint)
+        raise VideoError(f"no such file: {shown(found[0])}", hint)
     return found
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from evoprune.errors import EvopruneError, UsageError
-from evoprune.text import LONGEST, counted, missing_hint, shorten, some
+from evoprune.text import counted, missing_hint, shown, some
 from evoprune.video.listing import IMAGES, VIDEOS, files
 
 
@@ -33,7 +33,7 @@ class Wrong:
         for path, place in videos.items():
             if not os.path.exists(path):
                 usual = "paths in a file of rows are relative to it" if name else "check the path"
-                self.add(f"{place}no such file: {shorten(path, LONGEST)}", missing_hint(path, usual))
+                self.add(f"{place}no such file: {shown(path)}", missing_hint(path, usual))
         first, *others = (message for message, _ in self._found)
         messages = [first, *(message.removeprefix(f"{name}, ") for message in others)]
         raise UsageError(some(messages, "; "), some(list(dict.fromkeys(hint for _, hint in self._found)), "; "))

@@ -16,7 +16,7 @@ from evoprune.batch.inputs import Wrong, in_folders
 from evoprune.batch.table import Line, read_file, read_lines
 from evoprune.errors import EvopruneWarning, UsageError
 from evoprune.language.settings import GenerationOptions
-from evoprune.text import FILE_URL, counted, did_you_mean, is_text, shorten, some
+from evoprune.text import FILE_URL, counted, did_you_mean, is_text, shorten, shown, some
 from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
 from evoprune.video.sampling import check_sampling, parse_time
 
@@ -129,11 +129,11 @@ def product_rows(
     """Every question about every video, or every video of a folder. Raises UsageError that names all that is wrong."""
     wrong = Wrong()
     videos = list(in_folders(videos, wrong))
-    for noun, texts, check in (("video", videos, _filled), ("question", questions, _text)):
+    for noun, texts, check in (("video", videos, _file), ("question", questions, _text)):
         for text, times in Counter(texts).items():
             if times > 1:
                 wrong.add(f"the {noun} {text!r} is there twice", f"name every {noun} once")
-            with wrong.noting(f"{text!r}: ", BATCH.fields):
+            with wrong.noting(f"{shown(text)!r}: ", BATCH.fields):
                 check(text, noun)
     with wrong.noting("", "choose an end after the start"):
         _check_span(start_s, end_s)

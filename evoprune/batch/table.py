@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from evoprune.errors import UsageError
+from evoprune.errors import LFS, LFS_HINT, UsageError
 from evoprune.model.rules import loads
 from evoprune.text import shorten
 
@@ -42,6 +42,8 @@ def read_lines(content: bytes, name: str, required: tuple[tuple[str, ...], ...],
     Raises UsageError: the content is not UTF-8, an array is not JSON, or the head of a CSV file lacks a column: one of each tuple
     in `required`.
     """
+    if content.startswith(LFS):
+        raise UsageError(f"{name} is a git-lfs pointer", LFS_HINT)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:

@@ -166,6 +166,7 @@ def parse_config(content: dict) -> Config:
     config = Config(parse_vision(vision, family), _parse_text(text, family), tied)
     check_vision(config.vision_config)
     _check_text(config.text_config)
+    _check_rope(section(content, "rope_scaling"))  # nothing reads it where there is a `text_config`
     same = config.vision_config.out_hidden_size == config.text_config.hidden_size
     _check(same, "tower and language model differ in size")
     return config
@@ -175,7 +176,8 @@ def _parse_text(text: dict, family: str) -> TextConfig:
     """Reads the settings of the language model, wherever they stand. Raises ValueError as `parse_config`."""
     usual = FAMILIES[family].text
     given = usual | {name: value for name, value in text.items() if value is not None}
-    rope = section(text, "rope_parameters") or section(text, "rope_scaling")
+    # The earlier name counts more, as in transformers: guides to YaRN add it to a file that has the other.
+    rope = section(text, "rope_scaling") or section(text, "rope_parameters")
     rope = {name: given[name] for name in ("rope_theta", "mrope_section")} | {
         name: value for name, value in rope.items() if value is not None
     }
@@ -201,11 +203,15 @@ def head_size(text) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
+def _check_rope(rope: dict) -> None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    _check_supported(kind in ("default", "mrope"), f"rope_type {kind!r} is not supported, only Qwen's own")
+
+
 def _check_text(t: TextConfig) -> None:
     """Raises ValueError if this program cannot run the language model faithfully."""
     rope = t.rope_parameters
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    _check_supported(kind in ("default", "mrope"), f"rope_type {kind!r} is not supported, only Qwen's own")
+    _check_rope(rope)
     _check_supported(not t.use_sliding_window, "sliding window attention is not supported")
     _check_supported(t.hidden_act == "silu", f"activation {t.hidden_act} is not supported, only silu")
     divides = t.head_dim is not None or t.hidden_size % (2 * t.num_attention_heads) == 0

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from evoprune.report.stats import stats_block, warning_lines
-from evoprune.text import LONGEST, shorten
+from evoprune.text import shown
 
 SCHEMA = "evoprune/answer@1"
 # Why the report of a call of a Hugging Face model is empty, by the name in `warnings`.
@@ -262,7 +262,7 @@ def _filled(made, record: Any, name: str = "a record"):
 
 def name_inputs(report: Report, names: Sequence[str]) -> None:
     """Writes into a report what its inputs are called, where nothing else is known of them; not whole if that is no name."""
-    names = [shorten(name, LONGEST) for name in names]
+    names = [shown(name) for name in names]
     report.inputs = [InputFacts(path=name, video=VideoFacts(path=name)) for name in names]
     if len(names) == 1:
         report.video = VideoFacts(path=names[0])

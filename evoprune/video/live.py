@@ -12,7 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.text import FILE_URL, LONGEST, missing_hint, shorten
+from evoprune.text import FILE_URL, missing_hint, shown
 from evoprune.video.sandbox.channel import FrameMemory
 from evoprune.video.sandbox.isolation import POSSIBLE, borrow
 
@@ -166,6 +166,6 @@ def _check(source: str) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         hint = missing_hint(source, "give a file, a camera, a URL, or - for a pipe")
-        raise VideoError(f"cannot read {shorten(source, LONGEST)}: {reason}", hint) from error
+        raise VideoError(f"cannot read {shown(source)}: {reason}", hint) from error
     if not (stat.S_ISREG(kind) or stat.S_ISCHR(kind)):
         raise VideoError(f"{source} is neither a file nor a camera", "- reads a pipe")

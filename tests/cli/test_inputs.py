@@ -117,6 +117,8 @@ def test_what_is_no_path_is_refused_in_a_line(cli, command, given, hint):
     hint = "" if command[0] == "batch" and given.startswith("file:") else hint  # a batch understands it
     assert result.code in (2, 3) and len(result.err.splitlines()) == 2 and f"hint: {hint}" in result.err
     assert len(result.err) < 600 and not re.search(r"\w{201}", result.err + result.out)
+    if given == DATA:
+        assert "A" * 40 not in result.err + result.out and ",  0" not in result.err
     if result.out:
         assert max(map(len, (result.record["error"]["message"], result.record["inputs"][0]["path"]))) <= 250
 

@@ -139,6 +139,14 @@ def test_everything_about_the_machine_fits_a_terminal(cli, monkeypatch):
     assert "  EVOPRUNE_BUDGET" in out and all(os.path.isabs(line[TITLE:]) for line in wide)  # a path stays in one piece
 
 
+@pytest.mark.parametrize("columns", [45, 60])
+def test_narrow_terminals(cli, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = cli("inspect").out + cli("inspect", CLIP).out
+    for line in text.splitlines():
+        assert len(line) <= columns or " " not in line[TITLE:], line  # a path stays in one piece
+
+
 @pytest.mark.parametrize("name", ["b_raise", "length_s", "args", "a_name_that_is_longer_than_its_column"])
 def test_methods_of_other_packages_are_shown_by_their_names(name):
     assert lines({"method_plugins": {name: "of extra 1.2"}})[1].split() == [name, "of", "extra", "1.2"]

@@ -19,6 +19,7 @@ from evoprune.model.linear import pack as pack_layers
 from evoprune.model.machine import page_in
 from evoprune.model.quantize import Progress, places, saved_bytes
 from evoprune.model.weights import QwenVL, empty, name_in_memory
+from evoprune.text import counted
 
 BELONG = "config.json and the weights must belong together; get the model again"
 MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
@@ -84,11 +85,11 @@ def load_weights(
             raise ModelError(problem, BELONG)
         found[name] = weight
     if config.tie_word_embeddings:  # to what there is; `separate_head` was asked before
-        head = found.pop(HEAD, None)
-        found.setdefault(EMBEDDINGS, head) if head is not None else None
+        if HEAD in found:
+            found.setdefault(EMBEDDINGS, found.pop(HEAD))
         del wanted[HEAD]
     if missing := sorted(wanted.keys() - found.keys()):
-        problem = f"the weights in {files[0].parent} lack {len(missing)} tensors, first {missing[0]}"
+        problem = f"the weights in {files[0].parent} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
         raise ModelError(problem, "get the model again")
     if unused:
         are = "tensor of the weights is" if len(unused) == 1 else "tensors of the weights are"

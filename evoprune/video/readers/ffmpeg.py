@@ -20,7 +20,7 @@ from av.video.stream import VideoStream
 
 from evoprune.backend.limits import available_cores
 from evoprune.errors import VideoError
-from evoprune.text import LONGEST, missing_hint, shorten
+from evoprune.text import LONGEST, missing_hint, shorten, shown
 from evoprune.video.readers.signatures import FORMATS, not_a_video
 
 # Called with a number for each damaged packet or image: the same number for the same damage; None where the file breaks off.
@@ -90,17 +90,15 @@ def open_video(path: str) -> Iterator[InputContainer]:
     except FileNotFoundError:
         if "://" in path:
             hint = missing_hint(path, "")
-            raise VideoError(f"{shorten(path, LONGEST)} is a URL, not a file", hint) from None
+            raise VideoError(f"{shown(path)} is a URL, not a file", hint) from None
         if os.path.islink(path):
             raise VideoError(f"{path} is a link to a file that is not there", "check where it leads") from None
-        raise VideoError(
-            f"no such file: {shorten(path, LONGEST) or repr(path)}", missing_hint(path, "check the path")
-        ) from None
+        raise VideoError(f"no such file: {shown(path) or repr(path)}", missing_hint(path, "check the path")) from None
     except ValueError:  # such as a null byte
         raise VideoError(f"no file can have the name {shorten(repr(path), LONGEST)}", "check the path") from None
     except OSError as error:
         hint = missing_hint(path, "check the path, and whether you may read it")
-        raise VideoError(f"cannot read {shorten(path, LONGEST)}: {error.strerror}", hint) from error
+        raise VideoError(f"cannot read {shown(path)}: {error.strerror}", hint) from error
     if not stat.S_ISREG(found.st_mode):
         problem = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
         raise VideoError(f"{path} is {problem}", "give a video file; - reads one from standard input")

@@ -10,7 +10,7 @@ import av
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-from evoprune.errors import UsageError, VideoError
+from evoprune.errors import LFS, LFS_HINT, UsageError, VideoError
 from evoprune.video.info import Video
 from evoprune.video.listing import IMAGES, files
 from evoprune.video.readers import ffmpeg
@@ -43,6 +43,9 @@ def probe(folder: str, fps: float) -> Video:
     if decoded is None:
         from evoprune.video.readers.picture import check_size
 
+        with open(images[0], "rb") as image:
+            if image.read(len(LFS)) == LFS:
+                raise VideoError(f"{images[0]} is a git-lfs pointer", LFS_HINT)
         check_size(images[0])  # FFmpeg does not distinguish a picture that is too large from a damaged one
         raise VideoError(f"no image in the folder {folder} can be decoded", "the files are damaged, or no images")
     codec, frame, (rotation, _) = decoded

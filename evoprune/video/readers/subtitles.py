@@ -13,8 +13,8 @@ from av.container import InputContainer
 from av.stream import Discard, Disposition
 from av.subtitles.stream import SubtitleStream
 
-from evoprune.errors import VideoError
-from evoprune.text import LONGEST, missing_hint, shorten
+from evoprune.errors import LFS, LFS_HINT, VideoError
+from evoprune.text import missing_hint, shown
 from evoprune.video.info import AUTO_SUBTITLES, SubtitleLine, Subtitles
 from evoprune.video.readers import ffmpeg
 
@@ -50,7 +50,7 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
             found = _from_container(path, origin_s, "")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         name = file or path
-        said = f"cannot read subtitles from {shorten(name, LONGEST)}: {ffmpeg.reason(error)}"
+        said = f"cannot read subtitles from {shown(name)}: {ffmpeg.reason(error)}"
         raise VideoError(said, missing_hint(name, HINT) if file else HINT) from error
     if found.source is None:
         return Subtitles(note=why or found.note)
@@ -86,7 +86,7 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
         found = os.stat(file)
     except FileNotFoundError:
         hint = missing_hint(file, "check the path; auto looks for one beside the video")
-        raise VideoError(f"no such file of subtitles: {shorten(file, LONGEST)}", hint) from None
+        raise VideoError(f"no such file of subtitles: {shown(file)}", hint) from None
     if not stat.S_ISREG(found.st_mode):
         raise VideoError(f"{file} is no file of subtitles", HINT)
     with open(file, "rb") as opened:
@@ -106,6 +106,8 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
     with ffmpeg.open_bytes(io.BytesIO(content), name) as container:
         lines = _lines(_cues(container, container.streams.subtitles[0], 0.0, warnings))
     if not lines:
+        if content.startswith(LFS):
+            raise VideoError(f"{file} is a git-lfs pointer", LFS_HINT)
         raise VideoError(f"{file} holds no subtitles", HINT)
     return Subtitles(file, lines, warnings)
 

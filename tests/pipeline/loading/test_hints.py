@@ -6,9 +6,11 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from evoprune.errors import LFS_HINT, ModelError, VideoError
+from evoprune.batch.rows import load_rows
+from evoprune.errors import LFS_HINT, ModelError, UsageError, VideoError
 from evoprune.pipeline.loading.folder import original_of
 from evoprune.video.probe import probe
+from evoprune.video.readers import subtitles
 from tests.loading import edit, load_model
 from tests.pipeline.loading.test_hub import COMMIT, cache, dead_hub, fill_cache, hub  # noqa: F401
 
@@ -42,6 +44,20 @@ def test_a_git_lfs_pointer_of_a_clip(tmp_path, name):
     assert caught.value.hint == LFS_HINT
 
 
+def test_git_lfs_pointers_beside_videos(tmp_path):
+    (tmp_path / "frames").mkdir()
+    for name in ("frames/1.jpg", "frames/2.jpg", "lines.srt", "rows.jsonl"):
+        (tmp_path / name).write_text(POINTER)
+    for error, read in (
+        (VideoError, lambda: probe(tmp_path / "frames")),
+        (VideoError, lambda: subtitles.read("clip.mp4", 0.0, str(tmp_path / "lines.srt"), 0.0, 1.0)),
+        (UsageError, lambda: load_rows(str(tmp_path / "rows.jsonl"))),
+    ):
+        with pytest.raises(error, match="is a git-lfs pointer") as caught:
+            read()
+        assert caught.value.hint == LFS_HINT
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "mrope_section": [2, 3, 3]}
 
 
@@ -49,6 +65,10 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     "changes, reason",
     [
         ({"rope_parameters": YARN}, "rope_type 'yarn' is not supported"),
+        (
+            {"rope_scaling": YARN},
+            "rope_type 'yarn' is not supported",
+        ),  # counts more than rope_parameters, as in transformers
         (
             {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None, "sliding_window": 64},
             "sliding window attention is not supported",
@@ -61,6 +81,11 @@ def test_what_cannot_run_is_not_called_damaged(folder, changes, reason):
     message, hint = refused(folder)
     assert message.startswith(f"evoprune cannot run {folder}: {reason}") and "again" not in hint
     assert ("config.json without yarn" in hint) == ("yarn" in reason)
+
+
+def test_yarn_is_refused_wherever_it_stands(folder):
+    edit(folder / "config.json", rope_scaling=YARN | {"type": "yarn"})
+    assert "rope_type 'yarn' is not supported" in refused(folder)[0]
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ def other_architecture_without_weights(folder):
         (truncate, "damaged or incomplete"),
         (tear_header, "damaged or incomplete"),
         (lose_a_shard, "00002.safetensors is missing"),
-        (lose_a_tensor, "lack 1 tensors, first lm_head.weight"),
+        (lose_a_tensor, "lack 1 tensor, first lm_head.weight"),
         (drop("tokenizer.json"), "holds no tokenizer"),
         (write("tokenizer.json", "{}"), "tokenizer .* cannot be loaded"),
         (drop("chat_template.jinja"), "no chat template"),
