@@ -39,10 +39,8 @@ def run_beside(function: Callable[[], None], device: torch.device) -> Callable[[
         return lambda: None
 
     def run() -> None:
-        with (
-            suppress(Exception),
-            torch.cuda.stream(torch.cuda.Stream(device)),
-        ):  # the program itself will say what is wrong
+        # What is wrong the program itself will say, when it does the same.
+        with suppress(Exception), torch.cuda.stream(torch.cuda.Stream(device)):
             function()
 
     thread = threading.Thread(target=run, name="evoprune-beside", daemon=True)
