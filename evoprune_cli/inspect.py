@@ -276,14 +276,15 @@ def _tuned_lines(title: str, settings: list[dict]) -> list[str]:
     for setting in settings:
         made.append(f"  {setting['fingerprint'][:12]}  {setting['model'] or 'unknown'}")
         if setting["damaged"]:
-            made.append(f"    {setting['damaged']}")
+            made += _folded("    ", setting["damaged"], TITLE)
             continue
         if "method" not in setting:
             asked = f"{counted(setting['questions'], 'question')} about {counted(setting['videos'], 'video')}"
-            made.append(f"    recipe of operations from {asked}, {setting['created_utc'][:10]}")
+            made += _folded("    ", f"recipe of operations from {asked}, {setting['created_utc'][:10]}", TITLE)
             continue
         measured = f"agreement {100 * setting['agreement']:.1f}% (at least {100 * setting['low']:.1f}%)"
-        made.append(f"    {setting['method']} -b {setting['budget']:g}, {measured}, {setting['created_utc'][:10]}")
+        what = f"{setting['method']} -b {setting['budget']:g}, {measured}, {setting['created_utc'][:10]}"
+        made += _folded("    ", what, TITLE)
     return made
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import product
 
 from evoprune import methods
-from evoprune.backend.devices import largest_chunk
+from evoprune.backend.devices import is_host, largest_chunk
 from evoprune.errors import ModelError, OutOfMemory, memory_guard, names_plugins
 from evoprune.model.config import PATCHES
 from evoprune.model.cost import matmul_rate, shortage
@@ -36,7 +36,7 @@ class Bench:
         cases = {case: [row for row in rows if row.case == case] for case in dict.fromkeys(row.case for row in rows)}
         needed = {c: working_memory(model.config, c, loaded.video, model.dtype.itemsize) for c in cases}
         self._models, missing, self.notes = quantized_models(loaded, names, max(needed.values()), progress)
-        if model.device.type == "cuda":
+        if not is_host(model.device):
             slow = ", whose tower loops over windows in Python; flash-attn, which does not, is not installed"
             self.notes.append(f"transformers runs {attention}{slow if attention == 'sdpa' else ''}")
         for row in rows:

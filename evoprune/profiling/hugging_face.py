@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from evoprune.backend.devices import is_host
 from evoprune.model.config import Config, as_written
 from evoprune.model.weights import QwenVL
 
@@ -21,7 +22,7 @@ def hugging_face_config(config: Config):
 def fastest_attention(model: QwenVL) -> str:
     """The fastest attention that transformers has here for this model: flash-attn's where it is installed, else torch's."""
     installed = find_spec("flash_attn") is not None
-    return "flash_attention_2" if installed and model.device.type == "cuda" and model.dtype.itemsize == 2 else "sdpa"
+    return "flash_attention_2" if installed and not is_host(model.device) and model.dtype.itemsize == 2 else "sdpa"
 
 
 def hugging_face_model(model: QwenVL, attention: str = "sdpa"):
