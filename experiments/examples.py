@@ -132,11 +132,12 @@ def make_method() -> None:
 
 
 def make_overlay() -> None:
-    file = ROOT / "docs/overlay.png"
-    record = json.loads(run(*OVERLAY, str(file))[0])
-    facts = PngImagePlugin.PngInfo()
-    facts.add_text("facts", overlay_facts(record))
-    Image.open(file).save(file, pnginfo=facts, optimize=True)
+    with tempfile.TemporaryDirectory() as folder:  # evoprune replaces only a file that it wrote
+        file = Path(folder, "overlay.png")
+        record = json.loads(run(*OVERLAY, str(file))[0])
+        facts = PngImagePlugin.PngInfo()
+        facts.add_text("facts", overlay_facts(record))
+        Image.open(file).save(ROOT / "docs/overlay.png", pnginfo=facts, optimize=True)
 
 
 def make_transcript() -> None:

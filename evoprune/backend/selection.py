@@ -17,6 +17,7 @@ from evoprune.backend.fallback import with_fallback
 
 HELD = 1 << 23  # distances that a CPU holds at a time
 HELD_ON_DEVICE = 1 << 26
+FEW_TUBES = 4  # up to so many a CPU goes through one after another
 FEW_ROWS = 512  # up to so many rows a CPU computes products of rows once, for all points
 AT_ONCE, AT_ONCE_ON_DEVICE = 1024, 16384  # rows that have float32 copies at a time
 STILL = 1e-3  # of the mean variance, added to each channel's, so that one that hardly varies counts less
@@ -155,6 +156,33 @@ def _tube_radii_cpu(place, half, weight, first, row, time, tubes, keep):
 
 def _greedy(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
     """float32 `[B, L]`: radii, from distances `[B, L, L]`, and `first` (`[B, L]`, -1 for what is no point)."""
+    if len(first) > FEW_TUBES:
+        return _greedy_together(apart, first, keep)
+    return np.stack([_greedy_in(*tube, keep) for tube in zip(apart, first, strict=True)])
+
+
+def _greedy_in(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
+    """Those of one tube, `[L]`."""
+    radii, best = np.zeros_like(first), int(first.argmax())
+    radii[best] = start = max(first[best], 0)
+    near = np.where(first < 0, np.float32(-1), apart[best])
+    near[best] = -1
+    if (second := near.max()) > 0:
+        radii[best] = start = max(start, second + 1)
+    latest, selected = start, 1
+    while True:
+        best = int(near.argmax())
+        radius = near[best]
+        if radius <= 0 or (selected >= keep and radius < latest):  # equal ones may come before others by their turn
+            return radii
+        radii[best] = latest = radius
+        selected += 1
+        np.minimum(near, apart[best], out=near)
+        near[best] = -1
+
+
+def _greedy_together(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
+    """The same, one step of all tubes at a time."""
     at, near = np.arange(len(first)), first
     best = near.argmax(1)
     radii = np.zeros_like(first)
