@@ -5,12 +5,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from evoprune.backend import greedy_kernels, reuse_kernels, selection_kernels
+from evoprune.backend import greedy_kernels, reuse_kernels, selection_kernels, tower_triton
 
 # Of arguments, by name; all others are pointers to float32, or constants.
 TYPES = {
     **dict.fromkeys(("row", "tubes", "selected", "order", "ends", "pair", "source"), "*i64"),
-    **dict.fromkeys(("points", "length", "count", "pairs", "units", "seen", "known", "rows", "keep", "width"), "i32"),
+    **dict.fromkeys(
+        ("points", "begin", "length", "count", "pairs", "units", "seen", "known", "rows", "keep", "width"), "i32"
+    ),
     **dict.fromkeys(("threshold", "still", "rounding", "factor"), "fp32"),
     "cosines": "*i16",
 }
@@ -18,13 +20,18 @@ LOW, HIGH = reuse_kernels._bits(1 / 1.2), reuse_kernels._bits(1.2)
 SCAN = {"low": LOW, "high": HIGH, "halvings": (HIGH - LOW).bit_length(), "blocks": 32}
 ROWS = {"block_rows": selection_kernels.ROWS, "block": selection_kernels.CHANNELS}
 CASES = {
-    "distances": (selection_kernels._tube_distances, {"d": 128, "piece": 64, "side": selection_kernels.SIDE}, {}),
-    "nearest": (selection_kernels._nearest, {"d": 128, "piece": 64, "side": selection_kernels.SIDE}, {"out": "*i64"}),
-    "radii": (selection_kernels._greedy, {"block": 512}, {}),
+    "distances": (selection_kernels._tube_distances, {"side": selection_kernels.SIDE}, {}),
+    "nearest": (selection_kernels._nearest, {"side": selection_kernels.SIDE}, {"out": "*i64"}),
+    "radii": (selection_kernels._greedy, {"block": 256}, {}),
     "means": (selection_kernels._means, {"width": 5120, "block": 1024}, {"rows": "*bf16", "out": "*bf16"}),
     "moments": (selection_kernels._moments, ROWS, {"rows": "*bf16", "count": "*fp32"}),
     "standardise": (selection_kernels._standardise, {"width": 5120} | ROWS, {"rows": "*bf16"}),
     "reuse": (reuse_kernels._scan, SCAN | {"block": 512}, {}),
+    "groups": (
+        tower_triton._rotate_into_groups,
+        {"heads": 16, "dim": 80, "more": 8, "root": 80**0.5, "half": 64, "gathers": True},
+        {name: "*bf16" for name in ("qkv", "q", "k", "v")} | {name: "*i64" for name in ("place", "keys", "count")},
+    ),
     "cosines": (greedy_kernels._greedy, {"weighted": True, "with_bonus": False, "block": 16384}, {}),
 }
 
