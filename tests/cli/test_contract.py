@@ -108,7 +108,7 @@ CASES = {
     "newline in a name": Case(("ask", "{tmp}/new\nline.mp4", QUESTION), says="new?line.mp4", ways=("pipe", "narrow")),
     "spaces and quotes in a name": Case(("ask", '{tmp}/it\'s "a" clip.mp4', QUESTION), says='it\'s "a" clip.mp4'),
     "a name that is no text": Case(("ask", "{tmp}/caf\udce9.mp4", QUESTION, "-q")),
-    "batch": Case(BATCH, says="1 of 1 rows answered: 0:", out="", ways=EVERYWHERE),
+    "batch": Case(BATCH, says="1 of 1 row answered: 0:", out="", ways=EVERYWHERE),
     "quiet batch": Case((*BATCH, "-q"), out="", ways=EVERYWHERE),
     "damaged video": Case(
         ("ask", "{tmp}/damaged.mp4", QUESTION, "-q"), says="warning: damaged.mp4 is damaged (2 of its packets", out=None
@@ -249,7 +249,7 @@ CASES = {
         "load", "evoprune.pipeline.loading.model.load_weights", CPU_FULL, says="the weights of demo"
     ),
     "frames do not fit": out_of_memory("read", "evoprune.video.sandbox.channel.mmap.mmap", OSError(12, "no memory")),
-    "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.encoding.patchify", CPU_FULL),
+    "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.encoding.pixel_patches", CPU_FULL),
     "tower does not fit": out_of_memory("encode", "evoprune.pipeline.encoding.encode_rows", CUDA_FULL),
     "prompt does not fit": out_of_memory("prefill", "evoprune.pipeline.prompting.prefill", CUDA_FULL),
     "nothing fits": fails(5, "memory", *ASK, breaks=("evoprune_cli.ask._check_inputs", MemoryError())),
@@ -443,7 +443,7 @@ def endless(tiny_folder, tmp_path_factory):
     """A model that never ends its turn: no token has the number that would."""
     folder = tmp_path_factory.mktemp("endless") / "model"
     shutil.copytree(tiny_folder, folder)
-    settings = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": 999_999}
+    settings = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": []}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     return folder
 

@@ -45,7 +45,7 @@ ROWS = {
     "an infinite answer": (answer("[1, -Infinity]"), 2, "line 1: -Infinity is no number of JSON"),
     "a number too large": (answer("1e999"), 2, "line 1: the number 1e999 is too large"),
     "a whole number of 5,000 digits": (answer("9" * 5000), 2, "line 1: Exceeds the limit"),
-    "a deep answer": (answer("[" * 900 + "]" * 900), 2, "line 1: it is nested deeper than 100 levels"),
+    "a deep answer": (answer("[" * 900 + "]" * 900), 2, "it is nested deeper than 100 levels"),
     "a deep line": ("[" * 10**5, 2, "line 1: it is nested deeper than 100 levels"),
     "NUL in a question": (row(question="a\0b"), 2, "line 1: question is not valid text"),
     "NUL in a name": (row(video="a\0b"), 3, "no such file"),
@@ -94,7 +94,7 @@ QUESTIONS = {
     "NUL": (b"a\0b", 2, "not valid text"),
     "Latin-1": (b"caf\xe9", 2, "not valid text"),
     "1 MB": (b"What is it? " * 90_000, 2, "does not fit into the 4,096 tokens of this model's context"),
-    "50 KB": (b"What is it? " * 1500, 2, " tokens do not fit into the 4,096 tokens of this model's context"),
+    "50 KB": (b"What is it? " * 1500, 2, " do not fit into the 4,096 tokens of this model's context"),
     "5 MB": (b"What is it? " * 450_000, 2, "more than 4,194,304 characters"),
 }
 
@@ -266,4 +266,4 @@ def test_entries_of_the_cache_that_are_no_files(cli, monkeypatch, tmp_path, kind
     }[kind]()
     again = cli(*ask).record
     assert (again["cache"], again["answer"]) == ("miss", first["answer"])
-    assert (again["warnings"] == ["cache_not_written"]) == (kind == "folder")
+    assert ("cache_not_written" in again["warnings"]) == (kind == "folder")

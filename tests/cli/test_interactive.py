@@ -107,7 +107,7 @@ def endless(tiny_folder, tmp_path_factory):
     """A model that never ends its turn."""
     folder = tmp_path_factory.mktemp("endless") / "model"
     shutil.copytree(tiny_folder, folder)
-    settings = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": 999_999}
+    settings = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": []}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     return folder
 
