@@ -46,7 +46,7 @@ ROWS = {
     "a number too large": (answer("1e999"), 2, "line 1: the number 1e999 is too large"),
     "a whole number of 5,000 digits": (answer("9" * 5000), 2, "line 1: Exceeds the limit"),
     "a deep answer": (answer("[" * 900 + "]" * 900), 2, "it is nested deeper than 100 levels"),
-    "a deep line": ("[" * 10**5, 2, "line 1: it is nested deeper than 100 levels"),
+    "a deep line": ("[" * 10**5, 2, "it is nested deeper than 100 levels"),
     "NUL in a question": (row(question="a\0b"), 2, "line 1: question is not valid text"),
     "NUL in a name": (row(video="a\0b"), 3, "no such file"),
     "nothing but NUL": ("\0" * 99, 2, "the first line must name the columns"),

@@ -37,6 +37,10 @@ LISTED = (
 )  # with all their values
 SAID = {"id": "z", "video": SQUARE, "question": "What?", "subtitles": "auto"}
 BOTH = {"id": "w", "inputs": [SQUARE, SQUARE], "question": "What?"}
+OWN = [
+    {"id": "v", "video": SQUARE, "question": "What?", "fps": 1, "frame_rate": 3, "max_new_tokens": 1},
+    {"id": "u", "video": SQUARE, "question": "What?", "frames": 4},
+]
 TYPES = {"text": str, "integer": int, "number": (int, float), "boolean": bool, "list": list, "object": dict}
 SHORT = ("--frames", "4")
 
@@ -134,7 +138,7 @@ def test_ask_and_batch(cli, tiny_folder, rows, tmp_path, config):
     )
     keep_recipe(tiny_folder)
     outputs.append(cli("ask", SQUARE, "What?", "--json", *inner[:-1], "operations").record)
-    rows.write_text("".join([rows.read_text(), *(json.dumps(row) + "\n" for row in (SAID, BOTH))]))
+    rows.write_text("".join([rows.read_text(), *(json.dumps(row) + "\n" for row in (SAID, BOTH, *OWN))]))
     assert cli("batch", "--from", str(rows), "-o", str(tmp_path / "o.jsonl"), "-q", *model).code == 6
     check("ask and batch", outputs + records((tmp_path / "o.jsonl").read_text()))
 
