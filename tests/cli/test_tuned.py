@@ -101,7 +101,7 @@ def test_inspect_lists_them_and_forgets_them(cli, config):
     assert listed[second]["model"] is None and "is damaged" in listed[second]["damaged"]
     text = cli("inspect").out
     assert f"  aaaaaaaaaaaa  one\n    {METHOD} -b 0.2, agreement 97.0% (at least 95.5%), 2026-03-01\n" in text
-    assert "  bbbbbbbbbbbb  unknown\n    the tuned setting " in text
+    assert "  bbbbbbbbbbbb  unknown\n    the tuned setting" in text
     assert cli("inspect", "--forget-tuned", "three").code == 2
     assert "--forget-tuned is not about a video" in cli("inspect", CLIP, "--forget-tuned", "one").err
     record = cli("inspect", "--forget-tuned", "bbb", "--json").record
