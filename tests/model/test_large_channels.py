@@ -58,5 +58,5 @@ def test_answers_stay_where_large_channels_are_apart_and_only_there(kind, tmp_pa
                 for name, each in encoded.items():
                     agree[name] += int(agreement(given, each).agrees.sum())
     assert agree["float32"] == tokens
-    # Processors sum products of 8 bits in other orders: together it is 85 to 91% of the tokens.
-    assert agree["apart"] >= 0.99 * tokens and agree["together"] < 0.94 * tokens
+    # With AVX512-bf16 together is 93 of 102; where the limit was 0.9, it was less.
+    assert agree["apart"] >= 0.99 * tokens and agree["together"] < 0.92 * tokens
