@@ -169,16 +169,16 @@ def _greedy_in(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
     near[best] = -1
     if (second := near.max()) > 0:
         radii[best] = start = max(start, second + 1)
-    latest, selected = start, 1
-    while True:
+    latest = start
+    for selected in range(1, len(near)):
         best = int(near.argmax())
         radius = near[best]
-        if radius <= 0 or (selected >= keep and radius < latest):  # equal ones may come before others by their turn
-            return radii
+        if not radius > 0 or (selected >= keep and radius < latest):  # equal ones may come before others by their turn
+            break  # a NaN ends it too: argmax finds it first
         radii[best] = latest = radius
-        selected += 1
         np.minimum(near, apart[best], out=near)
         near[best] = -1
+    return radii
 
 
 def _greedy_together(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
