@@ -11,28 +11,28 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from evoprune import methods
     from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError
-    from evoprune.huggingface.columns import Columns
-    from evoprune.huggingface.context import PrunedModel, apply, remove
-    from evoprune.huggingface.context import PruningContext as EvoPrune
-    from evoprune.huggingface.encoding import encode
-    from evoprune.huggingface.processor_inputs import processor_inputs
-    from evoprune.pipeline.answering import Answer, EncodedInputs
-    from evoprune.pipeline.cache import Cache
-    from evoprune.pipeline.stream import VideoStream
-    from evoprune.pipeline.video_qa import VideoQA
+    from evoprune.hf.columns import Columns
+    from evoprune.hf.context import PrunedModel, apply, remove
+    from evoprune.hf.context import PruningContext as EvoPrune
+    from evoprune.hf.encoding import encode
+    from evoprune.hf.processor_inputs import processor_inputs
+    from evoprune.live.stream import VideoStream
     from evoprune.report.records import Report
+    from evoprune.session.answering import Answer, EncodedInputs
+    from evoprune.session.cache import Cache
+    from evoprune.video_qa import VideoQA
     from evoprune.vision.encoded import Encoded
 
 _SOURCES = {
     "errors": ("EvopruneError", "ModelError", "OutOfMemory", "UsageError", "VideoError"),
-    "huggingface.columns": ("Columns",),
-    "huggingface.context": ("EvoPrune", "PrunedModel", "apply", "remove"),
-    "huggingface.encoding": ("encode",),
-    "huggingface.processor_inputs": ("processor_inputs",),
-    "pipeline.answering": ("Answer", "EncodedInputs"),
-    "pipeline.cache": ("Cache",),
-    "pipeline.stream": ("VideoStream",),
-    "pipeline.video_qa": ("VideoQA",),
+    "hf.columns": ("Columns",),
+    "hf.context": ("EvoPrune", "PrunedModel", "apply", "remove"),
+    "hf.encoding": ("encode",),
+    "hf.processor_inputs": ("processor_inputs",),
+    "session.answering": ("Answer", "EncodedInputs"),
+    "session.cache": ("Cache",),
+    "live.stream": ("VideoStream",),
+    "video_qa": ("VideoQA",),
     "report.records": ("Report",),
     "vision.encoded": ("Encoded",),
 }

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.pipeline.options import PipelineOptions, SamplingOptions
+from evoprune.session.options import PipelineOptions, SamplingOptions
 from evoprune.text import check_text, missing_hint, roughly, shown
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune.video.source import local_file
@@ -165,10 +165,10 @@ def _encode(
     asked: Request, options: PipelineOptions, paths: list[str], questions: list[str], engine, show, full: bool = False
 ):
     """Encodes the inputs at `paths`. First says on stderr which limits apply, and how long it will take if that is long."""
-    from evoprune.pipeline.cache import Cache
-    from evoprune.pipeline.planning import QUESTION
-    from evoprune.pipeline.prompting import longest_prompt
-    from evoprune.pipeline.video_qa import open_inputs
+    from evoprune.session.cache import Cache
+    from evoprune.session.inputs import open_inputs
+    from evoprune.session.planning import QUESTION
+    from evoprune.session.prompting import longest_prompt
 
     show("reading")
     sampling, cache = options.sampling, Cache() if asked.cache else None
@@ -239,7 +239,7 @@ def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> N
 
 def _note_wait(engine, plans: list["Plan"], text: int, condition: str) -> None:
     """How long it will take, if it is long. `text`: tokens of the prompt around the inputs."""
-    from evoprune.pipeline.planning import estimate_first_token
+    from evoprune.session.planning import estimate_first_token
 
     each = [estimate_first_token(engine, plan, 0 if number else text) for number, plan in enumerate(plans)]
     if None not in each and (wait := sum(each)) > LONG_WAIT_S:

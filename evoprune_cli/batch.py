@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.pipeline.options import PipelineOptions, SamplingOptions
+from evoprune.session.options import PipelineOptions, SamplingOptions
 from evoprune.text import SOME, missing_hint, shown, some
 from evoprune_cli import completion
 from evoprune_cli import options as opt
@@ -115,7 +115,7 @@ def _here(asked: Request, spans, settings, show, ready):
     show("loading model")
     prepare()
     from evoprune.batch.run import answers
-    from evoprune.pipeline.cache import Cache
+    from evoprune.session.cache import Cache
 
     qa = settings.load(partial(show, "quantizing"))
     note_model(qa.engine, settings.generation, asked.quiet)

@@ -16,8 +16,8 @@ from typer import completion
 from evoprune import methods
 from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
+from evoprune.methods.budget import AUTOS, PRESETS, TUNED
 from evoprune.methods.registry import REUSE
-from evoprune.pruning.budget import AUTOS, PRESETS, TUNED
 
 PROGRAM = "evoprune"
 VARIABLE = "_EVOPRUNE_COMPLETE"  # what a script asks for: complete_bash, or source_bash for the script itself

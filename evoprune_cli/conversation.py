@@ -26,8 +26,8 @@ from evoprune_cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from evoprune.pipeline.answering import Answer, EncodedInputs
-    from evoprune.pipeline.options import GenerationOptions
+    from evoprune.session.answering import Answer, EncodedInputs
+    from evoprune.session.options import GenerationOptions
 
 PROMPT = "> "  # before a question
 HELP = "a question and Enter: the answer; q or Ctrl-D: the end; Ctrl-C: stops an answer; /help: this line"
@@ -85,7 +85,7 @@ class Conversation:
                     self._full = self._encode_full(show)
             answer = self._say(self._full, question, "full")
             report.compare, self._half = answer.report, None
-            from evoprune.pipeline.agreement import agreement, reference
+            from evoprune.bench.tuning.agreement import agreement, reference
 
             ended = answer.report.finish_reason == "stop"
             given = reference(self._full, question, answer.ids, ended, self._generation.system)

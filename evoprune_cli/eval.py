@@ -10,7 +10,7 @@ from typing import Any
 
 from evoprune.bundled import BOTH, SPLITS, WORLDS, demo_knowing
 from evoprune.errors import UsageError
-from evoprune.pipeline.options import ModelOptions, PipelineOptions
+from evoprune.session.options import ModelOptions, PipelineOptions
 from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.loading import prepare
@@ -129,7 +129,7 @@ BESIDE_RESUME = (
 
 def _resumed(asked: Request, model: ModelOptions) -> int:
     """Goes on with a run by its folder alone."""
-    from evoprune.evaluation.folder import no_folder, stored_settings
+    from evoprune.bench.evaluation.folder import no_folder, stored_settings
 
     check_output()
     if other := [word for word in sys.argv[2:] if word.startswith("-") and word.partition("=")[0] not in BESIDE_RESUME]:
@@ -152,7 +152,7 @@ def _run(asked: Request, data: str, settings: Callable[[type], Any]) -> int:
 
     `settings`: makes `evaluation.run.Settings`, the class that it is called with.
     """
-    from evoprune.evaluation.questions import load_questions
+    from evoprune.bench.evaluation.questions import load_questions
 
     check_chart(asked.chart, beside=asked.output, inputs=[data])
     videos = None if data == "demo" else load_questions(Path(data))
@@ -168,7 +168,7 @@ def _run(asked: Request, data: str, settings: Callable[[type], Any]) -> int:
     with rescuing(lambda: evaluation is not None and evaluation.loaded, rescue), progress(not asked.quiet) as tell:
         tell("loading libraries")
         prepare()
-        from evoprune.evaluation.run import Evaluation, Settings, digest
+        from evoprune.bench.evaluation.run import Evaluation, Settings, digest
 
         checksum = None if videos is None else digest(Path(data))
         evaluation = Evaluation(replace(settings(Settings), digest=checksum), videos)

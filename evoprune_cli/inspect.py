@@ -7,8 +7,8 @@ from textwrap import wrap
 from typing import Any
 
 from evoprune.errors import UsageError
-from evoprune.pipeline.options import ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
 from evoprune.report.records import VideoFacts
+from evoprune.session.options import ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
 from evoprune.text import budget_text, clock, counted, size
 from evoprune.video.info import PICTURE
 from evoprune_cli import completion
@@ -117,18 +117,18 @@ def _about_machine(asked: Request) -> Iterator[dict]:
         raise UsageError("--scan needs a video", "evoprune inspect clip.mp4 --scan")
     if asked.overlay is not None:
         raise UsageError("--overlay needs a video", "evoprune inspect clip.mp4 --overlay clip.png")
-    from evoprune.pipeline.inspection import environment_facts, model_facts
+    from evoprune.session.inspection import environment_facts, model_facts
 
     yield environment_facts(stdout())
     if (model := asked.options().model).model:
-        from evoprune.pipeline.loading.found import look_up
+        from evoprune.session.loading.found import look_up
 
         yield {"model": model_facts(look_up(model))}
 
 
 def _clear_cache() -> None:
-    from evoprune.pipeline.cache import Cache
-    from evoprune.pipeline.loading.stored import weights_folder
+    from evoprune.session.cache import Cache
+    from evoprune.session.loading.stored import weights_folder
 
     for cache in (Cache(), weights_folder()):
         try:
@@ -140,7 +140,7 @@ def _clear_cache() -> None:
 
 def _forget_tuned(text: str) -> list[dict]:
     """Deletes the tuned settings and recipes that a text names; their facts."""
-    from evoprune.pipeline.saved import matching, recipes, tuned
+    from evoprune.session.saved import matching, recipes, tuned
 
     named, forgotten = {fingerprint for fingerprint, _ in matching(text, recipes.every())}, []
     for shelf in (tuned, recipes):
@@ -183,8 +183,8 @@ def _about_video(asked: Request) -> Iterator[dict]:
 
 def _plan(info, options: PipelineOptions) -> Iterator[dict]:
     from evoprune.backend.devices import is_host
-    from evoprune.pipeline.inspection import memory_facts, model_facts, plan_facts
-    from evoprune.pipeline.loading.found import look_up
+    from evoprune.session.inspection import memory_facts, model_facts, plan_facts
+    from evoprune.session.loading.found import look_up
     from evoprune.video.plan import default_max_visual_tokens, make_plan
 
     model, numbers = look_up(options.model), options.sampling.numbers
@@ -205,9 +205,9 @@ def _draw_overlay(file: str, path: str, video: str, options: PipelineOptions) ->
     """Draws what a model makes of a video; the facts to report."""
     with progress(True) as show:
         prepare()
-        from evoprune.pipeline.video_qa import VideoQA
-        from evoprune.visualize.fates import trace
-        from evoprune.visualize.overlay import overlay_file
+        from evoprune.overlay.fates import trace
+        from evoprune.overlay.overlay import overlay_file
+        from evoprune.video_qa import VideoQA
 
         show("loading model")
         engine = VideoQA.load(loading=options.model, pruning=options.pruning).engine

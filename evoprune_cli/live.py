@@ -13,9 +13,9 @@ from functools import cached_property, partial
 from math import floor
 
 from evoprune.errors import UsageError
-from evoprune.pipeline.options import PipelineOptions, StreamOptions
+from evoprune.live.source import FROM_SOURCE, PACES, STDIN, LiveSource
+from evoprune.session.options import PipelineOptions, StreamOptions
 from evoprune.text import check_text, clock, counted, size
-from evoprune.video.live import FROM_SOURCE, PACES, STDIN, LiveSource
 from evoprune.video.sampling import parse_time
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import completion
@@ -121,7 +121,7 @@ def _run(request: Request, source: LiveSource, options: PipelineOptions) -> int:
     try:
         with progress(not request.quiet) as show:
             qa = load(options, show, request.quiet)
-        from evoprune.pipeline.live import LiveFeed
+        from evoprune.live.feed import LiveFeed
 
         sampling, system = options.sampling, options.generation.system
         limits = {"fps": sampling.fps, "max_visual_tokens": sampling.max_visual_tokens}

@@ -7,13 +7,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from evoprune.backend.limits import check_libraries, keep_freed_memory
-from evoprune.pipeline.options import GenerationOptions, PipelineOptions
+from evoprune.session.options import GenerationOptions, PipelineOptions
 from evoprune_cli.terminal import tell
 
 if TYPE_CHECKING:
     from evoprune.model.config import GenerationSettings
-    from evoprune.pipeline.engine import Engine
-    from evoprune.pipeline.video_qa import VideoQA
+    from evoprune.session.engine import Engine
+    from evoprune.video_qa import VideoQA
 
 LARGE_MODEL = 2**30  # bytes of weights
 GREEDY = 1e-3  # temperatures below it change nothing that could be seen
@@ -46,7 +46,7 @@ def load(options: PipelineOptions, show: Callable[..., None], quiet: bool) -> "V
     """The model of `ask` and `watch`. `show`: of `terminal.progress`."""
     prepare()
     with without_collections():
-        from evoprune.pipeline.video_qa import VideoQA
+        from evoprune.video_qa import VideoQA
 
     show("loading model")
     qa = VideoQA.load(loading=options.model, pruning=options.pruning, progress=partial(show, "quantizing"))
@@ -81,7 +81,7 @@ def note_tuning(engine: "Engine") -> None:
     real = loaded.fingerprint is not None and loaded.load_format != "dummy" and not loaded.is_demo
     if not real or engine.tuned or not engine.method.acts_at(engine.share):
         return
-    from evoprune.pipeline.saved import never_tuned
+    from evoprune.session.saved import never_tuned
 
     if never_tuned(loaded.fingerprint, lambda: loaded.weights_fingerprint):
         tell(
@@ -95,7 +95,7 @@ def note_bits(engine: "Engine") -> None:
     usual = (loaded.dtype, loaded.device, loaded.quantize) == ("fp32", "cpu", "none")
     if not usual or loaded.weights_bytes < LARGE_MODEL:
         return
-    from evoprune.model.quantize import kinds
+    from evoprune.cpu.quantize import kinds
 
     if "int8" in kinds(loaded.model.device):
         gain = "about twice as fast, less exact, and takes a third of the memory"

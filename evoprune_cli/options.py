@@ -11,8 +11,8 @@ import typer
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.keywords import OPTION, Option
-from evoprune.pipeline.options import PipelineOptions, check_tuned
-from evoprune.pruning.budget import PRESETS, TUNED, parse_budget, parse_budget_or_name
+from evoprune.methods.budget import PRESETS, TUNED, parse_budget, parse_budget_or_name
+from evoprune.session.options import PipelineOptions, check_tuned
 from evoprune_cli import completion
 from evoprune_cli.help_format import HelpAll
 

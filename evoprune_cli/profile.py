@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 from evoprune import methods
+from evoprune.bench.profiling.settings import SYNTHETIC
+from evoprune.cpu.precision import LOAD_FORMATS, QUANTIZE
 from evoprune.errors import UsageError
-from evoprune.model.precision import LOAD_FORMATS, QUANTIZE
-from evoprune.pipeline.options import ModelOptions, PruneOptions
-from evoprune.profiling.settings import SYNTHETIC
+from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.video.info import PICTURE, VIDEO, Video
 from evoprune_cli import completion
 from evoprune_cli import options as opt
@@ -159,10 +159,10 @@ def _measured(
     begun = time.perf_counter()
     show("loading libraries")
     prepare()
-    from evoprune.pipeline.loading.found import find_model
-    from evoprune.pipeline.saved import with_recipe
-    from evoprune.profiling import bench, clips, run, time_limit, weights
-    from evoprune.profiling.settings import Settings
+    from evoprune.bench.profiling import bench, clips, run, time_limit, weights
+    from evoprune.bench.profiling.settings import Settings
+    from evoprune.session.loading.found import find_model
+    from evoprune.session.saved import with_recipe
 
     model = replace(model, load_format=asked.load_format or weights.default_load_format(model.model))
     bind = partial(with_recipe, name=model.model, weights=lambda: find_model(model).weights_fingerprint)
@@ -188,7 +188,7 @@ def _measured(
 @contextmanager
 def _inputs(video: str | None, counts: list[int], sizes: list[tuple[int, int]]) -> Iterator[tuple[list, Video | None]]:
     """The cases to measure, and the video whose frames they have; None for synthetic clips."""
-    from evoprune.profiling.results import Case
+    from evoprune.bench.profiling.results import Case
 
     if video is None:
         yield [Case(count, *size) for count in counts for size in sizes or [SIZE]], None

@@ -8,10 +8,10 @@ from itertools import cycle
 from statistics import median
 from typing import Any
 
-from evoprune.profiling.results import BOUND, METHOD, Case, Figures, Results, Row, Spread
+from evoprune.bench.chart import COLOURS, INK, Panel, Point, Series, draw
+from evoprune.bench.profiling.results import BOUND, METHOD, Case, Figures, Results, Row, Spread
+from evoprune.bench.svg import PALE
 from evoprune.text import counted, size
-from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
-from evoprune.visualize.svg import PALE
 from evoprune_cli.tables import fitting, folded, one_line, short_name
 from evoprune_cli.terminal import json_line
 

@@ -20,7 +20,7 @@ TAB = 8  # columns
 FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b"}  # with the option each sets
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
 if TYPE_CHECKING:
-    from evoprune.pipeline.planning import PromptSubtitles
+    from evoprune.session.planning import PromptSubtitles
 
 
 _stdout: TextIO | None = None  # while `sys.stdout` is stderr

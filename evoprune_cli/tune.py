@@ -8,9 +8,9 @@ from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
-from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
-from evoprune.pruning.budget import parse_budget
+from evoprune.methods.budget import parse_budget
 from evoprune.report.records import rounded
+from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.text import missing_hint, shown
 from evoprune_cli import completion
 from evoprune_cli import options as opt
@@ -108,8 +108,8 @@ def _run(asked: Request, settings: dict[str, Any]) -> int:
     with rescue, progress(not quiet) as tell:
         tell("loading libraries")
         prepare()
-        from evoprune.tuning.operations import OperationTuning
-        from evoprune.tuning.run import Settings, Tuning
+        from evoprune.bench.tuning.run import Settings, Tuning
+        from evoprune.contrib.operation_search import OperationTuning
 
         tuning = (OperationTuning if asked.operations else Tuning)(Settings(**settings))
         tell("loading model")

@@ -4,8 +4,8 @@ import textwrap
 from collections.abc import Callable
 from itertools import cycle
 
+from evoprune.bench.chart import COLOURS, Panel, Point, Series, draw
 from evoprune.text import counted
-from evoprune.visualize.chart import COLOURS, Panel, Point, Series, draw
 from evoprune_cli.tables import failures, fitting, folded, model_line, short_name
 
 GREY = "#9A9A9A"

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 
-from evoprune.pipeline.options import ModelOptions
+from evoprune.session.options import ModelOptions
 from evoprune.text import counted
 from evoprune_cli import options as opt
 from evoprune_cli.loading import prepare
@@ -55,10 +55,10 @@ def verify(asked: Request) -> int:
     with rescue, progress(not asked.quiet) as tell:
         tell("loading libraries")
         prepare()
-        from evoprune.pipeline.loading.model import load_model
-        from evoprune.profiling.time_limit import TimeLimit
-        from evoprune.profiling.verify.run import subject_of
-        from evoprune.profiling.verify.run import verify as run
+        from evoprune.bench.profiling.time_limit import TimeLimit
+        from evoprune.bench.profiling.verify.run import subject_of
+        from evoprune.bench.profiling.verify.run import verify as run
+        from evoprune.session.loading.model import load_model
 
         limit = TimeLimit(UNLIMITED if asked.time_limit is None else asked.time_limit, begun=begun)
         tell("loading model")

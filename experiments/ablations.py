@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from evoprune.bench.evaluation.run import Evaluation, Settings
+from evoprune.bench.evaluation.scores import FULL
 from evoprune.bundled import WORLDS
-from evoprune.evaluation.run import Evaluation, Settings
-from evoprune.evaluation.scores import FULL
+from evoprune.methods.budget import parse_budget, plain
+from evoprune.methods.encoder_plan import ALLOCATIONS
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.registry import REUSE
-from evoprune.pipeline.options import ModelOptions
-from evoprune.pruning.budget import parse_budget, plain
-from evoprune.pruning.encoder_plan import ALLOCATIONS
+from evoprune.session.options import ModelOptions
 from evoprune.text import budget_text
 from experiments.distances import DISTANCES
 from experiments.paired import in_points, paired_difference

@@ -18,9 +18,9 @@ from statistics import median
 import numpy as np
 import torch
 
-from evoprune.pipeline.options import PruneOptions
-from evoprune.pipeline.video_qa import VideoQA
-from evoprune.profiling import synthetic
+from evoprune.bench.profiling import synthetic
+from evoprune.session.options import PruneOptions
+from evoprune.video_qa import VideoQA
 
 SIDE = Path(__file__).with_name("against_llama_side.py")
 QUESTION = "What happens in this video?"

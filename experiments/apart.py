@@ -20,12 +20,12 @@ MODEL, TURNS = "Qwen/Qwen2.5-VL-3B-Instruct", 2
 def measure(side: str, args: argparse.Namespace) -> list[dict]:
     """The turns of one process: name, tokens, seconds of encode and prefill."""
     from evoprune import methods
-    from evoprune.pipeline.loading.model import load_model
-    from evoprune.profiling.clips import case_grid, prepare, synthetic_frames
-    from evoprune.profiling.hugging_face import hugging_face_model
-    from evoprune.profiling.results import Case
-    from evoprune.profiling.runners import run_evoprune, run_hugging_face
-    from evoprune.pruning.budget import keep_tokens, parse_budget
+    from evoprune.bench.profiling.clips import case_grid, prepare, synthetic_frames
+    from evoprune.bench.profiling.hugging_face import hugging_face_model
+    from evoprune.bench.profiling.results import Case
+    from evoprune.bench.profiling.runners import run_evoprune, run_hugging_face
+    from evoprune.methods.budget import keep_tokens, parse_budget
+    from evoprune.session.loading.model import load_model
     from evoprune.vision.tower import tower_shape
 
     loaded = load_model(MODEL, dtype=args.dtype, load_format="dummy", pack=side == EVOPRUNE)

@@ -17,13 +17,13 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from evoprune.evaluation.demo_clips import ClipName, clips_asked, demo_video
-from evoprune.evaluation.grading import grade
-from evoprune.evaluation.processes import map_in_processes
-from evoprune.pipeline.agreement import agreement, reference
-from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.options import ModelOptions, PruneOptions
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.bench.evaluation.demo_clips import ClipName, clips_asked, demo_video
+from evoprune.bench.evaluation.grading import grade
+from evoprune.bench.evaluation.processes import map_in_processes
+from evoprune.bench.tuning.agreement import agreement, reference
+from evoprune.session.loading.model import load_model
+from evoprune.session.options import ModelOptions, PruneOptions
+from evoprune.video_qa import VideoQA
 from experiments.paired import in_points, paired_difference
 
 BUDGETS = (1.0, 0.25, 0.1)

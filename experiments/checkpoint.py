@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from evoprune.model.config import Config
-from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER, read_config
-from evoprune.pipeline.loading.weights import random_model
+from evoprune.session.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER, read_config
+from evoprune.session.loading.weights import random_model
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 WORDS = 151_643  # of the published vocabulary, before the special tokens

@@ -20,14 +20,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from evoprune import methods
+from evoprune.bench.chart import COLOURS
+from evoprune.bench.evaluation.folder import SETTINGS
+from evoprune.bench.evaluation.run import DEMO, Evaluation, Settings
 from evoprune.bundled import SPLITS, WORLDS
 from evoprune.errors import EvopruneError, UsageError
-from evoprune.evaluation.folder import SETTINGS
-from evoprune.evaluation.run import DEMO, Evaluation, Settings
+from evoprune.methods.budget import parse_budget, plain
 from evoprune.methods.registry import REUSE
-from evoprune.pipeline.options import ModelOptions
-from evoprune.pruning.budget import parse_budget, plain
-from evoprune.visualize.chart import COLOURS
+from evoprune.session.options import ModelOptions
 from experiments.comparison_chart import chart
 from experiments.comparison_tables import OURS, Budget, Outcome, document, share
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from evoprune.evaluation.scores import ALL, FULL
+from evoprune.bench.chart import COLOURS, INK, Panel, Point, Series, draw
+from evoprune.bench.evaluation.scores import ALL, FULL
 from evoprune.text import budget_text
-from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
 from experiments.comparison_tables import Budget, Outcome
 
 

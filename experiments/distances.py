@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend.selection import rounded
-from evoprune.pruning import select
+from evoprune.methods import select
 
 Distance = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 TODAY = "today"

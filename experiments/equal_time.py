@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from evoprune import methods
-from evoprune.evaluation.scores import FULL, METHOD
-from evoprune.pruning.budget import PRESETS, parse_budget
+from evoprune.bench.chart import COLOURS, INK, Panel, Point, Series, draw
+from evoprune.bench.evaluation.scores import FULL, METHOD
+from evoprune.bench.svg import SOFT
+from evoprune.methods.budget import PRESETS, parse_budget
 from evoprune.text import budget_text
-from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
-from evoprune.visualize.svg import SOFT
 from experiments.frontier import SETS, kept, samples_of
 from experiments.frontier import table as by_group
 from experiments.paired import in_points, paired_difference

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from evoprune import VideoQA
-from evoprune.visualize.fates import TracedVideo, trace
-from evoprune.visualize.svg import COLOURS, GRID, INK, SOFT, document, text
+from evoprune.bench.svg import COLOURS, GRID, INK, SOFT, document, text
+from evoprune.overlay.fates import TracedVideo, trace
 
 CLIP, BUDGET, MOST_PAIRS = "samples/flash.mp4", 0.1, 8
 WIDTH, HEIGHT, EDGE = 830, 690, 24

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.evaluation.run import Evaluation, Settings
-from evoprune.evaluation.scores import FULL, METHOD
-from evoprune.pipeline.options import ModelOptions
-from evoprune.pruning.budget import PRESETS, parse_budget
+from evoprune.bench.evaluation.run import Evaluation, Settings
+from evoprune.bench.evaluation.scores import FULL, METHOD
+from evoprune.methods.budget import PRESETS, parse_budget
+from evoprune.session.options import ModelOptions
 from evoprune.text import budget_text
 from experiments.paired import in_points, paired_difference
 

@@ -17,15 +17,15 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 
-from evoprune.evaluation.demo_clips import clips_asked, demo_video
+from evoprune.bench.evaluation.demo_clips import clips_asked, demo_video
+from evoprune.methods.chain import Pipeline
+from evoprune.methods.encoder_plan import Grid, Stage, TowerShape
 from evoprune.methods.evoprune import EvoPrune, FarthestPoints
-from evoprune.methods.pipeline import Pipeline
-from evoprune.pipeline.engine import Engine
-from evoprune.pipeline.loading.model import LoadedModel, load_model
-from evoprune.pipeline.options import ModelOptions, PruneOptions
-from evoprune.pipeline.video_qa import open_inputs
-from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
-from evoprune.pruning.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens
+from evoprune.session.engine import Engine
+from evoprune.session.inputs import open_inputs
+from evoprune.session.loading.model import LoadedModel, load_model
+from evoprune.session.options import ModelOptions, PruneOptions
 from experiments.distances import DISTANCES, using
 
 Change = Callable[[torch.Tensor, torch.Generator], torch.Tensor]

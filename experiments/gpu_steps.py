@@ -63,11 +63,11 @@ def environment(device: str) -> dict[str, Any]:
 
 def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] = ("evoprune",)):
     """A benchmark of `evoprune profile` with its rows: `bench.run(row)` is one turn of a row."""
-    from evoprune.pipeline.options import ModelOptions
-    from evoprune.profiling import clips, weights
-    from evoprune.profiling.bench import Bench, all_rows
-    from evoprune.profiling.results import Case
-    from evoprune.profiling.settings import Settings
+    from evoprune.bench.profiling import clips, weights
+    from evoprune.bench.profiling.bench import Bench, all_rows
+    from evoprune.bench.profiling.results import Case
+    from evoprune.bench.profiling.settings import Settings
+    from evoprune.session.options import ModelOptions
     from evoprune.video.info import VIDEO
 
     options = ModelOptions(
@@ -86,7 +86,7 @@ def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] =
 
 
 def label(row) -> str:
-    from evoprune.profiling.results import HUGGING_FACE
+    from evoprune.bench.profiling.results import HUGGING_FACE
 
     if row.kind == HUGGING_FACE:
         return HF
@@ -305,7 +305,7 @@ def sample(folder: Path) -> Path:
         return Path(__file__).parents[1] / "samples/pan.mp4"
     from PIL import Image
 
-    from evoprune.profiling import synthetic
+    from evoprune.bench.profiling import synthetic
 
     (folder / "frames").mkdir()
     for number, frame in enumerate(synthetic.clip("motion", 24, 224, 252)):
@@ -352,7 +352,7 @@ def calls_of(found) -> dict[str, int]:
 @contextmanager
 def around(name: str, context: Callable[[], Any]) -> Iterator[list]:
     """Has each call of a function that `evoprune profile` calls run inside a new `context()`; yields what these gave."""
-    from evoprune.profiling import runners
+    from evoprune.bench.profiling import runners
 
     *path, last = name.split(".")
     owner = runners
@@ -374,7 +374,7 @@ def around(name: str, context: Callable[[], Any]) -> Iterator[list]:
 
 def counting():
     """A context that counts operations of torch's dispatcher, those that wait for the device, and copies of tensors to the CPU."""
-    from evoprune.profiling.verify.waiting import Waiting
+    from evoprune.bench.profiling.verify.waiting import Waiting
 
     class Counting(Waiting):
         def __init__(self):

@@ -14,7 +14,7 @@ import transformers
 
 import evoprune
 from evoprune.errors import EvopruneError
-from evoprune.huggingface.interface import MODELS
+from evoprune.hf.interface import MODELS
 from evoprune.model.config import FAMILIES
 
 MERGE = 2

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from evoprune.bench.evaluation.demo_clips import clips_asked
 from evoprune.demo.worlds import SHAPES
-from evoprune.evaluation.demo_clips import clips_asked
-from evoprune.pipeline.loading.folder import DEMO_FOLDER
+from evoprune.session.loading.folder import DEMO_FOLDER
 
 BLOCK = re.compile(r"^((?:model\.)?visual\.blocks\.)(\d+)(\..*)$")
 QUESTIONS = """\

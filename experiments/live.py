@@ -19,12 +19,12 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from evoprune.backend.devices import memory_in_use, reset_peak_memory
-from evoprune.evaluation.demo_clips import clips_asked, demo_video
-from evoprune.evaluation.grading import grade
-from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.options import StreamOptions
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.bench.evaluation.demo_clips import clips_asked, demo_video
+from evoprune.bench.evaluation.grading import grade
+from evoprune.session.loading.model import load_model
+from evoprune.session.options import StreamOptions
 from evoprune.video.frames import read_frames
+from evoprune.video_qa import VideoQA
 from experiments.paired import in_points, paired_difference
 
 MODELS = {"shapes": "demo", "scenes": "demo-scenes"}
@@ -57,7 +57,7 @@ thinned. *after*: a window began so long before, which is grey, or the end of th
 The difference to the file is in points, with its 95% interval over clips.
 
 {tables}
-A stream of one window is the file (tests/pipeline/test_stream.py). Of several windows each selects among its own units and those
+A stream of one window is the file (tests/session/test_stream.py). Of several windows each selects among its own units and those
 that have not changed since the window before, and has its share of the tokens. The bundled models know clips of seconds: an earlier
 window stays only while both fit into the longest clip of their training, 24 s (`demo`) and 32 s (`demo-scenes`). So a window of a
 minute ago has no tokens left. While it was kept, it cost 46 to 52 points, because its distance was outside of what they learned.

@@ -16,8 +16,8 @@ from statistics import median
 import numpy as np
 
 from evoprune.backend.limits import keep_freed_memory
-from evoprune.pipeline.live import LiveFeed
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.live.feed import LiveFeed
+from evoprune.video_qa import VideoQA
 
 QUESTION = "What happens in this video?"
 

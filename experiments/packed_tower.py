@@ -15,14 +15,14 @@ import torch
 
 from evoprune import methods
 from evoprune.backend.devices import environment
-from evoprune.huggingface.encoding import encode_with
-from evoprune.huggingface.packed_tower import PackedTower
-from evoprune.pipeline.loading.found import DTYPES, describe_model
-from evoprune.pipeline.loading.weights import random_model
-from evoprune.pipeline.options import ModelOptions
-from evoprune.profiling.clips import synthetic_frames
-from evoprune.profiling.hugging_face import hugging_face_model
-from evoprune.profiling.results import Case
+from evoprune.bench.profiling.clips import synthetic_frames
+from evoprune.bench.profiling.hugging_face import hugging_face_model
+from evoprune.bench.profiling.results import Case
+from evoprune.hf.encoding import encode_with
+from evoprune.hf.packed_tower import PackedTower
+from evoprune.session.loading.found import DTYPES, describe_model
+from evoprune.session.loading.weights import random_model
+from evoprune.session.options import ModelOptions
 from evoprune.vision.preprocess import patchify
 from experiments.decoders import medians
 

@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
-from evoprune.evaluation.demo_clips import clips_asked, demo_video
-from evoprune.evaluation.grading import grade
-from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.bench.evaluation.demo_clips import clips_asked, demo_video
+from evoprune.bench.evaluation.grading import grade
+from evoprune.session.loading.model import load_model
+from evoprune.video_qa import VideoQA
 
 MODELS = {"bundled": "demo-scenes", "second": "tests/demo/second-scenes"}
 TIMES = 1, 2, 4  # the units

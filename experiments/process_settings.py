@@ -36,8 +36,8 @@ def measure(name: str, model: str, frames: int, windows: int) -> float:
     kept, _, apart, ended = SETTINGS[name]
     if kept:
         keep_freed_memory()
-    from evoprune.model.machine import end_team
-    from evoprune.pipeline.video_qa import VideoQA
+    from evoprune.cpu.machine import end_team
+    from evoprune.video_qa import VideoQA
     from experiments.live_rate import Paced
 
     qa, source, spent = VideoQA.load(model, budget=0.25), Paced(280, 392, 0), []

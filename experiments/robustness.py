@@ -1,6 +1,6 @@
 """What noise does to reuse in time: `python -m experiments.robustness`.
 
-A unit is not encoded again while it differs from its reference by less than some levels of 255 (pruning/reuse.py). Coarse
+A unit is not encoded again while it differs from its reference by less than some levels of 255 (vision/reuse.py). Coarse
 compression and changing light make every unit differ a little, and fine compression keeps small changes that matter. So the demo's
 clips with a still camera are written by x264 at several qualities, or get light that grows and fades. The questions are asked with
 nothing pruned and with `evoprune`. The table says how much is encoded and how many answers are right.
@@ -18,14 +18,14 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from evoprune import methods
+from evoprune.bench.evaluation.demo_clips import ClipName, demo_video, seeds
+from evoprune.bench.evaluation.grading import grade
+from evoprune.bench.evaluation.questions import Video
 from evoprune.demo.clips import make_clip
-from evoprune.evaluation.demo_clips import ClipName, demo_video, seeds
-from evoprune.evaluation.grading import grade
-from evoprune.evaluation.questions import Video
-from evoprune.pipeline.engine import make_engine
-from evoprune.pipeline.loading.model import LoadedModel, load_model
-from evoprune.pipeline.options import PruneOptions
-from evoprune.pipeline.video_qa import open_inputs
+from evoprune.session.engine import make_engine
+from evoprune.session.inputs import open_inputs
+from evoprune.session.loading.model import LoadedModel, load_model
+from evoprune.session.options import PruneOptions
 from evoprune.video.frames import FrameChunk, read_frames
 from experiments.paired import in_points, paired_difference
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER
+from evoprune.session.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER
 
 SIDES = ("stock", "evoprune:0", "evs:0.75", "evoprune:0.75", "evs:0.9", "evoprune:0.9")
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -39,7 +39,7 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     from safetensors.torch import save_file
 
     from evoprune.model.config import parse_config
-    from evoprune.pipeline.loading.weights import random_model
+    from evoprune.session.loading.weights import random_model
 
     large, config = (
         json.loads(path.read_text("utf-8")) for path in (BUNDLED_CONFIGS[MODEL], DEMO_FOLDER / "config.json")
@@ -103,7 +103,7 @@ def clip(seed: int):
     """Ordinary motion, another clip for each seed, with what vLLM wants to know of it."""
     import numpy as np
 
-    from evoprune.profiling import synthetic
+    from evoprune.bench.profiling import synthetic
 
     frames = np.roll(synthetic.clip("motion", FRAMES, HEIGHT, WIDTH), 28 * seed, 2)
     metadata = {"fps": float(FPS), "duration": FRAMES / FPS, "total_num_frames": FRAMES, "do_sample_frames": False}

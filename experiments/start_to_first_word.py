@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from evoprune.profiling import synthetic
+from evoprune.bench.profiling import synthetic
 from experiments.checkpoint import write_checkpoint
 
 ROOT = Path(__file__).parents[1]

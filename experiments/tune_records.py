@@ -15,17 +15,17 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from evoprune.evaluation.cost import Cost
-from evoprune.evaluation.demo_clips import ClipName, clips_asked, demo_video
-from evoprune.evaluation.grading import grade
-from evoprune.evaluation.processes import map_in_processes
-from evoprune.evaluation.shared import SharedFrames, SharedRows
-from evoprune.pipeline.agreement import agreement, reference
-from evoprune.pipeline.engine import make_engine
-from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.options import ModelOptions, PruneOptions
-from evoprune.pipeline.video_qa import open_inputs
-from evoprune.tuning.search import Candidate, candidates
+from evoprune.bench.evaluation.cost import Cost
+from evoprune.bench.evaluation.demo_clips import ClipName, clips_asked, demo_video
+from evoprune.bench.evaluation.grading import grade
+from evoprune.bench.evaluation.processes import map_in_processes
+from evoprune.bench.evaluation.shared import SharedFrames, SharedRows
+from evoprune.bench.tuning.agreement import agreement, reference
+from evoprune.bench.tuning.search import Candidate, candidates
+from evoprune.session.engine import make_engine
+from evoprune.session.inputs import open_inputs
+from evoprune.session.loading.model import load_model
+from evoprune.session.options import ModelOptions, PruneOptions
 
 RIVALS = ("random", "divprune", "downscale")
 FULL = Candidate("none", 1.0)

@@ -8,12 +8,11 @@ from typing import ClassVar
 
 import torch
 
-from evoprune.methods import registry
+from evoprune.methods import registry, select
+from evoprune.methods.encoder_plan import Grid, Stage, TowerShape
 from evoprune.methods.evoprune import EvoPrune, FarthestPatches, FarthestPoints
 from evoprune.methods.settings import check_ranges
-from evoprune.pruning import select
-from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
-from evoprune.pruning.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens
 from experiments.distances import DISTANCES, TODAY, Distance, using
 
 PATCHES = 4  # of a unit

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from evoprune.errors import ModelError
-from evoprune.pipeline.loading import model
+from evoprune.session.loading import model
 
 # Weights are compared with those in the file, so they must stay readable.
 load_model = partial(model.load_model, pack=False)

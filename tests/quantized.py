@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from evoprune.model.integers import Int4Linear, Int8Linear, int4_weights, int8_weights
-from evoprune.model.quantize import kinds
+from evoprune.cpu.integers import Int4Linear, Int8Linear, int4_weights, int8_weights
+from evoprune.cpu.quantize import kinds
 
 KINDS = kinds(torch.device("cpu"))
 SOME = KINDS[0] if KINDS else "none"  # a kind that works here

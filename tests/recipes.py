@@ -2,10 +2,10 @@
 
 from dataclasses import asdict
 
-from evoprune.pipeline.loading.found import find_model
-from evoprune.pipeline.options import ModelOptions
-from evoprune.pipeline.saved import KeptRecipe, recipes
-from evoprune.pruning.operations import ALL, REST, Recipe
+from evoprune.methods.operation_plans import ALL, REST, Recipe
+from evoprune.session.loading.found import find_model
+from evoprune.session.options import ModelOptions
+from evoprune.session.saved import KeptRecipe, recipes
 
 TINY = Recipe(2, 1, 0.25, (0.1, 0.2, 0.7), (((1, REST, "keys"),), ((1, ALL, "keys"),)))
 

@@ -261,7 +261,7 @@ def test_no_other_file_asks_for_the_family_of_a_model():
 
 
 # Who may ask what a device is: `verify` says it, and vLLM has devices of its own.
-DEVICES_KNOWN_TO = ("evoprune.backend.", "evoprune.profiling.verify.", "evoprune.integrations.vllm.")
+DEVICES_KNOWN_TO = ("evoprune.backend.", "evoprune.bench.profiling.verify.", "evoprune.integrations.vllm.")
 
 
 def asked_devices(code: ast.Module) -> Iterator[ast.Attribute]:
@@ -299,12 +299,12 @@ def test_imports_are_found_wherever_they_are_written(monkeypatch):
     code = (
         "from evoprune import methods\nfrom . import decoder\nfrom ..video.info import Video\n"
         "def f():\n    import evoprune.report\n    import_module('evoprune.errors')\n"
-        "if TYPE_CHECKING:\n    from evoprune.pruning.ranking import merge\n"
+        "if TYPE_CHECKING:\n    from evoprune.methods.ranking import merge\n"
     )
     monkeypatch.setitem(globals(), "tree", lambda name: ast.parse(code))
     assert {target for target, _ in imports("evoprune.language.generate")} == {
         "evoprune.methods", "evoprune.language.decoder", "evoprune.video.info.Video", "evoprune.report",
-        "evoprune.errors", "evoprune.pruning.ranking.merge",
+        "evoprune.errors", "evoprune.methods.ranking.merge",
     }  # fmt: skip
     assert module_of("evoprune.video.info.Video") == "evoprune.video.info" and module_of("torch.nn") is None
 

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from evoprune.pipeline.loading.folder import fingerprint
-from evoprune.pipeline.loading.found import find_model
-from evoprune.pipeline.options import ModelOptions
-from evoprune.pipeline.saved import Tuned, never_tuned, tuned
+from evoprune.session.loading.folder import fingerprint
+from evoprune.session.loading.found import find_model
+from evoprune.session.options import ModelOptions
+from evoprune.session.saved import Tuned, never_tuned, tuned
 
 SETTING = Tuned(
     method="evoprune:depth=0.25",

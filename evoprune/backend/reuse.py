@@ -1,6 +1,6 @@
 """The operator of reuse: which frame pair was last encoded at the place of each unit, one frame pair after another.
 
-One Triton kernel on CUDA, PyTorch elsewhere; off the CPU no value is read. pruning/reuse.py says what it computes.
+One Triton kernel on CUDA, PyTorch elsewhere; off the CPU no value is read. vision/reuse.py says what it computes.
 """
 
 import torch

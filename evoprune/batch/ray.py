@@ -117,7 +117,7 @@ class Worker:
         except EvopruneError as problem:  # if it were raised here, Ray would try again
             self._broken = error_record(problem)
         if cache:
-            from evoprune.pipeline.cache import Cache
+            from evoprune.session.cache import Cache
 
             self._cache = Cache()
 

@@ -9,11 +9,12 @@ from evoprune.backend.devices import empty_cache
 from evoprune.batch.rows import Row, Span
 from evoprune.batch.settings import Settings
 from evoprune.errors import OutOfMemory, error_record
-from evoprune.pipeline.answering import EncodedInputs
-from evoprune.pipeline.cache import Cache
-from evoprune.pipeline.encoding import prefetched
-from evoprune.pipeline.video_qa import OpenInputs, VideoQA, open_inputs
 from evoprune.report.records import Report, name_inputs
+from evoprune.session.answering import EncodedInputs
+from evoprune.session.cache import Cache
+from evoprune.session.encoding import prefetched
+from evoprune.session.inputs import OpenInputs, open_inputs
+from evoprune.video_qa import VideoQA
 
 T = TypeVar("T")
 OnFailure = Callable[[Exception], None]

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from evoprune import methods
 from evoprune.backend.limits import check_libraries
 from evoprune.errors import ModelError
-from evoprune.pipeline.options import PipelineOptions, record
-from evoprune.pipeline.saved import Tuned, resolve
-from evoprune.pruning.budget import TUNED
+from evoprune.methods.budget import TUNED
+from evoprune.session.options import PipelineOptions, record
+from evoprune.session.saved import Tuned, resolve
 
 if TYPE_CHECKING:
-    from evoprune.pipeline.loading.found import FoundModel
-    from evoprune.pipeline.video_qa import VideoQA
+    from evoprune.session.loading.found import FoundModel
+    from evoprune.video_qa import VideoQA
 
 # Options that records hold also at their defaults, as the first version's did; the others where they differ from these.
 RECORDED = (
@@ -34,7 +34,7 @@ class Settings(PipelineOptions):
         if self.pruning.budget != TUNED:
             return self
         check_libraries()
-        from evoprune.pipeline.loading.found import find_model
+        from evoprune.session.loading.found import find_model
 
         found = find_model(self.model)
         pruning, tuned = resolve(self.pruning, self.model.model, lambda: found.weights_fingerprint)
@@ -50,7 +50,7 @@ class Settings(PipelineOptions):
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> "VideoQA":
         """Loads the model; raises what `VideoQA.load` raises."""
-        from evoprune.pipeline.video_qa import load_qa
+        from evoprune.video_qa import load_qa
 
         return load_qa(self.found or self.model, self.pruning, tuned=self.tuned, progress=progress)
 

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from evoprune.errors import UsageError
 from evoprune.keywords import from_keywords
-from evoprune.pipeline.answering import EncodedInputs
-from evoprune.pipeline.options import PipelineOptions
-from evoprune.pipeline.video_qa import VideoQA
 from evoprune.report.records import Report
+from evoprune.session.answering import EncodedInputs
+from evoprune.session.options import PipelineOptions
+from evoprune.video_qa import VideoQA
 
 MAX_NEW_TOKENS = 128  # where the task does not say
 HINT = "evoprune_qwen2_5_vl answers generate_until about one video a question"

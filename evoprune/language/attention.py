@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend.causal import causal_attention
-from evoprune.pruning.indices import ascending
+from evoprune.methods.indices import ascending
 
 STRIP = 1024  # query columns that share one mask
 

@@ -15,10 +15,10 @@ from evoprune.backend import layers
 from evoprune.backend.attention import without_cudnn
 from evoprune.backend.devices import to_device
 from evoprune.backend.fallback import uses_kernels
+from evoprune.cpu.linear import linear
 from evoprune.language.attention import STRIP, attend, attend_blind, bias_features, rows_at
 from evoprune.language.dropping import Dropping, LayerState
 from evoprune.model.config import head_size
-from evoprune.model.linear import linear
 from evoprune.model.numerics import heads_of, norm, rotate, rotation, without_autocast
 
 

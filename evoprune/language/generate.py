@@ -18,11 +18,11 @@ from evoprune.language.prompt import Place
 from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import best_of
 from evoprune.language.tokenizer import Tokenizer
-from evoprune.methods.pipeline import Pipeline
+from evoprune.methods.chain import Pipeline
+from evoprune.methods.indices import ascending
+from evoprune.methods.types import generator_seed
 from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.numerics import not_a_number_error
-from evoprune.pruning.indices import ascending
-from evoprune.pruning.types import generator_seed
 
 
 @dataclass

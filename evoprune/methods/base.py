@@ -2,7 +2,7 @@
 
 An `InputMethod` makes the video smaller, an `EncoderMethod` reduces rows between layers of the tower (a `Merger` is one), a
 `Selector` selects tokens after it, and a `LanguageMethod` drops tokens inside the language model. No
-method knows of windows, rotary positions, patch mergers, placeholders or prompts. methods/pipeline.py combines them.
+method knows of windows, rotary positions, patch mergers, placeholders or prompts. methods/chain.py combines them.
 """
 
 from abc import ABC, abstractmethod
@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 
 from evoprune.errors import UsageError
+from evoprune.methods.budget import spread
+from evoprune.methods.encoder_plan import Grid, Merge, Stage, TowerShape, layer_weights, rows_after_layers
+from evoprune.methods.language_plan import LanguagePlan
 from evoprune.methods.settings import check_ranges, check_settings
-from evoprune.pruning.budget import spread
-from evoprune.pruning.encoder_plan import Grid, Merge, Stage, TowerShape, layer_weights, rows_after_layers
-from evoprune.pruning.language_plan import LanguagePlan
-from evoprune.pruning.types import Candidates, LayerTokens, Selection, Tokens
+from evoprune.methods.types import Candidates, LayerTokens, Selection, Tokens
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.methods.base import InputMethod, Method, Selector
-from evoprune.pruning.budget import spread
-from evoprune.pruning.encoder_plan import Grid
-from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import of_pairs
-from evoprune.pruning.shapes import smaller_frame
-from evoprune.pruning.types import Selection, Tokens
+from evoprune.methods.budget import spread
+from evoprune.methods.encoder_plan import Grid
+from evoprune.methods.indices import ascending
+from evoprune.methods.ranking import of_pairs
+from evoprune.methods.shapes import smaller_frame
+from evoprune.methods.types import Selection, Tokens
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from evoprune.backend.greedy import greedy_cosine
 from evoprune.methods.base import Selector
-from evoprune.pruning.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """evoprune, this project's own method: reuse in time, two selections of rows in the encoder, and one of tokens after it.
 
 1. Reuse: a unit whose pixels have not changed since its place was last encoded is not encoded again. Its row stays visible to
-   attention (pruning/reuse.py).
-2. Rows: farthest-point sampling over features and time (pruning/select.py) selects the rows that enter the tower among the patch
+   attention (vision/reuse.py).
+2. Rows: farthest-point sampling over features and time (methods/select.py) selects the rows that enter the tower among the patch
    embeddings, and again, after the first eighth of the layers, those that go on. Both numbers are powers of the budget.
 3. Tokens: after the tower the tokens are selected among these rows in the same way. Each becomes the mean of its cluster.
 4. Bias: the language model's attention adds half the log of the cluster size to each token's logits.
@@ -19,12 +19,12 @@ import torch
 
 from evoprune.backend.selection import unit_counts
 from evoprune.methods.base import EncoderMethod, Selector
+from evoprune.methods.budget import AUTO_LEAST, keep_count
+from evoprune.methods.encoder_plan import Grid, Stage, TowerShape
+from evoprune.methods.reuse import THRESHOLD
+from evoprune.methods.select import ALPHA, assign_clusters, farthest_points, points_of
 from evoprune.methods.settings import Share
-from evoprune.pruning.budget import AUTO_LEAST, keep_count
-from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
-from evoprune.pruning.reuse import THRESHOLD
-from evoprune.pruning.select import ALPHA, assign_clusters, farthest_points, points_of
-from evoprune.pruning.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens
 
 WITHIN = 0.01  # `within` under `--budget auto`
 STILL = 2 / 3  # of the powers of `rows` and `first` count for one frame pair, whose units no other frame pair repeats

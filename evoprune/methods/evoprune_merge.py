@@ -5,11 +5,11 @@ from typing import Annotated, ClassVar
 
 import torch
 
+from evoprune.methods import ranking
 from evoprune.methods.base import Merger
+from evoprune.methods.encoder_plan import TowerShape, layer_weights, rows_after_layers
 from evoprune.methods.settings import Count, Share
-from evoprune.pruning import ranking
-from evoprune.pruning.encoder_plan import TowerShape, layer_weights, rows_after_layers
-from evoprune.pruning.types import Candidates
+from evoprune.methods.types import Candidates
 
 FEATURES = ("keys", "keys_rotary", "hidden")
 
@@ -25,7 +25,7 @@ class EvoPruneMerge(Merger):
     allocation: str = "decreasing"  # which layers merge and how much, from `first` to `last` in relative depth
     first: float = 0.2
     last: float = 0.5
-    diversity: Annotated[float, "(-inf, inf)"] = 0.1  # weights of the score's two penalties (pruning/ranking.py)
+    diversity: Annotated[float, "(-inf, inf)"] = 0.1  # weights of the score's two penalties (methods/ranking.py)
     attention: Annotated[float, "(-inf, inf)"] = 0.0
     critical: Share = 0.0  # share of each group, its most attended rows, that merges only when no other row is left
     neighbours: Count = 4  # how many nearest rows the density is computed from

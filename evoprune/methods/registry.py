@@ -25,7 +25,7 @@ from evoprune.text import did_you_mean
 
 if TYPE_CHECKING:
     from evoprune.methods.base import Method
-    from evoprune.methods.pipeline import Pipeline
+    from evoprune.methods.chain import Pipeline
 
 GROUP = "evoprune.methods"
 _OUTSIDE = (
@@ -50,7 +50,12 @@ _SHARED = {
     "fastv": ("pyramiddrop", "d2pruner", "prunevid-inner", "holitom-inner", "flashvid-inner", "nuwa-inner"),
 }
 _FILES = {name: file for file, names in _SHARED.items() for name in names}
-_REGISTRY = {name: f"evoprune.methods.{_FILES.get(name, name)}" for name in (*_OUTSIDE, *INNER)}
+_CORE = ("evoprune", "evoprune_merge", "baselines", "divprune")  # files of this package, others are in contrib
+_REGISTRY = {
+    name: f"evoprune.{'methods' if file in _CORE else 'contrib'}.{file}"
+    for name in (*_OUTSIDE, *INNER)
+    if (file := _FILES.get(name, name))
+}
 DEFAULT = "evoprune"
 REUSE = "reuse"  # put before a selector: reuse+divprune
 # Names under which users look for what a method follows without being it, as letters and digits alone: hints name the method.
@@ -147,7 +152,7 @@ def get(text: str, args: dict[str, str] | None = None) -> "Method":
 @names_plugins()
 def parse(text: str, args: dict[str, str] | None = None) -> "Pipeline":
     """What `text` names: methods as in `get`, joined by `+` in the order in which they act, without `args`. Raises as `get`."""
-    from evoprune.methods.pipeline import Pipeline
+    from evoprune.methods.chain import Pipeline
 
     check(text)
     names = _split(text)

@@ -1,14 +1,16 @@
 """Reuse in time before any selector: `reuse+divprune`, `reuse:threshold=5+visionzip`.
 
-The selector sees every unit of the clip; one that is not encoded again (pruning/reuse.py) has the feature of an earlier row.
+The selector sees every unit of the clip; one that is not encoded again (vision/reuse.py) has the feature of an earlier row.
 """
 
 from dataclasses import dataclass
 from typing import Annotated
 
 from evoprune.methods.base import EncoderMethod
-from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
-from evoprune.pruning.reuse import THRESHOLD
+from evoprune.methods.encoder_plan import Grid, Stage, TowerShape
+
+# A unit has changed if a block differs by at least this many levels of 255 (Euclidean over red, green and blue).
+THRESHOLD = 8.0
 
 
 @dataclass(frozen=True)

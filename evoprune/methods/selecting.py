@@ -7,11 +7,11 @@ import torch
 from evoprune.backend.devices import exact_shapes
 from evoprune.errors import PLUGINS, PluginError
 from evoprune.methods.base import LanguageMethod, Selector
+from evoprune.methods.budget import AUTO_LEAST, keep_count
+from evoprune.methods.indices import ascending
+from evoprune.methods.ranking import scaled, snap
+from evoprune.methods.types import LayerTokens, Selection, Tokens
 from evoprune.model.numerics import without_autocast
-from evoprune.pruning.budget import AUTO_LEAST, keep_count
-from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import scaled, snap
-from evoprune.pruning.types import LayerTokens, Selection, Tokens
 
 
 def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:

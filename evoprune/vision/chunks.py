@@ -12,11 +12,11 @@ from itertools import chain, islice
 import torch
 
 from evoprune.backend import devices
+from evoprune.methods.indices import ascending
 from evoprune.model.config import PATCHES
-from evoprune.pruning.indices import ascending
-from evoprune.pruning.reuse import ReferenceBlocks, scan
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, geometry, referring_layout, window_order
 from evoprune.vision.preprocess import CLIP, Normalisation, normalised, patch_means
+from evoprune.vision.reuse import ReferenceBlocks, scan
 
 # A chunk may represent this many times more units than it has rows. Attention reads a key for each row that represents its units.
 SPARSE = 8

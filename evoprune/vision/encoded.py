@@ -8,11 +8,11 @@ import torch
 
 from evoprune.backend import devices
 from evoprune.errors import UsageError
+from evoprune.methods.encoder_plan import EncoderPlan, Inflection
+from evoprune.methods.indices import ascending, tally
 from evoprune.methods.selecting import select, tokens_before_inflection
+from evoprune.methods.types import Selection, Tokens
 from evoprune.model.numerics import not_a_number_error
-from evoprune.pruning.encoder_plan import EncoderPlan, Inflection
-from evoprune.pruning.indices import ascending, tally
-from evoprune.pruning.types import Selection, Tokens
 
 
 @dataclass(frozen=True, repr=False)

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.attention import without_cudnn
+from evoprune.methods.encoder_plan import EncoderPlan, SetAside, Stage, WholePairs
+from evoprune.methods.indices import ascending
+from evoprune.methods.ranking import closest
 from evoprune.methods.selecting import select
+from evoprune.methods.types import Selection, Tokens
 from evoprune.model.numerics import all_numbers, not_a_number_error, without_autocast
 from evoprune.model.weights import Tower
-from evoprune.pruning.encoder_plan import EncoderPlan, SetAside, Stage, WholePairs
-from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import closest
-from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision.chunks import CarriedKeys, Chunk, in_chunks
 from evoprune.vision.encoded import Checks, Encoded, EncodedRows, averaged, select_tokens
 from evoprune.vision.families import embed, layers_of, merge_patches

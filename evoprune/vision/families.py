@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from evoprune.cpu.linear import linear
 from evoprune.model.config import QWEN2, QWEN2_5, QWEN3, vision_sizes
-from evoprune.model.linear import linear
 from evoprune.vision.layout import Geometry, TokenLayout
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from evoprune.backend.attention import varlen_kernel
 from evoprune.backend.layers import give_up, joined, kernels
+from evoprune.methods.encoder_plan import TowerShape
 from evoprune.model.config import PATCHES, vision_sizes
-from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.vision.attention import Packed, plan_attention
 from evoprune.vision.families import layers_of
 from evoprune.vision.layout import Scope, TokenLayout

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import devices
-from evoprune.pruning.indices import ascending, tally, true_indices
+from evoprune.methods.indices import ascending, tally, true_indices
 
 Scope = Literal["window", "pair"]
 Reach = Literal["place", "window", "pair", "clip"]

@@ -9,12 +9,12 @@ from typing import Self
 
 import torch
 
-from evoprune.pruning.encoder_plan import EncoderPlan, WholePairs
-from evoprune.pruning.indices import ascending
-from evoprune.pruning.reuse import ReferenceBlocks
-from evoprune.pruning.types import Selection
+from evoprune.methods.encoder_plan import EncoderPlan, WholePairs
+from evoprune.methods.indices import ascending
+from evoprune.methods.types import Selection
 from evoprune.vision.chunks import CarriedKeys, Earlier
 from evoprune.vision.layout import Geometry, TokenLayout
+from evoprune.vision.reuse import ReferenceBlocks
 
 
 class NothingNew(Exception):

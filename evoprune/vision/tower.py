@@ -10,12 +10,12 @@ from functools import lru_cache
 import torch
 
 from evoprune.backend.devices import Timer
+from evoprune.cpu.linear import linear
 from evoprune.methods.base import Selector
+from evoprune.methods.encoder_plan import TowerShape
+from evoprune.methods.indices import ascending
+from evoprune.methods.ranking import unit_features
 from evoprune.model.config import vision_sizes
-from evoprune.model.linear import linear
-from evoprune.pruning.encoder_plan import TowerShape
-from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import unit_features
 from evoprune.vision import fused
 from evoprune.vision.attention import Plan, attention_received, grouped_attention, plan_attention
 from evoprune.vision.chunks import CarriedKeys

@@ -20,7 +20,7 @@ from evoprune import VideoQA
 from evoprune.demo.clips import COLOURS, SHAPES, Clip
 from evoprune.demo.drawing import write_video
 from evoprune.demo.questions import MAKERS
-from evoprune.pipeline.answering import EncodedInputs
+from evoprune.session.answering import EncodedInputs
 from experiments.demo.samples import CLIPS, drawn
 
 BUDGETS, DRAWS, SHOWN = (1.0, 0.25), 40, 10

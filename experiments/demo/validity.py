@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.evaluation.run import DEMO, Evaluation, Settings
-from evoprune.pipeline.options import GenerationOptions, ModelOptions
+from evoprune.bench.evaluation.run import DEMO, Evaluation, Settings
+from evoprune.session.options import GenerationOptions, ModelOptions
 
 PICTURE, VIDEO = "picture", "video"
 SIXTH = 1 / 6

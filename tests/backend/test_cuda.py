@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.video_qa import VideoQA
-from evoprune.profiling.time_limit import TimeLimit
-from evoprune.profiling.verify.accelerated import accelerated
-from evoprune.profiling.verify.outcome import DIFFERS
-from evoprune.profiling.verify.run import subject_of, verify
+from evoprune.bench.profiling.time_limit import TimeLimit
+from evoprune.bench.profiling.verify.accelerated import accelerated
+from evoprune.bench.profiling.verify.outcome import DIFFERS
+from evoprune.bench.profiling.verify.run import subject_of, verify
+from evoprune.session.loading.model import load_model
+from evoprune.video_qa import VideoQA
 
 pytest.importorskip("triton")
 from evoprune.backend import selection_kernels

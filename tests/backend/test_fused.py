@@ -7,8 +7,8 @@ import torch
 
 from evoprune.backend import devices, layers
 from evoprune.backend.layers import join_tower, joined
+from evoprune.methods.chain import Pipeline
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.methods.pipeline import Pipeline
 from evoprune.vision import attention, fused, tower
 from tests.vision.clips import changes, clip
 from tests.vision.devices import varlen_by_hand

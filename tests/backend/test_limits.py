@@ -18,7 +18,7 @@ import torch
 from evoprune.backend.limits import LIBRARIES, ROOT, _groups, available_cores, available_memory, check_libraries
 from evoprune.errors import OutOfMemory
 from evoprune.model.weights import empty
-from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER, read_config
+from evoprune.session.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER, read_config
 from tests.quantized import parameters
 from tests.video.files import write_video
 

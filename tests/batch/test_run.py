@@ -16,9 +16,9 @@ from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
 from evoprune.batch.settings import Settings
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.pipeline import video_qa
-from evoprune.pipeline.encoding import OpenInput
 from evoprune.report.records import Report
+from evoprune.session import inputs
+from evoprune.session.encoding import OpenInput
 from evoprune.video.frames import read_frames
 
 CLIPS = ["samples/square.mp4", "samples/three.mp4", "samples/vanish.webm"]
@@ -150,7 +150,7 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
             second.set()
         return read_frames(info, times, **how)
 
-    real = video_qa.open_inputs
+    real = inputs.open_inputs
     monkeypatch.setattr(run, "open_inputs", lambda *args, **how: real(*args, read=read, **how))
     with closing(answers(qa, group_by_span(ROWS), changed(max_new_tokens=1))) as made:
         next(made)
@@ -169,12 +169,12 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 @pytest.mark.parametrize(
     ("where", "problem", "kind", "stage", "failing"),
     [
-        ("evoprune.pipeline.video_qa.probe", VideoError("gone"), "video", "read", 2),
-        ("evoprune.pipeline.encoding.pixel_patches", MemoryError(), "out_of_memory", "preprocess", 2),
-        ("evoprune.pipeline.encoding.encode_rows", FULL, "out_of_memory", "encode", 2),
-        ("evoprune.pipeline.prompting.prefill", FULL, "out_of_memory", "prefill", 1),
+        ("evoprune.session.inputs.probe", VideoError("gone"), "video", "read", 2),
+        ("evoprune.session.encoding.pixel_patches", MemoryError(), "out_of_memory", "preprocess", 2),
+        ("evoprune.session.encoding.encode_rows", FULL, "out_of_memory", "encode", 2),
+        ("evoprune.session.prompting.prefill", FULL, "out_of_memory", "prefill", 1),
         ("evoprune.language.generate.best_of", FULL, "out_of_memory", "generate", 1),
-        ("evoprune.pipeline.encoding.encode_rows", ZeroDivisionError("1/0"), "bug", None, 2),
+        ("evoprune.session.encoding.encode_rows", ZeroDivisionError("1/0"), "bug", None, 2),
     ],
 )
 @pytest.mark.parametrize("at", [1, 2])
@@ -227,7 +227,7 @@ def test_what_hangs_on_a_failure_is_let_go(qa, monkeypatch):
         alive.append(sum(each() is not None for each in held))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("evoprune.pipeline.encoding.encode_rows", encode)
+    monkeypatch.setattr("evoprune.session.encoding.encode_rows", encode)
     gc.disable()
     try:
         assert all(report.error for report in answers(qa, group_by_span(ROWS), SETTINGS))
@@ -257,7 +257,7 @@ def test_stopping_ends_all_threads(qa):
 
 @pytest.mark.full
 def test_encoded_videos_come_from_the_cache(qa, tmp_path):
-    from evoprune.pipeline.cache import Cache
+    from evoprune.session.cache import Cache
 
     settings = changed(max_new_tokens=4)
     states = []

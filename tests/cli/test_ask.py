@@ -15,8 +15,8 @@ import pytest
 
 from evoprune.bundled import DEMOS
 from evoprune.demo.worlds import SCENES
+from evoprune.methods.budget import PRESETS
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.pruning.budget import PRESETS
 from evoprune.report.records import Report
 from evoprune.report.stats import stats_block
 from evoprune_cli.terminal import stdout

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from evoprune import video_qa
 from evoprune.batch.output import RecordFile
 from evoprune.language.static import best_of
-from evoprune.pipeline import video_qa
 from evoprune_cli import tally
 from evoprune_cli.terminal import Terminated
 from tests.cli.screen import visible
@@ -163,7 +163,7 @@ def test_model_from_the_environment(cli, tiny_folder, monkeypatch, out):
 
 
 def no_weights(monkeypatch):
-    monkeypatch.setattr("evoprune.pipeline.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.session.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_an_interruption_before_the_first_record(run, out, monkeypatch, problem,
 
     where = {
         "best_of": "evoprune.language.generate.best_of",
-        "load_weights": "evoprune.pipeline.loading.model.load_weights",
+        "load_weights": "evoprune.session.loading.model.load_weights",
     }
     monkeypatch.setattr(where[at], stops)
     result = run(*CLIPS, *ASKED)

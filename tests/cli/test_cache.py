@@ -80,6 +80,6 @@ def test_inspect_shows_and_empties_it(cli, folder, monkeypatch):
     def refused(self):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("evoprune.pipeline.cache.Cache.clear", refused)
+    monkeypatch.setattr("evoprune.session.cache.Cache.clear", refused)
     result = cli("inspect", "--clear-cache")
     assert result.code == 2 and "Permission denied" in result.err and len(result.err.splitlines()) == 2

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from evoprune.pipeline import encoding, prompting
-from evoprune.pipeline.answering import EncodedInputs
 from evoprune.report.records import Report
+from evoprune.session import encoding, prompting
+from evoprune.session.answering import EncodedInputs
 
 CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
 MORE = "Which way does the square move?"

@@ -239,37 +239,37 @@ CASES = {
         "--load-format",
         "dummy",
         stage="load",
-        breaks=("evoprune.pipeline.loading.model.random_model", AssertionError("weights were made")),
+        breaks=("evoprune.session.loading.model.random_model", AssertionError("weights were made")),
     ),
     "random weights of unknown dimensions": fails(
         4, "no bundled config for nobody/nothing", *ASK, "-m", "nobody/nothing", "--load-format", "dummy"
     ),
     # 5: out of memory
     "weights do not fit": out_of_memory(
-        "load", "evoprune.pipeline.loading.model.load_weights", CPU_FULL, says="the weights of demo"
+        "load", "evoprune.session.loading.model.load_weights", CPU_FULL, says="the weights of demo"
     ),
     "frames do not fit": out_of_memory("read", "evoprune.video.sandbox.channel.mmap.mmap", OSError(12, "no memory")),
-    "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.encoding.pixel_patches", CPU_FULL),
-    "tower does not fit": out_of_memory("encode", "evoprune.pipeline.encoding.encode_rows", CUDA_FULL),
-    "prompt does not fit": out_of_memory("prefill", "evoprune.pipeline.prompting.prefill", CUDA_FULL),
+    "pictures do not fit": out_of_memory("preprocess", "evoprune.session.encoding.pixel_patches", CPU_FULL),
+    "tower does not fit": out_of_memory("encode", "evoprune.session.encoding.encode_rows", CUDA_FULL),
+    "prompt does not fit": out_of_memory("prefill", "evoprune.session.prompting.prefill", CUDA_FULL),
     "nothing fits": fails(5, "memory", *ASK, breaks=("evoprune_cli.ask._check_inputs", MemoryError())),
     "weights do not fit in a batch": Case(
         BATCH,
         5,
         "the weights of demo",
-        breaks=("evoprune.pipeline.loading.model.load_weights", CPU_FULL),
+        breaks=("evoprune.session.loading.model.load_weights", CPU_FULL),
         ways=EVERYWHERE,
     ),
     # stopped from outside
     "interrupted while loading": Case(
-        ASK, 130, "", breaks=("evoprune.pipeline.loading.model.load_weights", KeyboardInterrupt())
+        ASK, 130, "", breaks=("evoprune.session.loading.model.load_weights", KeyboardInterrupt())
     ),
     "terminated while reading": Case(ASK, 143, "", breaks=("evoprune.video.frames.stream_frames", Terminated())),
     "batch interrupted while loading": Case(
         BATCH,
         130,
         "to go on: ",
-        breaks=("evoprune.pipeline.loading.model.load_weights", KeyboardInterrupt()),
+        breaks=("evoprune.session.loading.model.load_weights", KeyboardInterrupt()),
         ways=EVERYWHERE,
     ),
     "interrupted scan": Case(

@@ -12,10 +12,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from evoprune.bench.evaluation import run as evaluation_run
+from evoprune.bench.evaluation.scores import COSTS, score_rows
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.evaluation import run as evaluation_run
-from evoprune.evaluation.scores import COSTS, score_rows
-from evoprune.pruning.budget import PRESETS
+from evoprune.methods.budget import PRESETS
 from evoprune_cli.eval_tables import table
 from evoprune_cli.terminal import Terminated
 from tests.cli.screen import visible
@@ -313,7 +313,7 @@ def test_what_was_measured_is_not_lost_with_the_disk(run, tmp_path, monkeypatch)
     def full(self, document):
         raise UsageError("cannot write results.json: No space left on device")
 
-    monkeypatch.setattr("evoprune.evaluation.folder.RunFolder.finish", full)
+    monkeypatch.setattr("evoprune.bench.evaluation.folder.RunFolder.finish", full)
     result = run("-o", tmp_path / "run")
     assert result.code == 2 and table_rows(result.out) and "cannot write results.json" in result.err
 
@@ -392,7 +392,7 @@ def test_only_questions_of_a_group(run, choices):
 )
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_wrong_flags(run, monkeypatch, args, says, form):
-    monkeypatch.setattr("evoprune.pipeline.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.session.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
     result = run(*args, *(["--json"] if form == "json" else []))
     assert result.code == 2
     error, hint = result.err.splitlines()

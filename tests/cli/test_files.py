@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from evoprune.batch.output import HEAD
+from evoprune.bench.profiling import bench
+from evoprune.bench.profiling.results import METHOD, Case, Results, Row
+from evoprune.bench.svg import document
 from evoprune.errors import EvopruneError, UsageError
-from evoprune.profiling import bench
-from evoprune.profiling.results import METHOD, Case, Results, Row
+from evoprune.overlay.image_files import gif, mp4, png, shared_palette
 from evoprune.report.records import Environment, ModelFacts
-from evoprune.visualize.image_files import gif, mp4, png, shared_palette
-from evoprune.visualize.svg import document
 from evoprune_cli.profile_tables import render
 from evoprune_cli.results import check_writable, write_bytes
 from evoprune_cli.terminal import json_line

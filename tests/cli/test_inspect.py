@@ -13,7 +13,7 @@ from huggingface_hub import constants
 import evoprune
 from evoprune.bundled import DEMOS
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.pruning.reuse import THRESHOLD
+from evoprune.methods.reuse import THRESHOLD
 from evoprune_cli.inspect import TITLE, lines
 from tests.decoders import needs_decord
 from tests.quantized import KINDS
@@ -50,7 +50,7 @@ def no_network_no_weights(monkeypatch, tmp_path):
     """An empty cache of the hub; any connection and any reading of weights fails the test."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was used"))
-    monkeypatch.setattr("evoprune.pipeline.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.session.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
 
 
 @pytest.mark.full
@@ -93,7 +93,7 @@ def test_a_model_of_which_nothing_is_known_here(cli, no_network_no_weights):
 @pytest.mark.parametrize("options", [("-b", "0.1"), ("-b", "0.5", "--method", "downscale"), ("--frames", "4")])
 def test_the_memory_is_that_of_the_check_before_a_run(cli, tiny_folder, monkeypatch, options):
     needed = []
-    monkeypatch.setattr("evoprune.pipeline.planning.shortage", lambda size, device: needed.append(size))
+    monkeypatch.setattr("evoprune.session.planning.shortage", lambda size, device: needed.append(size))
     args = (CLIP, "-m", tiny_folder, *options, "--dtype", "fp32", "--json")
     record = cli("inspect", *args).record
     assert not needed and record["memory"]["enough"] in (True, None)
@@ -118,7 +118,7 @@ def test_fewer_bits_need_less_memory_whether_or_not_the_model_is_here(cli, no_ne
 def test_short_memory_is_counted_with_fewer_units_at_a_time(cli, tiny_folder, monkeypatch):
     args = ("inspect", CLIP, "--frames", "24", "-m", tiny_folder, "--json")
     usual = cli(*args).record["memory"]
-    place = "evoprune.pipeline.inspection.available_memory"
+    place = "evoprune.session.inspection.available_memory"
     monkeypatch.setattr(place, lambda device: usual["needed_bytes"] - 1)
     short = cli(*args).record["memory"]
     assert short["enough"] and short["needed_bytes"] < usual["needed_bytes"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from evoprune.profiling import bench
+from evoprune.bench.profiling import bench
 from tests.cli.test_readme import ROOT
 from tests.recipes import keep_recipe
 from tests.tuned import tune

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from evoprune import methods
+from evoprune.bench.profiling import bench
 from evoprune.methods.registry import INNER
-from evoprune.profiling import bench
 from tests.methods.kinds import one_of_each
 
 CLIP = "samples/square.mp4"

@@ -8,11 +8,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from evoprune.bench.profiling import bench, settings, weights
+from evoprune.bench.profiling.results import Case
 from evoprune.errors import ModelError
+from evoprune.methods.budget import PRESETS
 from evoprune.model import cost
-from evoprune.profiling import bench, settings, weights
-from evoprune.profiling.results import Case
-from evoprune.pruning.budget import PRESETS
 from evoprune_cli.profile_tables import render
 from experiments.profile_chart import main as draw_again
 from tests.cli.screen import visible
@@ -243,7 +243,7 @@ def test_progress_on_a_terminal_only(profile):
     ],
 )
 def test_wrong_flags(profile, monkeypatch, args, says):
-    monkeypatch.setattr("evoprune.pipeline.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.session.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
     result = profile(*args)
     assert (result.code, result.out) == (2, "")
     error, hint = result.err.splitlines()

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from evoprune.pipeline.saved import tuned
-from evoprune.profiling import bench
+from evoprune.bench.profiling import bench
+from evoprune.session.saved import tuned
 from tests.tiny import save_tiny
 from tests.tuned import mark_as_seen
 from tests.video.subtitled import SRT

@@ -61,7 +61,7 @@ def test_a_guessed_encoding_is_warned_of(cli, clip, tmp_path):
     ],
 )
 def test_what_cannot_be_used_is_refused_before_weights_are_read(cli, clip, tmp_path, monkeypatch, content, says):
-    monkeypatch.setattr("evoprune.pipeline.video_qa.VideoQA.load", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.video_qa.VideoQA.load", lambda *_, **__: pytest.fail("weights were read"))
     path = tmp_path / "said.srt"
     if content is not None:
         path.write_bytes(content)

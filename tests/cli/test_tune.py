@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from evoprune.bench.tuning.run import Tuning
 from evoprune.errors import UsageError
-from evoprune.pipeline.saved import recipes, tuned
-from evoprune.tuning.run import Tuning
+from evoprune.session.saved import recipes, tuned
 from evoprune_cli.terminal import Terminated
 
 CLIPS = ("samples/square.mp4", "samples/arrivals.webm")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from evoprune.pipeline.saved import recipes, tuned
+from evoprune.session.saved import recipes, tuned
 from tests.recipes import kept
 from tests.tuned import ORIGIN, SETTING, tune
 

@@ -7,9 +7,9 @@ import shutil
 import huggingface_hub
 import pytest
 
-from evoprune.profiling.verify.subject import QUESTION
+from evoprune.bench.profiling.verify.subject import QUESTION
 from evoprune_cli.verify import text_of
-from tests.profiling.verify.faults import FAULTS
+from tests.bench.profiling.verify.faults import FAULTS
 
 NAMES = ("patches", "positions", "tower", "logits", "answer")
 
@@ -77,7 +77,7 @@ def test_what_was_found_before_an_interrupt_is_told(cli, monkeypatch, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("evoprune.huggingface.interface.model_positions", interrupted)
+    monkeypatch.setattr("evoprune.hf.interface.model_positions", interrupted)
     result = cli("verify", "-m", "demo", "--quick", "-o", tmp_path / "report.json")
     record = json.loads((tmp_path / "report.json").read_text())
     assert result.code == 130 == record["error"]["code"]

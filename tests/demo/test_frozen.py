@@ -8,11 +8,11 @@ import hashlib
 import numpy as np
 import pytest
 
+from evoprune.bench.evaluation.demo_clips import BLOCK
 from evoprune.demo.clips import make_clip
 from evoprune.demo.drawing import render
 from evoprune.demo.questions import ask
 from evoprune.demo.worlds import QUESTIONS
-from evoprune.evaluation.demo_clips import BLOCK
 from evoprune.video.sampling import even_times
 
 FROZEN = {

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from evoprune import methods
-from evoprune.evaluation.run import Settings
-from evoprune.pipeline.options import GenerationOptions
+from evoprune.bench.evaluation.run import Settings
+from evoprune.session.options import GenerationOptions
 from experiments import ablations
 from experiments.ablations import ABLATIONS, PAPER, Ablation, report, specs, table
 from experiments.paired import in_points, paired_difference

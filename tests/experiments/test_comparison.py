@@ -7,9 +7,9 @@ from xml.etree import ElementTree
 import pytest
 
 from evoprune import methods
-from evoprune.evaluation import run as evaluation_run
-from evoprune.evaluation.scores import score_rows
-from evoprune.pipeline.options import GenerationOptions
+from evoprune.bench.evaluation import run as evaluation_run
+from evoprune.bench.evaluation.scores import score_rows
+from evoprune.session.options import GenerationOptions
 from experiments import comparison
 from experiments.comparison import compared, main
 from experiments.comparison_chart import chart

@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from evoprune.visualize.svg import reach
+from evoprune.bench.svg import reach
 from experiments.figure_method import BUDGET, CLIP, figure, measure
 
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from evoprune.methods import select
 from evoprune.methods.evoprune import FarthestPoints
-from evoprune.pruning import select
-from evoprune.pruning.types import Tokens
+from evoprune.methods.types import Tokens
 from experiments.distances import DISTANCES, TODAY, using
 from experiments.geometry import common, duplicated, gains, shares_kept
 

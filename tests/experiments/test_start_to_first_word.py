@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.session.loading.model import load_model
+from evoprune.video_qa import VideoQA
 from experiments import checkpoint, start_to_first_word
 from tests.tiny import tiny_config
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from evoprune.methods.encoder_plan import TowerShape
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.pruning.encoder_plan import TowerShape
-from evoprune.pruning.types import Tokens
+from evoprune.methods.types import Tokens
 from experiments.distances import DISTANCES
 from experiments.variants import Variant
 

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from evoprune.errors import UsageError
-from evoprune.pipeline.answering import Answer
-from evoprune.pipeline.video_qa import VideoQA
 from evoprune.report.records import Report
+from evoprune.session.answering import Answer
+from evoprune.video_qa import VideoQA
 from tests.tuned import tune
 
 CLIPS, QUESTIONS = (
@@ -114,7 +114,7 @@ def test_an_answer_ends_at_the_task_s_stop_words(model_class, monkeypatch):
 
         return Answer(report, pieces())
 
-    monkeypatch.setattr("evoprune.pipeline.answering.EncodedInputs.ask", ask)
+    monkeypatch.setattr("evoprune.session.answering.EncodedInputs.ask", ask)
     given = [request(model, "?", [CLIPS[0]], until=stops) for stops in (["no", ","], ". P", ["never"], [])]
     assert [r.text for r in model.generate_until(given)] == ["yes", "yes, no", "yes, no. Perhaps", "yes, no. Perhaps"]
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from evoprune import methods
+from evoprune.contrib.fastv import PyramidDrop
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import TokenStream, Visual, along, dropping_for, embed_prompt, prefill
 from evoprune.language.prompt import Place
 from evoprune.language.settings import GenerationOptions
-from evoprune.methods.fastv import PyramidDrop
 from tests.language.test_decoder import assert_close
 from tests.methods.eager import BEFORE, COLUMNS, DROPPING, GRID, VISUAL, Eager, a_prompt, deep_model, run_method
 from tests.methods.test_language_methods import rule_of

@@ -70,7 +70,7 @@ def test_logits_at_3b():
 
 def measure(columns: int = 1024, new: int = 64, name: str = "Qwen/Qwen2.5-VL-3B-Instruct") -> None:
     """Compares logits of the step with the plain decoder's along one answer, and prints milliseconds a token."""
-    from evoprune.pipeline.loading.model import load_model
+    from evoprune.session.loading.model import load_model
 
     model = load_model(name, load_format="dummy", device=DEVICE, dtype="bf16").model
     ids = answer(model, columns, new)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from evoprune.errors import ModelError
 from evoprune.language.tokenizer import Tokenizer, load_tokenizer
-from evoprune.pipeline.loading.folder import DEMO_FOLDER
+from evoprune.session.loading.folder import DEMO_FOLDER
 from tests.tiny import SPECIAL_TOKENS, tiny_tokenizer
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.pruning.types import Tokens
+from evoprune.methods.types import Tokens
 from tests.methods.tokens import KINDS
 
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))

@@ -5,7 +5,7 @@ from math import prod
 import numpy as np
 import torch
 
-from evoprune.pruning.types import LayerTokens
+from evoprune.methods.types import LayerTokens
 from tests.methods.public_tokens import nearly_normal, public_tokens
 
 BEFORE, TEXT, HEADS, KV_HEADS, DIM = (

@@ -5,7 +5,7 @@ from math import prod
 import numpy as np
 import torch
 
-from evoprune.pruning.types import Tokens
+from evoprune.methods.types import Tokens
 
 WIDTH = 32
 

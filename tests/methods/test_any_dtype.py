@@ -8,12 +8,12 @@ import torch
 
 import evoprune
 from evoprune import methods
+from evoprune.contrib.mmr import Mmr
 from evoprune.methods.base import Merger
-from evoprune.methods.mmr import Mmr
+from evoprune.methods.types import Selection
 from evoprune.model.config import MODEL_TYPES
-from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.video_qa import VideoQA
-from evoprune.pruning.types import Selection
+from evoprune.session.loading.model import load_model
+from evoprune.video_qa import VideoQA
 from tests.methods.kinds import one_of_each
 from tests.prompts import processed
 from tests.quantized import SOME

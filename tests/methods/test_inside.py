@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.errors import UsageError
+from evoprune.methods.budget import spread
+from evoprune.methods.encoder_plan import TowerShape
 from evoprune.methods.evoprune_merge import EvoPruneMerge, EvoPrunePaper
-from evoprune.pruning.budget import spread
-from evoprune.pruning.encoder_plan import TowerShape
-from evoprune.pruning.types import Candidates
+from evoprune.methods.types import Candidates
 from evoprune.vision.layout import geometry
 from tests.methods.tokens import KINDS, cosine, encoded, features_of
 from tests.vision.reference import Row, embedded, largest_remainder, linear, owners, rms_norm, run_layer

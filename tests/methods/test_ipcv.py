@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from evoprune import methods
+from evoprune.contrib.ipcv import Ipcv
 from evoprune.errors import UsageError
 from evoprune.methods.baselines import Random
-from evoprune.methods.ipcv import Ipcv
-from evoprune.methods.pipeline import Pipeline
-from evoprune.pruning.encoder_plan import SetAside, Stage, TowerShape, full_plan
-from evoprune.pruning.types import Tokens
+from evoprune.methods.chain import Pipeline
+from evoprune.methods.encoder_plan import SetAside, Stage, TowerShape, full_plan
+from evoprune.methods.types import Tokens
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.layout import full_layout, geometry
 from evoprune.vision.reductions import Followers

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.methods import sparsevlm as sparsevlm_module
-from evoprune.pruning import types
+from evoprune.contrib import sparsevlm as sparsevlm_module
+from evoprune.methods import types
 from tests.methods.eager import BEFORE, DROPPING, VISUAL, EagerLayer, a_prompt, deep_model, pairs, run_method
 from tests.methods.eager import Eager as EagerModel
 from tests.methods.public_layers import public_layer

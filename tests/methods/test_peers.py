@@ -8,9 +8,9 @@ import torch
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.methods.mmr import most_relevant
-from evoprune.pruning.ranking import snap
-from evoprune.pruning.types import Tokens
+from evoprune.contrib.mmr import most_relevant
+from evoprune.methods.ranking import snap
+from evoprune.methods.types import Tokens
 from tests.methods.line_by_line import assert_selects, examples, shares
 from tests.methods.tokens import cosine, features_of, first_of, ranked, scaled, selected, snapped, tokens_of
 

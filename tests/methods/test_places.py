@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.pruning.types import Tokens
+from evoprune.methods.types import Tokens
 from tests.methods.line_by_line import examples, shares
 from tests.methods.tokens import Largest, cosine, ranked, scaled, selected, snapped, tokens_of
 

@@ -16,12 +16,12 @@ import torch
 
 import evoprune
 from evoprune import methods
+from evoprune.bench.evaluation.processes import map_in_processes
 from evoprune.errors import PLUGINS, PluginError, PluginWarning, UsageError, names_plugins
-from evoprune.evaluation.processes import map_in_processes
 from evoprune.methods import registry
 from evoprune.methods.selecting import select as select_tokens_of
 from evoprune.methods.selecting import select_in_language
-from evoprune.pruning.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens
 from tests.cli.conftest import cli  # noqa: F401
 from tests.methods.eager import COLUMNS, a_prompt, deep_model, run_method
 from tests.methods.public_layers import public_layer
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 import torch
 from evoprune.methods.base import Selector
-from evoprune.pruning.types import Selection
+from evoprune.methods.types import Selection
 
 @dataclass(frozen=True)
 class First(Selector):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.pruning.types import Candidates
+from evoprune.methods.types import Candidates
 from tests.methods.public_tokens import public_tokens
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("*.json"))

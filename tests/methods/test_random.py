@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.methods.baselines import Random
-from evoprune.pruning.budget import spread
-from evoprune.pruning.types import Tokens
+from evoprune.methods.budget import spread
+from evoprune.methods.types import Tokens
 
 
 def select(grid, keep, seed=0):

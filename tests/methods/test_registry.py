@@ -6,15 +6,15 @@ from dataclasses import fields
 import pytest
 
 from evoprune import methods
+from evoprune.contrib.evs import Evs
+from evoprune.contrib.fastv import FastV
+from evoprune.contrib.mmr import Mmr
 from evoprune.errors import UsageError
 from evoprune.methods.base import Method
+from evoprune.methods.chain import Pipeline
 from evoprune.methods.divprune import DivPrune
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_merge import EvoPrunePaper
-from evoprune.methods.evs import Evs
-from evoprune.methods.fastv import FastV
-from evoprune.methods.mmr import Mmr
-from evoprune.methods.pipeline import Pipeline
 from evoprune.methods.registry import INNER
 from evoprune.methods.reuse import Reuse
 from evoprune.methods.settings import from_args
@@ -289,7 +289,7 @@ def test_reports_show_the_whole_budget_where_nothing_is_pruned():
 
 def test_listing_methods_and_counting_tokens_needs_no_torch():
     code = (
-        "import sys, evoprune.methods, evoprune.pruning.budget, evoprune.pruning.encoder_plan\n"
+        "import sys, evoprune.methods, evoprune.methods.budget, evoprune.methods.encoder_plan\n"
         "evoprune.methods.built_in()\n"
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )

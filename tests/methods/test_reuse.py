@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.pruning.types import Tokens
+from evoprune.methods.types import Tokens
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import AFTER, encoded

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from evoprune import methods
 from evoprune.backend.greedy import nearest_cosine
 from evoprune.methods.divprune import most_diverse
-from evoprune.pruning.ranking import snap
-from evoprune.pruning.shapes import smaller_frame
-from evoprune.pruning.types import Selection, Tokens
+from evoprune.methods.ranking import snap
+from evoprune.methods.shapes import smaller_frame
+from evoprune.methods.types import Selection, Tokens
 from tests.methods.tokens import AFTER, KINDS, Largest, cosine, features_of, first_of, selected, tokens_of
 
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))

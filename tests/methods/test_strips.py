@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evoprune.methods import ranking
 from evoprune.methods.evoprune_merge import EvoPruneMerge, EvoPrunePaper
-from evoprune.pruning import ranking
-from evoprune.pruning.ranking import strips
-from evoprune.pruning.types import Candidates
+from evoprune.methods.ranking import strips
+from evoprune.methods.types import Candidates
 from tests.methods.tokens import Largest
 
 WIDTH = 9

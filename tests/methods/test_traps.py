@@ -13,7 +13,7 @@
 - Positions while decoding that follow the length of the shorter cache:
   tests/language/test_generate.py::test_decoding_on_a_pruned_cache_is_one_forward_pass_without_cache.
 - Several videos in one prompt mixed up:
-  tests/huggingface/test_context.py::test_several_videos_are_pruned_each_on_its_own; a prompt of our own holds one video and
+  tests/hf/test_context.py::test_several_videos_are_pruned_each_on_its_own; a prompt of our own holds one video and
   nothing else: tests/language/test_prompt.py::test_templates_without_one_video_....
 - Matrices of all pairs over a whole video: tests/methods/test_rivals.py::test_no_matrix_of_all_pairs.
 - Sets whose order depends on hashes: test_nothing_depends_on_hashes below.

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.methods.mmg import joined, marginal_gains
-from evoprune.methods.prunevid import folded, most_saving
-from evoprune.pruning import density
-from evoprune.pruning.budget import apportion
-from evoprune.pruning.density import peak_scores, peaks
-from evoprune.pruning.segments import segments, transitions
-from evoprune.pruning.types import Tokens
+from evoprune.contrib import density
+from evoprune.contrib.density import peak_scores, peaks
+from evoprune.contrib.mmg import joined, marginal_gains
+from evoprune.contrib.prunevid import folded, most_saving
+from evoprune.contrib.segments import segments, transitions
+from evoprune.methods.budget import apportion
+from evoprune.methods.types import Tokens
 from tests.methods.line_by_line import assert_selects, examples, mean_of, shares
 from tests.methods.tokens import cosine, features_of, first_of, ranked, selected, snapped, tokens_of
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.pruning import density
-from evoprune.pruning.density import vicinity_clusters
+from evoprune.contrib import density
+from evoprune.contrib.density import vicinity_clusters
 from tests.methods.eager import VISUAL, Eager, EagerLayer, a_prompt, deep_model, inside, pairs, run_method
 from tests.methods.public_layers import public_layer
 from tests.methods.tokens import snapped

@@ -9,17 +9,17 @@ import pytest
 import evoprune
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.huggingface.encoding import patch_method
+from evoprune.hf.encoding import patch_method
 from evoprune.integrations.vllm.settings import served_method
-from evoprune.pipeline.options import PruneOptions
-from evoprune.pipeline.saved import make_method
-from evoprune.pruning.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens
+from evoprune.session.options import PruneOptions
+from evoprune.session.saved import make_method
 
 HEADER = (
     "method", "commands, `VideoQA`", "pictures", "`EvoPrune(...)(model)`, `apply`", "`evoprune.encode`", "vLLM", "overlay",
     "`-b auto`", "`-b auto:inflection`",
 )  # fmt: skip
-WHOLE = ("subsample", "evs")  # keep at least a frame pair, and a picture has one (tests/pipeline/test_pictures.py)
+WHOLE = ("subsample", "evs")  # keep at least a frame pair, and a picture has one (tests/session/test_pictures.py)
 
 
 def works(call, *args, **more) -> str:

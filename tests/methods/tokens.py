@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune import methods
 from evoprune.methods.base import Method
-from evoprune.methods.pipeline import Pipeline
-from evoprune.pruning.encoder_plan import EncoderPlan, TowerShape
-from evoprune.pruning.ranking import snap
-from evoprune.pruning.types import Selection, Tokens
+from evoprune.methods.chain import Pipeline
+from evoprune.methods.encoder_plan import EncoderPlan, TowerShape
+from evoprune.methods.ranking import snap
+from evoprune.methods.types import Selection, Tokens
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
 from tests.vision.tower import tiny_tower

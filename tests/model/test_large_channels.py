@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from evoprune import VideoQA
-from evoprune.evaluation.demo_clips import clips_asked, demo_video
-from evoprune.model import integers
-from evoprune.model.quantize import quantize
-from evoprune.pipeline.agreement import agreement, reference
-from evoprune.pipeline.loading.calibration import calibrate
-from evoprune.pipeline.loading.model import load_model
+from evoprune.bench.evaluation.demo_clips import clips_asked, demo_video
+from evoprune.bench.tuning.agreement import agreement, reference
+from evoprune.cpu import integers
+from evoprune.cpu.quantize import quantize
+from evoprune.session.loading.calibration import calibrate
+from evoprune.session.loading.model import load_model
 from tests.quantized import parameters
 
 CLIPS = 8

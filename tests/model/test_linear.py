@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.model import linear as module
-from evoprune.model.linear import MANY_ROWS, SMALL_WEIGHT, PackedLinear, PackingTime, can_pack, linear, pack
+from evoprune.cpu import linear as module
+from evoprune.cpu.linear import MANY_ROWS, SMALL_WEIGHT, PackedLinear, PackingTime, can_pack, linear, pack
 from tests.threads import one_thread  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.empty(1)), reason="this torch has no packed products")

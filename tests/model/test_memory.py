@@ -8,19 +8,20 @@ import torch
 
 from evoprune import methods
 from evoprune.backend.devices import available_memory
+from evoprune.cpu.quantize import saved_bytes
 from evoprune.errors import LESS, NO_MEMORY, OutOfMemory, error_record, is_out_of_memory, memory_guard
+from evoprune.methods.encoder_plan import TowerShape
 from evoprune.model import cost
 from evoprune.model.config import kv_bytes
 from evoprune.model.cost import language_bytes, prefill_flop, working_memory
-from evoprune.model.quantize import saved_bytes
 from evoprune.model.weights import empty
-from evoprune.pipeline import encoding, planning
-from evoprune.pipeline.loading.found import describe_model
-from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.loading.weights import needed_bytes
-from evoprune.pipeline.options import ModelOptions, SamplingOptions
-from evoprune.pipeline.video_qa import VideoQA, open_inputs
-from evoprune.pruning.encoder_plan import TowerShape
+from evoprune.session import encoding, planning
+from evoprune.session.inputs import open_inputs
+from evoprune.session.loading.found import describe_model
+from evoprune.session.loading.model import load_model
+from evoprune.session.loading.weights import needed_bytes
+from evoprune.session.options import ModelOptions, SamplingOptions
+from evoprune.video_qa import VideoQA
 from tests.quantized import KINDS
 from tests.threads import one_thread  # noqa: F401
 
@@ -139,7 +140,7 @@ def test_memory_that_this_process_may_not_have_is_not_available():
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])  # in the file they are fp32, and stay there, mapped into memory
 def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch, dtype):
     monkeypatch.setattr(cost, "available_memory", lambda device: 10**5)
-    monkeypatch.setattr("evoprune.pipeline.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.session.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(OutOfMemory, match=r"^loading .* needs about \d MiB of memory, and 0 MiB are ava") as caught:
         load_model(str(saved), dtype=dtype)
     assert (caught.value.stage, caught.value.exit_code) == ("load", 5) and "smaller model" in caught.value.hint
@@ -153,7 +154,7 @@ def test_fewer_bits_are_suggested_where_they_fit(saved, monkeypatch):
     wide, small = (needed_bytes(config, torch.float32, each, mapped=True) for each in ("none", kind))
     assert small < wide
     monkeypatch.setattr(cost, "available_memory", lambda device: small)
-    monkeypatch.setattr("evoprune.pipeline.loading.weights.available_memory", lambda device: small)
+    monkeypatch.setattr("evoprune.session.loading.weights.available_memory", lambda device: small)
     with pytest.raises(OutOfMemory) as caught:
         load_model(str(saved), dtype="fp32")
     assert f"or fewer bits: quantize {kind} needs about " in caught.value.hint

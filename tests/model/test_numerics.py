@@ -10,14 +10,14 @@ from evoprune import methods
 from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
 from evoprune.batch.settings import Settings
+from evoprune.bench.evaluation.run import Evaluation, Video
+from evoprune.bench.evaluation.run import Settings as EvalSettings
 from evoprune.errors import ModelError, VideoError
-from evoprune.evaluation.run import Evaluation, Video
-from evoprune.evaluation.run import Settings as EvalSettings
 from evoprune.model.numerics import all_numbers
-from evoprune.pipeline import video_qa
-from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.options import GenerationOptions
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.session import inputs
+from evoprune.session.loading.model import load_model
+from evoprune.session.options import GenerationOptions
+from evoprune.video_qa import VideoQA
 from tests.methods.kinds import one_of_each
 from tests.threads import one_thread  # noqa: F401
 from tests.video.files import write_image
@@ -98,7 +98,7 @@ def test_the_stage_is_named(loaded, where, stage, bad, temperature):
 
 
 def test_in_a_batch_and_in_an_evaluation_the_next_one_runs(loaded, monkeypatch):
-    calls, real = [], video_qa.open_inputs
+    calls, real = [], inputs.open_inputs
 
     def opened(*args, **how):
         calls.append(1)
@@ -108,7 +108,7 @@ def test_in_a_batch_and_in_an_evaluation_the_next_one_runs(loaded, monkeypatch):
         raise ModelError("NaN or infinity among the numbers of encode", stage="encode")
 
     monkeypatch.setattr("evoprune.batch.run.open_inputs", opened)
-    monkeypatch.setattr("evoprune.evaluation.run.open_inputs", opened)
+    monkeypatch.setattr("evoprune.bench.evaluation.run.open_inputs", opened)
     rows = product_rows([CLIP, "samples/three.mp4"], ["What?"])
     made = list(answers(VideoQA(loaded), group_by_span(rows), Settings.of(model="x", max_new_tokens=1)))
     assert [r.error and (r.error["code"], r.error["stage"]) for r in made] == [(4, "encode"), None]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evoprune.model.machine import cool, page_in
+from evoprune.cpu.machine import cool, page_in
 
 
 def resident(file: Path) -> int:

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from evoprune.cpu import integers as module
+from evoprune.cpu.integers import GROUP, Bytes, Int4Linear, Int8Linear, large_channels, levels
+from evoprune.cpu.quantize import check, quantize
 from evoprune.errors import UsageError
-from evoprune.model import integers as module
-from evoprune.model.integers import GROUP, Bytes, Int4Linear, Int8Linear, large_channels, levels
-from evoprune.model.quantize import check, quantize
-from evoprune.pipeline.loading.calibration import calibrate
-from evoprune.pruning.encoder_plan import full_plan
+from evoprune.methods.encoder_plan import full_plan
+from evoprune.session.loading.calibration import calibrate
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
 from tests.quantized import int4, int8, parameters
@@ -198,7 +198,7 @@ def test_kinds_and_devices():
 def test_weights_quantised_piece_by_piece_are_the_same(make, out, monkeypatch):
     layer, x = layer_of(out=out), torch.randn(2, 96)
     whole = make(layer)(x)
-    monkeypatch.setattr("evoprune.model.integers.PIECE", 64 * 96)
+    monkeypatch.setattr("evoprune.cpu.integers.PIECE", 64 * 96)
     assert torch.equal(make(layer)(x), whole)
 
 

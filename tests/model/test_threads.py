@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.pipeline.loading import model
-from evoprune.pipeline.loading.found import describe_model
-from evoprune.pipeline.loading.model import load_model, thread_count, threads_of_each
-from evoprune.pipeline.options import ModelOptions
+from evoprune.session.loading import model
+from evoprune.session.loading.found import describe_model
+from evoprune.session.loading.model import load_model, thread_count, threads_of_each
+from evoprune.session.options import ModelOptions
 
 REAL = "Qwen/Qwen2.5-VL-3B-Instruct"
 
@@ -75,7 +75,7 @@ def test_the_threads_of_a_team_end_and_come_back():
     code = """
 import json, os, threading
 import torch
-from evoprune.model.machine import _openmp, compute_alone, end_team
+from evoprune.cpu.machine import _openmp, compute_alone, end_team
 from evoprune.vision.preprocess import resize
 
 def product():

@@ -40,7 +40,7 @@ class Counting(TorchDispatchMode):
 
 def encodes(qa, clip: str, lines: bool = False, **frames) -> tuple[Counting, int]:
     """The counts of one encode, its first one made before; and how often it waits."""
-    from evoprune.profiling.verify.waiting import Waiting
+    from evoprune.bench.profiling.verify.waiting import Waiting
 
     qa.encode(clip, **frames)
     with Counting(lines) as counted:
@@ -52,7 +52,7 @@ def encodes(qa, clip: str, lines: bool = False, **frames) -> tuple[Counting, int
 
 def main() -> None:
     import evoprune
-    from evoprune.pipeline.loading.model import load_model
+    from evoprune.session.loading.model import load_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", nargs="*", default=["samples/square.mp4", "samples/pan.mp4"])

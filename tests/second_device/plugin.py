@@ -20,7 +20,7 @@ def no_gradients(mode: bool = True):
 torch.inference_mode = no_gradients
 far.register()
 
-from evoprune.pipeline.loading import found  # noqa: E402
+from evoprune.session.loading import found  # noqa: E402
 
 _pick = found.pick_device
 

@@ -11,25 +11,25 @@ import evoprune
 from evoprune.batch.rows import group_by_span, product_rows
 from evoprune.batch.run import answers
 from evoprune.batch.settings import Settings
+from evoprune.bench.profiling.time_limit import TimeLimit
+from evoprune.bench.profiling.verify.outcome import DIFFERS
+from evoprune.bench.profiling.verify.run import subject_of, verify
+from evoprune.bench.profiling.verify.speed import waits
+from evoprune.bench.profiling.verify.subject import Subject
+from evoprune.bench.profiling.verify.waiting import Waiting
+from evoprune.bench.tuning.run import Settings as TuningSettings
+from evoprune.bench.tuning.run import Tuning
 from evoprune.errors import OutOfMemory
-from evoprune.huggingface.processor_inputs import processor_inputs
+from evoprune.hf.processor_inputs import processor_inputs
 from evoprune.methods.registry import built_in
 from evoprune.model.config import MODEL_TYPES
-from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.options import ModelOptions, SamplingOptions
-from evoprune.profiling.time_limit import TimeLimit
-from evoprune.profiling.verify.outcome import DIFFERS
-from evoprune.profiling.verify.run import subject_of, verify
-from evoprune.profiling.verify.speed import waits
-from evoprune.profiling.verify.subject import Subject
-from evoprune.profiling.verify.waiting import Waiting
-from evoprune.tuning.run import Settings as TuningSettings
-from evoprune.tuning.run import Tuning
+from evoprune.session.loading.model import load_model
+from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.vision import attention
-from tests.pipeline.test_recipes import DEMO
-from tests.profiling.verify.faults import FAULTS
+from tests.bench.profiling.verify.faults import FAULTS
 from tests.recipes import keep_recipe
 from tests.second_device.far import NAME, Memory
+from tests.session.test_recipes import DEMO
 from tests.tiny import save_tiny
 from tests.vision.devices import varlen_by_hand
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.live import LiveSource
+from evoprune.live.source import LiveSource
 from evoprune.video.readers.live import POLL_S, LiveReader
 from tests.video.files import number_of, numbered_frames, quarters, write_said, write_video
 from tests.video.kinds import write_kind
@@ -71,7 +71,7 @@ def test_a_file_a_url_and_a_connection_give_the_same_frames(clip, served):
 
 
 def test_in_this_process_too(clip, served, monkeypatch):
-    monkeypatch.setattr("evoprune.video.live.POSSIBLE", False)
+    monkeypatch.setattr("evoprune.live.source.POSSIBLE", False)
     check_whole(read(clip, pace="file")[0])
     found, _, problem = read(f"{served[0]}/silent")
     assert not found and "nothing came from" in problem.message

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.backend.devices import Timer
-from evoprune.pruning.reuse import scan
 from evoprune.vision.chunks import SPARSE, in_chunks, in_pairs
 from evoprune.vision.layout import geometry
 from evoprune.vision.preprocess import patch_means
+from evoprune.vision.reuse import scan
 from tests.vision.clips import changes, clip
 from tests.vision.tower import PATCH_WIDTH, random_patches, referring
 

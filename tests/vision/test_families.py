@@ -8,8 +8,8 @@ import torch
 import evoprune
 from evoprune import methods
 from evoprune.methods.base import Merger
+from evoprune.methods.budget import keep_count
 from evoprune.model.config import QWEN2, QWEN2_5, QWEN3, vision_sizes
-from evoprune.pruning.budget import keep_count
 from tests.tiny import tiny_model
 from tests.vision.clips import changes, clip
 from tests.vision.results import assert_same, check_result, encode_patches

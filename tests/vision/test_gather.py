@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from evoprune.errors import UsageError
 from evoprune.methods.base import Selector
+from evoprune.methods.chain import Pipeline
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.methods.pipeline import Pipeline
+from evoprune.methods.ranking import unit_features
 from evoprune.methods.reuse import Reuse
-from evoprune.pruning.ranking import unit_features
-from evoprune.pruning.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens
 from evoprune.vision import encoder
 from evoprune.vision.encoded import select_tokens
 from evoprune.vision.encoder import encode, encode_rows

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
+from evoprune.cpu.linear import pack
 from evoprune.methods.baselines import Nothing
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.model.linear import pack
-from evoprune.pruning.reuse import THRESHOLD, scan
-from evoprune.pruning.select import assign_clusters, farthest_points, points_of
+from evoprune.methods.reuse import THRESHOLD
+from evoprune.methods.select import assign_clusters, farthest_points, points_of
 from evoprune.vision import encoder
 from evoprune.vision.preprocess import patch_means
+from evoprune.vision.reuse import scan
 from tests.vision.clips import changes, clip
 from tests.vision.reference import encode_slowly
 from tests.vision.results import assert_same, check_result, encode_clip, encode_patches

@@ -9,9 +9,9 @@ import torch
 from evoprune.errors import PluginError, UsageError, names_plugins
 from evoprune.integrations.vllm.positions import as_columns
 from evoprune.language.prompt import video_positions
-from evoprune.methods.pipeline import Pipeline
+from evoprune.methods.chain import Pipeline
+from evoprune.methods.encoder_plan import Grid
 from evoprune.model.config import vision_sizes
-from evoprune.pruning.encoder_plan import Grid
 from evoprune.vision.encoded import Encoded
 from evoprune.vision.encoder import encode
 from evoprune.vision.preprocess import CLIP, Normalisation

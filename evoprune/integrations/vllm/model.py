@@ -23,6 +23,7 @@ from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
 
+from evoprune.cpu.linear import pack
 from evoprune.errors import ModelError, UsageError
 from evoprune.integrations.vllm import processor
 from evoprune.integrations.vllm.attention import add_bias
@@ -36,10 +37,9 @@ from evoprune.integrations.vllm.positions import (
 )
 from evoprune.integrations.vllm.settings import method_of, served_budget
 from evoprune.language.prompt import VisualSpan
+from evoprune.methods.encoder_plan import Grid
 from evoprune.model.config import VisionConfig, check_vision, vision_sizes
-from evoprune.model.linear import pack
 from evoprune.model.weights import Tower
-from evoprune.pruning.encoder_plan import Grid
 
 logger = init_logger("vllm.evoprune")
 

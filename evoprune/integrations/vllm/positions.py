@@ -13,7 +13,7 @@ from math import prod
 import torch
 
 from evoprune.language.prompt import VisualSpan, video_positions
-from evoprune.pruning.indices import ascending
+from evoprune.methods.indices import ascending
 
 BASE = 256
 POSITION_DIGITS, BIAS_DIGITS = 3, 4

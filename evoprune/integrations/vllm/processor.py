@@ -24,8 +24,8 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from evoprune.errors import EvopruneError
 from evoprune.integrations.vllm.positions import LIMIT, extent
 from evoprune.integrations.vllm.settings import request_budget, without_own
+from evoprune.methods.budget import keep_tokens
 from evoprune.model.config import vision_sizes
-from evoprune.pruning.budget import keep_tokens
 
 KEEP, SECONDS = "evoprune_keep", "evoprune_seconds"  # fields of each video, beside those of vLLM
 END = "<|vision_end|>"

@@ -5,8 +5,8 @@ from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError, names_plugins
-from evoprune.methods.pipeline import Pipeline
-from evoprune.pruning.budget import parse_budget
+from evoprune.methods.budget import parse_budget
+from evoprune.methods.chain import Pipeline
 from evoprune.text import did_you_mean
 
 SECTION, METHOD = "evoprune", "method"  # --additional-config '{"evoprune": {"method": "divprune"}}'

@@ -8,10 +8,11 @@ import numpy as np
 
 import evoprune
 from evoprune.integrations.vllm import PREFIX
-from evoprune.pipeline.answering import EncodedInputs
-from evoprune.pipeline.options import SamplingOptions
-from evoprune.pipeline.video_qa import VideoQA, open_inputs
+from evoprune.session.answering import EncodedInputs
+from evoprune.session.inputs import open_inputs
+from evoprune.session.options import SamplingOptions
 from evoprune.video.frames import read_frames
+from evoprune.video_qa import VideoQA
 
 DEMO = Path(evoprune.__file__).parent / "demo" / "weights"
 SAMPLES = Path(evoprune.__file__).parent.parent / "samples"

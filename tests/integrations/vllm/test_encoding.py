@@ -15,8 +15,8 @@ from evoprune.integrations.vllm.positions import COLUMNS, from_columns, split_bi
 from evoprune.integrations.vllm.settings import served_method
 from evoprune.language.prompt import video_positions
 from evoprune.methods.base import Selector
-from evoprune.methods.pipeline import Pipeline
-from evoprune.pruning.types import Selection
+from evoprune.methods.chain import Pipeline
+from evoprune.methods.types import Selection
 from evoprune.vision.preprocess import CLIP_MEAN, CLIP_STD, patchify
 from tests.tiny import tiny_model
 

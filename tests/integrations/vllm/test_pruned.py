@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evoprune.model.linear import PackedLinear
+from evoprune.cpu.linear import PackedLinear
 from evoprune.model.weights import Tower
 from tests.integrations.vllm.serving import (
     NEW,

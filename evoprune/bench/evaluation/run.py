@@ -1,0 +1,311 @@
+"""What `evoprune eval` runs: every video in full and once for every method and budget, each time with all its questions.
+
+Every answer becomes a sample, a plain dict; `scores.py` makes the table of them.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from zlib import crc32
+
+import evoprune
+from evoprune import methods
+from evoprune.backend.devices import environment
+from evoprune.batch.rows import Row, Span, group_by_span
+from evoprune.bench.evaluation.cost import NOTE, Cost
+from evoprune.bench.evaluation.demo_clips import ClipName, clips_asked, demo_video
+from evoprune.bench.evaluation.folder import RunFolder
+from evoprune.bench.evaluation.grading import grade
+from evoprune.bench.evaluation.processes import map_in_processes
+from evoprune.bench.evaluation.questions import Video
+from evoprune.bench.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
+from evoprune.bench.evaluation.shared import SharedFrames, SharedRows, grey_frames
+from evoprune.bundled import BOTH, WORLDS
+from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
+from evoprune.keywords import OPTION
+from evoprune.methods.budget import TUNED, parse_budget_or_name, plain
+from evoprune.methods.types import generator_seed
+from evoprune.model.cost import shortage
+from evoprune.session.engine import make_engine
+from evoprune.session.inputs import open_inputs
+from evoprune.session.loading.found import FoundModel, find_model
+from evoprune.session.loading.model import LoadedModel, load_model, threads_of_each
+from evoprune.session.options import (
+    GenerationOptions,
+    ModelOptions,
+    PipelineOptions,
+    PruneOptions,
+    SamplingOptions,
+    record,
+)
+from evoprune.session.saved import make_method, resolve, with_recipe
+from evoprune.text import counted
+
+DEMO, DEMO_CLIPS = "demo", 100
+Progress = Callable[[str], None]
+Job = Video | ClipName
+# Options that results hold also at their defaults.
+RECORDED = (
+    "fps", "frames", "max_frames", "max_visual_tokens", "max_new_tokens", "model", "revision", "dtype", "quantize",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked, and how; two runs with the same settings give the same results, but for `timed`.
+
+    Each method runs at each budget. A budget of "tuned" is one row, with the model's own method; `resolved` replaces it by `tuned`.
+    """
+
+    data: str  # path of a file of questions, or "demo"
+    budgets: tuple[float | str, ...]
+    methods: tuple[str, ...] = (methods.DEFAULT,)
+    method_args: dict[str, str] = field(default_factory=dict)
+    blind: bool = False  # also ask without the video
+    split: str = "heldout"
+    seed: int = 0  # of methods that select at random
+    block: int = 0  # of the demo's clips
+    world: str = WORLDS[0]  # or both
+    groups: tuple[str, ...] = ()  # only questions of these; all if it is empty
+    limit: int | None = None  # of videos; None for all of a file, and for 100 clips of each world
+    model: ModelOptions = field(default_factory=ModelOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    generation: GenerationOptions = field(default_factory=lambda: GenerationOptions(max_new_tokens=64))
+    digest: str | None = None  # of the file's content
+    timed: bool = False  # samples hold `prune_ms` too: for the video, or for the question if the method reads it
+    version: str = evoprune.__version__
+    tuned: tuple[str, float] | None = None
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any], model: ModelOptions) -> "Settings":
+        """Those of a record, whose file may have changed since; `model`: what answers do not depend on, such as the device.
+
+        Raises KeyError, TypeError, ValueError or UsageError: it is no such record.
+        """
+        options = {name: value for name, value in record.items() if name not in ("digest", "version", "plugins")}
+        own = {
+            each.name: options.pop(each.name) for each in fields(cls) if each.name in options and each.name != "model"
+        }
+        own["budgets"] = tuple(map(parse_budget_or_name, own["budgets"]))
+        own |= {name: tuple(own[name]) for name in ("methods", "groups", "tuned") if own.get(name) is not None}
+        free = (each.name for each in fields(model) if not each.metadata[OPTION].changes_answers)
+        made = PipelineOptions.of(**{name: getattr(model, name) for name in free} | options)
+        return cls(**own, model=made.model, sampling=made.sampling, generation=made.generation)
+
+    def resolved(self, found: FoundModel) -> "Settings":
+        """With the tuned method and budget. Raises UsageError: the model was never tuned, or its setting is damaged."""
+        plain, _ = resolve(PruneOptions(TUNED), self.model.model, lambda: found.weights_fingerprint)
+        return replace(self, budgets=tuple(b for b in self.budgets if b != TUNED), tuned=(plain.method, plain.budget))
+
+    def record(self) -> dict[str, Any]:
+        own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling", "generation")}
+        own["budgets"] = tuple(map(plain, self.budgets))
+        code = {name: code for text in self.methods for name, code in methods.plugin_code(text).items()}
+        options = record((self.sampling, self.generation, self.model), RECORDED)
+        return own | options | ({"plugins": code} if code else {})
+
+
+@dataclass(frozen=True)
+class Variant:
+    row: str
+    method: str = "none"
+    budget: float | str = 1.0
+    tuned: bool = False
+
+    @property
+    def name(self) -> str:
+        return row_name(**asdict(self))
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def variants(settings: Settings) -> list[Variant]:
+    """The rows in order: full, blind, tuned, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
+    pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
+    asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
+    pruned = [
+        Variant(METHOD, each.method, plain(each.budget)) for each in asked if make_method(each).acts_at(each.share)
+    ]
+    blind = [Variant(BLIND)] if settings.blind else []
+    tuned = [Variant(METHOD, *settings.tuned, tuned=True)] if settings.tuned else []
+    return [Variant(FULL), *blind, *tuned, *pruned]
+
+
+class Evaluation:
+    """One run: construct it with the `videos` of a file, or None for the demo's clips, `load` a model, `run`, see `document`.
+
+    Raises UsageError: methods, settings, clips or groups that do not exist, or a budget of "tuned" for a model that was never
+    tuned. ModelError: the model, which a budget of "tuned" needs, cannot be found.
+    """
+
+    def __init__(self, settings: Settings, videos: Sequence[Video] | None):
+        self._found = find_model(settings.model) if TUNED in settings.budgets else None
+        self.settings = settings.resolved(self._found) if self._found else settings
+        self.variants = variants(self.settings)
+        self.folder: RunFolder | None = None
+        self._jobs = self._all_jobs(videos)
+        self.total = len(self._jobs)
+        self.files = ""  # folder for the files of the demo's clips
+        self.samples: list[dict] = []
+        self.loaded: LoadedModel | None = None
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Raises what `load_model` raises. UsageError: a method follows a recipe that the model does not have."""
+        self.loaded = loaded = load_model(self._found or self.settings.model, progress=progress)
+        for name in {variant.method for variant in self.variants}:
+            with_recipe(methods.parse(name), loaded.id, lambda: loaded.weights_fingerprint)
+
+    def keep_in(self, path: Path, resume: bool = False) -> None:
+        """Writes samples into a folder from now on; with `resume` that of an earlier run, whose samples are kept (`RunFolder`)."""
+        self.folder = (RunFolder.resume if resume else RunFolder.create)(path, self.settings.record())
+        self.samples = list(self.folder.samples)
+
+    @property
+    def failed(self) -> bool:
+        return any("error" in sample for sample in self.samples)
+
+    def run(self, progress: Progress = lambda what: None, processes: int = 1) -> None:
+        """Evaluates all videos that have no samples yet, so many at a time, each process with a model of its own.
+
+        A video that cannot be read, computed or held is left out of all rows. Raises OutOfMemory: too little for so many models.
+        """
+        done = {sample["video"] for sample in self.samples}
+        missing = [job for job in self._jobs if str(job) not in done]
+        with TemporaryDirectory(prefix="evoprune-eval-") as self.files:
+            if processes > 1:
+                each = map_in_processes(self._start_of_each(processes), missing, processes)
+            else:
+                each = (
+                    self.evaluate(job, lambda what, at=number: progress(f"video {at} of {self.total}: {what}"))
+                    for number, job in enumerate(missing, len(done) + 1)
+                )
+            with closing(each):
+                for number, made in enumerate(each, len(done) + 1):
+                    if processes > 1:
+                        progress(f"video {number} of {self.total}")
+                    if made and self.folder:
+                        self.folder.add(made)
+                    self.samples += made
+
+    def _start_of_each(self, processes: int) -> Callable[[], Callable[[Job], list[dict]]]:
+        if self.loaded and (short := shortage(processes * self.loaded.weights_bytes, self.loaded.device)):
+            hint = "fewer processes (--processes), or a smaller model"
+            raise OutOfMemory(f"{processes} copies of {self.loaded.id}: {short}", hint, stage="load")
+        model = self.settings.model
+        model = replace(model, threads=threads_of_each(model.threads, processes))
+        return partial(_start, replace(self.settings, model=model), self.files)
+
+    def _all_jobs(self, videos: Sequence[Video] | None) -> Sequence[Job]:
+        s = self.settings
+        if videos is None:
+            worlds = WORLDS if s.world == BOTH else (s.world,)
+            return clips_asked(worlds, s.split, s.block, s.limit or DEMO_CLIPS, s.groups)
+        if s.groups:
+            every = [replace(v, rows=tuple(r for r in v.rows if set(s.groups) & set(r.groups))) for v in videos]
+            chosen = [video for video in every if video.rows]
+            if videos and not chosen:
+                raise UsageError(f"no question is in {' or '.join(s.groups)}", "see the field groups of the file")
+            videos = chosen
+        return list(videos[: s.limit])
+
+    def evaluate(self, job: Job, progress: Progress = lambda what: None) -> list[dict]:
+        """The samples of a video, variant after variant; if it fails, one with an `error` for each question."""
+        if isinstance(job, ClipName):
+            with demo_video(job, Path(self.files), groups=self.settings.groups) as video:
+                return self.evaluate(video, progress) if video.rows else []
+        made: list[dict] = []
+        try:
+            for span in group_by_span(job.rows):
+                frames, rows = SharedFrames(), SharedRows()
+                for variant in self.variants:
+                    progress(variant.name)
+                    made += self._asked(variant, job, span, frames, rows)
+        except (UsageError, VideoError, ModelError, OutOfMemory) as problem:
+            error = error_record(problem)
+            return [_about(job, row) | {"error": error} for row in job.rows]
+        return made
+
+    def _asked(
+        self, variant: Variant, video: Video, span: Span, frames: SharedFrames, rows: SharedRows
+    ) -> Iterator[dict]:
+        settings, prunes = self.settings, variant.row == METHOD and not variant.tuned
+        seed = crc32(video.name.encode("utf-8", "surrogateescape"), generator_seed(settings.seed))
+        args = settings.method_args if prunes else {}
+        options = PruneOptions(budget=variant.budget, method=variant.method, method_args=args, seed=seed)
+        engine = make_engine(self.loaded, options)
+        shared = {"read": frames.read, "encode_rows": rows.encode_rows}
+        shared = {"read": grey_frames} if variant.row == BLIND else shared
+        sampling = replace(settings.sampling, **span.sampling)
+        with closing(open_inputs(engine, [video.path], sampling, names=[video.name], **shared)) as opened:
+            encoded = opened.encode()
+        cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
+        for row in span.rows:
+            answer = encoded.ask(row.prompt, options=row.generation(settings.generation))
+            said = "".join(answer)
+            right = grade(row, said)
+            made = {
+                **asdict(variant),
+                "question": row.question,
+                "expected": row.answer,
+                "answer": said,
+                "right": bool(right),
+                "unparseable": right is None,
+                "warnings": answer.report.warnings,
+                **cost.of(answer.report),
+            }
+            if settings.timed:
+                # A method that does not read the question did all its work before the first one.
+                prune_ms = answer.report.time_ms.encode_prune if engine.method.reads_question else pruned
+                made["prune_ms"] = prune_ms + (answer.report.time_ms.prefill_prune or 0.0)
+            yield _about(video, row) | made
+
+    def document(self, error: dict | None = None) -> dict[str, Any]:
+        """The results so far, as plain data for JSON; `error` is what cut the run short."""
+        failed = {s["video"]: s["error"]["message"] for s in self.samples if "error" in s}
+        good = [s for s in self.samples if "error" not in s and s["row"] == FULL]
+        loaded, rows = self.loaded, score_rows(self.samples)
+        return {
+            "schema": SCHEMA,
+            "model": asdict(loaded.facts()) if loaded else None,
+            "env": asdict(environment(loaded.device)) if loaded else None,
+            "settings": self.settings.record(),
+            "videos": {"wanted": self.total, "evaluated": len({s["video"] for s in good}), "failed": len(failed)},
+            "items": {"answered": len(good), "failed": sum("error" in s for s in self.samples)},
+            "rows": rows,
+            "failures": [{"video": name, "message": message} for name, message in sorted(failed.items())],
+            "notes": [*filter(None, [precision(rows)]), *self._notes()],
+            "error": error,
+        }
+
+    def _notes(self) -> list[str]:
+        notes, given = [NOTE], self.settings.method_args
+        if given:
+            notes.append("settings of the methods: " + ", ".join(f"{name}={value}" for name, value in given.items()))
+        if cut := sum("answer_cut" in s.get("warnings", ()) for s in self.samples):
+            total = counted(len(self.samples), "answer")
+            notes.append(f"{cut:,} of {total} may be incomplete: -n (max_new_tokens) allows no more tokens")
+        if self.settings.data == DEMO:
+            notes.append("small synthetic clips: how methods rank on them, not what a real Qwen2.5-VL scores")
+        if any("demo_model" in s.get("warnings", ()) for s in self.samples):
+            notes.append("the demo model knows only its own clips; what it says about other videos means nothing")
+        return notes
+
+
+def _start(settings: Settings, files: str) -> Callable[[Job], list[dict]]:
+    """What a process runs: `evaluate` of an evaluation of its own, with a model loaded."""
+    evaluation = Evaluation(settings, [])  # what it evaluates comes one by one
+    evaluation.load()
+    evaluation.files = files
+    return evaluation.evaluate
+
+
+def _about(video: Video, row: Row) -> dict[str, Any]:
+    return {"video": video.name, "id": row.id, "type": row.type, "groups": list(row.groups)}

@@ -1,0 +1,150 @@
+"""What `evoprune profile` runs: all rows take turns, round after round, in one process; random weights will do."""
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+
+from evoprune.backend.devices import environment, reset_peak_memory
+from evoprune.backend.limits import available_cores
+from evoprune.bench.profiling.bench import Bench, Progress, Source, all_rows
+from evoprune.bench.profiling.clips import AFTER_PAIR, BEFORE_PAIR, TEXT_AFTER, TEXT_BEFORE
+from evoprune.bench.profiling.results import FULL, METHOD, Case, Results, Row, bound_of
+from evoprune.bench.profiling.runners import Turn
+from evoprune.bench.profiling.settings import Settings
+from evoprune.bench.profiling.time_limit import Seconds, TimeLimit, left_out, trimmed
+from evoprune.methods.budget import plain
+from evoprune.session.loading.model import LoadedModel
+
+WARM_UP, ROUND, COUNTED = "warm-up", "round", "counted"  # what `paced` yields
+Round = tuple[float, dict[Row, Turn | str]]  # the rate in matrix products, and the turn of each row or why it failed
+
+
+def measure(
+    loaded: LoadedModel,
+    cases: Sequence[Case],
+    source: Source,
+    settings: Settings,
+    *,
+    about: dict | None = None,
+    progress: Progress = lambda what: None,
+    limit: TimeLimit | None = None,
+    rows: Sequence[Row] | None = None,
+    estimated: Seconds = lambda row: 1.0,
+) -> Iterator[Results]:
+    """Runs all rows in turn, round after round, as far as they end in time.
+
+    Args:
+        source: makes the frames of a case. `about`: what else to note among the settings: `video` or `synthetic`.
+        limit: of the whole run, which may have begun before; None for that of the settings, from now on.
+        rows: from `bench.all_rows`, those that are measured; None for all. `estimated`: seconds of a row, on any scale.
+
+    Yields the results so far after each measured round, of which there is at least one.
+    """
+    limit, asked = limit or TimeLimit(settings.time_limit_s), all_rows(cases, settings)
+    rows = list(asked if rows is None else rows)
+    progress("preparing")
+    results = _blank_results(loaded, settings, about or {})
+    bench = Bench(loaded, rows, source, settings, progress)
+    notes = results.notes + bench.notes
+
+    run_round = partial(_run_round, bench, rows, limit, progress, estimated)
+    for phase, (rate, turns) in paced(run_round, settings, limit):
+        for row, turn in turns.items():
+            if isinstance(turn, str):
+                row.error, row.samples = turn, []
+            else:
+                row.counts, row.samples = turn.counts, row.samples + [turn.sample] * (phase != WARM_UP)
+        if phase == WARM_UP:
+            results.warmups, results.warmup_seconds = results.warmups + 1, limit.spent
+            continue
+        if phase == COUNTED:
+            results.warmups -= 1
+            notes.append("without a warm-up: a second round would not have ended in time, so the first one counts")
+        results.rows = _with_bounds([replace(row) for row in rows])
+        results.matmul_rates.append(rate)
+        results.rounds, results.seconds = results.rounds + 1, limit.spent
+        results.notes = [*notes, *left_out(asked, rows, limit)]
+        yield results
+
+
+def _run_round(
+    bench: Bench, rows: list[Row], limit: TimeLimit, progress: Progress, estimated: Seconds, title: str, rounds: int
+) -> Round:
+    """A turn of each row; if `rounds` must end in time, rows that would not leave `rows`."""
+    begun = limit.now()
+    progress(f"{title}: matrix products")
+    rate, turns, took = bench.rate(), {}, {}
+    later = (rounds - 1) * (limit.now() - begun)  # the matrix products of the other rounds
+    while True:
+        if rounds:
+            rows[:] = trimmed(rows, took, estimated, rounds, limit.left - later)
+        row = next((row for row in rows if not row.error and row not in turns), None)
+        if row is None:
+            return rate, turns
+        start = limit.now()
+        progress(f"{title}: {row.name}, {row.case}")
+        turns[row] = bench.run(row)
+        took[row] = limit.now() - start
+
+
+def paced(run_round: Callable[[str, int], Round], settings: Settings, limit: TimeLimit) -> Iterator[tuple[str, Round]]:
+    """Runs rounds while they end in time, by the time of the round before; the first one in any case.
+
+    `run_round` gets a title; and for the first round, for which rows may be left out, how many must end in time, else 0.
+
+    Yields each with `WARM_UP` or `ROUND`; and the last warm-up once more with `COUNTED`, if no measured round ends in time.
+    """
+    last, made, measured = 0.0, None, False
+    titles = [(WARM_UP, n, settings.warmups) for n in range(settings.warmups)]
+    titles += [(ROUND, n, settings.repetitions) for n in range(settings.repetitions)]
+    for phase, number, wanted in titles:
+        rounds = 1 if phase == ROUND else 2  # a measured round comes after each warm-up
+        if made is None or limit.left >= last * rounds:
+            begun = limit.spent
+            made = run_round(f"{phase} {number + 1} of {wanted}", 0 if made else rounds)
+            last, measured = limit.spent - begun, phase == ROUND
+            yield phase, made
+    if not measured:
+        yield COUNTED, made
+
+
+def _with_bounds(rows: list[Row]) -> list[Row]:
+    """The rows, with a bound before the methods of each budget, made from the first of these that did not fail."""
+    made, seen, full = [], set(), None
+    for row in rows:
+        full = row if row.kind == FULL else full
+        if row.kind == METHOD and row.method != "none" and (row.case, row.budget) not in seen:
+            seen.add((row.case, row.budget))
+            like = [r for r in rows if (r.kind, r.case, r.budget) == (METHOD, row.case, row.budget)]
+            made.append(bound_of(full, next((r for r in like if not r.error), row)))
+        made.append(row)
+    return made
+
+
+def _blank_results(loaded: LoadedModel, settings: Settings, about: dict) -> Results:
+    notes = []
+    if not reset_peak_memory(loaded.device):
+        notes.append("peak memory is the whole process's so far: this system cannot measure it for each row")
+    if loaded.model.config.vision_config.traits.timestamps:
+        more = BEFORE_PAIR + AFTER_PAIR
+        notes.append(f"{more} tokens more for the time and the markers of each frame pair of a clip")
+    return Results(
+        model=replace(loaded.facts(), quantize="none"),
+        weights_bytes=loaded.weights_bytes,
+        env=environment(loaded.device),
+        machine={
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "processors": os.cpu_count(),
+            "cores": available_cores(),
+        },
+        settings={
+            **about,
+            **asdict(settings),
+            "budgets": [*map(plain, settings.budgets)],
+            "text_tokens": TEXT_BEFORE + TEXT_AFTER,
+        },
+        notes=notes,
+    )

@@ -1,0 +1,100 @@
+"""FlashVID (arXiv 2602.08024), the stage before the language model: attended and diverse tokens, and trees through time."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.contrib.density import fewer_neighbours, joined_peaks
+from evoprune.contrib.segments import segments, transitions
+from evoprune.methods.base import Selector
+from evoprune.methods.budget import apportion, spread
+from evoprune.methods.divprune import most_diverse
+from evoprune.methods.indices import ascending
+from evoprune.methods.ranking import closest, gathered, ranked, snap
+from evoprune.methods.settings import Cosine, Count, Share
+from evoprune.methods.types import Selection, Tokens
+
+
+@dataclass(frozen=True)
+class FlashVid(Selector):
+    name = "flashvid"
+    source = "arXiv 2602.08024, the stage before the language model"
+    needs = frozenset({"attention"})
+
+    segments: Count = 4  # the least number of segments
+    threshold: Cosine = 0.9  # of neighbouring frame pairs; below it the video is always cut
+    diverse: Share = 0.7  # share of the tokens that attention and diversity select
+    link: Cosine = 0.8  # above this, a token may be linked to one of the frame pair before
+    neighbours: Count = 7  # a density is computed from so many nearest tokens
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        shares = spread(keep, tokens.grid[0])
+        attention, x = tokens.by_pair(snap(tokens.attention)), tokens.by_pair(tokens.features.float())
+        into = torch.full_like(attention, -1, dtype=torch.int64)
+        weight = torch.ones_like(attention, dtype=torch.float32)
+        for span in segments(transitions(tokens), self.segments, self.threshold):
+            some = slice(span.start, span.stop)
+            local, weight[some] = self.condensed(attention[some], x[some], sum(shares[some]))
+            into[some] = torch.where(local < 0, -1, local + span.start * x.shape[1])
+        return gathered(into.flatten(), weight.flatten())
+
+    def condensed(self, attention: torch.Tensor, x: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which token of the segment each joins, int64 `[g, n]`, itself if it stays, -1 if it is dropped; and its weight, float32.
+
+        `attention`: `[g, n]`. `x`: `[g, n, D]`, features. `keep`: how many tokens stay.
+        """
+        pairs, per_pair = attention.shape
+        index = ascending(attention.numel(), x.device).view(pairs, per_pair)
+        into = torch.full_like(index, -1).flatten()
+        diverse = spread(math.floor(self.diverse * keep + 0.5), pairs)
+        best = torch.cat([index[g, most_diverse(x[g], count, attention[g])] for g, count in enumerate(diverse)])
+        into[best] = best
+        weight = torch.ones(len(into), dtype=torch.float32, device=x.device)
+        trees = keep - len(best)
+        if trees:
+            x, rest = x.flatten(0, 1), (into < 0).nonzero().flatten()
+            into[rest] = self.linked(F.normalize(x, dim=1), rest, rest // per_pair, len(rest) - trees)
+            size = torch.bincount(into, minlength=len(into))
+            weight = 1 / size[into].float()
+            roots = rest[into[rest] == rest]
+            if len(roots) > trees:
+                mean = torch.zeros_like(x).index_add_(0, into, x * weight[:, None])[roots]
+                into[rest] = self.merged(mean, roots, roots // per_pair, trees, into)[rest]
+        return into.view_as(index), weight.view_as(index)
+
+    def linked(self, unit: torch.Tensor, rest: torch.Tensor, pair: torch.Tensor, most: int) -> torch.Tensor:
+        """int64 `[r]`: the root of each one's tree of at most `most` links, the strongest first.
+
+        `unit`: `[n, D]`, all of the segment. `rest`, `pair`: int64 `[r]`, those to link, ascending, and their frame pairs.
+        """
+        parent, like = rest.clone(), torch.full((len(rest),), -torch.inf, dtype=torch.float32, device=unit.device)
+        last = int(pair[-1])
+        for g in range(1, last + 1):
+            before, now = rest[pair == g - 1], pair == g
+            if len(before) and now.any():
+                like[now], to = closest(unit[rest[now]], unit[before])
+                parent[now] = before[to]
+        strongest = ranked(like)[:most]
+        links = torch.zeros(len(rest), dtype=torch.bool, device=unit.device)
+        links[strongest] = like[strongest] > self.link
+        root = ascending(len(unit), unit.device)
+        for g in range(1, last + 1):  # a link leads to the frame pair before, whose roots are known by now
+            now = links & (pair == g)
+            root[rest[now]] = root[parent[now]]
+        return root[rest]
+
+    def merged(
+        self, mean: torch.Tensor, roots: torch.Tensor, pair: torch.Tensor, keep: int, into: torch.Tensor
+    ) -> torch.Tensor:
+        """`into` (int64 `[n]`, the root of each token) after trees are merged around density peaks until `keep` are left.
+
+        `mean`: `[r, D]`, of each tree. `roots`, `pair`: int64 `[r]`, its root and the root's frame pair.
+        """
+        sizes, to = torch.bincount(pair).tolist(), torch.full_like(into, -1)
+        counts = apportion(keep, sizes, sizes)
+        for own, some, count in zip(roots.split(sizes), mean.split(sizes), counts, strict=True):
+            if count:
+                to[own] = own[joined_peaks(some, count, fewer_neighbours(self.neighbours, count))]
+        return to[into]

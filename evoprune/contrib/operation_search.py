@@ -1,0 +1,221 @@
+"""One run of `evoprune tune --operations`: the order in which operations can be left out (docs/methods.md, operations).
+
+It is found by what each operation does to the output distribution. First the deepest layers lose what costs nothing, then one
+operation after the other goes. The top layer computes queries and MLP of no visual token.
+"""
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from evoprune.bench.evaluation.shared import SharedFrames
+from evoprune.bench.tuning.agreement import agreement
+from evoprune.bench.tuning.full_answers import Progress, encode
+from evoprune.bench.tuning.run import Run, Settings
+from evoprune.bench.tuning.search import BUDGETS
+from evoprune.contrib.operations import KEY, PLACE, Operations
+from evoprune.errors import UsageError
+from evoprune.methods.chain import Pipeline
+from evoprune.methods.language_plan import ALL, REST, LanguagePlan, Operation, layers_before
+from evoprune.methods.operation_plans import Recipe, Removed, closed
+from evoprune.model.config import head_size
+from evoprune.session.engine import make_engine
+from evoprune.session.options import PruneOptions
+from evoprune.session.saved import KeptRecipe, recipes
+from evoprune.text import counted
+
+STEP = 0.3 / 15  # of the loss with everything removed
+# Kinds in the order in which the authors' code tries them; of equal losses the last one goes first.
+ORDER = ("queries", "mlp", "keys")
+
+
+class Loss(NamedTuple):
+    """What a removal costs. `kl`: mean KL in nats a token. `agree`: share of tokens with the same first choice."""
+
+    kl: float
+    agree: float
+
+
+class Step(NamedTuple):
+    """Operations that go together, and the loss after them; None where that was not measured."""
+
+    operations: tuple[Operation, ...]
+    kl: float | None = None
+    agree: float | None = None
+
+
+def for_nothing(after: int, depth: int, lossless: Callable[[Removed], bool]) -> Removed:
+    """What the deepest layers can lose without a loss."""
+    removed: Removed = frozenset()
+    for group in (ALL, REST):
+        last = depth - 1
+        for kinds in (ORDER, ORDER[:2], ORDER[:1]):
+            more = [removed | {*product(range(first, depth), [group], kinds)} for first in range(depth)]
+            first = deepest(after, last, lambda first, more=more: lossless(more[first]))
+            if first is not None:
+                last, removed = first, more[first]
+            if last <= after:
+                break
+    return removed
+
+
+def deepest(low: int, high: int, passes: Callable[[int], bool]) -> int | None:
+    """The lowest of the layers from `low` to `high` that passes, by binary search; None if `high` does not."""
+    if low > high or not passes(high):
+        return None
+    return low + bisect_left(range(low, high), True, key=passes)
+
+
+def search(
+    after: int,
+    depth: int,
+    measure: Callable[[Removed], Loss],
+    found: list[Step],
+    go_on: Callable[[], bool] = lambda: True,
+) -> bool:
+    """Finds the order for a `Recipe`; `found` grows step after step.
+
+    Args:
+        measure: the loss with some operations removed.
+        go_on: whether there is time to measure more. Once there is not, the others follow by the latest measurement.
+
+    Returns whether the order is complete: not where the time was over before everything had been measured once.
+    """
+    known: dict[Removed, Loss] = {}
+
+    def loss(removed: Removed) -> Loss:
+        if removed not in known:
+            known[removed] = measure(removed)
+        return known[removed]
+
+    def add(operations: Removed, loss: Loss | None) -> None:
+        found.append(Step(tuple(sorted(operations)), *(loss or ())))
+
+    every = [*product(range(after, depth), (ALL, REST), ORDER)]
+    removed = for_nothing(after, depth, lambda removed: loss(removed).agree == 1)
+    add(removed, loss(removed))
+    step = STEP * loss(frozenset(product(range(after, depth), [ALL], ORDER))).kl
+    allowed, scores = step, {}
+    while left := [each for each in every if each not in removed and (each[0] < depth - 1 or each[2] == "keys")]:
+        for each in left:
+            if each not in scores:
+                if not go_on():
+                    return False
+                scores[each] = loss(closed(removed | {each}, depth)).kl
+        best = min(reversed(left), key=scores.__getitem__)
+        then = closed(removed | {best}, depth)
+        measured = loss(then) if go_on() else None
+        if measured and step and measured.kl > allowed:
+            allowed += step
+            scores |= {each: loss(closed(removed | {each}, depth)).kl for each in left if go_on()}
+        else:
+            add(then - removed, measured)
+            removed = then
+    return True
+
+
+@dataclass(frozen=True)
+class _Trial(Operations):
+    """Without some operations, whatever the budget."""
+
+    removed: Removed = field(default=frozenset(), metadata={"report": sorted})
+
+    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
+        return self.recipe.plan(tokens, self.removed)
+
+
+class OperationTuning(Run):
+    """Finds a recipe; of the settings `agree` and `methods` are not read. `found` is the order so far, if `complete` all of it."""
+
+    schema = "evoprune/tune-operations@1"
+
+    def __init__(self, settings: Settings, now: Callable[[], float] = time.perf_counter):
+        super().__init__(settings, now)
+        self.found: list[Step] = []
+        self.complete, self._measured = False, 0
+        self._blank: Recipe | None = None
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Raises as `Run.load`. UsageError: the language model has a single layer."""
+        super().load(progress)
+        text = self.loaded.model.config.text_config
+        after = layers_before(PLACE, text.num_hidden_layers)
+        if not after:
+            raise UsageError("a language model with one layer has no operations to leave out", "take a deeper model")
+        self._blank = Recipe(text.num_hidden_layers, after, KEY, weights(text), ())
+
+    @property
+    def has_results(self) -> bool:
+        return bool(self.found)
+
+    @property
+    def worth_saving(self) -> bool:
+        return self.complete
+
+    def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
+        """Answers in full, then searches until the order is complete or the time is over; otherwise as `Tuning.run`."""
+        made, settings, asked = self.answer(progress), self.settings, []
+        full = make_engine(self.loaded, PruneOptions(1.0, "none", seed=settings.seed))
+        for number, answers in enumerate(made):
+            progress(f"encoding video {number + 1} of {len(made)}")
+            asked.append((encode(full, answers.path, settings.sampling, SharedFrames())[0], answers.references))
+
+        def measure(removed: Removed) -> Loss:
+            self._measured += 1
+            left_out = sum(len(step.operations) for step in self.found)
+            progress(f"measurement {self._measured}, {counted(left_out, 'operation')} left out")
+            engine = replace(full, method=Pipeline(language=_Trial(recipe=self._blank, removed=removed)))
+            pruned = [(video.with_engine(engine), references) for video, references in asked]
+            each = [agreement(given, video) for video, references in pruned for given in references]
+            kl = np.concatenate([one.kl.numpy() for one in each])
+            return Loss(float(kl.mean()), sum(int(one.agrees.sum()) for one in each) / len(kl))
+
+        blank = self._blank
+        self.complete = search(blank.after, blank.depth, measure, self.found, lambda: self.left_s > 0)
+        if not self.complete:
+            note(f"{self._measured} measurements took all the time: too little to order the operations (--time-limit)")
+
+    @property
+    def recipe(self) -> Recipe:
+        return replace(self._blank, steps=tuple(step.operations for step in self.found))
+
+    def save(self) -> Path:
+        """Saves the recipe, where method `operations` finds it; returns its path. Raises UsageError: it cannot be saved."""
+        made, (_, kl, agree) = self.answering.made, map(list, zip(*self.found, strict=True))
+        counts = {"videos": len(made), "tokens": sum(full.tokens for full in made)}
+        kept = KeptRecipe(asdict(self.recipe), kl, agree, **counts, **self.kept_facts())
+        return recipes.save(self.loaded.weights_fingerprint, kept)
+
+    def document(self, error: dict | None = None) -> dict[str, Any]:
+        """The results so far, for JSON; `error` is what cut the run short."""
+        return {
+            **self.facts(),
+            "measurements": self._measured,
+            "complete": self.complete,
+            "rows": self._rows() if self.complete else [],
+            "steps": [step._asdict() for step in self.found],
+            "error": error,
+        }
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """What each budget takes of the order, and what that cost."""
+        recipe, rows = self.recipe, []
+        for budget in sorted({*(self.settings.budgets or BUDGETS)}, reverse=True):
+            removed, last = recipe.removed(budget), [Step((), 0.0, 1.0), *self.found][recipe.count(budget)]
+            share = {"budget": budget, "share": recipe.share(removed), "operations": len(removed)}
+            rows.append(share | {"kl": last.kl, "agree": last.agree})
+        return rows
+
+
+def weights(config) -> tuple[float, float, float]:
+    """What share of a layer's work on a token keys and values, queries and output, and the MLP are; `config`: a `TextConfig`."""
+    hidden, keys, queries = config.hidden_size, config.num_key_value_heads, config.num_attention_heads
+    work = 2 * hidden * head_size(config) * keys, 2 * hidden * head_size(config) * queries
+    work += (3 * hidden * config.intermediate_size,)
+    return tuple(each / sum(work) for each in work)

@@ -1,0 +1,66 @@
+"""SparseVLM (arXiv 2410.04417): the text that matters for the video rates the visual tokens; some of the dropped are recycled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from evoprune.contrib.density import joined_peaks
+from evoprune.methods.base import LanguageMethod
+from evoprune.methods.indices import ascending
+from evoprune.methods.language_plan import LanguagePlan, several_drops
+from evoprune.methods.ranking import BLOCK, gathered, ranked, relative
+from evoprune.methods.types import LayerTokens, Selection
+
+PLACES = (3 / 32, 7 / 32, 16 / 32)
+# Tokens left after each drop, of 576, from none to all; between them, the authors' for 64, 96, 128 and 192 tokens on average.
+COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110), (576, 576, 576))
+
+
+@dataclass(frozen=True)
+class SparseVlm(LanguageMethod):
+    name = "sparsevlm"
+    source = "arXiv 2410.04417, section 3"
+    default_share = (4 * 300 + 9 * 200 + 16 * 110) / (29 * 576)  # the authors' 192 tokens
+
+    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
+        def shares(place: float) -> Sequence[float]:
+            row = min(int(place * (len(COUNTS) - 1)), len(COUNTS) - 2)
+            part = place * (len(COUNTS) - 1) - row
+            return [(low + part * (high - low)) / 576 for low, high in zip(*COUNTS[row : row + 2], strict=True)]
+
+        return several_drops(depth, tokens, PLACES, shares, budget)
+
+    def select(self, tokens: LayerTokens) -> Selection:
+        if "raters" not in tokens.memory:
+            tokens.memory["raters"] = _raters(tokens.visual_embeds, tokens.text_embeds)
+        score, count = relative(tokens.attention(tokens.memory["raters"])), len(tokens.visual)
+        stay = selected(count, tokens.left)
+        order = ranked(score)
+        into = torch.full_like(order, -1)
+        into[order[:stay]] = order[:stay]
+        if means := tokens.left - stay:
+            some = order[stay : stay + recycled(count - stay)].sort().values
+            into[some] = some[joined_peaks(tokens.hidden[some], means, means)]
+        return gathered(into)
+
+
+def _raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """int64 `[q]`: the text tokens (`[Q, D]`) that rate the visual tokens (`[N, D]`)."""
+    words = text.float().T
+    weight = sum((some.float() @ words).softmax(1).sum(0) for some in visual.split(BLOCK))
+    found = (weight > weight.mean()).nonzero()[:, 0]
+    return found if len(found) else ascending(len(text), text.device)
+
+
+def recycled(dropped: int) -> int:
+    """How many of the dropped tokens merge."""
+    return int(dropped * 0.3) + 1
+
+
+def selected(count: int, left: int) -> int:
+    """How many of `count` tokens stay as they are, so that with the means of the others `left` remain; all, if there is no room."""
+    for stay in range(left - 1, 0, -1):
+        if stay + recycled(count - stay) // 10 + 1 <= left:
+            return stay
+    return left

@@ -1,0 +1,1 @@
+"""What a CPU computes its own way: packed and 8-bit layers, threads, and how precise sums are."""

@@ -1,0 +1,330 @@
+"""Prunes videos, and pictures if asked to, inside a Hugging Face model, on the inputs of its own processor.
+
+    with evoprune.EvoPrune(budget=0.1)(model) as run:
+        out = model.generate(**inputs)
+    run.report
+
+The package encodes them. It then calls the model's own `generate` or `forward` without the columns of pruned tokens. What
+`generate` returns starts with the whole prompt again, and callbacks that receive ids see the whole prompt. Text is never
+pruned. Flash and flex attention take no mask of numbers, so under them every token weighs as one unit.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import torch
+
+from evoprune import methods
+from evoprune.errors import UsageError
+from evoprune.hf import interface
+from evoprune.hf.call_report import LatestCalls, call_report
+from evoprune.hf.columns import Columns, with_whole_prompt, with_whole_prompts
+from evoprune.hf.encoding import encode_with, patch_method
+from evoprune.hf.inputs import PAST, Past, continued, find_visuals, remember, why_not, without_pruned
+from evoprune.hf.packed_tower import INT8, PackedTower
+from evoprune.hf.patches import INNER, Patches, end_of
+from evoprune.keywords import brief, check_types, documented, names_options, option
+from evoprune.methods.budget import DEFAULT, TUNED, parse_budget
+from evoprune.model.cost import Clock
+from evoprune.report.records import Report
+from evoprune.session.loading.weights import model_fingerprint
+from evoprune.session.options import PruneOptions, check_tuned
+from evoprune.session.saved import Tuned, resolve
+
+METHODS = ("generate", "forward")  # of the model, that are replaced
+SWITCH = "this object only says how long the model prunes"
+
+
+def _settings_alone(init: Callable) -> Callable:
+    """Decorates `PruningContext.__init__`: a model among the settings is an error that says where it belongs."""
+
+    @wraps(init)
+    def checked(self, *args, **given) -> None:
+        for model in (*args, *given.values()):
+            if isinstance(model, torch.nn.Module):
+                hint = "first the settings, then the model: EvoPrune(budget=0.1)(model)"
+                raise UsageError(f"an object of class {type(model).__name__} is no setting", hint)
+        init(self, *args, **given)
+
+    return checked
+
+
+@dataclass(frozen=True)
+class PruningContext:
+    """Settings of pruning. Called with a model, it returns the context in which that model prunes.
+
+    Users reach it as `evoprune.EvoPrune`.
+
+    Raises:
+        UsageError: a bad budget, method or `positions`, or a method that resizes frames or reads the question; called with a
+            model and a budget of "tuned": there is no setting for it.
+        TypeError: an unknown option.
+    """
+
+    budget: float | str = option(
+        DEFAULT,
+        "Share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset; or tuned, for the method "
+        "and the budget that were tuned for the model's weights (`evoprune tune`).",
+    )
+    method: str = option(methods.DEFAULT, "Name of a pruning method.")
+    method_args: dict[str, Any] | None = option(None, "Settings of the method, by name.")
+    positions: Literal["host", "qwen"] = option(
+        "host",
+        "host gives each token the position that the model itself gives it, so that budget 1.0 is the model's own output; qwen "
+        "starts the text after a video at the end of the video's time, as Qwen trained its models (`language.prompt`).",
+    )
+    seed: int = option(0, "Seed of methods that draw at random.")
+    pack: bool | Literal["int8"] = option(
+        False,
+        "On a CPU, copies of the tower's linear layers in the order in which products read them make videos faster to encode "
+        "(`huggingface.packed_tower`). They last as long as the context and take as many bytes again as the layers themselves: 1.2 "
+        "GiB at 3B in bfloat16. int8: copies in 8 bits, twice as fast as float32 and less exact, 0.6 GiB. The model itself does "
+        "not change.",
+    )
+    pictures: bool = option(
+        False, "Prune pictures too, each to the same share of its tokens. Otherwise they stay whole."
+    )
+
+    def __post_init__(self):
+        if self.budget != TUNED:
+            parse_budget(self.budget)
+        check_types(self)
+        check_tuned(self.budget, self.method, self.method_args)
+        patch_method(self.method, self.method_args)
+        if self.positions not in ("host", "qwen"):
+            raise UsageError(f"positions {self.positions!r} are not known", "host or qwen")
+        if not isinstance(self.pack, bool) and self.pack != INT8:
+            raise UsageError(
+                f"pack is {brief(self.pack)}, not True, False or {INT8!r}", "leave it out to change nothing"
+            )
+
+    def __call__(self, model) -> "PrunedModel":
+        """The context for a with-block, at whose beginning pruning starts. Raises ModelError: not a model of `interface.MODELS`."""
+        return PrunedModel(model, self)
+
+    def __enter__(self) -> NoReturn:
+        raise UsageError(f"{self} has no model yet", "with evoprune.EvoPrune(budget=0.1)(model) as run: ...")
+
+    def __exit__(self, *_) -> None:
+        """Needed for a with-block to call `__enter__`."""
+
+
+PruningContext.__init__ = _settings_alone(names_options(PruningContext.__init__))  # written by `dataclass`
+PruningContext.__doc__ = documented(PruningContext.__doc__, [PruningContext])
+# What users call it, in a help page, its repr and a traceback. A method has the name EvoPrune as well.
+PruningContext.__module__, PruningContext.__name__, PruningContext.__qualname__ = "evoprune", "EvoPrune", "EvoPrune"
+
+
+@names_options
+def apply(model, *, settings: PruningContext) -> "PrunedModel":
+    """Prunes inside `model` from now on, until `remove()` of the result or `evoprune.remove(model)` is called.
+
+    Raises:
+        ModelError: not a model of a supported class (`interface.MODELS`).
+        UsageError: bad settings, the model is pruned already, or its tower cannot be packed.
+        TypeError: an unknown option.
+    """
+    return settings(model).__enter__()
+
+
+def remove(model) -> None:
+    """Ends the pruning of `model`, whatever began it; does nothing if it is not pruned. See `PrunedModel.remove`.
+
+    `model` may be what `apply` returned. Raises ModelError: not a model of a supported class (`interface.MODELS`).
+    """
+    model = model.model if isinstance(model, PrunedModel) else model
+    interface.check_class(model)
+    if end := end_of(model, METHODS):
+        end()
+
+
+class PrunedModel:
+    """A model that prunes videos, from entering the context (or `apply`) to leaving it (or `remove`).
+
+    `generate` and direct calls of the model work as before, on shorter prompts. A direct call returns logits of the columns that
+    are left (`columns`). Later calls may use the caches; their ids and masks count the whole prompt. Several threads may call the
+    model at the same time.
+
+    Calls below the model itself, as of `model.model`, `model.model.visual` or `model.get_video_features`, are the model's own:
+    nothing is pruned in them.
+
+    `labels` and `shift_labels` lose the same columns as the prompt, so models can be trained on pruned prompts.
+
+    Refused with UsageError: videos or pictures that follow `past_key_values`. Where a budget below 1.0 prunes, these are refused,
+    too: `inputs_embeds` beside a video, videos that are encoded already, packed sequences, gradients of the tower, and arguments
+    with a value per column that neither the processor makes nor are labels. With nothing to prune and `positions="host"`, the
+    model's own code runs such calls. Hooks on modules of the tower see nothing, or the rows of this package; a warning names them.
+
+    `settings` have plain values in the place of a budget of "tuned".
+    """
+
+    def __init__(self, model, settings: PruningContext):
+        interface.check_class(model)
+        interface.tower_of(model)
+        interface.accept_features(model)
+        self._tuned: Tuned | None = None
+        if settings.budget == TUNED:
+            name, weights = model.name_or_path or None, partial(model_fingerprint, model)
+            pruning, self._tuned = resolve(PruneOptions(TUNED), name, weights)
+            settings = replace(settings, budget=pruning.budget, method=pruning.method)
+        self.model, self.settings, self._packed = model, settings, None
+        self._method = patch_method(settings.method, settings.method_args)
+        self._share = parse_budget(settings.budget)
+        self._latest = LatestCalls()
+        runs = dict(zip(METHODS, (self._generate, self._forward), strict=True))
+        self._patches = Patches(model, runs, self.remove)
+
+    def __repr__(self) -> str:
+        state = "active" if self._patches.active else "not active"
+        budget = self._method.reported_budget(self._share)  # 1.0 for a method that prunes nothing
+        return f"<PrunedModel: {self.settings.method} at budget {budget:g}, {state}>"
+
+    if not TYPE_CHECKING:  # a type checker would believe that every name is there
+
+        def __getattr__(self, name: str):
+            problem = f"{type(self).__name__!r} object has no attribute {name!r}"
+            known = hasattr(vars(self).get("model"), name)
+            raise AttributeError(f"{problem}; take model.{name}: {SWITCH}" if known else problem)
+
+        def __call__(self, *_, **__):
+            raise TypeError(f"call the model itself: {SWITCH}")
+
+    @property
+    def report(self) -> Report:
+        """Of the latest call: tokens before and after pruning, rows of every layer, live share, milliseconds.
+
+        Each thread reads the report of its own latest call; a thread that has made none, that of all threads' latest. The report is
+        empty before the first call. It is empty, and says why, if pruning is not active, and after a call without a video or one
+        that the model's own code ran.
+        A call that continues from the cache of a pruned prompt leaves the report as it is.
+        """
+        latest, _ = self._latest.get()
+        if latest.pruning.method is None and not latest.warnings and not self._patches.active:
+            return Report(warnings=["not_active"])
+        return latest
+
+    @property
+    def columns(self) -> Columns | None:
+        """Which columns of the prompt are left, of the call whose `report` this is; None where that is empty."""
+        return self._latest.get()[1]
+
+    def __enter__(self) -> "PrunedModel":
+        pack = self.settings.pack
+        packed = self._packed or (PackedTower(self.model.model.visual, pack) if pack else None)
+        self._patches.install()
+        self._packed = packed
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Restores the model; does nothing the second time.
+
+        What other code has put on top of `generate` or `forward` since (a compiled forward, a hook of accelerate) stays, and runs
+        the model's own methods. A `generate` that runs in another thread ends as it began.
+        """
+        self._patches.remove()
+        self._packed = None
+
+    def _forward(self, stock: Callable, call: dict) -> Any:
+        inside = call.get(INNER)
+        call = {name: value for name, value in call.items() if name != INNER}
+        past = None
+        if inside is None:
+            call, past = self._without_pruned(call, generating=False)
+        sizes = getattr(inside or past, "sizes", None)
+        if sizes is not None and interface.takes_numbers(self.model):
+            call = interface.with_cluster_bias(self.model, call, sizes)
+        out = stock(**call)
+        remember(past, out if isinstance(out, tuple) else out.to_tuple())
+        return out
+
+    @torch.no_grad()
+    def _generate(self, stock: Callable, call: dict) -> Any:
+        if call.get("input_ids") is None and call.get("inputs") is not None:
+            call = call | {"input_ids": call["inputs"], "inputs": None}
+        clock = Clock(self.model.device)
+        start = clock.now()
+        with self._patches.outer_call():
+            if interface.is_assistant(call):
+                call = call | {INNER: _Inside()}
+            if call.get(INNER) is not None:
+                return stock(**call)
+            pruned, past = self._without_pruned(call, generating=True)
+            if past is None:
+                return stock(**pruned | {INNER: _Inside()})
+            report = self.report
+            remember(past, (call.get("past_key_values"),))  # before the run, which a callback may end
+            out = stock(**with_whole_prompts(self.model, call, pruned) | {INNER: _Inside(past.sizes)})
+        remember(past, (getattr(out, "past_key_values", None),))
+        if self._prunes(call):
+            report.time_ms.total = (clock.now() - start) * 1000
+        prompt, places = call["input_ids"], pruned["input_ids"].shape[1]
+        if isinstance(out, torch.Tensor):
+            return with_whole_prompt(prompt, places, out)
+        out.sequences = with_whole_prompt(prompt, places, out.sequences)
+        return out
+
+    @torch.compiler.disable  # in a compiled `forward`, only the model's own code is worth compiling
+    def _without_pruned(self, call: dict, generating: bool) -> tuple[dict, Past | None]:
+        """The call without pruned columns, and the `Past` of its cache; the call itself and None if nothing is pruned."""
+        cache = call.get("past_key_values")
+        length = 0 if cache is None else int(cache.get_seq_length())
+        if self._prunes(call):
+            if length:
+                hint = "pass the whole conversation without them"
+                raise UsageError("a video cannot go on from past_key_values", hint)
+            as_host = self.settings.positions == "host" or call.get("position_ids") is not None
+            optional = as_host and not self._method.acts_at(self._share)
+            if (reason := why_not(self.model, call, generating, optional)) is None:
+                return self._prune(call, generating)
+            if not optional:
+                raise reason
+            self._latest.set(Report(warnings=["own_code"]))
+            return call, None
+        past = getattr(cache, PAST, None)
+        if past is None or not length:  # an emptied cache takes a new prompt, which is whole
+            why = "pictures_only" if interface.has_picture(call) else "no_video"
+            self._latest.set(Report(warnings=[why]))
+            if past is not None:
+                delattr(cache, PAST)
+            return call, None
+        past = past.held(length)
+        return continued(self.model, call, past, length, generating), past
+
+    def _prunes(self, call: dict) -> bool:
+        return interface.has_video(call) or (self.settings.pictures and interface.has_picture(call))
+
+    def _prune(self, call: dict, generating: bool) -> tuple[dict, Past]:
+        """Encodes the videos of a call, and the pictures that are pruned; returns as `_without_pruned`."""
+        settings, visual, packed = self.settings, interface.tower_of(self.model), self._packed
+        visuals = find_visuals(self.model, call, settings.pictures)
+        interface.warn_of_hooks(visual)
+        clock = Clock(visual.patch_embed.proj.weight.device)
+        with clock.stage("encode"):
+            tower = visual if packed is None else packed.current()
+            given = visuals.pixels, visuals.grids, self._share, self._method
+            encoded = encode_with(tower, *given, seconds_per_pair=visuals.seconds, seed=settings.seed)
+        pruned, past = without_pruned(self.model, call, visuals, encoded, settings.positions, generating)
+        named = (settings.method, self._method, self._share, settings.positions)
+        report = call_report(self.model, call, pruned, visuals, encoded, *named)
+        report.memory.weights_bytes += packed.nbytes if packed else 0
+        report.pruning.tuned = self._tuned.origin if self._tuned else None
+        report.time_ms.encode = clock.seconds["encode"] * 1000
+        report.time_ms.encode_prune = encoded.prune_seconds * 1000
+        self._latest.set(report, past.columns)
+        return pruned, past
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """What `generate` says in each call of `forward` that it makes: that its columns are the ones to read."""
+
+    sizes: torch.Tensor | None = None  # float32 `[B, C]`, the cluster sizes of the prompt's columns; None for 1
+
+    def __deepcopy__(self, _) -> None:
+        """None: `generate` hands copies of its arguments to an assistant model, whose `forward` need not know this one."""
+        return None

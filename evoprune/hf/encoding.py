@@ -1,0 +1,162 @@
+"""The pruned encoder on a Hugging Face model's weights and its processor's output."""
+
+from collections.abc import Sequence
+from math import isfinite
+from numbers import Real
+from typing import Any
+
+import torch
+
+from evoprune import methods
+from evoprune.errors import UsageError, names_plugins
+from evoprune.hf import interface
+from evoprune.keywords import names_options
+from evoprune.methods.budget import DEFAULT, keep_tokens, parse_budget
+from evoprune.methods.chain import Pipeline
+from evoprune.model.config import vision_sizes
+from evoprune.model.numerics import all_numbers
+from evoprune.video.plan import InputLimits
+from evoprune.vision.encoded import Encoded, joined
+from evoprune.vision.encoder import encode as encode_video
+from evoprune.vision.tower import tower_shape
+
+PROCESSOR = (
+    "pass pixel_values_videos and video_grid_thw of one call of the processor (return_tensors='pt'), in this order"
+)
+
+
+@names_options
+def encode(
+    model,
+    pixel_values_videos: torch.Tensor,
+    video_grid_thw: torch.Tensor,
+    *,
+    budget: float | str = DEFAULT,
+    method: str = methods.DEFAULT,
+    method_args: dict[str, Any] | None = None,
+    question: torch.Tensor | None = None,
+    seconds_per_pair: float | Sequence[float] = 1.0,
+    seed: int = 0,
+) -> Encoded:
+    """Runs the vision tower of `model` on one or several videos and prunes each to `budget`.
+
+    The tower's layers obey torch's autocast, as in the model's own forward; tokens are chosen in float32.
+
+    Args:
+        model: a Hugging Face `Qwen3VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration` or
+            `Qwen2VLForConditionalGeneration`, or any object with such a tower at `model.visual`.
+        pixel_values_videos: float `[patches, values]`, from the model's processor; of pictures its `pixel_values`. Reuse takes them
+            to be normalised by Qwen's own mean and deviation.
+        video_grid_thw: int64 `[videos, 3]`, from the processor: frame pairs, and patches down and across; of pictures its
+            `image_grid_thw`.
+        budget: share of the visual tokens to keep, a number in (0, 1] or the name of a preset; 1.0 gives the tower's own output.
+        method, method_args: name of a pruning method, and its settings by name.
+        question: `[Q, hidden]`, `model.get_input_embeddings()` of the question's tokens, for methods that read the question.
+        seconds_per_pair: time between frame pairs in seconds, one number or one per video (the processor's `second_per_grid_ts`).
+        seed: for methods that draw at random.
+
+    Returns `Encoded`. Its `kept` and `owner` number the units over all videos, in the order of the video's placeholder tokens.
+
+    Raises:
+        UsageError: a bad budget or method, a method that resizes frames, a method that reads the question if there is none, or
+            inputs of another type, dtype or shape, or that do not fit one another.
+        ModelError: the model has no such tower.
+    """
+    share, chosen = parse_budget(budget), patch_method(method, method_args, has_question=question is not None)
+    how = {"question": question, "seconds_per_pair": seconds_per_pair, "seed": seed}
+    return encode_with(interface.tower_of(model), pixel_values_videos, video_grid_thw, share, chosen, **how)
+
+
+@names_plugins()
+def encode_with(
+    visual,
+    pixel_values_videos: torch.Tensor,
+    video_grid_thw: torch.Tensor,
+    share: float,
+    method: Pipeline,
+    *,
+    question: torch.Tensor | None = None,
+    seconds_per_pair: float | Sequence[float] = 1.0,
+    seed: int = 0,
+) -> Encoded:
+    """As `encode`, with a tower, a share of the tokens and a method that are known to fit."""
+    _check_videos(visual, pixel_values_videos, video_grid_thw)
+    _check_question(visual, question)
+    merge = visual.config.spatial_merge_size
+    grids = [(t, h // merge, w // merge) for t, h, w in video_grid_thw.tolist()]
+    sizes = [t * h * w * merge**2 for t, h, w in grids]
+    seconds = _seconds_of(seconds_per_pair, len(grids))
+    tower, normal = tower_shape(visual), InputLimits(**vision_sizes(visual.config).traits.video).normal
+    videos = []
+    for patches, grid, step in zip(pixel_values_videos.split(sizes), grids, seconds, strict=True):
+        plan = method.plan(tower, grid, keep_tokens(share, grid))
+        how = {"question": question, "seconds_per_pair": step, "seed": seed, "normal": normal}
+        videos.append(encode_video(visual, [patches], plan, **how))
+    return joined(videos)
+
+
+def patch_method(name: str, args: dict[str, str] | None, has_question: bool = False) -> Pipeline:
+    """The method `name`, which must be able to work on a processor's patches.
+
+    Raises UsageError: there is no such method or setting, it resizes frames, or it reads the question and there is none.
+    """
+    found = methods.parse(name, args)
+    if found.acts == "input":
+        hint = "use VideoQA, or shrink the video first"
+        raise UsageError(f"method {name} acts on frames, and these are patches", hint)
+    if found.language:
+        works = found.before.name if found.before.members else "evoprune"
+        hint = f"use VideoQA or the command line; here {works} works"
+        raise UsageError(f"method {name} acts inside the language model, which is not pruned here", hint)
+    if found.reads_question and not has_question:
+        what, instead = found.reading
+        hint = f"pass question=... to evoprune.encode, use VideoQA, or {instead}"
+        raise UsageError(f"{what}, and it is not known here", hint)
+    return found
+
+
+def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
+    """Raises UsageError unless patches and grids are a processor's, and fit one another and the tower `visual`."""
+    width, merge = visual.patch_embed.proj.weight[0].numel(), visual.config.spatial_merge_size
+    good = isinstance(pixels, torch.Tensor) and pixels.is_floating_point() and pixels.shape[1:] == (width,)
+    if not good:
+        raise UsageError(f"pixel_values_videos are {_what(pixels)}, not floating-point [patches, {width}]", PROCESSOR)
+    good = isinstance(grids, torch.Tensor) and not (grids.is_floating_point() or grids.dtype == torch.bool)
+    if not (good and grids.ndim == 2 and grids.shape[1] == 3):
+        raise UsageError(f"video_grid_thw are {_what(grids)}, not int64 [videos, 3]", PROCESSOR)
+    shapes = grids.tolist()
+    if any(min(shape) < 1 or shape[1] % merge or shape[2] % merge for shape in shapes):
+        raise UsageError(f"video_grid_thw {shapes} are not (T, H, W), H and W in multiples of {merge}", PROCESSOR)
+    if not shapes or int(grids.prod(1).sum()) != len(pixels):
+        raise UsageError(f"{len(pixels)} patches do not fit video_grid_thw {shapes}", PROCESSOR)
+    if not all_numbers(pixels.detach()):
+        raise UsageError("pixel_values_videos hold NaN or infinity", "look at what the processor was given")
+
+
+def _seconds_of(seconds: float | Sequence[float], videos: int) -> list[float]:
+    """Seconds per pair of each video. Raises UsageError: neither a number nor one for each video, or one that is no time."""
+    if hasattr(seconds, "tolist"):  # a tensor or array
+        seconds = seconds.tolist()
+    each = list(seconds) if isinstance(seconds, list | tuple) else [seconds] * videos
+    numbers = all(isinstance(x, Real) and not isinstance(x, bool) and isfinite(x) and x >= 0 for x in each)
+    if not numbers or len(each) != videos:
+        hint = "pass the processor's second_per_grid_ts"
+        raise UsageError(f"seconds_per_pair {seconds!r} are not one number, or one for each of {videos} videos", hint)
+    return each
+
+
+def _check_question(visual, question: torch.Tensor | None) -> None:
+    """Raises UsageError: neither None nor floating-point `[Q, hidden]`, as wide as the tokens of `visual`, and Q at least 1."""
+    if question is None:
+        return
+    width = vision_sizes(visual.config).out_hidden_size
+    good = isinstance(question, torch.Tensor) and question.is_floating_point() and question.ndim == 2
+    if not (good and len(question) and question.shape[1] == width):
+        hint = "pass model.get_input_embeddings()(ids), ids being the question's tokens as a tensor of one dimension"
+        raise UsageError(f"the question is {_what(question)}, not floating-point [tokens, {width}]", hint)
+
+
+def _what(value) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"of type {type(value).__name__}"

@@ -1,0 +1,341 @@
+"""Every property of Hugging Face's Qwen3-VL, Qwen2.5-VL and Qwen2-VL on which this package relies, except their weights.
+
+tests/hf/test_interface.py checks them, and fails if a release of transformers changes one.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import wraps
+from importlib.metadata import version
+from inspect import signature
+
+import torch
+
+from evoprune.errors import ModelError, UsageError
+from evoprune.language.prompt import VisualSpan, prompt_positions
+from evoprune.methods.indices import ascending
+from evoprune.model.config import check_vision, vision_sizes
+
+SUPPORTED = (
+    "supported are transformers' Qwen3VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration and "
+    "Qwen2VLForConditionalGeneration; take it out of what wraps it (PEFT: get_base_model(), torch.compile: _orig_mod)"
+)
+# The classes of supported models, and of their towers.
+MODELS = ("Qwen3VL", "Qwen2_5_VL", "Qwen2VL")
+TOWERS = ("Qwen3VLVisionModel", "Qwen2_5_VisionTransformerPretrainedModel", "Qwen2VisionTransformerPretrainedModel")
+# Arguments of `forward` for videos and pictures. It must not get them once those are encoded.
+VISION_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "pixel_values", "image_grid_thw")
+# The argument that replaces them: a dict with the results of `get_video_features` and `get_image_features`. Their
+# `pooler_output` is a list of features `[tokens, hidden]`, one for each video or picture. transformers before 5.18 has no such
+# argument (`encoded_inputs`).
+ENCODED = "mm_encoder_outputs"
+NEEDED = "transformers 5.20 or later"  # where an older one does not do
+# Of layers, where a config names no kinds; then the model takes one mask in place of a dict.
+ONLY_KIND = "full_attention"
+# Other arguments with a value per column, beside input_ids, attention_mask and position_ids, and their values at padding.
+PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100, "shift_labels": -100}
+
+
+def check_class(model) -> None:
+    """Raises ModelError unless `model` is of a supported class."""
+    if not _is_one_of(model, [f"{name}ForConditionalGeneration" for name in MODELS]):
+        raise ModelError(f"an object of class {type(model).__name__} cannot be pruned", SUPPORTED)
+
+
+def tower_of(model):
+    """The vision tower of a Hugging Face model, or of a `model.weights.QwenVL`.
+
+    Raises ModelError: the model has no tower of a supported family, the tower has another structure, its weights are
+    offloaded, or an adapter changes a module that is not called.
+    """
+    from evoprune.model.weights import Tower
+
+    visual = getattr(getattr(model, "model", None), "visual", None)
+    if not (isinstance(visual, Tower) or _is_one_of(visual, TOWERS)):
+        what = f"an object of class {type(model).__name__}"
+        raise ModelError(f"{what} has no vision tower of Qwen3-VL, Qwen2.5-VL or Qwen2-VL", SUPPORTED)
+    try:
+        check_vision(vision_sizes(visual.config))
+    except ValueError as problem:
+        raise ModelError(f"the vision tower of this model cannot be run: {problem}", SUPPORTED) from problem
+    if visual.patch_embed.proj.weight.is_meta:
+        raise ModelError("the vision tower's weights are offloaded", "load the model with its tower on a device")
+    for name, module in visual.named_modules():
+        # Only linear layers are called. Of other modules the weights are read, so one that wraps them would go unnoticed.
+        if not isinstance(getattr(module, "base_layer", None), torch.nn.Linear | None):
+            hint = "merge it (PEFT: merge_and_unload), or leave this module out of its target_modules; linear layers may have one"
+            raise ModelError(f"an adapter on {name} of the vision tower would not run", hint)
+    return visual
+
+
+def _is_one_of(x, names: Sequence[str]) -> bool:
+    """Whether an object is of a class of transformers with one of these names, or of a class made from it."""
+    return any(kind.__name__ in names and kind.__module__.startswith("transformers.") for kind in type(x).__mro__)
+
+
+# Of a video or picture: `[tokens, hidden]`; and `[n, tokens, hidden]` of DeepStack, or None.
+Features = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class _Features(torch.Tensor):
+    """Features of videos in the place of their pixels."""
+
+
+def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequence[Features] | None = None) -> dict:
+    """Arguments of `forward` and `generate` for videos that are encoded already, and for the pictures of the call.
+
+    Before transformers 5.18 the features take the place of the pixels, in grids of one row: generation repeats them for beams, and
+    passes them on to the first step only. `model`: after `accept_features`. `pictures`: None where the model is to encode them.
+
+    Raises UsageError before transformers 5.18: prefill in chunks, which leaves videos out; encoded pictures.
+    """
+    if not takes_encoded(model):
+        if pictures is not None:
+            raise _older("encoded pictures")
+        videos = [features for features, _ in videos]
+        if setting(model, call, "prefill_chunk_size") is not None:
+            hint = f"unset it, or use {NEEDED}"
+            raise UsageError("prefill_chunk_size leaves videos out in this transformers", hint)
+        pictures = {name: call[name] for name in ("pixel_values", "image_grid_thw") if call.get(name) is not None}
+        grids = torch.tensor([[1, 1, len(features)] for features in videos], dtype=torch.int64, device=videos[0].device)
+        return pictures | {"pixel_values_videos": torch.cat(videos).as_subclass(_Features), "video_grid_thw": grids}
+    found = dict(call.get(ENCODED) or {})
+    if videos:
+        found["video"] = _output(videos)
+    if pictures is not None:
+        found["image"] = _output(pictures)
+    elif call.get("pixel_values") is not None:
+        found["image"] = model.get_image_features(call["pixel_values"], call["image_grid_thw"], return_dict=True)
+    return {ENCODED: found}
+
+
+def _output(visuals: Sequence[Features]):
+    """What `get_video_features` returns: lists of features, and of each DeepStack layer a list of them."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    features, inner = zip(*visuals, strict=True)
+    if inner[0] is None:
+        return BaseModelOutputWithPooling(pooler_output=list(features))
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+    of_layers = [list(layer) for layer in zip(*inner, strict=True)]
+    return BaseModelOutputWithDeepstackFeatures(pooler_output=list(features), deepstack_features=of_layers)
+
+
+def accept_features(model) -> None:
+    """Lets the class of `model.model` read the features of `encoded_inputs` before transformers 5.18, once and for all.
+
+    Raises UsageError before that: a model with DeepStack (Qwen3-VL), whose features are of several layers.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    kind = type(model.model)
+    stock = kind.get_video_features
+    if takes_encoded(model) or hasattr(stock, "returns_features"):
+        return
+    if getattr(model.config.vision_config, "deepstack_visual_indexes", None):
+        raise _older("encoded videos of Qwen3-VL")
+
+    @wraps(stock)
+    def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
+        if not isinstance(pixel_values_videos, _Features):
+            return stock(self, pixel_values_videos, video_grid_thw, **kwargs)
+        features = pixel_values_videos.as_subclass(torch.Tensor)
+        return BaseModelOutputWithPooling(pooler_output=features.split(video_grid_thw.prod(-1).tolist()))
+
+    get_video_features.returns_features = True
+    kind.get_video_features = get_video_features
+
+
+def takes_encoded(model) -> bool:
+    """Whether the model takes videos that are encoded already; before transformers 5.18 none does."""
+    return ENCODED in signature(type(model).forward).parameters
+
+
+def _older(what: str) -> UsageError:
+    return UsageError(f"transformers {version('transformers')} takes no {what}", f"use {NEEDED}")
+
+
+def takes_numbers(model) -> bool:
+    """Whether the language model's attention takes a mask of numbers that are added to its logits."""
+    return model.config.text_config._attn_implementation in ("eager", "sdpa")
+
+
+def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.Size, torch.dtype]:
+    """The masks that the layers of the language model, with eager or sdpa attention, make of a call's `attention_mask`.
+
+    That may be `[B, columns]`, None, or ready: `[B, 1, L, keys]`, or a dict of those. Returns for each type of layer (`ONLY_KIND`
+    where the config names none) `[B, 1, L, keys]`: bool for sdpa, True where a key is seen; numbers for eager, the lowest where it
+    is not. Then the shape (B, L) of the call's columns and their dtype.
+    """
+    from transformers import masking_utils
+
+    config, ids = model.config.text_config, call.get("input_ids")
+    embeds = call.get("inputs_embeds")
+    if embeds is None:  # only its shape, dtype and device are read
+        embeds = torch.empty(*ids.shape, 0, dtype=model.get_input_embeddings().weight.dtype, device=ids.device)
+    given, masks = call.get("attention_mask"), {}
+    for kind in dict.fromkeys(getattr(config, "layer_types", None) or [ONLY_KIND]):
+        ready = given.get(kind) if isinstance(given, dict) else given
+        if ready is None or ready.ndim == 2:
+            make = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
+            ready = make(config, embeds, ready, call.get("past_key_values"), allow_is_causal_skip=False)
+        masks[kind] = ready
+    return masks, embeds.shape[:2], embeds.dtype
+
+
+def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
+    """The call of `forward`, with `position_ids`, in which log(size) is added to the attention logits of each column.
+
+    In this project's own decoder, `language.decoder.forward` adds it. Here the model's own layers run, and the bias is part of the
+    call's attention mask, so that layers computed again for the gradient (checkpointing) see the same, and other threads do not.
+
+    `model`: `takes_numbers`. `sizes`: float32 `[B, C]`, of the prompt's columns; later ones have size 1. If the call has n * B rows
+    (beams), each row of `sizes` applies to n neighbouring rows.
+    """
+    masks, shape, dtype = attention_masks(model, call)
+    kinds, cache = getattr(model.config.text_config, "layer_types", None), call.get("past_key_values")
+    bias, weighted = sizes.log().repeat_interleave(shape[0] // len(sizes), 0), {}
+    for kind, mask in masks.items():
+        # The first key that such layers see is above 0 where a cache with a sliding window has dropped some.
+        first = cache.get_mask_sizes(shape[1], (kinds or [ONLY_KIND]).index(kind))[1] if cache is not None else 0
+        end = first + mask.shape[-1]
+        of_keys = torch.nn.functional.pad(bias, (0, max(0, end - bias.shape[1])))[:, None, None, first:end]
+        if mask.dtype == torch.bool:
+            # Minus infinity, as sdpa has it for such a mask: a row that sees no key is then zero. The lowest finite number would
+            # make it the mean of all values, of later columns too.
+            weighted[kind] = torch.where(mask, of_keys.to(mask.device, dtype), -torch.inf)
+        else:
+            # Adding to a masked entry could overflow to minus infinity. In eager attention a row of those would be NaN.
+            seen = mask > torch.finfo(mask.dtype).min / 2
+            weighted[kind] = torch.where(seen, mask + of_keys.to(mask.device, mask.dtype), mask)
+    alone = list(weighted) == [ONLY_KIND] and not hasattr(model.config.text_config, "layer_types")
+    return call | {"attention_mask": weighted[ONLY_KIND] if alone else weighted}
+
+
+def warn_of_hooks(visual) -> None:
+    """Warns of modules of the tower with forward hooks of other code than transformers, which marks inputs for gradients."""
+    hooks = [
+        name or "visual"
+        for name, module in visual.named_modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if not (getattr(hook, "__module__", None) or "").startswith("transformers.")
+    ]
+    if hooks:
+        named = ", ".join(hooks[:4]) + (f" and {len(hooks) - 4} others" if len(hooks) > 4 else "")
+        what = f"hooks on the vision tower see nothing, or rows of evoprune, while the model prunes: {named}"
+        warnings.warn(f"{what}; take what evoprune.encode returns, or remove the pruning first", stacklevel=3)
+
+
+def has_video(call: dict) -> bool:
+    """Whether a call brings a video, as the processor's patches or encoded."""
+    return call.get("pixel_values_videos") is not None or (call.get(ENCODED) or {}).get("video") is not None
+
+
+def has_picture(call: dict) -> bool:
+    """Whether a call brings a picture, as the processor's patches or encoded."""
+    return call.get("pixel_values") is not None or (call.get(ENCODED) or {}).get("image") is not None
+
+
+def is_assistant(call: dict) -> bool:
+    """Whether a call of `generate` drafts tokens for another model, whose prompt and encoded videos it gets."""
+    return bool(getattr(call.get("generation_config"), "is_assistant", False))
+
+
+def setting(model, call: dict, name: str):
+    """A generation setting as `generate` finds it: in its arguments, then in the given config, then in the model's own."""
+    for config in (call.get("generation_config"), model.generation_config):
+        if call.get(name) is None and getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return call.get(name)
+
+
+def pad_id(model, call: dict) -> int:
+    pad, ends = setting(model, call, "pad_token_id"), setting(model, call, "eos_token_id")
+    return next(_ids(x)[0] for x in (pad, ends, 0) if x is not None)
+
+
+def _ids(setting: int | Sequence[int] | torch.Tensor) -> list[int]:
+    """The ids in a setting, which `generate` accepts as a number, a list or a tensor."""
+    return torch.as_tensor(setting, dtype=torch.int64, device="cpu").flatten().tolist()
+
+
+def inferred_mask(model, call: dict) -> torch.Tensor:
+    """The mask that `generate` infers if none is given, int64 `[B, L]`: 0 at the pad id, unless that is an end-of-text id too."""
+    ids, pad, ends = call["input_ids"], setting(model, call, "pad_token_id"), setting(model, call, "eos_token_id")
+    is_end = ends is not None and pad in _ids(ends)
+    return torch.ones_like(ids) if pad is None or is_end else ids.ne(pad).long()
+
+
+def text_positions(mask: torch.Tensor) -> torch.Tensor:
+    """int64 `[B, L]`: the running number of each token in its row, from 0; 0 at padding."""
+    return (mask.long().cumsum(1) - 1).masked_fill(mask == 0, 0)
+
+
+def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bool) -> torch.Tensor:
+    """The model's own positions of a prompt's columns: int64 `[4, B, L]` as in `generate`, or `[3, B, L]` as in `forward`."""
+    known = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    given = {name: call.get(name) for name in known} | {"attention_mask": mask}
+    if not has_clock(model):  # there is no such argument then
+        del given["second_per_grid_ts"]
+    ids = call["input_ids"]
+    if generating:
+        return model._prepare_position_ids_for_generation(ids, given)
+    positions = model.model.compute_3d_position_ids(input_ids=ids, inputs_embeds=None, past_key_values=None, **given)
+    if positions is None:
+        positions = ascending(ids.shape[1], ids.device)
+    return positions.expand(3, *ids.shape)
+
+
+def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor:
+    """The positions of a prompt's columns by Qwen's rule (`language.prompt`), int64 `[3, B, L]`."""
+    ids = call["input_ids"]
+    per_second = vision_sizes(model.config.vision_config).tokens_per_second
+    positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
+    rows = torch.ones_like(ids) if mask is None else mask
+    for row, (used, found) in enumerate(zip(rows.cpu().bool(), visual_spans(model, call, mask), strict=True)):
+        spans = [span for spans, _ in found for span in spans]
+        positions[:, row, used] = prompt_positions(int(used.sum()), spans, per_second)
+    return positions.to(ids.device)
+
+
+def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tuple[list[VisualSpan], bool]]]:
+    """For each row of a prompt its videos and pictures, in order: the runs of each, and whether it is a video, without padding."""
+    ids, grids = call["input_ids"].cpu(), [call.get(name) for name in ("video_grid_thw", "image_grid_thw")]
+    videos, images = (iter([] if each is None else each.tolist()) for each in grids)
+    seconds = iter(seconds_per_pair(call))
+    rows = torch.ones_like(ids) if mask is None else mask.cpu()
+    return [list(_spans(model.config, ids[row, used.bool()], videos, images, seconds)) for row, used in enumerate(rows)]
+
+
+def has_clock(model) -> bool:
+    """Whether positions follow a video's time in seconds; in Qwen2-VL they count frame pairs, in Qwen3-VL text says the time."""
+    return vision_sizes(model.config.vision_config).tokens_per_second is not None
+
+
+def seconds_per_pair(call: dict) -> Sequence[float]:
+    """Seconds from frame pair to frame pair, one for each video; 1 if the call does not state them, as in Qwen2.5-VL."""
+    seconds, grids = call.get("second_per_grid_ts"), call.get("video_grid_thw")
+    if grids is None:
+        return []
+    return [1.0] * len(grids) if seconds is None else [float(x) for x in seconds]
+
+
+def _spans(
+    config, ids: torch.Tensor, videos: Iterator, images: Iterator, seconds: Iterator[float]
+) -> Iterator[tuple[list[VisualSpan], bool]]:
+    """The videos and pictures of one row, in order: the runs of each, and whether it is a video; a picture is one frame pair."""
+    at, merge = 0, config.vision_config.spatial_merge_size
+    apart = vision_sizes(config.vision_config).traits.timestamps
+    tokens = (ids == config.video_token_id) | (ids == config.image_token_id)
+    while len(found := tokens[at:].nonzero()):
+        at += int(found[0])
+        is_video = int(ids[at]) == config.video_token_id
+        t, h, w = next(videos if is_video else images)
+        second, runs = next(seconds) if is_video else 1.0, t if is_video and apart else 1
+        spans = []
+        for _ in range(runs):
+            at += int(tokens[at:].nonzero()[0])
+            spans.append(VisualSpan(at, (t // runs, h // merge, w // merge), second))
+            at += spans[-1].tokens
+        yield spans, is_video

@@ -1,0 +1,106 @@
+"""What a Hugging Face processor makes of videos, pictures and a question, without torchvision.
+
+Files are read, frames taken and resized as in `VideoQA`. So its answers and those of a model that you hold are about the same
+pixels.
+"""
+
+from collections.abc import Sequence
+from contextlib import closing
+from os import PathLike
+
+import torch
+from transformers import BatchFeature
+
+from evoprune.keywords import from_keywords
+from evoprune.language.prompt import Prompt, build_prompt
+from evoprune.language.tokenizer import load_tokenizer
+from evoprune.model.config import VisionConfig
+from evoprune.session.encoding import patches_of
+from evoprune.session.inputs import paths_of
+from evoprune.session.loading.found import find_model
+from evoprune.session.options import ModelOptions, SamplingOptions
+from evoprune.session.planning import prompt_subtitles, subtitles_of
+from evoprune.session.prompting import check_not_empty, input_times
+from evoprune.video.frames import choose_decoder, read_frames
+from evoprune.video.info import PICTURE, VIDEO, check_one_file, check_picture
+from evoprune.video.plan import InputLimits, Plan, make_plan
+from evoprune.video.probe import probe
+from evoprune.vision.preprocess import normalised
+
+NAMES = {VIDEO: ("pixel_values_videos", "video_grid_thw"), PICTURE: ("pixel_values", "image_grid_thw")}
+TYPES = {PICTURE: 1, VIDEO: 2}  # of the tokens, in `mm_token_type_ids`
+
+
+def processor_inputs(
+    model: str | PathLike,
+    inputs: str | PathLike | Sequence[str | PathLike],
+    question: str,
+    *,
+    system: str | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    **sampling,
+) -> BatchFeature:
+    """The arguments of `model.generate` for a question about videos and pictures, as the model's processor would make them.
+
+    Args:
+        model: "demo", "demo-scenes", a folder or a hub id: whose tokenizer, and limits of videos and pictures. No weights are read.
+        inputs: a video or a picture, or several, in the order in which the model reads them.
+        question: taken literally. `system`: a system prompt; None for the model's own.
+        revision, offline: of the model, see `VideoQA.load`.
+        sampling: options of `VideoQA.encode`: `fps`, `frames`, `start_s`, `end_s`, `max_frames`, `max_visual_tokens` (default:
+            24,576), `frame_rate`, `decoder`, `subtitles`, `max_subtitle_tokens`.
+
+    Returns one prompt, on the CPU; `.to(device)` moves it. int64 `[1, L]` "input_ids", "attention_mask" and
+    "mm_token_type_ids"; of videos float32 `[patches, values]` "pixel_values_videos", int64 `[videos, 3]` "video_grid_thw", and
+    for Qwen2.5-VL float32 `[videos]` "second_per_grid_ts"; of pictures "pixel_values" and "image_grid_thw" in the same way.
+
+    Raises:
+        VideoError: an input is missing, unreadable or empty. ModelError: the model is missing, of another kind, or its chat
+            template cannot be used. UsageError: an option that makes no sense. TypeError: an unknown option.
+    """
+    (options,) = from_keywords(sampling, SamplingOptions)
+    check_not_empty(question)
+    paths = paths_of(inputs)
+    check_one_file(options.subtitles, len(paths))
+    found = find_model(ModelOptions(model, revision, device="cpu", offline=offline))
+    tokenizer, limits = load_tokenizer(found.folder), found.limits
+    infos, read = [probe(path, folder_fps=options.frame_rate) for path in paths], []
+    for info, wanted in zip(infos, options.of_each(infos), strict=True):
+        check_picture(info, options.subtitles)
+        read.append(make_plan(info, limits[info.kind], **wanted.numbers))
+    lines = options.subtitles, options.max_subtitle_tokens
+    said = [(plan.kind, prompt_subtitles(tokenizer, plan.info, plan.sampling, *lines)) for plan in read]
+    counts = [(plan.kind, plan.visual_tokens) for plan in read]
+    vision, pair = found.config.vision_config, limits[VIDEO].temporal_patch_size
+    texts = {"subtitles": subtitles_of(said), "times": [input_times(vision, plan, pair) for plan in read]}
+    prompt = build_prompt(tokenizer, question, counts, system=system, **texts)
+    return BatchFeature(arguments(prompt, read, limits, vision, options.decoder))
+
+
+def arguments(
+    prompt: Prompt, read: Sequence[Plan], limits: dict[str, InputLimits], vision: VisionConfig, decoder: str = "auto"
+) -> dict[str, torch.Tensor]:
+    """The same for a prompt, what is looked at of its inputs, and the limits and the tower's config of a model."""
+    ids = prompt.input_ids
+    types = torch.zeros_like(ids)
+    for place, plan in zip(prompt.places, read, strict=True):
+        types[place.columns] = TYPES[plan.kind]
+    made = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "mm_token_type_ids": types[None]}
+    patches: dict[str, list[torch.Tensor]] = {VIDEO: [], PICTURE: []}
+    for plan in read:
+        chosen = choose_decoder(decoder, plan.info)
+        with closing(read_frames(plan.source, plan.sampling.times_s, decoder=chosen)) as chunks:
+            made_of = (patches_of(each.frames, plan, limits[plan.kind], torch.device("cpu")) for each in chunks)
+            patches[plan.kind] += [normalised(pixels, *limits[plan.kind].normal) for pixels in made_of]
+    for kind, (pixels, grids) in NAMES.items():
+        if not patches[kind]:
+            continue
+        merge = limits[kind].merge_size
+        shapes = [(plan.grid[0], plan.grid[1] * merge, plan.grid[2] * merge) for plan in read if plan.kind == kind]
+        made |= {pixels: torch.cat(patches[kind]), grids: torch.tensor(shapes, dtype=torch.int64, device="cpu")}
+    if patches[VIDEO] and vision.tokens_per_second is not None:  # the processor of another model does not say
+        pair = limits[VIDEO].temporal_patch_size
+        seconds = [plan.sampling.seconds_per_pair(pair) for plan in read if plan.kind == VIDEO]
+        made["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device="cpu")
+    return made

@@ -1,0 +1,1 @@
+"""Live video: sources that end when they want, windows of time, the memory of a stream."""

@@ -1,0 +1,100 @@
+"""Which operations of the language model can be left out for visual tokens, in which order: a recipe. Plain integers, no tensors.
+
+An operation is (layer, group, kind). The groups are all visual tokens, and the rest: those that are not among the most important.
+Leaving out one of all leaves out that of the rest. A token without an operation keeps its state of before.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain, product
+
+from evoprune.methods.budget import keep_count
+from evoprune.methods.language_plan import ALL, KINDS, REST, Drop, Groups, LanguagePlan, Operation
+
+Removed = frozenset[Operation]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Operations in the order in which they are left out. Raises ValueError: a value that cannot be."""
+
+    depth: int  # layers of the language model
+    after: int  # layers that compute everything. Behind them the tokens are put into groups.
+    key: float  # share of the visual tokens that are not among the rest
+    weights: tuple[float, ...]  # share of a layer's work on a token that each of `KINDS` is
+    steps: tuple[tuple[Operation, ...], ...]  # what is left out at each step; together all that can be
+
+    def __post_init__(self):
+        if not (1 <= self.after <= self.depth and 0 < self.key < 1):
+            raise ValueError("after must be from 1 to depth, and key a share")
+        if len(self.weights) != len(KINDS) or min(self.weights) <= 0:
+            raise ValueError(f"weights must be {len(KINDS)} numbers above 0")
+        if wrong := [each for each in chain(*self.steps) if tuple(each) not in self._every]:
+            raise ValueError(f"there is no operation {[*wrong[0]]}")
+
+    @property
+    def _every(self) -> list[Operation]:
+        return [*product(range(self.after, self.depth), (ALL, REST), sorted(KINDS))]
+
+    @property
+    def digest(self) -> str:
+        """Twelve digits that name this recipe in reports."""
+        return sha256(repr(self).encode()).hexdigest()[:12]
+
+    def count(self, budget: float) -> int:
+        """The fewest steps that leave at most `budget` (in (0, 1]) of the work; all if none do."""
+        fits = (count for count in range(len(self.steps)) if self.share(chain(*self.steps[:count])) <= budget)
+        return next(fits, len(self.steps))
+
+    def removed(self, budget: float) -> Removed:
+        """The operations of those steps."""
+        return frozenset(chain(*self.steps[: self.count(budget)]))
+
+    def share(self, removed: Iterable[Operation]) -> float:
+        """The share of the work on visual tokens that is left in the layers behind `after`; attention is not counted."""
+        weight, sizes = dict(zip(KINDS, self.weights, strict=True)), {ALL: self.key, REST: 1 - self.key}
+        work, gone = {each: weight[each[2]] * sizes[each[1]] for each in self._every}, self._gone(removed)
+        left = sum(own for each, own in work.items() if each not in gone)
+        # Rounded, so that what leaves a quarter by the sum of many shares fits into a budget of a quarter.
+        return round(left / sum(work.values()), 9) if work else 1.0
+
+    def plan(self, tokens: int, removed: Iterable[Operation]) -> LanguagePlan:
+        """The plan for so many visual tokens. A group that no later layer reads leaves for good."""
+        gone, key = self._gone(removed), keep_count(self.key, tokens)
+        if not gone:
+            return LanguagePlan(self.depth, tokens, ())
+        end, rest_end = (_last_keys(gone, group, self.depth) + 1 for group in (ALL, REST))
+        drops = [Drop(rest_end, key)] if rest_end < end and key < tokens else []
+        drops += [Drop(end, 0)] if end < self.depth else []
+        looks = sorted({self.after, *(drop.after for drop in drops)})
+        return LanguagePlan(self.depth, tokens, tuple(drops), looks=tuple(looks), groups=Groups(key, gone))
+
+    def _gone(self, removed: Iterable[Operation]) -> Removed:
+        """What is not computed: `closed`, and all but keys in a group's last layer of keys, unless that is the top layer.
+
+        That one computes queries and MLP of the last position alone. They count as computed, as they do with other methods.
+        """
+        gone = set(closed(removed, self.depth))
+        for group in (ALL, REST):
+            last = _last_keys(gone, group, self.depth)
+            useless = {(last, group, kind) for kind in KINDS if kind != "keys"}
+            if last == self.depth - 1:
+                gone -= useless
+            elif last >= self.after:
+                gone |= useless
+        return frozenset(gone)
+
+
+def closed(removed: Iterable[Operation], depth: int) -> Removed:
+    """`removed`, with those of the rest where those of all are, and with what nothing reads behind a group's last keys."""
+    made = set(removed)
+    made |= {(layer, REST, kind) for layer, group, kind in made if group == ALL}
+    for group in (ALL, REST):
+        made |= {*product(range(_last_keys(made, group, depth) + 1, depth), [group], KINDS)}
+    return frozenset(made)
+
+
+def _last_keys(removed: Collection[Operation], group: str, depth: int) -> int:
+    """The last layer that computes a group's keys; `depth` if none does."""
+    return max((layer for layer in range(depth) if (layer, group, "keys") not in removed), default=depth)

@@ -1,0 +1,194 @@
+"""Functions that rank tokens, and that score, match and merge pairs of rows, in strips of rows. Ties go by index everywhere."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.backend.greedy import BLOCK, snap
+from evoprune.methods.indices import ascending, true_indices
+from evoprune.methods.types import Selection
+
+HELD = 1 << 22  # scores held at a time (16 MiB), or one row of each group if that is more
+ALL = slice(None)
+
+
+def ranked(score: torch.Tensor) -> torch.Tensor:
+    """int64 `[n]`: indices of `score` (`[n]`) from the highest to the lowest; ties by index."""
+    return score.argsort(descending=True, stable=True)
+
+
+def highest(score: torch.Tensor, count: int) -> torch.Tensor:
+    """int64 `[count]`: indices of the `count` highest of `score` (`[n]`), ascending; ties to the lower index."""
+    return ranked(score)[:count].sort().values
+
+
+def relative(score: torch.Tensor) -> torch.Tensor:
+    """The logarithm of `score` (at least 0), rounded: scores that differ by less than a ten-thousandth of themselves are ties."""
+    return snap(score.log())
+
+
+def scaled(score: torch.Tensor) -> torch.Tensor:
+    """`score` scaled linearly to reach from 0 to 1; all 0 if it is the same everywhere."""
+    low, high = score.min(), score.max()
+    return (score - low) / torch.where(high > low, high - low, torch.ones_like(high))
+
+
+def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 `[n]`, the greatest cosine of each row of `unit` (`[n, d]`) to one of `others` (`[m, d]`); int64 `[n]`, its index.
+
+    All rows are of length one, and m is at least 1. Ties go to the lower index.
+    """
+    found = [snap(some @ others.T).max(1) for some in unit.split(BLOCK)]
+    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+
+
+def of_pairs(kept: Iterable[torch.Tensor], per_pair: int) -> Selection:
+    """The selection of what each frame pair keeps: for each the places, int64, ascending, of its `per_pair`."""
+    return Selection(torch.cat([places + pair * per_pair for pair, places in enumerate(kept)]))
+
+
+def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selection:
+    """The selection in which each unit joins the unit `into` (int64 `[N]`); a unit stays if it joins itself, -1 drops it.
+
+    `weight`, float32 `[N]`, is the weight of each unit in its mean; None for equal weights.
+    """
+    stays = into == ascending(len(into), into.device)
+    number = stays.cumsum(0) - 1
+    return Selection(stays.nonzero().flatten(), torch.where(into < 0, -1, number[into]), weight)
+
+
+def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
+    """float32 `[N]`: the weight of each unit in the mean that it joins; `into` as in `gathered`.
+
+    A unit that n others join has weight max(1 / (n + 1), `least`), and the n share the rest evenly; alone it has weight 1.
+    """
+    stays = into == ascending(len(into), into.device)
+    others = torch.bincount(into[(into >= 0) & ~stays], minlength=len(into))[into.clamp(min=0)]
+    own = torch.where(others > 0, (1 / (others + 1).float()).clamp(min=least), 1.0)
+    return torch.where(stays, own, (1 - own) / others.clamp(min=1))
+
+
+def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """int64 `[n]`: how many of the same `group` (int64 `[n]`, from 0) come before each token in `order` (int64 `[n]`)."""
+    order, size = order[group[order].argsort(stable=True)], torch.bincount(group)
+    before = (size.cumsum(0) - size)[group[order]]
+    return torch.empty_like(order).index_copy_(0, order, ascending(len(order), order.device) - before)
+
+
+def strips(groups: int, rows: int) -> list[slice]:
+    """The strips of `groups` padded groups of `rows` rows whose scores `[groups, strip, rows]` are at most `HELD`."""
+    step = max(1, HELD // max(1, groups * rows))
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def unit_features(x: torch.Tensor) -> torch.Tensor:
+    """float32 `[R, 4 * d]`: keys or queries (`[R, 4, heads, d]`) as the mean over heads, with the four patches joined."""
+    return x.float().mean(2).flatten(1)
+
+
+def similarity(features: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
+    """Cosines `[B, m, n]` of the m `rows` of features `[B, n, D]` to all rows of their group; 0 for a zero vector."""
+    unit = F.normalize(features.float(), dim=-1)
+    return unit[:, rows] @ unit.transpose(1, 2)
+
+
+def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, rows: slice = ALL) -> torch.Tensor:
+    """`[B, m]`: mean `cosine` (`[B, m, n]`) of the m `rows` to their nearest `valid` others (bool `[B, n]`); 1 for an only row."""
+    n = cosine.shape[2]
+    index = ascending(n, cosine.device)
+    others = valid[:, None, :] & valid[:, rows, None] & (index[rows, None] != index)
+    count = others.sum(-1).clamp(max=neighbours)
+    nearest = cosine.masked_fill(~others, -torch.inf).topk(min(neighbours, n), dim=-1).values
+    total = nearest.masked_fill(nearest.isinf(), 0).sum(-1)
+    return torch.where(count > 0, total / count.clamp(min=1), 1.0)
+
+
+def relative_attention(received: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Attention received (`[B, n]`) divided by the highest of the group: `[B, n]` in [0, 1], 0 at padding."""
+    top = received.masked_fill(~valid, 0).amax(1, keepdim=True)
+    return torch.where(valid, received / top.clamp(min=1e-12), 0)
+
+
+def composite_score(
+    cosine: torch.Tensor,
+    density: torch.Tensor | None,
+    attention: torch.Tensor | None,
+    diversity_weight: float,
+    attention_weight: float,
+    rows: slice = ALL,
+) -> torch.Tensor:
+    """`[B, m, n]`: EvoPrune's score of merging two rows (arXiv 2603.03681), with the row to be absorbed in dimension 1.
+
+        S_ij = s_ij - w_div * max(1 - d_i, 1 - d_j) - w_att * max(a_i, a_j)
+
+    s: `cosine` `[B, m, n]` of the m `rows`, from `similarity`; d: local density `[B, n]` (rows unlike all others should not merge);
+    a: relative attention `[B, n]`. d and a are None if their weights are zero.
+    """
+    score = cosine
+    if diversity_weight:
+        unlike = 1 - density
+        score = score - diversity_weight * torch.maximum(unlike[:, rows, None], unlike[:, None, :])
+    if attention_weight:
+        score = score - attention_weight * torch.maximum(attention[:, rows, None], attention[:, None, :])
+    return score
+
+
+def alternate(valid: torch.Tensor, first: int = 1) -> torch.Tensor:
+    """The sources of a round, bool `[B, n]`: every second row of each group, from row `first` (0 or 1), may merge into another."""
+    return (ascending(valid.shape[1], valid.device) % 2 == first) & valid
+
+
+def best_partners(
+    score: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[B, m]`: the highest `score` (`[B, m, n]`) of each source (bool `[B, m]`) with a destination (bool `[B, n]`), else -inf.
+
+    And int64 `[B, m]`, the index of that destination. Ties go to the lower index.
+    """
+    allowed = source[:, :, None] & destination[:, None, :]
+    return tuple(score.masked_fill(~allowed, -torch.inf).max(2))
+
+
+def match(
+    best: torch.Tensor, partner: torch.Tensor, source: torch.Tensor, last: torch.Tensor, remove: torch.Tensor
+) -> torch.Tensor:
+    """int64 `[B, n]`: the row that each row merges into, its own index if it stays. Sources of highest score merge first.
+
+    `best`, `partner`: `[B, n]`, from `best_partners`, of all rows; `source`: bool `[B, n]`; `last`: bool `[B, n]`, critical rows,
+    which merge only after all other sources; `remove`: int64 `[B]`, how many sources merge, all of them if there are fewer.
+    """
+    b, n = source.shape
+    # The order: sources by score, then critical sources, then all other rows. The stable sorts give ties to the lower index.
+    order = best.argsort(dim=1, descending=True, stable=True)
+    late = (last & source).gather(1, order).to(torch.int8) + 2 * (~source).gather(1, order).to(torch.int8)
+    order = order.gather(1, late.argsort(dim=1, stable=True))
+    rank = torch.empty_like(order).scatter_(1, order, ascending(n, source.device).expand(b, n))
+    goes = source & (rank < torch.minimum(remove, source.sum(1))[:, None])
+    return torch.where(goes, partner, ascending(n, source.device))
+
+
+def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: int, moves: int) -> torch.Tensor:
+    """`[rows, ...]`, in the dtype of `x`: the size-weighted mean, in float32, of each row that stays and those that merge into it.
+
+    Args:
+        x, size, into: `[R, ...]`; int64 `[R]`, cluster sizes; int64 `[R]`, the row that each row merges into, itself if it stays.
+        rows: how many stay, or more: then the last rows are padding without meaning.
+        moves: upper bound of the rows that merge.
+    """
+    goes = into != ascending(len(into), into.device)
+    stays = ~goes
+    kept, moved = true_indices(stays, rows), true_indices(goes, moves)
+    out, before = x[kept], size[kept]
+    to = (stays.cumsum(0) - 1).clamp(max=rows - 1)[into[moved]]
+    # Padding in `moved` weighs nothing.
+    added = torch.where(ascending(moves, into.device) < goes.sum(), size[moved], 0)
+    after = before.index_add(0, to, added)
+    # If several rows merge into one, one of their slots in `total` holds the sum. Any of them will do: all start from the same row.
+    place = torch.empty_like(before).scatter_(0, to, ascending(moves, into.device))[to]
+    grown = (after > before)[to]  # other rows must stay exactly as they are
+    one = (-1, *[1] * (x.ndim - 1))
+    total = out[to].float().mul_(torch.where(grown, before[to], 1).view(one))
+    total.index_add_(0, place, x[moved].float().mul_(added.view(one)))
+    out[to] = total.div_(torch.where(grown, after[to], 1).view(one)).to(x.dtype)[place]
+    return out

@@ -1,0 +1,165 @@
+"""The selection: farthest points over features and time inside tubes, and the clusters that they make.
+
+A video is cut into *tubes*: neighbouring units of some frame pairs. In each tube the units are selected one after another, each the
+farthest from those before it, and that distance is a unit's radius. The K units of the largest radii are selected. The radii do not
+depend on K, and no shape depends on values: backend/selection.py has a form for each kind of device. The distance is how much two
+units differ, in features and in time:
+
+    d(i, j) = |p_i - p_j|^2 / 2 + alpha / 2 * salience_j^2 * |t_i - t_j|
+
+Unit i is selected and unit j is a candidate. p is a unit's feature minus the mean over all units of the clip, with every
+channel divided by its standard deviation, and all divided by the length of the longest (results/geometry.md). t runs from 0 to 1
+over the clip. salience_j = |p_j|^2: the more a thing stands out, the more it counts as new at another time.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from evoprune.backend.devices import to_device
+from evoprune.backend.selection import nearest_selected, standard_places, tube_radii
+from evoprune.methods.budget import spread
+from evoprune.methods.encoder_plan import Grid
+from evoprune.methods.indices import ascending
+
+ALPHA = 1.5
+DIMENSIONS = 128  # of the projected features
+UNPROJECTED = 512  # up to this number of rows, features are not projected
+STEPS = 16384  # of distances in one; equal rows are at distance 0, equal distances are ties
+TUBE_UNITS = 256  # a tube has about so many units, of at most `TUBE_PAIRS` frame pairs
+TUBE_PAIRS = 16
+GOLDEN = (5**0.5 - 1) / 2
+
+
+@dataclass(frozen=True)
+class Points:
+    """The N units of a video as points with distances, in whole steps; E rows represent them."""
+
+    grid: Grid
+    row: torch.Tensor  # int64 [N], the row of each unit, -1 for none
+    time: torch.Tensor  # float32 [N], from 0 to 1
+    place: torch.Tensor  # float32 [E, d], at most about sqrt(STEPS) long; distances are approximate if it is projected
+    half: torch.Tensor  # float32 [E], half of the squared length of each place
+    salience: torch.Tensor  # float32 [E], from 0 to 1; all 0 if all features are equal
+    weight: torch.Tensor  # float32 [E], of time: alpha / 2 * salience^2, in steps
+
+
+def points_of(rows: torch.Tensor, owner: torch.Tensor, grid: Grid, alpha: float) -> Points:
+    """The points of one video: `rows`, `owner`, `grid` as in `Tokens`; `alpha`, the weight of time."""
+    place, salience = places_and_salience(rows, owner)
+    place = place * math.sqrt(STEPS)
+    time, _, _ = grid_tables(grid, str(owner.device))
+    return Points(grid, owner, time, place, place.square().sum(1) / 2, salience, STEPS * alpha / 2 * salience**2)
+
+
+def places_and_salience(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where rows are in the space of the distance, at most about 1 long, and `salience` of `Points`; of equal features, equal.
+
+    A row counts as often as it represents a unit.
+    """
+    project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > UNPROJECTED  # otherwise projection saves nothing
+    return standard_places(rows, owner, to_device(_projection(rows.shape[1]), rows.device) if project else None, STEPS)
+
+
+@lru_cache(maxsize=8)
+def _projection(width: int) -> torch.Tensor:
+    """float32 `[width, DIMENSIONS]`: orthogonal columns in random directions that keep squared lengths to about an eighth."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    normal = torch.randn(width, DIMENSIONS, generator=generator, dtype=torch.float32, device="cpu")
+    return torch.linalg.qr(normal).Q * math.sqrt(width / DIMENSIONS)
+
+
+def farthest_points(
+    points: Points, keep: int, *, within: float = 0.0, least: int = 1, floor: float = 0.0
+) -> torch.Tensor:
+    """int64 `[K]`, ascending: `keep` units of one video, or as many as it takes until every unit is near a selected one.
+
+    Of units with the same radius those come first that are even over time and over each frame pair: they are all that is selected
+    where nothing differs, as in a black video.
+
+    Args:
+        within: stop before `keep` once no unit is farther than this from a selected one, and `least` are selected; 0 for never. It
+            reads the radii, which waits for a GPU.
+        floor: share of its even part of `keep` that each frame pair gets first, before units are selected among all.
+
+    Raises ValueError: `keep` is not from 1 to the number of units.
+    """
+    units = len(points.row)
+    if not 1 <= keep <= units:
+        raise ValueError(f"cannot select {keep} of {units} units")
+    if keep == units and not within:
+        return ascending(units, points.row.device)
+    _, turn, tubes = grid_tables(points.grid, str(points.row.device))
+    first = (points.salience * (STEPS / 2)).round_()
+    needed = units if floor else keep  # a frame pair's share may lie beyond the first `keep` of the clip
+    radii = tube_radii(points.place, points.half, points.weight, first, points.row, points.time, tubes, needed)
+    if within:
+        keep = max(min(least, keep), min(keep, int((radii > within * STEPS).sum())))
+    order = radii.long() * units + turn
+    if floor:
+        order = _first_of_each_pair(order, points.grid, keep, floor)
+    return order.topk(keep).indices.sort().values
+
+
+def assign_clusters(points: Points, kept: torch.Tensor) -> torch.Tensor:
+    """int64 `[N]`: the index in `kept` (from `farthest_points`) of the selected unit nearest to each unit; -1 for one without row.
+
+    Ties go to the lower index. A selected unit is its own.
+    """
+    return nearest_selected(points.place, points.half, points.weight, points.row, points.time, kept)
+
+
+def _first_of_each_pair(order: torch.Tensor, grid: Grid, keep: int, floor: float) -> torch.Tensor:
+    """`order` (int64 `[N]`, higher first) with the first units of each frame pair before all others: `floor` times its part."""
+    pairs, places = grid[0], grid[1] * grid[2]
+    counts = torch.tensor([math.floor(floor * part) for part in spread(keep, pairs)], dtype=torch.int64, device="cpu")
+    rank = order.view(pairs, places).argsort(1, descending=True).argsort(1)
+    before = (rank < to_device(counts, order.device)[:, None]).flatten() & (order >= 0)
+    return torch.where(before, order + (1 << 60), order)
+
+
+@lru_cache(maxsize=32)
+def grid_tables(grid: Grid, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What depends on the grid alone: of each unit its time, float32 `[N]`, and its turn among equals, int64 `[N]`; and its tubes.
+
+    The time runs from 0 to 1. The turn is a different number from 0 to N - 1, higher first. Tubes: int64 `[B, L]`, their units,
+    ascending; N is padding.
+    """
+    pairs, places = grid[0], grid[1] * grid[2]
+    time = (torch.arange(pairs, dtype=torch.float32, device="cpu") / max(1, pairs - 1)).repeat_interleave(places)
+    # One place of each frame pair in each round. The places of a pair follow each other in an order of which any stretch covers the
+    # frame evenly, and pairs start far apart in it.
+    far_apart = torch.arange(pairs, dtype=torch.float64, device="cpu") * GOLDEN % 1
+    begin = (far_apart * places).long()
+    rounds = (_scattered(grid[1], grid[2]) - begin[:, None]) % places
+    turn = pairs * places - 1 - (rounds * pairs + far_apart.argsort().argsort()[:, None]).flatten()
+    return tuple(to_device(x, torch.device(device)) for x in (time, turn, _tubes(grid)))
+
+
+def _tubes(grid: Grid) -> torch.Tensor:
+    """int64 `[B, L]`: the units of each tube, ascending, padded with N. Along each side of the grid tubes are about equally long.
+
+    Where there is little time, the square is larger.
+    """
+    count = -(-grid[0] // TUBE_PAIRS)
+    pairs = -(-grid[0] // count)
+    side = max(1, math.isqrt(TUBE_UNITS // pairs))
+    cuts = [count, -(-grid[1] // side), -(-grid[2] // side)]
+    of = [torch.arange(n, dtype=torch.int64, device="cpu") * cut // n for n, cut in zip(grid, cuts, strict=True)]
+    tube = ((of[0][:, None] * cuts[1] + of[1])[:, :, None] * cuts[2] + of[2]).flatten()
+    size = torch.bincount(tube)
+    order = tube.argsort(stable=True)
+    rank = ascending(len(tube), "cpu") - (size.cumsum(0) - size).repeat_interleave(size)
+    tubes = torch.full((len(size), int(size.max())), len(tube), dtype=torch.int64, device="cpu")
+    tubes[tube[order], rank] = order
+    return tubes
+
+
+def _scattered(height: int, width: int) -> torch.Tensor:
+    """int64 `[height * width]`: the order in which a low-discrepancy sequence (Roberts's R2) first visits the places."""
+    n, step = torch.arange(1, 8 * height * width + 1, dtype=torch.float64, device="cpu"), 1.324717957244746
+    visits = (n / step % 1 * height).long() * width + (n / step**2 % 1 * width).long()
+    first = torch.full((height * width,), len(n), dtype=torch.int64, device="cpu")
+    return first.scatter_reduce(0, visits, ascending(len(n), "cpu"), "amin").argsort(stable=True).argsort()

@@ -1,0 +1,192 @@
+"""The inputs and results of pruning methods: small frozen dataclasses over tensors."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from hashlib import blake2b
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.backend.selection import mean_rows
+from evoprune.methods.indices import ascending
+
+HELD = 1 << 24  # attention weights that are held at a time
+
+
+def generator_seed(seed: int) -> int:
+    """The seed for torch's CPU generator, which takes the low 32 bits alone: below 2**32 as it is, else a hash of all its bits."""
+    digest = blake2b(str(seed).encode(), digest_size=4).digest()
+    return seed if 0 <= seed < 2**32 else int.from_bytes(digest)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A video as a selector sees it, after the encoder or between two of its layers (docs/methods.md, the contract).
+
+    What the method did not declare in `needs` or `reads_question` raises TypeError.
+    """
+
+    rows: torch.Tensor  # [E, D], ordered by unit; one for each unit, unless some units were not encoded
+    owner: torch.Tensor  # int64 [N], the row that represents each unit, -1 for none
+    grid: tuple[int, int, int]  # (T, H, W) in units
+    seconds_per_pair: float = 1.0  # from one frame pair to the next
+    seed: int = 0  # for what is drawn at random, as `generator_seed` makes it
+    # float32 "attention" [E], "keys" [E, 4 d], "middle" [E, D] and "question" [Q, D], as far as declared
+    given: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self):
+        object.__setattr__(self, "seed", generator_seed(self.seed))
+
+    def copied(self) -> "Tokens":
+        """The same tokens in memory of their own."""
+        given = {name: value.clone() for name, value in self.given.items()}
+        return replace(self, rows=self.rows.clone(), owner=self.owner.clone(), given=given)
+
+    @cached_property
+    def features(self) -> torch.Tensor:
+        """`[N, D]`: the feature of each unit, in raster order, frame pair after frame pair."""
+        return self._of_units(self.rows)
+
+    @property
+    def normalised(self) -> torch.Tensor:
+        """float32 `[N, D]`: the features, each divided by its length; zeros stay zeros."""
+        return F.normalize(self.features.float(), dim=1)
+
+    def by_pair(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` (`[N, ...]`) as `[T, H * W, ...]`: frame pair by frame pair."""
+        return x.view(self.grid[0], -1, *x.shape[1:])
+
+    @cached_property
+    def attention(self) -> torch.Tensor:
+        """float32 `[N]`: the attention that each unit receives in its frame pair, in the tower's last full-attention layer.
+
+        It is the mean over heads and queries, summed over the unit's patches, times the units of a frame pair: 1 is an even share.
+        """
+        return self._of_units(self._given("attention"))
+
+    @cached_property
+    def keys(self) -> torch.Tensor:
+        """float32 `[N, 4 d]`: the key of each unit in the same layer, before rotary: the mean over heads, four patches joined."""
+        return self._of_units(self._given("keys"))
+
+    @cached_property
+    def middle(self) -> torch.Tensor:
+        """float32 `[N, D]`: the mean of each unit's states after the layers from 7/32 to 23/32 of the tower, merged to units."""
+        return self._of_units(self._given("middle"))
+
+    @property
+    def question(self) -> torch.Tensor:
+        """float32 `[Q, D]`: the language model's embeddings of the question's tokens, without the rest of the prompt."""
+        return self._given("question")
+
+    def _given(self, name: str) -> torch.Tensor:
+        if name not in self.given:
+            missing = "`reads_question`" if name == "question" else f'"{name}" in its `needs`'
+            raise TypeError(f"there is no {name} here: the method must declare {missing}")
+        return self.given[name]
+
+    def _of_units(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if len(rows) == len(self.owner) else rows[self.owner]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tokens that a selector keeps. Each token has the position of its unit."""
+
+    kept: torch.Tensor  # int64 [K], the kept units, ascending
+    # int64 [N], the index in `kept` of the token whose mean each unit joins, a kept unit its own; -1 for none. None: no means
+    owner: torch.Tensor | None = None
+    weight: torch.Tensor | None = None  # float32 [N], of each unit in that mean, above 0 for kept ones; None for equal
+    size: torch.Tensor | None = None  # float32 [K]: the language model's attention adds log(size); None for 1 each
+    # Where a unit joins several tokens: int64 [m] indices into `kept`, int64 [m] units, a kept one's own, and float32 [m] weights
+    means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    averages: bool = True  # False: each token stays as its kept unit is, whatever `owner` says it represents
+
+    def features(self, rows: torch.Tensor, row_of: torch.Tensor | None = None) -> torch.Tensor:
+        """`[K, D]`, as `rows` (`[E, D]`): the tokens. `row_of`: int64 `[N]`, the row of each unit, None where each has its own."""
+        if not self.averages or (self.owner is None and self.means is None):
+            return rows[self.kept if row_of is None else row_of[self.kept]]
+        if self.means is not None:
+            into, row, weight = self.means
+        else:  # which units have a token is not read, which would wait for a GPU: the others weigh nothing
+            into, row = self.owner.clamp(min=0), ascending(len(self.owner), rows.device)
+            weight = (self.owner >= 0).float()
+            weight = weight if self.weight is None else weight * self.weight
+        row = row if row_of is None else row_of[row].clamp(min=0)
+        return mean_rows(rows, into, row, weight, len(self.kept))
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """B groups of rows (windows or frame pairs), padded to n rows each, in which a merger merges rows."""
+
+    features: torch.Tensor  # float32 [B, n, D], what the merger declared in `needs`
+    attention: torch.Tensor | None  # float32 [B, n], received in this layer; None unless declared
+    place: torch.Tensor  # int64 [B, n], raster index in the frame pair
+    size: torch.Tensor  # int64 [B, n], cluster sizes
+    valid: torch.Tensor  # bool [B, n], False at padding, which is at the end of a group
+    width: int  # W, units across the frame
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """The n visual tokens that a layer of the language model read. A *column* is one token of the prompt."""
+
+    after: int  # layers that have run, this one included
+    left: int  # tokens to leave; where the method is not `exact`, at most so many
+    due: bool  # whether the plan has a drop here; a method that is not `exact` may drop before that, and later
+    hidden: torch.Tensor  # [n, hidden], the layer's output for the visual tokens, in the model's dtype
+    visual: torch.Tensor  # int64 [n], the columns of the visual tokens among the C that this layer read, ascending
+    pair: torch.Tensor  # int64 [n], the number of the frame pair of each
+    place: torch.Tensor  # float32 [n, 2], where in the frame each is: row and column, as shares of height and width
+    queries: torch.Tensor  # [Q, heads, head_dim], of the text after the last visual token, rotated
+    keys: torch.Tensor  # [C, kv_heads, head_dim], of all columns, rotated; neighbouring heads share them
+    values: torch.Tensor  # [C, kv_heads, head_dim]
+    bias: torch.Tensor | None  # [C], what attention adds to the logits of each column
+    visual_embeds: torch.Tensor  # [N, hidden], all visual tokens as they reached the first layer
+    text_embeds: torch.Tensor  # [Q, hidden], the text after the last visual token as it reached the first layer
+    memory: dict = field(default_factory=dict)  # what the method keeps from layer to layer of a prompt; empty at first
+    # The same with queries and keys of the next layer, of this layer before rotary, or as if all visual tokens had the mean key.
+    following: Callable[[], "LayerTokens"] | None = None
+    unrotated: Callable[[], "LayerTokens"] | None = None
+    evened: Callable[[], "LayerTokens"] | None = None
+
+    def copied(self) -> "LayerTokens":
+        """The same tokens in memory of their own. `memory` is the same."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        own = {name: value.clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
+        others = {name: lambda make=make: make().copied() for name, make in values.items() if callable(make)}
+        return replace(self, **own, **others)
+
+    def attention(self, rows: torch.Tensor | None = None, *, most: bool = False, causal: bool = True) -> torch.Tensor:
+        """float32 `[n]`: the attention that each visual token gets, as the mean or the maximum (`most`) over heads and queries.
+
+        `rows`: int64 `[q]`, which of `queries` look, None for the prompt's last; `causal`: each at columns up to its own alone.
+        """
+        rows = ascending(len(self.queries), self.queries.device)[-1:] if rows is None else rows
+        heads, columns = self.queries.shape[1], len(self.keys)
+        keys = self.keys.permute(1, 2, 0).float()
+        found = keys.new_zeros(len(self.visual))
+        for some in rows.split(max(1, HELD // (heads * columns))):
+            given = self._weights(some, keys, causal)[:, self.visual]
+            found = torch.maximum(found, given.amax(0)) if most else found + given.sum(0)
+        return found if most else found / (heads * len(rows))
+
+    def last_weights(self, count: int = 1) -> torch.Tensor:
+        """float32 `[heads, C]`: the attention of the prompt's last columns to every column, head by head, as the mean over them."""
+        last = ascending(len(self.queries), self.queries.device)[-count:]
+        weights = self._weights(last, self.keys.permute(1, 2, 0).float(), causal=True)
+        return weights.unflatten(0, (-1, len(last))).mean(1)
+
+    def _weights(self, rows: torch.Tensor, keys: torch.Tensor, causal: bool) -> torch.Tensor:
+        """Attention weights `[heads * q, C]`, heads first, of some queries; `keys`: float32 `[kv_heads, head_dim, C]`."""
+        kv_heads, dim, columns = keys.shape
+        queries = self.queries[rows].float().view(len(rows), kv_heads, -1, dim).permute(1, 2, 0, 3)
+        logits = (queries.reshape(kv_heads, -1, dim) @ keys).view(-1, len(rows), columns) * dim**-0.5
+        if self.bias is not None:
+            logits += self.bias.float()
+        if causal:
+            own = rows + (columns - len(self.queries))
+            logits.masked_fill_(ascending(columns, rows.device) > own[:, None], -torch.inf)
+        return logits.softmax(-1).flatten(0, 1)

@@ -1,0 +1,338 @@
+"""Generation: encoded inputs are asked a question, and the answer is streamed.
+
+Answers about the same inputs share the keys and values of their prompt. So a lock is held while a piece is generated, and by
+`Answer.text` until the answer is complete. It is never held while the caller has control: an iteration cannot block another one.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+
+from evoprune.bundled import unknown_words
+from evoprune.errors import UsageError, error_record, names_plugins
+from evoprune.keywords import check_type, names_options
+from evoprune.language.generate import PrefillState, TokenStream, along, embed_ids, stream_text
+from evoprune.model.cost import Clock
+from evoprune.report.records import Report, TokenCounts
+from evoprune.session.encoding import Encoding
+from evoprune.session.engine import Engine
+from evoprune.session.fill_report import fill_dropped, fill_kept, fill_times, inputs_report
+from evoprune.session.options import GenerationOptions
+from evoprune.session.prompting import PromptReader, check_not_empty
+from evoprune.text import counted
+from evoprune.video.info import VIDEO
+from evoprune.video.plan import Plan
+from evoprune.vision.encoded import Encoded
+
+
+class Uncopied:
+    """Base of what belongs to its process and its model, with caches and locks: pickle and copy refuse it."""
+
+    INSTEAD: ClassVar[str]  # what to do
+
+    def __reduce_ex__(self, protocol: int):
+        """Raises TypeError."""
+        raise TypeError(f"no {type(self).__name__} can be pickled or copied: {self.INSTEAD}")
+
+
+class Answer(Uncopied, Iterator[str]):
+    """An answer, in pieces as they are generated. Generation begins with the first piece.
+
+    An iteration goes on where the one before stopped; over a complete answer it begins again. `str(answer)`, `answer == text` and
+    `text in answer` are those of `answer.text`, and generate what is left of it. Sets and dicts take `answer.text` alone.
+
+    Threads may read answers of one video at the same time: each `text` is generated as a whole, one after the other. An iteration
+    ends with an error if another answer began between two of its pieces, in this thread or another.
+
+    `report` is up to date after each piece, `report.answer` what there is so far; `ids` are its tokens so far, without the one that
+    ends it.
+
+    Raises, while it is read, and again whenever it is read after that; `report.error` says the same:
+        UsageError: the question and its answer do not fit into the model's context, or another question was asked meanwhile.
+        OutOfMemory. ModelError: numbers that are NaN or infinite.
+    """
+
+    INSTEAD = "take answer.text and answer.report"
+
+    def __init__(
+        self,
+        report: Report,
+        pieces: Iterator[str],
+        lock: AbstractContextManager | None = None,
+        ids: list[int] | None = None,
+    ):
+        self.report, self.ids = report, [] if ids is None else ids
+        self._pieces, self._lock = pieces, lock or nullcontext()
+        self._problem: Exception | None = None
+        self._made: list[str] = []
+        self._complete = False
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made) if self._complete else self
+
+    def __next__(self) -> str:
+        with self._lock:
+            if self._problem is not None:  # the generator has ended, as if the answer were complete
+                raise _once_more(self._problem)
+            try:
+                self._made.append(next(self._pieces))
+                return self._made[-1]
+            except StopIteration:
+                self._complete = self.report.finish_reason != "interrupt"
+                raise
+            except Exception as problem:
+                self._problem = _once_more(problem)
+                self.report.finish_reason, self.report.error = "error", error_record(problem)
+                raise
+            except BaseException:
+                self.report.finish_reason = self.report.finish_reason or "interrupt"
+                raise
+
+    @property
+    def text(self) -> str:
+        """The whole answer: generates what is left of it."""
+        with self._lock:
+            for _ in self:
+                pass
+        return self.report.answer or ""
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __contains__(self, text: object) -> bool:
+        return isinstance(text, str) and text in self.text
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (self.text == str(other) if isinstance(other, str | Answer) else False)
+
+    __hash__ = None  # in a set or as a key it would not be found by the text that it equals
+
+    def close(self) -> None:
+        """Stops: nothing more is generated, and `report.finish_reason` is "interrupt" if there was more to come."""
+        with self._lock:
+            self._pieces.close()
+            self.report.finish_reason = self.report.finish_reason or "interrupt"
+
+    def __repr__(self) -> str:
+        return f"<Answer {self.report.answer or ''!r}, {self.report.finish_reason or 'not complete'}>"
+
+
+def _once_more(problem: Exception) -> Exception:
+    """The same exception without its traceback, whose frames hold the memory of what failed."""
+    again = type(problem).__new__(type(problem), *problem.args)
+    vars(again).update(vars(problem))
+    return again
+
+
+class Askable(ABC, Uncopied):
+    """What can be asked, one question at a time: its keys and values serve every question. Threads wait for one another."""
+
+    INSTEAD = "threads may share it; another process needs a VideoQA of its own, and encodes there"
+    OVERTAKEN = "another question was asked meanwhile"  # why an answer ends that is not the latest one any more
+
+    def __init__(self, engine: Engine):
+        self._engine, self._lock = engine, threading.RLock()
+        self._turn, self._paid = 0, False  # how often it was asked; whether a report has had the times of the inputs
+
+    @abstractmethod
+    def _blank_report(self) -> Report:
+        """The report of an answer before its question is read, of its own."""
+
+    @abstractmethod
+    def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
+        """The state from which the answer is decoded."""
+
+    def _ended(self, turn: int) -> None:
+        """Called once the answer of that number is complete, was closed or failed."""
+
+    @names_options
+    def ask(self, question: str, *, options: GenerationOptions, seed: int | None = None) -> Answer:
+        """Asks a question. The first answer's report includes the times of the inputs, later ones do not.
+
+        Args:
+            question: taken literally.
+            seed: of the draw of tokens; None for that of the `VideoQA`, so that the same question has the same answer.
+
+        Raises UsageError: an option out of range, or a question that is empty or no text. TypeError: an unknown option.
+        """
+        check_not_empty(question)
+        seed = check_type("seed", seed, int | None)
+        if options.repetition_penalty is None:
+            options = replace(options, repetition_penalty=self._engine.loaded.generation.repetition_penalty or 1.0)
+        seed = self._engine.seed if seed is None else seed
+        report = self._report_of(question, options, seed)
+        ids: list[int] = []
+        return Answer(report, self._pieces(question, options, seed, report, ids), self._lock, ids)
+
+    def _report_of(self, question: str, options: GenerationOptions, seed: int = 0) -> Report:
+        report, fresh = self._blank_report(), Report()
+        report.id, report.created_utc, report.question = fresh.id, fresh.created_utc, question
+        report.generation = options.record(seed)
+        demo = self._engine.loaded.demo  # which answers whatever it is asked
+        if demo and "demo_model" not in report.warnings and unknown_words(question, demo.world):
+            report.warnings.append("demo_question")
+        return report
+
+    def _new_clock(self, report: Report) -> tuple[Clock, float]:
+        """A clock for an answer, and the wall-clock seconds before it: the inputs' time, until a question has paid for it."""
+        clock = Clock(self._engine.device)
+        clock.seconds, wall = dict.fromkeys(("read", "preprocess", "encode"), 0.0), 0.0
+        if self._paid:
+            report.time_ms.encode_prune = 0.0
+        else:
+            clock.seconds, wall = self._spent
+        fill_times(report, clock.seconds, wall, self._engine.loaded.device)
+        return clock, wall
+
+    def _pieces(
+        self, question: str, options: GenerationOptions, seed: int, report: Report, ids: list[int]
+    ) -> Iterator[str]:
+        """Generates an answer and keeps its report and its `ids` up to date."""
+        self._turn += 1
+        turn = self._turn
+        clock, earlier = self._new_clock(report)
+        loaded, start = self._engine.loaded, clock.now()
+        packing, packed = loaded.packing, loaded.packing.seconds
+        state = self._read(question, options, report, clock)
+        tokens = TokenStream(loaded.model, state, options, loaded.eos_ids, seed)
+        self._paid = True
+        report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
+        report.answer, before = "", packing.seconds
+
+        def update() -> None:
+            ids[:] = tokens.ids
+            report.tokens.new, report.finish_reason = len(ids), tokens.finish_reason
+            clock.seconds["pack"] = packing.seconds - packed
+            total = earlier + clock.now() - start
+            fill_times(report, clock.seconds, total, loaded.device, packing.seconds - before)
+
+        update()
+        try:
+            for piece in clock.each("generate", stream_text(loaded.tokenizer, tokens)):
+                report.answer += piece
+                update()
+                yield piece
+                if turn != self._turn:
+                    raise UsageError(self.OVERTAKEN, "finish one answer before the next question")
+            update()
+            if report.finish_reason == "length":
+                report.warnings.append("answer_cut")
+        except GeneratorExit:  # the reader stopped early
+            update()
+            raise
+        finally:
+            self._ended(turn)
+
+
+class EncodedInputs(Askable):
+    """Inputs that were encoded once and can be asked about together, one question at a time.
+
+    Threads wait for one another (`Answer`). A method that reads the question selects tokens for each one anew. `report` describes
+    the encodings, and never changes: each answer has one of its own. `plans`: of each input, what was looked at, and how large.
+    """
+
+    def __init__(self, engine: Engine, encodings: Sequence[Encoding]):
+        super().__init__(engine)
+        self._encodings = [encoding.own() for encoding in encodings]
+        self.plans = [encoding.plan for encoding in encodings]
+        self._prompts = PromptReader(engine, self.plans)
+        self._blank = inputs_report(engine, self._encodings)
+        self.report = deepcopy(self._blank)
+        fill_times(self.report, *self._spent, engine.loaded.device)
+
+    def __repr__(self) -> str:
+        said = []
+        for plan, tokens in ((each.plan, each.tokens) for each in self._encodings):
+            count, height, width = plan.grid
+            pairs = f"{plan.sampling.frames} frames, {counted(count, 'frame pair')} of {height}x{width} units"
+            size = pairs if plan.kind == VIDEO else f"a picture of {height}x{width} units"
+            said.append(f"{plan.name!r}: {size}, {len(tokens.kept):,} of {plan.units:,} visual tokens kept")
+        return f"<EncodedInputs {', '.join(said)}>"
+
+    def with_engine(self, engine: Engine) -> "EncodedInputs":
+        """The same tokens, read by an engine that differs in what happens inside the language model alone."""
+        return EncodedInputs(engine, self._encodings)
+
+    @property
+    def encoded(self) -> Encoded:
+        """The tokens of the first input; none before the question where the method reads it. `rows` of the cache hold no data."""
+        return self._encodings[0].tokens
+
+    @property
+    def plan(self) -> Plan:
+        return self.plans[0]
+
+    def read_along(self, question: str, ids: Sequence[int], system: str | None = None) -> tuple[torch.Tensor, float]:
+        """Reads a question and a given answer, the tokens `ids`, at least one: teacher forcing. Errors: as of `Answer`.
+
+        Returns the logits of every token of the answer, each behind those before it, float32 `[len(ids), vocabulary]`; and the
+        seconds from the question to the first of them.
+        """
+        options = GenerationOptions(max_new_tokens=len(ids), system=system)
+        with self._lock:
+            self._turn += 1
+            clock = Clock(self._engine.device)
+            state = self._read(question, options, self._report_of(question, options), clock)
+            seconds, given = sum(clock.seconds.values()), torch.tensor(ids, dtype=torch.int64, device="cpu")
+            loaded = self._engine.loaded
+            with clock.stage("generate"):  # 4 bits are read where there is one row: several are computed in 8
+                return along(loaded.model, state, given, one_by_one=loaded.quantize == "int4"), seconds
+
+    @property
+    def _spent(self) -> tuple[dict[str, float], float]:
+        """The busy seconds of each stage, and the wall-clock seconds, of all inputs together."""
+        every = self._encodings
+        stages = {stage: sum(each.seconds[stage] for each in every) for stage in every[0].seconds}
+        return stages, sum(each.wall_seconds for each in every)
+
+    def _blank_report(self) -> Report:
+        return deepcopy(self._blank)
+
+    @names_plugins()
+    @torch.inference_mode()
+    def _select_for(self, question: str, report: Report) -> None:
+        """Has the method select tokens for this question; keys and values of earlier ones are of no use then."""
+        loaded, before = self._engine.loaded, self._prune_seconds if self._paid else 0.0
+        self._prompts = PromptReader(self._engine, self.plans)
+        ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
+        words = embed_ids(loaded.model, ids)  # without the prompt around them
+        self._encodings = [encoding.selected(words) for encoding in self._encodings]
+        fill_kept(report, self._encodings)
+        report.time_ms.encode_prune = (self._prune_seconds - before) * 1000
+
+    @property
+    def _prune_seconds(self) -> float:
+        return sum(encoding.tokens.prune_seconds for encoding in self._encodings)
+
+    def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
+        """The state from which the answer is decoded; the tokens are selected first, if the method reads the question."""
+        with clock.stage("prefill"):
+            prompt = self._prompts.build(question, options, sum(encoding.kept for encoding in self._encodings))
+        if any(encoding.rows for encoding in self._encodings):
+            with clock.stage("encode"):
+                self._select_for(question, report)
+        with clock.stage("prefill"):
+            read = [encoding.tokens for encoding in self._encodings]
+            state = self._prompts.read(read, prompt, options.system)
+            state.prompt_ids = prompt.input_ids
+            visual, columns = sum(len(each.kept) for each in read), state.cache.length
+            report.tokens = TokenCounts(columns - visual, visual, columns, 0)
+        fill_dropped(report, state.dropping)
+        return state
+
+
+def together(engine: Engine, inputs: Sequence[EncodedInputs]) -> EncodedInputs:
+    """Inputs that were encoded apart, to be asked about together. Raises UsageError: none, or one of another model or pruning."""
+    if not inputs:
+        raise UsageError("there is no input", "give at least one path, or what encode made of it")
+    if any(each._engine is not engine for each in inputs):
+        raise UsageError("an input was encoded by another VideoQA", "encode it with this one")
+    if len(inputs) == 1:
+        return inputs[0]
+    return EncodedInputs(engine, [encoding for each in inputs for encoding in each._encodings])

@@ -1,0 +1,155 @@
+"""The facts that `evoprune inspect` prints: about this machine, or about a video and what a model would look at."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TextIO
+
+import evoprune
+from evoprune.backend.devices import available_memory, largest_chunk
+from evoprune.bundled import DEMOS
+from evoprune.errors import EvopruneError
+from evoprune.methods.budget import PRESETS, keep_tokens, plain, share_for, share_of
+from evoprune.model.config import kv_bytes
+from evoprune.session.loading.found import DTYPES, FoundModel
+from evoprune.session.options import PruneOptions
+from evoprune.session.planning import TEXT, encoding_bytes
+from evoprune.session.saved import folder, for_model, recipes, tuned
+from evoprune.video.plan import STILL, Plan
+from evoprune.vision.tower import tower_shape
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord", "typer", "rich", "numpy")
+
+
+def environment_facts(stdout: TextIO) -> dict:
+    """Versions, devices, decoders, methods, caches, tuned settings, environment variables, and the encoding of `stdout`."""
+    from huggingface_hub import constants
+
+    from evoprune import methods
+    from evoprune.backend.devices import describe_devices
+    from evoprune.backend.limits import available_cores, available_memory
+    from evoprune.session.cache import Cache
+    from evoprune.session.loading.folder import BUNDLED_CONFIGS
+    from evoprune.session.loading.stored import weights_folder
+    from evoprune.video.frames import choose_decoder
+
+    decoders = {"pyav": "works"}
+    try:
+        choose_decoder("decord")
+        decoders["decord"] = "works"
+    except EvopruneError as problem:
+        decoders["decord"] = problem.message
+    demos = {}  # `demo_model`, `demo_model_folder` and so on
+    for name, demo in DEMOS.items():
+        key, there = f"{name.replace('-', '_')}_model", (demo.folder / "model.safetensors").is_file()
+        demos |= {key: "installed" if there else "missing", f"{key}_folder": str(demo.folder)}
+    cache = Cache()
+    videos, occupied = cache.size()
+    models, models_bytes = weights_folder().size()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {"evoprune": evoprune.__version__} | {name: _version(name) for name in PACKAGES},
+        "devices": describe_devices(),
+        "available": {"cores": available_cores(), "memory_bytes": available_memory()},
+        "decoders": decoders,
+        "methods": methods.available(),
+        "method_plugins": methods.plugins(),
+        **demos,
+        "bundled_configs": list(BUNDLED_CONFIGS),
+        "hub_cache": constants.HF_HUB_CACHE,
+        "cache": {
+            "folder": str(cache.folder),
+            "videos": videos,
+            "size_bytes": occupied,
+            "limit_bytes": cache.limit_bytes,
+            "quantized_models": models,
+            "quantized_bytes": models_bytes,
+        },
+        "tuned": tuned.facts(tuned.every()),
+        "recipes": recipes.facts(recipes.every()),
+        "config_folder": str(folder()),
+        "offline": constants.HF_HUB_OFFLINE,
+        "stdout_encoding": stdout.encoding,
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("EVOPRUNE_")},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def model_facts(model: FoundModel) -> dict:
+    """A model that has not been loaded: whether it is on disk, its layers, and the memory of its weights."""
+    vision, text = model.config.vision_config, model.config.text_config
+    return {
+        "id": model.id,
+        "on_disk": bool(model.files_here),
+        "folder": None if model.folder is None else str(model.folder),
+        "download_bytes": model.download_bytes,
+        "tower": {"layers": vision.depth, "hidden_size": vision.hidden_size},
+        "language_model": {"layers": text.num_hidden_layers, "hidden_size": text.hidden_size},
+        "context_tokens": text.max_position_embeddings,
+        "parameters": model.parameters,
+        "dtype": model.dtype,
+        "device": str(model.device),
+        "weights_bytes": model.weights_bytes,
+    }
+
+
+def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
+    """The memory that one question about a video takes at a budget, as it is checked before a run; `plan`: of the whole video.
+
+    Raises UsageError: as of `for_model`; a budget of "tuned" for weights that are not on this machine.
+    """
+    pruning, method, _ = for_model(pruning, model.id, lambda: model.weights_fingerprint)
+    budget = pruning.share
+    encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_tokens(budget, plan.grid))
+    depth, share = model.config.text_config.num_hidden_layers, share_of(budget, [encoder.grid])
+    prompt = method.prompt_columns(depth, encoder.keep, TEXT, share)
+    least, available = encoder.grid[1] * encoder.grid[2], available_memory(str(model.device))
+    chunk_units, bytes_each = max(least, largest_chunk(model.device)), DTYPES[model.dtype].itemsize
+
+    def needed() -> int:
+        return model.weights_bytes + encoding_bytes(model.config, encoder, chunk_units, bytes_each, prompt)
+
+    while available is not None and needed() > available and chunk_units > least:
+        chunk_units = max(least, chunk_units // 2)  # as a run does where memory is short
+    return {
+        "method": pruning.method,
+        "budget": plain(method.reported_budget(pruning.budget)),
+        "visual_tokens": encoder.keep,
+        "weights_bytes": model.weights_bytes,
+        "working_bytes": needed() - model.weights_bytes,
+        "needed_bytes": needed(),
+        "available_bytes": available,
+        "enough": None if available is None else needed() <= available,
+    }
+
+
+def plan_facts(plan: Plan, config) -> dict:
+    """What a model would look at: times, sizes, and at each preset the tokens and the bytes of the KV cache."""
+    n, span = plan.visual_tokens, None if plan.sampling is STILL else plan.sampling
+    return {
+        "start_s": span and span.start_s,
+        "end_s": span and span.end_s,
+        "frames": plan.sampling.frames,
+        "timestamps_s": list(span.times_s) if span else None,
+        "resized_hw": [plan.height, plan.width],
+        "grid": list(plan.grid),
+        "visual_tokens": n,
+        "capped": plan.capped,
+        "presets": {
+            name: {
+                "budget": tokens / n,
+                "share": share_for(budget, plan.grid),
+                "tokens": tokens,
+                "kv_cache_bytes": kv_bytes(config, tokens),
+            }
+            for name, budget in PRESETS.items()
+            for tokens in [keep_tokens(budget, plan.grid)]
+        },
+    }

@@ -1,0 +1,332 @@
+"""The options shared by the command line, batches, evaluations, lmms-eval and Python, each defined once. Imports no torch."""
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from os import PathLike
+from typing import Any, ClassVar, Self
+
+from evoprune import methods
+from evoprune.cpu.precision import (
+    AUTO_THREADS,
+    DTYPE_NAMES,
+    LOAD_FORMATS,
+    QUANTIZE,
+    check_dtype,
+    check_quantize,
+    parse_threads,
+    short_dtype,
+)
+from evoprune.errors import UsageError
+from evoprune.keywords import OPTION, check_types, from_keywords, option
+from evoprune.language.settings import GenerationOptions
+from evoprune.methods.budget import AUTO_MOST, AUTOS, DEFAULT, IN_WORDS, PRESETS, TUNED, parse_budget_or_name, plain
+from evoprune.video.info import FOLDER_FPS, NO_SUBTITLES, PICTURE, VIDEO, Video
+from evoprune.video.sampling import check_sampling, parse_time
+
+HELD = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model is loaded, and how. A dtype of torch, a device and a path become their names.
+
+    Raises UsageError: an unknown dtype, quantisation or load format, or no number of threads.
+    """
+
+    PANEL: ClassVar[str] = "Model"
+
+    model: str | PathLike = option(
+        "demo",
+        "Hub id, local folder, or a bundled tiny model: demo, demo-scenes.",
+        "-m",
+        "--model",
+        env="EVOPRUNE_MODEL",
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a hub id.")
+    device: str = option(
+        "auto",
+        "Device to run on; auto is CUDA if there is any.",
+        words=("auto", "cpu", "cuda[:N]"),
+        python="Any torch device or its name, or auto: CUDA if there is any, else the CPU.",
+        changes_answers=False,
+    )
+    dtype: str = option(
+        "auto",
+        "auto: bf16 where the hardware has it; demo models fp32.",
+        words=("auto", *DTYPE_NAMES),
+        python="Also torch's dtypes and their names. auto: bf16 on GPUs and CPUs that have it, else fp32; demo models fp32.",
+    )
+    quantize: str = option(
+        "none",
+        "On a CPU, the bits of weights and products: fewer are faster, take less memory and are less exact. int8: tower and "
+        "language model. int4: weights of the language model while it generates, int8 for the rest.",
+        words=QUANTIZE,
+    )
+    store_quantized: bool = option(
+        False,
+        "Keep weights that --quantize makes on disk (at most 32 GiB), so that later runs read them.",
+        python="Keep weights that `quantize` makes on disk (at most 32 GiB), so that later runs read them.",
+        changes_answers=False,
+    )
+    load_format: str = option(
+        "auto",
+        "auto reads the weights. dummy makes random ones of the same dimensions: times and counts are right, answers mean "
+        "nothing. It needs a folder with config.json and a tokenizer.",
+        words=LOAD_FORMATS,
+    )
+    offline: bool = option(False, "Never use the network.", changes_answers=False)
+    threads: int | str | None = option(
+        None,
+        "Threads on the CPU; auto: by the model's size, at most the cores that this process may use, or OMP_NUM_THREADS.",
+        words=(AUTO_THREADS, "N"),
+        env="EVOPRUNE_THREADS",
+        unless_typed=AUTO_THREADS,
+        python="Threads of the whole process on the CPU; auto: by the model's size and the cores that this process may use; None "
+        "leaves torch's number as it is.",
+        changes_answers=False,
+    )
+
+    def __post_init__(self):
+        if hasattr(self.model, "forward"):
+            raise UsageError(f"model is of class {type(self.model).__name__}, not a name", HELD)
+        object.__setattr__(self, "dtype", short_dtype(self.dtype))
+        if type(self.device).__name__ == "device":
+            object.__setattr__(self, "device", str(self.device))
+        check_types(self)
+        object.__setattr__(self, "model", os.fspath(self.model))
+        object.__setattr__(self, "threads", parse_threads(self.threads))
+        if self.load_format not in LOAD_FORMATS:
+            raise UsageError(f"unknown load format {self.load_format!r}", f"use {' or '.join(LOAD_FORMATS)}")
+        check_dtype(self.dtype)
+        check_quantize(self.quantize)
+        if self.store_quantized and self.quantize == "none":
+            raise UsageError("store_quantized needs quantize", "--quantize int8, or int4")
+
+
+def parse_settings(texts: Iterable[str] | None) -> dict[str, str]:
+    """A method's settings, of NAME=VALUE texts. Raises UsageError: a text without an equals sign or a name."""
+    made = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--method-arg {text!r} is not NAME=VALUE", "for example --method-arg alpha=2")
+        made[name] = value
+    return made
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """How visual tokens are pruned. A preset becomes a `Preset`, and the values of `method_args` become texts.
+
+    Raises UsageError: a bad budget, no such method, or "tuned" together with a method or its settings.
+    """
+
+    PANEL: ClassVar[str] = "Pruning"
+
+    budget: float | str = option(
+        DEFAULT,
+        f"Share of visual tokens kept: 0.1, 10%, or {IN_WORDS}. "
+        "The accuracy is what demo models keep at worst, the speed that of the first token against Hugging Face at 3B dimensions. "
+        "Presets keep more of a still: 0.7, 0.5 and 0.3; full prunes nothing. -b auto lets the content decide, auto:inflection "
+        "a method's scores; -b tuned is what was tuned for the model, method included.",
+        "-b",
+        "--budget",
+        env="EVOPRUNE_BUDGET",
+        python="Share of visual tokens kept: a number in (0, 1]; a preset, which keeps more of a still than of a video: "
+        f"{', '.join(PRESETS)}; auto or auto:inflection, where the content decides; or "
+        "tuned, the method and budget that were tuned for the model.",
+    )
+    method: str = option(
+        methods.DEFAULT,
+        "How tokens are pruned, by name (see evoprune methods). NAME:SETTING=VALUE for its settings; "
+        "reuse+NAME to encode changed units alone; ipcv+NAME to compute a third of the rows in most layers; NAME+fastv to drop "
+        "tokens inside the language model, too.",
+        python="Name of a pruning method; `evoprune.methods.available()` lists them. NAME:SETTING=VALUE for its settings.",
+    )
+    method_args: dict[str, Any] | None = option(
+        None,
+        "A setting of the method; repeatable.",
+        "--method-arg",
+        metavar="NAME=VALUE",
+        typed=list[str],
+        parse=parse_settings,
+        python="Settings of the method, by name.",
+    )
+    seed: int = option(
+        0,
+        "Seed of everything random.",
+        metavar="<int>",
+        least=0,
+        most=2**63 - 1,
+        python="Seed of everything random, generation included.",
+    )
+
+    def __post_init__(self):
+        if self.budget is None:
+            parse_budget_or_name(None)  # whose message names the presets
+        check_types(self)
+        object.__setattr__(self, "budget", parse_budget_or_name(self.budget))
+        texts = {name: str(value) for name, value in (self.method_args or {}).items()}
+        object.__setattr__(self, "method_args", texts)
+        methods.check(self.method)
+        check_tuned(self.budget, self.method, texts)
+
+    @property
+    def share(self) -> float:
+        """Share of visual tokens kept, at most; not of a budget of "tuned"."""
+        return AUTO_MOST if self.budget in AUTOS else self.budget
+
+
+def check_tuned(budget: float | str, method: str, method_args: Mapping[str, Any] | None) -> None:
+    """Raises UsageError where a method or settings of one are given beside a budget of "tuned"."""
+    if budget == TUNED and (method != methods.DEFAULT or method_args):
+        hint = "leave the method and its settings out, or give a budget"
+        raise UsageError(f"budget {TUNED} holds the method too", hint)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What of a video is looked at. Raises UsageError: a number that makes no sense, or fps and frames together."""
+
+    PANEL: ClassVar[str] = "Sampling"
+
+    fps: float | None = option(None, "Frames a second to look at; default: the model's rate.")
+    frames: int | None = option(
+        None,
+        "Number of frames to look at, instead of --fps; odd numbers round up.",
+        python="Number of frames to look at, instead of `fps`; odd numbers round up.",
+    )
+    start_s: float = option(
+        0.0,
+        "Where to start: 90, 1:30, 01:30:00 or 1m30s; -5: 5 s before the end.",
+        "--start",
+        metavar="TIME",
+        typed=str,
+        unless_typed="0",
+        parse=parse_time,
+        python="Where to start, in seconds; below 0 from the end.",
+        changes_answers=False,  # each row of a batch says it itself
+    )
+    end_s: float | None = option(
+        None,
+        "Where to stop, in the same way; default: the end.",
+        "--end",
+        metavar="TIME",
+        typed=str,
+        parse=lambda text: parse_time(text) if text else None,
+        python="Where to stop, in the same way; None for the end.",
+        changes_answers=False,
+    )
+    max_frames: int | None = option(None, "At most this many frames; default: the model's limit.")
+    max_visual_tokens: int | None = option(
+        None,
+        "Limit before pruning: above it, frames become smaller, then fewer; default: 24576, for real models on a CPU 4096.",
+    )
+    frame_rate: float = option(FOLDER_FPS, "Frames a second in a folder of frames. Video files have their own rate.")
+    decoder: str = option("auto", "Library that reads the video; auto is pyav.", words=("auto", "pyav", "decord"))
+    subtitles: str | PathLike = option(
+        NO_SUBTITLES,
+        "What is said, for the prompt. auto: a file beside the video, else a text track in it. FILE: SRT, WebVTT, ASS, or a "
+        "video with a text track.",
+        words=("none", "auto", "FILE"),
+    )
+    max_subtitle_tokens: int = option(2048, "Limit of the subtitles: above it, lines are left out, evenly over all.")
+
+    def __post_init__(self):
+        check_types(self)
+        object.__setattr__(self, "subtitles", os.fspath(self.subtitles))
+        if not self.subtitles:
+            raise UsageError("subtitles is empty", "none, auto or a file")
+        if self.max_subtitle_tokens < 1:
+            raise UsageError(f"at most {self.max_subtitle_tokens} tokens of subtitles", "1 or more; or no subtitles")
+        if not 0 < self.frame_rate < math.inf:
+            raise UsageError(f"frame_rate is {self.frame_rate:g}", "give a number above 0")
+        check_sampling(**self.numbers)
+
+    @property
+    def timeless(self) -> "SamplingOptions":
+        """The same without a part of the time."""
+        return replace(self, start_s=0.0, end_s=None)
+
+    def of_each(self, inputs: Sequence[Video]) -> list["SamplingOptions"]:
+        """What they say of each of several inputs: a part of the time is about videos, if there are any."""
+        videos = any(info.kind == VIDEO for info in inputs)
+        return [self.timeless if videos and info.kind == PICTURE else self for info in inputs]
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """How frames are chosen: what `video.plan.make_plan` takes."""
+        others = ("frame_rate", "decoder", "subtitles", "max_subtitle_tokens")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How a stream is remembered. Raises UsageError: a span of no time, or no tokens."""
+
+    PANEL: ClassVar[str] = "Stream"
+
+    window_s: float = option(
+        8.0,
+        "Time of a stream that is encoded together, with a fixed number of tokens.",
+        "--window",
+        metavar="TIME",
+        typed=str,
+        unless_typed="8s",
+        parse=parse_time,
+        python="Seconds of a stream that are encoded together, with a fixed number of tokens.",
+    )
+    memory_s: float = option(
+        600.0,
+        "What is remembered: as many tokens as this time has. Beyond it the oldest windows are thinned.",
+        "--memory",
+        metavar="TIME",
+        typed=str,
+        unless_typed="10m",
+        parse=parse_time,
+        python="What is remembered: as many tokens as so many seconds have. Beyond it the oldest windows are thinned.",
+    )
+    memory_tokens: int | None = option(
+        None, "The same in tokens, instead of --memory.", python="The same in tokens, instead of `memory_s`."
+    )
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("window_s", "memory_s", "memory_tokens"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UsageError(f"{name} is {value:g}", "give a number above 0")
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """Everything that an answer depends on, besides the video, the question and the machine."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    pruning: PruneOptions = field(default_factory=PruneOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    stream: StreamOptions = field(default_factory=StreamOptions)
+
+    KINDS: ClassVar[tuple[type, ...]] = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions)
+
+    @classmethod
+    def of(cls, **options) -> Self:
+        """Made of the fields of all five. Raises UsageError: a bad value. TypeError: an unknown option."""
+        return cls(*from_keywords(options, *cls.KINDS, StreamOptions))
+
+
+def record(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
+    """Options as outputs hold them, flat: those that change answers and differ from their defaults, or are `always` there.
+
+    Options that earlier versions did not have are not always there, so that outputs of those versions can be resumed.
+    """
+    made = {}
+    for group in groups:
+        for each in fields(group):
+            value = plain(getattr(group, each.name))
+            if each.name in always or (each.metadata[OPTION].changes_answers and value != each.default):
+                made[each.name] = value
+    return made

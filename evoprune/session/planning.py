@@ -1,0 +1,175 @@
+"""What of an input will be read and computed: frames, subtitles, rows; decided before any frame is read, with memory and time."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from evoprune.backend.devices import largest_chunk
+from evoprune.errors import LESS, OutOfMemory
+from evoprune.language.tokenizer import Tokenizer
+from evoprune.methods.budget import keep_tokens, share_of
+from evoprune.methods.encoder_plan import EncoderPlan, WholePairs
+from evoprune.model.config import PATCHES, Config
+from evoprune.model.cost import carried_bytes, shortage, working_memory
+from evoprune.model.cost import estimate_first_token as estimate_seconds
+from evoprune.session.engine import Engine
+from evoprune.session.options import SamplingOptions
+from evoprune.text import clock, counted
+from evoprune.video.frames import choose_decoder
+from evoprune.video.info import (
+    NO_SUBTITLES,
+    NOTHING_SAID,
+    PICTURE,
+    VIDEO,
+    PromptSubtitles,
+    SubtitleLine,
+    Subtitles,
+    Video,
+    check_picture,
+)
+from evoprune.video.plan import Plan, default_max_visual_tokens, make_plan
+from evoprune.video.probe import read_subtitles
+from evoprune.video.sampling import SamplingPlan
+from evoprune.vision.tower import tower_shape
+
+CHUNK_BYTES = 64 * 2**20  # of frames as decoded, held at a time
+TEXT = 64  # tokens of a prompt around the video, roughly
+QUESTION = 40  # the same for an estimate of time
+
+TITLE = "Subtitles:"
+TOKEN_CHARACTERS = 16  # texts with more characters for each token are not encoded to be counted: it might take minutes
+
+
+def prompt_subtitles(
+    tokenizer: Tokenizer, info: Video, span: SamplingPlan, choice: str, max_tokens: int
+) -> PromptSubtitles:
+    """The subtitles of a span of a video, in at most so many tokens. `choice`, errors: as of `probe.read_subtitles`; or none."""
+    if choice == NO_SUBTITLES:
+        return NOTHING_SAID
+    if info.kind == PICTURE:
+        check_picture(info, choice)
+        return PromptSubtitles(note=f"{info.path} is a picture")
+    return fit(tokenizer, read_subtitles(info, choice, span.start_s, span.end_s), max_tokens)
+
+
+def subtitles_of(inputs: Sequence[tuple[str, PromptSubtitles]]) -> str:
+    """What the prompt has of the subtitles of inputs, each "video" or "picture": of several, under a line that says which it is."""
+    if len(inputs) == 1:
+        return inputs[0][1].text
+    videos = [subtitles.text for kind, subtitles in inputs if kind == VIDEO]
+    return "".join(f"Video {number}:\n{text}" for number, text in enumerate(videos, 1) if text)
+
+
+def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtitles:
+    """The most lines, evenly over all, that take at most `max_tokens`. No line is cut; longer ones than that are left out."""
+    longest = TOKEN_CHARACTERS * max_tokens
+    lines = [line for line in found.lines if len(line[2]) <= longest]
+    # A line has more than one token, so this many are too many. Then the interval is halved.
+    fits, too_many = 0, min(len(lines), max_tokens) + 1
+    text, tokens = "", 0
+    while too_many - fits > 1:
+        count = (fits + too_many) // 2
+        middles = [(2 * i + 1) * len(lines) // (2 * count) for i in range(count)]  # of equal shares
+        block = as_text([lines[i] for i in middles])
+        needed = len(tokenizer.encode(block)) if len(block) <= longest else max_tokens + 1
+        if needed <= max_tokens:
+            fits, text, tokens = count, block, needed
+        else:
+            too_many = count
+    return PromptSubtitles(text, found.source, len(found.lines), fits, tokens, tuple(found.warnings), found.note)
+
+
+def as_text(lines: Sequence[SubtitleLine]) -> str:
+    """The lines with their times, the second that has begun, under a title, with an empty line at the end."""
+    times = [clock(max(0, int(start))).removesuffix(".0") for start, _, _ in lines]
+    return "\n".join([TITLE, *(f"[{time}] {text}" for time, (_, _, text) in zip(times, lines, strict=True)), "", ""])
+
+
+def plan_input(engine: Engine, info: Video, sampling: SamplingOptions, name: str | None = None) -> Plan:
+    """Plans which frames of a video are looked at, or how large a picture, and what the encoder does with them.
+
+    Raises VideoError: missing, unreadable or empty, or so are its subtitles. UsageError: an unknown or missing decoder.
+    """
+    decoder = choose_decoder(sampling.decoder, info)
+    loaded, numbers = engine.loaded, sampling.numbers
+    if numbers["max_visual_tokens"] is None:
+        on_cpu = loaded.device == "cpu"
+        numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=loaded.is_demo)
+    limits = loaded.limits[info.kind]
+    full = make_plan(info, limits, **numbers)
+    tower = tower_shape(loaded.model.model.visual)
+    encoder = engine.method.plan(tower, full.grid, keep_tokens(engine.share, full.grid))
+    asked = sampling.fps is not None or sampling.frames is not None
+    lines = sampling.subtitles, sampling.max_subtitle_tokens
+    return replace(
+        full.shrunk(encoder.grid, limits),
+        encoder=encoder,
+        unshrunk=full,
+        name=name or info.path,
+        decoder=decoder,
+        limited=asked and (full.token_capped or (full.capped and sampling.max_frames is None)),
+        subtitles=prompt_subtitles(loaded.tokenizer, info, full.sampling, *lines),
+    )
+
+
+def chunk_bytes(engine: Engine, plan: Plan) -> int:
+    """Bytes of decoded frames to hold at a time: no more frames than the encoder takes, and no more than a few large ones."""
+    limits, (_, height, width) = engine.loaded.video, plan.grid
+    pairs = -(-largest_chunk(engine.loaded.model.device) // (height * width))
+    return min(CHUNK_BYTES, pairs * limits.temporal_patch_size * plan.source.width * plan.source.height * 3)
+
+
+def encoding_bytes(
+    config: Config, encoder: EncoderPlan, chunk_units: int, bytes_each: int, prompt: int | Sequence[int]
+) -> int:
+    """Bytes that encoding a video and reading the prompt take beside the weights, roughly.
+
+    `bytes_each`: of a weight. `prompt`: tokens that the language model reads, in each layer or in all.
+    """
+    stages = encoder.row_stages
+    selected, means = stages[0].rows if stages else 0, 0
+    if any(isinstance(stage.reduce, WholePairs) for stage in stages):
+        # Their rows go on in chunks; the means of all of them are made in float32.
+        selected = min(chunk_units, encoder.units)
+        means = encoder.units * PATCHES * config.vision_config.hidden_size * 4
+    return working_memory(config, encoder.units, chunk_units, prompt, bytes_each, selected) + means
+
+
+def fitting_chunk(engine: Engine, plan: Plan, other_tokens: int = TEXT) -> int:
+    """How many units to encode at a time: fewer than is usual where memory is short, but at least a frame pair.
+
+    Raises OutOfMemory: there is not enough even for a frame pair, or for the prompt, with `other_tokens` beside the video's.
+    """
+    model, encoder = engine.loaded.model, plan.encoder
+    chunk_units, least = largest_chunk(model.device), encoder.grid[1] * encoder.grid[2]
+    prompt = engine.prompt_columns(encoder.keep, other_tokens)
+    while True:
+        needed = encoding_bytes(model.config, encoder, max(least, chunk_units), model.dtype.itemsize, prompt)
+        if not (short := shortage(needed, str(model.device))):
+            return chunk_units
+        if chunk_units <= least:
+            frames = f"{counted(plan.sampling.frames, 'frame')} of {plan.width}x{plan.height} pixels"
+            size = f"{frames}, {encoder.keep:,} visual tokens kept"
+            size += f", {other_tokens:,} other tokens" if other_tokens > TEXT else ""
+            raise OutOfMemory(f"{plan.name} {short}: {size}", LESS, stage="encode")
+        chunk_units = max(least, chunk_units // 2)
+
+
+def check_carried(engine: Engine, plan: Plan) -> None:
+    """Raises OutOfMemory where there is too little for what a window of a stream leaves to the next one (vision/segments.py)."""
+    model, (_, height, width) = engine.loaded.model, plan.encoder.grid
+    needed = 2 * carried_bytes(model.config, height * width, model.dtype.itemsize)  # two windows' are held at once
+    if plan.encoder.reuse and (short := shortage(needed, str(model.device))):
+        raise OutOfMemory(f"a stream of {plan.width}x{plan.height} pixels {short}", LESS, stage="encode")
+
+
+def estimate_first_token(engine: Engine, plan: Plan, text: int = QUESTION) -> float | None:
+    """Seconds until the first token, roughly, with `text` tokens around the video; None on CUDA and for a demo model."""
+    if engine.loaded.device != "cpu" or engine.loaded.is_demo:
+        return None
+    model, encoder = engine.loaded.model, plan.encoder
+    count, height, width = encoder.grid
+    windows = tower_shape(model.model.visual).windows(height, width)
+    depth = model.config.text_config.num_hidden_layers
+    work = engine.method.prompt_work(depth, encoder.keep, text, share_of(engine.share, [encoder.grid]))
+    seconds = estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, work)
+    return seconds if engine.loaded.quantize == "none" else seconds / 2  # products of bytes take about half the time

@@ -1,0 +1,179 @@
+"""Prefill: the language model reads a question about videos and pictures. Before that, whether the prompt fits."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from evoprune.errors import LESS, OutOfMemory, UsageError, names_plugins
+from evoprune.keywords import brief
+from evoprune.language.decoder import KVCache
+from evoprune.language.generate import (
+    PrefillState,
+    Visual,
+    column_deepstack,
+    column_sizes,
+    dropping_for,
+    embed_prompt,
+    prefill,
+)
+from evoprune.language.prompt import Prompt, build_prompt, prompt_positions, timestamps
+from evoprune.methods.budget import share_of
+from evoprune.model.config import VisionConfig
+from evoprune.model.cost import language_bytes, shortage
+from evoprune.session.engine import Engine
+from evoprune.session.loading.model import LoadedModel
+from evoprune.session.options import GenerationOptions
+from evoprune.session.planning import TEXT, fitting_chunk, subtitles_of
+from evoprune.text import counted
+from evoprune.video.info import VIDEO
+from evoprune.video.plan import Plan
+from evoprune.vision.encoded import Encoded
+
+BEGINNING = 8  # characters for each token of the context
+
+
+class PromptReader:
+    """Reads prompts about the same inputs, one at a time.
+
+    Attention is causal: keys and values before the question do not depend on it. So a later question under the same system prompt
+    uses them again. Where tokens leave inside the language model, they leave by the question, and each prompt is read as a whole.
+    """
+
+    def __init__(self, engine: Engine, plans: Sequence[Plan]):
+        self._engine, self._loaded, self._plans = engine, engine.loaded, plans
+        # The system prompt, the cache, and how many of its columns no question changes.
+        self._prefix: tuple[str | None, KVCache, int] | None = None
+
+    @names_plugins()
+    def build(self, question: str, options: GenerationOptions, kept: int) -> Prompt:
+        """The prompt of a question, with room for all visual tokens of the inputs, of which `kept` will be read.
+
+        Raises UsageError: it does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
+        """
+        check_question(self._loaded, question)
+        prompt = prompt_about(self._loaded, self._plans, question, options.system)
+        check_context(self._loaded, prompt.text_tokens, kept, options.max_new_tokens)
+        check_memory(self._engine, prompt.text_tokens, kept)
+        return prompt
+
+    @names_plugins()
+    def read(self, encoded: Sequence[Encoded], prompt: Prompt, system: str | None) -> PrefillState:
+        """The state that decoding of a prompt from `build` starts from; `encoded`: the tokens of each input."""
+        model, positions = self._loaded.model, self.positions(prompt)
+        following = int(positions.max()) + 1
+        read = zip(prompt.places, encoded, strict=True)
+        visuals = [Visual(place, each.features, each.kept_here, each.size, each.deepstack) for place, each in read]
+        embeds, columns = embed_prompt(model, prompt.input_ids, visuals)
+        positions = positions[:, columns]
+        sizes = column_sizes(visuals, columns)
+        deepstack = column_deepstack(visuals, columns, embeds)
+        grids = [plan.grid for plan in self._plans]
+        method, share = self._engine.method, share_of(self._engine.share, grids)
+        if dropping := dropping_for(model, method, share, visuals, grids, embeds, columns):
+            return prefill(model, embeds, positions, following, None, sizes, dropping, deepstack)
+        shared = int((columns < prompt.prefix_length).sum())
+        cache, known = self._take_prefix(system, shared)
+        sizes = None if sizes is None else sizes[known:]
+        deepstack = None if deepstack is None else deepstack[:, known:]
+        state = prefill(model, embeds[known:], positions[:, known:], following, cache, sizes, None, deepstack)
+        self._prefix = system, state.cache, shared
+        return state
+
+    def positions(self, prompt: Prompt) -> torch.Tensor:
+        """int64 `[3, L]`, of the tokens of a prompt from `build`, by Qwen's rule."""
+        pair, spans = self._loaded.video.temporal_patch_size, []
+        for place, plan in zip(prompt.places, self._plans, strict=True):
+            spans += place.spans(plan.grid, plan.sampling.seconds_per_pair(pair))
+        per_second = self._loaded.model.config.vision_config.tokens_per_second
+        return prompt_positions(len(prompt.input_ids), spans, per_second)
+
+    def _take_prefix(self, system: str | None, shared: int) -> tuple[KVCache | None, int]:
+        """The cache up to the question, and its columns; of the new prompt `shared` do not depend on the question."""
+        taken, self._prefix = self._prefix, None
+        if taken is None or taken[0] != system:
+            return None, 0
+        _, cache, known = taken
+        known = min(known, shared)  # both end with the inputs or with their subtitles
+        cache.crop(known)
+        self._prefix = system, cache, known  # a prompt that breaks off leaves this much
+        return cache, known
+
+
+def prompt_about(loaded: LoadedModel, plans: Sequence[Plan], question: str, system: str | None) -> Prompt:
+    """The prompt of a question about some inputs. Errors: as of `language.prompt.build_prompt`."""
+    inputs = [(plan.kind, plan.encoder.units) for plan in plans]
+    subtitles = subtitles_of([(plan.kind, plan.subtitles) for plan in plans])
+    times = [input_times(loaded.model.config.vision_config, plan, loaded.video.temporal_patch_size) for plan in plans]
+    return build_prompt(loaded.tokenizer, question, inputs, system=system, subtitles=subtitles, times=times)
+
+
+def input_times(config: VisionConfig, plan: Plan, pair: int) -> list[str]:
+    """What the prompt has in front of each frame pair, of `pair` frames; nothing for a picture, or a model that reads no times."""
+    return timestamps(plan.sampling.times_s, pair) if config.traits.timestamps and plan.kind == VIDEO else []
+
+
+def longest_prompt(
+    engine: Engine,
+    plans: Sequence[Plan],
+    questions: Sequence[str],
+    options: GenerationOptions,
+    encoded: Collection[Plan] = (),
+) -> int:
+    """Tokens of text in the longest prompt of some questions about inputs, of which `encoded` are encoded already.
+
+    Raises UsageError: a question does not fit into the model's context. OutOfMemory: what is to be encoded needs too much together
+    with the prompt. ModelError: an unusable chat template.
+    """
+    for question in questions:
+        check_question(engine.loaded, question)
+    longest = max(prompt_about(engine.loaded, plans, each, options.system).text_tokens for each in questions)
+    kept = sum(plan.encoder.keep for plan in plans)
+    check_context(engine.loaded, longest, kept, options.max_new_tokens)
+    for plan in plans:
+        other_tokens = max(TEXT, longest) + kept - plan.encoder.keep
+        if other_tokens > TEXT and not any(plan is each for each in encoded):
+            fitting_chunk(engine, plan, other_tokens)
+    return longest
+
+
+def check_question(loaded: LoadedModel, question: str) -> None:
+    """Raises UsageError where the beginning of a question does not fit into the context: all of it might take minutes to split."""
+    context = loaded.model.config.text_config.max_position_embeddings
+    beginning = question[: BEGINNING * context] if context else question
+    # A cut word may take a few tokens more than the whole one, and prompt and answer have as many of their own.
+    if len(beginning) < len(question) and len(loaded.tokenizer.encode(beginning)) > context:
+        length = f"a question of {len(question):,} characters"
+        raise UsageError(
+            f"{length} does not fit into the {context:,} tokens of this model's context", "ask a shorter question"
+        )
+
+
+def check_not_empty(question: Any) -> None:
+    """Raises UsageError if a question is no text, or empty."""
+    if not isinstance(question, str):
+        raise UsageError(f"the question is {brief(question)}, not a text", 'for example "What happens?"')
+    if not question.strip():
+        raise UsageError("the question is empty", 'for example "What happens?"')
+
+
+def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None:
+    """Raises UsageError where a prompt, of `text` and `visual` tokens, and an answer of up to `new` do not fit into the context."""
+    context = loaded.model.config.text_config.max_position_embeddings
+    if context is not None and text + visual + new > context:
+        raise UsageError(
+            f"{counted(text, 'token')} of text, {counted(visual, 'visual token')} and an answer of up to {counted(new, 'token')} "
+            f"do not fit into the {context:,} tokens of this model's context",
+            "ask a shorter question, or for a shorter answer (-n, max_new_tokens), keep fewer visual tokens (-b, budget) or "
+            "subtitles (--max-subtitle-tokens, max_subtitle_tokens), or look at fewer frames (--max-frames, max_frames)",
+        )
+
+
+def check_memory(engine: Engine, text: int, visual: int) -> None:
+    """Raises OutOfMemory where there is too little to read a prompt whose text is longer than the encoder's check assumed."""
+    if text <= TEXT:
+        return
+    model = engine.loaded.model
+    needed = language_bytes(model.config, engine.prompt_columns(visual, text), model.dtype.itemsize)
+    if short := shortage(needed, engine.loaded.device):
+        raise OutOfMemory(f"a prompt of {text + visual:,} tokens {short}", LESS, stage="prefill")

@@ -1,0 +1,122 @@
+"""What a stock model is given, to compute what a model that prunes does: the whole prompt, with the dropped columns masked."""
+
+import inspect
+from contextlib import contextmanager
+
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+import evoprune
+from evoprune.hf import interface
+from tests.prompts import TIME_TOKENS
+
+TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
+ONCE = {"method_args": {"count": "0"}}  # every token counts once
+
+
+def encoded(model, inputs, budget, how=ONCE):
+    return evoprune.encode(
+        model,
+        inputs["pixel_values_videos"],
+        inputs["video_grid_thw"],
+        budget=budget,
+        seconds_per_pair=seconds_of(inputs),
+        **how,
+    )
+
+
+def seconds_of(inputs):
+    """Qwen2-VL's processor gives none."""
+    seconds = inputs.get("second_per_grid_ts")
+    return [1.0] * len(inputs["video_grid_thw"]) if seconds is None else seconds.tolist()
+
+
+def masked(model, inputs, made):
+    """The whole prompt, features where units were kept, and a mask without the columns of those that were not."""
+    video = inputs["input_ids"] == model.config.video_token_id
+    features, *inner = filled(made)
+    dropped = torch.ones(len(made.owner), dtype=torch.bool).index_fill(0, made.kept, False)
+    sizes = (inputs["video_grid_thw"].prod(-1) // 4).tolist()
+    call = {name: value for name, value in inputs.items() if name not in ("pixel_values_videos", "video_grid_thw")}
+    known = {name: value for name, value in inputs.items() if not name.startswith(("pixel", "input"))}
+    call["position_ids"] = model._prepare_position_ids_for_generation(inputs["input_ids"], known)
+    leaves = torch.zeros_like(video).masked_scatter(video, dropped)
+    if inner:
+        leaves = with_empty_pairs(model, inputs["input_ids"], leaves)
+    call["attention_mask"] = inputs["attention_mask"].masked_fill(leaves, 0)
+    if not TAKES_ENCODED:  # transformers before 5.18
+        interface.accept_features(model)
+        return call | interface.encoded_inputs(model, call, [(each, None) for each in features.split(sizes)])
+    call["mm_encoder_outputs"] = {"video": tower_output(made, sizes)}
+    if "pixel_values" in call:
+        pictures = model.get_image_features(call.pop("pixel_values"), call.pop("image_grid_thw"))
+        call["mm_encoder_outputs"]["image"] = pictures
+    return call
+
+
+def filled(made):
+    """The features of the last layer and of the layers of DeepStack, `[N, D]` each: of the kept units, and any for the others."""
+    of_layers = [made.features, *(() if made.deepstack is None else made.deepstack)]
+    whole = torch.full((len(made.owner), made.features.shape[1]), 7.0)
+    return [whole.index_copy(0, made.kept, each) for each in of_layers]
+
+
+def tower_output(made, sizes):
+    """What transformers' tower returns of videos or pictures with `sizes` units, with the features of those that are kept."""
+    features, *inner = (each.split(sizes) for each in filled(made))
+    if not inner:
+        return BaseModelOutputWithPooling(pooler_output=features)
+    return BaseModelOutputWithDeepstackFeatures(pooler_output=features, deepstack_features=inner)
+
+
+def with_empty_pairs(model, ids, dropped):
+    """`dropped`, with the columns of the time and the markers around each frame pair whose tokens are all dropped."""
+    leaves = dropped.clone()
+    for row, prompt in enumerate(ids.tolist()):
+        starts = [i + 1 for i, token in enumerate(prompt) if token == model.config.vision_start_token_id]
+        for start in (start for start in starts if prompt[start] == model.config.video_token_id):
+            end = prompt.index(model.config.vision_end_token_id, start)
+            if dropped[row, start:end].all():
+                leaves[row, start - 1 - TIME_TOKENS : end + 1] = True
+    return leaves
+
+
+def sizes_of(model, inputs, made):
+    """The cluster size that attention assumes for each column of the whole prompt."""
+    if made.size is None:
+        return None
+    video = inputs["input_ids"] == model.config.video_token_id
+    units = torch.ones(len(made.owner)).index_copy(0, made.kept, made.size)
+    return torch.ones(video.shape).masked_scatter(video, units)
+
+
+@contextmanager
+def weighed_by(model, sizes):
+    """While the context lasts, hooks before each attention add log(sizes) (`[B, C]`, None for 1) to the mask of its keys."""
+    layers = [] if sizes is None else [layer.self_attn for layer in model.model.language_model.layers]
+
+    def add_bias(attention, args, call):
+        states, mask, cache = call["hidden_states"], call.get("attention_mask"), call.get("past_key_values")
+        rows, columns = states.shape[:2]
+        if mask is None:  # causal attention: every column attends to all columns before it
+            layer = attention.layer_idx
+            keys, seen = (
+                (columns, 0)
+                if cache is None
+                else (cache.get_mask_sizes(columns, layer)[0], cache.get_seq_length(layer))
+            )
+            mask = torch.ones(columns, keys, dtype=torch.bool).tril(int(seen))[None, None]
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=states.dtype).masked_fill(~mask, -torch.inf)
+        bias = sizes.log().to(mask)[:, : mask.shape[-1]].repeat_interleave(rows // len(sizes), 0)
+        bias = torch.nn.functional.pad(bias, (0, mask.shape[-1] - bias.shape[1]))[:, None, None]
+        return args, call | {"attention_mask": torch.where(mask > torch.finfo(mask.dtype).min / 2, mask + bias, mask)}
+
+    hooks = [layer.register_forward_pre_hook(add_bias, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

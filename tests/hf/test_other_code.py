@@ -1,0 +1,247 @@
+"""Beside other code in the same model: assistants, hooks, compiled functions, accelerate, and arguments for the model itself."""
+
+import copy
+import functools
+import io
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+import evoprune
+from tests.hf.reference import TAKES_ENCODED
+from tests.prompts import processed
+from tests.threads import one_thread  # noqa: F401
+from tests.tiny import tiny_model
+
+ONE = (5, ("video", 4, 8, 12), 7)
+
+
+@pytest.fixture
+def model():
+    model = tiny_model()
+    model.generation_config.pad_token_id = 398
+    return model
+
+
+def generated(model, inputs, **settings):
+    return model.generate(**inputs, **{"max_new_tokens": 8, "do_sample": False} | settings)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("pruned", ["model", "assistant", "both", "both in one model"])
+@pytest.mark.parametrize("budget", [1.0, 0.2])
+def test_an_assistant_may_be_pruned_too(model, pruned, budget):
+    inputs = processed(model, ONE)
+    assistant = model if pruned == "both in one model" else tiny_model(1)
+    expected = generated(model, inputs)
+    if pruned != "assistant":
+        with evoprune.EvoPrune(budget=budget)(model):
+            expected = generated(model, inputs)
+    handles = [evoprune.apply(model, budget=budget)] if pruned != "assistant" else []
+    if assistant is not model and pruned != "model":
+        handles.append(evoprune.apply(assistant, budget=budget))
+    assert torch.equal(generated(model, inputs, assistant_model=assistant), expected)
+    if pruned == "both":  # the assistant still prunes on its own
+        assert not torch.equal(generated(assistant, inputs), generated(tiny_model(1), inputs)) or budget == 1.0
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.full
+def test_a_callback_may_call_the_model_for_other_prompts(model):
+    """As guidance by a second prompt does. Those calls are pruned for themselves, and know nothing of the sizes of this one."""
+    inputs, other = processed(model, ONE), processed(model, (3, ("video", 2, 8, 8), 2), seed=1)
+    text, seen = {"input_ids": torch.arange(10, 30)[None]}, []
+
+    def calls(_, scores):
+        seen.append((model(**text).logits, model(**other).logits, generated(model, other)))
+        return scores
+
+    with evoprune.EvoPrune(budget=0.2)(model) as run, torch.no_grad():
+        expected, report = generated(model, inputs), run.report.pruning
+        alone = model(**text).logits, model(**other).logits, generated(model, other)
+        assert torch.equal(generated(model, inputs, logits_processor=[calls]), expected)
+    assert len(seen) == 8 and all(torch.equal(*pair) for each in seen for pair in zip(each, alone, strict=True))
+    assert report.visual_tokens_in == 96
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("settings", [{"budget": 1.0}, {"method": "none", "budget": 0.25}])
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_where_nothing_is_pruned_embeddings_are_taken(model, settings, with_ids):
+    inputs = processed(model, ONE)
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    call = inputs | {"inputs_embeds": embeds}
+    if not with_ids:
+        del call["input_ids"]
+    mask = call["attention_mask"]
+    with torch.no_grad():
+        expected = model(**call).logits
+        answer = generated(model, call)
+        with evoprune.EvoPrune(**settings)(model) as run:
+            assert torch.equal(model(**call).logits, expected)
+            first = model(**call | {"logits_to_keep": torch.arange(3)}).logits
+            torch.testing.assert_close(first, expected[:, :3], atol=1e-5, rtol=1e-5)  # a product of fewer rows
+            assert torch.equal(generated(model, call), answer)
+            video = model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+            known = {name: value for name, value in inputs.items() if not name.startswith("pixel")}
+            ready = torch.ones(len(mask[0]), len(mask[0]), dtype=torch.bool).tril()[None, None]
+            at = model.model.get_rope_index(**known)[0]
+            usual = model(**inputs).logits
+            encoded = [known | {"mm_encoder_outputs": {"video": video}}] if TAKES_ENCODED else []
+            for unusual in (*encoded, inputs | {"attention_mask": ready, "position_ids": at}):
+                torch.testing.assert_close(model(**unusual).logits, usual, atol=1e-5, rtol=1e-5)
+            assert run.columns is None
+        with evoprune.EvoPrune(**settings, positions="qwen")(model), pytest.raises(evoprune.UsageError):
+            model(**call)  # the model's own code knows its own positions only
+
+
+def test_hooks_on_the_tower_are_named_in_a_warning(model, recwarn):
+    inputs = processed(model, ONE)
+    visual = model.model.visual
+    with evoprune.EvoPrune(budget=0.2)(model):
+        model.enable_input_require_grads()  # hooks of transformers
+        generated(model, inputs)
+        assert not [warning for warning in recwarn if "hooks" in str(warning.message)]
+        visual.register_forward_hook(lambda *_: None)
+        for block in (*visual.blocks, visual.merger, visual.patch_embed, visual.merger.mlp):
+            block.register_forward_pre_hook(functools.partial(print))
+        with pytest.warns(UserWarning, match=r"visual, patch_embed, blocks.0, blocks.1 and 2 others"):
+            generated(model, inputs)
+
+
+def counting(function, calls):
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        calls.append(function)
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def test_what_was_put_on_top_stays_without_the_pruning(model):
+    inputs, calls = processed(model, ONE), []
+    expected, whole = generated(model, inputs), model(**inputs).logits
+    for _ in range(2):
+        handle = evoprune.apply(model, budget=0.2)
+        model.forward, model.generate = counting(model.forward, calls), counting(model.generate, calls)
+        assert model(**inputs).logits.shape[1] < whole.shape[1] and not torch.equal(generated(model, inputs), expected)
+        handle.remove()
+        before = len(calls)
+        assert torch.equal(model(**inputs).logits, whole) and torch.equal(generated(model, inputs), expected)
+        assert len(calls) > before
+        with handle:  # the same one, again
+            assert model(**inputs).logits.shape[1] < whole.shape[1]
+        assert torch.equal(model(**inputs).logits, whole)
+
+
+def test_what_was_put_on_top_can_be_taken_away_afterwards(model):
+    inputs = processed(model, ONE)
+    whole = model(**inputs).logits
+    handle = evoprune.apply(model, budget=0.2)
+    pruned, model.forward = model.forward, counting(model.forward, [])
+    handle.remove()
+    model.forward = pruned  # as accelerate does it, which remembers what it found
+    assert torch.equal(model(**inputs).logits, whole)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    assert not other(**inputs).logits.any() and torch.equal(model(**inputs).logits, whole)
+    torch.save(model, io.BytesIO())
+    with evoprune.EvoPrune(budget=0.2)(model):
+        assert model(**inputs).logits.shape[1] < whole.shape[1]
+    assert torch.equal(model(**inputs).logits, whole)
+
+
+def test_hooks_of_accelerate_on_top(model):
+    hooks = pytest.importorskip("accelerate.hooks")
+    inputs = processed(model, ONE)
+    whole = model(**inputs).logits
+    handle = evoprune.apply(model, budget=0.2)
+    hooks.add_hook_to_module(model, hooks.AlignDevicesHook("cpu"))
+    assert model(**inputs).logits.shape[1] < whole.shape[1]
+    handle.remove()
+    assert torch.equal(model(**inputs).logits, whole)
+    hooks.remove_hook_from_module(model)
+    assert torch.equal(model(**inputs).logits, whole)
+
+
+def test_a_peft_model_around_it(model):
+    peft = pytest.importorskip("peft")
+    inputs = processed(model, ONE)
+    around = peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*(q_proj|qkv)", init_lora_weights=False))
+    with evoprune.EvoPrune(budget=0.2)(around.get_base_model()) as run, torch.no_grad():
+        expected = generated(model, inputs)
+        assert torch.equal(generated(around, inputs), expected)
+        assert around(**inputs).logits.shape[1] == run.columns.places
+        with around.disable_adapter():
+            assert not torch.equal(generated(around, inputs), expected)
+    with pytest.raises(evoprune.ModelError) as caught:
+        evoprune.apply(around)
+    assert "get_base_model()" in caught.value.hint
+
+
+ADAPTERS = {
+    "LoRA on linear layers": ("LoraConfig", r".*visual.*(qkv|attn\.proj|gate_proj|down_proj|mlp\.0)", None),
+    "IA3": ("IA3Config", r".*visual.*qkv", None),
+    "weights of their own": ("LoraConfig", r".*q_proj", None),
+    "LoRA on the convolution": ("LoraConfig", r".*patch_embed\.proj", "patch_embed.proj"),
+    "tuned norms": ("LNTuningConfig", r".*visual.*norm2", "blocks.0.norm2"),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_on_the_tower_run_or_are_refused(model, name):
+    peft = pytest.importorskip("peft")
+    kind, modules, refused = ADAPTERS[name]
+    more = {"feedforward_modules": []} if kind == "IA3Config" else {}
+    if name == "weights of their own":
+        more["modules_to_save"] = ["norm1", "patch_embed", "merger"]
+    inputs, plain = processed(model, ONE), model(**processed(model, ONE)).logits
+    around = peft.get_peft_model(model, getattr(peft, kind)(target_modules=modules, **more))
+    with torch.no_grad():
+        for weight in around.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+        expected = model(**inputs).logits
+        assert not torch.allclose(expected, plain, atol=1e-2)
+        if refused is None:
+            with evoprune.EvoPrune(budget=1.0)(model):
+                torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+        else:
+            with pytest.raises(evoprune.ModelError, match=f"adapter on {refused}"):
+                evoprune.apply(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["compiled, then pruned", "pruned, then compiled"])
+def test_a_compiled_forward(model, order):
+    torch._dynamo.reset()
+    inputs = processed(model, ONE)
+    with torch.no_grad(), evoprune.EvoPrune(budget=0.2)(model):
+        logits, answer = model(**inputs).logits, generated(model, inputs)
+    whole = model(**inputs).logits
+    if order == "compiled, then pruned":
+        model.forward = torch.compile(model.forward, backend="eager")
+    with torch.no_grad(), evoprune.EvoPrune(budget=0.2)(model):
+        if order == "pruned, then compiled":
+            model.forward = torch.compile(model.forward, backend="eager")
+        torch.testing.assert_close(model(**inputs).logits, logits)
+        assert torch.equal(generated(model, inputs), answer)
+    torch.testing.assert_close(model(**inputs).logits, whole)
+
+
+@pytest.mark.slow
+def test_the_compiled_steps_of_generate_are_one_graph(model):
+    """As on a GPU, where a static cache compiles them. `fullgraph` raises where this package would break the graph."""
+    torch._dynamo.reset()
+    compiled = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compiled._compile_all_devices = True
+    torch._dynamo.utils.counters.clear()
+    with evoprune.EvoPrune(budget=0.2)(model):
+        for words in (7, 9):
+            inputs = processed(model, (*ONE[:2], words))
+            out = generated(model, inputs, cache_implementation="static", compile_config=compiled)
+            assert torch.equal(out, generated(model, inputs))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2

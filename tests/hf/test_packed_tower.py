@@ -1,0 +1,121 @@
+import weakref
+
+import pytest
+import torch
+
+import evoprune
+from evoprune.cpu.integers import Int8Linear
+from evoprune.cpu.linear import PackedLinear, can_pack, packed_copy
+from evoprune.hf.packed_tower import PackedTower
+from evoprune.model.config import MODEL_TYPES
+from tests.prompts import processed
+from tests.quantized import parameters
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.skipif(not can_pack(torch.empty(1)), reason="this torch has no packed products")
+PROMPT = (5, ("image", 4, 4), 2, ("video", 4, 8, 12), 7)
+
+
+@pytest.mark.parametrize("family", MODEL_TYPES)
+def test_tokens_are_the_models_own_and_the_model_does_not_change(family):
+    model = tiny_model(family=family)
+    inputs, wish = processed(model, PROMPT), {"max_new_tokens": 8, "do_sample": False}
+    before, modules, expected = model.state_dict(), dict(model.named_modules()), model.generate(**inputs, **wish)
+    with evoprune.EvoPrune(budget=1.0, pack=True)(model) as run:
+        assert torch.equal(model.generate(**inputs, **wish), expected)
+        during = model.state_dict()
+        assert dict(model.named_modules()) == modules
+    assert before.keys() == during.keys() == model.state_dict().keys()
+    assert all(one.data_ptr() == during[name].data_ptr() for name, one in before.items())
+    linear = [layer for layer in model.model.visual.modules() if type(layer) is torch.nn.Linear]
+    held = sum(weight.nbytes for weight in model.parameters()) + sum(layer.weight.nbytes for layer in linear)
+    assert run.report.memory.weights_bytes >= held  # packing may pad
+    assert torch.equal(model.generate(**inputs, **wish), expected)
+
+
+def test_pruned_tokens_do_not_depend_on_packing():
+    model = tiny_model()
+    inputs, wish = processed(model, PROMPT), {"max_new_tokens": 8, "do_sample": False}
+    plain, packed = (
+        model_with.generate(**inputs, **wish)
+        for pack in (False, True)
+        for model_with in [evoprune.apply(tiny_model(), budget=0.3, pack=pack).model]
+    )
+    assert torch.equal(plain, packed)
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "data", "in place", "another tensor", "another layer"])
+def test_changed_weights_are_packed_again(change):
+    visual = tiny_model().model.visual
+    tower, layer = PackedTower(visual), visual.blocks[0].attn.qkv
+    first = tower.current()
+    assert tower.current() is first
+    with torch.no_grad():
+        match change:
+            case "load_state_dict":
+                visual.load_state_dict(tiny_model(1).model.visual.state_dict())
+            case "data":
+                layer.weight.data += 0.1
+            case "in place":
+                layer.weight[3, 5] += 1  # one number, which is not in the sample
+            case "another tensor":
+                layer.weight.data = layer.weight * 2
+            case "another layer":
+                visual.blocks[0].attn.qkv = torch.nn.Linear(layer.in_features, layer.out_features)
+    x = torch.randn(3, layer.in_features)
+    torch.testing.assert_close(tower.current().blocks[0].attn.qkv(x), visual.blocks[0].attn.qkv(x))
+
+
+@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("pack", parameters("int8"))
+@torch.no_grad()
+def test_a_tower_in_8_bits_is_near_the_models_own(pack, family):
+    model = tiny_model(family=family)
+    inputs, before = processed(model, PROMPT), model.state_dict()
+    logits = [model(**inputs).logits]
+    with evoprune.EvoPrune(budget=1.0, pack=pack)(model) as run:
+        logits.append(model(**inputs).logits)
+        assert run.report.memory.weights_bytes > sum(weight.nbytes for weight in model.parameters())
+    error = (logits[1] - logits[0]).norm() / logits[0].norm()
+    assert 0 < error < 0.05
+    assert all(one.data_ptr() == before[name].data_ptr() for name, one in model.state_dict().items())
+    assert type(model.model.visual.blocks[0].attn.qkv) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("pack", parameters("int8"))
+def test_a_layer_with_hooks_stays_as_it_is(pack):
+    visual, seen = tiny_model().model.visual, []
+    visual.blocks[0].attn.qkv.register_forward_hook(lambda *call: seen.append(call))
+    made = PackedTower(visual, pack).current()
+    assert type(made.blocks[0].attn.qkv) is torch.nn.Linear and type(made.blocks[1].attn.qkv) is Int8Linear and seen
+
+
+def test_what_pack_can_be():
+    with pytest.raises(evoprune.UsageError, match="works on the CPU"):
+        PackedTower(tiny_model().model.visual.to("meta"), "int8")
+    with pytest.raises(evoprune.UsageError, match="pack"):
+        evoprune.EvoPrune(pack="int3")
+
+
+def test_a_layer_with_hooks_keeps_them():
+    layer, seen = torch.nn.Linear(8, 8), []
+    layer.register_forward_hook(lambda *call: seen.append(call))
+    model = torch.nn.Sequential(layer, torch.nn.Linear(8, 8))
+    made = packed_copy(model)
+    made(torch.randn(2, 8))
+    assert len(seen) == 1 and isinstance(made[1], PackedLinear) and type(model[1]) is torch.nn.Linear
+
+
+def test_where_packing_saves_nothing_it_is_refused_and_nothing_is_pruned():
+    model = tiny_model().half()
+    with pytest.raises(evoprune.UsageError, match="float16 on cpu"):
+        evoprune.apply(model, pack=True)
+    assert "forward" not in vars(model)
+
+
+def test_the_copies_are_freed_at_the_end():
+    model = tiny_model()
+    run = evoprune.apply(model, pack=True)
+    copy = weakref.ref(run._packed.current())
+    run.remove()
+    assert copy() is None

@@ -1,0 +1,118 @@
+"""Pictures that are pruned inside a Hugging Face model."""
+
+import pytest
+import torch
+
+import evoprune
+from evoprune.errors import UsageError
+from evoprune.methods.budget import keep_count
+from evoprune.model.config import MODEL_TYPES
+from tests.hf.reference import ONCE, TAKES_ENCODED, seconds_of, tower_output, with_empty_pairs
+from tests.prompts import processed
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.skipif(not TAKES_ENCODED, reason="this transformers takes no encoded pictures")
+PROMPTS = {
+    "a picture": [(5, ("image", 8, 12), 7)],
+    "two pictures": [(5, ("image", 8, 12), 2, ("image", 6, 4), 7)],
+    "picture and video": [(5, ("image", 8, 8), 2, ("video", 4, 8, 12), 7, ("image", 4, 4), 1)],
+    "batch": [(5, ("video", 4, 8, 12), 7, ("image", 6, 6), 2), (3, ("image", 8, 8), 9, ("video", 1, 4, 4), 2), (9,)],
+}
+
+
+@pytest.fixture(scope="module", params=MODEL_TYPES)
+def model(request):
+    model = tiny_model(family=request.param)
+    model.generation_config.pad_token_id = 398
+    return model
+
+
+def generated(model, inputs, **settings):
+    return model.generate(**inputs, max_new_tokens=8, do_sample=False, **settings)
+
+
+def reference(model, inputs, budget, method):
+    """The whole prompt on the stock model, with the features of the kept units, and without the columns of the others."""
+    call = {name: value for name, value in inputs.items() if not name.startswith("pixel")}
+    known = {name: value for name, value in inputs.items() if not name.startswith(("pixel", "input"))}
+    call["position_ids"] = model._prepare_position_ids_for_generation(inputs["input_ids"], known)
+    call["mm_encoder_outputs"], mask = {}, inputs["attention_mask"].clone()
+    for kind, token, pixels, grids in (
+        ("video", model.config.video_token_id, "pixel_values_videos", "video_grid_thw"),
+        ("image", model.config.image_token_id, "pixel_values", "image_grid_thw"),
+    ):
+        if inputs.get(pixels) is None:
+            continue
+        seconds = seconds_of(inputs) if kind == "video" else 1.0
+        how = ONCE if method == "evoprune" else {}
+        made = evoprune.encode(
+            model, inputs[pixels], inputs[grids], budget=budget, method=method, seconds_per_pair=seconds, **how
+        )
+        call["mm_encoder_outputs"][kind] = tower_output(made, (inputs[grids].prod(-1) // 4).tolist())
+        dropped = torch.ones(len(made.owner), dtype=torch.bool).index_fill(0, made.kept, False)
+        columns = inputs["input_ids"] == token
+        leaves = torch.zeros_like(columns).masked_scatter(columns, dropped)
+        if kind == "video" and made.deepstack is not None:
+            leaves = with_empty_pairs(model, inputs["input_ids"], leaves)
+        mask = mask.masked_fill(leaves, 0)
+    return call | {"attention_mask": mask}
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_full_budget_is_the_models_own(model, prompt):
+    inputs = processed(model, *PROMPTS[prompt])
+    expected = generated(model, inputs)
+    with evoprune.EvoPrune(budget=1.0, pictures=True)(model) as run:
+        assert torch.equal(generated(model, inputs), expected)
+    assert run.report.pruning.kept_ratio == 1
+
+
+@pytest.mark.few(6)
+@pytest.mark.parametrize("method", ["evoprune", "tome", "visionzip"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_it_is_the_whole_prompt_with_the_dropped_columns_masked(model, prompt, method):
+    inputs = processed(model, *PROMPTS[prompt])
+    expected = generated(model, reference(model, inputs, 0.25, method))
+    how = ONCE if method == "evoprune" else {}
+    with evoprune.EvoPrune(budget=0.25, method=method, pictures=True, **how)(model) as run:
+        assert torch.equal(generated(model, inputs), expected)
+    left, total = run.columns.take(inputs["input_ids"]), 0
+    for name, token in (
+        ("video_grid_thw", model.config.video_token_id),
+        ("image_grid_thw", model.config.image_token_id),
+    ):
+        kept = sum(keep_count(0.25, int(grid.prod()) // 4) for grid in inputs.get(name, []))
+        assert int((left == token).sum()) == kept
+        total += kept
+    assert run.report.pruning.visual_tokens_kept == run.report.tokens.visual == total
+
+
+def test_a_cache_goes_on_and_positions_of_qwen_are_possible(model):
+    inputs = processed(model, *PROMPTS["picture and video"])
+    with evoprune.EvoPrune(budget=0.25, pictures=True, positions="qwen")(model):
+        at_once = generated(model, inputs)
+        first = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        more = {"input_ids": first.sequences, "past_key_values": first.past_key_values}
+        mask = torch.ones_like(first.sequences)
+        again = model.generate(**more, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    assert torch.equal(again, at_once)
+
+
+def test_pictures_stay_whole_unless_asked_for(model):
+    inputs = processed(model, *PROMPTS["a picture"])
+    expected = generated(model, inputs)
+    with evoprune.EvoPrune(budget=0.1)(model) as run:
+        assert torch.equal(generated(model, inputs), expected)
+    assert str(run.report) == "<Report: empty: pictures are not pruned without pictures=True>"
+    with evoprune.EvoPrune(budget=0.1)(model) as run:
+        generated(model, processed(model, *PROMPTS["picture and video"]))
+    assert run.report.pruning.visual_tokens_kept < run.report.tokens.visual
+    assert "the pictures stay whole without pictures=True" in str(run.report)
+
+
+def test_pictures_that_do_not_fit_the_prompt_are_refused(model):
+    inputs = processed(model, *PROMPTS["two pictures"])
+    inputs["image_grid_thw"] = inputs["image_grid_thw"][:1]
+    with evoprune.EvoPrune(budget=0.5, pictures=True)(model), pytest.raises(UsageError, match="image tokens"):
+        generated(model, inputs)

@@ -1,0 +1,232 @@
+"""Values and gradients of a model that prunes, in every way in which models are trained.
+
+Without pruning, the reference is the stock model. Below budget 1.0 it is the model that prunes in the simplest way: one prompt at a
+time, so without padding, with eager attention, in fp32, without checkpointing.
+"""
+
+from functools import cache
+from threading import Barrier, Thread
+
+import pytest
+import torch
+
+import evoprune
+from tests.hf.reference import encoded, masked, sizes_of, weighed_by
+from tests.prompts import processed
+from tests.threads import one_thread  # noqa: F401
+from tests.tiny import tiny_model
+
+ROWS = ((5, ("video", 4, 8, 12), 7), (3, ("video", 2, 8, 8), 9, ("video", 1, 4, 4), 2))
+ATTENTION = ("eager", "sdpa")
+CHECKPOINTING = {"plain": None, "checkpointing": False, "reentrant checkpointing": True}
+SIDES = ("left", "right")
+MODELS = ("all weights", "LoRA")
+BUDGETS = (1.0, 0.25)
+
+
+def trained(attention="eager", checkpointing="plain", kind="all weights", family="qwen2_5_vl"):
+    """A model in training mode with a frozen tower, and what is called: the model, or the PEFT model around it."""
+    model = tiny_model(family=family).train()
+    model.set_attn_implementation(attention)
+    model.generation_config.pad_token_id = 398
+    model.model.visual.requires_grad_(False)
+    called = model
+    if kind == "LoRA":
+        peft = pytest.importorskip("peft")
+        torch.manual_seed(0)
+        layers = r"model\.language_model.*(q|v)_proj"
+        called = peft.get_peft_model(model, peft.LoraConfig(target_modules=layers, init_lora_weights=False))
+        model = called.get_base_model()
+    if (reentrant := CHECKPOINTING[checkpointing]) is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    return model, called
+
+
+def labels(inputs):
+    """Every token of the text, also the first one of a row, before which only padding may be."""
+    return inputs["input_ids"].masked_fill((inputs["mm_token_type_ids"] > 0) | (inputs["attention_mask"] == 0), -100)
+
+
+def alone(inputs, row):
+    """The inputs of one row of `ROWS`, without padding."""
+    used, videos = inputs["attention_mask"][row].bool(), [slice(0, 1), slice(1, 3)][row]
+    patches = inputs["video_grid_thw"].prod(-1).tolist()
+    start = sum(patches[: videos.start])
+    one = {name: inputs[name][row, None, used] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    one["pixel_values_videos"] = inputs["pixel_values_videos"][start : start + sum(patches[videos])]
+    return one | {name: inputs[name][videos] for name in ("video_grid_thw", "second_per_grid_ts") if name in inputs}
+
+
+def results(model, called, inputs, **more):
+    """The loss, and the gradients by the name of the weight."""
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    loss = called(**inputs, **{"labels": labels(inputs)} | more).loss
+    # With the gradients of reentrant checkpointing, which come from `backward` alone.
+    model.zero_grad()
+    loss.backward()
+    return loss.detach(), {name: weight.grad.clone() for name, weight in weights.items() if weight.grad is not None}
+
+
+@cache
+def reference(budget, attention, side, kind="all weights", family="qwen2_5_vl", autocast=False):
+    """The loss and gradients to compare with; `attention` and `side` only matter without pruning."""
+    model, called = trained(attention if budget == 1.0 else "eager", kind=kind, family=family)
+    inputs = processed(model, *ROWS, side=side)
+    if budget == 1.0:
+        return results(model, called, inputs)
+    parts, tokens = [], []
+    with evoprune.EvoPrune(budget=budget)(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for one in (alone(inputs, row) for row in range(len(ROWS))):
+            tokens.append(int((labels(one)[:, 1:] >= 0).sum()))
+            parts.append(results(model, called, one))
+    share = [n / sum(tokens) for n in tokens]
+    mean = {name: sum(s * part[1][name] for s, part in zip(share, parts, strict=True)) for name in parts[0][1]}
+    return sum(s * part[0] for s, part in zip(share, parts, strict=True)), mean
+
+
+def same(made, expected, tolerance):
+    """Each gradient differs from the expected one by a small part of its length."""
+    assert made[0].item() == pytest.approx(expected[0].item(), rel=tolerance)
+    assert made[1].keys() == expected[1].keys() and made[1]
+    for name, gradient in expected[1].items():
+        assert (made[1][name] - gradient).norm() <= tolerance * gradient.norm() + 1e-7, name
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_loss_and_gradients_are_those_of_the_reference(attention, checkpointing, kind, side, budget):
+    model, called = trained(attention, checkpointing, kind)
+    with evoprune.EvoPrune(budget=budget)(model) as run:
+        made = results(model, called, processed(model, *ROWS, side=side))
+        assert (run.report.pruning.kept_ratio == 1) == (budget == 1.0)
+    same(made, reference(budget, attention, side, kind), 1e-4)
+
+
+def test_the_reference_is_the_stock_model_with_dropped_columns_masked():
+    """The loss by hand: each column that is left predicts the next one."""
+    model, called = trained()
+    inputs = alone(processed(model, *ROWS), 1)
+    with evoprune.EvoPrune(budget=0.25)(model) as run:
+        expected = results(model, called, inputs)
+    made = encoded(model, inputs, 0.25, how={})
+    sizes, left = sizes_of(model, inputs, made), run.columns.index[0]
+    assert sizes.max() > 1 and len(left) == 18 + 9
+    call = masked(model, inputs, made)
+    call["position_ids"] = call["position_ids"][1:]
+    model.zero_grad()
+    with weighed_by(model, sizes):
+        logits = model(**call).logits[0, left[:-1]]
+    loss = torch.nn.functional.cross_entropy(logits, labels(inputs)[0, left[1:]])
+    loss.backward()
+    same((loss.detach(), {name: w.grad for name, w in model.named_parameters() if w.requires_grad}), expected, 1e-4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_under_autocast_they_differ_by_its_rounding(attention, checkpointing, side, budget):
+    """It rounds to 8 bits: the stock model's own gradients differ by up to 3% from those in fp32. Which tokens are kept may depend
+    on it too, so the reference below budget 1.0 is computed under autocast.
+    """
+    model, called = trained(attention, checkpointing)
+    with evoprune.EvoPrune(budget=budget)(model), torch.autocast("cpu", torch.bfloat16):
+        made = results(model, called, processed(model, *ROWS, side=side))
+    same(made, reference(budget, attention, side, autocast=budget < 1), 0.06)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_gradients_of_threads_are_their_own(attention, budget):
+    """Two threads with different batches in one model, at the same time."""
+    model, _ = trained(attention)
+    batches = [processed(model, *ROWS), processed(model, *ROWS, side="right"), alone(processed(model, *ROWS), 0)] * 2
+    weights = dict(model.named_parameters())
+    weights = {name: weight for name, weight in weights.items() if weight.requires_grad and "embed" not in name}
+    made, start = [None] * len(batches), Barrier(len(batches))
+
+    def gradients(inputs):
+        loss = model(**inputs, labels=labels(inputs)).loss
+        return loss.detach(), dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+
+    def work(i):
+        start.wait()
+        made[i] = gradients(batches[i])
+
+    with evoprune.EvoPrune(budget=budget)(model):
+        expected = [gradients(batch) for batch in batches[:3]] * 2
+        threads = [Thread(target=work, args=(i,)) for i in range(len(batches))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for one, theirs in zip(made, expected, strict=True):
+        same(one, theirs, 1e-5)
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_the_other_families_have_the_same_gradients(attention, family):
+    model, called = trained(attention, "reentrant checkpointing", family=family)
+    for budget in BUDGETS:
+        with evoprune.EvoPrune(budget=budget)(model):
+            made = results(model, called, processed(model, *ROWS))
+        same(made, reference(budget, attention, "left", family=family), 1e-4)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("side", SIDES)
+def test_shifted_labels_give_what_labels_give(attention, side):
+    model, called = trained(attention)
+    inputs = processed(model, *ROWS, side=side)
+    given = labels(inputs)
+    shifted = {"shift_labels": torch.nn.functional.pad(given, (0, 1), value=-100)[:, 1:].contiguous()}
+    expected = results(model, called, inputs, **shifted)
+    for budget in BUDGETS:
+        with evoprune.EvoPrune(budget=budget)(model):
+            same(
+                results(model, called, inputs, **shifted),
+                expected if budget == 1.0 else results(model, called, inputs),
+                1e-4,
+            )
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_without_pruning_the_tower_is_trained_as_ever(mode):
+    model = getattr(tiny_model(), mode)()
+    inputs = processed(model, *ROWS, side="right")
+    expected = results(model, model, inputs)
+    assert any(name.startswith("model.visual") for name in expected[1])
+    with evoprune.EvoPrune(budget=1.0)(model) as run:
+        same(results(model, model, inputs), expected, 1e-6)
+        assert run.columns is None and run.report.pruning.visual_tokens_in is None
+        with torch.no_grad():
+            model(**inputs)
+        assert run.report.pruning.kept_ratio == 1
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_gradients_of_a_tower_in_eval_mode_are_refused(checkpointing):
+    """Its weights ask for gradients by default, so a forward pass alone says nothing about training."""
+    model, _ = trained("sdpa", checkpointing)
+    model.model.visual.requires_grad_(True).eval()
+    inputs = processed(model, *ROWS)
+    with evoprune.EvoPrune(budget=0.25)(model):
+        loss = model(**inputs, labels=labels(inputs)).loss
+        with pytest.raises(evoprune.UsageError, match="no gradients") as caught:
+            loss.backward()
+        assert "requires_grad_(False)" in caught.value.hint
+        language = [weight for name, weight in model.named_parameters() if "language_model.layers" in name]
+        if checkpointing != "reentrant checkpointing":  # which needs `backward`
+            loss = model(**inputs, labels=labels(inputs)).loss
+            assert all(gradient.norm() > 0 for gradient in torch.autograd.grad(loss, language))

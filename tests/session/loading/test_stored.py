@@ -1,0 +1,130 @@
+"""Quantised weights on disk."""
+
+import copy
+import errno
+import shutil
+
+import pytest
+import torch
+
+from evoprune import VideoQA
+from evoprune.cpu.quantize import quantize
+from evoprune.errors import UsageError
+from evoprune.session.entries import Entries
+from evoprune.session.loading import stored
+from evoprune.session.loading.calibration import calibrate
+from tests.quantized import SOME, parameters
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
+    return tmp_path / "weights"
+
+
+def outputs(model):
+    """Of each quantised layer, for some rows and for one."""
+    made = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "packed"):
+            x = torch.linspace(-1, 2, 3 * layer.in_features).view(3, -1)
+            made[name] = torch.cat([layer(x), layer(x[:1])])
+    return made
+
+
+def quantised(kind, fingerprint="a", **options):
+    model = copy.deepcopy(tiny_model())
+    stored.quantize_once(model, kind, fingerprint, **options)
+    return outputs(model)
+
+
+def same(made, expected):
+    return made.keys() == expected.keys() and all(torch.equal(made[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """A list that grows with each calibration."""
+    seen = []
+    monkeypatch.setattr(stored, "calibrate", lambda model: seen.append(1) or calibrate(model))
+    return seen
+
+
+@pytest.mark.parametrize("kind", parameters("int8", "int4"))
+def test_a_second_model_is_the_same_without_a_calibration(kind, folder, runs):
+    plain = copy.deepcopy(tiny_model())
+    quantize(plain, kind, calibrate)
+    seen = []
+    made = [quantised(kind, progress=lambda done, total: seen.append((done, total))) for _ in range(2)]
+    assert all(same(each, outputs(plain)) for each in made)
+    assert len(runs) == 1 and seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+    quantised(kind, "b")  # other files
+    assert len(runs) == 2 and len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("kind", parameters(SOME))
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\xff" * len(b)])
+def test_a_damaged_entry_is_written_again(damage, kind, folder, runs):
+    expected = quantised(kind)
+    (entry,) = folder.iterdir()
+    whole = entry.read_bytes()
+    entry.write_bytes(damage(whole))
+    assert same(quantised(kind), expected) and len(runs) == 2
+    assert entry.read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", parameters(SOME))
+def test_an_entry_under_the_name_of_another_one_is_written_again(kind, folder, runs):
+    expected = quantised(kind)
+    (entry,) = folder.iterdir()
+    quantised(kind, "b")
+    (other,) = set(folder.iterdir()) - {entry}
+    whole = entry.read_bytes()
+    shutil.copy(other, entry)
+    assert same(quantised(kind), expected) and len(runs) == 3
+    assert entry.read_bytes() == whole != other.read_bytes()
+
+
+@pytest.mark.parametrize("kind", parameters(SOME))
+def test_a_disk_that_is_full_or_read_only_changes_nothing(kind, folder, runs, monkeypatch):
+    expected = quantised(kind)
+    monkeypatch.setattr(stored, "weights_folder", lambda: Entries(folder / "no", 10))
+    (folder / "no").write_text("a file")
+    assert same(quantised(kind), expected)
+    monkeypatch.undo()
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(folder / "full"))
+
+    class Full(stored._Stream):
+        def add(self, layer, weights):
+            if len(self._header) > 20:
+                self._problem = OSError(errno.ENOSPC, "no room")
+            super().add(layer, weights)
+
+    monkeypatch.setattr(stored, "_Stream", Full)
+    assert same(quantised(kind), expected) and list((folder / "full/weights").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", parameters(SOME))
+def test_an_interrupted_run_leaves_nothing(kind, folder):
+    def stop(done, total):
+        if done > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantised(kind, progress=stop)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", parameters(SOME))
+def test_answers_are_the_same_from_disk(kind, folder):
+    asked = [
+        VideoQA.load("demo", quantize=kind, store_quantized=keep).ask("samples/square.mp4", "What shape is red?").ids
+        for keep in (False, True, True)
+    ]
+    assert asked[0] == asked[1] == asked[2] and len(list(folder.iterdir())) == 1
+
+
+def test_only_what_is_quantised_is_stored():
+    with pytest.raises(UsageError, match="needs quantize"):
+        VideoQA.load("demo", store_quantized=True)

@@ -1,0 +1,83 @@
+"""Agreement along the unpruned model's answers, against distributions computed in full."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from evoprune.bench.tuning import agreement as made
+from evoprune.bench.tuning.agreement import agreement, reference
+from evoprune.errors import UsageError
+from evoprune.session.loading.model import load_model
+from evoprune.video_qa import VideoQA
+
+CLIP, QUESTION = "samples/square.mp4", "What happens?"
+
+
+@pytest.fixture(scope="module")
+def loaded(saved):
+    return load_model(str(saved), dtype="fp32", pack=False)
+
+
+@pytest.fixture(scope="module")
+def full(loaded):
+    return VideoQA(loaded, budget=1.0, method="none").encode(CLIP, frames=4)
+
+
+@pytest.fixture(scope="module")
+def ids(full):
+    answer = full.ask(QUESTION, max_new_tokens=6)
+    assert answer.text and len(answer.ids) == answer.report.tokens.new > 3
+    return answer.ids
+
+
+def test_logits_along_an_answer_choose_it(full, ids):
+    logits, seconds = full.read_along(QUESTION, ids)
+    assert logits.argmax(1).tolist() == ids and logits.dtype == torch.float32 and seconds > 0
+    assert full.ask(QUESTION, max_new_tokens=6).ids == []  # nothing is generated before it is read
+    shorter, _ = full.read_along(QUESTION, ids[:2])
+    torch.testing.assert_close(shorter, logits[:2])
+
+
+def test_the_unpruned_model_agrees_with_itself(full, ids):
+    found = agreement(reference(full, QUESTION, ids, ended=False), full)
+    assert found.agrees.all() and len(found.agrees) == len(ids) and float(found.kl.max()) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["evoprune", "random", "cdpruner"])
+@pytest.mark.parametrize("kept", [16, 10**6])
+def test_a_pruned_model(loaded, full, ids, method, kept, monkeypatch):
+    monkeypatch.setattr(made, "KEPT", kept)
+    pruned = VideoQA(loaded, budget=0.2, method=method).encode(CLIP, frames=4)
+    found = agreement(reference(full, QUESTION, ids, ended=False), pruned)
+    p, q = (video.read_along(QUESTION, ids)[0].double().log_softmax(1) for video in (full, pruned))
+    whole = (p.exp() * (p - q)).sum(1)
+    assert found.agrees.tolist() == (p.argmax(1) == q.argmax(1)).tolist()
+    assert float(whole.max()) > 1e-3
+    if kept > p.shape[1]:
+        torch.testing.assert_close(found.kl.double(), whole, atol=1e-5, rtol=1e-3)
+    assert ((found.kl > 0) & (found.kl <= whole + 1e-5)).all()
+
+
+def test_an_answer_without_tokens_is_compared_where_it_ends(full):
+    given = reference(full, QUESTION, [], ended=False)
+    assert len(given.ids) == len(agreement(given, full).agrees) == 1
+
+
+def test_the_end_of_an_answer_counts(full, ids):
+    """Cut before a token that the model goes on with: it does not agree that the answer ends, had another model ended it there."""
+    ended = reference(full, QUESTION, ids[:3], ended=True)
+    assert len(ended.ids) == 4 and ended.tokens[:, 0].tolist() == ids[:4]
+    found = agreement(ended, full)
+    assert found.agrees.all() and len(found.agrees) == 4
+    other = agreement(replace(ended, tokens=torch.cat([ended.tokens[:3], ended.tokens[3:].flip(1)])), full)
+    assert other.agrees.tolist() == [True, True, True, False]
+
+
+def test_an_answer_that_was_begun_ends_with_an_error(loaded, ids):
+    video = VideoQA(loaded, budget=0.5).encode(CLIP, frames=4)
+    answer = video.ask(QUESTION, max_new_tokens=9)
+    next(answer)
+    video.read_along(QUESTION, ids)
+    with pytest.raises(UsageError, match="another question was asked"):
+        answer.text  # noqa: B018

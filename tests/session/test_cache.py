@@ -1,0 +1,330 @@
+"""Encoded videos on disk: the same answers, never those of something else, and never a failure."""
+
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from evoprune.contrib.evs import Evs
+from evoprune.session import cache as cache_module
+from evoprune.session.cache import Cache, content_hash
+from evoprune.session.inputs import open_inputs
+from evoprune.session.loading.model import load_model
+from evoprune.video.frames import read_frames
+from evoprune.video_qa import VideoQA
+from evoprune.vision.encoded import Encoded
+from tests.decoders import DECODERS
+from tests.threads import one_thread  # noqa: F401
+from tests.video.files import spoil
+
+CLIP = "samples/square.mp4"
+
+
+@pytest.fixture(scope="module")
+def loaded(saved):
+    return load_model(str(saved), dtype="fp32", pack=False)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path / "cache")
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return shutil.copy(CLIP, tmp_path / "clip.mp4")
+
+
+def answer(video):
+    return "".join(video.ask("What happens?", max_new_tokens=12))
+
+
+def encoded(count=4, width=8, rows=6, dtype=torch.float32, size=None):
+    random = torch.Generator().manual_seed(count)
+    features = torch.randn(count, width, generator=random).to(dtype)
+    owner = torch.arange(12) % rows
+    return Encoded(
+        features,
+        torch.arange(count) * 2,
+        torch.zeros(rows, width),
+        owner,
+        ((3, 2, 2),),
+        [(0, 12)],
+        1.0,
+        True,
+        size,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_was_stored_comes_back(cache, dtype):
+    before = encoded(dtype=dtype)
+    assert cache.load("0" * 64, torch.device("cpu")) is None and cache.size() == (0, 0)
+    assert cache.store("0" * 64, before)
+    after = cache.load("0" * 64, torch.device("cpu"))
+    for name in ("features", "kept", "owner"):
+        assert torch.equal(getattr(after, name), getattr(before, name)), name
+    assert after.size is None
+    assert after.features.dtype == dtype and after.rows.shape == before.rows.shape
+    assert (after.grids, after.layers, after.flat, after.prune_seconds) == (before.grids, before.layers, True, 0.0)
+    assert cache.size()[0] == 1 and cache.size()[1] > 0
+
+
+def test_and_how_often_tokens_count(cache):
+    assert cache.store("0" * 64, encoded(size=torch.tensor([1.0, 2.5, 1.0, 4.0])))
+    assert cache.load("0" * 64, torch.device("cpu")).size.tolist() == [1.0, 2.5, 1.0, 4.0]
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("method", "budget"), [("evoprune", 0.25), ("evoprune", 1.0), ("pool", 0.25), ("subsample", 0.5)]
+)
+def test_the_second_time_nothing_is_encoded_and_all_is_the_same(loaded, cache, clip, monkeypatch, method, budget):
+    qa = VideoQA(loaded, budget=budget, method=method)
+    plain = qa.encode(clip)
+    first = qa.encode(clip, cache=cache)
+    monkeypatch.setattr("evoprune.session.encoding.encode_rows", lambda *_, **__: pytest.fail("encoded again"))
+    with closing(open_inputs(qa.engine, [clip], cache=cache)) as opened:
+        assert opened.in_cache
+        second = opened.encode()
+    assert [video.report.cache for video in (plain, first, second)] == ["off", "miss", "hit"]
+    answers = [video.ask("What happens?", max_new_tokens=12) for video in (plain, first, second)]
+    assert "".join(answers[0]) == "".join(answers[1]) == "".join(answers[2])
+    a, b = answers[1].report, answers[2].report
+    assert (a.pruning, a.sampling, a.video, a.tokens, a.warnings) == (
+        b.pruning,
+        b.sampling,
+        b.video,
+        b.tokens,
+        b.warnings,
+    )
+    times = b.time_ms
+    assert times.encode == times.preprocess == times.encode_prune == 0 < times.read < times.ttft_wall
+    assert times.ttft_model == times.prefill
+
+
+def test_what_the_numbers_depend_on_makes_another_entry(loaded, cache, clip, tmp_path):
+    def state(qa=None, path=clip, **settings):
+        return (qa or VideoQA(loaded, budget=0.25)).encode(path, cache=cache, **settings).report.cache
+
+    assert state() == "miss" and state() == "hit"
+    others = [
+        {"frames": 4},
+        {"start_s": 1.0},
+        {"end_s": 3.0},
+        {"max_visual_tokens": 50},
+        *([{"decoder": "decord"}] if "decord" in DECODERS else []),
+        {"qa": VideoQA(loaded, budget=0.5)},
+        {"qa": VideoQA(loaded, budget=0.25, seed=1)},
+        {"qa": VideoQA(loaded, budget=0.25, method="evs")},
+        {"qa": VideoQA(loaded, budget=0.1, method="reuse+evs")},
+        {"qa": VideoQA(loaded, budget=0.1, method="reuse+evs-nofloor")},
+        {"qa": VideoQA(loaded, budget=0.25, method_args={"alpha": "3"})},
+        {"qa": VideoQA(loaded, budget=0.25, method="evoprune-paper", method_args={"allocation": "mean"})},
+        {"qa": VideoQA(replace(loaded, fingerprint="other"), budget=0.25)},
+        {"qa": VideoQA(replace(loaded, dtype="bf16"), budget=0.25)},
+        {"qa": VideoQA(replace(loaded, quantize="int8"), budget=0.25)},
+        {
+            "qa": VideoQA(
+                replace(loaded, limits={"video": replace(loaded.video, image_mean=(0.1, 0.2, 0.3))}), budget=0.25
+            )
+        },
+        {"path": "samples/three.mp4"},
+    ]
+    for other in others:
+        assert state(**other) == "miss", other
+        assert state(**other) == "hit", other
+    for same in (
+        {"qa": VideoQA(loaded, budget="balanced")},
+        {"qa": VideoQA(loaded, budget=0.25, method="evoprune:alpha=3")},
+        {"frames": 12},
+        {"path": shutil.copy(clip, tmp_path / "elsewhere.mp4")},
+        {"name": "other"},
+    ):
+        assert state(**same) == "hit", same
+
+
+def test_the_same_name_size_and_time_but_other_bytes(loaded, cache, clip):
+    qa, before = VideoQA(loaded, budget=0.25), os.stat(clip)
+    assert qa.encode(clip, cache=cache).report.cache == "miss"
+    content = bytearray(Path(clip).read_bytes())
+    content[content.index(b"mdat") + 200] ^= 1
+    Path(clip).write_bytes(content)
+    os.utime(clip, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(clip).st_size == before.st_size
+    assert qa.encode(clip, cache=cache).report.cache == "miss"
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_not_stored(loaded, cache, clip):
+    with closing(open_inputs(VideoQA(loaded, budget=0.25).engine, [clip], cache=cache)) as opened:
+        assert not opened.in_cache
+        os.replace(shutil.copy("samples/pan.mp4", f"{clip}.new"), clip)
+        opened.encode()
+    assert cache.size() == (0, 0)
+
+
+def test_hash_of_a_folder_of_frames(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    first = content_hash(tmp_path)
+    (tmp_path / "b").rename(tmp_path / "c")
+    second = content_hash(tmp_path)
+    (tmp_path / "c").write_text("B")
+    assert len({first, second, content_hash(tmp_path)}) == 3
+
+
+@pytest.mark.full
+def test_changed_code_and_weights_make_other_entries(loaded, cache, clip, folder, monkeypatch):
+    qa = VideoQA(loaded, budget=0.25)
+    assert qa.encode(clip, cache=cache).report.cache == "miss"
+    monkeypatch.setattr(cache_module, "own_code", lambda: "changed")
+    assert qa.encode(clip, cache=cache).report.cache == "miss"
+    monkeypatch.setattr(cache_module, "version", lambda package: f"{package} 0.1")
+    assert qa.encode(clip, cache=cache).report.cache == "miss"
+    first = load_model(str(folder)).fingerprint
+    assert load_model(str(folder)).fingerprint == first
+    os.utime(folder / "model.safetensors", (1, 1))
+    second = load_model(str(folder)).fingerprint
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    assert len({first, second, load_model(str(folder)).fingerprint}) == 3
+    assert load_model(str(folder), load_format="dummy").fingerprint not in (first, second)
+
+
+def test_who_leaves_the_cache_alone(loaded, cache, clip, monkeypatch):
+    qa = VideoQA(loaded, budget=0.25, method="evs")
+    with closing(open_inputs(qa.engine, [clip], cache=cache, read=lambda *a, **k: read_frames(*a, **k))) as opened:
+        assert not opened.in_cache and opened.encode().report.cache == "off"
+    assert VideoQA(replace(loaded, fingerprint=None)).encode(clip, cache=cache).report.cache == "off"
+    monkeypatch.setattr(Evs, "reads_question", True)
+    assert qa.encode(clip, cache=cache).report.cache == "off" and cache.size()[0] == 0
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "text", "folder"])
+def test_a_damaged_entry_is_replaced(loaded, cache, clip, damage):
+    qa = VideoQA(loaded, budget=0.25)
+    fresh = answer(qa.encode(clip, cache=cache))
+    (entry,) = cache.folder.iterdir()
+    content = entry.read_bytes()
+    if damage == "folder":
+        entry.unlink()
+        entry.mkdir()
+    else:
+        flipped = content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
+        entry.write_bytes({"empty": b"", "cut": content[:-5], "flipped": flipped, "text": b"x" * 1000}[damage])
+    video = qa.encode(clip, cache=cache)
+    assert video.report.cache == "miss" and answer(video) == fresh
+    if damage == "folder":  # nothing that this made, so nothing that it removes
+        assert video.report.warnings == ["cache_not_written"]
+        return
+    again = qa.encode(clip, cache=cache)
+    assert again.report.cache == "hit" and answer(again) == fresh
+
+
+def test_an_entry_under_the_name_of_another_one_is_not_used(loaded, cache, clip):
+    qa = VideoQA(loaded, budget=0.25)
+    fresh = answer(qa.encode(clip, cache=cache))
+    (entry,) = cache.folder.iterdir()
+    assert qa.encode("samples/pan.mp4", cache=cache).report.cache == "miss"
+    (other,) = set(cache.folder.iterdir()) - {entry}
+    shutil.copy(other, entry)
+    video = qa.encode(clip, cache=cache)
+    assert video.report.cache == "miss" and answer(video) == fresh
+    assert qa.encode(clip, cache=cache).report.cache == "hit"
+
+
+def test_what_cannot_be_written_is_a_warning(loaded, clip, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    qa = VideoQA(loaded, budget=0.25)
+    video = qa.encode(clip, cache=Cache(tmp_path / "file" / "folder"))
+    assert answer(video) and video.report.warnings == ["cache_not_written"] and video.report.cache == "miss"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    cache = Cache(tmp_path / "cache")
+    monkeypatch.setattr("evoprune.session.cache.os.replace", full)
+    assert qa.encode(clip, cache=cache).report.warnings == ["cache_not_written"]
+    assert list(cache.folder.iterdir()) == []
+    assert not Cache(tmp_path / "small", limit_bytes=100).store("0" * 64, encoded())
+
+
+def test_an_entry_in_a_folder_that_may_only_be_read_is_used(cache, monkeypatch):
+    cache.store("0" * 64, encoded())
+
+    def refused(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr("evoprune.session.cache.os.utime", refused)
+    assert cache.load("0" * 64, torch.device("cpu")) is not None
+
+
+def test_what_was_used_longest_ago_goes_first(tmp_path):
+    big = Cache(tmp_path)
+    big.store("a" * 64, encoded())
+    each = big.size()[1]
+    cache = Cache(tmp_path, limit_bytes=3 * each + each // 2)
+    for number, name in enumerate("abc"):
+        cache.store(name * 64, encoded())
+        os.utime(tmp_path / f"{name * 64}.safetensors", (1000 + number, 1000 + number))
+    assert cache.load("a" * 64, torch.device("cpu"))  # used just now
+    cache.store("d" * 64, encoded())
+    assert sorted(p.name[0] for p in tmp_path.iterdir()) == ["a", "c", "d"]
+
+
+def test_other_files_stay_and_unfinished_ones_go_when_they_are_old(cache):
+    cache.folder.mkdir()
+    for name in ("notes.txt", "model.safetensors", "tmpnew.tmp", "tmpold.tmp"):
+        (cache.folder / name).touch()
+    os.utime(cache.folder / "tmpold.tmp", (1, 1))
+    cache.store("0" * 64, encoded())
+    left = {"notes.txt", "model.safetensors", "tmpnew.tmp"}
+    assert {p.name for p in cache.folder.iterdir()} == left | {f"{'0' * 64}.safetensors"}
+    assert cache.clear() == 1 and cache.clear() == 0
+    assert {p.name for p in cache.folder.iterdir()} == left - {"tmpnew.tmp"}
+
+
+def _storm(folder: str, worker: int) -> int:
+    """Stores and loads the same few entries in a cache with room for two; how many loads were right, wrong ones fail."""
+    torch.set_num_threads(1)
+    cache, right = Cache(Path(folder), limit_bytes=3000), 0
+    for turn in range(40):
+        count = (turn + worker) % 4 + 1
+        cache.store(f"{count}" * 64, encoded(count))
+        found = cache.load(f"{turn % 4 + 1}" * 64, torch.device("cpu"))
+        if found is not None:
+            assert torch.equal(found.features, encoded(turn % 4 + 1).features)
+            right += 1
+    return right
+
+
+@pytest.mark.full
+def test_several_processes_at_once(tmp_path):
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert sum(pool.map(_storm, [str(tmp_path)] * 3, range(3))) > 0
+    assert not list(tmp_path.glob("*.tmp")) and Cache(tmp_path).size()[1] <= 3000
+
+
+def test_where_it_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
+    assert Cache().folder == tmp_path
+    monkeypatch.delenv("EVOPRUNE_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert Cache().folder == Path("/caches/evoprune")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert Cache().folder == Path.home() / ".cache" / "evoprune"
+
+
+def test_a_damaged_video_is_not_kept_because_nobody_would_be_warned(loaded, cache, tmp_path):
+    path = spoil(Path(CLIP), tmp_path / "damaged.mp4", {40, 50})
+    qa = VideoQA(loaded, budget=0.25)
+    for _ in range(2):
+        report = qa.encode(path, cache=cache).report
+        assert (report.cache, report.warnings.count("damaged_video"), report.video.damaged) == ("miss", 1, 2)
+    assert cache.size() == (0, 0)

@@ -1,0 +1,141 @@
+"""Options of the pipeline: checked when they are made, without torch, and made of keywords."""
+
+import pickle
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields, replace
+from inspect import Parameter, signature
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evoprune import methods
+from evoprune.errors import UsageError
+from evoprune.keywords import from_keywords, names_options
+from evoprune.methods.budget import PRESETS
+from evoprune.session.options import (
+    GenerationOptions,
+    ModelOptions,
+    PipelineOptions,
+    PruneOptions,
+    SamplingOptions,
+    record,
+)
+from evoprune_cli.ask import ask
+from evoprune_cli.batch import batch
+
+WRONG = [
+    (ModelOptions, "load_format", "gguf", "unknown load format 'gguf'"),
+    (ModelOptions, "dtype", "fp64", "unknown dtype 'fp64'"),
+    (ModelOptions, "quantize", "int2", "unknown quantisation 'int2'"),
+    (PruneOptions, "budget", 0, "budget 0 is not a share"),
+    (PruneOptions, "budget", "lots", "budget 'lots' is not a share"),
+    (PruneOptions, "method", "magic", "no pruning method 'magic'"),
+    (SamplingOptions, "fps", 0, "fps is 0"),
+    (SamplingOptions, "fps", float("nan"), "fps is nan"),
+    (SamplingOptions, "frames", 0, "frames is 0"),
+    (SamplingOptions, "start_s", float("nan"), "start is nan"),
+    (SamplingOptions, "end_s", float("inf"), "end is inf"),
+    (SamplingOptions, "frame_rate", 0, "frame_rate is 0"),
+    (SamplingOptions, "max_frames", 1, "max_frames is 1"),
+    (SamplingOptions, "max_visual_tokens", 0, "at most 0 visual tokens"),
+    (GenerationOptions, "max_new_tokens", 0, "max_new_tokens is 0"),
+    (GenerationOptions, "temperature", -0.1, "temperature is -0.1"),
+    (GenerationOptions, "top_p", 0.0, "top_p is 0.0"),
+    (GenerationOptions, "top_k", -1, "top_k is -1"),
+    (GenerationOptions, "repetition_penalty", 0.0, "repetition_penalty is 0.0"),
+    (ModelOptions, "model", 3, "model is 3, not a text or a path"),
+    (ModelOptions, "offline", 1, "offline is 1, not True or False"),
+    (PruneOptions, "budget", None, "budget None is not a share"),
+    (PruneOptions, "method", 3, "method is 3, not a text"),
+    (PruneOptions, "method_args", ["alpha"], "method_args is ['alpha'], not a dict or None"),
+    (PruneOptions, "seed", "x", "seed is 'x', not a whole number"),
+    (SamplingOptions, "start_s", "1:30", "start_s is '1:30', not a number"),
+    (SamplingOptions, "frames", True, "frames is True, not a whole number or None"),
+    (GenerationOptions, "max_new_tokens", 2.5, "max_new_tokens is 2.5, not a whole number"),
+    (GenerationOptions, "system", 3, "system is 3, not a text or None"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "value", "message"), WRONG)
+def test_a_bad_value_is_refused(kind, name, value, message):
+    with pytest.raises(UsageError) as caught:
+        kind(**{name: value})
+    assert caught.value.message.startswith(message) and caught.value.hint
+
+
+def test_numbers_of_numpy_and_settings_that_are_no_texts_are_welcome():
+    assert SamplingOptions(fps=np.float32(2), frames=None) and GenerationOptions(np.int64(3))
+    assert PruneOptions(method_args={"alpha": 2, "average": True}).method_args == {"alpha": "2", "average": "True"}
+    assert methods.get("evoprune", {"alpha": 2, "average": False}).args["average"] is False
+    assert ModelOptions(Path("a/model")).model == "a/model"
+
+
+def test_fps_and_frames_exclude_each_other():
+    with pytest.raises(UsageError, match="fps and frames exclude each other"):
+        SamplingOptions(fps=1.0, frames=4)
+
+
+def test_a_preset_keeps_its_name():
+    fast = PruneOptions("fast")
+    assert fast == PruneOptions(PRESETS["fast"]) == replace(fast, seed=0) == pickle.loads(pickle.dumps(fast))
+    assert fast != PruneOptions(float(PRESETS["fast"])) and record([fast], ("budget",))["budget"] == "fast"
+    assert PruneOptions(0.1) == PruneOptions("0.1") == PruneOptions("10%")
+    assert PruneOptions("auto").budget == "auto" and PruneOptions(method_args=None).method_args == {}
+
+
+def test_keywords_go_to_the_options_that_have_them():
+    pruning, sampling = from_keywords({"fps": 1.0, "budget": 0.5}, PruneOptions, SamplingOptions)
+    assert (pruning, sampling) == (PruneOptions(0.5), SamplingOptions(1.0))
+    with pytest.raises(TypeError, match=r"unknown option 'speed'; known: fps, frames, start_s"):
+        from_keywords({"speed": 1.0}, SamplingOptions)
+    assert PipelineOptions.of(model="demo", seed=3, frames=4).pruning.seed == 3
+
+
+def test_no_two_options_have_the_same_name():
+    kinds = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions)
+    names = [each.name for kind in kinds for each in fields(kind)]
+    assert len(names) == len(set(names))
+
+
+def test_options_do_not_change():
+    with pytest.raises(FrozenInstanceError):
+        PruneOptions().budget = 1.0
+
+
+def test_they_import_no_torch():
+    code = "import sys, evoprune.session.options; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_function_takes_the_fields_of_its_options_or_the_object():
+    @names_options
+    def ask(model: ModelOptions, *, options: GenerationOptions, seed: int | None = None):
+        """Asks.
+
+        Args:
+            seed: of the draws.
+        """
+        return model.model, options, seed
+
+    assert ask() == ask("demo") == ask(model="demo") == ("demo", GenerationOptions(), None)
+    options = GenerationOptions(3, system="Hm.")
+    assert ask("a", max_new_tokens=3, system="Hm.", seed=1) == ask("a", options=options, seed=1) == ("a", options, 1)
+    shown = signature(ask).parameters
+    assert [*shown][:2] == ["model", "revision"] and shown["seed"].default is None and "options" not in shown
+    assert shown["model"].kind is Parameter.POSITIONAL_OR_KEYWORD and shown["top_p"].kind is Parameter.KEYWORD_ONLY
+    assert all(f"    {name}" in ask.__doc__ for name in shown) and "Nucleus" not in ask.__doc__
+    with pytest.raises(
+        TypeError,
+        match=r"unknown option 'topp'; known: model, revision, .*, top_p, top_k, repetition_penalty, system, seed",
+    ):
+        ask(topp=1)
+    with pytest.raises(TypeError, match="options are given by name"):
+        ask("demo", "main")
+
+
+@pytest.mark.parametrize("command", [ask, batch])
+def test_every_option_is_one_of_the_command_line(command):
+    names = {each.name for kind in PipelineOptions.KINDS for each in fields(kind)}
+    assert names <= signature(command).parameters.keys()

@@ -1,0 +1,472 @@
+"""Streams: as a file where they are one window, memory that does not grow, thinning, questions that leave no trace."""
+
+import threading
+import time
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from evoprune.bundled import DEMOS
+from evoprune.errors import OutOfMemory, UsageError
+from evoprune.live.stream_memory import targets
+from evoprune.session import planning
+from evoprune.session.loading.model import load_model
+from evoprune.video.frames import read_frames
+from evoprune.video_qa import VideoQA
+from experiments.demo import batches, scenes_batches
+from tests.tiny import save_tiny
+
+CLIP = "samples/square.mp4"
+QUESTION = "What colour is the square?"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The demo model, as one whose range of positions is that of its context."""
+    return replace(load_model("demo", pack=False), demo=None)
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    folder = save_tiny(tmp_path_factory.mktemp("qwen3"), family="qwen3_vl")
+    return load_model(str(folder), dtype="fp32", pack=False)
+
+
+def frames_of(video):
+    """The frames that a file is looked at with, and their times."""
+    with closing(read_frames(video.plan.info, video.plan.sampling.times_s)) as chunks:
+        return [
+            (frame.copy(), time)
+            for chunk in chunks
+            for frame, time in zip(chunk.frames, video.plan.sampling.times_s[chunk.first :], strict=False)
+        ]
+
+
+def noise(number, size=112):
+    """A frame that differs from every other."""
+    return np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def fed(stream, seconds, fps=2.0, start=0.0):
+    for number in range(round(seconds * fps)):
+        stream.add(noise(number), start + number / fps)
+    return stream
+
+
+@pytest.mark.parametrize("budget, method", [(1.0, "none"), (0.25, "evoprune"), (0.1, "adjacent"), (0.25, "visionzip")])
+@pytest.mark.parametrize("model", ["demo", "qwen3"])
+def test_a_stream_of_one_window_has_the_answer_of_the_file(model, budget, method, request):
+    qa = VideoQA(request.getfixturevalue(model), budget=budget, method=method)
+    video = qa.encode(CLIP)
+    rate = video.plan.sampling.frames / video.plan.info.duration_s
+    with qa.stream(fps=rate, window_s=video.plan.info.duration_s) as stream:
+        for frame, time in frames_of(video):
+            assert stream.add(frame, time)
+        of_file, of_stream = video.ask(QUESTION), stream.ask(QUESTION)
+        assert of_stream.text == of_file.text and of_stream.ids == of_file.ids
+    ours, theirs = of_stream.report, of_file.report
+    assert ours.tokens == theirs.tokens and ours.pruning == theirs.pruning
+    assert ours.stream["tokens"] == theirs.tokens.visual and ours.stream["frames"] == theirs.sampling.frames
+
+
+def logits(stream):
+    """Of the first word about what was seen, without a trace."""
+    with stream._lock:
+        answer = stream.ask(QUESTION, max_new_tokens=1)
+        next(answer, None)
+        cache = stream._memory.cache
+        state = [
+            torch.cat([keys[:, :, : cache.length], values[:, :, : cache.length]]) for keys, values in cache._layers
+        ]
+        answer.close()
+    return state
+
+
+def test_a_question_leaves_no_trace(demo):
+    qa = VideoQA(demo, budget=0.25)
+    with fed(qa.stream(window_s=2.0), 6) as asked, fed(qa.stream(window_s=2.0), 6) as silent:
+        assert asked.ask("What happens?").text
+        half = asked.ask("How many?", max_new_tokens=8)
+        next(half, None)
+        fed(asked, 2, start=6.0)  # a window that is finished during an answer is read after it
+        waiting = len(asked._waiting)
+        half.close()
+        fed(silent, 2, start=6.0)
+        assert all(torch.equal(a, b) for a, b in zip(logits(asked), logits(silent), strict=True))
+        assert waiting == (half.report.finish_reason == "interrupt") and asked.seen == silent.seen
+
+
+@pytest.mark.parametrize("model", ["demo", "qwen3"])
+def test_a_question_sees_the_frames_of_the_unfinished_window(model, request):
+    qa = VideoQA(request.getfixturevalue(model), budget=0.25)
+    with fed(qa.stream(window_s=4.0), 7) as stream, fed(qa.stream(window_s=4.0), 7) as ended:
+        ended.flush()
+        answer, same = stream.ask(QUESTION), ended.ask(QUESTION)
+        assert answer.text == same.text and answer.ids == same.ids and answer.report.tokens == same.report.tokens
+        assert answer.report.stream == same.report.stream and answer.report.stream["end_s"] == 7.0
+        assert answer.report.pruning == same.report.pruning and answer.report.sampling == same.report.sampling
+        assert (stream.seen.end_s, stream.until_s) == (4.0, 7.0)  # what is held; what a question sees
+        assert answer.report.time_ms.encode and not same.report.time_ms.encode  # it had them encoded
+        assert answer.report.time_ms.ttft_wall > answer.report.time_ms.encode
+
+
+def test_the_unfinished_window_leaves_no_trace(demo):
+    """Asked after each frame, of moving frames and of some that do not change, or never."""
+    frames = [noise(0) if number % 5 else noise(number) for number in range(18)]
+    qa, ends = VideoQA(demo, budget=0.25), []
+    with qa.stream(window_s=4.0, memory_s=8.0) as asked, qa.stream(window_s=4.0, memory_s=8.0) as silent:
+        for number, frame in enumerate(frames):
+            asked.add(frame, number / 2)
+            silent.add(frame, number / 2)
+            answer = asked.ask(QUESTION, max_new_tokens=2)
+            assert answer.text and answer.report.tokens.visual == answer.report.stream["tokens"]
+            ends.append(answer.report.stream["end_s"])
+        assert asked.seen == silent.seen and ends == [(number + 1) / 2 for number in range(18)]
+        assert all(torch.equal(a, b) for a, b in zip(logits(asked), logits(silent), strict=True))
+
+
+def test_what_was_encoded_for_a_question_stays_where_no_frame_came_since(demo, monkeypatch):
+    with fed(VideoQA(demo, budget=0.25).stream(window_s=8.0), 3) as stream:
+        encode, encoded = stream._encode, []
+        monkeypatch.setattr(stream, "_encode", lambda *given: encoded.append(1) or encode(*given))
+        first, second = (stream.ask(QUESTION) for _ in range(2))
+        assert first.text == second.text and len(encoded) == 1
+        stream.flush()
+        third = stream.ask(QUESTION)
+        assert third.text == first.text and third.report.stream == first.report.stream and len(encoded) == 1
+        assert stream.encoded == stream.seen.windows == 1 and stream.until_s == 3.0
+        assert [each.report.time_ms.encode > 0 for each in (first, second, third)] == [True, False, False]
+
+
+def test_the_unfinished_window_stays_in_the_range_of_a_bundled_model():
+    with fed(VideoQA(load_model("demo", pack=False), budget=0.25).stream(window_s=8.0), 30) as stream:
+        answer = stream.ask(QUESTION)
+        assert answer.text and answer.report.stream["end_s"] == 30.0
+        assert answer.report.stream["start_s"] >= 6.0  # 24 seconds
+
+
+@pytest.mark.parametrize("ask", [True, False])
+def test_the_window_that_is_encoded_is_waited_for(demo, ask):
+    with VideoQA(demo, budget=0.25).stream(window_s=2.0) as stream:
+        begun, goes_on, pause = threading.Event(), threading.Event(), stream._lock.pause
+        stream._lock.pause = lambda: (begun.set(), goes_on.wait(10), pause())
+        feeding = threading.Thread(target=fed, args=(stream, 2))
+        feeding.start()
+        assert begun.wait(10)
+        threading.Timer(0.1, goes_on.set).start()
+        if ask:
+            answer = stream.ask(QUESTION, max_new_tokens=2)
+            assert answer.text and answer.report.stream["end_s"] == 2.0
+        assert stream.report.video.duration_s == 2.0
+        feeding.join(30)
+
+
+def test_a_window_of_half_of_the_frames_has_half_of_the_tokens(demo):
+    qa = VideoQA(demo, budget=0.25)
+    with qa.stream(window_s=8.0) as full, qa.stream(window_s=8.0) as half:
+        fed(full, 8), fed(half, 8, fps=1.0)
+        half.flush()
+        assert (full.seen.frames, half.seen.frames) == (16, 8) and full.seen.tokens == 2 * half.seen.tokens
+
+
+@pytest.mark.parametrize("model", ["demo", "qwen3"])
+def test_windows_are_read_as_one_video(model, request):
+    """With nothing pruned, several windows are the columns and positions of one video, since frame pairs do not see each other."""
+    qa = VideoQA(request.getfixturevalue(model), budget=1.0)
+    with fed(qa.stream(window_s=8.0), 8) as one, fed(qa.stream(window_s=2.0), 8) as four:
+        assert four.seen.windows == 4 and one.seen.windows == 1
+        for a, b in zip(logits(one), logits(four), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_memory_does_not_grow_and_the_oldest_windows_are_thinned_step_by_step(demo):
+    with VideoQA(demo, budget=0.25).stream(window_s=2.0, memory_s=20.0) as stream:
+        held, before, capacities = [], {}, set()
+        for number in range(50):
+            fed(stream, 2, start=2.0 * number)
+            cache, windows = stream._memory.cache, stream._memory.windows
+            held.append(stream.seen.tokens)
+            assert (
+                cache.length
+                == stream._memory._head + held[-1]
+                == stream._memory._head + sum(len(w.order) for w in windows)
+            )
+            for window in windows:
+                now = set(window.order.tolist())
+                assert now == set(range(len(now))) and now <= before.get(window.start_s, now)
+                assert len(before.get(window.start_s, now)) <= 2 * len(now) + 1
+                before[window.start_s] = now
+            gone = before.keys() - {window.start_s for window in windows}
+            assert all(len(before[start]) <= 1 for start in gone)
+            counts = [len(window.order) for window in windows]
+            assert counts == sorted(counts)
+            capacities.add(cache.capacity)
+        most = max(counts)
+        assert max(held) == 10 * most and min(held[10:]) >= 9 * most and len(capacities) == 1
+        assert (
+            stream.seen.windows == 5 * most.bit_length() and stream.ask(QUESTION).text
+        )  # five whole, five halves, ...
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("method", ["none", "evoprune-merge", "tome", "evs", "divprune", "visionzip", "random", "pool"])
+def test_windows_of_any_method_are_thinned(demo, method):
+    with fed(VideoQA(demo, budget=0.25, method=method).stream(window_s=2.0, memory_s=12.0), 40) as stream:
+        counts = [len(window.order) for window in stream._memory.windows]
+        assert counts == sorted(counts) and counts[0] < counts[-1]
+        answer = stream.ask(QUESTION, max_new_tokens=2)
+        assert answer.text and answer.report.tokens.visual == sum(counts)
+
+
+def test_what_is_left_keeps_its_keys(demo):
+    with VideoQA(demo, budget=0.25).stream(window_s=2.0, memory_s=8.0) as stream:
+        fed(stream, 8)
+        cache, head = stream._memory.cache, stream._memory._head
+        keys, order = cache._layers[0][0][0, :, head : cache.length].clone(), stream._memory.windows[0].order
+        fed(stream, 2, start=8.0)
+        left = len(stream._memory.windows[0].order)
+        assert 0 < left < len(order)
+        assert torch.equal(cache._layers[0][0][0, :, head : head + left], keys[:, (order < left).nonzero()[:, 0]])
+
+
+def test_positions_are_moved_back_before_they_leave_the_context(demo):
+    """The same frames an hour later: keys are rotated back, and distances stay."""
+    qa = VideoQA(demo, budget=0.25)
+    with fed(qa.stream(window_s=2.0, memory_s=8.0), 16) as early, qa.stream(window_s=2.0, memory_s=8.0) as late:
+        room = early._memory._room
+        late.add(noise(0), 0.0)
+        late.flush()
+        fed(late, 16, start=room / 2 - 6)  # two positions a second, so that the range ends in between
+        assert late._memory._moved and late._memory.following < room + 64
+        for one, other in zip(late._memory.windows[-3:], early._memory.windows[-3:], strict=True):
+            assert len(one.order) == len(other.order)
+        assert late._memory.windows[0].time >= late._memory._moved
+        assert late.ask(QUESTION).text
+
+
+def test_the_beginning_can_be_moved_without_a_change_of_distances(demo):
+    with fed(VideoQA(demo, budget=0.25).stream(window_s=2.0), 6) as stream:
+        memory = stream._memory
+        keys = memory.cache._layers[0][0]
+        whole = slice(memory._head, memory.cache.length)
+        old = keys[0, :, whole].clone()
+        with torch.inference_mode():
+            memory.cache.move(demo.model.config.text_config, whole, -40 * memory._axes)
+            moved = keys[0, :, whole].clone()
+            memory.cache.move(demo.model.config.text_config, whole, 40 * memory._axes)
+        products = [each @ each.transpose(1, 2) for each in (old, moved)]
+        torch.testing.assert_close(*products, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(keys[0, :, whole], old, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(moved, old, atol=1e-2)
+
+
+def test_a_memory_longer_than_the_context_is_moved_now_and_then(demo):
+    with VideoQA(demo, budget=0.25).stream(window_s=2.0, memory_s=20.0) as stream:
+        fed(stream, 2)
+        memory, moves = stream._memory, []
+        memory._room = 48  # positions: 24 s, less than what 20 windows span
+        for number in range(1, 40):
+            fed(stream, 2, start=2.0 * number)
+            moves.append(memory._moved)
+            assert memory.following <= memory._head + 48 + 1 and memory.windows[0].time >= memory._moved
+            assert memory.cache.length == memory._head + stream.seen.tokens
+        assert 5 < len(set(moves)) < 30 and stream.ask(QUESTION).text
+
+
+def test_qwen3_forgets_the_time_of_a_frame_pair_with_its_last_token(qwen3):
+    qa = VideoQA(qwen3, budget=0.25)
+    with fed(qa.stream(window_s=4.0), 4) as stream:
+        (window,) = stream._memory.windows
+        texts = len(window.order) - window.tokens
+    with fed(qa.stream(window_s=4.0, memory_s=12.0), 60) as stream:
+        memory, counts = stream._memory, []
+        for window in memory.windows:
+            counts.append((window.tokens, len(window.order) - window.tokens))
+            assert window.tokens and (~window.visual).any()
+            assert set(window.order[~window.visual].tolist()) <= set(window.order[window.visual].tolist())
+        assert counts == sorted(counts) and 0 < counts[0][1] < texts <= counts[-1][1]
+        assert memory.cache.length == sum(map(sum, counts)) + stream._memory._head
+        answer = stream.ask(QUESTION, max_new_tokens=2)
+        assert answer.text is not None and answer.report.tokens.visual == stream.seen.tokens
+        assert answer.report.tokens.text > sum(text for _, text in counts)
+
+
+def test_qwen3_reads_a_moved_window_as_the_first_one(qwen3):
+    """A window after one that is forgotten has the keys that it has at the beginning, where it reads as many digits."""
+    qa, keys = VideoQA(qwen3, budget=0.25), []
+    for later in (False, True):
+        with fed(qa.stream(window_s=4.0), 4) as stream:
+            memory = stream._memory
+            size = memory.following - stream._memory._head
+            memory._room = size + 1  # for one window
+            fed(stream, 4 * later, start=4.0)
+            assert len(memory.windows) == 1 and memory.following == stream._memory._head + size
+            assert memory._moved == (size if later else 0)
+            visual = memory.windows[0].visual.nonzero()[:, 0] + stream._memory._head
+            keys.append(memory.cache._layers[0][0][0, :, visual])
+    torch.testing.assert_close(*keys, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "pairs"), [("demo", batches, "LENGTHS"), ("demo-scenes", scenes_batches, "PAIRS")]
+)
+def test_the_range_of_a_bundled_model_is_its_longest_clip_of_training(name, module, pairs):
+    seconds = max(count for count, _ in getattr(module, pairs)) * max(module.PACES)
+    assert DEMOS[name].span == 2 * seconds  # two positions a second
+
+
+def test_a_bundled_model_forgets_what_is_further_away_than_its_longest_clip():
+    """An hour later the last windows are read as they are at the beginning of a stream."""
+    qa = VideoQA(load_model("demo", pack=False), budget=0.25)
+    with fed(qa.stream(window_s=4.0), 4) as alone, fed(qa.stream(window_s=4.0), 4) as later:
+        fed(later, 4, start=3600.0)
+        assert later.seen.windows == 1 and later._memory.following == alone._memory.following
+        for one, other in zip(logits(alone), logits(later), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        fed(later, 60, start=3604.0)
+        assert later.seen.windows == 6 and later._memory.following <= later._memory._head + 48  # 24 seconds
+
+
+@pytest.mark.parametrize("most, limit", [(36, 720), (5, 10), (7, 100), (1, 2)])
+def test_how_many_tokens_stay(most, limit):
+    counts: list[tuple[int, int]] = []
+    for _ in range(60 * limit // most):
+        counts = [(left, most) for left in targets([*counts, (most, most)], limit, most) if left]
+        assert sum(left for left, _ in counts) <= limit and counts[-1][0] == most
+
+
+def test_frames_that_are_too_many_too_few_or_of_another_size(demo):
+    with VideoQA(demo, budget=0.25).stream(window_s=4.0) as stream:
+        looked = [stream.add(noise(number), number / 30) for number in range(121)]
+        assert sum(looked) == 9 and all(looked[::15])
+        whole = stream.seen.tokens
+        stream.add(noise(1, 200), 5.0)  # another size, and a gap
+        stream.add(noise(2, 64), 60.0)
+        assert stream.seen.windows == 2 and stream.seen.tokens <= 2 * whole
+        stream.flush()
+        assert stream.seen.end_s == pytest.approx(60.5) and stream.seen.windows == 3 and stream.seen.frames == 11
+        stream.add(noise(3), 60.6)  # later than what was flushed, in the same window
+        stream.flush()
+        assert stream.seen.windows == 4 and stream.seen.tokens <= 3 * whole
+        with pytest.raises(UsageError, match="comes after"):
+            stream.add(noise(3), 59.0)
+        with pytest.raises(UsageError, match="not uint8"):
+            stream.add(noise(3).astype(float), 61.0)
+        with pytest.raises(UsageError, match="nan"):
+            stream.add(noise(3), float("nan"))
+
+
+def test_what_a_stream_refuses(demo):
+    qa = VideoQA(demo, budget=0.25)
+    for method in ("cdpruner", "fastv", "downscale", "evoprune+fastv"):
+        with pytest.raises(UsageError, match="cannot prune a stream"):
+            VideoQA(demo, budget=0.25, method=method).stream()
+    with pytest.raises(UsageError, match="window_s is 0"):
+        qa.stream(window_s=0.0)
+    with qa.stream(memory_tokens=3) as stream, pytest.raises(UsageError, match="less than two windows"):
+        stream.add(noise(0), 0.0)
+    with qa.stream(system="Be brief.") as stream:
+        with pytest.raises(UsageError, match="nothing was seen yet"):
+            stream.ask(QUESTION)
+        stream.add(noise(0), 0.0)
+        assert stream.ask(QUESTION).text  # of the unfinished window
+        with pytest.raises(UsageError, match="system prompt"):
+            str(stream.ask(QUESTION, system="Be long."))
+    for closed in (lambda: stream.ask(QUESTION), lambda: stream.add(noise(0), 9.0), stream.flush):
+        with pytest.raises(UsageError, match="is closed"):
+            closed()
+
+
+def test_an_answer_that_is_left_unread_does_not_stop_the_stream(demo):
+    with fed(VideoQA(demo, budget=0.25).stream(window_s=2.0), 4) as stream:
+        left = stream.ask("Describe the video.", max_new_tokens=50, temperature=5.0)
+        assert list(islice(left, 1))
+        fed(stream, 20, start=4.0)
+        assert not stream._waiting and stream.seen.windows == 12
+        with pytest.raises(UsageError, match="went on for too long"):
+            str(left)
+
+
+def test_questions_from_another_thread(demo):
+    """Answers come while frames are fed, and none is about a half-read window."""
+    with fed(VideoQA(demo, budget=0.25).stream(window_s=2.0, memory_s=20.0), 4) as stream:
+        feeding = threading.Thread(target=fed, args=(stream, 20), kwargs={"start": 4.0})
+        feeding.start()
+        spans = []
+        while feeding.is_alive():
+            answer = stream.ask(QUESTION, max_new_tokens=4)
+            assert answer.text is not None
+            spans.append((answer.report.stream["end_s"], answer.report.tokens.visual, answer.report.stream["tokens"]))
+        feeding.join()
+        stream.catch_up()
+        assert spans == sorted(spans, key=lambda span: span[0]) and all(a == b for _, a, b in spans)
+        assert stream.seen.end_s == 24.0
+
+
+def test_the_encoder_waits_while_a_question_is_read(demo):
+    with fed(VideoQA(demo, budget=0.25).stream(window_s=2.0), 2) as stream:
+        layers, pause = [], stream._lock.pause
+        stream._lock.pause = lambda: (layers.append(1), pause())
+        feeding = threading.Thread(target=fed, args=(stream, 2), kwargs={"start": 2.0})
+        with stream._lock:
+            feeding.start()
+            until = time.monotonic() + 10
+            while not layers and time.monotonic() < until:
+                time.sleep(0.01)
+            time.sleep(0.3)
+            assert len(layers) == 1 and stream.seen.windows == 1  # not one further layer
+        feeding.join(30)
+        assert len(layers) > 4 and stream.seen.windows == 2
+
+
+def test_a_window_that_a_question_interrupts_is_read_later(demo):
+    qa = VideoQA(demo, budget=0.25)
+    with fed(qa.stream(window_s=2.0), 4) as broken, fed(qa.stream(window_s=2.0), 4) as whole:
+        fed(whole, 2, start=4.0)
+        broken._open = 0  # as during an answer, so that the window waits
+        fed(broken, 2, start=4.0)
+        broken._open = None
+        broken._lock._calm.clear()  # as a question in another thread does that waits
+        broken._read_waiting(polite=True)
+        assert len(broken._waiting) == 1 and broken.seen.windows == 2
+        broken._lock._calm.set()
+        broken.catch_up()
+        assert not broken._waiting and broken.seen == whole.seen
+        for a, b in zip(logits(broken), logits(whole), strict=True):
+            torch.testing.assert_close(a, b, atol=0.0, rtol=0.0)
+
+
+def test_what_has_not_changed_since_the_window_before_is_not_encoded_again(demo):
+    picture = np.random.default_rng(0).integers(0, 256, (112, 168, 3), dtype=np.uint8)
+    rows, tokens = [], []
+    with VideoQA(demo, budget=0.25).stream(window_s=2.0, fps=2.0) as stream:
+        for number in range(16):
+            frame = picture.copy()
+            if 4 <= number < 12:  # a corner of one unit changes with each frame pair
+                frame[:28, :28] = 60 + 20 * (number // 2)
+            stream.add(frame, number / 2)
+            if number % 4 == 3:
+                rows.append(stream._latest.tokens.layers[0][1])
+                tokens.append(stream.seen.tokens)
+        assert stream.ask(QUESTION).text
+    assert rows == [24, 2, 2, 1] and tokens == [12, 24, 36, 48]
+
+
+def test_what_a_window_leaves_to_the_next_one_counts_as_memory(demo, monkeypatch):
+    asked = []
+    monkeypatch.setattr(planning, "shortage", lambda needed, device: asked.append(needed) or "needs more than there is")
+    frame = np.zeros((112, 168, 3), np.uint8)
+    with VideoQA(demo, budget=0.25).stream(window_s=2.0, fps=2.0) as stream:
+        for _ in range(2):  # it says so again
+            with pytest.raises(OutOfMemory, match="168x112 pixels needs more"):
+                stream.add(frame, 0.0)
+        monkeypatch.undo()
+        for number in range(8):
+            frame[:28, :28] = 30 * number
+            stream.add(frame, number / 2)
+        held = sum(each.nbytes for each in stream._segment.earlier.keys_values.values())
+    assert asked == [2 * held] * 2

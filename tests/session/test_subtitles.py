@@ -1,0 +1,153 @@
+"""Subtitles in the prompt: which lines, how they are written, and that answers do not depend on what was asked before."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from evoprune.session import prompting
+from evoprune.session.cache import Cache
+from evoprune.session.inputs import open_inputs
+from evoprune.session.loading.model import load_model
+from evoprune.session.options import GenerationOptions, SamplingOptions
+from evoprune.session.planning import PromptSubtitles, as_text, fit
+from evoprune.session.prompting import longest_prompt
+from evoprune.video.info import Subtitles
+from evoprune.video_qa import VideoQA
+from tests.threads import one_thread  # noqa: F401
+from tests.video.subtitled import srt
+
+CLIP = "samples/square.mp4"
+CUES = [(1, 2, "Who is there?"), (3, 4, "<|im_end|>\x1b[31m"), (5.9, 3700, "late"), (3661, 3662, "much later")]
+
+
+@pytest.fixture(scope="module")
+def qa(saved):
+    return VideoQA(load_model(str(saved), dtype="fp32", pack=False), budget=0.5)
+
+
+@pytest.fixture
+def said(tmp_path):
+    path = tmp_path / "said.srt"
+    path.write_text(srt(CUES))
+    return path
+
+
+def found(count: int, text: str = "a few words") -> Subtitles:
+    return Subtitles("a.srt", [(float(n), n + 1.0, f"{text} {n}") for n in range(count)])
+
+
+def prompt_of(qa, video, question="Why?"):
+    """The text of a prompt, with special tokens, from the end of the video to the end of the turn."""
+    ids = video._prompts.build(question, GenerationOptions(2), len(video.encoded.kept)).input_ids
+    text = qa.loaded.tokenizer.backend.decode(ids.tolist(), skip_special_tokens=False)
+    return text.partition("<|vision_end|>")[2].rpartition("<|im_end|>")[0], ids
+
+
+def test_the_prompt_to_the_letter(qa, said):
+    text, ids = prompt_of(qa, video := qa.encode(CLIP, subtitles=said))
+    assert text == "Subtitles:\n[0:01] Who is there?\n[0:03] <|im_end|>\x1b[31m\n[0:05] late\n\nWhy?"
+    without, plain = prompt_of(qa, qa.encode(CLIP))
+    assert without == "Why?" and video.report.subtitles == {
+        "source": str(said), "lines": 3, "lines_in_prompt": 3, "tokens": len(ids) - len(plain),
+    }  # fmt: skip
+
+
+def test_hours_and_the_part_that_is_looked_at(qa, said):
+    assert prompt_of(qa, qa.encode(CLIP, subtitles=said, start_s=2.5, end_s=5))[0].splitlines()[1:-2] == [
+        "[0:03] <|im_end|>\x1b[31m"
+    ]
+    lines = fit(qa.loaded.tokenizer, Subtitles("a", [(3661.9, 3662.0, "x"), (-3.0, 1.0, "y")]), 99).text
+    assert lines == "Subtitles:\n[1:01:01] x\n[0:00] y\n\n"
+
+
+@pytest.mark.parametrize("limit", [1, 20, 100, 2048, 10**6])
+@pytest.mark.parametrize("count", [0, 1, 7, 400])
+def test_the_most_lines_that_fit_evenly(qa, limit, count):
+    tokenizer, lines = qa.loaded.tokenizer, found(count).lines
+
+    def text(kept: int) -> str:
+        return as_text([lines[int((i + 0.5) * count / kept)] for i in range(kept)])
+
+    fitted = fit(tokenizer, found(count), limit)
+    kept = fitted.lines_in_prompt
+    assert fitted.lines == count and fitted.text == (text(kept) if kept else "")
+    assert fitted.tokens == len(tokenizer.encode(fitted.text)) <= limit
+    assert kept == count or len(tokenizer.encode(text(kept + 1))) > limit
+
+
+def test_a_line_that_is_too_long_is_left_out_whole(qa):
+    lines = [(0.0, 1.0, "short"), (1.0, 2.0, "word " * 10**6), (2.0, 3.0, "brief")]
+    fitted = fit(qa.loaded.tokenizer, Subtitles("a", lines), 100)
+    assert fitted.text == "Subtitles:\n[0:00] short\n[0:02] brief\n\n" and fitted.lines == 3
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+def test_answers_do_not_depend_on_earlier_questions(qa, said, budget):
+    qa = VideoQA(qa.loaded, budget=budget)
+    video = qa.encode(CLIP, subtitles=said)
+    for question in ["How many?", "\nWhy?", "Why?"]:
+        logits, _ = video.read_along(question, [5, 6, 7])
+        alone, _ = qa.encode(CLIP, subtitles=said).read_along(question, [5, 6, 7])
+        torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)
+    other, _ = qa.encode(CLIP).read_along("Why?", [5, 6, 7])
+    assert not torch.allclose(other, alone, atol=1e-2)  # the model reads them
+
+
+def about_said_wh(qa):
+    """A video with subtitles with which a question may merge."""
+    video = qa.encode(CLIP)
+    video._prompts._plans = [replace(video.plan, subtitles=PromptSubtitles("said: Wh"))]
+    return video
+
+
+def test_a_question_that_merges_with_the_subtitles(qa):
+    video = about_said_wh(qa)
+    for question in ["?", "at?", "?", "at?"]:
+        logits, _ = video.read_along(question, [5, 6, 7])
+        alone, _ = about_said_wh(qa).read_along(question, [5, 6, 7])
+        torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_and_is_interrupted(qa):
+    video = about_said_wh(qa)
+    expected, _ = video.read_along("?", [5, 6, 7])
+    hook = qa.loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        video.read_along("at?", [5, 6, 7])
+    hook.remove()
+    torch.testing.assert_close(video.read_along("?", [5, 6, 7])[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_later_question_reads_no_subtitles_again(qa, said, monkeypatch):
+    read = []
+    original = prompting.prefill
+    monkeypatch.setattr(
+        prompting, "prefill", lambda model, embeds, *rest: read.append(len(embeds)) or original(model, embeds, *rest)
+    )
+    video = qa.encode(CLIP, subtitles=said)
+    for question in ("Why?", "Who?"):
+        assert video.ask(question, max_new_tokens=1).text is not None
+    assert read[1] < read[0] - video.report.subtitles["tokens"]
+
+
+def test_encoded_videos_in_the_cache_serve_any_subtitles(qa, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(qa.loaded, "fingerprint", "a" * 64, raising=False)
+    cache = Cache(tmp_path / "cache")
+    states = [qa.encode(CLIP, cache=cache, subtitles=each).report.cache for each in ("none", said, "auto")]
+    assert states == ["miss", "hit", "hit"]
+
+
+def test_every_question_counts_them_before_the_video_is_encoded(qa, said):
+    with_them, without = (
+        longest_prompt(
+            qa.engine,
+            [open_inputs(qa.engine, [CLIP], SamplingOptions(subtitles=choice)).plans[0]],
+            ["Why?"],
+            GenerationOptions(2),
+        )
+        for choice in (str(said), "none")
+    )
+    video = qa.encode(CLIP, subtitles=said)
+    assert with_them == without + video.report.subtitles["tokens"]

@@ -1,0 +1,709 @@
+"""The stages strung together, on sample clips: equal to Hugging Face at full budget, whatever was asked before."""
+
+import signal
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from evoprune.bench.profiling.hugging_face import hugging_face_model
+from evoprune.errors import ModelError, UsageError, VideoError, error_record
+from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
+from evoprune.model.weights import shared
+from evoprune.overlay.fates import trace
+from evoprune.report.records import Report
+from evoprune.report.stats import warning_lines
+from evoprune.session.answering import Answer
+from evoprune.session.inputs import open_inputs
+from evoprune.session.loading.model import load_model
+from evoprune.session.loading.weights import make_ready
+from evoprune.session.options import SamplingOptions
+from evoprune.session.planning import estimate_first_token
+from evoprune.video.frames import read_frames
+from evoprune.video_qa import VideoQA
+from evoprune.vision.preprocess import patchify, pixel_patches, resize
+from tests.tiny import save_tiny
+from tests.video.files import write_video
+
+CLIP, LONG = "samples/square.mp4", "samples/arrivals.webm"
+
+
+@pytest.fixture(scope="module")
+def loaded(saved):
+    return load_model(str(saved), dtype="fp32", pack=False)
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory):
+    """A Qwen2-VL."""
+    return load_model(str(save_tiny(tmp_path_factory.mktemp("qwen2"), family="qwen2_vl")), dtype="fp32", pack=False)
+
+
+def asked(video, question="What happens?", n=24, **settings):
+    """An answer, read to its end."""
+    made = video.ask(question, max_new_tokens=n, **settings)
+    assert "".join(made) == made.text
+    return made
+
+
+def answer(video, question="What happens?", n=24, **settings):
+    return asked(video, question, n, **settings).text
+
+
+def encode(qa, path, *, progress=None, sampling=None, **how):
+    """What only the pipeline's own parts can do: other frames, another encoder, no thread."""
+    with closing(open_inputs(qa.engine, [path], SamplingOptions(**(sampling or {})), **how)) as opened:
+        return opened.encode(progress)
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("clip", [CLIP, LONG])
+@pytest.mark.parametrize("model", ["tiny", "qwen2", "demo"])
+@pytest.mark.parametrize("pack", [True, False])
+def test_full_budget_is_hugging_faces_generate(loaded, qwen2, model, clip, pack):
+    loaded = load_model("demo", pack=False) if model == "demo" else {"tiny": loaded, "qwen2": qwen2}[model]
+    ours = replace(loaded, model=shared(loaded.model))
+    make_ready(ours.model, "none", pack=pack)
+    video = VideoQA(ours, budget=1.0).encode(clip)
+    mine = asked(video, "Describe the video.")
+    plan, model = video.plan, hugging_face_model(loaded.model)
+    chunks = read_frames(plan.info, plan.sampling.times_s)
+    frames = torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks]))
+    patches = patchify(resize(frames, plan.height, plan.width))
+    t, h, w = plan.grid
+    prompt = build_prompt(loaded.tokenizer, "Describe the video.", [(VIDEO, t * h * w)])
+    span = VisualSpan(prompt.places[0].runs[0].start, plan.grid, plan.sampling.seconds_per_pair())
+    per_second = getattr(model.config.vision_config, "tokens_per_second", None)
+    rope = prompt_positions(len(prompt.input_ids), [span], per_second)
+    sequence = torch.arange(len(prompt.input_ids))[None]
+    model.config.video_token_id = loaded.tokenizer.specials()["<|video_pad|>"]
+    ids = model.generate(
+        prompt.input_ids[None],
+        attention_mask=torch.ones_like(prompt.input_ids)[None],
+        position_ids=torch.cat([sequence, rope])[:, None],
+        pixel_values_videos=patches,
+        video_grid_thw=torch.tensor([[t, 2 * h, 2 * w]]),
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=list(loaded.eos_ids),
+    )[0, len(prompt.input_ids) :]
+    expected = loaded.tokenizer.decode(ids.tolist())
+    assert mine.text == expected and mine.report.tokens.new >= len([i for i in ids.tolist() if i not in loaded.eos_ids])
+
+
+def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(loaded):
+    other = {kind: replace(each, image_std=(5.0, 5.0, 5.0)) for kind, each in loaded.limits.items()}
+    live, unchanged = set(), []
+    for model in (loaded, replace(loaded, limits=other)):
+        qa = VideoQA(model, budget=0.25, method="reuse+divprune")
+        live.add(asked(qa.encode(LONG), n=1).report.pruning.encoder_live_share)
+        unchanged.append(trace(qa.engine, LONG).fates.source)
+    assert len(live) == 1 and torch.equal(*unchanged)
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("method", ["evoprune", "evoprune-paper", "tome", "divprune"])
+def test_a_qwen2_vl_is_pruned_too(qwen2, method):
+    qa = VideoQA(qwen2, budget=0.25, method=method)
+    video = qa.encode(LONG)
+    made = asked(video)
+    pruning = made.report.pruning
+    due = pruning.visual_tokens_in // 4
+    assert made.report.tokens.visual == pruning.visual_tokens_kept == due
+    assert (pruning.encoder_live_share < 1) == (method != "divprune")
+    assert answer(qa.encode(LONG)) == made.text
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("budget", [1.0, 0.25])
+def test_an_answer_does_not_depend_on_what_was_asked_before(loaded, budget):
+    qa = VideoQA(loaded, budget=budget)
+    questions = ["What happens?", "How many red squares are there in the video?", "What happens?"]
+    fresh = [answer(qa.encode(CLIP), q) for q in questions]
+    video = qa.encode(CLIP)
+    assert [answer(video, q) for q in questions] == fresh
+    # another system prompt in between, and answers that nobody read to the end
+    assert answer(video, questions[0], system="Be brief.") == answer(qa.encode(CLIP), questions[0], system="Be brief.")
+    next(iter(video.ask(questions[1], max_new_tokens=9)))
+    assert answer(video, questions[0]) == fresh[0]
+
+
+def test_answers_must_not_be_mixed(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    first = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
+    next(first)
+    next(video.ask("And then?", max_new_tokens=50, temperature=1.0))
+    with pytest.raises(UsageError, match="another question"):
+        list(first)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("method", ["evoprune", "cdpruner"])
+@pytest.mark.parametrize("shared_video", [True, False], ids=["one video", "a video each"])
+def test_threads_get_their_answers_one_after_the_other(loaded, method, shared_video):
+    qa = VideoQA(loaded, budget=0.25, method=method)
+    questions = ["What happens?", "How many red squares are there?", "And then?"] * 2
+    want = [answer(qa.encode(CLIP), question, n=8) for question in questions]
+    video, start = qa.encode(CLIP), threading.Barrier(len(questions))
+
+    def ask(question):
+        start.wait()
+        return (video if shared_video else qa.encode(CLIP)).ask(question, max_new_tokens=8).text
+
+    with ThreadPoolExecutor(len(questions)) as pool:
+        assert list(pool.map(ask, questions)) == want
+
+
+def test_a_pause_between_two_pieces_blocks_no_other_thread(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    first = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
+    next(first)
+    with ThreadPoolExecutor(1) as pool:
+        said = pool.submit(lambda: answer(video, "And then?")).result(timeout=60)
+    assert said == answer(video, "And then?")
+    with pytest.raises(UsageError, match="another question"):
+        _ = first.text
+
+
+def test_an_answer_does_not_go_on_after_another_question_broke_off(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    first = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
+    next(first)
+    hook = loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(video.ask("And then?"))
+    hook.remove()
+    with pytest.raises(UsageError, match="another question"):
+        list(first)
+
+
+def test_report_of_an_answer_that_was_cut_short(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    pieces = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
+    said = next(pieces)
+    pieces.close()
+    assert pieces.report.finish_reason == "interrupt" and pieces.report.answer == pieces.text == said
+
+
+def test_an_answer_that_was_closed_before_its_first_piece(loaded):
+    pieces = VideoQA(loaded).encode(CLIP).ask("What happens?")
+    pieces.close()
+    assert pieces.report.finish_reason == "interrupt" and pieces.report.answer is None and pieces.text == ""
+
+
+@pytest.mark.parametrize("passes", [0, 2], ids=["reading the prompt", "decoding"])
+@pytest.mark.parametrize("problem", [ModelError("broken", "mend it", stage="prefill"), ValueError("odd")], ids=repr)
+def test_an_answer_that_failed_never_looks_complete(loaded, passes, problem):
+    made = VideoQA(loaded).encode(CLIP).ask("What happens?", max_new_tokens=9, temperature=1.0)
+    before = [next(made) for _ in range(passes)]
+
+    def fail(*_):
+        raise problem
+
+    hook = loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(fail)
+    for read in (lambda: made.text, lambda: made.text, lambda: list(made), lambda: str(made)):
+        with pytest.raises(type(problem), match=str(problem)) as caught:
+            read()
+        assert getattr(caught.value, "hint", None) == getattr(problem, "hint", None)
+    hook.remove()
+    made.close()
+    assert (made.report.finish_reason, made.report.answer) == ("error", "".join(before) if before else None)
+    assert made.report.error == error_record(problem) and "error" in repr(made)
+
+
+def test_an_answer_that_failed_holds_no_memory_of_what_it_computed():
+    seen = []
+
+    def pieces():
+        logits = torch.zeros(1)
+        seen.append(weakref.ref(logits))
+        yield from [] if logits.any() else 1 // 0
+
+    made = Answer(Report(), pieces())
+    for _ in range(2):
+        with suppress(ZeroDivisionError):
+            next(made)
+        assert seen[0]() is None and made.report.error
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("when", ["reading the prompt", "decoding"])
+def test_an_interruption_does_not_spoil_the_next_answer(loaded, when):
+    qa = VideoQA(loaded, budget=0.25)
+    fresh = answer(qa.encode(CLIP))
+    video = qa.encode(CLIP)
+    answer(video, "And then?")
+    passes = []
+
+    def stop(*_):
+        passes.append(1)
+        if len(passes) == (1 if when == "reading the prompt" else 3):
+            raise KeyboardInterrupt
+
+    hook = loaded.model.model.language_model.layers[-1].mlp.gate_proj.register_forward_pre_hook(stop)
+    broken = video.ask("What happens now?", max_new_tokens=24)
+    with pytest.raises(KeyboardInterrupt):
+        _ = broken.text
+    assert (broken.report.finish_reason, broken.report.error) == ("interrupt", None)
+    hook.remove()
+    assert answer(video) == fresh
+
+
+def test_the_video_is_paid_for_by_the_first_answer_that_comes(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    hook = loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        answer(video)
+    hook.remove()
+    assert asked(video).report.time_ms.encode > 0
+
+
+def test_one_token_has_no_rate(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    report = asked(video, n=1).report
+    assert report.tokens.new == 1 and report.rate.generate_tok_s is None
+
+
+def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
+    """A chunk holds what the encoder takes at a time, however small the frames are before they are resized."""
+    write_video(tmp_path / "small.mp4", (np.full((32, 32, 3), i, np.uint8) for i in range(120)), fps=4)
+    done = []
+    monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 8)
+    VideoQA(loaded).encode(tmp_path / "small.mp4", frames=32, progress=lambda *now: done.append(now))
+    frames = [count for stage, count, _ in done if stage == "encode"]
+    assert frames[0] <= 16 and frames[-1] == 32
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("threaded", [True, False])
+def test_times_add_up(loaded, threaded):
+    video = encode(VideoQA(loaded, budget=0.25), CLIP, threaded=threaded)
+    times = asked(video).report.time_ms
+    busy = times.read + times.preprocess + times.encode + times.prefill + times.generate
+    assert times.ttft_wall <= times.total and times.encode + times.prefill <= times.ttft_wall
+    assert times.read + times.preprocess + times.prefill <= times.ttft_wall
+    assert threaded or busy <= times.total + 1
+    assert times.encode_prune < times.encode and times.ttft_model == times.encode + times.prefill
+    again = asked(video, "And then?").report.time_ms
+    assert again.read == again.encode == again.encode_prune == 0 and again.ttft_model == again.prefill > 0
+
+
+def slow(work, seconds):
+    def slowed(*args, **settings):
+        time.sleep(seconds)
+        return work(*args, **settings)
+
+    return slowed
+
+
+@pytest.mark.full
+def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
+    """Ten chunks, each 20 ms to preprocess and 30 ms to encode: 300 ms and a little, but 200 and 300 by stage."""
+    monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
+    monkeypatch.setattr("evoprune.session.encoding.pixel_patches", slow(pixel_patches, 0.02))
+    layer = loaded.model.model.visual.blocks[0].attn.proj
+    hook = layer.register_forward_pre_hook(lambda *_: time.sleep(0.03))
+
+    def saved_ms() -> float:
+        """What the overlap saves: about 200 on idle cores."""
+        times = VideoQA(loaded, budget=1.0).encode(CLIP, frames=20).report.time_ms
+        assert times.preprocess >= 200 and times.encode >= 300
+        return times.read + times.preprocess + times.encode - times.total
+
+    try:
+        assert any(saved_ms() > 30 for _ in range(3))  # not all of them meet with a pause of a busy machine
+        apart = encode(VideoQA(loaded, budget=1.0), CLIP, sampling={"frames": 20}, threaded=False).report.time_ms
+    finally:
+        hook.remove()
+    assert apart.preprocess >= 200 and apart.encode >= 300
+    assert apart.total >= apart.read + apart.preprocess + apart.encode - 1
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("budget", [1.0, 0.25])
+@pytest.mark.parametrize("method", ["evoprune", "evs"])
+def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method):
+    monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
+    qa, done = VideoQA(loaded, budget=budget, method=method), []
+    beside = qa.encode(LONG, progress=lambda *now: done.append(now))
+    apart = encode(qa, LONG, threaded=False)
+    for name in ("features", "kept", "rows", "owner"):
+        assert torch.equal(getattr(beside.encoded, name), getattr(apart.encoded, name)), name
+    assert beside.encoded.layers == apart.encoded.layers
+    # Told by the stage that is the last, in order; and then by the layers that have to wait for all of it.
+    late = [("layers", 1, 2), ("layers", 2, 2)] if method == "evoprune" and budget < 1 else []
+    assert done == [("encode", n, 16) for n in range(2, 17, 2)] + late
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("threaded", [True, False])
+def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, threaded):
+    """Three chunks are ready before it is encoded, one without a thread; none is made twice, or left out."""
+    monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
+    qa, made = VideoQA(loaded, budget=0.25), []
+
+    def counted(*args):
+        made.append(1)
+        return pixel_patches(*args)
+
+    monkeypatch.setattr("evoprune.session.encoding.pixel_patches", counted)
+    at_once = qa.encode(LONG)
+    chunks, made[:] = len(made), []
+    with closing(open_inputs(qa.engine, [LONG], threaded=threaded)) as video:
+        assert made == []
+        video.begin()
+        ready, until = 3 if threaded else 1, time.monotonic() + 10
+        while len(made) < ready and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert len(made) == ready
+        early = video.encode()
+    assert len(made) == chunks and torch.equal(early.encoded.features, at_once.encoded.features)
+    assert answer(early) == answer(at_once) and early.report.sampling == at_once.report.sampling
+
+
+@pytest.mark.full
+def test_what_was_done_early_costs_no_time_on_the_wall(loaded, monkeypatch):
+    monkeypatch.setattr("evoprune.session.encoding.pixel_patches", slow(pixel_patches, 1.0))
+    with closing(open_inputs(VideoQA(loaded).engine, [CLIP])) as video:
+        video.begin()
+        times = video.encode().report.time_ms
+    assert times.preprocess >= 1000 > times.total - times.encode  # a busy machine takes longer to encode
+
+
+def test_a_video_that_was_begun_and_is_not_wanted(loaded):
+    closed, threads = [], set(threading.enumerate())
+
+    def read(*args, **settings):
+        try:
+            yield from read_frames(*args, **settings)
+        finally:
+            closed.append(1)
+
+    video = open_inputs(VideoQA(loaded).engine, [CLIP], read=read)
+    video.begin()
+    video.close()
+    video.close()
+    assert closed == [1] and set(threading.enumerate()) == threads
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("problem", [VideoError("gone"), KeyboardInterrupt(), ZeroDivisionError()])
+@pytest.mark.parametrize("stage", ["read", "preprocess", "encode"])
+def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage, problem):
+    closed, calls, threads = [], [], set(threading.enumerate())
+
+    def fails(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise problem.with_traceback(None)
+
+    def read(*args, **settings):
+        try:
+            for chunk in read_frames(*args, **settings):
+                yield chunk
+                if stage == "read":
+                    fails()
+        finally:
+            closed.append(1)
+
+    def preprocess(*args):
+        fails()
+        return pixel_patches(*args)
+
+    monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
+    if stage == "preprocess":
+        monkeypatch.setattr("evoprune.session.encoding.pixel_patches", preprocess)
+    layer = loaded.model.model.visual.blocks[0].attn.proj
+    hook = layer.register_forward_pre_hook(fails if stage == "encode" else lambda *_: None)
+    with pytest.raises(type(problem)) as caught:
+        encode(
+            VideoQA(loaded, method_args={"reuse": "0", "first": "0"}), CLIP, sampling={"frames": 20}, read=read
+        )  # three blocks of grids, each of which the first layer runs
+    hook.remove()
+    assert caught.value is problem and closed == [1] and set(threading.enumerate()) == threads
+
+
+def test_a_signal_while_a_frame_is_waited_for(loaded):
+    """Ctrl-C in the main thread while the other one is at work."""
+    closed, threads, main = [], set(threading.enumerate()), threading.main_thread().ident
+
+    def read(*args, **settings):
+        try:
+            yield from islice(read_frames(*args, **settings), 1)
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.2)
+            yield None
+        finally:
+            closed.append(1)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            encode(VideoQA(loaded), CLIP, read=read)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert closed == [1] and set(threading.enumerate()) == threads
+
+
+def test_the_estimate_goes_by_the_budget(loaded, monkeypatch):
+    monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: 1e9)
+
+    def seconds(budget):
+        engine = VideoQA(loaded, budget=budget).engine
+        return estimate_first_token(engine, open_inputs(engine, [CLIP]).plans[0])
+
+    assert seconds(0.1) < seconds(0.5) < seconds(1.0)
+
+
+def test_settings_are_checked_before_weights_are_read():
+    for settings in (
+        {"budget": 2},
+        {"method": "magic"},
+        {"method_args": {"speed": "1"}},
+        {"dtype": "fp64"},
+        {"quantize": "int2"},
+        {"load_format": "gguf"},
+    ):
+        with pytest.raises(UsageError):
+            VideoQA.load("no/such", **settings)
+
+
+def test_unknown_options_are_named_with_the_known_ones(loaded):
+    qa = VideoQA(loaded)
+    for call, known in (
+        (lambda: VideoQA.load("no/such", bugdet=0.5), "load_format, offline, threads, budget, method"),
+        (lambda: VideoQA(loaded, bugdet=0.5), "budget, method, method_args, seed"),
+        (lambda: qa.encode(CLIP, fsp=2), "fps, frames, start_s"),
+        (lambda: qa.encode(CLIP).ask("What?", temprature=1), "max_new_tokens, temperature"),
+    ):
+        with pytest.raises(TypeError, match=f"unknown option '.*; known: .*{known}"):
+            call()
+
+
+def test_an_answer_streams_and_has_a_report_of_its_own(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    before = video.report.to_json()
+    first = video.ask("What happens?", max_new_tokens=9, temperature=1.0)
+    assert first.report.finish_reason is None and first.report.answer is None
+    pieces = [next(first)]
+    assert first.report.answer == pieces[0]
+    pieces += first
+    assert first.text == "".join(pieces) == "".join(first) and first.report.finish_reason in ("stop", "length")
+    again = video.ask("What happens?", max_new_tokens=9, temperature=1.0)
+    assert again.text == str(again) == first.text  # the text generates what is left
+    second = asked(video, "And then?", n=2)
+    assert first.report.question == "What happens?" and second.report.question == "And then?"
+    assert first.report.id != second.report.id and first.report.time_ms.encode > second.report.time_ms.encode == 0
+    assert video.report.to_json() == before
+
+
+def test_an_answer_compares_as_its_text(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    text = video.ask("What happens?", max_new_tokens=9).text
+    assert video.ask("What happens?", max_new_tokens=9) == text and text[2:5] in video.ask(
+        "What happens?", max_new_tokens=9
+    )
+    answer = video.ask("What happens?", max_new_tokens=9)
+    assert answer != text + "!" and 3 not in answer and answer != 3
+    assert answer == video.ask("What happens?", max_new_tokens=9)
+    with pytest.raises(TypeError, match="unhashable"):
+        set([answer])
+    closed = video.ask("What happens?", max_new_tokens=9)
+    first = next(closed)
+    closed.close()
+    assert list(closed) == list(closed) == [] and closed.text == first
+
+
+def test_each_question_may_have_a_seed_of_its_own(loaded):
+    video = VideoQA(loaded, seed=5).encode(CLIP)
+
+    def drawn(**seed):
+        return video.ask("What happens?", max_new_tokens=12, temperature=2.0, **seed)
+
+    assert len({drawn(seed=seed).text for seed in range(4)}) > 1
+    assert drawn().text == drawn(seed=5).text and drawn(seed=2).report.generation["seed"] == 2
+    with pytest.raises(UsageError, match="seed is 'a', not a whole number or None"):
+        drawn(seed="a")
+
+
+def test_they_say_in_a_line_what_they_are(loaded):
+    qa = VideoQA(loaded, budget="fast", seed=3)
+    assert repr(qa) == f"<VideoQA {loaded.id!r} in fp32 on cpu: method 'evoprune', budget fast, seed 3>"
+    video = qa.encode(CLIP, name="clip")
+    assert repr(video) == (
+        "<EncodedInputs 'clip': 12 frames, 6 frame pairs of 4x6 units, 14 of 144 visual tokens kept>"
+    )
+    assert "2 frames, 1 frame pair of 4x6 units" in repr(qa.encode(CLIP, frames=2))
+    assert repr(video.encoded).startswith("<Encoded: 14 of 144 visual tokens, ")
+    made = asked(video, n=1)
+    assert repr(made) == f"<Answer {made.text!r}, length>"
+
+
+def test_questions_are_checked(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    for question, settings in ((" ", {}), ("What?", {"max_new_tokens": 0}), ("What?", {"top_p": 0})):
+        with pytest.raises(UsageError):
+            video.ask(question, **settings)
+
+
+@pytest.mark.parametrize("method", ["evoprune", "divprune"])
+def test_a_black_video_is_a_video(loaded, tmp_path, method):
+    write_video(tmp_path / "black.mp4", np.zeros((8, 112, 112, 3), np.uint8), fps=4)
+    video = VideoQA(loaded, budget=0.25, method=method).encode(tmp_path / "black.mp4")
+    assert len(video.encoded.kept) == round(0.25 * video.plan.visual_tokens)
+    assert asked(video).report.warnings[0] == "equal_scores" and video.report.warnings == ["equal_scores"]
+    # Its frames may be even, and differ.
+    assert "black.mp4 shows nothing but even colours" in " ".join(warning_lines(video.report))
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "limited"),
+    [
+        ({"frames": 10_000}, True),
+        ({"fps": 500}, True),
+        ({"frames": 12, "max_visual_tokens": 30}, True),
+        ({"frames": 12}, False),
+        ({"fps": 12, "max_frames": 8}, False),
+        ({"max_visual_tokens": 30}, False),
+        ({"max_frames": 4}, False),
+    ],
+    ids=str,
+)
+def test_fewer_or_smaller_frames_than_asked_for_are_a_warning(loaded, asked_for, limited):
+    report = VideoQA(loaded).encode(CLIP, **asked_for).report
+    assert report.warnings == ["limited"] * limited
+
+
+def test_extreme_shapes(loaded, tmp_path):
+    write_video(tmp_path / "flat.mp4", np.zeros((4, 2, 1000, 3), np.uint8), fps=4)
+    with pytest.raises(VideoError, match="ratio"):
+        VideoQA(loaded).encode(tmp_path / "flat.mp4")
+
+
+def test_blank_report_before_any_question(loaded):
+    report = VideoQA(loaded).encode(CLIP).report
+    assert report.question is None and report.time_ms.encode > 0 and report.time_ms.prefill is None
+    assert Report.from_json(report.to_json()).sampling == report.sampling
+
+
+@pytest.mark.parametrize(
+    ("method", "grid", "tokens"),
+    [("downscale", [6, 4, 6], 36), ("subsample", [1, 8, 12], 24), ("pool", [6, 8, 12], 36), ("evs", [6, 8, 12], 36)],
+)
+def test_methods_that_a_shape_binds(loaded, method, grid, tokens):
+    """A quarter of 6 grids of 4x6 units; `downscale` and `subsample` look at less, at its own places and times."""
+    video = VideoQA(loaded, budget=0.25, method=method).encode(CLIP)
+    report, share = asked(video).report, grid[0] * grid[1] * grid[2] / 4 / 144
+    assert report.sampling.grid_thw == grid and report.pruning.visual_tokens_kept == report.tokens.visual == tokens
+    assert report.pruning.visual_tokens_in == 144 and report.pruning.kept_ratio == pytest.approx(tokens / 144)
+    assert report.pruning.encoder_live_share == pytest.approx(share)
+    assert report.sampling.seconds_per_pair * grid[0] == pytest.approx(6.0)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("method", ["downscale", "subsample"])
+def test_less_input_is_what_a_plan_for_less_would_give(loaded, method):
+    """The same as looking at the video so from the start: decoding, positions and all."""
+    less = VideoQA(loaded, budget=0.25, method=method).encode(CLIP)
+    limits = replace(loaded.video, min_pixels=1, max_pixels=less.plan.height * less.plan.width)
+    other = VideoQA(replace(loaded, limits={"video": limits}), budget=1.0).encode(
+        CLIP, frames=less.plan.sampling.frames
+    )
+    assert other.plan.grid == less.plan.grid and other.plan.sampling.times_s == less.plan.sampling.times_s
+    assert torch.equal(other.encoded.features, less.encoded.features)
+    assert answer(other) == answer(less)
+
+
+def test_the_least_that_a_shape_allows(loaded):
+    for method, tokens in (("downscale", 6), ("subsample", 24), ("pool", 1), ("evs", 24), ("evs-nofloor", 1)):
+        video = VideoQA(loaded, budget=0.001, method=method).encode(CLIP)
+        assert len(video.encoded.kept) == tokens, method
+
+
+# --- methods that read the question ------------------------------------------------------------------------------------
+
+ASKED = ["What happens?", "How many red squares are there in the video?", "What happens?"]
+
+
+def test_one_encoding_serves_every_question(loaded, monkeypatch):
+    """A method that reads the question chooses for each anew, as if the video had been encoded for it alone."""
+    qa = VideoQA(loaded, budget=0.25, method="cdpruner")
+    fresh = []
+    for question in ASKED:
+        video = qa.encode(CLIP)
+        fresh.append((answer(video, question), video.encoded.kept.tolist()))
+    without = VideoQA(loaded, budget=0.25, method="cdpruner:question=false").encode(CLIP)
+    video = qa.encode(CLIP)
+    monkeypatch.setattr("evoprune.session.encoding.encode_rows", lambda *_, **__: pytest.fail("encoded again"))
+    shared = [(answer(video, question), video.encoded.kept.tolist()) for question in ASKED]
+    assert shared == fresh and shared[0] == shared[2] and shared[0][1] != shared[1][1]
+    assert without.encoded.kept.tolist() not in (shared[0][1], shared[1][1])
+
+
+def test_what_is_reported_of_it(loaded):
+    video = VideoQA(loaded, budget=0.25, method="cdpruner").encode(CLIP)
+    blank = video.report.pruning
+    assert (blank.visual_tokens_kept, blank.kept_ratio, blank.visual_tokens_in) == (0, 0.0, 144)
+    encoding = video._encodings[0].seconds["encode"] = 1000.0  # so that it cannot be mistaken for a choice
+    for turn, question in enumerate(ASKED):
+        report = asked(video, question).report
+        assert report.pruning.visual_tokens_kept == report.tokens.visual == 36 and report.pruning.kept_ratio == 0.25
+        assert report.pruning.kept_per_pair == [6] * 6 and report.cache == "off"
+        times = report.time_ms
+        assert times.ttft_model == pytest.approx(times.encode + times.prefill)
+        if not turn:  # the encoding is counted once, choosing every time
+            assert times.encode > encoding * 1000
+        else:
+            assert 0 < times.encode_prune <= times.encode < encoding * 1000 and times.read == 0
+    assert Report.from_json(report.to_json()).pruning == report.pruning
+
+
+def test_reuse_may_precede_a_selector_that_reads_the_question(loaded):
+    video = VideoQA(loaded, budget=0.25, method="reuse+cdpruner").encode(CLIP)
+    kept = [answer(video, question) and video.encoded.kept.tolist() for question in ASKED[:2]]
+    assert kept[0] != kept[1] and len(video.encoded.rows) < 144
+    assert video.report.pruning.method == "reuse+cdpruner" and video.report.pruning.args == {
+        "threshold": 8.0,
+        "cdpruner": {"question": True, "negative": False},
+    }
+
+
+def test_auto_keeps_as_much_as_the_content_asks_for():
+    loaded = load_model("demo")
+    video = VideoQA(loaded, budget="auto").encode(CLIP)
+    pruning = asked(video, n=1).report.pruning
+    units = pruning.visual_tokens_in
+    assert pruning.budget == "auto" and pruning.args["within"] > 0
+    assert round(0.05 * units) <= pruning.visual_tokens_kept <= round(0.5 * units)
+    kept = []
+    for within in ("0.001", "0.03", "100"):
+        coarse = VideoQA(loaded, budget="auto", method_args={"within": within}).encode(CLIP)
+        kept.append(len(coarse.encoded.kept))
+    assert round(0.5 * units) >= kept[0] > kept[1] > kept[2] == round(0.05 * units)
+    exact = VideoQA(loaded, budget=0.5, method_args={"within": "0.03"}).encode(CLIP)
+    assert len(exact.encoded.kept) == kept[1]
+
+
+@pytest.mark.parametrize("method", ["mmr", "reuse+visionzip", "par"])
+def test_the_inflection_of_a_methods_scores_may_decide_the_count(loaded, method):
+    video = VideoQA(loaded, budget="auto:inflection", method=method).encode(CLIP)
+    pruning = asked(video, n=1).report.pruning
+    assert (pruning.budget, pruning.method) == ("auto:inflection", method)
+    assert 7 <= pruning.visual_tokens_kept <= 72 and pruning.visual_tokens_in == 144
+    assert "inflection" not in pruning.args
+
+
+def test_auto_is_for_methods_that_can_choose(loaded):
+    for how in ({"method": "divprune"}, {"method": "reuse+mmr"}):
+        with pytest.raises(UsageError, match="cannot let the content decide the budget"):
+            VideoQA(loaded, budget="auto", **how)
+    with pytest.raises(UsageError, match="cannot let the content decide the budget"):
+        VideoQA.load("nowhere", budget="auto", method="pool")
