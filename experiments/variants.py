@@ -87,4 +87,4 @@ class Variant(EvoPrune):
 
 def register() -> None:
     """Lets `methods.get` find `variant` in this process."""
-    registry._REGISTRY[Variant.name] = "experiments.variants"
+    registry.CORE[Variant.name] = "experiments.variants:Variant"

@@ -39,6 +39,15 @@ class Evs(Selector):
         return Selection(highest(change.flatten(), keep))
 
 
+@dataclass(frozen=True)
+class EvsNoFloor(Evs):
+    """As the paper: the first frame pair has no right to stay."""
+
+    name = "evs-nofloor"
+
+    floor: bool = False
+
+
 def dissimilarity(tokens: Tokens) -> torch.Tensor:
     """float32 `[T, H * W]`: 1 - cosine of each token to the same place in the frame pair before.
 

@@ -1,4 +1,4 @@
-"""The methods by name: this package's own, and classes of others in the entry point group `evoprune.methods`."""
+"""The methods by name: those of the core, and classes in the entry point group `evoprune.methods`, of evoprune.contrib too."""
 
 import hashlib
 import inspect
@@ -28,57 +28,31 @@ if TYPE_CHECKING:
     from evoprune.methods.chain import Pipeline
 
 GROUP = "evoprune.methods"
-_OUTSIDE = (
-    "evoprune", "evoprune-merge", "evoprune-paper", "tome", "earlytom", "ipcv", "none", "random", "downscale", "subsample",
-    "pool", "divprune", "evs", "evs-nofloor", "mmr", "scope", "visionzip", "vispruner", "cdpruner", "dart", "vidcom2", "mmg",
-    "fastvid", "prunevid", "holitom", "flashvid", "nuwa", "par", "adjacent",
-)  # fmt: skip
-# These act inside the language model, and may follow another method.
-INNER = (
-    "fastv", "pyramiddrop", "sparsevlm", "visipruner", "d2pruner", "prunevid-inner", "holitom-inner", "flashvid-inner",
-    "nuwa-inner", "vitcop", "operations",
-)  # fmt: skip
-_ALIASES = {"evs-nofloor": "evs:floor=false"}
-# A method is the class of its name in the file of its name, unless several share a file.
-_SHARED = {
-    "evoprune_merge": ("evoprune-merge", "evoprune-paper", "tome"),
-    "baselines": ("none", "random", "downscale", "subsample", "pool"),
-    "evs": ("adjacent",),
-    "cdpruner": ("par",),
-    "prunevid": ("holitom",),
-    "visionzip": ("vispruner",),
-    "fastv": ("pyramiddrop", "d2pruner", "prunevid-inner", "holitom-inner", "flashvid-inner", "nuwa-inner"),
-}
-_FILES = {name: file for file, names in _SHARED.items() for name in names}
-_CORE = ("evoprune", "evoprune_merge", "baselines", "divprune")  # files of this package, others are in contrib
-_REGISTRY = {
-    name: f"evoprune.{'methods' if file in _CORE else 'contrib'}.{file}"
-    for name in (*_OUTSIDE, *INNER)
-    if (file := _FILES.get(name, name))
+# Without these there would be nothing to compare the default with. All others, of evoprune.contrib too, are entry points.
+CORE = {
+    "evoprune": "evoprune.methods.evoprune:EvoPrune",
+    "evoprune-paper": "evoprune.methods.evoprune_paper:EvoPrunePaper",
+    "none": "evoprune.methods.baselines:Nothing",
+    "random": "evoprune.methods.baselines:Random",
+    "downscale": "evoprune.methods.baselines:Downscale",
+    "subsample": "evoprune.methods.baselines:Subsample",
+    "pool": "evoprune.methods.baselines:Pool",
+    "divprune": "evoprune.methods.divprune:DivPrune",
 }
 DEFAULT = "evoprune"
 REUSE = "reuse"  # put before a selector: reuse+divprune
-# Names under which users look for what a method follows without being it, as letters and digits alone: hints name the method.
-_KNOWN_AS = {
-    "idpruner": "mmr is IDPruner's selection, without its trained scorer",
-    "mmgvid": "mmg follows the outline of MMG-Vid",
-    "streamingassistant": "adjacent follows StreamingAssistant, as far as it is public",
-    "pdrop": "PyramidDrop is pyramiddrop",
-    "full": "-b full prunes nothing, and so does the method none",
-}
+OWN = "evoprune"  # the distribution whose entry points are this project's
 _NUMBER = re.compile(r"=[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=[:+]|$)")  # of a setting
-# What may stand before a selector.
-_FRONTS = (REUSE, "ipcv")
 
 
 def built_in() -> list[str]:
-    """Names of this package's own methods."""
-    return list(_REGISTRY)
+    """Names of this project's methods: those of the core, then those of evoprune.contrib."""
+    return [*CORE, *(name for name, entry in _plugins().items() if _is_own(entry))]
 
 
 def available() -> list[str]:
-    """Names of the methods, this package's own first. Those of other packages are not loaded, and may be broken."""
-    return [*_REGISTRY, *_plugins()]
+    """Names of the methods, this project's first. Those of other packages are not loaded, and may be broken."""
+    return [*CORE, *_plugins()]
 
 
 def check(text: str) -> None:
@@ -92,10 +66,8 @@ def check(text: str) -> None:
     for name in names:
         if name != REUSE and name not in available():
             raise _unknown(name)
-    *before, last = names
-    inner = last in INNER or last in _plugins()  # of other packages' methods, only `get` knows what they are
-    if not (_possible(names) or (inner and (not before or _possible(before)))):
-        raise _impossible(text)
+    if len(names) > 3 or REUSE in names[1:] or (len(names) > 1 and names[-1] in CORE and names[0] in CORE):
+        raise _impossible(text)  # what entry points are, only `parse` knows
 
 
 def _names(text: str) -> list[str]:
@@ -119,7 +91,7 @@ def _unknown(name: str) -> UsageError:
     """The error for a name that no method has."""
     plain, known = _plain(name), (*available(), REUSE)
     same = [each for each in known if _plain(each) == plain]
-    near = f"{_KNOWN_AS[plain]}; " if plain in _KNOWN_AS else did_you_mean(name, same or known, 3)
+    near = did_you_mean(name, same or known, 3)
     return UsageError(f"no pruning method {name!r}", f"{near}evoprune methods lists them all")
 
 
@@ -128,16 +100,9 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _possible(names: list[str]) -> bool:
-    """Whether methods of these names may act before the language model, one after the other."""
-    *front, last = names
-    return last not in (REUSE, *INNER) and front in ([], *([name] for name in _FRONTS))
-
-
 def _impossible(text: str) -> UsageError:
-    fronts = " or ".join(f"{front}+NAME" for front in _FRONTS)
     kinds = "NAME is a method that selects, or NAME+INNER, where INNER acts inside the language model"
-    return UsageError(f"methods cannot be combined as {text!r}", f"use {fronts}, where {kinds}")
+    return UsageError(f"methods cannot be combined as {text!r}", f"use {REUSE}+NAME or ipcv+NAME, where {kinds}")
 
 
 @names_plugins()
@@ -170,6 +135,8 @@ def parse(text: str, args: dict[str, str] | None = None) -> "Pipeline":
         raise UsageError(f"method {name} has a share, and nothing acts before it", hint)
     if language:
         made = parts.pop()
+        if names[-2].partition(":")[0] == REUSE:
+            raise _impossible(text)
     if parts:
         front = parts.pop().encoder
         if parts or not (front and front.combines and made.selector):
@@ -183,12 +150,10 @@ def parse(text: str, args: dict[str, str] | None = None) -> "Pipeline":
 def _one(text: str, args: dict[str, str] | None) -> "Method":
     name, *texts = text.split(":")
     _warn_of_ignored(name)
-    name, *fixed = _ALIASES.get(name, name).split(":")
-    method = _class(name) if name in (*_REGISTRY, REUSE) else _load(_plugins()[name])
+    method = _class(name)
     if wrong := [text for text in texts if "=" not in text]:
         raise UsageError(f"method {method.name}: {wrong[0]!r} is not NAME=VALUE", settings_hint(method, wrong[0]))
-    given, known = (dict(text.split("=", 1) for text in some) for some in (texts, fixed))
-    return from_args(method, known | (args or {}) | given)
+    return from_args(method, (args or {}) | dict(text.split("=", 1) for text in texts))
 
 
 @cache
@@ -196,22 +161,27 @@ def _warn_of_ignored(name: str) -> None:
     """Warns, once in a process, of methods of other packages that have the name of the one that is selected."""
     for entry in _entry_points():
         if entry.name == name and _plugins().get(name) is not entry:
-            used = "evoprune's own" if name in (*_REGISTRY, REUSE) else f"that of {_package(_plugins()[name])}"
+            own = name in (*CORE, REUSE) or _is_own(_plugins()[name])
+            used = "evoprune's own" if own else f"that of {_package(_plugins()[name])}"
             warn(f"{_named(entry)} is ignored: {name} is {used}; give it another name", PluginWarning, stacklevel=2)
 
 
 def _class(name: str) -> "type[Method]":
-    """The class of this package's own method, or of reuse."""
-    module = _REGISTRY.get(name, "evoprune.methods.reuse")
-    found = [each for each in vars(import_module(module)).values() if getattr(each, "__module__", None) == module]
-    return next(each for each in found if getattr(each, "name", None) == name)
+    if name == REUSE:
+        from evoprune.methods.reuse import Reuse
+
+        return Reuse
+    if name in CORE:
+        module, _, attribute = CORE[name].partition(":")
+        return getattr(import_module(module), attribute)
+    return _load(_plugins()[name])
 
 
 def plugin_code(text: str) -> dict[str, str]:
     """A hash of the code of each method of another package that `text` names, by name. Raises UsageError: it cannot be loaded."""
     found = {}
     for name in _names(text):
-        if name not in _REGISTRY and (entry := _plugins().get(name)):
+        if (entry := _plugins().get(name)) and not _is_own(entry):
             files = _code_files(entry, Path(inspect.getfile(_load(entry))))
             found[name] = hashlib.sha256(b"\0".join(each.read_bytes() for each in files)).hexdigest()[:16]
     return found
@@ -233,6 +203,8 @@ def plugins() -> dict[str, str]:
     """Each entry point of other packages, by name: its package, and whether it works. Loads all of them."""
     found = {}
     for entry in _entry_points():
+        if _is_own(entry):
+            continue
         state = f"of {_package(entry)}"
         if _plugins().get(entry.name) is not entry:
             state += ", ignored: the name is taken or not valid"
@@ -247,7 +219,7 @@ def plugins() -> dict[str, str]:
 
 @cache
 def _entry_points() -> tuple[EntryPoint, ...]:
-    return tuple(sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, _package(entry))))
+    return tuple(sorted(entry_points(group=GROUP), key=lambda entry: (not _is_own(entry), entry.name, _package(entry))))
 
 
 @cache
@@ -255,9 +227,13 @@ def _plugins() -> dict[str, EntryPoint]:
     """The entry points by name, without names that are taken or not valid."""
     made = {}
     for entry in _entry_points():
-        if entry.name not in (*_REGISTRY, REUSE) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", entry.name):
+        if entry.name not in (*CORE, REUSE) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", entry.name):
             made.setdefault(entry.name, entry)
     return made
+
+
+def _is_own(entry: EntryPoint) -> bool:
+    return entry.dist is not None and entry.dist.name == OWN
 
 
 def _package(entry: EntryPoint) -> str:
@@ -282,7 +258,7 @@ def _load(entry: EntryPoint) -> type["Method"]:
         raise _broken(entry, f"has another name in its class: {found.__name__} needs name = {entry.name!r}")
     if "__dataclass_params__" not in vars(found):
         raise _broken(entry, f"is no dataclass: {found.__name__} needs @dataclass(frozen=True)")
-    if not found.__module__.startswith("evoprune."):
+    if not _is_own(entry):
         PLUGINS[found] = _named(entry)
     return found
 

@@ -7,8 +7,7 @@ import pytest
 
 from evoprune import methods
 from evoprune.bench.profiling import bench
-from evoprune.methods.registry import INNER
-from tests.methods.kinds import one_of_each
+from tests.methods.kinds import INNER, one_of_each
 
 CLIP = "samples/square.mp4"
 NAMES = methods.built_in()

@@ -24,7 +24,7 @@ def sample(method, budget, video, number, right, live=0.5):
 
 @pytest.fixture(autouse=True)
 def variant(monkeypatch):
-    monkeypatch.setitem(methods.registry._REGISTRY, Variant.name, "experiments.variants")
+    monkeypatch.setitem(methods.registry.CORE, Variant.name, "experiments.variants:Variant")
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

@@ -15,9 +15,9 @@ from evoprune.language.decoder import KVCache, logits
 from evoprune.language.dropping import Dropping
 from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.methods.base import LanguageMethod
-from evoprune.methods.registry import INNER
 from evoprune.model.config import parse_config
 from evoprune.model.weights import QwenVL
+from tests.methods.kinds import INNER
 from tests.tiny import tiny_config
 
 # Methods that drop tokens by a rule of their own; `operations` follows a recipe (test_operations.py).

@@ -4,11 +4,16 @@ from collections.abc import Iterable
 
 import pytest
 
+from evoprune import methods
+
 # Nothing; between two layers, merging, set aside; the input; after the encoder with the question; in the language model; behind
 # another method.
 ONE_OF_EACH = (
     "none", "evoprune", "tome", "ipcv", "downscale", "cdpruner", "fastv", "reuse+visionzip",
 )  # fmt: skip
+
+# They act inside the language model.
+INNER = tuple(name for name in methods.built_in() if methods.parse(name).language)
 
 
 def one_of_each(names: Iterable[str]) -> list:

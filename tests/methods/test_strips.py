@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evoprune.contrib.merging import EvoPruneMerge
 from evoprune.methods import ranking
-from evoprune.methods.evoprune_merge import EvoPruneMerge, EvoPrunePaper
+from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.ranking import strips
 from evoprune.methods.types import Candidates
 from tests.methods.tokens import Largest

@@ -14,7 +14,6 @@ from evoprune.bench.profiling.hugging_face import hugging_face_model
 from evoprune.errors import UsageError, VideoError
 from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.methods.budget import keep_count
-from evoprune.methods.registry import INNER
 from evoprune.session.cache import Cache
 from evoprune.session.inputs import open_inputs
 from evoprune.session.loading.model import load_model
@@ -23,7 +22,7 @@ from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import normalised, patchify, resize
-from tests.methods.kinds import one_of_each
+from tests.methods.kinds import INNER, one_of_each
 from tests.threads import one_thread  # noqa: F401
 
 CLIP, OTHER = "samples/square.mp4", "samples/arrivals.webm"

@@ -14,7 +14,7 @@ from evoprune.backend.attention import attend_varlen, varlen_kernel
 from evoprune.backend.devices import Timer
 from evoprune.methods.baselines import Nothing, Random
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.methods.evoprune_merge import EvoPrunePaper
+from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.vision import attention, encoded
 from evoprune.vision.attention import Packed, attend_packed, buckets, grouped_attention, plan_attention, with_bias
 from evoprune.vision.layout import attention_groups, geometry

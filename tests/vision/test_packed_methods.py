@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from evoprune.methods import parse
-from evoprune.methods.registry import INNER, built_in
+from evoprune.methods.registry import built_in
 from evoprune.vision import attention
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
+from tests.methods.kinds import INNER
 from tests.vision.clips import changes, clip
 from tests.vision.devices import take_gpu_route, varlen_by_hand
 from tests.vision.results import assert_same

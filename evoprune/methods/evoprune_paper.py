@@ -1,7 +1,7 @@
-"""EvoPrune's merging (arXiv 2603.03681): with the settings that won (results/ablations.md), the paper's, and those of ToMe."""
+"""EvoPrune as its paper has it (arXiv 2603.03681): rows merge inside windows and frame pairs, layer by layer."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 
@@ -15,19 +15,19 @@ FEATURES = ("keys", "keys_rotary", "hidden")
 
 
 @dataclass(frozen=True)
-class EvoPruneMerge(Merger):
+class EvoPrunePaper(Merger):
     """O(n^2 D) for a group of n rows."""
 
-    name = "evoprune-merge"
-    source = "arXiv 2603.03681, with other settings"
+    name = "evoprune-paper"
+    source = "arXiv 2603.03681"
     absorbed = 1  # which row of each two may merge into another: 0 for the first, 1 for the second
 
-    allocation: str = "decreasing"  # which layers merge and how much, from `first` to `last` in relative depth
+    allocation: str = "skip"  # which layers merge and how much, from `first` to `last` in relative depth
     first: float = 0.2
     last: float = 0.5
     diversity: Annotated[float, "(-inf, inf)"] = 0.1  # weights of the score's two penalties (methods/ranking.py)
-    attention: Annotated[float, "(-inf, inf)"] = 0.0
-    critical: Share = 0.0  # share of each group, its most attended rows, that merges only when no other row is left
+    attention: Annotated[float, "(-inf, inf)"] = 0.1
+    critical: Share = 0.1  # share of each group, its most attended rows, that merges only when no other row is left
     neighbours: Count = 4  # how many nearest rows the density is computed from
     features: str = "keys"  # what similarity compares: keys of the layer, keys_rotary (after rotary), or hidden states
     size_bias: bool = True  # whether attention weighs a merged row by its cluster size
@@ -82,34 +82,3 @@ class EvoPruneMerge(Merger):
         rank = attention.masked_fill(~valid, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         # In float64 and slightly lower, because 0.15 of 100 rows must not become 16.
         return valid & (rank < (valid.sum(1, keepdim=True).double() * self.critical - 1e-9).ceil())
-
-
-@dataclass(frozen=True)
-class EvoPrunePaper(EvoPruneMerge):
-    """The paper's settings."""
-
-    name = "evoprune-paper"
-    source = "arXiv 2603.03681"
-
-    allocation: str = "skip"
-    attention: Annotated[float, "(-inf, inf)"] = 0.1
-    critical: Share = 0.1
-
-
-@dataclass(frozen=True)
-class ToMe(EvoPruneMerge):
-    """Without penalties, equally much in every layer, and the other row of each two absorbed; the rest is fixed."""
-
-    name = "tome"
-    source = "arXiv 2210.09461, section 3"
-    absorbed = 0
-
-    allocation: str = "mean"
-    first: float = 0.0
-    last: float = 1.0
-
-    diversity: ClassVar[float] = 0.0
-    attention: ClassVar[float] = 0.0
-    critical: ClassVar[float] = 0.0
-    neighbours: ClassVar[int] = 1
-    features: ClassVar[str] = "keys"
