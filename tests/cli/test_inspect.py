@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+from pathlib import Path
 
 import av
 import numpy as np
@@ -143,7 +144,7 @@ def test_everything_about_the_machine_fits_a_terminal(cli, monkeypatch):
 def test_narrow_terminals(cli, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     text = cli("inspect").out + cli("inspect", CLIP).out
-    for line in text.splitlines():
+    for line in text.replace(str(Path(evoprune.__file__).parent), "/package").splitlines():  # which may have spaces
         assert len(line) <= columns or " " not in line[TITLE:], line  # a path stays in one piece
 
 
