@@ -149,7 +149,7 @@ def masked_text(text: str) -> str:
             line = f"{name} {rest if re.match('  |read|pre|enc|gen', name) else re.sub(r'[0-9][0-9,.]*x?', 'N', rest)}"
             line = re.sub(r"^encode \+ prefill .*", "encode + prefill N", line)
         line = re.sub(r"^(versions|device|load) .*", r"\1", line)
-        line = re.sub(r"^  enough .*", "  enough", line)
+        line = re.sub(r"^  (enough|seconds) .*", r"  \1", line)
         line = re.sub(r"\b(read|preprocess|encode) [\d,]+(?=,| ms)", r"\1 N", line)
         line = re.sub(r"\d+:\d\d(\.\d)?, [\d.,]+ an? (second|minute|hour)", "N a second", line)
         line = re.sub(r"[\d.,]+ (a second|tok/s)", r"N \1", line)
