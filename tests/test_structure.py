@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Entries of evoprune/ in their order: each imports only what comes before it.
 ORDER = (
     "errors", "text", "keywords", "bundled", "report", "backend", "cpu", "model", "methods", "video", "vision", "language",
-    "session", "hf", "live", "video_qa", "batch", "demo", "bench", "overlay", "integrations", "contrib",
+    "session", "hf", "live", "video_qa", "batch", "demo", "bench", "overlay", "contrib",
 )  # fmt: skip
 # Functions of torch that make a tensor from numbers. Without dtype and device, the result is of the host program's defaults.
 MAKERS = (
@@ -31,9 +31,9 @@ Graph = dict[str, dict[str, str]]  # importer -> imported -> "file:line" of one 
 def modules() -> dict[str, Path]:
     """Every module of the program by its dotted name; a package is the module of its `__init__.py`."""
     found = {}
-    for top in ("evoprune", "evoprune_cli"):
-        for path in sorted((ROOT / top).rglob("*.py")):
-            names = path.relative_to(ROOT).with_suffix("").parts
+    for top in (ROOT / "evoprune", ROOT / "evoprune_cli", *ROOT.glob("plugins/*/evoprune_*")):
+        for path in sorted(top.rglob("*.py")):
+            names = path.relative_to(top.parent).with_suffix("").parts
             found[".".join(names[:-1] if names[-1] == "__init__" else names)] = path
     return found
 
@@ -161,8 +161,9 @@ def test_a_package_imports_only_those_before_it_in_the_order():
     fail_on(wrong(), "imports of a package that comes later in the order, or is not in it")
 
 
-def test_the_library_imports_neither_the_command_line_nor_experiments_nor_tests():
-    outside = ("evoprune_cli", "experiments", "tests")
+def test_the_library_imports_neither_the_command_line_nor_plugins_nor_experiments_nor_tests():
+    plugins = ("evoprune_lmms_eval", "evoprune_vllm", "lmms_eval", "vllm")
+    outside = ("evoprune_cli", "experiments", "tests", *plugins)
     wrong = (
         f"{where}: {name} imports {target}"
         for name in modules()
@@ -215,7 +216,7 @@ def test_every_package_says_what_it_is_for():
 
 def test_every_python_file_that_house_md_or_the_code_names_exists():
     """But for the examples in house.md, which stand in fences."""
-    tops = ("evoprune", "evoprune_cli", "experiments", "tests")
+    tops = ("evoprune", "evoprune_cli", "plugins", "experiments", "tests")
     files = "\n".join(f"/{path.relative_to(ROOT).as_posix()}" for top in tops for path in (ROOT / top).rglob("*.py"))
     house = ROOT / "docs/house.md"
     texts = {path: path.read_text(encoding="utf-8") for path in (house, *modules().values())}
@@ -260,7 +261,7 @@ def test_no_other_file_asks_for_the_family_of_a_model():
 
 
 # Who may ask what a device is: `verify` says it, and vLLM has devices of its own.
-DEVICES_KNOWN_TO = ("evoprune.backend.", "evoprune.bench.profiling.verify.", "evoprune.integrations.vllm.")
+DEVICES_KNOWN_TO = ("evoprune.backend.", "evoprune.bench.profiling.verify.", "evoprune_vllm.")
 
 
 def asked_devices(code: ast.Module) -> Iterator[ast.Attribute]:

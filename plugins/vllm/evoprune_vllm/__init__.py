@@ -6,18 +6,18 @@ changes nothing in models that do not ask for them. Only `register` and the modu
 
 import logging
 
-TESTED = ("0.32",)  # minor versions of vLLM; its interfaces for models change from one to the next
+TESTED = "0.32"  # minor version of vLLM; its interfaces for models change from one to the next
 PREFIX = "EvoPrune"  # of the architectures' names
 ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration", "Qwen2VLForConditionalGeneration")
 
 
 def register() -> None:
-    """Registers the architectures in vLLM; in another version than the tested ones it does nothing but log one line."""
+    """Registers the architectures in vLLM; in another version than the tested one it does nothing but log one line."""
     from vllm import ModelRegistry, __version__
 
-    if ".".join(__version__.split(".")[:2]) not in TESTED:
+    if __version__.split(".")[:2] != TESTED.split("."):
         logging.getLogger("vllm.evoprune").warning(
-            "evoprune registers nothing: it was tested with vLLM %s, and this is %s", ", ".join(TESTED), __version__
+            "evoprune registers nothing: it was tested with vLLM %s, and this is %s", TESTED, __version__
         )
         return
     for name in ARCHITECTURES:

@@ -13,15 +13,9 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 
 from evoprune.errors import UsageError
-from evoprune.integrations.vllm.positions import split_bias
+from evoprune_vllm.positions import split_bias
 
 PIECES = 3  # dimensions that hold the bias: its bfloat16 value, and what that leaves, twice
-LARGEST = 256
-BACKENDS = ("CPU_ATTN", "FLASH_ATTN")  # whose kernels read the head size from the layer
-HINT = (
-    'method "evoprune:count=0" prunes without the bias: --additional-config \'{"evoprune": {"method": "evoprune:count=0"}}\'; '
-    "other methods than evoprune have none"
-)
 
 
 class BiasedRotary(nn.Module):
@@ -40,16 +34,15 @@ class BiasedRotary(nn.Module):
         """`[n, heads * wide]` and `[n, kv_heads * wide]`, from positions `[3, n]`, queries and keys."""
         plain, bias = split_bias(positions)
         query, key = self.rotary(plain, query, key)
-        ones = query.new_ones(len(query), PIECES)
-        return self._extended(query, ones, self.heads), self._extended(key, self._pieces(bias, key), self.kv_heads)
-
-    def _pieces(self, bias: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """`[n, PIECES]` in the dtype of the keys; the sum of each row is the bias / scale."""
-        left, pieces = bias / self.scale, []
+        left, pieces = (
+            bias / self.scale,
+            [],
+        )  # the sum of the pieces, which have the dtype of the keys, is the bias / scale
         for _ in range(PIECES):
             pieces.append(left.to(key.dtype))
             left = left - pieces[-1].float()
-        return torch.stack(pieces, 1)
+        query = self._extended(query, query.new_ones(len(query), PIECES), self.heads)
+        return query, self._extended(key, torch.stack(pieces, 1), self.kv_heads)
 
     def _extended(self, x: torch.Tensor, pieces: torch.Tensor, heads: int) -> torch.Tensor:
         pieces = F.pad(pieces, (0, self.wide - self.head_size - PIECES))
@@ -77,33 +70,35 @@ def add_bias(layers: nn.ModuleList, config: VllmConfig) -> None:
 
     Raises UsageError: the attention backend has no kernel for wider heads, or was not tested.
     """
-    for layer in layers:
-        if hasattr(layer, "self_attn"):  # a pipeline has layers elsewhere
-            _add_bias(layer.self_attn, config)
-
-
-def _add_bias(layer: nn.Module, config: VllmConfig) -> None:
-    stock = layer.attn
-    size, backend = stock.head_size, stock.attn_backend
-    fitting = (wide for wide in range(size + PIECES, LARGEST + 1) if backend.supports_head_size(wide))
-    wide = next(fitting, None)
-    if backend.get_name() not in BACKENDS or wide is None:
-        raise _unfit(backend)
-    del config.compilation_config.static_forward_context[stock.layer_name]  # the new layer takes its place
-    layer.attn = BiasedAttention(
-        size,
-        wide,
-        num_heads=stock.num_heads,
-        scale=layer.scaling,
-        num_kv_heads=stock.num_kv_heads,
-        cache_config=config.cache_config,
-        quant_config=config.quant_config,
-        prefix=stock.layer_name,
-    )
-    if layer.attn.attn_backend is not backend:
-        raise _unfit(layer.attn.attn_backend)
-    layer.rotary_emb = BiasedRotary(layer.rotary_emb, layer.attn, size, layer.scaling)
+    for each in layers:
+        if not hasattr(each, "self_attn"):  # a pipeline has layers elsewhere
+            continue
+        layer = each.self_attn
+        stock, backend = layer.attn, layer.attn.attn_backend
+        wide = next((n for n in range(stock.head_size + PIECES, 257) if backend.supports_head_size(n)), None)
+        if (
+            backend.get_name() not in ("CPU_ATTN", "FLASH_ATTN") or wide is None
+        ):  # kernels that read the head size from the layer
+            raise _unfit(backend)
+        del config.compilation_config.static_forward_context[stock.layer_name]  # the new layer takes its place
+        layer.attn = BiasedAttention(
+            stock.head_size,
+            wide,
+            num_heads=stock.num_heads,
+            scale=layer.scaling,
+            num_kv_heads=stock.num_kv_heads,
+            cache_config=config.cache_config,
+            quant_config=config.quant_config,
+            prefix=stock.layer_name,
+        )
+        if layer.attn.attn_backend is not backend:
+            raise _unfit(layer.attn.attn_backend)
+        layer.rotary_emb = BiasedRotary(layer.rotary_emb, layer.attn, stock.head_size, layer.scaling)
 
 
 def _unfit(backend) -> UsageError:
-    return UsageError(f"cluster sizes cannot weigh tokens in attention backend {backend.get_name()}", HINT)
+    hint = (
+        'method "evoprune:count=0" prunes without the bias: '
+        '--additional-config \'{"evoprune": {"method": "evoprune:count=0"}}\'; other methods than evoprune have none'
+    )
+    return UsageError(f"cluster sizes cannot weigh tokens in attention backend {backend.get_name()}", hint)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.integrations.vllm.serving import answers, farthest, pruning, same, samples
+from tests.plugins.vllm.serving import answers, farthest, pruning, same, samples
 from tests.tiny import save_tiny
 
 pytestmark = pytest.mark.vllm

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 from PIL import Image
 
-from tests.integrations.vllm.serving import Asked, answers, outputs, pruning, same, samples
+from tests.plugins.vllm.serving import Asked, answers, outputs, pruning, same, samples
 
 pytestmark = pytest.mark.vllm
 HALVES = "What is in the picture? Describe it."

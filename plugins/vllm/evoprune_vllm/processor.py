@@ -4,39 +4,33 @@ It also writes K and the seconds per pair of each video beside its patches. vLLM
 0.7 s would be 0.699, and positions would be off by one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
-from vllm.model_executor.models.qwen2_5_vl import (
-    Qwen2_5_VLDummyInputsBuilder,
-    Qwen2_5_VLMultiModalProcessor,
-    Qwen2_5_VLProcessingInfo,
-)
-from vllm.model_executor.models.qwen2_vl import (
-    Qwen2VLDummyInputsBuilder,
-    Qwen2VLMultiModalProcessor,
-    Qwen2VLProcessingInfo,
-)
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLDummyInputsBuilder, Qwen2_5_VLMultiModalProcessor
+from vllm.model_executor.models.qwen2_vl import Qwen2VLDummyInputsBuilder, Qwen2VLMultiModalProcessor
 from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from evoprune.errors import EvopruneError
-from evoprune.integrations.vllm.positions import LIMIT, extent
-from evoprune.integrations.vllm.settings import request_budget, without_own
 from evoprune.methods.budget import keep_tokens
-from evoprune.model.config import vision_sizes
+from evoprune.methods.encoder_plan import Grid
+from evoprune.model.config import VisionConfig, vision_sizes
+from evoprune_vllm.positions import LIMIT, extent
+from evoprune_vllm.pruning import BUDGET, request_budget
 
 KEEP, SECONDS = "evoprune_keep", "evoprune_seconds"  # fields of each video, beside those of vLLM
 END = "<|vision_end|>"
 
 
-class Info:
-    """What the processor knows of the model; mixed into vLLM's class."""
+def in_units(grids: torch.Tensor, merge: int) -> list[Grid]:
+    """Grids of Hugging Face, int64 `[items, 3]`, in units of `merge` by `merge` patches."""
+    return [(t, h // merge, w // merge) for t, h, w in grids.tolist()]
 
-    def get_hf_processor(self, **options):
-        """The Hugging Face processor, for options without those of this package."""
-        return super().get_hf_processor(**without_own(options))
+
+def without_own(options: Mapping) -> dict:
+    """The options that are the Hugging Face processor's."""
+    return {name: value for name, value in options.items() if name != BUDGET}
 
 
 class DummyInputs:
@@ -72,18 +66,35 @@ class Processor:
         except EvopruneError as problem:
             raise ValueError(f"{problem.message}; {problem.hint}") from problem
         if "video_grid_thw" in made:
-            grids = [self._units(grid) for grid in made["video_grid_thw"].tolist()]
-            kept, seconds = [keep_tokens(budget, grid) for grid in grids], [*self._seconds(mm_inputs, grids)]
+            sizes = vision_sizes(self.info.get_hf_config().vision_config)
+            grids = in_units(made["video_grid_thw"], sizes.spatial_merge_size)
+            seconds = self._seconds(sizes, mm_inputs.get("video_metadata") or [None] * len(grids), grids)
+            kept = [keep_tokens(budget, grid) for grid in grids]
             made[KEEP] = torch.tensor(kept, dtype=torch.int64, device="cpu")
             made[SECONDS] = torch.tensor(seconds, dtype=torch.float64, device="cpu")
         return made
+
+    def _seconds(self, sizes: VisionConfig, known: list, grids: list[Grid]) -> list[float]:
+        """Seconds per pair of each video; 1 for a model without a clock, or a video without a frame rate.
+
+        Raises ValueError: a video lasts longer than the model has positions.
+        """
+        text, found = self.info.get_hf_config().get_text_config(), []
+        most = min(LIMIT, 4 * text.max_position_embeddings)  # as many rotary positions as vLLM computes
+        for grid, video in zip(grids, known, strict=True):
+            rate = None if video is None else video.sampled_fps
+            seconds = sizes.temporal_patch_size / rate if rate and sizes.tokens_per_second else 1.0
+            if extent(grid, seconds, sizes.tokens_per_second) >= most:
+                raise ValueError(f"a video of {grid[0] * seconds:,.0f} s has more than the model's {most:,} positions")
+            found.append(seconds)
+        return found
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
         stock = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
         return stock | {name: MultiModalFieldConfig.batched("video", keep_on_cpu=True) for name in (KEEP, SECONDS)}
 
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
-        stock = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        stock = super()._get_prompt_updates(mm_items, without_own(hf_processor_mm_kwargs), out_mm_kwargs)
 
         def pruned(update):
             def placeholders(item: int) -> list[int]:
@@ -92,34 +103,6 @@ class Processor:
             return replace(update, replacement=placeholders)
 
         return [pruned(update) if update.modality == "video" else update for update in stock]
-
-    def _units(self, grid: list[int]) -> tuple[int, int, int]:
-        """A grid of Hugging Face, in units."""
-        merge = self.info.get_hf_config().vision_config.spatial_merge_size
-        return grid[0], grid[1] // merge, grid[2] // merge
-
-    def _seconds(self, inputs: Mapping[str, Any], grids: list[tuple[int, int, int]]) -> Iterator[float]:
-        """Seconds per pair of each video; 1 for a model without a clock, or a video without a frame rate.
-
-        Raises ValueError: a video lasts longer than the model has positions.
-        """
-        sizes, text = vision_sizes(self.info.get_hf_config().vision_config), self.info.get_hf_config().get_text_config()
-        most = min(LIMIT, 4 * text.max_position_embeddings)  # as many rotary positions as vLLM computes
-        known = inputs.get("video_metadata") or [None] * len(grids)
-        rates = [None if each is None else each.sampled_fps for each in known]
-        for grid, rate in zip(grids, rates, strict=True):
-            seconds = sizes.temporal_patch_size / rate if rate and sizes.tokens_per_second else 1.0
-            if extent(grid, seconds, sizes.tokens_per_second) >= most:
-                raise ValueError(f"a video of {grid[0] * seconds:,.0f} s has more than the model's {most:,} positions")
-            yield seconds
-
-
-class Info25(Info, Qwen2_5_VLProcessingInfo):
-    """Of Qwen2.5-VL."""
-
-
-class Info2(Info, Qwen2VLProcessingInfo):
-    """Of Qwen2-VL."""
 
 
 class DummyInputs25(DummyInputs, Qwen2_5_VLDummyInputsBuilder):

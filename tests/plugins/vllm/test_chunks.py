@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from evoprune import EvoPrune
-from tests.integrations.vllm.serving import DEMO, NEW, Asked, Clip, answers, farthest, pruning, same, samples
+from tests.plugins.vllm.serving import DEMO, NEW, Asked, Clip, answers, farthest, pruning, same, samples
 
 pytestmark = pytest.mark.vllm
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from tests.integrations.vllm.serving import DEMO, NEW
+from tests.plugins.vllm.serving import DEMO, NEW
 
 NAME = "demo"
 START_S = 300

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL, or Qwen2-VL, as `evoprune` runs it, as a model of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval).
+"""Qwen2.5-VL, or Qwen2-VL, as `evoprune` runs it.
 
     python -m lmms_eval --model evoprune_qwen2_5_vl --tasks videomme --log_samples --output_path runs \\
         --model_args pretrained=Qwen/Qwen2.5-VL-3B-Instruct,budget=0.1,method=evoprune
@@ -28,7 +28,6 @@ from evoprune.session.answering import EncodedInputs
 from evoprune.session.options import PipelineOptions
 from evoprune.video_qa import VideoQA
 
-MAX_NEW_TOKENS = 128  # where the task does not say
 HINT = "evoprune_qwen2_5_vl answers generate_until about one video a question"
 
 
@@ -66,7 +65,8 @@ class EvoPruneQwen25VL(lmms):
             raise UsageError(f"batch_size {batch_size}: videos are answered one at a time", "leave it at 1")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UsageError("this model runs in one process", "start one run a GPU, each with tasks of its own")
-        given = {"model": pretrained, "system": system_prompt, "max_new_tokens": MAX_NEW_TOKENS, **options}
+        # The number of new tokens is for tasks that do not say.
+        given = {"model": pretrained, "system": system_prompt, "max_new_tokens": 128, **options}
         model, pruning, self._sampling, self._generation = from_keywords(given, *PipelineOptions.KINDS)
         self._qa = VideoQA.load(loading=model, pruning=pruning)
         self._pictures = str(pictures).lower() in ("true", "1")
@@ -95,7 +95,11 @@ class EvoPruneQwen25VL(lmms):
                     self._inputs, self._shown = self._qa.encode(paths, sampling=self._sampling), contents
             text, report = self._answer(question, settings)
             self.cache_hook.add_partial("generate_until", (question, settings), text)
-            yield GenerationResult(text, _measured(report))
+            counts = ("visual_tokens_in", "visual_tokens_kept", "encoder_live_share")
+            facts = {name: getattr(report.pruning, name) for name in counts}
+            facts |= {"time_ms": asdict(report.time_ms), "warnings": report.warnings}
+            tokens = {"input_tokens": report.tokens.prompt, "output_tokens": report.tokens.new}
+            yield GenerationResult(text, Measured(**tokens, measured=facts))
 
     def _answer(self, question: str, settings: dict[str, Any]) -> tuple[str, Report]:
         """What the model says, up to the first of the task's stop words, and the report of it."""
@@ -144,10 +148,3 @@ def _files(visuals: list, folder: str) -> list[str]:
     if not paths:
         raise UsageError("this task shows nothing", HINT)
     return paths
-
-
-def _measured(report: Report) -> Measured:
-    names = ("visual_tokens_in", "visual_tokens_kept", "encoder_live_share")
-    facts = {name: getattr(report.pruning, name) for name in names}
-    facts |= {"time_ms": asdict(report.time_ms), "warnings": report.warnings}
-    return Measured(input_tokens=report.tokens.prompt, output_tokens=report.tokens.new, measured=facts)

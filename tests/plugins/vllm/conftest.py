@@ -35,7 +35,7 @@ def start():
     """A function that makes an `LLM`, after the one before has ended: one at a time is in memory."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from tests.integrations.vllm.serving import make_llm
+    from tests.plugins.vllm.serving import make_llm
 
     running = []
 

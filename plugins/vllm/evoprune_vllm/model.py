@@ -5,7 +5,7 @@ all: two processes could select different tokens, if their numbers differed in t
 """
 
 from collections.abc import Iterable, Iterator
-from functools import wraps
+from functools import cache, wraps
 from math import prod
 
 import torch
@@ -15,8 +15,8 @@ from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fusion.mm_input_norm import _load_norm_params
 from vllm.model_executor.models.interfaces import SupportsMultiModalPruning
-from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
-from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessingInfo
+from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration, Qwen2VLProcessingInfo
 from vllm.model_executor.models.utils import StageMissingLayer, init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
@@ -25,21 +25,13 @@ from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
 
 from evoprune.cpu.linear import pack
 from evoprune.errors import ModelError, UsageError
-from evoprune.integrations.vllm import processor
-from evoprune.integrations.vllm.attention import add_bias
-from evoprune.integrations.vllm.encoding import Item, Normalised, encoded, try_out, with_columns
-from evoprune.integrations.vllm.positions import (
-    COLUMNS,
-    from_columns,
-    generated_offset,
-    known_positions,
-    with_videos,
-)
-from evoprune.integrations.vllm.settings import method_of, served_budget
 from evoprune.language.prompt import VisualSpan
-from evoprune.methods.encoder_plan import Grid
 from evoprune.model.config import VisionConfig, check_vision, vision_sizes
 from evoprune.model.weights import Tower
+from evoprune_vllm.attention import add_bias
+from evoprune_vllm.positions import COLUMNS, from_columns, generated_offset, known_positions, with_videos
+from evoprune_vllm.processor import KEEP, SECONDS, DummyInputs2, DummyInputs25, Processor2, Processor25, in_units
+from evoprune_vllm.pruning import encoded, normalisation, request_budget, served_method, try_out, with_columns
 
 logger = init_logger("vllm.evoprune")
 
@@ -64,23 +56,27 @@ class _Pruned(SupportsMultiModalPruning):
         self.config, self.model_config, self.multimodal_config = model_config.hf_config, model_config, multimodal
         self.vllm_config = vllm_config
         self.is_multimodal_pruning_enabled = multimodal.is_multimodal_pruning_enabled()
-        self.method = method_of(vllm_config.additional_config)
+        self.method = served_method(vllm_config.additional_config)
         self.sizes = vision_sizes(self.config.vision_config)
-        weighs = self.is_multimodal_pruning_enabled and self.method.weighs
         _check(self.sizes, vllm_config)
-        self.normalised = Normalised(*_load_norm_params(model_config))
+        self.normal = normalisation(*_load_norm_params(model_config))
         with self._mark_tower_model(vllm_config, {"image", "video"}):
-            first = get_tp_group().rank_in_group == 0
-            self.visual = _empty_tower(self.sizes) if first else StageMissingLayer("vision_tower")
+            if get_tp_group().rank_in_group:
+                self.visual = StageMissingLayer("vision_tower")
+            else:  # of vLLM's dtype on its device, to be filled by its loader; drawing random numbers would take seconds
+                device = torch.get_default_device()
+                with torch.device("meta"):
+                    tower = Tower(self.sizes)
+                self.visual = tower.to_empty(device=device).eval().requires_grad_(False)
         with self._mark_language_model(vllm_config):
             language = {"prefix": maybe_prefix(prefix, "language_model"), "architectures": ["Qwen2ForCausalLM"]}
             self.language_model = init_vllm_registered_model(vllm_config=vllm_config, **language)
-        if weighs:
+        if self.is_multimodal_pruning_enabled and self.method.weighs:
             add_bias(self.language_model.model.layers, vllm_config)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
         if current_platform.is_cpu():
-            _let_cpu_runner_prune(type(self))
-        budget = served_budget(multimodal.video_pruning_rate)
+            _let_cpu_runner_prune()
+        budget = request_budget({}, multimodal.video_pruning_rate)
         logger.info("videos are encoded by evoprune: method %s, budget %g", self.method.name, budget)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -98,24 +94,37 @@ class _Pruned(SupportsMultiModalPruning):
             return tuple(self._features(inputs))
 
     def _features(self, inputs: dict) -> Iterator[torch.Tensor]:
+        group, wide, dtype = get_tp_group(), self.config.get_text_config().hidden_size, self.model_config.dtype
         for name in inputs:
+            if name not in ("image_embeds", "pixel_values", "pixel_values_videos"):
+                continue
+            video = name == "pixel_values_videos"
+            grids = in_units(inputs[VIDEO if video else PICTURE], self.sizes.spatial_merge_size)
+            units = [prod(grid) for grid in grids]
             if name == "image_embeds":
-                sizes = [prod(grid) for grid in self._grids(inputs[PICTURE])]
-                yield from inputs[name].to(self.model_config.dtype).split(sizes)
-            elif name == "pixel_values":
-                grids = self._grids(inputs[PICTURE])
-                yield from self._made(inputs[name], grids, [prod(grid) for grid in grids], [])
-            elif name == "pixel_values_videos":
-                kept, seconds = inputs[processor.KEEP].tolist(), inputs[processor.SECONDS].tolist()
-                yield from self._made(inputs[name], self._grids(inputs[VIDEO]), kept, seconds)
+                yield from inputs[name].to(dtype).split(units)
+                continue
+            kept, seconds = units, [1.0] * len(units)
+            if video:
+                kept, seconds = inputs[KEEP].tolist(), inputs[SECONDS].tolist()
+            columns = COLUMNS if video and self.is_multimodal_pruning_enabled else 0
+            pieces = inputs[name].split([count * self.sizes.spatial_merge_size**2 for count in units])
+            for patches, grid, keep, step in zip(pieces, grids, kept, seconds, strict=True):
+                if group.rank_in_group:
+                    made = torch.empty(keep, wide + columns, dtype=dtype, device=group.device)
+                else:
+                    given = patches if patches.dtype == torch.uint8 else patches.float()
+                    found = encoded(self.visual, given, grid, keep, self.method, step, self.normal)
+                    made = with_columns(found, step, self.sizes.tokens_per_second) if columns else found.features
+                yield group.broadcast(made.contiguous())
 
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
         """`positions.known_positions` of a prompt."""
         items = []
         for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
             grid = PICTURE if feature.modality == "image" else VIDEO
-            seconds = feature.data.get(processor.SECONDS)
-            (shape,) = self._grids(feature.data[grid].data[None])
+            seconds = feature.data.get(SECONDS)
+            (shape,) = in_units(feature.data[grid].data[None], self.sizes.spatial_merge_size)
             span = VisualSpan(feature.mm_position.offset, shape, 1.0 if seconds is None else float(seconds.data))
             items.append((span, feature.mm_position.length))
         return known_positions(len(input_tokens), items, self.sizes.tokens_per_second)
@@ -141,31 +150,6 @@ class _Pruned(SupportsMultiModalPruning):
         wide = self.config.get_text_config().hidden_size
         return EncoderCudaGraphConfig(modalities=[], buffer_keys=[], out_hidden_size=wide, max_frames_per_video=1)
 
-    def _grids(self, grids: torch.Tensor) -> list[Grid]:
-        """Grids of Hugging Face, int64 `[items, 3]`, in units."""
-        merge = self.sizes.spatial_merge_size
-        return [(t, h // merge, w // merge) for t, h, w in grids.tolist()]
-
-    def _made(
-        self, pixels: torch.Tensor, grids: list[Grid], kept: list[int], seconds: list[float]
-    ) -> Iterator[torch.Tensor]:
-        """The features of each picture or video, made by the first process of a tensor-parallel group.
-
-        `pixels`: `[patches, 1176]` of all, bytes or normalised. `kept`: K of each. `seconds`: of a pair of each video; else empty.
-        """
-        group, wide = get_tp_group(), self.config.get_text_config().hidden_size
-        columns = COLUMNS if seconds and self.is_multimodal_pruning_enabled else 0
-        sizes = [prod(grid) * self.sizes.spatial_merge_size**2 for grid in grids]
-        for i, (patches, grid, keep) in enumerate(zip(pixels.split(sizes), grids, kept, strict=True)):
-            if group.rank_in_group:
-                made = torch.empty(keep, wide + columns, dtype=self.model_config.dtype, device=group.device)
-            else:
-                item = Item(grid, keep, seconds[i] if seconds else 1.0)
-                given = self.normalised(patches) if patches.dtype == torch.uint8 else [patches.float()]
-                found = encoded(self.visual, given, item, self.method, self.normalised.normal)
-                made = with_columns(found, item, self.sizes.tokens_per_second) if columns else found.features
-            yield group.broadcast(made.contiguous())
-
 
 def _check(sizes: VisionConfig, config: VllmConfig) -> None:
     """Raises ModelError or UsageError if this package cannot run the tower, or not with these options of vLLM."""
@@ -182,16 +166,9 @@ def _check(sizes: VisionConfig, config: VllmConfig) -> None:
         raise UsageError(f"speculative decoding with {speculative.method} was not tested with pruned videos", hint)
 
 
-def _empty_tower(sizes: VisionConfig) -> Tower:
-    """A tower of vLLM's dtype on its device, to be filled by its loader; drawing random numbers would take seconds."""
-    device = torch.get_default_device()
-    with torch.device("meta"):
-        tower = Tower(sizes)
-    return tower.to_empty(device=device).eval().requires_grad_(False)
-
-
-def _let_cpu_runner_prune(model: type[nn.Module]) -> None:
-    """From now on, vLLM's runner on a CPU notes that models of class `model` prune, if they do. Nothing else changes.
+@cache
+def _let_cpu_runner_prune() -> None:
+    """From now on, vLLM's runner on a CPU notes that a model of this module prunes, if it does. Nothing else changes.
 
     The runner on GPUs looks at the model after loading. The one on CPUs has a loader of its own, which does not (0.32): vLLM's own
     pruning fails there.
@@ -199,27 +176,21 @@ def _let_cpu_runner_prune(model: type[nn.Module]) -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     stock = CPUModelRunner.initialize_kv_cache
-    if hasattr(stock, "prunes"):
-        stock.prunes.add(model)
-        return
 
     @wraps(stock)
     def initialize_kv_cache(runner, *args, **options):
-        if type(runner.model) in initialize_kv_cache.prunes:
+        if isinstance(runner.model, _Pruned):
             runner.is_multimodal_pruning_enabled = runner.model.is_multimodal_pruning_enabled
         return stock(runner, *args, **options)
 
-    initialize_kv_cache.prunes = {model}
     CPUModelRunner.initialize_kv_cache = initialize_kv_cache
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    processor.Processor25, info=processor.Info25, dummy_inputs=processor.DummyInputs25
-)
+@MULTIMODAL_REGISTRY.register_processor(Processor25, info=Qwen2_5_VLProcessingInfo, dummy_inputs=DummyInputs25)
 class EvoPruneQwen2_5_VLForConditionalGeneration(_Pruned, Qwen2_5_VLForConditionalGeneration):  # noqa: N801
     """Qwen2.5-VL."""
 
 
-@MULTIMODAL_REGISTRY.register_processor(processor.Processor2, info=processor.Info2, dummy_inputs=processor.DummyInputs2)
+@MULTIMODAL_REGISTRY.register_processor(Processor2, info=Qwen2VLProcessingInfo, dummy_inputs=DummyInputs2)
 class EvoPruneQwen2VLForConditionalGeneration(_Pruned, Qwen2VLForConditionalGeneration):
     """Qwen2-VL."""

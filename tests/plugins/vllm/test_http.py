@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from tests.integrations.vllm.server import RATE, data_url, message, request, serving
-from tests.integrations.vllm.serving import NEW, SAMPLES, pruning
+from tests.plugins.vllm.server import RATE, data_url, message, request, serving
+from tests.plugins.vllm.serving import NEW, SAMPLES, pruning
 
 pytestmark = pytest.mark.vllm
 

@@ -4,7 +4,7 @@ By Qwen's rule (`language.prompt`) the text after a video starts where the video
 but those of pruned videos are known before anything is encoded. A placeholder of a pruned video has `-1 - start`, the position of
 the video, until the encoder appends the positions of each token, counted from `start`, to its features: in digits below 256, which
 bfloat16 and float16 hold exactly. A position is written once, because chunks and interrupted requests bring some features again.
-The 32 bits of a token's bias (attention.py) travel in the upper bits of its three positions, which vLLM hands to every layer.
+The 32 bits of a token's bias (model.py) travel in the upper bits of its three positions, which vLLM hands to every layer.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,10 @@ import torch
 from evoprune.language.prompt import VisualSpan, video_positions
 from evoprune.methods.indices import ascending
 
-BASE = 256
-POSITION_DIGITS, BIAS_DIGITS = 3, 4
-COLUMNS = 3 * POSITION_DIGITS + BIAS_DIGITS  # that the encoder appends to the features of each token
-BITS = 20  # of a position; the other 11 of a positive int32 are free
-LIMIT, FREE = 2**BITS, 2**11
+DIGITS = (3, 3, 3, 4)  # below 256: of time, height, width, and the bits of the bias
+COLUMNS = sum(DIGITS)  # that the encoder appends to the features of each token
+BITS, LIMIT = 20, 2**20  # of a position; the other 11 bits of a positive int32 are free
+FREE = 2**11 - 1
 
 
 def extent(grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None) -> int:
@@ -60,23 +59,21 @@ def as_columns(positions: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) 
 
     `positions`: int64 `[3, K]`, below 2**24, counted from the video's own. `bias`: float32 `[K]`.
     """
-    bits = bias.float().view(torch.int32).long()
-    numbers = [(row, POSITION_DIGITS) for row in positions] + [(bits, BIAS_DIGITS)]
-    return torch.stack([(row >> 8 * i) & (BASE - 1) for row, digits in numbers for i in range(digits)], 1).to(dtype)
+    numbers = [*positions, bias.float().view(torch.int32).long()]
+    columns = [(row >> 8 * i) & 255 for row, digits in zip(numbers, DIGITS, strict=True) for i in range(digits)]
+    return torch.stack(columns, 1).to(dtype)
 
 
 def from_columns(columns: torch.Tensor) -> torch.Tensor:
     """int64 `[3, K]`: positions with the bias in their upper bits, from what `as_columns` returned."""
-    digits = columns.T.long()
-    places = BASE ** ascending(POSITION_DIGITS, digits.device)
-    rows = [(part * places[:, None]).sum(0) for part in digits[:-BIAS_DIGITS].split(POSITION_DIGITS)]
-    bits = sum(digit << 8 * i for i, digit in enumerate(digits[-BIAS_DIGITS:]))
-    return torch.stack([row + ((bits // FREE**i) % FREE) * LIMIT for i, row in enumerate(rows)])
+    parts = columns.T.long().split(DIGITS)
+    *rows, bits = (sum(digit << 8 * i for i, digit in enumerate(part)) for part in parts)
+    return torch.stack([row + ((bits >> 11 * i) & FREE) * LIMIT for i, row in enumerate(rows)])
 
 
 def split_bias(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions without the bias, and the bias, float32 `[n]`; from int64 or int32 `[3, n]`."""
-    upper = (positions.long() >> BITS) & (FREE - 1)
+    upper = (positions.long() >> BITS) & FREE
     bits = upper[0] + (upper[1] << 11) + (upper[2] << 22)
     bits = bits - ((bits >> 31) << 32)  # as a signed number
     return positions & (LIMIT - 1), bits.to(torch.int32).view(torch.float32)

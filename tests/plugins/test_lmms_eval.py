@@ -69,9 +69,9 @@ def model_class(monkeypatch):
         module = ModuleType(name)
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "evoprune.integrations.lmms_eval", raising=False)
-    yield importlib.import_module("evoprune.integrations.lmms_eval").EvoPruneQwen25VL
-    sys.modules.pop("evoprune.integrations.lmms_eval")
+    monkeypatch.delitem(sys.modules, "evoprune_lmms_eval.model", raising=False)
+    yield importlib.import_module("evoprune_lmms_eval.model").EvoPruneQwen25VL
+    sys.modules.pop("evoprune_lmms_eval.model")
 
 
 def request(model, question, visuals, **settings):

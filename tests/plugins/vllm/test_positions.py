@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from evoprune.integrations.vllm.positions import (
+from evoprune.language.prompt import VisualSpan, prompt_positions, video_positions
+from evoprune_vllm.positions import (
     LIMIT,
     as_columns,
     from_columns,
@@ -12,7 +13,6 @@ from evoprune.integrations.vllm.positions import (
     split_bias,
     with_videos,
 )
-from evoprune.language.prompt import VisualSpan, prompt_positions, video_positions
 
 TEXT, PICTURE, VIDEO = 0, 1, 2
 # Items of a prompt, with a piece of text in front of each and one at the end.

@@ -7,7 +7,7 @@ from PIL import Image
 
 from evoprune.cpu.linear import PackedLinear
 from evoprune.model.weights import Tower
-from tests.integrations.vllm.serving import (
+from tests.plugins.vllm.serving import (
     NEW,
     PROMPT,
     VIDEO,
@@ -45,7 +45,7 @@ def test_it_answers_as_video_qa_does(llm, quarter):
 
 def test_the_default_selects_the_tokens_of_video_qa(llm, monkeypatch):
     """First rows inside the tower, then the tokens among them."""
-    from evoprune.integrations.vllm import model
+    from evoprune_vllm import model
 
     found, encoded = [], model.encoded
     monkeypatch.setattr(model, "encoded", lambda *args: found.append(encoded(*args)) or found[-1])

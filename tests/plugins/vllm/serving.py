@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 import evoprune
-from evoprune.integrations.vllm import PREFIX
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.inputs import open_inputs
 from evoprune.session.options import SamplingOptions
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
+from evoprune_vllm import PREFIX
 
 DEMO = Path(evoprune.__file__).parent / "demo" / "weights"
 SAMPLES = Path(evoprune.__file__).parent.parent / "samples"

@@ -1,0 +1,121 @@
+"""How a server prunes, and the encoding of one picture or video of a request. No vLLM here.
+
+`--video-pruning-rate` is the share of tokens that goes, and `evoprune_budget` in a request's `mm_processor_kwargs` its own share
+of those that stay. `--additional-config '{"evoprune": {"method": "divprune"}}'` names the method.
+"""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+
+from evoprune import methods
+from evoprune.errors import PluginError, UsageError, names_plugins
+from evoprune.language.prompt import video_positions
+from evoprune.methods.budget import parse_budget
+from evoprune.methods.chain import Pipeline
+from evoprune.methods.encoder_plan import Grid
+from evoprune.model.config import vision_sizes
+from evoprune.text import did_you_mean
+from evoprune.vision.encoded import Encoded
+from evoprune.vision.encoder import encode
+from evoprune.vision.preprocess import CLIP, Normalisation
+from evoprune.vision.tower import tower_shape
+from evoprune_vllm.positions import as_columns
+
+BUDGET = "evoprune_budget"
+EXAMPLE = 'for example --additional-config \'{"evoprune": {"method": "divprune"}}\''
+EXACT = "choose evoprune, evoprune-merge, tome, divprune or another exact method"
+
+
+@names_plugins()
+def served_method(additional: Any) -> Pipeline:
+    """The method that `--additional-config` names, perhaps with settings (`NAME:SETTING=VALUE`), or the default.
+
+    Raises UsageError: an unknown key, or a method that does not exist or cannot work here.
+    """
+    section = additional.get("evoprune", {}) if isinstance(additional, Mapping) else {}
+    unknown = sorted(set(section) - {"method"}) if isinstance(section, Mapping) else [str(section)]
+    if unknown:
+        raise UsageError(f"evoprune in --additional-config has no setting {unknown[0]!r}", EXAMPLE)
+    name = section.get("method", methods.DEFAULT)
+    if not isinstance(name, str):
+        raise UsageError(f"method {name!r} is not a name", EXAMPLE)
+    method = methods.parse(name)
+    if method.acts == "none":
+        raise UsageError(f"method {name} prunes nothing", "leave --video-pruning-rate out instead")
+    if method.acts == "input":
+        raise UsageError(f"method {name} acts on frames, which vLLM reads and resizes", EXACT)
+    if method.language:
+        raise UsageError(f"method {name} acts inside the language model, which is vLLM's", EXACT)
+    if method.reads_question:
+        raise UsageError(f"{method.reading[0]}, and vLLM's encoder does not see it", EXACT)
+    if not method.exact:
+        raise UsageError(f"method {name} does not say in advance how many tokens it keeps", EXACT)
+    return method
+
+
+def request_budget(options: Mapping[str, Any], rate: float | None) -> float:
+    """The share of visual tokens that stays in a request, by its `mm_processor_kwargs` and the server's rate. Raises UsageError."""
+    unknown = [name for name in options if name.startswith("evoprune_") and name != BUDGET]
+    if unknown:
+        raise UsageError(f"no option {unknown[0]!r}", f"{did_you_mean(unknown[0], [BUDGET])}a request may set {BUDGET}")
+    if BUDGET not in options:
+        return round(1 - (rate or 0.0), 9)
+    budget = parse_budget(options[BUDGET])
+    if budget < 1 and not rate:
+        hint = "start it with --video-pruning-rate, which may be as small as 1e-9, and set budgets in requests"
+        raise UsageError("this server prunes nothing, for it was started without a rate", hint)
+    return budget
+
+
+def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> Normalisation:
+    """Mean and std for levels from 0 to 1, from those for levels up to 255 times `scale`."""
+    levels = round(1 / scale) / 255
+    return tuple(levels * each for each in mean), tuple(levels * each for each in std)
+
+
+@names_plugins()
+def encoded(
+    visual,
+    patches: torch.Tensor,
+    grid: Grid,
+    keep: int,
+    method: Pipeline,
+    seconds: float = 1.0,
+    normal: Normalisation = CLIP,
+) -> Encoded:
+    """The tokens of a picture or video, exactly `keep` of them.
+
+    `patches`: `[n, 1176]`, pixels (uint8), or float32 normalised by `normal`, mean and std. `seconds`: per frame pair.
+
+    Raises ModelError: the tower computes NaN or infinite values. PluginError: another package's method failed, or kept another K.
+    """
+    plan = method.plan(tower_shape(visual), grid, keep)
+    found = encode(visual, [patches], plan, seconds_per_pair=seconds, normal=normal)
+    if len(found.kept) != keep:
+        hint = "choose another method"
+        raise PluginError(f"method {method.name} kept {len(found.kept):,} tokens of {keep:,}", hint)
+    return found
+
+
+def with_columns(found: Encoded, seconds: float, tokens_per_second: float | None) -> torch.Tensor:
+    """`[K, D + COLUMNS]`: features, positions counted from the video's own, and the log of the cluster size."""
+    features = found.features
+    positions = video_positions(found.grids[0], seconds, tokens_per_second).to(features.device)[:, found.kept]
+    bias = features.new_zeros(len(features), dtype=torch.float32) if found.size is None else found.size.log()
+    return torch.cat([features, as_columns(positions, bias.to(features.device), features.dtype)], 1)
+
+
+def try_out(visual, method: Pipeline) -> None:
+    """Encodes a small clip of noise, so that a method that cannot work fails at start. Raises as `encoded`, and UsageError."""
+    grid, keep = (4, 4, 4), 16
+    sizes, weight = vision_sizes(visual.config), visual.patch_embed.proj.weight
+    noise = torch.Generator().manual_seed(0)
+    shape = prod(grid) * sizes.spatial_merge_size**2, weight[0].numel()
+    patches = torch.randn(shape, generator=noise, dtype=torch.float32, device="cpu").to(weight.device)
+    found = encoded(visual, patches, grid, keep, method)
+    if found.size is not None and not method.weighs:
+        hint = "its class must override `weighs` (evoprune/methods/base.py)"
+        raise UsageError(f"method {method.name} gives tokens sizes, and does not declare it", hint)

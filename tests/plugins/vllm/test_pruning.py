@@ -1,0 +1,160 @@
+"""How a server prunes: which methods and budgets it takes, and how it encodes one video of a request."""
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from evoprune import methods
+from evoprune.errors import PluginError, UsageError
+from evoprune.language.prompt import video_positions
+from evoprune.methods.base import Selector
+from evoprune.methods.chain import Pipeline
+from evoprune.methods.types import Selection
+from evoprune.vision.preprocess import CLIP_MEAN, CLIP_STD, normalised, pixel_patches
+from evoprune_vllm.positions import COLUMNS, from_columns, split_bias
+from evoprune_vllm.pruning import encoded, normalisation, request_budget, served_method, try_out, with_columns
+from tests.tiny import tiny_model
+
+GRID = (4, 4, 6)
+
+
+@pytest.fixture(scope="module")
+def visual():
+    return tiny_model().model.visual
+
+
+def patches(grid=GRID):
+    return torch.randn(math.prod(grid) * 4, 1176, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_method_is_the_one_of_the_configuration():
+    assert served_method({}).name == "evoprune"
+    assert served_method({"evoprune": {"method": "evoprune:count=0"}}).encoder.count == 0
+    assert served_method({"evoprune": {"method": "reuse+divprune"}}).selector.name == "divprune"
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"method": "cdpruner"}, "reads the question"),
+        ({"method": "downscale"}, "acts on frames"),
+        ({"method": "evoprune+fastv"}, "inside the language model"),
+        ({"method": "none"}, "prunes nothing"),
+        ({"method": "evs"}, "how many tokens"),
+        ({"method": "evoprune:within=0.01"}, "how many tokens"),
+        ({"method": "evoprun"}, "no pruning method"),
+        ({"method": "evoprune:reuse=-1"}, "at least 0"),
+        ({"method": 3}, "not a name"),
+        ({"budget": 0.1}, "no setting 'budget'"),
+        ("divprune", "no setting 'divprune'"),
+    ],
+)
+def test_a_method_that_cannot_work_is_refused_with_a_hint(section, says):
+    with pytest.raises(UsageError, match=says) as caught:
+        served_method({"evoprune": section})
+    assert caught.value.hint
+
+
+def test_budgets():
+    assert [request_budget({}, rate) for rate in (None, 0.0, 0.75, 0.9)] == [1.0, 1.0, 0.25, 0.1]
+    assert request_budget({"evoprune_budget": "50%", "fps": 2}, 0.9) == 0.5
+    assert request_budget({"evoprune_budget": 1.0}, None) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "rate", "says"),
+    [
+        ({"evoprune_budget": 0}, 0.5, "not a share"),
+        ({"evoprune_budget": "auto"}, 0.5, "does not work here"),
+        ({"evoprune_budget": [0.5]}, 0.5, "not a share"),
+        ({"evoprune_budget": 0.5}, None, "prunes nothing"),
+        ({"evoprune_bugdet": 0.5}, 0.5, "no option"),
+    ],
+)
+def test_a_bad_budget_of_a_request_is_refused(options, rate, says):
+    with pytest.raises(UsageError, match=says):
+        request_budget(options, rate)
+
+
+def test_columns_hold_position_and_log_of_the_cluster_size(visual):
+    found = encoded(visual, patches(), GRID, 20, methods.parse("evoprune"), 0.7)
+    made = with_columns(found, 0.7, 2.0)
+    wide = found.features.shape[1]
+    plain, bias = split_bias(from_columns(made[:, wide:]))
+    assert made.shape == (20, wide + COLUMNS) and torch.equal(made[:, :wide], found.features)
+    assert torch.equal(plain, video_positions(GRID, 0.7, 2.0)[:, found.kept])
+    assert torch.equal(bias, found.size.log()) and bias.max() > 0
+
+
+@pytest.mark.parametrize(("mean", "std", "scale"), [(0.1, 5.0, 1 / 255), (25.5, 1275.0, 1.0)])
+def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(visual, mean, std, scale):
+    levels = torch.full((8, 28 * 4, 28 * 6, 3), 100, dtype=torch.uint8)
+    levels[4:, :56] = 115  # half of each frame, from the third pair on
+    pixels, normal = pixel_patches(levels), normalisation((mean,) * 3, (std,) * 3, scale)
+    for each in (pixels, (pixels * scale - mean) / std):  # bytes, and as Hugging Face's processor normalises them
+        found = encoded(visual, each, GRID, 20, methods.parse("reuse+divprune"), normal=normal)
+        assert found.layers[0] == (0, 24 + 12)
+
+
+def test_bytes_are_normalised_as_in_preprocessing(visual):
+    pixels = torch.randint(0, 256, (math.prod(GRID) * 4, 1176), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
+    normal = normalisation(CLIP_MEAN, CLIP_STD, 1 / 255)
+    assert normal == (CLIP_MEAN, CLIP_STD)
+    both = [
+        encoded(visual, each, GRID, 20, methods.parse("divprune"), normal=normal)
+        for each in (pixels, normalised(pixels))
+    ]
+    assert torch.equal(both[0].features, both[1].features) and torch.equal(both[0].kept, both[1].kept)
+
+
+def test_a_video_of_which_all_is_kept_has_no_bias(visual):
+    made = with_columns(encoded(visual, patches(), GRID, math.prod(GRID), methods.parse("evoprune")), 1.0, 2.0)
+    assert not split_bias(from_columns(made[:, -COLUMNS:]))[1].any()
+
+
+@dataclass(frozen=True)
+class TooFew(Selector):
+    name: ClassVar[str] = "too-few"
+    exact: ClassVar[bool] = False
+
+    def select(self, tokens, keep):
+        return Selection(torch.arange(keep - 1))
+
+
+@dataclass(frozen=True)
+class Undeclared(Selector):
+    name: ClassVar[str] = "undeclared"
+
+    def select(self, tokens, keep):
+        return Selection(torch.arange(keep), size=torch.full((keep,), 2.0))
+
+
+def test_a_method_that_does_not_hold_what_it_declares_fails_at_the_start(visual):
+    with pytest.raises(PluginError, match="kept 15 tokens of 16"):
+        try_out(visual, Pipeline.of(TooFew()))
+    with pytest.raises(UsageError, match="sizes"):
+        try_out(visual, Pipeline.of(Undeclared()))
+    try_out(visual, methods.parse("evoprune"))
+
+
+def served() -> list[str]:
+    """The methods that a server takes."""
+    found = ["evoprune:count=0", "reuse+divprune", "ipcv+divprune"]
+    for name in methods.built_in():
+        with suppress(UsageError):
+            served_method({"evoprune": {"method": name}})
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("name", served())
+def test_whether_tokens_have_weights_is_declared(visual, name):
+    method = methods.parse(name)
+    found = encoded(visual, patches(), GRID, 20, method)
+    assert (found.size is not None) == method.weighs
