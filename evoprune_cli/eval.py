@@ -8,10 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evoprune.bundled import BOTH, SPLITS, WORLDS, demo_knowing
 from evoprune.errors import UsageError
 from evoprune.session.options import ModelOptions, PipelineOptions
-from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.loading import prepare
 from evoprune_cli.options import flag, own
@@ -22,30 +20,11 @@ from evoprune_cli.terminal import check_output, note, progress
 @dataclass(frozen=True, kw_only=True)
 class Request:
     data: str | None = own(
-        "--data",
-        "Questions: JSONL or CSV rows with video, question, answer and perhaps id, options, type, groups. Or demo: clips "
-        "of the demo models' generators.",
-        **completion.one_of("FILE", "demo"),
+        "--data FILE",
+        "Questions: JSONL or CSV rows with video, question, answer and perhaps id, options, type, groups.",
     )
-    limit: int | None = own("--limit N", "At most so many videos; default: all of a file, or 100 demo clips.", min=1)
-    world: str = own(
-        "--world",
-        "The demo's clips: coloured shapes and digits, or crowded scenes with signs.",
-        default=WORLDS[0],
-        **completion.one_of(*WORLDS, BOTH),
-    )
-    group: list[str] | None = own(
-        "--group LIST", "Only questions of these groups; of scenes picture (one frame pair) or video, for example."
-    )
-    split: str = own(
-        "--split",
-        "The demo's clips: to report on, to tune on, or upright ones with a panning camera, to report on.",
-        default=SPLITS[0],
-        **completion.one_of(*SPLITS),
-    )
-    block: int = own(
-        "--block <int>", "Block of the demo's clips; blocks share no clip.", default=0, min=0, max=2**31 - 1
-    )
+    limit: int | None = own("--limit N", "At most so many videos; default: all.", min=1)
+    group: list[str] | None = own("--group LIST", "Only questions of these groups.")
     seed: int = own("--seed <int>", "Seed of methods that draw at random.", default=0, min=0, max=2**31 - 1)
     budget: opt.Budgets = None
     method: opt.Methods = None
@@ -76,10 +55,6 @@ class Request:
         "load_format", "budget", "method", "seed", "start_s", "end_s", "decoder", "subtitles", "max_subtitle_tokens",
         "temperature", "top_p", "top_k", "system",
     ),
-    model={
-        "unless_typed": "",
-        "help": "Hub id, local folder, demo or demo-scenes; default: demo, or demo-scenes for --world scenes.",
-    },
     max_new_tokens={"unless_typed": 64},
     panels={"data": "Data", "blind": opt.SWEEP, "processes": "Output"},
 )  # fmt: skip
@@ -92,30 +67,22 @@ def evaluate(asked: Request) -> int:
 
     \b
     evoprune eval --data samples/questions.jsonl
-    evoprune eval --data demo -b 0.25,0.1 --method evoprune,downscale -o runs/a
+    evoprune eval --data my.jsonl -b 0.25,0.1 --method evoprune,divprune -o runs/a
     evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
     """
     made = asked.options()
     if asked.resume is not None and asked.data is None:
         return _resumed(asked, made.model)
     if asked.data is None:
-        raise UsageError("no questions", "--data FILE, or --data demo")
+        raise UsageError("no questions", "--data FILE, a JSONL or CSV file whose rows have video, question and answer")
     sweep = opt.sweep(asked.budget, asked.method, made.pruning.method_args, named=True)
     check_output()
-    opt.check_choice("--world", asked.world, (*WORLDS, BOTH))
-    opt.check_choice("--split", asked.split, SPLITS)
     if asked.output is not None and asked.resume is not None:
         raise UsageError("-o and --resume exclude each other", "--resume goes on in its own folder")
-    model = made.model
-    if not model.model and (asked.data, asked.world) == ("demo", BOTH):
-        hint = f"evaluate one after the other (--world {', then --world '.join(WORLDS)}), or name a model with -m"
-        raise UsageError("no bundled model knows both worlds", hint)
-    if not model.model:  # of a file nothing is known, and samples have questions for `demo`
-        model = replace(model, model=demo_knowing(asked.world) if asked.data == "demo" else "demo")
     settings = {
-        **sweep, "data": asked.data, "blind": asked.blind, "split": asked.split, "block": asked.block,
-        "seed": asked.seed, "limit": asked.limit, "world": asked.world, "groups": tuple(dict.fromkeys(opt.listed(asked.group))),
-        "model": model, "sampling": made.sampling, "generation": made.generation,
+        **sweep, "data": asked.data, "blind": asked.blind, "seed": asked.seed, "limit": asked.limit,
+        "groups": tuple(dict.fromkeys(opt.listed(asked.group))),
+        "model": made.model, "sampling": made.sampling, "generation": made.generation,
     }  # fmt: skip
     return _run(asked, asked.data, lambda cls: cls(**settings))
 
@@ -155,7 +122,7 @@ def _run(asked: Request, data: str, settings: Callable[[type], Any]) -> int:
     from evoprune.bench.evaluation.questions import load_questions
 
     check_chart(asked.chart, beside=asked.output, inputs=[data])
-    videos = None if data == "demo" else load_questions(Path(data))
+    videos = load_questions(Path(data))
     evaluation = None
 
     def rescue(error: dict[str, Any]) -> None:
@@ -170,8 +137,7 @@ def _run(asked: Request, data: str, settings: Callable[[type], Any]) -> int:
         prepare()
         from evoprune.bench.evaluation.run import Evaluation, Settings, digest
 
-        checksum = None if videos is None else digest(Path(data))
-        evaluation = Evaluation(replace(settings(Settings), digest=checksum), videos)
+        evaluation = Evaluation(replace(settings(Settings), digest=digest(Path(data))), videos)
         if asked.resume:
             evaluation.keep_in(Path(asked.resume), resume=True)
         tell("loading model")

@@ -58,13 +58,10 @@ def _head(document: dict) -> list[str]:
     videos, questions = document["videos"], counted(document["items"]["answered"], "question")
     about = f"{videos['evaluated']} of {counted(videos['wanted'], 'video')}"
     failed = f", {videos['failed']} failed" if videos["failed"] else ""
-    return [model_line(document["model"]), f"{_data(document['settings'])}: {questions} about {about}{failed}"]
-
-
-def _data(settings: dict) -> str:
-    """The file of questions, or which of the demo's clips."""
-    data = one_line(settings["data"])
-    return f"{data} ({settings['world']}, {settings['split']}, block {settings['block']})" if data == "demo" else data
+    return [
+        model_line(document["model"]),
+        f"{one_line(document['settings']['data'])}: {questions} about {about}{failed}",
+    ]
 
 
 def _percent(value: float | None, sign: str = "") -> str:
@@ -177,6 +174,7 @@ def draw_chart(document: dict) -> str:
             if points:
                 series.append(Series(name, tuple(points), colour, dashed=name == "blind", hollow=hollow))
         panels.append(Panel(title, label, "accuracy, %", tuple(series), from_zero=False))
-    facts = f"{_data(document['settings'])}, {counted(rows[0]['n'], 'question')} about {counted(rows[0]['videos'], 'video')}"
+    data = one_line(document["settings"]["data"])
+    facts = f"{data}, {counted(rows[0]['n'], 'question')} about {counted(rows[0]['videos'], 'video')}"
     title = f"{short_name(document['model']['id'])}: accuracy against tokens and against cost"
     return draw(title, f"{facts}, 95% intervals over videos", panels)

@@ -17,13 +17,14 @@ import numpy as np
 
 from evoprune.bench.evaluation.run import Evaluation, Settings
 from evoprune.bench.evaluation.scores import FULL
-from evoprune.bundled import WORLDS
 from evoprune.methods.budget import parse_budget, plain
 from evoprune.methods.encoder_plan import ALLOCATIONS
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.registry import REUSE
 from evoprune.session.options import ModelOptions
 from evoprune.text import budget_text
+from experiments.demo.worlds import SHAPES, WORLDS
+from experiments.demo.write import clips_asked, data_text, demo_videos
 from experiments.distances import DISTANCES
 from experiments.paired import in_points, paired_difference
 from experiments.variants import register
@@ -242,7 +243,7 @@ def report(names: Iterable[str], run: Evaluation, group: str | None = None) -> s
     full = [s for s in samples if s["row"] == FULL]
     settings, of = run.settings, f", group {group!r}" if group else ""
     lines = [
-        f"{settings.world}: {len({s['video'] for s in full}):,} clips of split {settings.split!r}, block {settings.block}{of}, "
+        f"{settings.data}: {len({s['video'] for s in full}):,} clips{of}, "
         f"{len(full):,} questions; with nothing pruned {100 * np.mean([s['right'] for s in full]):.1f}%.",
     ]
     for name in names:
@@ -253,7 +254,7 @@ def report(names: Iterable[str], run: Evaluation, group: str | None = None) -> s
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the run; an existing run is resumed")
-    parser.add_argument("--world", default=WORLDS[0], choices=WORLDS)
+    parser.add_argument("--world", default=SHAPES.name, choices=WORLDS)
     parser.add_argument("--split", default="validation")
     parser.add_argument("--seed", type=int, default=0, help="block of the split's clips")
     parser.add_argument("--limit", type=int, default=150, help="clips")
@@ -269,19 +270,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"no ablation {unknown[0]!r}: one of {', '.join(ABLATIONS)}")
     budgets = tuple(plain(parse_budget(text)) for text in args.budgets.split(","))
     settings = Settings(
-        "demo",
+        data_text(args.world, args.split, args.seed),
         budgets,
         specs(names),
-        world=args.world,
-        split=args.split,
-        block=args.seed,
         limit=args.limit,
         model=ModelOptions(args.model, dtype="fp32"),  # as the demo's own; all that know its clips are as small
     )
-    run = Evaluation(settings, None)
-    run.keep_in(args.out, resume=args.out.exists())
-    run.load()
-    run.run(lambda what: print(what, file=sys.stderr, flush=True), args.processes)
+    with demo_videos(clips_asked(args.world, args.split, args.seed, args.limit)) as videos:
+        run = Evaluation(settings, videos)
+        run.keep_in(args.out, resume=args.out.exists())
+        run.load()
+        run.run(lambda what: print(what, file=sys.stderr, flush=True), args.processes)
     text = report(names, run, args.group)
     print(text)
     if args.markdown:

@@ -17,13 +17,13 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from evoprune.bench.evaluation.demo_clips import ClipName, clips_asked, demo_video
 from evoprune.bench.evaluation.grading import grade
 from evoprune.bench.evaluation.processes import map_in_processes
 from evoprune.bench.tuning.agreement import agreement, reference
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.video_qa import VideoQA
+from experiments.demo.write import ClipName, clips_asked, demo_video
 from experiments.paired import in_points, paired_difference
 
 BUDGETS = (1.0, 0.25, 0.1)
@@ -106,7 +106,7 @@ def main() -> None:
         parser.error("--output and --block are needed, or files to print")
     there = args.output.read_text().splitlines() if args.output.exists() else []
     done = {json.loads(line)["clip"] for line in there}
-    jobs = [clip for clip in clips_asked([args.world], args.split, args.block, args.clips) if str(clip) not in done]
+    jobs = [clip for clip in clips_asked(args.world, args.split, args.block, args.clips) if str(clip) not in done]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory() as folder,

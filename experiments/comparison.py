@@ -22,14 +22,16 @@ from pathlib import Path
 from evoprune import methods
 from evoprune.bench.chart import COLOURS
 from evoprune.bench.evaluation.folder import SETTINGS
-from evoprune.bench.evaluation.run import DEMO, Evaluation, Settings
-from evoprune.bundled import SPLITS, WORLDS
+from evoprune.bench.evaluation.questions import Video
+from evoprune.bench.evaluation.run import Evaluation, Settings
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.methods.budget import parse_budget, plain
 from evoprune.methods.registry import REUSE
 from evoprune.session.options import ModelOptions
 from experiments.comparison_chart import chart
 from experiments.comparison_tables import OURS, Budget, Outcome, document, share
+from experiments.demo.worlds import SHAPES, WORLDS
+from experiments.demo.write import clips_asked, data_text, demo_videos
 
 BUDGETS, CLIPS = (0.5, 0.25, 0.1), 100
 
@@ -43,13 +45,15 @@ def compared() -> list[str]:
     return [*names, f"{OURS}:depth=1", *(f"{REUSE}+{name}" for name in names if methods.get(name).acts == "after")]
 
 
-def measure(settings: Settings, folder: Path, processes: int, progress: Callable[[str], None]) -> Outcome:
+def measure(
+    settings: Settings, videos: Sequence[Video], folder: Path, processes: int, progress: Callable[[str], None]
+) -> Outcome:
     """Runs a model's evaluation, or resumes it, in a folder of its own inside `folder`, `processes` clips at a time.
 
     Raises:
         EvopruneError: what `Evaluation` and `load_model` raise. One reason is a run in the folder with other settings.
     """
-    run = Evaluation(settings, None)
+    run = Evaluation(settings, videos)
     place = folder / re.sub(r"[^A-Za-z0-9._-]+", "-", settings.model.model).strip("-")
     begun = (place / SETTINGS).exists()
     if begun:
@@ -69,8 +73,8 @@ def compare(
     folder: Path,
     *,
     names: Sequence[str] | None = None,
-    world: str = WORLDS[0],
-    split: str = SPLITS[0],
+    world: str = SHAPES.name,
+    split: str = SHAPES.splits[0],
     seed: int = 0,
     limit: int = CLIPS,
     processes: int = 1,
@@ -85,25 +89,23 @@ def compare(
         EvopruneError: what `measure` raises.
     """
     settings = Settings(
-        DEMO,
+        data_text(world, split, seed),
         tuple(budgets),
         tuple(names or compared()),
         blind=True,
-        world=world,
-        split=split,
-        block=seed,
         limit=limit,
         model=ModelOptions(dtype="fp32"),  # as the demo's own; all that know its clips are as small
         timed=True,
     )
     made = []
-    for model in models:
-        mine = replace(settings, model=replace(settings.model, model=model))
-        outcome = measure(mine, folder, processes, progress)
-        if alone:
-            more = replace(mine, budgets=tuple(alone), methods=(OURS,))
-            outcome = outcome.with_rows_of(measure(more, folder / "equal-cost", processes, progress))
-        made.append(outcome)
+    with demo_videos(clips_asked(world, split, seed, limit)) as videos:
+        for model in models:
+            mine = replace(settings, model=replace(settings.model, model=model))
+            outcome = measure(mine, videos, folder, processes, progress)
+            if alone:
+                more = replace(mine, budgets=tuple(alone), methods=(OURS,))
+                outcome = outcome.with_rows_of(measure(more, videos, folder / "equal-cost", processes, progress))
+            made.append(outcome)
     return made
 
 
@@ -120,8 +122,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--equal-cost", default="", metavar="BUDGETS", help=f"more budgets of {OURS}, for the pairs at equal cost alone"
     )
-    parser.add_argument("--world", default=WORLDS[0], choices=WORLDS, help="default: %(default)s")
-    parser.add_argument("--split", default=SPLITS[0], choices=SPLITS, help="default: %(default)s")
+    parser.add_argument("--world", default=SHAPES.name, choices=WORLDS, help="default: %(default)s")
+    parser.add_argument("--split", default=SHAPES.splits[0], choices=SHAPES.splits, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="block of clips (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=CLIPS, help="clips (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="clips at a time (default: %(default)s)")
@@ -147,7 +149,7 @@ def main(args: Sequence[str] | None = None) -> None:
             if not path.parent.is_dir():
                 raise UsageError(f"cannot write {path}", "name a file in an existing folder")
         outcomes = compare(
-            list(dict.fromkeys(asked.model or [DEMO])), budgets, asked.output,
+            list(dict.fromkeys(asked.model or ["demo"])), budgets, asked.output,
             names=asked.method and list(dict.fromkeys(asked.method.split(","))),
             world=asked.world, split=asked.split, seed=asked.seed, limit=asked.limit,
             processes=asked.processes, alone=alone, progress=_print_progress,

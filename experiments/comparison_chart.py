@@ -31,6 +31,6 @@ def chart(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> str:
                 series.append(Series("full", (Point(full, -0.5), Point(full, len(names) - 0.5)), INK, dashed=True))
         panels.append(Panel(outcome.name, "accuracy, %", "", tuple(series), from_zero=False))
     settings, count = outcomes[0].document["settings"], outcomes[0].document["videos"]["evaluated"]
-    facts = f"demo ({settings['split']}, block {settings['block']}), {count:,} clips, 95% intervals over videos. "
+    facts = f"{settings['data']}, {count:,} clips, 95% intervals over videos. "
     facts += "The most accurate method on top: mean over models and budgets."
     return draw("Accuracy of each method at the same budgets", facts, panels, rows=names)

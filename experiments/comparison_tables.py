@@ -216,7 +216,7 @@ def against_ours(outcome: Outcome, budgets: Sequence[Budget]) -> str:
 def document(outcomes: Sequence[Outcome], budgets: Sequence[Budget], chart: str, command: str) -> str:
     """All of it in Markdown."""
     settings, videos = (outcomes[0].document[name] for name in ("settings", "videos"))
-    clips = f"{videos['evaluated']:,} clips of {settings['world']} ({settings['split']}, block {settings['block']})"
+    clips = f"{videos['evaluated']:,} clips of {settings['data']}"
     blocks = [
         f"# Methods side by side: {clips}",
         *_findings(outcomes, budgets),
@@ -318,7 +318,7 @@ def _spread(outcome: Outcome, budget: Budget) -> list[str]:
 
 
 def _world(outcome: Outcome) -> str:
-    return outcome.document["settings"]["world"]
+    return outcome.document["settings"]["data"].partition(" ")[0]
 
 
 def _apart(outcome: Outcome) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from evoprune.bench.evaluation.scores import FULL, METHOD
 from evoprune.methods.budget import PRESETS, parse_budget
 from evoprune.session.options import ModelOptions
 from evoprune.text import budget_text
+from experiments.demo.write import clips_asked, data_text, demo_videos
 from experiments.paired import in_points, paired_difference
 
 SETS = {
@@ -43,19 +44,17 @@ def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
     """The samples of one set."""
     world, model = SETS[name]
     settings = Settings(
-        "demo",
+        data_text(world, args.split, args.seed),
         tuple(parse_budget(text) for text in args.budget.split(",")),
         tuple(args.method.split(",")),
-        world=world,
-        split=args.split,
-        block=args.seed,
         limit=args.limit,
         model=ModelOptions(model, dtype="fp32"),
     )
-    run, folder = Evaluation(settings, None), folder_of(out, name)
-    run.keep_in(folder, resume=folder.exists())
-    run.load()
-    run.run(lambda what: print(f"{name}: {what}", file=sys.stderr, flush=True), args.processes)
+    with demo_videos(clips_asked(world, args.split, args.seed, args.limit)) as videos:
+        run, folder = Evaluation(settings, videos), folder_of(out, name)
+        run.keep_in(folder, resume=folder.exists())
+        run.load()
+        run.run(lambda what: print(f"{name}: {what}", file=sys.stderr, flush=True), args.processes)
     return [sample for sample in run.samples if "error" not in sample]
 
 

@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 
-from evoprune.bench.evaluation.demo_clips import clips_asked, demo_video
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.encoder_plan import Grid, Stage, TowerShape
 from evoprune.methods.evoprune import EvoPrune, FarthestPoints
@@ -26,6 +25,7 @@ from evoprune.session.engine import Engine
 from evoprune.session.inputs import open_inputs
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions, PruneOptions
+from experiments.demo.write import clips_asked, demo_video
 from experiments.distances import DISTANCES, using
 
 Change = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -57,7 +57,7 @@ def tokens_of(loaded: LoadedModel, budget: float, block: int, clips: int, world:
     """What the selection is given in each clip: its tokens, and K."""
     found = []
     with TemporaryDirectory() as folder:
-        for clip in clips_asked([world], "validation", block, clips):
+        for clip in clips_asked(world, "validation", block, clips):
             method = Recorded()
             engine = Engine(loaded, PruneOptions(budget, "evoprune"), Pipeline(encoder=method))
             with (

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from evoprune.bench.evaluation.demo_clips import clips_asked
-from evoprune.demo.worlds import SHAPES
 from evoprune.session.loading.folder import DEMO_FOLDER
+from experiments.demo.worlds import SHAPES
+from experiments.demo.write import clips_asked, write_clip
 
 BLOCK = re.compile(r"^((?:model\.)?visual\.blocks\.)(\d+)(\..*)$")
 QUESTIONS = """\
@@ -75,9 +75,8 @@ def write_clips(folder: Path, block: int, count: int = 16) -> None:
     """Writes the first validation clips of a block as files, to tune on, and the questions."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "questions.txt").write_text(QUESTIONS)
-    for name in clips_asked([SHAPES.name], "validation", block, count):
-        clip = SHAPES.make(name.split, name.seed)
-        SHAPES.write(clip, folder / f"{name}{SHAPES.suffix(clip)}", SHAPES.crf[0])
+    for name in clips_asked(SHAPES.name, "validation", block, count):
+        write_clip(name, folder, SHAPES.crf[0])
 
 
 def main() -> None:

@@ -19,12 +19,12 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from evoprune.backend.devices import memory_in_use, reset_peak_memory
-from evoprune.bench.evaluation.demo_clips import clips_asked, demo_video
 from evoprune.bench.evaluation.grading import grade
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import StreamOptions
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
+from experiments.demo.write import clips_asked, demo_video
 from experiments.paired import in_points, paired_difference
 
 MODELS = {"shapes": "demo", "scenes": "demo-scenes"}
@@ -74,7 +74,7 @@ def accuracy(
     """The samples by world, method and budget, then by what was asked: the file or a stream. Of the first method all `STREAMS`."""
     loaded = {world: load_model(name) for world, name in MODELS.items()}
     samples: dict[tuple[str, str, float], dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    clips = [clips_asked([world], "validation", 0, 1000) for world in MODELS]
+    clips = [clips_asked(world, "validation", 0, 1000) for world in MODELS]
     begun = time.process_time()
     with TemporaryDirectory() as folder:
         for pair in zip(*clips, strict=True):

@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
-from evoprune.bench.evaluation.demo_clips import clips_asked, demo_video
 from evoprune.bench.evaluation.grading import grade
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
+from experiments.demo.write import clips_asked, demo_video
 
 MODELS = {"bundled": "demo-scenes", "second": "tests/demo/second-scenes"}
 TIMES = 1, 2, 4  # the units
@@ -34,7 +34,7 @@ def main() -> None:
     for weights, model in MODELS.items():
         loaded, found = load_model(model, dtype="fp32"), defaultdict(list)
         with TemporaryDirectory() as folder:
-            for clip in clips_asked(["scenes"], "validation", args.seed, args.limit):
+            for clip in clips_asked("scenes", "validation", args.seed, args.limit):
                 with demo_video(clip, Path(folder)) as video:
                     if video.path.suffix == ".mp4":
                         continue

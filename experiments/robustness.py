@@ -18,15 +18,15 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from evoprune import methods
-from evoprune.bench.evaluation.demo_clips import ClipName, demo_video, seeds
 from evoprune.bench.evaluation.grading import grade
 from evoprune.bench.evaluation.questions import Video
-from evoprune.demo.clips import make_clip
 from evoprune.session.engine import make_engine
 from evoprune.session.inputs import open_inputs
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import PruneOptions
 from evoprune.video.frames import FrameChunk, read_frames
+from experiments.demo.clips import make_clip
+from experiments.demo.write import ClipName, demo_video, seeds
 from experiments.paired import in_points, paired_difference
 
 PERIOD_S = 4.0  # of the light

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 from evoprune.bench.evaluation.cost import Cost
-from evoprune.bench.evaluation.demo_clips import ClipName, clips_asked, demo_video
 from evoprune.bench.evaluation.grading import grade
 from evoprune.bench.evaluation.processes import map_in_processes
 from evoprune.bench.evaluation.shared import SharedFrames, SharedRows
@@ -26,6 +25,7 @@ from evoprune.session.engine import make_engine
 from evoprune.session.inputs import open_inputs
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions
+from experiments.demo.write import ClipName, clips_asked, demo_video
 
 RIVALS = ("random", "divprune", "downscale")
 FULL = Candidate("none", 1.0)
@@ -82,7 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     there = args.output.read_text().splitlines() if args.output.exists() else []
     done = {json.loads(line)["clip"] for line in there}
-    jobs = [clip for clip in clips_asked([args.world], args.split, args.block, args.clips) if str(clip) not in done]
+    jobs = [clip for clip in clips_asked(args.world, args.split, args.block, args.clips) if str(clip) not in done]
     model = ModelOptions(args.model, dtype="fp32", threads=1)
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -6,19 +6,16 @@ from pathlib import Path
 import pytest
 
 import evoprune
-from evoprune import bundled
-from evoprune.bundled import DEMOS, WORDS, demo_in, demo_knowing
-from evoprune.demo.worlds import WORLDS
+from evoprune.bundled import DEMOS, WORDS, demo_in, unknown_words
 
 PACKAGE = Path(evoprune.__file__).parent
 CLIPS = {"demo": "samples/square.mp4", "demo-scenes": "samples/scenes/crossing.mp4"}
 
 
 def test_each_world_has_a_model_that_knows_it():
-    assert [demo.world for demo in DEMOS.values()] == list(WORLDS) == list(bundled.WORLDS) == list(WORDS)
-    assert [demo_knowing(world) for world in WORLDS] == list(DEMOS)
+    assert [demo.world for demo in DEMOS.values()] == list(WORDS)
     assert [demo_in(demo.folder / "." / "") for demo in DEMOS.values()] == list(DEMOS.values())
-    assert demo_in(PACKAGE) is demo_in(None) is demo_knowing("both") is None
+    assert demo_in(PACKAGE) is demo_in(None) is None
 
 
 def test_the_package_holds_their_files():
@@ -32,3 +29,17 @@ def test_they_answer_about_their_own_clips(name):
     qa = evoprune.VideoQA.load(name, device="cpu", budget=0.25)
     answer = qa.ask(CLIPS[name], "What colour is the square?", max_new_tokens=8)
     assert qa.loaded.dtype == "fp32" and answer.text and answer.report.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("world", "question", "unknown"),
+    [
+        ("shapes", "What colour is the Square?", []),
+        ("shapes", "Does the man smile?", ["man", "smile"]),
+        ("shapes", "What does the sign say?", ["sign", "say"]),
+        ("scenes", "In the second picture: What colour is the sign that says NORTH?\nA. red\nB. 4711", []),
+        ("scenes", "Is the digit on the North sign?", ["digit", "north"]),
+    ],
+)
+def test_what_is_unknown(world, question, unknown):
+    assert unknown_words(question, world) == unknown

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Entries of evoprune/ in their order: each imports only what comes before it.
 ORDER = (
     "errors", "text", "keywords", "bundled", "report", "backend", "cpu", "model", "methods", "video", "vision", "language",
-    "session", "hf", "live", "video_qa", "batch", "demo", "bench", "overlay", "contrib",
+    "session", "hf", "live", "video_qa", "batch", "bench", "overlay", "contrib",
 )  # fmt: skip
 # Functions of torch that make a tensor from numbers. Without dtype and device, the result is of the host program's defaults.
 MAKERS = (

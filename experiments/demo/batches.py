@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from evoprune.demo.clips import COLOURS, MOTIONS, SHAPES, SIZES, Clip, make_clip
-from evoprune.demo.drawing import render
-from evoprune.demo.questions import Question
 from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.video.sampling import even_times
 from experiments.demo.build import AFTER_QUESTION, BEFORE_VIDEO
+from experiments.demo.clips import COLOURS, MOTIONS, SHAPES, SIZES, Clip, make_clip
+from experiments.demo.drawing import render
 from experiments.demo.lessons import ask_all
+from experiments.demo.questions import Question
 from experiments.demo.training_clips import dense_grid, through_codec
 
 # What the auxiliary head says about the thing whose centre a unit covers; the last class of each is "nothing here".

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from evoprune.demo.clips import make_clip
+from experiments.demo.clips import make_clip
 from experiments.demo.lessons import ask_all
 
 SPECIALS = [

@@ -17,10 +17,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from evoprune import VideoQA
-from evoprune.demo.clips import COLOURS, SHAPES, Clip
-from evoprune.demo.drawing import write_video
-from evoprune.demo.questions import MAKERS
 from evoprune.session.answering import EncodedInputs
+from experiments.demo.clips import COLOURS, SHAPES, Clip
+from experiments.demo.drawing import write_video
+from experiments.demo.questions import MAKERS
 from experiments.demo.samples import CLIPS, drawn
 
 BUDGETS, DRAWS, SHOWN = (1.0, 0.25), 40, 10

@@ -6,8 +6,8 @@ Where one thing is comes before how two lie to each other, and when something ha
 
 import numpy as np
 
-from evoprune.demo.clips import Clip
-from evoprune.demo.questions import MAKERS, WEIGHTS, Question, ask, pick, refer
+from experiments.demo.clips import Clip
+from experiments.demo.questions import MAKERS, WEIGHTS, Question, ask, pick, refer
 
 
 def _row(clip, rng):

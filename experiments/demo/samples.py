@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.demo.clips import Clip as Shapes
-from evoprune.demo.clips import make_clip
-from evoprune.demo.drawing import write_video
-from evoprune.demo.questions import ask
-from evoprune.demo.scenes.clip import Clip
-from evoprune.demo.scenes.compose import SPLITS, compose
-from evoprune.demo.worlds import SCENES
+from experiments.demo.clips import Clip as Shapes
+from experiments.demo.clips import make_clip
+from experiments.demo.drawing import write_video
+from experiments.demo.questions import ask
+from experiments.demo.scenes.clip import Clip
+from experiments.demo.scenes.compose import SPLITS, compose
+from experiments.demo.worlds import SCENES
 
 # name: seed, height, width, seconds, codec, types of the questions and what each must hold
 CLIPS = {

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from evoprune.demo.questions import Question
-from evoprune.demo.scenes.asking import ask
-from evoprune.demo.scenes.clip import Clip
-from evoprune.demo.scenes.compose import SPLITS, compose, draw
-from evoprune.demo.scenes.drawing import render_with_map
-from evoprune.demo.scenes.happening import types_for
 from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.video.sampling import even_times
 from experiments.demo.batches import packed
 from experiments.demo.build import BEFORE_VIDEO
+from experiments.demo.questions import Question
+from experiments.demo.scenes.asking import ask
+from experiments.demo.scenes.clip import Clip
+from experiments.demo.scenes.compose import SPLITS, compose, draw
+from experiments.demo.scenes.drawing import render_with_map
+from experiments.demo.scenes.happening import types_for
 from experiments.demo.scenes_labels import dense_labels, story_labels
 from experiments.demo.scenes_lessons import lessons
 from experiments.demo.scenes_model import prompt

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.demo.painting import CHARACTERS
-from evoprune.demo.scenes.clip import COLOURS, MOTIONS, OUTLINES, SIGN, TEXTURES, Clip
+from experiments.demo.painting import CHARACTERS
+from experiments.demo.scenes.clip import COLOURS, MOTIONS, OUTLINES, SIGN, TEXTURES, Clip
 
 IGNORED = -100
 LOOKS = (*OUTLINES, SIGN)

@@ -4,10 +4,10 @@ Where one thing lies comes before which lies furthest to the left, when somethin
 `scenes_batches`.
 """
 
-from evoprune.demo.questions import pick
-from evoprune.demo.scenes.asking import Draft, QuestionType, name, refer
-from evoprune.demo.scenes.clip import Clip
-from evoprune.demo.scenes.looking import placed, times_asked, yes
+from experiments.demo.questions import pick
+from experiments.demo.scenes.asking import Draft, QuestionType, name, refer
+from experiments.demo.scenes.clip import Clip
+from experiments.demo.scenes.looking import placed, times_asked, yes
 
 UNIT, APART = 28, 20  # pixels
 LISTED = 6

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from evoprune.batch.rows import Row
-from evoprune.demo.painting import CHARACTERS
-from evoprune.demo.questions import Question
-from evoprune.demo.scenes.asking import ask
-from evoprune.demo.scenes.compose import make_clip
-from evoprune.demo.scenes.happening import types_for
 from experiments.demo.build import VOCABULARY, build_tokenizer
+from experiments.demo.painting import CHARACTERS
+from experiments.demo.questions import Question
+from experiments.demo.scenes.asking import ask
+from experiments.demo.scenes.compose import make_clip
+from experiments.demo.scenes.happening import types_for
 
 HIDDEN = 128
 # Channels of the residual stream that are large in all rows, as a few are in every trained vision tower, and how large. They are

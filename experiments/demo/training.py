@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -15,6 +16,9 @@ from evoprune.vision.preprocess import CLIP_MEAN, CLIP_STD
 from experiments.demo.muon import Muon
 from experiments.demo.shared_prompts import hidden_of_rows
 from experiments.demo.team import Team
+
+# Read by torch at its first operation; the default forgets shapes too soon.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 
 def half_precision() -> torch.autocast:

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from evoprune.demo.clips import COLOURS, SHAPES, Clip, Thing, place
+from experiments.demo.clips import COLOURS, SHAPES, Clip, Thing, place
 
 
 def dense_grid(rng: np.random.Generator, height: int, width: int, count: int) -> Clip:

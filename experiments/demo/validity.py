@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bench.evaluation.run import DEMO, Evaluation, Settings
+from evoprune.bench.evaluation.run import Evaluation, Settings
 from evoprune.session.options import GenerationOptions, ModelOptions
+from experiments.demo.worlds import SCENES
+from experiments.demo.write import clips_asked, data_text, demo_videos
 
 PICTURE, VIDEO = "picture", "video"
 SIXTH = 1 / 6
@@ -70,29 +72,30 @@ def kept(
     """What each cell's method keeps, in percent of the full accuracy; a line on each group, in full and blind; and all answers."""
     found, facts, samples = {}, [], []
     for group in (PICTURE, VIDEO):
-        for budget in dict.fromkeys(cell.budget for cell in CELLS if cell.group == group):
-            cells = [cell for cell in CELLS if (cell.group, cell.budget) == (group, budget)]
-            first = budget == next(cell.budget for cell in CELLS if cell.group == group)
-            settings = Settings(
-                DEMO, (budget,), tuple(dict.fromkeys(cell.method for cell in cells)), blind=first, split=split, block=seed,
-                world="scenes", groups=(group,), limit=limit, model=ModelOptions(model, dtype="fp32"),
-                generation=GenerationOptions(max_new_tokens=LONGEST),
-            )  # fmt: skip
-            run = Evaluation(settings, None)
-            run.load()
-            run.run(lambda what, at=(group, budget): _progress(f"{at[0]} {at[1]:.2g}: {what}"), processes)
-            samples += run.samples
-            rows = run.document()["rows"]
-            by_name = {(row["row"], row["method"], row["group"]): row for row in rows}
-            if first:
-                full, blind = (by_name[kind, "none", "all"] for kind in ("full", "blind"))
-                facts.append(
-                    f"{group}: {full['n']:,} questions about {full['videos']:,} clips; in full {100 * full['accuracy']:.1f}%, "
-                    f"blind {100 * blind['accuracy']:.1f}%"
-                )
-            for cell in cells:
-                value = by_name["method", cell.method, cell.within or "all"]["kept_of_full"]
-                found[cell] = math.nan if value is None else 100 * value
+        with demo_videos(clips_asked(SCENES.name, split, seed, limit, [group]), [group]) as videos:
+            for budget in dict.fromkeys(cell.budget for cell in CELLS if cell.group == group):
+                cells = [cell for cell in CELLS if (cell.group, cell.budget) == (group, budget)]
+                first = budget == next(cell.budget for cell in CELLS if cell.group == group)
+                settings = Settings(
+                    data_text(SCENES.name, split, seed), (budget,), tuple(dict.fromkeys(cell.method for cell in cells)),
+                    blind=first, groups=(group,), limit=limit, model=ModelOptions(model, dtype="fp32"),
+                    generation=GenerationOptions(max_new_tokens=LONGEST),
+                )  # fmt: skip
+                run = Evaluation(settings, videos)
+                run.load()
+                run.run(lambda what, at=(group, budget): _progress(f"{at[0]} {at[1]:.2g}: {what}"), processes)
+                samples += run.samples
+                rows = run.document()["rows"]
+                by_name = {(row["row"], row["method"], row["group"]): row for row in rows}
+                if first:
+                    full, blind = (by_name[kind, "none", "all"] for kind in ("full", "blind"))
+                    facts.append(
+                        f"{group}: {full['n']:,} questions about {full['videos']:,} clips; in full {100 * full['accuracy']:.1f}%, "
+                        f"blind {100 * blind['accuracy']:.1f}%"
+                    )
+                for cell in cells:
+                    value = by_name["method", cell.method, cell.within or "all"]["kept_of_full"]
+                    found[cell] = math.nan if value is None else 100 * value
     return found, facts, samples
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from evoprune.bundled import DEMOS
-from evoprune.demo.worlds import SCENES
 from evoprune.methods.budget import PRESETS
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.report.records import Report
 from evoprune.report.stats import stats_block
+from evoprune.video.info import SCENES_TAG
 from evoprune_cli.terminal import stdout
 from tests.cli.screen import visible
 from tests.decoders import needs_decord
@@ -266,7 +267,7 @@ def scenes_of_tiny(tiny_folder, monkeypatch):
 )
 def test_the_model_for_scenes_warns_of_what_it_does_not_know(cli, tmp_path, scenes_of_tiny, inputs, asked, warnings):
     (tmp_path / "said.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nHello.\n")
-    SCENES.write(SCENES.make("samples", 0), tmp_path / "still.jpg", 23)
+    Image.new("RGB", (112, 112)).save(tmp_path / "still.jpg", comment=SCENES_TAG)
     inputs = [tmp_path / name if name in ("still.jpg", "said.srt") else name for name in inputs]
     record = cli("ask", *inputs, asked, "-m", "demo-scenes", "--frames", "4", "-n", "1", "--json").record
     found = [name for name in record["warnings"] if name != "answer_cut"]

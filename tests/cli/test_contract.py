@@ -170,7 +170,7 @@ CASES = {
         2, "auto works with VideoQA, and with commands that ask or evaluate", "profile", "-b", "auto", ways=PIPE
     ),
     "automatic budget in a comparison of a method without": fails(
-        2, "has no scores", "eval", "--data", "demo", "-b", "auto:inflection", ways=PIPE
+        2, "has no scores", "eval", "--data", "samples/questions.jsonl", "-b", "auto:inflection", ways=PIPE
     ),
     "budget of the environment": fails(2, "budget '7'", *ASK, env={"EVOPRUNE_BUDGET": "7"}),
     "unknown method": fails(2, "magic", *ASK, "--method", "magic"),

@@ -147,10 +147,10 @@ def test_commands_are_found_in_shell_lines(line, arguments):
         ("ask a.mp4 Who? --decoder ffmpeg", "'ffmpeg' is none of"),
         ("ask a.mp4 Who? -n many", "valid integer"),
         ("ask a.mp4 Who? -b 1.5", "budget"),
-        ("eval --data demo --method evoprune,nothing-like-it", "no pruning method"),
+        ("eval --data FILE --method evoprune,nothing-like-it", "no pruning method"),
         ("inspect VIDEO --scan", None),
-        ("eval --data FILE --processes N --split validation", None),
-        ("eval --data demo --method evoprune,reuse+divprune:x=1", None),
+        ("eval --data FILE --processes N --group open", None),
+        ("eval --data FILE --method evoprune,reuse+divprune:x=1", None),
     ],
 )
 def test_a_wrong_command_is_found(line, says):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -115,15 +114,6 @@ def test_a_chart_beside_results_that_are_not_there_yet(run, tmp_path):
     assert result.code == 0 and ElementTree.parse(chart).getroot().tag.endswith("svg")
     assert run("--chart", tmp_path / "gone" / "a.svg").code == 2
     assert "name it .svg" in run("--chart", tmp_path / "a.png").err
-
-
-@pytest.mark.full
-def test_no_room_for_the_demos_clips(tmp_path):
-    command = (
-        f"ulimit -f 2; exec {shlex.quote(sys.executable)} -m evoprune_cli eval --data demo --limit 1 -b 0.1 -m demo"
-    )
-    done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, text=True)
-    assert done.returncode == 2 and "cannot write a clip" in done.stderr and "TMPDIR" in done.stderr
 
 
 def test_a_table_on_stdout_and_nothing_else(run):
@@ -275,9 +265,9 @@ def test_a_folder_is_all_that_is_needed_to_go_on(run, cli, tmp_path, monkeypatch
     for given in ("-b", "--budget"):
         refused = cli("eval", "--resume", place, given, "0.1")
         assert refused.code == 2 and f"{given} is given beside --resume" in refused.err
-    (place / "settings.json").write_text('{"data": "demo"}')
+    (place / "settings.json").write_text(json.dumps({"data": DATA}))
     assert f"{place} is no folder of an evaluation" in cli("eval", "--resume", place).err
-    assert "hint: --data FILE, or --data demo" in cli("eval", "-b", "0.5").err
+    assert "hint: --data FILE, a JSONL or CSV file" in cli("eval", "-b", "0.5").err
 
 
 @pytest.mark.parametrize("form", ["table", "json"])
@@ -325,38 +315,10 @@ def test_progress_on_a_terminal_only(run):
     assert run("-q", columns=50).err == ""
 
 
-def test_the_demo(cli):
-    result = cli(
-        "eval", "--data", "demo", "--split", "validation", "--limit", "1", "-b", "0.25", "--seed", "3", "--json"
-    )
-    document = result.record
-    assert (result.code, result.err) == (0, "") and document["settings"]["split"] == "validation"
-    assert document["rows"][0]["n"] == 6 and any("synthetic" in note for note in document["notes"])
-    assert not any("incomplete" in note for note in document["notes"])
-    result = cli("eval", "--data", "demo", "--limit", "1", "-b", "0.25", "-n", "1")
-    text = result.out
-    assert "of 12 answers may be incomplete: -n (max_new_tokens) allows no more tokens" in " ".join(text.split())
-    assert (
-        "demo (shapes, heldout, block 0): 6 questions about 1 of 1 video" in text
-        and "\ngroup " in text
-        and "\ntype " in text
-    )
-
-
-@pytest.mark.full
-def test_the_second_world(cli, tiny_folder):
-    some = ("-b", "0.25", "--method", "random", "-m", str(tiny_folder), "-n", "2", "--limit", "1")
-    record = cli("eval", "--data", "demo", "--world", "both", *some, "--json").record
-    assert (
-        record["settings"]["world"] == "both"
-        and record["videos"]["evaluated"] == 2
-        and record["items"]["answered"] == 12
-    )
-    grouped = ("--world", "scenes", "--group", "video,open", "--limit", "2")  # a picture and a video
-    record = cli("eval", "--data", "demo", *some, *grouped, "--json").record
-    assert record["settings"]["groups"] == ["video", "open"]
-    groups = {row["group"] for row in record["rows"]}
-    assert "video" in groups or "open" in groups
+def test_answers_that_are_cut_short_are_counted(cli):
+    some = ("eval", "--data", DATA, "--limit", "1", "-b", "0.25")
+    assert "incomplete" not in cli(*some).out
+    assert "of 4 answers may be incomplete: -n (max_new_tokens) allows no more tokens" in _flat(cli(*some, "-n", "1"))
 
 
 def test_only_questions_of_a_group(run, choices):
@@ -374,8 +336,6 @@ def test_only_questions_of_a_group(run, choices):
         (("--method", "magic"), "no pruning method 'magic'"),
         (("--method-arg", "speed=1"), "speed"),
         (("--method-arg", "speed"), "NAME=VALUE"),
-        (("--split", "train"), "one of heldout, validation"),
-        (("--world", "mars"), "one of shapes, scenes, both"),
         (("--group", "sound"), "no question is in sound"),
         (("--limit", "0"), "--limit"),
         (("--seed", "-1"), "--seed"),
@@ -438,51 +398,16 @@ def test_defaults(cli, monkeypatch):
 
     monkeypatch.setattr(evaluation_run, "Evaluation", begin)
     monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
-    assert cli("eval", "--data", "demo").code == 130
-    monkeypatch.delenv("EVOPRUNE_BUDGET")
+    monkeypatch.setenv("EVOPRUNE_MODEL", "some/model")
     assert cli("eval", "--data", DATA).code == 130
-    (demo, none), (file, videos) = made
-    assert none is None and len(videos) == 6 and demo.budgets == (PRESETS["fast"],)
-    assert (file.budgets, file.methods, file.method_args) == (tuple(PRESETS.values())[1:], ("evoprune",), {})
-    assert (file.split, file.seed, file.limit, file.blind, file.generation.max_new_tokens) == (
-        "heldout",
-        0,
-        None,
-        False,
-        64,
-    )
-    assert demo.digest is None and len(file.digest) == 64
-
-
-@pytest.mark.parametrize(
-    ("asked", "environment", "model"),
-    [
-        (("demo",), None, "demo"),
-        (("demo", "--world", "scenes"), None, "demo-scenes"),
-        ((DATA, "--world", "scenes"), None, "demo"),
-        (("demo", "--world", "scenes", "-m", "demo"), "some/model", "demo"),
-        (("demo", "--world", "scenes"), "some/model", "some/model"),
-        (("demo", "--world", "both"), "some/model", "some/model"),
-    ],
-)
-def test_the_default_model_is_the_one_that_knows_the_world(cli, monkeypatch, asked, environment, model):
-    made = []
-
-    def begin(settings, videos):
-        made.append(settings.model.model)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluation_run, "Evaluation", begin)
-    if environment:
-        monkeypatch.setenv("EVOPRUNE_MODEL", environment)
-    assert cli("eval", "--data", *asked).code == 130
-    assert made == [model]
-
-
-def test_no_bundled_model_knows_both_worlds(cli):
-    result = cli("eval", "--data", "demo", "--world", "both")
-    assert result.code == 2 and "error: no bundled model knows both worlds" in result.err
-    assert "--world shapes, then --world scenes" in result.err
+    monkeypatch.delenv("EVOPRUNE_BUDGET")
+    monkeypatch.delenv("EVOPRUNE_MODEL")
+    assert cli("eval", "--data", DATA).code == 130
+    (set_by, _), (plain, videos) = made
+    assert set_by.budgets == (PRESETS["fast"],) and (set_by.model.model, plain.model.model) == ("some/model", "demo")
+    assert (plain.budgets, plain.methods, plain.method_args) == (tuple(PRESETS.values())[1:], ("evoprune",), {})
+    assert (plain.seed, plain.limit, plain.blind, plain.generation.max_new_tokens) == (0, None, False, 64)
+    assert len(videos) == 6 and len(plain.digest) == 64
 
 
 def test_help_imports_neither_torch_nor_numpy():
@@ -500,7 +425,12 @@ def test_help_imports_neither_torch_nor_numpy():
 def test_ctrl_c(tiny_folder, tmp_path):
     """In a process of its own: what is finished is printed and kept."""
     place = tmp_path / "run"
-    args = ["eval", "--data", "demo", "--split", "validation", "-m", tiny_folder, "-n", "2", "-o", place, "--json"]
+    names = [f"{number}.mp4" for number in range(100)]
+    for name in names:
+        (tmp_path / name).symlink_to(ROOT / "samples/square.mp4")
+    rows = [json.dumps({"video": name, "question": "What?", "answer": "x"}) + "\n" for name in names for _ in range(6)]
+    (tmp_path / "q.jsonl").write_text("".join(rows))
+    args = ["eval", "--data", tmp_path / "q.jsonl", "-m", tiny_folder, "-n", "2", "-o", place, "--json"]
     process = subprocess.Popen(
         [sys.executable, "-m", "evoprune_cli", *map(str, args)],
         stdout=subprocess.PIPE,

@@ -67,7 +67,7 @@ def test_differences_are_paired():
 class Run:
     """What `report` reads of an evaluation."""
 
-    settings = Settings("demo", (0.1,), specs(("spending",)), split="validation", seed=7)
+    settings = Settings("shapes (validation, block 7)", (0.1,), specs(("spending",)), seed=7)
 
     def __init__(self):
         each = [(spec, {"row": "method", "method": spec, "budget": 0.1}) for spec in self.settings.methods]
@@ -80,11 +80,11 @@ class Run:
 
 def test_a_report_may_be_of_one_group():
     assert report(["spending"], Run()).startswith(
-        "shapes: 6 clips of split 'validation', block 7, 6 questions; with nothing pruned 50.0%"
+        "shapes (validation, block 7): 6 clips, 6 questions; with nothing pruned 50.0%"
     )
     said = report(["spending"], Run(), "panning")
     assert said.startswith(
-        "shapes: 3 clips of split 'validation', block 7, group 'panning', 3 questions; with nothing pruned 100.0%"
+        "shapes (validation, block 7): 3 clips, group 'panning', 3 questions; with nothing pruned 100.0%"
     )
     assert said.count("| 100.0 |") == len(ABLATIONS["spending"].variants)
 
@@ -118,7 +118,7 @@ def test_the_command_writes_the_tables_and_resumes_its_run(tmp_path, saved, caps
     asked = [str(tmp_path / "run"), "--limit", "1", "--only", "spending,selector", "--model", str(saved), "-b", "0.1"]
     ablations.main([*asked, "--markdown", str(tmp_path / "a.md")])
     text = (tmp_path / "a.md").read_text()
-    assert text in capsys.readouterr().out and text.startswith("shapes: 1 clips of split 'validation', block 0,")
+    assert text in capsys.readouterr().out and text.startswith("shapes (validation, block 0): 1 clips, ")
     assert text.count("### ") == 2 and "| 0.5 |" in text and "| random |" in text
     ablations.main(asked)  # nothing is left to do
     printed = capsys.readouterr()

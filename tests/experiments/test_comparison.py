@@ -49,7 +49,7 @@ def outcome(name: str, right: dict[str, str], budgets=(0.5,)) -> Outcome:
     n = len(next(iter(right.values())))
     full = [s | {"row": "full", "method": "none", "budget": 1.0} for s in samples({"": "1" * n})]
     about = {
-        "settings": {"world": "shapes", "split": "heldout", "seed": 3},
+        "settings": {"data": "shapes (heldout, block 3)"},
         "videos": {"wanted": n // 2, "evaluated": n // 2, "failed": 0},
     }
     found = about | {"items": {"answered": n, "failed": 0}, "rows": score_rows(full + made)}
@@ -178,7 +178,11 @@ def test_equal_cost_is_the_most_expensive_of_ours_that_costs_no_more():
         flop = 2.0 if sample["budget"] == 0.25 else costs[sample["method"]]
         made.append(sample | {"tflop_3b": flop, "groups": [camera]})
     matches = equal_cost(
-        Outcome("", {"rows": score_rows(made), "settings": {"world": "shapes"}}, [*made, {"video": "v0", "error": {}}])
+        Outcome(
+            "",
+            {"rows": score_rows(made), "settings": {"data": "shapes (heldout, block 3)"}},
+            [*made, {"video": "v0", "error": {}}],
+        )
     )
     assert [(m.other["method"], m.ours and m.ours["name"]) for m in matches] == [
         ("pool", "evoprune -b 0.5"), ("evs", "evoprune -b 0.25"), ("dart", None)

@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from evoprune.demo.clips import make_clip
-from evoprune.demo.questions import TYPES
+from experiments.demo.clips import make_clip
 from experiments.demo.lessons import LESSONS, ask_all
-from tests.demo.test_questions import MANY, fate, parse, referred, way
+from experiments.demo.questions import TYPES
+from tests.experiments.demo.test_questions import MANY, fate, parse, referred, way
 
 
 def asked(kind=None, clips=150, **how):

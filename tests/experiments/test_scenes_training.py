@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from evoprune.demo.painting import CHARACTERS
-from evoprune.demo.questions import Question
-from evoprune.demo.scenes.asking import ask
-from evoprune.demo.scenes.clip import Camera, Clip, Thing
-from evoprune.demo.scenes.compose import compose
-from evoprune.demo.scenes.drawing import render_with_map
-from evoprune.demo.scenes.happening import CHECKED_OVER_TIME, types_for
-from evoprune.demo.scenes.looking import CHECKED
 from experiments.demo.batches import ROW, packed
 from experiments.demo.muon import Muon
+from experiments.demo.painting import CHARACTERS
+from experiments.demo.questions import Question
+from experiments.demo.scenes.asking import ask
+from experiments.demo.scenes.clip import Camera, Clip, Thing
+from experiments.demo.scenes.compose import compose
+from experiments.demo.scenes.drawing import render_with_map
+from experiments.demo.scenes.happening import CHECKED_OVER_TIME, types_for
+from experiments.demo.scenes.looking import CHECKED
 from experiments.demo.scenes_batches import GROUPS, IMAGE, ScenesRecipe, question_batches, vision_batches
 from experiments.demo.scenes_labels import (
     BLANK,
@@ -325,7 +325,7 @@ def test_the_tower_thaws_slowly():
 
 
 def test_a_second_set_may_start_with_the_language_model_of_the_first(tmp_path):
-    first = "evoprune/demo/weights_scenes"
+    first = "evoprune/bundled/demo-scenes"
     trained = Qwen2_5_VLForConditionalGeneration.from_pretrained(first, dtype=torch.float32).state_dict()
     model, _, tokenizer = build(tmp_path, ScenesRecipe(seed=1, reader=first))
     same = {name for name, value in model.state_dict().items() if torch.equal(value, trained[name])}

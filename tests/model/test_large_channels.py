@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from evoprune import VideoQA
-from evoprune.bench.evaluation.demo_clips import clips_asked, demo_video
 from evoprune.bench.tuning.agreement import agreement, reference
 from evoprune.cpu import integers
 from evoprune.cpu.quantize import quantize
 from evoprune.session.loading.calibration import calibrate
 from evoprune.session.loading.model import load_model
+from experiments.demo.write import clips_asked, demo_video
 from tests.quantized import parameters
 
 CLIPS = 8
@@ -47,7 +47,7 @@ def test_answers_stay_where_large_channels_are_apart_and_only_there(kind, tmp_pa
     plain = VideoQA.load("demo", budget=1.0)
     models = {"float32": demo("none"), "apart": demo(kind), "together": demo(kind, 0.0)}
     agree, tokens = dict.fromkeys(models, 0), 0
-    for clip in clips_asked(["shapes"], "validation", 51, CLIPS):
+    for clip in clips_asked("shapes", "validation", 51, CLIPS):
         with demo_video(clip, tmp_path) as video:
             first = plain.encode(video.path)
             encoded = {name: model.encode(video.path) for name, model in models.items()}

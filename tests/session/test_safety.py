@@ -167,7 +167,7 @@ def test_a_name_is_nothing_but_a_name(cli, tmp_path, monkeypatch, name):  # noqa
     place.mkdir()
     monkeypatch.chdir(tmp_path)
     shutil.copy(CLIP, place / f"{name}.mp4")
-    (place / "model").symlink_to(ROOT / "evoprune/demo/weights")
+    (place / "model").symlink_to(ROOT / "evoprune/bundled/demo")
     row = {"video": f"{name}.mp4", "question": "What?", "answer": "x"}
     here = f"./{name}"
     (place / f"{name}.jsonl").write_text(json.dumps(row) + "\n")

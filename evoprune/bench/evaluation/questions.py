@@ -16,9 +16,6 @@ class Video:
     path: Path
     rows: tuple[Row, ...]
 
-    def __str__(self) -> str:
-        return self.name
-
 
 def load_questions(path: Path) -> list[Video]:
     """The questions of a file, video by video in the order of their first lines.
@@ -59,7 +56,7 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
 GRADED = Rules(
     fields="a row has video, question and answer, and may have id, start, end, fps, frames, frame_rate, max_new_tokens, options, "
     "type and groups",
-    file="give a JSONL or CSV file of questions, or demo",
+    file="give a JSONL or CSV file of questions",
     numbered=True,
     complete=_complete,
 )

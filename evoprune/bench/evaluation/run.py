@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from zlib import crc32
 
@@ -19,14 +18,12 @@ from evoprune import methods
 from evoprune.backend.devices import environment
 from evoprune.batch.rows import Row, Span, group_by_span
 from evoprune.bench.evaluation.cost import NOTE, Cost
-from evoprune.bench.evaluation.demo_clips import ClipName, clips_asked, demo_video
 from evoprune.bench.evaluation.folder import RunFolder
 from evoprune.bench.evaluation.grading import grade
 from evoprune.bench.evaluation.processes import map_in_processes
 from evoprune.bench.evaluation.questions import Video
 from evoprune.bench.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
 from evoprune.bench.evaluation.shared import SharedFrames, SharedRows, grey_frames
-from evoprune.bundled import BOTH, WORLDS
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.keywords import OPTION
 from evoprune.methods.budget import TUNED, parse_budget_or_name, plain
@@ -47,9 +44,7 @@ from evoprune.session.options import (
 from evoprune.session.saved import make_method, resolve, with_recipe
 from evoprune.text import counted
 
-DEMO, DEMO_CLIPS = "demo", 100
 Progress = Callable[[str], None]
-Job = Video | ClipName
 # Options that results hold also at their defaults.
 RECORDED = (
     "fps", "frames", "max_frames", "max_visual_tokens", "max_new_tokens", "model", "revision", "dtype", "quantize",
@@ -63,17 +58,14 @@ class Settings:
     Each method runs at each budget. A budget of "tuned" is one row, with the model's own method; `resolved` replaces it by `tuned`.
     """
 
-    data: str  # path of a file of questions, or "demo"
+    data: str  # path of a file of questions, or what else the videos are
     budgets: tuple[float | str, ...]
     methods: tuple[str, ...] = (methods.DEFAULT,)
     method_args: dict[str, str] = field(default_factory=dict)
     blind: bool = False  # also ask without the video
-    split: str = "heldout"
     seed: int = 0  # of methods that select at random
-    block: int = 0  # of the demo's clips
-    world: str = WORLDS[0]  # or both
     groups: tuple[str, ...] = ()  # only questions of these; all if it is empty
-    limit: int | None = None  # of videos; None for all of a file, and for 100 clips of each world
+    limit: int | None = None  # of videos; None for all
     model: ModelOptions = field(default_factory=ModelOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     generation: GenerationOptions = field(default_factory=lambda: GenerationOptions(max_new_tokens=64))
@@ -140,20 +132,19 @@ def variants(settings: Settings) -> list[Variant]:
 
 
 class Evaluation:
-    """One run: construct it with the `videos` of a file, or None for the demo's clips, `load` a model, `run`, see `document`.
+    """One run: construct it with `videos`, `load` a model, `run`, see `document`.
 
-    Raises UsageError: methods, settings, clips or groups that do not exist, or a budget of "tuned" for a model that was never
+    Raises UsageError: methods, settings or groups that do not exist, or a budget of "tuned" for a model that was never
     tuned. ModelError: the model, which a budget of "tuned" needs, cannot be found.
     """
 
-    def __init__(self, settings: Settings, videos: Sequence[Video] | None):
+    def __init__(self, settings: Settings, videos: Sequence[Video]):
         self._found = find_model(settings.model) if TUNED in settings.budgets else None
         self.settings = settings.resolved(self._found) if self._found else settings
         self.variants = variants(self.settings)
         self.folder: RunFolder | None = None
-        self._jobs = self._all_jobs(videos)
-        self.total = len(self._jobs)
-        self.files = ""  # folder for the files of the demo's clips
+        self.videos = self._asked_about(videos)
+        self.total = len(self.videos)
         self.samples: list[dict] = []
         self.loaded: LoadedModel | None = None
 
@@ -178,59 +169,52 @@ class Evaluation:
         A video that cannot be read, computed or held is left out of all rows. Raises OutOfMemory: too little for so many models.
         """
         done = {sample["video"] for sample in self.samples}
-        missing = [job for job in self._jobs if str(job) not in done]
-        with TemporaryDirectory(prefix="evoprune-eval-") as self.files:
-            if processes > 1:
-                each = map_in_processes(self._start_of_each(processes), missing, processes)
-            else:
-                each = (
-                    self.evaluate(job, lambda what, at=number: progress(f"video {at} of {self.total}: {what}"))
-                    for number, job in enumerate(missing, len(done) + 1)
-                )
-            with closing(each):
-                for number, made in enumerate(each, len(done) + 1):
-                    if processes > 1:
-                        progress(f"video {number} of {self.total}")
-                    if made and self.folder:
-                        self.folder.add(made)
-                    self.samples += made
+        missing = [video for video in self.videos if video.name not in done]
+        if processes > 1:
+            each = map_in_processes(self._start_of_each(processes), missing, processes)
+        else:
+            each = (
+                self.evaluate(video, lambda what, at=number: progress(f"video {at} of {self.total}: {what}"))
+                for number, video in enumerate(missing, len(done) + 1)
+            )
+        with closing(each):
+            for number, made in enumerate(each, len(done) + 1):
+                if processes > 1:
+                    progress(f"video {number} of {self.total}")
+                if self.folder:
+                    self.folder.add(made)
+                self.samples += made
 
-    def _start_of_each(self, processes: int) -> Callable[[], Callable[[Job], list[dict]]]:
+    def _start_of_each(self, processes: int) -> Callable[[], Callable[[Video], list[dict]]]:
         if self.loaded and (short := shortage(processes * self.loaded.weights_bytes, self.loaded.device)):
             hint = "fewer processes (--processes), or a smaller model"
             raise OutOfMemory(f"{processes} copies of {self.loaded.id}: {short}", hint, stage="load")
         model = self.settings.model
         model = replace(model, threads=threads_of_each(model.threads, processes))
-        return partial(_start, replace(self.settings, model=model), self.files)
+        return partial(_start, replace(self.settings, model=model))
 
-    def _all_jobs(self, videos: Sequence[Video] | None) -> Sequence[Job]:
-        s = self.settings
-        if videos is None:
-            worlds = WORLDS if s.world == BOTH else (s.world,)
-            return clips_asked(worlds, s.split, s.block, s.limit or DEMO_CLIPS, s.groups)
-        if s.groups:
-            every = [replace(v, rows=tuple(r for r in v.rows if set(s.groups) & set(r.groups))) for v in videos]
+    def _asked_about(self, videos: Sequence[Video]) -> list[Video]:
+        groups = self.settings.groups
+        if groups:
+            every = [replace(v, rows=tuple(r for r in v.rows if set(groups) & set(r.groups))) for v in videos]
             chosen = [video for video in every if video.rows]
             if videos and not chosen:
-                raise UsageError(f"no question is in {' or '.join(s.groups)}", "see the field groups of the file")
+                raise UsageError(f"no question is in {' or '.join(groups)}", "see the field groups of the file")
             videos = chosen
-        return list(videos[: s.limit])
+        return list(videos[: self.settings.limit])
 
-    def evaluate(self, job: Job, progress: Progress = lambda what: None) -> list[dict]:
+    def evaluate(self, video: Video, progress: Progress = lambda what: None) -> list[dict]:
         """The samples of a video, variant after variant; if it fails, one with an `error` for each question."""
-        if isinstance(job, ClipName):
-            with demo_video(job, Path(self.files), groups=self.settings.groups) as video:
-                return self.evaluate(video, progress) if video.rows else []
         made: list[dict] = []
         try:
-            for span in group_by_span(job.rows):
+            for span in group_by_span(video.rows):
                 frames, rows = SharedFrames(), SharedRows()
                 for variant in self.variants:
                     progress(variant.name)
-                    made += self._asked(variant, job, span, frames, rows)
+                    made += self._asked(variant, video, span, frames, rows)
         except (UsageError, VideoError, ModelError, OutOfMemory) as problem:
             error = error_record(problem)
-            return [_about(job, row) | {"error": error} for row in job.rows]
+            return [_about(video, row) | {"error": error} for row in video.rows]
         return made
 
     def _asked(
@@ -292,18 +276,15 @@ class Evaluation:
         if cut := sum("answer_cut" in s.get("warnings", ()) for s in self.samples):
             total = counted(len(self.samples), "answer")
             notes.append(f"{cut:,} of {total} may be incomplete: -n (max_new_tokens) allows no more tokens")
-        if self.settings.data == DEMO:
-            notes.append("small synthetic clips: how methods rank on them, not what a real Qwen2.5-VL scores")
         if any("demo_model" in s.get("warnings", ()) for s in self.samples):
             notes.append("the demo model knows only its own clips; what it says about other videos means nothing")
         return notes
 
 
-def _start(settings: Settings, files: str) -> Callable[[Job], list[dict]]:
+def _start(settings: Settings) -> Callable[[Video], list[dict]]:
     """What a process runs: `evaluate` of an evaluation of its own, with a model loaded."""
     evaluation = Evaluation(settings, [])  # what it evaluates comes one by one
     evaluation.load()
-    evaluation.files = files
     return evaluation.evaluate
 
 

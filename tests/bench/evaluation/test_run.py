@@ -195,15 +195,13 @@ def test_methods_that_draw_lots_do_so_anew_for_each_video_but_alike_in_every_run
     assert len(set(seeds)) == 6 and all(0 <= seed < 2**32 for seed in seeds)
 
 
-def test_the_seed_changes_what_is_drawn_and_the_block_of_clips_does_not(loaded, monkeypatch):
+def test_the_seed_changes_what_is_drawn(loaded, monkeypatch):
     drawn, real = [], Random.select
     monkeypatch.setattr(Random, "select", lambda *a: drawn.append(real(*a)) or drawn[-1])
-    for settings in (SETTINGS, replace(SETTINGS, seed=1), replace(SETTINGS, block=1)):
+    for settings in (SETTINGS, replace(SETTINGS, seed=1)):
         begun(loaded, replace(settings, budgets=(0.5,)), videos(("square.mp4",))).run()
-    first, other_seed, other_block = (selection.kept.tolist() for selection in drawn)
-    assert len(first) == len(other_seed) and first != other_seed and first == other_block
-    clips = [str(clip) for clip in Evaluation(Settings("demo", (0.5,), limit=1, seed=3, block=2), None)._jobs]
-    assert clips == ["heldout-200000"]
+    first, other_seed = (selection.kept.tolist() for selection in drawn)
+    assert len(first) == len(other_seed) and first != other_seed
 
 
 @pytest.mark.full
@@ -275,36 +273,27 @@ def test_more_copies_of_the_model_than_fit_are_refused(loaded, monkeypatch):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("asked", "clips", "count", "jobs"),
-    [
-        ({"data": "demo", "split": "validation", "limit": 2}, None, 2 * 2 * 6, ["validation-0", "validation-1"]),
-        # More than the demo's clips hold, and groups that it does not have.
-        ({"limit": 100_001, "groups": ("g",)}, videos(CLIPS[:1]), 2 * 2, [CLIPS[0]]),
-    ],
-    ids=["the demo's clips", "a file"],
-)
-def test_a_process_gives_the_same_samples(loaded, saved, monkeypatch, asked, clips, count, jobs):
+def test_a_process_gives_the_same_samples(loaded, saved, monkeypatch):
     """What is sent to processes and what they do with it, in this process."""
     sent = []
 
-    def map_here(start, jobs, processes):
+    def map_here(start, clips, processes):
         work = pickle.loads(pickle.dumps(start))()
-        for job in jobs:
-            sent.append(job)
-            yield pickle.loads(pickle.dumps(work(pickle.loads(pickle.dumps(job)))))
+        for video in clips:
+            sent.append(video)
+            yield pickle.loads(pickle.dumps(work(pickle.loads(pickle.dumps(video)))))
 
     monkeypatch.setattr(evaluation_run, "map_in_processes", map_here)
     model = ModelOptions(str(saved), dtype="fp32")
-    settings = replace(SETTINGS, budgets=(0.5,), model=model, **asked)
+    settings = replace(SETTINGS, budgets=(0.5,), model=model, groups=("g",))
     runs = []
     for processes in (1, 2):
-        run = Evaluation(settings, clips)
+        run = Evaluation(settings, videos(CLIPS[:2]))
         run.loaded = loaded
         run.run(processes=processes)
         runs.append(run.samples)
-    assert len(runs[0]) == count and runs[0] == runs[1]
-    assert [getattr(job, "name", None) or str(job) for job in sent] == jobs
+    assert len(runs[0]) == 2 * 2 * 2 and runs[0] == runs[1]
+    assert [video.name for video in sent] == list(CLIPS[:2])
 
 
 @pytest.mark.full
@@ -411,11 +400,6 @@ def test_wrong_methods_are_found_before_anything_is_loaded():
             Evaluation(replace(SETTINGS, **changes), videos())
 
 
-def test_blocks_do_not_meet():
-    with pytest.raises(UsageError, match="holds 100,000"):
-        Evaluation(replace(SETTINGS, data="demo", limit=100_001), None)
-
-
 def test_names_that_are_no_text(loaded, tmp_path):
     """A file name of stray bytes comes through samples, settings and results."""
     name = "caf\udce9.mp4"
@@ -442,20 +426,3 @@ def test_the_demo_model_on_the_sample_questions():
     assert lost == {"02": ("appears", 0.05), "03": ("4", 0.05), "05": ("stays", 0.05), "07": ("vanishes", 0.05)}
     assert not document["failures"]
     assert torch.get_num_threads() == 1
-
-
-@pytest.mark.full
-def test_demo_clips():
-    run = Evaluation(Settings("demo", (0.25,), ("pool",), split="validation", limit=2), None)
-    run.load()
-    said = []
-    run.run(said.append)
-    assert said[0] == "video 1 of 2: full" and said[-1] == "video 2 of 2: pool -b 0.25"
-    document = run.document()
-    groups = {row["group"] for row in document["rows"]}
-    assert (
-        document["items"] == {"answered": 12, "failed": 0} and "all" in groups and groups & {"detail", "time", "space"}
-    )
-    assert {s["video"] for s in run.samples} == {"validation-0", "validation-1"} and not any(
-        s["warnings"] for s in run.samples
-    )

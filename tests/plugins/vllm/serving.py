@@ -14,7 +14,7 @@ from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from evoprune_vllm import PREFIX
 
-DEMO = Path(evoprune.__file__).parent / "demo" / "weights"
+DEMO = Path(evoprune.__file__).parent / "bundled" / "demo"
 SAMPLES = Path(evoprune.__file__).parent.parent / "samples"
 VIDEO, PICTURE = "<|vision_start|><|video_pad|><|vision_end|>", "<|vision_start|><|image_pad|><|vision_end|>"
 PROMPT = (

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from evoprune.demo.questions import pick
-from evoprune.demo.scenes.clip import COLOURS, MOTIONS, OUTLINES, SIGN, TEXTURES, Camera, Clip, Span, Thing
-from evoprune.demo.scenes.signs import draw_text, similar_text
+from experiments.demo.questions import pick
+from experiments.demo.scenes.clip import COLOURS, MOTIONS, OUTLINES, SIGN, TEXTURES, Camera, Clip, Span, Thing
+from experiments.demo.scenes.signs import draw_text, similar_text
 
 SPLITS = {"train": 10, "validation": 11, "heldout": 12, "samples": 13}
 # Frames of height x width units (28 pixels) and lengths in frame pairs that are asked about, with odds. The last two of videos, and

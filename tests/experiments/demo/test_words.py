@@ -1,16 +1,18 @@
+"""The words that evoprune.bundled lists are those of the questions of the training."""
+
 import re
 
 import numpy as np
 import pytest
 
 from evoprune.batch.rows import Row
-from evoprune.bundled import SIGN, WORDS, unknown_words
-from evoprune.demo.clips import make_clip
-from evoprune.demo.questions import ask
-from evoprune.demo.scenes import compose
-from evoprune.demo.scenes.asking import OPTIONS
-from evoprune.demo.scenes.happening import types_for
+from evoprune.bundled import SIGN, WORDS
 from experiments.demo import scenes_lessons
+from experiments.demo.clips import make_clip
+from experiments.demo.questions import ask
+from experiments.demo.scenes import compose
+from experiments.demo.scenes.asking import OPTIONS
+from experiments.demo.scenes.happening import types_for
 
 
 def shapes():
@@ -31,23 +33,8 @@ def scenes():
         yield from (f"In the {which} {noun}: " for which in ("first", "second"))
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("asked", [shapes, scenes])
 def test_the_words_are_those_of_the_generator(asked):
     found = {word for question in asked() for word in re.findall(r"\w+", question)}
     found = {word.lower() for word in found if asked is shapes or not SIGN.fullmatch(word)}
     assert found == WORDS[asked.__name__]
-
-
-@pytest.mark.parametrize(
-    ("world", "question", "unknown"),
-    [
-        ("shapes", "What colour is the Square?", []),
-        ("shapes", "Does the man smile?", ["man", "smile"]),
-        ("shapes", "What does the sign say?", ["sign", "say"]),
-        ("scenes", "In the second picture: What colour is the sign that says NORTH?\nA. red\nB. 4711", []),
-        ("scenes", "Is the digit on the North sign?", ["digit", "north"]),
-    ],
-)
-def test_what_is_unknown(world, question, unknown):
-    assert unknown_words(question, world) == unknown

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from evoprune.demo import clips
+from experiments.demo import clips
 
 OUTLINES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
 TEXTURES = ("plain", "striped", "dotted", "checked")

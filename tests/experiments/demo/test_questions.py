@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from evoprune.demo.clips import COLOURS, SHAPES, Clip, Thing, make_clip
-from evoprune.demo.questions import TYPES, Question, ask
+from experiments.demo.clips import COLOURS, SHAPES, Clip, Thing, make_clip
+from experiments.demo.questions import TYPES, Question, ask
 
 pytestmark = pytest.mark.full  # users never run it, and test_frozen.py and test_scenes.py hold what it makes
 

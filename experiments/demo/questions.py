@@ -8,7 +8,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from evoprune.demo.clips import COLOURS, SHAPES, Clip, Thing
+from experiments.demo.clips import COLOURS, SHAPES, Clip, Thing
 
 # How often each type is asked, relative to the others: types that take longest to learn come up most.
 WEIGHTS = {"relation": 3.0, "order": 5.0, "place": 2.0, "event": 1.5, "describe": 0.5}

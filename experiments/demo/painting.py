@@ -82,6 +82,9 @@ def add_noise(rng: np.random.Generator, canvas: np.ndarray, deviation: float, ou
     out[:] = np.clip(canvas + np.float32(deviation) * grain, 0, 255)
 
 
+LOSSLESS = 0  # a rate factor of x264: every pixel as it was drawn
+
+
 def write_frames(
     frames: Iterable[np.ndarray],
     path: str | Path,
@@ -94,18 +97,21 @@ def write_frames(
 ) -> None:
     """Encodes uint8 frames `[height, width, 3]` as a video of this `size` (height and width, even), tagged as a comment.
 
+    `crf`: the codec's constant rate factor; with `LOSSLESS` x264 keeps red, green and blue to the bit.
+
     Raises OSError: the file cannot be written.
     """
     import av
 
     # Macroblock trees differ from run to run on some processors; without them a clip is always the same file.
     x264 = {"preset": preset, "x264-params": "mbtree=0"}
-    vp9 = "vp9" in codec
+    vp9, lossless = "vp9" in codec, crf == LOSSLESS
+    codec = "libx264rgb" if lossless else codec
     with av.open(str(path), "w", options={"fflags": "+bitexact"} if vp9 else {}) as container:  # WebM: no random id
         container.metadata["comment"] = tag
         stream = container.add_stream(codec, rate=fps, options={"crf": str(crf)} | ({"b": "0"} if vp9 else x264))
         stream.height, stream.width = size
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = "rgb24" if lossless else "yuv420p"
         stream.codec_context.thread_count = 1  # what comes out depends on their number
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

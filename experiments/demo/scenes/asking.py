@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evoprune.demo.questions import Question, pick
-from evoprune.demo.scenes.clip import COLOURS, OUTLINES, Clip, Thing
+from experiments.demo.questions import Question, pick
+from experiments.demo.scenes.clip import COLOURS, OUTLINES, Clip, Thing
 
 OPTIONS = 4
 CHOICE = 0.75  # share of questions that have options, of those that may be open too

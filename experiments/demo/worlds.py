@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from evoprune.demo import clips, drawing, questions
-from evoprune.demo.questions import Question
-from evoprune.demo.scenes import asking, compose
-from evoprune.demo.scenes import drawing as scenes_drawing
-from evoprune.demo.scenes.happening import types_for
+from experiments.demo import clips, drawing, questions
+from experiments.demo.painting import LOSSLESS
+from experiments.demo.questions import Question
+from experiments.demo.scenes import asking, compose
+from experiments.demo.scenes import drawing as scenes_drawing
+from experiments.demo.scenes.happening import types_for
 
 QUESTIONS = 6  # about a clip
 # Of scenes: which groups the clips of a family have; the others are in both.
@@ -26,29 +27,32 @@ class World:
     """A generator of clips and questions."""
 
     name: str
+    splits: tuple[str, ...]  # to report on, to tune on, and perhaps a family that is never tuned on
     crf: tuple[int, int]  # lowest and highest of x264's constant rate factors, which go by the seed
     make: Callable[[str, int], Any]  # the clip of a split and a seed
     ask: Callable[[Any, int], list[Question]]  # the questions about a clip, by its seed
-    suffix: Callable[[Any], str]  # of a clip's file
-    write: Callable[[Any, Path, int], None]  # the file, at a rate factor
+    suffix: Callable[[Any, int], str]  # of a clip's file at a rate factor
+    write: Callable[[Any, Path, int], None]  # the file, at a rate factor; 0 is lossless
     may_hold: Callable[[int, Collection[str]], bool]  # whether the clip of a seed can have such questions
 
 
 SHAPES = World(
     "shapes",
+    ("heldout", "validation", "portrait"),
     (18, 28),
     clips.make_clip,
     lambda clip, seed: questions.ask(clip, np.random.default_rng(seed), QUESTIONS),
-    lambda clip: ".mp4",
+    lambda clip, crf: ".mp4",
     lambda clip, path, crf: drawing.write_video(clip, path, crf=crf, preset="veryfast"),
     lambda seed, wanted: True,
 )
 SCENES = World(
     "scenes",
+    ("heldout", "validation"),
     (scenes_drawing.FINEST, 33),
     compose.make_clip,
     lambda clip, seed: asking.ask(clip, np.random.default_rng((17, seed)), QUESTIONS, types_for(clip)),
-    lambda clip: ".jpg" if clip.is_still else ".mp4",
+    lambda clip, crf: (".png" if crf == LOSSLESS else ".jpg") if clip.is_still else ".mp4",
     scenes_drawing.write_file,
     lambda seed, wanted: not set(wanted) <= set(FAMILIES["video" if compose.family(seed) == "picture" else "picture"]),
 )

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evoprune.demo import drawing
-from evoprune.demo.scenes import drawing as scenes_drawing
 from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe
+from experiments.demo import drawing, samples
 from experiments.demo.choose_samples import WANTED
 from experiments.demo.samples import CLIPS, SCENE_CLIPS, drawn, questions, scene
+from experiments.demo.scenes import drawing as scenes_drawing
 
 
 def difference(path: str, drawn_frames: np.ndarray, times: list[float]) -> float:
@@ -35,3 +35,11 @@ def test_the_scene_comes_from_its_seed():
 
 def test_the_questions_are_those_of_the_clips():
     assert list(map(json.loads, Path("samples/questions.jsonl").read_text().splitlines())) == questions()
+
+
+def test_an_option_is_not_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        samples.main(["--help"])
+    assert ended.value.code == 0 and "folder" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from evoprune.demo.questions import pick
+from experiments.demo.questions import pick
 
 _LIST = """
 ACE ACT AGE AIR ARM ART BAG BAR BAY BED BEE BOX BUS BUY CAB CAN CAP CAR CAT COD COW CUP DAY DOG DRY EAR EGG END EYE

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from evoprune.demo.painting import add_noise, blend, write_frames
-from evoprune.demo.scenes.clip import Clip
-from evoprune.demo.scenes.scenery import FAR, GROUND, NEAR, Scenery, Sprite, make_scenery, thing_shadow, thing_sprite
 from evoprune.video.info import SCENES_TAG
+from experiments.demo.painting import LOSSLESS, add_noise, blend, write_frames
+from experiments.demo.scenes.clip import Clip
+from experiments.demo.scenes.scenery import FAR, GROUND, NEAR, Scenery, Sprite, make_scenery, thing_shadow, thing_sprite
 
 NOTHING = -1
 FINEST = 18  # crf of the finest clips
@@ -24,10 +25,16 @@ def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
 def write_file(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> None:
     """Writes a still as a JPEG file, any other clip as a video, with the tag of scenes. Raises OSError: it cannot be written.
 
-    `crf`: x264's constant rate factor. A still has the quality 95 at the finest that the world has, and 65 at the coarsest.
+    `crf`: x264's constant rate factor. A still has the quality 95 at the finest that the world has, and 65 at the coarsest; with
+    `LOSSLESS` it is a PNG file.
     """
     if clip.is_still:
         still = Image.fromarray(render(clip, [clip.seconds / 2])[0])
+        if crf == LOSSLESS:
+            tag = PngInfo()
+            tag.add_text("comment", SCENES_TAG)
+            still.save(path, "PNG", pnginfo=tag)
+            return
         still.save(path, "JPEG", quality=95 - 2 * (crf - FINEST), comment=SCENES_TAG)
         return
     frames = render(clip, [i / fps for i in range(round(clip.seconds * fps))])

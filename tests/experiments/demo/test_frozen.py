@@ -8,12 +8,12 @@ import hashlib
 import numpy as np
 import pytest
 
-from evoprune.bench.evaluation.demo_clips import BLOCK
-from evoprune.demo.clips import make_clip
-from evoprune.demo.drawing import render
-from evoprune.demo.questions import ask
-from evoprune.demo.worlds import QUESTIONS
 from evoprune.video.sampling import even_times
+from experiments.demo.clips import make_clip
+from experiments.demo.drawing import render
+from experiments.demo.questions import ask
+from experiments.demo.worlds import QUESTIONS
+from experiments.demo.write import BLOCK
 
 FROZEN = {
     ("train", 0): ("f4cf8aab466a77a5", 50.956),

@@ -1,7 +1,7 @@
 """Questions that one moment answers: what signs say, how things look, where they lie, how many there are."""
 
-from evoprune.demo.questions import pick
-from evoprune.demo.scenes.asking import (
+from experiments.demo.questions import pick
+from experiments.demo.scenes.asking import (
     Draft,
     QuestionType,
     absent,
@@ -12,8 +12,8 @@ from evoprune.demo.scenes.asking import (
     shuffled,
     unhurried,
 )
-from evoprune.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Clip, Thing
-from evoprune.demo.scenes.signs import similar_text
+from experiments.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Clip, Thing
+from experiments.demo.scenes.signs import similar_text
 
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 MOST_COUNTED = 4

@@ -7,17 +7,17 @@ from dataclasses import astuple, replace
 import numpy as np
 import pytest
 
-from evoprune.demo.painting import CHARACTERS, glyph_mask, outline_mask
-from evoprune.demo.scenes.asking import ask
-from evoprune.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Camera, Clip, Thing
-from evoprune.demo.scenes.compose import SPLITS, compose, family, make_clip
-from evoprune.demo.scenes.drawing import NOTHING, render, render_with_map, write_file
-from evoprune.demo.scenes.happening import types_for
-from evoprune.demo.scenes.scenery import leaves, pink_noise, texture_field, thing_sprite
-from evoprune.demo.scenes.signs import WORDS, similar_text
 from evoprune.video.info import world_of
 from evoprune.video.probe import probe
 from evoprune.video.sampling import even_times
+from experiments.demo.painting import CHARACTERS, glyph_mask, outline_mask
+from experiments.demo.scenes.asking import ask
+from experiments.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Camera, Clip, Thing
+from experiments.demo.scenes.compose import SPLITS, compose, family, make_clip
+from experiments.demo.scenes.drawing import NOTHING, render, render_with_map, write_file
+from experiments.demo.scenes.happening import types_for
+from experiments.demo.scenes.scenery import leaves, pink_noise, texture_field, thing_sprite
+from experiments.demo.scenes.signs import WORDS, similar_text
 
 # A digest of contents and questions, and the mean of all pixels, which may differ a little elsewhere.
 FROZEN = {

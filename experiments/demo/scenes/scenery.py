@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from evoprune.demo.painting import blend, glyph_mask, outline_mask
-from evoprune.demo.scenes.clip import COLOURS, SIGN, Clip, Thing
+from experiments.demo.painting import blend, glyph_mask, outline_mask
+from experiments.demo.scenes.clip import COLOURS, SIGN, Clip, Thing
 
 FAR, GROUND, NEAR = 0.5, 1.0, 1.6  # how much each layer moves with the camera
 BANK, SMALLEST, LARGEST = 384, 4, 60

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.demo.clips import Clip
-from evoprune.demo.painting import add_noise, blend, glyph_mask, outline_mask, write_frames
+from experiments.demo.clips import Clip
+from experiments.demo.painting import add_noise, blend, glyph_mask, outline_mask, write_frames
 
 
 def render(clip: Clip, times: Sequence[float]) -> np.ndarray:

@@ -2,14 +2,13 @@
 
 import pytest
 
-from evoprune import bundled
-from evoprune.demo.worlds import FAMILIES, QUESTIONS, SCENES, SHAPES, WORLDS
+from evoprune.bundled import DEMOS
+from experiments.demo.worlds import FAMILIES, QUESTIONS, SCENES, SHAPES, WORLDS
 
 
-def test_the_command_line_knows_the_worlds_and_their_splits():
-    assert list(WORLDS) == list(bundled.WORLDS)
-    for name, splits in bundled.SPLITS_OF.items():
-        assert all(WORLDS[name].make(split, 3) for split in splits)
+def test_each_world_has_a_model_and_makes_its_splits():
+    assert list(WORLDS) == [demo.world for demo in DEMOS.values()]
+    assert all(world.make(split, 3) for world in WORLDS.values() for split in world.splits)
 
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=lambda world: world.name)

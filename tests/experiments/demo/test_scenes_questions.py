@@ -7,12 +7,12 @@ from functools import cache
 import numpy as np
 import pytest
 
-from evoprune.demo.questions import Question
-from evoprune.demo.scenes.asking import ask
-from evoprune.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Clip, Thing
-from evoprune.demo.scenes.compose import make_clip
-from evoprune.demo.scenes.happening import CHECKED_OVER_TIME, GIST, HAPPENING, types_for
-from evoprune.demo.scenes.looking import CHECKED, LOOKING
+from experiments.demo.questions import Question
+from experiments.demo.scenes.asking import ask
+from experiments.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Clip, Thing
+from experiments.demo.scenes.compose import make_clip
+from experiments.demo.scenes.happening import CHECKED_OVER_TIME, GIST, HAPPENING, types_for
+from experiments.demo.scenes.looking import CHECKED, LOOKING
 
 pytestmark = pytest.mark.full  # users never run it, and test_frozen.py and test_scenes.py hold what it makes
 

@@ -3,7 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evoprune.demo.clips import (
+from evoprune.video.info import DEMO_TAG
+from evoprune.video.sampling import even_times
+from experiments.demo.clips import (
     COLOURS,
     DIGITS,
     FRAMES,
@@ -17,11 +19,7 @@ from evoprune.demo.clips import (
     make_clip,
     setting,
 )
-from evoprune.demo.drawing import render, thing_mask, write_video
-from evoprune.video.info import DEMO_TAG
-from evoprune.video.sampling import even_times
-
-pytestmark = pytest.mark.full  # users never run it, and test_frozen.py and test_scenes.py hold what it makes
+from experiments.demo.drawing import render, thing_mask, write_video
 
 SETTINGS = [{}, {"height": 112, "width": 168}, {"height": 112, "width": 112, "seconds": 3.0, "grids": 3}]
 

@@ -4,15 +4,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_DEMO = Path(__file__).parent / "demo"
-# The generators of clips, with the splits to report on and to tune on, and a family of shapes that is never tuned on.
-SPLITS_OF = {"shapes": ("heldout", "validation", "portrait"), "scenes": ("heldout", "validation")}
-WORLDS, SPLITS, BOTH = tuple(SPLITS_OF), SPLITS_OF["shapes"], "both"
+_WEIGHTS = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Demo:
-    """A demo model: its folder, and the world whose clips it knows."""
+    """A demo model: its folder, and the world, a generator of clips, that it knows (docs/demo-model.md)."""
 
     folder: Path
     world: str
@@ -21,17 +18,13 @@ class Demo:
 
 
 DEMOS = {
-    "demo": Demo(_DEMO / "weights", "shapes", inputs=1, span=48),
-    "demo-scenes": Demo(_DEMO / "weights_scenes", "scenes", inputs=2, span=64),
+    "demo": Demo(_WEIGHTS / "demo", "shapes", inputs=1, span=48),
+    "demo-scenes": Demo(_WEIGHTS / "demo-scenes", "scenes", inputs=2, span=64),
 }
 
 
 def demo_in(folder: Path | None) -> Demo | None:
     return next((demo for demo in DEMOS.values() if folder and demo.folder.resolve() == folder.resolve()), None)
-
-
-def demo_knowing(world: str) -> str | None:
-    return next((name for name, demo in DEMOS.items() if demo.world == world), None)
 
 
 WORDS = {  # by the world that a model knows; of scenes with the words of options, and of the request for a letter

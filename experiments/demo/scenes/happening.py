@@ -1,10 +1,10 @@
 """Questions that need more than one moment: what happens, in which order, which way, how often, what changes, what stays."""
 
-from evoprune.demo.questions import pick
-from evoprune.demo.scenes.asking import Draft, QuestionType, distinct, one_of_four, referred, shuffled
-from evoprune.demo.scenes.clip import COLOURS, MOTIONS, Clip
-from evoprune.demo.scenes.looking import CHECKED, COUNTED, LOOKING, times_asked, yes
-from evoprune.demo.scenes.signs import similar_text
+from experiments.demo.questions import pick
+from experiments.demo.scenes.asking import Draft, QuestionType, distinct, one_of_four, referred, shuffled
+from experiments.demo.scenes.clip import COLOURS, MOTIONS, Clip
+from experiments.demo.scenes.looking import CHECKED, COUNTED, LOOKING, times_asked, yes
+from experiments.demo.scenes.signs import similar_text
 
 EVENTS = ("stays", "appears", "vanishes", "flashes", "blinks")
 # Chance that a draft with this answer is asked about, so that no answer is the best guess.

@@ -1,0 +1,149 @@
+"""Writes clips of a demo model's world, and questions about them: `python -m experiments.demo.write FOLDER --clips 60`.
+
+`evoprune eval --data FOLDER/questions.jsonl` asks them; clips of scenes are for `-m demo-scenes`. The clips go by split, block and
+number alone, and the same are the same file each time. Every pixel is as it was drawn. The figures in results/ are of compressed
+files (`--compressed`), whose rate factors go by the clip's number; `experiments.comparison` and others make these themselves.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from evoprune.batch.rows import Row
+from evoprune.bench.evaluation.questions import Video
+from evoprune.errors import UsageError
+from experiments.demo.painting import LOSSLESS
+from experiments.demo.worlds import SHAPES, WORLDS
+
+BLOCK = 100_000  # seeds in one block; a block whose results were reported is not used again
+
+
+@dataclass(frozen=True)
+class ClipName:
+    """Which clip of which world; as a text, its name in results."""
+
+    split: str
+    seed: int
+    world: str = SHAPES.name
+
+    def __str__(self) -> str:
+        return f"{'' if self.world == SHAPES.name else f'{self.world}-'}{self.split}-{self.seed}"
+
+
+def seeds(block: int, limit: int) -> range:
+    return range(block * BLOCK, block * BLOCK + limit)
+
+
+def clips_asked(world: str, split: str, block: int, limit: int, groups: Collection[str] = ()) -> list[ClipName]:
+    """The first `limit` clips of a block that can have a question of one of the groups.
+
+    Raises UsageError: a split that the world does not have, or fewer clips in the block.
+    """
+    if split not in WORLDS[world].splits:
+        raise UsageError(f"{world} has no split {split!r}", f"one of {', '.join(WORLDS[world].splits)}")
+    fitting = (seed for seed in seeds(block, BLOCK) if not groups or WORLDS[world].may_hold(seed, groups))
+    found = [ClipName(split, seed, world) for seed in islice(fitting, limit)]
+    if len(found) < limit:
+        raise UsageError(f"a block holds {len(found):,} such clips", "take fewer, or several blocks")
+    return found
+
+
+def data_text(world: str, split: str, block: int) -> str:
+    """What the results of an evaluation call the clips."""
+    return f"{world} ({split}, block {block})"
+
+
+def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()) -> Video:
+    """Writes a clip as a file in `folder`; returns it with its questions, those of `groups` where any are given.
+
+    `crf`: x264's constant rate factor, 0 to keep every pixel; default: by the seed. Raises UsageError: the file cannot be written.
+    """
+    world = WORLDS[name.world]
+    clip = world.make(name.split, name.seed)
+    low, high = world.crf
+    crf = low + name.seed % (high - low + 1) if crf is None else crf
+    path = folder / f"{name}{world.suffix(clip, crf)}"
+    asked = [q for q in world.ask(clip, name.seed) if not groups or set(groups) & set(q.groups)]
+    rows = tuple(
+        Row(
+            f"{name}-{i}", (str(name),), (str(path),), q.question,
+            options=q.options, answer=q.answer, type=q.type, groups=q.groups,
+        )
+        for i, q in enumerate(asked)
+    )  # fmt: skip
+    try:
+        world.write(clip, path, crf)
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise UsageError(
+            f"cannot write a clip to {folder}: {reason}", "choose a folder with room, or TMPDIR"
+        ) from problem
+    return Video(str(name), path, rows)
+
+
+@contextmanager
+def demo_video(name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()) -> Iterator[Video]:
+    """As `write_clip`, but the file is removed at the end."""
+    video = write_clip(name, folder, crf, groups)
+    try:
+        yield video
+    finally:
+        video.path.unlink()
+
+
+@contextmanager
+def demo_videos(clips: Iterable[ClipName], groups: Collection[str] = ()) -> Iterator[list[Video]]:
+    """All of these clips that have questions, compressed, as files that are removed at the end."""
+    with TemporaryDirectory(prefix="evoprune-clips-") as folder:
+        yield [video for clip in clips if (video := write_clip(clip, Path(folder), groups=groups)).rows]
+
+
+def write(clips: Iterable[ClipName], folder: Path, crf: int | None = LOSSLESS, groups: Collection[str] = ()) -> Path:
+    """Writes clips and their `questions.jsonl`, whose path it returns; arguments and errors as of `write_clip`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for clip in clips:
+        video = write_clip(clip, folder, crf, groups)
+        for row in video.rows:
+            line = {"id": row.id, "video": video.path.name, "question": row.question, "answer": row.answer}
+            line |= {"options": row.options} if row.options else {}
+            lines.append(json.dumps(line | {"type": row.type, "groups": row.groups}) + "\n")
+    path = folder / "questions.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.demo.write",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--world", default=SHAPES.name, choices=WORLDS, help="default: %(default)s")
+    parser.add_argument("--split", default=SHAPES.splits[0], choices=SHAPES.splits, help="default: %(default)s")
+    parser.add_argument("--block", type=int, default=0, help="blocks share no clip (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=100, help="default: %(default)s")
+    parser.add_argument(
+        "--group", default="", help="only questions of these groups, for example picture,open of scenes"
+    )
+    parser.add_argument("--compressed", action="store_true", help="the files that figures in results/ are of")
+    asked = parser.parse_args(args)
+    if asked.block < 0 or asked.clips < 1:
+        parser.error("--block is 0 or more, --clips 1 or more")
+    groups = list(filter(None, asked.group.split(",")))
+    try:
+        clips = clips_asked(asked.world, asked.split, asked.block, asked.clips, groups)
+        print(write(clips, asked.folder, None if asked.compressed else LOSSLESS, groups))
+    except UsageError as problem:
+        sys.exit(f"error: {problem.message}\nhint: {problem.hint}")
+
+
+if __name__ == "__main__":
+    main()
