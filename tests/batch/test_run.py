@@ -237,7 +237,7 @@ def test_what_hangs_on_a_failure_is_let_go(qa, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1)])
-@pytest.mark.parametrize("where", ["pipeline.encoding.encode_rows", "pipeline.prompting.prefill"])
+@pytest.mark.parametrize("where", ["session.encoding.encode_rows", "session.prompting.prefill"])
 def test_an_interruption_is_no_failure(qa, monkeypatch, stop, where):
     def stops(*_, **__):
         raise stop

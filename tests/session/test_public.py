@@ -121,7 +121,7 @@ def test_signatures_have_every_option_with_its_default(function, kinds):
 
 @pytest.mark.parametrize("name", sorted(set(evoprune.__all__) - {"methods"}))
 def test_help_explains_options_where_they_are_used(name):
-    assert "pipeline.options" not in pydoc.plain(pydoc.render_doc(getattr(evoprune, name)))
+    assert "session.options" not in pydoc.plain(pydoc.render_doc(getattr(evoprune, name)))
 
 
 @pytest.mark.parametrize("call", [evoprune.EvoPrune, partial(evoprune.apply, None), partial(evoprune.encode, None)])

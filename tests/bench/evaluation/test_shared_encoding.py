@@ -7,14 +7,14 @@ import pytest
 from evoprune import methods
 from evoprune.bench.evaluation import run, shared
 from evoprune.bench.evaluation.run import Evaluation
-from tests.bench.evaluation.test_run import CLIPS, SETTINGS, begun, videos
+from tests.bench.evaluation.test_run import CLIPS, SETTINGS, begun, loaded, videos  # noqa: F401
 from tests.threads import one_thread  # noqa: F401
 
 AFTER = tuple(name for name in methods.built_in() if methods.parse(name).acts == "after")
 REUSING = ("evoprune", "evoprune:alpha=0", "reuse+divprune", "reuse+scope", "reuse+cdpruner", "evoprune:depth=1")
 
 
-def samples(loaded, settings, clips) -> list[dict]:
+def samples(loaded, settings, clips) -> list[dict]:  # noqa: F811
     run = begun(loaded, settings, clips)
     run.run()
     return run.samples
@@ -35,7 +35,7 @@ def towers(monkeypatch) -> list[tuple]:
 
 @pytest.mark.full
 @pytest.mark.parametrize("names", [AFTER, (*REUSING, "evoprune-paper", "downscale", "reuse:threshold=5+divprune")])
-def test_shared_rows_give_the_same_samples(loaded, names, monkeypatch, towers):
+def test_shared_rows_give_the_same_samples(loaded, names, monkeypatch, towers):  # noqa: F811
     settings = replace(SETTINGS, methods=names)
     together = samples(loaded, settings, videos(CLIPS[:1]))
     few = len(towers)
@@ -50,7 +50,7 @@ def test_shared_rows_give_the_same_samples(loaded, names, monkeypatch, towers):
     assert len(towers) - few == len(run.variants(settings)) > few
 
 
-def test_selectors_after_the_same_tower_share_rows(loaded, towers):
+def test_selectors_after_the_same_tower_share_rows(loaded, towers):  # noqa: F811
     settings = replace(SETTINGS, methods=(*REUSING, "divprune", "random", "reuse:threshold=5+divprune"))
     samples(loaded, settings, videos(CLIPS[:1]))
     inside = [(8.0, 2, 24), (8.0, 2, 12)]  # evoprune selects inside the tower, with other rows in each variant
@@ -61,7 +61,7 @@ def test_selectors_after_the_same_tower_share_rows(loaded, towers):
     assert towers == [(0.0, 0, 48), *inside * 2, *after_reuse, after, other_threshold]
 
 
-def test_methods_with_shared_rows_have_their_own_pruning_times(loaded):
+def test_methods_with_shared_rows_have_their_own_pruning_times(loaded):  # noqa: F811
     names = ("random", "divprune", "scope", "cdpruner")
     run = Evaluation(replace(SETTINGS, methods=names, timed=True), videos(CLIPS[:1]))
     run.loaded = loaded

@@ -12,7 +12,7 @@ from evoprune.session.loading.folder import original_of
 from evoprune.video.probe import probe
 from evoprune.video.readers import subtitles
 from tests.loading import edit, load_model
-from tests.session.loading.test_hub import COMMIT, fill_cache
+from tests.session.loading.test_hub import COMMIT, cache, dead_hub, fill_cache, hub  # noqa: F401
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4242\n"
 
@@ -111,14 +111,14 @@ def test_an_adapter_is_no_model(folder):
 
 
 @pytest.mark.parametrize("snapshots", [0, 1])
-def test_a_folder_of_the_hubs_cache(cache, saved, snapshots):
+def test_a_folder_of_the_hubs_cache(cache, saved, snapshots):  # noqa: F811
     fill_cache(cache, saved)
     message, hint = refused(cache / "snapshots" if snapshots else cache)
     assert "is a folder of the hub's cache" in message
     assert f"name the model org/tiny, or {cache / 'snapshots' / COMMIT}" in hint
 
 
-def test_offline_names_the_revision_and_what_the_cache_has(cache, saved):
+def test_offline_names_the_revision_and_what_the_cache_has(cache, saved):  # noqa: F811
     fill_cache(cache, saved)
     message, hint = refused("org/tiny", offline=True, revision="v2")
     assert message == "org/tiny at revision v2 is not in the local cache, and the hub may not be asked (offline)"
@@ -129,7 +129,7 @@ def test_offline_names_the_revision_and_what_the_cache_has(cache, saved):
 
 
 @pytest.mark.parametrize("shards", [False, True])
-def test_a_download_that_is_not_finished(dead_hub, cache, saved, shards):
+def test_a_download_that_is_not_finished(dead_hub, cache, saved, shards):  # noqa: F811
     fill_cache(cache, saved)
     at = cache / "snapshots" / COMMIT
     (at / "model.safetensors").unlink()
@@ -165,7 +165,7 @@ def test_the_original_of_a_quantised_name(name, original):
     assert original_of(name) == original
 
 
-def test_quantised_names_are_known_before_the_download(hub, cache):
+def test_quantised_names_are_known_before_the_download(hub, cache):  # noqa: F811
     _, hint = refused("Qwen/Qwen2.5-VL-7B-Instruct-AWQ", offline=True)
     assert hint.startswith(
         "its name is that of quantized weights, which evoprune does not read; take Qwen/Qwen2.5-VL-7B-"
