@@ -15,20 +15,26 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, names_plugins
-from evoprune.keywords import brief, check_type, names_options
+from evoprune.keywords import brief, check_type, from_keywords
 from evoprune.session.answering import Answer, EncodedInputs, Uncopied, together
 from evoprune.session.encoding import Progress
-from evoprune.session.engine import make_engine, unpruned
+from evoprune.session.engine import check_fits, make_engine, unpruned
 from evoprune.session.inputs import OpenInputs, open_inputs, paths_of
 from evoprune.session.loading.found import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, no_tokenizer
-from evoprune.session.options import HELD, GenerationOptions, ModelOptions, PruneOptions, SamplingOptions, StreamOptions
+from evoprune.session.options import (
+    HELD,
+    GenerationOptions,
+    ModelOptions,
+    PruneOptions,
+    SamplingOptions,
+    StreamOptions,
+    make_method,
+)
 from evoprune.session.prompting import longest_prompt
-from evoprune.session.saved import Tuned, for_model, make_method
 
 if TYPE_CHECKING:
     from evoprune.live.stream import VideoStream
@@ -42,7 +48,8 @@ class VideoQA(Uncopied):
     """A loaded model with a pruning method and a budget, ready for videos.
 
     It computes in the dtype that the model was loaded with, also inside torch's autocast. `loaded` is from `loading.load_model`;
-    `load_seconds` is how long that took, for reports. `engine` is the model and how it prunes, as `open_inputs` takes it.
+    `load_seconds` is how long that took, for reports. `options`: `budget`, `method`, `method_args`, `seed`. `engine` is the model
+    and how it prunes, as `open_inputs` takes it.
 
     Raises:
         UsageError: a bad budget or method. ModelError: a model without a tokenizer. TypeError: an unknown option, or a name in
@@ -51,8 +58,8 @@ class VideoQA(Uncopied):
 
     INSTEAD = "threads may share it; another process loads its own, with VideoQA.load"
 
-    @names_options
-    def __init__(self, loaded: LoadedModel, *, load_seconds: float | None = None, pruning: PruneOptions):
+    def __init__(self, loaded: LoadedModel, *, load_seconds: float | None = None, **options):
+        (pruning,) = from_keywords(options, PruneOptions)
         if not isinstance(loaded, LoadedModel):
             if hasattr(loaded, "forward"):
                 raise TypeError(f"VideoQA takes no {type(loaded).__name__}; {HELD}")
@@ -64,15 +71,17 @@ class VideoQA(Uncopied):
             raise UsageError("device 'meta' computes nothing", "cpu always works, auto finds a GPU")
 
     @classmethod
-    @names_options
-    def load(
-        cls, loading: ModelOptions, *, pruning: PruneOptions, progress: Callable[[int, int], None] | None = None
-    ) -> "VideoQA":
+    def load(cls, model: Path = "demo", *, progress: Callable[[int, int], None] | None = None, **options) -> "VideoQA":
         """Loads a model. Options are checked before any weights are read. Errors: as of `load_model` and the constructor.
 
-        `progress`: called with layers quantised and layers in all.
+        Args:
+            model: hub id, local folder, demo or demo-scenes.
+            progress: called with layers quantised and layers in all.
+            options: `budget`, `method`, `method_args`, `seed`; `revision`, `device`, `dtype`, `quantize`, `store_quantized`,
+                `load_format`, `offline`, `threads` (None leaves torch's number). What they mean: `evoprune ask --help-all`.
         """
         check_type("progress", progress, Callable | None)
+        loading, pruning = from_keywords({"model": model, **options}, ModelOptions, PruneOptions)
         return load_qa(loading, pruning, progress=progress, kind=cls)
 
     @property
@@ -85,17 +94,16 @@ class VideoQA(Uncopied):
     def unpruned(self) -> "VideoQA":
         """The same model and seed with every visual token kept: what pruning is compared with."""
         engine = unpruned(self.engine)
-        return VideoQA(engine.loaded, load_seconds=engine.load_seconds, pruning=engine.options)
+        return VideoQA(engine.loaded, load_seconds=engine.load_seconds, **vars(engine.options))
 
-    @names_options
     def encode(
         self,
         path: Path | Sequence[Path],
         *,
-        sampling: SamplingOptions,
         name: str | None = None,
         cache: "Cache | None" = None,
         progress: Progress | None = None,
+        **options,
     ) -> EncodedInputs:
         """Reads, preprocesses and encodes a video or a picture, or several of them that are asked about together.
 
@@ -104,11 +112,14 @@ class VideoQA(Uncopied):
             name: what reports call a single input; default: its path.
             cache: where encoded inputs are kept. Not used for a method that reads the question.
             progress: called with a stage, steps done and steps in all; see `encoding.OpenInput.encode`.
+            options: `fps`, `frames`, `max_frames`, `max_visual_tokens`; `start_s` and `end_s` in seconds, below 0 from the end;
+                `frame_rate`, `decoder`, `subtitles`, `max_subtitle_tokens`. What they mean: `evoprune ask --help-all`.
 
         Raises:
             VideoError: missing, unreadable or empty, or so are the subtitles. UsageError: numbers that make no sense, a part of the
             time of a picture, or one file of subtitles for several videos. OutOfMemory. TypeError: an unknown option.
         """
+        (sampling,) = from_keywords(options, SamplingOptions)
         paths = paths_of(path)
         check_type("name", name, str | None)
         check_type("progress", progress, Callable | None)
@@ -122,14 +133,13 @@ class VideoQA(Uncopied):
         with closing(open_inputs(self.engine, paths, sampling, names=names, cache=cache)) as opened:
             return opened.encode(progress)
 
-    @names_options
     def ask(
         self,
         inputs: "Path | EncodedInputs | Sequence[Path | EncodedInputs]",
         question: str,
         *,
-        options: GenerationOptions,
         seed: int | None = None,
+        **options,
     ) -> Answer:
         """Asks one question about one input or several together: `encode`, then `EncodedInputs.ask`.
 
@@ -137,10 +147,11 @@ class VideoQA(Uncopied):
             inputs: in the order in which the model reads them: paths, which are encoded as `encode` does without options; or what
                 `encode` of this `VideoQA` made, which is used again.
             question: taken literally.
-            seed: as of `EncodedInputs.ask`.
+            seed, options: as of `EncodedInputs.ask`.
 
         Errors: as of `encode` and `EncodedInputs.ask`. UsageError: an input was encoded for another model or pruning.
         """
+        (generation,) = from_keywords(options, GenerationOptions)
         one = str | os.PathLike | EncodedInputs
         given = [inputs] if isinstance(inputs, one) else inputs
         if not isinstance(given, list | tuple) or not all(isinstance(each, one) for each in given):
@@ -153,19 +164,18 @@ class VideoQA(Uncopied):
             if isinstance(question, str) and opened:
                 held = [plan for each in opened if isinstance(each, EncodedInputs) for plan in each.plans]
                 plans = [plan for each in opened for plan in each.plans]
-                longest_prompt(self.engine, plans, [question], options, held)
+                longest_prompt(self.engine, plans, [question], generation, held)
             encoded = [each if isinstance(each, EncodedInputs) else each.encode() for each in opened]
-        return together(self.engine, encoded).ask(question, options=options, seed=seed)
+        return together(self.engine, encoded).ask(question, seed=seed, **options)
 
-    @names_options
     def stream(
         self,
         *,
-        options: StreamOptions,
         fps: float | None = None,
         max_visual_tokens: int | None = None,
         system: str | None = None,
         name: str = "stream",
+        **options,
     ) -> "VideoStream":
         """Begins a live video: `add` feeds frames, `ask` asks about what was seen so far. To be closed, by `with`.
 
@@ -174,15 +184,18 @@ class VideoQA(Uncopied):
             max_visual_tokens: of a window, before pruning; as of `encode`.
             system: a system prompt; None for the model's own.
             name: what reports call it.
+            options: `window_s`, seconds that are encoded together, with a fixed number of tokens; `memory_s`, what is remembered:
+                as many tokens as so many seconds have; or `memory_tokens`, the same in tokens.
 
         Raises UsageError: numbers that make no sense, or a method that cannot prune a stream. TypeError: an unknown option.
         """
         from evoprune.live.stream import VideoStream
 
+        (remembered,) = from_keywords(options, StreamOptions)
         check_type("system", system, str | None)
         check_type("name", name, str)
         sampling = SamplingOptions(fps=fps, max_visual_tokens=max_visual_tokens)
-        return VideoStream(self.engine, options, sampling, system, name)
+        return VideoStream(self.engine, remembered, sampling, system, name)
 
 
 @names_plugins()
@@ -190,16 +203,13 @@ def load_qa(
     model: ModelOptions | FoundModel,
     pruning: PruneOptions,
     *,
-    tuned: Tuned | None = None,
     progress: Callable[[int, int], None] | None = None,
     kind: type[VideoQA] = VideoQA,
 ) -> VideoQA:
-    """Loads a model, as `VideoQA.load`; "tuned" is resolved before weights are read. `tuned`: where `pruning` is from."""
+    """Loads a model, as `VideoQA.load`; a method that cannot act in it is refused before weights are read."""
     start = time.perf_counter()
-    make_method(pruning)  # refuses wrong settings before a model is looked for
+    method = make_method(pruning)  # refuses wrong settings before a model is looked for
     found = find_model(model) if isinstance(model, ModelOptions) else model
-    pruning, _, setting = for_model(pruning, found.id, lambda: found.weights_fingerprint)
+    check_fits(method, found.config)
     loaded = load_model(found, to_answer=True, progress=progress)
-    made = kind(loaded, load_seconds=time.perf_counter() - start, pruning=pruning)
-    made.engine = replace(made.engine, tuned=setting or tuned)
-    return made
+    return kind(loaded, load_seconds=time.perf_counter() - start, **vars(pruning))

@@ -90,10 +90,8 @@ def _run(asked: Request, rows, settings, tally: Tally) -> int:
     from evoprune.batch.output import RecordFile, remaining
     from evoprune.batch.rows import group_by_span
 
-    on_ray = asked.engine == "ray"
     opened = partial(RecordFile, asked.output, stdout=stdout(), resume=asked.resume, overwrite=asked.overwrite)
     with tally, closing(opened()) as file, progress(not asked.quiet) as show:
-        settings = settings.resolved_here() if on_ray else settings.resolved()
         left = remaining(rows, settings, file.found)
         ready = partial(tally.start, file, len(left), show)
         tally.note_others(len({record.id for record in file.found} - {row.id for row in rows}))
@@ -101,7 +99,7 @@ def _run(asked: Request, rows, settings, tally: Tally) -> int:
             ready()
             file.begin()
             return 0
-        answers = _on_ray if on_ray else _here
+        answers = _on_ray if asked.engine == "ray" else _here
         with closing(answers(asked, group_by_span(left), settings, show, ready)) as records:
             for record in records:
                 if not file.written:  # earlier records stay until there is one to write

@@ -16,7 +16,7 @@ from typer import completion
 from evoprune import methods
 from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
-from evoprune.methods.budget import AUTOS, PRESETS, TUNED
+from evoprune.methods.budget import AUTOS, PRESETS
 from evoprune.methods.registry import REUSE
 
 PROGRAM = "evoprune"
@@ -145,9 +145,9 @@ def _budget_lists(context: typer.Context, incomplete: str) -> list[str]:
     return _after_commas(lambda last: ALL_BUDGETS if context.info_name == "eval" else PRESETS)(incomplete)
 
 
-ALL_BUDGETS = (*PRESETS, *AUTOS, TUNED)
+ALL_BUDGETS = (*PRESETS, *AUTOS)
 MODEL = _completed("ID|DIR|demo", lambda typed: DEMOS)
-BUDGET = _completed("SHARE|PRESET|auto|tuned", lambda typed: ALL_BUDGETS)
+BUDGET = _completed("SHARE|PRESET|auto", lambda typed: ALL_BUDGETS)
 METHOD = _completed("NAME", _methods)
 BUDGETS = {"metavar": "LIST", "autocompletion": _budget_lists}
 METHODS = _completed("LIST", _after_commas(_methods))

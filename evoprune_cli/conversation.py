@@ -118,7 +118,7 @@ class Conversation:
             problem.reported = True
 
     def _say(self, inputs: "EncodedInputs", question: str, label: str) -> "Answer":
-        answer = self._running = inputs.ask(question, options=self._generation)
+        answer = self._running = inputs.ask(question, **vars(self._generation))
         new = [name for name in answer.report.warnings if name not in self._warned] if label == "pruned" else []
         print_warnings(answer.report, new)
         self._warned.update(new)

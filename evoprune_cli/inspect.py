@@ -11,7 +11,6 @@ from evoprune.report.records import VideoFacts
 from evoprune.session.options import ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
 from evoprune.text import budget_text, clock, counted, size
 from evoprune.video.info import PICTURE
-from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.loading import prepare
 from evoprune_cli.options import flag, own
@@ -51,11 +50,6 @@ class Request:
     options: opt.MakeOptions
     scan: bool = flag("--scan", "Decode the whole video and report damage, true length and variable rate.")
     clear_cache: bool = flag("--clear-cache", "Delete what --cache and --store-quantized keep on disk, then report.")
-    forget_tuned: str | None = own(
-        "--forget-tuned",
-        "Delete the tuned setting and the recipe of a model (by name or beginning of its fingerprint) or all, then report.",
-        **completion.one_of("NAME", "FINGERPRINT", "all"),
-    )
     json: bool = flag("--json", "JSON on stdout instead of text.")
 
 
@@ -108,11 +102,9 @@ def _print(every: Iterator[dict], facts: dict[str, Any], json: bool) -> None:
 
 
 def _about_machine(asked: Request) -> Iterator[dict]:
-    """Versions, devices, decoders, caches, tuned settings, and the model that is named."""
+    """Versions, devices, decoders, caches, and the model that is named."""
     if asked.clear_cache:
         _clear_cache()
-    if asked.forget_tuned is not None:
-        yield {"forgotten": _forget_tuned(asked.forget_tuned)}
     if asked.scan:
         raise UsageError("--scan needs a video", "evoprune inspect clip.mp4 --scan")
     if asked.overlay is not None:
@@ -138,25 +130,10 @@ def _clear_cache() -> None:
             raise UsageError(f"cannot empty {cache.folder}: {problem.strerror}", hint) from problem
 
 
-def _forget_tuned(text: str) -> list[dict]:
-    """Deletes the tuned settings and recipes that a text names; their facts."""
-    from evoprune.session.saved import matching, recipes, tuned
-
-    named, forgotten = {fingerprint for fingerprint, _ in matching(text, recipes.every())}, []
-    for shelf in (tuned, recipes):
-        found = [(fingerprint, kept) for fingerprint, kept in shelf.every() if fingerprint in named]
-        for fingerprint, _ in found:
-            shelf.remove(fingerprint)
-        forgotten += shelf.facts(found)
-    return forgotten
-
-
 def _about_video(asked: Request) -> Iterator[dict]:
     """What a video holds, what a scan finds, what a model would look at, and an overlay: each as soon as it is known."""
     if asked.clear_cache:
         raise UsageError("--clear-cache is not about a video", "evoprune inspect --clear-cache")
-    if asked.forget_tuned is not None:
-        raise UsageError("--forget-tuned is not about a video", "evoprune inspect --forget-tuned NAME")
     from evoprune.video.probe import probe
     from evoprune.video.source import local_file
 
@@ -207,10 +184,10 @@ def _draw_overlay(file: str, path: str, video: str, options: PipelineOptions) ->
         prepare()
         from evoprune.overlay.fates import trace
         from evoprune.overlay.overlay import overlay_file
-        from evoprune.video_qa import VideoQA
+        from evoprune.video_qa import load_qa
 
         show("loading model")
-        engine = VideoQA.load(loading=options.model, pruning=options.pruning).engine
+        engine = load_qa(options.model, options.pruning).engine
         show("reading video")
         traced = trace(engine, path, options.sampling, video, encoding(show))
         show("drawing")
@@ -270,28 +247,10 @@ def _preset_lines(title: str, presets: dict[str, dict]) -> list[str]:
     return made
 
 
-def _tuned_lines(title: str, settings: list[dict]) -> list[str]:
-    """Two lines for each tuned setting or recipe: what it is of, and what it is. Fingerprints are cut; the beginning names them."""
-    made = [title if settings else f"{title:<{TITLE}}none"]
-    for setting in settings:
-        made.append(f"  {setting['fingerprint'][:12]}  {setting['model'] or 'unknown'}")
-        if setting["damaged"]:
-            made += _folded("    ", setting["damaged"], TITLE)
-            continue
-        if "method" not in setting:
-            asked = f"{counted(setting['questions'], 'question')} about {counted(setting['videos'], 'video')}"
-            made += _folded("    ", f"recipe of operations from {asked}, {setting['created_utc'][:10]}", TITLE)
-            continue
-        measured = f"agreement {100 * setting['agreement']:.1f}% (at least {100 * setting['low']:.1f}%)"
-        what = f"{setting['method']} -b {setting['budget']:g}, {measured}, {setting['created_utc'][:10]}"
-        made += _folded("    ", what, TITLE)
-    return made
-
-
 BLOCKS: dict[str, Callable[[str, Any], list[str]]] = {  # facts of several lines
-    "overlay": _overlay_lines, "presets": _preset_lines,
-    "tuned": _tuned_lines, "recipes": _tuned_lines, "forgotten": _tuned_lines,
-}  # fmt: skip
+    "overlay": _overlay_lines,
+    "presets": _preset_lines,
+}
 
 
 def _times(value: list[float]) -> str:

@@ -125,7 +125,7 @@ def _run(request: Request, source: LiveSource, options: PipelineOptions) -> int:
 
         sampling, system = options.sampling, options.generation.system
         limits = {"fps": sampling.fps, "max_visual_tokens": sampling.max_visual_tokens}
-        stream = qa.stream(options=options.stream, system=system, name=source.name, **limits)
+        stream = qa.stream(system=system, name=source.name, **limits, **vars(options.stream))
         with LiveFeed(stream, source, options.stream.window_s) as feed:
             session = _Session(request, talk, stream, feed, qa.engine.loaded.device)
             with progress(not request.quiet) as show:

@@ -46,19 +46,18 @@ def load(options: PipelineOptions, show: Callable[..., None], quiet: bool) -> "V
     """The model of `ask` and `watch`. `show`: of `terminal.progress`."""
     prepare()
     with without_collections():
-        from evoprune.video_qa import VideoQA
+        from evoprune.video_qa import load_qa
 
     show("loading model")
-    qa = VideoQA.load(loading=options.model, pruning=options.pruning, progress=partial(show, "quantizing"))
+    qa = load_qa(options.model, options.pruning, progress=partial(show, "quantizing"))
     note_model(qa.engine, options.generation, quiet)
     return qa
 
 
 def note_model(engine: "Engine", generation: GenerationOptions, quiet: bool) -> None:
-    """Says on stderr what a model's files ask for and is not done, what would make it faster, or show what pruning changes."""
+    """Says on stderr what a model's files ask for and is not done, what would make it faster."""
     if not quiet:
         note_draws(engine.loaded.generation, generation)
-        note_tuning(engine)
         note_bits(engine)
 
 
@@ -73,20 +72,6 @@ def note_draws(files: "GenerationSettings", asked: GenerationOptions) -> None:
         f"--{name.replace('_', '-')} {value:g}" for name, value in wanted.items() if value != getattr(asked, name)
     )
     tell(f"note: the model's generation_config.json has tokens drawn otherwise than here; as it says: {flags}")
-
-
-def note_tuning(engine: "Engine") -> None:
-    """Says once for a model, on stderr, that what pruning changes in its answers can be measured, unless it was."""
-    loaded = engine.loaded
-    real = loaded.fingerprint is not None and loaded.load_format != "dummy" and not loaded.is_demo
-    if not real or engine.tuned or not engine.method.acts_at(engine.share):
-        return
-    from evoprune.session.saved import never_tuned
-
-    if never_tuned(loaded.fingerprint, lambda: loaded.weights_fingerprint):
-        tell(
-            f"note: this model was never tuned: evoprune tune VIDEO... -m {loaded.id} shows what pruning changes in its answers"
-        )
 
 
 def note_bits(engine: "Engine") -> None:

@@ -73,7 +73,7 @@ SHORT_HELP = {
     live: "question every questions pace window_s memory_s model budget fps json quiet",
     evaluate: "data limit budget method blind model output resume chart json quiet",
     tune: "questions agree time_limit budget method model output chart json quiet",
-    inspect: "overlay scan clear_cache forget_tuned model budget fps frames start_s end_s json",
+    inspect: "overlay scan clear_cache model budget fps frames start_s end_s json",
     profile: "budget method frames size model time_limit form output chart quiet",
     verify: "quick time_limit model output json quiet",
     methods: "json",

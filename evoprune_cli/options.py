@@ -11,8 +11,8 @@ import typer
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.keywords import OPTION, Option
-from evoprune.methods.budget import PRESETS, TUNED, parse_budget, parse_budget_or_name
-from evoprune.session.options import PipelineOptions, check_tuned
+from evoprune.methods.budget import PRESETS, parse_budget, parse_budget_or_name
+from evoprune.session.options import PipelineOptions
 from evoprune_cli import completion
 from evoprune_cli.help_format import HelpAll
 
@@ -135,7 +135,7 @@ Budgets = option(
     SWEEP,
     list[str] | None,
     "-b --budget",
-    "Shares of visual tokens kept, or presets; only in eval auto, auto:inflection, tuned; "
+    "Shares of visual tokens kept, or presets; only in eval auto, auto:inflection; "
     f"default: {','.join(list(PRESETS)[1:])}. Full is always there.",
     envvar="EVOPRUNE_BUDGET",
     **completion.BUDGETS,
@@ -184,16 +184,10 @@ def listed(texts: list[str] | None) -> list[str]:
 def sweep(budgets: list[str] | None, names: list[str] | None, args: dict[str, str], *, named: bool = False) -> dict:
     """What `profile` and `eval` go through: `budgets`, `methods` and `method_args`, each budget and method once.
 
-    `named`: whether budgets of "auto", "auto:inflection" and "tuned" are allowed; "tuned", alone, holds the method too.
-
-    Raises UsageError: a bad budget, no such method, or settings beside a budget of "tuned" alone.
+    `named`: whether budgets of "auto" and "auto:inflection" are allowed. Raises UsageError: a bad budget, or no such method.
     """
     wanted = tuple(dict.fromkeys(listed(names) or [methods.DEFAULT]))
     for name in wanted:
         methods.check(name)
-    texts = listed(budgets) or list(PRESETS)[1:]
-    if named and set(texts) == {TUNED}:
-        for name in wanted:
-            check_tuned(TUNED, name, args)
-    shares = map(parse_budget_or_name if named else parse_budget, texts)
+    shares = map(parse_budget_or_name if named else parse_budget, listed(budgets) or list(PRESETS)[1:])
     return {"budgets": tuple(dict.fromkeys(shares)), "methods": wanted, "method_args": args}

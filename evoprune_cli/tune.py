@@ -17,7 +17,7 @@ from evoprune_cli import options as opt
 from evoprune_cli.loading import prepare
 from evoprune_cli.options import flag, own
 from evoprune_cli.results import SOME_FAILED, check_chart, check_writable, rescuing, show, write
-from evoprune_cli.terminal import check_output, failure, note, progress
+from evoprune_cli.terminal import check_output, note, progress
 
 AGREE = 0.98
 ASKED = "What is asked"  # the title of a panel
@@ -51,7 +51,6 @@ class Request:
     )
     operations: bool = flag("--operations", "Find the recipe of the method operations for this model instead.")
     options: opt.MakeOptions
-    no_save: bool = flag("--no-save", "Do not save the recommendation, which -b tuned uses.")
     output: str | None = own("-o --output FILE.json", "Also write the results there, as JSON.")
     chart: str | None = own("--chart FILE.svg", "Draw agreement against the time to the first token.")
     json: opt.JsonResults = False
@@ -63,28 +62,30 @@ class Request:
     PruneOptions,
     SamplingOptions,
     without=("load_format", "budget", "method", "method_args", "decoder", "subtitles", "max_subtitle_tokens"),
-    panels={"questions": ASKED, "time_limit": opt.SWEEP, "no_save": "Output"},
+    panels={"questions": ASKED, "time_limit": opt.SWEEP, "output": "Output"},
 )
 def tune(asked: Request) -> int:
     """Find the fastest setting that keeps this model's answers.
 
     No labels are needed. The unpruned model answers first. Every setting reads these answers, and is judged by the tokens at which
-    it would have chosen as the unpruned model did, and by the time to the first token. The fastest one that passes is saved for
-    this model; -b tuned uses it. Exit code 6: done, but some videos failed, or no setting is sure to pass.
+    it would have chosen as the unpruned model did, and by the time to the first token. The last line is the two options of the
+    fastest one that passes: -b and --method. Exit code 6: done, but some videos failed, or no setting is sure to pass.
 
     With --operations it finds the recipe of the method operations instead: in which order a model's layers can leave out operations
-    on visual tokens.
+    on visual tokens. The file of -o is that recipe: --method operations:recipe=FILE.json.
 
     \b
     evoprune tune *.mp4 -m Qwen/Qwen2.5-VL-3B-Instruct
     evoprune tune *.mp4 -Q "What does the sign say?" --agree 0.95 -m DIR
     evoprune tune *.mp4 -m DIR --time-limit 1800 --chart tune.svg
-    evoprune tune *.mp4 -m DIR --operations
+    evoprune tune *.mp4 -m DIR --operations -o recipe.json
     """
     check_output()
     if asked.operations and (asked.method or asked.chart or asked.agree != AGREE):
         hint = "leave out --agree, --method and --chart; the budget is chosen when the recipe is used"
         raise UsageError("--operations finds an order for all budgets", hint)
+    if asked.operations and not (asked.output or asked.json):
+        raise UsageError("--operations finds a recipe, and no file is named for it", "-o recipe.json")
     read = [*asked.videos, asked.question_file or ""]
     check_chart(asked.chart, inputs=read)
     check_writable(asked.output, inputs=read)
@@ -147,19 +148,10 @@ def _questions(texts: list[str] | None, file: str | None) -> tuple[str, ...] | N
 
 
 def _deliver(tuning, error: dict[str, Any] | None, asked: Request) -> dict[str, Any]:
-    """Saves, prints, writes and draws the results; returns them. `error`: what cut the run short."""
+    """Prints, writes and draws the results; returns them. `error`: what cut the run short."""
     from evoprune_cli.tune_tables import draw_chart, operations_table, table
 
-    document, unsaved = {"schema": tuning.schema} | tuning.document(error) | {"saved": None}, None
-    if not asked.no_save and error is None and tuning.worth_saving:
-        try:
-            document["saved"] = str(tuning.save())
-        except UsageError as problem:  # what was measured is printed first
-            unsaved, document["error"] = problem, failure(problem)
-    document = rounded(document)
+    document = rounded({"schema": tuning.schema} | tuning.document(error))
     show(document, operations_table if "steps" in document else table, asked.json)
     write(document, asked.output, asked.chart, draw_chart)
-    if unsaved:
-        unsaved.reported = True
-        raise unsaved
     return document

@@ -71,14 +71,14 @@ def operations_table(document: dict, width: int = 80) -> str:
     lines += failures(document)
     if document["error"]:
         lines += textwrap.wrap(f"{document['error']['message']}: not everything was measured", width)
-    if document["saved"]:
-        lines += ["", "saved for this model: --method operations uses it"]
+    if document["complete"]:
+        lines += ["", "the file of -o is the recipe: --method operations:recipe=FILE"]
     return "\n".join(lines) + "\n"
 
 
 def table(document: dict, width: int = 80) -> str:
     """The results, no line longer than `width` if that is possible."""
-    settings, lines = document["settings"], _heading(document, width)
+    lines = _heading(document, width)
     said = [_verdict(document)]
     if document["rows"]:
         cells = {title: cell for title, (cell, _) in COLUMNS.items()}
@@ -92,8 +92,8 @@ def table(document: dict, width: int = 80) -> str:
     if document["error"]:
         said.append(f"{document['error']['message']}: not everything was tried")
     lines += folded(said, width, break_on_hyphens=False)
-    if document["saved"]:
-        lines += ["", f"saved for this model: -b tuned uses it, with at least {100 * settings['agree']:g}% agreeing"]
+    if options := document["options"]:
+        lines += ["", f"-b {options['budget']:g} --method {options['method']}"]
     return "\n".join(lines) + "\n"
 
 
@@ -107,7 +107,7 @@ def _verdict(document: dict) -> str:
         return "nothing was tried: too little time"
     row = rows[document["best"]]
     best = f"the best is {row['name']}: at least {100 * row['low']:.1f}%"
-    return f"no setting is sure to agree at {goal} of the tokens, so nothing is saved; {best}"
+    return f"no setting is sure to agree at {goal} of the tokens; {best}"
 
 
 def draw_chart(document: dict) -> str:

@@ -55,7 +55,7 @@ def verify(asked: Request) -> int:
     with rescue, progress(not asked.quiet) as tell:
         tell("loading libraries")
         prepare()
-        from evoprune.bench.profiling.time_limit import TimeLimit
+        from evoprune.bench.profiling.settings import TimeLimit
         from evoprune.bench.profiling.verify.run import subject_of
         from evoprune.bench.profiling.verify.run import verify as run
         from evoprune.session.loading.model import load_model

@@ -3,8 +3,6 @@
 All variants run in one evaluation, whose folder is OUT. An existing run is resumed. Each ablation has a table: accuracy at each
 budget, and the paired difference to the first row, which is the method with its defaults. Variants are compared on the split
 "validation"; a winner is reported once on seeds that were never used (`--split heldout --seed N`).
-
-results/ablations.md also has ablations of settings that are gone, because they brought nothing.
 """
 
 import argparse

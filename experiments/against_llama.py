@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from evoprune.bench.profiling import synthetic
-from evoprune.session.options import PruneOptions
 from evoprune.video_qa import VideoQA
 
 SIDE = Path(__file__).with_name("against_llama_side.py")
@@ -89,7 +88,7 @@ def main() -> None:
         for number in range(args.rounds + 1):
             found = {f"llama.cpp {other.version} Q8_0": other.answer(folder / "frames.raw", clip.shape, args.new)}
             for budget in map(float, args.budgets.split(",")):
-                pruned = VideoQA(qa.loaded, pruning=PruneOptions(budget))
+                pruned = VideoQA(qa.loaded, budget=budget)
                 found[f"evoprune -b {budget:g} int8"] = ours(pruned, folder / "frames", args.new)
             for row, values in found.items():
                 if number:

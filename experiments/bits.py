@@ -21,7 +21,7 @@ from evoprune.bench.evaluation.grading import grade
 from evoprune.bench.evaluation.processes import map_in_processes
 from evoprune.bench.tuning.agreement import agreement, reference
 from evoprune.session.loading.model import load_model
-from evoprune.session.options import ModelOptions, PruneOptions
+from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
 from experiments.demo.write import ClipName, clips_asked, demo_video
 from experiments.paired import in_points, paired_difference
@@ -41,9 +41,7 @@ def lines_of(loaded: list, folder: Path, clip: ClipName) -> list[dict]:
     made = []
     with demo_video(clip, folder) as video:
         for budget in BUDGETS if video.rows else ():
-            exact, bits = (
-                VideoQA(each, pruning=PruneOptions(budget, seed=clip.seed)).encode(video.path) for each in loaded
-            )
+            exact, bits = (VideoQA(each, budget=budget, seed=clip.seed).encode(video.path) for each in loaded)
             answers = []
             for row in video.rows:
                 said = exact.ask(row.prompt, max_new_tokens=TOKENS)

@@ -44,9 +44,9 @@ MEASURED = ("model", "first token", "total", "memory", " " * 11)  # how lines be
 def run(*arguments: str) -> tuple[str, str]:
     """What `evoprune` writes to stdout and stderr, with folders of its own for what it keeps."""
     with tempfile.TemporaryDirectory() as kept:
-        own = {"EVOPRUNE_CONFIG_DIR": kept, "EVOPRUNE_CACHE_DIR": kept}
+        own = os.environ | {"EVOPRUNE_CACHE_DIR": kept}
         command = [sys.executable, "-m", "evoprune_cli", *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, check=False)  # noqa: S603
+        done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)  # noqa: S603
     if not done.stdout:
         raise SystemExit(f"{shlex.join(arguments)}: {done.stderr}")
     return done.stdout, done.stderr

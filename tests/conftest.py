@@ -2,7 +2,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,11 +15,6 @@ import torch
 
 from tests.process_state import differences, process_state
 from tests.tiny import save_tiny
-
-# No test reads or writes the settings of whoever runs it, nor does a process that a test starts. Set before modules copy the
-# environment, some of them without the variables of evoprune.
-SETTINGS = tempfile.TemporaryDirectory(prefix="evoprune-settings-")
-os.environ |= {"XDG_CONFIG_HOME": SETTINGS.name, "EVOPRUNE_CONFIG_DIR": os.path.join(SETTINGS.name, "evoprune")}
 
 # A shell starts what runs in the background, or under nohup, with signals ignored; so would be every process that a test starts.
 for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
@@ -77,21 +71,10 @@ def the_process_stays_as_it_was():
     assert not changed, "\n".join(changed)
 
 
-@pytest.fixture
-def config(tmp_path, monkeypatch) -> Path:
-    """The folder of settings, a new one; not made yet."""
-    monkeypatch.setenv("EVOPRUNE_CONFIG_DIR", str(tmp_path / "config"))
-    return tmp_path / "config"
-
-
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
-    """A tiny model's folder, not to be touched. The model has a recipe of operations."""
-    from tests.recipes import keep_recipe
-
-    folder = save_tiny(tmp_path_factory.mktemp("tiny") / "model")
-    keep_recipe(folder)
-    return folder
+    """A tiny model's folder, not to be touched."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture

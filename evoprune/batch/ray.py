@@ -112,8 +112,7 @@ class Worker:
         self._settings, self._tries, self._cache, self._broken = settings, tries, None, None
         try:
             _enter(folder)  # names of videos and models are relative to it
-            self._settings = settings.resolved()
-            self._qa = self._settings.load()
+            self._qa = settings.load()
         except EvopruneError as problem:  # if it were raised here, Ray would try again
             self._broken = error_record(problem)
         if cache:

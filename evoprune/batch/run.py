@@ -82,7 +82,7 @@ def _encoded(inputs: OpenInputs | Exception) -> EncodedInputs:
 
 
 def _answered(encoded: EncodedInputs, row: Row, settings: Settings) -> Report:
-    answer = encoded.ask(row.prompt, options=row.generation(settings.generation))
+    answer = encoded.ask(row.prompt, **vars(row.generation(settings.generation)))
     str(answer)  # generates it
     return answer.report
 

@@ -7,9 +7,8 @@ operation after the other goes. The top layer computes queries and MLP of no vis
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +22,10 @@ from evoprune.contrib.operations import KEY, PLACE, Operations
 from evoprune.errors import UsageError
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.language_plan import ALL, REST, LanguagePlan, Operation, layers_before
-from evoprune.methods.operation_plans import Recipe, Removed, closed
+from evoprune.methods.operation_plans import SCHEMA, Recipe, Removed, closed
 from evoprune.model.config import head_size
 from evoprune.session.engine import make_engine
 from evoprune.session.options import PruneOptions
-from evoprune.session.saved import KeptRecipe, recipes
 from evoprune.text import counted
 
 STEP = 0.3 / 15  # of the loss with everything removed
@@ -124,7 +122,7 @@ def search(
 class _Trial(Operations):
     """Without some operations, whatever the budget."""
 
-    removed: Removed = field(default=frozenset(), metadata={"report": sorted})
+    removed: Removed = frozenset()
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return self.recipe.plan(tokens, self.removed)
@@ -133,7 +131,7 @@ class _Trial(Operations):
 class OperationTuning(Run):
     """Finds a recipe; of the settings `agree` and `methods` are not read. `found` is the order so far, if `complete` all of it."""
 
-    schema = "evoprune/tune-operations@1"
+    schema = SCHEMA
 
     def __init__(self, settings: Settings, now: Callable[[], float] = time.perf_counter):
         super().__init__(settings, now)
@@ -153,10 +151,6 @@ class OperationTuning(Run):
     @property
     def has_results(self) -> bool:
         return bool(self.found)
-
-    @property
-    def worth_saving(self) -> bool:
-        return self.complete
 
     def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
         """Answers in full, then searches until the order is complete or the time is over; otherwise as `Tuning.run`."""
@@ -185,20 +179,15 @@ class OperationTuning(Run):
     def recipe(self) -> Recipe:
         return replace(self._blank, steps=tuple(step.operations for step in self.found))
 
-    def save(self) -> Path:
-        """Saves the recipe, where method `operations` finds it; returns its path. Raises UsageError: it cannot be saved."""
-        made, (_, kl, agree) = self.answering.made, map(list, zip(*self.found, strict=True))
-        counts = {"videos": len(made), "tokens": sum(full.tokens for full in made)}
-        kept = KeptRecipe(asdict(self.recipe), kl, agree, **counts, **self.kept_facts())
-        return recipes.save(self.loaded.weights_fingerprint, kept)
-
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """The results so far, for JSON; `error` is what cut the run short."""
+        """The results so far, for JSON, which `Recipe.read` reads if `complete`; `error` is what cut the run short."""
+        facts = {name: value for name, value in asdict(self._blank).items() if name != "steps"} if self._blank else None
         return {
             **self.facts(),
             "measurements": self._measured,
             "complete": self.complete,
             "rows": self._rows() if self.complete else [],
+            "recipe": facts,
             "steps": [step._asdict() for step in self.found],
             "error": error,
         }
@@ -218,4 +207,4 @@ def weights(config) -> tuple[float, float, float]:
     hidden, keys, queries = config.hidden_size, config.num_key_value_heads, config.num_attention_heads
     work = 2 * hidden * head_size(config) * keys, 2 * hidden * head_size(config) * queries
     work += (3 * hidden * config.intermediate_size,)
-    return tuple(each / sum(work) for each in work)
+    return tuple(round(each / sum(work), 6) for each in work)  # as files have them

@@ -10,8 +10,8 @@ pruned. Flash and flex attention take no mask of numbers, so under them every to
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial, wraps
+from dataclasses import dataclass
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
@@ -25,20 +25,18 @@ from evoprune.hf.encoding import encode_with, patch_method
 from evoprune.hf.inputs import PAST, Past, continued, find_visuals, remember, why_not, without_pruned
 from evoprune.hf.packed_tower import INT8, PackedTower
 from evoprune.hf.patches import INNER, Patches, end_of
-from evoprune.keywords import brief, check_types, documented, names_options, option
-from evoprune.methods.budget import DEFAULT, TUNED, parse_budget
+from evoprune.keywords import brief, check_known, check_types, from_keywords
+from evoprune.methods.budget import DEFAULT, parse_budget
 from evoprune.model.cost import Clock
 from evoprune.report.records import Report
-from evoprune.session.loading.weights import model_fingerprint
-from evoprune.session.options import PruneOptions, check_tuned
-from evoprune.session.saved import Tuned, resolve
 
 METHODS = ("generate", "forward")  # of the model, that are replaced
 SWITCH = "this object only says how long the model prunes"
 
 
 def _settings_alone(init: Callable) -> Callable:
-    """Decorates `PruningContext.__init__`: a model among the settings is an error that says where it belongs."""
+    """Decorates `PruningContext.__init__`: a model among the settings is an error that says where it belongs, and an unknown
+    setting one that names those that exist."""
 
     @wraps(init)
     def checked(self, *args, **given) -> None:
@@ -46,6 +44,7 @@ def _settings_alone(init: Callable) -> Callable:
             if isinstance(model, torch.nn.Module):
                 hint = "first the settings, then the model: EvoPrune(budget=0.1)(model)"
                 raise UsageError(f"an object of class {type(model).__name__} is no setting", hint)
+        check_known(given, PruningContext)
         init(self, *args, **given)
 
     return checked
@@ -57,41 +56,34 @@ class PruningContext:
 
     Users reach it as `evoprune.EvoPrune`.
 
+    Args:
+        budget: share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset.
+        method, method_args: name of a pruning method, and its settings by name.
+        positions: host gives each token the position that the model itself gives it, so that budget 1.0 is the model's own output;
+            qwen starts the text after a video at the end of the video's time, as Qwen trained its models (`language.prompt`).
+        seed: of methods that draw at random.
+        pack: on a CPU, copies of the tower's linear layers in the order in which products read them make videos faster to encode
+            (`huggingface.packed_tower`). They last as long as the context and take as many bytes again as the layers themselves:
+            1.2 GiB at 3B in bfloat16. int8: copies in 8 bits, twice as fast as float32 and less exact, 0.6 GiB. The model itself
+            does not change.
+        pictures: prune pictures too, each to the same share of its tokens. Otherwise they stay whole.
+
     Raises:
-        UsageError: a bad budget, method or `positions`, or a method that resizes frames or reads the question; called with a
-            model and a budget of "tuned": there is no setting for it.
+        UsageError: a bad budget, method or `positions`, or a method that resizes frames or reads the question.
         TypeError: an unknown option.
     """
 
-    budget: float | str = option(
-        DEFAULT,
-        "Share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset; or tuned, for the method "
-        "and the budget that were tuned for the model's weights (`evoprune tune`).",
-    )
-    method: str = option(methods.DEFAULT, "Name of a pruning method.")
-    method_args: dict[str, Any] | None = option(None, "Settings of the method, by name.")
-    positions: Literal["host", "qwen"] = option(
-        "host",
-        "host gives each token the position that the model itself gives it, so that budget 1.0 is the model's own output; qwen "
-        "starts the text after a video at the end of the video's time, as Qwen trained its models (`language.prompt`).",
-    )
-    seed: int = option(0, "Seed of methods that draw at random.")
-    pack: bool | Literal["int8"] = option(
-        False,
-        "On a CPU, copies of the tower's linear layers in the order in which products read them make videos faster to encode "
-        "(`huggingface.packed_tower`). They last as long as the context and take as many bytes again as the layers themselves: 1.2 "
-        "GiB at 3B in bfloat16. int8: copies in 8 bits, twice as fast as float32 and less exact, 0.6 GiB. The model itself does "
-        "not change.",
-    )
-    pictures: bool = option(
-        False, "Prune pictures too, each to the same share of its tokens. Otherwise they stay whole."
-    )
+    budget: float | str = DEFAULT
+    method: str = methods.DEFAULT
+    method_args: dict[str, Any] | None = None
+    positions: Literal["host", "qwen"] = "host"
+    seed: int = 0
+    pack: bool | Literal["int8"] = False
+    pictures: bool = False
 
     def __post_init__(self):
-        if self.budget != TUNED:
-            parse_budget(self.budget)
+        parse_budget(self.budget)
         check_types(self)
-        check_tuned(self.budget, self.method, self.method_args)
         patch_method(self.method, self.method_args)
         if self.positions not in ("host", "qwen"):
             raise UsageError(f"positions {self.positions!r} are not known", "host or qwen")
@@ -111,22 +103,23 @@ class PruningContext:
         """Needed for a with-block to call `__enter__`."""
 
 
-PruningContext.__init__ = _settings_alone(names_options(PruningContext.__init__))  # written by `dataclass`
-PruningContext.__doc__ = documented(PruningContext.__doc__, [PruningContext])
+PruningContext.__init__ = _settings_alone(PruningContext.__init__)  # written by `dataclass`
 # What users call it, in a help page, its repr and a traceback. A method has the name EvoPrune as well.
 PruningContext.__module__, PruningContext.__name__, PruningContext.__qualname__ = "evoprune", "EvoPrune", "EvoPrune"
 
 
-@names_options
-def apply(model, *, settings: PruningContext) -> "PrunedModel":
+def apply(model, **settings) -> "PrunedModel":
     """Prunes inside `model` from now on, until `remove()` of the result or `evoprune.remove(model)` is called.
+
+    `settings`: as of `EvoPrune`.
 
     Raises:
         ModelError: not a model of a supported class (`interface.MODELS`).
         UsageError: bad settings, the model is pruned already, or its tower cannot be packed.
         TypeError: an unknown option.
     """
-    return settings(model).__enter__()
+    (made,) = from_keywords(settings, PruningContext)
+    return made(model).__enter__()
 
 
 def remove(model) -> None:
@@ -156,19 +149,12 @@ class PrunedModel:
     too: `inputs_embeds` beside a video, videos that are encoded already, packed sequences, gradients of the tower, and arguments
     with a value per column that neither the processor makes nor are labels. With nothing to prune and `positions="host"`, the
     model's own code runs such calls. Hooks on modules of the tower see nothing, or the rows of this package; a warning names them.
-
-    `settings` have plain values in the place of a budget of "tuned".
     """
 
     def __init__(self, model, settings: PruningContext):
         interface.check_class(model)
         interface.tower_of(model)
         interface.accept_features(model)
-        self._tuned: Tuned | None = None
-        if settings.budget == TUNED:
-            name, weights = model.name_or_path or None, partial(model_fingerprint, model)
-            pruning, self._tuned = resolve(PruneOptions(TUNED), name, weights)
-            settings = replace(settings, budget=pruning.budget, method=pruning.method)
         self.model, self.settings, self._packed = model, settings, None
         self._method = patch_method(settings.method, settings.method_args)
         self._share = parse_budget(settings.budget)
@@ -312,7 +298,6 @@ class PrunedModel:
         named = (settings.method, self._method, self._share, settings.positions)
         report = call_report(self.model, call, pruned, visuals, encoded, *named)
         report.memory.weights_bytes += packed.nbytes if packed else 0
-        report.pruning.tuned = self._tuned.origin if self._tuned else None
         report.time_ms.encode = clock.seconds["encode"] * 1000
         report.time_ms.encode_prune = encoded.prune_seconds * 1000
         self._latest.set(report, past.columns)

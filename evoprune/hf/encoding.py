@@ -10,7 +10,6 @@ import torch
 from evoprune import methods
 from evoprune.errors import UsageError, names_plugins
 from evoprune.hf import interface
-from evoprune.keywords import names_options
 from evoprune.methods.budget import DEFAULT, keep_tokens, parse_budget
 from evoprune.methods.chain import Pipeline
 from evoprune.model.config import vision_sizes
@@ -25,7 +24,6 @@ PROCESSOR = (
 )
 
 
-@names_options
 def encode(
     model,
     pixel_values_videos: torch.Tensor,

@@ -19,28 +19,21 @@ class GenerationOptions:
         "0 is greedy.",
         "-t",
         "--temperature",
-        python="0 is greedy; above 0 tokens are drawn, from logits divided by it.",
     )
     top_p: float = option(
         1.0,
         "Nucleus sampling.",
-        python="Draw only among the most probable tokens that together reach this probability, in (0, 1].",
     )
     top_k: int = option(
         0,
         "Draw among so many of the most probable tokens; 0: all.",
-        python="Draw only among so many of the most probable tokens, and any as probable as the last of them; 0: among all.",
     )
     repetition_penalty: float | None = option(
         None,
         "Above 1, tokens of prompt and answer are less probable; 1: off; default: what the model's generation_config.json says.",
         metavar="N",
-        python="Above 1, tokens that the prompt or the answer holds become less probable; 1 is off; None for the model's own "
-        "(generation_config.json).",
     )
-    system: str | None = option(
-        None, "A system prompt.", "-s", "--system", metavar="TEXT", python="A system prompt; None for the model's own."
-    )
+    system: str | None = option(None, "A system prompt.", "-s", "--system", metavar="TEXT")
 
     def __post_init__(self):
         check_types(self)

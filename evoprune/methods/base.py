@@ -40,12 +40,12 @@ class Method:
 
     @property
     def args(self) -> dict[str, Any]:
-        """The settings by name, as reports show them: a field with a `report` in its metadata as that makes it."""
+        """The settings by name, as reports show them."""
 
         def plain(value: Any) -> Any:  # JSON has no infinite number
             return str(value) if isinstance(value, float) and not isfinite(value) else value
 
-        return {f.name: f.metadata.get("report", plain)(getattr(self, f.name)) for f in fields(self)}
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
 
 def not_automatic(name: str) -> UsageError:

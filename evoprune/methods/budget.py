@@ -53,12 +53,6 @@ DEFAULT = "balanced"
 AUTO, AUTO_LEAST, AUTO_MOST = "auto", 0.05, 0.5
 AUTO_INFLECTION = "auto:inflection"  # from the curve of a method's scores (methods/selecting.py)
 AUTOS = (AUTO, AUTO_INFLECTION)
-TUNED = "tuned"  # the budget and the method that were tuned for the model (session/saved.py)
-# Where the two work, for hints.
-ELSEWHERE = {
-    **{name: f"{name} works with VideoQA, and with commands that ask or evaluate" for name in AUTOS},
-    TUNED: "tuned works with models, and with commands that ask or evaluate; evoprune inspect shows its budget and method",
-}
 
 
 def parse_budget(text: str | float, names: Sequence[str] = ()) -> float | str:
@@ -75,8 +69,8 @@ def parse_budget(text: str | float, names: Sequence[str] = ()) -> float | str:
 
 
 def parse_budget_or_name(text: str | float) -> float | str:
-    """As `parse_budget`, but returns "auto", "auto:inflection" and "tuned" unchanged."""
-    return parse_budget(text, (*AUTOS, TUNED))
+    """As `parse_budget`, but returns "auto" and "auto:inflection" unchanged."""
+    return parse_budget(text, AUTOS)
 
 
 def _number(text: str | float) -> float:
@@ -87,8 +81,8 @@ def _number(text: str | float) -> float:
 
 
 def _refused(text: str | float, names: Sequence[str]) -> UsageError:
-    if isinstance(text, str) and text in ELSEWHERE and text not in names:
-        hint = f"give a share of tokens such as 0.25; {ELSEWHERE[text]}"
+    if text in AUTOS and text not in names:
+        hint = f"give a share of tokens such as 0.25; {text} works with VideoQA, and with commands that ask or evaluate"
         return UsageError(f"budget {text!r} does not work here", hint)
     percent, also = _number(text), f", or {', '.join(names[:-1])} or {names[-1]}" if names else ""
     meant = f"did you mean {percent / 100:g} (or {percent:g}%)? " if 1 < percent <= 100 else ""

@@ -8,11 +8,17 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain, product
+from pathlib import Path
+from typing import Self
 
+from evoprune.errors import UsageError
 from evoprune.methods.budget import keep_count
 from evoprune.methods.language_plan import ALL, KINDS, REST, Drop, Groups, LanguagePlan, Operation
+from evoprune.model.rules import read_object
 
 Removed = frozenset[Operation]
+SCHEMA = "evoprune/tune-operations@1"  # of the file that `evoprune tune VIDEO... --operations -o FILE` writes
+AGAIN = "evoprune tune VIDEO... --operations -o FILE.json finds one"
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,21 @@ class Recipe:
             raise ValueError(f"weights must be {len(KINDS)} numbers above 0")
         if wrong := [each for each in chain(*self.steps) if tuple(each) not in self._every]:
             raise ValueError(f"there is no operation {[*wrong[0]]}")
+
+    @classmethod
+    def read(cls, file: str) -> Self:
+        """The recipe that a run of `tune --operations` has written. Raises UsageError: there is none in this file."""
+        try:
+            content = read_object(Path(file))
+            if content.get("schema") != SCHEMA or not content.get("complete"):
+                raise ValueError(f"it is no complete result of {SCHEMA}")
+            steps = tuple(tuple(tuple(each) for each in step["operations"]) for step in content["steps"])
+            facts = content["recipe"]
+            return cls(**facts | {"weights": tuple(facts["weights"])}, steps=steps)
+        except OSError as problem:
+            raise UsageError(f"cannot read the recipe {file}: {problem.strerror}", AGAIN) from problem
+        except (ValueError, KeyError, TypeError) as problem:
+            raise UsageError(f"{file} holds no recipe of operations: {problem}", AGAIN) from problem
 
     @property
     def _every(self) -> list[Operation]:

@@ -43,14 +43,9 @@ def _worded(low: float, high: float, interval: str) -> str:
     return f"from {low:g} to {high:g}" if ends else f"{above} {low:g} and {below} {high:g}"
 
 
-def setting_fields(method: type) -> list[Field]:
-    """The fields that users set: all except those that belong to a model."""
-    return [f for f in fields(method) if not f.metadata]
-
-
 def from_args(method: type, args: dict[str, Any]) -> Any:
     """A method with settings as texts; other values count as their texts. Raises UsageError: no such setting, or a wrong value."""
-    known, values = {f.name: f for f in setting_fields(method)}, {}
+    known, values = {f.name: f for f in fields(method)}, {}
     for name, text in args.items():
         if name not in known:
             raise UsageError(f"method {method.name} has no argument {name!r}", settings_hint(method))
@@ -66,17 +61,22 @@ def from_args(method: type, args: dict[str, Any]) -> Any:
 
 def settings_hint(method: type, name: str | None = None) -> str:
     """A hint that lists the settings, or that shows how the one called `name` is given."""
-    known = {f.name: f"{f.name}={f.default}" for f in setting_fields(method)}
+    known = {f.name: f"{f.name}={f.default}" for f in fields(method)}
     if name in known:
         return f"a setting has a value: {method.name}:{known[name]}"
     return f"its arguments and defaults: {', '.join(known.values()) or 'none'}"
 
 
 def _parsed(method: type, setting: Field, text: str) -> Any:
-    """The value of a setting given as text, in the type of its default; of one without, in its first type."""
+    """The value of a setting given as text, in the type of its default; of one without, in its first type.
+
+    A type with a function `read` is read from the file that the text names.
+    """
     if setting.default is None and text == "None":
         return None
     number = type(setting.default) if setting.default is not None else get_args(setting.type)[0]
+    if hasattr(number, "read"):
+        return number.read(text)
     try:
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()] if number is bool else number(text)
     except (KeyError, ValueError):

@@ -67,7 +67,6 @@ class Pruning:
     layers: list[list[int]] | None = None
     kept_per_pair: list[int] | None = None
     positions: str | None = None
-    tuned: dict[str, Any] | None = None
     language_layers: list[list[int]] | None = None
     language_work: list[list[int]] | None = None
 

@@ -97,7 +97,6 @@ def _heading(report, width: int) -> list[str]:
     lines += [_input_line(each, width) for each in report.inputs or [report] if each.video.path]
     if pruning.method:
         budget = "" if pruning.method == "none" else f" -b {budget_text(pruning.budget)}"
-        budget += f", tuned {pruning.tuned['created_utc'][:10]}" if pruning.tuned else ""
         lines.append(f"{'pruning':<11}{pruning.method}{budget}: {_kept(pruning)}")
     return lines
 

@@ -16,7 +16,7 @@ import torch
 
 from evoprune.bundled import unknown_words
 from evoprune.errors import UsageError, error_record, names_plugins
-from evoprune.keywords import check_type, names_options
+from evoprune.keywords import check_type, from_keywords
 from evoprune.language.generate import PrefillState, TokenStream, along, embed_ids, stream_text
 from evoprune.model.cost import Clock
 from evoprune.report.records import Report, TokenCounts
@@ -151,24 +151,28 @@ class Askable(ABC, Uncopied):
     def _ended(self, turn: int) -> None:
         """Called once the answer of that number is complete, was closed or failed."""
 
-    @names_options
-    def ask(self, question: str, *, options: GenerationOptions, seed: int | None = None) -> Answer:
+    def ask(self, question: str, *, seed: int | None = None, **options) -> Answer:
         """Asks a question. The first answer's report includes the times of the inputs, later ones do not.
 
         Args:
             question: taken literally.
             seed: of the draw of tokens; None for that of the `VideoQA`, so that the same question has the same answer.
+            options: `max_new_tokens`, `temperature` (0 is greedy), `top_p`, `top_k` (0: among all), `repetition_penalty` (None for
+                the model's own), `system` (a system prompt; None for the model's own).
 
         Raises UsageError: an option out of range, or a question that is empty or no text. TypeError: an unknown option.
         """
+        (generation,) = from_keywords(options, GenerationOptions)
         check_not_empty(question)
         seed = check_type("seed", seed, int | None)
-        if options.repetition_penalty is None:
-            options = replace(options, repetition_penalty=self._engine.loaded.generation.repetition_penalty or 1.0)
+        if generation.repetition_penalty is None:
+            generation = replace(
+                generation, repetition_penalty=self._engine.loaded.generation.repetition_penalty or 1.0
+            )
         seed = self._engine.seed if seed is None else seed
-        report = self._report_of(question, options, seed)
+        report = self._report_of(question, generation, seed)
         ids: list[int] = []
-        return Answer(report, self._pieces(question, options, seed, report, ids), self._lock, ids)
+        return Answer(report, self._pieces(question, generation, seed, report, ids), self._lock, ids)
 
     def _report_of(self, question: str, options: GenerationOptions, seed: int = 0) -> Report:
         report, fresh = self._blank_report(), Report()

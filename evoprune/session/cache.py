@@ -9,7 +9,6 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,8 +18,7 @@ import evoprune
 from evoprune import methods
 from evoprune.model.rules import loads
 from evoprune.session.engine import Engine
-from evoprune.session.entries import Entries, own_code
-from evoprune.session.saved import folder
+from evoprune.session.entries import Entries, cache_folder, own_code
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 
@@ -33,7 +31,7 @@ OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that an entry need not h
 class Cache(Entries):
     """A folder of encoded videos; several processes may use it at a time."""
 
-    folder: Path = field(default_factory=partial(folder, "cache"))  # default: the one of `evoprune ask --cache`
+    folder: Path = field(default_factory=cache_folder)  # default: the one of `evoprune ask --cache`
     limit_bytes: int = LIMIT_BYTES  # of all entries together; the least recently used are deleted
 
     def key(self, engine: Engine, plan: Plan) -> str | None:

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
+from evoprune.errors import names_plugins
 from evoprune.methods.budget import largest_share, plain
 from evoprune.methods.chain import Pipeline
+from evoprune.model.config import Config
 from evoprune.session.loading.model import LoadedModel
-from evoprune.session.options import PruneOptions
-from evoprune.session.saved import Tuned, for_model
+from evoprune.session.options import PruneOptions, make_method
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,9 @@ class Engine:
     """Made by `make_engine`."""
 
     loaded: LoadedModel
-    options: PruneOptions  # how visual tokens are pruned; never "tuned", but what that means for this model
+    options: PruneOptions  # how visual tokens are pruned
     method: Pipeline
     load_seconds: float | None = None  # how long loading took, for reports; None where that is unknown
-    tuned: Tuned | None = None  # the tuned setting that `options` come from; None if they were given
 
     def __repr__(self) -> str:
         how = f"method {self.options.method!r}, budget {self.reported_budget}, seed {self.seed}"
@@ -51,9 +51,16 @@ class Engine:
 
 
 def make_engine(loaded: LoadedModel, options: PruneOptions, load_seconds: float | None = None) -> Engine:
-    """A loaded model with the method that options name; "tuned" becomes the model's setting. Raises UsageError: as `for_model`."""
-    options, method, tuned = for_model(options, loaded.id, lambda: loaded.weights_fingerprint)
-    return Engine(loaded, options, method, load_seconds, tuned)
+    """A loaded model with the method that options name. Raises UsageError: as `make_method` and `check_fits`."""
+    method = make_method(options)
+    check_fits(method, loaded.model.config)
+    return Engine(loaded, options, method, load_seconds)
+
+
+@names_plugins()
+def check_fits(method: Pipeline, config: Config) -> None:
+    """Raises UsageError: a method that cannot act in this language model, such as one without a recipe for so many layers."""
+    method.language_plan(config.text_config.num_hidden_layers, 64, 1.0)
 
 
 def unpruned(engine: Engine) -> Engine:

@@ -5,6 +5,7 @@ They never fail a run: an entry that cannot be written is skipped.
 
 import hashlib
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,10 +17,29 @@ from typing import BinaryIO
 import evoprune
 from evoprune.errors import UsageError
 from evoprune.keywords import brief, check_type
-from evoprune.session.saved import UNFINISHED, write_file
 
 SUFFIX = ".safetensors"
 HOUR = 3600.0
+UNFINISHED = ".tmp"  # what the names of files end with while they are written
+
+
+def cache_folder() -> Path:
+    """EVOPRUNE_CACHE_DIR, or `evoprune` where this user's caches are."""
+    standard = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "evoprune")
+    return Path(os.path.expanduser(os.environ.get("EVOPRUNE_CACHE_DIR") or standard))
+
+
+def write_file(path: Path, content: Callable[[BinaryIO], None]) -> None:
+    """Writes a file completely or not at all. Raises OSError, and what `content` does."""
+    handle, temporary = tempfile.mkstemp(suffix=UNFINISHED, dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            content(file)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 @cache

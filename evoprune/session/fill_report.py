@@ -125,5 +125,4 @@ def _pruning(engine: Engine, encodings: Sequence[Encoding]) -> Pruning:
         encoder_live_share=sum(each.live_share * len(each.owner) for each in read) / units,
         layers=[[same[0][0], sum(rows for _, rows in same)] for same in layers],
         positions="qwen",
-        tuned=engine.tuned.origin if engine.tuned else None,
     )

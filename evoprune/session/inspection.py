@@ -12,9 +12,8 @@ from evoprune.errors import EvopruneError
 from evoprune.methods.budget import PRESETS, keep_tokens, plain, share_for, share_of
 from evoprune.model.config import kv_bytes
 from evoprune.session.loading.found import DTYPES, FoundModel
-from evoprune.session.options import PruneOptions
+from evoprune.session.options import PruneOptions, make_method
 from evoprune.session.planning import TEXT, encoding_bytes
-from evoprune.session.saved import folder, for_model, recipes, tuned
 from evoprune.video.plan import STILL, Plan
 from evoprune.vision.tower import tower_shape
 
@@ -22,7 +21,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord"
 
 
 def environment_facts(stdout: TextIO) -> dict:
-    """Versions, devices, decoders, methods, caches, tuned settings, environment variables, and the encoding of `stdout`."""
+    """Versions, devices, decoders, methods, caches, environment variables, and the encoding of `stdout`."""
     from huggingface_hub import constants
 
     from evoprune import methods
@@ -66,9 +65,6 @@ def environment_facts(stdout: TextIO) -> dict:
             "quantized_models": models,
             "quantized_bytes": models_bytes,
         },
-        "tuned": tuned.facts(tuned.every()),
-        "recipes": recipes.facts(recipes.every()),
-        "config_folder": str(folder()),
         "offline": constants.HF_HUB_OFFLINE,
         "stdout_encoding": stdout.encoding,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("EVOPRUNE_")},
@@ -103,9 +99,9 @@ def model_facts(model: FoundModel) -> dict:
 def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
     """The memory that one question about a video takes at a budget, as it is checked before a run; `plan`: of the whole video.
 
-    Raises UsageError: as of `for_model`; a budget of "tuned" for weights that are not on this machine.
+    Raises UsageError: as of `make_method`; a method that cannot act in this model.
     """
-    pruning, method, _ = for_model(pruning, model.id, lambda: model.weights_fingerprint)
+    method = make_method(pruning)
     budget = pruning.share
     encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_tokens(budget, plan.grid))
     depth, share = model.config.text_config.num_hidden_layers, share_of(budget, [encoder.grid])

@@ -2,10 +2,10 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from evoprune import methods
 from evoprune.cpu.precision import (
@@ -21,9 +21,21 @@ from evoprune.cpu.precision import (
 from evoprune.errors import UsageError
 from evoprune.keywords import OPTION, check_types, from_keywords, option
 from evoprune.language.settings import GenerationOptions
-from evoprune.methods.budget import AUTO_MOST, AUTOS, DEFAULT, IN_WORDS, PRESETS, TUNED, parse_budget_or_name, plain
+from evoprune.methods.budget import (
+    AUTO,
+    AUTO_INFLECTION,
+    AUTO_MOST,
+    AUTOS,
+    DEFAULT,
+    IN_WORDS,
+    parse_budget_or_name,
+    plain,
+)
 from evoprune.video.info import FOLDER_FPS, NO_SUBTITLES, PICTURE, VIDEO, Video
 from evoprune.video.sampling import check_sampling, parse_time
+
+if TYPE_CHECKING:
+    from evoprune.methods.chain import Pipeline
 
 HELD = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
 
@@ -49,14 +61,12 @@ class ModelOptions:
         "auto",
         "Device to run on; auto is CUDA if there is any.",
         words=("auto", "cpu", "cuda[:N]"),
-        python="Any torch device or its name, or auto: CUDA if there is any, else the CPU.",
         changes_answers=False,
     )
     dtype: str = option(
         "auto",
         "auto: bf16 where the hardware has it; demo models fp32.",
         words=("auto", *DTYPE_NAMES),
-        python="Also torch's dtypes and their names. auto: bf16 on GPUs and CPUs that have it, else fp32; demo models fp32.",
     )
     quantize: str = option(
         "none",
@@ -67,7 +77,6 @@ class ModelOptions:
     store_quantized: bool = option(
         False,
         "Keep weights that --quantize makes on disk (at most 32 GiB), so that later runs read them.",
-        python="Keep weights that `quantize` makes on disk (at most 32 GiB), so that later runs read them.",
         changes_answers=False,
     )
     load_format: str = option(
@@ -83,8 +92,6 @@ class ModelOptions:
         words=(AUTO_THREADS, "N"),
         env="EVOPRUNE_THREADS",
         unless_typed=AUTO_THREADS,
-        python="Threads of the whole process on the CPU; auto: by the model's size and the cores that this process may use; None "
-        "leaves torch's number as it is.",
         changes_answers=False,
     )
 
@@ -120,7 +127,7 @@ def parse_settings(texts: Iterable[str] | None) -> dict[str, str]:
 class PruneOptions:
     """How visual tokens are pruned. A preset becomes a `Preset`, and the values of `method_args` become texts.
 
-    Raises UsageError: a bad budget, no such method, or "tuned" together with a method or its settings.
+    Raises UsageError: a bad budget, or no such method.
     """
 
     PANEL: ClassVar[str] = "Pruning"
@@ -130,20 +137,16 @@ class PruneOptions:
         f"Share of visual tokens kept: 0.1, 10%, or {IN_WORDS}. "
         "The accuracy is what demo models keep at worst, the speed that of the first token against Hugging Face at 3B dimensions. "
         "Presets keep more of a still: 0.7, 0.5 and 0.3; full prunes nothing. -b auto lets the content decide, auto:inflection "
-        "a method's scores; -b tuned is what was tuned for the model, method included.",
+        "a method's scores.",
         "-b",
         "--budget",
         env="EVOPRUNE_BUDGET",
-        python="Share of visual tokens kept: a number in (0, 1]; a preset, which keeps more of a still than of a video: "
-        f"{', '.join(PRESETS)}; auto or auto:inflection, where the content decides; or "
-        "tuned, the method and budget that were tuned for the model.",
     )
     method: str = option(
         methods.DEFAULT,
         "How tokens are pruned, by name (see evoprune methods). NAME:SETTING=VALUE for its settings; "
         "reuse+NAME to encode changed units alone; ipcv+NAME to compute a third of the rows in most layers; NAME+fastv to drop "
         "tokens inside the language model, too.",
-        python="Name of a pruning method; `evoprune.methods.available()` lists them. NAME:SETTING=VALUE for its settings.",
     )
     method_args: dict[str, Any] | None = option(
         None,
@@ -152,7 +155,6 @@ class PruneOptions:
         metavar="NAME=VALUE",
         typed=list[str],
         parse=parse_settings,
-        python="Settings of the method, by name.",
     )
     seed: int = option(
         0,
@@ -160,7 +162,6 @@ class PruneOptions:
         metavar="<int>",
         least=0,
         most=2**63 - 1,
-        python="Seed of everything random, generation included.",
     )
 
     def __post_init__(self):
@@ -171,19 +172,22 @@ class PruneOptions:
         texts = {name: str(value) for name, value in (self.method_args or {}).items()}
         object.__setattr__(self, "method_args", texts)
         methods.check(self.method)
-        check_tuned(self.budget, self.method, texts)
 
     @property
     def share(self) -> float:
-        """Share of visual tokens kept, at most; not of a budget of "tuned"."""
+        """Share of visual tokens kept, at most."""
         return AUTO_MOST if self.budget in AUTOS else self.budget
 
 
-def check_tuned(budget: float | str, method: str, method_args: Mapping[str, Any] | None) -> None:
-    """Raises UsageError where a method or settings of one are given beside a budget of "tuned"."""
-    if budget == TUNED and (method != methods.DEFAULT or method_args):
-        hint = "leave the method and its settings out, or give a budget"
-        raise UsageError(f"budget {TUNED} holds the method too", hint)
+def make_method(options: PruneOptions) -> "Pipeline":
+    """The method that options name.
+
+    Raises UsageError: settings that it does not have, or a budget of "auto" where it cannot let the content decide.
+    """
+    method = methods.parse(options.method, options.method_args)
+    if options.budget == AUTO_INFLECTION:
+        return method.by_inflection()
+    return method.automatic() if options.budget == AUTO else method
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,6 @@ class SamplingOptions:
     frames: int | None = option(
         None,
         "Number of frames to look at, instead of --fps; odd numbers round up.",
-        python="Number of frames to look at, instead of `fps`; odd numbers round up.",
     )
     start_s: float = option(
         0.0,
@@ -206,7 +209,6 @@ class SamplingOptions:
         typed=str,
         unless_typed="0",
         parse=parse_time,
-        python="Where to start, in seconds; below 0 from the end.",
         changes_answers=False,  # each row of a batch says it itself
     )
     end_s: float | None = option(
@@ -216,7 +218,6 @@ class SamplingOptions:
         metavar="TIME",
         typed=str,
         parse=lambda text: parse_time(text) if text else None,
-        python="Where to stop, in the same way; None for the end.",
         changes_answers=False,
     )
     max_frames: int | None = option(None, "At most this many frames; default: the model's limit.")
@@ -276,7 +277,6 @@ class StreamOptions:
         typed=str,
         unless_typed="8s",
         parse=parse_time,
-        python="Seconds of a stream that are encoded together, with a fixed number of tokens.",
     )
     memory_s: float = option(
         600.0,
@@ -286,11 +286,8 @@ class StreamOptions:
         typed=str,
         unless_typed="10m",
         parse=parse_time,
-        python="What is remembered: as many tokens as so many seconds have. Beyond it the oldest windows are thinned.",
     )
-    memory_tokens: int | None = option(
-        None, "The same in tokens, instead of --memory.", python="The same in tokens, instead of `memory_s`."
-    )
+    memory_tokens: int | None = option(None, "The same in tokens, instead of --memory.")
 
     def __post_init__(self):
         check_types(self)

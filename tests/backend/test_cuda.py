@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evoprune.bench.profiling.time_limit import TimeLimit
+from evoprune.bench.profiling.settings import TimeLimit
 from evoprune.bench.profiling.verify.accelerated import accelerated
 from evoprune.bench.profiling.verify.outcome import DIFFERS
 from evoprune.bench.profiling.verify.run import subject_of, verify

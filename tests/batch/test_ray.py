@@ -5,7 +5,6 @@ Slow, and skipped where Ray is not installed; it then needs `pip install 'evopru
 
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -25,7 +24,6 @@ from evoprune.batch.settings import Settings
 from evoprune.errors import UsageError
 from evoprune.report.records import Report
 from tests.threads import one_thread  # noqa: F401
-from tests.tuned import SETTING, tune
 
 CLIPS = sorted(map(str, Path("samples").glob("*.[mw]*")))
 QUESTIONS = ["What happens?", "How many shapes are there?"]
@@ -49,18 +47,6 @@ def test_without_ray(monkeypatch):
     with pytest.raises(UsageError, match="--engine ray needs Ray") as caught:
         list(answers_on_ray(group_by_span(ROWS), SETTINGS))
     assert "evoprune[ray]" in caught.value.hint
-
-
-def test_a_tuned_setting_is_found_where_the_files_are(config, monkeypatch):
-    tune("demo")
-    asked = Settings.of(budget="tuned", device="cuda", quantize="int8")  # of the workers, not of this machine
-    plain = asked.resolved_here()
-    assert (plain.pruning.budget, plain.model, plain.found) == (SETTING.budget, asked.model, None)
-    assert pickle.loads(pickle.dumps(plain)).tuned == SETTING
-    elsewhere = Settings.of(model="org/elsewhere", budget="tuned")
-    assert elsewhere.resolved_here() is elsewhere
-    worker = Worker(Settings.of(budget="tuned", threads=1), os.getcwd(), cache=False, tries=None)
-    assert worker._settings.pruning.budget == SETTING.budget and worker._qa.engine.tuned == SETTING
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,8 @@ import typer.main
 
 from evoprune_cli.main import run
 from tests.cli.screen import Screen
-from tests.recipes import keep_recipe
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import save_tiny
-from tests.tuned import mark_as_seen
 
 # Typer makes the parser of every command anew for every call.
 typer.main.get_command = functools.cache(typer.main.get_command)
@@ -118,7 +116,4 @@ def cli(monkeypatch, capfd):
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A tiny model with random weights in the hub's file layout."""
-    folder = save_tiny(tmp_path_factory.mktemp("tiny") / "model")
-    mark_as_seen(folder)
-    keep_recipe(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")

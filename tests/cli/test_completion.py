@@ -18,7 +18,7 @@ from evoprune_cli.main import app
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["ask", "batch", "watch", "eval", "tune", "inspect", "profile", "verify", "methods"]
-BUDGETS = ["full", "high", "balanced", "fast", "auto", "auto:inflection", "tuned"]
+BUDGETS = ["full", "high", "balanced", "fast", "auto", "auto:inflection"]
 # A line up to the cursor, and what is offered; where that is nothing, the shell offers files.
 LINES = {
     "": COMMANDS,
@@ -31,8 +31,8 @@ LINES = {
     "ask clip.mp4 ": [],
     "ask clip.mp4 -b ": BUDGETS,
     "eval -b fast,h": ["fast,high"],
-    "eval -b fast,tu": ["fast,tuned"],
-    "profile -b tu": [],
+    "eval -b fast,au": ["fast,auto", "fast,auto:inflection"],
+    "profile -b au": [],
     "tune -b fast,": ["fast,full", "fast,high", "fast,balanced"],
     "ask --method divp": ["divprune"],
     "ask --method = divp": ["divprune"],  # what bash makes of --method=divp
@@ -55,7 +55,6 @@ LINES = {
     "watch --pace ": ["source", "file"],
     "ask --subtitles a": ["auto"],
     "batch -o ": [],
-    "inspect --forget-tuned ": ["all"],
 }
 
 

@@ -9,8 +9,7 @@ import pytest
 
 from evoprune.bench.profiling import bench
 from tests.cli.test_readme import ROOT
-from tests.recipes import keep_recipe
-from tests.tuned import tune
+from tests.recipes import write_recipe
 
 PAGE = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
 RECORDS = ("compare",)  # fields that hold a whole record again
@@ -125,9 +124,8 @@ def rows(tmp_path):
 
 
 @pytest.mark.full
-def test_ask_and_batch(cli, tiny_folder, rows, tmp_path, config):
-    tune(tiny_folder)
-    model = ("-m", str(tiny_folder), "-n", "2", *SHORT, "-b", "tuned")
+def test_ask_and_batch(cli, tiny_folder, rows, tmp_path):
+    model = ("-m", str(tiny_folder), "-n", "2", *SHORT)
     subtitles = tmp_path / "said.vtt"
     subtitles.write_text("WEBVTT\n\n00:01.000 --> 00:02.000\nHello\n")
     outputs = [cli("ask", SQUARE, "What?", "--json", "--compare", "--subtitles", str(subtitles), *model).record]
@@ -136,8 +134,7 @@ def test_ask_and_batch(cli, tiny_folder, rows, tmp_path, config):
     outputs.append(
         cli("watch", SQUARE, "-Q", "What?", "--json", "-m", str(tiny_folder), "-n", "2", "--fps", "1").record
     )
-    keep_recipe(tiny_folder)
-    outputs.append(cli("ask", SQUARE, "What?", "--json", *inner[:-1], "operations").record)
+    outputs.append(cli("ask", SQUARE, "What?", "--json", *inner[:-1], write_recipe(tmp_path)).record)
     rows.write_text("".join([rows.read_text(), *(json.dumps(row) + "\n" for row in (SAID, BOTH, *OWN))]))
     assert cli("batch", "--from", str(rows), "-o", str(tmp_path / "o.jsonl"), "-q", *model).code == 6
     check("ask and batch", outputs + records((tmp_path / "o.jsonl").read_text()))
@@ -157,10 +154,9 @@ def test_eval(cli, tiny_folder, rows, tmp_path):
 
 
 @pytest.mark.full
-def test_tune(cli, tiny_folder, monkeypatch, tmp_path):
-    monkeypatch.setenv("EVOPRUNE_CONFIG_DIR", str(tmp_path))
+def test_tune(cli, tiny_folder):
     asked = ("-m", str(tiny_folder), "-b", "0.2", "-Q", "What?", "--json", *SHORT)
-    done = cli("tune", SQUARE, "gone.mp4", *asked)
+    done = cli("tune", SQUARE, "gone.mp4", "--agree", "0.01", *asked)
     refused = cli("tune", "gone.mp4", *asked)
     assert (done.code, refused.code) == (6, 3)
     check("tune", [done.record, refused.record])
@@ -168,9 +164,10 @@ def test_tune(cli, tiny_folder, monkeypatch, tmp_path):
 
 
 @pytest.mark.full
-def test_profile(cli, tiny_folder, monkeypatch):
+def test_profile(cli, tiny_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
-    quick = ("-r", "1", "--size", "112x168", "-b", "0.5", "--format", "json", "--method", "fastv,operations", *SHORT)
+    quick = ("-r", "1", "--size", "112x168", "-b", "0.5", "--format", "json", "--method")
+    quick += (f"fastv,{write_recipe(tmp_path)}", *SHORT)
     check("profile", [cli("profile", "-m", str(tiny_folder), *quick).record], errors=False)
 
 
@@ -179,16 +176,11 @@ def test_verify(cli):
     check("verify", [cli("verify", "-m", "demo", "--quick", "--json").record, refused])
 
 
-def test_inspect(cli, tmp_path, monkeypatch, config):
-    tune("demo")
-    keep_recipe("demo")
+def test_inspect(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("evoprune.methods.plugins", lambda: {"own": "a package"})
     video = cli("inspect", SQUARE, "--scan", "--overlay", str(tmp_path / "a.png"), "--json", *SHORT)
-    others = [
-        cli("inspect", *args, "--json").record
-        for args in ((), ("-m", "demo"), ("--forget-tuned", "demo"), ("gone.mp4",))
-    ]
+    others = [cli("inspect", *args, "--json").record for args in ((), ("-m", "demo"), ("gone.mp4",))]
     check("inspect", [video.record, *others])
 
 

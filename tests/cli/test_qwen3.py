@@ -5,9 +5,7 @@ import json
 import pytest
 
 from evoprune.bench.profiling import bench
-from evoprune.session.saved import tuned
 from tests.tiny import save_tiny
-from tests.tuned import mark_as_seen
 from tests.video.subtitled import SRT
 
 CLIP, LONG = "samples/square.mp4", "samples/arrivals.webm"
@@ -15,13 +13,11 @@ CLIP, LONG = "samples/square.mp4", "samples/arrivals.webm"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = save_tiny(tmp_path_factory.mktemp("qwen3") / "model", family="qwen3_vl")
-    mark_as_seen(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("qwen3") / "model", family="qwen3_vl")
 
 
 @pytest.fixture
-def qwen3(cli, folder, config):
+def qwen3(cli, folder):
     """A command on that model, in fp32."""
     return lambda command, *args: cli(command, *args, "-m", folder, "--dtype", "fp32")
 
@@ -74,10 +70,10 @@ def test_profile_takes_units_of_32_pixels(qwen3, monkeypatch):
 
 def test_tune_finds_a_setting_that_is_used(qwen3):
     how = "--frames", "4", "-b", "0.2", "-Q", "What happens?", "--agree", "0.01"
-    assert qwen3("tune", CLIP, LONG, *how).code == 0
-    ((_, saved),) = tuned.every()
-    answer = qwen3("ask", CLIP, "What?", "--frames", "4", "-b", "tuned", "-n", "2", "--json")
-    assert answer.record["pruning"]["method"] == saved.method
+    options = qwen3("tune", CLIP, LONG, *how, "--json").record["options"]
+    found = "-b", str(options["budget"]), "--method", options["method"]
+    answer = qwen3("ask", CLIP, "What?", "--frames", "4", *found, "-n", "2", "--json")
+    assert answer.record["pruning"]["method"] == options["method"]
 
 
 def test_verify_holds(qwen3):

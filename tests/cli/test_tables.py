@@ -34,7 +34,7 @@ def test_recipes_of_operations(width):
     ]
     document = {
         "model": {"id": "m", "dtype": "fp32", "device": "cpu"}, "answer_tokens": 9, "questions": 1, "seconds": 1.0, "rows": rows,
-        "videos": {"answered": 1, "wanted": 1}, "failures": [], "error": None, "saved": True,
+        "videos": {"answered": 1, "wanted": 1}, "failures": [], "error": None, "complete": True,
     }  # fmt: skip
     lines = operations_table(document, width).splitlines()
     assert max(map(len, lines[:-1])) <= width and "-b 0.2  21.0%" in " ".join(lines) and "0.123" in " ".join(lines)

@@ -1,17 +1,12 @@
-"""`evoprune tune`: what it prints, saves and refuses, and that -b tuned then uses it."""
+"""`evoprune tune`: what it prints, writes and refuses, and that the options that it finds work."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from evoprune.bench.tuning.run import Tuning
 from evoprune.errors import UsageError
-from evoprune.session.saved import recipes, tuned
 from evoprune_cli.terminal import Terminated
 
 CLIPS = ("samples/square.mp4", "samples/arrivals.webm")
@@ -19,9 +14,8 @@ LOW = ("--agree", "0.01")
 
 
 @pytest.fixture
-def tune(cli, tiny_folder, tmp_path, monkeypatch):
-    """The command on the tiny model and two clips, unless `args` say otherwise; its settings go into a folder of their own."""
-    monkeypatch.setenv("EVOPRUNE_CONFIG_DIR", str(tmp_path / "config"))
+def tune(cli, tiny_folder):
+    """The command on the tiny model and two clips, unless `args` say otherwise."""
 
     def call(*args, videos=CLIPS, **settings):
         quick = ("-m", str(tiny_folder), "--dtype", "fp32", "--frames", "4", "-b", "0.2", "-Q", "What happens?")
@@ -30,7 +24,7 @@ def tune(cli, tiny_folder, tmp_path, monkeypatch):
     return call
 
 
-def test_a_table_a_chart_and_a_setting_that_is_used(tune, cli, tiny_folder, tmp_path):
+def test_a_table_a_chart_and_options_that_are_used(tune, cli, tiny_folder, tmp_path):
     chart, output = tmp_path / "t.svg", tmp_path / "t.json"
     result = tune("--agree", "0.05", "--chart", chart, "-o", output)
     assert result.code == 0 and result.err == "" and all(len(line) <= 80 for line in result.out.splitlines())
@@ -39,48 +33,50 @@ def test_a_table_a_chart_and_a_setting_that_is_used(tune, cli, tiny_folder, tmp_
     name = document["recommended"]
     assert f"* {name} " in result.out and f"recommended: {name}" in " ".join(result.out.split())
     assert "agreement" in "".join(ElementTree.parse(chart).getroot().itertext())
-    ((_, saved),) = tuned.every()
-    assert f"{saved.method} -b {saved.budget:g}" == name and saved.agree == 0.05 and saved.videos == 2
-    assert document["saved"] and "-b tuned" in result.out
-    answer = cli("ask", CLIPS[0], "What?", "-m", str(tiny_folder), "--frames", "4", "-b", "tuned", "-n", "2", "--json")
+    options = document["options"]
+    assert f"{options['method']} -b {options['budget']:g}" == name
+    last = result.out.splitlines()[-1]
+    assert last == f"-b {options['budget']:g} --method {options['method']}"
+    answer = cli("ask", CLIPS[0], "What?", "-m", str(tiny_folder), "--frames", "4", *last.split(), "-n", "2", "--json")
     pruning = answer.record["pruning"]
-    assert pruning["budget"] == 0.2 and pruning["method"] == saved.method and pruning["tuned"]
+    assert pruning["budget"] == 0.2 and pruning["method"] == options["method"]
 
 
 @pytest.mark.full
 def test_a_recipe_of_operations_that_is_used(tune, cli, tiny_folder, tmp_path):
-    ask = ("ask", CLIPS[0], "What?", "-m", str(tiny_folder), "--frames", "4", "-n", "2", "--method", "operations")
-    assert "there is none for" in cli(*ask, "-b", "0.3").err
-    assert "there is none for" in tune("--method", "evoprune+operations").err
+    recipe = f"operations:recipe={tmp_path / 't.json'}"
+    ask = ("ask", CLIPS[0], "What?", "-m", str(tiny_folder), "--frames", "4", "-n", "2", "--method")
+    assert "has no recipe" in cli(*ask, "operations", "-b", "0.3").err
+    assert "has no recipe" in tune("--method", "evoprune+operations").err
+    assert "no file is named for it" in tune("--operations").err
     result = tune("--operations", "-o", tmp_path / "t.json")
     assert result.code == 0 and result.err == "" and all(len(line) <= 80 for line in result.out.splitlines())
     document = json.loads((tmp_path / "t.json").read_text())
-    assert document["schema"] == "evoprune/tune-operations@1" and document["complete"] and document["saved"]
-    assert "\n-b 0.2 " in result.out and "--method operations uses it" in result.out
-    assert tuned.every() == [] and len(recipes.every()) == 1
-    assert cli(*ask, "-b", "0.3", "--json").record["pruning"]["language_work"]
+    assert document["schema"] == "evoprune/tune-operations@1" and document["complete"]
+    assert "\n-b 0.2 " in result.out and "--method operations:recipe=FILE" in result.out
+    assert cli(*ask, recipe, "-b", "0.3", "--json").record["pruning"]["language_work"]
     for more in (("--method", "random"), ("--agree", "0.5"), ("--chart", "a.svg")):
         assert "--operations finds an order for all budgets" in tune("--operations", *more).err
-    unsaved = tune("--operations", "--json", "--no-save", "--time-limit", "0.01", videos=CLIPS[:1])
-    assert unsaved.code == 0 and not unsaved.record["complete"] and "too little to order" in unsaved.err
-    assert "no recipe was found" in tune("--operations", "--time-limit", "0.01", videos=CLIPS[:1]).out
+    short = ("--operations", "--time-limit", "0.01")
+    made = tune(*short, "--json", videos=CLIPS[:1])
+    assert made.code == 0 and not made.record["complete"] and "too little to order" in made.err
+    assert "no recipe was found" in tune(*short, "-o", tmp_path / "u.json", videos=CLIPS[:1]).out
+    assert "no complete result" in cli(*ask, recipe.replace("t.json", "u.json"), "-b", "0.3").err
 
 
 @pytest.mark.full
-def test_json_alone_and_nothing_saved(tune, tmp_path):
-    result = tune(*LOW, "--json", "--no-save", "--method", "random")
-    assert result.err == "" and result.record["saved"] is None and tuned.every() == []
+def test_json_alone(tune):
+    result = tune(*LOW, "--json", "--method", "random")
+    assert result.err == ""
     assert "random -b 0.2" in [row["name"] for row in result.record["rows"]]
 
 
 @pytest.mark.full
 def test_none_passes(tune):
     result = tune("--agree", "0.99")
-    assert result.code == 6 and tuned.every() == []
+    assert result.code == 6
     assert "cannot prove that 99% agree" in result.err
-    assert "no setting is sure to agree at 99% of the tokens, so nothing is saved; the best is" in " ".join(
-        result.out.split()
-    )
+    assert "no setting is sure to agree at 99% of the tokens; the best is" in " ".join(result.out.split())
 
 
 @pytest.mark.full
@@ -91,7 +87,7 @@ def test_videos_that_cannot_be_read(tune, tmp_path):
     assert result.code == 6 and [found["video"] for found in result.record["failures"]] == [str(text), "gone.mp4"]
     assert tune(*LOW, videos=("gone.mp4",)).code == 3
     refused = tune(*LOW, "--json", videos=(text,))
-    assert refused.code == 3 and refused.record["error"]["code"] == 3 and len(tuned.every()) == 1
+    assert refused.code == 3 and refused.record["error"]["code"] == 3
 
 
 @pytest.mark.full
@@ -107,15 +103,8 @@ def test_an_interruption_leaves_what_is_known(tune, monkeypatch, problem, code):
 
     monkeypatch.setattr(Tuning, "_try", broken)
     result = tune(*LOW, "--json")
-    assert result.code == code and result.record["error"]["code"] == code and tuned.every() == []
+    assert result.code == code and result.record["error"]["code"] == code
     assert [row["videos"] for row in result.record["rows"]].count(2) == 2  # the second of two videos was begun
-
-
-@pytest.mark.full
-def test_a_setting_that_cannot_be_saved(tune, monkeypatch):
-    monkeypatch.setenv("EVOPRUNE_CONFIG_DIR", "/proc/none")
-    result = tune(*LOW)
-    assert result.code == 2 and "recommended" in result.out and "EVOPRUNE_CONFIG_DIR" in result.err
 
 
 @pytest.mark.full
@@ -145,33 +134,6 @@ def test_wrong_options_are_refused_before_weights_are_read(tune, monkeypatch, wr
     result = tune(*wrong)
     assert result.code == 2 and result.out == "" and result.err.count("\n") <= 2
     assert UsageError.exit_code == 2
-
-
-@pytest.mark.full
-def test_two_runs_at_once_save_one_whole_setting(tiny_folder, tmp_path):
-    """The later one replaces the file of the earlier one in one step."""
-    folder = tmp_path / "config"
-    command = [
-        sys.executable,
-        "-m",
-        "evoprune_cli",
-        "tune",
-        CLIPS[0],
-        "-m",
-        tiny_folder,
-        "--dtype",
-        "fp32",
-        "--frames",
-        "4",
-    ]
-    command += ["-b", "0.2", "-Q", "What happens?", *LOW, "-q", "--json"]
-    environment = os.environ | {"EVOPRUNE_CONFIG_DIR": str(folder)}
-    runs = [subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE) for _ in range(2)]
-    made = [json.loads(run.communicate(timeout=120)[0]) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0] and made[0]["saved"] == made[1]["saved"]
-    saved = json.loads(Path(made[0]["saved"]).read_text())
-    assert f"{saved['method']} -b {saved['budget']:g}" in {document["recommended"] for document in made}
-    assert [path.name for path in folder.rglob("*") if path.is_file()] == [Path(made[0]["saved"]).name]
 
 
 def test_the_time_limit_is_kept(tune):

@@ -193,9 +193,9 @@ def test_recipes_that_cannot_be(wrong):
 
 
 def test_without_a_recipe_of_this_model():
-    with pytest.raises(UsageError, match="no recipe for this model"):
+    with pytest.raises(UsageError, match="has no recipe"):
         methods.get("operations").drops(DEPTH, 48, 0.5)
     with pytest.raises(UsageError, match="for 8 layers, and this model has 28"):
         Operations(recipe=recipe_of()).drops(28, 48, 0.5)
-    with pytest.raises(UsageError, match="no argument 'recipe'"):
+    with pytest.raises(UsageError, match="cannot read the recipe"):
         methods.get("operations:recipe=1")

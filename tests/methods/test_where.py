@@ -11,8 +11,7 @@ from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.hf.encoding import patch_method
 from evoprune.methods.types import Selection, Tokens
-from evoprune.session.options import PruneOptions
-from evoprune.session.saved import make_method
+from evoprune.session.options import PruneOptions, make_method
 from evoprune_vllm.pruning import served_method
 
 HEADER = (

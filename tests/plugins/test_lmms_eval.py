@@ -19,7 +19,6 @@ from evoprune.errors import UsageError
 from evoprune.report.records import Report
 from evoprune.session.answering import Answer
 from evoprune.video_qa import VideoQA
-from tests.tuned import tune
 
 CLIPS, QUESTIONS = (
     ("samples/square.mp4", "samples/three.mp4"),
@@ -117,13 +116,6 @@ def test_an_answer_ends_at_the_task_s_stop_words(model_class, monkeypatch):
     monkeypatch.setattr("evoprune.session.answering.EncodedInputs.ask", ask)
     given = [request(model, "?", [CLIPS[0]], until=stops) for stops in (["no", ","], ". P", ["never"], [])]
     assert [r.text for r in model.generate_until(given)] == ["yes", "yes, no", "yes, no. Perhaps", "yes, no. Perhaps"]
-
-
-def test_a_tuned_setting(model_class, config):
-    with pytest.raises(UsageError, match="no tuned setting for demo"):
-        model_class(pretrained="demo", budget="tuned")
-    tune("demo")
-    assert model_class(pretrained="demo", budget="tuned")._qa.engine.tuned
 
 
 @pytest.mark.parametrize("visuals", [[], list(CLIPS), [object()]])

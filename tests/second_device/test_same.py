@@ -11,7 +11,7 @@ import evoprune
 from evoprune.batch.rows import group_by_span, product_rows
 from evoprune.batch.run import answers
 from evoprune.batch.settings import Settings
-from evoprune.bench.profiling.time_limit import TimeLimit
+from evoprune.bench.profiling.settings import TimeLimit
 from evoprune.bench.profiling.verify.outcome import DIFFERS
 from evoprune.bench.profiling.verify.run import subject_of, verify
 from evoprune.bench.profiling.verify.speed import waits
@@ -27,7 +27,7 @@ from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.vision import attention
 from tests.bench.profiling.verify.faults import FAULTS
-from tests.recipes import keep_recipe
+from tests.recipes import write_recipe
 from tests.second_device.far import NAME, Memory
 from tests.session.test_recipes import DEMO
 from tests.tiny import save_tiny
@@ -68,9 +68,8 @@ def test_every_method(method):
     assert_same(*both(CLIP, method=method))
 
 
-def test_operations(config):
-    keep_recipe("demo", DEMO)
-    assert_same(*both(CLIP, method="operations"))
+def test_operations(tmp_path):
+    assert_same(*both(CLIP, method=write_recipe(tmp_path, DEMO)))
 
 
 @pytest.mark.parametrize(

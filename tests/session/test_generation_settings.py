@@ -20,7 +20,7 @@ def test_the_models_own_repetition_penalty_is_applied_as_in_transformers(folder,
     loaded = load_model(str(folder), dtype="fp32")
     answer = (
         VideoQA(loaded, budget=1.0, method="none")
-        .encode(CLIP, sampling=SAMPLING)
+        .encode(CLIP, **vars(SAMPLING))
         .ask(QUESTION, max_new_tokens=24, repetition_penalty=penalty)
     )
     assert answer.text and answer.report.generation["repetition_penalty"] == (penalty or 1.3)

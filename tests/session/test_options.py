@@ -4,7 +4,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, replace
-from inspect import Parameter, signature
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.keywords import from_keywords, names_options
+from evoprune.keywords import from_keywords
 from evoprune.methods.budget import PRESETS
 from evoprune.session.options import (
     GenerationOptions,
@@ -107,32 +107,6 @@ def test_options_do_not_change():
 def test_they_import_no_torch():
     code = "import sys, evoprune.session.options; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-
-
-def test_a_function_takes_the_fields_of_its_options_or_the_object():
-    @names_options
-    def ask(model: ModelOptions, *, options: GenerationOptions, seed: int | None = None):
-        """Asks.
-
-        Args:
-            seed: of the draws.
-        """
-        return model.model, options, seed
-
-    assert ask() == ask("demo") == ask(model="demo") == ("demo", GenerationOptions(), None)
-    options = GenerationOptions(3, system="Hm.")
-    assert ask("a", max_new_tokens=3, system="Hm.", seed=1) == ask("a", options=options, seed=1) == ("a", options, 1)
-    shown = signature(ask).parameters
-    assert [*shown][:2] == ["model", "revision"] and shown["seed"].default is None and "options" not in shown
-    assert shown["model"].kind is Parameter.POSITIONAL_OR_KEYWORD and shown["top_p"].kind is Parameter.KEYWORD_ONLY
-    assert all(f"    {name}" in ask.__doc__ for name in shown) and "Nucleus" not in ask.__doc__
-    with pytest.raises(
-        TypeError,
-        match=r"unknown option 'topp'; known: model, revision, .*, top_p, top_k, repetition_penalty, system, seed",
-    ):
-        ask(topp=1)
-    with pytest.raises(TypeError, match="options are given by name"):
-        ask("demo", "main")
 
 
 @pytest.mark.parametrize("command", [ask, batch])

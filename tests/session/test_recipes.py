@@ -1,8 +1,6 @@
-"""Recipes of operations on disk, and what a method that follows one does in `VideoQA`."""
+"""Recipes of operations in files, and what a method that follows one does in `VideoQA`."""
 
 import json
-import stat
-from dataclasses import replace
 
 import pytest
 
@@ -11,10 +9,8 @@ from evoprune.bench.tuning.agreement import agreement, reference
 from evoprune.errors import UsageError
 from evoprune.methods.operation_plans import ALL, REST, Recipe
 from evoprune.report.stats import stats_block
-from evoprune.session.saved import recipes
-from tests.recipes import keep_recipe, kept
+from tests.recipes import TINY, document, write_recipe
 
-A, B = "a" * 64, "b" * 64
 CLIP, QUESTIONS = "samples/square.mp4", ("What colour is the square?", "How many shapes are there?")
 DEMO = Recipe(
     4, 1, 0.25, (0.1, 0.2, 0.7),
@@ -31,77 +27,56 @@ NAMES = ("operations", "evoprune+operations:share=0.3", "reuse+divprune+operatio
 
 
 @pytest.fixture
-def demo(config):
-    keep_recipe("demo", DEMO)
-
-
-def load(name, budget=0.5, **how):
-    return VideoQA.load("demo", method=name, budget=budget, **how)
-
-
-def test_saved_found_listed_and_removed(config):
-    assert recipes.find(A) is None and recipes.every() == []
-    assert recipes.save(A, kept()) == config / "operations" / f"{A}.json"
-    assert recipes.find(A).made() == kept().made() and recipes.find(A).kl == [None, None]
-    assert stat.S_IMODE((config / "operations").stat().st_mode) == 0o700
-    later = replace(kept(DEMO), created_utc="2026-04-01T12:00:00+00:00")
-    recipes.save(B, later)
-    assert [(fingerprint, each.created_utc[:7]) for fingerprint, each in recipes.every()] == [
-        (B, "2026-04"),
-        (A, "2026-03"),
-    ]
-    assert recipes.find(B).made() == DEMO
-    recipes.remove(A)
-    assert recipes.find(A) is None
+def load(tmp_path):
+    """A demo model with a method, of whose name the recipe becomes a part."""
+    operations = write_recipe(tmp_path, DEMO)
+    return lambda name, budget=0.5: VideoQA.load("demo", method=name.replace("operations", operations), budget=budget)
 
 
 WRONG = [
-    ("recipe", {}, "no recipe"),
-    ("recipe", [], "not a dict"),
-    ("recipe", {"depth": 2, "after": 3, "key": 0.25, "weights": [1, 1, 1], "steps": []}, "after must be"),
-    ("recipe", {"depth": 2, "after": 1, "key": 0.25, "weights": [1, 1, 1], "steps": [[[0, "all", "mlp"]]]}, "no operation"),
-    ("kl", [0.1], "for each step"),
-    ("kl", None, "for each step"),
-    ("agree", [0.1, "1"], "for each step"),
-    ("agree", [0.1, -1], "for each step"),
-    ("created_utc", "yesterday", "Invalid isoformat"),
-    ("videos", 0, "above 0"),
-    ("tokens", "9", "not a whole number"),
-    ("schema", "evoprune/operations@2", "its schema is not"),
-]  # fmt: skip
+    ({"recipe": None}, "NoneType"),
+    ({"recipe": {"depth": 2, "after": 3, "key": 0.25, "weights": [1, 1, 1]}}, "after must be"),
+    ({"recipe": {"depth": 2}}, "weights"),
+    ({"steps": [{"operations": [[0, "all", "mlp"]]}]}, "no operation"),
+    ({"steps": [1]}, "not subscriptable"),
+    ({"complete": False}, "no complete result"),
+    ({"schema": "evoprune/tune@1"}, "no complete result"),
+]
 
 
-@pytest.mark.parametrize(("name", "value", "message"), WRONG)
-def test_a_damaged_file_is_named_and_never_ignored(config, name, value, message):
-    path = recipes.save(A, kept())
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    with pytest.raises(UsageError, match=f"{A}.json is damaged: .*{message}") as caught:
-        recipes.find(A)
-    assert "--forget-tuned aaaaaaaaaaaa" in caught.value.hint and "--operations" in caught.value.hint
-    ((_, problem),) = recipes.every()
-    assert isinstance(problem, UsageError)
+@pytest.mark.parametrize(("changed", "message"), WRONG)
+def test_a_damaged_file_is_refused_and_named(tmp_path, changed, message):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(document() | changed))
+    with pytest.raises(UsageError, match=f"recipe.json holds no recipe of operations: .*{message}") as caught:
+        methods.parse(f"operations:recipe={path}")
+    assert "evoprune tune VIDEO... --operations -o" in caught.value.hint
+    for content in ("", "[]", "{"):
+        path.write_text(content)
+        with pytest.raises(UsageError, match="holds no recipe"):
+            methods.parse(f"evoprune+operations:recipe={path}")
+
+
+def test_a_file_is_read_as_it_was_written(tmp_path):
+    for recipe in (TINY, DEMO):
+        assert methods.parse(write_recipe(tmp_path, recipe)).language.recipe == recipe
+    with pytest.raises(UsageError, match=r"cannot read the recipe .*gone.json: No such file"):
+        methods.parse(f"operations:recipe={tmp_path}/gone.json")
 
 
 @pytest.mark.parametrize("name", NAMES[:2])
-def test_another_model_is_refused_before_its_weights_are_read(config, saved, monkeypatch, name):
-    keep_recipe(saved)  # the tiny model's, not the demo's
+def test_a_model_without_one_is_refused_before_its_weights_are_read(tmp_path, monkeypatch, name):
     monkeypatch.setattr("evoprune.session.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
-    with pytest.raises(UsageError, match="follows a recipe, and there is none for demo") as caught:
-        load(name)
-    assert "evoprune tune VIDEO... --operations -m demo" in caught.value.hint
-    with pytest.raises(UsageError, match="are random"):
-        VideoQA.load(str(saved), method=name, load_format="dummy")
-
-
-def test_a_recipe_of_another_depth_is_refused(config):
-    keep_recipe("demo")  # as if someone had copied a file of two layers
-    with pytest.raises(UsageError, match="for 2 layers, and this model has 4"):
-        load("operations").encode(CLIP, frames=4)
+    with pytest.raises(UsageError, match="method operations has no recipe") as caught:
+        VideoQA.load("demo", method=name)
+    assert "evoprune tune VIDEO... --operations" in caught.value.hint
+    with pytest.raises(UsageError, match="for 2 layers, and this model has 4"):  # the tiny model's
+        VideoQA.load("demo", method=name.replace("operations", write_recipe(tmp_path)))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
-def test_a_question_is_answered_the_same_whatever_was_asked_before(demo, name):
+def test_a_question_is_answered_the_same_whatever_was_asked_before(load, name):
     qa, fresh = load(name), {}
     for question in QUESTIONS:
         answer = qa.encode(CLIP, frames=8).ask(question, max_new_tokens=8)
@@ -115,7 +90,7 @@ def test_a_question_is_answered_the_same_whatever_was_asked_before(demo, name):
 
 
 @pytest.mark.full
-def test_at_the_full_budget_nothing_changes(demo):
+def test_at_the_full_budget_nothing_changes(load):
     """What remains is the way of a method that does nothing inside the language model."""
     for name, plain in (("operations", "none"), ("evoprune+operations:share=1", "evoprune")):
         made, expected = (
@@ -126,7 +101,7 @@ def test_at_the_full_budget_nothing_changes(demo):
         assert made.report.pruning.language_work is None and made.report.pruning.language_layers is None
 
 
-def test_the_report_says_what_was_computed(demo):
+def test_the_report_says_what_was_computed(load):
     answer = load("operations", 0.25).encode(CLIP, frames=8).ask(QUESTIONS[0])
     assert answer.text
     pruning = answer.report.pruning
@@ -139,7 +114,7 @@ def test_the_report_says_what_was_computed(demo):
 
 
 @pytest.mark.full
-def test_pieces_of_the_encoder_do_not_matter(demo, monkeypatch):
+def test_pieces_of_the_encoder_do_not_matter(load, monkeypatch):
     from evoprune.backend import devices
 
     answers = []
@@ -150,7 +125,7 @@ def test_pieces_of_the_encoder_do_not_matter(demo, monkeypatch):
 
 
 @pytest.mark.full
-def test_an_encoded_video_from_the_cache_serves_it(demo, tmp_path):
+def test_an_encoded_video_from_the_cache_serves_it(load, tmp_path):
     cache = Cache(tmp_path / "cache")
     assert load("divprune").encode(CLIP, frames=8, cache=cache).report.cache == "miss"
     video = load("divprune+operations").encode(CLIP, frames=8, cache=cache)
@@ -159,7 +134,7 @@ def test_an_encoded_video_from_the_cache_serves_it(demo, tmp_path):
 
 
 @pytest.mark.full
-def test_two_videos_in_one_prompt(demo):
+def test_two_videos_in_one_prompt(load):
     video = load("operations", 0.3).encode([CLIP, "samples/arrivals.webm"], frames=4)
     answer = video.ask(QUESTIONS[0])
     assert answer.text is not None

@@ -26,12 +26,11 @@ from evoprune.bench.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, precis
 from evoprune.bench.evaluation.shared import SharedFrames, SharedRows, grey_frames
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.keywords import OPTION
-from evoprune.methods.budget import TUNED, parse_budget_or_name, plain
+from evoprune.methods.budget import parse_budget_or_name, plain
 from evoprune.methods.types import generator_seed
 from evoprune.model.cost import shortage
-from evoprune.session.engine import make_engine
+from evoprune.session.engine import check_fits, make_engine
 from evoprune.session.inputs import open_inputs
-from evoprune.session.loading.found import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, threads_of_each
 from evoprune.session.options import (
     GenerationOptions,
@@ -39,9 +38,9 @@ from evoprune.session.options import (
     PipelineOptions,
     PruneOptions,
     SamplingOptions,
+    make_method,
     record,
 )
-from evoprune.session.saved import make_method, resolve, with_recipe
 from evoprune.text import counted
 
 Progress = Callable[[str], None]
@@ -55,7 +54,7 @@ RECORDED = (
 class Settings:
     """What is asked, and how; two runs with the same settings give the same results, but for `timed`.
 
-    Each method runs at each budget. A budget of "tuned" is one row, with the model's own method; `resolved` replaces it by `tuned`.
+    Each method runs at each budget.
     """
 
     data: str  # path of a file of questions, or what else the videos are
@@ -72,7 +71,6 @@ class Settings:
     digest: str | None = None  # of the file's content
     timed: bool = False  # samples hold `prune_ms` too: for the video, or for the question if the method reads it
     version: str = evoprune.__version__
-    tuned: tuple[str, float] | None = None
 
     @classmethod
     def of_record(cls, record: dict[str, Any], model: ModelOptions) -> "Settings":
@@ -85,15 +83,10 @@ class Settings:
             each.name: options.pop(each.name) for each in fields(cls) if each.name in options and each.name != "model"
         }
         own["budgets"] = tuple(map(parse_budget_or_name, own["budgets"]))
-        own |= {name: tuple(own[name]) for name in ("methods", "groups", "tuned") if own.get(name) is not None}
+        own |= {name: tuple(own[name]) for name in ("methods", "groups")}
         free = (each.name for each in fields(model) if not each.metadata[OPTION].changes_answers)
         made = PipelineOptions.of(**{name: getattr(model, name) for name in free} | options)
         return cls(**own, model=made.model, sampling=made.sampling, generation=made.generation)
-
-    def resolved(self, found: FoundModel) -> "Settings":
-        """With the tuned method and budget. Raises UsageError: the model was never tuned, or its setting is damaged."""
-        plain, _ = resolve(PruneOptions(TUNED), self.model.model, lambda: found.weights_fingerprint)
-        return replace(self, budgets=tuple(b for b in self.budgets if b != TUNED), tuned=(plain.method, plain.budget))
 
     def record(self) -> dict[str, Any]:
         own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling", "generation")}
@@ -108,7 +101,6 @@ class Variant:
     row: str
     method: str = "none"
     budget: float | str = 1.0
-    tuned: bool = False
 
     @property
     def name(self) -> str:
@@ -120,28 +112,24 @@ def digest(path: Path) -> str:
 
 
 def variants(settings: Settings) -> list[Variant]:
-    """The rows in order: full, blind, tuned, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
+    """The rows in order: full, blind, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
     pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
     asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
     pruned = [
         Variant(METHOD, each.method, plain(each.budget)) for each in asked if make_method(each).acts_at(each.share)
     ]
     blind = [Variant(BLIND)] if settings.blind else []
-    tuned = [Variant(METHOD, *settings.tuned, tuned=True)] if settings.tuned else []
-    return [Variant(FULL), *blind, *tuned, *pruned]
+    return [Variant(FULL), *blind, *pruned]
 
 
 class Evaluation:
     """One run: construct it with `videos`, `load` a model, `run`, see `document`.
 
-    Raises UsageError: methods, settings or groups that do not exist, or a budget of "tuned" for a model that was never
-    tuned. ModelError: the model, which a budget of "tuned" needs, cannot be found.
+    Raises UsageError: methods, settings or groups that do not exist.
     """
 
     def __init__(self, settings: Settings, videos: Sequence[Video]):
-        self._found = find_model(settings.model) if TUNED in settings.budgets else None
-        self.settings = settings.resolved(self._found) if self._found else settings
-        self.variants = variants(self.settings)
+        self.settings, self.variants = settings, variants(settings)
         self.folder: RunFolder | None = None
         self.videos = self._asked_about(videos)
         self.total = len(self.videos)
@@ -149,10 +137,10 @@ class Evaluation:
         self.loaded: LoadedModel | None = None
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Raises what `load_model` raises. UsageError: a method follows a recipe that the model does not have."""
-        self.loaded = loaded = load_model(self._found or self.settings.model, progress=progress)
+        """Raises what `load_model` raises. UsageError: a method cannot act in the model."""
+        self.loaded = loaded = load_model(self.settings.model, progress=progress)
         for name in {variant.method for variant in self.variants}:
-            with_recipe(methods.parse(name), loaded.id, lambda: loaded.weights_fingerprint)
+            check_fits(methods.parse(name), loaded.model.config)
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
         """Writes samples into a folder from now on; with `resume` that of an earlier run, whose samples are kept (`RunFolder`)."""
@@ -220,9 +208,9 @@ class Evaluation:
     def _asked(
         self, variant: Variant, video: Video, span: Span, frames: SharedFrames, rows: SharedRows
     ) -> Iterator[dict]:
-        settings, prunes = self.settings, variant.row == METHOD and not variant.tuned
+        settings = self.settings
         seed = crc32(video.name.encode("utf-8", "surrogateescape"), generator_seed(settings.seed))
-        args = settings.method_args if prunes else {}
+        args = settings.method_args if variant.row == METHOD else {}
         options = PruneOptions(budget=variant.budget, method=variant.method, method_args=args, seed=seed)
         engine = make_engine(self.loaded, options)
         shared = {"read": frames.read, "encode_rows": rows.encode_rows}
@@ -232,7 +220,7 @@ class Evaluation:
             encoded = opened.encode()
         cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
         for row in span.rows:
-            answer = encoded.ask(row.prompt, options=row.generation(settings.generation))
+            answer = encoded.ask(row.prompt, **vars(row.generation(settings.generation)))
             said = "".join(answer)
             right = grade(row, said)
             made = {

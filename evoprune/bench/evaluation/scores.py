@@ -14,7 +14,7 @@ from evoprune.text import budget_text, counted
 SCHEMA = "evoprune/eval@1"
 FULL, BLIND, METHOD = "full", "blind", "method"
 ALL, TYPE = "all", "type:"  # the group of all questions, and the prefix of groups that are types
-KEY = ("row", "method", "budget", "tuned")  # what identifies a row of the table
+KEY = ("row", "method", "budget")  # what identifies a row of the table
 DIFFERENCES = ("difference", "first_difference")  # fields of a row, each with its interval
 LEAST_VIDEOS = 10  # with fewer, a bootstrap over videos is far too narrow: with one, every interval is a point
 LEAST_QUESTIONS = 30  # with fewer, a table's figures are no measurement
@@ -24,9 +24,9 @@ DRAWS = 4000
 _AT_ONCE = 2**22  # weights held at a time
 
 
-def row_name(row: str, method: str, budget: float | str, tuned: bool = False) -> str:
-    """The name of a row in tables. `tuned`: whether its method and budget are those of the model's tuned setting."""
-    return row if row != METHOD else f"{method} -b {budget_text(budget)}{' (tuned)' if tuned else ''}"
+def row_name(row: str, method: str, budget: float | str) -> str:
+    """The name of a row in tables."""
+    return row if row != METHOD else f"{method} -b {budget_text(budget)}"
 
 
 def score_rows(samples: Sequence[dict]) -> list[dict]:
@@ -40,8 +40,7 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
     good = [{"layer_tokens": s["tokens"]} | s for s in sorted(samples, key=lambda s: s["video"]) if "error" not in s]
     rows: dict[tuple, list[dict]] = {}
     for sample in good:
-        key = *(sample[name] for name in KEY[:3]), sample.get("tuned", False)
-        rows.setdefault(key, []).append(sample)
+        rows.setdefault(tuple(sample[name] for name in KEY), []).append(sample)
     if not rows:
         return []
     first = next(iter(rows.values()))
@@ -119,8 +118,8 @@ def precision(rows: Sequence[dict]) -> str | None:
 
 
 def _firsts(keys: Sequence[tuple]) -> list[int | None]:
-    """For each row the number of the first method's row at its budget; None for that method's own rows, full, blind and tuned."""
-    plain = [(row == METHOD and not tuned, method, budget) for row, method, budget, tuned in keys]
+    """For each row the number of the first method's row at its budget; None for that method's own rows, full and blind."""
+    plain = [(row == METHOD, method, budget) for row, method, budget in keys]
     first = next((method for compared, method, _ in plain if compared), None)
     known = {budget: n for n, (compared, method, budget) in enumerate(plain) if compared and method == first}
     return [known.get(budget) if compared and method != first else None for compared, method, budget in plain]

@@ -16,7 +16,6 @@ from evoprune.methods.budget import keep_tokens
 from evoprune.model.config import PATCHES
 from evoprune.model.cost import matmul_rate, shortage
 from evoprune.session.loading.model import LoadedModel
-from evoprune.session.saved import with_recipe
 from evoprune.vision.tower import tower_shape
 
 Source = Callable[[Case], Frames]
@@ -72,7 +71,6 @@ class Bench:
             if row.kind == HUGGING_FACE:
                 return run_hugging_face(loaded, self._reference, clip, settings.new_tokens)
             method = settings.parse(row.method) if row.kind == METHOD else methods.parse(row.method)
-            method = with_recipe(method, loaded.id, lambda: loaded.weights_fingerprint)
             model, grid = self._models[row.quantize], case_grid(row.case, self._loaded.video)
             keep = min(keep_tokens(row.budget, grid), clip.units)
             plan = method.plan(tower_shape(model.model.model.visual), clip.grid, keep)

@@ -10,10 +10,9 @@ from evoprune.backend.devices import environment, reset_peak_memory
 from evoprune.backend.limits import available_cores
 from evoprune.bench.profiling.bench import Bench, Progress, Source, all_rows
 from evoprune.bench.profiling.clips import AFTER_PAIR, BEFORE_PAIR, TEXT_AFTER, TEXT_BEFORE
-from evoprune.bench.profiling.results import FULL, METHOD, Case, Results, Row, bound_of
+from evoprune.bench.profiling.results import FULL, HUGGING_FACE, METHOD, Case, Results, Row, bound_of
 from evoprune.bench.profiling.runners import Turn
-from evoprune.bench.profiling.settings import Settings
-from evoprune.bench.profiling.time_limit import Seconds, TimeLimit, left_out, trimmed
+from evoprune.bench.profiling.settings import Settings, TimeLimit
 from evoprune.methods.budget import plain
 from evoprune.session.loading.model import LoadedModel
 
@@ -30,26 +29,23 @@ def measure(
     about: dict | None = None,
     progress: Progress = lambda what: None,
     limit: TimeLimit | None = None,
-    rows: Sequence[Row] | None = None,
-    estimated: Seconds = lambda row: 1.0,
 ) -> Iterator[Results]:
-    """Runs all rows in turn, round after round, as far as they end in time.
+    """Runs all rows in turn, round after round, as far as they begin in time.
 
     Args:
         source: makes the frames of a case. `about`: what else to note among the settings: `video` or `synthetic`.
         limit: of the whole run, which may have begun before; None for that of the settings, from now on.
-        rows: from `bench.all_rows`, those that are measured; None for all. `estimated`: seconds of a row, on any scale.
 
     Yields the results so far after each measured round, of which there is at least one.
     """
     limit, asked = limit or TimeLimit(settings.time_limit_s), all_rows(cases, settings)
-    rows = list(asked if rows is None else rows)
+    rows = [*asked]
     progress("preparing")
     results = _blank_results(loaded, settings, about or {})
     bench = Bench(loaded, rows, source, settings, progress)
     notes = results.notes + bench.notes
 
-    run_round = partial(_run_round, bench, rows, limit, progress, estimated)
+    run_round = partial(_run_round, bench, rows, limit, progress)
     for phase, (rate, turns) in paced(run_round, settings, limit):
         for row, turn in turns.items():
             if isinstance(turn, str):
@@ -65,28 +61,35 @@ def measure(
         results.rows = _with_bounds([replace(row) for row in rows])
         results.matmul_rates.append(rate)
         results.rounds, results.seconds = results.rounds + 1, limit.spent
-        results.notes = [*notes, *left_out(asked, rows, limit)]
+        results.notes = [*notes, *_left_out(asked, rows, limit)]
         yield results
 
 
-def _run_round(
-    bench: Bench, rows: list[Row], limit: TimeLimit, progress: Progress, estimated: Seconds, title: str, rounds: int
-) -> Round:
-    """A turn of each row; if `rounds` must end in time, rows that would not leave `rows`."""
+def _run_round(bench: Bench, rows: list[Row], limit: TimeLimit, progress: Progress, title: str, rounds: int) -> Round:
+    """A turn of each row. If `rounds` must end in time, with this one, a row leaves `rows` where they would not if it took
+    as long as the slowest one before it. The least stays: Hugging Face, budget 1.0 and the first method of the first case."""
     begun = limit.now()
     progress(f"{title}: matrix products")
-    rate, turns, took = bench.rate(), {}, {}
-    later = (rounds - 1) * (limit.now() - begun)  # the matrix products of the other rounds
-    while True:
-        if rounds:
-            rows[:] = trimmed(rows, took, estimated, rounds, limit.left - later)
-        row = next((row for row in rows if not row.error and row not in turns), None)
-        if row is None:
-            return rate, turns
+    rate, turns, slowest = bench.rate(), {}, 0.0
+    method = next((row for row in rows if row.kind == METHOD and row.method != "none"), None)
+    least = [row for row in rows if row.case == rows[0].case and (row.kind in (HUGGING_FACE, FULL) or row is method)]
+    for row in [row for row in rows if not row.error]:
         start = limit.now()
+        if rounds and row not in least and limit.left < rounds * slowest + (rounds - 1) * (start - begun):
+            rows.remove(row)
+            continue
         progress(f"{title}: {row.name}, {row.case}")
         turns[row] = bench.run(row)
-        took[row] = limit.now() - start
+        slowest = max(slowest, limit.now() - start)
+    return rate, turns
+
+
+def _left_out(asked: Sequence[Row], kept: Sequence[Row], limit: TimeLimit) -> list[str]:
+    """A remark that names the rows that are missing; none where none are."""
+    there, cases = {(row.name, row.case) for row in kept}, {row.case for row in kept}
+    missing = [f"all rows of {case}" for case in dict.fromkeys(row.case for row in asked) if case not in cases]
+    missing += [f"{row.name}, {row.case}" for row in asked if row.case in cases and (row.name, row.case) not in there]
+    return [f"left out to end within {limit.seconds:g} s: {'; '.join(missing)}"] if missing else []
 
 
 def paced(run_round: Callable[[str, int], Round], settings: Settings, limit: TimeLimit) -> Iterator[tuple[str, Round]]:

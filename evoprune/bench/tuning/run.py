@@ -4,12 +4,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from pathlib import Path
 from statistics import mean
 from typing import Any, ClassVar
 
-import evoprune
 from evoprune import methods
 from evoprune.backend.devices import environment
 from evoprune.bench.evaluation.shared import SharedFrames, SharedRows
@@ -18,10 +15,9 @@ from evoprune.bench.tuning.full_answers import TOKENS, Answering, FullAnswers, P
 from evoprune.bench.tuning.results import least_tokens, provable, recommended, result_rows
 from evoprune.bench.tuning.search import Candidate, Known, Trial, candidates, search
 from evoprune.errors import OutOfMemory, UsageError, error_record
-from evoprune.session.engine import make_engine
+from evoprune.session.engine import check_fits, make_engine
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
-from evoprune.session.saved import Tuned, tuned, with_recipe
 from evoprune.text import counted
 
 GENERAL = (
@@ -90,15 +86,6 @@ class Run:
         self.answering.answer(settings.videos, progress)
         return self.answering.made
 
-    def kept_facts(self) -> dict[str, Any]:
-        """What every file says that keeps results of a run."""
-        return {
-            "model": self.loaded.id,
-            "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-            "questions": self.answering.asked,
-            "version": evoprune.__version__,
-        }
-
     def facts(self) -> dict[str, Any]:
         """What every document says of a run, as plain data for JSON."""
         made, problems = (self.answering.made, self.answering.problems) if self.answering else ([], {})
@@ -136,7 +123,7 @@ class Tuning(Run):
             self.known = {Candidate("none", 1.0): []} | self.known
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Raises what `load_model` raises. UsageError: a method follows a recipe that the model does not have."""
+        """Raises what `load_model` raises. UsageError: a method cannot act in the model."""
         if self._quantizes:
             with suppress(OutOfMemory):  # then the full answers are those of the quantised weights
                 exact = replace(self.settings.model, quantize="none", store_quantized=False)
@@ -144,15 +131,11 @@ class Tuning(Run):
         if self.loaded is None:
             super().load(progress)
         for candidate in self.known:
-            with_recipe(methods.parse(candidate.method), self.loaded.id, lambda: self.loaded.weights_fingerprint)
+            check_fits(methods.parse(candidate.method), self.loaded.model.config)
 
     @property
     def has_results(self) -> bool:
         return any(self.known.values())
-
-    @property
-    def worth_saving(self) -> bool:
-        return recommended(result_rows(self.known, self.settings.agree)) is not None
 
     def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
         """Answers in full, then tries candidates until everything is known or the time is over.
@@ -180,13 +163,6 @@ class Tuning(Run):
         for candidate, video in trials:
             progress(f"video {video + 1} of {len(made)}, {candidate.name}{self._best()}")
 
-    def save(self) -> Path:
-        """Saves the recommended setting, where `-b tuned` finds it; returns its path. Raises UsageError: it cannot be saved."""
-        row = recommended(result_rows(self.known, self.settings.agree))
-        measured = {name: row[name] for name in ("method", "budget", "agreement", "low", "first_token", "videos")}
-        setting = Tuned(**measured, **self.kept_facts(), agree=self.settings.agree)
-        return tuned.save(self.loaded.weights_fingerprint, setting)
-
     def document(self, error: dict | None = None) -> dict[str, Any]:
         """The results so far, for JSON; `error` is what cut the run short."""
         rows = result_rows(self.known, self.settings.agree)
@@ -196,6 +172,7 @@ class Tuning(Run):
             **self.facts(),
             "rows": rows,
             "recommended": passing and passing["name"],
+            "options": passing and {"budget": passing["budget"], "method": passing["method"]},
             "best": best and best["name"],
             "notes": self._notes() if self.answering and self.answering.made else [],
             "error": error,

@@ -29,14 +29,7 @@ from evoprune.session.loading.folder import (
     stored_dtype,
     weight_files,
 )
-from evoprune.session.loading.weights import (
-    MERGE,
-    check_layers,
-    files_fingerprint,
-    needed_bytes,
-    separate_head,
-    stay_mapped,
-)
+from evoprune.session.loading.weights import MERGE, check_layers, needed_bytes, separate_head, stay_mapped
 from evoprune.session.options import ModelOptions
 from evoprune.text import did_you_mean, is_text
 from evoprune.video.plan import InputLimits
@@ -100,18 +93,6 @@ class FoundModel:
             return weight_files(self.folder) if self.folder else []
         except ModelError:
             return []
-
-    @cached_property
-    def weights_fingerprint(self) -> str:
-        """As `weights.files_fingerprint`. Raises UsageError: random, or not on this machine. ModelError: damaged."""
-        if self.random:
-            hint = "take the weights (load format auto), or give a budget as a number"
-            raise UsageError(f"the weights of {self.id} are random, so nothing was tuned on them", hint)
-        if self.folder is None or (is_id(self.id) and not self.files_here):
-            hint = "give a budget as a number, or download them first"
-            raise UsageError(f"the weights of {self.id} are not on this machine, so nothing was tuned on them", hint)
-        # `files` first: it checks the number of layers, before a tree of that many is built.
-        return files_fingerprint(self.files, self.tree)
 
     @property
     def parameters(self) -> int:

@@ -12,7 +12,7 @@ from evoprune.bundled import Demo
 from evoprune.cpu.linear import PackingTime, weights_bytes
 from evoprune.cpu.precision import AUTO_THREADS
 from evoprune.cpu.quantize import kinds
-from evoprune.errors import ModelError, OutOfMemory, UsageError, is_out_of_memory
+from evoprune.errors import ModelError, OutOfMemory, is_out_of_memory
 from evoprune.keywords import from_keywords
 from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from evoprune.model.config import GenerationSettings
@@ -77,18 +77,6 @@ class LoadedModel:
     def video(self) -> InputLimits:
         """The limits of videos; the patch sizes are those of pictures too."""
         return self.limits[VIDEO]
-
-    @property
-    def weights_fingerprint(self) -> str:
-        """As `FoundModel.weights_fingerprint`. Raises UsageError: random, not from files, or the files have changed."""
-        found = self.found
-        try:
-            same = fingerprint(self.id, self.revision, found.folder, found.files) == self.fingerprint
-        except OSError:
-            same = False
-        if not same:
-            raise UsageError(f"the files of {self.id} have changed since it was loaded", "load it again")
-        return found.weights_fingerprint
 
     def facts(self) -> ModelFacts:
         return ModelFacts(self.id, self.revision, self.dtype, self.quantize, self.device, self.load_format)

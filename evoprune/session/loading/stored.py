@@ -14,9 +14,8 @@ import evoprune
 from evoprune.cpu.integers import Weights, levels
 from evoprune.cpu.quantize import Progress, places, quantize, restore
 from evoprune.model.weights import QwenVL
-from evoprune.session.entries import Entries, own_code
+from evoprune.session.entries import Entries, cache_folder, own_code
 from evoprune.session.loading.calibration import calibrate
-from evoprune.session.saved import folder
 
 LIMIT_BYTES = 32 * 2**30
 HEADER_BYTES = 2**21  # of an entry, filled up with spaces; a tensor's entry takes about 120
@@ -32,7 +31,7 @@ NAMES = {
 
 def weights_folder() -> Entries:
     """Where the entries are: `weights` in the folder of the encoded videos."""
-    return Entries(folder("cache") / "weights", LIMIT_BYTES)
+    return Entries(cache_folder() / "weights", LIMIT_BYTES)
 
 
 def quantize_once(model: QwenVL, kind: str, fingerprint: str | None, progress: Progress | None = None) -> None:

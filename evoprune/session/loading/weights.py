@@ -1,9 +1,8 @@
 """A model's weights: read from safetensors files or made at random, and brought into the form in which they are fastest here."""
 
-import hashlib
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from evoprune.cpu.linear import PackingTime
 from evoprune.cpu.linear import pack as pack_layers
 from evoprune.cpu.machine import page_in
 from evoprune.cpu.quantize import Progress, places, saved_bytes
-from evoprune.errors import ModelError, ModelWarning, UsageError
+from evoprune.errors import ModelError, ModelWarning
 from evoprune.model.config import Config
 from evoprune.model.weights import QwenVL, empty, name_in_memory
 from evoprune.text import counted
@@ -33,14 +32,9 @@ ELSEWHERE = {
 }
 RESERVE = 2**29  # bytes that packed weights leave for the work itself
 IN_FILE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors call them
-FINGERPRINTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 HEAD, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
-LEFT_OUT = HEAD  # of fingerprints: files may or may not hold it where it is tied
 COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids)$")  # buffers of older files, which follow from the config
 NAMED = 3  # tensors that are not used, in a warning
-LEAST = 2.0**-14  # smaller values lose digits in fp16
-
-Row = tuple[str, Sequence[int], torch.Tensor]  # a tensor's name in the tree, its shape, and what is hashed of it
 
 
 def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
@@ -201,53 +195,3 @@ def make_ready(
         pack_layers(model.model.visual)
         pack_layers(model, spent)
     return spent
-
-
-def files_fingerprint(files: Iterable[Path], tree: QwenVL) -> str:
-    """What identifies weights: the same for their files and for the model in memory, whatever its name, folder or dtype.
-
-    A hash of every 1-D tensor and of the first row of every other one: milliseconds for gigabytes, and a fine-tune changes it.
-    Values are compared in bf16: a checkpoint in fp32 that was loaded in fp16 has been rounded twice, and differs.
-    """
-    shapes = {name: list(weight.shape) for name, weight in tree.named_parameters()}
-    rows: list[Row] = []
-    with torch.device("cpu"):  # whatever the host program's default
-        for _, content, stored in stored_tensors(files):
-            name, tensor = name_in_memory(stored), content.get_slice(stored)
-            if name != LEFT_OUT and (shape := tensor.get_shape()) == shapes.get(name):
-                rows.append((name, shape, tensor[:1] if len(shape) > 1 else tensor[:]))
-    return _fingerprint(rows)
-
-
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """The same of a transformers model in memory. Raises UsageError: its weights are quantised, offloaded or under an adapter."""
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise _quantised("this model")
-    for name, module in model.named_modules():
-        if hasattr(module, "base_layer") or hasattr(module, "original_module"):
-            problem = f"an adapter changes {name} of this model, so its weights cannot be identified"
-            raise UsageError(problem, "merge it (PEFT: merge_and_unload)")
-    rows: list[Row] = []
-    for name, weight in model.named_parameters():
-        if weight.is_meta:
-            raise UsageError(f"{name} of this model is on the meta device or offloaded", "load it onto a device")
-        if weight.dtype not in FINGERPRINTED:
-            raise _quantised(f"{name} of this model")
-        if name != LEFT_OUT:
-            rows.append((name, weight.shape, weight[:1] if weight.ndim > 1 else weight))
-    return _fingerprint(rows)
-
-
-def _quantised(what: str) -> UsageError:
-    hint = "load it in bf16, fp16 or fp32, or give a budget as a number"
-    return UsageError(f"{what} is quantised, so the weights cannot be identified", hint)
-
-
-def _fingerprint(rows: list[Row]) -> str:
-    found = hashlib.sha256()
-    for name, shape, row in sorted(rows, key=lambda row: row[0]):
-        values = row.detach().to("cpu", torch.bfloat16).contiguous()
-        values = values.masked_fill(~(values.abs() >= LEAST), 0)
-        found.update(f"{name} {list(shape)}\n".encode())
-        found.update(values.view(torch.int16).numpy())
-    return found.hexdigest()

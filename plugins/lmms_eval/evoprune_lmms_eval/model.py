@@ -26,7 +26,7 @@ from evoprune.keywords import from_keywords
 from evoprune.report.records import Report
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.options import PipelineOptions
-from evoprune.video_qa import VideoQA
+from evoprune.video_qa import load_qa
 
 HINT = "evoprune_qwen2_5_vl answers generate_until about one video a question"
 
@@ -68,7 +68,7 @@ class EvoPruneQwen25VL(lmms):
         # The number of new tokens is for tasks that do not say.
         given = {"model": pretrained, "system": system_prompt, "max_new_tokens": 128, **options}
         model, pruning, self._sampling, self._generation = from_keywords(given, *PipelineOptions.KINDS)
-        self._qa = VideoQA.load(loading=model, pruning=pruning)
+        self._qa = load_qa(model, pruning)
         self._pictures = str(pictures).lower() in ("true", "1")
         self._inputs: EncodedInputs | None = None  # of the latest question
         self._shown: list[str] | None = None  # what they are called, by content where they were in memory
@@ -92,7 +92,7 @@ class EvoPruneQwen25VL(lmms):
                 contents = [path.removeprefix(folder) for path in paths]
                 if self._shown != contents:
                     self._inputs = self._shown = None  # its memory goes before the next one is encoded
-                    self._inputs, self._shown = self._qa.encode(paths, sampling=self._sampling), contents
+                    self._inputs, self._shown = self._qa.encode(paths, **vars(self._sampling)), contents
             text, report = self._answer(question, settings)
             self.cache_hook.add_partial("generate_until", (question, settings), text)
             counts = ("visual_tokens_in", "visual_tokens_kept", "encoder_live_share")
@@ -115,7 +115,7 @@ class EvoPruneQwen25VL(lmms):
             top_k=settings.get("top_k") or self._generation.top_k,
             repetition_penalty=settings.get("repetition_penalty") or self._generation.repetition_penalty,
         )
-        answer = self._inputs.ask(question, options=options)
+        answer = self._inputs.ask(question, **vars(options))
         for _ in answer:
             said = answer.report.answer
             if ends := [said.index(stop) for stop in until if stop in said]:

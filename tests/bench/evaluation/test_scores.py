@@ -150,11 +150,3 @@ def test_too_few_videos_for_intervals_of_differences(videos):
 
 def test_nothing_to_compare():
     assert precision([]) is precision(score_rows([sample("a", "full", True), sample("a", "blind", True)])) is None
-
-
-def test_a_tuned_row_has_a_name_of_its_own_and_is_nobodys_first_method():
-    tuned = [sample("a", "method", False, method="pool", tuned=True)]
-    others = [sample("a", "method", True, method=method) for method in ("random", "pool")]
-    rows = score_rows([sample("a", "full", True), *tuned, *others])
-    firsts = {row["name"]: row["first"] for row in rows if row["group"] == "all"}
-    assert firsts == {"full": None, "pool -b 0.5 (tuned)": None, "random -b 0.5": None, "pool -b 0.5": "random -b 0.5"}

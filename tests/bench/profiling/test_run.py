@@ -12,11 +12,10 @@ from evoprune import methods
 from evoprune.backend.devices import peak_memory, reset_peak_memory
 from evoprune.bench.profiling import bench, clips, runners, weights
 from evoprune.bench.profiling.hugging_face import hugging_face_model
-from evoprune.bench.profiling.results import BOUND, FULL, HUGGING_FACE, METHOD, Case, Row
+from evoprune.bench.profiling.results import BOUND, FULL, HUGGING_FACE, METHOD, Case
 from evoprune.bench.profiling.run import measure, paced
 from evoprune.bench.profiling.runners import run_evoprune, run_hugging_face
-from evoprune.bench.profiling.settings import Settings
-from evoprune.bench.profiling.time_limit import TimeLimit, choose_rows, estimate, fitting
+from evoprune.bench.profiling.settings import Settings, TimeLimit
 from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.methods.encoder_plan import full_plan
 from evoprune.model import cost
@@ -225,51 +224,17 @@ def test_the_warm_up_counts_where_there_is_no_time_for_another_round(loaded):
 
 
 @pytest.mark.full
-def test_rows_that_would_end_too_late_are_left_out_and_named(loaded):
+@pytest.mark.parametrize(("limit", "there"), [(1000, 12), (150, 5), (90, 3), (1, 3)])
+def test_rows_that_would_end_too_late_are_left_out_and_named(loaded, limit, there):
     ticks = Ticks()
-    results = last(loaded, [CASE, OTHER], MOTION, SETTINGS, progress=ticks.append, limit=ticks.limit(150))
-    assert results.seconds <= 150 and (results.warmups, results.rounds) == (1, 1) and results.cases == [CASE]
+    results = last(loaded, [CASE, OTHER], MOTION, SETTINGS, progress=ticks.append, limit=ticks.limit(limit))
     names = [row.name for row in results.rows if row.kind != BOUND]
-    assert names[:3] == ["Hugging Face", "budget 1.0", "evoprune-paper -b 0.5"] and len(names) < 6
-    (note,) = (note for note in results.notes if note.startswith("left out"))
-    assert f"all rows of {OTHER}" in note and f"random -b 0.1, {CASE}" in note
-
-
-@pytest.mark.full
-def test_the_least_is_refused_before_anything_is_loaded(saved):
-    rows = bench.all_rows([CASE, OTHER], SETTINGS)
-    expected, preparing = estimate(rows, SETTINGS, weights.outline(ModelOptions(str(saved), dtype="fp32")))
-    assert list(expected) == rows and 0 < expected[rows[2]] < expected[rows[1]] == expected[rows[0]]
-    with pytest.raises(UsageError, match=r"takes about \d+ s, the time limit is 1 s") as problem:
-        choose_rows(expected, ["none"], preparing, TimeLimit(1))
-    assert "--time-limit" in problem.value.hint
-    usual = TimeLimit(1, firm=False)
-    least = choose_rows(expected, ["none"], preparing, usual)
-    assert [row.kind for row in least] == [HUGGING_FACE, FULL, METHOD] and usual.seconds > 1
-    assert choose_rows(expected, ["none"], preparing, TimeLimit(1e6)) == rows
-
-
-@pytest.mark.parametrize(
-    ("left", "there"),
-    [
-        (0, ["a", "b", "c"]),  # the least of the fastest case
-        (31, ["a", "b", "c"]),
-        (40, ["a", "b", "c", "d"]),
-        (99, ["a", "b", "c", "d"]),
-        (100, ["A", "B", "C", "a", "b", "c", "d"]),
-        (120, ["A", "B", "C", "D", "a", "b", "c", "d"]),
-    ],
-)
-def test_the_rows_that_fit(left, there):
-    large, small = Case(8, 280, 280), Case(4, 112, 112)
-    kinds = [(HUGGING_FACE, None), (FULL, "none"), (METHOD, "evoprune"), (METHOD, "random")]
-    names = dict(
-        zip(
-            "ABCDabcd", [Row(kind, case, 0.5, method) for case in (large, small) for kind, method in kinds], strict=True
-        )
-    )
-    found = fitting([*names.values()], lambda row: 20 if row.case == large else 10, left)
-    assert [name for name, row in names.items() if any(row is each for each in found)] == there
+    assert names[:3] == ["Hugging Face", "budget 1.0", "evoprune-paper -b 0.5"] and len(names) == there
+    said = [note for note in results.notes if note.startswith("left out")]
+    if limit == 1000:
+        assert said == [] and results.cases == [CASE, OTHER]
+    else:
+        assert f"all rows of {OTHER}" in said[0] and f"random -b 0.1, {CASE}" in said[0] and results.cases == [CASE]
 
 
 def test_a_row_that_runs_out_of_memory_stays(loaded, monkeypatch):

@@ -13,9 +13,10 @@ from evoprune.contrib.operation_search import Loss, OperationTuning, Step, deepe
 from evoprune.errors import UsageError
 from evoprune.methods.language_plan import KINDS
 from evoprune.methods.operation_plans import ALL, REST, Recipe, closed
+from evoprune.report.records import rounded
 from evoprune.session.options import ModelOptions, SamplingOptions
-from evoprune.session.saved import recipes
 from evoprune.video_qa import VideoQA
+from evoprune_cli.terminal import json_line
 from tests.bench.tuning.made_up_losses import made_up_loss
 from tests.methods.eager import deep_model
 
@@ -117,16 +118,14 @@ def run(saved):
 
 
 @pytest.mark.full
-def test_a_run_is_kept_and_used(run, saved, config):
+def test_what_a_run_finds_is_used(run, tmp_path):
     document = run.document()
     assert document["complete"] and document["videos"] == {"wanted": 2, "answered": 2, "failed": 0}
     assert [row["budget"] for row in document["rows"]] == [0.5, 0.35, 0.25, 0.15, 0.1]
     assert all(row["share"] <= row["budget"] and row["kl"] >= 0 <= row["agree"] for row in document["rows"])
-    path = run.save()
-    assert path == config / "operations" / f"{run.loaded.weights_fingerprint}.json"
-    kept = recipes.find(run.loaded.weights_fingerprint)
-    assert kept.made() == run.recipe and kept.kl == [step["kl"] for step in document["steps"]]
-    assert (kept.videos, kept.questions, kept.tokens) == (2, 1, document["answer_tokens"])
+    path = tmp_path / "recipe.json"
+    path.write_text(json_line(rounded({"schema": run.schema} | document)))
+    assert Recipe.read(str(path)) == run.recipe
     full = VideoQA(run.loaded, budget=1.0, method="none")
     losses = []
     for clip in CLIPS:  # what was measured is what the method does
@@ -134,7 +133,7 @@ def test_a_run_is_kept_and_used(run, saved, config):
         answer = video.ask(QUESTION, max_new_tokens=64)
         assert answer.text is not None
         given = reference(video, QUESTION, answer.ids, answer.report.finish_reason == "stop")
-        pruned = VideoQA(run.loaded, budget=0.15, method="operations").encode(clip, frames=4)
+        pruned = VideoQA(run.loaded, budget=0.15, method=f"operations:recipe={path}").encode(clip, frames=4)
         losses += agreement(given, pruned).kl.tolist()
     row = next(row for row in document["rows"] if row["budget"] == 0.15)
     assert sum(losses) / len(losses) == pytest.approx(row["kl"], abs=1e-5)
@@ -149,7 +148,7 @@ def test_too_little_time_finds_nothing(saved):
     tuning, said = OperationTuning(settings, lambda: float(next(ticks))), []
     tuning.load()
     tuning.run(note=said.append)
-    assert not tuning.complete and not tuning.worth_saving and tuning.document()["rows"] == []
+    assert not tuning.complete and tuning.document()["rows"] == []
     assert "too little to order the operations" in said[0]
 
 

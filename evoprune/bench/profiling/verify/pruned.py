@@ -111,7 +111,7 @@ def every_method(subject: Subject) -> Outcome:
         except UsageError:
             if name != "operations":
                 raise
-            left = " (operations has no recipe for this model)"
+            left = " (operations needs a recipe)"
             continue
         ran.append(name)
         plan, kept = first.plan.encoder, first.encoded.kept.tolist()

@@ -13,7 +13,7 @@ import numpy as np
 
 from evoprune.backend.devices import environment, peak_memory
 from evoprune.bench.profiling import synthetic
-from evoprune.bench.profiling.time_limit import TimeLimit
+from evoprune.bench.profiling.settings import TimeLimit
 from evoprune.bench.profiling.verify import accelerated, pruned, speed, unpruned
 from evoprune.bench.profiling.verify.outcome import DIFFERS, HELD, SKIPPED, Check, Outcome, skipped
 from evoprune.bench.profiling.verify.subject import Subject

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from evoprune.bench.profiling.hugging_face import hugging_face_from_files, hugging_face_model, share_equal
-from evoprune.bench.profiling.time_limit import TimeLimit
+from evoprune.bench.profiling.settings import TimeLimit
 from evoprune.bench.profiling.verify.outcome import Gap, gap
 from evoprune.bench.profiling.verify.wide import computing_in, wider
 from evoprune.hf.processor_inputs import NAMES, TYPES, arguments

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from evoprune.bench.profiling.time_limit import TimeLimit
+from evoprune.bench.profiling.settings import TimeLimit
 from evoprune.bench.profiling.verify.outcome import DIFFERS, HELD, SKIPPED, Check, gap, judged
 from evoprune.bench.profiling.verify.run import CHECKS, subject_of, verify
 from evoprune.bench.profiling.verify.subject import QUESTION
