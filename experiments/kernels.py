@@ -20,7 +20,7 @@ from evoprune.cpu.linear import PackedLinear, can_pack, linear, pack
 from evoprune.cpu.quantize import Unquantised, check, quantize
 from evoprune.errors import UsageError, first_line
 from evoprune.methods.encoder_plan import full_plan
-from evoprune.model.config import PATCHES, Config
+from evoprune.model.config import PATCHES, Config, vision_sizes
 from evoprune.model.cost import matmul_rate
 from evoprune.model.weights import QwenVL, Tree, shared
 from evoprune.session.loading.found import describe_model
@@ -205,9 +205,8 @@ def as_built(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Attention `[B, heads, rows, d]` by the encoder's own function. Its inputs and its result are views here."""
     groups, heads, rows, dim = q.shape
     units = rows // PATCHES
-    bucket = Bucket((groups, units), None, None, None, torch.ones(groups, units, dtype=torch.int64), False)
     q, k, v = (x.transpose(1, 2).reshape(-1, PATCHES, heads, dim) for x in (q, k, v))
-    return grouped_attention(q, k, v, [bucket]).view(groups, rows, heads, dim).transpose(1, 2)
+    return grouped_attention(q, k, v, [Bucket((groups, units))]).view(groups, rows, heads, dim).transpose(1, 2)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -245,7 +244,7 @@ def layer_inputs(visual: nn.Module, sizes: Sizes) -> tuple[torch.Tensor, tuple[t
     """x and `turn` of `layer`, in window order; and the patch rows of a window and of a frame pair."""
     geo = tower_geometry(visual, *sizes.grid)
     x = torch.randn(sizes.grids * geo.units, PATCHES, visual.config.hidden_size).to(DTYPE)
-    cos, sin = (part[geo.order].repeat(sizes.grids, 1, 1)[:, :, None, None] for part in rotary(visual.config, geo))
+    cos, sin = (part[geo.order].repeat(sizes.grids, 1, 1) for part in rotary(vision_sizes(visual.config), geo))
     return x, (cos, sin), [geo.units // geo.windows * PATCHES, geo.units * PATCHES]
 
 

@@ -1,10 +1,11 @@
-"""Attention by device: on CUDA never cuDNN's, which plans each new shape for up to seconds; kernels for groups of rows."""
+"""Attention by device: on CUDA never cuDNN's, which plans each new shape for up to seconds; kernels for prompts and for groups."""
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 
 from evoprune.backend.devices import is_host
 from evoprune.backend.fallback import uses_kernels
@@ -12,6 +13,7 @@ from evoprune.backend.fallback import uses_kernels
 # Keys from which on the fused kernel is faster, because scores no longer stay in the cache. With the 36,864 patches of a picture of
 # 2688x2688 pixels it takes a third of the time.
 LONG = 4096
+NEVER = 1000.0  # the log of one over the weight of a key that does not count, where a kernel takes no infinity
 
 _lock = threading.Lock()
 _inside, _before = 0, False
@@ -69,3 +71,22 @@ def attend_varlen(
     """See `varlen_kernel`. It is what `torch.nn.attention.varlen` calls, whose import takes as long as a first answer."""
     lengths = query_ends, key_ends, longest, most
     return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, False, False, scale=scale)[0]
+
+
+def causal_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None
+) -> torch.Tensor | None:
+    """Attention of the last L of n columns, by heads, `[..., L, d]`; None where there is no kernel for it without a mask.
+
+    On CUDA a kernel without a mask is several times faster than one with a mask.
+    """
+    if queries.shape[2] == keys.shape[2]:
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
+    if not uses_kernels(queries.device):
+        return None
+    # Not `torch.nn.attention.bias`, which calls the same and imports the whole of torch.compile. Flash attention's "causal" ends at
+    # the lower right; the check is of shapes and types, and refuses "causal" because that of torch begins at the upper left.
+    params = torch.backends.cuda.SDPAParams(queries, keys, values, None, 0.0, False, False)
+    if not torch.backends.cuda.can_use_flash_attention(params) or queries.shape[3] % 8:
+        return None
+    return torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, values, 0.0, True, False, scale=scale)[0]

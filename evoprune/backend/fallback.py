@@ -8,7 +8,7 @@ from functools import lru_cache, wraps
 
 import torch
 
-from evoprune.errors import DeviceWarning, first_line
+from evoprune.errors import DeviceWarning, first_line, is_out_of_memory
 
 _failed: set[str] = set()
 _plainly: list[bool] = []
@@ -43,6 +43,18 @@ def has_triton() -> bool:
     return True
 
 
+def failed(what: str) -> bool:
+    return what in _failed
+
+
+def give_up(what: str, said: str, problem: Exception) -> None:
+    """From now on `what` runs without kernels, which is said. Raises `problem` again if it is about memory."""
+    if is_out_of_memory(problem):
+        raise problem
+    _failed.add(what)
+    warnings.warn(f"{said}, which takes longer: {first_line(problem)}", DeviceWarning, stacklevel=3)
+
+
 def with_fallback(what: str, plain_form: Callable) -> Callable[[Callable], Callable]:
     """Decorates a function that runs kernels: `plain_form`, of the same arguments, replaces it where they are off or have failed.
 
@@ -52,16 +64,12 @@ def with_fallback(what: str, plain_form: Callable) -> Callable[[Callable], Calla
     def decorate(function: Callable) -> Callable:
         @wraps(function)
         def run(*args, **kwargs):
-            if plain() or what in _failed or not has_triton():
+            if plain() or failed(what) or not has_triton():
                 return plain_form(*args, **kwargs)
             try:
                 return function(*args, **kwargs)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as problem:
-                _failed.add(what)
-                said = f"{what} runs without its kernel, which takes longer: {first_line(problem)}"
-                warnings.warn(said, DeviceWarning, stacklevel=2)
+                give_up(what, f"{what} runs without its kernel", problem)
                 return plain_form(*args, **kwargs)
 
         return run

@@ -1,18 +1,16 @@
 """Layers in few operations: joined weights and fused kernels on CUDA."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
 import torch
 
-from evoprune.backend.fallback import uses_kernels
-from evoprune.errors import DeviceWarning, first_line, is_out_of_memory
+from evoprune.backend import fallback
+from evoprune.backend.fallback import has_triton, uses_kernels
 
 TOGETHER = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}  # products of the same input
 _apart: list[bool] = []
-_problem: list[Exception] = []  # why kernels are not used any more
 
 
 def join(model) -> None:
@@ -83,20 +81,13 @@ def unjoined() -> Iterator[None]:
 
 def kernels(device: torch.device) -> ModuleType | None:
     """The fused kernels for a device, `layers_triton`; None where there are none, or one has failed."""
-    if _problem or not uses_kernels(device):
+    if not uses_kernels(device) or fallback.failed("layers") or not has_triton():
         return None
-    try:
-        from evoprune.backend import layers_triton
-    except ImportError as problem:
-        _problem.append(problem)
-        return None
+    from evoprune.backend import layers_triton
+
     return layers_triton
 
 
 def give_up(problem: Exception) -> None:
     """From now on, layers compute without fused kernels. Raises `problem` again if it is about memory."""
-    if is_out_of_memory(problem):
-        raise problem
-    _problem.append(problem)
-    said = f"layers compute without fused kernels, which takes longer: {first_line(problem)}"
-    warnings.warn(said, DeviceWarning, stacklevel=2)
+    fallback.give_up("layers", "layers compute without fused kernels", problem)

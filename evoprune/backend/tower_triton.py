@@ -4,11 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
+from evoprune.backend.attention import NEVER
+
 
 @triton.jit
 def _rotate_into_groups(
-    qkv, cos, sin, place, keys, count, q, k, v, rows,
-    heads: tl.constexpr, dim: tl.constexpr, more: tl.constexpr, root: tl.constexpr, half: tl.constexpr,
+    qkv, cos, sin, place, keys, weight, q, k, v, rows,
+    heads: tl.constexpr, dim: tl.constexpr, more: tl.constexpr, root: tl.constexpr, least: tl.constexpr, half: tl.constexpr,
     gathers: tl.constexpr,
 ):  # fmt: skip
     """One unit's queries, for the first `rows` programs, or one key unit's keys and values: four patches of all heads."""
@@ -50,7 +52,8 @@ def _rotate_into_groups(
         if asks:
             tl.store(q + extra, tl.where(e < 2, 1.0, 0.0)[None, :].to(kind) + tl.zeros((4 * heads, more), kind))
         else:
-            value = tl.log(tl.maximum(tl.load(count + to), 1).to(tl.float32)) * root
+            value = tl.load(weight + to)
+            value = tl.where(value > 0, tl.log(tl.maximum(value, 1).to(tl.float32)), least) * root
             high = value.to(kind)
             low = (value - high.to(tl.float32)).to(kind)
             bias = tl.where(e == 0, high, tl.where(e == 1, low, 0.0))
@@ -65,18 +68,17 @@ def rotate_into_groups(
     place: torch.Tensor,
     heads: int,
     keys: torch.Tensor | None,
-    count: torch.Tensor | None,
+    weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries `[R * 4, heads, d']`, and keys and values `[K * 4, heads, d']` in the order of groups, from `[R, 4, 3 * heads * d]`.
 
     Args:
         cos, sin: float32 `[places, 4, d]`, of the rotary embedding, the first half of the sines negated. place: int64 `[R]`.
         keys: int64 `[K]`, the row of each key; None where keys are the rows in their order, and values stay where they are.
-        count: int64 `[K]`, cluster sizes, whose log is added to the scores by further dimensions (`vision.attention.with_bias`);
-            None for no bias.
+        weight: int64 `[K]`, whose log is added to the scores by further dimensions (`vision.attention.with_bias`), or None.
     """
     rows, dim = len(qkv), qkv.shape[2] // (3 * heads)
-    more = 0 if count is None else 8
+    more = 0 if weight is None else 8
     gathers = keys is not None or more > 0
     total = rows if keys is None else len(keys)
     q = qkv.new_empty(rows * 4, heads, dim + more)
@@ -85,7 +87,7 @@ def rotate_into_groups(
     if gathers and keys is None:
         keys = torch.arange(rows, dtype=torch.int64, device=qkv.device)
     _rotate_into_groups[rows + total,](
-        qkv, cos, sin, place, place if keys is None else keys, place if count is None else count, q, k, v, rows,
-        heads=heads, dim=dim, more=more, root=dim**0.5, half=triton.next_power_of_2(dim // 2), gathers=gathers,
+        qkv, cos, sin, place, place if keys is None else keys, place if weight is None else weight, q, k, v, rows,
+        heads=heads, dim=dim, more=more, root=dim**0.5, least=-NEVER, half=triton.next_power_of_2(dim // 2), gathers=gathers,
     )  # fmt: skip
     return q, k, v

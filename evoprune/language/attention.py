@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.causal import causal_attention
+from evoprune.backend.attention import causal_attention
 from evoprune.methods.indices import ascending
 
 STRIP = 1024  # query columns that share one mask

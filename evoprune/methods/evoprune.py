@@ -35,6 +35,7 @@ class FarthestPoints(Selector):
     """Farthest-point sampling over features and time. Fields as in `EvoPrune`."""
 
     source: ClassVar[str] = "this project"
+    drops: ClassVar[bool] = False
 
     alpha: float = ALPHA
     floor: float = 0.0

@@ -97,7 +97,7 @@ def farthest_points(
     radii = tube_radii(points.place, points.half, points.weight, first, points.row, points.time, tubes, needed)
     if within:
         keep = max(min(least, keep), min(keep, int((radii > within * STEPS).sum())))
-    order = radii.long() * units + turn
+    order = torch.add(turn, radii.long(), alpha=units)
     if floor:
         order = _first_of_each_pair(order, points.grid, keep, floor)
     return order.topk(keep).indices.sort().values

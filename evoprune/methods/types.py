@@ -107,13 +107,13 @@ class Selection:
         """`[K, D]`, as `rows` (`[E, D]`): the tokens. `row_of`: int64 `[N]`, the row of each unit, None where each has its own."""
         if not self.averages or (self.owner is None and self.means is None):
             return rows[self.kept if row_of is None else row_of[self.kept]]
+        row = ascending(len(rows), rows.device) if row_of is None else row_of.clamp(min=0)
         if self.means is not None:
-            into, row, weight = self.means
+            into, unit, weight = self.means
+            row = row[unit]
         else:  # which units have a token is not read, which would wait for a GPU: the others weigh nothing
-            into, row = self.owner.clamp(min=0), ascending(len(self.owner), rows.device)
-            weight = (self.owner >= 0).float()
+            into, weight = self.owner.clamp(min=0), (self.owner >= 0).float()
             weight = weight if self.weight is None else weight * self.weight
-        row = row if row_of is None else row_of[row].clamp(min=0)
         return mean_rows(rows, into, row, weight, len(self.kept))
 
 

@@ -3,23 +3,23 @@
 Groups of similar length share a *bucket*: they are padded to a common length, and a mask covers the padding. Equal groups of
 neighbouring rows need no padding, so their bucket is a view without gather or mask. On a CPU, `buckets` sorts the groups by
 their lengths. On a GPU, reading the lengths would synchronise. There `Packed` holds all groups for a kernel that reads the
-lengths on the device; without one, they are a bucket padded to the greatest possible length. `plan_attention` chooses.
+lengths on the device; without one, `static_bucket` pads them to the greatest possible length. `plan_attention` chooses.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
 from evoprune.backend import devices
-from evoprune.backend.attention import attends_by_products, varlen_kernel
+from evoprune.backend.attention import NEVER, attends_by_products, varlen_kernel
 from evoprune.methods.indices import ascending, runs
 from evoprune.model.config import PATCHES
 from evoprune.model.numerics import without_autocast
-from evoprune.vision.layout import Groups, Scope, TokenLayout, attention_groups
+from evoprune.vision.layout import Groups, Scope, TokenLayout, attention_groups, order_tables
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,14 @@ class Bucket:
     """A batch of B groups, with Q query rows and K key rows each."""
 
     shape: tuple[int, int]  # (B, Q)
-    query: torch.Tensor | None  # int64 `[B, Q]` rows, or None where the bucket is all rows in order
-    key: torch.Tensor | None  # int64 `[B, K]` rows, or None where the keys are the queries
-    query_valid: torch.Tensor | None  # bool `[B, Q]`, False at padding; None without padding
-    key_count: torch.Tensor  # int64 `[B, K]`, how many units of the group each key represents; 0 at padding
-    padded: bool  # whether any key is padding
-    # int64 `[R]`, the index of each row among the B * Q answers; None where `query` and `query_valid` say it
-    back: torch.Tensor | None = None
-    # bool `[B, K]`, whether the key is a row of the group's own frame pair, False at padding; None where every key is
-    near: torch.Tensor | None = None
+    query: torch.Tensor | None = None  # int64 `[B, Q]` rows, or None where the bucket is all rows in order
+    key: torch.Tensor | None = None  # int64 `[B, K]` rows, or None where the keys are the queries
+    # int64 or bool `[B, K]`, how much each key weighs, 0 at padding; None where all weigh the same
+    weight: torch.Tensor | None = None
+    inside: torch.Tensor | None = None  # bool `[B, Q]`, False at padding; None without padding, and with `back`
+    # int64 `[R]`, twice: the group of each row, and its number in it; None where `query` and `inside` say it
+    back: tuple[torch.Tensor, torch.Tensor] | None = None
+    layout: TokenLayout | None = None  # of all rows, if keys may be of other frame pairs than their group
 
     def by_head(self, x: torch.Tensor, which: str) -> torch.Tensor:
         """Rows of `x` `[R, 4, heads, d]` as `[B, heads, Q*4 or K*4, d]`; `which`: "query" or "key"."""
@@ -43,75 +42,116 @@ class Bucket:
         rows = x if index is None else x[index]
         return rows.reshape(self.shape[0], -1, *x.shape[2:]).transpose(1, 2)
 
+    @cached_property
+    def valid(self) -> torch.Tensor | None:
+        """bool `[B, Q]`, which queries are no padding; None for all."""
+        if self.back is None:
+            return self.inside
+        row = torch.ones_like(self.back[0], dtype=torch.bool)
+        return row.new_zeros(self.shape).index_put_(self.back, row)
+
+    @cached_property
+    def bias(self) -> torch.Tensor | None:
+        """What is added to the scores of each key patch, float32 `[B, 1, 1, K*4]`: the log of its weight. None for 0."""
+        if self.weight is None:
+            return None
+        return self.weight.float().log().repeat_interleave(PATCHES, dim=1)[:, None, None]
+
 
 @dataclass(frozen=True)
 class Packed:
-    """All groups of a chunk, for a device whose values the CPU does not read."""
+    """All groups of a layout, for a device whose values the CPU does not read. Arguments as of `plan_attention`."""
 
-    groups: Groups  # from `layout.attention_groups` with `exact=False`
-    rows: int  # R, of the chunk
-    kernel: Callable | None  # `varlen_kernel`; None where there is nothing but `bucket`
+    layout: TokenLayout
+    scope: Scope
+    size_bias: bool
+    kernel: Callable  # `varlen_kernel`
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Attention of all groups in one call of the kernel; arguments `[patches, heads, d]`, keys group after group."""
-        longest = [most * PATCHES for most in self.groups.longest]
-        return self.kernel(q, k, v, *self.ends, *longest, scale=scale)
+        longest = most = self.layout.longest(self.scope)
+        if self.layout.mixes(self.scope):
+            most = self.layout.group_units(self.scope)[0].shape[1]
+        return self.kernel(q, k, v, *self.ends, longest * PATCHES, most * PATCHES, scale=scale)
+
+    @cached_property
+    def keys(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """int64 `[K]`, key rows, group after group, None for all in order; int64 `[K]`, how much each weighs, None for evenly."""
+        layout = self.layout
+        if not layout.mixes(self.scope):
+            return None, layout.size if self.size_bias else None
+        if self.size_bias and layout.complete:
+            return layout.owner[order_tables(layout.geometry, layout.pairs)[0]], None
+        used = layout.group_units(self.scope)[1]
+        key, weight = (x.flatten()[used] for x in owner_keys(layout, self.scope, self.size_bias))
+        return key.clamp(min=0), weight.long()
 
     @cached_property
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Two int32 `[G + 1]`, each a zero and the ends of all groups: counted in query patches, and in key patches."""
-        lengths = torch.stack([self.groups.length, self.groups.key_length])
-        query, key = F.pad(lengths.cumsum(1) * PATCHES, (1, 0)).int().unbind(0)
-        return query.contiguous(), key.contiguous()
-
-    @cached_property
-    def bucket(self) -> Bucket:
-        """One bucket of all groups, padded to the greatest length that a group can have."""
-        groups, count, longest = self.groups, len(self.groups.length), self.groups.longest[0]
-        if groups.even:
-            return Bucket((count, longest), None, None, None, groups.count.view(count, longest), False)
-        row = ascending(self.rows, groups.start.device)
-        group = torch.searchsorted(groups.start + groups.length, row, right=True).clamp(max=count - 1)
-        back = (group * longest + row - groups.start[group]).clamp(max=count * longest - 1)
-        return _padded(groups, self.rows, ascending(count, row.device), *groups.longest, back)
+        query = (self.layout.row_groups(self.scope)[1] * PATCHES).int()
+        return query, self.layout.group_units(self.scope)[2] if self.layout.mixes(self.scope) else query
 
 
 Plan = list[Bucket] | Packed
 
 
-def plan_attention(layout: TokenLayout, scope: Scope, like: torch.Tensor) -> Plan:
-    """How the rows of a layout attend inside their groups of `scope`, by the device and the dtype of `like`."""
-    exact = devices.exact_shapes(like.device)
-    groups = attention_groups(layout, scope, exact)
-    if exact:
-        return buckets(groups)
-    packed = Packed(groups, layout.rows, varlen_kernel(like.device, like.dtype))
-    return packed if packed.kernel else [packed.bucket]
+def plan_attention(layout: TokenLayout, scope: Scope, like: torch.Tensor, size_bias: bool) -> Plan:
+    """How the rows of a layout attend inside their groups of `scope`, by the device and the dtype of `like`.
 
-
-def _padded(
-    groups: Groups, rows: int, members: torch.Tensor, longest: int, most: int, back: torch.Tensor | None = None
-) -> Bucket:
-    """The bucket of some groups (int64 `[B]`), padded to `longest` queries and `most` keys. `rows`: of all groups.
-
-    `back`: see `Bucket`; without it, whether there is padding is read, which synchronises.
+    `size_bias` adds to the scores of a key the log of its cluster size inside the group (proportional attention: ToMe, arXiv
+    2210.09461, section 3).
     """
-    query, valid = runs(groups.start[members], groups.length[members], longest, rows)
+    if devices.exact_shapes(like.device):
+        return buckets(attention_groups(layout, scope), size_bias, layout)
+    kernel = varlen_kernel(like.device, like.dtype)
+    return Packed(layout, scope, size_bias, kernel) if kernel else [static_bucket(layout, scope, size_bias)]
+
+
+def owner_keys(layout: TokenLayout, scope: Scope, size_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys of groups without reading values, `[G, K]`: int64, the row that owns each of a group's units; and bool, which count.
+
+    A row that owns several units of a group is as many keys, which weigh together what `size_bias` says; without it one counts.
+    """
+    key = F.pad(layout.owner, (0, 1), value=-1)[layout.group_units(scope)[0]]
+    if size_bias:
+        return key, key >= 0
+    key = key.sort(1, descending=True).values
+    return key, F.pad(key[:, 1:] != key[:, :-1], (1, 0), value=True) & (key >= 0)
+
+
+def static_bucket(layout: TokenLayout, scope: Scope, size_bias: bool) -> Bucket:
+    """All groups, padded to the greatest length that a group can have."""
+    geo, longest, total = layout.geometry, layout.longest(scope), layout.group_count(scope)
+    full = scope == "pair" or geo.windows * geo.largest_window == geo.units  # groups have equally many units
+    even = layout.counts is not None and min(layout.counts) == longest if scope == "pair" else layout.reach == "place"
+    if full and even and not layout.mixes(scope):
+        return Bucket((total, longest), weight=layout.size.view(total, longest) if size_bias else None)
+    group, bounds = layout.row_groups(scope)
+    query = (bounds[:-1, None] + ascending(longest, bounds.device)).clamp(max=layout.rows - 1)
+    back = group, (ascending(layout.rows, group.device) - bounds[group]).clamp(max=longest - 1)
+    bucket = Bucket((total, longest), query, back=back, layout=layout if layout.reach == "clip" else None)
+    if not layout.mixes(scope):
+        return replace(bucket, weight=torch.where(bucket.valid, layout.size[query], 0) if size_bias else bucket.valid)
+    if size_bias and layout.complete and full:
+        return replace(bucket, key=layout.owner[layout.group_units(scope)[0]])
+    key, weight = owner_keys(layout, scope, size_bias)
+    return replace(bucket, key=key, weight=weight)
+
+
+def _padded(groups: Groups, members: torch.Tensor, size_bias: bool, layout: TokenLayout) -> Bucket:
+    """The bucket of some groups (int64 `[B]`), padded to the longest of them."""
+    longest, most = (int(each[members].max()) for each in (groups.length, groups.key_length))
     start = groups.key_length.cumsum(0) - groups.key_length
+    query, valid = runs(groups.start[members], groups.length[members], longest, layout.rows)
     key, key_valid = runs(start[members], groups.key_length[members], most, len(groups.keys))
-    return Bucket(
-        tuple(query.shape),
-        query,
-        None if groups.consecutive else groups.keys[key],
-        None if back is None and valid.all() else valid,
-        torch.where(key_valid, groups.count[key], 0),
-        back is not None or not key_valid.all(),
-        back,
-        None if groups.near is None else groups.near[key] & key_valid,
-    )
+    weight = torch.where(key_valid, groups.count[key], 0) if size_bias else None if key_valid.all() else key_valid
+    clip = layout if layout.reach == "clip" else None
+    key = None if groups.consecutive else groups.keys[key]
+    return Bucket(tuple(query.shape), query, key, weight, None if valid.all() else valid, layout=clip)
 
 
-def buckets(groups: Groups) -> list[Bucket]:
+def buckets(groups: Groups, size_bias: bool, layout: TokenLayout) -> list[Bucket]:
     """Sorts groups into buckets of similar length.
 
     Up to four different numbers of keys get a bucket each; more are put together where they differ by less than a quarter. Where
@@ -121,13 +161,11 @@ def buckets(groups: Groups) -> list[Bucket]:
     lengths = groups.key_length.unique()
     if groups.consecutive and len(lengths) == 1:
         shape = (len(groups.length), int(lengths))
-        return [Bucket(shape, None, None, None, groups.count.view(shape), False)]
-    rows, made = int(groups.length.sum()), []
+        return [Bucket(shape, weight=groups.count.view(shape) if size_bias else None)]
+    made = []
     for like in _alike(groups.key_length, 0.75 if len(lengths) > 4 else 1.0):
         batches = [like] if groups.consecutive else [like[some] for some in _alike(groups.length[like], 0.5)]
-        for members in batches:
-            longest, most = (int(each[members].max()) for each in (groups.length, groups.key_length))
-            made.append(_padded(groups, rows, members, longest, most))
+        made += [_padded(groups, members, size_bias, layout) for members in batches]
     return made
 
 
@@ -140,23 +178,11 @@ def _alike(length: torch.Tensor, share: float) -> Iterator[torch.Tensor]:
         left = below
 
 
-def key_bias(bucket: Bucket, size_bias: bool, dtype: torch.dtype) -> torch.Tensor | None:
-    """The bias on the scores of each key patch, `[B, 1, 1, K*4]`; None where it is zero everywhere.
-
-    It is the log of the key's cluster size, or 0 without `size_bias`; -inf at padding.
-    """
-    if not size_bias and not bucket.padded:
-        return None
-    count = bucket.key_count.float() if size_bias else (bucket.key_count > 0).float()
-    return count.log().to(dtype).repeat_interleave(PATCHES, dim=1)[:, None, None]
-
-
 def grouped_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     plan: Plan,
-    size_bias: bool = False,
     received: torch.Tensor | None = None,
     timer: devices.Timer | None = None,
 ) -> torch.Tensor:
@@ -164,8 +190,6 @@ def grouped_attention(
 
     Args:
         q, k, v: `[R, 4, heads, d]`, after rotary.
-        size_bias: adds to the scores of a key the log of its cluster size inside the group (proportional attention: ToMe, arXiv
-            2210.09461, section 3).
         received: float32 `[R]`, to which the attention is added that each row receives: the mean over heads and over the queries of
             a group, summed over the row's 4 patches and over the groups of its own chunk. Later chunks are left out, because the
             result must not depend on the chunk size. `timer` measures the time for it.
@@ -174,16 +198,17 @@ def grouped_attention(
     if isinstance(plan, Packed):
         if received is not None:
             with timer:
-                add_received(received, q, k, plan.bucket, size_bias)
-        return attend_packed(q, k, v, plan, size_bias)
-    out = torch.empty_like(q)
+                received += attention_received(q, k, plan)
+        return attend_packed(q, k, v, plan)
+    out = None
     for bucket in plan:
-        answer = _attend_bucket(q, k, v, bucket, size_bias, received, timer)
+        answer = _attend_bucket(q, k, v, bucket, received, timer)
         if bucket.query is None:
             return answer.reshape(q.shape)
         if bucket.back is not None:
-            return answer.flatten(0, 1)[bucket.back]
-        valid = ... if bucket.query_valid is None else bucket.query_valid
+            return answer[bucket.back]
+        out = torch.empty_like(q) if out is None else out
+        valid = ... if bucket.valid is None else bucket.valid
         out[bucket.query[valid]] = answer[valid]
     return out
 
@@ -193,27 +218,26 @@ def _attend_bucket(
     k: torch.Tensor,
     v: torch.Tensor,
     bucket: Bucket,
-    size_bias: bool,
     received: torch.Tensor | None,
     timer: AbstractContextManager,
 ) -> torch.Tensor:
     """Attention of one bucket, `[B, Q, 4, heads, d]`; arguments as in `grouped_attention`."""
     query, key, value = (bucket.by_head(x, which) for x, which in ((q, "query"), (k, "key"), (v, "key")))
-    bias, per_key = key_bias(bucket, size_bias, q.dtype), None
+    bias, per_key = None if bucket.bias is None else bucket.bias.to(q.dtype), None
     if attends_by_products(q, key.shape[2]):
         weight = None
         if received is not None:
             with timer:
-                weight = query_weight(bucket, q.shape[2])
+                weight = query_weight(bucket, q)
         answer, per_key = attend_by_products(query, key, value, bias, weight, timer)
     else:
         answer = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     if received is not None:
         with timer:
             if per_key is None:
-                per_key = received_by_keys(query, key, bucket, size_bias)
+                per_key = received_by_keys(query, key, bucket)
             add_by_row(received, per_key, bucket)
-    return answer.transpose(1, 2).reshape(len(answer), -1, PATCHES, *q.shape[2:])
+    return answer.unflatten(2, (-1, PATCHES)).permute(0, 2, 3, 1, 4)
 
 
 def attend_by_products(
@@ -256,39 +280,33 @@ def attend_by_products(
     return out, None if received is None else received.view(batch, heads, keys).sum(1)
 
 
-def attention_received(q: torch.Tensor, k: torch.Tensor, plan: Plan, size_bias: bool) -> torch.Tensor:
-    """float32 `[R]`, as `received` of `grouped_attention`, without the output of the attention."""
+def attention_received(q: torch.Tensor, k: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """float32, like the rows of `k`: as `received` of `grouped_attention`, without the output of the attention."""
     total = torch.zeros(len(k), dtype=torch.float32, device=k.device)
-    for bucket in [plan.bucket] if isinstance(plan, Packed) else plan:
-        add_received(total, q, k, bucket, size_bias)
-    return total[: len(q)]
-
-
-def add_received(received: torch.Tensor, q: torch.Tensor, k: torch.Tensor, bucket: Bucket, size_bias: bool) -> None:
-    """Adds the attention that the rows of a bucket receive, as `grouped_attention`."""
-    per_key = received_by_keys(bucket.by_head(q, "query"), bucket.by_head(k, "key"), bucket, size_bias)
-    add_by_row(received, per_key, bucket)
+    for bucket in [static_bucket(plan.layout, plan.scope, plan.size_bias)] if isinstance(plan, Packed) else plan:
+        per_key = received_by_keys(bucket.by_head(q, "query"), bucket.by_head(k, "key"), bucket)
+        add_by_row(total, per_key, bucket)
+    return total
 
 
 @without_autocast()
-def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket, size_bias: bool) -> torch.Tensor:
+def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket) -> torch.Tensor:
     """The attention that each key patch of a bucket receives, float32 `[B, K*4]`, from `queries` and `keys` by head."""
     batch, heads, _, dim = queries.shape
-    bias, weight = key_bias(bucket, size_bias, torch.float32), query_weight(bucket, heads)
+    weight = query_weight(bucket, queries.transpose(1, 2))
     total = torch.zeros(batch, keys.shape[2], dtype=torch.float32, device=keys.device)
     step = max(1, devices.scores_at_a_time(queries.device) // (batch * heads * keys.shape[2]))
     for at in range(0, queries.shape[2], step):
         scores = (queries[:, :, at : at + step] * dim**-0.5) @ keys.transpose(2, 3)
-        probs = (scores.float() if bias is None else scores.float() + bias).softmax(-1)
+        probs = (scores.float() if bucket.bias is None else scores.float() + bucket.bias).softmax(-1)
         total += torch.einsum("bhqk,bq->bk", probs, weight[:, at : at + step])
     return total
 
 
-def query_weight(bucket: Bucket, heads: int) -> torch.Tensor:
-    """float32 `[B, Q*4]`: the weight of each query patch in the mean over heads and queries of its group; 0 at padding."""
-    valid = bucket.query_valid
-    valid = bucket.key_count.new_ones(bucket.shape, dtype=torch.float32) if valid is None else valid.float()
-    return (valid / valid.sum(1, keepdim=True).clamp(min=1) / PATCHES / heads).repeat_interleave(PATCHES, dim=1)
+def query_weight(bucket: Bucket, q: torch.Tensor) -> torch.Tensor:
+    """float32 `[B, Q*4]`: the weight of each query (`q`: `[..., heads, d]`) in the mean over heads and queries of its group."""
+    valid = q.new_ones(bucket.shape, dtype=torch.float32) if bucket.valid is None else bucket.valid.float()
+    return (valid / valid.sum(1, keepdim=True).clamp(min=1) / PATCHES / q.shape[-2]).repeat_interleave(PATCHES, dim=1)
 
 
 def add_by_row(received: torch.Tensor, per_key: torch.Tensor, bucket: Bucket) -> None:
@@ -297,30 +315,37 @@ def add_by_row(received: torch.Tensor, per_key: torch.Tensor, bucket: Bucket) ->
     index = bucket.key if bucket.key is not None else bucket.query
     if index is None:
         received += per_row.flatten()
-    else:
-        own = bucket.key_count > 0 if bucket.near is None else bucket.near
-        received.index_add_(0, index.flatten(), torch.where(own, per_row, 0).flatten())
+        return
+    if bucket.layout is not None:  # keys of other frame pairs receive nothing
+        pair = bucket.layout.pair_of_row
+        per_row = torch.where(pair[index] == pair[bucket.query[:, :1]], per_row, 0)
+    if bucket.weight is not None:
+        per_row = torch.where(bucket.weight > 0, per_row, 0)
+    received.index_add_(0, index.clamp(min=0).flatten(), per_row.flatten())
 
 
-def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Packed, size_bias: bool) -> torch.Tensor:
+def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Packed) -> torch.Tensor:
     """Attention of all groups by a kernel that reads their lengths on the GPU; it takes neither mask nor bias."""
-    groups, dim = plan.groups, q.shape[-1]
-    key, value = (x if groups.consecutive else x[groups.keys] for x in (k, v))
-    if size_bias:
-        q, key, value = with_bias(q, key, value, groups.count)
+    dim = q.shape[-1]
+    (keys, weight), key, value = plan.keys, k, v
+    if keys is not None:
+        key, value = k[keys], v[keys]
+    if weight is not None:
+        q, key, value = with_bias(q, key, value, weight)
     answer = plan.attend(*(x.flatten(0, 1) for x in (q, key, value)), scale=dim**-0.5)
     return answer[..., :dim].unflatten(0, (-1, PATCHES))
 
 
-def with_bias(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Carries the log of `count` (int64 `[K]`) in extra head dimensions: q' = [q, 1, 1, 0 ...], k' = [k, high, low, 0 ...].
+def with_bias(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Carries the log of `weight` (int64 `[K]`) in extra head dimensions: q' = [q, 1, 1, 0 ...], k' = [k, high, low, 0 ...].
 
     The kernel scales all products by 1 / sqrt(d), so the log is multiplied by sqrt(d) here. It is the sum of two numbers, because
-    one bf16 number would be off by up to 2^-9 of it. Zeros fill up to a multiple of eight dimensions, which kernels need.
+    one bf16 number would be off by up to 2^-9 of it. A weight of 0 is one of e^-`NEVER`. Zeros fill up to a multiple of eight
+    dimensions, which kernels need.
     """
     dim = q.shape[-1]
     extra = -(dim + 2) % 8 + 2
-    value = count.clamp(min=1).float().log() * dim**0.5
+    value = weight.float().log().clamp(min=-NEVER) * dim**0.5
     high = value.to(k.dtype)
     low = (value - high.float()).to(k.dtype)
     more = F.pad(torch.stack([high, low], -1), (0, extra - 2))[:, None, None].expand(*k.shape[:3], extra)

@@ -6,7 +6,7 @@ only the number of its reference.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from evoprune.backend import devices
 from evoprune.methods.indices import ascending
 from evoprune.model.config import PATCHES
-from evoprune.vision.layout import Geometry, TokenLayout, full_layout, geometry, referring_layout, window_order
+from evoprune.vision.layout import Geometry, TokenLayout, full_layout, referring_layout, window_order
 from evoprune.vision.preprocess import CLIP, Normalisation, normalised, patch_means
 from evoprune.vision.reuse import ReferenceBlocks, scan
 
@@ -30,6 +30,7 @@ class Chunk:
     pairs: int  # how many there are
     patches: torch.Tensor  # `[R, 4, values]`, of the units that are rows, in window order
     counts: tuple[int, ...]  # rows of each frame pair
+    unit: torch.Tensor  # int64 `[R]`, the unit of each row, counted from the first of these frame pairs
     # int64 `[pairs, H*W]`, the number of the frame pair whose row represents each unit: its own if the unit is a row. None without
     # reuse, where every unit is a row.
     source: torch.Tensor | None = None
@@ -38,19 +39,16 @@ class Chunk:
     def rows(self) -> int:
         return len(self.patches)
 
-    def layout(self, geo: Geometry) -> tuple[TokenLayout, torch.Tensor | None]:
-        """The layout of the chunk's rows, on the device of `geo`.
-
-        Also int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where none does; None without reuse.
-        """
+    def layout(self, geo: Geometry) -> TokenLayout:
+        """The layout of the chunk's rows."""
         if self.source is None:
-            return full_layout(geo, self.pairs), None
-        here, device = geometry(geo.height, geo.width, geo.side, str(self.source.device)), torch.device(geo.device)
-        layout = referring_layout(here, self.source - self.first, self.counts)
+            return full_layout(geo, self.pairs)
+        return referring_layout(geo, self.source - self.first, self.counts, self.unit)
+
+    def latest(self, geo: Geometry) -> torch.Tensor:
+        """int64 `[P]`, with reuse: the unit of this chunk that becomes the reference of each place, -1 where none does."""
         pair = self.source[-1] - self.first
-        latest = torch.where(pair < 0, -1, pair * geo.units + ascending(geo.units, pair.device))
-        unit, owner, latest = (devices.to_device(x, device) for x in (layout.unit, layout.owner, latest))
-        return replace(layout, geometry=geo, unit=unit, owner=owner), latest
+        return torch.where(pair < 0, -1, pair * geo.units + ascending(geo.units, pair.device))
 
 
 def in_pairs(patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int) -> Iterator[torch.Tensor]:
@@ -87,7 +85,7 @@ def in_chunks(
     A chunk also ends once it represents `SPARSE` * `rows` units, so its memory does not grow with the video.
 
     Args:
-        patches: pieces `[n, values]` that make up `pairs` frame pairs: pixels (uint8), or normalised. `normal`: mean and std.
+        patches: pieces `[n, values]` of `pairs` frame pairs, on the device of `geo`: pixels (uint8), or normalised by `normal`.
         threshold: of reuse, in levels of 255; 0 for no reuse. `timer` measures the search for references.
         even: a list to which each piece adds whether each of its frame pairs has one colour, until one has not; or None.
         references: of the segment before, if there is one; in the end those of this video. A unit that a row of the segment
@@ -109,17 +107,19 @@ def in_chunks(
         if even is not None and (not even or not here or even[-1]):
             of_pair = piece.view(count, -1, piece.shape[1])  # one colour: all patches are equal within one level of 255
             even.append((of_pair.amax(1) - of_pair.amin(1)).max() < 1 / 255)
-        source, counts = None, (geo.units,) * count
+        source, alive, counts = None, None, (geo.units,) * count
         if threshold:
             with timer:
                 means = patch_means(piece, geo.units, *normal)
                 source, seen = scan(means, references[0] if references else None, threshold)
-                counts = tuple((source == done + ascending(count, source.device)[:, None]).sum(1).tolist())
+                alive = source == done + ascending(count, source.device)[:, None]
+                counts = tuple(alive.sum(1).tolist())
                 references[:] = [seen]
-        rows_here = _rows_of(piece, geo, done, counts, source)
+        unit = window_order(geo, count, alive, sum(counts))
+        rows_here = piece.view(-1, PATCHES, piece.shape[1])[unit]
         if rows_here.dtype == torch.uint8:
             rows_here = normalised(rows_here, *normal)
-        held.append(Chunk(done, count, rows_here.to(dtype), counts, source))
+        held.append(Chunk(done, count, rows_here.to(dtype), counts, unit, source))
         done += count
         units = (done - held[0].first) * geo.units
         if sum(chunk.rows for chunk in held) >= rows or units >= SPARSE * rows:
@@ -131,23 +131,15 @@ def in_chunks(
         yield _joined(held)
 
 
-def _rows_of(
-    patches: torch.Tensor, geo: Geometry, first: int, counts: tuple[int, ...], source: torch.Tensor | None
-) -> torch.Tensor:
-    """`[R, 4, values]`: the patches of the units that are rows, in window order."""
-    pairs, here = len(counts), geometry(geo.height, geo.width, geo.side, str(patches.device))
-    alive = None if source is None else source == first + ascending(pairs, source.device)[:, None]
-    unit = window_order(here, pairs, alive, sum(counts))
-    return patches.view(-1, PATCHES, patches.shape[1])[unit]
-
-
 def _joined(chunks: list[Chunk]) -> Chunk:
     """Neighbouring chunks as one; there are several only with reuse."""
+    first = chunks[0].first
     if len(chunks) == 1:
         return chunks[0]
     patches, source = torch.cat([chunk.patches for chunk in chunks]), torch.cat([chunk.source for chunk in chunks])
     counts = sum((chunk.counts for chunk in chunks), ())
-    return Chunk(chunks[0].first, len(counts), patches, counts, source)
+    unit = torch.cat([chunk.unit + (chunk.first - first) * chunk.source.shape[1] for chunk in chunks])
+    return Chunk(first, len(counts), patches, counts, unit, source)
 
 
 @dataclass(frozen=True)
@@ -175,7 +167,7 @@ class CarriedKeys:
             self._number = torch.full((places,), -1, dtype=torch.int64, device=earlier.features.device)
 
     def begin(self, latest: torch.Tensor | None) -> None:
-        """Starts a chunk; `latest`: from `Chunk.layout`, None if no later chunk follows."""
+        """Starts a chunk; `latest`: from `Chunk.latest`, None if no later chunk follows."""
         self._latest = latest
 
     def seen_by(

@@ -165,10 +165,11 @@ class _Run:
     def embed(self, chunk: Chunk) -> tuple[torch.Tensor, TokenLayout]:
         """The chunk's rows before the first layer, and their layout."""
         with self.timer if self.carried else nullcontext():
-            layout, latest = chunk.layout(self.geometry)
-        if self.carried:
-            follows = chunk.first + chunk.pairs < self.plan.grid[0] or self.segment is not None
-            self.carried.begin(latest if follows else None)  # else no unit refers to the last chunk
+            layout = chunk.layout(self.geometry)
+            if self.carried:
+                follows = chunk.first + chunk.pairs < self.plan.grid[0] or self.segment is not None
+                # No unit refers to the last chunk.
+                self.carried.begin(chunk.latest(self.geometry) if follows else None)
         return embed(self.visual, chunk.patches, layout), layout
 
     def run_first_layers(
@@ -184,7 +185,7 @@ class _Run:
 
     def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout, deepstack: torch.Tensor) -> None:
         """Appends a chunk's rows, ordered by unit, to those of earlier chunks. `x`: after the patch merger if no layer follows."""
-        order = layout.unit.argsort()
+        unit, order = layout.unit.sort()
         if self.gathering:
             with self.timer:
                 self.gathering.finish(order)
@@ -192,9 +193,11 @@ class _Run:
         owner = self.carried.owners(layout.owner, index) if self.carried else index[layout.owner]
         x, deepstack = x[order], deepstack[order]
         self.note_numbers(x, deepstack)
-        self.pieces.append(VideoRows(x, deepstack, layout.unit[order] + chunk.first * self.geometry.units, owner))
-        own = chunk.first + ascending(chunk.pairs, order.device)[:, None].expand(-1, self.geometry.units)
-        self.sources.append(own if chunk.source is None else chunk.source)
+        self.pieces.append(VideoRows(x, deepstack, unit + chunk.first * self.geometry.units, owner))
+        source = chunk.source
+        if source is None:
+            source = (chunk.first + ascending(chunk.pairs, order.device))[:, None].expand(-1, self.geometry.units)
+        self.sources.append(source)
         self.counts += chunk.counts
         self.count += len(order)
 
@@ -202,9 +205,11 @@ class _Run:
         """The rows of all chunks; frees the chunks. Raises NothingNew: there are none."""
         if not self.count:
             raise NothingNew
-        live = [(rows.x, rows.deepstack) for rows in self.pieces if len(rows.x)]
-        units, owners = [rows.unit for rows in self.pieces], [rows.owner for rows in self.pieces]
-        rows = VideoRows(*(torch.cat(each) for each in (*zip(*live, strict=True), units, owners)))
+        rows = self.pieces[0]
+        if len(self.pieces) > 1:
+            live = [(each.x, each.deepstack) for each in self.pieces if len(each.x)]
+            units, owners = [each.unit for each in self.pieces], [each.owner for each in self.pieces]
+            rows = VideoRows(*(torch.cat(each) for each in (*zip(*live, strict=True), units, owners)))
         if self.segment:
             self.segment.chunks_done(self.carried, rows.owner)
         self.pieces, self.carried = [], None
@@ -242,7 +247,8 @@ class _Run:
             pieces = list(zip(rows.x.split(at_once), rows.deepstack.split(at_once), strict=True))
             made = [self._run_pairs(*piece, layers, last=piece is pieces[-1]) for piece in pieces]
             return VideoRows(*map(torch.cat, zip(*made, strict=True)), rows.unit, rows.owner)
-        layout, order = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.owner)
+        complete = not any(stage.selector.drops for stage in self.plan.row_stages)
+        layout, order, back = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.owner, complete)
         layout, carried = self.segment.enter(layout) if self.segment else (layout, None)
         how = {"carried": carried, "mlp_rows": self.piece, "deepstack": rows.deepstack[order]}
         run = LayerRun(self.visual, self.timer, self.computed, on_layer=self.after_layer, **how)
@@ -250,7 +256,6 @@ class _Run:
         x, _ = run_layers(run, layers, x, layout)
         if self.segment:
             self.segment.layers_done(carried, layers)
-        back = order.argsort()
         return VideoRows(x[back], run.deepstack[back], rows.unit, rows.owner)
 
     def _run_pairs(

@@ -46,7 +46,7 @@ def run_layers(
         try:
             scope: Scope = tower.scope(layer)
             if scope not in packed:
-                packed[scope] = plan_attention(layout, scope, x)
+                packed[scope] = plan_attention(layout, scope, x, layout.reach != "place")
             after = visual.blocks[layer + 1].norm1 if layer + 1 in layers else None
             made = _layer(visual, visual.blocks[layer], x, normed, after, packed[scope], layout, table, piece)
         except Exception as problem:
@@ -73,11 +73,9 @@ def _layer(
 
     if normed is None:
         x, normed = _add_norm(visual, x, None, block.norm1)
-    heads, groups = vision_sizes(visual.config).num_heads, packed.groups
+    heads = vision_sizes(visual.config).num_heads
     qkv, dim = block.attn.qkv(normed).view(layout.rows, PATCHES, -1), x.shape[1] // heads
-    keys = None if groups.consecutive else groups.keys
-    count = None if layout.reach == "place" else groups.count  # before rows merge, the log of every cluster size is 0
-    q, k, v = rotate_into_groups(qkv, *table, layout.place, heads, keys, count)
+    q, k, v = rotate_into_groups(qkv, *table, layout.place, heads, *packed.keys)
     mixed = packed.attend(q, k, v, scale=dim**-0.5)
     x, normed = _add_norm(visual, x, block.attn.proj(mixed[..., :dim].flatten(1)), block.norm2)
     made = [_mlp(visual, block.mlp, some) for some in normed.split(piece * PATCHES if piece else len(normed))]

@@ -9,7 +9,7 @@ Rows are always in *window order*: by frame pair, then by window of 4x4 units, t
 pairs are runs of neighbouring rows.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.methods.indices import ascending, tally, true_indices
+from evoprune.model.config import PATCHES
 
 Scope = Literal["window", "pair"]
 Reach = Literal["place", "window", "pair", "clip"]
@@ -78,6 +79,7 @@ class TokenLayout:
     # least this scope contains all owners of its units.
     reach: Reach = "place"
     counts: tuple[int, ...] | None = None  # rows of each frame pair; None where only the device knows them
+    complete: bool = False  # whether every unit is known to have an owner
 
     @property
     def rows(self) -> int:
@@ -100,6 +102,24 @@ class TokenLayout:
         most = self.geometry.largest_window if scope == "window" else self.geometry.units
         known = self.counts or devices.exact_shapes(self.unit.device)
         return min(max(self.per_pair) if known else self.rows, most)
+
+    def mixes(self, scope: Scope) -> bool:
+        """Whether a group of `scope` may have units that rows of other groups own."""
+        return WIDTH[self.reach] > WIDTH[scope]
+
+    def row_groups(self, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 `[R]`, the group of each row; int64 `[G + 1]`, the first row of each group, and the end of the last one."""
+        group = self.group_of(self.unit, scope)
+        return group, torch.searchsorted(group, ascending(self.group_count(scope) + 1, group.device))
+
+    def group_units(self, scope: Scope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`group_units` of these frame pairs."""
+        return group_units(self.geometry, self.pairs, scope)
+
+    @cached_property
+    def pair_of_row(self) -> torch.Tensor:
+        """int64 `[R + P]`: the frame pair of each row, -1 for those of earlier chunks."""
+        return F.pad(self.unit // self.geometry.units, (0, self.geometry.units), value=-1)
 
     @cached_property
     def place(self) -> torch.Tensor:
@@ -134,41 +154,40 @@ def order_tables(geo: Geometry, pairs: int) -> tuple[torch.Tensor, torch.Tensor]
 def window_order(geo: Geometry, pairs: int, alive: torch.Tensor | None = None, count: int = 0) -> torch.Tensor:
     """int64 `[R]`: the units of `pairs` frame pairs in window order; with `alive` (bool `[T, H*W]`) those `count`."""
     units, _ = order_tables(geo, pairs)
-    return units if alive is None else units[true_indices(alive.flatten()[units], count)]
+    return units if alive is None else units[alive.flatten()[units].argsort(descending=True, stable=True)[:count]]
 
 
 def full_layout(geo: Geometry, pairs: int) -> TokenLayout:
     """The layout in which every unit is a row."""
-    return TokenLayout(geo, pairs, *order_tables(geo, pairs), "place", (geo.units,) * pairs)
+    return TokenLayout(geo, pairs, *order_tables(geo, pairs), "place", (geo.units,) * pairs, True)
 
 
-def referring_layout(geo: Geometry, source: torch.Tensor, counts: tuple[int, ...]) -> TokenLayout:
+def referring_layout(geo: Geometry, source: torch.Tensor, counts: tuple[int, ...], unit: torch.Tensor) -> TokenLayout:
     """The layout with reuse: some units are rows, and each other unit is owned by a row at its place in an earlier frame pair.
 
-    `source`, `counts`: as in `Chunk`, the first counted from the first of these frame pairs; a negative number is one of an earlier
-    chunk.
+    `source`, `counts`, `unit`: as in `Chunk`, the first counted from the first of these frame pairs; a negative number is one of an
+    earlier chunk.
     """
     pairs, rows = len(source), sum(counts)
-    alive = source == ascending(pairs, source.device)[:, None]
-    unit = window_order(geo, pairs, alive, rows)
     number = torch.zeros(pairs * geo.units, dtype=torch.int64, device=source.device)
     number[unit] = ascending(rows, source.device)
     place = ascending(geo.units, source.device)
     owner = torch.where(source >= 0, number[source.clamp(min=0) * geo.units + place], rows + place).flatten()
-    return TokenLayout(geo, pairs, unit, owner, "place" if rows == pairs * geo.units else "clip", counts)
+    return TokenLayout(geo, pairs, unit, owner, "place" if rows == pairs * geo.units else "clip", counts, True)
 
 
 def selected_layout(
-    geo: Geometry, pairs: int, kept: torch.Tensor, owner: torch.Tensor
-) -> tuple[TokenLayout, torch.Tensor]:
-    """The layout after a selection, and int64 `[K]`, the index in `kept` of each of its rows.
+    geo: Geometry, pairs: int, kept: torch.Tensor, owner: torch.Tensor, complete: bool = False
+) -> tuple[TokenLayout, torch.Tensor, torch.Tensor]:
+    """The layout after a selection; int64 `[K]`, the index in `kept` of each of its rows; and the row of each of `kept`.
 
     `kept`: int64 `[K]`, ascending, the units that are rows; `owner`: int64 `[T * H*W]`, which of them owns each unit, anywhere in
-    the clip, -1 for one that is dropped.
+    the clip, -1 for one that is dropped, of which there is none if `complete`.
     """
     order = order_tables(geo, pairs)[1][kept].argsort()
-    row = torch.where(owner >= 0, order.argsort()[owner.clamp(min=0)], -1)
-    return TokenLayout(geo, pairs, kept[order], row, "clip"), order
+    row = order.argsort()
+    owner = (row if complete else F.pad(row, (0, 1), value=-1))[owner]  # -1 is the last entry
+    return TokenLayout(geo, pairs, kept[order], owner, "clip", complete=complete), order, row
 
 
 def merged_layout(
@@ -192,74 +211,55 @@ def merged_layout(
     reach = max(scope, layout.reach, key=WIDTH.get)
     nowhere = layout.pairs * layout.geometry.units
     unit = torch.where(ascending(rows, into.device) < stays.sum(), layout.unit[true_indices(stays, rows)], nowhere)
-    return TokenLayout(layout.geometry, layout.pairs, unit, owner, reach, counts)
+    return TokenLayout(layout.geometry, layout.pairs, unit, owner, reach, counts, layout.complete)
+
+
+@lru_cache(maxsize=64)
+def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a device needs of all units of each window or frame pair, without reading a value.
+
+    Their numbers, int64 `[G, most]`, padded with the first after the last frame pair; int64 `[T * H*W]`, where in this flattened
+    table they are; and int32 `[G + 1]`, a zero and the ends of all groups, counted in patches.
+    """
+    order, _ = order_tables(geo, pairs)
+    group = group_table(geo, pairs, scope)[order]
+    total, most = (
+        pairs * (geo.windows if scope == "window" else 1),
+        geo.largest_window if scope == "window" else geo.units,
+    )
+    length = tally(group, total)
+    ends = F.pad(length.cumsum(0), (1, 0))
+    slot = group * most + ascending(len(order), order.device) - ends[group]
+    table = torch.full((total * most,), len(order), dtype=torch.int64, device=order.device).scatter_(0, slot, order)
+    return table.view(total, most), slot, (ends * PATCHES).int()
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Windows or frame pairs as attention reads them, each with its query rows and its key rows.
+    """Windows or frame pairs that have rows, as attention reads them on a CPU, each with its query rows and its key rows.
 
-    Query rows of a group are neighbours: `start[g] : start[g] + length[g]`. Groups that are not exact (see `attention_groups`) may
-    include groups without rows, and unused keys at the end.
+    Query rows of a group are neighbours: `start[g] : start[g] + length[g]`.
     """
 
     start: torch.Tensor  # int64 `[G]`
     length: torch.Tensor  # int64 `[G]`
     consecutive: bool  # whether the keys of each group are its query rows; then `keys` is all rows
-    # int64 `[sum of key_length, or more]`, key rows, group after group: its own, and other rows that own some of its units
+    # int64 `[sum of key_length]`, key rows, group after group: its own, and other rows that own some of its units
     keys: torch.Tensor
     key_length: torch.Tensor  # int64 `[G]`
     count: torch.Tensor  # int64, like `keys`: how many of the group's units each key row represents
-    longest: tuple[int, int]  # upper bounds of the rows and of the keys of a group
-    even: bool  # whether every group is known to have `longest[0]` rows
-    near: torch.Tensor | None = None  # bool, like `keys`: whether the row is of the group's own frame pair; None: all
 
 
-def attention_groups(layout: TokenLayout, scope: Scope, exact: bool = True) -> Groups:
-    """The groups of a layer whose attention is limited to `scope`; `exact` removes empty ones and unused keys, and synchronises."""
+def attention_groups(layout: TokenLayout, scope: Scope) -> Groups:
+    """The groups of a layer whose attention is limited to `scope`; synchronises."""
     length = tally(layout.group_of(layout.unit, scope), layout.group_count(scope))
-    if WIDTH[layout.reach] > WIDTH[scope]:
-        groups = _owner_groups(layout, scope, length)
-    else:  # the keys of a group are its own rows
-        geo, longest, start = layout.geometry, layout.longest(scope), length.cumsum(0) - length
-        even = layout.counts is not None and min(layout.counts) == longest
-        if scope == "window":
-            even = layout.reach == "place" and geo.windows * geo.largest_window == geo.units
-        keys = ascending(layout.rows, length.device)
-        groups = Groups(start, length, True, keys, length, layout.size, (longest, longest), even)
-    if not exact:
-        return groups
-    used, keys = groups.length > 0, int(groups.key_length.sum())
-    return replace(
-        groups,
-        start=groups.start[used],
-        length=groups.length[used],
-        keys=groups.keys[:keys],
-        key_length=groups.key_length[used],
-        count=groups.count[:keys],
-        near=None if groups.near is None else groups.near[:keys],
-    )
-
-
-def _owner_groups(layout: TokenLayout, scope: Scope, length: torch.Tensor) -> Groups:
-    """Groups whose keys are all rows that own some of their units, in any frame pair.
-
-    A row owns the unit whose place it has, so it is a key of its own group.
-    """
-    geo, total = layout.geometry, layout.group_count(scope)
-    units, rows = len(layout.owner), layout.rows + geo.units
-    group = group_table(geo, layout.pairs, scope)[:-1]
-    asked = (layout.owner >= 0) & (length[group] > 0)  # a group without query rows needs no keys
-    unused = total * rows
-    both = torch.where(asked, group * rows + layout.owner, unused).sort().values  # (group, row that owns a unit of it)
-    slot = torch.where(both < unused, F.pad((both[1:] != both[:-1]).cumsum(0), (1, 0)), units)
-    keys = torch.full((units + 1,), unused, dtype=torch.int64, device=length.device).scatter_(0, slot, both)[:units]
-    of, keys = keys // rows, keys % rows
-    key_length = tally(of, total + 1)[:total]
-    count = tally(slot, units + 1)[:units]
-    longest_keys, near = geo.largest_window if scope == "window" else geo.units, None
-    if layout.reach == "clip":
-        pair = F.pad(layout.group_of(layout.unit, "pair"), (0, geo.units), value=-1)
-        near = pair[keys] == (of if scope == "pair" else of // geo.windows)
-    start, longest = length.cumsum(0) - length, (layout.longest(scope), longest_keys)
-    return Groups(start, length, False, keys, key_length, count, longest, False, near)
+    start, used = length.cumsum(0) - length, length > 0
+    start, own = start[used], length[used]
+    if not layout.mixes(scope):  # the keys of a group are its own rows
+        return Groups(start, own, True, ascending(layout.rows, length.device), own, layout.size)
+    # All rows that own some of its units, in any frame pair: a row owns the unit whose place it has, so its own are among them.
+    rows, group = layout.rows + layout.geometry.units, group_table(layout.geometry, layout.pairs, scope)[:-1]
+    asked = (layout.owner >= 0) & used[group]  # a group without query rows needs no keys
+    both, count = (group * rows + layout.owner)[asked].unique(return_counts=True)
+    key_length = tally(both // rows, layout.group_count(scope))[used]
+    return Groups(start, own, False, both % rows, key_length, count)

@@ -15,7 +15,7 @@ from evoprune.methods.base import Selector
 from evoprune.methods.encoder_plan import TowerShape
 from evoprune.methods.indices import ascending
 from evoprune.methods.ranking import unit_features
-from evoprune.model.config import vision_sizes
+from evoprune.model.config import VisionConfig, vision_sizes
 from evoprune.vision import fused
 from evoprune.vision.attention import Plan, attention_received, grouped_attention, plan_attention
 from evoprune.vision.chunks import CarriedKeys
@@ -95,16 +95,15 @@ class Gathering:
         plain: torch.Tensor,
         layout: TokenLayout,
         groups: Plan,
-        bias: bool,
         spread: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """Computes the values of one chunk, in that layer; `q`, `k`, `groups`, `bias` as in `attention_received`, of frame pairs.
+        """Computes the values of one chunk, in that layer; `q`, `k`, `groups` as in `attention_received`, of frame pairs.
 
         `plain`: `[R, 4, heads, d]`, keys before rotary; `spread`: the values of all rows of the chunk, of those of the layer.
         """
         self._seen = {}
         if "attention" in self._collected:
-            self._seen["attention"] = spread(attention_received(q, k, groups, bias) * layout.geometry.units)
+            self._seen["attention"] = spread(attention_received(q, k, groups)[: len(q)] * layout.geometry.units)
         if "keys" in self._collected:
             self._seen["keys"] = spread(unit_features(plain))
 
@@ -128,21 +127,18 @@ class Gathering:
         return {name: torch.cat(pieces) for name, pieces in self._collected.items()}
 
 
-def rotary(config, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotary embedding, float32 `[units, 4, head_dim]` each, by raster place.
+@lru_cache(maxsize=16)
+def rotary(sizes: VisionConfig, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the rotary embedding, float32 `[units, 4, 1, 1, head_dim]` each, by raster place.
 
     The first half of the sines is negated. One half of the angles depends on the patch's y, the other half on its x.
     """
-    return _rotary(config.spatial_merge_size, config.hidden_size // config.num_heads // 4, geo)
-
-
-@lru_cache(maxsize=16)
-def _rotary(merge: int, quarter: int, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
+    merge, quarter = sizes.spatial_merge_size, sizes.hidden_size // sizes.num_heads // 4
     speed = 10000.0 ** (torch.arange(quarter, dtype=torch.float32, device=geo.device) / -quarter)
     y, x = torch.meshgrid(ascending(geo.height, geo.device), ascending(geo.width, geo.device), indexing="ij")
     dy, dx = torch.meshgrid(ascending(merge, geo.device), ascending(merge, geo.device), indexing="ij")
     at = torch.stack([(y.flatten()[:, None] * merge + dy.flatten()), (x.flatten()[:, None] * merge + dx.flatten())], -1)
-    angle = (at[..., None].float() * speed).flatten(2)
+    angle = (at[..., None].float() * speed).flatten(2)[:, :, None, None]
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
@@ -197,14 +193,14 @@ def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayou
     tower, sizes = tower_shape(run.visual), vision_sizes(run.visual.config)
     if run.deepstack is None:
         run.deepstack = x.new_empty(len(x), 0, sizes.out_hidden_size)
-    if not layout.rows:  # all units are reused
+    if not layers or not layout.rows:  # all units are reused
         return x, layout
     table, reduction = rotary(sizes, layout.geometry), run.reduction
     if run.carried is None and run.gathering is None and type(reduction) is Reduction and fused.can_fuse(x):
         x, layers = _run_fused(run, layers, x, layout, table)
 
     def laid_out(x: torch.Tensor, layout: TokenLayout) -> _LayerRows:
-        return _LayerRows(x, layout, [of_place[layout.place][:, :, None, None] for of_place in table])
+        return _LayerRows(x, layout, [of_place[layout.place] for of_place in table])
 
     rows = laid_out(x, layout)
     reduction.begin(x)
@@ -258,23 +254,25 @@ def _attend(run: LayerRun, tower: TowerShape, layer: int, rows: _LayerRows) -> C
     if run.carried:
         k, v = run.carried.seen_by(layer, k, v, layout)
     if scope not in rows.groups:  # made once for a layout
-        rows.groups[scope] = plan_attention(layout, scope, q)
+        # Before rows merge, the log of every cluster size is 0.
+        size_bias = run.reduction.size_bias and layout.reach != "place"
+        rows.groups[scope] = plan_attention(layout, scope, q, size_bias)
     groups = rows.groups[scope]
-    bias = run.reduction.size_bias and layout.reach != "place"  # before rows merge, the log of every cluster size is 0
     needs = run.reduction.needs if run.reduction.acts(layer, layout) else ()
     received = torch.zeros(len(k), dtype=torch.float32, device=k.device) if "attention" in needs else None
-    mixed = grouped_attention(q, k, v, groups, bias, received, run.timer)
+    mixed = grouped_attention(q, k, v, groups, received, run.timer)
     if run.gathering and layer == run.gathering.layer:
         with run.timer:
-            run.gathering.look(q, k, plain, layout, groups, bias, run.reduction.spread)
+            run.gathering.look(q, k, plain, layout, groups, run.reduction.spread)
     rows.x = linear(block.attn.proj, mixed.flatten(2), plus=x)
     return None if "hidden" in needs else plain if "keys" in needs else rotated, received
 
 
 def _in_pieces(run: LayerRun, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """What a function makes of rows, `mlp_rows` at a time."""
-    made = [function(piece) for piece in (x.split(run.mlp_rows) if run.mlp_rows else [x])]
-    return made[0] if len(made) == 1 else torch.cat(made)
+    if not run.mlp_rows or len(x) <= run.mlp_rows:
+        return function(x)
+    return torch.cat([function(piece) for piece in x.split(run.mlp_rows)])
 
 
 def _transform(run: LayerRun, layer: int, rows: _LayerRows) -> None:

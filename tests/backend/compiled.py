@@ -29,8 +29,8 @@ CASES = {
     "reuse": (reuse_kernels._scan, SCAN | {"block": 512}, {}),
     "groups": (
         tower_triton._rotate_into_groups,
-        {"heads": 16, "dim": 80, "more": 8, "root": 80**0.5, "half": 64, "gathers": True},
-        {name: "*bf16" for name in ("qkv", "q", "k", "v")} | {name: "*i64" for name in ("place", "keys", "count")},
+        {"heads": 16, "dim": 80, "more": 8, "root": 80**0.5, "least": -1000.0, "half": 64, "gathers": True},
+        {name: "*bf16" for name in ("qkv", "q", "k", "v")} | {name: "*i64" for name in ("place", "keys", "weight")},
     ),
     "cosines": (greedy_kernels._greedy, {"weighted": True, "with_bonus": False, "block": 16384}, {}),
 }

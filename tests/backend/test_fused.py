@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from evoprune.backend import devices, layers
+from evoprune.backend import devices, fallback
 from evoprune.backend.layers import join_tower, joined
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.evoprune import EvoPrune
@@ -77,7 +77,7 @@ def test_a_kernel_that_fails_leaves_the_other_layers_to_pytorch(on_kernels, monk
         return real(visual, mlp, x)
 
     expected = encode_patches(patches, GRID, Pipeline(), 36)
-    monkeypatch.setattr(layers, "_problem", [])
+    monkeypatch.setattr(fallback, "_failed", set())
     monkeypatch.setattr(fused, "_mlp", fails)
     made = encode_patches(patches, GRID, Pipeline(), 36)
     assert made.layers == expected.layers

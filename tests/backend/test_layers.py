@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import layers
+from evoprune.backend import fallback, layers
 from evoprune.errors import DeviceWarning
 from evoprune.language import decoder, static
 from evoprune.language.decoder import KVCache
@@ -31,8 +31,8 @@ def fast():
 
 @pytest.fixture
 def used(fast, monkeypatch):
-    monkeypatch.setattr(layers, "kernels", lambda device: None if layers._problem else fast)
-    monkeypatch.setattr(layers, "_problem", [])
+    monkeypatch.setattr(layers, "kernels", lambda device: None if fallback.failed("layers") else fast)
+    monkeypatch.setattr(fallback, "_failed", set())
 
 
 def random(*shape, seed=0, dtype=torch.float32):

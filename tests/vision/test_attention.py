@@ -32,13 +32,13 @@ def rows_of(layout, seed=0):
     return [torch.randn(layout.rows, 4, HEADS, DIM, generator=random) * 1.5 for _ in range(3)]
 
 
-def plan_of(layout, scope):
-    return buckets(attention_groups(layout, scope))
+def plan_of(layout, scope, size_bias=False):
+    return buckets(attention_groups(layout, scope), size_bias, layout)
 
 
-def attention_received(q, k, plan, size_bias=False):
+def attention_received(q, k, plan):
     received = torch.zeros(len(q))
-    grouped_attention(q, k, torch.zeros_like(k), plan, size_bias, received)
+    grouped_attention(q, k, torch.zeros_like(k), plan, received)
     return received
 
 
@@ -70,15 +70,15 @@ def test_attention_against_loops_in_each_dtype(shape, merges, scope, size_bias, 
     monkeypatch.setattr("evoprune.backend.attention.LONG", long)
     layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=7)
     q, k, v = (x.to(dtype) for x in rows_of(layout))
-    plan, received = plan_of(layout, scope), torch.zeros(layout.rows)
+    plan, received = plan_of(layout, scope, size_bias), torch.zeros(layout.rows)
     timer, unused = Timer(q.device), Timer(q.device)
-    out = grouped_attention(q, k, v, plan, size_bias, received, timer)
+    out = grouped_attention(q, k, v, plan, received, timer)
     exact, expected = by_hand(*(x.float() for x in (q, k, v)), layout, scope, size_bias)
     near = {"atol": 2e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.08, "rtol": 0.02}
     torch.testing.assert_close(out.float(), exact, **near)
     close = near if dtype == torch.float32 else {"atol": 3e-3, "rtol": 0.03}
     torch.testing.assert_close(received, expected, **close)
-    assert torch.equal(grouped_attention(q, k, v, plan, size_bias, timer=unused), out)
+    assert torch.equal(grouped_attention(q, k, v, plan, timer=unused), out)
     assert timer.seconds() > 0 and unused.seconds() == 0
 
 
@@ -93,10 +93,10 @@ def test_attention_against_loops_in_each_dtype(shape, merges, scope, size_bias, 
 def test_attention_against_loops_on_any_layout(shape, merges, scope, size_bias, seed):
     layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed)
     q, k, v = rows_of(layout, seed)
-    plan = plan_of(layout, scope)
+    plan = plan_of(layout, scope, size_bias)
     out, received = by_hand(q, k, v, layout, scope, size_bias)
-    torch.testing.assert_close(grouped_attention(q, k, v, plan, size_bias), out, atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(attention_received(q, k, plan, size_bias), received, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(grouped_attention(q, k, v, plan), out, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(attention_received(q, k, plan), received, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
@@ -104,7 +104,7 @@ def test_the_rows_of_a_group_receive_one_in_all(shape, merges, scope):
     layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=5)
     q, k, _ = rows_of(layout)
     groups = attention_groups(layout, scope)
-    received = attention_received(q, k, buckets(groups))
+    received = attention_received(q, k, plan_of(layout, scope))
     torch.testing.assert_close(received.sum(), torch.tensor(float(len(groups.length))), atol=1e-4, rtol=0)
     if groups.consecutive:
         per_group = torch.stack([part.sum() for part in received.split(groups.length.tolist())])
@@ -122,7 +122,7 @@ def test_with_the_bias_a_merged_row_weighs_as_much_as_the_equal_rows_that_went_i
     merged = merged_layout(layout, into, "pair")
     for scope in ("window", "pair"):
         before = grouped_attention(q, k, v, plan_of(layout, scope))[stays]
-        after = grouped_attention(q[stays], k[stays], v[stays], plan_of(merged, scope), size_bias)
+        after = grouped_attention(q[stays], k[stays], v[stays], plan_of(merged, scope, size_bias))
         assert torch.allclose(before, after, atol=2e-6) == size_bias
 
 
@@ -131,14 +131,14 @@ def test_groups_do_not_see_each_other(size_bias):
     layout = random_layout(geometry(5, 7), 2, ["window"], seed=4)
     q, k, v = rows_of(layout)
     for scope in ("window", "pair"):
-        plan = plan_of(layout, scope)
-        before = grouped_attention(q, k, v, plan, size_bias)
+        plan = plan_of(layout, scope, size_bias)
+        before = grouped_attention(q, k, v, plan)
         group = layout.group_of(layout.unit, scope)
         changed = group == group[0]
         k2, v2 = k.clone(), v.clone()
         k2[changed] += 1.0
         v2[changed] -= 1.0
-        after = grouped_attention(q, k2, v2, plan, size_bias)
+        after = grouped_attention(q, k2, v2, plan)
         assert torch.equal(before[~changed], after[~changed])
         assert not torch.isclose(before[changed], after[changed]).any(-1).all()
 
@@ -149,10 +149,10 @@ def test_groups_do_not_see_each_other(size_bias):
 def test_every_backend_of_torch_gives_the_same(shape, merges, scope, backend):
     layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=7)
     q, k, v = rows_of(layout)
-    plan = plan_of(layout, scope)
+    plan = plan_of(layout, scope, True)
     expected, _ = by_hand(q, k, v, layout, scope, True)
     with sdpa_kernel(backend):
-        torch.testing.assert_close(grouped_attention(q, k, v, plan, True), expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(grouped_attention(q, k, v, plan), expected, atol=2e-6, rtol=1e-5)
 
 
 def test_equal_groups_of_neighbours_are_one_view_without_mask():
@@ -162,7 +162,7 @@ def test_equal_groups_of_neighbours_are_one_view_without_mask():
     ):
         (bucket,) = plan_of(layout, scope)
         assert bucket.shape == shape
-        assert bucket.query is None and bucket.key is None and bucket.query_valid is None and not bucket.padded
+        assert bucket.query is None and bucket.key is None and bucket.valid is None and bucket.bias is None
         x = torch.randn(layout.rows, 4, 2)
         assert bucket.by_head(x, "query").data_ptr() == x.data_ptr()
 
@@ -171,12 +171,12 @@ def test_groups_of_much_different_length_do_not_pad_each_other():
     layout = random_layout(geometry(9, 13), 3, ["window"], seed=1)
     groups = attention_groups(layout, "window")
     assert len(groups.length.unique()) > 4
-    plan = buckets(groups)
+    plan = plan_of(layout, "window", True)
     seen = []
     for bucket in plan:
-        lengths = (bucket.key_count > 0).sum(1)
+        lengths = (bucket.weight > 0).sum(1)
         assert lengths.min() > 0.75 * lengths.max() or len(lengths.unique()) == 1
-        valid = torch.ones_like(bucket.query, dtype=torch.bool) if bucket.query_valid is None else bucket.query_valid
+        valid = torch.ones_like(bucket.query, dtype=torch.bool) if bucket.valid is None else bucket.valid
         seen += bucket.query[valid].tolist()
     assert sorted(seen) == list(range(layout.rows))
     assert len(plan) < len(groups.length.unique())
@@ -188,19 +188,21 @@ def test_groups_with_few_queries_do_not_pad_to_those_with_many(scope):
     source = torch.zeros(10, 64, dtype=torch.int64)
     for pair in range(1, 10):
         source[pair:, pair] = pair
-    groups = attention_groups(referring(geometry(8, 8), source), scope)
+    layout = referring(geometry(8, 8), source)
+    groups = attention_groups(layout, scope)
     keys = 16 if scope == "window" else 64
     assert (groups.key_length == keys).all() and groups.length.unique().tolist() == [1, keys]
-    full, few = buckets(groups)
+    full, few = buckets(groups, True, layout)
     assert full.shape == (64 // keys, keys) and few.shape == (9, 1)
     # Many lengths: within a half of each other.
     chance = torch.rand(10, 64, generator=torch.Generator().manual_seed(0))
     source = torch.where(chance < torch.arange(10)[:, None] / 20, torch.arange(10)[:, None], 0)
     source = source.cummax(0).values
-    groups = attention_groups(referring(geometry(8, 8), source), scope)
-    plan = buckets(groups)
+    layout = referring(geometry(8, 8), source)
+    groups = attention_groups(layout, scope)
+    plan = buckets(groups, True, layout)
     assert 2 < len(plan) < len(groups.length)
     for bucket in plan:
-        lengths = torch.ones(bucket.shape) if bucket.query_valid is None else bucket.query_valid.float()
+        lengths = torch.ones(bucket.shape) if bucket.valid is None else bucket.valid.float()
         assert lengths.sum(1).min() > 0.5 * lengths.sum(1).max()
     assert sum(len(b.query.unique()) for b in plan) == groups.length.sum()

@@ -60,7 +60,7 @@ def test_a_chunk_is_as_many_frame_pairs_as_it_takes(grid, share, seed, rows, reu
     # Together they have the rows of the whole video, in its order, and nothing of any other unit.
     assert torch.equal(torch.cat([c.patches for c in made]), patches.view(-1, 4, PATCH_WIDTH)[layout.unit])
     assert all(c.patches.untyped_storage().nbytes() == c.patches.nbytes for c in made)
-    layouts = [c.layout(geo) for c in made]
+    layouts = [(c.layout(geo), c.latest(geo) if c.source is not None else None) for c in made]
     units = [own.unit + c.first * geo.units for c, (own, _) in zip(made, layouts, strict=True)]
     assert torch.equal(torch.cat(units), layout.unit)
     for c, (own, latest) in zip(made, layouts, strict=True):

@@ -16,12 +16,12 @@ from evoprune.methods.baselines import Nothing, Random
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.vision import attention, encoded
-from evoprune.vision.attention import Packed, attend_packed, buckets, grouped_attention, plan_attention, with_bias
-from evoprune.vision.layout import attention_groups, geometry
+from evoprune.vision.attention import Packed, attend_packed, grouped_attention, plan_attention, with_bias
+from evoprune.vision.layout import geometry
 from tests.vision.clips import changes, clip
 from tests.vision.devices import NoWaiting, assert_same_on_a_gpu, take_gpu_route
 from tests.vision.results import encode_noise, encode_patches
-from tests.vision.test_attention import HEADS, LAYOUTS, by_hand, rows_of
+from tests.vision.test_attention import HEADS, LAYOUTS, by_hand, plan_of, rows_of
 from tests.vision.test_chunks import chunks_of
 from tests.vision.test_encoder import papers
 from tests.vision.tower import random_layout, random_patches, tiny_tower
@@ -40,8 +40,8 @@ def test_attention_with_and_without_the_kernel_against_loops(shape, merges, scop
     out, expected = by_hand(q, k, v, layout, scope, size_bias)
     received = torch.zeros(layout.rows)
     with take_gpu_route(monkeypatch, kernel):
-        made = grouped_attention(q, k, v, plan_attention(layout, scope, q), size_bias, received)
-        again = grouped_attention(q, k, v, plan_attention(layout, scope, q), size_bias)
+        made = grouped_attention(q, k, v, plan_attention(layout, scope, q, size_bias), received)
+        again = grouped_attention(q, k, v, plan_attention(layout, scope, q, size_bias))
     torch.testing.assert_close(made, out, atol=3e-6, rtol=1e-5)
     torch.testing.assert_close(received, expected, atol=3e-6, rtol=1e-5)
     assert torch.equal(made, again)
@@ -60,33 +60,11 @@ def test_attention_is_the_cpus_on_any_layout(monkeypatch, shape, merges, scope, 
     layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed, share=0.9)
     q, k, v = rows_of(layout, seed)
     theirs, mine = torch.zeros(layout.rows), torch.zeros(layout.rows)
-    expected = grouped_attention(q, k, v, buckets(attention_groups(layout, scope)), size_bias, theirs)
+    expected = grouped_attention(q, k, v, plan_of(layout, scope, size_bias), theirs)
     with monkeypatch.context() as patch, take_gpu_route(patch, kernel):
-        made = grouped_attention(q, k, v, plan_attention(layout, scope, q), size_bias, mine)
+        made = grouped_attention(q, k, v, plan_attention(layout, scope, q, size_bias), mine)
     torch.testing.assert_close(made, expected, atol=3e-6, rtol=1e-5)
     torch.testing.assert_close(mine, theirs, atol=3e-6, rtol=1e-5)
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
-    st.lists(st.sampled_from(["window", "pair"]), max_size=3),
-    st.sampled_from(["window", "pair"]),
-    st.integers(0, 99),
-)
-def test_static_groups_are_the_exact_ones_with_empty_groups_and_unused_keys(shape, merges, scope, seed):
-    layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed, share=0.9)
-    exact, loose = attention_groups(layout, scope), attention_groups(layout, scope, exact=False)
-    used = loose.length > 0
-    assert len(used) == layout.group_count(scope)
-    assert torch.equal(loose.length[used], exact.length) and torch.equal(loose.start[used], exact.start)
-    assert torch.equal(loose.key_length[used], exact.key_length) and not loose.key_length[~used].any()
-    assert torch.equal(loose.keys[: len(exact.keys)], exact.keys)
-    assert torch.equal(loose.count[: len(exact.count)], exact.count)
-    assert (loose.keys < layout.rows).all()
-    assert exact.length.max() <= loose.longest[0] and exact.key_length.max() <= loose.longest[1]
-    if loose.even:
-        assert (loose.length == loose.longest[0]).all()
 
 
 @pytest.mark.parametrize("dim", [8, 16, 32, 80, 128])
@@ -95,8 +73,8 @@ def test_static_groups_are_the_exact_ones_with_empty_groups_and_unused_keys(shap
 )
 def test_extra_head_dimensions_carry_the_bias(dim, dtype, error):
     random = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(5, 4, HEADS, dim, generator=random).to(dtype) for _ in range(3))
-    count = torch.tensor([1, 2, 7, 192, 24576])
+    q, k, v = (torch.randn(6, 4, HEADS, dim, generator=random).to(dtype) for _ in range(3))
+    count = torch.tensor([1, 2, 7, 192, 24576, 0])
     q2, k2, v2 = with_bias(q, k, v, count)
     assert q2.shape[-1] % 8 == 0 and dim + 2 <= q2.shape[-1] <= dim + 9
     assert q2.shape == k2.shape == v2.shape and q2.dtype == k2.dtype == dtype
@@ -106,7 +84,9 @@ def test_extra_head_dimensions_carry_the_bias(dim, dtype, error):
         return torch.einsum("iphd,jshd->hipjs", q.double(), k.double()) * dim**-0.5
 
     expected = scores(q, k) + count.double().log()[:, None]
-    torch.testing.assert_close(scores(q2, k2), expected, atol=error, rtol=0)
+    made = scores(q2, k2)
+    torch.testing.assert_close(made[:, :, :, :5], expected[:, :, :, :5], atol=error, rtol=0)
+    assert made[:, :, :, 5].max() < -900
 
 
 @pytest.mark.few(2)
@@ -117,7 +97,7 @@ def test_in_bf16_the_kernel_is_as_exact_as_its_dtype(shape, merges, scope, size_
     q, k, v = (x.bfloat16() for x in rows_of(layout))
     exact, _ = by_hand(q.float(), k.float(), v.float(), layout, scope, size_bias)
     with monkeypatch.context() as patch, take_gpu_route(patch, True):
-        made = grouped_attention(q, k, v, plan_attention(layout, scope, q), size_bias)
+        made = grouped_attention(q, k, v, plan_attention(layout, scope, q, size_bias))
     torch.testing.assert_close(made.float(), exact, atol=1e-3, rtol=2**-7)
 
 
@@ -138,9 +118,10 @@ def test_the_kernel_is_used_only_on_gpus_that_can_run_it(monkeypatch):
 def test_torchs_own_kernel_accepts_the_arguments():
     layout = random_layout(geometry(5, 7), 2, ["pair"], seed=1)
     q, k, v = (x.bfloat16() for x in rows_of(layout))
-    plan = Packed(attention_groups(layout, "window", exact=False), layout.rows, attend_varlen)
+    plan = Packed(layout, "window", True, attend_varlen)
+    assert len(plan.keys[0]) == len(layout.owner) and layout.per_pair and len(plan.ends[1]) == 9  # made of real values
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made = attend_packed(q, k, v, plan, True)
+        made = attend_packed(q, k, v, plan)
     assert made.shape == q.shape and made.dtype == q.dtype
 
 

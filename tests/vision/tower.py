@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from evoprune.vision.layout import Geometry, TokenLayout, full_layout, merged_layout, referring_layout
+from evoprune.vision.layout import Geometry, TokenLayout, full_layout, merged_layout, referring_layout, window_order
 
 PATCH_WIDTH, QWEN3_WIDTH = 1176, 1536
 
@@ -107,7 +107,9 @@ def random_layout(geo: Geometry, pairs: int, scopes: list[str], seed: int = 0, s
 
 def referring(geo: Geometry, source: torch.Tensor) -> TokenLayout:
     """The layout with reuse, of which a chunk knows the rows of each frame pair."""
-    return referring_layout(geo, source, tuple((source == torch.arange(len(source))[:, None]).sum(1).tolist()))
+    alive = source == torch.arange(len(source))[:, None]
+    counts = tuple(alive.sum(1).tolist())
+    return referring_layout(geo, source, counts, window_order(geo, len(source), alive, sum(counts)))
 
 
 def place_key(geo: Geometry, unit: int) -> tuple[int, int, int, int, int]:

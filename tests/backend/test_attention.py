@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evoprune.backend.causal import causal_attention
+from evoprune.backend.attention import causal_attention
 from evoprune.backend.fallback import uses_kernels
 
 
