@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from evoprune.backend.devices import empty_cache
+from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
-from evoprune.batch.settings import Settings
 from evoprune.errors import OutOfMemory, error_record
 from evoprune.report.records import Report, name_inputs
 from evoprune.session.answering import EncodedInputs

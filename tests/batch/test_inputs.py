@@ -2,7 +2,7 @@
 
 import pytest
 
-from evoprune.batch.inputs import Wrong, in_folders, left_out
+from evoprune.batch.rows import Wrong, in_folders, left_out
 from evoprune.errors import UsageError
 
 

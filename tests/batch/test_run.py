@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.batch import run
-from evoprune.batch.output import Found, remaining
+from evoprune.batch.output import Found, Settings, remaining
 from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
-from evoprune.batch.settings import Settings
 from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.report.records import Report
 from evoprune.session import inputs

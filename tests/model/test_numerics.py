@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from evoprune import methods
+from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
-from evoprune.batch.settings import Settings
 from evoprune.bench.evaluation.run import Evaluation, Video
 from evoprune.bench.evaluation.run import Settings as EvalSettings
 from evoprune.errors import ModelError, VideoError
