@@ -12,8 +12,7 @@ from evoprune.errors import OutOfMemory, error_record
 from evoprune.report.records import Report, name_inputs
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache
-from evoprune.session.encoding import prefetched
-from evoprune.session.inputs import OpenInputs, open_inputs
+from evoprune.session.encoding import OpenInputs, open_inputs, prefetched
 from evoprune.video_qa import VideoQA
 
 T = TypeVar("T")

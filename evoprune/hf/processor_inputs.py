@@ -15,8 +15,7 @@ from evoprune.keywords import from_keywords
 from evoprune.language.prompt import Prompt, build_prompt
 from evoprune.language.tokenizer import load_tokenizer
 from evoprune.model.config import VisionConfig
-from evoprune.session.encoding import patches_of
-from evoprune.session.inputs import paths_of
+from evoprune.session.encoding import patches_of, paths_of
 from evoprune.session.loading.found import find_model
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.session.planning import prompt_subtitles, subtitles_of

@@ -20,11 +20,10 @@ from evoprune.keywords import check_type, from_keywords
 from evoprune.language.generate import PrefillState, TokenStream, along, embed_ids, stream_text
 from evoprune.model.cost import Clock
 from evoprune.report.records import Report, TokenCounts
-from evoprune.session.encoding import Encoding
 from evoprune.session.engine import Engine
-from evoprune.session.fill_report import fill_dropped, fill_kept, fill_times, inputs_report
 from evoprune.session.options import GenerationOptions
 from evoprune.session.prompting import PromptReader, check_not_empty
+from evoprune.session.report import Encoding, fill_dropped, fill_pruning, fill_times, inputs_report
 from evoprune.text import counted
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
@@ -169,7 +168,7 @@ class Askable(ABC, Uncopied):
             generation = replace(
                 generation, repetition_penalty=self._engine.loaded.generation.repetition_penalty or 1.0
             )
-        seed = self._engine.seed if seed is None else seed
+        seed = self._engine.pruning.seed if seed is None else seed
         report = self._report_of(question, generation, seed)
         ids: list[int] = []
         return Answer(report, self._pieces(question, generation, seed, report, ids), self._lock, ids)
@@ -307,7 +306,7 @@ class EncodedInputs(Askable):
         ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
         words = embed_ids(loaded.model, ids)  # without the prompt around them
         self._encodings = [encoding.selected(words) for encoding in self._encodings]
-        fill_kept(report, self._encodings)
+        fill_pruning(report, self._engine, self._encodings)
         report.time_ms.encode_prune = (self._prune_seconds - before) * 1000
 
     @property

@@ -18,13 +18,12 @@ from evoprune.language.generate import (
     prefill,
 )
 from evoprune.language.prompt import Prompt, build_prompt, prompt_positions, timestamps
-from evoprune.methods.budget import share_of
 from evoprune.model.config import VisionConfig
 from evoprune.model.cost import language_bytes, shortage
 from evoprune.session.engine import Engine
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import GenerationOptions
-from evoprune.session.planning import TEXT, fitting_chunk, subtitles_of
+from evoprune.session.planning import TEXT, fitting_chunks, subtitles_of
 from evoprune.text import counted
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
@@ -69,8 +68,8 @@ class PromptReader:
         sizes = column_sizes(visuals, columns)
         deepstack = column_deepstack(visuals, columns, embeds)
         grids = [plan.grid for plan in self._plans]
-        method, share = self._engine.method, share_of(self._engine.share, grids)
-        if dropping := dropping_for(model, method, share, visuals, grids, embeds, columns):
+        pruning = self._engine.pruning
+        if dropping := dropping_for(model, pruning.method, pruning.share(grids), visuals, grids, embeds, columns):
             return prefill(model, embeds, positions, following, None, sizes, dropping, deepstack)
         shared = int((columns < prompt.prefix_length).sum())
         cache, known = self._take_prefix(system, shared)
@@ -133,7 +132,7 @@ def longest_prompt(
     for plan in plans:
         other_tokens = max(TEXT, longest) + kept - plan.encoder.keep
         if other_tokens > TEXT and not any(plan is each for each in encoded):
-            fitting_chunk(engine, plan, other_tokens)
+            fitting_chunks(engine, plan, other_tokens)
     return longest
 
 

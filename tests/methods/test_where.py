@@ -11,7 +11,7 @@ from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.hf.encoding import patch_method
 from evoprune.methods.types import Selection, Tokens
-from evoprune.session.options import PruneOptions, make_method
+from evoprune.session.options import PruneOptions
 from evoprune_vllm.pruning import served_method
 
 HEADER = (
@@ -40,8 +40,8 @@ def facts(name: str) -> tuple[str, ...]:
         "with `question`" if encode == "yes" and method.reads_question else encode,
         works(served_method, {"evoprune": {"method": name}}),
         "no" if method.reads_question or method.acts == "language" else "yes",
-        works(make_method, PruneOptions("auto", name)),
-        works(make_method, PruneOptions("auto:inflection", name)),
+        works(PruneOptions("auto", name).config),
+        works(PruneOptions("auto:inflection", name).config),
     )
 
 

@@ -1,0 +1,59 @@
+"""How visual tokens are pruned, as planning, encoding, answering and reports carry it: a method and a budget, parsed once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Self
+
+from evoprune.methods import registry
+from evoprune.methods.budget import AUTO, AUTO_INFLECTION, AUTO_MOST, AUTOS, Preset, keep_count, plain
+from evoprune.methods.chain import Pipeline
+from evoprune.methods.encoder_plan import EncoderPlan, Grid, TowerShape
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Made by `of`."""
+
+    name: str  # of the method, as the user wrote it
+    method: Pipeline
+    budget: (
+        float | str
+    )  # as reports have it: a share, a preset's name, "auto", "auto:inflection"; 1.0 if nothing is pruned
+    video: float  # share of a video's tokens kept, at most
+    still: float  # the same of one frame pair, which no other repeats
+    seed: int = 0
+
+    @classmethod
+    def of(cls, budget: float | str, name: str, args: dict[str, str] | None = None, seed: int = 0) -> Self:
+        """What a budget of `parse_budget` or "auto", and a method with settings as texts, stand for.
+
+        Raises UsageError: no such method or setting, or a budget of "auto" where the method cannot let the content decide.
+        """
+        method = registry.parse(name, args)
+        if budget == AUTO_INFLECTION:
+            method = method.by_inflection()
+        elif budget == AUTO:
+            method = method.automatic()
+        video = AUTO_MOST if budget in AUTOS else float(budget)
+        still = budget.still if isinstance(budget, Preset) else video
+        return cls(name, method, plain(method.reported_budget(budget)), video, still, seed)
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything is pruned."""
+        return self.method.acts_at(self.video)
+
+    def keep(self, grid: Grid) -> int:
+        """K of one input: `grid` is (T, H, W) in units."""
+        return keep_count(self.still if grid[0] == 1 else self.video, prod(grid))
+
+    def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
+        """The encoder's work on one input, of which K tokens are for the language model."""
+        return self.method.plan(tower, grid, self.keep(grid))
+
+    def share(self, grids: Sequence[Grid]) -> float:
+        """The share of all units of several inputs that is kept, for methods that know only one share."""
+        if self.video == self.still:
+            return self.video
+        return sum(map(self.keep, grids)) / sum(map(prod, grids))
