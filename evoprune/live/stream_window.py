@@ -66,7 +66,9 @@ def encode_window(
 
 def _plan(engine: Engine, base: Plan, origin_s: float, slots: Sequence[int], span: range) -> Plan:
     grid = len(slots) // 2, *base.grid[1:]
-    pruning = replace(engine.pruning, still=engine.pruning.video)  # a single frame pair repeats those of other windows
+    pruning = replace(
+        engine.pruning, share=float(engine.pruning.share)
+    )  # a single frame pair repeats those of other windows
     encoder = pruning.plan(tower_shape(engine.loaded.model.model.visual), grid)
     start_s, end_s, *times = (
         origin_s + slot * base.sampling.seconds_per_frame for slot in (span.start, span.stop, *slots)

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Self
 
 from evoprune.methods import registry
-from evoprune.methods.budget import AUTO, AUTO_INFLECTION, AUTO_MOST, AUTOS, Preset, keep_count, plain
+from evoprune.methods.budget import AUTO, AUTO_INFLECTION, AUTO_MOST, AUTOS, keep_tokens, plain, share_of
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.encoder_plan import EncoderPlan, Grid, TowerShape
 
@@ -20,8 +19,7 @@ class PruneConfig:
     budget: (
         float | str
     )  # as reports have it: a share, a preset's name, "auto", "auto:inflection"; 1.0 if nothing is pruned
-    video: float  # share of a video's tokens kept, at most
-    still: float  # the same of one frame pair, which no other repeats
+    share: float  # of an input's tokens that is kept, at most; a `Preset` has a second one for a single frame pair
     seed: int = 0
 
     @classmethod
@@ -35,25 +33,21 @@ class PruneConfig:
             method = method.by_inflection()
         elif budget == AUTO:
             method = method.automatic()
-        video = AUTO_MOST if budget in AUTOS else float(budget)
-        still = budget.still if isinstance(budget, Preset) else video
-        return cls(name, method, plain(method.reported_budget(budget)), video, still, seed)
+        return cls(name, method, plain(method.reported_budget(budget)), AUTO_MOST if budget in AUTOS else budget, seed)
 
     @property
     def acts(self) -> bool:
         """Whether anything is pruned."""
-        return self.method.acts_at(self.video)
+        return self.method.acts_at(self.share)
 
     def keep(self, grid: Grid) -> int:
         """K of one input: `grid` is (T, H, W) in units."""
-        return keep_count(self.still if grid[0] == 1 else self.video, prod(grid))
+        return keep_tokens(self.share, grid)
 
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
         """The encoder's work on one input, of which K tokens are for the language model."""
         return self.method.plan(tower, grid, self.keep(grid))
 
-    def share(self, grids: Sequence[Grid]) -> float:
+    def share_of_all(self, grids: Sequence[Grid]) -> float:
         """The share of all units of several inputs that is kept, for methods that know only one share."""
-        if self.video == self.still:
-            return self.video
-        return sum(map(self.keep, grids)) / sum(map(prod, grids))
+        return share_of(self.share, grids)

@@ -38,19 +38,6 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser(os.environ.get("EVOPRUNE_CACHE_DIR") or standard))
 
 
-def write_file(path: Path, content: Callable[[BinaryIO], None]) -> None:
-    """Writes a file completely or not at all. Raises OSError, and what `content` does."""
-    handle, temporary = tempfile.mkstemp(suffix=UNFINISHED, dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            content(file)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
 @cache
 def own_code() -> str:
     """A hash of this package's files, which change during development while the version does not."""
@@ -78,10 +65,21 @@ class Entries:
         object.__setattr__(self, "limit_bytes", check_type("limit_bytes", self.limit_bytes, int))
 
     def write(self, key: str, content: Callable[[BinaryIO], None]) -> bool:
-        """Writes an entry, and deletes old ones beyond the limit; False where the system refuses. Raises what `content` does."""
+        """Writes an entry completely or not at all, and deletes old ones beyond the limit; False where the system refuses.
+
+        Raises what `content` does, but for OSError.
+        """
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_file(self.path(key), content)
+            handle, temporary = tempfile.mkstemp(suffix=UNFINISHED, dir=self.folder)
+            try:
+                with open(handle, "wb") as file:
+                    content(file)
+                os.replace(temporary, self.path(key))
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(temporary)
+                raise
         except OSError:
             return False
         self._make_room()

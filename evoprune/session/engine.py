@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from evoprune.errors import names_plugins
+from evoprune.methods.budget import largest_share
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.config import PruneConfig
 from evoprune.model.config import Config
@@ -33,7 +34,7 @@ class Engine:
     def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:
         """Positions in a prompt of `tokens` visual tokens and `text`, at most, in each layer of the language model or in all."""
         depth = self.loaded.model.config.text_config.num_hidden_layers
-        return self.pruning.method.prompt_columns(depth, tokens, text, max(self.pruning.video, self.pruning.still))
+        return self.pruning.method.prompt_columns(depth, tokens, text, largest_share(self.pruning.share))
 
     @property
     def device(self) -> torch.device:

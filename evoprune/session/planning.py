@@ -20,7 +20,6 @@ from evoprune.video.info import (
     NO_SUBTITLES,
     NOTHING_SAID,
     PICTURE,
-    VIDEO,
     PromptSubtitles,
     SubtitleLine,
     Subtitles,
@@ -50,14 +49,6 @@ def prompt_subtitles(
         check_picture(info, choice)
         return PromptSubtitles(note=f"{info.path} is a picture")
     return fit(tokenizer, read_subtitles(info, choice, span.start_s, span.end_s), max_tokens)
-
-
-def subtitles_of(inputs: Sequence[tuple[str, PromptSubtitles]]) -> str:
-    """What the prompt has of the subtitles of inputs, each "video" or "picture": of several, under a line that says which it is."""
-    if len(inputs) == 1:
-        return inputs[0][1].text
-    videos = [subtitles.text for kind, subtitles in inputs if kind == VIDEO]
-    return "".join(f"Video {number}:\n{text}" for number, text in enumerate(videos, 1) if text)
 
 
 def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtitles:
@@ -177,6 +168,6 @@ def estimate_first_token(engine: Engine, plan: Plan, text: int = QUESTION) -> fl
     windows = tower_shape(model.model.visual).windows(height, width)
     depth = model.config.text_config.num_hidden_layers
     pruning = engine.pruning
-    work = pruning.method.prompt_work(depth, encoder.keep, text, pruning.share([encoder.grid]))
+    work = pruning.method.prompt_work(depth, encoder.keep, text, pruning.share_of_all([encoder.grid]))
     seconds = estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, work)
     return seconds if engine.loaded.quantize == "none" else seconds / 2  # products of bytes take about half the time

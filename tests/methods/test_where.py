@@ -9,7 +9,7 @@ import pytest
 import evoprune
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.hf.encoding import patch_method
+from evoprune.hf.encoding import patch_config
 from evoprune.methods.types import Selection, Tokens
 from evoprune.session.options import PruneOptions
 from evoprune_vllm.pruning import served_method
@@ -32,7 +32,7 @@ def works(call, *args, **more) -> str:
 def facts(name: str) -> tuple[str, ...]:
     """Where a method works, in the order of `HEADER`. tests/cli/test_methods.py runs each in every command, with overlays."""
     method = methods.parse(name)
-    encode = works(patch_method, name, None, has_question=True)
+    encode = works(patch_config, 0.5, name, None, has_question=True)
     return (
         "yes",
         "whole" if name in ("none", *WHOLE) else "pruned",

@@ -78,7 +78,7 @@ def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
     encoded, real = [], evaluation_run.open_inputs
 
     def opened(engine, paths, sampling, **more):
-        encoded.append((Path(paths[0]).name, engine.pruning.name, engine.pruning.video, more["kind"] is GreyInput))
+        encoded.append((Path(paths[0]).name, engine.pruning.name, engine.pruning.share, more["kind"] is GreyInput))
         return real(engine, paths, sampling, **more)
 
     monkeypatch.setattr(evaluation_run, "open_inputs", opened)
