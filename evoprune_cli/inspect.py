@@ -7,7 +7,7 @@ from textwrap import wrap
 from typing import Any
 
 from evoprune.errors import UsageError
-from evoprune.report.records import VideoFacts
+from evoprune.report import VideoFacts
 from evoprune.session.options import ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
 from evoprune.text import budget_text, clock, counted, size
 from evoprune.video.info import PICTURE

@@ -20,7 +20,7 @@ from evoprune import methods
 from evoprune.batch.rows import Row
 from evoprune.errors import UsageError
 from evoprune.model.rules import loads
-from evoprune.report.records import SCHEMA, Report, rounded
+from evoprune.report import SCHEMA, Report, rounded
 from evoprune.session.options import PipelineOptions, record
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from evoprune.backend.devices import empty_cache
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
 from evoprune.errors import OutOfMemory, error_record
-from evoprune.report.records import Report, name_inputs
+from evoprune.report import Report, name_inputs
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import OpenInputs, open_inputs, prefetched

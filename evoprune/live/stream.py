@@ -28,7 +28,7 @@ from evoprune.live.stream_window import EncodedWindow, encode_window
 from evoprune.live.turns import Turns
 from evoprune.methods.indices import ascending
 from evoprune.model.cost import Clock
-from evoprune.report.records import Report, TokenCounts
+from evoprune.report import Report, TokenCounts
 from evoprune.session.answering import Askable
 from evoprune.session.engine import Engine
 from evoprune.session.options import GenerationOptions, SamplingOptions, StreamOptions

@@ -19,7 +19,7 @@ from evoprune.errors import UsageError, error_record, names_plugins
 from evoprune.keywords import check_type, from_keywords
 from evoprune.language.generate import PrefillState, TokenStream, along, embed_ids, stream_text
 from evoprune.model.cost import Clock
-from evoprune.report.records import Report, TokenCounts
+from evoprune.report import Report, TokenCounts
 from evoprune.session.engine import Engine
 from evoprune.session.options import GenerationOptions
 from evoprune.session.prompting import PromptReader, check_not_empty

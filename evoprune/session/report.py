@@ -8,7 +8,7 @@ import torch
 from evoprune.backend.devices import environment, memory_in_use, peak_memory
 from evoprune.language.dropping import Dropping
 from evoprune.methods.config import PruneConfig
-from evoprune.report.records import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
+from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.engine import Engine
 from evoprune.video.plan import STILL, Plan
 from evoprune.vision.encoded import Encoded, EncodedRows, select_tokens

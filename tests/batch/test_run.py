@@ -14,7 +14,7 @@ from evoprune.batch.output import Found, Settings, remaining
 from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.report.records import Report
+from evoprune.report import Report
 from evoprune.session.encoding import OpenInput
 from evoprune.video.frames import read_frames
 

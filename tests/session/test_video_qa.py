@@ -18,8 +18,7 @@ from evoprune.errors import ModelError, UsageError, VideoError, error_record
 from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
 from evoprune.model.weights import shared
 from evoprune.overlay.fates import trace
-from evoprune.report.records import Report
-from evoprune.report.stats import warning_lines
+from evoprune.report import Report, warning_lines
 from evoprune.session.answering import Answer
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.loading.model import load_model
