@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 STDOUT = "-"
 HEAD = f'{{"schema":"{SCHEMA}",'.encode()  # how every record begins
 OTHER_HINT = "name another file with -o, or remove this one"
-DAMAGED_HINT = "if nobody needs that line, delete it, and the same command goes on; or choose another -o"
 OPEN_FILES = ("/dev/", "/proc/self/fd/")  # written to as they are given, such as the pipe of >(gzip > x)
 UNFINISHED = (
     "{}.evoprune-{}.tmp"  # the name of a file while it is written: that which it gets, and eight hexadecimal digits
@@ -39,7 +38,6 @@ RECORDED = (
     "model", "revision", "dtype", "quantize", "load_format", "budget", "method", "method_args", "seed", "fps", "frames",
     "max_frames", "max_visual_tokens", "decoder", "max_new_tokens", "temperature", "top_p", "system",
 )  # fmt: skip
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system without locks
 
 
 @dataclass(frozen=True)
@@ -118,9 +116,10 @@ class RecordFile:
             raise self._cannot_write(problem) from problem
         try:
             if self.regular and os.fstat(self._number).st_size:
+                begun = os.pread(self._number, len(HEAD), 0).rstrip(b"\0")  # of a record, which may be torn
                 if resume:
                     self.found = self._read()
-                elif not self._holds_records():
+                elif not (begun and HEAD.startswith(begun)):
                     raise UsageError(f"{path} is there, and holds no records of a batch", OTHER_HINT)
                 elif not overwrite:
                     hint = "--resume goes on with it, --overwrite replaces it; or name another file with -o"
@@ -208,13 +207,8 @@ class RecordFile:
             hint = "wait until it is done, or choose another -o"
             raise UsageError(f"another batch is writing {self.name}", hint) from problem
         except OSError as problem:
-            if problem.errno not in NO_LOCKS:
+            if problem.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # a file system without locks
                 raise
-
-    def _holds_records(self) -> bool:
-        """Whether the file begins as a record does, which may be torn."""
-        begun = os.pread(self._number, len(HEAD), 0).rstrip(b"\0")
-        return bool(begun) and HEAD.startswith(begun)
 
     def _read(self) -> list[Found]:
         """All whole records. A torn one may follow them; a file with anything else is refused."""
@@ -232,7 +226,8 @@ class RecordFile:
                 except (ValueError, KeyError, TypeError) as problem:
                     if _is_torn(line, bool(found)):
                         break
-                    hint = DAMAGED_HINT if found else OTHER_HINT
+                    damaged = "if nobody needs that line, delete it, and the same command goes on; or choose another -o"
+                    hint = damaged if found else OTHER_HINT
                     raise UsageError(f"{self.name}, line {number} is no record of a batch", hint) from problem
                 end += len(line)
         return found

@@ -182,25 +182,20 @@ class Askable(ABC, Uncopied):
             report.warnings.append("demo_question")
         return report
 
-    def _new_clock(self, report: Report) -> tuple[Clock, float]:
-        """A clock for an answer, and the wall-clock seconds before it: the inputs' time, until a question has paid for it."""
-        clock = Clock(self._engine.device)
-        clock.seconds, wall = dict.fromkeys(("read", "preprocess", "encode"), 0.0), 0.0
-        if self._paid:
-            report.time_ms.encode_prune = 0.0
-        else:
-            clock.seconds, wall = self._spent
-        fill_times(report, clock.seconds, wall, self._engine.loaded.device)
-        return clock, wall
-
     def _pieces(
         self, question: str, options: GenerationOptions, seed: int, report: Report, ids: list[int]
     ) -> Iterator[str]:
         """Generates an answer and keeps its report and its `ids` up to date."""
         self._turn += 1
         turn = self._turn
-        clock, earlier = self._new_clock(report)
-        loaded, start = self._engine.loaded, clock.now()
+        loaded, clock = self._engine.loaded, Clock(self._engine.device)
+        if self._paid:
+            clock.seconds, earlier = dict.fromkeys(("read", "preprocess", "encode"), 0.0), 0.0
+            report.time_ms.encode_prune = 0.0
+        else:  # the inputs' time, until a question has paid for it
+            clock.seconds, earlier = self._spent
+        fill_times(report, clock.seconds, earlier, loaded.device)
+        start = clock.now()
         packing, packed = loaded.packing, loaded.packing.seconds
         state = self._read(question, options, report, clock)
         tokens = TokenStream(loaded.model, state, options, loaded.eos_ids, seed)

@@ -35,9 +35,6 @@ CHUNK_BYTES = 64 * 2**20  # of frames as decoded, held at a time
 TEXT = 64  # tokens of a prompt around the video, roughly
 QUESTION = 40  # the same for an estimate of time
 
-TITLE = "Subtitles:"
-TOKEN_CHARACTERS = 16  # texts with more characters for each token are not encoded to be counted: it might take minutes
-
 
 def prompt_subtitles(
     tokenizer: Tokenizer, info: Video, span: SamplingPlan, choice: str, max_tokens: int
@@ -53,7 +50,7 @@ def prompt_subtitles(
 
 def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtitles:
     """The most lines, evenly over all, that take at most `max_tokens`. No line is cut; longer ones than that are left out."""
-    longest = TOKEN_CHARACTERS * max_tokens
+    longest = 16 * max_tokens  # characters: longer texts are not encoded to be counted, which might take minutes
     lines = [line for line in found.lines if len(line[2]) <= longest]
     # A line has more than one token, so this many are too many. Then the interval is halved.
     fits, too_many = 0, min(len(lines), max_tokens) + 1
@@ -73,7 +70,9 @@ def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtit
 def as_text(lines: Sequence[SubtitleLine]) -> str:
     """The lines with their times, the second that has begun, under a title, with an empty line at the end."""
     times = [clock(max(0, int(start))).removesuffix(".0") for start, _, _ in lines]
-    return "\n".join([TITLE, *(f"[{time}] {text}" for time, (_, _, text) in zip(times, lines, strict=True)), "", ""])
+    return "\n".join(
+        ["Subtitles:", *(f"[{time}] {text}" for time, (_, _, text) in zip(times, lines, strict=True)), "", ""]
+    )
 
 
 def plan_input(engine: Engine, info: Video, sampling: SamplingOptions, name: str | None = None) -> Plan:

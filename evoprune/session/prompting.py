@@ -30,8 +30,6 @@ from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 
-BEGINNING = 8  # characters for each token of the context
-
 
 class PromptReader:
     """Reads prompts about the same inputs, one at a time.
@@ -153,7 +151,7 @@ def longest_prompt(
 def check_question(loaded: LoadedModel, question: str) -> None:
     """Raises UsageError where the beginning of a question does not fit into the context: all of it might take minutes to split."""
     context = loaded.model.config.text_config.max_position_embeddings
-    beginning = question[: BEGINNING * context] if context else question
+    beginning = question[: 8 * context] if context else question  # characters for each token
     # A cut word may take a few tokens more than the whole one, and prompt and answer have as many of their own.
     if len(beginning) < len(question) and len(loaded.tokenizer.encode(beginning)) > context:
         length = f"a question of {len(question):,} characters"
