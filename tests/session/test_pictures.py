@@ -218,7 +218,9 @@ def test_the_memory_of_all_inputs_is_checked_before_any_frame_is_read(loaded, mo
     qa, asked = VideoQA(loaded, budget=0.5), []
     tokens = [len(qa.encode(path).encoded.kept) for path in (OTHER, CLIP)]
     monkeypatch.setattr("evoprune.session.encoding.encode_rows", lambda *_, **__: pytest.fail("encoded"))
-    monkeypatch.setattr("evoprune.session.encoding.fitting_chunks", lambda _, __, around: asked.append(around) or [1024])
+    monkeypatch.setattr(
+        "evoprune.session.encoding.fitting_chunks", lambda _, __, around: asked.append(around) or [1024]
+    )
     with pytest.raises(pytest.fail.Exception):
         qa.encode([CLIP, OTHER])
     assert asked == [TEXT + others for others in tokens]
