@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from evoprune.hf.encoding import encode
     from evoprune.hf.processor_inputs import processor_inputs
     from evoprune.live.stream import VideoStream
-    from evoprune.report.records import Report
+    from evoprune.report import Report
     from evoprune.session.answering import Answer, EncodedInputs
     from evoprune.session.cache import Cache
     from evoprune.video_qa import VideoQA
@@ -33,7 +33,7 @@ _SOURCES = {
     "session.cache": ("Cache",),
     "live.stream": ("VideoStream",),
     "video_qa": ("VideoQA",),
-    "report.records": ("Report",),
+    "report": ("Report",),
     "vision.encoded": ("Encoded",),
 }
 __all__ = [

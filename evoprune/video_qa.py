@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING
 from evoprune.errors import UsageError, names_plugins
 from evoprune.keywords import brief, check_type, from_keywords
 from evoprune.session.answering import Answer, EncodedInputs, Uncopied, together
-from evoprune.session.encoding import Progress
-from evoprune.session.engine import check_fits, make_engine, unpruned
-from evoprune.session.inputs import OpenInputs, open_inputs, paths_of
+from evoprune.session.encoding import OpenInputs, Progress, open_inputs, paths_of
+from evoprune.session.engine import Engine, check_fits
 from evoprune.session.loading.found import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.session.options import (
@@ -32,7 +31,6 @@ from evoprune.session.options import (
     PruneOptions,
     SamplingOptions,
     StreamOptions,
-    make_method,
 )
 from evoprune.session.prompting import longest_prompt
 
@@ -48,8 +46,8 @@ class VideoQA(Uncopied):
     """A loaded model with a pruning method and a budget, ready for videos.
 
     It computes in the dtype that the model was loaded with, also inside torch's autocast. `loaded` is from `loading.load_model`;
-    `load_seconds` is how long that took, for reports. `options`: `budget`, `method`, `method_args`, `seed`. `engine` is the model
-    and how it prunes, as `open_inputs` takes it.
+    `load_seconds` is how long that took, for reports. `options`: `budget`, `method`, `method_args`, `seed`. An `Engine`, which
+    has all of it, may be given instead.
 
     Raises:
         UsageError: a bad budget or method. ModelError: a model without a tokenizer. TypeError: an unknown option, or a name in
@@ -58,16 +56,16 @@ class VideoQA(Uncopied):
 
     INSTEAD = "threads may share it; another process loads its own, with VideoQA.load"
 
-    def __init__(self, loaded: LoadedModel, *, load_seconds: float | None = None, **options):
+    def __init__(self, loaded: LoadedModel | Engine, *, load_seconds: float | None = None, **options):
         (pruning,) = from_keywords(options, PruneOptions)
-        if not isinstance(loaded, LoadedModel):
-            if hasattr(loaded, "forward"):
-                raise TypeError(f"VideoQA takes no {type(loaded).__name__}; {HELD}")
+        if hasattr(loaded, "forward"):
+            raise TypeError(f"VideoQA takes no {type(loaded).__name__}; {HELD}")
+        if not isinstance(loaded, LoadedModel | Engine):
             raise TypeError(f"VideoQA takes a loaded model; VideoQA.load({loaded!r}) loads one")
-        self.engine = make_engine(loaded, pruning, load_seconds)
-        if loaded.tokenizer is None:
-            raise no_tokenizer(loaded.id)
-        if loaded.device == "meta":  # shapes without numbers
+        self.engine = Engine(loaded, pruning.config(), load_seconds) if isinstance(loaded, LoadedModel) else loaded
+        if self.loaded.tokenizer is None:
+            raise no_tokenizer(self.loaded.id)
+        if self.loaded.device == "meta":  # shapes without numbers
             raise UsageError("device 'meta' computes nothing", "cpu always works, auto finds a GPU")
 
     @classmethod
@@ -93,8 +91,7 @@ class VideoQA(Uncopied):
 
     def unpruned(self) -> "VideoQA":
         """The same model and seed with every visual token kept: what pruning is compared with."""
-        engine = unpruned(self.engine)
-        return VideoQA(engine.loaded, load_seconds=engine.load_seconds, **vars(engine.options))
+        return VideoQA(self.engine.unpruned())
 
     def encode(
         self,
@@ -208,8 +205,8 @@ def load_qa(
 ) -> VideoQA:
     """Loads a model, as `VideoQA.load`; a method that cannot act in it is refused before weights are read."""
     start = time.perf_counter()
-    method = make_method(pruning)  # refuses wrong settings before a model is looked for
+    config = pruning.config()  # refuses wrong settings before a model is looked for
     found = find_model(model) if isinstance(model, ModelOptions) else model
-    check_fits(method, found.config)
+    check_fits(config.method, found.config)
     loaded = load_model(found, to_answer=True, progress=progress)
-    return kind(loaded, load_seconds=time.perf_counter() - start, **vars(pruning))
+    return kind(Engine(loaded, config, time.perf_counter() - start))

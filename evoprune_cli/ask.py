@@ -166,7 +166,7 @@ def _encode(
 ):
     """Encodes the inputs at `paths`. First says on stderr which limits apply, and how long it will take if that is long."""
     from evoprune.session.cache import Cache
-    from evoprune.session.inputs import open_inputs
+    from evoprune.session.encoding import open_inputs
     from evoprune.session.planning import QUESTION
     from evoprune.session.prompting import longest_prompt
 

@@ -141,7 +141,7 @@ def _check_flags(asked: Request) -> None:
 
 def _settings(options: PipelineOptions):
     """The settings of the batch. Refuses those that are wrong whatever the model and the videos are."""
-    from evoprune.batch.settings import Settings
+    from evoprune.batch.output import Settings
     from evoprune.text import is_text
     from evoprune.video.frames import choose_decoder
 
@@ -154,9 +154,7 @@ def _settings(options: PipelineOptions):
 
 
 def _rows(asked: Request, sampling: SamplingOptions):
-    from evoprune.batch.inputs import left_out
-    from evoprune.batch.rows import load_rows, product_rows, read_rows
-    from evoprune.batch.table import read_all
+    from evoprune.batch.rows import left_out, load_rows, product_rows, read_all, read_rows
 
     span, source, videos = (sampling.start_s, sampling.end_s), asked.source, asked.videos or []
     if source is None:

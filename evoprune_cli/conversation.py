@@ -10,7 +10,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import UsageError
-from evoprune.report.records import Report, name_inputs
+from evoprune.report import Report, name_inputs
 from evoprune.text import listed
 from evoprune_cli.terminal import (
     failure,

@@ -7,7 +7,7 @@ from textwrap import wrap
 from typing import Any
 
 from evoprune.errors import UsageError
-from evoprune.report.records import VideoFacts
+from evoprune.report import VideoFacts
 from evoprune.session.options import ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
 from evoprune.text import budget_text, clock, counted, size
 from evoprune.video.info import PICTURE
@@ -191,12 +191,12 @@ def _draw_overlay(file: str, path: str, video: str, options: PipelineOptions) ->
         show("reading video")
         traced = trace(engine, path, options.sampling, video, encoding(show))
         show("drawing")
-        name, budget = engine.options.method, engine.reported_budget
+        name, budget = engine.pruning.name, engine.pruning.budget
         title = f"{os.path.basename(os.path.abspath(video))}, {name} -b {budget_text(budget)}. {traced.summary}"
         write_bytes(file, overlay_file(traced, title, _ending(file)))
     for warning in traced.warnings:
         print_warning(warning, VideoFacts(path=video, damaged=traced.damaged))
-    facts = {"file": file, "method": name, "args": engine.method.args, "budget": budget}
+    facts = {"file": file, "method": name, "args": engine.pruning.method.args, "budget": budget}
     return facts | traced.fates.counts() | {"warnings": traced.warnings}
 
 

@@ -201,7 +201,7 @@ def _report(problem: Exception) -> int:
         if schema := SCHEMAS.get(_command()):
             terminal.print_document({"schema": schema, "error": error})
         elif _command() != "profile":  # it has --format json instead
-            from evoprune.report.records import Report
+            from evoprune.report import Report
 
             terminal.print_json(Report(finish_reason="error", error=error))
     terminal.print_error(error["message"], error["hint"])

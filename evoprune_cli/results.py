@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from evoprune.batch import unfinished
+from evoprune.batch.output import OPEN_FILES, write_file
 from evoprune.errors import UsageError
 from evoprune_cli.terminal import encodable, failure, json_line, page_width, print_document, stdout
 
@@ -32,7 +32,7 @@ MP4_END = b"\0\0\0(\xa9cmt\0\0\0 data\0\0\0\1\0\0\0\0evoprune overlay"  # a comm
 
 def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:
     """As `check_writable`, for an SVG file."""
-    if path is not None and not path.startswith(unfinished.OPEN_FILES) and not path.lower().endswith(".svg"):
+    if path is not None and not path.startswith(OPEN_FILES) and not path.lower().endswith(".svg"):
         raise UsageError(f"--chart {path}: charts are SVG files", "name it .svg")
     check_writable(path, beside, inputs)
 
@@ -73,7 +73,7 @@ def one_of(path: str, files: Iterable[str]) -> bool:
 
 def _may_replace(path: str) -> bool:
     """Whether a file is missing, empty, open, a device or a pipe, or begins as evoprune's own."""
-    if path.startswith(unfinished.OPEN_FILES):
+    if path.startswith(OPEN_FILES):
         return True
     try:
         found = os.stat(path)
@@ -103,12 +103,12 @@ def write_bytes(path: str, content: bytes) -> None:
     """Raises: UsageError. What was there stays where there is no room for the new content."""
     try:
         folder = os.path.dirname(os.path.realpath(path))
-        given = path.startswith(unfinished.OPEN_FILES)
+        given = path.startswith(OPEN_FILES)
         if given or (os.path.exists(path) and not (os.path.isfile(path) and os.access(folder, os.W_OK))):
             with open(path, "ab" if given else "wb") as file:
                 file.write(content)
             return
-        unfinished.replace(os.path.realpath(path), content)
+        write_file(os.path.realpath(path), content)
     except OSError as problem:
         raise UsageError(f"cannot write {path}: {problem.strerror}", "choose another place") from problem
 

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from evoprune.report.records import precision
+from evoprune.report import precision
 
 T = TypeVar("T")
 LEAST_NAME = 8  # characters of the first column for which the others keep their width

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evoprune.report.records import Report, VideoFacts
+from evoprune.report import Report, VideoFacts
 from evoprune.text import clock, counted, listed, roughly
 from evoprune_cli.terminal import print_warning, tell, warned
 

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from evoprune.errors import UsageError, error_record
-from evoprune.report.records import Report, VideoFacts
-from evoprune.report.stats import WARNINGS, WIDTH, stats_block, summary, warned, warning_text
+from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, stats_block, summary, warned, warning_text
 from evoprune.text import counted, harmless
 
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1"}

@@ -21,8 +21,8 @@ from evoprune.methods.chain import Pipeline
 from evoprune.methods.encoder_plan import Grid, Stage, TowerShape
 from evoprune.methods.evoprune import EvoPrune, FarthestPoints
 from evoprune.methods.types import Selection, Tokens
+from evoprune.session.encoding import open_inputs
 from evoprune.session.engine import Engine
-from evoprune.session.inputs import open_inputs
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions, PruneOptions
 from experiments.demo.write import clips_asked, demo_video
@@ -59,7 +59,8 @@ def tokens_of(loaded: LoadedModel, budget: float, block: int, clips: int, world:
     with TemporaryDirectory() as folder:
         for clip in clips_asked(world, "validation", block, clips):
             method = Recorded()
-            engine = Engine(loaded, PruneOptions(budget, "evoprune"), Pipeline(encoder=method))
+            pruning = replace(PruneOptions(budget, "evoprune").config(), method=Pipeline(encoder=method))
+            engine = Engine(loaded, pruning)
             with (
                 demo_video(clip, Path(folder)) as video,
                 closing(open_inputs(engine, [video.path])) as opened,

@@ -13,13 +13,11 @@ from dataclasses import replace
 
 import torch
 
-from evoprune import methods
 from evoprune.backend.devices import environment
 from evoprune.bench.profiling.clips import synthetic_frames
 from evoprune.bench.profiling.hugging_face import hugging_face_model
 from evoprune.bench.profiling.results import Case
-from evoprune.hf.encoding import encode_with
-from evoprune.hf.packed_tower import PackedTower
+from evoprune.hf.encoding import PackedTower, encode_with, patch_config
 from evoprune.session.loading.found import DTYPES, describe_model
 from evoprune.session.loading.weights import random_model
 from evoprune.session.options import ModelOptions
@@ -36,11 +34,11 @@ def random_tower(name: str, dtype: torch.dtype):
 
 def measure(visual, patches: torch.Tensor, grid_thw: torch.Tensor, rounds: int) -> list[tuple[str, float, float]]:
     """Of each way: its name, its median milliseconds, and how far its tokens are from Hugging Face's, relative to these."""
-    packed, none = PackedTower(visual), methods.parse("none")
+    packed, none = PackedTower(visual), patch_config(1.0, "none", None)
     ways = {
         "Hugging Face": lambda: visual(patches, grid_thw=grid_thw).pooler_output,
-        "EvoPrune": lambda: encode_with(visual, patches, grid_thw, 1.0, none).features,
-        "EvoPrune, pack=True": lambda: encode_with(packed.current(), patches, grid_thw, 1.0, none).features,
+        "EvoPrune": lambda: encode_with(visual, patches, grid_thw, none).features,
+        "EvoPrune, pack=True": lambda: encode_with(packed.current(), patches, grid_thw, none).features,
     }
     with torch.inference_mode():
         made = [way().float() for way in ways.values()]

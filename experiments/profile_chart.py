@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evoprune.bench.profiling.results import Case, Counts, Results, Row, Sample
 from evoprune.model.rules import read_object
-from evoprune.report.records import Environment, ModelFacts
+from evoprune.report import Environment, ModelFacts
 from evoprune_cli.profile_tables import draw_chart
 
 

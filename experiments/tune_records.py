@@ -18,11 +18,11 @@ from pathlib import Path
 from evoprune.bench.evaluation.cost import Cost
 from evoprune.bench.evaluation.grading import grade
 from evoprune.bench.evaluation.processes import map_in_processes
-from evoprune.bench.evaluation.shared import SharedFrames, SharedRows
+from evoprune.bench.evaluation.shared import SharedFrames, SharedInput, SharedRows
 from evoprune.bench.tuning.agreement import agreement, reference
 from evoprune.bench.tuning.search import Candidate, candidates
-from evoprune.session.engine import make_engine
-from evoprune.session.inputs import open_inputs
+from evoprune.session.encoding import open_inputs
+from evoprune.session.engine import Engine
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions
 from experiments.demo.write import ClipName, clips_asked, demo_video
@@ -47,8 +47,9 @@ def lines_of(loaded, folder: Path, clip: ClipName) -> list[dict]:
     with demo_video(clip, folder) as video:
         frames, rows, references, made = SharedFrames(), SharedRows(), [], []
         for setting in (FULL, *settings()):
-            engine = make_engine(loaded, PruneOptions(setting.budget, setting.method, seed=clip.seed))
-            with closing(open_inputs(engine, [video.path], read=frames.read, encode_rows=rows.encode_rows)) as opened:
+            engine = Engine(loaded, PruneOptions(setting.budget, setting.method, seed=clip.seed).config())
+            kind = partial(SharedInput, shared_frames=frames, shared_rows=rows)
+            with closing(open_inputs(engine, [video.path], kind=kind)) as opened:
                 encoded = opened.encode()
             cost, answers = Cost(loaded, encoded), []
             for number, row in enumerate(video.rows):

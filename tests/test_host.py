@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import evoprune
+from evoprune.batch.output import Settings
 from evoprune.batch.rows import group_by_span, product_rows
 from evoprune.batch.run import answers
-from evoprune.batch.settings import Settings
 from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe
 from evoprune.video.sandbox import isolation

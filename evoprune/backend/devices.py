@@ -14,7 +14,7 @@ import torch
 import evoprune
 from evoprune.backend import limits
 from evoprune.errors import DeviceWarning, UsageError, first_line
-from evoprune.report.records import Environment
+from evoprune.report import Environment
 
 # Units encoded at a time, rounded up to whole frame pairs. 512 units (2,048 patches) keep matrix products at full speed and their
 # results in a CPU's caches (`python -m experiments.kernels`). A GPU needs more to be busy.

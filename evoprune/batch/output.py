@@ -1,29 +1,60 @@
 """The output file of a batch: it grows by whole lines, however the program ends, and one program writes it at a time.
 
-No other file belongs to it: every record holds its row and its settings, and the lock is on the file itself.
+No other file belongs to it: every record holds its row and its settings, and the lock is on the file itself. Below it: files that
+are written completely or not at all, for every command's results. Imports no torch.
 """
 
 import errno
+import glob
 import os
+import secrets
 import stat
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from evoprune.batch import unfinished
+from evoprune import methods
 from evoprune.batch.rows import Row
-from evoprune.batch.settings import Settings
 from evoprune.errors import UsageError
 from evoprune.model.rules import loads
-from evoprune.report.records import SCHEMA, Report, rounded
+from evoprune.report import SCHEMA, Report, rounded
+from evoprune.session.options import PipelineOptions, record
+
+if TYPE_CHECKING:
+    from evoprune.video_qa import VideoQA
 
 STDOUT = "-"
 HEAD = f'{{"schema":"{SCHEMA}",'.encode()  # how every record begins
 OTHER_HINT = "name another file with -o, or remove this one"
-DAMAGED_HINT = "if nobody needs that line, delete it, and the same command goes on; or choose another -o"
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system without locks
+OPEN_FILES = ("/dev/", "/proc/self/fd/")  # written to as they are given, such as the pipe of >(gzip > x)
+UNFINISHED = (
+    "{}.evoprune-{}.tmp"  # the name of a file while it is written: that which it gets, and eight hexadecimal digits
+)
+# Options that records hold also at their defaults, as the first version's did; the others where they differ from these.
+RECORDED = (
+    "model", "revision", "dtype", "quantize", "load_format", "budget", "method", "method_args", "seed", "fps", "frames",
+    "max_frames", "max_visual_tokens", "decoder", "max_new_tokens", "temperature", "top_p", "system",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings(PipelineOptions):
+    """The options of a batch. Each row has its own part of the video instead of `start_s` and `end_s`."""
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> "VideoQA":
+        """Loads the model; raises what `VideoQA.load` raises."""
+        from evoprune.video_qa import load_qa
+
+        return load_qa(self.model, self.pruning, progress=progress)
+
+    def record(self) -> dict[str, Any]:
+        """All of it as flat data for JSON, as records hold it."""
+        code = methods.plugin_code(self.pruning.method)
+        made = record((self.model, self.pruning, self.sampling, self.generation), RECORDED)
+        return made | ({"plugins": code} if code else {})
 
 
 @dataclass(frozen=True)
@@ -41,15 +72,15 @@ class Found:
 def remaining(rows: Sequence[Row], settings: Settings, found: Sequence[Found]) -> list[Row]:
     """The rows that have no answer yet, or failed. Raises UsageError if a record has other settings, or its row has changed."""
     now, asked, done = rounded(settings.record()), {row.id: rounded(row.asked) for row in rows}, set()
-    for record in found:
-        if other := differences(record.settings, now):
+    for earlier in found:
+        if other := differences(earlier.settings, now):
             raise UsageError(f"the output was begun with other settings: {other}", "give the same ones, or another -o")
-        before = record.row | {"answer": None}  # which the model's answer does not depend on
-        if other := differences(before, asked.get(record.id, before) | {"answer": None}):
+        before = earlier.row | {"answer": None}  # which the model's answer does not depend on
+        if other := differences(before, asked.get(earlier.id, before) | {"answer": None}):
             hint = "give changed rows ids of their own, or choose another -o"
-            raise UsageError(f"the row {record.id!r} is not what it was: {other}", hint)
-        if not record.failed:
-            done.add(record.id)
+            raise UsageError(f"the row {earlier.id!r} is not what it was: {other}", hint)
+        if not earlier.failed:
+            done.add(earlier.id)
     return [row for row in rows if row.id not in done]
 
 
@@ -72,7 +103,7 @@ class RecordFile:
         self.found: list[Found] = []
         self.written = 0  # records, by this run
         self._made = self._begun = False
-        given = path == STDOUT or path.startswith(unfinished.OPEN_FILES)
+        given = path == STDOUT or path.startswith(OPEN_FILES)
         self.regular = not given and (os.path.isfile(path) or not os.path.exists(path))
         self.path = os.path.realpath(path) if self.regular else path
         if resume and overwrite:
@@ -85,9 +116,10 @@ class RecordFile:
             raise self._cannot_write(problem) from problem
         try:
             if self.regular and os.fstat(self._number).st_size:
+                begun = os.pread(self._number, len(HEAD), 0).rstrip(b"\0")  # of a record, which may be torn
                 if resume:
                     self.found = self._read()
-                elif not self._holds_records():
+                elif not (begun and HEAD.startswith(begun)):
                     raise UsageError(f"{path} is there, and holds no records of a batch", OTHER_HINT)
                 elif not overwrite:
                     hint = "--resume goes on with it, --overwrite replaces it; or name another file with -o"
@@ -108,7 +140,7 @@ class RecordFile:
         kept = [record for record in self.found if record.id not in again]
         size = sum(record.end - record.start for record in kept)
         try:
-            unfinished.remove_left_overs(self.path)  # this program has the lock, so nobody is writing one
+            remove_unfinished(self.path)  # this program has the lock, so nobody is writing one
             if kept and kept[-1].end != size:  # some records before the last one go
                 self._number = self._copied(kept)
             os.ftruncate(self._number, size)
@@ -134,7 +166,7 @@ class RecordFile:
 
     def _write(self, line: bytes) -> None:
         try:
-            unfinished.append(self._number, line, self.regular)
+            append(self._number, line, self.regular)
         except BrokenPipeError:
             raise
         except OSError as problem:
@@ -175,13 +207,8 @@ class RecordFile:
             hint = "wait until it is done, or choose another -o"
             raise UsageError(f"another batch is writing {self.name}", hint) from problem
         except OSError as problem:
-            if problem.errno not in NO_LOCKS:
+            if problem.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # a file system without locks
                 raise
-
-    def _holds_records(self) -> bool:
-        """Whether the file begins as a record does, which may be torn."""
-        begun = os.pread(self._number, len(HEAD), 0).rstrip(b"\0")
-        return bool(begun) and HEAD.startswith(begun)
 
     def _read(self) -> list[Found]:
         """All whole records. A torn one may follow them; a file with anything else is refused."""
@@ -199,14 +226,15 @@ class RecordFile:
                 except (ValueError, KeyError, TypeError) as problem:
                     if _is_torn(line, bool(found)):
                         break
-                    hint = DAMAGED_HINT if found else OTHER_HINT
+                    damaged = "if nobody needs that line, delete it, and the same command goes on; or choose another -o"
+                    hint = damaged if found else OTHER_HINT
                     raise UsageError(f"{self.name}, line {number} is no record of a batch", hint) from problem
                 end += len(line)
         return found
 
     def _copied(self, kept: list[Found]) -> int:
         """Replaces the file by one with these records, in one step; returns the new file's descriptor, locked."""
-        number, place = unfinished.create(self.path)
+        number, place = create_unfinished(self.path)
         try:
             self._lock(number)
             os.fchmod(number, stat.S_IMODE(os.fstat(self._number).st_mode))
@@ -238,3 +266,42 @@ def _is_torn(line: bytes, follows: bool) -> bool:
     except ValueError:
         return begun.startswith(HEAD) or HEAD.startswith(begun)
     return False  # a whole object, such as a record of `ask --json`
+
+
+def write_file(path: str, content: bytes) -> None:
+    """Writes a file completely or not at all. Raises OSError, as the three below do."""
+    number, unfinished = create_unfinished(path)
+    try:
+        with open(number, "wb") as file:
+            file.write(content)
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+
+
+def append(number: int, content: bytes, regular: bool = True) -> None:
+    """Appends to an open file. To a `regular` one it appends all of the content or nothing, which is on the disk afterwards."""
+    size, rest = os.fstat(number).st_size, memoryview(content)
+    try:
+        while rest:
+            rest = rest[os.write(number, rest) :]
+        if regular:
+            os.fsync(number)
+    except BaseException:
+        if regular:
+            os.ftruncate(number, size)
+        raise
+
+
+def create_unfinished(path: str) -> tuple[int, str]:
+    """Creates an unfinished file for `path`, to read and to append to: its descriptor, and its name, which no file had before."""
+    name = UNFINISHED.format(path, secrets.token_hex(4))
+    return os.open(name, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666), name
+
+
+def remove_unfinished(path: str) -> None:
+    """Removes the unfinished files for `path` that killed programs left; no program may be writing one."""
+    for name in glob.glob(UNFINISHED.format(glob.escape(path), "[0-9a-f]" * 8)):
+        with suppress(FileNotFoundError):
+            os.unlink(name)

@@ -14,11 +14,11 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
+from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
 from evoprune.batch.run import answers, failure_report
-from evoprune.batch.settings import Settings
 from evoprune.errors import EvopruneError, UsageError, error_record, first_line
-from evoprune.report.records import Report
+from evoprune.report import Report
 
 INSTALL = "pip install 'evoprune[ray]'"
 TRIES = 3  # for a span whose workers die

@@ -1,23 +1,26 @@
 """Rows: questions about videos and pictures, read from a JSONL or CSV file or made of videos and questions. No torch."""
 
+import csv
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 
-from evoprune.batch.inputs import Wrong, in_folders
-from evoprune.batch.table import Line, read_file, read_lines
-from evoprune.errors import EvopruneWarning, UsageError
+from evoprune.errors import LFS, LFS_HINT, EvopruneError, EvopruneWarning, UsageError
 from evoprune.language.settings import GenerationOptions
-from evoprune.text import FILE_URL, counted, did_you_mean, is_text, shorten, shown, some
+from evoprune.model.rules import loads
+from evoprune.text import FILE_URL, counted, did_you_mean, is_text, missing_hint, shorten, shown, some
 from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
+from evoprune.video.listing import IMAGES, VIDEOS, files
 from evoprune.video.sampling import check_sampling, parse_time
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
@@ -29,6 +32,10 @@ FIELDS = (
 )  # fmt: skip
 SAME = {"video_start": "start", "video_end": "end", "nframes": "frames"}  # what qwen-vl-utils calls them
 LONGEST_PATH = 4096  # characters
+LIST_COLUMNS = ("inputs", "options", "groups")  # columns whose cells in a CSV file are lists, separated by |
+MAX_BYTES = 2**28  # of a file: all rows are held in memory
+# "line" or, in an array, "row"; its number from 1; and its fields or why it has none.
+Line = tuple[str, int, dict[str, Any] | ValueError]
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,6 @@ BATCH = Rules(
     "a row has question and video, or inputs for several, and may have id, start, end, fps, frames, frame_rate, max_new_tokens, "
     "options, subtitles and answer"
 )
-REQUIRED = (("video", "inputs"), ("question",))  # one of each
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,12 @@ def product_rows(
 
 def load_rows(path: str, start_s: float = 0.0, end_s: float | None = None, rules: Rules = BATCH) -> list[Row]:
     """The rows of a file, as `read_rows`; paths are relative to its folder. Raises UsageError also if it cannot be read."""
-    return read_rows(read_file(path, rules.file), path, os.path.dirname(path), start_s, end_s, rules)
+    try:
+        with open(path, "rb") as file:
+            content = read_all(file, path, rules.file)
+    except OSError as problem:
+        raise UsageError(f"cannot read {path}: {problem.strerror}", rules.file) from problem
+    return read_rows(content, path, os.path.dirname(path), start_s, end_s, rules)
 
 
 def read_rows(
@@ -154,7 +165,7 @@ def read_rows(
 
     Raises UsageError: rows are wrong or repeat an id, or there are none. It names the first wrong rows and counts the others.
     """
-    rows = _rows(read_lines(content, name, REQUIRED, rules.fields), name, folder, (start_s, end_s), rules)
+    rows = _rows(_lines(content, name, rules.fields), name, folder, (start_s, end_s), rules)
     if not rows:
         raise UsageError(f"{name} holds no rows", rules.fields)
     return rows
@@ -201,15 +212,24 @@ def _row(
 ) -> Row:
     if isinstance(fields, ValueError):
         raise fields
-    fields = _renamed({name: value for name, value in fields.items() if value is not None})
+    fields = {name: value for name, value in fields.items() if value is not None}
+    for theirs, own in SAME.items():
+        _must(theirs not in fields or own not in fields, f"{own} and {theirs} exclude each other")
+    fields = {SAME.get(name, name): value for name, value in fields.items()}
     start, end = (_seconds(fields.get(name, usual), name) for name, usual in zip(("start", "end"), span, strict=True))
     _check_span(start, end)
-    fps, frames, max_new_tokens = (
-        _number(fields.get(name), name, kind)
-        for name, kind in (("fps", float), ("frames", int), ("max_new_tokens", int))
-    )
-    check_sampling(fps=fps, frames=frames)
-    inputs = _inputs(fields)
+    kinds = {"fps": float, "frames": int, "max_new_tokens": int, "frame_rate": float}
+    numbers = {name: _number(fields.get(name), name, kind) for name, kind in kinds.items()}
+    check_sampling(fps=numbers["fps"], frames=numbers["frames"])
+    if (rate := numbers["frame_rate"]) is not None:
+        _must(0 < rate < math.inf, "frame_rate is not a number above 0")
+        numbers["frame_rate"] = float(rate)
+    if "inputs" in fields:
+        _must("video" not in fields, "video and inputs exclude each other")
+        _must(isinstance(fields["inputs"], list) and fields["inputs"], "inputs are not a list of paths")
+        inputs = tuple(_file(each, "input") for each in fields["inputs"])
+    else:
+        inputs = (_file(fields.get("video"), "video"),)
     subtitles = _file(fields["subtitles"], "subtitles") if "subtitles" in fields else None
     named = subtitles in (None, NO_SUBTITLES, AUTO_SUBTITLES)
     row = Row(
@@ -219,14 +239,11 @@ def _row(
         question=_text(fields.get("question"), "question"),
         start_s=start,
         end_s=end,
-        fps=fps,
-        frames=frames,
-        frame_rate=_rate(fields.get("frame_rate")),
-        max_new_tokens=max_new_tokens,
-        options=_options(fields),
+        options=_options(fields.get("options", [])),
         subtitles=subtitles,
         subtitles_path=subtitles if named else _path(folder, subtitles),
         answer=fields.get("answer"),
+        **numbers,
     )
     row.generation(GenerationOptions())  # refuses what is out of range
     row = rules.complete(row, fields)
@@ -235,13 +252,6 @@ def _row(
     right = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
     _must(right, "id is neither a text nor a whole number")
     return replace(row, id=str(name))
-
-
-def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields by this project's names."""
-    for theirs, own in SAME.items():
-        _must(theirs not in fields or own not in fields, f"{own} and {theirs} exclude each other")
-    return {SAME.get(name, name): value for name, value in fields.items()}
 
 
 def _path(folder: str, text: str) -> str:
@@ -261,32 +271,18 @@ def _must(holds: bool, problem: str) -> None:
         raise ValueError(problem)
 
 
-def _options(fields: dict) -> tuple[str, ...]:
-    options = fields.get("options", [])
+def _options(options: Any) -> tuple[str, ...]:
+    """The options of a question without the letters that each begins with, for the prompt adds its own."""
     right = isinstance(options, list) and len(options) != 1 and len(options) <= len(LETTERS)
     _must(right, f"options are not a list of 2 to {len(LETTERS)} texts")
-    return _without_letters(tuple(_text(option, "option") for option in options))
-
-
-def _without_letters(options: tuple[str, ...]) -> tuple[str, ...]:
-    """Options without the letters that each begins with, for the prompt adds its own. Raises ValueError: in another order."""
-    found = [LETTERED.fullmatch(option) for option in options]
-    if not options or not all(found):
+    options = tuple(_text(option, "option") for option in options)
+    lettered = [LETTERED.fullmatch(option) for option in options]
+    if not options or not all(lettered):
         return options
-    letters = "".join(each[1] or each[2] for each in found).upper()
-    in_order = LETTERS[: len(options)]
+    letters, in_order = "".join(each[1] or each[2] for each in lettered).upper(), LETTERS[: len(options)]
     mixed = letters != in_order and sorted(letters) == list(in_order)
     _must(not mixed, f"the letters of the options are {', '.join(letters)}, not in order")
-    return tuple(each[3] for each in found) if letters == in_order else options
-
-
-def _inputs(fields: dict) -> tuple[str, ...]:
-    if "inputs" not in fields:
-        return (_file(fields.get("video"), "video"),)
-    inputs = fields["inputs"]
-    _must("video" not in fields, "video and inputs exclude each other")
-    _must(isinstance(inputs, list) and inputs, "inputs are not a list of paths")
-    return tuple(_file(each, "input") for each in inputs)
+    return tuple(each[3] for each in lettered) if letters == in_order else options
 
 
 def _file(value: Any, name: str) -> str:
@@ -310,12 +306,6 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _rate(value: Any) -> float | None:
-    made = _number(value, "frame_rate", float)
-    _must(made is None or 0 < made < math.inf, "frame_rate is not a number above 0")
-    return None if made is None else float(made)
-
-
 def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
     """A number that a row may have, in CSV as a text; None where it has none."""
     try:
@@ -335,3 +325,137 @@ def _seconds(value: Any, name: str) -> float | None:
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     _must(number, f"{name} is not a time in seconds")
     return float(value)
+
+
+class Wrong:
+    """Collects what is wrong with the videos and rows of a batch, each with the hint that helps, for one error."""
+
+    def __init__(self):
+        self._found: list[tuple[str, str]] = []
+
+    def add(self, message: str, hint: str) -> None:
+        self._found.append((message, hint))
+
+    @contextmanager
+    def noting(self, place: str, hint: str) -> Iterator[None]:
+        """Adds what a block raises, with the `place` before it; `hint` is for what has none of its own."""
+        try:
+            yield
+        except (ValueError, EvopruneError) as problem:
+            self.add(f"{place}{getattr(problem, 'message', problem)}", getattr(problem, "hint", None) or hint)
+
+    def check(self, videos: Mapping[str, str], name: str = "") -> None:
+        """Raises UsageError if anything was added, with missing `videos` (path: its place). `name`: of the file, said once."""
+        if not self._found:
+            return
+        for path, place in videos.items():
+            if not os.path.exists(path):
+                usual = "paths in a file of rows are relative to it" if name else "check the path"
+                self.add(f"{place}no such file: {shown(path)}", missing_hint(path, usual))
+        first, *others = (message for message, _ in self._found)
+        messages = [first, *(message.removeprefix(f"{name}, ") for message in others)]
+        raise UsageError(some(messages, "; "), some(list(dict.fromkeys(hint for _, hint in self._found)), "; "))
+
+
+def in_folders(videos: Iterable[str], wrong: Wrong) -> Iterator[str]:
+    """The videos, with those in a folder of videos instead of the folder, in natural order of names; a folder of images is one.
+
+    Among more videos than images, the images are left out, as thumbnails are. `wrong` collects folders that are unclear.
+    """
+    for video in videos:
+        if not os.path.isdir(video):
+            yield video
+            continue
+        try:
+            images, found = files(video, IMAGES), files(video, VIDEOS)
+        except OSError as problem:
+            hint = "check the path, and whether you may read it"
+            wrong.add(f"cannot read the folder {video}: {problem.strerror}", hint)
+            continue
+        if len(found) > len(images) or (images and not found):
+            yield from found or [video]
+        elif images:
+            pattern = os.path.join(video, "*" + os.path.splitext(found[0])[1])
+            hint = f"name the videos ({pattern}), or move the images to a folder of their own"
+            wrong.add(
+                f"the folder {video} holds {counted(len(images), 'image')} and {counted(len(found), 'video')}", hint
+            )
+        else:
+            hint = f"folders inside it are not searched; files that count end in {', '.join((*VIDEOS, *IMAGES))}"
+            wrong.add(f"neither videos nor images in the folder {video}", hint)
+
+
+def left_out(video: str) -> str:
+    """What a folder of videos holds besides them, as a line; empty where that is nothing. Hidden files do not count."""
+    if not os.path.isdir(video) or not (videos := files(video, VIDEOS)) or len(videos) <= len(files(video, IMAGES)):
+        return ""
+    with os.scandir(video) as entries:
+        others = [entry.is_dir() for entry in entries if entry.name[0] != "." and entry.path not in videos]
+    counts = {"folder": sum(others), "other file": len(others) - sum(others)}
+    skipped = [counted(count, noun) for noun, count in counts.items() if count]
+    return f"{video}: {counted(len(videos), 'video')}; left out: {', '.join(skipped)}" if skipped else ""
+
+
+def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
+    """All that is in an open file, which may be endless; raises UsageError at more than `MAX_BYTES`."""
+    content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise UsageError(f"{name} has more than {MAX_BYTES // 2**20} MiB", f"give it in pieces; {hint}")
+    return content
+
+
+def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
+    """The lines of a file that are not empty: JSON objects, one array of them, or CSV, by the first character. Empty cells are no
+    fields, and names of columns may be in any case.
+
+    Raises UsageError: the content is not UTF-8, an array is not JSON, or the head of a CSV file lacks a column.
+    """
+    if content.startswith(LFS):
+        raise UsageError(f"{name} is a git-lfs pointer", LFS_HINT)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise UsageError(f"{name} is not UTF-8", "save it as UTF-8") from problem
+    first = text.lstrip()[:1]
+    if first not in ("[", "{", ""):
+        yield from _csv_lines(text, name, hint)
+    elif first == "[":
+        try:
+            rows = loads(text)
+        except ValueError as problem:
+            raise UsageError(f"{name} is not JSON: {problem}", hint) from problem
+        for number, fields in enumerate(rows, 1):
+            yield "row", number, fields if isinstance(fields, dict) else ValueError("not a JSON object")
+    else:
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    fields = loads(line)
+                except ValueError as problem:
+                    fields = (
+                        ValueError(f"not JSON: {problem}") if isinstance(problem, json.JSONDecodeError) else problem
+                    )
+                yield (
+                    "line",
+                    number,
+                    fields if isinstance(fields, dict | ValueError) else ValueError("not a JSON object"),
+                )
+
+
+def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
+    head = text.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+    try:
+        names = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+        for required in (("video", "inputs"), ("question",)):  # one of each
+            if not set(required) & set(names):
+                needed = f"the first line must name the columns, unless the lines are JSON; `{required[0]}` is missing"
+                raise UsageError(f"{file}: {needed} (found: {shorten(', '.join(names), 80)})", hint)
+        for row in reader:
+            cells = {name: cell for name, cell in row.items() if cell}
+            for name in LIST_COLUMNS:
+                if name in cells:
+                    cells[name] = [entry.strip() for entry in cells[name].split("|")]
+            yield "line", reader.line_num, ValueError("more cells than the head has") if None in row else cells
+    except csv.Error as problem:
+        yield "line", reader.line_num + 1, ValueError(str(problem))  # line_num counts the last line that was whole

@@ -3,21 +3,20 @@
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from evoprune.backend.devices import empty_cache
+from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
-from evoprune.batch.settings import Settings
 from evoprune.errors import OutOfMemory, error_record
-from evoprune.report.records import Report, name_inputs
+from evoprune.report import Report, name_inputs
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache
-from evoprune.session.encoding import prefetched
-from evoprune.session.inputs import OpenInputs, open_inputs
+from evoprune.session.encoding import OpenInputs, open_inputs, prefetched
 from evoprune.video_qa import VideoQA
 
 T = TypeVar("T")
-OnFailure = Callable[[Exception], None]
 
 
 def answers(
@@ -25,7 +24,7 @@ def answers(
     spans: Iterable[Span],
     settings: Settings,
     cache: Cache | None = None,
-    on_failure: OnFailure = lambda problem: None,
+    on_failure: Callable[[Exception], None] = lambda problem: None,
 ) -> Iterator[Report]:
     """A record for every row, as they are answered. A row that fails has a record with an error, and the others go on."""
     with closing(prefetched(_prepared(qa, spans, settings, cache), depth=1)) as prepared:
@@ -65,29 +64,29 @@ def _named(report: Report, row: Row, settings: Settings) -> Report:
     return report
 
 
-def _asked(span: Span, inputs: OpenInputs | Exception, settings: Settings, on_failure: OnFailure) -> Iterator[Report]:
-    encoded, error = _tried(lambda: _encoded(inputs), on_failure)
+def _asked(
+    span: Span, inputs: OpenInputs | Exception, settings: Settings, on_failure: Callable[[Exception], None]
+) -> Iterator[Report]:
+    def encode() -> EncodedInputs:
+        if isinstance(inputs, Exception):
+            raise inputs
+        with closing(inputs):
+            return inputs.encode()
+
+    def answered(row: Row) -> Report:
+        answer = encoded.ask(row.prompt, **vars(row.generation(settings.generation)))
+        str(answer)  # generates it
+        return answer.report
+
+    encoded, error = _tried(encode, on_failure)
     for row in span.rows:
         report = None
         if encoded:
-            report, error = _tried(lambda row=row: _answered(encoded, row, settings), on_failure)
+            report, error = _tried(partial(answered, row), on_failure)
         yield _named(report, row, settings) if report else failure_report(row, settings, error)
 
 
-def _encoded(inputs: OpenInputs | Exception) -> EncodedInputs:
-    if isinstance(inputs, Exception):
-        raise inputs
-    with closing(inputs):
-        return inputs.encode()
-
-
-def _answered(encoded: EncodedInputs, row: Row, settings: Settings) -> Report:
-    answer = encoded.ask(row.prompt, **vars(row.generation(settings.generation)))
-    str(answer)  # generates it
-    return answer.report
-
-
-def _tried(work: Callable[[], T], on_failure: OnFailure) -> tuple[T | None, dict | None]:
+def _tried(work: Callable[[], T], on_failure: Callable[[Exception], None]) -> tuple[T | None, dict | None]:
     """The result, or the error as records hold it. By then the exception and the memory that it refers to are freed."""
     try:
         return work(), None

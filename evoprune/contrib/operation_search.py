@@ -24,7 +24,7 @@ from evoprune.methods.chain import Pipeline
 from evoprune.methods.language_plan import ALL, REST, LanguagePlan, Operation, layers_before
 from evoprune.methods.operation_plans import SCHEMA, Recipe, Removed, closed
 from evoprune.model.config import head_size
-from evoprune.session.engine import make_engine
+from evoprune.session.engine import Engine
 from evoprune.session.options import PruneOptions
 from evoprune.text import counted
 
@@ -155,7 +155,7 @@ class OperationTuning(Run):
     def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
         """Answers in full, then searches until the order is complete or the time is over; otherwise as `Tuning.run`."""
         made, settings, asked = self.answer(progress), self.settings, []
-        full = make_engine(self.loaded, PruneOptions(1.0, "none", seed=settings.seed))
+        full = Engine(self.loaded, PruneOptions(1.0, "none", seed=settings.seed).config())
         for number, answers in enumerate(made):
             progress(f"encoding video {number + 1} of {len(made)}")
             asked.append((encode(full, answers.path, settings.sampling, SharedFrames())[0], answers.references))

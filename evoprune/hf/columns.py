@@ -1,19 +1,29 @@
-"""The columns of a batch of prompts after each row loses some of its own.
+"""The arguments of a call of a Hugging Face model, without the columns of pruned tokens.
+
+A call is a dict of the arguments of `forward` or `generate` by name. M-RoPE positions are those of the whole prompt, so they
+have gaps. Only the running number of each token, from which attention masks are made, has none.
 
 The columns that are left of a row move together to the right, so that all rows still end where the answer begins. A row with fewer
 columns than another gets padding at its start. Padding on the left that no row needs is removed.
 Callbacks of `generate` get ids of the whole prompt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from evoprune.errors import UsageError
 from evoprune.hf import interface
 from evoprune.methods.indices import ascending
+from evoprune.vision.encoded import Encoded
+
+NAMES = {True: ("pixel_values_videos", "video_grid_thw"), False: ("pixel_values", "image_grid_thw")}
+PAST = "evoprune"  # attribute that is set on caches; copies of a cache have it too
 
 
 @dataclass(frozen=True, repr=False)
@@ -136,3 +146,281 @@ class _WholePromptStreamer:
 
     def end(self) -> None:
         self._wrapped.end()
+
+
+@dataclass(frozen=True)
+class Visuals:
+    """What is pruned in a call."""
+
+    columns: torch.Tensor  # bool `[B, L]`, the placeholders
+    pixels: torch.Tensor  # `[patches, values]`, those of all, in the order of their placeholders
+    grids: torch.Tensor  # int64 `[n, 3]`, in patches
+    videos: tuple[bool, ...]  # of each, whether it is a video
+    seconds: tuple[float, ...]  # of each, from one frame pair to the next
+
+
+@dataclass(frozen=True)
+class Past:
+    """What later calls must know of a cache whose prompt was pruned."""
+
+    columns: Columns  # of the prompt that are left
+    # int64 `[B, L]`, for each column as the last one of the prompt: the position of a later token is this plus the number of tokens
+    # before it.
+    delta: torch.Tensor
+    sizes: torch.Tensor | None = None  # float32 `[B, C]`, the cluster size of each column that is left; None for 1
+
+    def held(self, length: int) -> "Past":
+        """The `Past` of the same cache cut to `length` columns. A greater length, with text behind the prompt, changes nothing."""
+        if length >= self.columns.places:
+            return self
+        columns = self.columns.first(length)
+        sizes = None if self.sizes is None else self.sizes[:, :length]
+        return Past(columns, self.delta[:, : columns.width], sizes)
+
+
+def remember(past: Past | None, results: Iterable[Any]) -> None:
+    """Attaches `past` to the cache among the results of a call, for later calls that use that cache."""
+    for cache in results:
+        if past is not None and hasattr(cache, "get_seq_length"):
+            setattr(cache, PAST, past)
+
+
+def find_visuals(model, call: dict, pictures: bool) -> Visuals:
+    """The videos of a new prompt, and its pictures if those are pruned. Raises UsageError: they do not fit the prompt."""
+    kinds = [video for video in (True, False) if call.get(NAMES[video][0]) is not None and (video or pictures)]
+    columns = torch.zeros_like(call["input_ids"], dtype=torch.bool)
+    for video in kinds:
+        columns |= _placeholders(model, call, video)
+    grids = call.get("video_grid_thw")
+    if len(interface.seconds_per_pair(call)) != (0 if grids is None else len(grids)):
+        raise UsageError("second_per_grid_ts are not one for each video", "pass all that the processor returned")
+    pixels, grids = ({video: call[NAMES[video][i]] for video in kinds} for i in (0, 1))
+    if len(kinds) == 1:
+        (only,) = kinds
+        seconds = interface.seconds_per_pair(call) if only else [1.0] * len(grids[only])
+        return Visuals(columns, pixels[only], grids[only], (only,) * len(grids[only]), tuple(seconds))
+    patches = {video: pixels[video].split(grids[video].prod(-1).tolist()) for video in kinds}
+    each = {video: iter(zip(patches[video], grids[video], strict=True)) for video in kinds}
+    found = [pair for row in interface.visual_spans(model, call, None) for pair in row]
+    pixels, grids = zip(*(next(each[video]) for _, video in found), strict=True)
+    videos, seconds = tuple(video for _, video in found), tuple(spans[0].seconds_per_pair for spans, _ in found)
+    return Visuals(columns, torch.cat(pixels), torch.stack(grids), videos, seconds)
+
+
+def empty_runs(model, call: dict, dropped: torch.Tensor) -> torch.Tensor:
+    """`dropped`, bool `[B, L]`: columns of pruned tokens; with those of the time and markers of each frame pair that keeps none.
+
+    The time stands between the end marker of one frame pair and the start marker of the next. Before the first pair it begins with
+    the token with which it begins before the second.
+    """
+    leaves, ids = dropped.clone(), call["input_ids"]
+    for row, found in enumerate(interface.visual_spans(model, call, None)):
+        for spans in (spans for spans, _ in found if len(spans) > 1):
+            ends = [span.start + span.tokens for span in spans]
+            same = (ids[row, : spans[0].start] == ids[row, ends[0] + 1]).nonzero()
+            starts = [int(same[-1]) if len(same) else spans[0].start - 1, *(end + 1 for end in ends)]
+            for start, span, end in zip(starts, spans, ends, strict=False):
+                marked = int(ids[row, end]) == model.config.vision_end_token_id
+                leaves[row, start : end + 1] |= marked and bool(dropped[row, span.start : end].all())
+    return leaves
+
+
+def _placeholders(model, call: dict, video: bool) -> torch.Tensor:
+    """The columns of the videos, or of the pictures: bool `[B, L]`."""
+    token, name = (model.config.video_token_id, "video") if video else (model.config.image_token_id, "image")
+    grids, columns = call.get(NAMES[video][1]), call["input_ids"] == token
+    units = 0 if grids is None else int(grids.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
+    if not units or units != int(columns.sum()):
+        problem = f"input_ids have {int(columns.sum())} {name} tokens, {NAMES[video][1]} makes {units}"
+        raise UsageError(problem, "pass all that one call of the processor returned")
+    return columns
+
+
+def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError | None:
+    """Why this package cannot run a new prompt with videos; None if it can. `optional`: the model's own code does the same."""
+    visual = model.model.visual
+    given = [call.get(name) for name in ("pixel_values_videos", "pixel_values")]
+    if call.get(interface.ENCODED) or given == [None, None]:
+        return UsageError(f"what is in {interface.ENCODED} is encoded already", "pass the processor's pixels instead")
+    # In eval mode gradients are seldom wanted, though weights ask for them by default; `backward` raises if they are.
+    training = visual.training or optional
+    traced = any(pixels is not None and pixels.requires_grad for pixels in given)
+    if torch.is_grad_enabled() and (traced or (training and trained_weights(visual))):
+        return no_gradients()
+    ids, mask = call.get("input_ids"), call.get("attention_mask")
+    if ids is None or call.get("inputs_embeds") is not None:
+        hint = "pass input_ids, which have the video's tokens"
+        return UsageError("inputs_embeds beside a video cannot be pruned", hint)
+    for name in ("input_ids", "attention_mask", "video_grid_thw", "image_grid_thw"):
+        if not isinstance(call.get(name), torch.Tensor | None):
+            hint = "call the processor with return_tensors='pt'"
+            return UsageError(f"{name} are of class {type(call[name]).__name__}, not a tensor", hint)
+    if mask is not None and mask.shape != ids.shape:
+        shapes = f"attention_mask is {list(mask.shape)}, input_ids are {list(ids.shape)}"
+        return UsageError(shapes, "pass the processor's own mask")
+    if _packed(call):
+        return UsageError("several sequences packed in a row cannot be pruned", "pass them as rows of a batch")
+    if generating:
+        return None
+    shape = ids.shape
+    known = {"input_ids", "attention_mask", "position_ids", *interface.PER_COLUMN, *interface.VISION_INPUTS}
+    for name, value in call.items():
+        per_column = isinstance(value, torch.Tensor) and value.shape[:2] == shape and name not in known
+        if per_column or name.startswith("cu_seq_lens"):
+            return UsageError(f"{name} cannot go with a pruned prompt", "leave it out, or remove the pruning first")
+    if isinstance(call.get("logits_to_keep"), torch.Tensor):
+        return UsageError("logits_to_keep as indices would miss their columns", "pass a number of last columns, or 0")
+    return None
+
+
+def _packed(call: dict) -> bool:
+    """Whether positions in four rows number several sequences in a row of the batch."""
+    at, mask = call.get("position_ids"), call.get("attention_mask")
+    if at is None or len(at) != 4 or at.ndim != 3 or not (mask is None or mask.all()):
+        return False
+    return not torch.equal(at[0], ascending(at.shape[2], at.device).expand_as(at[0]))
+
+
+def without_pruned(
+    model, call: dict, visuals: Visuals, encoded: Encoded, positions: str, generating: bool
+) -> tuple[dict, Past]:
+    """The call of a new prompt without the columns of pruned tokens, `encoded` of `visuals`, and the `Past` of its cache.
+
+    The call's own `position_ids` override `positions`. Raises UsageError: as of `interface.encoded_inputs`.
+    """
+    ids, mask, visual = call["input_ids"], call.get("attention_mask"), visuals.columns
+    if mask is None and generating:
+        mask = interface.inferred_mask(model, call)
+    used = torch.ones_like(ids) if mask is None else mask
+    dropped = torch.ones(len(encoded.owner), dtype=torch.bool, device=ids.device)
+    dropped[encoded.kept.to(ids.device)] = False
+    leaves = empty_runs(model, call, torch.zeros_like(visual).masked_scatter(visual, dropped))
+    # Where all tokens are kept, padding stays too: the model returns what it returns without pruning.
+    columns = Columns.without(leaves, mask if dropped.any() else None)
+    pruned_call = {name: value for name, value in call.items() if name not in interface.VISION_INPUTS}
+    pruned_call["input_ids"] = columns.take(ids, interface.pad_id(model, call))
+    if mask is not None or columns.padded:
+        pruned_call["attention_mask"] = columns.take(used)
+    if call.get("mm_token_type_ids") is not None:
+        pruned_call["mm_token_type_ids"] = columns.take(call["mm_token_type_ids"])
+    pruned_call |= _targets(call, columns, used if dropped.any() else torch.ones_like(ids))
+    at = _positions(model, call, mask, positions, generating)
+    pruned_call["position_ids"] = columns.take(at)
+    if len(at) == 4:
+        pruned_call["position_ids"][0] = interface.text_positions(columns.take(used))
+    per_pair = iter(encoded.kept_per_pair)
+    tokens = [sum(islice(per_pair, grids)) for grids, _, _ in encoded.grids]
+    features, trained = encoded.features, trained_weights(model.model.visual)
+    if trained and torch.is_grad_enabled():  # in eval mode this is usually no training, so `backward` alone raises
+        features = _NoGradients.apply(features, trained[0])
+    inner = [None] * len(tokens) if encoded.deepstack is None else encoded.deepstack.split(tokens, 1)
+    made = list(zip(features.split(tokens), inner, visuals.videos, strict=True))
+    videos = [(each, deep) for each, deep, is_video in made if is_video]
+    images = [(each, deep) for each, deep, is_video in made if not is_video]
+    pruned_call |= interface.encoded_inputs(model, call, videos, images or None)
+    furthest = at[-3:].amax(0).masked_fill(used == 0, -1).cummax(1).values
+    return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _sizes(visual, columns, encoded))
+
+
+def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
+    """The labels of the columns that are left, under the names under which the call has them.
+
+    A column predicts the next one that is left. `labels` say what a column is, `shift_labels` what follows it. `used`: `[B, L]`, 0
+    at padding, which predicts nothing: how much padding a row has depends on what the others lose.
+    """
+    first = columns.take(used).cumsum(1)[:, :-1] == 0
+    targets = {}
+    for name, shifted in (("labels", 0), ("shift_labels", 1)):
+        if (given := call.get(name)) is None:
+            continue
+        labels = columns.take(pad(given, (shifted, 0), value=-100)[:, : columns.width], -100)
+        labels[:, 1:].masked_fill_(first.to(labels.device), -100)
+        targets[name] = torch.cat([labels[:, shifted:], given[:, columns.width - shifted :]], 1)
+    return targets
+
+
+def _sizes(video: torch.Tensor, columns: Columns, encoded: Encoded) -> torch.Tensor | None:
+    """The cluster sizes of the columns that are left, float32 `[B, C]`; None for 1."""
+    if encoded.size is None:
+        return None
+    units = torch.ones(len(encoded.owner), dtype=torch.float32, device=video.device)
+    units[encoded.kept.to(video.device)] = encoded.size.to(video.device)
+    every = torch.ones(video.shape, dtype=torch.float32, device=video.device)
+    return columns.take(every.masked_scatter(video, units), 1)
+
+
+def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:
+    """The positions of every column of the whole prompt, int64 `[3 or 4, B, L]`; the first of four is the running number."""
+    ids = call["input_ids"]
+    used = torch.ones_like(ids) if mask is None else mask
+    given = call.get("position_ids")
+    if given is None and rule == "host":
+        given = interface.model_positions(model, call, mask, generating)
+    elif given is None:
+        given = interface.qwen_positions(model, call, mask)
+        if generating:
+            given = torch.cat([interface.text_positions(used)[None], given])
+    elif given.ndim == 2:
+        given = given.expand(3, *ids.shape)
+    return given.to(ids.device).expand(-1, *ids.shape)
+
+
+def continued(model, call: dict, past: Past, length: int, generating: bool) -> dict:
+    """A call that continues from a cache with a pruned prompt, without the pruned columns.
+
+    `past`: of the cache, cut to its `length` (`Past.held`). Ids and mask of `generate` include the columns in the cache.
+
+    Raises UsageError: the call has pictures, or its rows or columns do not fit the whole prompt of the cache.
+    """
+    ids, mask = call.get("input_ids"), call.get("attention_mask")
+    if call.get("pixel_values") is not None or (generating and call.get("inputs_embeds") is not None):
+        raise UsageError("only text can follow a pruned video in past_key_values", "pass the whole conversation anew")
+    new = call["inputs_embeds"] if ids is None else ids
+    if len(new) % len(past.delta):
+        problem = f"{len(new)} rows go on from past_key_values of {len(past.delta)} prompts"
+        raise UsageError(problem, "continue all rows, or pass the whole conversation")
+    columns = past.columns.repeated(len(new) // len(past.columns.index))
+    known = columns.width + length - columns.places
+    total = mask.shape[1] if mask is not None else new.shape[1] + (0 if generating else known)
+    if total <= known or (not generating and total != known + new.shape[1]):
+        problem = f"{total} columns go on from past_key_values that represent {known}"
+        raise UsageError(problem, "count the pruned tokens of the video in ids and attention_mask too")
+    columns = columns.following(total)
+    if mask is None and generating:
+        mask = interface.inferred_mask(model, call)
+    used = torch.ones(len(new), total, dtype=torch.int64, device=new.device) if mask is None else mask
+    pruned_call = {name: value for name, value in call.items() if name not in interface.VISION_INPUTS}
+    if mask is not None or columns.padded:
+        pruned_call["attention_mask"] = columns.take(used)
+    if ids is not None and ids.shape[1] == total:
+        pruned_call["input_ids"] = columns.take(ids, interface.pad_id(model, call))
+    for name, fill in interface.PER_COLUMN.items():
+        if call.get(name) is not None and call[name].shape[1] == total:
+            pruned_call[name] = columns.take(call[name], fill)
+    at = call.get("position_ids")
+    if at is None:
+        delta = past.delta[:, -1:].to(new.device).repeat_interleave(len(new) // len(past.delta), 0)
+        at = (interface.text_positions(used) + delta).expand(3, -1, -1)
+        pruned_call["position_ids"] = columns.take(at) if generating else at[..., known:]
+    elif at.shape[-1] == total:
+        pruned_call["position_ids"] = columns.take(at)
+    return pruned_call
+
+
+def no_gradients() -> UsageError:
+    hint = "to train the language model alone: model.model.visual.requires_grad_(False)"
+    return UsageError("a vision tower that prunes has no gradients", hint)
+
+
+def trained_weights(visual) -> list[torch.Tensor]:
+    return [weight for weight in visual.parameters() if weight.requires_grad]
+
+
+class _NoGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return features.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        raise no_gradients()

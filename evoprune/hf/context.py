@@ -9,28 +9,47 @@ The package encodes them. It then calls the model's own `generate` or `forward` 
 pruned. Flash and flex attention take no mask of numbers, so under them every token weighs as one unit.
 """
 
-from collections.abc import Callable
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
 from evoprune import methods
+from evoprune.backend.devices import environment, memory_in_use, peak_memory
+from evoprune.cpu.linear import weights_bytes
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.hf.call_report import LatestCalls, call_report
-from evoprune.hf.columns import Columns, with_whole_prompt, with_whole_prompts
-from evoprune.hf.encoding import encode_with, patch_method
-from evoprune.hf.inputs import PAST, Past, continued, find_visuals, remember, why_not, without_pruned
-from evoprune.hf.packed_tower import INT8, PackedTower
-from evoprune.hf.patches import INNER, Patches, end_of
+from evoprune.hf.columns import (
+    PAST,
+    Columns,
+    Past,
+    Visuals,
+    continued,
+    find_visuals,
+    remember,
+    why_not,
+    with_whole_prompt,
+    with_whole_prompts,
+    without_pruned,
+)
+from evoprune.hf.encoding import INT8, PackedTower, encode_with, patch_config
 from evoprune.keywords import brief, check_known, check_types, from_keywords
 from evoprune.methods.budget import DEFAULT, parse_budget
 from evoprune.model.cost import Clock
-from evoprune.report.records import Report
+from evoprune.report import Memory, ModelFacts, Report, Sampling, TokenCounts
+from evoprune.session.loading.found import DTYPES
+from evoprune.session.report import FLAT, pruning_facts
+from evoprune.vision.encoded import Encoded
 
 METHODS = ("generate", "forward")  # of the model, that are replaced
+INNER = "evoprune_inside"  # the argument of inner calls; nothing is pruned in those again
+LOCK = threading.Lock()  # one for all patches: two threads may begin to prune one model at the same time
+Run = Callable[[Callable, dict], Any]  # takes the model's own method, and the arguments of the call by name
 SWITCH = "this object only says how long the model prunes"
 
 
@@ -38,7 +57,7 @@ def _settings_alone(init: Callable) -> Callable:
     """Decorates `PruningContext.__init__`: a model among the settings is an error that says where it belongs, and an unknown
     setting one that names those that exist."""
 
-    @wraps(init)
+    @functools.wraps(init)
     def checked(self, *args, **given) -> None:
         for model in (*args, *given.values()):
             if isinstance(model, torch.nn.Module):
@@ -82,9 +101,9 @@ class PruningContext:
     pictures: bool = False
 
     def __post_init__(self):
-        parse_budget(self.budget)
+        parse_budget(self.budget)  # before the types: its message names the presets
         check_types(self)
-        patch_method(self.method, self.method_args)
+        object.__setattr__(self, "pruning", patch_config(self.budget, self.method, self.method_args, self.seed))
         if self.positions not in ("host", "qwen"):
             raise UsageError(f"positions {self.positions!r} are not known", "host or qwen")
         if not isinstance(self.pack, bool) and self.pack != INT8:
@@ -129,7 +148,7 @@ def remove(model) -> None:
     """
     model = model.model if isinstance(model, PrunedModel) else model
     interface.check_class(model)
-    if end := end_of(model, METHODS):
+    if end := end_of(model):
         end()
 
 
@@ -156,16 +175,16 @@ class PrunedModel:
         interface.tower_of(model)
         interface.accept_features(model)
         self.model, self.settings, self._packed = model, settings, None
-        self._method = patch_method(settings.method, settings.method_args)
-        self._share = parse_budget(settings.budget)
-        self._latest = LatestCalls()
+        # The latest report, and the columns left of its prompt, of each thread and of all.
+        self._of_thread, self._of_all = threading.local(), (Report(), None)
         runs = dict(zip(METHODS, (self._generate, self._forward), strict=True))
         self._patches = Patches(model, runs, self.remove)
 
     def __repr__(self) -> str:
         state = "active" if self._patches.active else "not active"
-        budget = self._method.reported_budget(self._share)  # 1.0 for a method that prunes nothing
-        return f"<PrunedModel: {self.settings.method} at budget {budget:g}, {state}>"
+        pruning = self.settings.pruning
+        budget = pruning.budget if isinstance(pruning.budget, str) else f"{pruning.budget:g}"
+        return f"<PrunedModel: {pruning.name} at budget {budget}, {state}>"
 
     if not TYPE_CHECKING:  # a type checker would believe that every name is there
 
@@ -186,7 +205,7 @@ class PrunedModel:
         that the model's own code ran.
         A call that continues from the cache of a pruned prompt leaves the report as it is.
         """
-        latest, _ = self._latest.get()
+        latest, _ = self._latest
         if latest.pruning.method is None and not latest.warnings and not self._patches.active:
             return Report(warnings=["not_active"])
         return latest
@@ -194,7 +213,15 @@ class PrunedModel:
     @property
     def columns(self) -> Columns | None:
         """Which columns of the prompt are left, of the call whose `report` this is; None where that is empty."""
-        return self._latest.get()[1]
+        return self._latest[1]
+
+    @property
+    def _latest(self) -> tuple[Report, Columns | None]:
+        return getattr(self._of_thread, "call", self._of_all)
+
+    @_latest.setter
+    def _latest(self, call: tuple[Report, Columns | None]) -> None:
+        self._of_thread.call = self._of_all = call
 
     def __enter__(self) -> "PrunedModel":
         pack = self.settings.pack
@@ -264,17 +291,17 @@ class PrunedModel:
                 hint = "pass the whole conversation without them"
                 raise UsageError("a video cannot go on from past_key_values", hint)
             as_host = self.settings.positions == "host" or call.get("position_ids") is not None
-            optional = as_host and not self._method.acts_at(self._share)
+            optional = as_host and not self.settings.pruning.acts
             if (reason := why_not(self.model, call, generating, optional)) is None:
                 return self._prune(call, generating)
             if not optional:
                 raise reason
-            self._latest.set(Report(warnings=["own_code"]))
+            self._latest = Report(warnings=["own_code"]), None
             return call, None
         past = getattr(cache, PAST, None)
         if past is None or not length:  # an emptied cache takes a new prompt, which is whole
             why = "pictures_only" if interface.has_picture(call) else "no_video"
-            self._latest.set(Report(warnings=[why]))
+            self._latest = Report(warnings=[why]), None
             if past is not None:
                 delattr(cache, PAST)
             return call, None
@@ -292,16 +319,46 @@ class PrunedModel:
         clock = Clock(visual.patch_embed.proj.weight.device)
         with clock.stage("encode"):
             tower = visual if packed is None else packed.current()
-            given = visuals.pixels, visuals.grids, self._share, self._method
-            encoded = encode_with(tower, *given, seconds_per_pair=visuals.seconds, seed=settings.seed)
+            given = visuals.pixels, visuals.grids, settings.pruning
+            encoded = encode_with(tower, *given, seconds_per_pair=visuals.seconds)
         pruned, past = without_pruned(self.model, call, visuals, encoded, settings.positions, generating)
-        named = (settings.method, self._method, self._share, settings.positions)
-        report = call_report(self.model, call, pruned, visuals, encoded, *named)
+        report = call_report(self.model, call, pruned, visuals, encoded, settings)
         report.memory.weights_bytes += packed.nbytes if packed else 0
         report.time_ms.encode = clock.seconds["encode"] * 1000
         report.time_ms.encode_prune = encoded.prune_seconds * 1000
-        self._latest.set(report, past.columns)
+        self._latest = report, past.columns
         return pruned, past
+
+
+def call_report(
+    model, call: dict, pruned: dict, visuals: Visuals, encoded: Encoded, settings: PruningContext
+) -> Report:
+    """The report of one call with visuals that are pruned; the caller adds the times.
+
+    `call`, `pruned`: its arguments as given, and as the model gets them. Its own `position_ids` override those of the settings.
+    """
+    device, units = str(model.device), len(encoded.owner)
+    mask, grids = pruned.get("attention_mask"), visuals.grids.tolist()
+    prompt = pruned["input_ids"].numel() if mask is None else int(mask.sum())
+    tokens = (call["input_ids"] == model.config.image_token_id) | (call["input_ids"] == model.config.video_token_id)
+    visual = len(encoded.kept) + int(tokens.sum()) - units  # those that are not pruned stay
+    whole = ["pictures_whole"] if interface.has_picture(call) and all(visuals.videos) else []
+    one = len(grids) == 1
+    timed = one and visuals.videos[0] and (call.get("second_per_grid_ts") is not None or interface.has_clock(model))
+    positions = settings.positions if call.get("position_ids") is None else "given"
+    return Report(
+        sampling=Sampling(grid_thw=grids[0] if one else None, seconds_per_pair=visuals.seconds[0] if timed else None),
+        pruning=pruning_facts(settings.pruning, units, [encoded], positions),
+        tokens=TokenCounts(prompt - visual, visual, prompt),
+        memory=Memory(weights_bytes(model), peak_memory(device), *memory_in_use(device)),
+        model=ModelFacts(
+            id=model.name_or_path or type(model).__name__,
+            dtype=next((name for name, dtype in DTYPES.items() if dtype == model.dtype), str(model.dtype)),
+            device=device,
+        ),
+        env=environment(device),
+        warnings=[*whole, *([FLAT] if encoded.flat else [])],
+    )
 
 
 @dataclass(frozen=True)
@@ -313,3 +370,121 @@ class _Inside:
     def __deepcopy__(self, _) -> None:
         """None: `generate` hands copies of its arguments to an assistant model, whose `forward` need not know this one."""
         return None
+
+
+def end_of(model) -> Callable[[], None] | None:
+    """What ends the pruning of a model; None if it is not pruned."""
+    own = vars(model)
+    found = (inspect.unwrap(own[name], stop=_is_active) for name in METHODS if name in own)
+    return next((patch.end for patch in found if _is_active(patch)), None)
+
+
+class Patches:
+    """Replaces methods of one model object by functions of this package, and puts them back.
+
+    The functions may call one another through the model: `generate` calls `forward` for every token. Such an inner call carries an
+    argument that says so (`INNER`). No flag on the model does, because other threads call the same model at the same time.
+
+    `runs`: for each method's name, the function that runs instead of it. `end`: what `end_of` finds: calls `remove`, and frees what
+    else the owner of these patches holds.
+    """
+
+    def __init__(self, model, runs: dict[str, Run], end: Callable[[], None]):
+        self._model, self._runs, self._end = model, runs, end
+        self._installed: dict[str, _Patch] = {}
+        self._replaced: dict[str, Any] = {}
+        self._calls = 0
+
+    def install(self) -> None:
+        """Replaces the methods, if they are not yet. Raises UsageError: other `Patches` are installed in the model."""
+        with LOCK:
+            if not self._installed:
+                if end_of(self._model):
+                    hint = "it prunes in one way at a time: evoprune.remove(model) ends the other; "
+                    hint += "a service calls evoprune.apply(model, ...) once, at its start"
+                    raise UsageError("this model is pruned already", hint)
+                own = vars(self._model)
+                self._replaced = {name: own[name] for name in self._runs if name in own}
+                for name, run in self._runs.items():
+                    self._installed[name] = _Patch(getattr(self._model, name), run, self._end)
+                    setattr(self._model, name, self._installed[name])
+            self._activate(True)
+
+    def remove(self) -> None:
+        """Restores the methods; does nothing if none is replaced.
+
+        What other code has put on top of a replaced method since stays, and calls the model's own method from now on. Inner calls
+        of calls that still run in other threads are served until those end.
+        """
+        with LOCK:
+            self._activate(False)
+            self._restore()
+
+    @contextmanager
+    def outer_call(self) -> Iterator[None]:
+        """The time of a call that makes inner calls."""
+        with LOCK:
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with LOCK:
+                self._calls -= 1
+                self._restore()
+
+    @property
+    def active(self) -> bool:
+        """Whether calls that begin now run the functions instead of the model's own methods."""
+        return any(patch.active for patch in self._installed.values())
+
+    def _activate(self, active: bool) -> None:
+        for patch in self._installed.values():
+            patch.active = active
+
+    def _restore(self) -> None:
+        """Puts the methods back if they are to be, and nobody needs the replaced ones any more."""
+        if self._calls or self.active:
+            return
+        for name, patch in self._installed.items():
+            if vars(self._model).get(name) is patch:
+                delattr(self._model, name)
+                if name in self._replaced:
+                    setattr(self._model, name, self._replaced[name])
+        self._installed, self._replaced = {}, {}
+
+
+class _Patch:
+    """A callable in place of one method of a model. When it is not active, it is that method, except to inner calls."""
+
+    def __init__(self, stock: Callable, run: Run, end: Callable[[], None]):
+        functools.update_wrapper(self, stock)
+        self.active, self.end = True, end
+        self._stock, self._run = stock, run
+        self._own_signature = inspect.signature(stock)
+        others = [each for name, each in self._own_signature.parameters.items() if name != INNER]
+        at = next((i for i, each in enumerate(others) if each.kind is each.VAR_KEYWORD), len(others))
+        # `generate` refuses arguments that the signature of `forward` does not have.
+        others.insert(at, inspect.Parameter(INNER, inspect.Parameter.KEYWORD_ONLY, default=None))
+        self.__signature__ = self._own_signature.replace(parameters=others)
+
+    def __call__(self, *args, **kwargs):
+        if not (self.active or INNER in kwargs):
+            return self._stock(*args, **kwargs)
+        if not args:  # as in every inner call, which torch.compile may trace
+            return self._run(self._stock, kwargs)
+        call = self._own_signature.bind(*args, **kwargs).arguments
+        return self._run(self._stock, call | call.pop("kwargs", {}))
+
+    def __reduce_ex__(self, _):
+        if self.active:
+            hint = "evoprune.remove(model) ends that"
+            raise UsageError("a model cannot be copied or pickled while it is pruned", hint)
+        return _itself, (self._stock,)
+
+
+def _is_active(function: Callable) -> bool:
+    return isinstance(function, _Patch) and function.active
+
+
+def _itself(x: Any) -> Any:
+    return x

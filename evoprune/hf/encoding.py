@@ -1,24 +1,32 @@
-"""The pruned encoder on a Hugging Face model's weights and its processor's output."""
+"""The pruned encoder on a Hugging Face model's weights and its processor's output; packed or quantised copies of the weights."""
 
 from collections.abc import Sequence
 from math import isfinite
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from evoprune import methods
+from evoprune.backend.layers import is_plain
+from evoprune.cpu.integers import Int8Linear
+from evoprune.cpu.linear import PackedLinear, can_pack, packed_copy, shared_copy
+from evoprune.cpu.quantize import check, quantize
 from evoprune.errors import UsageError, names_plugins
 from evoprune.hf import interface
-from evoprune.methods.budget import DEFAULT, keep_tokens, parse_budget
-from evoprune.methods.chain import Pipeline
+from evoprune.methods.budget import DEFAULT, parse_budget
+from evoprune.methods.config import PruneConfig
 from evoprune.model.config import vision_sizes
 from evoprune.model.numerics import all_numbers
+from evoprune.session.loading.calibration import calibrate_tower
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoded import Encoded, joined
 from evoprune.vision.encoder import encode as encode_video
 from evoprune.vision.tower import tower_shape
 
+INT8 = "int8"
+SAMPLES = 16  # of each weight, which are compared to notice that it was changed
 PROCESSOR = (
     "pass pixel_values_videos and video_grid_thw of one call of the processor (return_tensors='pt'), in this order"
 )
@@ -60,9 +68,9 @@ def encode(
             inputs of another type, dtype or shape, or that do not fit one another.
         ModelError: the model has no such tower.
     """
-    share, chosen = parse_budget(budget), patch_method(method, method_args, has_question=question is not None)
-    how = {"question": question, "seconds_per_pair": seconds_per_pair, "seed": seed}
-    return encode_with(interface.tower_of(model), pixel_values_videos, video_grid_thw, share, chosen, **how)
+    config = patch_config(budget, method, method_args, seed, has_question=question is not None)
+    visual = interface.tower_of(model)
+    return encode_with(visual, pixel_values_videos, video_grid_thw, config, question, seconds_per_pair)
 
 
 @names_plugins()
@@ -70,14 +78,11 @@ def encode_with(
     visual,
     pixel_values_videos: torch.Tensor,
     video_grid_thw: torch.Tensor,
-    share: float,
-    method: Pipeline,
-    *,
+    config: PruneConfig,
     question: torch.Tensor | None = None,
     seconds_per_pair: float | Sequence[float] = 1.0,
-    seed: int = 0,
 ) -> Encoded:
-    """As `encode`, with a tower, a share of the tokens and a method that are known to fit."""
+    """As `encode`, with a tower, and what `patch_config` made."""
     _check_videos(visual, pixel_values_videos, video_grid_thw)
     _check_question(visual, question)
     merge = visual.config.spatial_merge_size
@@ -87,30 +92,32 @@ def encode_with(
     tower, normal = tower_shape(visual), InputLimits(**vision_sizes(visual.config).traits.video).normal
     videos = []
     for patches, grid, step in zip(pixel_values_videos.split(sizes), grids, seconds, strict=True):
-        plan = method.plan(tower, grid, keep_tokens(share, grid))
-        how = {"question": question, "seconds_per_pair": step, "seed": seed, "normal": normal}
-        videos.append(encode_video(visual, [patches], plan, **how))
+        options = {"question": question, "seconds_per_pair": step, "seed": config.seed, "normal": normal}
+        videos.append(encode_video(visual, [patches], config.plan(tower, grid), **options))
     return joined(videos)
 
 
-def patch_method(name: str, args: dict[str, str] | None, has_question: bool = False) -> Pipeline:
-    """The method `name`, which must be able to work on a processor's patches.
+def patch_config(
+    budget: float | str, name: str, args: dict[str, Any] | None, seed: int = 0, has_question: bool = False
+) -> PruneConfig:
+    """A budget and the method `name`, which must be able to work on a processor's patches.
 
-    Raises UsageError: there is no such method or setting, it resizes frames, or it reads the question and there is none.
+    Raises UsageError: a bad budget, no such method or setting, it resizes frames, or it reads the question and there is none.
     """
-    found = methods.parse(name, args)
-    if found.acts == "input":
+    config = PruneConfig.of(parse_budget(budget), name, args, seed)
+    method = config.method
+    if method.acts == "input":
         hint = "use VideoQA, or shrink the video first"
         raise UsageError(f"method {name} acts on frames, and these are patches", hint)
-    if found.language:
-        works = found.before.name if found.before.members else "evoprune"
+    if method.language:
+        works = method.before.name if method.before.members else "evoprune"
         hint = f"use VideoQA or the command line; here {works} works"
         raise UsageError(f"method {name} acts inside the language model, which is not pruned here", hint)
-    if found.reads_question and not has_question:
-        what, instead = found.reading
+    if method.reads_question and not has_question:
+        what, instead = method.reading
         hint = f"pass question=... to evoprune.encode, use VideoQA, or {instead}"
         raise UsageError(f"{what}, and it is not known here", hint)
-    return found
+    return config
 
 
 def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
@@ -158,3 +165,51 @@ def _what(value) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     return f"of type {type(value).__name__}"
+
+
+class PackedTower:
+    """The tower of a model with its linear layers packed (`model.linear`) or in 8 bits (`model.integers`), to encode on a CPU.
+
+    The model keeps its own tower, in which nothing changes. Both share the other weights.
+
+    Raises UsageError: this does not work, or saves no time, where the weights are.
+    """
+
+    def __init__(self, visual: nn.Module, pack: Literal[True, "int8"] = True):
+        weight = visual.patch_embed.proj.weight
+        if pack is True and not can_pack(weight):
+            dtype = str(weight.dtype).removeprefix("torch.")
+            hint = "it is for CPUs, in float32 or, where the CPU multiplies it in hardware, bfloat16; leave it out"
+            raise UsageError(f"pack=True does not work in {dtype} on {weight.device} here", hint)
+        if pack == INT8:
+            check(INT8, weight.device)
+        self._visual, self._pack = visual, pack
+        self._state: tuple = (None, None, None)  # read and written as one: several threads may encode
+        self.current()
+
+    def current(self) -> nn.Module:
+        """The packed tower. If the model's layers have changed since they were packed, they are packed again.
+
+        Changes are noticed by the layers' tensors, the number of torch's changes in place, and a sample of the values, which
+        reveals changes through `.data`.
+        """
+        known, sample = {}, []
+        for name, layer in self._visual.named_modules():
+            if is_plain(layer):
+                weight, flat = layer.weight, layer.weight.detach().flatten()
+                known[name] = layer, weight.data_ptr(), 0 if weight.is_inference() else weight._version
+                sample += flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].tolist()
+        packed, packed_known, packed_sample = self._state
+        if packed is None or (known, sample) != (packed_known, packed_sample):
+            if self._pack == INT8:
+                packed = shared_copy(self._visual, lambda layer: layer if type(layer) is nn.Linear else None)
+                quantize(packed, INT8, calibrate_tower)
+            else:
+                packed = packed_copy(self._visual)
+            self._state = packed, known, sample
+        return packed
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed layers, beside the model's own."""
+        return sum(layer.nbytes for layer in self._state[0].modules() if isinstance(layer, PackedLinear | Int8Linear))

@@ -6,21 +6,21 @@ pixels.
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from os import PathLike
 
 import torch
 from transformers import BatchFeature
 
 from evoprune.keywords import from_keywords
-from evoprune.language.prompt import Prompt, build_prompt
+from evoprune.language.prompt import Prompt
 from evoprune.language.tokenizer import load_tokenizer
 from evoprune.model.config import VisionConfig
-from evoprune.session.encoding import patches_of
-from evoprune.session.inputs import paths_of
+from evoprune.session.encoding import patches_of, paths_of
 from evoprune.session.loading.found import find_model
 from evoprune.session.options import ModelOptions, SamplingOptions
-from evoprune.session.planning import prompt_subtitles, subtitles_of
-from evoprune.session.prompting import check_not_empty, input_times
+from evoprune.session.planning import prompt_subtitles
+from evoprune.session.prompting import check_not_empty, prompt_about
 from evoprune.video.frames import choose_decoder, read_frames
 from evoprune.video.info import PICTURE, VIDEO, check_one_file, check_picture
 from evoprune.video.plan import InputLimits, Plan, make_plan
@@ -68,13 +68,13 @@ def processor_inputs(
     infos, read = [probe(path, folder_fps=options.frame_rate) for path in paths], []
     for info, wanted in zip(infos, options.of_each(infos), strict=True):
         check_picture(info, options.subtitles)
-        read.append(make_plan(info, limits[info.kind], **wanted.numbers))
-    lines = options.subtitles, options.max_subtitle_tokens
-    said = [(plan.kind, prompt_subtitles(tokenizer, plan.info, plan.sampling, *lines)) for plan in read]
-    counts = [(plan.kind, plan.visual_tokens) for plan in read]
-    vision, pair = found.config.vision_config, limits[VIDEO].temporal_patch_size
-    texts = {"subtitles": subtitles_of(said), "times": [input_times(vision, plan, pair) for plan in read]}
-    prompt = build_prompt(tokenizer, question, counts, system=system, **texts)
+        plan, lines = (
+            make_plan(info, limits[info.kind], **wanted.numbers),
+            (options.subtitles, options.max_subtitle_tokens),
+        )
+        read.append(replace(plan, subtitles=prompt_subtitles(tokenizer, info, plan.sampling, *lines)))
+    vision = found.config.vision_config
+    prompt = prompt_about(tokenizer, vision, read, question, system)
     return BatchFeature(arguments(prompt, read, limits, vision, options.decoder))
 
 

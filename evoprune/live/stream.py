@@ -28,14 +28,13 @@ from evoprune.live.stream_window import EncodedWindow, encode_window
 from evoprune.live.turns import Turns
 from evoprune.methods.indices import ascending
 from evoprune.model.cost import Clock
-from evoprune.report.records import Report, TokenCounts
+from evoprune.report import Report, TokenCounts
 from evoprune.session.answering import Askable
-from evoprune.session.encoding import Encoding
 from evoprune.session.engine import Engine
-from evoprune.session.fill_report import inputs_report
 from evoprune.session.options import GenerationOptions, SamplingOptions, StreamOptions
 from evoprune.session.planning import check_carried, plan_input
 from evoprune.session.prompting import check_context, check_memory, check_question
+from evoprune.session.report import Encoding, inputs_report
 from evoprune.video.frames import check_frame
 from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import Plan
@@ -69,10 +68,10 @@ class VideoStream(Askable):
         self, engine: Engine, options: "StreamOptions", sampling: "SamplingOptions", system: str | None, name: str
     ):
         super().__init__(engine)
-        self._lock, method = Turns(), engine.method
+        self._lock, method = Turns(), engine.pruning.method
         if method.reads_question or method.language or method.input:
             hint = "take one that acts inside the encoder or selects tokens without the question, such as evoprune"
-            raise UsageError(f"method {engine.options.method} cannot prune a stream", hint)
+            raise UsageError(f"method {engine.pruning.name} cannot prune a stream", hint)
         self._options, self._sampling, self._system, self._name = options, sampling, system, name
         self._paid = True  # encoding is no question's, but for the unfinished window
         self._gate, self._feeding = Lock(), RLock()

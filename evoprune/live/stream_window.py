@@ -2,22 +2,22 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import floor, prod
+from math import floor
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from evoprune.language.prompt import timestamps
 from evoprune.live.stream_memory import Unread, columns_of, staying_order
-from evoprune.methods.budget import keep_count
 from evoprune.model.cost import Clock
-from evoprune.session.encoding import Encoding, OpenInput
+from evoprune.session.encoding import OpenInput
 from evoprune.session.engine import Engine
+from evoprune.session.report import Encoding
 from evoprune.video.frames import FrameChunk
 from evoprune.video.plan import Plan
 from evoprune.video.sampling import SamplingPlan
 from evoprune.vision.encoded import EncodedRows
-from evoprune.vision.encoder import encode_rows
 from evoprune.vision.segments import NothingNew, Segment
 from evoprune.vision.tower import tower_shape
 
@@ -66,8 +66,10 @@ def encode_window(
 
 def _plan(engine: Engine, base: Plan, origin_s: float, slots: Sequence[int], span: range) -> Plan:
     grid = len(slots) // 2, *base.grid[1:]
-    keep = keep_count(engine.share, prod(grid))
-    encoder = engine.method.plan(tower_shape(engine.loaded.model.model.visual), grid, keep)
+    pruning = replace(
+        engine.pruning, share=float(engine.pruning.share)
+    )  # a single frame pair repeats those of other windows
+    encoder = pruning.plan(tower_shape(engine.loaded.model.model.visual), grid)
     start_s, end_s, *times = (
         origin_s + slot * base.sampling.seconds_per_frame for slot in (span.start, span.stop, *slots)
     )
@@ -75,21 +77,31 @@ def _plan(engine: Engine, base: Plan, origin_s: float, slots: Sequence[int], spa
     return replace(base, sampling=sampling, grid=grid, encoder=encoder, unshrunk=None, limited=False)
 
 
+@dataclass(eq=False)
+class _WindowInput(OpenInput):
+    """Frames that are there already, encoded as a segment of a file."""
+
+    threaded: ClassVar[bool] = False
+
+    held: np.ndarray
+    segment: Segment
+    pause: Callable[[], None]
+
+    def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
+        yield FrameChunk(0, self.held, tuple(self.plan.sampling.times_s))
+
+    def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
+        self.made = super().rows(patches, **options, pause=self.pause, segment=self.segment)
+        return self.made
+
+
 def _encode(
     engine: Engine, plan: Plan, frames: np.ndarray, segment: Segment, pause: Callable[[], None]
 ) -> tuple[Encoding, torch.Tensor, Segment]:
-    """A window, encoded as a segment of a file, the order in which its tokens stay, and what the next segment is."""
-    made = []
-
-    def read(source, times_s, **_) -> Iterator[FrameChunk]:
-        yield FrameChunk(0, frames, tuple(times_s))
-
-    def rows_of(*given, **how) -> EncodedRows:
-        made.append(encode_rows(*given, **how, pause=pause, segment=segment))
-        return made[-1]
-
+    """A window, encoded, the order in which its tokens stay, and what the next segment is."""
+    window = _WindowInput(engine, plan, Clock(torch.device("cpu")), frames, segment, pause)
     try:
-        encoding = OpenInput(engine, plan, Clock(torch.device("cpu")), read, rows_of, threaded=False).encode()
+        encoding = window.encode()
     except NothingNew:  # then all of it is encoded anew
         return _encode(engine, plan, frames, Segment(), pause)
-    return encoding, staying_order(made[-1], encoding.tokens), Segment(segment.left)
+    return encoding, staying_order(window.made, encoding.tokens), Segment(segment.left)

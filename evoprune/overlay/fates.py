@@ -11,15 +11,13 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.methods.indices import ascending
-from evoprune.session.encoding import Progress
+from evoprune.session.encoding import OpenInput, Progress, open_inputs
 from evoprune.session.engine import Engine
-from evoprune.session.inputs import open_inputs
 from evoprune.session.options import SamplingOptions
 from evoprune.text import counted
-from evoprune.video.frames import FrameChunk, read_frames
+from evoprune.video.frames import FrameChunk
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import EncodedRows, selected
-from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import resize
 
 FATES = ("read", "reused", "merged", "dropped")  # each unit has one, the first that applies
@@ -102,6 +100,21 @@ class TracedVideo:
         return f"{pairs}: {n['units']:,} units, {n['encoded']:,} encoded, {n['read']:,} tokens read"
 
 
+class _TracedInput(OpenInput):
+    """Keeps its frames, as the encoder reads them, and its rows."""
+
+    def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
+        self.shown = []  # anew where memory was short and the encoder begins anew
+        with closing(super().frames(chunk_bytes)) as chunks:
+            for chunk in chunks:
+                self.shown.append(resize(torch.from_numpy(chunk.frames), self.plan.height, self.plan.width))
+                yield chunk
+
+    def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
+        self.made = super().rows(patches, **options)
+        return self.made
+
+
 def trace(
     engine: Engine,
     path: str,
@@ -113,31 +126,18 @@ def trace(
 
     Raises UsageError: the method reads the question, or acts inside the language model alone. VideoError. OutOfMemory.
     """
-    if engine.method.reads_question:
-        what, instead = engine.method.reading
+    if engine.pruning.method.reads_question:
+        what, instead = engine.pruning.method.reading
         raise UsageError(f"{what}, and an overlay has none", f"use {instead}")
-    if engine.method.acts == "language":
+    if engine.pruning.method.acts == "language":
         hint = (
             "use a method that acts before the language model; in a combination, the overlay shows what that one does"
         )
-        raise UsageError(f"method {engine.options.method} drops tokens by the question, and an overlay has none", hint)
-    frames, rows = [], []
-
-    def read(*args, **settings) -> Iterator[FrameChunk]:
-        frames.clear()  # where memory was short, the encoder begins anew
-        with closing(read_frames(*args, **settings)) as made:
-            for chunk in made:
-                frames.append(resize(torch.from_numpy(chunk.frames), plan.height, plan.width))
-                yield chunk
-
-    def encode(*args, **settings) -> EncodedRows:
-        rows[:] = [encode_rows(*args, **settings)]
-        return rows[0]
-
-    with closing(open_inputs(engine, [path], sampling, names=[name], read=read, encode_rows=encode)) as opened:
-        (plan,) = opened.plans
-        report = opened.encode(progress).report
+        raise UsageError(f"method {engine.pruning.name} drops tokens by the question, and an overlay has none", hint)
+    with closing(open_inputs(engine, [path], sampling, names=[name], kind=_TracedInput)) as opened:
+        (traced,) = opened.inputs
+        plan, report = traced.plan, opened.encode(progress).report
     found = list(plan.info.warnings)
     found += [each for each in ("cut_short", "damaged_video", "equal_scores") if each in report.inputs[0].warnings]
     found += [] if engine.loaded.knows(plan.info) else ["demo_overlay"]
-    return TracedVideo(plan, torch.cat(frames), fates(rows[0]), found, report.video.damaged or 0)
+    return TracedVideo(plan, torch.cat(traced.shown), fates(traced.made), found, report.video.damaged or 0)

@@ -19,12 +19,11 @@ from evoprune.errors import UsageError, error_record, names_plugins
 from evoprune.keywords import check_type, from_keywords
 from evoprune.language.generate import PrefillState, TokenStream, along, embed_ids, stream_text
 from evoprune.model.cost import Clock
-from evoprune.report.records import Report, TokenCounts
-from evoprune.session.encoding import Encoding
+from evoprune.report import Report, TokenCounts
 from evoprune.session.engine import Engine
-from evoprune.session.fill_report import fill_dropped, fill_kept, fill_times, inputs_report
 from evoprune.session.options import GenerationOptions
 from evoprune.session.prompting import PromptReader, check_not_empty
+from evoprune.session.report import Encoding, fill_dropped, fill_pruning, fill_times, inputs_report
 from evoprune.text import counted
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
@@ -169,7 +168,7 @@ class Askable(ABC, Uncopied):
             generation = replace(
                 generation, repetition_penalty=self._engine.loaded.generation.repetition_penalty or 1.0
             )
-        seed = self._engine.seed if seed is None else seed
+        seed = self._engine.pruning.seed if seed is None else seed
         report = self._report_of(question, generation, seed)
         ids: list[int] = []
         return Answer(report, self._pieces(question, generation, seed, report, ids), self._lock, ids)
@@ -183,25 +182,20 @@ class Askable(ABC, Uncopied):
             report.warnings.append("demo_question")
         return report
 
-    def _new_clock(self, report: Report) -> tuple[Clock, float]:
-        """A clock for an answer, and the wall-clock seconds before it: the inputs' time, until a question has paid for it."""
-        clock = Clock(self._engine.device)
-        clock.seconds, wall = dict.fromkeys(("read", "preprocess", "encode"), 0.0), 0.0
-        if self._paid:
-            report.time_ms.encode_prune = 0.0
-        else:
-            clock.seconds, wall = self._spent
-        fill_times(report, clock.seconds, wall, self._engine.loaded.device)
-        return clock, wall
-
     def _pieces(
         self, question: str, options: GenerationOptions, seed: int, report: Report, ids: list[int]
     ) -> Iterator[str]:
         """Generates an answer and keeps its report and its `ids` up to date."""
         self._turn += 1
         turn = self._turn
-        clock, earlier = self._new_clock(report)
-        loaded, start = self._engine.loaded, clock.now()
+        loaded, clock = self._engine.loaded, Clock(self._engine.device)
+        if self._paid:
+            clock.seconds, earlier = dict.fromkeys(("read", "preprocess", "encode"), 0.0), 0.0
+            report.time_ms.encode_prune = 0.0
+        else:  # the inputs' time, until a question has paid for it
+            clock.seconds, earlier = self._spent
+        fill_times(report, clock.seconds, earlier, loaded.device)
+        start = clock.now()
         packing, packed = loaded.packing, loaded.packing.seconds
         state = self._read(question, options, report, clock)
         tokens = TokenStream(loaded.model, state, options, loaded.eos_ids, seed)
@@ -307,7 +301,7 @@ class EncodedInputs(Askable):
         ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
         words = embed_ids(loaded.model, ids)  # without the prompt around them
         self._encodings = [encoding.selected(words) for encoding in self._encodings]
-        fill_kept(report, self._encodings)
+        fill_pruning(report, self._engine, self._encodings)
         report.time_ms.encode_prune = (self._prune_seconds - before) * 1000
 
     @property

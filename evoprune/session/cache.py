@@ -1,30 +1,123 @@
-"""Encoded videos on disk: the same file, looked at in the same way by the same model, is encoded once.
+"""Files that are kept between runs: encoded videos, so that the same file, looked at in the same way by the same model, is encoded
+once; and whatever else has a name that is a hash of everything that its content depends on.
 
-An entry is a safetensors file named by a hash of everything that its numbers depend on, which it also holds. The cache never
-fails a run: an entry that is damaged or has the name of another one counts as missing, and one that cannot be written is skipped.
+They never fail a run: an entry that is damaged or has the name of another one counts as missing, one that cannot be written is
+skipped. An encoded video is a safetensors file, which also holds what its name is made of.
 """
 
 import hashlib
 import json
 import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 import evoprune
-from evoprune import methods
+from evoprune.errors import UsageError
+from evoprune.keywords import brief, check_type
 from evoprune.model.rules import loads
-from evoprune.session.engine import Engine
-from evoprune.session.entries import Entries, cache_folder, own_code
-from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 
-LIMIT_BYTES = 2 * 2**30
-READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package that each decoder is
+SUFFIX, UNFINISHED = (
+    ".safetensors",
+    ".tmp",
+)  # what the names of entries end with, and those of files while they are written
 OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that an entry need not have
+
+
+def cache_folder() -> Path:
+    """EVOPRUNE_CACHE_DIR, or `evoprune` where this user's caches are."""
+    standard = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "evoprune")
+    return Path(os.path.expanduser(os.environ.get("EVOPRUNE_CACHE_DIR") or standard))
+
+
+@cache
+def own_code() -> str:
+    """A hash of this package's files, which change during development while the version does not."""
+    files = sorted(Path(evoprune.__file__).parent.rglob("*.py"))
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A folder of such files; several processes may use it at a time."""
+
+    folder: Path  # made when something is stored
+    limit_bytes: int  # of all entries together; the least recently used are deleted
+
+    def __post_init__(self):
+        """Raises UsageError: `folder` is no path, or `limit_bytes` no number."""
+        try:
+            object.__setattr__(self, "folder", Path(self.folder))
+            named = b"\0" not in os.fsencode(self.folder)
+        except (TypeError, UnicodeEncodeError):
+            named = False
+        if not named:
+            raise UsageError(f"the folder of a cache is {brief(self.folder)}, not a path", "give the path of a folder")
+        object.__setattr__(self, "limit_bytes", check_type("limit_bytes", self.limit_bytes, int))
+
+    def write(self, key: str, content: Callable[[BinaryIO], None]) -> bool:
+        """Writes an entry completely or not at all, and deletes old ones beyond the limit; False where the system refuses.
+
+        Raises what `content` does, but for OSError.
+        """
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(suffix=UNFINISHED, dir=self.folder)
+            try:
+                with open(handle, "wb") as file:
+                    content(file)
+                os.replace(temporary, self.path(key))
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(temporary)
+                raise
+        except OSError:
+            return False
+        self._make_room()
+        return True
+
+    def size(self) -> tuple[int, int]:
+        """How many entries, and their bytes."""
+        sizes = [stat.st_size for path, stat in self._files() if path.suffix == SUFFIX]
+        return len(sizes), sum(sizes)
+
+    def clear(self) -> int:
+        """Deletes all entries, and nothing else in the folder; how many. Raises OSError if one cannot be deleted."""
+        entries, _ = self.size()
+        for path, _ in self._files():
+            path.unlink(missing_ok=True)
+        return entries
+
+    def path(self, key: str) -> Path:
+        """The file of an entry, which may not be there."""
+        return self.folder / f"{key}{SUFFIX}"
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Regular files of this cache, entries and unfinished ones; another process may delete them at any time."""
+        for ending in (f"{'[0-9a-f]' * 64}{SUFFIX}", f"tmp*{UNFINISHED}"):
+            for path in self.folder.glob(ending):
+                with suppress(OSError):
+                    if path.is_file():
+                        yield path, path.stat()
+
+    def _make_room(self) -> None:
+        """Deletes the least recently used entries beyond the limit, and unfinished files that a killed process left."""
+        total = 0
+        for path, stat in sorted(self._files(), key=lambda file: file[1].st_mtime, reverse=True):
+            total += stat.st_size
+            unfinished = path.suffix == UNFINISHED
+            if total > self.limit_bytes if not unfinished else time.time() - stat.st_mtime > 3600:
+                with suppress(OSError):
+                    path.unlink()
 
 
 @dataclass(frozen=True)
@@ -32,32 +125,7 @@ class Cache(Entries):
     """A folder of encoded videos; several processes may use it at a time."""
 
     folder: Path = field(default_factory=cache_folder)  # default: the one of `evoprune ask --cache`
-    limit_bytes: int = LIMIT_BYTES  # of all entries together; the least recently used are deleted
-
-    def key(self, engine: Engine, plan: Plan) -> str | None:
-        """The entry's key: equal keys mean equal encodings. None without a fingerprint of the model or a readable file."""
-        loaded = engine.loaded
-        if loaded.fingerprint is None:
-            return None
-        try:
-            content = content_hash(plan.info.path)
-        except OSError:
-            return None
-        limits = loaded.limits[plan.kind]
-        facts = {
-            "video": content,
-            "decoder": plan.decoder,
-            "times": plan.sampling.times_s,
-            "seconds_per_pair": plan.sampling.seconds_per_pair(limits.temporal_patch_size),
-            "size": [plan.height, plan.width],
-            "encoder": asdict(plan.encoder),
-            "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],
-            "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, torch.device(loaded.device).type],
-            "method": [repr(engine.method.before), engine.seed],  # the repr names the classes and all settings
-            "code": [evoprune.__version__, torch.__version__, own_code(), methods.plugin_code(engine.options.method)],
-            "reader": version(READERS[plan.decoder]),
-        }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    limit_bytes: int = 2 * 2**30  # of all entries together; the least recently used are deleted
 
     def load(self, key: str, device: torch.device) -> Encoded | None:
         """An entry, or None if there is none or it is damaged. Its `rows` are on the device `meta`: no answer needs them."""

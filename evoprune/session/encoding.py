@@ -1,44 +1,50 @@
-"""Encoding: frames are read, resized and cut into patches, and become the tokens that the language model reads."""
+"""From files to tokens: inputs are probed and planned, then read, cut into patches and encoded, or taken from the cache."""
 
+import hashlib
+import json
+import os
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from importlib.metadata import version
 from itertools import chain, islice
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 
+import evoprune
+from evoprune import methods
 from evoprune.backend.devices import empty_cache, to_device
-from evoprune.errors import OutOfMemory, memory_guard
-from evoprune.methods.budget import keep_tokens
+from evoprune.errors import OutOfMemory, UsageError, memory_guard, names_plugins
+from evoprune.keywords import brief
 from evoprune.model.cost import Clock
+from evoprune.session.answering import EncodedInputs
+from evoprune.session.cache import Cache, content_hash, own_code
 from evoprune.session.engine import Engine
-from evoprune.session.planning import TEXT, chunk_bytes, fitting_chunk
+from evoprune.session.options import SamplingOptions
+from evoprune.session.planning import TEXT, chunk_bytes, fitting_chunks, plan_input
+from evoprune.session.report import Encoding
 from evoprune.video.frames import FrameChunk, read_frames
-from evoprune.video.info import PICTURE
+from evoprune.video.info import PICTURE, check_one_file
 from evoprune.video.plan import InputLimits, Plan
+from evoprune.video.probe import probe
 from evoprune.vision.encoded import Encoded, EncodedRows, select_tokens
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import pixel_patches, resize
 
-if TYPE_CHECKING:
-    from evoprune.session.cache import Cache
-
+Path = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]  # "encode", frames done, in all; then perhaps "layers", of the tower
-EncodeRows = Callable[..., EncodedRows]
-ReadFrames = Callable[..., Iterator[FrameChunk]]
-
 T = TypeVar("T")
 
-DEPTH = 2
+READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package that each decoder is
 PATIENCE_S = 3.0  # how long closing waits for the item that is being made
 
 
-def prefetched(items: Generator[T, None, None], depth: int = DEPTH) -> Iterator[T]:
+def prefetched(items: Generator[T, None, None], depth: int = 2) -> Iterator[T]:
     """Yields items in order while a thread makes the next ones, at most `depth` of them.
 
     The thread, which also closes `items`, starts with the first item that is asked for. When this iterator is exhausted, is closed
@@ -87,33 +93,30 @@ def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torc
 
 @dataclass(eq=False)
 class OpenInput:
-    """A video or picture that is being read: its patches, or what the cache has of it. To be encoded once, and closed."""
+    """A video or picture that is being read. To be encoded once, and closed.
+
+    `threaded`: whether a thread prepares the next chunks while one is used. Subclasses take frames or rows from elsewhere.
+    """
+
+    threaded: ClassVar[bool] = True
+    stored: ClassVar[Encoded | None] = None
 
     engine: Engine
     plan: Plan
     clock: Clock  # adds up the seconds of "read" and "preprocess"
-    read: ReadFrames = read_frames  # gives the frames, as `video.frames.read_frames`
-    encode_rows: EncodeRows | None = None  # in the place of that of `vision.encoder`
-    threaded: bool = True  # whether a thread prepares the next chunks while one is used
-    cache: "Cache | None" = None
 
     def __post_init__(self):
         self.damaged, self._early, self._open = 0, False, ExitStack()
         self._begun: Iterator[tuple[int, torch.Tensor]] | None = None
 
-    @cached_property
-    def key(self) -> str | None:
-        """Of its entry in the cache; None without one."""
-        with self.clock.stage("read"):
-            return self.cache.key(self.engine, self.plan) if self.cache else None
+    def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
+        """What is looked at, as `video.frames.read_frames` yields it."""
+        plan = self.plan
+        return read_frames(plan.source, plan.sampling.times_s, decoder=plan.decoder, chunk_bytes=chunk_bytes)
 
-    @cached_property
-    def stored(self) -> Encoded | None:
-        """What the cache has."""
-        if not self.key:
-            return None
-        with self.clock.stage("read"):
-            return self.cache.load(self.key, self.engine.device)
+    def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
+        """What the tower makes of it. `options`: of `vision.encoder.encode_rows`."""
+        return encode_rows(self.engine.loaded.model.model.visual, patches, self.plan.encoder, **options)
 
     def begin(self) -> None:
         """Has the first chunk ready when it returns; a thread goes on to the next two. Raises VideoError. OutOfMemory."""
@@ -126,69 +129,61 @@ class OpenInput:
         self._begun = None
         self._open.close()
 
-    def encode(self, progress: Progress | None = None, other_tokens: int = TEXT) -> "Encoding":
-        """Reads, preprocesses and encodes it, or takes it from the cache.
+    def encode(self, progress: Progress | None = None, chunks: Sequence[int] | None = None) -> Encoding:
+        """Reads, preprocesses and encodes it.
 
         Args:
             progress: called with "encode", frames done and frames in all, after every chunk; then, where all of the video goes
                 through some of the tower's layers together, with "layers", those done and in all.
-            other_tokens: of the prompt beside the input's, of text and of other inputs.
+            chunks: how many units go through the tower at a time, and fewer where memory runs out; default: `fitting_chunks`.
 
         Raises VideoError: unreadable. OutOfMemory. ModelError: numbers that are NaN or infinite.
         """
-        engine, plan, clock = self.engine, self.plan, Clock(self.engine.device)
+        plan, clock, pruning = self.plan, Clock(self.engine.device), self.engine.pruning
         start, earlier = clock.now(), 0.0 if self._early else self.clock.seconds.get("read", 0.0)
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
-        if self.stored:
-            result, clock.seconds = self.stored, {"preprocess": 0.0, "encode": 0.0}
-        else:
-            result = self._encode(clock, progress, other_tokens)
-            if self.damaged:  # not stored, or the next run would not warn
-                warnings.append("damaged_video")
-            # Another file may have been put in its place while it was read.
-            elif self.key and self.cache.key(engine, plan) == self.key and not self.cache.store(self.key, result):
-                warnings.append("cache_not_written")
+        result, cache = self._result(clock, progress, chunks, warnings)
         wall = earlier + clock.now() - start
         rows, tokens = (None, result) if isinstance(result, Encoded) else (result, result.nothing_selected())
-        wanted = engine.method.acts_at(engine.share) and keep_tokens(engine.share, plan.full.grid) < plan.units
+        wanted = pruning.acts and pruning.keep(plan.full.grid) < plan.units
         if plan.kind == PICTURE and rows is None and wanted and len(tokens.kept) == plan.units:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
-        cache, seconds = "hit" if self.stored else "miss" if self.key else "off", clock.seconds | self.clock.seconds
+        seconds = clock.seconds | self.clock.seconds
         return Encoding(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
 
-    def _encode(self, clock: Clock, progress: Progress | None, other_tokens: int) -> Encoded | EncodedRows:
-        """The tokens, or the rows where the method reads the question. Writes the seconds of "encode" into `clock`.
+    def _result(
+        self, clock: Clock, progress: Progress | None, chunks: Sequence[int] | None, warnings: list[str]
+    ) -> tuple[Encoded | EncodedRows, str]:
+        """The tokens, or the rows where the method reads the question; and whether they were in the cache, as `Encoding.cache`.
 
-        Where there is not enough memory after all it begins anew, with half as many units in the tower at a time.
+        Writes the seconds of "encode" into `clock`, and adds to the `warnings`.
         """
-        plan, loaded = self.plan, self.engine.loaded
+        plan, loaded, pruning = self.plan, self.engine.loaded, self.engine.pruning
         loaded.ready()
-        chunk_units, start = fitting_chunk(self.engine, plan, other_tokens), clock.now()
-        run, tower = self.encode_rows or encode_rows, loaded.model.model.visual
-        how = {
+        chunks, start = chunks or fitting_chunks(self.engine, plan), clock.now()
+        options = {
             "seconds_per_pair": plan.sampling.seconds_per_pair(loaded.video.temporal_patch_size),
-            "seed": self.engine.seed,
+            "seed": pruning.seed,
             "normal": loaded.limits[plan.kind].normal,
         }
         if progress:
-            how["on_layer"] = partial(progress, "layers")
-        late = self.engine.method.reads_question and plan.encoder.prunes
-        while True:
+            options["on_layer"] = partial(progress, "layers")
+        late = pruning.method.reads_question and plan.encoder.prunes
+        for chunk_units in chunks:
             try:
                 with memory_guard("encode"), closing(self):
-                    patches = self._patches(clock, progress)
-                    rows = run(tower, patches, plan.encoder, chunk_units=chunk_units, **how)
+                    rows = self.rows(self._patches(clock, progress), chunk_units=chunk_units, **options)
                     result = rows if late else select_tokens(rows)
                 break
             except OutOfMemory as problem:
-                least = plan.grid[1] * plan.grid[2]
-                if problem.stage != "encode" or chunk_units <= least:
+                if problem.stage != "encode" or chunk_units == chunks[-1]:
                     raise
             empty_cache()
-            chunk_units = max(least, min(chunk_units, plan.encoder.units) // 2)
         clock.seconds["encode"] = clock.now() - start - clock.seconds.pop("wait", 0.0)
-        return result
+        if self.damaged:
+            warnings.append("damaged_video")
+        return result, "off"
 
     def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
         begun, self._begun = self._begun, None
@@ -198,15 +193,13 @@ class OpenInput:
                 progress("encode", frames_done, self.plan.sampling.frames)
 
     def _start(self) -> Iterator[tuple[int, torch.Tensor]]:
-        self.damaged = 0
-        made = self._make()
-        return self._open.enter_context(closing(prefetched(made) if self.threaded else made))
+        self.damaged, chunks = 0, self._prepared()
+        return self._open.enter_context(closing(prefetched(chunks) if self.threaded else chunks))
 
-    def _make(self) -> Generator[tuple[int, torch.Tensor], None, None]:
+    def _prepared(self) -> Generator[tuple[int, torch.Tensor], None, None]:
         """For every chunk, how many frames there were up to its end, and its patches `[rows, values]`, uint8."""
         plan, limits = self.plan, self.engine.loaded.limits[self.plan.kind]
-        size = chunk_bytes(self.engine, plan)
-        with closing(self.read(plan.source, plan.sampling.times_s, decoder=plan.decoder, chunk_bytes=size)) as chunks:
+        with closing(self.frames(chunk_bytes(self.engine, plan))) as chunks:
             for chunk in self.clock.each("read", chunks):
                 self.damaged += chunk.damaged
                 with self.clock.stage("preprocess"):
@@ -214,31 +207,144 @@ class OpenInput:
                 yield chunk.first + len(chunk.frames), patches
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """An input that was encoded, and what that took."""
+@dataclass(eq=False)
+class CachedInput(OpenInput):
+    """The same with a cache: what that has is not read, and what it lacks is stored."""
 
-    plan: Plan
-    tokens: Encoded  # what the language model reads; none where a question is to come first
-    rows: EncodedRows | None  # where the method selects tokens for each question, what it selects from
-    seconds: dict[str, float]  # how long each stage was busy: "read", "preprocess" and "encode"
-    wall_seconds: float  # from the start of reading to the end of encoding
-    cache: str  # "hit" (from disk), "miss" (encoded, then stored) or "off"
-    warnings: tuple[str, ...]  # names, as in reports
-    damaged: int  # packets that could not be decoded
+    cache: Cache
+
+    @cached_property
+    def key(self) -> str | None:
+        """Of its entry in the cache; None without one."""
+        with self.clock.stage("read"):
+            return entry_key(self.engine, self.plan)
+
+    @cached_property
+    def stored(self) -> Encoded | None:
+        """What the cache has."""
+        if not self.key:
+            return None
+        with self.clock.stage("read"):
+            return self.cache.load(self.key, self.engine.device)
+
+    def _result(
+        self, clock: Clock, progress: Progress | None, chunks: Sequence[int] | None, warnings: list[str]
+    ) -> tuple[Encoded | EncodedRows, str]:
+        if self.stored:
+            clock.seconds = {"preprocess": 0.0, "encode": 0.0}
+            return self.stored, "hit"
+        result, _ = super()._result(clock, progress, chunks, warnings)
+        # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
+        storable = self.key and not self.damaged and entry_key(self.engine, self.plan) == self.key
+        if storable and not self.cache.store(self.key, result):
+            warnings.append("cache_not_written")
+        return result, "miss" if self.key else "off"
+
+
+def entry_key(engine: Engine, plan: Plan) -> str | None:
+    """Equal keys mean equal encodings. None without a fingerprint of the model or a readable file."""
+    loaded, pruning, limits = engine.loaded, engine.pruning, engine.loaded.limits[plan.kind]
+    if loaded.fingerprint is None:
+        return None
+    try:
+        content = content_hash(plan.info.path)
+    except OSError:
+        return None
+    facts = {
+        "video": content,
+        "decoder": plan.decoder,
+        "times": plan.sampling.times_s,
+        "seconds_per_pair": plan.sampling.seconds_per_pair(limits.temporal_patch_size),
+        "size": [plan.height, plan.width],
+        "encoder": asdict(plan.encoder),
+        "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],
+        "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, torch.device(loaded.device).type],
+        "method": [repr(pruning.method.before), pruning.seed],  # the repr names the classes and all settings
+        "code": [evoprune.__version__, torch.__version__, own_code(), methods.plugin_code(pruning.name)],
+        "reader": version(READERS[plan.decoder]),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class OpenInputs:
+    """Videos and pictures that are asked about together. To be encoded once, and closed. `plans`: what is looked at, of each."""
+
+    def __init__(self, engine: Engine, inputs: Sequence[OpenInput]):
+        self.engine, self.inputs, self.plans = engine, inputs, [each.plan for each in inputs]
 
     @property
-    def kept(self) -> int:
-        """How many tokens the language model will read."""
-        return self.plan.encoder.keep if self.rows else len(self.tokens.kept)
+    def in_cache(self) -> bool:
+        """Whether nothing has to be read or encoded. Reads whole files once, if there is a cache."""
+        return all([each.stored is not None for each in self.inputs])
 
-    def own(self) -> "Encoding":
-        """The same one for another conversation, whose selections it times apart."""
-        if not self.rows:
-            return self
-        rows = replace(self.rows, timer=self.rows.timer.copy())
-        return replace(self, rows=rows, tokens=rows.nothing_selected())
+    def begin(self) -> None:
+        """Reads the first chunk of the first one, while something else is computed. Errors: as of `OpenInput.begin`."""
+        self.inputs[0].begin()
 
-    def selected(self, question: torch.Tensor) -> "Encoding":
-        """With the tokens for a question, its embedding `[words, D]`, where the method selects them for each one."""
-        return replace(self, tokens=select_tokens(self.rows, question)) if self.rows else self
+    @names_plugins()
+    def encode(self, progress: Progress | None = None) -> EncodedInputs:
+        """Reads, preprocesses and encodes one after the other.
+
+        `progress`: as of `OpenInput.encode`. Of several inputs also called with "input", which one begins, and how many.
+
+        Errors: as of `OpenInput.encode`. OutOfMemory before anything is read, if all inputs together need too much.
+        """
+        count, kept, chunks, encodings = len(self.plans), sum(plan.encoder.keep for plan in self.plans), [], []
+        for each in self.inputs:
+            others = TEXT + kept - each.plan.encoder.keep
+            chunks.append(None if each.stored else fitting_chunks(self.engine, each.plan, others))
+        for number, each in enumerate(self.inputs):
+            if progress and count > 1:
+                progress("input", number + 1, count)
+            encodings.append(each.encode(progress, chunks[number]))
+        return EncodedInputs(self.engine, encodings)
+
+    def close(self) -> None:
+        for each in self.inputs:
+            each.close()
+
+
+def open_inputs(
+    engine: Engine,
+    paths: Sequence[Path],
+    sampling: SamplingOptions | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    cache: Cache | None = None,
+    kind: Callable[[Engine, Plan, Clock], OpenInput] = OpenInput,
+) -> OpenInputs:
+    """Probes videos and pictures, at least one, in the order in which the model reads them, and plans what is read; reads no frame.
+
+    `sampling` applies to each, what it says of time to the videos. `names`: for reports; default: the paths. `cache`: not used for
+    a method that reads the question. `kind`: the class of each without a cache.
+
+    Raises VideoError: one is missing, unreadable or empty. UsageError: numbers that make no sense, a part of the time where
+    there are pictures alone, or a file of subtitles for several inputs.
+    """
+    sampling = sampling or SamplingOptions()
+    check_one_file(sampling.subtitles, len(paths))
+    clocks, infos, inputs = [Clock(torch.device("cpu")) for _ in paths], [], []  # clocks that never wait for a GPU
+    if cache and not engine.pruning.method.reads_question:
+        kind = partial(CachedInput, cache=cache)
+    for path, clock in zip(paths, clocks, strict=True):
+        with clock.stage("read"):
+            infos.append(probe(path, folder_fps=sampling.frame_rate))
+    each = zip(clocks, infos, sampling.of_each(infos), names or [None] * len(paths), strict=True)
+    for clock, info, wanted, name in each:
+        with clock.stage("read"):
+            plan = plan_input(engine, info, wanted, name)
+        inputs.append(kind(engine, plan, clock))
+    return OpenInputs(engine, inputs)
+
+
+def paths_of(given: Any) -> Sequence[Path]:
+    """The paths of one or of several inputs, as texts. Raises UsageError if there are none, or what was given are no paths."""
+    paths = [given] if isinstance(given, str | os.PathLike) else given
+    if not isinstance(paths, list | tuple) or not paths:
+        raise UsageError(f"the input is {brief(given)}, not a path", "give the path of a file or a folder of frames")
+    for each in paths:
+        if not isinstance(each, str | os.PathLike) or isinstance(os.fspath(each), bytes):
+            known = isinstance(each, EncodedInputs)
+            hint = "ask takes it as it is: ask([encoded, ...], question)" if known else "give paths of files or folders"
+            raise UsageError(f"an input is {brief(each)}, not a path", hint)
+    return [os.fspath(each) for each in paths]

@@ -6,14 +6,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TextIO
 
 import evoprune
-from evoprune.backend.devices import available_memory, largest_chunk
+from evoprune.backend.devices import available_memory
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError
-from evoprune.methods.budget import PRESETS, keep_tokens, plain, share_for, share_of
+from evoprune.methods.budget import PRESETS, keep_tokens, share_for
 from evoprune.model.config import kv_bytes
 from evoprune.session.loading.found import DTYPES, FoundModel
-from evoprune.session.options import PruneOptions, make_method
-from evoprune.session.planning import TEXT, encoding_bytes
+from evoprune.session.options import PruneOptions
+from evoprune.session.planning import TEXT, chunk_sizes, encoding_bytes
 from evoprune.video.plan import STILL, Plan
 from evoprune.vision.tower import tower_shape
 
@@ -99,30 +99,27 @@ def model_facts(model: FoundModel) -> dict:
 def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
     """The memory that one question about a video takes at a budget, as it is checked before a run; `plan`: of the whole video.
 
-    Raises UsageError: as of `make_method`; a method that cannot act in this model.
+    Raises UsageError: as of `PruneConfig.of`; a method that cannot act in this model.
     """
-    method = make_method(pruning)
-    budget = pruning.share
-    encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_tokens(budget, plan.grid))
-    depth, share = model.config.text_config.num_hidden_layers, share_of(budget, [encoder.grid])
-    prompt = method.prompt_columns(depth, encoder.keep, TEXT, share)
-    least, available = encoder.grid[1] * encoder.grid[2], available_memory(str(model.device))
-    chunk_units, bytes_each = max(least, largest_chunk(model.device)), DTYPES[model.dtype].itemsize
-
-    def needed() -> int:
-        return model.weights_bytes + encoding_bytes(model.config, encoder, chunk_units, bytes_each, prompt)
-
-    while available is not None and needed() > available and chunk_units > least:
-        chunk_units = max(least, chunk_units // 2)  # as a run does where memory is short
+    config = pruning.config()
+    encoder = config.plan(tower_shape(model.tree.model.visual), plan.grid)
+    depth, share = model.config.text_config.num_hidden_layers, config.share_of_all([encoder.grid])
+    prompt = config.method.prompt_columns(depth, encoder.keep, TEXT, share)
+    pair, available = encoder.grid[1] * encoder.grid[2], available_memory(str(model.device))
+    for size in chunk_sizes(model.device, encoder):  # as a run does where memory is short
+        working = encoding_bytes(model.config, encoder, max(pair, size), DTYPES[model.dtype].itemsize, prompt)
+        needed = model.weights_bytes + working
+        if available is None or needed <= available:
+            break
     return {
-        "method": pruning.method,
-        "budget": plain(method.reported_budget(pruning.budget)),
+        "method": config.name,
+        "budget": config.budget,
         "visual_tokens": encoder.keep,
         "weights_bytes": model.weights_bytes,
-        "working_bytes": needed() - model.weights_bytes,
-        "needed_bytes": needed(),
+        "working_bytes": working,
+        "needed_bytes": needed,
         "available_bytes": available,
-        "enough": None if available is None else needed() <= available,
+        "enough": None if available is None else needed <= available,
     }
 
 

@@ -21,21 +21,12 @@ from evoprune.cpu.precision import (
 from evoprune.errors import UsageError
 from evoprune.keywords import OPTION, check_types, from_keywords, option
 from evoprune.language.settings import GenerationOptions
-from evoprune.methods.budget import (
-    AUTO,
-    AUTO_INFLECTION,
-    AUTO_MOST,
-    AUTOS,
-    DEFAULT,
-    IN_WORDS,
-    parse_budget_or_name,
-    plain,
-)
+from evoprune.methods.budget import DEFAULT, IN_WORDS, parse_budget_or_name, plain
 from evoprune.video.info import FOLDER_FPS, NO_SUBTITLES, PICTURE, VIDEO, Video
 from evoprune.video.sampling import check_sampling, parse_time
 
 if TYPE_CHECKING:
-    from evoprune.methods.chain import Pipeline
+    from evoprune.methods.config import PruneConfig
 
 HELD = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
 
@@ -173,21 +164,11 @@ class PruneOptions:
         object.__setattr__(self, "method_args", texts)
         methods.check(self.method)
 
-    @property
-    def share(self) -> float:
-        """Share of visual tokens kept, at most."""
-        return AUTO_MOST if self.budget in AUTOS else self.budget
+    def config(self) -> "PruneConfig":
+        """What they stand for, parsed. Raises UsageError: as of `PruneConfig.of`."""
+        from evoprune.methods.config import PruneConfig
 
-
-def make_method(options: PruneOptions) -> "Pipeline":
-    """The method that options name.
-
-    Raises UsageError: settings that it does not have, or a budget of "auto" where it cannot let the content decide.
-    """
-    method = methods.parse(options.method, options.method_args)
-    if options.budget == AUTO_INFLECTION:
-        return method.by_inflection()
-    return method.automatic() if options.budget == AUTO else method
+        return PruneConfig.of(self.budget, self.method, self.method_args, self.seed)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from evoprune.backend.devices import largest_chunk
 from evoprune.errors import LESS, OutOfMemory
 from evoprune.language.tokenizer import Tokenizer
-from evoprune.methods.budget import keep_tokens, share_of
 from evoprune.methods.encoder_plan import EncoderPlan, WholePairs
 from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import carried_bytes, shortage, working_memory
@@ -19,7 +20,6 @@ from evoprune.video.info import (
     NO_SUBTITLES,
     NOTHING_SAID,
     PICTURE,
-    VIDEO,
     PromptSubtitles,
     SubtitleLine,
     Subtitles,
@@ -35,9 +35,6 @@ CHUNK_BYTES = 64 * 2**20  # of frames as decoded, held at a time
 TEXT = 64  # tokens of a prompt around the video, roughly
 QUESTION = 40  # the same for an estimate of time
 
-TITLE = "Subtitles:"
-TOKEN_CHARACTERS = 16  # texts with more characters for each token are not encoded to be counted: it might take minutes
-
 
 def prompt_subtitles(
     tokenizer: Tokenizer, info: Video, span: SamplingPlan, choice: str, max_tokens: int
@@ -51,17 +48,9 @@ def prompt_subtitles(
     return fit(tokenizer, read_subtitles(info, choice, span.start_s, span.end_s), max_tokens)
 
 
-def subtitles_of(inputs: Sequence[tuple[str, PromptSubtitles]]) -> str:
-    """What the prompt has of the subtitles of inputs, each "video" or "picture": of several, under a line that says which it is."""
-    if len(inputs) == 1:
-        return inputs[0][1].text
-    videos = [subtitles.text for kind, subtitles in inputs if kind == VIDEO]
-    return "".join(f"Video {number}:\n{text}" for number, text in enumerate(videos, 1) if text)
-
-
 def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtitles:
     """The most lines, evenly over all, that take at most `max_tokens`. No line is cut; longer ones than that are left out."""
-    longest = TOKEN_CHARACTERS * max_tokens
+    longest = 16 * max_tokens  # characters: longer texts are not encoded to be counted, which might take minutes
     lines = [line for line in found.lines if len(line[2]) <= longest]
     # A line has more than one token, so this many are too many. Then the interval is halved.
     fits, too_many = 0, min(len(lines), max_tokens) + 1
@@ -81,7 +70,9 @@ def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtit
 def as_text(lines: Sequence[SubtitleLine]) -> str:
     """The lines with their times, the second that has begun, under a title, with an empty line at the end."""
     times = [clock(max(0, int(start))).removesuffix(".0") for start, _, _ in lines]
-    return "\n".join([TITLE, *(f"[{time}] {text}" for time, (_, _, text) in zip(times, lines, strict=True)), "", ""])
+    return "\n".join(
+        ["Subtitles:", *(f"[{time}] {text}" for time, (_, _, text) in zip(times, lines, strict=True)), "", ""]
+    )
 
 
 def plan_input(engine: Engine, info: Video, sampling: SamplingOptions, name: str | None = None) -> Plan:
@@ -96,8 +87,7 @@ def plan_input(engine: Engine, info: Video, sampling: SamplingOptions, name: str
         numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=loaded.is_demo)
     limits = loaded.limits[info.kind]
     full = make_plan(info, limits, **numbers)
-    tower = tower_shape(loaded.model.model.visual)
-    encoder = engine.method.plan(tower, full.grid, keep_tokens(engine.share, full.grid))
+    encoder = engine.pruning.plan(tower_shape(loaded.model.model.visual), full.grid)
     asked = sampling.fps is not None or sampling.frames is not None
     lines = sampling.subtitles, sampling.max_subtitle_tokens
     return replace(
@@ -109,13 +99,6 @@ def plan_input(engine: Engine, info: Video, sampling: SamplingOptions, name: str
         limited=asked and (full.token_capped or (full.capped and sampling.max_frames is None)),
         subtitles=prompt_subtitles(loaded.tokenizer, info, full.sampling, *lines),
     )
-
-
-def chunk_bytes(engine: Engine, plan: Plan) -> int:
-    """Bytes of decoded frames to hold at a time: no more frames than the encoder takes, and no more than a few large ones."""
-    limits, (_, height, width) = engine.loaded.video, plan.grid
-    pairs = -(-largest_chunk(engine.loaded.model.device) // (height * width))
-    return min(CHUNK_BYTES, pairs * limits.temporal_patch_size * plan.source.width * plan.source.height * 3)
 
 
 def encoding_bytes(
@@ -134,24 +117,37 @@ def encoding_bytes(
     return working_memory(config, encoder.units, chunk_units, prompt, bytes_each, selected) + means
 
 
-def fitting_chunk(engine: Engine, plan: Plan, other_tokens: int = TEXT) -> int:
-    """How many units to encode at a time: fewer than is usual where memory is short, but at least a frame pair.
+def chunk_bytes(engine: Engine, plan: Plan) -> int:
+    """Bytes of decoded frames to hold at a time: no more frames than the encoder takes, and no more than a few large ones."""
+    limits, (_, height, width) = engine.loaded.video, plan.grid
+    pairs = -(-largest_chunk(engine.loaded.model.device) // (height * width))
+    return min(CHUNK_BYTES, pairs * limits.temporal_patch_size * plan.source.width * plan.source.height * 3)
+
+
+def chunk_sizes(device: torch.device, encoder: EncoderPlan) -> list[int]:
+    """How many units may go through the tower at a time: the usual number, then half as many each time, down to a frame pair."""
+    sizes, least = [min(largest_chunk(device), encoder.units)], encoder.grid[1] * encoder.grid[2]
+    while sizes[-1] > least:
+        sizes.append(max(least, sizes[-1] // 2))
+    return sizes
+
+
+def fitting_chunks(engine: Engine, plan: Plan, other_tokens: int = TEXT) -> list[int]:
+    """Those of `chunk_sizes` for which there is enough memory.
 
     Raises OutOfMemory: there is not enough even for a frame pair, or for the prompt, with `other_tokens` beside the video's.
     """
     model, encoder = engine.loaded.model, plan.encoder
-    chunk_units, least = largest_chunk(model.device), encoder.grid[1] * encoder.grid[2]
+    sizes, pair = chunk_sizes(model.device, encoder), encoder.grid[1] * encoder.grid[2]
     prompt = engine.prompt_columns(encoder.keep, other_tokens)
-    while True:
-        needed = encoding_bytes(model.config, encoder, max(least, chunk_units), model.dtype.itemsize, prompt)
+    for number, size in enumerate(sizes):
+        needed = encoding_bytes(model.config, encoder, max(pair, size), model.dtype.itemsize, prompt)
         if not (short := shortage(needed, str(model.device))):
-            return chunk_units
-        if chunk_units <= least:
-            frames = f"{counted(plan.sampling.frames, 'frame')} of {plan.width}x{plan.height} pixels"
-            size = f"{frames}, {encoder.keep:,} visual tokens kept"
-            size += f", {other_tokens:,} other tokens" if other_tokens > TEXT else ""
-            raise OutOfMemory(f"{plan.name} {short}: {size}", LESS, stage="encode")
-        chunk_units = max(least, chunk_units // 2)
+            return sizes[number:]
+    frames = f"{counted(plan.sampling.frames, 'frame')} of {plan.width}x{plan.height} pixels"
+    kept = f"{frames}, {encoder.keep:,} visual tokens kept"
+    kept += f", {other_tokens:,} other tokens" if other_tokens > TEXT else ""
+    raise OutOfMemory(f"{plan.name} {short}: {kept}", LESS, stage="encode")
 
 
 def check_carried(engine: Engine, plan: Plan) -> None:
@@ -170,6 +166,7 @@ def estimate_first_token(engine: Engine, plan: Plan, text: int = QUESTION) -> fl
     count, height, width = encoder.grid
     windows = tower_shape(model.model.visual).windows(height, width)
     depth = model.config.text_config.num_hidden_layers
-    work = engine.method.prompt_work(depth, encoder.keep, text, share_of(engine.share, [encoder.grid]))
+    pruning = engine.pruning
+    work = pruning.method.prompt_work(depth, encoder.keep, text, pruning.share_of_all([encoder.grid]))
     seconds = estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, work)
     return seconds if engine.loaded.quantize == "none" else seconds / 2  # products of bytes take about half the time

@@ -18,19 +18,17 @@ from evoprune.language.generate import (
     prefill,
 )
 from evoprune.language.prompt import Prompt, build_prompt, prompt_positions, timestamps
-from evoprune.methods.budget import share_of
+from evoprune.language.tokenizer import Tokenizer
 from evoprune.model.config import VisionConfig
 from evoprune.model.cost import language_bytes, shortage
 from evoprune.session.engine import Engine
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import GenerationOptions
-from evoprune.session.planning import TEXT, fitting_chunk, subtitles_of
+from evoprune.session.planning import TEXT, fitting_chunks
 from evoprune.text import counted
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
-
-BEGINNING = 8  # characters for each token of the context
 
 
 class PromptReader:
@@ -52,7 +50,8 @@ class PromptReader:
         Raises UsageError: it does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
         """
         check_question(self._loaded, question)
-        prompt = prompt_about(self._loaded, self._plans, question, options.system)
+        vision = self._loaded.model.config.vision_config
+        prompt = prompt_about(self._loaded.tokenizer, vision, self._plans, question, options.system)
         check_context(self._loaded, prompt.text_tokens, kept, options.max_new_tokens)
         check_memory(self._engine, prompt.text_tokens, kept)
         return prompt
@@ -69,8 +68,10 @@ class PromptReader:
         sizes = column_sizes(visuals, columns)
         deepstack = column_deepstack(visuals, columns, embeds)
         grids = [plan.grid for plan in self._plans]
-        method, share = self._engine.method, share_of(self._engine.share, grids)
-        if dropping := dropping_for(model, method, share, visuals, grids, embeds, columns):
+        pruning = self._engine.pruning
+        if dropping := dropping_for(
+            model, pruning.method, pruning.share_of_all(grids), visuals, grids, embeds, columns
+        ):
             return prefill(model, embeds, positions, following, None, sizes, dropping, deepstack)
         shared = int((columns < prompt.prefix_length).sum())
         cache, known = self._take_prefix(system, shared)
@@ -100,17 +101,26 @@ class PromptReader:
         return cache, known
 
 
-def prompt_about(loaded: LoadedModel, plans: Sequence[Plan], question: str, system: str | None) -> Prompt:
-    """The prompt of a question about some inputs. Errors: as of `language.prompt.build_prompt`."""
-    inputs = [(plan.kind, plan.encoder.units) for plan in plans]
-    subtitles = subtitles_of([(plan.kind, plan.subtitles) for plan in plans])
-    times = [input_times(loaded.model.config.vision_config, plan, loaded.video.temporal_patch_size) for plan in plans]
-    return build_prompt(loaded.tokenizer, question, inputs, system=system, subtitles=subtitles, times=times)
+def prompt_about(
+    tokenizer: Tokenizer, vision: VisionConfig, plans: Sequence[Plan], question: str, system: str | None
+) -> Prompt:
+    """The prompt of a question about some inputs. The subtitles of each of several are under a line that says which it is.
 
-
-def input_times(config: VisionConfig, plan: Plan, pair: int) -> list[str]:
-    """What the prompt has in front of each frame pair, of `pair` frames; nothing for a picture, or a model that reads no times."""
-    return timestamps(plan.sampling.times_s, pair) if config.traits.timestamps and plan.kind == VIDEO else []
+    Errors: as of `language.prompt.build_prompt`.
+    """
+    if len(plans) == 1:
+        subtitles = plans[0].subtitles.text
+    else:
+        videos = [plan.subtitles.text for plan in plans if plan.kind == VIDEO]
+        subtitles = "".join(f"Video {number}:\n{text}" for number, text in enumerate(videos, 1) if text)
+    times = [  # before each frame pair, where the model reads them
+        timestamps(plan.sampling.times_s, vision.temporal_patch_size)
+        if vision.traits.timestamps and plan.kind == VIDEO
+        else []
+        for plan in plans
+    ]
+    inputs = [(plan.kind, plan.visual_tokens) for plan in plans]
+    return build_prompt(tokenizer, question, inputs, system=system, subtitles=subtitles, times=times)
 
 
 def longest_prompt(
@@ -127,20 +137,21 @@ def longest_prompt(
     """
     for question in questions:
         check_question(engine.loaded, question)
-    longest = max(prompt_about(engine.loaded, plans, each, options.system).text_tokens for each in questions)
+    given = engine.loaded.tokenizer, engine.loaded.model.config.vision_config, plans
+    longest = max(prompt_about(*given, each, options.system).text_tokens for each in questions)
     kept = sum(plan.encoder.keep for plan in plans)
     check_context(engine.loaded, longest, kept, options.max_new_tokens)
     for plan in plans:
         other_tokens = max(TEXT, longest) + kept - plan.encoder.keep
         if other_tokens > TEXT and not any(plan is each for each in encoded):
-            fitting_chunk(engine, plan, other_tokens)
+            fitting_chunks(engine, plan, other_tokens)
     return longest
 
 
 def check_question(loaded: LoadedModel, question: str) -> None:
     """Raises UsageError where the beginning of a question does not fit into the context: all of it might take minutes to split."""
     context = loaded.model.config.text_config.max_position_embeddings
-    beginning = question[: BEGINNING * context] if context else question
+    beginning = question[: 8 * context] if context else question  # characters for each token
     # A cut word may take a few tokens more than the whole one, and prompt and answer have as many of their own.
     if len(beginning) < len(question) and len(loaded.tokenizer.encode(beginning)) > context:
         length = f"a question of {len(question):,} characters"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from evoprune.batch.output import HEAD, RecordFile
 from evoprune.errors import UsageError
-from evoprune.report.records import Report
+from evoprune.report import Report
 
 
 def record(name, failed: bool = False, **row) -> Report:

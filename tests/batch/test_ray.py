@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 
 from evoprune.batch import ray as integration
+from evoprune.batch.output import Settings
 from evoprune.batch.ray import TRIES, RemoteError, Tries, Worker, answers_on_ray
 from evoprune.batch.rows import Span, group_by_span, product_rows
 from evoprune.batch.run import answers
-from evoprune.batch.settings import Settings
 from evoprune.errors import UsageError
-from evoprune.report.records import Report
+from evoprune.report import Report
 from tests.threads import one_thread  # noqa: F401
 
 CLIPS = sorted(map(str, Path("samples").glob("*.[mw]*")))

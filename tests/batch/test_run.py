@@ -10,14 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.batch import run
-from evoprune.batch.output import Found, remaining
+from evoprune.batch.output import Found, Settings, remaining
 from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
-from evoprune.batch.settings import Settings
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.report.records import Report
-from evoprune.session import inputs
+from evoprune.report import Report
 from evoprune.session.encoding import OpenInput
 from evoprune.video.frames import read_frames
 
@@ -150,8 +147,7 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
             second.set()
         return read_frames(info, times, **how)
 
-    real = inputs.open_inputs
-    monkeypatch.setattr(run, "open_inputs", lambda *args, **how: real(*args, read=read, **how))
+    monkeypatch.setattr("evoprune.session.encoding.read_frames", read)
     with closing(answers(qa, group_by_span(ROWS), changed(max_new_tokens=1))) as made:
         next(made)
         assert second.wait(20)
@@ -169,7 +165,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 @pytest.mark.parametrize(
     ("where", "problem", "kind", "stage", "failing"),
     [
-        ("evoprune.session.inputs.probe", VideoError("gone"), "video", "read", 2),
+        ("evoprune.session.encoding.probe", VideoError("gone"), "video", "read", 2),
         ("evoprune.session.encoding.pixel_patches", MemoryError(), "out_of_memory", "preprocess", 2),
         ("evoprune.session.encoding.encode_rows", FULL, "out_of_memory", "encode", 2),
         ("evoprune.session.prompting.prefill", FULL, "out_of_memory", "prefill", 1),

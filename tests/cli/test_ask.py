@@ -17,8 +17,7 @@ from PIL import Image
 from evoprune.bundled import DEMOS
 from evoprune.methods.budget import PRESETS
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.report.records import Report
-from evoprune.report.stats import stats_block
+from evoprune.report import Report, stats_block
 from evoprune.video.info import SCENES_TAG
 from evoprune_cli.terminal import stdout
 from tests.cli.screen import visible

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evoprune.report.records import Report
+from evoprune.report import Report
 from evoprune.session import encoding, prompting
 from evoprune.session.answering import EncodedInputs
 

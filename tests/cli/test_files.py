@@ -13,7 +13,7 @@ from evoprune.bench.profiling.results import METHOD, Case, Results, Row
 from evoprune.bench.svg import document
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.overlay.image_files import gif, mp4, png, shared_palette
-from evoprune.report.records import Environment, ModelFacts
+from evoprune.report import Environment, ModelFacts
 from evoprune_cli.profile_tables import render
 from evoprune_cli.results import check_writable, write_bytes
 from evoprune_cli.terminal import json_line

@@ -78,7 +78,7 @@ def test_a_deep_output_is_no_record(cli, tmp_path):
 
 
 def test_input_without_an_end(cli, monkeypatch, tmp_path):
-    monkeypatch.setattr("evoprune.batch.table.MAX_BYTES", 2**20)
+    monkeypatch.setattr("evoprune.batch.rows.MAX_BYTES", 2**20)
     for command in (("batch", "--from", "/dev/zero", "-o", tmp_path / "out.jsonl"), ("eval", "--data", "/dev/zero")):
         result = cli(*command, *QUICK)
         assert result.code == 2 and "/dev/zero has more than 1 MiB" in result.err

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from evoprune import VideoQA
-from evoprune.report.records import Report, VideoFacts
+from evoprune.report import Report, VideoFacts
 from evoprune_cli.loading import note_bits
 from evoprune_cli.terminal import print_json, print_warning
 from tests.cli.screen import visible

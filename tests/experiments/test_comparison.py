@@ -234,7 +234,7 @@ def test_the_command_writes_its_files_and_resumes_an_interrupted_run(asked, monk
     seen, real = [], evaluation_run.open_inputs
 
     def opened(engine, *args, **more):
-        seen.append(engine.options.method)
+        seen.append(engine.pruning.name)
         if len(seen) == 6:
             raise KeyboardInterrupt
         return real(engine, *args, **more)

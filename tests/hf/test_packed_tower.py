@@ -6,7 +6,7 @@ import torch
 import evoprune
 from evoprune.cpu.integers import Int8Linear
 from evoprune.cpu.linear import PackedLinear, can_pack, packed_copy
-from evoprune.hf.packed_tower import PackedTower
+from evoprune.hf.encoding import PackedTower
 from evoprune.model.config import MODEL_TYPES
 from tests.prompts import processed
 from tests.quantized import parameters

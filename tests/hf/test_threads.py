@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import evoprune
-from evoprune.hf import patches
+from evoprune.hf import context
 from tests.prompts import processed
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import tiny_model
@@ -99,7 +99,7 @@ def test_a_generate_that_runs_while_others_begin_or_the_pruning_ends_is_not_dist
 
 
 def test_of_two_threads_that_begin_to_prune_a_model_at_once_one_is_refused(model, monkeypatch):
-    found, both, refused = patches.end_of, Barrier(2), []
+    found, both, refused = context.end_of, Barrier(2), []
 
     def slow(*args):
         end = found(*args)
@@ -113,7 +113,7 @@ def test_of_two_threads_that_begin_to_prune_a_model_at_once_one_is_refused(model
         except evoprune.UsageError as problem:
             refused.append(problem.message)
 
-    monkeypatch.setattr(patches, "end_of", slow)
+    monkeypatch.setattr(context, "end_of", slow)
     for thread in started(begin, begin):
         thread.join()
     evoprune.remove(model)

@@ -9,9 +9,9 @@ import pytest
 import evoprune
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.hf.encoding import patch_method
+from evoprune.hf.encoding import patch_config
 from evoprune.methods.types import Selection, Tokens
-from evoprune.session.options import PruneOptions, make_method
+from evoprune.session.options import PruneOptions
 from evoprune_vllm.pruning import served_method
 
 HEADER = (
@@ -32,7 +32,7 @@ def works(call, *args, **more) -> str:
 def facts(name: str) -> tuple[str, ...]:
     """Where a method works, in the order of `HEADER`. tests/cli/test_methods.py runs each in every command, with overlays."""
     method = methods.parse(name)
-    encode = works(patch_method, name, None, has_question=True)
+    encode = works(patch_config, 0.5, name, None, has_question=True)
     return (
         "yes",
         "whole" if name in ("none", *WHOLE) else "pruned",
@@ -40,8 +40,8 @@ def facts(name: str) -> tuple[str, ...]:
         "with `question`" if encode == "yes" and method.reads_question else encode,
         works(served_method, {"evoprune": {"method": name}}),
         "no" if method.reads_question or method.acts == "language" else "yes",
-        works(make_method, PruneOptions("auto", name)),
-        works(make_method, PruneOptions("auto:inflection", name)),
+        works(PruneOptions("auto", name).config),
+        works(PruneOptions("auto:inflection", name).config),
     )
 
 

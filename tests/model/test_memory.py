@@ -16,7 +16,7 @@ from evoprune.model.config import kv_bytes
 from evoprune.model.cost import language_bytes, prefill_flop, working_memory
 from evoprune.model.weights import empty
 from evoprune.session import encoding, planning
-from evoprune.session.inputs import open_inputs
+from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.found import describe_model
 from evoprune.session.loading.model import load_model
 from evoprune.session.loading.weights import needed_bytes
@@ -173,7 +173,8 @@ def test_what_is_foretold_of_quantised_weights(kind):
 def test_a_video_that_will_not_fit_is_not_read(loaded, monkeypatch):
     monkeypatch.setattr(cost, "available_memory", lambda device: 2**26)
     read = []
-    video = open_inputs(VideoQA(loaded, budget=0.5).engine, [CLIP], read=lambda *_, **__: read.append(1))
+    monkeypatch.setattr(encoding, "read_frames", lambda *_, **__: read.append(1))
+    video = open_inputs(VideoQA(loaded, budget=0.5).engine, [CLIP])
     with pytest.raises(
         OutOfMemory, match=r"square.mp4 needs about \d+ MiB of memory, and 64 MiB .*12 frames"
     ) as caught:
@@ -207,8 +208,9 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
 @pytest.mark.parametrize(("room", "tried"), [(24, [96, 48, 24]), (23, [96, 48, 24])])
 def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, threaded, room, tried):
     """A tower that has room for a single frame pair, and one that has not."""
+    monkeypatch.setattr(encoding.OpenInput, "threaded", threaded)
     qa, used, real = VideoQA(loaded, budget=0.5, method="evs"), [], encoding.encode_rows
-    whole = "".join(open_inputs(qa.engine, [CLIP], threaded=threaded).encode().ask("What happens?", max_new_tokens=4))
+    whole = "".join(open_inputs(qa.engine, [CLIP]).encode().ask("What happens?", max_new_tokens=4))
 
     def encode(*args, chunk_units, **how):
         used.append(chunk_units)
@@ -221,9 +223,9 @@ def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, threaded, room, t
     monkeypatch.setattr(planning, "largest_chunk", lambda device: 96)
     if room < 24:
         with pytest.raises(OutOfMemory, match=r"(?m)^out of memory in encode(: 2.* wanted)?$"):
-            open_inputs(qa.engine, [CLIP], threaded=threaded).encode()
+            open_inputs(qa.engine, [CLIP]).encode()
     else:
-        video = open_inputs(qa.engine, [CLIP], threaded=threaded).encode()
+        video = open_inputs(qa.engine, [CLIP]).encode()
         answer = video.ask("What happens?", max_new_tokens=4)
         assert "".join(answer) == whole
         times = answer.report.time_ms

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from evoprune import methods
+from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
-from evoprune.batch.settings import Settings
 from evoprune.bench.evaluation.run import Evaluation, Video
 from evoprune.bench.evaluation.run import Settings as EvalSettings
+from evoprune.bench.evaluation.shared import SharedInput
 from evoprune.errors import ModelError, VideoError
 from evoprune.model.numerics import all_numbers
-from evoprune.session import inputs
+from evoprune.session.encoding import OpenInput
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import GenerationOptions
 from evoprune.video_qa import VideoQA
@@ -98,17 +99,16 @@ def test_the_stage_is_named(loaded, where, stage, bad, temperature):
 
 
 def test_in_a_batch_and_in_an_evaluation_the_next_one_runs(loaded, monkeypatch):
-    calls, real = [], inputs.open_inputs
+    calls, frames = [], {kind: kind.frames for kind in (OpenInput, SharedInput)}
 
-    def opened(*args, **how):
+    def spoilt_once(opened, chunk_bytes):
         calls.append(1)
-        return real(*args, **(how | {"read": spoilt} if len(calls) == 1 else how))
+        if len(calls) == 1:
+            raise ModelError("NaN or infinity among the numbers of encode", stage="encode")
+        return frames[type(opened)](opened, chunk_bytes)
 
-    def spoilt(*_, **__):
-        raise ModelError("NaN or infinity among the numbers of encode", stage="encode")
-
-    monkeypatch.setattr("evoprune.batch.run.open_inputs", opened)
-    monkeypatch.setattr("evoprune.bench.evaluation.run.open_inputs", opened)
+    for kind in frames:
+        monkeypatch.setattr(kind, "frames", spoilt_once)
     rows = product_rows([CLIP, "samples/three.mp4"], ["What?"])
     made = list(answers(VideoQA(loaded), group_by_span(rows), Settings.of(model="x", max_new_tokens=1)))
     assert [r.error and (r.error["code"], r.error["stage"]) for r in made] == [(4, "encode"), None]

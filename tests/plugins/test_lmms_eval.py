@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from evoprune.errors import UsageError
-from evoprune.report.records import Report
+from evoprune.report import Report
 from evoprune.session.answering import Answer
 from evoprune.video_qa import VideoQA
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import evoprune
+from evoprune.batch.output import Settings
 from evoprune.batch.rows import group_by_span, product_rows
 from evoprune.batch.run import answers
-from evoprune.batch.settings import Settings
 from evoprune.bench.profiling.settings import TimeLimit
 from evoprune.bench.profiling.verify.outcome import DIFFERS
 from evoprune.bench.profiling.verify.run import subject_of, verify

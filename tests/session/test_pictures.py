@@ -15,7 +15,7 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.methods.budget import keep_count
 from evoprune.session.cache import Cache
-from evoprune.session.inputs import open_inputs
+from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
 from evoprune.session.planning import TEXT
 from evoprune.video.frames import read_frames
@@ -112,15 +112,16 @@ def test_a_picture_at_full_budget_is_hugging_faces_generate(loaded, model, size,
 
 
 @pytest.mark.parametrize("size", [*SIZES, (700, 500)], ids=str)
-def test_patches_are_those_of_the_image_processor(loaded, size, tmp_path):
+def test_patches_are_those_of_the_image_processor(loaded, size, tmp_path, monkeypatch):
     found = []
 
     def kept(visual, patches, *plan, **how):
         found.extend(patches)
         return encode_rows(visual, found, *plan, **how)
 
+    monkeypatch.setattr("evoprune.session.encoding.encode_rows", kept)
     path = save(tmp_path / "a.png", *size)
-    with closing(open_inputs(VideoQA(loaded, budget=1.0).engine, [path], encode_rows=kept)) as opened:
+    with closing(open_inputs(VideoQA(loaded, budget=1.0).engine, [path])) as opened:
         theirs, grid = pixels_of(loaded, opened.plans[0])
         opened.encode()
     torch.testing.assert_close(normalised(torch.cat(found)), theirs, atol=1e-5, rtol=0)
@@ -217,7 +218,9 @@ def test_the_memory_of_all_inputs_is_checked_before_any_frame_is_read(loaded, mo
     qa, asked = VideoQA(loaded, budget=0.5), []
     tokens = [len(qa.encode(path).encoded.kept) for path in (OTHER, CLIP)]
     monkeypatch.setattr("evoprune.session.encoding.encode_rows", lambda *_, **__: pytest.fail("encoded"))
-    monkeypatch.setattr("evoprune.session.inputs.fitting_chunk", lambda _, __, around: asked.append(around))
+    monkeypatch.setattr(
+        "evoprune.session.encoding.fitting_chunks", lambda _, __, around: asked.append(around) or [1024]
+    )
     with pytest.raises(pytest.fail.Exception):
         qa.encode([CLIP, OTHER])
     assert asked == [TEXT + others for others in tokens]
@@ -229,7 +232,7 @@ def test_asking_checks_the_memory_of_all_that_is_to_be_encoded(loaded, monkeypat
     held = qa.encode(OTHER)
     tokens = [len(held.encoded.kept), len(qa.encode(CLIP).encoded.kept)]
     monkeypatch.setattr("evoprune.session.encoding.encode_rows", lambda *_, **__: pytest.fail("encoded"))
-    monkeypatch.setattr("evoprune.session.prompting.fitting_chunk", lambda _, __, around: asked.append(around))
+    monkeypatch.setattr("evoprune.session.prompting.fitting_chunks", lambda _, __, around: asked.append(around))
     for inputs, others in (([CLIP, OTHER], tokens), ([CLIP, held], tokens[:1])):
         asked.clear()
         with pytest.raises(pytest.fail.Exception):

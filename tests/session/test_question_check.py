@@ -4,7 +4,7 @@ import pytest
 
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.session import planning, prompting
-from evoprune.session.inputs import open_inputs
+from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import GenerationOptions
 from evoprune.session.planning import estimate_first_token

@@ -8,7 +8,7 @@ from evoprune import Cache, VideoQA, methods
 from evoprune.bench.tuning.agreement import agreement, reference
 from evoprune.errors import UsageError
 from evoprune.methods.operation_plans import ALL, REST, Recipe
-from evoprune.report.stats import stats_block
+from evoprune.report import stats_block
 from tests.recipes import TINY, document, write_recipe
 
 CLIP, QUESTIONS = "samples/square.mp4", ("What colour is the square?", "How many shapes are there?")

@@ -7,7 +7,7 @@ import torch
 
 from evoprune.session import prompting
 from evoprune.session.cache import Cache
-from evoprune.session.inputs import open_inputs
+from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import GenerationOptions, SamplingOptions
 from evoprune.session.planning import PromptSubtitles, as_text, fit

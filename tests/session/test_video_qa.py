@@ -18,13 +18,11 @@ from evoprune.errors import ModelError, UsageError, VideoError, error_record
 from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
 from evoprune.model.weights import shared
 from evoprune.overlay.fates import trace
-from evoprune.report.records import Report
-from evoprune.report.stats import warning_lines
+from evoprune.report import Report, warning_lines
 from evoprune.session.answering import Answer
-from evoprune.session.inputs import open_inputs
+from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.loading.model import load_model
 from evoprune.session.loading.weights import make_ready
-from evoprune.session.options import SamplingOptions
 from evoprune.session.planning import estimate_first_token
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
@@ -55,12 +53,6 @@ def asked(video, question="What happens?", n=24, **settings):
 
 def answer(video, question="What happens?", n=24, **settings):
     return asked(video, question, n, **settings).text
-
-
-def encode(qa, path, *, progress=None, sampling=None, **how):
-    """What only the pipeline's own parts can do: other frames, another encoder, no thread."""
-    with closing(open_inputs(qa.engine, [path], SamplingOptions(**(sampling or {})), **how)) as opened:
-        return opened.encode(progress)
 
 
 @pytest.mark.few(3)
@@ -283,8 +275,9 @@ def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("threaded", [True, False])
-def test_times_add_up(loaded, threaded):
-    video = encode(VideoQA(loaded, budget=0.25), CLIP, threaded=threaded)
+def test_times_add_up(loaded, threaded, monkeypatch):
+    monkeypatch.setattr(OpenInput, "threaded", threaded)
+    video = VideoQA(loaded, budget=0.25).encode(CLIP)
     times = asked(video).report.time_ms
     busy = times.read + times.preprocess + times.encode + times.prefill + times.generate
     assert times.ttft_wall <= times.total and times.encode + times.prefill <= times.ttft_wall
@@ -319,7 +312,8 @@ def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
 
     try:
         assert any(saved_ms() > 30 for _ in range(3))  # not all of them meet with a pause of a busy machine
-        apart = encode(VideoQA(loaded, budget=1.0), CLIP, sampling={"frames": 20}, threaded=False).report.time_ms
+        monkeypatch.setattr(OpenInput, "threaded", False)
+        apart = VideoQA(loaded, budget=1.0).encode(CLIP, frames=20).report.time_ms
     finally:
         hook.remove()
     assert apart.preprocess >= 200 and apart.encode >= 300
@@ -333,7 +327,8 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
     monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
     qa, done = VideoQA(loaded, budget=budget, method=method), []
     beside = qa.encode(LONG, progress=lambda *now: done.append(now))
-    apart = encode(qa, LONG, threaded=False)
+    monkeypatch.setattr(OpenInput, "threaded", False)
+    apart = qa.encode(LONG)
     for name in ("features", "kept", "rows", "owner"):
         assert torch.equal(getattr(beside.encoded, name), getattr(apart.encoded, name)), name
     assert beside.encoded.layers == apart.encoded.layers
@@ -347,6 +342,7 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
 def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, threaded):
     """Three chunks are ready before it is encoded, one without a thread; none is made twice, or left out."""
     monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
+    monkeypatch.setattr(OpenInput, "threaded", threaded)
     qa, made = VideoQA(loaded, budget=0.25), []
 
     def counted(*args):
@@ -356,7 +352,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, thre
     monkeypatch.setattr("evoprune.session.encoding.pixel_patches", counted)
     at_once = qa.encode(LONG)
     chunks, made[:] = len(made), []
-    with closing(open_inputs(qa.engine, [LONG], threaded=threaded)) as video:
+    with closing(open_inputs(qa.engine, [LONG])) as video:
         assert made == []
         video.begin()
         ready, until = 3 if threaded else 1, time.monotonic() + 10
@@ -378,7 +374,7 @@ def test_what_was_done_early_costs_no_time_on_the_wall(loaded, monkeypatch):
     assert times.preprocess >= 1000 > times.total - times.encode  # a busy machine takes longer to encode
 
 
-def test_a_video_that_was_begun_and_is_not_wanted(loaded):
+def test_a_video_that_was_begun_and_is_not_wanted(loaded, monkeypatch):
     closed, threads = [], set(threading.enumerate())
 
     def read(*args, **settings):
@@ -387,7 +383,8 @@ def test_a_video_that_was_begun_and_is_not_wanted(loaded):
         finally:
             closed.append(1)
 
-    video = open_inputs(VideoQA(loaded).engine, [CLIP], read=read)
+    monkeypatch.setattr("evoprune.session.encoding.read_frames", read)
+    video = open_inputs(VideoQA(loaded).engine, [CLIP])
     video.begin()
     video.close()
     video.close()
@@ -421,17 +418,17 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
     monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
     if stage == "preprocess":
         monkeypatch.setattr("evoprune.session.encoding.pixel_patches", preprocess)
+    monkeypatch.setattr("evoprune.session.encoding.read_frames", read)
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(fails if stage == "encode" else lambda *_: None)
     with pytest.raises(type(problem)) as caught:
-        encode(
-            VideoQA(loaded, method_args={"reuse": "0", "first": "0"}), CLIP, sampling={"frames": 20}, read=read
-        )  # three blocks of grids, each of which the first layer runs
+        # Three blocks of grids, each of which the first layer runs.
+        VideoQA(loaded, method_args={"reuse": "0", "first": "0"}).encode(CLIP, frames=20)
     hook.remove()
     assert caught.value is problem and closed == [1] and set(threading.enumerate()) == threads
 
 
-def test_a_signal_while_a_frame_is_waited_for(loaded):
+def test_a_signal_while_a_frame_is_waited_for(loaded, monkeypatch):
     """Ctrl-C in the main thread while the other one is at work."""
     closed, threads, main = [], set(threading.enumerate()), threading.main_thread().ident
 
@@ -444,10 +441,11 @@ def test_a_signal_while_a_frame_is_waited_for(loaded):
         finally:
             closed.append(1)
 
+    monkeypatch.setattr("evoprune.session.encoding.read_frames", read)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            encode(VideoQA(loaded), CLIP, read=read)
+            VideoQA(loaded).encode(CLIP)
     finally:
         signal.signal(signal.SIGINT, before)
     assert closed == [1] and set(threading.enumerate()) == threads

@@ -8,8 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from evoprune.batch import unfinished
-from evoprune.batch.output import differences
+from evoprune.batch.output import append, differences, remove_unfinished, write_file
 from evoprune.errors import UsageError
 from evoprune.model.rules import read_object
 
@@ -50,7 +49,7 @@ class RunFolder:
             raise UsageError(f"{path} was begun with other settings: {other}", "give the same ones, or a new -o DIR")
         with _writing(path):
             for name in (SETTINGS, SAMPLES, RESULTS):
-                unfinished.remove_left_overs(str(path / name))
+                remove_unfinished(str(path / name))
         samples = _finished(text)
         folder = cls(path, samples)
         kept = "".join(map(_line, samples))
@@ -63,14 +62,14 @@ class RunFolder:
         samples[-1]["last"] = True
         path = self.path / SAMPLES
         with _writing(path), open(path, "ab", buffering=0) as file:
-            unfinished.append(file.fileno(), "".join(map(_line, samples)).encode())
+            append(file.fileno(), "".join(map(_line, samples)).encode())
 
     def finish(self, results: dict[str, Any]) -> None:
         self._replace(RESULTS, json.dumps(results, indent=1) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
         with _writing(self.path / name):
-            unfinished.replace(str(self.path / name), text.encode("ascii"))
+            write_file(str(self.path / name), text.encode("ascii"))
 
 
 def stored_settings(path: Path) -> dict[str, Any]:

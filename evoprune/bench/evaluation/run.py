@@ -23,14 +23,14 @@ from evoprune.bench.evaluation.grading import grade
 from evoprune.bench.evaluation.processes import map_in_processes
 from evoprune.bench.evaluation.questions import Video
 from evoprune.bench.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
-from evoprune.bench.evaluation.shared import SharedFrames, SharedRows, grey_frames
+from evoprune.bench.evaluation.shared import GreyInput, SharedFrames, SharedInput, SharedRows
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.keywords import OPTION
 from evoprune.methods.budget import parse_budget_or_name, plain
 from evoprune.methods.types import generator_seed
 from evoprune.model.cost import shortage
-from evoprune.session.engine import check_fits, make_engine
-from evoprune.session.inputs import open_inputs
+from evoprune.session.encoding import open_inputs
+from evoprune.session.engine import Engine, check_fits
 from evoprune.session.loading.model import LoadedModel, load_model, threads_of_each
 from evoprune.session.options import (
     GenerationOptions,
@@ -38,7 +38,6 @@ from evoprune.session.options import (
     PipelineOptions,
     PruneOptions,
     SamplingOptions,
-    make_method,
     record,
 )
 from evoprune.text import counted
@@ -115,9 +114,7 @@ def variants(settings: Settings) -> list[Variant]:
     """The rows in order: full, blind, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
     pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
     asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
-    pruned = [
-        Variant(METHOD, each.method, plain(each.budget)) for each in asked if make_method(each).acts_at(each.share)
-    ]
+    pruned = [Variant(METHOD, each.method, plain(each.budget)) for each in asked if each.config().acts]
     blind = [Variant(BLIND)] if settings.blind else []
     return [Variant(FULL), *blind, *pruned]
 
@@ -212,11 +209,10 @@ class Evaluation:
         seed = crc32(video.name.encode("utf-8", "surrogateescape"), generator_seed(settings.seed))
         args = settings.method_args if variant.row == METHOD else {}
         options = PruneOptions(budget=variant.budget, method=variant.method, method_args=args, seed=seed)
-        engine = make_engine(self.loaded, options)
-        shared = {"read": frames.read, "encode_rows": rows.encode_rows}
-        shared = {"read": grey_frames} if variant.row == BLIND else shared
+        engine = Engine(self.loaded, options.config())
+        kind = GreyInput if variant.row == BLIND else partial(SharedInput, shared_frames=frames, shared_rows=rows)
         sampling = replace(settings.sampling, **span.sampling)
-        with closing(open_inputs(engine, [video.path], sampling, names=[video.name], **shared)) as opened:
+        with closing(open_inputs(engine, [video.path], sampling, names=[video.name], kind=kind)) as opened:
             encoded = opened.encode()
         cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
         for row in span.rows:
@@ -235,7 +231,7 @@ class Evaluation:
             }
             if settings.timed:
                 # A method that does not read the question did all its work before the first one.
-                prune_ms = answer.report.time_ms.encode_prune if engine.method.reads_question else pruned
+                prune_ms = answer.report.time_ms.encode_prune if engine.pruning.method.reads_question else pruned
                 made["prune_ms"] = prune_ms + (answer.report.time_ms.prefill_prune or 0.0)
             yield _about(video, row) | made
 

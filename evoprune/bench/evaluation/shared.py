@@ -3,13 +3,14 @@
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from evoprune.methods.encoder_plan import EncoderPlan, SetAside
 from evoprune.model.cost import Clock
+from evoprune.session.encoding import OpenInput
 from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.info import Video
 from evoprune.vision.encoded import EncodedRows
@@ -39,14 +40,6 @@ class SharedFrames:
             self._held[key] = chunks
 
 
-def grey_frames(info: Video, times_s: Sequence[float], *, decoder: str, chunk_bytes: int) -> Iterator[FrameChunk]:
-    """As `read_frames`, but every frame is grey: the size and the length of a video without its content."""
-    at_once = max(2, chunk_bytes // (info.width * info.height * 3) // 2 * 2)
-    for first in range(0, len(times_s), at_once):
-        times = tuple(times_s[first : first + at_once])
-        yield FrameChunk(first, np.full((len(times), info.height, info.width, 3), 128, np.uint8), times)
-
-
 class SharedRows:
     """The tower's rows of one video in one model. Methods that act after the encoder differ only in what they select.
 
@@ -73,6 +66,36 @@ class SharedRows:
             if len(self._held) > HELD:
                 self._held.popitem(last=False)
         return replace(rows, plan=plan, timer=rows.timer.copy())  # each caller adds its own times
+
+
+@dataclass(eq=False)
+class SharedInput(OpenInput):
+    """An input with shared frames, and shared rows if there are any."""
+
+    shared_frames: SharedFrames
+    shared_rows: SharedRows | None = None
+
+    def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
+        plan = self.plan
+        given = plan.source, plan.sampling.times_s
+        return self.shared_frames.read(*given, decoder=plan.decoder, chunk_bytes=chunk_bytes)
+
+    def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
+        if self.shared_rows is None:
+            return super().rows(patches, **options)
+        visual = self.engine.loaded.model.model.visual
+        return self.shared_rows.encode_rows(visual, patches, self.plan.encoder, **options)
+
+
+class GreyInput(OpenInput):
+    """Every frame is grey: the size and the length of a video without its content."""
+
+    def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
+        source, times_s = self.plan.source, self.plan.sampling.times_s
+        at_once = max(2, chunk_bytes // (source.width * source.height * 3) // 2 * 2)
+        for first in range(0, len(times_s), at_once):
+            times = tuple(times_s[first : first + at_once])
+            yield FrameChunk(first, np.full((len(times), source.height, source.width, 3), 128, np.uint8), times)
 
 
 def _tower_work(plan: EncoderPlan) -> tuple:

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from evoprune.methods.budget import plain
-from evoprune.report.records import Environment, ModelFacts
+from evoprune.report import Environment, ModelFacts
 
 SCHEMA = "evoprune/profile@1"
 # Kinds of rows: plain transformers, evoprune without pruning, the best that a post-encoder method could reach, a method.

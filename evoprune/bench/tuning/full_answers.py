@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from evoprune.bench.evaluation.shared import SharedFrames, SharedRows
+from evoprune.bench.evaluation.shared import SharedFrames, SharedInput, SharedRows
 from evoprune.bench.tuning.agreement import Reference, reference
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, VideoError
 from evoprune.session.answering import EncodedInputs
-from evoprune.session.engine import Engine, unpruned
-from evoprune.session.inputs import open_inputs
+from evoprune.session.encoding import open_inputs
+from evoprune.session.engine import Engine
 from evoprune.session.options import SamplingOptions
 
 TOKENS = (64, 32, 16, 8)  # of an answer, at most; fewer where time is short
@@ -37,8 +38,8 @@ def encode(
     engine: Engine, path: str, sampling: SamplingOptions, frames: SharedFrames, rows: SharedRows | None = None
 ) -> tuple[EncodedInputs, float]:
     """A video, encoded, and the seconds of encoding: also those that shared rows have saved."""
-    readers = {"read": frames.read} | ({"encode_rows": rows.encode_rows} if rows else {})
-    with closing(open_inputs(engine, [Path(path)], sampling, names=[path], **readers)) as opened:
+    kind = partial(SharedInput, shared_frames=frames, shared_rows=rows)
+    with closing(open_inputs(engine, [Path(path)], sampling, names=[path], kind=kind)) as opened:
         video = opened.encode()
     return video, video.report.time_ms.encode / 1000 + (rows.saved if rows else 0.0)
 
@@ -56,7 +57,7 @@ class Answering:
         self.problems: dict[str, EvopruneError] = {}  # of videos that cannot be read or computed, by path
         self.tokens, self.asked = TOKENS[0], len(questions)  # of an answer, at most; of a video
         self._next_s = 0.0  # that the next video takes
-        self.engine, self._sampling, self._questions = unpruned(engine), sampling, questions
+        self.engine, self._sampling, self._questions = engine.unpruned(), sampling, questions
         self._seconds, self._now, self._begun = seconds, now, now()
 
     def answer(self, videos: tuple[str, ...], progress: Progress = lambda what: None) -> None:

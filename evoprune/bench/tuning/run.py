@@ -15,7 +15,7 @@ from evoprune.bench.tuning.full_answers import TOKENS, Answering, FullAnswers, P
 from evoprune.bench.tuning.results import least_tokens, provable, recommended, result_rows
 from evoprune.bench.tuning.search import Candidate, Known, Trial, candidates, search
 from evoprune.errors import OutOfMemory, UsageError, error_record
-from evoprune.session.engine import check_fits, make_engine
+from evoprune.session.engine import Engine, check_fits
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.text import counted
@@ -80,7 +80,7 @@ class Run:
 
     def answer(self, progress: Progress) -> list[FullAnswers]:
         """Raises what `Answering.answer` raises."""
-        engine, settings = make_engine(self.loaded, PruneOptions(seed=self.settings.seed)), self.settings
+        engine, settings = Engine(self.loaded, PruneOptions(seed=self.settings.seed).config()), self.settings
         seconds = SHARE_OF_FULL * settings.time_limit_s
         self.answering = Answering(engine, settings.sampling, settings.questions, seconds, self._now)
         self.answering.answer(settings.videos, progress)
@@ -180,7 +180,8 @@ class Tuning(Run):
 
     def _try(self, candidate: Candidate, full: FullAnswers, frames: SharedFrames, rows: SharedRows) -> Trial:
         start = self._now()
-        engine = make_engine(self.loaded, PruneOptions(candidate.budget, candidate.method, seed=self.settings.seed))
+        pruning = PruneOptions(candidate.budget, candidate.method, seed=self.settings.seed)
+        engine = Engine(self.loaded, pruning.config())
         video, seconds = encode(engine, full.path, self.settings.sampling, frames, rows)
         made, pruning = [agreement(given, video) for given in full.references], video.report.pruning
         return Trial(

@@ -18,7 +18,7 @@ from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from evoprune.model.config import GenerationSettings
 from evoprune.model.cost import shortage
 from evoprune.model.weights import QwenVL
-from evoprune.report.records import ModelFacts
+from evoprune.report import ModelFacts
 from evoprune.session.loading.folder import eos_ids, fingerprint, read_generation
 from evoprune.session.loading.found import DTYPES, FoundModel, find_model
 from evoprune.session.loading.warm import warm_up

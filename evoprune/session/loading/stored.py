@@ -14,7 +14,7 @@ import evoprune
 from evoprune.cpu.integers import Weights, levels
 from evoprune.cpu.quantize import Progress, places, quantize, restore
 from evoprune.model.weights import QwenVL
-from evoprune.session.entries import Entries, cache_folder, own_code
+from evoprune.session.cache import Entries, cache_folder, own_code
 from evoprune.session.loading.calibration import calibrate
 
 LIMIT_BYTES = 32 * 2**30

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from evoprune.errors import UsageError
 from evoprune.keywords import from_keywords
-from evoprune.report.records import Report
+from evoprune.report import Report
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.options import PipelineOptions
 from evoprune.video_qa import load_qa

@@ -17,12 +17,13 @@ from evoprune.bench.evaluation import shared as evaluation_shared
 from evoprune.bench.evaluation.cost import COST_MODEL
 from evoprune.bench.evaluation.questions import Video, load_questions
 from evoprune.bench.evaluation.run import Evaluation, Settings, variants
-from evoprune.bench.evaluation.shared import SharedFrames, grey_frames
+from evoprune.bench.evaluation.shared import GreyInput, SharedFrames
 from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.methods.baselines import Random
 from evoprune.methods.budget import DEFAULT, PRESETS
 from evoprune.model import cost
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
+from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.found import describe_model
 from evoprune.session.options import GenerationOptions, ModelOptions, SamplingOptions
 from evoprune.video.probe import probe
@@ -77,7 +78,7 @@ def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
     encoded, real = [], evaluation_run.open_inputs
 
     def opened(engine, paths, sampling, **more):
-        encoded.append((Path(paths[0]).name, engine.options.method, engine.share, more["read"] is grey_frames))
+        encoded.append((Path(paths[0]).name, engine.pruning.name, engine.pruning.share, more["kind"] is GreyInput))
         return real(engine, paths, sampling, **more)
 
     monkeypatch.setattr(evaluation_run, "open_inputs", opened)
@@ -169,7 +170,8 @@ def test_relative_depth():
 
 def test_the_blind_row_sees_nothing_but_size_and_length(loaded):
     info = probe(SAMPLES / "square.mp4")
-    chunks = list(grey_frames(info, (0.5, 1.5, 2.5, 3.5), decoder="pyav", chunk_bytes=1))
+    opened = open_inputs(VideoQA(loaded).engine, [info.path], SamplingOptions(frames=4), kind=GreyInput)
+    chunks = list(opened.inputs[0].frames(chunk_bytes=1))
     assert [chunk.first for chunk in chunks] == [0, 2] and all((chunk.frames == 128).all() for chunk in chunks)
     assert chunks[0].frames.shape == (2, info.height, info.width, 3) and chunks[0].frames.dtype == np.uint8
     run = begun(loaded, replace(SETTINGS, blind=True), videos(("square.mp4", "three.mp4")))
@@ -188,9 +190,9 @@ def test_methods_that_draw_lots_do_so_anew_for_each_video_but_alike_in_every_run
         return [[s["answer"] for s in run.samples] for run in seen]
 
     assert kept(0) == kept(0)
-    seeds, real = [], evaluation_run.make_engine
+    seeds, real = [], evaluation_run.Engine
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation_run, "make_engine", lambda m, o: seeds.append(o.seed) or real(m, o))
+        patch.setattr(evaluation_run, "Engine", lambda m, p: seeds.append(p.seed) or real(m, p))
         kept(0), kept(1), kept(2**31 - 1)
     assert len(set(seeds)) == 6 and all(0 <= seed < 2**32 for seed in seeds)
 
@@ -216,7 +218,7 @@ def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
     real = evaluation_run.open_inputs
 
     def opened(engine, paths, *args, **more):
-        if engine.options.method == "random" and Path(paths[0]).name == "three.mp4":
+        if engine.pruning.name == "random" and Path(paths[0]).name == "three.mp4":
             raise OutOfMemory("out of memory in encode", stage="encode")
         return real(engine, paths, *args, **more)
 

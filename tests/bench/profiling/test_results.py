@@ -18,7 +18,7 @@ from evoprune.bench.profiling.results import (
     bound_of,
     median_ratio,
 )
-from evoprune.report.records import Environment, ModelFacts
+from evoprune.report import Environment, ModelFacts
 
 CASE = Case(8, 224, 336)
 

@@ -13,7 +13,7 @@ from evoprune.contrib.operation_search import Loss, OperationTuning, Step, deepe
 from evoprune.errors import UsageError
 from evoprune.methods.language_plan import KINDS
 from evoprune.methods.operation_plans import ALL, REST, Recipe, closed
-from evoprune.report.records import rounded
+from evoprune.report import rounded
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.video_qa import VideoQA
 from evoprune_cli.terminal import json_line

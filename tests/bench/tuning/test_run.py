@@ -5,7 +5,7 @@ import pytest
 from evoprune.bench.tuning.full_answers import Answering
 from evoprune.bench.tuning.run import Settings, Tuning
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.session.engine import make_engine
+from evoprune.session.engine import Engine
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
 from tests.quantized import parameters
@@ -103,7 +103,7 @@ class Ticks:
 @pytest.mark.full
 @pytest.mark.parametrize(("seconds", "tokens", "asked", "videos"), [(1e6, 64, 2, 2), (60, 64, 2, 2), (3, 8, 1, 1)])
 def test_full_answers_keep_their_time(loaded, seconds, tokens, asked, videos):
-    engine = make_engine(loaded, PruneOptions())
+    engine = Engine(loaded, PruneOptions().config())
     answering = Answering(engine, SamplingOptions(frames=4), QUESTIONS, seconds, Ticks())
     answering.answer(CLIPS)
     assert (answering.tokens, answering.asked, len(answering.made)) == (tokens, asked, videos)

@@ -8,9 +8,8 @@ import numpy as np
 
 import evoprune
 from evoprune.session.answering import EncodedInputs
-from evoprune.session.inputs import open_inputs
+from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.options import SamplingOptions
-from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from evoprune_vllm import PREFIX
 
@@ -69,12 +68,13 @@ def clip_of(qa: VideoQA, path: Path, fps: float):
     """A video as `qa` encodes it, and the frames that it read."""
     held = []
 
-    def read(info, times_s, **how):
-        for chunk in read_frames(info, times_s, **how):
-            held.append(chunk.frames.copy())
-            yield chunk
+    class Kept(OpenInput):
+        def frames(self, chunk_bytes):
+            for chunk in super().frames(chunk_bytes):
+                held.append(chunk.frames.copy())
+                yield chunk
 
-    with closing(open_inputs(qa.engine, [path], SamplingOptions(fps=fps), read=read)) as video:
+    with closing(open_inputs(qa.engine, [path], SamplingOptions(fps=fps), kind=Kept)) as video:
         encoded = video.encode()
         return encoded, Clip(np.concatenate(held), video.plans[0].sampling.seconds_per_pair(2))
 

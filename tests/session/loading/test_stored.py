@@ -10,7 +10,7 @@ import torch
 from evoprune import VideoQA
 from evoprune.cpu.quantize import quantize
 from evoprune.errors import UsageError
-from evoprune.session.entries import Entries
+from evoprune.session.cache import Entries
 from evoprune.session.loading import stored
 from evoprune.session.loading.calibration import calibrate
 from tests.quantized import SOME, parameters

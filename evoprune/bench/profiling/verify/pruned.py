@@ -115,7 +115,7 @@ def every_method(subject: Subject) -> Outcome:
             continue
         ran.append(name)
         plan, kept = first.plan.encoder, first.encoded.kept.tolist()
-        if qa.engine.method.exact and not qa.engine.method.language and len(kept) != plan.keep:
+        if qa.engine.pruning.method.exact and not qa.engine.pruning.method.language and len(kept) != plan.keep:
             return Outcome(DIFFERS, f"{name}: {len(kept)} tokens, expected {plan.keep}")
         if not all(each.isfinite().all() for each in found) or second.encoded.kept.tolist() != kept:
             return Outcome(DIFFERS, f"{name}: NaN, or other tokens the second time")

@@ -16,14 +16,13 @@ from evoprune.bench.profiling.verify.wide import computing_in, wider
 from evoprune.hf.processor_inputs import NAMES, TYPES, arguments
 from evoprune.model.cost import shortage
 from evoprune.session.answering import EncodedInputs
+from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.engine import Engine
-from evoprune.session.inputs import open_inputs
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import GenerationOptions, SamplingOptions
 from evoprune.session.prompting import PromptReader
 from evoprune.video.plan import Plan
 from evoprune.video_qa import VideoQA
-from evoprune.vision.encoder import encode_rows
 
 QUESTION, ANOTHER = "What happens in this video?", "Which things can be seen, and where do they go?"
 # Of an input: enough for several frame pairs and windows, and few enough for a large model on a CPU.
@@ -89,10 +88,12 @@ class Subject:
     ) -> EncodedInputs:
         """As `VideoQA.encode`, perhaps with another size of chunks."""
 
-        def in_chunks(*given, **how):
-            return encode_rows(*given, **how | {"chunk_units": chunk_units})
+        class InChunks(OpenInput):
+            def rows(self, patches, **options):
+                return super().rows(patches, **options | {"chunk_units": chunk_units})
 
-        with closing(open_inputs(qa.engine, paths, sampling, encode_rows=chunk_units and in_chunks)) as opened:
+        kind = InChunks if chunk_units else OpenInput
+        with closing(open_inputs(qa.engine, paths, sampling, kind=kind)) as opened:
             return opened.encode()
 
     def plans(self, engine: Engine, paths: Sequence[Path]) -> list[Plan]:

@@ -2,8 +2,7 @@
 
 import pytest
 
-from evoprune.report.records import Memory, ModelFacts, Report, TokenCounts, VideoFacts
-from evoprune.report.stats import stats_block, summary
+from evoprune.report import Memory, ModelFacts, Report, TokenCounts, VideoFacts, stats_block, summary
 
 
 def test_an_empty_report_has_a_text():

@@ -1,16 +1,68 @@
-"""Reports of the pipeline: what was looked at, what was kept, how long each stage took."""
+"""Reports: what was looked at, what was kept, how long each stage took; of `VideoQA`, and what a call of a pruned model shares."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
+
+import torch
 
 from evoprune.backend.devices import environment, memory_in_use, peak_memory
 from evoprune.language.dropping import Dropping
-from evoprune.report.records import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
-from evoprune.session.encoding import Encoding
+from evoprune.methods.config import PruneConfig
+from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.engine import Engine
 from evoprune.video.plan import STILL, Plan
+from evoprune.vision.encoded import Encoded, EncodedRows, select_tokens
 
 FLAT = "equal_scores"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """An input that was encoded, and what that took."""
+
+    plan: Plan
+    tokens: Encoded  # what the language model reads; none where a question is to come first
+    rows: EncodedRows | None  # where the method selects tokens for each question, what it selects from
+    seconds: dict[str, float]  # how long each stage was busy: "read", "preprocess" and "encode"
+    wall_seconds: float  # from the start of reading to the end of encoding
+    cache: str  # "hit" (from disk), "miss" (encoded, then stored) or "off"
+    warnings: tuple[str, ...]  # names, as in reports
+    damaged: int  # packets that could not be decoded
+
+    @property
+    def kept(self) -> int:
+        """How many tokens the language model will read."""
+        return self.plan.encoder.keep if self.rows else len(self.tokens.kept)
+
+    def own(self) -> "Encoding":
+        """The same one for another conversation, whose selections it times apart."""
+        if not self.rows:
+            return self
+        rows = replace(self.rows, timer=self.rows.timer.copy())
+        return replace(self, rows=rows, tokens=rows.nothing_selected())
+
+    def selected(self, question: torch.Tensor) -> "Encoding":
+        """With the tokens for a question, its embedding `[words, D]`, where the method selects them for each one."""
+        return replace(self, tokens=select_tokens(self.rows, question)) if self.rows else self
+
+
+def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], positions: str) -> Pruning:
+    """The pruning of some inputs together, of `units` units before anything was pruned; `read`: their tokens."""
+    layers = zip(*(each.layers for each in read), strict=True)
+    kept = sum(len(each.kept) for each in read)
+    return Pruning(
+        method=config.name,
+        args=config.method.args,
+        budget=config.budget,
+        kept_ratio=kept / units,
+        visual_tokens_in=units,
+        visual_tokens_kept=kept,
+        encoder_rows=sum(len(each.rows) for each in read),
+        encoder_live_share=sum(each.live_share * len(each.owner) for each in read) / units,
+        layers=[[same[0][0], sum(rows for _, rows in same)] for same in layers],
+        kept_per_pair=[count for each in read for count in each.kept_per_pair],
+        positions=positions,
+    )
 
 
 def inputs_report(engine: Engine, encodings: Sequence[Encoding]) -> Report:
@@ -27,8 +79,7 @@ def inputs_report(engine: Engine, encodings: Sequence[Encoding]) -> Report:
     if len(report.inputs) == 1:
         only = report.inputs[0]
         report.video, report.sampling, report.subtitles = only.video, only.sampling, only.subtitles
-    report.pruning = _pruning(engine, encodings)
-    fill_kept(report, encodings)
+    fill_pruning(report, engine, encodings)
     report.time_ms.load = None if engine.load_seconds is None else engine.load_seconds * 1000
     for part, spent in loaded.load_seconds.items():
         setattr(report.time_ms, f"load_{part}", spent * 1000)
@@ -46,21 +97,40 @@ def inputs_report(engine: Engine, encodings: Sequence[Encoding]) -> Report:
 
 
 def _input_facts(engine: Engine, encoding: Encoding) -> InputFacts:
-    plan, tokens = encoding.plan, encoding.tokens
+    """An input by itself; `fill_pruning` adds its pruning."""
+    plan, tokens, merge = encoding.plan, encoding.tokens, engine.loaded.video.merge_size
     facts = {"path": plan.name, "decoder": plan.decoder, "damaged": encoding.damaged}
     known = {each.name: getattr(plan.info, each.name) for each in fields(VideoFacts) if each.name not in facts}
     times = {stage: spent * 1000 for stage, spent in encoding.seconds.items()}
+    count, height, width = plan.grid
+    grid = [count, height * merge, width * merge]
+    sampling = Sampling(frames=plan.sampling.frames, resized_hw=[plan.height, plan.width], grid_thw=grid)
+    if plan.sampling is not STILL:
+        sampling.start_s, sampling.end_s = plan.sampling.start_s, plan.sampling.end_s
+        sampling.timestamps_s = list(plan.sampling.times_s)
+        sampling.seconds_per_pair = plan.sampling.seconds_per_pair(engine.loaded.video.temporal_patch_size)
     return InputFacts(
         path=plan.name,
         kind=plan.kind,
         video=VideoFacts(**known, **facts),
-        sampling=_sampling(engine, plan),
-        pruning=_pruning(engine, [encoding]),
+        sampling=sampling,
         time_ms=InputTimes(**times, encode_prune=tokens.prune_seconds * 1000),
         cache=encoding.cache,
         subtitles=plan.subtitles.record(),
         warnings=[*encoding.warnings, *plan.subtitles.warnings, *([FLAT] if tokens.flat else [])],
     )
+
+
+def fill_pruning(report: Report, engine: Engine, encodings: Sequence[Encoding]) -> None:
+    """Writes into a report what the encoder computed, and what the language model reads, of all inputs and of each."""
+
+    def pruning(some: Sequence[Encoding]) -> Pruning:
+        units = sum(each.plan.units for each in some)
+        return pruning_facts(engine.pruning, units, [each.tokens for each in some], "qwen")
+
+    report.pruning = pruning(encodings)
+    for facts, encoding in zip(report.inputs, encodings, strict=True):
+        facts.pruning = pruning([encoding])
 
 
 def fill_times(report: Report, seconds: dict[str, float], total: float, device: str, late_packing: float = 0.0) -> None:
@@ -78,16 +148,6 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
     report.memory.own_bytes, report.memory.mapped_bytes = memory_in_use(device)
 
 
-def fill_kept(report: Report, encodings: Sequence[Encoding]) -> None:
-    """Writes into a report what the language model reads of the inputs."""
-    whole = report.pruning, encodings
-    each = [(facts.pruning, [encoding]) for facts, encoding in zip(report.inputs, encodings, strict=True)]
-    for pruning, some in [whole, *each]:
-        pruning.visual_tokens_kept = sum(len(one.tokens.kept) for one in some)
-        pruning.kept_ratio = pruning.visual_tokens_kept / sum(one.plan.units for one in some)
-        pruning.kept_per_pair = [count for one in some for count in one.tokens.kept_per_pair]
-
-
 def fill_dropped(report: Report, dropping: Dropping | None) -> None:
     """Writes into a report what left inside the language model, if anything could; synchronises."""
     if dropping is not None:
@@ -95,34 +155,3 @@ def fill_dropped(report: Report, dropping: Dropping | None) -> None:
         work = dropping.work and [[layer, *counts] for layer, counts in enumerate(dropping.work)]
         report.pruning.language_work = work
         report.time_ms.prefill_prune = dropping.timer.seconds() * 1000
-
-
-def _sampling(engine: Engine, plan: Plan) -> Sampling:
-    video = engine.loaded.video
-    t, h, w = plan.grid
-    found = Sampling(
-        frames=plan.sampling.frames,
-        resized_hw=[plan.height, plan.width],
-        grid_thw=[t, h * video.merge_size, w * video.merge_size],
-    )
-    if plan.sampling is not STILL:
-        found.start_s, found.end_s = plan.sampling.start_s, plan.sampling.end_s
-        found.timestamps_s = list(plan.sampling.times_s)
-        found.seconds_per_pair = plan.sampling.seconds_per_pair(video.temporal_patch_size)
-    return found
-
-
-def _pruning(engine: Engine, encodings: Sequence[Encoding]) -> Pruning:
-    """The pruning of some inputs together; `fill_kept` adds what is kept."""
-    units, read = sum(encoding.plan.units for encoding in encodings), [encoding.tokens for encoding in encodings]
-    layers = zip(*(each.layers for each in read), strict=True)
-    return Pruning(
-        method=engine.options.method,
-        args=engine.method.args,
-        budget=engine.reported_budget,
-        visual_tokens_in=units,
-        encoder_rows=sum(len(each.rows) for each in read),
-        encoder_live_share=sum(each.live_share * len(each.owner) for each in read) / units,
-        layers=[[same[0][0], sum(rows for _, rows in same)] for same in layers],
-        positions="qwen",
-    )
