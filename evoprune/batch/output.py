@@ -16,7 +16,7 @@ from evoprune.batch import unfinished
 from evoprune.batch.rows import Row
 from evoprune.batch.settings import Settings
 from evoprune.errors import UsageError
-from evoprune.model.rules import loads
+from evoprune.model.config import loads
 from evoprune.report.records import SCHEMA, Report, rounded
 
 STDOUT = "-"

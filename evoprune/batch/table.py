@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from evoprune.errors import LFS, LFS_HINT, UsageError
-from evoprune.model.rules import loads
+from evoprune.model.config import loads
 from evoprune.text import shorten
 
 LIST_COLUMNS = ("inputs", "options", "groups")  # columns whose cells in a CSV file are lists

@@ -21,7 +21,8 @@ from evoprune.backend.layers import is_plain
 from evoprune.errors import DeviceWarning, first_line
 from evoprune.language.attention import bias_features
 from evoprune.language.decoder import KVCache, run_layer
-from evoprune.model.config import head_size, kv_bytes
+from evoprune.model.config import head_size
+from evoprune.model.cost import kv_bytes
 from evoprune.model.numerics import frequencies_of, norm, turns_by, without_autocast
 
 # Tokens that an answer has before a graph is captured for it, and the fewest that may still come then. A capture takes as long as

@@ -11,7 +11,7 @@ from typing import Any
 
 from evoprune.errors import ModelError, first_line, is_out_of_memory
 from evoprune.language.template import render
-from evoprune.model.rules import TEXT, check_fetched, read_object
+from evoprune.model.config import TEXT, check_fetched, read_object
 
 MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's have 11 MB and 3 kB
 

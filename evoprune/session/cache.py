@@ -16,7 +16,7 @@ import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.model.rules import loads
+from evoprune.model.config import loads
 from evoprune.session.engine import Engine
 from evoprune.session.entries import Entries, cache_folder, own_code
 from evoprune.video.plan import Plan

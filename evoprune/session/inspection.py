@@ -10,7 +10,7 @@ from evoprune.backend.devices import available_memory, largest_chunk
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError
 from evoprune.methods.budget import PRESETS, keep_tokens, plain, share_for, share_of
-from evoprune.model.config import kv_bytes
+from evoprune.model.cost import kv_bytes
 from evoprune.session.loading.found import DTYPES, FoundModel
 from evoprune.session.options import PruneOptions, make_method
 from evoprune.session.planning import TEXT, encoding_bytes

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from evoprune.model.rules import LEVELS, MAX_BYTES, loads, read_object
+from evoprune.model.config import MAX_BYTES, MAX_LEVELS, loads, read_object
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_what_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    "value", [{"a": [1, 2.5, None, True, "NaN"]}, 1e300, [], "", json.loads("[" * LEVELS + "]" * LEVELS)]
+    "value", [{"a": [1, 2.5, None, True, "NaN"]}, 1e300, [], "", json.loads("[" * MAX_LEVELS + "]" * MAX_LEVELS)]
 )
 def test_what_is_read(value):
     assert loads(json.dumps(value)) == value

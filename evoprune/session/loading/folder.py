@@ -24,11 +24,16 @@ from evoprune.model.config import (
     MODEL_TYPES,
     Config,
     GenerationSettings,
+    Rule,
     Unsupported,
     VisionConfig,
+    check_fetched,
+    checked,
     parse_config,
+    pick,
+    read_object,
+    section,
 )
-from evoprune.model.rules import Rule, check_fetched, checked, pick, read_object, section
 from evoprune.session.loading.weights import MERGE
 from evoprune.text import listed, shorten
 from evoprune.video.info import PICTURE, VIDEO
