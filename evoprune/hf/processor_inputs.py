@@ -12,8 +12,7 @@ import torch
 from transformers import BatchFeature
 
 from evoprune.keywords import from_keywords
-from evoprune.language.prompt import Prompt, build_prompt
-from evoprune.language.tokenizer import load_tokenizer
+from evoprune.language.prompt import Prompt, build_prompt, load_tokenizer
 from evoprune.model.config import VisionConfig
 from evoprune.session.encoding import patches_of
 from evoprune.session.inputs import paths_of

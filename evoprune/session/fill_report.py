@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from evoprune.backend.devices import environment, memory_in_use, peak_memory
-from evoprune.language.dropping import Dropping
+from evoprune.language.decoder import Dropping
 from evoprune.report.records import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.encoding import Encoding
 from evoprune.session.engine import Engine

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from evoprune.backend.devices import largest_chunk
 from evoprune.errors import LESS, OutOfMemory
-from evoprune.language.tokenizer import Tokenizer
+from evoprune.language.prompt import Tokenizer
 from evoprune.methods.budget import keep_tokens, share_of
 from evoprune.methods.encoder_plan import EncoderPlan, WholePairs
 from evoprune.model.config import PATCHES, Config

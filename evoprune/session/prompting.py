@@ -11,8 +11,6 @@ from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
     PrefillState,
     Visual,
-    column_deepstack,
-    column_sizes,
     dropping_for,
     embed_prompt,
     prefill,
@@ -64,10 +62,8 @@ class PromptReader:
         following = int(positions.max()) + 1
         read = zip(prompt.places, encoded, strict=True)
         visuals = [Visual(place, each.features, each.kept_here, each.size, each.deepstack) for place, each in read]
-        embeds, columns = embed_prompt(model, prompt.input_ids, visuals)
+        embeds, columns, sizes, deepstack = embed_prompt(model, prompt.input_ids, visuals)
         positions = positions[:, columns]
-        sizes = column_sizes(visuals, columns)
-        deepstack = column_deepstack(visuals, columns, embeds)
         grids = [plan.grid for plan in self._plans]
         method, share = self._engine.method, share_of(self._engine.share, grids)
         if dropping := dropping_for(model, method, share, visuals, grids, embeds, columns):

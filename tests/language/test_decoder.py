@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.language import attention, decoder
+from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.model.config import parse_config
@@ -118,7 +118,7 @@ def test_a_bias_in_features_of_heads_is_that_in_a_mask(cuts, dtype, near, monkey
 
     expected, shapes = made(), []
     monkeypatch.setattr(decoder, "uses_kernels", lambda device: True)
-    monkeypatch.setattr(attention, "causal_attention", lower_right)
+    monkeypatch.setattr(decoder, "causal_attention", lower_right)
     assert_close(made(), expected, near)
     ends = [end for end in [*cuts, LENGTH] if end != LENGTH or LENGTH - 1 not in cuts]
     # The last column of the top layer, and a column alone, take the mask.

@@ -7,7 +7,7 @@ from evoprune import methods
 from evoprune.contrib.fastv import PyramidDrop
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
-from evoprune.language.generate import TokenStream, Visual, along, dropping_for, embed_prompt, prefill
+from evoprune.language.generate import TokenStream, Visual, dropping_for, embed_prompt, prefill, teacher_forced_logits
 from evoprune.language.prompt import Place
 from evoprune.language.settings import GenerationOptions
 from tests.language.test_decoder import assert_close
@@ -53,16 +53,16 @@ def test_room_for_the_prompt_and_not_for_what_left(name):
     ids = torch.zeros(COLUMNS, dtype=torch.int64)
     place = Place((range(BEFORE, BEFORE + len(VISUAL)),))
     visuals = [Visual(place, embeds[VISUAL], torch.arange(len(VISUAL)))]
-    prompt, columns = embed_prompt(model, ids, visuals)
+    prompt, columns, _, _ = embed_prompt(model, ids, visuals)
     dropping = dropping_for(model, methods.parse(name), 0.25, visuals, [GRID], prompt, columns)
     state = prefill(model, prompt, positions, 60, dropping=dropping)
     room = [keys.shape[2] - 256 for keys, _ in state.cache._layers]
     assert room == list(dropping.columns) and all(a >= b for a, b in zip(room, state.cache.lengths, strict=True))
     assert list(dropping.layers) == [length - TEXT for length in state.cache.lengths]
-    tokens = list(TokenStream(model, state, GenerationOptions(4), ()))
+    tokens = list(TokenStream(state, GenerationOptions(4), ()))
     dropping = dropping_for(model, methods.parse(name), 0.25, visuals, [GRID], prompt, columns)
     again = prefill(model, prompt, positions, 60, dropping=dropping)
-    assert along(model, again, torch.tensor(tokens)).argmax(-1).tolist() == tokens
+    assert teacher_forced_logits(again, torch.tensor(tokens)).argmax(-1).tolist() == tokens
 
 
 @pytest.mark.parametrize("name", DROPPING)
@@ -138,7 +138,7 @@ def test_two_inputs_of_one_prompt():
         Visual(Place((range(3, 15),)), torch.randn(6, hidden, generator=random), torch.arange(0, 12, 2)),
         Visual(Place((range(18, 27),)), torch.randn(9, hidden, generator=random), torch.arange(9)),
     ]
-    embeds, columns = embed_prompt(model, ids, visuals)
+    embeds, columns, _, _ = embed_prompt(model, ids, visuals)
     for name in DROPPING:
         dropping = dropping_for(model, methods.parse(name), 0.2, visuals, grids, embeds, columns)
         assert dropping._pair.tolist() == [0, 0, 0, 1, 1, 1] + [2] * 9
@@ -171,7 +171,7 @@ def test_a_method_sees_where_in_their_frames_tokens_are(monkeypatch):
         return found
 
     monkeypatch.setattr(PyramidDrop, "select", watched)
-    prompt, columns = embed_prompt(model, torch.zeros(COLUMNS, dtype=torch.int64), visuals)
+    prompt, columns, _, _ = embed_prompt(model, torch.zeros(COLUMNS, dtype=torch.int64), visuals)
     dropping = dropping_for(model, methods.parse("pyramiddrop"), 0.5, visuals, grids, prompt, columns)
     prefill(model, prompt, positions[:, columns], 60, dropping=dropping)
     assert len(seen) == 3

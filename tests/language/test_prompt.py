@@ -5,8 +5,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import ModelError, UsageError
-from evoprune.language.prompt import PICTURE, VIDEO, Prompt, build_prompt, timestamps
-from evoprune.language.tokenizer import Tokenizer
+from evoprune.language.prompt import PICTURE, VIDEO, Prompt, Tokenizer, build_prompt, timestamps
 from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
 
 ORDINARY = [

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import ModelError
-from evoprune.language.tokenizer import Tokenizer, load_tokenizer
+from evoprune.language.prompt import Tokenizer, load_tokenizer
 from evoprune.session.loading.folder import DEMO_FOLDER
 from tests.tiny import SPECIAL_TOKENS, tiny_tokenizer
 

@@ -18,7 +18,7 @@ import torch
 
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneWarning, ModelError, ModelWarning, first_line
-from evoprune.language.tokenizer import Tokenizer
+from evoprune.language.prompt import Tokenizer
 from evoprune.model.config import (
     EXPERTS,
     MODEL_TYPES,

@@ -14,7 +14,7 @@ from evoprune.cpu.precision import AUTO_THREADS
 from evoprune.cpu.quantize import kinds
 from evoprune.errors import ModelError, OutOfMemory, is_out_of_memory
 from evoprune.keywords import from_keywords
-from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from evoprune.language.prompt import Tokenizer, has_tokenizer, load_tokenizer
 from evoprune.model.config import GenerationSettings
 from evoprune.model.cost import shortage
 from evoprune.model.weights import QwenVL

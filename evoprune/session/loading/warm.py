@@ -11,7 +11,7 @@ import torch
 
 from evoprune.backend.graph import run_beside
 from evoprune.backend.layers import join, join_tower
-from evoprune.language.generate import TokenStream, Visual, column_deepstack, column_sizes, embed_prompt, prefill
+from evoprune.language.generate import TokenStream, Visual, embed_prompt, prefill
 from evoprune.language.prompt import Place
 from evoprune.language.settings import GenerationOptions
 from evoprune.methods.registry import parse
@@ -48,9 +48,6 @@ def _answer(config: Config, dtype: torch.dtype, device: torch.device) -> None:
     place = Place((range(WORDS, WORDS + units),))
     visuals = [Visual(place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
     ids = torch.zeros(2 * WORDS + units, dtype=torch.int64, device="cpu")
-    embeds, columns = embed_prompt(model, ids, visuals)
-    deepstack = column_deepstack(visuals, columns, embeds)
-    state = prefill(
-        model, embeds, columns.expand(3, -1), len(ids), None, column_sizes(visuals, columns), None, deepstack
-    )
-    list(TokenStream(model, state, GenerationOptions(max_new_tokens=2), eos_ids=()))
+    embeds, columns, sizes, deepstack = embed_prompt(model, ids, visuals)
+    state = prefill(model, embeds, columns.expand(3, -1), len(ids), None, sizes, None, deepstack)
+    list(TokenStream(state, GenerationOptions(max_new_tokens=2), eos_ids=()))

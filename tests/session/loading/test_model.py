@@ -76,9 +76,11 @@ def test_a_loaded_model_answers(saved):
     kept = torch.tensor([0, 5, 7])
     span = VisualSpan(prompt.places[0].runs[0].start, (2, 2, 3), 1.0)
     positions = prompt_positions(len(prompt.input_ids), [span], loaded.model.config.vision_config.tokens_per_second)
-    embeds, columns = embed_prompt(loaded.model, prompt.input_ids, [Visual(prompt.places[0], features[kept], kept)])
+    embeds, columns, _, _ = embed_prompt(
+        loaded.model, prompt.input_ids, [Visual(prompt.places[0], features[kept], kept)]
+    )
     state = prefill(loaded.model, embeds, positions[:, columns], int(positions.max()) + 1)
-    answer = TokenStream(loaded.model, state, GenerationOptions(max_new_tokens=8), loaded.eos_ids)
+    answer = TokenStream(state, GenerationOptions(max_new_tokens=8), loaded.eos_ids)
     assert "".join(stream_text(loaded.tokenizer, answer))
     assert answer.finish_reason in ("stop", "length")
 

@@ -44,7 +44,7 @@ FAULTS = {
     ),
     "another rotary base in the tower": Fault("tower", f"{TOWER}:_rotary", "10000.0", "1000.0"),
     "another rotary base in the language model": Fault(
-        "logits", "evoprune.model.numerics:_frequencies", "/ theta **", "/ (theta / 2) **"
+        "logits", "evoprune.language.decoder:_frequencies", "/ theta **", "/ (theta / 2) **"
     ),
     "columns off by one": Fault(
         "positions", "evoprune.language.prompt:video_positions", 'ascending(w, "cpu")', 'ascending(w, "cpu") + 1'
