@@ -23,7 +23,7 @@ from evoprune.session.answering import Answer, EncodedInputs, Uncopied, together
 from evoprune.session.encoding import Progress
 from evoprune.session.engine import check_fits, make_engine, unpruned
 from evoprune.session.inputs import OpenInputs, open_inputs, paths_of
-from evoprune.session.loading.found import FoundModel, find_model
+from evoprune.session.loading.find import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.session.options import (
     HELD,

@@ -20,8 +20,8 @@ from evoprune.bench.profiling.hugging_face import hugging_face_model
 from evoprune.bench.profiling.results import Case
 from evoprune.hf.encoding import encode_with
 from evoprune.hf.packed_tower import PackedTower
-from evoprune.session.loading.found import DTYPES, describe_model
-from evoprune.session.loading.weights import random_model
+from evoprune.session.loading.find import DTYPES, describe_model
+from evoprune.session.loading.model import random_model
 from evoprune.session.options import ModelOptions
 from evoprune.vision.preprocess import patchify
 from experiments.decoders import medians

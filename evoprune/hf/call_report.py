@@ -10,7 +10,7 @@ from evoprune.hf.inputs import Visuals
 from evoprune.methods.budget import plain
 from evoprune.methods.chain import Pipeline
 from evoprune.report.records import Memory, ModelFacts, Pruning, Report, Sampling, TokenCounts
-from evoprune.session.loading.found import DTYPES
+from evoprune.session.loading.find import DTYPES
 from evoprune.vision.encoded import Encoded
 
 

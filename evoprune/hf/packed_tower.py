@@ -5,11 +5,10 @@ from typing import Literal
 from torch import nn
 
 from evoprune.backend.layers import is_plain
-from evoprune.cpu.integers import Int8Linear
 from evoprune.cpu.linear import PackedLinear, can_pack, packed_copy, shared_copy
-from evoprune.cpu.quantize import check, quantize
+from evoprune.cpu.quantize import Int8Linear, check, quantize
 from evoprune.errors import UsageError
-from evoprune.session.loading.calibration import calibrate_tower
+from evoprune.session.loading.stored import calibrate_tower
 
 INT8 = "int8"
 SAMPLES = 16  # of each weight, which are compared to notice that it was changed

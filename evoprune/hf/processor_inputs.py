@@ -16,7 +16,7 @@ from evoprune.language.prompt import Prompt, build_prompt, load_tokenizer
 from evoprune.model.config import VisionConfig
 from evoprune.session.encoding import patches_of
 from evoprune.session.inputs import paths_of
-from evoprune.session.loading.found import find_model
+from evoprune.session.loading.find import find_model
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.session.planning import prompt_subtitles, subtitles_of
 from evoprune.session.prompting import check_not_empty, input_times

@@ -5,9 +5,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evoprune.bundled import DEMOS
 from evoprune.errors import ModelError
 from evoprune.language.prompt import Tokenizer, load_tokenizer
-from evoprune.session.loading.folder import DEMO_FOLDER
 from tests.tiny import SPECIAL_TOKENS, tiny_tokenizer
 
 
@@ -117,5 +117,5 @@ def test_vocabulary_and_merges_alone_will_do(folder, tmp_path_factory):
 
 
 def test_the_demo_has_one():
-    tokenizer = load_tokenizer(DEMO_FOLDER)
+    tokenizer = load_tokenizer(DEMOS["demo"].folder)
     assert tokenizer.decode(tokenizer.encode("What colour is the square?")) == "What colour is the square?"

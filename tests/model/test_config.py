@@ -6,7 +6,7 @@ import pytest
 from evoprune.bench.profiling.hugging_face import hugging_face_config
 from evoprune.bundled import DEMOS
 from evoprune.model.config import Unsupported, parse_config
-from evoprune.session.loading.folder import BUNDLED_CONFIGS
+from evoprune.session.loading.find import BUNDLED_CONFIGS
 
 NEW = json.loads(BUNDLED_CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"].read_text())
 

@@ -5,10 +5,10 @@ import torch
 
 from evoprune import VideoQA
 from evoprune.bench.tuning.agreement import agreement, reference
-from evoprune.cpu import integers
+from evoprune.cpu import quantize as module
 from evoprune.cpu.quantize import quantize
-from evoprune.session.loading.calibration import calibrate
 from evoprune.session.loading.model import load_model
+from evoprune.session.loading.stored import calibrate
 from experiments.demo.write import clips_asked, demo_video
 from tests.quantized import parameters
 
@@ -23,7 +23,7 @@ def grow(norm, *layers):
 
 
 @torch.no_grad()
-def demo(kind, share=integers.MOST_LARGE) -> VideoQA:
+def demo(kind, share=module.MAX_LARGE) -> VideoQA:
     """The demo with large channels. `share`: of the channels, how many may be computed apart."""
     loaded = load_model("demo", pack=False)
     tower, language = loaded.model.model.visual, loaded.model.model.language_model
@@ -36,7 +36,7 @@ def demo(kind, share=integers.MOST_LARGE) -> VideoQA:
         grow(layer.post_attention_layernorm, layer.mlp.gate_proj, layer.mlp.up_proj)
     if kind != "none":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(integers, "MOST_LARGE", share)
+            patch.setattr(module, "MAX_LARGE", share)
             quantize(loaded.model, kind, calibrate)
     return VideoQA(loaded, budget=1.0)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evoprune.cpu.machine import cool, page_in
+from evoprune.cpu.machine import madvise_cold, page_in
 
 
 def resident(file: Path) -> int:
@@ -37,5 +37,5 @@ def test_cool_pages_stay_as_they_are(tmp_path):
     file.write_bytes(bytes(range(256)) * 256)
     weights = torch.from_file(str(file), shared=False, size=2**16, dtype=torch.uint8)
     before = weights.clone()
-    cool(weights[10:-10])
+    madvise_cold(weights[10:-10])
     assert weights.equal(before)

@@ -9,8 +9,8 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.session.loading import model
-from evoprune.session.loading.found import describe_model
-from evoprune.session.loading.model import load_model, thread_count, threads_of_each
+from evoprune.session.loading.find import describe_model
+from evoprune.session.loading.model import load_model, threads_of_each, use_threads
 from evoprune.session.options import ModelOptions
 
 REAL = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -31,8 +31,10 @@ def three_threads(monkeypatch):
     ("weights", "cores", "count"),
     [(4_000_000, 64, 1), (72_000_000, 8, 2), (3_754_622_976, 4, 4), (3_754_622_976, 1, 1), (0, 4, 1)],
 )
-def test_small_models_get_one_thread_and_large_ones_all_cores(weights, cores, count):
-    assert thread_count(weights, cores) == count
+def test_small_models_get_one_thread_and_large_ones_all_cores(weights, cores, count, monkeypatch):
+    monkeypatch.setattr(model, "available_cores", lambda: cores)
+    use_threads("auto", weights)
+    assert torch.get_num_threads() == count
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,7 @@ def test_a_model_that_is_loaded_takes_the_threads_it_is_given(saved, monkeypatch
 
 
 def test_a_real_model_takes_all_cores_that_this_process_may_use():
-    model.use_threads("auto", describe_model(ModelOptions(REAL)))
+    use_threads("auto", describe_model(ModelOptions(REAL)).parameters)
     assert torch.get_num_threads() == 8
 
 
@@ -75,7 +77,7 @@ def test_the_threads_of_a_team_end_and_come_back():
     code = """
 import json, os, threading
 import torch
-from evoprune.cpu.machine import _openmp, compute_alone, end_team
+from evoprune.cpu.machine import _openmp, use_one_omp_thread, release_omp_threads
 from evoprune.vision.preprocess import resize
 
 def product():
@@ -85,15 +87,15 @@ def threads():
     return len(os.listdir("/proc/self/task"))
 
 def alone():
-    compute_alone()
+    use_one_omp_thread()
     counts.append((resize(torch.ones(2, 512, 512, 3, dtype=torch.uint8), 512, 256).sum().item() * 512 / 3, threads()))
 
 torch.set_num_threads(2)
 before, counts = threads(), [(product(), threads())]
-end_team()
+release_omp_threads()
 counts.append((product() if not _openmp() else 512.0**3, threads()))
 counts.append((product(), threads()))
-end_team()
+release_omp_threads()
 thread = threading.Thread(target=alone)
 thread.start()
 thread.join()

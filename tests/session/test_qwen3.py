@@ -15,9 +15,8 @@ from evoprune.language.generate import Visual, embed_prompt, prefill
 from evoprune.language.prompt import prompt_positions
 from evoprune.methods.encoder_plan import full_plan
 from evoprune.session.cache import Cache
-from evoprune.session.loading.folder import BUNDLED_CONFIGS, read_config
-from evoprune.session.loading.model import load_model
-from evoprune.session.loading.weights import random_model
+from evoprune.session.loading.find import BUNDLED_CONFIGS, read_config
+from evoprune.session.loading.model import load_model, random_model
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from evoprune.vision.encoder import encode

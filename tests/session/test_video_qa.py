@@ -22,8 +22,7 @@ from evoprune.report.records import Report
 from evoprune.report.stats import warning_lines
 from evoprune.session.answering import Answer
 from evoprune.session.inputs import open_inputs
-from evoprune.session.loading.model import load_model
-from evoprune.session.loading.weights import make_ready
+from evoprune.session.loading.model import load_model, make_ready
 from evoprune.session.options import SamplingOptions
 from evoprune.session.planning import estimate_first_token
 from evoprune.video.frames import read_frames

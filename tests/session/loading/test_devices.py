@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from evoprune.backend.devices import accelerator, available_memory, exact_shapes, pick_device
+from evoprune.bundled import DEMOS
 from evoprune.errors import DeviceWarning, OutOfMemory, UsageError, memory_guard
 from evoprune.model.cost import shortage
-from evoprune.session.loading.found import pick_dtype
+from evoprune.session.loading.find import FoundModel
+from evoprune.session.options import ModelOptions
 
 OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040).\nPlease update"
 
@@ -63,8 +65,9 @@ def test_what_hides_a_gpu_is_in_the_hint(monkeypatch, visible, hint):
 def test_the_dtype_of_a_device(device, demo, dtype, monkeypatch):
     of_each = {0: (9, 0), 1: (7, 5)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of_each[device.index])
-    assert pick_dtype("auto", torch.device(device), demo) == dtype
-    assert pick_dtype("bf16", torch.device(device), demo) == "bf16"
+    folder = DEMOS["demo"].folder if demo else None
+    for asked, expected in (("auto", dtype), ("bf16", "bf16")):
+        assert FoundModel(ModelOptions(dtype=asked), torch.device(device), folder, None, None).dtype == expected
 
 
 def test_two_models_on_one_gpu(monkeypatch):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from evoprune.batch.rows import load_rows
 from evoprune.errors import LFS_HINT, ModelError, UsageError, VideoError
-from evoprune.session.loading.folder import original_of
+from evoprune.session.loading.find import kind_hint
 from evoprune.video.probe import probe
 from evoprune.video.readers import subtitles
 from tests.loading import edit, load_model
@@ -162,7 +162,9 @@ def test_a_download_that_is_not_finished(dead_hub, cache, saved, shards):  # noq
     ],
 )
 def test_the_original_of_a_quantised_name(name, original):
-    assert original_of(name) == original
+    hint = kind_hint(name)
+    assert ("quantized" in hint) == (original is not None)
+    assert original is None or f"take {original or 'the original checkpoint'}; " in hint
 
 
 def test_quantised_names_are_known_before_the_download(hub, cache):  # noqa: F811

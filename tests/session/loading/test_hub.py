@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from evoprune.session.loading import folder as hub_module
+from evoprune.session.loading import find
 from tests.loading import edit, error_of, load_model, no_network
 from tests.tiny import tiny_model
 
@@ -142,7 +142,7 @@ def test_the_hubs_own_offline_switch_is_respected(cache, monkeypatch):
 
 
 def test_a_silent_hub_fails_soon(cache, monkeypatch):
-    monkeypatch.setattr(hub_module, "HUB_SECONDS", 0.3)
+    monkeypatch.setattr(find, "HUB_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         move_hub(monkeypatch, silent.getsockname()[1])
         began = time.monotonic()
@@ -151,7 +151,7 @@ def test_a_silent_hub_fails_soon(cache, monkeypatch):
 
 
 def test_stuck_name_resolution_fails_soon(cache, monkeypatch):
-    monkeypatch.setattr(hub_module, "HUB_SECONDS", 0.3)
+    monkeypatch.setattr(find, "HUB_SECONDS", 0.3)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(2))
     began = time.monotonic()
     assert "no answer within 0.3 s" in error_of("org/tiny")
@@ -191,4 +191,4 @@ def test_an_incomplete_cache_is_an_error(dead_hub, cache, saved):
     ],
 )
 def test_the_hint_says_which_models_run_where_a_name_does_not_look_like_one(name, runs):
-    assert hub_module.kind_hint(name).startswith("evoprune runs Qwen3-VL, Qwen2.5-VL and") is not runs
+    assert find.kind_hint(name).startswith("evoprune runs Qwen3-VL, Qwen2.5-VL and") is not runs

@@ -17,14 +17,13 @@ from safetensors.torch import load_file, save_file
 from evoprune.bench.profiling.hugging_face import hugging_face_model
 from evoprune.bundled import DEMOS
 from evoprune.cpu import linear
-from evoprune.cpu.integers import Int8Linear
 from evoprune.cpu.linear import PackedLinear
+from evoprune.cpu.quantize import Int8Linear
 from evoprune.errors import EvopruneWarning, ModelError, OutOfMemory, UsageError
 from evoprune.language.generate import GenerationOptions, TokenStream, Visual, embed_prompt, prefill, stream_text
 from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
-from evoprune.session.loading import found, model, weights
-from evoprune.session.loading.folder import BUNDLED_CONFIGS
-from evoprune.session.loading.found import DTYPES, look_up
+from evoprune.session.loading import find, model
+from evoprune.session.loading.find import BUNDLED_CONFIGS, DTYPES, look_up
 from evoprune.session.loading.model import InputLimits
 from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
@@ -57,7 +56,7 @@ def test_weights_come_in_the_dtype_asked_for(saved, dtype):
 @pytest.mark.parametrize("name", DEMOS)
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
 def test_auto_dtype_follows_the_hardware_and_the_demos_are_exact(saved, monkeypatch, has_bf16, expected, name):
-    monkeypatch.setattr(found, "has_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(find, "has_bf16", lambda device: has_bf16)
     assert load_model(str(saved), device="cpu").dtype == expected
     monkeypatch.setitem(DEMOS, name, replace(DEMOS[name], folder=saved))
     demo = load_model(name, device="cpu")
@@ -142,7 +141,7 @@ def test_large_layers_of_the_language_model_are_packed_when_few_rows_come(saved,
 def test_forms_of_the_weights(saved, quantize, monkeypatch):
     sizes = {}
     for available in (None, 0):
-        monkeypatch.setattr(weights, "available_memory", lambda _, available=available: available)
+        monkeypatch.setattr(model, "available_memory", lambda _, available=available: available)
         loaded = model.load_model(str(saved), dtype="fp32", quantize=quantize)
         layer = loaded.model.model.language_model.layers[0].mlp.up_proj
         assert loaded.quantize == quantize

@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from evoprune.errors import ModelWarning
-from evoprune.session.loading.folder import stored_dtype
-from evoprune.session.loading.found import describe_model
+from evoprune.session.loading.find import describe_model, stored_dtype
 from evoprune.session.options import ModelOptions
 from tests.loading import edit, error_of, load_model
 

@@ -118,7 +118,7 @@ FAULTS = {
         "radii.roll(torch.get_num_threads()).long()",
     ),
     "scales of 8 bits too small": Fault("int8", "evoprune.cpu.quantize:int8_weights", "/ 127)", "/ 200)"),
-    "zeros of 4 bits off by one": Fault("int4", "evoprune.cpu.integers:_int4_piece", ".add_(8)", ".add_(9)"),
+    "zeros of 4 bits off by one": Fault("int4", "evoprune.cpu.quantize:_int4_piece", ".add_(8)", ".add_(9)"),
     "a method that selects one token too few": Fault(
         "methods", "evoprune.methods.divprune:DivPrune.select", "(tokens.features, keep)", "(tokens.features, keep - 1)"
     ),
