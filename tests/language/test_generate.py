@@ -121,15 +121,6 @@ def test_decoding_on_a_pruned_cache_is_one_forward_pass_without_cache(model, gri
     assert len(set(tokens)) > TOKENS // 4
 
 
-def test_positions_reach_the_model(model):
-    clip = Clip(model, *CLIPS[0])
-    kept = torch.arange(0, clip.prompt.visual_tokens, 5)
-    embeds, columns = clip.embed(model, kept)
-    right = prefill(model, embeds, clip.positions[:, columns], clip.next_position)
-    renumbered = prefill(model, embeds, torch.arange(len(columns)).expand(3, -1), len(columns))
-    assert not torch.allclose(right.logits, renumbered.logits, atol=1e-2)
-
-
 def test_a_prompt_read_in_two_parts_is_the_prompt_read_at_once(model):
     clip = Clip(model, *CLIPS[1])
     embeds, columns = clip.embed(model, torch.arange(0, clip.prompt.visual_tokens, 3))
@@ -140,27 +131,6 @@ def test_a_prompt_read_in_two_parts_is_the_prompt_read_at_once(model):
     at_once = prefill(model, embeds, positions, clip.next_position)
     torch.testing.assert_close(state.logits, at_once.logits, atol=1e-5, rtol=1e-5)
     assert greedy(model, state) == greedy(model, at_once)
-
-
-def test_prefill_keeps_the_last_logits_only(model):
-    clip = Clip(model, *CLIPS[0])
-    state = clip.prefill(model, torch.tensor([0, 4]))
-    assert state.logits.shape == (model.config.text_config.vocab_size,)
-    assert state.logits.dtype == torch.float32
-    assert state.cache.length == clip.prompt.text_tokens + 2
-
-
-def test_embedding_a_pruned_prompt(model):
-    clip = Clip(model, *CLIPS[0])
-    kept, start, n = torch.tensor([0, 3, 71]), clip.prompt.places[0].runs[0].start, clip.prompt.visual_tokens
-    embeds, columns = clip.embed(model, kept)
-    length = len(clip.prompt.input_ids)
-    assert columns.tolist() == [*range(start), start, start + 3, start + 71, *range(start + n, length)]
-    assert embeds.shape == (length - n + 3, 64)
-    text = model.get_input_embeddings()(clip.prompt.input_ids)
-    assert torch.equal(embeds[:start], text[:start])
-    assert torch.equal(embeds[start : start + 3], clip.features[kept])
-    assert torch.equal(embeds[start + 3 :], text[start + n :])
 
 
 @pytest.mark.parametrize("kept", [[2, 1], [1, 1], [-1, 0], [0, 72], [0, 1, 2]])
@@ -235,22 +205,6 @@ def test_sampling_next_to_zero_is_greedy(model):
         GenerationOptions(max_new_tokens=8, temperature=1.0, top_p=1e-6),
     ):
         assert list(TokenStream(clip.prefill(model), close, [])) == expected
-
-
-def test_draws_follow_temperature_and_nucleus():
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-
-    def shares(**settings):
-        random = torch.Generator().manual_seed(0)
-        settings = GenerationOptions(**settings)
-        return torch.tensor([choose(logits, settings, random) for _ in range(2000)]).bincount(minlength=4) / 2000
-
-    torch.testing.assert_close(shares(temperature=1.0), logits.exp(), atol=0.03, rtol=0)
-    torch.testing.assert_close(shares(temperature=0.5), logits.mul(2).softmax(-1), atol=0.03, rtol=0)
-    # 0.5 + 0.3 reach 0.8, so the third token is out.
-    torch.testing.assert_close(
-        shares(temperature=1.0, top_p=0.79), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0
-    )
 
 
 def test_a_large_seed_draws_otherwise_than_its_low_half(model):

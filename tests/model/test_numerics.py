@@ -7,16 +7,9 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.batch.rows import Row, group_by_span, product_rows
-from evoprune.batch.run import answers
-from evoprune.batch.settings import Settings
-from evoprune.bench.evaluation.run import Evaluation, Video
-from evoprune.bench.evaluation.run import Settings as EvalSettings
 from evoprune.errors import ModelError, VideoError
 from evoprune.model.numerics import all_numbers
-from evoprune.session import inputs
 from evoprune.session.loading.model import load_model
-from evoprune.session.options import GenerationOptions
 from evoprune.video_qa import VideoQA
 from tests.methods.kinds import one_of_each
 from tests.threads import one_thread  # noqa: F401
@@ -95,29 +88,6 @@ def test_the_stage_is_named(loaded, where, stage, bad, temperature):
         for piece in VideoQA(loaded).encode(CLIP).ask("What?", max_new_tokens=9, temperature=temperature):
             said.append(piece)
     assert caught.value.stage == stage and (not said or stage == "generate")
-
-
-def test_in_a_batch_and_in_an_evaluation_the_next_one_runs(loaded, monkeypatch):
-    calls, real = [], inputs.open_inputs
-
-    def opened(*args, **how):
-        calls.append(1)
-        return real(*args, **(how | {"read": spoilt} if len(calls) == 1 else how))
-
-    def spoilt(*_, **__):
-        raise ModelError("NaN or infinity among the numbers of encode", stage="encode")
-
-    monkeypatch.setattr("evoprune.batch.run.open_inputs", opened)
-    monkeypatch.setattr("evoprune.bench.evaluation.run.open_inputs", opened)
-    rows = product_rows([CLIP, "samples/three.mp4"], ["What?"])
-    made = list(answers(VideoQA(loaded), group_by_span(rows), Settings.of(model="x", max_new_tokens=1)))
-    assert [r.error and (r.error["code"], r.error["stage"]) for r in made] == [(4, "encode"), None]
-    calls.clear()
-    videos = [Video(name, name, (Row("a", name, name, "What?", answer="x"),)) for name in (CLIP, "samples/three.mp4")]
-    run = Evaluation(EvalSettings("d", (0.5,), ("evs",), generation=GenerationOptions(max_new_tokens=1)), videos)
-    run.loaded = loaded
-    run.run()
-    assert run.document()["videos"] == {"wanted": 2, "evaluated": 1, "failed": 1}
 
 
 SHAPES = {(1, 64): True, (64, 1): True, (1, 1): True, (2, 199): True, (1, 201): False, (300, 1): False}
