@@ -22,7 +22,7 @@ from evoprune.keywords import brief, check_type, from_keywords
 from evoprune.session.answering import Answer, EncodedInputs, Uncopied, together
 from evoprune.session.encoding import OpenInputs, Progress, open_inputs, paths_of
 from evoprune.session.engine import Engine, check_fits
-from evoprune.session.loading.found import FoundModel, find_model
+from evoprune.session.loading.find import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.session.options import (
     HELD,

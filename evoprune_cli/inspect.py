@@ -113,7 +113,7 @@ def _about_machine(asked: Request) -> Iterator[dict]:
 
     yield environment_facts(stdout())
     if (model := asked.options().model).model:
-        from evoprune.session.loading.found import look_up
+        from evoprune.session.loading.find import look_up
 
         yield {"model": model_facts(look_up(model))}
 
@@ -161,7 +161,7 @@ def _about_video(asked: Request) -> Iterator[dict]:
 def _plan(info, options: PipelineOptions) -> Iterator[dict]:
     from evoprune.backend.devices import is_host
     from evoprune.session.inspection import memory_facts, model_facts, plan_facts
-    from evoprune.session.loading.found import look_up
+    from evoprune.session.loading.find import look_up
     from evoprune.video.plan import default_max_visual_tokens, make_plan
 
     model, numbers = look_up(options.model), options.sampling.numbers

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
+from evoprune.bundled import DEMOS
 from evoprune.model.config import Config
-from evoprune.session.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER, read_config
-from evoprune.session.loading.weights import random_model
+from evoprune.session.loading.find import BUNDLED_CONFIGS, read_config
+from evoprune.session.loading.model import random_model
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 WORDS = 151_643  # of the published vocabulary, before the special tokens
@@ -39,8 +40,8 @@ def write_settings(folder: Path, model: str = MODEL) -> None:
     """Writes config, tokenizer and processor settings into `folder`: all that random weights need to be asked."""
     shutil.copyfile(BUNDLED_CONFIGS[model], folder / "config.json")
     for name in ("chat_template.jinja", "tokenizer_config.json"):
-        shutil.copyfile(DEMO_FOLDER / name, folder / name)
-    tokenizer = _tokenizer(json.loads((DEMO_FOLDER / "tokenizer.json").read_text(encoding="utf-8")))
+        shutil.copyfile(DEMOS["demo"].folder / name, folder / name)
+    tokenizer = _tokenizer(json.loads((DEMOS["demo"].folder / "tokenizer.json").read_text(encoding="utf-8")))
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
     # No end of an answer: each is as long as it is allowed to be.
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": []}), encoding="utf-8")

@@ -15,16 +15,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from evoprune.backend.devices import CHUNK_UNITS, environment
-from evoprune.cpu.integers import Int4Linear, Int8Linear, int4_weights, int8_weights
 from evoprune.cpu.linear import PackedLinear, can_pack, linear, pack
-from evoprune.cpu.quantize import Unquantised, check, quantize
+from evoprune.cpu.quantize import Int4Linear, Int8Linear, Unquantised, check, int4_weights, int8_weights, quantize
 from evoprune.errors import UsageError, first_line
 from evoprune.methods.encoder_plan import full_plan
 from evoprune.model.config import PATCHES, Config, vision_sizes
 from evoprune.model.cost import matmul_rate
 from evoprune.model.weights import QwenVL, Tree, shared
-from evoprune.session.loading.found import describe_model
-from evoprune.session.loading.weights import random_model
+from evoprune.session.loading.find import describe_model
+from evoprune.session.loading.model import random_model
 from evoprune.session.options import ModelOptions
 from evoprune.vision.attention import Bucket, grouped_attention
 from evoprune.vision.encoder import encode

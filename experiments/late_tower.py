@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from evoprune.session.loading.folder import DEMO_FOLDER
+from evoprune.bundled import DEMOS
 from experiments.demo.worlds import SHAPES
 from experiments.demo.write import clips_asked, write_clip
 
@@ -35,7 +35,7 @@ How big is the white shape?
 ADDS = ("attn.proj.weight", "attn.proj.bias", "mlp.down_proj.weight", "mlp.down_proj.bias")
 
 
-def late_tower(folder: Path, layers: int, common: float = 0.0, source: Path = DEMO_FOLDER) -> None:
+def late_tower(folder: Path, layers: int, common: float = 0.0, source: Path = DEMOS["demo"].folder) -> None:
     """Writes the model into a folder.
 
     Args:

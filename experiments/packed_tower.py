@@ -18,8 +18,8 @@ from evoprune.bench.profiling.clips import synthetic_frames
 from evoprune.bench.profiling.hugging_face import hugging_face_model
 from evoprune.bench.profiling.results import Case
 from evoprune.hf.encoding import PackedTower, encode_with, patch_config
-from evoprune.session.loading.found import DTYPES, describe_model
-from evoprune.session.loading.weights import random_model
+from evoprune.session.loading.find import DTYPES, describe_model
+from evoprune.session.loading.model import random_model
 from evoprune.session.options import ModelOptions
 from evoprune.vision.preprocess import patchify
 from experiments.decoders import medians

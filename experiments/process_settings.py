@@ -3,7 +3,7 @@
     python -m experiments.process_settings -m CKPT --rounds 2          # CKPT: experiments.checkpoint writes one of the 3B model
 
 *kept*: glibc keeps freed memory (`limits.keep_freed_memory`). *spin*: GOMP_SPINCOUNT. *thread*: the window is encoded in another
-thread than the one that loaded the model. *ended*: that one has ended its OpenMP team (`machine.end_team`). Frames all move. The
+thread than the one that loaded the model. *ended*: that one has ended its OpenMP team (`release_omp_threads`). Frames all move. The
 median of the windows after the first one.
 """
 
@@ -36,7 +36,7 @@ def measure(name: str, model: str, frames: int, windows: int) -> float:
     kept, _, apart, ended = SETTINGS[name]
     if kept:
         keep_freed_memory()
-    from evoprune.cpu.machine import end_team
+    from evoprune.cpu.machine import release_omp_threads
     from evoprune.video_qa import VideoQA
     from experiments.live_rate import Paced
 
@@ -52,7 +52,7 @@ def measure(name: str, model: str, frames: int, windows: int) -> float:
                 spent.append(time.perf_counter() - begun)
 
     if ended:
-        end_team()
+        release_omp_threads()
     thread = threading.Thread(target=work)
     thread.start() if apart else work()
     if apart:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evoprune.bench.profiling.results import Case, Counts, Results, Row, Sample
-from evoprune.model.rules import read_object
+from evoprune.model.config import read_object
 from evoprune.report import Environment, ModelFacts
 from evoprune_cli.profile_tables import draw_chart
 

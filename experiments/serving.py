@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-from evoprune.session.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER
+from evoprune.bundled import DEMOS
+from evoprune.session.loading.find import BUNDLED_CONFIGS
 
 SIDES = ("stock", "evoprune:0", "evs:0.75", "evoprune:0.75", "evs:0.9", "evoprune:0.9")
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -39,10 +40,10 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     from safetensors.torch import save_file
 
     from evoprune.model.config import parse_config
-    from evoprune.session.loading.weights import random_model
+    from evoprune.session.loading.model import random_model
 
     large, config = (
-        json.loads(path.read_text("utf-8")) for path in (BUNDLED_CONFIGS[MODEL], DEMO_FOLDER / "config.json")
+        json.loads(path.read_text("utf-8")) for path in (BUNDLED_CONFIGS[MODEL], DEMOS["demo"].folder / "config.json")
     )
     text = {name: value for name, value in large["text_config"].items() if name not in ("vocab_size", "model_type")}
     text = {name: value for name, value in text.items() if not name.endswith("token_id")}
@@ -50,7 +51,7 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     config["text_config"] |= text | more
     config["vision_config"] = large["vision_config"]
     made = folder.with_name(folder.name + ".writing")
-    shutil.copytree(DEMO_FOLDER, made, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    shutil.copytree(DEMOS["demo"].folder, made, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     model = random_model(parse_config(config), torch.bfloat16, torch.device("cpu"))
     save_file(dict(model.named_parameters()), made / "model.safetensors", metadata={"format": "pt"})
     (made / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -193,7 +194,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.side:
         return serve(given.side, str(given.model), given.dtype)
-    model = DEMO_FOLDER if given.tiny else given.model
+    model = DEMOS["demo"].folder if given.tiny else given.model
     if model is None:
         parser.error("name a checkpoint, or give --tiny")
     if not model.exists():

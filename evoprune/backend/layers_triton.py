@@ -73,7 +73,7 @@ def _rotate_put(
 def add_norm(
     x: torch.Tensor, plus: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x + plus`, or `x` itself, and its RMS norm as of `numerics.norm`. `[rows, wide]`, contiguous."""
+    """`x + plus`, or `x` itself, and its RMS norm as of `decoder.norm`. `[rows, wide]`, contiguous."""
     wide, out = x.shape[1], torch.empty_like(x)
     total = x if plus is None else torch.empty_like(x)
     block = triton.next_power_of_2(wide)
@@ -105,7 +105,7 @@ def rotate_put(
 
     Args:
         x: `[L, (heads + 2 * kv_heads) * head_dim]`, queries, keys and values before that.
-        places: cosines and sines, as of `numerics.rotation`.
+        places: cosines and sines, as of `decoder.rotation`.
         keys, values: `[kv_heads, n, at least head_dim]`, of the same strides; the first column is written to `column` of them,
             int64 `[1]`, or to the first.
         more: features behind those of a head, which are ones.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from evoprune import methods
 from evoprune.batch.rows import Row
 from evoprune.errors import UsageError
-from evoprune.model.rules import loads
+from evoprune.model.config import loads
 from evoprune.report import SCHEMA, Report, rounded
 from evoprune.session.options import PipelineOptions, record
 

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 from evoprune.errors import LFS, LFS_HINT, EvopruneError, EvopruneWarning, UsageError
 from evoprune.language.settings import GenerationOptions
-from evoprune.model.rules import loads
+from evoprune.model.config import loads
 from evoprune.text import FILE_URL, counted, did_you_mean, is_text, missing_hint, shorten, shown, some
 from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
 from evoprune.video.listing import IMAGES, VIDEOS, files

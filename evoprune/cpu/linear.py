@@ -17,7 +17,7 @@ from torch import nn
 
 from evoprune.backend.devices import available_memory, is_host
 from evoprune.backend.layers import is_plain
-from evoprune.cpu.machine import cool
+from evoprune.cpu.machine import madvise_cold
 
 # The number of rows that packing assumes. From a few dozen rows up, the arrangement does not depend on it.
 ROWS = 512
@@ -68,7 +68,7 @@ class PackedLinear(nn.Module):
         available = available_memory("cpu")
         if available is None or available > self.nbytes + SPARE:
             plain, weights = weights, _packed(weights)
-            cool(plain)  # a file's pages may count against a container's memory
+            madvise_cold(plain)  # a file's pages may count against a container's memory
         self._held = weights, True
         self._spent.seconds += time.perf_counter() - start
         return weights

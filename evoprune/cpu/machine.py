@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-PIECE = 2**26  # bytes asked for at a time
+PIECE_BYTES = 2**26  # bytes asked for at a time
 SOFT = 1  # how OpenMP pauses: it keeps what was set
 WILL_NEED, COLD, POPULATE_READ = 3, 20, 22  # in Linux, the second since 5.4, the third since 5.14
 
@@ -28,7 +28,7 @@ def page_in(weights: Iterable[torch.Tensor]) -> threading.Thread | None:
     return thread
 
 
-def cool(weight: torch.Tensor) -> None:
+def madvise_cold(weight: torch.Tensor) -> None:
     """Lets the system take the pages of a memory-mapped tensor before others when memory is short. The tensor stays as it is."""
     if sys.platform == "linux":
         _madvise()(*_pages(weight), COLD)  # an older system refuses
@@ -51,14 +51,14 @@ def _pages(weight: torch.Tensor) -> tuple[int, int]:
 def _read(weights: list[torch.Tensor]) -> None:
     madvise = _madvise()
     for start, size in map(_pages, weights):  # they are held meanwhile, so their memory stays mapped
-        for offset in range(0, size, PIECE):
-            piece = start + offset, min(PIECE, size - offset)
+        for offset in range(0, size, PIECE_BYTES):
+            piece = start + offset, min(PIECE_BYTES, size - offset)
             madvise(*piece, WILL_NEED)  # the disk reads all of it at once
             if madvise(*piece, POPULATE_READ):
                 return  # an older system, or no memory
 
 
-def end_team() -> None:
+def release_omp_threads() -> None:
     """Ends the OpenMP threads that wait for this thread, which computes no more for now. They are started again when it does.
 
     With more of them than cores, those that compute for another thread sleep in place of spinning between two parallel steps,
@@ -69,7 +69,7 @@ def end_team() -> None:
         library.omp_pause_resource_all(SOFT)
 
 
-def compute_alone() -> None:
+def use_one_omp_thread() -> None:
     """Has this thread scale pictures, or compute other elements one by one, without others from now on; products take others."""
     torch.get_num_threads()  # torch gives each thread the number once, before it first computes
     if library := _openmp():

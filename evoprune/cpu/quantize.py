@@ -1,34 +1,201 @@
-"""A model whose linear layers are quantised. Memory and cheap products are what CPUs without bf16 lack.
+"""Linear layers in 8 and in 4 bits, for the CPU, and models of them. Memory and cheap products are what CPUs without bf16 lack.
 
-int8 covers tower and language model. int4 covers the language model where it decodes; int8 does the rest. Which input channels are
-large is found once, by `Unquantised`.
+int8: one scale for each output feature of the weights, one for each row of the input. A row is rounded by itself, so that results
+do not depend on which rows are computed together. Products run in integers and are exact. The few input channels that are much
+larger than the others would take their precision: these are computed in float32 (LLM.int8(), arXiv 2208.07339, section 3). Which
+these are is found once, by `Unquantised`.
+int4: a scale and a zero for every 32 weights, by PyTorch's own kernel. It covers the language model where it decodes; int8 does the
+rest, and covers the tower.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
 
 from evoprune.backend.devices import is_host
 from evoprune.backend.layers import is_plain
-from evoprune.cpu.integers import (
-    GROUP,
-    Bytes,
-    Int4Linear,
-    Int8Linear,
-    Weights,
-    exact,
-    int4_weights,
-    int8_weights,
-    large_channels,
-)
-from evoprune.cpu.machine import cool
+from evoprune.cpu.linear import can_pack
+from evoprune.cpu.machine import madvise_cold
 from evoprune.cpu.precision import check_quantize
 from evoprune.errors import UsageError
 
-Progress = Callable[[int, int], None]
+GROUP = 32  # int4 weights that share a scale
+PIECE_WEIGHTS = 2**20  # weights quantised at a time, about: they fit into a cache
+STEP_ROWS = 64  # rows, by which pieces are cut: kernels arrange rows in steps that divide it
+LARGE = 4.0  # channels are large above so many times the median of all
+MAX_LARGE = 1 / 32  # share of the channels that may be
+
+
 SCRATCH_BYTES = 2**25  # larger blocks are given back to the system when they are freed
+Weights = dict[str, torch.Tensor]  # of a quantised layer, by name, on the CPU
+Progress = Callable[[int, int], None]
+
+
+class Bytes:
+    """Rounds rows to bytes. Layers with the same input share one, and its last result."""
+
+    def __init__(self):
+        self._last: tuple = (None, None, None)
+
+    def __call__(self, x: torch.Tensor, large: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """uint8 `[R, K]`, with `levels() + 1` for zero: the rows of `x`, `[..., K]`, whose channels `large` (int64) count as 0.
+
+        Also the step of each row, float32 `[R, 1]`; and the large channels, float32 `[R, m]`.
+        """
+        known, known_large, made = self._last  # read once: another thread may run the same model
+        if x is known and large is known_large:
+            return made
+        rows = x.reshape(-1, x.shape[-1]).float()
+        rest = rows.index_fill(1, large, 0.0) if len(large) else rows
+        step = _largest(rest)[:, None].clamp_(min=1e-30) / levels()
+        middle = torch.full((), levels() + 1.5, dtype=torch.float32, device="cpu")  # truncation after adding 0.5 rounds
+        whole = torch.addcmul(middle, rest, 1 / step, out=rest if len(large) else None).to(torch.uint8)
+        made = whole, step, rows[:, large]
+        self._last = x, large, made
+        return made
+
+
+def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: torch.Tensor | None = None) -> Weights:
+    """What an `Int8Linear` is made of, of a layer on the CPU.
+
+    That is `whole`, int8 `[out, in]`; `scale` and `sum` of its rows, float32 `[out]`; `large`, int64, the input channels that are
+    computed in float32; and `wide`, float32 `[m, out]`, their weights. `memory`: int8, where `whole` is written if it fits; the
+    next call with it writes there again.
+    """
+    large = torch.zeros(0, dtype=torch.int64, device="cpu") if large is None else large
+    count = layer.weight.numel()
+    if memory is None or len(memory) < count:
+        memory = torch.empty(count, dtype=torch.int8, device="cpu")
+    whole = memory[:count].view(layer.weight.shape)
+    scales, sums = [], []
+    for rows, place in zip(_pieces(layer.weight), _pieces(whole), strict=True):
+        rows = rows.to(torch.float32, copy=True)
+        rows[:, large] = 0.0
+        scales.append(_largest(rows).clamp_(min=1e-12) / 127)
+        rows.div_(scales[-1][:, None]).round_()
+        sums.append(rows.sum(1))  # exact: whole numbers below 2^24
+        place.copy_(rows)
+    # A copy, not `contiguous()`: with one channel that keeps the strides of the transpose, and the product takes another kernel.
+    wide = layer.weight[:, large].float().T.clone(memory_format=torch.contiguous_format)
+    return {"whole": whole, "scale": torch.cat(scales), "sum": torch.cat(sums), "large": large, "wide": wide}
+
+
+class Int8Linear(nn.Module):
+    """`x @ W.T + bias` in bytes, with `int8_weights`. Layers that read the same input share `to_bytes`."""
+
+    def __init__(self, weights: Weights, bias: torch.Tensor | None = None, to_bytes: Bytes | None = None):
+        super().__init__()
+        self.out_features, self.in_features = weights["whole"].shape
+        self.to_bytes = to_bytes or Bytes()
+        self.bias = None if bias is None else bias.detach().float()
+        self.large, self.wide, self.scale = weights["large"], weights["wide"], weights["scale"]
+        self.packed = torch.ops.onednn.qlinear_prepack(weights["whole"], None)
+        self.zero = torch.zeros(self.out_features, dtype=torch.int32, device="cpu")
+        # Bytes are offset by `levels() + 1`. This takes its contribution to the product off again.
+        self.offset = (weights["sum"].double() * self.scale.double() * -(levels() + 1)).float()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds beside parameters and other modules."""
+        return self.packed.numel() + 12 * self.out_features + self.wide.nbytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        whole, step, wide = self.to_bytes(x, self.large)
+        y = _product(whole, self.packed, self.scale, self.zero, self.offset)
+        y = y.mul_(step) if self.bias is None else torch.addcmul(self.bias, y, step, out=y)
+        if len(self.wide):
+            y.addmm_(wide, self.wide)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, offset) -> torch.Tensor:
+    how = 1.0, 0, torch.float32, "none", [], ""
+    return torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, scale, zero, offset, *how)
+
+
+def _largest(rows: torch.Tensor) -> torch.Tensor:
+    """The largest absolute value of each row, without a copy of them."""
+    return torch.maximum(rows.amax(1), -rows.amin(1))
+
+
+def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return weight.split(max(1, PIECE_WEIGHTS // weight.shape[1] // STEP_ROWS) * STEP_ROWS)
+
+
+def large_channels(x: torch.Tensor) -> torch.Tensor:
+    """int64, ascending: the channels of `x` (`[..., K]`) that are more than `LARGE` times the median; the largest `MAX_LARGE`."""
+    size = x.reshape(-1, x.shape[-1]).float().abs().amax(0)
+    most = int(len(size) * MAX_LARGE)
+    found = size.topk(most).indices if most else size[:0].long()
+    return found[size[found] > LARGE * size.median()].sort().values
+
+
+@lru_cache
+def levels() -> int:
+    """Steps on either side of zero to which a row is rounded: 127, or 63 where the CPU adds pairs of products in 16 bits.
+
+    That is so without dot-product instructions (VNNI): two products of 127 and 127 still fit, two of 255 and 127 do not.
+    """
+    return 127 if exact(255) else 63
+
+
+@lru_cache
+def exact(largest: int) -> bool:
+    """Whether products of bytes up to `largest` with 127 exist and are exact on this CPU."""
+    scale = torch.ones(64, dtype=torch.float32, device="cpu")
+    if not can_pack(scale) or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return False
+    zero = torch.zeros(64, dtype=torch.int32, device="cpu")
+    bytes_ = torch.full((2, 64), largest, dtype=torch.uint8, device="cpu")
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((64, 64), 127, dtype=torch.int8, device="cpu"), None)
+    return bool((_product(bytes_, packed, scale, zero, None) == 64 * largest * 127).all())
+
+
+def int4_weights(layer: nn.Linear) -> Weights:
+    """What an `Int4Linear` is made of: `packed`, and `scales` `[groups, rows, 2]` in the weights' dtype."""
+    packed, scales = zip(*(_int4_piece(rows) for rows in _pieces(layer.weight)), strict=True)
+    return {"packed": torch.cat(packed), "scales": torch.cat(scales, 1)}
+
+
+def _int4_piece(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some rows of a weight in the kernel's arrangement, and their scales and zeros `[groups, rows, 2]`."""
+    # The kernel works in steps of 16 rows. Rows that are added here are cut off from the output.
+    rows = nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
+    groups = rows.view(len(rows), -1, GROUP)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    # Rounded to the dtype in which the kernel reads them, before weights are expressed in them.
+    scale = ((high - low) / 15).clamp_(min=1e-8).to(weight.dtype).float()
+    middle = (low + 8 * scale).to(weight.dtype).float()  # the weight that the kernel's zero, 8, represents
+    whole = ((groups - middle) / scale).add_(8).round_().clamp_(0, 15).to(torch.int32).flatten(1)
+    scales = torch.cat([scale, middle], -1).transpose(0, 1).contiguous().to(weight.dtype)
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), scales
+
+
+class Int4Linear(nn.Module):
+    """`x @ W.T + bias` with `int4_weights` of `shape`, features out and in. `full`: computes several rows, if it is given."""
+
+    def __init__(self, weights: Weights, shape: Sequence[int], bias: torch.Tensor | None = None, full=None):
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.full, self.bias = full, bias
+        self.packed, self.scales = weights["packed"], weights["scales"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds beside parameters and other modules."""
+        return self.packed.nbytes + self.scales.nbytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if self.full is not None and len(rows) > 1:
+            return self.full(x)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), self.packed, GROUP, self.scales)
+        y = y[:, : self.out_features]
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class Unquantised(nn.Module):
@@ -46,7 +213,7 @@ class Unquantised(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (layer,) = self._layer
         made = self._become(layer, large_channels(x))
-        cool(layer.weight)  # a file's pages may count against a container's memory
+        madvise_cold(layer.weight)  # a file's pages may count against a container's memory
         return made(x)
 
 

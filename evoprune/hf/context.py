@@ -42,7 +42,7 @@ from evoprune.keywords import brief, check_known, check_types, from_keywords
 from evoprune.methods.budget import DEFAULT, parse_budget
 from evoprune.model.cost import Clock
 from evoprune.report import Memory, ModelFacts, Report, Sampling, TokenCounts
-from evoprune.session.loading.found import DTYPES
+from evoprune.session.loading.find import DTYPES
 from evoprune.session.report import FLAT, pruning_facts
 from evoprune.vision.encoded import Encoded
 

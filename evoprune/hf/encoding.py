@@ -10,16 +10,15 @@ from torch import nn
 
 from evoprune import methods
 from evoprune.backend.layers import is_plain
-from evoprune.cpu.integers import Int8Linear
 from evoprune.cpu.linear import PackedLinear, can_pack, packed_copy, shared_copy
-from evoprune.cpu.quantize import check, quantize
+from evoprune.cpu.quantize import Int8Linear, check, quantize
 from evoprune.errors import UsageError, names_plugins
 from evoprune.hf import interface
 from evoprune.methods.budget import DEFAULT, parse_budget
 from evoprune.methods.config import PruneConfig
 from evoprune.model.config import vision_sizes
 from evoprune.model.numerics import all_numbers
-from evoprune.session.loading.calibration import calibrate_tower
+from evoprune.session.loading.stored import calibrate_tower
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoded import Encoded, joined
 from evoprune.vision.encoder import encode as encode_video

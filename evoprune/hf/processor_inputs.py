@@ -13,11 +13,10 @@ import torch
 from transformers import BatchFeature
 
 from evoprune.keywords import from_keywords
-from evoprune.language.prompt import Prompt
-from evoprune.language.tokenizer import load_tokenizer
+from evoprune.language.prompt import Prompt, load_tokenizer
 from evoprune.model.config import VisionConfig
 from evoprune.session.encoding import patches_of, paths_of
-from evoprune.session.loading.found import find_model
+from evoprune.session.loading.find import find_model
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.session.planning import prompt_subtitles
 from evoprune.session.prompting import check_not_empty, prompt_about

@@ -7,19 +7,179 @@ autocast changes nothing here.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
 from evoprune.backend import layers
-from evoprune.backend.attention import without_cudnn
-from evoprune.backend.devices import to_device
+from evoprune.backend.attention import causal_attention, without_cudnn
+from evoprune.backend.devices import Timer, to_device
 from evoprune.backend.fallback import uses_kernels
 from evoprune.cpu.linear import linear
-from evoprune.language.attention import STRIP, attend, attend_blind, bias_features, rows_at
-from evoprune.language.dropping import Dropping, LayerState
+from evoprune.methods.base import LanguageMethod
+from evoprune.methods.indices import ascending, true_indices
+from evoprune.methods.language_plan import KINDS, LanguagePlan, tokens_of_layers
+from evoprune.methods.selecting import select_in_language
+from evoprune.methods.types import LayerTokens, Selection
 from evoprune.model.config import head_size
-from evoprune.model.numerics import heads_of, norm, rotate, rotation, without_autocast
+from evoprune.model.numerics import without_autocast
+
+STRIP = 1024  # query columns that share one mask
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm in float32, rounded before it is scaled, as in Hugging Face. torch would scale before it rounds."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
+
+
+@lru_cache
+def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each pair of features: radians per position, float32 `[head_dim / 2]`, and which of the three positions, int64."""
+    dim = 2 * sum(sections)
+    frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
+    if interleaved:  # height and width take every third pair as long as they have any, and time has all others
+        axes = [0] * len(axes)
+        for axis in (1, 2):
+            axes[axis : 3 * sections[axis] : 3] = [axis] * len(axes[axis : 3 * sections[axis] : 3])
+    return frequencies, torch.tensor(axes, dtype=torch.int64, device="cpu")
+
+
+def rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines `[L, 1, head_dim]` in dtype and on the device of `like`; the sines' first half is negated."""
+    frequencies, axis = frequencies_of(config)
+    return turns_by(to_device(positions[axis].T * frequencies, like.device), like.dtype)
+
+
+def turns_by(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `rotation`, of angles, float32 `[L, head_dim / 2]`."""
+    cos, sin = angles[:, None].cos(), angles[:, None].sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+
+
+def frequencies_of(config) -> tuple[torch.Tensor, torch.Tensor]:
+    """On the CPU, see `_frequencies`. `config`: of the language model."""
+    rope = config.rope_parameters
+    return _frequencies(rope["rope_theta"], tuple(rope["mrope_section"]), bool(rope.get("mrope_interleaved")))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates each feature of `[..., heads, head_dim]` with the one half a head away (arXiv 2104.09864)."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def heads_of(attention, name: str, x: torch.Tensor, config) -> torch.Tensor:
+    """`[L, heads, head_dim]`, before rotary: queries, keys or values ("q", "k", "v") of normed `x` (`[L, hidden]`), by head.
+
+    `attention`: of a layer of the language model. Its queries and keys are normed head by head where it has such norms.
+    """
+    made = getattr(attention, f"{name}_proj")(x).view(len(x), -1, head_size(config))
+    of_heads = getattr(attention, f"{name}_norm", None)
+    return made if of_heads is None else norm(made, of_heads.weight, config.rms_norm_eps)
+
+
+def rows_at(x: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
+    """Some rows of `x`; all where `rows` is None."""
+    return x if x is None or rows is None else x[rows]
+
+
+def put_rows(x: torch.Tensor, rows: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    """`x` with new values in some rows, or in all."""
+    return new if rows is None else x.index_copy(0, rows, new)
+
+
+def attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    sees: torch.Tensor | None = None,
+    features: torch.Tensor | None = None,
+    dim: int | None = None,
+) -> torch.Tensor:
+    """Causal attention of the last L columns, or of other columns: `[L, heads * head_dim]`.
+
+    Args:
+        queries: `[1, L, heads, head_dim]`; neighbouring heads share `keys` and `values`, `[1, kv_heads, n, head_dim]`. For one
+            column these, and perhaps the queries, may have the features of a bias behind those of a head (`bias_features`).
+        bias: `[n]`, added to the logits of each key: the logarithm of its cluster size makes a key weigh as much as that many
+            equal keys (arXiv 2210.09461, section 3).
+        sees: int64 `[L]`, ascending, how many keys each query sees, n the last; None for the last L columns.
+        features: `[n, e]`, of the bias (`bias_features`), where a kernel is to take it that takes no mask.
+        dim: head_dim, where the queries may have further features.
+    """
+    _, columns, heads, given = queries.shape
+    (kv_heads, n, wide), dim = keys.shape[1:], dim or given
+    if columns == 1:
+        # Heads that share keys become columns of one head: keys are read once for all of them, two to four times as fast.
+        queries, mask = queries.view(1, kv_heads, -1, given), None if bias is None else bias[None]
+        if wide > dim:
+            queries = F.pad(queries, (0, wide - given), value=1.0) if wide > given else queries
+            seen = F.scaled_dot_product_attention(queries, keys, values, scale=dim**-0.5)
+            return seen[..., :dim].reshape(1, -1)
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).reshape(1, -1)
+    # Key/value heads become the batch, so keys are not repeated and the kernel needs no support for groups.
+    group = heads // kv_heads
+    queries = queries.view(columns, kv_heads, group, dim).permute(1, 2, 0, 3)
+    keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+    if sees is None and (bias is None or features is not None):
+        wider, scale = (queries, keys, values), None
+        if bias is not None:  # keys have its features, queries ones, values zeros
+            more, scale = features.shape[1], dim**-0.5
+            biased = torch.cat([keys, features.expand(*keys.shape[:2], -1, -1)], -1)
+            wider = F.pad(queries, (0, more), value=1.0), biased, F.pad(values, (0, more))
+        asks, *shared = wider
+        out = causal_attention(asks, *(t.expand(-1, group, -1, -1) for t in shared), scale=scale)
+        if out is not None:
+            return out[..., :dim].permute(2, 0, 1, 3).reshape(columns, -1)
+    keys, values = (t.expand(-1, group, -1, -1) for t in (keys, values))
+    strips = []  # of queries, each with a mask: that of all would grow with the square of the prompt
+    for start in range(0, columns, STRIP):
+        strip = queries[:, :, start : start + STRIP]
+        rows = strip.shape[2]
+        if sees is None:
+            end = n - columns + start + rows
+            mask = torch.ones(rows, end, dtype=torch.bool, device=queries.device).tril(end - rows)
+        else:
+            end = n if start + rows == columns else int(sees[start + rows - 1])
+            mask = ascending(end, queries.device) < sees[start : start + rows, None]
+        if bias is not None:
+            mask = bias[:end].expand(len(mask), -1).masked_fill(~mask, -torch.inf)
+        strips.append(F.scaled_dot_product_attention(strip, keys[:, :, :end], values[:, :, :end], attn_mask=mask))
+    return torch.cat(strips, 2).permute(2, 0, 1, 3).reshape(columns, -1)
+
+
+def bias_features(bias: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """`[n, e]`: features behind those of keys, `dim`, whose product with ones is a bias on their scores, float32 `[n]`.
+
+    A kernel that takes no mask takes them: heads may have up to 256 features, in multiples of eight. Scores are divided by the root
+    of `dim`. The bias is the sum of two numbers, because one in bf16 would be off by up to 2^-9 of it.
+    """
+    value = (bias * dim**0.5).clamp(min=torch.finfo(dtype).min / 4)  # -inf times 0 would be NaN
+    high = value.to(dtype)
+    return F.pad(torch.stack([high, (value - high.float()).to(dtype)], -1), (0, -(dim + 2) % 8))
+
+
+def attend_blind(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    features: torch.Tensor | None,
+    others: torch.Tensor,
+    end: int,
+) -> torch.Tensor:
+    """As `attend`, but columns from `end` on attend to `others` (int64) only. The cache holds nothing but these columns."""
+    before = max(0, queries.shape[1] - (keys.shape[2] - end))  # there may be queries of the last columns only
+    extra = {"features": rows_at(features, others)}
+    made = attend(queries[:, before:], keys[:, :, others], values[:, :, others], rows_at(bias, others), **extra)
+    if not before:
+        return made
+    first, extra = (None if each is None else each[:end] for each in (bias, features))
+    first = attend(queries[:, :before], keys[:, :, :end], values[:, :, :end], first, features=extra)
+    return torch.cat([first, made])
 
 
 class KVCache:
@@ -133,6 +293,165 @@ class KVCache:
         return [made[id(before), length] for before, length in zip(self.sizes, self.lengths, strict=True)]
 
 
+class Dropping:
+    """Visual tokens leave the language model while it reads one prompt: what a language method sees, and what of it stays.
+
+    Args:
+        embeds: `[C, hidden]`, the prompt.
+        visual: int64 `[n]`, the columns of the visual tokens, ascending, not the last column of the prompt among them.
+        pair: int64 `[n]`, the number of the frame pair of each visual token.
+        place: float32 `[n, 2]`, see `LayerTokens`.
+    """
+
+    def __init__(
+        self,
+        model,
+        method: LanguageMethod,
+        plan: LanguagePlan,
+        embeds: torch.Tensor,
+        visual: torch.Tensor,
+        pair: torch.Tensor,
+        place: torch.Tensor,
+    ):
+        self._model, self._method, self._plan = model, method, plan
+        self._visual, self._pair, self._place = (to_device(each, embeds.device) for each in (visual, pair, place))
+        self._others = len(embeds) - len(visual)
+        self._text = len(embeds) - 1 - int(visual[-1])  # columns after the last of them
+        self._embeds = embeds[self._visual], embeds[len(embeds) - self._text :]
+        self._memory: dict = {}
+        self._key: torch.Tensor | None = None  # bool, the visual tokens in the key group; None before that is known
+        self.dropped: list[tuple[int, int]] = []  # of each drop, layers that had run and visual tokens that were left
+        self.timer = Timer(embeds.device)  # of what the method computes
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Columns of the prompt whose keys each layer has, at most."""
+        return tuple(keys + self._others for keys, _, _ in self._plan.work)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Visual tokens whose keys each layer has, once the prompt was read."""
+        if self.work:
+            return tuple(keys for keys, _, _ in self.work)
+        return tokens_of_layers(self._plan.depth, self._plan.tokens, self.dropped)
+
+    @property
+    def work(self) -> tuple[tuple[int, int, int], ...] | None:
+        """As `LanguagePlan.work`, where layers do not compute the same for all visual tokens that are there; else None."""
+        return self._plan.work if self._plan.groups else None
+
+    def looks(self, after: int) -> bool:
+        """Whether the method is asked once `after` layers have run."""
+        return after in self._plan.looks
+
+    def blind(self, layer: int, columns: int) -> tuple[torch.Tensor, int] | None:
+        """The only columns (int64) that text after the visual tokens attends to in a layer, and where it begins; None for all."""
+        if layer >= self._plan.blind:
+            return None
+        return self._with_text(columns, torch.zeros_like(self._visual, dtype=torch.bool), 0), columns - self._text
+
+    def rows(self, layer: int, columns: int) -> list[torch.Tensor]:
+        """For which of its columns a layer computes each of `KINDS`, int64, ascending; empty where it computes everything."""
+        groups = self._plan.groups
+        if self._key is None or all(all(groups.computed(layer, kind)) for kind in KINDS):
+            return []
+        stays = (torch.where(self._key, *groups.computed(layer, kind)) for kind in KINDS)
+        return [self._with_text(columns, *each) for each in zip(stays, self._plan.work[layer], strict=True)]
+
+    def _with_text(self, columns: int, stays: torch.Tensor, count: int) -> torch.Tensor:
+        """int64, ascending: those of `columns` that are no visual tokens, or of which `stays` (bool `[n]`, `count` of them)."""
+        mask = torch.ones(columns, dtype=torch.bool, device=stays.device).index_copy_(0, self._visual, stays)
+        return true_indices(mask, columns - len(stays) + count)
+
+    def drop(
+        self,
+        after: int,
+        entering: torch.Tensor,
+        x: torch.Tensor,
+        places: tuple[torch.Tensor, torch.Tensor],
+        bias: torch.Tensor | None,
+        heads: Sequence[torch.Tensor],
+        deepstack: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The columns for the next layer, of the C that there are; their `deepstack`; and int64 which these are, None for all.
+
+        Args:
+            after: layers that have run.
+            entering, x: `[C, hidden]`, input and output of the latest of them.
+            places: cosines and sines of the columns.
+            bias: `[C]`, see `attend`.
+            heads: its rotated queries `[1, C, heads, head_dim]`, and keys and values `[1, kv_heads, C, head_dim]`.
+            deepstack: `[n, C, hidden]`, what is added to the columns after the next n layers.
+        """
+        with self.timer:
+            grouped, selected = self._plan.groups is not None, None
+            if self._key is None:
+                seen = self._seen(after, entering, x, places, bias, *heads)
+                selected = select_in_language(self._method, seen)
+                if grouped:
+                    self._key = torch.zeros_like(self._visual, dtype=torch.bool).index_fill_(0, selected.kept, True)
+            if grouped:  # the key group stays where the rest leaves
+                left = self._plan.left(after)
+                selected = None if left == len(self._key) else Selection(true_indices(self._key, left))
+            if selected is None:
+                return x, deepstack, None
+            kept, old = selected.kept, self._visual
+            stays = torch.zeros_like(old, dtype=torch.bool).index_fill_(0, kept, True)
+            stay = self._with_text(len(x), stays, len(kept))
+            self._visual = torch.searchsorted(stay, old[kept])
+            self._pair, self._place = self._pair[kept], self._place[kept]
+            self._key = None if self._key is None else self._key[kept]
+            every = x, *deepstack
+            left = torch.stack([each[stay] for each in every])
+            if selected.owner is not None and len(kept):
+                for before, each in zip(every, left, strict=True):
+                    each[self._visual] = selected.features(before[old])
+            self.dropped.append((after, len(kept)))
+            return left[0], left[1:], stay
+
+    def _seen(
+        self,
+        after: int,
+        entering: torch.Tensor,
+        x: torch.Tensor,
+        places: tuple[torch.Tensor, torch.Tensor],
+        bias: torch.Tensor | None,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> LayerTokens:
+        """What the method sees; arguments as of `drop`."""
+        model_layers, plan = self._model.model.language_model.layers, self._plan
+        keys, values = keys[0].transpose(0, 1), values[0].transpose(0, 1)
+        left, due = plan.left(after) if plan.exact else plan.drops[-1].left, after in {d.after for d in plan.drops}
+        left = left if plan.groups is None else plan.groups.key
+        latest, (cos, sin), texts = model_layers[after - 1], places, slice(len(x) - self._text, None)
+        seen = LayerTokens(
+            after, left, due, x[self._visual], self._visual, self._pair, self._place, queries[0][texts],
+            keys, values, bias, *self._embeds, self._memory,
+        )  # fmt: skip
+
+        def following() -> LayerTokens:
+            asks = rotate(self._projected(model_layers[after], "q", x[texts]), cos[texts], sin[texts])
+            return replace(seen, queries=asks, keys=rotate(self._projected(model_layers[after], "k", x), cos, sin))
+
+        def unrotated() -> LayerTokens:
+            asks = self._projected(latest, "q", entering[texts])
+            return replace(seen, queries=asks, keys=self._projected(latest, "k", entering))
+
+        def evened() -> LayerTokens:
+            mean = self._projected(latest, "k", entering[self._visual]).float().mean(0).to(keys)
+            same = rotate(mean.expand(len(self._visual), -1, -1), cos[self._visual], sin[self._visual])
+            return replace(seen, keys=keys.index_copy(0, self._visual, same))
+
+        return replace(seen, following=following, unrotated=unrotated, evened=evened)
+
+    def _projected(self, layer, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Queries or keys ("q", "k") `[C, heads, head_dim]` of a layer for its input, before rotary."""
+        config = self._model.config.text_config
+        return heads_of(layer.self_attn, name, norm(x, layer.input_layernorm.weight, config.rms_norm_eps), config)
+
+
 @torch.inference_mode()
 @without_autocast()
 @without_cudnn()
@@ -180,11 +499,11 @@ def forward(
         blind, rows = (dropping.blind(i, len(x)), dropping.rows(i, len(x))) if dropping else (None, [])
         entered.append(len(rows[0]) if rows else len(x))
         entering = x
-        x, *seen = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows, features)
+        x, *heads = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows, features)
         if len(deepstack):
             x, deepstack = x + deepstack[0, -len(x) :], deepstack[1:]  # the top layer returns the last columns alone
         if dropping and dropping.looks(i + 1):
-            x, deepstack, stay = dropping.drop(LayerState(i + 1, entering, x, places, bias, *seen), deepstack)
+            x, deepstack, stay = dropping.drop(i + 1, entering, x, places, bias, heads, deepstack)
             if stay is not None:
                 places = places[0][stay], places[1][stay]
                 every[i + 1 :] = [rows_at(every[i], stay)] * (len(every) - i - 1)
@@ -234,25 +553,24 @@ def run_layer(
     whole = blind is None and not rows and (len(x) <= last or number < config.num_hidden_layers - 1)
     if whole and (fused := _fused(layer, x, places, cache, number, config, bias, features)):
         return fused
-    (keyed, asking, fed), (cos, sin) = rows or (None,) * 3, places
+    (kv_rows, q_rows, mlp_rows), (cos, sin) = rows or (None,) * 3, places
     h = norm(x, layer.input_layernorm.weight, eps)
-    keys, values = (heads_of(attention, name, rows_at(h, keyed), config) for name in "kv")
-    keys = rotate(keys, rows_at(cos, keyed), rows_at(sin, keyed))
+    keys, values = (heads_of(attention, name, rows_at(h, kv_rows), config) for name in "kv")
+    keys = rotate(keys, rows_at(cos, kv_rows), rows_at(sin, kv_rows))
     keys, values = cache.put(number, *(each[None].transpose(1, 2) for each in (keys, values)))
     if number == config.num_hidden_layers - 1:  # only the output of these columns is used
         x, h, cos, sin = x[-last:], h[-last:], cos[-last:], sin[-last:]
-        asking = fed = None
-    queries = rotate(heads_of(attention, "q", rows_at(h, asking), config), rows_at(cos, asking), rows_at(sin, asking))[
-        None
-    ]
-    sees = None if asking is None else torch.searchsorted(keyed, asking, right=True)
-    given, features = (queries, keys, values, rows_at(bias, keyed)), rows_at(features, keyed)
+        q_rows = mlp_rows = None
+    queries = heads_of(attention, "q", rows_at(h, q_rows), config)
+    queries = rotate(queries, rows_at(cos, q_rows), rows_at(sin, q_rows))[None]
+    sees = None if q_rows is None else torch.searchsorted(kv_rows, q_rows, right=True)
+    given, features = (queries, keys, values, rows_at(bias, kv_rows)), rows_at(features, kv_rows)
     seen = attend(*given, sees, features) if blind is None else attend_blind(*given, features, *blind)
-    x = _put(x, asking, linear(attention.o_proj, seen, plus=rows_at(x, asking)))
-    old = rows_at(x, fed)
+    x = put_rows(x, q_rows, linear(attention.o_proj, seen, plus=rows_at(x, q_rows)))
+    old = rows_at(x, mlp_rows)
     h = norm(old, layer.post_attention_layernorm.weight, eps)
     new = linear(mlp.down_proj, linear(mlp.up_proj, h, times=linear(mlp.gate_proj, h, silu=True)), plus=old)
-    return _put(x, fed, new), queries, keys, values
+    return put_rows(x, mlp_rows, new), queries, keys, values
 
 
 def _fused(
@@ -283,8 +601,3 @@ def _fused(
     except Exception as problem:
         layers.give_up(problem)
         return None
-
-
-def _put(x: torch.Tensor, rows: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """`x` with new values in some rows, or in all."""
-    return new if rows is None else x.index_copy(0, rows, new)

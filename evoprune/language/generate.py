@@ -3,37 +3,25 @@
 Pruned columns leave gaps among the positions (`prompt.prompt_positions`).
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from evoprune.backend.devices import to_device
 from evoprune.errors import ModelError
 from evoprune.language import decoder, static
-from evoprune.language.decoder import KVCache
-from evoprune.language.dropping import Dropping
-from evoprune.language.prompt import Place
+from evoprune.language.decoder import Dropping, KVCache
+from evoprune.language.prompt import Place, Tokenizer
 from evoprune.language.settings import GenerationOptions
-from evoprune.language.static import best_of
-from evoprune.language.tokenizer import Tokenizer
+from evoprune.language.static import StaticCache, best_of
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.indices import ascending
 from evoprune.methods.types import generator_seed
 from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.numerics import not_a_number_error
-
-
-@dataclass
-class PrefillState:
-    """The state after a prompt was read, from which decoding starts."""
-
-    cache: KVCache  # keys and values of the prompt; decoding extends it in place
-    logits: torch.Tensor  # float32 `[vocabulary]`, of the token after the prompt
-    next_position: int  # M-RoPE position of the first generated token, the same in time, height and width
-    dropping: Dropping | None = None  # what left while the prompt was read
-    prompt_ids: torch.Tensor | None = None  # int64 `[L]`, of the unpruned prompt; a repetition penalty needs them
 
 
 def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
@@ -73,9 +61,13 @@ class Visual:
         return self.place.columns[self.kept]
 
 
-def embed_prompt(model, input_ids: torch.Tensor, visuals: Sequence[Visual]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The embeddings `[C, hidden]` of a pruned prompt, in the model's dtype; and int64 `[C]` on the CPU, ascending, its columns.
+def embed_prompt(
+    model, input_ids: torch.Tensor, visuals: Sequence[Visual]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """What the language model reads of a pruned prompt: `embeds`, `columns`, `sizes` and `deepstack`.
 
+    `embeds`, `[C, hidden]` in the model's dtype; int64 `[C]` on the CPU, ascending, their columns; float32 `[C]`, their cluster
+    sizes, 1 for text, None where all are 1; and `[n, C, hidden]`, what is added to them after the first n layers, None for nothing.
     C is L less the tokens that are not kept and the columns that leave with them (`Place.around`). Columns are those of the
     unpruned prompt, `input_ids` (int64 `[L]`), and so are positions. `visuals`: of its inputs, in the order of their places.
 
@@ -88,38 +80,23 @@ def embed_prompt(model, input_ids: torch.Tensor, visuals: Sequence[Visual]) -> t
         stays[visual.place.columns] = False
         stays[visual.columns] = True
     columns = stays.nonzero()[:, 0]
+    at = [torch.searchsorted(columns, visual.columns) for visual in visuals]
     with torch.inference_mode():
-        at = torch.searchsorted(columns, torch.cat([visual.columns for visual in visuals]))
         # The model need not know the ids of placeholders.
-        embeds = embed_ids(model, input_ids.cpu()[columns].index_fill_(0, at, 0))
-        features = torch.cat([visual.features.to(embeds) for visual in visuals])
-        return embeds.index_copy_(0, to_device(at, embeds.device), features), columns
-
-
-def column_sizes(visuals: Sequence[Visual], columns: torch.Tensor) -> torch.Tensor | None:
-    """float32 `[C]`: the cluster sizes of the columns of `embed_prompt`, 1 for text; None where all are 1."""
-    sized = [visual for visual in visuals if visual.size is not None]
-    if not sized:
-        return None
-    device = sized[0].size.device
-    every = torch.ones(int(columns[-1]) + 1, dtype=torch.float32, device=device)
-    for visual in sized:
-        every[to_device(visual.columns, device)] = visual.size
-    return every[to_device(columns, device)]
-
-
-def column_deepstack(visuals: Sequence[Visual], columns: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
-    """`[n, C, hidden]`: what is added to the columns of `embed_prompt` after the first n layers, None for nothing.
-
-    `like`: the embeddings of these columns.
-    """
-    if any(visual.deepstack is None for visual in visuals):
-        return None
-    made = like.new_zeros(len(visuals[0].deepstack), *like.shape)
-    for visual in visuals:
-        at = to_device(torch.searchsorted(columns, visual.columns), like.device)
-        made[:, at] = visual.deepstack.to(like)
-    return made
+        embeds = embed_ids(model, input_ids.cpu()[columns].index_fill_(0, torch.cat(at), 0))
+        at = [to_device(places, embeds.device) for places in at]
+        sizes = deepstack = None
+        if any(visual.size is not None for visual in visuals):
+            sizes = embeds.new_ones(len(columns), dtype=torch.float32)
+        if all(visual.deepstack is not None for visual in visuals):
+            deepstack = embeds.new_zeros(len(visuals[0].deepstack), *embeds.shape)
+        for visual, places in zip(visuals, at, strict=True):
+            embeds[places] = visual.features.to(embeds)
+            if visual.size is not None:
+                sizes[places] = visual.size.to(sizes)
+            if deepstack is not None:
+                deepstack[:, places] = visual.deepstack.to(embeds)
+    return embeds, columns, sizes, deepstack
 
 
 def dropping_for(
@@ -149,6 +126,57 @@ def dropping_for(
     return Dropping(model, method.language, plan, embeds, places, torch.cat(pairs), torch.cat(inside))
 
 
+@dataclass
+class PrefillState:
+    """A prompt that was read, and as much of one answer to it: the language model as `TokenStream` needs it.
+
+    Made by `prefill`. Another way to run the language model needs no more: a function like that one, whose state has `logits`,
+    `prompt_ids`, `read`, `decode`, and a `cache` with `length` and `crop`, which a later prompt of the same beginning goes on from.
+    """
+
+    model: Any
+    cache: KVCache  # keys and values of the prompt and of the tokens of the answer that are read
+    logits: torch.Tensor  # float32 `[vocabulary]`, of the token after what the cache holds
+    next_position: int  # M-RoPE position of the first generated token, the same in time, height and width
+    dropping: Dropping | None = None  # what left while the prompt was read
+    prompt_ids: torch.Tensor | None = None  # int64 `[L]`, of the unpruned prompt; a repetition penalty needs them
+    answered: int = 0  # tokens of the answer that are in the cache
+    _steps: StaticCache | None = None  # where the others are
+    _holder: object = field(
+        default_factory=object
+    )  # by which that knows whose answer it has; it must not hold the model
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """Reads further tokens of the answer, int64 `[n]`; the logits after each of them, float32 `[n, vocabulary]`."""
+        positions = (ascending(len(ids), "cpu") + self.next_position + self.answered).expand(3, -1)
+        embeds = embed_ids(self.model, ids)
+        logits = decoder.logits(self.model, embeds, positions, self.cache, last=len(ids))
+        self.answered, self.logits = self.answered + len(ids), logits[-1]
+        return logits
+
+    def decode(self, ids: Sequence[int], left: int, pick: Callable[..., int]) -> int:
+        """The token after the answer `ids`, not empty, to which up to `left` may still come. May be called again if it raises.
+
+        `pick`: takes it from logits and, if they are known, `best_of` these. On CUDA, a graph computes it (`static`).
+        """
+        token, last = None, len(ids) - 1
+        try:
+            if self._steps is None and self.answered == last:
+                self._steps = static.begin(
+                    self.model, self._holder, self.cache, self.next_position + last, len(ids), left
+                )
+            if self._steps is not None:
+                token = self._steps.following(self.model, self._holder, ids[-1], pick)
+        except RuntimeError as problem:
+            static.give_up(self.model, problem)
+        if token is None:
+            self._steps = None
+            if missing := ids[self.answered :]:
+                self.read(torch.tensor(missing, dtype=torch.int64, device="cpu"))
+            token = pick(self.logits)
+        return token
+
+
 def prefill(
     model,
     inputs_embeds: torch.Tensor,
@@ -171,63 +199,52 @@ def prefill(
         room = columns + ANSWER_COLUMNS if isinstance(columns, int) else [each + ANSWER_COLUMNS for each in columns]
         cache = KVCache(model, room)
     after = decoder.logits(model, inputs_embeds, positions, cache, sizes, dropping=dropping, deepstack=deepstack)[0]
-    return PrefillState(cache, after, next_position, dropping)
-
-
-def _read(model, state: PrefillState, ids: torch.Tensor, before: int = 0) -> torch.Tensor:
-    """The logits after each of some tokens of an answer, which stand behind `before` others: float32 `[n, vocabulary]`."""
-    positions = (ascending(len(ids), "cpu") + state.next_position + before).expand(3, -1)
-    return decoder.logits(model, embed_ids(model, ids), positions, state.cache, last=len(ids))
+    return PrefillState(model, cache, after, next_position, dropping)
 
 
 @torch.inference_mode()
-def along(model, state: PrefillState, ids: torch.Tensor, one_by_one: bool = False) -> torch.Tensor:
+def teacher_forced_logits(state: PrefillState, ids: torch.Tensor, one_by_one: bool = False) -> torch.Tensor:
     """float32 `[n, vocabulary]`: the logits of every token of an answer (`ids`, int64 `[n]`), each behind those before it.
 
     The cache of `state` grows by the answer. `one_by_one`: a pass for each token, as decoding has it; else one for all.
 
     Raises ModelError: a logit is NaN or infinite.
     """
-    each, pieces = state.logits[None], ids[:-1].split(1 if one_by_one else len(ids))
+    logits = [state.logits[None]]
     if len(ids) > 1:
-        each = torch.cat([each, *(_read(model, state, piece, at) for at, piece in enumerate(pieces))])
-    if not each.amax(1).isfinite().all():
+        logits += [state.read(piece) for piece in ids[:-1].split(1 if one_by_one else len(ids))]
+    logits = torch.cat(logits)
+    if not logits.amax(1).isfinite().all():
         raise not_a_number_error("generate")
-    return each
+    return logits
 
 
 class TokenStream(Iterator[int]):
     """Generated token ids; each is computed when it is requested. `eos_ids` end the answer and are not yielded.
 
-    The cache of `state` grows by the tokens that are decoded plainly, so a state serves one answer; on CUDA the others go through
-    a graph (`static`). The same `seed` gives the same answer.
+    A state serves one answer. The same `seed` gives the same answer.
 
     Raises ModelError: while iterating, if a logit is NaN or infinite.
     """
 
-    def __init__(self, model, state: PrefillState, settings: GenerationOptions, eos_ids: Iterable[int], seed: int = 0):
+    def __init__(self, state: PrefillState, settings: GenerationOptions, eos_ids: Iterable[int], seed: int = 0):
         self.finish_reason: str | None = None  # at the end "stop" (the model ended its turn) or "length"
         self.ids: list[int] = []  # the tokens yielded
-        self._model, self._state, self._settings = model, state, settings
-        self._eos_ids = frozenset(eos_ids)
+        self._state, self._settings, self._eos_ids = state, settings, frozenset(eos_ids)
         penalised = settings.repetition_penalty not in (None, 1) and state.prompt_ids is not None
         self._seen = set(state.prompt_ids.tolist()) if penalised else set()  # tokens of the prompt and the answer
         # On the CPU, so that a seed gives the same draws on every device.
         self._random = torch.Generator().manual_seed(generator_seed(seed))
-        self._read = 0  # how many of them are in the cache of the state
-        self._steps: static.Steps | None = None  # where the others are
-        self._holder = object()
 
     @torch.inference_mode()
     def __next__(self) -> int:
-        if self.finish_reason is None and len(self.ids) == self._settings.max_new_tokens:
+        left = self._settings.max_new_tokens - len(self.ids)
+        if self.finish_reason is None and not left:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             raise StopIteration
         # The pass after a token runs only when another token is requested.
-        token = self._stepped() if self.ids else None
-        if token is None:
-            token = self._picked(self._state.logits if not self.ids else self._plainly())
+        token = self._state.decode(self.ids, left, self._pick) if self.ids else self._pick(self._state.logits)
         if token in self._eos_ids:
             self.finish_reason = "stop"
             raise StopIteration
@@ -235,30 +252,7 @@ class TokenStream(Iterator[int]):
         self._seen.add(token)
         return token
 
-    def _plainly(self) -> torch.Tensor:
-        """The logits after all tokens so far: those that the cache lacks are read, usually one."""
-        missing = torch.tensor(self.ids[self._read :], dtype=torch.int64, device="cpu")
-        logits = _read(self._model, self._state, missing, self._read)[-1]
-        self._read = len(self.ids)
-        return logits
-
-    def _stepped(self) -> int | None:
-        """The next token by a step on tensors that keep their place; None where it is to be decoded plainly."""
-        last = len(self.ids) - 1
-        try:
-            if self._steps is None and self._read == last:
-                position, left = self._state.next_position + last, self._settings.max_new_tokens - len(self.ids)
-                given = self._model, self._holder, self._state.cache, position, len(self.ids), left
-                self._steps = static.begin(*given)
-            made = self._steps and self._steps.following(self._model, self._holder, self.ids[-1], self._picked)
-        except RuntimeError as problem:
-            static.give_up(self._model, problem)
-            made = None
-        if made is None:
-            self._steps = None
-        return made
-
-    def _picked(self, logits: torch.Tensor, best: torch.Tensor | None = None) -> int:
+    def _pick(self, logits: torch.Tensor, best: torch.Tensor | None = None) -> int:
         """The next token, of its logits; `best`: `best_of` them, if that is known."""
         settings = self._settings
         if best_wins := settings.temperature == 0 and settings.repetition_penalty in (None, 1):

@@ -1,21 +1,28 @@
 """A question about videos and pictures as token ids, through the model's own chat template; and the positions of its tokens.
 
+It uses the `tokenizers` library directly: transformers' wrapper takes longer to import than a short answer takes to compute.
+
 The user's words are only text: `<|im_end|>` or `<|video_pad|>` inside a question becomes ordinary tokens, so a question can
 neither end its turn early nor fake a video. Only the template places special tokens.
 """
 
 import math
+import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from evoprune.errors import ModelError, UsageError, process_error
-from evoprune.language.tokenizer import Tokenizer
+from evoprune.errors import ModelError, UsageError, first_line, is_out_of_memory, process_error
+from evoprune.language.template import render
 from evoprune.methods.indices import ascending
+from evoprune.model.config import TEXT, check_fetched, read_object
 from evoprune.text import check_text
 from evoprune.video.info import PICTURE, VIDEO
 
@@ -23,6 +30,136 @@ from evoprune.video.info import PICTURE, VIDEO
 CONTENTS = {VIDEO: ("video", "<|video_pad|>"), PICTURE: ("image", "<|image_pad|>")}
 _PLACEHOLDERS = tuple(token for _, token in CONTENTS.values())
 MARKERS = "<|vision_start|>", "<|vision_end|>"  # around placeholders
+# Placeholders for the user's words while the template is rendered. They have private-use characters, which no template has.
+_QUESTION, _SYSTEM = "\ue000question\ue001", "\ue000system\ue001"
+MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's have 11 MB and 3 kB
+# The steps of Qwen's tokenizers. Others could make gigabytes of a short text.
+KINDS = {"model": ("BPE",), "normalizer": ("NFC", "NFKC", "NoneType"), "decoder": ("ByteLevel",)}
+
+
+@dataclass
+class Tokenizer:
+    """A model's tokenizer and chat template."""
+
+    backend: Any  # a `tokenizers.Tokenizer`
+    chat_template: str  # Jinja source
+    # Tokens by their names in the tokenizer's settings, such as "eos_token"; templates may use them
+    named: dict[str, str] = field(default_factory=dict)
+    template_file: str = ""  # where the template is from, for errors
+
+    def __post_init__(self):
+        self.backend.encode_special_tokens = True  # special tokens in a user's text are ordinary words
+        # A tokenizer that was saved after training may still truncate or pad to the lengths of its batches.
+        self.backend.no_truncation()
+        self.backend.no_padding()
+
+    def specials(self) -> dict[str, int]:
+        """The special tokens and their ids."""
+        return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`. Special tokens in it are encoded as ordinary words.
+
+        Raises ModelError: the tokenizer breaks down, for example over a pattern that takes too many steps.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except BaseException as problem:  # a panic in Rust is no Exception
+            if type(problem).__name__ != "PanicException":
+                raise
+            message = f"the model's tokenizer broke down: {first_line(problem)}"
+            raise ModelError(message, "take the tokenizer of the original model", stage="prefill") from problem
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids` without special tokens. Incomplete characters become U+FFFD."""
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def render(self, messages: list[dict]) -> str:
+        """A conversation in the model's own format, up to where its answer begins.
+
+        Raises ValueError: the template is broken, refuses the messages, or takes too much. OSError: no process can be started.
+        """
+        context = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
+        return render(self.chat_template, context | self.named)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has tokenizer files."""
+    return any(
+        all((folder / name).is_file() for name in names)
+        for names in (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    )
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a model's folder. Raises ModelError: missing, damaged, or without a chat template."""
+    if not has_tokenizer(folder):
+        hint = "copy tokenizer.json and tokenizer_config.json from the original model"
+        raise ModelError(f"{folder} holds no tokenizer", hint)
+    try:
+        backend = _backend(folder)
+        for name, kinds in KINDS.items():
+            kind = type(getattr(backend, name)).__name__
+            if kind not in kinds:
+                raise ValueError(f"its {name} is of kind {kind}, not {' or '.join(kinds)}".replace("NoneType", "none"))
+        settings = _settings(folder / "tokenizer_config.json")
+        template, source = _template(folder, settings)
+    except Exception as problem:  # the Rust parser raises plain Exceptions
+        if isinstance(problem, ModelError) or is_out_of_memory(problem):
+            raise
+        message = f"the tokenizer in {folder} cannot be loaded: {first_line(problem)}"
+        raise ModelError(message, "get its files again") from problem
+    if not template:
+        hint = "copy chat_template.json from the original model"
+        raise ModelError(f"the tokenizer in {folder} has no chat template", hint)
+    # Either plain text or {"content": text, ...}.
+    tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items() if k.endswith("_token")}
+    return Tokenizer(backend, template, {k: v for k, v in tokens.items() if isinstance(v, str)}, str(source))
+
+
+def _backend(folder: Path):
+    if (folder / "tokenizer.json").is_file():
+        import tokenizers
+
+        _check_size(folder / "tokenizer.json")
+        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # Only vocab.json and merges.txt: transformers knows the rest of Qwen's tokenizer.
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
+
+
+def _check_size(file: Path) -> None:
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError(f"{file.name} is no regular file")
+    if file.stat().st_size > MAX_BYTES[file.name]:
+        raise ValueError(f"{file.name} has more than {MAX_BYTES[file.name] // 2**20} MiB")
+    check_fetched(file)
+
+
+def _settings(path: Path) -> dict:
+    if not os.path.lexists(path):
+        return {}
+    check_fetched(path)
+    return read_object(path)
+
+
+def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
+    """The chat template, from its own file or from one of the files that older repositories use; and that file.
+
+    Of these, the processor's comes first: it is the one that supports video.
+    """
+    file = folder / "chat_template.jinja"
+    if os.path.lexists(file):
+        _check_size(file)
+        return file.read_text(encoding="utf-8"), file
+    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+        found = (settings if file.name == "tokenizer_config.json" else _settings(file)).get("chat_template")
+        if isinstance(found, list):  # several templates by name
+            found = {each["name"]: each["template"] for each in found}.get("default")
+        if found:
+            return TEXT.check(found, f"{file.name}: chat_template"), file
+    return None, file
 
 
 @dataclass(frozen=True)
@@ -112,10 +249,6 @@ def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
     return [f"<{(first + last) / 2:.1f} seconds>" for first, last in pairs]
 
 
-# Placeholders for the user's words while the template is rendered. They have private-use characters, which no template has.
-_QUESTION, _SYSTEM = "\ue000question\ue001", "\ue000system\ue001"
-
-
 @dataclass(frozen=True)
 class Prompt:
     """A prompt with room for every visual token of its inputs."""
@@ -164,8 +297,8 @@ def build_prompt(
     if not inputs or min(count for _, count in inputs) < 1:
         raise ValueError(f"a prompt has inputs with at least one visual token each, not {list(inputs)}")
     specials = tokenizer.specials()
-    rendered = _render(tokenizer, [kind for kind, _ in inputs], system is not None)
-    _check(tokenizer, rendered, [CONTENTS[kind][1] for kind, _ in inputs], MARKERS if any(times) else ())
+    markers = MARKERS if any(times) else ()
+    rendered = _render(tokenizer, [kind for kind, _ in inputs], system is not None, markers)
     if system and _SYSTEM not in rendered:
         problem = "the model's chat template has no place for a system prompt"
         raise UsageError(problem, "leave it out, or write it in the question")
@@ -208,43 +341,35 @@ def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
 
 def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequence[Sequence[str]]) -> Iterator[Place]:
     """Where each input stands, whose runs follow one another."""
+
+    def around(run: range, time: str) -> range:
+        """The columns of a run with its markers, and with the time before them if that has not merged with what comes before it."""
+        own, start = tokenizer.encode(time), run.start - 1
+        start -= len(own) if ids[start - len(own) : start] == own else 0
+        return range(start, run.stop + 1)
+
     left = iter(runs)
-    for some in times:
-        own = tuple(islice(left, max(1, len(some))))
-        yield Place(own, tuple(_around(tokenizer, ids, run, time) for run, time in zip(own, some, strict=False)))
+    for of_input in times:
+        own = tuple(islice(left, max(1, len(of_input))))
+        yield Place(own, tuple(around(run, time) for run, time in zip(own, of_input, strict=False)))
 
 
-def _around(tokenizer: Tokenizer, ids: list[int], run: range, time: str) -> range:
-    """The columns of a run with its markers, and with the time before them if that has not merged with what comes before it."""
-    own, start = tokenizer.encode(time), run.start - 1
-    start -= len(own) if ids[start - len(own) : start] == own else 0
-    return range(start, run.stop + 1)
-
-
-def _check(tokenizer: Tokenizer, rendered: str, due: list[str], markers: Sequence[str]) -> None:
-    """Raises ModelError unless the conversation has these placeholders in this order, and then the question; and markers exist."""
-    known, last = tokenizer.specials(), max(rendered.rfind(token) for token in _PLACEHOLDERS)
-    found = re.findall("|".join(map(re.escape, _PLACEHOLDERS)), rendered)
-    if found != due or not {*due, *markers} <= known.keys() or not last < rendered.find(_QUESTION):
-        raise _unusable(tokenizer, "it does not write the inputs in their order and then the question")
-
-
-def _render(tokenizer: Tokenizer, kinds: Sequence[str], with_system: bool) -> str:
-    """The conversation as text, with placeholders for the user's words."""
+def _render(tokenizer: Tokenizer, kinds: Sequence[str], with_system: bool, markers: Sequence[str]) -> str:
+    """The conversation as text, with placeholders for the user's words; these `markers` must exist."""
     messages = [{"role": "system", "content": _SYSTEM}] if with_system else []
     content = [{"type": CONTENTS[kind][0]} for kind in kinds]
     messages.append({"role": "user", "content": [*content, {"type": "text", "text": _QUESTION}]})
     try:
-        return tokenizer.render(messages)
+        rendered = tokenizer.render(messages)
+        due = [CONTENTS[kind][1] for kind in kinds]
+        written = re.findall("|".join(map(re.escape, _PLACEHOLDERS)), rendered)
+        last = max(rendered.rfind(token) for token in _PLACEHOLDERS)
+        if written != due or not {*due, *markers} <= tokenizer.specials().keys() or not last < rendered.find(_QUESTION):
+            raise ValueError("it does not write the inputs in their order and then the question")
     except ValueError as problem:
-        raise _unusable(tokenizer, str(problem)) from problem
+        where = f" ({tokenizer.template_file})" if tokenizer.template_file else ""
+        hint = "take tokenizer and chat template from the model that this one was made from"
+        raise ModelError(f"the model's chat template cannot be used{where}: {problem}", hint) from problem
     except OSError as problem:
         raise process_error("start the process that renders the chat template", problem, "prefill") from problem
-
-
-def _unusable(tokenizer: Tokenizer, reason: str) -> ModelError:
-    where = f" ({tokenizer.template_file})" if tokenizer.template_file else ""
-    return ModelError(
-        f"the model's chat template cannot be used{where}: {reason}",
-        "take tokenizer and chat template from the model that this one was made from",
-    )
+    return rendered

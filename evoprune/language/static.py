@@ -19,21 +19,24 @@ from evoprune.backend.attention import without_cudnn
 from evoprune.backend.devices import available_memory, to_device
 from evoprune.backend.layers import is_plain
 from evoprune.errors import DeviceWarning, first_line
-from evoprune.language.attention import bias_features
-from evoprune.language.decoder import KVCache, run_layer
-from evoprune.model.config import head_size, kv_bytes
-from evoprune.model.numerics import frequencies_of, norm, turns_by, without_autocast
+from evoprune.language.decoder import KVCache, bias_features, frequencies_of, norm, run_layer, turns_by
+from evoprune.model.config import head_size
+from evoprune.model.cost import kv_bytes
+from evoprune.model.numerics import without_autocast
 
 # Tokens that an answer has before a graph is captured for it, and the fewest that may still come then. A capture takes as long as
 # a few plain steps, and an answer of a word or two should not wait for it.
 PLAIN_TOKENS = 4
-COLUMNS = 512  # that a graph reads at least; others read twice as many, and so on
-MOST_NEW = 1024  # tokens of an answer that a cache has room for at first
+MIN_COLUMNS = 512  # that a graph reads at least; others read twice as many, and so on
+MAX_NEW = 1024  # tokens of an answer that a cache has room for at first
 SHARE = 0.25  # of the memory that is free, at most, for such a cache
 
 
 class StaticCache:
-    """Keys and values of up to `capacity` columns, and the inputs and results of a step, at places that never change."""
+    """Keys and values of up to `capacity` columns, inputs and results of a step, at places that never change; and the steps.
+
+    It serves one answer at a time. Each number of columns that steps read has a graph. Threads wait for one another.
+    """
 
     def __init__(self, model, capacity: int):
         config, like = model.config.text_config, model.model.language_model.norm.weight
@@ -47,6 +50,10 @@ class StaticCache:
         self.frequencies = to_device(frequencies_of(config)[0], like.device)
         self.logits = like.new_zeros(len(model.lm_head.weight), dtype=torch.float32)  # of the token that follows
         self.best = like.new_zeros(2, dtype=torch.int64)  # see `best_of`
+        self.graphs: dict[int, Callable[[], None]] = {}  # by the columns that they read
+        self._lock = threading.Lock()
+        self._holder: object | None = None  # whose answer it is; None for nobody's
+        self._room = 0  # tokens that it has room for
 
     def fill(self, cache: KVCache, position: int, read: int) -> None:
         """Copies the columns of another cache, which are the same in all layers. `position`: of the first token that is read."""
@@ -78,6 +85,28 @@ class StaticCache:
         """Gives the column of a step its weight, in every layer."""
         self._held[:, 0, :, : self.read, self._dim :].index_fill_(2, self.column, 0)
 
+    def begin(self, holder: object, cache: KVCache, position: int, read: int) -> None:
+        """The cache is that of another answer from now on; errors leave it to nobody."""
+        with self._lock:
+            self._holder = None
+            self.fill(cache, position, read)
+            self._holder, self._room = holder, read - cache.length
+
+    def following(self, model, holder: object, token: int, pick: Callable[..., int]) -> int | None:
+        """The token behind `token`, as `pick` takes it from logits and `best_of`; None if the cache is another's, or full."""
+        with self._lock:
+            if self._holder is not holder or not self._room:
+                return None
+            self._holder = None  # whatever breaks off here may have left half a step
+            self.token.fill_(token)
+            if replay := self.graphs.get(self.read):
+                replay()
+            else:
+                self.graphs[self.read] = graph.run_and_capture(lambda: step(model, self), self.token.device)
+            following = pick(self.logits, self.best)
+            self._holder, self._room = holder, self._room - 1
+            return following
+
 
 def best_of(logits: torch.Tensor) -> torch.Tensor:
     """int64 `[2]`: the most probable token, and 0 if a logit (float32 `[vocabulary]`) is NaN or infinite. One copy reads both."""
@@ -103,46 +132,12 @@ def step(model, cache: StaticCache) -> None:
     cache.position.add_(1)
 
 
-class Steps:
-    """Steps of one answer at a time on a static cache, each size of which has a graph. Threads wait for one another."""
-
-    def __init__(self, model, capacity: int):
-        self.cache = StaticCache(model, capacity)
-        self.graphs: dict[int, Callable[[], None]] = {}  # by the columns that they read
-        self._lock = threading.Lock()
-        self._holder: object | None = None  # whose answer it is; None for nobody's
-        self._room = 0  # tokens that it has room for
-
-    def begin(self, holder: object, cache: KVCache, position: int, read: int) -> None:
-        """The cache is that of another answer from now on; errors leave it to nobody."""
-        with self._lock:
-            self._holder = None
-            self.cache.fill(cache, position, read)
-            self._holder, self._room = holder, read - cache.length
-
-    def following(self, model, holder: object, token: int, pick: Callable) -> int | None:
-        """The token behind `token`, as `pick` takes it from logits and `best_of`; None if the cache is another's, or full."""
-        with self._lock:
-            if self._holder is not holder or not self._room:
-                return None
-            self._holder = None  # whatever breaks off here may have left half a step
-            self.cache.token.fill_(token)
-            if replay := self.graphs.get(self.cache.read):
-                replay()
-            else:
-                device = self.cache.token.device
-                self.graphs[self.cache.read] = graph.run_and_capture(lambda: step(model, self.cache), device)
-            made = pick(self.cache.logits, self.cache.best)
-            self._holder, self._room = holder, self._room - 1
-            return made
-
-
 # Of each model its steps; None where a capture has failed.
-_made: WeakKeyDictionary[nn.Module, Steps | None] = WeakKeyDictionary()
-_making = threading.Lock()
+_caches: WeakKeyDictionary[nn.Module, StaticCache | None] = WeakKeyDictionary()
+_caches_lock = threading.Lock()
 
 
-def begin(model, holder: object, cache: KVCache, position: int, decoded: int, left: int) -> Steps | None:
+def begin(model, holder: object, cache: KVCache, position: int, decoded: int, left: int) -> StaticCache | None:
     """Steps that hold what a cache holds, for the answer of `holder`; None where its next token is better decoded plainly.
 
     `position`: of the token that is read next. `decoded`, `left`: how many tokens the answer has, and may still have.
@@ -150,35 +145,30 @@ def begin(model, holder: object, cache: KVCache, position: int, decoded: int, le
     like = model.model.language_model.norm.weight
     if not graph.can_capture(like.device) or {*cache.lengths} != {cache.length} or len({*map(id, cache.sizes)}) > 1:
         return None
-    need = cache.length + min(left, MOST_NEW)
-    columns = max(COLUMNS, 1 << (need - 1).bit_length())
-    with _making:
-        steps = _made.get(model)
-        if model in _made and steps is None:
+    need = cache.length + min(left, MAX_NEW)
+    columns = max(MIN_COLUMNS, 1 << (need - 1).bit_length())
+    with _caches_lock:
+        steps = _caches.get(model)
+        if model in _caches and steps is None:
             return None
         known = [size for size in steps.graphs if need <= size <= 4 * columns] if steps else []
         if not known:
             if min(decoded, left) < PLAIN_TOKENS:
                 return None
-            if steps is None or steps.cache.capacity < columns:
-                if not _possible(model, columns, like):
+            if steps is None or steps.capacity < columns:
+                available = available_memory(str(like.device))
+                if available is not None and kv_bytes(model.config, columns, like.itemsize) >= SHARE * available:
                     return None
-                steps = _made[model] = Steps(model, columns)
+                layers = [model.lm_head, *model.model.language_model.layers.modules()]
+                if not all(is_plain(each) for each in layers if isinstance(each, nn.Linear)):
+                    return None  # hooks may compute something else on each call
+                steps = _caches[model] = StaticCache(model, columns)
     steps.begin(holder, cache, position, min(known, default=columns))
     return steps
 
 
 def give_up(model, problem: Exception) -> None:
     """From now on, tokens of this model are decoded plainly."""
-    _made[model] = None
+    _caches[model] = None
     said = f"tokens are decoded without a CUDA graph, which takes longer: {first_line(problem)}"
     warnings.warn(said, DeviceWarning, stacklevel=2)
-
-
-def _possible(model, columns: int, like: torch.Tensor) -> bool:
-    """Whether there is memory for so many columns, and every layer computes the same on each call: hooks may not."""
-    layers = [model.lm_head, *model.model.language_model.layers.modules()]
-    if not all(is_plain(each) for each in layers if isinstance(each, nn.Linear)):
-        return False
-    available = available_memory(str(like.device))
-    return available is None or kv_bytes(model.config, columns, like.itemsize) < SHARE * available

@@ -3,7 +3,7 @@
 import threading
 from contextlib import closing
 
-from evoprune.cpu.machine import compute_alone, end_team
+from evoprune.cpu.machine import release_omp_threads, use_one_omp_thread
 from evoprune.live.backlog import Backlog
 from evoprune.live.source import LiveSource
 from evoprune.live.stream import VideoStream
@@ -25,7 +25,7 @@ class LiveFeed:
         self.begun, self.ended = threading.Event(), threading.Event()
         self.problem: BaseException | None = None
         self._stream, self._source, self._closing = stream, source, False
-        end_team()  # this thread has loaded the model, and another one encodes
+        release_omp_threads()  # this thread has loaded the model, and another one encodes
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._read, self._encode)]
         for thread in self._threads:
             thread.start()
@@ -47,7 +47,7 @@ class LiveFeed:
             raise self.problem
 
     def _read(self) -> None:
-        compute_alone()  # it only scales frames
+        use_one_omp_thread()  # it only scales frames
         try:
             with closing(self._source.frames(self.backlog.due)) as frames:
                 for time_s, frame in frames:

@@ -19,7 +19,7 @@ from threading import Lock, RLock
 import numpy as np
 import torch
 
-from evoprune.cpu.machine import end_team
+from evoprune.cpu.machine import release_omp_threads
 from evoprune.errors import UsageError, names_plugins
 from evoprune.language.generate import PrefillState, embed_ids, prefill
 from evoprune.language.prompt import build_prompt
@@ -335,6 +335,6 @@ class VideoStream(Askable):
         return state
 
     def _ended(self, turn: int) -> None:
-        end_team()  # the encoder computes in another thread
+        release_omp_threads()  # the encoder computes in another thread
         if self._open == turn:
             self._open, self._lock.generating = None, False

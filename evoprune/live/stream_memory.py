@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.language.decoder import KVCache, forward
-from evoprune.language.generate import Visual, column_deepstack, column_sizes, embed_ids, embed_prompt
+from evoprune.language.generate import Visual, embed_ids, embed_prompt
 from evoprune.language.prompt import CONTENTS, MARKERS, Place, prompt_positions
 from evoprune.methods.evoprune import FarthestPoints
 from evoprune.methods.indices import ascending
@@ -96,15 +96,14 @@ def columns_of(
         inside = torch.meshgrid(time, *(ascending(side, "cpu") for side in grid[1:]), indexing="ij")
         positions = torch.stack(inside).flatten(1)
     read = [Visual(place, encoded.features, encoded.kept_here, encoded.size, encoded.deepstack)]
-    embeds, columns = embed_prompt(loaded.model, ids, read)
+    embeds, columns, sizes, deepstack = embed_prompt(loaded.model, ids, read)
     stays, visual = torch.full_like(ids, len(order)), torch.zeros_like(ids, dtype=torch.bool)
     stays[read[0].columns], visual[read[0].columns] = order, True
     for run, tokens in zip(around, runs, strict=True):
         least = stays[run.start : run.stop].min()
         stays[run.start : tokens.start] = stays[tokens.stop : run.stop] = least
     window = Window(span.start_s, span.end_s, int(positions[0, 0]), len(order), stays[columns], visual[columns])
-    last, sizes = positions.amax(1, keepdim=True), column_sizes(read, columns)
-    return Unread(window, embeds, positions[:, columns], last, sizes, column_deepstack(read, columns, embeds))
+    return Unread(window, embeds, positions[:, columns], positions.amax(1, keepdim=True), sizes, deepstack)
 
 
 class StreamMemory:

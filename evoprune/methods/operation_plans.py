@@ -14,7 +14,7 @@ from typing import Self
 from evoprune.errors import UsageError
 from evoprune.methods.budget import keep_count
 from evoprune.methods.language_plan import ALL, KINDS, REST, Drop, Groups, LanguagePlan, Operation
-from evoprune.model.rules import read_object
+from evoprune.model.config import read_object
 
 Removed = frozenset[Operation]
 SCHEMA = "evoprune/tune-operations@1"  # of the file that `evoprune tune VIDEO... --operations -o FILE` writes

@@ -1,35 +1,177 @@
-"""The content of a `config.json` of Qwen2-VL, Qwen2.5-VL or Qwen3-VL, under Hugging Face's names. Needs no torch, no transformers.
+"""The settings files of a model: strict JSON, rules for its values, and the content of a `config.json`. No torch, no transformers.
 
-Published checkpoints keep the language model's numbers at the top level, newer ones in `text_config`; both are read. A model
-that this program could not run faithfully is refused here, before any weights are read.
+A model's folder is no more trusted than a video: every value that is used has a rule, so that a bad one is named here, and does not
+become a crash or an endless loop later. A field of a dataclass has its rule in its annotation; `pick` makes such a dataclass of the
+entries of a file.
 
-What differs between the families is written down here as values. Only `vision/families.py` asks for a family by name, too.
+`parse_config` reads the config of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, under Hugging Face's names. Published checkpoints keep the
+language model's numbers at the top level, newer ones in `text_config`; both are read. A model that this program could not run
+faithfully is refused here, before any weights are read. What differs between the families is written down here as values. Only
+`vision/families.py` asks for a family by name, too.
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
-from typing import Annotated, Any
+import reprlib
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import cache
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
 
-from evoprune.model.rules import OBJECT, TEXT, YES_OR_NO, either, list_of, number, pick, section, whole
-
-Layers = Annotated[int, whole(1, 1000)]  # far more than any model has, and still built in a second
-SIZE = whole(1, 2**22)
-Size = Annotated[int, SIZE]
-Tokens = Annotated[int, whole(1, 2**24)]
-Text = Annotated[str, TEXT]
-YesOrNo = Annotated[bool, YES_OR_NO]
-LayerNumbers = Annotated[tuple[int, ...], list_of(whole(0, 1000))]
-TOKEN_ID = whole(0, 2**31)
-END_IDS = either(TOKEN_ID, list_of(TOKEN_ID))  # of the tokens that end an answer
-ROPE_THETA, MROPE_SECTION = number(1e-6, 1e15), list_of(whole(0, 2**16), 3)
+from evoprune.errors import LFS, LFS_HINT, ModelError
 
 QWEN2_5, QWEN2, QWEN3 = "qwen2_5_vl", "qwen2_vl", "qwen3_vl"
 MODEL_TYPES = (QWEN2_5, QWEN2, QWEN3)
 EXPERTS = "qwen3_vl_moe"  # a model type of which only the tower is a known one
 PATCHES = 4  # of a unit: 2x2
 ANSWER_COLUMNS = 256  # that a prompt's KV cache has to spare: an answer of the usual length needs no second cache
+MAX_LEVELS = 100  # of lists and objects inside one another; Python itself fails at about a thousand
+MAX_BYTES = 2**26  # of a settings file
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be."""
+
+    what: str  # in words, as after "is not"
+    holds: Callable[[Any], bool]
+
+    def check(self, value: Any, name: str) -> Any:
+        """The value, lists as tuples. Raises ValueError, with `name`, if the rule does not hold."""
+        if not self.holds(value):
+            raise ValueError(f"{name} is {reprlib.repr(value)}, not {self.what}")
+        return tuple(value) if isinstance(value, list) else value
+
+
+def whole(low: int, high: int) -> Rule:
+    """A whole number from `low` to `high`."""
+    return Rule(f"a whole number from {low:,} to {high:,}", lambda v: type(v) is int and low <= v <= high)
+
+
+def number(low: float, high: float) -> Rule:
+    """A number from `low` to `high`, whole or not."""
+    return Rule(f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high)
+
+
+def list_of(rule: Rule, length: int | None = None) -> Rule:
+    """A list of values under another rule."""
+    return Rule(
+        f"a list{f' of {length}' if length else ''}, each {rule.what}",
+        lambda v: isinstance(v, list | tuple) and len(v) == (length or len(v)) and all(map(rule.holds, v)),
+    )
+
+
+def either(one: Rule, other: Rule) -> Rule:
+    """A value under one of two rules."""
+    return Rule(f"{one.what}, or {other.what}", lambda v: one.holds(v) or other.holds(v))
+
+
+TEXT = Rule("a text", lambda v: isinstance(v, str))
+YES_OR_NO = Rule("true or false", lambda v: isinstance(v, bool))
+OBJECT = Rule("an object", lambda v: isinstance(v, dict))
+
+
+def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object inside another one; an empty one where it is missing or null. Raises ValueError: it is no object."""
+    value = content.get(name)
+    return {} if value is None else OBJECT.check(value, name)
+
+
+def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The entries of `content` that are fields of a dataclass with rules. Null counts as missing. Errors name `where`.NAME.
+
+    Raises ValueError: a value is not what its rule says.
+    """
+    return {
+        name: rule.check(content[name], f"{where}.{name}" if where else name)
+        for name, rule in _rules(cls).items()
+        if content.get(name) is not None
+    }
+
+
+def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
+    """A dataclass of the entries of `content` with the names of its fields.
+
+    Raises ValueError: an entry is missing that has no default, or is not what its rule says.
+    """
+    found = checked(cls, content, where)
+    for field in fields(cls):
+        if field.name not in found and field.default is MISSING:
+            raise ValueError(f"{where} has no {field.name}")
+    return cls(**found)
+
+
+@cache
+def _rules(cls: type) -> dict[str, Rule]:
+    """The rules of a dataclass, by the names of its fields."""
+    hints = get_type_hints(cls, include_extras=True)
+    found = {name: getattr(hint, "__metadata__", (None,))[0] for name, hint in hints.items()}
+    return {name: rule for name, rule in found.items() if isinstance(rule, Rule)}
+
+
+def loads(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises ValueError: no JSON; NaN, an infinite number or one that is too large; or more than `MAX_LEVELS` levels.
+    """
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no number of JSON")
+
+    def finite(number: str) -> float:
+        if math.isinf(value := float(number)):
+            raise ValueError(f"the number {number[:20]} is too large")
+        return value
+
+    too_deep = ValueError(f"it is nested deeper than {MAX_LEVELS} levels")
+    try:
+        value = json.loads(text, parse_constant=refuse, parse_float=finite)
+    except RecursionError:
+        raise too_deep from None
+    level = [[value]]
+    for _ in range(MAX_LEVELS + 1):
+        inside = chain.from_iterable(each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for each in inside if isinstance(each, dict | list)]
+        if not level:
+            return value
+    raise too_deep
+
+
+def check_fetched(path: Path) -> None:
+    """Raises ModelError: git-lfs has left a pointer in the place of a file."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(LFS)) == LFS:
+                raise ModelError(f"{path} is a git-lfs pointer", LFS_HINT)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a settings file.
+
+    Raises ValueError: what `loads` raises; or no object, no regular file, or more than `MAX_BYTES`. OSError: it cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe, perhaps, which nobody ever writes to
+        raise ValueError("it is no regular file")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES // 2**20} MiB")
+    value = loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    return value
+
+
+Layers = Annotated[int, whole(1, 1000)]  # far more than any model has, and still built in a second
+SIZE = whole(1, 2**22)
+Size = Annotated[int, SIZE]
+LayerNumbers = Annotated[tuple[int, ...], list_of(whole(0, 1000))]
+EndIds = Annotated[  # of the tokens that end an answer
+    int | tuple[int, ...] | None, either(whole(0, 2**31), list_of(whole(0, 2**31)))
+]
 
 
 @dataclass(frozen=True)
@@ -48,20 +190,34 @@ class Family:
     timestamps: bool = False  # whether a prompt has the time of each frame pair, and markers around its tokens
 
 
-_MERGER = ("ln_q", "mlp.0", "mlp.2")
-_TEXT = {"rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-_PICTURES = {"min_pixels": 56 * 56, "max_pixels": 12_845_056}, {"min_pixels": 56 * 56, "max_pixels": 1280 * 28 * 28}
+_QWEN2_5 = Family(
+    hidden_act="silu",
+    layer_norms=False,
+    mlp=("gate_proj", "up_proj", "down_proj"),
+    merger=("ln_q", "mlp.0", "mlp.2"),
+    text={"rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    video={},
+    picture={"min_pixels": 56 * 56, "max_pixels": 12_845_056},
+    unstated={"min_pixels": 56 * 56, "max_pixels": 1280 * 28 * 28},
+    vision={},
+)
 _HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
-_LARGE = _HALF | {"min_pixels": 65_536, "max_pixels": 16_777_216, "of_all_frames": False}
-_TANH, _MLP = "gelu_pytorch_tanh", ("linear_fc1", "linear_fc2")
-_QWEN3_TEXT = {"rope_theta": 5e5, "mrope_section": [24, 20, 20], "rms_norm_eps": 1e-6, "head_dim": 128}
-_QWEN3_VIDEO = _HALF | {"min_pixels": 4096, "max_pixels": 25_165_824, "of_all_frames": True}
-_TOWER = {"num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24), "patch_size": 16}
-_QWEN3 = _QWEN3_TEXT, _QWEN3_VIDEO, _LARGE, _LARGE, _TOWER | {"hidden_act": _TANH}
+_QWEN3_PICTURE = _HALF | {"min_pixels": 65_536, "max_pixels": 16_777_216, "of_all_frames": False}
 FAMILIES = {
-    QWEN2_5: Family("silu", False, ("gate_proj", "up_proj", "down_proj"), _MERGER, _TEXT, {}, *_PICTURES, {}),
-    QWEN2: Family("quick_gelu", True, ("fc1", "fc2"), _MERGER, _TEXT, {}, *_PICTURES, {"hidden_act": "quick_gelu"}),
-    QWEN3: Family(_TANH, True, _MLP, ("norm", *_MLP), *_QWEN3, timestamps=True),
+    QWEN2_5: _QWEN2_5,
+    QWEN2: replace(_QWEN2_5, hidden_act="quick_gelu", layer_norms=True, mlp=("fc1", "fc2")),
+    QWEN3: Family(
+        hidden_act="gelu_pytorch_tanh",
+        layer_norms=True,
+        mlp=("linear_fc1", "linear_fc2"),
+        merger=("norm", "linear_fc1", "linear_fc2"),
+        text={"rope_theta": 5e5, "mrope_section": [24, 20, 20], "rms_norm_eps": 1e-6, "head_dim": 128},
+        video=_HALF | {"min_pixels": 4096, "max_pixels": 25_165_824, "of_all_frames": True},
+        picture=_QWEN3_PICTURE,
+        unstated=_QWEN3_PICTURE,
+        vision={"num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24), "patch_size": 16},
+        timestamps=True,
+    ),
 }
 
 
@@ -81,7 +237,7 @@ class VisionConfig:
     spatial_merge_size: Size = 2  # side of a unit in patches
     in_channels: Size = 3
     tokens_per_second: Annotated[int | float | None, number(1e-3, 1e6)] = 4  # None if M-RoPE counts frame pairs
-    hidden_act: Text = "silu"
+    hidden_act: Annotated[str, TEXT] = "silu"
     num_position_embeddings: Annotated[int | None, SIZE] = None  # entries of the square table of learned positions
     # Ascending: layers after which a merger of their own makes features for the language model's first layers (DeepStack).
     deepstack_visual_indexes: LayerNumbers = ()
@@ -110,7 +266,7 @@ class Qwen2Sizes:
 class TextConfig:
     """The language model."""
 
-    vocab_size: Tokens
+    vocab_size: Annotated[int, whole(1, 2**24)]
     hidden_size: Size
     intermediate_size: Size
     num_hidden_layers: Layers
@@ -119,9 +275,9 @@ class TextConfig:
     # `rope_theta`, `mrope_section` and, where the three positions take turns, `mrope_interleaved`
     rope_parameters: Annotated[dict[str, Any], OBJECT]
     rms_norm_eps: Annotated[float, number(1e-30, 1)] = 1e-5
-    hidden_act: Text = "silu"
-    use_sliding_window: YesOrNo = False
-    eos_token_id: Annotated[int | tuple[int, ...] | None, END_IDS] = None
+    hidden_act: Annotated[str, TEXT] = "silu"
+    use_sliding_window: Annotated[bool, YES_OR_NO] = False
+    eos_token_id: EndIds = None
     # The length of its context: how many tokens it reads and writes together; None if the file does not say
     max_position_embeddings: Annotated[int | None, whole(1, 2**31)] = None
     head_dim: Annotated[int | None, whole(1, 2**16)] = None  # see `head_size`
@@ -141,7 +297,7 @@ class Config:
 class GenerationSettings:
     """What a `generation_config.json` says of choosing tokens; None where it says nothing."""
 
-    eos_token_id: Annotated[int | tuple[int, ...] | None, END_IDS] = None
+    eos_token_id: EndIds = None
     do_sample: Annotated[bool | None, YES_OR_NO] = None
     temperature: Annotated[float | None, number(0, 1e6)] = None
     top_k: Annotated[int | None, whole(0, 2**31)] = None
@@ -165,37 +321,49 @@ def parse_config(content: dict) -> Config:
     tied = any([YES_OR_NO.check(each, "tie_word_embeddings") for each in tied if each is not None])
     config = Config(parse_vision(vision, family), _parse_text(text, family), tied)
     check_vision(config.vision_config)
-    _check_text(config.text_config)
     _check_rope(section(content, "rope_scaling"))  # nothing reads it where there is a `text_config`
     same = config.vision_config.out_hidden_size == config.text_config.hidden_size
     _check(same, "tower and language model differ in size")
     return config
 
 
-def _parse_text(text: dict, family: str) -> TextConfig:
-    """Reads the settings of the language model, wherever they stand. Raises ValueError as `parse_config`."""
-    usual = FAMILIES[family].text
-    given = usual | {name: value for name, value in text.items() if value is not None}
+def _parse_text(content: dict, family: str) -> TextConfig:
+    """Reads the settings of the language model, wherever they stand. Raises as `parse_config`."""
+    given = FAMILIES[family].text | {name: value for name, value in content.items() if value is not None}
     # The earlier name counts more, as in transformers: guides to YaRN add it to a file that has the other.
-    rope = section(text, "rope_scaling") or section(text, "rope_parameters")
+    rope = section(content, "rope_scaling") or section(content, "rope_parameters")
     rope = {name: given[name] for name in ("rope_theta", "mrope_section")} | {
         name: value for name, value in rope.items() if value is not None
     }
     if family == QWEN3:
         rope["mrope_interleaved"] = True
-        _check_supported(not text.get("attention_bias"), "attention_bias is not supported")
-    heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
-    picked = pick(TextConfig, given | {"rope_parameters": rope, "num_key_value_heads": heads}, "text_config")
-    slides = picked.use_sliding_window and _slides(given, picked.num_hidden_layers)
-    slides = slides and text.get("sliding_window", True) is not None
-    return replace(picked, head_norms=family == QWEN3, use_sliding_window=slides)
+        _check(not content.get("attention_bias"), "attention_bias is not supported", Unsupported)
+    heads = content.get("num_key_value_heads") or content.get("num_attention_heads")
+    text = pick(TextConfig, given | {"rope_parameters": rope, "num_key_value_heads": heads}, "text_config")
+    slides = text.use_sliding_window
+    if slides and "layer_types" in given:  # as transformers decides whether some layer attends over a window
+        slides = "sliding_attention" in list_of(TEXT).check(given["layer_types"], "text_config.layer_types")
+    elif slides:
+        full = whole(0, 2**31).check(given.get("max_window_layers", 80), "text_config.max_window_layers")
+        slides = full < text.num_hidden_layers
+    slides = slides and content.get("sliding_window", True) is not None
+    _check_rope(rope)
+    _check(not slides, "sliding window attention is not supported", Unsupported)
+    act = text.hidden_act
+    _check(act == "silu", f"activation {act} is not supported, only silu", Unsupported)
+    divides = text.head_dim is not None or text.hidden_size % (2 * text.num_attention_heads) == 0
+    _check(divides, "hidden_size does not divide into heads")
+    _check(text.num_attention_heads % text.num_key_value_heads == 0, "key/value heads do not divide the heads")
+    sections = list_of(whole(0, 2**16), 3).check(rope["mrope_section"], "mrope_section")
+    _check(2 * sum(sections) == head_size(text), "mrope_section does not fit the heads")
+    number(1e-6, 1e15).check(rope["rope_theta"], "rope_theta")
+    return replace(text, head_norms=family == QWEN3, use_sliding_window=False)
 
 
-def _slides(given: Mapping[str, Any], depth: int) -> bool:
-    """Whether some layer attends over a sliding window, as transformers decides it where these are in use."""
-    if "layer_types" in given:
-        return "sliding_attention" in list_of(TEXT).check(given["layer_types"], "text_config.layer_types")
-    return whole(0, 2**31).check(given.get("max_window_layers", 80), "text_config.max_window_layers") < depth
+def _check_rope(rope: dict) -> None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    problem = f"rope_type {kind!r} is not supported, only Qwen's own"
+    _check(kind in ("default", "mrope"), problem, Unsupported)
 
 
 def head_size(text) -> int:
@@ -203,28 +371,10 @@ def head_size(text) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def _check_rope(rope: dict) -> None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    _check_supported(kind in ("default", "mrope"), f"rope_type {kind!r} is not supported, only Qwen's own")
-
-
-def _check_text(t: TextConfig) -> None:
-    """Raises ValueError if this program cannot run the language model faithfully."""
-    rope = t.rope_parameters
-    _check_rope(rope)
-    _check_supported(not t.use_sliding_window, "sliding window attention is not supported")
-    _check_supported(t.hidden_act == "silu", f"activation {t.hidden_act} is not supported, only silu")
-    divides = t.head_dim is not None or t.hidden_size % (2 * t.num_attention_heads) == 0
-    _check(divides, "hidden_size does not divide into heads")
-    _check(t.num_attention_heads % t.num_key_value_heads == 0, "key/value heads do not divide the heads")
-    section = MROPE_SECTION.check(rope["mrope_section"], "mrope_section")
-    _check(2 * sum(section) == head_size(t), "mrope_section does not fit the heads")
-    ROPE_THETA.check(rope["rope_theta"], "rope_theta")
-
-
 def parse_vision(content: dict, family: str) -> VisionConfig:
     """Reads the `vision_config` of a model of one of `MODEL_TYPES`. Raises ValueError: a number is missing, or is not one."""
-    given = {"in_channels": content.get("in_chans", 3)} | FAMILIES[family].vision
+    traits = FAMILIES[family]
+    given = {"in_channels": content.get("in_chans", 3), "hidden_act": traits.hidden_act} | traits.vision
     given |= {name: value for name, value in content.items() if value is not None}
     if family == QWEN2:
         own = pick(Qwen2Sizes, given, "vision_config")
@@ -250,9 +400,11 @@ def vision_sizes(config) -> VisionConfig:
 def check_vision(v: VisionConfig) -> None:
     """Raises ValueError if this program cannot run the tower faithfully."""
     act = v.traits.hidden_act
-    _check_supported(v.hidden_act == act, f"activation {v.hidden_act} of the tower is not supported, only {act}")
+    problem = f"activation {v.hidden_act} of the tower is not supported, only {act}"
+    _check(v.hidden_act == act, problem, Unsupported)
     for name, only in (("spatial_merge_size", 2), ("temporal_patch_size", 2), ("in_channels", 3)):
-        _check_supported(getattr(v, name) == only, f"{name} {getattr(v, name)} is not supported, only {only}")
+        value = getattr(v, name)
+        _check(value == only, f"{name} {value} is not supported, only {only}", Unsupported)
     _check(v.patch_size % 2 == 0, f"patch_size {v.patch_size} is not even")
     _check(v.hidden_size % (4 * v.num_heads) == 0, "the tower's hidden_size does not divide into heads")
     _check(v.window_size % (v.patch_size * v.spatial_merge_size) == 0, "window_size is no whole number of units")
@@ -264,19 +416,20 @@ def check_vision(v: VisionConfig) -> None:
     _check(table > 1 and math.isqrt(table) ** 2 == table, f"{table} learned positions do not fill a square")
 
 
-def _check(holds: bool, problem: str) -> None:
+def _check(holds: bool, problem: str, error: type[ValueError] = ValueError) -> None:
     if not holds:
-        raise ValueError(problem)
-
-
-def _check_supported(holds: bool, problem: str) -> None:
-    if not holds:
-        raise Unsupported(problem)
+        raise error(problem)
 
 
 def as_written(config: Config) -> dict[str, Any]:
     """The content of a `config.json` that `parse_config` reads as this config; it has no ids of special tokens."""
-    content = asdict(config, dict_factory=_as_json)
+
+    def as_json(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in entries if value is not None
+        }
+
+    content = asdict(config, dict_factory=as_json)
     vision, text = content["vision_config"], content["text_config"]
     family = vision.pop("family")
     del text["head_norms"]
@@ -286,14 +439,3 @@ def as_written(config: Config) -> dict[str, Any]:
         vision["mlp_ratio"] = vision["intermediate_size"] // wide
     text["rope_parameters"] = {"rope_type": "default"} | text["rope_parameters"]
     return {"model_type": family, **content}
-
-
-def _as_json(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields if value is not None}
-
-
-def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -> int:
-    """Bytes of the language model's keys and values for a prompt of `tokens`, in each layer or in all."""
-    text = config.text_config
-    every = text.num_hidden_layers * tokens if isinstance(tokens, int) else sum(tokens)
-    return 2 * text.num_key_value_heads * head_size(text) * every * bytes_each

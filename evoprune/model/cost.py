@@ -11,7 +11,7 @@ import torch
 
 from evoprune.backend.devices import available_memory, now
 from evoprune.errors import memory_guard
-from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, head_size, kv_bytes
+from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, head_size
 from evoprune.model.numerics import without_autocast
 
 SMALL_CHANGE = 128 * 2**20  # bytes that any run takes, however small
@@ -103,6 +103,13 @@ def carried_bytes(config: Config, places: int, bytes_each: int) -> int:
     """Bytes of the tower's keys and values of all layers for the places of a frame pair, which frame pairs after it attend to."""
     vision = config.vision_config
     return places * vision.depth * 2 * PATCHES * vision.hidden_size * bytes_each
+
+
+def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -> int:
+    """Bytes of the language model's keys and values for a prompt of `tokens`, in each layer or in all."""
+    text = config.text_config
+    every = text.num_hidden_layers * tokens if isinstance(tokens, int) else sum(tokens)
+    return 2 * text.num_key_value_heads * head_size(text) * every * bytes_each
 
 
 def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from evoprune.bundled import unknown_words
 from evoprune.errors import UsageError, error_record, names_plugins
 from evoprune.keywords import check_type, from_keywords
-from evoprune.language.generate import PrefillState, TokenStream, along, embed_ids, stream_text
+from evoprune.language.generate import PrefillState, TokenStream, embed_ids, stream_text, teacher_forced_logits
 from evoprune.model.cost import Clock
 from evoprune.report import Report, TokenCounts
 from evoprune.session.engine import Engine
@@ -198,7 +198,7 @@ class Askable(ABC, Uncopied):
         start = clock.now()
         packing, packed = loaded.packing, loaded.packing.seconds
         state = self._read(question, options, report, clock)
-        tokens = TokenStream(loaded.model, state, options, loaded.eos_ids, seed)
+        tokens = TokenStream(state, options, loaded.eos_ids, seed)
         self._paid = True
         report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
         report.answer, before = "", packing.seconds
@@ -280,7 +280,8 @@ class EncodedInputs(Askable):
             seconds, given = sum(clock.seconds.values()), torch.tensor(ids, dtype=torch.int64, device="cpu")
             loaded = self._engine.loaded
             with clock.stage("generate"):  # 4 bits are read where there is one row: several are computed in 8
-                return along(loaded.model, state, given, one_by_one=loaded.quantize == "int4"), seconds
+                logits = teacher_forced_logits(state, given, one_by_one=loaded.quantize == "int4")
+            return logits, seconds
 
     @property
     def _spent(self) -> tuple[dict[str, float], float]:

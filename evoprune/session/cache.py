@@ -22,7 +22,7 @@ import torch
 import evoprune
 from evoprune.errors import UsageError
 from evoprune.keywords import brief, check_type
-from evoprune.model.rules import loads
+from evoprune.model.config import loads
 from evoprune.vision.encoded import Encoded
 
 SUFFIX, UNFINISHED = (

@@ -10,8 +10,8 @@ from evoprune.backend.devices import available_memory
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError
 from evoprune.methods.budget import PRESETS, keep_tokens, share_for
-from evoprune.model.config import kv_bytes
-from evoprune.session.loading.found import DTYPES, FoundModel
+from evoprune.model.cost import kv_bytes
+from evoprune.session.loading.find import DTYPES, FoundModel
 from evoprune.session.options import PruneOptions
 from evoprune.session.planning import TEXT, chunk_sizes, encoding_bytes
 from evoprune.video.plan import STILL, Plan
@@ -28,7 +28,7 @@ def environment_facts(stdout: TextIO) -> dict:
     from evoprune.backend.devices import describe_devices
     from evoprune.backend.limits import available_cores, available_memory
     from evoprune.session.cache import Cache
-    from evoprune.session.loading.folder import BUNDLED_CONFIGS
+    from evoprune.session.loading.find import BUNDLED_CONFIGS
     from evoprune.session.loading.stored import weights_folder
     from evoprune.video.frames import choose_decoder
 

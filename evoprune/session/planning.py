@@ -7,7 +7,7 @@ import torch
 
 from evoprune.backend.devices import largest_chunk
 from evoprune.errors import LESS, OutOfMemory
-from evoprune.language.tokenizer import Tokenizer
+from evoprune.language.prompt import Tokenizer
 from evoprune.methods.encoder_plan import EncoderPlan, WholePairs
 from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import carried_bytes, shortage, working_memory

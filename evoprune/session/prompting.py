@@ -11,14 +11,11 @@ from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
     PrefillState,
     Visual,
-    column_deepstack,
-    column_sizes,
     dropping_for,
     embed_prompt,
     prefill,
 )
-from evoprune.language.prompt import Prompt, build_prompt, prompt_positions, timestamps
-from evoprune.language.tokenizer import Tokenizer
+from evoprune.language.prompt import Prompt, Tokenizer, build_prompt, prompt_positions, timestamps
 from evoprune.model.config import VisionConfig
 from evoprune.model.cost import language_bytes, shortage
 from evoprune.session.engine import Engine
@@ -63,10 +60,8 @@ class PromptReader:
         following = int(positions.max()) + 1
         read = zip(prompt.places, encoded, strict=True)
         visuals = [Visual(place, each.features, each.kept_here, each.size, each.deepstack) for place, each in read]
-        embeds, columns = embed_prompt(model, prompt.input_ids, visuals)
+        embeds, columns, sizes, deepstack = embed_prompt(model, prompt.input_ids, visuals)
         positions = positions[:, columns]
-        sizes = column_sizes(visuals, columns)
-        deepstack = column_deepstack(visuals, columns, embeds)
         grids = [plan.grid for plan in self._plans]
         pruning = self._engine.pruning
         if dropping := dropping_for(

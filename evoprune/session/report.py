@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from evoprune.backend.devices import environment, memory_in_use, peak_memory
-from evoprune.language.dropping import Dropping
+from evoprune.language.decoder import Dropping
 from evoprune.methods.config import PruneConfig
 from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.engine import Engine

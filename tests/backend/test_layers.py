@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from evoprune.backend import fallback, layers
 from evoprune.errors import DeviceWarning
 from evoprune.language import decoder, static
-from evoprune.language.decoder import KVCache
+from evoprune.language.decoder import KVCache, norm, rotate
 from evoprune.model.config import MODEL_TYPES, parse_config
-from evoprune.model.numerics import norm, rotate
 from evoprune.model.weights import QwenVL
 from tests.tiny import tiny_config, tiny_model
 

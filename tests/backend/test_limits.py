@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from evoprune.backend.limits import LIBRARIES, ROOT, _groups, available_cores, available_memory, check_libraries
+from evoprune.bundled import DEMOS
 from evoprune.errors import OutOfMemory
 from evoprune.model.weights import empty
-from evoprune.session.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER, read_config
+from evoprune.session.loading.find import BUNDLED_CONFIGS, read_config
 from tests.quantized import parameters
 from tests.video.files import write_video
 
@@ -194,7 +195,7 @@ def memory_limit(size: int) -> dict[str, object]:
 def empty_checkpoint(folder: Path) -> None:
     """A checkpoint of the 3B model's dimensions, all zeros: 7 GiB that take no room on the disk."""
     config = BUNDLED_CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"]
-    for path in (config, *DEMO_FOLDER.glob("*token*.json"), DEMO_FOLDER / "chat_template.jinja"):
+    for path in (config, *DEMOS["demo"].folder.glob("*token*.json"), DEMOS["demo"].folder / "chat_template.jinja"):
         shutil.copy(path, folder / ("config.json" if path == config else path.name))
     header, end = {}, 0
     for name, weight in empty(read_config(config)).to(torch.bfloat16).state_dict().items():

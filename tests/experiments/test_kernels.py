@@ -10,7 +10,7 @@ import torch
 from evoprune.cpu.quantize import check
 from evoprune.methods.encoder_plan import full_plan
 from evoprune.model.config import parse_config
-from evoprune.session.loading.weights import random_model
+from evoprune.session.loading.model import random_model
 from evoprune.vision.encoder import encode
 from evoprune.vision.families import merge_patches
 from experiments import kernels

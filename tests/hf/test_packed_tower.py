@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import evoprune
-from evoprune.cpu.integers import Int8Linear
 from evoprune.cpu.linear import PackedLinear, can_pack, packed_copy
+from evoprune.cpu.quantize import Int8Linear
 from evoprune.hf.encoding import PackedTower
 from evoprune.model.config import MODEL_TYPES
 from tests.prompts import processed

@@ -10,15 +10,15 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 import evoprune
+from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError, VideoError
-from evoprune.session.loading.folder import DEMO_FOLDER
 
 CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
 
 
 @pytest.fixture(scope="module")
 def model():
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(DEMO_FOLDER)
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(DEMOS["demo"].folder)
 
 
 def answer_of(model, inputs, budget: float) -> list[int]:
@@ -35,13 +35,13 @@ def test_a_model_answers_as_the_whole_pipeline_does(model, budget, how):
     video = evoprune.VideoQA.load("demo", budget=budget).encode(CLIP, **{k: v for k, v in how.items() if k not in ask})
     expected = video.ask(QUESTION, max_new_tokens=8, **ask)
     made = answer_of(model, evoprune.processor_inputs("demo", CLIP, QUESTION, **how), budget)
-    assert expected.text and AutoTokenizer.from_pretrained(DEMO_FOLDER).decode(made, True) == expected.text
+    assert expected.text and AutoTokenizer.from_pretrained(DEMOS["demo"].folder).decode(made, True) == expected.text
 
 
 def test_shapes_and_dtypes_are_those_of_a_processor(tmp_path):
     Image.effect_mandelbrot((300, 200), (-2, -1.5, 1, 1.5), 90).convert("RGB").save(tmp_path / "a.png")
     made = evoprune.processor_inputs("demo", [CLIP, tmp_path / "a.png", CLIP], QUESTION, frames=5, end_s=3)
-    processor = Qwen2VLImageProcessorPil.from_pretrained(DEMO_FOLDER)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(DEMOS["demo"].folder)
     picture = processor(images=Image.open(tmp_path / "a.png"), return_tensors="pt")
     assert torch.equal(made["image_grid_thw"], picture["image_grid_thw"])
     assert torch.allclose(made["pixel_values"], picture["pixel_values"], atol=0.02)
@@ -57,7 +57,7 @@ def test_the_recipe_of_the_guide_prunes_and_answers(monkeypatch, capsys):
     page = Path("docs/guide.md").read_text(encoding="utf-8")
     (recipe,) = (code for code in re.findall(r"^```python\n(.*?)^```", page, re.S | re.M) if "processor_inputs" in code)
     for written, here in (
-        ("Qwen/Qwen2.5-VL-3B-Instruct", str(DEMO_FOLDER)),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", str(DEMOS["demo"].folder)),
         ("clip.mp4", CLIP),
         ("What happens?", QUESTION),
     ):

@@ -19,15 +19,13 @@ from evoprune.language.generate import (
     TokenStream,
     Visual,
     choose,
-    column_sizes,
     embed_prompt,
     penalised,
     prefill,
     probabilities,
     stream_text,
 )
-from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
-from evoprune.language.tokenizer import Tokenizer
+from evoprune.language.prompt import VIDEO, Tokenizer, VisualSpan, build_prompt, prompt_positions
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TOKENS = 32
@@ -61,7 +59,9 @@ class Clip:
         self.next_position = int(self.positions.max()) + 1
 
     def embed(self, model, kept):
-        return embed_prompt(model, self.prompt.input_ids, [Visual(self.prompt.places[0], self.features[kept], kept)])
+        return embed_prompt(model, self.prompt.input_ids, [Visual(self.prompt.places[0], self.features[kept], kept)])[
+            :2
+        ]
 
     def prefill(self, model, kept=None):
         kept = torch.arange(self.prompt.visual_tokens) if kept is None else kept
@@ -70,7 +70,7 @@ class Clip:
 
 
 def greedy(model, state, tokens=TOKENS):
-    return list(TokenStream(model, state, GenerationOptions(max_new_tokens=tokens), []))
+    return list(TokenStream(state, GenerationOptions(max_new_tokens=tokens), []))
 
 
 @pytest.mark.few(2)
@@ -121,15 +121,6 @@ def test_decoding_on_a_pruned_cache_is_one_forward_pass_without_cache(model, gri
     assert len(set(tokens)) > TOKENS // 4
 
 
-def test_positions_reach_the_model(model):
-    clip = Clip(model, *CLIPS[0])
-    kept = torch.arange(0, clip.prompt.visual_tokens, 5)
-    embeds, columns = clip.embed(model, kept)
-    right = prefill(model, embeds, clip.positions[:, columns], clip.next_position)
-    renumbered = prefill(model, embeds, torch.arange(len(columns)).expand(3, -1), len(columns))
-    assert not torch.allclose(right.logits, renumbered.logits, atol=1e-2)
-
-
 def test_a_prompt_read_in_two_parts_is_the_prompt_read_at_once(model):
     clip = Clip(model, *CLIPS[1])
     embeds, columns = clip.embed(model, torch.arange(0, clip.prompt.visual_tokens, 3))
@@ -140,27 +131,6 @@ def test_a_prompt_read_in_two_parts_is_the_prompt_read_at_once(model):
     at_once = prefill(model, embeds, positions, clip.next_position)
     torch.testing.assert_close(state.logits, at_once.logits, atol=1e-5, rtol=1e-5)
     assert greedy(model, state) == greedy(model, at_once)
-
-
-def test_prefill_keeps_the_last_logits_only(model):
-    clip = Clip(model, *CLIPS[0])
-    state = clip.prefill(model, torch.tensor([0, 4]))
-    assert state.logits.shape == (model.config.text_config.vocab_size,)
-    assert state.logits.dtype == torch.float32
-    assert state.cache.length == clip.prompt.text_tokens + 2
-
-
-def test_embedding_a_pruned_prompt(model):
-    clip = Clip(model, *CLIPS[0])
-    kept, start, n = torch.tensor([0, 3, 71]), clip.prompt.places[0].runs[0].start, clip.prompt.visual_tokens
-    embeds, columns = clip.embed(model, kept)
-    length = len(clip.prompt.input_ids)
-    assert columns.tolist() == [*range(start), start, start + 3, start + 71, *range(start + n, length)]
-    assert embeds.shape == (length - n + 3, 64)
-    text = model.get_input_embeddings()(clip.prompt.input_ids)
-    assert torch.equal(embeds[:start], text[:start])
-    assert torch.equal(embeds[start : start + 3], clip.features[kept])
-    assert torch.equal(embeds[start + 3 :], text[start + n :])
 
 
 @pytest.mark.parametrize("kept", [[2, 1], [1, 1], [-1, 0], [0, 72], [0, 1, 2]])
@@ -176,7 +146,7 @@ def test_embedding_a_prompt_with_several_inputs(model):
     sizes = [None, torch.tensor([4.0]), torch.tensor([1.0, 2.0, 3.0])]
     features = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).split([2, 1, 3])
     visuals = [Visual(*each) for each in zip(prompt.places, features, kept, sizes, strict=True)]
-    embeds, columns = embed_prompt(model, prompt.input_ids, visuals)
+    embeds, columns, sizes, _ = embed_prompt(model, prompt.input_ids, visuals)
     dropped = [prompt.places[0].runs[0][i] for i in (0, 2, 3)] + list(prompt.places[1].runs[0][1:])
     assert columns.tolist() == [i for i in range(len(prompt.input_ids)) if i not in dropped]
     of_column = dict(zip(columns.tolist(), embeds, strict=True))
@@ -184,23 +154,24 @@ def test_embedding_a_prompt_with_several_inputs(model):
         assert torch.equal(torch.stack([of_column.pop(i) for i in visual.columns.tolist()]), visual.features)
     text = prompt.input_ids[list(of_column)]
     assert torch.equal(torch.stack(list(of_column.values())), model.get_input_embeddings()(text))
-    found = dict(zip(columns.tolist(), column_sizes(visuals, columns).tolist(), strict=True))
+    found = dict(zip(columns.tolist(), sizes.tolist(), strict=True))
     assert [found[i] for i in visuals[1].columns.tolist() + visuals[2].columns.tolist()] == [4, 1, 2, 3]
     assert sum(found.values()) == len(columns) - 4 + 10
-    assert column_sizes(visuals[:1], columns) is None
+    (picture,) = build_prompt(own_tokenizer(), "Which?", [("picture", 5)]).places
+    assert embed_prompt(model, prompt.input_ids, [Visual(picture, features[0], kept[0])])[2] is None
 
 
 def test_an_answer_ends_at_an_end_token_or_at_its_length(model):
     clip = Clip(model, *CLIPS[0])
     tokens = greedy(model, clip.prefill(model))
     end = tokens[9]
-    answer = TokenStream(model, clip.prefill(model), GenerationOptions(max_new_tokens=TOKENS), [end, 10**6])
+    answer = TokenStream(clip.prefill(model), GenerationOptions(max_new_tokens=TOKENS), [end, 10**6])
     assert answer.finish_reason is None
     assert list(answer) == tokens[: tokens.index(end)]
     assert (answer.finish_reason, answer.ids) == ("stop", tokens[: tokens.index(end)])
     assert next(answer, None) is None
 
-    answer = TokenStream(model, clip.prefill(model), GenerationOptions(max_new_tokens=3), [])
+    answer = TokenStream(clip.prefill(model), GenerationOptions(max_new_tokens=3), [])
     assert list(answer) == tokens[:3]
     assert answer.finish_reason == "length"
 
@@ -208,7 +179,7 @@ def test_an_answer_ends_at_an_end_token_or_at_its_length(model):
 def test_no_forward_pass_runs_for_a_token_nobody_asked_for(model):
     state = Clip(model, *CLIPS[3]).prefill(model)
     length = state.cache.length
-    answer = TokenStream(model, state, GenerationOptions(max_new_tokens=4), [])
+    answer = TokenStream(state, GenerationOptions(max_new_tokens=4), [])
     next(answer)
     assert state.cache.length == length
     list(answer)
@@ -220,7 +191,7 @@ def test_sampling_depends_on_the_seed_alone(model):
 
     def sample(seed):
         settings = GenerationOptions(max_new_tokens=TOKENS, temperature=1.0, top_p=0.9)
-        return list(TokenStream(model, clip.prefill(model), settings, [], seed))
+        return list(TokenStream(clip.prefill(model), settings, [], seed))
 
     assert sample(1) == sample(1)
     assert len({tuple(sample(seed)) for seed in range(4)}) == 4
@@ -233,29 +204,13 @@ def test_sampling_next_to_zero_is_greedy(model):
         GenerationOptions(max_new_tokens=8, temperature=1e-6),
         GenerationOptions(max_new_tokens=8, temperature=1.0, top_p=1e-6),
     ):
-        assert list(TokenStream(model, clip.prefill(model), close, [])) == expected
-
-
-def test_draws_follow_temperature_and_nucleus():
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-
-    def shares(**settings):
-        random = torch.Generator().manual_seed(0)
-        settings = GenerationOptions(**settings)
-        return torch.tensor([choose(logits, settings, random) for _ in range(2000)]).bincount(minlength=4) / 2000
-
-    torch.testing.assert_close(shares(temperature=1.0), logits.exp(), atol=0.03, rtol=0)
-    torch.testing.assert_close(shares(temperature=0.5), logits.mul(2).softmax(-1), atol=0.03, rtol=0)
-    # 0.5 + 0.3 reach 0.8, so the third token is out.
-    torch.testing.assert_close(
-        shares(temperature=1.0, top_p=0.79), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0
-    )
+        assert list(TokenStream(clip.prefill(model), close, [])) == expected
 
 
 def test_a_large_seed_draws_otherwise_than_its_low_half(model):
     def drawn(seed):
         state = Clip(model, *CLIPS[0]).prefill(model)
-        return tuple(TokenStream(model, state, GenerationOptions(max_new_tokens=8, temperature=9.0), [], seed))
+        return tuple(TokenStream(state, GenerationOptions(max_new_tokens=8, temperature=9.0), [], seed))
 
     assert len({drawn(seed) for seed in (3, 3 + 2**32, 3 + 2**33)}) == 3
 
@@ -277,7 +232,7 @@ def test_a_repetition_penalty_gives_the_tokens_of_transformers(model, penalty):
     )[0, length:].tolist()
     state = clip.prefill(model)
     state.prompt_ids = clip.prompt.input_ids
-    made = list(TokenStream(model, state, GenerationOptions(TOKENS, repetition_penalty=penalty), []))
+    made = list(TokenStream(state, GenerationOptions(TOKENS, repetition_penalty=penalty), []))
     assert made == expected and (penalty in (1, 1.05) or made != greedy(model, clip.prefill(model)))
 
 

@@ -1,3 +1,7 @@
+"""Prompts: the tokenizer, the chat template, and positions by Qwen's rule."""
+
+import json
+
 import pytest
 import tokenizers
 import torch
@@ -5,9 +9,129 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import ModelError, UsageError
-from evoprune.language.prompt import PICTURE, VIDEO, Prompt, build_prompt, timestamps
-from evoprune.language.tokenizer import Tokenizer
+from evoprune.language.prompt import (
+    PICTURE,
+    VIDEO,
+    Prompt,
+    Tokenizer,
+    VisualSpan,
+    build_prompt,
+    load_tokenizer,
+    prompt_positions,
+    timestamps,
+    video_positions,
+)
 from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_it_is_the_one_that_transformers_loads(folder):
+    own, theirs = load_tokenizer(folder), tiny_tokenizer()
+    assert own.chat_template == theirs.chat_template
+    assert own.specials() == {token: theirs.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    assert own.named["eos_token"] == "<|im_end|>"
+
+
+@settings(deadline=None)
+@given(text=st.text(max_size=40) | st.sampled_from(SPECIAL_TOKENS).map(lambda token: f"a{token} b"))
+def test_ids_and_text_are_those_of_transformers(text):
+    theirs = tiny_tokenizer()
+    own = Tokenizer(tokenizers.Tokenizer.from_str(theirs.backend_tokenizer.to_str()), "")
+    ids = own.encode(text)
+    assert ids == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids += list(own.specials().values())
+    assert own.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def test_lengths_left_over_from_training_do_not_cut_questions():
+    theirs = tiny_tokenizer()
+    backend = tokenizers.Tokenizer.from_str(theirs.backend_tokenizer.to_str())
+    backend.enable_truncation(3)
+    backend.enable_padding(length=40)
+    text = "What happens after the man opens the door?"
+    assert Tokenizer(backend, "").encode(text) == theirs(text)["input_ids"]
+
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Why?"}]},
+]
+
+
+TEMPLATES = [
+    "{% for m in messages %}\n    {{ m.role }}\n{% endfor %}",
+    "{{ bos_token }}{{ eos_token }}{{ messages | tojson }}",
+    "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "{% if tools %}tools{% endif %}{% if add_generation_prompt %}go{% endif %}",
+    "{% for m in messages %}\n{% generation %}\n  {{ m.role }}\n{% endgeneration %}\n{%- endfor %}",
+    "{{ strftime_now('%Y %B') }}",
+    "{% set seen = namespace(n=1) %}{% set seen.n = 2 %}{{ seen.n }}{{ dict(b='ä', a=1) | tojson(indent=2, sort_keys=true) }}",
+    "{{ dict.fromkeys(['a', 'b'], 1) }}{{ ['ä', 1] | tojson(true, separators=(',', ':')) }}",
+]
+
+
+REFUSED = ["{{ namespace(_a=1) }}", "{% set n = namespace() %}{% set n.__a = 1 %}", "{{ [1] | tojson(default=none) }}"]
+
+
+@pytest.mark.few(7)
+@pytest.mark.parametrize("template", [None, *TEMPLATES])
+def test_rendering_is_that_of_transformers(folder, template):
+    own, theirs = load_tokenizer(folder), tiny_tokenizer()
+    own.chat_template = template or own.chat_template
+    for messages in (MESSAGES, MESSAGES[1:]):
+        expected = theirs.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, chat_template=template
+        )
+        assert own.render(messages) == expected
+
+
+@pytest.mark.parametrize("template", REFUSED)
+def test_what_transformers_refuses_is_refused(folder, template):
+    own = load_tokenizer(folder)
+    own.chat_template = template
+    with pytest.raises(Exception, match=r"underscore|argument"):
+        tiny_tokenizer().apply_chat_template(MESSAGES, chat_template=template)
+    with pytest.raises(ValueError, match=r"underscore|argument"):
+        own.render(MESSAGES)
+
+
+def test_templates_run_in_a_sandbox(folder):
+    own = load_tokenizer(folder)
+    for template in ("{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ raise_exception('no') }}"):
+        own.chat_template = template
+        with pytest.raises(Exception, match=r"unsafe|no"):
+            own.render(MESSAGES)
+
+
+def test_where_templates_are_kept(folder):
+    text = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="no chat template"):
+        load_tokenizer(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    by_name = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": text}]
+    for found in (text, by_name):
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": found}))
+        assert load_tokenizer(folder).chat_template == text
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "the processor's"}))
+    assert load_tokenizer(folder).chat_template == "the processor's"
+
+
+def test_vocabulary_and_merges_alone_will_do(folder, tmp_path_factory):
+    state = json.loads((folder / "tokenizer.json").read_text())["model"]
+    bare = tmp_path_factory.mktemp("bare")
+    (bare / "vocab.json").write_text(json.dumps(state["vocab"]))
+    (bare / "merges.txt").write_text("\n".join(m if isinstance(m, str) else " ".join(m) for m in state["merges"]))
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (bare / name).write_text((folder / name).read_text())
+    (bare / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
+    assert load_tokenizer(bare).encode("What happens?") == load_tokenizer(folder).encode("What happens?")
+
 
 ORDINARY = [
     "What happens after the man opens the door?",
@@ -60,16 +184,6 @@ def test_any_text_without_special_tokens_gives_the_ids_of_the_whole(question, sy
     assume(not any(token in question + (system or "") for token in (*SPECIAL_TOKENS, "\0")))
     tokenizer = own(tiny_tokenizer())
     assert about_video(tokenizer, question, 2, system=system).input_ids.tolist() == whole(question, 2, system)
-
-
-@pytest.mark.parametrize("visual_tokens", [1, 2, 300])
-def test_placeholders_stand_between_vision_start_and_vision_end(tokenizer, visual_tokens):
-    prompt = about_video(tokenizer, "How many?", visual_tokens)
-    start, pad, end = tiny_tokenizer().convert_tokens_to_ids(["<|vision_start|>", "<|video_pad|>", "<|vision_end|>"])
-    ids, at = prompt.input_ids.tolist(), prompt.places[0].runs[0].start
-    assert ids[at - 1 : at + visual_tokens + 1] == [start] + [pad] * visual_tokens + [end]
-    assert ids.count(pad) == visual_tokens == prompt.visual_tokens
-    assert prompt.text_tokens == len(ids) - visual_tokens
 
 
 @pytest.mark.parametrize("kinds", [[PICTURE], [VIDEO, PICTURE], [PICTURE, VIDEO, VIDEO, PICTURE]])
@@ -229,3 +343,80 @@ def test_times_stand_before_frame_pairs_between_their_own_markers(tokenizer):
 def test_the_time_of_a_frame_pair_is_the_middle_of_its_frames():
     assert timestamps([0.25, 0.75, 9.96, 10.04], 2) == ["<0.5 seconds>", "<10.0 seconds>"]
     assert timestamps([0.3, 1.0], 1) == ["<0.3 seconds>", "<1.0 seconds>"]
+
+
+def by_hand(length, videos, tokens_per_second):
+    """Qwen's rule, one token at a time."""
+    starts = {video.start: video for video in videos}
+    positions, following, at = [], 0, 0
+    while at < length:
+        if at in starts:
+            video = starts[at]
+            t, h, w = video.grid
+            inside = [
+                [following + int(i * video.seconds_per_pair * tokens_per_second), following + y, following + x]
+                for i in range(t)
+                for y in range(h)
+                for x in range(w)
+            ]
+        else:
+            inside = [[following] * 3]
+        positions += inside
+        at += len(inside)
+        following = max(max(position) for position in positions) + 1
+    return torch.tensor(positions).reshape(-1, 3).T
+
+
+def test_text_goes_on_after_the_time_of_a_video_that_is_longer_than_wide():
+    positions = prompt_positions(8, [VisualSpan(2, (2, 1, 2), 5.0)], 2)
+    assert positions.tolist() == [
+        [0, 1, 2, 2, 12, 12, 13, 14],
+        [0, 1, 2, 2, 2, 2, 13, 14],
+        [0, 1, 2, 3, 2, 3, 13, 14],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "clock"),
+    [(0.5, [0, 1, 2, 3, 4]), (1, [0, 2, 4, 6, 8]), (3.3, [0, 6, 13, 19, 26]), (0.3, [0, 0, 1, 1, 2])],
+)
+def test_fractions_of_a_second_count(seconds, clock):
+    assert video_positions((5, 1, 1), seconds, 2)[0].tolist() == clock
+
+
+def test_two_videos_follow_one_another():
+    positions = prompt_positions(7, [VisualSpan(1, (2, 1, 1), 2.0), VisualSpan(4, (1, 1, 2), 1.0)], 2)
+    assert positions.tolist() == [[0, 1, 5, 6, 7, 7, 9], [0, 1, 1, 6, 7, 7, 9], [0, 1, 1, 6, 7, 8, 9]]
+
+
+@st.composite
+def prompts(draw):
+    videos, at = [], 0
+    for _ in range(draw(st.integers(0, 3))):
+        at += draw(st.integers(0, 4))
+        grid = tuple(draw(st.integers(1, 5)) for _ in range(3))
+        videos.append(VisualSpan(at, grid, draw(st.floats(0.05, 30))))
+        at += videos[-1].tokens
+    return at + draw(st.integers(0, 4)), videos, draw(st.sampled_from([1, 2, 4]))
+
+
+@settings(deadline=None)
+@given(prompts())
+def test_any_prompt_matches_counting_by_hand(prompt):
+    length, videos, tokens_per_second = prompt
+    positions = prompt_positions(length, videos, tokens_per_second)
+    assert positions.dtype == torch.int64
+    assert torch.equal(positions, by_hand(length, videos, tokens_per_second).reshape(3, -1))
+
+
+@pytest.mark.parametrize(
+    ("length", "videos"),
+    [
+        (3, [VisualSpan(0, (1, 2, 2), 1.0)]),
+        (4, [VisualSpan(1, (1, 2, 2), 1.0)]),
+        (9, [VisualSpan(0, (1, 2, 2), 1.0), VisualSpan(3, (1, 2, 2), 1.0)]),
+    ],
+)
+def test_videos_that_do_not_fit_are_refused(length, videos):
+    with pytest.raises(ValueError, match="does not fit"):
+        prompt_positions(length, videos, 2)

@@ -8,7 +8,7 @@ import torch
 
 from evoprune.errors import DeviceWarning, ModelError
 from evoprune.language import decoder, static
-from evoprune.language.attention import bias_features
+from evoprune.language.decoder import bias_features
 from evoprune.language.generate import GenerationOptions, PrefillState, TokenStream, prefill
 from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.model.config import MODEL_TYPES
@@ -29,8 +29,8 @@ def graphs(monkeypatch):
     made = Graphs()
     monkeypatch.setattr(static, "graph", made)
     monkeypatch.setattr(static, "PLAIN_TOKENS", 1)
-    monkeypatch.setattr(static, "COLUMNS", 64)
-    monkeypatch.setattr(static, "_made", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(static, "MIN_COLUMNS", 64)
+    monkeypatch.setattr(static, "_caches", weakref.WeakKeyDictionary())
     return made
 
 
@@ -45,7 +45,7 @@ def state_of(model, columns=40, sizes=False, seed=0) -> PrefillState:
 
 
 def stream(model, state, new=NEW, end=(), seed=0, **options) -> TokenStream:
-    return TokenStream(model, state, GenerationOptions(max_new_tokens=new, **options), end, seed)
+    return TokenStream(state, GenerationOptions(max_new_tokens=new, **options), end, seed)
 
 
 def plainly(model, *args, **options) -> list[int]:
@@ -97,7 +97,7 @@ def test_later_answers_use_the_graph_of_the_first(model, graphs):
 
 def test_what_an_earlier_answer_left_in_the_cache_is_not_read(model, graphs):
     list(stream(model, state_of(model, 45)))
-    cache = static._made[model].cache
+    cache = static._caches[model]
     with torch.inference_mode():
         cache._held[..., 45:, : cache._dim] = torch.nan
     expected = plainly(model, state_of(model, 30))
@@ -106,21 +106,21 @@ def test_what_an_earlier_answer_left_in_the_cache_is_not_read(model, graphs):
 
 
 def test_a_longer_prompt_has_a_larger_cache_and_a_graph_of_its_own(model, graphs, monkeypatch):
-    monkeypatch.setattr(static, "COLUMNS", 8)
+    monkeypatch.setattr(static, "MIN_COLUMNS", 8)
     # Columns of the prompt and the answer, what its graph reads, and how often one was captured so far
     for columns, read, captured in ((5, 8, 1), (40, 64, 2), (20, 64, 2), (5, 8, 3), (80, 128, 4), (40, 128, 4)):
         expected = plainly(model, state_of(model, columns), new=4)
         assert list(stream(model, state_of(model, columns), new=4)) == expected
-        assert (static._made[model].cache.read, graphs.captured) == (read, captured)
-    assert static._made[model].cache.capacity == 128
+        assert (static._caches[model].read, graphs.captured) == (read, captured)
+    assert static._caches[model].capacity == 128
 
 
 def test_an_answer_goes_on_where_its_cache_is_full(model, graphs, monkeypatch):
-    monkeypatch.setattr(static, "MOST_NEW", 4)
-    monkeypatch.setattr(static, "COLUMNS", 16)
+    monkeypatch.setattr(static, "MAX_NEW", 4)
+    monkeypatch.setattr(static, "MIN_COLUMNS", 16)
     expected = plainly(model, state_of(model, 28), new=24)
     assert list(stream(model, state_of(model, 28), new=24)) == expected
-    assert static._made[model].cache.read == 64
+    assert static._caches[model].read == 64
     assert graphs.captured == 2
 
 
@@ -135,10 +135,12 @@ def test_two_answers_at_the_same_time(model, graphs):
     assert graphs.replayed > 5
 
 
-def test_an_answer_that_is_broken_off_goes_on(model, graphs, monkeypatch):
+@pytest.mark.parametrize("by_graph", [True, False])
+def test_an_answer_that_is_broken_off_goes_on(model, graphs, monkeypatch, by_graph):
+    monkeypatch.setattr(static, "PLAIN_TOKENS", 1 if by_graph else NEW)
     expected, answer = plainly(model, state_of(model)), stream(model, state_of(model))
-    made = [next(answer) for _ in range(5)]
-    pick, raised = TokenStream._picked, []
+    tokens = [next(answer) for _ in range(5)]
+    pick, raised = TokenStream._pick, []
 
     def interrupted(self, *given):
         if not raised:
@@ -146,10 +148,10 @@ def test_an_answer_that_is_broken_off_goes_on(model, graphs, monkeypatch):
             raise KeyboardInterrupt
         return pick(self, *given)
 
-    monkeypatch.setattr(TokenStream, "_picked", interrupted)
+    monkeypatch.setattr(TokenStream, "_pick", interrupted)
     with pytest.raises(KeyboardInterrupt):
         next(answer)
-    assert made + list(answer) == expected
+    assert tokens + list(answer) == expected
 
 
 def test_drawn_tokens(model, graphs):
@@ -224,11 +226,11 @@ def test_too_little_memory_is_no_error(model, graphs, monkeypatch):
 def test_a_model_that_is_gone_leaves_nothing(graphs):
     model = tiny_model()
     list(stream(model, state_of(model)))
-    assert len(static._made) == 1
-    static._made[model].graphs.clear()  # a recorded graph holds the weights
+    assert len(static._caches) == 1
+    static._caches[model].graphs.clear()  # a recorded graph holds the weights
     del model
     gc.collect()
-    assert len(static._made) == 0
+    assert len(static._caches) == 0
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, False), ("0", False), ("", False), ("1", True)])

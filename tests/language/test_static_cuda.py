@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evoprune.backend import layers
-from evoprune.language import generate, static
+from evoprune.language import static
 from evoprune.language.generate import GenerationOptions, TokenStream, prefill
 from evoprune.model.config import MODEL_TYPES
 from tests.tiny import tiny_model
@@ -28,7 +28,7 @@ def decoding(how: str):
         if how in ("plain", "old"):
             patch.setattr(static, "begin", lambda *_: None)
         elif how == "step":
-            patch.setattr(static, "_made", static.WeakKeyDictionary())
+            patch.setattr(static, "_caches", static.WeakKeyDictionary())
         yield
 
 
@@ -43,7 +43,7 @@ def prompt_state(model, columns: int, sizes: bool = True, seed: int = 0):
 
 
 def answer(model, columns: int, new: int, **how) -> list[int]:
-    return list(TokenStream(model, prompt_state(model, columns, **how), GenerationOptions(max_new_tokens=new), ()))
+    return list(TokenStream(prompt_state(model, columns, **how), GenerationOptions(max_new_tokens=new), ()))
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
@@ -61,7 +61,7 @@ def test_a_graph_decodes_the_same_tokens(family, dtype, joined):
         assert made["graph"] == made["step"]  # the same kernels on the same shapes
         if dtype == torch.float32:
             assert made["graph"] == made["plain"] == made["old"]
-    assert list(static._made[model].graphs) == [1024]
+    assert list(static._caches[model].graphs) == [1024]
 
 
 def test_logits_at_3b():
@@ -79,8 +79,8 @@ def measure(columns: int = 1024, new: int = 64, name: str = "Qwen/Qwen2.5-VL-3B-
         cache = static.StaticCache(model, 2048)
         cache.fill(state.cache, state.next_position, 2048)
         worst = 0.0
-        for at, token in enumerate(ids[:-1]):
-            plain = generate._read(model, state, torch.tensor([token]), at)[0]
+        for token in ids[:-1]:
+            plain = state.read(torch.tensor([token]))[0]
             cache.token.fill_(token)
             static.step(model, cache)
             worst = max(worst, float((cache.logits - plain).abs().max() / plain.std()))
@@ -93,7 +93,7 @@ def measure(columns: int = 1024, new: int = 64, name: str = "Qwen/Qwen2.5-VL-3B-
         with decoding(how):
             for _ in range(2):  # the second time nothing is captured
                 state = prompt_state(model, columns)
-                tokens = TokenStream(model, state, GenerationOptions(max_new_tokens=new), ())
+                tokens = TokenStream(state, GenerationOptions(max_new_tokens=new), ())
                 times = []
                 for token in tokens:
                     times.append(time.perf_counter())
@@ -110,7 +110,7 @@ def measure(columns: int = 1024, new: int = 64, name: str = "Qwen/Qwen2.5-VL-3B-
     for capture in (False, True):
         with decoding("graph"):
             if capture:
-                static._made[model].graphs.clear()
+                static._caches[model].graphs.clear()
             torch.accelerator.synchronize()
             begun = time.perf_counter()
             answer(model, columns, 2 * static.PLAIN_TOKENS)

@@ -11,8 +11,7 @@ from itertools import product
 
 import torch
 
-from evoprune.language.decoder import KVCache, logits
-from evoprune.language.dropping import Dropping
+from evoprune.language.decoder import Dropping, KVCache, logits
 from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.methods.base import LanguageMethod
 from evoprune.model.config import parse_config

@@ -14,8 +14,7 @@ from evoprune.language.decoder import KVCache
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.language_plan import KINDS
 from evoprune.methods.operation_plans import ALL, REST, Recipe, closed
-from tests.language.test_decoder import assert_close
-from tests.language.test_dropping import more, sizes_of
+from tests.language.test_decoder import assert_close, more, sizes_of
 from tests.methods.eager import COLUMNS, VISUAL, Eager, a_prompt, deep_model, run_method
 from tests.methods.test_language_methods import best, last_attention
 

@@ -1,3 +1,5 @@
+"""Configs as transformers reads them; rules; strict JSON."""
+
 import copy
 import json
 
@@ -5,8 +7,8 @@ import pytest
 
 from evoprune.bench.profiling.hugging_face import hugging_face_config
 from evoprune.bundled import DEMOS
-from evoprune.model.config import Unsupported, parse_config
-from evoprune.session.loading.folder import BUNDLED_CONFIGS
+from evoprune.model.config import MAX_BYTES, MAX_LEVELS, Unsupported, loads, parse_config, read_object
+from evoprune.session.loading.find import BUNDLED_CONFIGS
 
 NEW = json.loads(BUNDLED_CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"].read_text())
 
@@ -63,24 +65,6 @@ def test_qwen2_vl_under_the_same_names():
     assert parse_config(back.to_dict()).vision_config == vision
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("embed_dim", 0, "not a whole number"),
-        ("num_heads", None, "has no num_heads"),
-        ("num_heads", 7, "does not divide into heads"),
-        ("hidden_size", 1280, "differ in size"),
-        ("hidden_act", "gelu", "only quick_gelu"),
-        ("mlp_ratio", 3.5, "not a whole number"),
-        ("embed_dim", None, "has no embed_dim"),
-    ],
-)
-def test_what_a_qwen2_vl_could_not_be(name, value, message):
-    content = QWEN2_VL_2B | {"vision_config": QWEN2_VL_2B["vision_config"] | {name: value}}
-    with pytest.raises(ValueError, match=message):
-        parse_config(content)
-
-
 def test_both_ways_to_write_it_mean_the_same():
     new, old = parse_config(NEW), parse_config(flat(NEW))
     assert old.vision_config == new.vision_config
@@ -92,62 +76,38 @@ def test_both_ways_to_write_it_mean_the_same():
 
 
 QWEN3 = {name: path for name, path in BUNDLED_CONFIGS.items() if "Qwen3" in name}
+
+
 # Fields of ours that transformers' classes of the families before Qwen3-VL do not have, and that those of Qwen3-VL do not.
 UNKNOWN = "family", "head_norms", "head_dim", "num_position_embeddings", "deepstack_visual_indexes"
 UNKNOWN_TO_QWEN3 = (
-    "family",
-    "head_norms",
-    "fullatt_block_indexes",
-    "window_size",
-    "tokens_per_second",
-    "use_sliding_window",
+    "family", "head_norms", "fullatt_block_indexes", "window_size", "tokens_per_second", "use_sliding_window",
+)  # fmt: skip
+CONFIGS = BUNDLED_CONFIGS | {name: demo.folder / "config.json" for name, demo in DEMOS.items()}
+FORMS = {"new": dict, "old": flat}
+
+
+@pytest.mark.parametrize(
+    "name, form", [(name, form) for name in CONFIGS for form in FORMS if form == "new" or name not in QWEN3]
 )
-CONFIGS = {name: path for name, path in BUNDLED_CONFIGS.items() if name not in QWEN3} | {
-    name: demo.folder / "config.json" for name, demo in DEMOS.items()
-}
+def test_numbers_are_those_that_transformers_reads(name, form):
+    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 
-
-@pytest.mark.parametrize("path", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("form", [lambda content: content, flat], ids=["new", "old"])
-def test_numbers_are_those_that_transformers_reads(path, form):
-    from transformers import Qwen2_5_VLConfig
-
-    content = form(json.loads(path.read_text()))
-    config, theirs = parse_config(content), Qwen2_5_VLConfig.from_dict(copy.deepcopy(content))
-    for part in ("vision_config", "text_config"):
-        for name, value in vars(getattr(config, part)).items():
-            if name in UNKNOWN:
-                continue
-            expected = getattr(getattr(theirs, part), name)
-            if isinstance(value, dict):
-                value, expected = ({k: d[k] for k in ("rope_theta", "mrope_section")} for d in (value, expected))
-            assert expected == (list(value) if isinstance(value, tuple) else value), name
-    assert config.tie_word_embeddings == theirs.tie_word_embeddings
+    content = FORMS[form](json.loads(CONFIGS[name].read_text()))
+    theirs, unknown = (Qwen3VLConfig, UNKNOWN_TO_QWEN3) if name in QWEN3 else (Qwen2_5_VLConfig, UNKNOWN)
+    config, theirs = parse_config(content), theirs.from_dict(copy.deepcopy(content))
     back = hugging_face_config(config)
-    # The demo's file holds the tower's rope, which is a constant and which older transformers do not know.
-    left_out = ("in_chans", "rope_parameters", *UNKNOWN)
-    made, read = (
-        {k: v for k, v in vision.to_dict().items() if k not in left_out}
-        for vision in (back.vision_config, theirs.vision_config)
-    )
-    assert made == read
-
-
-@pytest.mark.parametrize("path", QWEN3.values(), ids=QWEN3)
-def test_numbers_of_qwen3_are_those_that_transformers_reads(path):
-    from transformers import Qwen3VLConfig
-
-    content = json.loads(path.read_text())
-    config, theirs = parse_config(content), Qwen3VLConfig.from_dict(copy.deepcopy(content))
-    back = hugging_face_config(config)
-    for part in ("vision_config", "text_config"):
-        for name, value in vars(getattr(config, part)).items():
-            if name in UNKNOWN_TO_QWEN3:
-                continue
-            expected = [getattr(getattr(each, part), name) for each in (theirs, back)]
-            assert expected == [list(value) if isinstance(value, tuple) else value] * 2, name
-    assert config.tie_word_embeddings == theirs.tie_word_embeddings == back.tie_word_embeddings
-    assert config.text_config.head_norms and type(back) is Qwen3VLConfig
+    assert type(back) is type(theirs) and config.text_config.head_norms is (name in QWEN3)
+    for other in (theirs, back):
+        for part in ("vision_config", "text_config"):
+            for field, value in vars(getattr(config, part)).items():
+                if field in unknown:
+                    continue
+                expected = getattr(getattr(other, part), field)
+                if isinstance(value, dict):
+                    value, expected = ({k: d[k] for k in ("rope_theta", "mrope_section")} for d in (value, expected))
+                assert expected == (list(value) if isinstance(value, tuple) else value), field
+        assert config.tie_word_embeddings == other.tie_word_embeddings
 
 
 def test_what_a_file_of_qwen3_leaves_out():
@@ -159,49 +119,63 @@ def test_what_a_file_of_qwen3_leaves_out():
     assert text.rope_parameters["mrope_interleaved"] and text.rope_parameters["rope_theta"] == 5e5
 
 
-@pytest.mark.parametrize(
-    ("where", "name", "value", "message"),
-    [
-        ("text_config", "attention_bias", True, "attention_bias"),
-        ("text_config", "head_dim", 96, "mrope_section"),
-        ("vision_config", "deepstack_visual_indexes", [5, 24], "deepstack_visual_indexes names layers"),
-        ("vision_config", "deepstack_visual_indexes", [11, 5], "do not ascend"),
-        ("vision_config", "num_position_embeddings", 2300, "square"),
-        ("vision_config", "patch_size", 15, "not even"),
-    ],
+CONTENTS = {"2": QWEN2_VL_2B, "2.5": NEW, "3": json.loads(QWEN3["Qwen/Qwen3-VL-4B-Instruct"].read_text())}
+TEXT, VISION = "text_config", "vision_config"
+REFUSED = (  # family, where, entry, value, and what the message says of it
+    ("2", VISION, "embed_dim", 0, "embed_dim is 0, not a whole number"),
+    ("2", VISION, "num_heads", None, "has no num_heads"),
+    ("2", VISION, "num_heads", 7, "does not divide into heads"),
+    ("2", VISION, "hidden_size", 1280, "differ in size"),
+    ("2", VISION, "hidden_act", "gelu", "only quick_gelu"),
+    ("2", VISION, "mlp_ratio", 3.5, "not a whole number"),
+    ("2", VISION, "embed_dim", None, "has no embed_dim"),
+    ("3", TEXT, "attention_bias", True, "attention_bias"),
+    ("3", TEXT, "head_dim", 96, "mrope_section"),
+    ("3", VISION, "deepstack_visual_indexes", [5, 24], "deepstack_visual_indexes names layers"),
+    ("3", VISION, "deepstack_visual_indexes", [11, 5], "do not ascend"),
+    ("3", VISION, "num_position_embeddings", 2300, "square"),
+    ("3", VISION, "patch_size", 15, "not even"),
+    ("2.5", TEXT, "hidden_size", None, "has no hidden_size"),
+    ("2.5", TEXT, "hidden_size", True, "not a whole number"),
+    ("2.5", TEXT, "vocab_size", 1.5, "not a whole number"),
+    ("2.5", TEXT, "num_hidden_layers", 10**9, "not a whole number from 1 to 1,000"),
+    ("2.5", TEXT, "rms_norm_eps", "small", "not a number from"),
+    ("2.5", TEXT, "rms_norm_eps", -1, "rms_norm_eps is -1"),
+    (
+        "2.5",
+        TEXT,
+        "eos_token_id",
+        "end",
+        "eos_token_id is 'end', not a whole number .*, or a list, each a whole number",
+    ),
+    ("2.5", TEXT, "max_position_embeddings", 0, "max_position_embeddings is 0"),
+    ("2.5", TEXT, "num_key_value_heads", 3, "key/value heads"),
+    ("2.5", TEXT, "use_sliding_window", "yes", "use_sliding_window is 'yes', not true or false"),
+    ("2.5", TEXT, "hidden_act", "gelu", "activation"),
+    ("2.5", TEXT, "rope_parameters", "big", "rope_parameters is 'big', not an object"),
+    ("2.5", TEXT, "rope_parameters", {"rope_type": "yarn"}, "rope_type 'yarn'"),
+    ("2.5", TEXT, "rope_parameters", {"mrope_section": [1, 2, 3]}, "mrope_section does not fit"),
+    ("2.5", TEXT, "rope_parameters", {"mrope_section": "abc"}, "mrope_section is 'abc', not a list of 3"),
+    ("2.5", TEXT, "rope_parameters", {"rope_theta": -1}, "rope_theta is -1"),
+    ("2.5", VISION, "depth", 10**9, "not a whole number from 1 to 1,000"),
+    ("2.5", VISION, "spatial_merge_size", 3, "spatial_merge_size 3"),
+    ("2.5", VISION, "temporal_patch_size", 3, "temporal_patch_size 3"),
+    ("2.5", VISION, "in_channels", 4, "in_channels 4"),
+    ("2.5", VISION, "out_hidden_size", 5, "differ in size"),
+    ("2.5", VISION, "fullatt_block_indexes", [32], "layers that are not there"),
+    ("2.5", VISION, "fullatt_block_indexes", 7, "not a list, each a whole number"),
+    ("2.5", VISION, "fullatt_block_indexes", [True, "1"], "not a list, each a whole number"),
+    ("2.5", VISION, "tokens_per_second", -4, "tokens_per_second is -4"),
+    ("2.5", VISION, "hidden_act", ["silu"], "hidden_act is ..silu.., not a text"),
+    ("2.5", VISION, "window_size", 100, "no whole number of units"),
+    ("2.5", VISION, "num_heads", 7, "divide into heads"),
 )
-def test_a_qwen3_that_cannot_run_is_refused(where, name, value, message):
-    content = json.loads(QWEN3["Qwen/Qwen3-VL-4B-Instruct"].read_text())
-    content[where][name] = value
-    with pytest.raises(ValueError, match=message):
-        parse_config(content)
 
 
-@pytest.mark.parametrize(
-    ("where", "name", "value", "message"),
-    [
-        ("text_config", "hidden_size", None, "has no hidden_size"),
-        ("text_config", "hidden_size", 0, "not a whole number"),
-        ("text_config", "hidden_size", True, "not a whole number"),
-        ("text_config", "vocab_size", 1.5, "not a whole number"),
-        ("text_config", "rms_norm_eps", "small", "not a number from"),
-        ("text_config", "num_key_value_heads", 3, "key/value heads"),
-        ("text_config", "use_sliding_window", "yes", "use_sliding_window is 'yes'"),
-        ("text_config", "hidden_act", "gelu", "activation"),
-        ("text_config", "rope_parameters", {"rope_type": "yarn"}, "rope_type 'yarn'"),
-        ("text_config", "rope_parameters", {"mrope_section": [1, 2, 3]}, "mrope_section"),
-        ("text_config", "rope_parameters", {"rope_theta": -1}, "rope_theta"),
-        ("vision_config", "spatial_merge_size", 3, "spatial_merge_size 3"),
-        ("vision_config", "out_hidden_size", 5, "differ in size"),
-        ("vision_config", "fullatt_block_indexes", [32], "layers that are not there"),
-        ("vision_config", "fullatt_block_indexes", 7, "not a list, each a whole number"),
-        ("vision_config", "window_size", 100, "no whole number of units"),
-        ("vision_config", "num_heads", 7, "divide into heads"),
-    ],
-)
-def test_what_cannot_run_is_refused(where, name, value, message):
-    content = copy.deepcopy(NEW)
-    content[where][name] = value
+@pytest.mark.parametrize(("family", "where", "name", "value", "message"), REFUSED)
+def test_what_cannot_run_is_refused(family, where, name, value, message):
+    content = copy.deepcopy(CONTENTS[family])
+    content.get(where, content)[name] = value
     with pytest.raises(ValueError, match=message):
         parse_config(content)
 
@@ -231,7 +205,7 @@ def objects(content):
 
 @pytest.mark.parametrize(
     "content",
-    [NEW, flat(NEW), QWEN2_VL_2B, json.loads(next(iter(QWEN3.values())).read_text())],
+    [NEW, flat(NEW), CONTENTS["2"], CONTENTS["3"]],
     ids=["new", "flat", "qwen2", "qwen3"],
 )
 def test_null_is_missing(content):
@@ -294,3 +268,44 @@ def test_a_sliding_window_counts_where_transformers_has_layers_with_one(given):
             parse_config(content)
     else:
         assert not parse_config(content).text_config.use_sliding_window
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[NaN]",
+        '{"a": Infinity}',
+        "-Infinity",
+        "1e999",
+        "[" * 150 + "]" * 150,
+        "[" * 10**6,
+        '{"a":' * 5000,
+        "9" * 5000,
+        "{",
+        "",
+    ],
+    ids=lambda text: f"{text[:16]}... {len(text)}" if len(text) > 16 else text,
+)
+def test_what_is_refused(text):
+    with pytest.raises(ValueError):  # also what json itself raises
+        loads(text)
+
+
+@pytest.mark.parametrize(
+    "value", [{"a": [1, 2.5, None, True, "NaN"]}, 1e300, [], "", json.loads("[" * MAX_LEVELS + "]" * MAX_LEVELS)]
+)
+def test_what_is_read(value):
+    assert loads(json.dumps(value)) == value
+
+
+def test_files_of_any_kind(tmp_path):
+    (tmp_path / "list").write_text("[]")
+    (tmp_path / "long").touch()
+    with open(tmp_path / "long", "r+b") as file:
+        file.truncate(MAX_BYTES + 1)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("list", "long", "folder", "loop", "device", "missing"):
+        with pytest.raises((ValueError, OSError)):
+            read_object(tmp_path / name)

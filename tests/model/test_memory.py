@@ -12,14 +12,12 @@ from evoprune.cpu.quantize import saved_bytes
 from evoprune.errors import LESS, NO_MEMORY, OutOfMemory, error_record, is_out_of_memory, memory_guard
 from evoprune.methods.encoder_plan import TowerShape
 from evoprune.model import cost
-from evoprune.model.config import kv_bytes
-from evoprune.model.cost import language_bytes, prefill_flop, working_memory
+from evoprune.model.cost import kv_bytes, language_bytes, prefill_flop, working_memory
 from evoprune.model.weights import empty
 from evoprune.session import encoding, planning
 from evoprune.session.encoding import open_inputs
-from evoprune.session.loading.found import describe_model
+from evoprune.session.loading.find import describe_model, needed_bytes
 from evoprune.session.loading.model import load_model
-from evoprune.session.loading.weights import needed_bytes
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.video_qa import VideoQA
 from tests.quantized import KINDS
@@ -154,7 +152,7 @@ def test_fewer_bits_are_suggested_where_they_fit(saved, monkeypatch):
     wide, small = (needed_bytes(config, torch.float32, each, mapped=True) for each in ("none", kind))
     assert small < wide
     monkeypatch.setattr(cost, "available_memory", lambda device: small)
-    monkeypatch.setattr("evoprune.session.loading.weights.available_memory", lambda device: small)
+    monkeypatch.setattr("evoprune.session.loading.model.available_memory", lambda device: small)
     with pytest.raises(OutOfMemory) as caught:
         load_model(str(saved), dtype="fp32")
     assert f"or fewer bits: quantize {kind} needs about " in caught.value.hint

@@ -20,13 +20,13 @@ def no_gradients(mode: bool = True):
 torch.inference_mode = no_gradients
 far.register()
 
-from evoprune.session.loading import found  # noqa: E402
+from evoprune.session.loading import find  # noqa: E402
 
-_pick = found.pick_device
+_pick = find.pick_device
 
 
 def pick_device(name: str) -> torch.device:
     return _pick(far.NAME if name == "auto" else name)
 
 
-found.pick_device = pick_device
+find.pick_device = pick_device

@@ -11,13 +11,12 @@ from evoprune import methods
 from evoprune.bench.profiling.clips import place_of
 from evoprune.bench.profiling.hugging_face import hugging_face_model
 from evoprune.errors import ModelError
-from evoprune.language.generate import Visual, column_deepstack, embed_prompt, prefill
+from evoprune.language.generate import Visual, embed_prompt, prefill
 from evoprune.language.prompt import prompt_positions
 from evoprune.methods.encoder_plan import full_plan
 from evoprune.session.cache import Cache
-from evoprune.session.loading.folder import BUNDLED_CONFIGS, read_config
-from evoprune.session.loading.model import load_model
-from evoprune.session.loading.weights import random_model
+from evoprune.session.loading.find import BUNDLED_CONFIGS, read_config
+from evoprune.session.loading.model import load_model, random_model
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from evoprune.vision.encoder import encode
@@ -266,11 +265,8 @@ def test_full_budget_at_true_dimensions(name):
     place = place_of(grid, times=True)
     ids = torch.arange(place.around[-1].stop + 9) % 1000
     visuals = [Visual(place, made.features, made.kept, deepstack=made.deepstack)]
-    embeds, columns = embed_prompt(model, ids, visuals)
-    added, positions = (
-        column_deepstack(visuals, columns, embeds),
-        prompt_positions(len(ids), place.spans(grid, 1.0), None),
-    )
+    embeds, _, _, added = embed_prompt(model, ids, visuals)
+    positions = prompt_positions(len(ids), place.spans(grid, 1.0), None)
     logits = prefill(model, embeds, positions, 0, deepstack=added).logits
     is_visual = torch.zeros(1, len(ids), dtype=torch.bool).index_fill_(1, place.columns, True)
     with torch.inference_mode():

@@ -21,8 +21,7 @@ from evoprune.overlay.fates import trace
 from evoprune.report import Report, warning_lines
 from evoprune.session.answering import Answer
 from evoprune.session.encoding import OpenInput, open_inputs
-from evoprune.session.loading.model import load_model
-from evoprune.session.loading.weights import make_ready
+from evoprune.session.loading.model import load_model, make_ready
 from evoprune.session.planning import estimate_first_token
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA

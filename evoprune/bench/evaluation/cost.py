@@ -7,7 +7,7 @@ so are the prompt's lengths where they differ from layer to layer. Scoring and m
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.report import Report
 from evoprune.session.answering import EncodedInputs
-from evoprune.session.loading.found import describe_model
+from evoprune.session.loading.find import describe_model
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import ModelOptions
 from evoprune.vision.tower import tower_geometry

@@ -10,7 +10,7 @@ from typing import Any
 
 from evoprune.batch.output import append, differences, remove_unfinished, write_file
 from evoprune.errors import UsageError
-from evoprune.model.rules import read_object
+from evoprune.model.config import read_object
 
 SETTINGS, SAMPLES, RESULTS = "settings.json", "samples.jsonl", "results.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

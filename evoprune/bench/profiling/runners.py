@@ -42,15 +42,13 @@ def run_evoprune(
         )  # fmt: skip
     with clock.stage("prefill"):
         visuals = [generate.Visual(clip.place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
-        embeds, columns = generate.embed_prompt(model, clip.ids, visuals)
-        sizes = generate.column_sizes(visuals, columns)
-        deepstack = generate.column_deepstack(visuals, columns, embeds)
+        embeds, columns, sizes, deepstack = generate.embed_prompt(model, clip.ids, visuals)
         share = share_of(budget, [clip.grid])
         dropping = generate.dropping_for(model, method, share, visuals, [clip.grid], embeds, columns)
         positions = clip.positions[:, columns]
         state = generate.prefill(model, embeds, positions, clip.following, None, sizes, dropping, deepstack)
     with clock.stage("generate"):
-        tokens = list(generate.TokenStream(model, state, generate.GenerationOptions(new_tokens), eos_ids=()))
+        tokens = list(generate.TokenStream(state, generate.GenerationOptions(new_tokens), eos_ids=()))
     counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept), len(columns))
     sample = _sample(loaded, clock, encoded.prune_seconds, dropping.timer.seconds() if dropping else 0.0)
     if dropping:

@@ -18,10 +18,9 @@ from evoprune.errors import OutOfMemory
 from evoprune.model import cost
 from evoprune.model.config import Config
 from evoprune.model.weights import QwenVL, shared
-from evoprune.session.loading.calibration import calibrate
-from evoprune.session.loading.folder import BUNDLED_CONFIGS
-from evoprune.session.loading.found import DTYPES, FoundModel, describe_model
+from evoprune.session.loading.find import BUNDLED_CONFIGS, DTYPES, FoundModel, describe_model
 from evoprune.session.loading.model import LoadedModel, load_model
+from evoprune.session.loading.stored import calibrate
 from evoprune.session.options import ModelOptions
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import InputLimits

@@ -1,42 +1,60 @@
 """Loads a model. Whatever can be checked is checked before the weights are read, and no code that comes with it is ever run."""
 
 import os
+import re
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
+from evoprune.backend.devices import available_memory, is_host
+from evoprune.backend.fallback import uses_kernels
+from evoprune.backend.graph import run_beside
+from evoprune.backend.layers import join, join_tower
 from evoprune.backend.limits import available_cores
 from evoprune.bundled import Demo
 from evoprune.cpu.linear import PackingTime, weights_bytes
+from evoprune.cpu.linear import pack as pack_layers
+from evoprune.cpu.machine import page_in
 from evoprune.cpu.precision import AUTO_THREADS
-from evoprune.cpu.quantize import kinds
-from evoprune.errors import ModelError, OutOfMemory, is_out_of_memory
+from evoprune.cpu.quantize import Progress, kinds, places
+from evoprune.errors import ModelError, ModelWarning, OutOfMemory, is_out_of_memory
 from evoprune.keywords import from_keywords
-from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from evoprune.model.config import GenerationSettings
+from evoprune.language.generate import TokenStream, Visual, embed_prompt, prefill
+from evoprune.language.prompt import Place, Tokenizer, has_tokenizer, load_tokenizer
+from evoprune.language.settings import GenerationOptions
+from evoprune.methods.registry import parse
+from evoprune.model.config import PATCHES, Config, GenerationSettings
 from evoprune.model.cost import shortage
-from evoprune.model.weights import QwenVL
+from evoprune.model.weights import QwenVL, empty, name_in_memory
 from evoprune.report import ModelFacts
-from evoprune.session.loading.folder import eos_ids, fingerprint, read_generation
-from evoprune.session.loading.found import DTYPES, FoundModel, find_model
-from evoprune.session.loading.warm import warm_up
-from evoprune.session.loading.weights import (
-    load_weights,
-    make_ready,
+from evoprune.session.loading.find import (
+    BELONG,
+    DTYPES,
+    EMBEDDINGS,
+    HEAD,
+    FoundModel,
+    eos_ids,
+    find_model,
     needed_bytes,
-    page_in_weights,
-    random_model,
+    read_generation,
     stay_mapped,
+    stored_tensors,
 )
 from evoprune.session.options import ModelOptions
-from evoprune.text import size
+from evoprune.text import counted, size
 from evoprune.video.info import VIDEO, Video, world_of
 from evoprune.video.plan import InputLimits
+from evoprune.vision.encoder import encode
+from evoprune.vision.tower import tower_shape
 
 # Weights of a model for each of its threads. The demo model has 4 million, the smallest Qwen 2 billion.
 WEIGHTS_PER_THREAD = 32_000_000
+RESERVED_BYTES = 2**29  # that packed weights leave for the work itself
 
 
 @dataclass
@@ -60,7 +78,7 @@ class LoadedModel:
     found: FoundModel  # the model before it was loaded
     load_seconds: dict[str, float]  # of the steps of loading: "tokenizer", "weights" and "prepare"
     packing: PackingTime  # how long layers have packed since, which they do when they are first called with few rows
-    ready: Callable[[], None] = lambda: None  # waits for what was begun beside loading (`warm_up`)
+    ready: Callable[[], None] = lambda: None  # waits for what was begun beside loading (`_warm_up`)
 
     def __repr__(self) -> str:
         return f"<LoadedModel {self.id!r} in {self.dtype} on {self.device}>"
@@ -102,7 +120,7 @@ def load_model(
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
     found = model if isinstance(model, FoundModel) else find_model(model)
     model, folder = found.options, found.folder
-    use_threads(model.threads, found)
+    use_threads(model.threads, found.parameters)
     tokenizer, start = None, time.perf_counter()
     if folder is not None and (has_tokenizer(folder) or not found.random):
         tokenizer = load_tokenizer(folder)
@@ -110,8 +128,9 @@ def load_model(
         raise no_tokenizer(model.model)
     generation = read_generation(folder)
     ends = eos_ids(folder, generation, found.config, tokenizer)
-    files, seconds = found.files, {"tokenizer": time.perf_counter() - start}
-    ready = warm_up(found.config, DTYPES[found.dtype], found.device)
+    found.files  # noqa: B018 (checked here)
+    seconds = {"tokenizer": time.perf_counter() - start}
+    ready = run_beside(partial(_warm_up, found.config, DTYPES[found.dtype], found.device), found.device)
     weights, packing = _weights(found, pack, progress, seconds)
     return LoadedModel(
         model=weights,
@@ -127,7 +146,7 @@ def load_model(
         load_format=model.load_format,
         quantize=model.quantize,
         weights_bytes=weights_bytes(weights),
-        fingerprint=fingerprint(model.model, found.commit, folder, files),
+        fingerprint=found.fingerprint,
         found=found,
         load_seconds=seconds,
         packing=packing,
@@ -154,11 +173,11 @@ def _weights(
     try:
         weights = load_weights(found.config, files, *form, quantize) if files else random_model(found.config, *form)
         if stay_mapped(files, *form, quantize):
-            page_in_weights(weights)
+            _page_in(weights)
         read = time.perf_counter()
         store = None
         if found.options.store_quantized and files:
-            store = f"{fingerprint(name, found.commit, found.folder, files)} {found.dtype}"
+            store = f"{found.fingerprint} {found.dtype}"
         packing = make_ready(weights, quantize, pack=pack, progress=progress, store=store)
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
@@ -173,15 +192,10 @@ def no_tokenizer(name: str) -> ModelError:
     return ModelError(f"random weights of {name} have no tokenizer, so no question can be asked", hint)
 
 
-def thread_count(weights: int, cores: int) -> int:
-    """How many threads pay for a model of so many weights on so many idle cores, at least 1."""
-    return max(1, min(cores, weights // WEIGHTS_PER_THREAD))
-
-
-def use_threads(wanted: int | str | None, found: FoundModel) -> None:
-    """Sets the threads of this process: a number, or "auto", by the model's size and the cores unless OMP_NUM_THREADS is set."""
+def use_threads(wanted: int | str | None, weights: int) -> None:
+    """Sets the threads of this process: a number, or "auto", by a model's `weights` and the cores unless OMP_NUM_THREADS is set."""
     if wanted == AUTO_THREADS and not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(thread_count(found.parameters, available_cores()))
+        torch.set_num_threads(max(1, min(available_cores(), weights // WEIGHTS_PER_THREAD)))
     elif isinstance(wanted, int):
         torch.set_num_threads(wanted)
 
@@ -191,3 +205,139 @@ def threads_of_each(wanted: int | str | None, processes: int) -> int:
     if isinstance(wanted, int):
         return wanted
     return max(1, min(torch.get_num_threads(), available_cores() // processes))
+
+
+def load_weights(
+    config: Config, files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none"
+) -> QwenVL:
+    """Reads the weights. On the CPU, in the dtype of the file, they stay memory-mapped until they are packed.
+
+    Those to be quantised and the embeddings stay so in any dtype. Where input and output embeddings are tied and a file holds the
+    output layer alone, it is both. Warns of tensors that are not used.
+
+    Raises ModelError: tensors are missing, of another shape, or stored twice with other values.
+    """
+    model = empty(config)
+    wanted = {name: weight.shape for name, weight in model.state_dict().items()}
+    as_stored = []
+    if quantize != "none":
+        as_stored = ["lm_head", "model.language_model.embed_tokens", *dict(places(model, quantize))]
+    computed = re.compile(r"(^|\.)(inv_freq|position_ids)$")  # buffers of older files, which follow from the config
+    found, unused = {}, []
+    for file, content, stored in stored_tensors(files):
+        name = name_in_memory(stored)
+        if name not in wanted:
+            unused += [] if computed.search(name) else [stored]
+            continue
+        weight = content.get_tensor(stored)
+        if weight.shape != wanted[name] or not weight.is_floating_point():
+            what = f"{weight.dtype} {list(weight.shape)} where config.json wants {list(wanted[name])}"
+            problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
+            raise ModelError(problem, BELONG)
+        weight = weight if name.removesuffix(".weight") in as_stored else weight.to(device, dtype)
+        if name in found and not torch.equal(weight, found[name]):
+            problem = f"the weights in {file.parent} cannot be loaded: {name} is stored twice, with other values"
+            raise ModelError(problem, BELONG)
+        found[name] = weight
+    if config.tie_word_embeddings:  # to what there is; `separate_head` was asked before
+        if HEAD in found:
+            found.setdefault(EMBEDDINGS, found.pop(HEAD))
+        del wanted[HEAD]
+    if missing := sorted(wanted.keys() - found.keys()):
+        problem = f"the weights in {files[0].parent} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
+        raise ModelError(problem, "get the model again")
+    if unused:
+        are = "tensor of the weights is" if len(unused) == 1 else "tensors of the weights are"
+        said = f"{len(unused):,} {are} not used in {files[0].parent}: {', '.join(unused[:3])}"
+        warnings.warn(said + (", ..." if len(unused) > 3 else ""), ModelWarning, stacklevel=2)
+    model.load_state_dict(found, strict=False, assign=True)
+    model.tie()
+    return model.requires_grad_(False)
+
+
+def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> QwenVL:
+    """A model with seeded random weights, for benchmarks: speed does not depend on the values. Takes seconds at 3B."""
+    model = empty(config)
+    for module in model.modules():  # not `to_empty`, which imports torch's compiler for two seconds
+        for name, weight in [*module.named_parameters(recurse=False)]:
+            made = torch.empty(weight.shape, dtype=dtype, device=device)
+            setattr(module, name, torch.nn.Parameter(made, requires_grad=False))
+    model.tie()
+    # One block of noise, repeated. Its length is a prime, so that no two rows of a matrix are equal.
+    random = torch.Generator().manual_seed(0)
+    block = torch.randn(1_048_573, generator=random, dtype=torch.float32, device="cpu").mul_(0.02).to(device, dtype)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:
+                weight.fill_(0 if name.endswith("bias") else 1)
+                continue
+            noise = block.roll(int(torch.randint(len(block), (), generator=random, dtype=torch.int64, device="cpu")))
+            for piece in weight.view(-1).split(len(noise)):
+                piece.copy_(noise[: len(piece)])
+    return model
+
+
+def _page_in(model: QwenVL) -> None:
+    """Starts to read memory-mapped weights in the order of their use, unless memory for all of them is missing."""
+    tower, language = model.model.visual, model.model.language_model
+    weights = [*tower.parameters(), *language.layers.parameters(), *language.embed_tokens.parameters()]
+    available = available_memory("cpu")
+    if available is None or available > sum(weight.nbytes for weight in weights):
+        page_in(weights)
+
+
+def make_ready(
+    model: QwenVL, quantize: str, *, pack: bool = True, progress: Progress | None = None, store: str | None = None
+) -> PackingTime:
+    """Quantises the linear layers of a model on the CPU in place, or packs them; on CUDA, joins them. Arguments as `load_model`.
+
+    Those of the tower are packed now, those of the language model when few rows come: the tower is a sixth of a 3B model, and
+    packed it encodes about a tenth faster; the language model would make the first word wait. Where memory is short, none are.
+    `store`: the fingerprint of quantised weights on disk; None for no storing. Returns how long layers have packed, so far.
+    """
+    spent = PackingTime()
+    if uses_kernels(model.device):
+        join(model)
+        join_tower(model.model.visual)
+    if not is_host(model.device):
+        return spent
+    if quantize != "none":
+        from evoprune.session.loading.stored import quantize_once
+
+        quantize_once(model, quantize, store, progress)
+        return spent
+    linear_bytes = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
+    available = available_memory("cpu")
+    if pack and (available is None or available > linear_bytes + RESERVED_BYTES):
+        pack_layers(model.model.visual)
+        pack_layers(model, spent)
+    return spent
+
+
+def _warm_up(config: Config, dtype: torch.dtype, device: torch.device) -> None:
+    """Begins, beside loading, what a GPU's first question would wait for: kernels are compiled, libraries set up.
+
+    A model of one layer with the same widths answers about a few units.
+    """
+    vision, text = config.vision_config, config.text_config
+    full = (0,) if vision.fullatt_block_indexes else ()
+    small = replace(
+        config,
+        vision_config=replace(vision, depth=2, fullatt_block_indexes=full, deepstack_visual_indexes=()),
+        text_config=replace(text, num_hidden_layers=1, vocab_size=1024),
+    )
+    model = random_model(small, dtype, device)
+    join(model)
+    join_tower(model.model.visual)
+    visual, grid, words = model.model.visual, (2, 8, 8), 8
+    units = 2 * 8 * 8
+    values = visual.patch_embed.proj.weight[0].numel()
+    pixels = torch.randint(256, (units * PATCHES, values), dtype=torch.uint8, device=device)
+    plan = parse("evoprune").plan(tower_shape(visual), grid, units // 4)
+    encoded = encode(visual, [pixels], plan)
+    place = Place((range(words, words + units),))
+    visuals = [Visual(place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
+    ids = torch.zeros(2 * words + units, dtype=torch.int64, device="cpu")
+    embeds, columns, sizes, deepstack = embed_prompt(model, ids, visuals)
+    state = prefill(model, embeds, columns.expand(3, -1), len(ids), None, sizes, None, deepstack)
+    list(TokenStream(state, GenerationOptions(max_new_tokens=2), eos_ids=()))

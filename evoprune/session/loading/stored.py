@@ -1,7 +1,12 @@
-"""Quantised weights on disk: a model is quantised once, and read in this form afterwards."""
+"""Quantised weights: large input channels are found by one run, and what comes of it is kept on disk and read afterwards.
+
+The input of the run is the same every time, made by formula: a picture with flat, smooth, striped and noisy parts, and tokens from
+all over the vocabulary.
+"""
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -11,12 +16,18 @@ from typing import BinaryIO
 import torch
 
 import evoprune
-from evoprune.cpu.integers import Weights, levels
-from evoprune.cpu.quantize import Progress, places, quantize, restore
+from evoprune.cpu.quantize import Progress, Weights, levels, places, quantize, restore
+from evoprune.language.decoder import KVCache, logits
+from evoprune.methods.encoder_plan import full_plan
+from evoprune.methods.indices import ascending
+from evoprune.model.config import PATCHES
 from evoprune.model.weights import QwenVL
 from evoprune.session.cache import Entries, cache_folder, own_code
-from evoprune.session.loading.calibration import calibrate
+from evoprune.vision.encoder import encode
+from evoprune.vision.tower import tower_shape
 
+CALIBRATION_GRID = (1, 8, 8)  # frame pairs, and rows and columns of units
+CALIBRATION_TOKENS = 64  # of text before the visual tokens, and behind them
 LIMIT_BYTES = 32 * 2**30
 HEADER_BYTES = 2**21  # of an entry, filled up with spaces; a tensor's entry takes about 120
 NAMES = {
@@ -112,3 +123,33 @@ class _Stream:
             raise OSError("the header has no room")
         self.file.seek(0)
         self.file.write(HEADER_BYTES.to_bytes(8, "little") + text.ljust(HEADER_BYTES))
+
+
+def calibrate(model: QwenVL) -> None:
+    """Calls every linear layer of a model on the CPU; its results are not used."""
+    seen = calibrate_tower(model.model.visual)
+    embed = model.model.language_model.embed_tokens
+    ids = torch.linspace(0, embed.num_embeddings - 1, 2 * CALIBRATION_TOKENS, dtype=torch.float64, device="cpu").long()
+    before, behind = embed(ids).to(seen.dtype).split(CALIBRATION_TOKENS)
+    embeds = torch.cat([before, seen, behind])
+    positions = ascending(len(embeds), "cpu").expand(3, -1)
+    logits(model, embeds, positions, KVCache(model, len(embeds)))
+
+
+def calibrate_tower(visual) -> torch.Tensor:
+    """Calls every linear layer of a tower on the CPU; the features `[N, hidden]`."""
+    return encode(visual, [_patches(visual)], full_plan(tower_shape(visual), CALIBRATION_GRID)).features
+
+
+def _patches(visual) -> torch.Tensor:
+    """The picture, as `vision.preprocess.patchify` makes patches: float32 `[patches, values]`, about between -2 and 2."""
+    config = visual.config
+    count = math.prod(CALIBRATION_GRID) * PATCHES
+    values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    noise = torch.randn(count, values, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    place = torch.linspace(-2, 2, values, dtype=torch.float32, device="cpu")
+    level = torch.linspace(-2, 2, count, dtype=torch.float32, device="cpu")[:, None]
+    flat, smooth = level.expand(-1, values), level + place / 2
+    striped = torch.sign(torch.sin(40 * place + level)) * level
+    kinds = torch.stack([flat, smooth, striped, noise])
+    return kinds[ascending(count, "cpu") % 4, ascending(count, "cpu")]

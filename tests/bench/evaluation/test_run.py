@@ -24,7 +24,7 @@ from evoprune.methods.budget import DEFAULT, PRESETS
 from evoprune.model import cost
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.session.encoding import open_inputs
-from evoprune.session.loading.found import describe_model
+from evoprune.session.loading.find import describe_model
 from evoprune.session.options import GenerationOptions, ModelOptions, SamplingOptions
 from evoprune.video.probe import probe
 from evoprune.video_qa import VideoQA

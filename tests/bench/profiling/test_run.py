@@ -19,7 +19,7 @@ from evoprune.bench.profiling.settings import Settings, TimeLimit
 from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.methods.encoder_plan import full_plan
 from evoprune.model import cost
-from evoprune.session.loading.found import describe_model
+from evoprune.session.loading.find import describe_model
 from evoprune.session.options import ModelOptions
 from evoprune.video.info import VIDEO
 from evoprune.video.probe import probe

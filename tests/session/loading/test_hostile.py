@@ -29,21 +29,9 @@ TEXT, VISION = "text_config", "vision_config"
 CONFIG = {
     # entry of config.json: value, and what the message says of it
     "num_hidden_layers of a billion": (TEXT, "num_hidden_layers", 10**9, "not a whole number from 1 to 1,000"),
-    "depth of a billion": (VISION, "depth", 10**9, "not a whole number from 1 to 1,000"),
     "more layers than weights": (TEXT, "num_hidden_layers", 900, "lack model.language_model.layers.899"),
     "deeper than the weights": (VISION, "depth", 900, "lack model.visual.blocks.899"),
     "huge matrices": (TEXT, "intermediate_size", 2**62, "intermediate_size is 4611686018427387904"),
-    "eps is negative": (TEXT, "rms_norm_eps", -1, "rms_norm_eps is -1"),
-    "eos is a word": (TEXT, "eos_token_id", "end", "eos_token_id is 'end'"),
-    "context of no tokens": (TEXT, "max_position_embeddings", 0, "max_position_embeddings is 0"),
-    "rope is a text": (TEXT, "rope_parameters", "big", "rope_parameters is 'big', not an object"),
-    "rope section is a text": (TEXT, "rope_parameters", {"mrope_section": "abc"}, "mrope_section is 'abc'"),
-    "sliding window by word": (TEXT, "use_sliding_window", "no", "use_sliding_window is 'no', not true or false"),
-    "three frames a patch": (VISION, "temporal_patch_size", 3, "temporal_patch_size 3"),
-    "four colours": (VISION, "in_channels", 4, "in_channels 4"),
-    "layers that are no numbers": (VISION, "fullatt_block_indexes", [True, "1"], "fullatt_block_indexes"),
-    "tokens a second": (VISION, "tokens_per_second", -4, "tokens_per_second is -4"),
-    "activation is a list": (VISION, "hidden_act", ["silu"], "hidden_act"),
 }
 VIDEO, IMAGE, ENDS, WORDS = (
     "video_preprocessor_config.json",

@@ -1,3 +1,5 @@
+"""Loading a model: its weights, settings, device, dtype and threads; and what is wrong with one that does not load."""
+
 import json
 import os
 import re
@@ -14,18 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evoprune.bench.profiling.hugging_face import hugging_face_model
+from evoprune.backend.devices import accelerator, available_memory, exact_shapes, pick_device
 from evoprune.bundled import DEMOS
 from evoprune.cpu import linear
-from evoprune.cpu.integers import Int8Linear
 from evoprune.cpu.linear import PackedLinear
-from evoprune.errors import EvopruneWarning, ModelError, OutOfMemory, UsageError
-from evoprune.language.generate import GenerationOptions, TokenStream, Visual, embed_prompt, prefill, stream_text
-from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
-from evoprune.session.loading import found, model, weights
-from evoprune.session.loading.folder import BUNDLED_CONFIGS
-from evoprune.session.loading.found import DTYPES, look_up
-from evoprune.session.loading.model import InputLimits
+from evoprune.cpu.quantize import Int8Linear
+from evoprune.errors import DeviceWarning, EvopruneWarning, ModelError, OutOfMemory, UsageError, memory_guard
+from evoprune.language.generate import prefill
+from evoprune.model.cost import shortage
+from evoprune.session.loading import find, model
+from evoprune.session.loading.find import BUNDLED_CONFIGS, DTYPES, FoundModel, describe_model, look_up
+from evoprune.session.loading.model import InputLimits, threads_of_each, use_threads
 from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
 from tests.loading import edit, error_of, load_model, no_network
@@ -57,7 +58,7 @@ def test_weights_come_in_the_dtype_asked_for(saved, dtype):
 @pytest.mark.parametrize("name", DEMOS)
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
 def test_auto_dtype_follows_the_hardware_and_the_demos_are_exact(saved, monkeypatch, has_bf16, expected, name):
-    monkeypatch.setattr(found, "has_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(find, "has_bf16", lambda device: has_bf16)
     assert load_model(str(saved), device="cpu").dtype == expected
     monkeypatch.setitem(DEMOS, name, replace(DEMOS[name], folder=saved))
     demo = load_model(name, device="cpu")
@@ -65,22 +66,6 @@ def test_auto_dtype_follows_the_hardware_and_the_demos_are_exact(saved, monkeypa
     assert load_model(name, device="cpu", dtype="bf16").dtype == "bf16"
     known = look_up(ModelOptions(name, device="cpu"))
     assert (known.dtype, known.demo.world) == ("fp32", DEMOS[name].world)
-
-
-def test_a_loaded_model_answers(saved):
-    loaded = load_model(str(saved), dtype="fp32")
-    prompt = build_prompt(loaded.tokenizer, "What happens?", [(VIDEO, 12)])
-    pixels = torch.randn(48, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        features = hugging_face_model(loaded.model).model.visual(pixels, torch.tensor([[2, 4, 6]])).pooler_output
-    kept = torch.tensor([0, 5, 7])
-    span = VisualSpan(prompt.places[0].runs[0].start, (2, 2, 3), 1.0)
-    positions = prompt_positions(len(prompt.input_ids), [span], loaded.model.config.vision_config.tokens_per_second)
-    embeds, columns = embed_prompt(loaded.model, prompt.input_ids, [Visual(prompt.places[0], features[kept], kept)])
-    state = prefill(loaded.model, embeds, positions[:, columns], int(positions.max()) + 1)
-    answer = TokenStream(loaded.model, state, GenerationOptions(max_new_tokens=8), loaded.eos_ids)
-    assert "".join(stream_text(loaded.tokenizer, answer))
-    assert answer.finish_reason in ("stop", "length")
 
 
 def test_shards_load_as_one(folder):
@@ -140,7 +125,7 @@ def test_large_layers_of_the_language_model_are_packed_when_few_rows_come(saved,
 def test_forms_of_the_weights(saved, quantize, monkeypatch):
     sizes = {}
     for available in (None, 0):
-        monkeypatch.setattr(weights, "available_memory", lambda _, available=available: available)
+        monkeypatch.setattr(model, "available_memory", lambda _, available=available: available)
         loaded = model.load_model(str(saved), dtype="fp32", quantize=quantize)
         layer = loaded.model.model.language_model.layers[0].mlp.up_proj
         assert loaded.quantize == quantize
@@ -159,13 +144,6 @@ def test_a_model_may_compute_in_a_wider_dtype_than_its_file_has(quantize):
     """The bundled weights are stored in 16 bits."""
     qa = VideoQA.load("demo", dtype="fp32", quantize=quantize)
     assert qa.ask("samples/square.mp4", "What colour is the square?").text == "green"
-
-
-def test_quantising_needs_a_cpu(saved):
-    with pytest.raises(UsageError, match="unknown quantisation"):
-        load_model(str(saved), quantize="int3")
-    with pytest.raises(UsageError, match="CPU"):
-        load_model(str(saved), quantize="int8", device="meta")
 
 
 def test_names_of_older_and_newer_checkpoints(folder):
@@ -456,3 +434,156 @@ def test_bundled_configs_have_the_published_size(name, billions, monkeypatch):
 
 def test_random_weights_of_unknown_hub_ids_are_refused():
     assert "no bundled config" in error_of("Qwen/Qwen2-VL-2B-Instruct", load_format="dummy")
+
+
+OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040).\nPlease update"
+
+
+def test_the_other_tests_see_no_gpu():
+    """Those marked `cuda` alone do: `auto` is the CPU here, and in processes that a test starts."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
+
+
+def test_a_gpu_with_an_old_driver_is_named_in_one_line_and_the_cpu_goes_on(monkeypatch):
+    def unusable() -> bool:
+        warnings.warn(OLD_DRIVER, UserWarning, stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", unusable)
+    with pytest.warns(DeviceWarning, match=r"^no GPU is used: .*too old \(found version 11040\)\.$") as said:
+        assert pick_device("auto") == torch.device("cpu")
+    assert len(said) == 1
+
+
+def test_auto_takes_a_gpu_and_without_one_the_cpu_says_nothing(monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert pick_device("auto").type == "cpu"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch, "zeros", lambda *_, device, **__: device)
+        assert pick_device("auto") == torch.device("cuda") and pick_device("cuda:1").index == 1
+
+
+@pytest.mark.parametrize(("visible", "hint"), [("", "CUDA_VISIBLE_DEVICES is ''"), (None, "auto finds a GPU")])
+def test_what_hides_a_gpu_is_in_the_hint(monkeypatch, visible, hint):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UsageError) as refused:
+        pick_device("cuda:7")
+    assert refused.value.hint.endswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("device", "demo", "dtype"),
+    [
+        ("cuda:0", False, "bf16"),
+        ("cuda:1", False, "fp32"),
+        ("cuda:0", True, "fp32"),
+        ("xpu", False, "bf16"),
+        ("mps", False, "fp32"),
+    ],
+)
+def test_the_dtype_of_a_device(device, demo, dtype, monkeypatch):
+    of_each = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of_each[device.index])
+    folder = DEMOS["demo"].folder if demo else None
+    for asked, expected in (("auto", dtype), ("bf16", "bf16")):
+        assert FoundModel(ModelOptions(dtype=asked), torch.device(device), folder, None, None).dtype == expected
+
+
+def test_two_models_on_one_gpu(monkeypatch):
+    """What another process holds is not free; what this one's allocator keeps and does not use is."""
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * gib, 16 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * gib)
+    assert available_memory("cuda:1") == 4 * gib and shortage(4 * gib, "cuda:1") is None
+    assert shortage(5 * gib, "cuda:1") == "needs about 5.0 GiB of memory, and 4.0 GiB are available"
+
+
+def test_reading_waits_everywhere_but_on_the_cpu(monkeypatch):
+    names = "cpu", "cuda:1", "xpu", "mps", "meta"
+    assert [name for name in names if exact_shapes(torch.device(name))] == ["cpu"]
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    assert accelerator() == "xpu"
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        (
+            "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB of which 1.25 GiB is free.",
+            ": 2.00 GiB wanted, 1.25 GiB free",
+        ),
+        ("Tried to allocate 512.00 MiB.\nGPU 0 has a total capacity of ...", ": 512.00 MiB wanted"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_running_out_of_memory_on_a_gpu_has_numbers(says, message):
+    with pytest.raises(OutOfMemory) as raised, memory_guard("encode"):
+        raise torch.OutOfMemoryError(f"CUDA out of memory. {says}")
+    assert raised.value.message == f"out of memory in encode{message}" and raised.value.exit_code == 5
+
+
+def test_they_do_not_depend_on_the_default_dtype(saved):
+    def weights():
+        return load_model(str(saved), load_format="dummy", dtype="bf16", pack=False).model.state_dict()
+
+    expected = weights()
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = weights()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(made[name], weight) for name, weight in expected.items())
+    assert {weight.dtype for weight in made.values()} == {torch.bfloat16}
+
+
+REAL = "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+@pytest.fixture
+def three_threads(monkeypatch):
+    """A host program with three, on a machine with eight cores."""
+    monkeypatch.setattr(model, "available_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("weights", "cores", "count"),
+    [(4_000_000, 64, 1), (72_000_000, 8, 2), (3_754_622_976, 4, 4), (3_754_622_976, 1, 1), (0, 4, 1)],
+)
+def test_small_models_get_one_thread_and_large_ones_all_cores(weights, cores, count, monkeypatch, three_threads):
+    monkeypatch.setattr(model, "available_cores", lambda: cores)
+    use_threads("auto", weights)
+    assert torch.get_num_threads() == count
+
+
+@pytest.mark.parametrize(
+    ("wanted", "environment", "count"),
+    [(None, "", 3), ("auto", "", 1), ("auto", "5", 3), (2, "", 2), ("2", "5", 2)],
+    ids=str,
+)
+def test_a_model_that_is_loaded_takes_the_threads_it_is_given(
+    saved, monkeypatch, wanted, environment, count, three_threads
+):
+    """Without a word from the caller, torch's number stays as the host program has set it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    load_model(str(saved), dtype="fp32", threads=wanted)
+    assert torch.get_num_threads() == count
+
+
+def test_a_real_model_takes_all_cores_that_this_process_may_use(three_threads):
+    use_threads("auto", describe_model(ModelOptions(REAL)).parameters)
+    assert torch.get_num_threads() == 8
+
+
+@pytest.mark.parametrize(("wanted", "processes", "each"), [("auto", 2, 3), (None, 4, 2), ("auto", 100, 1), (5, 4, 5)])
+def test_several_processes_share_the_cores(wanted, processes, each, three_threads):
+    assert threads_of_each(wanted, processes) == each

@@ -12,7 +12,7 @@ from evoprune.cpu.quantize import quantize
 from evoprune.errors import UsageError
 from evoprune.session.cache import Entries
 from evoprune.session.loading import stored
-from evoprune.session.loading.calibration import calibrate
+from evoprune.session.loading.stored import calibrate
 from tests.quantized import SOME, parameters
 from tests.tiny import tiny_model
 

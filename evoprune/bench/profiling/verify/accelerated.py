@@ -78,12 +78,11 @@ def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
     positions = torch.arange(64, dtype=torch.int64, device="cpu").expand(3, -1)
     with plainly():
         state = generate.prefill(model, embeds, positions, 64)
-        plain = generate.along(
-            model, state, torch.tensor([*answer.ids, 0], dtype=torch.int64, device="cpu"), one_by_one=True
-        )[1:]
+        ids = torch.tensor([*answer.ids, 0], dtype=torch.int64, device="cpu")
+        plain = generate.teacher_forced_logits(state, ids, one_by_one=True)[1:]
     state = generate.prefill(model, embeds, positions, 64)
-    steps, holder, made = static.Steps(model, static.COLUMNS), object(), []
-    steps.begin(holder, state.cache, 64, static.COLUMNS)
+    steps, holder, made = static.StaticCache(model, static.MIN_COLUMNS), object(), []
+    steps.begin(holder, state.cache, 64, static.MIN_COLUMNS)
     for token in answer.ids:
         steps.following(model, holder, token, lambda logits, best: made.append(logits.clone()) or 0)
     return torch.stack(made), plain

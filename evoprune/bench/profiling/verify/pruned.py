@@ -19,7 +19,7 @@ from evoprune.model import cost
 from evoprune.model.config import PATCHES
 from evoprune.model.weights import shared
 from evoprune.session.answering import EncodedInputs
-from evoprune.session.loading.calibration import calibrate
+from evoprune.session.loading.stored import calibrate
 from evoprune.text import counted
 from evoprune.video_qa import VideoQA
 

@@ -19,7 +19,7 @@ from evoprune.bench.profiling.verify.outcome import DIFFERS, HELD, SKIPPED, Chec
 from evoprune.bench.profiling.verify.subject import Subject
 from evoprune.errors import EvopruneError, first_line, is_out_of_memory
 from evoprune.model.config import as_written
-from evoprune.session.loading.folder import BUNDLED_CONFIGS
+from evoprune.session.loading.find import BUNDLED_CONFIGS
 from evoprune.session.loading.model import LoadedModel
 from evoprune.video.info import PICTURE
 from evoprune.video.probe import probe

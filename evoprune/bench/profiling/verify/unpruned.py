@@ -12,7 +12,7 @@ from evoprune.errors import UsageError
 from evoprune.hf import interface
 from evoprune.hf.context import PruningContext
 from evoprune.language import decoder
-from evoprune.language.generate import Visual, column_deepstack, embed_prompt
+from evoprune.language.generate import Visual, embed_prompt
 from evoprune.methods.indices import ascending
 from evoprune.text import counted
 from evoprune.video.frames import read_frames
@@ -102,8 +102,7 @@ def logits(subject: Subject) -> Outcome:
     model, asked = subject.loaded.model, subject.about(subject.video)
     (place,), (last, *inner) = asked.prompt.places, asked.features
     visuals = [Visual(place, last, ascending(len(place), "cpu"), deepstack=torch.stack(inner) if inner else None)]
-    embeds, columns = embed_prompt(model, asked.prompt.input_ids, visuals)
-    added = column_deepstack(visuals, columns, embeds)
+    embeds, _, _, added = embed_prompt(model, asked.prompt.input_ids, visuals)
     cache = decoder.KVCache(model, len(embeds))
     made = decoder.logits(model, embeds, asked.positions, cache, last=asked.text_behind, deepstack=added)
     return _within(gap(made, subject.video_logits, centred=True), subject.logits_noise)

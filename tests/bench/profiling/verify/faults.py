@@ -44,7 +44,7 @@ FAULTS = {
     ),
     "another rotary base in the tower": Fault("tower", f"{TOWER}:_rotary", "10000.0", "1000.0"),
     "another rotary base in the language model": Fault(
-        "logits", "evoprune.model.numerics:_frequencies", "/ theta **", "/ (theta / 2) **"
+        "logits", "evoprune.language.decoder:_frequencies", "/ theta **", "/ (theta / 2) **"
     ),
     "columns off by one": Fault(
         "positions", "evoprune.language.prompt:video_positions", 'ascending(w, "cpu")', 'ascending(w, "cpu") + 1'
@@ -118,7 +118,7 @@ FAULTS = {
         "radii.roll(torch.get_num_threads()).long()",
     ),
     "scales of 8 bits too small": Fault("int8", "evoprune.cpu.quantize:int8_weights", "/ 127)", "/ 200)"),
-    "zeros of 4 bits off by one": Fault("int4", "evoprune.cpu.integers:_int4_piece", ".add_(8)", ".add_(9)"),
+    "zeros of 4 bits off by one": Fault("int4", "evoprune.cpu.quantize:_int4_piece", ".add_(8)", ".add_(9)"),
     "a method that selects one token too few": Fault(
         "methods", "evoprune.methods.divprune:DivPrune.select", "(tokens.features, keep)", "(tokens.features, keep - 1)"
     ),

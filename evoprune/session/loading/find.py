@@ -1,4 +1,7 @@
-"""A model's folder, perhaps from the Hugging Face hub, and what it says: config, limits of inputs, ends of answers, weights."""
+"""From the name of a model to where it is and what its files say: the hub, its cache, a folder; config, weights, settings.
+
+Only safetensors are read, and no code that comes with a model is run.
+"""
 
 import hashlib
 import json
@@ -7,73 +10,270 @@ import re
 import reprlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
 
-from evoprune.bundled import DEMOS
-from evoprune.errors import EvopruneWarning, ModelError, ModelWarning, first_line
-from evoprune.language.tokenizer import Tokenizer
+import evoprune
+from evoprune.backend.devices import has_bf16, is_host, pick_device
+from evoprune.bundled import DEMOS, Demo, demo_in
+from evoprune.cpu.quantize import check as check_quantize
+from evoprune.cpu.quantize import saved_bytes
+from evoprune.errors import EvopruneWarning, ModelError, ModelWarning, UsageError, first_line
+from evoprune.language.prompt import Tokenizer
 from evoprune.model.config import (
     EXPERTS,
     MODEL_TYPES,
     Config,
     GenerationSettings,
+    Rule,
     Unsupported,
     VisionConfig,
+    check_fetched,
+    checked,
     parse_config,
+    pick,
+    read_object,
+    section,
 )
-from evoprune.model.rules import Rule, check_fetched, checked, pick, read_object, section
-from evoprune.session.loading.weights import MERGE
-from evoprune.text import listed, shorten
+from evoprune.model.weights import QwenVL, empty, name_in_memory
+from evoprune.session.options import ModelOptions
+from evoprune.text import did_you_mean, is_text, listed, shorten
 from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import InputLimits
 
-PACKAGE = Path(__file__).parents[2]
-DEMO_FOLDER = DEMOS["demo"].folder
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The published dimensions (config.json of the two repositories), so that benchmarks need no network.
-BUNDLED_CONFIGS = {f"Qwen/{path.stem}": path for path in sorted((PACKAGE / "model" / "configs").glob("*.json"))}
+BUNDLED_CONFIGS = {
+    f"Qwen/{path.stem}": path for path in sorted((Path(evoprune.__file__).parent / "model" / "configs").glob("*.json"))
+}
+FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]  # of a model on the hub
+HEAD, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
+ADAPTER = "adapter_config.json"
+HUB_SECONDS = 5.0
 NORMALISATION = ("image_mean", "image_std")
 # What is done whatever the settings of a processor say. Other values are named, null counts as missing.
 ALWAYS = {
     "do_sample_frames": True, "num_frames": None, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255,
     "do_normalize": True, "do_convert_rgb": True, "do_center_crop": False, "do_pad": False, "resample": 3,
 }  # fmt: skip
-# Whose settings have `do_sample_frames` false unless somebody changed it; whoever uses it samples frames outside.
-SAMPLED_OUTSIDE = "Qwen2VLVideoProcessor"
-OF_PICTURES = (*NORMALISATION, "min_pixels", "max_pixels")
 # Settings of transformers' `generate` that change answers and are not done here, and what they are where they change nothing.
 NOT_DONE = dict.fromkeys(
     ("bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "min_length",
      "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "min_p", "penalty_alpha",
      "no_repeat_ngram_size", "sequence_bias", "stop_strings", "suppress_tokens", "top_h"), 0
 ) | dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p"), 1)  # fmt: skip
-# With the rules of Windows, both kinds of slash separate. Links may lead elsewhere, as those of the hub's cache do.
-INSIDE = Rule(
-    "the name of a file in the same folder",
-    lambda v: isinstance(v, str) and v != "" and not PureWindowsPath(v).anchor and ".." not in PureWindowsPath(v).parts,
-)
-
-
-ADAPTER = "adapter_config.json"
-NAME = 100  # characters of a name that a file gives, in a message
-HUB_SECONDS = 5.0
-FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]
-SETTINGS = ["config.json", "*processor_config.json"]
 MODEL_HINT = (
     "evoprune runs Qwen3-VL, Qwen2.5-VL and Qwen2-VL checkpoints, such as Qwen/Qwen2.5-VL-3B-Instruct, and its demos"
 )
-
+BELONG = "config.json and the weights must belong together; get the model again"
+MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
+# How names of tensors begin that other programs wrote, and what to do about it.
+ELSEWHERE = {
+    "base_model.model.": f"the weights are those of a model under an adapter; {MERGE}",
+    "module.": "the weights are those of a DistributedDataParallel or DataParallel around the model; save its `module`",
+    "_orig_mod.": "the weights are those of a model under torch.compile; save its `_orig_mod`",
+    "vision_tower.": "the weights are a conversion, as of MLX; take the original checkpoint",
+    "language_model.model.": "the weights are a conversion, as of MLX; take the original checkpoint",
+}
 _QUANTIZED = re.compile(
     r"(^|[-_./])(awq|gptq|gguf|nvfp4|fp[48]|mlx|bnb|int[48]|[2-8]-?bit|w[48]a(8|16))($|[-_.])", re.IGNORECASE
 )
 _ORIGINAL = re.compile(r"qwen(2|2\.5|3)-vl-\d+b(-instruct|-thinking)?", re.IGNORECASE)
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """Made by `find_model`, `look_up` and `describe_model`."""
+
+    options: ModelOptions  # which model, and how it is to be loaded
+    device: torch.device
+    folder: Path | None  # its files; None for a bundled config
+    commit: str | None  # on the hub, None for anything local
+    config: Config
+
+    @property
+    def id(self) -> str:
+        return self.options.model
+
+    @property
+    def random(self) -> bool:
+        """Whether its weights are made, not read."""
+        return self.options.load_format == "dummy"
+
+    @property
+    def demo(self) -> Demo | None:
+        return demo_in(self.folder)
+
+    @property
+    def dtype(self) -> str:
+        """As the options say; for "auto" bf16 if the device multiplies it in hardware, and a demo is no bf16 model."""
+        if self.options.dtype != "auto":
+            return self.options.dtype
+        return "bf16" if self.demo is None and has_bf16(self.device) else "fp32"
+
+    @cached_property
+    def limits(self) -> dict[str, InputLimits]:
+        return input_limits(self.folder, self.config.vision_config)
+
+    @cached_property
+    def tree(self) -> QwenVL:
+        """The names and shapes of its weights, without memory."""
+        return empty(self.config)
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The files of its weights; none of random ones. Warns of an adapter beside them, which is not applied.
+
+        Raises ModelError: missing, damaged, or other layers than the config's.
+        """
+        files = [] if self.random else weight_files(self.folder)
+        check_layers(self.config, files)
+        if files and (self.folder / ADAPTER).is_file():
+            said = f"{self.folder} holds an adapter ({ADAPTER}) beside the weights, which is not used; {MERGE}"
+            warnings.warn(said, ModelWarning, stacklevel=2)
+        return files
+
+    @cached_property
+    def files_here(self) -> list[Path]:
+        """The files of its weights on this machine; none if they are missing or incomplete."""
+        try:
+            return weight_files(self.folder) if self.folder else []
+        except ModelError:
+            return []
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the weights; shared ones count once."""
+        return sum(weight.numel() for weight in self.tree.parameters())
+
+    @cached_property
+    def weights_bytes(self) -> int:
+        """Of memory that the loaded weights take."""
+        dtype, quantize = DTYPES[self.dtype], self.options.quantize
+        mapped = quantize != "none" or self._stored == dtype  # as a download would be
+        if self.files_here:
+            mapped = stay_mapped(self.files_here, dtype, self.device, quantize)
+        return needed_bytes(self.config, dtype, quantize, mapped)
+
+    @property
+    def download_bytes(self) -> int | None:
+        """Of weights that have to be downloaded, roughly; 0 if they are here, None where that is unknown."""
+        if self.files_here:
+            return 0
+        return self.parameters * self._stored.itemsize if self._stored and is_id(self.id) else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A text that changes when the weights do.
+
+        For a hub model its id and commit; for a folder a hash of the config and of the weight files' names, sizes and times,
+        because hashing gigabytes takes too long.
+        """
+        if self.commit is not None and self.files:
+            return f"{self.id}@{self.commit}"
+        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        return hashlib.sha256(_config_path(self.options, self.folder).read_bytes() + repr(stats).encode()).hexdigest()
+
+    @cached_property
+    def _stored(self) -> torch.dtype | None:
+        return stored_dtype(_config_path(self.options, self.folder))
+
+
+def find_model(options: ModelOptions) -> FoundModel:
+    """Finds a model, and downloads it if it is on the hub and not here yet. Errors: as of `load_model`."""
+    device, random = usable_device(options), options.load_format == "dummy"
+    if random and _is_bundled(options.model):
+        if options.revision is not None:
+            problem = f"the bundled config of {options.model} has no revision {options.revision!r}"
+            raise UsageError(problem, "leave the revision out")
+        return _found(options, device)
+    return _found(options, device, *locate(options, files=None if random else FILES))
+
+
+def describe_model(options: ModelOptions) -> FoundModel:
+    """Finds a model's settings, and downloads them alone if they are not here yet. A bundled config needs no hub."""
+    device = usable_device(options)
+    if _is_bundled(options.model) and options.revision is None:
+        return _found(options, device)
+    return _found(options, device, *locate(options, files=["config.json", "*processor_config.json"]))
+
+
+def look_up(options: ModelOptions) -> FoundModel:
+    """Finds what this machine alone has of a model; no hub is asked.
+
+    Raises ModelError: neither its folder nor its config is on this machine, or they are damaged. UsageError: as `find_model`.
+    """
+    device, name, revision = usable_device(options), options.model, options.revision
+    if is_id(name) and not Path(name).is_dir():
+        if (folder := cached_folder(name, revision)) or (name in BUNDLED_CONFIGS and revision is None):
+            return _found(options, device, folder)
+        if not Path(name).exists():
+            at = "" if revision is None else f" --revision {revision}"
+            files = f"config.json preprocessor_config.json{at}"
+            hint = f"{kind_hint(name)}its settings are small, and suffice: hf download {name} {files}"
+            raise ModelError(f"{name} is not on this machine, and inspect does not use the network", hint)
+    return _found(options, device, *locate(options, files=None))
+
+
+def _is_bundled(name: str) -> bool:
+    return name in BUNDLED_CONFIGS and not Path(name).is_dir()
+
+
+def _config_path(options: ModelOptions, folder: Path | None) -> Path:
+    return BUNDLED_CONFIGS[options.model] if folder is None else folder / "config.json"
+
+
+def _found(
+    options: ModelOptions, device: torch.device, folder: Path | None = None, commit: str | None = None
+) -> FoundModel:
+    found = FoundModel(options, device, folder, commit, read_config(_config_path(options, folder)))
+    if not found.config.tie_word_embeddings or found.random or not separate_head(found.files_here):
+        return found
+    return replace(found, config=replace(found.config, tie_word_embeddings=False))
+
+
+def locate(options: ModelOptions, *, files: list[str] | None) -> tuple[Path, str | None]:
+    """The folder of a model, and its commit if it is a hub id. `files`: patterns of what to download; None if nothing may be."""
+    name, revision = options.model, options.revision
+    if not name.strip():
+        raise ModelError("the name of the model is empty", MODEL_HINT)
+    folder = DEMOS[name].folder if name in DEMOS else Path(os.path.expanduser(name))
+    if name in DEMOS and not (folder / "config.json").is_file():
+        hint = "install evoprune again, or name another model"
+        raise ModelError(f"the bundled {name} model is missing: {folder}", hint)
+    if os.path.isdir(folder):  # unlike a path's own method, it raises nothing
+        if revision is not None:
+            raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
+        if not is_text(os.path.abspath(folder)):  # as the readers of tokenizers and weights want it
+            hint = "rename it, or set LC_ALL to a locale with UTF-8, such as C.UTF-8"
+            raise ModelError(f"the path {folder} is not valid text", hint)
+        return folder, None
+    if os.path.exists(folder):
+        raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")
+    if not is_id(name):
+        near = [known for known in BUNDLED_CONFIGS if name.lower() in known.lower()]
+        meant = f"did you mean {near[0]}? " if near else did_you_mean(name, DEMOS)
+        hint = f"{meant}a hub id is org/name; {MODEL_HINT}"
+        raise ModelError(f"{name!r} is neither a folder here nor a hub id", hint)
+    if files is None:
+        hint = f"random weights need a local folder, {', '.join(DEMOS)}, or {' and '.join(BUNDLED_CONFIGS)}"
+        raise ModelError(f"no bundled config for {name}", hint)
+    return download(name, revision, options.offline, files, check=read_config)
+
+
+def usable_device(options: ModelOptions) -> torch.device:
+    """The device of options. Raises UsageError if it cannot be used, or weights cannot be quantised on it."""
+    device = pick_device(options.device)
+    check_quantize(options.quantize, device)
+    return device
 
 
 def is_id(name: str) -> bool:
@@ -83,18 +283,11 @@ def is_id(name: str) -> bool:
 
 def kind_hint(name: str) -> str:
     """The beginning of a hint: which models run, where the name does not look like one of them; else nothing."""
-    if (original := original_of(name)) is not None:
-        instead = original or "the original checkpoint"
+    if _QUANTIZED.search(name):
+        original = _ORIGINAL.search(name)
+        instead = f"Qwen/{original[0]}" if original else "the original checkpoint"
         return f"its name is that of quantized weights, which evoprune does not read; take {instead}; "
     return "" if re.search(r"qwen-?(3|2[._]?5?)[-_]?vl", name, re.IGNORECASE) else f"{MODEL_HINT}; "
-
-
-def original_of(name: str) -> str | None:
-    """The id of the model that a name says to be a quantised form of, as far as it is known; None for any other name."""
-    if not _QUANTIZED.search(name):
-        return None
-    found = _ORIGINAL.search(name)
-    return f"Qwen/{found[0]}" if found else ""
 
 
 def download(
@@ -201,7 +394,7 @@ def _no_config(folder: Path) -> ModelError:
     """The error for a folder without a config.json, which may be an adapter's, or one of the hub's cache."""
     if (folder / ADAPTER).is_file():
         base = _json(folder / ADAPTER).get("base_model_name_or_path")
-        of = f" of {base[:NAME]}" if isinstance(base, str) and base else ""
+        of = f" of {base[:100]}" if isinstance(base, str) and base else ""
         return ModelError(f"{folder} holds an adapter{of}, not a model", MERGE)
     cached = next((each for each in (folder, folder.parent) if each.name.startswith("models--")), None)
     snapshots = [] if cached is None else sorted(cached.glob("snapshots/*/config.json"))
@@ -214,15 +407,6 @@ def _no_config(folder: Path) -> ModelError:
 def _cached_id(folder: Path) -> str:
     """The id of the model of a folder in the hub's cache, `models--org--name`."""
     return folder.name.removeprefix("models--").replace("--", "/", 1)
-
-
-def _download_of(folder: Path) -> tuple[str, str, bool]:
-    """Of a model's folder: what was downloaded, the command that goes on with it, and whether that surely broke off."""
-    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
-        name = _cached_id(folder.parents[1])
-        return name, f"hf download {name}", False
-    broken = any((folder / ".cache" / "huggingface" / "download").rglob("*.incomplete"))
-    return str(folder), "hf download ID --local-dir DIR", broken
 
 
 @contextmanager
@@ -254,14 +438,24 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model. Their headers are read, so that missing or truncated files are found here."""
     from safetensors import SafetensorError, safe_open
 
+    # With the rules of Windows, both kinds of slash separate. Links may lead elsewhere, as those of the hub's cache do.
+    inside = Rule(
+        "the name of a file in the same folder",
+        lambda v: isinstance(v, str) and v and not PureWindowsPath(v).anchor and ".." not in PureWindowsPath(v).parts,
+    )
     files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if not files[0].is_file() and index.is_file():
         with _valid(f"{index} is damaged"):
             named = section(_json(index), "weight_map")
-            files = [folder / name for name in sorted({INSIDE.check(v, f"weight_map.{k}") for k, v in named.items()})]
+            files = [folder / name for name in sorted({inside.check(v, f"weight_map.{k}") for k, v in named.items()})]
     elif not files[0].is_file():
         files = []
-    name, again, broken = _download_of(folder)
+    # What was downloaded, the command that goes on with it, and whether that surely broke off.
+    name, again = str(folder), "hf download ID --local-dir DIR"
+    broken = any((folder / ".cache" / "huggingface" / "download").rglob("*.incomplete"))
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        name, broken = _cached_id(folder.parents[1]), False
+        again = f"hf download {name}"
     if not files and not broken:
         hint = (
             "weights must be model.safetensors, or shards with model.safetensors.index.json; other formats are not read"
@@ -279,6 +473,60 @@ def weight_files(folder: Path) -> list[Path]:
         with _valid(f"weights file {file} is damaged or incomplete", SafetensorError), safe_open(file, framework="pt"):
             pass
     return files
+
+
+def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
+    """Of each tensor in safetensors files: its file, that file opened by safetensors, and its name there."""
+    from safetensors import safe_open
+
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            for stored in content.keys():  # noqa: SIM118 (not a dict)
+                yield file, content, stored
+
+
+def separate_head(files: Iterable[Path]) -> bool:
+    """Whether files hold an output layer that differs from the embeddings: transformers then ties the two under no config."""
+    stored = ((name_in_memory(name), content, name) for _, content, name in stored_tensors(files))
+    found = {known: content.get_tensor(name) for known, content, name in stored if known in (HEAD, EMBEDDINGS)}
+    if len(found) < 2:
+        return False
+    head, embeddings = found.values()
+    return head.dtype != embeddings.dtype or not torch.equal(head, embeddings)
+
+
+def check_layers(config: Config, files: list[Path]) -> None:
+    """Raises ModelError where the weights, if there are any, lack the last layer of the tower or of the language model."""
+    names = {name_in_memory(stored) for _, _, stored in stored_tensors(files)}
+    last = {
+        "model.visual.blocks": config.vision_config.depth,
+        "model.language_model.layers": config.text_config.num_hidden_layers,
+    }
+    for layers, count in last.items():
+        if files and not any(name.startswith(f"{layers}.{count - 1}.") for name in names):
+            last_layer = f"{layers}.{count - 1}, the last layer that config.json counts"
+            known = (hint for start, hint in ELSEWHERE.items() if any(name.startswith(start) for name in names))
+            raise ModelError(f"the weights in {files[0].parent} lack {last_layer}", next(known, BELONG))
+
+
+def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool) -> int:
+    """Bytes that the weights take, from when they are read. `mapped`: whether they `stay_mapped`.
+
+    Memory-mapped weights count: dropped ones are read again for every token. Those that are quantised are read no more than once.
+    """
+    model = empty(config).to(dtype)
+    wide = sum(weight.nbytes for weight in model.parameters())
+    return wide - saved_bytes(model, quantize) if quantize != "none" and mapped else wide
+
+
+def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none") -> bool:
+    """Whether weights are used, or quantised, as they are in their files."""
+    if not files or not is_host(device):
+        return False
+    if quantize != "none":
+        return True
+    stored = {content.get_slice(name).get_dtype() for _, content, name in stored_tensors(files[:1])}
+    return stored == {{torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[dtype]}
 
 
 def read_generation(folder: Path | None) -> GenerationSettings:
@@ -324,10 +572,11 @@ def input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, 
     )
     if folder is None:
         return {VIDEO: limits, PICTURE: replace(limits, **traits.picture)}
+    of_pictures = (*NORMALISATION, "min_pixels", "max_pixels")
     joint = folder / "processor_config.json"  # where transformers 5 saves both
     video = _limits(joint, "video_processor") or _limits(folder / "video_preprocessor_config.json")
-    image = _limits(joint, "image_processor", OF_PICTURES)
-    image = image or _limits(folder / "preprocessor_config.json", only=OF_PICTURES)
+    image = _limits(joint, "image_processor", of_pictures)
+    image = image or _limits(folder / "preprocessor_config.json", only=of_pictures)
     _warn_of_unused(folder)
     normal = {name: image[name] for name in NORMALISATION if name in image}
     return {VIDEO: replace(limits, **(normal | video)), PICTURE: replace(limits, **(dict(traits.unstated) | image))}
@@ -341,7 +590,10 @@ def _warn_of_unused(folder: Path) -> None:
         ("image_processor", "preprocessor_config.json"),
     ):
         content = section(joint, inner) or _json(folder / file)
-        usual = ALWAYS | ({"do_sample_frames": False} if content.get("video_processor_type") == SAMPLED_OUTSIDE else {})
+        usual = ALWAYS
+        if content.get("video_processor_type") == "Qwen2VLVideoProcessor":
+            # Its settings have this false unless somebody changed it; whoever uses it samples frames outside.
+            usual = ALWAYS | {"do_sample_frames": False}
         unused |= {
             name: content[name] for name, value in usual.items() if content.get(name) not in (None, value, ALWAYS[name])
         }
@@ -361,13 +613,3 @@ def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None =
         if only:
             content = {name: content.get(name) for name in only}
         return checked(InputLimits, content, inner or "")
-
-
-def fingerprint(name: str, commit: str | None, folder: Path | None, files: list[Path]) -> str:
-    """A text that changes when the weights do. For a hub model its id and commit; for a folder a hash of the config and of the
-    weight files' names, sizes and times, because hashing gigabytes takes too long."""
-    if commit is not None and files:
-        return f"{name}@{commit}"
-    config = BUNDLED_CONFIGS[name] if folder is None else folder / "config.json"
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(config.read_bytes() + repr(stats).encode()).hexdigest()

@@ -5,12 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.cpu import integers as module
-from evoprune.cpu.integers import GROUP, Bytes, Int4Linear, Int8Linear, large_channels, levels
-from evoprune.cpu.quantize import check, quantize
+from evoprune.cpu import quantize as module
+from evoprune.cpu.quantize import GROUP, Bytes, Int4Linear, Int8Linear, check, large_channels, levels, quantize
 from evoprune.errors import UsageError
 from evoprune.methods.encoder_plan import full_plan
-from evoprune.session.loading.calibration import calibrate
+from evoprune.session.loading.stored import calibrate
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
 from tests.quantized import int4, int8, parameters
@@ -173,7 +172,7 @@ def test_channels_made_large_change_nothing(monkeypatch):
         for layer in (block.mlp.gate_proj, block.mlp.up_proj):
             layer.weight[:, :4] /= 100
     for name, share in (("apart", 1 / 8), ("in", 0.0)):
-        monkeypatch.setattr(module, "MOST_LARGE", share)
+        monkeypatch.setattr(module, "MAX_LARGE", share)
         model = copy.deepcopy(plain)
         quantize(model, "int8", calibrate)
         error[name] = relative(features_of(model), features_of(plain))
@@ -198,7 +197,7 @@ def test_kinds_and_devices():
 def test_weights_quantised_piece_by_piece_are_the_same(make, out, monkeypatch):
     layer, x = layer_of(out=out), torch.randn(2, 96)
     whole = make(layer)(x)
-    monkeypatch.setattr("evoprune.cpu.integers.PIECE", 64 * 96)
+    monkeypatch.setattr("evoprune.cpu.quantize.PIECE_WEIGHTS", 64 * 96)
     assert torch.equal(make(layer)(x), whole)
 
 
