@@ -164,7 +164,8 @@ class OperationTuning(Run):
             self._measured += 1
             left_out = sum(len(step.operations) for step in self.found)
             progress(f"measurement {self._measured}, {counted(left_out, 'operation')} left out")
-            engine = replace(full, method=Pipeline(language=_Trial(recipe=self._blank, removed=removed)))
+            method = Pipeline(language=_Trial(recipe=self._blank, removed=removed))
+            engine = replace(full, pruning=replace(full.pruning, method=method))
             pruned = [(video.with_engine(engine), references) for video, references in asked]
             each = [agreement(given, video) for video, references in pruned for given in references]
             kl = np.concatenate([one.kl.numpy() for one in each])

@@ -16,7 +16,7 @@ from evoprune.bench.profiling.verify.waiting import Waiting
 from evoprune.cpu.linear import can_pack
 from evoprune.methods import parse
 from evoprune.methods.budget import keep_count
-from evoprune.session.planning import TEXT, encoding_bytes, fitting_chunk
+from evoprune.session.planning import TEXT, encoding_bytes, fitting_chunks
 from evoprune.text import size
 from evoprune.vision.tower import tower_shape
 
@@ -78,7 +78,7 @@ def memory(subject: Subject) -> Outcome:
     if not reset_peak_memory(device):
         return skipped("this system cannot measure it for a part of a run")
     (plan,) = subject.plans(qa.engine, [subject.video])
-    chunk_units, encoder = fitting_chunk(qa.engine, plan), plan.encoder
+    chunk_units, encoder = fitting_chunks(qa.engine, plan)[0], plan.encoder
     prompt = qa.engine.prompt_columns(encoder.keep, TEXT)
     config = subject.loaded.model.config
     estimate = encoding_bytes(config, encoder, chunk_units, subject.dtype.itemsize, prompt)
