@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.text import counted, missing_hint, shown, some
-from evoprune.video.listing import IMAGES, VIDEOS, files
+from evoprune.video.info import IMAGES, VIDEOS, files
 
 
 class Wrong:

@@ -18,7 +18,7 @@ from evoprune.errors import EvopruneWarning, UsageError
 from evoprune.language.settings import GenerationOptions
 from evoprune.text import FILE_URL, counted, did_you_mean, is_text, shorten, shown, some
 from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
-from evoprune.video.sampling import check_sampling, parse_time
+from evoprune.video.plan import check_sampling, parse_time
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
 LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNORECASE | re.DOTALL)

@@ -13,7 +13,7 @@ What has not changed since the window before is not encoded again, but may becom
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from math import floor
+from math import floor, isfinite
 from threading import Lock, RLock
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 
 from evoprune.cpu.machine import end_team
 from evoprune.errors import UsageError, names_plugins
+from evoprune.keywords import brief, check_type
 from evoprune.language.generate import PrefillState, embed_ids, prefill
 from evoprune.language.prompt import build_prompt
 from evoprune.live.stream_memory import Seen, StreamMemory, Unread
@@ -36,7 +37,6 @@ from evoprune.session.fill_report import inputs_report
 from evoprune.session.options import GenerationOptions, SamplingOptions, StreamOptions
 from evoprune.session.planning import check_carried, plan_input
 from evoprune.session.prompting import check_context, check_memory, check_question
-from evoprune.video.frames import check_frame
 from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import Plan
 from evoprune.vision.preprocess import resize
@@ -130,7 +130,11 @@ class VideoStream(Askable):
             pass
         with self._feeding:
             self._check_open()
-            check_frame(frame, time_s)
+            if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+                raise UsageError(f"a frame is {brief(frame)}, not uint8 [H, W, 3]", "give RGB pixels as a numpy array")
+            check_type("time_s", time_s, float)
+            if not isfinite(time_s):
+                raise UsageError(f"the time of a frame is {time_s}", "give seconds")
             if self._plan is None:
                 self._begin(frame, time_s)
             if time_s < self._last_s:

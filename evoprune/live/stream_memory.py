@@ -15,7 +15,7 @@ from evoprune.methods.types import Tokens
 from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.session.loading.model import LoadedModel
 from evoprune.video.info import VIDEO
-from evoprune.video.sampling import SamplingPlan
+from evoprune.video.plan import SamplingPlan
 from evoprune.vision.encoded import Encoded, EncodedRows
 
 

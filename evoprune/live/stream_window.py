@@ -14,8 +14,7 @@ from evoprune.model.cost import Clock
 from evoprune.session.encoding import Encoding, OpenInput
 from evoprune.session.engine import Engine
 from evoprune.video.frames import FrameChunk
-from evoprune.video.plan import Plan
-from evoprune.video.sampling import SamplingPlan
+from evoprune.video.plan import Plan, SamplingPlan
 from evoprune.vision.encoded import EncodedRows
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.segments import NothingNew, Segment

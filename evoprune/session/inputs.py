@@ -14,9 +14,8 @@ from evoprune.session.encoding import EncodeRows, OpenInput, Progress, ReadFrame
 from evoprune.session.engine import Engine
 from evoprune.session.options import SamplingOptions
 from evoprune.session.planning import TEXT, fitting_chunk, plan_input
-from evoprune.video.frames import read_frames
+from evoprune.video.frames import probe, read_frames
 from evoprune.video.info import check_one_file
-from evoprune.video.probe import probe
 
 if TYPE_CHECKING:
     from evoprune.session.cache import Cache

@@ -32,7 +32,7 @@ from evoprune.methods.budget import (
     plain,
 )
 from evoprune.video.info import FOLDER_FPS, NO_SUBTITLES, PICTURE, VIDEO, Video
-from evoprune.video.sampling import check_sampling, parse_time
+from evoprune.video.plan import check_sampling, parse_time
 
 if TYPE_CHECKING:
     from evoprune.methods.chain import Pipeline

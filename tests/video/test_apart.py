@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.video.frames import read_frames
-from evoprune.video.probe import probe, scan
+from evoprune.video.frames import probe, read_frames, scan
 from evoprune.video.sandbox import isolation
 from experiments.decoders import in_this_process
 from tests.decoders import DECODERS

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.frames import read_frames
-from evoprune.video.probe import probe
+from evoprune.video.frames import probe, read_frames
 from evoprune.video.readers import ffmpeg, pyav
 from evoprune.video.readers.ffmpeg import TOLERANCE_S
 from evoprune.video.sandbox import isolation

@@ -3,8 +3,7 @@
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.video.frames import read_frames
-from evoprune.video.probe import probe, scan
+from evoprune.video.frames import probe, read_frames, scan
 from tests.video.files import numbered_frames, numbers, write_video
 
 MPEG2 = {"codec": "mpeg2video", "fps": 25}

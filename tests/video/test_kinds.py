@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.video.frames import read_frames
-from evoprune.video.probe import probe
+from evoprune.video.frames import probe, read_frames
 from tests.decoders import EVERY, needs_decord
 from tests.video.files import number_of, numbers, pixels
 from tests.video.kinds import KINDS, table, write_kind

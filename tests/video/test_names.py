@@ -5,8 +5,7 @@ import threading
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.video.frames import read_frames
-from evoprune.video.probe import probe, scan
+from evoprune.video.frames import probe, read_frames, scan
 from tests.decoders import DECODERS, EVERY
 from tests.video.files import numbered_frame, numbered_frames, numbers, write_image, write_video
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.video.frames import read_frames
-from evoprune.video.probe import probe, scan
+from evoprune.video.frames import probe, read_frames, scan
 from evoprune.video.sandbox import isolation
 from tests.video.files import add_beside, numbered_frames, numbers, quarters, write_image, write_video
 from tests.video.kinds import KINDS, write_kind

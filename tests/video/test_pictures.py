@@ -11,9 +11,8 @@ from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
 
 from evoprune.errors import VideoError
-from evoprune.video.frames import read_frames
+from evoprune.video.frames import probe, read_frames, scan
 from evoprune.video.info import PICTURE, VIDEO
-from evoprune.video.probe import probe, scan
 from tests.video.files import numbered_frames, write_video
 
 SIZE = (37, 23)

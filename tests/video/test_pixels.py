@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 
 from evoprune.errors import VideoError
-from evoprune.video.frames import read_frames
-from evoprune.video.probe import probe
+from evoprune.video.frames import probe, read_frames
 from tests.video.files import number_of, numbered_frames, numbers, quarters, write_video
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.video.probe import probe, scan
+from evoprune.video.frames import probe, scan
 from tests.video.files import SAID, numbered_frames, write_said, write_sound, write_video
 
 FRAMES = numbered_frames(30)

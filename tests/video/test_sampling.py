@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.sampling import parse_time, plan_sampling
+from evoprune.video.plan import parse_time, plan_sampling
 
 seconds = st.floats(0.01, 1e5)
 limits = st.integers(2, 800)

@@ -1,7 +1,7 @@
 import pytest
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.probe import probe, scan
+from evoprune.video.frames import probe, scan
 from tests.video.files import numbered_frames, spoil, write_image, write_video
 from tests.video.kinds import KINDS, write_kind
 

@@ -7,8 +7,7 @@ import tempfile
 import pytest
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.probe import probe
-from evoprune.video.source import CHUNK_BYTES, local_file
+from evoprune.video.frames import CHUNK_BYTES, local_file, probe
 from tests.video.files import numbered_frames, numbers, write_video
 
 
@@ -114,8 +113,8 @@ def test_closed_input_is_an_error(monkeypatch):
 def test_the_standard_input_of_a_process(spool):
     video = write_video(spool.parent / "piped.mp4", numbered_frames(20))
     program = (
-        "from evoprune.video.source import local_file\n"
-        "from evoprune.video.probe import probe\n"
+        "from evoprune.video.frames import local_file\n"
+        "from evoprune.video.frames import probe\n"
         "with local_file('-') as path: print(probe(path).frames_total)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -126,8 +125,8 @@ def test_the_standard_input_of_a_process(spool):
 def piped(stdin, source, text="print(probe(path).frames_total)"):
     program = (
         "import sys\n"
-        "from evoprune.video.source import local_file\n"
-        "from evoprune.video.probe import probe\n"
+        "from evoprune.video.frames import local_file\n"
+        "from evoprune.video.frames import probe\n"
         f"with local_file({source!r}) as path: {text}"
     )
     return subprocess.run([sys.executable, "-c", program], stdin=stdin, capture_output=True, text=True, timeout=60)

@@ -24,8 +24,6 @@ from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import VideoError
 from evoprune.video.readers import ffmpeg
-from evoprune.video.readers.pixels import orientation, to_rgb, turned_size
-from evoprune.video.readers.signatures import not_a_video, picture_format
 
 _WEB, _RTSP = "http,https,httpproxy,tcp,tls,crypto", "rtsp,rtsps,rtp,udp,tcp,tls"
 PROTOCOLS = {"http": _WEB, "https": _WEB, "rtsp": _RTSP, "rtsps": _RTSP, "udp": "udp", "tcp": "tcp"}
@@ -85,15 +83,15 @@ class LiveReader:
         """
         for time_s, frame in self._frames:
             if time_s >= after_s - ffmpeg.TOLERANCE_S:
-                turn = orientation(frame)
-                width, height = turned_size((frame.width, frame.height), turn[0])
+                turn = ffmpeg.orientation(frame)
+                width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
                 self._held = frame, width, height, *turn
                 return {"time_s": time_s, "height": height, "width": width}
         return None
 
     def fill(self, frames: np.ndarray) -> None:
         """Writes the frame that `next` found into uint8 `[1, H, W, 3]`."""
-        frames[0] = to_rgb(*self._held, self._reformatter)
+        frames[0] = ffmpeg.to_rgb(*self._held, self._reformatter)
 
     def close(self) -> None:
         self._open.close()
@@ -110,7 +108,7 @@ class LiveReader:
         limits |= {"protocol_whitelist": "none", "format_whitelist": FORMATS}
         end = time.monotonic() + self._timeout_s
         while True:
-            if path and picture_format(path) not in (None, "GIF"):  # a GIF is read as a video, even of one frame
+            if path and ffmpeg.picture_format(path) not in (None, "GIF"):  # a GIF is read as a video, even of one frame
                 from evoprune.video.readers import picture  # imports Pillow
 
                 if picture.is_picture(path):
@@ -126,7 +124,7 @@ class LiveReader:
                 if not path:
                     raise
                 late = not self._follow or time.monotonic() > end
-                if other := not_a_video(path, unrecognised=late):
+                if other := ffmpeg.not_a_video(path, unrecognised=late):
                     raise other from problem
                 if late:
                     raise VideoError(f"cannot read {path}: {ffmpeg.reason(problem)}", ffmpeg.INCOMPLETE) from problem

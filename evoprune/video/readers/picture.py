@@ -15,8 +15,6 @@ from PIL import Image, ImageOps, TiffImagePlugin, features
 from evoprune.errors import VideoError
 from evoprune.video.info import PICTURE, Video
 from evoprune.video.readers import ffmpeg
-from evoprune.video.readers.pixels import ORIENTATION_TAG, ORIENTATIONS, turned_size
-from evoprune.video.readers.signatures import PICTURES, picture_format
 
 MAX_BYTES = 2**29  # larger files are refused before they are read
 CONVERT = "convert it to JPEG or PNG"
@@ -27,7 +25,7 @@ DNG, SUBFILE, REDUCED = 50706, 254, 1
 
 def is_picture(path: str) -> bool:
     """Whether a file that begins as pictures do is one: no animation, and no JPEGs in a row, which FFmpeg reads as videos."""
-    name = picture_format(path)
+    name = ffmpeg.picture_format(path)
     if name not in (*ANIMATIONS, "JPEG"):
         return True
     try:
@@ -56,7 +54,7 @@ def _header(path: str, name: str | None) -> Iterator[Image.Image]:
 def check_size(path: str) -> None:
     """Raises VideoError if the file is a picture of more than `MAX_PIXELS`."""
     try:
-        with _header(path, picture_format(path)):
+        with _header(path, ffmpeg.picture_format(path)):
             pass
     except Exception as problem:
         if isinstance(problem, VideoError):  # else no picture
@@ -71,8 +69,8 @@ def too_large(path: str) -> VideoError:
 def probe(path: str) -> Video:
     """As `readers` says, from the header."""
     with _opened(path) as image:
-        rotation, mirrored = ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG), (0, False))
-        width, height = turned_size(image.size, rotation)
+        rotation, mirrored = ffmpeg.ORIENTATIONS.get(image.getexif().get(ffmpeg.ORIENTATION_TAG), (0, False))
+        width, height = ffmpeg.turned_size(image.size, rotation)
         return Video(
             path=path,
             duration_s=None,
@@ -102,7 +100,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 @contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
     """The picture, of which only the header is read. Refuses one that is too large, or not all that the file shows."""
-    name = picture_format(path)
+    name = ffmpeg.picture_format(path)
     if name == "HEIC":
         raise VideoError(f"{path} is in HEIC, which is not read", CONVERT)
     if name is None:
@@ -120,7 +118,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
     except (VideoError, MemoryError):
         raise
     except Exception as problem:  # a damaged file may raise anything
-        hint = f"is it complete? {', '.join(PICTURES)} are read as pictures"
+        hint = f"is it complete? {', '.join(ffmpeg.PICTURES)} are read as pictures"
         raise VideoError(f"cannot read the picture {path}: {str(problem) or type(problem).__name__}", hint) from problem
 
 

@@ -37,7 +37,7 @@ HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a tex
 
 
 def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) -> Subtitles:
-    """See `evoprune.video.probe.read_subtitles`. `origin_s`: the file's own timestamp of the first frame."""
+    """See `evoprune.video.frames.read_subtitles`. `origin_s`: the file's own timestamp of the first frame."""
     file, why = (choice, None) if choice != AUTO_SUBTITLES else _beside(path)
     try:
         if file is not None:

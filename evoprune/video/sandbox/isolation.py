@@ -220,7 +220,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of one of `tasks.TASKS` as plain data. `path` is the video's, for messages.
+    """The result of one of `worker.TASKS` as plain data. `path` is the video's, for messages.
 
     Raises:
         VideoError: the process crashed or took too much memory, twice, or made no progress for `SILENCE_S`.
@@ -228,7 +228,7 @@ def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] 
         What the task raises.
     """
     if not POSSIBLE:
-        from evoprune.video.sandbox.tasks import run
+        from evoprune.video.sandbox.worker import run
 
         return run(task, arguments)
     with suppress(Crash):
@@ -261,7 +261,7 @@ def stream_frames(info: Video, times_s: Sequence[float], decoder: str, sizes: Se
 def _stream_here(info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int]) -> Iterator[FilledArray]:
     import numpy as np
 
-    from evoprune.video.sandbox.tasks import FrameReader
+    from evoprune.video.sandbox.worker import FrameReader
 
     with closing(FrameReader(info, times_s, decoder)) as reader:
         for size in sizes:

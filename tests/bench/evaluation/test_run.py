@@ -25,7 +25,7 @@ from evoprune.model import cost
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.session.loading.found import describe_model
 from evoprune.session.options import GenerationOptions, ModelOptions, SamplingOptions
-from evoprune.video.probe import probe
+from evoprune.video.frames import probe
 from evoprune.video_qa import VideoQA
 from tests.threads import one_thread  # noqa: F401
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from evoprune.batch.rows import load_rows
 from evoprune.errors import LFS_HINT, ModelError, UsageError, VideoError
 from evoprune.session.loading.folder import original_of
-from evoprune.video.probe import probe
+from evoprune.video.frames import probe
 from evoprune.video.readers import subtitles
 from tests.loading import edit, load_model
 from tests.session.loading.test_hub import COMMIT, cache, dead_hub, fill_cache, hub  # noqa: F401
