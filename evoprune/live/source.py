@@ -23,7 +23,6 @@ PACES = FROM_SOURCE, FROM_FILE = ("source", "file")
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "tcp")
 STDIN = "-"
 LONGEST_S = 20.0  # of a timeout: a process that is silent for longer counts as hung
-RETRY_S = 10.0  # the longest time between two tries to connect
 TimedFrame = tuple[float, "np.ndarray"]  # seconds from the first one; uint8 [H, W, 3], RGB as displayed
 Due = Callable[[], float]
 
@@ -89,7 +88,7 @@ class LiveSource:
             tries += 1
             why = problem.message if problem else f"{self.name} has ended"
             self._tell(f"{why}; connecting again ({tries} of {self._reconnects})")
-            self._closing.wait(min(2.0 ** (tries - 1), RETRY_S))
+            self._closing.wait(min(2.0 ** (tries - 1), 10.0))
             base = last[0] + time.monotonic() - last[1]
 
     def close(self) -> None:
