@@ -89,12 +89,7 @@ def test_every_kind_is_what_hugging_face_sees(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("comment", "tags"),
-    [
-        ("by the sea", {"comment": "by the sea"}),
-        (b"", {}),
-        (b"\xff\xd8\xff", {}),
-        (b"x" * 60_000, {}),
-    ],
+    [("by the sea", {"comment": "by the sea"}), (b"", {}), (b"\xff\xd8\xff", {}), (b"x" * 60_000, {})],
     ids=["text", "none", "no text", "too long"],
 )
 def test_a_comment_is_a_tag(tmp_path, comment, tags):

@@ -39,20 +39,14 @@ SEEKABLE = (MOV, "matroska,webm", "mpegts")
 # Containers that files are often joined in, byte by byte (`cat a.ts b.ts`, the parts of a DVD), so that the clock restarts.
 JOINED = ("mpegts", "mpeg")
 BACK_S, LONGEST_GAP_S = 0.5, 600.0  # a step back by more is another clock; so is, in such a container, a longer gap
-# Tags with more characters are left out, and all but some, because tags travel with every `Video`.
-TAG_CHARACTERS, MOST_TAGS = 4000, 200
+TAG_CHARACTERS = 4000  # tags with more are left out, because tags travel with every `Video`
 MAX_PIXELS = 2**27  # of pictures that are read: 16K video, and photographs of 100 megapixels, have fewer
 INCOMPLETE = (
     "is it a complete video file? An MP4 or MOV cut off before its index, usually at its end, cannot be read at all"
 )
-MAX_THREADS = 16  # more gain nothing, and each holds a picture
 # Containers in which packet follows packet. At damage, FFmpeg searches for the next packet without an error.
 DENSE = ("matroska,webm", "flv")
-# Bytes between two packets that are no damage, beside twice the first packet's size (its transparency, for example).
-HEADERS = 2**12
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders of streams that say they have transparency
-HDR = (16, 18)  # FFmpeg's numbers of the curves of brightness PQ and HLG
-PROGRESSIVE = 1  # its number of an order of fields; larger ones are of interlaced video
 TOLERANCE_S = 0.0006  # a frame counts as on screen so much before its time: Matroska rounds times to milliseconds
 FORMATS = "MP4, MOV, MKV, WebM, AVI and GIF are read, most others that FFmpeg knows, pictures, and folders of images"
 OTHERS = {
@@ -71,7 +65,6 @@ PICTURE_HEADS = {
     b"II*\0": "TIFF", b"MM\0*": "TIFF", b"GIF87a": "GIF", b"GIF89a": "GIF",
 }  # fmt: skip
 PICTURE_BRANDS = {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"mif1": "HEIC"}
-BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # bytes
 CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))  # characters that no text has
 # For every value of EXIF's orientation, as `orientation`: clockwise degrees, and whether a left-right flip comes first.
 ORIENTATION_TAG = 0x0112
@@ -104,8 +97,8 @@ def picture_format(path: str) -> str | None:
         return "AVIF" if brand == "HEIC" and b"avif" in head[16 : head[3]] else brand
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "WEBP"
-    if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in BMP_HEADERS:
-        return "BMP"
+    if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in (12, 40, 52, 56, 64, 108, 124):
+        return "BMP"  # by the size of its header
     return next((name for start, name in PICTURE_HEADS.items() if head.startswith(start)), None)
 
 
@@ -182,17 +175,15 @@ def open_video(path: str) -> Iterator[InputContainer]:
         yield container
 
 
-# A video is not refused for tags that are not valid text. PyAV 19 does not refuse it anyway.
-_TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
-
-
 def open_bytes(file: BinaryIO, format_name: str | None = None) -> InputContainer:
     """Open what a seekable binary file holds, in FFmpeg's format of that name if it is known; PyAV raises its own errors."""
     # FFmpeg gets bytes and no name, because it takes what precedes a colon in a name for a protocol, and %d for a pattern.
     # The whitelist allows no protocol, so a playlist in the file reaches neither other files nor the network.
     options = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
     nameless = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
-    return av.open(nameless, format=format_name, options=options, **_TAGS)
+    # A video is not refused for tags that are not valid text. PyAV 19 does not refuse it anyway.
+    tags = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+    return av.open(nameless, format=format_name, options=options, **tags)
 
 
 def moving(container: InputContainer) -> list[VideoStream]:
@@ -226,15 +217,15 @@ def video_stream(container: InputContainer, path: str, *, threads: bool = False)
 
 
 def tags(container: InputContainer) -> dict[str, str]:
-    """Tags of a container, without those that are too long or too many."""
+    """Tags of a container, at most 200, without those that are too long."""
     short = ((key, text) for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS)
-    return dict(islice(short, MOST_TAGS))
+    return dict(islice(short, 200))
 
 
 def thread_count() -> int:
-    """Threads of a decoder: one more than the cores that this process may use, at most 16; or one."""
+    """Threads of a decoder: one more than the cores that this process may use, at most 16, as each holds a picture; or one."""
     cores = available_cores()
-    return min(cores + 1, MAX_THREADS) if cores > 1 else 1
+    return min(cores + 1, 16) if cores > 1 else 1
 
 
 def nothing_decoded(path: str) -> VideoError:
@@ -260,7 +251,8 @@ def packets(
             if dense and packet.pos is not None:
                 if end is not None and packet.pos - end > slack:
                     damaged(-packet.pos)
-                end, slack = max(end or 0, packet.pos) + packet.size, HEADERS + 2 * packet.size
+                # Headers between two packets are no damage, nor is the transparency of the first one.
+                end, slack = max(end or 0, packet.pos) + packet.size, 2**12 + 2 * packet.size
             if packet.stream.index == stream.index:  # in the packet itself, the one at the end has none
                 yield packet
     # PyAV (18) raises IndexError where damage looks like a new stream.
@@ -272,8 +264,8 @@ def shown_otherwise(stream: VideoStream, first: VideoFrame | None = None) -> dic
     """Fields of `Video` about what players show in another way, by the `first` frame, or by the header alone."""
     context, aspect = stream.codec_context, stream.sample_aspect_ratio
     return {
-        "hdr": (first or context).color_trc in HDR,
-        "interlaced": bool(first.interlaced_frame) if first else context.field_order > PROGRESSIVE,
+        "hdr": (first or context).color_trc in (16, 18),  # FFmpeg's numbers of the curves of brightness PQ and HLG
+        "interlaced": bool(first.interlaced_frame) if first else context.field_order > 1,  # 1 is progressive
         "pixel_aspect": float(aspect) if aspect and aspect != 1 else None,
     }
 
@@ -303,16 +295,12 @@ def decoded_frames(
         except av.error.FFmpegError:  # the next packet may be whole
             broken = True
         if broken:
-            damaged(None if packet is None else _stamp(packet))
+            damaged(None if packet is None else packet.dts if packet.pts is None else packet.pts)
         for frame in frames:
             alive()
             if frame.is_corrupt:
-                damaged(_stamp(frame))
+                damaged(frame.dts if frame.pts is None else frame.pts)
             yield frame
-
-
-def _stamp(found: Packet | VideoFrame) -> int | None:
-    return found.dts if found.pts is None else found.pts
 
 
 def restarts(passed_s: float, container: str) -> bool:

@@ -76,7 +76,12 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
         for i in [*range(wanted, done, -1), *(range(wanted + 1, last + 1) if rgb is None else ())]:
             if decoded := decode_image(images[i]):
                 _, frame, turn = decoded
-                _check_shape(images[i], frame, turn[0], info)
+                width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
+                # An image of another shape than the first would be stretched.
+                if abs(width * info.height - height * info.width) > SAME_SHAPE * width * info.height:
+                    shapes = f"{images[i]} has {width}x{height}, the first {info.width}x{info.height}"
+                    hint = "a folder is a video, whose frames have one shape; pictures are asked about one by one: a.jpg b.jpg"
+                    raise VideoError(f"images of different shapes: {shapes}", hint)
                 current, rgb = i, ffmpeg.to_rgb(frame, info.width, info.height, *turn, reformatter)
                 break
             damaged(i)
@@ -93,15 +98,6 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
             damaged(i)
         else:
             yield i / info.fps, 1 / info.fps, True
-
-
-def _check_shape(image: str, frame: VideoFrame, rotation: int, info: Video) -> None:
-    """Raises VideoError if an image has another shape than the first, to which it would be stretched."""
-    width, height = ffmpeg.turned_size((frame.width, frame.height), rotation)
-    if abs(width * info.height - height * info.width) > SAME_SHAPE * width * info.height:
-        message = f"images of different shapes: {image} has {width}x{height}, the first {info.width}x{info.height}"
-        hint = "a folder is a video, whose frames have one shape; pictures are asked about one by one: a.jpg b.jpg"
-        raise VideoError(message, hint)
 
 
 def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:

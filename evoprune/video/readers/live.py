@@ -34,9 +34,7 @@ FORMATS = (
 _WEB_LISTS, _RTSP_LISTS = ",hls,dash,aac,mp3,webvtt", ",rtsp,rtp,sdp"
 PLAYLISTS = {"http": _WEB_LISTS, "https": _WEB_LISTS, "rtsp": _RTSP_LISTS, "rtsps": _RTSP_LISTS}
 JUMP_S, FILE_JUMP_S = 10.0, 600.0  # longer steps between two frames are no gaps, but another clock
-PROBED_US = 10**6  # of the source, in microseconds, is read before the first frame comes
 POLL_S = 0.05  # how often a file is asked whether it has grown
-MOST_ASKED = 10  # the same request, before the first frame: a live playlist is asked for now and then
 
 
 class LiveReader:
@@ -97,7 +95,7 @@ class LiveReader:
         self._open.close()
 
     def _opened(self, descriptor: int | None) -> InputContainer:
-        limits, path = {"max_pixels": str(ffmpeg.MAX_PIXELS), "analyzeduration": str(PROBED_US)}, self._source
+        limits, path = {"max_pixels": str(ffmpeg.MAX_PIXELS), "analyzeduration": str(10**6)}, self._source  # a second
         camera = "v4l2" if path and not self._scheme and stat.S_ISCHR(os.stat(path).st_mode) else None
         if self._scheme:
             limits |= {"protocol_whitelist": PROTOCOLS[self._scheme], "rtsp_flags": "prefer_tcp"}
@@ -141,7 +139,7 @@ class LiveReader:
                 while not wait([opening], POLL_S).done:
                     ffmpeg.alive()
                     asked = Counter(text for _, _, text in list(log) if text.startswith("request:"))
-                    if max(asked.values(), default=0) > MOST_ASKED:
+                    if max(asked.values(), default=0) > 10:  # a live playlist is asked for now and then
                         raise VideoError(
                             f"{self._name} is a playlist that names itself", "give the address of a stream"
                         )

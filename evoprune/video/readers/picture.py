@@ -7,7 +7,7 @@ It is turned by its EXIF data, as `transformers.image_utils.load_image` does, an
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, features
@@ -19,8 +19,6 @@ from evoprune.video.readers import ffmpeg
 MAX_BYTES = 2**29  # larger files are refused before they are read
 CONVERT = "convert it to JPEG or PNG"
 ANIMATIONS = ("GIF", "PNG")  # formats whose animations are videos
-# Tags of a camera's raw file, whose first picture is a small one, and the value that says so.
-DNG, SUBFILE, REDUCED = 50706, 254, 1
 
 
 def is_picture(path: str) -> bool:
@@ -71,6 +69,10 @@ def probe(path: str) -> Video:
     with _opened(path) as image:
         rotation, mirrored = ffmpeg.ORIENTATIONS.get(image.getexif().get(ffmpeg.ORIENTATION_TAG), (0, False))
         width, height = ffmpeg.turned_size(image.size, rotation)
+        comment, tags = image.info.get("comment", ""), {}
+        with suppress(UnicodeDecodeError):
+            text = comment.decode() if isinstance(comment, bytes) else comment
+            tags = {"comment": text} if 0 < len(text) <= ffmpeg.TAG_CHARACTERS else {}
         return Video(
             path=path,
             duration_s=None,
@@ -81,7 +83,7 @@ def probe(path: str) -> Video:
             pix_fmt=image.mode,
             container=PICTURE,
             frames_total=1,
-            tags=_tags(image),
+            tags=tags,
             mirrored=mirrored,
         )
 
@@ -113,33 +115,20 @@ def _opened(path: str) -> Iterator[Image.Image]:
         with _header(path, name) as image:
             ffmpeg.alive()
             ffmpeg.picture_size(image.width * image.height)
-            _check(image, path)
+            tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+            if 50706 in tags or tags.get(254, 0) & 1:  # the tags DNG, and "reduced" of a picture before the one itself
+                raise VideoError(f"{path} is a camera's raw file, of which only a preview could be read", CONVERT)
+            count = getattr(image, "n_frames", 1)
+            if count > 1 and image.format == "TIFF":
+                raise VideoError(f"{path} has {count:,} pages", "save one page as a JPEG or PNG")
+            if count > 1 and image.format != "MPO":  # of which the first is the photograph
+                raise VideoError(f"{path} is an animation", "save it as a GIF or MP4, or one picture of it as a PNG")
             yield image
     except (VideoError, MemoryError):
         raise
     except Exception as problem:  # a damaged file may raise anything
         hint = f"is it complete? {', '.join(ffmpeg.PICTURES)} are read as pictures"
         raise VideoError(f"cannot read the picture {path}: {str(problem) or type(problem).__name__}", hint) from problem
-
-
-def _check(image: Image.Image, path: str) -> None:
-    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-    if DNG in tags or tags.get(SUBFILE, 0) & REDUCED:
-        raise VideoError(f"{path} is a camera's raw file, of which only a preview could be read", CONVERT)
-    count = getattr(image, "n_frames", 1)
-    if count > 1 and image.format != "MPO":  # of which the first is the photograph
-        if image.format == "TIFF":
-            raise VideoError(f"{path} has {count:,} pages", "save one page as a JPEG or PNG")
-        raise VideoError(f"{path} is an animation", "save it as a GIF or MP4, or one picture of it as a PNG")
-
-
-def _tags(image: Image.Image) -> dict[str, str]:
-    comment = image.info.get("comment", "")
-    try:
-        text = comment.decode() if isinstance(comment, bytes) else comment
-    except UnicodeDecodeError:
-        return {}
-    return {"comment": text} if 0 < len(text) <= ffmpeg.TAG_CHARACTERS else {}
 
 
 def _rgb(image: Image.Image, path: str) -> Image.Image:

@@ -171,23 +171,21 @@ def warm_up() -> None:
             _idle.append(WorkerProcess())
 
 
-def _take() -> WorkerProcess | None:
-    """An idle process that is alive. What ended one that idled is not the next video's fault."""
-    while True:
-        with _lock:
-            worker = _idle.pop() if _idle else None
-        if worker is None or worker._process.poll() is None:
-            return worker
-        worker.end()
-
-
 @contextmanager
 def borrow(path: str) -> Iterator[WorkerProcess]:
     """A process for one video, idle or new. It is kept afterwards unless a request is unanswered; then it is ended."""
-    try:
-        worker = _take() or WorkerProcess()
-    except OSError as error:
-        raise process_error("start the process that reads videos", error, "read") from error
+    worker = None
+    while worker is None:
+        with _lock:
+            worker = _idle.pop() if _idle else None
+        if worker is None:
+            try:
+                worker = WorkerProcess()
+            except OSError as error:
+                raise process_error("start the process that reads videos", error, "read") from error
+        elif worker._process.poll() is not None:  # what ended one that idled is not the next video's fault
+            worker.end()
+            worker = None
     worker.path = path
     try:
         yield worker
