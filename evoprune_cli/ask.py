@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from evoprune.errors import UsageError, VideoError
 from evoprune.session.options import PipelineOptions, SamplingOptions
 from evoprune.text import check_text, missing_hint, roughly, shown
+from evoprune.video.frames import local_file
 from evoprune.video.sandbox.isolation import warm_up
-from evoprune.video.source import local_file
 from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, check_terminal, converse
 from evoprune_cli.loading import load
@@ -219,10 +219,9 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
 
 def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> None:
     """Checks the inputs in milliseconds, before torch is imported or weights are read."""
-    from evoprune.video.frames import choose_decoder
+    from evoprune.video.frames import choose_decoder, probe, read_subtitles
     from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES, VIDEO, check_one_file, check_picture
     from evoprune.video.plan import InputLimits, make_plan
-    from evoprune.video.probe import probe, read_subtitles
 
     check_one_file(sampling.subtitles, len(paths))
     found = [probe(path, folder_fps=sampling.frame_rate) for path in paths]

@@ -134,8 +134,7 @@ def _about_video(asked: Request) -> Iterator[dict]:
     """What a video holds, what a scan finds, what a model would look at, and an overlay: each as soon as it is known."""
     if asked.clear_cache:
         raise UsageError("--clear-cache is not about a video", "evoprune inspect --clear-cache")
-    from evoprune.video.probe import probe
-    from evoprune.video.source import local_file
+    from evoprune.video.frames import local_file, probe
 
     options, video = asked.options(), asked.video
     rate = options.sampling.frame_rate
@@ -150,7 +149,7 @@ def _about_video(asked: Request) -> Iterator[dict]:
         info = replace(probe(path, folder_fps=rate), path=video)
         yield {"video": asdict(info)}
         if asked.scan:
-            from evoprune.video.probe import scan as scan_video
+            from evoprune.video.frames import scan as scan_video
 
             yield {"scan": asdict(scan_video(path, folder_fps=rate))}
         yield from _plan(info, options)

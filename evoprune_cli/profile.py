@@ -187,9 +187,8 @@ def _inputs(video: str | None, counts: list[int], sizes: list[tuple[int, int]]) 
     if video is None:
         yield [Case(count, *size) for count in counts for size in sizes or [SIZE]], None
         return
+    from evoprune.video.frames import local_file, probe
     from evoprune.video.plan import InputLimits, make_plan, smart_resize
-    from evoprune.video.probe import probe
-    from evoprune.video.source import local_file
 
     with local_file(video) as path:
         info = probe(path)

@@ -17,9 +17,8 @@ from statistics import median
 import av
 import numpy as np
 
-from evoprune.video.frames import read_frames
+from evoprune.video.frames import probe, read_frames
 from evoprune.video.info import Video
-from evoprune.video.probe import probe
 from evoprune.video.readers import decord, ffmpeg, pyav
 from evoprune.video.sandbox import isolation
 

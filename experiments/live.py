@@ -57,7 +57,7 @@ thinned. *after*: a window began so long before, which is grey, or the end of th
 The difference to the file is in points, with its 95% interval over clips.
 
 {tables}
-A stream of one window is the file (tests/session/test_stream.py). Of several windows each selects among its own units and those
+A stream of one window is the file (tests/live/test_stream.py). Of several windows each selects among its own units and those
 that have not changed since the window before, and has its share of the tokens. The bundled models know clips of seconds: an earlier
 window stays only while both fit into the longest clip of their training, 24 s (`demo`) and 32 s (`demo-scenes`). So a window of a
 minute ago has no tokens left. While it was kept, it cost 46 to 52 points, because its distance was outside of what they learned.

@@ -12,8 +12,7 @@ import evoprune
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import group_by_span, product_rows
 from evoprune.batch.run import answers
-from evoprune.video.frames import read_frames
-from evoprune.video.probe import probe
+from evoprune.video.frames import probe, read_frames
 from evoprune.video.sandbox import isolation
 from tests.process_state import differences, process_state
 from tests.prompts import VIDEO, processed

@@ -19,9 +19,8 @@ from evoprune.errors import LFS, LFS_HINT, EvopruneError, EvopruneWarning, Usage
 from evoprune.language.settings import GenerationOptions
 from evoprune.model.config import loads
 from evoprune.text import FILE_URL, counted, did_you_mean, is_text, missing_hint, shorten, shown, some
-from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
-from evoprune.video.listing import IMAGES, VIDEOS, files
-from evoprune.video.sampling import check_sampling, parse_time
+from evoprune.video.info import AUTO_SUBTITLES, IMAGES, NO_SUBTITLES, VIDEOS, files
+from evoprune.video.plan import check_sampling, parse_time
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
 LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNORECASE | re.DOTALL)

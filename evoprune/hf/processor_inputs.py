@@ -20,10 +20,9 @@ from evoprune.session.loading.find import find_model
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.session.planning import prompt_subtitles
 from evoprune.session.prompting import check_not_empty, prompt_about
-from evoprune.video.frames import choose_decoder, read_frames
+from evoprune.video.frames import choose_decoder, probe, read_frames
 from evoprune.video.info import PICTURE, VIDEO, check_one_file, check_picture
 from evoprune.video.plan import InputLimits, Plan, make_plan
-from evoprune.video.probe import probe
 from evoprune.vision.preprocess import normalised
 
 NAMES = {VIDEO: ("pixel_values_videos", "video_grid_thw"), PICTURE: ("pixel_values", "image_grid_thw")}

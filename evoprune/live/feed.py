@@ -1,16 +1,123 @@
 """Feeds a stream from a live source: one thread reads frames, another one encodes them, whoever asks has a third one."""
 
 import threading
+import time
+from collections import deque
+from collections.abc import Callable
 from contextlib import closing
+from math import ceil, floor, inf
+
+import numpy as np
 
 from evoprune.cpu.machine import release_omp_threads, use_one_omp_thread
-from evoprune.live.backlog import Backlog
 from evoprune.live.source import LiveSource
 from evoprune.live.stream import VideoStream
 
-PATIENCE_S = 0.1  # how long the encoder waits for a frame before it looks whether a window waits to be read
-END_S = 3.0  # how long closing waits for a thread
-FPS = 2.0  # until the first frame tells the stream's rate
+BUSY = 0.97  # share of its time that the encoder is to be busy while frames are skipped
+
+
+class Backlog:
+    """Frames in the order in which they came; one thread puts them, another one takes them.
+
+    Frames that wait for longer than one and a half windows are too many: then every second one of them is skipped, and of those
+    that come so many, evenly, that the encoder has time for the others, by what it took for the latest windows. At least two a
+    window are looked at. If that is too much, the oldest ones go, so that the encoder is at most two windows behind. Nothing is
+    skipped that comes earlier than its own time says, as from a file that is read as fast as it can be: then `put` waits.
+
+    `step_s`, from one frame that is due to the next, may change. `now`: the time, in seconds.
+    """
+
+    def __init__(self, window_s: float, step_s: float, now: Callable[[], float] = time.monotonic):
+        self.window_s, self.step_s = window_s, step_s
+        self.stride = 1.0  # of so many frames that are due, one is looked at; no whole number
+        self.skipped = 0  # frames that were due, and are not looked at
+        self.lag_s = 0.0  # how far the frame that was taken last is behind the source
+        self.ended = False  # whether no frame will come
+        self._now, self._changed = now, threading.Condition()
+        self._waiting: deque[tuple[float, np.ndarray]] = deque()
+        self._late_s = -inf  # the time at which a frame of 0 s comes without any lag
+        self._last_s, self._next_s = -inf, 0.0  # of the latest frame; from where on the next one is due
+        self._hungry, self._thinned = True, -inf
+        self._since, self._idle, self._taken = now(), 0.0, 0
+        self._busy_s = self._looked = 0.0  # of the latest windows, each with half of the weight of the next one
+
+    def due(self) -> float:
+        """From which time on a frame is wanted, in seconds of the source."""
+        if self.stride == 1 and self._last_s >= 0:
+            return (self._slot(self._last_s) + 1) * self.step_s
+        return ceil(self._next_s / self.step_s - 1e-6) * self.step_s
+
+    def put(self, time_s: float, frame: np.ndarray) -> None:
+        """Appends a frame that is due; waits where there are enough, and the source is early."""
+        with self._changed:
+            if self._hungry and not self._waiting:  # the encoder waits for it, so it is not late
+                self._late_s = max(self._now() - time_s, self._late_s)
+            max_span_s = 1.5 * self.window_s  # while a window is encoded, almost as much comes
+            while self._span(time_s) >= max_span_s and not self.ended:
+                if self._now() - self._late_s - self._waiting[0][0] >= max_span_s - 1e-6:
+                    self._skip(time_s)
+                    break
+                self._changed.wait(self.step_s)
+            if self._last_s >= 0:
+                self.skipped += max(0, self._slot(min(self.due(), time_s)) - self._slot(self._last_s) - 1)
+            self._last_s = time_s
+            self._next_s = max(self._next_s + self.stride * self.step_s, (self._slot(time_s) + 1) * self.step_s)
+            self._waiting.append((time_s, frame))
+            self._changed.notify_all()
+
+    def take(self, patience_s: float) -> tuple[float, np.ndarray] | None:
+        """The oldest frame that waits; None if none came for so long, or if none will."""
+        with self._changed:
+            begun = self._now()
+            if not self._waiting:
+                self._hungry = True
+                self._changed.wait_for(lambda: self._waiting or self.ended, patience_s)
+                self._idle += self._now() - begun
+            if not self._waiting:
+                return None
+            (time_s, frame), self._hungry = self._waiting.popleft(), False
+            self.lag_s = max(0.0, self._now() - self._late_s - time_s)
+            self._taken += 1
+            self._changed.notify_all()
+            return time_s, frame
+
+    def encoded(self) -> None:
+        """A window was encoded. Where frames are skipped, that tells how many, so that there is time for the others.
+
+        A single window tells little: it may be encoded while frames of the next one are taken.
+        """
+        with self._changed:
+            now = self._now()
+            self._busy_s = self._busy_s / 2 + now - self._since - self._idle
+            self._looked = self._looked / 2 + self._taken
+            if self.stride > 1 and self._looked:
+                max_stride = self.window_s / (2 * self.step_s)
+                self.stride = max(1.0, min(max_stride, self._busy_s / (self._looked * self.step_s * BUSY)))
+            self._since, self._idle, self._taken = now, 0.0, 0
+
+    def end(self, drop: bool = False) -> None:
+        """No frame will come; what waits can be taken, unless it is to `drop`."""
+        with self._changed:
+            self.ended = True
+            if drop:
+                self._waiting.clear()
+            self._changed.notify_all()
+
+    def _slot(self, time_s: float) -> int:
+        return floor(time_s / self.step_s + 1e-6)
+
+    def _span(self, time_s: float) -> float:
+        return time_s - self._waiting[0][0] if self._waiting else 0.0
+
+    def _skip(self, time_s: float) -> None:
+        """Every second frame of those that wait, once in the time of a window; then the oldest."""
+        before = len(self._waiting)
+        if self._now() - self._thinned >= self.window_s:
+            self._thinned, self._waiting = self._now(), deque(list(self._waiting)[::2])
+            self.stride = max(self.stride, 1.0 + 1e-3)  # from now on it is measured
+        while self._span(time_s) >= 2 * self.window_s:
+            self._waiting.popleft()
+        self.skipped += before - len(self._waiting)
 
 
 class LiveFeed:
@@ -21,12 +128,12 @@ class LiveFeed:
     """
 
     def __init__(self, stream: VideoStream, source: LiveSource, window_s: float):
-        self.backlog = Backlog(window_s, 1 / FPS)
+        self.backlog = Backlog(window_s, 0.5)  # until the first frame tells the step of the stream
         self.begun, self.ended = threading.Event(), threading.Event()
         self.problem: BaseException | None = None
         self._stream, self._source, self._closing = stream, source, False
         release_omp_threads()  # this thread has loaded the model, and another one encodes
-        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._read, self._encode)]
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._read, self._encode)]
         for thread in self._threads:
             thread.start()
 
@@ -39,7 +146,7 @@ class LiveFeed:
         self.backlog.end(drop=True)
         self._stream.close()
         for thread in self._threads:
-            thread.join(END_S)
+            thread.join(3.0)
 
     def check(self) -> None:
         """Raises why reading or encoding failed."""
@@ -59,13 +166,13 @@ class LiveFeed:
     def _encode(self) -> None:
         stream, backlog = self._stream, self.backlog
         try:
-            while (found := backlog.take(PATIENCE_S)) or not backlog.ended:
+            while (timed_frame := backlog.take(0.1)) or not backlog.ended:
                 stream.skipped, stream.lag_s = backlog.skipped, backlog.lag_s
-                if found is None:
+                if timed_frame is None:
                     stream.catch_up()
                     continue
                 stream.facts, before = self._source.facts, stream.encoded
-                stream.add(found[1], found[0])
+                stream.add(timed_frame[1], timed_frame[0])
                 if stream.encoded > before:
                     backlog.encoded()
                 backlog.step_s = stream.step_s

@@ -23,7 +23,6 @@ PACES = FROM_SOURCE, FROM_FILE = ("source", "file")
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "tcp")
 STDIN = "-"
 LONGEST_S = 20.0  # of a timeout: a process that is silent for longer counts as hung
-RETRY_S = 10.0  # the longest time between two tries to connect
 TimedFrame = tuple[float, "np.ndarray"]  # seconds from the first one; uint8 [H, W, 3], RGB as displayed
 Due = Callable[[], float]
 
@@ -56,7 +55,9 @@ class LiveSource:
             raise UsageError(f"{reconnects} reconnects", "0 or more")
         _check(source)
         self.name = "standard input" if source == STDIN else re.sub(r"(?<=://)[^/]*@", "", source)
-        self._source, self._pace, self._timeout_s = None if source == STDIN else source, pace, float(timeout_s)
+        self._source, self._pace = None if source == STDIN else source, pace
+        self._arguments = {"source": self._source, "name": self.name, "timeout_s": float(timeout_s)}  # of `LiveReader`
+        self._arguments["follow"] = pace == FROM_SOURCE
         self._reconnects = 0 if source == STDIN or os.path.isfile(source) else reconnects
         self._tell, self._closing, self._worker = tell, threading.Event(), None
         self.facts: dict = {}
@@ -72,10 +73,13 @@ class LiveSource:
         while True:
             problem, finite = None, False
             try:
-                with closing(self._connection(lambda base=base: due() - base)) as frames:
+                with closing((self._apart if POSSIBLE else self._here)(lambda base=base: due() - base)) as frames:
                     self.facts = next(frames)
-                    finite = self.facts.pop("finite")
+                    finite, begun = self.facts.pop("finite"), time.monotonic()
                     for time_s, frame in frames:
+                        wait = begun + time_s - time.monotonic() if self._pace == FROM_FILE else 0.0
+                        if wait > 0 and self._closing.wait(wait):
+                            return
                         tries, last = 0, (base + time_s, time.monotonic())
                         yield base + time_s, frame
             except VideoError as found:
@@ -89,7 +93,7 @@ class LiveSource:
             tries += 1
             why = problem.message if problem else f"{self.name} has ended"
             self._tell(f"{why}; connecting again ({tries} of {self._reconnects})")
-            self._closing.wait(min(2.0 ** (tries - 1), RETRY_S))
+            self._closing.wait(min(2.0 ** (tries - 1), 10.0))
             base = last[0] + time.monotonic() - last[1]
 
     def close(self) -> None:
@@ -98,27 +102,14 @@ class LiveSource:
         if worker := self._worker:
             worker.kill()
 
-    def _connection(self, due: Due) -> Iterator:
-        """Facts of a `LiveReader`, then its frames, at their pace."""
-        arguments = {"source": self._source, "name": self.name, "timeout_s": self._timeout_s}
-        arguments["follow"] = self._pace == FROM_SOURCE
-        with closing((self._apart if POSSIBLE else _here)(arguments, due)) as frames:
-            yield next(frames)
-            begun = time.monotonic()
-            for time_s, frame in frames:
-                wait = begun + time_s - time.monotonic() if self._pace == FROM_FILE else 0.0
-                if wait > 0 and self._closing.wait(wait):
-                    return
-                yield time_s, frame
-
-    def _apart(self, arguments: dict, due: Due) -> Iterator:
-        """The same, read by a worker process, which is ended afterwards."""
+    def _apart(self, due: Due) -> Iterator:
+        """Facts of a `LiveReader`, then its frames, read by a worker process, which is ended afterwards."""
         with borrow(self.name) as worker:
             self._worker = worker
             if self._closing.is_set():
                 raise VideoError(f"{self.name} is closed")
             try:
-                worker.send(worker.request("live", arguments), None if self._source else sys.stdin.fileno())
+                worker.send(worker.request("live", self._arguments), None if self._source else sys.stdin.fileno())
                 yield worker.answer()
                 memory, shape = None, None
                 while True:
@@ -134,20 +125,19 @@ class LiveSource:
             finally:
                 self._worker, worker.busy = None, True
 
+    def _here(self, due: Due) -> Iterator:
+        """The same without a worker process."""
+        import numpy as np
 
-def _here(arguments: dict, due: Due) -> Iterator:
-    """The same without a worker process."""
-    import numpy as np
+        from evoprune.video.readers.live import LiveReader
 
-    from evoprune.video.readers.live import LiveReader
-
-    descriptor = None if arguments["source"] else os.dup(sys.stdin.fileno())
-    with closing(LiveReader(**arguments, descriptor=descriptor)) as reader:
-        yield reader.facts
-        while found := reader.next(due()):
-            frames = np.empty((1, found["height"], found["width"], 3), np.uint8)
-            reader.fill(frames)
-            yield found["time_s"], frames[0]
+        descriptor = None if self._source else os.dup(sys.stdin.fileno())
+        with closing(LiveReader(**self._arguments, descriptor=descriptor)) as reader:
+            yield reader.facts
+            while found := reader.next(due()):
+                frames = np.empty((1, found["height"], found["width"], 3), np.uint8)
+                reader.fill(frames)
+                yield found["time_s"], frames[0]
 
 
 def _check(source: str) -> None:

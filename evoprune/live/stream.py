@@ -5,49 +5,165 @@ at once. A question also sees the frames of the unfinished window, which are enc
 again when the answer has ended. For the model all windows are one video: a token has the position of its frame pair by Qwen's rule,
 counted from the first frame of the stream.
 
-The newest half of the memory is whole, windows before it are thinned (stream_memory.py). What is left keeps its position. Before
+The newest half of the memory is whole, windows before it are thinned (`kept_counts`). What is left keeps its position. Before
 positions leave the range that the model knows, keys are rotated back, so that the video begins at the oldest window that is left.
 
 What has not changed since the window before is not encoded again, but may become a token of each window (vision/segments.py).
+
+The way of a frame: `VideoStream.add` collects it, `_encode` encodes its window, `window_columns` makes columns of the prompt of its
+tokens, and `StreamMemory.read` reads these into the KV cache.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from math import floor
-from threading import Lock, RLock
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import floor, isfinite
+from threading import Event, Lock, RLock
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from evoprune.cpu.machine import release_omp_threads
 from evoprune.errors import UsageError, names_plugins
-from evoprune.language.generate import PrefillState, embed_ids, prefill
-from evoprune.language.prompt import build_prompt
-from evoprune.live.stream_memory import Seen, StreamMemory, Unread
-from evoprune.live.stream_window import EncodedWindow, encode_window
-from evoprune.live.turns import Turns
+from evoprune.keywords import brief, check_type
+from evoprune.language.decoder import KVCache, forward
+from evoprune.language.generate import (
+    PrefillState,
+    Visual,
+    embed_ids,
+    embed_prompt,
+    prefill,
+)
+from evoprune.language.prompt import CONTENTS, MARKERS, Place, build_prompt, prompt_positions, timestamps
+from evoprune.methods.evoprune import FarthestPoints
 from evoprune.methods.indices import ascending
+from evoprune.methods.selecting import select
+from evoprune.methods.types import Tokens
+from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.cost import Clock
 from evoprune.report import Report, TokenCounts
 from evoprune.session.answering import Askable
+from evoprune.session.encoding import OpenInput
 from evoprune.session.engine import Engine
+from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import GenerationOptions, SamplingOptions, StreamOptions
 from evoprune.session.planning import check_carried, plan_input
 from evoprune.session.prompting import check_context, check_memory, check_question
 from evoprune.session.report import Encoding, inputs_report
-from evoprune.video.frames import check_frame
+from evoprune.video.frames import FrameChunk
 from evoprune.video.info import VIDEO, Video
-from evoprune.video.plan import Plan
+from evoprune.video.plan import Plan, SamplingPlan
+from evoprune.vision.encoded import Encoded, EncodedRows
 from evoprune.vision.preprocess import resize
-from evoprune.vision.segments import Segment
+from evoprune.vision.segments import NothingNew, Segment
+from evoprune.vision.tower import tower_shape
 
 CONTEXT = 32_768  # positions of a model that states no context
 ROOM = 0.75  # share of the context that the video may take; the rest is for questions and answers
-WAITING = 4  # windows that wait for an answer to be read to its end
+MAX_WAITING = 4  # windows that wait for an answer to be read to its end
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What of a stream is held, or a question is about; times are those of the frames, in seconds."""
+
+    start_s: float  # of the oldest window of which a token is left
+    end_s: float
+    windows: int
+    tokens: int
+    frames: int  # that were looked at since the stream began, remembered or not
+    thinned: int  # windows of which not all tokens are left
+    skipped: int = 0  # frames of a live source that were due and not looked at, because the machine was too slow
+    lag_s: float | None = None  # of the latest frame behind its source; None where the frames come from somewhere else
+
+
+@dataclass
+class Window:
+    """A window of a stream, of which C columns are left."""
+
+    start_s: float
+    end_s: float
+    time: int  # position in time of its first column, counted from the beginning of the stream
+    whole: int  # its tokens before any was thinned
+    # int64 `[C]`: place in the order in which tokens stay, 0 for the last; text has the smallest of its frame pair
+    order: torch.Tensor
+    visual: torch.Tensor  # bool `[C]`: which columns are tokens
+
+    @property
+    def tokens(self) -> int:
+        return int(self.visual.sum())
+
+
+@dataclass(frozen=True)
+class EncodedWindow:
+    """A window of so many `frames`, which ends before slot `end`, and its columns as `decoder.forward` takes them.
+
+    `positions`, int64 `[3, C]`, are counted from the beginning of the stream; `last`, int64 `[3, 1]`: the largest unpruned.
+    `segment`: what the next window takes over; None in one that waits to be read.
+    """
+
+    frames: int
+    end: int
+    encoding: Encoding
+    segment: Segment | None
+    window: Window
+    embeds: torch.Tensor
+    positions: torch.Tensor
+    last: torch.Tensor
+    sizes: torch.Tensor | None
+    deepstack: torch.Tensor | None
+
+
+class PriorityLock:
+    """The lock of the answers about a stream; while one waits for it or holds it, `pause` waits, in another thread.
+
+    So answers go before the encoder, which goes before windows that wait to be read.
+    """
+
+    def __init__(self):
+        self.lock = RLock()  # for what need not be first
+        self.generating = False  # whether the question of an answer is read: the encoder goes on between two tokens
+        self._calm = Event()
+        self._calm.set()
+
+    def __enter__(self) -> None:
+        self._calm.clear()
+        self.lock.acquire()
+
+    def __exit__(self, *problem) -> None:
+        self.lock.release()
+        self._calm.set()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether an answer waits for the lock, or holds it."""
+        return not self._calm.is_set()
+
+    def pause(self) -> None:
+        """Waits while a question is read, and briefly while a token is generated."""
+        self._calm.wait(0.02 if self.generating else None)
 
 
 class _Overtaken(Exception):
     """A question goes first: a window is read later."""
+
+
+@dataclass(eq=False)
+class _WindowInput(OpenInput):
+    """Frames that are there already, encoded as a segment of a file."""
+
+    threaded: ClassVar[bool] = False
+
+    pixels: np.ndarray
+    segment: Segment
+    pause: Callable[[], None]
+
+    def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
+        yield FrameChunk(0, self.pixels, tuple(self.plan.sampling.times_s))
+
+    def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
+        self.encoded = super().rows(patches, **options, pause=self.pause, segment=self.segment)
+        return self.encoded
 
 
 class VideoStream(Askable):
@@ -65,10 +181,10 @@ class VideoStream(Askable):
     OVERTAKEN = "another question was asked meanwhile, or the stream went on for too long"
 
     def __init__(
-        self, engine: Engine, options: "StreamOptions", sampling: "SamplingOptions", system: str | None, name: str
+        self, engine: Engine, options: StreamOptions, sampling: SamplingOptions, system: str | None, name: str
     ):
         super().__init__(engine)
-        self._lock, method = Turns(), engine.pruning.method
+        self._lock, method = PriorityLock(), engine.pruning.method
         if method.reads_question or method.language or method.input:
             hint = "take one that acts inside the encoder or selects tokens without the question, such as evoprune"
             raise UsageError(f"method {engine.pruning.name} cannot prune a stream", hint)
@@ -80,7 +196,7 @@ class VideoStream(Askable):
         self._slots, self._frames = [], []
         self._origin_s = self._last_s = 0.0
         self._memory: StreamMemory | None = None
-        self._waiting: list[Unread] = []
+        self._waiting: list[EncodedWindow] = []
         self._following = 0  # position after the latest window, counted from the beginning of the stream
         self._latest, self._segment = None, Segment()  # the encoding of the latest window; what the next one is
         self._unfinished: EncodedWindow | None = None  # as the latest question saw it
@@ -100,7 +216,7 @@ class VideoStream(Askable):
     @property
     def seen(self) -> Seen | None:
         """The finished windows that were read; None before the first one. Waits for nothing."""
-        return self._memory and self._seen(())
+        return self._memory and self._seen([])
 
     @property
     def until_s(self) -> float | None:
@@ -129,7 +245,11 @@ class VideoStream(Askable):
             pass
         with self._feeding:
             self._check_open()
-            check_frame(frame, time_s)
+            if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+                raise UsageError(f"a frame is {brief(frame)}, not uint8 [H, W, 3]", "give RGB pixels as a numpy array")
+            check_type("time_s", time_s, float)
+            if not isfinite(time_s):
+                raise UsageError(f"the time of a frame is {time_s}", "give seconds")
             if self._plan is None:
                 self._begin(frame, time_s)
             if time_s < self._last_s:
@@ -207,8 +327,8 @@ class VideoStream(Askable):
     @property
     def _limit(self) -> int:
         """The largest number of visual tokens that are held."""
-        most, options = self._plan.encoder.keep, self._options
-        wanted = options.memory_tokens or floor(options.memory_s / options.window_s * most)
+        options = self._options
+        wanted = options.memory_tokens or floor(options.memory_s / options.window_s * self._plan.encoder.keep)
         return min(wanted, self._room)
 
     @property
@@ -223,15 +343,15 @@ class VideoStream(Askable):
         self._slots, self._frames, self._done = [], [], end
         if not (window and (window.frames, window.end) == (len(slots), end)):
             window = self._encode(slots, frames, done, end, self._pause)
-        self._segment, self._following = window.segment, int(window.unread.last.max()) + 1
+        self._segment, self._following = window.segment, int(window.last.max()) + 1
         with self._lock.lock:
             self._check_open()
-            self._waiting.append(window.unread)
+            self._waiting.append(replace(window, segment=None))
             self._latest, self._unfinished, self.encoded = window.encoding, None, self.encoded + 1
-            if self._open is not None and len(self._waiting) > WAITING:
+            if self._open is not None and len(self._waiting) > MAX_WAITING:
                 self._turn, self._open, self._lock.generating = self._turn + 1, None, False
             if self._open is None:
-                self._read_waiting(polite=len(self._waiting) <= WAITING)
+                self._read_waiting(polite=len(self._waiting) <= MAX_WAITING)
 
     @names_plugins()
     def _look(self) -> Encoding | None:
@@ -250,26 +370,53 @@ class VideoStream(Askable):
     def _encode(
         self, slots: Sequence[int], frames: Sequence[np.ndarray], done: int, end: int, pause: Callable[[], None]
     ) -> EncodedWindow:
-        """A window that ends before slot `end`; `done`: where the one before ended."""
-        size = self._plan.sampling.frames
-        span = range(max(done, slots[0] // size * size), end)
-        given = self._origin_s, slots, frames, span, self._segment, self._following
-        return encode_window(self._engine, self._plan, *given, pause)
+        """Encodes a window that ends before slot `end`, as a file of its length is. Changes nothing in the stream.
+
+        Args:
+            slots, frames: the frames, and of each its slot, a step of the stream's rate.
+            done: the slot after the window before.
+            pause: called before each layer of the encoder.
+        """
+        engine, base, step_s, count = self._engine, self._plan, self.step_s, len(frames)
+        if count % 2:  # as Hugging Face fills up an odd number
+            slots, frames = [*slots, slots[-1]], [*frames, frames[-1]]
+        first = max(done, slots[0] // base.sampling.frames * base.sampling.frames)
+        start_s, end_s, *times = (self._origin_s + slot * step_s for slot in (first, end, *slots))
+        sampling = SamplingPlan(start_s, end_s, tuple(times), base.sampling.wanted)
+        grid = len(slots) // 2, *base.grid[1:]
+        tower = tower_shape(engine.loaded.model.model.visual)
+        pruning = replace(
+            engine.pruning, share=float(engine.pruning.share)
+        )  # one pair alone repeats those of other windows
+        plan = replace(
+            base, sampling=sampling, grid=grid, encoder=pruning.plan(tower, grid), unshrunk=None, limited=False
+        )
+        pixels, segment, clock = np.stack(frames), Segment(self._segment.earlier), Clock(torch.device("cpu"))
+        window = _WindowInput(engine, plan, clock, pixels, segment, pause)
+        try:
+            encoding = window.encode()
+        except NothingNew:  # then all of it is encoded anew
+            segment = Segment()
+            window = _WindowInput(engine, plan, Clock(torch.device("cpu")), pixels, segment, pause)
+            encoding = window.encode()
+        order = staying_order(window.encoded, encoding.tokens)
+        columns = window_columns(engine.loaded, encoding, order, slots, step_s, self._following)
+        return EncodedWindow(count, end, encoding, Segment(segment.left), **columns)
 
     def _pause(self) -> None:
         """Called before each layer of the encoder."""
         self._lock.pause()
         self._check_open()
 
-    def _read_waiting(self, polite: bool = False, after: Sequence[Unread] = ()) -> None:
+    def _read_waiting(self, polite: bool = False, after: Sequence[EncodedWindow] = ()) -> None:
         """Reads the windows that wait; with `polite`, none that a question would have to wait for. Makes room for those `after`."""
         self._memory.cache.crop(self._memory.columns)
         try:
             while self._waiting:
                 self._memory.read(self._waiting[0], self._give_way if polite else lambda: None)
                 self._waiting.pop(0)
-            for each in after:
-                self._memory.make_room(each)
+            for window in after:
+                self._memory.make_room(window)
         except _Overtaken:
             return
         except BaseException:  # also Ctrl-C: the cache may be half changed
@@ -305,12 +452,19 @@ class VideoStream(Askable):
             return report
 
     @property
-    def _unread(self) -> list[Unread]:
+    def _unread(self) -> list[EncodedWindow]:
         """The unfinished window, as the latest question sees it, or nothing."""
-        return [self._unfinished.unread] if self._unfinished else []
+        return [self._unfinished] if self._unfinished else []
 
-    def _seen(self, unread: Sequence[Unread]) -> Seen | None:
-        return self._memory.seen(self._count, self.skipped, self.lag_s, [each.window for each in unread])
+    def _seen(self, unread: Sequence[EncodedWindow]) -> Seen | None:
+        """What the memory holds, and `unread`; None while there is nothing."""
+        windows = [*self._memory.windows, *(encoded.window for encoded in unread)]
+        if not windows:
+            return None
+        tokens = [window.tokens for window in windows]
+        thinned = sum(count < window.whole for count, window in zip(tokens, windows, strict=True))
+        start_s, end_s = windows[0].start_s, windows[-1].end_s
+        return Seen(start_s, end_s, len(windows), sum(tokens), self._count, thinned, self.skipped, self.lag_s)
 
     @torch.inference_mode()
     def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
@@ -323,7 +477,7 @@ class VideoStream(Askable):
             self._read_waiting(after=unread)
             check_question(loaded, question)
             (before, ids), seen, memory = self._around(question), self._seen(unread), self._memory
-            text = memory.columns + sum(len(each.embeds) for each in unread) - seen.tokens + len(ids)
+            text = memory.columns + sum(len(window.embeds) for window in unread) - seen.tokens + len(ids)
             check_context(loaded, text, seen.tokens, options.max_new_tokens)
             check_memory(self._engine, text, seen.tokens)
             report.tokens, report.stream = TokenCounts(text, seen.tokens, text + seen.tokens, 0), asdict(seen)
@@ -338,3 +492,163 @@ class VideoStream(Askable):
         release_omp_threads()  # the encoder computes in another thread
         if self._open == turn:
             self._open, self._lock.generating = None, False
+
+
+@torch.inference_mode()
+def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
+    """int64 `[K]` on the CPU: of each token of a window its place in the order in which they stay, 0 for the last one to go.
+
+    The method selects half of the tokens again, then a quarter, and so on: what it selects most often stays longest. Where no
+    selector made the tokens, they are selected as `evoprune` does.
+    """
+    if stage := rows.plan.token_stage:
+        selector, given = stage.selector, rows.tokens
+    else:
+        owner = torch.full_like(tokens.owner, -1)
+        owner[tokens.kept] = ascending(len(tokens.kept), owner.device)
+        selector, seen = FarthestPoints(count=0), rows.tokens
+        given = Tokens(tokens.features, owner, rows.plan.grid, seen.seconds_per_pair, seen.seed)
+    often, count = torch.zeros_like(tokens.kept), len(tokens.kept) // 2
+    while count:
+        often += torch.isin(tokens.kept, select(selector, given, count).kept.to(often.device))
+        count //= 2
+    return often.cpu().argsort(descending=True, stable=True).argsort()
+
+
+def window_columns(
+    loaded: LoadedModel, encoding: Encoding, order: torch.Tensor, slots: Sequence[int], step_s: float, following: int
+) -> dict[str, Any]:
+    """What the language model reads of an encoded window: the fields of `EncodedWindow` from `window` on.
+
+    Args:
+        order: from `staying_order`.
+        slots: of the frames, counted from the beginning of the stream, in steps of `step_s` seconds.
+        following: the first position after the window before, which counts where the prompt says the time of each frame pair.
+    """
+    config, encoded, span = loaded.model.config.vision_config, encoding.tokens, encoding.plan.sampling
+    times = timestamps([(slot + 0.5) * step_s for slot in slots]) if config.traits.timestamps else []
+    (grid,), specials = encoded.grids, loaded.tokenizer.specials()
+    start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS[VIDEO][1], MARKERS[1]))
+    units, ids, runs, around = grid[1] * grid[2], [], [], []
+    for text in times:
+        before = [*loaded.tokenizer.encode(text), start]
+        runs.append(range(len(ids) + len(before), len(ids) + len(before) + units))
+        around.append(range(len(ids), runs[-1].stop + 1))
+        ids += [*before, *[pad] * units, end]
+    ids = torch.tensor(ids or [pad] * units * grid[0], dtype=torch.int64, device="cpu")
+    place = Place(tuple(runs) or (range(len(ids)),), tuple(around))
+    if times:
+        positions = prompt_positions(len(ids), place.spans(grid, 1.0), None) + following
+    else:
+        step = 2 * step_s * config.tokens_per_second if config.tokens_per_second else 1.0
+        time = torch.tensor([floor(slot / 2 * step) for slot in slots[::2]], dtype=torch.int64, device="cpu")
+        inside = torch.meshgrid(time, *(ascending(side, "cpu") for side in grid[1:]), indexing="ij")
+        positions = torch.stack(inside).flatten(1)
+    read = [Visual(place, encoded.features, encoded.kept_here, encoded.size, encoded.deepstack)]
+    embeds, columns, sizes, deepstack = embed_prompt(loaded.model, ids, read)
+    stays, visual = torch.full_like(ids, len(order)), torch.zeros_like(ids, dtype=torch.bool)
+    stays[read[0].columns], visual[read[0].columns] = order, True
+    for run, tokens in zip(around, runs, strict=True):
+        first = stays[run.start : run.stop].min()
+        stays[run.start : tokens.start] = stays[tokens.stop : run.stop] = first
+    window = Window(span.start_s, span.end_s, int(positions[0, 0]), len(order), stays[columns], visual[columns])
+    last = positions.amax(1, keepdim=True)
+    return {
+        "window": window, "embeds": embeds, "positions": positions[:, columns], "last": last, "sizes": sizes,
+        "deepstack": deepstack,
+    }  # fmt: skip
+
+
+class StreamMemory:
+    """Windows in a KV cache, behind what precedes the video in the prompt.
+
+    `ids`: int64 `[n]`, of what precedes it. `limit`: tokens that are held; `window_tokens`: of a full window. `room`: positions for
+    the video.
+    `windows`: those of which tokens are left, the oldest first. `following`: position of the text after the video.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model, ids: torch.Tensor, limit: int, window_tokens: int, room: int):
+        self.cache = KVCache(model, len(ids) + limit + window_tokens + ANSWER_COLUMNS)
+        self.windows: list[Window] = []
+        self.following = len(ids)
+        self._model, self._head, self._limit, self._room = model, len(ids), limit, room
+        self._moved = 0  # positions by which the beginning of the video was moved
+        # Where the text says times, each frame pair has its rows and columns behind the text before it, too.
+        alike = int(model.config.vision_config.traits.timestamps)
+        self._axes = torch.tensor([[1], [alike], [alike]], dtype=torch.int64, device="cpu")
+        forward(model, embed_ids(model, ids), ascending(len(ids), "cpu").expand(3, -1), self.cache)
+
+    @property
+    def columns(self) -> int:
+        """Columns up to the end of the video."""
+        return self._head + sum(len(window.order) for window in self.windows)
+
+    @torch.inference_mode()
+    def read(self, encoded: EncodedWindow, pause: Callable[[], None]) -> None:
+        """Reads a window, and thins earlier ones. Whatever ends it early leaves a cache that nothing can be read from.
+
+        `pause` is called before every layer of the language model. What it raises leaves the cache as it was.
+        """
+        self.make_room(encoded)
+        self.following = self.look(encoded, pause)
+        self.windows.append(encoded.window)
+        self._thin(kept_counts([(window.tokens, window.whole) for window in self.windows], self._limit))
+
+    @torch.inference_mode()
+    def look(self, encoded: EncodedWindow, pause: Callable[[], None] = lambda: None) -> int:
+        """Reads a window for which there is room, behind those that are held: cropping the cache to `columns` takes it back.
+
+        Returns the position of the text after it.
+        """
+        by = self._head - self._moved * self._axes
+        more = {"deepstack": encoded.deepstack, "pause": pause}
+        forward(self._model, encoded.embeds, encoded.positions + by, self.cache, encoded.sizes, **more)
+        return int((encoded.last + by).max()) + 1
+
+    @torch.inference_mode()
+    def make_room(self, encoded: EncodedWindow) -> None:
+        """Moves the beginning of the video to the oldest window that is left, where a window would be out of range.
+
+        Windows from so long ago that this is not enough go; they have few tokens, unless the range is short. An eighth of it
+        becomes free, in whole windows, or every window of a long memory would move the keys, and round them.
+        """
+        first, last = encoded.window.time, int(encoded.last[0])
+        if last - self._moved <= self._room:
+            return
+        size = last - first + 1
+        far = self._room - self._room // 8 // size * size
+        self._thin([0 if last - window.time > far else window.tokens for window in self.windows])
+        beginning = self.windows[0].time if self.windows else first
+        config = self._model.config.text_config
+        self.cache.move(config, slice(self._head, self.cache.length), (self._moved - beginning) * self._axes)
+        self._moved = beginning
+
+    def _thin(self, counts: Sequence[int]) -> None:
+        """Leaves so many tokens of each window, in the order in which they stay."""
+        stay = [window.order < count for window, count in zip(self.windows, counts, strict=True)]
+        if all(bool(kept.all()) for kept in stay):
+            return
+        head = torch.ones(self._head, dtype=torch.bool, device="cpu")
+        self.cache.keep(torch.cat([head, *stay]).nonzero()[:, 0])
+        for window, kept in zip(self.windows, stay, strict=True):
+            window.order, window.visual = window.order[kept], window.visual[kept]
+        self.windows = [window for window in self.windows if len(window.order)]
+
+
+def kept_counts(windows: Sequence[tuple[int, int]], limit: int) -> list[int]:
+    """How many tokens of each window stay, the oldest window first; `windows`: of each, what is left, and what there was.
+
+    The newest windows, which together have half of the limit, are whole. Of as many before them half of the tokens is due to stay,
+    of as many before those a quarter, and so on. While there are more than `limit`, those that have more than is due lose half,
+    from the oldest on. `limit` is at least twice the tokens of the largest window.
+    """
+    counts = [left for left, _ in windows]
+    group = max(1, limit // (2 * max(whole for _, whole in windows)))  # windows of which the same share is due
+    due = [whole >> ((len(windows) - 1 - number) // group) for number, (_, whole) in enumerate(windows)]
+    while (over := sum(counts) - limit) > 0:
+        for number, count in enumerate(counts):  # each loses half once before the oldest loses more
+            if over > 0 and count > due[number]:
+                counts[number] = max(due[number], count // 2)
+                over -= count - counts[number]
+    return counts

@@ -28,10 +28,9 @@ from evoprune.session.engine import Engine
 from evoprune.session.options import SamplingOptions
 from evoprune.session.planning import TEXT, chunk_bytes, fitting_chunks, plan_input
 from evoprune.session.report import Encoding
-from evoprune.video.frames import FrameChunk, read_frames
+from evoprune.video.frames import FrameChunk, probe, read_frames
 from evoprune.video.info import PICTURE, check_one_file
 from evoprune.video.plan import InputLimits, Plan
-from evoprune.video.probe import probe
 from evoprune.vision.encoded import Encoded, EncodedRows, select_tokens
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import pixel_patches, resize

@@ -23,7 +23,7 @@ from evoprune.keywords import OPTION, check_types, from_keywords, option
 from evoprune.language.settings import GenerationOptions
 from evoprune.methods.budget import DEFAULT, IN_WORDS, parse_budget_or_name, plain
 from evoprune.video.info import FOLDER_FPS, NO_SUBTITLES, PICTURE, VIDEO, Video
-from evoprune.video.sampling import check_sampling, parse_time
+from evoprune.video.plan import check_sampling, parse_time
 
 if TYPE_CHECKING:
     from evoprune.methods.config import PruneConfig

@@ -15,7 +15,7 @@ from evoprune.model.cost import estimate_first_token as estimate_seconds
 from evoprune.session.engine import Engine
 from evoprune.session.options import SamplingOptions
 from evoprune.text import clock, counted
-from evoprune.video.frames import choose_decoder
+from evoprune.video.frames import choose_decoder, read_subtitles
 from evoprune.video.info import (
     NO_SUBTITLES,
     NOTHING_SAID,
@@ -26,9 +26,7 @@ from evoprune.video.info import (
     Video,
     check_picture,
 )
-from evoprune.video.plan import Plan, default_max_visual_tokens, make_plan
-from evoprune.video.probe import read_subtitles
-from evoprune.video.sampling import SamplingPlan
+from evoprune.video.plan import Plan, SamplingPlan, default_max_visual_tokens, make_plan
 from evoprune.vision.tower import tower_shape
 
 CHUNK_BYTES = 64 * 2**20  # of frames as decoded, held at a time

@@ -1,19 +1,73 @@
-"""The frames at given times: full-size RGB, in chunks of bounded size. Work grows with what is asked for, not with the file."""
+"""Reading videos: what is in one (`probe`, `scan`, `read_subtitles`), and its frames (`read_frames`), full-size RGB in chunks of
+bounded size. Work grows with what is asked for, not with the file. `local_file` stores standard input first."""
 
 import math
+import os
+import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
-
-from evoprune.errors import UsageError
-from evoprune.keywords import brief, check_type
-from evoprune.video.info import PICTURE, Video
+from evoprune.errors import UsageError, VideoError
+from evoprune.video.info import FOLDER_FPS, PICTURE, ScanResult, Subtitles, Video
 from evoprune.video.sandbox.isolation import run_task, stream_frames
 
+if TYPE_CHECKING:
+    import numpy as np
+
 DECODERS = ("auto", "pyav", "decord")
-PILLOW = "pillow"  # reads pictures, whatever is asked for
+STDIN = "-"
+OPEN_FILES = ("/dev/stdin", "/dev/fd/", "/proc/self/")  # names of files that this process has open
+CHUNK_BYTES = 2**20  # in which standard input is stored
+
+
+def probe(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> Video:
+    """Read the metadata of a video file, or of a folder of images, which then become its frames.
+
+    Decodes the first frame and reads the packets of the last seconds. If the file cannot be entered near its end, all its
+    packets are read once, without decoding.
+
+    Args:
+        path: is never taken for a URL or a pattern, and playlists are not followed.
+        folder_fps: images of a folder per second of video.
+
+    Raises:
+        UsageError: `folder_fps` is not above 0.
+        VideoError: no such file, not a video, no video stream, no frame that can be decoded, or a folder without images;
+            see also `isolation.run_task`.
+    """
+    return Video(**_run("probe", path, folder_fps=folder_fps))
+
+
+def scan(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> ScanResult:
+    """Decode a whole video once, to find damage, its true length, and how regular its frames and keyframes are.
+
+    Memory does not grow with the video: a few frames at a time, and a count of each frame interval. Otherwise as `probe`.
+    """
+    return ScanResult(**_run("scan", path, folder_fps=folder_fps))
+
+
+def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float = 1e9) -> Subtitles:
+    """The subtitles whose time overlaps a part of a video, in seconds from the first frame.
+
+    Args:
+        choice: a file of subtitles (SRT, WebVTT, ASS, SSA), or a video with a text track; or "auto": a file beside the video, else
+            the video's default text track or its only one, else none.
+
+    Raises VideoError: no such file; or no subtitles in it, pictures of text only, or text of an unknown encoding; see also
+    `isolation.run_task`.
+    """
+    found = _run("subtitles", info.path, origin_s=info.start_s, choice=choice, start_s=start_s, end_s=end_s)
+    return Subtitles(**found | {"lines": [tuple(line) for line in found["lines"]]})
+
+
+def _run(task: str, path: str | os.PathLike[str], **arguments) -> dict[str, Any]:
+    return run_task(task, os.fspath(path), {"path": os.fspath(path), **arguments})
 
 
 @dataclass(frozen=True)
@@ -21,7 +75,7 @@ class FrameChunk:
     """Consecutive frames of a plan."""
 
     first: int  # index among the plan's times
-    frames: np.ndarray  # uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied), C-contiguous
+    frames: "np.ndarray"  # uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied), C-contiguous
     times_s: tuple[float, ...]  # of the frames themselves, from the first frame; perhaps earlier than those asked for
     damaged: int = 0  # damaged packets (of a folder: images) on the way to these frames that no earlier chunk counts
 
@@ -64,7 +118,7 @@ def choose_decoder(decoder: str, info: Video | None = None) -> str:
     Raises UsageError: no such decoder, or it is not installed. VideoError: decord is known to fail on videos like this one.
     """
     if info is not None and info.kind == PICTURE:
-        return PILLOW
+        return "pillow"
     if decoder not in DECODERS:
         raise UsageError(f"unknown decoder {decoder!r}", f"choose one of {', '.join(DECODERS)}")
     if decoder != "decord":
@@ -73,10 +127,48 @@ def choose_decoder(decoder: str, info: Video | None = None) -> str:
     return "decord"
 
 
-def check_frame(frame: np.ndarray, time_s: float) -> None:
-    """Raises UsageError where a frame or its time is none."""
-    if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        raise UsageError(f"a frame is {brief(frame)}, not uint8 [H, W, 3]", "give RGB pixels as a numpy array")
-    check_type("time_s", time_s, float)
-    if not math.isfinite(time_s):
-        raise UsageError(f"the time of a frame is {time_s}", "give seconds")
+@contextmanager
+def local_file(source: str, stdin: BinaryIO | None = None) -> Iterator[str]:
+    """A path to read the video from: `source` itself, or for `-` (a file of that name is `./-`) a copy of standard input.
+
+    Readers seek, so standard input itself will not do. Names of files that this process has open, such as `/dev/stdin`, are
+    resolved, because another process reads the video.
+
+    Raises UsageError: standard input is a terminal. VideoError: it is closed, empty or a device, or cannot be stored.
+    """
+    hint = "pipe a video into it, e.g. evoprune ask - QUESTION < video.mp4"
+    if source.startswith(OPEN_FILES):
+        resolved = os.path.realpath(source)
+        if os.path.exists(source) and not os.path.exists(resolved):  # a pipe, as of <(command)
+            raise VideoError(f"{source} is not a regular file", f"- reads a video from standard input: {hint}")
+        yield resolved
+        return
+    if source != STDIN:
+        yield source
+        return
+    stdin = stdin or getattr(sys.stdin, "buffer", None)
+    if stdin is None or stdin.closed:
+        raise VideoError("standard input is closed", hint)
+    if stdin.isatty():
+        raise UsageError("- means standard input, which is a terminal", hint)
+    with suppress(OSError):  # not a file of the operating system
+        status = os.fstat(stdin.fileno())
+        if stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, os.stat(os.devnull)):  # /dev/null does end
+            raise VideoError("standard input is a device, not a video", hint)
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="evoprune-"))
+            path = os.path.join(folder, "stdin")
+            with open(path, "wb") as file:
+                shutil.copyfileobj(stdin, file, CHUNK_BYTES)
+                size = file.tell()
+        except OSError as error:
+            hint = "set TMPDIR to a folder with room for the video"
+            raise VideoError(f"cannot store standard input: {error.strerror or error}", hint) from error
+        if not size:
+            raise VideoError("standard input is empty", "did the command before the pipe fail?")
+        try:
+            yield path
+        except VideoError as problem:  # the user does not know the temporary file
+            problem.message = problem.message.replace(path, "standard input")
+            raise

@@ -1,6 +1,8 @@
 """What is known about a video or a picture: `Video` from its metadata, `ScanResult` from decoding all of it,
-`Subtitles` from its tracks and the files beside it."""
+`Subtitles` from its tracks and the files beside it. And what a folder holds, by the endings of its files."""
 
+import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,3 +134,24 @@ def check_picture(info: Video, choice: str) -> None:
     """Raises UsageError where a file of subtitles is given for a picture."""
     if info.kind == PICTURE and choice not in (NO_SUBTITLES, AUTO_SUBTITLES):
         raise UsageError(f"{info.path} is a picture, which has no subtitles", "leave them out, or give the video")
+
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+VIDEOS = (
+    ".3g2", ".3gp", ".asf", ".avi", ".divx", ".f4v", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
+    ".mts", ".mxf", ".ogv", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".y4m",
+)  # fmt: skip
+
+
+def files(folder: str, endings: tuple[str, ...]) -> list[str]:
+    """Paths of the files with these endings in a folder, in natural order, without hidden ones. Raises OSError, ValueError."""
+    with os.scandir(folder) as entries:
+        seen = [e for e in entries if e.name.lower().endswith(endings) and e.name[0] != "."]
+        names = [e.name for e in seen if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)]
+    return [os.path.join(folder, name) for name in sorted(names, key=natural)]
+
+
+def natural(name: str) -> tuple[list[str | int], str]:
+    """A sort key: runs of digits by their value; equal values, such as 1 and 01, by the characters."""
+    pieces = re.split("([0-9]+)", name.casefold())
+    return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], name

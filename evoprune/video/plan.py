@@ -1,6 +1,11 @@
-"""Which frames a model sees, and how large: sampling times and frame size within all limits. Numbers only, no files."""
+"""Which frames a model sees, and how large: sampling times and frame size within all limits. Numbers only, no files.
+
+All times are seconds from the video's first frame.
+"""
 
 import math
+import re
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
@@ -9,7 +14,6 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.methods.encoder_plan import EncoderPlan, Grid
 from evoprune.model.config import list_of, number, whole
 from evoprune.video.info import NOTHING_SAID, PICTURE, VIDEO, PromptSubtitles, Video
-from evoprune.video.sampling import SamplingPlan, check_sampling, plan_sampling
 
 # Visual tokens before pruning: Qwen2.5-VL's own limit for a video, and what a CPU encodes in about a minute.
 MAX_VISUAL_TOKENS = 24_576
@@ -17,17 +21,44 @@ MAX_VISUAL_TOKENS_CPU = 4_096
 # Units of a frame where a model limits all frames together: Qwen's own limit, without which four frames would share all of it.
 MAX_FRAME_TOKENS = 768
 
-# How a picture is looked at: once. Its length stands for the second to the next frame pair, which does not exist.
-STILL = SamplingPlan(0.0, 0.5, (0.0,), 1)
-
 Area = Annotated[int, whole(1, 2**31)]
 Means = Annotated[tuple[float, float, float], list_of(number(-1000, 1000), 3)]
 Deviations = Annotated[tuple[float, float, float], list_of(number(1e-6, 1000), 3)]
 
 
-def default_max_visual_tokens(*, on_cpu: bool, is_demo: bool) -> int:
-    """The limit before pruning. A real model on a CPU gets a lower one: more would take many minutes."""
-    return MAX_VISUAL_TOKENS_CPU if on_cpu and not is_demo else MAX_VISUAL_TOKENS
+@dataclass(frozen=True)
+class SamplingPlan:
+    """The times at which frames are taken: `times_s`, ascending, the middles of equal shares of the span that they cover.
+
+    `wanted` is the number of frames before `max_frames` limited it.
+    """
+
+    start_s: float
+    end_s: float
+    times_s: tuple[float, ...]
+    wanted: int
+
+    @property
+    def frames(self) -> int:
+        """Number of frames: of a video even, of a picture one."""
+        return len(self.times_s)
+
+    @property
+    def seconds_per_frame(self) -> float:
+        return (self.end_s - self.start_s) / self.frames
+
+    def seconds_per_pair(self, temporal_patch: int = 2) -> float:
+        """Time from one frame pair (`temporal_patch` frames) to the next."""
+        return temporal_patch * self.seconds_per_frame
+
+
+def even_times(start_s: float, end_s: float, count: int) -> tuple[float, ...]:
+    """The middles of `count` equal shares of the span from `start_s` to `end_s`, in seconds."""
+    return tuple(start_s + (i + 0.5) * (end_s - start_s) / count for i in range(count))
+
+
+# How a picture is looked at: once. Its length stands for the second to the next frame pair, which does not exist.
+STILL = SamplingPlan(0.0, 0.5, (0.0,), 1)
 
 
 @dataclass(frozen=True)
@@ -64,8 +95,8 @@ class InputLimits:
         """The limits of one frame of a video with so many."""
         if not self.of_all_frames:
             return self
-        most = min(MAX_FRAME_TOKENS * self.unit**2, self.max_pixels / frames)
-        return replace(self, min_pixels=self.min_pixels / frames, max_pixels=most, of_all_frames=False)
+        max_pixels = min(MAX_FRAME_TOKENS * self.unit**2, self.max_pixels / frames)
+        return replace(self, min_pixels=self.min_pixels / frames, max_pixels=max_pixels, of_all_frames=False)
 
 
 @dataclass(frozen=True)
@@ -126,10 +157,112 @@ class Plan:
 
     def shrunk(self, grid: Grid, limits: InputLimits) -> "Plan":
         """The same span of the video on another (T, H, W): T frame pairs spread over it, resized to H x W units."""
-        pairs, height, width = grid
-        same = pairs == self.grid[0]
-        sampling = self.sampling if same else self.sampling.thinned(pairs * limits.temporal_patch_size)
+        (pairs, height, width), sampling = grid, self.sampling
+        if pairs != self.grid[0]:
+            times_s = even_times(sampling.start_s, sampling.end_s, pairs * limits.temporal_patch_size)
+            sampling = replace(sampling, times_s=times_s)
         return replace(self, sampling=sampling, height=height * limits.unit, width=width * limits.unit, grid=grid)
+
+
+def plan_sampling(
+    duration_s: float,
+    *,
+    fps: float | None = 2.0,
+    frames: int | None = None,
+    start_s: float = 0.0,
+    end_s: float | None = None,
+    min_frames: int = 4,
+    max_frames: int = 768,
+) -> SamplingPlan:
+    """Spread an even number of frames over a video, or over a span of it: t_i = start + (i + 0.5) * span / n.
+
+    Args, otherwise as of `plan.make_plan`:
+        fps: the count is rounded to the nearest even number, at least 2, within the limits. Ignored when `frames` is given.
+        frames: an odd number is rounded up, and only `max_frames` limits it.
+        min_frames, max_frames: an odd `min_frames` is rounded up, an odd `max_frames` down; of two that contradict each other
+            `max_frames` wins.
+
+    Raises UsageError: a number out of range. VideoError: the span is empty.
+    """
+    if frames is None and fps is None:
+        raise UsageError("neither fps nor frames is given", "give one of the two")
+    rate = fps if frames is None else None
+    check_sampling(fps=rate, frames=frames, start_s=start_s, end_s=end_s, max_frames=max_frames)
+    _check_at_least(0, "min_frames", min_frames)
+    if not 0 < duration_s < math.inf:
+        raise VideoError(f"the video has no length that frames could be spread over ({duration_s} s)")
+    start = start_s if start_s >= 0 else max(0.0, duration_s + start_s)
+    end = duration_s if end_s is None else min(end_s if end_s >= 0 else duration_s + end_s, duration_s)
+    video = f"the video, which is {duration_s:g} s long"
+    if start >= duration_s:
+        raise VideoError(f"start {start_s:g} s lies beyond {video}", "choose an earlier start")
+    if end <= start:
+        hint = "choose an end after the start; below 0 both count back from the video's end"
+        raise VideoError(f"nothing between start {start_s:g} s and end {end_s:g} s of {video}", hint)
+    if rate is None:
+        wanted = frames + frames % 2
+    else:
+        nearest = 2 * math.floor(min((end - start) * rate, sys.maxsize) / 2 + 0.5)
+        wanted = max(nearest, 2, min_frames + min_frames % 2)
+    count = min(wanted, max_frames - max_frames % 2)
+    return SamplingPlan(start, end, even_times(start, end, count), wanted)
+
+
+def check_sampling(
+    *,
+    fps: float | None = None,
+    frames: int | None = None,
+    start_s: float = 0.0,
+    end_s: float | None = None,
+    max_frames: int | None = None,
+    max_visual_tokens: int | None = None,
+) -> None:
+    """Checks what can be checked without a video; arguments as of `plan.make_plan`, None for the default.
+
+    Raises UsageError: a number that makes no sense, or fps and frames together.
+    """
+    if max_visual_tokens is not None and max_visual_tokens < 1:
+        raise UsageError(f"at most {max_visual_tokens} visual tokens", "allow at least one")
+    if fps is not None and frames is not None:
+        raise UsageError("fps and frames exclude each other", "give one of the two")
+    for name, time_s in (("start", start_s), ("end", end_s)):
+        if time_s is not None and not math.isfinite(time_s):
+            raise UsageError(f"{name} is {time_s}", "give seconds from the beginning, or below 0 from the end")
+    _check_at_least(2, "max_frames", max_frames)
+    _check_at_least(1, "frames", frames)
+    if fps is not None and not 0 < fps < math.inf:
+        raise UsageError(f"fps is {fps:g}", "give a number above 0")
+
+
+def parse_time(text: str) -> float:
+    """Seconds from `90`, `90.5`, `1:30`, `01:30:00`, `1:02:03.5`, `90s`, `1m30s` or `2h`; below 0 with a minus sign in front.
+
+    Raises UsageError: the text is none of these.
+    """
+    sign, digits = (-1.0, text.strip()[1:]) if text.strip().startswith("-") else (1.0, text.strip())
+    clock = r"(?:(?:([0-9]+):)?([0-9]+):)?([0-9]+(?:\.[0-9]+)?)"
+    units = r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+(?:\.[0-9]+)?)s)?"
+    if digits and (match := re.fullmatch(clock, digits) or re.fullmatch(units, digits)):
+        hours, minutes, seconds = (float(group or 0) for group in match.groups())
+        total = hours * 3600 + minutes * 60 + seconds
+        # The first field may be any number (90:00 is an hour and a half); those after it are below 60.
+        proper = (minutes < 60 or not match[1]) and (seconds < 60 or not (match[1] or match[2]))
+        if proper and math.isfinite(total):
+            return sign * total if total else 0.0
+    hint = (
+        "write seconds (90.5 or 90.5s), minutes (1:30 or 1m30s) or hours (1:02:03 or 1h2m3s); from the end: -5 or -5s"
+    )
+    raise UsageError(f"{text!r} is not a time", hint)
+
+
+def _check_at_least(min_value: int, name: str, value: float | None) -> None:
+    if value is not None and not min_value <= value < math.inf:
+        raise UsageError(f"{name} is {value}", f"give a number, {min_value} or more")
+
+
+def default_max_visual_tokens(*, on_cpu: bool, is_demo: bool) -> int:
+    """The limit before pruning. A real model on a CPU gets a lower one: more would take many minutes."""
+    return MAX_VISUAL_TOKENS_CPU if on_cpu and not is_demo else MAX_VISUAL_TOKENS
 
 
 def smart_resize(height: int, width: int, min_pixels: float, max_pixels: float, factor: int = 28) -> tuple[int, int]:
@@ -180,7 +313,7 @@ def make_plan(
     """
     span = {"frames": frames, "start_s": start_s, "end_s": end_s}
     check_sampling(fps=fps, max_frames=max_frames, max_visual_tokens=max_visual_tokens, **span)
-    most_tokens = MAX_VISUAL_TOKENS if max_visual_tokens is None else max_visual_tokens
+    max_tokens = MAX_VISUAL_TOKENS if max_visual_tokens is None else max_visual_tokens
     pair = limits.temporal_patch_size
     if info.kind == PICTURE:
         if start_s != 0 or end_s is not None:
@@ -193,38 +326,38 @@ def make_plan(
         sample = partial(plan_sampling, info.duration_s, fps=fps, min_frames=limits.min_frames, **span)
         frame_limit = limits.max_frames if max_frames is None else max_frames
         # No more pairs than tokens are allowed, so that `times_s` stays short where `frame_limit` is huge.
-        sampling = sample(max_frames=min(frame_limit, pair * most_tokens))
+        sampling = sample(max_frames=min(frame_limit, pair * max_tokens))
         wanted, pairs = min(sampling.wanted, frame_limit - frame_limit % pair), sampling.frames // pair
         limits = limits.of_each(sampling.frames)
     try:
-        preferred, grid = _fit(info, limits, pairs, most_tokens)
+        preferred, grid = _fit(info, limits, pairs, max_tokens)
     except ValueError as problem:
         raise VideoError(f"{info.path}: {problem}", "crop it first", stage="preprocess") from None
     if grid[0] < pairs:
         sampling = sample(max_frames=grid[0] * pair)
     token_capped = grid[1:] != preferred or sampling.frames < wanted
     size = grid[1] * limits.unit, grid[2] * limits.unit
-    return Plan(info, sampling, *size, grid, frame_limit, most_tokens, token_capped)
+    return Plan(info, sampling, *size, grid, frame_limit, max_tokens, token_capped)
 
 
-def _fit(info: Video, limits: InputLimits, pairs: int, most: int) -> tuple[tuple[int, int], Grid]:
-    """The model's (H, W) for a frame, in units; and the largest (T, H, W) of at most `pairs` frame pairs and `most` units.
+def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[tuple[int, int], Grid]:
+    """The model's (H, W) for a frame, in units; and the largest (T, H, W) of at most `pairs` frame pairs and `max_units`.
 
     First the frames are made smaller, down to the model's smallest; then the pairs fewer, down to one; then the frames smaller.
 
     Raises ValueError: a shape that cannot be resized.
     """
 
-    def units(min_pixels: float, max_pixels: float) -> tuple[int, int]:
-        height, width = smart_resize(info.height, info.width, min_pixels, max_pixels, limits.unit)
+    def units(smallest: float, largest: float) -> tuple[int, int]:
+        height, width = smart_resize(info.height, info.width, smallest, largest, limits.unit)
         return height // limits.unit, width // limits.unit
 
-    area, least = limits.unit**2, min(limits.min_pixels, limits.max_pixels)
+    area, min_pixels = limits.unit**2, min(limits.min_pixels, limits.max_pixels)
     preferred = rows, cols = units(limits.min_pixels, limits.max_pixels)
-    if pairs * rows * cols > most:
-        rows, cols = units(least, max(least, most * area // pairs))
-        pairs = min(pairs, max(1, most // (rows * cols)))
-    if rows * cols > most:  # the longer side of a very long picture is cut
-        rows, cols = units(1, most * area)
-        rows, cols = (rows, min(cols, most // rows)) if rows <= cols else (min(rows, most // cols), cols)
+    if pairs * rows * cols > max_units:
+        rows, cols = units(min_pixels, max(min_pixels, max_units * area // pairs))
+        pairs = min(pairs, max(1, max_units // (rows * cols)))
+    if rows * cols > max_units:  # the longer side of a very long picture is cut
+        rows, cols = units(1, max_units * area)
+        rows, cols = (rows, min(cols, max_units // rows)) if rows <= cols else (min(rows, max_units // cols), cols)
     return preferred, (pairs, rows, cols)

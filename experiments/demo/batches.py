@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from evoprune.language.prompt import VisualSpan, prompt_positions
-from evoprune.video.sampling import even_times
+from evoprune.video.plan import even_times
 from experiments.demo.build import AFTER_QUESTION, BEFORE_VIDEO
 from experiments.demo.clips import COLOURS, MOTIONS, SHAPES, SIZES, Clip, make_clip
 from experiments.demo.drawing import render

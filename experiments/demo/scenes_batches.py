@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from evoprune.language.prompt import VisualSpan, prompt_positions
-from evoprune.video.sampling import even_times
+from evoprune.video.plan import even_times
 from experiments.demo.batches import packed
 from experiments.demo.build import BEFORE_VIDEO
 from experiments.demo.questions import Question

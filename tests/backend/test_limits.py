@@ -251,7 +251,7 @@ def test_a_3b_model_answers_inside_5_and_a_half_gb(limited, tmp_path, kind):
 
 READ = """
 from evoprune.video.frames import read_frames
-from evoprune.video.probe import probe
+from evoprune.video.frames import probe
 from evoprune.errors import OutOfMemory
 try:
     print(sum(len(chunk.frames) for chunk in read_frames(probe("{path}"), [0.0, 0.3, 0.6, 0.9])))

@@ -273,7 +273,7 @@ CASES = {
         ways=EVERYWHERE,
     ),
     "interrupted scan": Case(
-        ("inspect", CLIP, "--scan"), 130, "", breaks=("evoprune.video.probe.scan", KeyboardInterrupt())
+        ("inspect", CLIP, "--scan"), 130, "", breaks=("evoprune.video.frames.scan", KeyboardInterrupt())
     ),
 }
 # Two of three cases run by default, each in one of its ways; all in all of them with -m full.

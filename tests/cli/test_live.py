@@ -12,8 +12,8 @@ import pytest
 
 from evoprune_cli.conversation import Conversation
 from tests.cli.test_interactive import ROOT, endless, keyboard  # noqa: F401 (fixtures)
+from tests.live.streaming import streams
 from tests.video.files import numbered_frames, write_video
-from tests.video.streaming import streams
 
 CLIP, QUESTION, MORE = str(ROOT / "samples" / "square.mp4"), "What colour is the square?", "How many shapes are there?"
 ASKED = ("-Q", QUESTION)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evoprune.video.sampling import even_times
+from evoprune.video.plan import even_times
 from experiments.demo.clips import make_clip
 from experiments.demo.drawing import render
 from experiments.demo.training_clips import dense_grid, through_codec

@@ -4,7 +4,7 @@
 - Row 0 taken for a class token, which Qwen does not have: the same test, in which every unit asks and none is special.
 - Scores of windows put back in the wrong order: the same test (grids of 5 x 7 units, windows of 4 x 4), and
   tests/vision/test_encoder.py::test_against_loops.
-- Odd numbers of frames losing the last one: tests/video/test_sampling.py::test_an_exact_count_rounds_up_to_even_..., and
+- Odd numbers of frames losing the last one: tests/video/test_plan.py::test_an_exact_count_rounds_up_to_even_..., and
   ::test_times_are_the_middles_of_equal_shares.
 - A nominal ratio that is not the real one; nothing pruned because attention could not be had:
   tests/methods/test_plan.py::test_the_encoder_computes_what_was_planned, and test_rivals.py::test_counts_and_order.

@@ -14,9 +14,8 @@ from evoprune.overlay import image_files, overlay
 from evoprune.overlay.fates import FATES, Fates, TracedVideo, trace
 from evoprune.overlay.overlay import Overlay, overlay_file, text_picture, wrap
 from evoprune.overlay.panel import Panels, cluster_colour, light
-from evoprune.video.plan import Plan
-from evoprune.video.probe import probe
-from evoprune.video.sampling import SamplingPlan, even_times
+from evoprune.video.frames import probe
+from evoprune.video.plan import Plan, SamplingPlan, even_times
 from evoprune.video_qa import VideoQA
 
 CLIP = "samples/square.mp4"

@@ -1,7 +1,14 @@
-"""Video files made on the spot, with frames that carry their own number."""
+"""Video files made on the spot, with frames that carry their own number, each in a process of its own.
 
-from collections.abc import Iterable, Sequence
+An encoder may change the process that it runs in: libsvtav1 puts a process of root into the real-time class. Whatever that process
+starts afterwards keeps all other programs from the processor, so a test process that encoded AV1 could stop the machine.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -9,10 +16,21 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from evoprune.video.frames import read_frames
-from tests.video.writing import apart
 
 BITS = 8
 CLOCK = Fraction(1, 1000)
+# Its children are forks of one server that has imported this file, so that each starts in milliseconds.
+CONTEXT = multiprocessing.get_context(
+    "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+)
+if CONTEXT.get_start_method() == "forkserver":
+    CONTEXT.set_forkserver_preload(["tests.video.files"])
+
+
+def apart(function: Callable, *arguments, **how):
+    """What the function returns or raises, in another process. It and its arguments can be pickled."""
+    with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
+        return pool.submit(partial(function, *arguments, **how)).result()
 
 
 def numbered_frame(number: int, height: int = 48, width: int = 64) -> np.ndarray:

@@ -13,9 +13,8 @@ from statistics import median
 
 import numpy as np
 
-from evoprune.video.frames import read_frames
+from evoprune.video.frames import probe, read_frames
 from evoprune.video.plan import InputLimits, make_plan
-from evoprune.video.probe import probe
 from evoprune.video_qa import VideoQA
 from experiments.decoders import in_this_process, medians
 from tests.video.files import numbered_frames, write_video

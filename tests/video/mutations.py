@@ -22,9 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from evoprune.errors import EvopruneError, VideoError
-from evoprune.video.frames import choose_decoder, read_frames
+from evoprune.video.frames import choose_decoder, probe, read_frames
 from evoprune.video.plan import InputLimits, make_plan
-from evoprune.video.probe import probe
 from evoprune.video.sandbox import isolation
 from tests.decoders import DECODERS
 from tests.video.files import numbered_frame, numbered_frames, write_image, write_video

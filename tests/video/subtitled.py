@@ -9,7 +9,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 
-from tests.video.writing import apart
+from tests.video.files import apart
 
 SRT = """1
 00:00:01,000 --> 00:00:02,000

@@ -1,22 +1,31 @@
+"""Files that are damaged, strange, or lie about themselves: an answer or an error about them, within bounded memory."""
+
+import struct
+import zlib
 from dataclasses import replace
 
+import av
 import numpy as np
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.video.frames import read_frames
-from evoprune.video.probe import probe
+from evoprune.video.frames import probe, read_frames, scan
+from evoprune.video.sandbox import isolation
+from tests.video import mutations
 from tests.video.files import (
+    add_beside,
     number_of,
     numbered_frame,
     numbered_frames,
     numbers,
     pixels,
+    quarters,
     spoil,
     write_image,
     write_video,
 )
 from tests.video.kinds import KINDS, write_kind
+from tests.video.mutations import SOURCES, run_all, table
 
 
 def test_a_damaged_packet_leaves_the_frame_before_it_on_screen(folder):
@@ -56,7 +65,11 @@ def test_a_cut_file_gives_what_it_has(ending, folder):
 
 
 SPREAD = ("mpeg2.mpg", "mpeg1.mpg", "wmv2.wmv")  # a packet does not lie in one piece, or not alone
+
+
 HIDDEN = ("picture.gif", "raw.avi", "raw.y4m", "h264.h264", "mpeg2.mxf")  # they have no means of telling
+
+
 SMALL = (
     "no_length.mkv",
     "vp9_hidden.webm",
@@ -65,10 +78,12 @@ SMALL = (
     "cover.mkv",
     "ffv1.mkv",
 )  # see the next test
+
+
 FORTY = [name for name, kind in KINDS.items() if kind.frames == 40 and not kind.hidden and name not in SPREAD]
 
 
-def read(path):
+def read_whole(path):
     """The facts, the number of every frame on screen, and how much damage was met."""
     info = probe(path)
     rate = info.fps or 25
@@ -80,8 +95,8 @@ def read(path):
 @pytest.mark.parametrize("name", [name for name in FORTY if "vary" not in name])
 def test_one_damaged_packet_in_every_kind(name, folder):
     whole = write_kind(folder, name)
-    assert read(whole)[2] == 0 and not probe(whole).cut_short
-    info, got, damaged = read(spoil(whole, folder / f"spoilt_{name}", {14}))
+    assert read_whole(whole)[2] == 0 and not probe(whole).cut_short
+    info, got, damaged = read_whole(spoil(whole, folder / f"spoilt_{name}", {14}))
     assert got[:10] == list(range(10))
     if name not in SMALL + HIDDEN:
         assert damaged or info.cut_short
@@ -96,7 +111,7 @@ def test_a_cut_file_of_every_kind(name, folder):
     cut = folder / f"cut_{name}"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 3 // 4])
     try:
-        info, got, _ = read(cut)
+        info, got, _ = read_whole(cut)
     except VideoError as problem:
         assert problem.exit_code == 3 and str(cut) in problem.message and problem.hint
         assert name.endswith((".mp4", ".mov"))  # their index comes last
@@ -160,3 +175,232 @@ def test_damaged_images_of_a_folder_are_counted(tmp_path):
 def test_what_counts_as_cut_short(duration, stated, cut, folder):
     info = probe(write_kind(folder, "h264.mp4"))
     assert replace(info, duration_s=duration, stated_s=stated).cut_short == cut
+
+
+TIMES = np.linspace(0.05, 3.95, 16)
+
+
+@pytest.fixture
+def lying(folder, tmp_path):
+    """`lying("h264.mp4", b"stsz", 8, ">I", 10**9)`: a file of that kind in which something else is written so far behind a mark.
+
+    More changes may follow.
+    """
+
+    def call(name, *changes):
+        content = bytearray(write_kind(folder, name).read_bytes())
+        for mark, offset, form, *values in zip(*[iter(changes)] * 4, strict=True):
+            at = content.rindex(mark) + offset
+            content[at : at + struct.calcsize(form)] = struct.pack(form, *values[0])
+        path = tmp_path / name
+        path.write_bytes(content)
+        return path
+
+    return call
+
+
+@pytest.fixture
+def peak():
+    """Bytes that the process that reads videos has had at most, since this test began."""
+    isolation.end_all()
+
+    def call():
+        with open(f"/proc/{isolation._idle[0].pid}/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+    yield call
+    isolation.end_all()
+
+
+def refused(path, *words):
+    with pytest.raises(VideoError) as caught:
+        list(read_frames(probe(path), TIMES))
+    assert caught.value.exit_code == 3 and str(path) in caught.value.message
+    for word in words:
+        assert word in caught.value.message + caught.value.hint
+
+
+HUGE = {
+    "mp4 sizes": ("h264.mp4", b"stsz", 12, ">I", [10**9]),
+    "mp4 equal sizes": ("h264.mp4", b"stsz", 8, ">II", [1, 10**9]),
+    "mp4 durations": ("h264.mp4", b"stts", 12, ">I", [10**9]),
+    "mp4 every count": (
+        "h264.mp4", b"stsz", 8, ">II", [1, 10**9], b"stts", 12, ">I", [10**9], b"stsc", 16, ">I", [10**9],
+    ),
+    "avi header": ("mpeg4.avi", b"avih", 24, "<I", [10**9]),
+    "avi stream": ("mpeg4.avi", b"strh", 40, "<I", [10**9]),
+}  # fmt: skip
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("name", HUGE)
+def test_a_thousand_million_frames(name, lying, peak):
+    path = lying(*HUGE[name])
+    try:
+        info = probe(path)
+        assert info.frames_total in (None, 40) and info.duration_s == pytest.approx(4.0)
+        assert len(numbers(info, TIMES)) == 16
+    except VideoError as problem:
+        assert str(path) in problem.message
+    assert peak() < 2**28
+
+
+@pytest.mark.full
+def test_an_index_that_goes_round_in_circles(lying):
+    """Ten million frames, all of them the same bytes."""
+    counts = (b"stts", 12, ">I", [10**7], b"stsc", 16, ">I", [10**7])
+    refused(lying("h264.mp4", b"stsz", 8, ">II", [1, 10**7], *counts))
+
+
+HUGE_SIZES = [(100_000, 100_000), (2**31 - 1, 2**31 - 1), (12_000, 12_000), (65_535, 2)]
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("size", HUGE_SIZES)
+@pytest.mark.parametrize("name", ["vp9.webm", "ffv1.mkv", "h264.mkv"])
+def test_huge_pictures_in_matroska(name, size, folder, tmp_path, peak):
+    path = tmp_path / name
+    path.write_bytes(with_size(write_kind(folder, name).read_bytes(), KINDS[name].size, size))
+    if name == "ffv1.mkv":  # whose frames do not tell their size
+        refused(path, *(["megapixels"] if size == (12_000, 12_000) else []))
+    else:
+        assert numbers(probe(path), [0.05, 3.95]) == [0, 39]
+    assert peak() < 2**28
+
+
+def with_size(content, old, new):
+    """Matroska with another size of its pictures in the header."""
+    old = b"\xb0\x81%c\xba\x81%c" % (old[1], old[0])
+    new = b"\xb0\x84" + struct.pack(">I", new[1]) + b"\xba\x84" + struct.pack(">I", new[0])
+    at = content.index(old, content.index(b"\x16\x54\xae\x6b"))
+    made = bytearray(content[:at] + new + content[at + len(old) :])
+    begin = made.rindex(b"\x16\x54\xae\x6b", 0, at)
+    for mark in (b"\x16\x54\xae\x6b", b"\xae", b"\xe0"):  # Tracks, TrackEntry, Video: each is longer now
+        while not made.startswith(mark, begin):
+            _, size, inside = element(made, begin)
+            begin = inside + size
+        begin, size, inside = element(made, begin)
+        made[begin:inside] = (size + len(new) - len(old) | 1 << 7 * (inside - begin)).to_bytes(inside - begin, "big")
+        begin = inside
+    return bytes(made)
+
+
+def element(content, at):
+    """Of a Matroska element: where the number of its size begins, the size, where its content begins."""
+    begin = at + 9 - content[at].bit_length()
+    length = 9 - content[begin].bit_length()
+    return begin, int.from_bytes(content[begin : begin + length], "big") & ((1 << 7 * length) - 1), begin + length
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("size", [(65_535, 65_535), (16_000, 16_000)])
+def test_huge_gifs(size, lying, peak):
+    refused(lying("picture.gif", b"GIF8", 6, "<HH", size), "megapixels")
+    assert peak() < 2**28
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("size", [(100_000, 100_000), (2**31 - 1, 1), (16_000, 16_000), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_huge_images(size, in_folder, tmp_path, peak):
+    path = write_image(tmp_path / "a.png", quarters())
+    content = path.read_bytes()
+    header = b"IHDR" + struct.pack(">II", *size) + content[24:29]
+    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+    refused(tmp_path if in_folder else path, "a.png is too large: evoprune reads at most 134 megapixels")  # not damaged
+    assert peak() < 2**28
+
+
+@pytest.mark.full
+def test_large_pictures_are_read(tmp_path):
+    picture = np.zeros((1000, 9000, 3), np.uint8)
+    picture[:500, :, 0] = 255
+    write_image(tmp_path / "a.png", picture)
+    info = probe(tmp_path)
+    assert (info.width, info.height) == (9000, 1000)
+    assert np.array_equal(next(read_frames(info, [0.0, 0.1])).frames[1], picture)
+
+
+def test_matroska_that_claims_years(folder, tmp_path):
+    content = write_kind(folder, "vp9.webm").read_bytes()
+    path = tmp_path / "long.webm"
+    path.write_bytes(content.replace(struct.pack(">d", 4000.0), struct.pack(">d", 1e12)))
+    info = probe(path)
+    assert info.duration_s == pytest.approx(4.0) and info.stated_s == pytest.approx(1e9) and info.cut_short
+    assert numbers(info, [0.05, 3.95]) == [0, 39]
+
+
+def test_no_frames_at_all(folder, tmp_path):
+    content = write_kind(folder, "fragments.mp4").read_bytes()
+    path = tmp_path / "none.mp4"
+    path.write_bytes(content[: content.index(b"moof") - 4])
+    refused(path, "no frame")
+    for ending in ("mkv", "avi", "flv", "mp4"):
+        with av.open(str(tmp_path / f"none.{ending}"), "w") as out:
+            stream = out.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            out.start_encoding()
+        refused(tmp_path / f"none.{ending}")
+
+
+def test_no_times_in_a_transport_stream(folder, tmp_path):
+    """PES headers, changed to state that they hold no times."""
+    content = bytearray(write_kind(folder, "h264.ts").read_bytes())
+    at, count = content.find(b"\0\0\1\xe0"), 0
+    while at >= 0:
+        content[at + 7] &= 0x3F
+        at, count = content.find(b"\0\0\1\xe0", at + 1), count + 1
+    path = tmp_path / "timeless.ts"
+    path.write_bytes(content)
+    info = probe(path)
+    assert count == 40 and info.duration_s > 1
+    step = 1 / info.fps
+    assert numbers(info, [0.0, 10 * step + 0.001, info.duration_s]) == [0, 10, 39]
+
+
+def test_a_cover_comes_first_and_nothing_else_moves(folder, tmp_path):
+    path = add_beside(write_kind(folder, "h264.mp4"), tmp_path / "a.mp4", "cover")
+    assert probe(path).codec == "h264" and scan(path).frames == 40
+
+
+def test_frames_that_change_their_size(tmp_path):
+    """Two raw streams, one after the other."""
+    pieces = [
+        write_video(tmp_path / f"{size}.h264", numbered_frames(20, *size), options={"x264-params": "annexb=1"})
+        for size in ((48, 64), (96, 128), (24, 32))
+    ]
+    path = tmp_path / "changing.h264"
+    path.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
+    info = probe(path)
+    assert (info.width, info.height) == (64, 48)
+    assert numbers(info, [i / 25 + 0.01 for i in range(60)]) == [*range(20)] * 3
+
+
+@pytest.mark.full
+def test_what_must_not_be_is_noticed(tmp_path, monkeypatch):
+    """A case that fails, one that takes long, one that takes much memory: each keeps its file."""
+    problems = iter([(1, "ZeroDivisionError", 0.1, 0), (0, "answered", 99.0, 0), (0, "answered", 99.0, 0)])
+    monkeypatch.setattr(mutations, "timed", lambda *_: next(problems, (3, "not a video", 0.1, 2**40)))
+    outcomes = list(run_all(range(3), 0, tmp_path))
+    assert [o.bad for o in outcomes] == ["ZeroDivisionError", "it took 99 s", "it took 1048576 MiB"]
+    assert {path.name.partition("_")[0] for path in tmp_path.iterdir()} == {"0", "1", "2", "sources"}
+    lines = table(outcomes).splitlines()
+    assert len(lines) == 5 and lines[2].startswith("| 0 | answered | 1 | 99.0 s |")
+
+
+def check(numbers, seed, folder):
+    outcomes = list(run_all(numbers, seed, folder))
+    assert not [outcome for outcome in outcomes if outcome.bad], table(outcomes)
+    return outcomes
+
+
+def test_broken_videos_are_answered_or_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutations, "COMMAND_EVERY", 1000)
+    outcomes = check(range(4 * len(SOURCES)), 77, tmp_path)
+    assert {outcome.code for outcome in outcomes} == {0, 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["sources"]
+
+
+@pytest.mark.slow
+def test_a_thousand_broken_videos(tmp_path):
+    assert len(check(range(1000), 0, tmp_path)) == 1000

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.frames import DECODERS, choose_decoder, read_frames
-from evoprune.video.probe import probe
+from evoprune.video.frames import DECODERS, choose_decoder, probe, read_frames
 from evoprune.video.readers import decord as backend
 from tests.video.files import number_of, numbered_frames, numbers, pixels, spoil, write_video
 from tests.video.kinds import HEVC, OPEN_GOP

@@ -8,10 +8,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.frames import choose_decoder, read_frames
-from evoprune.video.info import FOLDER_FPS
-from evoprune.video.listing import natural
-from evoprune.video.probe import probe
+from evoprune.video.frames import choose_decoder, probe, read_frames
+from evoprune.video.info import FOLDER_FPS, natural
 from evoprune.video.readers import folder as backend
 from evoprune.video.readers.folder import exif_orientation
 from tests.decoders import needs_decord

@@ -1,5 +1,11 @@
+"""The frame on screen at any time: of every kind of file, by either decoder, in a process apart or in this one; its pixels."""
+
 import pickle
+import struct
 from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -7,15 +13,18 @@ import pytest
 from av.video.reformatter import VideoReformatter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.frames import read_frames
-from evoprune.video.probe import probe
+from evoprune.video.frames import probe, read_frames, scan
 from evoprune.video.readers import ffmpeg, pyav
 from evoprune.video.readers.ffmpeg import TOLERANCE_S
 from evoprune.video.sandbox import isolation
-from tests.video.files import number_of, numbered_frame, numbered_frames, numbers, pixels, write_video
-from tests.video.kinds import KINDS, write_kind
+from experiments.decoders import in_this_process
+from tests.decoders import DECODERS, EVERY, needs_decord
+from tests.video.files import number_of, numbered_frames, numbers, pixels, quarters, write_image, write_video
+from tests.video.good import good_files
+from tests.video.kinds import KINDS, table, write_kind
 
 WHOLE = [name for name, kind in KINDS.items() if kind.frames == 40 and not kind.hidden]
 
@@ -69,11 +78,7 @@ def test_the_frame_on_screen_is_read(info):
     displayed = [expected(frames, wanted) for wanted in times]
     assert [t for chunk in chunks for t in chunk.times_s] == pytest.approx([t for t, _ in displayed])
     np.testing.assert_array_equal(pixels(chunks), np.stack([rgb for _, rgb in displayed]))
-
-
-def test_frames_come_in_the_order_they_were_written(info):
-    times = [t + 0.001 for t, _ in everything(info)]
-    assert numbers(info, times) == list(range(40))
+    assert numbers(info, [t + 0.001 for t, _ in frames]) == list(range(40))  # in the order in which they were written
 
 
 @pytest.mark.full
@@ -234,5 +239,206 @@ def test_requests_that_make_no_sense(long_file):
             read_frames(info, times)
 
 
-def test_numbers_survive_encoding():
-    assert [number_of(numbered_frame(i)) for i in range(256)] == list(range(256))
+def moments_in(info):
+    return sorted([-1.0, 0.0, *np.linspace(0, info.duration_s, 23), 99.0])
+
+
+@needs_decord
+@pytest.mark.few(8)
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.decord_refuses])
+def test_both_decoders_show_the_same_frames(name, folder):
+    info = probe(write_kind(folder, name))
+    right, got = (list(read_frames(info, moments_in(info), decoder=d)) for d in ("pyav", "decord"))
+    times = [[t for chunk in chunks for t in chunk.times_s] for chunks in (right, got)]
+    assert times[1] == pytest.approx(times[0], abs=1e-6)
+    assert [number_of(rgb) for rgb in pixels(got)] == [number_of(rgb) for rgb in pixels(right)]
+    difference = np.abs(pixels(got).astype(int) - pixels(right))
+    # Half-covered pixels of colour at odd edges, and more than 8 bits, are rounded differently.
+    assert difference.max() <= 2 or (name == "odd.webm" or ("_10" in name and difference.mean() < 2))
+
+
+@pytest.mark.few(10)
+@pytest.mark.parametrize("decoder", EVERY)
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_is_answered_or_refused(name, decoder, folder, capfd):
+    kind, path = KINDS[name], write_kind(folder, name)
+    capfd.readouterr()  # what encoders print
+    info = probe(path)
+    times = [0.0, info.duration_s / 2, info.duration_s]
+    reason = kind.decord_refuses if decoder == "decord" else None
+    if reason:
+        with pytest.raises(VideoError) as caught:
+            list(read_frames(info, times, decoder=decoder))
+        assert caught.value.exit_code == 3
+        assert reason in caught.value.message and info.path in caught.value.message
+        assert caught.value.hint == "use decoder pyav"
+    else:
+        first, middle, last = numbers(info, times, decoder=decoder)
+        assert (first, last) == (kind.hidden, kind.frames - 1)
+        assert first <= middle <= last
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_results_hold_this_table():
+    page = Path(__file__).parents[2] / "results" / "video.md"
+    assert table() in page.read_text(encoding="utf-8")
+
+
+def read_everything(path, decoder, chunk_frames):
+    """Metadata, the result of a scan, the frames at some times and their own times; or the error."""
+    info = probe(path)
+    end = info.duration_s
+    times = sorted([0.0, *np.linspace(0, end, 12), *np.random.default_rng(0).uniform(0, end, 5), end + 1])
+    chunk_bytes = chunk_frames * info.width * info.height * 3
+    try:
+        chunks = list(read_frames(info, times, decoder=decoder, chunk_bytes=chunk_bytes))
+    except VideoError as problem:
+        return info, None, (problem.message, problem.hint), None
+    displayed = [(chunk.first, chunk.times_s, chunk.damaged) for chunk in chunks]
+    return info, replace(scan(path), seconds=0.0), displayed, pixels(chunks)
+
+
+def check_apart(path, chunk_frames):
+    for decoder in DECODERS:
+        apart = read_everything(path, decoder, chunk_frames)
+        with in_this_process():
+            here = read_everything(path, decoder, chunk_frames)
+        assert apart[:3] == here[:3], path
+        assert np.array_equal(apart[3], here[3]), path
+        assert decoder == "decord" or apart[3] is not None
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "vary.webm", "turned.mp4", "late.ts", "odd.mp4"])
+def test_a_few_files_apart_and_here(name, folder):
+    check_apart(write_kind(folder, name), 4)
+
+
+def test_a_folder_apart_and_here(tmp_path):
+    for i, rgb in enumerate(numbered_frames(9)):
+        write_image(tmp_path / f"{i}.{('png', 'jpg', 'webp', 'bmp')[i % 4]}", rgb)
+    check_apart(tmp_path, 4)
+
+
+@pytest.mark.slow
+def test_two_hundred_files(tmp_path):
+    files = good_files(tmp_path)
+    assert len(files) == 200
+    for i, path in enumerate(files):
+        check_apart(path, 2 + i % 9)
+
+
+def first_picture(path):
+    return next(read_frames(probe(path), [0.0])).frames[0]
+
+
+@pytest.mark.few(8)
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+def test_frames_are_turned_for_display(rotation, mirrored, ending, folder):
+    path = write_video(folder / f"turned.{ending}", [quarters()] * 2, rotation=rotation, mirrored=mirrored)
+    upright = quarters()[:, ::-1] if mirrored else quarters()
+    turned = np.rot90(upright, -rotation // 90)
+    got = first_picture(path)
+    assert got.shape == turned.shape
+    assert got.flags.c_contiguous
+    assert np.abs(got.astype(int) - turned).mean() < 8
+
+
+@pytest.mark.parametrize(
+    ("matrix", "order"),  # order: colours above from left to right, then below
+    [((0, 1, -1, 0), "BRWG"), ((0, -1, 1, 0), "GWRB"), ((-1, 0, 0, -1), "WBGR"), ((-1, 0, 0, 1), "GRWB")],
+)
+def test_the_matrix_of_a_phone_is_read_as_phones_mean_it(matrix, order, folder):
+    path = write_video(folder / "phone.mp4", [quarters()] * 2)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 44  # a phone held upright writes (0, 1, -1, 0) here, as 16.16 fixed-point numbers
+    a, b, c, d = (value << 16 for value in matrix)
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    got = first_picture(path).astype(int)
+    height, width = got.shape[:2]
+    corners = [got[y, x] for y in (8, height - 8) for x in (8, width - 8)]
+    colours = {(1, 0, 0): "R", (0, 1, 0): "G", (0, 0, 1): "B", (1, 1, 1): "W"}
+    assert "".join(colours[tuple(int(v > 128) for v in corner)] for corner in corners) == order
+
+
+def test_full_range_is_honoured(folder):
+    grey = [np.full((48, 64, 3), 10, np.uint8)] * 2
+    path = write_video(folder / "full.mp4", grey, codec="mjpeg", pix_fmt="yuvj420p")
+    assert abs(int(first_picture(path).mean()) - 10) <= 2
+
+
+CLEAR = np.zeros((48, 64, 4), np.uint8)  # red, half black, and nothing, which is stored as black
+
+
+CLEAR[:, :24] = 200, 0, 0, 255
+
+
+CLEAR[:, 24:40] = 0, 0, 0, 128
+
+
+# What is seen of it, from left to right.
+OVER_WHITE = [(200, 0, 0), (127, 127, 127), (255, 255, 255)]
+
+
+TRANSPARENT = {
+    "prores.mov": ("prores_ks", "yuva444p10le", {}),
+    "animation.mov": ("qtrle", "argb", {}),
+    "png.mov": ("png", "rgba", {}),
+    "ffv1.mkv": ("ffv1", "bgra", {}),
+    "vp9.webm": ("libvpx-vp9", "yuva420p", {"auto-alt-ref": "0"}),
+    "vp8.webm": ("libvpx", "yuva420p", {"auto-alt-ref": "0"}),
+}
+
+
+def written_transparent(path, codec, pix_fmt, options):
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=10, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
+        for i in range(3):
+            frame = av.VideoFrame.from_ndarray(CLEAR, format="rgba").reformat(format=pix_fmt)
+            frame.pts, frame.time_base = i, Fraction(1, 10)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return path
+
+
+def is_over_white(got):
+    colours = [got[24, x].astype(int) for x in (10, 32, 56)]
+    return np.abs(np.subtract(colours, OVER_WHITE)).max() <= 4
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+def test_transparent_parts_of_videos_are_put_over_white(name, tmp_path):
+    info = probe(written_transparent(tmp_path / name, *TRANSPARENT[name]))
+    (chunk,) = read_frames(info, [0.05, 0.25])
+    assert is_over_white(chunk.frames[0]) and is_over_white(chunk.frames[1])
+
+
+@pytest.mark.parametrize("ending", ["png", "webp"])
+def test_transparent_frames_of_a_folder_are_put_over_white(ending, tmp_path):
+    Image.fromarray(CLEAR).save(tmp_path / f"a.{ending}", lossless=True, exact=True)
+    large = Image.fromarray(CLEAR).resize((128, 96), Image.Resampling.NEAREST)
+    large.save(tmp_path / f"b.{ending}", lossless=True, exact=True)
+    assert is_over_white(first_picture(tmp_path / f"a.{ending}"))  # a picture
+    (chunk,) = read_frames(probe(tmp_path), [0.0, 0.5])
+    assert is_over_white(chunk.frames[0]) and is_over_white(chunk.frames[1])
+
+
+@pytest.mark.parametrize(("ending", "mode"), [("png", "LA"), ("png", "P")])
+def test_grey_and_palettes_with_transparency(ending, mode, tmp_path):
+    image = Image.fromarray(CLEAR).convert("LA") if mode == "LA" else Image.fromarray(CLEAR[..., 0]).convert("P")
+    image.save(tmp_path / f"a.{ending}", **({} if mode == "LA" else {"transparency": 0}))
+    (chunk,) = read_frames(probe(tmp_path), [0.0])
+    assert chunk.frames[0][24, 56].tolist() == [255] * 3
+    assert np.array_equal(chunk.frames[0], first_picture(tmp_path / f"a.{ending}"))
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.apng"])
+def test_animations_are_put_over_white(name, tmp_path):
+    frames = [Image.fromarray(np.roll(CLEAR, i, 1)) for i in range(3)]
+    how = {"format": "PNG"} if name == "a.apng" else {"disposal": 2}
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=100, **how)
+    got = first_picture(tmp_path / name)
+    assert got[24, 56].tolist() == [255] * 3 and np.abs(got[24, 10].astype(int) - (200, 0, 0)).max() <= 2

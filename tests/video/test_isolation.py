@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.video.frames import read_frames
-from evoprune.video.probe import probe
+from evoprune.video.frames import probe, read_frames
 from evoprune.video.sandbox import channel, isolation
 from tests.video.files import number_of, numbered_frames, numbers, pixels, write_video
 from tests.video.unruly import PROGRAM
@@ -176,7 +175,7 @@ def test_neither_side_has_what_it_does_not_need(named, started):
     there = caught.value.message.split()
     assert "av" in there and not {"torch", "transformers", "decord", "subprocess", "site"} & set(there)
     program = (
-        "import sys; from evoprune.video.probe import probe; from evoprune.video.sandbox import isolation\n"
+        "import sys; from evoprune.video.frames import probe; from evoprune.video.sandbox import isolation\n"
         "assert 'numpy' not in sys.modules\n"
         "from evoprune.video import frames; assert 'av' not in sys.modules"
     )
@@ -395,7 +394,7 @@ def test_a_fork_starts_its_own(good, started):
 PARENT = """
 import sys
 from evoprune.video.sandbox import isolation
-from evoprune.video.probe import probe
+from evoprune.video.frames import probe
 from tests.video.unruly import PROGRAM
 isolation.PROGRAM = PROGRAM
 probe(sys.argv[1])

@@ -11,9 +11,8 @@ from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
 
 from evoprune.errors import VideoError
-from evoprune.video.frames import read_frames
+from evoprune.video.frames import probe, read_frames, scan
 from evoprune.video.info import PICTURE, VIDEO
-from evoprune.video.probe import probe, scan
 from tests.video.files import numbered_frames, write_video
 
 SIZE = (37, 23)
@@ -90,12 +89,7 @@ def test_every_kind_is_what_hugging_face_sees(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("comment", "tags"),
-    [
-        ("by the sea", {"comment": "by the sea"}),
-        (b"", {}),
-        (b"\xff\xd8\xff", {}),
-        (b"x" * 60_000, {}),
-    ],
+    [("by the sea", {"comment": "by the sea"}), (b"", {}), (b"\xff\xd8\xff", {}), (b"x" * 60_000, {})],
     ids=["text", "none", "no text", "too long"],
 )
 def test_a_comment_is_a_tag(tmp_path, comment, tags):

@@ -1,14 +1,19 @@
+"""What is known of a file: by `probe` from its metadata, by `scan` from all of it; files that were joined byte by byte."""
+
 import os
 
 import av
 import numpy as np
 import pytest
 
-from evoprune.errors import VideoError
-from evoprune.video.probe import probe, scan
-from tests.video.files import SAID, numbered_frames, write_said, write_sound, write_video
+from evoprune.errors import UsageError, VideoError
+from evoprune.video.frames import probe, read_frames, scan
+from tests.video.files import SAID, numbered_frames, numbers, spoil, write_image, write_said, write_sound, write_video
+from tests.video.kinds import KINDS, write_kind
 
 FRAMES = numbered_frames(30)
+
+
 FILES = {
     "plain.mp4": ({}, {"codec": "h264", "variable_rate": False, "frames_total": 30, "pix_fmt": "yuv420p"}),
     "plain.mov": ({}, {"codec": "h264", "variable_rate": False}),
@@ -26,6 +31,7 @@ FILES = {
     "long_audio.mp4": ({"audio_s": 9.0}, {}),
     "long_audio.mkv": ({"audio_s": 9.0}, {}),
     "fragments.mp4": ({"container_options": {"movflags": "frag_keyframe+empty_moov"}}, {}),
+    "no_length.mkv": ({"container_options": {"live": "1"}}, {}),  # read to its end
 }
 
 
@@ -46,16 +52,6 @@ def test_a_raw_stream_has_its_frames_counted(tmp_path):
     assert info.start_s == 0
 
 
-def test_a_live_recording_without_length_is_read_to_its_end(tmp_path):
-    info = probe(write_video(tmp_path / "live.mkv", FRAMES, container_options={"live": "1"}))
-    assert info.duration_s == pytest.approx(3.0)
-
-
-@pytest.mark.parametrize(("name", "how"), [("one.mp4", {}), ("one.webm", {"codec": "libvpx-vp9"})])
-def test_a_single_frame_lasts_as_long_as_it_is_shown(name, how, tmp_path):
-    assert probe(write_video(tmp_path / name, FRAMES[:1], **how)).duration_s == pytest.approx(0.1)
-
-
 def test_a_variable_rate_is_noticed_but_rounded_times_are_not(tmp_path):
     vary = [0.01 * i * i for i in range(30)]
     assert probe(write_video(tmp_path / "vary.mp4", FRAMES, pts=vary)).variable_rate is True
@@ -63,29 +59,8 @@ def test_a_variable_rate_is_noticed_but_rounded_times_are_not(tmp_path):
     assert probe(write_video(tmp_path / "rounded.mp4", FRAMES, pts=rounded)).variable_rate is False
 
 
-@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
-@pytest.mark.parametrize("mirrored", [False, True])
-def test_orientation(rotation, mirrored, tmp_path):
-    info = probe(write_video(tmp_path / "turned.mp4", FRAMES[:2], rotation=rotation, mirrored=mirrored))
-    assert (info.rotation_deg, info.mirrored) == (rotation, mirrored)
-    assert (info.width, info.height) == ((64, 48) if rotation in (0, 180) else (48, 64))
-
-
 def test_tags(tmp_path):
     assert probe(write_video(tmp_path / "a.mp4", FRAMES[:2], metadata={"comment": "hello"})).tags["comment"] == "hello"
-
-
-def test_a_cut_file_is_as_long_as_what_is_left(tmp_path):
-    whole = write_video(tmp_path / "whole.mp4", FRAMES, container_options={"movflags": "faststart"})
-    cut = tmp_path / "cut.mp4"
-    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 3 // 4])
-    assert 0.1 < probe(cut).duration_s < 2.9
-
-
-def test_names_that_look_like_protocols(tmp_path, monkeypatch):
-    write_video(tmp_path / "plain.mp4", FRAMES[:2]).rename(tmp_path / "http:12:30.mp4")
-    monkeypatch.chdir(tmp_path)
-    assert probe("http:12:30.mp4").path == "http:12:30.mp4"
 
 
 def refused(path, *words):
@@ -97,11 +72,8 @@ def refused(path, *words):
         assert word in caught.value.message + caught.value.hint
 
 
-def test_urls_are_refused():
-    refused("https://example.org/a.mp4", "yt-dlp")
-
-
 def test_what_is_not_a_file_is_refused(tmp_path):
+    refused("https://example.org/a.mp4", "yt-dlp")
     refused(tmp_path / "missing.mp4", "no such file")
     refused(tmp_path, "folder")
     with pytest.raises(VideoError, match="no file can have the name"):
@@ -111,8 +83,15 @@ def test_what_is_not_a_file_is_refused(tmp_path):
         refused(tmp_path / "pipe", "not a regular file")
 
 
-@pytest.mark.parametrize("content", [b"", bytes(5000), b"hello\n" * 500, np.random.default_rng(0).bytes(5000)])
-@pytest.mark.parametrize("name", ["a.mp4", "a.txt", "a.mkv", "a.ts"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.mp4", b""),
+        ("a.txt", b"hello\n" * 500),
+        ("a.mkv", bytes(5000)),
+        ("a.ts", np.random.default_rng(0).bytes(5000)),
+    ],
+)
 def test_what_is_not_a_video_is_refused(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     refused(tmp_path / name)
@@ -221,3 +200,164 @@ def test_a_short_gap_is_no_end_that_is_missing(tmp_path):
     written = write_video(tmp_path / "a.mp4", numbered_frames(32), pts=times, fps=12, options={"bf": "3"})
     info = probe(copied(written, tmp_path / "b.mkv"))
     assert not info.cut_short and info.duration_s == pytest.approx(times[-1] + 1 / 12, abs=2e-3)
+
+
+@pytest.mark.few(12)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_scan_of_whole_files(name, folder):
+    kind, path = KINDS[name], write_kind(folder, name)
+    found, info = scan(path), probe(path)
+    assert (found.frames, found.damaged) == (kind.frames - kind.hidden, 0)
+    assert found.duration_s == pytest.approx(info.duration_s, abs=1e-3)
+    # FFmpeg's writer of program streams leaves one step out.
+    assert found.variable_rate == (name.startswith("vary") or name == "mpeg2.mpg")
+    assert found.stated_s is None or found.stated_s == pytest.approx(found.duration_s, rel=0.25)
+    assert found.largest_gap_s <= found.keyframe_max_s <= found.duration_s + 1e-4
+    assert found.keyframe_median_s <= found.keyframe_max_s
+    assert found.seconds > 0
+
+
+def test_a_scan_of_intervals(tmp_path):
+    displayed = [0.0, 0.1, 0.2, 0.9, 1.0, 1.1]
+    found = scan(write_video(tmp_path / "gap.mp4", numbered_frames(6), pts=displayed))
+    assert found.largest_gap_s == pytest.approx(0.7)
+    assert found.variable_rate
+    steady = {"options": {"sc_threshold": "0"}}
+    found = scan(write_video(tmp_path / "a.mp4", numbered_frames(45), gop=10, **steady))
+    assert (found.keyframe_median_s, found.keyframe_max_s, found.largest_gap_s) == (1.0, 1.0, 0.1)
+    found = scan(write_video(tmp_path / "b.mp4", numbered_frames(45), gop=1000, **steady))
+    assert (found.keyframe_median_s, found.keyframe_max_s) == (4.5, 4.5)
+
+
+@pytest.mark.parametrize(("name", "how"), [("one.mp4", {}), ("one.webm", {"codec": "libvpx-vp9"})])
+def test_a_single_frame(name, how, tmp_path):
+    found = scan(write_video(tmp_path / name, numbered_frames(1), **how))
+    assert (found.frames, found.largest_gap_s, found.variable_rate) == (1, 0.0, False)
+    assert found.duration_s == found.keyframe_max_s == probe(tmp_path / name).duration_s == pytest.approx(0.1)
+
+
+def test_rounded_times_are_not_variable(tmp_path):
+    path = write_video(tmp_path / "rounded.mkv", numbered_frames(40), pts=[i / 30 for i in range(40)])
+    assert not scan(path).variable_rate
+
+
+def test_damage_is_counted_and_explains_gaps(tmp_path):
+    whole = write_video(tmp_path / "whole.mp4", numbered_frames(30), gop=1)
+    found = scan(spoil(whole, tmp_path / "spoilt.mp4", {4, 11, 12}))
+    assert (found.frames, found.damaged, found.variable_rate) == (27, 3, False)
+    assert found.largest_gap_s == pytest.approx(0.3)
+    assert found.duration_s == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("ending", ["mkv", "mp4", "avi", "webm"])
+def test_a_cut_file_is_shorter_than_it_states(ending, tmp_path):
+    how = {"mp4": {"container_options": {"movflags": "faststart"}}, "webm": {"codec": "libvpx-vp9"}}
+    whole = write_video(tmp_path / f"whole.{ending}", numbered_frames(60), **how.get(ending, {}))
+    path = tmp_path / f"cut.{ending}"
+    path.write_bytes(whole.read_bytes()[: whole.stat().st_size * 3 // 4])
+    found = scan(path)
+    assert found.duration_s < found.stated_s - 0.5
+    assert found.frames < 60
+    assert probe(path).duration_s == pytest.approx(found.duration_s, abs=0.5)
+
+
+def test_a_scan_of_a_folder(tmp_path):
+    for i, rgb in enumerate(numbered_frames(8)):
+        write_image(tmp_path / f"{i}.png", rgb)
+    (tmp_path / "3.png").write_bytes(b"damaged")
+    found = scan(tmp_path, folder_fps=4)
+    assert (found.frames, found.damaged, found.duration_s, found.variable_rate) == (7, 1, 2.0, False)
+    assert (found.largest_gap_s, found.keyframe_median_s, found.keyframe_max_s) == (0.5, 0.25, 0.5)
+    with pytest.raises(UsageError):
+        scan(tmp_path, folder_fps=0)
+
+
+def test_what_cannot_be_scanned(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"hello" * 1000)
+    for path in (tmp_path / "a.mp4", tmp_path / "missing.mp4", tmp_path):
+        with pytest.raises(VideoError):
+            scan(path)
+
+
+MPEG2 = {"codec": "mpeg2video", "fps": 25}
+
+
+JOINED = {
+    "a.ts": ({}, {}),
+    "b.ts": (MPEG2, MPEG2),
+    "no_reordering.ts": ({"options": {"bf": "0"}},) * 2,
+    "hours_later.ts": ({}, {"start": 20_000.0}),  # a recording that began at another time of the day
+    "hours_earlier.ts": ({"start": 20_000.0}, {}),
+    "a.vob": (MPEG2, MPEG2),
+    "a.mpg": (MPEG2, MPEG2),
+    "a.mkv": ({}, {}),
+    "a.avi": ({"codec": "mpeg4"},) * 2,
+    "b.avi": ({}, {}),
+    "a.webm": ({"codec": "libvpx"},) * 2,
+}
+
+
+def joined(folder, name, cut):
+    """Frames 0 to 239, the first `cut` of them from one file, the others from another one."""
+    ending = name.rpartition(".")[2]
+    frames, path = numbered_frames(240), folder / f"joined.{ending}"
+    parts = zip((frames[:cut], frames[cut:]), JOINED[name], strict=True)
+    files = [write_video(folder / f"{i}.{ending}", some, **how) for i, (some, how) in enumerate(parts)]
+    path.write_bytes(b"".join(file.read_bytes() for file in files))
+    return path
+
+
+@pytest.mark.few(5)
+@pytest.mark.parametrize("cut", [200, 40])
+@pytest.mark.parametrize("name", JOINED)
+def test_times_go_on(name, cut, tmp_path):
+    path = joined(tmp_path, name, cut)
+    info, found, step = probe(path), scan(path), 1 / JOINED[name][0].get("fps", 10)
+    assert info.clock_restarts == 1 and not info.cut_short
+    assert [info.duration_s, found.duration_s] == pytest.approx([240 * step] * 2, abs=2 * step)
+    assert (found.frames, found.damaged) == (240, 0) and found.largest_gap_s < 3 * step
+    times = [(i + 0.5) * 240 * step / 24 for i in range(24)]
+    assert numbers(info, times) == pytest.approx([5 + 10 * i for i in range(24)], abs=2)
+    assert sum(chunk.damaged for chunk in read_frames(info, times)) == 0
+
+
+@pytest.mark.few(1)
+def test_several_parts(tmp_path):
+    path = tmp_path / "three.ts"
+    parts = [write_video(tmp_path / f"{i}.ts", numbered_frames(30)) for i in range(3)]
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    info = probe(path)
+    assert (info.clock_restarts, scan(path).damaged) == (2, 0) and info.duration_s == pytest.approx(9.0, abs=0.2)
+    assert numbers(info, [0.05, 2.95, 3.05, 5.95, 6.05, 8.95]) == pytest.approx([0, 29] * 3, abs=1)
+
+
+def test_damage_between_the_joints_still_counts(tmp_path):
+    whole = write_video(tmp_path / "whole.ts", numbered_frames(60), gop=1).read_bytes()
+    lost = bytearray(whole)
+    for share in (0.8, 0.5, 0.3):
+        at = int(len(whole) * share) // 188 * 188
+        del lost[at : at + 188]
+    (tmp_path / "joined.ts").write_bytes(whole + lost)
+    found, alone = scan(tmp_path / "joined.ts"), tmp_path / "lost.ts"
+    alone.write_bytes(lost)
+    assert found.damaged == scan(alone).damaged > 0
+
+
+@pytest.mark.parametrize("name", ["vary.ts", "late.ts", "mpeg2.mpg", "h264.mkv", "negative.mkv"])
+def test_a_file_in_one_piece_has_one_clock(name, folder):
+    assert probe(write_kind(folder, name)).clock_restarts == 0
+
+
+def test_gaps_of_hours_are_no_restart(tmp_path):
+    times = [0.0, 1234.567, 5000.003, 9999.987, 20000.017]
+    for name in ("a.mkv", "a.mp4", "a.webm"):
+        how = {"codec": "libvpx"} if name == "a.webm" else {}
+        info = probe(write_video(tmp_path / name, numbered_frames(5), pts=times, **how))
+        assert info.clock_restarts == 0 and info.duration_s == pytest.approx(times[-1] + 0.1, abs=2e-3)
+
+
+def test_decord_refuses_them(tmp_path):
+    pytest.importorskip("decord")
+    path = joined(tmp_path, "a.mkv", 40)
+    with pytest.raises(VideoError, match="restart"):
+        list(read_frames(probe(path), [0.0, 1.0], decoder="decord"))

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.video.probe import probe, read_subtitles
+from evoprune.video.frames import probe, read_subtitles
 from tests.video.subtitled import ASS, SRT, SSA, VTT, pictures, srt, write_subtitled
 
 WHO, SIZE = (1.0, 2.0, "Who is there?"), (3.5, 4.0, "Größe {laughs} <|im_end|>")

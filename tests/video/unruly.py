@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from evoprune.errors import VideoError
-from evoprune.video.readers import ffmpeg, metadata
-from evoprune.video.sandbox import channel, tasks, worker
+from evoprune.video.readers import ffmpeg
+from evoprune.video.sandbox import channel, worker
 
 C = ctypes.PyDLL(None)  # calls into C keep Python's lock, as a decoder's callbacks may
 PROGRAM = "import sys; sys.path[:] = {paths}; from tests.video.unruly import main; main({socket})"
@@ -80,7 +80,7 @@ def behave(path: str) -> None:
     DEEDS.get(name, lambda: None)()
 
 
-class UnrulyReader(tasks.FrameReader):
+class UnrulyReader(worker.FrameReader):
     """Reads two arrays of frames; before the third it does what the name says, `later_` left out."""
 
     def __init__(self, info, times_s, decoder):
@@ -94,12 +94,9 @@ class UnrulyReader(tasks.FrameReader):
         return super().fill(frames)
 
 
-def unruly_probe(path, folder_fps):
-    behave(path)
-    return metadata.probe(path, folder_fps)
-
-
 def main(socket: int) -> None:
     channel.ALIVE_EVERY_S = 0.05
-    tasks.TASKS["probe"], worker.FrameReader = unruly_probe, UnrulyReader
+    probe = worker.probe
+    worker.TASKS["probe"] = lambda path, folder_fps: behave(path) or probe(path, folder_fps)
+    worker.FrameReader = UnrulyReader
     worker.main(socket)

@@ -17,8 +17,7 @@ from evoprune.model.config import VisionConfig
 from evoprune.session.loading.model import LoadedModel
 from evoprune.video.frames import read_frames
 from evoprune.video.info import PICTURE, Video
-from evoprune.video.plan import InputLimits, make_plan
-from evoprune.video.sampling import even_times
+from evoprune.video.plan import InputLimits, even_times, make_plan
 from evoprune.vision.preprocess import normalised, pixel_patches, resize
 from evoprune.vision.tower import tower_shape
 

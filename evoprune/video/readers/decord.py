@@ -16,7 +16,6 @@ from av.video.format import VideoFormat
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg, pyav
-from evoprune.video.readers.pixels import may_be_transparent, rotated, turned_size
 
 # In other containers it does not return to the beginning (MPEG-TS), or it does not open them at all.
 CONTAINERS = (ffmpeg.MOV, "matroska,webm", "avi", "flv")
@@ -42,7 +41,7 @@ def check(info: Video) -> None:
         raise _refusal(info, "its FFmpeg has no decoder for AV1")
     if info.container not in CONTAINERS:
         raise _refusal(info, f"it does not read {info.container} reliably")
-    if info.pix_fmt and may_be_transparent(VideoFormat(info.pix_fmt)):
+    if info.pix_fmt and ffmpeg.may_be_transparent(VideoFormat(info.pix_fmt)):
         raise _refusal(info, "it shows transparent parts as black")
     if info.clock_restarts:
         raise _refusal(info, "it loses the frames after a restart of the clock")
@@ -107,12 +106,12 @@ def _pixels(info: Video, frame) -> np.ndarray:
     rows = frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)
     # Frames of MP4 and related containers are rotated already.
     turn = 0 if info.container == ffmpeg.MOV else info.rotation_deg
-    width, height = turned_size((info.width, info.height), turn)
+    width, height = ffmpeg.turned_size((info.width, info.height), turn)
     if rows.shape[:2] != (height, width):
         raise _refusal(info, "the frames change their size")
     # Rows of slim rotated frames are padded, as if each pixel had more than three bytes.
     rgb = rows.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
-    return rotated(rgb, turn, info.mirrored)
+    return ffmpeg.rotated(rgb, turn, info.mirrored)
 
 
 def _check_first(info: Video, rgb: np.ndarray) -> None:

@@ -1,5 +1,9 @@
-"""Opening video files, and reading their packets. FFmpeg sees the bytes of the one file, and no other file."""
+"""What all readers share: what a file is by its first bytes, opening it, its packets, its frames, and their pixels as displayed.
 
+FFmpeg sees the bytes of the one file, and no other file.
+"""
+
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -15,13 +19,14 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition, Stream
 from av.video.codeccontext import VideoCodecContext
+from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from evoprune.backend.limits import available_cores
-from evoprune.errors import VideoError
+from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.text import LONGEST, missing_hint, shorten, shown
-from evoprune.video.readers.signatures import FORMATS, not_a_video
 
 # Called with a number for each damaged packet or image: the same number for the same damage; None where the file breaks off.
 Damage = Callable[[int | None], None]
@@ -34,21 +39,39 @@ SEEKABLE = (MOV, "matroska,webm", "mpegts")
 # Containers that files are often joined in, byte by byte (`cat a.ts b.ts`, the parts of a DVD), so that the clock restarts.
 JOINED = ("mpegts", "mpeg")
 BACK_S, LONGEST_GAP_S = 0.5, 600.0  # a step back by more is another clock; so is, in such a container, a longer gap
-# Tags with more characters are left out, and all but some, because tags travel with every `Video`.
-TAG_CHARACTERS, MOST_TAGS = 4000, 200
+TAG_CHARACTERS = 4000  # tags with more are left out, because tags travel with every `Video`
 MAX_PIXELS = 2**27  # of pictures that are read: 16K video, and photographs of 100 megapixels, have fewer
 INCOMPLETE = (
     "is it a complete video file? An MP4 or MOV cut off before its index, usually at its end, cannot be read at all"
 )
-MAX_THREADS = 16  # more gain nothing, and each holds a picture
 # Containers in which packet follows packet. At damage, FFmpeg searches for the next packet without an error.
 DENSE = ("matroska,webm", "flv")
-# Bytes between two packets that are no damage, beside twice the first packet's size (its transparency, for example).
-HEADERS = 2**12
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders of streams that say they have transparency
-HDR = (16, 18)  # FFmpeg's numbers of the curves of brightness PQ and HLG
-PROGRESSIVE = 1  # its number of an order of fields; larger ones are of interlaced video
 TOLERANCE_S = 0.0006  # a frame counts as on screen so much before its time: Matroska rounds times to milliseconds
+FORMATS = "MP4, MOV, MKV, WebM, AVI and GIF are read, most others that FFmpeg knows, pictures, and folders of images"
+OTHERS = {
+    b"#EXTM3U": "a playlist", b"ffconcat version": "a playlist", b"%PDF-": "a PDF document",
+    b"PK\x03\x04": "a ZIP archive or an office document", b"\x1f\x8b": "a gzip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!": "a RAR archive", b"\x7fELF": "a program",
+    b"SQLite format 3": "a database", b"\x93NUMPY": "a NumPy array",
+    b"\xff\xfe": "a text file", b"\xfe\xff": "a text file",  # in UTF-16
+}  # fmt: skip
+MEDIA = (b"\x1aE\xdf\xa3", b"RIFF", b"FLV", b"OggS", b"\0\0\1", b"\x30\x26\xb2\x75", b"GIF8", b"YUV4MPEG2")
+BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof")  # of MP4 and MOV, after four bytes
+# Pictures, by Pillow's names of their formats. HEIC is recognised, and refused.
+PICTURES = ("JPEG", "PNG", "WebP", "TIFF", "BMP", "GIF", "AVIF")
+PICTURE_HEADS = {
+    b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG",
+    b"II*\0": "TIFF", b"MM\0*": "TIFF", b"GIF87a": "GIF", b"GIF89a": "GIF",
+}  # fmt: skip
+PICTURE_BRANDS = {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"mif1": "HEIC"}
+CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))  # characters that no text has
+# For every value of EXIF's orientation, as `orientation`: clockwise degrees, and whether a left-right flip comes first.
+ORIENTATION_TAG = 0x0112
+ORIENTATIONS = {
+    1: (0, False), 2: (0, True), 3: (180, False), 4: (180, True),
+    5: (270, True), 6: (90, False), 7: (90, True), 8: (270, False),
+}  # fmt: skip
 
 
 def alive() -> None:
@@ -64,6 +87,48 @@ def ignore_damage(number: int | None) -> None: ...
 
 def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def picture_format(path: str) -> str | None:
+    """Pillow's name of a picture's format; None if the file does not begin as pictures do."""
+    head = _head(path)
+    if head[4:8] == b"ftyp":
+        brand = PICTURE_BRANDS.get(head[8:12])
+        return "AVIF" if brand == "HEIC" and b"avif" in head[16 : head[3]] else brand
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in (12, 40, 52, 56, 64, 108, 124):
+        return "BMP"  # by the size of its header
+    return next((name for start, name in PICTURE_HEADS.items() if head.startswith(start)), None)
+
+
+def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
+    """The error for a file that FFmpeg could not read, if it surely holds something else than a video.
+
+    Where FFmpeg recognised nothing in it, whatever does not begin as videos do is none.
+    """
+    head = _head(path)
+    if not head or head.startswith(MEDIA) or head[4:8] in BOXES:
+        return None
+    found = next((name for start, name in OTHERS.items() if head.startswith(start)), None)
+    if found is None and len(head.translate(None, CONTROL)) == len(head):
+        found = "a text file"
+    if head.startswith(LFS):
+        return VideoError(f"{path} is a git-lfs pointer", LFS_HINT)
+    if found:
+        return VideoError(f"{path} is not a video: it is {found}", FORMATS)
+    return VideoError(f"{path} is not a video, or its beginning is damaged", FORMATS) if unrecognised else None
+
+
+def _head(path: str) -> bytes:
+    try:
+        # An empty one may be a device that waits (/proc/kmsg).
+        if not os.path.isfile(path) or not os.path.getsize(path):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(4096)
+    except OSError:
+        return b""
 
 
 @contextmanager
@@ -110,17 +175,15 @@ def open_video(path: str) -> Iterator[InputContainer]:
         yield container
 
 
-# A video is not refused for tags that are not valid text. PyAV 19 does not refuse it anyway.
-_TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
-
-
 def open_bytes(file: BinaryIO, format_name: str | None = None) -> InputContainer:
     """Open what a seekable binary file holds, in FFmpeg's format of that name if it is known; PyAV raises its own errors."""
     # FFmpeg gets bytes and no name, because it takes what precedes a colon in a name for a protocol, and %d for a pattern.
     # The whitelist allows no protocol, so a playlist in the file reaches neither other files nor the network.
     options = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
     nameless = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
-    return av.open(nameless, format=format_name, options=options, **_TAGS)
+    # A video is not refused for tags that are not valid text. PyAV 19 does not refuse it anyway.
+    tags = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+    return av.open(nameless, format=format_name, options=options, **tags)
 
 
 def moving(container: InputContainer) -> list[VideoStream]:
@@ -154,15 +217,15 @@ def video_stream(container: InputContainer, path: str, *, threads: bool = False)
 
 
 def tags(container: InputContainer) -> dict[str, str]:
-    """Tags of a container, without those that are too long or too many."""
+    """Tags of a container, at most 200, without those that are too long."""
     short = ((key, text) for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS)
-    return dict(islice(short, MOST_TAGS))
+    return dict(islice(short, 200))
 
 
 def thread_count() -> int:
-    """Threads of a decoder: one more than the cores that this process may use, at most 16; or one."""
+    """Threads of a decoder: one more than the cores that this process may use, at most 16, as each holds a picture; or one."""
     cores = available_cores()
-    return min(cores + 1, MAX_THREADS) if cores > 1 else 1
+    return min(cores + 1, 16) if cores > 1 else 1
 
 
 def nothing_decoded(path: str) -> VideoError:
@@ -188,7 +251,8 @@ def packets(
             if dense and packet.pos is not None:
                 if end is not None and packet.pos - end > slack:
                     damaged(-packet.pos)
-                end, slack = max(end or 0, packet.pos) + packet.size, HEADERS + 2 * packet.size
+                # Headers between two packets are no damage, nor is the transparency of the first one.
+                end, slack = max(end or 0, packet.pos) + packet.size, 2**12 + 2 * packet.size
             if packet.stream.index == stream.index:  # in the packet itself, the one at the end has none
                 yield packet
     # PyAV (18) raises IndexError where damage looks like a new stream.
@@ -200,8 +264,8 @@ def shown_otherwise(stream: VideoStream, first: VideoFrame | None = None) -> dic
     """Fields of `Video` about what players show in another way, by the `first` frame, or by the header alone."""
     context, aspect = stream.codec_context, stream.sample_aspect_ratio
     return {
-        "hdr": (first or context).color_trc in HDR,
-        "interlaced": bool(first.interlaced_frame) if first else context.field_order > PROGRESSIVE,
+        "hdr": (first or context).color_trc in (16, 18),  # FFmpeg's numbers of the curves of brightness PQ and HLG
+        "interlaced": bool(first.interlaced_frame) if first else context.field_order > 1,  # 1 is progressive
         "pixel_aspect": float(aspect) if aspect and aspect != 1 else None,
     }
 
@@ -231,16 +295,12 @@ def decoded_frames(
         except av.error.FFmpegError:  # the next packet may be whole
             broken = True
         if broken:
-            damaged(None if packet is None else _stamp(packet))
+            damaged(None if packet is None else packet.dts if packet.pts is None else packet.pts)
         for frame in frames:
             alive()
             if frame.is_corrupt:
-                damaged(_stamp(frame))
+                damaged(frame.dts if frame.pts is None else frame.pts)
             yield frame
-
-
-def _stamp(found: Packet | VideoFrame) -> int | None:
-    return found.dts if found.pts is None else found.pts
 
 
 def restarts(passed_s: float, container: str) -> bool:
@@ -254,3 +314,52 @@ def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
     # order; the decoding times are right up to a constant.
     stamp = frame.dts if stream.container.format.name == "avi" else frame.pts
     return None if stamp is None else float(stamp * stream.time_base)
+
+
+def orientation(frame: VideoFrame) -> tuple[int, bool]:
+    """Clockwise rotation in degrees (0, 90, 180 or 270), and whether a left-right flip comes before it."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV cannot list side data that includes EXIF, but it reads the rotation
+        return round(-frame.rotation / 90) * 90 % 360, False
+    if matrix is None:
+        return 0, False
+    # Row vectors times the matrix, y downwards: the image's x axis goes to (a, b), its y axis to (c, d).
+    a, b, _, c, d = (int(x) for x in np.frombuffer(matrix, np.int32, count=5))
+    mirrored = a * d < b * c
+    if mirrored:
+        a, b = -a, -b
+    return round(math.degrees(math.atan2(b, a)) / 90) * 90 % 360, mirrored
+
+
+def turned_size(size: tuple[int, int], rotation_deg: int) -> tuple[int, int]:
+    """The two sides of a frame after a rotation, or before it."""
+    return size if rotation_deg % 180 == 0 else size[::-1]
+
+
+def may_be_transparent(form: VideoFormat) -> bool:
+    return form.has_palette or any(component.is_alpha for component in form.components)
+
+
+def to_rgb(
+    frame: VideoFrame, width: int, height: int, rotation_deg: int, mirrored: bool, reformatter: VideoReformatter
+) -> np.ndarray:
+    """uint8 `[height, width, 3]`: the frame by libswscale's default conversion, rotated and scaled to this size.
+
+    Its transparent parts are put over white, as those of pictures are.
+    """
+    if may_be_transparent(frame.format):
+        rgba = reformatter.reformat(frame, format="rgba").to_ndarray().astype(np.uint16)
+        alpha = rgba[..., 3:]
+        if alpha.min() < 255:
+            mixed = (rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
+            frame = VideoFrame.from_ndarray(mixed.astype(np.uint8), format="rgb24")
+    stored = turned_size((width, height), rotation_deg)
+    return rotated(reformatter.reformat(frame, *stored, format="rgb24").to_ndarray(), rotation_deg, mirrored)
+
+
+def rotated(rgb: np.ndarray, rotation_deg: int, mirrored: bool) -> np.ndarray:
+    """A view of stored pixels `[h, w, 3]` as displayed: flipped left to right if `mirrored`, then rotated clockwise."""
+    if mirrored:
+        rgb = rgb[:, ::-1]
+    return np.rot90(rgb, -rotation_deg // 90)  # rot90 rotates anticlockwise

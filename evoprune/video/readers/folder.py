@@ -11,10 +11,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import LFS, LFS_HINT, UsageError, VideoError
-from evoprune.video.info import Video
-from evoprune.video.listing import IMAGES, files
+from evoprune.video.info import IMAGES, Video, files
 from evoprune.video.readers import ffmpeg
-from evoprune.video.readers.pixels import ORIENTATION_TAG, ORIENTATIONS, orientation, to_rgb, turned_size
 
 CONTAINER = "folder"
 MAX_BYTES = 2**29  # larger files count as damaged
@@ -49,7 +47,7 @@ def probe(folder: str, fps: float) -> Video:
         check_size(images[0])  # FFmpeg does not distinguish a picture that is too large from a damaged one
         raise VideoError(f"no image in the folder {folder} can be decoded", "the files are damaged, or no images")
     codec, frame, (rotation, _) = decoded
-    width, height = turned_size((frame.width, frame.height), rotation)
+    width, height = ffmpeg.turned_size((frame.width, frame.height), rotation)
     return Video(
         path=folder,
         duration_s=len(images) / fps,
@@ -78,8 +76,13 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
         for i in [*range(wanted, done, -1), *(range(wanted + 1, last + 1) if rgb is None else ())]:
             if decoded := decode_image(images[i]):
                 _, frame, turn = decoded
-                _check_shape(images[i], frame, turn[0], info)
-                current, rgb = i, to_rgb(frame, info.width, info.height, *turn, reformatter)
+                width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
+                # An image of another shape than the first would be stretched.
+                if abs(width * info.height - height * info.width) > SAME_SHAPE * width * info.height:
+                    shapes = f"{images[i]} has {width}x{height}, the first {info.width}x{info.height}"
+                    hint = "a folder is a video, whose frames have one shape; pictures are asked about one by one: a.jpg b.jpg"
+                    raise VideoError(f"images of different shapes: {shapes}", hint)
+                current, rgb = i, ffmpeg.to_rgb(frame, info.width, info.height, *turn, reformatter)
                 break
             damaged(i)
         done = max(done, wanted, current)
@@ -97,17 +100,8 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
             yield i / info.fps, 1 / info.fps, True
 
 
-def _check_shape(image: str, frame: VideoFrame, rotation: int, info: Video) -> None:
-    """Raises VideoError if an image has another shape than the first, to which it would be stretched."""
-    width, height = turned_size((frame.width, frame.height), rotation)
-    if abs(width * info.height - height * info.width) > SAME_SHAPE * width * info.height:
-        message = f"images of different shapes: {image} has {width}x{height}, the first {info.width}x{info.height}"
-        hint = "a folder is a video, whose frames have one shape; pictures are asked about one by one: a.jpg b.jpg"
-        raise VideoError(message, hint)
-
-
 def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
-    """An image's codec, stored pixels and orientation (see `pixels.orientation`); None if it is damaged or too large."""
+    """An image's codec, stored pixels and orientation (see `ffmpeg.orientation`); None if it is damaged or too large."""
     try:
         with open(path, "rb") as file:
             content = file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else b""
@@ -118,7 +112,11 @@ def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
             frame = next(ffmpeg.decoded_frames(container, stream), None)
             if frame is None:
                 return None
-            return stream.codec_context.codec.canonical_name, frame, exif_orientation(content) or orientation(frame)
+            return (
+                stream.codec_context.codec.canonical_name,
+                frame,
+                exif_orientation(content) or ffmpeg.orientation(frame),
+            )
     except (av.error.FFmpegError, OSError, ValueError, VideoError):
         return None
 
@@ -131,7 +129,7 @@ def exif_orientation(content: bytes) -> tuple[int, bool] | None:
 
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=EXIF_FORMATS) as image:
-            return ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG))
+            return ffmpeg.ORIENTATIONS.get(image.getexif().get(ffmpeg.ORIENTATION_TAG))
     except MemoryError:
         raise
     except Exception:  # damaged data may raise anything

@@ -24,8 +24,6 @@ from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import VideoError
 from evoprune.video.readers import ffmpeg
-from evoprune.video.readers.pixels import orientation, to_rgb, turned_size
-from evoprune.video.readers.signatures import not_a_video, picture_format
 
 _WEB, _RTSP = "http,https,httpproxy,tcp,tls,crypto", "rtsp,rtsps,rtp,udp,tcp,tls"
 PROTOCOLS = {"http": _WEB, "https": _WEB, "rtsp": _RTSP, "rtsps": _RTSP, "udp": "udp", "tcp": "tcp"}
@@ -36,9 +34,7 @@ FORMATS = (
 _WEB_LISTS, _RTSP_LISTS = ",hls,dash,aac,mp3,webvtt", ",rtsp,rtp,sdp"
 PLAYLISTS = {"http": _WEB_LISTS, "https": _WEB_LISTS, "rtsp": _RTSP_LISTS, "rtsps": _RTSP_LISTS}
 JUMP_S, FILE_JUMP_S = 10.0, 600.0  # longer steps between two frames are no gaps, but another clock
-PROBED_US = 10**6  # of the source, in microseconds, is read before the first frame comes
 POLL_S = 0.05  # how often a file is asked whether it has grown
-MOST_ASKED = 10  # the same request, before the first frame: a live playlist is asked for now and then
 
 
 class LiveReader:
@@ -85,21 +81,21 @@ class LiveReader:
         """
         for time_s, frame in self._frames:
             if time_s >= after_s - ffmpeg.TOLERANCE_S:
-                turn = orientation(frame)
-                width, height = turned_size((frame.width, frame.height), turn[0])
+                turn = ffmpeg.orientation(frame)
+                width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
                 self._held = frame, width, height, *turn
                 return {"time_s": time_s, "height": height, "width": width}
         return None
 
     def fill(self, frames: np.ndarray) -> None:
         """Writes the frame that `next` found into uint8 `[1, H, W, 3]`."""
-        frames[0] = to_rgb(*self._held, self._reformatter)
+        frames[0] = ffmpeg.to_rgb(*self._held, self._reformatter)
 
     def close(self) -> None:
         self._open.close()
 
     def _opened(self, descriptor: int | None) -> InputContainer:
-        limits, path = {"max_pixels": str(ffmpeg.MAX_PIXELS), "analyzeduration": str(PROBED_US)}, self._source
+        limits, path = {"max_pixels": str(ffmpeg.MAX_PIXELS), "analyzeduration": str(10**6)}, self._source  # a second
         camera = "v4l2" if path and not self._scheme and stat.S_ISCHR(os.stat(path).st_mode) else None
         if self._scheme:
             limits |= {"protocol_whitelist": PROTOCOLS[self._scheme], "rtsp_flags": "prefer_tcp"}
@@ -110,7 +106,7 @@ class LiveReader:
         limits |= {"protocol_whitelist": "none", "format_whitelist": FORMATS}
         end = time.monotonic() + self._timeout_s
         while True:
-            if path and picture_format(path) not in (None, "GIF"):  # a GIF is read as a video, even of one frame
+            if path and ffmpeg.picture_format(path) not in (None, "GIF"):  # a GIF is read as a video, even of one frame
                 from evoprune.video.readers import picture  # imports Pillow
 
                 if picture.is_picture(path):
@@ -126,7 +122,7 @@ class LiveReader:
                 if not path:
                     raise
                 late = not self._follow or time.monotonic() > end
-                if other := not_a_video(path, unrecognised=late):
+                if other := ffmpeg.not_a_video(path, unrecognised=late):
                     raise other from problem
                 if late:
                     raise VideoError(f"cannot read {path}: {ffmpeg.reason(problem)}", ffmpeg.INCOMPLETE) from problem
@@ -143,7 +139,7 @@ class LiveReader:
                 while not wait([opening], POLL_S).done:
                     ffmpeg.alive()
                     asked = Counter(text for _, _, text in list(log) if text.startswith("request:"))
-                    if max(asked.values(), default=0) > MOST_ASKED:
+                    if max(asked.values(), default=0) > 10:  # a live playlist is asked for now and then
                         raise VideoError(
                             f"{self._name} is a playlist that names itself", "give the address of a stream"
                         )

@@ -7,7 +7,7 @@ It is turned by its EXIF data, as `transformers.image_utils.load_image` does, an
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, features
@@ -15,19 +15,15 @@ from PIL import Image, ImageOps, TiffImagePlugin, features
 from evoprune.errors import VideoError
 from evoprune.video.info import PICTURE, Video
 from evoprune.video.readers import ffmpeg
-from evoprune.video.readers.pixels import ORIENTATION_TAG, ORIENTATIONS, turned_size
-from evoprune.video.readers.signatures import PICTURES, picture_format
 
 MAX_BYTES = 2**29  # larger files are refused before they are read
 CONVERT = "convert it to JPEG or PNG"
 ANIMATIONS = ("GIF", "PNG")  # formats whose animations are videos
-# Tags of a camera's raw file, whose first picture is a small one, and the value that says so.
-DNG, SUBFILE, REDUCED = 50706, 254, 1
 
 
 def is_picture(path: str) -> bool:
     """Whether a file that begins as pictures do is one: no animation, and no JPEGs in a row, which FFmpeg reads as videos."""
-    name = picture_format(path)
+    name = ffmpeg.picture_format(path)
     if name not in (*ANIMATIONS, "JPEG"):
         return True
     try:
@@ -56,7 +52,7 @@ def _header(path: str, name: str | None) -> Iterator[Image.Image]:
 def check_size(path: str) -> None:
     """Raises VideoError if the file is a picture of more than `MAX_PIXELS`."""
     try:
-        with _header(path, picture_format(path)):
+        with _header(path, ffmpeg.picture_format(path)):
             pass
     except Exception as problem:
         if isinstance(problem, VideoError):  # else no picture
@@ -71,8 +67,12 @@ def too_large(path: str) -> VideoError:
 def probe(path: str) -> Video:
     """As `readers` says, from the header."""
     with _opened(path) as image:
-        rotation, mirrored = ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG), (0, False))
-        width, height = turned_size(image.size, rotation)
+        rotation, mirrored = ffmpeg.ORIENTATIONS.get(image.getexif().get(ffmpeg.ORIENTATION_TAG), (0, False))
+        width, height = ffmpeg.turned_size(image.size, rotation)
+        comment, tags = image.info.get("comment", ""), {}
+        with suppress(UnicodeDecodeError):
+            text = comment.decode() if isinstance(comment, bytes) else comment
+            tags = {"comment": text} if 0 < len(text) <= ffmpeg.TAG_CHARACTERS else {}
         return Video(
             path=path,
             duration_s=None,
@@ -83,7 +83,7 @@ def probe(path: str) -> Video:
             pix_fmt=image.mode,
             container=PICTURE,
             frames_total=1,
-            tags=_tags(image),
+            tags=tags,
             mirrored=mirrored,
         )
 
@@ -102,7 +102,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 @contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
     """The picture, of which only the header is read. Refuses one that is too large, or not all that the file shows."""
-    name = picture_format(path)
+    name = ffmpeg.picture_format(path)
     if name == "HEIC":
         raise VideoError(f"{path} is in HEIC, which is not read", CONVERT)
     if name is None:
@@ -115,33 +115,20 @@ def _opened(path: str) -> Iterator[Image.Image]:
         with _header(path, name) as image:
             ffmpeg.alive()
             ffmpeg.picture_size(image.width * image.height)
-            _check(image, path)
+            tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+            if 50706 in tags or tags.get(254, 0) & 1:  # the tags DNG, and "reduced" of a picture before the one itself
+                raise VideoError(f"{path} is a camera's raw file, of which only a preview could be read", CONVERT)
+            count = getattr(image, "n_frames", 1)
+            if count > 1 and image.format == "TIFF":
+                raise VideoError(f"{path} has {count:,} pages", "save one page as a JPEG or PNG")
+            if count > 1 and image.format != "MPO":  # of which the first is the photograph
+                raise VideoError(f"{path} is an animation", "save it as a GIF or MP4, or one picture of it as a PNG")
             yield image
     except (VideoError, MemoryError):
         raise
     except Exception as problem:  # a damaged file may raise anything
-        hint = f"is it complete? {', '.join(PICTURES)} are read as pictures"
+        hint = f"is it complete? {', '.join(ffmpeg.PICTURES)} are read as pictures"
         raise VideoError(f"cannot read the picture {path}: {str(problem) or type(problem).__name__}", hint) from problem
-
-
-def _check(image: Image.Image, path: str) -> None:
-    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-    if DNG in tags or tags.get(SUBFILE, 0) & REDUCED:
-        raise VideoError(f"{path} is a camera's raw file, of which only a preview could be read", CONVERT)
-    count = getattr(image, "n_frames", 1)
-    if count > 1 and image.format != "MPO":  # of which the first is the photograph
-        if image.format == "TIFF":
-            raise VideoError(f"{path} has {count:,} pages", "save one page as a JPEG or PNG")
-        raise VideoError(f"{path} is an animation", "save it as a GIF or MP4, or one picture of it as a PNG")
-
-
-def _tags(image: Image.Image) -> dict[str, str]:
-    comment = image.info.get("comment", "")
-    try:
-        text = comment.decode() if isinstance(comment, bytes) else comment
-    except UnicodeDecodeError:
-        return {}
-    return {"comment": text} if 0 < len(text) <= ffmpeg.TAG_CHARACTERS else {}
 
 
 def _rgb(image: Image.Image, path: str) -> Image.Image:

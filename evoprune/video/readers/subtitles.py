@@ -24,7 +24,6 @@ TEXT_CODECS = ("subrip", "ass", "ssa", "webvtt", "mov_text", "text")
 # Bytes of a file of subtitles, and of all text in a track. A film has 0.1 MB; as JSON, text grows up to six times.
 MAX_BYTES = 10 * 2**20
 LONGEST_LINE = 4000  # bytes of a line of an SRT file: FFmpeg breaks longer ones, also inside a character
-LINE_BYTES = 24  # what a line counts beside its text
 DAMAGED = "damaged_subtitles"
 HEAD_BYTES = 4096
 # Words of other scripts that are read as cp1252 consist of accented letters. In Western European words, not so many follow.
@@ -37,7 +36,7 @@ HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a tex
 
 
 def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) -> Subtitles:
-    """See `evoprune.video.probe.read_subtitles`. `origin_s`: the file's own timestamp of the first frame."""
+    """See `evoprune.video.frames.read_subtitles`. `origin_s`: the file's own timestamp of the first frame."""
     file, why = (choice, None) if choice != AUTO_SUBTITLES else _beside(path)
     try:
         if file is not None:
@@ -171,7 +170,7 @@ def _cues(
             if DAMAGED not in warnings:
                 warnings.append(DAMAGED)
             continue
-        size += packet.size + LINE_BYTES
+        size += packet.size + 24  # what a line counts beside its text
         if size > MAX_BYTES:
             hint = "give a file of those that are needed"
             raise VideoError(f"the subtitles have more than {MAX_BYTES // 2**20} MiB", hint)

@@ -171,23 +171,21 @@ def warm_up() -> None:
             _idle.append(WorkerProcess())
 
 
-def _take() -> WorkerProcess | None:
-    """An idle process that is alive. What ended one that idled is not the next video's fault."""
-    while True:
-        with _lock:
-            worker = _idle.pop() if _idle else None
-        if worker is None or worker._process.poll() is None:
-            return worker
-        worker.end()
-
-
 @contextmanager
 def borrow(path: str) -> Iterator[WorkerProcess]:
     """A process for one video, idle or new. It is kept afterwards unless a request is unanswered; then it is ended."""
-    try:
-        worker = _take() or WorkerProcess()
-    except OSError as error:
-        raise process_error("start the process that reads videos", error, "read") from error
+    worker = None
+    while worker is None:
+        with _lock:
+            worker = _idle.pop() if _idle else None
+        if worker is None:
+            try:
+                worker = WorkerProcess()
+            except OSError as error:
+                raise process_error("start the process that reads videos", error, "read") from error
+        elif worker._process.poll() is not None:  # what ended one that idled is not the next video's fault
+            worker.end()
+            worker = None
     worker.path = path
     try:
         yield worker
@@ -220,7 +218,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of one of `tasks.TASKS` as plain data. `path` is the video's, for messages.
+    """The result of one of `worker.TASKS` as plain data. `path` is the video's, for messages.
 
     Raises:
         VideoError: the process crashed or took too much memory, twice, or made no progress for `SILENCE_S`.
@@ -228,7 +226,7 @@ def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] 
         What the task raises.
     """
     if not POSSIBLE:
-        from evoprune.video.sandbox.tasks import run
+        from evoprune.video.sandbox.worker import run
 
         return run(task, arguments)
     with suppress(Crash):
@@ -261,7 +259,7 @@ def stream_frames(info: Video, times_s: Sequence[float], decoder: str, sizes: Se
 def _stream_here(info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int]) -> Iterator[FilledArray]:
     import numpy as np
 
-    from evoprune.video.sandbox.tasks import FrameReader
+    from evoprune.video.sandbox.worker import FrameReader
 
     with closing(FrameReader(info, times_s, decoder)) as reader:
         for size in sizes:

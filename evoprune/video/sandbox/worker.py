@@ -1,7 +1,8 @@
-"""The program of a worker process: it serves requests over a socket, under limits, until the other end closes.
+"""Everything that is done with FFmpeg and Pillow, by name (`TASKS`), and the program of a worker process that does it: it serves
+requests over a socket, under limits, until the other end closes. Where that is not possible, `isolation` runs the tasks itself.
 
 Every message is a request and gets one answer.
-- `{"task", "folder", "arguments"}` runs one of `tasks.TASKS` in that working directory. The task `frames` opens a video.
+- `{"task", "folder", "arguments"}` runs one of `TASKS` in that working directory. The task `frames` opens a video.
 - `{"shape", "piece", "last"}` fills an array of that shape with the next frames of the open video. `piece` numbers the memory
   that holds the array; new memory comes with the message as a file descriptor; None means that it is used only once. `last`
   says that no further array follows. The first request of this kind comes in one message with the task `frames`.
@@ -10,26 +11,33 @@ Every message is a request and gets one answer.
 - The answer is `{"result"}`, or `{"error"}` for the user, or `{"memory"}` with the limit that was exceeded, or `{"bug"}`.
 """
 
-import fcntl
 import mmap
 import os
-import resource
 import select
 import signal
 import socket
+import sys
+import time
 import traceback
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
+from itertools import accumulate
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from evoprune.errors import EvopruneError, VideoError
-from evoprune.video.info import Video
-from evoprune.video.readers import ffmpeg
+from evoprune.video.info import PICTURE, ScanResult, Video
+from evoprune.video.readers import decord, ffmpeg, folder, pyav, subtitles
 from evoprune.video.readers.live import LiveReader
 from evoprune.video.sandbox.channel import Channel
-from evoprune.video.sandbox.tasks import FrameReader, run
+
+if sys.platform != "win32":  # where no process is apart
+    import fcntl
+    import resource
 
 # Memory that any video may take, in bytes: libraries, stacks of threads, the tables of a long file, one large picture.
 BASE_BYTES = 2**30
@@ -38,10 +46,122 @@ BASE_BYTES = 2**30
 BYTES_PER_PIXEL = 128
 
 
+def probe(path: str, folder_fps: float) -> Video:
+    """See `evoprune.video.frames.probe`."""
+    with ffmpeg.reading(path):
+        if os.path.isdir(path):
+            return folder.probe(path, folder_fps)
+        if ffmpeg.picture_format(path):
+            from evoprune.video.readers import picture  # Pillow's import would delay every video
+
+            if picture.is_picture(path):
+                return picture.probe(path)
+        with ffmpeg.open_video(path) as container:
+            return pyav.probe(path, container)
+
+
+def scan(path: str, folder_fps: float) -> ScanResult:
+    """See `evoprune.video.frames.scan`."""
+    began = time.perf_counter()
+    info = probe(path, folder_fps)
+    if info.kind == PICTURE:
+        raise VideoError(f"{path} is a picture, which has nothing to scan", "leave out --scan")
+    reader = folder if info.container == folder.CONTAINER else pyav
+    damage, frames, end_s = set(), 0, 0.0
+    gaps, keyframes = Counter(), Counter()  # intervals by their length, rounded so that equal ones count together
+    with ffmpeg.reading(path):
+        for time_s, length_s, key in reader.intervals(info, damage.add):
+            if not frames:
+                first_s = last_s = key_s = time_s
+            else:
+                gaps[round(time_s - last_s, 4)] += 1
+                if key:
+                    keyframes[round(time_s - key_s, 4)] += 1
+                    key_s = time_s
+            frames, last_s, end_s = frames + 1, time_s, time_s + length_s
+    if not frames:
+        raise ffmpeg.nothing_decoded(path)
+    if info.duration_s is not None and first_s + info.duration_s > last_s:  # see `pyav._measured`
+        end_s = min(end_s, first_s + info.duration_s)
+    keyframes[round(end_s - key_s, 4)] += 1
+    median_gap = _median(gaps)
+    irregular = sum(n for gap, n in gaps.items() if abs(gap - median_gap) > pyav.RATE_JITTER_S)
+    return ScanResult(
+        frames=frames,
+        damaged=max(0, len(damage) - info.clock_restarts),  # at each joint a packet may be incomplete
+        duration_s=end_s - first_s,
+        stated_s=info.stated_s,
+        variable_rate=irregular > len(damage),
+        largest_gap_s=max(gaps, default=0.0),
+        keyframe_median_s=_median(keyframes),
+        keyframe_max_s=max(keyframes),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _median(counts: Counter[float]) -> float:
+    values = sorted(counts)
+    half = sum(counts.values()) / 2
+    sums = accumulate(counts[value] for value in values)
+    return next((value for value, so_far in zip(values, sums, strict=True) if so_far >= half), 0.0)
+
+
+def check_decord(info: dict[str, Any] | None) -> None:
+    """Raises UsageError if decord cannot be loaded, VideoError if it cannot read this video."""
+    decord.load()
+    if info is not None:
+        decord.check(Video(**info))
+
+
+TASKS = {"probe": probe, "scan": scan, "check_decord": check_decord, "subtitles": subtitles.read}
+
+
+def run(task: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a task as plain data."""
+    result = TASKS[task](**arguments)
+    return result and asdict(result)
+
+
+class FrameReader:
+    """The frames on screen at given times, in order; arguments as of `isolation.stream_frames`."""
+
+    def __init__(self, info: Video, times_s: Sequence[float], decoder: str):
+        ffmpeg.picture_size(info.width * info.height)
+        if info.kind == PICTURE:
+            from evoprune.video.readers import picture as reader  # Pillow's import would delay every video
+        else:
+            reader = decord if decoder == "decord" else folder if info.container == folder.CONTAINER else pyav
+        self._damaged: set[int | None] = set()
+        self._joints = info.clock_restarts  # at each of which a packet may be incomplete
+        self._frames = reader.read(info, times_s, self._damaged.add)
+
+    def fill(self, frames: np.ndarray) -> tuple[list[float], int]:
+        """Write the next frames into uint8 `[n, H, W, 3]`.
+
+        Returns the time of each frame in seconds, and how many damaged packets were found that earlier calls did not find.
+        """
+        times, before = [], self._count()
+        for slot in frames:
+            time, slot[:] = next(self._frames)
+            times.append(time)
+            ffmpeg.alive()
+        return times, self._count() - before
+
+    def _count(self) -> int:
+        return max(0, len(self._damaged) - self._joints)
+
+    def close(self) -> None:
+        self._frames.close()
+
+
 def main(descriptor: int) -> None:
     """Serve the socket with that file descriptor. Standard input is a pipe without data; this process ends when it closes."""
     _end_with(0)
-    _confine()
+    for what in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):  # files cannot grow, and there are no core dumps
+        resource.setrlimit(what, (0, 0))
+    # If memory runs out, the system kills this process first.
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # not every system has it
+        file.write("1000")
     channel = Channel(socket.socket(fileno=descriptor), descriptors=1)
     ffmpeg.alive, ffmpeg.picture_size = channel.report_alive, _allow
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the other end is closed
@@ -61,14 +181,6 @@ def _end_with(pipe: int) -> None:
         os.kill(os.getpid(), signal.SIGIO)
 
 
-def _confine() -> None:
-    """Forbid files to grow and core dumps, and let the system kill this process first if memory runs out."""
-    for what in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
-        resource.setrlimit(what, (0, 0))
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # not every system has it
-        file.write("1000")
-
-
 def _allow(pixels: int) -> None:
     """Raise the memory limit to what decoding pictures of that size needs."""
     _limit(max(BASE_BYTES + BYTES_PER_PIXEL * pixels, resource.getrlimit(resource.RLIMIT_DATA)[0]))
@@ -76,8 +188,8 @@ def _allow(pixels: int) -> None:
 
 def _limit(memory: int) -> None:
     """Set the memory limit in bytes, within the hard limit."""
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (memory if most == resource.RLIM_INFINITY else min(memory, most), most))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
 
 
 def _serve(channel: Channel) -> None:

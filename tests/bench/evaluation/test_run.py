@@ -26,7 +26,7 @@ from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.find import describe_model
 from evoprune.session.options import GenerationOptions, ModelOptions, SamplingOptions
-from evoprune.video.probe import probe
+from evoprune.video.frames import probe
 from evoprune.video_qa import VideoQA
 from tests.threads import one_thread  # noqa: F401
 

@@ -21,8 +21,8 @@ from evoprune.methods.encoder_plan import full_plan
 from evoprune.model import cost
 from evoprune.session.loading.find import describe_model
 from evoprune.session.options import ModelOptions
+from evoprune.video.frames import probe
 from evoprune.video.info import VIDEO
-from evoprune.video.probe import probe
 from evoprune.vision.tower import tower_shape
 from tests.quantized import KINDS
 from tests.threads import one_thread  # noqa: F401

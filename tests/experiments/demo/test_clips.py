@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from evoprune.video.info import DEMO_TAG
-from evoprune.video.sampling import even_times
+from evoprune.video.plan import even_times
 from experiments.demo.clips import (
     COLOURS,
     DIGITS,

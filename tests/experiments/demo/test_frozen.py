@@ -8,7 +8,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from evoprune.video.sampling import even_times
+from evoprune.video.plan import even_times
 from experiments.demo.clips import make_clip
 from experiments.demo.drawing import render
 from experiments.demo.questions import ask

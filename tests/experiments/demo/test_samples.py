@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evoprune.video.frames import read_frames
-from evoprune.video.probe import probe
+from evoprune.video.frames import probe, read_frames
 from experiments.demo import drawing, samples
 from experiments.demo.choose_samples import WANTED
 from experiments.demo.samples import CLIPS, SCENE_CLIPS, drawn, questions, scene

@@ -7,9 +7,9 @@ from dataclasses import astuple, replace
 import numpy as np
 import pytest
 
+from evoprune.video.frames import probe
 from evoprune.video.info import world_of
-from evoprune.video.probe import probe
-from evoprune.video.sampling import even_times
+from evoprune.video.plan import even_times
 from experiments.demo.painting import CHARACTERS, glyph_mask, outline_mask
 from experiments.demo.scenes.asking import ask
 from experiments.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Camera, Clip, Thing

@@ -10,9 +10,8 @@ import pytest
 from evoprune.bench.evaluation.questions import load_questions
 from evoprune.bench.evaluation.run import Evaluation, Settings
 from evoprune.errors import UsageError
-from evoprune.video.frames import read_frames
+from evoprune.video.frames import probe, read_frames
 from evoprune.video.info import PICTURE, world_of
-from evoprune.video.probe import probe
 from experiments.demo import drawing
 from experiments.demo.clips import make_clip
 from experiments.demo.questions import GROUPS, TYPES, ask

@@ -20,7 +20,7 @@ from evoprune.errors import LFS_HINT, ModelError, ModelWarning, UsageError, Vide
 from evoprune.session.loading import find
 from evoprune.session.loading.find import describe_model, kind_hint, stored_dtype
 from evoprune.session.options import ModelOptions
-from evoprune.video.probe import probe
+from evoprune.video.frames import probe
 from evoprune.video.readers import subtitles
 from tests.loading import edit, error_of, load_model, no_network
 from tests.tiny import tiny_model

@@ -21,8 +21,8 @@ from evoprune.errors import EvopruneError, first_line, is_out_of_memory
 from evoprune.model.config import as_written
 from evoprune.session.loading.find import BUNDLED_CONFIGS
 from evoprune.session.loading.model import LoadedModel
+from evoprune.video.frames import probe
 from evoprune.video.info import PICTURE
-from evoprune.video.probe import probe
 
 SCHEMA = "evoprune/verify@1"
 DIGITS = 4  # of a figure in the record

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from evoprune.backend.devices import memory_in_use, reset_peak_memory
 from evoprune.bundled import DEMOS
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.live.stream_memory import targets
+from evoprune.live.stream import kept_counts
 from evoprune.session import planning
 from evoprune.session.loading.model import load_model
 from evoprune.video.frames import read_frames
@@ -335,7 +336,7 @@ def test_a_bundled_model_forgets_what_is_further_away_than_its_longest_clip():
 def test_how_many_tokens_stay(most, limit):
     counts: list[tuple[int, int]] = []
     for _ in range(60 * limit // most):
-        counts = [(left, most) for left in targets([*counts, (most, most)], limit, most) if left]
+        counts = [(left, most) for left in kept_counts([*counts, (most, most)], limit) if left]
         assert sum(left for left, _ in counts) <= limit and counts[-1][0] == most
 
 
@@ -470,3 +471,26 @@ def test_what_a_window_leaves_to_the_next_one_counts_as_memory(demo, monkeypatch
             stream.add(frame, number / 2)
         held = sum(each.nbytes for each in stream._segment.earlier.keys_values.values())
     assert asked == [2 * held] * 2
+
+
+@pytest.mark.slow
+def test_two_hours():
+    """Simulated faster: memory and the time to answer stay what they are."""
+    qa, held, waits = VideoQA(replace(load_model("demo"), demo=None), budget=0.25), {}, {}
+    pictures = np.random.default_rng(0).integers(0, 256, (64, 112, 168, 3), dtype=np.uint8)
+    with qa.stream(memory_s=240.0) as stream:
+        for number in range(2 * 7200):
+            stream.add(pictures[number * 7 % 64], number / 2)
+            if number % 600 == 599:  # every five minutes
+                begun = time.perf_counter()
+                answer = stream.ask("What happens?", max_new_tokens=1)
+                next(answer, None)
+                answer.close()
+                reset_peak_memory("cpu")  # which gives back what the C library keeps
+                held[number // 2], waits[number // 2] = memory_in_use("cpu")[0], time.perf_counter() - begun
+        seen = stream.seen
+    first, *later = held.values()
+    assert len(later) == 23 and max(later) <= 1.05 * first, held
+    assert seen.frames == 14_400 and seen.tokens <= 30 * 48 and 0 < seen.thinned < seen.windows
+    assert seen.end_s - seen.start_s > 240.0  # further back than what is whole
+    assert np.median(list(waits.values())[-8:]) < 2 * np.median(list(waits.values())[:8]) + 0.05, waits

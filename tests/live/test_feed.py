@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from evoprune.live.backlog import Backlog
+from evoprune.live.feed import Backlog
 
 WINDOW_S, STEP_S = 8.0, 0.5
 FRAME = np.zeros((1, 1, 3), np.uint8)
