@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bench.evaluation.run import Evaluation, Settings
-from evoprune.bench.evaluation.scores import FULL
+from evoprune.bench.eval import EvalSettings, Evaluation
+from evoprune.bench.scores import FULL
 from evoprune.methods.budget import parse_budget, plain
 from evoprune.methods.encoder_plan import ALLOCATIONS
 from evoprune.methods.evoprune import EvoPrune
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := [name for name in names if name not in ABLATIONS]:
         parser.error(f"no ablation {unknown[0]!r}: one of {', '.join(ABLATIONS)}")
     budgets = tuple(plain(parse_budget(text)) for text in args.budgets.split(","))
-    settings = Settings(
+    settings = EvalSettings(
         data_text(args.world, args.split, args.seed),
         budgets,
         specs(names),

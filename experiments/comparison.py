@@ -21,9 +21,9 @@ from pathlib import Path
 
 from evoprune import methods
 from evoprune.bench.chart import COLOURS
-from evoprune.bench.evaluation.folder import SETTINGS
-from evoprune.bench.evaluation.questions import Video
-from evoprune.bench.evaluation.run import Evaluation, Settings
+from evoprune.bench.eval import EvalSettings, Evaluation
+from evoprune.bench.eval_folder import SETTINGS
+from evoprune.bench.questions import VideoQuestions
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.methods.budget import parse_budget, plain
 from evoprune.methods.registry import REUSE
@@ -46,7 +46,11 @@ def compared() -> list[str]:
 
 
 def measure(
-    settings: Settings, videos: Sequence[Video], folder: Path, processes: int, progress: Callable[[str], None]
+    settings: EvalSettings,
+    videos: Sequence[VideoQuestions],
+    folder: Path,
+    processes: int,
+    progress: Callable[[str], None],
 ) -> Outcome:
     """Runs a model's evaluation, or resumes it, in a folder of its own inside `folder`, `processes` clips at a time.
 
@@ -88,7 +92,7 @@ def compare(
     Raises:
         EvopruneError: what `measure` raises.
     """
-    settings = Settings(
+    settings = EvalSettings(
         data_text(world, split, seed),
         tuple(budgets),
         tuple(names or compared()),

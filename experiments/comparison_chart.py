@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from evoprune.bench.chart import COLOURS, INK, Panel, Point, Series, draw
-from evoprune.bench.evaluation.scores import ALL, FULL
+from evoprune.bench.scores import ALL, FULL
 from evoprune.text import budget_text
 from experiments.comparison_tables import Budget, Outcome
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from evoprune import methods
 from evoprune.bench.chart import COLOURS, INK, Panel, Point, Series, draw
-from evoprune.bench.evaluation.scores import FULL, METHOD
+from evoprune.bench.scores import FULL, METHOD
 from evoprune.bench.svg import SOFT
 from evoprune.methods.budget import PRESETS, parse_budget
 from evoprune.text import budget_text

@@ -18,7 +18,7 @@ from PIL import Image
 
 from evoprune import VideoQA
 from evoprune.bench.svg import COLOURS, GRID, INK, SOFT, document, text
-from evoprune.overlay.fates import TracedVideo, trace
+from evoprune.overlay import TracedVideo, trace
 
 CLIP, BUDGET, MOST_PAIRS = "samples/flash.mp4", 0.1, 8
 WIDTH, HEIGHT, EDGE = 830, 690, 24

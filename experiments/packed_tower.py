@@ -15,9 +15,9 @@ import torch
 
 from evoprune import methods
 from evoprune.backend.devices import environment
-from evoprune.bench.profiling.clips import synthetic_frames
-from evoprune.bench.profiling.hugging_face import hugging_face_model
-from evoprune.bench.profiling.results import Case
+from evoprune.bench.clips import synthetic_frames
+from evoprune.bench.hugging_face import hugging_face_model
+from evoprune.bench.profile_results import Case
 from evoprune.hf.encoding import encode_with
 from evoprune.hf.packed_tower import PackedTower
 from evoprune.session.loading.found import DTYPES, describe_model

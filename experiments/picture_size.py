@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
-from evoprune.bench.evaluation.grading import grade
+from evoprune.bench.questions import grade
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
 from experiments.demo.write import clips_asked, demo_video

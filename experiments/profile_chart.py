@@ -7,19 +7,19 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evoprune.bench.profiling.results import Case, Counts, Results, Row, Sample
+from evoprune.bench.profile_results import Case, Counts, ProfileResults, ProfileRow, Sample
 from evoprune.model.rules import read_object
 from evoprune.report.records import Environment, ModelFacts
 from evoprune_cli.profile_tables import draw_chart
 
 
-def results(document: dict) -> Results:
+def results(document: dict) -> ProfileResults:
     """What a benchmark found, as far as its chart shows it."""
     rows = []
     for row in document["rows"]:
         times = [[s[name] / 1000 for name in ("encode", "encode_prune", "prefill", "generate")] for s in row["samples"]]
         rows.append(
-            Row(
+            ProfileRow(
                 kind=row["row"],
                 case=Case(row["frames"], row["height"], row["width"]),
                 budget=row["budget"],
@@ -31,7 +31,7 @@ def results(document: dict) -> Results:
             )
         )
     facts = ModelFacts(**document["model"]), document["memory"]["weights_bytes"], Environment(**document["env"])
-    made = Results(*facts, document["machine"], document["settings"], rows, document["matmul"]["samples"])
+    made = ProfileResults(*facts, document["machine"], document["settings"], rows, document["matmul"]["samples"])
     made.rounds = document["rounds"]["measured"]
     return made
 

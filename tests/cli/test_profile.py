@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from evoprune.bench.profiling import bench, settings, weights
-from evoprune.bench.profiling.results import Case
+from evoprune.bench import profile as measuring
+from evoprune.bench.profile_results import Case, ProfileSettings
 from evoprune.errors import ModelError
 from evoprune.methods.budget import PRESETS
 from evoprune.model import cost
@@ -24,7 +24,7 @@ QUICK = ("-r", "1", "--size", "112x168", "--frames", "4", "-b", "0.5")
 
 @pytest.fixture(autouse=True)
 def quick_rate(monkeypatch):
-    monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
+    monkeypatch.setattr(measuring, "matmul_rate", lambda *_, **__: 1e11)
 
 
 @pytest.fixture
@@ -263,11 +263,11 @@ def test_other_failures(cli, profile, monkeypatch):
 def test_a_row_without_memory_stays(profile, monkeypatch):
     def run_evoprune(loaded, clip, plan, method, *rest):
         if method.name == "random":
-            raise bench.OutOfMemory("out of memory in encode")
+            raise measuring.OutOfMemory("out of memory in encode")
         return real(loaded, clip, plan, method, *rest)
 
-    real = bench.run_evoprune
-    monkeypatch.setattr(bench, "run_evoprune", run_evoprune)
+    real = measuring.run_evoprune
+    monkeypatch.setattr(measuring, "run_evoprune", run_evoprune)
     result = profile("--method", "evoprune,random")
     assert (result.code, result.err) == (6, "")
     assert table_rows(result.out)[-1].split() == ["random", "-b", "0.5", *"------"]
@@ -287,8 +287,8 @@ def test_an_interruption_prints_the_finished_rounds(profile, monkeypatch, finish
             raise KeyboardInterrupt
         return real(*args)
 
-    real = bench.run_evoprune
-    monkeypatch.setattr(bench, "run_evoprune", run_evoprune)
+    real = measuring.run_evoprune
+    monkeypatch.setattr(measuring, "run_evoprune", run_evoprune)
     result = profile("-r", "3", "--format", "json")
     assert (result.code, result.err) == (130, "")
     if not finished:
@@ -311,9 +311,9 @@ def test_defaults(cli, monkeypatch):
         recorded.append(made(**more))
         return recorded[-1]
 
-    made = settings.Settings
-    monkeypatch.setattr(weights, "load", load)
-    monkeypatch.setattr(settings, "Settings", record)
+    made = ProfileSettings
+    monkeypatch.setattr(measuring, "load", load)
+    monkeypatch.setattr("evoprune.bench.profile_results.ProfileSettings", record)
     monkeypatch.setenv("EVOPRUNE_MODEL", "demo")
     assert cli("profile").code == 4
     assert asked == [("Qwen/Qwen2.5-VL-3B-Instruct", [Case(8, 224, 336)], "dummy")]

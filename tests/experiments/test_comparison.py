@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 import pytest
 
 from evoprune import methods
-from evoprune.bench.evaluation import run as evaluation_run
-from evoprune.bench.evaluation.scores import score_rows
+from evoprune.bench import eval as evaluation
+from evoprune.bench.scores import score_rows
 from evoprune.session.options import GenerationOptions
 from experiments import comparison
 from experiments.comparison import compared, main
@@ -221,7 +221,7 @@ def asked(saved, tmp_path, monkeypatch):
     """The command on the tiny model, two clips, two rows, and answers of two tokens."""
     names = ["random", "reuse+cdpruner"]
     generation = GenerationOptions(max_new_tokens=2)
-    monkeypatch.setattr(comparison, "Settings", partial(evaluation_run.Settings, generation=generation))
+    monkeypatch.setattr(comparison, "EvalSettings", partial(evaluation.EvalSettings, generation=generation))
     monkeypatch.setattr(comparison, "compared", lambda: names)
     table, picture = tmp_path / "table.md", tmp_path / "chart.svg"
     files = ["-o", tmp_path / "runs", "--table", table, "--chart", picture]
@@ -231,7 +231,7 @@ def asked(saved, tmp_path, monkeypatch):
 
 def test_the_command_writes_its_files_and_resumes_an_interrupted_run(asked, monkeypatch):
     names, args, table, picture = asked
-    seen, real = [], evaluation_run.open_inputs
+    seen, real = [], evaluation.open_inputs
 
     def opened(engine, *args, **more):
         seen.append(engine.options.method)
@@ -239,7 +239,7 @@ def test_the_command_writes_its_files_and_resumes_an_interrupted_run(asked, monk
             raise KeyboardInterrupt
         return real(engine, *args, **more)
 
-    monkeypatch.setattr(evaluation_run, "open_inputs", opened)
+    monkeypatch.setattr(evaluation, "open_inputs", opened)
     with pytest.raises(KeyboardInterrupt):  # in the second clip
         main(args)
     assert not table.exists() and not picture.exists()

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from evoprune.bench.profiling.hugging_face import hugging_face_config
+from evoprune.bench.hugging_face import hugging_face_config
 from evoprune.bundled import DEMOS
 from evoprune.model.config import Unsupported, parse_config
 from evoprune.session.loading.folder import BUNDLED_CONFIGS

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evoprune import VideoQA
-from evoprune.bench.tuning.agreement import agreement, reference
+from evoprune.bench.agreement import agreement, reference
 from evoprune.cpu import integers
 from evoprune.cpu.quantize import quantize
 from evoprune.session.loading.calibration import calibrate

@@ -10,8 +10,8 @@ from evoprune import methods
 from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
 from evoprune.batch.settings import Settings
-from evoprune.bench.evaluation.run import Evaluation, Video
-from evoprune.bench.evaluation.run import Settings as EvalSettings
+from evoprune.bench.eval import EvalSettings, Evaluation
+from evoprune.bench.questions import VideoQuestions
 from evoprune.errors import ModelError, VideoError
 from evoprune.model.numerics import all_numbers
 from evoprune.session import inputs
@@ -108,12 +108,14 @@ def test_in_a_batch_and_in_an_evaluation_the_next_one_runs(loaded, monkeypatch):
         raise ModelError("NaN or infinity among the numbers of encode", stage="encode")
 
     monkeypatch.setattr("evoprune.batch.run.open_inputs", opened)
-    monkeypatch.setattr("evoprune.bench.evaluation.run.open_inputs", opened)
+    monkeypatch.setattr("evoprune.bench.eval.open_inputs", opened)
     rows = product_rows([CLIP, "samples/three.mp4"], ["What?"])
     made = list(answers(VideoQA(loaded), group_by_span(rows), Settings.of(model="x", max_new_tokens=1)))
     assert [r.error and (r.error["code"], r.error["stage"]) for r in made] == [(4, "encode"), None]
     calls.clear()
-    videos = [Video(name, name, (Row("a", name, name, "What?", answer="x"),)) for name in (CLIP, "samples/three.mp4")]
+    videos = [
+        VideoQuestions(name, name, (Row("a", name, name, "What?", answer="x"),)) for name in (CLIP, "samples/three.mp4")
+    ]
     run = Evaluation(EvalSettings("d", (0.5,), ("evs",), generation=GenerationOptions(max_new_tokens=1)), videos)
     run.loaded = loaded
     run.run()

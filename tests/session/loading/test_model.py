@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evoprune.bench.profiling.hugging_face import hugging_face_model
+from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.bundled import DEMOS
 from evoprune.cpu import linear
 from evoprune.cpu.integers import Int8Linear
