@@ -8,9 +8,8 @@ from itertools import cycle
 from statistics import median
 from typing import Any
 
-from evoprune.bench.chart import COLOURS, INK, Panel, Point, Series, draw
+from evoprune.bench.chart import COLOURS, INK, PALE, Panel, Point, Series, draw
 from evoprune.bench.profile_results import BOUND, METHOD, Case, Figures, ProfileResults, ProfileRow, Spread
-from evoprune.bench.svg import PALE
 from evoprune.text import counted, size
 from evoprune_cli.tables import fitting, folded, one_line, short_name
 from evoprune_cli.terminal import json_line

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from evoprune.batch.output import HEAD
+from evoprune.bench.chart import Panel, draw
 from evoprune.bench.profile_results import METHOD, Case, ProfileResults, ProfileRow
-from evoprune.bench.svg import document
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.overlay import gif, mp4, png, shared_palette
 from evoprune.report.records import Environment, ModelFacts
@@ -91,7 +91,7 @@ def written() -> dict[str, bytes]:
         "gif": gif([picture, picture], 0.1, shared_palette([picture])),
         "mp4": mp4([picture, picture], 0.1),
     }
-    return {**tables, **tuned, **overlays, "svg": document("Title", 9, 9, []).encode(), "nothing": b""}
+    return {**tables, **tuned, **overlays, "svg": draw("Title", "", [Panel("", "", "", ())]).encode(), "nothing": b""}
 
 
 @pytest.mark.few(2)
@@ -196,3 +196,12 @@ def test_what_was_there_stays_where_the_disk_is_full(tmp_path, monkeypatch):
     with pytest.raises(Exception, match=r"cannot write .*No space left"):
         write_bytes(str(path), json.dumps("new").encode())
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "command", [("profile",), ("eval", "--data", "samples/questions.jsonl"), ("tune", "samples/square.mp4")]
+)
+def test_a_chart_is_refused_where_matplotlib_is_missing(cli, monkeypatch, tmp_path, command):
+    monkeypatch.setattr("evoprune_cli.results.find_spec", lambda name: None)
+    result = cli(*command, "--chart", str(tmp_path / "a.svg"))
+    assert result.code == 2 and "charts need matplotlib" in result.err and "pip install 'evoprune[plot]'" in result.err

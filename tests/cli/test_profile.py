@@ -14,7 +14,6 @@ from evoprune.errors import ModelError
 from evoprune.methods.budget import PRESETS
 from evoprune.model import cost
 from evoprune_cli.profile_tables import render
-from experiments.profile_chart import main as draw_again
 from tests.cli.screen import visible
 
 CLIP = "samples/square.mp4"
@@ -170,15 +169,6 @@ def test_a_chart_of_a_sweep(profile, tmp_path, sweep, label):
     profile(*sweep, "--chart", tmp_path / "chart.svg")
     words = [e.text for e in ElementTree.parse(tmp_path / "chart.svg").iter() if e.tag.endswith("text")]
     assert words.count(label) == 2 and {"Encode", "First token (encode + prefill)", *ROWS} <= set(words)
-
-
-@pytest.mark.full
-def test_a_chart_can_be_drawn_again_from_json(profile, tmp_path):
-    document, drawn, again = tmp_path / "a.json", tmp_path / "a.svg", tmp_path / "b.svg"
-    profile("--frames", "2,4", "-r", "2", "--format", "json", "-o", document, "--chart", drawn)
-    draw_again([str(document), "-o", str(again)])
-    for_eyes = [[e.text or e.get("fill") for e in ElementTree.parse(path).iter()] for path in (drawn, again)]
-    assert for_eyes[0] == for_eyes[1] and len(for_eyes[0]) > 50
 
 
 @pytest.mark.full

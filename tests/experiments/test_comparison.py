@@ -8,6 +8,7 @@ import pytest
 
 from evoprune import methods
 from evoprune.bench import eval as evaluation
+from evoprune.bench.chart import COLOURS
 from evoprune.bench.scores import score_rows
 from evoprune.session.options import GenerationOptions
 from experiments import comparison
@@ -22,6 +23,7 @@ from experiments.comparison_tables import (
     short,
     standings,
 )
+from tests.bench.test_chart import marks
 
 COST = dict.fromkeys(("tokens", "kept_share", "live_share", "tflop_3b", "tflop_3b_tower", "tflop_3b_prefill"), 0.5)
 
@@ -207,13 +209,13 @@ def test_the_chart():
         assert words.count(word) == 1
     at = {element.text: float(element.get("y")) for element in root.iter("{http://www.w3.org/2000/svg}text")}
     assert sorted(RIGHT, key=at.get) == ["random", "dart", "evs", "pool", "mmr"]
-    dots = [(float(e.get("cx")), float(e.get("cy"))) for e in root.iter("{http://www.w3.org/2000/svg}circle")]
-    assert len(dots) == 2 + 2 * 2 * 5  # the legend's first
-    dots = dots[2:]
-    for name in RIGHT:  # in every panel two dots near its row
-        assert sum(abs(y + 4 - at[name]) < 6 for _, y in dots) == 4
-    best, worst = (max(x for x, y in dots[:10] if abs(y + 4 - at[name]) < 6) for name in ("random", "mmr"))
-    assert best > worst + 200
+    for colour in COLOURS[:2]:
+        dots = marks(root, colour)[:-1]  # without the legend's
+        assert len(dots) == 2 * 5
+        for name in RIGHT:  # in every panel a dot near its row
+            assert sum(abs(y + 3 - at[name]) < 6 for _, y in dots) == 2
+        best, worst = (max(x for x, y in dots[:5] if abs(y + 3 - at[name]) < 6) for name in ("random", "mmr"))
+        assert best > worst + 100
 
 
 @pytest.fixture
