@@ -12,7 +12,6 @@ from evoprune.session.options import GenerationOptions
 from experiments import ablations
 from experiments.ablations import ABLATIONS, PAPER, Ablation, report, specs, table
 from experiments.paired import in_points, paired_difference
-from experiments.variants import Variant
 
 
 def sample(method, budget, video, number, right, live=0.5):
@@ -20,11 +19,6 @@ def sample(method, budget, video, number, right, live=0.5):
         "row": "method", "method": method, "budget": budget, "video": video, "id": f"{video}-{number}", "right": right,
         "live_share": live, "kept_share": live / 2,
     }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def variant(monkeypatch):
-    monkeypatch.setitem(methods.registry.CORE, Variant.name, "experiments.variants:Variant")
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

@@ -12,8 +12,7 @@ from evoprune.bench.chart import COLOURS
 from evoprune.bench.scores import score_rows
 from evoprune.session.options import GenerationOptions
 from experiments import comparison
-from experiments.comparison import compared, main
-from experiments.comparison_chart import chart
+from experiments.comparison import chart, compared, main
 from experiments.comparison_tables import (
     Outcome,
     against_ours,
