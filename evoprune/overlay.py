@@ -1,18 +1,10 @@
-"""What became of each unit of a video: it is read by the language model, reused, merged into another unit, or dropped.
+"""An overlay: a video's frames with what became of each unit, which is read by the language model, reused, merged or dropped.
 
-`trace` encodes a video and keeps its frames; `overlay` draws them.
-
-
-Pictures as the bytes of a file: PNG and GIF by Pillow, MP4 by PyAV. The same pictures give the same bytes.
-
-One frame of a video, drawn so that it shows what became of each unit.
-
-A unit that the language model reads keeps its colours, brightened. Any other becomes grey in a colour of its fate: blue where it
-was reused, orange where it merged, and dark where it was dropped. Merged units are outlined in the colour of their owner, and the
-owner has a dot of that colour.
-
-
-A video's frames with what became of each unit: frame pairs side by side, or frame after frame, with a title and a legend."""
+`trace` encodes a video and keeps its frames; `Overlay` draws them, frame pairs side by side, or frame after frame, with a title and
+a legend; `overlay_file` makes a file of that. A unit that is read keeps its colours, brightened. Any other becomes grey in a colour
+of its fate: blue where it was reused, orange where it merged, dark where it was dropped. Merged units are outlined in the colour of
+their owner, which has a dot of that colour.
+"""
 
 import colorsys
 import io
@@ -43,6 +35,10 @@ from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import resize
 
 FATES = ("read", "reused", "merged", "dropped")  # each unit has one, the first that applies
+BACKGROUND, INK, FAINT = (18, 18, 22), (235, 235, 240), (160, 160, 170)
+MAX_PANELS = 12
+MIN_WIDTH = 480  # pixels, so that text has room
+GAP = 12
 
 
 @dataclass(frozen=True)
@@ -209,28 +205,97 @@ def mp4(pictures: Iterable[Image.Image], seconds: float) -> bytes:
     return file.getvalue()
 
 
-FRAME_WIDTH, MAX_ZOOM = 560, 4  # about as wide as a frame is drawn, in pixels, and how much it is enlarged at most
-READ = (0.66, 86.0)  # a factor and an offset of levels
-# The others: a colour that is added to a share of their grey. Colour-blind readers distinguish them, in dark and light videos.
+# Of fates that are not read: colours that are added to a share of their grey. Colour-blind readers distinguish them, in all videos.
 UNREAD = {"reused": (0, 50, 115), "merged": (120, 66, 0), "dropped": (0, 0, 0)}
-GREY, LUMA = 0.3, np.array((0.299, 0.587, 0.114), np.float32)
-RIM = (18, 18, 22)  # around an owner's dot, which may lie on its own colour
 
 Colour = tuple[int, int, int]
 
 
-class Panels:
-    """Draws the frames of one video, each `width` pixels wide."""
+def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
+    """A picture, uint8 `[H, W, 3]`: pixels that are read are brightened, others take the colour of their fate, int `[H, W]`."""
+    levels = picture.astype(np.float32)
+    tint = np.array([UNREAD.get(name, (0, 0, 0)) for name in FATES], np.float32)[fate]
+    unread = 0.3 * (levels @ np.array((0.299, 0.587, 0.114), np.float32))[..., None] + tint
+    read = (fate == FATES.index("read"))[..., None]
+    return np.where(read, levels * 0.66 + 86, unread).clip(0, 255).astype(np.uint8)
 
-    def __init__(self, video: TracedVideo):
-        self._video, self._fate = video, video.fates.fate.numpy()
+
+def outline(picture: Image.Image, cluster: np.ndarray, y: int, x: int, side: int, colour: Colour, *, dot: bool) -> None:
+    """Draws those edges of unit (y, x), `side` pixels wide, at which its cluster ends, and a dot where it is the owner.
+
+    `cluster`: `[h, w]`, the owner of each unit, -1 for none.
+    """
+    draw, around = ImageDraw.Draw(picture), np.pad(cluster, 1, constant_values=-1)
+    left, top, right, bottom = x * side, y * side, (x + 1) * side - 1, (y + 1) * side - 1
+    thick = max(1, round(side / 20)) - 1  # rectangles include their last row and column
+    edges = {
+        (-1, 0): (left, top, right, top + thick),
+        (1, 0): (left, bottom - thick, right, bottom),
+        (0, -1): (left, top, left + thick, bottom),
+        (0, 1): (right - thick, top, right, bottom),
+    }
+    for (dy, dx), edge in edges.items():
+        if around[y + 1 + dy, x + 1 + dx] != cluster[y, x]:
+            draw.rectangle(edge, colour)
+    if dot:
+        place = (left + side * 11 // 32, top + side * 11 // 32, left + side * 21 // 32, top + side * 21 // 32)
+        draw.ellipse(place, colour, BACKGROUND, thick + 1)  # with a rim: it may lie on its own colour
+
+
+def cluster_colour(number: int) -> Colour:
+    """The colour of cluster `number`: bright, not blue, and far from the colour of the cluster before."""
+    hue = 0.75 + 0.8 * (number * 0.618034 % 1.0)
+    red, green, blue = colorsys.hsv_to_rgb(hue % 1.0, 0.8, 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def overlay_file(video: TracedVideo, title: str, ending: str) -> bytes:
+    """`.png` is `Overlay.sheet`; `.gif` and `.mp4` are `Overlay.frames`, at the video's pace but two to ten frames a second."""
+    overlay = Overlay(video, title)
+    if ending == ".png":
+        return png(overlay.sheet())
+    seconds = min(0.5, max(0.1, video.plan.sampling.seconds_per_frame))
+    if ending == ".mp4":
+        return mp4(overlay.frames(), seconds)
+    every = math.ceil(len(video.frames) / 4)  # its colours are taken from four frames
+    return gif(overlay.frames(), seconds, shared_palette(overlay.frames(every)))
+
+
+class Overlay:
+    """Draws the frames of one video as panels, each `width` pixels wide, and lays them out under a title and above a legend."""
+
+    def __init__(self, video: TracedVideo, title: str):
+        self._video, self._title, self._fate = video, title, video.fates.fate.numpy()
         owners = video.fates.owner[video.fates.all_of("merged")].unique().tolist()
         self._colours = {owner: cluster_colour(number) for number, owner in enumerate(owners)}
-        self._zoom = max(1, min(MAX_ZOOM, round(FRAME_WIDTH / video.plan.width)))
+        self._zoom = max(1, min(4, round(560 / video.plan.width)))  # about 560 pixels wide
         self._pixels = video.plan.width // video.plan.grid[2]  # of a unit's side in the frame
         self.width = video.plan.width * self._zoom
 
-    def draw(self, frame: int) -> Image.Image:
+    def sheet(self) -> Image.Image:
+        """RGB picture of the first frame of each frame pair, or of twelve that are spread over the video."""
+        count = self._video.plan.grid[0]
+        shown = [i * count // min(count, MAX_PANELS) for i in range(min(count, MAX_PANELS))]
+        height = self._video.plan.height * self.width / self._video.plan.width
+        across = _columns(len(shown), self.width / height)
+        width = max(MIN_WIDTH, across * (self.width + GAP) - GAP)
+        size = _text_size(width)
+        drawn = list(self._captioned([pair * (len(self._video.frames) // count) for pair in shown], round(0.85 * size)))
+        rows = [_joined(drawn[at : at + across], GAP, across=True) for at in range(0, len(drawn), across)]
+        number = f"{len(shown)} of {count} frame pairs" if len(shown) < count else "Each frame pair"
+        note = f"{number}, by its first frame. A square is a unit, which can become one token."
+        above = text_picture(self._title, width, size)
+        return _framed([above, *rows, text_picture(note, width, size, FAINT), *self._legend(width, size)])
+
+    def frames(self, every: int = 1) -> Iterator[Image.Image]:
+        """RGB pictures of the frames, or of every `every`-th one, all of one size."""
+        width = max(MIN_WIDTH, self.width)
+        size = _text_size(width)
+        above, legend = text_picture(self._title, width, size), self._legend(width, size)
+        for drawn in self._captioned(range(len(self._video.frames)), size, every):
+            yield _framed([above, drawn, *legend])
+
+    def panel(self, frame: int) -> Image.Image:
         """RGB picture of a frame, enlarged by a whole number."""
         fate = self._of_frame(self._fate, frame)
         lit = light(self._video.frames[frame].numpy(), fate.repeat(self._pixels, 0).repeat(self._pixels, 1))
@@ -255,111 +320,21 @@ class Panels:
         grid = self._video.plan.grid
         return units.reshape(grid)[frame // (len(self._video.frames) // grid[0])]
 
-
-def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
-    """A picture, uint8 `[H, W, 3]`: pixels that are read are brightened, others take the colour of their fate, int `[H, W]`."""
-    levels = picture.astype(np.float32)
-    tint = np.array([UNREAD.get(name, (0, 0, 0)) for name in FATES], np.float32)[fate]
-    unread = (levels @ LUMA)[..., None] * GREY + tint
-    read = (fate == FATES.index("read"))[..., None]
-    return np.where(read, levels * READ[0] + READ[1], unread).clip(0, 255).astype(np.uint8)
-
-
-def outline(picture: Image.Image, cluster: np.ndarray, y: int, x: int, side: int, colour: Colour, *, dot: bool) -> None:
-    """Draws those edges of unit (y, x), `side` pixels wide, at which its cluster ends, and a dot where it is the owner.
-
-    `cluster`: `[h, w]`, the owner of each unit, -1 for none.
-    """
-    draw, around = ImageDraw.Draw(picture), np.pad(cluster, 1, constant_values=-1)
-    left, top, right, bottom = x * side, y * side, (x + 1) * side - 1, (y + 1) * side - 1
-    thick = max(1, round(side / 20)) - 1  # rectangles include their last row and column
-    edges = {
-        (-1, 0): (left, top, right, top + thick),
-        (1, 0): (left, bottom - thick, right, bottom),
-        (0, -1): (left, top, left + thick, bottom),
-        (0, 1): (right - thick, top, right, bottom),
-    }
-    for (dy, dx), edge in edges.items():
-        if around[y + 1 + dy, x + 1 + dx] != cluster[y, x]:
-            draw.rectangle(edge, colour)
-    if dot:
-        place = (left + side * 11 // 32, top + side * 11 // 32, left + side * 21 // 32, top + side * 21 // 32)
-        draw.ellipse(place, colour, RIM, thick + 1)
-
-
-def cluster_colour(number: int) -> Colour:
-    """The colour of cluster `number`: bright, not blue, and far from the colour of the cluster before."""
-    hue = 0.75 + 0.8 * (number * 0.618034 % 1.0)
-    red, green, blue = colorsys.hsv_to_rgb(hue % 1.0, 0.8, 1.0)
-    return round(255 * red), round(255 * green), round(255 * blue)
-
-
-BACKGROUND, INK, FAINT = (18, 18, 22), (235, 235, 240), (160, 160, 170)
-MAX_PANELS = 12
-MIN_WIDTH = 480  # pixels, so that text has room
-GAP = 12
-SHEET_RATIO = 1.6  # of width to height, about a screen's
-HUES = 8  # that an eye distinguishes in outlines a few pixels wide
-PALETTE_FRAMES = 4  # from which a GIF's colours are taken
-MIN_SECONDS, MAX_SECONDS = 0.1, 0.5  # that a frame of a film is shown
-
-
-def overlay_file(video: TracedVideo, title: str, ending: str) -> bytes:
-    """`.png` is `Overlay.sheet`; `.gif` and `.mp4` are `Overlay.frames`, at the video's pace but two to ten frames a second."""
-    overlay = Overlay(video, title)
-    if ending == ".png":
-        return png(overlay.sheet())
-    seconds = min(MAX_SECONDS, max(MIN_SECONDS, video.plan.sampling.seconds_per_frame))
-    if ending == ".mp4":
-        return mp4(overlay.frames(), seconds)
-    every = math.ceil(len(video.frames) / PALETTE_FRAMES)
-    return gif(overlay.frames(), seconds, shared_palette(overlay.frames(every)))
-
-
-class Overlay:
-    """Lays out the panels of one video under a title and above a legend."""
-
-    def __init__(self, video: TracedVideo, title: str):
-        self._video, self._title, self._panels = video, title, Panels(video)
-
-    def sheet(self) -> Image.Image:
-        """RGB picture of the first frame of each frame pair, or of twelve that are spread over the video."""
-        count, panels = self._video.plan.grid[0], self._panels
-        shown = [i * count // min(count, MAX_PANELS) for i in range(min(count, MAX_PANELS))]
-        height = self._video.plan.height * panels.width / self._video.plan.width
-        across = _columns(len(shown), panels.width / height)
-        width = max(MIN_WIDTH, across * (panels.width + GAP) - GAP)
-        size = _text_size(width)
-        drawn = list(self._captioned([pair * (len(self._video.frames) // count) for pair in shown], round(0.85 * size)))
-        rows = [_joined(drawn[at : at + across], GAP, across=True) for at in range(0, len(drawn), across)]
-        number = f"{len(shown)} of {count} frame pairs" if len(shown) < count else "Each frame pair"
-        note = f"{number}, by its first frame. A square is a unit, which can become one token."
-        above = text_picture(self._title, width, size)
-        return _framed([above, *rows, text_picture(note, width, size, FAINT), *self._legend(width, size)])
-
-    def frames(self, every: int = 1) -> Iterator[Image.Image]:
-        """RGB pictures of the frames, or of every `every`-th one, all of one size."""
-        width = max(MIN_WIDTH, self._panels.width)
-        size = _text_size(width)
-        above, legend = text_picture(self._title, width, size), self._legend(width, size)
-        for drawn in self._captioned(range(len(self._video.frames)), size, every):
-            yield _framed([above, drawn, *legend])
-
     def _captioned(self, frames: Sequence[int], size: int, every: int = 1) -> Iterator[Image.Image]:
         """Panels, or every `every`-th one, with as much room for their captions as the longest of all takes."""
-        width = self._panels.width
-        captions = {frame: self._panels.caption(frame) for frame in frames}
+        width = self.width
+        captions = {frame: self.caption(frame) for frame in frames}
         rows = max(len(wrap(caption, width, size)) for caption in captions.values())
         for frame in frames[::every]:
             caption = text_picture(captions[frame], width, size, FAINT, rows)
-            yield _joined([self._panels.draw(frame), caption], GAP // 4)
+            yield _joined([self.panel(frame), caption], GAP // 4)
 
     def _legend(self, width: int, size: int) -> list[Image.Image]:
         fates, counts = self._video.fates, self._video.fates.counts()
         again = int((fates.chosen & ~fates.encoded).sum())
         clusters = len(fates.owner[fates.all_of("merged")].unique())
         alike = f" The {clusters:,} clusters share few hues, so colours of different clusters can look alike."
-        alike = alike if clusters > HUES else ""
+        alike = alike if clusters > 8 else ""
         of_earlier = f", {again:,} of them with the row of an earlier frame pair" if again else ""
         meanings = {
             "read": f"one token of the language model each. {counts['read']:,} of {counts['units']:,} units{of_earlier}.",
@@ -381,11 +356,12 @@ def _text_size(width: int) -> int:
 
 
 def _columns(panels: int, ratio: float) -> int:
-    """How many panels of that ratio of width to height go into a row: the sheet is like a screen and leaves few places empty."""
+    """How many panels of that ratio of width to height go into a row: the sheet is 1.6 times as wide as high, as a screen is,
+    and leaves few places empty."""
 
     def cost(columns: int) -> float:
         rows = -(-panels // columns)
-        return abs(math.log(columns * ratio / rows / SHEET_RATIO)) + (rows * columns - panels) / panels
+        return abs(math.log(columns * ratio / rows / 1.6)) + (rows * columns - panels) / panels
 
     return min(range(1, panels + 1), key=cost)
 

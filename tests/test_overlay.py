@@ -14,7 +14,6 @@ from evoprune.overlay import (
     FATES,
     Fates,
     Overlay,
-    Panels,
     TracedVideo,
     cluster_colour,
     light,
@@ -87,10 +86,10 @@ def test_each_unit_has_one_fate(loaded, method):
 @pytest.mark.parametrize("method", ["evoprune", "evoprune:rows=1", "evoprune-merge"])
 def test_the_owner_of_merged_units_has_a_dot(loaded, method):
     video = traced(loaded, budget=0.25, method=method)
-    fates, panels, side = video.fates, Panels(video), 3 * 28  # pixels of a unit as drawn
+    fates, panels, side = video.fates, Overlay(video, ""), 3 * 28  # pixels of a unit as drawn
     owners = fates.owner[fates.all_of("merged")].unique().tolist()
     assert method != "evoprune" or not fates.encoded[owners].all()  # some were reused: the selection took a later time
-    pictures = [np.asarray(panels.draw(2 * pair)).astype(int) for pair in range(6)]
+    pictures = [np.asarray(panels.panel(2 * pair)).astype(int) for pair in range(6)]
     for number, owner in enumerate(owners):
         pair, (y, x) = owner // 24, divmod(owner % 24, 6)
         middle = pictures[pair][y * side + side // 2, x * side + side // 2]
@@ -133,8 +132,8 @@ def painted() -> TracedVideo:
 
 
 def test_panels_show_the_fates():
-    panels = Panels(painted())
-    first, second = (np.asarray(panels.draw(frame)).astype(int) for frame in (0, 2))
+    panels = Overlay(painted(), "")
+    first, second = (np.asarray(panels.panel(frame)).astype(int) for frame in (0, 2))
     side = 4 * 28  # a small frame is drawn four times as large
     assert first.shape == (side, 3 * side, 3)
 
@@ -185,7 +184,7 @@ def test_no_edge_is_drawn_inside_a_cluster():
     video = painted()
     owner = torch.tensor([0, 0, 2, 0, 4, 2])
     fates = Fates((2, 1, 3), video.fates.chosen, torch.arange(6), owner, 3)
-    picture = np.asarray(Panels(TracedVideo(video.plan, video.frames, fates, [], 0)).draw(0)).astype(int)
+    picture = np.asarray(Overlay(TracedVideo(video.plan, video.frames, fates, [], 0), "").panel(0)).astype(int)
     middle = picture[10, [0, 111, 112, 223]]
     assert [tuple(pixel) == cluster_colour(0) for pixel in middle] == [True, False, False, True]
 
