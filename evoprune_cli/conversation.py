@@ -85,7 +85,7 @@ class Conversation:
                     self._full = self._encode_full(show)
             answer = self._say(self._full, question, "full")
             report.compare, self._half = answer.report, None
-            from evoprune.bench.tuning.agreement import agreement, reference
+            from evoprune.bench.agreement import agreement, reference
 
             ended = answer.report.finish_reason == "stop"
             given = reference(self._full, question, answer.ids, ended, self._generation.system)

@@ -96,7 +96,7 @@ BESIDE_RESUME = (
 
 def _resumed(asked: Request, model: ModelOptions) -> int:
     """Goes on with a run by its folder alone."""
-    from evoprune.bench.evaluation.folder import no_folder, stored_settings
+    from evoprune.bench.eval_folder import no_folder, stored_settings
 
     check_output()
     if other := [word for word in sys.argv[2:] if word.startswith("-") and word.partition("=")[0] not in BESIDE_RESUME]:
@@ -119,7 +119,7 @@ def _run(asked: Request, data: str, settings: Callable[[type], Any]) -> int:
 
     `settings`: makes `evaluation.run.Settings`, the class that it is called with.
     """
-    from evoprune.bench.evaluation.questions import load_questions
+    from evoprune.bench.questions import load_questions
 
     check_chart(asked.chart, beside=asked.output, inputs=[data])
     videos = load_questions(Path(data))
@@ -135,9 +135,9 @@ def _run(asked: Request, data: str, settings: Callable[[type], Any]) -> int:
     with rescuing(lambda: evaluation is not None and evaluation.loaded, rescue), progress(not asked.quiet) as tell:
         tell("loading libraries")
         prepare()
-        from evoprune.bench.evaluation.run import Evaluation, Settings, digest
+        from evoprune.bench.eval import EvalSettings, Evaluation, digest
 
-        evaluation = Evaluation(replace(settings(Settings), digest=digest(Path(data))), videos)
+        evaluation = Evaluation(replace(settings(EvalSettings), digest=digest(Path(data))), videos)
         if asked.resume:
             evaluation.keep_in(Path(asked.resume), resume=True)
         tell("loading model")

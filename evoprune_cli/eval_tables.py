@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 from itertools import cycle, product
 
-from evoprune.bench.chart import COLOURS, INK, Panel, Point, Series, draw
-from evoprune.bench.evaluation.scores import LEAST_QUESTIONS, TYPE, is_tie, same_tokens
-from evoprune.bench.svg import PALE
+from evoprune.bench.chart import COLOURS, INK, PALE, Panel, Point, Series, draw
+from evoprune.bench.scores import LEAST_QUESTIONS, TYPE, is_tie, same_tokens
 from evoprune.text import budget_text, counted
 from evoprune_cli.tables import failures, fitting, folded, model_line, one_line, short_name
 from evoprune_cli.tables import table as rendered

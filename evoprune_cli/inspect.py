@@ -181,8 +181,7 @@ def _draw_overlay(file: str, path: str, video: str, options: PipelineOptions) ->
     """Draws what a model makes of a video; the facts to report."""
     with progress(True) as show:
         prepare()
-        from evoprune.overlay.fates import trace
-        from evoprune.overlay.overlay import overlay_file
+        from evoprune.overlay import overlay_file, trace
         from evoprune.video_qa import load_qa
 
         show("loading model")

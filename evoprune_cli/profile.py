@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from evoprune.bench.profiling.settings import SYNTHETIC
+from evoprune.bench.profile_results import SYNTHETIC
 from evoprune.cpu.precision import LOAD_FORMATS, QUANTIZE
 from evoprune.errors import UsageError
 from evoprune.session.options import ModelOptions, PruneOptions
@@ -155,34 +155,35 @@ def _run(
 def _measured(
     asked: Request, model: ModelOptions, settings: dict[str, Any], cases: list, info: Video | None, show
 ) -> Iterator:
-    """The results after each round, within the time limit; see `profiling.run.measure`."""
+    """The results after each round, within the time limit; see `bench.profile.measure`."""
     begun = time.perf_counter()
     show("loading libraries")
     prepare()
-    from evoprune.bench.profiling import clips, run, weights
-    from evoprune.bench.profiling.settings import Settings, TimeLimit
+    from evoprune.bench.clips import synthetic_frames, video_frames
+    from evoprune.bench.profile import default_load_format, load, measure, outline
+    from evoprune.bench.profile_results import ProfileSettings, TimeLimit
     from evoprune.session.engine import check_fits
 
-    model = replace(model, load_format=asked.load_format or weights.default_load_format(model.model))
-    limit, swept = TimeLimit(asked.time_limit, begun=begun), Settings(**settings, time_limit_s=asked.time_limit)
+    model = replace(model, load_format=asked.load_format or default_load_format(model.model))
+    limit, swept = TimeLimit(asked.time_limit, begun=begun), ProfileSettings(**settings, time_limit_s=asked.time_limit)
     methods = [swept.parse(name) for name in swept.methods]  # refuses wrong settings before a model is looked for
     unit, kind = UNITS[0], None if info else asked.synthetic or SYNTHETIC[0]
-    if found := weights.outline(model):
+    if found := outline(model):
         unit = found.limits[VIDEO].unit
         if not asked.size:  # as many units, of another side in pixels
             cases = [case.of_units(unit / UNITS[0]) for case in cases]
         for method in methods:
             check_fits(method, found.config)
     show("loading model")
-    loaded, about = weights.load(model, cases), {"video": asked.video, "synthetic": kind}
-    frames = partial(clips.video_frames, info) if info else partial(clips.synthetic_frames, kind, unit=unit)
-    yield from run.measure(loaded, cases, frames, swept, about=about, progress=show, limit=limit)
+    loaded, about = load(model, cases), {"video": asked.video, "synthetic": kind}
+    frames = partial(video_frames, info) if info else partial(synthetic_frames, kind, unit=unit)
+    yield from measure(loaded, cases, frames, swept, about=about, progress=show, limit=limit)
 
 
 @contextmanager
 def _inputs(video: str | None, counts: list[int], sizes: list[tuple[int, int]]) -> Iterator[tuple[list, Video | None]]:
     """The cases to measure, and the video whose frames they have; None for synthetic clips."""
-    from evoprune.bench.profiling.results import Case
+    from evoprune.bench.profile_results import Case
 
     if video is None:
         yield [Case(count, *size) for count in counts for size in sizes or [SIZE]], None

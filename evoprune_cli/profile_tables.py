@@ -8,14 +8,13 @@ from itertools import cycle
 from statistics import median
 from typing import Any
 
-from evoprune.bench.chart import COLOURS, INK, Panel, Point, Series, draw
-from evoprune.bench.profiling.results import BOUND, METHOD, Case, Figures, Results, Row, Spread
-from evoprune.bench.svg import PALE
+from evoprune.bench.chart import COLOURS, INK, PALE, Panel, Point, Series, draw
+from evoprune.bench.profile_results import BOUND, METHOD, Case, Figures, ProfileResults, ProfileRow, Spread
 from evoprune.text import counted, size
 from evoprune_cli.tables import fitting, folded, one_line, short_name
 from evoprune_cli.terminal import json_line
 
-Cell = Callable[[Row, Figures | None], str]
+Cell = Callable[[ProfileRow, Figures | None], str]
 
 LEGEND = (
     "Hugging Face: plain transformers on the same weights; budget 1.0: evoprune, nothing pruned",
@@ -39,7 +38,7 @@ def _legend(titles: Collection[str]) -> list[str]:
     ]
 
 
-def render(results: Results, form: str, width: int = 80) -> str:
+def render(results: ProfileResults, form: str, width: int = 80) -> str:
     """The results as `table`, `md`, `csv` or `json`; `width` is that of a table, in columns."""
     if form == "json":
         return json_line(results.document()) + "\n"
@@ -72,7 +71,7 @@ def _rate(rate: float) -> str:
 def _of(show: Callable[[Any], str], name: str) -> Cell:
     """A cell for a figure; a dash where the row has no figures, and nothing where this one is unknown."""
 
-    def cell(row: Row, figures: Figures | None) -> str:
+    def cell(row: ProfileRow, figures: Figures | None) -> str:
         value = getattr(figures, name, None)
         return "-" if figures is None else "" if value is None else show(value)
 
@@ -83,26 +82,26 @@ def _count(show: Callable[[Any], str], name: str) -> Cell:
     return lambda row, figures: show(getattr(row.counts, name)) if row.counts else "-"
 
 
-def _pruning(row: Row, figures: Figures | None) -> str:
+def _pruning(row: ProfileRow, figures: Figures | None) -> str:
     return "" if figures and row.kind != METHOD else _of("{:.1%}".format, "prune_share")(row, figures)
 
 
 # The head: what was measured, and how.
 
 
-def _source(results: Results) -> str:
+def _source(results: ProfileResults) -> str:
     """The video, or the kind of synthetic clip."""
     settings = results.settings
     return one_line(settings.get("video") or f"synthetic {settings.get('synthetic', 'clip')}")
 
 
-def _device(results: Results) -> str:
+def _device(results: ProfileResults) -> str:
     """The device, with its threads if it is a CPU."""
     name = results.model.device
     return f"{name} ({counted(results.env.threads, 'thread')})" if name.startswith("cpu") else name
 
 
-def _head(results: Results) -> list[str]:
+def _head(results: ProfileResults) -> list[str]:
     model, env, asked = results.model, results.env, results.settings
     args = "; ".join(f"{name}={value}" for name, value in (asked["method_args"] or {}).items())
     weights = " (true dimensions, random weights)" if model.load_format == "dummy" else ""
@@ -116,12 +115,12 @@ def _head(results: Results) -> list[str]:
     ]
 
 
-def _tail(results: Results) -> list[str]:
+def _tail(results: ProfileResults) -> list[str]:
     failed = [f"{row.name}, {row.case}: {row.error}" for row in results.rows if row.error and row.kind != BOUND]
     return [*failed, *results.remarks]
 
 
-def _caption(results: Results, case: Case) -> str:
+def _caption(results: ProfileResults, case: Case) -> str:
     units = next((row.counts.units for row in results.of(case) if row.counts), None)
     return f"{case}" + (f": {counted(units, 'unit')}" if units else "")
 
@@ -148,7 +147,7 @@ WORK: dict[str, Cell] = {
 LEAST = ("tok/s", "peak", "prefill", "pruning", "matmul", "encode ms", "tower vs HF", "vs bound")
 
 
-def _table(results: Results, width: int) -> str:
+def _table(results: ProfileResults, width: int) -> str:
     lines, titles = folded(_head(results), width), []
     for case in results.cases:
         lines += ["", *textwrap.wrap(_caption(results, case), width)]
@@ -176,7 +175,7 @@ MARKDOWN: dict[str, Cell] = {
 }
 
 
-def _markdown(results: Results) -> str:
+def _markdown(results: ProfileResults) -> str:
     one = results.cases[0] if len(results.cases) == 1 else None
     seen = _caption(results, one) if one else f"{len(results.cases)} sizes"
     head = "; ".join([*_head(results)[:3], seen, *_head(results)[3:]]) + "."
@@ -194,7 +193,7 @@ def _cells(texts) -> str:
     return f"| {' | '.join(text.replace('|', '/') for text in texts)} |"
 
 
-def _csv(results: Results) -> str:
+def _csv(results: ProfileResults) -> str:
     """One line a row, each complete in itself; empty where a value is unknown."""
     document, made = results.document(), []
     common = {"rounds": results.rounds, "warmups": results.warmups, "new_tokens": results.settings["new_tokens"]}
@@ -224,7 +223,7 @@ def _csv(results: Results) -> str:
 # The chart.
 
 
-def draw_chart(results: Results) -> str:
+def draw_chart(results: ProfileResults) -> str:
     """SVG. Where sizes are swept, time against them; else the tower's time against its live share."""
     cases, model = results.cases, results.model
     sweep = len(cases) > 1
@@ -237,7 +236,7 @@ def draw_chart(results: Results) -> str:
     return draw(title, ", ".join(facts), _sweep(results) if sweep else [_live_share(results)])
 
 
-def _colours(rows: Sequence[Row]) -> dict[str, str]:
+def _colours(rows: Sequence[ProfileRow]) -> dict[str, str]:
     """By name: plain transformers grey, evoprune without pruning black, methods in colour; a bound like the row below it."""
     pruned = {row.name: row.budget for row in rows if row.kind == METHOD}
     made = dict(zip(pruned, cycle(COLOURS), strict=False))
@@ -245,7 +244,7 @@ def _colours(rows: Sequence[Row]) -> dict[str, str]:
     return made | bounds | {"Hugging Face": PALE, "budget 1.0": INK}
 
 
-def _scale(results: Results) -> tuple[str, float]:
+def _scale(results: ProfileResults) -> tuple[str, float]:
     """The unit for all times of a chart, and what to multiply seconds by."""
     longest = max((max(row.seconds("first_token")) for row in results.rows if row.samples), default=0)
     return ("seconds", 1.0) if longest >= 2 else ("milliseconds", 1000.0)
@@ -261,7 +260,7 @@ def _series(lines: dict[str, list[Point]], colours: dict[str, str]) -> tuple[Ser
     return tuple(Series(name, points, colours[name], name.startswith("bound")) for name, points in ordered.items())
 
 
-def _sweep(results: Results) -> list[Panel]:
+def _sweep(results: ProfileResults) -> list[Panel]:
     """Encode, and the first token, against the frames, or against the units where their size changes too."""
     by_frames = len({(case.height, case.width) for case in results.cases}) == 1
     unit, factor = _scale(results)
@@ -279,7 +278,7 @@ def _sweep(results: Results) -> list[Panel]:
     return panels
 
 
-def _live_share(results: Results) -> Panel:
+def _live_share(results: ProfileResults) -> Panel:
     unit, factor = _scale(results)
     lines: dict[str, list[Point]] = {}
     for row in results.rows:

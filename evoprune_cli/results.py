@@ -5,6 +5,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ HEADS = re.compile(
             rb'\{"schema":"evoprune/(profile|tune|tune-operations|verify)@\d+",',
             rb"evoprune profile \d\S*, torch \d\S*, transformers \d[^\s;]*[\n;]",  # a table or Markdown
             rb"row,name,method,budget,quantize,frames,height,width,units,encoder_rows,live_share,tokens,prompt,",
-            rb'<svg xmlns="http://www\.w3\.org/2000/svg" [^>]*>\n<!-- evoprune -->\n<title>',
+            rb"<svg [^>]*>\n<!-- evoprune -->\n ?<title>",
             rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR.{17}\0\0\0\x19tEXtSoftware\0evoprune overlay",
             rb"GIF8.{9,800}!\xfe\x10evoprune overlay\0",
         ]
@@ -31,9 +32,11 @@ MP4_END = b"\0\0\0(\xa9cmt\0\0\0 data\0\0\0\1\0\0\0\0evoprune overlay"  # a comm
 
 
 def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:
-    """As `check_writable`, for an SVG file."""
+    """As `check_writable`, for an SVG file. Raises UsageError also where matplotlib, which draws it, is missing."""
     if path is not None and not path.startswith(OPEN_FILES) and not path.lower().endswith(".svg"):
         raise UsageError(f"--chart {path}: charts are SVG files", "name it .svg")
+    if path is not None and find_spec("matplotlib") is None:
+        raise UsageError("charts need matplotlib, which is not installed", "pip install 'evoprune[plot]'")
     check_writable(path, beside, inputs)
 
 

@@ -109,10 +109,10 @@ def _run(asked: Request, settings: dict[str, Any]) -> int:
     with rescue, progress(not quiet) as tell:
         tell("loading libraries")
         prepare()
-        from evoprune.bench.tuning.run import Settings, Tuning
+        from evoprune.bench.tune import TuneSettings, Tuning
         from evoprune.contrib.operation_search import OperationTuning
 
-        tuning = (OperationTuning if asked.operations else Tuning)(Settings(**settings))
+        tuning = (OperationTuning if asked.operations else Tuning)(TuneSettings(**settings))
         tell("loading model")
         tuning.load(partial(tell, "quantizing"))
         tuning.run(tell, lambda text: quiet or note(text))

@@ -4,11 +4,10 @@ import textwrap
 from collections.abc import Callable
 from itertools import cycle
 
-from evoprune.bench.chart import COLOURS, Panel, Point, Series, draw
+from evoprune.bench.chart import COLOURS, PALE, Panel, Point, Series, draw
 from evoprune.text import counted
 from evoprune_cli.tables import failures, fitting, folded, model_line, short_name
 
-GREY = "#9A9A9A"
 # Columns: what they hold, and what that means.
 COLUMNS: dict[str, tuple[Callable[[dict], str], str]] = {
     "first token": (
@@ -120,7 +119,7 @@ def draw_chart(document: dict) -> str:
         series.append(Series(method, tuple(points), colour))
     best = sorted((row for row in rows if row["frontier"]), key=lambda row: row["first_token"])
     edge = tuple(Point(100 * row["first_token"], 100 * row["agreement"]) for row in best)
-    series.append(Series("frontier", edge, GREY, dashed=True))
+    series.append(Series("frontier", edge, PALE, dashed=True))
     title = f"{short_name(document['model']['id'])}: agreement with the unpruned model against time to the first token"
     answers, videos = counted(document["answer_tokens"], "token"), counted(document["videos"]["answered"], "video")
     asked = f"{100 * document['settings']['agree']:g}% asked"

@@ -55,9 +55,9 @@ def verify(asked: Request) -> int:
     with rescue, progress(not asked.quiet) as tell:
         tell("loading libraries")
         prepare()
-        from evoprune.bench.profiling.settings import TimeLimit
-        from evoprune.bench.profiling.verify.run import subject_of
-        from evoprune.bench.profiling.verify.run import verify as run
+        from evoprune.bench.profile_results import TimeLimit
+        from evoprune.bench.verify.run import subject_of
+        from evoprune.bench.verify.run import verify as run
         from evoprune.session.loading.model import load_model
 
         limit = TimeLimit(UNLIMITED if asked.time_limit is None else asked.time_limit, begun=begun)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bench.evaluation.run import Evaluation, Settings
-from evoprune.bench.evaluation.scores import FULL
+from evoprune.bench.eval import EvalSettings, Evaluation
+from evoprune.bench.scores import FULL
 from evoprune.methods.budget import parse_budget, plain
 from evoprune.methods.encoder_plan import ALLOCATIONS
 from evoprune.methods.evoprune import EvoPrune
@@ -23,9 +23,7 @@ from evoprune.session.options import ModelOptions
 from evoprune.text import budget_text
 from experiments.demo.worlds import SHAPES, WORLDS
 from experiments.demo.write import clips_asked, data_text, demo_videos
-from experiments.distances import DISTANCES
 from experiments.paired import in_points, paired_difference
-from experiments.variants import register
 
 
 @dataclass(frozen=True)
@@ -142,9 +140,6 @@ ABLATIONS = {
             **{f"mean, size ** {power}": f"count={power}" for power in (0.25, 0.75, 1)},
         },
     ),
-    "distance": Ablation(
-        "Distance of the selection", OURS, {name: f"variant:distance={name}" if at else "" for at, name in enumerate(DISTANCES)}
-    ),
     "rows": Ablation(
         "Rows that go on after the second selection, as a power of the budget; after which share of the layers; what tokens become",
         OURS,
@@ -165,9 +160,6 @@ ABLATIONS = {
             "0, rows 0.5": "first=0:rows=0.5",
             "0.2, rows 0.5": "first=0.2:rows=0.5",
         },
-    ),
-    "contrast": Ablation(
-        "How much farther away units of contrast count", OURS, {"0": ""} | {str(c): f"variant:contrast={c}" for c in (0.5, 1, 3)}
     ),
     "auto": Ablation(
         "Distance to a selected unit at which `-b auto` stops, at most at the column's budget",
@@ -267,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := [name for name in names if name not in ABLATIONS]:
         parser.error(f"no ablation {unknown[0]!r}: one of {', '.join(ABLATIONS)}")
     budgets = tuple(plain(parse_budget(text)) for text in args.budgets.split(","))
-    settings = Settings(
+    settings = EvalSettings(
         data_text(args.world, args.split, args.seed),
         budgets,
         specs(names),
@@ -285,7 +277,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.markdown.write_text(text)
 
 
-if __name__ in ("__main__", "__mp_main__"):  # the second is this file in a worker process
-    register()
 if __name__ == "__main__":
     main()

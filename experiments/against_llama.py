@@ -18,7 +18,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from evoprune.bench.profiling import synthetic
+from evoprune.bench import clips
 from evoprune.video_qa import VideoQA
 
 SIDE = Path(__file__).with_name("against_llama_side.py")
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=8)
     args = parser.parse_args()
     height, width = map(int, args.size.split("x"))
-    clip = synthetic.clip("motion", args.frames, height, width)
+    clip = clips.synthetic_clip("motion", args.frames, height, width)
     qa = VideoQA.load(args.checkpoint, dtype="fp32", quantize="int8", threads=args.threads)
     other = Other(args.python, args.model, args.projector, args.threads)
     rows: dict[str, list[dict]] = {}

@@ -20,10 +20,10 @@ MODEL, TURNS = "Qwen/Qwen2.5-VL-3B-Instruct", 2
 def measure(side: str, args: argparse.Namespace) -> list[dict]:
     """The turns of one process: name, tokens, seconds of encode and prefill."""
     from evoprune import methods
-    from evoprune.bench.profiling.clips import case_grid, prepare, synthetic_frames
-    from evoprune.bench.profiling.hugging_face import hugging_face_model
-    from evoprune.bench.profiling.results import Case
-    from evoprune.bench.profiling.runners import run_evoprune, run_hugging_face
+    from evoprune.bench.clips import case_grid, prepare, synthetic_frames
+    from evoprune.bench.hugging_face import hugging_face_model
+    from evoprune.bench.profile import run_evoprune, run_hugging_face
+    from evoprune.bench.profile_results import Case
     from evoprune.methods.budget import keep_tokens, parse_budget
     from evoprune.session.loading.model import load_model
     from evoprune.vision.tower import tower_shape

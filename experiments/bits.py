@@ -17,9 +17,9 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from evoprune.bench.evaluation.grading import grade
-from evoprune.bench.evaluation.processes import map_in_processes
-from evoprune.bench.tuning.agreement import agreement, reference
+from evoprune.bench.agreement import agreement, reference
+from evoprune.bench.processes import map_in_processes
+from evoprune.bench.questions import grade
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA

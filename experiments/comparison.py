@@ -20,15 +20,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from evoprune import methods
-from evoprune.bench.chart import COLOURS
-from evoprune.bench.evaluation.folder import SETTINGS
-from evoprune.bench.evaluation.questions import Video
-from evoprune.bench.evaluation.run import Evaluation, Settings
+from evoprune.bench.chart import COLOURS, INK, Panel, Point, Series, draw
+from evoprune.bench.eval import EvalSettings, Evaluation
+from evoprune.bench.eval_folder import SETTINGS
+from evoprune.bench.questions import VideoQuestions
+from evoprune.bench.scores import ALL, FULL
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.methods.budget import parse_budget, plain
 from evoprune.methods.registry import REUSE
 from evoprune.session.options import ModelOptions
-from experiments.comparison_chart import chart
+from evoprune.text import budget_text
 from experiments.comparison_tables import OURS, Budget, Outcome, document, share
 from experiments.demo.worlds import SHAPES, WORLDS
 from experiments.demo.write import clips_asked, data_text, demo_videos
@@ -46,7 +47,11 @@ def compared() -> list[str]:
 
 
 def measure(
-    settings: Settings, videos: Sequence[Video], folder: Path, processes: int, progress: Callable[[str], None]
+    settings: EvalSettings,
+    videos: Sequence[VideoQuestions],
+    folder: Path,
+    processes: int,
+    progress: Callable[[str], None],
 ) -> Outcome:
     """Runs a model's evaluation, or resumes it, in a folder of its own inside `folder`, `processes` clips at a time.
 
@@ -88,7 +93,7 @@ def compare(
     Raises:
         EvopruneError: what `measure` raises.
     """
-    settings = Settings(
+    settings = EvalSettings(
         data_text(world, split, seed),
         tuple(budgets),
         tuple(names or compared()),
@@ -112,6 +117,34 @@ def compare(
 def _print_progress(what: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\x1b[K{what[:78]}", end="", file=sys.stderr, flush=True)
+
+
+def chart(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> str:
+    """SVG: a line a method, the most accurate on top (mean over models and budgets), a dot a budget, a panel a model."""
+    accuracy: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        for budget in budgets:
+            for row in outcome.rows(budget):
+                accuracy.setdefault(row["method"], []).append(row["accuracy"])
+    names = sorted(accuracy, key=lambda name: -sum(accuracy[name]) / len(accuracy[name]))
+    panels = []
+    for outcome in outcomes:
+        series = []
+        for budget, colour in zip(budgets, COLOURS, strict=False):
+            points = (
+                Point(100 * row["accuracy"], names.index(row["method"]), 100 * row["low"], 100 * row["high"])
+                for row in outcome.rows(budget)
+            )
+            series.append(Series(f"-b {budget_text(budget)}", tuple(points), colour))
+        for row in outcome.document["rows"]:
+            if row["row"] == FULL and row["group"] == ALL:
+                full = 100 * row["accuracy"]
+                series.append(Series("full", (Point(full, -0.5), Point(full, len(names) - 0.5)), INK, dashed=True))
+        panels.append(Panel(outcome.name, "accuracy, %", "", tuple(series), from_zero=False))
+    settings, count = outcomes[0].document["settings"], outcomes[0].document["videos"]["evaluated"]
+    facts = f"{settings['data']}, {count:,} clips, 95% intervals over videos. "
+    facts += "The most accurate method on top: mean over models and budgets."
+    return draw("Accuracy of each method at the same budgets", facts, panels, rows=names)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from evoprune import methods
-from evoprune.bench.chart import COLOURS, INK, Panel, Point, Series, draw
-from evoprune.bench.evaluation.scores import FULL, METHOD
-from evoprune.bench.svg import SOFT
+from evoprune.bench.chart import COLOURS, INK, SOFT, Panel, Point, Series, draw
+from evoprune.bench.scores import FULL, METHOD
 from evoprune.methods.budget import PRESETS, parse_budget
 from evoprune.text import budget_text
 from experiments.frontier import SETS, kept, samples_of
@@ -176,9 +175,7 @@ def chart(samples: Samples, presets: Samples, fast: dict[Key, float]) -> str:
         "with the tokens of balanced and fast; grey: methods after the encoder, as fast as they are if selecting costs nothing. "
         "3B dimensions, 8 moving frames, fp32, two CPU threads."
     )
-    return draw(
-        "Accuracy kept against speed", facts, [Panel("", x_label, y_label, tuple(series), from_zero=False)], False
-    )
+    return draw("Accuracy kept against speed", facts, [Panel("", x_label, y_label, tuple(series), from_zero=False)])
 
 
 def page(samples: Samples, fast: dict[Key, float]) -> str:

@@ -8,23 +8,29 @@ import argparse
 import base64
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 import torch
 from PIL import Image
 
 from evoprune import VideoQA
-from evoprune.bench.svg import COLOURS, GRID, INK, SOFT, document, text
-from evoprune.overlay.fates import TracedVideo, trace
+from evoprune.bench.chart import COLOURS, INK, SOFT
+from evoprune.overlay import TracedVideo, trace
 
 CLIP, BUDGET, MOST_PAIRS = "samples/flash.mp4", 0.1, 8
 WIDTH, HEIGHT, EDGE = 830, 690, 24
 OURS, OTHERS, REUSED = COLOURS[0], COLOURS[1], "#CFE3F1"
 STRIPS, PITCH, GAP = 78, 138, 10  # the first row of frames, from one to the next, and between two frames, in pixels
 BARS, TALL = 644, 84  # where the bars of layers stand, and how tall the bar of all units is
+GRID = "#E4E4E4"
+FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+LOOK = {  # of `text`: attributes, and what is not written
+    "anchor": ("text-anchor", "start"), "fill": ("fill", INK), "size": ("font-size", 12), "weight": ("font-weight", 400),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,27 @@ def figure(run: Run) -> str:
         elements += [text(EDGE, top + 10, heading, size=14, weight=600), text(EDGE, top + 28, words, size=11.5)]
     elements += [*_units(run, 0), *_units(run, 1), *_units(run, 2), *_towers(run)]
     return document("How evoprune prunes visual tokens inside the vision encoder", WIDTH, HEIGHT, elements)
+
+
+def document(title: str, width: int, height: int, elements: Iterable[str]) -> str:
+    """An SVG document of so many pixels: a white card with a thin edge, and the elements on it."""
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img"'
+    look = f'font-family="{FONT}" font-size="12" fill="{INK}"'
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {look}>',
+        "<!-- evoprune -->",
+        f"<title>{escape(title)}</title>",
+    ]
+    card = f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="6" fill="#FFFFFF" stroke="#D0D0D0"/>'
+    return "\n".join([*head, card, *elements, "</svg>", ""])
+
+
+def text(x: float, y: float, words: str, anchor: str = "start", **look: str | float) -> str:
+    """Words whose baseline starts, is centred or ends at (x, y). `look`: fill, size, weight."""
+    look["anchor"] = anchor
+    wanted = [(named, look[name]) for name, (named, usual) in LOOK.items() if look.get(name, usual) != usual]
+    more = "".join(f" {named}={quoteattr(str(value))}" for named, value in wanted)
+    return f'<text x="{x:.1f}" y="{y:.1f}"{more}>{escape(words)}</text>'
 
 
 def _panel(video: TracedVideo) -> tuple[float, float]:

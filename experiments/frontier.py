@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bench.evaluation.run import Evaluation, Settings
-from evoprune.bench.evaluation.scores import FULL, METHOD
+from evoprune.bench.eval import EvalSettings, Evaluation
+from evoprune.bench.scores import FULL, METHOD
 from evoprune.methods.budget import PRESETS, parse_budget
 from evoprune.session.options import ModelOptions
 from evoprune.text import budget_text
@@ -43,7 +43,7 @@ def samples_of(out: Path, name: str) -> list[dict]:
 def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
     """The samples of one set."""
     world, model = SETS[name]
-    settings = Settings(
+    settings = EvalSettings(
         data_text(world, args.split, args.seed),
         tuple(parse_budget(text) for text in args.budget.split(",")),
         tuple(args.method.split(",")),

@@ -63,30 +63,29 @@ def environment(device: str) -> dict[str, Any]:
 
 def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] = ("evoprune",)):
     """A benchmark of `evoprune profile` with its rows: `bench.run(row)` is one turn of a row."""
-    from evoprune.bench.profiling import clips, weights
-    from evoprune.bench.profiling.bench import Bench, all_rows
-    from evoprune.bench.profiling.results import Case
-    from evoprune.bench.profiling.settings import Settings
+    from evoprune.bench.clips import synthetic_frames
+    from evoprune.bench.profile import Bench, all_rows, default_load_format, load, outline
+    from evoprune.bench.profile_results import Case, ProfileSettings
     from evoprune.session.options import ModelOptions
     from evoprune.video.info import VIDEO
 
     options = ModelOptions(
-        model=args.model, device=args.device, load_format=weights.default_load_format(args.model), dtype=args.dtype
+        model=args.model, device=args.device, load_format=default_load_format(args.model), dtype=args.dtype
     )
-    unit = weights.outline(options).limits[VIDEO].unit
+    unit = outline(options).limits[VIDEO].unit
     cases = [
         Case(*map(int, case.split("x"))).of_units(unit / 28) for case in args.cases
     ]  # as many units, whatever their size
-    loaded = weights.load(options, cases)
-    settings = Settings(budgets=tuple(args.budgets), methods=tuple(methods), new_tokens=new_tokens)
+    loaded = load(options, cases)
+    settings = ProfileSettings(budgets=tuple(args.budgets), methods=tuple(methods), new_tokens=new_tokens)
     # DivPrune, which selects after the tower, at the first budget alone.
     rows = [r for r in all_rows(cases, settings) if r.method != "divprune" or r.budget == args.budgets[0]]
-    bench = Bench(loaded, rows, lambda case: clips.synthetic_frames("motion", case, unit), settings, lambda what: None)
+    bench = Bench(loaded, rows, lambda case: synthetic_frames("motion", case, unit), settings, lambda what: None)
     return bench, rows
 
 
 def label(row) -> str:
-    from evoprune.bench.profiling.results import HUGGING_FACE
+    from evoprune.bench.profile_results import HUGGING_FACE
 
     if row.kind == HUGGING_FACE:
         return HF
@@ -305,10 +304,10 @@ def sample(folder: Path) -> Path:
         return Path(__file__).parents[1] / "samples/pan.mp4"
     from PIL import Image
 
-    from evoprune.bench.profiling import synthetic
+    from evoprune.bench import clips
 
     (folder / "frames").mkdir()
-    for number, frame in enumerate(synthetic.clip("motion", 24, 224, 252)):
+    for number, frame in enumerate(clips.synthetic_clip("motion", 24, 224, 252)):
         Image.fromarray(frame).save(folder / "frames" / f"{number:02}.png")
     return folder / "frames"
 
@@ -352,10 +351,10 @@ def calls_of(found) -> dict[str, int]:
 @contextmanager
 def around(name: str, context: Callable[[], Any]) -> Iterator[list]:
     """Has each call of a function that `evoprune profile` calls run inside a new `context()`; yields what these gave."""
-    from evoprune.bench.profiling import runners
+    from evoprune.bench import profile
 
     *path, last = name.split(".")
-    owner = runners
+    owner = profile
     for part in path:
         owner = getattr(owner, part)
     plain, seen = getattr(owner, last), []
@@ -374,7 +373,7 @@ def around(name: str, context: Callable[[], Any]) -> Iterator[list]:
 
 def counting():
     """A context that counts operations of torch's dispatcher, those that wait for the device, and copies of tensors to the CPU."""
-    from evoprune.bench.profiling.verify.waiting import Waiting
+    from evoprune.bench.verify.waiting import Waiting
 
     class Counting(Waiting):
         def __init__(self):

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from evoprune.backend.devices import memory_in_use, reset_peak_memory
-from evoprune.bench.evaluation.grading import grade
+from evoprune.bench.questions import grade
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import StreamOptions
 from evoprune.video.frames import read_frames

@@ -14,9 +14,9 @@ from dataclasses import replace
 import torch
 
 from evoprune.backend.devices import environment
-from evoprune.bench.profiling.clips import synthetic_frames
-from evoprune.bench.profiling.hugging_face import hugging_face_model
-from evoprune.bench.profiling.results import Case
+from evoprune.bench.clips import synthetic_frames
+from evoprune.bench.hugging_face import hugging_face_model
+from evoprune.bench.profile_results import Case
 from evoprune.hf.encoding import PackedTower, encode_with, patch_config
 from evoprune.session.loading.find import DTYPES, describe_model
 from evoprune.session.loading.model import random_model

@@ -104,9 +104,9 @@ def clip(seed: int):
     """Ordinary motion, another clip for each seed, with what vLLM wants to know of it."""
     import numpy as np
 
-    from evoprune.bench.profiling import synthetic
+    from evoprune.bench import clips
 
-    frames = np.roll(synthetic.clip("motion", FRAMES, HEIGHT, WIDTH), 28 * seed, 2)
+    frames = np.roll(clips.synthetic_clip("motion", FRAMES, HEIGHT, WIDTH), 28 * seed, 2)
     metadata = {"fps": float(FPS), "duration": FRAMES / FPS, "total_num_frames": FRAMES, "do_sample_frames": False}
     return frames, metadata | {"frames_indices": list(range(FRAMES))}
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from evoprune.bench.profiling import synthetic
+from evoprune.bench import clips
 from experiments.checkpoint import write_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +117,7 @@ def write_clip(path: Path) -> None:
     """A clip of things that move before a still background."""
     import av
 
-    frames = synthetic.clip("motion", SECONDS, 364, 644)[:, : SIZE[0], : SIZE[1]]
+    frames = clips.synthetic_clip("motion", SECONDS, 364, 644)[:, : SIZE[0], : SIZE[1]]
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=FPS)
         stream.height, stream.width, stream.pix_fmt = *SIZE, "yuv420p"

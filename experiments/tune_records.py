@@ -15,12 +15,12 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from evoprune.bench.evaluation.cost import Cost
-from evoprune.bench.evaluation.grading import grade
-from evoprune.bench.evaluation.processes import map_in_processes
-from evoprune.bench.evaluation.shared import SharedFrames, SharedInput, SharedRows
-from evoprune.bench.tuning.agreement import agreement, reference
-from evoprune.bench.tuning.search import Candidate, candidates
+from evoprune.bench.agreement import agreement, reference
+from evoprune.bench.eval import Cost
+from evoprune.bench.processes import map_in_processes
+from evoprune.bench.questions import grade
+from evoprune.bench.shared import SharedFrames, SharedInput, SharedRows
+from evoprune.bench.tune import Candidate, candidates
 from evoprune.session.encoding import open_inputs
 from evoprune.session.engine import Engine
 from evoprune.session.loading.model import load_model

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bench.tuning.results import bounds, design_effect, smoothed
-from evoprune.bench.tuning.results import recommended as fastest
+from evoprune.bench.tune import bounds, design_effect, smoothed
+from evoprune.bench.tune import recommended as fastest
 
 FULL = "none -b 1"
 DRAWS, COUNTS = 200, (4, 8, 16, 32)

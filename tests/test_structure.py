@@ -261,7 +261,7 @@ def test_no_other_file_asks_for_the_family_of_a_model():
 
 
 # Who may ask what a device is: `verify` says it, and vLLM has devices of its own.
-DEVICES_KNOWN_TO = ("evoprune.backend.", "evoprune.bench.profiling.verify.", "evoprune_vllm.")
+DEVICES_KNOWN_TO = ("evoprune.backend.", "evoprune.bench.verify.", "evoprune_vllm.")
 
 
 def asked_devices(code: ast.Module) -> Iterator[ast.Attribute]:

@@ -13,11 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evoprune.bench.evaluation.shared import SharedFrames
-from evoprune.bench.tuning.agreement import agreement
-from evoprune.bench.tuning.full_answers import Progress, encode
-from evoprune.bench.tuning.run import Run, Settings
-from evoprune.bench.tuning.search import BUDGETS
+from evoprune.bench.agreement import agreement
+from evoprune.bench.shared import SharedFrames
+from evoprune.bench.tune import BUDGETS, Progress, Run, TuneSettings, encode
 from evoprune.contrib.operations import KEY, PLACE, Operations
 from evoprune.errors import UsageError
 from evoprune.methods.chain import Pipeline
@@ -133,7 +131,7 @@ class OperationTuning(Run):
 
     schema = SCHEMA
 
-    def __init__(self, settings: Settings, now: Callable[[], float] = time.perf_counter):
+    def __init__(self, settings: TuneSettings, now: Callable[[], float] = time.perf_counter):
         super().__init__(settings, now)
         self.found: list[Step] = []
         self.complete, self._measured = False, 0

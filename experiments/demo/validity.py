@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bench.evaluation.run import Evaluation, Settings
+from evoprune.bench.eval import EvalSettings, Evaluation
 from evoprune.session.options import GenerationOptions, ModelOptions
 from experiments.demo.worlds import SCENES
 from experiments.demo.write import clips_asked, data_text, demo_videos
@@ -76,7 +76,7 @@ def kept(
             for budget in dict.fromkeys(cell.budget for cell in CELLS if cell.group == group):
                 cells = [cell for cell in CELLS if (cell.group, cell.budget) == (group, budget)]
                 first = budget == next(cell.budget for cell in CELLS if cell.group == group)
-                settings = Settings(
+                settings = EvalSettings(
                     data_text(SCENES.name, split, seed), (budget,), tuple(dict.fromkeys(cell.method for cell in cells)),
                     blind=first, groups=(group,), limit=limit, model=ModelOptions(model, dtype="fp32"),
                     generation=GenerationOptions(max_new_tokens=LONGEST),

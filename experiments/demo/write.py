@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from evoprune.batch.rows import Row
-from evoprune.bench.evaluation.questions import Video
+from evoprune.bench.questions import VideoQuestions
 from evoprune.errors import UsageError
 from experiments.demo.painting import LOSSLESS
 from experiments.demo.worlds import SHAPES, WORLDS
@@ -59,7 +59,7 @@ def data_text(world: str, split: str, block: int) -> str:
     return f"{world} ({split}, block {block})"
 
 
-def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()) -> Video:
+def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()) -> VideoQuestions:
     """Writes a clip as a file in `folder`; returns it with its questions, those of `groups` where any are given.
 
     `crf`: x264's constant rate factor, 0 to keep every pixel; default: by the seed. Raises UsageError: the file cannot be written.
@@ -84,11 +84,13 @@ def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Col
         raise UsageError(
             f"cannot write a clip to {folder}: {reason}", "choose a folder with room, or TMPDIR"
         ) from problem
-    return Video(str(name), path, rows)
+    return VideoQuestions(str(name), path, rows)
 
 
 @contextmanager
-def demo_video(name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()) -> Iterator[Video]:
+def demo_video(
+    name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()
+) -> Iterator[VideoQuestions]:
     """As `write_clip`, but the file is removed at the end."""
     video = write_clip(name, folder, crf, groups)
     try:
@@ -98,7 +100,7 @@ def demo_video(name: ClipName, folder: Path, crf: int | None = None, groups: Col
 
 
 @contextmanager
-def demo_videos(clips: Iterable[ClipName], groups: Collection[str] = ()) -> Iterator[list[Video]]:
+def demo_videos(clips: Iterable[ClipName], groups: Collection[str] = ()) -> Iterator[list[VideoQuestions]]:
     """All of these clips that have questions, compressed, as files that are removed at the end."""
     with TemporaryDirectory(prefix="evoprune-clips-") as folder:
         yield [video for clip in clips if (video := write_clip(clip, Path(folder), groups=groups)).rows]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from evoprune.bench.profiling.settings import TimeLimit
-from evoprune.bench.profiling.verify.accelerated import accelerated
-from evoprune.bench.profiling.verify.outcome import DIFFERS
-from evoprune.bench.profiling.verify.run import subject_of, verify
+from evoprune.bench.profile_results import TimeLimit
+from evoprune.bench.verify.checks import accelerated
+from evoprune.bench.verify.run import subject_of, verify
+from evoprune.bench.verify.subject import DIFFERS
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune.backend import reuse
-from evoprune.bench.profiling.verify.waiting import shape_depends_on_values
+from evoprune.bench.verify.waiting import shape_depends_on_values
 from tests.backend.cases import means
 from tests.threads import one_thread  # noqa: F401
 

@@ -8,11 +8,10 @@ import pytest
 from PIL import Image
 
 from evoprune.batch.output import HEAD
-from evoprune.bench.profiling import bench
-from evoprune.bench.profiling.results import METHOD, Case, Results, Row
-from evoprune.bench.svg import document
+from evoprune.bench.chart import Panel, draw
+from evoprune.bench.profile_results import METHOD, Case, ProfileResults, ProfileRow
 from evoprune.errors import EvopruneError, UsageError
-from evoprune.overlay.image_files import gif, mp4, png, shared_palette
+from evoprune.overlay import gif, mp4, png, shared_palette
 from evoprune.report import Environment, ModelFacts
 from evoprune_cli.profile_tables import render
 from evoprune_cli.results import check_writable, write_bytes
@@ -73,13 +72,13 @@ def test_a_file_of_the_user_is_never_replaced(cli, clip, tmp_path, what):
 def written() -> dict[str, bytes]:
     """What evoprune writes, of each kind."""
     picture = Image.new("RGB", (64, 64))
-    results = Results(
+    results = ProfileResults(
         ModelFacts("model", None, "fp32", "none", "cpu", "auto"),
         0,
         Environment("0.1.0", "2.13.0+cpu", "5.23.0", "a CPU", 2),
         {},
         {"method_args": {}, "text_tokens": 1, "new_tokens": 1, "repetitions": 1, "time_limit_s": 9},
-        [Row(METHOD, Case(4, 56, 56), 0.5, "evoprune", error="failed")],
+        [ProfileRow(METHOD, Case(4, 56, 56), 0.5, "evoprune", error="failed")],
         [1e9],
     )
     tables = {form: render(results, form).encode() for form in ("table", "md", "csv", "json")}
@@ -92,7 +91,7 @@ def written() -> dict[str, bytes]:
         "gif": gif([picture, picture], 0.1, shared_palette([picture])),
         "mp4": mp4([picture, picture], 0.1),
     }
-    return {**tables, **tuned, **overlays, "svg": document("Title", 9, 9, []).encode(), "nothing": b""}
+    return {**tables, **tuned, **overlays, "svg": draw("Title", "", [Panel("", "", "", ())]).encode(), "nothing": b""}
 
 
 @pytest.mark.few(2)
@@ -168,7 +167,7 @@ def test_an_overlay_may_be_drawn_again(cli, clip, tmp_path, ending):
 
 @pytest.mark.full
 def test_a_table_and_a_chart_may_be_written_again(cli, tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
+    monkeypatch.setattr("evoprune.bench.profile.matmul_rate", lambda *_, **__: 1e11)
     table, chart = tmp_path / "a.txt", tmp_path / "a.svg"
     assert cli("profile", *QUICK, "-m", tiny_folder, "--size", "56x56", "-o", table, "--chart", chart).code == 0
     for each in (table, chart):
@@ -197,3 +196,12 @@ def test_what_was_there_stays_where_the_disk_is_full(tmp_path, monkeypatch):
     with pytest.raises(Exception, match=r"cannot write .*No space left"):
         write_bytes(str(path), json.dumps("new").encode())
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "command", [("profile",), ("eval", "--data", "samples/questions.jsonl"), ("tune", "samples/square.mp4")]
+)
+def test_a_chart_is_refused_where_matplotlib_is_missing(cli, monkeypatch, tmp_path, command):
+    monkeypatch.setattr("evoprune_cli.results.find_spec", lambda name: None)
+    result = cli(*command, "--chart", str(tmp_path / "a.svg"))
+    assert result.code == 2 and "charts need matplotlib" in result.err and "pip install 'evoprune[plot]'" in result.err

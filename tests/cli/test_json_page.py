@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from evoprune.bench.profiling import bench
 from tests.cli.test_readme import ROOT
 from tests.recipes import write_recipe
 
@@ -165,7 +164,7 @@ def test_tune(cli, tiny_folder):
 
 @pytest.mark.full
 def test_profile(cli, tiny_folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
+    monkeypatch.setattr("evoprune.bench.profile.matmul_rate", lambda *_, **__: 1e11)
     quick = ("-r", "1", "--size", "112x168", "-b", "0.5", "--format", "json", "--method")
     quick += (f"fastv,{write_recipe(tmp_path)}", *SHORT)
     check("profile", [cli("profile", "-m", str(tiny_folder), *quick).record], errors=False)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from evoprune import methods
-from evoprune.bench.profiling import bench
 from tests.methods.kinds import INNER, one_of_each
 
 CLIP = "samples/square.mp4"
@@ -103,7 +102,7 @@ def test_eval(tiny, tmp_path):
 
 @pytest.mark.full
 def test_profile(tiny, monkeypatch):
-    monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
+    monkeypatch.setattr("evoprune.bench.profile.matmul_rate", lambda *_, **__: 1e11)
     quick = ("-r", 1, "-w", 0, "--size", "112x168", "--frames", 4, "-b", 0.25, "-n", 1, "--format", "json")
     result = tiny("profile", *quick, "--method", ",".join([*RUN, *PAIRS]))
     made = json.loads(result.out)

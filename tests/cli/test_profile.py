@@ -8,13 +8,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from evoprune.bench.profiling import bench, settings, weights
-from evoprune.bench.profiling.results import Case
+from evoprune.bench import profile as measuring
+from evoprune.bench.profile_results import Case, ProfileSettings
 from evoprune.errors import ModelError
 from evoprune.methods.budget import PRESETS
 from evoprune.model import cost
 from evoprune_cli.profile_tables import render
-from experiments.profile_chart import main as draw_again
 from tests.cli.screen import visible
 
 CLIP = "samples/square.mp4"
@@ -24,7 +23,7 @@ QUICK = ("-r", "1", "--size", "112x168", "--frames", "4", "-b", "0.5")
 
 @pytest.fixture(autouse=True)
 def quick_rate(monkeypatch):
-    monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
+    monkeypatch.setattr(measuring, "matmul_rate", lambda *_, **__: 1e11)
 
 
 @pytest.fixture
@@ -173,15 +172,6 @@ def test_a_chart_of_a_sweep(profile, tmp_path, sweep, label):
 
 
 @pytest.mark.full
-def test_a_chart_can_be_drawn_again_from_json(profile, tmp_path):
-    document, drawn, again = tmp_path / "a.json", tmp_path / "a.svg", tmp_path / "b.svg"
-    profile("--frames", "2,4", "-r", "2", "--format", "json", "-o", document, "--chart", drawn)
-    draw_again([str(document), "-o", str(again)])
-    for_eyes = [[e.text or e.get("fill") for e in ElementTree.parse(path).iter()] for path in (drawn, again)]
-    assert for_eyes[0] == for_eyes[1] and len(for_eyes[0]) > 50
-
-
-@pytest.mark.full
 def test_what_was_measured_is_not_lost_with_the_disk(profile, tmp_path, monkeypatch):
     path = tmp_path / "out.txt"
     monkeypatch.setattr("evoprune_cli.profile.check_writable", lambda path, **_: None)
@@ -263,11 +253,11 @@ def test_other_failures(cli, profile, monkeypatch):
 def test_a_row_without_memory_stays(profile, monkeypatch):
     def run_evoprune(loaded, clip, plan, method, *rest):
         if method.name == "random":
-            raise bench.OutOfMemory("out of memory in encode")
+            raise measuring.OutOfMemory("out of memory in encode")
         return real(loaded, clip, plan, method, *rest)
 
-    real = bench.run_evoprune
-    monkeypatch.setattr(bench, "run_evoprune", run_evoprune)
+    real = measuring.run_evoprune
+    monkeypatch.setattr(measuring, "run_evoprune", run_evoprune)
     result = profile("--method", "evoprune,random")
     assert (result.code, result.err) == (6, "")
     assert table_rows(result.out)[-1].split() == ["random", "-b", "0.5", *"------"]
@@ -287,8 +277,8 @@ def test_an_interruption_prints_the_finished_rounds(profile, monkeypatch, finish
             raise KeyboardInterrupt
         return real(*args)
 
-    real = bench.run_evoprune
-    monkeypatch.setattr(bench, "run_evoprune", run_evoprune)
+    real = measuring.run_evoprune
+    monkeypatch.setattr(measuring, "run_evoprune", run_evoprune)
     result = profile("-r", "3", "--format", "json")
     assert (result.code, result.err) == (130, "")
     if not finished:
@@ -311,9 +301,9 @@ def test_defaults(cli, monkeypatch):
         recorded.append(made(**more))
         return recorded[-1]
 
-    made = settings.Settings
-    monkeypatch.setattr(weights, "load", load)
-    monkeypatch.setattr(settings, "Settings", record)
+    made = ProfileSettings
+    monkeypatch.setattr(measuring, "load", load)
+    monkeypatch.setattr("evoprune.bench.profile_results.ProfileSettings", record)
     monkeypatch.setenv("EVOPRUNE_MODEL", "demo")
     assert cli("profile").code == 4
     assert asked == [("Qwen/Qwen2.5-VL-3B-Instruct", [Case(8, 224, 336)], "dummy")]

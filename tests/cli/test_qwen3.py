@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from evoprune.bench.profiling import bench
 from tests.tiny import save_tiny
 from tests.video.subtitled import SRT
 
@@ -57,7 +56,7 @@ def test_inspect(qwen3, cli, tmp_path):
 
 
 def test_profile_takes_units_of_32_pixels(qwen3, monkeypatch):
-    monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
+    monkeypatch.setattr("evoprune.bench.profile.matmul_rate", lambda *_, **__: 1e11)
     how = "-r", "1", "-w", "0", "-b", "0.25", "--frames", "4", "--method", "evoprune,fastv", "--synthetic", "static90"
     result = qwen3("profile", *how)
     assert (

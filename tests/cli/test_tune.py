@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from evoprune.bench.tuning.run import Tuning
+from evoprune.bench.tune import Tuning
 from evoprune.errors import UsageError
 from evoprune_cli.terminal import Terminated
 

@@ -7,9 +7,9 @@ import shutil
 import huggingface_hub
 import pytest
 
-from evoprune.bench.profiling.verify.subject import QUESTION
+from evoprune.bench.verify.subject import QUESTION
 from evoprune_cli.verify import text_of
-from tests.bench.profiling.verify.faults import FAULTS
+from tests.bench.faults import FAULTS
 
 NAMES = ("patches", "positions", "tower", "logits", "answer")
 

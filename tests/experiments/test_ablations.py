@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from evoprune import methods
-from evoprune.bench.evaluation.run import Settings
+from evoprune.bench.eval import EvalSettings
 from evoprune.session.options import GenerationOptions
 from experiments import ablations
 from experiments.ablations import ABLATIONS, PAPER, Ablation, report, specs, table
 from experiments.paired import in_points, paired_difference
-from experiments.variants import Variant
 
 
 def sample(method, budget, video, number, right, live=0.5):
@@ -20,11 +19,6 @@ def sample(method, budget, video, number, right, live=0.5):
         "row": "method", "method": method, "budget": budget, "video": video, "id": f"{video}-{number}", "right": right,
         "live_share": live, "kept_share": live / 2,
     }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def variant(monkeypatch):
-    monkeypatch.setitem(methods.registry.CORE, Variant.name, "experiments.variants:Variant")
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -67,7 +61,7 @@ def test_differences_are_paired():
 class Run:
     """What `report` reads of an evaluation."""
 
-    settings = Settings("shapes (validation, block 7)", (0.1,), specs(("spending",)), seed=7)
+    settings = EvalSettings("shapes (validation, block 7)", (0.1,), specs(("spending",)), seed=7)
 
     def __init__(self):
         each = [(spec, {"row": "method", "method": spec, "budget": 0.1}) for spec in self.settings.methods]
@@ -111,7 +105,7 @@ def few(monkeypatch):
     }
     monkeypatch.setattr(ablations, "ABLATIONS", first_two)
     generation = GenerationOptions(max_new_tokens=2)
-    monkeypatch.setattr(ablations, "Settings", partial(Settings, generation=generation))
+    monkeypatch.setattr(ablations, "Settings", partial(EvalSettings, generation=generation))
 
 
 def test_the_command_writes_the_tables_and_resumes_its_run(tmp_path, saved, capsys, few):

@@ -7,12 +7,12 @@ from xml.etree import ElementTree
 import pytest
 
 from evoprune import methods
-from evoprune.bench.evaluation import run as evaluation_run
-from evoprune.bench.evaluation.scores import score_rows
+from evoprune.bench import eval as evaluation
+from evoprune.bench.chart import COLOURS
+from evoprune.bench.scores import score_rows
 from evoprune.session.options import GenerationOptions
 from experiments import comparison
-from experiments.comparison import compared, main
-from experiments.comparison_chart import chart
+from experiments.comparison import chart, compared, main
 from experiments.comparison_tables import (
     Outcome,
     against_ours,
@@ -22,6 +22,7 @@ from experiments.comparison_tables import (
     short,
     standings,
 )
+from tests.bench.test_chart import marks
 
 COST = dict.fromkeys(("tokens", "kept_share", "live_share", "tflop_3b", "tflop_3b_tower", "tflop_3b_prefill"), 0.5)
 
@@ -207,13 +208,13 @@ def test_the_chart():
         assert words.count(word) == 1
     at = {element.text: float(element.get("y")) for element in root.iter("{http://www.w3.org/2000/svg}text")}
     assert sorted(RIGHT, key=at.get) == ["random", "dart", "evs", "pool", "mmr"]
-    dots = [(float(e.get("cx")), float(e.get("cy"))) for e in root.iter("{http://www.w3.org/2000/svg}circle")]
-    assert len(dots) == 2 + 2 * 2 * 5  # the legend's first
-    dots = dots[2:]
-    for name in RIGHT:  # in every panel two dots near its row
-        assert sum(abs(y + 4 - at[name]) < 6 for _, y in dots) == 4
-    best, worst = (max(x for x, y in dots[:10] if abs(y + 4 - at[name]) < 6) for name in ("random", "mmr"))
-    assert best > worst + 200
+    for colour in COLOURS[:2]:
+        dots = marks(root, colour)[:-1]  # without the legend's
+        assert len(dots) == 2 * 5
+        for name in RIGHT:  # in every panel a dot near its row
+            assert sum(abs(y + 3 - at[name]) < 6 for _, y in dots) == 2
+        best, worst = (max(x for x, y in dots[:5] if abs(y + 3 - at[name]) < 6) for name in ("random", "mmr"))
+        assert best > worst + 100
 
 
 @pytest.fixture
@@ -221,7 +222,7 @@ def asked(saved, tmp_path, monkeypatch):
     """The command on the tiny model, two clips, two rows, and answers of two tokens."""
     names = ["random", "reuse+cdpruner"]
     generation = GenerationOptions(max_new_tokens=2)
-    monkeypatch.setattr(comparison, "Settings", partial(evaluation_run.Settings, generation=generation))
+    monkeypatch.setattr(comparison, "EvalSettings", partial(evaluation.EvalSettings, generation=generation))
     monkeypatch.setattr(comparison, "compared", lambda: names)
     table, picture = tmp_path / "table.md", tmp_path / "chart.svg"
     files = ["-o", tmp_path / "runs", "--table", table, "--chart", picture]
@@ -231,7 +232,7 @@ def asked(saved, tmp_path, monkeypatch):
 
 def test_the_command_writes_its_files_and_resumes_an_interrupted_run(asked, monkeypatch):
     names, args, table, picture = asked
-    seen, real = [], evaluation_run.open_inputs
+    seen, real = [], evaluation.open_inputs
 
     def opened(engine, *args, **more):
         seen.append(engine.pruning.name)
@@ -239,7 +240,7 @@ def test_the_command_writes_its_files_and_resumes_an_interrupted_run(asked, monk
             raise KeyboardInterrupt
         return real(engine, *args, **more)
 
-    monkeypatch.setattr(evaluation_run, "open_inputs", opened)
+    monkeypatch.setattr(evaluation, "open_inputs", opened)
     with pytest.raises(KeyboardInterrupt):  # in the second clip
         main(args)
     assert not table.exists() and not picture.exists()

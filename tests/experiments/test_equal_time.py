@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from evoprune.bench.evaluation.scores import FULL, METHOD
+from evoprune.bench.scores import FULL, METHOD
 from experiments.equal_time import NONE, main, speeds
 from experiments.frontier import SETS, folder_of
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evoprune.bench.evaluation.scores import FULL, METHOD
+from evoprune.bench.scores import FULL, METHOD
 from experiments.frontier import kept, main, table
 
 

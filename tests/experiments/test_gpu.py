@@ -1,8 +1,86 @@
+"""The steps of `experiments.gpu` at a tiny size, and how it starts and stops them. tests/experiments/test_gpu.py runs all of it."""
+
 import json
 import os
+import sys
+import tarfile
 
-from experiments import gpu
+import pytest
+
+from experiments import gpu, gpu_steps
 from tests.threads import one_thread  # noqa: F401
+from tests.tiny import save_tiny
+
+
+def run_step(tmp_path, *arguments: str) -> dict:
+    gpu_steps.main(
+        [*arguments, "--device", "cpu", "--rounds", "1", "--seconds", "300", "-o", str(tmp_path / "found.json")]
+    )
+    return json.loads((tmp_path / "found.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_varlen_call_in_the_tower_of_transformers_gives_what_its_loop_over_windows_gives(kind, tmp_path, saved):
+    folder = saved if kind == "qwen2_5_vl" else save_tiny(tmp_path / "model", family=kind)
+    found = run_step(tmp_path, "table", "-m", str(folder), "--cases", "4x112x168")
+    rows = {row["row"]: row for row in found["rows"]}
+    assert [*rows] == ["HF", "HF+", "ours 1.0", "evoprune 0.25", "divprune 0.25"]
+    assert rows["HF"]["first_tokens"] == rows["HF+"]["first_tokens"] == rows["ours 1.0"]["first_tokens"]
+    assert [row["tokens"] for row in rows.values()] == [48, 48, 48, 12, 12]
+    assert rows["ours 1.0"]["vs_full"] == 1 and rows["HF+"]["vs_hf"] > 0
+
+
+def test_operations_of_an_encode_are_a_part_of_those_to_the_first_token(tmp_path, saved):
+    whole, pruned = run_step(tmp_path, "operations", "-m", str(saved), "--cases", "4x112x168")["rows"]
+    assert (whole["row"], pruned["row"]) == ("ours 1.0", "evoprune 0.25")
+    for row in (whole, pruned):
+        assert 100 < row["operations"] < row["to_first_token"] and row["tensor_copies"] == 0 and row["by_operator"]
+
+
+def test_a_step_that_fails_or_hangs_does_not_end_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "SPARE", 0.0)
+    hangs = gpu.Step("first", "hangs", ("-c", "import time; time.sleep(60)"))
+    fails = gpu.Step("table", "fails", ("-c", "raise ValueError('no such kernel')"))
+    works = "import sys; open(sys.argv[2], 'w').write('{\"rows\": []}')"
+    (tmp_path / "work").mkdir()
+    run = gpu.Run(tmp_path, tmp_path / "work")
+    run.part([fails, gpu.Step("operations", "works", ("-c", works))], 20)
+    run.part([hangs], 0.3)
+    assert [each["state"] for each in run.done] == ["exit code 1", "done", "stopped"]
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert kept[0]["output"][-1] == "ValueError: no such kernel" and kept[1]["found"] == {"rows": []}
+    assert "ValueError: no such kernel" in (tmp_path / "gpu.txt").read_text()
+    with tarfile.open(tmp_path / "gpu.tar.gz") as packed:
+        names = packed.getnames()
+    assert (
+        names[:2] == ["gpu.json", "gpu.txt"] and "00-table-fails.txt" in names and "01-operations-works.json" in names
+    )
+
+
+def test_a_part_without_time_left_is_not_begun(tmp_path):
+    run = gpu.Run(tmp_path, tmp_path)
+    run.part([gpu.Step("table", "3B", ("-c", "pass"))], gpu.SPARE / 2)
+    assert run.done[0]["state"] == "not begun"
+
+
+@pytest.mark.parametrize("arguments", [["--parts", "tables"], ["--seconds", "table"], ["--seconds", "all=3"]])
+def test_wrong_parts_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        gpu.parsed(["-o", "x", *arguments])
+    assert "table" in capsys.readouterr().err
+
+
+def test_the_parts_end_within_eight_minutes():
+    assert sum(gpu.SECONDS.values()) <= 480
+    assert {step.part for step in gpu.steps("x")} == {step.part for step in gpu.dry_steps()} == {*gpu.SECONDS}
+    for part in gpu.SECONDS:
+        shares = [step.until for step in gpu.steps("x") if step.part == part]
+        assert shares == sorted(shares) and shares[-1] == 1
+    for step in gpu.steps("x"):
+        if step.arguments[:2] == gpu.STEP:
+            args = gpu_steps.parser().parse_args(step.command(gpu.ROOT / "x", 30)[3:])
+            assert args.seconds == 30 - gpu.SPARE and args.step == step.part
+    assert gpu.steps("x")[0].command(gpu.ROOT / "x", 30)[0] == sys.executable
 
 
 def test_every_part_runs_at_the_size_of_the_demo(tmp_path, capsys, monkeypatch):

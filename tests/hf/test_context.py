@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import evoprune
-from evoprune.bench.profiling.hugging_face import hugging_face_model
+from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.contrib.evs import Evs
 from evoprune.language.prompt import VIDEO, build_prompt
 from evoprune.session.loading.model import load_model

@@ -16,7 +16,7 @@ import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.bench.evaluation.processes import map_in_processes
+from evoprune.bench.processes import map_in_processes
 from evoprune.errors import PLUGINS, PluginError, PluginWarning, UsageError, names_plugins
 from evoprune.methods import registry
 from evoprune.methods.selecting import select as select_tokens_of

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from evoprune.bench.profiling.hugging_face import hugging_face_config
+from evoprune.bench.hugging_face import hugging_face_config
 from evoprune.bundled import DEMOS
 from evoprune.model.config import MAX_BYTES, MAX_LEVELS, Unsupported, loads, parse_config, read_object
 from evoprune.session.loading.find import BUNDLED_CONFIGS

@@ -10,9 +10,9 @@ from evoprune import methods
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
-from evoprune.bench.evaluation.run import Evaluation, Video
-from evoprune.bench.evaluation.run import Settings as EvalSettings
-from evoprune.bench.evaluation.shared import SharedInput
+from evoprune.bench.eval import EvalSettings, Evaluation
+from evoprune.bench.questions import VideoQuestions
+from evoprune.bench.shared import SharedInput
 from evoprune.errors import ModelError, VideoError
 from evoprune.model.numerics import all_numbers
 from evoprune.session.encoding import OpenInput
@@ -113,7 +113,9 @@ def test_in_a_batch_and_in_an_evaluation_the_next_one_runs(loaded, monkeypatch):
     made = list(answers(VideoQA(loaded), group_by_span(rows), Settings.of(model="x", max_new_tokens=1)))
     assert [r.error and (r.error["code"], r.error["stage"]) for r in made] == [(4, "encode"), None]
     calls.clear()
-    videos = [Video(name, name, (Row("a", name, name, "What?", answer="x"),)) for name in (CLIP, "samples/three.mp4")]
+    videos = [
+        VideoQuestions(name, name, (Row("a", name, name, "What?", answer="x"),)) for name in (CLIP, "samples/three.mp4")
+    ]
     run = Evaluation(EvalSettings("d", (0.5,), ("evs",), generation=GenerationOptions(max_new_tokens=1)), videos)
     run.loaded = loaded
     run.run()

@@ -40,7 +40,7 @@ class Counting(TorchDispatchMode):
 
 def encodes(qa, clip: str, lines: bool = False, **frames) -> tuple[Counting, int]:
     """The counts of one encode, its first one made before; and how often it waits."""
-    from evoprune.bench.profiling.verify.waiting import Waiting
+    from evoprune.bench.verify.waiting import Waiting
 
     qa.encode(clip, **frames)
     with Counting(lines) as counted:

@@ -11,14 +11,12 @@ import evoprune
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import group_by_span, product_rows
 from evoprune.batch.run import answers
-from evoprune.bench.profiling.settings import TimeLimit
-from evoprune.bench.profiling.verify.outcome import DIFFERS
-from evoprune.bench.profiling.verify.run import subject_of, verify
-from evoprune.bench.profiling.verify.speed import waits
-from evoprune.bench.profiling.verify.subject import Subject
-from evoprune.bench.profiling.verify.waiting import Waiting
-from evoprune.bench.tuning.run import Settings as TuningSettings
-from evoprune.bench.tuning.run import Tuning
+from evoprune.bench.profile_results import TimeLimit
+from evoprune.bench.tune import TuneSettings, Tuning
+from evoprune.bench.verify.checks import waits
+from evoprune.bench.verify.run import subject_of, verify
+from evoprune.bench.verify.subject import DIFFERS, Subject
+from evoprune.bench.verify.waiting import Waiting
 from evoprune.errors import OutOfMemory
 from evoprune.hf.processor_inputs import processor_inputs
 from evoprune.methods.registry import built_in
@@ -26,7 +24,7 @@ from evoprune.model.config import MODEL_TYPES
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.vision import attention
-from tests.bench.profiling.verify.faults import FAULTS
+from tests.bench.faults import FAULTS
 from tests.recipes import write_recipe
 from tests.second_device.far import NAME, Memory
 from tests.session.test_recipes import DEMO
@@ -153,7 +151,7 @@ def test_transformers_model(how):
 
 def test_tune():
     tuning = Tuning(
-        TuningSettings(
+        TuneSettings(
             videos=(CLIP,), questions=(QUESTION,), budgets=(0.5,), model=ModelOptions("demo", device=NAME),
             sampling=SamplingOptions(frames=4), agree=0.05, time_limit_s=300,
         )

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from evoprune.bench.tuning import agreement as made
-from evoprune.bench.tuning.agreement import agreement, reference
+from evoprune.bench import agreement as made
+from evoprune.bench.agreement import agreement, reference
 from evoprune.errors import UsageError
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from evoprune.bench.profiling.verify.subject import QUESTION, SAMPLING, Subject
+from evoprune.bench.verify.subject import QUESTION, SAMPLING, Subject
 from evoprune.errors import ModelWarning
 from evoprune.video_qa import VideoQA
 from tests.loading import edit, error_of, load_model

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from evoprune import Cache, VideoQA
-from evoprune.bench.tuning.agreement import agreement, reference
+from evoprune.bench.agreement import agreement, reference
 from evoprune.methods.budget import PRESETS
 from evoprune.report import stats_block
 

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from evoprune import methods
-from evoprune.bench.profiling.hugging_face import hugging_face_model
+from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.errors import UsageError, VideoError
 from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.methods.budget import keep_count

@@ -8,8 +8,8 @@ import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.bench.profiling.clips import place_of
-from evoprune.bench.profiling.hugging_face import hugging_face_model
+from evoprune.bench.clips import place_of
+from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.errors import ModelError
 from evoprune.language.generate import Visual, embed_prompt, prefill
 from evoprune.language.prompt import prompt_positions

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from evoprune import Cache, VideoQA, methods
-from evoprune.bench.tuning.agreement import agreement, reference
+from evoprune.bench.agreement import agreement, reference
 from evoprune.errors import UsageError
 from evoprune.methods.operation_plans import ALL, REST, Recipe
 from evoprune.report import stats_block

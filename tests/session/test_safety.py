@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from evoprune.bench.evaluation.folder import RunFolder
+from evoprune.bench.eval_folder import RunFolder
 from evoprune.errors import ModelError, UsageError
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from evoprune.bench.profiling.hugging_face import hugging_face_model
+from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.errors import ModelError, UsageError, VideoError, error_record
 from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
 from evoprune.model.weights import shared
-from evoprune.overlay.fates import trace
+from evoprune.overlay import trace
 from evoprune.report import Report, warning_lines
 from evoprune.session.answering import Answer
 from evoprune.session.encoding import OpenInput, open_inputs

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune.backend import devices
-from evoprune.bench.profiling.verify.waiting import shape_depends_on_values
+from evoprune.bench.verify.waiting import shape_depends_on_values
 from evoprune.methods.base import Merger
 from evoprune.vision import attention, encoded, encoder
 from tests.vision.results import assert_same, check_result, encode_patches

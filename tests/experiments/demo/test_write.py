@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from evoprune.bench.evaluation.questions import load_questions
-from evoprune.bench.evaluation.run import Evaluation, Settings
+from evoprune.bench.eval import EvalSettings, Evaluation
+from evoprune.bench.questions import load_questions
 from evoprune.errors import UsageError
 from evoprune.video.frames import probe, read_frames
 from evoprune.video.info import PICTURE, world_of
@@ -49,7 +49,7 @@ def test_compressed_files_are_those_of_the_experiments(tmp_path):
         assert [v.path.read_bytes() for v in videos] == [v.path.read_bytes() for v in named]
         samples = []
         for each in (videos, named):
-            run = Evaluation(Settings("x", (0.25,), ("evoprune",)), each)
+            run = Evaluation(EvalSettings("x", (0.25,), ("evoprune",)), each)
             run.load()
             run.run()
             samples.append(

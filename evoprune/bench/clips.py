@@ -1,0 +1,237 @@
+"""Clips made by formula, for benchmarks: the same bytes everywhere, for ever. Whole numbers only, and one hash as random generator.
+
+A *grid* is two frames, a *unit* 28x28 pixels of both, or 32x32. f, y, x, c count frames, rows, columns and colour channels from 0.
+
+`noise`     byte(1, f, y, x, c): no pixel has to do with another. The most there can be to encode.
+`static90`  Both frames of the first grid are texture(2). Every later grid is equal to it but for one unit in ten (a half counts as
+            one): those with the smallest mix(3, grid, unit), of equal ones the first; their pixels are byte(4, f, y, x, c). So
+            other units change from grid to grid, and go back to what they were.
+`motion`    Ordinary motion: texture(5), and before it three textured discs that go their way steadily, out at one side and in
+            again at the other; all under sensor noise of -3 to 3. About a third of the units change visibly from grid to grid
+            (of a picture that is only a few units wide, more).
+
+
+The clips that are measured: their frames, and what is made of them before the tower runs."""
+
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+
+import numpy as np
+import torch
+
+from evoprune.bench.profile_results import SYNTHETIC, Case
+from evoprune.errors import UsageError
+from evoprune.language.prompt import Place, prompt_positions
+from evoprune.methods.budget import keep_tokens
+from evoprune.methods.chain import Pipeline
+from evoprune.model.config import VisionConfig
+from evoprune.session.loading.model import LoadedModel
+from evoprune.video.frames import read_frames
+from evoprune.video.info import PICTURE, Video
+from evoprune.video.plan import InputLimits, even_times, make_plan
+from evoprune.vision.preprocess import normalised, pixel_patches, resize
+from evoprune.vision.tower import tower_shape
+
+UNIT, PAIR = 28, 2  # side of a merge unit in pixels, if not given; frames in a grid
+SCALES = ((64, 3), (32, 2), (16, 1), (8, 1), (4, 1))
+Draw = Callable[[int], np.ndarray]  # f to integers [H, W, 3], 0 to 255
+
+
+def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int = UNIT) -> np.ndarray:
+    """uint8 `[frames, height, width, 3]`: one of `SYNTHETIC`. Raises ValueError: another, or sizes of no whole grids."""
+    if content not in SYNTHETIC:
+        raise ValueError(f"no synthetic clip {content!r}: one of {', '.join(SYNTHETIC)}")
+    if min(frames, height, width) < 1 or frames % PAIR or height % unit or width % unit:
+        raise ValueError(f"{frames} frames of {height}x{width} are not whole grids of whole units")
+    draw = {"motion": _motion, "static90": partial(_static, unit=unit), "noise": _noise}[content](height, width)
+    made = np.empty((frames, height, width, 3), np.uint8)
+    for f in range(frames):  # one at a time, for the sake of memory
+        made[f] = draw(f)
+    return made
+
+
+def _hash(n: np.ndarray) -> np.ndarray:
+    """lowbias32, https://nullprogram.com/blog/2018/07/31/; uint32 of one dimension or more, whose products wrap silently."""
+    n = (n ^ (n >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    n = (n ^ (n >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return n ^ (n >> np.uint32(16))
+
+
+def _mix(*numbers: int | np.ndarray) -> np.ndarray:
+    """Of each number in turn the hash of it and what was made before: uint32, of the shape that the numbers broadcast to."""
+    made = np.zeros(1, np.uint32)
+    for number in numbers:
+        made = _hash(made + np.atleast_1d(number).astype(np.uint32))
+    return made
+
+
+def _byte(*numbers: int | np.ndarray) -> np.ndarray:
+    """int64, 0 to 255."""
+    return (_mix(*numbers) >> np.uint32(24)).astype(np.int64)
+
+
+def _axes(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """y, x and c, which broadcast."""
+    return np.arange(height)[:, None, None], np.arange(width)[:, None], np.arange(3)
+
+
+def _texture(seed: int, height: int, width: int) -> np.ndarray:
+    """int64 `[height, width, 3]`, 0 to 255: smooth on each of `SCALES`, between bytes at every `s`-th pixel."""
+    made = np.zeros((height, width, 3), np.int64)
+    for s, weight in SCALES:
+        b = _byte(seed, s, *_axes((height - 1) // s + 2, (width - 1) // s + 2))
+        i, p = np.divmod(np.arange(height), s)
+        j, q = np.divmod(np.arange(width)[:, None], s)
+        above, below = ((s - q) * b[row][:, j[:, 0]] + q * b[row][:, j[:, 0] + 1] for row in (i, i + 1))
+        p = p[:, None, None]
+        made += weight * (((s - p) * above + p * below) // (s * s))
+    return made // sum(weight for _, weight in SCALES)
+
+
+def _noise(height: int, width: int) -> Draw:
+    return lambda f: _byte(1, f, *_axes(height, width))
+
+
+def _static(height: int, width: int, unit: int) -> Draw:
+    still, columns = _texture(2, height, width), width // unit
+    units = height // unit * columns
+
+    def draw(f: int) -> np.ndarray:
+        if f < PAIR:
+            return still
+        new = np.zeros(units, bool)
+        new[_mix(3, f // PAIR, np.arange(units)).argsort(kind="stable")[: (units + 5) // 10]] = True
+        new = new.reshape(-1, columns, 1).repeat(unit, 0).repeat(unit, 1)
+        return np.where(new, _byte(4, f, *_axes(height, width)), still)
+
+    return draw
+
+
+def _motion(height: int, width: int) -> Draw:
+    still, m = _texture(5, height, width), min(height, width)
+    radii = [m * (6 + k) // 48 for k in range(3)]
+    skins = [(2 * _texture(6 + k, 2 * r + 1, 2 * r + 1) + _byte(9, k, np.arange(3))) // 3 for k, r in enumerate(radii)]
+    speeds = ((0, width // 24), (m // 40, -(width // 28)), (-(m // 30), width // 32))
+
+    def draw(f: int) -> np.ndarray:
+        picture = still.copy()
+        for k, (r, skin, (dy, dx)) in enumerate(zip(radii, skins, speeds, strict=True)):
+            v = _away(m * (4 + 5 * k) // 16 + f * dy, height)
+            u = _away(width * (3 + 5 * k) // 16 + f * dx, width)
+            rows, columns = np.nonzero(v[:, None] ** 2 + u**2 <= r * r)
+            picture[rows, columns] = skin[v[rows] + r, u[columns] + r]
+        n = _byte(10, f, *_axes(height, width))
+        return (picture + n % 4 + n // 4 % 4 - 3).clip(0, 255)
+
+    return draw
+
+
+def _away(centre: int, size: int) -> np.ndarray:
+    """int64 `[size]`: how far each row, or column, is from `centre`, the short way round the edges."""
+    return (np.arange(size) - centre + size // 2) % size - size // 2
+
+
+# Text tokens before and after the video, as many as a chat template and a short question have.
+TEXT_BEFORE, TEXT_AFTER = 15, 15
+# The same around each frame pair, where a prompt has the time of each: the time and a marker, and a marker.
+BEFORE_PAIR, AFTER_PAIR = 7, 1
+SYNTHETIC_FPS = 2.0
+
+Frames = tuple[torch.Tensor, float]  # uint8 [F, H, W, 3], and the seconds from one grid to the next
+
+
+def synthetic_frames(content: str, case: Case, unit: int = UNIT) -> Frames:
+    """A clip made by formula, at Qwen's own frame rate; or a picture, its first frame. `unit`: side of a unit in pixels."""
+    made = synthetic_clip(content, max(PAIR, case.frames), case.height, case.width, unit)
+    return torch.from_numpy(made[: case.frames]), 2 / SYNTHETIC_FPS
+
+
+def video_frames(info: Video, case: Case) -> Frames:
+    """Frames of a video, spread over all of it; or a picture."""
+    source, most = info, max(2, case.frames)
+    if info.kind == PICTURE:
+        source = replace(info, width=case.width, height=case.height)  # which the reader makes of it
+    plan = make_plan(info, InputLimits(), frames=case.frames, max_frames=most, max_visual_tokens=sys.maxsize)
+    with closing(read_frames(source, plan.sampling.times_s)) as chunks:
+        small = [resize(torch.from_numpy(chunk.frames), case.height, case.width) for chunk in chunks]
+    return torch.cat(small), plan.sampling.seconds_per_pair()
+
+
+def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
+    """(T, H, W) of a case in units. Raises UsageError: the frames cannot be cut into merge units."""
+    if case.height % limits.unit or case.width % limits.unit:
+        raise UsageError(
+            f"frames of {case.height}x{case.width} pixels are no whole number of merge units",
+            f"height and width must be multiples of {limits.unit}, for example {8 * limits.unit}x{12 * limits.unit}",
+        )
+    return max(1, case.frames // limits.temporal_patch_size), case.height // limits.unit, case.width // limits.unit
+
+
+def place_of(grid: tuple[int, int, int], times: bool) -> Place:
+    """Where the prompt has the units of a clip. `times`: whether the time of each frame pair is in it."""
+    if not times:
+        return Place((range(TEXT_BEFORE, TEXT_BEFORE + prod(grid)),))
+    pairs, units = grid[0], grid[1] * grid[2]
+    starts = [TEXT_BEFORE + pair * (BEFORE_PAIR + units + AFTER_PAIR) + BEFORE_PAIR for pair in range(pairs)]
+    around = tuple(range(start - BEFORE_PAIR, start + units + AFTER_PAIR) for start in starts)
+    return Place(tuple(range(start, start + units) for start in starts), around)
+
+
+def text_tokens(config: VisionConfig, case: Case, limits: InputLimits) -> int:
+    """Tokens of a case's prompt that are no units, where nothing is pruned."""
+    place = place_of(case_grid(case, limits), config.traits.timestamps and case.frames > 1)
+    return (place.around or place.runs)[-1].stop + TEXT_AFTER - len(place)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip ready for the tower, and the prompt around it."""
+
+    pixels: torch.Tensor  # uint8 `[4 * N, values]`, patches in Hugging Face's order, on the device of the weights
+    patches: torch.Tensor  # the same normalised, in the dtype of the weights: what transformers is given
+    grid: tuple[int, int, int]  # (T, H, W) in units
+    seconds_per_pair: float  # from one grid to the next
+    ids: torch.Tensor  # int64 `[L]`, any tokens for the text, and zeros for the video
+    place: Place  # where the video is
+    positions: torch.Tensor  # int64 `[3, L]` by Qwen's rule
+    following: int  # position of the first new token
+    unpruned: int  # units of the clip without pruning; more than N if a method made the input smaller
+
+    @property
+    def units(self) -> int:
+        return prod(self.grid)
+
+
+def prepare(
+    loaded: LoadedModel,
+    frames: torch.Tensor,
+    seconds_per_pair: float,
+    method: Pipeline | None = None,
+    budget: float = 1.0,
+) -> Clip:
+    """Preprocesses a clip, made smaller if `method` acts on the input, with a text of random tokens, always the same."""
+    v, visual = loaded.video, loaded.model.model.visual
+    count, height, width, _ = frames.shape
+    grid = case_grid(Case(count, height, width), v)
+    unpruned = prod(grid)
+    smaller = method.plan(tower_shape(visual), grid, keep_tokens(budget, grid)).grid if method else grid
+    if smaller != grid:
+        grid, fewer = smaller, min(count, smaller[0] * v.temporal_patch_size)
+        picked = [int(time) for time in even_times(0, count, fewer)]
+        frames = resize(frames[picked], grid[1] * v.unit, grid[2] * v.unit)
+        seconds_per_pair *= count / fewer
+    weight = visual.patch_embed.proj.weight
+    pixels = pixel_patches(frames.to(weight.device), v.patch_size, v.temporal_patch_size, v.merge_size)
+    random, size = torch.Generator().manual_seed(0), loaded.model.config.text_config.vocab_size
+    place = place_of(grid, visual.config.traits.timestamps and count > 1)
+    length = (place.around or place.runs)[-1].stop + TEXT_AFTER
+    text = torch.randint(size, (length - len(place),), generator=random, dtype=torch.int64, device="cpu")
+    video = torch.zeros(length, dtype=torch.bool, device="cpu").index_fill_(0, place.columns, True)
+    ids = torch.zeros(length, dtype=torch.int64, device="cpu").masked_scatter_(~video, text)
+    positions = prompt_positions(length, place.spans(grid, seconds_per_pair), visual.config.tokens_per_second)
+    patches = normalised(pixels, *v.normal).to(weight.dtype)
+    return Clip(pixels, patches, grid, seconds_per_pair, ids, place, positions, int(positions.max()) + 1, unpruned)

@@ -1,0 +1,321 @@
+"""What answering a question costs, in operations at the dimensions of Qwen2.5-VL-3B.
+
+The rows that each layer of the run's own tower computed are stretched to the 3B's 32 layers by relative depth (`stretched`), and
+so are the prompt's lengths where they differ from layer to layer. Scoring and merging, a few percent of the tower, are left out.
+
+
+What `evoprune eval` runs: every video in full and once for every method and budget, each time with all its questions.
+
+Every answer becomes a sample, a plain dict; `scores.py` makes the table of them.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import evoprune
+from evoprune import methods
+from evoprune.backend.devices import environment
+from evoprune.batch.rows import Row, Span, group_by_span
+from evoprune.bench.eval_folder import RunFolder
+from evoprune.bench.processes import map_in_processes
+from evoprune.bench.questions import VideoQuestions, grade
+from evoprune.bench.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
+from evoprune.bench.shared import GreyInput, SharedFrames, SharedInput, SharedRows
+from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
+from evoprune.keywords import OPTION
+from evoprune.methods.budget import parse_budget_or_name, plain
+from evoprune.methods.types import generator_seed
+from evoprune.model.cost import prefill_flop, shortage, stretched, tower_flop
+from evoprune.report import Report
+from evoprune.session.answering import EncodedInputs
+from evoprune.session.encoding import open_inputs
+from evoprune.session.engine import Engine, check_fits
+from evoprune.session.loading.find import describe_model
+from evoprune.session.loading.model import LoadedModel, load_model, threads_of_each
+from evoprune.session.options import (
+    GenerationOptions,
+    ModelOptions,
+    PipelineOptions,
+    PruneOptions,
+    SamplingOptions,
+    record,
+)
+from evoprune.text import counted
+from evoprune.vision.tower import tower_geometry
+
+COST_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
+NOTE = (
+    f"operations: tower and prefill at the dimensions of {COST_MODEL.rpartition('/')[2]}, from the true rows of each layer, by "
+    "relative depth, and the true length of the prompt"
+)
+
+
+class Cost:
+    def __init__(self, loaded: LoadedModel, encoded: EncodedInputs):
+        config = describe_model(ModelOptions(COST_MODEL)).config
+        vision, (grids, height, width) = config.vision_config, encoded.plan.grid
+        windows = tower_geometry(loaded.model.model.visual, height, width).windows
+        entered = [rows for _, rows in encoded.report.pruning.layers]
+        rows = [*stretched(entered, vision.depth), encoded.report.pruning.encoder_rows]
+        self._text = config.text_config
+        self._tower = tower_flop(vision, rows, grids, windows) / 1e12
+
+    def of(self, report: Report) -> dict[str, float]:
+        """The cost of an answered question, as fields of a sample. `tflop`: 10^12 multiplications and additions."""
+        pruning, tokens, depth = report.pruning, report.tokens, self._text.num_hidden_layers
+        read = [count for _, count in pruning.language_layers or [(0, pruning.visual_tokens_kept)]]
+        work = pruning.language_work or [[layer, *[count] * 3] for layer, count in pruning.language_layers or []]
+        lengths = [[tokens.text + count for count in counts] for _, *counts in stretched(work, depth)] if work else None
+        prefill = prefill_flop(self._text, lengths or tokens.prompt) / 1e12
+        return {
+            "units": pruning.visual_tokens_in,
+            "tokens": pruning.visual_tokens_kept,
+            "layer_tokens": sum(read) / len(read),
+            "kept_share": pruning.kept_ratio,
+            "live_share": pruning.encoder_live_share,
+            "prompt": report.tokens.prompt,
+            "tflop_3b": self._tower + prefill,
+            "tflop_3b_tower": self._tower,
+            "tflop_3b_prefill": prefill,
+        }
+
+
+Progress = Callable[[str], None]
+# Options that results hold also at their defaults.
+RECORDED = (
+    "fps", "frames", "max_frames", "max_visual_tokens", "max_new_tokens", "model", "revision", "dtype", "quantize",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What is asked, and how; two runs with the same settings give the same results, but for `timed`.
+
+    Each method runs at each budget.
+    """
+
+    data: str  # path of a file of questions, or what else the videos are
+    budgets: tuple[float | str, ...]
+    methods: tuple[str, ...] = (methods.DEFAULT,)
+    method_args: dict[str, str] = field(default_factory=dict)
+    blind: bool = False  # also ask without the video
+    seed: int = 0  # of methods that select at random
+    groups: tuple[str, ...] = ()  # only questions of these; all if it is empty
+    limit: int | None = None  # of videos; None for all
+    model: ModelOptions = field(default_factory=ModelOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    generation: GenerationOptions = field(default_factory=lambda: GenerationOptions(max_new_tokens=64))
+    digest: str | None = None  # of the file's content
+    timed: bool = False  # samples hold `prune_ms` too: for the video, or for the question if the method reads it
+    version: str = evoprune.__version__
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any], model: ModelOptions) -> "EvalSettings":
+        """Those of a record, whose file may have changed since; `model`: what answers do not depend on, such as the device.
+
+        Raises KeyError, TypeError, ValueError or UsageError: it is no such record.
+        """
+        options = {name: value for name, value in record.items() if name not in ("digest", "version", "plugins")}
+        own = {
+            each.name: options.pop(each.name) for each in fields(cls) if each.name in options and each.name != "model"
+        }
+        own["budgets"] = tuple(map(parse_budget_or_name, own["budgets"]))
+        own |= {name: tuple(own[name]) for name in ("methods", "groups")}
+        free = (each.name for each in fields(model) if not each.metadata[OPTION].changes_answers)
+        made = PipelineOptions.of(**{name: getattr(model, name) for name in free} | options)
+        return cls(**own, model=made.model, sampling=made.sampling, generation=made.generation)
+
+    def record(self) -> dict[str, Any]:
+        own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling", "generation")}
+        own["budgets"] = tuple(map(plain, self.budgets))
+        code = {name: code for text in self.methods for name, code in methods.plugin_code(text).items()}
+        options = record((self.sampling, self.generation, self.model), RECORDED)
+        return own | options | ({"plugins": code} if code else {})
+
+
+@dataclass(frozen=True)
+class Variant:
+    row: str
+    method: str = "none"
+    budget: float | str = 1.0
+
+    @property
+    def name(self) -> str:
+        return row_name(**asdict(self))
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def variants(settings: EvalSettings) -> list[Variant]:
+    """The rows in order: full, blind, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
+    pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
+    asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
+    pruned = [Variant(METHOD, each.method, plain(each.budget)) for each in asked if each.config().acts]
+    blind = [Variant(BLIND)] if settings.blind else []
+    return [Variant(FULL), *blind, *pruned]
+
+
+class Evaluation:
+    """One run: construct it with `videos`, `load` a model, `run`, see `document`.
+
+    Raises UsageError: methods, settings or groups that do not exist.
+    """
+
+    def __init__(self, settings: EvalSettings, videos: Sequence[VideoQuestions]):
+        self.settings, self.variants = settings, variants(settings)
+        self.folder: RunFolder | None = None
+        self.videos = self._asked_about(videos)
+        self.total = len(self.videos)
+        self.samples: list[dict] = []
+        self.loaded: LoadedModel | None = None
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Raises what `load_model` raises. UsageError: a method cannot act in the model."""
+        self.loaded = loaded = load_model(self.settings.model, progress=progress)
+        for name in {variant.method for variant in self.variants}:
+            check_fits(methods.parse(name), loaded.model.config)
+
+    def keep_in(self, path: Path, resume: bool = False) -> None:
+        """Writes samples into a folder from now on; with `resume` that of an earlier run, whose samples are kept (`RunFolder`)."""
+        self.folder = (RunFolder.resume if resume else RunFolder.create)(path, self.settings.record())
+        self.samples = list(self.folder.samples)
+
+    @property
+    def failed(self) -> bool:
+        return any("error" in sample for sample in self.samples)
+
+    def run(self, progress: Progress = lambda what: None, processes: int = 1) -> None:
+        """Evaluates all videos that have no samples yet, so many at a time, each process with a model of its own.
+
+        A video that cannot be read, computed or held is left out of all rows. Raises OutOfMemory: too little for so many models.
+        """
+        done = {sample["video"] for sample in self.samples}
+        missing = [video for video in self.videos if video.name not in done]
+        if processes > 1:
+            each = map_in_processes(self._start_of_each(processes), missing, processes)
+        else:
+            each = (
+                self.evaluate(video, lambda what, at=number: progress(f"video {at} of {self.total}: {what}"))
+                for number, video in enumerate(missing, len(done) + 1)
+            )
+        with closing(each):
+            for number, made in enumerate(each, len(done) + 1):
+                if processes > 1:
+                    progress(f"video {number} of {self.total}")
+                if self.folder:
+                    self.folder.add(made)
+                self.samples += made
+
+    def _start_of_each(self, processes: int) -> Callable[[], Callable[[VideoQuestions], list[dict]]]:
+        if self.loaded and (short := shortage(processes * self.loaded.weights_bytes, self.loaded.device)):
+            hint = "fewer processes (--processes), or a smaller model"
+            raise OutOfMemory(f"{processes} copies of {self.loaded.id}: {short}", hint, stage="load")
+        model = self.settings.model
+        model = replace(model, threads=threads_of_each(model.threads, processes))
+        return partial(_start, replace(self.settings, model=model))
+
+    def _asked_about(self, videos: Sequence[VideoQuestions]) -> list[VideoQuestions]:
+        groups = self.settings.groups
+        if groups:
+            every = [replace(v, rows=tuple(r for r in v.rows if set(groups) & set(r.groups))) for v in videos]
+            chosen = [video for video in every if video.rows]
+            if videos and not chosen:
+                raise UsageError(f"no question is in {' or '.join(groups)}", "see the field groups of the file")
+            videos = chosen
+        return list(videos[: self.settings.limit])
+
+    def evaluate(self, video: VideoQuestions, progress: Progress = lambda what: None) -> list[dict]:
+        """The samples of a video, variant after variant; if it fails, one with an `error` for each question."""
+        made: list[dict] = []
+        try:
+            for span in group_by_span(video.rows):
+                frames, rows = SharedFrames(), SharedRows()
+                for variant in self.variants:
+                    progress(variant.name)
+                    made += self._asked(variant, video, span, frames, rows)
+        except (UsageError, VideoError, ModelError, OutOfMemory) as problem:
+            error = error_record(problem)
+            return [_about(video, row) | {"error": error} for row in video.rows]
+        return made
+
+    def _asked(
+        self, variant: Variant, video: VideoQuestions, span: Span, frames: SharedFrames, rows: SharedRows
+    ) -> Iterator[dict]:
+        settings = self.settings
+        seed = crc32(video.name.encode("utf-8", "surrogateescape"), generator_seed(settings.seed))
+        args = settings.method_args if variant.row == METHOD else {}
+        options = PruneOptions(budget=variant.budget, method=variant.method, method_args=args, seed=seed)
+        engine = Engine(self.loaded, options.config())
+        kind = GreyInput if variant.row == BLIND else partial(SharedInput, shared_frames=frames, shared_rows=rows)
+        sampling = replace(settings.sampling, **span.sampling)
+        with closing(open_inputs(engine, [video.path], sampling, names=[video.name], kind=kind)) as opened:
+            encoded = opened.encode()
+        cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
+        for row in span.rows:
+            answer = encoded.ask(row.prompt, **vars(row.generation(settings.generation)))
+            said = "".join(answer)
+            right = grade(row, said)
+            made = {
+                **asdict(variant),
+                "question": row.question,
+                "expected": row.answer,
+                "answer": said,
+                "right": bool(right),
+                "unparseable": right is None,
+                "warnings": answer.report.warnings,
+                **cost.of(answer.report),
+            }
+            if settings.timed:
+                # A method that does not read the question did all its work before the first one.
+                prune_ms = answer.report.time_ms.encode_prune if engine.pruning.method.reads_question else pruned
+                made["prune_ms"] = prune_ms + (answer.report.time_ms.prefill_prune or 0.0)
+            yield _about(video, row) | made
+
+    def document(self, error: dict | None = None) -> dict[str, Any]:
+        """The results so far, as plain data for JSON; `error` is what cut the run short."""
+        failed = {s["video"]: s["error"]["message"] for s in self.samples if "error" in s}
+        good = [s for s in self.samples if "error" not in s and s["row"] == FULL]
+        loaded, rows = self.loaded, score_rows(self.samples)
+        return {
+            "schema": SCHEMA,
+            "model": asdict(loaded.facts()) if loaded else None,
+            "env": asdict(environment(loaded.device)) if loaded else None,
+            "settings": self.settings.record(),
+            "videos": {"wanted": self.total, "evaluated": len({s["video"] for s in good}), "failed": len(failed)},
+            "items": {"answered": len(good), "failed": sum("error" in s for s in self.samples)},
+            "rows": rows,
+            "failures": [{"video": name, "message": message} for name, message in sorted(failed.items())],
+            "notes": [*filter(None, [precision(rows)]), *self._notes()],
+            "error": error,
+        }
+
+    def _notes(self) -> list[str]:
+        notes, given = [NOTE], self.settings.method_args
+        if given:
+            notes.append("settings of the methods: " + ", ".join(f"{name}={value}" for name, value in given.items()))
+        if cut := sum("answer_cut" in s.get("warnings", ()) for s in self.samples):
+            total = counted(len(self.samples), "answer")
+            notes.append(f"{cut:,} of {total} may be incomplete: -n (max_new_tokens) allows no more tokens")
+        if any("demo_model" in s.get("warnings", ()) for s in self.samples):
+            notes.append("the demo model knows only its own clips; what it says about other videos means nothing")
+        return notes
+
+
+def _start(settings: EvalSettings) -> Callable[[VideoQuestions], list[dict]]:
+    """What a process runs: `evaluate` of an evaluation of its own, with a model loaded."""
+    evaluation = Evaluation(settings, [])  # what it evaluates comes one by one
+    evaluation.load()
+    return evaluation.evaluate
+
+
+def _about(video: VideoQuestions, row: Row) -> dict[str, Any]:
+    return {"video": video.name, "id": row.id, "type": row.type, "groups": list(row.groups)}

@@ -1,0 +1,467 @@
+"""The model that is measured, with its weights plain, packed and quantised, as far as there is memory for them.
+
+One turn of a benchmark, stage by stage: evoprune, and plain Hugging Face transformers.
+
+A benchmark in place: its rows, its models and its prepared clips; and one round, in which every row has a turn.
+
+What `evoprune profile` runs: all rows take turns, round after round, in one process; random weights will do."""
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from evoprune import methods
+from evoprune.backend.devices import environment, is_host, largest_chunk, now, peak_memory, reset_peak_memory
+from evoprune.backend.limits import available_cores
+from evoprune.bench.clips import (
+    AFTER_PAIR,
+    BEFORE_PAIR,
+    TEXT_AFTER,
+    TEXT_BEFORE,
+    Clip,
+    Frames,
+    case_grid,
+    prepare,
+    text_tokens,
+)
+from evoprune.bench.hugging_face import fastest_attention, hugging_face_model
+from evoprune.bench.profile_results import (
+    FULL,
+    HUGGING_FACE,
+    METHOD,
+    Case,
+    Counts,
+    ProfileResults,
+    ProfileRow,
+    ProfileSettings,
+    Sample,
+    TimeLimit,
+    bound_of,
+)
+from evoprune.bundled import DEMOS
+from evoprune.cpu.linear import PackedLinear, can_pack, pack, weights_bytes
+from evoprune.cpu.quantize import check as check_quantize
+from evoprune.cpu.quantize import quantize, saved_bytes
+from evoprune.errors import ModelError, OutOfMemory, memory_guard, names_plugins
+from evoprune.language import generate
+from evoprune.methods.budget import keep_tokens, plain, share_of
+from evoprune.methods.chain import Pipeline
+from evoprune.methods.encoder_plan import EncoderPlan
+from evoprune.methods.indices import ascending
+from evoprune.model import cost
+from evoprune.model.config import PATCHES, Config
+from evoprune.model.cost import Clock, matmul_rate, shortage, tower_flop
+from evoprune.model.weights import QwenVL, shared
+from evoprune.session.loading.find import BUNDLED_CONFIGS, DTYPES, FoundModel, describe_model
+from evoprune.session.loading.model import LoadedModel, load_model
+from evoprune.session.loading.stored import calibrate
+from evoprune.session.options import ModelOptions
+from evoprune.video.info import VIDEO
+from evoprune.video.plan import InputLimits
+from evoprune.vision.encoder import encode
+from evoprune.vision.tower import tower_geometry, tower_shape
+
+MEMORY_HINT = "take fewer or smaller frames (--frames, --size), 16-bit weights (--dtype bf16) or a smaller model (-m)"
+
+
+def default_load_format(name: str) -> str:
+    """Random weights where there is a bundled config of that name, else the model's own."""
+    return "dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto"
+
+
+def outline(options: ModelOptions) -> FoundModel | None:
+    """The model without its weights; None if only loading tells. Raises what `load_model` raises."""
+    name, random = options.model, options.load_format == "dummy"
+    if random and not (name in BUNDLED_CONFIGS or name in DEMOS or Path(name).is_dir()):
+        return None
+    return describe_model(replace(options, revision=None) if random else options)
+
+
+def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
+    """Loads a model if there is memory for the smallest case. Raises OutOfMemory; what `case_grid` and `load_model` raise."""
+    if found := outline(options):
+        size = DTYPES[found.dtype].itemsize
+        weights = sum(weight.numel() for weight in found.tree.parameters()) * size
+        working = min(working_memory(found.config, case, found.limits[VIDEO], size) for case in cases)
+        if short := cost.shortage(weights + working, str(found.device)):
+            raise OutOfMemory(f"{options.model} at {min(cases)} {short}", MEMORY_HINT, stage="load")
+    loaded = load_model(options, pack=False)
+    loaded.ready()
+    return loaded
+
+
+def quantized_models(
+    loaded: LoadedModel, names: Sequence[str], working: int, progress: Callable[[str], None]
+) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
+    """The models that there is memory for beside `working` bytes ("none" is packed), why others are missing, and remarks."""
+    for name in names:
+        check_quantize(name, torch.device(loaded.device))
+    # Where layers are not packed they may have been joined, and stay so.
+    ours = shared(loaded.model) if can_pack(next(loaded.model.parameters())) else loaded.model
+    notes, missing = [], {}
+    parts = ours.model.visual, ours.model.language_model
+    tower, language = (sum(weight.nbytes for weight in part.parameters()) for part in parts)
+    plain = sum(weight.nbytes for weight in loaded.model.parameters())
+    if can_pack(next(ours.parameters())):
+        progress("packing weights")
+        start = now(ours.device)
+        free = cost.available_memory(loaded.device)
+        for part, size in ((ours, tower + 1.2 * language), (ours.model.visual, tower)):
+            if free is None or free > 1.1 * size + working:
+                pack(part)
+                break
+        if not isinstance(ours.lm_head, PackedLinear):
+            notes.append("not enough memory to pack all weights beside those of Hugging Face: ask is faster than this")
+        notes.append(_ready("packed", ours, start))
+    models = {"none": replace(loaded, model=ours, weights_bytes=weights_bytes(ours))}
+    for name in names:
+        if name == "none":
+            continue
+        if short := cost.shortage(plain - saved_bytes(loaded.model, name) + working, loaded.device):
+            missing[name] = f"not run: beside the other weights, {name} {short}"
+            continue
+        start, model = now(loaded.model.device), shared(loaded.model)
+        title = f"quantizing to {name}"
+        quantize(model, name, calibrate, lambda done, total, title=title: progress(f"{title}: {done} of {total}"))
+        models[name] = replace(loaded, model=model, quantize=name, weights_bytes=weights_bytes(model))
+        notes.append(_ready(name, model, start))
+    if not loaded.device.startswith("cuda"):
+        notes.append("peak memory is the process's, with the weights of all rows in it")
+    return models, missing, notes
+
+
+def _ready(name: str, model: QwenVL, start: float) -> str:
+    return f"{name} weights: {weights_bytes(model) / 2**30:.1f} GiB, ready in {now(model.device) - start:.1f} s"
+
+
+def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: int) -> int:
+    """The most bytes in use beside weights of `bytes_each`: those of transformers. Raises as `case_grid`."""
+    units = prod(case_grid(case, limits))
+    held = cost.SMALL_CHANGE + cost.pixel_bytes(config, units, bytes_each)
+    text = text_tokens(config.vision_config, case, limits)
+    language = cost.language_bytes(config, units + text, bytes_each)
+    return held + max(cost.tower_bytes(config, units, bytes_each), language)
+
+
+class Turn(NamedTuple):
+    """What one run counted and measured, and the tokens that it generated."""
+
+    counts: Counts
+    sample: Sample
+    tokens: list[int]
+
+
+def run_evoprune(
+    loaded: LoadedModel, clip: Clip, plan: EncoderPlan, method: Pipeline, budget: float, new_tokens: int, seed: int
+) -> Turn:
+    """evoprune from patches to new tokens; as many visual tokens as `plan` keeps reach the language model."""
+    model, visual = loaded.model, loaded.model.model.visual
+    clock = _start(loaded)
+    with clock.stage("encode"):
+        embed = model.model.language_model.embed_tokens
+        question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device)) if method.reads_question else None
+        encoded = encode(
+            visual, [clip.pixels], plan,
+            question=question, seconds_per_pair=clip.seconds_per_pair, seed=seed, normal=loaded.video.normal,
+        )  # fmt: skip
+    with clock.stage("prefill"):
+        visuals = [generate.Visual(clip.place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
+        embeds, columns, sizes, deepstack = generate.embed_prompt(model, clip.ids, visuals)
+        share = share_of(budget, [clip.grid])
+        dropping = generate.dropping_for(model, method, share, visuals, [clip.grid], embeds, columns)
+        positions = clip.positions[:, columns]
+        state = generate.prefill(model, embeds, positions, clip.following, None, sizes, dropping, deepstack)
+    with clock.stage("generate"):
+        tokens = list(generate.TokenStream(state, generate.GenerationOptions(new_tokens), eos_ids=()))
+    counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept), len(columns))
+    sample = _sample(loaded, clock, encoded.prune_seconds, dropping.timer.seconds() if dropping else 0.0)
+    if dropping:
+        work = dropping.work and tuple((layer, *each) for layer, each in enumerate(dropping.work))
+        counts = replace(counts, language_layers=tuple(enumerate(dropping.layers)), language_work=work)
+    return Turn(counts, sample, tokens)
+
+
+@torch.inference_mode()
+def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int) -> Turn:
+    """The tower, language model and cache of transformers' `reference`, one by one; logits are of the last token alone."""
+    from transformers import DynamicCache
+
+    clock, text = _start(loaded), reference.model.language_model
+    device, (time_, rows, columns) = clip.patches.device, clip.grid
+    grid_thw = torch.tensor([[time_, 2 * rows, 2 * columns]], dtype=torch.int64, device=device)
+    # Row 0 is the place in the text; the others are the positions in time, height and width.
+    positions = torch.cat([ascending(len(clip.ids), "cpu")[None], clip.positions])[:, None].to(device)
+    with clock.stage("encode"):
+        made = reference.model.visual(clip.patches, grid_thw=grid_thw)
+    with clock.stage("prefill"):
+        embeds = text.embed_tokens(clip.ids.to(device))
+        video = clip.place.columns.to(device)
+        embeds[video], inner = made.pooler_output, {}
+        if getattr(made, "deepstack_features", None):
+            mask = torch.zeros_like(positions[0], dtype=torch.bool).index_fill_(1, video, True)
+            inner = {"visual_pos_masks": mask, "deepstack_visual_embeds": made.deepstack_features}
+        cache = DynamicCache(config=reference.config.text_config)
+        given = {"inputs_embeds": embeds[None], "position_ids": positions, **inner}
+        hidden = text(**given, past_key_values=cache, use_cache=True)
+        logits = reference.lm_head(hidden.last_hidden_state[:, -1])
+    with clock.stage("generate"):
+        tokens = [int(logits.argmax())]
+        while len(tokens) < new_tokens:
+            embeds = text.embed_tokens(torch.tensor([tokens[-1:]], dtype=torch.int64, device=device))
+            position = torch.full((4, 1, 1), clip.following + len(tokens) - 1, dtype=torch.int64, device=device)
+            position[0] = len(clip.ids) + len(tokens) - 1
+            hidden = text(inputs_embeds=embeds, position_ids=position, past_key_values=cache, use_cache=True)
+            tokens.append(int(reference.lm_head(hidden.last_hidden_state[:, -1]).argmax()))
+    layers = [(layer, clip.units) for layer in range(len(reference.model.visual.blocks))]
+    counts = _counts(loaded.model.model.visual, clip, layers, clip.units, clip.units, len(clip.ids))
+    return Turn(counts, _sample(loaded, clock), tokens)
+
+
+def _start(loaded: LoadedModel) -> Clock:
+    reset_peak_memory(loaded.device)
+    return Clock(torch.device(loaded.device))
+
+
+def _sample(loaded: LoadedModel, clock: Clock, prune: float = 0.0, prefill_prune: float = 0.0) -> Sample:
+    s = clock.seconds
+    return Sample(s["encode"], prune, s["prefill"], s["generate"], peak_memory(loaded.device), prefill_prune)
+
+
+def _counts(visual, clip: Clip, layers: list[tuple[int, int]], rows: int, tokens: int, prompt: int) -> Counts:
+    windows = tower_geometry(visual, *clip.grid[1:]).windows
+    flop = tower_flop(visual.config, [*(entered for _, entered in layers), rows], clip.grid[0], windows)
+    share = sum(entered for _, entered in layers) / len(layers) / clip.unpruned
+    return Counts(clip.unpruned, rows, share, tuple(layers), tokens, prompt, flop)
+
+
+Source = Callable[[Case], Frames]
+Progress = Callable[[str], None]
+
+
+class Bench:
+    """Rows, models and clips, ready to be measured; rows that cannot run get an error. `source` makes the frames of a case."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        rows: Sequence[ProfileRow],
+        source: Source,
+        settings: ProfileSettings,
+        progress: Progress,
+    ):
+        self._loaded, self._settings = loaded, settings
+        model, attention = loaded.model, fastest_attention(loaded.model)
+        self._reference = hugging_face_model(model, attention)
+        names = [name for name in settings.quantize if any(row.quantize == name for row in rows)]
+        cases = {case: [row for row in rows if row.case == case] for case in dict.fromkeys(row.case for row in rows)}
+        needed = {c: working_memory(model.config, c, loaded.video, model.dtype.itemsize) for c in cases}
+        self._models, missing, self.notes = quantized_models(loaded, names, max(needed.values()), progress)
+        if not is_host(model.device):
+            slow = ", whose tower loops over windows in Python; flash-attn, which does not, is not installed"
+            self.notes.append(f"transformers runs {attention}{slow if attention == 'sdpa' else ''}")
+        for row in rows:
+            row.error = missing.get(row.quantize)
+        self._clips: dict[tuple, Clip] = {}  # of a case, and of a case, method and budget where that acts on the input
+        for case, here in cases.items():
+            if short := shortage(needed[case], loaded.device):
+                for row in here:
+                    row.error = f"not run: {short}"
+            else:
+                with memory_guard("preprocess"):
+                    frames = source(case)
+                    self._clips[case,] = prepare(loaded, *frames)
+                    for name, budget in {(row.method, row.budget) for row in here if row.kind == METHOD}:
+                        if (method := settings.parse(name)).acts == "input":
+                            self._clips[case, name, budget] = prepare(loaded, *frames, method, budget)
+        # Large squares, and the tower's own widest product over as many rows as it computes at a time.
+        sides, vision = (4096, 8192) if loaded.device.startswith("cuda") else (1024, 2048), model.config.vision_config
+        chunk_units = min(largest_chunk(model.device), max((clip.units for clip in self._clips.values()), default=1))
+        widest = max(3 * vision.hidden_size, vision.intermediate_size)
+        self._shapes = [*((side,) * 3 for side in sides), (PATCHES * chunk_units, vision.hidden_size, widest)]
+
+    def rate(self) -> float:
+        """Floating-point operations a second in plain matrix products."""
+        return matmul_rate(self._loaded.model.dtype, self._loaded.device, shapes=self._shapes)
+
+    @names_plugins()
+    def run(self, row: ProfileRow) -> Turn | str:
+        """A turn of a row; or why it failed: NaN or infinity, or no memory."""
+        settings, loaded = self._settings, self._loaded
+        clip = self._clips.get((row.case, row.method, row.budget), self._clips[row.case,])
+        try:
+            if row.kind == HUGGING_FACE:
+                return run_hugging_face(loaded, self._reference, clip, settings.new_tokens)
+            method = settings.parse(row.method) if row.kind == METHOD else methods.parse(row.method)
+            model, grid = self._models[row.quantize], case_grid(row.case, self._loaded.video)
+            keep = min(keep_tokens(row.budget, grid), clip.units)
+            plan = method.plan(tower_shape(model.model.model.visual), clip.grid, keep)
+            return run_evoprune(model, clip, plan, method, row.budget, settings.new_tokens, settings.seed)
+        except (ModelError, OutOfMemory) as problem:
+            return problem.message
+
+
+def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRow]:
+    """The rows of all cases in the order of their turns. A method that prunes nothing is the budget of 1.0, always there."""
+    named = {name: settings.parse(name) for name in settings.methods if name != "none"}
+    full = 1.0 in settings.budgets or "none" in settings.methods
+    made = []
+    for case in cases:
+        made += [ProfileRow(HUGGING_FACE, case), ProfileRow(FULL, case, method="none")]
+        made += [ProfileRow(METHOD, case, method="none", quantize=q) for q in settings.quantize if full and q != "none"]
+        made += [
+            ProfileRow(METHOD, case, budget, name, quantize=quantize)
+            for budget, name, quantize in product(settings.budgets, named, settings.quantize)
+            if named[name].acts_at(budget)
+        ]
+    return made
+
+
+WARM_UP, ROUND, COUNTED = "warm-up", "round", "counted"  # what `paced` yields
+Round = tuple[
+    float, dict[ProfileRow, Turn | str]
+]  # the rate in matrix products, and the turn of each row or why it failed
+
+
+def measure(
+    loaded: LoadedModel,
+    cases: Sequence[Case],
+    source: Source,
+    settings: ProfileSettings,
+    *,
+    about: dict | None = None,
+    progress: Progress = lambda what: None,
+    limit: TimeLimit | None = None,
+) -> Iterator[ProfileResults]:
+    """Runs all rows in turn, round after round, as far as they begin in time.
+
+    Args:
+        source: makes the frames of a case. `about`: what else to note among the settings: `video` or `synthetic`.
+        limit: of the whole run, which may have begun before; None for that of the settings, from now on.
+
+    Yields the results so far after each measured round, of which there is at least one.
+    """
+    limit, asked = limit or TimeLimit(settings.time_limit_s), all_rows(cases, settings)
+    rows = [*asked]
+    progress("preparing")
+    results = _blank_results(loaded, settings, about or {})
+    bench = Bench(loaded, rows, source, settings, progress)
+    notes = results.notes + bench.notes
+
+    run_round = partial(_run_round, bench, rows, limit, progress)
+    for phase, (rate, turns) in paced(run_round, settings, limit):
+        for row, turn in turns.items():
+            if isinstance(turn, str):
+                row.error, row.samples = turn, []
+            else:
+                row.counts, row.samples = turn.counts, row.samples + [turn.sample] * (phase != WARM_UP)
+        if phase == WARM_UP:
+            results.warmups, results.warmup_seconds = results.warmups + 1, limit.spent
+            continue
+        if phase == COUNTED:
+            results.warmups -= 1
+            notes.append("without a warm-up: a second round would not have ended in time, so the first one counts")
+        results.rows = _with_bounds([replace(row) for row in rows])
+        results.matmul_rates.append(rate)
+        results.rounds, results.seconds = results.rounds + 1, limit.spent
+        results.notes = [*notes, *_left_out(asked, rows, limit)]
+        yield results
+
+
+def _run_round(
+    bench: Bench, rows: list[ProfileRow], limit: TimeLimit, progress: Progress, title: str, rounds: int
+) -> Round:
+    """A turn of each row. If `rounds` must end in time, with this one, a row leaves `rows` where they would not if it took
+    as long as the slowest one before it. The least stays: Hugging Face, budget 1.0 and the first method of the first case."""
+    begun = limit.now()
+    progress(f"{title}: matrix products")
+    rate, turns, slowest = bench.rate(), {}, 0.0
+    method = next((row for row in rows if row.kind == METHOD and row.method != "none"), None)
+    least = [row for row in rows if row.case == rows[0].case and (row.kind in (HUGGING_FACE, FULL) or row is method)]
+    for row in [row for row in rows if not row.error]:
+        start = limit.now()
+        if rounds and row not in least and limit.left < rounds * slowest + (rounds - 1) * (start - begun):
+            rows.remove(row)
+            continue
+        progress(f"{title}: {row.name}, {row.case}")
+        turns[row] = bench.run(row)
+        slowest = max(slowest, limit.now() - start)
+    return rate, turns
+
+
+def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: TimeLimit) -> list[str]:
+    """A remark that names the rows that are missing; none where none are."""
+    there, cases = {(row.name, row.case) for row in kept}, {row.case for row in kept}
+    missing = [f"all rows of {case}" for case in dict.fromkeys(row.case for row in asked) if case not in cases]
+    missing += [f"{row.name}, {row.case}" for row in asked if row.case in cases and (row.name, row.case) not in there]
+    return [f"left out to end within {limit.seconds:g} s: {'; '.join(missing)}"] if missing else []
+
+
+def paced(
+    run_round: Callable[[str, int], Round], settings: ProfileSettings, limit: TimeLimit
+) -> Iterator[tuple[str, Round]]:
+    """Runs rounds while they end in time, by the time of the round before; the first one in any case.
+
+    `run_round` gets a title; and for the first round, for which rows may be left out, how many must end in time, else 0.
+
+    Yields each with `WARM_UP` or `ROUND`; and the last warm-up once more with `COUNTED`, if no measured round ends in time.
+    """
+    last, made, measured = 0.0, None, False
+    titles = [(WARM_UP, n, settings.warmups) for n in range(settings.warmups)]
+    titles += [(ROUND, n, settings.repetitions) for n in range(settings.repetitions)]
+    for phase, number, wanted in titles:
+        rounds = 1 if phase == ROUND else 2  # a measured round comes after each warm-up
+        if made is None or limit.left >= last * rounds:
+            begun = limit.spent
+            made = run_round(f"{phase} {number + 1} of {wanted}", 0 if made else rounds)
+            last, measured = limit.spent - begun, phase == ROUND
+            yield phase, made
+    if not measured:
+        yield COUNTED, made
+
+
+def _with_bounds(rows: list[ProfileRow]) -> list[ProfileRow]:
+    """The rows, with a bound before the methods of each budget, made from the first of these that did not fail."""
+    made, seen, full = [], set(), None
+    for row in rows:
+        full = row if row.kind == FULL else full
+        if row.kind == METHOD and row.method != "none" and (row.case, row.budget) not in seen:
+            seen.add((row.case, row.budget))
+            like = [r for r in rows if (r.kind, r.case, r.budget) == (METHOD, row.case, row.budget)]
+            made.append(bound_of(full, next((r for r in like if not r.error), row)))
+        made.append(row)
+    return made
+
+
+def _blank_results(loaded: LoadedModel, settings: ProfileSettings, about: dict) -> ProfileResults:
+    notes = []
+    if not reset_peak_memory(loaded.device):
+        notes.append("peak memory is the whole process's so far: this system cannot measure it for each row")
+    if loaded.model.config.vision_config.traits.timestamps:
+        more = BEFORE_PAIR + AFTER_PAIR
+        notes.append(f"{more} tokens more for the time and the markers of each frame pair of a clip")
+    return ProfileResults(
+        model=replace(loaded.facts(), quantize="none"),
+        weights_bytes=loaded.weights_bytes,
+        env=environment(loaded.device),
+        machine={
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "processors": os.cpu_count(),
+            "cores": available_cores(),
+        },
+        settings={
+            **about,
+            **asdict(settings),
+            "budgets": [*map(plain, settings.budgets)],
+            "text_tokens": TEXT_BEFORE + TEXT_AFTER,
+        },
+        notes=notes,
+    )

@@ -1,0 +1,323 @@
+"""Grading: whether what a model said is the expected answer. No torch.
+
+Questions with known answers, video by video (or picture by picture), from a JSONL or CSV file. No torch."""
+
+import re
+import unicodedata
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from evoprune.batch.rows import LETTERS, Row, Rules, load_rows
+
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+# The pattern of each number, by its name and its figures.
+NUMBERS = {
+    name: f"(?:{word}|{number})" for number, word in enumerate(_NUMBERS) for name in (word, f"{number}", f"{number:02}")
+}
+STATES = (
+    r"(?:(?:final|correct|right|best|my) )?answer|(?:final|correct|best|my) (?:option|choice|letter|one)"
+    r"|(?:option|choice)(?= is\b|:)"
+    r"|(?:I|we)(?:'d|'ll|'m| would| will| am)? (?:choose|chose|select|selected|pick|picked|go with|going with|opt for)"
+)
+IS = "is|was|would be|should be|must be"
+DENIES = r"or|not|no|none|never|neither|nor|cannot|without|rul(?:ed?|es|ing) out|eliminat\w*|exclud\w*|\w+n't"
+DENIES_BEFORE = "wrong|incorrect|false|impossible|unlikely"
+ASIDE = (
+    "because|since|due to|given that|while|whereas|although|though|if|unlike|except|other than"
+    "|rather than|instead of|as opposed to"
+)
+# A letter names an option at the start of a clause or after one of the first words, but not directly before a word
+# ("A circle", "I think", "C major") other than the second.
+LEADS = re.compile(
+    "is|was|be|are|it's|that's|options?|choice|letter|say|think|guess|believe|with|choose|choosing|pick|select|either|only|just"
+    "|probably|definitely|clearly|certainly|surely|likely|maybe|perhaps|possibly|是|为|项",
+    re.IGNORECASE,
+)
+FOLLOWS = re.compile(
+    "is|was|would|seems|appears|looks|best|correctly|matches|describes|shows|fits|as|and|then|to", re.IGNORECASE
+)
+# Texts that are also common words: "no car", "the left one", "one of them" are not the answers "no" and "one".
+COMMON = {
+    "no": r"no(?! (?!because\b)\w)",
+    "(?:one|1)": r"(?:1|(?:(?<![\w ])|(?<=\bis )|(?<=\bonly )|(?<=\bjust )|(?<=\bexactly ))one(?! of\b))",
+}
+
+_SPACED = re.compile(r"([\u3041-\u9fff\uac00-\ud7a3])")  # Chinese, Japanese and Korean write no blanks between words
+_MARKUP = str.maketrans(dict.fromkeys('*`$"“”{}#', " ") | {"\\": "", "’": "'", "‘": "'"})
+ENDS = ("clause", "stop", "line", "aside")
+JOINS = re.compile("and|then|to|maybe|perhaps|possibly|[/&]", re.IGNORECASE)  # two names that are both meant
+FILLERS = re.compile(rf"{JOINS.pattern}|[,:.–—()\[\]-]|an?|the|option", re.IGNORECASE)
+
+
+@dataclass
+class Word:
+    """A word or a sign of an answer.
+
+    A letter that is not `sure` can only contradict another ("vitamin C", the C of "B and C").
+    """
+
+    kind: str  # "name" (of options), "states", "denies", "denies_before", "aside", "clause" (begins), "stop", "line" or "plain"
+    text: str
+    options: frozenset[int] = frozenset()  # the indices of those that it names; -1 is a letter of no option
+    letter: bool = False  # whether it names by a letter
+    marked: bool = False  # whether that is in brackets, or begins a clause before a bracket, a full stop or a colon
+    sure: bool = True  # whether it names by itself
+
+
+def grade(row: Row, said: str) -> bool | None:
+    """Whether `said` is the row's answer; None if the row has options and `said` names none of them, or more than one."""
+    if not row.options:
+        return normalised(said) == normalised(row.answer)
+    choice = chosen_option(said, row.options)
+    return None if choice is None else row.options[choice] == row.answer
+
+
+def normalised(text: str) -> str:
+    """The text without case, outer blanks and a final full stop."""
+    return text.strip().removesuffix(".").strip().casefold()
+
+
+def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
+    """The index of the option that an answer names, by letter or by text; None if it names none, or more than one.
+
+    The first rule that finds options decides:
+
+    1. The answer is the text of an option, or its line in the prompt (`B. blue star`).
+    2. The last statement that names an option: `the answer is B`, `I choose B`, `B is the correct answer`, `\\boxed{B}`,
+       `<answer>B</answer>`. A letter decides, what follows explains it.
+    3. The only option whose letter begins a line (`B: it is blue`, `(B)`, `B, because`), or that is all of a line.
+    4. The only option that is named anywhere.
+
+    A letter names an option in brackets, at the start of a clause, or after words such as "is" and "option"; not directly before a
+    word ("a circle", "I think"). A text does as whole words, with or without articles, numbers up to twelve in figures or words.
+    Nothing does in a clause that denies ("not A", "A is wrong") or has an "or", after "because" and the like, in a question, or in
+    `<think>`. "A and B", and a letter beside the text of another option (`B. circle`), name two options.
+    """
+    alone = normalised(said)
+    for lines in (options, [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]):
+        texts = [normalised(text) for text in lines]
+        if texts.count(alone) == 1 and not re.fullmatch("[a-z]", alone):  # a letter may be that of another option
+            return texts.index(alone)
+    words = read(said, options)
+    named = _stated(words) | _of_lines(words) or _anywhere(words)
+    return max(named) if len(named) == 1 and named != {-1} else None
+
+
+def _stated(words: list[Word]) -> frozenset[int]:
+    """What the last statement names that names anything."""
+    end = len(words)
+    for place in reversed([place for place, word in enumerate(words) if word.kind == "states"]):
+        start = place + 1
+        if start == end or words[start].kind in ("stop", "line", "aside") or words[start].text == ",":
+            first = place
+            while first and words[first - 1].kind not in (*ENDS, "states"):
+                first -= 1
+            if named := _anywhere(words[first:place]):  # "B is the answer."
+                return named
+        while start < end and words[start].kind in ENDS:
+            start += 1
+        stop = next((i for i in range(start, end) if words[i].kind in ("stop", "line")), end)
+        sure = next((i for i in range(start, stop) if words[i].kind == "name" and words[i].sure), stop)
+        if sure < stop:
+            return _decided(words, sure) if words[sure].letter else _anywhere(words[start:stop])
+        end = place
+    return frozenset()
+
+
+def _of_lines(words: list[Word]) -> frozenset[int]:
+    """The option whose letter begins a line, or that is all of a line; none if there are several, or other marked letters."""
+    named: frozenset[int] = frozenset()
+    start = 0
+    for end in [*(place for place, word in enumerate(words) if word.kind == "line"), len(words)]:
+        line, start = words[start:end], end + 1
+        if not line:
+            continue
+        first, second = line[0], line[1] if len(line) > 1 else Word("line", "")
+        if first.kind == "name" and first.letter and first.sure and (first.marked or second.kind in ENDS):
+            named |= _decided(line, 0)
+        elif all(word.kind == "name" or FILLERS.fullmatch(word.text) for word in line):
+            named |= _anywhere(line)
+    others = (word.options for word in words if word.kind == "name" and word.marked)
+    return named if len(named.union(*others)) == 1 else frozenset()
+
+
+def _decided(words: list[Word], place: int) -> frozenset[int]:
+    """The option of a letter that what follows explains, and any other that is named beside it ("B or C", "B. circle")."""
+    named, joined = words[place].options, False
+    for number in range(place + 1, len(words)):
+        word = words[number]
+        if word.kind == "name":
+            alone = number + 1 == len(words) or words[number + 1].kind in ENDS
+            return named | word.options if (joined or alone) and not named & word.options else named
+        if not FILLERS.fullmatch(word.text):
+            break
+        joined = joined or bool(JOINS.fullmatch(word.text))
+    return named
+
+
+def _anywhere(words: list[Word]) -> frozenset[int]:
+    names = [word for word in words if word.kind == "name"]
+    letters = any(word.letter and word.sure for word in names)
+    return frozenset().union(*(word.options for word in names if word.sure or (letters and word.letter)))
+
+
+def read(said: str, options: tuple[str, ...]) -> list[Word]:
+    """The words and signs of an answer. What it denies, leaves open, asks, or says aside names nothing."""
+    scanner, names = _scanner(options)
+    words: list[Word] = []
+    for found in scanner.finditer(_plain(said)):
+        kind, text = found.lastgroup, found[0]
+        if kind == "letter":
+            letter = next(char for char in text if char.isalpha()).upper()
+            words.append(Word("name", text, names[letter], letter=True, marked=len(text) > 1))
+        else:
+            words.append(Word("name", text, names[kind]) if kind in names else Word(kind, text))
+    edge = Word("line", "")
+    for before, word, after in zip([edge, *words], words, [*words[1:], edge], strict=False):
+        if word.letter and not word.marked:
+            _weigh(word, before, after, pronoun=len(options) < 9)
+    _drop_denied([*words, edge])
+    return words
+
+
+def _plain(text: str) -> str:
+    """The text without thinking and markup, in one kind of letters. Marks of an answer, such as a box, become words."""
+    text = unicodedata.normalize("NFKC", text).rpartition("</think>")[2].partition("<think>")[0]
+    text = re.sub(r"<\|[^<>|]*\|>", " ", text)  # special tokens
+    text = re.sub(r"<answer>|\\boxed\b", "\nanswer: ", text)
+    text = re.sub(r"</?[a-z]+>|\\(?:text|math)[a-z]*", " ", text)
+    text = re.sub(r"(\*\*|__|[*_`$])([A-Za-z])\1", r"(\2)", text)
+    text = re.sub(r"(?<!\w)'([A-Za-z])'", r" \1 ", text)
+    text = _SPACED.sub(r" \1 ", text.translate(_MARKUP))
+    text = "\n".join(filter(None, (" ".join(line.split()) for line in text.splitlines())))
+    return re.sub(r" (?=[.,:;!?%)\]])", "", text).replace(":\n", ": ")
+
+
+def _weigh(word: Word, before: Word, after: Word, pronoun: bool) -> None:
+    """Makes a letter without brackets plain if it is a word, and finds whether it names an option by itself."""
+    letter = word.text
+    word.marked = before.kind in ("stop", "line", "clause", "name") and after.text in (".", ":", ")", "]")
+    wordy = after.kind == "plain" and after.text.isascii() and not FOLLOWS.fullmatch(after.text)
+    article = letter in "Aa" and (wordy or (after.kind in ("name", "states") and not after.letter))
+    personal = letter in "Ii" and (pronoun or (after.kind not in ("clause", "stop", "line") and after.text != "is"))
+    led = before.kind in ("states", "aside", "clause", "stop", "line") or LEADS.fullmatch(before.text)
+    word.sure = bool(led) and not wordy
+    if article or personal or (letter.islower() and not word.sure):
+        word.kind = "plain"
+
+
+def _drop_denied(words: list[Word]) -> None:
+    """Makes plain the names in clauses that deny or leave open, behind words such as "because", and in questions."""
+    clause, sentence, denied = [], [], False
+    for word in words:
+        if word.kind == "name":
+            clause.append(word)
+            sentence.append(word)
+        elif word.kind in ("clause", "aside", "stop", "line"):
+            for name in sentence if word.text == "?" else clause if denied else []:
+                name.kind = "plain"
+            clause, denied = [], word.kind == "aside"
+            if word.kind in ("stop", "line"):
+                sentence = []
+        elif word.kind == "denies":
+            denied = True
+        elif word.kind == "denies_before":
+            for name in clause:
+                name.kind = "plain"
+
+
+@lru_cache(maxsize=256)
+def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, frozenset[int]]]:
+    """A pattern whose last group is the kind of a word, and what its groups of texts, and letters, name. Long texts go first."""
+    letters = {letter: {index if index < len(options) else -1} for index, letter in enumerate(LETTERS)}
+    patterns: dict[str, set[int]] = {}
+    for index, option in enumerate(options):
+        pattern = _pattern(option, LETTERS[index])
+        if re.fullmatch("[A-Z]", pattern, re.IGNORECASE):  # the text is a letter, perhaps that of another option
+            letters[pattern.upper()] = letters[pattern.upper()] - {-1} | {index}
+        elif pattern:
+            patterns.setdefault(pattern, set()).add(index)
+    ordered = sorted(patterns, key=len, reverse=True)
+    groups = {f"text{number}": pattern for number, pattern in enumerate(ordered)}
+    names = letters | {group: patterns[pattern] for group, pattern in groups.items()}
+    texts = "|".join(f"(?P<{group}>{pattern})" for group, pattern in groups.items()) or "(?!)"
+    branches = (
+        rf"(?<![\w+-])(?<!\d[.,:/])(?i:{texts})(?!\w|-\w|[.,:/]\d)",
+        rf"(?P<states>(?i:\b(?:{STATES})\b(?: (?:{IS})\b)?)|答 案|选(?: [择项])?)",
+        rf"(?P<aside>(?i:\b(?:{ASIDE})\b)|因 为)",
+        rf"(?P<denies>(?i:\b(?:{DENIES})\b)|[不没或])",
+        rf"(?P<denies_before>(?i:\b(?:{DENIES_BEFORE})\b)|错)",
+        r"(?P<letter>[(\[【<] ?[A-Za-z] ?[.:]?[)\]】>]|(?<![\w.&°'-])[A-Za-z](?![\w+#]|[.&'-]\w))",
+        r"(?P<line>\n)",
+        r"(?P<stop>[.!?;。])",
+        r"(?P<clause>,(?! (?i:or)\b)|[:()\[\]、–—]|(?<!\w)-(?!\w)|(?i:\b(?:but|so|therefore|thus|hence|and(?= not\b))\b))",
+        r"(?P<plain>\w+(?:'\w+)?|[/&,])",
+    )
+    return re.compile("|".join(branches)), {name: frozenset(named) for name, named in names.items()}
+
+
+def _pattern(option: str, letter: str) -> str:
+    """The pattern of an option's text, with or without articles, in figures or words. Empty if the text is signs alone."""
+    words = re.sub(rf"^\(?{letter}[.):] (?=.)", "", _plain(option)).removesuffix(".").split()
+    if not re.search(r"\w", "".join(words)):
+        return ""
+    words[0] = words[0].lower()
+    kept = [*(word for word in words[:-1] if word not in ("a", "an", "the")), words[-1]]
+    pattern = r" (?:(?:an?|the) )?".join(NUMBERS.get(word.lower()) or re.escape(word) for word in kept)
+    return COMMON.get(pattern, pattern)
+
+
+@dataclass(frozen=True)
+class VideoQuestions:
+    """A video and the rows that ask about it. Results name it by `name`, and intervals are clustered by it."""
+
+    name: str
+    path: Path
+    rows: tuple[Row, ...]
+
+
+def load_questions(path: Path) -> list[VideoQuestions]:
+    """The questions of a file, video by video in the order of their first lines.
+
+    Beside the fields that `batch.rows.read_rows` reads, a row must have `answer` (with `options`: a letter or an option's text),
+    and may have `type` and `groups` (in CSV separated by |). Ids default to the line's number.
+
+    Raises UsageError: the file cannot be read, rows are wrong or repeat an id, or there are none.
+    """
+    videos: dict[str, list[Row]] = {}
+    for row in load_rows(str(path), rules=GRADED):
+        videos.setdefault(row.video, []).append(row)
+    return [VideoQuestions(name, Path(rows[0].paths[0]), tuple(rows)) for name, rows in videos.items()]
+
+
+def _complete(row: Row, fields: dict[str, Any]) -> Row:
+    texts = [normalised(option) for option in row.options]
+    groups, type = fields.get("groups", []), fields.get("type")
+    answer = str(row.answer) if isinstance(row.answer, int) else row.answer
+    for wrong, problem in (
+        (len(set(texts)) < len(texts), f"options are 2 to {len(LETTERS)} different texts"),
+        (not isinstance(groups, list) or not all(isinstance(g, str) for g in groups), "groups is not a list of texts"),
+        (len(row.inputs) > 1, "an evaluation asks about one video or picture at a time"),
+        (row.subtitles is not None, "subtitles are not read in an evaluation"),
+        (answer is None, "no answer"),
+        (not isinstance(answer, str) or not answer.strip(), "answer is not a text"),
+    ):
+        if wrong:
+            raise ValueError(problem)
+    if texts:  # a text goes before a letter
+        choice = texts.index(normalised(answer)) if normalised(answer) in texts else chosen_option(answer, row.options)
+        if choice is None:
+            raise ValueError(f"the answer {answer!r} is none of the options")
+        answer = row.options[choice]
+    return replace(row, answer=answer, type=None if type is None else str(type), groups=tuple(groups))
+
+
+GRADED = Rules(
+    fields="a row has video, question and answer, and may have id, start, end, fps, frames, frame_rate, max_new_tokens, options, "
+    "type and groups",
+    file="give a JSONL or CSV file of questions",
+    numbered=True,
+    complete=_complete,
+)

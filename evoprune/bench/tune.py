@@ -1,0 +1,558 @@
+"""The settings that are tried: successive halving (arXiv 1502.07943) over videos, while there is no time for everything.
+
+From trials to the rows of a table: agreement of candidates, with bounds that hold where one never disagrees.
+
+KL orders the candidates, and agreement is estimated along that order: one with a lower KL is not taken to agree less (isotonic
+regression, Ayer and others 1955). The tokens of a video depend on each other, so that they prove less than independent ones: by the
+design effect (Kish 1965), variance over videos / variance of independent tokens, estimated from all candidates together.
+
+
+The unpruned model's answers, which candidates are compared with.
+
+One run of `evoprune tune`: full answers, trials of candidates, and the document of results."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import accumulate, product
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from evoprune import methods
+from evoprune.backend.devices import environment
+from evoprune.bench.agreement import Reference, agreement, reference
+from evoprune.bench.scores import Z95, share_variance, wilson
+from evoprune.bench.shared import SharedFrames, SharedInput, SharedRows
+from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
+from evoprune.session.answering import EncodedInputs
+from evoprune.session.encoding import open_inputs
+from evoprune.session.engine import Engine, check_fits
+from evoprune.session.loading.model import LoadedModel, load_model
+from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.text import counted
+
+BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)
+# This project's method as it is, with as few rows as tokens, with more rows and none left out before the tower, and with tokens
+# spread evenly over time; and the paper's merging.
+METHODS = ("evoprune", "evoprune:rows=1", "evoprune:first=0:rows=0.5", "evoprune:floor=1", "evoprune-paper")
+FIRST = 2  # videos that every candidate sees
+LEAST = 3  # candidates that are never left out for want of time
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method, with its settings in its name, at a budget."""
+
+    method: str
+    budget: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} -b {self.budget:g}"
+
+
+def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
+    """`METHODS` and `more` at each of `budgets` or `BUDGETS`, without those that prune nothing. Raises as `methods.parse`."""
+    named = {name: methods.parse(name) for name in dict.fromkeys((*METHODS, *more)) if name != "none"}
+    pairs = product(named, sorted(set(budgets or BUDGETS), reverse=True))
+    return [Candidate(name, budget) for name, budget in pairs if named[name].acts_at(budget)]
+
+
+class Trial(NamedTuple):
+    """What a video shows of a candidate."""
+
+    agree: int  # tokens of the full answers at which the first choice is the full model's
+    tokens: int  # all of them
+    kl: list[float]  # of every token
+    first_s: float  # to the first token
+    full_s: float  # the same with nothing pruned
+    took_s: float  # of the trial
+    kept: float  # share of the visual tokens
+    live: float  # share of the tower's rows
+
+
+Known = dict[Candidate, list[Trial]]
+
+
+def observed(trials: Sequence[Trial]) -> float:
+    return sum(trial.agree for trial in trials) / sum(trial.tokens for trial in trials)
+
+
+def promising(known: Known, goal: float) -> list[Candidate]:
+    """Those that reach the goal, the fastest first; then the others, the most agreeing first."""
+
+    def key(candidate: Candidate) -> tuple[bool, float]:
+        share = observed(known[candidate])
+        ratio = median(trial.first_s / trial.full_s for trial in known[candidate])
+        return (False, ratio) if share >= goal else (True, -share)
+
+    return sorted((candidate for candidate in known if known[candidate]), key=key)
+
+
+def rungs(videos: int) -> list[range]:
+    """The videos of each round: the first two, then each time as many as before."""
+    ends = [min(FIRST, videos)]
+    while ends[-1] < videos:
+        ends.append(min(2 * ends[-1], videos))
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def affordable(order: Sequence[Candidate], known: Known, new: int, rest: int, rounds: int, left: float) -> int:
+    """How many of the candidates, the most promising first, go on to the next round.
+
+    `new`, `rest`: videos of the round, and of it and all later `rounds`. `left`: seconds, in equal shares for each of these.
+    """
+    costs = [mean(trial.took_s for trial in known[candidate]) for candidate in order]
+    if sum(costs) * rest <= left:
+        return len(order)
+    return max(min(LEAST, len(order)), sum(used * new <= left / rounds for used in accumulate(costs)))
+
+
+def search(
+    known: Known,
+    videos: int,
+    goal: float,
+    trial: Callable[[Candidate, int], Trial],
+    left: Callable[[], float],
+    first_guess: Callable[[int], float],
+) -> Iterator[tuple[Candidate, int]]:
+    """Tries candidates, video by video, while there is time; `known` grows. Yields the candidate and the video before each trial.
+
+    `goal`: agreement that is asked for. `left`: seconds until the end. `first_guess`: seconds of a first trial on a video.
+    """
+    alive, all_rounds = list(known), rungs(videos)
+    for number, these in enumerate(all_rounds):
+        if number:
+            alive = [candidate for candidate in promising(known, goal) if candidate in alive]
+            rounds = len(all_rounds) - number
+            alive = alive[: affordable(alive, known, len(these), videos - these.start, rounds, left())]
+        for video in these:
+            for candidate in alive:
+                took = [made.took_s for made in known[candidate]]
+                if left() >= (mean(took) if took else first_guess(video)):
+                    yield candidate, video
+                    known[candidate].append(trial(candidate, video))
+
+
+Counts = tuple[np.ndarray, np.ndarray]  # of a candidate: agreeing tokens and tokens of every video
+
+SAME_TIME = 0.05  # medians of times that differ by less are taken as equal
+
+
+def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
+    """One dict a candidate that was tried, the fastest first (docs/json.md).
+
+    `agreement` is estimated from all candidates (`smoothed`), with its 95% interval over videos; `observed` is its own. `passes`:
+    the interval lies at or above the goal. `frontier`: no other is at least as fast and agrees more.
+    """
+    tried = {candidate: Trial(*zip(*trials, strict=True)) for candidate, trials in known.items() if trials}  # of tuples
+    effect = design_effect([(np.array(seen.agree, float), np.array(seen.tokens, float)) for seen in tried.values()])
+    rows, shares, times = [], _estimates(tried), _times(tried)
+    for candidate, seen in tried.items():
+        tokens, videos, share, kl = sum(seen.tokens), len(seen.tokens), shares[candidate], np.concatenate(seen.kl)
+        low, high = bounds(share, tokens, videos, effect)
+        rows.append(
+            {
+                "name": candidate.name,
+                "method": candidate.method,
+                "budget": candidate.budget,
+                "videos": videos,
+                "tokens": tokens,
+                "agreement": share,
+                "observed": sum(seen.agree) / tokens,
+                "low": low,
+                "high": high,
+                "kl": float(np.mean(kl)),
+                "kl_p95": float(np.percentile(kl, 95)),
+                "first_token_ms": 1000 * float(np.median(seen.first_s)),
+                "full_first_token_ms": 1000 * float(np.median(seen.full_s)),
+                "first_token": times[candidate],
+                "kept_share": float(np.mean(seen.kept)),
+                "live_share": float(np.mean(seen.live)),
+                "passes": low >= goal,
+            }
+        )
+    place = [(-row["first_token"], row["agreement"]) for row in rows]
+    for row, own in zip(rows, place, strict=True):
+        row["frontier"] = not any(other != own and other[0] >= own[0] and other[1] >= own[1] for other in place)
+    return sorted(rows, key=lambda row: row["first_token"])
+
+
+def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
+    """The agreement of each, estimated among those that were tried on as many videos."""
+    made = {}
+    for videos in {len(seen.tokens) for seen in tried.values()}:
+        group = {candidate: seen for candidate, seen in tried.items() if len(seen.tokens) == videos}
+        sums = [(sum(seen.agree), sum(seen.tokens), np.mean(np.concatenate(seen.kl))) for seen in group.values()]
+        made |= dict(zip(group, smoothed(*map(np.array, zip(*sums, strict=True))).tolist(), strict=True))
+    return made
+
+
+def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
+    """`first_token` of each. TuneSettings of a method with equally many rows and tokens do the same work; times differ by noise."""
+    of_work = defaultdict(list)
+    works = {c: (c.method.partition(":")[0], round(mean(s.kept), 6), round(mean(s.live), 6)) for c, s in tried.items()}
+    for candidate, seen in tried.items():
+        of_work[works[candidate]] += [first / full for first, full in zip(seen.first_s, seen.full_s, strict=True)]
+    return {candidate: median(of_work[work]) for candidate, work in works.items()}
+
+
+def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fastest row that passes. Of those that are as fast, within `SAME_TIME`, the one with the fewest settings."""
+    passing = [row for row in rows if row["passes"]]
+    fastest = min((row["first_token"] for row in passing), default=0.0)
+    as_fast = [row for row in passing if row["first_token"] <= fastest * (1 + SAME_TIME)]
+    return min(as_fast, key=lambda row: (row["method"].count("="), row["first_token"]), default=None)
+
+
+def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarray:
+    """`[S]`: the share of `agree`ing `tokens` of each of S candidates, estimated from all: it does not rise with the mean `kl`."""
+    blocks: list[tuple[float, float, list[int]]] = []  # agreeing tokens, tokens, and the candidates that share them
+    for candidate in np.argsort(kl, kind="stable"):
+        block = float(agree[candidate]), float(tokens[candidate]), [int(candidate)]
+        while blocks and blocks[-1][0] * block[1] < block[0] * blocks[-1][1]:
+            before = blocks.pop()
+            block = before[0] + block[0], before[1] + block[1], before[2] + block[2]
+        blocks.append(block)
+    made = np.zeros(len(agree))
+    for agreeing, all_tokens, members in blocks:
+        made[members] = agreeing / all_tokens
+    return made
+
+
+def design_effect(candidates: Sequence[Counts]) -> float | None:
+    """How many tokens prove as much as one independent token; at least 1, None where no candidate shows it."""
+    over_videos = independent = 0.0
+    for agree, tokens in candidates:
+        if len(tokens) < 2:
+            continue
+        total = float(tokens.sum())
+        share = float(agree.sum()) / total
+        over_videos += share_variance(agree, tokens)
+        independent += share * (1 - share) / total
+    return max(1.0, over_videos / independent) if independent else None
+
+
+def bounds(share: float, tokens: int, videos: int, effect: float | None) -> tuple[float, float]:
+    """The 95% interval of a share, for tokens / `design_effect` independent tokens; one a video if that is None."""
+    return wilson(share, float(videos) if effect is None else max(1.0, tokens / effect))
+
+
+def provable(tokens: float) -> float:
+    """The highest lower bound that so many independent tokens can prove, all of them agreeing."""
+    return tokens / (tokens + Z95**2)
+
+
+def least_tokens(agree: float) -> int:
+    """Independent tokens that prove this agreement if all of them agree; `agree` is below 1."""
+    return math.ceil(agree * Z95**2 / (1 - agree) - 1e-9)
+
+
+TOKENS = (64, 32, 16, 8)  # of an answer, at most; fewer where time is short
+SLOW = 1 / 10  # of the time there is: a first encoding that takes longer is not repeated
+Progress = Callable[[str], None]
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class FullAnswers:
+    """What the unpruned model says about a video, a reference a question."""
+
+    path: str
+    references: tuple[Reference, ...]
+    first_s: float  # seconds of encoding and of reading the first question
+    took_s: float  # that all of it took
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(given.ids) for given in self.references)
+
+
+def encode(
+    engine: Engine, path: str, sampling: SamplingOptions, frames: SharedFrames, rows: SharedRows | None = None
+) -> tuple[EncodedInputs, float]:
+    """A video, encoded, and the seconds of encoding: also those that shared rows have saved."""
+    kind = partial(SharedInput, shared_frames=frames, shared_rows=rows)
+    with closing(open_inputs(engine, [Path(path)], sampling, names=[path], kind=kind)) as opened:
+        video = opened.encode()
+    return video, video.report.time_ms.encode / 1000 + (rows.saved if rows else 0.0)
+
+
+class Answering:
+    """Answers the questions about all videos within `seconds`, by the clock `now`.
+
+    Where answers would take longer they become shorter, then fewer questions are asked, then videos are left out.
+    """
+
+    def __init__(
+        self, engine: Engine, sampling: SamplingOptions, questions: tuple[str, ...], seconds: float, now: Clock
+    ):
+        self.made: list[FullAnswers] = []  # a video each
+        self.problems: dict[str, EvopruneError] = {}  # of videos that cannot be read or computed, by path
+        self.tokens, self.asked = TOKENS[0], len(questions)  # of an answer, at most; of a video
+        self._next_s = 0.0  # that the next video takes
+        self.engine, self._sampling, self._questions = engine.unpruned(), sampling, questions
+        self._seconds, self._now, self._begun = seconds, now, now()
+
+    def answer(self, videos: tuple[str, ...], progress: Progress = lambda what: None) -> None:
+        """Answers what the time allows, the first readable video in any case. Raises the first problem if there is none."""
+        for number, path in enumerate(videos):
+            if self.made and self._left < self._next_s:
+                return
+            progress(f"answering in full, video {number + 1} of {len(videos)}")
+            try:
+                self.made.append(self._answered(path, len(videos) - number))
+                self._next_s = self.made[-1].took_s if len(self.made) > 1 else self._next_s
+            except (VideoError, ModelError, OutOfMemory) as problem:
+                self.problems[path] = problem
+        if not self.made:
+            raise next(iter(self.problems.values()))
+
+    @property
+    def _left(self) -> float:
+        return self._seconds - (self._now() - self._begun)
+
+    def _answered(self, path: str, videos: int) -> FullAnswers:
+        """`videos`: how many are to be answered from now on."""
+        start, frames = self._now(), SharedFrames()
+        video, seconds = encode(self.engine, path, self._sampling, frames)
+        spent = self._now() - start
+        if not self.made:
+            if spent < SLOW * self._seconds:
+                video, seconds = encode(self.engine, path, self._sampling, frames)  # the first time also warms up
+            self._plan(video, spent, videos)
+        made: list[Reference] = []
+        for question in self._questions[: self.asked]:
+            answer = video.ask(question, max_new_tokens=self.tokens)
+            str(answer)  # generates it
+            made.append(reference(video, question, answer.ids, answer.report.finish_reason == "stop"))
+        return FullAnswers(path, tuple(made), seconds + made[0].seconds, self._now() - start)
+
+    def _plan(self, video: EncodedInputs, encoding: float, videos: int) -> None:
+        """The longest answers to the most questions for which there is time, by a short answer; `encoding`: seconds a video."""
+        question, every = self._questions[0], len(self._questions)
+        for _ in range(2):  # the first time also warms up
+            start = self._now()
+            answer = video.ask(question, max_new_tokens=TOKENS[-1])
+            str(answer)
+            reference(video, question, answer.ids, ended=False)
+        token = (answer.report.time_ms.generate or 0.0) / 1000 / max(1, len(answer.ids))
+        reading = self._now() - start - token * len(answer.ids)
+        choices = [(tokens, every) for tokens in TOKENS] + [(TOKENS[-1], asked) for asked in range(every - 1, 0, -1)]
+        for self.tokens, self.asked in choices:
+            self._next_s = encoding + self.asked * (reading + self.tokens * token)
+            if videos * self._next_s <= self._left:
+                return
+
+
+GENERAL = (
+    "What happens in this video, from the beginning to the end?",
+    "Who or what can be seen, and where?",
+    "Which details, colours, numbers and words can be seen?",
+)
+SHARE_OF_FULL = 1 / 3  # of the time limit that the full answers may take
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """What is tuned, and on what. Raises UsageError: no video or question, or a number out of range."""
+
+    videos: tuple[str, ...]  # paths of files or folders of frames
+    questions: tuple[str, ...] = GENERAL  # asked of every one
+    agree: float = 0.98  # share of tokens at which the pruned model must choose as the full one does, in (0, 1)
+    time_limit_s: float = 600.0  # of the whole run, loading included
+    budgets: tuple[float, ...] = ()  # as for `search.candidates`, and `methods`
+    methods: tuple[str, ...] = ()
+    model: ModelOptions = field(default_factory=ModelOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    seed: int = 0  # for methods that select at random
+
+    def __post_init__(self):
+        if not self.videos or not self.questions:
+            raise UsageError("there is nothing to ask", "give at least one video and one question")
+        if not 0 < self.agree < 1:
+            hint = "for example 0.98; with -b full all tokens agree"
+            raise UsageError(f"agreement {self.agree:g} is not between 0 and 1", hint)
+        if not self.time_limit_s > 0:
+            raise UsageError(f"a time limit of {self.time_limit_s:g} s leaves no time", "for example 600")
+
+    def record(self) -> dict[str, Any]:
+        own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling")}
+        return own | asdict(self.model) | asdict(self.sampling)
+
+
+class Run:
+    """Construct it, `load` a model, `run`. The results are in `document`, at any time."""
+
+    schema: ClassVar[str]  # of the document
+
+    def __init__(self, settings: TuneSettings, now: Callable[[], float] = time.perf_counter):
+        self.settings, self._now, self._begun = settings, now, now()
+        self.loaded: LoadedModel | None = None  # before `load`
+        self.answering: Answering | None = None  # the full answers; None before `run`
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Raises what `load_model` raises."""
+        self.loaded = load_model(self.settings.model, to_answer=True, progress=progress)
+
+    @property
+    def spent_s(self) -> float:
+        return self._now() - self._begun
+
+    @property
+    def left_s(self) -> float:
+        return self.settings.time_limit_s - self.spent_s
+
+    def answer(self, progress: Progress) -> list[FullAnswers]:
+        """Raises what `Answering.answer` raises."""
+        engine, settings = Engine(self.loaded, PruneOptions(seed=self.settings.seed).config()), self.settings
+        seconds = SHARE_OF_FULL * settings.time_limit_s
+        self.answering = Answering(engine, settings.sampling, settings.questions, seconds, self._now)
+        self.answering.answer(settings.videos, progress)
+        return self.answering.made
+
+    def facts(self) -> dict[str, Any]:
+        """What every document says of a run, as plain data for JSON."""
+        made, problems = (self.answering.made, self.answering.problems) if self.answering else ([], {})
+        failures = [{"video": path, "message": error_record(problem)["message"]} for path, problem in problems.items()]
+        return {
+            "model": asdict(self.loaded.facts()) if self.loaded else None,
+            "env": asdict(environment(self.loaded.device)) if self.loaded else None,
+            "settings": self.settings.record(),
+            "videos": {"wanted": len(self.settings.videos), "answered": len(made), "failed": len(problems)},
+            "questions": self.answering.asked if self.answering else 0,
+            "answer_tokens": sum(full.tokens for full in made),
+            "seconds": self.spent_s,
+            "failures": failures,
+        }
+
+
+class Tuning(Run):
+    """Finds the fastest setting; `known` has the trials of every candidate.
+
+    With quantised weights the full answers are those of the weights as they are, where there is memory for them. Quantisation alone
+    is one more candidate.
+
+    Raises UsageError: an unknown method, settings that it does not have, or nothing to try.
+    """
+
+    schema = "evoprune/tune@1"
+
+    def __init__(self, settings: TuneSettings, now: Callable[[], float] = time.perf_counter):
+        super().__init__(settings, now)
+        self.known: Known = {made: [] for made in candidates(settings.budgets, settings.methods)}
+        if not self.known:
+            raise UsageError("no candidate prunes anything", "give budgets below 1 (-b 0.25,0.1)")
+        self._quantizes, self._problem = settings.model.quantize != "none", None
+        if self._quantizes:
+            self.known = {Candidate("none", 1.0): []} | self.known
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Raises what `load_model` raises. UsageError: a method cannot act in the model."""
+        if self._quantizes:
+            with suppress(OutOfMemory):  # then the full answers are those of the quantised weights
+                exact = replace(self.settings.model, quantize="none", store_quantized=False)
+                self.loaded = load_model(exact, to_answer=True)
+        if self.loaded is None:
+            super().load(progress)
+        for candidate in self.known:
+            check_fits(methods.parse(candidate.method), self.loaded.model.config)
+
+    @property
+    def has_results(self) -> bool:
+        return any(self.known.values())
+
+    def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
+        """Answers in full, then tries candidates until everything is known or the time is over.
+
+        Calls `progress` with what comes next, `note` with what is to be read at once. Raises what `Answering.answer` raises.
+        """
+        made, held = self.answer(progress), {}
+        if self._quantizes and self.loaded.quantize == "none":
+            self.loaded = self.answering.engine = None  # frees the weights
+            super().load(lambda done, of: progress(f"quantizing, {done} of {of} layers"))
+        elif self._quantizes:
+            self._problem = "full answers are those of the quantised weights, because memory for the others is missing"
+            note(self._problem)
+        if warning := self._too_few():
+            note(warning)
+
+        def trial(candidate: Candidate, video: int) -> Trial:
+            if video not in held:
+                held.clear()  # the frames and rows of the video before
+                held[video] = SharedFrames(), SharedRows()
+            return self._try(candidate, made[video], *held[video])
+
+        goal = self.settings.agree
+        trials = search(self.known, len(made), goal, trial, lambda: self.left_s, lambda video: made[video].took_s)
+        for candidate, video in trials:
+            progress(f"video {video + 1} of {len(made)}, {candidate.name}{self._best()}")
+
+    def document(self, error: dict | None = None) -> dict[str, Any]:
+        """The results so far, for JSON; `error` is what cut the run short."""
+        rows = result_rows(self.known, self.settings.agree)
+        passing = recommended(rows)
+        best = max(rows, key=lambda row: (row["low"], row["agreement"], -row["first_token"]), default=None)
+        return {
+            **self.facts(),
+            "rows": rows,
+            "recommended": passing and passing["name"],
+            "options": passing and {"budget": passing["budget"], "method": passing["method"]},
+            "best": best and best["name"],
+            "notes": self._notes() if self.answering and self.answering.made else [],
+            "error": error,
+        }
+
+    def _try(self, candidate: Candidate, full: FullAnswers, frames: SharedFrames, rows: SharedRows) -> Trial:
+        start = self._now()
+        pruning = PruneOptions(candidate.budget, candidate.method, seed=self.settings.seed)
+        engine = Engine(self.loaded, pruning.config())
+        video, seconds = encode(engine, full.path, self.settings.sampling, frames, rows)
+        made, pruning = [agreement(given, video) for given in full.references], video.report.pruning
+        return Trial(
+            agree=sum(int(one.agrees.sum()) for one in made),
+            tokens=full.tokens,
+            kl=[value for one in made for value in one.kl.tolist()],
+            first_s=seconds + made[0].seconds,
+            full_s=full.first_s,
+            took_s=self._now() - start,
+            kept=pruning.visual_tokens_kept / pruning.visual_tokens_in,
+            live=pruning.encoder_live_share,
+        )
+
+    def _too_few(self) -> str | None:
+        """A sentence that says so where nothing could pass even if all tokens agreed."""
+        tokens, goal = [full.tokens for full in self.answering.made], self.settings.agree
+        if len(tokens) > 1 and provable(sum(tokens)) >= goal:
+            return None
+        videos = max(2, -(-least_tokens(goal) // max(1, round(mean(tokens)))))
+        return (
+            f"{counted(sum(tokens), 'token')} of answers about {counted(len(tokens), 'video')} cannot prove that "
+            f"{100 * goal:g}% agree, even if all do: that takes about {videos} such videos, or more questions (-Q)"
+        )
+
+    def _notes(self) -> list[str]:
+        answering, known = self.answering, self.known.values()
+        made, settings = [self._problem, self._too_few()], self.settings
+        wanted = len(settings.videos) - len(answering.problems)
+        if len(answering.made) < wanted:
+            made.append(f"the time limit left out {wanted - len(answering.made)} of {counted(wanted, 'video')}")
+        if answering.tokens < TOKENS[0] or answering.asked < len(settings.questions):
+            asked = f"{answering.asked} of {counted(len(settings.questions), 'question')}"
+            made.append(f"the time limit allowed answers of {answering.tokens} tokens to {asked}")
+        fewer = sum(len(trials) < len(answering.made) for trials in known)
+        if self.has_results and fewer:
+            said = "settings were not tried on all videos: the time went to the better ones"
+            made.append(f"{fewer} of {len(known)} {said}")
+        return [note for note in made if note]
+
+    def _best(self) -> str:
+        best = recommended(result_rows(self.known, self.settings.agree))
+        return f"; best so far: {best['name']}, first token {1 / best['first_token']:.1f}x as fast" if best else ""

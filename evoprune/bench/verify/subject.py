@@ -1,0 +1,377 @@
+"""What a check is and what comes of it: held, differs or skipped; and the distance between what two programs computed.
+
+A transformers model computing in a wider dtype than its weights have: what rounding does to it is its own noise.
+
+No second copy of the weights is made: each module widens its own while it computes, large ones a piece at a time.
+
+
+What is verified: a loaded model, transformers' model of the same files, and inputs as both of them read these."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from evoprune.bench.hugging_face import hugging_face_from_files, hugging_face_model, share_equal
+from evoprune.bench.profile_results import TimeLimit
+from evoprune.hf.processor_inputs import NAMES, TYPES, arguments
+from evoprune.model.cost import shortage
+from evoprune.session.answering import EncodedInputs
+from evoprune.session.encoding import OpenInput, open_inputs
+from evoprune.session.engine import Engine
+from evoprune.session.loading.model import LoadedModel
+from evoprune.session.options import GenerationOptions, SamplingOptions
+from evoprune.session.prompting import PromptReader
+from evoprune.video.plan import Plan
+from evoprune.video_qa import VideoQA
+
+HELD, DIFFERS, SKIPPED = "held", "differs", "skipped"
+# How far two roundings of the same number may be from each other, as a multiple of the distance of one from the exact number. The
+# largest of many distances varies more than their mean.
+MEAN, LARGEST = 2.0, 3.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What comes of a check.
+
+    Attributes:
+        state: `HELD`, `DIFFERS` or `SKIPPED`.
+        says: by what it differs, why it was skipped, or the figures, in one line.
+        figures: numbers by name; for each that was judged also its limit, NAME_limit.
+    """
+
+    state: str
+    says: str
+    figures: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        compares: what is compared with what, for people.
+        run: compares; called with a `Subject`.
+        slow: whether `--quick` leaves it out.
+    """
+
+    name: str
+    compares: str
+    run: Callable[[Any], Outcome]
+    slow: bool = False
+
+
+def skipped(why: str) -> Outcome:
+    return Outcome(SKIPPED, why)
+
+
+def judged(says: str, limits: dict[str, tuple[float, float]]) -> Outcome:
+    """Held where each figure is at most its limit; otherwise says the first that is not.
+
+    Args:
+        says: where all hold.
+        limits: of each figure by name, the figure and its limit.
+    """
+    figures: dict[str, float | None] = {}
+    for name, (value, limit) in limits.items():
+        figures |= {name: value if isfinite(value) else None, f"{name}_limit": limit}
+    for name, (value, limit) in limits.items():
+        if not value <= limit:  # also where it is no number
+            return Outcome(DIFFERS, f"{name.replace('_', ' ')} {value:.2g}, expected at most {limit:.2g}", figures)
+    return Outcome(HELD, says, figures)
+
+
+class Gap(NamedTuple):
+    """Relative distances between rows: their mean, and the largest."""
+
+    mean: float
+    largest: float
+
+    def limits(self, noise: "Gap", times: float = 1.0) -> dict[str, tuple[float, float]]:
+        """The two figures with the limits that `noise`, the distance of one rounding, sets."""
+        return {
+            "mean_error": (self.mean, times * MEAN * noise.mean),
+            "largest_error": (self.largest, times * LARGEST * noise.largest),
+        }
+
+    def worse(self, other: Sequence[float]) -> "Gap":
+        return Gap(*map(max, self, other))
+
+    def __str__(self) -> str:
+        return f"error {self.mean:.1e}, at most {self.largest:.1e}"
+
+
+def gap(made: torch.Tensor, expected: torch.Tensor, centred: bool = False) -> Gap:
+    """How far the rows of `made` `[n, D]` are from those of `expected`, in lengths of these.
+
+    `centred`: rows are compared without their means, as logits are, of which only differences matter.
+    """
+    made, expected = (x.detach().cpu().double() for x in (made, expected))
+    if made.shape != expected.shape:
+        return Gap(float("inf"), float("inf"))
+    if centred:
+        made, expected = (x - x.mean(1, keepdim=True) for x in (made, expected))
+    tiny = torch.finfo(torch.float32).tiny
+    each = (made - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=tiny)
+    return Gap(float(each.mean()), float(each.max()))
+
+
+PIECE = 2**24  # weights that are widened at a time
+WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+
+
+def wider(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """The dtype that shows the rounding of another; None where the device has none."""
+    found = WIDER.get(dtype)
+    return None if found == torch.float64 and device.type == "mps" else found
+
+
+@contextmanager
+def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Until the context ends, the modules of `model` that hold weights compute in `dtype`."""
+    held = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
+    for module in held:
+        module.forward = partial(_forward_of(module), module, type(module).forward, dtype)
+    try:
+        yield
+    finally:
+        for module in held:
+            del module.forward
+
+
+def _forward_of(module: nn.Module) -> Callable:
+    if isinstance(module, nn.Linear):
+        return _linear
+    return _embedding if isinstance(module, nn.Embedding) else _others
+
+
+def _linear(layer: nn.Linear, _forward: Callable, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
+    rows = layer.weight.split(max(1, PIECE // layer.in_features))
+    made = torch.cat([F.linear(x.to(dtype), piece.to(dtype)) for piece in rows], -1)
+    return made if layer.bias is None else made + layer.bias.to(dtype)
+
+
+def _embedding(layer: nn.Embedding, forward: Callable, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
+    return forward(layer, ids).to(dtype)
+
+
+def _others(module: nn.Module, forward: Callable, dtype: torch.dtype, *given: torch.Tensor, **named) -> torch.Tensor:
+    """Norms and the convolution of patches, whose weights are small."""
+    plain = dict(module.named_parameters(recurse=False))
+    for name, weight in plain.items():
+        module._parameters[name] = nn.Parameter(weight.to(dtype), requires_grad=False)
+    try:
+        return forward(module, *(x.to(dtype) for x in given), **named)
+    finally:
+        module._parameters |= plain
+
+
+QUESTION, ANOTHER = "What happens in this video?", "Which things can be seen, and where do they go?"
+# Of an input: enough for several frame pairs and windows, and few enough for a large model on a CPU.
+SAMPLING = SamplingOptions(frames=8, max_visual_tokens=128)
+SHORT = SamplingOptions(frames=4, max_visual_tokens=48)
+NEW_TOKENS = 16
+BUDGET = 0.25
+ROUNDINGS = 64  # that a feature is off by where the device cannot compute more exactly
+
+
+class Subject:
+    """A model and three files, of which more is made when a check first needs it.
+
+    Frames may be smaller than the model's own limits have it, so that several frame pairs are few tokens.
+
+    Attributes:
+        loaded: the model with plain weights, that both sides compute with, and without a least size of frames.
+        video, still, picture: files.
+        limit: of the whole run: a check of many steps ends when it is over.
+        differing: once there is `transformers`, names of tensors that it reads of the files otherwise than this project.
+        not_read: why it does not read them; None where it does.
+    """
+
+    def __init__(self, loaded: LoadedModel, video: Path, still: Path, picture: Path):
+        self.limit, self._asked = TimeLimit(inf), {}
+        self.differing: list[str] = []
+        self.not_read: str | None = None
+        limits = {kind: replace(each, min_pixels=each.unit**2) for kind, each in loaded.limits.items()}
+        self.loaded, self.video, self.still, self.picture = replace(loaded, limits=limits), video, still, picture
+
+    @cached_property
+    def transformers(self):
+        """Transformers' model, which knows the model's special tokens. It reads the files itself, where there are any and memory
+        for a second copy of the weights; otherwise it is made of our tensors. Equal ones are in memory once."""
+        model, found = self.loaded.model, self.loaded.found
+        short = shortage(self.loaded.weights_bytes, self.loaded.device)
+        if found.random or short:
+            self.not_read = f"a second copy of the weights {short}" if short else "random weights are in no file"
+            made = hugging_face_model(model)
+        else:
+            made = hugging_face_from_files(found.folder, self.dtype, self.device)
+            self.differing = share_equal(made, model)
+        specials = self.loaded.tokenizer.specials()
+        names = {"image_token_id": "image_pad", "video_token_id": "video_pad", "vision_start_token_id": "vision_start"}
+        for name, token in names.items():
+            setattr(made.config, name, specials[f"<|{token}|>"])
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        return self.loaded.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.loaded.model.dtype
+
+    def asking(self, budget: float = BUDGET, method: str = "evoprune") -> VideoQA:
+        """This project's side; at a budget of 1.0 nothing is pruned."""
+        return VideoQA(self.loaded, budget=budget, method="none" if budget == 1 else method)
+
+    def encode(
+        self, qa: VideoQA, paths: Sequence[Path], sampling: SamplingOptions = SAMPLING, chunk_units: int | None = None
+    ) -> EncodedInputs:
+        """As `VideoQA.encode`, perhaps with another size of chunks."""
+
+        class InChunks(OpenInput):
+            def rows(self, patches, **options):
+                return super().rows(patches, **options | {"chunk_units": chunk_units})
+
+        kind = InChunks if chunk_units else OpenInput
+        with closing(open_inputs(qa.engine, paths, sampling, kind=kind)) as opened:
+            return opened.encode()
+
+    def plans(self, engine: Engine, paths: Sequence[Path]) -> list[Plan]:
+        with closing(open_inputs(engine, paths, SAMPLING)) as opened:
+            return opened.plans
+
+    def about(self, *paths: Path, question: str = QUESTION) -> "Asked":
+        """A question about inputs, as both sides read it; made once."""
+        if (paths, question) not in self._asked:
+            self._asked[paths, question] = Asked(self, paths, question)
+        return self._asked[paths, question]
+
+    @torch.inference_mode()
+    def features(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Those of transformers' tower, `[1 + n, tokens, hidden]` in the order of the prompt: the last ones, and n of DeepStack."""
+        kinds, parts = call["mm_token_type_ids"][0], {}
+        for kind, (pixels, grids) in NAMES.items():
+            if pixels in call:
+                made = self.transformers.model.visual(call[pixels].to(self.dtype), grid_thw=call[grids])
+                inner = getattr(made, "deepstack_features", None) or ()
+                parts[TYPES[kind]] = torch.stack([made.pooler_output, *inner])
+        some = next(iter(parts.values()))
+        every = some.new_empty(len(some), len(kinds), some.shape[2])
+        for kind, made in parts.items():
+            every[:, kinds == kind] = made
+        return every[:, kinds > 0]
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        call: dict[str, torch.Tensor],
+        positions: torch.Tensor,
+        features: torch.Tensor,
+        answer: Sequence[int] = (),
+        last: int = 1,
+    ) -> torch.Tensor:
+        """Those of transformers' language model after each of the last tokens, `[last, vocabulary]`.
+
+        Args:
+            positions: int64 `[3, L]`, of the prompt; those of the answer follow.
+            features: of the inputs, from `features`, instead of what its own tower makes of them.
+            answer: tokens behind the prompt.
+        """
+        text = self.transformers.model.language_model
+        more = torch.tensor(answer, dtype=torch.int64, device=self.device)
+        embeds = text.embed_tokens(torch.cat([call["input_ids"][0], more]))
+        visual = torch.nn.functional.pad(call["mm_token_type_ids"][0] > 0, (0, len(answer)))
+        embeds[visual], inner = features[0].to(embeds), {}
+        if len(features) > 1:
+            inner = {"visual_pos_masks": visual[None], "deepstack_visual_embeds": list(features[1:].to(embeds))}
+        row = torch.arange(len(embeds), dtype=torch.int64, device="cpu")
+        following = positions.max() + 1 + row[: len(answer)]
+        every = torch.cat([row[None], torch.cat([positions, following.expand(3, -1)], 1)])
+        places = every[:, None].to(self.device)
+        hidden = text(inputs_embeds=embeds[None], position_ids=places, use_cache=False, **inner)
+        return self.transformers.lm_head(hidden.last_hidden_state[0, -last:])
+
+    @torch.inference_mode()
+    def last_logits(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Those of transformers' model behind each prompt of a call, `[prompts, vocabulary]`."""
+        return self.transformers(**call, logits_to_keep=1, use_cache=False).logits[:, -1]
+
+    @cached_property
+    def video_logits(self) -> torch.Tensor:
+        """Transformers', after each token behind the video."""
+        asked = self.about(self.video)
+        return self.logits(asked.call, asked.positions, asked.features, last=asked.text_behind)
+
+    @cached_property
+    def _wide(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Features and logits of transformers in a wider dtype, on the same weights; None where there is none."""
+        dtype = wider(self.dtype, self.device)
+        if dtype is None:
+            return None
+        asked = self.about(self.video)
+        with computing_in(self.transformers, dtype):
+            features = self.features(asked.call)
+            logits = self.logits(asked.call, asked.positions, features, last=asked.text_behind)
+        return features, logits
+
+    @cached_property
+    def features_noise(self) -> Gap:
+        """How far transformers' features are from those of the wider dtype."""
+        return self._noise(lambda wide: gap(self.about(self.video).features.flatten(0, 1), wide[0].flatten(0, 1)))
+
+    @cached_property
+    def logits_noise(self) -> Gap:
+        """The same of its logits, from pixels on."""
+        return self._noise(lambda wide: gap(self.video_logits, wide[1], centred=True))
+
+    def _noise(self, of: Callable[[tuple[torch.Tensor, torch.Tensor]], Gap]) -> Gap:
+        """No less than a rounding of one number, because a short sum may happen to be exact."""
+        least = torch.finfo(self.dtype).eps
+        return Gap(*2 * [ROUNDINGS * least]) if self._wide is None else of(self._wide).worse((least, least))
+
+    @cached_property
+    def logit_noise(self) -> float:
+        """The largest distance between a logit and that of the wider dtype; logits are compared without their mean."""
+        exact = self.video_logits if self._wide is None else self._wide[1]
+        made, exact = (x.cpu().double() - x.cpu().double().mean(1, keepdim=True) for x in (self.video_logits, exact))
+        least = float(exact.abs().max()) * torch.finfo(self.dtype).eps
+        return max(float((made - exact).abs().max()), least * (ROUNDINGS if self._wide is None else 1))
+
+
+class Asked:
+    """A question about inputs, as both sides read it.
+
+    Attributes:
+        plans: what is looked at of each.
+        prompt, positions: this project's, with nothing pruned; int64 `[3, L]`.
+        call: the arguments of transformers' model.
+    """
+
+    def __init__(self, subject: Subject, paths: Sequence[Path], question: str):
+        engine, loaded = subject.asking(1.0).engine, subject.loaded
+        self._subject, self.plans = subject, subject.plans(engine, paths)
+        reader = PromptReader(engine, self.plans)
+        self.prompt = reader.build(question, GenerationOptions(), sum(plan.units for plan in self.plans))
+        self.positions = reader.positions(self.prompt)
+        call = arguments(self.prompt, self.plans, loaded.limits, loaded.model.config.vision_config)
+        self.call = {name: value.to(subject.device) for name, value in call.items()}
+
+    @cached_property
+    def features(self) -> torch.Tensor:
+        """Those of transformers' tower, see `Subject.features`."""
+        return self._subject.features(self.call)
+
+    @property
+    def text_behind(self) -> int:
+        """Tokens of the prompt behind the inputs."""
+        return len(self.prompt.input_ids) - self.prompt.places[-1].runs[-1].stop

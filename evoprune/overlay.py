@@ -1,0 +1,429 @@
+"""An overlay: a video's frames with what became of each unit, which is read by the language model, reused, merged or dropped.
+
+`trace` encodes a video and keeps its frames; `Overlay` draws them, frame pairs side by side, or frame after frame, with a title and
+a legend; `overlay_file` makes a file of that. A unit that is read keeps its colours, brightened. Any other becomes grey in a colour
+of its fate: blue where it was reused, orange where it merged, dark where it was dropped. Merged units are outlined in the colour of
+their owner, which has a dot of that colour.
+"""
+
+import colorsys
+import io
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from evoprune.errors import UsageError
+from evoprune.methods.indices import ascending
+from evoprune.session.encoding import OpenInput, Progress, open_inputs
+from evoprune.session.engine import Engine
+from evoprune.session.options import SamplingOptions
+from evoprune.text import counted
+from evoprune.video.frames import FrameChunk
+from evoprune.video.plan import Plan
+from evoprune.vision.encoded import EncodedRows, selected
+from evoprune.vision.preprocess import resize
+
+FATES = ("read", "reused", "merged", "dropped")  # each unit has one, the first that applies
+BACKGROUND, INK, FAINT = (18, 18, 22), (235, 235, 240), (160, 160, 170)
+MAX_PANELS = 12
+MIN_WIDTH = 480  # pixels, so that text has room
+GAP = 12
+
+
+@dataclass(frozen=True)
+class Fates:
+    """What became of the N units of a video. Units are numbered frame pair after frame pair, in raster order.
+
+    A unit is *read*, if the language model reads a token at its place; else *reused*, if it was not encoded because it has not
+    changed since an earlier frame pair; else *merged*, if its row became part of the row at another unit's place; else *dropped*.
+
+    Attributes:
+        chosen: bool `[N]`, whether the language model reads a token at the unit's place.
+        source: int64 `[N]`, the unit whose pixels represent it: itself, or the same place in an earlier frame pair.
+        owner: int64 `[N]`, the unit at whose place the row or token that represents it ends, -1 for none.
+        rows: how many the encoder returns.
+    """
+
+    grid: tuple[int, int, int]
+    chosen: torch.Tensor
+    source: torch.Tensor
+    owner: torch.Tensor
+    rows: int
+
+    @property
+    def encoded(self) -> torch.Tensor:
+        """bool `[N]`: not reused from an earlier frame pair. A unit that is read may have been reused."""
+        return self.source == ascending(len(self.source), self.source.device)
+
+    @property
+    def fate(self) -> torch.Tensor:
+        """int64 `[N]`: the index in `FATES` of each unit's fate."""
+        moved = (self.owner >= 0) & (self.owner != ascending(len(self.owner), self.owner.device))
+        applies = torch.stack([self.chosen, ~self.encoded, moved, torch.ones_like(moved)])
+        return applies.int().argmax(0)
+
+    def all_of(self, name: str) -> torch.Tensor:
+        return self.fate == FATES.index(name)
+
+    def counts(self) -> dict[str, int]:
+        sums = {name: int(self.all_of(name).sum()) for name in FATES}
+        return {"units": len(self.owner), **sums, "encoded": int(self.encoded.sum()), "rows": self.rows}
+
+
+@torch.inference_mode()
+def fates(video: EncodedRows) -> Fates:
+    """What became of the units of an encoded video. The method must not read the question."""
+    row, selection = video.tokens.owner.cpu(), selected(video)
+    owner = torch.where(row >= 0, video.unit.cpu()[row.clamp(min=0)], -1)
+    kept = selection.kept.cpu()
+    if selection.owner is not None:  # otherwise the merging inside the encoder is what is drawn
+        into = selection.owner.cpu()
+        owner = torch.where(into >= 0, kept[into.clamp(min=0)], -1)
+    chosen = torch.zeros(len(row), dtype=torch.bool, device=row.device)
+    chosen[kept] = True
+    _, height, width = video.plan.grid
+    source = (video.source.cpu() * height * width + ascending(height * width, "cpu")).flatten()
+    return Fates(video.plan.grid, chosen, source, owner, len(video.unit))
+
+
+@dataclass(frozen=True)
+class TracedVideo:
+    """A video's frames and what the encoder did with them.
+
+    `frames`: uint8 `[F, H, W, 3]`, at the size that the encoder reads; two are a frame pair. `damaged`: packets not decoded.
+    `warnings`: as in a report, and `demo_overlay` where a demo model read a video that it was not trained for.
+    """
+
+    plan: Plan
+    frames: torch.Tensor
+    fates: Fates
+    warnings: list[str]
+    damaged: int
+
+    @property
+    def summary(self) -> str:
+        n, (count, height, width) = self.fates.counts(), self.plan.grid
+        pairs = f"{counted(count, 'frame pair')} of {height}x{width} units"
+        return f"{pairs}: {n['units']:,} units, {n['encoded']:,} encoded, {n['read']:,} tokens read"
+
+
+class _TracedInput(OpenInput):
+    """Keeps its frames, as the encoder reads them, and its rows."""
+
+    def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
+        self.shown = []  # anew where memory was short and the encoder begins anew
+        with closing(super().frames(chunk_bytes)) as chunks:
+            for chunk in chunks:
+                self.shown.append(resize(torch.from_numpy(chunk.frames), self.plan.height, self.plan.width))
+                yield chunk
+
+    def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
+        self.made = super().rows(patches, **options)
+        return self.made
+
+
+def trace(
+    engine: Engine,
+    path: str,
+    sampling: SamplingOptions | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> TracedVideo:
+    """Encodes a video and keeps its frames and the fates of its units. Arguments as of `video_qa.open_inputs`.
+
+    Raises UsageError: the method reads the question, or acts inside the language model alone. VideoError. OutOfMemory.
+    """
+    if engine.pruning.method.reads_question:
+        what, instead = engine.pruning.method.reading
+        raise UsageError(f"{what}, and an overlay has none", f"use {instead}")
+    if engine.pruning.method.acts == "language":
+        hint = (
+            "use a method that acts before the language model; in a combination, the overlay shows what that one does"
+        )
+        raise UsageError(f"method {engine.pruning.name} drops tokens by the question, and an overlay has none", hint)
+    with closing(open_inputs(engine, [path], sampling, names=[name], kind=_TracedInput)) as opened:
+        (traced,) = opened.inputs
+        plan, report = traced.plan, opened.encode(progress).report
+    found = list(plan.info.warnings)
+    found += [each for each in ("cut_short", "damaged_video", "equal_scores") if each in report.inputs[0].warnings]
+    found += [] if engine.loaded.knows(plan.info) else ["demo_overlay"]
+    return TracedVideo(plan, torch.cat(traced.shown), fates(traced.made), found, report.video.damaged or 0)
+
+
+MADE_BY = "evoprune overlay"  # in the metadata of each file
+
+
+def png(picture: Image.Image) -> bytes:
+    """An RGB picture as PNG with a palette of 256 colours: frames with grain take a third of the bytes of full colour."""
+    file, facts = io.BytesIO(), PngInfo()
+    facts.add_text("Software", MADE_BY)
+    reduced = picture.quantize(palette=shared_palette([picture]), dither=Image.Dither.NONE)
+    reduced.save(file, "PNG", optimize=True, pnginfo=facts)
+    return file.getvalue()
+
+
+def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -> bytes:
+    """At least one RGB picture, all of one size, as a GIF that repeats for ever.
+
+    Each takes so many seconds, rounded to hundredths; at least 0.02, because players slow down what is faster.
+    """
+    first, *others = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
+    file, milliseconds = io.BytesIO(), 10 * max(2, round(seconds * 100))
+    first.save(file, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0, comment=MADE_BY)
+    return file.getvalue()
+
+
+def shared_palette(pictures: Iterable[Image.Image]) -> Image.Image:
+    """An image whose palette of 256 colours suits RGB pictures of one size: a colour of their own for each would flicker."""
+    column = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
+    return column.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
+
+
+def mp4(pictures: Iterable[Image.Image], seconds: float) -> bytes:
+    """RGB pictures of one size as H.264 in MP4. Width and height are even; each picture is shown for so many seconds."""
+    file, stream, step = io.BytesIO(), None, Fraction(seconds).limit_denominator(1000)
+    with av.open(file, "w", format="mp4") as out:
+        out.metadata["comment"] = MADE_BY
+        for number, picture in enumerate(pictures):
+            if stream is None:
+                stream = out.add_stream("libx264", rate=1 / step, options={"crf": "18", "preset": "veryfast"})
+                stream.width, stream.height = picture.size
+                stream.pix_fmt, stream.codec_context.time_base = "yuv420p", step
+            frame = av.VideoFrame.from_image(picture).reformat(format="yuv420p")
+            frame.pts, frame.time_base = number, step
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return file.getvalue()
+
+
+# Of fates that are not read: colours that are added to a share of their grey. Colour-blind readers distinguish them, in all videos.
+UNREAD = {"reused": (0, 50, 115), "merged": (120, 66, 0), "dropped": (0, 0, 0)}
+
+Colour = tuple[int, int, int]
+
+
+def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
+    """A picture, uint8 `[H, W, 3]`: pixels that are read are brightened, others take the colour of their fate, int `[H, W]`."""
+    levels = picture.astype(np.float32)
+    tint = np.array([UNREAD.get(name, (0, 0, 0)) for name in FATES], np.float32)[fate]
+    unread = 0.3 * (levels @ np.array((0.299, 0.587, 0.114), np.float32))[..., None] + tint
+    read = (fate == FATES.index("read"))[..., None]
+    return np.where(read, levels * 0.66 + 86, unread).clip(0, 255).astype(np.uint8)
+
+
+def outline(picture: Image.Image, cluster: np.ndarray, y: int, x: int, side: int, colour: Colour, *, dot: bool) -> None:
+    """Draws those edges of unit (y, x), `side` pixels wide, at which its cluster ends, and a dot where it is the owner.
+
+    `cluster`: `[h, w]`, the owner of each unit, -1 for none.
+    """
+    draw, around = ImageDraw.Draw(picture), np.pad(cluster, 1, constant_values=-1)
+    left, top, right, bottom = x * side, y * side, (x + 1) * side - 1, (y + 1) * side - 1
+    thick = max(1, round(side / 20)) - 1  # rectangles include their last row and column
+    edges = {
+        (-1, 0): (left, top, right, top + thick),
+        (1, 0): (left, bottom - thick, right, bottom),
+        (0, -1): (left, top, left + thick, bottom),
+        (0, 1): (right - thick, top, right, bottom),
+    }
+    for (dy, dx), edge in edges.items():
+        if around[y + 1 + dy, x + 1 + dx] != cluster[y, x]:
+            draw.rectangle(edge, colour)
+    if dot:
+        place = (left + side * 11 // 32, top + side * 11 // 32, left + side * 21 // 32, top + side * 21 // 32)
+        draw.ellipse(place, colour, BACKGROUND, thick + 1)  # with a rim: it may lie on its own colour
+
+
+def cluster_colour(number: int) -> Colour:
+    """The colour of cluster `number`: bright, not blue, and far from the colour of the cluster before."""
+    hue = 0.75 + 0.8 * (number * 0.618034 % 1.0)
+    red, green, blue = colorsys.hsv_to_rgb(hue % 1.0, 0.8, 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def overlay_file(video: TracedVideo, title: str, ending: str) -> bytes:
+    """`.png` is `Overlay.sheet`; `.gif` and `.mp4` are `Overlay.frames`, at the video's pace but two to ten frames a second."""
+    overlay = Overlay(video, title)
+    if ending == ".png":
+        return png(overlay.sheet())
+    seconds = min(0.5, max(0.1, video.plan.sampling.seconds_per_frame))
+    if ending == ".mp4":
+        return mp4(overlay.frames(), seconds)
+    every = math.ceil(len(video.frames) / 4)  # its colours are taken from four frames
+    return gif(overlay.frames(), seconds, shared_palette(overlay.frames(every)))
+
+
+class Overlay:
+    """Draws the frames of one video as panels, each `width` pixels wide, and lays them out under a title and above a legend."""
+
+    def __init__(self, video: TracedVideo, title: str):
+        self._video, self._title, self._fate = video, title, video.fates.fate.numpy()
+        owners = video.fates.owner[video.fates.all_of("merged")].unique().tolist()
+        self._colours = {owner: cluster_colour(number) for number, owner in enumerate(owners)}
+        self._zoom = max(1, min(4, round(560 / video.plan.width)))  # about 560 pixels wide
+        self._pixels = video.plan.width // video.plan.grid[2]  # of a unit's side in the frame
+        self.width = video.plan.width * self._zoom
+
+    def sheet(self) -> Image.Image:
+        """RGB picture of the first frame of each frame pair, or of twelve that are spread over the video."""
+        count = self._video.plan.grid[0]
+        shown = [i * count // min(count, MAX_PANELS) for i in range(min(count, MAX_PANELS))]
+        height = self._video.plan.height * self.width / self._video.plan.width
+        across = _columns(len(shown), self.width / height)
+        width = max(MIN_WIDTH, across * (self.width + GAP) - GAP)
+        size = _text_size(width)
+        drawn = list(self._captioned([pair * (len(self._video.frames) // count) for pair in shown], round(0.85 * size)))
+        rows = [_joined(drawn[at : at + across], GAP, across=True) for at in range(0, len(drawn), across)]
+        number = f"{len(shown)} of {count} frame pairs" if len(shown) < count else "Each frame pair"
+        note = f"{number}, by its first frame. A square is a unit, which can become one token."
+        above = text_picture(self._title, width, size)
+        return _framed([above, *rows, text_picture(note, width, size, FAINT), *self._legend(width, size)])
+
+    def frames(self, every: int = 1) -> Iterator[Image.Image]:
+        """RGB pictures of the frames, or of every `every`-th one, all of one size."""
+        width = max(MIN_WIDTH, self.width)
+        size = _text_size(width)
+        above, legend = text_picture(self._title, width, size), self._legend(width, size)
+        for drawn in self._captioned(range(len(self._video.frames)), size, every):
+            yield _framed([above, drawn, *legend])
+
+    def panel(self, frame: int) -> Image.Image:
+        """RGB picture of a frame, enlarged by a whole number."""
+        fate = self._of_frame(self._fate, frame)
+        lit = light(self._video.frames[frame].numpy(), fate.repeat(self._pixels, 0).repeat(self._pixels, 1))
+        picture = Image.fromarray(lit).resize((self.width, lit.shape[0] * self._zoom), Image.Resampling.NEAREST)
+        unit = self._of_frame(np.arange(len(self._fate)), frame)
+        cluster = np.where(fate == FATES.index("merged"), self._of_frame(self._video.fates.owner.numpy(), frame), unit)
+        cluster = np.where(np.isin(cluster, list(self._colours)), cluster, -1)
+        for y, x in np.argwhere(cluster >= 0).tolist():
+            colour = self._colours[int(cluster[y, x])]
+            outline(picture, cluster, y, x, self._pixels * self._zoom, colour, dot=cluster[y, x] == unit[y, x])
+        return picture
+
+    def caption(self, frame: int) -> str:
+        """The frame's time, and how many units of its frame pair have each fate, apart from those that no unit of the video has."""
+        here, anywhere = self._of_frame(self._fate, frame), set(self._fate.tolist())
+        counts = (f"{(here == n).sum()} {name}" for n, name in enumerate(FATES) if n in anywhere)
+        minutes, seconds = divmod(round(self._video.plan.sampling.times_s[frame], 2), 60)
+        return f"{minutes:.0f}:{seconds:05.2f}: {', '.join(counts)}"
+
+    def _of_frame(self, units: np.ndarray, frame: int) -> np.ndarray:
+        """`[h, w]` in units: the values of an array `[N]` for the frame's pair."""
+        grid = self._video.plan.grid
+        return units.reshape(grid)[frame // (len(self._video.frames) // grid[0])]
+
+    def _captioned(self, frames: Sequence[int], size: int, every: int = 1) -> Iterator[Image.Image]:
+        """Panels, or every `every`-th one, with as much room for their captions as the longest of all takes."""
+        width = self.width
+        captions = {frame: self.caption(frame) for frame in frames}
+        rows = max(len(wrap(caption, width, size)) for caption in captions.values())
+        for frame in frames[::every]:
+            caption = text_picture(captions[frame], width, size, FAINT, rows)
+            yield _joined([self.panel(frame), caption], GAP // 4)
+
+    def _legend(self, width: int, size: int) -> list[Image.Image]:
+        fates, counts = self._video.fates, self._video.fates.counts()
+        again = int((fates.chosen & ~fates.encoded).sum())
+        clusters = len(fates.owner[fates.all_of("merged")].unique())
+        alike = f" The {clusters:,} clusters share few hues, so colours of different clusters can look alike."
+        alike = alike if clusters > 8 else ""
+        of_earlier = f", {again:,} of them with the row of an earlier frame pair" if again else ""
+        meanings = {
+            "read": f"one token of the language model each. {counts['read']:,} of {counts['units']:,} units{of_earlier}.",
+            "reused": f"unchanged since an earlier frame pair, so not encoded again. {counted(counts['reused'], 'unit')}.",
+            "merged": "averaged into the unit with a dot of the same colour, here or in another frame pair. "
+            f"{counted(counts['merged'], 'unit')}.{alike}",
+            "dropped": f"encoded, and then left out. {counted(counts['dropped'], 'unit')}.",
+        }
+        return [
+            _legend_entry(name, f"{name.capitalize()}: {meaning}", width, size)
+            for name, meaning in meanings.items()
+            if counts[name]
+        ]
+
+
+def _text_size(width: int) -> int:
+    """Letters that are legible where a picture of so many pixels is displayed about 900 wide."""
+    return max(16, round(width / 62))
+
+
+def _columns(panels: int, ratio: float) -> int:
+    """How many panels of that ratio of width to height go into a row: the sheet is 1.6 times as wide as high, as a screen is,
+    and leaves few places empty."""
+
+    def cost(columns: int) -> float:
+        rows = -(-panels // columns)
+        return abs(math.log(columns * ratio / rows / 1.6)) + (rows * columns - panels) / panels
+
+    return min(range(1, panels + 1), key=cost)
+
+
+def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
+    """A row of the legend: two small units, drawn as in a panel, and what they mean."""
+    side = round(1.4 * size)
+    fate = np.full((side, 2 * side), FATES.index(name))
+    if name == "merged":
+        fate[:, side:] = FATES.index("read")
+    swatch = Image.fromarray(light(np.full((*fate.shape, 3), 120, np.uint8), fate))
+    if name == "merged":
+        for x in (0, 1):
+            outline(swatch, np.zeros((1, 2), int), 0, x, side, cluster_colour(0), dot=x == 1)
+    return _joined([swatch, text_picture(text, width - 2 * side - GAP, size)], GAP, across=True)
+
+
+def _joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> Image.Image:
+    """Pictures in a column, aligned to the left; or in a row, centred vertically."""
+    sizes = [picture.size[::-1] if across else picture.size for picture in pictures]
+    wide, length = max(size[0] for size in sizes), sum(size[1] + gap for size in sizes) - gap
+    made, at = Image.new("RGB", (length, wide) if across else (wide, length), BACKGROUND), 0
+    for picture, size in zip(pictures, sizes, strict=True):
+        made.paste(picture, (at, (wide - size[0]) // 2) if across else (0, at))
+        at += size[1] + gap
+    return made
+
+
+def _framed(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures in a column with a margin around it; width and height are even, as H.264 needs."""
+    column = _joined(pictures, GAP // 2)
+    return ImageOps.expand(column, (GAP, GAP, GAP + column.width % 2, GAP + column.height % 2), BACKGROUND)
+
+
+def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] = INK, rows: int = 1) -> Image.Image:
+    """RGB picture of a text that is wrapped to a width in pixels; it has room for at least so many rows.
+
+    The font comes with Pillow: it has ASCII letters, and any other character is drawn as a box.
+    """
+    lines, height = wrap(text, width, size), round(1.3 * size)
+    picture = Image.new("RGB", (width, height * max(rows, len(lines))), BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    for row, line in enumerate(lines):
+        draw.text((0, row * height), line, colour, _font(size))
+    return picture
+
+
+def wrap(text: str, width: int, size: int) -> list[str]:
+    """The rows of a text, none wider than so many pixels. A word that is wider than a row is broken."""
+    rows, long = [""], _font(size).getlength
+    for word in text.split():
+        while long(word) > width and len(word) > 1:
+            fits = max(n for n in range(1, len(word)) if n == 1 or long(word[:n]) <= width)
+            rows.append(word[:fits])
+            word = word[fits:]
+        if long(longer := f"{rows[-1]} {word}".lstrip()) <= width:
+            rows[-1] = longer
+        else:
+            rows.append(word)
+    return [row for row in rows if row]
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)

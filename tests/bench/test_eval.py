@@ -1,0 +1,499 @@
+"""Running an evaluation: what is encoded how often, what it is said to cost, and going on after an interruption."""
+
+import json
+import multiprocessing
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evoprune import methods
+from evoprune.batch.rows import Row
+from evoprune.bench import eval as evaluation
+from evoprune.bench import shared
+from evoprune.bench.eval import COST_MODEL, EvalSettings, Evaluation, variants
+from evoprune.bench.questions import VideoQuestions, load_questions
+from evoprune.bench.shared import GreyInput, SharedFrames
+from evoprune.errors import ModelError, OutOfMemory, UsageError
+from evoprune.methods.baselines import Random
+from evoprune.methods.budget import DEFAULT, PRESETS
+from evoprune.model import cost
+from evoprune.model.cost import prefill_flop, stretched, tower_flop
+from evoprune.session.encoding import open_inputs
+from evoprune.session.loading.find import describe_model
+from evoprune.session.options import GenerationOptions, ModelOptions, SamplingOptions
+from evoprune.video.frames import probe
+from evoprune.video_qa import VideoQA
+from tests.threads import one_thread  # noqa: F401
+
+SAMPLES = Path("samples")
+CLIPS = ("square.mp4", "three.mp4", "vanish.webm", "flash.mp4")
+
+
+@pytest.fixture(scope="module")
+def loaded(saved):
+    return evaluation.load_model(str(saved), dtype="fp32")
+
+
+def videos(names=CLIPS):
+    made = []
+    for name in names:
+        rows = tuple(
+            Row(f"{name}-{i}", (name,), (name,), q, answer="blue", type=f"t{i}", groups=("g",))
+            for i, q in enumerate(("What?", "Why?"))
+        )
+        made.append(VideoQuestions(name, SAMPLES / name, rows))
+    return made
+
+
+def spans(name, *parts):
+    """A video with one question about each part."""
+    rows = (Row(f"{a}-{b}", (name,), (name,), "What?", a, b, answer="blue") for a, b in parts)
+    return VideoQuestions(name, SAMPLES / name, tuple(rows))
+
+
+LITTLE = {"sampling": SamplingOptions(frames=4), "generation": GenerationOptions(max_new_tokens=2)}
+SETTINGS = EvalSettings("q.jsonl", (0.5, 0.25), ("random",), **LITTLE)
+
+
+def begun(loaded, settings=SETTINGS, clips=None, folder=None, resume=False) -> Evaluation:
+    made = Evaluation(settings, videos() if clips is None else clips)
+    if folder:
+        made.keep_in(folder, resume)
+    made.loaded = loaded
+    return made
+
+
+def test_full_comes_first_and_nothing_twice():
+    asked = replace(SETTINGS, budgets=(0.5, 1.0), methods=("none", "random", "pool"), blind=True)
+    assert [variant.name for variant in variants(asked)] == ["full", "blind", "random -b 0.5", "pool -b 0.5"]
+    assert [variant.name for variant in variants(replace(SETTINGS, budgets=(1.0,)))] == ["full"]
+
+
+def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
+    encoded, real = [], evaluation.open_inputs
+
+    def opened(engine, paths, sampling, **more):
+        encoded.append((Path(paths[0]).name, engine.pruning.name, engine.pruning.share, more["kind"] is GreyInput))
+        return real(engine, paths, sampling, **more)
+
+    monkeypatch.setattr(evaluation, "open_inputs", opened)
+    run = begun(loaded, replace(SETTINGS, blind=True, limit=2))
+    run.run()
+    expected = [("none", 1.0, False), ("none", 1.0, True), ("random", 0.5, False), ("random", 0.25, False)]
+    assert encoded == [(name, *each) for name in CLIPS[:2] for each in expected]
+    assert len(run.samples) == 2 * 4 * 2 and run.document()["videos"] == {"wanted": 2, "evaluated": 2, "failed": 0}
+
+
+@pytest.mark.full
+def test_a_row_is_about_its_own_part_of_the_video(loaded, monkeypatch):
+    """Each part is encoded once for all variants, its answers are those of `VideoQA`, and the video stays one in results."""
+    opened, real = [], evaluation.open_inputs
+
+    def counted(engine, paths, sampling, **more):
+        opened.append((sampling.start_s, sampling.end_s))
+        return real(engine, paths, sampling, **more)
+
+    monkeypatch.setattr(evaluation, "open_inputs", counted)
+    parts = (0.0, None), (1.0, 3.0), (-2.0, None), (1.0, 3.0)
+    run = begun(loaded, replace(SETTINGS, budgets=(0.25,), methods=("divprune",)), [spans("square.mp4", *parts)])
+    run.run()
+    assert opened == [part for part in parts[:3] for _ in range(2)]
+    assert run.document()["videos"] == {"wanted": 1, "evaluated": 1, "failed": 0} and len(run.samples) == 8
+    for sample in run.samples:
+        start, end = (None if text == "None" else float(text) for text in sample["id"].rsplit("-", 1))
+        qa = VideoQA(loaded, budget=sample["budget"], method=sample["method"])
+        video = qa.encode(SAMPLES / "square.mp4", frames=4, start_s=start, end_s=end)
+        assert video.ask("What?", max_new_tokens=2).text == sample["answer"]
+
+
+def test_a_part_that_an_input_does_not_have_fails_its_video_alone(loaded, tmp_path):
+    Image.new("RGB", (112, 112), (200, 0, 0)).save(tmp_path / "p.png")
+    row = Row("p", ("p.png",), (str(tmp_path / "p.png"),), "What?", 1.0, answer="blue")
+    clips = [
+        VideoQuestions("p.png", tmp_path / "p.png", (row,)),
+        spans("square.mp4", (200.0, None)),
+        *videos(CLIPS[:1]),
+    ]
+    clips[1] = replace(clips[1], name="late")
+    run = begun(loaded, SETTINGS, clips)
+    run.run()
+    made = run.document()
+    assert made["videos"] == {"wanted": 3, "evaluated": 1, "failed": 2} and run.failed
+    assert [f["message"] for f in made["failures"]] == [
+        "start 200 s lies beyond the video, which is 6 s long",
+        f"{tmp_path / 'p.png'} is a picture, which has no start and no end",
+    ]
+
+
+@pytest.mark.full
+def test_samples_say_what_ask_says(loaded):
+    """The same answers, counts and shares as the pipeline gives by itself, to each question alone."""
+    run = begun(loaded, replace(SETTINGS, methods=("evoprune", "downscale", "cdpruner")))
+    run.run()
+    for sample in run.samples[:14]:
+        qa = VideoQA(loaded, budget=sample["budget"], method=sample["method"])
+        video = qa.encode(SAMPLES / sample["video"], frames=4)
+        answer = video.ask(sample["question"], max_new_tokens=2)
+        assert "".join(answer) == sample["answer"]
+        report = answer.report
+        assert sample["tokens"] == report.pruning.visual_tokens_kept and sample["prompt"] == report.tokens.prompt
+        assert sample["live_share"] == report.pruning.encoder_live_share and sample["units"] == 48
+        assert sample["right"] == (sample["answer"].strip() == "blue")
+
+
+def test_operations_at_3b(loaded):
+    """Full: every layer of the 3B sees all units of two grids of 4x6, which make two windows each."""
+    run = begun(loaded, clips=videos(CLIPS[:1]))
+    run.run()
+    config = describe_model(ModelOptions(COST_MODEL)).config
+    full, half = run.samples[0], run.samples[2]
+    assert full["tflop_3b_tower"] == pytest.approx(tower_flop(config.vision_config, [48] * 33, 2, 2) / 1e12)
+    assert full["tflop_3b_prefill"] == pytest.approx(prefill_flop(config.text_config, full["prompt"]) / 1e12)
+    assert full["tflop_3b"] == full["tflop_3b_tower"] + full["tflop_3b_prefill"]
+    assert half["tflop_3b_tower"] == full["tflop_3b_tower"] and half["tflop_3b_prefill"] < full["tflop_3b_prefill"]
+    run = begun(loaded, replace(SETTINGS, methods=("evoprune-paper",), budgets=(0.5,)), videos(CLIPS[:1]))
+    run.run()
+    rows = [48] * 16 + [24] * 17  # two layers, of which the first merges to a half
+    rows_of_two = (
+        VideoQA(loaded, budget=0.5, method="evoprune-paper").encode(SAMPLES / CLIPS[0], frames=4).report.pruning.layers
+    )
+    assert [rows_of_two[0][1], rows_of_two[1][1]] == [48, 24]
+    assert run.samples[2]["tflop_3b_tower"] == pytest.approx(tower_flop(config.vision_config, rows, 2, 2) / 1e12)
+
+
+def test_relative_depth():
+    assert stretched([8, 6, 4, 2], 8) == [8, 8, 6, 6, 4, 4, 2, 2]
+    assert stretched([8, 6, 4, 2], 4) == [8, 6, 4, 2]
+    assert len(stretched([3, 2, 1], 32)) == 32 and stretched([5], 3) == [5, 5, 5]
+
+
+def test_the_blind_row_sees_nothing_but_size_and_length(loaded):
+    info = probe(SAMPLES / "square.mp4")
+    opened = open_inputs(VideoQA(loaded).engine, [info.path], SamplingOptions(frames=4), kind=GreyInput)
+    chunks = list(opened.inputs[0].frames(chunk_bytes=1))
+    assert [chunk.first for chunk in chunks] == [0, 2] and all((chunk.frames == 128).all() for chunk in chunks)
+    assert chunks[0].frames.shape == (2, info.height, info.width, 3) and chunks[0].frames.dtype == np.uint8
+    run = begun(loaded, replace(SETTINGS, blind=True), videos(("square.mp4", "three.mp4")))
+    run.run()
+    blind = [(s["question"], s["answer"], s["tokens"]) for s in run.samples if s["row"] == "blind"]
+    assert blind[:2] == blind[2:]  # two videos of one size and length are the same to it
+
+
+@pytest.mark.full
+def test_methods_that_draw_lots_do_so_anew_for_each_video_but_alike_in_every_run(loaded):
+    def kept(seed):
+        seen = []
+        for name in CLIPS[:2]:
+            seen.append(begun(loaded, replace(SETTINGS, seed=seed), videos((name,))))
+            seen[-1].run()
+        return [[s["answer"] for s in run.samples] for run in seen]
+
+    assert kept(0) == kept(0)
+    seeds, real = [], evaluation.Engine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "Engine", lambda m, p: seeds.append(p.seed) or real(m, p))
+        kept(0), kept(1), kept(2**31 - 1)
+    assert len(set(seeds)) == 6 and all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_the_seed_changes_what_is_drawn(loaded, monkeypatch):
+    drawn, real = [], Random.select
+    monkeypatch.setattr(Random, "select", lambda *a: drawn.append(real(*a)) or drawn[-1])
+    for settings in (SETTINGS, replace(SETTINGS, seed=1)):
+        begun(loaded, replace(settings, budgets=(0.5,)), videos(("square.mp4",))).run()
+    first, other_seed = (selection.kept.tolist() for selection in drawn)
+    assert len(first) == len(other_seed) and first != other_seed
+
+
+@pytest.mark.full
+def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
+    missing = VideoQuestions("gone.mp4", SAMPLES / "gone.mp4", videos()[0].rows)
+    run = begun(loaded, clips=[videos()[0], missing, videos()[1]])
+    run.run()
+    document = run.document()
+    assert run.failed and document["videos"] == {"wanted": 3, "evaluated": 2, "failed": 1}
+    assert document["items"] == {"answered": 4, "failed": 2} and document["rows"][0]["n"] == 4
+    assert document["failures"] == [{"video": "gone.mp4", "message": "no such file: samples/gone.mp4"}]
+    real = evaluation.open_inputs
+
+    def opened(engine, paths, *args, **more):
+        if engine.pruning.name == "random" and Path(paths[0]).name == "three.mp4":
+            raise OutOfMemory("out of memory in encode", stage="encode")
+        return real(engine, paths, *args, **more)
+
+    monkeypatch.setattr(evaluation, "open_inputs", opened)
+    run = begun(loaded, clips=videos(CLIPS[:2]))
+    run.run()
+    assert {row["n"] for row in run.document()["rows"] if row["group"] == "all"} == {2}  # in full either, or no pairs
+
+
+def test_frames_are_read_once_for_all_rows_that_look_at_the_same_moments(loaded, monkeypatch):
+    read, real = [], shared.read_frames
+
+    def counted(info, times_s, **how):
+        read.append(len(times_s))
+        yield from real(info, times_s, **how)
+
+    monkeypatch.setattr(shared, "read_frames", counted)
+    settings = replace(SETTINGS, methods=("random", "subsample"), blind=True)
+    run = begun(loaded, settings, videos(CLIPS[:2]))
+    run.run()
+    assert read == [
+        4,
+        2,
+        4,
+        2,
+    ]  # of each video: everyone's four frames, and the two of those who take fewer (a grid at least)
+    frames, info = SharedFrames(), probe(SAMPLES / "square.mp4")
+    plain = list(real(info, (0.0, 1.0, 2.0, 3.0), decoder="auto", chunk_bytes=2**26))
+    for _ in range(2):
+        (chunk,) = frames.read(info, (0.0, 1.0, 2.0, 3.0), decoder="auto", chunk_bytes=2**26)
+        assert np.array_equal(chunk.frames, plain[0].frames) and chunk.times_s == plain[0].times_s
+    in_two = [list(frames.read(info, (0.0, 1.0, 2.0, 3.0), decoder="auto", chunk_bytes=1)) for _ in range(2)]
+    assert [len(chunks) for chunks in in_two] == [2, 2]
+
+
+@pytest.mark.full
+def test_several_processes_give_the_same_samples_in_the_same_order(loaded, saved):
+    settings = replace(SETTINGS, budgets=(0.5,), model=ModelOptions(str(saved), dtype="fp32"))
+    runs = []
+    for processes in (1, 2):
+        run = begun(loaded, settings, videos(CLIPS[:3]))
+        run.run(processes=processes)
+        runs.append(run.samples)
+    assert len(runs[0]) == 3 * 2 * 2 and runs[0] == runs[1]
+
+
+def test_more_copies_of_the_model_than_fit_are_refused(loaded, monkeypatch):
+    run = begun(loaded, SETTINGS, videos(CLIPS[:1]))
+    monkeypatch.setattr(cost, "available_memory", lambda device: 3 * loaded.weights_bytes)
+    monkeypatch.setattr(evaluation, "map_in_processes", lambda *_: pytest.fail("processes were started"))
+    with pytest.raises(OutOfMemory, match=r"^4 copies of .*: needs about") as caught:
+        run.run(processes=4)
+    assert "--processes" in caught.value.hint
+
+
+@pytest.mark.full
+def test_a_process_gives_the_same_samples(loaded, saved, monkeypatch):
+    """What is sent to processes and what they do with it, in this process."""
+    sent = []
+
+    def map_here(start, clips, processes):
+        work = pickle.loads(pickle.dumps(start))()
+        for video in clips:
+            sent.append(video)
+            yield pickle.loads(pickle.dumps(work(pickle.loads(pickle.dumps(video)))))
+
+    monkeypatch.setattr(evaluation, "map_in_processes", map_here)
+    model = ModelOptions(str(saved), dtype="fp32")
+    settings = replace(SETTINGS, budgets=(0.5,), model=model, groups=("g",))
+    runs = []
+    for processes in (1, 2):
+        run = Evaluation(settings, videos(CLIPS[:2]))
+        run.loaded = loaded
+        run.run(processes=processes)
+        runs.append(run.samples)
+    assert len(runs[0]) == 2 * 2 * 2 and runs[0] == runs[1]
+    assert [video.name for video in sent] == list(CLIPS[:2])
+
+
+@pytest.mark.full
+def test_a_failure_in_one_process_ends_them_all(saved, tmp_path):
+    settings = replace(SETTINGS, model=ModelOptions(str(tmp_path / "gone")))
+    run = Evaluation(replace(settings, model=ModelOptions(str(saved))), videos())
+    run.load()
+    run.settings = settings  # whose model the processes cannot load
+    before = set(multiprocessing.active_children())
+    with pytest.raises(ModelError, match="gone"):
+        run.run(processes=2)
+    assert set(multiprocessing.active_children()) <= before
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("at", [1, 5, 6, 11])
+def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypatch, at):
+    whole = begun(loaded, folder=tmp_path / "whole")
+    whole.run()
+    whole.folder.finish(whole.document())
+    shown, real = [], evaluation.open_inputs
+
+    def opened(*args, **more):
+        shown.append(args)
+        if len(shown) == at:
+            raise KeyboardInterrupt
+        return real(*args, **more)
+
+    monkeypatch.setattr(evaluation, "open_inputs", opened)
+    torn = begun(loaded, folder=tmp_path / "torn")
+    with pytest.raises(KeyboardInterrupt):
+        torn.run()
+    torn.folder.finish(torn.document({"code": 130}))
+    assert results(tmp_path / "torn")["videos"]["evaluated"] == (at - 1) // 3
+    again = begun(loaded, folder=tmp_path / "torn", resume=True)
+    before = len(shown)
+    again.run()
+    again.folder.finish(again.document())
+    assert len(shown) - before == 3 * (4 - (at - 1) // 3)  # finished videos are not shown again
+    for name in ("results.json", "settings.json", "samples.jsonl"):
+        assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("cut", [1, 30, 500, 2000])
+def test_a_torn_file_is_mended(loaded, tmp_path, cut):
+    whole = begun(loaded, folder=tmp_path / "run")
+    whole.run()
+    file = tmp_path / "run" / "samples.jsonl"
+    content = file.read_bytes()
+    file.write_bytes(content[:-cut])
+    again = begun(loaded, folder=tmp_path / "run", resume=True)
+    assert 0 < len(again.samples) < len(whole.samples) + (cut == 1) and again.samples[-1]["last"]
+    again.run()
+    assert file.read_bytes() == content
+
+
+@pytest.mark.full
+def test_what_failed_is_tried_again(loaded, tmp_path):
+    moved = tmp_path / "square.mp4"
+    clips = [VideoQuestions("square.mp4", moved, videos()[0].rows), videos()[1]]
+    first = begun(loaded, clips=clips, folder=tmp_path / "run")
+    first.run()
+    assert first.failed
+    moved.write_bytes((SAMPLES / "square.mp4").read_bytes())
+    again = begun(loaded, clips=clips, folder=tmp_path / "run", resume=True)
+    again.run()
+    assert not again.failed and again.document()["videos"] == {"wanted": 2, "evaluated": 2, "failed": 0}
+    whole = begun(loaded, clips=clips)
+    whole.run()
+    assert again.document() == whole.document()
+
+
+def test_other_settings_are_refused(loaded, tmp_path):
+    begun(loaded, folder=tmp_path / "run")
+    for changes in (
+        {"budgets": (0.5,)},
+        {"seed": 1},
+        {"digest": "0"},
+        {"version": "0"},
+        {"model": ModelOptions("other")},
+    ):
+        with pytest.raises(UsageError, match=f"other settings: {next(iter(changes))} was"):
+            begun(loaded, replace(SETTINGS, **changes), folder=tmp_path / "run", resume=True)
+    with pytest.raises(UsageError, match="no folder of an evaluation"):
+        begun(loaded, folder=tmp_path / "nothing", resume=True)
+
+
+def test_a_folder_that_is_there_gets_a_sibling(loaded, tmp_path):
+    paths = [begun(loaded, folder=tmp_path / "a" / "run").folder.path.name for _ in range(3)]
+    assert paths == ["run", "run-2", "run-3"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot write"):
+        begun(loaded, folder=tmp_path / "file" / "run")
+
+
+def test_wrong_methods_are_found_before_anything_is_loaded():
+    for changes in ({"methods": ("magic",)}, {"method_args": {"speed": "1"}}):
+        with pytest.raises(UsageError):
+            Evaluation(replace(SETTINGS, **changes), videos())
+
+
+def test_names_that_are_no_text(loaded, tmp_path):
+    """A file name of stray bytes comes through samples, settings and results."""
+    name = "caf\udce9.mp4"
+    clips = [VideoQuestions(name, SAMPLES / "square.mp4", videos()[0].rows)]
+    asked = replace(SETTINGS, data=name)
+    first = begun(loaded, asked, clips, tmp_path / "run")
+    first.run()
+    first.folder.finish(first.document())
+    again = begun(loaded, asked, clips, tmp_path / "run", resume=True)
+    assert {s["video"] for s in again.samples} == {name} and results(tmp_path / "run")["settings"]["data"] == name
+
+
+@pytest.mark.full
+def test_the_demo_model_on_the_sample_questions():
+    """They were chosen so: right with nothing pruned and by default, while a twentieth of the tokens loses some of them."""
+    run = Evaluation(
+        EvalSettings("samples/questions.jsonl", (PRESETS[DEFAULT], 0.05)), load_questions(SAMPLES / "questions.jsonl")
+    )
+    run.load()
+    run.run()
+    document = run.document()
+    assert [(row["right"], row["n"]) for row in document["rows"]] == [(12, 12), (12, 12), (8, 12)]
+    lost = {sample["id"]: (sample["answer"], sample["budget"]) for sample in run.samples if not sample["right"]}
+    assert lost == {"02": ("appears", 0.05), "03": ("4", 0.05), "05": ("stays", 0.05), "07": ("vanishes", 0.05)}
+    assert not document["failures"]
+    assert torch.get_num_threads() == 1
+
+
+AFTER = tuple(name for name in methods.built_in() if methods.parse(name).acts == "after")
+REUSING = ("evoprune", "evoprune:alpha=0", "reuse+divprune", "reuse+scope", "reuse+cdpruner", "evoprune:depth=1")
+
+
+def samples(loaded, settings, clips) -> list[dict]:
+    run = begun(loaded, settings, clips)
+    run.run()
+    return run.samples
+
+
+@pytest.fixture
+def towers(monkeypatch) -> list[tuple]:
+    """The reuse, the number of selections between layers and the tokens to keep, each time that a video went through the tower."""
+    seen, real = [], shared.encode_rows
+
+    def encode_rows(visual, patches, plan, **how):
+        seen.append((plan.reuse, len(plan.row_stages), plan.keep))
+        return real(visual, patches, plan, **how)
+
+    monkeypatch.setattr(shared, "encode_rows", encode_rows)
+    return seen
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("names", [AFTER, (*REUSING, "evoprune-paper", "downscale", "reuse:threshold=5+divprune")])
+def test_shared_rows_give_the_same_samples(loaded, names, monkeypatch, towers):
+    settings = replace(SETTINGS, methods=names)
+    together = samples(loaded, settings, videos(CLIPS[:1]))
+    few = len(towers)
+
+    class Alone(shared.SharedRows):
+        def encode_rows(self, *args, **how):
+            self._held.clear()
+            return super().encode_rows(*args, **how)
+
+    monkeypatch.setattr(evaluation, "SharedRows", Alone)
+    assert samples(loaded, settings, videos(CLIPS[:1])) == together
+    assert len(towers) - few == len(variants(settings)) > few
+
+
+def test_selectors_after_the_same_tower_share_rows(loaded, towers):
+    settings = replace(SETTINGS, methods=(*REUSING, "divprune", "random", "reuse:threshold=5+divprune"))
+    samples(loaded, settings, videos(CLIPS[:1]))
+    inside = [(8.0, 2, 24), (8.0, 2, 12)]  # evoprune selects inside the tower, with other rows in each variant
+    needs = {methods.parse(name).tokens.needs for name in REUSING[2:]}
+    after_reuse = [(8.0, 0, 24)] * len(needs)  # once for selectors that need attention, keys, both or nothing
+    assert len(needs) >= 2 and frozenset() in needs  # evoprune:depth=1 shares the rows of reuse+divprune
+    other_threshold, after = (5.0, 0, 24), (0.0, 0, 24)  # random shares the rows of divprune
+    assert towers == [(0.0, 0, 48), *inside * 2, *after_reuse, after, other_threshold]
+
+
+def test_methods_with_shared_rows_have_their_own_pruning_times(loaded):
+    names = ("random", "divprune", "scope", "cdpruner")
+    run = Evaluation(replace(SETTINGS, methods=names, timed=True), videos(CLIPS[:1]))
+    run.loaded = loaded
+    run.run()
+    times = {}
+    for sample in run.samples:
+        times.setdefault((sample["method"], sample["budget"]), set()).add(sample["prune_ms"])
+    # One for all questions, unless the selection depends on them; and no two methods share one.
+    assert all(len(spent) == (2 if name == "cdpruner" else 1) for (name, _), spent in times.items())
+    every = [ms for spent in times.values() for ms in spent]
+    assert len(set(every)) == len(every) == 11 and min(every) > 0

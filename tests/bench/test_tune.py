@@ -1,0 +1,291 @@
+"""A whole run on the tiny model: what it finds, how it keeps its time, what it does without."""
+
+import numpy as np
+import pytest
+
+from evoprune.bench.tune import (
+    LEAST,
+    Answering,
+    Candidate,
+    Trial,
+    TuneSettings,
+    Tuning,
+    bounds,
+    candidates,
+    design_effect,
+    least_tokens,
+    promising,
+    provable,
+    recommended,
+    result_rows,
+    rungs,
+    search,
+    smoothed,
+)
+from evoprune.errors import OutOfMemory, UsageError, VideoError
+from evoprune.session.engine import Engine
+from evoprune.session.loading.model import load_model
+from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
+from tests.quantized import parameters
+
+CLIPS = ("samples/square.mp4", "samples/arrivals.webm")
+QUESTIONS = ("What happens?", "Who is there?")
+
+
+@pytest.fixture(scope="module")
+def loaded(saved):
+    return load_model(str(saved), dtype="fp32", pack=False)
+
+
+def tuned(saved, quantize="none", **changes):
+    asked = {"videos": CLIPS, "questions": QUESTIONS, "budgets": (0.9, 0.2), "methods": ("random",)}
+    settings = TuneSettings(
+        **asked | changes,
+        model=ModelOptions(str(saved), dtype="fp32", quantize=quantize),
+        sampling=SamplingOptions(frames=4),
+    )
+    tuning, said = Tuning(settings), []
+    tuning.load()
+    tuning.run(note=said.append)
+    return tuning.document(), said
+
+
+def test_a_run(saved):
+    document, said = tuned(saved, agree=0.5)
+    rows = {row["name"]: row for row in document["rows"]}
+    assert len(rows) == 12 and all(row["videos"] == 2 for row in rows.values()) and not said and not document["notes"]
+    assert document["videos"] == {"wanted": 2, "answered": 2, "failed": 0} and document["error"] is None
+    assert {row["tokens"] for row in rows.values()} == {document["answer_tokens"]}
+    near, far = rows["evoprune -b 0.9"], rows["evoprune -b 0.2"]
+    assert 0 <= near["kl"] < far["kl"] and far["live_share"] < near["live_share"] < 1
+    assert all(0 <= row["low"] <= row["agreement"] <= row["high"] <= 1 for row in rows.values())
+    assert all(row["kl_p95"] >= row["kl"] / 2 and row["first_token"] > 0 for row in rows.values())
+    assert document["recommended"] in {row["name"] for row in rows.values() if row["passes"]} or not any(
+        row["passes"] for row in rows.values()
+    )
+    assert any(row["frontier"] for row in rows.values()) and rows[document["best"]]["low"] == max(
+        row["low"] for row in rows.values()
+    )
+
+
+@pytest.mark.parametrize("kind", parameters("int8"))
+@pytest.mark.parametrize("fits", [True, False])
+def test_quantised_weights_are_compared_with_the_exact_ones(kind, fits, saved, monkeypatch):
+    loaded = []
+
+    def load(model, **options):
+        loaded.append(model.quantize)
+        if model.quantize == "none" and not fits:
+            raise OutOfMemory("too little memory", "less", stage="load")
+        return load_model(model, **options)
+
+    monkeypatch.setattr("evoprune.bench.tune.load_model", load)
+    document, said = tuned(saved, kind, agree=0.5)
+    rows = {row["name"]: row for row in document["rows"]}
+    assert loaded == ["none", kind] and document["model"]["quantize"] == kind and len(rows) == 13
+    alone = rows["none -b 1"]
+    assert (alone["kl"] > 1e-7) == fits and alone["live_share"] == 1
+    assert said == document["notes"] and (said == []) == fits
+
+
+@pytest.mark.full
+def test_questions_that_prove_too_little_are_named_at_once(saved):
+    document, said = tuned(saved, agree=0.999, videos=CLIPS[:1])
+    assert document["recommended"] is None and said == document["notes"]
+    assert "cannot prove that 99.9% agree" in said[0]
+
+
+@pytest.mark.full
+def test_bad_videos_among_good_ones(saved, tmp_path):
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"nothing")
+    document, _ = tuned(saved, videos=(str(bad), CLIPS[0], "missing.mp4"), budgets=(0.5,), methods=())
+    assert document["videos"] == {"wanted": 3, "answered": 1, "failed": 2}
+    assert [found["video"] for found in document["failures"]] == [str(bad), "missing.mp4"]
+    assert all(found["message"] for found in document["failures"]) and document["rows"]
+    with pytest.raises(VideoError, match=r"bad\.mp4"):
+        tuned(saved, videos=(str(bad), "missing.mp4"))
+
+
+class Ticks:
+    """A clock that goes on by itself: each look costs a second."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        self.seconds += 1
+        return self.seconds
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("seconds", "tokens", "asked", "videos"), [(1e6, 64, 2, 2), (60, 64, 2, 2), (3, 8, 1, 1)])
+def test_full_answers_keep_their_time(loaded, seconds, tokens, asked, videos):
+    engine = Engine(loaded, PruneOptions().config())
+    answering = Answering(engine, SamplingOptions(frames=4), QUESTIONS, seconds, Ticks())
+    answering.answer(CLIPS)
+    assert (answering.tokens, answering.asked, len(answering.made)) == (tokens, asked, videos)
+    assert all(len(full.references) == answering.asked for full in answering.made)
+    assert all(1 <= len(given.ids) <= answering.tokens for full in answering.made for given in full.references)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"agree": 1.0}, {"agree": 0.0}, {"time_limit_s": 0}, {"videos": ()}, {"questions": ()}]
+)
+def test_wrong_settings(wrong):
+    with pytest.raises(UsageError):
+        TuneSettings(**{"videos": CLIPS} | wrong)
+
+
+def test_nothing_to_try():
+    with pytest.raises(UsageError, match="prunes anything"):
+        Tuning(TuneSettings(CLIPS, budgets=(1.0,)))
+
+
+class World:
+    """Candidates whose agreement and speed are known; each trial takes its time on a clock of its own."""
+
+    def __init__(self, count: int, limit: float, cost: float = 1.0):
+        self.spent, self.limit, self.cost = 0.0, limit, cost
+        self.known = {Candidate(f"m{i}", 0.5): [] for i in range(count)}
+        self.tried = []
+
+    def trial(self, candidate: Candidate, video: int) -> Trial:
+        number = int(candidate.method[1:])
+        self.spent += self.cost
+        return Trial(
+            100 - number, 100, [], 1 / (1 + number), 2.0, self.cost, 1.0, 1.0
+        )  # the later, the faster and the worse
+
+    def run(self, videos: int, goal: float) -> dict[str, int]:
+        """Videos that each candidate was tried on."""
+        left = lambda: self.limit - self.spent  # noqa: E731
+        self.tried = list(search(self.known, videos, goal, self.trial, left, lambda video: self.cost))
+        assert self.spent <= self.limit and len(self.tried) == len(set(self.tried))
+        return {candidate.method: len(trials) for candidate, trials in self.known.items()}
+
+
+def test_everything_is_tried_where_there_is_time():
+    assert set(World(9, limit=90).run(10, goal=0.95).values()) == {10}
+
+
+@pytest.mark.parametrize("limit", [18, 30, 45, 60, 89])
+def test_the_time_goes_to_the_fastest_that_reach_the_goal(limit):
+    found = World(9, limit).run(10, goal=0.955)
+    assert all(count >= 2 for count in found.values())
+    # m4 is the fastest that agrees often enough, m0 the slowest; m8 agrees least.
+    assert found["m4"] == max(found.values()) > found["m8"] or limit == 18
+    if limit >= 2 * 9 + 8 * LEAST:
+        assert found["m4"] == 10
+
+
+def test_too_little_time_for_a_first_round():
+    found = World(9, limit=4).run(10, goal=0.9)
+    assert sum(found.values()) == 4
+
+
+@pytest.mark.parametrize("videos", [1, 2, 3, 7, 16])
+def test_rounds_take_every_video_once(videos):
+    assert [video for one in rungs(videos) for video in one] == list(range(videos))
+
+
+def test_the_most_promising_come_first():
+    world = World(5, limit=100)
+    world.run(2, goal=0.98)
+    assert [candidate.method for candidate in promising(world.known, 0.98)] == ["m2", "m1", "m0", "m3", "m4"]
+
+
+def test_candidates():
+    found = candidates()
+    assert len(found) >= 24 and len(set(found)) == len(found) and all(made.budget < 1 for made in found)
+    assert {made.method for made in candidates((1.0, 0.2), ["divprune", "none"])} == {
+        *(made.method for made in found), "divprune"
+    }  # fmt: skip
+    assert {made.budget for made in candidates((1.0, 0.2))} == {0.2}
+    assert Candidate("evoprune:depth=0.5", 0.25).name == "evoprune:depth=0.5 -b 0.25"
+
+
+def row(method: str, first_token: float, passes: bool = True) -> dict:
+    return {"method": method, "first_token": first_token, "passes": passes}
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen"),
+    [
+        ([row("evoprune:floor=1", 0.200), row("evoprune", 0.209)], "evoprune"),  # as fast, and plainer
+        ([row("evoprune:floor=1", 0.200), row("evoprune", 0.211)], "evoprune:floor=1"),
+        ([row("evoprune:floor=1", 0.200), row("tome", 0.206), row("evoprune", 0.203)], "evoprune"),
+        ([row("evoprune", 0.1, False), row("evoprune:depth=0.5", 0.2)], "evoprune:depth=0.5"),
+        ([row("evoprune", 0.1, False)], None),
+        ([], None),
+    ],
+)
+def test_the_fastest_that_passes(rows, chosen):
+    found = recommended(rows)
+    assert (found and found["method"]) == chosen
+
+
+def test_settings_that_do_the_same_work_share_their_times():
+    def trials(first_s: list[float], live: float) -> list[Trial]:
+        return [Trial(9, 10, [0.1] * 10, first, 1.0, 1.0, 0.1, live) for first in first_s]
+
+    known = {
+        Candidate("evoprune", 0.1): trials([0.30, 0.40], 0.2),
+        Candidate("evoprune:floor=1", 0.1): trials([0.10, 0.20], 0.2),
+        Candidate("evoprune:depth=0.5", 0.1): trials([0.15, 0.15], 0.5),
+    }
+    rows = {row["name"]: row["first_token"] for row in result_rows(known, 0.9)}
+    assert rows["evoprune -b 0.1"] == rows["evoprune:floor=1 -b 0.1"] == pytest.approx(0.25)
+    assert rows["evoprune:depth=0.5 -b 0.1"] == pytest.approx(0.15)
+
+
+def answers(random, shares, videos=16, tokens=60, alike=0.2):
+    """Of candidates with these true agreements: agreeing tokens of each video, and its tokens."""
+    spread = (1 - alike) / alike
+    each = [random.beta(share * spread, (1 - share) * spread, videos) for share in shares]
+    return [(random.binomial(tokens, share).astype(float), np.full(videos, float(tokens))) for share in each]
+
+
+def test_lower_bounds_cover_the_truth():
+    random, shares, below = np.random.default_rng(0), (0.995, 0.98, 0.95, 0.9, 0.7), []
+    for _ in range(400):
+        found = answers(random, shares)
+        effect = design_effect(found)
+        lows = [bounds(agree.sum() / 960, 960, 16, effect)[0] for agree, _ in found]
+        below.append([low <= share for low, share in zip(lows, shares, strict=True)])
+    assert (np.mean(below, 0) >= 0.95).all()
+
+
+def test_no_number_of_agreeing_tokens_proves_everything():
+    assert bounds(1.0, 100, 10, 1.0)[0] == pytest.approx(0.963, abs=1e-3)
+    assert bounds(1.0, 100, 10, 4.0)[0] < 0.9
+    assert bounds(1.0, 100, 10, None) == bounds(1.0, 10, 10, 1.0)
+    assert bounds(1.0, 1, 1, None)[0] < 0.25 and bounds(0.0, 5, 2, 1.0)[0] == 0.0
+
+
+def test_the_design_effect():
+    random = np.random.default_rng(1)
+    independent = design_effect(answers(random, [0.8] * 40, alike=1e-6))
+    alike = design_effect(answers(random, [0.8] * 40, alike=0.3))
+    assert 1 <= independent < 1.2 and alike == pytest.approx(1 + 59 * 0.3, rel=0.15)
+    never = (np.full(4, 9.0), np.full(4, 9.0))
+    assert design_effect([never]) is None and design_effect([(np.ones(1), np.full(1, 2.0))]) is None
+    assert design_effect([never, *answers(random, [0.8], videos=4)]) >= 1
+
+
+@pytest.mark.parametrize("agree", [0.5, 0.9, 0.98, 0.999])
+def test_the_least_tokens_are_just_enough(agree):
+    least = least_tokens(agree)
+    assert provable(least) >= agree > provable(least - 1)
+    assert bounds(1.0, least, 9, 1.0)[0] == pytest.approx(provable(least))
+
+
+def test_agreement_does_not_rise_with_kl():
+    agree, tokens, kl = np.array([90, 96, 80, 48]), np.array([100, 100, 100, 50]), np.array([0.1, 0.2, 0.9, 0.5])
+    # In the order of KL: 0.9, 0.96, 0.96 and 0.8; the first three share what they have.
+    assert smoothed(agree, tokens, kl).tolist() == pytest.approx([0.936, 0.936, 0.8, 0.936])
+    steady = np.array([9, 8, 7])
+    assert smoothed(steady, np.full(3, 10), np.array([0.0, 0.1, 0.2])).tolist() == pytest.approx([0.9, 0.8, 0.7])
+    random = np.random.default_rng(2)
+    found = smoothed(random.integers(0, 100, 30), np.full(30, 100), np.arange(30))
+    assert (np.diff(found) <= 1e-12).all()

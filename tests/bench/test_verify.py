@@ -1,0 +1,174 @@
+"""Everything holds on small models, and each planted fault is found by the check that should find it."""
+
+import json
+import platform
+import shutil
+from itertools import product
+
+import pytest
+import torch
+
+from evoprune.bench.profile_results import TimeLimit
+from evoprune.bench.verify.run import CHECKS, subject_of, verify
+from evoprune.bench.verify.subject import DIFFERS, HELD, QUESTION, SKIPPED, Check, computing_in, gap, judged
+from evoprune.hf import interface
+from evoprune.model.config import MODEL_TYPES
+from evoprune.session.loading.model import load_model
+from tests.bench.faults import FAULTS, QWEN3_FAULTS
+from tests.hf.reference import TAKES_ENCODED
+from tests.loading import edit
+from tests.threads import one_thread  # noqa: F401
+from tests.tiny import save_tiny
+
+HERE = [name for name, fault in FAULTS.items() if fault.found_by != "waits"]  # that one: tests/second_device
+CASES = [*product(("qwen2_5_vl", "qwen3_vl", "demo"), HERE), *product(("qwen3_vl",), QWEN3_FAULTS)]
+# The answer of this small model is the same whatever its picture shows.
+CASES.remove(("qwen3_vl", "every input reads the tokens of the last"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    at = tmp_path_factory.mktemp("tiny")
+    return {family: save_tiny(at / family, family=family) for family in MODEL_TYPES}
+
+
+def verified(name, *, path=None, limit=1e6, dtype="fp32", **how):
+    loaded = load_model(str(name), device="cpu", dtype=dtype, pack=False)
+    with subject_of(loaded, path) as subject:
+        return [*verify(subject, TimeLimit(limit), **how)][-1]
+
+
+def states(results) -> dict[str, str]:
+    return {found.check.name: found.outcome.state for found in results.findings}
+
+
+def assert_held(results) -> None:
+    assert results.verdict == HELD
+    assert not [(found.check.name, found.outcome.says) for found in results.of(DIFFERS)]
+
+
+@pytest.mark.parametrize("name", ["demo", *MODEL_TYPES])
+def test_everything_holds(folders, name):
+    assert_held(results := verified(folders.get(name, name), quick=True))
+    older = {"model"} if name == "qwen3_vl" and not TAKES_ENCODED else set()
+    expected = {c.name for c in CHECKS if c.slow} | {"waits", "plain"} | older
+    assert {n for n, s in states(results).items() if s == SKIPPED} == expected
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "name, dtype", [("demo-scenes", "fp32"), *product(["demo", *MODEL_TYPES], ["fp32", "bf16", "fp16"])]
+)
+def test_all_of_it_holds_in_every_dtype(folders, name, dtype):
+    results = verified(folders.get(name, name), dtype=dtype)
+    assert_held(results)
+    (speed,) = (found for found in results.findings if found.check.name == "speed")
+    assert speed.outcome.figures["ratio"] > 0
+    slow = [found for found in results.findings if found.check.slow]
+    assert not [found for found in slow if found.outcome.says == "--quick"]
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("name, fault", CASES)
+def test_a_fault_is_found_by_the_check_that_should_find_it(folders, name, fault, monkeypatch):
+    planted = (FAULTS | QWEN3_FAULTS)[fault]
+    (check,) = [check for check in CHECKS if check.name == planted.found_by]
+    planted.plant(monkeypatch)
+    (found,) = verified(folders.get(name, name), checks=[check]).findings
+    assert not found.outcome.says.startswith("raised"), found.outcome
+    assert found.outcome.state == DIFFERS, found.outcome
+
+
+def test_every_check_finds_a_fault():
+    measured = {"kernels", "speed", "plain"}  # which compare nothing that could differ; "plain" on a GPU (test_cuda.py)
+    assert {fault.found_by for fault in FAULTS.values()} == {check.name for check in CHECKS} - measured
+
+
+def test_a_separate_output_layer_under_tied_embeddings_that_is_left_out_is_found(folders, tmp_path, monkeypatch):
+    folder = shutil.copytree(folders["qwen2_5_vl"], tmp_path / "apart")
+    edit(folder / "config.json", tie_word_embeddings=True)
+    assert_held(verified(folder, checks=CHECKS[:6]))
+    monkeypatch.setattr("evoprune.session.loading.find.separate_head", lambda files: False)
+    found = verified(folder, checks=CHECKS[:6])
+    assert states(found)["weights"] == states(found)["logits"] == DIFFERS
+    (weights,) = (each.outcome for each in found.findings if each.check.name == "weights")
+    assert weights.says == "1 tensor otherwise than transformers reads the files, first lm_head.weight"
+
+
+def test_without_memory_for_a_second_copy_it_is_made_of_our_tensors(monkeypatch):
+    monkeypatch.setattr("evoprune.bench.verify.subject.shortage", lambda *_: "needs more")
+    results = verified("demo", checks=CHECKS[:6])
+    assert {n for n, s in states(results).items() if s == SKIPPED} == {"weights"}
+
+
+@pytest.mark.full
+def test_a_fault_of_the_tower_is_found_in_16_bits(folders, monkeypatch):
+    FAULTS["another rotary base in the tower"].plant(monkeypatch)
+    assert states(verified(folders["qwen2_5_vl"], quick=True, dtype="bf16"))["tower"] == DIFFERS
+
+
+@pytest.mark.parametrize("path", ["samples/square.mp4", "docs/overlay.png"])
+def test_a_file_of_the_user(path):
+    assert_held(verified("demo", path=path, quick=True, checks=CHECKS[:5]))
+
+
+def test_what_an_older_transformers_cannot_do_is_skipped(folders, monkeypatch):
+    monkeypatch.setattr(interface, "takes_encoded", lambda model: False)
+    named = [check for check in CHECKS if check.name in ("model", "batch")]
+    results = verified(folders["qwen3_vl"], checks=named)
+    assert {*states(results).values()} == {SKIPPED}
+    assert "takes no encoded videos of Qwen3-VL" in results.findings[0].outcome.says
+    positions = [check for check in CHECKS if check.name == "positions"]
+    assert states(verified("demo", path="samples/square.mp4", checks=positions)) == {"positions": SKIPPED}  # 2 / 3 s
+    assert states(verified("demo", checks=positions)) == {"positions": HELD}
+
+
+def test_what_begins_after_the_time_limit_is_skipped():
+    results = verified("demo", limit=0)
+    assert results.verdict == SKIPPED and {*states(results).values()} == {SKIPPED}
+    assert "time limit of 0 s" in results.findings[0].outcome.says
+
+
+def test_a_check_that_raises_differs_and_names_no_path(tmp_path):
+    def fails(subject):
+        raise RuntimeError(f"no kernel in {tmp_path}/lib.so\nand more")
+
+    def starves(subject):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    raised = []
+    checks = (Check("kernel", "", fails), Check("memory", "", starves), Check("good", "", lambda _: judged("fine", {})))
+    results = verified("demo", checks=checks, quick=True, failed=raised.append)
+    assert states(results) == {"kernel": DIFFERS, "memory": SKIPPED, "good": HELD}
+    assert results.findings[0].outcome.says == "raised RuntimeError: no kernel in PATH" and len(raised) == 1
+
+
+def test_the_record_has_no_paths_prompts_or_names_of_machines(folders):
+    results = verified(folders["qwen2_5_vl"], quick=True)
+    text = json.dumps(results.document(), allow_nan=False)
+    for secret in (str(folders["qwen2_5_vl"].parent), QUESTION, platform.node()):
+        assert secret not in text
+    assert json.loads(text)["model"]["id"] is None
+    assert verified("demo", checks=CHECKS[:1]).document()["model"]["id"] == "demo"
+
+
+def test_a_wider_dtype_shows_rounding_and_leaves_the_model_as_it_was(folders, monkeypatch):
+    monkeypatch.setattr("evoprune.bench.verify.subject.shortage", lambda *_: "so that our tensors are used")
+    loaded = load_model(str(folders["qwen2_5_vl"]), device="cpu", dtype="bf16", pack=False)
+    exact = load_model(str(folders["qwen2_5_vl"]), device="cpu", dtype="bf16", pack=False)
+    exact.model.float()
+    with subject_of(loaded, None) as subject, subject_of(exact, None) as other:
+        before = subject.features(subject.about(subject.video).call)[0]
+        with computing_in(subject.transformers, torch.float32):
+            wide = subject.features(subject.about(subject.video).call)[0]
+        call = other.about(other.video).call
+        rounded = {name: value.bfloat16().float() for name, value in call.items() if "pixel" in name}
+        expected = other.features(call | rounded)[0]
+        assert wide.dtype == torch.float32 and gap(wide, expected).largest < 1e-5 < 1e-3 < gap(before, expected).mean
+        assert torch.equal(subject.features(subject.about(subject.video).call)[0], before)
+
+
+def test_a_figure_that_is_no_number_differs():
+    outcome = judged("", {"error": (float("nan"), 1.0)})
+    assert outcome.state == DIFFERS and outcome.figures == {"error": None, "error_limit": 1.0}
+    assert gap(torch.zeros(2, 3), torch.ones(3, 3)).mean == float("inf")

@@ -1,0 +1,268 @@
+"""What an overlay says of each unit, and whether the pictures and files show it."""
+
+import io
+from itertools import combinations
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evoprune.errors import UsageError
+from evoprune.overlay import (
+    FATES,
+    Fates,
+    Overlay,
+    TracedVideo,
+    cluster_colour,
+    light,
+    overlay_file,
+    png,
+    text_picture,
+    trace,
+    wrap,
+)
+from evoprune.video.frames import probe
+from evoprune.video.plan import Plan, SamplingPlan, even_times
+from evoprune.video_qa import VideoQA
+
+CLIP = "samples/square.mp4"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return VideoQA.load("demo").loaded
+
+
+def traced(loaded, path=CLIP, **settings) -> TracedVideo:
+    return trace(VideoQA(loaded, **settings).engine, path)
+
+
+def test_reused_units_are_those_whose_pixels_are_older(loaded):
+    seen = traced(loaded, budget=0.25, method="reuse+divprune")
+    fates, units = seen.fates, torch.arange(144)
+    assert fates.grid == (6, 4, 6) and seen.frames.shape == (12, 112, 168, 3) and seen.warnings == []
+    assert fates.chosen.sum() == 36
+    assert fates.encoded[:24].all() and (~fates.encoded).sum() > 72  # most of the clip stands still
+    assert (fates.source <= units).all() and ((units - fates.source) % 24 == 0).all()
+    assert fates.encoded[fates.source].all()  # a reused unit's source has been encoded
+    assert torch.equal(fates.owner, fates.source) and fates.counts()["merged"] == 0
+    assert fates.counts()["rows"] == fates.counts()["encoded"]
+
+
+def test_merged_units_belong_to_a_row_of_their_frame_pair(loaded):
+    fates, units = traced(loaded, budget=0.25, method="evoprune-merge").fates, torch.arange(144)
+    assert torch.equal(fates.owner[fates.owner], fates.owner) and torch.equal(fates.owner // 24, units // 24)
+    counts = fates.counts()
+    assert counts["reused"] == 0 and counts["merged"] > 0 and counts["rows"] == 144 - counts["merged"]
+    assert len(fates.owner.unique()) == counts["rows"]
+
+
+def test_what_is_chosen_inside_the_tower_may_be_a_time_when_nothing_changed(loaded):
+    fates, units = traced(loaded, budget=0.25).fates, torch.arange(144)
+    assert fates.rows == 50 and fates.chosen.sum() == 36 and fates.chosen[fates.owner].all()
+    assert torch.equal(fates.owner == units, fates.chosen)
+    assert (fates.chosen & ~fates.encoded).any() and fates.all_of("merged").any()
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    "method", ["evoprune", "evoprune:rows=1", "evoprune-merge", "reuse+divprune", "divprune", "pool"]
+)
+def test_each_unit_has_one_fate(loaded, method):
+    fates = traced(loaded, budget=0.25, method=method).fates
+    counts, masks = fates.counts(), torch.stack([fates.all_of(name) for name in FATES])
+    assert sum(counts[name] for name in FATES) == counts["units"] == 144 and (masks.sum(0) == 1).all()
+    assert torch.equal(fates.all_of("read"), fates.chosen)
+    reused, merged, dropped = (fates.all_of(name) for name in FATES[1:])
+    assert not fates.encoded[reused].any() and fates.encoded[merged | dropped].all()
+    assert (fates.owner[merged] >= 0).all()
+    assert not (method.startswith("evoprune") and dropped.any())
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("method", ["evoprune", "evoprune:rows=1", "evoprune-merge"])
+def test_the_owner_of_merged_units_has_a_dot(loaded, method):
+    video = traced(loaded, budget=0.25, method=method)
+    fates, panels, side = video.fates, Overlay(video, ""), 3 * 28  # pixels of a unit as drawn
+    owners = fates.owner[fates.all_of("merged")].unique().tolist()
+    assert method != "evoprune" or not fates.encoded[owners].all()  # some were reused: the selection took a later time
+    pictures = [np.asarray(panels.panel(2 * pair)).astype(int) for pair in range(6)]
+    for number, owner in enumerate(owners):
+        pair, (y, x) = owner // 24, divmod(owner % 24, 6)
+        middle = pictures[pair][y * side + side // 2, x * side + side // 2]
+        assert tuple(middle) == cluster_colour(number)
+
+
+def test_what_is_drawn_is_what_the_language_model_reads(loaded):
+    qa = VideoQA(loaded, budget=0.1)
+    kept = qa.encode(CLIP).encoded.kept
+    assert torch.equal(trace(qa.engine, CLIP).fates.chosen.nonzero().flatten(), kept)
+
+
+def test_methods_after_the_encoder(loaded):
+    pooled = traced(loaded, budget=0.25, method="pool").fates
+    assert pooled.encoded.all() and pooled.rows == 144
+    assert pooled.chosen[pooled.owner].all() and pooled.all_of("merged").sum() == 144 - pooled.chosen.sum()
+    picked = traced(loaded, budget=0.25, method="divprune").fates
+    assert picked.chosen.sum() == 36 and picked.all_of("dropped").sum() == 108
+
+
+def test_a_method_that_makes_the_input_smaller(loaded):
+    seen = traced(loaded, budget=0.34, method="subsample")
+    assert seen.fates.grid == (2, 4, 6) and len(seen.frames) == 4 and seen.fates.chosen.all()
+
+
+def test_a_method_that_reads_the_question(loaded):
+    with pytest.raises(UsageError, match="reads the question, and an overlay has none"):
+        traced(loaded, method="dart")
+
+
+def painted() -> TracedVideo:
+    """Two grey frame pairs of 1x3 units: 0 is read, 1 merges into 4, 2 is dropped, as is 4; 3 is read, with the
+    row of 0, and 5 is reused from 2."""
+    chosen = torch.tensor([1, 0, 0, 1, 0, 0], dtype=torch.bool)
+    source, owner = torch.tensor([0, 1, 2, 0, 4, 2]), torch.tensor([0, 4, 2, 0, 4, 2])
+    sampling = SamplingPlan(0.0, 2.0, even_times(0.0, 2.0, 4), 4)
+    plan = Plan(probe(CLIP), sampling, 28, 84, (2, 1, 3), 768, 100, False)
+    frames = torch.full((4, 28, 84, 3), 100, dtype=torch.uint8)
+    return TracedVideo(plan, frames, Fates((2, 1, 3), chosen, source, owner, 4), [], 0)
+
+
+def test_panels_show_the_fates():
+    panels = Overlay(painted(), "")
+    first, second = (np.asarray(panels.panel(frame)).astype(int) for frame in (0, 2))
+    side = 4 * 28  # a small frame is drawn four times as large
+    assert first.shape == (side, 3 * side, 3)
+
+    def pixel(picture, unit, down=0.3, across=0.3):
+        return picture[int(down * side), int((unit + across) * side)]
+
+    assert (pixel(first, 0) == pixel(second, 0)).all()  # both are read, whichever was encoded
+    read, dropped, merged, reused = pixel(first, 0), pixel(first, 2), pixel(first, 1), pixel(second, 2)
+    assert read.min() > dropped.max() + 50 and np.ptp(read) == np.ptp(dropped) == 0
+    assert reused[2] > reused[0] + 50 and merged[0] > merged[2] + 50  # blue, orange
+    edge, other_edge = pixel(first, 1, across=0.005), pixel(second, 1, across=0.005)
+    assert (edge == other_edge).all() and np.ptp(edge) > 100  # one colour in both frame pairs
+    assert (pixel(second, 1, 0.5, 0.5) == edge).all()  # the owner's dot
+    assert (pixel(first, 1, 0.5, 0.5) == merged).all() and np.ptp(pixel(first, 2, across=0.005)) == 0
+    assert panels.caption(0) == "0:00.25: 1 read, 0 reused, 1 merged, 1 dropped"
+
+
+# What colour-blind people see: linear RGB to linear RGB (Machado, Oliveira and Fernandes 2009, severity 1).
+EYES = {
+    "most": np.eye(3),
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+LEVELS = [(0, 0, 0), (40, 40, 40), (128, 128, 128), (255, 255, 255), (120, 170, 240), (240, 170, 60), (10, 20, 90)]
+
+
+@pytest.mark.parametrize("eyes", EYES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_colours_of_fates_are_distinct(eyes, level):
+    drawn = light(np.full((1, 4, 3), level, np.uint8), np.arange(4)[None])[0]
+    seen = cielab(drawn / 255, np.asarray(EYES[eyes]))
+    assert (
+        min(np.linalg.norm(one - other) for one, other in combinations(seen, 2)) > 12
+    )  # 2 can be told apart side by side
+
+
+def cielab(colours, eyes):
+    """CIELAB `[n, 3]` of sRGB colours between 0 and 1 as seen by some eyes."""
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4) @ eyes.T
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    share = linear.clip(0, 1) @ to_xyz.T / to_xyz.sum(1)
+    x, y, z = np.where(share > 0.008856, np.cbrt(share), 7.787 * share + 16 / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+
+
+def test_no_edge_is_drawn_inside_a_cluster():
+    video = painted()
+    owner = torch.tensor([0, 0, 2, 0, 4, 2])
+    fates = Fates((2, 1, 3), video.fates.chosen, torch.arange(6), owner, 3)
+    picture = np.asarray(Overlay(TracedVideo(video.plan, video.frames, fates, [], 0), "").panel(0)).astype(int)
+    middle = picture[10, [0, 111, 112, 223]]
+    assert [tuple(pixel) == cluster_colour(0) for pixel in middle] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 5, 12, 40])
+def test_sheets_hold_at_most_twelve_frame_pairs(pairs):
+    seen = painted()
+    sampling = SamplingPlan(0.0, 2.0, even_times(0.0, 2.0, 2 * pairs), 2 * pairs)
+    fates = Fates((pairs, 1, 3), torch.ones(3 * pairs, dtype=torch.bool), *[torch.arange(3 * pairs)] * 2, 3 * pairs)
+    plan = Plan(probe(CLIP), sampling, 28, 84, (pairs, 1, 3), 768, 1000, False)
+    video = TracedVideo(plan, seen.frames[:1].expand(2 * pairs, -1, -1, -1), fates, [], 0)
+    bright = (np.asarray(Overlay(video, "title").sheet()) == 152).all(
+        2
+    )  # a read grey frame, and a swatch in the legend
+    assert bright.sum() == pytest.approx(min(pairs, 12) * 3 * 112 * 112, rel=0.2)
+
+
+@pytest.mark.parametrize("clusters", [8, 9])
+def test_the_legend_says_when_clusters_are_too_many_for_their_colours(clusters, monkeypatch):
+    said = []
+    monkeypatch.setattr("evoprune.overlay._legend_entry", lambda name, text, *_: said.append(text))
+    units = torch.arange(2 * clusters)  # every second one merges into the one before
+    fates = Fates((1, 1, 2 * clusters), units % 2 == 0, units, units // 2 * 2, 2 * clusters)
+    seen = painted()
+    Overlay(TracedVideo(seen.plan, seen.frames, fates, [], 0), "title")._legend(600, 16)
+    assert any("9 clusters share few hues" in text for text in said) == (clusters == 9) and len(said) == 2
+
+
+def test_frames_are_of_one_even_size_and_a_long_title_wraps():
+    short, long = (list(Overlay(painted(), title).frames()) for title in ("t", "a long title " * 20))
+    (width, height), (long_width, long_height) = {p.size for p in short}.pop(), {p.size for p in long}.pop()
+    assert len({p.size for p in short}) == len({p.size for p in long}) == 1
+    assert width % 2 == height % 2 == long_height % 2 == 0 and width == long_width and long_height > height + 50
+
+
+@pytest.mark.full
+def test_a_sheet_keeps_its_colours_as_png_and_is_small():
+    grain = np.random.default_rng(0).normal(0, 9, (320, 400, 3))
+    pixels = np.clip(np.linspace(20, 220, 400)[None, :, None] + grain, 0, 255).astype(np.uint8)
+    pixels[:8], pixels[8:16] = (255, 51, 139), (255, 231, 51)  # outlines are few pixels among many
+    content = png(Image.fromarray(pixels))
+    read = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
+    assert content.startswith(b"\x89PNG") and len(content) < 0.4 * pixels.size
+    assert np.abs(read[:16] - pixels[:16]).max() <= 2 and np.abs(read - pixels).mean() < 8
+
+
+@pytest.mark.parametrize("ending", [".gif", ".mp4"])
+def test_films_last_as_long_as_the_video(ending):
+    pictures = list(Overlay(painted(), "t").frames())
+    with av.open(io.BytesIO(overlay_file(painted(), "t", ending))) as file:
+        frames = list(file.decode(video=0))
+        assert [float(frame.time) for frame in frames] == [0.0, 0.5, 1.0, 1.5] and file.duration == 2_000_000
+    for frame, picture in zip(frames, pictures, strict=True):
+        assert np.abs(frame.to_ndarray(format="rgb24").astype(int) - np.asarray(picture)).mean() < 4
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("ending", [".png", ".gif", ".mp4"])
+def test_the_same_video_gives_the_same_bytes(ending):
+    assert overlay_file(painted(), "t", ending) == overlay_file(painted(), "t", ending)
+
+
+def test_a_gif_repeats_and_keeps_the_colours():
+    with Image.open(io.BytesIO(overlay_file(painted(), "t", ".gif"))) as file:
+        assert file.info["loop"] == 0 and file.n_frames == 4
+        for number, picture in enumerate(Overlay(painted(), "t").frames()):
+            file.seek(number)
+            assert np.abs(np.asarray(file.convert("RGB")).astype(int) - np.asarray(picture)).max() <= 16
+
+
+def test_text_wraps_at_words_and_breaks_only_what_is_too_wide():
+    text = "clip.mp4, evoprune -b 0.25. " + "w" * 60 + " end"
+    rows = wrap(text, 300, 20)
+    assert "".join(rows).replace(" ", "") == text.replace(" ", "") and len(rows) > 3
+    assert rows[0] == "clip.mp4, evoprune -b 0.25."
+    assert all(text_picture(row, 300, 20).height == text_picture("x", 300, 20).height for row in rows)
+    assert wrap("", 300, 20) == [] and wrap("ab", 1, 20) == ["a", "b"]
+
+
+def test_text_in_other_scripts_is_drawn_as_boxes():
+    assert text_picture("视频 🎬", 300, 20).getextrema()[0][1] > 200
+    assert text_picture("", 300, 20, rows=2).getcolors() == [(300 * 52, (18, 18, 22))]
