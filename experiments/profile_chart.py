@@ -10,7 +10,7 @@ from pathlib import Path
 from evoprune.bench.profiling.results import Case, Counts, Results, Row, Sample
 from evoprune.model.rules import read_object
 from evoprune.report.records import Environment, ModelFacts
-from evoprune_cli.profile_tables import draw_chart
+from evoprune_cli.profile import draw_chart
 
 
 def results(document: dict) -> Results:

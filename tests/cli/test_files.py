@@ -14,8 +14,8 @@ from evoprune.bench.svg import document
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.overlay.image_files import gif, mp4, png, shared_palette
 from evoprune.report.records import Environment, ModelFacts
-from evoprune_cli.profile_tables import render
-from evoprune_cli.results import check_writable, write_bytes
+from evoprune_cli.profile import render
+from evoprune_cli.running import check_writable, write_bytes
 from evoprune_cli.terminal import json_line
 
 SAMPLES = Path("samples")

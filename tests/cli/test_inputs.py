@@ -8,7 +8,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from evoprune_cli.ask import Words
+from evoprune_cli.ask import split_words
 from tests.video.files import write_said
 
 CLIP, OTHER, QUESTION = "samples/square.mp4", "samples/arrivals.webm", "What differs?"
@@ -69,7 +69,7 @@ def test_of_one_input_the_record_stays_as_it_was(cli):
     ],
 )
 def test_the_last_word_is_the_question_unless_it_is_a_path(words, inputs, question):
-    assert Words.of(words) == Words(inputs, question)
+    assert split_words(words) == (inputs, question)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from evoprune_cli.conversation import Conversation
+from evoprune_cli.ask import Conversation
 from tests.cli.test_interactive import ROOT, endless, keyboard  # noqa: F401 (fixtures)
 from tests.video.files import numbered_frames, write_video
 from tests.video.streaming import streams

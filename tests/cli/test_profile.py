@@ -13,7 +13,7 @@ from evoprune.bench.profiling.results import Case
 from evoprune.errors import ModelError
 from evoprune.methods.budget import PRESETS
 from evoprune.model import cost
-from evoprune_cli.profile_tables import render
+from evoprune_cli.profile import render
 from experiments.profile_chart import main as draw_again
 from tests.cli.screen import visible
 
@@ -56,7 +56,7 @@ def test_a_table_on_stdout_and_nothing_else(profile):
 
 def test_only_columns_that_are_there_are_explained(profile, monkeypatch):
     seen = []
-    monkeypatch.setattr("evoprune_cli.profile_tables.render", lambda results, *_: seen.append(results) or "")
+    monkeypatch.setattr("evoprune_cli.profile.render", lambda results, *_: seen.append(results) or "")
     profile()
     for width, gone in ((80, ()), (40, ("vs bound", "matmul"))):
         text = " ".join(render(seen[0], "table", width).split())

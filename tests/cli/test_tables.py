@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from evoprune_cli.tables import fitting, table
-from evoprune_cli.tune_tables import operations_table
+from evoprune_cli.terminal import fitting, table
+from evoprune_cli.tune import render_operations as operations_table
 
 NAMES = [f"evoprune:alpha={alpha}:reuse=0 -b 0.25" for alpha in (1, 2, 3)]
 CELLS = {"first token": lambda name: "3.21x", "agree": lambda name: "97.1 (95.0-99.0)", "KL": lambda name: "0.012"}

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from evoprune import VideoQA
+from evoprune.language.settings import GenerationOptions
 from evoprune.report.records import Report, VideoFacts
-from evoprune_cli.loading import note_bits
+from evoprune_cli.running import note_model
 from evoprune_cli.terminal import print_json, print_warning
 from tests.cli.screen import visible
 from tests.loading import load_model
@@ -84,5 +85,5 @@ def test_a_large_model_in_fp32_is_told_of_8_bits(saved, capsys, changes, said, m
     monkeypatch.setattr("evoprune.cpu.quantize.kinds", lambda device: ["int8"])
     loaded = replace(load_model(str(saved), dtype="fp32"), weights_bytes=2**32)
     engine = VideoQA(loaded).engine
-    note_bits(replace(engine, loaded=replace(loaded, **changes)))
+    note_model(replace(engine, loaded=replace(loaded, **changes)), GenerationOptions(), False)
     assert ("--quantize int8 is about twice as fast" in capsys.readouterr().err) == said
