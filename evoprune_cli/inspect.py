@@ -148,25 +148,21 @@ def _about_video(
         yield {"video": asdict(info)}
         if scan:
             yield {"scan": asdict(scan_video(path, folder_fps=rate))}
-        yield from _plan(info, made)
+        from evoprune.backend.devices import is_host
+        from evoprune.session.inspection import memory_facts, model_facts, plan_facts
+        from evoprune.session.loading.found import look_up
+        from evoprune.video.plan import default_max_visual_tokens, make_plan
+
+        model, numbers = look_up(made.model), made.sampling.numbers
+        yield {"model": model_facts(model)}
+        if numbers["max_visual_tokens"] is None:
+            on_cpu = is_host(model.device)
+            numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=model.demo is not None)
+        plan = make_plan(info, model.limits[info.kind], **numbers)
+        yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
+        yield {"memory": memory_facts(model, plan, made.pruning)}
         if overlay is not None:
             yield {"overlay": _draw_overlay(overlay, ending, path, video, made)}
-
-
-def _plan(info, options: PipelineOptions) -> Iterator[dict]:
-    from evoprune.backend.devices import is_host
-    from evoprune.session.inspection import memory_facts, model_facts, plan_facts
-    from evoprune.session.loading.found import look_up
-    from evoprune.video.plan import default_max_visual_tokens, make_plan
-
-    model, numbers = look_up(options.model), options.sampling.numbers
-    yield {"model": model_facts(model)}
-    if numbers["max_visual_tokens"] is None:
-        on_cpu = is_host(model.device)
-        numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=model.demo is not None)
-    plan = make_plan(info, model.limits[info.kind], **numbers)
-    yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
-    yield {"memory": memory_facts(model, plan, options.pruning)}
 
 
 def _draw_overlay(file: str, ending: str, path: str, video: str, options: PipelineOptions) -> dict[str, Any]:

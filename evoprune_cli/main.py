@@ -11,7 +11,6 @@ import threading
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
 
 import shellingham  # comes with Typer
 import typer
@@ -108,34 +107,24 @@ def _check_shell(shell: str) -> None:
         raise UsageError(f"no completion for the shell {shell!r}", BY_HAND)
 
 
-def _install(shell: str) -> str:
+def _complete_here(context: typer.Context, option: typer.CallbackParam, wanted: bool) -> None:
+    """Installs or prints the script of the shell that called, found among the parents of this process, and exits."""
+    if not wanted or context.resilient_parsing:
+        return
+    try:
+        shell, _ = shellingham.detect_shell()
+    except shellingham.ShellDetectionFailure as problem:
+        raise UsageError("cannot detect which shell this is", BY_HAND) from problem
+    _check_shell(shell)
+    if option.name == "show_completion":
+        typer.echo(completion.get_completion_script(shell=shell, prog_name=PROGRAM, complete_var=VARIABLE))
+        raise typer.Exit
     try:
         _, path = completion.install(shell, PROGRAM)
     except (OSError, UnicodeDecodeError) as problem:
         raise UsageError(f"cannot install the completion of {shell}: {problem}", BY_HAND) from problem
-    return f"{shell} completion installed in {path}; it works in shells that start from now on"
-
-
-def _shell_option(name: str, act: Callable[[str], str], text: str) -> Any:
-    """An option that prints what `act` says about the shell that called, found among the parents of this process, and exits."""
-
-    def run(context: typer.Context, wanted: bool) -> None:
-        if not wanted or context.resilient_parsing:
-            return
-        try:
-            shell, _ = shellingham.detect_shell()
-        except shellingham.ShellDetectionFailure as problem:
-            raise UsageError("cannot detect which shell this is", BY_HAND) from problem
-        _check_shell(shell)
-        typer.echo(act(shell))
-        raise typer.Exit
-
-    return Annotated[bool, typer.Option(name, is_eager=True, callback=run, help=text)]
-
-
-InstallCompletion = _shell_option("--install-completion", _install, "Install completion at TAB for this shell.")
-_script = partial(completion.get_completion_script, prog_name=PROGRAM, complete_var=VARIABLE)
-ShowCompletion = _shell_option("--show-completion", lambda shell: _script(shell=shell), "Print its script instead.")
+    typer.echo(f"{shell} completion installed in {path}; it works in shells that start from now on")
+    raise typer.Exit
 
 
 # The commands.
@@ -150,9 +139,17 @@ def _version(context: typer.Context, wanted: bool) -> None:
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
-    install_completion: InstallCompletion = False,
-    show_completion: ShowCompletion = False,
+    version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Print the version."),
+    install_completion: bool = typer.Option(
+        False,
+        "--install-completion",
+        is_eager=True,
+        callback=_complete_here,
+        help="Install completion at TAB for this shell.",
+    ),
+    show_completion: bool = typer.Option(
+        False, "--show-completion", is_eager=True, callback=_complete_here, help="Print its script instead."
+    ),
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
@@ -188,7 +185,14 @@ def run() -> None:
     """Runs the command line and exits with a documented code; a traceback is for `--debug` or EVOPRUNE_DEBUG=1."""
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _once_more
-    _replace_closed_streams()
+    # Something in the place of streams that were closed at the start, or the next file that is opened would be there.
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdout = terminal.ClosedOutput() if sys.stdout is None else sys.stdout
+    sys.stderr = open(os.devnull, "w") if sys.stderr is None else sys.stderr  # noqa: SIM115 (open to the end)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
@@ -206,19 +210,6 @@ def _show_warning(usual: Callable[..., None], message: Warning, category: type[W
         terminal.print_titled("warning:", str(message))
     else:
         usual(message, category, *where, **more)
-
-
-def _replace_closed_streams() -> None:
-    """Puts something in the place of streams that were closed at the start, or the next file that is opened would be there."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-    if sys.stdout is None:
-        sys.stdout = terminal.ClosedOutput()
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
 
 
 def _outcome() -> int:
@@ -275,9 +266,12 @@ def _report(problem: Exception) -> int:
         _nobody_reads([sys.stdout])
         terminal.print_error(f"cannot write the output: {problem.strerror}", "is the disk full?")
         return UsageError.exit_code
-    error = terminal.failure(
-        UsageError(_sentence(problem), _hint(problem)) if isinstance(problem, ParserError) else problem
-    )
+    if isinstance(problem, ParserError):
+        text = " ".join(problem.format_message().split()).rstrip(".")
+        text = re.sub(r"Input should be a valid (integer|number), unable to parse .*", r"not a valid \1", text)
+        text = re.sub(r"^Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", r"unexpected extra words: \1", text)
+        problem = UsageError(text, _hint(problem.format_message()))
+    error = terminal.failure(problem)
     if "--json" in sys.argv[1:] and not getattr(problem, "reported", False):
         if schema := SCHEMAS.get(_command()):
             terminal.print_document({"schema": schema, "error": error})
@@ -294,14 +288,8 @@ def _command() -> str | None:
     return next((word for word in sys.argv[1:] if not word.startswith("-")), None)
 
 
-def _sentence(problem: Exception) -> str:
-    text = " ".join(problem.format_message().split()).rstrip(".")
-    text = re.sub(r"Input should be a valid (integer|number), unable to parse .*", r"not a valid \1", text)
-    return re.sub(r"^Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", r"unexpected extra words: \1", text)
-
-
-def _hint(problem: Exception) -> str:
-    text = problem.format_message()
+def _hint(text: str) -> str:
+    """What to do about what the parser says."""
     dashed = [word for word in sys.argv[2:] if word.startswith("-") and os.path.exists(word)]
     if dashed and "--" not in sys.argv:
         return f"a file whose name begins with a dash is ./{dashed[0]}"

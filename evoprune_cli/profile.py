@@ -8,7 +8,7 @@ import io
 import re
 import textwrap
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -277,7 +277,7 @@ def render(results: Results, form: str, width: int = 80) -> str:
     """The results as `table`, `md`, `csv` or `json`; `width` is that of a table, in columns."""
     if form == "json":
         return json_line(results.document()) + "\n"
-    return {"table": lambda r: _table(r, width), "md": _markdown, "csv": _csv}[form](results)
+    return _table(results, width) if form == "table" else _markdown(results) if form == "md" else _csv(results)
 
 
 # The cells.
@@ -299,10 +299,6 @@ def _range(spread: Spread) -> str:
     return f"{_ms(spread.median)} ({_ms(spread.low)}-{_ms(spread.high)})" if apart else _ms(spread.median)
 
 
-def _rate(rate: float) -> str:
-    return f"{rate:.2f}" if rate < 10 else f"{rate:,.0f}"
-
-
 def _of(show: Callable[[Any], str], name: str) -> Cell:
     """A cell for a figure; a dash where the row has no figures, and nothing where this one is unknown."""
 
@@ -315,10 +311,6 @@ def _of(show: Callable[[Any], str], name: str) -> Cell:
 
 def _count(show: Callable[[Any], str], name: str) -> Cell:
     return lambda row, figures: show(getattr(row.counts, name)) if row.counts else "-"
-
-
-def _pruning(row: Row, figures: Figures | None) -> str:
-    return "" if figures and row.kind != METHOD else _of("{:.1%}".format, "prune_share")(row, figures)
 
 
 # The head: what was measured, and how.
@@ -363,20 +355,21 @@ def _caption(results: Results, case: Case) -> str:
 # For a terminal: a table of times, and below it one of the work behind them. Columns are dropped in the order of `DROPPED` where
 # the terminal has too few characters.
 
+_prune_share = _of("{:.1%}".format, "prune_share")
 TIMES: dict[str, Cell] = {
     "encode ms": _of(_near, "encode"),
     "prefill": _of(lambda spread: _ms(spread.median), "prefill"),
     "first token": _of(_near, "first_token"),
     "vs HF": _of("{:.2f}x".format, "vs_hf"),
     "vs bound": _of("{:.2f}x".format, "vs_bound"),
-    "tok/s": _of(_rate, "generate_tok_s"),
+    "tok/s": _of(lambda rate: f"{rate:.2f}" if rate < 10 else f"{rate:,.0f}", "generate_tok_s"),
 }
 WORK: dict[str, Cell] = {
     "tokens": _count("{:,}".format, "tokens"),
     "live": _count("{:.2f}".format, "live_share"),
     "tower vs HF": _of("{:.2f}x".format, "encode_vs_hf"),
     "matmul": _of("{:.0%}".format, "matmul_share"),
-    "pruning": _pruning,
+    "pruning": lambda row, figures: "" if figures and row.kind != METHOD else _prune_share(row, figures),
     "peak": _of(size_text, "peak_bytes"),
 }
 DROPPED = ("tok/s", "peak", "prefill", "pruning", "matmul", "encode ms", "tower vs HF", "vs bound")
@@ -457,6 +450,8 @@ def _csv(results: Results) -> str:
 
 # The chart.
 
+FIXED = {"Hugging Face": PALE, "budget 1.0": INK}  # colours
+
 
 def draw_chart(results: Results) -> str:
     """SVG. Where sizes are swept, time against them; else the tower's time against its live share."""
@@ -468,21 +463,10 @@ def draw_chart(results: Results) -> str:
     name = short_name(model.id) + " with random weights" * (model.load_format == "dummy")
     used = ", ".join(dict.fromkeys(one_line(row.method) for row in results.rows if row.kind == METHOD))
     title = f"{name}: {'time to the first token' if sweep else f'encode against live share of {used}'}"
-    return draw(title, ", ".join(facts), _sweep(results) if sweep else [_live_share(results)])
-
-
-def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    """By name: plain transformers grey, evoprune without pruning black, methods in colour; a bound like the row below it."""
-    pruned = {row.name: row.budget for row in rows if row.kind == METHOD}
-    made = dict(zip(pruned, cycle(COLOURS), strict=False))
-    bounds = {f"bound -b {pruned[name]:g}": colour for name, colour in reversed(made.items())}
-    return made | bounds | {"Hugging Face": PALE, "budget 1.0": INK}
-
-
-def _scale(results: Results) -> tuple[str, float]:
-    """The unit for all times of a chart, and what to multiply seconds by."""
     longest = max((max(row.seconds("first_token")) for row in results.rows if row.samples), default=0)
-    return ("seconds", 1.0) if longest >= 2 else ("milliseconds", 1000.0)
+    unit, factor = ("seconds", 1.0) if longest >= 2 else ("milliseconds", 1000.0)
+    panels = _sweep(results, unit, factor) if sweep else [_live_share(results, unit, factor)]
+    return draw(title, ", ".join(facts), panels)
 
 
 def _point(x: float, spread: Spread, factor: float, label: str = "") -> Point:
@@ -495,11 +479,17 @@ def _series(lines: dict[str, list[Point]], colours: dict[str, str]) -> tuple[Ser
     return tuple(Series(name, points, colours[name], name.startswith("bound")) for name, points in ordered.items())
 
 
-def _sweep(results: Results) -> list[Panel]:
-    """Encode, and the first token, against the frames, or against the units where their size changes too."""
+def _sweep(results: Results, unit: str, factor: float) -> list[Panel]:
+    """Encode, and the first token, against the frames, or against the units where their size changes too.
+
+    Plain transformers are grey, evoprune without pruning black, methods in colour; a bound like the row below it.
+    """
     by_frames = len({(case.height, case.width) for case in results.cases}) == 1
-    unit, factor = _scale(results)
-    colours, panels = _colours(results.rows), []
+    pruned = {row.name: row.budget for row in results.rows if row.kind == METHOD}
+    colours = dict(zip(pruned, cycle(COLOURS), strict=False))
+    colours |= {f"bound -b {pruned[name]:g}": colour for name, colour in reversed(colours.items())}
+    colours |= FIXED
+    panels = []
     for stage, title in (("encode", "Encode"), ("first_token", "First token (encode + prefill)")):
         lines: dict[str, list[Point]] = {}
         for row in results.rows:
@@ -513,8 +503,7 @@ def _sweep(results: Results) -> list[Panel]:
     return panels
 
 
-def _live_share(results: Results) -> Panel:
-    unit, factor = _scale(results)
+def _live_share(results: Results, unit: str, factor: float) -> Panel:
     lines: dict[str, list[Point]] = {}
     for row in results.rows:
         figures = results.figures(row)
@@ -522,8 +511,7 @@ def _live_share(results: Results) -> Panel:
             name = row.method if row.kind == METHOD else row.name
             label = f"-b {row.budget:g}" if row.counts.live_share < 1 else ""
             lines.setdefault(name, []).append(_point(row.counts.live_share, figures.encode, factor, label))
-    fixed = {"Hugging Face": PALE, "budget 1.0": INK}
-    colours = fixed | dict(zip((name for name in lines if name not in fixed), cycle(COLOURS), strict=False))
+    colours = FIXED | dict(zip((name for name in lines if name not in FIXED), cycle(COLOURS), strict=False))
     full = [(Point(0, 0), Point(1, points[0].y)) for name, points in lines.items() if name == "budget 1.0"]
     ideal = [Series("live share of budget 1.0's time", points, PALE, dashed=True) for points in full]
     series = (*ideal, *_series(lines, colours))

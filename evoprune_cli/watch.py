@@ -44,9 +44,7 @@ def watch(
     ) = None,
     every: opt.option(str | None, "--every TIME", "Ask -Q each time so much of the source was seen: 30s.") = None,
     questions: opt.option(
-        str | None,
-        "--questions FILE",
-        'Questions from a pipe: JSON lines with "question", perhaps "id"; - for stdin.',
+        str | None, "--questions FILE", 'Questions from a pipe: JSON lines with "question", perhaps "id"; - for stdin.'
     ) = None,
     pace: opt.option(
         str,
