@@ -1,121 +1,85 @@
 """`evoprune ask`: videos and pictures, one question or several, the answers on stdout."""
 
+import contextlib
+import math
 import os
 import re
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.session.options import PipelineOptions, SamplingOptions
-from evoprune.text import check_text, missing_hint, roughly, shown
+from evoprune.report import Report, name_inputs, stats_block, summary, warned
+from evoprune.session.options import GenerationOptions, PipelineOptions, SamplingOptions
+from evoprune.text import check_text, counted, listed, missing_hint, roughly, shown
 from evoprune.video.frames import local_file
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
-from evoprune_cli.conversation import Conversation, check_terminal, converse
-from evoprune_cli.loading import load
-from evoprune_cli.options import flag, own
-from evoprune_cli.terminal import check_output, encoding, note, note_subtitles, progress, tell
+from evoprune_cli.running import load
+from evoprune_cli.terminal import (
+    check_output,
+    columns,
+    encoding,
+    failure,
+    note,
+    paint,
+    print_error,
+    print_json,
+    print_stream,
+    print_warning,
+    printable,
+    progress,
+    stdout,
+    tell,
+)
 
 if TYPE_CHECKING:
+    from evoprune.session.answering import Answer, EncodedInputs
     from evoprune.video.plan import Plan
 
 STDIN = "-"
 USAGE = 'evoprune ask video.mp4 "What happens?"'
 # How paths look: a URL of data or of a place, the beginning of a path, or the ending of a file.
 PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
-LONGEST_QUESTION = 2**22  # characters that are read from stdin, which may never end
+MAX_QUESTION = 2**22  # characters that are read from stdin, which may never end
 LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
+PROMPT = "> "  # before a question
+HELP = "a question and Enter: the answer; q or Ctrl-D: the end; Ctrl-C: stops an answer; /help: this line"
+HELPS, ENDS = ("/help", "help", "?"), ("exit", "quit", "q", "/exit", "/quit", "/q", "/bye")
 
 
-@dataclass(frozen=True)
-class Words:
-    """The inputs, and the question if there is one among the words."""
-
-    inputs: tuple[str, ...]
-    question: str | None = None
-
-    @classmethod
-    def of(cls, words: Sequence[str]) -> "Words":
-        """The last of several words is the question, unless there is such a file, or it looks like the name of one."""
-        *before, last = words
-        if before and not _exists(last) and not PATH.fullmatch(last):
-            return cls(tuple(before), last)
-        return cls(tuple(words))
-
-    def check(self) -> None:
-        """Raises VideoError or UsageError where one of several inputs is no file. A single one is checked when it is opened."""
-        if self.inputs.count(STDIN) > 1:
-            raise UsageError("standard input is there twice", "it can be read once")
-        if len(self.inputs) == 1 and self.question is None and re.search(r"\s", self.inputs[0]):
-            (only,) = self.inputs
-            if not _exists(only) and not PATH.search(only):
-                raise VideoError(f"no such file: {only}", f"the video comes first: {USAGE}")
-        missing = [word for word in self.inputs if not _exists(word)] if len(self.inputs) > 1 else []
-        if not missing:
-            return
-        name, last = missing[0], self.inputs[-1]
-        if name == self.inputs[0] and not PATH.fullmatch(name):
-            raise VideoError(f"no such file: {name}", f"videos and pictures come first: {USAGE}")
-        if not PATH.fullmatch(name):
-            words, hint = [*missing, *filter(None, [self.question])], f"quote the question: {USAGE}; a second one: -Q"
-            if any(word.startswith("-") for word in words):
-                hint = "what follows -- is no option: put options before it"
-            raise UsageError(f"unexpected extra words: {' '.join(words)}", hint)
-        question = f"; to ask it as a question: -Q {name}" if name == last and self.question is None else ""
-        raise VideoError(f"no such file: {shown(name)}", missing_hint(name, f"check the path{question}"))
-
-
-def _exists(word: str) -> bool:
-    try:
-        return word == STDIN or os.path.lexists(word)
-    except ValueError:  # not a name that a file can have
-        return False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
+@opt.command(
+    *PipelineOptions.KINDS,
+    short="more interactive compare model budget fps frames start_s end_s max_new_tokens json quiet verbose",
+)
+def ask(
+    *,
     words: opt.argument(
         list[str],
         "INPUT",
         "Videos and pictures (files, folders of frames, or - for stdin), then the question, quoted. "
         "Without a question or -Q, the question is read from stdin; otherwise only - reads it.",
-    )
-    more: list[str] | None = own("-Q --question TEXT", "A question; repeatable. All share one encoding.")
-    interactive: bool = flag(
+    ),
+    more: opt.option(list[str] | None, "-Q --question TEXT", "A question; repeatable. All share one encoding.") = None,
+    interactive: opt.option(
+        bool,
         "-i --interactive",
         "Ask further questions at a prompt: q or Ctrl-D ends it, Ctrl-C stops an answer. Needs a terminal, but no question.",
-    )
-    compare: bool = flag(
+    ) = False,
+    compare: opt.option(
+        bool,
         "--compare",
         "Also answer with nothing pruned, and print both; with --json in the field `compare` of the same line.",
-    )
-    options: opt.MakeOptions
-    json: opt.Json = False
-    stats: opt.Stats = None
-    quiet: opt.Quiet = False
-    verbose: opt.Verbose = False
-    cache: opt.Cache = False
-
-    @cached_property
-    def sorted_words(self) -> Words:
-        return Words.of(self.words)
-
-    @property
-    def questions(self) -> list[str]:
-        first = self.sorted_words.question
-        return [*([] if first is None else [first]), *(self.more or [])]
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return self.sorted_words.inputs
-
-
-@opt.with_options(*PipelineOptions.KINDS)
-def ask(asked: Request) -> int:
+    ) = False,
+    options: opt.MakeOptions,
+    json: opt.Json = False,
+    stats: opt.Stats = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+    cache: opt.Cache = False,
+) -> int:
     """Ask a question about videos or pictures. The answer goes to stdout, everything else to stderr.
 
     \b
@@ -127,75 +91,139 @@ def ask(asked: Request) -> int:
     evoprune ask clip.mp4 --interactive
     echo "What happens?" | evoprune ask clip.mp4 --json
     """
-    talk = Conversation(
-        asked.inputs, asked, interactive=asked.interactive, several=asked.interactive or len(asked.questions) > 1
-    )
-    questions = asked.questions or [""]
-    with ExitStack() as cleanup:
+    inputs, first = split_words(words)
+    given = [*([] if first is None else [first]), *(more or [])]
+    questions, several = given or [""], interactive or len(given) > 1
+    talk = Conversation(inputs, json, stats, quiet, verbose, interactive=interactive, several=several)
+    with contextlib.ExitStack() as cleanup:
         try:
             check_output()
-            asked.sorted_words.check()
+            check_words(inputs, first)
             warm_up()  # while this process imports what it needs
-            questions = _questions(asked)
-            options = asked.options()
+            questions = _questions(inputs, given, interactive)
+            made = options()
             from evoprune.video.frames import choose_decoder
 
-            choose_decoder(options.sampling.decoder)
-            check_text(*questions, options.generation.system)
-            paths = [cleanup.enter_context(local_file(each)) for each in asked.inputs]
-            _check_inputs(paths, options.sampling, asked.quiet)
-            encode = partial(_encode, asked, options, paths, questions)
-            with progress(not asked.quiet) as show:
-                qa = load(options, show, asked.quiet)
+            choose_decoder(made.sampling.decoder)
+            check_text(*questions, made.generation.system)
+            paths = [cleanup.enter_context(local_file(each)) for each in inputs]
+            _check_inputs(paths, made.sampling, quiet)
+            encode = partial(_encode, inputs, paths, questions, made, cache, quiet)
+            with progress(not quiet) as show:
+                qa = load(made, show, quiet)
                 encoded = encode(qa.engine, show)
-            encode_full = (lambda show: encode(qa.unpruned().engine, show, full=True)) if asked.compare else None
-            talk.begin(encoded, options.generation, encode_full)
-            if asked.interactive:
-                converse(talk, questions, () if asked.quiet else asked.inputs)
-            else:
+            encode_full = (lambda show: encode(qa.unpruned().engine, show, full=True)) if compare else None
+            talk.begin(encoded, made.generation, encode_full)
+            if not interactive:
                 for question in questions:
                     talk.answer(question)
+                return 0
+            for question in [*questions]:
+                talk.attempt(question)
+            if not quiet:
+                names = listed([os.path.basename(os.path.abspath(each)) for each in inputs])
+                tell(f"Ask about {names}. /help for help, q or Ctrl-D to end.")
+            for question in typed_questions():
+                questions.append(question)
+                talk.attempt(question, typed=True)
         except BaseException as problem:
             talk.break_off(problem, questions[talk.answered :])
             raise
     return 0
 
 
+def split_words(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
+    """The inputs, and the question if there is one among the words.
+
+    The last of several words is the question, unless there is such a file, or it looks like the name of one.
+    """
+    *before, last = words
+    if before and not _exists(last) and not PATH.fullmatch(last):
+        return tuple(before), last
+    return tuple(words), None
+
+
+def check_words(inputs: Sequence[str], question: str | None) -> None:
+    """Raises VideoError or UsageError where one of several inputs is no file. A single one is checked when it is opened."""
+    if inputs.count(STDIN) > 1:
+        raise UsageError("standard input is there twice", "it can be read once")
+    if len(inputs) == 1 and question is None and re.search(r"\s", inputs[0]):
+        (only,) = inputs
+        if not _exists(only) and not PATH.search(only):
+            raise VideoError(f"no such file: {only}", f"the video comes first: {USAGE}")
+    missing = [word for word in inputs if not _exists(word)] if len(inputs) > 1 else []
+    if not missing:
+        return
+    name, last = missing[0], inputs[-1]
+    if name == inputs[0] and not PATH.fullmatch(name):
+        raise VideoError(f"no such file: {name}", f"videos and pictures come first: {USAGE}")
+    if not PATH.fullmatch(name):
+        words, hint = [*missing, *filter(None, [question])], f"quote the question: {USAGE}; a second one: -Q"
+        if any(word.startswith("-") for word in words):
+            hint = "what follows -- is no option: put options before it"
+        raise UsageError(f"unexpected extra words: {' '.join(words)}", hint)
+    ask_it = f"; to ask it as a question: -Q {name}" if name == last and question is None else ""
+    raise VideoError(f"no such file: {shown(name)}", missing_hint(name, f"check the path{ask_it}"))
+
+
+def _exists(word: str) -> bool:
+    try:
+        return word == STDIN or os.path.lexists(word)
+    except ValueError:  # not a name that a file can have
+        return False
+
+
 def _encode(
-    asked: Request, options: PipelineOptions, paths: list[str], questions: list[str], engine, show, full: bool = False
-):
+    inputs: Sequence[str],
+    paths: list[str],
+    questions: list[str],
+    options: PipelineOptions,
+    cache: bool,
+    quiet: bool,
+    engine,
+    show: Callable[..., None],
+    full: bool = False,
+) -> "EncodedInputs":
     """Encodes the inputs at `paths`. First says on stderr which limits apply, and how long it will take if that is long."""
     from evoprune.session.cache import Cache
     from evoprune.session.encoding import open_inputs
-    from evoprune.session.planning import QUESTION
+    from evoprune.session.planning import QUESTION, estimate_first_token
     from evoprune.session.prompting import longest_prompt
 
     show("reading")
-    sampling, cache = options.sampling, Cache() if asked.cache else None
-    with closing(open_inputs(engine, paths, sampling, names=asked.inputs, cache=cache)) as opened:
+    sampling, stored = options.sampling, Cache() if cache else None
+    with contextlib.closing(open_inputs(engine, paths, sampling, names=inputs, cache=stored)) as opened:
         plans, text = opened.plans, QUESTION + sum(plan.subtitles.tokens for plan in opened.plans)
         if questions:
             text = longest_prompt(engine, plans, questions, options.generation)
-        for plan in [] if asked.quiet or full else plans:
+        for plan in [] if quiet or full else plans:
             _note_limits(plan.full, sampling)
-            note_subtitles(plan.subtitles)
-        if not asked.quiet and not opened.in_cache:
-            _note_wait(engine, plans, text, "with nothing pruned " if full else "")
+            if (lines := plan.subtitles).source is not None:
+                cut = lines.lines_in_prompt < lines.lines
+                part, by = (f"{lines.lines_in_prompt:,} of ", " (--max-subtitle-tokens)") if cut else ("", "")
+                tell(f"subtitles: {lines.source}, {part}{counted(lines.lines, 'line')}{by}")
+            elif lines.note:
+                tell(f"note: no subtitles: {lines.note}")
+        if not quiet and not opened.in_cache:
+            each = [estimate_first_token(engine, plan, 0 if number else text) for number, plan in enumerate(plans)]
+            if None not in each and (wait := sum(each)) > LONG_WAIT_S:
+                note(f"estimated first token {'with nothing pruned ' if full else ''}{roughly(wait)}")
         return opened.encode(encoding(show))
 
 
-def _questions(asked: Request) -> list[str]:
+def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> list[str]:
     """All questions in order. One is read from stdin if none is given, none will be typed, and stdin is not the video."""
-    questions = asked.questions
-    if asked.interactive:
-        check_terminal()
-    elif not questions:
-        if STDIN in asked.inputs:
+    if interactive:
+        if sys.stdin is None or not sys.stdin.isatty():
+            said = "--interactive reads questions from a terminal, and stdin is not one"
+            raise UsageError(said, "several questions at once: -Q, repeatable")
+    elif not given:
+        if STDIN in inputs:
             raise UsageError("no question, and stdin is the video", 'cat clip.mp4 | evoprune ask - "What happens?"')
-        questions = [_question_from_stdin(asked.inputs)]
-    if not all(q.strip() for q in questions):
+        given = [_question_from_stdin(inputs)]
+    if not all(q.strip() for q in given):
         raise UsageError("the question is empty", USAGE)
-    return questions
+    return given
 
 
 def _question_from_stdin(inputs: Sequence[str]) -> str:
@@ -205,11 +233,11 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("no question", named or f"{USAGE}, or -i for a prompt")
     try:
-        question = sys.stdin.read(LONGEST_QUESTION + 1)
+        question = sys.stdin.read(MAX_QUESTION + 1)
     except UnicodeDecodeError as problem:
         raise UsageError("the question on stdin is not valid text", "write it in UTF-8") from problem
-    if len(question) > LONGEST_QUESTION:
-        said = f"the question on stdin has more than {LONGEST_QUESTION:,} characters"
+    if len(question) > MAX_QUESTION:
+        said = f"the question on stdin has more than {MAX_QUESTION:,} characters"
         raise UsageError(said, "no model reads so much")
     question = question.removeprefix("\ufeff").strip()
     if not question:
@@ -236,15 +264,6 @@ def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> N
             read_subtitles(info, wanted.subtitles)
 
 
-def _note_wait(engine, plans: list["Plan"], text: int, condition: str) -> None:
-    """How long it will take, if it is long. `text`: tokens of the prompt around the inputs."""
-    from evoprune.session.planning import estimate_first_token
-
-    each = [estimate_first_token(engine, plan, 0 if number else text) for number, plan in enumerate(plans)]
-    if None not in each and (wait := sum(each)) > LONG_WAIT_S:
-        note(f"estimated first token {condition}{roughly(wait)}")
-
-
 def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
     """Where fewer frames, or smaller ones, are looked at than the flags or the model's own rate ask for."""
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
@@ -259,3 +278,221 @@ def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
         where = " on a CPU" if sampling.max_visual_tokens is None and plan.token_limit < MAX_VISUAL_TOKENS else ""
         seen = f"{plan.sampling.frames} frames" if plan.kind == VIDEO else "a picture"
         note(f"at most {plan.token_limit:,} tokens{where} (--max-visual-tokens): {seen} of {plan.width}x{plan.height}")
+
+
+class Conversation:
+    """Asks about encoded inputs (of these names) and prints the answers; knows what was answered, in case it is interrupted.
+
+    By default there are stats unless --json or -q: a block for the first answer, a line for later ones and in a conversation.
+
+    Attributes:
+        answered: questions that are done with.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[str],
+        json: bool,
+        stats: bool | None,
+        quiet: bool,
+        verbose: bool,
+        *,
+        interactive: bool,
+        several: bool,
+    ):
+        """The options of a command; `several`: there is more than one question."""
+        self.answered = 0
+        self._names, self._json, self._verbose, self._quiet = inputs, json, verbose, quiet
+        plain = not json and not quiet
+        self._echo = several and plain and sys.stderr.isatty()  # questions of the command line, on stderr
+        self._stats = (plain if stats is None else stats) or (verbose and not quiet)
+        self._blocks = math.inf if verbose or stats else 0 if interactive else 1  # so many, then lines
+        self._generation: GenerationOptions | None = None
+        self._inputs: EncodedInputs | None = None
+        self._full: EncodedInputs | None = None
+        self._encode_full: Callable[..., EncodedInputs] | None = None
+        self._running: Answer | None = None  # the one that is being read
+        self._half: Report | None = None  # of a question that has only been answered with pruning
+        self._warned: set[str] = set()  # names of warnings that are printed
+        self._finished = 0  # answers whose stats are printed, or are not wanted
+
+    def begin(
+        self, inputs: "EncodedInputs", generation: GenerationOptions, encode_full: Callable[..., "EncodedInputs"] | None
+    ) -> None:
+        """From now on questions can be answered. Prints the warnings, which are about the inputs and the model: before any answer.
+
+        `encode_full`: encodes the inputs once more with nothing pruned; None where nothing is to be compared.
+        """
+        self._inputs, self._generation, self._encode_full = inputs, generation, encode_full
+        _print_warnings(inputs.report)
+        self._warned = set(inputs.report.warnings)
+
+    def answer(self, question: str, typed: bool = False, identity: str | None = None) -> None:
+        """Asks, and prints the answer. `typed`: the question stands on the terminal already. `identity`: of its record."""
+        if self._echo and not typed:
+            tell(f"{PROMPT}{' '.join(question.split())}")
+        report = self._say(self._inputs, question, "pruned").report
+        report.id = identity or report.id
+        if self._encode_full:
+            self._half = report
+            if self._full is None:  # not earlier: the first answer does not wait for it
+                with progress(not self._quiet) as show:
+                    self._full = self._encode_full(show)
+            answer = self._say(self._full, question, "full")
+            report.compare, self._half = answer.report, None
+            from evoprune.bench.agreement import agreement, reference
+
+            ended = answer.report.finish_reason == "stop"
+            given = reference(self._full, question, answer.ids, ended, self._generation.system)
+            report.agreement = agreement(given, self._inputs).record()
+        self.answered += 1  # before it is printed: a record that is interrupted must not be printed twice
+        self._finish(report)
+
+    def attempt(self, question: str, typed: bool = False, identity: str | None = None, goes_on: bool = True) -> bool:
+        """Answers a question; one that cannot be asked ends nothing, nor, with `goes_on`, does Ctrl-C.
+
+        Returns whether it could be asked.
+        """
+        before = self.answered
+        try:
+            self.answer(question, typed, identity)
+        except UsageError as problem:
+            self.break_off(problem, [question])
+            print_error(problem.message, problem.hint)
+            return False
+        except BaseException as problem:
+            self.break_off(problem, [question] if self.answered == before else [])
+            if not (goes_on and isinstance(problem, KeyboardInterrupt)):
+                raise
+            note()  # ends the line on which the terminal printed ^C
+        return True
+
+    def break_off(self, problem: BaseException, unanswered: list[str]) -> None:
+        """Prints what there is when something went wrong: stats, and with JSON a line for every question not answered."""
+        if isinstance(problem, BrokenPipeError | SystemExit) or not unanswered:
+            return
+        interrupted = not isinstance(problem, Exception)
+        running, self._running = self._running, None
+        report = running.report if interrupted and running else None
+        if self._half:
+            report = report or self._failure(unanswered[0], problem)
+        if report:
+            report.finish_reason = "interrupt" if interrupted else "error"
+        if self._half:
+            self._half.compare = report
+            report, self._half = self._half, None
+        self.answered += len(unanswered)
+        if report and interrupted:
+            self._finish(report)
+        elif report and self._json:
+            print_json(report)
+        if self._json:
+            for missing in unanswered[1 if report else 0 :]:
+                print_json(self._failure(missing, problem))
+            problem.reported = True
+
+    def _say(self, inputs: "EncodedInputs", question: str, label: str) -> "Answer":
+        answer = self._running = inputs.ask(question, **vars(self._generation))
+        new = [name for name in answer.report.warnings if name not in self._warned] if label == "pruned" else []
+        _print_warnings(answer.report, new)
+        self._warned.update(new)
+        with progress(not self._quiet) as show:
+            show("reading prompt")
+            first = next(answer, "")
+        if self._json:
+            for _ in answer:
+                pass
+        else:
+            print_stream(chain([f"{label}: {first}" if self._encode_full else first], answer))
+        self._running = None
+        return answer
+
+    def _finish(self, report: Report) -> None:
+        if self._json:
+            print_json(report)
+        else:
+            cut = [each for each in (report, report.compare) if each and "answer_cut" in each.warnings]
+            for each in cut[:1]:
+                _print_warnings(each, ["answer_cut"])
+        self._finished += 1
+        if not self._stats:
+            return
+        if self._finished <= self._blocks:
+            note()
+            for line in stats_block(report, columns(), self._verbose):
+                note(paint(printable(line), "2"))
+        else:
+            for title, each in (
+                {"pruned: ": report, "full: ": report.compare}.items() if report.compare else [("", report)]
+            ):
+                tell(f"{title}{summary(each)}")
+
+    def _failure(self, question: str, problem: BaseException) -> Report:
+        """The record of a question that has no answer."""
+        reason = "error" if isinstance(problem, Exception) else "interrupt"
+        report = Report(question=question, finish_reason=reason, error=failure(problem))
+        name_inputs(report, self._names)
+        return report
+
+
+def _print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
+    """Prints the warnings of inputs, each about the one that it is of, then those about the model; perhaps only some `names`."""
+    for name, video in warned(report):
+        if name != "limited" and (names is None or name in names):  # a note has said which limit, and to what
+            print_warning(name, video)
+
+
+def typed_questions(twice: bool = True) -> Iterator[str]:
+    """Questions, one a line, until the input ends (Ctrl-D) or a line says so. Empty lines are skipped, commands carried out.
+
+    Raises KeyboardInterrupt: on Ctrl-C at the prompt, with `twice` on the second in a row: the first may have been meant for an
+    answer.
+    """
+    with contextlib.suppress(ImportError):  # without it lines cannot be edited
+        import readline  # noqa: F401 (editing and history for `input`)
+    warned = False
+    while True:
+        try:
+            with _output_on_stderr():
+                line = input(PROMPT)
+        except UnicodeDecodeError:
+            print_error("the question is not valid text", "write it in UTF-8")
+            continue
+        except EOFError:
+            note()
+            return
+        except KeyboardInterrupt:
+            if warned or not twice:
+                note()
+                raise
+            note("\nq or Ctrl-D ends the conversation, or Ctrl-C once more")
+            warned = True
+            continue
+        warned, word = False, line.strip().lower()
+        if word in ENDS:
+            return
+        if word in HELPS:
+            tell(HELP)
+        elif command := re.match(r"/[\w-]*(?=\s|$)", word):
+            tell(f"there is no command {command[0]}, so it is not asked; /help lists them")
+        elif re.match(r"--|-[a-z]", word):
+            hint = "options belong to the command line: q ends the conversation, and evoprune ask begins another one with them"
+            print_error(f"{word.split()[0]} looks like an option, so it is not asked", hint)
+        elif word:
+            yield line
+
+
+@contextlib.contextmanager
+def _output_on_stderr() -> Iterator[None]:
+    """Sends stdout to stderr: `input` and readline print their prompt on stdout, which is for answers only."""
+    stdout().flush()
+    number = stdout().fileno()
+    kept = os.dup(number)
+    os.dup2(sys.stderr.fileno(), number)
+    try:
+        with contextlib.redirect_stdout(stdout()):  # with stderr there, `input` would not use readline
+            yield
+    finally:
+        stdout().flush()
+        os.dup2(kept, number)
+        os.close(kept)

@@ -2,69 +2,82 @@
 
 import os
 import sys
+import time
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.session.options import PipelineOptions, SamplingOptions
-from evoprune.text import SOME, missing_hint, shown, some
-from evoprune_cli import completion
+from evoprune.report import Report, VideoFacts, warned
+from evoprune.session.options import PipelineOptions
+from evoprune.text import SOME, clock, counted, is_text, listed, missing_hint, roughly, shown, some
 from evoprune_cli import options as opt
-from evoprune_cli.loading import note_model, prepare
-from evoprune_cli.options import flag, own
-from evoprune_cli.results import SOME_FAILED, one_of
-from evoprune_cli.tally import Tally
-from evoprune_cli.terminal import print_traceback, progress, stdout, tell
+from evoprune_cli.running import SOME_FAILED, is_one_of, note_model, prepare
+from evoprune_cli.terminal import print_traceback, print_warning, progress, stdout, tell
+
+if TYPE_CHECKING:
+    from evoprune.batch.output import RecordFile
+    from evoprune.batch.rows import Row
 
 DASH = "-"  # stdin, or stdout
 USAGE = 'evoprune batch *.mp4 -Q "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct -o answers.jsonl'
 ENGINES = ("local", "ray")
+TELL_EVERY_S = 60.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
+@opt.command(
+    *PipelineOptions.KINDS,
+    short="questions source output resume overwrite model budget fps quiet",
+    model={"unless_typed": ""},
+)
+def batch(
+    *,
     videos: opt.argument(
         list[str] | None, "VIDEO", "Video files, folders of videos, or folders of images, each of which is one video."
-    ) = None
-    questions: list[str] | None = own("-Q --question TEXT", "Asked of every video; repeatable.")
-    source: str | None = own(
+    ) = None,
+    questions: opt.option(list[str] | None, "-Q --question TEXT", "Asked of every video; repeatable.", "Rows") = None,
+    source: opt.option(
+        str | None,
         "--from FILE|-",
         "In place of VIDEO and -Q: JSONL or CSV rows with video, question and perhaps "
         "id, start, end, fps, frames, frame_rate, max_new_tokens, options (in CSV a|b|c), subtitles, "
         "answer. Files are relative to the file; - is stdin, which is read to its end first.",
-    )
-    output: str | None = own(
+        "Rows",
+    ) = None,
+    output: opt.option(
+        str | None,
         "-o --output FILE|-",
         "Where the records go, each as soon as it is finished; - is stdout. Records of a video stand together.",
-    )
-    resume: bool = flag(
+        opt.OUTPUT,
+    ) = None,
+    resume: opt.option(
+        bool,
         "--resume",
         "Go on with FILE if it exists: rows that have an answer are skipped, rows that failed are asked again.",
-    )
-    overwrite: bool = flag("--overwrite", "Replace the records in FILE; a file that holds anything else stays.")
-    options: opt.MakeOptions
-    engine: str = own(
+        opt.OUTPUT,
+    ) = False,
+    overwrite: opt.option(
+        bool, "--overwrite", "Replace the records in FILE; a file that holds anything else stays.", opt.OUTPUT
+    ) = False,
+    options: opt.MakeOptions,
+    engine: opt.option(
+        str,
         "--engine",
         "ray: on a Ray cluster, one model for each GPU, or for each node without GPUs. Needs evoprune[ray].",
-        default=ENGINES[0],
-        **completion.one_of(*ENGINES),
-    )
-    address: str | None = own(
+        "Engine",
+        **opt.one_of(*ENGINES),
+    ) = ENGINES[0],
+    address: opt.option(
+        str | None,
         "--address",
         "Of the Ray cluster; default: RAY_ADDRESS, else a cluster on this machine.",
-        **completion.one_of("auto", "HOST:PORT"),
-    )
-    quiet: opt.Quiet = False
-    cache: opt.Cache = False
-
-
-@opt.with_options(
-    *PipelineOptions.KINDS,
-    model={"unless_typed": ""},
-    panels={"questions": "Rows", "output": "Output", "engine": "Engine"},
-)
-def batch(asked: Request) -> int:
+        "Engine",
+        **opt.one_of("auto", "HOST:PORT"),
+    ) = None,
+    quiet: opt.Quiet = False,
+    cache: opt.Cache = False,
+) -> int:
     """Ask many questions about many videos: one JSON line each.
 
     A line is the record of `ask --json` with the row's id. The model is loaded once, a video encoded once for all its questions,
@@ -77,30 +90,48 @@ def batch(asked: Request) -> int:
     evoprune batch --from rows.csv -o answers.jsonl --resume
     jq -c 'select(.split == "test")' all.jsonl | evoprune batch --from - -o -
     """
-    _check_flags(asked)
-    made = asked.options()
-    settings = _settings(made)
-    rows = _rows(asked, made.sampling)
-    tally = Tally(len(rows), asked.quiet, _check_files(asked, rows))
-    return _run(asked, rows, settings, tally)
-
-
-def _run(asked: Request, rows, settings, tally: Tally) -> int:
-    """Asks what has no answer yet; returns the exit code."""
-    from evoprune.batch.output import RecordFile, remaining
+    if output is None:
+        raise UsageError("no output", f"name a file with -o: {USAGE}")
+    if output.startswith("--"):
+        raise UsageError(f"-o has no file: {output} is an option", "-o FILE; a file of that name is ./--...")
+    if engine not in ENGINES:
+        raise UsageError(f"no engine {engine!r}", f"one of {', '.join(ENGINES)}")
+    if address and engine != "ray":
+        raise UsageError("--address is of a Ray cluster", "add --engine ray")
+    made = options()
+    from evoprune.batch.output import RecordFile, Settings, remaining
     from evoprune.batch.rows import group_by_span
+    from evoprune.video.frames import choose_decoder
 
-    opened = partial(RecordFile, asked.output, stdout=stdout(), resume=asked.resume, overwrite=asked.overwrite)
-    with tally, closing(opened()) as file, progress(not asked.quiet) as show:
+    if not made.model.model:
+        raise UsageError("no model", "name one with -m or EVOPRUNE_MODEL; -m demo is a bundled tiny one")
+    choose_decoder(made.sampling.decoder)
+    if made.generation.system is not None and not is_text(made.generation.system):
+        raise UsageError("the system prompt is not valid text", "write it in UTF-8")
+    settings = Settings(made.model, made.pruning, made.sampling.timeless, made.generation)
+    rows = _rows(videos or [], questions or [], source, quiet, (made.sampling.start_s, made.sampling.end_s))
+    tally = Tally(len(rows), quiet, _check_files(rows, source, output, quiet))
+    opened = partial(RecordFile, output, stdout=stdout(), resume=resume, overwrite=overwrite)
+    with tally, closing(opened()) as file, progress(not quiet) as show:
         left = remaining(rows, settings, file.found)
         ready = partial(tally.start, file, len(left), show)
-        tally.note_others(len({record.id for record in file.found} - {row.id for row in rows}))
+        others = len({record.id for record in file.found} - {row.id for row in rows})
+        if others and not quiet:
+            stay = "stays" if others == 1 else "stay"
+            tell(f"the output also holds {counted(others, 'record')} of other rows, which {stay} in it")
         if not left:
             ready()
             file.begin()
             return 0
-        answers = _on_ray if asked.engine == "ray" else _here
-        with closing(answers(asked, group_by_span(left), settings, show, ready)) as records:
+        spans = group_by_span(left)
+        if engine == "ray":
+            from evoprune.batch.ray import answers_on_ray
+
+            show("connecting to Ray")
+            answers = answers_on_ray(spans, settings, address=address, cache=cache, on_ready=ready)
+        else:
+            answers = _answers(spans, settings, cache, quiet, show, ready)
+        with closing(answers) as records:
             for record in records:
                 if not file.written:  # earlier records stay until there is one to write
                     file.begin(again={row.id for row in left})
@@ -109,66 +140,37 @@ def _run(asked: Request, rows, settings, tally: Tally) -> int:
     return SOME_FAILED if tally.failed else 0
 
 
-def _here(asked: Request, spans, settings, show, ready):
+def _answers(spans, settings, cache: bool, quiet: bool, show, ready):
+    """The records of rows that are answered in this process; `ready` is called when the model is loaded."""
     show("loading model")
     prepare()
     from evoprune.batch.run import answers
     from evoprune.session.cache import Cache
 
     qa = settings.load(partial(show, "quantizing"))
-    note_model(qa.engine, settings.generation, asked.quiet)
+    note_model(qa.engine, settings.generation, quiet)
     ready()
-    yield from answers(qa, spans, settings, Cache() if asked.cache else None, print_traceback)
+    yield from answers(qa, spans, settings, Cache() if cache else None, print_traceback)
 
 
-def _on_ray(asked: Request, spans, settings, show, ready):
-    from evoprune.batch.ray import answers_on_ray
-
-    show("connecting to Ray")
-    yield from answers_on_ray(spans, settings, address=asked.address, cache=asked.cache, on_ready=ready)
-
-
-def _check_flags(asked: Request) -> None:
-    if asked.output is None:
-        raise UsageError("no output", f"name a file with -o: {USAGE}")
-    if asked.output.startswith("--"):
-        raise UsageError(f"-o has no file: {asked.output} is an option", "-o FILE; a file of that name is ./--...")
-    if asked.engine not in ENGINES:
-        raise UsageError(f"no engine {asked.engine!r}", f"one of {', '.join(ENGINES)}")
-    if asked.address and asked.engine != "ray":
-        raise UsageError("--address is of a Ray cluster", "add --engine ray")
-
-
-def _settings(options: PipelineOptions):
-    """The settings of the batch. Refuses those that are wrong whatever the model and the videos are."""
-    from evoprune.batch.output import Settings
-    from evoprune.text import is_text
-    from evoprune.video.frames import choose_decoder
-
-    if not options.model.model:
-        raise UsageError("no model", "name one with -m or EVOPRUNE_MODEL; -m demo is a bundled tiny one")
-    choose_decoder(options.sampling.decoder)
-    if options.generation.system is not None and not is_text(options.generation.system):
-        raise UsageError("the system prompt is not valid text", "write it in UTF-8")
-    return Settings(options.model, options.pruning, options.sampling.timeless, options.generation)
-
-
-def _rows(asked: Request, sampling: SamplingOptions):
+def _rows(
+    videos: list[str], questions: list[str], source: str | None, quiet: bool, span: tuple[float, float | None]
+) -> list["Row"]:
+    """All rows. `span`: start and end in seconds of those that say none."""
     from evoprune.batch.rows import left_out, load_rows, product_rows, read_all, read_rows
 
-    span, source, videos = (sampling.start_s, sampling.end_s), asked.source, asked.videos or []
     if source is None:
         if not videos:
             raise UsageError("no videos", f"give videos and questions, or --from FILE: {USAGE}")
-        if not asked.questions:
+        if not questions:
             raise UsageError("no question", f"put -Q before each question, or give --from FILE: {USAGE}")
         if DASH in videos:
             raise UsageError("a batch takes no video from stdin", "evoprune ask - does; a file of that name is ./-")
-        rows = product_rows(videos, asked.questions, *span)
-        for line in filter(None, map(left_out, [] if asked.quiet else videos)):
+        rows = product_rows(videos, questions, *span)
+        for line in filter(None, map(left_out, [] if quiet else videos)):
             tell(line)
         return rows
-    if videos or asked.questions:
+    if videos or questions:
         raise UsageError("--from excludes videos and questions", "the rows of the file name both")
     if source != DASH:
         return load_rows(source, *span)
@@ -178,7 +180,7 @@ def _rows(asked: Request, sampling: SamplingOptions):
     return read_rows(read_all(stdin, "stdin", "name a file with --from"), "stdin", "", *span)
 
 
-def _check_files(asked: Request, rows) -> list[str]:
+def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool) -> list[str]:
     """Names missing videos, and returns them, though their rows only fail later. If all are missing, the command is wrong.
 
     Also refuses to write into a file that is read.
@@ -189,12 +191,96 @@ def _check_files(asked: Request, rows) -> list[str]:
     if len(missing) == len(videos):
         pattern = any(character in missing[0] for character in "*?[")
         hint = "a pattern that matches nothing stays as it is: no file here has such a name"
-        usual = "check the path" if asked.source is None else "paths in a file of rows are relative to it"
+        usual = "check the path" if source is None else "paths in a file of rows are relative to it"
         raise VideoError(f"no such file: {some(names)}", hint if pattern else missing_hint(missing[0], usual))
-    if missing and not asked.quiet:
+    if missing and not quiet:
         their = "its rows" if len(missing) == 1 else f"{len(missing):,} of {len(videos):,} videos, whose rows"
         tell(f"no such file: {some(names)} ({their} will fail)")
-    read = filter(None, [*videos, *(row.subtitles_path for row in rows), asked.source])
-    if asked.output != DASH and one_of(asked.output, read):
-        raise UsageError(f"{asked.output} is what is to be read", "choose another -o")
-    return [] if asked.quiet else [videos[path] for path in missing[:SOME]]
+    read = filter(None, [*videos, *(row.subtitles_path for row in rows), source])
+    if output != DASH and is_one_of(output, read):
+        raise UsageError(f"{output} is what is to be read", "choose another -o")
+    return [] if quiet else [videos[path] for path in missing[:SOME]]
+
+
+class Tally:
+    """Counts records and reports on stderr. As a context it ends with a summary, also of a batch that is interrupted.
+
+    `total`: all rows, also those that an earlier run answered. `failed`: rows of this run. `quiet`: prints warnings only. `named`:
+    videos that the user knows to be missing.
+    """
+
+    def __init__(self, total: int, quiet: bool, named: Sequence[str] = ()):
+        self.failed, self.quiet = 0, quiet
+        self._total, self._named = total, frozenset(named)
+        self._file: RecordFile | None = None
+        self._warnings: dict[str, dict[str | None, VideoFacts]] = {}  # by name, the videos that have it by path
+        self._last_failure, self._cut = "", 0  # `_cut`: answers that -n cut
+
+    def start(self, file: "RecordFile", left: int, show) -> None:
+        """The model is loaded, and `left` rows have no answer yet. `show`: see `terminal.progress`."""
+        self._file, self._before, self._show = file, self._total - left, show
+        self._begun = self._reported = time.monotonic()
+        show(self._line(self._before))
+
+    def add(self, record: Report) -> None:
+        """Counts a record that is already in the file."""
+        self._cut += record.finish_reason == "length"
+        for name, video in warned(record):
+            if name == "answer_cut":
+                continue  # counted, whatever video it is about
+            self._warnings.setdefault(name, {}).setdefault(video.path, video)
+        if record.error:
+            self.failed += 1
+            inputs, message = [each.path for each in record.inputs], record.error["message"]
+            known = any(each in message for each in inputs)
+            said = f"failed: {message if known else f'{listed(inputs)}: {message}'}"
+            if not (self._named & set(inputs) and message.startswith("no such file")):
+                if said != self._last_failure and not self.quiet:  # all rows of a video fail for the same reason
+                    tell(said)
+                self._last_failure = said
+        line = self._line(self._before + self._file.written)
+        self._show(line)
+        if time.monotonic() - self._reported >= TELL_EVERY_S and not self.quiet and not sys.stderr.isatty():
+            self._reported = time.monotonic()
+            tell(line)
+
+    def __enter__(self) -> "Tally":
+        return self
+
+    def __exit__(self, category, problem, trace) -> None:
+        if isinstance(problem, BrokenPipeError | SystemExit):
+            return
+        if problem and not (self._file and self._file.written):
+            if not isinstance(problem, Exception) and not self.quiet:
+                tell("interrupted: no record was written; to go on: the same command")
+            return
+        for name, videos in self._warnings.items():
+            print_warning(name, next(iter(videos.values())), len(videos) - 1)
+        if self.quiet:
+            return
+        made, seconds = self._file.written, time.monotonic() - self._begun
+        done, failed = self._before + made - self.failed, self._failed()
+        before = f", {self._before:,} of them before" if self._before else ""
+        took = f": {clock(seconds)}, {pace(made, seconds)}" if made else ""
+        tell(f"{done:,} of {counted(self._total, 'row')} answered{before}{failed}{took}")
+        if self._cut:
+            tell(f"{counted(self._cut, 'answer')} may be incomplete: -n (max_new_tokens) allows no more tokens")
+        if self._file.regular and problem:
+            tell("to go on: the same command with --resume")
+        elif self._file.regular and self.failed:
+            tell("once the cause of a failure is mended, the same command with --resume asks the failed rows again")
+
+    def _line(self, done: int) -> str:
+        seconds, made = time.monotonic() - self._begun, self._file.written
+        rest = f", {pace(made, seconds)}, {roughly(seconds / made * (self._total - done))} left" if made else ""
+        return f"{done:,} of {counted(self._total, 'row')}{self._failed()}{rest}"
+
+    def _failed(self) -> str:
+        return f", {self.failed:,} failed" if self.failed else ""
+
+
+def pace(made: int, seconds: float) -> str:
+    """Rows a second, a minute or an hour, whichever is the first above one."""
+    units = (("a second", 1), ("a minute", 60), ("an hour", 3600))
+    unit, length = next((unit for unit in units if made * unit[1] >= seconds), units[-1])
+    return f"{made * length / max(seconds, 1e-3):,.3g} {unit}"

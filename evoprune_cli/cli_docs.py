@@ -5,8 +5,8 @@ It is formatted for 80 columns and without colour, whatever the terminal.
 
 from typer.main import get_command
 
-from evoprune_cli.help_format import full_help
 from evoprune_cli.main import app
+from evoprune_cli.options import full_help
 from evoprune_cli.terminal import WIDTH
 
 INTRODUCTION = """# The command line

@@ -1,64 +1,93 @@
-"""`evoprune eval`: accuracy against budget, beside what it costs."""
+"""`evoprune eval`: accuracy against budget, beside what it costs, as tables and as a chart."""
 
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import cycle, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from evoprune.bench.chart import COLOURS, INK, PALE, Panel, Point, Series, draw
 from evoprune.errors import UsageError
-from evoprune.session.options import ModelOptions, PipelineOptions
+from evoprune.session.options import PipelineOptions
+from evoprune.text import budget_text, counted
 from evoprune_cli import options as opt
-from evoprune_cli.loading import prepare
-from evoprune_cli.options import flag, own
-from evoprune_cli.results import SOME_FAILED, check_chart, rescuing, show, write
-from evoprune_cli.terminal import check_output, note, progress
+from evoprune_cli.running import SOME_FAILED, check_chart, prepare, rescuing, show, write
+from evoprune_cli.terminal import (
+    check_output,
+    failures,
+    fitting,
+    folded,
+    model_line,
+    note,
+    one_line,
+    progress,
+    short_name,
+    table,
+)
+
+# What may be given beside --resume DIR alone: all that results do not depend on.
+BESIDE_RESUME = (
+    "--resume", "--processes", "--chart", "--json", "-q", "--quiet", "--debug", "--device", "--threads", "--offline",
+    "--store-quantized",
+)  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    data: str | None = own(
-        "--data FILE",
-        "Questions: JSONL or CSV rows with video, question, answer and perhaps id, options, type, groups.",
-    )
-    limit: int | None = own("--limit N", "At most so many videos; default: all.", min=1)
-    group: list[str] | None = own("--group LIST", "Only questions of these groups.")
-    seed: int = own("--seed <int>", "Seed of methods that draw at random.", default=0, min=0, max=2**31 - 1)
-    budget: opt.Budgets = None
-    method: opt.Methods = None
-    blind: bool = flag("--blind", "Also ask without the video: a grey one of the same size and length.")
-    options: opt.MakeOptions
-    processes: int = own(
-        "--processes N",
-        "Videos at a time, each in a process with its own copy of the model.",
-        default=1,
-        min=1,
-        max=256,
-    )
-    output: str | None = own(
-        "-o --output DIR", "Write settings, samples and results there; if it exists, to DIR-2 and so on."
-    )
-    resume: str | None = own(
-        "--resume DIR",
-        "Continue the interrupted run in DIR, with its settings; or give the same ones, --data included.",
-    )
-    chart: str | None = own("--chart FILE.svg", "Draw accuracy against tokens and against cost.")
-    json: opt.JsonResults = False
-    quiet: opt.Quiet = False
-
-
-@opt.with_options(
+@opt.command(
     *PipelineOptions.KINDS,
+    short="data limit budget method blind model output resume chart json quiet",
     without=(
         "load_format", "budget", "method", "seed", "start_s", "end_s", "decoder", "subtitles", "max_subtitle_tokens",
-        "temperature", "top_p", "top_k", "system",
+        "temperature", "top_p", "top_k", "system"
     ),
     max_new_tokens={"unless_typed": 64},
-    panels={"data": "Data", "blind": opt.SWEEP, "processes": "Output"},
 )  # fmt: skip
-def evaluate(asked: Request) -> int:
+def evaluate(
+    *,
+    data: opt.option(
+        str | None,
+        "--data FILE",
+        "Questions: JSONL or CSV rows with video, question, answer and perhaps id, options, type, groups.",
+        "Data",
+    ) = None,
+    limit: opt.option(int | None, "--limit N", "At most so many videos; default: all.", "Data", min=1) = None,
+    group: opt.option(list[str] | None, "--group LIST", "Only questions of these groups.", "Data") = None,
+    seed: opt.option(int, "--seed <int>", "Seed of methods that draw at random.", "Data", min=0, max=2**31 - 1) = 0,
+    budget: opt.Budgets = None,
+    method: opt.Methods = None,
+    blind: opt.option(
+        bool, "--blind", "Also ask without the video: a grey one of the same size and length.", opt.SWEEP
+    ) = False,
+    options: opt.MakeOptions,
+    processes: opt.option(
+        int,
+        "--processes N",
+        "Videos at a time, each in a process with its own copy of the model.",
+        opt.OUTPUT,
+        min=1,
+        max=256,
+    ) = 1,
+    output: opt.option(
+        str | None,
+        "-o --output DIR",
+        "Write settings, samples and results there; if it exists, to DIR-2 and so on.",
+        opt.OUTPUT,
+    ) = None,
+    resume: opt.option(
+        str | None,
+        "--resume DIR",
+        "Continue the interrupted run in DIR, with its settings; or give the same ones, --data included.",
+        opt.OUTPUT,
+    ) = None,
+    chart: opt.option(
+        str | None, "--chart FILE.svg", "Draw accuracy against tokens and against cost.", opt.OUTPUT
+    ) = None,
+    json: opt.JsonResults = False,
+    quiet: opt.Quiet = False,
+) -> int:
     """Measure accuracy against budget, on questions with known answers.
 
     Every setting answers the same questions, the full budget first. Settings are compared with it, and with the first method at
@@ -70,94 +99,235 @@ def evaluate(asked: Request) -> int:
     evoprune eval --data my.jsonl -b 0.25,0.1 --method evoprune,divprune -o runs/a
     evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
     """
-    made = asked.options()
-    if asked.resume is not None and asked.data is None:
-        return _resumed(asked, made.model)
-    if asked.data is None:
+    made = options()
+    if data is None and resume is None:
         raise UsageError("no questions", "--data FILE, a JSONL or CSV file whose rows have video, question and answer")
-    sweep = opt.sweep(asked.budget, asked.method, made.pruning.method_args, named=True)
-    check_output()
-    if asked.output is not None and asked.resume is not None:
-        raise UsageError("-o and --resume exclude each other", "--resume goes on in its own folder")
-    settings = {
-        **sweep, "data": asked.data, "blind": asked.blind, "seed": asked.seed, "limit": asked.limit,
-        "groups": tuple(dict.fromkeys(opt.listed(asked.group))),
-        "model": made.model, "sampling": made.sampling, "generation": made.generation,
-    }  # fmt: skip
-    return _run(asked, asked.data, lambda cls: cls(**settings))
-
-
-# What may be given beside --resume DIR alone: all that results do not depend on.
-BESIDE_RESUME = (
-    "--resume", "--processes", "--chart", "--json", "-q", "--quiet", "--debug", "--device", "--threads", "--offline",
-    "--store-quantized",
-)  # fmt: skip
-
-
-def _resumed(asked: Request, model: ModelOptions) -> int:
-    """Goes on with a run by its folder alone."""
     from evoprune.bench.eval_folder import no_folder, stored_settings
-
-    check_output()
-    if other := [word for word in sys.argv[2:] if word.startswith("-") and word.partition("=")[0] not in BESIDE_RESUME]:
-        hint = "leave it out, or give all settings, --data included"
-        raise UsageError(f"{other[0]} is given beside --resume, which has the settings of its run", hint)
-    folder = Path(asked.resume)
-    record = stored_settings(folder)
-
-    def settings(cls: type):
-        try:
-            return cls.of_record(record, model)
-        except (KeyError, TypeError, ValueError) as problem:
-            raise no_folder(folder) from problem
-
-    return _run(asked, str(record.get("data")), settings)
-
-
-def _run(asked: Request, data: str, settings: Callable[[type], Any]) -> int:
-    """Runs an evaluation; returns the exit code. A run that breaks off delivers the results so far.
-
-    `settings`: makes `evaluation.run.Settings`, the class that it is called with.
-    """
     from evoprune.bench.questions import load_questions
 
-    check_chart(asked.chart, beside=asked.output, inputs=[data])
-    videos = load_questions(Path(data))
-    evaluation = None
+    record, given = None, {}  # settings: of the run to go on with, or of the command line
+    if data is None:
+        check_output()
+        if other := [each for each in sys.argv[2:] if each[:1] == "-" and each.partition("=")[0] not in BESIDE_RESUME]:
+            hint = "leave it out, or give all settings, --data included"
+            raise UsageError(f"{other[0]} is given beside --resume, which has the settings of its run", hint)
+        record = stored_settings(Path(resume))
+        data = str(record.get("data"))
+    else:
+        sweep = opt.sweep(budget, method, made.pruning.method_args, named=True)
+        check_output()
+        if output is not None and resume is not None:
+            raise UsageError("-o and --resume exclude each other", "--resume goes on in its own folder")
+        groups = tuple(dict.fromkeys(opt.listed(group)))
+        given = {**sweep, "data": data, "blind": blind, "seed": seed, "limit": limit, "groups": groups}
+        given |= {"model": made.model, "sampling": made.sampling, "generation": made.generation}
+    check_chart(chart, beside=output, inputs=[data])
+    videos, evaluation = load_questions(Path(data)), None
+
+    def deliver(error: dict[str, Any] | None = None) -> None:
+        """Writes the results so far: to stdout first, then into the folder, then as a chart."""
+        document = evaluation.document(error)
+        if json or document["rows"] or error is None:
+            show(document, render, json)
+        if evaluation.folder:
+            evaluation.folder.finish(document)
+        write(document, None, chart, draw_chart)
 
     def rescue(error: dict[str, Any]) -> None:
         try:
-            _deliver(evaluation, error, asked)
+            deliver(error)
         finally:
-            if evaluation.folder and not asked.quiet:
+            if evaluation.folder and not quiet:
                 note(f"to go on: evoprune eval --resume {shlex.quote(str(evaluation.folder.path))}")
 
-    with rescuing(lambda: evaluation is not None and evaluation.loaded, rescue), progress(not asked.quiet) as tell:
+    with rescuing(lambda: evaluation is not None and evaluation.loaded, rescue), progress(not quiet) as tell:
         tell("loading libraries")
         prepare()
         from evoprune.bench.eval import EvalSettings, Evaluation, digest
 
-        evaluation = Evaluation(replace(settings(EvalSettings), digest=digest(Path(data))), videos)
-        if asked.resume:
-            evaluation.keep_in(Path(asked.resume), resume=True)
+        try:
+            settings = EvalSettings(**given) if record is None else EvalSettings.of_record(record, made.model)
+        except (KeyError, TypeError, ValueError) as problem:
+            if record is None:
+                raise
+            raise no_folder(Path(resume)) from problem
+        evaluation = Evaluation(replace(settings, digest=digest(Path(data))), videos)
+        if resume:
+            evaluation.keep_in(Path(resume), resume=True)
         tell("loading model")
         evaluation.load(partial(tell, "quantizing"))
-        if asked.output:
-            evaluation.keep_in(Path(asked.output))
-            if not asked.quiet and evaluation.folder.path != Path(asked.output):
-                note(f"{asked.output} is there already: writing to {evaluation.folder.path}")
-        evaluation.run(tell, asked.processes)
-    _deliver(evaluation, None, asked)
+        if output:
+            evaluation.keep_in(Path(output))
+            if not quiet and evaluation.folder.path != Path(output):
+                note(f"{output} is there already: writing to {evaluation.folder.path}")
+        evaluation.run(tell, processes)
+    deliver()
     return SOME_FAILED if evaluation.failed else 0
 
 
-def _deliver(evaluation, error: dict[str, Any] | None, asked: Request) -> None:
-    """Writes the results so far: to stdout first, then into the folder, then as a chart."""
-    from evoprune_cli.eval_tables import draw_chart, table
+# The tables.
 
-    document = evaluation.document(error)
-    if asked.json or document["rows"] or error is None:
-        show(document, table, asked.json)
-    if evaluation.folder:
-        evaluation.folder.finish(document)
-    write(document, None, asked.chart, draw_chart)
+# Of columns, those of answers and those of costs.
+LEGEND = (
+    {
+        "accuracy": "accuracy, in percent, with its 95% interval over videos",
+        "vs full": "vs full: the paired difference in points, with its interval, a tie where that includes 0",
+        "kept": "kept: of full's accuracy",
+    },
+    {
+        "tokens": "tokens that the language model reads, mean of a question and of its layers",
+        "live": "live: share of the rows that the tower computes, mean over its layers",
+        "TFLOP": "TFLOP: operations of tower and prefill at 3B dimensions",
+    },
+)
+UNPARSED = "unparsed: answers that name none of the options, or several; they count as wrong"
+
+
+def render(document: dict, width: int = 80) -> str:
+    """The results: all questions, then group by group; no line longer than `width`."""
+    videos, asked = document["videos"], counted(document["items"]["answered"], "question")
+    failed = f", {videos['failed']} failed" if videos["failed"] else ""
+    about = f"{asked} about {videos['evaluated']} of {counted(videos['wanted'], 'video')}{failed}"
+    lines = folded([model_line(document["model"]), f"{one_line(document['settings']['data'])}: {about}"], width)
+    rows = [row for row in document["rows"] if row["group"] == "all"]
+    notes: list[str] = []
+    if rows:
+        name, columns = itemgetter("name"), dict(ANSWERS)
+        if any(row["unparseable"] for row in rows):
+            columns["unparsed"] = lambda row: f"{row['unparseable']:,}"
+        made, titles = fitting(rows, name, columns, DROPPED, width)
+        lines += ["", *made, *_too_small([rows[0]], width)]
+        versus, legend = _versus_first(rows, width)
+        costs, of_costs = fitting(rows, name, COSTS, DROPPED, width)
+        lines += [*versus, "", *costs]
+        notes = [_explained(LEGEND[0], titles), *legend, _explained(LEGEND[1], of_costs)]
+        notes += [UNPARSED] * ("unparsed" in titles)
+        names, rest = [row["name"] for row in rows], [row for row in document["rows"] if row["group"] != "all"]
+        for title, typed in (("group", False), ("type", True)):
+            found = [row for row in rest if row["group"].startswith("type:") == typed]
+            lines += _by_group(title, found, names, width)
+    lines.append("")
+    if document["error"]:
+        notes.append(f"{document['error']['message']}: not all videos were evaluated")
+    lines += folded((*notes, *failures(document), *document["notes"]), width)
+    return "\n".join(lines) + "\n"
+
+
+def _percent(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{100 * value:{sign}.1f}"
+
+
+def _accuracy(row: dict) -> str:
+    return f"{_percent(row['accuracy'])} ({_percent(row['low'])}-{_percent(row['high'])})"
+
+
+def _difference(row: dict, name: str = "difference") -> str:
+    if row["row"] == "full":
+        return ""
+    from evoprune.bench.scores import is_tie
+
+    value, low, high = (_percent(row[f"{name}{end}"], "+") for end in ("", "_low", "_high"))
+    if low == "-":  # too few videos
+        return value
+    return f"{'tie ' if is_tie(row, name) else ''}{value} ({low} to {high})"
+
+
+# Columns to drop where the terminal has too few characters, in this order: `DROPPED`.
+ANSWERS: dict[str, Callable[[dict], str]] = {
+    "accuracy": _accuracy,
+    "vs full": _difference,
+    "kept": lambda row: "" if row["row"] == "full" else _percent(row["kept_of_full"]),
+}
+COSTS: dict[str, Callable[[dict], str]] = {
+    "tokens": lambda row: f"{row['layer_tokens']:,.0f}",
+    "of all": lambda row: f"{_percent(row['kept_share'] * row['layer_tokens'] / row['tokens'])}%",
+    "live": lambda row: f"{row['live_share']:.2f}",
+    "tower": lambda row: f"{row['tflop_3b_tower']:,.3g}",
+    "prefill": lambda row: f"{row['tflop_3b_prefill']:,.3g}",
+    "TFLOP": lambda row: f"{row['tflop_3b']:,.3g}",
+}
+DROPPED = ("kept", "vs full", "of all", "prefill", "tower", "live", "unparsed")
+
+
+def _explained(legend: dict[str, str], titles: Sequence[str]) -> str:
+    return "; ".join(text for title, text in legend.items() if title in titles)
+
+
+def _versus_first(rows: list[dict], width: int) -> tuple[list[str], list[str]]:
+    """The other methods against the first one, and a note on it. Nothing for one method, or where the terminal is too narrow."""
+    others, of_name = [row for row in rows if row["first"]], {row["name"]: row for row in rows}
+    if not others:
+        return [], []
+    from evoprune.bench.scores import same_tokens
+
+    first = one_line(of_name[others[0]["first"]]["method"])
+    marks = [" *" * (not same_tokens(row, of_name[row["first"]])) for row in others]
+    body = [(row["name"] + mark, _difference(row, "first_difference")) for row, mark in zip(others, marks, strict=True)]
+    made, fits = table(["", f"vs {first}"], body, width)
+    if not fits:
+        return [], []
+    said = [f"* reads another number of tokens than {first} at this budget; how many: below"] if any(marks) else []
+    legend = f"vs {first}: the paired difference to the first method, at the same budget"
+    return ["", *made, *folded(said, width)], [legend]
+
+
+def _by_group(title: str, rows: list[dict], names: list[str], width: int) -> list[str]:
+    """Accuracy of each group in percent, a column a row of the table above; in several tables where one is too wide."""
+    from evoprune.bench.scores import TYPE
+
+    groups: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], {})[row["name"]] = row
+    lines, rest = [], names
+    while rest and groups:
+        for count in range(len(rest), 0, -1):
+            body = []
+            for group, found in groups.items():
+                cells = [_percent(found[name]["accuracy"]) for name in rest[:count]]
+                body.append([group.removeprefix(TYPE), f"{found[names[0]]['n']:,}", *cells])
+            made, fits = table([title, "n", *rest[:count]], body, width)
+            if fits:
+                break
+        lines += ["", *made]
+        rest = rest[count:]
+    return lines + _too_small([found[names[0]] for found in groups.values()], width, title)
+
+
+def _too_small(rows: Sequence[dict], width: int, title: str = "") -> list[str]:
+    """A line below a table with too few questions for a measurement. `rows`: one a group; `title`: what groups are called."""
+    from evoprune.bench.scores import LEAST_QUESTIONS, TYPE
+
+    names = [one_line(row["group"].removeprefix(TYPE)) for row in rows if row["n"] < LEAST_QUESTIONS]
+    if not names:
+        return []
+    where = f" in {f'every {title}' if len(names) == len(rows) else ', '.join(names)}" if title else ""
+    said = f"fewer than {LEAST_QUESTIONS} questions{where}: an example, not a measurement"
+    return folded([said], width)
+
+
+def draw_chart(document: dict) -> str:
+    """SVG: accuracy against tokens, and against cost, a line a method."""
+    rows = [row for row in document["rows"] if row["group"] == "all"]
+    fixed = {"full": INK, "blind": PALE}
+    methods = dict.fromkeys(row["method"] for row in rows if row["row"] == "method")
+    looks = dict(zip(methods, cycle(product((False, True), COLOURS)), strict=False))
+    panels = []
+    for cost, title, label in (
+        ("layer_tokens", "By tokens", "visual tokens read, mean of a question and of the layers"),
+        ("tflop_3b", "By cost", "TFLOP of tower and prefill at 3B dimensions"),
+    ):
+        series = []
+        for name, (hollow, colour) in ({name: (False, colour) for name, colour in fixed.items()} | looks).items():
+            mine = [row for row in rows if row["row" if name in fixed else "method"] == name]
+            labels = [f"-b {budget_text(row['budget'])}" * (row["row"] == "method") for row in mine]
+            points = [Point.percent(row[cost], row, "accuracy", label) for row, label in zip(mine, labels, strict=True)]
+            points.sort(key=lambda point: point.x)
+            if name == "blind" and points:  # a level, not a point: it reads nothing of the video
+                points = [Point(0, points[0].y), Point(rows[0][cost], points[0].y)]
+            if points:
+                series.append(Series(name, tuple(points), colour, dashed=name == "blind", hollow=hollow))
+        panels.append(Panel(title, label, "accuracy, %", tuple(series), from_zero=False))
+    data = one_line(document["settings"]["data"])
+    facts = f"{data}, {counted(rows[0]['n'], 'question')} about {counted(rows[0]['videos'], 'video')}"
+    title = f"{short_name(document['model']['id'])}: accuracy against tokens and against cost"
+    return draw(title, f"{facts}, 95% intervals over videos", panels)

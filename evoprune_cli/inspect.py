@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from textwrap import wrap
 from typing import Any
 
@@ -12,9 +12,7 @@ from evoprune.session.options import ModelOptions, PipelineOptions, PruneOptions
 from evoprune.text import budget_text, clock, counted, size
 from evoprune.video.info import PICTURE
 from evoprune_cli import options as opt
-from evoprune_cli.loading import prepare
-from evoprune_cli.options import flag, own
-from evoprune_cli.results import check_writable, rescuing, write_bytes
+from evoprune_cli.running import check_writable, prepare, rescuing, write_bytes
 from evoprune_cli.terminal import encoding, page_width, print_document, print_warning, printable, progress, stdout
 
 NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # facts of things by their names
@@ -37,33 +35,37 @@ TITLE = 22  # columns of what stands before a value
 OVERLAYS = (".png", ".gif", ".mp4")  # endings of the pictures that `inspect --overlay` draws
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    video: opt.argument(
-        str | None, "VIDEO", "A video file, a folder of frames, or - for stdin; without it, a report on this machine."
-    ) = None
-    overlay: str | None = own(
-        "--overlay FILE",
-        f"Draw which units are read, reused, merged and dropped ({', '.join(OVERLAYS)}). "
-        "Loads the model; pruning options are for this.",
-    )
-    options: opt.MakeOptions
-    scan: bool = flag("--scan", "Decode the whole video and report damage, true length and variable rate.")
-    clear_cache: bool = flag("--clear-cache", "Delete what --cache and --store-quantized keep on disk, then report.")
-    json: bool = flag("--json", "JSON on stdout instead of text.")
-
-
-@opt.with_options(
+@opt.command(
     ModelOptions,
     PruneOptions,
     SamplingOptions,
+    short="overlay scan clear_cache model budget fps frames start_s end_s json",
     without=("load_format", "subtitles", "max_subtitle_tokens"),
     model={
         "unless_typed": "",
         "help": "Hub id, local folder, demo or demo-scenes: what it needs. With a video the default is demo.",
     },
 )
-def inspect(asked: Request) -> int:
+def inspect(
+    *,
+    video: opt.argument(
+        str | None, "VIDEO", "A video file, a folder of frames, or - for stdin; without it, a report on this machine."
+    ) = None,
+    overlay: opt.option(
+        str | None,
+        "--overlay FILE",
+        f"Draw which units are read, reused, merged and dropped ({', '.join(OVERLAYS)}). "
+        "Loads the model; pruning options are for this.",
+    ) = None,
+    options: opt.MakeOptions,
+    scan: opt.option(
+        bool, "--scan", "Decode the whole video and report damage, true length and variable rate."
+    ) = False,
+    clear_cache: opt.option(
+        bool, "--clear-cache", "Delete what --cache and --store-quantized keep on disk, then report."
+    ) = False,
+    json: opt.option(bool, "--json", "JSON on stdout instead of text.") = False,
+) -> int:
     """Show this machine, what a model needs, or what is in a video.
 
     With a video, also show what a model would look at in it, and the memory needed. Loads no weights and uses no network,
@@ -76,108 +78,93 @@ def inspect(asked: Request) -> int:
     evoprune inspect clip.mp4 -m Qwen/Qwen2.5-VL-7B-Instruct --fps 1
     evoprune inspect clip.mp4 --overlay clip.png -b 0.1
     """
-    if asked.video is None:
-        _print(_about_machine(asked), {}, asked.json)
-    else:
-        _print(_about_video(asked), {"video": {"path": asked.video}}, asked.json)
-    return 0
+    facts = {} if video is None else {"video": {"path": video}}
 
-
-def _print(every: Iterator[dict], facts: dict[str, Any], json: bool) -> None:
-    """Prints `facts` and all that are found; where something goes wrong, those that were found before it did."""
-
-    def deliver(error: dict[str, Any] | None) -> None:
-        # What was asked for stands first; about a video, the model comes after it.
-        first = "overlay" if "video" in facts else "model"
+    def deliver(error: dict[str, Any] | None = None) -> None:
+        """Prints all that was found; where something goes wrong, what was found before it did."""
         if json:
             print_document({"schema": "evoprune/inspect@1", **facts, "error": error})
-        elif error is None or "video" not in facts:
+        elif error is None or video is None:
+            # What was asked for stands first; about a video, the model comes after it.
+            first = "model" if video is None else "overlay"
             for line in lines({name: facts[name] for name in (first,) if name in facts} | facts):
                 print(printable(line, stdout()), file=stdout())
 
     with rescuing(lambda: True, deliver):
+        every = _about_machine(options, overlay, scan, clear_cache)
+        if video is not None:
+            every = _about_video(video, options, overlay, scan, clear_cache)
         for found in every:
             facts |= found
-    deliver(None)
+    deliver()
+    return 0
 
 
-def _about_machine(asked: Request) -> Iterator[dict]:
+def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool) -> Iterator[dict]:
     """Versions, devices, decoders, caches, and the model that is named."""
-    if asked.clear_cache:
-        _clear_cache()
-    if asked.scan:
+    if clear_cache:
+        from evoprune.session.cache import Cache
+        from evoprune.session.loading.stored import weights_folder
+
+        for cache in (Cache(), weights_folder()):
+            try:
+                cache.clear()
+            except OSError as problem:
+                hint = "delete it yourself, or name another folder in EVOPRUNE_CACHE_DIR"
+                raise UsageError(f"cannot empty {cache.folder}: {problem.strerror}", hint) from problem
+    if scan:
         raise UsageError("--scan needs a video", "evoprune inspect clip.mp4 --scan")
-    if asked.overlay is not None:
+    if overlay is not None:
         raise UsageError("--overlay needs a video", "evoprune inspect clip.mp4 --overlay clip.png")
     from evoprune.session.inspection import environment_facts, model_facts
+    from evoprune.session.loading.find import look_up
 
     yield environment_facts(stdout())
-    if (model := asked.options().model).model:
-        from evoprune.session.loading.find import look_up
-
+    if (model := options().model).model:
         yield {"model": model_facts(look_up(model))}
 
 
-def _clear_cache() -> None:
-    from evoprune.session.cache import Cache
-    from evoprune.session.loading.stored import weights_folder
-
-    for cache in (Cache(), weights_folder()):
-        try:
-            cache.clear()
-        except OSError as problem:
-            hint = "delete it yourself, or name another folder in EVOPRUNE_CACHE_DIR"
-            raise UsageError(f"cannot empty {cache.folder}: {problem.strerror}", hint) from problem
-
-
-def _about_video(asked: Request) -> Iterator[dict]:
+def _about_video(
+    video: str, options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool
+) -> Iterator[dict]:
     """What a video holds, what a scan finds, what a model would look at, and an overlay: each as soon as it is known."""
-    if asked.clear_cache:
+    if clear_cache:
         raise UsageError("--clear-cache is not about a video", "evoprune inspect --clear-cache")
     from evoprune.video.frames import local_file, probe
+    from evoprune.video.frames import scan as scan_video
 
-    options, video = asked.options(), asked.video
-    rate = options.sampling.frame_rate
-    options = replace(options, model=replace(options.model, model=options.model.model or "demo"))
-    if (file := asked.overlay) is not None:
-        if (ending := _ending(file)) not in OVERLAYS:
+    made = options()
+    made = replace(made, model=replace(made.model, model=made.model.model or "demo"))
+    rate, ending = made.sampling.frame_rate, os.path.splitext(overlay or "")[1].lower()
+    if overlay is not None:
+        if ending not in OVERLAYS:
             hint = ".png shows frame pairs side by side, .gif and .mp4 frame after frame"
             found = repr(ending) if ending else "no ending"
-            raise UsageError(f"--overlay {file} has {found}, which cannot be drawn", hint)
-        check_writable(file, inputs=[video])
+            raise UsageError(f"--overlay {overlay} has {found}, which cannot be drawn", hint)
+        check_writable(overlay, inputs=[video])
     with local_file(video) as path:
         info = replace(probe(path, folder_fps=rate), path=video)
         yield {"video": asdict(info)}
-        if asked.scan:
-            from evoprune.video.frames import scan as scan_video
-
+        if scan:
             yield {"scan": asdict(scan_video(path, folder_fps=rate))}
-        yield from _plan(info, options)
-        if asked.overlay is not None:
-            yield {"overlay": _draw_overlay(asked.overlay, path, video, options)}
+        from evoprune.backend.devices import is_host
+        from evoprune.session.inspection import memory_facts, model_facts, plan_facts
+        from evoprune.session.loading.find import look_up
+        from evoprune.video.plan import default_max_visual_tokens, make_plan
+
+        model, numbers = look_up(made.model), made.sampling.numbers
+        yield {"model": model_facts(model)}
+        if numbers["max_visual_tokens"] is None:
+            on_cpu = is_host(model.device)
+            numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=model.demo is not None)
+        plan = make_plan(info, model.limits[info.kind], **numbers)
+        yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
+        yield {"memory": memory_facts(model, plan, made.pruning)}
+        if overlay is not None:
+            yield {"overlay": _draw_overlay(overlay, ending, path, video, made)}
 
 
-def _plan(info, options: PipelineOptions) -> Iterator[dict]:
-    from evoprune.backend.devices import is_host
-    from evoprune.session.inspection import memory_facts, model_facts, plan_facts
-    from evoprune.session.loading.find import look_up
-    from evoprune.video.plan import default_max_visual_tokens, make_plan
-
-    model, numbers = look_up(options.model), options.sampling.numbers
-    yield {"model": model_facts(model)}
-    if numbers["max_visual_tokens"] is None:
-        on_cpu = is_host(model.device)
-        numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=model.demo is not None)
-    plan = make_plan(info, model.limits[info.kind], **numbers)
-    yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
-    yield {"memory": memory_facts(model, plan, options.pruning)}
-
-
-def _ending(file: str) -> str:
-    return os.path.splitext(file)[1].lower()
-
-
-def _draw_overlay(file: str, path: str, video: str, options: PipelineOptions) -> dict[str, Any]:
+def _draw_overlay(file: str, ending: str, path: str, video: str, options: PipelineOptions) -> dict[str, Any]:
     """Draws what a model makes of a video; the facts to report."""
     with progress(True) as show:
         prepare()
@@ -191,7 +178,7 @@ def _draw_overlay(file: str, path: str, video: str, options: PipelineOptions) ->
         show("drawing")
         name, budget = engine.pruning.name, engine.pruning.budget
         title = f"{os.path.basename(os.path.abspath(video))}, {name} -b {budget_text(budget)}. {traced.summary}"
-        write_bytes(file, overlay_file(traced, title, _ending(file)))
+        write_bytes(file, overlay_file(traced, title, ending))
     for warning in traced.warnings:
         print_warning(warning, VideoFacts(path=video, damaged=traced.damaged))
     facts = {"file": file, "method": name, "args": engine.pruning.method.args, "budget": budget}

@@ -1,4 +1,4 @@
-"""The `evoprune` command: its subcommands, and how all of them handle errors, signals and closed pipes."""
+"""The `evoprune` command: its subcommands, and how all of them handle errors, signals, closed pipes and completion at TAB."""
 
 import contextlib
 import errno
@@ -12,27 +12,41 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
+import shellingham  # comes with Typer
 import typer
+from typer import completion
+from typer.core import TyperGroup
 
 import evoprune
 from evoprune.errors import EvopruneWarning, UsageError, names_plugins
-from evoprune_cli import completion, terminal
+from evoprune_cli import terminal
 from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
 from evoprune_cli.eval import evaluate
-from evoprune_cli.help_format import Group, showing
 from evoprune_cli.inspect import inspect
-from evoprune_cli.live import live
 from evoprune_cli.methods import methods
+from evoprune_cli.options import Command
 from evoprune_cli.profile import profile
 from evoprune_cli.tune import tune
 from evoprune_cli.verify import verify
+from evoprune_cli.watch import watch
 
 # What the parser raises. Some versions of Typer contain click and others import it, so the class is found through Typer's own.
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 # Of the redirected output. Errors of files that are read have a filename.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+class Group(TyperGroup):
+    """All commands. To find the one that a line names, nothing imports pydantic."""
+
+    def get_help_option(self, ctx):
+        """With a default that is False, and not None, which Typer would convert with pydantic."""
+        option = super().get_help_option(ctx)
+        option.default = False
+        return option
+
 
 app = typer.Typer(
     name="evoprune",
@@ -41,11 +55,79 @@ app = typer.Typer(
     '\b\nevoprune ask clip.mp4 "What happens?"\nevoprune ask --help',
     epilog="Exit codes: 0 done, 1 a bug, 2 usage or an output that cannot be written, 3 video, 4 model, 5 out of memory, "
     "6 some items failed or no setting passed, 7 verify found a difference, 130 interrupted, 143 terminated.",
-    add_completion=False,  # the two options are those of evoprune_cli.completion, with errors of our own
+    add_completion=False,  # the two options are those below, with errors of our own
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# Completion at TAB. Scripts and protocol are Typer's. At each TAB the shell's script runs `evoprune` with the line in environment
+# variables, and offers the lines that are printed. Where there are none it offers files.
+
+PROGRAM = "evoprune"
+VARIABLE = "_EVOPRUNE_COMPLETE"  # what a script asks for: complete_bash, or source_bash for the script itself
+SHELLS = tuple(shell.value for shell in completion.Shells)
+BY_HAND = f"{VARIABLE}=source_bash {PROGRAM} prints the script of bash; others: {', '.join(SHELLS[1:])}"
+
+
+def _prepare_completion() -> None:
+    """Makes ready what Typer needs to answer a script; without a request it does nothing.
+
+    Raises UsageError: no shell or no request that Typer knows.
+    """
+    if not _completes():
+        return
+    request = os.environ[VARIABLE]
+    action, _, shell = request.partition("_")
+    if shell == "source":  # click's order of the two
+        action, shell = shell, action
+    if action not in ("source", "complete"):
+        raise UsageError(f"{VARIABLE}={request} is unknown", BY_HAND)
+    _check_shell(shell)
+    if (action, shell) == ("complete", "bash"):  # which makes three words of `--method=divprune`
+        try:
+            words, current = os.environ["COMP_WORDS"].split("\n"), int(os.environ["COMP_CWORD"])
+        except (KeyError, ValueError) as problem:
+            raise UsageError(f"{VARIABLE}=complete_bash needs COMP_WORDS and COMP_CWORD", BY_HAND) from problem
+        if words[current - 1 : current] == ["="] and words[current - 2].startswith("--"):
+            del words[current - 1]
+            os.environ |= {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(current - 1)}
+    os.environ[VARIABLE] = f"{action}_{shell}"
+    os.environ["COLUMNS"] = "1000"  # rich would fold help at the terminal's width, and fish offers every line
+    completion.completion_init()
+
+
+def _completes() -> bool:
+    """Whether a script asks for something, so that this is no command of a user."""
+    return bool(os.environ.get(VARIABLE))
+
+
+def _check_shell(shell: str) -> None:
+    if shell not in SHELLS:
+        raise UsageError(f"no completion for the shell {shell!r}", BY_HAND)
+
+
+def _complete_here(context: typer.Context, option: typer.CallbackParam, wanted: bool) -> None:
+    """Installs or prints the script of the shell that called, found among the parents of this process, and exits."""
+    if not wanted or context.resilient_parsing:
+        return
+    try:
+        shell, _ = shellingham.detect_shell()
+    except shellingham.ShellDetectionFailure as problem:
+        raise UsageError("cannot detect which shell this is", BY_HAND) from problem
+    _check_shell(shell)
+    if option.name == "show_completion":
+        typer.echo(completion.get_completion_script(shell=shell, prog_name=PROGRAM, complete_var=VARIABLE))
+        raise typer.Exit
+    try:
+        _, path = completion.install(shell, PROGRAM)
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UsageError(f"cannot install the completion of {shell}: {problem}", BY_HAND) from problem
+    typer.echo(f"{shell} completion installed in {path}; it works in shells that start from now on")
+    raise typer.Exit
+
+
+# The commands.
 
 
 def _version(context: typer.Context, wanted: bool) -> None:
@@ -57,29 +139,25 @@ def _version(context: typer.Context, wanted: bool) -> None:
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
-    install_completion: completion.InstallCompletion = False,
-    show_completion: completion.ShowCompletion = False,
+    version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Print the version."),
+    install_completion: bool = typer.Option(
+        False,
+        "--install-completion",
+        is_eager=True,
+        callback=_complete_here,
+        help="Install completion at TAB for this shell.",
+    ),
+    show_completion: bool = typer.Option(
+        False, "--show-completion", is_eager=True, callback=_complete_here, help="Print its script instead."
+    ),
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(2)
 
 
-# Names of the options in the short help of each command.
-SHORT_HELP = {
-    ask: "more interactive compare model budget fps frames start_s end_s max_new_tokens json quiet verbose",
-    batch: "questions source output resume overwrite model budget fps quiet",
-    live: "question every questions pace window_s memory_s model budget fps json quiet",
-    evaluate: "data limit budget method blind model output resume chart json quiet",
-    tune: "questions agree time_limit budget method model output chart json quiet",
-    inspect: "overlay scan clear_cache model budget fps frames start_s end_s json",
-    profile: "budget method frames size model time_limit form output chart quiet",
-    verify: "quick time_limit model output json quiet",
-    methods: "json",
-}
-for command, names in SHORT_HELP.items():
-    app.command({evaluate: "eval", live: "watch"}.get(command), cls=showing(*names.split()))(command)
+for command in (ask, batch, watch, evaluate, tune, inspect, profile, verify, methods):
+    app.command("eval" if command is evaluate else command.__name__, cls=Command)(command)
 # Of the JSON lines of these commands; the others print a report.
 SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "inspect", "methods", "tune", "verify")}
 
@@ -107,7 +185,14 @@ def run() -> None:
     """Runs the command line and exits with a documented code; a traceback is for `--debug` or EVOPRUNE_DEBUG=1."""
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _once_more
-    _replace_closed_streams()
+    # Something in the place of streams that were closed at the start, or the next file that is opened would be there.
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdout = terminal.ClosedOutput() if sys.stdout is None else sys.stdout
+    sys.stderr = open(os.devnull, "w") if sys.stderr is None else sys.stderr  # noqa: SIM115 (open to the end)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
@@ -127,26 +212,13 @@ def _show_warning(usual: Callable[..., None], message: Warning, category: type[W
         usual(message, category, *where, **more)
 
 
-def _replace_closed_streams() -> None:
-    """Puts something in the place of streams that were closed at the start, or the next file that is opened would be there."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-    if sys.stdout is None:
-        sys.stdout = terminal.ClosedOutput()
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
-
-
 def _outcome() -> int:
     """Runs the command and reports how it ended; the exit code."""
     streams = sys.stdout, sys.stderr
     try:
         # Not standalone, or click would print errors its own way. Commands return their exit code.
         columns = min(shutil.get_terminal_size().columns, terminal.WIDTH)
-        completion.prepare()
+        _prepare_completion()
         try:
             with names_plugins():
                 code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
@@ -157,7 +229,7 @@ def _outcome() -> int:
     except BrokenPipeError:
         code = _nobody_reads(streams)
     except SystemExit as ended:  # Typer and rich raise it for a closed pipe, and Typer when it has answered a shell
-        code = ended.code if completion.is_requested() else _nobody_reads(streams)
+        code = ended.code if _completes() else _nobody_reads(streams)
     except typer.Exit as done:
         code = done.exit_code
     except (KeyboardInterrupt, typer.Abort):
@@ -194,9 +266,12 @@ def _report(problem: Exception) -> int:
         _nobody_reads([sys.stdout])
         terminal.print_error(f"cannot write the output: {problem.strerror}", "is the disk full?")
         return UsageError.exit_code
-    error = terminal.failure(
-        UsageError(_sentence(problem), _hint(problem)) if isinstance(problem, ParserError) else problem
-    )
+    if isinstance(problem, ParserError):
+        text = " ".join(problem.format_message().split()).rstrip(".")
+        text = re.sub(r"Input should be a valid (integer|number), unable to parse .*", r"not a valid \1", text)
+        text = re.sub(r"^Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", r"unexpected extra words: \1", text)
+        problem = UsageError(text, _hint(problem.format_message()))
+    error = terminal.failure(problem)
     if "--json" in sys.argv[1:] and not getattr(problem, "reported", False):
         if schema := SCHEMAS.get(_command()):
             terminal.print_document({"schema": schema, "error": error})
@@ -213,14 +288,8 @@ def _command() -> str | None:
     return next((word for word in sys.argv[1:] if not word.startswith("-")), None)
 
 
-def _sentence(problem: Exception) -> str:
-    text = " ".join(problem.format_message().split()).rstrip(".")
-    text = re.sub(r"Input should be a valid (integer|number), unable to parse .*", r"not a valid \1", text)
-    return re.sub(r"^Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", r"unexpected extra words: \1", text)
-
-
-def _hint(problem: Exception) -> str:
-    text = problem.format_message()
+def _hint(text: str) -> str:
+    """What to do about what the parser says."""
     dashed = [word for word in sys.argv[2:] if word.startswith("-") and os.path.exists(word)]
     if dashed and "--" not in sys.argv:
         return f"a file whose name begins with a dash is ./{dashed[0]}"
@@ -232,5 +301,5 @@ def _hint(problem: Exception) -> str:
         return USAGE
     if "No such command" in text and os.path.exists(text.split("'")[1]):
         return f"to ask about a video: {USAGE}"
-    known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    known = {command.name for command in app.registered_commands}
     return f"see evoprune {_command()} --help-all" if _command() in known else "see evoprune --help"

@@ -2,17 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from evoprune import methods as registry
 from evoprune.errors import EvopruneError
-from evoprune_cli.help_format import HelpAll
-from evoprune_cli.options import Debug
-from evoprune_cli.results import print_text
-from evoprune_cli.tables import folded, one_line, table
-from evoprune_cli.terminal import page_width, print_document
+from evoprune_cli import options as opt
+from evoprune_cli.running import print_text
+from evoprune_cli.terminal import folded, one_line, page_width, print_document, table
 
 ACTS = {
     "none": "nowhere",
@@ -25,8 +21,6 @@ COMBINED = (
     "A method is NAME or NAME:SETTING=VALUE. Joined by +, several act one after the other: reuse+NAME encodes changed units alone; "
     "ipcv+NAME computes a third of the rows in most layers; NAME+fastv drops tokens inside the language model, too."
 )
-
-
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "name": lambda facts: facts["name"],
     "acts": lambda facts: ACTS.get(facts["acts"], "-"),
@@ -35,11 +29,8 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def methods(
-    json: Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text.")] = False,
-    debug: Debug = False,
-    help_all: HelpAll = False,
-) -> int:
+@opt.command(short="json")
+def methods(*, json: opt.option(bool, "--json", "JSON on stdout instead of text.") = False) -> int:
     """List the pruning methods, those of installed plug-ins too.
 
     \b

@@ -1,46 +1,98 @@
-"""The options of several commands. Those of the pipeline are made of the dataclasses that define them."""
+"""The options of commands: how they are declared, shown by `--help` and `--help-all`, and completed at TAB.
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import MISSING, Field, field, fields, replace
+A command is a function with a keyword for each of its own options. Options of the pipeline are made of the dataclasses that define
+them, so one is added there, in one place.
+"""
+
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from dataclasses import fields, replace
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, get_args
 
 import typer
+from typer.core import TyperCommand
 
 from evoprune import methods
+from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
 from evoprune.keywords import OPTION, Option
-from evoprune.methods.budget import PRESETS, parse_budget, parse_budget_or_name
+from evoprune.methods.budget import AUTOS, PRESETS, parse_budget, parse_budget_or_name
+from evoprune.methods.registry import REUSE
 from evoprune.session.options import PipelineOptions
-from evoprune_cli import completion
-from evoprune_cli.help_format import HelpAll
+from evoprune_cli.terminal import only_answers_on_stdout
 
-COMPLETED = {"model": completion.MODEL, "budget": completion.BUDGET, "method": completion.METHOD}
-TYPER = "typer"  # in the metadata of a field that `own` makes
 MakeOptions = Callable[[], PipelineOptions]  # makes them of what was typed; raises UsageError
-Command = Callable[..., int]
+
+# What is completed at TAB. Typer offers those of the words that go on as was typed; where there are none, the shell offers files.
+# A function of Typer's tells its parameters by their types, and by the name `incomplete`.
 
 
-def option(panel: str, declared: Any, names: str, text: str, **settings: Any) -> Any:
-    """The annotation of an option of several commands, under the title `panel` in the full help. Names: "-o --output FILE"."""
-    return Annotated[declared, _said(names, text, rich_help_panel=panel, **settings)]
+def one_of(*words: str) -> dict[str, Any]:
+    """The metavar and the completion of an option that takes one of these. Words in capitals are no values: FILE, N."""
+    names = [word.partition("[")[0] for word in words if word[0].islower()]  # of "cuda[:N]", "cuda"
+    return {
+        "metavar": "|".join(words),
+        "autocompletion": lambda incomplete: [] if "FILE" in words and not incomplete else names,
+    }
 
 
-def own(names: str, text: str, default: Any = None, **settings: Any) -> Any:
-    """A field of a command's dataclass: an option of this command alone."""
-    return field(default=default, metadata={TYPER: _said(names, text, **settings)})
+def list_of(*names: str) -> dict[str, Any]:
+    """The same of an option that takes several, with commas between them."""
+    return {"metavar": "LIST", "autocompletion": lambda incomplete: _after_commas(incomplete, lambda last: names)}
 
 
-def flag(names: str, text: str) -> Any:
-    """As `own`, of a bool that is False unless it is typed."""
-    return own(names, text, default=False)
+def _after_commas(typed: str, complete: Callable[[str], Iterable[str]]) -> list[str]:
+    """Completes the last name of a list, behind those that are there; none twice."""
+    before = typed[: typed.rfind(",") + 1]
+    return [before + name for name in complete(typed[len(before) :]) if name not in before.split(",")]
 
 
-def _said(names: str, text: str, **settings: Any) -> Any:
+def _methods(typed: str) -> list[str]:
+    """What may follow the last `+`."""
+    before = typed[: typed.rfind("+") + 1]
+    found = [before + name for name in methods.available() if _exists(before + name)]
+    if typed and f"{REUSE}+".startswith(typed) and not any(name.startswith(typed) for name in found):
+        return _methods(f"{REUSE}+")  # it is no method alone
+    return found
+
+
+def _exists(method: str) -> bool:
+    try:
+        methods.check(method)
+    except UsageError:
+        return False
+    return True
+
+
+def _budget_lists(context: typer.Context, incomplete: str) -> list[str]:
+    """In `eval` of all budgets, elsewhere of those that are numbers."""
+    return _after_commas(incomplete, lambda last: ALL_BUDGETS if context.info_name == "eval" else PRESETS)
+
+
+ALL_BUDGETS = (*PRESETS, *AUTOS)
+BUDGETS = {"metavar": "LIST", "autocompletion": _budget_lists}
+METHODS = {"metavar": "LIST", "autocompletion": lambda incomplete: _after_commas(incomplete, _methods)}
+COMPLETED = {  # options of the pipeline whose values are not words of a field
+    "model": {"metavar": "ID|DIR|demo", "autocompletion": lambda incomplete: [*DEMOS]},
+    "budget": {"metavar": "SHARE|PRESET|auto", "autocompletion": lambda incomplete: [*ALL_BUDGETS]},
+    "method": {"metavar": "NAME", "autocompletion": _methods},
+}
+
+# How options are declared.
+
+
+def option(declared: Any, names: str, text: str, panel: str | None = None, **settings: Any) -> Any:
+    """The annotation of an option. Names: "-o --output FILE". `panel`: its title in the full help."""
     *flags, last = names.split()
-    flags, metavar = ([*flags, last], {}) if last.startswith("-") else (flags, {"metavar": last})
-    return typer.Option(*flags, help=text, **metavar, **settings)
+    if last.startswith("-"):
+        flags.append(last)
+    else:
+        settings["metavar"] = last
+    return Annotated[declared, typer.Option(*flags, help=text, rich_help_panel=panel, **settings)]
 
 
 def argument(declared: Any, metavar: str, text: str) -> Any:
@@ -48,135 +100,112 @@ def argument(declared: Any, metavar: str, text: str) -> Any:
     return Annotated[declared, typer.Argument(metavar=metavar, help=text, show_default=False)]
 
 
-def with_options(
-    *groups: type, without: Iterable[str] = (), panels: dict[str, str] | None = None, **changed: dict[str, Any]
-) -> Callable[[Callable[[Any], int]], Command]:
-    """Decorates a command whose only parameter is a dataclass: its fields become options and arguments.
+def command(
+    *groups: type, short: str, without: Iterable[str] = (), **changed: dict[str, Any]
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Decorates a command, which gets `--debug` and `--help-all`.
 
-    The field `options`, a `MakeOptions`, so that the command reports wrong values as its other errors, becomes an option for each
-    field of `groups`. Fields that are not offered have their defaults. `--debug` and `--help-all` are added.
+    Its parameter `options`, a `MakeOptions`, so that the command reports wrong values as its other errors, stands for an option for
+    each field of `groups`. Fields that are not offered have their defaults.
 
     Args:
+        short: names of the parameters in the short help.
         without: names of fields that are not offered.
-        panels: by the name of its first field, the title in the full help of fields that `own` makes.
         changed: what the command says otherwise of a field, by its name: fields of `Option`.
     """
-    offered = [(group.PANEL, each) for group in groups for each in fields(group) if each.name not in without]
-    said = {each.name: replace(each.metadata[OPTION], **changed.get(each.name, {})) for _, each in offered}
+    offered = {each.name: (group.PANEL, each) for group in groups for each in fields(group) if each.name not in without}
+    said = {name: replace(each.metadata[OPTION], **changed.get(name, {})) for name, (_, each) in offered.items()}
+    pipeline = [_parameter(panel, each, said[name]) for name, (panel, each) in offered.items()]
 
-    def decorate(command: Callable[[Any], int]) -> Command:
-        (request,) = (parameter.annotation for parameter in signature(command).parameters.values())
-        parameters = []
-        for parameter in _of_fields(request, panels or {}):
-            pipeline = [_parameter(panel, each, said[each.name]) for panel, each in offered]
-            parameters += pipeline if parameter.name == "options" else [parameter]
-
-        @wraps(command)
+    def decorate(function: Callable[..., int]) -> Callable[..., int]:
+        @wraps(function)
         def run(debug: bool, help_all: bool, **given: Any) -> int:
-            typed = {name: given.pop(name) for name in said}
-            return command(request(**given, options=partial(_made, said, typed)))
+            if groups:
+                given["options"] = partial(_made, said, {name: given.pop(name) for name in said})
+            return function(**given)
 
-        run.__signature__ = Signature([*parameters, *signature(_for_all).parameters.values()])
-        run.__annotations__ = {}
+        own = signature(function).parameters.values()
+        parameters = [each for one in own for each in (pipeline if one.name == "options" else [one])]
+        run.__signature__, run.__annotations__ = Signature([*parameters, *FOR_ALL]), {}
+        run.short = short.split()
         return run
 
     return decorate
 
 
-def _of_fields(request: Any, panels: dict[str, str]) -> Iterator[Parameter]:
-    panel = None
-    for each in fields(request):
-        annotation, panel = each.type, panels.get(each.name, panel)
-        if said := each.metadata.get(TYPER):
-            said.rich_help_panel = panel
-            annotation = Annotated[annotation, said]
-        default = Parameter.empty if each.default is MISSING else each.default
-        yield Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+def _names(name: str, said: Option) -> str:
+    """How a field of a name is typed, the long form last."""
+    return " ".join(said.flags) or f"--{name.replace('_', '-')}"
 
 
-def _parameter(panel: str, field: Field, said: Option) -> Parameter:
+def _parameter(panel: str, field: Any, said: Option) -> Parameter:
     """An option of the pipeline, as Typer takes parameters of a command."""
     default = field.default if said.unless_typed is None else said.unless_typed
     declared = said.typed or (str if str in get_args(field.type) else field.type)
     annotation = option(
-        panel,
         declared | None if default is None else declared,
-        " ".join(_flags(field.name, said)),
+        _names(field.name, said),
         said.help,
+        panel,
         envvar=said.env,
         min=said.least,
         max=said.most,
         show_default=default != "",
-        **COMPLETED.get(field.name) or (completion.one_of(*said.words) if said.words else {"metavar": said.metavar}),
+        **COMPLETED.get(field.name) or (one_of(*said.words) if said.words else {"metavar": said.metavar}),
     )
     return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _flags(name: str, said: Option) -> tuple[str, ...]:
-    """How a field of a name is typed, the long form last."""
-    return said.flags or (f"--{name.replace('_', '-')}",)
-
-
 def _made(said: dict[str, Option], typed: dict[str, Any]) -> PipelineOptions:
-    parse = {name: each.parse for name, each in said.items() if each.parse}
     try:
-        return PipelineOptions.of(
-            **{name: parse[name](value) if name in parse else value for name, value in typed.items()}
-        )
+        values = {name: said[name].parse(value) if said[name].parse else value for name, value in typed.items()}
+        return PipelineOptions.of(**values)
     except UsageError as problem:  # which may begin with the name of a field in Python
         name = problem.message.partition(" is ")[0]
         if name in said:
-            problem.message = _flags(name, said[name])[-1] + problem.message.removeprefix(name)
+            problem.message = _names(name, said[name]).split()[-1] + problem.message.removeprefix(name)
         raise
 
 
-SWEEP = "Sweep (lists by commas or repetition)"  # the title of a panel
+# Options of several commands.
+
+SWEEP, OUTPUT = "Sweep (lists by commas or repetition)", "Output"  # titles of panels
 Budgets = option(
-    SWEEP,
     list[str] | None,
     "-b --budget",
     "Shares of visual tokens kept, or presets; only in eval auto, auto:inflection; "
     f"default: {','.join(list(PRESETS)[1:])}. Full is always there.",
+    SWEEP,
     envvar="EVOPRUNE_BUDGET",
-    **completion.BUDGETS,
+    **BUDGETS,
 )
 Methods = option(
-    SWEEP,
     list[str] | None,
     "--method",
     f"Names (see evoprune methods); default: {methods.DEFAULT}. NAME:SETTING=VALUE for its settings; "
     "reuse+NAME, ipcv+NAME and NAME+fastv.",
-    **completion.METHODS,
+    SWEEP,
+    **METHODS,
 )
-_output = partial(option, "Output")
-Json = _output(bool, "--json", "One JSON line a question on stdout, instead of text.")
-JsonResults = _output(bool, "--json", "The results as one JSON line instead of a table.")
-Quiet = _output(bool, "-q --quiet", "No progress, notes or stats; warnings remain.")
-Stats = _output(
+Json = option(bool, "--json", "One JSON line a question on stdout, instead of text.", OUTPUT)
+JsonResults = option(bool, "--json", "The results as one JSON line instead of a table.", OUTPUT)
+Quiet = option(bool, "-q --quiet", "No progress, notes or stats; warnings remain.", OUTPUT)
+Stats = option(
     bool | None,
     "--stats/--no-stats",
     "Stage times and token counts on stderr; default: unless --json or -q, in one line from the second question on.",
+    OUTPUT,
 )
-Verbose = _output(bool, "-v --verbose", "Also print rows of every layer, settings, versions.")
-Cache = _output(
+Verbose = option(bool, "-v --verbose", "Also print rows of every layer, settings, versions.", OUTPUT)
+Cache = option(
     bool,
     "--cache/--no-cache",
     "Keep encoded videos on disk (at most 2 GiB) and reuse them.  [env var: EVOPRUNE_CACHE_DIR]",
+    OUTPUT,
 )
-Debug = _output(bool, "--debug", "Show the traceback of an error.  [env var: EVOPRUNE_DEBUG]")
 
 
-def _for_all(*, debug: Debug = False, help_all: HelpAll = False) -> None:
-    """The last options of every command. `terminal.print_traceback` and a callback of `HelpAll` read them, not the command."""
-
-
-def check_choice(name: str, value: str | None, known: Iterable[str | None]) -> None:
-    """Raises UsageError where an option has none of the values that it takes."""
-    if value not in known:
-        raise UsageError(f"{name} {value!r} is unknown", f"one of {', '.join(filter(None, known))}")
-
-
-def listed(texts: list[str] | None) -> list[str]:
+def listed(texts: Sequence[str] | None) -> list[str]:
     """A list given by commas or by repeating the option."""
     return [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
 
@@ -191,3 +220,78 @@ def sweep(budgets: list[str] | None, names: list[str] | None, args: dict[str, st
         methods.check(name)
     shares = map(parse_budget_or_name if named else parse_budget, listed(budgets) or list(PRESETS)[1:])
     return {"budgets": tuple(dict.fromkeys(shares)), "methods": wanted, "method_args": args}
+
+
+# How options are shown: as plain text, which can be piped and keeps the names of options whole on a narrow terminal. `--help` has
+# the options that most people need, on one screen; `--help-all` has all of them, under the titles of their panels.
+
+BESIDE_NAMES = 60  # characters of help that a shell prints beside the name of an option
+EVERYTHING = "evoprune.help_all"  # in the `meta` of a context whose help names every option
+
+
+def full_help(context: typer.Context) -> str:
+    context.meta[EVERYTHING] = True
+    return context.get_help()
+
+
+def _print_full_help(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        typer.echo(full_help(context))
+        raise typer.Exit
+
+
+# The last options of every command. `terminal.print_traceback` and a callback read them, not the command.
+FOR_ALL = [
+    Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+    for name, annotation in {
+        "debug": option(bool, "--debug", "Show the traceback of an error.  [env var: EVOPRUNE_DEBUG]", OUTPUT),
+        "help_all": option(bool, "--help-all", "Show all options and exit.", is_eager=True, callback=_print_full_help),
+    }.items()
+]
+
+
+class Command(TyperCommand):
+    """A command with a short and a full help."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        """Nothing where names alone are wanted, for a shell or a document: Typer would import pydantic for the values."""
+        return [] if ctx.resilient_parsing else super().parse_args(ctx, args)
+
+    def invoke(self, ctx):
+        """Runs the command; stdout is then for its answers alone."""
+        with only_answers_on_stdout():
+            return super().invoke(ctx)
+
+    def format_options(self, ctx, formatter) -> None:
+        """Every option under the title of its panel, or the common ones in one list."""
+        everything = ctx.meta.get(EVERYTHING)
+        sections = {"Arguments": [], "Options": []}
+        for param in self.get_params(ctx):
+            is_option = param.param_type_name == "option"
+            if not everything and is_option:
+                if param.name not in (*self.callback.short, "help"):
+                    continue
+                param = copy(param)
+                param.help = re.sub(r"(\.) .*", r"\1", param.help or "", flags=re.DOTALL)  # its first sentence
+            if record := param.get_help_record(ctx):
+                # A word for values in the place of a type of Python; those of arguments need none.
+                name = re.sub(r"^([^-\s]\S*) <.*>$", r"\1", record[0])
+                name = name.replace("<str>", "TEXT").replace("<int>", "N").replace("<float>", "N")
+                panel = (everything and getattr(param, "rich_help_panel", None)) or "Options"
+                sections.setdefault(panel if is_option else "Arguments", []).append((name, record[1]))
+        for title, rows in sections.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows, col_max=formatter.width // 3)  # longer names get a line of their own
+
+    def shell_complete(self, ctx, incomplete: str) -> list:
+        """The names of options for a shell, each with the beginning of its help."""
+        found = super().shell_complete(ctx, incomplete)
+        for item in found:
+            item.help = textwrap.shorten(item.help or "", BESIDE_NAMES, placeholder="...")
+        return found
+
+    def format_epilog(self, ctx, formatter) -> None:
+        if not ctx.meta.get(EVERYTHING):
+            formatter.write_paragraph()
+            formatter.write_text(f"All options: {ctx.command_path} --help-all")

@@ -1,4 +1,4 @@
-"""What is printed on a terminal: errors, warnings, notes and progress on stderr, JSON on stdout. Colour only on a terminal."""
+"""What is printed: errors, warnings, notes and progress on stderr, tables and JSON on stdout. Colour only on a terminal."""
 
 import io
 import json
@@ -6,21 +6,20 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from evoprune.errors import UsageError, error_record
-from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, stats_block, summary, warned, warning_text
+from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, precision, warning_text
 from evoprune.text import counted, harmless
 
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1"}
 TAB = 8  # columns
 FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b"}  # with the option each sets
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
-if TYPE_CHECKING:
-    from evoprune.session.planning import PromptSubtitles
-
+MIN_NAME = 8  # characters of the first column of a table for which the others keep their width
+T = TypeVar("T")
 
 _stdout: TextIO | None = None  # while `sys.stdout` is stderr
 
@@ -102,9 +101,14 @@ def encodable(text: str, stream=None) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def one_line(text: str) -> str:
+    """A path, for example, as one line of printable text."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def printable(text: str, stream=None) -> str:
     """Text as one line without control characters, within the stream's encoding."""
-    return encodable("".join(c if c.isprintable() else "?" for c in text), stream)
+    return encodable(one_line(text), stream)
 
 
 def note(text: str = "") -> None:
@@ -176,24 +180,6 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
     print_titled("warning:", text)
 
 
-def print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
-    """Prints the warnings of inputs, each about the one that it is of, then those about the model; perhaps only some `names`."""
-    for name, video in warned(report):
-        if name != "limited" and (names is None or name in names):  # a note has said which limit, and to what
-            print_warning(name, video)
-
-
-def print_stats(report: Report, verbose: bool, short: bool) -> None:
-    """Prints the stats of an answer on stderr as a block behind an empty line; `short`: in one line, of a comparison in two."""
-    if short:
-        for title, each in {"pruned: ": report, "full: ": report.compare}.items() if report.compare else [("", report)]:
-            tell(f"{title}{summary(each)}")
-        return
-    note()
-    for line in stats_block(report, columns(), verbose):
-        note(paint(printable(line), "2"))
-
-
 def tell(text: str) -> None:
     """Prints a sentence on stderr, folded to the terminal's width."""
     for line in _folded(printable(text), 2):
@@ -214,16 +200,6 @@ def _folded(text: str, indent: int) -> list[str]:
     """Lines for stderr: on a terminal folded at spaces, the later ones indented; elsewhere one line, for programs that read it."""
     settings = {"subsequent_indent": " " * indent, "break_on_hyphens": False, "break_long_words": False}
     return textwrap.wrap(text, max(columns(), 30), **settings) if sys.stderr.isatty() else [text]
-
-
-def note_subtitles(found: "PromptSubtitles") -> None:
-    """Says on stderr which subtitles are in the prompt, if any were asked for, and how many of their lines."""
-    if found.source is not None:
-        cut = found.lines_in_prompt < found.lines
-        part, by = (f"{found.lines_in_prompt:,} of ", " (--max-subtitle-tokens)") if cut else ("", "")
-        tell(f"subtitles: {found.source}, {part}{counted(found.lines, 'line')}{by}")
-    elif found.note:
-        tell(f"note: no subtitles: {found.note}")
 
 
 class Wrapped:
@@ -326,3 +302,72 @@ def progress(active: bool, timing: bool = False) -> Iterator:
             status.update(f"{what} {done:,}/{total:,}" if total else what)
 
         yield show
+
+
+# Tables and folded lines of text for stdout.
+
+
+def short_name(model: str) -> str:
+    """What titles call a model: the last part of its id or path."""
+    return one_line(model).rpartition("/")[2]
+
+
+def model_line(model: dict) -> str:
+    """Its id, precision and device. `model`: of a document of results."""
+    return f"{one_line(model['id'])}, {precision(model['dtype'], model.get('quantize'))}, {model['device']}"
+
+
+def failures(document: dict) -> list[str]:
+    """A line for each video that failed. `document`: of results."""
+    return [one_line(f"failed: {each['video']}: {each['message']}") for each in document["failures"]]
+
+
+def folded(texts: Iterable[str], width: int, **settings: bool) -> list[str]:
+    """Lines no longer than `width`; those that continue one are indented, empty ones stay."""
+    return [line for text in texts for line in textwrap.wrap(text, width, subsequent_indent="  ", **settings) or [""]]
+
+
+def table(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], width: int, right: bool = True
+) -> tuple[list[str], bool]:
+    """The lines of a table, and whether it fits into `width` as it is. Where it does not, words are broken and none is cut.
+
+    `right`: the columns after the first hold numbers, and the first gives way to them.
+    """
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    made, rows = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style=""), list(rows)
+    for number, title in enumerate(titles):
+        made.add_column(title, justify="right" if number and right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    wide = Measurement.get(console, console.options.update(width=10_000), made).maximum
+    if right and wide > width:
+        cells = [[*title.split(), *(row[number] for row in rows)] for number, title in enumerate(titles)]
+        least = [max(map(cell_len, column), default=0) for column in cells[1:]]
+        if width - sum(least) - 2 * len(least) >= MIN_NAME:
+            for column, columns in zip(made.columns[1:], least, strict=True):
+                column.width = columns
+    with console.capture() as captured:
+        console.print(made)
+    return [line.rstrip() for line in captured.get().splitlines()], wide <= width
+
+
+def fitting(
+    rows: Sequence[T], name: Callable[[T], str], columns: dict[str, Callable[[T], str]], drop: Iterable[str], width: int
+) -> tuple[list[str], list[str]]:
+    """A table of as many columns as there is room for: its lines, and their titles. Those of `drop` are left out, in this order.
+
+    `name`: of a row, in the first column. `columns`: title and cell of the others.
+    """
+    for title in (None, *drop):
+        columns = {each: cell for each, cell in columns.items() if each != title}
+        body = [[name(row), *(cell(row) for cell in columns.values())] for row in rows]
+        lines, fits = table(["", *columns], body, width)
+        if fits:
+            break
+    return lines, list(columns)

@@ -1,70 +1,83 @@
 """`evoprune tune`: the fastest setting that changes a model's answers little enough, found without labels."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from evoprune import methods
+from evoprune.bench.chart import COLOURS, PALE, Panel, Point, Series, draw
 from evoprune.errors import UsageError, VideoError
 from evoprune.methods.budget import parse_budget
 from evoprune.report import rounded
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
-from evoprune.text import missing_hint, shown
-from evoprune_cli import completion
+from evoprune.text import counted, missing_hint, shown
 from evoprune_cli import options as opt
-from evoprune_cli.loading import prepare
-from evoprune_cli.options import flag, own
-from evoprune_cli.results import SOME_FAILED, check_chart, check_writable, rescuing, show, write
-from evoprune_cli.terminal import check_output, note, progress
+from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, prepare, rescuing, show, write
+from evoprune_cli.terminal import check_output, failures, fitting, folded, model_line, note, progress, short_name
 
 AGREE = 0.98
 ASKED = "What is asked"  # the title of a panel
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    videos: opt.argument(list[str], "VIDEO", "Video files like those that will be asked about.")
-    questions: list[str] | None = own(
-        "-Q --question TEXT", "Asked of every video; repeatable. Default: three general ones."
-    )
-    question_file: str | None = own("--questions FILE", "A text file with a question on each line.")
-    agree: float = own(
-        "--agree SHARE",
-        "Share of the full answers' tokens at which the pruned model must make the same first choice, at the lower end of "
-        "the 95% interval.",
-        default=AGREE,
-    )
-    time_limit: float = own(
-        "--time-limit SECONDS",
-        "Of the whole run, loading included. The most promising settings are tried on all videos, the others on fewer.",
-        default=600,
-    )
-    budget: list[str] | None = own(
-        "-b --budget",
-        "Shares of visual tokens to try, or presets.  [default: 0.5,0.35,0.25,0.15,0.1]",
-        **completion.BUDGETS,
-    )
-    method: list[str] | None = own(
-        "--method", "Further methods to try, beside those that are always tried.", **completion.METHODS
-    )
-    operations: bool = flag("--operations", "Find the recipe of the method operations for this model instead.")
-    options: opt.MakeOptions
-    output: str | None = own("-o --output FILE.json", "Also write the results there, as JSON.")
-    chart: str | None = own("--chart FILE.svg", "Draw agreement against the time to the first token.")
-    json: opt.JsonResults = False
-    quiet: opt.Quiet = False
-
-
-@opt.with_options(
+@opt.command(
     ModelOptions,
     PruneOptions,
     SamplingOptions,
+    short="questions agree time_limit budget method model output chart json quiet",
     without=("load_format", "budget", "method", "method_args", "decoder", "subtitles", "max_subtitle_tokens"),
-    panels={"questions": ASKED, "time_limit": opt.SWEEP, "output": "Output"},
 )
-def tune(asked: Request) -> int:
+def tune(
+    *,
+    videos: opt.argument(list[str], "VIDEO", "Video files like those that will be asked about."),
+    questions: opt.option(
+        list[str] | None, "-Q --question TEXT", "Asked of every video; repeatable. Default: three general ones.", ASKED
+    ) = None,
+    question_file: opt.option(
+        str | None, "--questions FILE", "A text file with a question on each line.", ASKED
+    ) = None,
+    agree: opt.option(
+        float,
+        "--agree SHARE",
+        "Share of the full answers' tokens at which the pruned model must make the same first choice, at the lower end of "
+        "the 95% interval.",
+        ASKED,
+    ) = AGREE,
+    time_limit: opt.option(
+        float,
+        "--time-limit SECONDS",
+        "Of the whole run, loading included. The most promising settings are tried on all videos, the others on fewer.",
+        opt.SWEEP,
+    ) = 600,
+    budget: opt.option(
+        list[str] | None,
+        "-b --budget",
+        "Shares of visual tokens to try, or presets.  [default: 0.5,0.35,0.25,0.15,0.1]",
+        opt.SWEEP,
+        **opt.BUDGETS,
+    ) = None,
+    method: opt.option(
+        list[str] | None,
+        "--method",
+        "Further methods to try, beside those that are always tried.",
+        opt.SWEEP,
+        **opt.METHODS,
+    ) = None,
+    operations: opt.option(
+        bool, "--operations", "Find the recipe of the method operations for this model instead.", opt.SWEEP
+    ) = False,
+    options: opt.MakeOptions,
+    output: opt.option(
+        str | None, "-o --output FILE.json", "Also write the results there, as JSON.", opt.OUTPUT
+    ) = None,
+    chart: opt.option(
+        str | None, "--chart FILE.svg", "Draw agreement against the time to the first token.", opt.OUTPUT
+    ) = None,
+    json: opt.JsonResults = False,
+    quiet: opt.Quiet = False,
+) -> int:
     """Find the fastest setting that keeps this model's answers.
 
     No labels are needed. The unpruned model answers first. Every setting reads these answers, and is judged by the tokens at which
@@ -81,57 +94,51 @@ def tune(asked: Request) -> int:
     evoprune tune *.mp4 -m DIR --operations -o recipe.json
     """
     check_output()
-    if asked.operations and (asked.method or asked.chart or asked.agree != AGREE):
+    if operations and (method or chart or agree != AGREE):
         hint = "leave out --agree, --method and --chart; the budget is chosen when the recipe is used"
         raise UsageError("--operations finds an order for all budgets", hint)
-    if asked.operations and not (asked.output or asked.json):
+    if operations and not (output or json):
         raise UsageError("--operations finds a recipe, and no file is named for it", "-o recipe.json")
-    read = [*asked.videos, asked.question_file or ""]
-    check_chart(asked.chart, inputs=read)
-    check_writable(asked.output, inputs=read)
-    settings = {
-        "videos": _there(asked.videos), "questions": _questions(asked.questions, asked.question_file),
-        "agree": asked.agree, "time_limit_s": asked.time_limit,
-        "budgets": tuple(float(parse_budget(text)) for text in opt.listed(asked.budget)),
-        "methods": tuple(opt.listed(asked.method)),
-    }  # fmt: skip
+    read = [*videos, question_file or ""]
+    check_chart(chart, inputs=read)
+    check_writable(output, inputs=read)
+    settings: dict[str, Any] = {"videos": tuple(dict.fromkeys(videos)), "agree": agree, "time_limit_s": time_limit}
+    if not any(map(os.path.exists, videos)):
+        hint = missing_hint(videos[0], "evoprune tune VIDEO... -m MODEL")
+        raise VideoError(f"no such file: {shown(videos[0])}", hint)
+    if asked := _questions(questions or [], question_file):
+        settings["questions"] = asked
+    settings["budgets"] = tuple(float(parse_budget(text)) for text in opt.listed(budget))
+    settings["methods"] = tuple(opt.listed(method))
     for name in settings["methods"]:
         methods.check(name)
-    made = asked.options()
+    made = options()
     settings |= {"seed": made.pruning.seed, "model": made.model, "sampling": made.sampling}
-    return _run(asked, {name: value for name, value in settings.items() if value is not None})
+    tuning = None
 
+    def deliver(error: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Prints, writes and draws the results; returns them. `error`: what cut the run short."""
+        document = rounded({"schema": tuning.schema} | tuning.document(error))
+        show(document, render_operations if "steps" in document else render, json)
+        write(document, output, chart, draw_chart)
+        return document
 
-def _run(asked: Request, settings: dict[str, Any]) -> int:
-    """Tunes and delivers; of a run that breaks off, what is known by then."""
-    tuning, quiet = None, asked.quiet
-    rescue = rescuing(lambda: tuning is not None and tuning.has_results, lambda error: _deliver(tuning, error, asked))
-    with rescue, progress(not quiet) as tell:
+    with rescuing(lambda: tuning is not None and tuning.has_results, deliver), progress(not quiet) as tell:
         tell("loading libraries")
         prepare()
         from evoprune.bench.tune import TuneSettings, Tuning
         from evoprune.contrib.operation_search import OperationTuning
 
-        tuning = (OperationTuning if asked.operations else Tuning)(TuneSettings(**settings))
+        tuning = (OperationTuning if operations else Tuning)(TuneSettings(**settings))
         tell("loading model")
         tuning.load(partial(tell, "quantizing"))
         tuning.run(tell, lambda text: quiet or note(text))
-    document = _deliver(tuning, None, asked)
+    document = deliver()
     return SOME_FAILED if document["failures"] or document.get("recommended", "") is None else 0
 
 
-def _there(videos: list[str]) -> tuple[str, ...]:
-    """The videos, each once. Raises VideoError: none of them exists."""
-    found = tuple(dict.fromkeys(videos))
-    if not any(map(os.path.exists, found)):
-        hint = missing_hint(found[0], "evoprune tune VIDEO... -m MODEL")
-        raise VideoError(f"no such file: {shown(found[0])}", hint)
-    return found
-
-
-def _questions(texts: list[str] | None, file: str | None) -> tuple[str, ...] | None:
-    """The questions, each once; None for the general ones."""
-    found = [*(texts or [])]
+def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
+    """The questions, each once; none for the general ones."""
     if file is not None:
         try:
             lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
@@ -141,17 +148,129 @@ def _questions(texts: list[str] | None, file: str | None) -> tuple[str, ...] | N
             raise UsageError(f"--questions {file} cannot be read: {reason}", hint) from problem
         if not (asked := [line.strip() for line in lines if line.strip()]):
             raise UsageError(f"--questions {file} holds no question", "write a question on each line")
-        found += asked
-    if not all(text.strip() for text in found):
+        texts = [*texts, *asked]
+    if not all(text.strip() for text in texts):
         raise UsageError("the question is empty", '-Q "What happens?"')
-    return tuple(dict.fromkeys(found)) or None
+    return tuple(dict.fromkeys(texts))
 
 
-def _deliver(tuning, error: dict[str, Any] | None, asked: Request) -> dict[str, Any]:
-    """Prints, writes and draws the results; returns them. `error`: what cut the run short."""
-    from evoprune_cli.tune_tables import draw_chart, operations_table, table
+# The tables. Columns: what they hold, and what that means.
 
-    document = rounded({"schema": tuning.schema} | tuning.document(error))
-    show(document, operations_table if "steps" in document else table, asked.json)
-    write(document, asked.output, asked.chart, draw_chart)
-    return document
+COLUMNS: dict[str, tuple[Callable[[dict], str], str]] = {
+    "first token": (
+        lambda row: f"{1 / row['first_token']:.2f}x",
+        "how much sooner than unpruned, the median over videos",
+    ),
+    "agree": (
+        lambda row: f"{100 * row['agreement']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})",
+        "percent of the tokens of the unpruned model's answers at which the first choice is the same, estimated in the order of "
+        "KL, with the 95% interval over videos",
+    ),
+    "KL": (lambda row: f"{row['kl']:.3f}", "mean of KL(unpruned, pruned) in nats a token"),
+    "KL 95%": (lambda row: f"{row['kl_p95']:.3f}", "its 95th percentile"),
+    "tokens": (lambda row: f"{100 * row['kept_share']:.0f}%", "visual tokens kept"),
+    "work": (
+        lambda row: f"{100 * row['live_share']:.0f}%",
+        "rows that the vision encoder computes, a mean over its layers",
+    ),
+    "videos": (lambda row: f"{row['videos']}", "on which it was tried"),
+}
+# The same of recipes of operations.
+OPERATIONS: dict[str, tuple[Callable[[dict], str], str]] = {
+    "work": (
+        lambda row: f"{100 * row['share']:.1f}%",
+        "what is left of the work on visual tokens in the layers that leave some out",
+    ),
+    "operations": (lambda row: f"{row['operations']:,}", "left out"),
+    "KL": (
+        lambda row: "-" if row["kl"] is None else f"{row['kl']:.3f}",
+        "mean of KL(unpruned, pruned) in nats a token; -: not measured",
+    ),
+    "agree": (
+        lambda row: "-" if row["kl"] is None else f"{100 * row['agree']:.1f}%",
+        "tokens with the same first choice",
+    ),
+}
+DROPPED = ("KL 95%", "work", "videos", "tokens", "KL")  # in this order, where the terminal has too few characters
+
+
+def _heading(document: dict, width: int) -> list[str]:
+    videos = document["videos"]
+    answers = (
+        f"{counted(document['answer_tokens'], 'token')} of answers to {counted(document['questions'], 'question')}"
+    )
+    about = f"{videos['answered']} of {counted(videos['wanted'], 'video')}, {document['seconds']:.0f} s"
+    return folded([model_line(document["model"]), f"{answers} about {about}"], width)
+
+
+def _fitting(document: dict, name, columns: dict, drop: tuple[str, ...], width: int) -> tuple[list[str], str]:
+    """The lines of a table, and what its columns mean."""
+    made, titles = fitting(document["rows"], name, {title: cell for title, (cell, _) in columns.items()}, drop, width)
+    return made, "; ".join(f"{title}: {columns[title][1]}" for title in titles)
+
+
+def render_operations(document: dict, width: int = 80) -> str:
+    lines = _heading(document, width)
+    if document["rows"]:
+        made, said = _fitting(document, lambda row: f"-b {row['budget']:g}", OPERATIONS, ("operations", "agree"), width)
+        lines += ["", *made, "", *folded([said], width)]
+    else:
+        lines.append("no recipe was found: too little time")
+    lines += failures(document)
+    if document["error"]:
+        lines += folded([f"{document['error']['message']}: not everything was measured"], width)
+    if document["complete"]:
+        lines += ["", "the file of -o is the recipe: --method operations:recipe=FILE"]
+    return "\n".join(lines) + "\n"
+
+
+def render(document: dict, width: int = 80) -> str:
+    """The results, no line longer than `width` if that is possible."""
+    lines = _heading(document, width)
+    said = [_verdict(document)]
+    if document["rows"]:
+        best = document["recommended"]
+        made, meanings = _fitting(
+            document, lambda row: f"{'*' if row['name'] == best else ' '} {row['name']}", COLUMNS, DROPPED, width
+        )
+        lines += ["", *made, ""]
+        said.append(meanings)
+    said += [*document["notes"], *failures(document)]
+    if document["error"]:
+        said.append(f"{document['error']['message']}: not everything was tried")
+    lines += folded(said, width, break_on_hyphens=False)
+    if options := document["options"]:
+        lines += ["", f"-b {options['budget']:g} --method {options['method']}"]
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(document: dict) -> str:
+    rows = {row["name"]: row for row in document["rows"]}
+    goal = f"{100 * document['settings']['agree']:g}%"
+    if name := document["recommended"]:
+        gain = f"{1 / rows[name]['first_token']:.1f}x as fast, {100 * rows[name]['agreement']:.1f}% agree"
+        return f"recommended: {name}, the fastest that is sure to agree at {goal} of the tokens: first token {gain}"
+    if not rows:
+        return "nothing was tried: too little time"
+    row = rows[document["best"]]
+    best = f"the best is {row['name']}: at least {100 * row['low']:.1f}%"
+    return f"no setting is sure to agree at {goal} of the tokens; {best}"
+
+
+def draw_chart(document: dict) -> str:
+    """SVG: agreement against the time to the first token, a line a method, and the frontier."""
+    rows, series = document["rows"], []
+    for method, colour in zip(dict.fromkeys(row["method"] for row in rows), cycle(COLOURS), strict=False):
+        mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["budget"])
+        labels = {row["name"]: f"-b {row['budget']:g}" * row["frontier"] for row in mine}
+        points = (Point.percent(100 * row["first_token"], row, "agreement", labels[row["name"]]) for row in mine)
+        series.append(Series(method, tuple(points), colour))
+    best = sorted((row for row in rows if row["frontier"]), key=lambda row: row["first_token"])
+    edge = tuple(Point(100 * row["first_token"], 100 * row["agreement"]) for row in best)
+    series.append(Series("frontier", edge, PALE, dashed=True))
+    title = f"{short_name(document['model']['id'])}: agreement with the unpruned model against time to the first token"
+    answers, videos = counted(document["answer_tokens"], "token"), counted(document["videos"]["answered"], "video")
+    asked = f"{100 * document['settings']['agree']:g}% asked"
+    facts = f"{answers} of answers about {videos}, 95% intervals over videos; {asked}"
+    label = "first token, % of the unpruned model's"
+    return draw(title, facts, [Panel("", label, "tokens that agree, %", tuple(series), from_zero=False)])

@@ -1,40 +1,45 @@
 """`evoprune verify`: whether this machine computes with this model what transformers computes."""
 
 import time
-from dataclasses import dataclass
 
 from evoprune.session.options import ModelOptions
 from evoprune.text import counted
 from evoprune_cli import options as opt
-from evoprune_cli.loading import prepare
-from evoprune_cli.options import flag, own
-from evoprune_cli.results import check_writable, rescuing, show, write
-from evoprune_cli.tables import folded
-from evoprune_cli.terminal import check_output, print_traceback, progress
+from evoprune_cli.running import check_writable, prepare, rescuing, show, write
+from evoprune_cli.terminal import check_output, folded, print_traceback, progress
 
-DIFFERENCE = 7
-UNLIMITED = 86_400.0
+DIFFERENCE = 7  # an exit code
+UNLIMITED_S = 86_400.0
+VERDICTS = {
+    "held": "this machine computes with this model what transformers computes",
+    "differs": "something is not as it should be; -o FILE.json writes what a bug report needs",
+    "skipped": "nothing was compared",
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
+@opt.command(ModelOptions, short="quick time_limit model output json quiet", without=("quantize", "store_quantized"))
+def verify(
+    *,
     path: opt.argument(
         str | None, "INPUT", "A video or a picture to compare on; default: a clip and a picture made by formula."
-    ) = None
-    quick: bool = flag("--quick", "Only the checks that take seconds.")
-    time_limit: float | None = own(
-        "--time-limit SECONDS", "Of the whole run, loading included: checks that would begin later are skipped.", min=0
-    )
-    options: opt.MakeOptions
-    output: str | None = own(
-        "-o --output FILE.json", "Also write the record there, as JSON without paths, prompts and names of machines."
-    )
-    json: bool = flag("--json", "The record as one JSON line instead of text.")
-    quiet: opt.Quiet = False
-
-
-@opt.with_options(ModelOptions, without=("quantize", "store_quantized"), panels={"output": "Output"})
-def verify(asked: Request) -> int:
+    ) = None,
+    quick: opt.option(bool, "--quick", "Only the checks that take seconds.") = False,
+    time_limit: opt.option(
+        float | None,
+        "--time-limit SECONDS",
+        "Of the whole run, loading included: checks that would begin later are skipped.",
+        min=0,
+    ) = None,
+    options: opt.MakeOptions,
+    output: opt.option(
+        str | None,
+        "-o --output FILE.json",
+        "Also write the record there, as JSON without paths, prompts and names of machines.",
+        opt.OUTPUT,
+    ) = None,
+    json: opt.option(bool, "--json", "The record as one JSON line instead of text.", opt.OUTPUT) = False,
+    quiet: opt.Quiet = False,
+) -> int:
     """Check that this machine computes with this model what transformers computes.
 
     Both sides compute with the same weights, on the same device and in the same dtype: pixels, features, positions, logits and
@@ -49,10 +54,15 @@ def verify(asked: Request) -> int:
     """
     begun = time.perf_counter()
     check_output()
-    check_writable(asked.output, inputs=[asked.path or ""])
-    made, results = asked.options(), None
-    rescue = rescuing(lambda: results is not None, lambda error: _deliver(results, error, asked))
-    with rescue, progress(not asked.quiet) as tell:
+    check_writable(output, inputs=[path or ""])
+    made, results = options(), None
+
+    def deliver(error: dict | None = None) -> None:
+        document = results.document() | {"error": error}
+        show(document, render, json)
+        write(document, output)
+
+    with rescuing(lambda: results is not None, deliver), progress(not quiet) as tell:
         tell("loading libraries")
         prepare()
         from evoprune.bench.profile_results import TimeLimit
@@ -60,23 +70,17 @@ def verify(asked: Request) -> int:
         from evoprune.bench.verify.run import verify as run
         from evoprune.session.loading.model import load_model
 
-        limit = TimeLimit(UNLIMITED if asked.time_limit is None else asked.time_limit, begun=begun)
+        limit = TimeLimit(UNLIMITED_S if time_limit is None else time_limit, begun=begun)
         tell("loading model")
         loaded = load_model(made.model, pack=False, to_answer=True)
-        with subject_of(loaded, asked.path) as subject:
-            for results in run(subject, limit, quick=asked.quick, progress=tell, failed=print_traceback):  # noqa: B007
+        with subject_of(loaded, path) as subject:
+            for results in run(subject, limit, quick=quick, progress=tell, failed=print_traceback):  # noqa: B007
                 pass
-    _deliver(results, None, asked)
+    deliver()
     return 0 if results.verdict == "held" else DIFFERENCE
 
 
-def _deliver(results, error: dict | None, asked: Request) -> None:
-    document = results.document() | {"error": error}
-    show(document, text_of, asked.json)
-    write(document, asked.output)
-
-
-def text_of(document: dict, width: int = 80) -> str:
+def render(document: dict, width: int = 80) -> str:
     """The record as lines: what was verified, a line a check, what was measured, and the verdict."""
     model, env = document["model"], document["env"]
     about = f"{model['id'] or model['family']}, {model['dtype']}, {model['device']}: {env['device_name']}"
@@ -86,10 +90,3 @@ def text_of(document: dict, width: int = 80) -> str:
     counts = ", ".join(f"{document[state]} {state}" for state in ("held", "differs", "skipped"))
     lines += ["", f"{counts} in {document['seconds']:.0f} s: {VERDICTS[document['verdict']]}"]
     return "\n".join(folded(lines, width)) + "\n"
-
-
-VERDICTS = {
-    "held": "this machine computes with this model what transformers computes",
-    "differs": "something is not as it should be; -o FILE.json writes what a bug report needs",
-    "skipped": "nothing was compared",
-}

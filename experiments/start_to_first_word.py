@@ -62,12 +62,12 @@ PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 record = sys.argv.pop(1)
-from evoprune_cli import conversation
-finish = conversation.Conversation._finish
+from evoprune_cli.ask import Conversation
+finish = Conversation._finish
 def keep(self, report, *more):
     open(record, "w").write(report.to_json())
     finish(self, report, *more)
-conversation.Conversation._finish = keep
+Conversation._finish = keep
 from evoprune_cli.__main__ import start
 start()
 """

@@ -1,22 +1,32 @@
 """Runs the command line inside this process, so that a test costs no import of torch."""
 
+import fcntl
 import functools
 import io
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import termios
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer.main
+from PIL import Image
 
 from evoprune_cli.main import run
 from tests.cli.screen import Screen
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import save_tiny
+from tests.video.files import write_video
+
+ROOT = Path(__file__).parents[2]
 
 # Typer makes the parser of every command anew for every call.
 typer.main.get_command = functools.cache(typer.main.get_command)
@@ -117,3 +127,59 @@ def cli(monkeypatch, capfd):
 def tiny_folder(tmp_path_factory):
     """A tiny model with random weights in the hub's file layout."""
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def endless(tiny_folder, tmp_path_factory):
+    """A model that never ends its turn."""
+    folder = tmp_path_factory.mktemp("endless") / "model"
+    shutil.copytree(tiny_folder, folder)
+    settings = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": []}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture
+def keyboard():
+    """`keyboard(*args, stdout)`: the command at a terminal of its own; its screen and its process."""
+    started = []
+
+    def at_it():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    def start(*args, stdout=subprocess.PIPE):
+        screen = Screen(100)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "evoprune_cli", *map(str, args)],
+            bufsize=0,  # what is in the pipe is all there is to read
+            stdin=screen.end,
+            stdout=screen.end if stdout is None else stdout,
+            stderr=screen.end,
+            cwd=ROOT,
+            env={k: v for k, v in os.environ.items() if not k.startswith("EVOPRUNE_")}
+            | {"OMP_NUM_THREADS": "1", "TERM": "xterm", "PYTHONUTF8": "1"},
+            start_new_session=True,
+            preexec_fn=at_it,
+        )
+        os.close(screen.end)
+        started.append(process)
+        return screen, process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.effect_mandelbrot((150, 90), (-2, -1, 1, 1), 50).convert("RGB").save(tmp_path / "photo.jpg")
+    return str(tmp_path / "photo.jpg")
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory):
+    """A clip of noise, of which the demo models know nothing."""
+    noise = np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8)
+    return write_video(tmp_path_factory.mktemp("foreign") / "foreign.mp4", noise, fps=6)

@@ -1,12 +1,15 @@
-"""`evoprune ask` from end to end on the bundled model: the answer on stdout, everything else on stderr."""
+"""`evoprune ask` from end to end: the answer on stdout, everything else on stderr."""
 
 import json
 import os
 import re
+import select
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,34 +18,27 @@ import pytest
 from PIL import Image
 
 from evoprune.bundled import DEMOS
-from evoprune.methods.budget import PRESETS
-from evoprune.methods.evoprune import EvoPrune
-from evoprune.report import Report, stats_block
+from evoprune.errors import VideoError
+from evoprune.report import Report
+from evoprune.session import encoding, prompting
+from evoprune.session.answering import EncodedInputs
+from evoprune.video import frames
 from evoprune.video.info import SCENES_TAG
+from evoprune.video.plan import MAX_VISUAL_TOKENS_CPU
+from evoprune_cli.ask import split_words
 from evoprune_cli.terminal import stdout
 from tests.cli.screen import visible
-from tests.decoders import needs_decord
 from tests.loading import edit
-from tests.video.files import write_video
+from tests.video.files import write_said, write_video
+from tests.video.subtitled import SRT, pictures, srt
 
 CLIP, QUESTION, ANSWER = "samples/square.mp4", "What colour is the square?", "green"
+
+
 SCENE = "samples/scenes/crossing.mp4"
+
+
 ROOT = Path(__file__).parents[2]
-
-
-def test_stats(cli):
-    result = cli("ask", CLIP, QUESTION)
-    for stage in ("read", "preprocess", "encode", "prefill", "generate", "first token", "memory"):
-        assert f"\n{stage}" in result.err
-    assert "144 visual tokens -> 36, with 35% of the work" in result.err and "25.0% kept, 75.0% pruned" in result.err
-    assert "loading the model, not counted: " in result.err
-    assert not re.search(r"\b(pairs?|units?|rows?|live|apart|alone)\b", result.err)  # words that nobody has explained
-    assert result.err.isascii() and "warning" not in result.err
-
-
-def test_what_prunes_nothing_has_the_whole_budget(cli):
-    pruning = cli("ask", CLIP, QUESTION, "--json", "--method", "none", "-b", "0.1").record["pruning"]
-    assert pruning["budget"] == pruning["kept_ratio"] == 1
 
 
 def test_a_wrong_value_from_the_environment_is_traced_to_it(cli, monkeypatch):
@@ -66,39 +62,20 @@ def test_a_limit_on_the_size_of_files_is_named(tmp_path):
     assert done.returncode == 3 and "limit on the size of files" in done.stderr and "ulimit" in done.stderr
 
 
-def test_verbose_shows_rows_of_every_layer(cli):
-    err = cli("ask", CLIP, QUESTION, "-v", "--method", "evoprune-paper").err
-    assert "0:144 1:144 2:" in err and "transformers" in err
-
-
-def test_json_record_holds_the_schema(cli):
+def test_counts_and_times_of_a_record_fit_together(cli):
     result = cli("ask", CLIP, QUESTION, "--json", "-b", "0.25", "--method", "evoprune-paper")
-    record = result.record
-    assert result.code == 0 and result.err == ""
-    assert record["schema"] == "evoprune/answer@1" and record["error"] is None and record["warnings"] == []
-    assert record["answer"] and record["finish_reason"] == "stop" and record["question"] == QUESTION
-    assert record["video"] | {"duration_s": 6.0, "width": 168, "height": 112, "codec": "h264"} == record["video"]
-    assert record["sampling"]["grid_thw"] == [6, 8, 12] and record["sampling"]["frames"] == 12
-    assert record["sampling"]["seconds_per_pair"] == 1.0 and record["sampling"]["resized_hw"] == [112, 168]
-    pruning = record["pruning"]
-    assert (pruning["visual_tokens_in"], pruning["visual_tokens_kept"], pruning["encoder_rows"]) == (144, 36, 36)
-    assert sum(pruning["kept_per_pair"]) == 36 and pruning["positions"] == "qwen" and pruning["kept_ratio"] == 0.25
+    record, pruning = result.record, result.record["pruning"]
+    assert sum(pruning["kept_per_pair"]) == 36 == pruning["visual_tokens_kept"] == record["tokens"]["visual"]
     rows = [row for _, row in pruning["layers"]]
     assert rows == sorted(rows, reverse=True) and rows[0] == 144 and rows[-1] == 36
     assert pruning["encoder_live_share"] == pytest.approx(sum(rows) / len(rows) / 144, abs=1e-6)
-    tokens = record["tokens"]
-    assert tokens["visual"] == 36 and tokens["prompt"] == tokens["text"] + 36 and tokens["new"] >= 1
+    assert record["tokens"]["prompt"] == record["tokens"]["text"] + 36
     times = record["time_ms"]
     assert times.pop("prefill_prune") is None  # nothing leaves inside the language model
     assert all(times[name] > 0 for name in times if name != "pack") and times["pack"] >= 0
     assert times["ttft_model"] == pytest.approx(times["encode"] + times["prefill"], abs=1e-3)
     assert times["ttft_model"] < times["ttft_wall"] < times["total"] + 1
     assert Report.from_json(result.out).to_json() == result.out.strip()
-
-
-def test_the_same_seed_gives_the_same_answer(cli):
-    args = ("ask", CLIP, "Describe the video.", "-t", "1", "--seed", "3", "-q", "-b", "fast")
-    assert cli(*args).out == cli(*args).out
 
 
 def test_several_questions_share_one_encoding(cli):
@@ -127,12 +104,6 @@ def test_each_of_several_questions_stands_above_its_answer_on_a_terminal(cli, fl
     assert result.out == cli(*asked, "-Q", more).out == cli(*asked, "-Q", more, "-q").out
     for flags in ((), ("-Q", more, "-q"), ("-Q", more, "--json")):
         assert "> W" not in cli(*asked, *flags, columns=80).err
-
-
-@needs_decord
-def test_both_decoders_give_the_same_answer(cli):
-    record = cli("ask", CLIP, QUESTION, "--decoder", "decord", "--json").record
-    assert record["video"]["decoder"] == "decord" and record["answer"] == ANSWER
 
 
 CUT = "warning: the answer may be incomplete: -n (max_new_tokens) allows no more tokens\n"
@@ -166,54 +137,6 @@ def test_generation_options_reach_the_model_and_what_it_asks_for_otherwise_is_sa
     assert "drawn" not in cli(*asked[:4], tiny_folder, *asked[5:]).err  # whose temperature is next to 0
 
 
-@pytest.mark.few(1)
-@pytest.mark.parametrize(
-    ("method", "kept", "rows"), [("none", 144, 144), ("random", 36, 144), ("evoprune-paper", 36, 36)]
-)
-def test_methods(cli, method, kept, rows):
-    pruning = cli("ask", CLIP, QUESTION, "--method", method, "-b", "balanced", "--json").record["pruning"]
-    assert (pruning["visual_tokens_kept"], pruning["encoder_rows"], pruning["method"]) == (kept, rows, method)
-
-
-@pytest.mark.full
-def test_the_live_share_is_the_mean_of_the_layers(cli):
-    for budget in ("high", "fast"):
-        share = PRESETS[budget]
-        pruning = cli("ask", CLIP, QUESTION, "--json", "-b", budget).record["pruning"]
-        entered = [rows for _, rows in pruning["layers"]]
-        most = round(144 * share ** EvoPrune().rows)
-        assert pruning["encoder_live_share"] == pytest.approx(sum(entered) / len(entered) / 144, abs=1e-6)
-        assert pruning["layers"][-1][1] == pruning["encoder_rows"] <= most
-        assert pruning["visual_tokens_kept"] == round(144 * share)
-
-
-def test_at_full_budget_the_encoder_leaves_nothing_out(cli):
-    full = cli("ask", CLIP, QUESTION, "--json", "-b", "full").record["pruning"]
-    assert (full["encoder_rows"], full["encoder_live_share"]) == (144, 1)
-
-
-def test_part_of_a_video(cli):
-    sampling = cli("ask", CLIP, QUESTION, "--start", "0:01", "--end", "3", "--frames", "3", "--json").record["sampling"]
-    assert (sampling["start_s"], sampling["end_s"], sampling["frames"]) == (1.0, 3.0, 4)
-    assert sampling["timestamps_s"] == [1.25, 1.75, 2.25, 2.75]
-    sampling = cli("ask", CLIP, QUESTION, "--start", "-0:05", "--end", "-3", "--json").record["sampling"]
-    assert (sampling["start_s"], sampling["end_s"]) == (1.0, 3.0)
-
-
-def test_a_folder_in_the_hubs_layout_is_a_model(cli, tiny_folder):
-    record = cli("ask", CLIP, QUESTION, "-m", tiny_folder, "-n", "3", "--json").record
-    assert (
-        record["model"]["id"] == str(tiny_folder)
-        and record["tokens"]["new"] <= 3
-        and record["warnings"] in ([], ["answer_cut"])
-    )
-
-
-def test_random_weights_are_told(cli, tiny_folder):
-    record = cli("ask", CLIP, QUESTION, "-m", tiny_folder, "--load-format", "dummy", "-n", "3", "--json").record
-    assert record["model"]["load_format"] == "dummy" and "random_weights" in record["warnings"]
-
-
 @pytest.mark.full
 def test_model_and_budget_from_the_environment(cli, tiny_folder, monkeypatch):
     monkeypatch.setenv("EVOPRUNE_MODEL", str(tiny_folder))
@@ -221,13 +144,6 @@ def test_model_and_budget_from_the_environment(cli, tiny_folder, monkeypatch):
     record = cli("ask", CLIP, QUESTION, "-n", "1", "--json").record
     assert record["model"]["id"] == str(tiny_folder) and record["pruning"]["budget"] == "fast"
     assert cli("ask", CLIP, QUESTION, "-m", "demo", "-b", "1", "--json").record["pruning"]["budget"] == 1.0
-
-
-@pytest.mark.full
-def test_records_hold_the_warning_about_foreign_clips(cli, tmp_path):
-    path = tmp_path / "foreign.mp4"
-    write_video(path, np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
-    assert cli("ask", path, QUESTION, "--json").record["warnings"] == ["demo_model"]
 
 
 @pytest.mark.full
@@ -273,12 +189,6 @@ def test_the_model_for_scenes_warns_of_what_it_does_not_know(cli, tmp_path, scen
     assert (record["model"]["id"], record["model"]["dtype"], found) == ("demo-scenes", "fp32", warnings)
 
 
-@pytest.mark.full
-def test_each_demo_model_knows_clips_of_its_own_world_alone(cli, tmp_path):
-    result = cli("ask", SCENE, QUESTION, "--frames", "4", "-n", "1", "--json")
-    assert "demo_model" in result.record["warnings"] and "demo-scenes: crowded scenes with signs" in result.err
-
-
 def test_a_question_without_a_video(cli):
     result = cli("ask", "What is in it?", terminal=True)
     assert result.code == 3 and "no such file: What is in it?" in result.err and "the video comes first" in result.err
@@ -286,77 +196,674 @@ def test_a_question_without_a_video(cli):
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("flags", [(), ("-q",), ("--json",)])
-def test_the_warning_that_an_answer_means_nothing_comes_before_it(cli, tmp_path, monkeypatch, flags):
-    path = tmp_path / "foreign.mp4"
-    write_video(path, np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
-    monkeypatch.setattr(
-        "evoprune_cli.terminal.print_warning", lambda name, video: print(f"warning {name}", file=stdout())
-    )
-    assert cli("ask", path, QUESTION, *flags).out.startswith("warning demo_model\n")
+def test_the_warning_that_an_answer_means_nothing_comes_before_it(cli, foreign, monkeypatch, flags):
+    monkeypatch.setattr("evoprune_cli.ask.print_warning", lambda name, video: print(f"warning {name}", file=stdout()))
+    assert cli("ask", foreign, QUESTION, *flags).out.startswith("warning demo_model\n")
 
 
-@pytest.mark.parametrize("args", [
-    ("--help",), ("--version",), ("ask", "--help"), ("ask", "--help-all"),
-    ("ask", "nothere.mp4", "x"), ("ask", CLIP, "x", "--end", "0"), ("ask", CLIP, "x", "--subtitles", "nothere.srt"),
-    ("inspect", "nothere.mp4"),
-])  # fmt: skip
-def test_help_and_what_is_wrong_with_inputs_need_no_torch(args):
-    code = f"""
-import sys
-sys.argv = ["evoprune", *{args}]
-from evoprune_cli.main import run
-try:
-    run()
-except SystemExit as stop:
-    print(stop.code or 0, {{"torch", "transformers"}} & set(sys.modules))
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
-    refused = not args[-1].startswith("--")
-    assert done.stdout.splitlines()[-1] in [f"{code} set()" for code in ((1, 2, 3, 4) if refused else (0,))]
+# Pictures, and several inputs.
 
 
-def test_records_hold_a_path_that_is_no_text(cli, tmp_path):
-    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
-    shutil.copy(ROOT / CLIP, path)
-    result = cli("ask", path, QUESTION, "--json")
-    assert result.record["video"]["path"] == path and result.out.isascii()
+CLIP, OTHER, DIFFERS = "samples/square.mp4", "samples/arrivals.webm", "What differs?"
 
 
-def test_help_says_what_becomes_of_stdin(cli):
-    text = " ".join(cli("ask", "--help").out.split())
-    assert "Without a question or -Q, the question is read from stdin; otherwise only - reads it." in text
-
-
-@pytest.mark.parametrize("command", ["ask", "batch", "eval", "inspect", "profile"])
-def test_the_short_help_fits_on_a_screen_and_names_the_full_one(cli, command):
-    short, full = (cli(command, flag).out.splitlines() for flag in ("--help", "--help-all"))
-    assert len(short) <= 50 < len(full) and all(len(line) <= 80 for line in short)
-    assert short[-1] == f"All options: evoprune {command} --help-all"
-    assert any("--dtype" in line for line in full) and not any("--dtype" in line for line in short)
-
-
-def test_help_keeps_names_of_options_whole_on_narrow_terminals(cli, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    out = cli("ask", "--help-all").out
-    assert "--max-visual-tokens N\n" in out
-    assert all(len(line) <= 40 for line in out.splitlines() if not line.startswith(("  evoprune", "  echo")))
-
-
-@pytest.mark.few(1)
-@pytest.mark.parametrize("width", [40, 60, 80])
-def test_stats_block_fits_the_terminal(cli, width):
-    report = Report.from_json(cli("ask", CLIP, QUESTION, "--json").out)
-    assert all(len(line) <= width for line in stats_block(report, width))
-    report.pruning.visual_tokens_in, report.pruning.encoder_rows, report.pruning.visual_tokens_kept = 24576, 12288, 6144
-    report.tokens.visual, report.tokens.prompt, report.video.frames_total = 6144, 6190, 1234567
-    assert all(len(line) <= width for line in stats_block(report, width))
-    report.video.path = "/a/" + "long" * 40 + ".mp4"
-    report.model.id = "/b/" + "long" * 40
-    assert all(len(line) <= 80 for line in stats_block(report))
+QUICK = ("-n", "2")
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["arrivals.webm", "vanish.webm", "pan.mp4"])
-def test_stats_of_containers_that_state_their_frames_and_of_those_that_do_not(cli, name):
-    result = cli("ask", f"samples/{name}", "What happens?", "-n", "2")
-    assert result.code == 0 and result.out and " frames" in result.err and "error" not in result.err
+def test_each_input_has_its_counts_and_times(cli, photo):
+    result = cli("ask", CLIP, photo, OTHER, DIFFERS, "--json", *QUICK)
+    record = result.record
+    assert [(each["path"], each["kind"]) for each in record["inputs"]] == [
+        (CLIP, "video"),
+        (photo, "picture"),
+        (OTHER, "video"),
+    ]
+    for name in ("visual_tokens_in", "visual_tokens_kept", "encoder_rows"):
+        assert record["pruning"][name] == sum(each["pruning"][name] for each in record["inputs"])
+    for stage in ("read", "preprocess", "encode"):
+        spent = sum(each["time_ms"][stage] for each in record["inputs"])
+        assert record["time_ms"][stage] == pytest.approx(spent, abs=1e-3)
+    assert record["question"] == DIFFERS and record["video"]["path"] is None
+    assert record["inputs"][1]["video"]["decoder"] == "pillow" and record["inputs"][1]["sampling"]["start_s"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "inputs", "question"),
+    [
+        ((CLIP,), (CLIP,), None),
+        ((CLIP, DIFFERS), (CLIP,), DIFFERS),
+        ((CLIP, OTHER), (CLIP, OTHER), None),
+        ((CLIP, OTHER, DIFFERS), (CLIP, OTHER), DIFFERS),
+        ((CLIP, "-"), (CLIP, "-"), None),
+        ((CLIP, "and/or"), (CLIP,), "and/or"),
+        ((CLIP, "what is in photo.jpg"), (CLIP,), "what is in photo.jpg"),
+        ((CLIP, "b.mpv"), (CLIP, "b.mpv"), None),
+        ((CLIP, ""), (CLIP,), ""),
+        ((CLIP, "\0"), (CLIP,), "\0"),
+    ],
+)
+def test_the_last_word_is_the_question_unless_it_is_a_path(words, inputs, question):
+    assert split_words(words) == (inputs, question)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ((CLIP, "b.mpv"), 3, "no such file: b.mpv\nhint: check the path; to ask it as a question: -Q b.mpv"),
+        ((CLIP, "gone.mp4", DIFFERS), 3, "no such file: gone.mp4\nhint: check the path\n"),
+        ((CLIP, "gone.mp4", "-Q", DIFFERS), 3, "no such file: gone.mp4"),
+        ((CLIP, "docs"), 2, "no question\nhint: there is a file docs; to ask that as the question: -Q docs\n"),
+        ((CLIP, "what", "is", "it"), 2, "unexpected extra words: what is it\nhint: quote the question"),
+        (("-", "-", DIFFERS), 2, "standard input is there twice"),
+        ((CLIP, OTHER, DIFFERS, "--subtitles", "a.srt"), 2, "a.srt holds the subtitles of one video"),
+    ],
+)
+def test_what_is_no_input_is_named(cli, words, code, says):
+    result = cli("ask", *words, stdin="", terminal=True)
+    assert (result.code, result.out) == (code, "") and says in result.err
+
+
+DATA = "data:video/mp4;base64," + "A" * 9000
+
+
+LONG = "a" * 300 + ".mp4"
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        (DATA, "write it to a file, and give the path of that"),
+        (LONG, ""),
+        (" ".join(["an name"] * 50) + ".mp4", ""),
+        ("file:///clips/a.mp4", "leave out file://"),
+    ],
+    ids=["data", "long", "long with spaces", "file"],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ask", "{}", "What?", "--json"), ("ask", "samples/square.mp4", "{}", "What?"), ("inspect", "{}"), ("profile", "{}"),
+        ("ask", "samples/square.mp4", "What?", "--subtitles", "{}"), ("tune", "{}", "-m", "demo"),
+        ("batch", "{}", "-Q", "What?", "-m", "demo", "-o", "-"), ("watch", "{}", "-m", "demo", "-Q", "What?", "--every", "1s"),
+    ],
+    ids=lambda command: " ".join(word[:9] for word in command),
+)  # fmt: skip
+def test_what_is_no_path_is_refused_in_a_line(cli, command, given, hint):
+    result = cli(*(word.format(given) for word in command))
+    hint = "" if command[0] == "batch" and given.startswith("file:") else hint  # a batch understands it
+    assert result.code in (2, 3) and len(result.err.splitlines()) == 2 and f"hint: {hint}" in result.err
+    assert len(result.err) < 600 and not re.search(r"\w{201}", result.err + result.out)
+    if given == DATA:
+        assert "A" * 40 not in result.err + result.out and ",  0" not in result.err
+    if result.out:
+        assert max(map(len, (result.record["error"]["message"], result.record["inputs"][0]["path"]))) <= 250
+
+
+@pytest.mark.parametrize("options", [("--start", "1"), ("--end", "-1"), ("--subtitles", "a.srt")])
+def test_a_picture_has_no_times_and_no_subtitles(cli, photo, options):
+    result = cli("ask", photo, DIFFERS, *options)
+    assert result.code in (2, 3) and "is a picture, which has no" in result.err
+
+
+@pytest.mark.full
+def test_what_is_about_videos_is_said_to_be(cli, photo):
+    assert "note: --fps, --frames" in cli("ask", photo, DIFFERS, "--fps", "3", *QUICK).err
+    assert "note: --fps, --frames" not in cli("ask", photo, CLIP, DIFFERS, "--fps", "3", *QUICK).err
+    assert "is a picture" in cli("ask", photo, DIFFERS, "--subtitles", "auto", *QUICK).err
+
+
+def test_a_failure_names_all_inputs(cli, photo):
+    record = cli("ask", CLIP, photo, DIFFERS, "--json", "-b", "3").record
+    assert record["error"]["code"] == 2 and [each["path"] for each in record["inputs"]] == [CLIP, photo]
+
+
+@pytest.mark.full
+def test_several_inputs_are_compared(cli, photo):
+    record = cli("ask", CLIP, photo, DIFFERS, "--compare", "--json", *QUICK).record
+    assert record["compare"]["pruning"]["kept_ratio"] == 1
+    assert [each["pruning"]["kept_ratio"] for each in record["compare"]["inputs"]] == [1, 1]
+
+
+@pytest.mark.full
+def test_each_video_has_its_own_subtitles(cli, tmp_path):
+    paths = []
+    for name in ("one", "two"):
+        shutil.copy(CLIP, tmp_path / f"{name}.mp4")
+        (tmp_path / f"{name}.srt").write_text(f"1\n00:00:01,000 --> 00:00:02,000\nThis is {name}\n")
+        paths.append(str(tmp_path / f"{name}.mp4"))
+    record = cli("ask", *paths, DIFFERS, "--subtitles", "auto", "--json", *QUICK).record
+    assert [each["subtitles"]["lines"] for each in record["inputs"]] == [1, 1] and record["subtitles"] is None
+    without = cli("ask", *paths, DIFFERS, "--json", *QUICK).record
+    said = sum(each["subtitles"]["tokens"] for each in record["inputs"])
+    assert record["tokens"]["text"] > without["tokens"]["text"] + said  # and a line that says which video
+
+
+@pytest.mark.full
+def test_a_conversation_about_several_inputs(cli, photo):
+    once = cli("ask", CLIP, photo, DIFFERS, "-q", *QUICK).out
+    result = cli("ask", CLIP, photo, "--interactive", *QUICK, stdin=f"{DIFFERS}\n{DIFFERS}\n", terminal=True)
+    assert (result.code, result.out) == (0, 2 * once)
+    assert "Ask about square.mp4 and photo.jpg. /help" in result.err
+
+
+def test_frames_of_a_folder_have_a_rate(cli, tmp_path):
+    frames, rows = tmp_path / "frames", tmp_path / "rows.jsonl"
+    frames.mkdir()
+    for i in range(20):
+        Image.new("RGB", (56, 56), (12 * i, 0, 0)).save(frames / f"{i}.png")
+    assert cli("inspect", frames, "--json").record["video"]["duration_s"] == 10.0
+    found = cli("inspect", frames, "--frame-rate", 10, "--scan", "--json").record
+    assert found["video"]["duration_s"] == found["scan"]["duration_s"] == 2.0
+    assert len(found["plan"]["timestamps_s"]) == 4
+    record = cli("ask", frames, "What digit is it?", "-m", "demo", "--frame-rate", 8, "-n", 1, "--json").record
+    assert record["video"]["duration_s"] == 2.5
+    own = {"video": "frames", "question": "What digit is it?", "frame_rate": 4}
+    rows.write_text(json.dumps(own) + "\n" + json.dumps({"video": "frames", "question": "Why?"}))
+    asked = "batch", "--from", rows, "-m", "demo", "-o", "-", "--frame-rate", 5, "-n", 1
+    assert [json.loads(line)["video"]["duration_s"] for line in cli(*asked).out.splitlines()] == [5.0, 4.0]
+    for wrong in (0, "4 fps", True):
+        rows.write_text(json.dumps(own | {"frame_rate": wrong}))
+        refused = cli(*asked)
+        assert refused.code == 2 and "frame_rate" in refused.err
+
+
+def test_what_is_not_seen_as_in_a_player_is_said(cli, tmp_path):
+    write_said(tmp_path / "cameras.mp4")
+    found = cli("ask", tmp_path / "cameras.mp4", "What digit is it?", "-m", "demo", "-n", 1, "--frames", 2)
+    assert "cameras.mp4 has more than one video track" in " ".join(found.err.split())
+    assert "other tracks        2" in cli("inspect", tmp_path / "cameras.mp4").out
+    assert "other tracks" not in cli("inspect", "samples/square.mp4").out
+
+
+# --compare: every question with and without pruning, whatever happens on the way.
+
+
+CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
+
+
+MORE = "Which way does the square move?"
+
+
+COMPARE = ("ask", CLIP, QUESTION, "--compare")
+
+
+def test_both_answers_on_stdout_and_both_sides_in_the_stats(cli):
+    full = [cli("ask", CLIP, question, "-b", "full", "-q").out for question in (QUESTION, MORE)]
+    fast = [cli("ask", CLIP, question, "-b", "fast", "-q").out for question in (QUESTION, MORE)]
+    result = cli(*COMPARE, "-Q", MORE, "-b", "fast", "--stats")
+    assert result.out == "".join(f"pruned: {a}full: {b}" for a, b in zip(fast, full, strict=True))
+    rows = [line.split() for line in result.err.splitlines()]
+    assert rows.count(["compare", "pruned", "full"]) == 2
+    assert ["visual", "tokens", "14", "144", "10.3x"] in rows and sum(
+        row[:2] == ["first", "token"] for row in rows
+    ) == 4
+    assert all(len(line) <= 80 for line in result.err.splitlines())
+    assert cli(*COMPARE, "-q").err == ""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["downscale", "subsample"])
+def test_nothing_is_taken_away_on_the_full_side_by_methods_that_shrink_the_input(cli, method):
+    full = cli(*COMPARE, "-b", "0.25", "--method", method, "--json").record["compare"]
+    assert full["sampling"]["grid_thw"] == [6, 8, 12] and full["pruning"]["visual_tokens_kept"] == 144
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("when", ["encode", "prefill"])
+@pytest.mark.parametrize("problem", [MemoryError(), KeyboardInterrupt()])
+def test_the_pruned_answer_stays_when_the_full_one_breaks_off(cli, monkeypatch, problem, when):
+    def broken(*args, **settings):
+        calls.append(1)
+        if len(calls) == 2 or (len(calls) > 2 and when == "encode"):  # where memory is short, less is tried at a time
+            raise problem.with_traceback(None)
+        return real(*args, **settings)
+
+    module, name = {"encode": (encoding, "encode_rows"), "prefill": (prompting, "prefill")}[when]
+    real, interrupted = getattr(module, name), isinstance(problem, KeyboardInterrupt)
+    reason, code = ("interrupt", 130) if interrupted else ("error", 5)
+    for flags in (("-q",), ("--json",)):
+        calls = []
+        monkeypatch.setattr(module, name, broken)
+        result = cli(*COMPARE, "-Q", MORE, *flags)
+        monkeypatch.setattr(module, name, real)
+        assert result.code == code
+        if flags == ("-q",):
+            assert result.out == "pruned: green\n"
+            continue
+        first, second = map(json.loads, result.out.splitlines())
+        assert (first["answer"], first["finish_reason"], first["error"]) == ("green", "stop", None)
+        assert first["compare"]["finish_reason"] == second["finish_reason"] == reason
+        assert second["question"] == MORE and second["error"]["code"] == code
+        if not interrupted:
+            assert first["compare"]["error"]["stage"] == when
+
+
+def test_an_interruption_of_the_second_question_is_not_taken_for_the_first(cli, monkeypatch):
+    """The same question twice: the second has not begun when it ends."""
+
+    def broken(self, question, **settings):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, question, **settings)
+
+    calls, real = [], EncodedInputs.ask
+    monkeypatch.setattr(EncodedInputs, "ask", broken)
+    result = cli("ask", CLIP, QUESTION, "-Q", QUESTION, "--json")
+    first, second = map(json.loads, result.out.splitlines())
+    assert result.code == 130 and first["answer"] == "green" and second["answer"] is None
+    assert first["id"] != second["id"] and second["error"]["type"] == "interrupted"
+
+
+# The notes before the first frame is read: how long it will take, and which limits apply.
+
+
+@pytest.fixture(scope="module")
+def long_clip(tmp_path_factory):
+    """150 s of 224x224, two frames a second."""
+    pictures = np.random.default_rng(0).integers(0, 255, (4, 224, 224, 3), np.uint8)
+    frames = (pictures[i % 4] for i in range(300))
+    return write_video(tmp_path_factory.mktemp("long") / "long.mp4", frames, fps=2, options={"preset": "ultrafast"})
+
+
+@pytest.fixture
+def notes(cli, tiny_folder, monkeypatch):
+    """`notes(clip, flags...)`: the lines on stderr before the first frame is read, by default from a model that is not the demo.
+
+    With `whole` the command runs to its end, and no note may be printed twice; else it stops there.
+    """
+
+    def call(clip, *flags: str, model=tiny_folder, whole: bool = False) -> list[str]:
+        def announced(*what):
+            print("READING", file=sys.stderr)
+            if whole:
+                return read(*what)
+            raise VideoError("enough", "for this test")
+
+        with monkeypatch.context() as patch:
+            read = frames.stream_frames
+            patch.setattr(frames, "stream_frames", announced)
+            result = cli("ask", clip, QUESTION, "-m", model, "-n", "1", *flags)
+        assert result.code == (0 if whole else 3), result.err
+        before, after = result.err.split("READING\n")
+        assert not any(word in after for word in ("estimated", "asked for", "at most"))
+        assert all(len(line) <= 80 for line in before.splitlines())
+        return before.splitlines()
+
+    return call
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize(("rate", "says"), [(1e6, " min"), (2e7, " s"), (1e15, None)])
+def test_a_long_wait_is_estimated_before_it_begins(notes, monkeypatch, rate, says):
+    monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: rate)
+    lines = notes(CLIP, whole=True)
+    if says is None:
+        assert lines == []
+    else:
+        assert len(lines) == 1 and lines[0].startswith("estimated first token ~") and lines[0].endswith(says)
+
+
+def test_no_estimate_with_quiet_or_for_the_demo(notes, monkeypatch):
+    monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: 1e6)
+    assert notes(CLIP, "-q") == []
+    assert notes(CLIP, model="demo") == []  # nobody has to wait for that
+
+
+@pytest.mark.full
+def test_the_token_limit_of_a_cpu_is_noted(notes, long_clip):
+    flags = ("--max-frames", "300", "-b", "fast")
+    assert MAX_VISUAL_TOKENS_CPU == 4096
+    (line,) = notes(long_clip, *flags)
+    assert line == "at most 4,096 tokens on a CPU (--max-visual-tokens): 300 frames of 140x140"
+    assert notes(long_clip, *flags, "-q") == []
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        ((), "the model's 300"),
+        (("--fps", "0.2"), None),
+        (("--fps", "2"), "the 300 asked for"),
+        (("--fps", "1", "--end", "1:00"), "the 60 asked for"),
+        (("--fps", "2", "--max-frames", "16"), None),  # whoever sets the limit knows
+        (("--frames", "32"), None),
+        (("--frames", "33"), "the 34 asked for"),
+        (("--frames", "4000"), "the 4,000 asked for"),
+    ],
+)
+def test_the_frame_limit_of_the_model_is_noted(notes, long_clip, flags, asked):
+    every = "~2 s" if "--end" in flags else "~5 s"
+    says = [f"reading 32 frames, one every {every}, not {asked} (--max-frames)"] if asked else []
+    assert notes(long_clip, "-b", "fast", *flags) == says
+
+
+def test_both_limits(notes, long_clip):
+    lines = notes(long_clip, "--frames", "64", "--max-visual-tokens", "100")
+    assert [line.split("(")[1].split(")")[0] for line in lines] == ["--max-frames", "--max-visual-tokens"]
+
+
+# --subtitles: what is taken, what stderr and the records say, and what is refused.
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return shutil.copy(CLIP, tmp_path / "clip.mp4")
+
+
+def test_a_file_beside_the_video(cli, clip, tmp_path):
+    (tmp_path / "clip.en.srt").write_text(SRT)
+    result = cli("ask", clip, QUESTION, "--subtitles", "auto", "-v")
+    assert f"subtitles: {tmp_path}/clip.en.srt, 2 lines\n" in result.err
+    assert "\nsubtitles  " in result.err and "clip.en.srt: 2 of 2 lines, " in result.err
+    record = cli("ask", clip, QUESTION, "--subtitles", "auto", "--json", "-q").record
+    assert record["subtitles"]["source"] == f"{tmp_path}/clip.en.srt" and record["subtitles"]["lines_in_prompt"] == 2
+    assert cli("ask", clip, QUESTION, "--json").record["subtitles"] is None
+
+
+@pytest.mark.full
+def test_auto_without_any_is_no_error(cli, clip):
+    result = cli("ask", clip, QUESTION, "--subtitles", "auto")
+    assert result.code == 0 and "note: no subtitles: no file beside the video, and no text track in it\n" in result.err
+    quiet = cli("ask", clip, QUESTION, "--subtitles", "auto", "-q")
+    assert (quiet.code, quiet.out, quiet.err) == (0, result.out, "")
+
+
+@pytest.mark.full
+def test_too_many_lines(cli, clip, tmp_path):
+    (tmp_path / "many.srt").write_text(srt([(n / 100, n / 100 + 1, f"line {n}") for n in range(500)]))
+    result = cli("ask", clip, QUESTION, "--subtitles", tmp_path / "many.srt", "--max-subtitle-tokens", "100", "--json")
+    said = result.record["subtitles"]
+    assert said["lines"] == 500 and 0 < said["lines_in_prompt"] < 50 and said["tokens"] <= 100
+    assert f"{said['lines_in_prompt']} of 500 lines (--max-subtitle-tokens)\n" in result.err
+
+
+def test_a_guessed_encoding_is_warned_of(cli, clip, tmp_path):
+    (tmp_path / "clip.srt").write_bytes(SRT.encode("cp1252"))
+    result = cli("ask", clip, QUESTION, "--subtitles", "auto", "--json", "-q")
+    assert "subtitles_encoding" in result.record["warnings"] and "save it as UTF-8" in result.err
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "no such file"),
+        (b"", "no subtitles"),
+        (bytes(range(256)) * 20, "cannot read"),
+        ("Привет, мир".encode("cp1251"), "UTF-8"),
+        (pictures(), "pictures"),
+        (b"x" * 50_000_000, "more than 10 MiB"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_weights_are_read(cli, clip, tmp_path, monkeypatch, content, says):
+    monkeypatch.setattr("evoprune.video_qa.VideoQA.load", lambda *_, **__: pytest.fail("weights were read"))
+    path = tmp_path / "said.srt"
+    if content is not None:
+        path.write_bytes(content)
+    result = cli("ask", clip, QUESTION, "--subtitles", path)
+    assert (result.code, result.out) == (3, "") and says in result.err and "\nhint: " in result.err
+
+
+@pytest.mark.parametrize("option", [("--subtitles", ""), ("--max-subtitle-tokens", "0")])
+def test_options_that_make_no_sense(cli, clip, option):
+    assert cli("ask", clip, QUESTION, *option).code == 2
+
+
+@pytest.mark.full
+def test_they_must_fit_into_the_context(cli, clip, tmp_path):
+    (tmp_path / "clip.srt").write_text(srt([(n / 1000, n / 1000 + 1, f"line {n}") for n in range(5000)]))
+    result = cli("ask", clip, QUESTION, "--subtitles", "auto", "--max-subtitle-tokens", "5000")
+    assert result.code == 2 and "--max-subtitle-tokens" in result.err
+
+
+@pytest.mark.full
+def test_compare_reads_them_twice_and_says_so_once(cli, clip, tmp_path):
+    (tmp_path / "clip.srt").write_text(SRT)
+    result = cli("ask", clip, QUESTION, "--subtitles", "auto", "--compare", "--json")
+    assert result.record["subtitles"] == result.record["compare"]["subtitles"] and result.err.count("subtitles: ") == 1
+
+
+# --cache.
+
+
+ONCE = ("ask", CLIP, QUESTION)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_off_unless_asked_for(cli, cache_folder):
+    assert cli(*ONCE, "--json").record["cache"] == "off" and not cache_folder.exists()
+    assert cli(*ONCE, "--json", "--no-cache").record["cache"] == "off" and not cache_folder.exists()
+
+
+def test_the_second_time_it_comes_from_the_cache(cli):
+    first, second = (cli(*ONCE, "--cache", "--json").record for _ in range(2))
+    assert (first["cache"], second["cache"]) == ("miss", "hit") and first["answer"] == second["answer"]
+    assert first["pruning"] == second["pruning"] and second["time_ms"]["encode"] == 0
+    result = cli(*ONCE, "--cache")
+    assert result.out == "green\n" and "36 visual tokens from the cache" in result.err and "\nencode" not in result.err
+
+
+@pytest.mark.full
+def test_both_sides_of_a_comparison(cli):
+    records = [cli(*ONCE, "--cache", "--compare", "--json").record for _ in range(2)]
+    assert [(r["cache"], r["compare"]["cache"]) for r in records] == [("miss", "miss"), ("hit", "hit")]
+
+
+@pytest.mark.full
+def test_a_method_that_reads_the_question_is_not_cached_but_encodes_once(cli, cache_folder):
+    questions = ("-Q", QUESTION, "-Q", "Does anything move?")
+    for _ in range(2):
+        result = cli("ask", CLIP, *questions, "--cache", "--json", "--method", "cdpruner", "-b", "0.25")
+        first, second = map(json.loads, result.out.splitlines())
+        assert first["cache"] == second["cache"] == "off" and not cache_folder.exists()
+        assert first["pruning"]["visual_tokens_kept"] == second["pruning"]["visual_tokens_kept"] == 36
+        assert second["time_ms"]["read"] == 0 < second["time_ms"]["encode"]
+
+
+@pytest.mark.full
+def test_from_stdin(cli):
+    with open(CLIP, "rb") as file:
+        content = file.read()
+    states = [cli("ask", "-", QUESTION, "--cache", "--json", stdin=content).record["cache"] for _ in range(2)]
+    assert states == ["miss", "hit"]
+
+
+@pytest.mark.full
+def test_a_folder_that_cannot_be_written(cli, monkeypatch):
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", "LICENSE/cache")
+    result = cli(*ONCE, "--cache", "-q")
+    assert (result.code, result.out) == (0, "green\n") and result.err.startswith("warning: the encoded video could not")
+    assert cli(*ONCE, "--cache", "--json").record["warnings"] == ["cache_not_written"]
+
+
+# --interactive, at a terminal: a prompt on stderr, answers on stdout, and what Ctrl-C and Ctrl-D do.
+
+
+CLIP, QUESTION, MORE = "samples/square.mp4", "What colour is the square?", "Which way does the square move?"
+
+
+TALK = ("ask", CLIP, "--interactive")
+
+
+def test_questions_are_typed(cli):
+    alone = [cli("ask", CLIP, question, "-q").out for question in (QUESTION, MORE)]
+    result = cli(*TALK, "-q", stdin=f"{QUESTION}\n\n   \n{MORE}", terminal=True)
+    assert (result.code, result.out) == (0, "".join(alone)) and result.err == "> " * 5 + "\n"
+    assert cli(*TALK, "-q", stdin="", terminal=True).out == ""
+
+
+def test_questions_of_the_command_line_come_first(cli):
+    result = cli("ask", CLIP, QUESTION, "-Q", MORE, "--interactive", stdin=f"{QUESTION}\n", terminal=True)
+    assert result.out.splitlines()[0] == result.out.splitlines()[2] == "green" and len(result.out.splitlines()) == 3
+    assert result.err.count("; first token ") == 3 and result.err.count("> ") >= 2
+
+
+@pytest.mark.full
+def test_a_line_of_stats_an_answer_and_all_of_them_on_request(cli):
+    brief, full = (cli(*TALK, *flags, stdin=f"{QUESTION}\n{MORE}\n", terminal=True).err for flags in ((), ("-v",)))
+    assert brief.count("; first token ") == 2 and "prefill" not in brief
+    assert full.count("\nprefill") == 2 and full.count("\nversions") == 2
+    both = cli(*TALK, "--compare", stdin=f"{QUESTION}\n", terminal=True).err
+    assert "pruned: 63 tokens read (36 visual)" in both and "full: 171 tokens read (144 visual)" in both
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("end", ["exit", "quit", " QUIT ", "/exit", "q"])
+def test_words_that_end_it(cli, end):
+    result = cli(*TALK, stdin=f"{QUESTION}\n{end}\n{MORE}\n", terminal=True)
+    assert (result.code, result.out) == (0, "green\n")
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("line", ["-b 0.1", "--compare", "  -n 5", "--"])
+def test_a_line_that_looks_like_an_option_is_not_asked(cli, line):
+    result = cli(*TALK, "-q", stdin=f"{line}\n- {QUESTION}\n", terminal=True)
+    assert (result.code, result.out) == (0, "green\n")
+    assert f"error: {line.split()[0]} looks like an option" in result.err and "hint: options belong to" in result.err
+
+
+def test_it_greets_and_has_help(cli):
+    result = cli(*TALK, stdin="/help\n/foo\n/set-budget 0.1\n?\n", terminal=True)
+    assert "Ask about square.mp4. /help for help" in result.err.partition("> ")[0] and result.out == ""
+    assert result.err.count("q or Ctrl-D: the end") == 2 and "there is no command /foo" in result.err
+    assert "there is no command /set-budget" in result.err
+
+
+def test_json_lines(cli):
+    out = cli(*TALK, "--json", "--compare", stdin=f"{QUESTION}\n{MORE}\n", terminal=True).out
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [r["question"] for r in records] == [QUESTION, MORE] and all(r["compare"]["answer"] for r in records)
+    assert records[1]["time_ms"]["encode"] == 0
+
+
+def test_warnings_come_once(cli, tiny_folder):
+    flags = ("-m", tiny_folder, "--load-format", "dummy", "-n", "2", "-q")
+    result = cli(*TALK, *flags, stdin=f"{QUESTION}\n{MORE}\n", terminal=True)
+    assert result.err.count("warning: the weights") == 1 and result.out.count("\n") >= 2
+    assert result.err.count("warning: the answer may be incomplete") == 2
+
+
+@pytest.mark.full
+def test_a_question_that_cannot_be_asked_does_not_end_it(cli):
+    result = cli(*TALK, "-q", stdin=f"caf\udce9\n{QUESTION}\n", terminal=True)
+    assert (result.code, result.out) == (0, "green\n") and "error: the question or the system prompt" in result.err
+    first, second = cli(*TALK, "--json", stdin=f"caf\udce9\n{QUESTION}\n", terminal=True).out.splitlines()
+    assert json.loads(first)["error"]["code"] == 2 and json.loads(second)["answer"] == "green"
+
+
+@pytest.mark.parametrize("args", [TALK, ("ask", CLIP, QUESTION, "--interactive"), ("ask", "-", "--interactive")])
+def test_only_at_a_terminal(cli, args):
+    result = cli(*args)
+    assert (result.code, result.out) == (2, "")
+    error, hint = result.err.splitlines()
+    assert error.startswith("error: --interactive reads questions from a terminal") and "-Q" in hint
+
+
+def test_failures_before_the_first_question(cli):
+    assert cli("ask", "no/such.mp4", "--interactive", terminal=True).code == 3
+    record = cli("ask", CLIP, "--interactive", "-m", "samples", "--json", terminal=True).record
+    assert record["error"]["code"] == 4 and record["finish_reason"] == "error"
+
+
+@pytest.mark.full
+def test_ctrl_d_ends_it_and_answers_alone_reach_a_pipe(keyboard):
+    screen, process = keyboard(*TALK, "-q")
+    screen.wait_for("> ")
+    screen.press(f"{QUESTION}\n".encode())
+    assert process.stdout.readline() == b"green\n"
+    screen.wait_for("> ", 2)
+    screen.press(b"\x1b[A\n")  # the arrow upwards: readline's history
+    assert process.stdout.readline() == b"green\n"
+    screen.wait_for("> ", 3)
+    screen.press(b"\x04")
+    assert process.wait(60) == 0 and process.stdout.read() == b""
+    lines = visible(screen.finish())
+    assert lines[0] == f"> {QUESTION}" and lines[-1].startswith(">")
+
+
+def stop_an_answer(screen, process) -> None:
+    """Asks at a prompt, and presses Ctrl-C as soon as the answer begins."""
+    while select.select([process.stdout], [], [], 0)[0]:  # what is left of the answer before
+        os.read(process.stdout.fileno(), 2**16)
+    screen.press(b"What happens?\n")
+    assert process.stdout.read(1)
+    screen.press(b"\x03")
+
+
+@pytest.mark.full
+def test_ctrl_c_stops_an_answer_and_then_the_conversation(keyboard, endless):
+    screen, process = keyboard(*TALK, "-m", endless, "-n", "30000", "-t", "1", "--seed", "5", "-q")
+    for turn in (1, 2):
+        screen.wait_for("> ", turn)
+        stop_an_answer(screen, process)
+    screen.wait_for("> ", 3)
+    screen.press(b"half a question\x03")  # once it only clears the line
+    screen.wait_for("Ctrl-D ends the conversation")
+    screen.wait_for("> ", 4)
+    stop_an_answer(screen, process)
+    screen.wait_for("> ", 5)
+    screen.press(b"\x03")
+    screen.wait_for("> ", 6)
+    screen.press(b"\x03")
+    assert process.wait(60) == -signal.SIGINT
+    assert process.stdout.read().endswith(b"\n") and "Traceback" not in screen.finish()
+
+
+@pytest.mark.full
+def test_records_of_answers_that_were_stopped(keyboard, endless):
+    screen, process = keyboard("ask", CLIP, QUESTION, "--interactive", "-m", endless, "-n", "30000", "--json")
+    screen.wait_for(re.escape("\x1b[?25h"), 2)  # the second spinner has given the cursor back: there is a first word
+    time.sleep(0.2)
+    screen.press(b"\x03")
+    record = json.loads(process.stdout.readline())
+    assert record["question"] == QUESTION and record["finish_reason"] == "interrupt" and record["answer"]
+    screen.wait_for("> ")
+    screen.press(b"\x04")
+    assert process.wait(60) == 0 and process.stdout.read() == b""
+    screen.finish()
+
+
+@pytest.mark.full
+def test_answers_and_prompts_on_one_terminal(keyboard):
+    screen, process = keyboard(*TALK, stdout=None)
+    screen.wait_for("> ")
+    screen.press(f"{QUESTION}\n".encode())
+    screen.wait_for("total .*> ")
+    screen.press(b"\x04")
+    assert process.wait(60) == 0
+    lines = visible(screen.finish())
+    assert lines[1:3] == [f"> {QUESTION}", "green"] and "; first token " in lines[3]
+
+
+# Memory.
+
+
+def peak(path: Path) -> int:
+    command = [sys.executable, "-m", "evoprune_cli", "ask", str(path), "What happens?", "--frames", "24", "--json"]
+    done = subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
+    record = json.loads(done.stdout)
+    assert record["sampling"]["frames"] == 24
+    return record["memory"]["peak_bytes"]
+
+
+@pytest.mark.slow
+def test_peak_is_flat_from_a_minute_to_two_hours(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 255, (90, 160, 3), np.uint8)
+
+    def frames(seconds: int):
+        for i in range(seconds * 10):
+            yield np.roll(picture, i % 160, axis=1)
+
+    peaks = {}
+    for seconds in (60, 7200):
+        path = tmp_path / f"{seconds}.mp4"
+        write_video(path, frames(seconds), fps=10)
+        peaks[seconds] = peak(path)
+    assert peaks[7200] <= 1.1 * peaks[60], peaks

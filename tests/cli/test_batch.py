@@ -6,7 +6,7 @@ import os
 import random
 import re
 import resource
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -19,14 +19,23 @@ import torch
 from evoprune import video_qa
 from evoprune.batch.output import RecordFile
 from evoprune.language.static import best_of
-from evoprune_cli import tally
+from evoprune_cli import batch
 from evoprune_cli.terminal import Terminated
 from tests.cli.screen import visible
+from tests.video.subtitled import ASS, SRT, write_subtitled
 
 ROOT = Path(__file__).parents[2]
+
+
 CLIPS = ["samples/square.mp4", "samples/three.mp4"]
+
+
 QUESTIONS = ["What happens?", "How many shapes are there?"]
+
+
 CUT = "4 answers may be incomplete: -n (max_new_tokens) allows no more tokens"  # all of a test's rows have few
+
+
 ASKED = [word for question in QUESTIONS for word in ("-Q", question)]
 
 
@@ -50,20 +59,6 @@ def records(path: Path) -> list[dict]:
     content = path.read_bytes()
     assert content.endswith(b"\n")
     return [json.loads(line) for line in content.split(b"\n")[:-1]]
-
-
-def test_fields_of_a_row(run, out):
-    """Those of other tools are followed, and unknown ones named."""
-    own = {"video": str(ROOT / CLIPS[0]), "question": "What?", "video_start": 1, "video_end": 2.5, "nframes": 2}
-    rows = [own | {"max_new_tokens": 1, "strat": 3}, own | {"fps": 4, "nframes": None, "id": "b"}]
-    result = run("--from", "-", "-q", stdin="".join(json.dumps(row) + "\n" for row in rows).encode())
-    assert result.code == 0
-    assert result.err == "warning: stdin: fields that are not used: strat in 1 row (did you mean start?)\n"
-    first, second = records(out)
-    assert (first["sampling"]["frames"], second["sampling"]["frames"]) == (2, 6)
-    assert (first["sampling"]["start_s"], first["sampling"]["end_s"]) == (1.0, 2.5)
-    assert (first["generation"]["max_new_tokens"], second["generation"]["max_new_tokens"]) == (1, 2)
-    assert (first["batch"]["row"]["frames"], second["batch"]["row"]["fps"]) == (2, 4)
 
 
 def test_a_pattern_that_matches_nothing(run):
@@ -101,11 +96,6 @@ def test_a_record_for_every_question_about_every_video(run, cli, out, tiny_folde
         assert ours.keys() == theirs.keys() and ours["schema"] == "evoprune/answer@1"
         for name in ("question", "answer", "finish_reason", "video", "sampling", "pruning", "tokens", "model", "error"):
             assert ours[name] == theirs[name], name
-
-
-def test_quiet(run, out):
-    result = run(*CLIPS, *ASKED, "-q")
-    assert (result.code, result.out, result.err) == (0, "", "") and len(records(out)) == 4
 
 
 def rows_file(folder: Path, form: str) -> Path:
@@ -171,13 +161,9 @@ def no_weights(monkeypatch):
     [
         ((), "no videos", 2),
         ((*CLIPS, "What is here?"), "put -Q before each question", 2),
-        (ASKED, "no videos", 2),
-        ((*CLIPS, *ASKED, "--from", "samples/questions.jsonl"), "--from excludes", 2),
-        ((*CLIPS, *ASKED, "-m", ""), "EVOPRUNE_MODEL", 2),
         ((*CLIPS, "-", *ASKED), "no video from stdin", 2),
         ((*CLIPS, CLIPS[0], *ASKED), "'samples/square.mp4' is there twice", 2),
         ((*CLIPS, *ASKED, *ASKED), "'What happens?' is there twice", 2),
-        ((*CLIPS, "-Q", " "), "question is empty", 2),
         (
             ("gone.mp4", *CLIPS, CLIPS[0], "-Q", ""),
             f"{CLIPS[0]!r} is there twice; '': question is empty; no such file: g",
@@ -187,32 +173,19 @@ def no_weights(monkeypatch):
         ((*CLIPS, "-Q", "caf\udce9"), "not valid text", 2),
         ((*CLIPS, *ASKED, "-s", "caf\udce9"), "system prompt is not valid text", 2),
         ((*CLIPS, *ASKED, "-b", "2"), "budget '2'", 2),
-        ((*CLIPS, *ASKED, "--method", "magic"), "magic", 2),
         ((*CLIPS, *ASKED, "--method-arg", "speed=1"), "speed", 2),
-        ((*CLIPS, *ASKED, "--method-arg", "speed"), "NAME=VALUE", 2),
-        ((*CLIPS, *ASKED, "--fps", "1"), "fps and frames", 2),
-        ((*CLIPS, *ASKED, "--frames", "0"), "--frames is 0", 2),
-        ((*CLIPS, *ASKED, "--max-frames", "0"), "--max-frames is 0", 2),
-        ((*CLIPS, *ASKED, "--max-visual-tokens", "0"), "visual tokens", 2),
-        ((*CLIPS, *ASKED, "--start", "soon"), "soon", 2),
         ((*CLIPS, *ASKED, "--start", "3", "--end", "2"), "end 2 s is not after", 2),
         ((*CLIPS, *ASKED, "--decoder", "vlc"), "vlc", 2),
-        ((*CLIPS, *ASKED, "-n", "0"), "--max-new-tokens is 0", 2),
-        ((*CLIPS, *ASKED, "-t", "-1"), "temperature", 2),
         ((*CLIPS, *ASKED, "--device", "abacus"), "abacus", 2),
         ((*CLIPS, *ASKED, "--json"), "--json", 2),
-        ((*CLIPS, *ASKED, "--resume", "--overwrite"), "exclude each other", 2),
         ((*CLIPS, *ASKED, "-o", "-", "--resume"), "no file that could be", 2),
         ((*CLIPS, *ASKED, "-o", "samples"), "cannot write samples: Is a directory", 2),
-        ((*CLIPS, *ASKED, "-o", "no/such/out.jsonl"), "cannot write no/such/out.jsonl", 2),
         ((*CLIPS, *ASKED, "-o", "/proc/out.jsonl"), "cannot write /proc/out.jsonl", 2),
         ((*CLIPS, *ASKED, "-o", CLIPS[1], "--overwrite"), "samples/three.mp4 is what is to be read", 2),
         (("--overwrite", "-o", *CLIPS, *ASKED), "samples/square.mp4 is there, and holds no records of a batch", 2),
         (("--from", "samples/questions.jsonl", "-o", "./samples/questions.jsonl", "--overwrite"), "is to be read", 2),
-        (("--from", "no/such.csv"), "cannot read no/such.csv", 2),
         (("--from", "-"), "nothing is piped", 2),
         (("--from", "LICENSE"), "LICENSE: the first line must name the columns", 2),
-        (("gone.mp4", *ASKED), "no such file: gone.mp4", 3),
         (("gone.mp4", "lost.mp4", *ASKED), "no such file: gone.mp4, lost.mp4\n", 3),
         (("https://example.org/a.mp4", *ASKED), "yt-dlp", 3),
         ((*CLIPS, *ASKED, "-m", "samples"), "config.json", 4),
@@ -225,11 +198,6 @@ def test_refused_before_weights_are_read(run, monkeypatch, out, args, says, code
     if "--json" not in args:
         assert result.out == "" and len(result.err.splitlines()) == 2 and "hint: " in result.err
     assert not out.exists()
-
-
-def test_no_output(cli):
-    result = cli("batch", CLIPS[0], *ASKED, "-m", "demo")
-    assert result.code == 2 and "error: no output" in result.err and "-o" in result.err.splitlines()[1]
 
 
 def test_what_is_there_is_not_lost(run, out, monkeypatch):
@@ -370,7 +338,7 @@ def test_progress_on_a_terminal(run, columns):
 
 
 def test_progress_where_nobody_watches(run, monkeypatch):
-    monkeypatch.setattr(tally, "EVERY_S", 0.0)
+    monkeypatch.setattr(batch, "TELL_EVERY_S", 0.0)
     lines = run(*CLIPS, *ASKED).err.splitlines()
     assert [line.split(",")[0] for line in lines[:4]] == [f"{n} of 4 rows" for n in range(1, 5)]
     assert all(re.search(r" a (second|minute), ~.* left$", line) for line in lines[:4])
@@ -381,16 +349,11 @@ def test_progress_where_nobody_watches(run, monkeypatch):
     ("made", "seconds", "says"), [(4, 2.0, "2 a second"), (2, 60.0, "2 a minute"), (3, 7200.0, "1.5 an hour")]
 )
 def test_pace(made, seconds, says):
-    assert tally.pace(made, seconds) == says
+    assert batch.pace(made, seconds) == says
 
 
-def test_a_warning_is_told_once_even_where_it_is_quiet(cli, out, tmp_path):
-    import numpy as np
-
-    from tests.video.files import write_video
-
-    clip = write_video(tmp_path / "f.mp4", np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
-    result = cli("batch", clip, *ASKED, "-m", "demo", "-q", "-o", out)
+def test_a_warning_is_told_once_even_where_it_is_quiet(cli, out, foreign):
+    result = cli("batch", foreign, *ASKED, "-m", "demo", "-q", "-o", out)
     assert result.code == 0 and result.err.count("warning: ") == 1
     assert [r["warnings"] for r in records(out)] == [["demo_model"]] * 2
 
@@ -430,19 +393,7 @@ def test_the_model_is_loaded_once(run, monkeypatch):
     assert loads == [1]
 
 
-def test_help_imports_neither_torch_nor_numpy():
-    code = (
-        "import sys; from evoprune_cli.main import app\n"
-        "try: app(['batch', '--help'], standalone_mode=False, terminal_width=78)\n"
-        "finally: print([m for m in ('torch', 'numpy', 'transformers', 'av') if m in sys.modules])"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.splitlines()[-1] == "[]" and "--resume" in out and "EVOPRUNE_MODEL" in out
-    assert max(map(len, out.splitlines())) <= 80
-
-
 # In processes of their own.
-
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("EVOPRUNE_")} | {"OMP_NUM_THREADS": "1"}
 
 
@@ -484,19 +435,6 @@ def wait_for_lines(process, out: Path, count: int) -> None:
     while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < count):
         assert time.monotonic() < until
         time.sleep(0.002)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
-def test_signals(start, out, sent, code):
-    process = start(questions=40, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    wait_for_lines(process, out, 3)
-    process.send_signal(sent)
-    said, err = process.communicate(timeout=120)
-    made = len(records(out))
-    assert (process.returncode, said) == (code, b"") and 3 <= made < 480
-    first, *_, second = err.decode().splitlines()
-    assert first.startswith(f"{made} of 480 rows answered: ") and second.endswith("the same command with --resume")
 
 
 def kill_and_resume(start, out: Path, kills: int, questions: int, seed: int) -> None:
@@ -563,3 +501,94 @@ def test_nobody_reads(start):
     process.stdout.close()
     assert process.wait(120) == 0 and process.stderr.read() == b""
     process.stderr.close()
+
+
+# Subtitles, pictures, several inputs.
+
+
+CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return shutil.copy(CLIP, tmp_path / "clip.mp4")
+
+
+@pytest.fixture
+def subtitled(cli, tiny_folder, tmp_path):
+    def call(*args):
+        quick = ("-m", tiny_folder, "-n", "2", "--frames", "4", "-o", tmp_path / "out.jsonl")
+        result = cli("batch", *map(str, (*quick, *args)))
+        lines = (tmp_path / "out.jsonl").read_text().splitlines() if (tmp_path / "out.jsonl").exists() else []
+        return result, [json.loads(line) for line in lines]
+
+    return call
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_rows_of_a_batch(subtitled, clip, tmp_path, form):
+    write_subtitled(tmp_path / "track.mkv", [ASS])
+    (tmp_path / "said.srt").write_text(SRT)
+    rows = [
+        {"video": "clip.mp4", "question": "Who?", "subtitles": "said.srt"},
+        {"video": "clip.mp4", "question": "Who?", "subtitles": "none"},
+        {"video": "clip.mp4", "question": "Who?"},
+        {"video": "track.mkv", "question": "Who?", "subtitles": "auto"},
+        {"video": "track.mkv", "question": "Who?", "subtitles": "gone.srt"},
+    ]
+    path = tmp_path / f"rows.{form}"
+    with path.open("w", newline="") as file:
+        if form == "csv":
+            writer = csv.DictWriter(file, ["video", "question", "subtitles"])
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    result, made = subtitled("--from", path)
+    found = {record["batch"]["row"].get("subtitles"): record["subtitles"] for record in made}
+    assert result.code == 6 and len({record["id"] for record in made}) == 5
+    assert {key: value and value["source"] for key, value in found.items()} == {
+        "said.srt": f"{tmp_path}/said.srt", "none": None, None: None, "auto": "track 1 (eng)", "gone.srt": None,
+    }  # fmt: skip
+    (failed,) = [record["error"] for record in made if record["error"]]
+    assert failed["code"] == 3 and "gone.srt" in failed["message"]
+    (tmp_path / "gone.srt").write_text(SRT)
+    result, made = subtitled("--from", path, "--resume")
+    assert result.code == 0 and len(made) == 5 and not any(record["error"] for record in made)
+    assert [record["tokens"]["text"] for record in made if record["subtitles"] is None] == [
+        made[1]["tokens"]["text"]
+    ] * 2
+
+
+def test_an_option_for_all_rows_and_resume(subtitled, clip, tmp_path):
+    (tmp_path / "clip.srt").write_text(SRT)
+    result, made = subtitled(clip, CLIP, "-Q", "Who?", "--subtitles", "auto")
+    assert result.code == 0 and [bool(record["subtitles"]) for record in made] == [True, False]
+    assert made[0]["batch"]["settings"]["subtitles"] == "auto"
+    assert "subtitles was 'auto', is None" in subtitled(clip, CLIP, "-Q", "Who?", "--resume")[0].err
+    assert subtitled(clip, CLIP, "-Q", "Who?", "--resume", "--subtitles", "auto")[0].code == 0
+
+
+def test_outputs_of_versions_without_subtitles_can_be_resumed(subtitled, clip):
+    settings = subtitled(clip, "-Q", "Who?")[1][0]["batch"]
+    assert "subtitles" not in settings["row"] and not any("subtitle" in name for name in settings["settings"])
+
+
+CLIP, OTHER, DIFFERS = "samples/square.mp4", "samples/arrivals.webm", "What differs?"
+
+
+QUICK = ("-n", "2")
+
+
+def test_a_batch_of_pictures_and_several_inputs(cli, photo, tmp_path):
+    rows = [{"video": photo, "question": "What?"}, {"inputs": [os.path.abspath(CLIP), photo], "question": "What?"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.jsonl"
+    result = cli("batch", "--from", tmp_path / "rows.jsonl", "-m", "demo", "-o", out, *QUICK)
+    assert result.code == 0
+    made = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [len(record["inputs"]) for record in made] == [1, 2]
+    assert made[1]["batch"]["row"]["inputs"] == rows[1]["inputs"] and "video" not in made[1]["batch"]["row"]
+    again = cli("batch", "--from", tmp_path / "rows.jsonl", "-m", "demo", "-o", out, *QUICK, "--resume")
+    assert again.code == 0 and "2 of 2 rows answered, 2 of them before" in again.err

@@ -1,4 +1,4 @@
-"""`evoprune inspect`: facts without weights."""
+"""`evoprune inspect`: facts without weights, and overlays."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from PIL import Image
 
 import evoprune
 from evoprune.bundled import DEMOS
@@ -20,29 +21,6 @@ from tests.quantized import KINDS
 from tests.video.files import write_video
 
 CLIP = "samples/square.mp4"
-
-
-def test_machine(cli):
-    record = cli("inspect", "--json").record
-    assert record["decoders"]["pyav"] == "works" and record["devices"]["cpu"] and record["available"]["cores"] >= 1
-    assert "evoprune" in record["methods"] and record["versions"]["torch"]
-    assert "pyav" in cli("inspect").out
-
-
-def test_video_and_plan(cli):
-    result = cli("inspect", CLIP, "--json", "--scan")
-    record = result.record
-    assert result.code == 0 and result.err == ""
-    assert record["video"]["codec"] == "h264" and record["scan"]["frames"] == 72 and record["scan"]["damaged"] == 0
-    assert record["plan"]["grid"] == [6, 4, 6] and record["plan"]["presets"]["fast"]["tokens"] == 14
-    assert [preset["share"] for preset in record["plan"]["presets"].values()] == [1.0, 0.4, 0.25, 0.1]
-
-
-def test_plan_of_a_real_model_needs_no_network(cli):
-    plan = cli("inspect", CLIP, "-m", "Qwen/Qwen2.5-VL-7B-Instruct", "--frames", "8", "--json").record["plan"]
-    assert plan["frames"] == 8 and plan["visual_tokens"] == 4 * 10 * 14
-    # 28 layers, 4 key/value heads of 128, keys and values, bf16
-    assert plan["presets"]["full"]["kv_cache_bytes"] == 560 * 28 * 4 * 128 * 2 * 2
 
 
 @pytest.fixture
@@ -126,12 +104,6 @@ def test_short_memory_is_counted_with_fewer_units_at_a_time(cli, tiny_folder, mo
     assert not cli(*args).record["memory"]["enough"]
 
 
-def test_text_is_for_people(cli):
-    out = cli("inspect", CLIP).out
-    assert "6.000 s (0:06.0)" in out and "balanced" in out
-    assert all(len(line) <= 80 or str(DEMOS["demo"].folder) in line for line in out.splitlines())
-
-
 def test_everything_about_the_machine_fits_a_terminal(cli, monkeypatch):
     monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
     out = cli("inspect").out
@@ -211,18 +183,7 @@ def test_overlay(cli, tmp_path, ending, frames):
 
 @needs_decord
 def test_overlay_takes_the_options_of_pruning_and_sampling(cli, tmp_path):
-    options = (
-        "--method",
-        "evoprune",
-        "--method-arg",
-        "reuse=0",
-        "-b",
-        "0.5",
-        "--frames",
-        "4",
-        "--end",
-        "3",
-    )
+    options = ("--method", "evoprune", "--method-arg", "reuse=0", "-b", "0.5", "--frames", "4", "--end", "3")
     told = cli("inspect", CLIP, "--overlay", tmp_path / "a.png", *options, "--decoder", "decord", "--json").record
     assert told["plan"]["grid"] == [2, 4, 6] and told["plan"]["end_s"] == 3
     assert (
@@ -233,9 +194,8 @@ def test_overlay_takes_the_options_of_pruning_and_sampling(cli, tmp_path):
 
 
 @pytest.mark.full
-def test_overlay_of_a_foreign_video_warns(cli, tmp_path):
-    write_video(tmp_path / "foreign.mp4", np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
-    result = cli("inspect", tmp_path / "foreign.mp4", "--overlay", tmp_path / "a.gif")
+def test_overlay_of_a_foreign_video_warns(cli, foreign, tmp_path):
+    result = cli("inspect", foreign, "--overlay", tmp_path / "a.gif")
     assert result.code == 0 and result.err.startswith("warning: the demo models know only generated clips")
     assert "merged" in result.out and (tmp_path / "a.gif").read_bytes().startswith(b"GIF89a")
 
@@ -257,14 +217,6 @@ def test_a_full_disk(cli, tmp_path):
 
 
 @pytest.mark.full
-def test_a_warning_of_an_overlay_is_a_sentence(cli, tmp_path):
-    path = tmp_path / "foreign.mp4"
-    write_video(path, np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
-    result = cli("inspect", path, "--overlay", tmp_path / "a.png")
-    assert "demo_overlay" not in result.out and "the demo models know only generated clips" in result.err
-
-
-@pytest.mark.full
 def test_what_was_asked_for_stands_first(cli, tmp_path):
     first, second, *rest = cli("inspect", CLIP, "--overlay", tmp_path / "a.png").out.splitlines()
     assert first.split() == ["overlay", str(tmp_path / "a.png")]
@@ -272,3 +224,47 @@ def test_what_was_asked_for_stands_first(cli, tmp_path):
     assert "frame size" in "\n".join(rest) and "168x112" in "\n".join(rest)
     assert cli("inspect", "-m", "demo").out.startswith("model\n")
     assert cli("inspect", CLIP, "-m", "demo").out.startswith("video\n")
+
+
+def test_inspecting_a_picture(cli, photo, tmp_path):
+    record = cli("inspect", photo, "--json").record
+    assert record["video"]["container"] == "picture" and record["plan"]["timestamps_s"] is None
+    assert cli("inspect", photo, "--overlay", tmp_path / "o.png").code == 0 and Image.open(tmp_path / "o.png").size[0]
+    result = cli("inspect", photo, "--scan")
+    assert result.code == 3 and "nothing to scan" in result.err
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "nan", "inf"])
+def test_a_rate_that_makes_no_sense(cli, wrong):
+    assert cli("inspect", "samples/square.mp4", f"--frame-rate={wrong}").code == 2
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_inspect_shows_and_empties_it(cli, folder, monkeypatch):
+    cli("ask", CLIP, "What?", "-n", "1", "--cache", "-q")
+    facts = cli("inspect", "--json").record["cache"]
+    (entry,) = folder.iterdir()
+    assert facts == {
+        "folder": str(folder),
+        "videos": 1,
+        "size_bytes": entry.stat().st_size,
+        "limit_bytes": 2 * 2**30,
+        "quantized_models": 0,
+        "quantized_bytes": 0,
+    }
+    assert "limit               2.0 GiB" in cli("inspect").out
+    assert cli("inspect", "--clear-cache", "--json").record["cache"]["videos"] == 0 and list(folder.iterdir()) == []
+    result = cli("inspect", CLIP, "--clear-cache")
+    assert result.code == 2 and "--clear-cache is not about a video" in result.err
+
+    def refused(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("evoprune.session.cache.Cache.clear", refused)
+    result = cli("inspect", "--clear-cache")
+    assert result.code == 2 and "Permission denied" in result.err and len(result.err.splitlines()) == 2

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_readme import ROOT
+from tests.cli.conftest import ROOT
 from tests.recipes import write_recipe
 
 PAGE = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")

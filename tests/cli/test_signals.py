@@ -1,26 +1,158 @@
-"""SIGINT and SIGTERM at many moments of `ask`, `batch` and `eval`: the exit code is right, nobody is left, and files are whole."""
+"""SIGINT and SIGTERM at many moments of `ask`, `batch` and `eval`: the exit code is right, nobody is left, and files are whole.
 
+`python -m tests.cli.test_signals ask|batch|eval FOLDER COUNT` makes the runs. A moment is a call of a function of this program in
+the main thread. The first run counts them, the others get a signal at one of COUNT moments spread over them; the last of these is
+then gone on with, where that is possible. Every run is a copy of this process, which has imported everything before. Prints one
+JSON object a run.
+"""
+
+import atexit
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.cli.interrupts import COMMANDS, SIGNALS
+# A run, and what becomes of it.
+
+
+CLIPS = ["samples/square.mp4", "samples/three.mp4"]
+
+
+QUICK = ["-m", "demo", "-n", "2", "--frames", "4"]
+
+
+EVAL = ["eval", "--data", "samples/questions.jsonl", "--limit", "2", "-b", "0.5", "--method", "random", *QUICK]
+
+
+BATCH = ["batch", *CLIPS, "-Q", "What happens?", "-Q", "Why?", *QUICK, "-o", "{}/out.jsonl"]
+
+
+COMMANDS = {
+    "ask": (["ask", CLIPS[0], "What colour is the square?", "-Q", "Why?", *QUICK], None),
+    "batch": (BATCH, [*BATCH, "--resume"]),
+    "eval": ([*EVAL, "-o", "{}/run"], [*EVAL, "--resume", "{}/run"]),
+}
+
+
+SIGNALS = ("SIGINT", "SIGTERM")
+
+
+MARK = "EVOPRUNE_MOMENT"  # in the environment of a run and of all that it starts
+
+
+OURS = tuple(f"{Path(__file__).parents[2] / package}{os.sep}" for package in ("evoprune", "evoprune_cli"))
+
+
+def main(command: str, folder: Path, count: int) -> None:
+    import torch
+
+    import evoprune_cli.main  # noqa: F401
+
+    torch.set_num_threads(1)
+    words, again = COMMANDS[command]
+    moments = tell(run(folder / "whole", words))
+    for how in SIGNALS:
+        for number in range(count):
+            place = folder / how / str(number)
+            moment = moments * 97 * (2 * number + 1) // (200 * count)  # no two runs have quite the same
+            tell(run(place, words, how, moment), how, moment)
+        if again:
+            tell(run(place, again))
+
+
+def tell(found: dict, how: str | None = None, moment: int | None = None) -> int:
+    print(json.dumps({"signal": how, "moment": moment} | found), flush=True)
+    return found["moments"]
+
+
+def run(folder: Path, words: list[str], how: str | None = None, moment: int = 0) -> dict:
+    """What became of it: moments that came, up to the signal; its exit code; what it said; and who is left of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    end, start = os.pipe()
+    os.environ[MARK] = str(folder)
+    pid = os.fork()
+    if pid == 0:
+        copy(folder, [word.replace("{}", str(folder)) for word in words], how, moment, start)
+    os.close(start)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with open(end) as file:
+        said = file.read()
+    err = (folder / "err").read_text()
+    return {"folder": str(folder), "moments": int(said or 0), "code": code, "err": err, "left": left(str(folder))}
+
+
+def copy(folder: Path, words: list[str], how: str | None, moment: int, counted: int) -> None:
+    """Runs the command; ends this process."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["evoprune", *words]
+    from evoprune_cli.__main__ import start
+
+    moments, code = 0, 1
+
+    def look(frame, event, _):
+        nonlocal moments
+        if event == "call" and frame.f_code.co_filename.startswith(OURS):
+            moments += 1
+            if moments == moment:
+                sys.setprofile(None)
+                os.kill(os.getpid(), signal.Signals[how])
+
+    try:
+        sys.setprofile(look)
+        start()
+    except SystemExit as stop:
+        sys.setprofile(None)
+        code = stop.code or 0
+    finally:
+        os.write(counted, str(moments).encode())
+        atexit._run_exitfuncs()  # after an interruption the last of them ends the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def left(mark: str, patience_s: float = 20.0) -> list[str]:
+    """Processes of a run that are still there after a while."""
+    until = time.monotonic() + patience_s
+    while True:
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"{MARK}={mark}\0".encode() in (place / "environ").read_bytes():
+                    found.append((place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+            except OSError:  # gone, or somebody else's
+                continue
+        if not found or time.monotonic() > until:
+            return found
+        time.sleep(0.1)
+
+
+# The tests.
+
 
 ROOT = Path(__file__).parents[2]
+
+
 CODES = {None: 0, "SIGINT": -signal.SIGINT, "SIGTERM": 143}
+
+
 RECORDS = {"batch": "out.jsonl", "eval": "run/samples.jsonl"}
+
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
 
 def check(command: str, folder: Path, count: int) -> None:
     """Signals at so many moments, and whole runs: those that nobody disturbed, and those that went on where one was cut short."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cli.interrupts", command, str(folder), str(count)],
+        [sys.executable, "-m", "tests.cli.test_signals", command, str(folder), str(count)],
         cwd=ROOT,
         env={k: v for k, v in os.environ.items() if not k.startswith("EVOPRUNE_")} | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -94,3 +226,7 @@ def test_a_signal_where_nothing_can_be_raised(how, then_s):
     command = [sys.executable, "-c", program, how, str(then_s)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=50)
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.Signals[how], b"", b"")  # `run` alone
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,14 +1,20 @@
-"""What is printed, write by write and line by line."""
+"""What is printed: lines that fold, tables on narrow terminals, answers that are broken between words."""
 
 import io
+import random
+import re
+import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from evoprune import VideoQA
-from evoprune.report import Report, VideoFacts
-from evoprune_cli.loading import note_bits
-from evoprune_cli.terminal import print_json, print_warning
+from evoprune.language.settings import GenerationOptions
+from evoprune.report import Report, VideoFacts, stats_block
+from evoprune_cli.running import note_model
+from evoprune_cli.terminal import Wrapped, fitting, print_json, print_stream, print_warning, table
+from evoprune_cli.tune import render_operations as operations_table
 from tests.cli.screen import visible
 from tests.loading import load_model
 
@@ -84,5 +90,115 @@ def test_a_large_model_in_fp32_is_told_of_8_bits(saved, capsys, changes, said, m
     monkeypatch.setattr("evoprune.cpu.quantize.kinds", lambda device: ["int8"])
     loaded = replace(load_model(str(saved), dtype="fp32"), weights_bytes=2**32)
     engine = VideoQA(loaded).engine
-    note_bits(replace(engine, loaded=replace(loaded, **changes)))
+    note_model(replace(engine, loaded=replace(loaded, **changes)), GenerationOptions(), False)
     assert ("--quantize int8 is about twice as fast" in capsys.readouterr().err) == said
+
+
+NAMES = [f"evoprune:alpha={alpha}:reuse=0 -b 0.25" for alpha in (1, 2, 3)]
+
+
+CELLS = {"first token": lambda name: "3.21x", "agree": lambda name: "97.1 (95.0-99.0)", "KL": lambda name: "0.012"}
+
+
+@pytest.mark.parametrize("width", [80, 60, 48, 40, 34])
+def test_a_name_is_wrapped_and_not_cut(width):
+    lines, titles = fitting(NAMES, str, CELLS, ("KL",), width)
+    assert max(map(len, lines)) <= width and "…" not in "".join(lines)
+    place = (
+        lines[0].index("first")
+        if "first token" in lines[0]
+        else min(line.find("3.21x") for line in lines if "3.21x" in line)
+    )
+    shown = "".join(line[:place].strip() for line in lines).replace(" ", "")
+    assert shown == "".join(NAMES).replace(" ", "")
+    assert sum("3.21x" in line and "97.1 (95.0-99.0)" in line for line in lines) == len(NAMES)
+    assert titles == list(CELLS)[: 3 if width > 60 else 2]
+
+
+@pytest.mark.parametrize("width", [80, 40, 30])
+def test_recipes_of_operations(width):
+    rows = [
+        {"budget": 0.2, "share": 0.21, "operations": 1234, "kl": 0.1234, "agree": 0.97},
+        {"budget": 0.3, "share": 0.31, "operations": 1000, "kl": None, "agree": None},
+    ]
+    document = {
+        "model": {"id": "m", "dtype": "fp32", "device": "cpu"}, "answer_tokens": 9, "questions": 1, "seconds": 1.0, "rows": rows,
+        "videos": {"answered": 1, "wanted": 1}, "failures": [], "error": None, "complete": True,
+    }  # fmt: skip
+    lines = operations_table(document, width).splitlines()
+    assert max(map(len, lines[:-1])) <= width and "-b 0.2  21.0%" in " ".join(lines) and "0.123" in " ".join(lines)
+    assert any(line.startswith("-b 0.3  31.0%") and "-" in line[14:] for line in lines)
+    assert ("operations: left out" in " ".join(lines)) == (width >= 40)
+
+
+def test_words_of_a_text_are_wrapped_and_not_cut():
+    lines, _ = table(
+        ["name", "acts", "source"], [["evoprune-merge", "in the encoder", "arXiv 2603.03681,"]], 30, right=False
+    )
+    assert "…" not in "".join(lines) and max(map(len, lines)) <= 30
+    columns = [lines[0].index(title) for title in ("name", "acts", "source")] + [30]
+    whole = ["".join("".join(line[a:b] for line in lines[1:]).split()) for a, b in pairwise(columns)]
+    assert whole == ["evoprune-merge", "intheencoder", "arXiv2603.03681,"]
+
+
+TEXT = (
+    "A small purple triangle moves up. The digit 2 appears.\n\n  Then: unbreakablewordsarelongerthanaline, and so on."
+)
+
+
+def shown(text: str, width: int, pieces: int = 1) -> str:
+    """What is written of a text that comes in pieces of random length."""
+    draw, written = random.Random(pieces), []
+    wrapped, rest = Wrapped(width, written.append), text
+    while rest:
+        count = draw.randint(1, 7) if pieces > 1 else len(rest)
+        wrapped.add(rest[:count])
+        rest = rest[count:]
+    wrapped.flush()
+    return "".join(written)
+
+
+@pytest.mark.parametrize("width", [10, 20, 33, 200])
+def test_lines_end_between_words(width):
+    text = shown(TEXT, width)
+    assert text.split() == TEXT.split() and text.count("\n\n") == 1
+    for line in text.split("\n"):
+        for word in re.finditer(r"\S+", line):  # the terminal breaks at multiples of its width
+            assert len(word[0]) > width or word.start() // width == (word.end() - 1) // width
+    assert all(shown(TEXT, width, pieces) == text for pieces in range(2, 9))
+
+
+def test_what_fits_is_not_changed():
+    assert shown(TEXT, 500) == TEXT and shown("green", 5) == "green"
+    assert shown("ab cd", 5) == "ab cd" and shown("ab cde", 5) == "ab\ncde"
+
+
+def test_a_word_is_written_as_soon_as_the_next_one_begins():
+    written = []
+    wrapped = Wrapped(20, written.append)
+    wrapped.add("gre")
+    assert written == []
+    wrapped.add("en ")
+    assert written == ["green"]
+
+
+def test_wide_characters_need_no_spaces():
+    assert shown("\u4e00" * 7, 8) == "\u4e00" * 4 + "\n" + "\u4e00" * 3
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_nothing_is_broken_in_a_pipe(monkeypatch, capsys, terminal):
+    monkeypatch.setenv("COLUMNS", "10")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    print_stream(iter(["one two ", "three", " four\tfive"]))
+    assert capsys.readouterr().out == ("one two\nthree four\nfive\n" if terminal else "one two three four\tfive\n")
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_stats_block_fits_the_terminal(cli, width):
+    report = Report.from_json(cli("ask", "samples/square.mp4", "What colour is the square?", "--json").out)
+    assert all(len(line) <= width for line in stats_block(report, width))
+    report.pruning.visual_tokens_in, report.pruning.encoder_rows, report.pruning.visual_tokens_kept = 24576, 12288, 6144
+    report.tokens.visual, report.tokens.prompt, report.video.frames_total = 6144, 6190, 1234567
+    report.video.path, report.model.id = f"/a/{'long' * 40}.mp4", f"/b/{'long' * 40}"
+    assert all(len(line) <= width for line in stats_block(report, width))

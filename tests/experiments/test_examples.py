@@ -61,7 +61,7 @@ def test_the_figure_of_the_method_is_described_as_it_is():
 
 
 def test_transcripts_and_the_recording_say_the_same():
-    """What README says is compared with a run in tests/cli/test_readme.py."""
+    """What README says is compared with a run in tests/cli/test_documents.py."""
     (shown,) = re.findall(r"^```text\n\$ evoprune ask .*\ngreen\n\n(.*?)^```", README, re.S | re.M)
     (guide,) = re.findall(r"^```text\n(model  .*?)^```", GUIDE, re.S | re.M)
     assert shown == guide, MADE_BY

@@ -1,7 +1,4 @@
-"""The contract of the command line: exit code, what is on stdout and on stderr, with and without a terminal.
-
-`CASES` run inside this process, each in every way that it can be looked at; `PROCESSES` need a process of their own.
-"""
+"""The contract of the command line: exit code, what is on stdout and on stderr, with and without a terminal; hostile input."""
 
 import fcntl
 import json
@@ -19,17 +16,24 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from evoprune_cli.terminal import Terminated
+from evoprune import __version__
+from evoprune_cli import main
+from evoprune_cli.terminal import Terminated, encodable
 from tests.cli.screen import Screen, visible
 from tests.video.files import numbered_frames, spoil, write_video
 
 ROOT = Path(__file__).parents[2]
+
+
 CLIP, QUESTION, ANSWER = "samples/square.mp4", "What colour is the square?", "green"
+
+
 ASK = ("ask", CLIP, QUESTION)
+
+
 BATCH = ("batch", CLIP, "-Q", QUESTION, "-m", "demo", "--overwrite", "-o", "{tmp}/answers.jsonl")
 
 
@@ -73,8 +77,14 @@ def out_of_memory(stage: str, function: str, problem: BaseException, says: str |
 
 
 PIPE, SCREEN, EVERYWHERE = ("pipe",), ("terminal", "narrow"), ("pipe", "terminal", "narrow")
+
+
 CUDA_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of ...")
+
+
 CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+
 CASES = {
     # 0: done
     "answer and stats": Case(ASK, says="first token", ways=("pipe", "terminal", "narrow")),
@@ -85,20 +95,12 @@ CASES = {
         out=f"pruned: {ANSWER}\nfull: {ANSWER}\n",
         ways=("pipe", "terminal", "narrow"),
     ),
-    "no stats": Case((*ASK, "--no-stats"), ways=PIPE),
-    "stats beside JSON": Case((*ASK, "--json", "--stats"), says="first token", out=None, ways=("pipe", "narrow")),
-    "everything": Case((*ASK, "-v"), says="versions", ways=("pipe", "narrow")),
-    "several questions": Case((*ASK, "-Q", QUESTION, "-q"), out=f"{ANSWER}\n" * 2, lines=2),
-    "question from stdin": Case(("ask", CLIP, "-q"), stdin=f"{QUESTION}\n"),
     "stdin stays unread beside -Q": Case(("ask", CLIP, "-Q", QUESTION, "-q")),
     "no colour": Case(ASK, says="first token", env={"NO_COLOR": "1"}, ways=SCREEN),
     "dumb terminal": Case(ASK, says="first token", env={"TERM": "dumb"}, ways=("terminal",)),
     "columns by the environment": Case(ASK, says="first token", env={"COLUMNS": "44"}, ways=("terminal",)),
     "ASCII": Case(("ask", "{tmp}/grün.mp4", QUESTION), says="gr\\xfcn.mp4", encoding="ascii"),
-    "warning": Case(("ask", "{tmp}/foreign.mp4", QUESTION, "-q"), says="warning: the demo model", out=None),
-    "warning in ASCII": Case(
-        ("ask", "{tmp}/foreign.mp4", QUESTION, "-q"), says="warning:", out=None, encoding="ascii", ways=SCREEN
-    ),
+    "warning": Case(("ask", "{foreign}", QUESTION, "-q"), says="warning: the demo model", out=None),
     "random weights": Case(
         (*ASK, "--load-format", "dummy", "-n", "2", "-q"),
         says="warning: the weights are random",
@@ -116,14 +118,9 @@ CASES = {
     "video that was cut off": Case(
         ("ask", "{tmp}/cut.mp4", QUESTION, "-q"), says="warning: cut.mp4 breaks off at 0:0", out=None
     ),
-    "machine": Case(("inspect",), out=None),
     "video": Case(("inspect", CLIP, "--scan"), out=None),
     "overlay": Case(("inspect", CLIP, "--overlay", "{tmp}/overlay.png"), out=None, ways=EVERYWHERE),
-    "help": Case(("--help",), out=None, ways=("pipe", "narrow")),
     "help of ask": Case(("ask", "-h"), out=None, ways=("pipe", "narrow")),
-    "help of batch": Case(("batch", "-h"), out=None, ways=("pipe", "narrow")),
-    "help of inspect": Case(("inspect", "--help"), out=None, ways=("pipe", "narrow")),
-    "version": Case(("--version",), out=None, ways=PIPE),
     # 1: a bug
     "bug": Case(ASK, 1, "ZeroDivisionError", breaks=("evoprune_cli.ask._check_inputs", ZeroDivisionError("1/0"))),
     "bug in inspect": Case(("inspect", CLIP), 1, "KeyError", breaks=("evoprune_cli.inspect.asdict", KeyError(1))),
@@ -132,39 +129,23 @@ CASES = {
     ),
     # 2: usage
     "unknown command": fails(2, "what", "what"),
-    "almost a command": fails(2, "Did you mean 'ask'", "aks", CLIP, QUESTION),
     "a video for a command": fails(2, "to ask about a video: evoprune ask", CLIP, QUESTION),
     "no video": fails(2, "INPUT", "ask"),
     "unknown flag": fails(2, "--fpss", "ask", CLIP, QUESTION, "--fpss", "2"),
-    "unknown flag of inspect": fails(2, "see evoprune inspect --help", "inspect", CLIP, "--fpss", "2"),
+    "no number of threads": fails(2, "'many' is not a number of threads", *BATCH, "--threads", "many", ways=EVERYWHERE),
     "a word for a number": fails(
         2, "Invalid value for '--frames': not a valid integer\n", *ASK, "--frames", "abc", ways=PIPE
     ),
     "flag without its value": fails(2, "see evoprune ask --help", "ask", CLIP, "-Q", ways=("pipe", "terminal")),
-    "question not quoted": fails(2, "quote the question", "ask", CLIP, "What", "happens?"),
-    "too many videos to inspect": fails(2, "unexpected extra words: b.mp4", "inspect", CLIP, "b.mp4"),
     "options after --": fails(2, "put options before it", "ask", "--", CLIP, QUESTION, "-q", ways=PIPE),
-    "batch of nothing": fails(2, "no videos", "batch", *BATCH[4:], ways=EVERYWHERE),
-    "batch without an output": fails(2, "no output", *BATCH[:-2], ways=EVERYWHERE),
     "batch without a model": fails(2, "EVOPRUNE_MODEL", *BATCH, "-m", "", ways=EVERYWHERE),
     "batch into nowhere": fails(2, "cannot write no/such", *BATCH, "-o", "no/such/answers.jsonl", ways=EVERYWHERE),
-    "unknown flag of batch": fails(2, "see evoprune batch --help", *BATCH, "--fpss", "2", ways=EVERYWHERE),
-    "empty question": fails(2, "empty", "ask", CLIP, "  "),
     "empty further question": fails(2, "empty", *ASK, "-Q", "", lines=2),
     "question is no text": fails(2, "UTF-8", "ask", CLIP, "caf\udce9"),
     "no question at a terminal": fails(2, "or -i for a prompt", "ask", CLIP, at_terminal=True),
     "no question in stdin": fails(2, "stdin is empty", "ask", CLIP, stdin="\n"),
     "video from stdin, and no question": fails(2, "stdin is the video", "ask", "-"),
-    "nobody to type questions": fails(2, "from a terminal", *ASK, "--interactive"),
     "a cache and a video to inspect": fails(2, "not about a video", "inspect", CLIP, "--clear-cache"),
-    "budget zero": fails(2, "budget '0'", *ASK, "-b", "0"),
-    "budget word": fails(2, "budget 'tiny'", *ASK, "-b", "tiny"),
-    "budget nan": fails(2, "budget 'nan'", *ASK, "-b", "nan"),
-    "automatic budget": Case((*ASK, "-b", "auto"), says="-b auto:"),
-    "automatic budget of a method without": fails(
-        2, "cannot let the content decide the budget", *ASK, "-b", "auto", "--method", "pool"
-    ),
-    "automatic budget of scores": Case((*ASK, "-b", "auto:inflection", "--method", "mmr"), says="-b auto:inflection:"),
     "automatic budget of scores of a method without": fails(2, "has no scores", *ASK, "-b", "auto:inflection"),
     "automatic budget of times": fails(
         2, "auto works with VideoQA, and with commands that ask or evaluate", "profile", "-b", "auto", ways=PIPE
@@ -172,53 +153,16 @@ CASES = {
     "automatic budget in a comparison of a method without": fails(
         2, "has no scores", "eval", "--data", "samples/questions.jsonl", "-b", "auto:inflection", ways=PIPE
     ),
-    "budget of the environment": fails(2, "budget '7'", *ASK, env={"EVOPRUNE_BUDGET": "7"}),
-    "unknown method": fails(2, "magic", *ASK, "--method", "magic"),
-    "method argument without value": fails(2, "NAME=VALUE", *ASK, "--method-arg", "first"),
-    "unknown method argument": fails(2, "speed", *ASK, "--method-arg", "speed=1"),
-    "bad method argument": fails(2, "first", *ASK, "--method-arg", "first=x"),
-    "impossible method argument": fails(2, "allocation", *ASK, "--method-arg", "allocation=x"),
-    "fps and frames": fails(2, "fps and frames", *ASK, "--fps", "1", "--frames", "2"),
-    "fps is no number": fails(2, "--fps", *ASK, "--fps", "many"),
-    "zero frames": fails(2, "frames", *ASK, "--frames", "0"),
-    "negative fps": fails(2, "fps", *ASK, "--fps", "-1"),
-    "bad time": fails(2, "soon", *ASK, "--start", "soon"),
-    "bad time to inspect": fails(2, "soon", "inspect", CLIP, "--end", "soon"),
-    "no tokens allowed": fails(2, "visual tokens", *ASK, "--max-visual-tokens", "0"),
-    "unknown decoder": fails(2, "vlc", *ASK, "--decoder", "vlc"),
-    "no new tokens": fails(2, "--max-new-tokens is 0", *ASK, "-n", "0"),
-    "negative temperature": fails(2, "temperature", *ASK, "-t", "-1"),
-    "unknown device": fails(2, "abacus", *ASK, "--device", "abacus"),
-    "unknown dtype": fails(2, "fp1", *ASK, "--dtype", "fp1"),
-    "unknown load format": fails(2, "gguf", *ASK, "--load-format", "gguf"),
-    "scan of nothing": fails(2, "--scan", "inspect", "--scan"),
     "overlay of nothing": fails(2, "--overlay needs a video", "inspect", "--overlay", "a.png"),
-    "overlay of no known kind": fails(2, "has '.jpg'", "inspect", CLIP, "--overlay", "a.jpg", ways=EVERYWHERE),
-    "overlay without an ending": fails(2, "has no ending", "inspect", CLIP, "--overlay", "overlay"),
     "overlay into nowhere": fails(
         2, "cannot write no/such/a.gif", "inspect", CLIP, "--overlay", "no/such/a.gif", ways=EVERYWHERE
-    ),
-    "overlay by an unknown method": fails(2, "magic", "inspect", CLIP, "--overlay", "{tmp}/a.png", "--method", "magic"),
-    "overlay for a question": fails(
-        2, "reads the question, and an overlay", "inspect", CLIP, "--overlay", "{tmp}/a.png", "--method", "dart"
     ),
     "overlay of a missing video": fails(3, "no such file: a.mp4", "inspect", "a.mp4", "--overlay", "{tmp}/a.png"),
     # 3: video
     "missing video": fails(3, "no such file: no/such.mp4", "ask", "no/such.mp4", QUESTION, stage="read"),
-    "missing video, several questions": fails(3, "no/such", "ask", "no/such.mp4", "-Q", "a", "-Q", "b", lines=2),
     "missing video of a batch": fails(3, "no such file: a.mp4", "batch", "a.mp4", *BATCH[2:], ways=EVERYWHERE),
-    "a text file": fails(3, "LICENSE is not a video: it is a text file", "ask", "LICENSE", QUESTION, stage="read"),
-    "a text file to inspect": fails(3, "LICENSE is not a video: it is a text file", "inspect", "LICENSE", stage="read"),
-    "missing video to inspect": fails(3, "no such file: no/such.mp4", "inspect", "no/such.mp4", stage="read"),
-    "question before video": fails(3, "videos and pictures come first", "ask", QUESTION, CLIP),
     "nothing for a video": fails(3, "no such file: ''", "ask", "", QUESTION),
-    "not a video": fails(3, "LICENSE", "ask", "LICENSE", QUESTION),
-    "empty file": fails(3, "is empty", "ask", "{tmp}/empty.mp4", QUESTION),
-    "folder without images": fails(3, "no images", "ask", "tests/cli", QUESTION),
     "a device": fails(3, "- reads one from standard input", "ask", "/dev/null", QUESTION),
-    "a url": fails(3, "yt-dlp", "ask", "https://example.org/a.mp4", QUESTION),
-    "start beyond the end": fails(3, "6 s", *ASK, "--start", "1:00"),
-    "end before start": fails(3, "start 3", *ASK, "--start", "3", "--end", "2"),
     "control characters": fails(
         3, "no such file: no?[31m?such.mp4", "ask", "no\x1b[31m\nsuch.mp4", QUESTION, ways=("pipe", "terminal")
     ),
@@ -226,10 +170,6 @@ CASES = {
     # 4: model
     "no such model": fails(4, "no/such model", *ASK, "-m", "no/such model", stage="load"),
     "model of the environment": fails(4, "no/such model", *ASK, env={"EVOPRUNE_MODEL": "no/such model"}),
-    "folder without a model": fails(4, "config.json", *ASK, "-m", "samples"),
-    "folder without a model for a batch": fails(4, "config.json", *BATCH, "-m", "samples", ways=EVERYWHERE),
-    "folder without a model to inspect for": fails(4, "config.json", "inspect", CLIP, "-m", "samples", stage="load"),
-    "model not in the cache": fails(4, "nobody/nothing", *ASK, "-m", "nobody/nothing", "--offline"),
     "random weights without a tokenizer": fails(
         4,
         "evoprune profile",
@@ -276,6 +216,8 @@ CASES = {
         ("inspect", CLIP, "--scan"), 130, "", breaks=("evoprune.video.frames.scan", KeyboardInterrupt())
     ),
 }
+
+
 # Two of three cases run by default, each in one of its ways; all in all of them with -m full.
 WAYS = [
     pytest.param(
@@ -293,7 +235,6 @@ def clips(tmp_path_factory):
     for name in ("grün", "new\nline", 'it\'s "a" clip', "caf\udce9"):
         shutil.copy(ROOT / CLIP, folder / f"{name}.mp4")
     (folder / "empty.mp4").touch()
-    write_video(folder / "foreign.mp4", np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
     spoil(ROOT / CLIP, folder / "damaged.mp4", {40, 50})
     whole = write_video(folder / "whole.mp4", numbered_frames(60), container_options={"movflags": "faststart"})
     (folder / "cut.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size * 3 // 4])
@@ -302,13 +243,16 @@ def clips(tmp_path_factory):
 
 @pytest.mark.few(44)
 @pytest.mark.parametrize(("case", "way"), WAYS)
-def test_contract(cli, clips, monkeypatch, case, way):
+def test_contract(cli, clips, foreign, monkeypatch, case, way):
     for name, value in case.env.items():
         monkeypatch.setenv(name, value)
     if case.breaks:
         monkeypatch.setattr(case.breaks[0], _raiser(case.breaks[1]))
     columns = {"terminal": 100, "narrow": 50}.get(way)
-    args = [*(word.replace("{tmp}", str(clips)) for word in case.args), *(["--json"] if way == "json" else [])]
+    args = [
+        *(word.replace("{tmp}", str(clips)).replace("{foreign}", str(foreign)) for word in case.args),
+        *(["--json"] if way == "json" else []),
+    ]
     result = cli(*args, stdin=case.stdin, terminal=case.at_terminal, columns=columns, encoding=case.encoding)
     shown = visible(result.err) if columns else result.err.splitlines()
 
@@ -400,6 +344,45 @@ def test_no_command_is_answered_with_the_help_as_an_error(cli):
     assert result.err == cli("--help").out
 
 
+@pytest.mark.parametrize("command", ["ask", "batch", "eval", "inspect", "profile"])
+def test_the_short_help_fits_on_a_screen_and_names_the_full_one(cli, command):
+    short, full = (cli(command, flag).out.splitlines() for flag in ("--help", "--help-all"))
+    assert len(short) <= 50 < len(full) and all(len(line) <= 80 for line in short)
+    assert short[-1] == f"All options: evoprune {command} --help-all"
+    assert any("--dtype" in line for line in full) and not any("--dtype" in line for line in short)
+
+
+def test_help_keeps_names_of_options_whole_on_narrow_terminals(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    out = cli("ask", "--help-all").out
+    assert "--max-visual-tokens N\n" in out
+    assert all(len(line) <= 40 for line in out.splitlines() if not line.startswith(("  evoprune", "  echo")))
+
+
+def test_help_and_what_is_wrong_with_inputs_need_no_torch():
+    names = ("ask", "batch", "watch", "eval", "tune", "inspect", "profile", "verify", "methods")
+    helps = [("--help",), ("--version",), *((name, "--help-all") for name in names)]
+    wrong = [("ask", "gone.mp4", "x"), ("ask", CLIP, "x", "--end", "0"), ("inspect", "gone.mp4")]
+    wrong.append(("ask", CLIP, "x", "--subtitles", "gone.srt"))
+    program = f"""
+import sys
+from evoprune_cli.main import run
+def heavy(*names):
+    return [name for name in names if name in sys.modules]
+for words in {[*helps, *wrong]}:
+    sys.argv = ["evoprune", *words]
+    try:
+        run()
+    except SystemExit as stop:
+        late = heavy("torch", "transformers") if words in {wrong} else heavy("torch", "transformers", "numpy", "av")
+        print(stop.code or 0, late, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    ends = [line for line in done.stderr.splitlines() if not line.startswith(("error", "hint"))]
+    assert ends[: len(helps)] == ["0 []"] * len(helps) and len(ends) == len(helps) + len(wrong), done.stderr
+    assert all(end in ("2 []", "3 []") for end in ends[len(helps) :]), done.stderr
+
+
 def test_what_was_found_before_an_inspection_failed(cli):
     record = cli("inspect", CLIP, "-m", "samples", "--json").record
     assert record["video"]["codec"] == "h264" and "plan" not in record
@@ -418,9 +401,12 @@ class Process:
 
 
 ENDLESS = ("ask", CLIP, QUESTION, "-m", "{endless}", "-n", "30000", "-t", "1", "--seed", "5")
+
+
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
 PROCESSES = {
-    "video from stdin": Process(("ask", "-", QUESTION, "-q"), 0, f"{ANSWER}\n"),
     "C locale": Process(("ask", "{grün}", QUESTION), 0, f"{ANSWER}\n", "first token", env=C_LOCALE),
     "Ctrl-C while it answers": Process(ENDLESS, -signal.SIGINT, "\n", "generate", "ctrl-c"),
     "terminated while it answers": Process(ENDLESS, 143, "\n", "generate", "terminate"),
@@ -438,16 +424,6 @@ def marks_of(case: Process) -> list:
     return [] if case.event in ("ctrl-c", "full") else [pytest.mark.full]
 
 
-@pytest.fixture(scope="module")
-def endless(tiny_folder, tmp_path_factory):
-    """A model that never ends its turn: no token has the number that would."""
-    folder = tmp_path_factory.mktemp("endless") / "model"
-    shutil.copytree(tiny_folder, folder)
-    settings = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": []}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
-    return folder
-
-
 def _at_the_keyboard(terminal: bool) -> None:
     """In a process about to start: it hears Ctrl-C, although the tests may run where that is ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -463,7 +439,7 @@ def test_processes(case, clips, endless):
     names = {"{endless}": str(endless), "{grün}": str(clips / "grün.mp4")}
     screen = Screen(100) if case.event == "ctrl-c" else None
     with (
-        open(ROOT / CLIP if "-" in case.args else os.devnull, "rb") as stdin,
+        open(os.devnull, "rb") as stdin,
         open("/dev/full" if case.event == "full" else os.devnull, "wb") as full,
     ):
         process = subprocess.Popen(
@@ -541,3 +517,252 @@ def test_ctrl_c_ends_the_loop_of_a_shell_too(tmp_path):
     assert done.stdout == "code 130\ncode 130\n"  # what a shell calls the end by this signal
     one = subprocess.run([sys.executable, "-c", begins + interrupted], capture_output=True, timeout=60)
     assert (one.returncode, one.stderr) == (-signal.SIGINT, b"")
+
+
+# Input that is made to do harm, or by mistake: each case ends soon, with its exit code and two lines.
+
+
+SQUARE = str(ROOT / "samples/square.mp4")
+
+
+QUICK = ("-m", "demo", "-n", "1", "--frames", "4", "-q")
+
+
+@pytest.fixture
+def soon():
+    """A case ends within half a minute, also on a busy machine; most take less than a second."""
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < 30
+
+
+# --- rows of a batch ---
+def row(**more) -> str:
+    return json.dumps({"video": SQUARE, "question": "What?"} | more) + "\n"
+
+
+def answer(text: str) -> str:
+    """A row whose answer is this text of JSON."""
+    return row(answer=0).replace('"answer": 0', f'"answer": {text}')
+
+
+ROWS = {
+    # input: exit code, what stderr says
+    "an answer that is NaN": (row() + answer("NaN").replace("What", "Why"), 2, "line 2: NaN is no number of JSON"),
+    "an infinite answer": (answer("[1, -Infinity]"), 2, "line 1: -Infinity is no number of JSON"),
+    "a number too large": (answer("1e999"), 2, "line 1: the number 1e999 is too large"),
+    "a whole number of 5,000 digits": (answer("9" * 5000), 2, "line 1: Exceeds the limit"),
+    "a deep answer": (answer("[" * 900 + "]" * 900), 2, "it is nested deeper than 100 levels"),
+    "a deep line": ("[" * 10**5, 2, "it is nested deeper than 100 levels"),
+    "NUL in a question": (row(question="a\0b"), 2, "line 1: question is not valid text"),
+    "NUL in a name": (row(video="a\0b"), 3, "no such file"),
+    "nothing but NUL": ("\0" * 99, 2, "the first line must name the columns"),
+    "UTF-16": (row().encode("utf-16"), 2, "is not UTF-8"),
+    "Latin-1": (row().encode() + b'{"video": "\xe9"}', 2, "is not UTF-8"),
+    "an escape in a name": (row(video="a\x1b[31m\u202e"), 3, "a?[31m?"),
+    "two byte order marks": ("\ufeff\ufeff" + row(), 2, "the first line"),
+    "a byte order mark": ("\ufeff" + row(), 0, ""),
+    "a byte order mark and CRLF": (f"\ufeffvideo,question\r\n{SQUARE},What?\r\n", 0, ""),
+    "a deep answer that can be passed on": (answer("[" * 90 + "]" * 90), 0, ""),
+    "half a surrogate": (row(answer="\ud800"), 0, ""),
+}
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize(("content", "code", "says"), ROWS.values(), ids=ROWS)
+def test_rows(cli, soon, tmp_path, content, code, says):
+    (tmp_path / "rows").write_bytes(content if isinstance(content, bytes) else content.encode())
+    result = cli("batch", "--from", tmp_path / "rows", *QUICK, "-o", tmp_path / "out.jsonl")
+    assert (result.code, says in result.err) == (code, True), result.err
+    assert "Traceback" not in result.err and "\x1b" not in result.err
+    assert code or len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_deep_output_is_no_record(cli, tmp_path):
+    (tmp_path / "out.jsonl").write_text("[" * 10**5)
+    result = cli("batch", SQUARE, "-Q", "What?", *QUICK, "-o", tmp_path / "out.jsonl", "--resume")
+    assert result.code == 2 and "line 1 is no record" in result.err
+
+
+def test_input_without_an_end(cli, soon, monkeypatch, tmp_path):
+    monkeypatch.setattr("evoprune.batch.rows.MAX_BYTES", 2**20)
+    for command in (("batch", "--from", "/dev/zero", "-o", tmp_path / "out.jsonl"), ("eval", "--data", "/dev/zero")):
+        result = cli(*command, *QUICK)
+        assert result.code == 2 and "/dev/zero has more than 1 MiB" in result.err
+
+
+# --- questions ---
+STDIN = {
+    # stdin: exit code, what stderr says
+    "a byte order mark": (b"\xef\xbb\xbfWhat?\r\n", 0, ""),
+    "nothing but a byte order mark": (b"\xef\xbb\xbf", 2, "stdin is empty"),
+    "UTF-16": ("What?".encode("utf-16-le"), 2, "not valid text"),
+    "NUL": (b"a\0b", 2, "not valid text"),
+    "Latin-1": (b"caf\xe9", 2, "not valid text"),
+    "1 MB": (b"What is it? " * 90_000, 2, "does not fit into the 4,096 tokens of this model's context"),
+    "50 KB": (b"What is it? " * 1500, 2, " do not fit into the 4,096 tokens of this model's context"),
+    "5 MB": (b"What is it? " * 450_000, 2, "more than 4,194,304 characters"),
+}
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(("content", "code", "says"), STDIN.values(), ids=STDIN)
+def test_questions_from_stdin(cli, soon, monkeypatch, tmp_path, content, code, says):
+    (tmp_path / "question").write_bytes(content)
+    with open(tmp_path / "question", encoding="utf-8") as file:
+        monkeypatch.setattr("tests.cli.conftest.Stdin", lambda *_: file)
+        result = cli("ask", SQUARE, *QUICK)
+    assert (result.code, says in result.err) == (code, True), result.err
+    if not code:
+        assert result.out == cli("ask", SQUARE, "What?", *QUICK).out
+
+
+# --- what terminals are shown ---
+@pytest.fixture
+def says(monkeypatch):
+    """Makes the model answer with a text."""
+
+    def answer_with(text: str) -> None:
+        monkeypatch.setattr("evoprune.session.answering.stream_text", lambda *_: iter([text]))
+
+    return answer_with
+
+
+NASTY = "a\x1b[31mb\x9b2Jc\rd\u202ee\tf\ng\u00e9\u3000\U0001f468\u200d\U0001f469"
+
+
+def test_answers_are_not_obeyed_by_a_terminal(cli, says, monkeypatch):
+    says(NASTY)
+    assert cli("ask", SQUARE, "What?", *QUICK).out == NASTY + "\n"  # in a pipe it stays what it is
+    monkeypatch.setattr("evoprune_cli.terminal.encodable", _as_on_a_terminal)
+    shown = "a\\x1b[31mb\\x9b2Jc\\rd\\u202ee\tf\ng\u00e9\u3000\U0001f468\u200d\U0001f469\n"
+    assert cli("ask", SQUARE, "What?", *QUICK).out == shown
+
+
+def _as_on_a_terminal(text, stream=None):
+    if stream is not None:
+        stream.isatty = lambda: True
+    return encodable(text, stream)
+
+
+def test_json_has_escapes_for_what_cannot_be_seen(cli, says):
+    says(NASTY)
+    out = cli("ask", SQUARE, "What\u202e\u2028?", *QUICK, "--json").out
+    assert json.loads(out)["answer"] == NASTY and json.loads(out)["question"] == "What\u202e\u2028?"
+    assert not set(out) & set("\x1b\x9b\u202e\u2028\r") and "\u00e9\u3000" in out
+
+
+# --- streams ---
+REDIRECTED = {
+    # shell: exit code, what stderr says
+    "ask >&-": ("ask samples/square.mp4 What? -q", 2, "stdout is closed"),
+    "ask --json >&-": ("ask samples/square.mp4 What? -q --json", 2, "stdout is closed"),
+    "batch >&-": ("batch samples/square.mp4 -Q What? -m demo -o -", 2, "stdout is closed"),
+    "eval >&-": ("eval --data samples/questions.jsonl", 2, "stdout is closed"),
+    "help >&-": ("--help", 2, "stdout is closed"),
+    "an unknown flag >/dev/full": ("ask samples/square.mp4 What? --json --none", 2, "No space left"),
+    "help >/dev/full": ("--help", 2, "No space left"),
+}
+
+
+@pytest.mark.few(1)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(("words", "code", "says"), REDIRECTED.values(), ids=REDIRECTED)
+def test_output_that_goes_nowhere(request, words, code, says):
+    end = request.node.callspec.id.split(">")[1]
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -m evoprune_cli {words} >{end}'], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code and says in done.stderr
+    assert len(done.stderr.splitlines()) == 2, done.stderr
+
+
+def test_other_streams_may_be_closed(tmp_path):
+    """And no file that is opened takes their place."""
+    command = f'"{sys.executable}" -m evoprune_cli --version <&- 2>&- >"{tmp_path}/out"'
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == 0
+    assert (tmp_path / "out").read_text() == f"evoprune {__version__}\n"
+
+
+# --- signals while an error is being reported ---
+@pytest.mark.parametrize(("again", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_signal_during_the_report(cli, monkeypatch, again, code):
+    def interrupted(*_):
+        raise again
+
+    monkeypatch.setattr(main.terminal, "print_error", interrupted)
+    result = cli("ask", "no/such.mp4", "What?", *QUICK)
+    assert (result.code, result.out, result.err) == (code, "", "")
+
+
+PROGRAM = """
+import os, signal, sys
+from evoprune_cli import __main__, main
+def stop(*_, **__): os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+if sys.argv[2] == "exit":
+    import atexit
+    atexit.register(stop)
+    main.app = lambda **_: 0
+else:
+    main.app = stop
+    main._outcome = lambda kept=main._outcome: (kept(), stop())[0]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+__main__.start()
+"""
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("when", ["exit", "twice"])
+@pytest.mark.parametrize(("how", "code"), [("SIGINT", -signal.SIGINT), ("SIGTERM", 143)])
+def test_signals_at_the_very_end(how, code, when):
+    done = subprocess.run([sys.executable, "-c", PROGRAM, how, when], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """As in the background of a shell script."""
+    program = PROGRAM.replace("signal.default_int_handler", "signal.SIG_IGN")
+    done = subprocess.run([sys.executable, "-c", program, "SIGINT", "exit"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_time(tmp_path):
+    """A real process, from its start to its end; both Ctrl-C and a second one soon after."""
+    for tenth in range(30):
+        for again_s in (None, 0.001, 0.1):
+            command = [sys.executable, "-m", "evoprune_cli", "ask", SQUARE, "What?", *QUICK]
+            with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+                try:
+                    _, err = run.communicate(timeout=0.15 + tenth / 10)
+                except subprocess.TimeoutExpired:
+                    run.send_signal(signal.SIGINT)
+                    if again_s is not None:
+                        try:
+                            run.wait(again_s)
+                        except subprocess.TimeoutExpired:
+                            run.send_signal(signal.SIGINT)
+                    _, err = run.communicate(timeout=60)
+            assert run.returncode in (0, -signal.SIGINT), (tenth, err)
+            # Python itself reports what comes before the first line of the program.
+            assert "Traceback" not in err or "site" in err, (tenth, err)
+
+
+# --- the cache ---
+@pytest.mark.few(1)
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "circle"])
+def test_entries_of_the_cache_that_are_no_files(cli, monkeypatch, tmp_path, kind):
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
+    ask = ("ask", SQUARE, "What?", *QUICK, "--cache", "--json")
+    first = cli(*ask).record
+    (entry,) = tmp_path.iterdir()
+    entry.unlink()
+    {
+        "pipe": lambda: os.mkfifo(entry),
+        "folder": lambda: entry.mkdir(),
+        "device": lambda: entry.symlink_to("/dev/zero"),
+        "circle": lambda: entry.symlink_to(entry.name),
+    }[kind]()
+    again = cli(*ask).record
+    assert (again["cache"], again["answer"]) == ("miss", first["answer"])
+    assert ("cache_not_written" in again["warnings"]) == (kind == "folder")

@@ -1,19 +1,32 @@
-"""Results, to stdout and to files: delivered in the end, or as far as they are known when a run breaks off."""
+"""What commands share around their work: libraries and a model are loaded, and results go to stdout and to files.
 
+Results are delivered in the end, or as far as they are known when a run breaks off.
+"""
+
+import gc
 import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from evoprune.backend.limits import check_libraries, keep_freed_memory
 from evoprune.batch.output import OPEN_FILES, write_file
 from evoprune.errors import UsageError
-from evoprune_cli.terminal import encodable, failure, json_line, page_width, print_document, stdout
+from evoprune.session.options import GenerationOptions, PipelineOptions
+from evoprune_cli.terminal import encodable, failure, json_line, page_width, print_document, stdout, tell
+
+if TYPE_CHECKING:
+    from evoprune.session.engine import Engine
+    from evoprune.video_qa import VideoQA
 
 SOME_FAILED = 6  # an exit code
+LARGE_MODEL = 2**30  # bytes of weights
+GREEDY = 1e-3  # temperatures below it change nothing that could be seen
 # How each kind of file begins that evoprune writes, and only such a file: a word somewhere in it proves nothing.
 HEADS = re.compile(
     b"|".join(
@@ -29,6 +42,50 @@ HEADS = re.compile(
     re.DOTALL,
 )
 MP4_END = b"\0\0\0(\xa9cmt\0\0\0 data\0\0\0\1\0\0\0\0evoprune overlay"  # a comment is the last that is in an MP4 file
+
+
+def prepare() -> None:
+    """To be called before torch is imported. Raises OutOfMemory: there is not even memory for the libraries."""
+    check_libraries()
+    keep_freed_memory()
+
+
+def load(options: PipelineOptions, show: Callable[..., None], quiet: bool) -> "VideoQA":
+    """The model of `ask` and `watch`. `show`: of `terminal.progress`."""
+    prepare()
+    collects = gc.isenabled()
+    gc.disable()  # imports are an eighth faster: Python does not search a hundred thousand new objects for garbage again and again
+    try:
+        from evoprune.video_qa import load_qa
+    finally:
+        if collects:
+            gc.freeze()  # nothing that is imported is ever garbage
+            gc.enable()
+    show("loading model")
+    qa = load_qa(options.model, options.pruning, progress=partial(show, "quantizing"))
+    note_model(qa.engine, options.generation, quiet)
+    return qa
+
+
+def note_model(engine: "Engine", asked: GenerationOptions, quiet: bool) -> None:
+    """Says on stderr what a model's files ask for and is not done, and what would make it faster."""
+    if quiet:
+        return
+    loaded, files = engine.loaded, engine.loaded.generation
+    wanted = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # what transformers takes for those that are not there
+    wanted |= {name: getattr(files, name) for name in wanted if getattr(files, name) is not None}
+    others = {name: value for name, value in wanted.items() if value != getattr(asked, name)}
+    greedy = asked.temperature == 0 and (wanted["top_k"] == 1 or wanted["temperature"] < GREEDY)
+    if files.do_sample and others and not greedy:
+        flags = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in others.items())
+        tell(f"note: the model's generation_config.json has tokens drawn otherwise than here; as it says: {flags}")
+    usual = (loaded.dtype, loaded.device, loaded.quantize) == ("fp32", "cpu", "none")
+    if usual and loaded.weights_bytes >= LARGE_MODEL:
+        from evoprune.cpu.quantize import kinds
+
+        if "int8" in kinds(loaded.model.device):  # the CPU has no bf16 products, but those of 8 bits
+            gain = "about twice as fast, less exact, and takes a third of the memory"
+            tell(f"note: fp32 on this CPU; --quantize int8 is {gain}")
 
 
 def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:
@@ -58,13 +115,13 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
     if os.path.isdir(path) or not os.path.isdir(folder) or not writable:
         raise UsageError(f"cannot write {path}", "name a file in a folder that exists and can be written")
     read = list(filter(None, inputs))
-    if folder in map(os.path.realpath, read) or one_of(path, read):
+    if folder in map(os.path.realpath, read) or is_one_of(path, read):
         raise UsageError(f"{path} would change what is read", "name another place")
     if not _may_replace(path):
         raise UsageError(f"{path} is there, and evoprune did not write it", "name another file, or remove this one")
 
 
-def one_of(path: str, files: Iterable[str]) -> bool:
+def is_one_of(path: str, files: Iterable[str]) -> bool:
     """Whether it is one of these files, perhaps by another name."""
     real, found = os.path.realpath(path), os.stat(path) if os.path.exists(path) else None
     return any(

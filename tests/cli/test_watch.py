@@ -10,13 +10,17 @@ import time
 
 import pytest
 
-from evoprune_cli.conversation import Conversation
-from tests.cli.test_interactive import ROOT, endless, keyboard  # noqa: F401 (fixtures)
+from evoprune_cli.ask import Conversation
+from tests.cli.conftest import ROOT
 from tests.live.streaming import streams
 from tests.video.files import numbered_frames, write_video
 
 CLIP, QUESTION, MORE = str(ROOT / "samples" / "square.mp4"), "What colour is the square?", "How many shapes are there?"
+
+
 ASKED = ("-Q", QUESTION)
+
+
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("EVOPRUNE_")} | {"OMP_NUM_THREADS": "1"}
 
 
@@ -163,7 +167,7 @@ def test_ctrl_c_in_an_answer_ends_what_nobody_types(cli, monkeypatch, where, rea
 
 
 @pytest.mark.full
-def test_ctrl_c_stops_an_answer_and_at_the_prompt_everything(keyboard, endless):  # noqa: F811
+def test_ctrl_c_stops_an_answer_and_at_the_prompt_everything(keyboard, endless):
     screen, process = keyboard("watch", CLIP, "--pace", "file", "-m", endless, "-n", "3000", "-t", "1", "-q")
     screen.wait_for("> ")
     screen.press(b"What happens?\n")

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from evoprune.batch.output import HEAD
@@ -13,12 +14,17 @@ from evoprune.bench.profile_results import METHOD, Case, ProfileResults, Profile
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.overlay import gif, mp4, png, shared_palette
 from evoprune.report import Environment, ModelFacts
-from evoprune_cli.profile_tables import render
-from evoprune_cli.results import check_writable, write_bytes
+from evoprune_cli import __main__
+from evoprune_cli.profile import render
+from evoprune_cli.running import check_writable, write_bytes
 from evoprune_cli.terminal import json_line
 
 SAMPLES = Path("samples")
+
+
 QUICK = ("-m", "demo", "-b", "0.25", "--frames", "4", "-r", "1", "-w", "0", "-q")
+
+
 TUNE = ("-m", "demo", "-b", "0.5", "--frames", "4", "-Q", "What digit is it?", "--agree", "0.05", "-q")
 
 
@@ -205,3 +211,32 @@ def test_a_chart_is_refused_where_matplotlib_is_missing(cli, monkeypatch, tmp_pa
     monkeypatch.setattr("evoprune_cli.results.find_spec", lambda name: None)
     result = cli(*command, "--chart", str(tmp_path / "a.svg"))
     assert result.code == 2 and "charts need matplotlib" in result.err and "pip install 'evoprune[plot]'" in result.err
+
+
+# --threads and EVOPRUNE_THREADS in every command, and how threads wait for each other.
+
+
+CLIP = "samples/square.mp4"
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize(
+    ("option", "variable", "threads"), [((), None, 1), (("--threads", "3"), "2", 3), ((), "2", 2)], ids=str
+)
+def test_reports_say_how_many_there_were(cli, tiny_folder, monkeypatch, option, variable, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("EVOPRUNE_THREADS", variable)
+    torch.set_num_threads(4)
+    asked = (CLIP, "What happens?", "-m", str(tiny_folder), "-n", "1", "--json", *option)
+    assert cli("ask", *asked).record["env"]["threads"] == threads == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("given", "spin"), [({}, "10000"), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")], ids=str
+)
+def test_threads_sleep_soon_unless_the_environment_says_otherwise(monkeypatch, given, spin):
+    monkeypatch.setattr(os, "environ", given)
+    monkeypatch.setattr("evoprune_cli.main.run", lambda: None)
+    __main__.start()
+    assert given.get("GOMP_SPINCOUNT") == spin

@@ -1,0 +1,246 @@
+"""`evoprune watch`: live video, and questions about it while it runs."""
+
+import contextlib
+import json as jsonlib
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from math import floor
+
+from evoprune.errors import UsageError
+from evoprune.live.source import FROM_SOURCE, PACES, STDIN, LiveSource
+from evoprune.session.options import PipelineOptions, StreamOptions
+from evoprune.text import check_text, clock, counted, size
+from evoprune.video.plan import parse_time
+from evoprune.video.sandbox.isolation import warm_up
+from evoprune_cli import options as opt
+from evoprune_cli.ask import Conversation, typed_questions
+from evoprune_cli.running import SOME_FAILED, load
+from evoprune_cli.terminal import check_output, columns, note, print_error, printable, progress, tell
+
+MAX_LINE = 2**22  # bytes of a question
+TICK_S, STATUS_S = 0.05, 1.0
+
+
+@opt.command(
+    StreamOptions,
+    *PipelineOptions.KINDS,
+    short="question every questions pace window_s memory_s model budget fps json quiet",
+    without=("frames", "start_s", "end_s", "max_frames", "frame_rate", "decoder", "subtitles", "max_subtitle_tokens"),
+)
+def watch(
+    *,
+    source: opt.argument(
+        str,
+        "SOURCE",
+        "An rtsp, http, udp or tcp URL, a camera (/dev/video0), a file, also one that grows, or - for a pipe on stdin.",
+    ),
+    question: opt.option(
+        list[str] | None, "-Q --question TEXT", "A question at the end of the source, or see --every; repeatable."
+    ) = None,
+    every: opt.option(str | None, "--every TIME", "Ask -Q each time so much of the source was seen: 30s.") = None,
+    questions: opt.option(
+        str | None, "--questions FILE", 'Questions from a pipe: JSON lines with "question", perhaps "id"; - for stdin.'
+    ) = None,
+    pace: opt.option(
+        str,
+        "--pace",
+        "source: frames as they come; file: at the pace of a file's own times.",
+        "Source",
+        **opt.one_of(*PACES),
+    ) = FROM_SOURCE,
+    timeout: opt.option(
+        str, "--timeout TIME", "How long the source may be silent, and a file take to grow, at most 20s.", "Source"
+    ) = "10s",
+    reconnects: opt.option(
+        int, "--reconnects", "How often in a row a URL or camera that ended or failed is tried again.", "Source"
+    ) = 5,
+    options: opt.MakeOptions,
+    json: opt.Json = False,
+    stats: opt.Stats = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> int:
+    """Ask about live video while it runs. Without -Q and --questions, questions are typed at a prompt.
+
+    \b
+    evoprune watch rtsp://camera.local/stream
+    evoprune watch /dev/video0 -Q "Who is there?" --every 30s --json >> log.jsonl
+    evoprune watch clip.mp4 --pace file -Q "What happened?"
+    ffmpeg -i SOURCE -f mpegts - | evoprune watch - -Q "What happens?" --every 10s
+    """
+    asked, prompt = question or [], not (question or questions)
+    check_output()
+    warm_up()  # while this process imports what it needs
+    if every and not asked:
+        raise UsageError("--every without a question", "-Q TEXT")
+    every_s = None if every is None else parse_time(every)
+    if every_s is not None and every_s <= 0:
+        raise UsageError(f"--every {every}", "give a time above 0")
+    if questions == STDIN and source == STDIN:
+        raise UsageError("standard input is both the video and the questions", "give one of them by its name")
+    if not all(each.strip() for each in asked):
+        raise UsageError("the question is empty", '-Q "What happens?"')
+    if prompt and (source == STDIN or sys.stdin is None or not sys.stdin.isatty()):
+        raise UsageError("no questions, and stdin is no terminal", "-Q TEXT --every 30s, or --questions FILE")
+    made = options()
+    check_text(*asked, made.generation.system)
+
+    def speak(text: str) -> None:
+        if not quiet:
+            tell(text)
+
+    opened = LiveSource(source, pace, parse_time(timeout), reconnects, speak)
+    talk = Conversation([opened.name], json, stats, quiet, verbose, interactive=prompt, several=len(asked) > 1)
+    try:
+        with progress(not quiet) as show:
+            qa = load(made, show, quiet)
+        from evoprune.live.feed import LiveFeed
+
+        limits = {"fps": made.sampling.fps, "max_visual_tokens": made.sampling.max_visual_tokens}
+        stream = qa.stream(system=made.generation.system, name=opened.name, **limits, **vars(made.stream))
+        with LiveFeed(stream, opened, made.stream.window_s) as feed:
+            with progress(not quiet) as show:
+                show("waiting for a frame")
+                while not feed.begun.wait(TICK_S):
+                    pass
+            feed.check()
+            begin = partial(talk.begin, stream, made.generation, None)
+            session = _Session(talk, begin, stream, feed, qa.engine.loaded.device, prompt, quiet, speak)
+            code = session.converse() if prompt else session.serve(asked, every_s, questions)
+            feed.check()
+            return code
+    except BaseException as problem:
+        if not talk.answered:
+            talk.break_off(problem, asked)
+        raise
+
+
+class _Session:
+    """A stream that is asked about while it is fed. Ctrl-C ends the answer to a typed question, otherwise the command."""
+
+    def __init__(
+        self,
+        talk: Conversation,
+        begin: Callable[[], None],
+        stream,
+        feed,
+        device: str,
+        prompt: bool,
+        quiet: bool,
+        speak: Callable[[str], None],
+    ):
+        """`begin`: called with the first question, until which a window may fill. `prompt`: questions are typed."""
+        self._talk, self._begin, self._stream, self._feed = talk, begin, stream, feed
+        self._device, self._prompt, self._speak = device, prompt, speak
+        self._failed = 0
+        self._status = not quiet and sys.stderr.isatty()
+        self._latest, self._there = 0.0, False  # when the status line was written; whether it stands there
+
+    def converse(self) -> int:
+        """Questions from the terminal, until q or Ctrl-C. The end of the source does not end it."""
+        self._speak("Ask about what was seen. /help for help; q, Ctrl-D or Ctrl-C to end.")
+        questions = typed_questions(twice=False)
+        while True:
+            if self._status:
+                note(self._state())
+            if (question := next(questions, None)) is None:
+                return 0
+            self._answer(question, typed=True)
+
+    def serve(self, asked: list[str], every_s: float | None, questions: str | None) -> int:
+        """The questions of the command line and of the pipe, until the source ends, or nobody can ask any more."""
+        lines = None if questions is None else _lines(questions)
+        next_s, asked_s, skips = every_s, -1.0, False
+        while True:
+            ended = self._feed.ended.wait(TICK_S)
+            if (self._feed.backlog.stride > 1) != skips:
+                skips = not skips
+                self._clear()
+                more = "too slow for all frames: some are skipped, evenly"
+                self._speak(more if skips else "no frames are skipped any more")
+            if self._status and time.monotonic() - self._latest >= STATUS_S:  # over the line before
+                self._latest, self._there = time.monotonic(), True
+                _write(f"\r{self._state()}\x1b[K")
+            now_s = self._stream.until_s or 0.0
+            due = next_s is not None and now_s >= next_s
+            if due:
+                next_s = (floor(now_s / every_s) + 1) * every_s
+            if due or (ended and now_s > asked_s):
+                asked_s = now_s
+                for question in asked:
+                    self._answer(question)
+            while lines and not lines.empty():
+                if (line := lines.get()) is None:
+                    lines = None
+                else:
+                    self._ask_line(line)
+            if ended or not (lines or asked):
+                self._clear()
+                return SOME_FAILED if self._failed else 0
+
+    def _ask_line(self, line: bytes) -> None:
+        """A question of the pipe; one that is none has a record, and does not end anything."""
+        try:
+            fields = jsonlib.loads(line)
+            asked, identity = (fields.get(name) if isinstance(fields, dict) else None for name in ("question", "id"))
+            if not isinstance(asked, str) or not asked.strip():
+                raise ValueError('no "question"')
+        except (ValueError, RecursionError) as problem:
+            wrong = UsageError(f"a line of --questions is no question: {problem}", '{"question": "What happens?"}')
+            self._failed += 1
+            self._clear()
+            self._talk.break_off(wrong, [line.decode(errors="replace").rstrip("\n")])
+            print_error(wrong.message, wrong.hint)
+        else:
+            self._answer(asked, identity=None if identity is None else str(identity))
+
+    def _answer(self, question: str, **how) -> None:
+        self._clear()
+        if self._begin:
+            self._begin()
+            self._begin = None
+        self._failed += not self._talk.attempt(question, **how, goes_on=self._prompt)
+
+    def _clear(self) -> None:
+        if self._there:
+            self._there = False
+            _write("\r\x1b[K")
+
+    def _state(self) -> str:
+        from evoprune.backend.devices import memory_in_use
+
+        seen, until_s, feed, backlog = self._stream.seen, self._stream.until_s, self._feed, self._feed.backlog
+        skipped = f", {backlog.skipped:,} skipped" if backlog.skipped else ""
+        skipped += f" (now {100 - 100 / backlog.stride:.0f}%)" if backlog.stride > 1 else ""
+        state = "failed" if feed.problem else "ended" if feed.ended.is_set() else f"lag {backlog.lag_s:.1f} s"
+        held = f"{clock(until_s or 0.0)} seen"
+        tokens = f", {counted(seen.frames, 'frame')}, {counted(seen.tokens, 'token')}" if seen else ""
+        return printable(f"{held}{skipped}; {state}{tokens}, {size(memory_in_use(self._device)[0])}")[: columns() - 1]
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def _lines(path: str) -> "queue.SimpleQueue[bytes | None]":
+    """Lines of a pipe as they come, none of them empty, then None; read by a thread that holds no lock of Python's streams."""
+    if path != STDIN and not os.path.exists(path):
+        raise UsageError(f"no such file: {path}", "--questions - reads stdin")
+    found: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        typed = path == STDIN
+        with contextlib.suppress(OSError), open(sys.stdin.fileno() if typed else path, "rb", closefd=not typed) as file:
+            for line in filter(bytes.strip, iter(partial(file.readline, MAX_LINE), b"")):
+                found.put(line)
+        found.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    return found

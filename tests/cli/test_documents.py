@@ -1,0 +1,329 @@
+"""What the documents say is so: their commands run or parse, links lead somewhere, and docs/cli.md is up to date."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import typer
+from typer.main import get_command
+
+from evoprune import methods
+from evoprune.errors import UsageError
+from evoprune.methods.budget import parse_budget_or_name
+from evoprune_cli.main import ParserError, app
+from experiments.demo.scenes_batches import ScenesRecipe
+from experiments.examples import MADE_BY, counts
+
+ROOT = Path(__file__).parents[2]
+
+
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/*.md"))]
+
+
+def shell_blocks(page: str) -> list[str]:
+    """The shell blocks of a page, without those of the README that install."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
+    return [block for block in blocks if "pip install" not in block]
+
+
+def test_the_transcript_of_the_readme(cli):
+    """The output equals it, except for times, memory and the processor."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    command, shown = re.search(r"^```text\n\$ evoprune (ask samples.*?)\n(.*?)^```", readme, re.S | re.M).groups()
+    result = cli(*shlex.split(command))
+    assert counts(shown) == counts(result.out + result.err), MADE_BY
+
+
+@pytest.mark.full
+def test_the_guide_explains_every_line_of_the_stats(cli):
+    written = cli("ask", "samples/square.mp4", "What happens?", "--compare", "-v", "-b", "fast").err
+    names = re.findall(r"(?m)^ *(first token|encode \+ prefill|visual tokens|(?!the\b)[a-z]+)(?![=a-z])", written)
+    table = "".join(line for line in (ROOT / "docs/guide.md").read_text("utf-8").splitlines() if line.startswith("| "))
+    assert {"video", "now", "compare", "kept"} <= set(names) and [n for n in names if f"`{n}`" not in table] == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_shell_blocks_run_one_after_the_other(tmp_path, page):
+    """In one folder that looks like an installed clone; each block gives a line a clip."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    script = tmp_path / ".venv" / "bin" / "evoprune"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m evoprune_cli "$@"\n')
+    script.chmod(0o755)
+    (tmp_path / "samples").symlink_to(ROOT / "samples")
+    blocks = shell_blocks(page)
+    assert len(blocks) >= 2
+    for block in blocks:
+        if "jq" in block and not shutil.which("jq"):
+            continue
+        done = subprocess.run(
+            ["bash", "-e", "-o", "pipefail", "-c", block],
+            cwd=tmp_path,
+            capture_output=True,
+            timeout=300,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        file = re.search(r"\S+\.jsonl", block)
+        lines = ((tmp_path / file[0]).read_text() if file else done.stdout.decode()).splitlines()
+        clips = sorted(path.name for path in (ROOT / "samples").glob("*.webm" if "webm" in block else "*.mp4"))
+        assert len(lines) == len(clips)
+        answers = [line.split("\t")[-1] for line in lines]
+        if file:
+            records = sorted(map(json.loads, lines), key=lambda record: record["video"]["path"])
+            assert [Path(record["video"]["path"]).name for record in records] == clips
+            answers = [record["answer"] for record in records]
+        digits = {"flash.mp4": "2", "pan.mp4": "5", "square.mp4": "7", "three.mp4": "9"}
+        there = "no" if "webm" in block else "yes"
+        assert answers == [digits[clip] if "Which digit" in block else there for clip in clips]
+
+
+# What the commands of the documents ask of `samples/`, and the right answers.
+ASKED = {
+    "What colour is the square?": "green",
+    "What digit is it?": "7",
+    "What happens to the square?": "pruned: appears\nfull: stays",  # at 0.05, beside the answer from all tokens
+    "Which way does the green heart move?": "right",
+}
+
+
+def test_what_the_documents_ask_is_answered_right(cli):
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.parent.name != "results")
+    asked = set()
+    for command in dict.fromkeys(re.findall(r'(?m)^evoprune (ask samples/.*".*".*)$', pages)):
+        words = shlex.split(command, comments=True)
+        result, questions = cli(*words, "-q"), [word for word in words if word in ASKED]
+        assert (result.code, result.out.strip()) == (0, "\n".join(ASKED[q] for q in questions)), command
+        asked |= set(questions)
+    assert asked == set(ASKED)
+
+
+@pytest.mark.parametrize(
+    ("page", "answers"), [("README.md", ["green"]), ("docs/guide.md", ["green", "7", "cyan", "green", "0.0", "6.0"])]
+)
+def test_the_demo_answers_right_in_python(capsys, page, answers):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
+    names: dict = {}
+    for block in blocks:
+        if "samples/" in block:
+            exec(block, names)
+    assert re.sub(r"\(\d+ ms\)", " ", capsys.readouterr().out).split() == answers
+
+
+def without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#+ (.*)$", without_code(page), re.M):
+        words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        anchor = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        found[anchor] = found.get(anchor, -1) + 1
+    return {f"{anchor}-{n}" if n else anchor for anchor, last in found.items() for n in range(last + 1)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_resolves(page):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page)) if "://" not in link]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_names_a_module_that_exists(page):
+    for name in re.findall(
+        r"python -m ((?:evoprune|evoprune_cli|experiments|tests)[\w.]*)", page.read_text(encoding="utf-8")
+    ):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name
+
+
+# docs/cli.md says what `--help-all` says.
+
+
+REFERENCE = """
+import sys
+from evoprune_cli.cli_docs import reference
+text = reference()
+assert "torch" not in sys.modules
+sys.stdout.buffer.write(text.encode())
+"""
+
+
+def test_the_reference_is_up_to_date_whatever_the_terminal(cli):
+    environment = os.environ | {
+        "COLUMNS": "40",
+        "FORCE_COLOR": "1",
+        "EVOPRUNE_BUDGET": "0.3",
+        "EVOPRUNE_MODEL": "other",
+    }
+    made = subprocess.run(
+        [sys.executable, "-c", REFERENCE], cwd=ROOT, env=environment, capture_output=True, timeout=120
+    )
+    assert made.returncode == 0, made.stderr.decode()
+    text = made.stdout.decode()
+    stored = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert text == stored, "make it anew: python -m evoprune_cli.cli_docs > docs/cli.md"
+    assert all(len(line) <= 80 for line in text.split("```text")[1].splitlines()) and "\x1b" not in text
+    for command in ("ask", "batch", "eval", "inspect", "methods", "profile", "verify"):
+        assert f"## evoprune {command}\n" in text
+    assert cli("ask", "--help-all").out.strip() in text
+
+
+# Commands that are named are parsed, not run, so placeholders such as MODEL may stand for values.
+
+
+GROUP = get_command(app)
+
+
+def entry_points(page: Path) -> Iterator[str]:
+    """Methods that a page adds by entry points."""
+    for block in re.findall(r"^```toml\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M):
+        yield from tomllib.loads(block)["project"]["entry-points"]["evoprune.methods"]
+
+
+ADDED = {name for page in PAGES for name in entry_points(page)}
+
+
+def lines_of(text: str) -> Iterator[str]:
+    """The command lines of a page: fenced lines, indented lines that begin with the command, and code in prose and tables."""
+    for block in re.findall(r"^```(?:sh|text|console)\n(.*?)^```", text, re.S | re.M):
+        yield from block.replace("\\\n", " ").splitlines()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    yield from re.findall(r"^ {4}((?:\S*/)?(?:evoprune|python) .*)$", prose, re.M)
+    yield from (" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose))
+
+
+def commands(line: str, start: str) -> Iterator[list[str]]:
+    """The arguments of each command of a shell line that begins with `start`."""
+    if not re.search(rf"(^|[\s/(]){start} [a-z]", line) or line.startswith("Usage: "):
+        return
+    reader = shlex.shlex(line, posix=True, punctuation_chars=True)
+    reader.whitespace_split = True
+    words: list[str] = []
+    for word in [*reader, ";"]:
+        if set(word) <= set(reader.punctuation_chars):
+            names = [re.sub("^.*/(?=.)", "", name) for name in words]
+            begin = shlex.split(start)
+            for at in range(len(words) - len(begin)):
+                if names[at : at + len(begin)] == begin and re.match("[a-z]", words[at + len(begin)]):
+                    yield words[at + len(begin) :]
+                    break
+            words = []
+        else:
+            words.append(word)
+
+
+def problem(arguments: list[str]) -> str | None:
+    """What is wrong with the arguments of `evoprune`; None if they are right. A command without arguments is a mention of it."""
+    name, *rest = arguments
+    if name not in GROUP.commands:
+        return f"no command {name!r}"
+    if not rest:
+        return None
+    above = GROUP.make_context("evoprune", [], resilient_parsing=True)
+    values = ["1" if re.fullmatch("[A-Z]+", word) else word for word in rest]  # a placeholder may be a number
+    try:
+        given = GROUP.commands[name].make_context(name, values, parent=above).params
+        for option in GROUP.commands[name].params:
+            if given[option.name] and option.metavar:
+                check(option.name, option.metavar.split("|"), given[option.name])
+    except typer.Exit:  # --help
+        return None
+    except (ParserError, UsageError) as error:
+        return error.message
+    return None
+
+
+def check(name: str, choices: list[str], given: object) -> None:
+    """Raises UsageError where an option lists its values and a value is not among them, or there is no such method or budget."""
+    for value in ",".join(given).split(",") if isinstance(given, list | tuple) else str(given).split(","):
+        if name == "method" and value.rpartition("+")[2].partition(":")[0] not in ADDED:
+            methods.registry.check(value)
+        elif name == "budget":
+            parse_budget_or_name(value)
+        elif value not in choices and len(choices) > 1 and all(choice == choice.lower() for choice in choices):
+            raise UsageError(f"{name}: {value!r} is none of {choices}", "")
+
+
+def missing_options(arguments: list[str]) -> list[str]:
+    """Options of `python -m MODULE ...` that are no text in the module, nor made from the fields of a recipe."""
+    name, *rest = arguments
+    path = ROOT / name.replace(".", "/")
+    source = next(file for file in (path.with_suffix(".py"), path / "__main__.py") if file.exists())
+    own = rest[: rest.index("--")] if "--" in rest else rest
+    known = source.read_text("utf-8")
+    if "asdict(ScenesRecipe())" in known:
+        known += " ".join(f'"--{field.name.replace("_", "-")}"' for field in fields(ScenesRecipe))
+    return [word for word in own if re.match("--?[a-z]", word) and f'"{word}"' not in known]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_parses(page, capsys):
+    wrong = []
+    for line in lines_of(page.read_text(encoding="utf-8")):
+        wrong += [f"{line}: {bad}" for given in commands(line, "evoprune") if (bad := problem(given))]
+        for given in commands(line, "python -m"):
+            if given[0].split(".")[0] in ("evoprune", "evoprune_cli", "experiments", "tests"):
+                wrong += [f"{line}: no option {option}" for option in missing_options(given)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_source_file_that_is_named_exists(page):
+    named = re.findall(r"(?<![\w/.:-])((?:[\w-]+/)+[\w-]+\.(?:py|md|svg|jsonl))", page.read_text(encoding="utf-8"))
+    folders = (ROOT, ROOT / "evoprune", page.parent)
+    missing = [name for name in named if not any((folder / name).exists() for folder in folders)]
+    assert not [name for name in missing if not name.startswith("runs/")]
+
+
+@pytest.mark.parametrize(
+    ("line", "arguments"),
+    [
+        ("$ evoprune ask a.mp4 'Who?'  # a comment", [["ask", "a.mp4", "Who?"]]),
+        ("ls *.mp4 | xargs -P 4 -I{} .venv/bin/evoprune ask {} -q > a.jsonl", [["ask", "{}", "-q"]]),
+        ("while read -r a; do evoprune ask $a; done; evoprune inspect --scan", [["ask", "$a"], ["inspect", "--scan"]]),
+        ("evoprune -b 0.5", []),
+        ("pip install evoprune", []),
+    ],
+)
+def test_commands_are_found_in_shell_lines(line, arguments):
+    assert list(commands(line, "evoprune")) == arguments
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("guess clip.mp4", "no command"),
+        ("ask a.mp4 Who? --no-such-option", "No such option"),
+        ("ask a.mp4 Who? --decoder ffmpeg", "'ffmpeg' is none of"),
+        ("ask a.mp4 Who? -n many", "valid integer"),
+        ("ask a.mp4 Who? -b 1.5", "budget"),
+        ("eval --data FILE --method evoprune,nothing-like-it", "no pruning method"),
+        ("inspect VIDEO --scan", None),
+        ("eval --data FILE --processes N --group open", None),
+        ("eval --data FILE --method evoprune,reuse+divprune:x=1", None),
+    ],
+)
+def test_a_wrong_command_is_found(line, says):
+    found = problem(shlex.split(line))
+    assert found is None if says is None else says in found
+
+
+def test_a_wrong_option_of_a_module_is_found():
+    assert missing_options(["experiments.kernels", "--repeat", "1", "--rounds", "2"]) == ["--rounds"]
+    assert missing_options(["experiments.environments", "lowest", "--", "-n", "4"]) == []
