@@ -18,11 +18,10 @@ from evoprune.bench.tuning.agreement import agreement
 from evoprune.bench.tuning.full_answers import Progress, encode
 from evoprune.bench.tuning.run import Run, Settings
 from evoprune.bench.tuning.search import BUDGETS
-from evoprune.contrib.operations import KEY, PLACE, Operations
+from evoprune.contrib.language import LanguagePlan, layers_before
+from evoprune.contrib.operations import ALL, KEY, PLACE, REST, SCHEMA, Operation, Operations, Recipe, Removed, closed
 from evoprune.errors import UsageError
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.language_plan import ALL, REST, LanguagePlan, Operation, layers_before
-from evoprune.methods.operation_plans import SCHEMA, Recipe, Removed, closed
 from evoprune.model.config import head_size
 from evoprune.session.engine import make_engine
 from evoprune.session.options import PruneOptions

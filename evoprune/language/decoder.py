@@ -17,7 +17,8 @@ from evoprune.backend.devices import to_device
 from evoprune.backend.fallback import uses_kernels
 from evoprune.cpu.linear import linear
 from evoprune.language.attention import STRIP, attend, attend_blind, bias_features, rows_at
-from evoprune.language.dropping import Dropping, LayerState
+from evoprune.methods.base import Reading
+from evoprune.methods.types import LayerState
 from evoprune.model.config import head_size
 from evoprune.model.numerics import heads_of, norm, rotate, rotation, without_autocast
 
@@ -143,7 +144,7 @@ def forward(
     cache: KVCache,
     sizes: torch.Tensor | None = None,
     last: int = 1,
-    dropping: Dropping | None = None,
+    dropping: Reading | None = None,
     deepstack: torch.Tensor | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
@@ -177,14 +178,14 @@ def forward(
         pause()
         if not i or every[i] is not every[i - 1]:
             bias, features = _bias(every[i], x, config)
-        blind, rows = (dropping.blind(i, len(x)), dropping.rows(i, len(x))) if dropping else (None, [])
+        blind, rows = dropping.before(i, len(x)) if dropping else (None, [])
         entered.append(len(rows[0]) if rows else len(x))
         entering = x
         x, *seen = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows, features)
         if len(deepstack):
             x, deepstack = x + deepstack[0, -len(x) :], deepstack[1:]  # the top layer returns the last columns alone
-        if dropping and dropping.looks(i + 1):
-            x, deepstack, stay = dropping.drop(LayerState(i + 1, entering, x, places, bias, *seen), deepstack)
+        if dropping:
+            x, deepstack, stay = dropping.after(LayerState(i + 1, entering, x, places, bias, *seen), deepstack)
             if stay is not None:
                 places = places[0][stay], places[1][stay]
                 every[i + 1 :] = [rows_at(every[i], stay)] * (len(every) - i - 1)
@@ -227,8 +228,8 @@ def run_layer(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, and all keys and values.
 
-    `cache`: a `KVCache`, or a `StaticCache` for a column alone. `bias`, `features`: of `attend`; `blind`, `rows`: of `Dropping`.
-    Columns without queries or MLP keep their state.
+    `cache`: a `KVCache`, or a `StaticCache` for a column alone. `bias`, `features`: of `attend`.
+    `blind`, `rows`: of `Reading.before`. Columns without queries or MLP keep their state.
     """
     attention, mlp, eps = layer.self_attn, layer.mlp, config.rms_norm_eps
     whole = blind is None and not rows and (len(x) <= last or number < config.num_hidden_layers - 1)

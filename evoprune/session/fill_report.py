@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from evoprune.backend.devices import environment, memory_in_use, peak_memory
-from evoprune.language.dropping import Dropping
+from evoprune.methods.base import Reading
 from evoprune.report.records import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.encoding import Encoding
 from evoprune.session.engine import Engine
@@ -88,7 +88,7 @@ def fill_kept(report: Report, encodings: Sequence[Encoding]) -> None:
         pruning.kept_per_pair = [count for one in some for count in one.tokens.kept_per_pair]
 
 
-def fill_dropped(report: Report, dropping: Dropping | None) -> None:
+def fill_dropped(report: Report, dropping: Reading | None) -> None:
     """Writes into a report what left inside the language model, if anything could; synchronises."""
     if dropping is not None:
         report.pruning.language_layers = [list(layer) for layer in enumerate(dropping.layers)]

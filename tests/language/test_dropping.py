@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.contrib.fastv import PyramidDrop
+from evoprune.contrib.inner import PyramidDrop
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import TokenStream, Visual, along, dropping_for, embed_prompt, prefill
 from evoprune.language.prompt import Place
 from evoprune.language.settings import GenerationOptions
+from tests.contrib.eager import BEFORE, COLUMNS, DROPPING, GRID, VISUAL, Eager, a_prompt, deep_model, run_method
+from tests.contrib.test_language_methods import rule_of
 from tests.language.test_decoder import assert_close
-from tests.methods.eager import BEFORE, COLUMNS, DROPPING, GRID, VISUAL, Eager, a_prompt, deep_model, run_method
-from tests.methods.test_language_methods import rule_of
 
 TEXT = COLUMNS - len(VISUAL)
 
@@ -68,7 +68,7 @@ def test_room_for_the_prompt_and_not_for_what_left(name):
 @pytest.mark.parametrize("name", DROPPING)
 def test_without_a_drop_nothing_changes_bit_for_bit(name):
     model, (embeds, positions) = deep_model(), a_prompt()
-    assert methods.parse(name).language_plan(8, len(VISUAL), 1.0) is None
+    assert methods.parse(name).language_work(8, len(VISUAL), 1.0) is None
     plain = decoder.logits(model, embeds, positions, KVCache(model, COLUMNS))
     visuals = [Visual(Place((range(BEFORE, BEFORE + len(VISUAL)),)), embeds[VISUAL], torch.arange(len(VISUAL)))]
     assert dropping_for(model, methods.parse(name), 1.0, visuals, [GRID], embeds, torch.arange(COLUMNS)) is None

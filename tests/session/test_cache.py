@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evoprune.contrib.evs import Evs
+from evoprune.contrib.video import Evs
 from evoprune.session import cache as cache_module
 from evoprune.session.cache import Cache, content_hash
 from evoprune.session.inputs import open_inputs

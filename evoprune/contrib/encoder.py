@@ -1,0 +1,214 @@
+"""Methods inside the vision encoder: EvoPrune's merging with other settings, ToMe, EarlyTom, IPCV."""
+
+from collections import deque
+from dataclasses import dataclass
+from math import prod
+from typing import Annotated, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.contrib.question import Dart
+from evoprune.methods.base import EncoderMethod, Selector
+from evoprune.methods.budget import spread
+from evoprune.methods.encoder_plan import Grid, SetAside, Stage, TowerShape, WholePairs
+from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.methods.indices import ascending
+from evoprune.methods.ranking import highest, snap
+from evoprune.methods.settings import Count, Share
+from evoprune.methods.types import Selection, Tokens
+
+
+@dataclass(frozen=True)
+class EvoPruneMerge(EvoPrunePaper):
+    name = "evoprune-merge"
+    source = "arXiv 2603.03681, with other settings"
+
+    allocation: str = "decreasing"
+    attention: Annotated[float, "(-inf, inf)"] = 0.0
+    critical: Share = 0.0
+
+
+@dataclass(frozen=True)
+class ToMe(EvoPrunePaper):
+    """Without penalties, equally much in every layer, and the other row of each two absorbed; the rest is fixed."""
+
+    name = "tome"
+    source = "arXiv 2210.09461, section 3"
+    absorbed = 0
+
+    allocation: str = "mean"
+    first: float = 0.0
+    last: float = 1.0
+
+    diversity: ClassVar[float] = 0.0
+    attention: ClassVar[float] = 0.0
+    critical: ClassVar[float] = 0.0
+    neighbours: ClassVar[int] = 1
+    features: ClassVar[str] = "keys"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Which frame pairs follow one another with little change."""
+
+    threshold: Annotated[float, "(-inf, inf)"] = 0.6  # a run ends where the running similarity to its first is below
+    window: Annotated[int, "[2, inf)"] = 8  # a run has fewer frame pairs than this
+    momentum: Share = 0.9  # weight of the new similarity in the running mean
+
+    def of(self, like: list[list[float]]) -> list[range]:
+        """The runs of frames, in order; `like` as from `similarities`."""
+        starts, running = [0], 1.0
+        for frame in range(1, len(like)):
+            running = self.momentum * like[starts[-1]][frame - starts[-1]] + (1 - self.momentum) * running
+            if running < self.threshold or frame - starts[-1] + 1 >= self.window:
+                starts.append(frame)
+                running = 1.0
+        return [range(first, last) for first, last in zip(starts, [*starts[1:], len(like)], strict=True)]
+
+    def merged(self, like: list[list[float]]) -> tuple[list[int], list[float]]:
+        """The frame that each frame joins, itself if it stays; and the weight of each in the mean."""
+        into, weight = list(range(len(like))), [1.0] * len(like)
+        for run in self.of(like):
+            inner = run[1:-1]
+            if len(inner) < 2:
+                continue
+            ends, at = like[run[0]][len(run) - 1], inner[0]
+            while at < inner[-1]:
+                now, after = like[at][1], like[at + 1][1] if at + 1 < inner[-1] else 0.0
+                if now > ends and now > after:
+                    into[at + 1] = at
+                    weight[at] = now / (now + max(0.0, after)) if now > 0 else 1.0
+                    weight[at + 1] = 1 - weight[at]
+                    at += 1
+                at += 1
+            if at == inner[-1]:
+                into[at], weight[at] = into[at - 1], 0.0
+        return into, weight
+
+
+@dataclass(frozen=True)
+class MergedFrames(Runs, Selector):
+    """Merges frame pairs between two layers. The number that is left is the content's. O(window N D)."""
+
+    source = "arXiv 2605.30010"
+    exact = False
+    needs = frozenset({"hidden"})
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        frame, first = frames_of(tokens)
+        places = ascending(tokens.owner.numel() // len(frame), frame.device)
+        into, weight = self.merged(similarities(tokens.rows.view(len(first), len(places), -1), self.window))
+        into = torch.tensor(into, dtype=torch.int64, device=frame.device)
+        weight = torch.tensor(weight, dtype=torch.float32, device=frame.device)
+        stays = into == ascending(len(into), into.device)
+        owner = (stays.cumsum(0) - 1)[into[frame]]
+        own = first[frame] == ascending(len(frame), frame.device)  # others are in their frame's state already
+        return Selection(
+            (first[stays][:, None] * len(places) + places).flatten(),
+            (owner[:, None] * len(places) + places).flatten(),
+            torch.where(own, weight[frame], 0).repeat_interleave(len(places)),
+        )
+
+
+@dataclass(frozen=True)
+class FrameTokens(Runs, Selector):
+    """The tokens that the language model reads of merged frame pairs. O(window N D)."""
+
+    source = "arXiv 2605.30010"
+    needs = frozenset({"attention"})
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        first = frames_of(tokens)[1]
+        attention = snap(tokens.given["attention"]).view(len(first), -1)
+        frames, places = attention.shape
+        runs = self.of(similarities(tokens.rows.view(frames, places, -1), self.window))
+        ends = {end for run in runs for end in (run[0], run[-1])}
+        selected = []
+        for number, share in enumerate(spread(min(keep, attention.numel()), frames)):
+            best = highest if number in ends else highest_of_stretches
+            selected.append(best(attention[number], share) + first[number] * places)
+        if keep > attention.numel():
+            merged = torch.ones(len(tokens.owner), dtype=torch.bool, device=attention.device)
+            merged[torch.cat(selected)] = False
+            units = merged.nonzero().flatten()
+            more = highest(snap(tokens.attention)[units], keep - attention.numel())
+            selected.append(units[more])
+        return Selection(torch.cat(selected).sort().values)
+
+
+@dataclass(frozen=True)
+class EarlyTom(Runs, EncoderMethod):
+    """Whole frame pairs merge after three layers. O(window N D) for each merging."""
+
+    name = "earlytom"
+    source = "arXiv 2605.30010"
+
+    first: Share = 7 / 26  # share of the tower's layers before frame pairs merge, for the first time
+    second: Share = 22 / 26
+    third: Share = 24 / 26
+
+    @property
+    def tokens(self) -> FrameTokens:
+        return FrameTokens(self.threshold, self.window, self.momentum)
+
+    def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
+        latest = max(tower.full_layers, default=tower.depth - 1)
+        after = {min(max(1, round(share * tower.depth)), latest) for share in (self.first, self.second, self.third)}
+        merge = WholePairs(MergedFrames(self.threshold, self.window, self.momentum))
+        return [Stage(layer, prod(grid), merge, exact=False) for layer in sorted(after - {0})]
+
+
+def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 `[T]`, the number of the frame that represents each frame pair; and int64 `[F]`, the first frame pair of each frame."""
+    places = tokens.grid[1] * tokens.grid[2]
+    frame = tokens.owner.view(tokens.grid[0], places)[:, 0] // places
+    first = torch.searchsorted(frame, ascending(len(tokens.rows) // places, frame.device))
+    return frame, first
+
+
+def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
+    """`[i][d]`: the mean cosine of the tokens of frames i and i + d of `x` (`[F, n, D]`), d from 0 to `window - 1`."""
+    held, found = deque(maxlen=window), []
+    for frame in x:
+        held.append(F.normalize(frame.float(), dim=1))
+        found.append(torch.stack([(held[-1] * other).sum(1).mean() for other in reversed(held)]))
+    sizes = [len(each) for each in found]
+    back = [each.tolist() for each in snap(torch.cat(found)).cpu().split(sizes)]  # to itself and the frames before
+    return [[back[i + d][d] for d in range(min(window, len(x) - i))] for i in range(len(x))]
+
+
+def highest_of_stretches(score: torch.Tensor, count: int) -> torch.Tensor:
+    """int64 `[count]`: the highest of `score` (`[n]`) in each of `count` stretches, of which the first may be longer by one."""
+    if not count:
+        return ascending(0, score.device)
+    length, longer = divmod(len(score), count)
+    number = ascending(count, score.device)
+    start = number * length + number.clamp(max=longer)
+    index = start[:, None] + ascending(length + 1, score.device)
+    inside = ascending(length + 1, score.device) < (length + (number < longer))[:, None]
+    values = score[index.clamp(max=len(score) - 1)].masked_fill(~inside, -torch.inf)
+    return start + values.argmax(1)
+
+
+@dataclass(frozen=True)
+class Ipcv(EncoderMethod):
+    """O(N n D) to find the nearest of n rows. Users may name another selector of tokens: `ipcv+NAME`."""
+
+    name = "ipcv"
+    source = "arXiv 2512.18747"
+    combines = True
+    tokens = Dart()
+
+    keep: Annotated[float, "(0, 1]"] = 0.35  # share of the rows that stay
+    first: Share = 3 / 32  # share of the tower's layers before rows are set aside
+    follow: Share = 7 / 32  # share of the layers in which these rows follow and are keys and values
+    neighbours: Count = 10  # how many rows each of them follows
+
+    def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
+        units = prod(grid[1:])
+        first, left = max(1, round(self.first * tower.depth)), max(1, int(self.keep * units))
+        if first >= tower.depth or left == units:
+            return []
+        until = min(first + round(self.follow * tower.depth), tower.depth)
+        return [Stage(first, grid[0] * left, SetAside(left, until, self.neighbours))]

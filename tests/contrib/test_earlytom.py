@@ -1,0 +1,274 @@
+"""EarlyTom: whole frame pairs merge; against its specification in loops, and against the public code."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evoprune import methods
+from evoprune.contrib.encoder import EarlyTom, FrameTokens, MergedFrames, Runs, highest_of_stretches, similarities
+from evoprune.errors import UsageError
+from evoprune.methods.encoder_plan import EncoderPlan, Stage, TowerShape, WholePairs
+from evoprune.methods.types import Tokens
+from evoprune.vision.encoded import select_tokens, selected
+from evoprune.vision.encoder import encode_rows
+from evoprune.vision.layout import geometry
+from evoprune.vision.tower import tower_shape
+from tests.contrib.line_by_line import shares
+from tests.contrib.public_tokens import public_tokens
+from tests.methods.tokens import KINDS, Largest, cosine, encoded, features_of, plan_of, ranked, snapped
+from tests.vision.clips import changes, clip
+from tests.vision.devices import take_gpu_route
+from tests.vision.reference import embedded, linear, rms_norm, run_layer
+from tests.vision.tower import random_patches, tiny_tower
+
+PUBLIC = json.loads((Path(__file__).parent / "fixtures/inside/earlytom.json").read_text())["cases"]
+
+# --- the public code ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [case for case in PUBLIC if "frames" in case])
+def test_merges_the_frames_that_the_public_code_merges(case):
+    grid = case["grid"]
+    x = public_tokens(case["kind"], case["seed"], tuple(grid)).features.view(grid[0], -1, 32)
+    runs, like = Runs(case["threshold"], case["window"]), similarities(x, case["window"])
+    assert [[run[0], run[-1]] for run in runs.of(like)] == case["runs"]
+    into, weight = runs.merged(like)
+    frames = [[i for i in range(grid[0]) if into[i] == f and weight[i]] for f in range(grid[0]) if into[f] == f]
+    assert frames == [[frame for frame, _ in of] for of in case["frames"]]
+    sums = [sum(float(x[i].sum()) * weight[i] for i in of) for of in frames]
+    assert sums == pytest.approx(case["sums"], abs=2e-2, rel=2e-3)
+
+
+@pytest.mark.parametrize("case", [case for case in PUBLIC if "share" in case])
+def test_keeps_what_the_public_code_keeps_of_a_frame_between_ends(case):
+    attention = public_tokens("random", case["seed"], (1, 1, case["places"])).attention
+    assert highest_of_stretches(attention, case["share"]).tolist() == case["kept"]
+
+
+# --- line by line ------------------------------------------------------------------------------------------------------
+
+Frame = tuple[list[int], torch.Tensor]  # the frame pairs that it represents, the first one first; its rows [n, D]
+
+
+def alike(a: torch.Tensor, b: torch.Tensor) -> float:
+    return snapped(float(torch.nn.functional.cosine_similarity(a, b, dim=1, eps=1e-12).mean()))
+
+
+def runs_line_by_line(frames: list[Frame], threshold: float, window: int, momentum: float) -> list[list[Frame]]:
+    runs, running = [[frames[0]]], 1.0
+    for frame in frames[1:]:
+        running = momentum * alike(runs[-1][0][1], frame[1]) + (1 - momentum) * running
+        if running < threshold or len(runs[-1]) + 1 >= window:
+            runs.append([frame])
+            running = 1.0
+        else:
+            runs[-1].append(frame)
+    return runs
+
+
+def merged_line_by_line(frames: list[Frame], threshold: float, window: int, momentum: float) -> list[Frame]:
+    left: list[Frame] = []
+    for run in runs_line_by_line(frames, threshold, window, momentum):
+        if len(run) < 4:
+            left += run
+            continue
+        between, made, at = run[1:-1], [], 0
+        ends = alike(run[0][1], run[-1][1])
+        like = [alike(a[1], b[1]) for a, b in pairwise(between)] + [0.0]
+        while at < len(between) - 1:
+            (pairs, x), (others, y) = between[at], between[at + 1]
+            if like[at] > ends and like[at] > like[at + 1]:
+                share = like[at] / (like[at] + max(0.0, like[at + 1])) if like[at] > 0 else 1.0
+                made.append((pairs + others, share * x + (1 - share) * y))
+                at += 2
+            else:
+                made.append((pairs, x))
+                at += 1
+        if at == len(between) - 1:  # the last one is left out
+            made[-1] = (made[-1][0] + between[-1][0], made[-1][1])
+        left += [run[0], *made, run[-1]]
+    return left
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 14), st.integers(1, 4), st.sampled_from(KINDS), st.integers(0, 500), st.data())
+def test_merging_line_by_line(count, places, kind, seed, data):
+    threshold, window = data.draw(st.sampled_from([0.6, 0.2, -1.0])), data.draw(st.sampled_from([8, 5, 4, 2]))
+    x = features_of(kind, count * places, seed).view(count, places, -1)
+    runs = Runs(threshold, window)
+    into, weight = runs.merged(similarities(x, window))
+    expected = merged_line_by_line([([i], x[i].double()) for i in range(count)], threshold, window, 0.9)
+    assert [f for f in range(count) if into[f] == f] == [pairs[0] for pairs, _ in expected]
+    for pairs, mean in expected:
+        assert all(into[i] == pairs[0] for i in pairs)
+        torch.testing.assert_close(sum(weight[i] * x[i].double() for i in pairs), mean, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def earlytom_slowly(visual, patches, grid, method: EarlyTom, after: set[int]) -> list[Frame]:
+    """The frames that leave the tower, with their tokens; all in float64."""
+    geo, depth = geometry(*grid[1:]), len(visual.blocks)
+    rows = embedded(visual, patches, geo, math.prod(grid))
+    pairs = {pair: [pair] for pair in range(grid[0])}  # what each frame pair that is left represents
+    for layer, block in enumerate(visual.blocks):
+        if layer in after:
+            here = {row.unit: row for row in rows}
+            frames = [
+                (pairs[p], torch.stack([here[p * geo.units + i].x.flatten() for i in range(geo.units)])) for p in pairs
+            ]
+            left = merged_line_by_line(frames, method.threshold, method.window, method.momentum)
+            pairs = {of[0]: of for of, _ in left}
+            rows = [row for row in rows if row.unit // geo.units in pairs]
+            for of, x in left:
+                for i in range(geo.units):
+                    here[of[0] * geo.units + i].x = x[i].view(4, -1)
+        run_layer(block, rows, geo, "pair" if layer in visual.fullatt_block_indexes else "window", True)
+        if layer == max(visual.fullatt_block_indexes):
+            received = {row.unit: row.attention * geo.units for row in rows}
+    assert depth not in after
+    first, second = visual.merger.mlp[0], visual.merger.mlp[2]
+    rows.sort(key=lambda row: row.unit)
+    tokens = [
+        linear(second, torch.nn.functional.gelu(linear(first, rms_norm(visual.merger.ln_q, row.x).flatten())))
+        for row in rows
+    ]
+    attention = [received[row.unit] for row in rows]
+    return [
+        (of, torch.stack(tokens[i * geo.units : (i + 1) * geo.units]), attention[i * geo.units : (i + 1) * geo.units])
+        for i, of in enumerate(pairs.values())
+    ]
+
+
+def tokens_line_by_line(frames: list, units: int, keep: int, method: EarlyTom) -> list[int]:
+    """The units that are kept of merged frames, where no more are asked for than are left."""
+    runs = runs_line_by_line([(of, x) for of, x, _ in frames], method.threshold, method.window, method.momentum)
+    ends = [end[0][0] for run in runs for end in (run[0], run[-1])]
+    kept = []
+    for (of, _, attention), due in zip(frames, shares(min(keep, len(frames) * units), len(frames)), strict=True):
+        attention = [snapped(value) for value in attention]
+        if of[0] in ends:
+            best = ranked(attention)[:due]
+        else:
+            sizes = [units // due + (i < units % due) for i in range(due)] if due else []
+            edges = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+            best = [max(range(a, b), key=lambda i: (attention[i], -i)) for a, b in pairwise(edges)]
+        kept += [of[0] * units + i for i in best]
+    return sorted(kept)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize(
+    ("grid", "full_layers", "settings_", "scene"),
+    [
+        ((9, 4, 5), (1, 3), {"threshold": -1.0}, "noise"),
+        ((9, 3, 3), (0, 2), {"threshold": -1.0, "window": 20}, "noise"),
+        ((8, 5, 6), (1, 3), {}, "changes"),
+        ((7, 3, 5), (3,), {"window": 5}, "one colour"),
+        ((1, 3, 4), (1, 3), {}, "noise"),
+    ],
+)
+def test_the_whole_encoder_line_by_line(grid, full_layers, settings_, scene):
+    visual, method = tiny_tower(full_layers), EarlyTom(**settings_)
+    patches = {
+        "noise": lambda: random_patches(grid),
+        "changes": lambda: clip(grid, changes(grid, 0.1)),
+        "one colour": lambda: torch.full((math.prod(grid) * 4, 1176), 0.3),
+    }[scene]()
+    keep, units = math.prod(grid) // 4, grid[1] * grid[2]
+    plan = plan_of(method, tower_shape(visual), grid, keep)
+    frames = earlytom_slowly(visual, patches, grid, method, {stage.first_layer for stage in plan.row_stages})
+    for size in (1, 10**6):
+        rows = encode_rows(visual, [patches], plan, chunk_units=size)
+        assert rows.unit.tolist() == [of[0] * units + i for of, *_ in frames for i in range(units)]
+        number = {pair: i for i, (of, *_) in enumerate(frames) for pair in of}
+        assert rows.tokens.owner.tolist() == [number[p] * units + i for p in range(grid[0]) for i in range(units)]
+        expected = torch.cat([x for _, x, _ in frames])
+        torch.testing.assert_close(rows.tokens.rows.double(), expected, atol=1e-4, rtol=1e-4)
+        received = torch.tensor([value for *_, attention in frames for value in attention])
+        torch.testing.assert_close(rows.tokens.given["attention"], received, atol=1e-4, rtol=1e-4)
+        if scene != "one colour":  # whose last bits decide
+            assert selected(rows).kept.tolist() == tokens_line_by_line(frames, units, keep, method)
+
+
+# --- counts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("keep", [1, 5, 90, 130, 179])
+def test_exactly_the_budget_comes_out(keep):
+    """Also where it is more than the tokens that are left: 80 of 180."""
+    grid, method = (9, 4, 5), methods.get("earlytom:threshold=-1:window=20")
+    for patches in (random_patches(grid), torch.zeros(720, 1176)):
+        whole, cut = (encoded(method, patches, grid, keep, chunk_units=size) for size in (10**6, 1))
+        assert len(whole.kept) == keep and (whole.kept.diff() > 0).all() and whole.features.isfinite().all()
+        assert torch.equal(whole.kept, cut.kept) and torch.equal(whole.owner, cut.owner) and whole.layers == cut.layers
+        torch.testing.assert_close(whole.features, cut.features, atol=2e-5, rtol=1e-5)
+        assert torch.equal(whole.features, whole.rows[whole.owner[whole.kept]])
+
+
+def test_more_tokens_than_are_left_are_those_of_frame_pairs_that_merged_away():
+    rows, attention = torch.eye(4), torch.tensor([0.1, 0.4, 0.3, 0.2])
+    tokens = Tokens(rows, torch.tensor([0, 1, 0, 1, 2, 3, 2, 3]), (4, 1, 2), given={"attention": attention})
+    assert FrameTokens().select(tokens, 4).kept.tolist() == [0, 1, 4, 5]
+    assert FrameTokens().select(tokens, 6).kept.tolist() == [0, 1, 3, 4, 5, 6]
+
+
+def test_the_plan():
+    """Upper bounds, because the content decides; and no merging after the last layer that gives attention."""
+    units = 8 * 60
+    plan = methods.parse("earlytom").plan(TowerShape(32, (7, 15, 23, 31)), (8, 6, 10), 40)
+    merge = WholePairs(MergedFrames())
+    merges = tuple(Stage(layer, units, merge, exact=False) for layer in (9, 27, 30))
+    assert plan == EncoderPlan((8, 6, 10), 40, 32, stages=(*merges, Stage(32, 40, FrameTokens())))
+    assert (plan.layers, plan.rows, plan.exact) == ((units,) * 32, units, False)
+    for tower, layers in (
+        (TowerShape(8, (1, 3, 5, 7)), [2, 7]),
+        (TowerShape(8, (1, 5)), [2, 5]),
+        (TowerShape(1, (0,)), []),
+    ):
+        stages = methods.get("earlytom").stages(tower, (8, 6, 10), 40)
+        assert [stage.first_layer for stage in stages] == layers
+
+
+@pytest.mark.parametrize("setting", ["window=1", "momentum=2", "first=-1", "third=1.5"])
+def test_settings_out_of_range(setting):
+    with pytest.raises(UsageError, match="method earlytom: "):
+        methods.get(f"earlytom:{setting}")
+
+
+# --- everything else ---------------------------------------------------------------------------------------------------
+
+
+def test_equal_scores_go_by_index():
+    assert highest_of_stretches(torch.ones(10), 3).tolist() == [0, 4, 7]
+    assert cosine(torch.ones(2), torch.ones(2)) == 1.0
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_nothing_but_the_selections_waits_for_a_gpu(kernel, monkeypatch):
+    grid, method = (9, 4, 5), methods.get("earlytom:threshold=-1")
+    plan, patches = plan_of(method, tower_shape(tiny_tower()), grid, 30), random_patches(grid)
+    expected = encode_rows(tiny_tower(), [patches], plan)
+    with monkeypatch.context() as patch, take_gpu_route(patch, kernel) as mode:
+        made = encode_rows(tiny_tower(), [patches], plan, chunk_units=40)
+        with mode.pause():
+            kept = select_tokens(made).kept
+    assert torch.equal(kept, select_tokens(expected).kept) and made.layers == expected.layers
+    torch.testing.assert_close(made.tokens.rows, expected.tokens.rows, atol=1e-4, rtol=1e-4)
+
+
+def test_no_matrix_of_all_pairs():
+    """16,384 tokens: no tensor is larger than the rows."""
+    x = features_of("drift", 16384, width=16)
+    tokens = Tokens(x, torch.arange(16384), (64, 16, 16), given={"attention": x[:, 0].abs()})
+    with Largest() as largest:
+        found = MergedFrames().select(tokens, 4096)
+        found.features(x)
+        assert len(FrameTokens().select(tokens, 4096).kept) == 4096
+    assert len(found.kept) < 16384 and largest.numbers <= 16384 * 16

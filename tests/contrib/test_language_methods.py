@@ -1,0 +1,292 @@
+"""Methods inside the language model against their specifications, followed line by line in `tests/methods/eager.py`."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from evoprune import methods
+from evoprune.contrib import inner, language
+from tests.contrib.eager import BEFORE, DROPPING, VISUAL, EagerLayer, a_prompt, deep_model, pairs, run_method
+from tests.contrib.eager import Eager as EagerModel
+from tests.contrib.public_layers import public_layer
+from tests.contrib.test_video_peers import clustered_line_by_line
+from tests.contrib.test_vitcop import rule as vitcop
+from tests.methods.tokens import Largest
+
+LAST = -1
+
+
+def best(score: dict[int, float], count: int) -> list[int]:
+    """The columns with the highest scores, in their order."""
+    return sorted(sorted(score, key=lambda column: (-score[column], column))[:count])
+
+
+def last_attention(weights: torch.Tensor, columns: list[int]) -> dict[int, float]:
+    """Of each column: what the last one gives to it, mean over heads."""
+    return {column: float(sum(head[LAST, column] for head in weights) / len(weights)) for column in columns}
+
+
+def fastv(seen: EagerLayer) -> list[int]:
+    return best(last_attention(seen.weights(), seen.alive), seen.left)
+
+
+def pyramiddrop(seen: EagerLayer) -> list[int]:
+    return best(last_attention(seen.weights(next_layer=True), seen.alive), seen.left)
+
+
+def sparsevlm(seen: EagerLayer) -> list[int]:
+    embeds = seen.model.embeds
+    text = list(range(VISUAL[-1] + 1, len(embeds)))
+    rating = {word: 0.0 for word in text}
+    for column in VISUAL:
+        weight = {word: math.exp(float(embeds[column] @ embeds[word])) for word in text}
+        for word in text:
+            rating[word] += weight[word] / sum(weight.values()) / len(VISUAL)
+    raters = [word for word in text if rating[word] > sum(rating.values()) / len(text)]
+    weights = seen.weights()
+    score = {c: float(sum(head[word, c] for head in weights for word in raters)) for c in seen.alive}
+    stay = next(  # the most that leave room for the means of a tenth of three tenths of the others
+        count
+        for count in range(seen.left, 0, -1)
+        if count + (int((len(seen.alive) - count) * 0.3) + 1) // 10 + 1 <= seen.left
+    )
+    kept = best(score, stay)
+    dropped = {column: score[column] for column in seen.alive if column not in kept}
+    again = best(dropped, int(len(dropped) * 0.3) + 1)
+    means = len(again) // 10 + 1
+    for peak, members in clustered_line_by_line([seen.x[column] for column in again], means, means).items():
+        seen.x[again[peak]] = sum(seen.x[again[member]].clone() for member in members) / len(members)
+        kept.append(again[peak])
+    return sorted(kept)
+
+
+def visipruner(seen: EagerLayer, method) -> list[int] | None:
+    if not seen.alive:
+        return None
+    weights = seen.weights()
+    values = seen.model.project(seen.number, seen.entering, "v")
+    values = values.repeat_interleave(seen.model.heads // seen.model.kv_heads, 1)
+    each = [torch.cat([weights[h, LAST, c] * values[c, h] for h in range(len(weights))]) for c in range(len(values))]
+    out = sum(each)
+    cosine = {c: float(torch.cosine_similarity(out - each[c], out, dim=0)) for c in seen.alive}
+    length = {c: float(each[c].norm()) for c in seen.alive}
+    if "decided" not in seen.memory:
+        decisive = any(value < method.layer for value in cosine.values())
+        if not decisive and not seen.due:
+            return None
+        seen.memory["decided"], seen.memory["calm"] = True, 0
+        enough = sum(value > method.token for value in length.values()) if decisive else seen.left
+        return best(length, max(1, min(enough, seen.left)))
+    seen.memory["calm"] += all(value >= method.exit for value in cosine.values())
+    return [] if method.exits and seen.memory["calm"] == method.exits else None
+
+
+def d2pruner(seen: EagerLayer) -> list[int]:
+    own = last_attention(seen.weights(), seen.alive)
+    keys = seen.model.project(seen.number, seen.entering, "k")
+    mean = sum(keys[column].clone() for column in seen.alive) / len(seen.alive)
+    keys[seen.alive] = mean
+    prior = last_attention(seen.weights(keys=keys), seen.alive)
+    score = {column: own[column] / (prior[column] + 1e-7) for column in seen.alive}
+    kept = best(score, int(seen.left * 0.7))
+    for column in sorted(score, key=lambda c: -score[c]):
+        others = [c for c in kept[int(seen.left * 0.7) :] if c != column]
+        unlike = all(torch.cosine_similarity(seen.x[column], seen.x[c], dim=0) <= 0.8 for c in others)
+        if column not in kept and unlike and len(kept) < seen.left:
+            kept.append(column)
+    for column in sorted(score, key=lambda c: -score[c]):
+        if column not in kept and len(kept) < seen.left:
+            kept.append(column)
+    return sorted(kept)
+
+
+def prunevid(seen: EagerLayer) -> list[int]:
+    weights, pair = seen.weights(rotated=False, causal=False), pairs().tolist()
+    score = {c: float(weights[:, VISUAL[-1] + 1 :, c].max()) for c in seen.alive}
+    groups = [[c for c in seen.alive if pair[c - BEFORE] == number] for number in range(max(pair) + 1)]
+    exact = [seen.left * len(group) / len(seen.alive) for group in groups]
+    counts = [int(share) for share in exact]
+    for number in sorted(range(len(groups)), key=lambda n: (counts[n] - exact[n], n))[: seen.left - sum(counts)]:
+        counts[number] += 1
+    return [c for group, n in zip(groups, counts, strict=True) for c in best({c: score[c] for c in group}, n)]
+
+
+def holitom(seen: EagerLayer) -> list[int]:
+    kept, x = fastv(seen), seen.x.clone()
+    for column in seen.alive:
+        if column not in kept:
+            near = max(kept, key=lambda c: float(torch.cosine_similarity(x[column], x[c], dim=0)))
+            seen.x[near] = (seen.x[near] + x[column]) / 2
+    return kept
+
+
+def nuwa(seen: EagerLayer) -> list[int]:
+    weights = seen.weights()
+    score = {c: max(float(sum(head[row, c] for row in (-3, -2, -1)) / 3) for head in weights) for c in seen.alive}
+    return best(score, seen.left)
+
+
+RULES = {
+    "fastv": fastv,
+    "pyramiddrop": pyramiddrop,
+    "sparsevlm": sparsevlm,
+    "d2pruner": d2pruner,
+    "prunevid-inner": prunevid,
+    "holitom-inner": holitom,
+    "flashvid-inner": fastv,
+    "nuwa-inner": nuwa,
+    "vitcop": lambda seen: vitcop(seen, methods.get("vitcop")),
+}
+VISI = (
+    "visipruner",
+    "visipruner:token=0.05",
+    "visipruner:layer=0.9:exit=0.9",
+    "visipruner:layer=0.5:exits=1:exit=0.5",
+    "visipruner:shallow=0.5:exits=0",
+)
+
+
+def rule_of(name: str):
+    method = methods.get(name)
+    return method, RULES[name] if name in RULES else lambda seen: visipruner(seen, method)
+
+
+@pytest.mark.few(12)
+@pytest.mark.parametrize("sizes", [False, True])
+@pytest.mark.parametrize("budget", [0.5, 0.25, 0.1])
+@pytest.mark.parametrize("name", [*RULES, *VISI])
+def test_the_prompt_reads_as_if_a_mask_barred_what_left(name, budget, sizes):
+    method, rule = rule_of(name)
+    embeds, positions = a_prompt()
+    sizes = torch.rand(len(embeds), generator=torch.Generator().manual_seed(1)) * 9 + 0.5 if sizes else None
+    made, dropping, cache = run_method(deep_model(), method, embeds, positions, budget, sizes)
+    eager = EagerModel(deep_model(), embeds, positions, sizes)
+    plan = method.drops(8, len(VISUAL), budget)
+    expected, dropped = eager.run(rule, plan)
+    assert dropping.dropped == dropped and dropped
+    torch.testing.assert_close(made[0].double(), expected, atol=2e-4, rtol=2e-4)
+    left = dict(dropped)
+    columns, lengths = len(embeds), []
+    for layer in range(8):
+        columns = len(embeds) - len(VISUAL) + left[layer] if layer in left else columns
+        lengths.append(columns)
+    assert cache.lengths == lengths
+    assert method.exact == (dropped == [(drop.after, drop.left) for drop in plan.drops]) or not method.exact
+
+
+def test_sparsevlms_raters_are_chosen_once(monkeypatch):
+    made, real = [], inner._raters
+    monkeypatch.setattr(inner, "_raters", lambda *embeds: made.append(real(*embeds)) or made[-1])
+    _, dropping, _ = run_method(deep_model(), methods.get("sparsevlm"), *a_prompt(), 0.25)
+    assert len(dropping.dropped) == 3 and len(made) == 1
+
+
+def test_every_method_is_tested():
+    assert {*RULES, "visipruner"} == set(DROPPING)
+
+
+def alike_prompt(copies: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """A prompt whose visual tokens come in groups that are nearly equal."""
+    embeds, positions = a_prompt(3)
+    things = embeds[VISUAL[: len(VISUAL) // copies]].repeat(copies, 1)
+    embeds[VISUAL] = things + 0.05 * embeds[VISUAL]
+    return embeds, positions
+
+
+@pytest.mark.parametrize("name", ["d2pruner", "sparsevlm", "holitom-inner", "visipruner:exits=1:exit=0.3:token=0.1"])
+@pytest.mark.parametrize("budget", [0.5, 0.25])
+def test_tokens_that_are_alike(name, budget):
+    method, rule = rule_of(name)
+    embeds, positions = alike_prompt()
+    made, dropping, _ = run_method(deep_model(), method, embeds, positions, budget)
+    expected, dropped = EagerModel(deep_model(), embeds, positions).run(rule, method.drops(8, len(VISUAL), budget))
+    assert dropping.dropped == dropped
+    torch.testing.assert_close(made[0].double(), expected, atol=2e-4, rtol=2e-4)
+    if name == "d2pruner":
+        by_score = run_method(deep_model(), methods.get("d2pruner:alike=2"), embeds, positions, budget)[0]
+        assert not torch.allclose(made, by_score, atol=1e-3)
+    elif name.startswith("visipruner"):
+        assert dropped[-1][1] == 0 and len(dropped) == 2
+
+
+def test_visipruner_at_every_turn():
+    """A decisive layer before the latest; thresholds that keep fewer than the budget; none; and all of them leaving."""
+    embeds, positions = a_prompt()
+    dropped = {
+        name: run_method(deep_model(12), methods.get(name), embeds, positions, 0.25)[1].dropped
+        for name in (
+            "visipruner",
+            "visipruner:token=1",
+            "visipruner:token=1000",
+            "visipruner:layer=0.01:exits=0",
+            "visipruner:exit=0.01:exits=1",
+            "visipruner:exit=0.01:exits=3",
+        )
+    }
+    first, latest = 4, 6
+    assert dropped["visipruner"] == [(first, 12)]
+    assert dropped["visipruner:token=1"][0][0] == first and 1 <= dropped["visipruner:token=1"][0][1] < 12
+    assert dropped["visipruner:token=1000"][0] == (first, 1)
+    assert dropped["visipruner:layer=0.01:exits=0"] == [(latest, 12)]
+    assert dropped["visipruner:exit=0.01:exits=1"] == [(first, 12), (first + 1, 0)]
+    assert dropped["visipruner:exit=0.01:exits=3"] == [(first, 12), (first + 3, 0)]
+
+
+GRID = (6, 4, 5)
+
+
+@pytest.mark.few(9)
+@pytest.mark.parametrize("name", DROPPING)
+@pytest.mark.parametrize("left", [1, 2, 7, 60, 119])
+def test_exactly_so_many_stay(name, left):
+    method = methods.get(f"{name}:token=0" if name == "visipruner" else name)
+    for kind in ("random", "clustered", "video"):
+        made = method.select(public_layer(kind, 0, GRID, left))
+        assert len(made.kept) == left and (made.kept.diff() > 0).all()
+        assert made.features(public_layer(kind, 0, GRID, left).hidden).isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in DROPPING if name != "vitcop"])  # test_vitcop.py has its clusters
+def test_equal_tokens_go_by_index_and_nothing_is_drawn(name):
+    tokens = public_layer("random", 0, GRID, 12)
+    same = {f"{part}": torch.ones_like(getattr(tokens, part)) for part in ("hidden", "queries", "keys", "values")}
+    same |= {"visual_embeds": torch.ones_like(tokens.visual_embeds), "text_embeds": torch.ones_like(tokens.text_embeds)}
+    equal = replace(tokens, **same)
+    equal = replace(equal, following=lambda: equal, unrotated=lambda: equal, evened=lambda: equal)
+    before = torch.get_rng_state()
+    kept = methods.get(name).select(replace(equal, memory={})).kept.tolist()
+    assert torch.equal(before, torch.get_rng_state())
+    firsts = [20 * pair + place for pair in range(6) for place in (0, 1)] if name == "prunevid-inner" else [*range(12)]
+    assert kept == firsts
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_every_tensor_is_made_beside_the_tokens(name):
+    """What is made on the default device, which has no values here, cannot be mixed with them."""
+    expected = methods.get(name).select(public_layer("random", 0, GRID, 23))
+    tokens = public_layer("random", 0, GRID, 23)
+    with torch.device("meta"):
+        made = methods.get(name).select(tokens)
+        assert torch.equal(made.kept, expected.kept)
+        assert made.features(tokens.hidden).device.type == "cpu"
+
+
+def test_no_matrix_of_all_pairs_of_columns(monkeypatch):
+    """Of 1,200 visual tokens; peaks are found among a tenth of those that SparseVLM drops."""
+    for name in DROPPING:
+        tokens = public_layer("random", 0, (12, 10, 10), 300)
+        with Largest() as largest:
+            methods.get(name).select(tokens)
+        assert largest.numbers < len(tokens.keys) ** 2 / 2, name
+
+
+def test_attention_in_strips(monkeypatch):
+    tokens, rows = public_layer("random", 0, GRID, 12), torch.tensor([1, 4, 5, 11])
+    whole = [tokens.attention(rows, most=most, causal=causal) for most in (False, True) for causal in (False, True)]
+    monkeypatch.setattr(language, "HELD", 1)
+    strips = [tokens.attention(rows, most=most, causal=causal) for most in (False, True) for causal in (False, True)]
+    for one, other in zip(whole, strips, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(tokens.attention(), tokens.last_weights().mean(0)[tokens.visual])

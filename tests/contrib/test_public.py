@@ -1,0 +1,57 @@
+"""Methods of other authors against what their public code keeps of the same tokens.
+
+Each fixture names the repository, the commit and the function that was run, and has the units that it kept. Where their
+code ends at another count, or adds noise, the fixture says so in `note`. `counts`, where their shares are rounded
+otherwise, has the number of tokens of each group, which takes the place of ours. `sums`, where tokens are means, has
+the sum of each token's channels.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from evoprune import methods
+from evoprune.methods.types import Candidates
+from tests.contrib.public_tokens import public_tokens
+
+FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("*.json"))
+CASES = [
+    pytest.param(case, id=f"{path.stem}-{case['method']}-{case['kind']}-{case['seed']}")
+    for path in FIXTURES
+    for case in json.loads(path.read_text())["cases"]
+]
+
+
+def tokens_of(case: dict):
+    return public_tokens(case["kind"], case["seed"], tuple(case["grid"]))
+
+
+@pytest.mark.few(50)
+@pytest.mark.parametrize("case", [case for case in CASES if "kept" in case.values[0]])
+def test_keeps_what_the_public_code_keeps(case, monkeypatch):
+    tokens, theirs = tokens_of(case), set(case["kept"])
+    method = methods.get(case["method"])
+    if "counts" in case:
+        counts = iter(case["counts"])
+        monkeypatch.setattr(f"{type(method).__module__}.apportion", lambda *_: next(counts))
+    made = method.select(tokens, case["keep"])
+    ours = set(made.kept.tolist())
+    if len(theirs) < case["keep"]:  # before the rest is filled up
+        assert theirs <= ours and len(ours) == case["keep"]
+    else:
+        assert ours == theirs
+    if "sums" in case:
+        sums = made.features(tokens.features).sum(1)
+        torch.testing.assert_close(sums, torch.tensor(case["sums"]), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "into" in case.values[0]])
+def test_merges_the_rows_that_the_public_code_merges(case):
+    """One round in one group whose keys are the features."""
+    keys = tokens_of(case).features[None]
+    place = torch.arange(keys.shape[1])[None]
+    group = Candidates(keys, None, place, torch.ones_like(place), torch.ones_like(place, dtype=torch.bool), 8)
+    into = methods.get(case["method"]).match(group, torch.tensor([case["remove"]]))
+    assert into[0].tolist() == case["into"]
