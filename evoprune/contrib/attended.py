@@ -139,9 +139,6 @@ def rank_in_cell(score: torch.Tensor) -> torch.Tensor:
     return rank.unflatten(3, (2, 2)).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
 
-IMPORTANCE = ("attention", "keynorm")
-
-
 @dataclass(frozen=True)
 class Mmr(Selector):
     name = "mmr"
@@ -152,8 +149,8 @@ class Mmr(Selector):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.importance not in IMPORTANCE:
-            raise ValueError(f"importance is one of {', '.join(IMPORTANCE)}, not {self.importance!r}")
+        if self.importance not in ("attention", "keynorm"):
+            raise ValueError(f"importance is one of attention, keynorm, not {self.importance!r}")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -172,7 +169,6 @@ def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, l
     return greedy_cosine(F.normalize(features.float(), dim=1), None, important, 1 - lam, keep, False)
 
 
-AT_ONCE = 32  # sums that are computed again at a time
 STEPS = 16384  # cosines are integers of this many steps, as in `ranking.snap`
 
 
@@ -212,7 +208,7 @@ def best_covering(features: torch.Tensor, weight: torch.Tensor | None, keep: int
     for _ in range(keep):
         known = most <= 0
         while not known[best := most.argmax()]:
-            stale = torch.where(known, -torch.inf, most).topk(min(AT_ONCE, len(unit))).indices
+            stale = torch.where(known, -torch.inf, most).topk(min(32, len(unit))).indices
             stale = stale[~known[stale]]
             most[stale], known[stale] = adds(stale), True
         most[best] = -1

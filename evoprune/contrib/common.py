@@ -24,6 +24,7 @@ def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[ran
     return [range(first, last) for first, last in pairwise(edges)]
 
 
+NEIGHBOURS = 7  # from which a density is computed, in the authors' code of PruneVid, FlashVID and HoliTom
 HELD = 4  # blocks of distances that are held; more are computed twice
 FAR = 1 << 30  # steps that are more than any distance
 STEPS = 16384  # distances are integers of this many steps of the tokens' root mean square length
@@ -34,16 +35,15 @@ def peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
     return highest(peak_scores(x, neighbours), count) if count else ascending(0, x.device)
 
 
-def joined_peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
-    """int64 `[n]`: the nearest of the `count` peaks to each row of `x` (`[n, D]`); a peak joins itself."""
+def joined_peaks(x: torch.Tensor, count: int, neighbours: int | None = None) -> torch.Tensor:
+    """int64 `[n]`: the nearest of the `count` peaks to each row of `x` (`[n, D]`); a peak joins itself.
+
+    `neighbours`: None for as many as there are peaks, up to `NEIGHBOURS`; at least 2, as with one, itself, all would be as dense.
+    """
+    neighbours = min(NEIGHBOURS, max(2, count)) if neighbours is None else neighbours
     centres, (points, _) = peaks(x, count, neighbours), _points(x)
     to = torch.cat([_distances(some, points[centres]).argmin(1) for some in points.split(BLOCK)])
     return centres[to].index_copy(0, centres, centres)
-
-
-def fewer_neighbours(neighbours: int, count: int) -> int:
-    """As many neighbours as there are peaks, if that is less; at least 2: with one, itself, every token would be as dense."""
-    return min(neighbours, max(2, count))
 
 
 def join_groups(
@@ -51,7 +51,6 @@ def join_groups(
     features: torch.Tensor,
     groups: list[torch.Tensor],
     counts: list[int],
-    neighbours: int,
     centre: float | None = None,
 ) -> Selection:
     """Merges the tokens of each group around density peaks.
@@ -65,7 +64,7 @@ def join_groups(
     weight = torch.ones_like(into, dtype=torch.float32)
     for group, count in zip(groups, counts, strict=True):
         if count:
-            to = joined_peaks(features[group].mean(1), count, fewer_neighbours(neighbours, count))
+            to = joined_peaks(features[group].mean(1), count)
             into[group] = group[to, :1].expand(group.shape)
             own = torch.ones_like(to, dtype=torch.float32) if centre is None else centre_weights(to, centre)
             weight[group] = (own / group.shape[1])[:, None].expand(group.shape)

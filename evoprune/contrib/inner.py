@@ -23,9 +23,6 @@ from evoprune.methods.ranking import BLOCK, closest, highest, ranked, snap
 from evoprune.methods.settings import Part, Share
 from evoprune.methods.types import Selection
 
-LAST = 3  # tokens of the prompt whose attention counts in `nuwa-inner`
-LEAST = 2.0**-126  # of a weight; float32 has no smaller number of full precision
-
 
 @dataclass(frozen=True)
 class HighestScore(DroppingMethod):
@@ -83,7 +80,7 @@ class NuwaInner(FastV):
     depth: Part = 15 / 28
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
-        return tokens.last_weights(LAST)[:, tokens.visual].amax(0)
+        return tokens.last_weights(3)[:, tokens.visual].amax(0)
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,8 @@ def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
     joining = torch.bincount(to, minlength=len(kept))
     later = torch.empty(count, dtype=torch.float32, device=device)  # how many join after a token does, itself included
     later[kept], later[others] = joining.float(), (joining[to] - turns(ascending(len(to), device), to)).float()
-    return Selection(kept, owner, torch.exp2(-later).clamp(min=LEAST))
+    # float32 has no smaller number of full precision
+    return Selection(kept, owner, torch.exp2(-later).clamp(min=2.0**-126))
 
 
 # Tokens left after each drop, of 576, from none to all; between them, the authors' for 64, 96, 128 and 192 tokens on average.

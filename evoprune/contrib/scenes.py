@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.contrib.common import (
+    NEIGHBOURS,
     centre_weights,
-    fewer_neighbours,
     gathered,
     join_groups,
     joined_peaks,
@@ -39,7 +39,6 @@ class FastVid(Selector):
     salient: Share = 0.6  # share of the tokens that attention selects
     ignore: Cosine = 0.95  # of a frame pair and the next one; from here on none of its tokens stay
     every: Count = 4  # peaks are searched in one of so many frame pairs
-    neighbours: Count = 4  # a density is computed from so many nearest tokens
     centre: Annotated[float, "(0, 1]"] = 0.6  # least weight of a peak in its mean
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
@@ -73,7 +72,7 @@ class FastVid(Selector):
         best = torch.cat([index[pair, highest(attention[index[pair]], count)] for pair, count in salient])
         into[best] = best
         free = {pair: index[pair][into[index[pair]] < 0] for pair in anchors}
-        centres = torch.cat([some[peaks(x[some], wanted[pair], self.neighbours)] for pair, some in free.items()])
+        centres = torch.cat([some[peaks(x[some], wanted[pair], 4)] for pair, some in free.items()])
         into[centres] = centres
         rest = index[into[index] < 0]
         more = rest[highest(attention[rest], keep - len(best) - len(centres))]
@@ -94,7 +93,6 @@ class FlashVid(Selector):
     threshold: Cosine = 0.9  # of neighbouring frame pairs; below it the video is always cut
     diverse: Share = 0.7  # share of the tokens that attention and diversity select
     link: Cosine = 0.8  # above this, a token may be linked to one of the frame pair before
-    neighbours: Count = 7  # a density is computed from so many nearest tokens
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         shares = spread(keep, tokens.grid[0])
@@ -163,7 +161,7 @@ class FlashVid(Selector):
         counts = apportion(keep, sizes, sizes)
         for own, some, count in zip(roots.split(sizes), mean.split(sizes), counts, strict=True):
             if count:
-                to[own] = own[joined_peaks(some, count, fewer_neighbours(self.neighbours, count))]
+                to[own] = own[joined_peaks(some, count)]
         return to[into]
 
 
@@ -174,7 +172,6 @@ class Mmg(Selector):
 
     threshold: Cosine = 0.95  # of neighbouring frame pairs; below it the video is cut
     beta: Share = 0.5  # weight of repetition in the gain of a segment
-    neighbours: Count = 7  # a density is computed from so many nearest tokens
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x, like = tokens.by_pair(tokens.features.float()), transitions(tokens)
@@ -193,7 +190,7 @@ class Mmg(Selector):
         """
         kept, before = [], None
         for pair, share in zip(span, spread(keep, len(span)), strict=True):
-            gain, unit = peak_scores(x[pair], self.neighbours), F.normalize(x[pair], dim=1)
+            gain, unit = peak_scores(x[pair], NEIGHBOURS), F.normalize(x[pair], dim=1)
             if before is not None and len(before):
                 gain = snap(gain + (1 - closest(unit, before)[0]).log())  # logarithms, so factors are added
             best = highest(gain, share)
@@ -243,7 +240,6 @@ class PruneVid(Selector):
 
     scenes: Share = 0.25  # number of clusters, as a share of the frame pairs
     static: Cosine = 0.8  # a place is static if the mean of its tokens over time is above this
-    neighbours: Count = 7  # a density is computed from so many nearest tokens
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.by_pair(tokens.features.float())
@@ -258,11 +254,11 @@ class PruneVid(Selector):
             groups += [index[span.start : span.stop, places].T, *(index[pair, ~places][:, None] for pair in span)]
         sizes = [len(group) for group in groups]
         into, counts = torch.full_like(tokens.owner, -1), apportion(keep, sizes, sizes)
-        return join_groups(into, x.flatten(0, 1), groups, counts, self.neighbours)
+        return join_groups(into, x.flatten(0, 1), groups, counts)
 
     def segments(self, x: torch.Tensor) -> list[range]:
         """Runs of frame pairs of `x` (`[T, n, D]`) in one cluster."""
-        cluster = joined_peaks(x.mean(1), max(1, int(self.scenes * len(x))), self.neighbours)
+        cluster = joined_peaks(x.mean(1), max(1, int(self.scenes * len(x))), NEIGHBOURS)
         stops = list(accumulate(folded(cluster.tolist())))
         return [range(first, stop) for first, stop in pairwise([0, *stops])]
 
@@ -308,7 +304,6 @@ class HoliTom(Selector):
     needs = frozenset({"attention"})
 
     static: Cosine = 0.8  # a place stands still if its neighbouring tokens are above this
-    neighbours: Count = 7  # a density is computed from so many nearest tokens
     centre: Annotated[float, "(0, 1]"] = 0.6  # least weight of a peak in its mean
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
@@ -331,7 +326,7 @@ class HoliTom(Selector):
         for some, count in zip(moving, counts[len(groups) :], strict=True):
             best = some[highest(attention[some], count)]
             into[best] = best
-        return join_groups(into, x.flatten(0, 1), groups, counts[: len(groups)], self.neighbours, self.centre)
+        return join_groups(into, x.flatten(0, 1), groups, counts[: len(groups)], self.centre)
 
 
 def most_saving(same: torch.Tensor) -> list[range]:

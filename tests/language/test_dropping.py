@@ -11,7 +11,7 @@ from evoprune.language.generate import TokenStream, Visual, along, dropping_for,
 from evoprune.language.prompt import Place
 from evoprune.language.settings import GenerationOptions
 from tests.contrib.eager import BEFORE, COLUMNS, DROPPING, GRID, VISUAL, Eager, a_prompt, deep_model, run_method
-from tests.contrib.test_language_methods import rule_of
+from tests.contrib.test_inner import rule_of
 from tests.language.test_decoder import assert_close
 
 TEXT = COLUMNS - len(VISUAL)

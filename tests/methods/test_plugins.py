@@ -24,7 +24,7 @@ from evoprune.methods.selecting import select as select_tokens_of
 from evoprune.methods.types import Selection, Tokens
 from tests.cli.conftest import cli  # noqa: F401
 from tests.contrib.eager import COLUMNS, a_prompt, deep_model, run_method
-from tests.contrib.public_layers import public_layer
+from tests.contrib.public import public_layer
 from tests.methods.tokens import encoded, selected, tokens_of
 from tests.prompts import VIDEO, processed
 from tests.tiny import tiny_model
