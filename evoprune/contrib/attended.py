@@ -169,9 +169,6 @@ def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, l
     return greedy_cosine(F.normalize(features.float(), dim=1), None, important, 1 - lam, keep, False)
 
 
-STEPS = 16384  # cosines are integers of this many steps, as in `ranking.snap`
-
-
 @dataclass(frozen=True)
 class Scope(Selector):
     name = "scope"
@@ -184,33 +181,25 @@ class Scope(Selector):
         return frozenset({"attention"} if self.alpha else ())
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        weight = snap(tokens.attention).double() ** self.alpha if self.alpha else None
-        return Selection(best_covering(tokens.features, weight, keep))
+        # What a row adds only shrinks while others are selected. So earlier sums are upper bounds, and only the highest are
+        # computed again.
+        unit = tokens.normalised
+        every, cover = ascending(len(unit), unit.device), torch.zeros_like(unit[:, 0])
+        weight = snap(tokens.attention).double() ** self.alpha if self.alpha else torch.ones_like(every).double()
 
+        def cosine(some: torch.Tensor) -> torch.Tensor:
+            return (unit[some] @ unit.T).mul_(16384).round_()  # in steps, as of `ranking.snap`
 
-def best_covering(features: torch.Tensor, weight: torch.Tensor | None, keep: int) -> torch.Tensor:
-    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) greedily by coverage times `weight` (float64 `[N]`); ties by index.
+        def adds(some: torch.Tensor) -> torch.Tensor:
+            return cosine(some).sub_(cover).clamp_(min=0).sum(1, dtype=torch.float64) * weight[some]
 
-    What a row adds only shrinks while others are selected. So earlier sums are upper bounds; only the highest are computed anew.
-    """
-    unit = F.normalize(features.float(), dim=1)
-    every = ascending(len(unit), unit.device)
-    weight = torch.ones_like(every, dtype=torch.float64) if weight is None else weight
-    cover = torch.zeros(len(unit), dtype=torch.float32, device=unit.device)
-
-    def cosine(some: torch.Tensor) -> torch.Tensor:
-        return (unit[some] @ unit.T).mul_(STEPS).round_()
-
-    def adds(some: torch.Tensor) -> torch.Tensor:
-        return cosine(some).sub_(cover).clamp_(min=0).sum(1, dtype=torch.float64) * weight[some]
-
-    most = torch.cat([adds(some) for some in every.split(BLOCK)])  # what each adds at most; -1 once selected
-    for _ in range(keep):
-        known = most <= 0
-        while not known[best := most.argmax()]:
-            stale = torch.where(known, -torch.inf, most).topk(min(32, len(unit))).indices
-            stale = stale[~known[stale]]
-            most[stale], known[stale] = adds(stale), True
-        most[best] = -1
-        cover = torch.maximum(cover, cosine(best[None])[0])
-    return (most < 0).nonzero().flatten()
+        most = torch.cat([adds(some) for some in every.split(BLOCK)])  # what each adds at most; -1 once selected
+        for _ in range(keep):
+            known = most <= 0
+            while not known[best := most.argmax()]:
+                stale = torch.where(known, -torch.inf, most).topk(min(32, len(unit))).indices
+                stale = stale[~known[stale]]
+                most[stale], known[stale] = adds(stale), True
+            most[best] = -1
+            cover = torch.maximum(cover, cosine(best[None])[0])
+        return Selection((most < 0).nonzero().flatten())

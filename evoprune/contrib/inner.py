@@ -25,19 +25,7 @@ from evoprune.methods.types import Selection
 
 
 @dataclass(frozen=True)
-class HighestScore(DroppingMethod):
-    """Of the tokens that are there, those of the highest score stay."""
-
-    def score(self, tokens: LayerTokens) -> torch.Tensor:
-        """float32 `[n]`, at least 0: what the tokens that stay have most of; here attention of the last token."""
-        return tokens.attention()
-
-    def select(self, tokens: LayerTokens) -> Selection:
-        return Selection(highest(relative(self.score(tokens)), tokens.left))
-
-
-@dataclass(frozen=True)
-class FastV(HighestScore):
+class FastV(DroppingMethod):
     name = "fastv"
     source = "arXiv 2403.06764, section 4"
 
@@ -48,7 +36,7 @@ class FastV(HighestScore):
 
 
 @dataclass(frozen=True)
-class PyramidDrop(HighestScore):
+class PyramidDrop(DroppingMethod):
     """After a quarter, a half and three quarters of the layers a share of the visual tokens stays."""
 
     name = "pyramiddrop"

@@ -1,6 +1,6 @@
 """Methods inside the language model: a plan of what leaves after which layer, what a method sees there, and what of it stays.
 
-A method is a `DroppingMethod` with two functions, `drops` and `select`. contrib/inner.py has examples.
+A method is a `DroppingMethod` with two functions, `drops`, and `score` or `select`. contrib/inner.py has examples.
 """
 
 import math
@@ -8,14 +8,17 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
 from evoprune.backend.devices import Timer, to_device
+from evoprune.contrib.common import relative
 from evoprune.errors import PLUGINS
 from evoprune.methods.base import LanguageMethod, Reading
 from evoprune.methods.budget import keep_count
 from evoprune.methods.indices import ascending, true_indices
+from evoprune.methods.ranking import highest
 from evoprune.methods.selecting import check_selection
 from evoprune.methods.types import LayerState, Selection
 from evoprune.model.numerics import heads_of, norm, rotate
@@ -23,8 +26,7 @@ from evoprune.model.numerics import heads_of, norm, rotate
 HELD = 1 << 24  # attention weights that are held at a time
 
 
-@dataclass(frozen=True)
-class Drop:
+class Drop(NamedTuple):
     """A place at which visual tokens leave the language model."""
 
     after: int  # layers that have run by then, at least 1
@@ -45,7 +47,7 @@ class LanguagePlan:
     @property
     def layers(self) -> tuple[int, ...]:
         """Visual tokens that each layer reads."""
-        return tokens_of_layers(self.depth, self.tokens, [(drop.after, drop.left) for drop in self.drops])
+        return tokens_of_layers(self.depth, self.tokens, self.drops)
 
     @property
     def work(self) -> tuple[tuple[int, int, int], ...] | None:
@@ -167,19 +169,23 @@ class LayerTokens:
 
 
 class DroppingMethod(LanguageMethod):
-    """Selects visual tokens behind some layers; the others leave."""
+    """Selects visual tokens behind some layers, here those of the highest score; the others leave."""
 
     @abstractmethod
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         """The plan for a language model of `depth` layers that `tokens` visual tokens reach, at a budget of its own in (0, 1]."""
 
-    @abstractmethod
+    def score(self, tokens: LayerTokens) -> torch.Tensor:
+        """float32 `[n]`, at least 0: what the tokens that stay have most of; here attention of the last token."""
+        return tokens.attention()
+
     def select(self, tokens: LayerTokens) -> Selection | None:
         """What stays behind a layer after which the plan looks: `tokens.left` of the visual tokens, or fewer if not `exact`.
 
         Indices of the selection are those of `tokens.visual`, `size` is not read: a token keeps its own cluster size. None: nothing
         leaves here, which only a method that is not `exact` may return.
         """
+        return Selection(highest(relative(self.score(tokens)), tokens.left))
 
     def work(self, depth: int, tokens: int, budget: float) -> tuple[tuple[int, int, int], ...] | None:
         return self.drops(depth, tokens, budget).work

@@ -13,8 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from evoprune.contrib.inner import HighestScore
-from evoprune.contrib.language import Drop, Dropping, LanguagePlan, select_in_language
+from evoprune.contrib.language import Drop, Dropping, DroppingMethod, LanguagePlan, select_in_language
 from evoprune.errors import UsageError
 from evoprune.methods.base import Reading
 from evoprune.methods.budget import keep_count
@@ -160,7 +159,7 @@ def _last_keys(removed: Collection[Operation], group: str, depth: int) -> int:
 
 
 @dataclass(frozen=True)
-class Operations(HighestScore):
+class Operations(DroppingMethod):
     """Field: recipe: of the model that it works in; as a setting, the file that `evoprune tune --operations -o FILE` wrote."""
 
     name = "operations"
