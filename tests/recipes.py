@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from evoprune.methods.operation_plans import ALL, REST, SCHEMA, Recipe
+from evoprune.contrib.operations import ALL, REST, SCHEMA, Recipe
 
 TINY = Recipe(2, 1, 0.25, (0.1, 0.2, 0.7), (((1, REST, "keys"),), ((1, ALL, "keys"),)))
 

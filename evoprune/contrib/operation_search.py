@@ -16,11 +16,10 @@ import numpy as np
 from evoprune.bench.agreement import agreement
 from evoprune.bench.shared import SharedFrames
 from evoprune.bench.tune import BUDGETS, Progress, Run, TuneSettings, encode
-from evoprune.contrib.operations import KEY, PLACE, Operations
+from evoprune.contrib.language import LanguagePlan, layers_before
+from evoprune.contrib.operations import ALL, KEY, PLACE, REST, SCHEMA, Operation, Operations, Recipe, Removed, closed
 from evoprune.errors import UsageError
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.language_plan import ALL, REST, LanguagePlan, Operation, layers_before
-from evoprune.methods.operation_plans import SCHEMA, Recipe, Removed, closed
 from evoprune.model.config import head_size
 from evoprune.session.engine import Engine
 from evoprune.session.options import PruneOptions

@@ -1,19 +1,165 @@
-"""Operation pruning (zxcvfd13502/GSOP): visual tokens stay, and layers compute less for them, by the model's recipe."""
+"""Operation pruning (zxcvfd13502/GSOP): visual tokens stay, and layers compute less for them, by the model's recipe.
 
+An operation is (layer, group, kind). The groups are all visual tokens, and the rest: those that are not among the most important.
+Leaving out one of all leaves out that of the rest. A token without an operation keeps its state of before.
+"""
+
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from hashlib import sha256
+from itertools import chain, product
+from pathlib import Path
+from typing import Any, Self
 
-from evoprune.contrib.fastv import HighestScore
+import torch
+
+from evoprune.contrib.language import Drop, Dropping, DroppingMethod, LanguagePlan, select_in_language
 from evoprune.errors import UsageError
-from evoprune.methods.language_plan import LanguagePlan
-from evoprune.methods.operation_plans import AGAIN, Recipe
+from evoprune.methods.base import Reading
+from evoprune.methods.budget import keep_count
+from evoprune.methods.indices import true_indices
+from evoprune.methods.types import LayerState, Selection
+from evoprune.model.config import read_object
 
+KINDS = ("keys", "queries", "mlp")  # of a layer's operations on a token: keys and values; queries and output; the MLP
+ALL, REST = "all", "rest"  # visual tokens: all, and those that are not key
 KEY = 0.25  # share of the visual tokens that are key
 PLACE = 2 / 32  # share of the layers after which they are known
+Operation = tuple[int, str, str]  # layer, ALL or REST, kind
+Removed = frozenset[Operation]
+SCHEMA = "evoprune/tune-operations@1"  # of the file that `evoprune tune VIDEO... --operations -o FILE` writes
+AGAIN = "evoprune tune VIDEO... --operations -o FILE.json finds one"
 
 
 @dataclass(frozen=True)
-class Operations(HighestScore):
+class OperationPlan(LanguagePlan):
+    """Two groups of visual tokens for which layers do not compute the same."""
+
+    # Tokens of the key group. The method names them at its first look; all layers up to then compute everything.
+    key: int = 0
+    gone: Removed = (
+        frozenset()
+    )  # operations that are left out; where those of all are, those of the rest are among them
+
+    def computed(self, layer: int, kind: str) -> tuple[bool, bool]:
+        """Whether a layer computes an operation for the key group, and for the rest."""
+        return (layer, ALL, kind) not in self.gone, (layer, REST, kind) not in self.gone
+
+    @property
+    def work(self) -> tuple[tuple[int, int, int], ...] | None:
+        if not self.gone:
+            return None
+        counts = {
+            (True, True): self.tokens,
+            (True, False): self.key,
+            (False, True): self.tokens - self.key,
+            (False, False): 0,
+        }
+        return tuple(tuple(counts[self.computed(layer, kind)] for kind in KINDS) for layer in range(self.depth))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Operations in the order in which they are left out. Raises ValueError: a value that cannot be."""
+
+    depth: int  # layers of the language model
+    after: int  # layers that compute everything. Behind them the tokens are put into groups.
+    key: float  # share of the visual tokens that are not among the rest
+    weights: tuple[float, ...]  # share of a layer's work on a token that each of `KINDS` is
+    steps: tuple[tuple[Operation, ...], ...]  # what is left out at each step; together all that can be
+
+    def __post_init__(self):
+        if not (1 <= self.after <= self.depth and 0 < self.key < 1):
+            raise ValueError("after must be from 1 to depth, and key a share")
+        if len(self.weights) != len(KINDS) or min(self.weights) <= 0:
+            raise ValueError(f"weights must be {len(KINDS)} numbers above 0")
+        if wrong := [each for each in chain(*self.steps) if tuple(each) not in self._every]:
+            raise ValueError(f"there is no operation {[*wrong[0]]}")
+
+    @classmethod
+    def read(cls, file: str) -> Self:
+        """The recipe that a run of `tune --operations` has written. Raises UsageError: there is none in this file."""
+        try:
+            content = read_object(Path(file))
+            if content.get("schema") != SCHEMA or not content.get("complete"):
+                raise ValueError(f"it is no complete result of {SCHEMA}")
+            steps = tuple(tuple(tuple(each) for each in step["operations"]) for step in content["steps"])
+            facts = content["recipe"]
+            return cls(**facts | {"weights": tuple(facts["weights"])}, steps=steps)
+        except OSError as problem:
+            raise UsageError(f"cannot read the recipe {file}: {problem.strerror}", AGAIN) from problem
+        except (ValueError, KeyError, TypeError) as problem:
+            raise UsageError(f"{file} holds no recipe of operations: {problem}", AGAIN) from problem
+
+    @property
+    def _every(self) -> list[Operation]:
+        return [*product(range(self.after, self.depth), (ALL, REST), sorted(KINDS))]
+
+    @property
+    def digest(self) -> str:
+        """Twelve digits that name this recipe in reports."""
+        return sha256(repr(self).encode()).hexdigest()[:12]
+
+    def count(self, budget: float) -> int:
+        """The fewest steps that leave at most `budget` (in (0, 1]) of the work; all if none do."""
+        fits = (count for count in range(len(self.steps)) if self.share(chain(*self.steps[:count])) <= budget)
+        return next(fits, len(self.steps))
+
+    def removed(self, budget: float) -> Removed:
+        """The operations of those steps."""
+        return frozenset(chain(*self.steps[: self.count(budget)]))
+
+    def share(self, removed: Iterable[Operation]) -> float:
+        """The share of the work on visual tokens that is left in the layers behind `after`; attention is not counted."""
+        weight, sizes = dict(zip(KINDS, self.weights, strict=True)), {ALL: self.key, REST: 1 - self.key}
+        work, gone = {each: weight[each[2]] * sizes[each[1]] for each in self._every}, self._gone(removed)
+        left = sum(own for each, own in work.items() if each not in gone)
+        # Rounded, so that what leaves a quarter by the sum of many shares fits into a budget of a quarter.
+        return round(left / sum(work.values()), 9) if work else 1.0
+
+    def plan(self, tokens: int, removed: Iterable[Operation]) -> OperationPlan:
+        """The plan for so many visual tokens. A group that no later layer reads leaves for good."""
+        gone, key = self._gone(removed), keep_count(self.key, tokens)
+        if not gone:
+            return OperationPlan(self.depth, tokens, ())
+        end, rest_end = (_last_keys(gone, group, self.depth) + 1 for group in (ALL, REST))
+        drops = [Drop(rest_end, key)] if rest_end < end and key < tokens else []
+        drops += [Drop(end, 0)] if end < self.depth else []
+        looks = sorted({self.after, *(drop.after for drop in drops)})
+        return OperationPlan(self.depth, tokens, tuple(drops), looks=tuple(looks), key=key, gone=gone)
+
+    def _gone(self, removed: Iterable[Operation]) -> Removed:
+        """What is not computed: `closed`, and all but keys in a group's last layer of keys, unless that is the top layer.
+
+        That one computes queries and MLP of the last position alone. They count as computed, as they do with other methods.
+        """
+        gone = set(closed(removed, self.depth))
+        for group in (ALL, REST):
+            last = _last_keys(gone, group, self.depth)
+            useless = {(last, group, kind) for kind in KINDS if kind != "keys"}
+            if last == self.depth - 1:
+                gone -= useless
+            elif last >= self.after:
+                gone |= useless
+        return frozenset(gone)
+
+
+def closed(removed: Iterable[Operation], depth: int) -> Removed:
+    """`removed`, with those of the rest where those of all are, and with what nothing reads behind a group's last keys."""
+    made = set(removed)
+    made |= {(layer, REST, kind) for layer, group, kind in made if group == ALL}
+    for group in (ALL, REST):
+        made |= {*product(range(_last_keys(made, group, depth) + 1, depth), [group], KINDS)}
+    return frozenset(made)
+
+
+def _last_keys(removed: Collection[Operation], group: str, depth: int) -> int:
+    """The last layer that computes a group's keys; `depth` if none does."""
+    return max((layer for layer in range(depth) if (layer, group, "keys") not in removed), default=depth)
+
+
+@dataclass(frozen=True)
+class Operations(DroppingMethod):
     """Field: recipe: of the model that it works in; as a setting, the file that `evoprune tune --operations -o FILE` wrote."""
 
     name = "operations"
@@ -26,10 +172,48 @@ class Operations(HighestScore):
         """The recipe is its digest."""
         return super().args | {"recipe": self.recipe and self.recipe.digest}
 
-    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
+    def drops(self, depth: int, tokens: int, budget: float) -> OperationPlan:
         recipe = self.recipe
         if recipe is None:
             raise UsageError("method operations has no recipe", f"operations:recipe=FILE.json; {AGAIN}")
         if recipe.depth != depth:
             raise UsageError(f"the recipe is for {recipe.depth} layers, and this model has {depth}", AGAIN)
         return recipe.plan(tokens, recipe.removed(budget))
+
+    def reading(
+        self, model, budget: float, embeds: torch.Tensor, visual: torch.Tensor, *where: torch.Tensor
+    ) -> Reading:
+        plan = self.drops(model.config.text_config.num_hidden_layers, len(visual), budget)
+        return _Grouped(self, plan, model, embeds, visual, *where)
+
+
+class _Grouped(Dropping):
+    """As `Dropping`, but only a group without keys in all later layers leaves."""
+
+    _key: torch.Tensor | None = None  # bool, the visual tokens in the key group that are there; None before it is known
+
+    @property
+    def work(self) -> tuple[tuple[int, int, int], ...]:
+        return self._plan.work
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(keys for keys, _, _ in self.work)
+
+    def before(self, layer: int, columns: int) -> tuple[tuple[torch.Tensor, int] | None, list[torch.Tensor]]:
+        computed = [self._plan.computed(layer, kind) for kind in KINDS]
+        if self._key is None or all(map(all, computed)):
+            return None, []
+        stays = (torch.where(self._key, *each) for each in computed)
+        return None, [self._with_text(columns, *each) for each in zip(stays, self.work[layer], strict=True)]
+
+    def _selected(self, state: LayerState) -> Selection | None:
+        if self._key is None:
+            kept = select_in_language(self._method, self._seen(state, self._plan.key)).kept
+            self._key = torch.zeros_like(self._visual, dtype=torch.bool).index_fill_(0, kept, True)
+        left = self._plan.left(state.after)
+        if left == len(self._key):
+            return None
+        kept = true_indices(self._key, left)
+        self._key = self._key[kept]
+        return Selection(kept)

@@ -7,7 +7,6 @@ autocast changes nothing here.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -15,14 +14,12 @@ import torch.nn.functional as F
 
 from evoprune.backend import layers
 from evoprune.backend.attention import causal_attention, without_cudnn
-from evoprune.backend.devices import Timer, to_device
+from evoprune.backend.devices import to_device
 from evoprune.backend.fallback import uses_kernels
 from evoprune.cpu.linear import linear
-from evoprune.methods.base import LanguageMethod
-from evoprune.methods.indices import ascending, true_indices
-from evoprune.methods.language_plan import KINDS, LanguagePlan, tokens_of_layers
-from evoprune.methods.selecting import select_in_language
-from evoprune.methods.types import LayerTokens, Selection
+from evoprune.methods.base import Reading
+from evoprune.methods.indices import ascending
+from evoprune.methods.types import LayerState
 from evoprune.model.config import head_size
 from evoprune.model.numerics import without_autocast
 
@@ -293,165 +290,6 @@ class KVCache:
         return [made[id(before), length] for before, length in zip(self.sizes, self.lengths, strict=True)]
 
 
-class Dropping:
-    """Visual tokens leave the language model while it reads one prompt: what a language method sees, and what of it stays.
-
-    Args:
-        embeds: `[C, hidden]`, the prompt.
-        visual: int64 `[n]`, the columns of the visual tokens, ascending, not the last column of the prompt among them.
-        pair: int64 `[n]`, the number of the frame pair of each visual token.
-        place: float32 `[n, 2]`, see `LayerTokens`.
-    """
-
-    def __init__(
-        self,
-        model,
-        method: LanguageMethod,
-        plan: LanguagePlan,
-        embeds: torch.Tensor,
-        visual: torch.Tensor,
-        pair: torch.Tensor,
-        place: torch.Tensor,
-    ):
-        self._model, self._method, self._plan = model, method, plan
-        self._visual, self._pair, self._place = (to_device(each, embeds.device) for each in (visual, pair, place))
-        self._others = len(embeds) - len(visual)
-        self._text = len(embeds) - 1 - int(visual[-1])  # columns after the last of them
-        self._embeds = embeds[self._visual], embeds[len(embeds) - self._text :]
-        self._memory: dict = {}
-        self._key: torch.Tensor | None = None  # bool, the visual tokens in the key group; None before that is known
-        self.dropped: list[tuple[int, int]] = []  # of each drop, layers that had run and visual tokens that were left
-        self.timer = Timer(embeds.device)  # of what the method computes
-
-    @property
-    def columns(self) -> tuple[int, ...]:
-        """Columns of the prompt whose keys each layer has, at most."""
-        return tuple(keys + self._others for keys, _, _ in self._plan.work)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Visual tokens whose keys each layer has, once the prompt was read."""
-        if self.work:
-            return tuple(keys for keys, _, _ in self.work)
-        return tokens_of_layers(self._plan.depth, self._plan.tokens, self.dropped)
-
-    @property
-    def work(self) -> tuple[tuple[int, int, int], ...] | None:
-        """As `LanguagePlan.work`, where layers do not compute the same for all visual tokens that are there; else None."""
-        return self._plan.work if self._plan.groups else None
-
-    def looks(self, after: int) -> bool:
-        """Whether the method is asked once `after` layers have run."""
-        return after in self._plan.looks
-
-    def blind(self, layer: int, columns: int) -> tuple[torch.Tensor, int] | None:
-        """The only columns (int64) that text after the visual tokens attends to in a layer, and where it begins; None for all."""
-        if layer >= self._plan.blind:
-            return None
-        return self._with_text(columns, torch.zeros_like(self._visual, dtype=torch.bool), 0), columns - self._text
-
-    def rows(self, layer: int, columns: int) -> list[torch.Tensor]:
-        """For which of its columns a layer computes each of `KINDS`, int64, ascending; empty where it computes everything."""
-        groups = self._plan.groups
-        if self._key is None or all(all(groups.computed(layer, kind)) for kind in KINDS):
-            return []
-        stays = (torch.where(self._key, *groups.computed(layer, kind)) for kind in KINDS)
-        return [self._with_text(columns, *each) for each in zip(stays, self._plan.work[layer], strict=True)]
-
-    def _with_text(self, columns: int, stays: torch.Tensor, count: int) -> torch.Tensor:
-        """int64, ascending: those of `columns` that are no visual tokens, or of which `stays` (bool `[n]`, `count` of them)."""
-        mask = torch.ones(columns, dtype=torch.bool, device=stays.device).index_copy_(0, self._visual, stays)
-        return true_indices(mask, columns - len(stays) + count)
-
-    def drop(
-        self,
-        after: int,
-        entering: torch.Tensor,
-        x: torch.Tensor,
-        places: tuple[torch.Tensor, torch.Tensor],
-        bias: torch.Tensor | None,
-        heads: Sequence[torch.Tensor],
-        deepstack: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The columns for the next layer, of the C that there are; their `deepstack`; and int64 which these are, None for all.
-
-        Args:
-            after: layers that have run.
-            entering, x: `[C, hidden]`, input and output of the latest of them.
-            places: cosines and sines of the columns.
-            bias: `[C]`, see `attend`.
-            heads: its rotated queries `[1, C, heads, head_dim]`, and keys and values `[1, kv_heads, C, head_dim]`.
-            deepstack: `[n, C, hidden]`, what is added to the columns after the next n layers.
-        """
-        with self.timer:
-            grouped, selected = self._plan.groups is not None, None
-            if self._key is None:
-                seen = self._seen(after, entering, x, places, bias, *heads)
-                selected = select_in_language(self._method, seen)
-                if grouped:
-                    self._key = torch.zeros_like(self._visual, dtype=torch.bool).index_fill_(0, selected.kept, True)
-            if grouped:  # the key group stays where the rest leaves
-                left = self._plan.left(after)
-                selected = None if left == len(self._key) else Selection(true_indices(self._key, left))
-            if selected is None:
-                return x, deepstack, None
-            kept, old = selected.kept, self._visual
-            stays = torch.zeros_like(old, dtype=torch.bool).index_fill_(0, kept, True)
-            stay = self._with_text(len(x), stays, len(kept))
-            self._visual = torch.searchsorted(stay, old[kept])
-            self._pair, self._place = self._pair[kept], self._place[kept]
-            self._key = None if self._key is None else self._key[kept]
-            every = x, *deepstack
-            left = torch.stack([each[stay] for each in every])
-            if selected.owner is not None and len(kept):
-                for before, each in zip(every, left, strict=True):
-                    each[self._visual] = selected.features(before[old])
-            self.dropped.append((after, len(kept)))
-            return left[0], left[1:], stay
-
-    def _seen(
-        self,
-        after: int,
-        entering: torch.Tensor,
-        x: torch.Tensor,
-        places: tuple[torch.Tensor, torch.Tensor],
-        bias: torch.Tensor | None,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> LayerTokens:
-        """What the method sees; arguments as of `drop`."""
-        model_layers, plan = self._model.model.language_model.layers, self._plan
-        keys, values = keys[0].transpose(0, 1), values[0].transpose(0, 1)
-        left, due = plan.left(after) if plan.exact else plan.drops[-1].left, after in {d.after for d in plan.drops}
-        left = left if plan.groups is None else plan.groups.key
-        latest, (cos, sin), texts = model_layers[after - 1], places, slice(len(x) - self._text, None)
-        seen = LayerTokens(
-            after, left, due, x[self._visual], self._visual, self._pair, self._place, queries[0][texts],
-            keys, values, bias, *self._embeds, self._memory,
-        )  # fmt: skip
-
-        def following() -> LayerTokens:
-            asks = rotate(self._projected(model_layers[after], "q", x[texts]), cos[texts], sin[texts])
-            return replace(seen, queries=asks, keys=rotate(self._projected(model_layers[after], "k", x), cos, sin))
-
-        def unrotated() -> LayerTokens:
-            asks = self._projected(latest, "q", entering[texts])
-            return replace(seen, queries=asks, keys=self._projected(latest, "k", entering))
-
-        def evened() -> LayerTokens:
-            mean = self._projected(latest, "k", entering[self._visual]).float().mean(0).to(keys)
-            same = rotate(mean.expand(len(self._visual), -1, -1), cos[self._visual], sin[self._visual])
-            return replace(seen, keys=keys.index_copy(0, self._visual, same))
-
-        return replace(seen, following=following, unrotated=unrotated, evened=evened)
-
-    def _projected(self, layer, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Queries or keys ("q", "k") `[C, heads, head_dim]` of a layer for its input, before rotary."""
-        config = self._model.config.text_config
-        return heads_of(layer.self_attn, name, norm(x, layer.input_layernorm.weight, config.rms_norm_eps), config)
-
-
 @torch.inference_mode()
 @without_autocast()
 @without_cudnn()
@@ -462,7 +300,7 @@ def forward(
     cache: KVCache,
     sizes: torch.Tensor | None = None,
     last: int = 1,
-    dropping: Dropping | None = None,
+    dropping: Reading | None = None,
     deepstack: torch.Tensor | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
@@ -496,14 +334,14 @@ def forward(
         pause()
         if not i or every[i] is not every[i - 1]:
             bias, features = _bias(every[i], x, config)
-        blind, rows = (dropping.blind(i, len(x)), dropping.rows(i, len(x))) if dropping else (None, [])
+        blind, rows = dropping.before(i, len(x)) if dropping else (None, [])
         entered.append(len(rows[0]) if rows else len(x))
         entering = x
         x, *heads = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows, features)
         if len(deepstack):
             x, deepstack = x + deepstack[0, -len(x) :], deepstack[1:]  # the top layer returns the last columns alone
-        if dropping and dropping.looks(i + 1):
-            x, deepstack, stay = dropping.drop(i + 1, entering, x, places, bias, heads, deepstack)
+        if dropping:
+            x, deepstack, stay = dropping.after(LayerState(i + 1, entering, x, places, bias, *heads), deepstack)
             if stay is not None:
                 places = places[0][stay], places[1][stay]
                 every[i + 1 :] = [rows_at(every[i], stay)] * (len(every) - i - 1)
@@ -546,8 +384,8 @@ def run_layer(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, and all keys and values.
 
-    `cache`: a `KVCache`, or a `StaticCache` for a column alone. `bias`, `features`: of `attend`; `blind`, `rows`: of `Dropping`.
-    Columns without queries or MLP keep their state.
+    `cache`: a `KVCache`, or a `StaticCache` for a column alone. `bias`, `features`: of `attend`.
+    `blind`, `rows`: of `Reading.before`. Columns without queries or MLP keep their state.
     """
     attention, mlp, eps = layer.self_attn, layer.mlp, config.rms_norm_eps
     whole = blind is None and not rows and (len(x) <= last or number < config.num_hidden_layers - 1)

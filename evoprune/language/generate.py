@@ -13,10 +13,11 @@ import torch
 from evoprune.backend.devices import to_device
 from evoprune.errors import ModelError
 from evoprune.language import decoder, static
-from evoprune.language.decoder import Dropping, KVCache
+from evoprune.language.decoder import KVCache
 from evoprune.language.prompt import Place, Tokenizer
 from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import StaticCache, best_of
+from evoprune.methods.base import Reading
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.indices import ascending
 from evoprune.methods.types import generator_seed
@@ -107,14 +108,13 @@ def dropping_for(
     grids: Sequence[tuple[int, int, int]],
     embeds: torch.Tensor,
     columns: torch.Tensor,
-) -> Dropping | None:
+) -> Reading | None:
     """What leaves while a pruned prompt is read; None where the method lets nothing leave inside the language model.
 
     `method`, `budget`: as the user named them; `grids`: (T, H, W) in units of each input; `embeds`, `columns`: from `embed_prompt`.
     """
     kept = [visual.kept for visual in visuals]
-    plan = method.language_plan(model.config.text_config.num_hidden_layers, sum(map(len, kept)), budget)
-    if plan is None:
+    if method.language_work(model.config.text_config.num_hidden_layers, sum(map(len, kept)), budget) is None:
         return None
     pairs, inside, before = [], [], 0
     for mine, (count, height, width) in zip(kept, grids, strict=True):
@@ -123,7 +123,8 @@ def dropping_for(
         inside.append(torch.stack([row.float() / height, column.float() / width], 1))
         before += count
     places = torch.isin(columns, torch.cat([visual.columns for visual in visuals])).nonzero()[:, 0]
-    return Dropping(model, method.language, plan, embeds, places, torch.cat(pairs), torch.cat(inside))
+    share = method.language_share(budget)
+    return method.language.reading(model, share, embeds, places, torch.cat(pairs), torch.cat(inside))
 
 
 @dataclass
@@ -138,7 +139,7 @@ class PrefillState:
     cache: KVCache  # keys and values of the prompt and of the tokens of the answer that are read
     logits: torch.Tensor  # float32 `[vocabulary]`, of the token after what the cache holds
     next_position: int  # M-RoPE position of the first generated token, the same in time, height and width
-    dropping: Dropping | None = None  # what left while the prompt was read
+    dropping: Reading | None = None  # what left while the prompt was read
     prompt_ids: torch.Tensor | None = None  # int64 `[L]`, of the unpruned prompt; a repetition penalty needs them
     answered: int = 0  # tokens of the answer that are in the cache
     _steps: StaticCache | None = None  # where the others are
@@ -184,7 +185,7 @@ def prefill(
     next_position: int,
     cache: KVCache | None = None,
     sizes: torch.Tensor | None = None,
-    dropping: Dropping | None = None,
+    dropping: Reading | None = None,
     deepstack: torch.Tensor | None = None,
 ) -> PrefillState:
     """Reads a prompt, or continues one that is in a cache; other arguments and errors as of `decoder.forward`.

@@ -1,8 +1,8 @@
 """The kinds of pruning methods: small frozen dataclasses whose fields are their settings.
 
 An `InputMethod` makes the video smaller, an `EncoderMethod` reduces rows between layers of the tower (a `Merger` is one), a
-`Selector` selects tokens after it, and a `LanguageMethod` drops tokens inside the language model. No
-method knows of windows, rotary positions, patch mergers, placeholders or prompts. methods/chain.py combines them.
+`Selector` selects tokens after it, and a `LanguageMethod` drops tokens inside the language model (contrib/language.py).
+Methods know nothing of windows, rotary positions, patch mergers, placeholders or prompts. methods/chain.py combines them.
 """
 
 from abc import ABC, abstractmethod
@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 
+from evoprune.backend.devices import Timer
 from evoprune.errors import UsageError
 from evoprune.methods.budget import spread
 from evoprune.methods.encoder_plan import Grid, Merge, Stage, TowerShape, layer_weights, rows_after_layers
-from evoprune.methods.language_plan import LanguagePlan
 from evoprune.methods.settings import check_ranges, check_settings
-from evoprune.methods.types import Candidates, LayerTokens, Selection, Tokens
+from evoprune.methods.types import Candidates, LayerState, Selection, Tokens
 
 
 @dataclass(frozen=True)
@@ -169,13 +169,49 @@ class LanguageMethod(Method, ABC):
         return self.default_share if self.share is None else self.share
 
     @abstractmethod
-    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
-        """The plan for a language model of `depth` layers that `tokens` visual tokens reach, at a budget of its own in (0, 1]."""
+    def work(self, depth: int, tokens: int, budget: float) -> tuple[tuple[int, int, int], ...] | None:
+        """Of how many visual tokens each layer computes keys and values, queries and output, and the MLP; None: of all.
+
+        The language model has `depth` layers, `tokens` reach it, and `budget`, in (0, 1], is the method's own. The cost, the memory
+        check and estimates read this before a frame is read. An upper bound where the method is not `exact`.
+        """
 
     @abstractmethod
-    def select(self, tokens: LayerTokens) -> Selection | None:
-        """What stays behind a layer after which the plan looks: `tokens.left` of the visual tokens, or fewer if not `exact`.
+    def reading(
+        self, model, budget: float, embeds: torch.Tensor, visual: torch.Tensor, pair: torch.Tensor, place: torch.Tensor
+    ) -> "Reading":
+        """What the decoder asks while it reads one prompt.
 
-        Indices of the selection are those of `tokens.visual`, `size` is not read: a token keeps its own cluster size. None: nothing
-        leaves here, which only a method that is not `exact` may return.
+        Args:
+            embeds: `[C, hidden]`, the prompt.
+            visual: int64 `[n]`, the columns of the visual tokens, ascending, not the last column of the prompt among them.
+            pair: int64 `[n]`, the number of the frame pair of each visual token.
+            place: float32 `[n, 2]`, where in the frame each is: row and column, as shares of height and width.
+        """
+
+
+class Reading(ABC):
+    """One prompt while the language model reads it with a language method."""
+
+    columns: tuple[int, ...]  # of the prompt, whose keys each layer has, at most
+    layers: tuple[int, ...]  # visual tokens whose keys each layer has, once the prompt was read
+    # As of `LanguageMethod.work`, where layers do not compute the same for all visual tokens that are there; else None
+    work: tuple[tuple[int, int, int], ...] | None
+    timer: Timer  # of what the method computes
+
+    def before(self, layer: int, columns: int) -> tuple[tuple[torch.Tensor, int] | None, list[torch.Tensor]]:
+        """What a layer leaves out for its columns; here nothing.
+
+        The only columns (int64) that text after the visual tokens attends to, and where that text begins; None for all. And for
+        which columns the layer computes keys, queries and the MLP, int64, ascending; empty where it computes everything.
+        """
+        return None, []
+
+    @abstractmethod
+    def after(
+        self, state: LayerState, deepstack: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The columns for the next layer, of the C that there are; their `deepstack`; and int64 which these are, None for all.
+
+        `deepstack`: `[n, C, hidden]`, what is added to the columns after the next n layers.
         """

@@ -7,7 +7,6 @@ from typing import Any, Self
 from evoprune.errors import UsageError
 from evoprune.methods.base import EncoderMethod, InputMethod, LanguageMethod, Method, Selector, not_automatic
 from evoprune.methods.encoder_plan import EncoderPlan, Grid, Inflection, Stage, TowerShape, full_plan
-from evoprune.methods.language_plan import LanguagePlan
 
 
 @dataclass(frozen=True)
@@ -120,22 +119,20 @@ class Pipeline:
             stages.append(Stage(tower.depth, keep, Inflection(self.tokens) if self.inflection else self.tokens))
         return EncoderPlan(grid, keep, tower.depth, self.encoder.reuse if self.encoder else 0.0, tuple(stages))
 
-    def language_plan(self, depth: int, tokens: int, budget: float) -> LanguagePlan | None:
-        """What leaves a language model of `depth` layers that `tokens` visual tokens reach; None if nothing does.
+    def language_share(self, budget: float) -> float:
+        """The budget of the language method, in (0, 1], where the user asked for `budget`."""
+        return budget if self.language is self.first else self.language.left
 
-        `budget`: the share that the user asked for, in (0, 1].
-        """
-        if self.language is None:
-            return None
-        plan = self.language.drops(depth, tokens, budget if self.language is self.first else self.language.left)
-        return plan if plan.drops or plan.groups else None
+    def language_work(self, depth: int, tokens: int, budget: float) -> tuple[tuple[int, int, int], ...] | None:
+        """As `LanguageMethod.work`, at the share `budget` that the user asked for; None where nothing leaves."""
+        return self.language and self.language.work(depth, tokens, self.language_share(budget))
 
     def prompt_columns(self, depth: int, tokens: int, text: int, budget: float) -> int | tuple[int, ...]:
         """Positions of a prompt with `text` tokens of text, in each layer of the language model or in all; otherwise as above."""
-        plan = self.language_plan(depth, tokens, budget)
-        return tokens + text if plan is None else tuple(keys + text for keys, _, _ in plan.work)
+        work = self.language_work(depth, tokens, budget)
+        return tokens + text if work is None else tuple(keys + text for keys, _, _ in work)
 
     def prompt_work(self, depth: int, tokens: int, text: int, budget: float) -> int | list[tuple[int, ...]]:
         """The same for the cost: of each layer, the positions whose keys, queries and MLP it computes; or of all, a number."""
-        plan = self.language_plan(depth, tokens, budget)
-        return tokens + text if plan is None else [tuple(count + text for count in layer) for layer in plan.work]
+        work = self.language_work(depth, tokens, budget)
+        return tokens + text if work is None else [tuple(count + text for count in layer) for layer in work]

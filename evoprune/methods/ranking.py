@@ -23,11 +23,6 @@ def highest(score: torch.Tensor, count: int) -> torch.Tensor:
     return ranked(score)[:count].sort().values
 
 
-def relative(score: torch.Tensor) -> torch.Tensor:
-    """The logarithm of `score` (at least 0), rounded: scores that differ by less than a ten-thousandth of themselves are ties."""
-    return snap(score.log())
-
-
 def scaled(score: torch.Tensor) -> torch.Tensor:
     """`score` scaled linearly to reach from 0 to 1; all 0 if it is the same everywhere."""
     low, high = score.min(), score.max()
@@ -46,34 +41,6 @@ def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, tor
 def of_pairs(kept: Iterable[torch.Tensor], per_pair: int) -> Selection:
     """The selection of what each frame pair keeps: for each the places, int64, ascending, of its `per_pair`."""
     return Selection(torch.cat([places + pair * per_pair for pair, places in enumerate(kept)]))
-
-
-def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selection:
-    """The selection in which each unit joins the unit `into` (int64 `[N]`); a unit stays if it joins itself, -1 drops it.
-
-    `weight`, float32 `[N]`, is the weight of each unit in its mean; None for equal weights.
-    """
-    stays = into == ascending(len(into), into.device)
-    number = stays.cumsum(0) - 1
-    return Selection(stays.nonzero().flatten(), torch.where(into < 0, -1, number[into]), weight)
-
-
-def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
-    """float32 `[N]`: the weight of each unit in the mean that it joins; `into` as in `gathered`.
-
-    A unit that n others join has weight max(1 / (n + 1), `least`), and the n share the rest evenly; alone it has weight 1.
-    """
-    stays = into == ascending(len(into), into.device)
-    others = torch.bincount(into[(into >= 0) & ~stays], minlength=len(into))[into.clamp(min=0)]
-    own = torch.where(others > 0, (1 / (others + 1).float()).clamp(min=least), 1.0)
-    return torch.where(stays, own, (1 - own) / others.clamp(min=1))
-
-
-def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """int64 `[n]`: how many of the same `group` (int64 `[n]`, from 0) come before each token in `order` (int64 `[n]`)."""
-    order, size = order[group[order].argsort(stable=True)], torch.bincount(group)
-    before = (size.cumsum(0) - size)[group[order]]
-    return torch.empty_like(order).index_copy_(0, order, ascending(len(order), order.device) - before)
 
 
 def strips(groups: int, rows: int) -> list[slice]:

@@ -6,11 +6,11 @@ import torch
 
 from evoprune.backend.devices import exact_shapes
 from evoprune.errors import PLUGINS, PluginError
-from evoprune.methods.base import LanguageMethod, Selector
+from evoprune.methods.base import Selector
 from evoprune.methods.budget import AUTO_LEAST, keep_count
 from evoprune.methods.indices import ascending
 from evoprune.methods.ranking import scaled, snap
-from evoprune.methods.types import LayerTokens, Selection, Tokens
+from evoprune.methods.types import Selection, Tokens
 from evoprune.model.numerics import without_autocast
 
 
@@ -23,24 +23,15 @@ def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
     if name:
         count = getattr(getattr(found, "kept", None), "shape", (0,))[0]
         enough = bool(count) and (selector.suffices(count, keep, units) or not selector.exact)
-        _check(name, found, enough, keep, units, tokens.rows.device)
+        check_selection(name, found, enough, keep, units, tokens.rows.device)
     return found
 
 
-def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection | None:
-    """What stays behind a layer of the language model. Raises as `select`."""
-    name, count = PLUGINS.get(type(method)), len(tokens.visual)
-    # Keys and values are those of the cache, and a stranger's code may write into what it gets.
-    found = method.select(tokens.copied() if name else tokens)
-    if name and found is not None:
-        left = getattr(getattr(found, "kept", None), "shape", (0,))[0]
-        enough = left == tokens.left if method.exact else left <= tokens.left
-        _check(name, found, enough, tokens.left, count, tokens.hidden.device)
-    return found
+def check_selection(name: str, found: Selection, enough: bool, keep: int, units: int, device: torch.device) -> None:
+    """Raises PluginError: what the method `name` selected is wrong.
 
-
-def _check(name: str, found: Selection, enough: bool, keep: int, units: int, device: torch.device) -> None:
-    """`enough`: whether the number of units is one that the method may return where `keep` of `units` were asked for."""
+    `enough`: whether the number of units is one that the method may return where `keep` of `units` were asked for.
+    """
     if wrong := next(_faults(found, enough, keep, units, device), None):
         raise PluginError(f"{name} returned {wrong}", "report it to that package's authors, or choose another method")
 

@@ -45,4 +45,4 @@ class Engine:
 @names_plugins()
 def check_fits(method: Pipeline, config: Config) -> None:
     """Raises UsageError: a method that cannot act in this language model, such as one without a recipe for so many layers."""
-    method.language_plan(config.text_config.num_hidden_layers, 64, 1.0)
+    method.language_work(config.text_config.num_hidden_layers, 64, 1.0)

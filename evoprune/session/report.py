@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from evoprune.backend.devices import environment, memory_in_use, peak_memory
-from evoprune.language.decoder import Dropping
+from evoprune.methods.base import Reading
 from evoprune.methods.config import PruneConfig
 from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.engine import Engine
@@ -148,7 +148,7 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
     report.memory.own_bytes, report.memory.mapped_bytes = memory_in_use(device)
 
 
-def fill_dropped(report: Report, dropping: Dropping | None) -> None:
+def fill_dropped(report: Report, dropping: Reading | None) -> None:
     """Writes into a report what left inside the language model, if anything could; synchronises."""
     if dropping is not None:
         report.pruning.language_layers = [list(layer) for layer in enumerate(dropping.layers)]

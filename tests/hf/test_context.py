@@ -15,7 +15,7 @@ import transformers
 
 import evoprune
 from evoprune.bench.hugging_face import hugging_face_model
-from evoprune.contrib.evs import Evs
+from evoprune.contrib.video import Evs
 from evoprune.language.prompt import VIDEO, build_prompt
 from evoprune.session.loading.model import load_model
 from evoprune.video.frames import read_frames

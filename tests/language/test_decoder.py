@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.contrib.fastv import PyramidDrop
+from evoprune.contrib.inner import PyramidDrop
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import TokenStream, Visual, dropping_for, embed_prompt, prefill, teacher_forced_logits
@@ -19,8 +19,8 @@ from evoprune.language.prompt import Place, VisualSpan, prompt_positions
 from evoprune.language.settings import GenerationOptions
 from evoprune.model.config import parse_config
 from evoprune.model.weights import QwenVL
-from tests.methods.eager import BEFORE, COLUMNS, DROPPING, GRID, VISUAL, Eager, a_prompt, deep_model, run_method
-from tests.methods.test_language_methods import rule_of
+from tests.contrib.eager import BEFORE, COLUMNS, DROPPING, GRID, VISUAL, Eager, a_prompt, deep_model, run_method
+from tests.contrib.test_inner import rule_of
 from tests.tiny import tiny_config, tiny_model
 
 LENGTH = 60

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.contrib.merging import EvoPruneMerge
+from evoprune.contrib.encoder import EvoPruneMerge
 from evoprune.errors import UsageError
 from evoprune.methods.budget import spread
 from evoprune.methods.encoder_plan import TowerShape

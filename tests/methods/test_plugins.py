@@ -17,14 +17,14 @@ import torch
 import evoprune
 from evoprune import methods
 from evoprune.bench.processes import map_in_processes
+from evoprune.contrib.language import select_in_language
 from evoprune.errors import PLUGINS, PluginError, PluginWarning, UsageError, names_plugins
 from evoprune.methods import registry
 from evoprune.methods.selecting import select as select_tokens_of
-from evoprune.methods.selecting import select_in_language
 from evoprune.methods.types import Selection, Tokens
 from tests.cli.conftest import cli  # noqa: F401
-from tests.methods.eager import COLUMNS, a_prompt, deep_model, run_method
-from tests.methods.public_layers import public_layer
+from tests.contrib.eager import COLUMNS, a_prompt, deep_model, run_method
+from tests.contrib.public import public_layer
 from tests.methods.tokens import encoded, selected, tokens_of
 from tests.prompts import VIDEO, processed
 from tests.tiny import tiny_model
@@ -332,7 +332,9 @@ def test_the_documented_language_method_keeps_the_longest_states(documented):
     tokens = public_layer("random", 0, (3, 4, 5), 7)
     kept = methods.get("loudest").select(tokens).kept.tolist()
     assert kept == sorted(tokens.hidden.norm(dim=1).argsort(descending=True)[:7].tolist())
-    assert methods.parse("longest+loudest:share=0.1").language_plan(4, 36, 0.25).layers == (36, 36, 4, 4)
+    assert methods.parse("longest+loudest:share=0.1").language_work(4, 36, 0.25) == tuple(
+        (n,) * 3 for n in (36, 36, 4, 4)
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from dataclasses import fields
 import pytest
 
 from evoprune import methods
-from evoprune.contrib.fastv import FastV
-from evoprune.contrib.mmr import Mmr
+from evoprune.contrib.attended import Mmr
+from evoprune.contrib.inner import FastV
 from evoprune.errors import UsageError
 from evoprune.methods.base import Method
 from evoprune.methods.chain import Pipeline

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.contrib.merging import EvoPruneMerge
+from evoprune.contrib.encoder import EvoPruneMerge
 from evoprune.methods.encoder_plan import ALLOCATIONS, TowerShape, layer_weights, rows_after_layers
 
 DEMO, LARGE = TowerShape(8, (1, 3, 5, 7)), TowerShape(32, (7, 15, 23, 31))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.contrib.merging import EvoPruneMerge
+from evoprune.contrib.encoder import EvoPruneMerge
 from evoprune.methods import ranking
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.ranking import strips

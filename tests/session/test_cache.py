@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evoprune.contrib.evs import Evs
+from evoprune.contrib.video import Evs
 from evoprune.session import encoding
 from evoprune.session.cache import Cache, content_hash
 from evoprune.session.encoding import open_inputs

@@ -6,8 +6,8 @@ import pytest
 
 from evoprune import Cache, VideoQA, methods
 from evoprune.bench.agreement import agreement, reference
+from evoprune.contrib.operations import ALL, REST, Recipe
 from evoprune.errors import UsageError
-from evoprune.methods.operation_plans import ALL, REST, Recipe
 from evoprune.report import stats_block
 from tests.recipes import TINY, document, write_recipe
 

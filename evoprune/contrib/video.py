@@ -1,7 +1,4 @@
-"""Drops what repeats the same place in the frame pair before, or a neighbour.
-
-EVS is Efficient Video Sampling (arXiv 2510.14624), `--video-pruning-rate` in vLLM.
-"""
+"""Selectors by change over time and space: EVS (`--video-pruning-rate` in vLLM), adjacent, VidCom2."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
+from evoprune.methods.budget import apportion
 from evoprune.methods.indices import ascending
-from evoprune.methods.ranking import highest, ranked, snap
+from evoprune.methods.ranking import highest, of_pairs, ranked, snap
 from evoprune.methods.settings import Cosine
 from evoprune.methods.types import Selection, Tokens
 
@@ -119,3 +117,31 @@ def highest_apart(score: torch.Tensor, near: torch.Tensor, count: int) -> torch.
         open_[:-1].masked_fill_(taken[:-1] | taken[near].any(1), outside)
     found = taken.nonzero().flatten()
     return found[order[found].argsort()[:count]]
+
+
+SCALES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
+TEMPERATURE = 0.01
+
+
+@dataclass(frozen=True)
+class VidCom2(Selector):
+    name = "vidcom2"
+    source = "arXiv 2505.14454"
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        variance = tokens.features.float().var(0, correction=0)
+        steady = highest(-variance, -(-len(variance) // 2))  # half of the channels
+        unit = tokens.by_pair(F.normalize(tokens.features[:, steady].float(), dim=1))
+        pairs, per_pair = unit.shape[:2]
+        like_video = likeness(unit, unit.mean((0, 1), keepdim=True))
+        like_pair = likeness(unit, unit.mean(1, keepdim=True))
+        unlike = (-snap(like_video.mean(1)).double() / TEMPERATURE).softmax(0)
+        weights = pairs * (1 + snap(unlike)) - 1  # T times the share, rounded: equal shares stay equal
+        shares = apportion(keep, weights.tolist(), [per_pair] * pairs)
+        return of_pairs(map(highest, -snap(like_video + like_pair), shares), per_pair)
+
+
+def likeness(unit: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """`[T, n]` in (0, 5]: the affinity of tokens `unit` (`[T, n, D]`) to `mean` (`[T or 1, 1, D]`)."""
+    distance = (unit - mean).square().sum(2)
+    return sum((-distance / (2 * scale)).exp() for scale in SCALES)

@@ -11,14 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.contrib import density
-from evoprune.contrib.density import peak_scores, peaks
-from evoprune.contrib.mmg import joined, marginal_gains
-from evoprune.contrib.prunevid import folded, most_saving
-from evoprune.contrib.segments import segments, transitions
+from evoprune.contrib import common
+from evoprune.contrib.common import peak_scores, peaks, segments, transitions
+from evoprune.contrib.scenes import folded, joined, marginal_gains, most_saving
 from evoprune.methods.budget import apportion
 from evoprune.methods.types import Tokens
-from tests.methods.line_by_line import assert_selects, examples, mean_of, shares
+from tests.contrib.line_by_line import assert_selects, examples, mean_of, shares
 from tests.methods.tokens import cosine, features_of, first_of, ranked, selected, snapped, tokens_of
 
 # --- vidcom2 -----------------------------------------------------------------------------------------------------------
@@ -131,7 +129,7 @@ def test_density_peaks(grid, kind, seed, data):
 def test_density_peaks_in_blocks(monkeypatch):
     x = features_of("duplicates", 90, width=4)
     whole = peak_scores(x, 5)
-    monkeypatch.setattr(density, "BLOCK", 16)
+    monkeypatch.setattr(common, "BLOCK", 16)
     assert torch.equal(peak_scores(x, 5), whole)
 
 
@@ -180,7 +178,7 @@ def fastvid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tu
             stays += [units[i] for i in ranked([attention[i] for i in units])[:count]]
         for g in anchors:
             free = [i for i in range(g * n, (g + 1) * n) if i not in stays]
-            peaked += [free[i] for i in peaks_line_by_line([x[i] for i in free], wanted[g], method.neighbours)]
+            peaked += [free[i] for i in peaks_line_by_line([x[i] for i in free], wanted[g], 4)]
         rest = [i for g in piece for i in range(g * n, (g + 1) * n) if i not in stays + peaked]
         more = [rest[i] for i in ranked([attention[i] for i in rest])[: total - len(stays) - len(peaked)]]
         members |= {i: [] for i in stays + peaked + more}
@@ -247,7 +245,7 @@ def mmg_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
         before: list[int] = []
         for g, count in zip(piece, shares(total, len(piece)), strict=True):
             units = range(g * n, (g + 1) * n)
-            score = peak_scores_line_by_line([x[i] for i in units], method.neighbours)
+            score = peak_scores_line_by_line([x[i] for i in units], 7)
             if before:
                 score = [
                     snapped(s + float((1 - torch.tensor(max(cosine(x[i], x[j]) for j in before))).log()))
@@ -336,7 +334,7 @@ def prunevid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[t
     t, h, w = tokens.grid
     n, x = h * w, tokens.features
     pooled = [mean_of(list(x[g * n : (g + 1) * n])) for g in range(t)]
-    clusters = clustered_line_by_line(pooled, max(1, int(method.scenes * t)), method.neighbours)
+    clusters = clustered_line_by_line(pooled, max(1, int(method.scenes * t)), 7)
     label = folded_line_by_line([next(c for c, members in clusters.items() if g in members) for g in range(t)])
     pieces = [[0]]
     for g in range(1, t):
@@ -374,7 +372,7 @@ def prunevid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[t
     for group, count in zip(groups, due, strict=True):
         if count:
             means = [mean_of([x[i] for i in units]) for units in group]
-            for centre, members in few_clustered_line_by_line(means, count, method.neighbours).items():
+            for centre, members in few_clustered_line_by_line(means, count, 7).items():
                 members_of[group[centre][0]] = [(i, 1 / len(group[j])) for j in members for i in group[j]]
     return members_of
 
@@ -387,7 +385,7 @@ def test_prunevid(grid, kind, seed, data):
     x = tokens.features.clone().view(grid[0], -1, tokens.features.shape[1])
     x[:, still] = x[:1, still] + 0.2 * x[:, still]  # so that some of it stands still
     tokens = replace(tokens, rows=x.flatten(0, 1))
-    name = f"prunevid:scenes={data.draw(st.sampled_from([0.0, 0.25, 1.0]))}:neighbours={data.draw(st.integers(1, 7))}"
+    name = f"prunevid:scenes={data.draw(st.sampled_from([0.0, 0.25, 1.0]))}"
     assert_selects(name, tokens, keep, prunevid_line_by_line(tokens, keep, methods.get(name)))
 
 
@@ -455,9 +453,7 @@ def flashvid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[t
         for roots, count in zip(of_grid, counts, strict=True):
             clusters = {i: [i] for i in range(len(roots))}
             if count < len(roots):
-                clusters = (
-                    few_clustered_line_by_line([means[r] for r in roots], count, method.neighbours) if count else {}
-                )
+                clusters = few_clustered_line_by_line([means[r] for r in roots], count, 7) if count else {}
             for centre, members in clusters.items():
                 members_of[roots[centre]] = [(i, 1 / len(trees[roots[j]])) for j in members for i in trees[roots[j]]]
     return members_of
@@ -471,7 +467,7 @@ def test_flashvid(grid, kind, seed, data):
     x[1:] = 0.7 * x[:-1].roll(1, 1) + 0.3 * x[1:]  # things move by a place
     tokens = replace(tokens, rows=x.flatten(0, 1))
     name = f"flashvid:segments={data.draw(st.integers(1, 4))}:diverse={data.draw(st.sampled_from([0.0, 0.7, 1.0]))}"
-    name += f":threshold={data.draw(st.sampled_from([0.9, -1.0]))}:neighbours={data.draw(st.integers(1, 7))}"
+    name += f":threshold={data.draw(st.sampled_from([0.9, -1.0]))}"
     assert_selects(name, tokens, keep, flashvid_line_by_line(tokens, keep, methods.get(name)))
 
 
@@ -530,7 +526,7 @@ def holitom_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tu
                 members_of[group[i][0]] = [(group[i][0], 1.0)]
         elif count:
             means = [mean_of([x[i] for i in units]) for units in group]
-            for centre, members in few_clustered_line_by_line(means, count, method.neighbours).items():
+            for centre, members in few_clustered_line_by_line(means, count, 7).items():
                 others = [j for j in members if j != centre]
                 weight = {j: (1 - method.centre) / len(others) for j in others} | {
                     centre: method.centre if others else 1.0
@@ -549,7 +545,7 @@ def test_holitom(grid, kind, seed, data):
         still = torch.rand(x.shape[1], generator=random) < 0.7
         x[g, still] = x[g - 1, still] + 0.1 * x[g, still]
     tokens = replace(tokens, rows=x.flatten(0, 1))
-    name = f"holitom:neighbours={data.draw(st.integers(1, 7))}:static={data.draw(st.sampled_from([0.8, 0.99, -1.0]))}"
+    name = f"holitom:static={data.draw(st.sampled_from([0.8, 0.99, -1.0]))}"
     assert_selects(name, tokens, keep, holitom_line_by_line(tokens, keep, methods.get(name)))
 
 

@@ -1,15 +1,17 @@
-"""Tokens that the question is about, and that do not repeat each other: CDPruner (arXiv 2506.10967) and PAR (arXiv 2410.07278)."""
+"""Selectors that read the question: CDPruner, PAR, DART."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
+from evoprune.contrib.common import turns
 from evoprune.methods.base import Selector
 from evoprune.methods.budget import spread
 from evoprune.methods.indices import ascending
-from evoprune.methods.ranking import highest, of_pairs, ranked, scaled, snap, turns
+from evoprune.methods.ranking import highest, of_pairs, ranked, scaled, snap
 from evoprune.methods.settings import Cosine
 from evoprune.methods.types import Selection, Tokens
 
@@ -115,3 +117,41 @@ def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
         while (cluster != cluster[cluster]).any():
             cluster = cluster[cluster]
     return cluster
+
+
+@dataclass(frozen=True)
+class Dart(Selector):
+    name = "dart"
+    source = "arXiv 2502.11494"
+
+    visual: Annotated[int, "[0, inf)"] = 4  # number of visual pivots
+    text: Annotated[int, "[0, inf)"] = 4  # number of pivots of the question; with 0 the method does not read it
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.visual + self.text:
+            raise ValueError("visual and text are both 0, and one of them must be more")
+
+    @property
+    def reads_question(self) -> bool:
+        return self.text > 0
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        unit, first = tokens.normalised, longest(tokens.features.float(), min(self.visual, keep))
+        pivots = unit[first]
+        if self.text:
+            pivots = torch.cat([pivots, F.normalize(tokens.question[longest(tokens.question, self.text)], dim=1)])
+        unlike = -snap(unit @ pivots.T)
+        unlike[first] = -torch.inf
+        each, odd = divmod(keep - len(first), len(pivots))
+        selected = [first]
+        for pivot in range(len(pivots)):
+            selected.append(ranked(unlike[:, pivot])[: each + (pivot < odd)])
+            unlike[selected[-1]] = -torch.inf
+        return Selection(torch.cat(selected).sort().values)
+
+
+def longest(x: torch.Tensor, count: int) -> torch.Tensor:
+    """int64 `[min(count, n)]`: the rows of `x` (`[n, D]`) of greatest L1 norm, the greatest first; ties by index."""
+    norm = x.abs().sum(1)
+    return ranked(snap(norm / norm.max().clamp(min=1e-12)))[:count]

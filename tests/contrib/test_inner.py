@@ -1,20 +1,132 @@
-"""Methods inside the language model against their specifications, followed line by line in `tests/methods/eager.py`."""
+"""Methods inside the language model: rules token by token, in float64, on a model that removes nothing; and their plans."""
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
 from evoprune import methods
-from evoprune.contrib import sparsevlm as sparsevlm_module
-from evoprune.methods import types
-from tests.methods.eager import BEFORE, DROPPING, VISUAL, EagerLayer, a_prompt, deep_model, pairs, run_method
-from tests.methods.eager import Eager as EagerModel
-from tests.methods.public_layers import public_layer
-from tests.methods.test_video_peers import clustered_line_by_line
-from tests.methods.test_vitcop import rule as vitcop
-from tests.methods.tokens import Largest
+from evoprune.contrib import common, inner, language
+from evoprune.contrib.common import vicinity_clusters
+from evoprune.contrib.language import layers_before, tokens_of_layers
+from evoprune.methods.budget import keep_count
+from tests.contrib.eager import (
+    BEFORE,
+    DROPPING,
+    VISUAL,
+    Eager,
+    EagerLayer,
+    a_prompt,
+    deep_model,
+    inside,
+    pairs,
+    run_method,
+)
+from tests.contrib.public import public_layer
+from tests.contrib.test_scenes import clustered_line_by_line
+from tests.methods.tokens import Largest, snapped
+
+
+def clusters_line_by_line(x, place, count: int, cutoff: float, near: float) -> list[int]:
+    """The centre of each token's cluster."""
+    n = len(x)
+    distance = [[math.dist(a, b) for b in x] for a in x]
+    unit = cutoff * math.sqrt(sum(d * d for row in distance for d in row) / n**2) or 1.0
+    density = [snapped(sum(math.exp(-((d / unit) ** 2)) for d in row)) for row in distance]
+    order = sorted(range(n), key=lambda i: (-density[i], i))
+    follows, score = {}, {}
+    for rank, i in enumerate(order):
+        denser = sorted(order[:rank])
+        close = [j for j in denser if math.dist(place[i], place[j]) <= near + 1e-6]
+        follows[i] = min(close or denser, key=lambda j: distance[i][j], default=i)
+        score[i] = math.inf if not rank else density[i] * distance[i][follows[i]] / unit + 1e9 * (not close)
+    centres = sorted(range(n), key=lambda i: (-score[i], i))[:count]
+    found = {}
+    for i in order:  # the denser token first
+        found[i] = i if i in centres else found[follows[i]]
+    return [found[i] for i in range(n)]
+
+
+def merged_line_by_line(clusters: list[list[int]], length: dict[int, float], left: int) -> dict[int, list[int]]:
+    """The tokens that are left, and which others each is the mean of; `clusters`: in the order of their centres."""
+    by_sum = sorted(clusters, key=lambda members: snapped(math.log(sum(length[i] for i in members))))
+    alone, together = [], []
+    if len(clusters) > left:
+        together = [*by_sum[: left - 1], [i for members in by_sum[left - 1 :] for i in members]]
+    else:
+        spare, others = left - len(clusters), sum(len(members) - 1 for members in clusters)
+        quota = [round((len(members) - 1) / others * spare) for members in by_sum]
+        for turn in range(len(quota)) if sum(quota) < spare else reversed(range(len(quota))):
+            if sum(quota) < spare and quota[turn] < len(by_sum[turn]) - 1:
+                quota[turn] += 1
+            elif sum(quota) > spare and quota[turn]:
+                quota[turn] -= 1
+        for members, count in zip(by_sum, quota, strict=True):
+            shortest = sorted(members, key=lambda i: (snapped(math.log(length[i])), i))
+            alone += shortest[:count]
+            together.append(shortest[count:])
+    return {i: [] for i in alone} | {sorted(members)[len(members) // 2]: sorted(members) for members in together}
+
+
+def vitcop_line_by_line(embeds, place, pair, length, left: int, method) -> dict[int, list[int]]:
+    groups = {}
+    for number in sorted({*pair}):
+        mine = [i for i, each in enumerate(pair) if each == number]
+        count = max(1, int(method.centres * len(mine)))
+        found = clusters_line_by_line(
+            [embeds[i] for i in mine], [place[i] for i in mine], count, method.cutoff, method.near
+        )
+        for i, centre in zip(mine, found, strict=True):
+            groups.setdefault(mine[centre], []).append(i)
+    return merged_line_by_line([groups[centre] for centre in sorted(groups)], length, left)
+
+
+def vitcop(seen: EagerLayer, method) -> list[int]:
+    keys = seen.model.turn(seen.model.project(seen.number, seen.entering, "k"))
+    length = {column: float(keys[column].mean(0).norm()) for column in seen.alive}
+    if len(seen.alive) < len(VISUAL):
+        return sorted(sorted(seen.alive, key=lambda column: length[column])[: seen.left])
+    embeds, first, before = seen.model.embeds[VISUAL].tolist(), VISUAL[0], seen.x.clone()
+    lengths = {column - first: value for column, value in length.items()}
+    found = vitcop_line_by_line(embeds, inside().tolist(), pairs().tolist(), lengths, seen.left, method)
+    for i, members in found.items():
+        if members:
+            seen.x[first + i] = (before[first + i] + sum(before[first + j] for j in members) / len(members)) / 2
+    return sorted(first + i for i in found)
+
+
+@pytest.mark.parametrize("budget", [0.6, 0.3, 0.1, 0.05])
+@pytest.mark.parametrize("name", ["vitcop", "vitcop:centres=0.5:near=0.3", "vitcop:cutoff=0.1:near=0:centres=0.3"])
+def test_the_prompt_reads_as_it_does_token_by_token(name, budget):
+    method, (embeds, positions) = methods.get(name), a_prompt(1)
+    made, dropping, _ = run_method(deep_model(), method, embeds, positions, budget)
+    plan = method.drops(8, len(VISUAL), budget)
+    expected, dropped = Eager(deep_model(), embeds, positions).run(lambda seen: vitcop(seen, method), plan)
+    assert dropping.dropped == dropped and [after for after, _ in dropped] == [1, 6][: len(dropped)]
+    torch.testing.assert_close(made[0].double(), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_equal_tokens():
+    tokens = public_layer("random", 0, (6, 4, 5), 12)
+    same = replace(
+        tokens, keys=torch.ones_like(tokens.keys), visual_embeds=torch.ones_like(tokens.visual_embeds), memory={}
+    )
+    rows = [same.visual_embeds.tolist(), same.place.tolist(), same.pair.tolist()]
+    method = methods.get("vitcop")
+    expected = vitcop_line_by_line(*rows, dict.fromkeys(range(120), 1.0), 12, method)
+    assert method.select(same).kept.tolist() == sorted(expected)
+
+
+def test_clusters_do_not_depend_on_the_blocks(monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    x, place = torch.randn(50, 6, generator=random), torch.rand(50, 2, generator=random)
+    found = vicinity_clusters(x, place, 7, 0.5, 0.4)
+    assert found.tolist() == clusters_line_by_line(x.tolist(), place.tolist(), 7, 0.5, 0.4)
+    monkeypatch.setattr(common, "BLOCK", 8)
+    assert torch.equal(vicinity_clusters(x, place, 7, 0.5, 0.4), found)
+
 
 LAST = -1
 
@@ -163,7 +275,7 @@ def test_the_prompt_reads_as_if_a_mask_barred_what_left(name, budget, sizes):
     embeds, positions = a_prompt()
     sizes = torch.rand(len(embeds), generator=torch.Generator().manual_seed(1)) * 9 + 0.5 if sizes else None
     made, dropping, cache = run_method(deep_model(), method, embeds, positions, budget, sizes)
-    eager = EagerModel(deep_model(), embeds, positions, sizes)
+    eager = Eager(deep_model(), embeds, positions, sizes)
     plan = method.drops(8, len(VISUAL), budget)
     expected, dropped = eager.run(rule, plan)
     assert dropping.dropped == dropped and dropped
@@ -178,8 +290,8 @@ def test_the_prompt_reads_as_if_a_mask_barred_what_left(name, budget, sizes):
 
 
 def test_sparsevlms_raters_are_chosen_once(monkeypatch):
-    made, real = [], sparsevlm_module._raters
-    monkeypatch.setattr(sparsevlm_module, "_raters", lambda *embeds: made.append(real(*embeds)) or made[-1])
+    made, real = [], inner._raters
+    monkeypatch.setattr(inner, "_raters", lambda *embeds: made.append(real(*embeds)) or made[-1])
     _, dropping, _ = run_method(deep_model(), methods.get("sparsevlm"), *a_prompt(), 0.25)
     assert len(dropping.dropped) == 3 and len(made) == 1
 
@@ -202,7 +314,7 @@ def test_tokens_that_are_alike(name, budget):
     method, rule = rule_of(name)
     embeds, positions = alike_prompt()
     made, dropping, _ = run_method(deep_model(), method, embeds, positions, budget)
-    expected, dropped = EagerModel(deep_model(), embeds, positions).run(rule, method.drops(8, len(VISUAL), budget))
+    expected, dropped = Eager(deep_model(), embeds, positions).run(rule, method.drops(8, len(VISUAL), budget))
     assert dropping.dropped == dropped
     torch.testing.assert_close(made[0].double(), expected, atol=2e-4, rtol=2e-4)
     if name == "d2pruner":
@@ -286,8 +398,82 @@ def test_no_matrix_of_all_pairs_of_columns(monkeypatch):
 def test_attention_in_strips(monkeypatch):
     tokens, rows = public_layer("random", 0, GRID, 12), torch.tensor([1, 4, 5, 11])
     whole = [tokens.attention(rows, most=most, causal=causal) for most in (False, True) for causal in (False, True)]
-    monkeypatch.setattr(types, "HELD", 1)
+    monkeypatch.setattr(language, "HELD", 1)
     strips = [tokens.attention(rows, most=most, causal=causal) for most in (False, True) for causal in (False, True)]
     for one, other in zip(whole, strips, strict=True):
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(tokens.attention(), tokens.last_weights().mean(0)[tokens.visual])
+
+
+ONE = ("fastv", "d2pruner", "prunevid-inner", "holitom-inner", "flashvid-inner", "nuwa-inner")
+
+
+def drops(name, depth, tokens, budget):
+    return [(drop.after, drop.left) for drop in methods.get(name).drops(depth, tokens, budget).drops]
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_what_every_plan_holds(name):
+    sizes = product((1, 2, 3, 4, 28, 36), (1.0, 0.9, 0.5, 0.25, 0.1, 0.001), (1, 2, 5, 576, 24_576))
+    for depth, budget, tokens in sizes:
+        check_plan(name, depth, budget, tokens)
+
+
+def check_plan(name, depth, budget, tokens):
+    plan = methods.get(name).drops(depth, tokens, budget)
+    layers, counts = [drop.after for drop in plan.drops], [tokens, *(drop.left for drop in plan.drops)]
+    assert layers == sorted(set(layers)) and all(1 <= layer < depth for layer in layers)
+    assert counts == sorted(set(counts), reverse=True) and counts[-1] >= 1
+    assert len(plan.layers) == depth and plan.layers[0] == tokens
+    assert {*layers} <= {*plan.looks} or not layers
+    if budget == 1.0 or depth == 1:
+        assert not plan.drops
+    elif plan.drops and plan.exact:
+        after = plan.layers[layers[0] :]
+        assert abs(sum(after) / len(after) - budget * tokens) <= 1.01
+    if name in ONE and plan.drops:
+        assert plan.drops[0].left == keep_count(budget, tokens)
+
+
+def test_published_counts_at_published_depths():
+    assert drops("fastv", 32, 576, 0.5) == [(2, 288)]
+    assert drops("d2pruner", 32, 576, 0.1) == [(2, 58)]
+    assert drops("pyramiddrop", 32, 576, 7 / 24) == [(8, 288), (16, 144), (24, 72)]
+    for counts in ((300, 200, 110), (303, 110, 36), (238, 48, 26), (66, 30, 17)):
+        mean = sum(run * count for run, count in zip((4, 9, 16), counts, strict=True)) / 29 / 576
+        assert drops("sparsevlm", 32, 576, mean) == [*zip((3, 7, 16), counts, strict=True)]
+    assert drops("prunevid-inner", 32, 1000, 0.4) == [(11, 400)]
+    assert drops("holitom-inner", 28, 1000, 0.5) == [(18, 500)]
+    assert drops("flashvid-inner", 28, 1000, 0.3) == [(20, 300)]
+    assert drops("nuwa-inner", 28, 1000, 0.42) == [(15, 420)]
+    for tokens, counts in (
+        (288, (253, 51)),
+        (230, (165, 33)),
+        (172, (77, 15)),
+    ):  # what 0.5, 0.4 and 0.3 of 576 tokens leave
+        mean = (20 * counts[0] + 10 * counts[1]) / 30 / tokens
+        assert drops("vitcop", 32, tokens, mean) == [*zip((2, 22), counts, strict=True)]
+    plan = methods.get("visipruner").drops(32, 576, 0.1)
+    assert (plan.blind, plan.looks[0], plan.looks[-1], plan.drops[0].after) == (6, 8, 31, 16)
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_the_default_share_is_its_papers(name):
+    combined = methods.parse(f"divprune+{name}")
+    assert combined.language_work(32, 576, 0.1) == methods.parse(name).language_work(32, 576, combined.language.left)
+    assert methods.parse(f"divprune+{name}:share=0.2").language_work(32, 576, 0.9) == methods.get(name).work(
+        32, 576, 0.2
+    )
+
+
+def test_relative_depth():
+    assert [layers_before(0.25, depth) for depth in (1, 2, 4, 28, 36)] == [0, 1, 1, 7, 9]
+    assert layers_before(0.99, 36) == 35
+    assert tokens_of_layers(5, 9, [(2, 4), (4, 1)]) == (9, 9, 4, 4, 1)
+
+
+def test_columns_of_a_prompt():
+    assert methods.parse("fastv").prompt_columns(4, 100, 7, 0.25) == (107, 32, 32, 32)
+    assert methods.parse("fastv").prompt_columns(4, 100, 7, 1.0) == 107
+    assert methods.parse("divprune").prompt_columns(4, 100, 7, 0.25) == 107
+    assert methods.parse("divprune+fastv:share=0.1").prompt_columns(4, 100, 7, 0.25) == (107, 17, 17, 17)

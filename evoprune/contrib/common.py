@@ -1,17 +1,30 @@
-"""Density peaks (Rodriguez and Laio, Science 344, 2014): tokens that other tokens gather around.
-
-A peak has near neighbours (a high density) and is far from all denser tokens. Distances are Euclidean. Scores are logarithms,
-because densities of long tokens would all round to 0.
-"""
+"""What several methods share: ranks and means of tokens, segments of a video, and density peaks."""
 
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
 from evoprune.methods.indices import ascending
-from evoprune.methods.ranking import BLOCK, centre_weights, gathered, highest, snap
-from evoprune.methods.types import Selection
+from evoprune.methods.ranking import BLOCK, highest, snap
+from evoprune.methods.types import Selection, Tokens
 
+
+def transitions(tokens: Tokens) -> torch.Tensor:
+    """float32 `[T - 1]`: the cosine of the mean tokens of neighbouring frame pairs, rounded."""
+    mean = tokens.by_pair(tokens.features.float()).mean(1)
+    return snap(torch.cosine_similarity(mean[1:], mean[:-1], dim=1))
+
+
+def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[range]:
+    """The frame pairs of each segment: cut at the `least - 1` lowest of `similarity` (`[T - 1]`), and below `threshold`."""
+    lowest = similarity.argsort(stable=True)[: max(0, least - 1)].tolist()
+    below = (similarity < threshold).nonzero().flatten().tolist()
+    edges = [0, *sorted(cut + 1 for cut in {*lowest, *below}), len(similarity) + 1]
+    return [range(first, last) for first, last in pairwise(edges)]
+
+
+NEIGHBOURS = 7  # from which a density is computed, in the authors' code of PruneVid, FlashVID and HoliTom
 HELD = 4  # blocks of distances that are held; more are computed twice
 FAR = 1 << 30  # steps that are more than any distance
 STEPS = 16384  # distances are integers of this many steps of the tokens' root mean square length
@@ -22,16 +35,15 @@ def peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
     return highest(peak_scores(x, neighbours), count) if count else ascending(0, x.device)
 
 
-def joined_peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
-    """int64 `[n]`: the nearest of the `count` peaks to each row of `x` (`[n, D]`); a peak joins itself."""
+def joined_peaks(x: torch.Tensor, count: int, neighbours: int | None = None) -> torch.Tensor:
+    """int64 `[n]`: the nearest of the `count` peaks to each row of `x` (`[n, D]`); a peak joins itself.
+
+    `neighbours`: None for as many as there are peaks, up to `NEIGHBOURS`; at least 2, as with one, itself, all would be as dense.
+    """
+    neighbours = min(NEIGHBOURS, max(2, count)) if neighbours is None else neighbours
     centres, (points, _) = peaks(x, count, neighbours), _points(x)
     to = torch.cat([_distances(some, points[centres]).argmin(1) for some in points.split(BLOCK)])
     return centres[to].index_copy(0, centres, centres)
-
-
-def fewer_neighbours(neighbours: int, count: int) -> int:
-    """As many neighbours as there are peaks, if that is less; at least 2: with one, itself, every token would be as dense."""
-    return min(neighbours, max(2, count))
 
 
 def join_groups(
@@ -39,7 +51,6 @@ def join_groups(
     features: torch.Tensor,
     groups: list[torch.Tensor],
     counts: list[int],
-    neighbours: int,
     centre: float | None = None,
 ) -> Selection:
     """Merges the tokens of each group around density peaks.
@@ -53,7 +64,7 @@ def join_groups(
     weight = torch.ones_like(into, dtype=torch.float32)
     for group, count in zip(groups, counts, strict=True):
         if count:
-            to = joined_peaks(features[group].mean(1), count, fewer_neighbours(neighbours, count))
+            to = joined_peaks(features[group].mean(1), count)
             into[group] = group[to, :1].expand(group.shape)
             own = torch.ones_like(to, dtype=torch.float32) if centre is None else centre_weights(to, centre)
             weight[group] = (own / group.shape[1])[:, None].expand(group.shape)
@@ -122,3 +133,36 @@ def _points(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _distances(some: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """`[p, n]`: distances in whole steps."""
     return torch.cdist(some, points).round_()
+
+
+def relative(score: torch.Tensor) -> torch.Tensor:
+    """The logarithm of `score` (at least 0), rounded: scores that differ by less than a ten-thousandth of themselves are ties."""
+    return snap(score.log())
+
+
+def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selection:
+    """The selection in which each unit joins the unit `into` (int64 `[N]`); a unit stays if it joins itself, -1 drops it.
+
+    `weight`, float32 `[N]`, is the weight of each unit in its mean; None for equal weights.
+    """
+    stays = into == ascending(len(into), into.device)
+    number = stays.cumsum(0) - 1
+    return Selection(stays.nonzero().flatten(), torch.where(into < 0, -1, number[into]), weight)
+
+
+def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
+    """float32 `[N]`: the weight of each unit in the mean that it joins; `into` as in `gathered`.
+
+    A unit that n others join has weight max(1 / (n + 1), `least`), and the n share the rest evenly; alone it has weight 1.
+    """
+    stays = into == ascending(len(into), into.device)
+    others = torch.bincount(into[(into >= 0) & ~stays], minlength=len(into))[into.clamp(min=0)]
+    own = torch.where(others > 0, (1 / (others + 1).float()).clamp(min=least), 1.0)
+    return torch.where(stays, own, (1 - own) / others.clamp(min=1))
+
+
+def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """int64 `[n]`: how many of the same `group` (int64 `[n]`, from 0) come before each token in `order` (int64 `[n]`)."""
+    order, size = order[group[order].argsort(stable=True)], torch.bincount(group)
+    before = (size.cumsum(0) - size)[group[order]]
+    return torch.empty_like(order).index_copy_(0, order, ascending(len(order), order.device) - before)

@@ -4,6 +4,11 @@ Each fixture names the repository, the commit and the function that was run, and
 code ends at another count, or adds noise, the fixture says so in `note`. `counts`, where their shares are rounded
 otherwise, has the number of tokens of each group, which takes the place of ours. `sums`, where tokens are means, has
 the sum of each token's channels.
+
+Inside the language model: PruneVid's code was given groups of one frame each, SparseVLM's counts without the means
+that it adds, and no noise. `sums`, where tokens are means, has the sum of each token's channels; of SparseVLM's means
+alone, in ascending order. ViTCoP's code was given the cut-off distance of each frame pair, and its merged tokens are
+halved. No code of D2Pruner's authors could be had.
 """
 
 import json
@@ -14,7 +19,7 @@ import torch
 
 from evoprune import methods
 from evoprune.methods.types import Candidates
-from tests.methods.public_tokens import public_tokens
+from tests.contrib.public import public_layer, public_tokens
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("*.json"))
 CASES = [
@@ -55,3 +60,29 @@ def test_merges_the_rows_that_the_public_code_merges(case):
     group = Candidates(keys, None, place, torch.ones_like(place), torch.ones_like(place, dtype=torch.bool), 8)
     into = methods.get(case["method"]).match(group, torch.tensor([case["remove"]]))
     assert into[0].tolist() == case["into"]
+
+
+OF_LAYERS = Path(__file__).parent / "fixtures" / "layers" / "language.json"
+LAYERS = [
+    pytest.param(case, id=f"{case['method']}-{case['kind']}")
+    for layer in json.loads(OF_LAYERS.read_text())["layers"]
+    for case in layer["cases"]
+]
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_keeps_what_the_public_code_keeps_of_a_layer(case):
+    method, theirs = methods.get(case["method"]), case["kept"]
+    tokens = public_layer(case["kind"], case["seed"], tuple(case["grid"]), case["keep"], due=method.exact)
+    made = method.select(tokens)
+    if theirs is None:
+        assert made is None
+        return
+    ours, sums = made.kept.tolist(), made.features(tokens.hidden).sum(1)
+    if method.name == "sparsevlm":
+        assert len(ours) == case["keep"] and set(theirs) < set(ours)
+        sums = torch.tensor(sorted(float(s) for s, unit in zip(sums, ours, strict=True) if unit not in theirs))
+    else:
+        assert ours == theirs
+    if "sums" in case:
+        torch.testing.assert_close(sums, torch.tensor(case["sums"]), atol=2e-3, rtol=0)

@@ -11,9 +11,9 @@ from itertools import product
 
 import torch
 
-from evoprune.language.decoder import Dropping, KVCache, logits
+from evoprune.contrib.language import DroppingMethod
+from evoprune.language.decoder import KVCache, logits
 from evoprune.language.prompt import VisualSpan, prompt_positions
-from evoprune.methods.base import LanguageMethod
 from evoprune.model.config import parse_config
 from evoprune.model.weights import QwenVL
 from tests.methods.kinds import INNER
@@ -177,11 +177,10 @@ class Eager:
 
 
 def run_method(
-    model, method: LanguageMethod, embeds, positions, budget: float, sizes=None, cache: KVCache | None = None
+    model, method: DroppingMethod, embeds, positions, budget: float, sizes=None, cache: KVCache | None = None
 ):
     """What the decoder makes of it: logits, the drops, the cache."""
-    plan = method.drops(model.config.text_config.num_hidden_layers, len(VISUAL), budget)
-    dropping = Dropping(model, method, plan, embeds, torch.tensor(VISUAL), pairs(), inside())
+    dropping = method.reading(model, budget, embeds, torch.tensor(VISUAL), pairs(), inside())
     cache = cache or KVCache(model, 1)
     made = logits(model, embeds, positions, cache, sizes, dropping=dropping)
     return made, dropping, cache

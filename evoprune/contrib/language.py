@@ -1,0 +1,311 @@
+"""Methods inside the language model: a plan of what leaves after which layer, what a method sees there, and what of it stays.
+
+A method is a `DroppingMethod` with two functions, `drops`, and `score` or `select`. contrib/inner.py has examples.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from evoprune.backend.devices import Timer, to_device
+from evoprune.contrib.common import relative
+from evoprune.errors import PLUGINS
+from evoprune.language.decoder import heads_of, norm, rotate
+from evoprune.methods.base import LanguageMethod, Reading
+from evoprune.methods.budget import keep_count
+from evoprune.methods.indices import ascending, true_indices
+from evoprune.methods.ranking import highest
+from evoprune.methods.selecting import check_selection
+from evoprune.methods.types import LayerState, Selection
+
+HELD = 1 << 24  # attention weights that are held at a time
+
+
+class Drop(NamedTuple):
+    """A place at which visual tokens leave the language model."""
+
+    after: int  # layers that have run by then, at least 1
+    left: int  # visual tokens that the other layers read
+
+
+@dataclass(frozen=True)
+class LanguagePlan:
+    """The visual tokens that each layer of the language model reads."""
+
+    depth: int  # layers of the language model
+    tokens: int  # visual tokens that reach it
+    drops: tuple[Drop, ...]  # where some of them leave, in order; fewer are left after each. Empty where none leave.
+    exact: bool = True  # whether the counts are exact. Otherwise they are upper bounds, and the content decides.
+    looks: tuple[int, ...] = ()  # numbers of layers after which the method is asked; those of `drops` if it is `exact`
+    blind: int = 0  # the first layers in which text after the visual tokens does not attend to them
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Visual tokens that each layer reads."""
+        return tokens_of_layers(self.depth, self.tokens, self.drops)
+
+    @property
+    def work(self) -> tuple[tuple[int, int, int], ...] | None:
+        """As of `LanguageMethod.work`."""
+        return tuple((count,) * 3 for count in self.layers) if self.drops else None
+
+    def left(self, after: int) -> int:
+        """Visual tokens that the plan leaves once `after` layers have run."""
+        return self.layers[min(after, self.depth - 1)]
+
+
+def tokens_of_layers(depth: int, tokens: int, drops: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Visual tokens that each of `depth` layers reads, of `tokens` at first and pairs of (layers that have run, tokens left)."""
+    edges = [(0, tokens), *drops, (depth, 0)]
+    return tuple(left for (after, left), (end, _) in pairwise(edges) for _ in range(after, end))
+
+
+def layers_before(share: float, depth: int) -> int:
+    """After how many of `depth` layers, from 1 to depth - 1, a `share` of them has run. 0 where there is only one layer."""
+    return min(depth - 1, max(1, round(share * depth)))
+
+
+def one_drop(depth: int, tokens: int, place: float, budget: float) -> LanguagePlan:
+    """Once a share `place` of the layers has run, the share `budget` of the tokens is left: `keep_count` of them."""
+    return _plan(depth, tokens, [layers_before(place, depth)], [keep_count(budget, tokens)])
+
+
+def several_drops(
+    depth: int, tokens: int, places: Sequence[float], shares: Callable[[float], Sequence[float]], budget: float
+) -> LanguagePlan:
+    """Several drops, so that `budget` is the mean share of tokens over the layers after the first of them.
+
+    `places`: the share of layers that has run at each. `shares`: from a number to the share left after each, growing from 0 to 1.
+    """
+    layers = [layers_before(place, depth) for place in places]
+    runs = [end - start for start, end in zip(layers, [*layers[1:], depth], strict=True)]  # layers after each drop
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        mean = sum(run * share for run, share in zip(runs, shares(middle), strict=True)) / max(1, sum(runs))
+        low, high = (middle, high) if mean < budget else (low, middle)
+    # Rounded before it is rounded down: a share that is a little below a half by the search alone is that half.
+    counts = [max(1, math.floor(round(share * tokens, 6) + 0.5)) for share in shares(high)]
+    return _plan(depth, tokens, layers, counts)
+
+
+def _plan(depth: int, tokens: int, layers: Sequence[int], counts: Sequence[int]) -> LanguagePlan:
+    """The plan without drops at which nothing would leave; of several after the same layer, the last."""
+    drops: list[Drop] = []
+    for after, left in zip(layers, counts, strict=True):
+        if drops and drops[-1].after == after:
+            drops.pop()
+        if after and left < (drops[-1].left if drops else tokens):
+            drops.append(Drop(after, left))
+    return LanguagePlan(depth, tokens, tuple(drops), looks=tuple(drop.after for drop in drops))
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """The n visual tokens that a layer of the language model read. A *column* is one token of the prompt."""
+
+    after: int  # layers that have run, this one included
+    left: int  # tokens to leave; where the method is not `exact`, at most so many
+    due: bool  # whether the plan has a drop here; a method that is not `exact` may drop before that, and later
+    hidden: torch.Tensor  # [n, hidden], the layer's output for the visual tokens, in the model's dtype
+    visual: torch.Tensor  # int64 [n], the columns of the visual tokens among the C that this layer read, ascending
+    pair: torch.Tensor  # int64 [n], the number of the frame pair of each
+    place: torch.Tensor  # float32 [n, 2], where in the frame each is: row and column, as shares of height and width
+    queries: torch.Tensor  # [Q, heads, head_dim], of the text after the last visual token, rotated
+    keys: torch.Tensor  # [C, kv_heads, head_dim], of all columns, rotated; neighbouring heads share them
+    values: torch.Tensor  # [C, kv_heads, head_dim]
+    bias: torch.Tensor | None  # [C], what attention adds to the logits of each column
+    visual_embeds: torch.Tensor  # [N, hidden], all visual tokens as they reached the first layer
+    text_embeds: torch.Tensor  # [Q, hidden], the text after the last visual token as it reached the first layer
+    memory: dict = field(default_factory=dict)  # what the method keeps from layer to layer of a prompt; empty at first
+    # The same with queries and keys of the next layer, of this layer before rotary, or as if all visual tokens had the mean key.
+    following: Callable[[], "LayerTokens"] | None = None
+    unrotated: Callable[[], "LayerTokens"] | None = None
+    evened: Callable[[], "LayerTokens"] | None = None
+
+    def copied(self) -> "LayerTokens":
+        """The same tokens in memory of their own. `memory` is the same."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        own = {name: value.clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
+        others = {name: lambda make=make: make().copied() for name, make in values.items() if callable(make)}
+        return replace(self, **own, **others)
+
+    def attention(self, rows: torch.Tensor | None = None, *, most: bool = False, causal: bool = True) -> torch.Tensor:
+        """float32 `[n]`: the attention that each visual token gets, as the mean or the maximum (`most`) over heads and queries.
+
+        `rows`: int64 `[q]`, which of `queries` look, None for the prompt's last; `causal`: each at columns up to its own alone.
+        """
+        rows = ascending(len(self.queries), self.queries.device)[-1:] if rows is None else rows
+        heads, columns = self.queries.shape[1], len(self.keys)
+        keys = self.keys.permute(1, 2, 0).float()
+        found = keys.new_zeros(len(self.visual))
+        for some in rows.split(max(1, HELD // (heads * columns))):
+            given = self._weights(some, keys, causal)[:, self.visual]
+            found = torch.maximum(found, given.amax(0)) if most else found + given.sum(0)
+        return found if most else found / (heads * len(rows))
+
+    def last_weights(self, count: int = 1) -> torch.Tensor:
+        """float32 `[heads, C]`: the attention of the prompt's last columns to every column, head by head, as the mean over them."""
+        last = ascending(len(self.queries), self.queries.device)[-count:]
+        weights = self._weights(last, self.keys.permute(1, 2, 0).float(), causal=True)
+        return weights.unflatten(0, (-1, len(last))).mean(1)
+
+    def _weights(self, rows: torch.Tensor, keys: torch.Tensor, causal: bool) -> torch.Tensor:
+        """Attention weights `[heads * q, C]`, heads first, of some queries; `keys`: float32 `[kv_heads, head_dim, C]`."""
+        kv_heads, dim, columns = keys.shape
+        queries = self.queries[rows].float().view(len(rows), kv_heads, -1, dim).permute(1, 2, 0, 3)
+        logits = (queries.reshape(kv_heads, -1, dim) @ keys).view(-1, len(rows), columns) * dim**-0.5
+        if self.bias is not None:
+            logits += self.bias.float()
+        if causal:
+            own = rows + (columns - len(self.queries))
+            logits.masked_fill_(ascending(columns, rows.device) > own[:, None], -torch.inf)
+        return logits.softmax(-1).flatten(0, 1)
+
+
+class DroppingMethod(LanguageMethod):
+    """Selects visual tokens behind some layers, here those of the highest score; the others leave."""
+
+    @abstractmethod
+    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
+        """The plan for a language model of `depth` layers that `tokens` visual tokens reach, at a budget of its own in (0, 1]."""
+
+    def score(self, tokens: LayerTokens) -> torch.Tensor:
+        """float32 `[n]`, at least 0: what the tokens that stay have most of; here attention of the last token."""
+        return tokens.attention()
+
+    def select(self, tokens: LayerTokens) -> Selection | None:
+        """What stays behind a layer after which the plan looks: `tokens.left` of the visual tokens, or fewer if not `exact`.
+
+        Indices of the selection are those of `tokens.visual`, `size` is not read: a token keeps its own cluster size. None: nothing
+        leaves here, which only a method that is not `exact` may return.
+        """
+        return Selection(highest(relative(self.score(tokens)), tokens.left))
+
+    def work(self, depth: int, tokens: int, budget: float) -> tuple[tuple[int, int, int], ...] | None:
+        return self.drops(depth, tokens, budget).work
+
+    def reading(
+        self, model, budget: float, embeds: torch.Tensor, visual: torch.Tensor, *where: torch.Tensor
+    ) -> Reading:
+        plan = self.drops(model.config.text_config.num_hidden_layers, len(visual), budget)
+        return Dropping(self, plan, model, embeds, visual, *where)
+
+
+def select_in_language(method: DroppingMethod, tokens: LayerTokens) -> Selection | None:
+    """What stays behind a layer of the language model. Raises as `selecting.select`."""
+    name, count = PLUGINS.get(type(method)), len(tokens.visual)
+    # Keys and values are those of the cache, and a stranger's code may write into what it gets.
+    found = method.select(tokens.copied() if name else tokens)
+    if name and found is not None:
+        left = getattr(getattr(found, "kept", None), "shape", (0,))[0]
+        enough = left == tokens.left if method.exact else left <= tokens.left
+        check_selection(name, found, enough, tokens.left, count, tokens.hidden.device)
+    return found
+
+
+class Dropping(Reading):
+    """The prompt of a `DroppingMethod`. Arguments: as of `LanguageMethod.reading`."""
+
+    work = None
+
+    def __init__(
+        self,
+        method: DroppingMethod,
+        plan: LanguagePlan,
+        model,
+        embeds: torch.Tensor,
+        visual: torch.Tensor,
+        pair: torch.Tensor,
+        place: torch.Tensor,
+    ):
+        self._model, self._method, self._plan = model, method, plan
+        self._visual, self._pair, self._place = (to_device(each, embeds.device) for each in (visual, pair, place))
+        self._others = len(embeds) - len(visual)
+        self._text = len(embeds) - 1 - int(visual[-1])  # columns after the last of them
+        self._embeds = embeds[self._visual], embeds[len(embeds) - self._text :]
+        self._memory: dict = {}
+        self.dropped: list[tuple[int, int]] = []  # of each drop, layers that had run and visual tokens that were left
+        self.timer = Timer(embeds.device)
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        return tuple(keys + self._others for keys, _, _ in self._plan.work)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tokens_of_layers(self._plan.depth, self._plan.tokens, self.dropped)
+
+    def before(self, layer: int, columns: int) -> tuple[tuple[torch.Tensor, int] | None, list[torch.Tensor]]:
+        if layer >= self._plan.blind:
+            return None, []
+        no_token = torch.zeros_like(self._visual, dtype=torch.bool)
+        return (self._with_text(columns, no_token, 0), columns - self._text), []
+
+    def _with_text(self, columns: int, stays: torch.Tensor, count: int) -> torch.Tensor:
+        """int64, ascending: those of `columns` that are no visual tokens, or of which `stays` (bool `[n]`, `count` of them)."""
+        mask = torch.ones(columns, dtype=torch.bool, device=stays.device).index_copy_(0, self._visual, stays)
+        return true_indices(mask, columns - len(stays) + count)
+
+    def after(
+        self, state: LayerState, deepstack: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        if state.after not in self._plan.looks:
+            return state.x, deepstack, None
+        with self.timer:
+            selection = self._selected(state)
+            if selection is None:
+                return state.x, deepstack, None
+            kept, old = selection.kept, self._visual
+            stays = torch.zeros_like(old, dtype=torch.bool).index_fill_(0, kept, True)
+            stay = self._with_text(len(state.x), stays, len(kept))
+            self._visual = torch.searchsorted(stay, old[kept])
+            self._pair, self._place = self._pair[kept], self._place[kept]
+            every = state.x, *deepstack
+            new = torch.stack([each[stay] for each in every])
+            if selection.owner is not None and len(kept):
+                for before, each in zip(every, new, strict=True):
+                    each[self._visual] = selection.features(before[old])
+            self.dropped.append((state.after, len(kept)))
+            return new[0], new[1:], stay
+
+    def _selected(self, state: LayerState) -> Selection | None:
+        """The tokens that stay, None for all."""
+        plan = self._plan
+        left = plan.left(state.after) if plan.exact else plan.drops[-1].left
+        return select_in_language(self._method, self._seen(state, left))
+
+    def _seen(self, state: LayerState, left: int) -> LayerTokens:
+        layers, after, entering, x = self._model.model.language_model.layers, state.after, state.entering, state.x
+        keys, values = state.keys[0].transpose(0, 1), state.values[0].transpose(0, 1)
+        due = after in {drop.after for drop in self._plan.drops}
+        latest, (cos, sin), texts = layers[after - 1], state.places, slice(len(x) - self._text, None)
+        seen = LayerTokens(
+            after, left, due, x[self._visual], self._visual, self._pair, self._place, state.queries[0][texts],
+            keys, values, state.bias, *self._embeds, self._memory,
+        )  # fmt: skip
+
+        def following() -> LayerTokens:
+            asks = rotate(self._projected(layers[after], "q", x[texts]), cos[texts], sin[texts])
+            return replace(seen, queries=asks, keys=rotate(self._projected(layers[after], "k", x), cos, sin))
+
+        def unrotated() -> LayerTokens:
+            asks = self._projected(latest, "q", entering[texts])
+            return replace(seen, queries=asks, keys=self._projected(latest, "k", entering))
+
+        def evened() -> LayerTokens:
+            mean = self._projected(latest, "k", entering[self._visual]).float().mean(0).to(keys)
+            same = rotate(mean.expand(len(self._visual), -1, -1), cos[self._visual], sin[self._visual])
+            return replace(seen, keys=keys.index_copy(0, self._visual, same))
+
+        return replace(seen, following=following, unrotated=unrotated, evened=evened)
+
+    def _projected(self, layer, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Queries or keys ("q", "k") `[C, heads, head_dim]` of a layer for its input, before rotary."""
+        config = self._model.config.text_config
+        return heads_of(layer.self_attn, name, norm(x, layer.input_layernorm.weight, config.rms_norm_eps), config)
