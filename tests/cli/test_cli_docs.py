@@ -1,4 +1,4 @@
-"""docs/cli.md says what `--help-all` says."""
+"""docs/cli.md says what `--help-all` says, an option once."""
 
 import os
 import subprocess
@@ -31,3 +31,4 @@ def test_the_reference_is_up_to_date_whatever_the_terminal(cli):
     for command in ("ask", "batch", "eval", "inspect", "methods", "profile", "verify"):
         assert f"## evoprune {command}\n" in text
     assert cli("ask", "--help-all").out.strip() in text
+    assert text.count("Branch, tag or commit") == 1 and "  As in ask: --revision, " in text
