@@ -104,7 +104,9 @@ def check(title: str, outputs: list[dict], errors: bool = True) -> None:
     known = {field for field, _ in real}
     kinds = {field: [kind for name, kind in documented.items() if matches(field, name)] for field in known}
     assert not [field for field in known - parents if not kinds[field]], "not on the page"
-    must = documented if title == "eval" else documented.keys() - (common.keys() - named(title).keys())  # eval has them all
+    must = (
+        documented if title == "eval" else documented.keys() - (common.keys() - named(title).keys())
+    )  # eval has them all
     assert not [name for name in must if name != "error" and not any(matches(f, name) for f in known)], "do not exist"
     assert not unlisted(title, real), "not listed"
     assert not [(f, value) for f, value in real for kind in kinds[f] if not fits(value, kind)], "of another type"
