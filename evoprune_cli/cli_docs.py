@@ -3,26 +3,54 @@
 It is formatted for 80 columns and without colour, whatever the terminal.
 """
 
+import re
+from textwrap import fill
+
 from typer.main import get_command
 
 from evoprune_cli.main import app
 from evoprune_cli.options import full_help
 from evoprune_cli.terminal import WIDTH
 
+OPTION = r"(?m)^(?=  -)"  # where the help of an option begins
 INTRODUCTION = """# The command line
 
-The `--help-all` of every command. Made by `python -m evoprune_cli.cli_docs > docs/cli.md`; do not edit.
+The `--help-all` of every command; options that `ask` has in the same words are only named.
+Made by `python -m evoprune_cli.cli_docs > docs/cli.md`; do not edit.
 """
 
 
 def reference() -> str:
     group = get_command(app)
     above = group.make_context("evoprune", [], resilient_parsing=True, terminal_width=WIDTH - 2)
-    sections = [INTRODUCTION, _section("evoprune", above.get_help())]
+    help_all = {}
     for name in sorted(group.commands):
         context = group.commands[name].make_context(name, [], parent=above, resilient_parsing=True)
-        sections.append(_section(context.command_path, full_help(context)))
+        help_all[name] = full_help(context)
+    panels = help_all["ask"].split("\n\n")
+    explained = {" ".join(option.split()) for panel in panels for option in re.split(OPTION, panel)}
+    sections = [INTRODUCTION, _section("evoprune", above.get_help())]
+    for name, text in help_all.items():
+        sections.append(_section(f"evoprune {name}", text if name == "ask" else _without(explained, text)))
     return "\n".join(sections)
+
+
+def _without(explained: set[str], text: str) -> str:
+    """Help in which a line for each panel names the options that are explained already."""
+    panels = []
+    for panel in text.rstrip().split("\n\n"):
+        heading, *options = re.split(OPTION, panel)
+        kept = [option.rstrip("\n") for option in options if " ".join(option.split()) not in explained]
+        same = [re.search(r"--[\w-]+", option)[0] for option in options if " ".join(option.split()) in explained]
+        named = fill(
+            "As in ask: " + ", ".join(same),
+            WIDTH - 2,
+            initial_indent="  ",
+            subsequent_indent="    ",
+            break_on_hyphens=False,
+        )
+        panels.append("\n".join([heading.rstrip("\n"), *kept, *([named] if same else [])]))
+    return "\n\n".join(panels)
 
 
 def _section(title: str, text: str) -> str:

@@ -153,12 +153,6 @@ def make_transcript() -> None:
             flags=re.M,
         ),
     )
-    _write(
-        "docs/guide.md",
-        lambda text: re.sub(
-            r"(?<=^```text\n)model  .*\n(?:.*\n)*?(?=^```)", lambda _: stats, text, count=1, flags=re.M
-        ),
-    )
 
 
 def make_json() -> None:

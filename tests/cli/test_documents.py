@@ -29,12 +29,6 @@ ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/*.md"))]
 
 
-def shell_blocks(page: str) -> list[str]:
-    """The shell blocks of a page, without those of the README that install."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
-    return [block for block in blocks if "pip install" not in block]
-
-
 def test_the_transcript_of_the_readme(cli):
     """The output equals it, except for times, memory and the processor."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,15 +46,14 @@ def test_the_guide_explains_every_line_of_the_stats(cli):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
-def test_shell_blocks_run_one_after_the_other(tmp_path, page):
+def test_shell_blocks_run_one_after_the_other(tmp_path):
     """In one folder that looks like an installed clone; each block gives a line a clip."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     script = tmp_path / ".venv" / "bin" / "evoprune"
     script.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m evoprune_cli "$@"\n')
     script.chmod(0o755)
     (tmp_path / "samples").symlink_to(ROOT / "samples")
-    blocks = shell_blocks(page)
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs/guide.md").read_text(encoding="utf-8"), re.S | re.M)
     assert len(blocks) >= 2
     for block in blocks:
         if "jq" in block and not shutil.which("jq"):
@@ -177,6 +170,7 @@ def test_the_reference_is_up_to_date_whatever_the_terminal(cli):
     assert made.returncode == 0, made.stderr.decode()
     text = made.stdout.decode()
     stored = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert text.count("Branch, tag or commit") == 1 and "  As in ask: --revision, " in text
     assert text == stored, "make it anew: python -m evoprune_cli.cli_docs > docs/cli.md"
     assert all(len(line) <= 80 for line in text.split("```text")[1].splitlines()) and "\x1b" not in text
     for command in ("ask", "batch", "eval", "inspect", "methods", "profile", "verify"):

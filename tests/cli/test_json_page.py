@@ -96,15 +96,17 @@ def fits(value: Any, kind: str) -> bool:
 
 
 def check(title: str, outputs: list[dict], errors: bool = True) -> None:
-    documented = named(title) | (named("Errors") if errors else {})
+    common = named("Common fields")
+    documented = common | named(title) | (named("Errors") if errors else {})
     real = [found for output in outputs for found in fields(output)]
     parents = {name[: end.start()] for name in documented for end in re.finditer(r"\.|\[\]", name)}  # null, or empty
     known = {field for field, _ in real}
     kinds = {field: [kind for name, kind in documented.items() if matches(field, name)] for field in known}
     assert not [field for field in known - parents if not kinds[field]], "not on the page"
-    assert not [name for name in documented if name != "error" and not any(matches(f, name) for f in known)], (
-        "do not exist"
-    )
+    must = (
+        documented if title == "eval" else documented.keys() - (common.keys() - named(title).keys())
+    )  # eval has them all
+    assert not [name for name in must if name != "error" and not any(matches(f, name) for f in known)], "do not exist"
     assert not unlisted(title, real), "not listed"
     assert not [(f, value) for f, value in real for kind in kinds[f] if not fits(value, kind)], "of another type"
     for example in re.findall(r"```json\n(.*?)```", section(title), re.S):

@@ -23,9 +23,7 @@ from experiments.examples import (
 )
 from tests.cli.conftest import cli  # noqa: F401
 
-README, GUIDE, PAGE = (
-    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/guide.md", "docs/json.md")
-)
+README, PAGE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/json.md"))
 
 
 def without_times(content: Any) -> Any:
@@ -60,11 +58,9 @@ def test_the_figure_of_the_method_is_described_as_it_is():
     assert f"![{text}](method.svg)" in (ROOT / "docs/method.md").read_text(encoding="utf-8"), MADE_BY
 
 
-def test_transcripts_and_the_recording_say_the_same():
+def test_the_transcript_and_the_recording_say_the_same():
     """What README says is compared with a run in tests/cli/test_documents.py."""
     (shown,) = re.findall(r"^```text\n\$ evoprune ask .*\ngreen\n\n(.*?)^```", README, re.S | re.M)
-    (guide,) = re.findall(r"^```text\n(model  .*?)^```", GUIDE, re.S | re.M)
-    assert shown == guide, MADE_BY
     drawn = ElementTree.parse(ROOT / "docs/recording.svg").iter("{http://www.w3.org/2000/svg}text")
     lines = ["".join(each.itertext()) for each in drawn if each.get("class") == "last"]
     assert counts("\n".join(lines[lines.index("green") + 1 :])) == counts(shown), MADE_BY

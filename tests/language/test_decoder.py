@@ -443,7 +443,7 @@ def test_room_for_the_prompt_and_not_for_what_left(name):
 @pytest.mark.parametrize("name", DROPPING)
 def test_without_a_drop_nothing_changes_bit_for_bit(name):
     model, (embeds, positions) = deep_model(), a_prompt()
-    assert methods.parse(name).language_plan(8, len(VISUAL), 1.0) is None
+    assert methods.parse(name).language_work(8, len(VISUAL), 1.0) is None
     plain = decoder.logits(model, embeds, positions, KVCache(model, COLUMNS))
     visuals = [Visual(Place((range(BEFORE, BEFORE + len(VISUAL)),)), embeds[VISUAL], torch.arange(len(VISUAL)))]
     assert dropping_for(model, methods.parse(name), 1.0, visuals, [GRID], embeds, torch.arange(COLUMNS)) is None

@@ -219,7 +219,7 @@ def test_how_often_it_waits(method, times, selecting):
 
 @pytest.mark.parametrize("budget", [0.25, 1.0])
 def test_operations_copies_and_waits_do_not_grow_with_the_video(budget):
-    """From 384 units in two tubes to 1,152 in more; `python -m tests.second_device.counting` prints the table of docs/gpu.md."""
+    """From 384 units in two tubes to 1,152 in more; `python -m tests.second_device.counting` prints the table of results/gpu.md."""
     from tests.second_device.counting import encodes  # which makes the device
 
     qa, made = evoprune.VideoQA(loaded(NAME), budget=budget), []
