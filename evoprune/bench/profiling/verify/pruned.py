@@ -13,7 +13,7 @@ from evoprune.bench.profiling.verify.outcome import DIFFERS, HELD, Outcome, gap,
 from evoprune.bench.profiling.verify.subject import BUDGET, NEW_TOKENS, QUESTION, SHORT, Subject
 from evoprune.cpu.quantize import kinds, quantize, saved_bytes
 from evoprune.errors import UsageError
-from evoprune.hf.context import PruningContext
+from evoprune.hf.context import EvoPrune
 from evoprune.methods.registry import built_in
 from evoprune.model import cost
 from evoprune.model.config import PATCHES
@@ -140,7 +140,7 @@ def transformers_model(subject: Subject) -> Outcome:
     Both towers compute with weights as they are: products with joined ones round otherwise, and a selection depends on that.
     """
     try:
-        pruning = PruningContext(budget=BUDGET, positions="qwen")(subject.transformers)
+        pruning = EvoPrune(budget=BUDGET, positions="qwen")(subject.transformers)
     except UsageError as older:  # Qwen3-VL in an older transformers
         return skipped(older.message)
     with unjoined():

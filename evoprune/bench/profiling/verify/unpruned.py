@@ -10,7 +10,7 @@ from evoprune.bench.profiling.verify.subject import ANOTHER, BUDGET, NEW_TOKENS,
 from evoprune.cpu.linear import PackedLinear, packs
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.hf.context import PruningContext
+from evoprune.hf.context import EvoPrune
 from evoprune.language import decoder
 from evoprune.language.generate import Visual, column_deepstack, embed_prompt
 from evoprune.methods.indices import ascending
@@ -141,7 +141,7 @@ def _same_answer(subject: Subject, *paths: Path) -> Outcome:
 def batch(subject: Subject) -> Outcome:
     """A batch of two through `EvoPrune(...)(model)`: unpruned as the model alone, and pruned as each prompt by itself."""
     try:
-        whole, pruning = (PruningContext(budget=budget)(subject.transformers) for budget in (1.0, BUDGET))
+        whole, pruning = (EvoPrune(budget=budget)(subject.transformers) for budget in (1.0, BUDGET))
     except UsageError as older:  # Qwen3-VL in an older transformers
         return skipped(older.message)
     calls = [subject.about(subject.video, question=question).call for question in (QUESTION, ANOTHER)]
