@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from evoprune import methods
     from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError
     from evoprune.hf.columns import Columns
-    from evoprune.hf.context import PrunedModel, apply, remove
-    from evoprune.hf.context import PruningContext as EvoPrune
+    from evoprune.hf.context import EvoPrune, PrunedModel, apply, remove
     from evoprune.hf.encoding import encode
     from evoprune.hf.processor_inputs import processor_inputs
     from evoprune.live.stream import VideoStream
@@ -65,7 +64,7 @@ def __getattr__(name: str):
         return import_module("evoprune.methods")
     for module, names in _SOURCES.items():
         if name in names:
-            return getattr(import_module(f"evoprune.{module}"), {"EvoPrune": "PruningContext"}.get(name, name))
+            return getattr(import_module(f"evoprune.{module}"), name)
     raise AttributeError(f"module 'evoprune' has no attribute {name!r}")
 
 

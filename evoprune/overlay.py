@@ -138,7 +138,7 @@ def trace(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> TracedVideo:
-    """Encodes a video and keeps its frames and the fates of its units. Arguments as of `video_qa.open_inputs`.
+    """Encodes a video and keeps its frames and the fates of its units. Arguments as of `session.encoding.open_inputs`.
 
     Raises UsageError: the method reads the question, or acts inside the language model alone. VideoError. OutOfMemory.
     """

@@ -54,7 +54,7 @@ SWITCH = "this object only says how long the model prunes"
 
 
 def _settings_alone(init: Callable) -> Callable:
-    """Decorates `PruningContext.__init__`: a model among the settings is an error that says where it belongs, and an unknown
+    """Decorates `EvoPrune.__init__`: a model among the settings is an error that says where it belongs, and an unknown
     setting one that names those that exist."""
 
     @functools.wraps(init)
@@ -63,17 +63,15 @@ def _settings_alone(init: Callable) -> Callable:
             if isinstance(model, torch.nn.Module):
                 hint = "first the settings, then the model: EvoPrune(budget=0.1)(model)"
                 raise UsageError(f"an object of class {type(model).__name__} is no setting", hint)
-        check_known(given, PruningContext)
+        check_known(given, EvoPrune)
         init(self, *args, **given)
 
     return checked
 
 
 @dataclass(frozen=True)
-class PruningContext:
+class EvoPrune:
     """Settings of pruning. Called with a model, it returns the context in which that model prunes.
-
-    Users reach it as `evoprune.EvoPrune`.
 
     Args:
         budget: share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset.
@@ -82,7 +80,7 @@ class PruningContext:
             qwen starts the text after a video at the end of the video's time, as Qwen trained its models (`language.prompt`).
         seed: of methods that draw at random.
         pack: on a CPU, copies of the tower's linear layers in the order in which products read them make videos faster to encode
-            (`huggingface.packed_tower`). They last as long as the context and take as many bytes again as the layers themselves:
+            (`hf.encoding.PackedTower`). They last as long as the context and take as many bytes again as the layers themselves:
             1.2 GiB at 3B in bfloat16. int8: copies in 8 bits, twice as fast as float32 and less exact, 0.6 GiB. The model itself
             does not change.
         pictures: prune pictures too, each to the same share of its tokens. Otherwise they stay whole.
@@ -122,9 +120,9 @@ class PruningContext:
         """Needed for a with-block to call `__enter__`."""
 
 
-PruningContext.__init__ = _settings_alone(PruningContext.__init__)  # written by `dataclass`
+EvoPrune.__init__ = _settings_alone(EvoPrune.__init__)  # written by `dataclass`
 # What users call it, in a help page, its repr and a traceback. A method has the name EvoPrune as well.
-PruningContext.__module__, PruningContext.__name__, PruningContext.__qualname__ = "evoprune", "EvoPrune", "EvoPrune"
+EvoPrune.__module__ = "evoprune"
 
 
 def apply(model, **settings) -> "PrunedModel":
@@ -137,7 +135,7 @@ def apply(model, **settings) -> "PrunedModel":
         UsageError: bad settings, the model is pruned already, or its tower cannot be packed.
         TypeError: an unknown option.
     """
-    (made,) = from_keywords(settings, PruningContext)
+    (made,) = from_keywords(settings, EvoPrune)
     return made(model).__enter__()
 
 
@@ -170,7 +168,7 @@ class PrunedModel:
     model's own code runs such calls. Hooks on modules of the tower see nothing, or the rows of this package; a warning names them.
     """
 
-    def __init__(self, model, settings: PruningContext):
+    def __init__(self, model, settings: EvoPrune):
         interface.check_class(model)
         interface.tower_of(model)
         interface.accept_features(model)
@@ -330,9 +328,7 @@ class PrunedModel:
         return pruned, past
 
 
-def call_report(
-    model, call: dict, pruned: dict, visuals: Visuals, encoded: Encoded, settings: PruningContext
-) -> Report:
+def call_report(model, call: dict, pruned: dict, visuals: Visuals, encoded: Encoded, settings: EvoPrune) -> Report:
     """The report of one call with visuals that are pruned; the caller adds the times.
 
     `call`, `pruned`: its arguments as given, and as the model gets them. Its own `position_ids` override those of the settings.

@@ -27,7 +27,7 @@ from evoprune.vision import attention
 from tests.bench.faults import FAULTS
 from tests.recipes import write_recipe
 from tests.second_device.far import NAME, Memory
-from tests.session.test_recipes import DEMO
+from tests.session.test_language_methods import DEMO
 from tests.tiny import save_tiny
 from tests.vision.devices import varlen_by_hand
 

@@ -47,7 +47,7 @@ from evoprune.cpu.linear import PackedLinear, can_pack, packs
 from evoprune.cpu.quantize import kinds, quantize, saved_bytes
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.hf.context import PruningContext
+from evoprune.hf.context import EvoPrune
 from evoprune.language import decoder, generate, static
 from evoprune.language.generate import Visual, embed_prompt
 from evoprune.methods import parse
@@ -189,7 +189,7 @@ def _same_answer(subject: Subject, *paths: Path) -> Outcome:
 def batch(subject: Subject) -> Outcome:
     """A batch of two through `EvoPrune(...)(model)`: unpruned as the model alone, and pruned as each prompt by itself."""
     try:
-        whole, pruning = (PruningContext(budget=budget)(subject.transformers) for budget in (1.0, BUDGET))
+        whole, pruning = (EvoPrune(budget=budget)(subject.transformers) for budget in (1.0, BUDGET))
     except UsageError as older:  # Qwen3-VL in an older transformers
         return skipped(older.message)
     calls = [subject.about(subject.video, question=question).call for question in (QUESTION, ANOTHER)]
@@ -360,7 +360,7 @@ def transformers_model(subject: Subject) -> Outcome:
     Both towers compute with weights as they are: products with joined ones round otherwise, and a selection depends on that.
     """
     try:
-        pruning = PruningContext(budget=BUDGET, positions="qwen")(subject.transformers)
+        pruning = EvoPrune(budget=BUDGET, positions="qwen")(subject.transformers)
     except UsageError as older:  # Qwen3-VL in an older transformers
         return skipped(older.message)
     with unjoined():
