@@ -312,29 +312,21 @@ class VideoStream(Askable):
         self._plan = plan_input(self._engine, replace(window, **self.facts), self._sampling, self._name)
         self._origin_s = self._last_s = time_s
         try:
-            if self._limit < 2 * self._plan.encoder.keep:
-                problem = f"a memory of {self._limit:,} tokens is less than two windows of {self._plan.encoder.keep:,}"
+            loaded, options, window_tokens = self._engine.loaded, self._options, self._plan.encoder.keep
+            room = floor(ROOM * (loaded.model.config.text_config.max_position_embeddings or CONTEXT))
+            wanted = options.memory_tokens or floor(options.memory_s / options.window_s * window_tokens)
+            limit = min(wanted, room)  # of tokens that are held
+            if limit < 2 * window_tokens:
+                problem = f"a memory of {limit:,} tokens is less than two windows of {window_tokens:,}"
                 raise UsageError(problem, "a longer memory, shorter windows (window_s, --window) or a lower budget")
             check_carried(self._engine, self._plan)
-            loaded, head = self._engine.loaded, self._around("?")[0]
-            room = loaded.demo.span if loaded.demo else self._room
+            head, _ = self._around("?")
+            positions = loaded.demo.span if loaded.demo else room
             with self._lock.lock:
-                self._memory = StreamMemory(loaded.model, head, self._limit, self._plan.encoder.keep, room)
+                self._memory = StreamMemory(loaded.model, head, limit, window_tokens, positions)
         except BaseException:
             self._plan = None
             raise
-
-    @property
-    def _limit(self) -> int:
-        """The largest number of visual tokens that are held."""
-        options = self._options
-        wanted = options.memory_tokens or floor(options.memory_s / options.window_s * self._plan.encoder.keep)
-        return min(wanted, self._room)
-
-    @property
-    def _room(self) -> int:
-        """Positions, and tokens, that a video may take by the model's context."""
-        return floor(ROOM * (self._engine.loaded.model.config.text_config.max_position_embeddings or CONTEXT))
 
     @names_plugins()
     def _finish(self, end: int) -> None:

@@ -305,10 +305,8 @@ def test_a_file_that_has_ended_is_waited_for_once(tmp_path, monkeypatch, name):
     "name", ["note.txt", "list.m3u8", "page.pdf", "photo.jpg", "photo.png", "photo.webp", "photo.avif"]
 )
 def test_what_never_becomes_a_video_is_told_at_once(tmp_path, monkeypatch, name):
-    path, text = (
-        tmp_path / name,
-        {"txt": b"Some text.\n", "m3u8": b"#EXTM3U\n#EXTINF:6,\nx.ts\n", "pdf": b"%PDF-1.7\n\0"},
-    )
+    path = tmp_path / name
+    text = {"txt": b"Some text.\n", "m3u8": b"#EXTM3U\n#EXTINF:6,\nx.ts\n", "pdf": b"%PDF-1.7\n\0"}
     if name.startswith("photo"):
         Image.fromarray(quarters()).save(path)
     else:

@@ -116,36 +116,22 @@ def declare_huge_numbers(random: np.random.Generator, content: bytearray) -> byt
 
 
 MUTATIONS: tuple[Mutation, ...] = (
-    flip_bytes,
-    damage_the_header,
-    damage_the_end,
-    truncate,
-    cut_the_middle_out,
-    zero_a_range,
-    repeat_a_range,
-    swap_boxes,
+    flip_bytes, damage_the_header, damage_the_end, truncate, cut_the_middle_out, zero_a_range, repeat_a_range, swap_boxes,
     declare_huge_numbers,
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case.
-
-    Attributes:
-        number: of the case. name: of the file it was made from, and how.
-        code: that `ask` ends with. what: in words, without paths and numbers.
-        seconds: how long it took. peak_bytes: of the process that read; None if it is gone.
-        bad: why that must not be, or "".
-    """
+    """What came of a case."""
 
     number: int
-    name: str
-    code: int
-    what: str
+    name: str  # of the file it was made from, and how
+    code: int  # that `ask` ends with
+    what: str  # in words, without paths and numbers
     seconds: float
-    peak_bytes: int | None
-    bad: str
+    peak_bytes: int | None  # of the process that read; None if it is gone
+    bad: str  # why that must not be, or ""
 
 
 def sources(folder: Path) -> dict[str, bytes]:
@@ -236,24 +222,16 @@ def run(number: int, seed: int, originals: dict[str, bytes], folder: Path, by_co
 
 
 def timed(path: Path, decoder: str) -> tuple[int, str, float, int | None]:
-    forget_peaks()
-    begin = time.monotonic()
-    code, what = read(path, decoder)
-    return code, what, time.monotonic() - begin, peak()
-
-
-def forget_peaks() -> None:
+    """`code`, `what`, `seconds` and `peak_bytes` of an outcome."""
     for worker in isolation._idle:
-        Path(f"/proc/{worker.pid}/clear_refs").write_text("5")
-
-
-def peak() -> int | None:
-    """The most bytes that a process that reads videos has had since then; None if none is left."""
-    found = []
+        Path(f"/proc/{worker.pid}/clear_refs").write_text("5")  # forgets the peak
+    begin, peaks = time.monotonic(), []
+    code, what = read(path, decoder)
+    seconds = time.monotonic() - begin
     for worker in isolation._idle:
         status = Path(f"/proc/{worker.pid}/status").read_text()
-        found += [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")]
-    return max(found, default=None)
+        peaks += [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")]
+    return code, what, seconds, max(peaks, default=None)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

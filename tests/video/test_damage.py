@@ -70,14 +70,8 @@ SPREAD = ("mpeg2.mpg", "mpeg1.mpg", "wmv2.wmv")  # a packet does not lie in one 
 HIDDEN = ("picture.gif", "raw.avi", "raw.y4m", "h264.h264", "mpeg2.mxf")  # they have no means of telling
 
 
-SMALL = (
-    "no_length.mkv",
-    "vp9_hidden.webm",
-    "vp9_10.webm",
-    "subtitles.mkv",
-    "cover.mkv",
-    "ffv1.mkv",
-)  # see the next test
+# See the next test.
+SMALL = ("no_length.mkv", "vp9_hidden.webm", "vp9_10.webm", "subtitles.mkv", "cover.mkv", "ffv1.mkv")
 
 
 FORTY = [name for name, kind in KINDS.items() if kind.frames == 40 and not kind.hidden and name not in SPREAD]
@@ -98,7 +92,7 @@ def test_one_damaged_packet_in_every_kind(name, folder):
     assert read_whole(whole)[2] == 0 and not probe(whole).cut_short
     info, got, damaged = read_whole(spoil(whole, folder / f"spoilt_{name}", {14}))
     assert got[:10] == list(range(10))
-    if name not in SMALL + HIDDEN:
+    if name not in (*SMALL, *HIDDEN):
         assert damaged or info.cut_short
     if info.container in ("mov,mp4,m4a,3gp,3g2,mj2", "mpegts", "avi"):  # they know where the next packet is
         assert got[35:] == list(range(35, 40))
@@ -163,14 +157,7 @@ def test_damaged_images_of_a_folder_are_counted(tmp_path):
 
 @pytest.mark.parametrize(
     ("duration", "stated", "cut"),
-    [
-        (4.0, None, False),
-        (None, 4.0, False),
-        (4.0, 4.4, False),
-        (3.4, 4.0, True),
-        (99.0, 100.0, False),
-        (97.0, 100.0, True),
-    ],
+    [(4, None, False), (None, 4, False), (4, 4.4, False), (3.4, 4, True), (99, 100, False), (97, 100, True)],
 )
 def test_what_counts_as_cut_short(duration, stated, cut, folder):
     info = probe(write_kind(folder, "h264.mp4"))

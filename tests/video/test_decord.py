@@ -1,5 +1,6 @@
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,15 +109,10 @@ def test_damage_is_refused_with_a_way_out(name, folder, capfd):
 
 def test_other_frames_than_pyavs_are_refused(folder, in_process, monkeypatch):
     info = probe(write_video(folder / "other.mp4", numbered_frames(10)))
-    monkeypatch.setattr(backend, "pyav", FakePyAV)
+    other = SimpleNamespace(read=lambda *_: ((0.0, rgb) for rgb in numbered_frames(10)[9:]))
+    monkeypatch.setattr(backend, "pyav", other)
     with pytest.raises(VideoError, match="does not begin with the first frame"):
         numbers(info, [0.5], decoder="decord")
-
-
-class FakePyAV:
-    @staticmethod
-    def read(info, times_s, damaged):
-        yield 0.0, numbered_frames(10)[9]
 
 
 @pytest.fixture

@@ -171,10 +171,6 @@ def test_a_single_frame_is_on_screen_throughout(folder):
     assert numbers(info, [-5.0, 0.0, 0.05, 1e300]) == [7, 7, 7, 7]
 
 
-def test_no_moments_no_chunks(long_file):
-    assert list(read_frames(probe(long_file), [])) == []
-
-
 @pytest.mark.few(8)
 @pytest.mark.parametrize("frames_fitting", [0, 1, 2, 3, 4, 5, 100])
 @pytest.mark.parametrize("total", [2, 7, 10])
@@ -216,22 +212,12 @@ def test_the_file_is_closed_on_early_exit(long_file, in_process, monkeypatch):
     assert not opened[0].input_was_opened
 
 
-def test_infos_and_chunks_can_be_sent_to_another_process(long_file):
-    info = pickle.loads(pickle.dumps(probe(long_file)))
+def test_requests(long_file, folder):
+    info = pickle.loads(pickle.dumps(probe(long_file)))  # it and chunks can be sent to another process
     chunk = pickle.loads(pickle.dumps(next(read_frames(info, (1.05, 2.05)))))
-    assert [number_of(rgb) for rgb in chunk.frames] == [10, 20]
-
-
-def test_a_file_that_vanished_is_an_error(folder):
-    path = write_video(folder / "gone.mp4", numbered_frames(2))
-    info = probe(path)
-    path.unlink()
+    assert [number_of(rgb) for rgb in chunk.frames] == [10, 20] and list(read_frames(info, [])) == []
     with pytest.raises(VideoError, match=r"no such file: .*gone.mp4"):
-        list(read_frames(info, [0.0]))
-
-
-def test_requests_that_make_no_sense(long_file):
-    info = probe(long_file)
+        list(read_frames(replace(info, path=str(folder / "gone.mp4")), [0.0]))
     with pytest.raises(UsageError, match="unknown decoder 'vhs'"):
         read_frames(info, [0.0], decoder="vhs")
     for times in ([1.0, 0.5], [float("nan")], [0.0, float("inf")]):

@@ -16,33 +16,11 @@ from tests.decoders import DECODERS, EVERY
 from tests.video.files import numbered_frame, numbered_frames, numbers, write_image, write_video
 
 NAMES = [
-    "-",
-    "-i.mp4",
-    "--help",
-    "two words .mp4",
-    'it\'s "so".mp4',
-    "new\nline.mp4",
-    "Überraschung 视频 🎬.mp4",
-    "100%.mp4",
-    "f%d.mp4",
-    "f%03d.png",
-    "*?[a]{b}.mp4",
-    "$HOME `ls`;.mp4",
-    "back\\slash.mp4",
-    "12:30:00.mp4",
-    "file:a.mp4",
-    "concat:a.mp4|b.mp4",
-    "pipe:1",
-    "pipe:",
-    "http:/a.mp4",
-    "http:a.mp4",
-    "subfile,,start,0,end,9,,:a.mp4",
-    "data:video;base64,AAAA",
-    "crypto:a",
-    "a.m3u8",
-    "a.ffconcat",
-    "a.sdp",
-]
+    "two words .mp4", 'it\'s "so".mp4', "new\nline.mp4", "Überraschung 视频 🎬.mp4", "$HOME `ls`;.mp4",
+    "-", "-i.mp4", "--help", "100%.mp4", "f%d.mp4", "f%03d.png", "*?[a]{b}.mp4", "back\\slash.mp4", "12:30:00.mp4", "file:a.mp4",
+    "concat:a.mp4|b.mp4", "pipe:1", "pipe:", "http:/a.mp4", "http:a.mp4", "subfile,,start,0,end,9,,:a.mp4",
+    "data:video;base64,AAAA", "crypto:a", "a.m3u8", "a.ffconcat", "a.sdp",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -108,15 +86,8 @@ def server():
 
 
 LEADS_NOWHERE = [
-    "loop.mp4",
-    "loop2.mp4",
-    "dangling.mp4",
-    "in/itself",
-    "a.mp4/b.mp4",
-    "x" * 300,
-    "a/../../nowhere.mp4",
-    "loop.mp4/a",
-]
+    "loop.mp4", "loop2.mp4", "dangling.mp4", "in/itself", "a.mp4/b.mp4", "x" * 300, "a/../../nowhere.mp4", "loop.mp4/a",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LEADS_NOWHERE)

@@ -49,14 +49,12 @@ def test_times_are_the_middles_of_equal_shares(duration, start_share, length_sha
 
 
 def test_a_plan_by_hand():
+    assert plan_sampling(3.0, end_s=99) == plan_sampling(3.0)  # an end beyond the video is its end
+    assert plan_sampling(100.0, min_frames=8, max_frames=5).frames == 4  # of limits that contradict each other
     plan = plan_sampling(10.0, fps=0.6, start_s=2.0, end_s=8.0)
     assert plan.times_s == (2.75, 4.25, 5.75, 7.25)  # 3.6 frames are rounded to 4
-    assert (plan.frames, plan.seconds_per_frame, plan.seconds_per_pair(), plan.seconds_per_pair(4)) == (
-        4,
-        1.5,
-        3.0,
-        6.0,
-    )
+    assert (plan.frames, plan.seconds_per_frame) == (4, 1.5)
+    assert (plan.seconds_per_pair(), plan.seconds_per_pair(4)) == (3.0, 6.0)
 
 
 @pytest.mark.parametrize(
@@ -75,14 +73,6 @@ def test_a_plan_knows_how_many_were_wanted(how, wanted, frames):
     assert (plan.wanted, plan.frames) == (wanted, frames)
 
 
-def test_an_end_beyond_the_video_is_its_end():
-    assert plan_sampling(3.0, end_s=99) == plan_sampling(3.0)
-
-
-def test_a_contradiction_of_limits_is_settled_by_the_upper_one():
-    assert plan_sampling(100.0, min_frames=8, max_frames=5).frames == 4
-
-
 @pytest.mark.parametrize(
     ("start", "end", "span"),
     [(-2.0, None, (8, 10)), (0.0, -3.0, (0, 7)), (-5.0, -2.0, (5, 8)), (-99.0, None, (0, 10)), (4.0, -1.0, (4, 9))],
@@ -92,20 +82,10 @@ def test_times_below_0_count_from_the_end(start, end, span):
     assert (plan.start_s, plan.end_s) == span and span[0] < plan.times_s[0] < plan.times_s[-1] < span[1]
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        {"end_s": -3.0},
-        {"start_s": -1.0, "end_s": -2.0},
-        {"start_s": 3.0},
-        {"start_s": 5.0},
-        {"start_s": 2.0, "end_s": 1.0},
-        {"end_s": 0.0},
-    ],
-)
+@pytest.mark.parametrize("part", [(0.0, -3.0), (-1.0, -2.0), (3.0, None), (5.0, None), (2.0, 1.0), (0.0, 0.0)])
 def test_an_empty_part_states_how_long_the_video_is(part):
     with pytest.raises(VideoError, match="3 s long") as caught:
-        plan_sampling(3.0, **part)
+        plan_sampling(3.0, start_s=part[0], end_s=part[1])
     assert caught.value.hint
 
 
@@ -145,34 +125,10 @@ def test_times_are_parsed(text, expected):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "x",
-        "-",
-        "--1",
-        "- 1",
-        "1:-5",
-        "1:",
-        ":30",
-        "1:60",
-        "1:60:00",
-        "1:2:3:4",
-        "1.5:00",
-        "nan",
-        "inf",
-        "1e3",
-        "٣",
-        "9" * 400,
-        "s",
-        "1m90s",
-        "1h60m",
-        "1h90s",
-        "1s1m",
-        "1:30s",
-        "1.5m",
-        "500ms",
-        "2 s",
+        "", "x", "-", "--1", "- 1", "1:-5", "1:", ":30", "1:60", "1:60:00", "1:2:3:4", "1.5:00", "nan", "inf", "1e3", "٣",
+        "9" * 400, "s", "1m90s", "1h60m", "1h90s", "1s1m", "1:30s", "1.5m", "500ms", "2 s",
     ],
-)
+)  # fmt: skip
 def test_what_is_not_a_time_is_refused(text):
     with pytest.raises(UsageError, match="is not a time"):
         parse_time(text)
@@ -240,15 +196,12 @@ def test_frames_get_smaller_before_they_get_fewer():
 def test_a_limit_on_frames_is_a_cap_too():
     plan = make_plan(video(), InputLimits(max_frames=50), frames=60)
     assert (plan.sampling.frames, plan.token_capped, plan.capped) == (50, False, True)
+    assert make_plan(video(), InputLimits(), max_frames=7).sampling.frames == 6
 
 
 def test_an_hour_stays_within_the_default():
     plan = make_plan(video(1920, 1080, 3600), InputLimits())
     assert plan.visual_tokens <= MAX_VISUAL_TOKENS and plan.capped
-
-
-def test_max_frames():
-    assert make_plan(video(), InputLimits(), max_frames=7).sampling.frames == 6
 
 
 def test_a_plan_names_its_limits():

@@ -78,19 +78,10 @@ def test_encodings(video, tmp_path, encoding, newline):
         (pictures(), "pictures"),
     ],
     ids=[
-        "Cyrillic",
-        "Japanese",
-        "Chinese",
-        "no text",
-        "binary",
-        "UTF-16 without mark",
-        "empty",
-        "prose",
-        "a long line",
-        "50 MB",
+        "Cyrillic", "Japanese", "Chinese", "no text", "binary", "UTF-16 without mark", "empty", "prose", "a long line", "50 MB",
         "PGS",
     ],
-)
+)  # fmt: skip
 def test_what_is_no_text_that_can_be_read_is_refused(video, tmp_path, content, says):
     with pytest.raises(VideoError, match=says) as refused:
         read(video, tmp_path / "a.srt", content)

@@ -68,7 +68,10 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
             while at < wanted:
                 frame = reader.next()
                 if at < 0:
-                    _check_first(info, _pixels(info, frame))
+                    with closing(pyav.read(info, (0.0,), ffmpeg.ignore_damage)) as pictures:
+                        _, right = next(pictures)
+                    if np.abs(_pixels(info, frame).astype(np.int16) - right).mean() > OTHER_FRAME:
+                        raise _refusal(info, "it does not begin with the first frame")
                 at, rgb = at + 1, None
             if rgb is None:
                 rgb = _pixels(info, frame)
@@ -112,10 +115,3 @@ def _pixels(info: Video, frame) -> np.ndarray:
     # Rows of slim rotated frames are padded, as if each pixel had more than three bytes.
     rgb = rows.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
     return ffmpeg.rotated(rgb, turn, info.mirrored)
-
-
-def _check_first(info: Video, rgb: np.ndarray) -> None:
-    with closing(pyav.read(info, (0.0,), ffmpeg.ignore_damage)) as pictures:
-        _, right = next(pictures)
-    if np.abs(rgb.astype(np.int16) - right).mean() > OTHER_FRAME:
-        raise _refusal(info, "it does not begin with the first frame")

@@ -25,14 +25,14 @@ from av.video.reformatter import VideoReformatter
 from evoprune.errors import VideoError
 from evoprune.video.readers import ffmpeg
 
-_WEB, _RTSP = "http,https,httpproxy,tcp,tls,crypto", "rtsp,rtsps,rtp,udp,tcp,tls"
-PROTOCOLS = {"http": _WEB, "https": _WEB, "rtsp": _RTSP, "rtsps": _RTSP, "udp": "udp", "tcp": "tcp"}
+# By the kind of a URL: the protocols that it needs, and formats beside those of files.
+WEB = "http,https,httpproxy,tcp,tls,crypto", ",hls,dash,aac,mp3,webvtt"
+RTSP = "rtsp,rtsps,rtp,udp,tcp,tls", ",rtsp,rtp,sdp"
+ALLOWED = {"http": WEB, "https": WEB, "rtsp": RTSP, "rtsps": RTSP, "udp": ("udp", ""), "tcp": ("tcp", "")}
 FORMATS = (
     "mpegts,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,flv,avi,nut,ogg,asf,mpeg,mpegvideo,mjpeg,mpjpeg,h264,hevc,av1,ivf,gif"
     ",apng,yuv4mpegpipe,mxf"
 )
-_WEB_LISTS, _RTSP_LISTS = ",hls,dash,aac,mp3,webvtt", ",rtsp,rtp,sdp"
-PLAYLISTS = {"http": _WEB_LISTS, "https": _WEB_LISTS, "rtsp": _RTSP_LISTS, "rtsps": _RTSP_LISTS}
 JUMP_S, FILE_JUMP_S = 10.0, 600.0  # longer steps between two frames are no gaps, but another clock
 POLL_S = 0.05  # how often a file is asked whether it has grown
 
@@ -41,7 +41,7 @@ class LiveReader:
     """One connection to a source. `facts`: "finite", whether it has an end of its own; others of `Video`.
 
     Args:
-        source: a URL of `PROTOCOLS`, a path, or a camera's device; None for the pipe `descriptor`, which is closed at the end.
+        source: a URL of `ALLOWED`, a path, or a camera's device; None for the pipe `descriptor`, which is closed at the end.
         name: of the source, for messages.
         timeout_s: how long it may be silent.
         follow: whether a file may grow: at its end it has so long to do so.
@@ -98,8 +98,12 @@ class LiveReader:
         limits, path = {"max_pixels": str(ffmpeg.MAX_PIXELS), "analyzeduration": str(10**6)}, self._source  # a second
         camera = "v4l2" if path and not self._scheme and stat.S_ISCHR(os.stat(path).st_mode) else None
         if self._scheme:
-            limits |= {"protocol_whitelist": PROTOCOLS[self._scheme], "rtsp_flags": "prefer_tcp"}
-            limits["format_whitelist"] = FORMATS + PLAYLISTS.get(self._scheme, "")
+            protocols, formats = ALLOWED[self._scheme]
+            limits |= {
+                "protocol_whitelist": protocols,
+                "format_whitelist": FORMATS + formats,
+                "rtsp_flags": "prefer_tcp",
+            }
         if self._scheme or camera:
             how = {"format": camera, "options": limits, "timeout": self._timeout_s, "metadata_errors": "replace"}
             return self._followed(path, how) if self._scheme in ("http", "https") else av.open(path, **how)
@@ -192,7 +196,8 @@ class LiveReader:
             back = (self._scheme or not self._source) and self.facts["container"] == ffmpeg.MOV and not begun
             if back and isinstance(problem, av.error.InvalidDataError | av.error.OSError):
                 message = f"{self._name} has its index at its end, so it can be read only as a file"
-                raise VideoError(message, INDEXED) from problem
+                hint = "download it first, or have it written by ffmpeg -movflags +faststart"
+                raise VideoError(message, hint) from problem
             yield None
             # So FFmpeg calls the end of a transfer whose length was not said.
             if getattr(problem, "errno", None) != errno.EIO or self.facts["finite"]:
@@ -207,13 +212,12 @@ class LiveReader:
             hint = "is it running, and can it be reached from here? --timeout waits longer"
             return VideoError(f"nothing came from {name} for {self._timeout_s:g} s", hint)
         if isinstance(problem, av.error.InvalidDataError | av.error.ArgumentError):
-            return VideoError(f"{name} sends no video that can be read", GARBAGE if self._source else PIPED)
+            piped = "does the command before it fail? A pipe carries MPEG-TS or Matroska, an MP4 only in fragments"
+            return VideoError(f"{name} sends no video that can be read", GARBAGE if self._source else piped)
         return VideoError(f"cannot read {name}: {ffmpeg.reason(problem)}", "check the address, and whether it plays")
 
 
 GARBAGE = "does it play elsewhere? Formats are those of files, and of playlists over http"
-PIPED = "does the command before it fail? A pipe carries MPEG-TS or Matroska, an MP4 only in fragments"
-INDEXED = "download it first, or have it written by ffmpeg -movflags +faststart"
 
 
 class _Following:

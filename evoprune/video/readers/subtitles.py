@@ -28,10 +28,6 @@ DAMAGED = "damaged_subtitles"
 HEAD_BYTES = 4096
 # Words of other scripts that are read as cp1252 consist of accented letters. In Western European words, not so many follow.
 NO_WESTERN_WORD = re.compile(r"[^\W\d_\x00-\x7f]{4}")
-# A line that comes again so soon, in seconds, is the same line. Between two lines editors leave at least two frames.
-STILL_S = 0.05
-UNPACK = "\\{{}"  # how FFmpeg writes a brace that is text
-BRACE = "\0"  # in its place meanwhile; no text has it
 HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a text track; or leave them out"
 
 
@@ -182,14 +178,15 @@ def _cues(
 def _plain(text: str, hidden: bool) -> list[str]:
     """The lines of a text without markup. `hidden`: what is in braces is not displayed, whatever it is."""
     drawing, pieces = False, []
-    for piece in re.split(r"(\{[^{}]*\})", text.replace(UNPACK, BRACE)):
+    # FFmpeg writes \{{} for a brace that is text. In its place stands a null character meanwhile, which no text has.
+    for piece in re.split(r"(\{[^{}]*\})", text.replace("\\{{}", "\0")):
         if piece.startswith("{") and piece.endswith("}") and (hidden or piece.startswith("{\\")):
             if mode := re.search(r"\\p(\d)", piece):  # what follows are the lines of a drawing
                 drawing = mode[1] != "0"
         elif not drawing:
             pieces.append(piece)
     broken = re.sub(r"\\[Nn]", "\n", "".join(pieces)).replace("\\h", " ")
-    plain = broken.replace("\\\u2060", "\\").replace(BRACE, "{")  # FFmpeg's word joiner keeps a backslash literal
+    plain = broken.replace("\\\u2060", "\\").replace("\0", "{")  # FFmpeg's word joiner keeps a backslash literal
     return [line for line in (" ".join(line.split()) for line in plain.split("\n")) if line]
 
 
@@ -202,7 +199,8 @@ def _lines(cues: Iterable[tuple[float, float, list[str]]]) -> list[SubtitleLine]
         new = []
         for text in texts:
             before = on_screen.get(text)
-            if before is None or before[1] + STILL_S < start:
+            # What comes again within 50 ms is the same line. Between two lines editors leave at least two frames.
+            if before is None or before[1] + 0.05 < start:
                 new.append(text)
             else:
                 before[1] = max(before[1], end)

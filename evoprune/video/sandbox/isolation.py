@@ -229,15 +229,14 @@ def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] 
         from evoprune.video.sandbox.worker import run
 
         return run(task, arguments)
-    with suppress(Crash):
-        return _run_once(task, path, arguments)
-    return _run_once(task, path, arguments)
-
-
-def _run_once(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    with borrow(path) as worker:
-        worker.send(worker.request(task, arguments))
-        return worker.answer()
+    for again in (True, False):
+        try:
+            with borrow(path) as worker:
+                worker.send(worker.request(task, arguments))
+                return worker.answer()
+        except Crash:
+            if not again:
+                raise
 
 
 def stream_frames(info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int]) -> Iterator[FilledArray]:
