@@ -1,4 +1,6 @@
-"""Clips made by formula, for benchmarks: the same bytes everywhere, for ever. Whole numbers only, and one hash as random generator.
+"""The clips that are measured: frames of a video or made by formula, and what is made of them before the tower runs.
+
+Those made by formula are the same bytes everywhere, for ever: whole numbers only, and one hash as random generator.
 
 A *grid* is two frames, a *unit* 28x28 pixels of both, or 32x32. f, y, x, c count frames, rows, columns and colour channels from 0.
 
@@ -9,9 +11,7 @@ A *grid* is two frames, a *unit* 28x28 pixels of both, or 32x32. f, y, x, c coun
 `motion`    Ordinary motion: texture(5), and before it three textured discs that go their way steadily, out at one side and in
             again at the other; all under sensor noise of -3 to 3. About a third of the units change visibly from grid to grid
             (of a picture that is only a few units wide, more).
-
-
-The clips that are measured: their frames, and what is made of them before the tower runs."""
+"""
 
 import sys
 from collections.abc import Callable
@@ -54,18 +54,17 @@ def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int
     return made
 
 
-def _hash(n: np.ndarray) -> np.ndarray:
-    """lowbias32, https://nullprogram.com/blog/2018/07/31/; uint32 of one dimension or more, whose products wrap silently."""
-    n = (n ^ (n >> np.uint32(16))) * np.uint32(0x7FEB352D)
-    n = (n ^ (n >> np.uint32(15))) * np.uint32(0x846CA68B)
-    return n ^ (n >> np.uint32(16))
-
-
 def _mix(*numbers: int | np.ndarray) -> np.ndarray:
-    """Of each number in turn the hash of it and what was made before: uint32, of the shape that the numbers broadcast to."""
+    """Of each number in turn the hash of it and what was made before: uint32, of the shape that the numbers broadcast to.
+
+    The hash is lowbias32, https://nullprogram.com/blog/2018/07/31/. Products of uint32 of one dimension or more wrap silently.
+    """
     made = np.zeros(1, np.uint32)
     for number in numbers:
-        made = _hash(made + np.atleast_1d(number).astype(np.uint32))
+        made = made + np.atleast_1d(number).astype(np.uint32)
+        made = (made ^ (made >> np.uint32(16))) * np.uint32(0x7FEB352D)
+        made = (made ^ (made >> np.uint32(15))) * np.uint32(0x846CA68B)
+        made ^= made >> np.uint32(16)
     return made
 
 

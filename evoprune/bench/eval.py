@@ -1,12 +1,10 @@
-"""What answering a question costs, in operations at the dimensions of Qwen2.5-VL-3B.
-
-The rows that each layer of the run's own tower computed are stretched to the 3B's 32 layers by relative depth (`stretched`), and
-so are the prompt's lengths where they differ from layer to layer. Scoring and merging, a few percent of the tower, are left out.
-
-
-What `evoprune eval` runs: every video in full and once for every method and budget, each time with all its questions.
+"""What `evoprune eval` runs: every video in full and once for every method and budget, each time with all its questions.
 
 Every answer becomes a sample, a plain dict; `scores.py` makes the table of them.
+
+What answering costs is given in operations at the dimensions of Qwen2.5-VL-3B: the rows that each layer of the run's own tower
+computed are stretched to the 3B's 32 layers by relative depth (`stretched`), and so are the prompt's lengths where they differ from
+layer to layer. Scoring and merging, a few percent of the tower, are left out.
 """
 
 import hashlib
@@ -173,7 +171,13 @@ class Evaluation:
     def __init__(self, settings: EvalSettings, videos: Sequence[VideoQuestions]):
         self.settings, self.variants = settings, variants(settings)
         self.folder: RunFolder | None = None
-        self.videos = self._asked_about(videos)
+        if groups := settings.groups:
+            every = [replace(v, rows=tuple(r for r in v.rows if set(groups) & set(r.groups))) for v in videos]
+            chosen = [video for video in every if video.rows]
+            if videos and not chosen:
+                raise UsageError(f"no question is in {' or '.join(groups)}", "see the field groups of the file")
+            videos = chosen
+        self.videos = list(videos[: settings.limit])
         self.total = len(self.videos)
         self.samples: list[dict] = []
         self.loaded: LoadedModel | None = None
@@ -201,7 +205,12 @@ class Evaluation:
         done = {sample["video"] for sample in self.samples}
         missing = [video for video in self.videos if video.name not in done]
         if processes > 1:
-            each = map_in_processes(self._start_of_each(processes), missing, processes)
+            loaded, model = self.loaded, self.settings.model
+            if loaded and (short := shortage(processes * loaded.weights_bytes, loaded.device)):
+                hint = "fewer processes (--processes), or a smaller model"
+                raise OutOfMemory(f"{processes} copies of {loaded.id}: {short}", hint, stage="load")
+            model = replace(model, threads=threads_of_each(model.threads, processes))
+            each = map_in_processes(partial(_start, replace(self.settings, model=model)), missing, processes)
         else:
             each = (
                 self.evaluate(video, lambda what, at=number: progress(f"video {at} of {self.total}: {what}"))
@@ -214,24 +223,6 @@ class Evaluation:
                 if self.folder:
                     self.folder.add(made)
                 self.samples += made
-
-    def _start_of_each(self, processes: int) -> Callable[[], Callable[[VideoQuestions], list[dict]]]:
-        if self.loaded and (short := shortage(processes * self.loaded.weights_bytes, self.loaded.device)):
-            hint = "fewer processes (--processes), or a smaller model"
-            raise OutOfMemory(f"{processes} copies of {self.loaded.id}: {short}", hint, stage="load")
-        model = self.settings.model
-        model = replace(model, threads=threads_of_each(model.threads, processes))
-        return partial(_start, replace(self.settings, model=model))
-
-    def _asked_about(self, videos: Sequence[VideoQuestions]) -> list[VideoQuestions]:
-        groups = self.settings.groups
-        if groups:
-            every = [replace(v, rows=tuple(r for r in v.rows if set(groups) & set(r.groups))) for v in videos]
-            chosen = [video for video in every if video.rows]
-            if videos and not chosen:
-                raise UsageError(f"no question is in {' or '.join(groups)}", "see the field groups of the file")
-            videos = chosen
-        return list(videos[: self.settings.limit])
 
     def evaluate(self, video: VideoQuestions, progress: Progress = lambda what: None) -> list[dict]:
         """The samples of a video, variant after variant; if it fails, one with an `error` for each question."""

@@ -1,10 +1,8 @@
-"""The model that is measured, with its weights plain, packed and quantised, as far as there is memory for them.
+"""What `evoprune profile` runs: all rows take turns, round after round, in one process; random weights will do.
 
-One turn of a benchmark, stage by stage: evoprune, and plain Hugging Face transformers.
-
-A benchmark in place: its rows, its models and its prepared clips; and one round, in which every row has a turn.
-
-What `evoprune profile` runs: all rows take turns, round after round, in one process; random weights will do."""
+`load` loads a model that there is memory for, `Bench` holds it with its clips and with plain, packed and quantised weights, and
+`measure` runs rounds. A turn of a row is `run_evoprune` or, with plain transformers, `run_hugging_face`, stage by stage.
+"""
 
 import os
 import platform
@@ -69,7 +67,7 @@ from evoprune.video.plan import InputLimits
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_geometry, tower_shape
 
-MEMORY_HINT = "take fewer or smaller frames (--frames, --size), 16-bit weights (--dtype bf16) or a smaller model (-m)"
+Progress = Callable[[str], None]
 
 
 def default_load_format(name: str) -> str:
@@ -92,14 +90,17 @@ def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
         weights = sum(weight.numel() for weight in found.tree.parameters()) * size
         working = min(working_memory(found.config, case, found.limits[VIDEO], size) for case in cases)
         if short := cost.shortage(weights + working, str(found.device)):
-            raise OutOfMemory(f"{options.model} at {min(cases)} {short}", MEMORY_HINT, stage="load")
+            hint = (
+                "take fewer or smaller frames (--frames, --size), 16-bit weights (--dtype bf16) or a smaller model (-m)"
+            )
+            raise OutOfMemory(f"{options.model} at {min(cases)} {short}", hint, stage="load")
     loaded = load_model(options, pack=False)
     loaded.ready()
     return loaded
 
 
 def quantized_models(
-    loaded: LoadedModel, names: Sequence[str], working: int, progress: Callable[[str], None]
+    loaded: LoadedModel, names: Sequence[str], working: int, progress: Progress
 ) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
     """The models that there is memory for beside `working` bytes ("none" is packed), why others are missing, and remarks."""
     for name in names:
@@ -109,7 +110,7 @@ def quantized_models(
     notes, missing = [], {}
     parts = ours.model.visual, ours.model.language_model
     tower, language = (sum(weight.nbytes for weight in part.parameters()) for part in parts)
-    plain = sum(weight.nbytes for weight in loaded.model.parameters())
+    all_bytes = sum(weight.nbytes for weight in loaded.model.parameters())
     if can_pack(next(ours.parameters())):
         progress("packing weights")
         start = now(ours.device)
@@ -125,7 +126,7 @@ def quantized_models(
     for name in names:
         if name == "none":
             continue
-        if short := cost.shortage(plain - saved_bytes(loaded.model, name) + working, loaded.device):
+        if short := cost.shortage(all_bytes - saved_bytes(loaded.model, name) + working, loaded.device):
             missing[name] = f"not run: beside the other weights, {name} {short}"
             continue
         start, model = now(loaded.model.device), shared(loaded.model)
@@ -164,7 +165,8 @@ def run_evoprune(
 ) -> Turn:
     """evoprune from patches to new tokens; as many visual tokens as `plan` keeps reach the language model."""
     model, visual = loaded.model, loaded.model.model.visual
-    clock = _start(loaded)
+    reset_peak_memory(loaded.device)
+    clock = Clock(torch.device(loaded.device))
     with clock.stage("encode"):
         embed = model.model.language_model.embed_tokens
         question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device)) if method.reads_question else None
@@ -194,7 +196,8 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
     """The tower, language model and cache of transformers' `reference`, one by one; logits are of the last token alone."""
     from transformers import DynamicCache
 
-    clock, text = _start(loaded), reference.model.language_model
+    reset_peak_memory(loaded.device)
+    clock, text = Clock(torch.device(loaded.device)), reference.model.language_model
     device, (time_, rows, columns) = clip.patches.device, clip.grid
     grid_thw = torch.tensor([[time_, 2 * rows, 2 * columns]], dtype=torch.int64, device=device)
     # Row 0 is the place in the text; the others are the positions in time, height and width.
@@ -225,11 +228,6 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
     return Turn(counts, _sample(loaded, clock), tokens)
 
 
-def _start(loaded: LoadedModel) -> Clock:
-    reset_peak_memory(loaded.device)
-    return Clock(torch.device(loaded.device))
-
-
 def _sample(loaded: LoadedModel, clock: Clock, prune: float = 0.0, prefill_prune: float = 0.0) -> Sample:
     s = clock.seconds
     return Sample(s["encode"], prune, s["prefill"], s["generate"], peak_memory(loaded.device), prefill_prune)
@@ -242,10 +240,6 @@ def _counts(visual, clip: Clip, layers: list[tuple[int, int]], rows: int, tokens
     return Counts(clip.unpruned, rows, share, tuple(layers), tokens, prompt, flop)
 
 
-Source = Callable[[Case], Frames]
-Progress = Callable[[str], None]
-
-
 class Bench:
     """Rows, models and clips, ready to be measured; rows that cannot run get an error. `source` makes the frames of a case."""
 
@@ -253,7 +247,7 @@ class Bench:
         self,
         loaded: LoadedModel,
         rows: Sequence[ProfileRow],
-        source: Source,
+        source: Callable[[Case], Frames],
         settings: ProfileSettings,
         progress: Progress,
     ):
@@ -325,15 +319,14 @@ def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRo
 
 
 WARM_UP, ROUND, COUNTED = "warm-up", "round", "counted"  # what `paced` yields
-Round = tuple[
-    float, dict[ProfileRow, Turn | str]
-]  # the rate in matrix products, and the turn of each row or why it failed
+# The rate in matrix products, and the turn of each row or why it failed.
+Round = tuple[float, dict[ProfileRow, Turn | str]]
 
 
 def measure(
     loaded: LoadedModel,
     cases: Sequence[Case],
-    source: Source,
+    source: Callable[[Case], Frames],
     settings: ProfileSettings,
     *,
     about: dict | None = None,
@@ -351,9 +344,31 @@ def measure(
     limit, asked = limit or TimeLimit(settings.time_limit_s), all_rows(cases, settings)
     rows = [*asked]
     progress("preparing")
-    results = _blank_results(loaded, settings, about or {})
+    notes = []
+    if not reset_peak_memory(loaded.device):
+        notes.append("peak memory is the whole process's so far: this system cannot measure it for each row")
+    if loaded.model.config.vision_config.traits.timestamps:
+        more = BEFORE_PAIR + AFTER_PAIR
+        notes.append(f"{more} tokens more for the time and the markers of each frame pair of a clip")
+    results = ProfileResults(
+        model=replace(loaded.facts(), quantize="none"),
+        weights_bytes=loaded.weights_bytes,
+        env=environment(loaded.device),
+        machine={
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "processors": os.cpu_count(),
+            "cores": available_cores(),
+        },
+        settings={
+            **(about or {}),
+            **asdict(settings),
+            "budgets": [*map(plain, settings.budgets)],
+            "text_tokens": TEXT_BEFORE + TEXT_AFTER,
+        },
+    )
     bench = Bench(loaded, rows, source, settings, progress)
-    notes = results.notes + bench.notes
+    notes += bench.notes
 
     run_round = partial(_run_round, bench, rows, limit, progress)
     for phase, (rate, turns) in paced(run_round, settings, limit):
@@ -438,30 +453,3 @@ def _with_bounds(rows: list[ProfileRow]) -> list[ProfileRow]:
             made.append(bound_of(full, next((r for r in like if not r.error), row)))
         made.append(row)
     return made
-
-
-def _blank_results(loaded: LoadedModel, settings: ProfileSettings, about: dict) -> ProfileResults:
-    notes = []
-    if not reset_peak_memory(loaded.device):
-        notes.append("peak memory is the whole process's so far: this system cannot measure it for each row")
-    if loaded.model.config.vision_config.traits.timestamps:
-        more = BEFORE_PAIR + AFTER_PAIR
-        notes.append(f"{more} tokens more for the time and the markers of each frame pair of a clip")
-    return ProfileResults(
-        model=replace(loaded.facts(), quantize="none"),
-        weights_bytes=loaded.weights_bytes,
-        env=environment(loaded.device),
-        machine={
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "processors": os.cpu_count(),
-            "cores": available_cores(),
-        },
-        settings={
-            **about,
-            **asdict(settings),
-            "budgets": [*map(plain, settings.budgets)],
-            "text_tokens": TEXT_BEFORE + TEXT_AFTER,
-        },
-        notes=notes,
-    )

@@ -1,6 +1,4 @@
-"""What a benchmark sweeps, how often it measures, and how long it may take.
-
-What a benchmark measured: raw samples in seconds, and figures made of them (schema `evoprune/profile@1`). No torch.
+"""What `evoprune profile` sweeps, and what it measured: raw samples in seconds, and figures made of them. No torch.
 
 A ratio is taken round by round, and its median is reported, so that a drift of the machine's speed cancels.
 """

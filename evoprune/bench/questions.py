@@ -1,6 +1,4 @@
-"""Grading: whether what a model said is the expected answer. No torch.
-
-Questions with known answers, video by video (or picture by picture), from a JSONL or CSV file. No torch."""
+"""Questions with known answers, from a JSONL or CSV file, and grading: whether a model said the expected answer. No torch."""
 
 import re
 import unicodedata

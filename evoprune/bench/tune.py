@@ -1,15 +1,11 @@
-"""The settings that are tried: successive halving (arXiv 1502.07943) over videos, while there is no time for everything.
+"""What `evoprune tune` runs: the unpruned model answers, candidates are tried, and the results become the rows of a table.
 
-From trials to the rows of a table: agreement of candidates, with bounds that hold where one never disagrees.
+While there is no time for everything, candidates are tried by successive halving (arXiv 1502.07943) over videos.
 
 KL orders the candidates, and agreement is estimated along that order: one with a lower KL is not taken to agree less (isotonic
 regression, Ayer and others 1955). The tokens of a video depend on each other, so that they prove less than independent ones: by the
 design effect (Kish 1965), variance over videos / variance of independent tokens, estimated from all candidates together.
-
-
-The unpruned model's answers, which candidates are compared with.
-
-One run of `evoprune tune`: full answers, trials of candidates, and the document of results."""
+"""
 
 import math
 import time
@@ -141,8 +137,6 @@ def search(
                     known[candidate].append(trial(candidate, video))
 
 
-Counts = tuple[np.ndarray, np.ndarray]  # of a candidate: agreeing tokens and tokens of every video
-
 SAME_TIME = 0.05  # medians of times that differ by less are taken as equal
 
 
@@ -227,8 +221,11 @@ def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarra
     return made
 
 
-def design_effect(candidates: Sequence[Counts]) -> float | None:
-    """How many tokens prove as much as one independent token; at least 1, None where no candidate shows it."""
+def design_effect(candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> float | None:
+    """How many tokens prove as much as one independent token; at least 1, None where no candidate shows it.
+
+    `candidates`: of each the agreeing tokens and the tokens of every video.
+    """
     over_videos = independent = 0.0
     for agree, tokens in candidates:
         if len(tokens) < 2:
@@ -258,7 +255,6 @@ def least_tokens(agree: float) -> int:
 TOKENS = (64, 32, 16, 8)  # of an answer, at most; fewer where time is short
 SLOW = 1 / 10  # of the time there is: a first encoding that takes longer is not repeated
 Progress = Callable[[str], None]
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -292,7 +288,12 @@ class Answering:
     """
 
     def __init__(
-        self, engine: Engine, sampling: SamplingOptions, questions: tuple[str, ...], seconds: float, now: Clock
+        self,
+        engine: Engine,
+        sampling: SamplingOptions,
+        questions: tuple[str, ...],
+        seconds: float,
+        now: Callable[[], float],
     ):
         self.made: list[FullAnswers] = []  # a video each
         self.problems: dict[str, EvopruneError] = {}  # of videos that cannot be read or computed, by path
@@ -488,7 +489,22 @@ class Tuning(Run):
             if video not in held:
                 held.clear()  # the frames and rows of the video before
                 held[video] = SharedFrames(), SharedRows()
-            return self._try(candidate, made[video], *held[video])
+            start, full = self._now(), made[video]
+            engine = Engine(
+                self.loaded, PruneOptions(candidate.budget, candidate.method, seed=self.settings.seed).config()
+            )
+            encoded, seconds = encode(engine, full.path, self.settings.sampling, *held[video])
+            along, pruning = [agreement(given, encoded) for given in full.references], encoded.report.pruning
+            return Trial(
+                agree=sum(int(one.agrees.sum()) for one in along),
+                tokens=full.tokens,
+                kl=[value for one in along for value in one.kl.tolist()],
+                first_s=seconds + along[0].seconds,
+                full_s=full.first_s,
+                took_s=self._now() - start,
+                kept=pruning.visual_tokens_kept / pruning.visual_tokens_in,
+                live=pruning.encoder_live_share,
+            )
 
         goal = self.settings.agree
         trials = search(self.known, len(made), goal, trial, lambda: self.left_s, lambda video: made[video].took_s)
@@ -509,23 +525,6 @@ class Tuning(Run):
             "notes": self._notes() if self.answering and self.answering.made else [],
             "error": error,
         }
-
-    def _try(self, candidate: Candidate, full: FullAnswers, frames: SharedFrames, rows: SharedRows) -> Trial:
-        start = self._now()
-        pruning = PruneOptions(candidate.budget, candidate.method, seed=self.settings.seed)
-        engine = Engine(self.loaded, pruning.config())
-        video, seconds = encode(engine, full.path, self.settings.sampling, frames, rows)
-        made, pruning = [agreement(given, video) for given in full.references], video.report.pruning
-        return Trial(
-            agree=sum(int(one.agrees.sum()) for one in made),
-            tokens=full.tokens,
-            kl=[value for one in made for value in one.kl.tolist()],
-            first_s=seconds + made[0].seconds,
-            full_s=full.first_s,
-            took_s=self._now() - start,
-            kept=pruning.visual_tokens_kept / pruning.visual_tokens_in,
-            live=pruning.encoder_live_share,
-        )
 
     def _too_few(self) -> str | None:
         """A sentence that says so where nothing could pass even if all tokens agreed."""

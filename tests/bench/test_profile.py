@@ -113,13 +113,6 @@ def test_counts(results):
             assert (0 < sample.prune < sample.encode) or row.kind in (HUGGING_FACE, BOUND)
 
 
-def test_a_bound_is_made_of_the_same_round(results):
-    _, full, *rows = results.of(CASE)
-    for bound, method in ((rows[0], rows[1]), (rows[3], rows[4])):
-        for made, tower, rest in zip(bound.samples, full.samples, method.samples, strict=True):
-            assert (made.encode, made.prefill, made.generate) == (tower.encode, rest.prefill, rest.generate)
-
-
 @pytest.mark.full
 def test_quantised_weights_have_rows_of_their_own(loaded):
     settings = replace(SETTINGS, budgets=(0.5,), methods=("evoprune",), quantize=("none", *KINDS))

@@ -218,12 +218,6 @@ def test_the_paired_differences_interval_covers_the_truth(gap):
     assert 0.9 <= np.mean(covered) <= (1.0 if gap == 0 else 0.985)
 
 
-def test_equal_runs_differ_by_exactly_nothing():
-    right = np.random.default_rng(0).integers(0, 7, 40)
-    drawn = resampled(np.stack([right, right, np.full(40, 6)], 1))
-    assert percentile_interval(drawn[:, 1] / drawn[:, 2] - drawn[:, 0] / drawn[:, 2]) == (0.0, 0.0)
-
-
 def test_draws_are_of_whole_clusters_and_the_same_again():
     sums = np.stack([np.arange(7) ** 2, np.ones(7)], 1)
     drawn = resampled(sums, seed=3, draws=100)

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from evoprune.bench.tune import Tuning
+from evoprune.bench.tune import Trial
 from evoprune.errors import UsageError
 from evoprune_cli.terminal import Terminated
 
@@ -93,15 +93,15 @@ def test_videos_that_cannot_be_read(tune, tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize(("problem", "code"), [(KeyboardInterrupt(), 130), (Terminated(), 143)])
 def test_an_interruption_leaves_what_is_known(tune, monkeypatch, problem, code):
-    tried, real = [], Tuning._try
+    tried = []
 
-    def broken(*args):
-        tried.append(args)
-        if len(tried) == 8:
+    def broken(*columns, **trial):  # one that was tried is written out by name
+        tried.extend([trial] * bool(trial))
+        if len(tried) == 8 and trial:
             raise problem
-        return real(*args)
+        return Trial(*columns, **trial)
 
-    monkeypatch.setattr(Tuning, "_try", broken)
+    monkeypatch.setattr("evoprune.bench.tune.Trial", broken)
     result = tune(*LOW, "--json")
     assert result.code == code and result.record["error"]["code"] == code
     assert [row["videos"] for row in result.record["rows"]].count(2) == 2  # the second of two videos was begun
@@ -130,7 +130,7 @@ def test_questions_of_a_file(tune, tmp_path):
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused_before_weights_are_read(tune, monkeypatch, wrong):
-    monkeypatch.setattr(Tuning, "load", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr("evoprune.bench.tune.Tuning.load", lambda *_: pytest.fail("weights are read"))
     result = tune(*wrong)
     assert result.code == 2 and result.out == "" and result.err.count("\n") <= 2
     assert UsageError.exit_code == 2

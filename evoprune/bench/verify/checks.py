@@ -1,10 +1,5 @@
-"""Checks with nothing pruned: every step from pixels to the answer against transformers on the same weights.
-
-Checks below a budget of 1.0: counts, what must not depend on chunks or threads, every method, reuse, transformers' model.
-
-What is measured: time to the first token beside transformers', kernels, memory, and how often the program waits.
-
-What kernels and graphs compute on this GPU, compared with plain PyTorch, one after another."""
+"""The checks: with nothing pruned every step from pixels to the answer, against transformers on the same weights. Below that:
+counts, what must not depend on chunks or threads, reuse and every method. Then kernels, memory, waits, time to the first token."""
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager

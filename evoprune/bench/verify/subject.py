@@ -1,11 +1,9 @@
-"""What a check is and what comes of it: held, differs or skipped; and the distance between what two programs computed.
+"""What is verified: a loaded model, transformers' model of the same files, and inputs as both of them read these.
 
-A transformers model computing in a wider dtype than its weights have: what rounding does to it is its own noise.
-
-No second copy of the weights is made: each module widens its own while it computes, large ones a piece at a time.
-
-
-What is verified: a loaded model, transformers' model of the same files, and inputs as both of them read these."""
+Also what comes of a check (held, differs or skipped) and the distance between what two programs computed. The limit of a distance
+is what rounding does to a transformers model: the same computes in a wider dtype than its weights have. No second copy of the
+weights is made for that: each module widens its own while it computes, large ones a piece at a time.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager

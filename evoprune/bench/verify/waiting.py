@@ -15,7 +15,6 @@ SHAPED = {
     "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive",
 }  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
-SELECTING = "pruning/", "methods/"  # folders of this package
 COPYING = {"_to_copy", "to", "copy_"}
 
 
@@ -41,7 +40,7 @@ class Waiting(TorchDispatchMode):
     @property
     def outside(self) -> list[str]:
         """The places that are in no selection."""
-        return [place for place in self.places if not place.split()[1].startswith(SELECTING)]
+        return [place for place in self.places if not place.split()[1].startswith("methods/")]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
