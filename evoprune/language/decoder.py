@@ -248,11 +248,6 @@ class KVCache:
                 strip = keys[0, :, start : min(end, start + STRIP)]
                 strip.copy_(rotate(strip.transpose(0, 1).float(), cos, sin).transpose(0, 1))
 
-    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The valid keys and values of a layer, `[1, kv_heads, lengths[layer], head_dim]`, views."""
-        keys, values = self._layers[layer]
-        return keys[:, :, : self.lengths[layer]], values[:, :, : self.lengths[layer]]
-
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a layer's new columns, `[1, kv_heads, L, head_dim]`, after the valid ones. They become valid with `add`.
 
