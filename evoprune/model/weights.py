@@ -70,8 +70,8 @@ def _merger(config: VisionConfig, norm: nn.Module) -> Tree:
 
 def _embedding(count: int, wide: int) -> nn.Embedding:
     """From a tensor: drawing one imports the whole of torch.compile, even without memory."""
-    made = torch.empty(count, wide, dtype=torch.float32, device=torch.get_default_device())
-    return nn.Embedding.from_pretrained(made)
+    weight = torch.empty(count, wide, dtype=torch.float32, device=torch.get_default_device())
+    return nn.Embedding.from_pretrained(weight)
 
 
 class LanguageModel(Tree):
