@@ -145,9 +145,9 @@ def shared_copy(module: nn.Module, replace: Callable[[nn.Module], nn.Module | No
     """A copy of a tree of modules on the same weights. `replace`: what stands for a module in it; None for a copy."""
     if (other := replace(module)) is not None:
         return other
-    made = copy(module)
-    made._modules = {name: child and shared_copy(child, replace) for name, child in module.named_children()}
-    return made
+    clone = copy(module)
+    clone._modules = {name: child and shared_copy(child, replace) for name, child in module.named_children()}
+    return clone
 
 
 def packs(module: nn.Module) -> bool:

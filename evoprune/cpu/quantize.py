@@ -44,17 +44,17 @@ class Bytes:
 
         Also the step of each row, float32 `[R, 1]`; and the large channels, float32 `[R, m]`.
         """
-        known, known_large, made = self._last  # read once: another thread may run the same model
+        known, known_large, rounded = self._last  # read once: another thread may run the same model
         if x is known and large is known_large:
-            return made
+            return rounded
         rows = x.reshape(-1, x.shape[-1]).float()
         rest = rows.index_fill(1, large, 0.0) if len(large) else rows
         step = _largest(rest)[:, None].clamp_(min=1e-30) / levels()
         middle = torch.full((), levels() + 1.5, dtype=torch.float32, device="cpu")  # truncation after adding 0.5 rounds
         whole = torch.addcmul(middle, rest, 1 / step, out=rest if len(large) else None).to(torch.uint8)
-        made = whole, step, rows[:, large]
-        self._last = x, large, made
-        return made
+        rounded = whole, step, rows[:, large]
+        self._last = x, large, rounded
+        return rounded
 
 
 def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: torch.Tensor | None = None) -> Weights:
@@ -128,8 +128,8 @@ def large_channels(x: torch.Tensor) -> torch.Tensor:
     """int64, ascending: the channels of `x` (`[..., K]`) that are more than `LARGE` times the median; the largest `MAX_LARGE`."""
     size = x.reshape(-1, x.shape[-1]).float().abs().amax(0)
     most = int(len(size) * MAX_LARGE)
-    found = size.topk(most).indices if most else size[:0].long()
-    return found[size[found] > LARGE * size.median()].sort().values
+    largest = size.topk(most).indices if most else size[:0].long()
+    return largest[size[largest] > LARGE * size.median()].sort().values
 
 
 @lru_cache
@@ -212,9 +212,9 @@ class Unquantised(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (layer,) = self._layer
-        made = self._become(layer, large_channels(x))
+        quantised = self._become(layer, large_channels(x))
         madvise_cold(layer.weight)  # a file's pages may count against a container's memory
-        return made(x)
+        return quantised(x)
 
 
 def check(kind: str, device: torch.device) -> None:
@@ -273,30 +273,30 @@ def quantize(
 
     Raises RuntimeError: a layer was not called.
     """
-    made = _Quantised(model, kind, progress)
+    quantised = _Quantised(model, kind, progress)
     # Memory that layer after layer allocates and frees between what stays would be left in holes: a third of the model.
     memory = torch.empty(SCRATCH_BYTES, dtype=torch.int8, device="cpu")
 
     def become(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
-        weights = int8_weights(layer, large, memory) if made.reads_rows(path) else {}
-        weights |= int4_weights(layer) if made.every[path] == "int4" else {}
+        weights = int8_weights(layer, large, memory) if quantised.reads_rows(path) else {}
+        weights |= int4_weights(layer) if quantised.every[path] == "int4" else {}
         if store:
             store(path, weights)
-        return made.put(path, layer, weights)
+        return quantised.put(path, layer, weights)
 
-    for path in made.every:
-        made.replace(path, Unquantised(model.get_submodule(path), partial(become, path)))
+    for path in quantised.every:
+        quantised.replace(path, Unquantised(model.get_submodule(path), partial(become, path)))
     with torch.inference_mode():
         run(model)
-    if missing := len(made.every) - made.done:
+    if missing := len(quantised.every) - quantised.done:
         raise RuntimeError(f"{missing} layers of the model were not called, so they are not quantised")
 
 
 def restore(model: nn.Module, kind: str, read: Callable[[str], Weights], progress: Progress | None = None) -> None:
     """Puts quantised layers in their places, of the weights that `quantize` stored; `read` gives those of a layer."""
-    made = _Quantised(model, kind, progress)
-    for path in made.every:
-        made.put(path, model.get_submodule(path), read(path))
+    quantised = _Quantised(model, kind, progress)
+    for path in quantised.every:
+        quantised.put(path, model.get_submodule(path), read(path))
 
 
 class _Quantised:
@@ -323,13 +323,13 @@ class _Quantised:
             key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
             large = self._known.setdefault(key, weights["large"])
             full = Int8Linear(weights | {"large": large}, layer.bias, self._to_bytes)
-        made = full
+        quantised = full
         if self.every[path] == "int4":
             # The kernel wants the dtype in which the model computes. That of the file may be narrower.
             weights = weights | {"scales": weights["scales"].to(self._model.dtype)}
-            made = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)
-        self.replace(path, made)
+            quantised = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)
+        self.replace(path, quantised)
         self.done += 1
         if self._progress:
             self._progress(self.done, len(self.every))
-        return made
+        return quantised

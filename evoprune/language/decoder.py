@@ -72,9 +72,9 @@ def heads_of(attention, name: str, x: torch.Tensor, config) -> torch.Tensor:
 
     `attention`: of a layer of the language model. Its queries and keys are normed head by head where it has such norms.
     """
-    made = getattr(attention, f"{name}_proj")(x).view(len(x), -1, head_size(config))
+    projected = getattr(attention, f"{name}_proj")(x).view(len(x), -1, head_size(config))
     of_heads = getattr(attention, f"{name}_norm", None)
-    return made if of_heads is None else norm(made, of_heads.weight, config.rms_norm_eps)
+    return projected if of_heads is None else norm(projected, of_heads.weight, config.rms_norm_eps)
 
 
 def rows_at(x: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
@@ -171,12 +171,12 @@ def attend_blind(
     """As `attend`, but columns from `end` on attend to `others` (int64) only. The cache holds nothing but these columns."""
     before = max(0, queries.shape[1] - (keys.shape[2] - end))  # there may be queries of the last columns only
     extra = {"features": rows_at(features, others)}
-    made = attend(queries[:, before:], keys[:, :, others], values[:, :, others], rows_at(bias, others), **extra)
+    sighted = attend(queries[:, before:], keys[:, :, others], values[:, :, others], rows_at(bias, others), **extra)
     if not before:
-        return made
+        return sighted
     first, extra = (None if each is None else each[:end] for each in (bias, features))
     first = attend(queries[:, :before], keys[:, :, :end], values[:, :, :end], first, features=extra)
-    return torch.cat([first, made])
+    return torch.cat([first, sighted])
 
 
 class KVCache:
@@ -244,11 +244,6 @@ class KVCache:
                 strip = keys[0, :, start : min(end, start + STRIP)]
                 strip.copy_(rotate(strip.transpose(0, 1).float(), cos, sin).transpose(0, 1))
 
-    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The valid keys and values of a layer, `[1, kv_heads, lengths[layer], head_dim]`, views."""
-        keys, values = self._layers[layer]
-        return keys[:, :, : self.lengths[layer]], values[:, :, : self.lengths[layer]]
-
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a layer's new columns, `[1, kv_heads, L, head_dim]`, after the valid ones. They become valid with `add`.
 
@@ -281,13 +276,13 @@ class KVCache:
         """Of each layer the cluster sizes of its columns and of new ones, whose `sizes` (None for 1 each) are the same in all."""
         if sizes is None and self.sizes[0] is None:
             return [None] * len(self.sizes)
-        like, made = self._layers[0][0], {}
+        like, joined = self._layers[0][0], {}
         new = like.new_ones(columns, dtype=torch.float32) if sizes is None else sizes.to(like.device).float()
         for before, length in zip(self.sizes, self.lengths, strict=True):
-            if (id(before), length) not in made:
+            if (id(before), length) not in joined:
                 old = like.new_ones(length, dtype=torch.float32) if before is None else before
-                made[id(before), length] = torch.cat([old, new])
-        return [made[id(before), length] for before, length in zip(self.sizes, self.lengths, strict=True)]
+                joined[id(before), length] = torch.cat([old, new])
+        return [joined[id(before), length] for before, length in zip(self.sizes, self.lengths, strict=True)]
 
 
 @torch.inference_mode()
@@ -431,8 +426,8 @@ def _fused(
         norms = (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
         *room, keys, values = cache.room(number, len(x))
         dim = head_size(config)
-        made = F.linear(h, *into)
-        queries = fast.rotate_put(made, places, norms, eps, heads, *room, cache.column, keys.shape[3] - dim)
+        projected = F.linear(h, *into)
+        queries = fast.rotate_put(projected, places, norms, eps, heads, *room, cache.column, keys.shape[3] - dim)
         seen = attend(queries, keys, values, bias, features=features, dim=dim)
         x, h = fast.add_norm(x.contiguous(), attention.o_proj(seen), layer.post_attention_layernorm.weight, eps)
         return x + mlp.down_proj(fast.silu_times(F.linear(h, gates[0]))), queries, keys, values

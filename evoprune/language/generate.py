@@ -117,9 +117,9 @@ def dropping_for(
     if method.language_work(model.config.text_config.num_hidden_layers, sum(map(len, kept)), budget) is None:
         return None
     pairs, inside, before = [], [], 0
-    for mine, (count, height, width) in zip(kept, grids, strict=True):
-        pairs.append(mine // (height * width) + before)
-        row, column = mine // width % height, mine % width
+    for units, (count, height, width) in zip(kept, grids, strict=True):
+        pairs.append(units // (height * width) + before)
+        row, column = units // width % height, units % width
         inside.append(torch.stack([row.float() / height, column.float() / width], 1))
         before += count
     places = torch.isin(columns, torch.cat([visual.columns for visual in visuals])).nonzero()[:, 0]
@@ -283,8 +283,8 @@ def choose(
 def penalised(logits: torch.Tensor, penalty: float, seen: Collection[int]) -> torch.Tensor:
     """Logits of tokens that were seen become smaller where the penalty is above 1 (arXiv 1909.05858), as in transformers."""
     ids = to_device(torch.tensor([*seen], dtype=torch.int64, device="cpu"), logits.device)
-    found = logits[ids]
-    return logits.index_put((ids,), torch.where(found < 0, found * penalty, found / penalty))
+    scores = logits[ids]
+    return logits.index_put((ids,), torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
 def probabilities(logits: torch.Tensor, settings: GenerationOptions) -> torch.Tensor:
@@ -294,13 +294,13 @@ def probabilities(logits: torch.Tensor, settings: GenerationOptions) -> torch.Te
     logits = (logits - logits.max()) / settings.temperature
     if 0 < settings.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[-1], float("-inf"))
-    made = logits.softmax(-1)
+    shares = logits.softmax(-1)
     if settings.top_p < 1:
-        ordered, order = made.sort(descending=True, stable=True)
+        ordered, order = shares.sort(descending=True, stable=True)
         # A token is kept if those before it do not reach top_p, so the first one is always kept.
         ordered[ordered.cumsum(-1) - ordered >= settings.top_p] = 0
-        made = torch.zeros_like(made).scatter_(0, order, ordered)
-    return made
+        shares = torch.zeros_like(shares).scatter_(0, order, ordered)
+    return shares
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -154,11 +154,11 @@ def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
         _check_size(file)
         return file.read_text(encoding="utf-8"), file
     for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
-        found = (settings if file.name == "tokenizer_config.json" else _settings(file)).get("chat_template")
-        if isinstance(found, list):  # several templates by name
-            found = {each["name"]: each["template"] for each in found}.get("default")
-        if found:
-            return TEXT.check(found, f"{file.name}: chat_template"), file
+        template = (settings if file.name == "tokenizer_config.json" else _settings(file)).get("chat_template")
+        if isinstance(template, list):  # several templates by name
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        if template:
+            return TEXT.check(template, f"{file.name}: chat_template"), file
     return None, file
 
 

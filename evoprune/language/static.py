@@ -59,7 +59,7 @@ class StaticCache:
         """Copies the columns of another cache, which are the same in all layers. `position`: of the first token that is read."""
         length, dim = cache.length, self._dim
         for number, held in enumerate(self._held):
-            for to, given in zip(held, cache.of_layer(number), strict=True):
+            for to, given in zip(held, cache.room(number, 0)[2:], strict=True):
                 to[:, :length, :dim] = given[0]
         self._held[:, :, :, length:read, :dim] = 0  # of an earlier answer, perhaps NaN, which no weight of 0 removes
         bias = self.logits.new_full((read,), -torch.inf)

@@ -21,7 +21,6 @@ CPU_SECONDS = 5  # a real template takes milliseconds, and the imports before it
 PATIENCE_S = 60.0  # by the clock, where there is no limit on CPU time
 MEMORY_BYTES = 2**29
 MAX_CHARACTERS = 2**20  # of what is rendered, in which the user's words are placeholders
-PROGRAM = "import sys; sys.path[:] = {paths}; from evoprune.language.template import main; main({seconds})"
 # Not in a program that was frozen into one file: its executable is no Python.
 POSSIBLE = bool(sys.executable) and not hasattr(sys, "frozen")
 
@@ -48,10 +47,10 @@ def _apart(request: str, seconds: int) -> dict[str, str]:
     """The answer of another process."""
     # As the processes that read videos: an editable install is found by a hook that they do not have.
     paths = [*map(os.path.abspath, sys.path), str(Path(evoprune.__file__).parents[1])]
-    program = PROGRAM.format(paths=list(dict.fromkeys(paths)), seconds=seconds)
+    imports = f"import sys; sys.path[:] = {list(dict.fromkeys(paths))}; from evoprune.language.template import main"
     try:
         done = subprocess.run(  # noqa: S603 (this Python, and a program of our own)
-            [sys.executable, "-I", "-S", "-X", "utf8", "-c", program],
+            [sys.executable, "-I", "-S", "-X", "utf8", "-c", f"{imports}; main({seconds})"],
             input=request.encode(),
             capture_output=True,
             timeout=PATIENCE_S,
@@ -69,30 +68,24 @@ def _apart(request: str, seconds: int) -> dict[str, str]:
 
 
 def main(seconds: int) -> None:
-    """The other process: reads a request from stdin, writes an answer to stdout."""
+    """The other process: reads a request from stdin, writes an answer to stdout, under limits where there are any."""
     request = sys.stdin.read()
     import jinja2.sandbox  # noqa: F401 (before there is a limit)
 
-    _limit(seconds)
-    print(json.dumps(_answer(request)), flush=True)
-
-
-def _limit(seconds: int) -> None:
-    """Limits memory and CPU time, where the system can."""
-    try:
+    with suppress(ImportError):  # not a Unix
         import resource
-    except ImportError:  # not a Unix
-        return
-    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-    for what, most in (
-        (resource.RLIMIT_CPU, int(used) + seconds),
-        (resource.RLIMIT_AS, MEMORY_BYTES),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        _, hard = resource.getrlimit(what)
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        with suppress(OSError, ValueError):
-            resource.setrlimit(what, (most, most))
+
+        used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+        for kind, limit in (
+            (resource.RLIMIT_CPU, int(used) + seconds),
+            (resource.RLIMIT_AS, MEMORY_BYTES),
+            (resource.RLIMIT_CORE, 0),
+        ):
+            _, hard = resource.getrlimit(kind)
+            limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            with suppress(OSError, ValueError):
+                resource.setrlimit(kind, (limit, limit))
+    print(json.dumps(_answer(request)), flush=True)
 
 
 def _answer(request: str) -> dict[str, str]:

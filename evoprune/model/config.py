@@ -99,19 +99,19 @@ def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
 
     Raises ValueError: an entry is missing that has no default, or is not what its rule says.
     """
-    found = checked(cls, content, where)
+    entries = checked(cls, content, where)
     for field in fields(cls):
-        if field.name not in found and field.default is MISSING:
+        if field.name not in entries and field.default is MISSING:
             raise ValueError(f"{where} has no {field.name}")
-    return cls(**found)
+    return cls(**entries)
 
 
 @cache
 def _rules(cls: type) -> dict[str, Rule]:
     """The rules of a dataclass, by the names of its fields."""
     hints = get_type_hints(cls, include_extras=True)
-    found = {name: getattr(hint, "__metadata__", (None,))[0] for name, hint in hints.items()}
-    return {name: rule for name, rule in found.items() if isinstance(rule, Rule)}
+    annotated = {name: getattr(hint, "__metadata__", (None,))[0] for name, hint in hints.items()}
+    return {name: rule for name, rule in annotated.items() if isinstance(rule, Rule)}
 
 
 def loads(text: str) -> Any:

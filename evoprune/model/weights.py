@@ -31,8 +31,7 @@ class Tree(nn.Module):
 def _mlp(names: Sequence[str], wide: int, inner: int, bias: bool) -> Tree:
     """The MLP of a layer: matrices into its inner size, and the last one back."""
     *into, back = names
-    made = {name: nn.Linear(wide, inner, bias) for name in into}
-    return Tree(**made, **{back: nn.Linear(inner, wide, bias)})
+    return Tree(**{name: nn.Linear(wide, inner, bias) for name in into}, **{back: nn.Linear(inner, wide, bias)})
 
 
 class Tower(Tree):
@@ -71,22 +70,29 @@ def _merger(config: VisionConfig, norm: nn.Module) -> Tree:
 
 def _embedding(count: int, wide: int) -> nn.Embedding:
     """From a tensor: drawing one imports the whole of torch.compile, even without memory."""
-    made = torch.empty(count, wide, dtype=torch.float32, device=torch.get_default_device())
-    return nn.Embedding.from_pretrained(made)
+    weight = torch.empty(count, wide, dtype=torch.float32, device=torch.get_default_device())
+    return nn.Embedding.from_pretrained(weight)
 
 
 class LanguageModel(Tree):
     """The language model's weights, without its output layer."""
 
     def __init__(self, config: TextConfig):
-        wide = config.hidden_size
+        wide, head, biased = config.hidden_size, head_size(config), not config.head_norms
+        queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
         super().__init__(
             embed_tokens=_embedding(config.vocab_size, wide),
             layers=nn.ModuleList(
                 Tree(
                     input_layernorm=nn.RMSNorm(wide),
                     post_attention_layernorm=nn.RMSNorm(wide),
-                    self_attn=_attention(config),
+                    self_attn=Tree(
+                        q_proj=nn.Linear(wide, queries, bias=biased),
+                        k_proj=nn.Linear(wide, keys, bias=biased),
+                        v_proj=nn.Linear(wide, keys, bias=biased),
+                        o_proj=nn.Linear(queries, wide, bias=False),
+                        **{name: nn.RMSNorm(head) for name in ("q_norm", "k_norm") if config.head_norms},
+                    ),
                     mlp=_mlp(("gate_proj", "up_proj", "down_proj"), wide, config.intermediate_size, bias=False),
                 )
                 for _ in range(config.num_hidden_layers)
@@ -94,19 +100,6 @@ class LanguageModel(Tree):
             norm=nn.RMSNorm(wide),
         )
         self.config = config
-
-
-def _attention(config: TextConfig) -> Tree:
-    wide, head, biased = config.hidden_size, head_size(config), not config.head_norms
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    norms = {name: nn.RMSNorm(head) for name in ("q_norm", "k_norm") if config.head_norms}
-    return Tree(
-        q_proj=nn.Linear(wide, queries, bias=biased),
-        k_proj=nn.Linear(wide, keys, bias=biased),
-        v_proj=nn.Linear(wide, keys, bias=biased),
-        o_proj=nn.Linear(queries, wide, bias=False),
-        **norms,
-    )
 
 
 class QwenVL(Tree):

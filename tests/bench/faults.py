@@ -58,9 +58,7 @@ FAULTS = {
         "linear(block.attn.qkv, kind.norm(block.norm1, x))",
         "torch.nn.functional.linear(kind.norm(block.norm1, x), block.attn.qkv.weight)",
     ),
-    "the bias of cluster sizes left out": Fault(
-        "model", f"{DECODER}:forward", "every[i].log().to(x.dtype)", "every[i].log().to(x.dtype) * 0"
-    ),
+    "the bias of cluster sizes left out": Fault("model", f"{DECODER}:_bias", "sizes.log()", "sizes.log() * 0"),
     "a norm of the tower scaled": Fault(
         "tower", f"{TOWER}:mlp_half", "kind.norm(block.norm2, x)", "kind.norm(block.norm2, x) * 1.02"
     ),
@@ -81,7 +79,10 @@ FAULTS = {
         "patches", "evoprune.hf.processor_inputs:normalised", "_by_channel(std", "0.98 * _by_channel(std"
     ),
     "decoded tokens at a wrong position": Fault(
-        "answer", "evoprune.language.generate:_read", "state.next_position + before", "state.next_position - before"
+        "answer",
+        "evoprune.language.generate:PrefillState.read",
+        "self.next_position + self.answered",
+        "self.next_position - self.answered",
     ),
     "every input reads the tokens of the last": Fault(
         "inputs",
@@ -141,6 +142,6 @@ QWEN3_FAULTS = {
         "2 * geo.width + 2)[: 2 * geo.width]",
     ),
     "axes of positions in another order": Fault(
-        "logits", f"{DECODER}:rotation", 'bool(rope.get("mrope_interleaved"))', "False"
+        "logits", f"{DECODER}:frequencies_of", 'bool(rope.get("mrope_interleaved"))', "False"
     ),
 }

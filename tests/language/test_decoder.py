@@ -130,15 +130,6 @@ def test_a_bias_in_features_of_heads_is_that_in_a_mask(cuts, dtype, near, monkey
     assert [keys for _, keys, _ in shapes] == [(end, 24) for end in ends]
 
 
-def test_counts_are_cropped_with_their_columns(model):
-    embeds, positions = columns()
-    cache, counts = KVCache(model, LENGTH), torch.full((LENGTH,), 3.0)
-    first = decoder.logits(model, embeds, positions, cache, counts)
-    cache.crop(30)
-    again = decoder.logits(model, embeds[30:], positions[:, 30:], cache, counts[30:])
-    assert_close(again, first)
-
-
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_other_groups_of_heads(kv_heads):
     from transformers import Qwen2_5_VLForConditionalGeneration

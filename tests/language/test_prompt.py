@@ -61,8 +61,6 @@ MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Why?"}]},
 ]
-
-
 TEMPLATES = [
     "{% for m in messages %}\n    {{ m.role }}\n{% endfor %}",
     "{{ bos_token }}{{ eos_token }}{{ messages | tojson }}",
@@ -73,8 +71,6 @@ TEMPLATES = [
     "{% set seen = namespace(n=1) %}{% set seen.n = 2 %}{{ seen.n }}{{ dict(b='ä', a=1) | tojson(indent=2, sort_keys=true) }}",
     "{{ dict.fromkeys(['a', 'b'], 1) }}{{ ['ä', 1] | tojson(true, separators=(',', ':')) }}",
 ]
-
-
 REFUSED = ["{{ namespace(_a=1) }}", "{% set n = namespace() %}{% set n.__a = 1 %}", "{{ [1] | tojson(default=none) }}"]
 
 

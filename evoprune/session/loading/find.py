@@ -114,7 +114,7 @@ class FoundModel:
 
     @property
     def dtype(self) -> str:
-        """As the options say; for "auto" bf16 if the device multiplies it in hardware, and a demo is no bf16 model."""
+        """As the options say; for "auto" bf16 if the device multiplies it in hardware, of a demo fp32."""
         if self.options.dtype != "auto":
             return self.options.dtype
         return "bf16" if self.demo is None and has_bf16(self.device) else "fp32"
@@ -134,9 +134,20 @@ class FoundModel:
 
         Raises ModelError: missing, damaged, or other layers than the config's.
         """
-        files = [] if self.random else weight_files(self.folder)
-        check_layers(self.config, files)
-        if files and (self.folder / ADAPTER).is_file():
+        if self.random:
+            return []
+        files = weight_files(self.folder)
+        names = {name_in_memory(stored) for _, _, stored in stored_tensors(files)}
+        for layers, count in (
+            ("model.visual.blocks", self.config.vision_config.depth),
+            ("model.language_model.layers", self.config.text_config.num_hidden_layers),
+        ):
+            last = f"{layers}.{count - 1}"
+            if not any(name.startswith(f"{last}.") for name in names):
+                hints = (hint for start, hint in ELSEWHERE.items() if any(name.startswith(start) for name in names))
+                problem = f"the weights in {self.folder} lack {last}, the last layer that config.json counts"
+                raise ModelError(problem, next(hints, BELONG))
+        if (self.folder / ADAPTER).is_file():
             said = f"{self.folder} holds an adapter ({ADAPTER}) beside the weights, which is not used; {MERGE}"
             warnings.warn(said, ModelWarning, stacklevel=2)
         return files
@@ -184,7 +195,10 @@ class FoundModel:
 
     @cached_property
     def _stored(self) -> torch.dtype | None:
-        return stored_dtype(_config_path(self.options, self.folder))
+        """The dtype of the published weights, if config.json says so."""
+        content = _json(_config_path(self.options, self.folder))
+        name = content.get("dtype") or content.get("torch_dtype")
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(str(name))
 
 
 def find_model(options: ModelOptions) -> FoundModel:
@@ -427,13 +441,6 @@ def _json(path: Path) -> dict:
         return read_object(path)
 
 
-def stored_dtype(path: Path) -> torch.dtype | None:
-    """The dtype of the published weights, if a config.json that has been checked says so."""
-    content = _json(path)
-    name = content.get("dtype") or content.get("torch_dtype")
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(str(name))
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model. Their headers are read, so that missing or truncated files are found here."""
     from safetensors import SafetensorError, safe_open
@@ -493,20 +500,6 @@ def separate_head(files: Iterable[Path]) -> bool:
         return False
     head, embeddings = found.values()
     return head.dtype != embeddings.dtype or not torch.equal(head, embeddings)
-
-
-def check_layers(config: Config, files: list[Path]) -> None:
-    """Raises ModelError where the weights, if there are any, lack the last layer of the tower or of the language model."""
-    names = {name_in_memory(stored) for _, _, stored in stored_tensors(files)}
-    last = {
-        "model.visual.blocks": config.vision_config.depth,
-        "model.language_model.layers": config.text_config.num_hidden_layers,
-    }
-    for layers, count in last.items():
-        if files and not any(name.startswith(f"{layers}.{count - 1}.") for name in names):
-            last_layer = f"{layers}.{count - 1}, the last layer that config.json counts"
-            known = (hint for start, hint in ELSEWHERE.items() if any(name.startswith(start) for name in names))
-            raise ModelError(f"the weights in {files[0].parent} lack {last_layer}", next(known, BELONG))
 
 
 def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool) -> int:

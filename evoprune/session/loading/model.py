@@ -120,7 +120,7 @@ def load_model(
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
     found = model if isinstance(model, FoundModel) else find_model(model)
     model, folder = found.options, found.folder
-    use_threads(model.threads, found.parameters)
+    use_threads(model.threads, found)
     tokenizer, start = None, time.perf_counter()
     if folder is not None and (has_tokenizer(folder) or not found.random):
         tokenizer = load_tokenizer(folder)
@@ -172,8 +172,14 @@ def _weights(
         raise OutOfMemory(f"loading {name} {short} ({device})", hint + less, stage="load")
     try:
         weights = load_weights(found.config, files, *form, quantize) if files else random_model(found.config, *form)
-        if stay_mapped(files, *form, quantize):
-            _page_in(weights)
+        if stay_mapped(
+            files, *form, quantize
+        ):  # they are read in the order of their use, unless memory for all of them is missing
+            tower, language = weights.model.visual, weights.model.language_model
+            mapped = [*tower.parameters(), *language.layers.parameters(), *language.embed_tokens.parameters()]
+            available = available_memory("cpu")
+            if available is None or available > sum(weight.nbytes for weight in mapped):
+                page_in(mapped)
         read = time.perf_counter()
         store = None
         if found.options.store_quantized and files:
@@ -192,10 +198,10 @@ def no_tokenizer(name: str) -> ModelError:
     return ModelError(f"random weights of {name} have no tokenizer, so no question can be asked", hint)
 
 
-def use_threads(wanted: int | str | None, weights: int) -> None:
-    """Sets the threads of this process: a number, or "auto", by a model's `weights` and the cores unless OMP_NUM_THREADS is set."""
+def use_threads(wanted: int | str | None, found: FoundModel) -> None:
+    """Sets the threads of this process: a number, or "auto", by the model's size and the cores unless OMP_NUM_THREADS is set."""
     if wanted == AUTO_THREADS and not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(max(1, min(available_cores(), weights // WEIGHTS_PER_THREAD)))
+        torch.set_num_threads(max(1, min(available_cores(), found.parameters // WEIGHTS_PER_THREAD)))
     elif isinstance(wanted, int):
         torch.set_num_threads(wanted)
 
@@ -275,15 +281,6 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Qw
             for piece in weight.view(-1).split(len(noise)):
                 piece.copy_(noise[: len(piece)])
     return model
-
-
-def _page_in(model: QwenVL) -> None:
-    """Starts to read memory-mapped weights in the order of their use, unless memory for all of them is missing."""
-    tower, language = model.model.visual, model.model.language_model
-    weights = [*tower.parameters(), *language.layers.parameters(), *language.embed_tokens.parameters()]
-    available = available_memory("cpu")
-    if available is None or available > sum(weight.nbytes for weight in weights):
-        page_in(weights)
 
 
 def make_ready(

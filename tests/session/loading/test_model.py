@@ -11,6 +11,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,13 +26,13 @@ from evoprune.errors import DeviceWarning, EvopruneWarning, ModelError, OutOfMem
 from evoprune.language.generate import prefill
 from evoprune.model.cost import shortage
 from evoprune.session.loading import find, model
-from evoprune.session.loading.find import BUNDLED_CONFIGS, DTYPES, FoundModel, describe_model, look_up
+from evoprune.session.loading.find import BUNDLED_CONFIGS, DTYPES, FoundModel, look_up
 from evoprune.session.loading.model import InputLimits, threads_of_each, use_threads
 from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
 from tests.loading import edit, error_of, load_model, no_network
 from tests.quantized import parameters
-from tests.tiny import CHAT_TEMPLATE, tiny_model
+from tests.tiny import tiny_model
 
 # --- what loads ---
 
@@ -161,35 +162,38 @@ def test_names_of_older_and_newer_checkpoints(folder):
 
 # --- processor and generation settings ---
 
-
-def test_video_limits_are_the_folders_own(saved):
-    limits = load_model(str(saved)).video
-    assert (limits.min_pixels, limits.max_pixels) == (12544, 50176)
-    assert (limits.fps, limits.min_frames, limits.max_frames) == (2.0, 2, 32)
+OWN, IMAGE, JOINT = "video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"
+EDGES = {"size": {"shortest_edge": 1568, "longest_edge": 15680}, "max_frames": 8}
+OF_FOLDER = {"min_pixels": 12544, "max_pixels": 50176, "fps": 2.0, "min_frames": 2, "max_frames": 32}
 
 
-def test_image_limits_are_not_used_for_video(folder):
-    (folder / "video_preprocessor_config.json").unlink()
-    edit(folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
+@pytest.mark.parametrize(
+    ("settings", "expected"),  # by file, None for none; and limits of videos
+    [
+        ({}, OF_FOLDER),
+        (
+            {OWN: None, IMAGE: {"image_mean": [0.5, 0.5, 0.5]}},
+            {"image_mean": (0.5, 0.5, 0.5), "max_pixels": 768 * 28 * 28},
+        ),
+        ({OWN: None, IMAGE: None}, vars(InputLimits())),
+        (
+            {OWN: {"min_pixels": 784, "max_pixels": 7840, "fps": None}},
+            {"min_pixels": 784, "max_pixels": 7840, "fps": 2.0},
+        ),
+        ({JOINT: {"video_processor": EDGES}}, {"min_pixels": 1568, "max_pixels": 15680, "max_frames": 8}),
+    ],
+    ids=["the folder's own", "images' mean alone", "Qwen's", "old", "joint"],
+)
+def test_limits_of_videos(folder, settings, expected):
+    for name, content in settings.items():
+        if content is None:
+            (folder / name).unlink()
+        elif (folder / name).exists():
+            edit(folder / name, **content)
+        else:
+            (folder / name).write_text(json.dumps(content))
     limits = load_model(str(folder)).video
-    assert (limits.min_pixels, limits.max_pixels) == (128 * 28 * 28, 768 * 28 * 28)
-    assert limits.image_mean == (0.5, 0.5, 0.5)
-
-
-def test_without_any_processor_settings_the_limits_are_qwens(folder):
-    for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
-        (folder / name).unlink()
-    assert load_model(str(folder)).video == InputLimits()
-
-
-def test_older_and_newer_ways_to_write_video_limits(folder):
-    edit(folder / "video_preprocessor_config.json", min_pixels=784, max_pixels=7840, fps=None)
-    limits = load_model(str(folder)).video
-    assert (limits.min_pixels, limits.max_pixels, limits.fps) == (784, 7840, 2.0)
-    joint = {"video_processor": {"size": {"shortest_edge": 1568, "longest_edge": 15680}, "max_frames": 8}}
-    (folder / "processor_config.json").write_text(json.dumps(joint))
-    limits = load_model(str(folder)).video
-    assert (limits.min_pixels, limits.max_pixels, limits.max_frames) == (1568, 15680, 8)
+    assert {name: getattr(limits, name) for name in expected} == expected
 
 
 def test_settings_of_the_processor_that_are_not_used_are_named_once(folder):
@@ -223,85 +227,50 @@ def test_end_tokens(folder, setting, expected):
     assert load_model(str(folder)).eos_ids == expected
 
 
-def test_chat_template_of_the_hubs_older_layout(folder):
-    (folder / "chat_template.jinja").unlink()
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
-    assert load_model(str(folder)).tokenizer.chat_template == CHAT_TEMPLATE
-
-
 # --- what does not load ---
 
-
-def drop(*names):
-    return lambda folder: [(folder / name).unlink() for name in names]
-
-
-def write(name, content):
-    return lambda folder: (folder / name).write_text(content)
-
-
-def config(**changes):
-    return lambda folder: edit(folder / "config.json", **changes)
-
-
-def truncate(folder):
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-
-
-def tear_header(folder):
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 100) + b"no json")
-
-
-def lose_a_shard(folder):
-    (folder / "model.safetensors").unlink()
-    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARD = json.dumps({"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}).encode()
+DAMAGE = [  # file; its new content, from the old one: bytes, or changed entries, or None for no file; what the message says
+    (CONFIG, None, "holds no config.json"),
+    (CONFIG, lambda old: b"{", "cannot be read"),
+    (CONFIG, lambda old: b"[]", "not a JSON object"),
+    (CONFIG, {"model_type": "qwen3_5"}, "of type 'qwen3_5', not qwen2_5_vl or qwen2_vl or qwen3_vl"),
+    (CONFIG, {"model_type": "llava"}, "of type 'llava'"),
+    (CONFIG, {"model_type": "qwen3_vl_moe"}, "is a mixture of experts"),
+    (CONFIG, {"model_type": "qwen2_vl"}, "no valid qwen2_vl config: vision_config has no embed_dim"),
+    (CONFIG, {"text_config": {"hidden_size": "many"}}, "no valid qwen2_5_vl config"),
+    (CONFIG, {"quantization_config": {"quant_method": "awq"}}, r"holds quantized weights \(awq\)"),
+    (WEIGHTS, None, "no safetensors weights"),
+    (WEIGHTS, lambda old: old[:-1000], "damaged or incomplete"),
+    (WEIGHTS, lambda old: struct.pack("<Q", 100) + b"no json", "damaged or incomplete"),
+    (INDEX, lambda old: SHARD, "00002.safetensors is missing"),
+    ("tokenizer.json", None, "holds no tokenizer"),
+    ("tokenizer.json", lambda old: b"{}", "tokenizer .* cannot be loaded"),
+    ("chat_template.jinja", None, "no chat template"),
+]
 
 
-def lose_a_tensor(folder):
-    weights = load_file(folder / "model.safetensors")
-    save_file(
-        {k: v for k, v in weights.items() if k != "lm_head.weight"}, folder / "model.safetensors", {"format": "pt"}
-    )
-
-
-def pickle_only(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def other_architecture_without_weights(folder):
-    (folder / "model.safetensors").unlink()
-    edit(folder / "config.json", model_type="llava")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (drop("config.json"), "holds no config.json"),
-        (write("config.json", "{"), "cannot be read"),
-        (write("config.json", "[]"), "not a JSON object"),
-        (config(model_type="qwen3_5"), "of type 'qwen3_5', not qwen2_5_vl or qwen2_vl or qwen3_vl"),
-        (config(model_type="qwen3_vl_moe"), "is a mixture of experts"),
-        (config(model_type="qwen2_vl"), "no valid qwen2_vl config: vision_config has no embed_dim"),
-        (other_architecture_without_weights, "of type 'llava'"),
-        (config(text_config={"hidden_size": "many"}), "no valid qwen2_5_vl config"),
-        (config(quantization_config={"quant_method": "awq"}), "quantized"),
-        (drop("model.safetensors"), "no safetensors weights"),
-        (pickle_only, "no safetensors weights"),
-        (truncate, "damaged or incomplete"),
-        (tear_header, "damaged or incomplete"),
-        (lose_a_shard, "00002.safetensors is missing"),
-        (lose_a_tensor, "lack 1 tensor, first lm_head.weight"),
-        (drop("tokenizer.json"), "holds no tokenizer"),
-        (write("tokenizer.json", "{}"), "tokenizer .* cannot be loaded"),
-        (drop("chat_template.jinja"), "no chat template"),
-    ],
-)
-def test_damaged_folders_say_what_is_wrong(folder, damage, message, capfd):
-    damage(folder)
+@pytest.mark.parametrize(("name", "change", "message"), DAMAGE)
+def test_damaged_folders_say_what_is_wrong(folder, name, change, message, capfd):
+    file = folder / name
+    if name == INDEX:
+        (folder / WEIGHTS).unlink()
+    if change is None:
+        file.rename(folder / "pytorch_model.bin")  # which nothing reads
+    elif isinstance(change, dict):
+        edit(file, **change)
+    else:
+        file.write_bytes(change(file.read_bytes() if file.exists() else b""))
     assert re.search(message, error_of(folder))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_tensor_that_is_missing(folder):
+    weights = load_file(folder / WEIGHTS)
+    del weights["lm_head.weight"]
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    assert "lack 1 tensor, first lm_head.weight" in error_of(folder)
 
 
 def test_weights_of_other_dimensions_are_refused(folder):
@@ -401,9 +370,20 @@ def test_random_weights_need_dimensions_only(dimensions_only, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_random_weights_are_the_same_every_time(dimensions_only):
-    one, two = (load_model(dimensions_only, load_format="dummy").model.state_dict() for _ in range(2))
-    assert all(torch.equal(weight, two[name]) for name, weight in one.items())
+def test_random_weights_are_the_same_in_every_program(saved):
+    def weights():
+        loaded = load_model(str(saved), load_format="dummy", dtype="bf16")
+        assert loaded.tokenizer is not None  # as the folder has one
+        return loaded.model.state_dict()
+
+    expected = weights()
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = weights()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(again[name], weight) for name, weight in expected.items())
+    assert {weight.dtype for weight in again.values()} == {torch.bfloat16}
 
 
 def test_random_weights_compute_finite_numbers(dimensions_only):
@@ -411,10 +391,6 @@ def test_random_weights_compute_finite_numbers(dimensions_only):
     state = prefill(model, model.model.language_model.embed_tokens(torch.arange(9)), torch.arange(9).expand(3, -1), 9)
     assert state.logits.isfinite().all()
     assert state.logits.std() > 0
-
-
-def test_random_weights_keep_the_folders_tokenizer(saved):
-    assert load_model(str(saved), load_format="dummy").tokenizer is not None
 
 
 @pytest.mark.few(1)
@@ -527,23 +503,6 @@ def test_running_out_of_memory_on_a_gpu_has_numbers(says, message):
     assert raised.value.message == f"out of memory in encode{message}" and raised.value.exit_code == 5
 
 
-def test_they_do_not_depend_on_the_default_dtype(saved):
-    def weights():
-        return load_model(str(saved), load_format="dummy", dtype="bf16", pack=False).model.state_dict()
-
-    expected = weights()
-    torch.set_default_dtype(torch.float64)
-    try:
-        made = weights()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert all(torch.equal(made[name], weight) for name, weight in expected.items())
-    assert {weight.dtype for weight in made.values()} == {torch.bfloat16}
-
-
-REAL = "Qwen/Qwen2.5-VL-3B-Instruct"
-
-
 @pytest.fixture
 def three_threads(monkeypatch):
     """A host program with three, on a machine with eight cores."""
@@ -561,7 +520,7 @@ def three_threads(monkeypatch):
 )
 def test_small_models_get_one_thread_and_large_ones_all_cores(weights, cores, count, monkeypatch, three_threads):
     monkeypatch.setattr(model, "available_cores", lambda: cores)
-    use_threads("auto", weights)
+    use_threads("auto", SimpleNamespace(parameters=weights))
     assert torch.get_num_threads() == count
 
 
@@ -577,11 +536,6 @@ def test_a_model_that_is_loaded_takes_the_threads_it_is_given(
     monkeypatch.setenv("OMP_NUM_THREADS", environment)
     load_model(str(saved), dtype="fp32", threads=wanted)
     assert torch.get_num_threads() == count
-
-
-def test_a_real_model_takes_all_cores_that_this_process_may_use(three_threads):
-    use_threads("auto", describe_model(ModelOptions(REAL)).parameters)
-    assert torch.get_num_threads() == 8
 
 
 @pytest.mark.parametrize(("wanted", "processes", "each"), [("auto", 2, 3), (None, 4, 2), ("auto", 100, 1), (5, 4, 5)])
