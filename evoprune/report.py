@@ -17,7 +17,7 @@ from math import ceil, floor
 from typing import Any
 
 from evoprune.bundled import DEMOS
-from evoprune.text import budget_text, clock, counted, listed, shorten, shown, size
+from evoprune.util import budget_text, clock, counted, listed, shorten, shown, size
 
 SCHEMA = "evoprune/answer@1"
 # Why the report of a call of a Hugging Face model is empty, by the name in `warnings`.

@@ -18,7 +18,6 @@ from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, names_plugins
-from evoprune.keywords import brief, check_type, from_keywords
 from evoprune.session.answering import Answer, EncodedInputs, Uncopied, together
 from evoprune.session.encoding import OpenInputs, Progress, open_inputs, paths_of
 from evoprune.session.engine import Engine, check_fits
@@ -33,6 +32,7 @@ from evoprune.session.options import (
     StreamOptions,
 )
 from evoprune.session.prompting import longest_prompt
+from evoprune.util import brief, check_type, from_keywords
 
 if TYPE_CHECKING:
     from evoprune.live.stream import VideoStream

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from evoprune.errors import UsageError, VideoError
 from evoprune.report import Report, VideoFacts, warned
 from evoprune.session.options import PipelineOptions
-from evoprune.text import SOME, clock, counted, is_text, listed, missing_hint, roughly, shown, some
+from evoprune.util import SOME, clock, counted, is_text, listed, missing_hint, roughly, shown, some
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, is_one_of, note_model, prepare
 from evoprune_cli.terminal import print_traceback, print_warning, progress, stdout, tell

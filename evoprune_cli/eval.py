@@ -13,7 +13,7 @@ from typing import Any
 from evoprune.bench.chart import COLOURS, INK, PALE, Panel, Point, Series, draw
 from evoprune.errors import UsageError
 from evoprune.session.options import PipelineOptions
-from evoprune.text import budget_text, counted
+from evoprune.util import budget_text, counted
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, prepare, rescuing, show, write
 from evoprune_cli.terminal import (

@@ -9,7 +9,7 @@ from typing import Any
 from evoprune.errors import UsageError
 from evoprune.report import VideoFacts
 from evoprune.session.options import ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
-from evoprune.text import budget_text, clock, counted, size
+from evoprune.util import budget_text, clock, counted, size
 from evoprune.video.info import PICTURE
 from evoprune_cli import options as opt
 from evoprune_cli.running import check_writable, prepare, rescuing, write_bytes
@@ -168,7 +168,7 @@ def _draw_overlay(file: str, ending: str, path: str, video: str, options: Pipeli
     """Draws what a model makes of a video; the facts to report."""
     with progress(True) as show:
         prepare()
-        from evoprune.overlay import overlay_file, trace
+        from evoprune.bench.overlay import overlay_file, trace
         from evoprune.video_qa import load_qa
 
         show("loading model")

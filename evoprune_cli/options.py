@@ -19,10 +19,10 @@ from typer.core import TyperCommand
 from evoprune import methods
 from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
-from evoprune.keywords import OPTION, Option
 from evoprune.methods.budget import AUTOS, PRESETS, parse_budget, parse_budget_or_name
 from evoprune.methods.registry import REUSE
 from evoprune.session.options import PipelineOptions
+from evoprune.util import OPTION, Option
 from evoprune_cli.terminal import only_answers_on_stdout
 
 MakeOptions = Callable[[], PipelineOptions]  # makes them of what was typed; raises UsageError

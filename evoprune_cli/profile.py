@@ -21,8 +21,8 @@ from evoprune.bench.profile_results import BOUND, METHOD, SYNTHETIC, Case, Figur
 from evoprune.cpu.precision import LOAD_FORMATS, QUANTIZE
 from evoprune.errors import UsageError
 from evoprune.session.options import ModelOptions, PruneOptions
-from evoprune.text import counted
-from evoprune.text import size as size_text
+from evoprune.util import counted
+from evoprune.util import size as size_text
 from evoprune.video.info import PICTURE, VIDEO, Video
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, prepare, print_text, rescuing, write_bytes

@@ -12,7 +12,7 @@ from typing import Any, TextIO, TypeVar
 
 from evoprune.errors import UsageError, error_record
 from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, precision, warning_text
-from evoprune.text import counted, harmless
+from evoprune.util import counted, harmless
 
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1"}
 TAB = 8  # columns

@@ -13,7 +13,7 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.methods.budget import parse_budget
 from evoprune.report import rounded
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
-from evoprune.text import counted, missing_hint, shown
+from evoprune.util import counted, missing_hint, shown
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, prepare, rescuing, show, write
 from evoprune_cli.terminal import check_output, failures, fitting, folded, model_line, note, progress, short_name

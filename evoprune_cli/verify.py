@@ -3,7 +3,7 @@
 import time
 
 from evoprune.session.options import ModelOptions
-from evoprune.text import counted
+from evoprune.util import counted
 from evoprune_cli import options as opt
 from evoprune_cli.running import check_writable, prepare, rescuing, show, write
 from evoprune_cli.terminal import check_output, folded, print_traceback, progress

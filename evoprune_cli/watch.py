@@ -14,7 +14,7 @@ from math import floor
 from evoprune.errors import UsageError
 from evoprune.live.source import FROM_SOURCE, PACES, STDIN, LiveSource
 from evoprune.session.options import PipelineOptions, StreamOptions
-from evoprune.text import check_text, clock, counted, size
+from evoprune.util import check_text, clock, counted, size
 from evoprune.video.plan import parse_time
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt

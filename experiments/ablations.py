@@ -20,7 +20,7 @@ from evoprune.methods.encoder_plan import ALLOCATIONS
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.registry import REUSE
 from evoprune.session.options import ModelOptions
-from evoprune.text import budget_text
+from evoprune.util import budget_text
 from experiments.demo.worlds import SHAPES, WORLDS
 from experiments.demo.write import clips_asked, data_text, demo_videos
 from experiments.paired import in_points, paired_difference

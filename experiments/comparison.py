@@ -29,7 +29,7 @@ from evoprune.errors import EvopruneError, UsageError
 from evoprune.methods.budget import parse_budget, plain
 from evoprune.methods.registry import REUSE
 from evoprune.session.options import ModelOptions
-from evoprune.text import budget_text
+from evoprune.util import budget_text
 from experiments.comparison_tables import OURS, Budget, Outcome, document, share
 from experiments.demo.worlds import SHAPES, WORLDS
 from experiments.demo.write import clips_asked, data_text, demo_videos

@@ -19,7 +19,7 @@ from evoprune import methods
 from evoprune.bench.chart import COLOURS, INK, SOFT, Panel, Point, Series, draw
 from evoprune.bench.scores import FULL, METHOD
 from evoprune.methods.budget import PRESETS, parse_budget
-from evoprune.text import budget_text
+from evoprune.util import budget_text
 from experiments.frontier import SETS, kept, samples_of
 from experiments.frontier import table as by_group
 from experiments.paired import in_points, paired_difference

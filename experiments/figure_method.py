@@ -19,7 +19,7 @@ from PIL import Image
 
 from evoprune import VideoQA
 from evoprune.bench.chart import COLOURS, INK, SOFT
-from evoprune.overlay import TracedVideo, trace
+from evoprune.bench.overlay import TracedVideo, trace
 
 CLIP, BUDGET, MOST_PAIRS = "samples/flash.mp4", 0.1, 8
 WIDTH, HEIGHT, EDGE = 830, 690, 24

@@ -16,7 +16,7 @@ from evoprune.bench.eval import EvalSettings, Evaluation
 from evoprune.bench.scores import FULL, METHOD
 from evoprune.methods.budget import PRESETS, parse_budget
 from evoprune.session.options import ModelOptions
-from evoprune.text import budget_text
+from evoprune.util import budget_text
 from experiments.demo.write import clips_asked, data_text, demo_videos
 from experiments.paired import in_points, paired_difference
 

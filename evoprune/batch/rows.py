@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from evoprune.errors import LFS, LFS_HINT, EvopruneError, EvopruneWarning, UsageError
 from evoprune.language.settings import GenerationOptions
 from evoprune.model.config import loads
-from evoprune.text import FILE_URL, counted, did_you_mean, is_text, missing_hint, shorten, shown, some
+from evoprune.util import FILE_URL, counted, did_you_mean, is_text, missing_hint, shorten, shown, some
 from evoprune.video.info import AUTO_SUBTITLES, IMAGES, NO_SUBTITLES, VIDEOS, files
 from evoprune.video.plan import check_sampling, parse_time
 

@@ -27,7 +27,6 @@ from evoprune.bench.questions import VideoQuestions, grade
 from evoprune.bench.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
 from evoprune.bench.shared import GreyInput, SharedFrames, SharedInput, SharedRows
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
-from evoprune.keywords import OPTION
 from evoprune.methods.budget import parse_budget_or_name, plain
 from evoprune.methods.types import generator_seed
 from evoprune.model.cost import prefill_flop, shortage, stretched, tower_flop
@@ -45,7 +44,7 @@ from evoprune.session.options import (
     SamplingOptions,
     record,
 )
-from evoprune.text import counted
+from evoprune.util import OPTION, counted
 from evoprune.vision.tower import tower_geometry
 
 COST_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"

@@ -32,7 +32,7 @@ from evoprune.session.encoding import open_inputs
 from evoprune.session.engine import Engine, check_fits
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
-from evoprune.text import counted
+from evoprune.util import counted
 
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)
 # This project's method as it is, with as few rows as tokens, with more rows and none left out before the tower, and with tokens

@@ -23,7 +23,7 @@ from evoprune.methods.chain import Pipeline
 from evoprune.model.config import head_size
 from evoprune.session.engine import Engine
 from evoprune.session.options import PruneOptions
-from evoprune.text import counted
+from evoprune.util import counted
 
 STEP = 0.3 / 15  # of the loss with everything removed
 # Kinds in the order in which the authors' code tries them; of equal losses the last one goes first.

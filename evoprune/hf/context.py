@@ -38,12 +38,12 @@ from evoprune.hf.columns import (
     without_pruned,
 )
 from evoprune.hf.encoding import INT8, PackedTower, encode_with, patch_config
-from evoprune.keywords import brief, check_known, check_types, from_keywords
 from evoprune.methods.budget import DEFAULT, parse_budget
 from evoprune.model.cost import Clock
 from evoprune.report import Memory, ModelFacts, Report, Sampling, TokenCounts
 from evoprune.session.loading.find import DTYPES
 from evoprune.session.report import FLAT, pruning_facts
+from evoprune.util import brief, check_known, check_types, from_keywords
 from evoprune.vision.encoded import Encoded
 
 METHODS = ("generate", "forward")  # of the model, that are replaced

@@ -12,7 +12,6 @@ from os import PathLike
 import torch
 from transformers import BatchFeature
 
-from evoprune.keywords import from_keywords
 from evoprune.language.prompt import Prompt, load_tokenizer
 from evoprune.model.config import VisionConfig
 from evoprune.session.encoding import patches_of, paths_of
@@ -20,6 +19,7 @@ from evoprune.session.loading.find import find_model
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.session.planning import prompt_subtitles
 from evoprune.session.prompting import check_not_empty, prompt_about
+from evoprune.util import from_keywords
 from evoprune.video.frames import choose_decoder, probe, read_frames
 from evoprune.video.info import PICTURE, VIDEO, check_one_file, check_picture
 from evoprune.video.plan import InputLimits, Plan, make_plan

@@ -23,7 +23,7 @@ from evoprune.errors import ModelError, UsageError, first_line, is_out_of_memory
 from evoprune.language.template import render
 from evoprune.methods.indices import ascending
 from evoprune.model.config import TEXT, check_fetched, read_object
-from evoprune.text import check_text
+from evoprune.util import check_text
 from evoprune.video.info import PICTURE, VIDEO
 
 # What chat templates call an input of each kind, and the placeholder that they write for it.

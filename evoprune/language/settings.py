@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from evoprune.errors import UsageError
-from evoprune.keywords import check_types, option
+from evoprune.util import check_types, option
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.text import FILE_URL, missing_hint, shown
+from evoprune.util import FILE_URL, missing_hint, shown
 from evoprune.video.sandbox.channel import FrameMemory
 from evoprune.video.sandbox.isolation import POSSIBLE, borrow
 

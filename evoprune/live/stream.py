@@ -25,7 +25,6 @@ import torch
 
 from evoprune.cpu.machine import release_omp_threads
 from evoprune.errors import UsageError, names_plugins
-from evoprune.keywords import brief, check_type
 from evoprune.language.decoder import KVCache, forward
 from evoprune.language.generate import (
     PrefillState,
@@ -50,6 +49,7 @@ from evoprune.session.options import GenerationOptions, SamplingOptions, StreamO
 from evoprune.session.planning import check_carried, plan_input
 from evoprune.session.prompting import check_context, check_memory, check_question
 from evoprune.session.report import Encoding, inputs_report
+from evoprune.util import brief, check_type
 from evoprune.video.frames import FrameChunk
 from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import Plan, SamplingPlan

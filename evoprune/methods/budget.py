@@ -6,7 +6,7 @@ from fractions import Fraction
 from math import prod
 
 from evoprune.errors import UsageError
-from evoprune.text import did_you_mean
+from evoprune.util import did_you_mean
 
 
 class Preset(float):

@@ -21,7 +21,7 @@ from evoprune.errors import (
     names_plugins,
 )
 from evoprune.methods.settings import from_args, settings_hint
-from evoprune.text import did_you_mean
+from evoprune.util import did_you_mean
 
 if TYPE_CHECKING:
     from evoprune.methods.base import Method

@@ -16,7 +16,6 @@ import torch
 
 from evoprune.bundled import unknown_words
 from evoprune.errors import UsageError, error_record, names_plugins
-from evoprune.keywords import check_type, from_keywords
 from evoprune.language.generate import PrefillState, TokenStream, embed_ids, stream_text, teacher_forced_logits
 from evoprune.model.cost import Clock
 from evoprune.report import Report, TokenCounts
@@ -24,7 +23,7 @@ from evoprune.session.engine import Engine
 from evoprune.session.options import GenerationOptions
 from evoprune.session.prompting import PromptReader, check_not_empty
 from evoprune.session.report import Encoding, fill_dropped, fill_pruning, fill_times, inputs_report
-from evoprune.text import counted
+from evoprune.util import check_type, counted, from_keywords
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded

@@ -21,8 +21,8 @@ import torch
 
 import evoprune
 from evoprune.errors import UsageError
-from evoprune.keywords import brief, check_type
 from evoprune.model.config import loads
+from evoprune.util import brief, check_type
 from evoprune.vision.encoded import Encoded
 
 SUFFIX, UNFINISHED = (

@@ -20,7 +20,6 @@ import evoprune
 from evoprune import methods
 from evoprune.backend.devices import empty_cache, to_device
 from evoprune.errors import OutOfMemory, UsageError, memory_guard, names_plugins
-from evoprune.keywords import brief
 from evoprune.model.cost import Clock
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache, content_hash, own_code
@@ -28,6 +27,7 @@ from evoprune.session.engine import Engine
 from evoprune.session.options import SamplingOptions
 from evoprune.session.planning import TEXT, chunk_bytes, fitting_chunks, plan_input
 from evoprune.session.report import Encoding
+from evoprune.util import brief
 from evoprune.video.frames import FrameChunk, probe, read_frames
 from evoprune.video.info import PICTURE, check_one_file
 from evoprune.video.plan import InputLimits, Plan

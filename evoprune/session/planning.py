@@ -14,7 +14,7 @@ from evoprune.model.cost import carried_bytes, shortage, working_memory
 from evoprune.model.cost import estimate_first_token as estimate_seconds
 from evoprune.session.engine import Engine
 from evoprune.session.options import SamplingOptions
-from evoprune.text import clock, counted
+from evoprune.util import clock, counted
 from evoprune.video.frames import choose_decoder, read_subtitles
 from evoprune.video.info import (
     NO_SUBTITLES,

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from evoprune.errors import LESS, OutOfMemory, UsageError, names_plugins
-from evoprune.keywords import brief
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
     PrefillState,
@@ -22,7 +21,7 @@ from evoprune.session.engine import Engine
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import GenerationOptions
 from evoprune.session.planning import TEXT, fitting_chunks
-from evoprune.text import counted
+from evoprune.util import brief, counted
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded

@@ -10,9 +10,9 @@ from PIL import Image
 
 from evoprune.batch.output import HEAD
 from evoprune.bench.chart import Panel, draw
+from evoprune.bench.overlay import gif, mp4, png, shared_palette
 from evoprune.bench.profile_results import METHOD, Case, ProfileResults, ProfileRow
 from evoprune.errors import EvopruneError, UsageError
-from evoprune.overlay import gif, mp4, png, shared_palette
 from evoprune.report import Environment, ModelFacts
 from evoprune_cli import __main__
 from evoprune_cli.profile import render

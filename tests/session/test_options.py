@@ -12,7 +12,6 @@ import pytest
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.keywords import from_keywords
 from evoprune.methods.budget import PRESETS
 from evoprune.session.options import (
     GenerationOptions,
@@ -22,6 +21,7 @@ from evoprune.session.options import (
     SamplingOptions,
     record,
 )
+from evoprune.util import from_keywords
 from evoprune_cli.ask import ask
 from evoprune_cli.batch import batch
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from evoprune.bench.hugging_face import hugging_face_model
+from evoprune.bench.overlay import trace
 from evoprune.errors import ModelError, UsageError, VideoError, error_record
 from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
 from evoprune.model.weights import shared
-from evoprune.overlay import trace
 from evoprune.report import Report, warning_lines
 from evoprune.session.answering import Answer
 from evoprune.session.encoding import OpenInput, open_inputs

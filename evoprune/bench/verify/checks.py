@@ -56,7 +56,7 @@ from evoprune.model.weights import shared
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.loading.stored import calibrate
 from evoprune.session.planning import TEXT, encoding_bytes, fitting_chunks
-from evoprune.text import counted, size
+from evoprune.util import counted, size
 from evoprune.video.frames import read_frames
 from evoprune.video.plan import Plan
 from evoprune.video_qa import VideoQA

@@ -44,7 +44,7 @@ from evoprune.model.config import (
 )
 from evoprune.model.weights import QwenVL, empty, name_in_memory
 from evoprune.session.options import ModelOptions
-from evoprune.text import did_you_mean, is_text, listed, shorten
+from evoprune.util import did_you_mean, is_text, listed, shorten
 from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import InputLimits
 

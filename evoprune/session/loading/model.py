@@ -23,7 +23,6 @@ from evoprune.cpu.machine import page_in
 from evoprune.cpu.precision import AUTO_THREADS
 from evoprune.cpu.quantize import Progress, kinds, places
 from evoprune.errors import ModelError, ModelWarning, OutOfMemory, is_out_of_memory
-from evoprune.keywords import from_keywords
 from evoprune.language.generate import TokenStream, Visual, embed_prompt, prefill
 from evoprune.language.prompt import Place, Tokenizer, has_tokenizer, load_tokenizer
 from evoprune.language.settings import GenerationOptions
@@ -46,7 +45,7 @@ from evoprune.session.loading.find import (
     stored_tensors,
 )
 from evoprune.session.options import ModelOptions
-from evoprune.text import counted, size
+from evoprune.util import counted, from_keywords, size
 from evoprune.video.info import VIDEO, Video, world_of
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoder import encode

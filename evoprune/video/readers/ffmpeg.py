@@ -26,7 +26,7 @@ from av.video.stream import VideoStream
 
 from evoprune.backend.limits import available_cores
 from evoprune.errors import LFS, LFS_HINT, VideoError
-from evoprune.text import LONGEST, missing_hint, shorten, shown
+from evoprune.util import LONGEST, missing_hint, shorten, shown
 
 # Called with a number for each damaged packet or image: the same number for the same damage; None where the file breaks off.
 Damage = Callable[[int | None], None]

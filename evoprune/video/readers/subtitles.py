@@ -14,7 +14,7 @@ from av.stream import Discard, Disposition
 from av.subtitles.stream import SubtitleStream
 
 from evoprune.errors import LFS, LFS_HINT, VideoError
-from evoprune.text import missing_hint, shown
+from evoprune.util import missing_hint, shown
 from evoprune.video.info import AUTO_SUBTITLES, SubtitleLine, Subtitles
 from evoprune.video.readers import ffmpeg
 

@@ -22,10 +22,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from evoprune.errors import UsageError
-from evoprune.keywords import from_keywords
 from evoprune.report import Report
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.options import PipelineOptions
+from evoprune.util import from_keywords
 from evoprune.video_qa import load_qa
 
 HINT = "evoprune_qwen2_5_vl answers generate_until about one video a question"

@@ -17,7 +17,7 @@ from evoprune.methods.budget import parse_budget
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.encoder_plan import Grid
 from evoprune.model.config import vision_sizes
-from evoprune.text import did_you_mean
+from evoprune.util import did_you_mean
 from evoprune.vision.encoded import Encoded
 from evoprune.vision.encoder import encode
 from evoprune.vision.preprocess import CLIP, Normalisation

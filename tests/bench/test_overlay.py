@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evoprune.errors import UsageError
-from evoprune.overlay import (
+from evoprune.bench.overlay import (
     FATES,
     Fates,
     Overlay,
@@ -23,6 +22,7 @@ from evoprune.overlay import (
     trace,
     wrap,
 )
+from evoprune.errors import UsageError
 from evoprune.video.frames import probe
 from evoprune.video.plan import Plan, SamplingPlan, even_times
 from evoprune.video_qa import VideoQA
@@ -204,7 +204,7 @@ def test_sheets_hold_at_most_twelve_frame_pairs(pairs):
 @pytest.mark.parametrize("clusters", [8, 9])
 def test_the_legend_says_when_clusters_are_too_many_for_their_colours(clusters, monkeypatch):
     said = []
-    monkeypatch.setattr("evoprune.overlay._legend_entry", lambda name, text, *_: said.append(text))
+    monkeypatch.setattr("evoprune.bench.overlay._legend_entry", lambda name, text, *_: said.append(text))
     units = torch.arange(2 * clusters)  # every second one merges into the one before
     fates = Fates((1, 1, 2 * clusters), units % 2 == 0, units, units // 2 * 2, 2 * clusters)
     seen = painted()

@@ -26,7 +26,7 @@ from evoprune.methods.indices import ascending
 from evoprune.session.encoding import OpenInput, Progress, open_inputs
 from evoprune.session.engine import Engine
 from evoprune.session.options import SamplingOptions
-from evoprune.text import counted
+from evoprune.util import counted
 from evoprune.video.frames import FrameChunk
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import EncodedRows, selected
