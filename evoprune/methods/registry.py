@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from evoprune.methods.base import Method
     from evoprune.methods.chain import Pipeline
 
-GROUP = "evoprune.methods"
+# Entry points; what is in the second one acts inside the language model, which is known before it is loaded.
+GROUPS = ("evoprune.methods", "evoprune.language_methods")
 # Without these there would be nothing to compare the default with. All others, of evoprune.contrib too, are entry points.
 CORE = {
     "evoprune": "evoprune.methods.evoprune:EvoPrune",
@@ -66,8 +67,16 @@ def check(text: str) -> None:
     for name in names:
         if name != REUSE and name not in available():
             raise _unknown(name)
-    if len(names) > 3 or REUSE in names[1:] or (len(names) > 1 and names[-1] in CORE and names[0] in CORE):
-        raise _impossible(text)  # what entry points are, only `parse` knows
+    own = {
+        name: entry.group == GROUPS[1] for name, entry in _plugins().items() if _is_own(entry)
+    }  # whether it acts inside
+    *before, last = names
+    if len(names) > 3 or REUSE in names[1:] or any(own.get(name) for name in before):
+        raise _impossible(text)
+    if (before == [REUSE] and own.get(last)) or (
+        before and before[0] in CORE and (last in CORE or own.get(last) is False)
+    ):
+        raise _impossible(text)  # what entry points of other packages are, only `parse` knows
 
 
 def _names(text: str) -> list[str]:
@@ -219,7 +228,8 @@ def plugins() -> dict[str, str]:
 
 @cache
 def _entry_points() -> tuple[EntryPoint, ...]:
-    return tuple(sorted(entry_points(group=GROUP), key=lambda entry: (not _is_own(entry), entry.name, _package(entry))))
+    found = (entry for group in GROUPS for entry in entry_points(group=group))
+    return tuple(sorted(found, key=lambda entry: (not _is_own(entry), entry.name, _package(entry))))
 
 
 @cache

@@ -249,7 +249,10 @@ def test_whether_a_method_is_known():
     ):
         with pytest.raises(UsageError):
             methods.check(name)
-    for name in ("fastv+mmr", "evoprune+fastv+fastv", "divprune+mmr", "reuse+fastv"):  # known when their classes are
+    for name in ("fastv+mmr", "evoprune+fastv+fastv", "divprune+mmr", "reuse+fastv"):
+        with pytest.raises(UsageError, match="cannot be combined"):
+            methods.check(name)
+    for name in ("tome+mmr", "reuse+tome", "none+fastv"):  # known when their classes are
         with pytest.raises(UsageError, match="cannot be combined"):
             methods.parse(name)
 
