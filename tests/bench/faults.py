@@ -42,7 +42,7 @@ FAULTS = {
         "found[name] = weight\n",
         "found[name] = weight.flip(0)\n",
     ),
-    "another rotary base in the tower": Fault("tower", f"{TOWER}:_rotary", "10000.0", "1000.0"),
+    "another rotary base in the tower": Fault("tower", f"{TOWER}:rotary", "10000.0", "1000.0"),
     "another rotary base in the language model": Fault(
         "logits", "evoprune.language.decoder:_frequencies", "/ theta **", "/ (theta / 2) **"
     ),

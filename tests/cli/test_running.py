@@ -208,7 +208,7 @@ def test_what_was_there_stays_where_the_disk_is_full(tmp_path, monkeypatch):
     "command", [("profile",), ("eval", "--data", "samples/questions.jsonl"), ("tune", "samples/square.mp4")]
 )
 def test_a_chart_is_refused_where_matplotlib_is_missing(cli, monkeypatch, tmp_path, command):
-    monkeypatch.setattr("evoprune_cli.results.find_spec", lambda name: None)
+    monkeypatch.setattr("evoprune_cli.running.find_spec", lambda name: None)
     result = cli(*command, "--chart", str(tmp_path / "a.svg"))
     assert result.code == 2 and "charts need matplotlib" in result.err and "pip install 'evoprune[plot]'" in result.err
 

@@ -153,7 +153,7 @@ def masked_text(text: str) -> str:
         line = re.sub(r"\b(read|preprocess|encode) [\d,]+(?=,| ms)", r"\1 N", line)
         line = re.sub(r"\d+:\d\d(\.\d)?, [\d.,]+ an? (second|minute|hour)", "N a second", line)
         line = re.sub(r"[\d.,]+ (a second|tok/s)", r"N \1", line)
-        line = re.sub(r"[\d.,]*\d (ms|KiB|MiB|GiB)\b", r"N \1", line)
+        line = re.sub(r"[\d.,]*\d (ms|[KMG]iB)\b", lambda found: f"N {'ms' if found[1] == 'ms' else 'MiB'}", line)
         line = re.sub(r"\(\d+ threads?\)", "(N threads)", line)
         lines.append(re.match(" *", line)[0] + " ".join(line.split()))
     return "\n".join(lines)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.batch.output import Settings
+from evoprune.bench import tune as run_module
 from evoprune.bench.agreement import agreement, reference
+from evoprune.bench.tune import TuneSettings
 from evoprune.contrib.operation_search import ORDER, Loss, OperationTuning, Step, deepest, search
 from evoprune.contrib.operations import ALL, KINDS, REST, Operation, Operations, Recipe, closed
 from evoprune.errors import UsageError
@@ -21,7 +22,6 @@ from evoprune.language.decoder import KVCache
 from evoprune.methods.chain import Pipeline
 from evoprune.report import rounded
 from evoprune.session.options import ModelOptions, SamplingOptions
-from evoprune.video.sandbox.worker import run as run_module
 from evoprune.video_qa import VideoQA
 from evoprune_cli.terminal import json_line
 from tests.contrib.eager import COLUMNS, VISUAL, Eager, a_prompt, deep_model, run_method
@@ -298,7 +298,7 @@ def test_where_time_is_over_the_latest_measurement_decides(most):
 
 @pytest.fixture(scope="module")
 def run(saved):
-    settings = Settings(
+    settings = TuneSettings(
         CLIPS, (QUESTION,), model=ModelOptions(str(saved), dtype="fp32"), sampling=SamplingOptions(frames=4)
     )
     tuning = OperationTuning(settings)
@@ -331,7 +331,7 @@ def test_what_a_run_finds_is_used(run, tmp_path):
 
 def test_too_little_time_finds_nothing(saved):
     ticks = iter(range(10_000))
-    settings = Settings(
+    settings = TuneSettings(
         CLIPS[:1], (QUESTION,), time_limit_s=1.0, model=ModelOptions(str(saved), dtype="fp32"),
         sampling=SamplingOptions(frames=4),
     )  # fmt: skip
@@ -345,7 +345,7 @@ def test_too_little_time_finds_nothing(saved):
 def test_a_model_of_one_layer_has_none(monkeypatch):
     monkeypatch.setattr(run_module, "load_model", lambda *_, **__: SimpleNamespace(model=deep_model(1)))
     with pytest.raises(UsageError, match="one layer"):
-        OperationTuning(Settings(CLIPS)).load()
+        OperationTuning(TuneSettings(CLIPS)).load()
 
 
 WHOLE = 1_000_000  # the accuracy with nothing removed, for code that asks for one

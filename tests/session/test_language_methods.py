@@ -8,10 +8,9 @@ from PIL import Image
 
 from evoprune import Cache, VideoQA, methods
 from evoprune.bench.agreement import agreement, reference
-from evoprune.contrib.operations import REST, Recipe
+from evoprune.contrib.operations import ALL, REST, Recipe
 from evoprune.errors import UsageError
 from evoprune.methods.budget import PRESETS
-from evoprune.methods.ranking import ALL
 from evoprune.report import stats_block
 from tests.recipes import TINY, document, write_recipe
 
