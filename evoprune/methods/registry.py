@@ -73,9 +73,8 @@ def check(text: str) -> None:
     *before, last = names
     if len(names) > 3 or REUSE in names[1:] or any(own.get(name) for name in before):
         raise _impossible(text)
-    if (before == [REUSE] and own.get(last)) or (
-        before and before[0] in CORE and (last in CORE or own.get(last) is False)
-    ):
+    after_core = before and before[0] in CORE and (len(before) > 1 or last in CORE or own.get(last) is False)
+    if after_core or (before == [REUSE] and own.get(last)):
         raise _impossible(text)  # what entry points of other packages are, only `parse` knows
 
 
