@@ -16,7 +16,7 @@ from typer import completion
 from evoprune import methods
 from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
-from evoprune.methods.budget import AUTOS, PRESETS
+from evoprune.methods.plans import AUTOS, PRESETS
 from evoprune.methods.registry import REUSE
 
 PROGRAM = "evoprune"

@@ -11,7 +11,7 @@ import typer
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.keywords import OPTION, Option
-from evoprune.methods.budget import PRESETS, parse_budget, parse_budget_or_name
+from evoprune.methods.plans import PRESETS, parse_budget, parse_budget_or_name
 from evoprune.session.options import PipelineOptions
 from evoprune_cli import completion
 from evoprune_cli.help_format import HelpAll

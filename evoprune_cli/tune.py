@@ -8,7 +8,7 @@ from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
-from evoprune.methods.budget import parse_budget
+from evoprune.methods.plans import parse_budget
 from evoprune.report.records import rounded
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.text import missing_hint, shown

@@ -24,7 +24,7 @@ def measure(side: str, args: argparse.Namespace) -> list[dict]:
     from evoprune.bench.profiling.hugging_face import hugging_face_model
     from evoprune.bench.profiling.results import Case
     from evoprune.bench.profiling.runners import run_evoprune, run_hugging_face
-    from evoprune.methods.budget import keep_tokens, parse_budget
+    from evoprune.methods.plans import keep_tokens, parse_budget
     from evoprune.session.loading.model import load_model
     from evoprune.vision.tower import tower_shape
 

@@ -25,7 +25,7 @@ from evoprune.bench.evaluation.folder import SETTINGS
 from evoprune.bench.evaluation.questions import Video
 from evoprune.bench.evaluation.run import Evaluation, Settings
 from evoprune.errors import EvopruneError, UsageError
-from evoprune.methods.budget import parse_budget, plain
+from evoprune.methods.plans import parse_budget, plain
 from evoprune.methods.registry import REUSE
 from evoprune.session.options import ModelOptions
 from experiments.comparison_chart import chart

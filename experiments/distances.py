@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.selection import rounded
+from evoprune.backend.operators import rounded
 from evoprune.methods import select
 
 Distance = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

@@ -19,7 +19,7 @@ from evoprune import methods
 from evoprune.bench.chart import COLOURS, INK, Panel, Point, Series, draw
 from evoprune.bench.evaluation.scores import FULL, METHOD
 from evoprune.bench.svg import SOFT
-from evoprune.methods.budget import PRESETS, parse_budget
+from evoprune.methods.plans import PRESETS, parse_budget
 from evoprune.text import budget_text
 from experiments.frontier import SETS, kept, samples_of
 from experiments.frontier import table as by_group

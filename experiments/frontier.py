@@ -14,7 +14,7 @@ import numpy as np
 
 from evoprune.bench.evaluation.run import Evaluation, Settings
 from evoprune.bench.evaluation.scores import FULL, METHOD
-from evoprune.methods.budget import PRESETS, parse_budget
+from evoprune.methods.plans import PRESETS, parse_budget
 from evoprune.session.options import ModelOptions
 from evoprune.text import budget_text
 from experiments.demo.write import clips_asked, data_text, demo_videos

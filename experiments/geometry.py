@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.encoder_plan import Grid, Stage, TowerShape
 from evoprune.methods.evoprune import EvoPrune, FarthestPoints
+from evoprune.methods.plans import Grid, Stage, TowerShape
 from evoprune.methods.types import Selection, Tokens
 from evoprune.session.engine import Engine
 from evoprune.session.inputs import open_inputs

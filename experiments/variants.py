@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 
 from evoprune.methods import registry, select
-from evoprune.methods.encoder_plan import Grid, Stage, TowerShape
 from evoprune.methods.evoprune import EvoPrune, FarthestPatches, FarthestPoints
+from evoprune.methods.plans import Grid, Stage, TowerShape
 from evoprune.methods.settings import check_ranges
 from evoprune.methods.types import Selection, Tokens
 from experiments.distances import DISTANCES, TODAY, Distance, using

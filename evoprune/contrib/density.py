@@ -8,9 +8,8 @@ from functools import lru_cache
 
 import torch
 
-from evoprune.methods.indices import ascending
 from evoprune.methods.ranking import BLOCK, centre_weights, gathered, highest, snap
-from evoprune.methods.types import Selection
+from evoprune.methods.types import Selection, ascending
 
 HELD = 4  # blocks of distances that are held; more are computed twice
 FAR = 1 << 30  # steps that are more than any distance

@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import EncoderMethod, Selector
-from evoprune.methods.budget import spread
-from evoprune.methods.encoder_plan import Grid, Stage, TowerShape, WholePairs
-from evoprune.methods.indices import ascending
+from evoprune.methods.plans import Grid, Stage, TowerShape, WholePairs, spread
 from evoprune.methods.ranking import highest, snap
 from evoprune.methods.settings import Share
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens, ascending
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.indices import ascending
 from evoprune.methods.ranking import highest, ranked, snap
 from evoprune.methods.settings import Cosine
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens, ascending
 
 
 @dataclass(frozen=True)

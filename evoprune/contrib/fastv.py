@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import LanguageMethod
-from evoprune.methods.budget import apportion
-from evoprune.methods.indices import ascending
-from evoprune.methods.language_plan import LanguagePlan, one_drop, several_drops
+from evoprune.methods.plans import LanguagePlan, apportion, one_drop, several_drops
 from evoprune.methods.ranking import closest, highest, ranked, relative, snap, turns
 from evoprune.methods.settings import Part, Share
-from evoprune.methods.types import LayerTokens, Selection
+from evoprune.methods.types import LayerTokens, Selection, ascending
 
 LAST = 3  # tokens of the prompt whose attention counts in `nuwa-inner`
 LEAST = 2.0**-126  # of a weight; float32 has no smaller number of full precision

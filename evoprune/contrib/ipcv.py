@@ -6,7 +6,7 @@ from typing import Annotated
 
 from evoprune.contrib.dart import Dart
 from evoprune.methods.base import EncoderMethod
-from evoprune.methods.encoder_plan import Grid, SetAside, Stage, TowerShape
+from evoprune.methods.plans import Grid, SetAside, Stage, TowerShape
 from evoprune.methods.settings import Count, Share
 
 

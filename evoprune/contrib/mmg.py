@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from evoprune.contrib.density import peak_scores
 from evoprune.contrib.segments import segments, transitions
 from evoprune.methods.base import Selector
-from evoprune.methods.budget import apportion, spread
+from evoprune.methods.plans import apportion, spread
 from evoprune.methods.ranking import closest, highest, snap
 from evoprune.methods.settings import Cosine, Count, Share
 from evoprune.methods.types import Selection, Tokens

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.greedy import greedy_cosine
+from evoprune.backend.operators import greedy_cosine
 from evoprune.methods.base import Selector
 from evoprune.methods.ranking import scaled, snap
 from evoprune.methods.settings import Share

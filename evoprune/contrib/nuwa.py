@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.budget import spread
-from evoprune.methods.indices import ascending
+from evoprune.methods.plans import spread
 from evoprune.methods.ranking import of_pairs, ranked, snap
 from evoprune.methods.settings import Share
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens, ascending
 
 
 @dataclass(frozen=True)

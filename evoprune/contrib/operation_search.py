@@ -21,8 +21,8 @@ from evoprune.bench.tuning.search import BUDGETS
 from evoprune.contrib.operations import KEY, PLACE, Operations
 from evoprune.errors import UsageError
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.language_plan import ALL, REST, LanguagePlan, Operation, layers_before
 from evoprune.methods.operation_plans import SCHEMA, Recipe, Removed, closed
+from evoprune.methods.plans import ALL, REST, LanguagePlan, Operation, layers_before
 from evoprune.model.config import head_size
 from evoprune.session.engine import make_engine
 from evoprune.session.options import PruneOptions

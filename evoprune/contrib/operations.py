@@ -5,8 +5,8 @@ from typing import Any
 
 from evoprune.contrib.fastv import HighestScore
 from evoprune.errors import UsageError
-from evoprune.methods.language_plan import LanguagePlan
 from evoprune.methods.operation_plans import AGAIN, Recipe
+from evoprune.methods.plans import LanguagePlan
 
 KEY = 0.25  # share of the visual tokens that are key
 PLACE = 2 / 32  # share of the layers after which they are known

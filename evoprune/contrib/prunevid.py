@@ -9,11 +9,10 @@ import torch.nn.functional as F
 
 from evoprune.contrib.density import join_groups, joined_peaks
 from evoprune.methods.base import Selector
-from evoprune.methods.budget import apportion
-from evoprune.methods.indices import ascending
+from evoprune.methods.plans import apportion
 from evoprune.methods.ranking import gathered, highest, snap
 from evoprune.methods.settings import Cosine, Count, Share
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens, ascending
 
 
 @dataclass(frozen=True)

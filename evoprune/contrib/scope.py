@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.indices import ascending
 from evoprune.methods.ranking import BLOCK, snap
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens, ascending
 
 AT_ONCE = 32  # sums that are computed again at a time
 STEPS = 16384  # cosines are integers of this many steps, as in `ranking.snap`

@@ -7,10 +7,9 @@ import torch
 
 from evoprune.contrib.density import joined_peaks
 from evoprune.methods.base import LanguageMethod
-from evoprune.methods.indices import ascending
-from evoprune.methods.language_plan import LanguagePlan, several_drops
+from evoprune.methods.plans import LanguagePlan, several_drops
 from evoprune.methods.ranking import BLOCK, gathered, ranked, relative
-from evoprune.methods.types import LayerTokens, Selection
+from evoprune.methods.types import LayerTokens, Selection, ascending
 
 PLACES = (3 / 32, 7 / 32, 16 / 32)
 # Tokens left after each drop, of 576, from none to all; between them, the authors' for 64, 96, 128 and 192 tokens on average.

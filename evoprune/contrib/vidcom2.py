@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.budget import apportion
+from evoprune.methods.plans import apportion
 from evoprune.methods.ranking import highest, of_pairs, snap
 from evoprune.methods.types import Selection, Tokens
 

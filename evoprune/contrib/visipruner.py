@@ -10,12 +10,10 @@ from typing import Annotated
 import torch
 
 from evoprune.methods.base import LanguageMethod
-from evoprune.methods.budget import keep_count
-from evoprune.methods.indices import ascending
-from evoprune.methods.language_plan import Drop, LanguagePlan, layers_before
+from evoprune.methods.plans import Drop, LanguagePlan, keep_count, layers_before
 from evoprune.methods.ranking import highest, relative
 from evoprune.methods.settings import Part
-from evoprune.methods.types import LayerTokens, Selection
+from evoprune.methods.types import LayerTokens, Selection, ascending
 
 
 @dataclass(frozen=True)

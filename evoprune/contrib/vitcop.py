@@ -7,11 +7,10 @@ import torch
 
 from evoprune.contrib.density import vicinity_clusters
 from evoprune.methods.base import LanguageMethod
-from evoprune.methods.indices import ascending
-from evoprune.methods.language_plan import LanguagePlan, several_drops
+from evoprune.methods.plans import LanguagePlan, several_drops
 from evoprune.methods.ranking import gathered, highest, ranked, relative, turns
 from evoprune.methods.settings import Share
-from evoprune.methods.types import LayerTokens, Selection
+from evoprune.methods.types import LayerTokens, Selection, ascending
 
 PLACES = (2 / 32, 22 / 32)
 

@@ -7,8 +7,8 @@ from evoprune.cpu.linear import weights_bytes
 from evoprune.hf import interface
 from evoprune.hf.columns import Columns
 from evoprune.hf.inputs import Visuals
-from evoprune.methods.budget import plain
 from evoprune.methods.chain import Pipeline
+from evoprune.methods.plans import plain
 from evoprune.report.records import Memory, ModelFacts, Pruning, Report, Sampling, TokenCounts
 from evoprune.session.loading.found import DTYPES
 from evoprune.vision.encoded import Encoded

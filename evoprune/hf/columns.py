@@ -13,7 +13,7 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.methods.indices import ascending
+from evoprune.methods.types import ascending
 
 
 @dataclass(frozen=True, repr=False)

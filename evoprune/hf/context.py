@@ -26,7 +26,7 @@ from evoprune.hf.inputs import PAST, Past, continued, find_visuals, remember, wh
 from evoprune.hf.packed_tower import INT8, PackedTower
 from evoprune.hf.patches import INNER, Patches, end_of
 from evoprune.keywords import brief, check_known, check_types, from_keywords
-from evoprune.methods.budget import DEFAULT, parse_budget
+from evoprune.methods.plans import DEFAULT, parse_budget
 from evoprune.model.cost import Clock
 from evoprune.report.records import Report
 

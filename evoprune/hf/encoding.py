@@ -10,8 +10,8 @@ import torch
 from evoprune import methods
 from evoprune.errors import UsageError, names_plugins
 from evoprune.hf import interface
-from evoprune.methods.budget import DEFAULT, keep_tokens, parse_budget
 from evoprune.methods.chain import Pipeline
+from evoprune.methods.plans import DEFAULT, keep_tokens, parse_budget
 from evoprune.model.config import vision_sizes
 from evoprune.model.numerics import all_numbers
 from evoprune.video.plan import InputLimits

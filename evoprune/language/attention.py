@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend.attention import causal_attention
-from evoprune.methods.indices import ascending
+from evoprune.methods.types import ascending
 
 STRIP = 1024  # query columns that share one mask
 

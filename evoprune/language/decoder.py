@@ -13,8 +13,7 @@ import torch.nn.functional as F
 
 from evoprune.backend import layers
 from evoprune.backend.attention import without_cudnn
-from evoprune.backend.devices import to_device
-from evoprune.backend.fallback import uses_kernels
+from evoprune.backend.devices import to_device, uses_kernels
 from evoprune.cpu.linear import linear
 from evoprune.language.attention import STRIP, attend, attend_blind, bias_features, rows_at
 from evoprune.language.dropping import Dropping, LayerState

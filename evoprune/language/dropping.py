@@ -6,10 +6,9 @@ import torch
 
 from evoprune.backend.devices import Timer, to_device
 from evoprune.methods.base import LanguageMethod
-from evoprune.methods.indices import true_indices
-from evoprune.methods.language_plan import KINDS, LanguagePlan, tokens_of_layers
-from evoprune.methods.selecting import select_in_language
-from evoprune.methods.types import LayerTokens, Selection
+from evoprune.methods.chain import select_in_language
+from evoprune.methods.plans import KINDS, LanguagePlan, tokens_of_layers
+from evoprune.methods.types import LayerTokens, Selection, true_indices
 from evoprune.model.numerics import heads_of, norm, rotate
 
 

@@ -15,7 +15,7 @@ import torch
 
 from evoprune.errors import ModelError, UsageError, process_error
 from evoprune.language.tokenizer import Tokenizer
-from evoprune.methods.indices import ascending
+from evoprune.methods.types import ascending
 from evoprune.text import check_text
 from evoprune.video.info import PICTURE, VIDEO
 

@@ -26,7 +26,7 @@ from evoprune.language.prompt import build_prompt
 from evoprune.live.stream_memory import Seen, StreamMemory, Unread
 from evoprune.live.stream_window import EncodedWindow, encode_window
 from evoprune.live.turns import Turns
-from evoprune.methods.indices import ascending
+from evoprune.methods.types import ascending
 from evoprune.model.cost import Clock
 from evoprune.report.records import Report, TokenCounts
 from evoprune.session.answering import Askable

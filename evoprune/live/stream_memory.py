@@ -8,10 +8,9 @@ import torch
 from evoprune.language.decoder import KVCache, forward
 from evoprune.language.generate import Visual, column_deepstack, column_sizes, embed_ids, embed_prompt
 from evoprune.language.prompt import CONTENTS, MARKERS, Place, prompt_positions
+from evoprune.methods.chain import select
 from evoprune.methods.evoprune import FarthestPoints
-from evoprune.methods.indices import ascending
-from evoprune.methods.selecting import select
-from evoprune.methods.types import Tokens
+from evoprune.methods.types import Tokens, ascending
 from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.session.loading.model import LoadedModel
 from evoprune.video.info import VIDEO

@@ -9,7 +9,7 @@ import torch
 
 from evoprune.language.prompt import timestamps
 from evoprune.live.stream_memory import Unread, columns_of, staying_order
-from evoprune.methods.budget import keep_count
+from evoprune.methods.plans import keep_count
 from evoprune.model.cost import Clock
 from evoprune.session.encoding import Encoding, OpenInput
 from evoprune.session.engine import Engine

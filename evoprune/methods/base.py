@@ -14,9 +14,16 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.methods.budget import spread
-from evoprune.methods.encoder_plan import Grid, Merge, Stage, TowerShape, layer_weights, rows_after_layers
-from evoprune.methods.language_plan import LanguagePlan
+from evoprune.methods.plans import (
+    Grid,
+    LanguagePlan,
+    Merge,
+    Stage,
+    TowerShape,
+    layer_weights,
+    rows_after_layers,
+    spread,
+)
 from evoprune.methods.settings import check_ranges, check_settings
 from evoprune.methods.types import Candidates, LayerTokens, Selection, Tokens
 

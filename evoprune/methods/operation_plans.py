@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from evoprune.errors import UsageError
-from evoprune.methods.budget import keep_count
-from evoprune.methods.language_plan import ALL, KINDS, REST, Drop, Groups, LanguagePlan, Operation
+from evoprune.methods.plans import ALL, KINDS, REST, Drop, Groups, LanguagePlan, Operation, keep_count
 from evoprune.model.rules import read_object
 
 Removed = frozenset[Operation]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.methods.indices import ascending
+from evoprune.methods.types import ascending
 from evoprune.session.encoding import Progress
 from evoprune.session.engine import Engine
 from evoprune.session.inputs import open_inputs

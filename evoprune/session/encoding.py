@@ -14,7 +14,7 @@ import torch
 
 from evoprune.backend.devices import empty_cache, to_device
 from evoprune.errors import OutOfMemory, memory_guard
-from evoprune.methods.budget import keep_tokens
+from evoprune.methods.plans import keep_tokens
 from evoprune.model.cost import Clock
 from evoprune.session.engine import Engine
 from evoprune.session.planning import TEXT, chunk_bytes, fitting_chunk

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.errors import names_plugins
-from evoprune.methods.budget import largest_share, plain
 from evoprune.methods.chain import Pipeline
+from evoprune.methods.plans import largest_share, plain
 from evoprune.model.config import Config
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import PruneOptions, make_method

@@ -9,7 +9,7 @@ import evoprune
 from evoprune.backend.devices import available_memory, largest_chunk
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError
-from evoprune.methods.budget import PRESETS, keep_tokens, plain, share_for, share_of
+from evoprune.methods.plans import PRESETS, keep_tokens, plain, share_for, share_of
 from evoprune.model.config import kv_bytes
 from evoprune.session.loading.found import DTYPES, FoundModel
 from evoprune.session.options import PruneOptions, make_method

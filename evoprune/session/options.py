@@ -21,7 +21,7 @@ from evoprune.cpu.precision import (
 from evoprune.errors import UsageError
 from evoprune.keywords import OPTION, check_types, from_keywords, option
 from evoprune.language.settings import GenerationOptions
-from evoprune.methods.budget import (
+from evoprune.methods.plans import (
     AUTO,
     AUTO_INFLECTION,
     AUTO_MOST,

@@ -6,8 +6,7 @@ from dataclasses import replace
 from evoprune.backend.devices import largest_chunk
 from evoprune.errors import LESS, OutOfMemory
 from evoprune.language.tokenizer import Tokenizer
-from evoprune.methods.budget import keep_tokens, share_of
-from evoprune.methods.encoder_plan import EncoderPlan, WholePairs
+from evoprune.methods.plans import EncoderPlan, WholePairs, keep_tokens, share_of
 from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import carried_bytes, shortage, working_memory
 from evoprune.model.cost import estimate_first_token as estimate_seconds

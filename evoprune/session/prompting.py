@@ -18,7 +18,7 @@ from evoprune.language.generate import (
     prefill,
 )
 from evoprune.language.prompt import Prompt, build_prompt, prompt_positions, timestamps
-from evoprune.methods.budget import share_of
+from evoprune.methods.plans import share_of
 from evoprune.model.config import VisionConfig
 from evoprune.model.cost import language_bytes, shortage
 from evoprune.session.engine import Engine

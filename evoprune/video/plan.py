@@ -6,7 +6,7 @@ from functools import partial
 from typing import Annotated
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.methods.encoder_plan import EncoderPlan, Grid
+from evoprune.methods.plans import EncoderPlan, Grid
 from evoprune.model.rules import list_of, number, whole
 from evoprune.video.info import NOTHING_SAID, PICTURE, VIDEO, PromptSubtitles, Video
 from evoprune.video.sampling import SamplingPlan, check_sampling, plan_sampling

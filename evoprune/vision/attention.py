@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.attention import NEVER, attends_by_products, varlen_kernel
-from evoprune.methods.indices import ascending, runs
+from evoprune.methods.types import ascending, runs
 from evoprune.model.config import PATCHES
 from evoprune.model.numerics import without_autocast
 from evoprune.vision.layout import Groups, Scope, TokenLayout, attention_groups, order_tables

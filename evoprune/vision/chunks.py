@@ -12,7 +12,7 @@ from itertools import chain, islice
 import torch
 
 from evoprune.backend import devices
-from evoprune.methods.indices import ascending
+from evoprune.methods.types import ascending
 from evoprune.model.config import PATCHES
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, referring_layout, window_order
 from evoprune.vision.preprocess import CLIP, Normalisation, normalised, patch_means

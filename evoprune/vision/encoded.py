@@ -8,10 +8,9 @@ import torch
 
 from evoprune.backend import devices
 from evoprune.errors import UsageError
-from evoprune.methods.encoder_plan import EncoderPlan, Inflection
-from evoprune.methods.indices import ascending, tally
-from evoprune.methods.selecting import select, tokens_before_inflection
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.chain import select, tokens_before_inflection
+from evoprune.methods.plans import EncoderPlan, Inflection
+from evoprune.methods.types import Selection, Tokens, ascending, tally
 from evoprune.model.numerics import not_a_number_error
 
 

@@ -22,11 +22,10 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.attention import without_cudnn
-from evoprune.methods.encoder_plan import EncoderPlan, SetAside, Stage, WholePairs
-from evoprune.methods.indices import ascending
+from evoprune.methods.chain import select
+from evoprune.methods.plans import EncoderPlan, SetAside, Stage, WholePairs
 from evoprune.methods.ranking import closest
-from evoprune.methods.selecting import select
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens, ascending
 from evoprune.model.numerics import all_numbers, not_a_number_error, without_autocast
 from evoprune.model.weights import Tower
 from evoprune.vision.chunks import CarriedKeys, Chunk, in_chunks

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from evoprune.backend.attention import varlen_kernel
 from evoprune.backend.layers import give_up, joined, kernels
-from evoprune.methods.encoder_plan import TowerShape
+from evoprune.methods.plans import TowerShape
 from evoprune.model.config import PATCHES, vision_sizes
 from evoprune.vision.attention import Packed, plan_attention
 from evoprune.vision.families import layers_of
@@ -69,7 +69,7 @@ def _layer(
     piece: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`x` (`[R * 4, hidden]`) after a layer, and that after the norm `after`; `normed`: `x` after this layer's first norm."""
-    from evoprune.backend.tower_triton import rotate_into_groups
+    from evoprune.backend.kernels import rotate_into_groups
 
     if normed is None:
         x, normed = _add_norm(visual, x, None, block.norm1)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import devices
-from evoprune.methods.indices import ascending, tally, true_indices
+from evoprune.methods.types import ascending, tally, true_indices
 from evoprune.model.config import PATCHES
 
 Scope = Literal["window", "pair"]

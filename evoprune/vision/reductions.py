@@ -7,10 +7,9 @@ import torch
 
 from evoprune.backend import devices
 from evoprune.methods.base import Merger
-from evoprune.methods.encoder_plan import Stage
-from evoprune.methods.indices import ascending, runs, share_rows, tally, true_indices
+from evoprune.methods.plans import Stage
 from evoprune.methods.ranking import merge_rows, snap, unit_features
-from evoprune.methods.types import Candidates
+from evoprune.methods.types import Candidates, ascending, runs, share_rows, tally, true_indices
 from evoprune.model.numerics import without_autocast
 from evoprune.vision.layout import Scope, TokenLayout, merged_layout
 from evoprune.vision.tower import Compared, Reduced, Reduction

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.backend.reuse import reuse_scan
-from evoprune.methods.reuse import THRESHOLD
+from evoprune.backend.operators import reuse_scan
+from evoprune.methods.evoprune import THRESHOLD
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from typing import Self
 
 import torch
 
-from evoprune.methods.encoder_plan import EncoderPlan, WholePairs
-from evoprune.methods.indices import ascending
-from evoprune.methods.types import Selection
+from evoprune.methods.plans import EncoderPlan, WholePairs
+from evoprune.methods.types import Selection, ascending
 from evoprune.vision.chunks import CarriedKeys, Earlier
 from evoprune.vision.layout import Geometry, TokenLayout
 from evoprune.vision.reuse import ReferenceBlocks

@@ -12,9 +12,9 @@ import torch
 from evoprune.backend.devices import Timer
 from evoprune.cpu.linear import linear
 from evoprune.methods.base import Selector
-from evoprune.methods.encoder_plan import TowerShape
-from evoprune.methods.indices import ascending
+from evoprune.methods.plans import TowerShape
 from evoprune.methods.ranking import unit_features
+from evoprune.methods.types import ascending
 from evoprune.model.config import VisionConfig, vision_sizes
 from evoprune.vision import fused
 from evoprune.vision.attention import Plan, attention_received, grouped_attention, plan_attention

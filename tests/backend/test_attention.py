@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evoprune.backend.attention import causal_attention
-from evoprune.backend.fallback import uses_kernels
+from evoprune.backend.devices import uses_kernels
 
 
 def test_a_whole_prompt_and_its_end():

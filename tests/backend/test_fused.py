@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from evoprune.backend import devices, fallback
+from evoprune.backend import devices
 from evoprune.backend.layers import join_tower, joined
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.evoprune import EvoPrune
@@ -22,7 +22,7 @@ GRID = (3, 3, 4)
 @pytest.fixture
 def on_kernels(monkeypatch):
     """From now on the CPU takes the way of a GPU with kernels; the result counts layers that ran on them."""
-    from evoprune.backend import layers_triton
+    from evoprune.backend import kernels
 
     ran = []
 
@@ -34,7 +34,7 @@ def on_kernels(monkeypatch):
     monkeypatch.setattr(devices, "exact_shapes", lambda device: False)
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: varlen_by_hand)
     monkeypatch.setattr(fused, "varlen_kernel", lambda device, dtype: varlen_by_hand)
-    monkeypatch.setattr(fused, "kernels", lambda device: layers_triton)
+    monkeypatch.setattr(fused, "kernels", lambda device: kernels)
     monkeypatch.setattr(fused, "_layer", counted)
     return ran
 
@@ -77,7 +77,7 @@ def test_a_kernel_that_fails_leaves_the_other_layers_to_pytorch(on_kernels, monk
         return real(visual, mlp, x)
 
     expected = encode_patches(patches, GRID, Pipeline(), 36)
-    monkeypatch.setattr(fallback, "_failed", set())
+    monkeypatch.setattr(devices, "_failed", set())
     monkeypatch.setattr(fused, "_mlp", fails)
     made = encode_patches(patches, GRID, Pipeline(), 36)
     assert made.layers == expected.layers

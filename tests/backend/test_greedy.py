@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evoprune.backend.greedy import greedy_cosine, snap
+from evoprune.backend.operators import greedy_cosine, snap
 from tests.backend.cases import unit_rows
 from tests.threads import one_thread  # noqa: F401
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import fallback, layers
+from evoprune.backend import devices, layers
 from evoprune.errors import DeviceWarning
 from evoprune.language import decoder, static
 from evoprune.language.decoder import KVCache
@@ -24,15 +24,15 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" e
 @pytest.fixture(scope="module")
 def fast():
     pytest.importorskip("triton")
-    from evoprune.backend import layers_triton
+    from evoprune.backend import kernels
 
-    return layers_triton
+    return kernels
 
 
 @pytest.fixture
 def used(fast, monkeypatch):
-    monkeypatch.setattr(layers, "kernels", lambda device: None if fallback.failed("layers") else fast)
-    monkeypatch.setattr(fallback, "_failed", set())
+    monkeypatch.setattr(layers, "kernels", lambda device: None if devices.failed("layers") else fast)
+    monkeypatch.setattr(devices, "_failed", set())
 
 
 def random(*shape, seed=0, dtype=torch.float32):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evoprune.backend import reuse
+from evoprune.backend import operators
 from evoprune.bench.profiling.verify.waiting import shape_depends_on_values
 from tests.backend.cases import means
 from tests.threads import one_thread  # noqa: F401
@@ -19,7 +19,7 @@ class OnADevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def scanned(frames, threshold=8.0, form=reuse.reuse_scan):
+def scanned(frames, threshold=8.0, form=operators.reuse_scan):
     return form(frames, frames[0], torch.zeros(frames.shape[1], dtype=torch.int64), False, 0, threshold)
 
 
@@ -31,7 +31,7 @@ def test_a_scan_may_be_cut_anywhere(units, kind):
     source, held, pair = scanned(frames[:1])
     made = [source]
     for first, count in ((1, 1), (2, 3), (5, 4)):
-        source, held, pair = reuse.reuse_scan(frames[first : first + count], held, pair, True, first, 8.0)
+        source, held, pair = operators.reuse_scan(frames[first : first + count], held, pair, True, first, 8.0)
         made.append(source)
     for ours, expected in zip((torch.cat(made), held, pair), whole, strict=True):
         assert torch.equal(ours, expected)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evoprune.backend import selection
+from evoprune.backend import operators
 from tests.backend.cases import SHAPES, clusters, points
 from tests.threads import one_thread  # noqa: F401
 
@@ -16,22 +16,22 @@ KEEP = pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("held", [1, 1 << 23])
 def test_radii_are_the_same_in_the_form_of_the_cpu(name, share, held, monkeypatch):
     """Of the points of the `keep` largest radii; the CPU may leave the others at 0."""
-    monkeypatch.setattr(selection, "HELD", held)
+    monkeypatch.setattr(operators, "HELD", held)
     args = points(SHAPES[name], 1)
     keep = max(1, round(share * int((args[4] >= 0).sum())))
-    plain = selection._tube_radii(*args, keep)
-    made = selection.tube_radii(*args, keep)
+    plain = operators._tube_radii(*args, keep)
+    made = operators.tube_radii(*args, keep)
     assert made.dtype == torch.float32 and made.shape == args[4].shape
     first = plain >= plain.sort(descending=True).values[keep - 1]
     assert torch.equal(made[first], plain[first]) and ((made == plain) | (made == 0)).all()
     assert torch.equal(made < 0, args[4] < 0)
-    assert torch.equal(plain, selection._tube_radii(*args, 1))
+    assert torch.equal(plain, operators._tube_radii(*args, 1))
 
 
 @EVERY
 def test_points_of_a_tube_fall_in_the_order_in_which_the_farthest_come(name):
     place, half, weight, first, row, time, tubes = args = points(SHAPES[name], 2)
-    radii = selection.tube_radii(*args, len(row))
+    radii = operators.tube_radii(*args, len(row))
     assert (radii[row < 0] == -1).all() and torch.equal(radii, radii.round())
     for tube in tubes:
         units = [u for u in tube.tolist() if u < len(row) and row[u] >= 0]
@@ -60,11 +60,11 @@ def test_the_nearest_is_the_same_in_the_form_of_the_cpu(name, share, held, monke
     there = (row >= 0).nonzero()[:, 0]
     selected = there[:: max(1, round(1 / (share or 1e-3)))]
     args = place, half, weight, row, time, selected
-    expected = selection._nearest_selected(*args)
-    monkeypatch.setattr(selection, "HELD", held)
-    monkeypatch.setattr(selection, "HELD_ON_DEVICE", max(held, len(selected)))
-    assert torch.equal(selection.nearest_selected(*args), expected)
-    assert torch.equal(selection._nearest_selected(*args), expected)
+    expected = operators._nearest_selected(*args)
+    monkeypatch.setattr(operators, "HELD", held)
+    monkeypatch.setattr(operators, "HELD_ON_DEVICE", max(held, len(selected)))
+    assert torch.equal(operators.nearest_selected(*args), expected)
+    assert torch.equal(operators._nearest_selected(*args), expected)
     assert torch.equal(expected < 0, row < 0)
     assert torch.equal(expected[selected], torch.arange(len(selected)))
 
@@ -74,9 +74,9 @@ def test_the_nearest_is_the_same_in_the_form_of_the_cpu(name, share, held, monke
 @pytest.mark.parametrize("held", [1, 1 << 23])
 def test_means_are_the_same_in_the_form_of_the_cpu(name, dtype, held, monkeypatch):
     rows, into, row, weight, count = args = clusters(SHAPES[name], 4, dtype)
-    monkeypatch.setattr(selection, "HELD", held)
-    made = selection.mean_rows(*args)
-    assert made.dtype == dtype and torch.equal(made, selection._mean_rows(*args))
+    monkeypatch.setattr(operators, "HELD", held)
+    made = operators.mean_rows(*args)
+    assert made.dtype == dtype and torch.equal(made, operators._mean_rows(*args))
     for mean in range(count):
         mine = into == mean
         total = (weight[mine][:, None] * rows[row[mine]].float()).sum(0)

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from evoprune.bundled import DEMOS
-from evoprune.methods.budget import PRESETS
 from evoprune.methods.evoprune import EvoPrune
+from evoprune.methods.plans import PRESETS
 from evoprune.report.records import Report
 from evoprune.report.stats import stats_block
 from evoprune.video.info import SCENES_TAG

@@ -14,7 +14,7 @@ import pytest
 from evoprune.bench.evaluation import run as evaluation_run
 from evoprune.bench.evaluation.scores import COSTS, score_rows
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.methods.budget import PRESETS
+from evoprune.methods.plans import PRESETS
 from evoprune_cli.eval_tables import table
 from evoprune_cli.terminal import Terminated
 from tests.cli.screen import visible

@@ -11,7 +11,7 @@ import pytest
 from evoprune.bench.profiling import bench, settings, weights
 from evoprune.bench.profiling.results import Case
 from evoprune.errors import ModelError
-from evoprune.methods.budget import PRESETS
+from evoprune.methods.plans import PRESETS
 from evoprune.model import cost
 from evoprune_cli.profile_tables import render
 from experiments.profile_chart import main as draw_again

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from evoprune.methods.encoder_plan import TowerShape
 from evoprune.methods.evoprune import EvoPrune
+from evoprune.methods.plans import TowerShape
 from evoprune.methods.types import Tokens
 from experiments.distances import DISTANCES
 from experiments.variants import Variant

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError
-from evoprune.methods.budget import (
+from evoprune.methods.plans import (
     DEFAULT,
     IN_WORDS,
     PRESETS,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from evoprune import methods
 from evoprune.contrib.earlytom import EarlyTom, FrameTokens, MergedFrames, Runs, highest_of_stretches, similarities
 from evoprune.errors import UsageError
-from evoprune.methods.encoder_plan import EncoderPlan, Stage, TowerShape, WholePairs
+from evoprune.methods.plans import EncoderPlan, Stage, TowerShape, WholePairs
 from evoprune.methods.types import Tokens
 from evoprune.vision.encoded import select_tokens, selected
 from evoprune.vision.encoder import encode_rows

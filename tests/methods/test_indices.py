@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.methods.indices import runs, share_rows, tally, true_indices
+from evoprune.methods.types import runs, share_rows, tally, true_indices
 
 
 @st.composite

@@ -12,7 +12,7 @@ from evoprune.contrib.ipcv import Ipcv
 from evoprune.errors import UsageError
 from evoprune.methods.baselines import Random
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.encoder_plan import SetAside, Stage, TowerShape, full_plan
+from evoprune.methods.plans import SetAside, Stage, TowerShape, full_plan
 from evoprune.methods.types import Tokens
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.layout import full_layout, geometry

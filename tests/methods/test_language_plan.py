@@ -5,8 +5,7 @@ from itertools import product
 import pytest
 
 from evoprune import methods
-from evoprune.methods.budget import keep_count
-from evoprune.methods.language_plan import layers_before, tokens_of_layers
+from evoprune.methods.plans import keep_count, layers_before, tokens_of_layers
 from tests.methods.eager import DROPPING
 
 ONE = ("fastv", "d2pruner", "prunevid-inner", "holitom-inner", "flashvid-inner", "nuwa-inner")

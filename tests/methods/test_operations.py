@@ -12,8 +12,8 @@ from evoprune.errors import UsageError
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.language_plan import KINDS
 from evoprune.methods.operation_plans import ALL, REST, Recipe, closed
+from evoprune.methods.plans import KINDS
 from tests.language.test_decoder import assert_close
 from tests.language.test_dropping import more, sizes_of
 from tests.methods.eager import COLUMNS, VISUAL, Eager, a_prompt, deep_model, run_method

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.methods.encoder_plan import EncoderPlan, Stage, TowerShape, full_plan
 from evoprune.methods.evoprune import FarthestPatches, FarthestPoints
+from evoprune.methods.plans import EncoderPlan, Stage, TowerShape, full_plan
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
 from tests.methods.kinds import one_of_each

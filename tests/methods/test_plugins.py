@@ -19,8 +19,8 @@ from evoprune import methods
 from evoprune.bench.evaluation.processes import map_in_processes
 from evoprune.errors import PLUGINS, PluginError, PluginWarning, UsageError, names_plugins
 from evoprune.methods import registry
-from evoprune.methods.selecting import select as select_tokens_of
-from evoprune.methods.selecting import select_in_language
+from evoprune.methods.chain import select as select_tokens_of
+from evoprune.methods.chain import select_in_language
 from evoprune.methods.types import Selection, Tokens
 from tests.cli.conftest import cli  # noqa: F401
 from tests.methods.eager import COLUMNS, a_prompt, deep_model, run_method

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.backend.reuse import BLOCKS
+from evoprune.backend.operators import BLOCKS
 from evoprune.vision.preprocess import patch_means, patchify
 from evoprune.vision.reuse import scan
 from tests.threads import one_thread  # noqa: F401

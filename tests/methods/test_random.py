@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.methods.baselines import Random
-from evoprune.methods.budget import spread
+from evoprune.methods.plans import spread
 from evoprune.methods.types import Tokens
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.contrib.merging import EvoPruneMerge
-from evoprune.methods.encoder_plan import ALLOCATIONS, TowerShape, layer_weights, rows_after_layers
+from evoprune.methods.plans import ALLOCATIONS, TowerShape, layer_weights, rows_after_layers
 
 DEMO, LARGE = TowerShape(8, (1, 3, 5, 7)), TowerShape(32, (7, 15, 23, 31))
 towers = st.integers(1, 32).flatmap(

@@ -16,7 +16,7 @@ from evoprune.contrib.density import peak_scores, peaks
 from evoprune.contrib.mmg import joined, marginal_gains
 from evoprune.contrib.prunevid import folded, most_saving
 from evoprune.contrib.segments import segments, transitions
-from evoprune.methods.budget import apportion
+from evoprune.methods.plans import apportion
 from evoprune.methods.types import Tokens
 from tests.methods.line_by_line import assert_selects, examples, mean_of, shares
 from tests.methods.tokens import cosine, features_of, first_of, ranked, selected, snapped, tokens_of

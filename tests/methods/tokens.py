@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evoprune import methods
 from evoprune.methods.base import Method
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.encoder_plan import EncoderPlan, TowerShape
+from evoprune.methods.plans import EncoderPlan, TowerShape
 from evoprune.methods.ranking import snap
 from evoprune.methods.types import Selection, Tokens
 from evoprune.vision.encoder import encode

@@ -9,7 +9,7 @@ from evoprune.cpu import integers as module
 from evoprune.cpu.integers import GROUP, Bytes, Int4Linear, Int8Linear, large_channels, levels
 from evoprune.cpu.quantize import check, quantize
 from evoprune.errors import UsageError
-from evoprune.methods.encoder_plan import full_plan
+from evoprune.methods.plans import full_plan
 from evoprune.session.loading.calibration import calibrate
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape

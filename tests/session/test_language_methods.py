@@ -6,7 +6,7 @@ from PIL import Image
 
 from evoprune import Cache, VideoQA
 from evoprune.bench.tuning.agreement import agreement, reference
-from evoprune.methods.budget import PRESETS
+from evoprune.methods.plans import PRESETS
 from evoprune.report.stats import stats_block
 
 CLIP, QUESTIONS = (

@@ -13,7 +13,7 @@ from evoprune import methods
 from evoprune.bench.profiling.hugging_face import hugging_face_model
 from evoprune.errors import UsageError, VideoError
 from evoprune.language.prompt import VisualSpan, prompt_positions
-from evoprune.methods.budget import keep_count
+from evoprune.methods.plans import keep_count
 from evoprune.session.cache import Cache
 from evoprune.session.inputs import open_inputs
 from evoprune.session.loading.model import load_model

@@ -13,7 +13,7 @@ from evoprune.bench.profiling.hugging_face import hugging_face_model
 from evoprune.errors import ModelError
 from evoprune.language.generate import Visual, column_deepstack, embed_prompt, prefill
 from evoprune.language.prompt import prompt_positions
-from evoprune.methods.encoder_plan import full_plan
+from evoprune.methods.plans import full_plan
 from evoprune.session.cache import Cache
 from evoprune.session.loading.folder import BUNDLED_CONFIGS, read_config
 from evoprune.session.loading.model import load_model

@@ -7,7 +7,7 @@ import torch
 
 from evoprune import methods
 from evoprune.methods.base import Merger
-from evoprune.methods.budget import keep_count
+from evoprune.methods.plans import keep_count
 from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import plan_of
 from tests.vision.clips import changes, clip

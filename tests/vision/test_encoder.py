@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from evoprune import methods
 from evoprune.cpu.linear import pack
 from evoprune.methods.baselines import Nothing, Random
-from evoprune.methods.budget import keep_count
-from evoprune.methods.encoder_plan import ALLOCATIONS
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.methods.plans import ALLOCATIONS, keep_count
 from evoprune.vision.encoder import encode
 from evoprune.vision.preprocess import patchify
 from evoprune.vision.tower import tower_shape

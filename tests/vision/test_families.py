@@ -8,7 +8,7 @@ import torch
 import evoprune
 from evoprune import methods
 from evoprune.methods.base import Merger
-from evoprune.methods.budget import keep_count
+from evoprune.methods.plans import keep_count
 from evoprune.model.config import QWEN2, QWEN2_5, QWEN3, vision_sizes
 from tests.tiny import tiny_model
 from tests.vision.clips import changes, clip

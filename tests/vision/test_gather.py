@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from evoprune.errors import UsageError
 from evoprune.methods.base import Selector
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.evoprune import EvoPrune
+from evoprune.methods.evoprune import EvoPrune, Reuse
 from evoprune.methods.ranking import unit_features
-from evoprune.methods.reuse import Reuse
 from evoprune.methods.types import Selection, Tokens
 from evoprune.vision import encoder
 from evoprune.vision.encoded import select_tokens

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from evoprune import methods
 from evoprune.cpu.linear import pack
 from evoprune.methods.baselines import Nothing
-from evoprune.methods.evoprune import EvoPrune
-from evoprune.methods.reuse import THRESHOLD
+from evoprune.methods.evoprune import THRESHOLD, EvoPrune
 from evoprune.methods.select import assign_clusters, farthest_points, points_of
 from evoprune.vision import encoder
 from evoprune.vision.preprocess import patch_means

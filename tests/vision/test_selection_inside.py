@@ -14,8 +14,8 @@ from evoprune.backend import devices
 from evoprune.errors import ModelError
 from evoprune.methods.base import EncoderMethod, Selector
 from evoprune.methods.baselines import Nothing
-from evoprune.methods.encoder_plan import Stage
 from evoprune.methods.evoprune import STILL, EvoPrune, FarthestPoints
+from evoprune.methods.plans import Stage
 from evoprune.methods.types import Selection
 from tests.vision.clips import changes, clip
 from tests.vision.devices import assert_same_on_a_gpu

@@ -26,7 +26,7 @@ from evoprune.bench.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, precis
 from evoprune.bench.evaluation.shared import SharedFrames, SharedRows, grey_frames
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.keywords import OPTION
-from evoprune.methods.budget import parse_budget_or_name, plain
+from evoprune.methods.plans import parse_budget_or_name, plain
 from evoprune.methods.types import generator_seed
 from evoprune.model.cost import shortage
 from evoprune.session.engine import check_fits, make_engine

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from evoprune.methods.encoder_plan import EncoderPlan, SetAside
+from evoprune.methods.plans import EncoderPlan, SetAside
 from evoprune.model.cost import Clock
 from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.info import Video

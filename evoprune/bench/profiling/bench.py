@@ -12,7 +12,7 @@ from evoprune.bench.profiling.runners import Turn, run_evoprune, run_hugging_fac
 from evoprune.bench.profiling.settings import Settings
 from evoprune.bench.profiling.weights import quantized_models, working_memory
 from evoprune.errors import ModelError, OutOfMemory, memory_guard, names_plugins
-from evoprune.methods.budget import keep_tokens
+from evoprune.methods.plans import keep_tokens
 from evoprune.model.config import PATCHES
 from evoprune.model.cost import matmul_rate, shortage
 from evoprune.session.loading.model import LoadedModel

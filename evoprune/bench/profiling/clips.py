@@ -11,8 +11,8 @@ from evoprune.bench.profiling import synthetic
 from evoprune.bench.profiling.results import Case
 from evoprune.errors import UsageError
 from evoprune.language.prompt import Place, prompt_positions
-from evoprune.methods.budget import keep_tokens
 from evoprune.methods.chain import Pipeline
+from evoprune.methods.plans import keep_tokens
 from evoprune.model.config import VisionConfig
 from evoprune.session.loading.model import LoadedModel
 from evoprune.video.frames import read_frames

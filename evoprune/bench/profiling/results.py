@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any, NamedTuple
 
-from evoprune.methods.budget import plain
+from evoprune.methods.plans import plain
 from evoprune.report.records import Environment, ModelFacts
 
 SCHEMA = "evoprune/profile@1"

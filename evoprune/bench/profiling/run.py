@@ -13,7 +13,7 @@ from evoprune.bench.profiling.clips import AFTER_PAIR, BEFORE_PAIR, TEXT_AFTER, 
 from evoprune.bench.profiling.results import FULL, HUGGING_FACE, METHOD, Case, Results, Row, bound_of
 from evoprune.bench.profiling.runners import Turn
 from evoprune.bench.profiling.settings import Settings, TimeLimit
-from evoprune.methods.budget import plain
+from evoprune.methods.plans import plain
 from evoprune.session.loading.model import LoadedModel
 
 WARM_UP, ROUND, COUNTED = "warm-up", "round", "counted"  # what `paced` yields

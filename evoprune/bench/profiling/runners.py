@@ -9,10 +9,9 @@ from evoprune.backend.devices import peak_memory, reset_peak_memory
 from evoprune.bench.profiling.clips import TEXT_AFTER, Clip
 from evoprune.bench.profiling.results import Counts, Sample
 from evoprune.language import generate
-from evoprune.methods.budget import share_of
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.encoder_plan import EncoderPlan
-from evoprune.methods.indices import ascending
+from evoprune.methods.plans import EncoderPlan, share_of
+from evoprune.methods.types import ascending
 from evoprune.model.cost import Clock, tower_flop
 from evoprune.session.loading.model import LoadedModel
 from evoprune.vision.encoder import encode

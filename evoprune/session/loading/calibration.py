@@ -6,8 +6,8 @@ The input is made by formula: a picture with flat, smooth, striped and noisy par
 import torch
 
 from evoprune.language.decoder import KVCache, logits
-from evoprune.methods.encoder_plan import full_plan
-from evoprune.methods.indices import ascending
+from evoprune.methods.plans import full_plan
+from evoprune.methods.types import ascending
 from evoprune.model.config import PATCHES
 from evoprune.model.weights import QwenVL
 from evoprune.vision.encoder import encode

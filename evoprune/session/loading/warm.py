@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from evoprune.backend.graph import run_beside
+from evoprune.backend.devices import run_beside
 from evoprune.backend.layers import join, join_tower
 from evoprune.language.generate import TokenStream, Visual, column_deepstack, column_sizes, embed_prompt, prefill
 from evoprune.language.prompt import Place

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from evoprune.backend.devices import available_memory, is_host
-from evoprune.backend.fallback import uses_kernels
+from evoprune.backend.devices import available_memory, is_host, uses_kernels
 from evoprune.backend.layers import join, join_tower
 from evoprune.cpu.linear import PackingTime
 from evoprune.cpu.linear import pack as pack_layers

@@ -13,9 +13,8 @@ import torch
 from evoprune import methods
 from evoprune.errors import PluginError, UsageError, names_plugins
 from evoprune.language.prompt import video_positions
-from evoprune.methods.budget import parse_budget
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.encoder_plan import Grid
+from evoprune.methods.plans import Grid, parse_budget
 from evoprune.model.config import vision_sizes
 from evoprune.text import did_you_mean
 from evoprune.vision.encoded import Encoded

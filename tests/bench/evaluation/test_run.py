@@ -20,7 +20,7 @@ from evoprune.bench.evaluation.run import Evaluation, Settings, variants
 from evoprune.bench.evaluation.shared import SharedFrames, grey_frames
 from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.methods.baselines import Random
-from evoprune.methods.budget import DEFAULT, PRESETS
+from evoprune.methods.plans import DEFAULT, PRESETS
 from evoprune.model import cost
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.session.loading.found import describe_model

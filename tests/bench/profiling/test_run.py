@@ -17,7 +17,7 @@ from evoprune.bench.profiling.run import measure, paced
 from evoprune.bench.profiling.runners import run_evoprune, run_hugging_face
 from evoprune.bench.profiling.settings import Settings, TimeLimit
 from evoprune.errors import ModelError, OutOfMemory, UsageError
-from evoprune.methods.encoder_plan import full_plan
+from evoprune.methods.plans import full_plan
 from evoprune.model import cost
 from evoprune.session.loading.found import describe_model
 from evoprune.session.options import ModelOptions

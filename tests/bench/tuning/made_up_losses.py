@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from evoprune.contrib.operation_search import ORDER
-from evoprune.methods.language_plan import ALL, REST, Operation
+from evoprune.methods.plans import ALL, REST, Operation
 
 WHOLE = 1_000_000  # the accuracy with nothing removed, for code that asks for one
 

@@ -11,8 +11,8 @@ from evoprune.bench.tuning.agreement import agreement, reference
 from evoprune.bench.tuning.run import Settings
 from evoprune.contrib.operation_search import Loss, OperationTuning, Step, deepest, search
 from evoprune.errors import UsageError
-from evoprune.methods.language_plan import KINDS
 from evoprune.methods.operation_plans import ALL, REST, Recipe, closed
+from evoprune.methods.plans import KINDS
 from evoprune.report.records import rounded
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.video_qa import VideoQA

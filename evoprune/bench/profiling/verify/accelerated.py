@@ -2,9 +2,8 @@
 
 import torch
 
-from evoprune.backend import reuse, selection
-from evoprune.backend.fallback import plainly
-from evoprune.backend.graph import can_capture
+from evoprune.backend import operators
+from evoprune.backend.devices import can_capture, plainly
 from evoprune.bench.profiling.verify.outcome import DIFFERS, Outcome, gap, judged, skipped
 from evoprune.bench.profiling.verify.subject import NEW_TOKENS, Subject
 from evoprune.language import generate, static
@@ -53,11 +52,11 @@ def _selections(device: torch.device) -> dict[str, float]:
     means[1::2, 30:] = means[:-1:2, 30:]
 
     def each() -> dict[str, torch.Tensor]:
-        radii = selection.tube_radii(place, half, weight, first, row, time, tubes, units)
+        radii = operators.tube_radii(place, half, weight, first, row, time, tubes, units)
         kept = radii.topk(units // 4).indices.sort().values
-        scanned = reuse.reuse_scan(means, means[0], torch.zeros_like(row[:117]), False, 0, 8.0)[0]
-        of = selection.nearest_selected(place, half, weight, row, time, selected)
-        averages = selection.mean_rows(place, of, row, torch.ones_like(time), len(selected))
+        scanned = operators.reuse_scan(means, means[0], torch.zeros_like(row[:117]), False, 0, 8.0)[0]
+        of = operators.nearest_selected(place, half, weight, row, time, selected)
+        averages = operators.mean_rows(place, of, row, torch.ones_like(time), len(selected))
         mask = torch.zeros_like(row, dtype=torch.bool).index_fill_(0, kept, True)
         return {"selection": mask, "clusters": of, "reuse": scanned, "means": averages.round(decimals=2)}
 

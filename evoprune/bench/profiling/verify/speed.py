@@ -15,7 +15,7 @@ from evoprune.bench.profiling.verify.subject import BUDGET, QUESTION, SAMPLING, 
 from evoprune.bench.profiling.verify.waiting import Waiting
 from evoprune.cpu.linear import can_pack
 from evoprune.methods import parse
-from evoprune.methods.budget import keep_count
+from evoprune.methods.plans import keep_count
 from evoprune.session.planning import TEXT, encoding_bytes, fitting_chunk
 from evoprune.text import size
 from evoprune.vision.tower import tower_shape

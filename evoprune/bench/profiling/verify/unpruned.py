@@ -13,7 +13,7 @@ from evoprune.hf import interface
 from evoprune.hf.context import PruningContext
 from evoprune.language import decoder
 from evoprune.language.generate import Visual, column_deepstack, embed_prompt
-from evoprune.methods.indices import ascending
+from evoprune.methods.types import ascending
 from evoprune.text import counted
 from evoprune.video.frames import read_frames
 from evoprune.video.plan import Plan

@@ -120,7 +120,10 @@ FAULTS = {
     "scales of 8 bits too small": Fault("int8", "evoprune.cpu.quantize:int8_weights", "/ 127)", "/ 200)"),
     "zeros of 4 bits off by one": Fault("int4", "evoprune.cpu.integers:_int4_piece", ".add_(8)", ".add_(9)"),
     "a method that selects one token too few": Fault(
-        "methods", "evoprune.methods.divprune:DivPrune.select", "(tokens.features, keep)", "(tokens.features, keep - 1)"
+        "methods",
+        "evoprune.methods.baselines:DivPrune.select",
+        "(tokens.features, keep)",
+        "(tokens.features, keep - 1)",
     ),
 }
 # Of what Qwen3-VL alone has.
