@@ -17,6 +17,7 @@ from evoprune.model.numerics import all_numbers
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoded import Encoded, joined
 from evoprune.vision.encoder import encode as encode_video
+from evoprune.vision.preprocess import Patches
 from evoprune.vision.tower import tower_shape
 
 PROCESSOR = (
@@ -83,13 +84,12 @@ def encode_with(
     merge = visual.config.spatial_merge_size
     grids = [(t, h // merge, w // merge) for t, h, w in video_grid_thw.tolist()]
     sizes = [t * h * w * merge**2 for t, h, w in grids]
-    seconds = _seconds_of(seconds_per_pair, len(grids))
+    _check_seconds(seconds_per_pair, len(grids))
     tower, normal = tower_shape(visual), InputLimits(**vision_sizes(visual.config).traits.video).normal
     videos = []
-    for patches, grid, step in zip(pixel_values_videos.split(sizes), grids, seconds, strict=True):
+    for patches, grid in zip(pixel_values_videos.split(sizes), grids, strict=True):
         plan = method.plan(tower, grid, keep_tokens(share, grid))
-        how = {"question": question, "seconds_per_pair": step, "seed": seed, "normal": normal}
-        videos.append(encode_video(visual, [patches], plan, **how))
+        videos.append(encode_video(visual, [Patches(patches, *normal)], plan, question=question, seed=seed))
     return joined(videos)
 
 
@@ -131,8 +131,8 @@ def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
         raise UsageError("pixel_values_videos hold NaN or infinity", "look at what the processor was given")
 
 
-def _seconds_of(seconds: float | Sequence[float], videos: int) -> list[float]:
-    """Seconds per pair of each video. Raises UsageError: neither a number nor one for each video, or one that is no time."""
+def _check_seconds(seconds: float | Sequence[float], videos: int) -> None:
+    """Raises UsageError: neither a number nor one for each video, or one that is no time."""
     if hasattr(seconds, "tolist"):  # a tensor or array
         seconds = seconds.tolist()
     each = list(seconds) if isinstance(seconds, list | tuple) else [seconds] * videos
@@ -140,7 +140,6 @@ def _seconds_of(seconds: float | Sequence[float], videos: int) -> list[float]:
     if not numbers or len(each) != videos:
         hint = "pass the processor's second_per_grid_ts"
         raise UsageError(f"seconds_per_pair {seconds!r} are not one number, or one for each of {videos} videos", hint)
-    return each
 
 
 def _check_question(visual, question: torch.Tensor | None) -> None:

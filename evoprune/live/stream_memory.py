@@ -221,7 +221,7 @@ def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
         owner = torch.full_like(tokens.owner, -1)
         owner[tokens.kept] = ascending(len(tokens.kept), owner.device)
         selector, seen = FarthestPoints(count=0), rows.tokens
-        given = Tokens(tokens.features, owner, rows.plan.grid, seen.seconds_per_pair, seen.seed)
+        given = Tokens(tokens.features, owner, rows.plan.grid, seen.seed)
     often, count = torch.zeros_like(tokens.kept), len(tokens.kept) // 2
     while count:
         often += torch.isin(tokens.kept, select(selector, given, count).kept.to(often.device))

@@ -91,7 +91,6 @@ class Tokens:
     rows: torch.Tensor  # [E, D], ordered by unit; one for each unit, unless some units were not encoded
     owner: torch.Tensor  # int64 [N], the row that represents each unit, -1 for none
     grid: tuple[int, int, int]  # (T, H, W) in units
-    seconds_per_pair: float = 1.0  # from one frame pair to the next
     seed: int = 0  # for what is drawn at random, as `generator_seed` makes it
     # float32 "attention" [E], "keys" [E, 4 d], "middle" [E, D] and "question" [Q, D], as far as declared
     given: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -23,7 +23,7 @@ from evoprune.video.info import PICTURE
 from evoprune.video.plan import InputLimits, Plan
 from evoprune.vision.encoded import Encoded, EncodedRows, select_tokens
 from evoprune.vision.encoder import encode_rows
-from evoprune.vision.preprocess import pixel_patches, resize
+from evoprune.vision.preprocess import Patches, pixel_patches, resize
 
 if TYPE_CHECKING:
     from evoprune.session.cache import Cache
@@ -79,10 +79,11 @@ def prefetched(items: Generator[T, None, None], depth: int = DEPTH) -> Iterator[
             thread.join(PATIENCE_S)
 
 
-def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torch.device) -> torch.Tensor:
+def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torch.device) -> Patches:
     """uint8 `[rows, values]` on `device`: the patches of frames uint8 `[n, height, width, 3]`, resized as planned."""
     resized = to_device(resize(torch.from_numpy(frames), plan.height, plan.width), device)
-    return pixel_patches(resized, limits.patch_size, limits.temporal_patch_size, limits.merge_size)
+    pixels = pixel_patches(resized, limits.patch_size, limits.temporal_patch_size, limits.merge_size)
+    return Patches(pixels, *limits.normal)
 
 
 @dataclass(eq=False)
@@ -99,7 +100,7 @@ class OpenInput:
 
     def __post_init__(self):
         self.damaged, self._early, self._open = 0, False, ExitStack()
-        self._begun: Iterator[tuple[int, torch.Tensor]] | None = None
+        self._begun: Iterator[tuple[int, Patches]] | None = None
 
     @cached_property
     def key(self) -> str | None:
@@ -166,11 +167,7 @@ class OpenInput:
         loaded.ready()
         chunk_units, start = fitting_chunk(self.engine, plan, other_tokens), clock.now()
         run, tower = self.encode_rows or encode_rows, loaded.model.model.visual
-        how = {
-            "seconds_per_pair": plan.sampling.seconds_per_pair(loaded.video.temporal_patch_size),
-            "seed": self.engine.seed,
-            "normal": loaded.limits[plan.kind].normal,
-        }
+        how = {"seed": self.engine.seed}
         if progress:
             how["on_layer"] = partial(progress, "layers")
         late = self.engine.method.reads_question and plan.encoder.prunes
@@ -190,19 +187,19 @@ class OpenInput:
         clock.seconds["encode"] = clock.now() - start - clock.seconds.pop("wait", 0.0)
         return result
 
-    def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
+    def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[Patches]:
         begun, self._begun = self._begun, None
         for frames_done, patches in clock.each("wait", begun or self._start()):
             yield patches
             if progress:
                 progress("encode", frames_done, self.plan.sampling.frames)
 
-    def _start(self) -> Iterator[tuple[int, torch.Tensor]]:
+    def _start(self) -> Iterator[tuple[int, Patches]]:
         self.damaged = 0
         made = self._make()
         return self._open.enter_context(closing(prefetched(made) if self.threaded else made))
 
-    def _make(self) -> Generator[tuple[int, torch.Tensor], None, None]:
+    def _make(self) -> Generator[tuple[int, Patches], None, None]:
         """For every chunk, how many frames there were up to its end, and its patches `[rows, values]`, uint8."""
         plan, limits = self.plan, self.engine.loaded.limits[self.plan.kind]
         size = chunk_bytes(self.engine, plan)

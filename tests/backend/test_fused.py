@@ -9,7 +9,7 @@ from evoprune.backend import devices
 from evoprune.backend.layers import join_tower, joined
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.vision import attention, fused, tower
+from evoprune.vision import attention, tower
 from tests.vision.clips import changes, clip
 from tests.vision.devices import varlen_by_hand
 from tests.vision.results import encode_patches
@@ -30,12 +30,12 @@ def on_kernels(monkeypatch):
         ran.append(args[1])
         return real(*args)
 
-    real = fused._layer
+    real = tower.VisionBlock.by_kernels
     monkeypatch.setattr(devices, "exact_shapes", lambda device: False)
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: varlen_by_hand)
-    monkeypatch.setattr(fused, "varlen_kernel", lambda device, dtype: varlen_by_hand)
-    monkeypatch.setattr(fused, "kernels", lambda device: kernels)
-    monkeypatch.setattr(fused, "_layer", counted)
+    monkeypatch.setattr(tower, "varlen_kernel", lambda device, dtype: varlen_by_hand)
+    monkeypatch.setattr(tower, "kernels", lambda device: kernels)
+    monkeypatch.setattr(tower.VisionBlock, "by_kernels", counted)
     return ran
 
 
@@ -46,7 +46,7 @@ def test_layers_by_kernels_are_the_plain_ones(on_kernels, monkeypatch, joins, me
     keep = 9 if method else 36
     given = patches, GRID, method or Pipeline(), keep
     with monkeypatch.context() as patch:
-        patch.setattr(fused, "can_fuse", lambda x: False)
+        patch.setattr(tower, "can_fuse", lambda x: False)
         expected = encode_patches(*given, visual)
     assert not on_kernels
     if joins:
@@ -60,7 +60,7 @@ def test_layers_by_kernels_are_the_plain_ones(on_kernels, monkeypatch, joins, me
 def test_a_tower_with_layer_norms_and_features_of_inner_layers(on_kernels, monkeypatch):
     visual, patches = tiny_qwen3(), random_patches((2, 4, 4), width=1536)
     with monkeypatch.context() as patch:
-        patch.setattr(fused, "can_fuse", lambda x: False)
+        patch.setattr(tower, "can_fuse", lambda x: False)
         expected = encode_patches(patches, (2, 4, 4), Pipeline(), 32, visual)
     made = encode_patches(patches, (2, 4, 4), Pipeline(), 32, visual)
     assert len(on_kernels) == 6
@@ -69,16 +69,16 @@ def test_a_tower_with_layer_norms_and_features_of_inner_layers(on_kernels, monke
 
 
 def test_a_kernel_that_fails_leaves_the_other_layers_to_pytorch(on_kernels, monkeypatch, recwarn):
-    patches, real = random_patches(GRID), fused._mlp
+    patches, real = random_patches(GRID), tower.VisionBlock._mlp_by_kernels
 
-    def fails(visual, mlp, x):
-        if mlp is tiny_tower().blocks[2].mlp:
+    def fails(block, x):
+        if block.number == 2:
             raise RuntimeError("no kernel image")
-        return real(visual, mlp, x)
+        return real(block, x)
 
     expected = encode_patches(patches, GRID, Pipeline(), 36)
     monkeypatch.setattr(devices, "_failed", set())
-    monkeypatch.setattr(fused, "_mlp", fails)
+    monkeypatch.setattr(tower.VisionBlock, "_mlp_by_kernels", fails)
     made = encode_patches(patches, GRID, Pipeline(), 36)
     assert made.layers == expected.layers
     torch.testing.assert_close(made.features, expected.features, atol=2e-4, rtol=2e-4)
@@ -98,4 +98,3 @@ def test_joined_layers_are_the_same_layers():
         assert torch.allclose(up[:, :48], before.mlp.up_proj(x), atol=1e-6) and not up[:, 48:].any()
     visual.blocks[0].mlp.gate_proj.weight = torch.nn.Parameter(torch.zeros(48, 32))
     assert joined(visual.blocks[0].mlp) is None  # the weights are others by now
-    assert isinstance(tower.fused, type(fused))

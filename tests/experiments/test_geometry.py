@@ -14,11 +14,11 @@ GRID = (4, 6, 8)
 def tokens():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(4 * 6 * 8, 24, generator=generator).cumsum(0)
-    return Tokens(rows, torch.arange(len(rows)), GRID, 1.0, 0)
+    return Tokens(rows, torch.arange(len(rows)), GRID, 0)
 
 
 def kept(tokens: Tokens, rows: torch.Tensor) -> set[int]:
-    changed = Tokens(rows, tokens.owner, GRID, 1.0, 0)
+    changed = Tokens(rows, tokens.owner, GRID, 0)
     return set(FarthestPoints().select(changed, 20).kept.tolist())
 
 

@@ -22,7 +22,7 @@ def inner(method):
 @pytest.fixture
 def tokens():
     rows = torch.randn(UNITS, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float32).cumsum(0)
-    return Tokens(rows, torch.arange(UNITS), GRID, 1.0, 0)
+    return Tokens(rows, torch.arange(UNITS), GRID, 0)
 
 
 def test_without_settings_it_is_evoprune(tokens):

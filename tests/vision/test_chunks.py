@@ -6,10 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.backend.devices import Timer
-from evoprune.vision.chunks import SPARSE, in_chunks, in_pairs
 from evoprune.vision.layout import geometry
-from evoprune.vision.preprocess import patch_means
-from evoprune.vision.reuse import scan
+from evoprune.vision.preprocess import SPARSE, Patches, in_chunks, in_pairs, patch_means, scan
 from tests.vision.clips import changes, clip
 from tests.vision.tower import PATCH_WIDTH, random_patches, referring
 
@@ -53,7 +51,7 @@ def test_a_chunk_is_as_many_frame_pairs_as_it_takes(grid, share, seed, rows, reu
     made = list(chunks_of(patches.tensor_split(3), grid, rows, 5.0 if reuse else 0.0))
     source = torch.arange(count)[:, None].expand(-1, geo.units)
     if reuse:
-        source, _ = scan(patch_means(patches, geo.units), threshold=5.0)
+        source, _ = scan(patch_means(Patches(patches), geo.units), threshold=5.0)
     layout = referring(geo, source)
     expected = filled(list(layout.per_pair), geo.units, rows)
     assert [(chunk.first, chunk.pairs) for chunk in made] == [(pairs[0], len(pairs)) for pairs in expected]

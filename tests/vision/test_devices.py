@@ -119,7 +119,9 @@ def test_torchs_own_kernel_accepts_the_arguments():
     layout = random_layout(geometry(5, 7), 2, ["pair"], seed=1)
     q, k, v = (x.bfloat16() for x in rows_of(layout))
     plan = Packed(layout, "window", True, attend_varlen)
-    assert len(plan.keys[0]) == len(layout.owner) and layout.per_pair and len(plan.ends[1]) == 9  # made of real values
+    assert (
+        len(plan.keys[0]) == len(layout.unit_to_row) and layout.per_pair and len(plan.ends[1]) == 9
+    )  # made of real values
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = attend_packed(q, k, v, plan)
     assert made.shape == q.shape and made.dtype == q.dtype

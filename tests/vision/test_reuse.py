@@ -15,8 +15,7 @@ from evoprune.methods.baselines import Nothing
 from evoprune.methods.evoprune import THRESHOLD, EvoPrune
 from evoprune.methods.select import assign_clusters, farthest_points, points_of
 from evoprune.vision import encoder
-from evoprune.vision.preprocess import patch_means
-from evoprune.vision.reuse import scan
+from evoprune.vision.preprocess import Patches, patch_means, scan
 from tests.vision.clips import changes, clip
 from tests.vision.reference import encode_slowly
 from tests.vision.results import assert_same, check_result, encode_clip, encode_patches
@@ -27,7 +26,7 @@ AFTER = EvoPrune(depth=1.0)  # the selection comes after the tower
 
 def encoded_units(patches, grid, threshold=THRESHOLD) -> torch.Tensor:
     """bool `[T, H*W]`: which units are encoded."""
-    source, _ = scan(patch_means(patches, grid[1] * grid[2]), threshold=threshold)
+    source, _ = scan(patch_means(Patches(patches), grid[1] * grid[2]), threshold=threshold)
     return source == torch.arange(grid[0])[:, None]
 
 
@@ -136,7 +135,7 @@ def test_every_count_can_be_had(share, method):
 
 def test_units_are_selected_among_all_at_their_times():
     grid = (6, 3, 5)
-    made = encode_clip(grid, changes(grid, 0.2), replace(AFTER, alpha=2.0), 20, seconds_per_pair=0.4)
+    made = encode_clip(grid, changes(grid, 0.2), replace(AFTER, alpha=2.0), 20)
     assert torch.equal(made.kept, farthest_points(points(made, grid, alpha=2.0), 20))
 
 

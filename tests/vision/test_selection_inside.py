@@ -148,10 +148,10 @@ def test_a_reused_unit_sees_what_has_changed_around_it():
     changed[1, 8:] = False
     alone = torch.zeros(32).index_fill_(0, torch.tensor(kept), 1.0)
     method = inside(kept, torch.where(unit % 16 < 8, 0, 1) + unit // 16 * 2, alone)
-    made = encode_patches(clip(grid, changed, drift=0), grid, method, 4, seconds_per_pair=0.4, seed=3)
+    made = encode_patches(clip(grid, changed, drift=0), grid, method, 4, seed=3)
     (tokens,) = method.given.seen
     before = tokens.features
-    assert (tokens.grid, tokens.seconds_per_pair, tokens.seed) == (grid, 0.4, 3)
+    assert (tokens.grid, tokens.seed) == (grid, 3)
     assert torch.equal(before[15], before[31]) and not torch.equal(before[0], before[16])
     assert (made.rows[1] - made.rows[3]).norm() > 0.1
 

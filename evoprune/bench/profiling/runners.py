@@ -15,6 +15,7 @@ from evoprune.methods.types import ascending
 from evoprune.model.cost import Clock, tower_flop
 from evoprune.session.loading.model import LoadedModel
 from evoprune.vision.encoder import encode
+from evoprune.vision.preprocess import Patches
 from evoprune.vision.tower import tower_geometry
 
 
@@ -35,10 +36,7 @@ def run_evoprune(
     with clock.stage("encode"):
         embed = model.model.language_model.embed_tokens
         question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device)) if method.reads_question else None
-        encoded = encode(
-            visual, [clip.pixels], plan,
-            question=question, seconds_per_pair=clip.seconds_per_pair, seed=seed, normal=loaded.video.normal,
-        )  # fmt: skip
+        encoded = encode(visual, [Patches(clip.pixels, *loaded.video.normal)], plan, question=question, seed=seed)
     with clock.stage("prefill"):
         visuals = [generate.Visual(clip.place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
         embeds, columns = generate.embed_prompt(model, clip.ids, visuals)

@@ -42,7 +42,7 @@ FAULTS = {
         "found[name] = weight\n",
         "found[name] = weight.flip(0)\n",
     ),
-    "another rotary base in the tower": Fault("tower", f"{TOWER}:_rotary", "10000.0", "1000.0"),
+    "another rotary base in the tower": Fault("tower", f"{TOWER}:rotary", "10000.0", "1000.0"),
     "another rotary base in the language model": Fault(
         "logits", "evoprune.model.numerics:_frequencies", "/ theta **", "/ (theta / 2) **"
     ),
@@ -54,28 +54,28 @@ FAULTS = {
     ),
     "the bias of keys and queries left out": Fault(
         "tower",
-        f"{TOWER}:_attend",
-        "linear(block.attn.qkv, kind.norm(block.norm1, x))",
-        "torch.nn.functional.linear(kind.norm(block.norm1, x), block.attn.qkv.weight)",
+        f"{TOWER}:VisionBlock.attend",
+        "linear(weights.attn.qkv, self.family.norm(weights.norm1, x))",
+        "F.linear(self.family.norm(weights.norm1, x), weights.attn.qkv.weight)",
     ),
     "the bias of cluster sizes left out": Fault(
         "model", f"{DECODER}:forward", "every[i].log().to(x.dtype)", "every[i].log().to(x.dtype) * 0"
     ),
     "a norm of the tower scaled": Fault(
-        "tower", f"{TOWER}:mlp_half", "kind.norm(block.norm2, x)", "kind.norm(block.norm2, x) * 1.02"
+        "tower", f"{TOWER}:VisionBlock.mlp", "self.weights.norm2, x)", "self.weights.norm2, x) * 1.02"
     ),
     "a norm of the language model scaled": Fault("logits", f"{DECODER}:norm", "* weight", "* (weight * 1.02)"),
     "a tower that is not pruned": Fault(
         "counts",
         f"{ENCODER}:_Run.select_rows",
         "plan.keep if whole_pairs else stage.rows",
-        "len(rows.x)",
+        "len(rows.values)",
     ),
     "units that reuse the row of their neighbour": Fault(
         "reuse",
         f"{ENCODER}:_Run.collect",
-        "self.carried.owners(layout.owner, index) if",
-        "self.carried.owners(layout.owner, index).roll(1) if",
+        "self.carried.among_all(layout.unit_to_row, index) if",
+        "self.carried.among_all(layout.unit_to_row, index).roll(1) if",
     ),
     "pixels too bright": Fault(
         "patches", "evoprune.hf.processor_inputs:normalised", "_by_channel(std", "0.98 * _by_channel(std"
@@ -130,9 +130,9 @@ FAULTS = {
 QWEN3_FAULTS = {
     "features of another inner layer": Fault(
         "tower",
-        f"{TOWER}:_add_deepstack",
-        "merge_patches(run.visual, piece, number)",
-        "merge_patches(run.visual, piece, 0)",
+        f"{TOWER}:LayerRun.finish",
+        "merge_patches(self.visual, piece, number)",
+        "merge_patches(self.visual, piece, 0)",
     ),
     "features of inner layers left out": Fault(
         "logits", f"{DECODER}:forward", "x + deepstack[0, -len(x) :]", "x + 0 * deepstack[0, -len(x) :]"
