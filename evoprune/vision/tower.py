@@ -107,7 +107,7 @@ class VisionBlock:
 
     def __init__(self, run: LayerRun, number: int):
         self.run, self.number, self.weights = run, number, run.visual.blocks[number]
-        self.family, self.heads = layers_of(run.visual), vision_sizes(run.visual.config).num_heads
+        self.kind, self.heads = layers_of(run.visual), vision_sizes(run.visual.config).num_heads
         self.scope: Scope = tower_shape(run.visual).scope(number)
 
     def attend(
@@ -123,7 +123,7 @@ class VisionBlock:
         `rotation`: cosines and sines of each row, `[R, 4, 1, 1, d]`. `plans`: of the layout, once they are made.
         """
         run, weights = self.run, self.weights
-        qkv = linear(weights.attn.qkv, self.family.norm(weights.norm1, x))
+        qkv = linear(weights.attn.qkv, self.kind.norm(weights.norm1, x))
         qkv = qkv.view(*x.shape[:2], 3, self.heads, -1)
         q, k = rotate(qkv[:, :, :2], *rotation).unbind(2)
         v, plain, rotated = qkv[:, :, 2], qkv[:, :, 1], k
@@ -152,7 +152,7 @@ class VisionBlock:
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         """Norm, MLP and residual of rows `[R, 4, hidden]`."""
-        return self.family.mlp(self.weights.mlp, self.family.norm(self.weights.norm2, x), x)
+        return self.kind.mlp(self.weights.mlp, self.kind.norm(self.weights.norm2, x), x)
 
     def by_kernels(
         self,
@@ -179,10 +179,10 @@ class VisionBlock:
         """The sum, and the sum after `norm`."""
         if norm is None:
             return x + plus, None
-        if self.family.rms:
+        if self.kind.rms:
             return kernels(x.device).add_norm(x, plus, norm.weight, EPS)
         x = x if plus is None else x + plus
-        return x, self.family.norm(norm, x)
+        return x, self.kind.norm(norm, x)
 
     def _mlp_by_kernels(self, x: torch.Tensor) -> torch.Tensor:
         """An MLP without norm and residual, `[rows, hidden]`."""
@@ -190,7 +190,7 @@ class VisionBlock:
         if found := joined(mlp):
             hidden = kernels(x.device).silu_times(F.linear(x, *found))
             return F.linear(hidden, mlp.wide_down, mlp.down_proj.bias)
-        return self.family.mlp(mlp, x, None)
+        return self.kind.mlp(mlp, x, None)
 
 
 def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:

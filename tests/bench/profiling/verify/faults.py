@@ -55,8 +55,8 @@ FAULTS = {
     "the bias of keys and queries left out": Fault(
         "tower",
         f"{TOWER}:VisionBlock.attend",
-        "linear(weights.attn.qkv, self.family.norm(weights.norm1, x))",
-        "F.linear(self.family.norm(weights.norm1, x), weights.attn.qkv.weight)",
+        "linear(weights.attn.qkv, self.kind.norm(weights.norm1, x))",
+        "F.linear(self.kind.norm(weights.norm1, x), weights.attn.qkv.weight)",
     ),
     "the bias of cluster sizes left out": Fault(
         "model", f"{DECODER}:forward", "every[i].log().to(x.dtype)", "every[i].log().to(x.dtype) * 0"
