@@ -22,8 +22,8 @@ from tests.vision.clips import changes, clip
 from tests.vision.devices import NoWaiting, assert_same_on_a_gpu, take_gpu_route
 from tests.vision.results import encode_noise, encode_patches
 from tests.vision.test_attention import HEADS, LAYOUTS, by_hand, plan_of, rows_of
-from tests.vision.test_chunks import chunks_of
 from tests.vision.test_encoder import papers
+from tests.vision.test_preprocess import chunks_of
 from tests.vision.tower import random_layout, random_patches, tiny_tower
 
 # --- attention ---------------------------------------------------------------------------------------------------------

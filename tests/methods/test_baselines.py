@@ -1,3 +1,5 @@
+"""Random tokens: even over frame pairs, each as likely, the same for a seed."""
+
 import pytest
 import torch
 from hypothesis import given, settings

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune.backend import operators
-from tests.backend.cases import SHAPES, clusters, points
+from evoprune.backend.operators import greedy_cosine, snap
+from evoprune.bench.profiling.verify.waiting import shape_depends_on_values
+from tests.backend.cases import SHAPES, clusters, means, points, unit_rows
 from tests.threads import one_thread  # noqa: F401
 
 EVERY = pytest.mark.parametrize("name", SHAPES)
@@ -81,3 +84,67 @@ def test_means_are_the_same_in_the_form_of_the_cpu(name, dtype, held, monkeypatc
         mine = into == mean
         total = (weight[mine][:, None] * rows[row[mine]].float()).sum(0)
         assert torch.equal(made[mean], (total / weight[mine].sum()).to(dtype))
+
+
+# The operator of greedy selections by cosine, against its definition one cosine at a time.
+
+
+def by_hand(unit, weight, bonus, factor, keep, from_nearest) -> list[int]:
+    cosine = snap(unit @ unit.T).tolist()
+    rows, selected = range(len(unit)), []
+
+    def score(i: int) -> float:
+        if selected:
+            near = max(cosine[i][j] for j in selected)
+        else:
+            near = max((cosine[i][j] for j in rows if j != i), default=-1.0) if from_nearest else 0.0
+        if bonus is not None:
+            return snap(bonus[i] - factor * torch.tensor(near)).item()
+        far = 1 - torch.tensor(max(near, -1.0))
+        return (far if weight is None else snap(far * weight[i])).item()
+
+    while len(selected) < keep:
+        selected.append(max((i for i in rows if i not in selected), key=lambda i: (score(i), -i)))
+    return sorted(selected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 19])
+@pytest.mark.parametrize("kind", ["plain", "weight", "bonus"])
+@pytest.mark.parametrize("from_nearest", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_rows_are_selected_one_after_another(rows, kind, from_nearest, share):
+    unit, value = unit_rows(rows, 16)
+    args = unit, value if kind == "weight" else None, value if kind == "bonus" else None, 0.5
+    keep = round(share * rows)
+    made = greedy_cosine(*args, keep, from_nearest)
+    assert made.dtype == torch.int64 and made.tolist() == by_hand(*args, keep, from_nearest)
+
+
+# The operator of reuse: it may be cut anywhere, and its form for a device reads no value.
+
+
+class OnADevice(TorchDispatchMode):
+    """Has no shape depend on values, nor a branch."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not shape_depends_on_values(func, args), func
+        assert func is not torch.ops.aten._local_scalar_dense.default, func
+        return func(*args, **(kwargs or {}))
+
+
+def scanned(frames, threshold=8.0, form=operators.reuse_scan):
+    return form(frames, frames[0], torch.zeros(frames.shape[1], dtype=torch.int64), False, 0, threshold)
+
+
+@pytest.mark.parametrize("units", [1, 5, 24])
+@pytest.mark.parametrize("kind", ["noise", "still", "cut"])
+def test_a_scan_may_be_cut_anywhere(units, kind):
+    frames = means(9, units, 0, kind)
+    whole = scanned(frames)
+    source, held, pair = scanned(frames[:1])
+    made = [source]
+    for first, count in ((1, 1), (2, 3), (5, 4)):
+        source, held, pair = operators.reuse_scan(frames[first : first + count], held, pair, True, first, 8.0)
+        made.append(source)
+    for ours, expected in zip((torch.cat(made), held, pair), whole, strict=True):
+        assert torch.equal(ours, expected)
