@@ -13,7 +13,7 @@ The plan states how many rows every layer computes, so all shapes are known on a
 only at a selection between layers, at the end, when it reads all checks, and with reuse for patches that are on the GPU.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -35,8 +35,6 @@ from evoprune.vision.preprocess import Chunk, Patches, in_chunks
 from evoprune.vision.reductions import Followers, Gathering, Merging, Reduction
 from evoprune.vision.segments import CarriedKeys, NothingNew, Rows, Segment
 from evoprune.vision.tower import LayerRun, run_layers, tower_geometry, tower_shape
-
-OnLayer = Callable[[int], None]
 
 
 def encode(
@@ -90,13 +88,14 @@ def encode_rows(
 
     run = _Run(visual, plan, chunk_units, after_layer, lambda done: pause(), segment)
     with without_autocast() if isinstance(visual, Tower) else nullcontext():
-        for chunk in run.chunks(patches):
-            x, layout = run.embed(chunk)
-            x, layout, deepstack = run.run_first_layers(chunk, x, layout)
-            if not plan.row_stages:
-                x = run.merge_patches(x)
-            run.collect(chunk, x, layout, deepstack)
-        chunk = x = layout = deepstack = None  # frees the memory of the last chunk
+        chunks = in_chunks(
+            patches, run.geometry, plan.grid[0],
+            rows=run.chunk_units, threshold=plan.reuse, dtype=run.dtype, timer=run.timer,
+            even=run.checks.even if plan.prunes else None, references=run.segment and run.segment.references,
+        )  # fmt: skip
+        for chunk in chunks:
+            run.collect(chunk, *run.run_first_layers(chunk))
+        chunk = None  # frees the memory of the last chunk
         rows, selection = run.all_rows(), None
         for stage, layers in zip(plan.row_stages, plan.spans[1:], strict=True):
             rows, selection = run.select_rows(rows, stage, seed)
@@ -120,8 +119,8 @@ class _Run:
         visual,
         plan: EncoderPlan,
         chunk_units: int | None,
-        after_layer: OnLayer,
-        pause: OnLayer,
+        after_layer: Callable[[int], None],
+        pause: Callable[[int], None],
         segment: Segment | None = None,
     ):
         weight, tower = visual.patch_embed.proj.weight, tower_shape(visual)
@@ -148,39 +147,21 @@ class _Run:
         self.counts: tuple[int, ...] = ()  # rows that entered the tower, of each frame pair so far
         self.count = 0  # rows after the layers that run in chunks, so far
 
-    def chunks(self, patches: Iterable[Patches | torch.Tensor]) -> Iterator[Chunk]:
-        return in_chunks(
-            patches,
-            self.geometry,
-            self.plan.grid[0],
-            rows=self.chunk_units,
-            threshold=self.plan.reuse,
-            dtype=self.dtype,
-            timer=self.timer,
-            even=self.checks.even if self.plan.prunes else None,
-            references=self.segment and self.segment.references,
-        )
-
-    def embed(self, chunk: Chunk) -> tuple[torch.Tensor, TokenLayout]:
-        """The chunk's rows before the first layer, and their layout."""
+    def run_first_layers(self, chunk: Chunk) -> tuple[torch.Tensor, TokenLayout, torch.Tensor]:
+        """The chunk's rows after the layers before the first selection, or behind the patch merger; layout; DeepStack features."""
         with self.timer if self.carried else nullcontext():
             layout = chunk.layout(self.geometry)
             if self.carried:
                 follows = chunk.first + chunk.pairs < self.plan.grid[0] or self.segment is not None
                 # No unit refers to the last chunk.
                 self.carried.begin(chunk.latest(self.geometry) if follows else None)
-        return embed(self.visual, chunk.patches, layout), layout
-
-    def run_first_layers(
-        self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout
-    ) -> tuple[torch.Tensor, TokenLayout, torch.Tensor]:
-        """The rows after the layers before the first selection, or after all layers; and their DeepStack features."""
-        layers = self.plan.spans[0]
+        x = embed(self.visual, chunk.patches, layout)
         reduction = _reduction(self.plan, range(chunk.first, chunk.first + chunk.pairs), self.checks.failed)
         run = LayerRun(
             self.visual, self.timer, self.computed, reduction, self.carried, self.gathering, on_layer=self.pause
         )
-        return *run_layers(run, layers, x, layout), run.deepstack
+        x, layout = run_layers(run, self.plan.spans[0], x, layout)
+        return x if self.plan.row_stages else self.merge_patches(x), layout, run.deepstack
 
     def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout, deepstack: torch.Tensor) -> None:
         """Appends a chunk's rows, ordered by unit, to those of earlier chunks. `x`: after the patch merger if no layer follows."""

@@ -65,12 +65,6 @@ def test_bf16_is_as_near_to_float32_as_hugging_faces(grid, packed):
     assert 0 < error < 1.3 * usual
 
 
-def test_a_method_that_prunes_nothing_ignores_the_budget():
-    encoded = encode_noise((2, 4, 5), Nothing(), 3)
-    assert torch.equal(encoded.kept, torch.arange(40))
-    check_result(encoded, (2, 4, 5))
-
-
 @pytest.mark.parametrize("keep", [1, 7, 39])
 def test_a_selector_after_the_tower_gets_all_rows_and_keeps_some(keep):
     grid = (2, 4, 5)

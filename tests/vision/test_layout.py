@@ -124,16 +124,6 @@ def test_a_window_without_rows_has_no_queries_but_its_owner_is_a_key_elsewhere()
     assert attention_groups(layout, "pair").count.tolist() == [17] + [1] * 15
 
 
-def test_a_row_that_owns_units_of_another_window_is_a_key_there_with_their_number():
-    layout = full_layout(geometry(4, 8), 1)
-    into = torch.arange(32)
-    into[[17, 18, 19]] = 5
-    layout = merged_layout(layout, into, "pair")
-    (first, first_keys), (second, second_keys) = groups_as_made(layout, "window")
-    assert len(first) == 16 and first_keys == dict.fromkeys(range(16), 1)
-    assert len(second) == 13 and second_keys == {5: 3} | dict.fromkeys(second, 1)
-
-
 @pytest.mark.parametrize("scope", SCOPES)
 def test_dropped_units_have_no_key(scope):
     layout = random_layout(geometry(5, 6), 2, ["window", "pair"], seed=3)
