@@ -22,7 +22,6 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.operators import reuse_scan
-from evoprune.methods.evoprune import THRESHOLD
 from evoprune.methods.types import ascending
 from evoprune.model.config import PATCHES
 from evoprune.video.plan import InputLimits
@@ -116,13 +115,13 @@ class ReferenceBlocks:
 
 
 def scan(
-    means: torch.Tensor, references: ReferenceBlocks | None = None, threshold: float = THRESHOLD
+    means: torch.Tensor, references: ReferenceBlocks | None = None, *, threshold: float
 ) -> tuple[torch.Tensor, ReferenceBlocks]:
     """int64 `[T, units]`: the frame pair of the video whose row represents each unit, its own where it is encoded.
 
     Also what the scan of the next piece takes as `references`; the result does not depend on how the video is cut into pieces.
 
-    `means`: float32 `[T, units, 96]`, from `vision.preprocess.patch_means`: the next frame pairs, at least one. `threshold`: in
+    `means`: float32 `[T, units, 96]`, from `patch_means`: the next frame pairs, at least one. `threshold`: in
     levels of 255; 0 encodes all units.
     """
     held, pair, seen = means[0], means.new_zeros(means.shape[1], dtype=torch.int64), 0
@@ -225,7 +224,7 @@ def in_chunks(
         if threshold:
             with timer:
                 means = patch_means(Patches(piece, **normal), geo.units)
-                source, seen = scan(means, references[0] if references else None, threshold)
+                source, seen = scan(means, references[0] if references else None, threshold=threshold)
                 alive = source == done + ascending(count, source.device)[:, None]
                 counts = tuple(alive.sum(1).tolist())
                 references[:] = [seen]

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.contrib.merging import EvoPruneMerge
 from evoprune.errors import UsageError
 from evoprune.methods.evoprune import FarthestPatches, FarthestPoints
 from evoprune.methods.plans import (
@@ -135,11 +134,6 @@ def test_spread_is_even_over_every_stretch_of_time(grids, keep):
             assert math.floor(mean) <= sum(shares[at : at + length]) <= math.ceil(mean)
 
 
-def test_spread_below_one_a_grid():
-    assert spread(3, 9) == [0, 0, 1] * 3
-    assert spread(0, 4) == [0] * 4
-
-
 @settings(max_examples=100)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.3, 1.0, 2.5, 7.0]), st.integers(0, 9)), min_size=1), st.data())
 def test_apportion(groups, data):
@@ -179,7 +173,6 @@ def test_the_help_says_of_presets_what_the_guide_says():
 
 # Schedules: which layers reduce how much.
 
-DEMO, LARGE = TowerShape(8, (1, 3, 5, 7)), TowerShape(32, (7, 15, 23, 31))
 towers = st.integers(1, 32).flatmap(
     lambda depth: st.builds(
         lambda full: TowerShape(depth, tuple(sorted(full))), st.sets(st.integers(0, depth - 1), max_size=8)
@@ -280,25 +273,6 @@ def test_a_window_keeps_a_row_and_the_next_layer_over_whole_pairs_makes_up_for_i
     assert rows_after_layers(tower, 32, 2, 1, {2: 1.0}) == [32, 32, 2, 1]
     assert rows_after_layers(tower, 32, 2, 16, {0: 0.5, 1: 0.5}) == [24, 16, 16, 16]
     assert rows_after_layers(TowerShape(2, ()), 32, 2, 1, {0: 0.5, 1: 0.5}) == [16, 2]
-
-
-@pytest.mark.parametrize("keep", [192, 100, 1])
-def test_nothing_is_reduced_without_need_or_before_the_range(keep):
-    counts = rows_after_layers(LARGE, 192, 12, keep, layer_weights(32, "mean", 0.5, 0.75))
-    assert counts[:15] == [192] * 15
-    assert counts[23:] == [keep] * 9
-
-
-@pytest.mark.parametrize("budget", [0.5, 0.25, 0.1])
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
-def test_the_same_settings_cost_the_same_share_of_a_small_and_of_a_large_tower(allocation, budget):
-    units, windows, defaults = 192, 12, EvoPruneMerge()
-    live = []
-    for tower in (DEMO, LARGE):
-        weights = layer_weights(tower.depth, allocation, defaults.first, defaults.last)
-        counts = rows_after_layers(tower, units, windows, round(units * budget), weights)
-        live.append((units + sum(counts[:-1])) / tower.depth / units)
-    assert live[0] == pytest.approx(live[1], abs=0.03)
 
 
 # What methods plan, and that the encoder does what was planned.

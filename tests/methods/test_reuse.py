@@ -64,7 +64,7 @@ def block_means(frames: torch.Tensor) -> torch.Tensor:
 
 def scanned(frames, threshold=8.0) -> torch.Tensor:
     """`source` of uint8 frames `[2 T, 56, 84, 3]`."""
-    return scan(block_means(frames), None, threshold)[0]
+    return scan(block_means(frames), None, threshold=threshold)[0]
 
 
 def encoded_units(source: torch.Tensor) -> list[int]:
@@ -162,14 +162,14 @@ def noisy(seed, pairs):
 @given(st.integers(0, 999), st.lists(st.integers(1, 4), min_size=1, max_size=6), st.sampled_from([0.0, 4.0, 8.0, 30.0]))
 def test_a_unit_has_the_row_of_the_pair_last_encoded_however_the_video_is_cut(seed, cuts, threshold):
     means = noisy(seed, sum(cuts) + 1)
-    whole, last = scan(means, None, threshold)
+    whole, last = scan(means, None, threshold=threshold)
     number = torch.arange(len(means))[:, None]
     assert (whole[0] == 0).all()
     assert torch.equal(whole, torch.where(whole == number, number, 0).cummax(0).values)
     pieces, references = [], None
     for piece in means.split([1, *cuts]):
         before = references and references.means.clone()
-        source, following = scan(piece, references, threshold)
+        source, following = scan(piece, references, threshold=threshold)
         assert before is None or torch.equal(references.means, before)  # a scan leaves its references as they are
         pieces, references = [*pieces, source], following
     assert torch.equal(torch.cat(pieces), whole)
