@@ -86,14 +86,16 @@ class LayerRun:
         return torch.cat([function(piece) for piece in x.split(self.mlp_rows * patches)])
 
     def finish(self, layer: int, x: torch.Tensor) -> None:
-        """Called after a layer, with all rows `[R', 4, hidden]` that leave the tower, as they are then."""
+        """Called after a layer with its rows, `[R, 4, hidden]`."""
         inner = vision_sizes(self.visual.config).deepstack_visual_indexes
         if layer in inner:  # it has features for the layer of that number in the language model
             number = inner.index(layer)
-            features = self.in_pieces(lambda piece: merge_patches(self.visual, piece, number), x)
+            features = self.in_pieces(
+                lambda piece: merge_patches(self.visual, piece, number), self.reduction.all_rows(x)
+            )
             self.deepstack = torch.cat([self.deepstack, features[:, None]], 1)
         if self.gathering and layer in self.gathering.middle:
-            self.gathering.add_states(x)
+            self.gathering.add_states(self.reduction.all_rows(x))
         self.on_layer(layer + 1)
 
 
@@ -218,7 +220,7 @@ def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayou
                 if layout is not before:
                     run.deepstack = reduction.joined(run.deepstack, before, layout)
                     rotation, plans = [of_place[layout.place] for of_place in table], {}
-        run.finish(layer, reduction.all_rows(x))
+        run.finish(layer, x)
     return x, layout
 
 
