@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 from evoprune import methods
 from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
-from evoprune.methods.budget import AUTOS, PRESETS, parse_budget, parse_budget_or_name
+from evoprune.methods.plans import AUTOS, PRESETS, parse_budget, parse_budget_or_name
 from evoprune.methods.registry import REUSE
 from evoprune.session.options import PipelineOptions
 from evoprune.util import OPTION, Option

@@ -10,7 +10,7 @@ from typing import Any
 from evoprune import methods
 from evoprune.bench.chart import COLOURS, PALE, Panel, Point, Series, draw
 from evoprune.errors import UsageError, VideoError
-from evoprune.methods.budget import parse_budget
+from evoprune.methods.plans import parse_budget
 from evoprune.report import rounded
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.util import counted, missing_hint, shown

@@ -15,9 +15,8 @@ import numpy as np
 
 from evoprune.bench.eval import EvalSettings, Evaluation
 from evoprune.bench.scores import FULL
-from evoprune.methods.budget import parse_budget, plain
-from evoprune.methods.encoder_plan import ALLOCATIONS
 from evoprune.methods.evoprune import EvoPrune
+from evoprune.methods.plans import ALLOCATIONS, parse_budget, plain
 from evoprune.methods.registry import REUSE
 from evoprune.session.options import ModelOptions
 from evoprune.util import budget_text

@@ -24,7 +24,7 @@ def measure(side: str, args: argparse.Namespace) -> list[dict]:
     from evoprune.bench.hugging_face import hugging_face_model
     from evoprune.bench.profile import run_evoprune, run_hugging_face
     from evoprune.bench.profile_results import Case
-    from evoprune.methods.budget import keep_tokens, parse_budget
+    from evoprune.methods.plans import keep_tokens, parse_budget
     from evoprune.session.loading.model import load_model
     from evoprune.vision.tower import tower_shape
 

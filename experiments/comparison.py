@@ -26,7 +26,7 @@ from evoprune.bench.eval_folder import SETTINGS
 from evoprune.bench.questions import VideoQuestions
 from evoprune.bench.scores import ALL, FULL
 from evoprune.errors import EvopruneError, UsageError
-from evoprune.methods.budget import parse_budget, plain
+from evoprune.methods.plans import parse_budget, plain
 from evoprune.methods.registry import REUSE
 from evoprune.session.options import ModelOptions
 from evoprune.util import budget_text

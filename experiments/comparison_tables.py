@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from evoprune import methods
 from evoprune.bench.scores import ALL, BLIND, FULL, METHOD, TYPE, row_name
-from evoprune.methods.budget import largest_share, parse_budget
+from evoprune.methods.plans import largest_share, parse_budget
 from evoprune.util import budget_text
 from experiments.paired import in_points, paired_difference
 

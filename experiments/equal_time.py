@@ -18,7 +18,7 @@ import numpy as np
 from evoprune import methods
 from evoprune.bench.chart import COLOURS, INK, SOFT, Panel, Point, Series, draw
 from evoprune.bench.scores import FULL, METHOD
-from evoprune.methods.budget import PRESETS, parse_budget
+from evoprune.methods.plans import PRESETS, parse_budget
 from evoprune.util import budget_text
 from experiments.frontier import SETS, kept, samples_of
 from experiments.frontier import table as by_group

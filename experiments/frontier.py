@@ -14,7 +14,7 @@ import numpy as np
 
 from evoprune.bench.eval import EvalSettings, Evaluation
 from evoprune.bench.scores import FULL, METHOD
-from evoprune.methods.budget import PRESETS, parse_budget
+from evoprune.methods.plans import PRESETS, parse_budget
 from evoprune.session.options import ModelOptions
 from evoprune.util import budget_text
 from experiments.demo.write import clips_asked, data_text, demo_videos

@@ -18,7 +18,7 @@ from evoprune.backend.devices import CHUNK_UNITS, environment
 from evoprune.cpu.linear import PackedLinear, can_pack, linear, pack
 from evoprune.cpu.quantize import Int4Linear, Int8Linear, Unquantised, check, int4_weights, int8_weights, quantize
 from evoprune.errors import UsageError, first_line
-from evoprune.methods.encoder_plan import full_plan
+from evoprune.methods.plans import full_plan
 from evoprune.model.config import PATCHES, Config, vision_sizes
 from evoprune.model.cost import matmul_rate
 from evoprune.model.weights import QwenVL, Tree, shared

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.devices import is_host
-from evoprune.backend.fallback import uses_kernels
+from evoprune.backend.devices import is_host, uses_kernels
 
 # Keys from which on the fused kernel is faster, because scores no longer stay in the cache. With the 36,864 patches of a picture of
 # 2688x2688 pixels it takes a third of the time.

@@ -1,11 +1,20 @@
-"""The questions for a device: which one is used and what it has, how much is computed at a time, copies, waits, time, memory."""
+"""The questions for a device: which one is used and what it has, how much is computed at a time, copies, waits, time, memory.
 
+Also whether kernels and graphs are used, what happens where a kernel fails (plain PyTorch, and one warning), and functions on
+streams of CUDA: as a graph, whose one launch runs all kernels again on the same memory, or beside the program.
+"""
+
+import atexit
 import ctypes
 import os
 import platform
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache, wraps
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,7 +22,7 @@ import torch
 
 import evoprune
 from evoprune.backend import limits
-from evoprune.errors import DeviceWarning, UsageError, first_line
+from evoprune.errors import DeviceWarning, UsageError, first_line, is_out_of_memory
 from evoprune.report import Environment
 
 # Units encoded at a time, rounded up to whole frame pairs. 512 units (2,048 patches) keep matrix products at full speed and their
@@ -222,3 +231,114 @@ def available_memory(device: str) -> int | None:
 def empty_cache() -> None:
     """Returns memory of CUDA that is free but in pieces; does nothing where there is no CUDA."""
     torch.cuda.empty_cache()
+
+
+# Kernels, and what replaces them.
+
+_failed: set[str] = set()
+_plainly: list[bool] = []
+
+
+def plain() -> bool:
+    """Whether nothing but plain PyTorch is wanted: EVOPRUNE_PLAIN is set, and not to 0, or this is inside of `plainly`."""
+    return bool(_plainly) or os.environ.get("EVOPRUNE_PLAIN", "0") not in ("", "0")
+
+
+def uses_kernels(device: torch.device) -> bool:
+    """Whether kernels are used there: on CUDA, unless only plain PyTorch is wanted."""
+    return device.type == "cuda" and not plain()
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """A context in which no kernel and no graph is used."""
+    _plainly.append(True)
+    try:
+        yield
+    finally:
+        _plainly.pop()
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def failed(what: str) -> bool:
+    return what in _failed
+
+
+def give_up(what: str, said: str, problem: Exception) -> None:
+    """From now on `what` runs without kernels, which is said. Raises `problem` again if it is about memory."""
+    if is_out_of_memory(problem):
+        raise problem
+    _failed.add(what)
+    warnings.warn(f"{said}, which takes longer: {first_line(problem)}", DeviceWarning, stacklevel=3)
+
+
+def with_fallback(what: str, plain_form: Callable) -> Callable[[Callable], Callable]:
+    """Decorates a function that runs kernels: `plain_form`, of the same arguments, replaces it where they are off or have failed.
+
+    A failure is said once. Running out of memory is none.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        def run(*args, **kwargs):
+            if plain() or failed(what) or not has_triton():
+                return plain_form(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except Exception as problem:
+                give_up(what, f"{what} runs without its kernel", problem)
+                return plain_form(*args, **kwargs)
+
+        return run
+
+    return decorate
+
+
+# Graphs and streams of CUDA.
+
+
+def can_capture(device: torch.device) -> bool:
+    return uses_kernels(device) and torch.version.cuda is not None
+
+
+def run_and_capture(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Runs a function, then captures it. Returns what runs its kernels again; whatever values it read on the host stay.
+
+    The function reads and writes tensors that outlive the graph, and copies nothing to the host. What it raises passes through.
+    """
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        function()  # libraries are set up and kernels are loaded, which a capture refuses
+        # Not `torch.cuda.graph`, which empties the allocator. Other threads may use the device meanwhile.
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            function()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return graph.replay
+
+
+def run_beside(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Begins a function on CUDA, in a thread and on a stream of its own. Returns what waits for its end; what it raises is lost."""
+    if device.type != "cuda":
+        return lambda: None
+
+    def run() -> None:
+        # What is wrong the program itself will say, when it does the same.
+        with suppress(Exception), torch.cuda.stream(torch.cuda.Stream(device)):
+            function()
+
+    thread = threading.Thread(target=run, name="evoprune-beside", daemon=True)
+    thread.start()
+    atexit.register(thread.join)  # a compiler that runs while the interpreter ends crashes it
+    return thread.join

@@ -6,8 +6,8 @@ from types import ModuleType
 
 import torch
 
-from evoprune.backend import fallback
-from evoprune.backend.fallback import has_triton, uses_kernels
+from evoprune.backend import devices
+from evoprune.backend.devices import has_triton, uses_kernels
 
 TOGETHER = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}  # products of the same input
 _apart: list[bool] = []
@@ -80,14 +80,14 @@ def unjoined() -> Iterator[None]:
 
 
 def kernels(device: torch.device) -> ModuleType | None:
-    """The fused kernels for a device, `layers_triton`; None where there are none, or one has failed."""
-    if not uses_kernels(device) or fallback.failed("layers") or not has_triton():
+    """The fused kernels for a device, `backend.kernels`; None where there are none, or one has failed."""
+    if not uses_kernels(device) or devices.failed("layers") or not has_triton():
         return None
-    from evoprune.backend import layers_triton
+    from evoprune.backend import kernels
 
-    return layers_triton
+    return kernels
 
 
 def give_up(problem: Exception) -> None:
     """From now on, layers compute without fused kernels. Raises `problem` again if it is about memory."""
-    fallback.give_up("layers", "layers compute without fused kernels", problem)
+    devices.give_up("layers", "layers compute without fused kernels", problem)

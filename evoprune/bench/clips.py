@@ -26,8 +26,8 @@ import torch
 from evoprune.bench.profile_results import SYNTHETIC, Case
 from evoprune.errors import UsageError
 from evoprune.language.prompt import Place, prompt_positions
-from evoprune.methods.budget import keep_tokens
 from evoprune.methods.chain import Pipeline
+from evoprune.methods.plans import keep_tokens
 from evoprune.model.config import VisionConfig
 from evoprune.session.loading.model import LoadedModel
 from evoprune.video.frames import read_frames

@@ -27,7 +27,7 @@ from evoprune.bench.questions import VideoQuestions, grade
 from evoprune.bench.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
 from evoprune.bench.shared import GreyInput, SharedFrames, SharedInput, SharedRows
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
-from evoprune.methods.budget import parse_budget_or_name, plain
+from evoprune.methods.plans import parse_budget_or_name, plain
 from evoprune.methods.types import generator_seed
 from evoprune.model.cost import prefill_flop, shortage, stretched, tower_flop
 from evoprune.report import Report

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from evoprune.errors import UsageError
-from evoprune.methods.indices import ascending
+from evoprune.methods.types import ascending
 from evoprune.session.encoding import OpenInput, Progress, open_inputs
 from evoprune.session.engine import Engine
 from evoprune.session.options import SamplingOptions

@@ -50,10 +50,9 @@ from evoprune.cpu.quantize import check as check_quantize
 from evoprune.cpu.quantize import quantize, saved_bytes
 from evoprune.errors import ModelError, OutOfMemory, memory_guard, names_plugins
 from evoprune.language import generate
-from evoprune.methods.budget import keep_tokens, plain, share_of
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.encoder_plan import EncoderPlan
-from evoprune.methods.indices import ascending
+from evoprune.methods.plans import EncoderPlan, keep_tokens, plain, share_of
+from evoprune.methods.types import ascending
 from evoprune.model import cost
 from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import Clock, matmul_rate, shortage, tower_flop
@@ -65,6 +64,7 @@ from evoprune.session.options import ModelOptions
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoder import encode
+from evoprune.vision.preprocess import Patches
 from evoprune.vision.tower import tower_geometry, tower_shape
 
 Progress = Callable[[str], None]
@@ -170,10 +170,7 @@ def run_evoprune(
     with clock.stage("encode"):
         embed = model.model.language_model.embed_tokens
         question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device)) if method.reads_question else None
-        encoded = encode(
-            visual, [clip.pixels], plan,
-            question=question, seconds_per_pair=clip.seconds_per_pair, seed=seed, normal=loaded.video.normal,
-        )  # fmt: skip
+        encoded = encode(visual, [Patches(clip.pixels, *loaded.video.normal)], plan, question=question, seed=seed)
     with clock.stage("prefill"):
         visuals = [generate.Visual(clip.place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
         embeds, columns, sizes, deepstack = generate.embed_prompt(model, clip.ids, visuals)

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from evoprune import methods
-from evoprune.methods.budget import plain
+from evoprune.methods.plans import plain
 from evoprune.report import Environment, ModelFacts
 
 SYNTHETIC = ("motion", "static90", "noise")  # kinds of synthetic clips, see `clips.py`

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from evoprune.methods.encoder_plan import EncoderPlan, SetAside
+from evoprune.methods.plans import EncoderPlan, SetAside
 from evoprune.model.cost import Clock
 from evoprune.session.encoding import OpenInput
 from evoprune.video.frames import FrameChunk, read_frames

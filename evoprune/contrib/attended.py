@@ -7,14 +7,13 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.greedy import greedy_cosine
+from evoprune.backend.operators import greedy_cosine
 from evoprune.contrib.common import centre_weights, gathered
 from evoprune.methods.base import Selector
-from evoprune.methods.budget import spread
-from evoprune.methods.indices import ascending
+from evoprune.methods.plans import spread
 from evoprune.methods.ranking import BLOCK, closest, highest, of_pairs, ranked, scaled, snap
 from evoprune.methods.settings import Count, Share
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens, ascending
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from itertools import pairwise
 
 import torch
 
-from evoprune.methods.indices import ascending
 from evoprune.methods.ranking import BLOCK, highest, snap
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens, ascending
 
 
 def transitions(tokens: Tokens) -> torch.Tensor:

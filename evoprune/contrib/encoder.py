@@ -10,13 +10,11 @@ import torch.nn.functional as F
 
 from evoprune.contrib.question import Dart
 from evoprune.methods.base import EncoderMethod, Selector
-from evoprune.methods.budget import spread
-from evoprune.methods.encoder_plan import Grid, SetAside, Stage, TowerShape, WholePairs
 from evoprune.methods.evoprune_paper import EvoPrunePaper
-from evoprune.methods.indices import ascending
+from evoprune.methods.plans import Grid, SetAside, Stage, TowerShape, WholePairs, spread
 from evoprune.methods.ranking import highest, snap
 from evoprune.methods.settings import Count, Share
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens, ascending
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from evoprune.contrib.language import (
     one_drop,
     several_drops,
 )
-from evoprune.methods.budget import apportion, keep_count
-from evoprune.methods.indices import ascending
+from evoprune.methods.plans import apportion, keep_count
 from evoprune.methods.ranking import BLOCK, closest, highest, ranked, snap
 from evoprune.methods.settings import Part, Share
-from evoprune.methods.types import Selection
+from evoprune.methods.types import Selection, ascending
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ import torch
 from evoprune.contrib.language import Drop, Dropping, DroppingMethod, LanguagePlan, select_in_language
 from evoprune.errors import UsageError
 from evoprune.methods.base import Reading
-from evoprune.methods.budget import keep_count
-from evoprune.methods.indices import true_indices
-from evoprune.methods.types import LayerState, Selection
+from evoprune.methods.plans import keep_count
+from evoprune.methods.types import LayerState, Selection, true_indices
 from evoprune.model.config import read_object
 
 KINDS = ("keys", "queries", "mlp")  # of a layer's operations on a token: keys and values; queries and output; the MLP

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 
 from evoprune.contrib.common import turns
 from evoprune.methods.base import Selector
-from evoprune.methods.budget import spread
-from evoprune.methods.indices import ascending
+from evoprune.methods.plans import spread
 from evoprune.methods.ranking import highest, of_pairs, ranked, scaled, snap
 from evoprune.methods.settings import Cosine
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens, ascending
 
 LEAST, STEP = 1 / 128, 1 / 16384
 HELD = 1 << 23  # features in float64 that are held at a time

@@ -20,12 +20,11 @@ from evoprune.contrib.common import (
     transitions,
 )
 from evoprune.methods.base import Selector
-from evoprune.methods.budget import apportion, spread
-from evoprune.methods.divprune import most_diverse
-from evoprune.methods.indices import ascending
+from evoprune.methods.baselines import most_diverse
+from evoprune.methods.plans import apportion, spread
 from evoprune.methods.ranking import closest, highest, ranked, snap
 from evoprune.methods.settings import Cosine, Count, Share
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens, ascending
 
 
 @dataclass(frozen=True)

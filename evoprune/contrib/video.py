@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.budget import apportion
-from evoprune.methods.indices import ascending
+from evoprune.methods.plans import apportion
 from evoprune.methods.ranking import highest, of_pairs, ranked, snap
 from evoprune.methods.settings import Cosine
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens, ascending
 
 
 @dataclass(frozen=True)

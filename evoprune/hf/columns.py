@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.methods.indices import ascending
+from evoprune.methods.types import ascending
 from evoprune.vision.encoded import Encoded
 
 NAMES = {True: ("pixel_values_videos", "video_grid_thw"), False: ("pixel_values", "image_grid_thw")}

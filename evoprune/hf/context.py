@@ -38,7 +38,7 @@ from evoprune.hf.columns import (
     without_pruned,
 )
 from evoprune.hf.encoding import INT8, PackedTower, encode_with, patch_config
-from evoprune.methods.budget import DEFAULT, parse_budget
+from evoprune.methods.plans import DEFAULT, parse_budget
 from evoprune.model.cost import Clock
 from evoprune.report import Memory, ModelFacts, Report, Sampling, TokenCounts
 from evoprune.session.loading.find import DTYPES

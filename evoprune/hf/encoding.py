@@ -14,14 +14,15 @@ from evoprune.cpu.linear import PackedLinear, can_pack, packed_copy, shared_copy
 from evoprune.cpu.quantize import Int8Linear, check, quantize
 from evoprune.errors import UsageError, names_plugins
 from evoprune.hf import interface
-from evoprune.methods.budget import DEFAULT, parse_budget
 from evoprune.methods.config import PruneConfig
+from evoprune.methods.plans import DEFAULT, parse_budget
 from evoprune.model.config import vision_sizes
 from evoprune.model.numerics import all_numbers
 from evoprune.session.loading.stored import calibrate_tower
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoded import Encoded, joined
 from evoprune.vision.encoder import encode as encode_video
+from evoprune.vision.preprocess import Patches
 from evoprune.vision.tower import tower_shape
 
 INT8 = "int8"
@@ -87,12 +88,12 @@ def encode_with(
     merge = visual.config.spatial_merge_size
     grids = [(t, h // merge, w // merge) for t, h, w in video_grid_thw.tolist()]
     sizes = [t * h * w * merge**2 for t, h, w in grids]
-    seconds = _seconds_of(seconds_per_pair, len(grids))
+    _check_seconds(seconds_per_pair, len(grids))
     tower, normal = tower_shape(visual), InputLimits(**vision_sizes(visual.config).traits.video).normal
     videos = []
-    for patches, grid, step in zip(pixel_values_videos.split(sizes), grids, seconds, strict=True):
-        options = {"question": question, "seconds_per_pair": step, "seed": config.seed, "normal": normal}
-        videos.append(encode_video(visual, [patches], config.plan(tower, grid), **options))
+    for patches, grid in zip(pixel_values_videos.split(sizes), grids, strict=True):
+        given = [Patches(patches, *normal)]
+        videos.append(encode_video(visual, given, config.plan(tower, grid), question=question, seed=config.seed))
     return joined(videos)
 
 
@@ -137,8 +138,8 @@ def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
         raise UsageError("pixel_values_videos hold NaN or infinity", "look at what the processor was given")
 
 
-def _seconds_of(seconds: float | Sequence[float], videos: int) -> list[float]:
-    """Seconds per pair of each video. Raises UsageError: neither a number nor one for each video, or one that is no time."""
+def _check_seconds(seconds: float | Sequence[float], videos: int) -> None:
+    """Raises UsageError: neither a number nor one for each video, or one that is no time."""
     if hasattr(seconds, "tolist"):  # a tensor or array
         seconds = seconds.tolist()
     each = list(seconds) if isinstance(seconds, list | tuple) else [seconds] * videos
@@ -146,7 +147,6 @@ def _seconds_of(seconds: float | Sequence[float], videos: int) -> list[float]:
     if not numbers or len(each) != videos:
         hint = "pass the processor's second_per_grid_ts"
         raise UsageError(f"seconds_per_pair {seconds!r} are not one number, or one for each of {videos} videos", hint)
-    return each
 
 
 def _check_question(visual, question: torch.Tensor | None) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from evoprune.errors import ModelError, UsageError
 from evoprune.language.prompt import VisualSpan, prompt_positions
-from evoprune.methods.indices import ascending
+from evoprune.methods.types import ascending
 from evoprune.model.config import check_vision, vision_sizes
 
 SUPPORTED = (

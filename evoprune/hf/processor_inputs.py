@@ -90,7 +90,7 @@ def arguments(
         chosen = choose_decoder(decoder, plan.info)
         with closing(read_frames(plan.source, plan.sampling.times_s, decoder=chosen)) as chunks:
             made_of = (patches_of(each.frames, plan, limits[plan.kind], torch.device("cpu")) for each in chunks)
-            patches[plan.kind] += [normalised(pixels, *limits[plan.kind].normal) for pixels in made_of]
+            patches[plan.kind] += [normalised(each.values, each.mean, each.std) for each in made_of]
     for kind, (pixels, grids) in NAMES.items():
         if not patches[kind]:
             continue

@@ -14,12 +14,10 @@ import torch.nn.functional as F
 
 from evoprune.backend import layers
 from evoprune.backend.attention import causal_attention, without_cudnn
-from evoprune.backend.devices import to_device
-from evoprune.backend.fallback import uses_kernels
+from evoprune.backend.devices import to_device, uses_kernels
 from evoprune.cpu.linear import linear
 from evoprune.methods.base import Reading
-from evoprune.methods.indices import ascending
-from evoprune.methods.types import LayerState
+from evoprune.methods.types import LayerState, ascending
 from evoprune.model.config import head_size
 from evoprune.model.numerics import without_autocast
 

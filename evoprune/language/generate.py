@@ -19,8 +19,7 @@ from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import StaticCache, best_of
 from evoprune.methods.base import Reading
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.indices import ascending
-from evoprune.methods.types import generator_seed
+from evoprune.methods.types import ascending, generator_seed
 from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.numerics import not_a_number_error
 

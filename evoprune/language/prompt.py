@@ -21,7 +21,7 @@ import torch
 
 from evoprune.errors import ModelError, UsageError, first_line, is_out_of_memory, process_error
 from evoprune.language.template import render
-from evoprune.methods.indices import ascending
+from evoprune.methods.types import ascending
 from evoprune.model.config import TEXT, check_fetched, read_object
 from evoprune.util import check_text
 from evoprune.video.info import PICTURE, VIDEO

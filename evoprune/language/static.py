@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from evoprune.backend import graph
+from evoprune.backend import devices
 from evoprune.backend.attention import without_cudnn
 from evoprune.backend.devices import available_memory, to_device
 from evoprune.backend.layers import is_plain
@@ -102,7 +102,7 @@ class StaticCache:
             if replay := self.graphs.get(self.read):
                 replay()
             else:
-                self.graphs[self.read] = graph.run_and_capture(lambda: step(model, self), self.token.device)
+                self.graphs[self.read] = devices.run_and_capture(lambda: step(model, self), self.token.device)
             following = pick(self.logits, self.best)
             self._holder, self._room = holder, self._room - 1
             return following
@@ -143,7 +143,7 @@ def begin(model, holder: object, cache: KVCache, position: int, decoded: int, le
     `position`: of the token that is read next. `decoded`, `left`: how many tokens the answer has, and may still have.
     """
     like = model.model.language_model.norm.weight
-    if not graph.can_capture(like.device) or {*cache.lengths} != {cache.length} or len({*map(id, cache.sizes)}) > 1:
+    if not devices.can_capture(like.device) or {*cache.lengths} != {cache.length} or len({*map(id, cache.sizes)}) > 1:
         return None
     need = cache.length + min(left, MAX_NEW)
     columns = max(MIN_COLUMNS, 1 << (need - 1).bit_length())

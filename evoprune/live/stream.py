@@ -26,18 +26,11 @@ import torch
 from evoprune.cpu.machine import release_omp_threads
 from evoprune.errors import UsageError, names_plugins
 from evoprune.language.decoder import KVCache, forward
-from evoprune.language.generate import (
-    PrefillState,
-    Visual,
-    embed_ids,
-    embed_prompt,
-    prefill,
-)
+from evoprune.language.generate import PrefillState, Visual, embed_ids, embed_prompt, prefill
 from evoprune.language.prompt import CONTENTS, MARKERS, Place, build_prompt, prompt_positions, timestamps
+from evoprune.methods.chain import select
 from evoprune.methods.evoprune import FarthestPoints
-from evoprune.methods.indices import ascending
-from evoprune.methods.selecting import select
-from evoprune.methods.types import Tokens
+from evoprune.methods.types import Tokens, ascending
 from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.cost import Clock
 from evoprune.report import Report, TokenCounts
@@ -499,7 +492,7 @@ def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
         owner = torch.full_like(tokens.owner, -1)
         owner[tokens.kept] = ascending(len(tokens.kept), owner.device)
         selector, seen = FarthestPoints(count=0), rows.tokens
-        given = Tokens(tokens.features, owner, rows.plan.grid, seen.seconds_per_pair, seen.seed)
+        given = Tokens(tokens.features, owner, rows.plan.grid, seen.seed)
     often, count = torch.zeros_like(tokens.kept), len(tokens.kept) // 2
     while count:
         often += torch.isin(tokens.kept, select(selector, given, count).kept.to(often.device))

@@ -15,8 +15,15 @@ import torch
 
 from evoprune.backend.devices import Timer
 from evoprune.errors import UsageError
-from evoprune.methods.budget import spread
-from evoprune.methods.encoder_plan import Grid, Merge, Stage, TowerShape, layer_weights, rows_after_layers
+from evoprune.methods.plans import (
+    Grid,
+    Merge,
+    Stage,
+    TowerShape,
+    layer_weights,
+    rows_after_layers,
+    spread,
+)
 from evoprune.methods.settings import check_ranges, check_settings
 from evoprune.methods.types import Candidates, LayerState, Selection, Tokens
 

@@ -1,16 +1,15 @@
-"""What every method must beat: nothing pruned, random tokens, fewer or smaller frames, and average pooling."""
+"""What every method must beat: nothing pruned, random tokens, fewer or smaller frames, average pooling, and DivPrune."""
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
+from evoprune.backend.operators import greedy_cosine
 from evoprune.methods.base import InputMethod, Method, Selector
-from evoprune.methods.budget import spread
-from evoprune.methods.encoder_plan import Grid
-from evoprune.methods.indices import ascending
+from evoprune.methods.plans import Grid, spread
 from evoprune.methods.ranking import of_pairs
-from evoprune.methods.shapes import smaller_frame
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens, ascending, smaller_frame
 
 
 @dataclass(frozen=True)
@@ -89,3 +88,22 @@ def _blocks(length: int, count: int, device: torch.device) -> tuple[torch.Tensor
     """int64 `[length]`, which of `count` blocks of nearly equal length each place is in; int64 `[count]`, their middle places."""
     edges = ascending(count + 1, device) * length // count
     return ascending(count, device).repeat_interleave(edges.diff()), (edges[:-1] + edges[1:] - 1) // 2
+
+
+@dataclass(frozen=True)
+class DivPrune(Selector):
+    """The most diverse tokens, by greedy max-min distance."""
+
+    name = "divprune"
+    source = "arXiv 2503.02175"
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        return Selection(most_diverse(tokens.features, keep))
+
+
+def most_diverse(features: torch.Tensor, keep: int, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by greedy max-min distance; ties go to the lower index.
+
+    `weight`: float `[N]`, at least 0; multiplies the distance of a row to the selected rows. None for 1.
+    """
+    return greedy_cosine(F.normalize(features.float(), dim=1), weight, None, 1.0, keep, True)

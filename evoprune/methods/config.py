@@ -5,9 +5,19 @@ from dataclasses import dataclass
 from typing import Self
 
 from evoprune.methods import registry
-from evoprune.methods.budget import AUTO, AUTO_INFLECTION, AUTO_MOST, AUTOS, keep_tokens, plain, share_of
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.encoder_plan import EncoderPlan, Grid, TowerShape
+from evoprune.methods.plans import (
+    AUTO,
+    AUTO_INFLECTION,
+    AUTO_MOST,
+    AUTOS,
+    EncoderPlan,
+    Grid,
+    TowerShape,
+    keep_tokens,
+    plain,
+    share_of,
+)
 
 
 @dataclass(frozen=True)

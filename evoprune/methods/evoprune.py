@@ -1,7 +1,7 @@
 """evoprune, this project's own method: reuse in time, two selections of rows in the encoder, and one of tokens after it.
 
 1. Reuse: a unit whose pixels have not changed since its place was last encoded is not encoded again. Its row stays visible to
-   attention (vision/reuse.py).
+   attention (vision/preprocess.py).
 2. Rows: farthest-point sampling over features and time (methods/select.py) selects the rows that enter the tower among the patch
    embeddings, and again, after the first eighth of the layers, those that go on. Both numbers are powers of the budget.
 3. Tokens: after the tower the tokens are selected among these rows in the same way. Each becomes the mean of its cluster.
@@ -17,14 +17,38 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from evoprune.backend.selection import unit_counts
+from evoprune.backend.operators import unit_counts
 from evoprune.methods.base import EncoderMethod, Selector
-from evoprune.methods.budget import AUTO_LEAST, keep_count
-from evoprune.methods.encoder_plan import Grid, Stage, TowerShape
-from evoprune.methods.reuse import THRESHOLD
+from evoprune.methods.plans import AUTO_LEAST, Grid, Stage, TowerShape, keep_count
 from evoprune.methods.select import ALPHA, assign_clusters, farthest_points, points_of
 from evoprune.methods.settings import Share
 from evoprune.methods.types import Selection, Tokens
+
+# A unit has changed if a block differs by at least this many levels of 255 (Euclidean over red, green and blue).
+THRESHOLD = 8.0
+
+
+@dataclass(frozen=True)
+class Reuse(EncoderMethod):
+    """Reuse in front of a selector that users name: `reuse+divprune`, `reuse:threshold=5+visionzip`.
+
+    The selector sees every unit of the clip; one that is not encoded again has the feature of an earlier row.
+    """
+
+    name = "reuse"
+    source = "this project"
+    combines = True
+
+    # A unit is encoded again if it changes by so many levels of 255.
+    threshold: Annotated[float, "(0, inf]"] = THRESHOLD
+
+    @property
+    def reuse(self) -> float:
+        return self.threshold
+
+    def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
+        return []
+
 
 WITHIN = 0.01  # `within` under `--budget auto`
 STILL = 2 / 3  # of the powers of `rows` and `first` count for one frame pair, whose units no other frame pair repeats

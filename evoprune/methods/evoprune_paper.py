@@ -7,7 +7,7 @@ import torch
 
 from evoprune.methods import ranking
 from evoprune.methods.base import Merger
-from evoprune.methods.encoder_plan import TowerShape, layer_weights, rows_after_layers
+from evoprune.methods.plans import TowerShape, layer_weights, rows_after_layers
 from evoprune.methods.settings import Count, Share
 from evoprune.methods.types import Candidates
 

@@ -5,9 +5,8 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.greedy import BLOCK, snap
-from evoprune.methods.indices import ascending, true_indices
-from evoprune.methods.types import Selection
+from evoprune.backend.operators import BLOCK, snap
+from evoprune.methods.types import Selection, ascending, true_indices
 
 HELD = 1 << 22  # scores held at a time (16 MiB), or one row of each group if that is more
 ALL = slice(None)

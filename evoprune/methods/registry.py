@@ -38,7 +38,7 @@ CORE = {
     "downscale": "evoprune.methods.baselines:Downscale",
     "subsample": "evoprune.methods.baselines:Subsample",
     "pool": "evoprune.methods.baselines:Pool",
-    "divprune": "evoprune.methods.divprune:DivPrune",
+    "divprune": "evoprune.methods.baselines:DivPrune",
 }
 DEFAULT = "evoprune"
 REUSE = "reuse"  # put before a selector: reuse+divprune
@@ -176,7 +176,7 @@ def _warn_of_ignored(name: str) -> None:
 
 def _class(name: str) -> "type[Method]":
     if name == REUSE:
-        from evoprune.methods.reuse import Reuse
+        from evoprune.methods.evoprune import Reuse
 
         return Reuse
     if name in CORE:

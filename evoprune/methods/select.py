@@ -2,7 +2,7 @@
 
 A video is cut into *tubes*: neighbouring units of some frame pairs. In each tube the units are selected one after another, each the
 farthest from those before it, and that distance is a unit's radius. The K units of the largest radii are selected. The radii do not
-depend on K, and no shape depends on values: backend/selection.py has a form for each kind of device. The distance is how much two
+depend on K, and no shape depends on values: backend/operators.py has a form for each kind of device. The distance is how much two
 units differ, in features and in time:
 
     d(i, j) = |p_i - p_j|^2 / 2 + alpha / 2 * salience_j^2 * |t_i - t_j|
@@ -19,10 +19,9 @@ from functools import lru_cache
 import torch
 
 from evoprune.backend.devices import to_device
-from evoprune.backend.selection import nearest_selected, standard_places, tube_radii
-from evoprune.methods.budget import spread
-from evoprune.methods.encoder_plan import Grid
-from evoprune.methods.indices import ascending
+from evoprune.backend.operators import nearest_selected, standard_places, tube_radii
+from evoprune.methods.plans import Grid, spread
+from evoprune.methods.types import ascending
 
 ALPHA = 1.5
 DIMENSIONS = 128  # of the projected features

@@ -1,4 +1,8 @@
-"""The inputs and results of pruning methods: small frozen dataclasses over tensors."""
+"""The inputs and results of pruning methods, small frozen dataclasses over tensors; and counting and indexing of rows.
+
+Shapes are known from the plan: `bincount`, `nonzero` and masks as indices synchronise a GPU, because the shape of their result
+depends on values.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,8 +12,64 @@ from hashlib import blake2b
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.selection import mean_rows
-from evoprune.methods.indices import ascending
+from evoprune.backend.operators import mean_rows
+
+# Counting and indexing.
+
+
+def ascending(count: int, device: torch.device | str) -> torch.Tensor:
+    """int64 `[count]`: 0, 1, 2 and so on."""
+    return torch.arange(count, dtype=torch.int64, device=device)
+
+
+def tally(index: torch.Tensor, bins: int) -> torch.Tensor:
+    """int64 `[bins]`: how often each number occurs in `index` (int64 `[n]`)."""
+    return index.new_zeros(bins).scatter_add_(0, index, torch.ones_like(index))
+
+
+def true_indices(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """int64 `[count]`: the first `count` indices where `mask` (bool `[n]`) is true, ascending; filled up with zeros."""
+    slot = torch.where(mask, mask.cumsum(0) - 1, count).clamp(max=count)
+    return slot.new_zeros(count + 1).scatter_(0, slot, ascending(len(mask), mask.device))[:count]
+
+
+def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs of neighbouring rows as a padded batch: int64 `[B, longest]`, and bool, which are valid. Padding repeats the last row.
+
+    `start`, `length`: int64 `[B]`, of each run, which may be empty; `longest`: an upper bound; `rows`: all indices are below it.
+    """
+    step = ascending(longest, start.device)
+    last = (length - 1).clamp(min=0)[:, None]
+    return (start[:, None] + torch.minimum(step, last)).clamp(max=rows - 1), step < length[:, None]
+
+
+def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.Tensor:
+    """int64 `[B, G]`: how many rows each group keeps, by largest remainder, at least one per group with rows; ties by index.
+
+    `sizes`: int64 `[B, G]`, at most `longest`. `total`: int64 `[B]`, from the number of groups with rows to the sum of sizes.
+    """
+    size, total = sizes.sum(1, keepdim=True), total[:, None]
+    counts = torch.where(sizes > 0, (total * sizes // size.clamp(min=1)).clamp(min=1), 0)
+    missing = total - counts.sum(1, keepdim=True)
+    excess = counts * size - total * sizes
+    # Too few: the groups that are furthest below their exact share get one row more. One each is enough, because rounding down took
+    # less than one row from each group, and the groups that lost something have more rows than they keep.
+    more = _first(counts < sizes, excess.argsort(dim=1, stable=True), missing)
+    # Too many, because every group keeps at least one row: the groups furthest above their exact share give one row in each turn,
+    # down to one row. After p turns a group has given min(p, spare) rows. There are `turns` whole turns; some groups give one more.
+    spare, give = (counts - 1).clamp(min=0), -missing
+    given = torch.minimum(ascending(longest, sizes.device)[:, None], spare[:, None]).sum(2)  # [B, longest]
+    turns = ((given <= give).sum(1, keepdim=True) - 1).clamp(min=0)
+    rest = give - given.gather(1, turns)
+    less = _first(spare > turns, excess.argsort(dim=1, descending=True, stable=True), rest)
+    return counts + more.long() - torch.minimum(turns, spare) - less.long()
+
+
+def _first(able: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """bool `[B, G]`: the first `count` (`[B, 1]`) groups in `order` (`[B, G]`) that are `able`; none if `count` is negative."""
+    queue = able.gather(1, order)
+    selected = queue & (queue.cumsum(1) <= count)
+    return torch.zeros_like(able).scatter_(1, order, selected)
 
 
 def generator_seed(seed: int) -> int:
@@ -28,7 +88,6 @@ class Tokens:
     rows: torch.Tensor  # [E, D], ordered by unit; one for each unit, unless some units were not encoded
     owner: torch.Tensor  # int64 [N], the row that represents each unit, -1 for none
     grid: tuple[int, int, int]  # (T, H, W) in units
-    seconds_per_pair: float = 1.0  # from one frame pair to the next
     seed: int = 0  # for what is drawn at random, as `generator_seed` makes it
     # float32 "attention" [E], "keys" [E, 4 d], "middle" [E, D] and "question" [Q, D], as far as declared
     given: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -139,3 +198,23 @@ class LayerState:
     queries: torch.Tensor  # `[1, C, heads, head_dim]`, rotated
     keys: torch.Tensor  # `[1, kv_heads, C, head_dim]`, rotated
     values: torch.Tensor  # as `keys`
+
+
+def smaller_frame(height: int, width: int, most: int) -> tuple[int, int]:
+    """(height, width) of the largest frame of at most `most` units, at least 1 x 1, with nearly the ratio of height x width.
+
+    One dimension is any whole number of units; the ratio gives the other, rounded. Of equals the nearest to the ratio wins.
+    """
+    sizes = {(1, 1)}
+    for rows in range(1, height + 1):
+        sizes |= {(rows, max(1, rows * width // height)), (rows, -(-rows * width // height))}
+    for columns in range(1, width + 1):
+        sizes |= {(max(1, columns * height // width), columns), (-(-columns * height // width), columns)}
+    fitting = [(h, w) for h, w in sizes if h * w <= most or (h, w) == (1, 1)]
+
+    def rank(size: tuple[int, int]) -> tuple[float, ...]:
+        h, w = size
+        stretch = max(h * width, w * height) / min(h * width, w * height)
+        return -h * w, stretch, h
+
+    return min(fitting, key=rank)

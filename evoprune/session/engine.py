@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from evoprune.errors import names_plugins
-from evoprune.methods.budget import largest_share
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.config import PruneConfig
+from evoprune.methods.plans import largest_share
 from evoprune.model.config import Config
 from evoprune.session.loading.model import LoadedModel
 

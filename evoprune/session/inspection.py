@@ -9,7 +9,7 @@ import evoprune
 from evoprune.backend.devices import available_memory
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError
-from evoprune.methods.budget import PRESETS, keep_tokens, share_for
+from evoprune.methods.plans import PRESETS, keep_tokens, share_for
 from evoprune.model.cost import kv_bytes
 from evoprune.session.loading.find import DTYPES, FoundModel
 from evoprune.session.options import PruneOptions

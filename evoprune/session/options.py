@@ -20,7 +20,12 @@ from evoprune.cpu.precision import (
 )
 from evoprune.errors import UsageError
 from evoprune.language.settings import GenerationOptions
-from evoprune.methods.budget import DEFAULT, IN_WORDS, parse_budget_or_name, plain
+from evoprune.methods.plans import (
+    DEFAULT,
+    IN_WORDS,
+    parse_budget_or_name,
+    plain,
+)
 from evoprune.util import OPTION, check_types, from_keywords, option
 from evoprune.video.info import FOLDER_FPS, NO_SUBTITLES, PICTURE, VIDEO, Video
 from evoprune.video.plan import check_sampling, parse_time

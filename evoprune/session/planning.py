@@ -8,7 +8,7 @@ import torch
 from evoprune.backend.devices import largest_chunk
 from evoprune.errors import LESS, OutOfMemory
 from evoprune.language.prompt import Tokenizer
-from evoprune.methods.encoder_plan import EncoderPlan, WholePairs
+from evoprune.methods.plans import EncoderPlan, WholePairs
 from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import carried_bytes, shortage, working_memory
 from evoprune.model.cost import estimate_first_token as estimate_seconds

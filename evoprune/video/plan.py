@@ -11,7 +11,7 @@ from functools import partial
 from typing import Annotated
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.methods.encoder_plan import EncoderPlan, Grid
+from evoprune.methods.plans import EncoderPlan, Grid
 from evoprune.model.config import list_of, number, whole
 from evoprune.video.info import NOTHING_SAID, PICTURE, VIDEO, PromptSubtitles, Video
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.attention import NEVER, attends_by_products, varlen_kernel
-from evoprune.methods.indices import ascending, runs
+from evoprune.methods.types import ascending, runs
 from evoprune.model.config import PATCHES
 from evoprune.model.numerics import without_autocast
 from evoprune.vision.layout import Groups, Scope, TokenLayout, attention_groups, order_tables
@@ -81,9 +81,9 @@ class Packed:
         if not layout.mixes(self.scope):
             return None, layout.size if self.size_bias else None
         if self.size_bias and layout.complete:
-            return layout.owner[order_tables(layout.geometry, layout.pairs)[0]], None
+            return layout.unit_to_row[order_tables(layout.geometry, layout.pairs)[0]], None
         used = layout.group_units(self.scope)[1]
-        key, weight = (x.flatten()[used] for x in owner_keys(layout, self.scope, self.size_bias))
+        key, weight = (x.flatten()[used] for x in keys_of_units(layout, self.scope, self.size_bias))
         return key.clamp(min=0), weight.long()
 
     @cached_property
@@ -108,12 +108,12 @@ def plan_attention(layout: TokenLayout, scope: Scope, like: torch.Tensor, size_b
     return Packed(layout, scope, size_bias, kernel) if kernel else [static_bucket(layout, scope, size_bias)]
 
 
-def owner_keys(layout: TokenLayout, scope: Scope, size_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys of groups without reading values, `[G, K]`: int64, the row that owns each of a group's units; and bool, which count.
+def keys_of_units(layout: TokenLayout, scope: Scope, size_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys of groups without reading values, `[G, K]`: int64, the row of each of a group's units; and bool, which count.
 
-    A row that owns several units of a group is as many keys, which weigh together what `size_bias` says; without it one counts.
+    A row of several units of a group is as many keys, which weigh together what `size_bias` says; without it one counts.
     """
-    key = F.pad(layout.owner, (0, 1), value=-1)[layout.group_units(scope)[0]]
+    key = F.pad(layout.unit_to_row, (0, 1), value=-1)[layout.group_units(scope)[0]]
     if size_bias:
         return key, key >= 0
     key = key.sort(1, descending=True).values
@@ -134,8 +134,8 @@ def static_bucket(layout: TokenLayout, scope: Scope, size_bias: bool) -> Bucket:
     if not layout.mixes(scope):
         return replace(bucket, weight=torch.where(bucket.valid, layout.size[query], 0) if size_bias else bucket.valid)
     if size_bias and layout.complete and full:
-        return replace(bucket, key=layout.owner[layout.group_units(scope)[0]])
-    key, weight = owner_keys(layout, scope, size_bias)
+        return replace(bucket, key=layout.unit_to_row[layout.group_units(scope)[0]])
+    key, weight = keys_of_units(layout, scope, size_bias)
     return replace(bucket, key=key, weight=weight)
 
 

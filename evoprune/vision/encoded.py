@@ -8,10 +8,9 @@ import torch
 
 from evoprune.backend import devices
 from evoprune.errors import UsageError
-from evoprune.methods.encoder_plan import EncoderPlan, Inflection
-from evoprune.methods.indices import ascending, tally
-from evoprune.methods.selecting import select, tokens_before_inflection
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.chain import select, tokens_before_inflection
+from evoprune.methods.plans import EncoderPlan, Inflection
+from evoprune.methods.types import Selection, Tokens, ascending, tally
 from evoprune.model.numerics import not_a_number_error
 
 
@@ -172,7 +171,7 @@ def averaged(found: Selection, values: torch.Tensor, owner: torch.Tensor) -> tor
 def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Selection:
     """The units that the language model reads; arguments as in `select_tokens`.
 
-    Raises UsageError: the method reads the question, and there is none. PluginError: as `methods.selecting.select`.
+    Raises UsageError: the method reads the question, and there is none. PluginError: as `methods.chain.select`.
     """
     tokens, keep, stage = video.tokens, video.plan.keep, video.plan.token_stage
     if video.selection is not None or not video.plan.prunes:

@@ -13,7 +13,7 @@ The plan states how many rows every layer computes, so all shapes are known on a
 only at a selection between layers, at the end, when it reads all checks, and with reuse for patches that are on the GPU.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,27 +22,28 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.attention import without_cudnn
-from evoprune.methods.encoder_plan import EncoderPlan, SetAside, Stage, WholePairs
-from evoprune.methods.indices import ascending
+from evoprune.methods.chain import select
+from evoprune.methods.plans import EncoderPlan, SetAside, Stage, WholePairs
 from evoprune.methods.ranking import closest
-from evoprune.methods.selecting import select
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens, ascending
 from evoprune.model.numerics import all_numbers, not_a_number_error, without_autocast
 from evoprune.model.weights import Tower
-from evoprune.vision.chunks import CarriedKeys, Chunk, in_chunks
 from evoprune.vision.encoded import Checks, Encoded, EncodedRows, averaged, select_tokens
 from evoprune.vision.families import embed, layers_of, merge_patches
 from evoprune.vision.layout import TokenLayout, full_layout, selected_layout
-from evoprune.vision.preprocess import CLIP, Normalisation
-from evoprune.vision.reductions import Followers, Merging
-from evoprune.vision.segments import NothingNew, Segment, VideoRows
-from evoprune.vision.tower import Gathering, LayerRun, Reduction, run_layers, tower_geometry, tower_shape
-
-OnLayer = Callable[[int], None]
+from evoprune.vision.preprocess import Chunk, Patches, in_chunks
+from evoprune.vision.reductions import Followers, Gathering, Merging, Reduction
+from evoprune.vision.segments import CarriedKeys, NothingNew, Rows, Segment
+from evoprune.vision.tower import LayerRun, run_layers, tower_geometry, tower_shape
 
 
 def encode(
-    visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, *, question: torch.Tensor | None = None, **how: Any
+    visual,
+    patches: Iterable[Patches | torch.Tensor],
+    plan: EncoderPlan,
+    *,
+    question: torch.Tensor | None = None,
+    **how: Any,
 ) -> Encoded:
     """Encodes one video: `encode_rows`, whose other arguments (`how`) and errors it has, and `select_tokens`.
 
@@ -55,13 +56,11 @@ def encode(
 @without_cudnn()
 def encode_rows(
     visual,
-    patches: Iterable[torch.Tensor],
+    patches: Iterable[Patches | torch.Tensor],
     plan: EncoderPlan,
     *,
-    seconds_per_pair: float = 1.0,
     seed: int = 0,
     chunk_units: int | None = None,
-    normal: Normalisation = CLIP,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
     pause: Callable[[], None] = lambda: None,
     segment: Segment | None = None,
@@ -71,11 +70,10 @@ def encode_rows(
     Args:
         visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of the same families, whose layers obey
             torch's autocast. The rows are then in its dtype.
-        patches: pieces `[n, values]` in Hugging Face's order that make up the whole video: pixels (uint8), or normalised.
+        patches: the whole video in pieces, as of `preprocess.in_chunks`.
         plan: for this tower, from `Pipeline.plan`.
-        seconds_per_pair, seed: as in `Tokens`.
+        seed: as in `Tokens`.
         chunk_units: rows to encode at a time, rounded up to whole frame pairs; default: `devices.largest_chunk`.
-        normal: mean and std of the patches' normalisation, as in `patchify`; reuse compares the pixels behind them.
         on_layer: called with the number of finished layers and of all, after each that follows a selection inside the tower.
         pause: called after every layer; it may wait.
         segment: of a longer video, if this is one; its `left` is for the next segment.
@@ -90,24 +88,25 @@ def encode_rows(
 
     run = _Run(visual, plan, chunk_units, after_layer, lambda done: pause(), segment)
     with without_autocast() if isinstance(visual, Tower) else nullcontext():
-        for chunk in run.chunks(patches, normal):
-            x, layout = run.embed(chunk)
-            x, layout, deepstack = run.run_first_layers(chunk, x, layout)
-            if not plan.row_stages:
-                x = run.merge_patches(x)
-            run.collect(chunk, x, layout, deepstack)
-        chunk = x = layout = deepstack = None  # frees the memory of the last chunk
+        chunks = in_chunks(
+            patches, run.geometry, plan.grid[0],
+            rows=run.chunk_units, threshold=plan.reuse, dtype=run.dtype, timer=run.timer,
+            even=run.checks.even if plan.prunes else None, references=run.segment and run.segment.references,
+        )  # fmt: skip
+        for chunk in chunks:
+            run.collect(chunk, *run.run_first_layers(chunk))
+        chunk = None  # frees the memory of the last chunk
         rows, selection = run.all_rows(), None
         for stage, layers in zip(plan.row_stages, plan.spans[1:], strict=True):
-            rows, selection = run.select_rows(rows, stage, seconds_per_pair, seed)
+            rows, selection = run.select_rows(rows, stage, seed)
             rows = run.run_later_layers(rows, stage, layers)
         if plan.row_stages:
-            rows.x = run.merge_patches(rows.x)
-            run.note_numbers(rows.x, rows.deepstack)
+            rows.values = run.merge_patches(rows.values)
+            run.note_numbers(rows.values, rows.deepstack)
     if run.segment:
         rows, selection = run.segment.joined(rows, selection)
     gathered = run.gathering.collected() if run.gathering else {}  # the inputs that the selector declared
-    tokens = Tokens(rows.x, rows.owner, plan.grid, seconds_per_pair, seed, gathered)
+    tokens = Tokens(rows.values, rows.unit_to_row, plan.grid, seed, gathered)
     source, layers = torch.cat(run.sources), list(enumerate(run.computed))
     return EncodedRows(plan, tokens, rows.unit, source, layers, selection, run.timer, run.checks, rows.deepstack)
 
@@ -120,8 +119,8 @@ class _Run:
         visual,
         plan: EncoderPlan,
         chunk_units: int | None,
-        after_layer: OnLayer,
-        pause: OnLayer,
+        after_layer: Callable[[int], None],
+        pause: Callable[[int], None],
         segment: Segment | None = None,
     ):
         weight, tower = visual.patch_embed.proj.weight, tower_shape(visual)
@@ -143,45 +142,26 @@ class _Run:
             problem = "selects behind a selection between layers, and gets nothing but the rows"
             raise TypeError(f"method {selector.name} {problem}")
         self.computed = [0] * tower.depth
-        self.pieces: list[VideoRows] = []
+        self.pieces: list[Rows] = []
         self.sources: list[torch.Tensor] = []
         self.counts: tuple[int, ...] = ()  # rows that entered the tower, of each frame pair so far
         self.count = 0  # rows after the layers that run in chunks, so far
 
-    def chunks(self, patches: Iterable[torch.Tensor], normal: Normalisation) -> Iterator[Chunk]:
-        return in_chunks(
-            (devices.to_device(piece, self.device) for piece in patches),
-            self.geometry,
-            self.plan.grid[0],
-            rows=self.chunk_units,
-            threshold=self.plan.reuse,
-            dtype=self.dtype,
-            timer=self.timer,
-            normal=normal,
-            even=self.checks.even if self.plan.prunes else None,
-            references=self.segment and self.segment.references,
-        )
-
-    def embed(self, chunk: Chunk) -> tuple[torch.Tensor, TokenLayout]:
-        """The chunk's rows before the first layer, and their layout."""
+    def run_first_layers(self, chunk: Chunk) -> tuple[torch.Tensor, TokenLayout, torch.Tensor]:
+        """The chunk's rows after the layers before the first selection, or behind the patch merger; layout; DeepStack features."""
         with self.timer if self.carried else nullcontext():
             layout = chunk.layout(self.geometry)
             if self.carried:
                 follows = chunk.first + chunk.pairs < self.plan.grid[0] or self.segment is not None
                 # No unit refers to the last chunk.
                 self.carried.begin(chunk.latest(self.geometry) if follows else None)
-        return embed(self.visual, chunk.patches, layout), layout
-
-    def run_first_layers(
-        self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout
-    ) -> tuple[torch.Tensor, TokenLayout, torch.Tensor]:
-        """The rows after the layers before the first selection, or after all layers; and their DeepStack features."""
-        layers = self.plan.spans[0]
+        x = embed(self.visual, chunk.patches, layout)
         reduction = _reduction(self.plan, range(chunk.first, chunk.first + chunk.pairs), self.checks.failed)
         run = LayerRun(
             self.visual, self.timer, self.computed, reduction, self.carried, self.gathering, on_layer=self.pause
         )
-        return *run_layers(run, layers, x, layout), run.deepstack
+        x, layout = run_layers(run, self.plan.spans[0], x, layout)
+        return x if self.plan.row_stages else self.merge_patches(x), layout, run.deepstack
 
     def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout, deepstack: torch.Tensor) -> None:
         """Appends a chunk's rows, ordered by unit, to those of earlier chunks. `x`: after the patch merger if no layer follows."""
@@ -190,10 +170,10 @@ class _Run:
             with self.timer:
                 self.gathering.finish(order)
         index = order.argsort() + self.count  # of each row among all rows of the video
-        owner = self.carried.owners(layout.owner, index) if self.carried else index[layout.owner]
+        unit_to_row = self.carried.among_all(layout.unit_to_row, index) if self.carried else index[layout.unit_to_row]
         x, deepstack = x[order], deepstack[order]
         self.note_numbers(x, deepstack)
-        self.pieces.append(VideoRows(x, deepstack, unit + chunk.first * self.geometry.units, owner))
+        self.pieces.append(Rows(x, deepstack, unit + chunk.first * self.geometry.units, unit_to_row))
         source = chunk.source
         if source is None:
             source = (chunk.first + ascending(chunk.pairs, order.device))[:, None].expand(-1, self.geometry.units)
@@ -201,23 +181,21 @@ class _Run:
         self.counts += chunk.counts
         self.count += len(order)
 
-    def all_rows(self) -> VideoRows:
+    def all_rows(self) -> Rows:
         """The rows of all chunks; frees the chunks. Raises NothingNew: there are none."""
         if not self.count:
             raise NothingNew
         rows = self.pieces[0]
         if len(self.pieces) > 1:
-            live = [(each.x, each.deepstack) for each in self.pieces if len(each.x)]
-            units, owners = [each.unit for each in self.pieces], [each.owner for each in self.pieces]
-            rows = VideoRows(*(torch.cat(each) for each in (*zip(*live, strict=True), units, owners)))
+            live = [(each.values, each.deepstack) for each in self.pieces if len(each.values)]
+            of_units = [(each.unit, each.unit_to_row) for each in self.pieces]
+            rows = Rows(*map(torch.cat, (*zip(*live, strict=True), *zip(*of_units, strict=True))))
         if self.segment:
-            self.segment.chunks_done(self.carried, rows.owner)
+            self.segment.chunks_done(self.carried, rows.unit_to_row)
         self.pieces, self.carried = [], None
         return rows
 
-    def select_rows(
-        self, rows: VideoRows, stage: Stage, seconds_per_pair: float, seed: int
-    ) -> tuple[VideoRows, Selection | None]:
+    def select_rows(self, rows: Rows, stage: Stage, seed: int) -> tuple[Rows, Selection | None]:
         """The rows that go on; and the selection, if the language model reads exactly these rows.
 
         A selector that asks for no hidden states gets rows after the norm of the next layer, which reduces the few channels that
@@ -225,38 +203,38 @@ class _Run:
         """
         plan, selector, whole_pairs = self.plan, stage.selector, isinstance(stage.reduce, WholePairs)
         most = plan.keep if whole_pairs else stage.rows
-        if most >= len(rows.x) and not any(self.counts[1:]):
+        if most >= len(rows.values) and not any(self.counts[1:]):
             return rows, None
         with self.timer:
-            seen = rows.x
+            seen = rows.values
             if "hidden" not in selector.needs:
                 seen = layers_of(self.visual).norm(self.visual.blocks[stage.first_layer].norm1, seen)
             seen = seen.flatten(1)
-            tokens = Tokens(seen, rows.owner, plan.grid, seconds_per_pair, seed)
-            found = select(selector, tokens, min(most, len(rows.x)))
-            owner = found.owner if found.owner is not None else _nearest_kept(seen, rows.owner, found.kept)
+            tokens = Tokens(seen, rows.unit_to_row, plan.grid, seed)
+            found = select(selector, tokens, min(most, len(rows.values)))
+            unit_to_row = _nearest_kept(seen, rows.unit_to_row, found.kept) if found.owner is None else found.owner
             del seen, tokens  # as large as all rows
-            means, deepstack = (averaged(found, values, rows.owner) for values in (rows.x, rows.deepstack))
+            means, deepstack = (averaged(found, values, rows.unit_to_row) for values in (rows.values, rows.deepstack))
         final = not whole_pairs and selector.suffices(len(found.kept), plan.keep, plan.units)
-        return VideoRows(means, deepstack, found.kept, owner), found if final else None
+        return Rows(means, deepstack, found.kept, unit_to_row), found if final else None
 
-    def run_later_layers(self, rows: VideoRows, stage: Stage, layers: range) -> VideoRows:
+    def run_later_layers(self, rows: Rows, stage: Stage, layers: range) -> Rows:
         """The selected rows after `layers`, which run on the whole video at once, or on chunks of whole frame pairs."""
         if isinstance(stage.reduce, WholePairs):
             at_once = -(-self.chunk_units // self.geometry.units) * self.geometry.units
-            pieces = list(zip(rows.x.split(at_once), rows.deepstack.split(at_once), strict=True))
+            pieces = list(zip(rows.values.split(at_once), rows.deepstack.split(at_once), strict=True))
             made = [self._run_pairs(*piece, layers, last=piece is pieces[-1]) for piece in pieces]
-            return VideoRows(*map(torch.cat, zip(*made, strict=True)), rows.unit, rows.owner)
+            return Rows(*map(torch.cat, zip(*made, strict=True)), rows.unit, rows.unit_to_row)
         complete = not any(stage.selector.drops for stage in self.plan.row_stages)
-        layout, order, back = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.owner, complete)
+        layout, order, back = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.unit_to_row, complete)
         layout, carried = self.segment.enter(layout) if self.segment else (layout, None)
         how = {"carried": carried, "mlp_rows": self.piece, "deepstack": rows.deepstack[order]}
         run = LayerRun(self.visual, self.timer, self.computed, on_layer=self.after_layer, **how)
-        x, rows.x = rows.x[order], None  # frees the rows in the old order
+        x, rows.values = rows.values[order], None  # frees the rows in the old order
         x, _ = run_layers(run, layers, x, layout)
         if self.segment:
             self.segment.layers_done(carried, layers)
-        return VideoRows(x[back], run.deepstack[back], rows.unit, rows.owner)
+        return Rows(x[back], run.deepstack[back], rows.unit, rows.unit_to_row)
 
     def _run_pairs(
         self, x: torch.Tensor, deepstack: torch.Tensor, layers: range, last: bool
@@ -288,14 +266,14 @@ class _Run:
                     raise not_a_number_error("encode")
 
 
-def _nearest_kept(seen: torch.Tensor, owner: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def _nearest_kept(seen: torch.Tensor, unit_to_row: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """int64 `[N]`, for a selector that names no owners: which of `kept` (int64 `[K]`) is most similar to each unit, by cosine.
 
-    `seen`: `[E, D]`, rows; `owner`: int64 `[N]`, the row of each unit.
+    `seen`: `[E, D]`, rows; `unit_to_row`: int64 `[N]`.
     """
     rows = F.normalize(seen.float(), dim=1)
-    found = closest(rows, rows[owner[kept]])[1][owner]
-    return torch.where(owner < 0, -1, found).index_copy_(0, kept, ascending(len(kept), kept.device))
+    found = closest(rows, rows[unit_to_row[kept]])[1][unit_to_row]
+    return torch.where(unit_to_row < 0, -1, found).index_copy_(0, kept, ascending(len(kept), kept.device))
 
 
 def _reduction(plan: EncoderPlan, pairs: range, failed: list[torch.Tensor]) -> Reduction:

@@ -16,6 +16,8 @@ from evoprune.cpu.linear import linear
 from evoprune.model.config import QWEN2, QWEN2_5, QWEN3, vision_sizes
 from evoprune.vision.layout import Geometry, TokenLayout
 
+EPS = 1e-6  # of all norms
+
 
 @dataclass(frozen=True)
 class Layers:
@@ -37,7 +39,7 @@ def _gated(mlp, x: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
 
 
 def _layer(module, x: torch.Tensor) -> torch.Tensor:
-    return F.layer_norm(x, module.weight.shape, module.weight, module.bias, 1e-6)
+    return F.layer_norm(x, module.weight.shape, module.weight, module.bias, EPS)
 
 
 def _quick_gelu(mlp, x: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
@@ -60,7 +62,7 @@ LAYERS = {
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """RMS norm of rows `[..., D]`, in float32; on CPUs with fewer passes over the memory than F.rms_norm."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = length.square_().div_(x.shape[-1]).add_(1e-6).rsqrt_()
+    scale = length.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
     return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
 
 

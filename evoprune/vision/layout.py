@@ -3,7 +3,7 @@
 A *unit* is a 2x2 block of patches. Units are kept, merged or dropped whole, because the patch merger turns each into one
 token. A video of T frame pairs with H x W units each has N = T*H*W units, in raster order, frame pair after frame pair
 (Hugging Face's order). A *row* is a unit that is still computed. It has the place of one unit (`unit`) and may represent many
-(`owner`). Everything else follows from these two.
+(`unit_to_row`). Everything else follows from these two.
 
 Rows are always in *window order*: by frame pair, then by window of 4x4 units, then in raster order. So windows and frame
 pairs are runs of neighbouring rows.
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import devices
-from evoprune.methods.indices import ascending, tally, true_indices
+from evoprune.methods.types import ascending, tally, true_indices
 from evoprune.model.config import PATCHES
 
 Scope = Literal["window", "pair"]
@@ -73,13 +73,13 @@ class TokenLayout:
     pairs: int
     unit: torch.Tensor  # int64 `[R]`, the unit whose place each row has, in window order
     # int64 `[N]`, the row that represents each unit, or -1 for a dropped one. R + p is the row that an earlier chunk encoded at
-    # place p. Of it only keys and values are left (`chunks.CarriedKeys`).
-    owner: torch.Tensor
-    # Where a unit's owner may be: at the same place, in the same window or frame pair, or anywhere in the clip. A group of at
-    # least this scope contains all owners of its units.
+    # place p. Of it only keys and values are left (`segments.CarriedKeys`).
+    unit_to_row: torch.Tensor
+    # Where the row of a unit may be: at the same place, in the same window or frame pair, or anywhere in the clip. A group of at
+    # least this scope contains all rows of its units.
     reach: Reach = "place"
     counts: tuple[int, ...] | None = None  # rows of each frame pair; None where only the device knows them
-    complete: bool = False  # whether every unit is known to have an owner
+    complete: bool = False  # whether every unit is known to have a row
 
     @property
     def rows(self) -> int:
@@ -88,8 +88,8 @@ class TokenLayout:
     @cached_property
     def size(self) -> torch.Tensor:
         """int64 `[R]`: the cluster size of each row; rows of earlier chunks are left out."""
-        sizes = torch.zeros(self.rows + 1, dtype=torch.int64, device=self.owner.device)
-        row = torch.where(self.owner >= 0, self.owner, self.rows).clamp(max=self.rows)
+        sizes = torch.zeros(self.rows + 1, dtype=torch.int64, device=self.unit_to_row.device)
+        row = torch.where(self.unit_to_row >= 0, self.unit_to_row, self.rows).clamp(max=self.rows)
         return sizes.scatter_add_(0, row, torch.ones_like(row))[:-1]
 
     @cached_property
@@ -172,22 +172,22 @@ def referring_layout(geo: Geometry, source: torch.Tensor, counts: tuple[int, ...
     number = torch.zeros(pairs * geo.units, dtype=torch.int64, device=source.device)
     number[unit] = ascending(rows, source.device)
     place = ascending(geo.units, source.device)
-    owner = torch.where(source >= 0, number[source.clamp(min=0) * geo.units + place], rows + place).flatten()
-    return TokenLayout(geo, pairs, unit, owner, "place" if rows == pairs * geo.units else "clip", counts, True)
+    unit_to_row = torch.where(source >= 0, number[source.clamp(min=0) * geo.units + place], rows + place).flatten()
+    return TokenLayout(geo, pairs, unit, unit_to_row, "place" if rows == pairs * geo.units else "clip", counts, True)
 
 
 def selected_layout(
-    geo: Geometry, pairs: int, kept: torch.Tensor, owner: torch.Tensor, complete: bool = False
+    geo: Geometry, pairs: int, kept: torch.Tensor, unit_to_row: torch.Tensor, complete: bool = False
 ) -> tuple[TokenLayout, torch.Tensor, torch.Tensor]:
     """The layout after a selection; int64 `[K]`, the index in `kept` of each of its rows; and the row of each of `kept`.
 
-    `kept`: int64 `[K]`, ascending, the units that are rows; `owner`: int64 `[T * H*W]`, which of them owns each unit, anywhere in
-    the clip, -1 for one that is dropped, of which there is none if `complete`.
+    `kept`: int64 `[K]`, ascending, the units that are rows; `unit_to_row`: int64 `[T * H*W]`, which of them represents each unit,
+    anywhere in the clip, -1 for one that is dropped, of which there is none if `complete`.
     """
     order = order_tables(geo, pairs)[1][kept].argsort()
     row = order.argsort()
-    owner = (row if complete else F.pad(row, (0, 1), value=-1))[owner]  # -1 is the last entry
-    return TokenLayout(geo, pairs, kept[order], owner, "clip", complete=complete), order, row
+    unit_to_row = (row if complete else F.pad(row, (0, 1), value=-1))[unit_to_row]  # -1 is the last entry
+    return TokenLayout(geo, pairs, kept[order], unit_to_row, "clip", complete=complete), order, row
 
 
 def merged_layout(
@@ -207,11 +207,11 @@ def merged_layout(
     stays = into == ascending(len(into), into.device)
     rows = int(stays.sum()) if rows is None else rows
     number = (stays.cumsum(0) - 1).clamp(max=rows - 1)
-    owner = torch.where(layout.owner >= 0, number[into][layout.owner.clamp(min=0)], -1)
+    unit_to_row = torch.where(layout.unit_to_row >= 0, number[into][layout.unit_to_row.clamp(min=0)], -1)
     reach = max(scope, layout.reach, key=WIDTH.get)
     nowhere = layout.pairs * layout.geometry.units
     unit = torch.where(ascending(rows, into.device) < stays.sum(), layout.unit[true_indices(stays, rows)], nowhere)
-    return TokenLayout(layout.geometry, layout.pairs, unit, owner, reach, counts, layout.complete)
+    return TokenLayout(layout.geometry, layout.pairs, unit, unit_to_row, reach, counts, layout.complete)
 
 
 @lru_cache(maxsize=64)
@@ -259,7 +259,7 @@ def attention_groups(layout: TokenLayout, scope: Scope) -> Groups:
         return Groups(start, own, True, ascending(layout.rows, length.device), own, layout.size)
     # All rows that own some of its units, in any frame pair: a row owns the unit whose place it has, so its own are among them.
     rows, group = layout.rows + layout.geometry.units, group_table(layout.geometry, layout.pairs, scope)[:-1]
-    asked = (layout.owner >= 0) & used[group]  # a group without query rows needs no keys
-    both, count = (group * rows + layout.owner)[asked].unique(return_counts=True)
+    asked = (layout.unit_to_row >= 0) & used[group]  # a group without query rows needs no keys
+    both, count = (group * rows + layout.unit_to_row)[asked].unique(return_counts=True)
     key_length = tally(both // rows, layout.group_count(scope))[used]
     return Groups(start, own, False, both % rows, key_length, count)

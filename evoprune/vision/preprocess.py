@@ -1,20 +1,44 @@
-"""Frames to normalised patches: the resize, and Hugging Face's patch order.
+"""The way of frames to rows: the resize, Hugging Face's patch order, what has not changed, and chunks of whole frame pairs.
 
-The 2x2 patches of a unit are four consecutive rows, and units are in raster order. A row holds the pixels by channel, frame,
-y and x. The result is that of `Qwen2VLImageProcessor`, without torchvision.
+1. `resize` and `pixel_patches` make patches of uint8 frames. The 2x2 patches of a unit are four consecutive rows, and units are in
+   raster order. A row holds the pixels by channel, frame, y and x. The result is that of `Qwen2VLImageProcessor`, without
+   torchvision. `Patches` knows how they are normalised.
+2. Reuse (`scan`) finds the units that have not changed since they were last encoded, from the pixels and before the tower runs.
+   Each unit is compared with the frame pair last encoded at its place, because a comparison with the one just before would miss
+   slow changes. It has changed if the mean colour of any of its 16 blocks in a frame has: such means average out noise, but not a
+   stroke one pixel wide. A small drift in the brightness of the whole picture is no change.
+3. `in_chunks` divides the video. A chunk goes through the tower together: it has enough rows for efficient matrix products, and
+   few enough to bound the memory. With reuse, a frame pair of a still picture has few rows. So frame pairs are scanned one after
+   another before the tower runs, and a unit that needs no row keeps only the number of its reference.
 """
 
 import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.devices import to_device
+from evoprune.backend import devices
+from evoprune.backend.operators import reuse_scan
+from evoprune.methods.types import ascending
+from evoprune.model.config import PATCHES
 from evoprune.video.plan import InputLimits
+from evoprune.vision.layout import Geometry, TokenLayout, full_layout, referring_layout, window_order
 
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std
-CLIP = CLIP_MEAN, CLIP_STD = InputLimits.image_mean, InputLimits.image_std
+CLIP_MEAN, CLIP_STD = InputLimits.image_mean, InputLimits.image_std
+# A chunk may represent this many times more units than it has rows. Attention reads a key for each row that represents its units.
+SPARSE = 8
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Patches in Hugging Face's order, and how they are normalised."""
+
+    values: torch.Tensor  # `[n, values]`: pixels (uint8), or already normalised, as a processor makes them
+    mean: tuple[float, ...] = CLIP_MEAN  # of red, green and blue, on a scale from 0 to 1
+    std: tuple[float, ...] = CLIP_STD
 
 
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -63,20 +87,169 @@ def normalised(
 
 @lru_cache(maxsize=32)
 def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return to_device(255 * torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1), device)
+    return devices.to_device(255 * torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1), device)
 
 
-def patch_means(
-    patches: torch.Tensor, units: int, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
-) -> torch.Tensor:
+def patch_means(patches: Patches, units: int) -> torch.Tensor:
     """float32 `[T, units, 96]`: the mean colour of each block of half a patch, 7x7 or 8x8 pixels, in levels of 255.
 
-    `patches`: `[T * units * 4, values]`, of frame pairs and three colours: pixels (uint8), or normalised by `mean` and `std`.
+    `patches`: `[T * units * 4, values]`, of frame pairs and three colours.
     """
-    half = math.isqrt(patches.shape[1] // 24)
-    blocks = patches.float().view(-1, units, 2, 2, 3, 2, 2, half, 2, half).mean((7, 9))
+    values = patches.values
+    half = math.isqrt(values.shape[1] // 24)
+    blocks = values.float().view(-1, units, 2, 2, 3, 2, 2, half, 2, half).mean((7, 9))
     # pair, unit, patch y, x, channel, frame, block y, x -> pair, unit, frame, y, x, channel
     blocks = blocks.permute(0, 1, 5, 2, 6, 3, 7, 4)
-    if patches.dtype != torch.uint8:
-        blocks = 255 * (blocks * blocks.new_tensor(std) + blocks.new_tensor(mean))
+    if values.dtype != torch.uint8:  # of a processor, whose pixels nobody has
+        blocks = 255 * (blocks * blocks.new_tensor(patches.std) + blocks.new_tensor(patches.mean))
     return blocks.reshape(-1, units, 96)
+
+
+@dataclass(frozen=True)
+class ReferenceBlocks:
+    """The state between two pieces of a video."""
+
+    means: torch.Tensor  # float32 [units, 96], of each place when last encoded, divided by the frame pair's brightness
+    pair: torch.Tensor  # int64 [units], the frame pair that was last encoded at each place
+    seen: int  # frame pairs so far
+
+
+def scan(
+    means: torch.Tensor, references: ReferenceBlocks | None = None, *, threshold: float
+) -> tuple[torch.Tensor, ReferenceBlocks]:
+    """int64 `[T, units]`: the frame pair of the video whose row represents each unit, its own where it is encoded.
+
+    Also what the scan of the next piece takes as `references`; the result does not depend on how the video is cut into pieces.
+
+    `means`: float32 `[T, units, 96]`, from `patch_means`: the next frame pairs, at least one. `threshold`: in
+    levels of 255; 0 encodes all units.
+    """
+    held, pair, seen = means[0], means.new_zeros(means.shape[1], dtype=torch.int64), 0
+    if references:
+        held, pair, seen = references.means, references.pair, references.seen
+    source, held, pair = reuse_scan(means, held, pair, references is not None, seen, threshold)
+    return source, ReferenceBlocks(held, pair, seen + len(means))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Neighbouring whole frame pairs."""
+
+    first: int  # number of the first frame pair in the video
+    pairs: int  # how many there are
+    patches: torch.Tensor  # `[R, 4, values]`, of the units that are rows, in window order
+    counts: tuple[int, ...]  # rows of each frame pair
+    unit: torch.Tensor  # int64 `[R]`, the unit of each row, counted from the first of these frame pairs
+    # int64 `[pairs, H*W]`, the number of the frame pair whose row represents each unit: its own if the unit is a row. None without
+    # reuse, where every unit is a row.
+    source: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.patches)
+
+    def layout(self, geo: Geometry) -> TokenLayout:
+        """The layout of the chunk's rows."""
+        if self.source is None:
+            return full_layout(geo, self.pairs)
+        return referring_layout(geo, self.source - self.first, self.counts, self.unit)
+
+    def latest(self, geo: Geometry) -> torch.Tensor:
+        """int64 `[P]`, with reuse: the unit of this chunk that becomes the reference of each place, -1 where none does."""
+        pair = self.source[-1] - self.first
+        return torch.where(pair < 0, -1, pair * geo.units + ascending(geo.units, pair.device))
+
+
+def in_pairs(patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int) -> Iterator[torch.Tensor]:
+    """Cuts a stream of patches (pieces `[n, values]`) into pieces of `pairs` whole frame pairs; the last may be shorter."""
+    held, size = [], rows_per_pair * pairs
+    for piece in patches:
+        if not len(piece):
+            continue
+        held.append(piece)
+        while (have := sum(map(len, held))) >= size:
+            joined = torch.cat(held) if len(held) > 1 else held[0]
+            yield joined[:size]
+            held = [joined[size:]] if have > size else []  # never an empty piece
+    if held:
+        yield torch.cat(held)
+
+
+def in_chunks(
+    patches: Iterable[Patches | torch.Tensor],
+    geo: Geometry,
+    pairs: int,
+    *,
+    rows: int,
+    threshold: float,
+    dtype: torch.dtype,
+    timer: devices.Timer,
+    even: list[torch.Tensor] | None = None,
+    references: list[ReferenceBlocks] | None = None,
+) -> Iterator[Chunk]:
+    """Cuts a video into chunks of `rows` rows, rounded up to whole frame pairs; the last may have fewer.
+
+    Where reading waits, reuse compares as many frame pairs at a time as have `rows` units, and a chunk has all rows of these.
+    A chunk also ends once it represents `SPARSE` * `rows` units, so its memory does not grow with the video.
+
+    Args:
+        patches: of `pairs` frame pairs, in pieces that are normalised alike: `Patches`, or their values where that is CLIP's way.
+        threshold: of reuse, in levels of 255; 0 for no reuse. `timer` measures the search for references.
+        even: a list to which each piece adds whether each of its frame pairs has one colour, until one has not; or None.
+        references: of the segment before, if there is one; in the end those of this video. A unit that a row of the segment
+            before represents has a negative `Chunk.source`.
+
+    Raises ValueError: the number of patches does not fit `pairs` frame pairs.
+    """
+    pair, done, held, references = geo.units * PATCHES, 0, [], [] if references is None else references
+    device, normal = torch.device(geo.device), {}
+
+    def on_device() -> Iterator[torch.Tensor]:
+        for given in patches:
+            given = given if isinstance(given, Patches) else Patches(given)
+            normal.update(mean=given.mean, std=given.std)
+            yield devices.to_device(given.values, device)
+
+    # The scan costs a CPU nothing more frame pair by frame pair. It waits for an accelerator once for each piece.
+    here = devices.exact_shapes(device)
+    at_once = 1 if threshold and here else -(-rows // geo.units)
+    for piece in in_pairs(on_device(), pair, at_once):
+        count, rest = divmod(len(piece), pair)
+        if rest or done + count > pairs:
+            raise ValueError(f"patches do not add up to {pairs} frame pairs of {geo.units} units")
+        if even is not None and (not even or not here or even[-1]):
+            of_pair = piece.view(count, -1, piece.shape[1])  # one colour: all patches are equal within one level of 255
+            even.append((of_pair.amax(1) - of_pair.amin(1)).max() < 1 / 255)
+        source, alive, counts = None, None, (geo.units,) * count
+        if threshold:
+            with timer:
+                means = patch_means(Patches(piece, **normal), geo.units)
+                source, seen = scan(means, references[0] if references else None, threshold=threshold)
+                alive = source == done + ascending(count, source.device)[:, None]
+                counts = tuple(alive.sum(1).tolist())
+                references[:] = [seen]
+        unit = window_order(geo, count, alive, sum(counts))
+        rows_here = piece.view(-1, PATCHES, piece.shape[1])[unit]
+        if rows_here.dtype == torch.uint8:
+            rows_here = normalised(rows_here, **normal)
+        held.append(Chunk(done, count, rows_here.to(dtype), counts, unit, source))
+        done += count
+        units = (done - held[0].first) * geo.units
+        if sum(chunk.rows for chunk in held) >= rows or units >= SPARSE * rows:
+            yield _joined(held)
+            held = []
+    if done != pairs:
+        raise ValueError(f"patches end after {done} of {pairs} frame pairs")
+    if held:
+        yield _joined(held)
+
+
+def _joined(chunks: list[Chunk]) -> Chunk:
+    """Neighbouring chunks as one; there are several only with reuse."""
+    first = chunks[0].first
+    if len(chunks) == 1:
+        return chunks[0]
+    patches, source = torch.cat([chunk.patches for chunk in chunks]), torch.cat([chunk.source for chunk in chunks])
+    counts = sum((chunk.counts for chunk in chunks), ())
+    unit = torch.cat([chunk.unit + (chunk.first - first) * chunk.source.shape[1] for chunk in chunks])
+    return Chunk(first, len(counts), patches, counts, unit, source)

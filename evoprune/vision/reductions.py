@@ -1,19 +1,125 @@
-"""What reduces the rows of a chunk between layers: `Merging`, as a merger decides, and `Followers`, which set rows aside (IPCV)."""
+"""What happens to the rows of a chunk between layers, and what a selector needs of them.
 
-from collections.abc import Mapping, Sequence
+A `Reduction` reduces rows: `Merging`, as a merger decides, and `Followers`, which set rows aside (IPCV). `Gathering` collects.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from evoprune.backend import devices
-from evoprune.methods.base import Merger
-from evoprune.methods.encoder_plan import Stage
-from evoprune.methods.indices import ascending, runs, share_rows, tally, true_indices
+from evoprune.methods.base import Merger, Selector
+from evoprune.methods.plans import Stage, TowerShape
 from evoprune.methods.ranking import merge_rows, snap, unit_features
-from evoprune.methods.types import Candidates
+from evoprune.methods.types import Candidates, ascending, runs, share_rows, tally, true_indices
 from evoprune.model.numerics import without_autocast
+from evoprune.vision.attention import Plan, attention_received
 from evoprune.vision.layout import Scope, TokenLayout, merged_layout
-from evoprune.vision.tower import Compared, Reduced, Reduction
+
+Compared = tuple[torch.Tensor | None, torch.Tensor | None]
+Reduced = tuple[torch.Tensor, TokenLayout]
+KNOWN = ("attention", "keys", "middle")
+MIDDLE = 7 / 32, 23 / 32  # the layers of "middle", in relative depth: those of Nuwa (arXiv 2602.02951)
+
+
+class Reduction:
+    """The base of what merges rows or sets them aside; by itself it does nothing. One object a chunk."""
+
+    size_bias: bool = True  # whether attention weighs a row by its cluster size inside the group
+    needs: frozenset[str] = frozenset()  # what `after` compares of a layer: as in `Merger.needs`
+
+    def begin(self, x: torch.Tensor) -> None:
+        """Notes the rows before the first layer, `[R, 4, hidden]`."""
+
+    def active(self, layer: int) -> torch.Tensor | None:
+        """int64: the rows that go through the layer's MLP; None for all."""
+        return None
+
+    def acts(self, layer: int, layout: TokenLayout) -> bool:
+        """Whether `after` changes anything after a layer."""
+        return False
+
+    def after(self, layer: int, scope: Scope, x: torch.Tensor, layout: TokenLayout, compared: Compared) -> Reduced:
+        """The rows for the next layer and their layout, from `x` (`[R, 4, hidden]`) after a layer whose attention has `scope`.
+
+        `compared`: keys (`[R, 4, heads, d]`) and attention received (float32 `[R]`) of the layer, None unless `needs` asks for it.
+        """
+        return x, layout
+
+    def all_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The states `[R', 4, hidden]` of all rows that leave the tower, from those that a layer has computed."""
+        return x
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Values `[R', ...]` of all rows that leave the tower, from those of the rows of a layer."""
+        return values
+
+    def joined(self, values: torch.Tensor, before: TokenLayout, after: TokenLayout) -> torch.Tensor:
+        """Values `[R', ...]` of all rows that leave the tower, as `after` has changed their layout `before` into another one."""
+        return values
+
+
+class Gathering:
+    """Collects what a selector needs, chunk after chunk; attention and keys are those of the tower's last full-attention layer.
+
+    `merge`: the patch merger, from float32 `[R, 4, hidden]` to `[R, D]`.
+
+    Raises TypeError: the selector needs something unknown. ValueError: the tower has no full-attention layer.
+    """
+
+    def __init__(self, selector: Selector, tower: TowerShape, merge: Callable[[torch.Tensor], torch.Tensor]):
+        if unknown := sorted(selector.needs - set(KNOWN)):
+            known = f"after the encoder there is {', '.join(KNOWN)}"
+            raise TypeError(f"method {selector.name} needs {unknown[0]!r}; {known}")
+        if not tower.full_layers:
+            raise ValueError(f"method {selector.name} needs a full-attention layer, and this tower has none")
+        self.layer = max(tower.full_layers)  # that is looked at
+        first, last = (min(round(share * tower.depth), tower.depth - 1) for share in MIDDLE)
+        # After which states are added
+        self.middle = range(first, last + 1) if "middle" in selector.needs else range(0)
+        self._merge = merge
+        self._states: torch.Tensor | None = None
+        self._collected: dict[str, list[torch.Tensor]] = {name: [] for name in sorted(selector.needs)}
+        self._seen: dict[str, torch.Tensor] | None = None
+
+    def look(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        plain: torch.Tensor,
+        layout: TokenLayout,
+        groups: Plan,
+        spread: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Computes the values of one chunk, in that layer; `q`, `k`, `groups` as in `attention_received`, of frame pairs.
+
+        `plain`: `[R, 4, heads, d]`, keys before rotary; `spread`: the values of all rows of the chunk, of those of the layer.
+        """
+        self._seen = {}
+        if "attention" in self._collected:
+            self._seen["attention"] = spread(attention_received(q, k, groups)[: len(q)] * layout.geometry.units)
+        if "keys" in self._collected:
+            self._seen["keys"] = spread(unit_features(plain))
+
+    def add_states(self, x: torch.Tensor) -> None:
+        """Adds the rows of one chunk after one of the layers `middle`, `[R, 4, hidden]`, to the states of which it is the mean."""
+        share = x.float() / len(self.middle)
+        self._states = share if self._states is None else self._states + share
+
+    def finish(self, order: torch.Tensor) -> None:
+        """Stores the values of a chunk; `order`, int64 `[R]`, sorts its rows by unit."""
+        if self._seen is None:  # the chunk has no rows
+            return
+        values, self._seen = self._seen, None
+        if self._states is not None:
+            values["middle"], self._states = self._merge(self._states).float(), None
+        for name, value in values.items():
+            self._collected[name].append(value[order])
+
+    def collected(self) -> dict[str, torch.Tensor]:
+        """The values of the whole video by name, float32 `[E, ...]`, rows ordered by unit."""
+        return {name: torch.cat(pieces) for name, pieces in self._collected.items()}
 
 
 class Merging(Reduction):
@@ -59,7 +165,7 @@ class Merging(Reduction):
         self._failed.append((rows.lengths != wanted).any())
         # A merger that removed too many rows leaves padding. `finish` reports it; until then padding must stay inside the last
         # frame pair.
-        return rows.x, replace(layout, unit=layout.unit.clamp(max=len(layout.owner) - 1))
+        return rows.x, replace(layout, unit=layout.unit.clamp(max=len(layout.unit_to_row) - 1))
 
     def _round(
         self,
@@ -104,7 +210,7 @@ class Merging(Reduction):
         """A merged row has the size-weighted mean."""
         if not values.numel():
             return values.new_empty(after.rows, *values.shape[1:])
-        into, size = after.owner[before.unit], before.size.float()
+        into, size = after.unit_to_row[before.unit], before.size.float()
         weight = size.new_zeros(after.rows).index_add_(0, into, size).clamp_(min=1)
         wide = (-1, *[1] * (values.ndim - 1))
         total = torch.zeros(after.rows, *values.shape[1:], dtype=torch.float32, device=values.device)
@@ -228,9 +334,9 @@ class Followers(Reduction):
         self._near, first = (near + first[:, :, None] * keep).flatten(0, 1), first * geo.units
         self._kept, self._dropped = (kept + first).flatten(), (dropped + first).flatten()
         self._saved, self._earlier, self._layout = x, None, layout
-        unit, owner = layout.unit[self._kept], torch.full_like(layout.owner, -1)  # the others own nothing
-        owner[unit] = ascending(len(unit), unit.device)
-        self._layout_of_kept = TokenLayout(geo, pairs, unit, owner, "window", (keep,) * pairs)
+        unit, unit_to_row = layout.unit[self._kept], torch.full_like(layout.unit_to_row, -1)  # the others own nothing
+        unit_to_row[unit] = ascending(len(unit), unit.device)
+        self._layout_of_kept = TokenLayout(geo, pairs, unit, unit_to_row, "window", (keep,) * pairs)
 
     def _moved(self, kept: torch.Tensor) -> torch.Tensor:
         """All rows `[R, 4, hidden]`, from the kept ones: a dropped row has moved as the rows that it follows, on average."""

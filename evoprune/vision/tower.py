@@ -1,6 +1,7 @@
-"""Runs the layers of a vision tower on rows of a video, with a model's weights, rounded as in Hugging Face's code.
+"""The layers of a vision tower on rows of a video, with a model's weights, rounded as in Hugging Face's code.
 
-What happens between layers is a `Reduction`; what a selector needs of them, `Gathering` collects.
+`VisionBlock` is one layer, in plain PyTorch and by the kernels of a GPU. What differs between families is in families.py, what
+happens between layers in reductions.py.
 """
 
 from collections.abc import Callable
@@ -8,123 +9,22 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
+from evoprune.backend.attention import varlen_kernel
 from evoprune.backend.devices import Timer
+from evoprune.backend.layers import give_up, joined, kernels
 from evoprune.cpu.linear import linear
-from evoprune.methods.base import Selector
-from evoprune.methods.encoder_plan import TowerShape
-from evoprune.methods.indices import ascending
-from evoprune.methods.ranking import unit_features
-from evoprune.model.config import VisionConfig, vision_sizes
-from evoprune.vision import fused
-from evoprune.vision.attention import Plan, attention_received, grouped_attention, plan_attention
-from evoprune.vision.chunks import CarriedKeys
-from evoprune.vision.families import Layers, layers_of, merge_patches
+from evoprune.methods.plans import TowerShape
+from evoprune.methods.types import ascending
+from evoprune.model.config import PATCHES, VisionConfig, vision_sizes
+from evoprune.vision.attention import Packed, Plan, grouped_attention, plan_attention
+from evoprune.vision.families import EPS, layers_of, merge_patches
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, geometry
+from evoprune.vision.reductions import Compared, Gathering, Reduction
+from evoprune.vision.segments import CarriedKeys
 
-Compared = tuple[torch.Tensor | None, torch.Tensor | None]
-Reduced = tuple[torch.Tensor, TokenLayout]
-KNOWN = ("attention", "keys", "middle")
-MIDDLE = 7 / 32, 23 / 32  # the layers of "middle", in relative depth: those of Nuwa (arXiv 2602.02951)
-
-
-class Reduction:
-    """The base of what merges rows or sets them aside (reductions.py); one object a chunk."""
-
-    size_bias: bool = True  # whether attention weighs a row by its cluster size inside the group
-    needs: frozenset[str] = frozenset()  # what `after` compares of a layer: as in `Merger.needs`
-
-    def begin(self, x: torch.Tensor) -> None:
-        """Notes the rows before the first layer, `[R, 4, hidden]`."""
-
-    def active(self, layer: int) -> torch.Tensor | None:
-        """int64: the rows that go through the layer's MLP; None for all."""
-        return None
-
-    def acts(self, layer: int, layout: TokenLayout) -> bool:
-        """Whether `after` changes anything after a layer."""
-        return False
-
-    def after(self, layer: int, scope: Scope, x: torch.Tensor, layout: TokenLayout, compared: Compared) -> Reduced:
-        """The rows for the next layer and their layout, from `x` (`[R, 4, hidden]`) after a layer whose attention has `scope`.
-
-        `compared`: keys (`[R, 4, heads, d]`) and attention received (float32 `[R]`) of the layer, None unless `needs` asks for it.
-        """
-        return x, layout
-
-    def all_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """The states `[R', 4, hidden]` of all rows that leave the tower, from those that a layer has computed."""
-        return x
-
-    def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Values `[R', ...]` of all rows that leave the tower, from those of the rows of a layer."""
-        return values
-
-    def joined(self, values: torch.Tensor, before: TokenLayout, after: TokenLayout) -> torch.Tensor:
-        """Values `[R', ...]` of all rows that leave the tower, as `after` has changed their layout `before` into another one."""
-        return values
-
-
-class Gathering:
-    """Collects what a selector needs, chunk after chunk; attention and keys are those of the tower's last full-attention layer.
-
-    `merge`: the patch merger, from float32 `[R, 4, hidden]` to `[R, D]`.
-
-    Raises TypeError: the selector needs something unknown. ValueError: the tower has no full-attention layer.
-    """
-
-    def __init__(self, selector: Selector, tower: TowerShape, merge: Callable[[torch.Tensor], torch.Tensor]):
-        if unknown := sorted(selector.needs - set(KNOWN)):
-            known = f"after the encoder there is {', '.join(KNOWN)}"
-            raise TypeError(f"method {selector.name} needs {unknown[0]!r}; {known}")
-        if not tower.full_layers:
-            raise ValueError(f"method {selector.name} needs a full-attention layer, and this tower has none")
-        self.layer = max(tower.full_layers)  # that is looked at
-        first, last = (min(round(share * tower.depth), tower.depth - 1) for share in MIDDLE)
-        # After which states are added
-        self.middle = range(first, last + 1) if "middle" in selector.needs else range(0)
-        self._merge = merge
-        self._states: torch.Tensor | None = None
-        self._collected: dict[str, list[torch.Tensor]] = {name: [] for name in sorted(selector.needs)}
-        self._seen: dict[str, torch.Tensor] | None = None
-
-    def look(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        plain: torch.Tensor,
-        layout: TokenLayout,
-        groups: Plan,
-        spread: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        """Computes the values of one chunk, in that layer; `q`, `k`, `groups` as in `attention_received`, of frame pairs.
-
-        `plain`: `[R, 4, heads, d]`, keys before rotary; `spread`: the values of all rows of the chunk, of those of the layer.
-        """
-        self._seen = {}
-        if "attention" in self._collected:
-            self._seen["attention"] = spread(attention_received(q, k, groups)[: len(q)] * layout.geometry.units)
-        if "keys" in self._collected:
-            self._seen["keys"] = spread(unit_features(plain))
-
-    def add_states(self, x: torch.Tensor) -> None:
-        """Adds the rows of one chunk after one of the layers `middle`, `[R, 4, hidden]`, to the states of which it is the mean."""
-        share = x.float() / len(self.middle)
-        self._states = share if self._states is None else self._states + share
-
-    def finish(self, order: torch.Tensor) -> None:
-        """Stores the values of a chunk; `order`, int64 `[R]`, sorts its rows by unit."""
-        if self._seen is None:  # the chunk has no rows
-            return
-        values, self._seen = self._seen, None
-        if self._states is not None:
-            values["middle"], self._states = self._merge(self._states).float(), None
-        for name, value in values.items():
-            self._collected[name].append(value[order])
-
-    def collected(self) -> dict[str, torch.Tensor]:
-        """The values of the whole video by name, float32 `[E, ...]`, rows ordered by unit."""
-        return {name: torch.cat(pieces) for name, pieces in self._collected.items()}
+Table = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
 
 
 @lru_cache(maxsize=16)
@@ -164,7 +64,7 @@ def tower_geometry(visual, height: int, width: int) -> Geometry:
 
 @dataclass
 class LayerRun:
-    """What `run_layers` needs beside rows and layout."""
+    """What layers need beside rows and layout."""
 
     visual: torch.nn.Module
     timer: Timer  # of pruning
@@ -177,114 +77,175 @@ class LayerRun:
     # `[R', n, D]`, the DeepStack features of the rows that leave, of the n layers with some so far; None at first
     deepstack: torch.Tensor | None = None
 
+    def in_pieces(
+        self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, patches: int = 1
+    ) -> torch.Tensor:
+        """What a function makes of rows, `mlp_rows` at a time; each is so many neighbouring entries of `x`."""
+        if not self.mlp_rows or len(x) <= self.mlp_rows * patches:
+            return function(x)
+        return torch.cat([function(piece) for piece in x.split(self.mlp_rows * patches)])
 
-@dataclass
-class _LayerRows:
-    """Rows with their layout, and values that depend on the layout alone."""
+    def finish(self, layer: int, x: torch.Tensor) -> None:
+        """Called after a layer with its rows, `[R, 4, hidden]`."""
+        inner = vision_sizes(self.visual.config).deepstack_visual_indexes
+        if layer in inner:  # it has features for the layer of that number in the language model
+            number = inner.index(layer)
+            features = self.in_pieces(
+                lambda piece: merge_patches(self.visual, piece, number), self.reduction.all_rows(x)
+            )
+            self.deepstack = torch.cat([self.deepstack, features[:, None]], 1)
+        if self.gathering and layer in self.gathering.middle:
+            self.gathering.add_states(self.reduction.all_rows(x))
+        self.on_layer(layer + 1)
 
-    x: torch.Tensor  # `[R, 4, hidden]`, in window order
-    layout: TokenLayout
-    rotation: list[torch.Tensor]  # cos and sin of each row, `[R, 4, 1, 1, d]`
-    groups: dict[Scope, Plan] = field(default_factory=dict)  # by scope, once they are made
+
+class VisionBlock:
+    """A layer of the tower: attention of rows inside their windows or frame pairs, then the MLP of each row; both add to the rows.
+
+    `attend` and `transform` are its halves in plain PyTorch. `by_kernels` computes the same on CUDA in five products and four
+    kernels, where these have about 45 operations, for rows that attend to none of an earlier chunk and that nothing reduces or
+    looks at.
+    """
+
+    def __init__(self, run: LayerRun, number: int):
+        self.run, self.number, self.weights = run, number, run.visual.blocks[number]
+        self.kind, self.heads = layers_of(run.visual), vision_sizes(run.visual.config).num_heads
+        self.scope: Scope = tower_shape(run.visual).scope(number)
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        layout: TokenLayout,
+        rotation: list[torch.Tensor],
+        plans: dict[Scope, Plan],
+        needs: frozenset[str],
+    ) -> tuple[torch.Tensor, Compared]:
+        """The rows `[R, 4, hidden]` after attention, and what `Reduction.after` compares, as far as it `needs` it.
+
+        `rotation`: cosines and sines of each row, `[R, 4, 1, 1, d]`. `plans`: of the layout, once they are made.
+        """
+        run, weights = self.run, self.weights
+        qkv = linear(weights.attn.qkv, self.kind.norm(weights.norm1, x))
+        qkv = qkv.view(*x.shape[:2], 3, self.heads, -1)
+        q, k = rotate(qkv[:, :, :2], *rotation).unbind(2)
+        v, plain, rotated = qkv[:, :, 2], qkv[:, :, 1], k
+        if run.carried:
+            k, v = run.carried.seen_by(self.number, k, v, layout)
+        if self.scope not in plans:
+            # Before rows merge, the log of every cluster size is 0.
+            size_bias = run.reduction.size_bias and layout.reach != "place"
+            plans[self.scope] = plan_attention(layout, self.scope, q, size_bias)
+        plan = plans[self.scope]
+        received = torch.zeros(len(k), dtype=torch.float32, device=k.device) if "attention" in needs else None
+        mixed = grouped_attention(q, k, v, plan, received, run.timer)
+        if run.gathering and self.number == run.gathering.layer:
+            with run.timer:
+                run.gathering.look(q, k, plain, layout, plan, run.reduction.spread)
+        x = linear(weights.attn.proj, mixed.flatten(2), plus=x)
+        return x, (None if "hidden" in needs else plain if "keys" in needs else rotated, received)
+
+    def transform(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows `[R, 4, hidden]` after the MLP; those that the reduction has set aside stay."""
+        active = self.run.reduction.active(self.number)
+        some = x if active is None else x[active]
+        self.run.computed[self.number] += len(some)
+        some = self.run.in_pieces(self.mlp, some)
+        return some if active is None else x.index_copy(0, active, some)
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """Norm, MLP and residual of rows `[R, 4, hidden]`."""
+        return self.kind.mlp(self.weights.mlp, self.kind.norm(self.weights.norm2, x), x)
+
+    def by_kernels(
+        self,
+        x: torch.Tensor,
+        normed: torch.Tensor | None,
+        after: torch.nn.Module | None,
+        plan: Packed,
+        layout: TokenLayout,
+        table: Table,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`x` (`[R * 4, hidden]`) after the layer, and that after the norm `after`; `normed`: `x` after this layer's first norm."""
+        weights = self.weights
+        if normed is None:
+            x, normed = self._add_norm(x, None, weights.norm1)
+        qkv, dim = weights.attn.qkv(normed).view(layout.rows, PATCHES, -1), x.shape[1] // self.heads
+        q, k, v = kernels(x.device).rotate_into_groups(qkv, *table, layout.place, self.heads, *plan.keys)
+        mixed = plan.attend(q, k, v, scale=dim**-0.5)
+        x, normed = self._add_norm(x, weights.attn.proj(mixed[..., :dim].flatten(1)), weights.norm2)
+        return self._add_norm(x, self.run.in_pieces(self._mlp_by_kernels, normed, PATCHES), after)
+
+    def _add_norm(
+        self, x: torch.Tensor, plus: torch.Tensor | None, norm: torch.nn.Module | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The sum, and the sum after `norm`."""
+        if norm is None:
+            return x + plus, None
+        if self.kind.rms:
+            return kernels(x.device).add_norm(x, plus, norm.weight, EPS)
+        x = x if plus is None else x + plus
+        return x, self.kind.norm(norm, x)
+
+    def _mlp_by_kernels(self, x: torch.Tensor) -> torch.Tensor:
+        """An MLP without norm and residual, `[rows, hidden]`."""
+        mlp = self.weights.mlp
+        if found := joined(mlp):
+            hidden = kernels(x.device).silu_times(F.linear(x, *found))
+            return F.linear(hidden, mlp.wide_down, mlp.down_proj.bias)
+        return self.kind.mlp(mlp, x, None)
 
 
 def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
     """Rows `[R, 4, hidden]`, in window order, after neighbouring layers of the tower; and their layout, for there may be fewer."""
-    tower, sizes = tower_shape(run.visual), vision_sizes(run.visual.config)
+    sizes, reduction = vision_sizes(run.visual.config), run.reduction
     if run.deepstack is None:
         run.deepstack = x.new_empty(len(x), 0, sizes.out_hidden_size)
     if not layers or not layout.rows:  # all units are reused
         return x, layout
-    table, reduction = rotary(sizes, layout.geometry), run.reduction
-    if run.carried is None and run.gathering is None and type(reduction) is Reduction and fused.can_fuse(x):
-        x, layers = _run_fused(run, layers, x, layout, table)
-
-    def laid_out(x: torch.Tensor, layout: TokenLayout) -> _LayerRows:
-        return _LayerRows(x, layout, [of_place[layout.place] for of_place in table])
-
-    rows = laid_out(x, layout)
+    table: Table = rotary(sizes, layout.geometry)
+    if run.carried is None and run.gathering is None and type(reduction) is Reduction and can_fuse(x):
+        x, layers = _run_by_kernels(run, layers, x, layout, table)
+        if not layers:
+            return x, layout
+    rotation, plans = [of_place[layout.place] for of_place in table], {}
     reduction.begin(x)
     for layer in layers:
-        compared = _attend(run, tower, layer, rows)
-        _transform(run, layer, rows)
-        if reduction.acts(layer, rows.layout):
+        block, acts = VisionBlock(run, layer), reduction.acts(layer, layout)
+        x, compared = block.attend(x, layout, rotation, plans, reduction.needs if acts else frozenset())
+        x = block.transform(x)
+        if acts:
             with run.timer:
-                before = rows.layout
-                rows.x, layout = reduction.after(layer, tower.scope(layer), rows.x, before, compared)
+                before = layout
+                x, layout = reduction.after(layer, block.scope, x, before, compared)
                 if layout is not before:
                     run.deepstack = reduction.joined(run.deepstack, before, layout)
-                    rows = laid_out(rows.x, layout)
-        if layer in sizes.deepstack_visual_indexes:
-            _add_deepstack(run, sizes.deepstack_visual_indexes.index(layer), reduction.all_rows(rows.x))
-        if run.gathering and layer in run.gathering.middle:
-            run.gathering.add_states(reduction.all_rows(rows.x))
-        run.on_layer(layer + 1)
-    return rows.x, rows.layout
+                    rotation, plans = [of_place[layout.place] for of_place in table], {}
+        run.finish(layer, x)
+    return x, layout
 
 
-def _run_fused(
-    run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayout, table: tuple[torch.Tensor, torch.Tensor]
+def can_fuse(x: torch.Tensor) -> bool:
+    """Whether there are kernels for rows on this device, in this dtype."""
+    return varlen_kernel(x.device, x.dtype) is not None and kernels(x.device) is not None
+
+
+def _run_by_kernels(
+    run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayout, table: Table
 ) -> tuple[torch.Tensor, range]:
-    """Rows after `layers` by the kernels of a GPU, and the layers that are left."""
-    inner = vision_sizes(run.visual.config).deepstack_visual_indexes
-
-    def after(layer: int, x: torch.Tensor) -> None:
-        run.computed[layer] += len(x)
-        if layer in inner:
-            _add_deepstack(run, inner.index(layer), x)
-        run.on_layer(layer + 1)
-
-    return fused.run_layers(run.visual, tower_shape(run.visual), layers, x, layout, table, run.mlp_rows, after)
-
-
-def _add_deepstack(run: LayerRun, number: int, x: torch.Tensor) -> None:
-    """Adds the features that rows `[R', 4, hidden]` have for layer `number` of the language model."""
-    made = _in_pieces(run, lambda piece: merge_patches(run.visual, piece, number), x)
-    run.deepstack = torch.cat([run.deepstack, made[:, None]], 1)
-
-
-def _attend(run: LayerRun, tower: TowerShape, layer: int, rows: _LayerRows) -> Compared:
-    """The first half of a layer: attention, added to the rows. Returns what `Reduction.after` compares."""
-    visual, layout, x = run.visual, rows.layout, rows.x
-    block, kind, scope = visual.blocks[layer], layers_of(visual), tower.scope(layer)
-    qkv = linear(block.attn.qkv, kind.norm(block.norm1, x))
-    qkv = qkv.view(*x.shape[:2], 3, vision_sizes(visual.config).num_heads, -1)
-    q, k = rotate(qkv[:, :, :2], *rows.rotation).unbind(2)
-    v, plain, rotated = qkv[:, :, 2], qkv[:, :, 1], k
-    if run.carried:
-        k, v = run.carried.seen_by(layer, k, v, layout)
-    if scope not in rows.groups:  # made once for a layout
-        # Before rows merge, the log of every cluster size is 0.
-        size_bias = run.reduction.size_bias and layout.reach != "place"
-        rows.groups[scope] = plan_attention(layout, scope, q, size_bias)
-    groups = rows.groups[scope]
-    needs = run.reduction.needs if run.reduction.acts(layer, layout) else ()
-    received = torch.zeros(len(k), dtype=torch.float32, device=k.device) if "attention" in needs else None
-    mixed = grouped_attention(q, k, v, groups, received, run.timer)
-    if run.gathering and layer == run.gathering.layer:
-        with run.timer:
-            run.gathering.look(q, k, plain, layout, groups, run.reduction.spread)
-    rows.x = linear(block.attn.proj, mixed.flatten(2), plus=x)
-    return None if "hidden" in needs else plain if "keys" in needs else rotated, received
-
-
-def _in_pieces(run: LayerRun, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """What a function makes of rows, `mlp_rows` at a time."""
-    if not run.mlp_rows or len(x) <= run.mlp_rows:
-        return function(x)
-    return torch.cat([function(piece) for piece in x.split(run.mlp_rows)])
-
-
-def _transform(run: LayerRun, layer: int, rows: _LayerRows) -> None:
-    """The second half of a layer: the MLP, which works on each row alone."""
-    block, kind = run.visual.blocks[layer], layers_of(run.visual)
-    active = run.reduction.active(layer)
-    x = rows.x if active is None else rows.x[active]
-    run.computed[layer] += len(x)
-    x = _in_pieces(run, lambda piece: mlp_half(kind, block, piece), x)
-    rows.x = x if active is None else rows.x.index_copy(0, active, x)
-
-
-def mlp_half(kind: Layers, block, x: torch.Tensor) -> torch.Tensor:
-    """Norm, MLP and residual of a layer on rows `[R, 4, hidden]`."""
-    return kind.mlp(block.mlp, kind.norm(block.norm2, x), x)
+    """Rows `[R, 4, hidden]` after `layers`, and the layers that are left: none, unless a kernel fails."""
+    shape, plans, normed = x.shape, {}, None
+    x = x.flatten(0, 1)
+    for layer in layers:
+        try:
+            block = VisionBlock(run, layer)
+            if block.scope not in plans:
+                plans[block.scope] = plan_attention(layout, block.scope, x, layout.reach != "place")
+            after = run.visual.blocks[layer + 1].norm1 if layer + 1 in layers else None
+            made = block.by_kernels(x, normed, after, plans[block.scope], layout, table)
+        except Exception as problem:
+            give_up(problem)
+            return x.view(shape), range(layer, layers.stop)
+        x, normed = made
+        run.computed[layer] += layout.rows
+        run.finish(layer, x.view(shape))
+    return x.view(shape), range(0)

@@ -5,7 +5,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from evoprune.backend import greedy_kernels, reuse_kernels, selection_kernels, tower_triton
+from evoprune.backend import kernels
 
 # Of arguments, by name; all others are pointers to float32, or constants.
 TYPES = {
@@ -16,23 +16,23 @@ TYPES = {
     **dict.fromkeys(("threshold", "still", "rounding", "factor"), "fp32"),
     "cosines": "*i16",
 }
-LOW, HIGH = reuse_kernels._bits(1 / 1.2), reuse_kernels._bits(1.2)
+LOW, HIGH = kernels._bits(1 / 1.2), kernels._bits(1.2)
 SCAN = {"low": LOW, "high": HIGH, "halvings": (HIGH - LOW).bit_length(), "blocks": 32}
-ROWS = {"block_rows": selection_kernels.ROWS, "block": selection_kernels.CHANNELS}
+ROWS = {"block_rows": kernels.ROWS, "block": kernels.CHANNELS}
 CASES = {
-    "distances": (selection_kernels._tube_distances, {"side": selection_kernels.SIDE}, {}),
-    "nearest": (selection_kernels._nearest, {"side": selection_kernels.SIDE}, {"out": "*i64"}),
-    "radii": (selection_kernels._greedy, {"block": 256}, {}),
-    "means": (selection_kernels._means, {"width": 5120, "block": 1024}, {"rows": "*bf16", "out": "*bf16"}),
-    "moments": (selection_kernels._moments, ROWS, {"rows": "*bf16", "count": "*fp32"}),
-    "standardise": (selection_kernels._standardise, {"width": 5120} | ROWS, {"rows": "*bf16"}),
-    "reuse": (reuse_kernels._scan, SCAN | {"block": 512}, {}),
+    "distances": (kernels._tube_distances, {"side": kernels.SIDE}, {}),
+    "nearest": (kernels._nearest, {"side": kernels.SIDE}, {"out": "*i64"}),
+    "radii": (kernels._greedy, {"block": 256}, {}),
+    "means": (kernels._means, {"width": 5120, "block": 1024}, {"rows": "*bf16", "out": "*bf16"}),
+    "moments": (kernels._moments, ROWS, {"rows": "*bf16", "count": "*fp32"}),
+    "standardise": (kernels._standardise, {"width": 5120} | ROWS, {"rows": "*bf16"}),
+    "reuse": (kernels._scan, SCAN | {"block": 512}, {}),
     "groups": (
-        tower_triton._rotate_into_groups,
+        kernels._rotate_into_groups,
         {"heads": 16, "dim": 80, "more": 8, "root": 80**0.5, "least": -1000.0, "half": 64, "gathers": True},
         {name: "*bf16" for name in ("qkv", "q", "k", "v")} | {name: "*i64" for name in ("place", "keys", "weight")},
     ),
-    "cosines": (greedy_kernels._greedy, {"weighted": True, "with_bonus": False, "block": 16384}, {}),
+    "cosines": (kernels._greedy_cosine, {"weighted": True, "with_bonus": False, "block": 16384}, {}),
 }
 
 

@@ -61,7 +61,7 @@ def _tensors(made) -> list[torch.Tensor]:
 
 
 class Graphs:
-    """In the place of `backend.graph`: what it captures is recorded."""
+    """In the place of the graphs of `backend.devices`: what it captures is recorded."""
 
     def __init__(self):
         self.captured = self.replayed = 0

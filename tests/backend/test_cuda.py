@@ -11,7 +11,7 @@ from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
 
 pytest.importorskip("triton")
-from evoprune.backend import selection_kernels
+from evoprune.backend import kernels
 
 pytestmark = pytest.mark.cuda
 
@@ -63,8 +63,8 @@ def test_verify_holds(devices):
 
 
 def test_a_kernel_that_computes_something_else_is_found(devices, monkeypatch):
-    real = selection_kernels.nearest_selected
-    monkeypatch.setattr(selection_kernels, "nearest_selected", lambda *args: real(*args).flip(0))
+    real = kernels.nearest_selected
+    monkeypatch.setattr(kernels, "nearest_selected", lambda *args: real(*args).flip(0))
     with subject_of(devices[1], None) as subject:
         outcome = accelerated(subject)
     assert outcome.state == DIFFERS and "clusters unlike" in outcome.says
@@ -73,7 +73,7 @@ def test_a_kernel_that_computes_something_else_is_found(devices, monkeypatch):
 @pytest.mark.parametrize("rows, points, side", [(1, 1, 1), (40, 96, 32), (700, 1000, 300)])
 def test_operators_of_the_selection_are_those_of_the_cpu(rows, points, side):
     """Whole numbers, so that sums are exact in any order."""
-    pytest.importorskip("evoprune.backend.selection")
+    pytest.importorskip("evoprune.backend.operators")
     random = torch.Generator().manual_seed(points)
 
     def draw(high, *shape):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from evoprune.backend import fallback
-from evoprune.backend.fallback import with_fallback
+from evoprune.backend import devices
+from evoprune.backend.devices import with_fallback
 from evoprune.errors import DeviceWarning
 
 HERE = Path(__file__).parent
@@ -37,8 +37,8 @@ def test_the_kernels_of_triton(file, interpreter, which, tmp_path):
 @pytest.fixture
 def tried(monkeypatch):
     """How often the kernel was started; no function is known to have failed."""
-    monkeypatch.setattr(fallback, "has_triton", lambda: True)
-    monkeypatch.setattr(fallback, "_failed", set())
+    monkeypatch.setattr(devices, "has_triton", lambda: True)
+    monkeypatch.setattr(devices, "_failed", set())
     monkeypatch.delenv("EVOPRUNE_PLAIN", raising=False)
     return []
 
@@ -81,5 +81,5 @@ def test_the_environment_turns_kernels_off(value, runs, tried, monkeypatch):
 
 
 def test_without_triton_no_kernel_is_tried(tried, monkeypatch, capfd):
-    monkeypatch.setattr(fallback, "has_triton", lambda: False)
+    monkeypatch.setattr(devices, "has_triton", lambda: False)
     assert failing(tried, None)(1, 2) == 3 and not tried and capfd.readouterr().err == ""

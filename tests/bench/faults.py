@@ -54,26 +54,26 @@ FAULTS = {
     ),
     "the bias of keys and queries left out": Fault(
         "tower",
-        f"{TOWER}:_attend",
-        "linear(block.attn.qkv, kind.norm(block.norm1, x))",
-        "torch.nn.functional.linear(kind.norm(block.norm1, x), block.attn.qkv.weight)",
+        f"{TOWER}:VisionBlock.attend",
+        "linear(weights.attn.qkv, self.kind.norm(weights.norm1, x))",
+        "F.linear(self.kind.norm(weights.norm1, x), weights.attn.qkv.weight)",
     ),
     "the bias of cluster sizes left out": Fault("model", f"{DECODER}:_bias", "sizes.log()", "sizes.log() * 0"),
     "a norm of the tower scaled": Fault(
-        "tower", f"{TOWER}:mlp_half", "kind.norm(block.norm2, x)", "kind.norm(block.norm2, x) * 1.02"
+        "tower", f"{TOWER}:VisionBlock.mlp", "self.weights.norm2, x)", "self.weights.norm2, x) * 1.02"
     ),
     "a norm of the language model scaled": Fault("logits", f"{DECODER}:norm", "* weight", "* (weight * 1.02)"),
     "a tower that is not pruned": Fault(
         "counts",
         f"{ENCODER}:_Run.select_rows",
         "plan.keep if whole_pairs else stage.rows",
-        "len(rows.x)",
+        "len(rows.values)",
     ),
     "units that reuse the row of their neighbour": Fault(
         "reuse",
         f"{ENCODER}:_Run.collect",
-        "self.carried.owners(layout.owner, index) if",
-        "self.carried.owners(layout.owner, index).roll(1) if",
+        "self.carried.among_all(layout.unit_to_row, index) if",
+        "self.carried.among_all(layout.unit_to_row, index).roll(1) if",
     ),
     "pixels too bright": Fault(
         "patches", "evoprune.hf.processor_inputs:normalised", "_by_channel(std", "0.98 * _by_channel(std"
@@ -121,16 +121,19 @@ FAULTS = {
     "scales of 8 bits too small": Fault("int8", "evoprune.cpu.quantize:int8_weights", "/ 127)", "/ 200)"),
     "zeros of 4 bits off by one": Fault("int4", "evoprune.cpu.quantize:_int4_piece", ".add_(8)", ".add_(9)"),
     "a method that selects one token too few": Fault(
-        "methods", "evoprune.methods.divprune:DivPrune.select", "(tokens.features, keep)", "(tokens.features, keep - 1)"
+        "methods",
+        "evoprune.methods.baselines:DivPrune.select",
+        "(tokens.features, keep)",
+        "(tokens.features, keep - 1)",
     ),
 }
 # Of what Qwen3-VL alone has.
 QWEN3_FAULTS = {
     "features of another inner layer": Fault(
         "tower",
-        f"{TOWER}:_add_deepstack",
-        "merge_patches(run.visual, piece, number)",
-        "merge_patches(run.visual, piece, 0)",
+        f"{TOWER}:LayerRun.finish",
+        "merge_patches(self.visual, piece, number)",
+        "merge_patches(self.visual, piece, 0)",
     ),
     "features of inner layers left out": Fault(
         "logits", f"{DECODER}:forward", "x + deepstack[0, -len(x) :]", "x + 0 * deepstack[0, -len(x) :]"

@@ -20,7 +20,7 @@ from evoprune.bench.questions import VideoQuestions, load_questions
 from evoprune.bench.shared import GreyInput, SharedFrames
 from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.methods.baselines import Random
-from evoprune.methods.budget import DEFAULT, PRESETS
+from evoprune.methods.plans import DEFAULT, PRESETS
 from evoprune.model import cost
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.session.encoding import open_inputs

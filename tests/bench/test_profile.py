@@ -30,7 +30,7 @@ from evoprune.bench.profile_results import (
     median_ratio,
 )
 from evoprune.errors import ModelError, OutOfMemory, UsageError
-from evoprune.methods.encoder_plan import full_plan
+from evoprune.methods.plans import full_plan
 from evoprune.model import cost
 from evoprune.report import Environment, ModelFacts
 from evoprune.session.loading.find import describe_model

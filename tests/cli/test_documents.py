@@ -18,7 +18,7 @@ from typer.main import get_command
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.methods.budget import parse_budget_or_name
+from evoprune.methods.plans import parse_budget_or_name
 from evoprune_cli.main import ParserError, app
 from experiments.demo.scenes_batches import ScenesRecipe
 from experiments.examples import MADE_BY, counts

@@ -9,7 +9,7 @@ import pytest
 from evoprune.bench import eval as evaluation
 from evoprune.bench.scores import COSTS, score_rows
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.methods.budget import PRESETS
+from evoprune.methods.plans import PRESETS
 from evoprune_cli.eval import render as table
 from evoprune_cli.terminal import Terminated
 from tests.cli.screen import visible

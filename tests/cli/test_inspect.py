@@ -13,8 +13,7 @@ from PIL import Image
 
 import evoprune
 from evoprune.bundled import DEMOS
-from evoprune.methods.evoprune import EvoPrune
-from evoprune.methods.reuse import THRESHOLD
+from evoprune.methods.evoprune import THRESHOLD, EvoPrune
 from evoprune_cli.inspect import TITLE, lines
 from tests.decoders import needs_decord
 from tests.quantized import KINDS

@@ -9,7 +9,7 @@ import pytest
 from evoprune.bench import profile as measuring
 from evoprune.bench.profile_results import Case, ProfileSettings
 from evoprune.errors import ModelError
-from evoprune.methods.budget import PRESETS
+from evoprune.methods.plans import PRESETS
 from evoprune.model import cost
 from evoprune_cli.profile import render
 from tests.cli.screen import visible

@@ -15,7 +15,7 @@ from evoprune.contrib.encoder import EarlyTom, FrameTokens, Ipcv, MergedFrames, 
 from evoprune.errors import UsageError
 from evoprune.methods.baselines import Random
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.encoder_plan import EncoderPlan, SetAside, Stage, TowerShape, WholePairs, full_plan
+from evoprune.methods.plans import EncoderPlan, SetAside, Stage, TowerShape, WholePairs, full_plan
 from evoprune.methods.types import Tokens
 from evoprune.vision.encoded import select_tokens, selected
 from evoprune.vision.encoder import encode_rows

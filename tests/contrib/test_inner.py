@@ -11,7 +11,7 @@ from evoprune import methods
 from evoprune.contrib import common, inner, language
 from evoprune.contrib.common import vicinity_clusters
 from evoprune.contrib.language import layers_before, tokens_of_layers
-from evoprune.methods.budget import keep_count
+from evoprune.methods.plans import keep_count
 from tests.contrib.eager import (
     BEFORE,
     DROPPING,

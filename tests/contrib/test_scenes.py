@@ -14,7 +14,7 @@ from evoprune import methods
 from evoprune.contrib import common
 from evoprune.contrib.common import peak_scores, peaks, segments, transitions
 from evoprune.contrib.scenes import folded, joined, marginal_gains, most_saving
-from evoprune.methods.budget import apportion
+from evoprune.methods.plans import apportion
 from evoprune.methods.types import Tokens
 from tests.contrib.line_by_line import assert_selects, examples, mean_of, shares
 from tests.methods.tokens import cosine, features_of, first_of, ranked, selected, snapped, tokens_of

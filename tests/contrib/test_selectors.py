@@ -186,7 +186,7 @@ def test_cdpruner_follows_the_question():
     """Two of the directions are asked about; those come first, whatever the others."""
     x, grid = torch.eye(8), (1, 2, 4)
     tokens = tokens_of("random", grid)
-    asked = Tokens(x, tokens.owner, grid, 1.0, 0, {"question": x[[2, 5]] + 0.1 * x[[3, 3]]})
+    asked = Tokens(x, tokens.owner, grid, 0, {"question": x[[2, 5]] + 0.1 * x[[3, 3]]})
     assert selected("cdpruner", asked, 2) == [2, 5] and selected("cdpruner", asked, 3) == [2, 3, 5]
     assert methods.get("cdpruner").reads_question and not methods.get("cdpruner:question=false").reads_question
     assert selected("cdpruner:question=false", replace(asked, given={}), 2) == [0, 1]
@@ -197,7 +197,7 @@ def test_cdpruner_follows_the_question():
 def test_cdpruner_when_everything_is_spanned():
     """More tokens than dimensions: no NaN, the count holds, and the rest goes by index."""
     x = features_of("random", 30, width=4)
-    tokens = Tokens(x, torch.arange(30), (1, 5, 6), 1.0, 0)
+    tokens = Tokens(x, torch.arange(30), (1, 5, 6), 0)
     first = selected("cdpruner:question=false", tokens, 4)
     more = selected("cdpruner:question=false", tokens, 12)
     assert set(first) <= set(more) and sorted(set(range(30)) - set(first))[:8] == sorted(set(more) - set(first))

@@ -8,7 +8,7 @@ from torch import nn
 from evoprune.cpu import quantize as module
 from evoprune.cpu.quantize import GROUP, Bytes, Int4Linear, Int8Linear, check, large_channels, levels, quantize
 from evoprune.errors import UsageError
-from evoprune.methods.encoder_plan import full_plan
+from evoprune.methods.plans import full_plan
 from evoprune.session.loading.stored import calibrate
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape

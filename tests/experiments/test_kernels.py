@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evoprune.cpu.quantize import check
-from evoprune.methods.encoder_plan import full_plan
+from evoprune.methods.plans import full_plan
 from evoprune.model.config import parse_config
 from evoprune.session.loading.model import random_model
 from evoprune.vision.encoder import encode

@@ -5,7 +5,7 @@ import torch
 
 import evoprune
 from evoprune.errors import UsageError
-from evoprune.methods.budget import keep_count
+from evoprune.methods.plans import keep_count
 from evoprune.model.config import MODEL_TYPES
 from tests.hf.reference import ONCE, TAKES_ENCODED, seconds_of, tower_output, with_empty_pairs
 from tests.prompts import processed

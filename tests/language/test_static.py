@@ -27,7 +27,7 @@ def model():
 def graphs(monkeypatch):
     """Recorded graphs on the CPU, in which tokens are decoded from the second on."""
     made = Graphs()
-    monkeypatch.setattr(static, "graph", made)
+    monkeypatch.setattr(static, "devices", made)
     monkeypatch.setattr(static, "PLAIN_TOKENS", 1)
     monkeypatch.setattr(static, "MIN_COLUMNS", 64)
     monkeypatch.setattr(static, "_caches", weakref.WeakKeyDictionary())
@@ -235,13 +235,13 @@ def test_a_model_that_is_gone_leaves_nothing(graphs):
 
 @pytest.mark.parametrize(("value", "expected"), [(None, False), ("0", False), ("", False), ("1", True)])
 def test_plain_is_a_setting_of_the_environment(value, expected, monkeypatch):
-    from evoprune.backend import fallback, graph
+    from evoprune.backend import devices
 
     monkeypatch.delenv("EVOPRUNE_PLAIN", raising=False)
     if value is not None:
         monkeypatch.setenv("EVOPRUNE_PLAIN", value)
-    assert fallback.plain() is expected
-    assert not graph.can_capture(torch.device("cpu"))
+    assert devices.plain() is expected
+    assert not devices.can_capture(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -4,9 +4,8 @@ import pytest
 
 from evoprune.errors import UsageError
 from evoprune.methods import registry
-from evoprune.methods.budget import AUTO_MOST, PRESETS, parse_budget_or_name
 from evoprune.methods.config import PruneConfig
-from evoprune.methods.encoder_plan import TowerShape
+from evoprune.methods.plans import AUTO_MOST, PRESETS, TowerShape, parse_budget_or_name
 from evoprune.video_qa import VideoQA
 
 CLIP, STILL = (5, 4, 5), (1, 4, 5)

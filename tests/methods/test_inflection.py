@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.methods.encoder_plan import Inflection, TowerShape
-from evoprune.methods.selecting import inflection, tokens_before_inflection
+from evoprune.methods.chain import inflection, tokens_before_inflection
+from evoprune.methods.plans import Inflection, TowerShape
 from evoprune.methods.types import Tokens
 from tests.methods.tokens import encoded, ranked, snapped, tokens_of
 from tests.vision.clips import changes, clip

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from evoprune import methods
 from evoprune.contrib.encoder import EvoPruneMerge
 from evoprune.errors import UsageError
-from evoprune.methods.budget import spread
-from evoprune.methods.encoder_plan import TowerShape
 from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.methods.plans import TowerShape, spread
 from evoprune.methods.types import Candidates
 from evoprune.vision.layout import geometry
 from tests.methods.tokens import KINDS, cosine, encoded, features_of

@@ -20,7 +20,7 @@ from evoprune.bench.processes import map_in_processes
 from evoprune.contrib.language import select_in_language
 from evoprune.errors import PLUGINS, PluginError, PluginWarning, UsageError, names_plugins
 from evoprune.methods import registry
-from evoprune.methods.selecting import select as select_tokens_of
+from evoprune.methods.chain import select as select_tokens_of
 from evoprune.methods.types import Selection, Tokens
 from tests.cli.conftest import cli  # noqa: F401
 from tests.contrib.eager import COLUMNS, a_prompt, deep_model, run_method

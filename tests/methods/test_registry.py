@@ -10,11 +10,10 @@ from evoprune.contrib.attended import Mmr
 from evoprune.contrib.inner import FastV
 from evoprune.errors import UsageError
 from evoprune.methods.base import Method
+from evoprune.methods.baselines import DivPrune
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.divprune import DivPrune
-from evoprune.methods.evoprune import EvoPrune
+from evoprune.methods.evoprune import EvoPrune, Reuse
 from evoprune.methods.evoprune_paper import EvoPrunePaper
-from evoprune.methods.reuse import Reuse
 from evoprune.methods.settings import from_args
 from tests.methods.kinds import INNER
 
@@ -288,7 +287,7 @@ def test_reports_show_the_whole_budget_where_nothing_is_pruned():
 
 def test_listing_methods_and_counting_tokens_needs_no_torch():
     code = (
-        "import sys, evoprune.methods, evoprune.methods.budget, evoprune.methods.encoder_plan\n"
+        "import sys, evoprune.methods, evoprune.methods.plans, evoprune.methods.plans\n"
         "evoprune.methods.built_in()\n"
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )

@@ -8,11 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.backend.greedy import nearest_cosine
-from evoprune.methods.divprune import most_diverse
+from evoprune.backend.operators import nearest_cosine
+from evoprune.methods.baselines import most_diverse
 from evoprune.methods.ranking import snap
-from evoprune.methods.shapes import smaller_frame
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.types import Selection, Tokens, smaller_frame
 from tests.methods.tokens import AFTER, KINDS, Largest, cosine, features_of, first_of, selected, tokens_of
 
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
@@ -183,7 +182,7 @@ def test_a_selection_may_drop_tokens():
 
 @pytest.mark.parametrize("at_once", [1, 2, 4096])
 def test_a_selection_may_be_of_rows_that_several_units_have(at_once, monkeypatch):
-    monkeypatch.setattr("evoprune.backend.selection.HELD", at_once)
+    monkeypatch.setattr("evoprune.backend.operators.HELD", at_once)
     made = Selection(torch.tensor([1, 3]), torch.tensor([0, 0, -1, 1, 1]))
     rows, of = torch.tensor([[1.0], [4.0], [9.0]]), torch.tensor([0, 1, 2, 1, 0])
     assert made.features(rows, of).tolist() == [[2.5], [2.5]] == made.features(rows[of]).tolist()

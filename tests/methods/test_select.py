@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.backend import selection
+from evoprune.backend import operators
 from evoprune.methods import select
-from evoprune.methods.budget import spread
+from evoprune.methods.plans import spread
 from evoprune.methods.select import STEPS, UNPROJECTED, assign_clusters, farthest_points, grid_tables, points_of
 from tests.threads import one_thread  # noqa: F401
 
@@ -228,7 +228,7 @@ def test_every_unit_belongs_to_the_nearest(seed, grid, share, alpha, held, dropp
     if not len(kept):
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "HELD", held)
+        patch.setattr(operators, "HELD", held)
         clusters = assign_clusters(every, kept).tolist()
     selected = kept.tolist()
     for unit, cluster in enumerate(clusters):

@@ -7,7 +7,7 @@
 - Odd numbers of frames losing the last one: tests/video/test_plan.py::test_an_exact_count_rounds_up_to_even_..., and
   ::test_times_are_the_middles_of_equal_shares.
 - A nominal ratio that is not the real one; nothing pruned because attention could not be had:
-  tests/methods/test_plan.py::test_the_encoder_computes_what_was_planned, and test_rivals.py::test_counts_and_order.
+  tests/methods/test_plans.py::test_the_encoder_computes_what_was_planned, and test_rivals.py::test_counts_and_order.
 - Positions numbered anew after pruning: tests/language/test_generate.py::test_positions_reach_the_model and
   ::test_embedding_a_pruned_prompt.
 - Positions while decoding that follow the length of the shorter cache:

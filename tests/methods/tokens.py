@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evoprune import methods
 from evoprune.methods.base import Method
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.encoder_plan import EncoderPlan, TowerShape
+from evoprune.methods.plans import EncoderPlan, TowerShape
 from evoprune.methods.ranking import snap
 from evoprune.methods.types import Selection, Tokens
 from evoprune.vision.encoder import encode
@@ -48,7 +48,7 @@ def given_of(kind: str, n: int, seed: int = 0, width: int = 8) -> dict[str, torc
 def tokens_of(kind: str, grid: tuple[int, int, int], seed: int = 0, width: int = 8) -> Tokens:
     n = prod(grid)
     given = given_of(kind, n, seed, width)
-    return Tokens(features_of(kind, n, seed, width), torch.arange(n), grid, 1.0, seed, given)
+    return Tokens(features_of(kind, n, seed, width), torch.arange(n), grid, seed, given)
 
 
 def selected(name: str, tokens: Tokens, keep: int) -> list[int]:

@@ -10,7 +10,7 @@ from evoprune import methods
 from evoprune.backend.devices import available_memory
 from evoprune.cpu.quantize import saved_bytes
 from evoprune.errors import LESS, NO_MEMORY, OutOfMemory, error_record, is_out_of_memory, memory_guard
-from evoprune.methods.encoder_plan import TowerShape
+from evoprune.methods.plans import TowerShape
 from evoprune.model import cost
 from evoprune.model.cost import kv_bytes, language_bytes, prefill_flop, working_memory
 from evoprune.model.weights import empty

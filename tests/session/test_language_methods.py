@@ -10,7 +10,7 @@ from evoprune import Cache, VideoQA, methods
 from evoprune.bench.agreement import agreement, reference
 from evoprune.contrib.operations import ALL, REST, Recipe
 from evoprune.errors import UsageError
-from evoprune.methods.budget import PRESETS
+from evoprune.methods.plans import PRESETS
 from evoprune.report import stats_block
 from tests.recipes import TINY, document, write_recipe
 

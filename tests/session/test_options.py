@@ -12,7 +12,7 @@ import pytest
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.methods.budget import PRESETS
+from evoprune.methods.plans import PRESETS
 from evoprune.session.options import (
     GenerationOptions,
     ModelOptions,

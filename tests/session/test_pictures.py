@@ -13,7 +13,7 @@ from evoprune import methods
 from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.errors import UsageError, VideoError
 from evoprune.language.prompt import VisualSpan, prompt_positions
-from evoprune.methods.budget import keep_count
+from evoprune.methods.plans import keep_count
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
@@ -124,7 +124,7 @@ def test_patches_are_those_of_the_image_processor(loaded, size, tmp_path, monkey
     with closing(open_inputs(VideoQA(loaded, budget=1.0).engine, [path])) as opened:
         theirs, grid = pixels_of(loaded, opened.plans[0])
         opened.encode()
-    torch.testing.assert_close(normalised(torch.cat(found)), theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalised(torch.cat([each.values for each in found])), theirs, atol=1e-5, rtol=0)
     assert grid[0].tolist() == [1, *(2 * side for side in opened.plans[0].grid[1:])]
 
 

@@ -13,15 +13,14 @@ from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.errors import ModelError
 from evoprune.language.generate import Visual, embed_prompt, prefill
 from evoprune.language.prompt import prompt_positions
-from evoprune.methods.encoder_plan import full_plan
+from evoprune.methods.plans import full_plan
 from evoprune.session.cache import Cache
 from evoprune.session.loading.find import BUNDLED_CONFIGS, read_config
 from evoprune.session.loading.model import load_model, random_model
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from evoprune.vision.encoder import encode
-from evoprune.vision.preprocess import patch_means, patchify, resize
-from evoprune.vision.reuse import scan
+from evoprune.vision.preprocess import Patches, patch_means, patchify, resize, scan
 from evoprune.vision.tower import tower_shape
 from tests.hf.reference import TAKES_ENCODED
 from tests.methods.tokens import plan_of
@@ -166,7 +165,7 @@ def test_pruned_logits_against_a_prompt_by_hand(loaded, host, name, budget):
     method, grid, patches = methods.parse(name), plan.grid, patches_of(plan)
     keep, visual = plan.encoder.keep, host.model.visual
     units = grid[1] * grid[2]
-    source, _ = scan(patch_means(patches, units, *HALF))
+    source, _ = scan(patch_means(Patches(patches, *HALF), units), threshold=8.0)
     reuse = plan_of(method, tower_shape(visual), grid, keep).reuse
     changed = source == torch.arange(grid[0])[:, None] if reuse else None
     kept, features, sizes = tokens_slowly(visual, patches, grid, method, keep, changed)

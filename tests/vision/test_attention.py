@@ -99,18 +99,6 @@ def test_attention_against_loops_on_any_layout(shape, merges, scope, size_bias, 
     torch.testing.assert_close(attention_received(q, k, plan), received, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
-def test_the_rows_of_a_group_receive_one_in_all(shape, merges, scope):
-    layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=5)
-    q, k, _ = rows_of(layout)
-    groups = attention_groups(layout, scope)
-    received = attention_received(q, k, plan_of(layout, scope))
-    torch.testing.assert_close(received.sum(), torch.tensor(float(len(groups.length))), atol=1e-4, rtol=0)
-    if groups.consecutive:
-        per_group = torch.stack([part.sum() for part in received.split(groups.length.tolist())])
-        torch.testing.assert_close(per_group, torch.ones(len(per_group)), atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("size_bias", [False, True])
 def test_with_the_bias_a_merged_row_weighs_as_much_as_the_equal_rows_that_went_into_it(size_bias):
     layout = full_layout(geometry(4, 8), 1)
@@ -124,23 +112,6 @@ def test_with_the_bias_a_merged_row_weighs_as_much_as_the_equal_rows_that_went_i
         before = grouped_attention(q, k, v, plan_of(layout, scope))[stays]
         after = grouped_attention(q[stays], k[stays], v[stays], plan_of(merged, scope, size_bias))
         assert torch.allclose(before, after, atol=2e-6) == size_bias
-
-
-@pytest.mark.parametrize("size_bias", [False, True])
-def test_groups_do_not_see_each_other(size_bias):
-    layout = random_layout(geometry(5, 7), 2, ["window"], seed=4)
-    q, k, v = rows_of(layout)
-    for scope in ("window", "pair"):
-        plan = plan_of(layout, scope, size_bias)
-        before = grouped_attention(q, k, v, plan)
-        group = layout.group_of(layout.unit, scope)
-        changed = group == group[0]
-        k2, v2 = k.clone(), v.clone()
-        k2[changed] += 1.0
-        v2[changed] -= 1.0
-        after = grouped_attention(q, k2, v2, plan)
-        assert torch.equal(before[~changed], after[~changed])
-        assert not torch.isclose(before[changed], after[changed]).any(-1).all()
 
 
 @pytest.mark.few(2)

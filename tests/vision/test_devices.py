@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evoprune.backend.attention import attend_varlen, varlen_kernel
 from evoprune.backend.devices import Timer
-from evoprune.methods.baselines import Nothing, Random
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.vision import attention, encoded
@@ -22,29 +21,11 @@ from tests.vision.clips import changes, clip
 from tests.vision.devices import NoWaiting, assert_same_on_a_gpu, take_gpu_route
 from tests.vision.results import encode_noise, encode_patches
 from tests.vision.test_attention import HEADS, LAYOUTS, by_hand, plan_of, rows_of
-from tests.vision.test_chunks import chunks_of
 from tests.vision.test_encoder import papers
+from tests.vision.test_preprocess import chunks_of
 from tests.vision.tower import random_layout, random_patches, tiny_tower
 
 # --- attention ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.few(8)
-@pytest.mark.parametrize("kernel", [True, False])
-@pytest.mark.parametrize("size_bias", [False, True])
-@pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
-def test_attention_with_and_without_the_kernel_against_loops(shape, merges, scope, size_bias, kernel, monkeypatch):
-    layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=7)
-    layout.per_pair  # which the encoder's own layouts know # noqa: B018
-    q, k, v = rows_of(layout)
-    out, expected = by_hand(q, k, v, layout, scope, size_bias)
-    received = torch.zeros(layout.rows)
-    with take_gpu_route(monkeypatch, kernel):
-        made = grouped_attention(q, k, v, plan_attention(layout, scope, q, size_bias), received)
-        again = grouped_attention(q, k, v, plan_attention(layout, scope, q, size_bias))
-    torch.testing.assert_close(made, out, atol=3e-6, rtol=1e-5)
-    torch.testing.assert_close(received, expected, atol=3e-6, rtol=1e-5)
-    assert torch.equal(made, again)
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -119,7 +100,9 @@ def test_torchs_own_kernel_accepts_the_arguments():
     layout = random_layout(geometry(5, 7), 2, ["pair"], seed=1)
     q, k, v = (x.bfloat16() for x in rows_of(layout))
     plan = Packed(layout, "window", True, attend_varlen)
-    assert len(plan.keys[0]) == len(layout.owner) and layout.per_pair and len(plan.ends[1]) == 9  # made of real values
+    assert (
+        len(plan.keys[0]) == len(layout.unit_to_row) and layout.per_pair and len(plan.ends[1]) == 9
+    )  # made of real values
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = attend_packed(q, k, v, plan)
     assert made.shape == q.shape and made.dtype == q.dtype
@@ -142,11 +125,6 @@ def test_nothing_waits_and_the_result_is_the_cpus(grid, share, full_layers, kern
 def test_the_result_is_the_cpus_where_windows_lose_all_rows_but_one_in_a_layer(features, monkeypatch):
     method = EvoPrunePaper(allocation="mean", first=0.0, last=0.8, features=features)
     assert_same_on_a_gpu(monkeypatch, random_patches((3, 5, 7)), (3, 5, 7), method, 16, True, (0, 3))
-
-
-@pytest.mark.parametrize("method", [Nothing(), Random()], ids=["none", "random"])
-def test_the_result_is_the_cpus_where_nothing_is_merged(method, monkeypatch):
-    assert_same_on_a_gpu(monkeypatch, random_patches((3, 5, 7)), (3, 5, 7), method, 16, True)
 
 
 @pytest.mark.full

@@ -11,16 +11,20 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.cpu.linear import pack
+from evoprune.methods import parse
 from evoprune.methods.baselines import Nothing, Random
-from evoprune.methods.budget import keep_count
-from evoprune.methods.encoder_plan import ALLOCATIONS
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.methods.plans import ALLOCATIONS, keep_count
+from evoprune.methods.registry import built_in
+from evoprune.vision import attention
 from evoprune.vision.encoder import encode
 from evoprune.vision.preprocess import patchify
 from evoprune.vision.tower import tower_shape
+from tests.methods.kinds import INNER
 from tests.methods.tokens import plan_of
 from tests.vision.clips import changes, clip
+from tests.vision.devices import take_gpu_route, varlen_by_hand
 from tests.vision.reference import encode_slowly
 from tests.vision.results import assert_same, check_result, encode_noise, encode_patches
 from tests.vision.tower import random_patches, tiny_tower
@@ -59,12 +63,6 @@ def test_bf16_is_as_near_to_float32_as_hugging_faces(grid, packed):
     ours = encode_patches(patches.bfloat16(), grid, Nothing(), prod(grid), own).features.float()
     error, usual = ((x - truth).norm() / truth.norm() for x in (ours, theirs))
     assert 0 < error < 1.3 * usual
-
-
-def test_a_method_that_prunes_nothing_ignores_the_budget():
-    encoded = encode_noise((2, 4, 5), Nothing(), 3)
-    assert torch.equal(encoded.kept, torch.arange(40))
-    check_result(encoded, (2, 4, 5))
 
 
 @pytest.mark.parametrize("keep", [1, 7, 39])
@@ -301,3 +299,37 @@ def test_merging_with_other_weights_against_loops(settings_):
 def test_merging_on_each_schedule_against_loops(allocation, full_layers):
     # With a full-attention layer first, rows own units of other windows when a window layer follows.
     assert_like_the_slow_one((2, 4, 6), EvoPrunePaper(allocation=allocation, first=0, last=0.8), 11, full_layers)
+
+
+# Every method through the path of a GPU: groups packed for the varlen kernel, or padded without it, equal to the CPU's
+
+GRID = (5, 5, 7)
+METHODS = [name for name in built_in() if name not in (*INNER, "downscale", "subsample")]
+COMBINED = ["reuse+divprune", "reuse+visionzip", "ipcv+divprune", "ipcv+nuwa"]
+
+
+def encoded(name: str, chunk_units: int):
+    method, visual = parse(name), tiny_tower((1, 3))
+    plan = method.plan(tower_shape(visual), GRID, 40)
+    random = torch.Generator().manual_seed(1)
+    question = torch.randn(6, 24, generator=random) if method.reads_question else None
+    patches = clip(GRID, changes(GRID, 0.4))
+    return encode(visual, [patches], plan, question=question, chunk_units=chunk_units)
+
+
+@pytest.mark.few(12)
+@pytest.mark.parametrize("chunk_units", [70, 10**6])
+@pytest.mark.parametrize("kernel", [True, False], ids=["varlen", "padded"])
+@pytest.mark.parametrize("name", [*METHODS, *COMBINED])
+def test_every_method_is_the_cpus(name, kernel, chunk_units, monkeypatch):
+    expected = encoded(name, chunk_units)
+    take_gpu_route(monkeypatch, kernel)  # methods may wait for the device where they select
+    calls = []
+
+    def counted(*given, **how):
+        calls.append(given)
+        return varlen_by_hand(*given, **how)
+
+    monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: counted if kernel else None)
+    assert_same(encoded(name, chunk_units), expected, atol=1e-4)
+    assert bool(calls) == kernel

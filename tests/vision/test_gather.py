@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from evoprune.errors import UsageError
 from evoprune.methods.base import Selector
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.evoprune import EvoPrune
+from evoprune.methods.evoprune import EvoPrune, Reuse
 from evoprune.methods.ranking import unit_features
-from evoprune.methods.reuse import Reuse
 from evoprune.methods.types import Selection, Tokens
 from evoprune.vision import encoder
 from evoprune.vision.encoded import select_tokens
@@ -155,9 +154,9 @@ def test_a_selector_gets_only_what_it_declares():
     class Keys(Looks):
         needs: ClassVar[frozenset[str]] = frozenset({"keys"})
 
-    tokens = tokens_of(random_patches((2, 3, 4)), (2, 3, 4), selector=Keys(), seconds_per_pair=0.4, seed=3)
+    tokens = tokens_of(random_patches((2, 3, 4)), (2, 3, 4), selector=Keys(), seed=3)
     assert tokens.keys.shape == (24, 64)
-    assert (tokens.grid, tokens.seconds_per_pair, tokens.seed) == ((2, 3, 4), 0.4, 3)
+    assert (tokens.grid, tokens.seed) == ((2, 3, 4), 3)
     with pytest.raises(TypeError, match=r'no attention here: .*"attention" in its `needs`'):
         tokens.attention  # noqa: B018
     with pytest.raises(TypeError, match=r"no question here: .*`reads_question`"):

@@ -54,7 +54,7 @@ def test_window_order_is_hugging_faces(size, pairs):
 
 def test_a_full_layout_owns_itself():
     layout = full_layout(geometry(5, 6), 2)
-    assert torch.equal(layout.unit[layout.owner], torch.arange(60))
+    assert torch.equal(layout.unit[layout.unit_to_row], torch.arange(60))
     assert layout.size.tolist() == [1] * 60
     assert torch.equal(layout.place, layout.unit % 30)
 
@@ -71,25 +71,25 @@ def test_every_unit_keeps_one_owner_through_merges(shape, scopes, seed):
         stays = into == torch.arange(before.rows)
         assert torch.equal(layout.unit, before.unit[stays])
         # Every unit now belongs to the row into which its old owner went.
-        assert torch.equal(layout.unit[layout.owner], before.unit[into[before.owner]])
+        assert torch.equal(layout.unit[layout.unit_to_row], before.unit[into[before.unit_to_row]])
     units = torch.arange(pairs * geo.units)
-    assert ((layout.owner >= 0) & (layout.owner < layout.rows)).all()
-    assert torch.equal(layout.owner[layout.unit], torch.arange(layout.rows))
+    assert ((layout.unit_to_row >= 0) & (layout.unit_to_row < layout.rows)).all()
+    assert torch.equal(layout.unit_to_row[layout.unit], torch.arange(layout.rows))
     assert layout.size.sum() == len(units) and (layout.size >= 1).all()
     keys = [place_key(geo, unit) for unit in layout.unit.tolist()]
     assert keys == sorted(keys)
     if scopes:
         widest = max(scopes, key=SCOPES.index)
         assert layout.reach == widest
-        assert torch.equal(layout.group_of(units, widest), layout.group_of(layout.unit[layout.owner], widest))
+        assert torch.equal(layout.group_of(units, widest), layout.group_of(layout.unit[layout.unit_to_row], widest))
 
 
 def test_rows_merge_as_the_map_says():
     layout = full_layout(geometry(1, 4), 1)
     layout = merged_layout(layout, torch.tensor([0, 0, 2, 0]), "window")
-    assert (layout.unit.tolist(), layout.owner.tolist(), layout.size.tolist()) == ([0, 2], [0, 0, 1, 0], [3, 1])
+    assert (layout.unit.tolist(), layout.unit_to_row.tolist(), layout.size.tolist()) == ([0, 2], [0, 0, 1, 0], [3, 1])
     layout = merged_layout(layout, torch.tensor([1, 1]), "pair")
-    assert (layout.unit.tolist(), layout.owner.tolist(), layout.reach) == ([2], [0, 0, 0, 0], "pair")
+    assert (layout.unit.tolist(), layout.unit_to_row.tolist(), layout.reach) == ([2], [0, 0, 0, 0], "pair")
 
 
 @settings(deadline=None, max_examples=80)
@@ -124,20 +124,10 @@ def test_a_window_without_rows_has_no_queries_but_its_owner_is_a_key_elsewhere()
     assert attention_groups(layout, "pair").count.tolist() == [17] + [1] * 15
 
 
-def test_a_row_that_owns_units_of_another_window_is_a_key_there_with_their_number():
-    layout = full_layout(geometry(4, 8), 1)
-    into = torch.arange(32)
-    into[[17, 18, 19]] = 5
-    layout = merged_layout(layout, into, "pair")
-    (first, first_keys), (second, second_keys) = groups_as_made(layout, "window")
-    assert len(first) == 16 and first_keys == dict.fromkeys(range(16), 1)
-    assert len(second) == 13 and second_keys == {5: 3} | dict.fromkeys(second, 1)
-
-
 @pytest.mark.parametrize("scope", SCOPES)
 def test_dropped_units_have_no_key(scope):
     layout = random_layout(geometry(5, 6), 2, ["window", "pair"], seed=3)
-    owner = layout.owner.clone()
+    owner = layout.unit_to_row.clone()
     lost = [u for u in range(0, len(owner), 3) if u not in layout.unit.tolist()]
     assert lost
     owner[lost] = -1
@@ -145,7 +135,7 @@ def test_dropped_units_have_no_key(scope):
     assert groups_as_made(layout, scope) == groups_by_hand(layout, scope)
     assert layout.size.sum() == len(owner) - len(lost)
     merged, _ = merge_at_random(layout, "pair", 1)
-    assert (merged.owner[lost] == -1).all() and (merged.owner >= 0).sum() == len(owner) - len(lost)
+    assert (merged.unit_to_row[lost] == -1).all() and (merged.unit_to_row >= 0).sum() == len(owner) - len(lost)
 
 
 def test_groups_cover_every_row_once_and_are_plain_as_long_as_no_row_left_its_group():
@@ -190,7 +180,7 @@ def test_references_against_loops(made):
     encoded = [t * geo.units + p for t, places in enumerate(source.tolist()) for p, at in enumerate(places) if at == t]
     rows = sorted(encoded, key=lambda unit: place_key(geo, unit))
     assert layout.unit.tolist() == rows and layout.rows == len(rows)
-    for unit, row in enumerate(layout.owner.tolist()):
+    for unit, row in enumerate(layout.unit_to_row.tolist()):
         pair, place = divmod(unit, geo.units)
         at = int(source[pair, place])
         assert row == (rows.index(at * geo.units + place) if at >= 0 else len(rows) + place)
@@ -199,7 +189,7 @@ def test_references_against_loops(made):
     assert layout.reach == ("place" if len(rows) == source.numel() else "clip")
     if layout.reach == "place":
         full = full_layout(geo, len(source))
-        assert torch.equal(layout.unit, full.unit) and torch.equal(layout.owner, full.owner)
+        assert torch.equal(layout.unit, full.unit) and torch.equal(layout.unit_to_row, full.unit_to_row)
 
 
 @settings(deadline=None, max_examples=100)
@@ -231,7 +221,7 @@ def test_selected_units_are_rows_in_window_order_and_own_their_clusters(grid, sh
     layout, _, row = selected_layout(geo, grid[0], kept, owner)
     alive = torch.zeros(n, dtype=torch.bool).index_fill_(0, kept, True).view(grid[0], -1)
     assert torch.equal(layout.unit, window_order(geo, grid[0], alive, keep)) and torch.equal(layout.unit[row], kept)
-    assert torch.equal(layout.unit[layout.owner], kept[owner])
+    assert torch.equal(layout.unit[layout.unit_to_row], kept[owner])
     assert sum(layout.per_pair) == layout.rows == keep
 
 

@@ -12,23 +12,26 @@ from hypothesis import strategies as st
 from evoprune import methods
 from evoprune.cpu.linear import pack
 from evoprune.methods.baselines import Nothing
-from evoprune.methods.evoprune import EvoPrune
-from evoprune.methods.reuse import THRESHOLD
+from evoprune.methods.evoprune import THRESHOLD, EvoPrune
 from evoprune.methods.select import assign_clusters, farthest_points, points_of
 from evoprune.vision import encoder
-from evoprune.vision.preprocess import patch_means
-from evoprune.vision.reuse import scan
+from evoprune.vision.encoded import select_tokens
+from evoprune.vision.encoder import encode_rows
+from evoprune.vision.preprocess import Patches, patch_means, scan
+from evoprune.vision.segments import NothingNew, Segment
+from evoprune.vision.tower import tower_shape
+from tests.methods.tokens import plan_of
 from tests.vision.clips import changes, clip
 from tests.vision.reference import encode_slowly
 from tests.vision.results import assert_same, check_result, encode_clip, encode_patches
-from tests.vision.tower import tiny_tower
+from tests.vision.tower import QWEN3_WIDTH, tiny_qwen3, tiny_tower
 
 AFTER = EvoPrune(depth=1.0)  # the selection comes after the tower
 
 
 def encoded_units(patches, grid, threshold=THRESHOLD) -> torch.Tensor:
     """bool `[T, H*W]`: which units are encoded."""
-    source, _ = scan(patch_means(patches, grid[1] * grid[2]), threshold=threshold)
+    source, _ = scan(patch_means(Patches(patches), grid[1] * grid[2]), threshold=threshold)
     return source == torch.arange(grid[0])[:, None]
 
 
@@ -137,7 +140,7 @@ def test_every_count_can_be_had(share, method):
 
 def test_units_are_selected_among_all_at_their_times():
     grid = (6, 3, 5)
-    made = encode_clip(grid, changes(grid, 0.2), replace(AFTER, alpha=2.0), 20, seconds_per_pair=0.4)
+    made = encode_clip(grid, changes(grid, 0.2), replace(AFTER, alpha=2.0), 20)
     assert torch.equal(made.kept, farthest_points(points(made, grid, alpha=2.0), 20))
 
 
@@ -190,3 +193,85 @@ def test_what_is_carried_to_the_next_chunk_does_not_grow(monkeypatch):
     encode_clip(grid, changed, AFTER, 30, chunk_units=1)
     per_place = 4 * (2 * 4 * 32 * 4)  # keys and values of four patches in four layers
     assert len(held) > 10 and {*held[:-1]} == {15 * per_place} and held[-1] == 0  # nothing follows the last chunk
+
+
+# Segments of a longer video: what has not changed is not encoded again, and the result is that of the whole.
+
+PLACES = 5, 6
+
+
+def in_segments(visual, patches, method, pairs, budget, **how):
+    """The segments of a video, each of so many frame pairs (`pairs`), with K tokens or this share of its units."""
+    segment, made = Segment(), []
+    for piece, count in zip(patches.split([4 * prod(PLACES) * n for n in pairs]), pairs, strict=True):
+        grid = (count, *PLACES)
+        plan = plan_of(method, tower_shape(visual), grid, max(1, round(budget * prod(grid))))
+        made.append((encode_rows(visual, [piece], plan, segment=segment, **how), segment.left))
+        segment = Segment(segment.left)
+    return made
+
+
+@pytest.mark.parametrize("chunk_units", [1, 60, 10**6])
+@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("tower", [tiny_tower, tiny_qwen3])
+def test_without_selections_between_layers_segments_are_the_whole(tower, share, chunk_units):
+    visual, grid, pairs = tower(), (9, *PLACES), (3, 1, 3, 2)
+    changed = changes(grid, share)
+    patches = clip(grid, changed, width=QWEN3_WIDTH if tower is tiny_qwen3 else 1176)
+    method = methods.parse("evoprune:depth=1:first=0")
+    ((whole, _),) = in_segments(visual, patches, method, (9,), 1 / 3)  # a plan with another count has the same rows
+    parts = [rows for rows, _ in in_segments(visual, patches, method, pairs, 1 / 3, chunk_units=chunk_units)]
+    for values in (lambda rows: rows.tokens.rows, lambda rows: rows.deepstack):
+        of_units = torch.cat([values(part)[part.tokens.owner] for part in parts])
+        torch.testing.assert_close(of_units, values(whole)[whole.tokens.owner], atol=2e-5, rtol=1e-5)
+    assert sum(part.layers[0][1] for part in parts) == whole.layers[0][1] == changed.sum()
+    assert all(len(select_tokens(part).kept) == round(prod(part.plan.grid) / 3) for part in parts)
+
+
+@pytest.mark.parametrize("name", ["evoprune", "evoprune:first=0", "evoprune:first=0.2:rows=0.4:depth=0.5"])
+def test_selections_between_layers_see_rows_of_their_own_segment_alone(name):
+    visual, grid, pairs = tiny_tower(), (9, *PLACES), (3, 3, 3)
+    patches = clip(grid, changes(grid, 0.3))
+    method = methods.parse(name)
+    parts, cut = (in_segments(visual, patches, method, pairs, 0.4, chunk_units=size) for size in (10**6, 1))
+    for number, ((part, _), (other, _)) in enumerate(zip(parts, cut, strict=True)):
+        torch.testing.assert_close(part.tokens.rows, other.tokens.rows, atol=2e-5, rtol=1e-5)
+        assert torch.equal(part.tokens.owner, other.tokens.owner) and part.layers == other.layers
+        owner, computed = part.tokens.owner, part.layers[-1][1]
+        assert (owner >= 0).all() and owner.unique().numel() == len(part.unit) >= computed
+        assert (part.unit.diff() > 0).all() and torch.equal(owner[part.unit], torch.arange(len(part.unit)))
+        tokens = select_tokens(part)
+        assert len(tokens.kept) == 36 and tokens.features.isfinite().all()
+        if number:
+            before, place = parts[number - 1][1].features, part.unit % prod(PLACES)
+            taken = torch.tensor(
+                [bool((row == of).all()) for row, of in zip(part.tokens.rows, before[place], strict=True)]
+            )
+            assert taken.sum() == len(part.unit) - computed > 0
+
+
+def test_attention_sees_the_rows_of_the_segment_before():
+    visual, grid = tiny_tower(), (4, *PLACES)
+    changed = changes(grid, 0.1)
+    patches = clip(grid, changed)
+    other = patches.clone()
+    other[: 4 * prod(PLACES)] += 0.5 * torch.randn(4 * prod(PLACES), 1176, generator=torch.Generator().manual_seed(1))
+    made = [in_segments(visual, each, methods.parse("evoprune"), (2, 2), 0.5)[1][0] for each in (patches, other)]
+    own = [part.tokens.rows[part.tokens.owner[changed[2:].flatten()]] for part in made]
+    assert not torch.allclose(own[0], own[1], atol=1e-3)
+
+
+def test_a_segment_without_anything_new_is_refused():
+    patches = clip((4, *PLACES), changes((4, *PLACES), 0.0))
+    with pytest.raises(NothingNew):
+        in_segments(tiny_tower(), patches, methods.parse("evoprune"), (2, 2), 0.5)
+
+
+@pytest.mark.parametrize("name", ["tome", "evoprune-paper", "divprune", "reuse+vispruner", "evoprune:reuse=0", "none"])
+def test_what_needs_more_than_rows_leaves_nothing(name):
+    patches = clip((4, *PLACES), changes((4, *PLACES), 0.3))
+    visual, method = tiny_tower(), methods.parse(name)
+    parts = in_segments(visual, patches, method, (2, 2), 0.5)
+    plan = plan_of(method, tower_shape(visual), (2, *PLACES), 30)
+    alone = encode_rows(visual, [patches[len(patches) // 2 :]], plan)
+    assert parts[0][1] is None and torch.equal(parts[1][0].tokens.rows, alone.tokens.rows)

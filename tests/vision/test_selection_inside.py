@@ -14,8 +14,8 @@ from evoprune.backend import devices
 from evoprune.errors import ModelError
 from evoprune.methods.base import EncoderMethod, Selector
 from evoprune.methods.baselines import Nothing
-from evoprune.methods.encoder_plan import Stage
 from evoprune.methods.evoprune import STILL, EvoPrune, FarthestPoints
+from evoprune.methods.plans import Stage
 from evoprune.methods.types import Selection
 from tests.vision.clips import changes, clip
 from tests.vision.devices import assert_same_on_a_gpu
@@ -148,10 +148,10 @@ def test_a_reused_unit_sees_what_has_changed_around_it():
     changed[1, 8:] = False
     alone = torch.zeros(32).index_fill_(0, torch.tensor(kept), 1.0)
     method = inside(kept, torch.where(unit % 16 < 8, 0, 1) + unit // 16 * 2, alone)
-    made = encode_patches(clip(grid, changed, drift=0), grid, method, 4, seconds_per_pair=0.4, seed=3)
+    made = encode_patches(clip(grid, changed, drift=0), grid, method, 4, seed=3)
     (tokens,) = method.given.seen
     before = tokens.features
-    assert (tokens.grid, tokens.seconds_per_pair, tokens.seed) == (grid, 0.4, 3)
+    assert (tokens.grid, tokens.seed) == (grid, 3)
     assert torch.equal(before[15], before[31]) and not torch.equal(before[0], before[16])
     assert (made.rows[1] - made.rows[3]).norm() > 0.1
 

@@ -130,7 +130,7 @@ def groups_by_hand(layout: TokenLayout, scope: str) -> list[tuple[list[int], dic
     groups: dict[tuple, tuple[list[int], dict[int, int]]] = {}
     for row, unit in enumerate(layout.unit.tolist()):
         groups.setdefault(group_key(geo, unit, scope), ([], {}))[0].append(row)
-    for unit, row in enumerate(layout.owner.tolist()):
+    for unit, row in enumerate(layout.unit_to_row.tolist()):
         key = group_key(geo, unit, scope)
         if row >= 0 and key in groups:
             counts = groups[key][1]

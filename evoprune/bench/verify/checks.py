@@ -11,13 +11,19 @@ from statistics import median
 import torch
 from torch.nn.attention import SDPBackend
 
-from evoprune.backend import selection
+from evoprune.backend import operators
 from evoprune.backend.attention import varlen_kernel
-from evoprune.backend.devices import exact_shapes, is_host, memory_in_use, peak_memory, reset_peak_memory
-from evoprune.backend.fallback import plainly
-from evoprune.backend.graph import can_capture
+from evoprune.backend.devices import (
+    can_capture,
+    exact_shapes,
+    is_host,
+    memory_in_use,
+    peak_memory,
+    plainly,
+    reset_peak_memory,
+)
 from evoprune.backend.layers import unjoined
-from evoprune.backend.reuse import reuse_scan
+from evoprune.backend.operators import reuse_scan
 from evoprune.bench.clips import prepare, synthetic_frames
 from evoprune.bench.profile import run_evoprune, run_hugging_face
 from evoprune.bench.profile_results import Case
@@ -46,10 +52,10 @@ from evoprune.hf.context import EvoPrune
 from evoprune.language import decoder, generate, static
 from evoprune.language.generate import Visual, embed_prompt
 from evoprune.methods import parse
-from evoprune.methods.budget import keep_count
-from evoprune.methods.indices import ascending
+from evoprune.methods.plans import keep_count
 from evoprune.methods.registry import built_in
 from evoprune.methods.select import STEPS, grid_tables
+from evoprune.methods.types import ascending
 from evoprune.model import cost
 from evoprune.model.config import PATCHES
 from evoprune.model.weights import shared
@@ -518,11 +524,11 @@ def _selections(device: torch.device) -> dict[str, float]:
     means[1::2, 30:] = means[:-1:2, 30:]
 
     def each() -> dict[str, torch.Tensor]:
-        radii = selection.tube_radii(place, half, weight, first, row, time, tubes, units)
+        radii = operators.tube_radii(place, half, weight, first, row, time, tubes, units)
         kept = radii.topk(units // 4).indices.sort().values
         scanned = reuse_scan(means, means[0], torch.zeros_like(row[:117]), False, 0, 8.0)[0]
-        of = selection.nearest_selected(place, half, weight, row, time, selected)
-        averages = selection.mean_rows(place, of, row, torch.ones_like(time), len(selected))
+        of = operators.nearest_selected(place, half, weight, row, time, selected)
+        averages = operators.mean_rows(place, of, row, torch.ones_like(time), len(selected))
         mask = torch.zeros_like(row, dtype=torch.bool).index_fill_(0, kept, True)
         return {"selection": mask, "clusters": of, "reuse": scanned, "means": averages.round(decimals=2)}
 

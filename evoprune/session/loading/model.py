@@ -11,9 +11,7 @@ from pathlib import Path
 
 import torch
 
-from evoprune.backend.devices import available_memory, is_host
-from evoprune.backend.fallback import uses_kernels
-from evoprune.backend.graph import run_beside
+from evoprune.backend.devices import available_memory, is_host, run_beside, uses_kernels
 from evoprune.backend.layers import join, join_tower
 from evoprune.backend.limits import available_cores
 from evoprune.bundled import Demo

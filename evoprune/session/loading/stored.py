@@ -18,8 +18,8 @@ import torch
 import evoprune
 from evoprune.cpu.quantize import Progress, Weights, levels, places, quantize, restore
 from evoprune.language.decoder import KVCache, logits
-from evoprune.methods.encoder_plan import full_plan
-from evoprune.methods.indices import ascending
+from evoprune.methods.plans import full_plan
+from evoprune.methods.types import ascending
 from evoprune.model.config import PATCHES
 from evoprune.model.weights import QwenVL
 from evoprune.session.cache import Entries, cache_folder, own_code

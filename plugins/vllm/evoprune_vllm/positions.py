@@ -13,7 +13,7 @@ from math import prod
 import torch
 
 from evoprune.language.prompt import VisualSpan, video_positions
-from evoprune.methods.indices import ascending
+from evoprune.methods.types import ascending
 
 DIGITS = (3, 3, 3, 4)  # below 256: of time, height, width, and the bits of the bias
 COLUMNS = sum(DIGITS)  # that the encoder appends to the features of each token

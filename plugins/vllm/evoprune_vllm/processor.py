@@ -13,8 +13,7 @@ from vllm.model_executor.models.qwen2_vl import Qwen2VLDummyInputsBuilder, Qwen2
 from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from evoprune.errors import EvopruneError
-from evoprune.methods.budget import keep_tokens
-from evoprune.methods.encoder_plan import Grid
+from evoprune.methods.plans import Grid, keep_tokens
 from evoprune.model.config import VisionConfig, vision_sizes
 from evoprune_vllm.positions import LIMIT, extent
 from evoprune_vllm.pruning import BUDGET, request_budget

@@ -13,14 +13,13 @@ import torch
 from evoprune import methods
 from evoprune.errors import PluginError, UsageError, names_plugins
 from evoprune.language.prompt import video_positions
-from evoprune.methods.budget import parse_budget
 from evoprune.methods.chain import Pipeline
-from evoprune.methods.encoder_plan import Grid
+from evoprune.methods.plans import Grid, parse_budget
 from evoprune.model.config import vision_sizes
 from evoprune.util import did_you_mean
 from evoprune.vision.encoded import Encoded
 from evoprune.vision.encoder import encode
-from evoprune.vision.preprocess import CLIP, Normalisation
+from evoprune.vision.preprocess import Patches
 from evoprune.vision.tower import tower_shape
 from evoprune_vllm.positions import as_columns
 
@@ -70,7 +69,7 @@ def request_budget(options: Mapping[str, Any], rate: float | None) -> float:
     return budget
 
 
-def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> Normalisation:
+def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> tuple[tuple[float, ...], ...]:
     """Mean and std for levels from 0 to 1, from those for levels up to 255 times `scale`."""
     levels = round(1 / scale) / 255
     return tuple(levels * each for each in mean), tuple(levels * each for each in std)
@@ -79,21 +78,17 @@ def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float)
 @names_plugins()
 def encoded(
     visual,
-    patches: torch.Tensor,
+    patches: Patches | torch.Tensor,
     grid: Grid,
     keep: int,
     method: Pipeline,
-    seconds: float = 1.0,
-    normal: Normalisation = CLIP,
 ) -> Encoded:
     """The tokens of a picture or video, exactly `keep` of them.
-
-    `patches`: `[n, 1176]`, pixels (uint8), or float32 normalised by `normal`, mean and std. `seconds`: per frame pair.
 
     Raises ModelError: the tower computes NaN or infinite values. PluginError: another package's method failed, or kept another K.
     """
     plan = method.plan(tower_shape(visual), grid, keep)
-    found = encode(visual, [patches], plan, seconds_per_pair=seconds, normal=normal)
+    found = encode(visual, [patches], plan)
     if len(found.kept) != keep:
         hint = "choose another method"
         raise PluginError(f"method {method.name} kept {len(found.kept):,} tokens of {keep:,}", hint)

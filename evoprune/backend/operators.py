@@ -1,9 +1,11 @@
-"""Operators of the selection: places of rows, farthest points inside tubes, the nearest selected point of each, means of clusters.
+"""Operators with a form for each kind of device: of the selection, of greedy selections by cosine, and of reuse.
 
-Each is one operator with one contract: numpy on a CPU, kernels of Triton on CUDA, a few operations of PyTorch elsewhere. Distances
-are whole numbers of steps, so that devices that sum in another order agree, and equal rows are at distance 0.
+Each is one operator with one contract: numpy or PyTorch on a CPU, kernels of Triton on CUDA (kernels.py), a few operations of
+PyTorch elsewhere. Off the CPU no value is read. Distances are whole numbers of steps, so that devices that sum in another order
+agree, and equal rows are at distance 0.
 
-A point j has a row and a time. Its distance to a selected point i is, in steps,
+Of the selection: places of rows, farthest points inside tubes, the nearest selected point of each, means of clusters. A point j has
+a row and a time. Its distance to a selected point i is, in steps,
 
     d(i, j) = half[row_i] + half[row_j] - place[row_i] . place[row_j] + weight[row_j] * |time_i - time_j|
 """
@@ -13,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from evoprune.backend.fallback import with_fallback
+from evoprune.backend.devices import with_fallback
 
 HELD = 1 << 23  # distances that a CPU holds at a time
 HELD_ON_DEVICE = 1 << 26
@@ -269,31 +271,31 @@ def _mean_rows_cpu(rows, into, row, weight, count):
 
 @with_fallback("the distance of units", _standard_places)
 def _standard_places_cuda(rows, owner, projection, steps):
-    from evoprune.backend import selection_kernels  # Triton takes a while to import
+    from evoprune.backend import kernels  # Triton takes a while to import
 
     count = unit_counts(owner, len(rows))
-    return selection_kernels.standard_places(rows, count, projection, steps, STILL, ROUNDING)
+    return kernels.standard_places(rows, count, projection, steps, STILL, ROUNDING)
 
 
 @with_fallback("the selection of units", _tube_radii)
 def _tube_radii_cuda(*args):
-    from evoprune.backend import selection_kernels
+    from evoprune.backend import kernels
 
-    return selection_kernels.tube_radii(*args)
+    return kernels.tube_radii(*args)
 
 
 @with_fallback("the selection of clusters", _nearest_selected)
 def _nearest_selected_cuda(*args):
-    from evoprune.backend import selection_kernels
+    from evoprune.backend import kernels
 
-    return selection_kernels.nearest_selected(*args)
+    return kernels.nearest_selected(*args)
 
 
 @with_fallback("the means of clusters", _mean_rows)
 def _mean_rows_cuda(*args):
-    from evoprune.backend import selection_kernels
+    from evoprune.backend import kernels
 
-    return selection_kernels.mean_rows(*args)
+    return kernels.mean_rows(*args)
 
 
 for _name, _plain, _cpu, _cuda in (
@@ -305,3 +307,143 @@ for _name, _plain, _cpu, _cuda in (
     _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _cpu, "CPU")
     _LIBRARY.impl(_name, _cuda, "CUDA")
+
+
+# Greedy selections by cosine: rows one after another, each as unlike those before it as possible.
+
+BLOCK = 512  # rows of a matrix of all pairs that are held at a time
+MOST_ROWS = 1 << 15  # of which the kernel has all cosines, as 16-bit numbers: 2 GiB
+
+_LIBRARY.define(
+    "greedy_cosine(Tensor unit, Tensor? weight, Tensor? bonus, float factor, int keep, bool from_nearest) -> Tensor"
+)
+greedy_cosine = torch.ops.evoprune.greedy_cosine
+
+
+def snap(score: torch.Tensor) -> torch.Tensor:
+    """Rounds scores to multiples of 1/16384: cosines of equal rows, which differ in the last bits, become ties."""
+    return (score * 16384).round() / 16384
+
+
+def _greedy_cosine(
+    unit: torch.Tensor,
+    weight: torch.Tensor | None,
+    bonus: torch.Tensor | None,
+    factor: float,
+    keep: int,
+    from_nearest: bool,
+) -> torch.Tensor:
+    """int64 `[keep]`, ascending: rows of `unit` (float32 `[N, D]`, of length one), one after another that of the highest score.
+
+    The score of a row is of `near`, its greatest cosine to the selected ones. Cosines are rounded; ties go to the lower index.
+
+    Args:
+        weight: float `[N]`, at least 0: the score is (1 - near) * weight, rounded; None for 1.
+        bonus: float32 `[N]`: the score is bonus - factor * near, rounded; `weight` is then None.
+        from_nearest: whether `near` begins as the cosine to the nearest other row; else it begins at 0.
+    """
+    near = nearest_cosine(unit) if from_nearest and keep else unit.new_zeros(len(unit))
+    selected = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
+    for step in range(keep):
+        if bonus is not None:
+            score = snap(bonus - factor * near)
+        else:
+            score = 1 - near.clamp(min=-1)
+            score = score if weight is None else snap(score * weight)
+        latest = score.masked_fill(selected, -torch.inf).argmax()[None]
+        selected.index_fill_(0, latest, True)  # an index in brackets would synchronise a GPU
+        cosine = snap(unit @ unit.index_select(0, latest)[0])
+        near = torch.maximum(near, cosine) if step else cosine
+    return selected.logical_not().argsort(stable=True)[:keep].clone()
+
+
+def nearest_cosine(unit: torch.Tensor) -> torch.Tensor:
+    """float32 `[N]`: the cosine of each row of `unit` (`[N, D]`, of length one) to the most similar other row, -inf if none."""
+    best = []
+    for start in range(0, len(unit), BLOCK):
+        cosine = snap(unit[start : start + BLOCK] @ unit.T)
+        cosine.diagonal(start).fill_(-torch.inf)
+        best.append(cosine.amax(1))
+    return torch.cat(best)
+
+
+@with_fallback("the selection by cosine", _greedy_cosine)
+def _greedy_cosine_cuda(unit, weight, bonus, factor, keep, from_nearest):
+    if not 0 < keep <= len(unit) <= MOST_ROWS:
+        return _greedy_cosine(unit, weight, bonus, factor, keep, from_nearest)
+    from evoprune.backend import kernels  # Triton takes a while to import
+
+    return kernels.greedy_cosine(unit, weight, bonus, factor, keep, from_nearest)
+
+
+_LIBRARY.impl("greedy_cosine", _greedy_cosine, "CompositeExplicitAutograd")
+_LIBRARY.impl("greedy_cosine", _greedy_cosine_cuda, "CUDA")
+
+
+# Reuse: which frame pair was last encoded at the place of each unit (vision/preprocess.py says what for).
+
+BLOCKS, CHANNELS = 2 * 4**2, 3  # blocks of a unit in both frames, of 7x7 or 8x8 pixels, and colours
+# The greatest drift of brightness since the references were encoded, as a factor up or down.
+BRIGHTNESS = 1.2
+
+_LIBRARY.define(
+    "reuse_scan(Tensor means, Tensor held, Tensor pair, bool known, int seen, float threshold) -> (Tensor, Tensor, Tensor)"
+)
+reuse_scan = torch.ops.evoprune.reuse_scan
+
+
+def _reuse_scan(
+    means: torch.Tensor, held: torch.Tensor, pair: torch.Tensor, known: bool, seen: int, threshold: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """int64 `[T, units]`, the frame pair whose row represents each unit; and `held` and `pair` after these frame pairs.
+
+    Args:
+        means: float32 `[T, units, 96]`, of the next frame pairs. held: float32 `[units, 96]`, of each place when it was last
+            encoded, without meaning if not `known`. pair: int64 `[units]`, when that was. seen: frame pairs before.
+        threshold: in levels of 255.
+    """
+    source = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device)
+    for t, now in enumerate(means):
+        if not known:
+            held, changed, known = now, torch.ones_like(pair, dtype=torch.bool), True
+        else:
+            gain = brightness(now, held)
+            changed = differences(now, held * gain) >= threshold
+            # Most of the picture has changed (a cut, or a moving camera), so the measured brightness means nothing.
+            cut = 2 * changed.sum() > len(changed)
+            if cut.device.type != "cpu" or cut:
+                gain = torch.where(cut, 1.0, gain)
+                changed = torch.where(cut, differences(now, held) >= threshold, changed)
+            held = torch.where(changed[:, None], now / gain, held)
+        pair = torch.where(changed, seen + t, pair)
+        source[t] = pair
+    return source, held.clone(), pair.clone()
+
+
+def differences(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """float32 `[units]`: the greatest difference of a block (float32 `[units, 96]` both), Euclidean over the channels."""
+    difference = (means - reference).view(len(means), BLOCKS, CHANNELS)
+    return difference.square_().sum(2).amax(1).sqrt_()
+
+
+def brightness(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """float32 `[96]`: how much brighter the picture is than its references: one factor per channel, repeated for every block.
+
+    The median over units, weighted by brightness, ignores changes in less than half of the picture, and noise in dark regions.
+    """
+    now, then = (x.view(len(x), BLOCKS, CHANNELS).mean(1) for x in (means, reference))
+    ratio, order = (now / then.clamp(min=1e-3)).sort(0)
+    weight = then.gather(0, order).cumsum(0)
+    middle = (weight < weight[-1] / 2).sum(0, keepdim=True)
+    return ratio.gather(0, middle)[0].clamp(1 / BRIGHTNESS, BRIGHTNESS).repeat(BLOCKS)
+
+
+@with_fallback("reuse", _reuse_scan)
+def _reuse_scan_cuda(*args):
+    from evoprune.backend import kernels
+
+    return kernels.reuse_scan(*args, BLOCKS, CHANNELS, BRIGHTNESS)
+
+
+_LIBRARY.impl("reuse_scan", _reuse_scan, "CompositeExplicitAutograd")
+_LIBRARY.impl("reuse_scan", _reuse_scan_cuda, "CUDA")

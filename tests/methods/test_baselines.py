@@ -1,16 +1,18 @@
+"""Random tokens: even over frame pairs, each as likely, the same for a seed."""
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.methods.baselines import Random
-from evoprune.methods.budget import spread
+from evoprune.methods.plans import spread
 from evoprune.methods.types import Tokens
 
 
 def select(grid, keep, seed=0):
     n = grid[0] * grid[1] * grid[2]
-    return Random().select(Tokens(torch.zeros(n, 2), torch.arange(n), grid, 1.0, seed), keep).kept
+    return Random().select(Tokens(torch.zeros(n, 2), torch.arange(n), grid, seed), keep).kept
 
 
 @settings(deadline=None, max_examples=50)
@@ -41,9 +43,9 @@ def test_a_seed_gives_one_draw_and_another_seed_another():
 
 
 def test_what_a_plug_in_seeds_its_generator_with_fits_it():
-    tokens = Tokens(torch.zeros(4, 2), torch.arange(4), (1, 2, 2), 1.0, 2**40)
+    tokens = Tokens(torch.zeros(4, 2), torch.arange(4), (1, 2, 2), 2**40)
     assert 0 <= tokens.seed < 2**32 and tokens.copied().seed == tokens.seed
-    assert Tokens(torch.zeros(4, 2), torch.arange(4), (1, 2, 2), 1.0, 7).seed == 7
+    assert Tokens(torch.zeros(4, 2), torch.arange(4), (1, 2, 2), 7).seed == 7
 
 
 @pytest.mark.parametrize("keep", [6, 12])

@@ -1,0 +1,579 @@
+"""The kernels of Triton, which comes with PyTorch for CUDA: of operators.py, of a decoder layer, and of the tower's attention.
+
+Triton takes a while to import, so only a device that runs kernels imports this. Each computes what the plain form beside its caller
+does, under Triton's interpreter too.
+"""
+
+import struct
+
+import torch
+import triton
+import triton.language as tl
+
+from evoprune.backend.attention import NEVER
+
+# Selection: around products of cuBLAS.
+
+SIDE = 64  # points, and selected ones, of a block of distances
+ROWS, CHANNELS = 32, 64  # of a block of features
+# Sizes change from video to video: kernels are not compiled again for those that 16 divides.
+SIZES = ["points", "length", "count", "begin"]
+
+
+@triton.jit(do_not_specialize=["length"])
+def _moments(rows, count, mean, variance, length, width, block_rows: tl.constexpr, block: tl.constexpr):
+    """Mean and variance of some channels over the rows, each as often as it counts."""
+    c = tl.program_id(0) * block + tl.arange(0, block)
+    inside = c < width
+    first = tl.load(rows + c, mask=inside, other=0.0).to(tl.float32)
+    total, size = tl.zeros((block,), tl.float32), 0.0
+    for start in range(0, length, block_rows):
+        r = start + tl.arange(0, block_rows)
+        n = tl.load(count + r, mask=r < length, other=0.0)
+        at = rows + r.to(tl.int64)[:, None] * width + c[None, :]
+        x = tl.load(at, mask=(r < length)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(n[:, None] * (x - first[None, :]), 0)
+        size += tl.sum(n, 0)
+    middle = first + total / size
+    total = tl.zeros((block,), tl.float32)
+    for start in range(0, length, block_rows):
+        r = start + tl.arange(0, block_rows)
+        n = tl.load(count + r, mask=r < length, other=0.0)
+        at = rows + r.to(tl.int64)[:, None] * width + c[None, :]
+        x = tl.load(at, mask=(r < length)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(n[:, None] * (x - middle[None, :]) * (x - middle[None, :]), 0)
+    tl.store(mean + c, middle, mask=inside)
+    tl.store(variance + c, total / size, mask=inside)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _standardise(
+    rows, mean, variance, average, place, squares, length, still, rounding,
+    width: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Rows less their mean, over the deviation of each channel; and the squared length of each."""
+    r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    least, total = still * tl.load(average), tl.zeros((block_rows,), tl.float32)
+    for start in range(0, width, block):
+        c = start + tl.arange(0, block)
+        middle = tl.load(mean + c, mask=c < width, other=0.0)
+        off = rounding * middle
+        scale = tl.rsqrt(tl.maximum(tl.load(variance + c, mask=c < width, other=1.0) + least + off * off, 1e-30))
+        at, mask = r.to(tl.int64)[:, None] * width + c[None, :], (r < length)[:, None] & (c < width)[None, :]
+        x = tl.load(rows + at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(mask, (x - middle[None, :]) * scale[None, :], 0.0)
+        total += tl.sum(x * x, 1)
+        tl.store(place + at, x, mask=mask)
+    tl.store(squares + r, total, mask=r < length)
+
+
+@triton.jit
+def _distances(product, half, weight, row_i, row_j, time_i, time_j, valid_i, valid_j):
+    """Rounded distances `[i, j]` of selected points i and candidates j, from the product of their places."""
+    half_i = tl.load(half + row_i, mask=valid_i, other=0.0)
+    half_j = tl.load(half + row_j, mask=valid_j, other=0.0)
+    weight_j = tl.load(weight + row_j, mask=valid_j, other=0.0)
+    apart = half_i[:, None] + half_j[None, :] - product + weight_j[None, :] * tl.abs(time_i[:, None] - time_j[None, :])
+    even = (apart + 12582912.0) - 12582912.0  # 1.5 * 2**23: rounds to even, as torch does
+    return tl.maximum(tl.where(apart < 4194304.0, even, apart), 0.0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _tube_distances(product, half, weight, row, time, tubes, points, length, side: tl.constexpr):
+    """Puts the distances of one tube in the place of its products."""
+    tube = tl.program_id(0).to(tl.int64)
+    i, j = tl.program_id(1) * side + tl.arange(0, side), tl.program_id(2) * side + tl.arange(0, side)
+    point_i = tl.load(tubes + tube * length + i, mask=i < length, other=points)
+    point_j = tl.load(tubes + tube * length + j, mask=j < length, other=points)
+    row_i = tl.load(row + point_i, mask=point_i < points, other=-1)
+    row_j = tl.load(row + point_j, mask=point_j < points, other=-1)
+    time_i = tl.load(time + point_i, mask=point_i < points, other=0.0)
+    time_j = tl.load(time + point_j, mask=point_j < points, other=0.0)
+    at = product + tube * length * length + i[:, None] * length + j[None, :]
+    inside = (i < length)[:, None] & (j < length)[None, :]
+    found = tl.load(at, mask=inside, other=0.0)
+    tl.store(at, _distances(found, half, weight, row_i, row_j, time_i, time_j, row_i >= 0, row_j >= 0), mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _greedy(apart, first, row, tubes, out, points, length, block: tl.constexpr):
+    """The radii of one tube."""
+    tube = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, block)
+    point = tl.load(tubes + tube * length + i, mask=i < length, other=points)
+    mine = tl.load(row + point, mask=point < points, other=-1)
+    valid = mine >= 0
+    near = tl.load(first + mine, mask=valid, other=-1.0)
+    apart += tube * length * length
+    radius, start = tl.max(near, 0, return_indices=True)
+    radii = tl.where(i == start, tl.maximum(radius, 0.0), 0.0)
+    near = tl.where(valid & (i != start), tl.load(apart + start * length + i, mask=i < length, other=-1.0), -1.0)
+    second = tl.max(near, 0)
+    radii = tl.where(i == start, tl.maximum(radii, tl.where(second > 0, second + 1, 0.0)), radii)
+    for _ in range(1, block):
+        radius, best = tl.max(near, 0, return_indices=True)
+        radii = tl.where(i == best, tl.maximum(radii, radius), radii)
+        to_best = tl.load(apart + best * length + i, mask=i < length, other=-1.0)
+        near = tl.where(i == best, -1.0, tl.minimum(near, to_best))
+    tl.store(out + point, tl.where(valid, radii, -1.0), mask=point < points)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _nearest(product, half, weight, row, time, selected, out, begin, points, count, side: tl.constexpr):
+    """Which selected point is nearest to each of some points, from `begin` to `points`; `product`: `[point, selected]`."""
+    number = tl.program_id(0) * side + tl.arange(0, side)
+    point = begin + number
+    mine = tl.load(row + point, mask=point < points, other=-1)
+    when = tl.load(time + point, mask=point < points, other=0.0)
+    least = tl.full((side,), float("inf"), tl.float32)
+    found = tl.zeros((side,), tl.int64)
+    for start in range(0, count, side):
+        k = start + tl.arange(0, side)
+        other = tl.load(selected + k, mask=k < count, other=0)
+        row_k = tl.load(row + other, mask=k < count, other=-1)
+        time_k = tl.load(time + other, mask=k < count, other=0.0)
+        at = product + number.to(tl.int64)[:, None] * count + k[None, :]
+        of = tl.trans(tl.load(at, mask=(point < points)[:, None] & (k < count)[None, :], other=0.0))
+        apart = _distances(of, half, weight, row_k, mine, time_k, when, k < count, mine >= 0)
+        apart = tl.where((k < count)[:, None], apart, float("inf"))
+        nearest, which = tl.min(apart, 0, return_indices=True)
+        found = tl.where(nearest < least, which + start, found)
+        least = tl.minimum(nearest, least)
+    tl.store(out + point, tl.where(mine >= 0, found, -1), mask=point < points)
+
+
+@triton.jit
+def _means(rows, order, row, weight, ends, out, width: tl.constexpr, block: tl.constexpr):
+    """Columns of one mean, whose rows are added in the order of their index, so that the sum is always the same."""
+    mean = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * block + tl.arange(0, block)
+    total, size = tl.zeros((block,), tl.float32), 0.0
+    for i in range(tl.load(ends + mean), tl.load(ends + mean + 1)):
+        member = tl.load(order + i)
+        w = tl.load(weight + member)
+        total += w * tl.load(rows + tl.load(row + member) * width + at, mask=at < width, other=0.0).to(tl.float32)
+        size += w
+    tl.store(out + mean * width + at, (total / size).to(out.dtype.element_ty), mask=at < width)
+
+
+def standard_places(rows, count, projection, steps, still, rounding):
+    rows, (length, width) = rows.contiguous(), rows.shape
+    mean, variance = (torch.empty(width, dtype=torch.float32, device=rows.device) for _ in range(2))
+    _moments[triton.cdiv(width, CHANNELS),](rows, count, mean, variance, length, width, block_rows=ROWS, block=CHANNELS)
+    place, squares = torch.empty_like(rows, dtype=torch.float32), torch.empty_like(count)
+    _standardise[triton.cdiv(length, ROWS),](
+        rows, mean, variance, variance.mean(), place, squares, length, still, rounding,
+        width=width, block_rows=ROWS, block=CHANNELS,
+    )  # fmt: skip
+    place = place if projection is None else place @ projection
+    squares = torch.where(count > 0, squares, 0)
+    largest = squares.max().clamp(min=still * width)
+    return place / largest.sqrt(), (squares / largest * steps).round_().div_(steps)
+
+
+def tube_radii(place, half, weight, first, row, time, tubes, keep):
+    (count, length), points = tubes.shape, len(row)
+    there = place[row[tubes.clamp(max=points - 1)].clamp(min=0)]
+    apart = torch.bmm(there, there.transpose(1, 2))
+    blocks = triton.cdiv(length, SIDE)
+    _tube_distances[count, blocks, blocks](apart, half, weight, row, time, tubes, points, length, side=SIDE)
+    # One size of a block for nearly all grids: a kernel is compiled for each.
+    radii, block = torch.empty_like(row, dtype=torch.float32), max(256, triton.next_power_of_2(length))
+    _greedy[count,](apart, first, row, tubes, radii, points, length, block=block, num_warps=4)
+    return radii
+
+
+def nearest_selected(place, half, weight, row, time, selected, held=1 << 26):
+    found, selected, (points, count) = torch.empty_like(row), selected.contiguous(), (len(row), len(selected))
+    there, rows = place[row[selected]].T, row.clamp(min=0)
+    step = max(1, held // count)  # products are held for so many points at a time
+    for begin in range(0, points, step):
+        end = min(begin + step, points)
+        product, grid = place[rows[begin:end]] @ there, (triton.cdiv(end - begin, SIDE),)
+        _nearest[grid](product, half, weight, row, time, selected, found, begin, end, count, side=SIDE)
+    return found.index_copy_(0, selected, torch.arange(count, dtype=torch.int64, device=row.device))
+
+
+def mean_rows(rows, into, row, weight, count):
+    rows, width = rows.contiguous(), rows.shape[1]
+    sorted_, order = into.sort(stable=True)
+    ends = torch.searchsorted(sorted_, torch.arange(count + 1, dtype=torch.int64, device=into.device))
+    means, block = rows.new_empty(count, width), min(1024, triton.next_power_of_2(width))
+    grid = count, triton.cdiv(width, block)
+    _means[grid](rows, order, row, weight, ends, means, width=width, block=block)
+    return means
+
+
+# Greedy selections by cosine: one program selects all rows, with the cosines of all pairs at hand.
+
+COSINES_HELD = 1 << 26  # cosines that are held in float32 at a time
+
+
+@triton.jit
+def _snap(x):
+    even = (x * 16384 + 12582912.0) - 12582912.0  # 1.5 * 2**23: rounds to even, as torch does
+    return even / 16384
+
+
+@triton.jit
+def _greedy_cosine(
+    cosines, nearest, value, order, rows, keep, factor,
+    weighted: tl.constexpr, with_bonus: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, block)
+    inside = i < rows
+    near = tl.load(nearest + i, mask=inside, other=0.0)
+    value_of = tl.load(value + i, mask=inside, other=0.0)
+    gone = tl.where(inside, 0, 1)
+    for step in range(0, keep):
+        if with_bonus:
+            score = _snap(value_of - factor * near)
+        else:
+            score = 1 - tl.maximum(near, -1.0)
+            if weighted:
+                score = _snap(score * value_of)
+        _, best = tl.max(tl.where(gone > 0, float("-inf"), score), 0, return_indices=True)
+        tl.store(order + step, best)
+        gone = tl.where(i == best, 1, gone)
+        cosine = tl.load(cosines + best.to(tl.int64) * rows + i, mask=inside, other=0).to(tl.float32) / 16384
+        near = tl.where(step > 0, tl.maximum(near, cosine), cosine)
+
+
+def greedy_cosine(unit, weight, bonus, factor, keep, from_nearest):
+    rows = len(unit)
+    cosines = torch.empty(rows, rows, dtype=torch.int16, device=unit.device)
+    nearest = unit.new_zeros(rows)
+    at_once = max(1, COSINES_HELD // rows)
+    for start in range(0, rows, at_once):
+        some = slice(start, start + at_once)
+        steps = (unit[some] @ unit.T).mul_(16384).round_()
+        cosines[some] = steps
+        if from_nearest:
+            steps.diagonal(start).fill_(-torch.inf)
+            nearest[some] = steps.amax(1) / 16384
+    value = bonus if bonus is not None else nearest if weight is None else weight
+    order, block = torch.empty(keep, dtype=torch.int64, device=unit.device), triton.next_power_of_2(rows)
+    _greedy_cosine[1,](
+        cosines, nearest, value.float().contiguous(), order, rows, keep, factor,
+        weighted=weight is not None, with_bonus=bonus is not None, block=block, num_warps=max(1, min(32, block // 128)),
+    )  # fmt: skip
+    return order.sort().values
+
+
+# Reuse: one program goes through all frame pairs.
+
+
+def _bits(x: float) -> int:
+    """The bits of a positive float32 as a whole number: of larger numbers it is larger."""
+    return struct.unpack("<i", struct.pack("<f", x))[0]
+
+
+@triton.jit
+def _gain(now, then, inside, low: tl.constexpr, high: tl.constexpr, halvings: tl.constexpr):
+    """The median of now / then, weighted by then, between two numbers given by their bits; it is found by halving."""
+    ratio = tl.where(inside, now / tl.maximum(then, 1e-3), float("inf"))
+    bits = ratio.to(tl.int32, bitcast=True)
+    least, half = tl.min(bits, 0), tl.sum(then, 0) / 2
+    a, b = tl.min(bits, 0) * 0 + low, tl.min(bits, 0) * 0 + high
+    for _ in range(halvings):
+        middle = (a + b) // 2
+        weight = tl.sum(tl.where(bits <= middle, then, 0.0), 0)
+        enough = tl.where(weight >= half, 1, 0) * tl.where(least <= middle, 1, 0)
+        b = tl.where(enough > 0, middle, b)
+        a = tl.where(enough > 0, a, middle + 1)
+    return b.to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["pairs", "units", "seen", "known", "threshold"])
+def _scan(
+    means, now_mean, held, held_mean, pair, source, pairs, units, seen, known, threshold,
+    low: tl.constexpr, high: tl.constexpr, halvings: tl.constexpr, blocks: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    u = tl.arange(0, block)
+    inside = u < units
+    latest = tl.load(pair + u, mask=inside, other=0)
+    then_0 = tl.load(held_mean + u, mask=inside, other=0.0)
+    then_1 = tl.load(held_mean + units + u, mask=inside, other=0.0)
+    then_2 = tl.load(held_mean + 2 * units + u, mask=inside, other=0.0)
+    for t in range(0, pairs):
+        at = now_mean + t * 3 * units + u
+        now_0 = tl.load(at, mask=inside, other=0.0)
+        now_1 = tl.load(at + units, mask=inside, other=0.0)
+        now_2 = tl.load(at + 2 * units, mask=inside, other=0.0)
+        gain_0 = _gain(now_0, then_0, inside, low, high, halvings)
+        gain_1 = _gain(now_1, then_1, inside, low, high, halvings)
+        gain_2 = _gain(now_2, then_2, inside, low, high, halvings)
+        here = means + t * 3 * blocks * units + u
+        adjusted = tl.zeros((block,), tl.float32)
+        plain = tl.zeros((block,), tl.float32)
+        for b in range(blocks):
+            n_0 = tl.load(here + (3 * b) * units, mask=inside, other=0.0)
+            n_1 = tl.load(here + (3 * b + 1) * units, mask=inside, other=0.0)
+            n_2 = tl.load(here + (3 * b + 2) * units, mask=inside, other=0.0)
+            h_0 = tl.load(held + u + (3 * b) * units, mask=inside, other=0.0)
+            h_1 = tl.load(held + u + (3 * b + 1) * units, mask=inside, other=0.0)
+            h_2 = tl.load(held + u + (3 * b + 2) * units, mask=inside, other=0.0)
+            d_0, d_1, d_2 = n_0 - h_0 * gain_0, n_1 - h_1 * gain_1, n_2 - h_2 * gain_2
+            adjusted = tl.maximum(adjusted, d_0 * d_0 + d_1 * d_1 + d_2 * d_2)
+            d_0, d_1, d_2 = n_0 - h_0, n_1 - h_1, n_2 - h_2
+            plain = tl.maximum(plain, d_0 * d_0 + d_1 * d_1 + d_2 * d_2)
+        changed = tl.where(tl.sqrt(adjusted) >= threshold, 1, 0)
+        cut = tl.where(2 * tl.sum(tl.where(inside, changed, 0), 0) > units, 1, 0)
+        begins = tl.where(t + known == 0, 1, 0)
+        changed = tl.where(cut > 0, tl.where(tl.sqrt(plain) >= threshold, 1, 0), changed)
+        changed = tl.where(begins > 0, 1, changed)
+        whole = cut + begins
+        gain_0 = tl.where(whole > 0, 1.0, gain_0)
+        gain_1 = tl.where(whole > 0, 1.0, gain_1)
+        gain_2 = tl.where(whole > 0, 1.0, gain_2)
+        goes = inside & (changed > 0)
+        for b in range(blocks):
+            tl.store(
+                held + u + (3 * b) * units, tl.load(here + (3 * b) * units, mask=goes, other=0.0) / gain_0, mask=goes
+            )
+            tl.store(
+                held + u + (3 * b + 1) * units,
+                tl.load(here + (3 * b + 1) * units, mask=goes, other=0.0) / gain_1,
+                mask=goes,
+            )
+            tl.store(
+                held + u + (3 * b + 2) * units,
+                tl.load(here + (3 * b + 2) * units, mask=goes, other=0.0) / gain_2,
+                mask=goes,
+            )
+        tl.debug_barrier()
+        then_0 = tl.where(changed > 0, now_0 / gain_0, then_0)
+        then_1 = tl.where(changed > 0, now_1 / gain_1, then_1)
+        then_2 = tl.where(changed > 0, now_2 / gain_2, then_2)
+        latest = tl.where(changed > 0, seen + t, latest)
+        tl.store(source + t * units + u, latest, mask=inside)
+    tl.store(pair + u, latest, mask=inside)
+
+
+def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most):
+    """`most`: the greatest drift of brightness. Other arguments as of the operator, and of backend/operators.py."""
+    count, units, _ = means.shape
+    low, high = _bits(1 / most), _bits(most)
+    by_channel = (-1, units, blocks, channels)
+    of_pairs = means.view(by_channel).mean(2).transpose(1, 2).contiguous()
+    of_held = held.view(by_channel).mean(2).transpose(1, 2).contiguous()
+    held, pair = held.T.clone(memory_format=torch.contiguous_format), pair.clone()  # the kernel writes into them
+    source, block = (
+        torch.empty(means.shape[:2], dtype=torch.int64, device=means.device),
+        max(512, triton.next_power_of_2(units)),
+    )
+    _scan[1,](
+        means.transpose(1, 2).contiguous(), of_pairs, held, of_held, pair, source, count, units, seen, int(known), threshold,
+        low=low, high=high, halvings=(high - low).bit_length(), blocks=blocks, block=block, num_warps=max(1, min(16, block // 64)),
+    )  # fmt: skip
+    return source, held.T.contiguous(), pair
+
+
+# A decoder layer, rounded where Hugging Face rounds.
+
+
+@triton.jit
+def _add_norm(x, plus, weight, total, out, eps, wide, adds: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * wide
+    at = tl.arange(0, block)
+    here = at < wide
+    value = tl.load(x + row + at, mask=here, other=0.0)
+    if adds:
+        value = (value.to(tl.float32) + tl.load(plus + row + at, mask=here, other=0.0).to(tl.float32)).to(value.dtype)
+        tl.store(total + row + at, value, mask=here)
+    exact = value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(exact * exact, 0) / wide + eps)
+    normed = (exact * scale).to(value.dtype).to(tl.float32)
+    tl.store(out + row + at, normed * tl.load(weight + at, mask=here, other=0.0).to(tl.float32), mask=here)
+
+
+@triton.jit
+def _silu_times(x, out, wide, block: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * block + tl.arange(0, block)
+    here = at < wide
+    gate = tl.load(x + 2 * row * wide + at, mask=here, other=0.0)
+    exact = gate.to(tl.float32)
+    gate = (exact / (1.0 + tl.exp(-exact))).to(gate.dtype).to(tl.float32)
+    up = tl.load(x + (2 * row + 1) * wide + at, mask=here, other=0.0).to(tl.float32)
+    tl.store(out + row * wide + at, gate * up, mask=here)
+
+
+@triton.jit
+def _rotate_put(
+    x, cos, sin, query_norm, key_norm, out, keys, values, column, head_stride, column_stride, eps,
+    more: tl.constexpr, dim: tl.constexpr, block: tl.constexpr, heads: tl.constexpr, kv_heads: tl.constexpr,
+    norms: tl.constexpr, placed: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.arange(0, block)
+    here = at < dim
+    across = (at + dim // 2) % dim
+    read = x + (row * (heads + 2 * kv_heads) + head) * dim
+    value = tl.load(read + at, mask=here, other=0.0)
+    to = row
+    if placed:
+        to += tl.load(column)
+    if head < heads + kv_heads:
+        other = tl.load(read + across, mask=here, other=0.0)
+        if norms:
+            weight = query_norm
+            if head >= heads:
+                weight = key_norm
+            exact = value.to(tl.float32)
+            scale = tl.rsqrt(tl.sum(exact * exact, 0) / dim + eps)
+            mine = tl.load(weight + at, mask=here, other=0.0).to(tl.float32)
+            theirs = tl.load(weight + across, mask=here, other=0.0).to(tl.float32)
+            value = ((exact * scale).to(value.dtype).to(tl.float32) * mine).to(value.dtype)
+            other = ((other.to(tl.float32) * scale).to(other.dtype).to(tl.float32) * theirs).to(other.dtype)
+        turned = value.to(tl.float32) * tl.load(cos + row * dim + at, mask=here, other=0.0).to(tl.float32)
+        beside = other.to(tl.float32) * tl.load(sin + row * dim + at, mask=here, other=0.0).to(tl.float32)
+        value = (turned.to(value.dtype).to(tl.float32) + beside.to(value.dtype).to(tl.float32)).to(value.dtype)
+    if head < heads:
+        value = tl.where(here, value, tl.full((block,), 1.0, value.dtype))
+        tl.store(out + (row * heads + head) * (dim + more) + at, value, mask=at < dim + more)
+    elif head < heads + kv_heads:
+        tl.store(keys + (head - heads) * head_stride + to * column_stride + at, value, mask=here)
+    else:
+        tl.store(values + (head - heads - kv_heads) * head_stride + to * column_stride + at, value, mask=here)
+
+
+def add_norm(
+    x: torch.Tensor, plus: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x + plus`, or `x` itself, and its RMS norm as of `numerics.norm`. `[rows, wide]`, contiguous."""
+    wide, out = x.shape[1], torch.empty_like(x)
+    total = x if plus is None else torch.empty_like(x)
+    block = triton.next_power_of_2(wide)
+    given = x, x if plus is None else plus, weight, total, out, eps, wide
+    _add_norm[(len(x),)](*given, adds=plus is not None, block=block, num_warps=8 if block > 1024 else 4)
+    return total, out
+
+
+def silu_times(x: torch.Tensor) -> torch.Tensor:
+    """`[rows, wide]`: SiLU of the first half of each row of `x`, `[rows, 2 * wide]`, times the second."""
+    rows, wide = len(x), x.shape[1] // 2
+    out = x.new_empty(rows, wide)
+    _silu_times[(rows, triton.cdiv(wide, 1024))](x, out, wide, block=1024)
+    return out
+
+
+def rotate_put(
+    x: torch.Tensor,
+    places: tuple[torch.Tensor, torch.Tensor],
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+    heads: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    column: torch.Tensor | None,
+    more: int,
+) -> torch.Tensor:
+    """Norms queries and keys, where their heads have norms, and rotates them; keys and values are written where they belong.
+
+    Args:
+        x: `[L, (heads + 2 * kv_heads) * head_dim]`, queries, keys and values before that.
+        places: cosines and sines, as of `numerics.rotation`.
+        keys, values: `[kv_heads, n, at least head_dim]`, of the same strides; the first column is written to `column` of them,
+            int64 `[1]`, or to the first.
+        more: features behind those of a head, which are ones.
+
+    Returns the queries, `[1, L, heads, head_dim + more]`.
+    """
+    rows, kv_heads = len(x), len(keys)
+    dim = x.shape[1] // (heads + 2 * kv_heads)
+    out = x.new_empty(1, rows, heads, dim + more)
+    _rotate_put[(rows, heads + 2 * kv_heads)](
+        x, *places, *(norms or (x, x)), out, keys, values, x if column is None else column, *keys.stride()[:2], eps,
+        more=more, dim=dim, block=triton.next_power_of_2(dim + more), heads=heads, kv_heads=kv_heads,
+        norms=norms is not None, placed=column is not None, num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+# Between the two products of the tower's attention: rotation, and the order in which groups read their keys.
+
+
+@triton.jit
+def _rotate_into_groups(
+    qkv, cos, sin, place, keys, weight, q, k, v, rows,
+    heads: tl.constexpr, dim: tl.constexpr, more: tl.constexpr, root: tl.constexpr, least: tl.constexpr, half: tl.constexpr,
+    gathers: tl.constexpr,
+):  # fmt: skip
+    """One unit's queries, for the first `rows` programs, or one key unit's keys and values: four patches of all heads."""
+    at = tl.program_id(0).to(tl.int64)
+    asks = at < rows
+    to = tl.where(asks, at, at - rows)
+    source = to
+    if gathers:
+        source = tl.load(keys + to, mask=at >= rows, other=0)
+        source = tl.where(asks, to, source)
+    each = tl.arange(0, 4 * heads)
+    patch, head = each // heads, each % heads
+    h = tl.arange(0, half)
+    inside = (h < dim // 2)[None, :]
+    turn = (tl.load(place + source) * 4 + patch)[:, None] * dim + h[None, :]
+    c = tl.load(cos + turn, mask=inside, other=0.0)
+    s = tl.load(sin + turn + dim // 2, mask=inside, other=0.0)
+    which = tl.where(asks, 0, 1)
+    wide: tl.constexpr = heads * dim
+    read = (((source * 4 + patch) * 3 + which) * wide + head * dim)[:, None] + h[None, :]
+    a = tl.load(qkv + read, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(qkv + read + dim // 2, mask=inside, other=0.0).to(tl.float32)
+    write = ((to * 4 * heads + each) * (dim + more))[:, None] + h[None, :]
+    kind = q.dtype.element_ty
+    if asks:
+        tl.store(q + write, (a * c - b * s).to(kind), mask=inside)
+        tl.store(q + write + dim // 2, (b * c + a * s).to(kind), mask=inside)
+    else:
+        tl.store(k + write, (a * c - b * s).to(kind), mask=inside)
+        tl.store(k + write + dim // 2, (b * c + a * s).to(kind), mask=inside)
+    if gathers:
+        both = inside & (h * 0 + at >= rows)[None, :]
+        tl.store(v + write, tl.load(qkv + read + wide, mask=both, other=0.0), mask=both)
+        last = tl.load(qkv + read + wide + dim // 2, mask=both, other=0.0)
+        tl.store(v + write + dim // 2, last, mask=both)
+    if more > 0:
+        e = tl.arange(0, more)
+        extra = ((to * 4 * heads + each) * (dim + more) + dim)[:, None] + e[None, :]
+        if asks:
+            tl.store(q + extra, tl.where(e < 2, 1.0, 0.0)[None, :].to(kind) + tl.zeros((4 * heads, more), kind))
+        else:
+            value = tl.load(weight + to)
+            value = tl.where(value > 0, tl.log(tl.maximum(value, 1).to(tl.float32)), least) * root
+            high = value.to(kind)
+            low = (value - high.to(tl.float32)).to(kind)
+            bias = tl.where(e == 0, high, tl.where(e == 1, low, 0.0))
+            tl.store(k + extra, bias[None, :].to(kind) + tl.zeros((4 * heads, more), kind))
+            tl.store(v + extra, tl.zeros((4 * heads, more), kind))
+
+
+def rotate_into_groups(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    place: torch.Tensor,
+    heads: int,
+    keys: torch.Tensor | None,
+    weight: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries `[R * 4, heads, d']`, and keys and values `[K * 4, heads, d']` in the order of groups, from `[R, 4, 3 * heads * d]`.
+
+    Args:
+        cos, sin: float32 `[places, 4, d]`, of the rotary embedding, the first half of the sines negated. place: int64 `[R]`.
+        keys: int64 `[K]`, the row of each key; None where keys are the rows in their order, and values stay where they are.
+        weight: int64 `[K]`, whose log is added to the scores by further dimensions (`vision.attention.with_bias`), or None.
+    """
+    rows, dim = len(qkv), qkv.shape[2] // (3 * heads)
+    more = 0 if weight is None else 8
+    gathers = keys is not None or more > 0
+    total = rows if keys is None else len(keys)
+    q = qkv.new_empty(rows * 4, heads, dim + more)
+    k = qkv.new_empty(total * 4, heads, dim + more)
+    v = torch.empty_like(k) if gathers else qkv.view(rows * 4, 3, heads, dim)[:, 2]
+    if gathers and keys is None:
+        keys = torch.arange(rows, dtype=torch.int64, device=qkv.device)
+    _rotate_into_groups[rows + total,](
+        qkv, cos, sin, place, place if keys is None else keys, place if weight is None else weight, q, k, v, rows,
+        heads=heads, dim=dim, more=more, root=dim**0.5, least=-NEVER, half=triton.next_power_of_2(dim // 2), gathers=gathers,
+    )  # fmt: skip
+    return q, k, v

@@ -1,0 +1,216 @@
+"""The tower's layers by kernels, under Triton's interpreter, against plain PyTorch."""
+
+from copy import deepcopy
+from math import prod
+
+import pytest
+import torch
+
+import evoprune
+from evoprune import methods
+from evoprune.backend import devices
+from evoprune.backend.layers import join_tower, joined
+from evoprune.methods.base import Merger
+from evoprune.methods.chain import Pipeline
+from evoprune.methods.evoprune import EvoPrune
+from evoprune.methods.plans import keep_count
+from evoprune.model.config import QWEN2, QWEN2_5, QWEN3, vision_sizes
+from evoprune.vision import attention, tower
+from evoprune.vision.tower import tower_shape
+from tests.methods.tokens import plan_of
+from tests.tiny import tiny_model
+from tests.vision.clips import changes, clip
+from tests.vision.devices import varlen_by_hand
+from tests.vision.reference import tokens_slowly
+from tests.vision.results import assert_same, check_result, encode_patches
+from tests.vision.test_encoder import SIZES
+from tests.vision.tower import QWEN3_WIDTH, random_patches, tiny_qwen3, tiny_tower
+
+FUSED_GRID = (3, 3, 4)
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """From now on the CPU takes the way of a GPU with kernels; the result counts layers that ran on them."""
+    pytest.importorskip("triton")
+    from evoprune.backend import kernels
+
+    ran = []
+
+    def counted(*args):
+        ran.append(args[1])
+        return real(*args)
+
+    real = tower.VisionBlock.by_kernels
+    monkeypatch.setattr(devices, "exact_shapes", lambda device: False)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: varlen_by_hand)
+    monkeypatch.setattr(tower, "varlen_kernel", lambda device, dtype: varlen_by_hand)
+    monkeypatch.setattr(tower, "kernels", lambda device: kernels)
+    monkeypatch.setattr(tower.VisionBlock, "by_kernels", counted)
+    return ran
+
+
+@pytest.mark.parametrize("joins", [True, False])
+@pytest.mark.parametrize("method", [EvoPrune(), None], ids=["evoprune", "full"])
+def test_layers_by_kernels_are_the_plain_ones(on_kernels, monkeypatch, joins, method):
+    visual, patches = deepcopy(tiny_tower()), clip(FUSED_GRID, changes(FUSED_GRID, 0.5))
+    keep = 9 if method else 36
+    given = patches, FUSED_GRID, method or Pipeline(), keep
+    with monkeypatch.context() as patch:
+        patch.setattr(tower, "can_fuse", lambda x: False)
+        expected = encode_patches(*given, visual)
+    assert not on_kernels
+    if joins:
+        join_tower(visual)
+    made = encode_patches(*given, visual)
+    assert len(on_kernels) == 4 and made.layers == expected.layers
+    assert torch.equal(made.kept, expected.kept) and torch.equal(made.owner, expected.owner)
+    torch.testing.assert_close(made.features, expected.features, atol=2e-4, rtol=2e-4)
+
+
+def test_a_tower_with_layer_norms_and_features_of_inner_layers(on_kernels, monkeypatch):
+    visual, patches = tiny_qwen3(), random_patches((2, 4, 4), width=1536)
+    with monkeypatch.context() as patch:
+        patch.setattr(tower, "can_fuse", lambda x: False)
+        expected = encode_patches(patches, (2, 4, 4), Pipeline(), 32, visual)
+    made = encode_patches(patches, (2, 4, 4), Pipeline(), 32, visual)
+    assert len(on_kernels) == 6
+    torch.testing.assert_close(made.features, expected.features, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(made.deepstack, expected.deepstack, atol=2e-4, rtol=2e-4)
+
+
+def test_a_kernel_that_fails_leaves_the_other_layers_to_pytorch(on_kernels, monkeypatch, recwarn):
+    patches, real = random_patches(FUSED_GRID), tower.VisionBlock._mlp_by_kernels
+
+    def fails(block, x):
+        if block.number == 2:
+            raise RuntimeError("no kernel image")
+        return real(block, x)
+
+    expected = encode_patches(patches, FUSED_GRID, Pipeline(), 36)
+    monkeypatch.setattr(devices, "_failed", set())
+    monkeypatch.setattr(tower.VisionBlock, "_mlp_by_kernels", fails)
+    made = encode_patches(patches, FUSED_GRID, Pipeline(), 36)
+    assert made.layers == expected.layers
+    torch.testing.assert_close(made.features, expected.features, atol=2e-4, rtol=2e-4)
+    assert [str(each.message) for each in recwarn if "no kernel image" in str(each.message)]
+
+
+def test_joined_layers_are_the_same_layers():
+    visual, whole = deepcopy(tiny_tower()), tiny_tower()
+    join_tower(visual)
+    x = torch.randn(7, 32)
+    for block, before in zip(visual.blocks, whole.blocks, strict=True):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            assert torch.equal(block.mlp.get_submodule(name).weight, before.mlp.get_submodule(name).weight)
+        weight, bias = joined(block.mlp)
+        gate, up = (x @ weight.T + bias).chunk(2, 1)
+        assert torch.allclose(gate[:, :48], before.mlp.gate_proj(x), atol=1e-6)
+        assert torch.allclose(up[:, :48], before.mlp.up_proj(x), atol=1e-6) and not up[:, 48:].any()
+    visual.blocks[0].mlp.gate_proj.weight = torch.nn.Parameter(torch.zeros(48, 32))
+    assert joined(visual.blocks[0].mlp) is None  # the weights are others by now
+
+
+# DeepStack: each token has the features of inner layers too, of the rows and clusters that the last features are of.
+
+GRID = (4, 3, 5)
+# A selection before the first DeepStack layer, between two of them, after all of them; reuse; merging; after the encoder.
+METHODS = (
+    "evoprune", "evoprune:reuse=0", "evoprune:depth=0.5", "evoprune:depth=1", "tome", "evoprune-merge", "evoprune-paper",
+    "divprune", "reuse+divprune", "evs",
+)  # fmt: skip
+
+
+@pytest.mark.few(5)
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("budget", [0.5, 0.2])
+@torch.no_grad()
+def test_pruned_features_against_loops(name, budget):
+    method, keep, changed = methods.parse(name), keep_count(budget, prod(GRID)), changes(GRID, 0.4)
+    patches = clip(GRID, changed, width=QWEN3_WIDTH)
+    reuse = plan_of(method, tower_shape(tiny_qwen3()), GRID, keep).reuse
+    kept, tokens, _ = tokens_slowly(tiny_qwen3(), patches, GRID, method, keep, changed if reuse else None)
+    made = encode_patches(patches, GRID, method, keep, tiny_qwen3())
+    check_result(made, GRID, whole_clip=not isinstance(method.encoder, Merger))
+    assert made.kept.tolist() == kept and made.deepstack.shape == tokens[1:].shape
+    torch.testing.assert_close(made.features.double(), tokens[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made.deepstack.double(), tokens[1:], rtol=1e-4, atol=1e-4)
+    for size in (1, 30):
+        cut = encode_patches(patches, GRID, method, keep, tiny_qwen3(), chunk_units=size)
+        assert_same(cut, made, atol=1e-4)
+        torch.testing.assert_close(cut.deepstack, made.deepstack, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ipcv", "earlytom"])
+def test_rows_that_come_back_and_whole_pairs_have_features_too(name):
+    patches, method = random_patches(GRID, width=QWEN3_WIDTH), methods.parse(name)
+    made, cut = (
+        encode_patches(patches, GRID, method, 15, tiny_qwen3(), question=torch.ones(2, 24), chunk_units=size)
+        for size in (10**6, 1)
+    )
+    assert made.deepstack.shape == (3, 15, 24)
+    torch.testing.assert_close(cut.deepstack, made.deepstack, rtol=1e-4, atol=1e-4)
+    if name == "ipcv":  # most of whose rows have not gone by the first of these layers
+        whole = encode_patches(patches, GRID, methods.parse("none"), prod(GRID), tiny_qwen3())
+        alike = torch.nn.functional.cosine_similarity(made.deepstack[0], whole.deepstack[0, made.kept], dim=1)
+        assert alike.mean() > 0.9
+
+
+# The towers of Qwen2-VL and Qwen3-VL on the same code: transformers' own at full budget, and the same properties below
+
+WIDTH = {QWEN2: 1176, QWEN3: 1536}  # values of a patch
+
+
+@pytest.fixture(scope="module", params=[QWEN2, QWEN3])
+def model(request):
+    return tiny_model(family=request.param)
+
+
+def patches_of(model, grid, made=random_patches, *args):
+    return made(grid, *args, width=WIDTH[model.config.model_type])
+
+
+@pytest.mark.parametrize("grid", SIZES)
+def test_budget_one_is_transformers_tower(model, grid):
+    patches, thw = patches_of(model, grid), torch.tensor([[grid[0], grid[1] * 2, grid[2] * 2]])
+    with torch.inference_mode():
+        theirs = model.model.visual(patches, thw)
+        inner = getattr(theirs, "deepstack_features", None)
+        theirs = theirs.pooler_output
+    for name in ("none", "evoprune", "divprune"):
+        ours = evoprune.encode(model, patches, thw, budget=1.0, method=name)
+        torch.testing.assert_close(ours.features, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+        assert (ours.deepstack is None) == (inner is None)
+        for one, other in zip(ours.deepstack if inner else (), inner or (), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("name", ["evoprune", "evoprune:depth=1", "evoprune-paper", "tome", "scope"])
+@pytest.mark.parametrize("budget", [0.5, 0.1])
+def test_pruned_results_do_not_depend_on_the_chunk_size(model, name, budget):
+    grid, method = (6, 5, 7), methods.parse(name)
+    keep, patches = keep_count(budget, prod(grid)), patches_of(model, grid, clip, changes(grid, 0.4))
+    whole, chunks = (
+        encode_patches(patches, grid, method, keep, model.model.visual, chunk_units=size) for size in (10**6, 35)
+    )
+    check_result(whole, grid, whole_clip=not isinstance(method.encoder, Merger))
+    assert len(whole.kept) == keep and (whole.live_share < 1) == (name != "scope")
+    assert_same(chunks, whole, atol=1e-4)
+
+
+def test_the_rows_of_a_still_clip_are_those_of_its_first_frame_pair(model):
+    first, visual = patches_of(model, (1, 4, 6)), model.model.visual
+    alone = encode_patches(first, (1, 4, 6), methods.parse("none"), 24, visual)
+    made = encode_patches(first.repeat(5, 1), (5, 4, 6), methods.parse("evoprune:depth=1"), 60, visual)
+    torch.testing.assert_close(made.rows, alone.rows, rtol=1e-5, atol=1e-5)
+
+
+def test_all_families_name_their_sizes_alike():
+    sizes = vision_sizes(tiny_model(family=QWEN2).config.vision_config)
+    assert sizes.family == QWEN2 and (sizes.hidden_size, sizes.out_hidden_size, sizes.intermediate_size) == (48, 64, 96)
+    assert sizes.fullatt_block_indexes == (0, 1) and sizes.tokens_per_second is None and len(sizes.traits.mlp) == 2
+    assert vision_sizes(sizes) is sizes
+    assert vision_sizes(tiny_model().config.vision_config).family == QWEN2_5
+    sizes = vision_sizes(tiny_model(family=QWEN3).config.vision_config)
+    assert sizes.family == QWEN3 and sizes.deepstack_visual_indexes == (1, 2, 4) and sizes.layers_read == 4
