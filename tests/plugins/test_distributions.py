@@ -41,7 +41,8 @@ def test_a_plugin_belongs_to_one_version_of_evoprune_and_installs_its_package(na
 def test_the_core_has_neither_their_extras_nor_their_entry_points():
     core = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert not {"vllm", "lmms-eval"} & set(core["optional-dependencies"]) and [*core["entry-points"]] == [
-        "evoprune.methods"
+        "evoprune.methods",
+        "evoprune.language_methods",
     ]
 
 
