@@ -5,7 +5,7 @@ import torch
 
 from evoprune import VideoQA
 from evoprune.bench.agreement import agreement, reference
-from evoprune.cpu import quantize as integers
+from evoprune.cpu import quantize
 from evoprune.cpu.quantize import quantize
 from evoprune.session.loading.model import load_model
 from evoprune.session.loading.stored import calibrate
@@ -23,7 +23,7 @@ def grow(norm, *layers):
 
 
 @torch.no_grad()
-def demo(kind, share=integers.MOST_LARGE) -> VideoQA:
+def demo(kind, share=quantize.MAX_LARGE) -> VideoQA:
     """The demo with large channels. `share`: of the channels, how many may be computed apart."""
     loaded = load_model("demo", pack=False)
     tower, language = loaded.model.model.visual, loaded.model.model.language_model
@@ -36,7 +36,7 @@ def demo(kind, share=integers.MOST_LARGE) -> VideoQA:
         grow(layer.post_attention_layernorm, layer.mlp.gate_proj, layer.mlp.up_proj)
     if kind != "none":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(integers, "MOST_LARGE", share)
+            patch.setattr(quantize, "MAX_LARGE", share)
             quantize(loaded.model, kind, calibrate)
     return VideoQA(loaded, budget=1.0)
 

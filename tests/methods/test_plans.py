@@ -447,8 +447,8 @@ def test_published_counts_at_published_depths():
 @pytest.mark.parametrize("name", DROPPING)
 def test_the_default_share_is_its_papers(name):
     combined = methods.parse(f"divprune+{name}")
-    assert combined.language_plan(32, 576, 0.1) == methods.parse(name).language_plan(32, 576, combined.language.left)
-    assert methods.parse(f"divprune+{name}:share=0.2").language_plan(32, 576, 0.9) == methods.get(name).drops(
+    assert combined.language_work(32, 576, 0.1) == methods.parse(name).language_work(32, 576, combined.language.left)
+    assert methods.parse(f"divprune+{name}:share=0.2").language_work(32, 576, 0.9) == methods.get(name).work(
         32, 576, 0.2
     )
 
