@@ -5,8 +5,7 @@ import torch
 
 from evoprune import VideoQA
 from evoprune.bench.agreement import agreement, reference
-from evoprune.cpu import quantize
-from evoprune.cpu.quantize import quantize
+from evoprune.cpu.quantize import MAX_LARGE, quantize
 from evoprune.session.loading.model import load_model
 from evoprune.session.loading.stored import calibrate
 from experiments.demo.write import clips_asked, demo_video
@@ -23,7 +22,7 @@ def grow(norm, *layers):
 
 
 @torch.no_grad()
-def demo(kind, share=quantize.MAX_LARGE) -> VideoQA:
+def demo(kind, share=MAX_LARGE) -> VideoQA:
     """The demo with large channels. `share`: of the channels, how many may be computed apart."""
     loaded = load_model("demo", pack=False)
     tower, language = loaded.model.model.visual, loaded.model.model.language_model
@@ -36,7 +35,7 @@ def demo(kind, share=quantize.MAX_LARGE) -> VideoQA:
         grow(layer.post_attention_layernorm, layer.mlp.gate_proj, layer.mlp.up_proj)
     if kind != "none":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantize, "MAX_LARGE", share)
+            patch.setattr("evoprune.cpu.quantize.MAX_LARGE", share)
             quantize(loaded.model, kind, calibrate)
     return VideoQA(loaded, budget=1.0)
 
