@@ -105,7 +105,7 @@ def few(monkeypatch):
     }
     monkeypatch.setattr(ablations, "ABLATIONS", first_two)
     generation = GenerationOptions(max_new_tokens=2)
-    monkeypatch.setattr(ablations, "Settings", partial(EvalSettings, generation=generation))
+    monkeypatch.setattr(ablations, "EvalSettings", partial(EvalSettings, generation=generation))
 
 
 def test_the_command_writes_the_tables_and_resumes_its_run(tmp_path, saved, capsys, few):
