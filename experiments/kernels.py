@@ -243,7 +243,7 @@ def layer_inputs(visual: nn.Module, sizes: Sizes) -> tuple[torch.Tensor, tuple[t
     """x and `turn` of `layer`, in window order; and the patch rows of a window and of a frame pair."""
     geo = tower_geometry(visual, *sizes.grid)
     x = torch.randn(sizes.grids * geo.units, PATCHES, visual.config.hidden_size).to(DTYPE)
-    cos, sin = (part[geo.order].repeat(sizes.grids, 1, 1) for part in rotary(vision_sizes(visual.config), geo))
+    cos, sin = (part[geo.order].repeat(sizes.grids, 1, 1, 1, 1) for part in rotary(vision_sizes(visual.config), geo))
     return x, (cos, sin), [geo.units // geo.windows * PATCHES, geo.units * PATCHES]
 
 
