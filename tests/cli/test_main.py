@@ -436,6 +436,8 @@ def _at_the_keyboard(terminal: bool) -> None:
     "case", [pytest.param(case, id=name, marks=marks_of(case)) for name, case in PROCESSES.items()]
 )
 def test_processes(case, clips, endless):
+    if case.env == C_LOCALE and not sys.prefix.isascii():
+        pytest.skip("torch cannot be imported from such a path in this locale")
     names = {"{endless}": str(endless), "{grün}": str(clips / "grün.mp4")}
     screen = Screen(100) if case.event == "ctrl-c" else None
     with (
@@ -562,7 +564,7 @@ ROWS = {
     "an escape in a name": (row(video="a\x1b[31m\u202e"), 3, "a?[31m?"),
     "two byte order marks": ("\ufeff\ufeff" + row(), 2, "the first line"),
     "a byte order mark": ("\ufeff" + row(), 0, ""),
-    "a byte order mark and CRLF": (f"\ufeffvideo,question\r\n{SQUARE},What?\r\n", 0, ""),
+    "a byte order mark and CRLF": (f'\ufeffvideo,question\r\n"{SQUARE}",What?\r\n', 0, ""),
     "a deep answer that can be passed on": (answer("[" * 90 + "]" * 90), 0, ""),
     "half a surrogate": (row(answer="\ud800"), 0, ""),
 }
