@@ -99,7 +99,10 @@ def _unknown(name: str) -> UsageError:
     """The error for a name that no method has."""
     plain, known = _plain(name), (*available(), REUSE)
     same = [each for each in known if _plain(each) == plain]
-    near = did_you_mean(name, same or known, 3)
+    follows = {entry.name: entry.value for entry in entry_points(group="evoprune.known_as")}
+    near = f"{follows[plain]} follows it; " if plain in follows else did_you_mean(name, same or known, 3)
+    if len(built_in()) == len(CORE):  # a checkout that was installed before these were entry points
+        near = "the methods of evoprune.contrib are not installed: pip install evoprune again; "
     return UsageError(f"no pruning method {name!r}", f"{near}evoprune methods lists them all")
 
 

@@ -9,6 +9,7 @@ from evoprune import methods
 from evoprune.contrib.attended import Mmr
 from evoprune.contrib.inner import FastV
 from evoprune.errors import UsageError
+from evoprune.methods import registry
 from evoprune.methods.base import Method
 from evoprune.methods.baselines import DivPrune
 from evoprune.methods.chain import Pipeline
@@ -264,12 +265,21 @@ def test_whether_a_method_is_known():
         ("FastV", "did you mean fastv? "),
         ("reuse+DART", "did you mean dart? "),
         ("sparsevlm2", "did you mean sparsevlm? "),
+        ("idpruner", "mmr follows it; "),
+        ("MMG-Vid", "mmg follows it; "),
     ],
 )
 def test_what_was_probably_meant(name, meant):
     with pytest.raises(UsageError) as caught:
         methods.check(name)
     assert caught.value.hint.startswith(meant)
+
+
+def test_an_installation_without_entry_points_says_so(monkeypatch):
+    monkeypatch.setattr(registry, "_plugins", dict)
+    with pytest.raises(UsageError) as caught:
+        methods.check("tome")
+    assert caught.value.hint.startswith("the methods of evoprune.contrib are not installed")
 
 
 def test_only_evoprune_finds_a_budget_by_itself():

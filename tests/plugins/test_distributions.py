@@ -42,6 +42,7 @@ def test_the_core_has_neither_their_extras_nor_their_entry_points():
     core = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert not {"vllm", "lmms-eval"} & set(core["optional-dependencies"]) and [*core["entry-points"]] == [
         "evoprune.methods",
+        "evoprune.known_as",
         "evoprune.language_methods",
     ]
 
