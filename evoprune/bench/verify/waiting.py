@@ -40,7 +40,7 @@ class Waiting(TorchDispatchMode):
     @property
     def outside(self) -> list[str]:
         """The places that are in no selection."""
-        return [place for place in self.places if not place.split()[1].startswith("methods/")]
+        return [place for place in self.places if not place.split()[1].startswith(("methods/", "contrib/"))]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
