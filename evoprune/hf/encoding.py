@@ -58,7 +58,7 @@ def encode(
         budget: share of the visual tokens to keep, a number in (0, 1] or the name of a preset; 1.0 gives the tower's own output.
         method, method_args: name of a pruning method, and its settings by name.
         question: `[Q, hidden]`, `model.get_input_embeddings()` of the question's tokens, for methods that read the question.
-        seconds_per_pair: time between frame pairs in seconds, one number or one per video (`second_per_grid_ts`). No method reads it.
+        seconds_per_pair: seconds between frame pairs, one number or one per video (`second_per_grid_ts`). No method reads it.
         seed: for methods that draw at random.
 
     Returns `Encoded`. Its `kept` and `owner` number the units over all videos, in the order of the video's placeholder tokens.
