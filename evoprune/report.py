@@ -185,6 +185,7 @@ class ModelFacts:
     quantize: str | None = None
     device: str | None = None
     load_format: str | None = None
+    engine: str | None = None
 
     @property
     def precision(self) -> str:

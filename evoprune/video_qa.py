@@ -207,6 +207,6 @@ def load_qa(
     start = time.perf_counter()
     config = pruning.config()  # refuses wrong settings before a model is looked for
     found = find_model(model) if isinstance(model, ModelOptions) else model
-    check_fits(config.method, found.config)
+    check_fits(config.method, found)
     loaded = load_model(found, to_answer=True, progress=progress)
     return kind(Engine(loaded, config, time.perf_counter() - start))

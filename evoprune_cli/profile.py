@@ -192,7 +192,7 @@ def profile(
             if not size:  # as many units, of another side in pixels
                 cases = [case.of_units(unit / UNITS[0]) for case in cases]
             for each in methods:
-                check_fits(each, found.config)
+                check_fits(each, found)
         show("loading model")
         loaded, about = load(model, cases), {"video": video, "synthetic": kind}
         read = partial(video_frames, info) if info else partial(synthetic_frames, kind, unit=unit)

@@ -185,7 +185,7 @@ class Evaluation:
         """Raises what `load_model` raises. UsageError: a method cannot act in the model."""
         self.loaded = loaded = load_model(self.settings.model, progress=progress)
         for name in {variant.method for variant in self.variants}:
-            check_fits(methods.parse(name), loaded.model.config)
+            check_fits(methods.parse(name), loaded.model)
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
         """Writes samples into a folder from now on; with `resume` that of an earlier run, whose samples are kept (`RunFolder`)."""

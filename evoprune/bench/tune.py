@@ -464,7 +464,7 @@ class Tuning(Run):
         if self.loaded is None:
             super().load(progress)
         for candidate in self.known:
-            check_fits(methods.parse(candidate.method), self.loaded.model.config)
+            check_fits(methods.parse(candidate.method), self.loaded.model)
 
     @property
     def has_results(self) -> bool:

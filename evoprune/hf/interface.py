@@ -1,4 +1,4 @@
-"""Every property of Hugging Face's Qwen3-VL, Qwen2.5-VL and Qwen2-VL on which this package relies, except their weights.
+"""Every property of Hugging Face's Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL on which this package relies, except their weights.
 
 tests/hf/test_interface.py checks them, and fails if a release of transformers changes one.
 """
@@ -17,12 +17,16 @@ from evoprune.methods.types import ascending
 from evoprune.model.config import check_vision, vision_sizes
 
 SUPPORTED = (
-    "supported are transformers' Qwen3VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration and "
-    "Qwen2VLForConditionalGeneration; take it out of what wraps it (PEFT: get_base_model(), torch.compile: _orig_mod)"
+    "supported are transformers' Qwen3_5ForConditionalGeneration, Qwen3VLForConditionalGeneration (both also as ...Moe...), "
+    "Qwen2_5_VLForConditionalGeneration and Qwen2VLForConditionalGeneration; take it out of what wraps it (PEFT: get_base_model(), torch.compile: _orig_mod)"
 )
 # The classes of supported models, and of their towers.
-MODELS = ("Qwen3VL", "Qwen2_5_VL", "Qwen2VL")
-TOWERS = ("Qwen3VLVisionModel", "Qwen2_5_VisionTransformerPretrainedModel", "Qwen2VisionTransformerPretrainedModel")
+MODELS = ("Qwen3_5", "Qwen3_5Moe", "Qwen3VL", "Qwen3VLMoe", "Qwen2_5_VL", "Qwen2VL")
+TOWERS = (
+    *(f"{name}VisionModel" for name in MODELS[:4]),
+    "Qwen2_5_VisionTransformerPretrainedModel",
+    "Qwen2VisionTransformerPretrainedModel",
+)
 # Arguments of `forward` for videos and pictures. It must not get them once those are encoded.
 VISION_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "pixel_values", "image_grid_thw")
 # The argument that replaces them: a dict with the results of `get_video_features` and `get_image_features`. Their
@@ -32,6 +36,7 @@ ENCODED = "mm_encoder_outputs"
 NEEDED = "transformers 5.20 or later"  # where an older one does not do
 # Of layers, where a config names no kinds; then the model takes one mask in place of a dict.
 ONLY_KIND = "full_attention"
+LINEAR = "linear_attention"  # of layers with a recurrent state, in Qwen3.5
 # Other arguments with a value per column, beside input_ids, attention_mask and position_ids, and their values at padding.
 PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100, "shift_labels": -100}
 
@@ -53,7 +58,7 @@ def tower_of(model):
     visual = getattr(getattr(model, "model", None), "visual", None)
     if not (isinstance(visual, Tower) or _is_one_of(visual, TOWERS)):
         what = f"an object of class {type(model).__name__}"
-        raise ModelError(f"{what} has no vision tower of Qwen3-VL, Qwen2.5-VL or Qwen2-VL", SUPPORTED)
+        raise ModelError(f"{what} has no vision tower of Qwen3.5, Qwen3-VL, Qwen2.5-VL or Qwen2-VL", SUPPORTED)
     try:
         check_vision(vision_sizes(visual.config))
     except ValueError as problem:
@@ -166,7 +171,7 @@ def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.S
 
     That may be `[B, columns]`, None, or ready: `[B, 1, L, keys]`, or a dict of those. Returns for each type of layer (`ONLY_KIND`
     where the config names none) `[B, 1, L, keys]`: bool for sdpa, True where a key is seen; numbers for eager, the lowest where it
-    is not. Then the shape (B, L) of the call's columns and their dtype.
+    is not. Of layers of linear attention `[B, L]`, 0 at padding, or None. Then the shape (B, L) of the call's columns and their dtype.
     """
     from transformers import masking_utils
 
@@ -197,6 +202,9 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
     kinds, cache = getattr(model.config.text_config, "layer_types", None), call.get("past_key_values")
     bias, weighted = sizes.log().repeat_interleave(shape[0] // len(sizes), 0), {}
     for kind, mask in masks.items():
+        if kind == LINEAR:  # such layers have no scores that a bias could be added to
+            weighted[kind] = mask
+            continue
         # The first key that such layers see is above 0 where a cache with a sliding window has dropped some.
         first = cache.get_mask_sizes(shape[1], (kinds or [ONLY_KIND]).index(kind))[1] if cache is not None else 0
         end = first + mask.shape[-1]

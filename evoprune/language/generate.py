@@ -6,14 +6,16 @@ Pruned columns leave gaps among the positions (`prompt.prompt_positions`).
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from evoprune.backend.devices import to_device
 from evoprune.errors import ModelError
-from evoprune.language import decoder, static
+from evoprune.language import decoder, hosted, static
 from evoprune.language.decoder import KVCache
+from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Place, Tokenizer
 from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import StaticCache, best_of
@@ -128,14 +130,10 @@ def dropping_for(
 
 @dataclass
 class PrefillState:
-    """A prompt that was read, and as much of one answer to it: the language model as `TokenStream` needs it.
-
-    Made by `prefill`. Another way to run the language model needs no more: a function like that one, whose state has `logits`,
-    `prompt_ids`, `read`, `decode`, and a `cache` with `length` and `crop`, which a later prompt of the same beginning goes on from.
-    """
+    """A prompt that was read, and as much of one answer to it: the language model as `TokenStream` needs it. Made by `prefill`."""
 
     model: Any
-    cache: KVCache  # keys and values of the prompt and of the tokens of the answer that are read
+    cache: KVCache | HostedCache  # keys and values of the prompt and of the tokens of the answer that are read
     logits: torch.Tensor  # float32 `[vocabulary]`, of the token after what the cache holds
     next_position: int  # M-RoPE position of the first generated token, the same in time, height and width
     dropping: Reading | None = None  # what left while the prompt was read
@@ -150,7 +148,7 @@ class PrefillState:
         """Reads further tokens of the answer, int64 `[n]`; the logits after each of them, float32 `[n, vocabulary]`."""
         positions = (ascending(len(ids), "cpu") + self.next_position + self.answered).expand(3, -1)
         embeds = embed_ids(self.model, ids)
-        logits = decoder.logits(self.model, embeds, positions, self.cache, last=len(ids))
+        logits = layers_of(self.model).logits(self.model, embeds, positions, self.cache, last=len(ids))
         self.answered, self.logits = self.answered + len(ids), logits[-1]
         return logits
 
@@ -161,7 +159,7 @@ class PrefillState:
         """
         token, last = None, len(ids) - 1
         try:
-            if self._steps is None and self.answered == last:
+            if self._steps is None and self.answered == last and self.model.native:
                 self._steps = static.begin(
                     self.model, self._holder, self.cache, self.next_position + last, len(ids), left
                 )
@@ -177,12 +175,17 @@ class PrefillState:
         return token
 
 
+def layers_of(model) -> ModuleType:
+    """What runs the layers of the language model, by `forward` and `logits`: language/decoder.py, or language/hosted.py."""
+    return decoder if model.native else hosted
+
+
 def prefill(
     model,
     inputs_embeds: torch.Tensor,
     positions: torch.Tensor,
     next_position: int,
-    cache: KVCache | None = None,
+    cache: KVCache | HostedCache | None = None,
     sizes: torch.Tensor | None = None,
     dropping: Reading | None = None,
     deepstack: torch.Tensor | None = None,
@@ -195,11 +198,24 @@ def prefill(
         cache: of the columns before; it is extended in place. None starts a new prompt.
     """
     if cache is None:
-        columns = len(inputs_embeds) if dropping is None else dropping.columns
-        room = columns + ANSWER_COLUMNS if isinstance(columns, int) else [each + ANSWER_COLUMNS for each in columns]
-        cache = KVCache(model, room)
-    after = decoder.logits(model, inputs_embeds, positions, cache, sizes, dropping=dropping, deepstack=deepstack)[0]
+        cache = new_cache(model, len(inputs_embeds) if dropping is None else dropping.columns)
+    given = {} if dropping is None else {"dropping": dropping}
+    after = layers_of(model).logits(model, inputs_embeds, positions, cache, sizes, deepstack=deepstack, **given)[0]
     return PrefillState(model, cache, after, next_position, dropping)
+
+
+def can_crop(model) -> bool:
+    """Whether a cache can lose its last columns: where layers have a recurrent state, a later prompt goes on from a copy."""
+    return model.native or hosted.can_crop(model)
+
+
+def new_cache(model, columns: int | Sequence[int]) -> KVCache | HostedCache:
+    """An empty cache for a prompt of `columns`, in each layer or in all, and an answer of the usual length."""
+    if not model.native:
+        return HostedCache(model)
+    return KVCache(
+        model, columns + ANSWER_COLUMNS if isinstance(columns, int) else [n + ANSWER_COLUMNS for n in columns]
+    )
 
 
 @torch.inference_mode()

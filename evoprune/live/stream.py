@@ -181,6 +181,9 @@ class VideoStream(Askable):
         if method.reads_question or method.language or method.input:
             hint = "take one that acts inside the encoder or selects tokens without the question, such as evoprune"
             raise UsageError(f"method {engine.pruning.name} cannot prune a stream", hint)
+        if not engine.loaded.model.native:
+            problem = f"the language model of {engine.loaded.id} is run by transformers, which cannot forget the oldest tokens"
+            raise UsageError(problem, "take a checkpoint that evoprune runs itself, such as Qwen/Qwen3-VL-4B-Instruct")
         self._options, self._sampling, self._system, self._name = options, sampling, system, name
         self._paid = True  # encoding is no question's, but for the unfinished window
         self._gate, self._feeding = Lock(), RLock()

@@ -187,6 +187,7 @@ class Family:
     picture: Mapping[str, Any]
     unstated: Mapping[str, Any]  # the same for pictures, where a model's folder has no settings of a processor
     vision: Mapping[str, Any]  # settings of the tower, where a file does not say
+    native: bool = True  # whether language/decoder.py runs its language model
     timestamps: bool = False  # whether a prompt has the time of each frame pair, and markers around its tokens
 
 

@@ -102,8 +102,25 @@ class LanguageModel(Tree):
         self.config = config
 
 
-class QwenVL(Tree):
-    """All weights: `model.visual`, `model.language_model` and `lm_head`, the output layer."""
+class Model(Tree):
+    """All weights: `model.visual`, `model.language_model` and `lm_head`, the output layer; `config`, a `Config`."""
+
+    config: Config
+    native: bool  # whether language/decoder.py runs the language model; else it is a module of transformers, which does
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.language_model.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.language_model.embed_tokens.weight.device
+
+
+class QwenVL(Model):
+    """A model in this project's own tree."""
+
+    native = True
 
     def __init__(self, config: Config):
         super().__init__(
@@ -118,13 +135,15 @@ class QwenVL(Tree):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.language_model.embed_tokens.weight
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.language_model.norm.weight.dtype
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.language_model.embed_tokens.weight.device
+class HostedVL(Model):
+    """A model whose parts are modules of transformers: `visual`, `language_model`, and `lm_head`."""
+
+    native = False
+
+    def __init__(self, config: Config, visual: nn.Module, language_model: nn.Module, lm_head: nn.Module):
+        super().__init__(model=Tree(visual=visual, language_model=language_model), lm_head=lm_head)
+        self.config = config
 
 
 def empty(config: Config) -> QwenVL:

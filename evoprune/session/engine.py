@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from evoprune.errors import names_plugins
+from evoprune.errors import UsageError, names_plugins
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.config import PruneConfig
 from evoprune.methods.plans import largest_share
-from evoprune.model.config import Config
+from evoprune.model.weights import Model
+from evoprune.session.loading.find import FoundModel
 from evoprune.session.loading.model import LoadedModel
 
 
@@ -21,7 +22,7 @@ class Engine:
     load_seconds: float | None = None  # how long loading took, for reports; None where that is unknown
 
     def __post_init__(self):
-        check_fits(self.pruning.method, self.loaded.model.config)
+        check_fits(self.pruning.method, self.loaded.model)
 
     def __repr__(self) -> str:
         how = f"method {self.pruning.name!r}, budget {self.pruning.budget}, seed {self.pruning.seed}"
@@ -43,6 +44,10 @@ class Engine:
 
 
 @names_plugins()
-def check_fits(method: Pipeline, config: Config) -> None:
+def check_fits(method: Pipeline, model: FoundModel | Model) -> None:
     """Raises UsageError: a method that cannot act in this language model, such as one without a recipe for so many layers."""
-    method.language_work(config.text_config.num_hidden_layers, 64, 1.0)
+    method.language_work(model.config.text_config.num_hidden_layers, 64, 1.0)
+    if method.language and not model.native:
+        works = method.before.name if method.before.members else "evoprune"
+        problem = f"method {method.name} acts inside the language model, which is transformers' own here"
+        raise UsageError(problem, f"use {works}, or a checkpoint that evoprune runs itself (evoprune methods)")

@@ -33,6 +33,7 @@ from evoprune.video.plan import check_sampling, parse_time
 if TYPE_CHECKING:
     from evoprune.methods.config import PruneConfig
 
+AUTO, NATIVE, TRANSFORMERS = ENGINES = ("auto", "native", "transformers")
 HELD = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
 
 
@@ -81,6 +82,12 @@ class ModelOptions:
         "nothing. It needs a folder with config.json and a tokenizer.",
         words=LOAD_FORMATS,
     )
+    engine: str = option(
+        AUTO,
+        "What runs the language model: native is evoprune, transformers is Hugging Face's own code, for checkpoints that are "
+        "quantised and for Qwen3.5 and mixtures of experts. auto: native where it can.",
+        words=ENGINES,
+    )
     offline: bool = option(False, "Never use the network.", changes_answers=False)
     threads: int | str | None = option(
         None,
@@ -102,6 +109,8 @@ class ModelOptions:
         object.__setattr__(self, "threads", parse_threads(self.threads))
         if self.load_format not in LOAD_FORMATS:
             raise UsageError(f"unknown load format {self.load_format!r}", f"use {' or '.join(LOAD_FORMATS)}")
+        if self.engine not in ENGINES:
+            raise UsageError(f"unknown engine {self.engine!r}", f"use {', '.join(ENGINES)}")
         check_dtype(self.dtype)
         check_quantize(self.quantize)
         if self.store_quantized and self.quantize == "none":

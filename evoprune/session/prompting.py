@@ -10,10 +10,14 @@ from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
     PrefillState,
     Visual,
+    can_crop,
     dropping_for,
     embed_prompt,
+    layers_of,
+    new_cache,
     prefill,
 )
+from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Prompt, Tokenizer, build_prompt, prompt_positions, timestamps
 from evoprune.model.config import VisionConfig
 from evoprune.model.cost import language_bytes, shortage
@@ -37,7 +41,7 @@ class PromptReader:
     def __init__(self, engine: Engine, plans: Sequence[Plan]):
         self._engine, self._loaded, self._plans = engine, engine.loaded, plans
         # The system prompt, the cache, and how many of its columns no question changes.
-        self._prefix: tuple[str | None, KVCache, int] | None = None
+        self._prefix: tuple[str | None, KVCache | HostedCache, int] | None = None
 
     @names_plugins()
     def build(self, question: str, options: GenerationOptions, kept: int) -> Prompt:
@@ -68,11 +72,22 @@ class PromptReader:
         ):
             return prefill(model, embeds, positions, following, None, sizes, dropping, deepstack)
         shared = int((columns < prompt.prefix_length).sum())
+
+        crops = can_crop(model)
         cache, known = self._take_prefix(system, shared)
+        if not known and not crops and shared:  # the prefix by itself, so that a copy can serve each question
+            cache, known = new_cache(model, shared), shared
+            first = None if sizes is None else sizes[:known]
+            added = None if deepstack is None else deepstack[:, :known]
+            how = {"sizes": first, "deepstack": added}
+            layers_of(model).forward(model, embeds[:known], positions[:, :known], cache, **how)
+            self._prefix = system, cache, known
+            cache = cache.copy()
         sizes = None if sizes is None else sizes[known:]
         deepstack = None if deepstack is None else deepstack[:, known:]
         state = prefill(model, embeds[known:], positions[:, known:], following, cache, sizes, None, deepstack)
-        self._prefix = system, state.cache, shared
+        if crops:
+            self._prefix = system, state.cache, shared
         return state
 
     def positions(self, prompt: Prompt) -> torch.Tensor:
@@ -83,12 +98,17 @@ class PromptReader:
         per_second = self._loaded.model.config.vision_config.tokens_per_second
         return prompt_positions(len(prompt.input_ids), spans, per_second)
 
-    def _take_prefix(self, system: str | None, shared: int) -> tuple[KVCache | None, int]:
+    def _take_prefix(self, system: str | None, shared: int) -> tuple[KVCache | HostedCache | None, int]:
         """The cache up to the question, and its columns; of the new prompt `shared` do not depend on the question."""
         taken, self._prefix = self._prefix, None
         if taken is None or taken[0] != system:
             return None, 0
         _, cache, known = taken
+        if not can_crop(self._loaded.model):
+            if known > shared:
+                return None, 0
+            self._prefix = taken
+            return cache.copy(), known
         known = min(known, shared)  # both end with the inputs or with their subtitles
         cache.crop(known)
         self._prefix = system, cache, known  # a prompt that breaks off leaves this much

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from evoprune.bench.hugging_face import hugging_face_config
 from evoprune.bundled import DEMOS
 from evoprune.model.config import MAX_BYTES, MAX_LEVELS, Unsupported, loads, parse_config, read_object
 from evoprune.session.loading.find import BUNDLED_CONFIGS
+from evoprune.session.loading.hosted import hugging_face_config
 
 NEW = json.loads(BUNDLED_CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"].read_text())
 

@@ -49,7 +49,7 @@ from evoprune.cpu.quantize import kinds, quantize, saved_bytes
 from evoprune.errors import UsageError
 from evoprune.hf import interface
 from evoprune.hf.context import EvoPrune
-from evoprune.language import decoder, generate, static
+from evoprune.language import generate, static
 from evoprune.language.generate import Visual, embed_prompt
 from evoprune.methods import parse
 from evoprune.methods.plans import keep_count
@@ -153,8 +153,9 @@ def logits(subject: Subject) -> Outcome:
     (place,), (last, *inner) = asked.prompt.places, asked.features
     visuals = [Visual(place, last, ascending(len(place), "cpu"), deepstack=torch.stack(inner) if inner else None)]
     embeds, _, _, added = embed_prompt(model, asked.prompt.input_ids, visuals)
-    cache = decoder.KVCache(model, len(embeds))
-    made = decoder.logits(model, embeds, asked.positions, cache, last=asked.text_behind, deepstack=added)
+    cache = generate.new_cache(model, len(embeds))
+    how = {"last": asked.text_behind, "deepstack": added}
+    made = generate.layers_of(model).logits(model, embeds, asked.positions, cache, **how)
     return _within(gap(made, subject.video_logits, centred=True), subject.logits_noise)
 
 

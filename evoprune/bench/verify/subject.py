@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.bench.hugging_face import hugging_face_from_files, hugging_face_model, share_equal
+from evoprune.bench.hugging_face import hugging_face_model, share_equal
 from evoprune.bench.profile_results import TimeLimit
 from evoprune.hf.processor_inputs import NAMES, TYPES, arguments
 from evoprune.model.cost import shortage
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.engine import Engine
+from evoprune.session.loading.hosted import read_whole
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import GenerationOptions, SamplingOptions
 from evoprune.session.prompting import PromptReader
@@ -207,11 +208,12 @@ class Subject:
         for a second copy of the weights; otherwise it is made of our tensors. Equal ones are in memory once."""
         model, found = self.loaded.model, self.loaded.found
         short = shortage(self.loaded.weights_bytes, self.loaded.device)
-        if found.random or short:
-            self.not_read = f"a second copy of the weights {short}" if short else "random weights are in no file"
+        if found.random or found.quantization or short:
+            whole = "quantised weights are in memory once" if found.quantization else "random weights are in no file"
+            self.not_read = f"a second copy of the weights {short}" if short else whole
             made = hugging_face_model(model)
         else:
-            made = hugging_face_from_files(found.folder, self.dtype, self.device)
+            made = read_whole(found.folder, self.dtype, self.device)
             self.differing = share_equal(made, model)
         specials = self.loaded.tokenizer.specials()
         names = {"image_token_id": "image_pad", "video_token_id": "video_pad", "vision_start_token_id": "vision_start"}

@@ -30,6 +30,7 @@ from evoprune.language.prompt import Tokenizer
 from evoprune.model.config import (
     EXPERTS,
     MODEL_TYPES,
+    TEXT,
     Config,
     GenerationSettings,
     Rule,
@@ -43,7 +44,7 @@ from evoprune.model.config import (
     section,
 )
 from evoprune.model.weights import QwenVL, empty, name_in_memory
-from evoprune.session.options import ModelOptions
+from evoprune.session.options import AUTO, NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.util import did_you_mean, is_text, listed, shorten
 from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import InputLimits
@@ -98,6 +99,7 @@ class FoundModel:
     folder: Path | None  # its files; None for a bundled config
     commit: str | None  # on the hub, None for anything local
     config: Config
+    quantization: str | None = None  # the method by which the checkpoint is quantised, such as "awq"
 
     @property
     def id(self) -> str:
@@ -118,6 +120,12 @@ class FoundModel:
         if self.options.dtype != "auto":
             return self.options.dtype
         return "bf16" if self.demo is None and has_bf16(self.device) else "fp32"
+
+    @property
+    def native(self) -> bool:
+        """Whether this project runs the language model itself."""
+        able = self.config.vision_config.traits.native and self.quantization is None
+        return able and self.options.engine != TRANSFORMERS
 
     @cached_property
     def limits(self) -> dict[str, InputLimits]:
@@ -169,10 +177,19 @@ class FoundModel:
     def weights_bytes(self) -> int:
         """Of memory that the loaded weights take."""
         dtype, quantize = DTYPES[self.dtype], self.options.quantize
+        if not self.native:
+            return self.hosted_bytes
         mapped = quantize != "none" or self._stored == dtype  # as a download would be
         if self.files_here:
             mapped = stay_mapped(self.files_here, dtype, self.device, quantize)
         return needed_bytes(self.config, dtype, quantize, mapped)
+
+    @property
+    def hosted_bytes(self) -> int:
+        """Of the weights as transformers loads them: quantised ones as their files are."""
+        if self.quantization and self.files_here:
+            return sum(file.stat().st_size for file in self.files_here)
+        return self.parameters * DTYPES[self.dtype].itemsize
 
     @property
     def download_bytes(self) -> int | None:
@@ -248,7 +265,9 @@ def _config_path(options: ModelOptions, folder: Path | None) -> Path:
 def _found(
     options: ModelOptions, device: torch.device, folder: Path | None = None, commit: str | None = None
 ) -> FoundModel:
-    found = FoundModel(options, device, folder, commit, read_config(_config_path(options, folder)))
+    path = _config_path(options, folder)
+    found = FoundModel(options, device, folder, commit, read_config(path), quantization_in(path))
+    check_engine(found)
     if not found.config.tie_word_embeddings or found.random or not separate_head(found.files_here):
         return found
     return replace(found, config=replace(found.config, tie_word_embeddings=False))
@@ -391,17 +410,37 @@ def read_config(path: Path) -> Config:
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         known = " or ".join(MODEL_TYPES)
         raise ModelError(f"{path.parent} is a model of type {reprlib.repr(kind)}, not {known}", MODEL_HINT)
-    if content.get("quantization_config") is not None:
-        method = section(content, "quantization_config").get("quant_method")
-        how = f" ({method})" if isinstance(method, str) else ""
-        hint = "take the original checkpoint in bf16, fp16 or fp32"
-        raise ModelError(f"{path.parent} holds quantized weights{how}", hint)
     with _valid(f"{path} is no valid {kind} config"):
         try:
             return parse_config(content)
         except Unsupported as reason:
             hint = f"take its config.json without yarn; {MODEL_HINT}" if "yarn" in str(reason) else MODEL_HINT
             raise ModelError(f"evoprune cannot run {path.parent}: {reason}", hint) from reason
+
+
+def quantization_in(path: Path) -> str | None:
+    """The method by which the checkpoint of a config.json is quantised; None if it is not."""
+    content = _json(path)
+    if content.get("quantization_config") is None:
+        return None
+    with _valid(f"{path} is damaged"):
+        return TEXT.check(section(content, "quantization_config").get("quant_method"), "quant_method")
+
+
+def check_engine(found: FoundModel) -> None:
+    """Raises ModelError: the asked-for engine cannot run the language model. UsageError: 8 or 4 bits of ours in another one."""
+    why = (
+        f"is quantised ({found.quantization})" if found.quantization else "has layers that evoprune does not run itself"
+    )
+    options = found.options
+    if options.engine == NATIVE and not found.native:
+        raise ModelError(f"{found.id} {why}", "leave the engine out: auto takes that of transformers")
+    if options.quantize != "none" and not found.native:
+        what = why if options.engine == AUTO else "is run by transformers, as asked for"
+        raise UsageError(
+            f"quantize {options.quantize} is for models that evoprune runs itself, and {found.id} {what}",
+            "leave quantize out, or take a checkpoint that is quantised already",
+        )
 
 
 def _no_config(folder: Path) -> ModelError:

@@ -27,7 +27,7 @@ from evoprune.language.settings import GenerationOptions
 from evoprune.methods.registry import parse
 from evoprune.model.config import PATCHES, Config, GenerationSettings
 from evoprune.model.cost import shortage
-from evoprune.model.weights import QwenVL, empty, name_in_memory
+from evoprune.model.weights import Model, QwenVL, empty, name_in_memory
 from evoprune.report import ModelFacts
 from evoprune.session.loading.find import (
     BELONG,
@@ -42,7 +42,7 @@ from evoprune.session.loading.find import (
     stay_mapped,
     stored_tensors,
 )
-from evoprune.session.options import ModelOptions
+from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.util import counted, from_keywords, size
 from evoprune.video.info import VIDEO, Video, world_of
 from evoprune.video.plan import InputLimits
@@ -58,7 +58,7 @@ RESERVED_BYTES = 2**29  # that packed weights leave for the work itself
 class LoadedModel:
     """A model that is ready to answer."""
 
-    model: QwenVL  # the weights, on `device` in `dtype`, and their config
+    model: Model  # the weights, on `device` in `dtype`, and their config
     tokenizer: Tokenizer | None  # with a chat template; None only for random weights without tokenizer files
     limits: dict[str, InputLimits]  # of videos and of pictures, by kind
     eos_ids: tuple[int, ...]  # that end an answer
@@ -94,7 +94,9 @@ class LoadedModel:
         return self.limits[VIDEO]
 
     def facts(self) -> ModelFacts:
-        return ModelFacts(self.id, self.revision, self.dtype, self.quantize, self.device, self.load_format)
+        quantize = self.found.quantization or self.quantize
+        engine = NATIVE if self.model.native else TRANSFORMERS
+        return ModelFacts(self.id, self.revision, self.dtype, quantize, self.device, self.load_format, engine)
 
 
 def load_model(
@@ -127,7 +129,10 @@ def load_model(
     ends = eos_ids(folder, generation, found.config, tokenizer)
     found.files  # noqa: B018 (checked here)
     seconds = {"tokenizer": time.perf_counter() - start}
-    ready = run_beside(partial(_warm_up, found.config, DTYPES[found.dtype], found.device), found.device)
+    begun = {}
+    if found.native:
+        work = partial(_warm_up, found.config, DTYPES[found.dtype], found.device)
+        begun["ready"] = run_beside(work, found.device)
     weights, packing = _weights(found, pack, progress, seconds)
     return LoadedModel(
         model=weights,
@@ -147,29 +152,41 @@ def load_model(
         found=found,
         load_seconds=seconds,
         packing=packing,
-        ready=ready,
+        **begun,
     )
 
 
 def _weights(
     found: FoundModel, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
-) -> tuple[QwenVL, PackingTime]:
+) -> tuple[Model, PackingTime]:
     """The weights, ready to be used. Writes the times of the parts into `seconds`. Raises OutOfMemory: they do not fit."""
     name, device, files, quantize = found.id, found.device, found.files, found.options.quantize
+    if not found.native:
+        from evoprune.session.loading import hosted
     form = DTYPES[found.dtype], device
     hint = "use a smaller model" + (", or bf16 weights (dtype bf16)" if found.dtype == "fp32" else "")
     start = time.perf_counter()
 
     def needed(kind: str) -> int:
+        if not found.native:
+            return found.hosted_bytes
         return needed_bytes(found.config, form[0], kind, mapped=stay_mapped(files, *form, kind))
 
     if short := shortage(needed(quantize), str(device)):
-        fit = [kind for kind in kinds(device) if not shortage(needed(kind), str(device))]
+        fit = [kind for kind in kinds(device) if found.native and not shortage(needed(kind), str(device))]
         less = f", or fewer bits: quantize {fit[0]} needs about {size(needed(fit[0]))}" if fit else ""
         raise OutOfMemory(f"loading {name} {short} ({device})", hint + less, stage="load")
     try:
-        weights = load_weights(found.config, files, *form, quantize) if files else random_model(found.config, *form)
-        if stay_mapped(
+        if not found.native:
+            if files:
+                weights = hosted.load_hosted(found.config, found.folder, *form, found.quantization)
+            else:
+                weights = hosted.random_hosted(found.config, *form)
+        elif files:
+            weights = load_weights(found.config, files, *form, quantize)
+        else:
+            weights = random_model(found.config, *form)
+        if found.native and stay_mapped(
             files, *form, quantize
         ):  # they are read in the order of their use, unless memory for all of them is missing
             tower, language = weights.model.visual, weights.model.language_model
@@ -266,9 +283,16 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Qw
             made = torch.empty(weight.shape, dtype=dtype, device=device)
             setattr(module, name, torch.nn.Parameter(made, requires_grad=False))
     model.tie()
+    fill_random(model)
+    return model
+
+
+def fill_random(model: torch.nn.Module) -> None:
+    """Fills all weights: vectors with 1, biases with 0, others with seeded noise."""
+    like = next(model.parameters())
     # One block of noise, repeated. Its length is a prime, so that no two rows of a matrix are equal.
     random = torch.Generator().manual_seed(0)
-    block = torch.randn(1_048_573, generator=random, dtype=torch.float32, device="cpu").mul_(0.02).to(device, dtype)
+    block = torch.randn(1_048_573, generator=random, dtype=torch.float32, device="cpu").mul_(0.02).to(like)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 1:
@@ -277,11 +301,10 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Qw
             noise = block.roll(int(torch.randint(len(block), (), generator=random, dtype=torch.int64, device="cpu")))
             for piece in weight.view(-1).split(len(noise)):
                 piece.copy_(noise[: len(piece)])
-    return model
 
 
 def make_ready(
-    model: QwenVL, quantize: str, *, pack: bool = True, progress: Progress | None = None, store: str | None = None
+    model: Model, quantize: str, *, pack: bool = True, progress: Progress | None = None, store: str | None = None
 ) -> PackingTime:
     """Quantises the linear layers of a model on the CPU in place, or packs them; on CUDA, joins them. Arguments as `load_model`.
 
@@ -291,7 +314,8 @@ def make_ready(
     """
     spent = PackingTime()
     if uses_kernels(model.device):
-        join(model)
+        if model.native:
+            join(model)
         join_tower(model.model.visual)
     if not is_host(model.device):
         return spent

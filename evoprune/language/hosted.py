@@ -1,0 +1,128 @@
+"""The language model as a module of transformers: for models whose layers language/decoder.py does not have, and quantised ones.
+
+The functions are those of language/decoder.py. Cluster sizes reach the layers of attention as numbers in their mask; layers of
+linear attention (Gated DeltaNet, arXiv 2412.06464), which have no scores, read tokens as they are.
+"""
+
+from copy import deepcopy
+
+import torch
+
+from evoprune.backend.attention import without_cudnn
+from evoprune.methods.types import ascending
+from evoprune.model.numerics import without_autocast
+from evoprune.model.weights import HostedVL
+
+STRIP = 2048  # columns that share one mask of numbers; a multiple of the chunks (64) that linear attention computes in
+
+
+class HostedCache:
+    """What the layers keep of the columns read so far, in a `DynamicCache` of transformers, and the cluster size of each column.
+
+    Where a layer has a recurrent state, the cache cannot be cropped: a later prompt of the same beginning goes on from a copy.
+    """
+
+    def __init__(self, model: HostedVL):
+        from transformers import DynamicCache
+
+        config = model.model.language_model.config
+        self.states = DynamicCache(config=config)
+        self.length = 0  # columns that were read
+        self.sizes: torch.Tensor | None = None  # float32 `[length]`; None for 1 each
+        self.can_crop = can_crop(model)
+
+    def crop(self, length: int) -> None:
+        """Drops all but the first `length` columns. Raises ValueError: the cache holds fewer, or has recurrent states."""
+        if not (0 <= length <= self.length and self.can_crop):
+            raise ValueError(f"a cache of {self.length} columns cannot be cut to {length}")
+        for layer in self.states.layers:
+            if layer.get_seq_length():
+                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        self.sizes = None if self.sizes is None else self.sizes[:length]
+        self.length = length
+
+    def copy(self) -> "HostedCache":
+        return deepcopy(self)
+
+
+def can_crop(model: HostedVL) -> bool:
+    """Whether every layer of the language model keeps keys and values, and no recurrent state."""
+    kinds = getattr(model.model.language_model.config, "layer_types", None) or ()
+    return all(kind == "full_attention" for kind in kinds)
+
+
+@torch.inference_mode()
+@without_autocast()
+@without_cudnn()
+def forward(
+    model: HostedVL,
+    inputs_embeds: torch.Tensor,
+    positions: torch.Tensor,
+    cache: HostedCache,
+    sizes: torch.Tensor | None = None,
+    last: int = 1,
+    deepstack: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `decoder.forward`. A pass that fails leaves a cache that can be cropped as it was, and spoils another one.
+
+    Raises ValueError: no columns, not one position for each, fewer than are to be returned, or a cache that is spoiled.
+    """
+    columns, before = len(inputs_embeds), cache.length
+    if not columns or positions.shape != (3, columns):
+        raise ValueError(f"positions {list(positions.shape)} for {columns} columns")
+    if not 1 <= last <= columns:
+        raise ValueError(f"the last {last} of {columns} columns")
+    if cache.can_crop:  # an earlier pass may have ended between two layers
+        cache.crop(before)
+    elif before < 0:
+        raise ValueError("a pass failed that had changed the recurrent states of this cache")
+    every = None
+    if sizes is not None or cache.sizes is not None:
+        old, new = (
+            inputs_embeds.new_ones(count, dtype=torch.float32) if given is None else given.to(inputs_embeds.device)
+            for count, given in ((before, cache.sizes), (columns, sizes))
+        )
+        every = torch.cat([old, new])
+    if not cache.can_crop:
+        cache.length = -1  # until all layers have read all columns
+    hidden, places = [], torch.cat([ascending(columns, "cpu")[None] + before, positions])[:, None]
+    step = columns if every is None else STRIP
+    for start in range(0, columns, step):
+        strip = slice(start, min(start + step, columns))
+        hidden.append(
+            _read(model, inputs_embeds[strip], places[..., strip], cache, every, before + start, deepstack, strip)
+        )
+    cache.length, cache.sizes = before + columns, every
+    return torch.cat(hidden)[-last:] if len(hidden[-1]) < last else hidden[-1][-last:]
+
+
+def _read(
+    model: HostedVL,
+    embeds: torch.Tensor,
+    places: torch.Tensor,
+    cache: HostedCache,
+    sizes: torch.Tensor | None,
+    before: int,
+    deepstack: torch.Tensor | None,
+    strip: slice,
+) -> torch.Tensor:
+    """The final hidden states `[columns, hidden]` of a strip of columns, `before` of which others are in the cache."""
+    text, given = model.model.language_model, {}
+    if sizes is not None:
+        end = before + len(embeds)
+        seen = ascending(end, embeds.device) <= ascending(len(embeds), embeds.device)[:, None] + before
+        bias = sizes[:end].log().to(embeds.dtype)
+        given["attention_mask"] = torch.where(seen, bias, -torch.inf)[None, None]
+    if deepstack is not None and len(deepstack):
+        given["deepstack_visual_embeds"] = list(deepstack[:, strip])
+        given["visual_pos_masks"] = torch.ones(1, len(embeds), dtype=torch.bool, device=embeds.device)
+    places = places.to(embeds.device)
+    made = text(inputs_embeds=embeds[None], position_ids=places, past_key_values=cache.states, use_cache=True, **given)
+    return made.last_hidden_state[0]
+
+
+@torch.inference_mode()
+@without_autocast()
+def logits(model: HostedVL, *args, **kwargs) -> torch.Tensor:
+    """As `forward`, but returns the logits of the token after each of the last columns: float32 `[last, vocabulary]`."""
+    return model.lm_head(forward(model, *args, **kwargs)).float()

@@ -1,0 +1,141 @@
+"""Loads a model through transformers: families whose language model this project does not run itself, and quantised checkpoints.
+
+transformers reads the safetensors files, never code that comes with them, and asks no network. It also knows how each method of
+quantisation packs its weights; the packages that compute with them are the user's to install.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from evoprune.errors import ModelError, ModelWarning, first_line
+from evoprune.model.config import Config, as_written
+from evoprune.model.weights import HostedVL
+from evoprune.util import counted
+
+# What computes with the weights of a method of quantisation: the module, and the package that has it.
+PACKAGES = {
+    "awq": ("gptqmodel", "gptqmodel"),
+    "gptq": ("gptqmodel", "gptqmodel"),
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
+    "hqq": ("hqq", "hqq"),
+    "quanto": ("optimum", "optimum-quanto"),
+    "torchao": ("torchao", "torchao"),
+}
+
+
+def check_packages(quantization: str | None, name: str) -> None:
+    """Raises ModelError: the package that a quantised checkpoint needs is not installed."""
+    module, package = PACKAGES.get(quantization or "", (None, None))
+    if module and find_spec(module) is None:
+        problem = f"{name} holds weights quantised by {quantization}, and the package {package} is not installed"
+        raise ModelError(problem, f"pip install {package}")
+
+
+def load_hosted(
+    config: Config, folder: Path, dtype: torch.dtype, device: torch.device, quantization: str | None
+) -> HostedVL:
+    """The model in a folder, `quantization` its method if it is quantised.
+
+    Raises ModelError: transformers cannot read it, tensors are missing, or a package is. Warns of tensors that are not used.
+    """
+    check_packages(quantization, str(folder))
+    try:
+        made, info = read_whole(
+            folder, dtype, device, device_map={"": device} if quantization else None, output_loading_info=True
+        )
+    except (ImportError, OSError, ValueError, KeyError, AttributeError, NotImplementedError) as problem:
+        hint = "a package that it names must be installed; or take a newer transformers: pip install -U transformers"
+        raise ModelError(f"transformers cannot load {folder}: {first_line(problem)}", hint) from problem
+    if missing := sorted(map(str, info["missing_keys"])):
+        problem = f"the weights in {folder} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
+        raise ModelError(problem, "get the model again")
+    if wrong := sorted(map(str, info["mismatched_keys"])):
+        raise ModelError(f"the weights in {folder} have other shapes than config.json wants: {wrong[0]}")
+    if unused := sorted(map(str, info["unexpected_keys"])):
+        said = f"{counted(len(unused), 'tensor')} of the weights are not used in {folder}: {', '.join(unused[:3])}"
+        warnings.warn(said, ModelWarning, stacklevel=2)
+    return _of(config, made)
+
+
+def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **how):
+    """The model of transformers as it reads a folder, config and weights, by itself; under sdpa."""
+    from transformers import AutoModelForImageTextToText
+
+    safe = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    with quiet_transformers():
+        found = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", **safe, **how
+        )
+    made = found[0] if isinstance(found, tuple) else found
+    if not how.get("device_map"):  # layers of quantised weights were made on their device
+        made.to(device)
+    made.eval().requires_grad_(False)
+    return found
+
+
+def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> HostedVL:
+    """A model with seeded random weights, for benchmarks; its values do not change the speed."""
+    from evoprune.session.loading.model import fill_random
+
+    made = meta_model(config, dtype)
+    made.to_empty(device=device)
+    fill_random(made)
+    with_frequencies(made, device)
+    made.tie_weights()
+    return _of(config, made)
+
+
+def _of(config: Config, made) -> HostedVL:
+    made.eval().requires_grad_(False)
+    return HostedVL(config, made.model.visual, made.model.language_model, made.lm_head)
+
+
+def meta_model(config: Config, dtype: torch.dtype, attention: str = "sdpa"):
+    """The model of transformers with the numbers of `config`, without memory."""
+    from transformers import AutoModelForImageTextToText
+
+    how = {"dtype": dtype, "attn_implementation": attention}
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(hugging_face_config(config), **how)
+
+
+def hugging_face_config(config: Config):
+    """The config of transformers with the same numbers, of the class for this family."""
+    from transformers import AutoConfig
+
+    content = as_written(config)
+    content["text_config"] |= {"bos_token_id": None, "eos_token_id": config.text_config.eos_token_id}
+    return AutoConfig.for_model(**content)
+
+
+def with_frequencies(made, device: torch.device) -> None:
+    """Makes the rotary frequencies of a model that was on no device: they follow from the config, and are no weights."""
+    for parent in list(made.modules()):
+        for name, child in parent.named_children():
+            if hasattr(child, "inv_freq"):
+                # The tower's module has no config before transformers 5.17.
+                given = (child.config,) if hasattr(child, "config") else (child.dim, child.theta)
+                with device:
+                    setattr(parent, name, type(child)(*given))
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """A context in which transformers shows no progress and logs errors alone."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
