@@ -17,8 +17,8 @@ from evoprune.methods.types import ascending
 from evoprune.model.config import check_vision, vision_sizes
 
 SUPPORTED = (
-    "supported are transformers' Qwen3_5ForConditionalGeneration, Qwen3VLForConditionalGeneration (both also as ...Moe...), "
-    "Qwen2_5_VLForConditionalGeneration and Qwen2VLForConditionalGeneration; take it out of what wraps it (PEFT: get_base_model(), torch.compile: _orig_mod)"
+    "supported are transformers' classes for conditional generation of Qwen3.5, Qwen3-VL (and their mixtures of experts), "
+    "Qwen2.5-VL and Qwen2-VL; take it out of what wraps it (PEFT: get_base_model(), torch.compile: _orig_mod)"
 )
 # The classes of supported models, and of their towers.
 MODELS = ("Qwen3_5", "Qwen3_5Moe", "Qwen3VL", "Qwen3VLMoe", "Qwen2_5_VL", "Qwen2VL")
@@ -171,7 +171,7 @@ def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.S
 
     That may be `[B, columns]`, None, or ready: `[B, 1, L, keys]`, or a dict of those. Returns for each type of layer (`ONLY_KIND`
     where the config names none) `[B, 1, L, keys]`: bool for sdpa, True where a key is seen; numbers for eager, the lowest where it
-    is not. Of layers of linear attention `[B, L]`, 0 at padding, or None. Then the shape (B, L) of the call's columns and their dtype.
+    is not. Of layers of linear attention `[B, L]`, 0 at padding, or None. Then the shape (B, L) of the columns, and their dtype.
     """
     from transformers import masking_utils
 

@@ -152,6 +152,22 @@ def empty(config: Config) -> QwenVL:
         return QwenVL(config).eval().requires_grad_(False)
 
 
+def fill_random(model: nn.Module) -> None:
+    """Fills all weights: vectors with 1, biases with 0, others with seeded noise."""
+    like = next(model.parameters())
+    # One block of noise, repeated. Its length is a prime, so that no two rows of a matrix are equal.
+    random = torch.Generator().manual_seed(0)
+    block = torch.randn(1_048_573, generator=random, dtype=torch.float32, device="cpu").mul_(0.02).to(like)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:
+                weight.fill_(0 if name.endswith("bias") else 1)
+                continue
+            noise = block.roll(int(torch.randint(len(block), (), generator=random, dtype=torch.int64, device="cpu")))
+            for piece in weight.view(-1).split(len(noise)):
+                piece.copy_(noise[: len(piece)])
+
+
 def shared(model: QwenVL) -> QwenVL:
     """Another tree on the same tensors. Its layers can be replaced without changing the first one."""
     other = empty(model.config)

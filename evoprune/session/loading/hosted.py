@@ -14,7 +14,7 @@ import torch
 
 from evoprune.errors import ModelError, ModelWarning, first_line
 from evoprune.model.config import Config, as_written
-from evoprune.model.weights import HostedVL
+from evoprune.model.weights import HostedVL, fill_random
 from evoprune.util import counted
 
 # What computes with the weights of a method of quantisation: the module, and the package that has it.
@@ -81,8 +81,6 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **how):
 
 def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> HostedVL:
     """A model with seeded random weights, for benchmarks; its values do not change the speed."""
-    from evoprune.session.loading.model import fill_random
-
     made = meta_model(config, dtype)
     made.to_empty(device=device)
     fill_random(made)

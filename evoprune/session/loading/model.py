@@ -27,7 +27,7 @@ from evoprune.language.settings import GenerationOptions
 from evoprune.methods.registry import parse
 from evoprune.model.config import PATCHES, Config, GenerationSettings
 from evoprune.model.cost import shortage
-from evoprune.model.weights import Model, QwenVL, empty, name_in_memory
+from evoprune.model.weights import Model, QwenVL, empty, fill_random, name_in_memory
 from evoprune.report import ModelFacts
 from evoprune.session.loading.find import (
     BELONG,
@@ -285,22 +285,6 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Qw
     model.tie()
     fill_random(model)
     return model
-
-
-def fill_random(model: torch.nn.Module) -> None:
-    """Fills all weights: vectors with 1, biases with 0, others with seeded noise."""
-    like = next(model.parameters())
-    # One block of noise, repeated. Its length is a prime, so that no two rows of a matrix are equal.
-    random = torch.Generator().manual_seed(0)
-    block = torch.randn(1_048_573, generator=random, dtype=torch.float32, device="cpu").mul_(0.02).to(like)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 1:
-                weight.fill_(0 if name.endswith("bias") else 1)
-                continue
-            noise = block.roll(int(torch.randint(len(block), (), generator=random, dtype=torch.int64, device="cpu")))
-            for piece in weight.view(-1).split(len(noise)):
-                piece.copy_(noise[: len(piece)])
 
 
 def make_ready(
