@@ -28,7 +28,6 @@ from evoprune.cpu.quantize import saved_bytes
 from evoprune.errors import EvopruneWarning, ModelError, ModelWarning, UsageError, first_line
 from evoprune.language.prompt import Tokenizer
 from evoprune.model.config import (
-    EXPERTS,
     MODEL_TYPES,
     Config,
     GenerationSettings,
@@ -386,8 +385,6 @@ def read_config(path: Path) -> Config:
         raise _no_config(path.parent)
     content = _json(path)
     kind = content.get("model_type")
-    if kind == EXPERTS:
-        raise ModelError(f"{path.parent} is a mixture of experts, which evoprune does not run", MODEL_HINT)
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         known = " or ".join(MODEL_TYPES)
         raise ModelError(f"{path.parent} is a model of type {reprlib.repr(kind)}, not {known}", MODEL_HINT)
