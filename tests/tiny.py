@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL, Qwen2-VL or Qwen3-VL small enough for tests: seeded random weights, byte-level tokenizer, the hub's file layout."""
+"""A model of any family small enough for tests: seeded random weights, byte-level tokenizer, the hub's file layout."""
 
 import json
 from functools import cache
@@ -110,27 +110,49 @@ QWEN3_VISION = {
 }
 # Its heads are wider than hidden size by heads, and it has a layer more than DeepStack adds to.
 QWEN3_TEXT = {"num_hidden_layers": 4, "head_dim": 24}
+QWEN3_5_VISION = {name: value for name, value in QWEN3_VISION.items() if name != "deepstack_visual_indexes"}
+# Two Gated DeltaNets before each attention, of whose heads half is rotated.
+QWEN3_5_TEXT = {
+    "num_hidden_layers": 6,
+    "head_dim": 24,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
-    """Two text and two vision layers, hidden 64, head dimension 16; window and full attention both occur in Qwen2.5-VL. Qwen3-VL
-    has a few more of each.
+    """Two text and two vision layers, hidden 64, head dimension 16; window and full attention both occur in Qwen2.5-VL. Later
+    families have a few more of each.
 
     With two heads the head dimension of the language model is 32, the least that vLLM has kernels for.
     """
-    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
+    from transformers import AutoConfig
 
-    kind, vision = {
-        "qwen2_5_vl": (Qwen2_5_VLConfig, QWEN2_5_VISION),
-        "qwen2_vl": (Qwen2VLConfig, QWEN2_VISION),
-        "qwen3_vl": (Qwen3VLConfig, QWEN3_VISION),
+    vision, text, rope = {
+        "qwen2_5_vl": (QWEN2_5_VISION, {}, {"mrope_section": [8 // heads, 12 // heads, 12 // heads]}),
+        "qwen2_vl": (QWEN2_VISION, {}, {"mrope_section": [8 // heads, 12 // heads, 12 // heads]}),
+        "qwen3_vl": (QWEN3_VISION, QWEN3_TEXT, {"mrope_section": [6, 3, 3]}),
+        "qwen3_vl_moe": (QWEN3_VISION, QWEN3_TEXT | EXPERTS | {"mlp_only_layers": [1]}, {"mrope_section": [6, 3, 3]}),
+        "qwen3_5": (QWEN3_5_VISION, QWEN3_5_TEXT, {"mrope_section": [2, 2, 2]}),
+        "qwen3_5_moe": (
+            QWEN3_5_VISION,
+            QWEN3_5_TEXT | EXPERTS | {"shared_expert_intermediate_size": 48},
+            {"mrope_section": [2, 2, 2]},
+        ),
     }[family]
-    rope = {"mrope_section": [8 // heads, 12 // heads, 12 // heads]}
-    if family == "qwen3_vl":
-        rope = {"mrope_section": [6, 3, 3], "mrope_interleaved": True}
+    if vision.get("patch_size") == 16:
+        rope["mrope_interleaved"] = True
+    if "layer_types" in text:
+        rope["partial_rotary_factor"] = 0.5
     tokenizer = tiny_tokenizer()
     special = tokenizer.convert_tokens_to_ids
-    return kind(
+    return AutoConfig.for_model(
+        family,
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": 64,
@@ -143,7 +165,7 @@ def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **rope},
             "bos_token_id": special("<|endoftext|>"),
             "eos_token_id": special("<|im_end|>"),
-            **(QWEN3_TEXT if family == "qwen3_vl" else {}),
+            **text,
         },
         vision_config=dict(vision),
         image_token_id=special("<|image_pad|>"),
@@ -179,7 +201,7 @@ def save_tiny(folder: str | Path, seed: int = 0, family: str = "qwen2_5_vl", hea
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     normal = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
     patch, size = 14, {"shortest_edge": 12544, "longest_edge": 50176}
-    if family == "qwen3_vl":  # whose limits are those of all frames of a video together
+    if family.startswith("qwen3"):  # whose limits are those of all frames of a video together
         normal = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
         patch, size = 16, {"shortest_edge": 4096, "longest_edge": 12 * 50176}
     for name, content in {

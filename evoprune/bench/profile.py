@@ -87,7 +87,7 @@ def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
     """Loads a model if there is memory for the smallest case. Raises OutOfMemory; what `case_grid` and `load_model` raise."""
     if found := outline(options):
         size = DTYPES[found.dtype].itemsize
-        weights = sum(weight.numel() for weight in found.tree.parameters()) * size
+        weights = found.parameters * size
         working = min(working_memory(found.config, case, found.limits[VIDEO], size) for case in cases)
         if short := cost.shortage(weights + working, str(found.device)):
             hint = (

@@ -4,8 +4,8 @@ A model's folder is no more trusted than a video: every value that is used has a
 become a crash or an endless loop later. A field of a dataclass has its rule in its annotation; `pick` makes such a dataclass of the
 entries of a file.
 
-`parse_config` reads the config of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, under Hugging Face's names. Published checkpoints keep the
-language model's numbers at the top level, newer ones in `text_config`; both are read. A model that this program could not run
+`parse_config` reads the config of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5, under Hugging Face's names. Older checkpoints keep
+the language model's numbers at the top level, newer ones in `text_config`; both are read. A model that this program could not run
 faithfully is refused here, before any weights are read. What differs between the families is written down here as values. Only
 `vision/families.py` asks for a family by name, too.
 """
@@ -23,9 +23,9 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 from evoprune.errors import LFS, LFS_HINT, ModelError
 
-QWEN2_5, QWEN2, QWEN3 = "qwen2_5_vl", "qwen2_vl", "qwen3_vl"
-MODEL_TYPES = (QWEN2_5, QWEN2, QWEN3)
-EXPERTS = "qwen3_vl_moe"  # a model type of which only the tower is a known one
+QWEN2_5, QWEN2, QWEN3, QWEN3_MOE = "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"
+QWEN3_5, QWEN3_5_MOE = "qwen3_5", "qwen3_5_moe"
+MODEL_TYPES = (QWEN2_5, QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, QWEN3_5_MOE)
 PATCHES = 4  # of a unit: 2x2
 ANSWER_COLUMNS = 256  # that a prompt's KV cache has to spare: an answer of the usual length needs no second cache
 MAX_LEVELS = 100  # of lists and objects inside one another; Python itself fails at about a thousand
@@ -169,6 +169,7 @@ Layers = Annotated[int, whole(1, 1000)]  # far more than any model has, and stil
 SIZE = whole(1, 2**22)
 Size = Annotated[int, SIZE]
 LayerNumbers = Annotated[tuple[int, ...], list_of(whole(0, 1000))]
+FULL, LINEAR = "full_attention", "linear_attention"  # kinds of layers
 EndIds = Annotated[  # of the tokens that end an answer
     int | tuple[int, ...] | None, either(whole(0, 2**31), list_of(whole(0, 2**31)))
 ]
@@ -187,8 +188,8 @@ class Family:
     picture: Mapping[str, Any]
     unstated: Mapping[str, Any]  # the same for pictures, where a model's folder has no settings of a processor
     vision: Mapping[str, Any]  # settings of the tower, where a file does not say
-    native: bool = True  # whether language/decoder.py runs its language model
     timestamps: bool = False  # whether a prompt has the time of each frame pair, and markers around its tokens
+    native: bool = True  # whether `language/decoder.py` runs its language model; else transformers does
 
 
 _QWEN2_5 = Family(
@@ -204,21 +205,55 @@ _QWEN2_5 = Family(
 )
 _HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 _QWEN3_PICTURE = _HALF | {"min_pixels": 65_536, "max_pixels": 16_777_216, "of_all_frames": False}
+_QWEN3_TEXT = {"rope_theta": 5e5, "mrope_section": [24, 20, 20], "rms_norm_eps": 1e-6}
+_QWEN3 = Family(
+    hidden_act="gelu_pytorch_tanh",
+    layer_norms=True,
+    mlp=("linear_fc1", "linear_fc2"),
+    merger=("norm", "linear_fc1", "linear_fc2"),
+    text=_QWEN3_TEXT | {"head_dim": 128},
+    video=_HALF | {"min_pixels": 4096, "max_pixels": 25_165_824, "of_all_frames": True},
+    picture=_QWEN3_PICTURE,
+    unstated=_QWEN3_PICTURE,
+    vision={"num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24), "patch_size": 16},
+    timestamps=True,
+)
+_QWEN3_5_TEXT = {
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.25,
+    "mrope_section": [11, 11, 10],
+    "rms_norm_eps": 1e-6,
+    "head_dim": 256,
+    "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+_QWEN3_5_EXPERTS = {
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+_QWEN3_5 = replace(
+    _QWEN3,
+    text=_QWEN3_5_TEXT,
+    vision={"num_position_embeddings": 2304, "patch_size": 16},  # no DeepStack
+    native=False,
+)
 FAMILIES = {
     QWEN2_5: _QWEN2_5,
     QWEN2: replace(_QWEN2_5, hidden_act="quick_gelu", layer_norms=True, mlp=("fc1", "fc2")),
-    QWEN3: Family(
-        hidden_act="gelu_pytorch_tanh",
-        layer_norms=True,
-        mlp=("linear_fc1", "linear_fc2"),
-        merger=("norm", "linear_fc1", "linear_fc2"),
-        text={"rope_theta": 5e5, "mrope_section": [24, 20, 20], "rms_norm_eps": 1e-6, "head_dim": 128},
-        video=_HALF | {"min_pixels": 4096, "max_pixels": 25_165_824, "of_all_frames": True},
-        picture=_QWEN3_PICTURE,
-        unstated=_QWEN3_PICTURE,
-        vision={"num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24), "patch_size": 16},
-        timestamps=True,
+    QWEN3: _QWEN3,
+    QWEN3_MOE: replace(
+        _QWEN3,
+        text=_QWEN3_TEXT | {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408},
+        native=False,
     ),
+    QWEN3_5: _QWEN3_5,
+    QWEN3_5_MOE: replace(_QWEN3_5, text=_QWEN3_5_TEXT | _QWEN3_5_EXPERTS),
 }
 
 
@@ -231,7 +266,7 @@ class VisionConfig:
     intermediate_size: Size  # and inside its MLPs
     num_heads: Size
     out_hidden_size: Size  # features of a unit after the merger: the language model's hidden size
-    fullatt_block_indexes: LayerNumbers  # that attend over whole frame pairs; in Qwen2-VL and Qwen3-VL all of them
+    fullatt_block_indexes: LayerNumbers  # that attend over whole frame pairs; but for Qwen2.5-VL all of them
     window_size: Size = 112  # of attention, in pixels; where no layer attends over windows, it only orders the rows
     patch_size: Size = 14  # side in pixels
     temporal_patch_size: Size = 2  # frames in a frame pair
@@ -264,17 +299,52 @@ class Qwen2Sizes:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """The layers that are no attention, but a Gated DeltaNet (arXiv 2412.06464), whose state does not grow with the prompt."""
+
+    layer_types: Annotated[tuple[str, ...], list_of(TEXT)]  # of each layer of the language model, `FULL` or `LINEAR`
+    linear_conv_kernel_dim: Annotated[int, whole(1, 1000)]  # columns that their convolution sees
+    linear_num_key_heads: Size
+    linear_num_value_heads: Size  # a multiple of those
+    linear_key_head_dim: Size
+    linear_value_head_dim: Size
+
+    @property
+    def key_size(self) -> int:
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def value_size(self) -> int:
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of a layer's MLP, and which layers have one."""
+
+    num_experts: Annotated[int, whole(1, 2**16)]
+    num_experts_per_tok: Annotated[int, whole(1, 2**16)]  # that a token goes through
+    moe_intermediate_size: Size  # of an expert
+    shared_expert_intermediate_size: Annotated[int | None, SIZE] = (
+        None  # of one that every token goes through, if there is one
+    )
+    decoder_sparse_step: Annotated[int, whole(1, 1000)] = 1  # of so many layers the last has experts
+    mlp_only_layers: LayerNumbers = ()  # that have none anyway
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """The language model."""
 
     vocab_size: Annotated[int, whole(1, 2**24)]
     hidden_size: Size
-    intermediate_size: Size
     num_hidden_layers: Layers
     num_attention_heads: Size
     num_key_value_heads: Size
-    # `rope_theta`, `mrope_section` and, where the three positions take turns, `mrope_interleaved`
+    # `rope_theta`, `mrope_section`, where the three positions take turns `mrope_interleaved`, and where they turn only a part of a
+    # head `partial_rotary_factor`
     rope_parameters: Annotated[dict[str, Any], OBJECT]
+    intermediate_size: Annotated[int | None, SIZE] = None  # of MLPs; may be None where every layer has experts
     rms_norm_eps: Annotated[float, number(1e-30, 1)] = 1e-5
     hidden_act: Annotated[str, TEXT] = "silu"
     use_sliding_window: Annotated[bool, YES_OR_NO] = False
@@ -283,6 +353,25 @@ class TextConfig:
     max_position_embeddings: Annotated[int | None, whole(1, 2**31)] = None
     head_dim: Annotated[int | None, whole(1, 2**16)] = None  # see `head_size`
     head_norms: bool = False  # whether queries and keys are normed head by head, and have no bias
+    delta_net: DeltaNet | None = None
+    experts: Experts | None = None
+
+    @property
+    def output_gate(self) -> bool:
+        """Whether a gate, projected with the queries and of their size, multiplies what they have attended to."""
+        return self.delta_net is not None
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether a layer is a Gated DeltaNet."""
+        return self.delta_net is not None and self.delta_net.layer_types[layer] == LINEAR
+
+    def has_experts(self, layer: int) -> bool:
+        experts = self.experts
+        return (
+            experts is not None
+            and layer not in experts.mlp_only_layers
+            and (layer + 1) % experts.decoder_sparse_step == 0
+        )
 
 
 @dataclass(frozen=True)
@@ -317,9 +406,10 @@ def parse_config(content: dict) -> Config:
     """
     family = content.get("model_type") or QWEN2_5
     text, vision = section(content, "text_config") or content, section(content, "vision_config")
-    # Either place ties them, as in transformers: earlier versions wrote the one in `text_config` alone.
+    # As in transformers: before Qwen3-VL either place ties them, for earlier versions wrote the one in `text_config` alone.
     tied = [each.get("tie_word_embeddings") for each in (content, text)]
-    tied = any([YES_OR_NO.check(each, "tie_word_embeddings") for each in tied if each is not None])
+    tied = [each is not None and YES_OR_NO.check(each, "tie_word_embeddings") for each in tied]
+    tied = any(tied) if family in (QWEN2_5, QWEN2) else tied[0]
     config = Config(parse_vision(vision, family), _parse_text(text, family), tied)
     check_vision(config.vision_config)
     _check_rope(section(content, "rope_scaling"))  # nothing reads it where there is a `text_config`
@@ -330,17 +420,30 @@ def parse_config(content: dict) -> Config:
 
 def _parse_text(content: dict, family: str) -> TextConfig:
     """Reads the settings of the language model, wherever they stand. Raises as `parse_config`."""
-    given = FAMILIES[family].text | {name: value for name, value in content.items() if value is not None}
+    traits, given = FAMILIES[family], {name: value for name, value in content.items() if value is not None}
+    if "num_local_experts" in given:  # as transformers writes it
+        given = {"num_experts": given["num_local_experts"]} | given
+    given = traits.text | given
     # The earlier name counts more, as in transformers: guides to YaRN add it to a file that has the other.
     rope = section(content, "rope_scaling") or section(content, "rope_parameters")
-    rope = {name: given[name] for name in ("rope_theta", "mrope_section")} | {
+    names = {"rope_theta", "mrope_section", "partial_rotary_factor"} & traits.text.keys()
+    rope = {name: given[name] for name in sorted(names)} | {
         name: value for name, value in rope.items() if value is not None
     }
-    if family == QWEN3:
+    heads = content.get("num_key_value_heads") or content.get("num_attention_heads")
+    head_norms = family not in (QWEN2_5, QWEN2)
+    if head_norms:
         rope["mrope_interleaved"] = True
         _check(not content.get("attention_bias"), "attention_bias is not supported", Unsupported)
-    heads = content.get("num_key_value_heads") or content.get("num_attention_heads")
+    if family == QWEN3_5_MOE:
+        given.pop("intermediate_size", None)  # every layer has experts
     text = pick(TextConfig, given | {"rope_parameters": rope, "num_key_value_heads": heads}, "text_config")
+    if "full_attention_interval" in traits.text:
+        text = replace(text, delta_net=_parse_delta_net(given, text.num_hidden_layers))
+    if "num_experts" in traits.text:
+        text = replace(text, experts=_parse_experts(given, family))
+    every = all(map(text.has_experts, range(text.num_hidden_layers)))
+    _check(every or text.intermediate_size is not None, "text_config has no intermediate_size")
     slides = text.use_sliding_window
     if slides and "layer_types" in given:  # as transformers decides whether some layer attends over a window
         slides = "sliding_attention" in list_of(TEXT).check(given["layer_types"], "text_config.layer_types")
@@ -356,9 +459,43 @@ def _parse_text(content: dict, family: str) -> TextConfig:
     _check(divides, "hidden_size does not divide into heads")
     _check(text.num_attention_heads % text.num_key_value_heads == 0, "key/value heads do not divide the heads")
     sections = list_of(whole(0, 2**16), 3).check(rope["mrope_section"], "mrope_section")
-    _check(2 * sum(sections) == head_size(text), "mrope_section does not fit the heads")
+    share = number(0, 1).check(rope.get("partial_rotary_factor", 1), "partial_rotary_factor") if text.delta_net else 1
+    _check(2 * sum(sections) == int(head_size(text) * share), "mrope_section does not fit the heads")
     number(1e-6, 1e15).check(rope["rope_theta"], "rope_theta")
-    return replace(text, head_norms=family == QWEN3, use_sliding_window=False)
+    return replace(text, head_norms=head_norms, use_sliding_window=False)
+
+
+def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
+    """The layers of a language model of `depth` layers that are Gated DeltaNets. Raises as `parse_config`."""
+    interval = whole(1, 1000).check(given["full_attention_interval"], "text_config.full_attention_interval")
+    kinds = [FULL if (layer + 1) % interval == 0 else LINEAR for layer in range(depth)]
+    net = pick(DeltaNet, {"layer_types": kinds} | given, "text_config")
+    _check(len(net.layer_types) == depth, f"layer_types names {len(net.layer_types)} layers of {depth}")
+    for kind in net.layer_types:
+        _check(kind in (FULL, LINEAR), f"a layer of type {kind[:100]!r} is not supported", Unsupported)
+    whole_groups = net.linear_num_value_heads % net.linear_num_key_heads == 0
+    _check(whole_groups, "linear_num_key_heads does not divide linear_num_value_heads")
+    _check(
+        given.get("attn_output_gate", True) is True, "attention without an output gate is not supported", Unsupported
+    )
+    gate = given.get("output_gate_type", "swish")
+    _check(gate in ("swish", "silu"), f"output_gate_type {gate!r} is not supported, only swish", Unsupported)
+    return net
+
+
+def _parse_experts(given: dict, family: str) -> Experts:
+    """Raises as `parse_config`."""
+    experts = pick(Experts, given, "text_config")
+    active, count = experts.num_experts_per_tok, experts.num_experts
+    _check(active <= count, f"a token goes through {active} experts (num_experts_per_tok) of {count}")
+    _check(given.get("norm_topk_prob", True) is True, "norm_topk_prob false is not supported", Unsupported)
+    # What this family of transformers does not read.
+    unread = {"shared_expert_intermediate_size"} if family == QWEN3_MOE else {"decoder_sparse_step", "mlp_only_layers"}
+    for field in fields(Experts):
+        value = getattr(experts, field.name)
+        same = field.name not in unread or value == field.default
+        _check(same, f"{field.name} {value} is not supported in {family}", Unsupported)
+    return experts
 
 
 def _check_rope(rope: dict) -> None:
@@ -381,10 +518,13 @@ def parse_vision(content: dict, family: str) -> VisionConfig:
         own = pick(Qwen2Sizes, given, "vision_config")
         given |= {"hidden_size": own.embed_dim, "out_hidden_size": own.hidden_size}
         given["intermediate_size"] = own.embed_dim * own.mlp_ratio
-    if family != QWEN3:
-        given |= {"num_position_embeddings": None, "deepstack_visual_indexes": None}
+    given |= {
+        name: None for name in ("num_position_embeddings", "deepstack_visual_indexes") if name not in traits.vision
+    }
     if family == QWEN2_5:
         return pick(VisionConfig, given, "vision_config")
+    speed = section(given, "rope_parameters").get("rope_theta") or 10_000
+    _check(speed == 10_000, f"rope_theta {speed} of the tower is not supported, only 10000", Unsupported)
     picked = pick(VisionConfig, given | {"fullatt_block_indexes": [], "window_size": None}, "vision_config")
     window = 4 * picked.patch_size * picked.spatial_merge_size  # of no effect: no layer attends over windows
     every = tuple(range(picked.depth))
@@ -434,9 +574,12 @@ def as_written(config: Config) -> dict[str, Any]:
     vision, text = content["vision_config"], content["text_config"]
     family = vision.pop("family")
     del text["head_norms"]
+    text |= text.pop("delta_net", {}) | text.pop("experts", {})
     if family == QWEN2:
         wide = vision["hidden_size"]
         vision |= {"embed_dim": wide, "hidden_size": vision["out_hidden_size"]}
         vision["mlp_ratio"] = vision["intermediate_size"] // wide
     text["rope_parameters"] = {"rope_type": "default"} | text["rope_parameters"]
+    if not FAMILIES[family].native:
+        text["model_type"], vision["model_type"] = f"{family}_text", f"{family}_vision"
     return {"model_type": family, **content}

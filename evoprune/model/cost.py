@@ -11,12 +11,14 @@ import torch
 
 from evoprune.backend.devices import available_memory, now
 from evoprune.errors import memory_guard
-from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, head_size
+from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, TextConfig, head_size
 from evoprune.model.numerics import without_autocast
+from evoprune.model.weights import Tower
 
 SMALL_CHANGE = 128 * 2**20  # bytes that any run takes, however small
 # The rate of a whole forward pass, as a share of a plain matrix product's. Only for estimates.
 EFFICIENCY = 0.5
+DELTA_CHUNK = 64  # columns that a Gated DeltaNet computes together when it reads a prompt, as in transformers
 
 
 T = TypeVar("T")
@@ -106,17 +108,31 @@ def carried_bytes(config: Config, places: int, bytes_each: int) -> int:
 
 
 def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -> int:
-    """Bytes of the language model's keys and values for a prompt of `tokens`, in each layer or in all."""
-    text = config.text_config
-    every = text.num_hidden_layers * tokens if isinstance(tokens, int) else sum(tokens)
-    return 2 * text.num_key_value_heads * head_size(text) * every * bytes_each
+    """Bytes of the language model's keys and values for a prompt of `tokens`, in each layer or in all.
+
+    A Gated DeltaNet has a state in their place, in float32, whatever the length of the prompt.
+    """
+    text, depth = config.text_config, config.text_config.num_hidden_layers
+    lengths = [tokens] * depth if isinstance(tokens, int) else tokens
+    of_token = 2 * text.num_key_value_heads * head_size(text) * bytes_each
+    total = of_token * sum(length for layer, length in enumerate(lengths) if not text.is_linear(layer))
+    if net := text.delta_net:
+        state = net.value_size * net.linear_key_head_dim * 4
+        seen = (2 * net.key_size + net.value_size) * net.linear_conv_kernel_dim * bytes_each
+        total += sum(map(text.is_linear, range(depth))) * (state + seen)
+    return total
 
 
 def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int) -> int:
     """Bytes of reading a prompt of `prompt` tokens, in each layer or in all, keys and values included."""
     text, most = config.text_config, prompt if isinstance(prompt, int) else max(prompt)
     added = config.vision_config.layers_read - 1  # by DeepStack, to as many layers
-    widest = most * ((8 * 4 + added * bytes_each) * text.hidden_size + 3 * text.intermediate_size * bytes_each)
+    inner = max(mlp_size(text, layer) for layer in range(text.num_hidden_layers))
+    wide = 8 * 4 * text.hidden_size
+    if net := text.delta_net:  # its chunks are computed in float32, with a copy of its keys for each head of values
+        heads, key, value = net.linear_num_value_heads, net.linear_key_head_dim, net.linear_value_head_dim
+        wide = max(wide, heads * (6 * key + 6 * value + 3 * DELTA_CHUNK) * 4)
+    widest = most * (wide + added * bytes_each * text.hidden_size + 3 * inner * bytes_each)
     held = most + ANSWER_COLUMNS if isinstance(prompt, int) else [tokens + ANSWER_COLUMNS for tokens in prompt]
     return widest + kv_bytes(config, held, bytes_each)
 
@@ -143,8 +159,44 @@ def stretched(rows: Sequence[T], depth: int) -> list[T]:
     return [rows[layer * len(rows) // depth] for layer in range(depth)]
 
 
-def prefill_flop(config, length: int | Sequence[int | Sequence[int]]) -> float:
-    """Operations of reading a prompt, with logits of the last token only; `config`: a `TextConfig`.
+def mlp_size(config: TextConfig, layer: int) -> int:
+    """Inner features that a layer computes of a token: of its MLP, or of the experts that the token goes through."""
+    if not config.has_experts(layer):
+        return config.intermediate_size
+    experts = config.experts
+    shared = experts.shared_expert_intermediate_size or 0
+    return experts.num_experts_per_tok * experts.moe_intermediate_size + shared
+
+
+def parameter_count(config: Config) -> int:
+    """Numbers in the weights of a model of any family, of all experts; shared ones count once."""
+    text, net, experts = config.text_config, config.text_config.delta_net, config.text_config.experts
+    h, head = text.hidden_size, head_size(text)
+    wide, keys = (head * heads for heads in (text.num_attention_heads, text.num_key_value_heads))
+    attention = h * (wide * (3 if text.output_gate else 2) + 2 * keys)
+    attention += 2 * head if text.head_norms else wide + 2 * keys  # biases
+    with torch.device("meta"):
+        total = sum(weight.numel() for weight in Tower(config.vision_config).parameters())
+    total += text.vocab_size * h * (1 if config.tie_word_embeddings else 2) + h
+    for layer in range(text.num_hidden_layers):
+        total += 2 * h
+        if text.is_linear(layer):
+            mixed, heads = 2 * net.key_size + net.value_size, net.linear_num_value_heads
+            total += h * (mixed + 2 * net.value_size + 2 * heads) + mixed * net.linear_conv_kernel_dim
+            total += 2 * heads + net.linear_value_head_dim
+        else:
+            total += attention
+        if text.has_experts(layer):
+            total += experts.num_experts * h * (1 + 3 * experts.moe_intermediate_size)
+            if shared := experts.shared_expert_intermediate_size:
+                total += h * (1 + 3 * shared)
+        else:
+            total += 3 * h * text.intermediate_size
+    return total
+
+
+def prefill_flop(config: TextConfig, length: int | Sequence[int | Sequence[int]]) -> float:
+    """Operations of reading a prompt, with logits of the last token only.
 
     `length`: tokens of the prompt after pruning, in each layer or in all. Of a layer also three numbers: the tokens of which it
     computes keys and values, queries and output, and the MLP.
@@ -152,11 +204,29 @@ def prefill_flop(config, length: int | Sequence[int | Sequence[int]]) -> float:
     h, lengths = config.hidden_size, [length] * config.num_hidden_layers if isinstance(length, int) else length
     key_value, wide = (head_size(config) * heads for heads in (config.num_key_value_heads, config.num_attention_heads))
     total = 2.0 * h * config.vocab_size
-    for each in lengths:
+    gate = 2 * h * wide if config.output_gate else 0
+    for layer, each in enumerate(lengths):
         keys, queries, mlp = (each,) * 3 if isinstance(each, int) else each
-        total += 4 * h * (key_value * keys + wide * queries) + 2 * keys * queries * wide
-        total += 6 * h * config.intermediate_size * mlp
+        if config.is_linear(layer):
+            total += keys * _delta_flop(config)
+        else:
+            total += 4 * h * (key_value * keys + wide * queries) + 2 * keys * queries * wide + gate * queries
+        total += 6 * h * mlp_size(config, layer) * mlp
+        if config.has_experts(layer):
+            gates = config.experts.num_experts + (config.experts.shared_expert_intermediate_size is not None)
+            total += 2 * h * gates * mlp
     return total
+
+
+def _delta_flop(config: TextConfig) -> float:
+    """Operations of a Gated DeltaNet for a token of a prompt: projections, convolution, delta rule by chunks."""
+    net, key, value = config.delta_net, config.delta_net.linear_key_head_dim, config.delta_net.linear_value_head_dim
+    heads, mixed = net.linear_num_value_heads, 2 * net.key_size + net.value_size
+    projections = 2 * config.hidden_size * (mixed + 2 * net.value_size + 2 * heads)
+    # Inside a chunk keys meet keys and queries, a triangular system is solved for keys and values, and queries read the values;
+    # the state is read by keys and by queries, and written.
+    inside = DELTA_CHUNK * (4 * key + (key + value) + 2 * value)
+    return projections + 2 * net.linear_conv_kernel_dim * mixed + heads * (inside + 6 * key * value)
 
 
 @without_autocast()

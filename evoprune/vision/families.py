@@ -2,7 +2,8 @@
 
 Qwen2.5-VL (arXiv 2502.13923) has RMS norms and gated MLPs. Qwen2-VL (arXiv 2409.12191) has layer norms with a bias, and MLPs of two
 matrices with the quick GELU between them. Qwen3-VL (arXiv 2511.21631) has the same with the tanh form of GELU, adds learned
-positions to the patches, and makes features of inner layers too (DeepStack, arXiv 2406.04334).
+positions to the patches, and makes features of inner layers too (DeepStack, arXiv 2406.04334). Qwen3.5's tower is that without the
+features of inner layers.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.cpu.linear import linear
-from evoprune.model.config import QWEN2, QWEN2_5, QWEN3, vision_sizes
+from evoprune.model.config import QWEN2, QWEN2_5, QWEN3, QWEN3_5, QWEN3_5_MOE, QWEN3_MOE, vision_sizes
 from evoprune.vision.layout import Geometry, TokenLayout
 
 EPS = 1e-6  # of all norms
@@ -55,8 +56,7 @@ def _tanh_gelu(mlp, x: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
 LAYERS = {
     QWEN2_5: Layers(lambda module, x: norm(x, module.weight), _gated, rms=True),
     QWEN2: Layers(_layer, _quick_gelu),
-    QWEN3: Layers(_layer, _tanh_gelu),
-}
+} | dict.fromkeys((QWEN3, QWEN3_MOE, QWEN3_5, QWEN3_5_MOE), Layers(_layer, _tanh_gelu))
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

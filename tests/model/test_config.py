@@ -6,9 +6,26 @@ import json
 import pytest
 
 from evoprune.bundled import DEMOS
-from evoprune.model.config import MAX_BYTES, MAX_LEVELS, Unsupported, loads, parse_config, read_object
+from evoprune.model.config import (
+    FAMILIES,
+    FULL,
+    LINEAR,
+    MAX_BYTES,
+    MAX_LEVELS,
+    MODEL_TYPES,
+    QWEN3_5,
+    QWEN3_5_MOE,
+    QWEN3_MOE,
+    Unsupported,
+    as_written,
+    loads,
+    parse_config,
+    read_object,
+    vision_sizes,
+)
 from evoprune.session.loading.find import BUNDLED_CONFIGS
 from evoprune.session.loading.hosted import hugging_face_config
+from tests.tiny import tiny_config
 
 NEW = json.loads(BUNDLED_CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"].read_text())
 
@@ -75,43 +92,74 @@ def test_both_ways_to_write_it_mean_the_same():
         assert getattr(old.text_config, name) == getattr(new.text_config, name)
 
 
-QWEN3 = {name: path for name, path in BUNDLED_CONFIGS.items() if "Qwen3" in name}
-
-
-# Fields of ours that transformers' classes of the families before Qwen3-VL do not have, and that those of Qwen3-VL do not.
-UNKNOWN = "family", "head_norms", "head_dim", "num_position_embeddings", "deepstack_visual_indexes"
-UNKNOWN_TO_QWEN3 = (
-    "family", "head_norms", "fullatt_block_indexes", "window_size", "tokens_per_second", "use_sliding_window",
-)  # fmt: skip
 CONFIGS = BUNDLED_CONFIGS | {name: demo.folder / "config.json" for name, demo in DEMOS.items()}
 FORMS = {"new": dict, "old": flat}
+# Fields of ours that transformers' class does not have, where it has none: it hard-codes them or has no use for them.
+OURS = {
+    "family", "head_norms", "delta_net", "experts", "fullatt_block_indexes", "window_size", "tokens_per_second",
+    "use_sliding_window", "num_position_embeddings", "deepstack_visual_indexes", "head_dim",
+}  # fmt: skip
+
+
+def numbers(part):
+    """All numbers of a config's part by their names, those of `delta_net` and `experts` among them."""
+    for field, value in vars(part).items():
+        if field in ("delta_net", "experts") and value is not None:
+            yield from vars(value).items()
+        elif field not in ("delta_net", "experts"):
+            yield field, value
+
+
+def check_numbers(config, theirs):
+    compared = 0
+    for part in ("vision_config", "text_config"):
+        for field, value in numbers(getattr(config, part)):
+            other = getattr(theirs, part)
+            if not hasattr(other, field) and field not in ("num_experts", "rope_parameters"):
+                # What it does not know has no effect.
+                assert field in OURS or value in (None, (), 1), field
+                continue
+            if field in ("head_dim", "intermediate_size") and value is None:
+                continue
+            expected = getattr(other, field)
+            if isinstance(value, dict):
+                names = {"rope_theta", "mrope_section", "partial_rotary_factor"} & value.keys()
+                value, expected = ({name: each[name] for name in names} for each in (value, expected))
+            expected = tuple(expected) if isinstance(expected, list) else expected
+            assert expected == value, field
+            compared += 1
+    assert compared > 20 and config.tie_word_embeddings == theirs.tie_word_embeddings
 
 
 @pytest.mark.parametrize(
-    "name, form", [(name, form) for name in CONFIGS for form in FORMS if form == "new" or name not in QWEN3]
+    "name, form", [(name, form) for name in CONFIGS for form in FORMS if form == "new" or "Qwen3" not in name]
 )
 def test_numbers_are_those_that_transformers_reads(name, form):
-    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
+    from transformers import AutoConfig
 
     content = FORMS[form](json.loads(CONFIGS[name].read_text()))
-    theirs, unknown = (Qwen3VLConfig, UNKNOWN_TO_QWEN3) if name in QWEN3 else (Qwen2_5_VLConfig, UNKNOWN)
-    config, theirs = parse_config(content), theirs.from_dict(copy.deepcopy(content))
+    config, theirs = parse_config(content), AutoConfig.for_model(**copy.deepcopy(content))
     back = hugging_face_config(config)
-    assert type(back) is type(theirs) and config.text_config.head_norms is (name in QWEN3)
-    for other in (theirs, back):
-        for part in ("vision_config", "text_config"):
-            for field, value in vars(getattr(config, part)).items():
-                if field in unknown:
-                    continue
-                expected = getattr(getattr(other, part), field)
-                if isinstance(value, dict):
-                    value, expected = ({k: d[k] for k in ("rope_theta", "mrope_section")} for d in (value, expected))
-                assert expected == (list(value) if isinstance(value, tuple) else value), field
-        assert config.tie_word_embeddings == other.tie_word_embeddings
+    assert type(back) is type(theirs) and config.text_config.head_norms is ("Qwen3" in name)
+    check_numbers(config, theirs)
+    check_numbers(config, back)
+
+
+@pytest.mark.parametrize("family", MODEL_TYPES)
+def test_what_is_written_is_read_as_it_was(family):
+    written = tiny_config(family).to_dict()
+    config = parse_config(json.loads(json.dumps(written)))
+    assert config.vision_config.family == family and FAMILIES[family].native == (family in MODEL_TYPES[:3])
+    if family != "qwen2_vl":  # which calls the sizes of its tower otherwise
+        check_numbers(config, tiny_config(family))
+    assert parse_config(json.loads(json.dumps(as_written(config)))) == config
+    # Also as transformers writes what it has made of ours.
+    assert parse_config(json.loads(hugging_face_config(config).to_json_string())) == config
+    assert vision_sizes(tiny_config(family).vision_config) == config.vision_config
 
 
 def test_what_a_file_of_qwen3_leaves_out():
-    content = json.loads(QWEN3["Qwen/Qwen3-VL-4B-Instruct"].read_text())
+    content = copy.deepcopy(CONTENTS["3"])
     for name in ("rope_parameters", "head_dim", "rms_norm_eps"):
         del content["text_config"][name]
     text = parse_config(content).text_config
@@ -119,7 +167,85 @@ def test_what_a_file_of_qwen3_leaves_out():
     assert text.rope_parameters["mrope_interleaved"] and text.rope_parameters["rope_theta"] == 5e5
 
 
-CONTENTS = {"2": QWEN2_VL_2B, "2.5": NEW, "3": json.loads(QWEN3["Qwen/Qwen3-VL-4B-Instruct"].read_text())}
+@pytest.mark.parametrize("family", [QWEN3_5, QWEN3_5_MOE, QWEN3_MOE])
+def test_what_a_file_of_later_families_leaves_out(family):
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 9, "num_attention_heads": 2, "vocab_size": 100}
+    sizes |= {} if family == QWEN3_5_MOE else {"intermediate_size": 96}
+    head = {"head_dim": 128} if family == QWEN3_MOE else {}  # else hidden size by heads, which the sections do not fit
+    tower = {"depth": 25, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+    content = {"model_type": family, "text_config": sizes | head, "vision_config": tower}
+    config, theirs = parse_config(content), AutoConfig.for_model(**copy.deepcopy(content))
+    text, other = config.text_config, theirs.text_config
+    names = ["rms_norm_eps", "head_dim"]
+    if text.delta_net:
+        names += ["layer_types", "linear_conv_kernel_dim", "linear_num_key_heads", "linear_num_value_heads"]
+        names += ["linear_key_head_dim", "linear_value_head_dim"]
+        assert [text.is_linear(layer) for layer in range(5)] == [True, True, True, False, True]
+    if text.experts:
+        names += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]
+        assert all(map(text.has_experts, range(9)))
+    found = dict(numbers(text))
+    for name in names:
+        expected = getattr(other, name)
+        assert found[name] == (tuple(expected) if isinstance(expected, list) else expected), name
+    assert {name: text.rope_parameters[name] for name in other.rope_parameters if name != "rope_type"} == {
+        name: value for name, value in other.rope_parameters.items() if name != "rope_type"
+    }
+    assert config.vision_config.num_position_embeddings == theirs.vision_config.num_position_embeddings
+    stack = getattr(theirs.vision_config, "deepstack_visual_indexes", ())
+    assert list(config.vision_config.deepstack_visual_indexes) == list(stack)
+
+
+@pytest.mark.parametrize("family", [QWEN3_5, QWEN3_5_MOE, QWEN3_MOE])
+def test_older_files_call_the_tower_by_the_name_of_the_model(family):
+    from transformers import AutoConfig
+
+    content = tiny_config(family).to_dict()
+    expected = parse_config(content)
+    content["vision_config"] |= {"model_type": family}
+    assert parse_config(content) == expected
+    assert vision_sizes(AutoConfig.for_model(**content).vision_config) == expected.vision_config
+
+
+@pytest.mark.parametrize(
+    ("rope", "beside", "share"),
+    [
+        ({}, {}, 0.25),
+        ({}, {"partial_rotary_factor": 0.5}, 0.5),
+        ({"partial_rotary_factor": 0.125}, {"partial_rotary_factor": 0.5}, 0.125),
+    ],
+)
+def test_the_rotated_part_of_a_head_as_in_transformers(rope, beside, share):
+    from transformers import AutoConfig
+
+    content = tiny_config(QWEN3_5).to_dict()
+    section = {0.125: [1, 1, 2], 0.25: [3, 3, 2], 0.5: [6, 5, 5]}[share]
+    text = content["text_config"] | {"head_dim": 64, **beside}
+    text["rope_parameters"] = {"rope_theta": 1e7, "mrope_section": section, **rope}
+    content["text_config"] = text
+    made = parse_config(copy.deepcopy(content)).text_config.rope_parameters["partial_rotary_factor"]
+    theirs = AutoConfig.for_model(**content).text_config.rope_parameters["partial_rotary_factor"]
+    assert made == theirs == share
+
+
+def test_layers_with_experts():
+    content = tiny_config(QWEN3_MOE).to_dict()
+    content["text_config"] |= {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    text = parse_config(content).text_config
+    assert [text.has_experts(layer) for layer in range(6)] == [False, True, False, False, False, True]
+    assert text.delta_net is None and not text.output_gate and not text.is_linear(0)
+
+
+CONTENTS = {
+    "2": QWEN2_VL_2B,
+    "2.5": NEW,
+    "3": json.loads(BUNDLED_CONFIGS["Qwen/Qwen3-VL-4B-Instruct"].read_text()),
+    "3 experts": tiny_config(QWEN3_MOE).to_dict(),
+    "3.5": tiny_config(QWEN3_5).to_dict(),
+    "3.5 experts": tiny_config(QWEN3_5_MOE).to_dict(),
+}
 TEXT, VISION = "text_config", "vision_config"
 REFUSED = (  # family, where, entry, value, and what the message says of it
     ("2", VISION, "embed_dim", 0, "embed_dim is 0, not a whole number"),
@@ -169,6 +295,27 @@ REFUSED = (  # family, where, entry, value, and what the message says of it
     ("2.5", VISION, "hidden_act", ["silu"], "hidden_act is ..silu.., not a text"),
     ("2.5", VISION, "window_size", 100, "no whole number of units"),
     ("2.5", VISION, "num_heads", 7, "divide into heads"),
+    ("3", VISION, "rope_parameters", {"rope_theta": 1e5}, "rope_theta 100000.0 of the tower"),
+    ("3 experts", TEXT, "num_local_experts", 0, "num_experts is 0"),
+    ("3 experts", TEXT, "num_experts_per_tok", 5, "through 5 experts .num_experts_per_tok. of 4"),
+    ("3 experts", TEXT, "mlp_only_layers", ["1"], "mlp_only_layers is"),
+    ("3 experts", TEXT, "decoder_sparse_step", 0, "decoder_sparse_step is 0"),
+    ("3 experts", TEXT, "intermediate_size", None, "has no intermediate_size"),
+    ("3 experts", TEXT, "norm_topk_prob", False, "norm_topk_prob"),
+    ("3 experts", TEXT, "shared_expert_intermediate_size", 8, "shared_expert_intermediate_size 8 is not supported"),
+    ("3.5 experts", TEXT, "mlp_only_layers", [1], r"mlp_only_layers \(1,\) is not supported"),
+    ("3.5", TEXT, "attention_bias", True, "attention_bias"),
+    ("3.5", TEXT, "attn_output_gate", False, "without an output gate"),
+    ("3.5", TEXT, "output_gate_type", "sigmoid", "output_gate_type 'sigmoid'"),
+    ("3.5", TEXT, "layer_types", [LINEAR, FULL], "layer_types names 2 layers of 6"),
+    ("3.5", TEXT, "layer_types", ["sliding_attention"] * 6, "a layer of type 'sliding_attention'"),
+    ("3.5", TEXT, "layer_types", [1] * 6, "layer_types is"),
+    ("3.5", TEXT, "linear_num_value_heads", 3, "linear_num_key_heads does not divide"),
+    ("3.5", TEXT, "linear_key_head_dim", 0, "linear_key_head_dim is 0"),
+    ("3.5", TEXT, "head_dim", 16, "mrope_section does not fit"),
+    ("3.5", TEXT, "rope_parameters", {"partial_rotary_factor": 2}, "partial_rotary_factor is 2"),
+    ("3.5", TEXT, "rope_parameters", {"rope_type": "yarn"}, "rope_type 'yarn'"),
+    ("3.5", VISION, "num_position_embeddings", 2300, "square"),
 )
 
 
@@ -205,8 +352,8 @@ def objects(content):
 
 @pytest.mark.parametrize(
     "content",
-    [NEW, flat(NEW), CONTENTS["2"], CONTENTS["3"]],
-    ids=["new", "flat", "qwen2", "qwen3"],
+    [NEW, flat(NEW), *(CONTENTS[family] for family in ("2", "3", "3 experts", "3.5", "3.5 experts"))],
+    ids=["new", "flat", "qwen2", "qwen3", "qwen3_experts", "qwen3_5", "qwen3_5_experts"],
 )
 def test_null_is_missing(content):
     more = (
@@ -232,18 +379,19 @@ def test_null_is_missing(content):
             assert made[0] == made[1], name
 
 
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("outer", [True, False, None])
 @pytest.mark.parametrize("inner", [True, False, None])
-def test_either_place_ties_embeddings_as_in_transformers(outer, inner):
+def test_embeddings_are_tied_where_transformers_ties_them(outer, inner, family):
     from transformers import AutoConfig
 
-    content = copy.deepcopy(NEW)
+    content = tiny_config(family).to_dict()
     for at, tied in ((content, outer), (content["text_config"], inner)):
         at.pop("tie_word_embeddings", None)
         if tied is not None:
             at["tie_word_embeddings"] = tied
     expected = AutoConfig.for_model(**copy.deepcopy(content)).tie_word_embeddings
-    assert parse_config(content).tie_word_embeddings == expected == bool(outer or inner)
+    assert parse_config(content).tie_word_embeddings == expected == bool(outer or (inner and "qwen2" in family))
 
 
 @pytest.mark.parametrize(

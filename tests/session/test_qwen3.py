@@ -31,9 +31,9 @@ CLIP, LONG, QUESTION = "samples/square.mp4", "samples/arrivals.webm", "What happ
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("qwen3"), family="qwen3_vl")
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"])
+def folder(request, tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp(request.param), family=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +146,7 @@ def logits_by_hand(host, tokenizer, plan, kept, features, sizes, answer) -> torc
         inputs_embeds=embeds[None],
         position_ids=positions,
         attention_mask=mask[None, None],
-        visual_pos_masks=is_visual,
-        deepstack_visual_embeds=list(features[1:].float()),
+        **({"visual_pos_masks": is_visual, "deepstack_visual_embeds": list(features[1:])} if len(features) > 1 else {}),
     ).last_hidden_state[0, count - 1 :]
     return host.lm_head(hidden)
 

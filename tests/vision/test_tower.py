@@ -14,7 +14,8 @@ from evoprune.methods.base import Merger
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.plans import keep_count
-from evoprune.model.config import QWEN2, QWEN2_5, QWEN3, vision_sizes
+from evoprune.model.config import QWEN2, QWEN2_5, QWEN3, QWEN3_5, QWEN3_5_MOE, QWEN3_MOE, vision_sizes
+from evoprune.model.weights import Tower
 from evoprune.vision import attention, tower
 from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import plan_of
@@ -156,18 +157,16 @@ def test_rows_that_come_back_and_whole_pairs_have_features_too(name):
         assert alike.mean() > 0.9
 
 
-# The towers of Qwen2-VL and Qwen3-VL on the same code: transformers' own at full budget, and the same properties below
-
-WIDTH = {QWEN2: 1176, QWEN3: 1536}  # values of a patch
+# The towers of the other families on the same code: transformers' own at full budget, and the same properties below
 
 
-@pytest.fixture(scope="module", params=[QWEN2, QWEN3])
+@pytest.fixture(scope="module", params=[QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, QWEN3_5_MOE])
 def model(request):
     return tiny_model(family=request.param)
 
 
 def patches_of(model, grid, made=random_patches, *args):
-    return made(grid, *args, width=WIDTH[model.config.model_type])
+    return made(grid, *args, width=model.model.visual.patch_embed.proj.weight[0].numel())
 
 
 @pytest.mark.parametrize("grid", SIZES)
@@ -204,6 +203,15 @@ def test_the_rows_of_a_still_clip_are_those_of_its_first_frame_pair(model):
     alone = encode_patches(first, (1, 4, 6), methods.parse("none"), 24, visual)
     made = encode_patches(first.repeat(5, 1), (5, 4, 6), methods.parse("evoprune:depth=1"), 60, visual)
     torch.testing.assert_close(made.rows, alone.rows, rtol=1e-5, atol=1e-5)
+
+
+def test_the_bare_tree_has_the_weights_of_transformers_tower(model):
+    theirs = model.model.visual
+    ours = Tower(vision_sizes(theirs.config))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    patches = patches_of(model, (3, 4, 6))
+    made, expected = (encode_patches(patches, (3, 4, 6), EvoPrune(), 18, visual) for visual in (ours, theirs))
+    assert torch.equal(made.features, expected.features) and torch.equal(made.kept, expected.kept)
 
 
 def test_all_families_name_their_sizes_alike():

@@ -28,7 +28,6 @@ from evoprune.cpu.quantize import saved_bytes
 from evoprune.errors import EvopruneWarning, ModelError, ModelWarning, UsageError, first_line
 from evoprune.language.prompt import Tokenizer
 from evoprune.model.config import (
-    EXPERTS,
     MODEL_TYPES,
     TEXT,
     Config,
@@ -43,7 +42,8 @@ from evoprune.model.config import (
     read_object,
     section,
 )
-from evoprune.model.weights import QwenVL, empty, name_in_memory
+from evoprune.model.cost import parameter_count
+from evoprune.model.weights import Tower, empty, name_in_memory
 from evoprune.session.options import AUTO, NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.util import did_you_mean, is_text, listed, shorten
 from evoprune.video.info import PICTURE, VIDEO
@@ -132,9 +132,10 @@ class FoundModel:
         return input_limits(self.folder, self.config.vision_config)
 
     @cached_property
-    def tree(self) -> QwenVL:
-        """The names and shapes of its weights, without memory."""
-        return empty(self.config)
+    def tower(self) -> Tower:
+        """The names and shapes of the tower's weights, without memory."""
+        with torch.device("meta"):
+            return Tower(self.config.vision_config)
 
     @cached_property
     def files(self) -> list[Path]:
@@ -171,7 +172,7 @@ class FoundModel:
     @property
     def parameters(self) -> int:
         """Numbers in the weights; shared ones count once."""
-        return sum(weight.numel() for weight in self.tree.parameters())
+        return parameter_count(self.config)
 
     @cached_property
     def weights_bytes(self) -> int:
@@ -405,8 +406,6 @@ def read_config(path: Path) -> Config:
         raise _no_config(path.parent)
     content = _json(path)
     kind = content.get("model_type")
-    if kind == EXPERTS:
-        raise ModelError(f"{path.parent} is a mixture of experts, which evoprune does not run", MODEL_HINT)
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         known = " or ".join(MODEL_TYPES)
         raise ModelError(f"{path.parent} is a model of type {reprlib.repr(kind)}, not {known}", MODEL_HINT)

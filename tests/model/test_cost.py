@@ -1,0 +1,88 @@
+"""What a run costs, of every family, against the models of transformers."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from evoprune.bench.hugging_face import hugging_face_config
+from evoprune.model.config import FAMILIES, MODEL_TYPES, QWEN3_5, QWEN3_5_MOE, head_size, parse_config
+from evoprune.model.cost import DELTA_CHUNK, kv_bytes, language_bytes, mlp_size, parameter_count, prefill_flop
+from evoprune.model.weights import empty
+from evoprune.session.loading.find import BUNDLED_CONFIGS
+from tests.tiny import tiny_config, tiny_model
+
+TINY = {family: parse_config(tiny_config(family).to_dict()) for family in MODEL_TYPES}
+BUNDLED = {name: parse_config(json.loads(path.read_text())) for name, path in BUNDLED_CONFIGS.items()}
+
+
+@pytest.mark.parametrize("name", [*TINY, *BUNDLED])
+def test_parameters_are_those_of_transformers(name):
+    from transformers import AutoModelForImageTextToText
+
+    config = (TINY | BUNDLED)[name]
+    with torch.device("meta"):
+        theirs = AutoModelForImageTextToText.from_config(hugging_face_config(config))
+    theirs.tie_weights()
+    assert parameter_count(config) == sum(weight.numel() for weight in theirs.parameters())
+    if FAMILIES[config.vision_config.family].native:
+        assert parameter_count(config) == sum(weight.numel() for weight in empty(config).parameters())
+
+
+@pytest.mark.parametrize("family", MODEL_TYPES)
+def test_operations_of_a_prompt_are_those_of_transformers(family):
+    config, n = TINY[family].text_config, 2 * DELTA_CHUNK
+    model = tiny_model(family=family)
+    model.set_attn_implementation("eager")  # products that the counter sees
+    model.set_experts_implementation("eager")
+    language = model.model.language_model
+    embeds = torch.randn(1, n, config.hidden_size)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        language(inputs_embeds=embeds)
+    expected = (
+        counter.get_total_flops() + 2 * config.hidden_size * config.vocab_size
+    )  # and the output layer for the last
+    depth = config.num_hidden_layers
+    full = sum(not config.is_linear(layer) for layer in range(depth))
+    # Counted there as if every column attended to every column, which is twice as much.
+    expected -= full * 2 * n * n * head_size(config) * config.num_attention_heads
+    if net := config.delta_net:  # the triangular systems, which are not counted there
+        solved = DELTA_CHUNK * (net.linear_key_head_dim + net.linear_value_head_dim) * net.linear_num_value_heads
+        expected += (depth - full) * n * solved
+    assert prefill_flop(config, n) == pytest.approx(expected, rel=2e-4)
+    assert prefill_flop(config, [n] * depth) == prefill_flop(config, [(n, n, n)] * depth) == prefill_flop(config, n)
+
+
+@pytest.mark.parametrize("family", MODEL_TYPES)
+def test_bytes_of_a_cache_are_those_of_transformers(family):
+    from transformers import DynamicCache
+
+    config, model = TINY[family], tiny_model(family=family).model.language_model
+    for n in (7, 70):
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(inputs_embeds=torch.randn(1, n, 64), past_key_values=cache, use_cache=True)
+        held = []
+        for layer in cache.layers:
+            held += (
+                [*layer.conv_states.values(), *layer.recurrent_states.values()] if hasattr(layer, "conv_states") else []
+            )
+            held += [layer.keys, layer.values] if getattr(layer, "keys", None) is not None else []
+        depth = config.text_config.num_hidden_layers
+        assert kv_bytes(config, n, 4) == kv_bytes(config, [n] * depth, 4) == sum(each.nbytes for each in held)
+
+
+@pytest.mark.parametrize("family", [QWEN3_5, QWEN3_5_MOE])
+def test_only_attention_grows_with_the_prompt(family):
+    config, text = TINY[family], TINY[family].text_config
+    grown = kv_bytes(config, 100, 2) - kv_bytes(config, 50, 2)
+    assert grown == 2 * 50 * 2 * text.num_key_value_heads * head_size(text) * 2 and kv_bytes(config, 0) > 0
+    assert language_bytes(config, 200, 2) > language_bytes(config, 100, 2) > kv_bytes(config, 100, 2)
+
+
+def test_a_token_goes_through_some_experts():
+    text = TINY[QWEN3_5_MOE].text_config
+    assert mlp_size(text, 0) == 2 * 32 + 48
+    text = TINY["qwen3_vl_moe"].text_config
+    assert [mlp_size(text, layer) for layer in range(3)] == [64, 128, 64]
