@@ -56,6 +56,8 @@ WARNINGS = {
     "limited": "fewer or smaller frames were looked at than --fps or --frames ask for; --max-frames and --max-visual-tokens "
     "set the limits",
     "answer_cut": "the answer may be incomplete: -n (max_new_tokens) allows no more tokens",
+    "thoughts_cut": "the model was still thinking when -n (max_new_tokens) allowed no more tokens, so there is no answer",
+    "always_thinks": "this model thinks before every answer, and has no switch for it; -n (max_new_tokens) counts its thoughts too",
     "demo_model": f"{KNOWN}; {{answers}} nothing. For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
     "demo_inputs": "the demo models were trained without subtitles, and on few inputs at a time (demo: one video; demo-scenes: "
     "up to two videos or pictures); answers about others mean little",
@@ -220,6 +222,7 @@ class Report:
     created_utc: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     question: str | None = None
     answer: str | None = None
+    thoughts: str | None = None  # what the model wrote before the answer
     finish_reason: str | None = None
     video: VideoFacts = field(default_factory=VideoFacts)
     sampling: Sampling = field(default_factory=Sampling)

@@ -19,6 +19,7 @@ from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.running import load
 from evoprune_cli.terminal import (
+    Thoughts,
     check_output,
     columns,
     encoding,
@@ -73,6 +74,7 @@ def ask(
         "--compare",
         "Also answer with nothing pruned, and print both; with --json in the field `compare` of the same line.",
     ) = False,
+    show_thoughts: opt.ShowThoughts = False,
     options: opt.MakeOptions,
     json: opt.Json = False,
     stats: opt.Stats = None,
@@ -94,7 +96,8 @@ def ask(
     inputs, first = split_words(words)
     given = [*([] if first is None else [first]), *(more or [])]
     questions, several = given or [""], interactive or len(given) > 1
-    talk = Conversation(inputs, json, stats, quiet, verbose, interactive=interactive, several=several)
+    shown = {"interactive": interactive, "several": several, "show_thoughts": show_thoughts}
+    talk = Conversation(inputs, json, stats, quiet, verbose, **shown)
     with contextlib.ExitStack() as cleanup:
         try:
             check_output()
@@ -299,8 +302,10 @@ class Conversation:
         *,
         interactive: bool,
         several: bool,
+        show_thoughts: bool = False,
     ):
         """The options of a command; `several`: there is more than one question."""
+        self._show_thoughts = show_thoughts
         self.answered = 0
         self._names, self._json, self._verbose, self._quiet = inputs, json, verbose, quiet
         plain = not json and not quiet
@@ -343,7 +348,8 @@ class Conversation:
             from evoprune.bench.agreement import agreement, reference
 
             ended = answer.report.finish_reason == "stop"
-            given = reference(self._full, question, answer.ids, ended, self._generation.system)
+            how = self._generation.system, self._generation.think
+            given = reference(self._full, question, answer.ids, ended, *how)
             report.agreement = agreement(given, self._inputs).record()
         self.answered += 1  # before it is printed: a record that is interrupted must not be printed twice
         self._finish(report)
@@ -392,13 +398,27 @@ class Conversation:
             problem.reported = True
 
     def _say(self, inputs: "EncodedInputs", question: str, label: str) -> "Answer":
-        answer = self._running = inputs.ask(question, **vars(self._generation))
-        new = [name for name in answer.report.warnings if name not in self._warned] if label == "pruned" else []
-        _print_warnings(answer.report, new)
-        self._warned.update(new)
-        with progress(not self._quiet) as show:
+        with contextlib.ExitStack() as line:  # of progress
+            thoughts = Thoughts() if self._show_thoughts else None
+
+            def think(piece: str) -> None:
+                if thoughts:
+                    line.close()
+                    thoughts.add(piece)
+                else:
+                    show("thinking")
+
+            answer = self._running = inputs.ask(question, on_thoughts=think, **vars(self._generation))
+            new = [name for name in answer.report.warnings if name not in self._warned] if label == "pruned" else []
+            _print_warnings(answer.report, new)
+            self._warned.update(new)
+            show = line.enter_context(progress(not self._quiet))
             show("reading prompt")
-            first = next(answer, "")
+            try:
+                first = next(answer, "")
+            finally:
+                if thoughts:
+                    thoughts.end()
         if self._json:
             for _ in answer:
                 pass
@@ -411,9 +431,10 @@ class Conversation:
         if self._json:
             print_json(report)
         else:
-            cut = [each for each in (report, report.compare) if each and "answer_cut" in each.warnings]
+            names = {"answer_cut", "thoughts_cut"}
+            cut = [each for each in (report, report.compare) if each and names & {*each.warnings}]
             for each in cut[:1]:
-                _print_warnings(each, ["answer_cut"])
+                _print_warnings(each, [*names])
         self._finished += 1
         if not self._stats:
             return

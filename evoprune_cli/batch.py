@@ -226,7 +226,7 @@ class Tally:
         """Counts a record that is already in the file."""
         self._cut += record.finish_reason == "length"
         for name, video in warned(record):
-            if name == "answer_cut":
+            if name in ("answer_cut", "thoughts_cut"):
                 continue  # counted, whatever video it is about
             self._warnings.setdefault(name, {}).setdefault(video.path, video)
         if record.error:

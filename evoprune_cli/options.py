@@ -190,6 +190,9 @@ Methods = option(
 Json = option(bool, "--json", "One JSON line a question on stdout, instead of text.", OUTPUT)
 JsonResults = option(bool, "--json", "The results as one JSON line instead of a table.", OUTPUT)
 Quiet = option(bool, "-q --quiet", "No progress, notes or stats; warnings remain.", OUTPUT)
+ShowThoughts = option(
+    bool, "--show-thoughts", "Print what the model thinks on stderr, as it comes (--think on).", OUTPUT
+)
 Stats = option(
     bool | None,
     "--stats/--no-stats",

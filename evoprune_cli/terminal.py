@@ -111,10 +111,10 @@ def printable(text: str, stream=None) -> str:
     return encodable(one_line(text), stream)
 
 
-def note(text: str = "") -> None:
+def note(text: str = "", end: str = "\n") -> None:
     """Prints a line to stderr. If that fails, for example because the reader is gone, all further lines are dropped."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(text, end=end, file=sys.stderr, flush=True)
     except OSError:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
 
@@ -261,6 +261,28 @@ def print_stream(pieces) -> None:
         if wrapped:
             wrapped.flush()
         print(file=stream, flush=True)
+
+
+class Thoughts:
+    """Prints what a model thinks on stderr, dim, as it comes."""
+
+    def __init__(self):
+        self._begun = False
+        self._wrapped = Wrapped(columns(), self._show) if sys.stderr.isatty() else None
+
+    def _show(self, text: str) -> None:
+        note(paint(encodable(text), "2"), end="")
+
+    def add(self, piece: str) -> None:
+        self._begun = True
+        self._wrapped.add(piece) if self._wrapped else self._show(piece)
+
+    def end(self) -> None:
+        """Ends the line, if there is one."""
+        if self._begun:
+            if self._wrapped:
+                self._wrapped.flush()
+            note()
 
 
 def encoding(show: Callable[..., None]) -> Callable[[str, int, int], None]:

@@ -12,7 +12,7 @@ from evoprune.bench.chart import COLOURS, PALE, Panel, Point, Series, draw
 from evoprune.errors import UsageError, VideoError
 from evoprune.methods.plans import parse_budget
 from evoprune.report import rounded
-from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.session.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
 from evoprune.util import counted, missing_hint, shown
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, prepare, rescuing, show, write
@@ -26,9 +26,13 @@ ASKED = "What is asked"  # the title of a panel
     ModelOptions,
     PruneOptions,
     SamplingOptions,
+    GenerationOptions,
     short="questions agree time_limit budget method model output chart json quiet",
-    without=("load_format", "budget", "method", "method_args", "decoder", "subtitles", "max_subtitle_tokens"),
-)
+    without=(
+        "load_format", "budget", "method", "method_args", "decoder", "subtitles", "max_subtitle_tokens",
+        "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "system",
+    ),
+)  # fmt: skip
 def tune(
     *,
     videos: opt.argument(list[str], "VIDEO", "Video files like those that will be asked about."),
@@ -114,6 +118,7 @@ def tune(
         methods.check(name)
     made = options()
     settings |= {"seed": made.pruning.seed, "model": made.model, "sampling": made.sampling}
+    settings["think"] = made.generation.think
     tuning = None
 
     def deliver(error: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def watch(
     reconnects: opt.option(
         int, "--reconnects", "How often in a row a URL or camera that ended or failed is tried again.", "Source"
     ) = 5,
+    show_thoughts: opt.ShowThoughts = False,
     options: opt.MakeOptions,
     json: opt.Json = False,
     stats: opt.Stats = None,
@@ -95,7 +96,8 @@ def watch(
             tell(text)
 
     opened = LiveSource(source, pace, parse_time(timeout), reconnects, speak)
-    talk = Conversation([opened.name], json, stats, quiet, verbose, interactive=prompt, several=len(asked) > 1)
+    shown = {"interactive": prompt, "several": len(asked) > 1, "show_thoughts": show_thoughts}
+    talk = Conversation([opened.name], json, stats, quiet, verbose, **shown)
     try:
         with progress(not quiet) as show:
             qa = load(made, show, quiet)

@@ -17,6 +17,7 @@ class Reference:
 
     question: str
     system: str | None
+    think: str  # as of `GenerationOptions`
     ids: tuple[int, ...]  # its tokens, and any one for its end: only what comes before the last is read
     tokens: torch.Tensor  # int64 `[n, k]`, the most probable tokens at each of the n places, the first choice first
     logs: torch.Tensor  # float32 `[n, k + 1]`, the logarithms of their probabilities, and of that of all others
@@ -37,22 +38,27 @@ class Agreement:
 
 
 def reference(
-    video: EncodedInputs, question: str, ids: Sequence[int], ended: bool, system: str | None = None
+    video: EncodedInputs,
+    question: str,
+    ids: Sequence[int],
+    ended: bool,
+    system: str | None = None,
+    think: str = "off",
 ) -> Reference:
     """The unpruned model's distributions along its own answer, the tokens `ids`. Errors: as of `EncodedInputs.read_along`.
 
     Where the model `ended` it by itself, the end counts as one more token: an answer that would have run on is another one.
     """
     ids = (*ids, 0) if ended or not ids else tuple(ids)
-    logits, seconds = video.read_along(question, ids, system)
+    logits, seconds = video.read_along(question, ids, system, think)
     logs = logits.log_softmax(-1)
     best, tokens = logs.topk(min(KEPT, logs.shape[1] - 1))
-    return Reference(question, system, ids, tokens, torch.cat([best, _rest(best)], 1), seconds)
+    return Reference(question, system, think, ids, tokens, torch.cat([best, _rest(best)], 1), seconds)
 
 
 def agreement(given: Reference, video: EncodedInputs) -> Agreement:
     """How a pruned video's choices compare. Errors: as of `EncodedInputs.read_along`."""
-    logits, seconds = video.read_along(given.question, given.ids, given.system)
+    logits, seconds = video.read_along(given.question, given.ids, given.system, given.think)
     logs = logits.log_softmax(-1).gather(1, given.tokens)
     logs = torch.cat([logs, _rest(logs)], 1)
     kl = (given.logs.exp() * (given.logs - logs)).sum(1).clamp(min=0)

@@ -259,6 +259,7 @@ class Evaluation:
                 "question": row.question,
                 "expected": row.answer,
                 "answer": said,
+                "thoughts": answer.thoughts,
                 "right": bool(right),
                 "unparseable": right is None,
                 "warnings": answer.report.warnings,
@@ -292,9 +293,13 @@ class Evaluation:
         notes, given = [NOTE], self.settings.method_args
         if given:
             notes.append("settings of the methods: " + ", ".join(f"{name}={value}" for name, value in given.items()))
-        if cut := sum("answer_cut" in s.get("warnings", ()) for s in self.samples):
-            total = counted(len(self.samples), "answer")
-            notes.append(f"{cut:,} of {total} may be incomplete: -n (max_new_tokens) allows no more tokens")
+        total = counted(len(self.samples), "answer")
+        for name, what in {
+            "answer_cut": "may be incomplete",
+            "thoughts_cut": "ended inside the model's thoughts",
+        }.items():
+            if cut := sum(name in s.get("warnings", ()) for s in self.samples):
+                notes.append(f"{cut:,} of {total} {what}: -n (max_new_tokens) allows no more tokens")
         if any("demo_model" in s.get("warnings", ()) for s in self.samples):
             notes.append("the demo model knows only its own clips; what it says about other videos means nothing")
         return notes

@@ -294,7 +294,9 @@ class Answering:
         questions: tuple[str, ...],
         seconds: float,
         now: Callable[[], float],
+        think: str = "off",
     ):
+        self._think = think
         self.made: list[FullAnswers] = []  # a video each
         self.problems: dict[str, EvopruneError] = {}  # of videos that cannot be read or computed, by path
         self.tokens, self.asked = TOKENS[0], len(questions)  # of an answer, at most; of a video
@@ -331,9 +333,10 @@ class Answering:
             self._plan(video, spent, videos)
         made: list[Reference] = []
         for question in self._questions[: self.asked]:
-            answer = video.ask(question, max_new_tokens=self.tokens)
+            answer = video.ask(question, max_new_tokens=self.tokens, think=self._think)
             str(answer)  # generates it
-            made.append(reference(video, question, answer.ids, answer.report.finish_reason == "stop"))
+            ended = answer.report.finish_reason == "stop"
+            made.append(reference(video, question, answer.ids, ended, think=self._think))
         return FullAnswers(path, tuple(made), seconds + made[0].seconds, self._now() - start)
 
     def _plan(self, video: EncodedInputs, encoding: float, videos: int) -> None:
@@ -341,9 +344,9 @@ class Answering:
         question, every = self._questions[0], len(self._questions)
         for _ in range(2):  # the first time also warms up
             start = self._now()
-            answer = video.ask(question, max_new_tokens=TOKENS[-1])
+            answer = video.ask(question, max_new_tokens=TOKENS[-1], think=self._think)
             str(answer)
-            reference(video, question, answer.ids, ended=False)
+            reference(video, question, answer.ids, ended=False, think=self._think)
         token = (answer.report.time_ms.generate or 0.0) / 1000 / max(1, len(answer.ids))
         reading = self._now() - start - token * len(answer.ids)
         choices = [(tokens, every) for tokens in TOKENS] + [(TOKENS[-1], asked) for asked in range(every - 1, 0, -1)]
@@ -374,6 +377,7 @@ class TuneSettings:
     model: ModelOptions = field(default_factory=ModelOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     seed: int = 0  # for methods that select at random
+    think: str = "off"  # as of `GenerationOptions`
 
     def __post_init__(self):
         if not self.videos or not self.questions:
@@ -415,7 +419,8 @@ class Run:
         """Raises what `Answering.answer` raises."""
         engine, settings = Engine(self.loaded, PruneOptions(seed=self.settings.seed).config()), self.settings
         seconds = SHARE_OF_FULL * settings.time_limit_s
-        self.answering = Answering(engine, settings.sampling, settings.questions, seconds, self._now)
+        given = engine, settings.sampling, settings.questions, seconds, self._now
+        self.answering = Answering(*given, settings.think)
         self.answering.answer(settings.videos, progress)
         return self.answering.made
 

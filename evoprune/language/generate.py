@@ -6,6 +6,7 @@ Pruned columns leave gaps among the positions (`prompt.prompt_positions`).
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, islice, repeat, takewhile
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,7 @@ from evoprune.errors import ModelError
 from evoprune.language import decoder, hosted, static
 from evoprune.language.decoder import KVCache
 from evoprune.language.hosted import HostedCache
-from evoprune.language.prompt import Place, Tokenizer
+from evoprune.language.prompt import THOUGHTS, Place, Tokenizer, opens_thoughts
 from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import StaticCache, best_of
 from evoprune.methods.base import Reading
@@ -336,3 +337,48 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
             pending, yielded = [], 0
     if rest := tokenizer.decode(pending)[yielded:]:
         yield rest
+
+
+def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Tensor) -> Iterator[tuple[str, bool]]:
+    """The text of token ids, in pieces as of `stream_text`; of each, whether it belongs to the model's thoughts.
+
+    Thoughts end at `</think>`: the token where the tokenizer has one, else the text. They begin with the prompt (int64 `[L]`), or
+    with the first token. What is between thoughts and answer, `</think>` and white space, belongs to neither.
+    """
+    ids, (begin, end) = iter(ids), map(tokenizer.backend.token_to_id, THOUGHTS)
+    thinks = opens_thoughts(tokenizer.backend.decode(prompt_ids[-8:].tolist(), skip_special_tokens=False))
+    if not thinks:
+        first = list(islice(ids, 1))
+        thinks = begin is not None and first == [begin]
+        ids = ids if thinks else chain(first, ids)
+    if not thinks:
+        yield from ((piece, False) for piece in stream_text(tokenizer, ids))
+        return
+    if end is not None:
+        thoughts = stream_text(tokenizer, takewhile(lambda token: token != end, ids))
+        pieces = chain(zip(thoughts, repeat(True)), zip(stream_text(tokenizer, ids), repeat(False)))
+    else:
+        pieces = _split(stream_text(tokenizer, ids), THOUGHTS[1])
+    begun = set()
+    for piece, thought in pieces:
+        if shown := piece if thought in begun else piece.lstrip():
+            begun.add(thought)
+            yield shown, thought
+
+
+def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
+    """Pieces of a text; of each, whether it comes before `end`, which is in none of them."""
+    held = ""  # what may be a beginning of `end`
+    for piece in pieces:
+        before, found, after = (held + piece).partition(end)
+        if found:
+            yield before, True
+            yield after, False
+            yield from zip(pieces, repeat(False))
+            return
+        start = next(
+            i for i in range(max(0, len(before) - len(end) + 1), len(before) + 1) if end.startswith(before[i:])
+        )
+        held = before[start:]
+        yield before[:start], True
+    yield held, True

@@ -30,6 +30,7 @@ from evoprune.video.info import PICTURE, VIDEO
 CONTENTS = {VIDEO: ("video", "<|video_pad|>"), PICTURE: ("image", "<|image_pad|>")}
 _PLACEHOLDERS = tuple(token for _, token in CONTENTS.values())
 MARKERS = "<|vision_start|>", "<|vision_end|>"  # around placeholders
+THOUGHTS = "<think>", "</think>"  # around what a model writes before its answer; some prompts end with the first
 # Placeholders for the user's words while the template is rendered. They have private-use characters, which no template has.
 _QUESTION, _SYSTEM = "\ue000question\ue001", "\ue000system\ue001"
 MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's have 11 MB and 3 kB
@@ -74,13 +75,35 @@ class Tokenizer:
         """Text of `ids` without special tokens. Incomplete characters become U+FFFD."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
-    def render(self, messages: list[dict]) -> str:
-        """A conversation in the model's own format, up to where its answer begins.
+    def render(self, messages: list[dict], thinking: bool = False) -> str:
+        """A conversation in the model's own format, up to where its answer begins, or where its thoughts do.
+
+        `thinking`: the template's `enable_thinking`, if it `can_switch_thinking`.
 
         Raises ValueError: the template is broken, refuses the messages, or takes too much. OSError: no process can be started.
         """
         context = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
-        return render(self.chat_template, context | self.named)
+        return render(self.chat_template, context | {"enable_thinking": thinking} | self.named)
+
+    @property
+    def can_switch_thinking(self) -> bool:
+        """Whether the template asks `enable_thinking`, as Qwen3.5's does; that of Qwen3-VL-Thinking always lets the model think."""
+        return "enable_thinking" in self.chat_template
+
+    @cached_property
+    def always_thinks(self) -> bool:
+        """Whether the template begins thoughts although it is asked not to."""
+        if THOUGHTS[0] not in self.chat_template:  # rendering takes a process
+            return False
+        try:
+            return opens_thoughts(self.render([{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]))
+        except (ValueError, OSError):  # the prompt of a question will say so
+            return False
+
+
+def opens_thoughts(prompt: str) -> bool:
+    """Whether a prompt ends with the beginning of the model's thoughts."""
+    return prompt.rstrip().endswith(THOUGHTS[0])
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -244,7 +267,7 @@ class Place:
 
 
 def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
-    """What Qwen3-VL reads in front of each frame pair, which has `frames` of the times of all frames, in seconds: their mean."""
+    """What Qwen3-VL and Qwen3.5 read in front of each frame pair: the mean of the times of its `frames` frames, in seconds."""
     pairs = zip(*(times_s[first::frames] for first in (0, frames - 1)), strict=True)
     return [f"<{(first + last) / 2:.1f} seconds>" for first, last in pairs]
 
@@ -278,6 +301,7 @@ def build_prompt(
     system: str | None = None,
     subtitles: str = "",
     times: Sequence[Sequence[str]] = (),
+    thinking: bool = False,
 ) -> Prompt:
     """The prompt of one user turn: the inputs in their order, then the subtitles and the question, up to where the answer begins.
 
@@ -289,16 +313,22 @@ def build_prompt(
         system: a system prompt; None leaves it to the template.
         times: of each input, what stands in front of each of its frame pairs (`timestamps`), between markers of their own; none
             where all placeholders of the input are in a row. Default: none for all inputs.
+        thinking: as of `Tokenizer.render`.
 
     Raises ModelError: the chat template is broken, or does not write the inputs in their order and then the question. UsageError:
-    the question or the system prompt is not Unicode text (stray bytes from a shell), or the template leaves the system prompt out.
-    ValueError: no inputs, or a number of tokens below 1.
+    the question or the system prompt is not Unicode text (stray bytes from a shell), or the template leaves the system prompt out,
+    or knows nothing of thinking. ValueError: no inputs, or a number of tokens below 1.
     """
     if not inputs or min(count for _, count in inputs) < 1:
         raise ValueError(f"a prompt has inputs with at least one visual token each, not {list(inputs)}")
     specials = tokenizer.specials()
     markers = MARKERS if any(times) else ()
-    rendered = _render(tokenizer, [kind for kind, _ in inputs], system is not None, markers)
+    rendered = _render(tokenizer, [kind for kind, _ in inputs], system is not None, markers, thinking)
+    if thinking and not (tokenizer.can_switch_thinking or opens_thoughts(rendered)):
+        problem = "this model's chat template knows nothing of thinking"
+        raise UsageError(
+            problem, "leave --think (think) out, or take a model that thinks, as Qwen3.5 or Qwen3-VL-Thinking"
+        )
     if system and _SYSTEM not in rendered:
         problem = "the model's chat template has no place for a system prompt"
         raise UsageError(problem, "leave it out, or write it in the question")
@@ -354,13 +384,15 @@ def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequ
         yield Place(own, tuple(around(run, time) for run, time in zip(own, of_input, strict=False)))
 
 
-def _render(tokenizer: Tokenizer, kinds: Sequence[str], with_system: bool, markers: Sequence[str]) -> str:
+def _render(
+    tokenizer: Tokenizer, kinds: Sequence[str], with_system: bool, markers: Sequence[str], thinking: bool
+) -> str:
     """The conversation as text, with placeholders for the user's words; these `markers` must exist."""
     messages = [{"role": "system", "content": _SYSTEM}] if with_system else []
     content = [{"type": CONTENTS[kind][0]} for kind in kinds]
     messages.append({"role": "user", "content": [*content, {"type": "text", "text": _QUESTION}]})
     try:
-        rendered = tokenizer.render(messages)
+        rendered = tokenizer.render(messages, thinking)
         due = [CONTENTS[kind][1] for kind in kinds]
         written = re.findall("|".join(map(re.escape, _PLACEHOLDERS)), rendered)
         last = max(rendered.rfind(token) for token in _PLACEHOLDERS)

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 from evoprune.errors import UsageError
 from evoprune.util import check_types, option
 
+THINK = ("off", "on")
+
 
 @dataclass(frozen=True)
 class GenerationOptions:
@@ -34,6 +36,11 @@ class GenerationOptions:
         metavar="N",
     )
     system: str | None = option(None, "A system prompt.", "-s", "--system", metavar="TEXT")
+    think: str = option(
+        "off",
+        "Whether a model that can do both thinks before it answers. -n counts thoughts and answer together.",
+        words=THINK,
+    )
 
     def __post_init__(self):
         check_types(self)
@@ -47,6 +54,12 @@ class GenerationOptions:
             raise UsageError(f"top_k is {self.top_k}", "0 keeps every token")
         if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
             raise UsageError(f"repetition_penalty is {self.repetition_penalty}", "1 is off, 1.05 is a usual value")
+        if self.think not in THINK:
+            raise UsageError(f"think is {self.think!r}", f"use {' or '.join(THINK)}")
+
+    @property
+    def thinking(self) -> bool:
+        return self.think == "on"
 
     def record(self, seed: int) -> dict[str, Any]:
         """As reports hold it: how tokens are chosen, with the seed of the draws."""

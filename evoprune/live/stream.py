@@ -419,11 +419,12 @@ class VideoStream(Askable):
         if self._problem:
             raise UsageError(self._problem, "begin another one: VideoQA.stream()")
 
-    def _around(self, question: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _around(self, question: str, thinking: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """int64: the ids of a prompt before the video and after it."""
         loaded = self._engine.loaded
         times = [[""]] if loaded.model.config.vision_config.traits.timestamps else ()  # markers go with the frame pairs
-        prompt = build_prompt(loaded.tokenizer, question, [(VIDEO, 1)], system=self._system, times=times)
+        how = {"system": self._system, "times": times, "thinking": thinking}
+        prompt = build_prompt(loaded.tokenizer, question, [(VIDEO, 1)], **how)
         (video,) = prompt.places[0].around or prompt.places[0].runs
         return prompt.input_ids[: video.start], prompt.input_ids[video.stop :]
 
@@ -464,7 +465,7 @@ class VideoStream(Askable):
             unread = self._unread
             self._read_waiting(after=unread)
             check_question(loaded, question)
-            (before, ids), seen, memory = self._around(question), self._seen(unread), self._memory
+            (before, ids), seen, memory = self._around(question, options.thinking), self._seen(unread), self._memory
             text = memory.columns + sum(len(window.embeds) for window in unread) - seen.tokens + len(ids)
             check_context(loaded, text, seen.tokens, options.max_new_tokens)
             check_memory(self._engine, text, seen.tokens)

@@ -6,7 +6,7 @@ Answers about the same inputs share the keys and values of their prompt. So a lo
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -16,7 +16,7 @@ import torch
 
 from evoprune.bundled import unknown_words
 from evoprune.errors import UsageError, error_record, names_plugins
-from evoprune.language.generate import PrefillState, TokenStream, embed_ids, stream_text, teacher_forced_logits
+from evoprune.language.generate import PrefillState, TokenStream, embed_ids, stream_answer, teacher_forced_logits
 from evoprune.model.cost import Clock
 from evoprune.report import Report, TokenCounts
 from evoprune.session.engine import Engine
@@ -48,8 +48,10 @@ class Answer(Uncopied, Iterator[str]):
     Threads may read answers of one video at the same time: each `text` is generated as a whole, one after the other. An iteration
     ends with an error if another answer began between two of its pieces, in this thread or another.
 
-    `report` is up to date after each piece, `report.answer` what there is so far; `ids` are its tokens so far, without the one that
-    ends it.
+    A model may think first: its thoughts are no part of the answer, but `thoughts`, and come before the first piece.
+
+    `report` is up to date after each piece, `report.answer` what there is so far; `ids` are its tokens so far, those of thoughts
+    among them, without the one that ends it.
 
     Raises, while it is read, and again whenever it is read after that; `report.error` says the same:
         UsageError: the question and its answer do not fit into the model's context, or another question was asked meanwhile.
@@ -100,6 +102,11 @@ class Answer(Uncopied, Iterator[str]):
                 pass
         return self.report.answer or ""
 
+    @property
+    def thoughts(self) -> str | None:
+        """What the model wrote before the answer, as far as it has; None if it did not think."""
+        return self.report.thoughts
+
     def __str__(self) -> str:
         return self.text
 
@@ -149,14 +156,17 @@ class Askable(ABC, Uncopied):
     def _ended(self, turn: int) -> None:
         """Called once the answer of that number is complete, was closed or failed."""
 
-    def ask(self, question: str, *, seed: int | None = None, **options) -> Answer:
+    def ask(
+        self, question: str, *, seed: int | None = None, on_thoughts: Callable[[str], None] | None = None, **options
+    ) -> Answer:
         """Asks a question. The first answer's report includes the times of the inputs, later ones do not.
 
         Args:
             question: taken literally.
             seed: of the draw of tokens; None for that of the `VideoQA`, so that the same question has the same answer.
+            on_thoughts: called with each piece of the model's thoughts, as it comes.
             options: `max_new_tokens`, `temperature` (0 is greedy), `top_p`, `top_k` (0: among all), `repetition_penalty` (None for
-                the model's own), `system` (a system prompt; None for the model's own).
+                the model's own), `system` (a system prompt; None for the model's own), `think` ("on" or "off").
 
         Raises UsageError: an option out of range, or a question that is empty or no text. TypeError: an unknown option.
         """
@@ -170,7 +180,8 @@ class Askable(ABC, Uncopied):
         seed = self._engine.pruning.seed if seed is None else seed
         report = self._report_of(question, generation, seed)
         ids: list[int] = []
-        return Answer(report, self._pieces(question, generation, seed, report, ids), self._lock, ids)
+        pieces = self._pieces(question, generation, seed, report, ids, on_thoughts or (lambda piece: None))
+        return Answer(report, pieces, self._lock, ids)
 
     def _report_of(self, question: str, options: GenerationOptions, seed: int = 0) -> Report:
         report, fresh = self._blank_report(), Report()
@@ -179,10 +190,18 @@ class Askable(ABC, Uncopied):
         demo = self._engine.loaded.demo  # which answers whatever it is asked
         if demo and "demo_model" not in report.warnings and unknown_words(question, demo.world):
             report.warnings.append("demo_question")
+        if not options.thinking and self._engine.loaded.tokenizer.always_thinks:
+            report.warnings.append("always_thinks")
         return report
 
     def _pieces(
-        self, question: str, options: GenerationOptions, seed: int, report: Report, ids: list[int]
+        self,
+        question: str,
+        options: GenerationOptions,
+        seed: int,
+        report: Report,
+        ids: list[int],
+        on_thoughts: Callable[[str], None],
     ) -> Iterator[str]:
         """Generates an answer and keeps its report and its `ids` up to date."""
         self._turn += 1
@@ -211,15 +230,22 @@ class Askable(ABC, Uncopied):
 
         update()
         try:
-            for piece in clock.each("generate", stream_text(loaded.tokenizer, tokens)):
+            pieces = stream_answer(loaded.tokenizer, tokens, state.prompt_ids)
+            for piece, thought in clock.each("generate", pieces):
+                if thought:
+                    report.thoughts = (report.thoughts or "") + piece
+                    update()
+                    on_thoughts(piece)
+                    continue
                 report.answer += piece
                 update()
                 yield piece
                 if turn != self._turn:
                     raise UsageError(self.OVERTAKEN, "finish one answer before the next question")
             update()
+            report.thoughts = report.thoughts and report.thoughts.rstrip()
             if report.finish_reason == "length":
-                report.warnings.append("answer_cut")
+                report.warnings.append("thoughts_cut" if report.thoughts and not report.answer else "answer_cut")
         except GeneratorExit:  # the reader stopped early
             update()
             raise
@@ -265,13 +291,15 @@ class EncodedInputs(Askable):
     def plan(self) -> Plan:
         return self.plans[0]
 
-    def read_along(self, question: str, ids: Sequence[int], system: str | None = None) -> tuple[torch.Tensor, float]:
+    def read_along(
+        self, question: str, ids: Sequence[int], system: str | None = None, think: str = "off"
+    ) -> tuple[torch.Tensor, float]:
         """Reads a question and a given answer, the tokens `ids`, at least one: teacher forcing. Errors: as of `Answer`.
 
         Returns the logits of every token of the answer, each behind those before it, float32 `[len(ids), vocabulary]`; and the
         seconds from the question to the first of them.
         """
-        options = GenerationOptions(max_new_tokens=len(ids), system=system)
+        options = GenerationOptions(max_new_tokens=len(ids), system=system, think=think)
         with self._lock:
             self._turn += 1
             clock = Clock(self._engine.device)
@@ -317,7 +345,7 @@ class EncodedInputs(Askable):
                 self._select_for(question, report)
         with clock.stage("prefill"):
             read = [encoding.tokens for encoding in self._encodings]
-            state = self._prompts.read(read, prompt, options.system)
+            state = self._prompts.read(read, prompt, (options.system, options.thinking))
             state.prompt_ids = prompt.input_ids
             visual, columns = sum(len(each.kept) for each in read), state.cache.length
             report.tokens = TokenCounts(columns - visual, visual, columns, 0)

@@ -30,6 +30,10 @@ from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 
+Beginning = tuple[
+    str | None, bool
+]  # what a prompt up to the question depends on: its system prompt, and whether it is to think
+
 
 class PromptReader:
     """Reads prompts about the same inputs, one at a time.
@@ -40,8 +44,8 @@ class PromptReader:
 
     def __init__(self, engine: Engine, plans: Sequence[Plan]):
         self._engine, self._loaded, self._plans = engine, engine.loaded, plans
-        # The system prompt, the cache, and how many of its columns no question changes.
-        self._prefix: tuple[str | None, KVCache | HostedCache, int] | None = None
+        # How the prompt began, the cache, and how many of its columns no question changes.
+        self._prefix: tuple[Beginning, KVCache | HostedCache, int] | None = None
 
     @names_plugins()
     def build(self, question: str, options: GenerationOptions, kept: int) -> Prompt:
@@ -51,13 +55,14 @@ class PromptReader:
         """
         check_question(self._loaded, question)
         vision = self._loaded.model.config.vision_config
-        prompt = prompt_about(self._loaded.tokenizer, vision, self._plans, question, options.system)
+        how = options.system, options.thinking
+        prompt = prompt_about(self._loaded.tokenizer, vision, self._plans, question, *how)
         check_context(self._loaded, prompt.text_tokens, kept, options.max_new_tokens)
         check_memory(self._engine, prompt.text_tokens, kept)
         return prompt
 
     @names_plugins()
-    def read(self, encoded: Sequence[Encoded], prompt: Prompt, system: str | None) -> PrefillState:
+    def read(self, encoded: Sequence[Encoded], prompt: Prompt, beginning: Beginning) -> PrefillState:
         """The state that decoding of a prompt from `build` starts from; `encoded`: the tokens of each input."""
         model, positions = self._loaded.model, self.positions(prompt)
         following = int(positions.max()) + 1
@@ -72,22 +77,21 @@ class PromptReader:
         ):
             return prefill(model, embeds, positions, following, None, sizes, dropping, deepstack)
         shared = int((columns < prompt.prefix_length).sum())
-
         crops = can_crop(model)
-        cache, known = self._take_prefix(system, shared)
+        cache, known = self._take_prefix(beginning, shared)
         if not known and not crops and shared:  # the prefix by itself, so that a copy can serve each question
             cache, known = new_cache(model, shared), shared
             first = None if sizes is None else sizes[:known]
             added = None if deepstack is None else deepstack[:, :known]
             how = {"sizes": first, "deepstack": added}
             layers_of(model).forward(model, embeds[:known], positions[:, :known], cache, **how)
-            self._prefix = system, cache, known
+            self._prefix = beginning, cache, known
             cache = cache.copy()
         sizes = None if sizes is None else sizes[known:]
         deepstack = None if deepstack is None else deepstack[:, known:]
         state = prefill(model, embeds[known:], positions[:, known:], following, cache, sizes, None, deepstack)
         if crops:
-            self._prefix = system, state.cache, shared
+            self._prefix = beginning, state.cache, shared
         return state
 
     def positions(self, prompt: Prompt) -> torch.Tensor:
@@ -98,10 +102,10 @@ class PromptReader:
         per_second = self._loaded.model.config.vision_config.tokens_per_second
         return prompt_positions(len(prompt.input_ids), spans, per_second)
 
-    def _take_prefix(self, system: str | None, shared: int) -> tuple[KVCache | HostedCache | None, int]:
+    def _take_prefix(self, beginning: Beginning, shared: int) -> tuple[KVCache | HostedCache | None, int]:
         """The cache up to the question, and its columns; of the new prompt `shared` do not depend on the question."""
         taken, self._prefix = self._prefix, None
-        if taken is None or taken[0] != system:
+        if taken is None or taken[0] != beginning:
             return None, 0
         _, cache, known = taken
         if not can_crop(self._loaded.model):
@@ -111,12 +115,17 @@ class PromptReader:
             return cache.copy(), known
         known = min(known, shared)  # both end with the inputs or with their subtitles
         cache.crop(known)
-        self._prefix = system, cache, known  # a prompt that breaks off leaves this much
+        self._prefix = beginning, cache, known  # a prompt that breaks off leaves this much
         return cache, known
 
 
 def prompt_about(
-    tokenizer: Tokenizer, vision: VisionConfig, plans: Sequence[Plan], question: str, system: str | None
+    tokenizer: Tokenizer,
+    vision: VisionConfig,
+    plans: Sequence[Plan],
+    question: str,
+    system: str | None,
+    thinking: bool = False,
 ) -> Prompt:
     """The prompt of a question about some inputs. The subtitles of each of several are under a line that says which it is.
 
@@ -134,7 +143,8 @@ def prompt_about(
         for plan in plans
     ]
     inputs = [(plan.kind, plan.visual_tokens) for plan in plans]
-    return build_prompt(tokenizer, question, inputs, system=system, subtitles=subtitles, times=times)
+    how = {"system": system, "thinking": thinking}
+    return build_prompt(tokenizer, question, inputs, subtitles=subtitles, times=times, **how)
 
 
 def longest_prompt(
@@ -152,7 +162,8 @@ def longest_prompt(
     for question in questions:
         check_question(engine.loaded, question)
     given = engine.loaded.tokenizer, engine.loaded.model.config.vision_config, plans
-    longest = max(prompt_about(*given, each, options.system).text_tokens for each in questions)
+    how = options.system, options.thinking
+    longest = max(prompt_about(*given, each, *how).text_tokens for each in questions)
     kept = sum(plan.encoder.keep for plan in plans)
     check_context(engine.loaded, longest, kept, options.max_new_tokens)
     for plan in plans:

@@ -625,7 +625,7 @@ def says(monkeypatch):
     """Makes the model answer with a text."""
 
     def answer_with(text: str) -> None:
-        monkeypatch.setattr("evoprune.session.answering.stream_text", lambda *_: iter([text]))
+        monkeypatch.setattr("evoprune.language.generate.stream_text", lambda *_: iter([text]))
 
     return answer_with
 

@@ -6,7 +6,6 @@ from math import prod
 import pytest
 import torch
 
-import evoprune
 from evoprune import methods
 from evoprune.backend import devices
 from evoprune.backend.layers import join_tower, joined
@@ -169,6 +168,7 @@ def patches_of(model, grid, made=random_patches, *args):
     return made(grid, *args, width=model.model.visual.patch_embed.proj.weight[0].numel())
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("grid", SIZES)
 def test_budget_one_is_transformers_tower(model, grid):
     patches, thw = patches_of(model, grid), torch.tensor([[grid[0], grid[1] * 2, grid[2] * 2]])
@@ -177,7 +177,7 @@ def test_budget_one_is_transformers_tower(model, grid):
         inner = getattr(theirs, "deepstack_features", None)
         theirs = theirs.pooler_output
     for name in ("none", "evoprune", "divprune"):
-        ours = evoprune.encode(model, patches, thw, budget=1.0, method=name)
+        ours = encode_patches(patches, grid, methods.parse(name), prod(grid), model.model.visual)
         torch.testing.assert_close(ours.features, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
         assert (ours.deepstack is None) == (inner is None)
         for one, other in zip(ours.deepstack if inner else (), inner or (), strict=True):

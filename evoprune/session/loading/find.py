@@ -50,7 +50,7 @@ from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import InputLimits
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# The published dimensions (config.json of the two repositories), so that benchmarks need no network.
+# The published dimensions (config.json of the repositories), so that benchmarks need no network.
 BUNDLED_CONFIGS = {
     f"Qwen/{path.stem}": path for path in sorted((Path(evoprune.__file__).parent / "model" / "configs").glob("*.json"))
 }
