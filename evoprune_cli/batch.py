@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DASH = "-"  # stdin, or stdout
 USAGE = 'evoprune batch *.mp4 -Q "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct -o answers.jsonl'
-ENGINES = ("local", "ray")
+PLACES = ("local", "ray")
 TELL_EVERY_S = 60.0
 
 
@@ -61,18 +61,18 @@ def batch(
         bool, "--overwrite", "Replace the records in FILE; a file that holds anything else stays.", opt.OUTPUT
     ) = False,
     options: opt.MakeOptions,
-    engine: opt.option(
+    on: opt.option(
         str,
-        "--engine",
+        "--on",
         "ray: on a Ray cluster, one model for each GPU, or for each node without GPUs. Needs evoprune[ray].",
-        "Engine",
-        **opt.one_of(*ENGINES),
-    ) = ENGINES[0],
+        "Machines",
+        **opt.one_of(*PLACES),
+    ) = PLACES[0],
     address: opt.option(
         str | None,
         "--address",
         "Of the Ray cluster; default: RAY_ADDRESS, else a cluster on this machine.",
-        "Engine",
+        "Machines",
         **opt.one_of("auto", "HOST:PORT"),
     ) = None,
     quiet: opt.Quiet = False,
@@ -94,10 +94,10 @@ def batch(
         raise UsageError("no output", f"name a file with -o: {USAGE}")
     if output.startswith("--"):
         raise UsageError(f"-o has no file: {output} is an option", "-o FILE; a file of that name is ./--...")
-    if engine not in ENGINES:
-        raise UsageError(f"no engine {engine!r}", f"one of {', '.join(ENGINES)}")
-    if address and engine != "ray":
-        raise UsageError("--address is of a Ray cluster", "add --engine ray")
+    if on not in PLACES:
+        raise UsageError(f"--on {on} is no place to run", f"one of {', '.join(PLACES)}")
+    if address and on != "ray":
+        raise UsageError("--address is of a Ray cluster", "add --on ray")
     made = options()
     from evoprune.batch.output import RecordFile, Settings, remaining
     from evoprune.batch.rows import group_by_span
@@ -124,7 +124,7 @@ def batch(
             file.begin()
             return 0
         spans = group_by_span(left)
-        if engine == "ray":
+        if on == "ray":
             from evoprune.batch.ray import answers_on_ray
 
             show("connecting to Ray")

@@ -157,7 +157,7 @@ def _cluster(address: str | None):
         import ray
         import ray.data
     except ImportError as problem:
-        raise UsageError(f"--engine ray needs Ray: {first_line(problem)}", INSTALL) from problem
+        raise UsageError(f"--on ray needs Ray: {first_line(problem)}", INSTALL) from problem
     # Ray reports workers that died on stdout, also while it shuts down.
     with redirect_stdout(sys.stderr):
         try:

@@ -110,7 +110,8 @@ class ModelOptions:
         if self.load_format not in LOAD_FORMATS:
             raise UsageError(f"unknown load format {self.load_format!r}", f"use {' or '.join(LOAD_FORMATS)}")
         if self.engine not in ENGINES:
-            raise UsageError(f"unknown engine {self.engine!r}", f"use {', '.join(ENGINES)}")
+            hint = "batch --on ray runs on a Ray cluster" if self.engine == "ray" else f"use {', '.join(ENGINES)}"
+            raise UsageError(f"unknown engine {self.engine!r}", hint)
         check_dtype(self.dtype)
         check_quantize(self.quantize)
         if self.store_quantized and self.quantize == "none":

@@ -44,7 +44,7 @@ def facts(record) -> tuple:
 
 def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match="--engine ray needs Ray") as caught:
+    with pytest.raises(UsageError, match="--on ray needs Ray") as caught:
         list(answers_on_ray(group_by_span(ROWS), SETTINGS))
     assert "evoprune[ray]" in caught.value.hint
 
@@ -179,7 +179,7 @@ def test_signals(cluster, tmp_path, sent, code):
         "demo",
         "-o",
         out,
-        "--engine",
+        "--on",
         "ray",
         "--address",
         cluster.address,
@@ -207,7 +207,7 @@ def test_the_command(cluster, tmp_path):
         line = ["batch", *CLIPS, "-Q", QUESTIONS[0], "-m", "demo", "-n", "4", *map(str, args)]
         return subprocess.run([sys.executable, "-m", "evoprune_cli", *line], capture_output=True, text=True)
 
-    out, on_ray = tmp_path / "out.jsonl", ("--engine", "ray", "--address", cluster.address)
+    out, on_ray = tmp_path / "out.jsonl", ("--on", "ray", "--address", cluster.address)
     done = run(*on_ray, "-o", out)
     assert (done.returncode, done.stdout) == (0, "") and f"{len(CLIPS)} of {len(CLIPS)} rows answered: " in done.stderr
     assert "Traceback" not in done.stderr

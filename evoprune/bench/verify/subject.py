@@ -136,7 +136,7 @@ def wider(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Until the context ends, the modules of `model` that hold weights compute in `dtype`."""
-    held = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
+    held = [module for module in model.modules() if own_weights(module) and type(module) is not nn.Conv1d]
     for module in held:
         module.forward = partial(_forward_of(module), module, type(module).forward, dtype)
     try:
@@ -144,6 +144,12 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for module in held:
             del module.forward
+
+
+def own_weights(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """The weights that a module computes with itself, where they are: its own, and those of a convolution that it only reads."""
+    holders = [module, *(child for child in module.children() if type(child) is nn.Conv1d)]
+    return [(holder, name, weight) for holder in holders for name, weight in holder.named_parameters(recurse=False)]
 
 
 def _forward_of(module: nn.Module) -> Callable:
@@ -163,14 +169,16 @@ def _embedding(layer: nn.Embedding, forward: Callable, dtype: torch.dtype, ids: 
 
 
 def _others(module: nn.Module, forward: Callable, dtype: torch.dtype, *given: torch.Tensor, **named) -> torch.Tensor:
-    """Norms and the convolution of patches, whose weights are small."""
-    plain = dict(module.named_parameters(recurse=False))
-    for name, weight in plain.items():
-        module._parameters[name] = nn.Parameter(weight.to(dtype), requires_grad=False)
+    """Norms, convolutions, gates and experts, a layer's at a time."""
+    plain = own_weights(module)
+    for holder, name, weight in plain:
+        if weight.is_floating_point():
+            holder._parameters[name] = nn.Parameter(weight.to(dtype), requires_grad=False)
     try:
-        return forward(module, *(x.to(dtype) for x in given), **named)
+        return forward(module, *(x.to(dtype) if x.is_floating_point() else x for x in given), **named)
     finally:
-        module._parameters |= plain
+        for holder, name, weight in plain:
+            holder._parameters[name] = weight
 
 
 QUESTION, ANOTHER = "What happens in this video?", "Which things can be seen, and where do they go?"

@@ -4,6 +4,7 @@ transformers reads the safetensors files, never code that comes with them, and a
 quantisation packs its weights; the packages that compute with them are the user's to install.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import torch
 
+from evoprune.backend.devices import is_host
 from evoprune.errors import ModelError, ModelWarning, first_line
+from evoprune.language.hosted import can_crop
 from evoprune.model.config import Config, as_written
 from evoprune.model.weights import HostedVL, fill_random
 from evoprune.util import counted
@@ -91,7 +94,23 @@ def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> H
 
 def _of(config: Config, made) -> HostedVL:
     made.eval().requires_grad_(False)
-    return HostedVL(config, made.model.visual, made.model.language_model, made.lm_head)
+    model = HostedVL(config, made.model.visual, made.model.language_model, made.lm_head)
+    # transformers says once that a kernel is missing, on a CPU too, where there is none.
+    logging.getLogger("transformers.integrations.hub_kernels").addFilter(
+        lambda record: "falling back to its reference" not in record.getMessage()
+    )
+    if (packages := missing_kernels(model)) and not is_host(model.device):
+        said = f"layers of linear attention run in plain PyTorch; pip install {' '.join(packages)} makes them faster"
+        warnings.warn(said, ModelWarning, stacklevel=2)
+    return model
+
+
+def missing_kernels(model: HostedVL) -> list[str]:
+    """Packages with fused kernels for the layers of linear attention, on GPUs, that are not installed; none for other models."""
+    if can_crop(model):
+        return []
+    modules = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
+    return [package for module, package in modules.items() if find_spec(module) is None]
 
 
 def meta_model(config: Config, dtype: torch.dtype, attention: str = "sdpa"):
@@ -126,14 +145,14 @@ def with_frequencies(made, device: torch.device) -> None:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """A context in which transformers shows no progress and logs errors alone."""
-    from transformers.utils import logging
+    from transformers.utils import logging as log
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        log.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            log.enable_progress_bar()
