@@ -225,12 +225,13 @@ def prepare(
         seconds_per_pair *= count / fewer
     weight = visual.patch_embed.proj.weight
     pixels = pixel_patches(frames.to(weight.device), v.patch_size, v.temporal_patch_size, v.merge_size)
-    random, size = torch.Generator().manual_seed(0), loaded.model.config.text_config.vocab_size
-    place = place_of(grid, visual.config.traits.timestamps and count > 1)
+    config, random = loaded.model.config, torch.Generator().manual_seed(0)
+    size, vision = config.text_config.vocab_size, config.vision_config
+    place = place_of(grid, vision.traits.timestamps and count > 1)
     length = (place.around or place.runs)[-1].stop + TEXT_AFTER
     text = torch.randint(size, (length - len(place),), generator=random, dtype=torch.int64, device="cpu")
     video = torch.zeros(length, dtype=torch.bool, device="cpu").index_fill_(0, place.columns, True)
     ids = torch.zeros(length, dtype=torch.int64, device="cpu").masked_scatter_(~video, text)
-    positions = prompt_positions(length, place.spans(grid, seconds_per_pair), visual.config.tokens_per_second)
+    positions = prompt_positions(length, place.spans(grid, seconds_per_pair), vision.tokens_per_second)
     patches = normalised(pixels, *v.normal).to(weight.dtype)
     return Clip(pixels, patches, grid, seconds_per_pair, ids, place, positions, int(positions.max()) + 1, unpruned)

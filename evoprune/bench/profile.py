@@ -54,7 +54,7 @@ from evoprune.methods.chain import Pipeline
 from evoprune.methods.plans import EncoderPlan, keep_tokens, plain, share_of
 from evoprune.methods.types import ascending
 from evoprune.model import cost
-from evoprune.model.config import PATCHES, Config
+from evoprune.model.config import PATCHES, Config, vision_sizes
 from evoprune.model.cost import Clock, matmul_rate, shortage, tower_flop
 from evoprune.model.weights import QwenVL, shared
 from evoprune.session.loading.find import BUNDLED_CONFIGS, DTYPES, FoundModel, describe_model
@@ -232,7 +232,7 @@ def _sample(loaded: LoadedModel, clock: Clock, prune: float = 0.0, prefill_prune
 
 def _counts(visual, clip: Clip, layers: list[tuple[int, int]], rows: int, tokens: int, prompt: int) -> Counts:
     windows = tower_geometry(visual, *clip.grid[1:]).windows
-    flop = tower_flop(visual.config, [*(entered for _, entered in layers), rows], clip.grid[0], windows)
+    flop = tower_flop(vision_sizes(visual.config), [*(entered for _, entered in layers), rows], clip.grid[0], windows)
     share = sum(entered for _, entered in layers) / len(layers) / clip.unpruned
     return Counts(clip.unpruned, rows, share, tuple(layers), tokens, prompt, flop)
 

@@ -119,6 +119,8 @@ def can_pack(weight: torch.Tensor) -> bool:
     """Whether packing works and saves time: on the CPU, in a dtype that it multiplies in hardware, with this torch."""
     if not is_host(weight.device) or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
+    if type(weight.data) is not torch.Tensor:  # of a library that holds it in fewer bits, as torchao does
+        return False
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     operators = "_reorder_linear_weight", "_linear_pointwise"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from evoprune.cpu.linear import shared_copy
 from evoprune.model.config import Config, TextConfig, VisionConfig, head_size
 
 
@@ -168,8 +169,11 @@ def fill_random(model: nn.Module) -> None:
                 piece.copy_(noise[: len(piece)])
 
 
-def shared(model: QwenVL) -> QwenVL:
+def shared(model: Model) -> Model:
     """Another tree on the same tensors. Its layers can be replaced without changing the first one."""
+    if isinstance(model, HostedVL):
+        parts = model.model.visual, model.model.language_model, model.lm_head
+        return HostedVL(model.config, *(shared_copy(part, lambda module: None) for part in parts))
     other = empty(model.config)
     other.load_state_dict(model.state_dict(), assign=True)
     other.tie()

@@ -319,9 +319,17 @@ def _same(subject: Subject, one: EncodedInputs, other: EncodedInputs) -> Outcome
     return judged(f"{counted(len(kept), 'token')}{other_ones}; logits: {found}", limits)
 
 
+def again(subject: Subject) -> Outcome:
+    """A second question goes on from what the first one left in the cache."""
+    asked, fresh = (subject.encode(subject.asking(), [subject.video]) for _ in range(2))
+    asked.read_along(ANOTHER, [0])
+    return _same(subject, fresh, asked)
+
+
 def every_method(subject: Subject) -> Outcome:
     """Each method on a short clip, twice: as many tokens as planned, no NaN, and the same tokens again."""
-    ran, left, every = [], "", (*built_in(), *COMBINED)
+    native = subject.loaded.model.native  # without it no method acts inside the language model
+    ran, left, every = [], "", [name for name in (*built_in(), *COMBINED) if native or not parse(name).language]
     for name in every:
         if ran and subject.limit.left <= 0:
             left = f" of {len(every)}, until the time limit was over"
@@ -376,9 +384,9 @@ def transformers_model(subject: Subject) -> Outcome:
 
 def _bits(kind: str, subject: Subject) -> Outcome:
     """How far the answer of the model as it is leads a quantised one astray."""
-    if kind not in kinds(subject.device):
-        return skipped("not on this device")
     model = subject.loaded.model
+    if kind not in kinds(subject.device) or not model.native:
+        return skipped("not on this device" if model.native else "only of models that evoprune runs itself")
     size = sum(weight.nbytes for weight in model.parameters()) - saved_bytes(model, kind)
     if short := cost.shortage(size, str(subject.device)):
         return skipped(f"a quantised copy {short}")
@@ -499,7 +507,7 @@ def accelerated(subject: Subject) -> Outcome:
     features = gap(made, expected)
     figures |= {f"tower_{name}": limit for name, limit in features.limits(subject.features_noise).items()}
     said = f"tower {features}"
-    if can_capture(subject.device):
+    if can_capture(subject.device) and subject.loaded.model.native:
         logits = gap(*_decoded(subject), centred=True)
         figures |= {f"decoding_{name}": limit for name, limit in logits.limits(subject.logits_noise, 2).items()}
         said += f"; decoding {logits}"

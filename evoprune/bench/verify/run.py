@@ -36,6 +36,7 @@ CHECKS = (
     Check("logits", "the language model on the same features, with transformers'", checks.logits),
     Check("answer", "a greedy answer about a video, token by token, with transformers'", checks.answer),
     Check("inputs", "the same about a picture and a video together", checks.inputs, slow=True),
+    Check("again", "a second question about a video, with the same question asked first", checks.again),
     Check("counts", "rows of each layer and tokens, with the plan", checks.counts),
     Check("chunks", "tokens from the smallest chunks, with those from the usual ones", checks.chunks),
     Check("reuse", "a clip that stands still, with and without reuse", checks.reuse),

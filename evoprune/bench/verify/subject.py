@@ -139,9 +139,15 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     held = [module for module in model.modules() if own_weights(module) and type(module) is not nn.Conv1d]
     for module in held:
         module.forward = partial(_forward_of(module), module, type(module).forward, dtype)
+    config = getattr(model.config, "text_config", None)
+    experts = getattr(config, "_experts_implementation", None)
+    if experts is not None:  # its fused products know no float64
+        config._experts_implementation = "eager"
     try:
         yield
     finally:
+        if experts is not None:
+            config._experts_implementation = experts
         for module in held:
             del module.forward
 
@@ -323,7 +329,7 @@ class Subject:
     @cached_property
     def _wide(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Features and logits of transformers in a wider dtype, on the same weights; None where there is none."""
-        dtype = wider(self.dtype, self.device)
+        dtype = None if self.loaded.found.quantization else wider(self.dtype, self.device)
         if dtype is None:
             return None
         asked = self.about(self.video)

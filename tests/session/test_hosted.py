@@ -1,0 +1,194 @@
+"""Models whose language model is a module of transformers: Qwen3.5 with its recurrent states, mixtures of experts, quantised ones.
+
+tests/session/test_qwen3.py compares their answers with `generate` at full budget, and below it with prompts written by hand.
+"""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from evoprune.bench.profile_results import TimeLimit
+from evoprune.bench.verify.run import CHECKS, subject_of, verify
+from evoprune.errors import ModelError, UsageError
+from evoprune.language import hosted
+from evoprune.session.loading.find import find_model
+from evoprune.session.loading.hosted import PACKAGES
+from evoprune.session.loading.model import load_model
+from evoprune.session.options import ModelOptions
+from evoprune.video_qa import VideoQA
+from tests.tiny import save_tiny
+
+CLIP = "samples/square.mp4"
+FAMILIES = ["qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp(request.param), family=request.param)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    folder = save_tiny(tmp_path_factory.mktemp("hybrid"), family="qwen3_5")
+    return load_model(str(folder), dtype="fp32", pack=False)
+
+
+def said(inputs, question: str, **options) -> list[int]:
+    answer = inputs.ask(question, max_new_tokens=6, **options)
+    return answer.ids if answer.text is not None else []
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.25])
+def test_the_engines_give_the_same_answer(budget):
+    def answer(engine: str) -> list[int]:
+        qa = VideoQA.load("demo", engine=engine, budget=budget)
+        assert qa.loaded.facts().engine == engine
+        return said(qa.encode(CLIP), "What happens?")
+
+    assert answer("transformers") == answer("native")
+
+
+def test_ten_questions_are_answered_as_ten_fresh_ones(hybrid):
+    qa = VideoQA(hybrid, budget=0.3)
+    inputs = qa.encode(CLIP)
+    for number in range(10):
+        how = {"system": "Be brief."} if number % 4 == 3 else {}
+        if number % 3 == 2:
+            how |= {"temperature": 1.0, "seed": number}
+        question = "What?" + " And then?" * number
+        assert said(inputs, question, **how) == said(qa.encode(CLIP), question, **how), number
+
+
+def test_an_answer_that_breaks_off_leaves_the_state_before_it(hybrid):
+    inputs = VideoQA(hybrid, budget=0.3).encode(CLIP)
+    whole = said(inputs, "What happens?")
+    answer = inputs.ask("Something else?", max_new_tokens=6)
+    next(answer)
+    answer.close()
+    assert said(inputs, "What happens?") == whole
+
+
+def test_a_long_prompt_is_read_in_strips_of_masks(hybrid, monkeypatch):
+    def logits():
+        return VideoQA(hybrid, budget=0.3).encode(CLIP).read_along("What happens?", [5, 6])[0]
+
+    whole = logits()
+    monkeypatch.setattr(hosted, "STRIP", 8)
+    torch.testing.assert_close(logits(), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pass_that_fails_spoils_a_recurrent_state_alone(hybrid, monkeypatch):
+    cache = hosted.HostedCache(hybrid.model)
+    embeds, positions = torch.zeros(3, 64), torch.arange(3).expand(3, -1)
+    hosted.forward(hybrid.model, embeds, positions, cache)
+    monkeypatch.setattr(hosted, "_read", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hosted.forward(hybrid.model, embeds, positions, cache)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="a pass failed"):
+        hosted.forward(hybrid.model, embeds, positions, cache)
+    with pytest.raises(ValueError, match="cannot be cut"):
+        cache.crop(0)
+
+
+def test_what_needs_our_own_layers_is_refused(folder):
+    options = {"dtype": "fp32", "model": str(folder)}
+    with pytest.raises(ModelError, match="does not run itself") as caught:
+        find_model(ModelOptions(engine="native", **options))
+    assert "leave the engine out" in caught.value.hint
+    with pytest.raises(UsageError, match="quantize int8 is for models that evoprune runs itself"):
+        find_model(ModelOptions(quantize="int8", **options))
+    with pytest.raises(UsageError, match="acts inside the language model"):
+        VideoQA.load(method="pyramiddrop", **options)
+    with pytest.raises(UsageError, match="cannot forget the oldest tokens"):
+        VideoQA.load(**options).stream()
+
+
+def damaged(folder: Path, tmp_path: Path, **entries) -> str:
+    """A copy of a model's folder whose config.json says something else."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text()) | entries
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("method", [method for method, (module, _) in PACKAGES.items() if find_spec(module) is None])
+def test_a_package_that_is_missing_is_named(saved, tmp_path, method):
+    name = damaged(saved, tmp_path, quantization_config={"quant_method": method})
+    with pytest.raises(ModelError, match=f"quantised by {method}") as caught:
+        load_model(name)
+    assert caught.value.hint == f"pip install {PACKAGES[method][1]}"
+
+
+def test_an_unknown_quantisation_is_an_error_of_the_model(saved, tmp_path):
+    name = damaged(saved, tmp_path, quantization_config={"quant_method": "fictitious"})
+    with pytest.raises(ModelError, match="transformers cannot load"):
+        load_model(name)
+
+
+def test_a_tensor_that_is_missing_is_named(hybrid, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(hybrid.found.folder)
+    name = damaged(folder, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.language_model.layers.0.linear_attn.A_log"]
+    (tmp_path / "model.safetensors").unlink()
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack 1 tensor, first .*layers\.0\.linear_attn\.A_log"):
+        load_model(name)
+
+
+def outcomes(loaded, *names: str) -> dict[str, str]:
+    checks = [check for check in CHECKS if check.name in names]
+    with subject_of(loaded, None) as subject:
+        *_, results = verify(subject, TimeLimit(600), checks=checks)
+    return {found.check.name: found.outcome.state for found in results.findings}
+
+
+@pytest.mark.full
+def test_verify_holds(folder):
+    states = outcomes(load_model(str(folder), dtype="fp32", pack=False), *(check.name for check in CHECKS))
+    assert "differs" not in states.values(), states
+    assert {"answer", "inputs", "again", "model", "batch"} <= {
+        name for name, state in states.items() if state == "held"
+    }
+
+
+def _other_places(text, **how):
+    how["position_ids"] = how["position_ids"].clone()
+    how["position_ids"][1:, :, -5:] += 1
+    return text(**how)
+
+
+def _bias_everywhere(text, **how):
+    if "attention_mask" in how:
+        sizes = how["attention_mask"][0, 0, -1].exp()
+        how["inputs_embeds"] = how["inputs_embeds"] * sizes[-how["inputs_embeds"].shape[1] :, None]
+    return text(**how)
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [("state", "again"), (_other_places, "model"), (_bias_everywhere, "model")],
+    ids=["a state that is not copied", "positions behind the video", "sizes in linear layers"],
+)
+def test_verify_finds_planted_faults(hybrid, monkeypatch, fault, check):
+    assert outcomes(hybrid, check) == {check: "held"}
+    if fault == "state":
+        monkeypatch.setattr(hosted.HostedCache, "copy", lambda cache: cache)
+    else:
+        text = hybrid.model.model.language_model
+        stock = text.forward
+
+        def forward(**how):
+            ours = how.get("use_cache") is True and how.get("past_key_values") is not None
+            return fault(stock, **how) if ours else stock(**how)
+
+        monkeypatch.setattr(text, "forward", forward)
+    assert outcomes(hybrid, check) == {check: "differs"}
