@@ -79,7 +79,7 @@ def evaluate(
     resume: opt.option(
         str | None,
         "--resume DIR",
-        "Continue the interrupted run in DIR, with its settings; or give the same ones, --data included.",
+        "Continue the interrupted run in DIR with its settings.",
         opt.OUTPUT,
     ) = None,
     chart: opt.option(

@@ -68,8 +68,8 @@ def profile(
     size: opt.option(
         list[str] | None,
         "--size HxW,...",
-        "Height x width of the frames in pixels, multiples of 28, or of 32 with Qwen3-VL; default: 224x336, or 256x384, "
-        "of a VIDEO its own shape at no more pixels.",
+        "Height x width of the frames in pixels, multiples of 28 (Qwen3-VL: 32); default: 224x336 (256x384), for a VIDEO its "
+        "own shape at no more pixels.",
         opt.SWEEP,
     ) = None,
     synthetic: opt.option(
@@ -90,9 +90,8 @@ def profile(
     load_format: opt.option(
         str | None,
         "--load-format",
-        "auto reads the weights; dummy takes random ones of the same dimensions, which is as fast and needs no "
-        "network; default: dummy for Qwen/Qwen2.5-VL-3B-Instruct, -7B-Instruct and Qwen3-VL-2B-Instruct, -4B-Instruct and "
-        "-8B-Instruct, else auto.",
+        "auto reads the weights; dummy takes random ones, which are as fast and need no network; default: dummy for "
+        "Qwen/Qwen2.5-VL-3B-Instruct, -7B-Instruct and Qwen3-VL-2B-Instruct, -4B-Instruct and -8B-Instruct, else auto.",
         ModelOptions.PANEL,
         **opt.one_of(*LOAD_FORMATS),
     ) = None,
@@ -109,7 +108,7 @@ def profile(
     time_limit: opt.option(
         float,
         "--time-limit SECONDS",
-        "Of the whole run, loading included. Rows and rounds that would end later are left out, but for Hugging Face, budget "
+        "Of the whole run, loading included. Rows and rounds that would end later are left out, except Hugging Face, budget "
         "1.0 and one method.",
         ROUNDS,
         min=0,
@@ -126,9 +125,9 @@ def profile(
 ) -> int:
     """Measure latency, counts and memory over a sweep.
 
-    Always measured too, in turn and on the same weights: plain Hugging Face transformers, budget 1.0, and the bound, the best that
-    a method which prunes after the encoder could reach. By default on random weights of Qwen2.5-VL-3B's true dimensions: speed does
-    not depend on what the weights are. Exit code 6: done, but some rows ran out of memory.
+    Every run also measures plain Hugging Face transformers, budget 1.0 and the bound, the best time of any method that prunes after
+    the encoder; all in turn and on the same weights. By default these are random, at the dimensions of Qwen2.5-VL-3B: speed does
+    not depend on their values. Exit code 6: done, but some rows ran out of memory.
 
     \b
     evoprune profile
