@@ -61,13 +61,11 @@ def tune(
     method: opt.option(
         list[str] | None,
         "--method",
-        "Further methods to try, beside those that are always tried.",
+        "Methods to try beside the usual ones.",
         opt.SWEEP,
         **opt.METHODS,
     ) = None,
-    operations: opt.option(
-        bool, "--operations", "Find the recipe of the method operations for this model instead.", opt.SWEEP
-    ) = False,
+    operations: opt.option(bool, "--operations", "Find a recipe for the method operations instead.", opt.SWEEP) = False,
     options: opt.MakeOptions,
     output: opt.option(
         str | None, "-o --output FILE.json", "Also write the results there, as JSON.", opt.OUTPUT

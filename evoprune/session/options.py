@@ -257,7 +257,7 @@ class StreamOptions:
 
     window_s: float = option(
         8.0,
-        "Time of a stream that is encoded together, with a fixed number of tokens.",
+        "The stream is encoded in windows of this time, each with a fixed number of tokens.",
         "--window",
         metavar="TIME",
         typed=str,
