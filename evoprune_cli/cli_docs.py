@@ -15,7 +15,7 @@ from evoprune_cli.terminal import WIDTH
 OPTION = r"(?m)^(?=  -)"  # where the help of an option begins
 INTRODUCTION = """# The command line
 
-The `--help-all` of every command; options that `ask` has in the same words are only named.
+The `--help-all` of every command. Options that `ask` has in the same words are only named; all have `--help` and `--help-all`.
 Made by `python -m evoprune_cli.cli_docs > docs/cli.md`; do not edit.
 """
 
@@ -42,6 +42,7 @@ def _without(explained: set[str], text: str) -> str:
         heading, *options = re.split(OPTION, panel)
         kept = [option.rstrip("\n") for option in options if " ".join(option.split()) not in explained]
         same = [re.search(r"--[\w-]+", option)[0] for option in options if " ".join(option.split()) in explained]
+        same = [name for name in same if name not in ("--help", "--help-all")]
         named = fill(
             "As in ask: " + ", ".join(same),
             WIDTH - 2,
@@ -49,7 +50,8 @@ def _without(explained: set[str], text: str) -> str:
             subsequent_indent="    ",
             break_on_hyphens=False,
         )
-        panels.append("\n".join([heading.rstrip("\n"), *kept, *([named] if same else [])]))
+        if kept or same or not options:
+            panels.append("\n".join([heading.rstrip("\n"), *kept, *([named] if same else [])]))
     return "\n\n".join(panels)
 
 

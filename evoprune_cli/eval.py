@@ -53,13 +53,13 @@ def evaluate(
         "Questions: JSONL or CSV rows with video, question, answer and perhaps id, options, type, groups.",
         "Data",
     ) = None,
-    limit: opt.option(int | None, "--limit N", "At most so many videos; default: all.", "Data", min=1) = None,
+    limit: opt.option(int | None, "--limit N", "At most N videos; default: all.", "Data", min=1) = None,
     group: opt.option(list[str] | None, "--group LIST", "Only questions of these groups.", "Data") = None,
     seed: opt.option(int, "--seed <int>", "Seed of methods that draw at random.", "Data", min=0, max=2**31 - 1) = 0,
     budget: opt.Budgets = None,
     method: opt.Methods = None,
     blind: opt.option(
-        bool, "--blind", "Also ask without the video: a grey one of the same size and length.", opt.SWEEP
+        bool, "--blind", "Also ask about a grey video of the same size and length, to measure guessing.", opt.SWEEP
     ) = False,
     options: opt.MakeOptions,
     processes: opt.option(
@@ -79,7 +79,7 @@ def evaluate(
     resume: opt.option(
         str | None,
         "--resume DIR",
-        "Continue the interrupted run in DIR, with its settings; or give the same ones, --data included.",
+        "Continue the interrupted run in DIR with its settings.",
         opt.OUTPUT,
     ) = None,
     chart: opt.option(

@@ -54,8 +54,7 @@ def inspect(
     overlay: opt.option(
         str | None,
         "--overlay FILE",
-        f"Draw which units are read, reused, merged and dropped ({', '.join(OVERLAYS)}). "
-        "Loads the model; pruning options are for this.",
+        f"Draw which units are read, reused, merged and dropped ({', '.join(OVERLAYS)}). Loads the model.",
     ) = None,
     options: opt.MakeOptions,
     scan: opt.option(

@@ -173,7 +173,7 @@ SWEEP, OUTPUT = "Sweep (lists by commas or repetition)", "Output"  # titles of p
 Budgets = option(
     list[str] | None,
     "-b --budget",
-    "Shares of visual tokens kept, or presets; only in eval auto, auto:inflection; "
+    "Shares of visual tokens kept, or presets; in eval also auto and auto:inflection; "
     f"default: {','.join(list(PRESETS)[1:])}. Full is always there.",
     SWEEP,
     envvar="EVOPRUNE_BUDGET",
@@ -196,7 +196,7 @@ ShowThoughts = option(
 Stats = option(
     bool | None,
     "--stats/--no-stats",
-    "Stage times and token counts on stderr; default: unless --json or -q, in one line from the second question on.",
+    "Stage times and token counts on stderr; default: on, unless --json or -q; one line from the second question on.",
     OUTPUT,
 )
 Verbose = option(bool, "-v --verbose", "Also print rows of every layer, settings, versions.", OUTPUT)

@@ -65,13 +65,11 @@ def tune(
     method: opt.option(
         list[str] | None,
         "--method",
-        "Further methods to try, beside those that are always tried.",
+        "Methods to try beside the usual ones.",
         opt.SWEEP,
         **opt.METHODS,
     ) = None,
-    operations: opt.option(
-        bool, "--operations", "Find the recipe of the method operations for this model instead.", opt.SWEEP
-    ) = False,
+    operations: opt.option(bool, "--operations", "Find a recipe for the method operations instead.", opt.SWEEP) = False,
     options: opt.MakeOptions,
     output: opt.option(
         str | None, "-o --output FILE.json", "Also write the results there, as JSON.", opt.OUTPUT
@@ -84,12 +82,12 @@ def tune(
 ) -> int:
     """Find the fastest setting that keeps this model's answers.
 
-    No labels are needed. The unpruned model answers first. Every setting reads these answers, and is judged by the tokens at which
-    it would have chosen as the unpruned model did, and by the time to the first token. The last line is the two options of the
-    fastest one that passes: -b and --method. Exit code 6: done, but some videos failed, or no setting is sure to pass.
+    No labels are needed. The unpruned model answers first. Every setting then reads these answers, and is judged by the share of
+    tokens at which its first choice is the same, and by the time to the first token. The last line has the two options of the
+    fastest setting that passes, -b and --method. Exit code 6: done, but some videos failed, or no setting is sure to pass.
 
-    With --operations it finds the recipe of the method operations instead: in which order a model's layers can leave out operations
-    on visual tokens. The file of -o is that recipe: --method operations:recipe=FILE.json.
+    With --operations it finds a recipe for the method operations instead: the order in which a model's layers leave out operations
+    on visual tokens. -o writes it, for --method operations:recipe=FILE.json.
 
     \b
     evoprune tune *.mp4 -m Qwen/Qwen2.5-VL-3B-Instruct

@@ -40,11 +40,11 @@ def verify(
     json: opt.option(bool, "--json", "The record as one JSON line instead of text.", opt.OUTPUT) = False,
     quiet: opt.Quiet = False,
 ) -> int:
-    """Check that this machine computes with this model what transformers computes.
+    """Check the results of this machine against transformers.
 
     Both sides compute with the same weights, on the same device and in the same dtype: pixels, features, positions, logits and
-    answers with nothing pruned. Then what must hold below that: counts, chunks, reuse, every method. How far two results may be
-    apart follows from the rounding of the dtype, which is measured. Each check held, differs or was skipped. Exit code 7: something
+    answers with nothing pruned. With pruning, counts, chunks, reuse and every method are checked. How far two results may be apart
+    follows from the rounding of the dtype, which is measured. Each check held, differs or was skipped. Exit code 7: something
     differs.
 
     \b

@@ -42,7 +42,9 @@ def watch(
     question: opt.option(
         list[str] | None, "-Q --question TEXT", "A question at the end of the source, or see --every; repeatable."
     ) = None,
-    every: opt.option(str | None, "--every TIME", "Ask -Q each time so much of the source was seen: 30s.") = None,
+    every: opt.option(
+        str | None, "--every TIME", "Ask -Q again each time this much of the source was seen, such as 30s."
+    ) = None,
     questions: opt.option(
         str | None, "--questions FILE", 'Questions from a pipe: JSON lines with "question", perhaps "id"; - for stdin.'
     ) = None,
@@ -54,7 +56,7 @@ def watch(
         **opt.one_of(*PACES),
     ) = FROM_SOURCE,
     timeout: opt.option(
-        str, "--timeout TIME", "How long the source may be silent, and a file take to grow, at most 20s.", "Source"
+        str, "--timeout TIME", "How long the source may be silent, or a file not grow; at most 20s.", "Source"
     ) = "10s",
     reconnects: opt.option(
         int, "--reconnects", "How often in a row a URL or camera that ended or failed is tried again.", "Source"

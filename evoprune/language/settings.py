@@ -28,11 +28,11 @@ class GenerationOptions:
     )
     top_k: int = option(
         0,
-        "Draw among so many of the most probable tokens; 0: all.",
+        "Draw among the N most probable tokens; 0: all.",
     )
     repetition_penalty: float | None = option(
         None,
-        "Above 1, tokens of prompt and answer are less probable; 1: off; default: what the model's generation_config.json says.",
+        "Above 1, tokens of prompt and answer are less probable; 1: off; default: that of the model's generation_config.json.",
         metavar="N",
     )
     system: str | None = option(None, "A system prompt.", "-s", "--system", metavar="TEXT")

@@ -56,7 +56,7 @@ class ModelOptions:
     revision: str | None = option(None, "Branch, tag or commit of a hub id.")
     device: str = option(
         "auto",
-        "Device to run on; auto is CUDA if there is any.",
+        "auto: CUDA if there is any, else the CPU.",
         words=("auto", "cpu", "cuda[:N]"),
         changes_answers=False,
     )
@@ -67,19 +67,19 @@ class ModelOptions:
     )
     quantize: str = option(
         "none",
-        "On a CPU, the bits of weights and products: fewer are faster, take less memory and are less exact. int8: tower and "
-        "language model. int4: weights of the language model while it generates, int8 for the rest.",
+        "Bits of weights and products, on CPUs alone: fewer are faster, smaller and less exact. int8: tower and language model. "
+        "int4: the same, with 4-bit weights while the language model generates.",
         words=QUANTIZE,
     )
     store_quantized: bool = option(
         False,
-        "Keep weights that --quantize makes on disk (at most 32 GiB), so that later runs read them.",
+        "Keep the quantised weights on disk (at most 32 GiB) for later runs.",
         changes_answers=False,
     )
     load_format: str = option(
         "auto",
-        "auto reads the weights. dummy makes random ones of the same dimensions: times and counts are right, answers mean "
-        "nothing. It needs a folder with config.json and a tokenizer.",
+        "auto reads the weights. dummy makes random ones: times and counts are right, answers mean nothing. It needs a folder "
+        "with config.json and a tokenizer.",
         words=LOAD_FORMATS,
     )
     engine: str = option(
@@ -141,9 +141,9 @@ class PruneOptions:
     budget: float | str = option(
         DEFAULT,
         f"Share of visual tokens kept: 0.1, 10%, or {IN_WORDS}. "
-        "The accuracy is what demo models keep at worst, the speed that of the first token against Hugging Face at 3B dimensions. "
-        "Presets keep more of a still: 0.7, 0.5 and 0.3; full prunes nothing. -b auto lets the content decide, auto:inflection "
-        "a method's scores.",
+        "Accuracy: what the worst of the demo models keeps. Speed: of the first token, against Hugging Face at 3B dimensions. "
+        "Presets keep more of a still: 0.7, 0.5 and 0.3. full prunes nothing; auto lets the content decide, auto:inflection a "
+        "method's scores.",
         "-b",
         "--budget",
         env="EVOPRUNE_BUDGET",
@@ -225,11 +225,11 @@ class SamplingOptions:
     decoder: str = option("auto", "Library that reads the video; auto is pyav.", words=("auto", "pyav", "decord"))
     subtitles: str | PathLike = option(
         NO_SUBTITLES,
-        "What is said, for the prompt. auto: a file beside the video, else a text track in it. FILE: SRT, WebVTT, ASS, or a "
-        "video with a text track.",
+        "Subtitles for the prompt. auto: a file beside the video, else a text track in it. FILE: SRT, WebVTT, ASS, or a video "
+        "with a text track.",
         words=("none", "auto", "FILE"),
     )
-    max_subtitle_tokens: int = option(2048, "Limit of the subtitles: above it, lines are left out, evenly over all.")
+    max_subtitle_tokens: int = option(2048, "Limit of the subtitles: above it, lines are left out evenly.")
 
     def __post_init__(self):
         check_types(self)
@@ -267,7 +267,7 @@ class StreamOptions:
 
     window_s: float = option(
         8.0,
-        "Time of a stream that is encoded together, with a fixed number of tokens.",
+        "The stream is encoded in windows of this time, each with a fixed number of tokens.",
         "--window",
         metavar="TIME",
         typed=str,
@@ -276,7 +276,7 @@ class StreamOptions:
     )
     memory_s: float = option(
         600.0,
-        "What is remembered: as many tokens as this time has. Beyond it the oldest windows are thinned.",
+        "As many tokens are remembered as this time has. Beyond it the oldest windows are thinned.",
         "--memory",
         metavar="TIME",
         typed=str,
