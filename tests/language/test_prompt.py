@@ -17,10 +17,12 @@ from evoprune.language.prompt import (
     VisualSpan,
     build_prompt,
     load_tokenizer,
+    opens_thoughts,
     prompt_positions,
     timestamps,
     video_positions,
 )
+from tests.thinking import THINKING, thinking_tokenizer
 from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
 
 
@@ -416,3 +418,51 @@ def test_any_prompt_matches_counting_by_hand(prompt):
 def test_videos_that_do_not_fit_are_refused(length, videos):
     with pytest.raises(ValueError, match="does not fit"):
         prompt_positions(length, videos, 2)
+
+
+ENDS = {  # of a prompt, with thinking and without
+    "unless off": ("<think>\n", "<think>\n\n</think>\n\n"),
+    "if on": ("<think>\n", "<think>\n\n</think>\n\n"),
+    "always": ("<think>\n", "<think>\n"),
+    "by itself": ("", "<think>\n\n</think>\n\n"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("thinking", [True, False])
+def test_thoughts_begin_where_the_template_says(name, thinking):
+    own = thinking_tokenizer(name)
+    prompt = about_video(own, "Why?", 3, thinking=thinking)
+    text = own.backend.decode(prompt.input_ids.tolist(), skip_special_tokens=False)
+    ends = ENDS[name][not thinking]
+    assert text.endswith(f"Why?<|im_end|>\n<|im_start|>assistant\n{ends}")
+    expected = tiny_tokenizer().apply_chat_template(
+        MESSAGES, tokenize=False, add_generation_prompt=True, chat_template=THINKING[name], enable_thinking=thinking
+    )
+    assert own.render(MESSAGES, thinking) == expected and opens_thoughts(expected) is (ends == "<think>\n")
+    assert own.can_switch_thinking is (name != "always") and own.always_thinks is (name == "always")
+    plain = about_video(own, "Why?", 3)
+    assert plain.input_ids[: plain.prefix_length].tolist() == prompt.input_ids[: prompt.prefix_length].tolist()
+
+
+def test_a_template_that_knows_nothing_of_thinking(tokenizer):
+    assert not tokenizer.can_switch_thinking and not tokenizer.always_thinks
+    with pytest.raises(UsageError, match="knows nothing of thinking"):
+        about_video(tokenizer, "Why?", 3, thinking=True)
+    assert about_video(tokenizer, "Why?", 3).input_ids.tolist() == whole("Why?", 3, None)
+
+
+def test_ids_of_placeholders_are_those_that_the_tokenizer_has_by_name():
+    backend = tokenizers.Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str())
+    content = json.loads(backend.to_str())
+    moved = {"<|image_pad|>": 248056, "<|video_pad|>": 248057, "<|vision_start|>": 248053, "<|vision_end|>": 248054}
+    content["added_tokens"] = [
+        token | {"id": moved.get(token["content"], token["id"])} for token in content["added_tokens"]
+    ]
+    content["model"]["vocab"] |= moved
+    own = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), CHAT_TEMPLATE)
+    prompt = build_prompt(own, "Why?", [(PICTURE, 2), (VIDEO, 4)], times=[(), ("<0.5 seconds>", "<1.5 seconds>")])
+    ids = prompt.input_ids
+    assert ids[prompt.places[0].columns].tolist() == [248056] * 2
+    assert ids[prompt.places[1].columns].tolist() == [248057] * 4
+    assert (ids == 248053).sum() == (ids == 248054).sum() == 3
