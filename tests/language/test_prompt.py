@@ -23,7 +23,7 @@ from evoprune.language.prompt import (
     video_positions,
 )
 from tests.thinking import THINKING, thinking_tokenizer
-from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_config, tiny_tokenizer
 
 
 @pytest.fixture
@@ -466,3 +466,25 @@ def test_ids_of_placeholders_are_those_that_the_tokenizer_has_by_name():
     assert ids[prompt.places[0].columns].tolist() == [248056] * 2
     assert ids[prompt.places[1].columns].tolist() == [248057] * 4
     assert (ids == 248053).sum() == (ids == 248054).sum() == 3
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"])
+def test_positions_of_frame_pairs_with_times_are_those_of_transformers(family):
+    from transformers import AutoModelForImageTextToText
+
+    grids = [(3, 2, 4), (1, 5, 2)]  # of a video, and of a picture
+    tokenizer, times = own(tiny_tokenizer()), [("<0.3 seconds>", "<1.3 seconds>", "<2.3 seconds>"), ()]
+    prompt = build_prompt(tokenizer, "Why?", [(VIDEO, 24), (PICTURE, 10)], times=times)
+    spans = [span for place, grid in zip(prompt.places, grids, strict=True) for span in place.spans(grid, 1.0)]
+    made = prompt_positions(len(prompt.input_ids), spans, None)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(tiny_config(family)).model
+    kinds = torch.zeros_like(prompt.input_ids)
+    for place, kind in zip(prompt.places, (2, 1), strict=True):
+        kinds[place.columns] = kind
+    thw = [torch.tensor([[t, 2 * h, 2 * w]]) for t, h, w in grids]
+    expected, delta = model.get_rope_index(
+        input_ids=prompt.input_ids[None], mm_token_type_ids=kinds[None], video_grid_thw=thw[0], image_grid_thw=thw[1]
+    )
+    assert torch.equal(made, expected[:, 0])
+    assert int(delta) == int(made.max()) + 1 - len(prompt.input_ids)
