@@ -21,16 +21,21 @@ def loaded(saved):
 
 
 @pytest.fixture
-def video(loaded, request):
-    """Encoded inputs of a model whose template is a given kind, and which knows thoughts as text alone."""
+def qa(loaded, request):
+    """With a model whose template is a given kind, and which knows thoughts as text alone."""
     kind = getattr(request, "param", "unless off")
-    return VideoQA(replace(loaded, tokenizer=thinking_tokenizer(kind, special=None)), budget=0.5).encode(CLIP, frames=2)
+    return VideoQA(replace(loaded, tokenizer=thinking_tokenizer(kind, special=None)), budget=0.5)
 
 
 @pytest.fixture
-def says(monkeypatch, video):
+def video(qa):
+    return qa.encode(CLIP, frames=2)
+
+
+@pytest.fixture
+def says(monkeypatch, qa):
     def what(text: str) -> None:
-        monkeypatch.setattr(answering, "TokenStream", Saying(video._engine.loaded.tokenizer, text))
+        monkeypatch.setattr(answering, "TokenStream", Saying(qa.engine.loaded.tokenizer, text))
 
     return what
 
@@ -45,6 +50,13 @@ def test_thoughts_are_not_the_answer(video, says):
     report = answer.report
     assert report.tokens.new == len(answer.ids) > len(answer.text) / 4 and report.finish_reason == "stop"
     assert report.generation["think"] == "on" and not {"thoughts_cut", "answer_cut"} & {*report.warnings}
+
+
+def test_one_question_at_once_is_the_same(qa, says):
+    says("Hm.\n</think>\n\nLeft.")
+    told = []
+    answer = qa.ask(CLIP, QUESTION, think="on", max_new_tokens=200, on_thoughts=told.append)
+    assert answer.text == "Left." and "".join(told).strip() == answer.thoughts == "Hm."
 
 
 def test_they_are_off_unless_asked_for(video, says):
@@ -66,7 +78,7 @@ def test_an_answer_that_is_cut_inside_thoughts(video, says):
     assert answer.text and "answer_cut" in answer.report.warnings and "thoughts_cut" not in answer.report.warnings
 
 
-@pytest.mark.parametrize("video", ["always"], indirect=True)
+@pytest.mark.parametrize("qa", ["always"], indirect=True)
 def test_a_model_that_always_thinks_says_so(video, says):
     for think in ("off", "on"):
         says("Hm.\n</think>\n\nLeft.")
@@ -75,7 +87,7 @@ def test_a_model_that_always_thinks_says_so(video, says):
         assert answer.text == "Left." and answer.thoughts == "Hm."
 
 
-@pytest.mark.parametrize("video", ["none"], indirect=True)
+@pytest.mark.parametrize("qa", ["none"], indirect=True)
 def test_a_model_that_cannot_think_is_not_asked_to(video):
     with pytest.raises(UsageError, match="knows nothing of thinking"):
         str(video.ask(QUESTION, think="on"))
