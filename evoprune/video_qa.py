@@ -136,6 +136,7 @@ class VideoQA(Uncopied):
         question: str,
         *,
         seed: int | None = None,
+        on_thoughts: Callable[[str], None] | None = None,
         **options,
     ) -> Answer:
         """Asks one question about one input or several together: `encode`, then `EncodedInputs.ask`.
@@ -144,7 +145,7 @@ class VideoQA(Uncopied):
             inputs: in the order in which the model reads them: paths, which are encoded as `encode` does without options; or what
                 `encode` of this `VideoQA` made, which is used again.
             question: taken literally.
-            seed, options: as of `EncodedInputs.ask`.
+            seed, on_thoughts, options: as of `EncodedInputs.ask`.
 
         Errors: as of `encode` and `EncodedInputs.ask`. UsageError: an input was encoded for another model or pruning.
         """
@@ -163,7 +164,7 @@ class VideoQA(Uncopied):
                 plans = [plan for each in opened for plan in each.plans]
                 longest_prompt(self.engine, plans, [question], generation, held)
             encoded = [each if isinstance(each, EncodedInputs) else each.encode() for each in opened]
-        return together(self.engine, encoded).ask(question, seed=seed, **options)
+        return together(self.engine, encoded).ask(question, seed=seed, on_thoughts=on_thoughts, **options)
 
     def stream(
         self,

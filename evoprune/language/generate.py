@@ -346,7 +346,7 @@ def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Te
     with the first token. What is between thoughts and answer, `</think>` and white space, belongs to neither.
     """
     ids, (begin, end) = iter(ids), map(tokenizer.backend.token_to_id, THOUGHTS)
-    thinks = opens_thoughts(tokenizer.backend.decode(prompt_ids[-8:].tolist(), skip_special_tokens=False))
+    thinks = opens_thoughts(tokenizer.backend.decode(prompt_ids[-16:].tolist(), skip_special_tokens=False))
     if not thinks:
         first = list(islice(ids, 1))
         thinks = begin is not None and first == [begin]

@@ -325,9 +325,7 @@ class Experts:
     num_experts: Annotated[int, whole(1, 2**16)]
     num_experts_per_tok: Annotated[int, whole(1, 2**16)]  # that a token goes through
     moe_intermediate_size: Size  # of an expert
-    shared_expert_intermediate_size: Annotated[int | None, SIZE] = (
-        None  # of one that every token goes through, if there is one
-    )
+    shared_expert_intermediate_size: Annotated[int | None, SIZE] = None  # of one for every token, if there is one
     decoder_sparse_step: Annotated[int, whole(1, 1000)] = 1  # of so many layers the last has experts
     mlp_only_layers: LayerNumbers = ()  # that have none anyway
 

@@ -23,9 +23,11 @@ from evoprune.language.generate import (
     penalised,
     prefill,
     probabilities,
+    stream_answer,
     stream_text,
 )
 from evoprune.language.prompt import VIDEO, Tokenizer, VisualSpan, build_prompt, prompt_positions
+from tests.thinking import ids_of, thinking_tokenizer
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TOKENS = 32
@@ -295,6 +297,52 @@ def test_text_arrives_as_soon_as_it_is_certain():
 def test_special_tokens_are_left_out_of_the_text():
     ids = tiny_tokenizer()("Yes<|im_end|>.<|vision_start|>")["input_ids"]
     assert "".join(stream_text(own_tokenizer(), ids)) == "Yes."
+
+
+def said(text, special=False, prompt="<think>\n", n=None):
+    """Thoughts and answer, of what a model says after a prompt."""
+    own = thinking_tokenizer(special=special)
+    prompt_ids = torch.tensor(ids_of(own, f"<|im_start|>assistant\n{prompt}"))
+    pieces = list(stream_answer(own, iter(ids_of(own, text)[:n]), prompt_ids))
+    assert all(piece for piece, _ in pieces)
+    return tuple("".join(piece for piece, thought in pieces if thought is wanted) for wanted in (True, False))
+
+
+@pytest.mark.parametrize("special", [False, True, None], ids=["token", "special", "text"])
+@pytest.mark.parametrize("thoughts", ["It is green.", "a < b </thin </ </</think", "<think> naïve 你好\n\n- </b>", ""])
+@pytest.mark.parametrize("answer", ["Green.", "<b>yes</b>\n", ""])
+def test_thoughts_end_where_they_say(special, thoughts, answer):
+    text = f"{thoughts}\n</think>\n\n{answer}"
+    if special is not None:  # else the text of the token would be one
+        thoughts = thoughts.replace("<think>", "") if special else thoughts
+    found = said(text, special)
+    assert (found[0].strip(), found[1]) == (thoughts.strip(), answer)
+
+
+def test_an_answer_without_thoughts_stays_as_it_is():
+    assert said("\n Green. </think> x", prompt="") == ("", "\n Green. </think> x")
+    assert said("\n Green.", prompt="<think>\n\n</think>\n\n") == ("", "\n Green.")
+    assert said("", prompt="") == ("", "")
+
+
+def test_thoughts_may_begin_with_the_first_token():
+    assert said("<think>\nHm.\n</think>\n\nGreen.", prompt="") == ("Hm.\n", "Green.")
+
+
+def test_thoughts_that_are_cut_are_no_answer():
+    assert said("Hm, it may well be", n=6)[1] == ""
+
+
+@pytest.mark.parametrize("special", [False, None])
+def test_thoughts_and_answer_arrive_as_soon_as_they_are_certain(special):
+    own, read = thinking_tokenizer(special=special), []
+    ids = ids_of(own, "Hm, hm.</think>Yes and no.")
+    pieces = stream_answer(own, (read.append(token) or token for token in ids), torch.tensor(ids_of(own, "<think>")))
+    assert next(pieces)[1] and len(read) == 1
+    while (piece := next(pieces))[1]:
+        pass
+    assert piece[0] == "Y" or "Yes".startswith(piece[0])
+    assert len(own.decode(read)) <= len("Hm, hm.</think>Yes")
 
 
 @settings(deadline=None)

@@ -17,11 +17,13 @@ from evoprune.language.prompt import (
     VisualSpan,
     build_prompt,
     load_tokenizer,
+    opens_thoughts,
     prompt_positions,
     timestamps,
     video_positions,
 )
-from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
+from tests.thinking import THINKING, thinking_tokenizer
+from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_config, tiny_tokenizer
 
 
 @pytest.fixture
@@ -416,3 +418,73 @@ def test_any_prompt_matches_counting_by_hand(prompt):
 def test_videos_that_do_not_fit_are_refused(length, videos):
     with pytest.raises(ValueError, match="does not fit"):
         prompt_positions(length, videos, 2)
+
+
+ENDS = {  # of a prompt, with thinking and without
+    "unless off": ("<think>\n", "<think>\n\n</think>\n\n"),
+    "if on": ("<think>\n", "<think>\n\n</think>\n\n"),
+    "always": ("<think>\n", "<think>\n"),
+    "by itself": ("", "<think>\n\n</think>\n\n"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("thinking", [True, False])
+def test_thoughts_begin_where_the_template_says(name, thinking):
+    own = thinking_tokenizer(name)
+    prompt = about_video(own, "Why?", 3, thinking=thinking)
+    text = own.backend.decode(prompt.input_ids.tolist(), skip_special_tokens=False)
+    ends = ENDS[name][not thinking]
+    assert text.endswith(f"Why?<|im_end|>\n<|im_start|>assistant\n{ends}")
+    expected = tiny_tokenizer().apply_chat_template(
+        MESSAGES, tokenize=False, add_generation_prompt=True, chat_template=THINKING[name], enable_thinking=thinking
+    )
+    assert own.render(MESSAGES, thinking) == expected and opens_thoughts(expected) is (ends == "<think>\n")
+    assert own.can_switch_thinking is (name != "always") and own.always_thinks is (name == "always")
+    plain = about_video(own, "Why?", 3)
+    assert plain.input_ids[: plain.prefix_length].tolist() == prompt.input_ids[: prompt.prefix_length].tolist()
+
+
+def test_a_template_that_knows_nothing_of_thinking(tokenizer):
+    assert not tokenizer.can_switch_thinking and not tokenizer.always_thinks
+    with pytest.raises(UsageError, match="knows nothing of thinking"):
+        about_video(tokenizer, "Why?", 3, thinking=True)
+    assert about_video(tokenizer, "Why?", 3).input_ids.tolist() == whole("Why?", 3, None)
+
+
+def test_ids_of_placeholders_are_those_that_the_tokenizer_has_by_name():
+    backend = tokenizers.Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str())
+    content = json.loads(backend.to_str())
+    moved = {"<|image_pad|>": 248056, "<|video_pad|>": 248057, "<|vision_start|>": 248053, "<|vision_end|>": 248054}
+    content["added_tokens"] = [
+        token | {"id": moved.get(token["content"], token["id"])} for token in content["added_tokens"]
+    ]
+    content["model"]["vocab"] |= moved
+    own = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), CHAT_TEMPLATE)
+    prompt = build_prompt(own, "Why?", [(PICTURE, 2), (VIDEO, 4)], times=[(), ("<0.5 seconds>", "<1.5 seconds>")])
+    ids = prompt.input_ids
+    assert ids[prompt.places[0].columns].tolist() == [248056] * 2
+    assert ids[prompt.places[1].columns].tolist() == [248057] * 4
+    assert (ids == 248053).sum() == (ids == 248054).sum() == 3
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"])
+def test_positions_of_frame_pairs_with_times_are_those_of_transformers(family):
+    from transformers import AutoModelForImageTextToText
+
+    grids = [(3, 2, 4), (1, 5, 2)]  # of a video, and of a picture
+    tokenizer, times = own(tiny_tokenizer()), [("<0.3 seconds>", "<1.3 seconds>", "<2.3 seconds>"), ()]
+    prompt = build_prompt(tokenizer, "Why?", [(VIDEO, 24), (PICTURE, 10)], times=times)
+    spans = [span for place, grid in zip(prompt.places, grids, strict=True) for span in place.spans(grid, 1.0)]
+    made = prompt_positions(len(prompt.input_ids), spans, None)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(tiny_config(family)).model
+    kinds = torch.zeros_like(prompt.input_ids)
+    for place, kind in zip(prompt.places, (2, 1), strict=True):
+        kinds[place.columns] = kind
+    thw = [torch.tensor([[t, 2 * h, 2 * w]]) for t, h, w in grids]
+    expected, delta = model.get_rope_index(
+        input_ids=prompt.input_ids[None], mm_token_type_ids=kinds[None], video_grid_thw=thw[0], image_grid_thw=thw[1]
+    )
+    assert torch.equal(made, expected[:, 0])
+    assert int(delta) == int(made.max()) + 1 - len(prompt.input_ids)

@@ -1,0 +1,106 @@
+"""A model that thinks before it answers, asked: the thoughts are apart, whatever reads the answer."""
+
+from dataclasses import replace
+
+import pytest
+
+from evoprune.bench.agreement import agreement, reference
+from evoprune.errors import UsageError
+from evoprune.report import warning_text
+from evoprune.session import answering
+from evoprune.session.loading.model import load_model
+from evoprune.video_qa import VideoQA
+from tests.thinking import Saying, thinking_tokenizer
+
+CLIP, QUESTION = "samples/square.mp4", "What happens?"
+
+
+@pytest.fixture(scope="module")
+def loaded(saved):
+    return load_model(str(saved), dtype="fp32", pack=False)
+
+
+@pytest.fixture
+def qa(loaded, request):
+    """With a model whose template is a given kind, and which knows thoughts as text alone."""
+    kind = getattr(request, "param", "unless off")
+    return VideoQA(replace(loaded, tokenizer=thinking_tokenizer(kind, special=None)), budget=0.5)
+
+
+@pytest.fixture
+def video(qa):
+    return qa.encode(CLIP, frames=2)
+
+
+@pytest.fixture
+def says(monkeypatch, qa):
+    def what(text: str) -> None:
+        monkeypatch.setattr(answering, "TokenStream", Saying(qa.engine.loaded.tokenizer, text))
+
+    return what
+
+
+def test_thoughts_are_not_the_answer(video, says):
+    says("It turns.\n\nOr not?\n</think>\n\nIt turns left.")
+    told = []
+    answer = video.ask(QUESTION, think="on", max_new_tokens=200, on_thoughts=told.append)
+    assert answer.thoughts is None and not told
+    assert "".join(answer) == answer.text == "It turns left." == answer.report.answer
+    assert answer.thoughts == "It turns.\n\nOr not?" == "".join(told).strip() and len(told) > 1
+    report = answer.report
+    assert report.tokens.new == len(answer.ids) > len(answer.text) / 4 and report.finish_reason == "stop"
+    assert report.generation["think"] == "on" and not {"thoughts_cut", "answer_cut"} & {*report.warnings}
+
+
+def test_one_question_at_once_is_the_same(qa, says):
+    says("Hm.\n</think>\n\nLeft.")
+    told = []
+    answer = qa.ask(CLIP, QUESTION, think="on", max_new_tokens=200, on_thoughts=told.append)
+    assert answer.text == "Left." and "".join(told).strip() == answer.thoughts == "Hm."
+
+
+def test_they_are_off_unless_asked_for(video, says):
+    says("It turns left.")
+    answer = video.ask(QUESTION, max_new_tokens=200)
+    assert answer.text == "It turns left." and answer.thoughts is None and answer.report.generation["think"] == "off"
+    with pytest.raises(UsageError, match="think is 'maybe'"):
+        video.ask(QUESTION, think="maybe")
+
+
+def test_an_answer_that_is_cut_inside_thoughts(video, says):
+    says("It turns, I would say")
+    answer = video.ask(QUESTION, think="on", max_new_tokens=5)
+    assert answer.text == "" and answer.thoughts and answer.report.finish_reason == "length"
+    assert "thoughts_cut" in answer.report.warnings and "answer_cut" not in answer.report.warnings
+    assert "still thinking" in warning_text("thoughts_cut", answer.report.video)
+    says("Hm.</think>It turns, I would say")
+    answer = video.ask(QUESTION, think="on", max_new_tokens=16)
+    assert answer.text and "answer_cut" in answer.report.warnings and "thoughts_cut" not in answer.report.warnings
+
+
+@pytest.mark.parametrize("qa", ["always"], indirect=True)
+def test_a_model_that_always_thinks_says_so(video, says):
+    for think in ("off", "on"):
+        says("Hm.\n</think>\n\nLeft.")
+        answer = video.ask(QUESTION, think=think, max_new_tokens=200)
+        assert (answer.report.warnings.count("always_thinks") == 1) is (think == "off")  # before it is generated
+        assert answer.text == "Left." and answer.thoughts == "Hm."
+
+
+@pytest.mark.parametrize("qa", ["none"], indirect=True)
+def test_a_model_that_cannot_think_is_not_asked_to(video):
+    with pytest.raises(UsageError, match="knows nothing of thinking"):
+        str(video.ask(QUESTION, think="on"))
+    assert "always_thinks" not in video.ask(QUESTION).report.warnings
+
+
+def test_a_prompt_that_thinks_is_another_prompt(video):
+    """Neither keys and values of the one that does not, nor its distributions."""
+    off, on = (video.read_along(QUESTION, [5, 6], None, think)[0] for think in ("off", "on"))
+    again, _ = video.read_along(QUESTION, [5, 6])
+    assert not off.equal(on) and again.equal(off)
+    ids = [7, 8, 9]
+    given = reference(video, QUESTION, ids, ended=False, think="on")
+    assert agreement(given, video).agrees.all()
+    assert not agreement(given, video).kl.abs().max() > 1e-4
+    assert agreement(replace(given, think="off"), video).kl.max() > 1e-4
