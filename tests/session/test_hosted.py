@@ -192,3 +192,40 @@ def test_verify_finds_planted_faults(hybrid, monkeypatch, fault, check):
 
         monkeypatch.setattr(text, "forward", forward)
     assert outcomes(hybrid, check) == {check: "differs"}
+
+
+def quantised(kind: str, base: Path, folder: Path) -> None:
+    """Writes a model whose language model a library has quantised."""
+    import transformers
+    from transformers import AutoModelForImageTextToText
+
+    left = ["model.visual", "lm_head"]
+    if kind == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = transformers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=left)
+    else:
+        how = {"load_in_4bit": True} if kind == "4 bits" else {"load_in_8bit": True}
+        config = transformers.BitsAndBytesConfig(
+            **how, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=left
+        )
+    how = {"dtype": torch.float32, "device_map": {"": "cpu"}, "quantization_config": config}
+    AutoModelForImageTextToText.from_pretrained(base, **how).save_pretrained(folder)
+    for file in base.iterdir():
+        if not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("kind", "package"), [("torchao", "torchao"), ("4 bits", "bitsandbytes"), ("8 bits", "bitsandbytes")]
+)
+def test_a_quantised_checkpoint_is_as_in_transformers(saved, tmp_path, kind, package):
+    pytest.importorskip(package)
+    pytest.importorskip("accelerate")
+    quantised(kind, saved, tmp_path)
+    loaded = load_model(str(tmp_path), dtype="fp32")
+    assert (loaded.facts().quantize, loaded.facts().engine) == (package, "transformers")
+    assert outcomes(loaded, "tower", "logits", "answer", "again", "model") == dict.fromkeys(
+        ("tower", "logits", "answer", "again", "model"), "held"
+    )

@@ -55,6 +55,7 @@ BUNDLED_CONFIGS = {
     f"Qwen/{path.stem}": path for path in sorted((Path(evoprune.__file__).parent / "model" / "configs").glob("*.json"))
 }
 FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]  # of a model on the hub
+PLAIN_ON_CPU = ("compressed-tensors", "fp8")  # quantised weights that transformers widens when it loads them on a CPU
 HEAD, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
 ADAPTER = "adapter_config.json"
 HUB_SECONDS = 5.0
@@ -187,8 +188,9 @@ class FoundModel:
 
     @property
     def hosted_bytes(self) -> int:
-        """Of the weights as transformers loads them: quantised ones as their files are."""
-        if self.quantization and self.files_here:
+        """Of the weights as transformers loads them: quantised ones as their files are, unless they are widened."""
+        plain = is_host(self.device) and self.quantization in PLAIN_ON_CPU
+        if self.quantization and self.files_here and not plain:
             return sum(file.stat().st_size for file in self.files_here)
         return self.parameters * DTYPES[self.dtype].itemsize
 

@@ -5,6 +5,7 @@ quantisation packs its weights; the packages that compute with them are the user
 """
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from evoprune.backend.devices import is_host
 from evoprune.errors import ModelError, ModelWarning, first_line
 from evoprune.language.hosted import can_crop
 from evoprune.model.config import Config, as_written
-from evoprune.model.weights import HostedVL, fill_random
+from evoprune.model.weights import HostedVL, fill_random, name_in_memory
+from evoprune.session.loading.find import PLAIN_ON_CPU
 from evoprune.util import counted
 
 # What computes with the weights of a method of quantisation: the module, and the package that has it.
@@ -30,6 +32,13 @@ PACKAGES = {
     "quanto": ("optimum", "optimum-quanto"),
     "torchao": ("torchao", "torchao"),
 }
+
+
+UNQUANTIZED = (
+    "ignore",
+    "modules_to_not_convert",
+    "llm_int8_skip_modules",
+)  # entries that name modules left as they are
 
 
 def check_packages(quantization: str | None, name: str) -> None:
@@ -48,10 +57,11 @@ def load_hosted(
     Raises ModelError: transformers cannot read it, tensors are missing, or a package is. Warns of tensors that are not used.
     """
     check_packages(quantization, str(folder))
+    how = (
+        {"device_map": {"": device}, "config": _quantized_config(folder, quantization, device)} if quantization else {}
+    )
     try:
-        made, info = read_whole(
-            folder, dtype, device, device_map={"": device} if quantization else None, output_loading_info=True
-        )
+        made, info = read_whole(folder, dtype, device, output_loading_info=True, **how)
     except (ImportError, OSError, ValueError, KeyError, AttributeError, NotImplementedError) as problem:
         hint = "a package that it names must be installed; or take a newer transformers: pip install -U transformers"
         raise ModelError(f"transformers cannot load {folder}: {first_line(problem)}", hint) from problem
@@ -64,6 +74,25 @@ def load_hosted(
         said = f"{counted(len(unused), 'tensor')} of the weights are not used in {folder}: {', '.join(unused[:3])}"
         warnings.warn(said, ModelWarning, stacklevel=2)
     return _of(config, made)
+
+
+def _quantized_config(folder: Path, quantization: str, device: torch.device):
+    """The config of transformers, in which parts that are not quantised have the names of the modules in memory too.
+
+    Published checkpoints name the tower `visual`, as older releases did; it would be taken for quantised otherwise. Weights for
+    which a CPU has no kernels are plain in memory.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if is_host(device) and quantization in PLAIN_ON_CPU:
+        config.quantization_config["dequantize"] = True
+    for field in UNQUANTIZED:
+        names = config.quantization_config.get(field)
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            renamed = [re.sub(r"^(re:)?\^?visual\b", r"\1model.visual", name_in_memory(name)) for name in names]
+            config.quantization_config[field] = list(dict.fromkeys([*names, *renamed]))
+    return config
 
 
 def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **how):
