@@ -24,7 +24,7 @@ from evoprune.vision.reductions import Followers
 from evoprune.vision.tower import tower_shape
 from tests.contrib.line_by_line import shares
 from tests.contrib.public import public_tokens
-from tests.methods.tokens import KINDS, Largest, cosine, encoded, features_of, plan_of, ranked, snapped
+from tests.methods.tokens import KINDS, Largest, encoded, features_of, plan_of, ranked, snapped
 from tests.vision.clips import changes, clip
 from tests.vision.devices import assert_same_on_a_gpu, take_gpu_route
 from tests.vision.reference import embedded, linear, rms_norm, run_layer
@@ -224,29 +224,17 @@ def test_more_tokens_than_are_left_are_those_of_frame_pairs_that_merged_away():
 
 def test_earlytom_the_plan():
     """Upper bounds, because the content decides; and no merging after the last layer that gives attention."""
-    units = 8 * 60
-    plan = methods.parse("earlytom").plan(TowerShape(32, (7, 15, 23, 31)), (8, 6, 10), 40)
-    merge = WholePairs(MergedFrames())
-    merges = tuple(Stage(layer, units, merge, exact=False) for layer in (9, 27, 30))
-    assert plan == EncoderPlan((8, 6, 10), 40, 32, stages=(*merges, Stage(32, 40, FrameTokens())))
-    assert (plan.layers, plan.rows, plan.exact) == ((units,) * 32, units, False)
-    for tower, layers in (
+    grid, units, merge = (8, 6, 10), 8 * 60, WholePairs(MergedFrames())
+    for tower, merges in (
+        (TowerShape(32, (7, 15, 23, 31)), [9, 27, 30]),
         (TowerShape(8, (1, 3, 5, 7)), [2, 7]),
         (TowerShape(8, (1, 5)), [2, 5]),
         (TowerShape(1, (0,)), []),
     ):
-        stages = methods.get("earlytom").stages(tower, (8, 6, 10), 40)
-        assert [stage.first_layer for stage in stages] == layers
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [f"earlytom:{e}" for e in ("window=1", "momentum=2", "first=-1", "third=1.5")]
-    + [f"ipcv:{e}" for e in ("keep=0", "keep=1.1", "first=-0.1", "follow=2", "neighbours=0")],
-)
-def test_settings_out_of_range(setting):
-    with pytest.raises(UsageError, match=f"method {setting.partition(':')[0]}: "):
-        methods.get(setting)
+        plan = methods.parse("earlytom").plan(tower, grid, 40)
+        stages = [Stage(layer, units, merge, exact=False) for layer in merges]
+        assert plan == EncoderPlan(grid, 40, tower.depth, stages=(*stages, Stage(tower.depth, 40, FrameTokens())))
+        assert (plan.layers, plan.rows, plan.exact) == ((units,) * tower.depth, units, not merges)
 
 
 # --- everything else ---------------------------------------------------------------------------------------------------
@@ -254,7 +242,6 @@ def test_settings_out_of_range(setting):
 
 def test_earlytom_equal_scores_go_by_index():
     assert highest_of_stretches(torch.ones(10), 3).tolist() == [0, 4, 7]
-    assert cosine(torch.ones(2), torch.ones(2)) == 1.0
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -487,14 +474,3 @@ def test_ipcv_no_matrix_of_all_pairs():
             if followers.acts(layer, layout):
                 x, layout = followers.after(layer, "pair", x, layout, (None, None))
     assert len(x) == math.prod(grid) and largest.numbers <= 64 * 167 * 89 < 16384**2 / 100
-
-
-def test_another_share_of_the_rows_changes_the_tokens():
-    patches = random_patches(GRID)
-    some, more = (
-        encoded(Pipeline(encoder=Ipcv(keep=keep), selector=Random()), patches, GRID, 9) for keep in (0.35, 0.7)
-    )
-    assert torch.equal(some.kept, more.kept) and (some.features - more.features).norm() > 0.1
-    assert [rows for _, rows in some.layers] == [100, 35, 35, 35]
-    plain = encoded(Pipeline(encoder=Ipcv(keep=1.0), selector=Random()), patches, GRID, 9)
-    assert torch.equal(plain.features, encoded(Random(), patches, GRID, 9).features)

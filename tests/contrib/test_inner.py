@@ -10,7 +10,6 @@ import torch
 from evoprune import methods
 from evoprune.contrib import common, inner, language
 from evoprune.contrib.common import vicinity_clusters
-from evoprune.contrib.language import layers_before, tokens_of_layers
 from evoprune.methods.plans import keep_count
 from tests.contrib.eager import (
     BEFORE,
@@ -255,8 +254,11 @@ RULES = {
 VISI = (
     "visipruner",
     "visipruner:token=0.05",
+    "visipruner:token=1000",
     "visipruner:layer=0.9:exit=0.9",
     "visipruner:layer=0.5:exits=1:exit=0.5",
+    "visipruner:layer=0.01:exits=0",
+    "visipruner:exit=0.01:exits=3",
     "visipruner:shallow=0.5:exits=0",
 )
 
@@ -322,29 +324,6 @@ def test_tokens_that_are_alike(name, budget):
         assert not torch.allclose(made, by_score, atol=1e-3)
     elif name.startswith("visipruner"):
         assert dropped[-1][1] == 0 and len(dropped) == 2
-
-
-def test_visipruner_at_every_turn():
-    """A decisive layer before the latest; thresholds that keep fewer than the budget; none; and all of them leaving."""
-    embeds, positions = a_prompt()
-    dropped = {
-        name: run_method(deep_model(12), methods.get(name), embeds, positions, 0.25)[1].dropped
-        for name in (
-            "visipruner",
-            "visipruner:token=1",
-            "visipruner:token=1000",
-            "visipruner:layer=0.01:exits=0",
-            "visipruner:exit=0.01:exits=1",
-            "visipruner:exit=0.01:exits=3",
-        )
-    }
-    first, latest = 4, 6
-    assert dropped["visipruner"] == [(first, 12)]
-    assert dropped["visipruner:token=1"][0][0] == first and 1 <= dropped["visipruner:token=1"][0][1] < 12
-    assert dropped["visipruner:token=1000"][0] == (first, 1)
-    assert dropped["visipruner:layer=0.01:exits=0"] == [(latest, 12)]
-    assert dropped["visipruner:exit=0.01:exits=1"] == [(first, 12), (first + 1, 0)]
-    assert dropped["visipruner:exit=0.01:exits=3"] == [(first, 12), (first + 3, 0)]
 
 
 GRID = (6, 4, 5)
@@ -459,17 +438,9 @@ def test_published_counts_at_published_depths():
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_the_default_share_is_its_papers(name):
-    combined = methods.parse(f"divprune+{name}")
-    assert combined.language_work(32, 576, 0.1) == methods.parse(name).language_work(32, 576, combined.language.left)
-    assert methods.parse(f"divprune+{name}:share=0.2").language_work(32, 576, 0.9) == methods.get(name).work(
-        32, 576, 0.2
-    )
-
-
-def test_relative_depth():
-    assert [layers_before(0.25, depth) for depth in (1, 2, 4, 28, 36)] == [0, 1, 1, 7, 9]
-    assert layers_before(0.99, 36) == 35
-    assert tokens_of_layers(5, 9, [(2, 4), (4, 1)]) == (9, 9, 4, 4, 1)
+    for combined, share in ((f"divprune+{name}", None), (f"divprune+{name}:share=0.2", 0.2)):
+        both, alone = methods.parse(combined), methods.parse(name)
+        assert both.language_work(32, 576, 0.1) == alone.language_work(32, 576, share or both.language.left)
 
 
 def test_columns_of_a_prompt():

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from itertools import accumulate, groupby, pairwise, product
+from itertools import groupby, pairwise, product
 from math import prod
 
 import pytest
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.contrib import common
-from evoprune.contrib.common import peak_scores, peaks, segments, transitions
-from evoprune.contrib.scenes import folded, joined, marginal_gains, most_saving
+from evoprune.contrib.common import peak_scores, peaks
+from evoprune.contrib.scenes import folded
 from evoprune.methods.plans import apportion
 from evoprune.methods.types import Tokens
 from tests.contrib.line_by_line import assert_selects, examples, mean_of, shares
@@ -62,15 +62,6 @@ def test_vidcom2(grid, kind, seed, data):
     assert selected("vidcom2", tokens, keep) == vidcom2_line_by_line(tokens, keep)
 
 
-def test_vidcom2_gives_more_to_a_pair_that_is_unlike_the_others():
-    tokens = tokens_of("random", (4, 3, 4))
-    x = 3 + tokens.features[:12].repeat(4, 1)
-    x[24:36] *= -1
-    kept = selected("vidcom2", replace(tokens, rows=x), 24)
-    counts = [sum(i // 12 == grid for i in kept) for grid in range(4)]
-    assert counts[2] > max(counts[0], counts[1], counts[3]) and sum(counts) == 24
-
-
 # --- segments and density peaks ----------------------------------------------------------------------------------------
 
 
@@ -85,15 +76,6 @@ def segments_line_by_line(tokens: Tokens, least: int, threshold: float) -> list[
             made.append([])
         made[-1].append(g)
     return made
-
-
-@examples(60)
-def test_segments(grid, kind, seed, data):
-    tokens = tokens_of(kind, (data.draw(st.integers(1, 9)), 1, grid[2]), seed)
-    least, threshold = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([-1.0, 0.0, 0.84]))
-    made = segments(transitions(tokens), least, threshold)
-    assert [list(piece) for piece in made] == segments_line_by_line(tokens, least, threshold)
-    assert len(made) >= min(least, tokens.grid[0])
 
 
 def distances_line_by_line(x: list[torch.Tensor]) -> tuple[list[list[int]], float]:
@@ -131,11 +113,6 @@ def test_density_peaks_in_blocks(monkeypatch):
     whole = peak_scores(x, 5)
     monkeypatch.setattr(common, "BLOCK", 16)
     assert torch.equal(peak_scores(x, 5), whole)
-
-
-def test_of_equal_tokens_one_is_a_peak():
-    unit = torch.eye(3).repeat_interleave(4, 0)
-    assert peaks(unit, 3, 2).tolist() == [0, 4, 8]
 
 
 @pytest.mark.parametrize("length", [1e-3, 1.0, 1e3])
@@ -264,24 +241,6 @@ def test_mmg(grid, kind, seed, data):
     assert selected(name, tokens, keep) == mmg_line_by_line(tokens, keep, methods.get(name))
 
 
-@given(st.lists(st.tuples(st.integers(1, 3), st.floats(-1, 1)), min_size=1, max_size=8))
-def test_no_pair_is_left_alone_where_there_is_another(lengths):
-    edges = [0, *accumulate(length for length, _ in lengths)]
-    like = [like for length, like in lengths for _ in range(length)][:-1]
-    made = joined([range(first, last) for first, last in pairwise(edges)], like)
-    assert [grid for piece in made for grid in piece] == list(range(edges[-1]))
-    assert min(map(len, made)) > 1 or edges[-1] == 1
-    assert {piece.start for piece in made} <= set(edges)
-
-
-def test_mmg_gives_less_to_a_scene_that_came_before():
-    a, b = features_of("random", 2, width=16).unbind()
-    first, other, again = marginal_gains(torch.stack([a, b, a]), a + b, 0.5)
-    assert again < first and again < other
-    free = marginal_gains(torch.stack([a, b, a]), a + b, 0.0)
-    assert free[0] == free[2]
-
-
 # --- prunevid ----------------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +257,15 @@ def clustered_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -
 def few_clustered_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> dict[int, list[int]]:
     """With no more neighbours than peaks, but two."""
     return clustered_line_by_line(x, count, min(neighbours, max(count, 2)))
+
+
+def in_proportion(total: int, sizes: list[int]) -> list[int]:
+    """Shares of groups: rounded down, then one more for those that lost most."""
+    exact = [total * size / sum(sizes) for size in sizes]
+    due = [math.floor(value + 1e-9) for value in exact]
+    for i in ranked([round(value - count, 9) for value, count in zip(exact, due, strict=True)])[: total - sum(due)]:
+        due[i] += 1
+    return due
 
 
 def folded_line_by_line(label: list[int]) -> list[int]:
@@ -324,10 +292,6 @@ def folded_line_by_line(label: list[int]) -> list[int]:
 def test_prunevid_folds_short_runs(cluster):
     label = folded_line_by_line(cluster)
     assert folded(cluster) == [len(list(run)) for _, run in groupby(label)] and sum(folded(cluster)) == len(cluster)
-
-
-def test_prunevid_folds_by_hand():
-    assert folded([0, 0, 1, 0, 2, 2, 2, 1, 1, 3]) == [2, 5, 3] and folded([0, 1, 2]) == [3] and folded([5]) == [1]
 
 
 def prunevid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tuple[int, float]]]:
@@ -364,12 +328,8 @@ def prunevid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[t
         places = [place for first, place in still if first == piece[0]]
         groups.append([[g * n + place for g in piece] for place in places])
         groups += [[[g * n + place] for place in range(n) if place not in places] for g in piece]
-    exact = [keep * len(group) / sum(map(len, groups)) for group in groups]
-    due = [math.floor(value + 1e-9) for value in exact]
-    for i in ranked([round(value - count, 9) for value, count in zip(exact, due, strict=True)])[: keep - sum(due)]:
-        due[i] += 1
     members_of = {}
-    for group, count in zip(groups, due, strict=True):
+    for group, count in zip(groups, in_proportion(keep, [len(group) for group in groups]), strict=True):
         if count:
             means = [mean_of([x[i] for i in units]) for units in group]
             for centre, members in few_clustered_line_by_line(means, count, 7).items():
@@ -387,16 +347,6 @@ def test_prunevid(grid, kind, seed, data):
     tokens = replace(tokens, rows=x.flatten(0, 1))
     name = f"prunevid:scenes={data.draw(st.sampled_from([0.0, 0.25, 1.0]))}"
     assert_selects(name, tokens, keep, prunevid_line_by_line(tokens, keep, methods.get(name)))
-
-
-def test_prunevid_on_a_video_that_stands_still():
-    """Four times the same grid: a token a place, at the first, is all there is; more than that undoes the last means."""
-    grid = (4, 3, 4)
-    tokens = replace(tokens_of("random", grid), rows=features_of("random", 12).repeat(4, 1))
-    made = methods.get("prunevid:scenes=0").select(tokens, 12)
-    assert made.kept.tolist() == list(range(12)) and made.owner.tolist() == list(range(12)) * 4
-    torch.testing.assert_close(made.features(tokens.features), tokens.features[:12])
-    assert len(methods.get("prunevid:scenes=0").select(tokens, 13).kept) == 13
 
 
 # --- flashvid ----------------------------------------------------------------------------------------------------------
@@ -445,12 +395,7 @@ def flashvid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[t
             trees.setdefault(root, []).append(i)
         means = {root: mean_of([x[i] for i in members]) for root, members in trees.items()}
         of_grid = [[root for root in sorted(trees) if root // n == g] for g in piece]
-        exact = [wanted * len(roots) / len(trees) for roots in of_grid]
-        counts = [math.floor(value + 1e-9) for value in exact]
-        spare = ranked([round(value - count, 9) for value, count in zip(exact, counts, strict=True)])
-        for i in spare[: wanted - sum(counts)]:
-            counts[i] += 1
-        for roots, count in zip(of_grid, counts, strict=True):
+        for roots, count in zip(of_grid, in_proportion(wanted, [len(roots) for roots in of_grid]), strict=True):
             clusters = {i: [i] for i in range(len(roots))}
             if count < len(roots):
                 clusters = few_clustered_line_by_line([means[r] for r in roots], count, 7) if count else {}
@@ -469,17 +414,6 @@ def test_flashvid(grid, kind, seed, data):
     name = f"flashvid:segments={data.draw(st.integers(1, 4))}:diverse={data.draw(st.sampled_from([0.0, 0.7, 1.0]))}"
     name += f":threshold={data.draw(st.sampled_from([0.9, -1.0]))}"
     assert_selects(name, tokens, keep, flashvid_line_by_line(tokens, keep, methods.get(name)))
-
-
-def test_flashvid_follows_what_moves():
-    """Five different things, each a place further in every grid: a tree each, at its first place."""
-    grid, things = (4, 1, 5), torch.eye(5)
-    x = torch.stack([things.roll(step, 0) for step in range(4)]).flatten(0, 1)
-    tokens = replace(tokens_of("random", grid), rows=x)
-    made = methods.get("flashvid:segments=1:threshold=-1:diverse=0").select(tokens, 5)
-    assert made.kept.tolist() == [0, 1, 2, 3, 4]
-    assert made.owner.view(4, 5).tolist() == [[(i - step) % 5 for i in range(5)] for step in range(4)]
-    torch.testing.assert_close(made.features(x), things)
 
 
 # --- holitom -----------------------------------------------------------------------------------------------------------
@@ -515,11 +449,7 @@ def holitom_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tu
         return members_of
     groups = [[[g * n + p for g in piece] for p in still(piece)] for piece in pieces]
     groups += [[[g * n + p] for p in range(n) if p not in still(piece)] for piece in pieces for g in piece]
-    exact = [keep * len(group) / sum(map(len, groups)) for group in groups]
-    due = [math.floor(value + 1e-9) for value in exact]
-    for i in ranked([round(value - count, 9) for value, count in zip(exact, due, strict=True)])[: keep - sum(due)]:
-        due[i] += 1
-    members_of = {}
+    members_of, due = {}, in_proportion(keep, [len(group) for group in groups])
     for number, (group, count) in enumerate(zip(groups, due, strict=True)):
         if number >= len(pieces):
             for i in ranked([attention[units[0]] for units in group])[:count]:
@@ -547,9 +477,3 @@ def test_holitom(grid, kind, seed, data):
     tokens = replace(tokens, rows=x.flatten(0, 1))
     name = f"holitom:static={data.draw(st.sampled_from([0.8, 0.99, -1.0]))}"
     assert_selects(name, tokens, keep, holitom_line_by_line(tokens, keep, methods.get(name)))
-
-
-def test_holitom_cuts_where_it_costs_least():
-    """One cut, where two places change, and not where one does."""
-    same = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1], [1, 1, 1]]).bool()
-    assert most_saving(same) == [range(0, 3), range(3, 5)] and most_saving(same[:0]) == [range(0, 1)]
