@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.contrib.encoder import EarlyTom, FrameTokens, Ipcv, MergedFrames, Runs, highest_of_stretches, similarities
-from evoprune.errors import UsageError
 from evoprune.methods.baselines import Random
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.plans import EncoderPlan, SetAside, Stage, TowerShape, WholePairs, full_plan
@@ -27,12 +26,10 @@ from tests.contrib.public import public_tokens
 from tests.methods.tokens import KINDS, Largest, encoded, features_of, plan_of, ranked, snapped
 from tests.vision.clips import changes, clip
 from tests.vision.devices import assert_same_on_a_gpu, take_gpu_route
-from tests.vision.reference import embedded, linear, rms_norm, run_layer
+from tests.vision.reference import embedded, merged_patches, run_layer
 from tests.vision.tower import random_patches, tiny_tower
 
 EARLYTOM = json.loads((Path(__file__).parent / "fixtures/inside/earlytom.json").read_text())["cases"]
-
-# --- the public code ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", [case for case in EARLYTOM if "frames" in case])
@@ -53,8 +50,6 @@ def test_keeps_what_the_public_code_keeps_of_a_frame_between_ends(case):
     attention = public_tokens("random", case["seed"], (1, 1, case["places"])).attention
     assert highest_of_stretches(attention, case["share"]).tolist() == case["kept"]
 
-
-# --- line by line ------------------------------------------------------------------------------------------------------
 
 Frame = tuple[list[int], torch.Tensor]  # the frame pairs that it represents, the first one first; its rows [n, D]
 
@@ -135,12 +130,8 @@ def earlytom_slowly(visual, patches, grid, method: EarlyTom, after: set[int]) ->
         if layer == max(visual.fullatt_block_indexes):
             received = {row.unit: row.attention * geo.units for row in rows}
     assert depth not in after
-    first, second = visual.merger.mlp[0], visual.merger.mlp[2]
     rows.sort(key=lambda row: row.unit)
-    tokens = [
-        linear(second, torch.nn.functional.gelu(linear(first, rms_norm(visual.merger.ln_q, row.x).flatten())))
-        for row in rows
-    ]
+    tokens = [merged_patches(visual.merger, row.x) for row in rows]
     attention = [received[row.unit] for row in rows]
     return [
         (of, torch.stack(tokens[i * geo.units : (i + 1) * geo.units]), attention[i * geo.units : (i + 1) * geo.units])
@@ -199,9 +190,6 @@ def test_earlytom_the_whole_encoder_line_by_line(grid, full_layers, settings_, s
             assert selected(rows).kept.tolist() == tokens_line_by_line(frames, units, keep, method)
 
 
-# --- counts ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.few(2)
 @pytest.mark.parametrize("keep", [1, 5, 90, 130, 179])
 def test_earlytom_exactly_the_budget_comes_out(keep):
@@ -237,9 +225,6 @@ def test_earlytom_the_plan():
         assert (plan.layers, plan.rows, plan.exact) == ((units,) * tower.depth, units, not merges)
 
 
-# --- everything else ---------------------------------------------------------------------------------------------------
-
-
 def test_earlytom_equal_scores_go_by_index():
     assert highest_of_stretches(torch.ones(10), 3).tolist() == [0, 4, 7]
 
@@ -270,8 +255,6 @@ def test_earlytom_no_matrix_of_all_pairs():
 
 IPCV = json.loads((Path(__file__).parent / "fixtures/inside/ipcv.json").read_text())
 QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
-
-# --- the public code ---------------------------------------------------------------------------------------------------
 
 
 def attended(x: torch.Tensor) -> torch.Tensor:
@@ -309,9 +292,6 @@ def test_does_what_the_public_code_does(case):
     assert followers._kept.tolist() == case["kept"]
     assert [set(near) for near in followers._near.tolist()] == [set(near) for near in case["near"]]
     torch.testing.assert_close(rows.flatten(1).sum(1), torch.tensor(case["sums"]), atol=2e-3, rtol=1e-4)
-
-
-# --- line by line ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -356,10 +336,8 @@ def ipcv_slowly(visual, patches, grid, stage: Stage) -> torch.Tensor:
         for row in rows:
             if row not in kept:
                 row.x = move(row)
-    first, second = visual.merger.mlp[0], visual.merger.mlp[2]
     rows.sort(key=lambda row: row.unit)
-    hidden = [linear(first, rms_norm(visual.merger.ln_q, row.x).flatten()) for row in rows]
-    return torch.stack([linear(second, torch.nn.functional.gelu(h)) for h in hidden])
+    return torch.stack([merged_patches(visual.merger, row.x) for row in rows])
 
 
 @pytest.mark.few(1)
@@ -401,8 +379,6 @@ def test_ipcv_the_plan():
     assert methods.parse("ipcv").plan(tower, (4, 6, 10), units) == full_plan(tower, (4, 6, 10))
 
 
-# --- with a selector ---------------------------------------------------------------------------------------------------
-
 GRID = (5, 4, 5)
 
 
@@ -420,14 +396,6 @@ def test_the_selector_sees_every_unit(name):
         assert torch.equal(made.kept, selector.select(every, keep).kept) and len(made.kept) == keep
 
 
-@pytest.mark.parametrize(("name", "times"), [("visionzip", 1), ("nuwa", 1 + 3)])
-def test_dropped_rows_are_moved_where_a_selector_reads_them_and_at_the_end(name, times, monkeypatch):
-    calls, real = [], Followers.all_rows
-    monkeypatch.setattr(Followers, "all_rows", lambda self, x: calls.append(len(x)) or real(self, x))
-    encoded(methods.parse(f"ipcv+{name}"), random_patches(GRID), GRID, 9)
-    assert len(calls) == times
-
-
 def test_dart_is_the_default():
     alone, named = methods.parse("ipcv"), methods.parse("ipcv+dart")
     assert alone.tokens == named.tokens and alone.args == named.args and alone.reads_question
@@ -435,15 +403,6 @@ def test_dart_is_the_default():
     assert methods.parse("ipcv:keep=0.5+scope:alpha=2").args == {
         "keep": 0.5, "first": 3 / 32, "follow": 7 / 32, "neighbours": 10, "scope": {"alpha": 2.0},
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["ipcv+evoprune", "ipcv+tome", "reuse+ipcv", "ipcv+reuse+dart", "ipcv+none"])
-def test_it_stands_before_a_selector_alone(name):
-    with pytest.raises(UsageError, match="cannot be combined"):
-        methods.parse(name)
-
-
-# --- everything else ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kernel", [True, False])

@@ -24,7 +24,7 @@ from tests.contrib.eager import (
     run_method,
 )
 from tests.contrib.public import public_layer
-from tests.contrib.test_scenes import clustered_line_by_line
+from tests.contrib.test_selectors import clustered_line_by_line
 from tests.methods.tokens import Largest, snapped
 
 
@@ -94,17 +94,6 @@ def vitcop(seen: EagerLayer, method) -> list[int]:
         if members:
             seen.x[first + i] = (before[first + i] + sum(before[first + j] for j in members) / len(members)) / 2
     return sorted(first + i for i in found)
-
-
-@pytest.mark.parametrize("budget", [0.6, 0.3, 0.1, 0.05])
-@pytest.mark.parametrize("name", ["vitcop", "vitcop:centres=0.5:near=0.3", "vitcop:cutoff=0.1:near=0:centres=0.3"])
-def test_the_prompt_reads_as_it_does_token_by_token(name, budget):
-    method, (embeds, positions) = methods.get(name), a_prompt(1)
-    made, dropping, _ = run_method(deep_model(), method, embeds, positions, budget)
-    plan = method.drops(8, len(VISUAL), budget)
-    expected, dropped = Eager(deep_model(), embeds, positions).run(lambda seen: vitcop(seen, method), plan)
-    assert dropping.dropped == dropped and [after for after, _ in dropped] == [1, 6][: len(dropped)]
-    torch.testing.assert_close(made[0].double(), expected, atol=2e-4, rtol=2e-4)
 
 
 def test_equal_tokens():
@@ -249,9 +238,11 @@ RULES = {
     "holitom-inner": holitom,
     "flashvid-inner": fastv,
     "nuwa-inner": nuwa,
-    "vitcop": lambda seen: vitcop(seen, methods.get("vitcop")),
 }
-VISI = (
+BY_SETTINGS = (
+    "vitcop",
+    "vitcop:centres=0.5:near=0.3",
+    "vitcop:cutoff=0.1:near=0:centres=0.3",
     "visipruner",
     "visipruner:token=0.05",
     "visipruner:token=1000",
@@ -264,14 +255,16 @@ VISI = (
 
 
 def rule_of(name: str):
-    method = methods.get(name)
-    return method, RULES[name] if name in RULES else lambda seen: visipruner(seen, method)
+    method, kind = methods.get(name), name.partition(":")[0]
+    if kind in ("visipruner", "vitcop"):
+        return method, lambda seen: {"visipruner": visipruner, "vitcop": vitcop}[kind](seen, method)
+    return method, RULES[name]
 
 
 @pytest.mark.few(12)
 @pytest.mark.parametrize("sizes", [False, True])
 @pytest.mark.parametrize("budget", [0.5, 0.25, 0.1])
-@pytest.mark.parametrize("name", [*RULES, *VISI])
+@pytest.mark.parametrize("name", [*RULES, *BY_SETTINGS])
 def test_the_prompt_reads_as_if_a_mask_barred_what_left(name, budget, sizes):
     method, rule = rule_of(name)
     embeds, positions = a_prompt()
@@ -299,7 +292,7 @@ def test_sparsevlms_raters_are_chosen_once(monkeypatch):
 
 
 def test_every_method_is_tested():
-    assert {*RULES, "visipruner"} == set(DROPPING)
+    assert {*RULES, "visipruner", "vitcop"} == set(DROPPING)
 
 
 def alike_prompt(copies: int = 6) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,12 +62,9 @@ def by_the_book(eager: Eager, removed) -> torch.Tensor:
         y = x.clone()
         out = eager.linear(f"{at}.self_attn.o_proj", torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
         y[asks] += out[asks]
-        h = eager.norm(f"{at}.post_attention_layernorm", y)
-        gate = eager.linear(f"{at}.mlp.gate_proj", h)
-        made = eager.linear(f"{at}.mlp.down_proj", gate / (1 + (-gate).exp()) * eager.linear(f"{at}.mlp.up_proj", h))
         x = y.clone()
         fed = [column for column in columns if column not in without["mlp"]]
-        x[fed] += made[fed]
+        x[fed] += eager.mlp(layer, y)[fed]
         if layer + 1 == AFTER:
             key = best(last_attention(weights, VISUAL), KEY)
             rest = [column for column in VISUAL if column not in key]

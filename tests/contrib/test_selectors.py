@@ -1,20 +1,24 @@
-"""Selectors of one frame pair or of all units, against their specifications line by line."""
+"""Selectors, each against its specification followed line by line in loops."""
 
 import math
 from dataclasses import replace
+from itertools import groupby, pairwise, product
 from math import prod
 
 import pytest
 import torch
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evoprune import methods
+from evoprune.contrib import common
+from evoprune.contrib.common import peak_scores, peaks
+from evoprune.contrib.scenes import folded
+from evoprune.methods.plans import apportion
 from evoprune.methods.ranking import snap
 from evoprune.methods.types import Tokens
-from tests.contrib.line_by_line import assert_selects, examples, shares
-from tests.methods.tokens import cosine, first_of, ranked, scaled, selected, snapped, tokens_of
-
-# --- mmr ---------------------------------------------------------------------------------------------------------------
+from tests.contrib.line_by_line import assert_selects, examples, mean_of, shares
+from tests.methods.tokens import cosine, features_of, first_of, ranked, scaled, selected, snapped, tokens_of
 
 
 def mmr_line_by_line(x: torch.Tensor, importance: list[float], keep: int, lam: float) -> list[int]:
@@ -35,9 +39,6 @@ def test_mmr(grid, kind, seed, data):
     importance = tokens.attention if name == "attention" else tokens.keys.norm(dim=1)
     expected = mmr_line_by_line(tokens.features, importance.tolist(), keep, lam)
     assert selected(f"mmr:importance={name}:lam={lam}", tokens, keep) == expected
-
-
-# --- visionzip ---------------------------------------------------------------------------------------------------------
 
 
 def visionzip_line_by_line(tokens: Tokens, keep: int, share: float) -> dict[int, list[tuple[int, float]]]:
@@ -69,9 +70,6 @@ def test_visionzip(grid, kind, seed, data):
     tokens = tokens_of(kind, grid, seed)
     name = f"visionzip:dominant={share}"
     assert_selects(name, tokens, keep, visionzip_line_by_line(tokens, keep, share))
-
-
-# --- scope -------------------------------------------------------------------------------------------------------------
 
 
 def scope_line_by_line(tokens: Tokens, keep: int, alpha: float) -> list[int]:
@@ -108,9 +106,6 @@ def test_scope_over_many_tokens(kind):
     assert selected("scope", tokens, 60) == sorted(picked)
 
 
-# --- vispruner ---------------------------------------------------------------------------------------------------------
-
-
 def vispruner_line_by_line(tokens: Tokens, keep: int, share: float, step: int) -> list[int]:
     t, h, w = tokens.grid
     x, picked = tokens.features, []
@@ -134,9 +129,6 @@ def test_vispruner(grid, kind, seed, data):
     step, tokens = data.draw(st.sampled_from([1, 2, 8])), tokens_of(kind, grid, seed)
     expected = vispruner_line_by_line(tokens, keep, share, step)
     assert selected(f"vispruner:important={share}:step={step}", tokens, keep) == expected
-
-
-# --- cdpruner ----------------------------------------------------------------------------------------------------------
 
 
 def cdpruner_line_by_line(tokens: Tokens, keep: int, question: bool, negative: bool) -> list[int]:
@@ -179,9 +171,6 @@ def test_a_question_is_needed_where_it_is_read(reads, reads_not):
         selected(reads, tokens, 9)
 
 
-# --- dart --------------------------------------------------------------------------------------------------------------
-
-
 def dart_line_by_line(tokens: Tokens, keep: int, visual: int, text: int) -> list[int]:
     x, question = list(tokens.features), list(tokens.question)
 
@@ -206,8 +195,6 @@ def test_dart(grid, kind, seed, data):
     expected = dart_line_by_line(tokens, keep, visual, text)
     assert selected(f"dart:visual={visual}:text={text}", tokens, keep) == expected
 
-
-# --- adjacent ----------------------------------------------------------------------------------------------------------
 
 Place = tuple[int, int, int]
 
@@ -253,9 +240,6 @@ def test_adjacent(grid, kind, seed, data):
     assert selected(f"adjacent:still={still}", tokens, keep) == adjacent_line_by_line(tokens, keep, still)
 
 
-# --- par ---------------------------------------------------------------------------------------------------------------
-
-
 def par_line_by_line(tokens: Tokens, keep: int, link: float) -> list[int]:
     x, question = tokens.features, tokens.question
     t, h, w = tokens.grid
@@ -288,9 +272,6 @@ def test_par(grid, kind, seed, data):
     keep, link = data.draw(st.integers(1, prod(grid))), data.draw(st.sampled_from([0.8, 0.3, -1.0, 1.0]))
     tokens = tokens_of(kind, grid, seed)
     assert selected(f"par:link={link}", tokens, keep) == par_line_by_line(tokens, keep, link)
-
-
-# --- nuwa --------------------------------------------------------------------------------------------------------------
 
 
 def nuwa_line_by_line(tokens: Tokens, keep: int, cell: int, weak: float, reach: float):
@@ -336,3 +317,442 @@ def test_nuwa(grid, kind, seed, data):
     x = tokens.features.double()
     expected = [sum(w * x[i] for i, w in of.items()) / sum(of.values()) for of in means]
     torch.testing.assert_close(made.features(tokens.features).double(), torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+# Methods that look at time, each against its specification followed line by line in loops.
+
+
+def vidcom2_line_by_line(tokens: Tokens, keep: int) -> list[int]:
+    t, h, w = tokens.grid
+    x = tokens.features.double()
+    variance = [float((column - column.mean()).square().mean()) for column in tokens.features.T]
+    channels = sorted(ranked([-value for value in variance])[: (len(variance) + 1) // 2])
+    x = [row[channels] / row[channels].norm().clamp(min=1e-12) for row in x]
+    grids = [range(grid * h * w, (grid + 1) * h * w) for grid in range(t)]
+
+    def likeness(i: int, mean: torch.Tensor) -> float:
+        return sum(math.exp(-float((x[i] - mean).square().sum()) / (2 * 2.0**k)) for k in range(-3, 2))
+
+    of_video = [likeness(i, mean_of(x)) for i in range(len(x))]
+    of_grid = [likeness(i, mean_of([x[j] for j in units])) for units in grids for i in units]
+    means = [snapped(sum(of_video[i] for i in units) / len(units)) for units in grids]
+    powers = [math.exp((min(means) - mean) / 0.01) for mean in means]
+    wish = [keep / t * (1 + snapped(power / sum(powers)) - 1 / t) for power in powers]
+    due, excess = [0] * t, True
+    while excess:  # what a grid cannot hold goes to the others
+        excess = [g for g in range(t) if not due[g] and wish[g] >= h * w - 1e-9]
+        for g in excess:
+            due[g], wish[g] = h * w, 0.0
+        left, whole = keep - sum(due), sum(wish)
+        wish = [value * left / whole if whole else 0.0 for value in wish]
+    due = [full or math.floor(value + 1e-9) for full, value in zip(due, wish, strict=True)]
+    rest = ranked([round(value - count, 9) if value else -9.0 for value, count in zip(wish, due, strict=True)])
+    for g in rest[: keep - sum(due)]:
+        due[g] += 1
+    picked = []
+    for units, count in zip(grids, due, strict=True):
+        picked += [units[i] for i in ranked([-snapped(of_video[i] + of_grid[i]) for i in units])[:count]]
+    return sorted(picked)
+
+
+@examples()
+def test_vidcom2(grid, kind, seed, data):
+    keep = data.draw(st.integers(1, prod(grid)))
+    tokens = tokens_of(kind, grid, seed)
+    assert selected("vidcom2", tokens, keep) == vidcom2_line_by_line(tokens, keep)
+
+
+def transitions_line_by_line(tokens: Tokens) -> list[float]:
+    t, h, w = tokens.grid
+    pooled = [mean_of(list(tokens.features[g * h * w : (g + 1) * h * w])) for g in range(t)]
+    return [cosine(a, b) for a, b in pairwise(pooled)]
+
+
+def cut(after: set[int], transitions: list) -> list[list[int]]:
+    """The frame pairs of each segment, which ends after some of them."""
+    made = [[0]]
+    for g in range(len(transitions)):
+        if g in after:
+            made.append([])
+        made[-1].append(g + 1)
+    return made
+
+
+def segments_line_by_line(tokens: Tokens, least: int, threshold: float) -> list[list[int]]:
+    like = transitions_line_by_line(tokens)
+    return cut(
+        set(ranked([-value for value in like])[: least - 1]) | {i for i, x in enumerate(like) if x < threshold}, like
+    )
+
+
+def distances_line_by_line(x: list[torch.Tensor]) -> tuple[list[list[int]], float]:
+    """Distances in steps of the root mean square length / 16384, and the step."""
+    x = [each.double() for each in x]
+    step = max(1e-30, math.sqrt(sum(float(a.square().sum()) for a in x) / len(x))) / 16384
+    return [[round(float((a - b).norm()) / step) for b in x] for a in x], step
+
+
+def peak_scores_line_by_line(x: list[torch.Tensor], neighbours: int) -> list[float]:
+    n, (away, step) = len(x), distances_line_by_line(x)
+    near = [sorted(away[i])[:neighbours] for i in range(n)]  # itself is the nearest
+    sparse = [sum(d * d for d in each) / len(each) for each in near]
+    score = []
+    for i in range(n):
+        denser = [j for j in range(n) if sparse[j] < sparse[i] or (sparse[j] == sparse[i] and j < i)]
+        apart = min(away[i][j] for j in denser) if denser else max(map(max, away))
+        score.append(snapped((math.log(apart) if apart else -math.inf) - sparse[i] * step * step / len(x[0])))
+    return score
+
+
+def peaks_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> list[int]:
+    return sorted(ranked(peak_scores_line_by_line(x, neighbours))[:count]) if count else []
+
+
+@examples(80)
+def test_density_peaks(grid, kind, seed, data):
+    n, neighbours = data.draw(st.integers(1, 24)), data.draw(st.integers(1, 9))
+    x, count = features_of(kind, n, seed), data.draw(st.integers(0, n))
+    assert peaks(x, count, neighbours).tolist() == peaks_line_by_line(list(x), count, neighbours)
+
+
+def test_density_peaks_in_blocks(monkeypatch):
+    x = features_of("duplicates", 90, width=4)
+    whole = peak_scores(x, 5)
+    monkeypatch.setattr(common, "BLOCK", 16)
+    assert torch.equal(peak_scores(x, 5), whole)
+
+
+@pytest.mark.parametrize("length", [1e-3, 1.0, 1e3])
+def test_long_tokens_have_peaks_too(length):
+    """Densities of long tokens are too small for any number; of short ones all nearly 1."""
+    x = 10 * torch.eye(3, 4).repeat_interleave(2, 0)
+    x[1::2, 3] = 0.1
+    assert peaks(length * x, 3, 2).tolist() == [0, 2, 4]
+
+
+def in_turn(total: int, most: list[int]) -> list[int]:
+    """One each in turn, as long as there is room."""
+    counts = [0] * len(most)
+    while sum(counts) < min(total, sum(most)):
+        for i in range(len(most)):
+            counts[i] += counts[i] < most[i] and sum(counts) < total
+    return counts
+
+
+def fastvid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tuple[int, float]]]:
+    t, h, w = tokens.grid
+    n, x = h * w, tokens.features
+    attention, like = [snapped(float(value)) for value in tokens.attention], transitions_line_by_line(tokens)
+    due, members, centres = shares(keep, t), {}, []
+    for piece in segments_line_by_line(tokens, method.segments, method.threshold):
+        total = sum(due[g] for g in piece)
+        # What is too similar to the next frame pair of the segment keeps nothing.
+        new = [g for g in piece if g == piece[-1] or like[g] < method.ignore]
+        anchors, stays, peaked = new[::-1][:: method.every], [], []
+        context = min(total, max(1, int((1 - method.salient) * total)))
+        wanted = dict(zip(anchors, in_turn(context, [n // 2] * len(anchors)), strict=True))
+        salient = in_turn(total - context, [n - wanted.get(g, 0) for g in new])
+        for g, count in zip(new, salient, strict=True):
+            units = list(range(g * n, (g + 1) * n))
+            stays += [units[i] for i in ranked([attention[i] for i in units])[:count]]
+        for g in anchors:
+            free = [i for i in range(g * n, (g + 1) * n) if i not in stays]
+            peaked += [free[i] for i in peaks_line_by_line([x[i] for i in free], wanted[g], 4)]
+        rest = [i for g in piece for i in range(g * n, (g + 1) * n) if i not in stays + peaked]
+        more = [rest[i] for i in ranked([attention[i] for i in rest])[: total - len(stays) - len(peaked)]]
+        members |= {i: [] for i in stays + peaked + more}
+        centres += peaked
+        for i in rest:
+            if i not in more and peaked:
+                members[peaked[first_of([cosine(x[i], x[j]) for j in peaked], max)]].append(i)
+    members_of = {}
+    for i, others in members.items():
+        own = max(1 / (len(others) + 1), method.centre) if others else 1.0
+        members_of[i] = [(i, own)] + [(j, (1 - own) / len(others)) for j in others]
+    return members_of
+
+
+@examples()
+def test_fastvid(grid, kind, seed, data):
+    grid = (data.draw(st.integers(1, 7)), *grid[1:])
+    keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
+    name = (
+        f"fastvid:segments={data.draw(st.integers(1, 8))}:every={data.draw(st.integers(1, 4))}"
+        f":salient={data.draw(st.sampled_from([0.0, 0.6, 1.0]))}:ignore={data.draw(st.sampled_from([0.1, 0.95, 1.0]))}"
+        f":threshold={data.draw(st.sampled_from([-1.0, 0.84]))}"
+    )
+    assert_selects(name, tokens, keep, fastvid_line_by_line(tokens, keep, methods.get(name)))
+
+
+def mmg_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
+    n, x, like = tokens.grid[1] * tokens.grid[2], list(tokens.features), transitions_line_by_line(tokens)
+    pieces = segments_line_by_line(tokens, 1, method.threshold)
+    made, number = [], 0
+    # A lone grid joins the one before it where that is as like or all there is, else the one after.
+    while number < len(pieces):
+        piece = pieces[number]
+        while len(piece) == 1 and number + 1 < len(pieces) and (not made or like[piece[-1]] > like[piece[0] - 1]):
+            number += 1
+            piece = piece + pieces[number]
+        if len(piece) == 1 and made:
+            made[-1] = made[-1] + piece
+        else:
+            made.append(piece)
+        number += 1
+    means = [mean_of([x[i] for g in piece for i in range(g * n, (g + 1) * n)]) for piece in made]
+    gains, order = {}, []
+    while len(order) < len(made):
+        now = {
+            s: cosine(means[s], mean_of(x))
+            - method.beta * max((cosine(means[s], means[o]) for o in order), default=0.0)
+            for s in range(len(made))
+            if s not in order
+        }
+        best = max(now, key=lambda s: (now[s], -s))
+        gains[best] = now[best]
+        order.append(best)
+    weight = [len(piece) * math.exp(gains[s]) for s, piece in enumerate(made)]
+    due = apportion(keep, weight, [len(piece) * n for piece in made])
+    kept = []
+    for piece, total in zip(made, due, strict=True):
+        before: list[int] = []
+        for g, count in zip(piece, shares(total, len(piece)), strict=True):
+            units = range(g * n, (g + 1) * n)
+            score = peak_scores_line_by_line([x[i] for i in units], 7)
+            if before:
+                score = [
+                    snapped(s + float((1 - torch.tensor(max(cosine(x[i], x[j]) for j in before))).log()))
+                    for s, i in zip(score, units, strict=True)
+                ]
+            before = sorted(units[i] for i in ranked(score)[:count])
+            kept += before
+    return kept
+
+
+@examples()
+def test_mmg(grid, kind, seed, data):
+    grid = (data.draw(st.integers(1, 7)), *grid[1:])
+    keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
+    name = f"mmg:threshold={data.draw(st.sampled_from([-0.5, 0.5, 0.95]))}:beta={data.draw(st.sampled_from([0.0, 0.5, 1.0]))}"
+    assert selected(name, tokens, keep) == mmg_line_by_line(tokens, keep, methods.get(name))
+
+
+def clustered_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> dict[int, list[int]]:
+    """The members of each cluster, by its peak."""
+    members = {i: [i] for i in peaks_line_by_line(x, count, neighbours)}
+    centres, (away, _) = list(members), distances_line_by_line(x)
+    for i in range(len(x)):
+        if i not in centres:
+            members[centres[first_of([away[i][j] for j in centres], min)]].append(i)
+    return members
+
+
+def few_clustered_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> dict[int, list[int]]:
+    """With no more neighbours than peaks, but two."""
+    return clustered_line_by_line(x, count, min(neighbours, max(count, 2)))
+
+
+def in_proportion(total: int, sizes: list[int]) -> list[int]:
+    """Shares of groups: rounded down, then one more for those that lost most."""
+    exact = [total * size / sum(sizes) for size in sizes]
+    due = [math.floor(value + 1e-9) for value in exact]
+    for i in ranked([round(value - count, 9) for value, count in zip(exact, due, strict=True)])[: total - sum(due)]:
+        due[i] += 1
+    return due
+
+
+def folded_line_by_line(label: list[int]) -> list[int]:
+    """Labels after runs that are not the longest of their cluster, or of one frame pair, have joined a neighbour."""
+    start = [max(i for i in range(g + 1) if i == 0 or label[i] != label[i - 1]) for g in range(len(label))]
+    length = [start.count(start[g]) for g in range(len(label))]
+    stays = [
+        length[g] > 1 and length[g] == max(length[i] for i in range(len(label)) if label[i] == label[g])
+        for g in range(len(label))
+    ]
+    label = [each if stay else None for each, stay in zip(label, stays, strict=True)]
+    while None in label:
+        first = label.index(None)
+        last = first
+        while last + 1 < len(label) and label[last + 1] is None:
+            last += 1
+        before, after = label[:first][::-1], label[last + 1 :]
+        left, right = (next((len(list(run)) for _, run in groupby(side)), 0) for side in (before, after))
+        label[first : last + 1] = [(before or after or [0])[0] if left >= right else after[0]] * (last + 1 - first)
+    return label
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=16))
+def test_prunevid_folds_short_runs(cluster):
+    label = folded_line_by_line(cluster)
+    assert folded(cluster) == [len(list(run)) for _, run in groupby(label)] and sum(folded(cluster)) == len(cluster)
+
+
+def prunevid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tuple[int, float]]]:
+    t, h, w = tokens.grid
+    n, x = h * w, tokens.features
+    pooled = [mean_of(list(x[g * n : (g + 1) * n])) for g in range(t)]
+    clusters = clustered_line_by_line(pooled, max(1, int(method.scenes * t)), 7)
+    label = folded_line_by_line([next(c for c, members in clusters.items() if g in members) for g in range(t)])
+    pieces = cut({g for g in range(t - 1) if label[g] != label[g + 1]}, label[1:])
+    steady = {}
+    for piece in pieces:
+        for place in range(n) if len(piece) > 1 else ():
+            unit = [x[g * n + place] / x[g * n + place].norm().clamp(min=1e-12) for g in piece]
+            pairs = [float(a @ b) for i, a in enumerate(unit) for b in unit[i + 1 :]]
+            steady[piece[0], place] = snapped(sum(pairs) / len(pairs))
+    length = {piece[0]: len(piece) for piece in pieces}
+    still = [at for at in steady if steady[at] > method.static]
+    saved = sum(length[first] - 1 for first, _ in still)
+    if t * n - saved <= keep:
+        members_of = {i: [(i, 1.0)] for i in range(t * n)}
+        missing = t * n - keep
+        for first, place in sorted(still, key=lambda at: -steady[at]):
+            for g in range(first + 1, first + length[first]):
+                if missing:
+                    members_of[first * n + place] += members_of.pop(g * n + place)
+                    missing -= 1
+        return members_of
+    groups = []
+    for piece in pieces:
+        places = [place for first, place in still if first == piece[0]]
+        groups.append([[g * n + place for g in piece] for place in places])
+        groups += [[[g * n + place] for place in range(n) if place not in places] for g in piece]
+    members_of = {}
+    for group, count in zip(groups, in_proportion(keep, [len(group) for group in groups]), strict=True):
+        if count:
+            means = [mean_of([x[i] for i in units]) for units in group]
+            for centre, members in few_clustered_line_by_line(means, count, 7).items():
+                members_of[group[centre][0]] = [(i, 1 / len(group[j])) for j in members for i in group[j]]
+    return members_of
+
+
+@examples()
+def test_prunevid(grid, kind, seed, data):
+    grid = (data.draw(st.integers(1, 7)), *grid[1:])
+    keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
+    still = torch.rand(grid[1] * grid[2], generator=torch.Generator().manual_seed(seed)) < 0.6
+    x = tokens.features.clone().view(grid[0], -1, tokens.features.shape[1])
+    x[:, still] = x[:1, still] + 0.2 * x[:, still]  # so that some of it stands still
+    tokens = replace(tokens, rows=x.flatten(0, 1))
+    name = f"prunevid:scenes={data.draw(st.sampled_from([0.0, 0.25, 1.0]))}"
+    assert_selects(name, tokens, keep, prunevid_line_by_line(tokens, keep, methods.get(name)))
+
+
+def diverse_line_by_line(x: list[torch.Tensor], attention: list[float], keep: int) -> list[int]:
+    n = len(x)
+    far = [[snapped(attention[j] * (1 - cosine(x[i], x[j]))) for j in range(n)] for i in range(n)]
+    alone = [snapped(2 * value) for value in attention]
+    start = [min([far[i][j] for i in range(n) if i != j], default=alone[j]) for j in range(n)]
+    picked = [first_of(start, max)] if keep else []
+    while len(picked) < keep:
+        picked.append(first_of([-1.0 if j in picked else min(far[i][j] for i in picked) for j in range(n)], max))
+    return picked
+
+
+def flashvid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tuple[int, float]]]:
+    t, h, w = tokens.grid
+    n, x = h * w, tokens.features
+    attention = [snapped(float(value)) for value in tokens.attention]
+    due, members_of = shares(keep, t), {}
+    for piece in segments_line_by_line(tokens, method.segments, method.threshold):
+        total, stays = sum(due[g] for g in piece), []
+        for g, count in zip(piece, shares(int(method.diverse * total + 0.5), len(piece)), strict=True):
+            units = range(g * n, (g + 1) * n)
+            picked = diverse_line_by_line([x[i] for i in units], [attention[i] for i in units], count)
+            stays += [units[i] for i in picked]
+        members_of |= {i: [(i, 1.0)] for i in stays}
+        wanted = total - len(stays)
+        rest = [i for g in piece for i in range(g * n, (g + 1) * n) if i not in stays]
+        if not wanted:
+            continue
+        links = []
+        for i in rest:
+            before = [j for j in rest if j // n == i // n - 1]
+            if before:
+                like = [cosine(x[i], x[j]) for j in before]
+                links.append((max(like), i, before[first_of(like, max)]))
+        links = [link for link in sorted(links, key=lambda link: (-link[0], link[1])) if link[0] > method.link]
+        parent = {i: j for _, i, j in links[: len(rest) - wanted]}
+        trees: dict[int, list[int]] = {}
+        for i in rest:
+            root = i
+            while root in parent:
+                root = parent[root]
+            trees.setdefault(root, []).append(i)
+        means = {root: mean_of([x[i] for i in members]) for root, members in trees.items()}
+        of_grid = [[root for root in sorted(trees) if root // n == g] for g in piece]
+        for roots, count in zip(of_grid, in_proportion(wanted, [len(roots) for roots in of_grid]), strict=True):
+            clusters = {i: [i] for i in range(len(roots))}
+            if count < len(roots):
+                clusters = few_clustered_line_by_line([means[r] for r in roots], count, 7) if count else {}
+            for centre, members in clusters.items():
+                members_of[roots[centre]] = [(i, 1 / len(trees[roots[j]])) for j in members for i in trees[roots[j]]]
+    return members_of
+
+
+@examples()
+def test_flashvid(grid, kind, seed, data):
+    grid = (data.draw(st.integers(1, 7)), *grid[1:])
+    keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
+    x = tokens.features.clone().view(grid[0], -1, tokens.features.shape[1])
+    x[1:] = 0.7 * x[:-1].roll(1, 1) + 0.3 * x[1:]  # things move by a place
+    tokens = replace(tokens, rows=x.flatten(0, 1))
+    name = f"flashvid:segments={data.draw(st.integers(1, 4))}:diverse={data.draw(st.sampled_from([0.0, 0.7, 1.0]))}"
+    name += f":threshold={data.draw(st.sampled_from([0.9, -1.0]))}"
+    assert_selects(name, tokens, keep, flashvid_line_by_line(tokens, keep, methods.get(name)))
+
+
+def holitom_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tuple[int, float]]]:
+    t, h, w = tokens.grid
+    n, x = h * w, tokens.features
+    attention = [snapped(float(value)) for value in tokens.attention]
+    like = [[cosine(x[g * n + p], x[(g + 1) * n + p]) for p in range(n)] for g in range(t - 1)]
+
+    def still(piece: list[int]) -> list[int]:
+        return [p for p in range(n) if len(piece) > 1 and all(like[g][p] > method.static for g in piece[:-1])]
+
+    ways = []
+    for cuts in product([False, True], repeat=t - 1):
+        pieces = cut({g for g in range(t - 1) if cuts[g]}, cuts)
+        ways.append((sum(len(still(piece)) * (len(piece) - 1) for piece in pieces), pieces))
+    saved = max(total for total, _ in ways)
+    pieces = max((p for total, p in ways if total == saved), key=lambda pieces: [piece[0] for piece in pieces[::-1]])
+    if t * n - saved <= keep:
+        members_of, missing = {i: [(i, 1.0)] for i in range(t * n)}, t * n - keep
+        places = [(min(like[g][p] for g in piece[:-1]), piece, p) for piece in pieces for p in still(piece)]
+        for _, piece, p in sorted(places, key=lambda place: -place[0]):
+            for g in piece[1:]:
+                if missing:
+                    members_of[piece[0] * n + p] += members_of.pop(g * n + p)
+                    missing -= 1
+        return members_of
+    groups = [[[g * n + p for g in piece] for p in still(piece)] for piece in pieces]
+    groups += [[[g * n + p] for p in range(n) if p not in still(piece)] for piece in pieces for g in piece]
+    members_of, due = {}, in_proportion(keep, [len(group) for group in groups])
+    for number, (group, count) in enumerate(zip(groups, due, strict=True)):
+        if number >= len(pieces):
+            for i in ranked([attention[units[0]] for units in group])[:count]:
+                members_of[group[i][0]] = [(group[i][0], 1.0)]
+        elif count:
+            means = [mean_of([x[i] for i in units]) for units in group]
+            for centre, members in few_clustered_line_by_line(means, count, 7).items():
+                others = [j for j in members if j != centre]
+                weight = {j: (1 - method.centre) / len(others) for j in others} | {
+                    centre: method.centre if others else 1.0
+                }
+                members_of[group[centre][0]] = [(i, weight[j] / len(group[j])) for j in members for i in group[j]]
+    return members_of
+
+
+@examples()
+def test_holitom(grid, kind, seed, data):
+    grid = (data.draw(st.integers(1, 7)), *grid[1:])
+    keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
+    x = tokens.features.clone().view(grid[0], -1, tokens.features.shape[1])
+    random = torch.Generator().manual_seed(seed)
+    for g in range(1, grid[0]):  # some places go on as they were
+        still = torch.rand(x.shape[1], generator=random) < 0.7
+        x[g, still] = x[g - 1, still] + 0.1 * x[g, still]
+    tokens = replace(tokens, rows=x.flatten(0, 1))
+    name = f"holitom:static={data.draw(st.sampled_from([0.8, 0.99, -1.0]))}"
+    assert_selects(name, tokens, keep, holitom_line_by_line(tokens, keep, methods.get(name)))

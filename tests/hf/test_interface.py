@@ -171,13 +171,3 @@ def test_a_sliding_cache_drops_the_first_keys():
     later = torch.tensor([1.0])
     assert torch.equal(masks["full_attention"].flatten().exp(), torch.cat([sizes[0], later]).log().exp())
     assert torch.equal(masks["sliding_attention"].flatten().exp(), torch.cat([sizes[0, 3:], later]).log().exp())
-
-
-def test_a_config_of_qwen3_names_no_kinds_of_layers():
-    """Its model takes one mask, and the columns of DeepStack beside the features."""
-    model = tiny_model(family="qwen3_vl")
-    assert not hasattr(model.config.text_config, "layer_types")
-    masks, _, _ = interface.attention_masks(model, {"input_ids": torch.arange(4)[None]})
-    assert list(masks) == [interface.ONLY_KIND] and masks[interface.ONLY_KIND].shape == (1, 1, 4, 4)
-    output = interface._output([(torch.ones(2, 64), torch.ones(3, 2, 64)), (torch.ones(1, 64), torch.ones(3, 1, 64))])
-    assert [[len(each) for each in layer] for layer in output.deepstack_features] == [[2, 1]] * 3

@@ -238,9 +238,6 @@ def test_every_way_of_running_one_names_it(package, way, skip):
                 model(**video)
 
 
-# --- what the documents show ---------------------------------------------------------------------------------------------
-
-
 def test_the_documented_methods_are_short_and_complete(documented):
     assert set(documented) == set(DOCUMENTED) == set(methods.plugins())
     assert methods.available()[-6:] == sorted(DOCUMENTED)
@@ -294,8 +291,6 @@ def test_what_a_language_method_returns_is_checked(documented, wrong, monkeypatc
     with pytest.raises(PluginError, match=r"method 'loudest' of docs-examples .* returned"):
         select_in_language(methods.get("loudest"), public_layer("random", 0, (3, 4, 5), 7))
 
-
-# --- the command line ----------------------------------------------------------------------------------------------------
 
 ASK = ("ask", "samples/square.mp4", "--json", "-n", "2", "-b", "0.25")
 QUESTIONS = ("-Q", "What colour is the square?", "-Q", "Does anything move?")
@@ -373,8 +368,6 @@ def test_a_run_is_not_gone_on_with_other_code_of_a_method(package, cli, tmp_path
         assert result.code == 2 and "plugins" in result.err
     assert methods.plugin_code("evoprune+fastv") == methods.plugin_code("reuse+scope") == {}
 
-
-# --- what ends a program, and what is printed ----------------------------------------------------------------------------
 
 LEAVES = ["SystemExit", "SystemExit('no licence')", "BaseException('gone')"]
 NOISY = "import sys\nprint('hello of a package')\n"
