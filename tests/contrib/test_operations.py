@@ -332,9 +332,6 @@ def test_a_model_of_one_layer_has_none(monkeypatch):
         OperationTuning(TuneSettings(CLIPS)).load()
 
 
-WHOLE = 1_000_000  # the accuracy with nothing removed, for code that asks for one
-
-
 def made_up_loss(seed: int, depth: int, removed: Iterable[Operation]) -> int:
     """Less in deeper layers and for the rest, nothing in the deepest; some pairs of layers cost more together, some less."""
     gone, total = set(removed), 0

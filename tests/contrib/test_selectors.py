@@ -7,23 +7,24 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.contrib import common
 from evoprune.contrib.common import peak_scores, peaks
-from evoprune.contrib.scenes import folded
+from evoprune.contrib.scenes import folded, most_saving
 from evoprune.methods.plans import apportion
 from evoprune.methods.ranking import snap
 from evoprune.methods.types import Tokens
-from tests.contrib.line_by_line import assert_selects, examples, mean_of, shares
+from tests.contrib.line_by_line import assert_means, examples, mean_of, shares
 from tests.methods.tokens import cosine, features_of, first_of, ranked, scaled, selected, snapped, tokens_of
 
 
-def mmr_line_by_line(x: torch.Tensor, importance: list[float], keep: int, lam: float) -> list[int]:
-    n = len(x)
-    importance = [snapped(value) for value in scaled(importance)]
+def mmr_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
+    x, n, lam = tokens.features, len(tokens.features), method.lam
+    importance = tokens.attention if method.importance == "attention" else tokens.keys.norm(dim=1)
+    importance = [snapped(value) for value in scaled(importance.tolist())]
     cos = [[cosine(a, b) for b in x] for a in x]
     picked = [first_of([snapped(lam * value) for value in importance], max)]
     while len(picked) < keep:
@@ -32,16 +33,7 @@ def mmr_line_by_line(x: torch.Tensor, importance: list[float], keep: int, lam: f
     return sorted(picked)
 
 
-@examples()
-def test_mmr(grid, kind, seed, data):
-    keep, lam = data.draw(st.integers(1, prod(grid))), data.draw(st.sampled_from([0.0, 0.3, 0.5, 1.0]))
-    name, tokens = data.draw(st.sampled_from(["attention", "keynorm"])), tokens_of(kind, grid, seed)
-    importance = tokens.attention if name == "attention" else tokens.keys.norm(dim=1)
-    expected = mmr_line_by_line(tokens.features, importance.tolist(), keep, lam)
-    assert selected(f"mmr:importance={name}:lam={lam}", tokens, keep) == expected
-
-
-def visionzip_line_by_line(tokens: Tokens, keep: int, share: float) -> dict[int, list[tuple[int, float]]]:
+def visionzip_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tuple[int, float]]]:
     t, h, w = tokens.grid
     members_of: dict[int, list[tuple[int, float]]] = {}
     for grid, due in enumerate(shares(keep, t)):
@@ -49,7 +41,7 @@ def visionzip_line_by_line(tokens: Tokens, keep: int, share: float) -> dict[int,
         if not due:
             continue
         attention = [snapped(float(tokens.attention[i])) for i in units]
-        dominant = [units[i] for i in ranked(attention)[: round(share * due)]]
+        dominant = [units[i] for i in ranked(attention)[: round(method.dominant * due)]]
         rest = [i for i in units if i not in dominant]
         count = due - len(dominant)
         targets = [rest[i * (len(rest) // count)] for i in range(count)]
@@ -64,31 +56,16 @@ def visionzip_line_by_line(tokens: Tokens, keep: int, share: float) -> dict[int,
     return members_of
 
 
-@examples()
-def test_visionzip(grid, kind, seed, data):
-    keep, share = data.draw(st.integers(1, prod(grid))), data.draw(st.sampled_from([0.0, 0.5, 0.85, 1.0]))
-    tokens = tokens_of(kind, grid, seed)
-    name = f"visionzip:dominant={share}"
-    assert_selects(name, tokens, keep, visionzip_line_by_line(tokens, keep, share))
-
-
-def scope_line_by_line(tokens: Tokens, keep: int, alpha: float) -> list[int]:
+def scope_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
     x, n = tokens.features, len(tokens.features)
     cos = [[cosine(a, b) for b in x] for a in x]
-    saliency = [snapped(float(value)) ** alpha for value in tokens.attention]
+    saliency = [snapped(float(value)) ** method.alpha for value in tokens.attention]
     cover, picked = [0.0] * n, []
     while len(picked) < keep:
         gain = [saliency[i] * sum(max(0.0, cos[i][j] - cover[j]) for j in range(n)) for i in range(n)]
         picked.append(first_of([-1.0 if i in picked else gain[i] for i in range(n)], max))
         cover = [max(cover[j], cos[picked[-1]][j]) for j in range(n)]
     return sorted(picked)
-
-
-@examples()
-def test_scope(grid, kind, seed, data):
-    keep, alpha = data.draw(st.integers(1, prod(grid))), data.draw(st.sampled_from([0.0, 0.5, 1.0, 2.0]))
-    tokens = tokens_of(kind, grid, seed)
-    assert selected(f"scope:alpha={alpha}", tokens, keep) == scope_line_by_line(tokens, keep, alpha)
 
 
 @pytest.mark.parametrize("kind", ["random", "duplicates", "drift"])
@@ -106,32 +83,24 @@ def test_scope_over_many_tokens(kind):
     assert selected("scope", tokens, 60) == sorted(picked)
 
 
-def vispruner_line_by_line(tokens: Tokens, keep: int, share: float, step: int) -> list[int]:
+def vispruner_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
     t, h, w = tokens.grid
     x, picked = tokens.features, []
     for grid, due in enumerate(shares(keep, t)):
         units = range(grid * h * w, (grid + 1) * h * w)
         order = [units[i] for i in ranked([snapped(float(tokens.attention[i])) for i in units])]
-        important = int(share * due)
+        important = int(method.important * due)
         picked += order[:important]
         rest = order[important:] if due > important else []
         while len(rest) > due - important:
             like = {i: max(cosine(x[i], x[j]) for j in rest[1::2]) for i in rest[::2]}
             falling = sorted(like, key=lambda i: (-like[i], -rest.index(i)))  # the most similar first
-            rest = falling[min(step, len(rest) - (due - important)) :] + rest[1::2]
+            rest = falling[min(method.step, len(rest) - (due - important)) :] + rest[1::2]
         picked += rest
     return sorted(picked)
 
 
-@examples()
-def test_vispruner(grid, kind, seed, data):
-    keep, share = data.draw(st.integers(1, prod(grid))), data.draw(st.sampled_from([0.0, 0.5, 0.8, 1.0]))
-    step, tokens = data.draw(st.sampled_from([1, 2, 8])), tokens_of(kind, grid, seed)
-    expected = vispruner_line_by_line(tokens, keep, share, step)
-    assert selected(f"vispruner:important={share}:step={step}", tokens, keep) == expected
-
-
-def cdpruner_line_by_line(tokens: Tokens, keep: int, question: bool, negative: bool) -> list[int]:
+def cdpruner_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
     t, h, w = tokens.grid
     picked = []
     for grid, due in enumerate(shares(keep, t)):
@@ -139,8 +108,10 @@ def cdpruner_line_by_line(tokens: Tokens, keep: int, question: bool, negative: b
         x = [tokens.features[i] / tokens.features[i].norm().clamp(min=1e-12) for i in units]
         asked = [q / q.norm().clamp(min=1e-12) for q in tokens.question]
         weight = [1.0] * len(x)
-        if question:
-            weight = [snapped(sum(float(a @ q) for q in asked) / len(asked)) * (-1 if negative else 1) for a in x]
+        if method.question:
+            weight = [
+                snapped(sum(float(a @ q) for q in asked) / len(asked)) * (-1 if method.negative else 1) for a in x
+            ]
             weight = [max(value, 1 / 128) for value in scaled(weight)] if max(weight) > min(weight) else [1.0] * len(x)
         kernel = [[weight[i] * weight[j] * x[i].double() @ x[j].double() for j in range(len(x))] for i in range(len(x))]
         kernel = torch.tensor(kernel, dtype=torch.float64)
@@ -154,14 +125,6 @@ def cdpruner_line_by_line(tokens: Tokens, keep: int, question: bool, negative: b
     return sorted(picked)
 
 
-@examples()
-def test_cdpruner(grid, kind, seed, data):
-    keep, question = data.draw(st.integers(1, prod(grid))), data.draw(st.booleans())
-    negative, tokens = data.draw(st.booleans()), tokens_of(kind, grid, seed)
-    expected = cdpruner_line_by_line(tokens, keep, question, negative)
-    assert selected(f"cdpruner:question={question}:negative={negative}", tokens, keep) == expected
-
-
 @pytest.mark.parametrize(("reads", "reads_not"), [("cdpruner", "cdpruner:question=false"), ("dart", "dart:text=0")])
 def test_a_question_is_needed_where_it_is_read(reads, reads_not):
     tokens = replace(tokens_of("random", (2, 3, 4)), given={})
@@ -171,29 +134,21 @@ def test_a_question_is_needed_where_it_is_read(reads, reads_not):
         selected(reads, tokens, 9)
 
 
-def dart_line_by_line(tokens: Tokens, keep: int, visual: int, text: int) -> list[int]:
+def dart_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
     x, question = list(tokens.features), list(tokens.question)
 
     def longest(rows: list[torch.Tensor]) -> list[int]:
         norms = [float(row.abs().sum()) for row in rows]
         return ranked([snapped(value / (max(norms) or 1.0)) for value in norms])
 
-    picked = longest(x)[: min(visual, keep)]
-    pivots = [x[i] for i in picked] + [question[i] for i in longest(question)[:text]]
+    picked = longest(x)[: min(method.visual, keep)]
+    pivots = [x[i] for i in picked] + [question[i] for i in longest(question)[: method.text]]
     wanted = keep - len(picked)
     due = [wanted // len(pivots) + (i < wanted % len(pivots)) for i in range(len(pivots))]
     for pivot, count in zip(pivots, due, strict=True):
         left = [i for i in range(len(x)) if i not in picked]
         picked += [left[i] for i in ranked([-cosine(x[j], pivot) for j in left])[:count]]
     return sorted(picked)
-
-
-@examples()
-def test_dart(grid, kind, seed, data):
-    keep, visual = data.draw(st.integers(1, prod(grid))), data.draw(st.integers(0, 5))
-    text, tokens = data.draw(st.integers(0 if visual else 1, 4)), tokens_of(kind, grid, seed)
-    expected = dart_line_by_line(tokens, keep, visual, text)
-    assert selected(f"dart:visual={visual}:text={text}", tokens, keep) == expected
 
 
 Place = tuple[int, int, int]
@@ -209,7 +164,7 @@ def beside(place: Place, left: set[Place], grid: tuple[int, int, int]) -> list[P
     return found
 
 
-def adjacent_line_by_line(tokens: Tokens, keep: int, still: float) -> list[int]:
+def adjacent_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
     t, h, w = tokens.grid
     places = [(pair, y, x) for pair in range(t) for y in range(h) for x in range(w)]
     feature = dict(zip(places, tokens.features, strict=True))
@@ -220,7 +175,7 @@ def adjacent_line_by_line(tokens: Tokens, keep: int, still: float) -> list[int]:
 
     before = {at: 1 - (1 - like(at, (at[0] - 1, *at[1:]))) for at in places if at[0]}
     for at in sorted(before, key=lambda at: (-before[at], at)):
-        if before[at] > still and len(left) > keep:
+        if before[at] > method.still and len(left) > keep:
             left.remove(at)
     while len(left) > keep:
         near = {at: beside(at, left, tokens.grid) for at in left}
@@ -233,14 +188,7 @@ def adjacent_line_by_line(tokens: Tokens, keep: int, still: float) -> list[int]:
     return sorted(places.index(at) for at in left)
 
 
-@examples()
-def test_adjacent(grid, kind, seed, data):
-    keep, still = data.draw(st.integers(1, prod(grid))), data.draw(st.sampled_from([1.0, 0.9, 0.2, -1.0]))
-    tokens = tokens_of(kind, grid, seed)
-    assert selected(f"adjacent:still={still}", tokens, keep) == adjacent_line_by_line(tokens, keep, still)
-
-
-def par_line_by_line(tokens: Tokens, keep: int, link: float) -> list[int]:
+def par_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
     x, question = tokens.features, tokens.question
     t, h, w = tokens.grid
     unit = [each / each.norm().clamp(min=1e-12) for each in x]
@@ -255,7 +203,7 @@ def par_line_by_line(tokens: Tokens, keep: int, link: float) -> list[int]:
         pair, y, column = i // (h * w), i // w % h, i % w
         steps = [(column < w - 1, 1), (y < h - 1, w), (pair < t - 1, h * w)]
         for inside, step in steps:
-            if inside and cosine(x[i], x[i + step]) > link:
+            if inside and cosine(x[i], x[i + step]) > method.link:
                 old, new = sorted((cluster[i], cluster[i + step]), reverse=True)
                 cluster = [new if c == old else c for c in cluster]
     value = [0.0] * len(x)
@@ -265,13 +213,6 @@ def par_line_by_line(tokens: Tokens, keep: int, link: float) -> list[int]:
             value[members[best]] = relevance[members[best]] / (1 + place)
     value = [float(torch.tensor(each, dtype=torch.float32)) for each in value]
     return sorted(ranked(value)[:keep])
-
-
-@examples()
-def test_par(grid, kind, seed, data):
-    keep, link = data.draw(st.integers(1, prod(grid))), data.draw(st.sampled_from([0.8, 0.3, -1.0, 1.0]))
-    tokens = tokens_of(kind, grid, seed)
-    assert selected(f"par:link={link}", tokens, keep) == par_line_by_line(tokens, keep, link)
 
 
 def nuwa_line_by_line(tokens: Tokens, keep: int, cell: int, weak: float, reach: float):
@@ -322,7 +263,7 @@ def test_nuwa(grid, kind, seed, data):
 # Methods that look at time, each against its specification followed line by line in loops.
 
 
-def vidcom2_line_by_line(tokens: Tokens, keep: int) -> list[int]:
+def vidcom2_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
     t, h, w = tokens.grid
     x = tokens.features.double()
     variance = [float((column - column.mean()).square().mean()) for column in tokens.features.T]
@@ -353,13 +294,6 @@ def vidcom2_line_by_line(tokens: Tokens, keep: int) -> list[int]:
     for units, count in zip(grids, due, strict=True):
         picked += [units[i] for i in ranked([-snapped(of_video[i] + of_grid[i]) for i in units])[:count]]
     return sorted(picked)
-
-
-@examples()
-def test_vidcom2(grid, kind, seed, data):
-    keep = data.draw(st.integers(1, prod(grid)))
-    tokens = tokens_of(kind, grid, seed)
-    assert selected("vidcom2", tokens, keep) == vidcom2_line_by_line(tokens, keep)
 
 
 def transitions_line_by_line(tokens: Tokens) -> list[float]:
@@ -472,18 +406,6 @@ def fastvid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tu
     return members_of
 
 
-@examples()
-def test_fastvid(grid, kind, seed, data):
-    grid = (data.draw(st.integers(1, 7)), *grid[1:])
-    keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
-    name = (
-        f"fastvid:segments={data.draw(st.integers(1, 8))}:every={data.draw(st.integers(1, 4))}"
-        f":salient={data.draw(st.sampled_from([0.0, 0.6, 1.0]))}:ignore={data.draw(st.sampled_from([0.1, 0.95, 1.0]))}"
-        f":threshold={data.draw(st.sampled_from([-1.0, 0.84]))}"
-    )
-    assert_selects(name, tokens, keep, fastvid_line_by_line(tokens, keep, methods.get(name)))
-
-
 def mmg_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
     n, x, like = tokens.grid[1] * tokens.grid[2], list(tokens.features), transitions_line_by_line(tokens)
     pieces = segments_line_by_line(tokens, 1, method.threshold)
@@ -527,14 +449,6 @@ def mmg_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
             before = sorted(units[i] for i in ranked(score)[:count])
             kept += before
     return kept
-
-
-@examples()
-def test_mmg(grid, kind, seed, data):
-    grid = (data.draw(st.integers(1, 7)), *grid[1:])
-    keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
-    name = f"mmg:threshold={data.draw(st.sampled_from([-0.5, 0.5, 0.95]))}:beta={data.draw(st.sampled_from([0.0, 0.5, 1.0]))}"
-    assert selected(name, tokens, keep) == mmg_line_by_line(tokens, keep, methods.get(name))
 
 
 def clustered_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> dict[int, list[int]]:
@@ -626,18 +540,6 @@ def prunevid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[t
     return members_of
 
 
-@examples()
-def test_prunevid(grid, kind, seed, data):
-    grid = (data.draw(st.integers(1, 7)), *grid[1:])
-    keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
-    still = torch.rand(grid[1] * grid[2], generator=torch.Generator().manual_seed(seed)) < 0.6
-    x = tokens.features.clone().view(grid[0], -1, tokens.features.shape[1])
-    x[:, still] = x[:1, still] + 0.2 * x[:, still]  # so that some of it stands still
-    tokens = replace(tokens, rows=x.flatten(0, 1))
-    name = f"prunevid:scenes={data.draw(st.sampled_from([0.0, 0.25, 1.0]))}"
-    assert_selects(name, tokens, keep, prunevid_line_by_line(tokens, keep, methods.get(name)))
-
-
 def diverse_line_by_line(x: list[torch.Tensor], attention: list[float], keep: int) -> list[int]:
     n = len(x)
     far = [[snapped(attention[j] * (1 - cosine(x[i], x[j]))) for j in range(n)] for i in range(n)]
@@ -690,16 +592,22 @@ def flashvid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[t
     return members_of
 
 
-@examples()
-def test_flashvid(grid, kind, seed, data):
-    grid = (data.draw(st.integers(1, 7)), *grid[1:])
-    keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
-    x = tokens.features.clone().view(grid[0], -1, tokens.features.shape[1])
-    x[1:] = 0.7 * x[:-1].roll(1, 1) + 0.3 * x[1:]  # things move by a place
-    tokens = replace(tokens, rows=x.flatten(0, 1))
-    name = f"flashvid:segments={data.draw(st.integers(1, 4))}:diverse={data.draw(st.sampled_from([0.0, 0.7, 1.0]))}"
-    name += f":threshold={data.draw(st.sampled_from([0.9, -1.0]))}"
-    assert_selects(name, tokens, keep, flashvid_line_by_line(tokens, keep, methods.get(name)))
+def most_saving_line_by_line(same: list[list[bool]]) -> tuple[int, list[list[int]]]:
+    """How many tokens the best segments save, and these; of equally good ones those that begin last."""
+    ways = []
+    for cuts in product([False, True], repeat=len(same)):
+        pieces = cut({g for g in range(len(same)) if cuts[g]}, cuts)
+        still = [sum(map(all, zip(*(same[g] for g in piece[:-1]), strict=True))) for piece in pieces]
+        saves = sum(count * (len(piece) - 1) for count, piece in zip(still, pieces, strict=True))
+        ways.append((saves, [piece[0] for piece in pieces[::-1]], pieces))
+    saved, _, pieces = max(ways)
+    return saved, pieces
+
+
+@given(st.integers(0, 5), st.integers(1, 4), st.integers(0, 999))
+def test_holitom_cuts_where_it_costs_least(pairs, places, seed):
+    same = torch.rand(pairs, places, generator=torch.Generator().manual_seed(seed)) < 0.6
+    assert [list(span) for span in most_saving(same)] == most_saving_line_by_line(same.tolist())[1]
 
 
 def holitom_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tuple[int, float]]]:
@@ -711,12 +619,7 @@ def holitom_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tu
     def still(piece: list[int]) -> list[int]:
         return [p for p in range(n) if len(piece) > 1 and all(like[g][p] > method.static for g in piece[:-1])]
 
-    ways = []
-    for cuts in product([False, True], repeat=t - 1):
-        pieces = cut({g for g in range(t - 1) if cuts[g]}, cuts)
-        ways.append((sum(len(still(piece)) * (len(piece) - 1) for piece in pieces), pieces))
-    saved = max(total for total, _ in ways)
-    pieces = max((p for total, p in ways if total == saved), key=lambda pieces: [piece[0] for piece in pieces[::-1]])
+    saved, pieces = most_saving_line_by_line([[value > method.static for value in of_pair] for of_pair in like])
     if t * n - saved <= keep:
         members_of, missing = {i: [(i, 1.0)] for i in range(t * n)}, t * n - keep
         places = [(min(like[g][p] for g in piece[:-1]), piece, p) for piece in pieces for p in still(piece)]
@@ -744,15 +647,68 @@ def holitom_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tu
     return members_of
 
 
+def rests(x: torch.Tensor, random: torch.Generator) -> None:
+    """Some places of `x`, `[T, n, D]`, stand still."""
+    still = torch.rand(x.shape[1], generator=random) < 0.6
+    x[:, still] = x[:1, still] + 0.2 * x[:, still]
+
+
+def goes_on(x: torch.Tensor, random: torch.Generator) -> None:
+    """Some places go on as they were."""
+    for before, now in pairwise(x):
+        still = torch.rand(len(now), generator=random) < 0.7
+        now[still] = before[still] + 0.1 * now[still]
+
+
+def moves(x: torch.Tensor, random: torch.Generator) -> None:
+    """Things move by a place."""
+    x[1:] = 0.7 * x[:-1].roll(1, 1) + 0.3 * x[1:]
+
+
+# Settings to draw; for those that look at time also what happens in the video.
+SPECIFIED = {
+    "mmr": (mmr_line_by_line, {"importance": ["attention", "keynorm"], "lam": [0.0, 0.3, 0.5, 1.0]}),
+    "visionzip": (visionzip_line_by_line, {"dominant": [0.0, 0.5, 0.85, 1.0]}),
+    "scope": (scope_line_by_line, {"alpha": [0.0, 0.5, 1.0, 2.0]}),
+    "vispruner": (vispruner_line_by_line, {"important": [0.0, 0.5, 0.8, 1.0], "step": [1, 2, 8]}),
+    "cdpruner": (cdpruner_line_by_line, {"question": [True, False], "negative": [True, False]}),
+    "dart": (dart_line_by_line, {"visual": range(6), "text": range(5)}),
+    "adjacent": (adjacent_line_by_line, {"still": [1.0, 0.9, 0.2, -1.0]}),
+    "par": (par_line_by_line, {"link": [0.8, 0.3, -1.0, 1.0]}),
+    "vidcom2": (vidcom2_line_by_line, {}),
+    "fastvid": (
+        fastvid_line_by_line,
+        {"segments": range(1, 9), "every": range(1, 5), "salient": [0.0, 0.6, 1.0], "ignore": [0.1, 0.95, 1.0]}
+        | {"threshold": [-1.0, 0.84]},
+        None,
+    ),
+    "mmg": (mmg_line_by_line, {"threshold": [-0.5, 0.5, 0.95], "beta": [0.0, 0.5, 1.0]}, None),
+    "prunevid": (prunevid_line_by_line, {"scenes": [0.0, 0.25, 1.0]}, rests),
+    "flashvid": (
+        flashvid_line_by_line,
+        {"segments": range(1, 5), "diverse": [0.0, 0.7, 1.0], "threshold": [0.9, -1.0]},
+        moves,
+    ),
+    "holitom": (holitom_line_by_line, {"static": [0.8, 0.99, -1.0]}, goes_on),
+}
+
+
+@pytest.mark.parametrize("name", SPECIFIED)
 @examples()
-def test_holitom(grid, kind, seed, data):
-    grid = (data.draw(st.integers(1, 7)), *grid[1:])
+def test_it_selects_what_its_specification_says(name, grid, kind, seed, data):
+    specified, settings, *time = SPECIFIED[name]
+    if time:
+        grid = (data.draw(st.integers(1, 7)), *grid[1:])
     keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
-    x = tokens.features.clone().view(grid[0], -1, tokens.features.shape[1])
-    random = torch.Generator().manual_seed(seed)
-    for g in range(1, grid[0]):  # some places go on as they were
-        still = torch.rand(x.shape[1], generator=random) < 0.7
-        x[g, still] = x[g - 1, still] + 0.1 * x[g, still]
-    tokens = replace(tokens, rows=x.flatten(0, 1))
-    name = f"holitom:static={data.draw(st.sampled_from([0.8, 0.99, -1.0]))}"
-    assert_selects(name, tokens, keep, holitom_line_by_line(tokens, keep, methods.get(name)))
+    given = {setting: data.draw(st.sampled_from(values)) for setting, values in settings.items()}
+    assume(given.get("visual", 1) or given["text"])  # without either there is nothing to go by
+    if any(time):
+        x = tokens.features.clone().view(grid[0], -1, tokens.features.shape[1])
+        time[0](x, torch.Generator().manual_seed(seed))
+        tokens = replace(tokens, rows=x.flatten(0, 1))
+    method = methods.get(name, {setting: str(value) for setting, value in given.items()})
+    made, expected = method.select(tokens, keep), specified(tokens, keep, method)
+    if isinstance(expected, list):
+        assert made.kept.tolist() == expected
+    else:
+        assert_means(made, tokens, keep, expected)

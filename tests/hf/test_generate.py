@@ -138,20 +138,6 @@ def test_pruned_is_the_whole_prompt_with_dropped_columns_masked(model, prompt, s
     assert run.report.pruning.visual_tokens_kept == len(made.kept) < len(made.owner)
 
 
-def test_pruned_columns_are_not_computed(model):
-    """They are gone from the prompt, not masked; also where a batch is padded."""
-    seen = []
-    hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
-    inputs = processed(model, (5, ("video", 4, 8, 12), 7), (4, ("video", 2, 4, 4), 7), (3,))
-    try:
-        out, run = pruned(model, inputs, 0.25, max_new_tokens=2)
-    finally:
-        hook.remove()
-    assert inputs["input_ids"].shape == (3, 110) and out.shape == (3, 112)
-    assert seen == [(3, 14 + 24, 64), (3, 1, 64)]
-    assert run.columns.index.shape == (3, 38)
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("prompt", ["one video", "batch"])
 @pytest.mark.parametrize(
@@ -355,22 +341,6 @@ def test_a_conversation_goes_on_from_the_cache(model, prompt, budget):
         first, ids, mask = talk(model, inputs, further)
         stock = generated(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values)
         assert torch.equal(stock, expected)
-
-
-def test_one_cached_prefix_answers_many_questions(model):
-    """A prompt is read once, up to the question. Copies of its cache, and one that was cut back, answer like fresh prompts."""
-    inputs = processed(model, (5, ("video", 4, 8, 12), 1))
-    with evoprune.EvoPrune(budget=0.2)(model), torch.no_grad():
-        prefix = model(**inputs, past_key_values=DynamicCache(config=model.config.text_config)).past_key_values
-        used = copy.deepcopy(prefix)
-        for question in (torch.arange(20, 26), torch.arange(40, 43), torch.arange(30, 35)):
-            ids = torch.cat([inputs["input_ids"], question[None]], 1)
-            text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            types = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, len(question)))
-            expected = generated(model, inputs | text | {"mm_token_type_ids": types})
-            assert torch.equal(generated(model, text, past_key_values=copy.deepcopy(prefix)), expected)
-            assert torch.equal(generated(model, text, past_key_values=used), expected)
-            used.crop(prefix.get_seq_length() - used.get_seq_length())
 
 
 def test_a_cache_that_is_cut_inside_the_prompt_can_go_on(model):

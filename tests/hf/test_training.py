@@ -92,7 +92,7 @@ def same(made, expected, tolerance):
         assert (made[1][name] - gradient).norm() <= tolerance * gradient.norm() + 1e-7, name
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("kind", MODELS)

@@ -260,33 +260,3 @@ def test_tome_takes_as_many_from_every_layer():
 )
 def test_merging_asks_for_no_more_than_it_uses(settings, needs):
     assert EvoPruneMerge(**settings).needs == needs
-
-
-def attended(n, attention, seed=0):
-    """One group of n random rows."""
-    features = torch.randn(1, n, 6, generator=torch.Generator().manual_seed(seed))
-    ones = torch.ones(1, n, dtype=torch.int64)
-    return Candidates(features, torch.tensor([attention]), torch.arange(n)[None], ones, ones.bool(), n)
-
-
-@pytest.mark.parametrize(
-    ("share", "n", "critical"), [(0.1, 1, 1), (0.1, 10, 1), (0.1, 11, 2), (0.5, 5, 3), (0.55, 100, 55), (1.0, 4, 4)]
-)
-def test_the_critical_share_is_rounded_up(share, n, critical):
-    group = attended(n, [1.0 - i / 1000 for i in range(n)])  # so the critical rows are the first ones
-    group.features[0, :critical] = group.features[0, 0]  # and go first, if nothing holds them back
-    free = [i for i in range(critical, n) if i % 2]  # sources that may go
-    into = EvoPruneMerge(critical=share, diversity=0.0).match(group, torch.tensor([len(free)]))[0].tolist()
-    assert [i for i in range(n) if into[i] != i] == free
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 99))
-def test_no_group_takes_more_rounds_than_the_method_says(n, left, seed):
-    random, left, taken, rows = torch.Generator().manual_seed(seed), min(left, n), 0, n
-    while rows > left:
-        group = attended(rows, torch.rand(rows, generator=random).tolist(), seed + taken)
-        into = EvoPrunePaper().match(group, torch.tensor([rows - left]))[0]
-        rows, taken = int((into == torch.arange(rows)).sum()), taken + 1
-    assert rows == left
-    assert taken == EvoPrunePaper().rounds(n, left) == math.ceil(math.log2(math.ceil(n / left))) <= n - left

@@ -16,7 +16,6 @@ from tests.vision.tower import groups_by_hand, merge_at_random, place_key, rando
 
 SCOPES = ("window", "pair")
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 10), st.integers(1, 10))
-merges = st.lists(st.sampled_from(SCOPES), min_size=1, max_size=4)
 
 
 def groups_as_made(layout: TokenLayout, scope: str) -> list[tuple[list[int], dict[int, int]]]:
@@ -45,39 +44,6 @@ def test_window_order_is_hugging_faces(size, pairs):
     windows = attention_groups(layout, "window")
     assert (windows.length * 4).tolist() == ends.diff().tolist()
     assert geometry(*size).windows * pairs == len(windows.length)
-
-
-@settings(deadline=None, max_examples=80)
-@given(shapes, merges, st.integers(0, 99))
-def test_every_unit_keeps_one_owner_through_merges(shape, scopes, seed):
-    pairs, height, width = shape
-    geo = geometry(height, width)
-    layout = full_layout(geo, pairs)
-    for step, scope in enumerate(scopes):
-        before = layout
-        layout, into = merge_at_random(before, scope, seed + step)
-        stays = into == torch.arange(before.rows)
-        assert torch.equal(layout.unit, before.unit[stays])
-        # Every unit now belongs to the row into which its old owner went.
-        assert torch.equal(layout.unit[layout.unit_to_row], before.unit[into[before.unit_to_row]])
-    units = torch.arange(pairs * geo.units)
-    assert ((layout.unit_to_row >= 0) & (layout.unit_to_row < layout.rows)).all()
-    assert torch.equal(layout.unit_to_row[layout.unit], torch.arange(layout.rows))
-    assert layout.size.sum() == len(units) and (layout.size >= 1).all()
-    keys = [place_key(geo, unit) for unit in layout.unit.tolist()]
-    assert keys == sorted(keys)
-    if scopes:
-        widest = max(scopes, key=SCOPES.index)
-        assert layout.reach == widest
-        assert torch.equal(layout.group_of(units, widest), layout.group_of(layout.unit[layout.unit_to_row], widest))
-
-
-@settings(deadline=None, max_examples=100)
-@given(shapes, merges, st.sampled_from(SCOPES), st.integers(0, 99))
-def test_attention_groups_against_loops(shape, scopes, scope, seed):
-    pairs, height, width = shape
-    layout = random_layout(geometry(height, width), pairs, scopes, seed)
-    assert groups_as_made(layout, scope) == groups_by_hand(layout, scope)
 
 
 @pytest.mark.parametrize("scope", SCOPES)

@@ -31,7 +31,7 @@ from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import AFTER, encoded
 from tests.threads import one_thread  # noqa: F401
 from tests.vision.clips import changes, clip
-from tests.vision.tower import PATCH_WIDTH, random_patches, referring, tiny_tower
+from tests.vision.tower import PATCH_WIDTH, referring, tiny_tower
 
 GREY_LEVEL = 1 / 255 / min(CLIP_STD)
 
@@ -85,14 +85,6 @@ def test_smart_resize_at_its_edges(size, limits):
     for empty in ((0, size[1]), (size[0], 0), (-28, 28)):
         with pytest.raises(ValueError, match="must be positive"):
             smart_resize(*empty, *limits)
-
-
-@pytest.mark.parametrize("size", [(28, 28), (56, 84), (140, 112)])
-def test_patches_of_a_still_image_are_hugging_faces(size):
-    frame = noise(*size)
-    theirs, grid = hf_patches(frame, 784, 10**6)
-    assert grid == [1, size[0] // 14, size[1] // 14]
-    torch.testing.assert_close(patchify(frame.repeat(2, 1, 1, 1)), theirs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -210,13 +202,6 @@ def test_a_chunk_is_made_as_soon_as_its_last_frame_pair_is_read(share, pairs, th
         sizes.append(chunk.pairs)
     # A still clip is a few chunks, because units are bounded too; noise is two frame pairs at a time.
     assert sum(sizes) == 40 and len(sizes) > 2 and {*sizes[:-1]} <= (pairs if threshold else {2})
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("threshold", [0.0, 5.0])
-def test_patches_are_held_in_the_dtype_of_the_weights(threshold, dtype):
-    grid = (3, 2, 2)
-    assert all(chunk.patches.dtype == dtype for chunk in chunks_of([random_patches(grid)], grid, 4, threshold, dtype))
 
 
 # `reuse+NAME`: a selector behind reuse in time.

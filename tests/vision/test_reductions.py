@@ -43,19 +43,6 @@ def encoded_units(patches, grid, threshold=THRESHOLD) -> torch.Tensor:
 # --- properties --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [EvoPrune(), AFTER], ids=["inside", "after"])
-def test_a_threshold_of_zero_is_no_reuse(method):
-    grid, method = (6, 3, 5), replace(method, first=0.0)
-    none = replace(method, reuse=0.0)
-    assert encode_clip(grid, changes(grid, 0.0), none, 9).layers[0][1] == prod(grid)
-    # Any other threshold gives the same where everything changes by more than it.
-    moving = changes(grid, 1.0)
-    for threshold in (1e-6, 5.0):
-        for size in (1, 10**6):
-            other = encode_clip(grid, moving, replace(method, reuse=threshold), 9, chunk_units=size)
-            assert_same(other, encode_clip(grid, moving, none, 9, chunk_units=size))
-
-
 @settings(deadline=None, max_examples=50)
 @given(
     grid=st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 6)),
@@ -270,17 +257,6 @@ def test_units_may_be_dropped():
     owner = torch.where(torch.arange(32) < 20, -1, 1).index_fill_(0, torch.tensor(3), 0)
     made = encode_clip((2, 4, 4), changes((2, 4, 4), 1.0), inside([3, 20], owner), 2)
     assert made.kept.tolist() == [3, 20] and torch.bincount(made.owner[made.owner >= 0]).tolist() == [1, 12]
-
-
-@pytest.mark.few(6)
-@pytest.mark.parametrize("within", [1e-6, 0.02, 0.2, 9.0])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])
-@pytest.mark.parametrize("power", [1.0, 0.5])
-def test_an_automatic_budget_stays_between_a_twentieth_and_its_limit(share, within, power):
-    grid, keep = (10, 4, 6), 120
-    made = encode_clip(grid, changes(grid, share), EvoPrune(within=within, rows=power), keep)
-    assert 12 <= len(made.kept) == len(made.features) <= keep
-    check_result(made, grid, whole_clip=True)
 
 
 @pytest.mark.parametrize("waits", [False, True])

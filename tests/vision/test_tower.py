@@ -50,12 +50,19 @@ def on_kernels(monkeypatch):
     return ran
 
 
-@pytest.mark.parametrize("joins", [True, False])
-@pytest.mark.parametrize("method", [EvoPrune(), None], ids=["evoprune", "full"])
-def test_layers_by_kernels_are_the_plain_ones(on_kernels, monkeypatch, joins, method):
-    visual, patches = deepcopy(tiny_tower()), clip(FUSED_GRID, changes(FUSED_GRID, 0.5))
-    keep = 9 if method else 36
-    given = patches, FUSED_GRID, method or Pipeline(), keep
+@pytest.mark.parametrize(
+    ("tower_of", "layers", "joins", "method"),
+    [
+        (tiny_tower, 4, False, EvoPrune()),
+        (tiny_tower, 4, True, EvoPrune()),
+        (tiny_tower, 4, True, Pipeline()),
+        (tiny_qwen3, 6, False, Pipeline()),  # with layer norms and features of inner layers
+    ],
+)
+def test_layers_by_kernels_are_the_plain_ones(on_kernels, monkeypatch, tower_of, layers, joins, method):
+    visual, width = deepcopy(tower_of()), QWEN3_WIDTH if tower_of is tiny_qwen3 else PATCH_WIDTH
+    patches = clip(FUSED_GRID, changes(FUSED_GRID, 0.5), width=width)
+    given = patches, FUSED_GRID, method, 9 if isinstance(method, EvoPrune) else 36
     with monkeypatch.context() as patch:
         patch.setattr(tower, "can_fuse", lambda x: False)
         expected = encode_patches(*given, visual)
@@ -63,20 +70,11 @@ def test_layers_by_kernels_are_the_plain_ones(on_kernels, monkeypatch, joins, me
     if joins:
         join_tower(visual)
     made = encode_patches(*given, visual)
-    assert len(on_kernels) == 4 and made.layers == expected.layers
+    assert len(on_kernels) == layers and made.layers == expected.layers
     assert torch.equal(made.kept, expected.kept) and torch.equal(made.owner, expected.owner)
     torch.testing.assert_close(made.features, expected.features, atol=2e-4, rtol=2e-4)
-
-
-def test_a_tower_with_layer_norms_and_features_of_inner_layers(on_kernels, monkeypatch):
-    visual, patches = tiny_qwen3(), random_patches((2, 4, 4), width=1536)
-    with monkeypatch.context() as patch:
-        patch.setattr(tower, "can_fuse", lambda x: False)
-        expected = encode_patches(patches, (2, 4, 4), Pipeline(), 32, visual)
-    made = encode_patches(patches, (2, 4, 4), Pipeline(), 32, visual)
-    assert len(on_kernels) == 6
-    torch.testing.assert_close(made.features, expected.features, atol=2e-4, rtol=2e-4)
-    torch.testing.assert_close(made.deepstack, expected.deepstack, atol=2e-4, rtol=2e-4)
+    if tower_of is tiny_qwen3:
+        torch.testing.assert_close(made.deepstack, expected.deepstack, atol=2e-4, rtol=2e-4)
 
 
 def test_a_kernel_that_fails_leaves_the_other_layers_to_pytorch(on_kernels, monkeypatch, recwarn):
