@@ -333,7 +333,7 @@ def test_exactly_so_many_stay(name, left):
         assert made.features(public_layer(kind, 0, GRID, left).hidden).isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in DROPPING if name != "vitcop"])  # test_vitcop.py has its clusters
+@pytest.mark.parametrize("name", [name for name in DROPPING if name != "vitcop"])  # its clusters: test_equal_tokens
 def test_equal_tokens_go_by_index_and_nothing_is_drawn(name):
     tokens = public_layer("random", 0, GRID, 12)
     same = {f"{part}": torch.ones_like(getattr(tokens, part)) for part in ("hidden", "queries", "keys", "values")}

@@ -154,8 +154,10 @@ def test_without_selections_between_layers_segments_are_the_whole(tower, share, 
 
 
 @pytest.mark.parametrize("name", ["evoprune", "evoprune:first=0", "evoprune:first=0.2:rows=0.4:depth=0.5"])
-def test_selections_between_layers_see_rows_of_their_own_segment_alone(name):
+def test_selections_between_layers_see_rows_of_their_own_segment_alone(name, monkeypatch):
     visual, grid, pairs = tiny_tower(), (9, *PLACES), (3, 3, 3)
+    entered, enter = [], Segment.enter
+    monkeypatch.setattr(Segment, "enter", lambda *args: entered.append(enter(*args)) or entered[-1])
     patches = clip(grid, changes(grid, 0.3))
     method = methods.parse(name)
     parts, cut = (in_segments(visual, patches, method, pairs, 0.4, chunk_units=size) for size in (10**6, 1))
@@ -173,6 +175,9 @@ def test_selections_between_layers_see_rows_of_their_own_segment_alone(name):
                 [bool((row == of).all()) for row, of in zip(part.tokens.rows, before[place], strict=True)]
             )
             assert taken.sum() == len(part.unit) - computed > 0
+    for layout, _ in entered:  # units of the segment before have its row at their place
+        outside = (layout.unit_to_row >= layout.rows).nonzero()[:, 0]
+        assert torch.equal(layout.unit_to_row[outside] - layout.rows, outside % prod(PLACES))
 
 
 def test_a_segment_without_anything_new_is_refused():
