@@ -68,30 +68,3 @@ def test_a_kernel_that_computes_something_else_is_found(devices, monkeypatch):
     with subject_of(devices[1], None) as subject:
         outcome = accelerated(subject)
     assert outcome.state == DIFFERS and "clusters unlike" in outcome.says
-
-
-@pytest.mark.parametrize("rows, points, side", [(1, 1, 1), (40, 96, 32), (700, 1000, 300)])
-def test_operators_of_the_selection_are_those_of_the_cpu(rows, points, side):
-    """Whole numbers, so that sums are exact in any order."""
-    pytest.importorskip("evoprune.backend.operators")
-    random = torch.Generator().manual_seed(points)
-
-    def draw(high, *shape):
-        return torch.randint(high, shape, generator=random)
-
-    place = (2 * draw(9, rows, 64) - 8).float()
-    half, weight, first = (place**2).sum(1) / 2, draw(5, rows).float(), draw(100, rows).float()
-    row, time = draw(rows, points) - (draw(8, points) == 0).long(), draw(6, points).float()
-    row[0] = 0
-    tubes = torch.full((-(-points // side) * side,), points, dtype=torch.int64)
-    tubes[:points] = torch.arange(points)
-    tubes = tubes.view(-1, side)
-    there = [x.cuda() for x in (place, half, weight, first, row, time, tubes)]
-    radii = torch.ops.evoprune.tube_radii(place, half, weight, first, row, time, tubes, points)
-    assert torch.equal(torch.ops.evoprune.tube_radii(*there, points).cpu(), radii)
-    selected = radii.argsort(descending=True, stable=True)[: max(1, int((row >= 0).sum()) // 4)].sort().values
-    nearest = torch.ops.evoprune.nearest_selected(place, half, weight, row, time, selected)
-    place, half, weight, first, row, time, _ = there
-    assert torch.equal(
-        torch.ops.evoprune.nearest_selected(place, half, weight, row, time, selected.cuda()).cpu(), nearest
-    )

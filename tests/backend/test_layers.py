@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices, layers
 from evoprune.backend.attention import causal_attention
-from evoprune.backend.devices import uses_kernels
 from evoprune.errors import DeviceWarning
 from evoprune.language import decoder, static
 from evoprune.language.decoder import KVCache, norm, rotate
@@ -181,12 +180,6 @@ def test_a_whole_prompt_and_its_end():
     weights = (q @ k.transpose(2, 3) / 4).masked_fill(~torch.ones(20, 20).tril().bool(), -torch.inf).softmax(-1)
     torch.testing.assert_close(whole, weights @ v)
     assert causal_attention(q[:, :, 5:], k, v, None) is None  # a mask serves as well on a CPU
-    assert not uses_kernels(torch.device("cpu")) and uses_kernels(torch.device("cuda"))
-
-
-def test_plain_takes_masks(monkeypatch):
-    monkeypatch.setenv("EVOPRUNE_PLAIN", "1")
-    assert not uses_kernels(torch.device("cuda"))
 
 
 @pytest.mark.cuda

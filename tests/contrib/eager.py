@@ -126,20 +126,24 @@ class Eager:
             mask[VISUAL[-1] + 1 :, VISUAL] = False
         return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
+    def mlp(self, number, x):
+        at = f"model.language_model.layers.{number}"
+        h = self.norm(f"{at}.post_attention_layernorm", x)
+        gate = self.linear(f"{at}.mlp.gate_proj", h)
+        return self.linear(f"{at}.mlp.down_proj", gate / (1 + (-gate).exp()) * self.linear(f"{at}.mlp.up_proj", h))
+
     def run(self, rule: Callable[[EagerLayer], list[int] | None], plan) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """Logits of the last column, and after how many layers how many visual tokens were left."""
         x, alive, memory, dropped, self.cached = self.embeds, list(VISUAL), {}, [], []
         self.blind = plan.blind
         final = plan.drops[-1].left if plan.drops else 0
         for number in range(self.config.num_hidden_layers):
-            at, entering = f"model.language_model.layers.{number}", x
+            entering = x
             self.cached.append((self.turn(self.project(number, x, "k")), self.project(number, x, "v"), list(alive)))
             values = self.project(number, x, "v").repeat_interleave(self.heads // self.kv_heads, 1)
             seen = torch.einsum("hqk,khd->qhd", self.weights(number, x, alive), values).flatten(1)
-            x = x + self.linear(f"{at}.self_attn.o_proj", seen)
-            h = self.norm(f"{at}.post_attention_layernorm", x)
-            gate = self.linear(f"{at}.mlp.gate_proj", h)
-            x = x + self.linear(f"{at}.mlp.down_proj", gate / (1 + (-gate).exp()) * self.linear(f"{at}.mlp.up_proj", h))
+            x = x + self.linear(f"model.language_model.layers.{number}.self_attn.o_proj", seen)
+            x = x + self.mlp(number, x)
             after = number + 1
             if after in plan.looks:
                 drops = {drop.after: drop.left for drop in plan.drops}
@@ -155,23 +159,19 @@ class Eager:
         """Logits behind each of the columns that follow the prompt of `run`, which see what is left in each layer."""
         x, count, prompt, self.positions = embeds.double(), len(embeds), self.positions, positions
         for number, (keys, values, alive) in enumerate(self.cached):
-            at = f"model.language_model.layers.{number}"
             gone = [column for column in VISUAL if column not in alive]
-            mask = torch.cat(
-                [torch.ones(count, len(keys), dtype=torch.bool), torch.ones(count, count).bool().tril()], 1
-            )
+            mask = torch.ones(count, len(keys) + count, dtype=torch.bool).tril(len(keys))
             mask[:, gone] = False
-            keys = torch.cat([keys, self.turn(self.project(number, x, "k"))]).repeat_interleave(
-                self.heads // self.kv_heads, 1
+            new = self.turn(self.project(number, x, "k")), self.project(number, x, "v")
+            keys, values = (
+                torch.cat(both).repeat_interleave(self.heads // self.kv_heads, 1)
+                for both in zip((keys, values), new, strict=True)
             )
-            values = torch.cat([values, self.project(number, x, "v")]).repeat_interleave(self.heads // self.kv_heads, 1)
             scores = torch.einsum("qhd,khd->hqk", self.turn(self.project(number, x, "q")), keys) / math.sqrt(self.dim)
             scores = scores + torch.cat([self.bias, torch.zeros(count)])
             seen = torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), values).flatten(1)
-            x = x + self.linear(f"{at}.self_attn.o_proj", seen)
-            h = self.norm(f"{at}.post_attention_layernorm", x)
-            gate = self.linear(f"{at}.mlp.gate_proj", h)
-            x = x + self.linear(f"{at}.mlp.down_proj", gate / (1 + (-gate).exp()) * self.linear(f"{at}.mlp.up_proj", h))
+            x = x + self.linear(f"model.language_model.layers.{number}.self_attn.o_proj", seen)
+            x = x + self.mlp(number, x)
         self.positions = prompt
         return self.linear("lm_head", self.norm("model.language_model.norm", x))
 

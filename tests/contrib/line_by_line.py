@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune import methods
-from evoprune.methods.types import Tokens
+from evoprune.methods.types import Selection, Tokens
 from tests.methods.tokens import KINDS
 
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
@@ -29,9 +28,8 @@ def shares(keep: int, count: int) -> list[int]:
     return [later - before for before, later in pairwise(due)]
 
 
-def assert_selects(name: str, tokens: Tokens, keep: int, members_of: dict[int, list[tuple[int, float]]]) -> None:
+def assert_means(made: Selection, tokens: Tokens, keep: int, members_of: dict[int, list[tuple[int, float]]]) -> None:
     """`members_of`: of each kept unit, whose mean it becomes, with weights."""
-    made = methods.get(name).select(tokens, keep)
     assert made.kept.tolist() == sorted(members_of) and len(members_of) == keep
     owner = [-1] * len(tokens.owner)
     for number, unit in enumerate(sorted(members_of)):

@@ -58,13 +58,8 @@ def public_tokens(kind: str, seed: int, grid: tuple[int, int, int]) -> Tokens:
     return Tokens(torch.from_numpy(features), torch.arange(n), grid, given=tensors)
 
 
-BEFORE, TEXT, HEADS, KV_HEADS, DIM = (
-    35,
-    12,
-    4,
-    2,
-    8,
-)  # columns before the video and after it; VisiPruner's code counts on 35
+# Columns before the video, on 35 of which VisiPruner's code counts, and after it.
+BEFORE, TEXT, HEADS, KV_HEADS, DIM = 35, 12, 4, 2, 8
 
 
 def public_layer(kind: str, seed: int, grid: tuple[int, int, int], left: int, due: bool = True) -> LayerTokens:

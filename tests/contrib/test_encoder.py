@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.contrib.encoder import EarlyTom, FrameTokens, Ipcv, MergedFrames, Runs, highest_of_stretches, similarities
-from evoprune.errors import UsageError
 from evoprune.methods.baselines import Random
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.plans import EncoderPlan, SetAside, Stage, TowerShape, WholePairs, full_plan
@@ -24,15 +23,13 @@ from evoprune.vision.reductions import Followers
 from evoprune.vision.tower import tower_shape
 from tests.contrib.line_by_line import shares
 from tests.contrib.public import public_tokens
-from tests.methods.tokens import KINDS, Largest, cosine, encoded, features_of, plan_of, ranked, snapped
+from tests.methods.tokens import KINDS, Largest, encoded, features_of, plan_of, ranked, snapped
 from tests.vision.clips import changes, clip
 from tests.vision.devices import assert_same_on_a_gpu, take_gpu_route
-from tests.vision.reference import embedded, linear, rms_norm, run_layer
+from tests.vision.reference import embedded, merged_patches, run_layer
 from tests.vision.tower import random_patches, tiny_tower
 
 EARLYTOM = json.loads((Path(__file__).parent / "fixtures/inside/earlytom.json").read_text())["cases"]
-
-# --- the public code ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", [case for case in EARLYTOM if "frames" in case])
@@ -53,8 +50,6 @@ def test_keeps_what_the_public_code_keeps_of_a_frame_between_ends(case):
     attention = public_tokens("random", case["seed"], (1, 1, case["places"])).attention
     assert highest_of_stretches(attention, case["share"]).tolist() == case["kept"]
 
-
-# --- line by line ------------------------------------------------------------------------------------------------------
 
 Frame = tuple[list[int], torch.Tensor]  # the frame pairs that it represents, the first one first; its rows [n, D]
 
@@ -135,12 +130,8 @@ def earlytom_slowly(visual, patches, grid, method: EarlyTom, after: set[int]) ->
         if layer == max(visual.fullatt_block_indexes):
             received = {row.unit: row.attention * geo.units for row in rows}
     assert depth not in after
-    first, second = visual.merger.mlp[0], visual.merger.mlp[2]
     rows.sort(key=lambda row: row.unit)
-    tokens = [
-        linear(second, torch.nn.functional.gelu(linear(first, rms_norm(visual.merger.ln_q, row.x).flatten())))
-        for row in rows
-    ]
+    tokens = [merged_patches(visual.merger, row.x) for row in rows]
     attention = [received[row.unit] for row in rows]
     return [
         (of, torch.stack(tokens[i * geo.units : (i + 1) * geo.units]), attention[i * geo.units : (i + 1) * geo.units])
@@ -199,9 +190,6 @@ def test_earlytom_the_whole_encoder_line_by_line(grid, full_layers, settings_, s
             assert selected(rows).kept.tolist() == tokens_line_by_line(frames, units, keep, method)
 
 
-# --- counts ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.few(2)
 @pytest.mark.parametrize("keep", [1, 5, 90, 130, 179])
 def test_earlytom_exactly_the_budget_comes_out(keep):
@@ -224,37 +212,21 @@ def test_more_tokens_than_are_left_are_those_of_frame_pairs_that_merged_away():
 
 def test_earlytom_the_plan():
     """Upper bounds, because the content decides; and no merging after the last layer that gives attention."""
-    units = 8 * 60
-    plan = methods.parse("earlytom").plan(TowerShape(32, (7, 15, 23, 31)), (8, 6, 10), 40)
-    merge = WholePairs(MergedFrames())
-    merges = tuple(Stage(layer, units, merge, exact=False) for layer in (9, 27, 30))
-    assert plan == EncoderPlan((8, 6, 10), 40, 32, stages=(*merges, Stage(32, 40, FrameTokens())))
-    assert (plan.layers, plan.rows, plan.exact) == ((units,) * 32, units, False)
-    for tower, layers in (
+    grid, units, merge = (8, 6, 10), 8 * 60, WholePairs(MergedFrames())
+    for tower, merges in (
+        (TowerShape(32, (7, 15, 23, 31)), [9, 27, 30]),
         (TowerShape(8, (1, 3, 5, 7)), [2, 7]),
         (TowerShape(8, (1, 5)), [2, 5]),
         (TowerShape(1, (0,)), []),
     ):
-        stages = methods.get("earlytom").stages(tower, (8, 6, 10), 40)
-        assert [stage.first_layer for stage in stages] == layers
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [f"earlytom:{e}" for e in ("window=1", "momentum=2", "first=-1", "third=1.5")]
-    + [f"ipcv:{e}" for e in ("keep=0", "keep=1.1", "first=-0.1", "follow=2", "neighbours=0")],
-)
-def test_settings_out_of_range(setting):
-    with pytest.raises(UsageError, match=f"method {setting.partition(':')[0]}: "):
-        methods.get(setting)
-
-
-# --- everything else ---------------------------------------------------------------------------------------------------
+        plan = methods.parse("earlytom").plan(tower, grid, 40)
+        stages = [Stage(layer, units, merge, exact=False) for layer in merges]
+        assert plan == EncoderPlan(grid, 40, tower.depth, stages=(*stages, Stage(tower.depth, 40, FrameTokens())))
+        assert (plan.layers, plan.rows, plan.exact) == ((units,) * tower.depth, units, not merges)
 
 
 def test_earlytom_equal_scores_go_by_index():
     assert highest_of_stretches(torch.ones(10), 3).tolist() == [0, 4, 7]
-    assert cosine(torch.ones(2), torch.ones(2)) == 1.0
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -283,8 +255,6 @@ def test_earlytom_no_matrix_of_all_pairs():
 
 IPCV = json.loads((Path(__file__).parent / "fixtures/inside/ipcv.json").read_text())
 QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
-
-# --- the public code ---------------------------------------------------------------------------------------------------
 
 
 def attended(x: torch.Tensor) -> torch.Tensor:
@@ -322,9 +292,6 @@ def test_does_what_the_public_code_does(case):
     assert followers._kept.tolist() == case["kept"]
     assert [set(near) for near in followers._near.tolist()] == [set(near) for near in case["near"]]
     torch.testing.assert_close(rows.flatten(1).sum(1), torch.tensor(case["sums"]), atol=2e-3, rtol=1e-4)
-
-
-# --- line by line ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -369,10 +336,8 @@ def ipcv_slowly(visual, patches, grid, stage: Stage) -> torch.Tensor:
         for row in rows:
             if row not in kept:
                 row.x = move(row)
-    first, second = visual.merger.mlp[0], visual.merger.mlp[2]
     rows.sort(key=lambda row: row.unit)
-    hidden = [linear(first, rms_norm(visual.merger.ln_q, row.x).flatten()) for row in rows]
-    return torch.stack([linear(second, torch.nn.functional.gelu(h)) for h in hidden])
+    return torch.stack([merged_patches(visual.merger, row.x) for row in rows])
 
 
 @pytest.mark.few(1)
@@ -414,8 +379,6 @@ def test_ipcv_the_plan():
     assert methods.parse("ipcv").plan(tower, (4, 6, 10), units) == full_plan(tower, (4, 6, 10))
 
 
-# --- with a selector ---------------------------------------------------------------------------------------------------
-
 GRID = (5, 4, 5)
 
 
@@ -433,14 +396,6 @@ def test_the_selector_sees_every_unit(name):
         assert torch.equal(made.kept, selector.select(every, keep).kept) and len(made.kept) == keep
 
 
-@pytest.mark.parametrize(("name", "times"), [("visionzip", 1), ("nuwa", 1 + 3)])
-def test_dropped_rows_are_moved_where_a_selector_reads_them_and_at_the_end(name, times, monkeypatch):
-    calls, real = [], Followers.all_rows
-    monkeypatch.setattr(Followers, "all_rows", lambda self, x: calls.append(len(x)) or real(self, x))
-    encoded(methods.parse(f"ipcv+{name}"), random_patches(GRID), GRID, 9)
-    assert len(calls) == times
-
-
 def test_dart_is_the_default():
     alone, named = methods.parse("ipcv"), methods.parse("ipcv+dart")
     assert alone.tokens == named.tokens and alone.args == named.args and alone.reads_question
@@ -448,15 +403,6 @@ def test_dart_is_the_default():
     assert methods.parse("ipcv:keep=0.5+scope:alpha=2").args == {
         "keep": 0.5, "first": 3 / 32, "follow": 7 / 32, "neighbours": 10, "scope": {"alpha": 2.0},
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["ipcv+evoprune", "ipcv+tome", "reuse+ipcv", "ipcv+reuse+dart", "ipcv+none"])
-def test_it_stands_before_a_selector_alone(name):
-    with pytest.raises(UsageError, match="cannot be combined"):
-        methods.parse(name)
-
-
-# --- everything else ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -487,14 +433,3 @@ def test_ipcv_no_matrix_of_all_pairs():
             if followers.acts(layer, layout):
                 x, layout = followers.after(layer, "pair", x, layout, (None, None))
     assert len(x) == math.prod(grid) and largest.numbers <= 64 * 167 * 89 < 16384**2 / 100
-
-
-def test_another_share_of_the_rows_changes_the_tokens():
-    patches = random_patches(GRID)
-    some, more = (
-        encoded(Pipeline(encoder=Ipcv(keep=keep), selector=Random()), patches, GRID, 9) for keep in (0.35, 0.7)
-    )
-    assert torch.equal(some.kept, more.kept) and (some.features - more.features).norm() > 0.1
-    assert [rows for _, rows in some.layers] == [100, 35, 35, 35]
-    plain = encoded(Pipeline(encoder=Ipcv(keep=1.0), selector=Random()), patches, GRID, 9)
-    assert torch.equal(plain.features, encoded(Random(), patches, GRID, 9).features)

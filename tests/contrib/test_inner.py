@@ -10,7 +10,6 @@ import torch
 from evoprune import methods
 from evoprune.contrib import common, inner, language
 from evoprune.contrib.common import vicinity_clusters
-from evoprune.contrib.language import layers_before, tokens_of_layers
 from evoprune.methods.plans import keep_count
 from tests.contrib.eager import (
     BEFORE,
@@ -25,7 +24,7 @@ from tests.contrib.eager import (
     run_method,
 )
 from tests.contrib.public import public_layer
-from tests.contrib.test_scenes import clustered_line_by_line
+from tests.contrib.test_selectors import clustered_line_by_line
 from tests.methods.tokens import Largest, snapped
 
 
@@ -95,17 +94,6 @@ def vitcop(seen: EagerLayer, method) -> list[int]:
         if members:
             seen.x[first + i] = (before[first + i] + sum(before[first + j] for j in members) / len(members)) / 2
     return sorted(first + i for i in found)
-
-
-@pytest.mark.parametrize("budget", [0.6, 0.3, 0.1, 0.05])
-@pytest.mark.parametrize("name", ["vitcop", "vitcop:centres=0.5:near=0.3", "vitcop:cutoff=0.1:near=0:centres=0.3"])
-def test_the_prompt_reads_as_it_does_token_by_token(name, budget):
-    method, (embeds, positions) = methods.get(name), a_prompt(1)
-    made, dropping, _ = run_method(deep_model(), method, embeds, positions, budget)
-    plan = method.drops(8, len(VISUAL), budget)
-    expected, dropped = Eager(deep_model(), embeds, positions).run(lambda seen: vitcop(seen, method), plan)
-    assert dropping.dropped == dropped and [after for after, _ in dropped] == [1, 6][: len(dropped)]
-    torch.testing.assert_close(made[0].double(), expected, atol=2e-4, rtol=2e-4)
 
 
 def test_equal_tokens():
@@ -250,26 +238,33 @@ RULES = {
     "holitom-inner": holitom,
     "flashvid-inner": fastv,
     "nuwa-inner": nuwa,
-    "vitcop": lambda seen: vitcop(seen, methods.get("vitcop")),
 }
-VISI = (
+BY_SETTINGS = (
+    "vitcop",
+    "vitcop:centres=0.5:near=0.3",
+    "vitcop:cutoff=0.1:near=0:centres=0.3",
     "visipruner",
     "visipruner:token=0.05",
+    "visipruner:token=1000",
     "visipruner:layer=0.9:exit=0.9",
     "visipruner:layer=0.5:exits=1:exit=0.5",
+    "visipruner:layer=0.01:exits=0",
+    "visipruner:exit=0.01:exits=3",
     "visipruner:shallow=0.5:exits=0",
 )
 
 
 def rule_of(name: str):
-    method = methods.get(name)
-    return method, RULES[name] if name in RULES else lambda seen: visipruner(seen, method)
+    method, kind = methods.get(name), name.partition(":")[0]
+    if kind in ("visipruner", "vitcop"):
+        return method, lambda seen: {"visipruner": visipruner, "vitcop": vitcop}[kind](seen, method)
+    return method, RULES[name]
 
 
 @pytest.mark.few(12)
 @pytest.mark.parametrize("sizes", [False, True])
 @pytest.mark.parametrize("budget", [0.5, 0.25, 0.1])
-@pytest.mark.parametrize("name", [*RULES, *VISI])
+@pytest.mark.parametrize("name", [*RULES, *BY_SETTINGS])
 def test_the_prompt_reads_as_if_a_mask_barred_what_left(name, budget, sizes):
     method, rule = rule_of(name)
     embeds, positions = a_prompt()
@@ -297,7 +292,7 @@ def test_sparsevlms_raters_are_chosen_once(monkeypatch):
 
 
 def test_every_method_is_tested():
-    assert {*RULES, "visipruner"} == set(DROPPING)
+    assert {*RULES, "visipruner", "vitcop"} == set(DROPPING)
 
 
 def alike_prompt(copies: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -324,29 +319,6 @@ def test_tokens_that_are_alike(name, budget):
         assert dropped[-1][1] == 0 and len(dropped) == 2
 
 
-def test_visipruner_at_every_turn():
-    """A decisive layer before the latest; thresholds that keep fewer than the budget; none; and all of them leaving."""
-    embeds, positions = a_prompt()
-    dropped = {
-        name: run_method(deep_model(12), methods.get(name), embeds, positions, 0.25)[1].dropped
-        for name in (
-            "visipruner",
-            "visipruner:token=1",
-            "visipruner:token=1000",
-            "visipruner:layer=0.01:exits=0",
-            "visipruner:exit=0.01:exits=1",
-            "visipruner:exit=0.01:exits=3",
-        )
-    }
-    first, latest = 4, 6
-    assert dropped["visipruner"] == [(first, 12)]
-    assert dropped["visipruner:token=1"][0][0] == first and 1 <= dropped["visipruner:token=1"][0][1] < 12
-    assert dropped["visipruner:token=1000"][0] == (first, 1)
-    assert dropped["visipruner:layer=0.01:exits=0"] == [(latest, 12)]
-    assert dropped["visipruner:exit=0.01:exits=1"] == [(first, 12), (first + 1, 0)]
-    assert dropped["visipruner:exit=0.01:exits=3"] == [(first, 12), (first + 3, 0)]
-
-
 GRID = (6, 4, 5)
 
 
@@ -361,7 +333,7 @@ def test_exactly_so_many_stay(name, left):
         assert made.features(public_layer(kind, 0, GRID, left).hidden).isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in DROPPING if name != "vitcop"])  # test_vitcop.py has its clusters
+@pytest.mark.parametrize("name", [name for name in DROPPING if name != "vitcop"])  # its clusters: test_equal_tokens
 def test_equal_tokens_go_by_index_and_nothing_is_drawn(name):
     tokens = public_layer("random", 0, GRID, 12)
     same = {f"{part}": torch.ones_like(getattr(tokens, part)) for part in ("hidden", "queries", "keys", "values")}
@@ -459,17 +431,9 @@ def test_published_counts_at_published_depths():
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_the_default_share_is_its_papers(name):
-    combined = methods.parse(f"divprune+{name}")
-    assert combined.language_work(32, 576, 0.1) == methods.parse(name).language_work(32, 576, combined.language.left)
-    assert methods.parse(f"divprune+{name}:share=0.2").language_work(32, 576, 0.9) == methods.get(name).work(
-        32, 576, 0.2
-    )
-
-
-def test_relative_depth():
-    assert [layers_before(0.25, depth) for depth in (1, 2, 4, 28, 36)] == [0, 1, 1, 7, 9]
-    assert layers_before(0.99, 36) == 35
-    assert tokens_of_layers(5, 9, [(2, 4), (4, 1)]) == (9, 9, 4, 4, 1)
+    for combined, share in ((f"divprune+{name}", None), (f"divprune+{name}:share=0.2", 0.2)):
+        both, alone = methods.parse(combined), methods.parse(name)
+        assert both.language_work(32, 576, 0.1) == alone.language_work(32, 576, share or both.language.left)
 
 
 def test_columns_of_a_prompt():

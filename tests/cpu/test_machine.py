@@ -27,10 +27,6 @@ def test_mapped_files_are_not_the_processs_own_memory(tmp_path):
     assert mapped_then - mapped > 0.9 * 2**26 and own_then - own < 2**25
 
 
-def test_nothing_is_said_of_a_gpu():
-    assert memory_in_use("cuda:0") == (None, None)
-
-
 def resident(file: Path) -> int:
     """Bytes of a mapped file in this process's memory."""
     _, _, after = Path("/proc/self/smaps").read_text().partition(f" {file}\n")

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.cpu import quantize as module
 from evoprune.cpu.quantize import GROUP, Bytes, Int4Linear, Int8Linear, check, large_channels, levels, quantize
 from evoprune.errors import UsageError
 from evoprune.methods.plans import full_plan
@@ -59,6 +58,7 @@ def int4_by_hand(weight):
 @pytest.mark.parametrize("bias", parameters("int8") and [True, False])
 def test_rows_are_rounded_and_large_channels_are_not(rows, bias, large):
     layer, x = layer_of(bias=bias), torch.randn(*rows, 96)
+    layer.weight[:, large] *= 50
     got, expected = int8(layer, large)(x), int8_by_hand(layer, x, large)
     assert got.shape == expected.shape and got.dtype == x.dtype
     # Rounding a number the other way, at a tie that falls differently, is one step of one number.
@@ -69,7 +69,7 @@ def test_rows_are_rounded_and_large_channels_are_not(rows, bias, large):
 @pytest.mark.parametrize("rows", [(1,), (2, 5)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_only_the_weights_are_rounded_to_four_bits(rows, bias):
-    layer, x = layer_of(bias=bias), torch.randn(*rows, 96)
+    layer, x = layer_of(out=72, bias=bias), torch.randn(*rows, 96)
     expected = F.linear(x.double(), int4_by_hand(layer.weight), layer.bias.double() if bias else None)
     got = int4(layer)(x)
     assert (got.double() - expected).abs().max() < 2e-3 * expected.abs().max()
@@ -121,19 +121,15 @@ def test_layers_with_the_same_input_round_it_once():
 
 
 @pytest.mark.parametrize("make", [int8, int4])
-def test_half_precision(make):
-    layer, x = layer_of(dtype=torch.bfloat16), torch.randn(1, 96).bfloat16()
-    got, expected = make(layer)(x), F.linear(x.double(), layer.weight.double(), layer.bias.double())
-    assert got.dtype == torch.bfloat16 and (got.double() - expected).abs().max() < 0.1 * expected.abs().max()
-
-
-@pytest.mark.parametrize("make", [int8, int4])
-def test_zeros_and_constants(make):
+def test_zeros_constants_and_half_precision(make):
     layer = layer_of()
     layer.weight[0], layer.weight[1] = 0, 2.5
     made = make(layer)
     assert torch.equal(made(torch.zeros(1, 96)), layer.bias[None])
     torch.testing.assert_close(made(torch.ones(1, 96))[0, :2], layer(torch.ones(1, 96))[0, :2], rtol=1e-3, atol=1e-3)
+    layer, x = layer_of(dtype=torch.bfloat16), torch.randn(1, 96).bfloat16()
+    got, expected = make(layer)(x), F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    assert got.dtype == torch.bfloat16 and (got.double() - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 def test_four_bits_decode_and_eight_read_prompts():
@@ -162,21 +158,6 @@ def test_a_whole_model(kind):
     again = copy.deepcopy(plain)
     quantize(again, kind, calibrate)
     assert torch.equal(features_of(model), features_of(again))
-
-
-def test_channels_made_large_change_nothing(monkeypatch):
-    """Four channels of a norm are multiplied by 100 and their weights divided: in float32 the same, in bytes only if kept apart."""
-    plain, error = copy.deepcopy(tiny_model()).requires_grad_(False), {}
-    for block in plain.model.visual.blocks:
-        block.norm2.weight[:4] *= 100
-        for layer in (block.mlp.gate_proj, block.mlp.up_proj):
-            layer.weight[:, :4] /= 100
-    for name, share in (("apart", 1 / 8), ("in", 0.0)):
-        monkeypatch.setattr(module, "MAX_LARGE", share)
-        model = copy.deepcopy(plain)
-        quantize(model, "int8", calibrate)
-        error[name] = relative(features_of(model), features_of(plain))
-    assert error["apart"] < 0.05 and error["in"] > 2 * error["apart"]
 
 
 def test_a_layer_that_is_not_called_is_an_error():

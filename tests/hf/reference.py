@@ -16,15 +16,10 @@ TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForCondition
 ONCE = {"method_args": {"count": "0"}}  # every token counts once
 
 
-def encoded(model, inputs, budget, how=ONCE):
-    return evoprune.encode(
-        model,
-        inputs["pixel_values_videos"],
-        inputs["video_grid_thw"],
-        budget=budget,
-        seconds_per_pair=seconds_of(inputs),
-        **how,
-    )
+def encoded(model, inputs, budget, how=ONCE, pictures=False):
+    pixels, grids = ("pixel_values", "image_grid_thw") if pictures else ("pixel_values_videos", "video_grid_thw")
+    seconds = 1.0 if pictures else seconds_of(inputs)
+    return evoprune.encode(model, inputs[pixels], inputs[grids], budget=budget, seconds_per_pair=seconds, **how)
 
 
 def seconds_of(inputs):
@@ -33,39 +28,41 @@ def seconds_of(inputs):
     return [1.0] * len(inputs["video_grid_thw"]) if seconds is None else seconds.tolist()
 
 
-def masked(model, inputs, made):
-    """The whole prompt, features where units were kept, and a mask without the columns of those that were not."""
-    video = inputs["input_ids"] == model.config.video_token_id
-    features, *inner = filled(made)
-    dropped = torch.ones(len(made.owner), dtype=torch.bool).index_fill(0, made.kept, False)
-    sizes = (inputs["video_grid_thw"].prod(-1) // 4).tolist()
-    call = {name: value for name, value in inputs.items() if name not in ("pixel_values_videos", "video_grid_thw")}
+def masked(model, inputs, videos, pictures=None):
+    """The whole prompt, features where units were kept, and a mask without the columns of those that were not.
+
+    `videos`, `pictures`: as `encoded`, or None: there are no videos, the pictures stay whole.
+    """
+    call = {name: value for name, value in inputs.items() if not name.startswith("pixel") and not name.endswith("_thw")}
     known = {name: value for name, value in inputs.items() if not name.startswith(("pixel", "input"))}
     call["position_ids"] = model._prepare_position_ids_for_generation(inputs["input_ids"], known)
-    leaves = torch.zeros_like(video).masked_scatter(video, dropped)
-    if inner:
-        leaves = with_empty_pairs(model, inputs["input_ids"], leaves)
-    call["attention_mask"] = inputs["attention_mask"].masked_fill(leaves, 0)
+    features = {}
+    for kind, made in (("video", videos), ("image", pictures)):
+        if made is None:
+            continue
+        sizes = (inputs[f"{kind}_grid_thw"].prod(-1) // 4).tolist()
+        columns = inputs["input_ids"] == getattr(model.config, f"{kind}_token_id")
+        dropped = torch.ones(len(made.owner), dtype=torch.bool).index_fill(0, made.kept, False)
+        leaves = torch.zeros_like(columns).masked_scatter(columns, dropped)
+        if kind == "video" and made.deepstack is not None:
+            leaves = with_empty_pairs(model, inputs["input_ids"], leaves)
+        call["attention_mask"] = call["attention_mask"].masked_fill(leaves, 0)
+        features[kind] = tower_output(made, sizes)
+    whole = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs and pictures is None}
     if not TAKES_ENCODED:  # transformers before 5.18
         interface.accept_features(model)
-        return call | interface.encoded_inputs(model, call, [(each, None) for each in features.split(sizes)])
-    call["mm_encoder_outputs"] = {"video": tower_output(made, sizes)}
-    if "pixel_values" in call:
-        pictures = model.get_image_features(call.pop("pixel_values"), call.pop("image_grid_thw"))
-        call["mm_encoder_outputs"]["image"] = pictures
-    return call
-
-
-def filled(made):
-    """The features of the last layer and of the layers of DeepStack, `[N, D]` each: of the kept units, and any for the others."""
-    of_layers = [made.features, *(() if made.deepstack is None else made.deepstack)]
-    whole = torch.full((len(made.owner), made.features.shape[1]), 7.0)
-    return [whole.index_copy(0, made.kept, each) for each in of_layers]
+        videos = [(each, None) for each in features["video"].pooler_output]
+        return call | interface.encoded_inputs(model, call | whole, videos)
+    if whole:
+        features["image"] = model.get_image_features(*whole.values())
+    return call | {"mm_encoder_outputs": features}
 
 
 def tower_output(made, sizes):
-    """What transformers' tower returns of videos or pictures with `sizes` units, with the features of those that are kept."""
-    features, *inner = (each.split(sizes) for each in filled(made))
+    """What transformers' tower returns of inputs with `sizes` units: the features of those that were kept, any for the others."""
+    of_layers = [made.features, *(() if made.deepstack is None else made.deepstack)]
+    whole = torch.full((len(made.owner), made.features.shape[1]), 7.0)
+    features, *inner = (whole.index_copy(0, made.kept, each).split(sizes) for each in of_layers)
     if not inner:
         return BaseModelOutputWithPooling(pooler_output=features)
     return BaseModelOutputWithDeepstackFeatures(pooler_output=features, deepstack_features=inner)

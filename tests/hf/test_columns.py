@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError
-from evoprune.hf.columns import Columns, with_whole_prompt
+from evoprune.hf.columns import Columns
 
 
 @st.composite
@@ -56,16 +56,6 @@ def test_take_reads_the_columns_that_are_left(batch, more):
     assert torch.equal(columns.take(x[:, :1]), columns.take(x[:, :1].expand_as(x)))
 
 
-@settings(deadline=None)
-@given(batches(), st.integers(1, 3))
-def test_full_rows_that_lose_nothing_do_not_change(batch, times):
-    _, mask = batch
-    mask[0] = 1
-    columns = Columns.without(torch.zeros_like(mask, dtype=torch.bool), mask)
-    assert torch.equal(columns.take(mask), mask)
-    assert torch.equal(columns.repeated(times).take(mask.repeat_interleave(times, 0)), mask.repeat_interleave(times, 0))
-
-
 def test_columns_can_be_cut_back_unless_padded():
     dropped = torch.tensor([[0, 1, 1, 0, 0, 1, 0, 0]], dtype=torch.bool)
     columns = Columns.without(dropped)
@@ -75,8 +65,3 @@ def test_columns_can_be_cut_back_unless_padded():
         assert cut.index.tolist() == [[0, 3, 4, 6, 7][:places]] and cut.width == width
     with pytest.raises(UsageError, match="padded batch"):
         Columns.without(torch.tensor([[0, 1, 0, 0], [0, 0, 1, 0]], dtype=torch.bool)).first(1)
-
-
-def test_the_whole_prompt_is_put_before_what_was_generated():
-    prompt, ids = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[3, 7], [3, 8], [6, 9], [6, 10]])
-    assert with_whole_prompt(prompt, 1, ids).tolist() == [[1, 2, 3, 7], [1, 2, 3, 8], [4, 5, 6, 9], [4, 5, 6, 10]]

@@ -20,31 +20,25 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 import evoprune
 from evoprune.hf import interface
+from tests.hf.reference import TAKES_ENCODED
 from tests.prompts import processed
 from tests.tiny import tiny_model
 
 FORWARD = [
     "self", "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache",
     "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "mm_token_type_ids", "second_per_grid_ts",
-    "logits_to_keep", "mm_encoder_outputs", "kwargs",
+    "logits_to_keep", *(["mm_encoder_outputs"] if TAKES_ENCODED else []), "kwargs",
 ]  # fmt: skip
-if "mm_encoder_outputs" not in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters:
-    FORWARD.remove("mm_encoder_outputs")  # transformers before 5.18
 GENERATE = [
     "self", "inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus",
     "assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "kwargs",
 ]  # fmt: skip
+POSITIONS = "_prepare_position_ids_for_generation"
 # Those of the other families have the parameters of Qwen2.5-VL's, except the seconds.
 OTHERS = [
     (Qwen2_5_VLForConditionalGeneration, name, other)
     for other in (Qwen2VLForConditionalGeneration, Qwen3VLForConditionalGeneration)
-    for name in (
-        "forward",
-        "generate",
-        "get_image_features",
-        "get_video_features",
-        "_prepare_position_ids_for_generation",
-    )
+    for name in ("forward", "generate", *(f"get_{kind}_features" for kind in ("image", "video")), POSITIONS)
 ] + [
     (modeling.Qwen2_5_VLModel, name, other)
     for other in (qwen2.Qwen2VLModel, qwen3.Qwen3VLModel)
@@ -127,13 +121,16 @@ def test_qwen3_is_refused_before_it_is_pruned_where_transformers_takes_no_encode
 
 def test_generation_settings_have_generates_precedence():
     model = tiny_model()
-    model.generation_config.max_length, model.generation_config.pad_token_id = 50, None
-    model.generation_config.eos_token_id = [7, 8]
-    config = type(model.generation_config)(max_length=40)
-    assert interface.setting(model, {}, "max_length") == 50
-    assert interface.setting(model, {"generation_config": config}, "max_length") == 40
-    assert interface.setting(model, {"generation_config": config, "max_length": 30}, "max_length") == 30
-    assert interface.setting(model, {"generation_config": type(config)()}, "max_length") == 50
+    own = model.generation_config
+    own.max_length, own.pad_token_id, own.eos_token_id = 50, None, [7, 8]
+    config = type(own)(max_length=40)
+    for call, length in (
+        ({}, 50),
+        ({"generation_config": config}, 40),
+        ({"generation_config": config, "max_length": 30}, 30),
+        ({"generation_config": type(config)()}, 50),
+    ):
+        assert interface.setting(model, call, "max_length") == length
     assert interface.pad_id(model, {}) == 7 and interface.pad_id(model, {"pad_token_id": 3}) == 3
 
 
@@ -174,13 +171,3 @@ def test_a_sliding_cache_drops_the_first_keys():
     later = torch.tensor([1.0])
     assert torch.equal(masks["full_attention"].flatten().exp(), torch.cat([sizes[0], later]).log().exp())
     assert torch.equal(masks["sliding_attention"].flatten().exp(), torch.cat([sizes[0, 3:], later]).log().exp())
-
-
-def test_a_config_of_qwen3_names_no_kinds_of_layers():
-    """Its model takes one mask, and the columns of DeepStack beside the features."""
-    model = tiny_model(family="qwen3_vl")
-    assert not hasattr(model.config.text_config, "layer_types")
-    masks, _, _ = interface.attention_masks(model, {"input_ids": torch.arange(4)[None]})
-    assert list(masks) == [interface.ONLY_KIND] and masks[interface.ONLY_KIND].shape == (1, 1, 4, 4)
-    output = interface._output([(torch.ones(2, 64), torch.ones(3, 2, 64)), (torch.ones(1, 64), torch.ones(3, 1, 64))])
-    assert [[len(each) for each in layer] for layer in output.deepstack_features] == [[2, 1]] * 3

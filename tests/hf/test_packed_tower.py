@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import evoprune
-from evoprune.cpu.linear import PackedLinear, can_pack, packed_copy
+from evoprune.cpu.linear import PackedLinear, can_pack
 from evoprune.cpu.quantize import Int8Linear
 from evoprune.hf.encoding import PackedTower
 from evoprune.model.config import MODEL_TYPES
@@ -13,6 +13,7 @@ from tests.quantized import parameters
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.empty(1)), reason="this torch has no packed products")
+INT8 = parameters("int8")
 PROMPT = (5, ("image", 4, 4), 2, ("video", 4, 8, 12), 7)
 
 
@@ -21,27 +22,20 @@ def test_tokens_are_the_models_own_and_the_model_does_not_change(family):
     model = tiny_model(family=family)
     inputs, wish = processed(model, PROMPT), {"max_new_tokens": 8, "do_sample": False}
     before, modules, expected = model.state_dict(), dict(model.named_modules()), model.generate(**inputs, **wish)
+    with evoprune.EvoPrune(budget=0.3)(model):
+        pruned = model.generate(**inputs, **wish)
+    with evoprune.EvoPrune(budget=0.3, pack=True)(model):
+        assert torch.equal(model.generate(**inputs, **wish), pruned)
     with evoprune.EvoPrune(budget=1.0, pack=True)(model) as run:
         assert torch.equal(model.generate(**inputs, **wish), expected)
-        during = model.state_dict()
+        during, copies = model.state_dict(), weakref.ref(run._packed.current())
         assert dict(model.named_modules()) == modules
+    assert copies() is None
     assert before.keys() == during.keys() == model.state_dict().keys()
     assert all(one.data_ptr() == during[name].data_ptr() for name, one in before.items())
     linear = [layer for layer in model.model.visual.modules() if type(layer) is torch.nn.Linear]
     held = sum(weight.nbytes for weight in model.parameters()) + sum(layer.weight.nbytes for layer in linear)
     assert run.report.memory.weights_bytes >= held  # packing may pad
-    assert torch.equal(model.generate(**inputs, **wish), expected)
-
-
-def test_pruned_tokens_do_not_depend_on_packing():
-    model = tiny_model()
-    inputs, wish = processed(model, PROMPT), {"max_new_tokens": 8, "do_sample": False}
-    plain, packed = (
-        model_with.generate(**inputs, **wish)
-        for pack in (False, True)
-        for model_with in [evoprune.apply(tiny_model(), budget=0.3, pack=pack).model]
-    )
-    assert torch.equal(plain, packed)
 
 
 @pytest.mark.parametrize("change", ["load_state_dict", "data", "in place", "another tensor", "another layer"])
@@ -67,7 +61,7 @@ def test_changed_weights_are_packed_again(change):
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
-@pytest.mark.parametrize("pack", parameters("int8"))
+@pytest.mark.parametrize("pack", INT8)
 @torch.no_grad()
 def test_a_tower_in_8_bits_is_near_the_models_own(pack, family):
     model = tiny_model(family=family)
@@ -82,28 +76,14 @@ def test_a_tower_in_8_bits_is_near_the_models_own(pack, family):
     assert type(model.model.visual.blocks[0].attn.qkv) is torch.nn.Linear
 
 
-@pytest.mark.parametrize("pack", parameters("int8"))
+@pytest.mark.parametrize("pack", [True, *INT8])
 def test_a_layer_with_hooks_stays_as_it_is(pack):
     visual, seen = tiny_model().model.visual, []
     visual.blocks[0].attn.qkv.register_forward_hook(lambda *call: seen.append(call))
     made = PackedTower(visual, pack).current()
-    assert type(made.blocks[0].attn.qkv) is torch.nn.Linear and type(made.blocks[1].attn.qkv) is Int8Linear and seen
-
-
-def test_what_pack_can_be():
-    with pytest.raises(evoprune.UsageError, match="works on the CPU"):
-        PackedTower(tiny_model().model.visual.to("meta"), "int8")
-    with pytest.raises(evoprune.UsageError, match="pack"):
-        evoprune.EvoPrune(pack="int3")
-
-
-def test_a_layer_with_hooks_keeps_them():
-    layer, seen = torch.nn.Linear(8, 8), []
-    layer.register_forward_hook(lambda *call: seen.append(call))
-    model = torch.nn.Sequential(layer, torch.nn.Linear(8, 8))
-    made = packed_copy(model)
-    made(torch.randn(2, 8))
-    assert len(seen) == 1 and isinstance(made[1], PackedLinear) and type(model[1]) is torch.nn.Linear
+    first, second = (block.attn.qkv for block in made.blocks)
+    first(torch.randn(2, 64))
+    assert type(first) is torch.nn.Linear and type(second) is (PackedLinear if pack is True else Int8Linear) and seen
 
 
 def test_where_packing_saves_nothing_it_is_refused_and_nothing_is_pruned():
@@ -111,11 +91,7 @@ def test_where_packing_saves_nothing_it_is_refused_and_nothing_is_pruned():
     with pytest.raises(evoprune.UsageError, match="float16 on cpu"):
         evoprune.apply(model, pack=True)
     assert "forward" not in vars(model)
-
-
-def test_the_copies_are_freed_at_the_end():
-    model = tiny_model()
-    run = evoprune.apply(model, pack=True)
-    copy = weakref.ref(run._packed.current())
-    run.remove()
-    assert copy() is None
+    with pytest.raises(evoprune.UsageError, match="works on the CPU"):
+        PackedTower(model.model.visual.to("meta"), "int8")
+    with pytest.raises(evoprune.UsageError, match="pack"):
+        evoprune.EvoPrune(pack="int3")

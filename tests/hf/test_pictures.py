@@ -7,7 +7,7 @@ import evoprune
 from evoprune.errors import UsageError
 from evoprune.methods.plans import keep_count
 from evoprune.model.config import MODEL_TYPES
-from tests.hf.reference import ONCE, TAKES_ENCODED, seconds_of, tower_output, with_empty_pairs
+from tests.hf.reference import ONCE, TAKES_ENCODED, encoded, masked
 from tests.prompts import processed
 from tests.tiny import tiny_model
 
@@ -31,33 +31,6 @@ def generated(model, inputs, **settings):
     return model.generate(**inputs, max_new_tokens=8, do_sample=False, **settings)
 
 
-def reference(model, inputs, budget, method):
-    """The whole prompt on the stock model, with the features of the kept units, and without the columns of the others."""
-    call = {name: value for name, value in inputs.items() if not name.startswith("pixel")}
-    known = {name: value for name, value in inputs.items() if not name.startswith(("pixel", "input"))}
-    call["position_ids"] = model._prepare_position_ids_for_generation(inputs["input_ids"], known)
-    call["mm_encoder_outputs"], mask = {}, inputs["attention_mask"].clone()
-    for kind, token, pixels, grids in (
-        ("video", model.config.video_token_id, "pixel_values_videos", "video_grid_thw"),
-        ("image", model.config.image_token_id, "pixel_values", "image_grid_thw"),
-    ):
-        if inputs.get(pixels) is None:
-            continue
-        seconds = seconds_of(inputs) if kind == "video" else 1.0
-        how = ONCE if method == "evoprune" else {}
-        made = evoprune.encode(
-            model, inputs[pixels], inputs[grids], budget=budget, method=method, seconds_per_pair=seconds, **how
-        )
-        call["mm_encoder_outputs"][kind] = tower_output(made, (inputs[grids].prod(-1) // 4).tolist())
-        dropped = torch.ones(len(made.owner), dtype=torch.bool).index_fill(0, made.kept, False)
-        columns = inputs["input_ids"] == token
-        leaves = torch.zeros_like(columns).masked_scatter(columns, dropped)
-        if kind == "video" and made.deepstack is not None:
-            leaves = with_empty_pairs(model, inputs["input_ids"], leaves)
-        mask = mask.masked_fill(leaves, 0)
-    return call | {"attention_mask": mask}
-
-
 @pytest.mark.few(3)
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_full_budget_is_the_models_own(model, prompt):
@@ -73,9 +46,10 @@ def test_full_budget_is_the_models_own(model, prompt):
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_it_is_the_whole_prompt_with_the_dropped_columns_masked(model, prompt, method):
     inputs = processed(model, *PROMPTS[prompt])
-    expected = generated(model, reference(model, inputs, 0.25, method))
-    how = ONCE if method == "evoprune" else {}
-    with evoprune.EvoPrune(budget=0.25, method=method, pictures=True, **how)(model) as run:
+    how = {"method": method} | (ONCE if method == "evoprune" else {})
+    videos = encoded(model, inputs, 0.25, how) if "pixel_values_videos" in inputs else None
+    expected = generated(model, masked(model, inputs, videos, encoded(model, inputs, 0.25, how, pictures=True)))
+    with evoprune.EvoPrune(budget=0.25, pictures=True, **how)(model) as run:
         assert torch.equal(generated(model, inputs), expected)
     left, total = run.columns.take(inputs["input_ids"]), 0
     for name, token in (

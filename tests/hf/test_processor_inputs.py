@@ -27,14 +27,22 @@ def answer_of(model, inputs, budget: float) -> list[int]:
     return out[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("budget", [1.0, 0.25])
-@pytest.mark.parametrize("how", [{}, {"fps": 4, "start_s": 1.0, "end_s": 4.0}, {"system": "Answer in a word."}])
-def test_a_model_answers_as_the_whole_pipeline_does(model, budget, how):
+@pytest.mark.parametrize(
+    ("clip", "how"),
+    [
+        (CLIP, {}),
+        (CLIP, {"fps": 4, "start_s": 1.0, "end_s": 4.0}),
+        (CLIP, {"system": "Answer in a word."}),
+        ("samples/arrivals.webm", {}),
+    ],
+)
+def test_a_model_answers_as_the_whole_pipeline_does(model, budget, clip, how):
     ask = {name: value for name, value in how.items() if name == "system"}
-    video = evoprune.VideoQA.load("demo", budget=budget).encode(CLIP, **{k: v for k, v in how.items() if k not in ask})
+    video = evoprune.VideoQA.load("demo", budget=budget).encode(clip, **{k: v for k, v in how.items() if k not in ask})
     expected = video.ask(QUESTION, max_new_tokens=8, **ask)
-    made = answer_of(model, evoprune.processor_inputs("demo", CLIP, QUESTION, **how), budget)
+    made = answer_of(model, evoprune.processor_inputs("demo", clip, QUESTION, **how), budget)
     assert expected.text and AutoTokenizer.from_pretrained(DEMOS["demo"].folder).decode(made, True) == expected.text
 
 

@@ -1,12 +1,19 @@
-"""A budget and a method, parsed once into what everything downstream carries."""
+"""A budget and a method, parsed once into what everything downstream carries; `-b auto:inflection`."""
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.methods import registry
+from evoprune.methods.chain import inflection, tokens_before_inflection
 from evoprune.methods.config import PruneConfig
-from evoprune.methods.plans import AUTO_MOST, PRESETS, TowerShape, parse_budget_or_name
+from evoprune.methods.plans import AUTO_MOST, PRESETS, Inflection, TowerShape, parse_budget_or_name
 from evoprune.video_qa import VideoQA
+from tests.methods.tokens import encoded, ranked, snapped, tokens_of
+from tests.vision.clips import changes, clip
 
 CLIP, STILL = (5, 4, 5), (1, 4, 5)
 
@@ -53,3 +60,55 @@ def test_a_method_is_looked_up_once_for_a_whole_answer(monkeypatch):
     monkeypatch.setattr(registry, "parse", lambda *args: asked.append(args[0]) or real(*args))
     str(VideoQA.load("demo", method="divprune").encode("samples/square.mp4", frames=4).ask("What?", max_new_tokens=1))
     assert asked == ["divprune"]
+
+
+# `-b auto:inflection`: the curve of a method's sorted scores says how many tokens are kept.
+
+
+RANKING = [name for name in methods.built_in() if getattr(methods.get(name), "scores", None) is not None]
+
+
+def inflection_line_by_line(scores: list[float]) -> int:
+    curve = [scores[i] for i in ranked(scores)]
+    low, high, last = curve[-1], curve[0], len(curve) - 1
+    if low == high:
+        return len(curve)
+    depth = [snapped((1 - i / last) - (value - low) / (high - low)) for i, value in enumerate(curve)]
+    return depth.index(max(depth)) if max(depth) > 0 else len(curve)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.lists(st.integers(-50, 50), min_size=1, max_size=40))
+def test_the_inflection_point(scores):
+    assert inflection(torch.tensor(scores, dtype=torch.float32)) == inflection_line_by_line([float(s) for s in scores])
+
+
+def test_the_methods_that_rank_tokens():
+    assert {"visionzip", "vispruner", "mmr", "cdpruner", "evs-nofloor", "adjacent", "par", "nuwa"} <= set(RANKING)
+    for name in RANKING:
+        tokens = tokens_of("random", (5, 4, 5))
+        assert methods.get(name).scores(tokens).shape == (100,)
+
+
+@pytest.mark.parametrize("name", RANKING)
+def test_the_count_is_the_contents_inside_the_bounds(name):
+    for kind in ("random", "duplicates", "constant", "drift"):
+        tokens, method = tokens_of(kind, (5, 4, 5)), methods.parse(name).by_inflection()
+        keep = min(50, max(5, inflection(method.selector.scores(tokens))))
+        assert tokens_before_inflection(method.selector, tokens, 50) == keep
+        assert not method.exact and (method.name, method.args) == (methods.get(name).name, methods.get(name).args)
+        assert method.plan(TowerShape(8, (7,)), (5, 4, 5), 50).token_stage.reduce == Inflection(methods.get(name))
+
+
+def test_it_works_behind_reuse():
+    method = methods.parse("reuse+visionzip").by_inflection()
+    assert not method.exact and method.args == methods.parse("reuse+visionzip").args
+    made = encoded(method, clip((5, 4, 5), changes((5, 4, 5), 0.4)), (5, 4, 5), 50)
+    assert 5 <= len(made.kept) < 50
+
+
+@pytest.mark.parametrize("name", ["evoprune", "divprune", "pool", "reuse+divprune", "tome", "none", "downscale"])
+def test_methods_without_scores_are_refused(name):
+    with pytest.raises(UsageError, match="has no scores") as caught:
+        methods.parse(name).by_inflection()
+    assert "visionzip" in caught.value.hint

@@ -3,32 +3,31 @@
 import json
 import re
 import signal
-import subprocess
 import sys
 import tomllib
-import warnings
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.bench.processes import map_in_processes
 from evoprune.contrib.language import select_in_language
-from evoprune.errors import PLUGINS, PluginError, PluginWarning, UsageError, names_plugins
+from evoprune.errors import PLUGINS, PluginError, UsageError, names_plugins
 from evoprune.methods import registry
-from evoprune.methods.chain import select as select_tokens_of
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods.types import Selection
+from evoprune.vision.encoded import select_tokens
+from evoprune.vision.encoder import encode_rows
+from evoprune.vision.tower import tower_shape
 from tests.cli.conftest import cli  # noqa: F401
 from tests.contrib.eager import COLUMNS, a_prompt, deep_model, run_method
 from tests.contrib.public import public_layer
-from tests.methods.tokens import encoded, selected, tokens_of
+from tests.methods.tokens import encoded, plan_of
 from tests.prompts import VIDEO, processed
 from tests.tiny import tiny_model
 from tests.vision.clips import changes, clip
+from tests.vision.tower import tiny_tower
 
 MODULE = """
 from dataclasses import dataclass
@@ -139,19 +138,16 @@ def forget():
 
 def test_they_are_listed_after_the_built_in_ones_and_loaded_when_selected(package):
     assert methods.available()[-3:] == ["absent", "first", "wrong"] and methods.available().count("random") == 1
-    assert "extra_methods" not in sys.modules
+    assert methods.built_in() == methods.available()[:-3] and "extra_methods" not in sys.modules
     made = methods.get("first", {"skip": "2"})
     assert made.name == "first" and made.skip == 2
     with pytest.raises(UsageError, match="no argument 'skipp'"):
         methods.get("first", {"skipp": "2"})
-
-
-def test_a_built_in_name_cannot_be_taken(package):
-    with pytest.warns(PluginWarning, match="'random' of extra-methods 1.2 is ignored: random is evoprune's own"):
-        assert type(methods.get("random")).__module__ == "evoprune.methods.baselines"
-    with warnings.catch_warnings(action="error"):  # once
-        methods.get("random")
-    assert methods.parse("reuse+first:skip=3").selector == methods.get("first:skip=3")
+    lines = methods.plugins()
+    assert lines["first"] == "of extra-methods 1.2"
+    assert lines["wrong"] == "of extra-methods 1.2, broken: is not a Method: extra_methods:torch"
+    assert lines["absent"].startswith("of extra-methods 1.2, broken: cannot be loaded")
+    assert all("ignored" in lines[name] for name in ("random", "reuse", "with,comma"))
 
 
 @pytest.mark.parametrize(("name", "says"), [("absent", "No module named"), ("wrong", "is not a Method")])
@@ -162,14 +158,6 @@ def test_a_broken_one_fails_only_when_it_is_selected(package, name, says):
         assert "extra-methods 1.2" in caught.value.message and "uninstall" in caught.value.hint
     with pytest.raises(UsageError, match="'with,comma' is a list"):
         methods.get("with,comma")
-
-
-def test_each_has_a_line_in_inspect(package):
-    lines = methods.plugins()
-    assert lines["first"] == "of extra-methods 1.2"
-    assert lines["wrong"] == "of extra-methods 1.2, broken: is not a Method: extra_methods:torch"
-    assert lines["absent"].startswith("of extra-methods 1.2, broken: cannot be loaded")
-    assert all("ignored" in lines[name] for name in ("random", "reuse", "with,comma"))
 
 
 def one_more(folder, text):
@@ -198,14 +186,6 @@ def test_what_one_returns_is_checked(package, says):
     assert caught.value.message.startswith("method 'mine' of extra-methods 1.2 ")
 
 
-def test_one_may_write_into_what_it_gets(package):
-    """An evaluation shares the encoder's rows among methods."""
-    select = "    def select(self, tokens, keep):\n        tokens.features.zero_()\n        return Selection(torch.arange(keep))\n"
-    one_more(package, f"@dataclass(frozen=True)\nclass Mine(Selector):\n    name: ClassVar[str] = 'mine'\n{select}")
-    tokens = Tokens(torch.ones(96, 8), torch.arange(96), GRID)
-    assert len(select_tokens_of(methods.get("mine"), tokens, 24).kept) == 24 and (tokens.rows == 1).all()
-
-
 def fill(seen):
     """Writes into every tensor of an object."""
     for value in vars(seen).values():
@@ -213,35 +193,31 @@ def fill(seen):
             value.fill_(1)
 
 
-def test_a_merger_may_write_too(documented, monkeypatch):
-    patches, method = clip(GRID, changes(GRID, 1.0)), methods.get("neighbours")
-    expected, match = encoded(method, patches, GRID, 24), type(method).match
-
-    def writes(self, candidates, remove):
-        found = match(self, candidates, remove)
-        fill(candidates)
-        remove.fill_(1)
-        return found
-
-    monkeypatch.setattr(type(method), "match", writes)
-    made = encoded(method, patches, GRID, 24)
-    assert torch.equal(made.kept, expected.kept) and torch.equal(made.features, expected.features)
-
-
+@pytest.mark.parametrize("name", ["longest", "neighbours", "loudest"])
 @pytest.mark.parametrize("more", [(), ("following", "unrotated", "evened")])
-def test_a_language_method_may_write_too(documented, monkeypatch, more):
-    method = methods.get("loudest")
-    prompt = deep_model(), method, *a_prompt(), 0.5, torch.rand(COLUMNS) + 1
-    (expected, _, _), select = run_method(*prompt), type(method).select
+def test_one_may_write_into_what_it_gets(documented, monkeypatch, name, more):
+    """An evaluation shares the encoder's rows among methods."""
+    method, call = methods.get(name), "match" if name == "neighbours" else "select"
+    patches, sizes, prompt = clip(GRID, changes(GRID, 1.0)), torch.rand(COLUMNS) + 1, a_prompt()
+    plan = method if name == "loudest" else plan_of(method, tower_shape(tiny_tower()), GRID, 24)
 
-    def writes(self, tokens):
-        found = select(self, tokens)
-        for seen in [getattr(tokens, name)() for name in more] or [tokens]:
-            fill(seen)
+    def result():
+        if name == "loudest":
+            return run_method(deep_model(), method, *prompt, 0.5, sizes)[0]
+        rows = encode_rows(tiny_tower(), [patches], plan)
+        return torch.cat([select_tokens(rows).features, rows.tokens.rows])
+
+    expected, real = result(), getattr(type(method), call)
+
+    def writes(self, tokens, *rest):
+        found = real(self, tokens, *rest)
+        seen = [getattr(tokens, layer)() for layer in more if name == "loudest"] or [tokens]
+        for each in (*seen, *(SimpleNamespace(x=x) for x in rest)):
+            fill(each)
         return found
 
-    monkeypatch.setattr(type(method), "select", writes)
-    assert torch.equal(run_method(*prompt)[0], expected)
+    monkeypatch.setattr(type(method), call, writes)
+    assert torch.equal(result(), expected)
 
 
 @pytest.mark.few(2)
@@ -260,9 +236,6 @@ def test_every_way_of_running_one_names_it(package, way, skip):
         else:
             with evoprune.EvoPrune(**how)(model):
                 model(**video)
-
-
-# --- what the documents show ---------------------------------------------------------------------------------------------
 
 
 def test_the_documented_methods_are_short_and_complete(documented):
@@ -300,41 +273,12 @@ def test_the_documented_input_method_goes_from_smaller_to_fewer_frames(documente
         assert len(encoded(method, clip(small, changes(small, 1.0)), GRID, keep).kept) <= keep
 
 
-def test_the_documented_merger_merges_neighbours(documented):
-    patches = clip((1, 4, 4), changes((1, 4, 4), 1.0)).view(16, 4, -1)
-    patches[5] = patches[4]  # at another place, but in one window still the most alike
-    made = encoded(methods.get("neighbours"), patches.view(64, -1), (1, 4, 4), 15)
-    assert made.kept.tolist() == [0, 1, 2, 3, 4, *range(6, 16)] and made.owner[5] == made.owner[4] == 4
-
-
-def test_the_documented_selectors_read_what_they_say(documented):
-    tokens = tokens_of("random", (2, 4, 5))
-    assert methods.get("asked").needs == {"attention"} and methods.get("asked").reads_question
-    other = replace(tokens, given=tokens.given | {"question": -tokens.question})
-    assert selected("asked:power=0", tokens, 9) != selected("asked:power=0", other, 9) != selected("asked", other, 9)
-    length = tokens.features.norm(dim=1)
-    assert selected("longest", tokens, 9) == sorted(length.argsort(descending=True)[:9].tolist())
-    assert selected("longest:shortest=true", tokens, 9) == sorted(length.argsort()[:9].tolist())
-
-
 def test_the_documented_methods_work_on_a_hugging_face_model(documented):
     model, question = tiny_model(), torch.randn(3, 64)
     video = processed(model, [3, (VIDEO, 2, 8, 8), 3])
     args = model, video["pixel_values_videos"], video["video_grid_thw"]
     for name in ("longest", "neighbours", "asked", "reuse+longest"):
-        made = evoprune.encode(*args, budget=0.25, method=name, question=question)
-        assert made.features.shape == (8, 64)
-    with pytest.raises(UsageError, match="acts on frames"):
-        evoprune.encode(*args, budget=0.25, method="mixed")
-
-
-def test_the_documented_language_method_keeps_the_longest_states(documented):
-    tokens = public_layer("random", 0, (3, 4, 5), 7)
-    kept = methods.get("loudest").select(tokens).kept.tolist()
-    assert kept == sorted(tokens.hidden.norm(dim=1).argsort(descending=True)[:7].tolist())
-    assert methods.parse("longest+loudest:share=0.1").language_work(4, 36, 0.25) == tuple(
-        (n,) * 3 for n in (36, 36, 4, 4)
-    )
+        assert evoprune.encode(*args, budget=0.25, method=name, question=question).features.shape == (8, 64)
 
 
 @pytest.mark.parametrize(
@@ -348,21 +292,8 @@ def test_what_a_language_method_returns_is_checked(documented, wrong, monkeypatc
         select_in_language(methods.get("loudest"), public_layer("random", 0, (3, 4, 5), 7))
 
 
-# --- the command line ----------------------------------------------------------------------------------------------------
-
 ASK = ("ask", "samples/square.mp4", "--json", "-n", "2", "-b", "0.25")
 QUESTIONS = ("-Q", "What colour is the square?", "-Q", "Does anything move?")
-
-
-@pytest.mark.full
-def test_the_list_of_methods_names_them(package):
-    code = f"import sys; sys.path.insert(0, {str(package)!r}); from evoprune_cli.main import run; run()"
-    done = subprocess.run([sys.executable, "-c", code, "methods", "--json"], capture_output=True, text=True)
-    listed = {each["name"]: each for each in json.loads(done.stdout)["methods"]}
-    assert (listed["first"]["acts"], listed["first"]["plugin"]) == ("after", "of extra-methods 1.2")
-    assert [listed[name]["acts"] for name in ("absent", "wrong")] == [None, None]
-    assert listed["absent"]["plugin"].startswith("of extra-methods 1.2, broken: cannot be loaded")
-    assert listed["random"]["acts"] is None and "ignored" in listed["random"]["plugin"]
 
 
 def test_commands_know_them(package, cli):  # noqa: F811
@@ -374,17 +305,13 @@ def test_commands_know_them(package, cli):  # noqa: F811
     assert done.code == 0 and "broken: cannot be loaded (ModuleNotFoundError" in done.out
 
 
-def test_commands_warn_once_of_one_with_a_built_in_name(package, cli):  # noqa: F811
+def test_a_built_in_name_cannot_be_taken_and_commands_warn_of_it_once(package, cli):  # noqa: F811
     two = ("batch", "samples/square.mp4", *QUESTIONS, "-m", "demo", "--frames", "4", "-n", "1", "-o", "-")
     err = cli(*two, "--method", "random").err
     warning = "warning: method 'random' of extra-methods 1.2 is ignored: random is evoprune's own; give it another name"
     assert err.splitlines().count(warning) == err.count("ignored") == 1
-
-
-def test_tests_of_the_built_in_methods_do_not_see_them(package):
-    assert methods.built_in() == methods.available()[:-3]
-    files = [file for file in Path("tests").rglob("*.py") if file.name != "test_plugins.py"]
-    assert not [file.name for file in files if "methods.available()" in file.read_text(encoding="utf-8")]
+    assert type(methods.get("random")).__module__ == "evoprune.methods.baselines"
+    assert methods.parse("reuse+first:skip=3").selector == methods.get("first:skip=3")
 
 
 def test_what_fails_inside_one_is_not_called_a_bug_of_this_package(package, cli):  # noqa: F811
@@ -397,19 +324,15 @@ def test_what_fails_inside_one_is_not_called_a_bug_of_this_package(package, cli)
     assert "in select" in cli(*failing, "--debug").err
 
 
-def test_a_documented_method_reads_each_question_of_a_command(documented, cli):  # noqa: F811
-    records = [json.loads(line) for line in cli(*ASK, *QUESTIONS, "--method", "asked").out.splitlines()]
-    assert [record["pruning"]["visual_tokens_kept"] for record in records] == [36, 36]
-
-
-def test_a_documented_language_method_works_in_a_command(documented, cli):  # noqa: F811
-    pruning = cli(*ASK, *QUESTIONS[:2], "--method", "longest+loudest:share=0.5").record["pruning"]
-    assert pruning["language_layers"] == [[0, 36], [1, 36], [2, 18], [3, 18]]
-
-
-def test_a_documented_input_method_makes_the_video_smaller(documented, cli):  # noqa: F811
-    pruning = cli(*ASK, *QUESTIONS[:2], "--method", "mixed").record["pruning"]
-    assert 0 < pruning["visual_tokens_kept"] <= 36
+@pytest.mark.parametrize(
+    ("name", "tokens", "layers"),
+    [("asked", 36, None), ("longest+loudest:share=0.5", 36, [[0, 36], [1, 36], [2, 18], [3, 18]]), ("mixed", 36, None)],
+)
+def test_a_documented_method_works_in_a_command(documented, cli, name, tokens, layers):  # noqa: F811
+    for line in cli(*ASK, *QUESTIONS, "--method", name).out.splitlines():
+        pruning = json.loads(line)["pruning"]
+        assert pruning["language_layers"] == layers and 0 < pruning["visual_tokens_kept"] <= tokens
+        assert pruning["visual_tokens_kept"] == tokens or name == "mixed"
 
 
 @pytest.mark.parametrize("text", ["evoprune+first", "tome+first", "first+first", "none+first", "first+divprune"])
@@ -446,47 +369,39 @@ def test_a_run_is_not_gone_on_with_other_code_of_a_method(package, cli, tmp_path
     assert methods.plugin_code("evoprune+fastv") == methods.plugin_code("reuse+scope") == {}
 
 
-# --- what ends a program, and what is printed ----------------------------------------------------------------------------
-
 LEAVES = ["SystemExit", "SystemExit('no licence')", "BaseException('gone')"]
 NOISY = "import sys\nprint('hello of a package')\n"
 MINE = "@dataclass(frozen=True)\nclass Mine(First):\n    name: ClassVar[str] = 'mine'\n    def select(self, tokens, keep):\n"
 
 
 @pytest.mark.parametrize("leaves", LEAVES)
-def test_one_that_leaves_the_program_when_it_is_imported_is_broken(package, leaves):
+def test_one_that_leaves_the_program_is_broken_or_has_failed(package, leaves):
+    kind = leaves.split("(")[0]
+    one_more(package, f"{MINE}        raise {leaves}\n")
+    with pytest.raises(PluginError, match=f"'mine' of extra-methods 1.2 failed: {kind}: "), names_plugins():
+        encoded(methods.get("mine"), clip(GRID, changes(GRID, 0.5)), GRID, 24)
     (package / "extra_methods.py").write_text(f"raise {leaves}\n")
-    says = f"'first' of extra-methods 1.2 cannot be loaded .{leaves.split('(')[0]}: "
-    with pytest.raises(UsageError, match=says) as caught:
+    del sys.modules["extra_methods"]
+    forget()
+    with pytest.raises(UsageError, match=f"'first' of extra-methods 1.2 cannot be loaded .{kind}: ") as caught:
         methods.parse("first")
     assert "uninstall" in caught.value.hint and "broken: cannot be loaded" in methods.plugins()["first"]
 
 
-@pytest.mark.parametrize("leaves", LEAVES)
-def test_one_that_leaves_the_program_when_it_selects_has_failed(package, leaves):
-    one_more(package, f"{MINE}        raise {leaves}\n")
-    with pytest.raises(PluginError, match=f"'mine' of extra-methods 1.2 failed: {leaves.split('(')[0]}: "):
-        evoprune.VideoQA.load("demo", budget=0.5, method="mine").encode("samples/square.mp4")
-
-
 def test_a_command_does_not_end_with_0_for_one_that_leaves_the_program(package, cli):  # noqa: F811
     one_more(package, f"{MINE}        raise SystemExit(0)\n")
-    failed = "error: method 'mine' of extra-methods 1.2 failed: SystemExit: 0"
     done = cli(*ASK, *QUESTIONS[:2], "--method", "mine")
-    assert done.code == 1 and done.record["error"]["type"] == "plugin" and failed in done.err
+    assert done.code == 1 and done.record["error"]["type"] == "plugin"
+    assert "error: method 'mine' of extra-methods 1.2 failed: SystemExit: 0" in done.err
     two = ("batch", "samples/square.mp4", "samples/pan.mp4", *QUESTIONS[:2], "-m", "demo", "--frames", "4", "-o", "-")
     done = cli(*two, "--method", "mine")
     errors = [json.loads(line)["error"] for line in done.out.splitlines()]
     assert done.code == 6 and [error["type"] for error in errors] == ["plugin"] * 2
-    done = cli("eval", "--limit", "1", "--data", "samples/questions.jsonl", "--method", "mine", "-b", "0.5")
-    assert done.code == 1 and failed in done.err
     (package / "extra_methods.py").write_text("raise SystemExit\n")
     del sys.modules["extra_methods"]
-    for command in ("methods", "inspect"):
-        done = cli(command)
-        assert done.code == 0 and "cannot be loaded" in done.out
-    done = cli(*ASK, *QUESTIONS[:2], "--method", "first")
-    assert done.code == done.record["error"]["code"] == 2 and "error: method 'first' of extra-methods" in done.err
+    done = cli("methods")
+    assert done.code == 0 and "cannot be loaded" in done.out
+    assert cli(*ASK, *QUESTIONS[:2], "--method", "first").code == 2
 
 
 @pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, TimeoutError])
@@ -497,14 +412,13 @@ def test_what_a_signal_raises_is_no_fault_of_the_method_that_it_interrupts(packa
     one_more(package, f"{MINE}        import os, signal; os.kill(os.getpid(), signal.SIGUSR1)\n")
     before = signal.signal(signal.SIGUSR1, handle)
     try:
-        with pytest.raises(raised):
-            evoprune.VideoQA.load("demo", budget=0.5, method="mine").encode("samples/square.mp4")
+        with pytest.raises(raised), names_plugins():
+            encoded(methods.get("mine"), clip(GRID, changes(GRID, 0.5)), GRID, 24)
     finally:
         signal.signal(signal.SIGUSR1, before)
-
-
-def test_an_interruption_while_one_is_imported_is_one(package):
     (package / "extra_methods.py").write_text("raise KeyboardInterrupt\n")
+    del sys.modules["extra_methods"]
+    forget()
     with pytest.raises(KeyboardInterrupt):
         methods.parse("first")
 
@@ -513,17 +427,9 @@ def test_what_one_prints_goes_to_stderr(package, cli):  # noqa: F811
     one_more(package, f"{NOISY}{MINE}        print('selecting')\n        return super().select(tokens, keep)\n")
     done = cli(*ASK, *QUESTIONS[:2], "--method", "mine")
     assert done.record["pruning"]["method"] == "mine" and done.err.startswith("hello of a package\nselecting\n")
-    for command in ("methods", "inspect"):
-        del sys.modules["extra_methods"]
-        done = cli(command, "--json")
-        assert done.record["schema"] and "hello of a package\n" in done.err
+    del sys.modules["extra_methods"]
+    done = cli("inspect", "--json")
+    assert done.record["schema"] and "hello of a package\n" in done.err
     two = ("batch", "samples/square.mp4", *QUESTIONS, "-m", "demo", "--frames", "4", "-n", "1", "-o", "-")
     done = cli(*two, "--method", "mine")
     assert len([json.loads(line) for line in done.out.splitlines()]) == 2 and "selecting" in done.err
-    done = cli("ask", "samples/square.mp4", *QUESTIONS[:2], "--method", "mine", "-n", "2")
-    assert "selecting" not in done.out and len(done.out.splitlines()) == 1
-
-
-def test_what_one_prints_in_another_process_goes_to_stderr(capfd):
-    list(map_in_processes(partial(partial, print), ["hello"], 1))
-    assert capfd.readouterr() == ("", "hello\n")

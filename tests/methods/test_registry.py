@@ -1,14 +1,19 @@
+"""What methods there are, their settings and combinations, and where each works."""
+
 import json
-import subprocess
 import sys
 from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
 
 import pytest
 
+import evoprune
 from evoprune import methods
 from evoprune.contrib.attended import Mmr
 from evoprune.contrib.inner import FastV
 from evoprune.errors import UsageError
+from evoprune.hf.encoding import patch_config
 from evoprune.methods import registry
 from evoprune.methods.base import Method
 from evoprune.methods.baselines import DivPrune
@@ -16,6 +21,9 @@ from evoprune.methods.chain import Pipeline
 from evoprune.methods.evoprune import EvoPrune, Reuse
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.settings import from_args
+from evoprune.methods.types import Selection, Tokens
+from evoprune.session.options import PruneOptions
+from evoprune_vllm.pruning import served_method
 from tests.methods.kinds import INNER
 
 
@@ -62,20 +70,6 @@ def test_a_list_is_refused_with_what_takes_one(text):
     with pytest.raises(UsageError, match="is a list") as caught:
         methods.check(text)
     assert f"evoprune eval --method {text}" in caught.value.hint and "--compare" in caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("text", "hint"),
-    [
-        ("visionzip:dominant", "a setting has a value: visionzip:dominant=0.85"),
-        ("reuse:threshold+mmr", "a setting has a value: reuse:threshold=8.0"),
-        ("visionzip:divprune", "its arguments and defaults: dominant=0.85"),
-    ],
-)
-def test_a_setting_without_a_value_is_refused_with_those_of_that_method(text, hint):
-    with pytest.raises(UsageError, match="is not NAME=VALUE") as caught:
-        methods.parse(text)
-    assert caught.value.hint == hint
 
 
 @pytest.mark.parametrize(
@@ -157,60 +151,34 @@ def test_every_number_is_finite_or_has_a_text_in_json():
     assert combined.args["threshold"] == combined.args["visipruner"]["token"] == "inf"
 
 
-@pytest.mark.parametrize("name", ["evoprune", "evoprune-paper"])
-@pytest.mark.parametrize("setting", ["encoder_budget", "merge", "refresh", "choice", "block", "split", "then"])
-def test_what_is_no_setting_is_refused(name, setting):
-    with pytest.raises(UsageError, match="no argument"):
-        methods.parse(name, {setting: "1"})
-
-
 def test_a_name_may_bring_settings():
     plain, variant = methods.get("evoprune-paper"), methods.get("evoprune-paper:critical=0.2:allocation=mean")
     assert (variant.critical, variant.allocation) == (0.2, "mean") and plain != variant
     assert methods.get("evoprune-paper:critical=0.2", {"critical": "0.3", "last": "0.6"}).critical == 0.2
-    for name in ("evoprune-paper:critical", "evoprune-paper:ratio=1", "evoprune-paper:critical=x", "evoprune-paper:"):
-        with pytest.raises(UsageError):
-            methods.parse(name)
-
-
-def test_a_variant_is_a_setting_under_a_name_of_its_own():
     assert methods.get("evs-nofloor").args == methods.get("evs:floor=false").args != methods.get("evs").args
     assert methods.get("evs-nofloor").exact and not methods.get("evs").exact
-
-
-def test_reuse_goes_before_a_selector():
-    assert methods.parse("reuse+divprune") == Pipeline(encoder=Reuse(), selector=DivPrune())
-    assert methods.parse("reuse:threshold=5+mmr:lam=0.7") == Pipeline(
-        encoder=Reuse(threshold=5.0), selector=Mmr(lam=0.7)
-    )
 
 
 @pytest.mark.parametrize(
     ("text", "method"),
     [
-        ("evoprune:reuse=1e+1", Pipeline(encoder=EvoPrune(reuse=10.0))),
+        ("reuse+divprune", Pipeline(encoder=Reuse(), selector=DivPrune())),
+        ("reuse:threshold=5+mmr:lam=0.7", Pipeline(encoder=Reuse(threshold=5.0), selector=Mmr(lam=0.7))),
+        ("evoprune+fastv", Pipeline(encoder=EvoPrune(), language=FastV())),
+        ("reuse+mmr+fastv:share=0.3:depth=0.5", Pipeline(None, Reuse(), Mmr(), FastV(share=0.3, depth=0.5))),
+        # A plus in a number separates no methods.
         ("evoprune:reuse=+1.5E+1:count=.1e+1", Pipeline(encoder=EvoPrune(reuse=15.0, count=1.0))),
         ("evoprune:reuse=1e+1+fastv", Pipeline(encoder=EvoPrune(reuse=10.0), language=FastV())),
         ("evoprune:count=1+fastv:depth=1e-1", Pipeline(encoder=EvoPrune(count=1.0), language=FastV(depth=0.1))),
         ("reuse:threshold=1e+1+mmr:lam=+7e-1+fastv", Pipeline(None, Reuse(10.0), Mmr(lam=0.7), FastV())),
     ],
 )
-def test_a_plus_in_a_number_separates_no_methods(text, method):
+def test_what_can_be_combined(text, method):
     methods.check(text)
     assert methods.parse(text) == method and methods.plugin_code(text) == {}
 
 
-@pytest.mark.parametrize("text", ["evoprune:count=1e+", "evoprune:count=1e+1e+1", "evoprune:count=1e++1", "1e+1"])
-def test_what_is_no_number_is_refused(text):
-    with pytest.raises(UsageError):
-        methods.parse(text)
-
-
-def test_a_method_inside_the_language_model_goes_last():
-    assert methods.parse("evoprune+fastv") == Pipeline(encoder=EvoPrune(), language=FastV())
-    assert methods.parse("reuse:threshold=5+mmr+fastv:share=0.3:depth=0.5") == Pipeline(
-        None, Reuse(threshold=5.0), Mmr(), FastV(share=0.3, depth=0.5)
-    )
+def test_what_a_combination_says_of_itself():
     combined = methods.parse("evoprune+fastv")
     assert combined.args["fastv"] == {"share": 0.5, "depth": 0.0625}
     assert combined.automatic().encoder.within > 0 and combined.acts_at(1.0)
@@ -221,6 +189,7 @@ def test_a_method_inside_the_language_model_goes_last():
     ("name", "args"),
     [
         ("reuse", None), ("reuse:threshold=5", None), ("reuse+", None), ("+divprune", None), ("reuse+magic", None),
+        ("ipcv+evoprune", None), ("ipcv+tome", None), ("reuse+ipcv", None), ("ipcv+reuse+dart", None), ("ipcv+none", None),
         ("reuse+none", None), ("reuse+tome", None), ("reuse+evoprune", None), ("reuse+downscale", None), ("reuse+reuse", None),
         ("divprune+reuse", None), ("divprune+mmr", None), ("reuse+reuse+divprune", None), ("reuse+mmr+divprune", None),
         ("reuse+mmr", {"lam": "0.7"}), ("reuse+mmr", {"threshold": "5"}), ("reuse:then=mmr+divprune", None),
@@ -228,6 +197,8 @@ def test_a_method_inside_the_language_model_goes_last():
         ("evoprune+reuse+fastv", None), ("fastv:share=0.5", None), ("evoprune+fastv:share=0", None), ("fastv:depth=1", None),
         ("visipruner:layer=2", None), ("evoprune+fastv", {"share": "0.5"}),
         ("reuse:threshold=0+divprune", None), ("reuse:threshold=nan+divprune", None), ("reuse+mmr:lam=2", None),
+        ("evoprune:count=1e+", None), ("evoprune:count=1e+1e+1", None), ("evoprune:count=1e++1", None), ("1e+1", None),
+        ("visionzip:dominant", None), ("reuse:threshold+mmr", None), ("visionzip:divprune", None), ("evoprune-paper:", None),
     ],
 )  # fmt: skip
 def test_other_combinations_are_refused(name, args):
@@ -236,25 +207,14 @@ def test_other_combinations_are_refused(name, args):
     assert caught.value.hint
 
 
-def test_whether_a_method_is_known():
-    for name in ("random", "evoprune-paper:nonsense", "reuse+divprune", "reuse:threshold=5+mmr:lam=0.7", "mmr+fastv"):
+@pytest.mark.parametrize(
+    "name", ["fastv+mmr", "evoprune+fastv+fastv", "divprune+mmr", "reuse+fastv", "reuse", "", "a:b=1"]
+)
+def test_some_are_known_to_be_wrong_before_their_classes_are_loaded(name):
+    for known in ("random", "evoprune-paper:nonsense", "reuse:threshold=5+mmr:lam=0.7", "mmr+fastv"):
+        methods.check(known)
+    with pytest.raises(UsageError):
         methods.check(name)
-    for name in (
-        "randomly:a=1",
-        "reuse",
-        "reuse+magic",
-        "divprune+random",
-        "divprune+reuse",
-        "",
-    ):
-        with pytest.raises(UsageError):
-            methods.check(name)
-    for name in ("fastv+mmr", "evoprune+fastv+fastv", "divprune+mmr", "reuse+fastv"):
-        with pytest.raises(UsageError, match="cannot be combined"):
-            methods.check(name)
-    for name in ("tome+mmr", "reuse+tome", "none+fastv"):  # known when their classes are
-        with pytest.raises(UsageError, match="cannot be combined"):
-            methods.parse(name)
 
 
 @pytest.mark.parametrize(
@@ -286,20 +246,86 @@ def test_only_evoprune_finds_a_budget_by_itself():
     assert methods.parse("evoprune").automatic().encoder.within > 0
     assert methods.parse("evoprune:within=0.2").automatic().encoder.within == 0.2
     for name in {*methods.built_in(), "reuse+divprune"} - {"evoprune"}:
-        with pytest.raises(UsageError, match=methods.parse(name).first.name):
-            methods.parse(name).automatic()
+        method = methods.parse(name)
+        assert method.reported_budget(0.25) == (1.0 if name == "none" else 0.25)
+        with pytest.raises(UsageError, match=method.first.name):
+            method.automatic()
 
 
-def test_reports_show_the_whole_budget_where_nothing_is_pruned():
-    for name in methods.built_in():
-        assert methods.parse(name).reported_budget(0.25) == (1.0 if name == "none" else 0.25)
+# What docs/methods.md says of all methods: where each works, and the contract of a selector; and the reasons of refusals.
 
 
-def test_listing_methods_and_counting_tokens_needs_no_torch():
-    code = (
-        "import sys, evoprune.methods, evoprune.methods.plans, evoprune.methods.plans\n"
-        "evoprune.methods.built_in()\n"
-        "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+HEADER = (
+    "method", "commands, `VideoQA`", "pictures", "`EvoPrune(...)(model)`, `apply`", "`evoprune.encode`", "vLLM", "overlay",
+    "`-b auto`", "`-b auto:inflection`",
+)  # fmt: skip
+WHOLE = ("subsample", "evs")  # keep at least a frame pair, and a picture has one (tests/session/test_pictures.py)
+
+
+def works(call, *args, **more) -> str:
+    try:
+        call(*args, **more)
+    except UsageError:
+        return "no"
+    return "yes"
+
+
+def facts(name: str) -> tuple[str, ...]:
+    """Where a method works, in the order of `HEADER`. tests/cli/test_methods.py runs each in every command, with overlays."""
+    method = methods.parse(name)
+    encode = works(patch_config, 0.5, name, None, has_question=True)
+    return (
+        "yes",
+        "whole" if name in ("none", *WHOLE) else "pruned",
+        works(evoprune.EvoPrune, method=name),
+        "with `question`" if encode == "yes" and method.reads_question else encode,
+        works(served_method, {"evoprune": {"method": name}}),
+        "no" if method.reads_question or method.acts == "language" else "yes",
+        works(PruneOptions("auto", name).config),
+        works(PruneOptions("auto:inflection", name).config),
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+
+
+def table() -> list[str]:
+    """The lines of the table: methods that work in the same places share a row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name in methods.built_in():
+        rows.setdefault(facts(name), []).append(f"`{name}`")
+    lines = [HEADER, ("---",) * len(HEADER), *((", ".join(names), *where) for where, names in rows.items())]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def test_the_document_says_where_each_method_works():
+    page = Path("docs/methods.md").read_text(encoding="utf-8")
+    assert "\n".join(table()) in page, "docs/methods.md needs this table:\n" + "\n".join(table())
+    names, context = methods.built_in(), HEADER.index("`EvoPrune(...)(model)`, `apply`") - 1
+    refused = sum(facts(name)[context] == "no" for name in names)
+    assert f"there, {refused} of the {len(names)} names are refused" in " ".join(page.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "hint"),
+    [
+        ("ipcv", "method ipcv selects with dart, which reads the question", "ipcv+divprune"),
+        ("ipcv+par+fastv", "method ipcv+par+fastv acts inside the language model", "ipcv"),
+        ("reuse+cdpruner", "method reuse selects with cdpruner, which reads the question", "reuse+divprune"),
+        ("dart", "method dart reads the question", "another method"),
+        ("mmr+fastv", "acts inside the language model", "here mmr works"),
+        ("downscale", "acts on frames", "VideoQA"),
+    ],
+)
+def test_a_refusal_names_what_cannot_work(name, says, hint):
+    with pytest.raises(UsageError, match=says.replace("+", r"\+")) as caught:
+        evoprune.EvoPrune(method=name)
+    assert hint in caught.value.hint
+    for other in ("ipcv+divprune", "ipcv+dart:text=0", "reuse+divprune", "cdpruner:question=false"):
+        evoprune.EvoPrune(method=other)
+
+
+def test_the_contract_of_a_selector_names_all_that_it_gets_and_returns():
+    page = Path("docs/methods.md").read_text(encoding="utf-8")
+    contract = page.partition("### The contract of a selector\n")[2].partition("\n## ")[0]
+    known = [field.name for kind in (Tokens, Selection) for field in fields(kind)]
+    made = [name for name, value in vars(Tokens).items() if isinstance(value, cached_property | property)]
+    assert {"features", "question", "given", "means"} <= {*known, *made}
+    assert not [name for name in {*known, *made} if f"{name}`" not in contract]

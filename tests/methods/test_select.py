@@ -174,29 +174,13 @@ def test_tubes_are_about_equal_and_have_every_unit_once(grid):
 
 
 @settings(deadline=None, max_examples=25)
-@given(**CASES)
-def test_the_selection_of_one_tube_is_the_greedy_one(seed, grid, share, alpha, dropped):
-    features, owner = video(seed, grid, share, dropped=dropped, signs=True)
-    units = (owner >= 0).nonzero()[:, 0].tolist()
-    if not units:
-        return
-    keep = max(1, len(units) // 3)
-    every = exact(features, owner, grid, alpha)
-    assert len(grid_tables(grid, "cpu")[2]) == 1
-    made, hand = farthest_points(every, keep).tolist(), greedy(every, units)
-    last = sorted(hand.values())[-keep]
-    assert {u for u, far in hand.items() if far > last} <= set(made) <= {u for u, far in hand.items() if far >= last}
-    assert made == by_hand(every, keep)
-
-
-@settings(deadline=None, max_examples=25)
-@given(**CASES, units=st.sampled_from([1, 4, 9]))
+@given(**CASES, units=st.sampled_from([1, 4, 9, 512]))
 def test_the_largest_radii_of_all_tubes_are_selected(seed, grid, share, alpha, dropped, units):
     features, owner = video(seed, grid, share, dropped=dropped, signs=True)
     keep = max(1, int((owner >= 0).sum()) // 3)
     every = exact(features, owner, grid, alpha)
     with tubes_of(units):
-        assert len(grid_tables(grid, "cpu")[2]) > 1
+        assert (len(grid_tables(grid, "cpu")[2]) > 1) == (units < 24 or grid[0] > 2)
         assert farthest_points(every, keep).tolist() == by_hand(every, keep)
 
 
@@ -210,12 +194,6 @@ def test_each_pair_may_have_a_share_of_its_own(seed, grid, kept, alpha, floor):
     assert made.tolist() == by_hand(every, keep, floor)
     counts = torch.bincount(made // places, minlength=grid[0]).tolist()
     assert all(count >= int(floor * share) for count, share in zip(counts, spread(keep, grid[0]), strict=True))
-
-
-@pytest.mark.parametrize("floor", [0.5, 1.0])
-def test_a_pair_in_which_nothing_differs_has_its_share_too(floor):
-    made = farthest_points(same((4, 2, 3)), 12, floor=floor)
-    assert torch.bincount(made // 6, minlength=4).tolist() == [3, 3, 3, 3]
 
 
 @settings(deadline=None, max_examples=20)
@@ -266,54 +244,24 @@ def test_a_count_out_of_range_is_refused(keep):
         farthest_points(points(*video(0, (1, 4, 6)), (1, 4, 6)), keep)
 
 
-def test_one_unit_is_the_most_salient():
-    features = torch.ones(24, 8)
-    features[17] = torch.tensor([-1.0, 1, 1, 1, 1, 1, 1, 1])
-    assert farthest_points(points(features, torch.arange(24), (1, 4, 6)), 1).tolist() == [17]
-
-
-def test_what_stands_out_is_selected_at_its_first_and_last_time():
-    """Background and one thing, encoded once in eight pairs: the thing is selected at several times, the background is not."""
-    grid, units = (8, 4, 6), 24
-    random = torch.Generator().manual_seed(0)
-    features = torch.ones(units, 64) + 0.1 * torch.randn(units, 64, generator=random)
-    features[9] = torch.randn(64, generator=random)
-    owner = torch.arange(units).repeat(8)
-    made = farthest_points(points(features, owner, grid), 5).tolist()
-    assert {9, 9 + 7 * units} <= set(made)
-    assert sum(u % units == 9 for u in made) >= 4
-    flat = farthest_points(points(features, owner, grid, 0.0), 5).tolist()
-    assert len({u % units for u in flat}) == 5
-
-
 @pytest.mark.parametrize("grid", [(8, 8, 12), (6, 4, 6), (5, 9, 13), (1, 16, 24)])
 @pytest.mark.parametrize("budget", [0.05, 0.1, 0.5])
 def test_equal_features_are_spread_over_time_and_space(grid, budget):
     t, h, w = grid
     keep = max(1, round(budget * t * h * w))
-    made = farthest_points(same(grid), keep)
-    per_pair = torch.bincount(made // (h * w), minlength=t)
-    assert per_pair.max() - per_pair.min() <= 1
+    assert len(farthest_points(same(grid), t * h * w, within=0.1, least=min(5, keep))) == min(5, keep)
+    for floor in (0.0, 1.0):
+        made = farthest_points(same(grid), keep, floor=floor)
+        per_pair = torch.bincount(made // (h * w), minlength=t)
+        assert per_pair.max() - per_pair.min() <= 1
     # Over all pairs, each quarter of the frame has about its share, and no place is taken over and over again.
+    made = farthest_points(same(grid), keep)
     y, x = made // w % h, made % w
     quarters = torch.bincount((y * 2 // h) * 2 + x * 2 // w, minlength=4)
     tall, broad = torch.bincount(torch.arange(h) * 2 // h), torch.bincount(torch.arange(w) * 2 // w)
     share = (tall[:, None] * broad).flatten() / (h * w) * keep
     assert ((quarters - share).abs() <= 0.1 * share + 2.5).all()
     assert torch.bincount(made % (h * w)).max() <= budget * t + 2
-
-
-def test_duplicates_are_selected_last():
-    """Two kinds of units only: one of each first, then the rest evenly."""
-    owner = torch.zeros(6 * 24, dtype=torch.int64)
-    owner[50] = 1
-    made = farthest_points(points(torch.eye(2, 8), owner, (6, 4, 6)), 14)
-    assert 50 in made
-    assert torch.bincount(made // 24, minlength=6).min() >= 1
-
-
-def test_features_may_be_zero():
-    assert len(farthest_points(points(torch.zeros(24, 8), torch.arange(24), (1, 4, 6)), 6)) == 6
 
 
 def test_a_projection_keeps_distances_and_duplicates_and_is_always_the_same():
@@ -352,11 +300,3 @@ def test_it_stops_where_every_unit_is_near_a_selected_one(seed, grid, within, le
         assert len(made) == min(12, max(least, far))
         # What is selected is what a budget of that many would have selected.
         assert made == farthest_points(every, len(made)).tolist()
-
-
-def test_where_nothing_differs_it_stops_at_the_least():
-    grid = (2, 4, 6)
-    assert len(farthest_points(same(grid), 24, within=0.1, least=5)) == 5
-    every = points(*video(1, grid, 1.0), grid)
-    assert len(farthest_points(every, 48, within=100.0, least=3)) == 3
-    assert len(farthest_points(every, 48, within=1e-6)) == 48

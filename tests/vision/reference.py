@@ -298,6 +298,7 @@ def one_round(rows: list[Row], remove: int, method, geo: Geometry) -> list[Row]:
     ranked = sorted(range(n), key=lambda i: (-attention[i], i))
     critical = ranked[: math.ceil(n * Fraction(str(method.critical)))]
     order = sorted(sources, key=lambda i: (i in critical, -score(i, best[i]), i))
+    remove = min(remove, n // 2)  # of an odd number of rows one stays, even where the first is absorbed
     clusters = {j: [j] for j in destinations} | {i: [i] for i in order[remove:]}
     for i in order[:remove]:
         clusters[best[i]].append(i)

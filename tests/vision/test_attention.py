@@ -4,11 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evoprune.backend.devices import Timer
 from evoprune.vision.attention import buckets, grouped_attention
-from evoprune.vision.layout import attention_groups, full_layout, geometry, merged_layout
+from evoprune.vision.layout import attention_groups, full_layout, geometry
 from tests.vision.tower import groups_by_hand, random_layout, referring
 
 HEADS, DIM = 2, 8
@@ -99,33 +98,6 @@ def test_attention_against_loops_on_any_layout(shape, merges, scope, size_bias, 
     torch.testing.assert_close(attention_received(q, k, plan), received, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size_bias", [False, True])
-def test_with_the_bias_a_merged_row_weighs_as_much_as_the_equal_rows_that_went_into_it(size_bias):
-    layout = full_layout(geometry(4, 8), 1)
-    into = torch.arange(32)
-    into[[3, 9, 20, 30]] = torch.tensor([1, 1, 1, 25])
-    q, k, v = rows_of(layout)
-    k, v = k[into], v[into]
-    stays = into == torch.arange(32)
-    merged = merged_layout(layout, into, "pair")
-    for scope in ("window", "pair"):
-        before = grouped_attention(q, k, v, plan_of(layout, scope))[stays]
-        after = grouped_attention(q[stays], k[stays], v[stays], plan_of(merged, scope, size_bias))
-        assert torch.allclose(before, after, atol=2e-6) == size_bias
-
-
-@pytest.mark.few(2)
-@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
-@pytest.mark.parametrize(("shape", "merges", "scope"), [LAYOUTS[1], LAYOUTS[4], LAYOUTS[9]])
-def test_every_backend_of_torch_gives_the_same(shape, merges, scope, backend):
-    layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=7)
-    q, k, v = rows_of(layout)
-    plan = plan_of(layout, scope, True)
-    expected, _ = by_hand(q, k, v, layout, scope, True)
-    with sdpa_kernel(backend):
-        torch.testing.assert_close(grouped_attention(q, k, v, plan), expected, atol=2e-6, rtol=1e-5)
-
-
 def test_equal_groups_of_neighbours_are_one_view_without_mask():
     for layout, scope, shape in (
         (full_layout(geometry(8, 4), 3), "window", (6, 16)),
@@ -165,15 +137,3 @@ def test_groups_with_few_queries_do_not_pad_to_those_with_many(scope):
     assert (groups.key_length == keys).all() and groups.length.unique().tolist() == [1, keys]
     full, few = buckets(groups, True, layout)
     assert full.shape == (64 // keys, keys) and few.shape == (9, 1)
-    # Many lengths: within a half of each other.
-    chance = torch.rand(10, 64, generator=torch.Generator().manual_seed(0))
-    source = torch.where(chance < torch.arange(10)[:, None] / 20, torch.arange(10)[:, None], 0)
-    source = source.cummax(0).values
-    layout = referring(geometry(8, 8), source)
-    groups = attention_groups(layout, scope)
-    plan = buckets(groups, True, layout)
-    assert 2 < len(plan) < len(groups.length)
-    for bucket in plan:
-        lengths = torch.ones(bucket.shape) if bucket.valid is None else bucket.valid.float()
-        assert lengths.sum(1).min() > 0.5 * lengths.sum(1).max()
-    assert sum(len(b.query.unique()) for b in plan) == groups.length.sum()

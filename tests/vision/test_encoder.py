@@ -1,8 +1,9 @@
 """The encoder without reuse: at budget 1, with merging between its layers, and with selection after it."""
 
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,26 +11,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
+from evoprune.contrib.encoder import ToMe
 from evoprune.cpu.linear import pack
+from evoprune.errors import UsageError
 from evoprune.methods import parse
+from evoprune.methods.base import Selector
 from evoprune.methods.baselines import Nothing, Random
-from evoprune.methods.evoprune import EvoPrune
+from evoprune.methods.chain import Pipeline
+from evoprune.methods.evoprune import EvoPrune, Reuse
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.plans import ALLOCATIONS, keep_count
 from evoprune.methods.registry import built_in
-from evoprune.vision import attention
-from evoprune.vision.encoder import encode
+from evoprune.methods.types import Selection, Tokens
+from evoprune.vision import attention, encoder
+from evoprune.vision.encoded import select_tokens
+from evoprune.vision.encoder import encode, encode_rows
+from evoprune.vision.layout import geometry
 from evoprune.vision.preprocess import patchify
 from evoprune.vision.tower import tower_shape
 from tests.methods.kinds import INNER
 from tests.methods.tokens import plan_of
 from tests.vision.clips import changes, clip
 from tests.vision.devices import take_gpu_route, varlen_by_hand
-from tests.vision.reference import encode_slowly
+from tests.vision.reference import embedded, encode_slowly, merged_patches, run_layer
 from tests.vision.results import assert_same, check_result, encode_noise, encode_patches
 from tests.vision.tower import random_patches, tiny_tower
-
-# --- without pruning ---------------------------------------------------------------------------------------------------
 
 SIZES = [(1, 1, 1), (3, 1, 1), (1, 4, 4), (1, 5, 7), (2, 3, 5), (3, 8, 4), (2, 9, 6), (1, 1, 9), (4, 6, 2)]
 
@@ -65,51 +71,7 @@ def test_bf16_is_as_near_to_float32_as_hugging_faces(grid, packed):
     assert 0 < error < 1.3 * usual
 
 
-@pytest.mark.parametrize("keep", [1, 7, 39])
-def test_a_selector_after_the_tower_gets_all_rows_and_keeps_some(keep):
-    grid = (2, 4, 5)
-    whole = encode_noise(grid, Nothing(), 40)
-    encoded = encode_noise(grid, Random(), keep, seed=0)
-    assert torch.equal(encoded.rows, whole.rows) and len(encoded.kept) == keep
-    assert torch.equal(encoded.features, whole.features[encoded.kept])
-    check_result(encoded, grid)
-
-
-# --- the plan ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.few(6)
-@pytest.mark.parametrize(
-    "name", ["evoprune", "evoprune:reuse=0", "evoprune-merge", "divprune", "reuse+divprune", "downscale"]
-)
-@pytest.mark.parametrize("budget", [1.0, 0.5, 0.1])
-def test_the_layers_compute_the_rows_of_the_plan(name, budget):
-    """Exactly so many where the plan is exact; with reuse at most so many, and all where everything changes."""
-    grid, method, visual = (6, 4, 6), methods.parse(name), tiny_tower()
-    plan = method.plan(tower_shape(visual), grid, keep_count(budget, prod(grid)))
-    assert plan.exact == (not plan.reuse)
-    for share in (0.0, 0.3, 1.0):
-        made = encode(visual, [clip(plan.grid, changes(plan.grid, share))], plan)
-        layers, rows = zip(*made.layers, strict=True)
-        assert layers == (0, 1, 2, 3) and made.grids == (plan.grid,) and len(made.kept) == plan.keep
-        if plan.exact or share == 1.0:
-            assert rows == plan.layers and len(made.rows) == plan.rows
-        else:
-            assert all(count <= most for count, most in zip(rows, plan.layers, strict=True))
-            assert len(made.rows) <= plan.rows
-            assert rows[0] < plan.layers[0] or (share == 0.3 and plan.stages[0].first_layer == 0)
-
-
 # --- chunks, pieces and threads ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.few(3)
-@pytest.mark.parametrize("method", [Nothing(), Random(), EvoPrunePaper()], ids=lambda method: method.name)
-@pytest.mark.parametrize("keep", [3, 40, 100])
-def test_the_result_does_not_depend_on_the_chunk_size(method, keep):
-    whole, *others = (encode_noise((5, 5, 7), method, keep, chunk_units=size) for size in (10**6, 1, 70, 100))
-    for other in others:
-        assert_same(other, whole)
 
 
 @pytest.mark.few(1)
@@ -137,21 +99,26 @@ def still_frames(grid, scene: str) -> torch.Tensor:
     return picture.expand(t * 2, -1, -1, -1)
 
 
-@pytest.mark.few(3)
-@pytest.mark.parametrize("scene", ["black", "half plain", "noise"])
+@pytest.mark.few(4)
+@pytest.mark.parametrize("scene", ["black", "half plain", "still noise", "noise"])
 @pytest.mark.parametrize(
     ("grid", "keep", "method"),
     [
         ((4, 8, 8), 179, EvoPrunePaper()),
         ((4, 8, 8), 13, EvoPrunePaper()),
+        ((4, 4, 5), 79, EvoPrunePaper()),
         ((3, 6, 9), 16, EvoPrunePaper(features="hidden")),
     ],
 )
-def test_the_result_does_not_depend_on_the_chunk_size_where_ties_decide(scene, grid, keep, method):
-    patches, units = patchify(still_frames(grid, scene)), grid[1] * grid[2]
+def test_the_result_does_not_depend_on_the_chunk_size(scene, grid, keep, method):
+    """Also where ties decide."""
+    patches = random_patches(grid) if scene == "noise" else patchify(still_frames(grid, scene))
+    units = grid[1] * grid[2]
     whole, *others = (
         encode_patches(patches, grid, method, keep, chunk_units=size) for size in (10**6, 1, 2 * units, 3 * units)
     )
+    assert len(whole.kept) == keep and whole.features.isfinite().all()
+    check_result(whole, grid)
     for other in others:
         assert_same(other, whole)
 
@@ -172,9 +139,6 @@ def test_patches_that_do_not_add_up_are_refused(rows, chunk_units):
     pieces = [torch.zeros(n, 1176) for n in rows]
     with pytest.raises(ValueError, match="patches"):
         encode_patches(pieces, (2, 5, 7), EvoPrunePaper(), 20, chunk_units=chunk_units)
-
-
-# --- counts ------------------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -209,15 +173,6 @@ def test_exactly_the_budget_comes_out(grid, budget, method, full_layers, chunk_u
     check_result(encoded, grid)
 
 
-@pytest.mark.parametrize("scene", ["black", "half plain"])
-@pytest.mark.parametrize("keep", [1, 5, 30, 79])
-def test_counts_hold_where_all_scores_are_equal(scene, keep):
-    grid = (4, 4, 5)
-    encoded = encode_patches(patchify(still_frames(grid, scene)), grid, EvoPrunePaper(), keep)
-    assert len(encoded.kept) == keep and encoded.features.isfinite().all()
-    check_result(encoded, grid)
-
-
 @pytest.mark.parametrize("keep", [1, 2, 3, 5, 8])
 def test_below_a_token_a_frame_pair_the_whole_clip_is_covered(keep):
     encoded = encode_noise((9, 3, 3), EvoPrunePaper(), keep)
@@ -237,7 +192,7 @@ def test_the_largest_rows_are_kept_where_merging_cannot_reach_the_count():
 
 
 @dataclass(frozen=True, eq=False)
-class Looks(EvoPrunePaper):
+class Sees(EvoPrunePaper):
     """Keeps what it is given."""
 
     seen: list = field(default_factory=list)
@@ -248,57 +203,43 @@ class Looks(EvoPrunePaper):
 
 
 def test_a_merger_sees_the_places_of_rows_and_how_many_units_they_represent():
-    method = Looks(first=0.0, last=1.0)
+    method = Sees(first=0.0, last=1.0)
     encode_noise((3, 5, 7), method, 12, full_layers=(0, 1, 2, 3))
     for seen in method.seen:
         assert seen.width == 7 and torch.equal(seen.size.masked_fill(~seen.valid, 0).sum(1), torch.tensor([35] * 3))
-        assert all(
-            len({*place[valid].tolist()}) == int(valid.sum())
-            for place, valid in zip(seen.place, seen.valid, strict=True)
-        )
+        for place, valid in zip(seen.place, seen.valid, strict=True):
+            assert len({*place[valid].tolist()}) == int(valid.sum())
     assert method.seen[0].place.sort().values.tolist() == [list(range(35))] * 3 and method.seen[-1].size.max() > 1
 
 
-# --- merging against the slow encoder ----------------------------------------------------------------------------------
-
-
-def assert_like_the_slow_one(grid, method, keep, full_layers=(1, 3), seed=0):
-    units, owner, tokens = encode_slowly(tiny_tower(full_layers), random_patches(grid, seed), grid, method, keep)
-    encoded = encode_noise(grid, method, keep, full_layers, seed)
-    assert len(units) == keep  # else the reference would have to reduce rows by size too
-    assert encoded.kept.tolist() == units
-    assert encoded.owner.tolist() == owner
-    torch.testing.assert_close(encoded.features.double(), tokens, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.few(1)
-@pytest.mark.parametrize("keep", [48, 18, 7])  # of 70
-@pytest.mark.parametrize("features", ["keys", "keys_rotary", "hidden"])
-def test_merging_by_each_feature_against_loops(features, keep):
-    assert_like_the_slow_one((2, 5, 7), EvoPrunePaper(features=features), keep)
-
-
-@pytest.mark.parametrize(
-    "settings_",
-    [
-        {"size_bias": False},
-        {"diversity": 0.0, "attention": 0.0, "critical": 0.0},
-        {"diversity": -0.5, "attention": 1.0, "neighbours": 1},
-        {"diversity": 1.0, "critical": 0.5, "neighbours": 40},
-        {"critical": 1.0},
-    ],
-    ids=str,
-)
-def test_merging_with_other_weights_against_loops(settings_):
-    assert_like_the_slow_one((1, 6, 6), replace(EvoPrunePaper(), **settings_), 9)
-
-
-@pytest.mark.few(2)
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("full_layers", [(1, 3), (0, 3), (2,)])
-def test_merging_on_each_schedule_against_loops(allocation, full_layers):
+LIKE = [
+    *(((2, 5, 7), {"features": features}, keep, (1, 3))
+      for features in ("keys", "keys_rotary", "hidden") for keep in (48, 18, 7)),
+    *(((1, 6, 6), weights, 9, (1, 3))
+      for weights in (
+          {"size_bias": False},
+          {"diversity": 0.0, "attention": 0.0, "critical": 0.0},
+          {"diversity": -0.5, "attention": 1.0, "neighbours": 1},
+          {"diversity": 1.0, "critical": 0.5, "neighbours": 40},
+          {"critical": 1.0},
+      )),
     # With a full-attention layer first, rows own units of other windows when a window layer follows.
-    assert_like_the_slow_one((2, 4, 6), EvoPrunePaper(allocation=allocation, first=0, last=0.8), 11, full_layers)
+    *(((2, 4, 6), {"allocation": allocation, "first": 0, "last": 0.8}, 11, full_layers)
+      for allocation in ALLOCATIONS for full_layers in ((1, 3), (0, 3), (2,))),
+    *(((2, 5, 7), {"name": "tome", "size_bias": size_bias}, keep, (1, 3)) for keep in (48, 17, 2) for size_bias in (True, False)),
+]  # fmt: skip
+
+
+@pytest.mark.few(8)
+@pytest.mark.parametrize(("grid", "settings_", "keep", "full_layers"), LIKE)
+def test_merging_against_loops(grid, settings_, keep, full_layers):
+    settings_ = dict(settings_)
+    method = ToMe(**settings_) if settings_.pop("name", None) else EvoPrunePaper(**settings_)
+    units, owner, tokens = encode_slowly(tiny_tower(full_layers), random_patches(grid), grid, method, keep)
+    encoded = encode_noise(grid, method, keep, full_layers)
+    assert len(units) == keep  # else the reference would have to reduce rows by size too
+    assert encoded.kept.tolist() == units and encoded.owner.tolist() == owner
+    torch.testing.assert_close(encoded.features.double(), tokens, atol=1e-4, rtol=1e-4)
 
 
 # Every method through the path of a GPU: groups packed for the varlen kernel, or padded without it, equal to the CPU's
@@ -333,3 +274,130 @@ def test_every_method_is_the_cpus(name, kernel, chunk_units, monkeypatch):
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: counted if kernel else None)
     assert_same(encoded(name, chunk_units), expected, atol=1e-4)
     assert bool(calls) == kernel
+
+
+# What a selector is given: attention and keys of the last full-attention layer, states of the middle, the question.
+
+
+@dataclass(frozen=True, eq=False)
+class Looks(Selector):
+    """Looks at what it is given, and takes the first tokens."""
+
+    name: ClassVar[str] = "looks"
+    needs: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
+    seen: list[Tokens] = field(default_factory=list)
+
+    def select(self, tokens, keep):
+        self.seen.append(tokens)
+        return Selection(torch.arange(keep))
+
+
+def tokens_of(patches, grid, reuse=False, full_layers=(1, 3), selector=None, **how) -> Tokens:
+    selector = selector or Looks()
+    method = Pipeline(encoder=Reuse(), selector=selector) if reuse else selector
+    encode_patches(patches, grid, method, max(1, prod(grid) // 8), tiny_tower(full_layers), **how)
+    (tokens,) = selector.seen
+    return tokens
+
+
+@dataclass(frozen=True, eq=False)
+class LooksInside(Looks):
+    needs: ClassVar[frozenset[str]] = frozenset({"middle"})
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("full_layers", [(1, 3), (0, 2), (2,)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_attention_and_keys_are_those_of_the_last_full_attention_layer(share, full_layers):
+    """A reused unit has what its row had when it was encoded."""
+    grid, visual = (3, 5, 7), tiny_tower(full_layers)
+    changed, geo = changes(grid, share), geometry(5, 7)
+    patches = clip(grid, changed)
+    with torch.no_grad():
+        rows = embedded(visual, patches, geo, prod(grid), changed)
+        for layer, block in enumerate(visual.blocks[: full_layers[-1] + 1]):
+            run_layer(block, rows, geo, "pair" if layer in full_layers else "window", True)
+    row_of = {unit: row for row in rows for unit in row.units}
+    for size in (1, 10**6):
+        tokens = tokens_of(patches, grid, True, full_layers, chunk_units=size)
+        expected = torch.tensor([row_of[unit].attention for unit in range(prod(grid))]) * geo.units
+        torch.testing.assert_close(tokens.attention, expected, atol=1e-4, rtol=1e-4)
+        keys = torch.stack([row_of[unit].plain.mean(1).flatten() for unit in range(prod(grid))]).float()
+        torch.testing.assert_close(tokens.keys, keys, atol=1e-4, rtol=1e-4)
+    assert tokens.attention.dtype == tokens.keys.dtype == torch.float32
+    if share == 1.0:  # an even share is 1
+        torch.testing.assert_close(tokens.attention.view(3, -1).mean(1), torch.ones(3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_the_middle_is_the_mean_of_states_after_the_patch_merger(share):
+    """Layers 7 to 23 of 32 are layers 1 to 3 of 4."""
+    grid, visual = (3, 5, 7), tiny_tower()
+    changed, geo = changes(grid, share), geometry(5, 7)
+    patches, states = clip(grid, changed), []
+    with torch.no_grad():
+        rows = embedded(visual, patches, geo, prod(grid), changed)
+        for layer, block in enumerate(visual.blocks):
+            run_layer(block, rows, geo, "pair" if layer in (1, 3) else "window", True)
+            states.append({unit: row.x for row in rows for unit in row.units})
+        means = [(states[1][unit] + states[2][unit] + states[3][unit]) / 3 for unit in range(prod(grid))]
+        expected = [merged_patches(visual.merger, mean) for mean in means]
+    for size in (1, 10**6):
+        tokens = tokens_of(patches, grid, True, selector=LooksInside(), chunk_units=size)
+        torch.testing.assert_close(tokens.middle.double(), torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_a_selector_gets_only_what_it_declares():
+    @dataclass(frozen=True, eq=False)
+    class Keys(Looks):
+        needs: ClassVar[frozenset[str]] = frozenset({"keys"})
+
+    tokens = tokens_of(random_patches((2, 3, 4)), (2, 3, 4), selector=Keys(), seed=3)
+    assert tokens.keys.shape == (24, 64)
+    assert (tokens.grid, tokens.seed) == ((2, 3, 4), 3)
+    with pytest.raises(TypeError, match=r'no attention here: .*"attention" in its `needs`'):
+        tokens.attention  # noqa: B018
+    with pytest.raises(TypeError, match=r"no question here: .*`reads_question`"):
+        tokens.question  # noqa: B018
+
+
+def test_what_does_not_exist_cannot_be_declared():
+    @dataclass(frozen=True, eq=False)
+    class Values(Looks):
+        needs: ClassVar[frozenset[str]] = frozenset({"values"})
+
+    with pytest.raises(TypeError, match="looks needs 'values'; after the encoder there is attention, keys, middle"):
+        encode_noise((2, 3, 4), Values(), 3)
+    with pytest.raises(ValueError, match="needs a full-attention layer"):
+        encode_noise((2, 3, 4), Looks(), 3, full_layers=())
+
+
+def test_nothing_is_gathered_that_is_not_declared(monkeypatch):
+    monkeypatch.setattr(encoder, "Gathering", lambda *_: pytest.fail("gathered"))
+    encode_noise((2, 3, 4), EvoPrune(), 3)
+    encode_noise((2, 3, 4), Looks(), 24)  # keeps everything
+
+
+@dataclass(frozen=True, eq=False)
+class Asks(Selector):
+    reads_question: ClassVar[bool] = True
+
+    def select(self, tokens, keep):
+        return Selection((tokens.features @ tokens.question.mean(0)).topk(keep).indices.sort().values)
+
+
+def test_the_question_is_read_after_the_encoder():
+    grid, questions = (2, 3, 4), torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    visual = tiny_tower()
+    args = visual, [random_patches(grid)], plan_of(Asks(), tower_shape(visual), grid, 4)
+    with pytest.raises(UsageError, match="reads the question, and there is none"):
+        encode(*args)
+    rows = encode_rows(*args)
+    made = [select_tokens(rows, question) for question in questions]
+    for question, one in zip(questions, made, strict=True):
+        assert torch.equal(one.kept, encode(*args, question=question).kept) and len(one.kept) == 4
+        assert torch.equal(one.features, one.rows[one.kept])
+    assert not torch.equal(made[0].kept, made[1].kept)
+    none = rows.nothing_selected()
+    assert len(none.kept) == len(none.features) == 0 and none.live_share == 1 and none.kept_per_pair == [0, 0]

@@ -5,8 +5,10 @@ from functools import cache
 import torch
 
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, merged_layout, referring_layout, window_order
+from tests.tiny import QWEN2_5_VISION, QWEN3_VISION
 
 PATCH_WIDTH, QWEN3_WIDTH = 1176, 1536
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 24}
 
 
 @cache
@@ -18,24 +20,8 @@ def tiny_tower(full_layers: tuple[int, ...] = (1, 3), depth: int = 4, seed: int 
     from transformers import Qwen2_5_VLConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-    config = Qwen2_5_VLConfig(
-        vision_config={
-            "depth": depth,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 24,
-            "fullatt_block_indexes": list(full_layers),
-            "window_size": 112,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-        }
-    ).vision_config
-    tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(
-        config, dtype=torch.float32, attn_implementation="sdpa"
-    )
-    return _drawn(tower, seed)
+    sizes = QWEN2_5_VISION | SMALL | {"depth": depth, "fullatt_block_indexes": list(full_layers)}
+    return _drawn(Qwen2_5_VisionTransformerPretrainedModel, Qwen2_5_VLConfig(vision_config=sizes), seed)
 
 
 DEEPSTACK = (1, 3, 4)  # layers of `tiny_qwen3`
@@ -47,25 +33,12 @@ def tiny_qwen3(depth: int = 6, seed: int = 0):
     from transformers import Qwen3VLConfig
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-    config = Qwen3VLConfig(
-        vision_config={
-            "depth": depth,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 24,
-            "num_position_embeddings": 25,
-            "deepstack_visual_indexes": list(DEEPSTACK),
-            "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-        }
-    ).vision_config
-    tower = Qwen3VLVisionModel._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    return _drawn(tower, seed)
+    sizes = QWEN3_VISION | SMALL | {"depth": depth, "deepstack_visual_indexes": list(DEEPSTACK)}
+    return _drawn(Qwen3VLVisionModel, Qwen3VLConfig(vision_config=sizes), seed)
 
 
-def _drawn(tower, seed: int):
+def _drawn(kind, config, seed: int):
+    tower = kind._from_config(config.vision_config, dtype=torch.float32, attn_implementation="sdpa")
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in tower.named_parameters():

@@ -1,7 +1,11 @@
-"""Every method in host programs with another default dtype or default device, and under torch's autocast."""
+"""What holds for every method: counts, ties, chunks, dtypes and devices of the host program, autocast."""
 
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from functools import cache
+from math import prod
 
 import pytest
 import torch
@@ -15,9 +19,108 @@ from evoprune.model.config import MODEL_TYPES
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
 from tests.methods.kinds import one_of_each
+from tests.methods.tokens import AFTER, KINDS, Largest, encoded, selected, tokens_of
 from tests.prompts import processed
 from tests.quantized import SOME
 from tests.tiny import tiny_model
+from tests.vision.clips import changes, clip
+
+GRID = (5, 4, 5)
+QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.few(8)
+@pytest.mark.parametrize("name", AFTER)
+def test_the_result_does_not_depend_on_the_chunk_size(name):
+    args = methods.parse(name), clip(GRID, changes(GRID, 0.4)), GRID, 23
+    whole, *others = (encoded(*args, question=QUESTION, chunk_units=size) for size in (10**6, 1, 40))
+    for other in others:
+        assert torch.equal(other.kept, whole.kept)
+        torch.testing.assert_close(other.features, whole.features, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", AFTER)
+@pytest.mark.parametrize("kind", ["random", "constant", "duplicates"])
+def test_nothing_is_drawn_and_every_tensor_is_made_beside_the_tokens(name, kind):
+    """Neither from the global generator nor by it. The default device has no values here: what is made on it cannot be mixed
+    with the tokens."""
+    tokens, made = tokens_of(kind, GRID), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        made.append(selected(name, tokens, 23))
+        assert torch.equal(before, torch.get_rng_state())
+    assert made[0] == made[1]
+    if name == "pool":
+        return
+    with torch.device("meta"):
+        found = methods.get(name).select(tokens, 23)
+        assert found.features(tokens.features).device.type == "cpu"
+    assert found.kept.tolist() == made[0]
+
+
+INDEXED = ["divprune", "evs-nofloor", "mmr", "scope", "dart"]
+IN_EACH_PAIR = ["cdpruner", "vidcom2", "visionzip"]
+
+
+@pytest.mark.parametrize("name", INDEXED + IN_EACH_PAIR)
+@pytest.mark.parametrize("kind", ["constant", "zero"])
+def test_equal_tokens_go_by_index(name, kind):
+    """The first of the video, or of each frame pair. The others' papers spread equal tokens out in ways of their own."""
+    kept = selected(name, tokens_of(kind, (3, 4, 5)), 6)
+    assert kept == ([0, 1, 2, 3, 4, 5] if name in INDEXED else [0, 1, 20, 21, 40, 41])
+
+
+@pytest.mark.full
+def test_nothing_depends_on_hashes():
+    code = (
+        "from tests.methods.tokens import AFTER, selected, tokens_of\n"
+        "print([selected(name, tokens_of(kind, (5, 4, 5)), 23) for name in AFTER for kind in ('duplicates', 'drift')])"
+    )
+    env = os.environ | {"PYTHONHASHSEED": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    here = [selected(name, tokens_of(kind, GRID), 23) for name in AFTER for kind in ("duplicates", "drift")]
+    assert done.stdout.strip() == str(here)
+
+
+@pytest.mark.few(24)
+@pytest.mark.parametrize("name", AFTER)
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_and_order(name, kind):
+    method = methods.get(name)
+    for grid, keep in (
+        ((3, 4, 5), 1),
+        ((3, 4, 5), 17),
+        ((3, 4, 5), 60),
+        ((1, 1, 1), 1),
+        ((5, 1, 1), 2),
+        ((1, 6, 6), 9),
+    ):
+        kept = selected(name, tokens_of(kind, grid), keep)
+        assert kept == sorted(set(kept)) and kept[0] >= 0 and kept[-1] < prod(grid)
+        if method.exact:
+            assert len(kept) == keep
+        else:
+            assert len(kept) <= keep or (name == "evs" and len(kept) == grid[1] * grid[2])
+        if keep == prod(grid):
+            assert kept == list(range(keep))
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("kind", ["random", "constant"])
+def test_no_matrix_of_all_pairs(kind):
+    """Random tokens have nothing in common, equal ones stand still in time."""
+    names = AFTER if kind == "random" else ["fastvid", "prunevid", "holitom", "flashvid", "visionzip"]
+    tokens = tokens_of(kind, (16, 16, 16), width=8)
+    n = len(tokens.owner)
+    with Largest() as largest:
+        for name in names:
+            assert 0 < len(selected(name, tokens, 32)) <= 256
+    assert n <= largest.numbers <= 512 * n < n * n / 4
+
+
+# Every method in host programs with another default dtype or default device, and under torch's autocast.
+
 
 NAMES = [*methods.built_in(), "reuse+visionzip", "evoprune+fastv"]
 ON_PATCHES = [name for name in NAMES if methods.parse(name).acts != "input" and not methods.parse(name).language]
@@ -77,13 +180,6 @@ def encode(name: str, budget: float, family: str = "qwen2_5_vl"):
     return evoprune.encode(model(family), *inputs, **how)
 
 
-@torch.no_grad()
-def logits(name: str, budget: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the last columns in a pruned Hugging Face model; and the columns that are left."""
-    with evoprune.EvoPrune(budget=budget, method=name)(model()) as run:
-        return model()(**prompt(), logits_to_keep=3).logits, run.columns.index
-
-
 def moved(x: torch.Tensor, y: torch.Tensor) -> float:
     return float((x.float() - y.float()).norm() / y.float().norm())
 
@@ -105,17 +201,6 @@ def test_the_encoding_is_the_same_whatever_the_default(name, family):
         for default in (*DTYPES, "meta"):
             with host(default):
                 assert_equal_encodings(encode(name, budget, family), expected)
-
-
-@pytest.mark.few(2)
-@pytest.mark.parametrize("name", one_of_each(ALONE))
-def test_the_logits_of_a_pruned_hugging_face_model_are_the_same_whatever_the_default(name):
-    for budget in BUDGETS:
-        expected, columns = logits(name, budget)
-        for default in DTYPES:
-            with host(default):
-                made, left = logits(name, budget)
-            assert torch.equal(left, columns) and torch.equal(made, expected), (budget, default)
 
 
 @pytest.mark.few(3)
@@ -177,7 +262,7 @@ def test_the_attention_received_is_summed_in_float32_under_autocast(monkeypatch)
         torch.testing.assert_close(mean, torch.ones_like(mean), rtol=0, atol=1e-5)
 
 
-@pytest.mark.full
+@pytest.mark.few(2)
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_at_full_budget_the_tower_under_autocast_is_hugging_faces(family, half):
@@ -190,15 +275,14 @@ def test_at_full_budget_the_tower_under_autocast_is_hugging_faces(family, half):
     assert moved(made, theirs) < 1.5 * moved(theirs, exact) < 0.02
 
 
-@pytest.mark.parametrize("half", ["bf16", pytest.param("fp16", marks=pytest.mark.full)])
+@pytest.mark.few(2)
+@pytest.mark.parametrize("default", DTYPES)
 @pytest.mark.parametrize("name", one_of_each(ALONE))
-def test_autocast_moves_the_logits_no_further_than_hugging_faces_own(name, half):
-    """Where the rows, which are rounded, still lead to the same choice; among nearly equal rows they may not."""
-    exact, columns = logits(name, 0.25)
-    expected, whole = encode(name, 0.25), logits("none", 1.0)[0]
-    with autocast(half):
-        (made, left), theirs = logits(name, 0.25), logits("none", 1.0)[0]
-        chosen = encode(name, 0.25)
-    assert left.shape == columns.shape and made.isfinite().all()
-    if torch.equal(left, columns) and torch.equal(chosen.owner, expected.owner):
-        assert moved(made, exact) < 2 * moved(theirs, whole) < 0.02
+@torch.no_grad()
+def test_a_pruned_hugging_face_model_is_the_same_whatever_the_default(name, default):
+    for budget in BUDGETS:
+        with evoprune.EvoPrune(budget=budget, method=name)(model()) as run:
+            expected, columns = model()(**prompt(), logits_to_keep=3).logits, run.columns.index
+            with host(default):
+                made = model()(**prompt(), logits_to_keep=3).logits
+            assert torch.equal(run.columns.index, columns) and torch.equal(made, expected)

@@ -1,4 +1,4 @@
-"""How pairs of rows are scored and matched, in strips of rows; and indices of rows in shapes known from the plan."""
+"""Merging of rows: pairs that are scored and matched, in strips of rows; indices of rows in shapes known from the plan; ToMe."""
 
 import math
 from dataclasses import replace
@@ -9,112 +9,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evoprune import methods
 from evoprune.contrib.encoder import EvoPruneMerge
 from evoprune.methods import ranking
 from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.methods.plans import TowerShape
 from evoprune.methods.ranking import (
-    alternate,
     best_partners,
-    composite_score,
-    local_density,
     match,
     merge_rows,
-    relative_attention,
-    similarity,
-    strips,
-    unit_features,
 )
-from evoprune.methods.types import Candidates, runs, share_rows, tally, true_indices
-from tests.methods.tokens import Largest
-
-
-def groups(lengths, width=6, seed=0):
-    """Random features of groups of these lengths, padded with garbage, and which rows are valid."""
-    features = torch.randn(len(lengths), max(lengths), width, generator=torch.Generator().manual_seed(seed))
-    valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return features, valid
-
-
-def cosine(a, b):
-    lengths = math.dist(a, [0] * len(a)), math.dist(b, [0] * len(b))
-    return sum(x * y for x, y in zip(a, b, strict=True)) / (lengths[0] * lengths[1]) if all(lengths) else 0.0
-
-
-def density_by_hand(features, valid, neighbours):
-    out = torch.ones(valid.shape)
-    for b, group in enumerate(features.tolist()):
-        n = int(valid[b].sum())
-        for i in range(n):
-            nearest = sorted((cosine(group[i], group[j]) for j in range(n) if j != i), reverse=True)[:neighbours]
-            if nearest:
-                out[b, i] = sum(nearest) / len(nearest)
-    return out
-
-
-def test_unit_features_join_patches_and_average_heads():
-    x = torch.arange(2 * 4 * 3 * 5, dtype=torch.bfloat16).view(2, 4, 3, 5)
-    expected = [[sum(float(x[r, p, h, i]) for h in range(3)) / 3 for p in range(4) for i in range(5)] for r in range(2)]
-    made = unit_features(x)
-    assert made.dtype == torch.float32
-    torch.testing.assert_close(made, torch.tensor(expected))
-
-
-def test_similarity_is_the_cosine():
-    features, _ = groups([5, 3])
-    features[0, 2] = 0
-    features[0, 3] = -7 * features[0, 1]
-    expected = [[[cosine(a, b) for b in group] for a in group] for group in features.tolist()]
-    torch.testing.assert_close(similarity(features), torch.tensor(expected), atol=1e-6, rtol=0)
-    assert (similarity(features)[0, 2] == 0).all()
-
-
-@pytest.mark.parametrize("neighbours", [1, 2, 4, 100])
-def test_local_density_against_loops(neighbours):
-    features, valid = groups([7, 1, 2, 5, 7])
-    features[3, 0] = 0
-    made = local_density(similarity(features), valid, neighbours)
-    torch.testing.assert_close(made[valid], density_by_hand(features, valid, neighbours)[valid], atol=1e-6, rtol=0)
-
-
-def test_relative_attention_against_loops():
-    received = torch.tensor([[0.2, 0.5, 0.1, 9.0], [0.0, 0.0, 0.0, 1.0], [0.3, 0.3, 0.3, 0.3]])
-    valid = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]).bool()
-    expected = torch.tensor([[0.4, 1.0, 0.2, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    torch.testing.assert_close(relative_attention(received, valid), expected)
-
-
-@pytest.mark.parametrize(("diversity", "attention"), [(0.1, 0.2), (-0.5, 1.0), (0.3, 0.0), (0.0, 0.4), (0.0, 0.0)])
-def test_composite_score_against_loops(diversity, attention):
-    features, valid = groups([5, 4])
-    cos = similarity(features)
-    density = local_density(cos, valid, 2)
-    attended = torch.rand(2, 5, generator=torch.Generator().manual_seed(1))
-    made = composite_score(cos, density if diversity else None, attended if attention else None, diversity, attention)
-    for b in range(2):
-        for i in range(5):
-            for j in range(5):
-                lone = max(1 - float(density[b, i]), 1 - float(density[b, j]))
-                expected = float(cos[b, i, j]) - diversity * lone - attention * max(attended[b, [i, j]].tolist())
-                assert float(made[b, i, j]) == pytest.approx(expected, abs=1e-6)
-
-
-# Matching.
+from evoprune.methods.types import Candidates, share_rows
+from tests.methods.tokens import KINDS, Largest, cosine, features_of
 
 
 def padded(lengths):
     """Which rows are valid in groups of these lengths."""
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-
-
-def test_every_second_row_of_a_group_may_merge():
-    assert alternate(padded([5, 2, 1])).tolist() == [
-        [False, True, False, True, False],
-        [False, True, False, False, False],
-        [False] * 5,
-    ]
-
-
-# --- match ---------------------------------------------------------------------------------------------------------------
 
 
 def matched(score, source, valid, last, remove):
@@ -163,9 +74,6 @@ def test_equal_scores_go_by_index_in_large_groups_too():
     assert into.tolist() == [0 if i % 2 and i < 200 else i for i in range(n)]
 
 
-# --- mean ----------------------------------------------------------------------------------------------------------------
-
-
 @st.composite
 def merges(draw):
     n = draw(st.integers(1, 12))
@@ -187,7 +95,7 @@ def test_merge_rows_against_loops(case, dtype):
     copies = x.clone(), size.clone(), into.clone()
     rows = int((into == torch.arange(len(x))).sum())
     made = merge_rows(x, size, into, rows, len(x) - rows)
-    assert made.dtype == dtype and all(torch.equal(a, b) for a, b in zip((x, size, into), copies, strict=True))
+    assert made.dtype == dtype and all(map(torch.equal, (x, size, into), copies))
     staying = [r for r in range(len(x)) if into[r] == r]
     assert len(made) == len(staying)
     for out, row in zip(made, staying, strict=True):
@@ -217,17 +125,6 @@ def candidates(lengths, seed=0, dimensions=6):
         valid,
         WIDTH,
     )
-
-
-@given(st.integers(0, 40), st.integers(0, 60), st.integers(1, 500))
-def test_strips_are_all_rows_in_order_and_few_enough(groups, rows, held):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranking, "HELD", held)
-        made = strips(groups, rows)
-    assert [row for part in made for row in range(rows)[part]] == list(range(rows))
-    for part in made:
-        count = part.stop - part.start
-        assert count == 1 or groups * count * rows <= held
 
 
 @settings(deadline=None, max_examples=30)
@@ -307,45 +204,59 @@ def test_shares_are_those_by_turns_within_their_bounds_and_larger_groups_never_g
                 assert size < other or count >= others_count - (size == other)
 
 
+# Methods inside the encoder, against their specifications line by line.
+
+
+def tome_line_by_line(keys: list[torch.Tensor], r: int) -> list[int]:
+    """Section 3 of the paper: where each of some tokens goes, itself if it stays; r at most half of them."""
+    n = len(keys)
+    a, b = list(range(0, n, 2)) if n > 1 else [], list(range(1, n, 2))  # partition them into two sets, by turns
+    edge = {i: max(b, key=lambda j: (cosine(keys[i], keys[j]), -j)) for i in a}  # one edge from each in A
+    strongest = sorted(a, key=lambda i: (-cosine(keys[i], keys[edge[i]]), i))[:r]  # keep the r most similar
+    return [edge[i] if i in strongest else i for i in range(n)]
+
+
+def group_of(kind: str, sizes: list[int], seed: int) -> Candidates:
+    """Groups of these sizes side by side, with nonsense as padding."""
+    longest = max(sizes)
+    features = torch.stack([features_of(kind, longest, seed + i) for i in range(len(sizes))])
+    valid = torch.arange(longest) < torch.tensor(sizes)[:, None]
+    features[~valid] = features[:, :1].expand_as(features)[~valid]  # the likeness of the first of all
+    place = torch.arange(longest).expand(len(sizes), -1)
+    return Candidates(features, None, place, place * 0 + 1, valid, 3)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 17), min_size=1, max_size=4), st.sampled_from(KINDS), st.integers(0, 500), st.data())
+def test_tome_merges_the_most_similar_pairs(sizes, kind, seed, data):
+    sizes = [max(1, sizes[0]), *sizes[1:]]
+    group = group_of(kind, sizes, seed)
+    remove = [data.draw(st.integers(0, max(0, n - 1))) for n in sizes]
+    into = methods.get("tome").match(group, torch.tensor(remove))
+    for i, (n, r) in enumerate(zip(sizes, remove, strict=True)):
+        assert into[i, :n].tolist() == tome_line_by_line(list(group.features[i, :n]), min(r, n // 2))
+        assert (into[i, :n] < max(n, 1)).all() and into[i, n:].tolist() == list(range(n, max(sizes)))
+
+
+def test_tome_takes_as_many_from_every_layer():
+    tower, method = TowerShape(8, (1, 3, 5, 7)), methods.get("tome")
+    assert method.rows(tower, 96, 6, 16) == [86, 76, 66, 56, 46, 36, 26, 16]
+    assert method.rows(tower, 96, 6, 2) == [84, 72, 61, 49, 37, 25, 14, 2]
+    # A window keeps a row; the next layer over whole pairs makes up for it.
+    assert method.rows(TowerShape(4, (3,)), 40, 9, 1) == [30, 20, 11, 1]
+    assert method.rows(TowerShape(4, (3,)), 40, 20, 1) == [30, 20, 20, 1]
+    early = methods.get("tome:allocation=decreasing").rows(tower, 96, 6, 24)
+    assert [a - b for a, b in zip([96, *early], early, strict=False)] == [16, 14, 12, 10, 8, 6, 4, 2]
+
+
 @pytest.mark.parametrize(
-    ("sizes", "total", "counts"),
+    ("settings", "needs"),
     [
-        ([16, 16, 16, 16], 6, [2, 2, 1, 1]),
-        ([4, 4, 4], 12, [4, 4, 4]),
-        ([0, 5, 0, 5], 3, [0, 2, 0, 1]),
-        ([1, 1, 1, 97], 4, [1, 1, 1, 1]),
-        ([1, 1, 1, 97], 50, [1, 1, 1, 47]),
-        ([16, 8, 4], 7, [4, 2, 1]),
-        ([7], 3, [3]),
-        ([2, 8, 0, 6, 8], 20, [2, 7, 0, 5, 6]),  # remainders of 2/3 are equal: the lower indices get the rest
-        ([1, 3, 3, 3, 2, 16], 20, [1, 2, 2, 2, 2, 11]),
-        ([1] * 9 + [5, 6, 7], 13, [1] * 10 + [1, 2]),  # floors take several turns
-        ([0, 1, 2, 0, 15], 3, [0, 1, 1, 0, 1]),
+        ({}, {"keys"}),
+        ({"features": "hidden"}, {"hidden"}),
+        ({"features": "hidden", "attention": 0.1}, {"hidden", "attention"}),
+        ({"critical": 0.1}, {"keys", "attention"}),
     ],
 )
-def test_shares_by_largest_remainder_with_ties_by_index(sizes, total, counts):
-    assert share_rows(torch.tensor([sizes]), torch.tensor([total]), max(sizes)).tolist() == [counts]
-
-
-@settings(deadline=None)
-@given(st.lists(st.booleans(), max_size=9), st.integers(0, 12))
-def test_true_indices(mask, count):
-    found = [i for i, yes in enumerate(mask) if yes]
-    assert true_indices(torch.tensor(mask, dtype=torch.bool), count).tolist() == (found + [0] * count)[:count]
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 5), max_size=20))
-def test_tally(index):
-    assert tally(torch.tensor(index, dtype=torch.int64), 6).tolist() == [index.count(i) for i in range(6)]
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any), st.integers(0, 2))
-def test_runs(lengths, slack):
-    length = torch.tensor(lengths)
-    table, valid = runs(length.cumsum(0) - length, length, max(lengths) + slack, sum(lengths))
-    assert table.shape == valid.shape == (len(lengths), max(lengths) + slack)
-    assert valid.sum(1).tolist() == lengths and table[valid].tolist() == list(range(sum(lengths)))
-    for row, n in zip(table.tolist(), lengths, strict=True):
-        assert min(row) >= 0 and max(row) < sum(lengths) and set(row[n:]) <= {row[max(n - 1, 0)]}
+def test_merging_asks_for_no_more_than_it_uses(settings, needs):
+    assert EvoPruneMerge(**settings).needs == needs

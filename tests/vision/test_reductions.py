@@ -1,8 +1,9 @@
-"""Reuse in time: a unit that has not changed is represented by the row that was last encoded at its place."""
+"""Rows that are not computed: of units that have not changed, and those that a selection between two layers leaves behind."""
 
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,10 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
+from evoprune.backend import devices
 from evoprune.cpu.linear import pack
-from evoprune.methods.baselines import Nothing
-from evoprune.methods.evoprune import THRESHOLD, EvoPrune
+from evoprune.errors import ModelError
+from evoprune.methods.base import EncoderMethod, Selector
+from evoprune.methods.evoprune import THRESHOLD, EvoPrune, FarthestPoints
+from evoprune.methods.plans import Stage
 from evoprune.methods.select import assign_clusters, farthest_points, points_of
+from evoprune.methods.types import Selection
 from evoprune.vision import encoder
 from evoprune.vision.encoded import select_tokens
 from evoprune.vision.encoder import encode_rows
@@ -24,7 +29,7 @@ from tests.methods.tokens import plan_of
 from tests.vision.clips import changes, clip
 from tests.vision.reference import encode_slowly
 from tests.vision.results import assert_same, check_result, encode_clip, encode_patches
-from tests.vision.tower import QWEN3_WIDTH, tiny_qwen3, tiny_tower
+from tests.vision.tower import QWEN3_WIDTH, random_patches, tiny_qwen3, tiny_tower
 
 AFTER = EvoPrune(depth=1.0)  # the selection comes after the tower
 
@@ -35,75 +40,7 @@ def encoded_units(patches, grid, threshold=THRESHOLD) -> torch.Tensor:
     return source == torch.arange(grid[0])[:, None]
 
 
-def points(encoded, grid, alpha=EvoPrune.alpha):
-    return points_of(encoded.rows, encoded.owner, grid, alpha)
-
-
-# --- against the slow encoder ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.few(2)
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("full_layers", [(1, 3), (0, 2), ()])
-def test_reused_rows_against_loops(share, full_layers):
-    grid, changed = (7, 3, 5), changes((7, 3, 5), share)
-    patches, visual = clip(grid, changed), tiny_tower(full_layers)
-    assert torch.equal(encoded_units(patches, grid), changed)  # else the test shows something else
-    _, owner, tokens = encode_slowly(visual, patches, grid, AFTER, 12, changed)
-    for size in (1, 30, 60, 10**6):
-        made = encode_patches(patches, grid, AFTER, 12, visual, chunk_units=size)
-        assert made.owner.tolist() == owner and len(made.kept) == 12
-        torch.testing.assert_close(made.rows.double(), tokens, atol=1e-4, rtol=1e-4)
-
-
 # --- properties --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", [EvoPrune(), AFTER], ids=["inside", "after"])
-def test_a_threshold_of_zero_is_no_reuse(method):
-    grid, method = (6, 3, 5), replace(method, first=0.0)
-    none = replace(method, reuse=0.0)
-    assert encode_clip(grid, changes(grid, 0.0), none, 9).layers[0][1] == prod(grid)
-    # Any other threshold gives the same where everything changes by more than it.
-    moving = changes(grid, 1.0)
-    for threshold in (1e-6, 5.0):
-        for size in (1, 10**6):
-            other = encode_clip(grid, moving, replace(method, reuse=threshold), 9, chunk_units=size)
-            assert_same(other, encode_clip(grid, moving, none, 9, chunk_units=size))
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3])
-def test_at_budget_one_nothing_is_reused(share):
-    grid = (5, 5, 6)
-    patches = clip(grid, changes(grid, share))
-    with torch.inference_mode():
-        theirs = tiny_tower()(patches, torch.tensor([[5, 10, 12]])).pooler_output
-    for method in (EvoPrune(), methods.parse("reuse+divprune")):
-        ours = encode_patches(patches, grid, method, 150, chunk_units=60)
-        torch.testing.assert_close(ours.features, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
-        assert torch.equal(ours.kept, torch.arange(150)) and ours.live_share == 1
-
-
-@pytest.mark.parametrize("chunk_units", [1, 60, 10**6])
-@pytest.mark.parametrize("pairs", [2, 9])
-def test_the_rows_of_a_still_clip_are_those_of_its_first_frame_pair(pairs, chunk_units):
-    grid = (pairs, 5, 6)
-    patches = clip(grid, changes(grid, 0.0))
-    made = encode_patches(patches, grid, AFTER, 7, chunk_units=chunk_units)
-    alone = encode_patches(patches[: 4 * 30], (1, 5, 6), Nothing(), 30)
-    torch.testing.assert_close(made.rows, alone.rows, atol=2e-5, rtol=1e-5)
-    assert made.owner.tolist() == list(range(30)) * pairs and made.layers == alone.layers
-    assert made.live_share == pytest.approx(1 / pairs) and len(made.kept) == 7
-    check_result(made, grid, whole_clip=True)
-
-
-def test_a_changed_unit_is_a_row_and_the_others_have_the_last_that_changed():
-    grid, changed = (7, 3, 5), changes((7, 3, 5), 0.3)
-    made = encode_clip(grid, changed, AFTER, 9, chunk_units=30)
-    number = (changed.flatten().cumsum(0) - 1).view(7, 15)
-    last = torch.where(changed, torch.arange(7)[:, None], 0).cummax(0).values
-    assert torch.equal(made.owner.view(7, 15), number[last, torch.arange(15)])
-    assert made.layers[0][1] == changed.sum() == len(made.rows)
 
 
 @settings(deadline=None, max_examples=50)
@@ -112,7 +49,9 @@ def test_a_changed_unit_is_a_row_and_the_others_have_the_last_that_changed():
     share=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     seed=st.integers(0, 99),
     share_kept=st.floats(0, 1),
-    name=st.sampled_from(["evoprune:depth=1", "reuse+divprune", "reuse+visionzip"]),
+    name=st.sampled_from(
+        ["evoprune", "evoprune:depth=1", "evoprune:depth=0.5:first=0:rows=1", "reuse+divprune", "reuse+visionzip"]
+    ),
     chunk_units=st.integers(1, 200),
 )
 def test_the_result_does_not_depend_on_the_chunk_size(grid, share, seed, share_kept, name, chunk_units):
@@ -125,32 +64,18 @@ def test_the_result_does_not_depend_on_the_chunk_size(grid, share, seed, share_k
         check_result(whole, grid, whole_clip=True)
 
 
-@pytest.mark.few(2)
-@pytest.mark.parametrize(
-    "method", [EvoPrune(), EvoPrune(reuse=0.0, alpha=0.0), AFTER], ids=["inside", "no reuse", "after"]
-)
-@pytest.mark.parametrize("share", [0.0, 0.3])
-def test_every_count_can_be_had(share, method):
-    grid = (4, 2, 3)
-    for keep in range(1, prod(grid) + 1):
-        made = encode_clip(grid, changes(grid, share), method, keep)
-        assert len(made.kept) == keep
-        check_result(made, grid, whole_clip=True)
-
-
-def test_units_are_selected_among_all_at_their_times():
-    grid = (6, 3, 5)
-    made = encode_clip(grid, changes(grid, 0.2), replace(AFTER, alpha=2.0), 20)
-    assert torch.equal(made.kept, farthest_points(points(made, grid, alpha=2.0), 20))
-
-
+@pytest.mark.few(6)
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("count", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_a_token_is_the_mean_of_its_cluster_and_counts_by_its_size(average, count, share):
+def test_the_farthest_points_are_selected_a_token_is_the_mean_of_its_cluster_and_counts_by_its_size(
+    average, count, share
+):
     grid, keep = (6, 3, 5), 20
     made = encode_clip(grid, changes(grid, share), replace(AFTER, average=average, count=count), keep)
-    owner = assign_clusters(points(made, grid), made.kept)
+    every = points_of(made.rows, made.owner, grid, EvoPrune.alpha)
+    assert torch.equal(made.kept, farthest_points(every, keep))
+    owner = assign_clusters(every, made.kept)
     clusters = [made.rows[made.owner[owner == k]] for k in range(keep)]
     assert sum(map(len, clusters)) == 90 and torch.equal(owner[made.kept], torch.arange(keep))
     tokens = torch.stack([rows.mean(0) for rows in clusters]) if average else made.rows[made.owner[made.kept]]
@@ -229,8 +154,10 @@ def test_without_selections_between_layers_segments_are_the_whole(tower, share, 
 
 
 @pytest.mark.parametrize("name", ["evoprune", "evoprune:first=0", "evoprune:first=0.2:rows=0.4:depth=0.5"])
-def test_selections_between_layers_see_rows_of_their_own_segment_alone(name):
+def test_selections_between_layers_see_rows_of_their_own_segment_alone(name, monkeypatch):
     visual, grid, pairs = tiny_tower(), (9, *PLACES), (3, 3, 3)
+    entered, enter = [], Segment.enter
+    monkeypatch.setattr(Segment, "enter", lambda *args: entered.append(enter(*args)) or entered[-1])
     patches = clip(grid, changes(grid, 0.3))
     method = methods.parse(name)
     parts, cut = (in_segments(visual, patches, method, pairs, 0.4, chunk_units=size) for size in (10**6, 1))
@@ -248,17 +175,9 @@ def test_selections_between_layers_see_rows_of_their_own_segment_alone(name):
                 [bool((row == of).all()) for row, of in zip(part.tokens.rows, before[place], strict=True)]
             )
             assert taken.sum() == len(part.unit) - computed > 0
-
-
-def test_attention_sees_the_rows_of_the_segment_before():
-    visual, grid = tiny_tower(), (4, *PLACES)
-    changed = changes(grid, 0.1)
-    patches = clip(grid, changed)
-    other = patches.clone()
-    other[: 4 * prod(PLACES)] += 0.5 * torch.randn(4 * prod(PLACES), 1176, generator=torch.Generator().manual_seed(1))
-    made = [in_segments(visual, each, methods.parse("evoprune"), (2, 2), 0.5)[1][0] for each in (patches, other)]
-    own = [part.tokens.rows[part.tokens.owner[changed[2:].flatten()]] for part in made]
-    assert not torch.allclose(own[0], own[1], atol=1e-3)
+    for layout, _ in entered:  # units of the segment before have its row at their place
+        outside = (layout.unit_to_row >= layout.rows).nonzero()[:, 0]
+        assert torch.equal(layout.unit_to_row[outside] - layout.rows, outside % prod(PLACES))
 
 
 def test_a_segment_without_anything_new_is_refused():
@@ -275,3 +194,100 @@ def test_what_needs_more_than_rows_leaves_nothing(name):
     plan = plan_of(method, tower_shape(visual), (2, *PLACES), 30)
     alone = encode_rows(visual, [patches[len(patches) // 2 :]], plan)
     assert parts[0][1] is None and torch.equal(parts[1][0].tokens.rows, alone.tokens.rows)
+
+
+# Rows selected between two layers of the tower, for all layers after them.
+
+
+@dataclass(frozen=True)
+class Several(EncoderMethod):
+    """Rows are left behind before the first layer, and before the second and the last of four."""
+
+    tokens: ClassVar[Selector] = FarthestPoints()
+    reuse: ClassVar[float] = 8.0
+
+    def stages(self, tower, grid, keep):
+        after = {0: 60, 1: 50, 3: 45}
+        return [Stage(layer, max(keep, rows), FarthestPoints(average=layer == 1)) for layer, rows in after.items()]
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("keep", [40, 10, 1])
+@pytest.mark.parametrize("full_layers", [(1, 3), (0, 2), ()])
+def test_selected_rows_against_loops(share, keep, full_layers):
+    grid, changed = (5, 3, 5), changes((5, 3, 5), share)
+    patches, visual = clip(grid, changed), tiny_tower(full_layers)
+    assert torch.equal(encoded_units(patches, grid), changed)  # else the test shows something else
+    for method in (
+        EvoPrune(), EvoPrune(depth=0.75, alpha=1.0), EvoPrune(average=False, reuse=0.0, count=0.0),
+        EvoPrune(rows=1.0), EvoPrune(rows=0.0), EvoPrune(first=0.0), AFTER, Several(),
+    ):  # fmt: skip
+        units, owner, tokens = encode_slowly(visual, patches, grid, method, keep, changed if method.reuse else None)
+        for size in (1, 30, 10**6):
+            made = encode_patches(patches, grid, method, keep, visual, chunk_units=size)
+            assert made.owner.tolist() == owner and len(made.kept) == keep
+            torch.testing.assert_close(made.rows.double(), tokens, atol=1e-4, rtol=1e-4)
+            if len(units) == keep < made.layers[0][1] and getattr(method, "rows", 0) == 1:
+                assert made.kept.tolist() == units and torch.equal(made.features, made.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Given(Selector):
+    """Answers with a selection that was made before."""
+
+    answer: Selection | None = None
+
+    def select(self, tokens, keep):
+        return self.answer
+
+
+@dataclass(frozen=True, eq=False)
+class GivenInside(EvoPrune):
+    given: Given | None = None
+
+    @property
+    def tokens(self):
+        return self.given
+
+    def stages(self, tower, grid, keep):
+        return [Stage(1, keep, self.given)]
+
+
+def inside(kept, owner, given=Given) -> GivenInside:
+    return GivenInside(given=given(Selection(torch.tensor(kept), owner)))
+
+
+def test_units_may_be_dropped():
+    owner = torch.where(torch.arange(32) < 20, -1, 1).index_fill_(0, torch.tensor(3), 0)
+    made = encode_clip((2, 4, 4), changes((2, 4, 4), 1.0), inside([3, 20], owner), 2)
+    assert made.kept.tolist() == [3, 20] and torch.bincount(made.owner[made.owner >= 0]).tolist() == [1, 12]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_rows_that_are_not_finite_are_found_before_the_selection_or_at_the_end_where_reading_waits(waits, monkeypatch):
+    patches, selected = random_patches((2, 3, 5)), []
+    patches[7] = float("nan")
+    select = FarthestPoints.select
+    monkeypatch.setattr(FarthestPoints, "select", lambda *args: selected.append(1) or select(*args))
+    monkeypatch.setattr(devices, "exact_shapes", lambda device: not waits)
+    with pytest.raises(ModelError, match="encode"):
+        encode_patches(patches, (2, 3, 5), EvoPrune(reuse=0.0, first=0.0), 6)
+    assert len(selected) == 2 * waits
+
+
+def test_rows_that_are_not_finite_after_the_selection_are_found_too():
+    visual = deepcopy(tiny_tower())
+    visual.blocks[3].norm2.weight.data[2] = float("nan")
+    with pytest.raises(ModelError, match="encode"):
+        encode_patches(random_patches((2, 3, 5)), (2, 3, 5), EvoPrune(reuse=0.0), 6, visual)
+
+
+@dataclass(frozen=True, eq=False)
+class Asks(Given):
+    needs = frozenset({"keys"})
+
+
+def test_a_selector_inside_the_tower_may_not_ask_for_what_there_is_after_it():
+    with pytest.raises(TypeError, match="nothing but the rows"):
+        encode_patches(random_patches((2, 3, 5)), (2, 3, 5), inside([0], torch.zeros(30), Asks), 6)
