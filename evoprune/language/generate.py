@@ -25,6 +25,7 @@ from evoprune.methods.chain import Pipeline
 from evoprune.methods.types import ascending, generator_seed
 from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.numerics import not_a_number_error
+from evoprune.model.weights import HostedVL
 
 
 def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
@@ -160,7 +161,7 @@ class PrefillState:
         """
         token, last = None, len(ids) - 1
         try:
-            if self._steps is None and self.answered == last and self.model.native:
+            if self._steps is None and self.answered == last and not isinstance(self.model, HostedVL):
                 self._steps = static.begin(
                     self.model, self._holder, self.cache, self.next_position + last, len(ids), left
                 )
@@ -178,7 +179,7 @@ class PrefillState:
 
 def layers_of(model) -> ModuleType:
     """What runs the layers of the language model, by `forward` and `logits`: language/decoder.py, or language/hosted.py."""
-    return decoder if model.native else hosted
+    return hosted if isinstance(model, HostedVL) else decoder
 
 
 def prefill(
@@ -207,12 +208,12 @@ def prefill(
 
 def can_crop(model) -> bool:
     """Whether a cache can lose its last columns: where layers have a recurrent state, a later prompt goes on from a copy."""
-    return model.native or hosted.can_crop(model)
+    return not isinstance(model, HostedVL) or hosted.can_crop(model)
 
 
 def new_cache(model, columns: int | Sequence[int]) -> KVCache | HostedCache:
     """An empty cache for a prompt of `columns`, in each layer or in all, and an answer of the usual length."""
-    if not model.native:
+    if isinstance(model, HostedVL):
         return HostedCache(model)
     return KVCache(
         model, columns + ANSWER_COLUMNS if isinstance(columns, int) else [n + ANSWER_COLUMNS for n in columns]
