@@ -33,11 +33,7 @@ from tests.video.files import write_said, write_video
 from tests.video.subtitled import SRT, pictures
 
 CLIP, QUESTION, ANSWER = "samples/square.mp4", "What colour is the square?", "green"
-
-
 SCENE = "samples/scenes/crossing.mp4"
-
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -181,8 +177,6 @@ def test_the_warning_that_an_answer_means_nothing_comes_before_it(cli, foreign, 
 
 
 OTHER, DIFFERS = "samples/arrivals.webm", "What differs?"
-
-
 QUICK = ("-n", "2")
 
 
@@ -223,8 +217,6 @@ def test_what_is_no_input_is_named(cli, words, code, says):
 
 
 DATA = "data:video/mp4;base64," + "A" * 9000
-
-
 LONG = "a" * 300 + ".mp4"
 
 
@@ -310,8 +302,6 @@ def test_what_is_not_seen_as_in_a_player_is_said(cli, tmp_path):
 
 
 MORE = "Which way does the square move?"
-
-
 COMPARE = ("ask", CLIP, QUESTION, "--compare")
 
 

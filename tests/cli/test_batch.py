@@ -25,17 +25,9 @@ from tests.cli.screen import visible
 from tests.video.subtitled import ASS, SRT, write_subtitled
 
 ROOT = Path(__file__).parents[2]
-
-
 CLIPS = ["samples/square.mp4", "samples/three.mp4"]
-
-
 QUESTIONS = ["What happens?", "How many shapes are there?"]
-
-
 CUT = "4 answers may be incomplete: -n (max_new_tokens) allows no more tokens"  # all of a test's rows have few
-
-
 ASKED = [word for question in QUESTIONS for word in ("-Q", question)]
 
 
@@ -576,8 +568,6 @@ def test_outputs_of_versions_without_subtitles_can_be_resumed(subtitled, clip):
 
 
 CLIP, OTHER, DIFFERS = "samples/square.mp4", "samples/arrivals.webm", "What differs?"
-
-
 QUICK = ("-n", "2")
 
 

@@ -24,8 +24,6 @@ from experiments.demo.scenes_batches import ScenesRecipe
 from experiments.examples import MADE_BY, counts
 
 ROOT = Path(__file__).parents[2]
-
-
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/*.md"))]
 
 

@@ -15,11 +15,7 @@ from evoprune_cli.terminal import Terminated
 from tests.cli.screen import visible
 
 ROOT = Path(__file__).parents[2]
-
-
 DATA = "samples/questions.jsonl"
-
-
 NAMES = ["full", "random -b 0.5"]
 
 

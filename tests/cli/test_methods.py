@@ -9,23 +9,15 @@ from evoprune import methods
 from tests.methods.kinds import INNER, one_of_each
 
 CLIP = "samples/square.mp4"
-
-
 NAMES = methods.built_in()
-
-
 RUN = [name for name in NAMES if name != "operations"]  # which needs the recipe of a model
-
 
 PAIRS = [
     f"{before}+{inner}"
     for before, inner in zip(("evoprune", "reuse+divprune", "downscale", "tome"), INNER, strict=False)
 ]
 
-
 EXACT = [name for name in NAMES if name != "none" and methods.parse(name).exact]
-
-
 DRAWN = ("none", "downscale", "vidcom2", "tome", "evoprune", "reuse+divprune")  # one of each kind: what goes, and where
 
 

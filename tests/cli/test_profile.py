@@ -15,11 +15,7 @@ from evoprune_cli.profile import render
 from tests.cli.screen import visible
 
 CLIP = "samples/square.mp4"
-
-
 ROWS = ["Hugging Face", "budget 1.0", "bound -b 0.5", "evoprune -b 0.5"]
-
-
 QUICK = ("-r", "1", "--size", "112x168", "--frames", "4", "-b", "0.5")
 
 

@@ -20,11 +20,7 @@ from evoprune_cli.running import check_writable, write_bytes
 from evoprune_cli.terminal import json_line
 
 SAMPLES = Path("samples")
-
-
 QUICK = ("-m", "demo", "-b", "0.25", "--frames", "4", "-r", "1", "-w", "0", "-q")
-
-
 TUNE = ("-m", "demo", "-b", "0.5", "--frames", "4", "-Q", "What digit is it?", "--agree", "0.05", "-q")
 
 

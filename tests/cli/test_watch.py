@@ -16,11 +16,7 @@ from tests.live.streaming import streams
 from tests.video.files import numbered_frames, write_video
 
 CLIP, QUESTION, MORE = str(ROOT / "samples" / "square.mp4"), "What colour is the square?", "How many shapes are there?"
-
-
 ASKED = ("-Q", QUESTION)
-
-
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("EVOPRUNE_")} | {"OMP_NUM_THREADS": "1"}
 
 

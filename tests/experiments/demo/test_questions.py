@@ -10,7 +10,6 @@ from experiments.demo.clips import COLOURS, SHAPES, Clip, Thing, make_clip
 from experiments.demo.questions import TYPES, Question, ask
 
 pytestmark = pytest.mark.full  # users never run it, and test_frozen.py and test_scenes.py hold what it makes
-
 MANY = 1000
 
 

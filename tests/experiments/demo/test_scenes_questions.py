@@ -15,7 +15,6 @@ from experiments.demo.scenes.happening import CHECKED_OVER_TIME, GIST, HAPPENING
 from experiments.demo.scenes.looking import CHECKED, LOOKING
 
 pytestmark = pytest.mark.full  # users never run it, and test_frozen.py and test_scenes.py hold what it makes
-
 CLIPS = 700
 
 
