@@ -53,18 +53,6 @@ def test_ask(tiny, name):
         assert kept == 24 or (name not in EXACT and 12 <= kept < 24)
 
 
-@pytest.mark.few(1)
-@pytest.mark.parametrize(
-    "name", one_of_each(["evoprune", *(name for name in NAMES if methods.parse(name).reads_question), *PAIRS])
-)
-def test_batch(tiny, name, tmp_path):
-    out = tmp_path / "out.jsonl"
-    rows = ("-Q", "What happens?", "-Q", "How many shapes are there?")
-    assert tiny("batch", CLIP, *rows, "-n", 1, "--frames", 4, "-b", 0.25, "--method", name, "-o", out).code == 0
-    made = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [record["pruning"]["method"] for record in made] == [name, name]
-
-
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", one_of_each([*DRAWN, *(name for name in (*NAMES, *PAIRS) if reads_question(name))]))
 def test_inspect(tiny, name, tmp_path):
