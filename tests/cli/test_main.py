@@ -499,12 +499,6 @@ def test_rows(cli, soon, tmp_path, content, code, says):
     assert code or len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_deep_output_is_no_record(cli, tmp_path):
-    (tmp_path / "out.jsonl").write_text("[" * 10**5)
-    result = cli("batch", SQUARE, "-Q", "What?", *QUICK, "-o", tmp_path / "out.jsonl", "--resume")
-    assert result.code == 2 and "line 1 is no record" in result.err
-
-
 def test_input_without_an_end(cli, soon, monkeypatch, tmp_path):
     monkeypatch.setattr("evoprune.batch.rows.MAX_BYTES", 2**20)
     for command in (("batch", "--from", "/dev/zero", "-o", tmp_path / "out.jsonl"), ("eval", "--data", "/dev/zero")):
