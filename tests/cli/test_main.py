@@ -139,6 +139,9 @@ CASES = {
     "random weights without a tokenizer": fails(
         4, "evoprune profile", *ASK, "-m", "Qwen/Qwen2.5-VL-3B-Instruct", "--load-format", "dummy", stage="load"
     ),
+    "random weights of unknown dimensions": fails(
+        4, "no bundled config for nobody/nothing", *ASK, "-m", "nobody/nothing", "--load-format", "dummy"
+    ),
     # 5: out of memory
     "weights do not fit": out_of_memory(
         "load", "evoprune.session.loading.model.load_weights", CPU_FULL, says="the weights of demo"
