@@ -19,6 +19,7 @@ from evoprune.bench.overlay import (
     overlay_file,
     png,
     trace,
+    wrap,
 )
 from evoprune.errors import UsageError
 from evoprune.video.frames import probe
@@ -187,6 +188,7 @@ def test_the_legend_says_when_clusters_are_too_many_for_their_colours(clusters, 
 
 
 def test_frames_are_of_one_even_size_and_a_long_title_wraps():
+    assert wrap("", 300, 20) == [] and wrap("ab", 1, 20) == ["a", "b"]  # what is too wide alone is broken
     short, long = (list(Overlay(painted(), title).frames()) for title in ("t", "a long title " * 20))
     (width, height), (long_width, long_height) = {p.size for p in short}.pop(), {p.size for p in long}.pop()
     assert len({p.size for p in short}) == len({p.size for p in long}) == 1

@@ -29,7 +29,7 @@ from evoprune.bench.profile_results import (
     bound_of,
     median_ratio,
 )
-from evoprune.errors import OutOfMemory
+from evoprune.errors import ModelError, OutOfMemory
 from evoprune.methods.plans import full_plan
 from evoprune.model import cost
 from evoprune.report import Environment, ModelFacts
@@ -240,6 +240,11 @@ def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
     assert problem.value.exit_code == 5 and "--frames, --size" in problem.value.hint and "-m" in problem.value.hint
     with pytest.raises(OutOfMemory):
         profile.load(ModelOptions(str(saved)), [CASE])
+
+
+def test_random_weights_need_a_bundled_config():
+    with pytest.raises(ModelError, match="no bundled config"):  # and the hub is not asked
+        profile.load(ModelOptions("nobody/nothing", load_format="dummy"), [CASE])
 
 
 def test_a_case_without_memory_is_not_run(loaded, monkeypatch):

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -565,20 +564,6 @@ def test_ctrl_c_stops_an_answer_and_then_the_conversation(keyboard, endless):
     screen.press(b"\x03")
     assert process.wait(60) == -signal.SIGINT
     assert process.stdout.read().endswith(b"\n") and "Traceback" not in screen.finish()
-
-
-@pytest.mark.full
-def test_records_of_answers_that_were_stopped(keyboard, endless):
-    screen, process = keyboard("ask", CLIP, QUESTION, "--interactive", "-m", endless, "-n", "30000", "--json")
-    screen.wait_for(re.escape("\x1b[?25h"), 2)  # the second spinner has given the cursor back: there is a first word
-    time.sleep(0.2)
-    screen.press(b"\x03")
-    record = json.loads(process.stdout.readline())
-    assert record["question"] == QUESTION and record["finish_reason"] == "interrupt" and record["answer"]
-    screen.wait_for("> ")
-    screen.press(b"\x04")
-    assert process.wait(60) == 0 and process.stdout.read() == b""
-    screen.finish()
 
 
 # Memory.

@@ -12,7 +12,6 @@ from evoprune.errors import OutOfMemory
 from evoprune.methods.plans import PRESETS
 from evoprune_cli.eval import render as table
 from evoprune_cli.terminal import Terminated
-from tests.cli.screen import visible
 
 ROOT = Path(__file__).parents[2]
 DATA = "samples/questions.jsonl"
@@ -116,21 +115,6 @@ def test_only_columns_that_are_there_are_explained(run):
     assert gone >= 3
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("columns", [100, 80, 60, 40])
-def test_a_narrow_terminal(run, choices, monkeypatch, columns):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    result = run("--blind", "--method", "evoprune,random,evs-nofloor", data=choices)
-    assert max(map(len, result.out.splitlines())) <= min(columns, 80)
-    heads = " ".join(line for line in result.out.splitlines() if line.startswith("   "))
-    assert ("vs full" in heads) == (columns > 40) and ("kept" in heads) == (columns > 40)
-    assert ("unparsed" in heads) == (columns > 40)
-    assert len(table_rows(result.out)) == 5 and heads.count("TFLOP") == 1
-    groups = [line for line in result.out.splitlines() if line.startswith("group ")]
-    assert [name for line in groups for name in line.split("  ") if name.strip() in ("full", "random -b 0.5", "blind")]
-    assert sum(line.count("-b 0.5") for line in groups) == 3 and len(groups) == {100: 1, 80: 1, 60: 2, 40: 3}[columns]
-
-
 def test_unparseable_answers_have_a_column(run, choices):
     result = run(data=choices)
     assert "unparsed: answers that name none of the options" in result.out
@@ -221,13 +205,6 @@ def test_nothing_but_failures_is_still_a_table(run, tmp_path):
     )
     result = run(data=tmp_path / "q.jsonl", encoding="ascii")
     assert result.code == 6 and result.out.isascii() and "0 questions about 0 of 1 video, 1 failed" in _flat(result)
-
-
-@pytest.mark.full
-def test_progress_on_a_terminal_only(run):
-    result = run(columns=50)
-    assert "video 2 of 2: random -b 0.5" in result.err and visible(result.err) == [] and "video 2" not in result.out
-    assert run("-q", columns=50).err == ""
 
 
 def test_answers_that_are_cut_short_are_counted(cli):

@@ -1,6 +1,5 @@
 """The contract of the command line: exit code, what is on stdout and on stderr, with and without a terminal; hostile input."""
 
-import fcntl
 import json
 import os
 import re
@@ -9,11 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import termios
 import time
 import tomllib
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +19,7 @@ import torch
 from evoprune import __version__
 from evoprune_cli import main
 from evoprune_cli.terminal import Terminated, encodable
-from tests.cli.screen import Screen, visible
+from tests.cli.screen import visible
 from tests.video.files import numbered_frames, spoil, write_video
 
 ROOT = Path(__file__).parents[2]
@@ -326,100 +323,6 @@ def test_what_was_found_before_an_inspection_failed(cli):
     assert record["video"]["codec"] == "h264" and "plan" not in record
 
 
-@dataclass(frozen=True)
-class Process:
-    """A command in a process of its own, what happens to it there, and what must come of it."""
-
-    args: tuple[str, ...]
-    code: int
-    out: str = ""
-    err: str = ""
-    event: str | None = None
-    env: dict[str, str] = field(default_factory=dict)
-
-
-ENDLESS = ("ask", CLIP, QUESTION, "-m", "{endless}", "-n", "30000", "-t", "1", "--seed", "5")
-C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-
-PROCESSES = {
-    "C locale": Process(("ask", "{grün}", QUESTION), 0, f"{ANSWER}\n", "first token", env=C_LOCALE),
-    "Ctrl-C while it answers": Process(ENDLESS, -signal.SIGINT, "\n", "generate", "ctrl-c"),
-    "interrupted early": Process((*ENDLESS, "--json"), -signal.SIGINT, '"finish_reason":"interrupt"', "", "interrupt"),
-    "reader of the answer gone": Process(("ask", CLIP, "Describe the video.", "-q"), 0, event="close stdout"),
-    "disk full": Process(("inspect", CLIP, "--json"), 2, "", "error: cannot write the output: No space", "full"),
-    "reader of the help gone": Process(("--help",), 0, event="close stdout"),
-    "reader of the errors gone": Process(("ask", "no/such.mp4", QUESTION), 3, event="close stderr"),
-}
-
-
-def marks_of(case: Process) -> list:
-    """Those that are stopped by Ctrl-C or cannot write."""
-    return [] if case.event in ("ctrl-c", "full") else [pytest.mark.full]
-
-
-def _at_the_keyboard(terminal: bool) -> None:
-    """In a process about to start: it hears Ctrl-C, although the tests may run where that is ignored."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if terminal:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # or Ctrl-C is a mere letter
-
-
-@pytest.mark.few(1)
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=name, marks=marks_of(case)) for name, case in PROCESSES.items()]
-)
-def test_processes(case, clips, endless):
-    if case.env == C_LOCALE and not sys.prefix.isascii():
-        pytest.skip("torch cannot be imported from such a path in this locale")
-    names = {"{endless}": str(endless), "{grün}": str(clips / "grün.mp4")}
-    screen = Screen(100) if case.event == "ctrl-c" else None
-    with (
-        open(os.devnull, "rb") as stdin,
-        open("/dev/full" if case.event == "full" else os.devnull, "wb") as full,
-    ):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "evoprune_cli", *(names.get(word, word) for word in case.args)],
-            stdin=screen.end if screen else stdin,
-            stdout=full if case.event == "full" else subprocess.PIPE,
-            stderr=screen.end if screen else subprocess.PIPE,
-            cwd=ROOT,
-            env={k: v for k, v in os.environ.items() if not k.startswith("EVOPRUNE_")}
-            | {"OMP_NUM_THREADS": "1"}
-            | case.env,
-            start_new_session=True,
-            preexec_fn=partial(_at_the_keyboard, screen is not None),
-        )
-    match case.event:
-        case "interrupt":
-            while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
-                assert process.poll() is None
-                time.sleep(0.01)
-            process.send_signal(signal.SIGINT)
-        case "ctrl-c":
-            assert process.stdout.read(1)
-            screen.press(b"\x03")
-        case "close stdout":
-            process.stdout.close()
-        case "close stderr":
-            process.stderr.close()
-    if screen:
-        os.close(screen.end)
-        out, err = process.stdout.read(), "\n".join(visible(screen.finish())).encode()
-    else:
-        out, err = (
-            b"" if stream is None or stream.closed else stream.read() for stream in (process.stdout, process.stderr)
-        )
-    code = process.wait(120)
-    assert code == case.code, err.decode()
-    assert b"Traceback" not in err and b"\x1b" not in err and (err.isascii() or not case.env)
-    assert b"\x1b" not in out or case.args[: len(ENDLESS)] == ENDLESS  # who says just anything may say that, too
-    assert case.err.encode() in err and (case.err or not err)
-    if code == 0:
-        assert out.decode() == case.out
-    else:  # an answer that was cut short, the JSON record, or nothing
-        assert case.out in out.decode() and out[-1:] in (b"", b"\n")
-
-
 @pytest.mark.parametrize("where", ["raise KeyboardInterrupt", "exec('raise KeyboardInterrupt')"])
 @pytest.mark.parametrize("way", ["module", "script"])
 def test_interrupted_while_the_command_line_is_imported(tmp_path, way, where):
@@ -568,24 +471,48 @@ def test_json_has_escapes_for_what_cannot_be_seen(cli, says):
 
 
 # --- streams ---
+
+
 REDIRECTED = {
-    # shell: exit code, what stderr says
-    "ask >&-": ("ask samples/square.mp4 What? -q", 2, "stdout is closed"),
-    "help >&-": ("--help", 2, "stdout is closed"),
-    "an unknown flag >/dev/full": ("ask samples/square.mp4 What? --json --none", 2, "No space left"),
+    # shell, with {} for the program: exit code, stdout, what stderr says in two lines
+    "stdout closed": ("{} ask samples/square.mp4 What? -q >&-", 2, "", "stdout is closed"),
+    "stdout closed, help": ("{} --help >&-", 2, "", "stdout is closed"),
+    "disk full": ("{} inspect samples/square.mp4 --json >/dev/full", 2, "", "error: cannot write the output: No space"),
+    "disk full, an unknown flag": ("{} ask samples/square.mp4 What? --json --none >/dev/full", 2, "", "No space left"),
+    "reader of the answer gone": (
+        "{} ask samples/square.mp4 'What happens?' -q | true; exit ${PIPESTATUS[0]}",
+        0,
+        "",
+        None,
+    ),
+    "reader of the help gone": ("{} --help | true; exit ${PIPESTATUS[0]}", 0, "", None),
+    "reader of the errors gone": (
+        "{} ask no/such.mp4 What? 2>&1 >/dev/null | true; exit ${PIPESTATUS[0]}",
+        3,
+        "",
+        None,
+    ),
+    "C locale": (
+        "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {} ask '{grün}' 'What colour is the square?' -q",
+        0,
+        "green\n",
+        None,
+    ),
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(2)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize(("words", "code", "says"), REDIRECTED.values(), ids=REDIRECTED)
-def test_output_that_goes_nowhere(request, words, code, says):
-    end = request.node.callspec.id.split(">")[1]
-    done = subprocess.run(
-        ["bash", "-c", f'"{sys.executable}" -m evoprune_cli {words} >{end}'], cwd=ROOT, capture_output=True, text=True
+@pytest.mark.parametrize(("line", "code", "out", "says"), REDIRECTED.values(), ids=REDIRECTED)
+def test_where_the_output_goes(clips, line, code, out, says):
+    if "LC_ALL" in line and not sys.prefix.isascii():
+        pytest.skip("torch cannot be imported from such a path in this locale")
+    line = line.replace("{}", f"{shlex.quote(sys.executable)} -m evoprune_cli").replace(
+        "{grün}", str(clips / "grün.mp4")
     )
-    assert done.returncode == code and says in done.stderr
-    assert len(done.stderr.splitlines()) == 2, done.stderr
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, out), done.stderr
+    assert len(done.stderr.splitlines()) == 2 and says in done.stderr if says else done.stderr == ""
 
 
 def test_other_streams_may_be_closed(tmp_path):

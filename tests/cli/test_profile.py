@@ -61,20 +61,6 @@ def test_only_columns_that_are_there_are_explained(profile, monkeypatch):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("columns", [100, 80, 60, 40])
-def test_a_narrow_terminal(profile, monkeypatch, columns):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    result = profile("-b", "0.25", "-r", "2")
-    assert max(map(len, result.out.splitlines())) <= min(columns, 80)
-    rows = table_rows(result.out)
-    assert len(rows) == 6 and all("%" in row and "x" in row for row in rows)
-    widths = {"encode ms": 60, "prefill": 80, "vs HF": 40, "tok/s": 80, "tower vs HF": 60, "peak": 80}
-    heads = [line for line in result.out.splitlines() if line.startswith("   ")]
-    for title, least in widths.items():
-        assert (title in " ".join(heads)) == (columns >= least), title
-
-
-@pytest.mark.full
 def test_markdown(profile):
     out = profile("--format", "md", "--frames", "4,8", "--size", "112x168", "--size", "56x112").out
     head, _, titles, rule, *rows = out.splitlines()
@@ -142,15 +128,6 @@ def test_a_chart_of_a_sweep(profile, tmp_path):
     profile("--frames", "2,8", "--chart", tmp_path / "chart.svg")
     words = [e.text for e in ElementTree.parse(tmp_path / "chart.svg").iter() if e.tag.endswith("text")]
     assert words.count("frames") == 2 and {"Encode", "First token (encode + prefill)", *ROWS} <= set(words)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("option", ["-o", "--chart"])
-def test_a_full_disk(profile, option):
-    result = profile(option, "/dev/full")
-    error, hint = result.err.splitlines()
-    assert result.code == 2 and error == "error: cannot write /dev/full: No space left on device"
-    assert hint == "hint: choose another place" and table_rows(result.out)
 
 
 @pytest.mark.full
