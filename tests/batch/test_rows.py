@@ -256,10 +256,11 @@ def test_a_video_inside_its_row_is_refused_in_a_line():
 
 some_rows = st.lists(
     st.builds(
-        lambda number, video, start: Row(str(number), (video,), (video,), "What?", start),
+        lambda number, video, start, end: Row(str(number), (video,), (video,), "What?", start, end),
         st.integers(),
         st.sampled_from("abc"),
         st.sampled_from([0.0, 1.0]),
+        st.sampled_from([None, 2.0]),
     )
 )
 
@@ -269,11 +270,11 @@ some_rows = st.lists(
 def test_rows_that_one_encoding_serves_are_together(rows):
     spans = group_by_span(rows)
     assert sorted((row for span in spans for row in span.rows), key=id) == sorted(rows, key=id)
-    keys = [(span.rows[0].paths, span.sampling["start_s"]) for span in spans]
+    keys = [(span.rows[0].paths, span.sampling["start_s"], span.sampling["end_s"]) for span in spans]
     assert len(set(keys)) == len(keys)  # one encoding each
     for span, key in zip(spans, keys, strict=True):
-        assert list(span.rows) == [row for row in rows if (row.paths, row.start_s) == key]  # in their order
-    videos = [path for path, _ in keys]
+        assert list(span.rows) == [row for row in rows if (row.paths, row.start_s, row.end_s) == key]  # in their order
+    videos = [path for path, *_ in keys]
     assert [v for i, v in enumerate(videos) if i == 0 or videos[i - 1] != v] == list(
         dict.fromkeys(r.paths for r in rows)
     )

@@ -18,7 +18,6 @@ PAIRS = [
 ]
 
 EXACT = [name for name in NAMES if name != "none" and methods.parse(name).exact]
-DRAWN = ("none", "downscale", "vidcom2", "tome", "evoprune", "reuse+divprune")  # one of each kind: what goes, and where
 
 
 def reads_question(name: str) -> bool:
@@ -51,17 +50,6 @@ def test_ask(tiny, name):
         assert kept == 24
     else:
         assert kept == 24 or (name not in EXACT and 12 <= kept < 24)
-
-
-@pytest.mark.few(2)
-@pytest.mark.parametrize("name", one_of_each([*DRAWN, *(name for name in (*NAMES, *PAIRS) if reads_question(name))]))
-def test_inspect(tiny, name, tmp_path):
-    out = tmp_path / "out.png"
-    made = tiny("inspect", CLIP, "--overlay", out, "--frames", 4, "-b", 0.25, "--method", name)
-    asked = reads_question(name)
-    assert (made.code, out.exists()) == ((2, False) if asked else (0, True)), made.err
-    if asked:  # there is no question in a picture
-        assert "question" in made.err and "hint: " in made.err
 
 
 def test_all_are_listed_with_where_they_act(cli, monkeypatch):
