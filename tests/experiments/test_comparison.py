@@ -14,7 +14,6 @@ from experiments import comparison
 from experiments.comparison import chart, compared, main
 from experiments.comparison_tables import (
     Outcome,
-    against_ours,
     document,
     equal_cost,
     short,
@@ -114,15 +113,6 @@ def test_more_tokens_than_the_budget_are_marked():
     text = document(made, (0.5, 0.25), "", "")
     assert text.split("### `-b 0.25`")[1].count("| 0.5 † |") == len(RIGHT)
     assert "†" not in text.split("### `-b 0.5`")[1].split("###")[0]
-
-
-def test_ours_against_each_at_the_same_budget():
-    half, tenth = samples({"evoprune": "1111" * 10, "pool": "0" * 40}), samples({"evoprune": "0111" * 10}, 0.1)
-    made = Outcome("one", {}, [*half, *tenth, {"video": "v", "error": {}}])
-    lines = against_ours(made, (0.5, 0.1, 0.25)).splitlines()
-    assert lines[0] == "|  | -b 0.5 | -b 0.1 |" and len(lines) == 3
-    assert lines[2] == "| `pool` | +100.0 (+100.0 to +100.0) |  |"
-    assert against_ours(Outcome("one", {}, samples({"pool": "0" * 40})), (0.5,)) == ""
 
 
 def test_equal_cost_is_the_most_expensive_of_ours_that_costs_no_more():

@@ -11,11 +11,8 @@ from experiments.demo.batches import ROW, packed
 from experiments.demo.muon import Muon
 from experiments.demo.painting import CHARACTERS
 from experiments.demo.questions import Question
-from experiments.demo.scenes.asking import ask
 from experiments.demo.scenes.clip import Camera, Clip, Thing
-from experiments.demo.scenes.compose import compose
 from experiments.demo.scenes.drawing import render_with_map
-from experiments.demo.scenes.happening import types_for
 from experiments.demo.scenes_batches import GROUPS, IMAGE, ScenesRecipe, question_batches, vision_batches
 from experiments.demo.scenes_labels import (
     BLANK,
@@ -31,11 +28,11 @@ from experiments.demo.scenes_labels import (
     dense_labels,
     story_labels,
 )
-from experiments.demo.scenes_model import keep_large, prompt, scenes_config, scenes_tokenizer
+from experiments.demo.scenes_model import keep_large, scenes_config, scenes_tokenizer
 from experiments.demo.team import run_team
-from experiments.demo.train_scenes import build, tower_share
+from experiments.demo.train_scenes import build
 from experiments.demo.training import answer_loss
-from experiments.demo.validity import rank_correlation, ranks
+from experiments.demo.validity import CELLS, rank_correlation, ranks, table
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +121,6 @@ def test_the_head_learns_from_every_label():
 # --- the model and its prompts ---------------------------------------------------------------------------------------
 
 
-def test_the_prompt_is_that_of_an_evaluation():
-    clip = compose((10, 5), 8, 12, 1, 1.0)
-    for q in ask(clip, np.random.default_rng(0), 8, types_for(clip)):
-        assert q.question in prompt(q)
-        if q.options:
-            assert f"{'ABCD'[q.options.index(q.answer)]}. {q.answer}\n" in prompt(q)
-
-
 def test_batches_hold_pictures_videos_two_inputs_and_late_positions(tokenizer):
     recipe, seen = ScenesRecipe(units=100), set()
     batches = question_batches(recipe, tokenizer, recipe.still_steps)
@@ -217,18 +206,13 @@ def test_the_loss_is_hugging_faces_also_with_two_pictures(model, tokenizer):
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def test_ranks_and_their_correlation():
+def test_the_table_has_ranks_and_counts_cells_that_are_near():
     assert ranks([3.0, 1.0, 3.0]).tolist() == [2.5, 1.0, 2.5]
-    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
-    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
-    assert math.isnan(rank_correlation([1, 2], [5, 5]))
-
-
-def test_the_tower_thaws_slowly():
-    recipe = ScenesRecipe(open_steps=10, thaw_steps=20, thawed=0.5)
-    shares = [tower_share(step, recipe) for step in range(60)]
-    assert set(shares[:10]) == {1.0} and shares[10] == pytest.approx(0.025) and shares[19] == pytest.approx(0.25)
-    assert set(shares[29:]) == {0.5}
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1) and math.isnan(
+        rank_correlation([1, 2], [5, 5])
+    )
+    text = table({cell: cell.published + (5 if cell.method == "scope" else 7) for cell in CELLS}, ["a fact"])
+    assert "- 2 of 12 cells within 6 points" in text and "| picture | 0.25 | scope | 92.5 | 97.5 | +5.0 |" in text
 
 
 def test_a_second_set_may_start_with_the_language_model_of_the_first(tmp_path):
