@@ -191,7 +191,8 @@ ANSWERS = {
         ("B. Apples", NONE),
     ],
     ("Chinese", SHAPES): [
-        *((said, 1) for said in ("答案是B", "答案：B", "答案为（B）。", "正确答案是 B。", "选B", "选项B正确", "B是正确的", "应该选择B，因为A不对", "不是A，是B")),
+        *((said, 1) for said in ("答案是B", "答案：B", "答案为（B）。", "正确答案是 B。")),
+        *((said, 1) for said in ("选B", "选项B正确", "B是正确的", "应该选择B，因为A不对", "不是A，是B")),
         *((said, 1) for said in ("A是错的，B是对的",)),
         *((said, NONE) for said in ("不是A", "没有答案", "A或B")),
     ],
