@@ -96,13 +96,6 @@ def test_an_open_file_is_written_to_as_given(tmp_path):
         file.write(b"after\n")
     before, line, after = (tmp_path / "all").read_bytes().splitlines()
     assert (before, json.loads(line)["id"], after) == (b"before", "2", b"after")
-    os.mkfifo(tmp_path / "pipe")
-    reader = threading.Thread(target=lambda: read_.append((tmp_path / "pipe").read_bytes()))
-    read_ = []
-    reader.start()
-    write(tmp_path / "pipe", record(3))
-    reader.join()
-    assert json.loads(read_[0])["id"] == "3"
 
 
 def test_nothing_is_left_where_nothing_was_written(path):
@@ -112,11 +105,6 @@ def test_nothing_is_left_where_nothing_was_written(path):
     RecordFile(str(path)).close()  # an empty file is no output
     assert path.exists()
     write(path, record(1))
-    assert ids(path) == ["1"]
-
-
-def test_to_resume_what_is_not_there(path):
-    write(path, record(1), resume=True)
     assert ids(path) == ["1"]
 
 
@@ -165,28 +153,15 @@ GOOD = record(1).to_json()
     ("content", "line"),
     [
         ("notes", 1),
-        ("{}\n", 1),
         (Report().to_json() + "\n", 1),  # of `ask --json`
         (f"{GOOD}\nnotes", 2),
         (f"{GOOD}\n{GOOD[:100]}\n{GOOD}\n", 2),
-        (f"{GOOD[:100]}\n", 1),
         (f"\n{GOOD}\n", 1),
         (f"{GOOD}\n{Report(id='1').to_json()}", 2),
-        (Report(id="1").to_json(), 1),
         ("\0" * 9, 1),
+        ("[" * 10**5, 1),
     ],
-    ids=[
-        "text",
-        "empty object",
-        "of ask",
-        "text after a record",
-        "cut in the middle",
-        "cut at the start",
-        "empty line",
-        "of ask after a record, no newline",
-        "of ask, no newline",
-        "zeros alone",
-    ],
+    ids=range(8),
 )
 def test_a_file_that_is_not_ours_is_left_alone(path, content, line):
     path.write_text(content)
@@ -198,17 +173,6 @@ def test_a_file_that_is_not_ours_is_left_alone(path, content, line):
 
 def test_records_begin_as_it_is_believed():
     assert GOOD.encode().startswith(HEAD)
-
-
-def test_one_writer_at_a_time(path):
-    with closing(RecordFile(str(path))) as file:
-        for how in ({}, {"resume": True}, {"overwrite": True}):
-            with pytest.raises(UsageError, match="another batch is writing"):
-                RecordFile(str(path), **how)
-        file.begin()
-        file.add(record(1))
-    write(path, record(2), resume=True)
-    assert ids(path) == ["1", "2"]
 
 
 def test_one_process_at_a_time_and_a_killed_one_holds_no_lock(path):

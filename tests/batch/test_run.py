@@ -15,7 +15,6 @@ from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
 from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.report import Report
-from evoprune.session.encoding import OpenInput
 from evoprune.video.frames import read_frames
 
 CLIPS = ["samples/square.mp4", "samples/three.mp4", "samples/vanish.webm"]
@@ -95,46 +94,6 @@ def test_each_record_is_what_asking_alone_gives(qa):
         assert report.batch == {"row": row.asked | {"answer": "?"}, "settings": settings.record()}
     assert [report.time_ms.encode > 0 for report in made] == [True, False] * 3  # paid for by the first one
     assert all(report.time_ms.ttft_wall <= report.time_ms.total for report in made)
-
-
-@pytest.mark.full
-def test_one_encoding_serves_all_questions_with_the_same_part(qa, monkeypatch):
-    encoded, real = [], OpenInput.encode
-
-    def encode(opened, *how):
-        encoded.append(opened.plan.info.path)
-        return real(opened, *how)
-
-    monkeypatch.setattr(OpenInput, "encode", encode)
-    rows = [replace(row, id=f"{row.id} {start}", start_s=start) for start in (0.0, 2.0) for row in ROWS]
-    made = list(answers(qa, group_by_span(rows), changed(max_new_tokens=1)))
-    assert encoded == [clip for clip in CLIPS for _ in range(2)] and len({report.id for report in made}) == 12
-
-
-@pytest.mark.full
-def test_rows_about_several_inputs(qa):
-    """Inputs are part of what a row asks, in their order; one that is missing fails the row."""
-    both, swapped, gone = (
-        replace(ROWS[0], id=name, inputs=inputs, paths=inputs)
-        for name, inputs in (("a", CLIPS[:2]), ("b", CLIPS[1::-1]), ("c", (CLIPS[0], "gone.mp4")))
-        for inputs in [tuple(inputs)]
-    )
-    settings = changed(max_new_tokens=4)
-    first, second, failed = answers(qa, group_by_span([both, swapped, gone]), settings)
-    assert [each.path for each in first.inputs] == list(CLIPS[:2])
-    assert [each.path for each in second.inputs] == list(CLIPS[1::-1])
-    assert first.answer == qa.ask(list(CLIPS[:2]), both.prompt, max_new_tokens=4).text
-    assert failed.error["type"] == "video" and [each.path for each in failed.inputs] == [CLIPS[0], "gone.mp4"]
-    before = [found(both)]
-    assert remaining([both], settings, [replace(before[0], settings=settings.record())]) == []
-    with pytest.raises(UsageError, match="inputs was"):
-        remaining([replace(swapped, id="a")], settings, [replace(before[0], settings=settings.record())])
-
-
-def test_options_are_asked_with_their_letters(qa):
-    row = replace(ROWS[0], options=("red", "blue"))
-    (report,) = answers(qa, group_by_span([row]), changed(max_new_tokens=1))
-    assert report.question == row.prompt and "\nA. red\nB. blue\n" in report.question
 
 
 def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
@@ -242,23 +201,3 @@ def test_an_interruption_is_no_failure(qa, monkeypatch, stop, where):
     with pytest.raises(type(stop)):
         list(answers(qa, group_by_span(ROWS), SETTINGS))
     assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-prefetch"]
-
-
-def test_stopping_ends_all_threads(qa):
-    before = set(threading.enumerate())
-    with closing(answers(qa, group_by_span(ROWS), changed(max_new_tokens=1))) as made:
-        next(made)
-    assert set(threading.enumerate()) == before
-
-
-@pytest.mark.full
-def test_encoded_videos_come_from_the_cache(qa, tmp_path):
-    from evoprune.session.cache import Cache
-
-    settings = changed(max_new_tokens=4)
-    states = []
-    for _ in range(2):
-        made = list(answers(qa, group_by_span(ROWS), settings, Cache(tmp_path)))
-        states.append([(report.cache, report.answer) for report in made])
-    assert [cache for cache, _ in states[0]] == ["miss"] * 6 and [cache for cache, _ in states[1]] == ["hit"] * 6
-    assert [said for _, said in states[0]] == [said for _, said in states[1]]

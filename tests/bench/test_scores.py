@@ -65,26 +65,17 @@ def test_counts():
     assert (space["n"], space["videos"], space["accuracy"], space["difference"]) == (1, 1, 1, 0)
 
 
-def test_the_order_of_the_videos_does_not_matter():
-    again = {video: ANSWERS[video] for video in ("c", "a", "b")}
-    assert score_rows(run(again)) == score_rows(run(ANSWERS))
-
-
 def test_equal_answers_differ_by_exactly_nothing():
     for row in score_rows(with_methods(full="1101" * 3, a=("1101" * 3,))):
         assert row["difference"] == row["difference_low"] == row["difference_high"] == 0
         assert row["kept_of_full"] == row["kept_low"] == row["kept_high"] == 1
 
 
-def test_unparseable_answers_are_wrong_and_counted():
-    rows = score_rows([sample("a", "full", True), sample("a", "full", False, unparseable=True)])
-    assert (rows[0]["n"], rows[0]["right"], rows[0]["accuracy"], rows[0]["unparseable"]) == (2, 1, 0.5, 1)
-
-
 def test_a_failed_video_is_in_no_row():
     failed = {"video": "d", "id": "1", "type": "order", "groups": ["time"], "error": {"message": "gone"}}
-    assert score_rows([failed, *run(ANSWERS)]) == score_rows(run(ANSWERS))
-    assert score_rows([failed]) == score_rows([]) == []
+    again = {video: ANSWERS[video] for video in ("c", "a", "b")}  # nor does the order matter
+    assert score_rows([failed, *run(again)]) == score_rows(run(ANSWERS))
+    assert score_rows([failed]) == score_rows([]) == [] and precision([]) is None
 
 
 def test_nothing_right_in_full():
@@ -95,8 +86,15 @@ def test_nothing_right_in_full():
 
 @pytest.mark.parametrize("kind", [None, "order"])
 def test_groups_are_there_where_items_carry_them(kind):
-    made = [sample("a", "full", True, kind=kind) | {"groups": []}]
-    assert [row["group"] for row in score_rows(made)] == ["all", *(["type:order"] if kind else [])]
+    rows = score_rows(
+        [sample("a", "full", right, kind=kind, unparseable=not right) | {"groups": []} for right in (True, False)]
+    )
+    assert [row["group"] for row in rows] == ["all", *(["type:order"] if kind else [])]
+    assert (rows[0]["n"], rows[0]["accuracy"], rows[0]["unparseable"]) == (
+        2,
+        0.5,
+        1,
+    )  # an answer that names none is wrong
 
 
 def with_methods(**right):
@@ -152,10 +150,6 @@ def test_too_few_videos_for_intervals_of_differences(videos):
     assert not is_tie(row_of(rows, "b -b 0.5", "all"), "difference") or videos == 10
 
 
-def test_nothing_to_compare():
-    assert precision([]) is precision(score_rows([sample("a", "full", True), sample("a", "blind", True)])) is None
-
-
 def clustered(random, clusters, each, mean, alike):
     """Right answers of each cluster; `alike`: how much the questions of one cluster stand or fall together (0: not at all)."""
     if alike == 0:
@@ -175,16 +169,6 @@ def test_the_accuracys_interval_covers_the_truth(alike, mean, clusters):
     found = [accuracy_interval(*clustered(random, clusters, 6, mean, alike)) for _ in range(1000)]
     covered = np.mean([low <= mean <= high for low, high in found])
     assert 0.92 <= covered <= 0.98
-
-
-def test_an_interval_that_ignored_the_clusters_would_not():
-    random, naive = np.random.default_rng(1), []
-    for _ in range(300):
-        right, asked = clustered(random, 50, 6, 0.7, 0.6)
-        ones = np.concatenate([np.arange(6) < r for r in right]).astype(int)
-        naive.append(accuracy_interval(ones, np.ones(len(ones))))
-        assert np.diff(accuracy_interval(right, asked)) > np.diff(naive[-1])
-    assert np.mean([low <= 0.7 <= high for low, high in naive]) < 0.85
 
 
 def test_independent_questions_have_wilsons_interval():
@@ -226,12 +210,6 @@ def test_draws_are_of_whole_clusters_and_the_same_again():
     assert (drawn[:, 0] == resampled(sums[:, :1], seed=3, draws=100)[:, 0]).all()  # whatever stands beside it
     assert drawn[:, 0].mean() == pytest.approx(sums[:, 0].sum(), rel=0.1)
     assert len(np.unique(resampled(sums, draws=4000)[:, 0])) > 50
-
-
-@pytest.mark.full
-def test_many_clusters_are_drawn_in_parts():
-    drawn = resampled(np.ones((50_000, 1)), draws=200)
-    assert drawn.shape == (200, 1) and (drawn == 50_000).all()
 
 
 def test_percentiles_without_numbers():

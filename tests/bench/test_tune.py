@@ -14,11 +14,9 @@ from evoprune.bench.tune import (
     candidates,
     design_effect,
     least_tokens,
-    promising,
     provable,
     recommended,
     result_rows,
-    rungs,
     search,
     smoothed,
 )
@@ -86,13 +84,6 @@ def test_quantised_weights_are_compared_with_the_exact_ones(kind, fits, saved, m
     alone = rows["none -b 1"]
     assert (alone["kl"] > 1e-7) == fits and alone["live_share"] == 1
     assert said == document["notes"] and (said == []) == fits
-
-
-@pytest.mark.full
-def test_questions_that_prove_too_little_are_named_at_once(saved):
-    document, said = tuned(saved, agree=0.999, videos=CLIPS[:1])
-    assert document["recommended"] is None and said == document["notes"]
-    assert "cannot prove that 99.9% agree" in said[0]
 
 
 @pytest.mark.full
@@ -165,34 +156,17 @@ class World:
         return {candidate.method: len(trials) for candidate, trials in self.known.items()}
 
 
-def test_everything_is_tried_where_there_is_time():
-    assert set(World(9, limit=90).run(10, goal=0.95).values()) == {10}
-
-
-@pytest.mark.parametrize("limit", [18, 30, 45, 60, 89])
+@pytest.mark.parametrize("limit", [4, 18, 45, 89, 90])
 def test_the_time_goes_to_the_fastest_that_reach_the_goal(limit):
     found = World(9, limit).run(10, goal=0.955)
+    if limit in (4, 90):  # too little for a first round; enough for everything
+        assert sum(found.values()) == limit
+        return
     assert all(count >= 2 for count in found.values())
     # m4 is the fastest that agrees often enough, m0 the slowest; m8 agrees least.
     assert found["m4"] == max(found.values()) > found["m8"] or limit == 18
     if limit >= 2 * 9 + 8 * LEAST:
         assert found["m4"] == 10
-
-
-def test_too_little_time_for_a_first_round():
-    found = World(9, limit=4).run(10, goal=0.9)
-    assert sum(found.values()) == 4
-
-
-@pytest.mark.parametrize("videos", [1, 2, 3, 7, 16])
-def test_rounds_take_every_video_once(videos):
-    assert [video for one in rungs(videos) for video in one] == list(range(videos))
-
-
-def test_the_most_promising_come_first():
-    world = World(5, limit=100)
-    world.run(2, goal=0.98)
-    assert [candidate.method for candidate in promising(world.known, 0.98)] == ["m2", "m1", "m0", "m3", "m4"]
 
 
 def test_candidates():

@@ -101,17 +101,6 @@ def test_without_memory_for_a_second_copy_it_is_made_of_our_tensors(monkeypatch)
     assert {n for n, s in states(results).items() if s == SKIPPED} == {"weights"}
 
 
-@pytest.mark.full
-def test_a_fault_of_the_tower_is_found_in_16_bits(folders, monkeypatch):
-    FAULTS["another rotary base in the tower"].plant(monkeypatch)
-    assert states(verified(folders["qwen2_5_vl"], quick=True, dtype="bf16"))["tower"] == DIFFERS
-
-
-@pytest.mark.parametrize("path", ["samples/square.mp4", "docs/overlay.png"])
-def test_a_file_of_the_user(path):
-    assert_held(verified("demo", path=path, quick=True, checks=CHECKS[:5]))
-
-
 def test_what_an_older_transformers_cannot_do_is_skipped(folders, monkeypatch):
     monkeypatch.setattr(interface, "takes_encoded", lambda model: False)
     named = [check for check in CHECKS if check.name in ("model", "batch")]
@@ -172,3 +161,8 @@ def test_a_figure_that_is_no_number_differs():
     outcome = judged("", {"error": (float("nan"), 1.0)})
     assert outcome.state == DIFFERS and outcome.figures == {"error": None, "error_limit": 1.0}
     assert gap(torch.zeros(2, 3), torch.ones(3, 3)).mean == float("inf")
+
+
+@pytest.mark.parametrize("path", ["samples/square.mp4", "docs/overlay.png"])
+def test_a_file_of_the_user(path):
+    assert_held(verified("demo", path=path, quick=True, checks=CHECKS[:5]))

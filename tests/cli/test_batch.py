@@ -1,23 +1,19 @@
 """`evoprune batch`: records in a file, every row once whatever happens, and what is refused before any weights are read."""
 
-import csv
 import json
 import os
 import random
 import re
-import resource
 import shutil
 import subprocess
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 
 from evoprune import video_qa
-from evoprune.batch.output import RecordFile
 from evoprune.language.static import best_of
 from evoprune_cli import batch
 from evoprune_cli.terminal import Terminated
@@ -25,17 +21,9 @@ from tests.cli.screen import visible
 from tests.video.subtitled import ASS, SRT, write_subtitled
 
 ROOT = Path(__file__).parents[2]
-
-
 CLIPS = ["samples/square.mp4", "samples/three.mp4"]
-
-
 QUESTIONS = ["What happens?", "How many shapes are there?"]
-
-
 CUT = "4 answers may be incomplete: -n (max_new_tokens) allows no more tokens"  # all of a test's rows have few
-
-
 ASKED = [word for question in QUESTIONS for word in ("-Q", question)]
 
 
@@ -66,12 +54,6 @@ def test_a_pattern_that_matches_nothing(run):
     assert run("nosuch.mp4", *ASKED).err.endswith("hint: check the path\n")
 
 
-def test_a_text_file_among_videos(run, out):
-    result = run(CLIPS[0], "LICENSE", "-Q", QUESTIONS[0])
-    assert result.code == 6 and "failed: LICENSE is not a video: it is a text file" in result.err
-    assert [record["error"] and record["error"]["type"] for record in records(out)] == [None, "video"]
-
-
 def breaking(monkeypatch, at: int, problem: BaseException):
     """Makes the `at`-th token fail: the first of the `at`-th question with `-n 1`."""
     chosen = []
@@ -98,58 +80,14 @@ def test_a_record_for_every_question_about_every_video(run, cli, out, tiny_folde
             assert ours[name] == theirs[name], name
 
 
-def rows_file(folder: Path, form: str) -> Path:
-    """Rows about the sample clips, under names relative to the file."""
-    fields = ["id", "video", "question", "start", "options"]
-    lines = [
-        ["a", "clips/square.mp4", "What, then?", "", ""],
-        ["b", "clips/three.mp4", "Which?", "1", "red|blue"],
-        ["", "clips/square.mp4", "Who?", "", ""],
+def test_rows_from_stdin_are_about_videos_beside_us(run, out, monkeypatch):
+    monkeypatch.chdir("samples")
+    rows = [{"video": "three.mp4", "question": question, "start": 1} for question in QUESTIONS]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    assert run("--from", "-", "--end", "3", stdin=content).code == 0
+    assert [(r["question"], r["sampling"]["start_s"], r["sampling"]["end_s"]) for r in records(out)] == [
+        (question, 1, 3) for question in QUESTIONS
     ]
-    (folder / "clips").symlink_to(ROOT / "samples")
-    path = folder / f"rows.{form}"
-    with open(path, "w", newline="") as file:
-        if form == "csv":
-            csv.writer(file).writerows([fields, *lines])
-            return path
-        for line in lines:
-            row = {name: cell for name, cell in zip(fields, line, strict=True) if cell}
-            if "options" in row:
-                row["options"] = row["options"].split("|")
-            file.write(json.dumps(row) + "\n")
-    return path
-
-
-@pytest.mark.few(1)
-@pytest.mark.parametrize("form", ["csv", "jsonl"])
-def test_rows_from_a_file_and_from_stdin(run, out, tmp_path, monkeypatch, form):
-    path = rows_file(tmp_path, form)
-    assert run("--from", path, "--end", "3").code == 0
-    made = records(out)
-    assert [r["id"] for r in made][::2] == ["a", "b"] and [r["video"]["path"][6:] for r in made] == [
-        "square.mp4",
-        "square.mp4",
-        "three.mp4",
-    ]
-    assert [(r["sampling"]["start_s"], r["sampling"]["end_s"]) for r in made] == [(0, 3), (0, 3), (1, 3)]
-    assert "\nA. red\nB. blue\n" in made[2]["question"] and made[2]["batch"]["row"]["options"] == ["red", "blue"]
-    content = path.read_bytes()
-    monkeypatch.chdir(tmp_path)  # from stdin, names are relative to where we are
-    result = run("--from", "-", "--end", "3", "-o", "-", stdin=content)
-    assert [json.loads(line)["id"] for line in result.out.splitlines()] == [r["id"] for r in made]
-
-
-def test_to_stdout(run):
-    result = run(*CLIPS, *ASKED, "-o", "-")
-    assert result.code == 0 and len(result.out.splitlines()) == 4 and result.err.startswith("4 of 4 rows answered")
-    result = run(*CLIPS, "gone.mp4", *ASKED, "-o", "-")
-    assert result.code == 6 and len(result.out.splitlines()) == 6 and "--resume" not in result.err
-
-
-def test_model_from_the_environment(cli, tiny_folder, monkeypatch, out):
-    monkeypatch.setenv("EVOPRUNE_MODEL", str(tiny_folder))
-    assert cli("batch", CLIPS[0], "-Q", "What?", "-n", "1", "-o", out).code == 0
-    assert records(out)[0]["model"]["id"] == str(tiny_folder)
 
 
 def no_weights(monkeypatch):
@@ -162,35 +100,20 @@ def no_weights(monkeypatch):
         ((), "no videos", 2),
         ((*CLIPS, "What is here?"), "put -Q before each question", 2),
         ((*CLIPS, "-", *ASKED), "no video from stdin", 2),
-        ((*CLIPS, CLIPS[0], *ASKED), "'samples/square.mp4' is there twice", 2),
-        ((*CLIPS, *ASKED, *ASKED), "'What happens?' is there twice", 2),
-        (
-            ("gone.mp4", *CLIPS, CLIPS[0], "-Q", ""),
-            f"{CLIPS[0]!r} is there twice; '': question is empty; no such file: g",
-            2,
-        ),
-        (("tests/cli", *ASKED), "neither videos nor images in the folder tests/cli", 2),
-        ((*CLIPS, "-Q", "caf\udce9"), "not valid text", 2),
+        (("gone.mp4", *CLIPS, CLIPS[0], "-Q", ""), f"{CLIPS[0]!r} is there twice; '': question is empty; no such file: g", 2),
         ((*CLIPS, *ASKED, "-s", "caf\udce9"), "system prompt is not valid text", 2),
-        ((*CLIPS, *ASKED, "-b", "2"), "budget '2'", 2),
         ((*CLIPS, *ASKED, "--method-arg", "speed=1"), "speed", 2),
-        ((*CLIPS, *ASKED, "--start", "3", "--end", "2"), "end 2 s is not after", 2),
-        ((*CLIPS, *ASKED, "--decoder", "vlc"), "vlc", 2),
-        ((*CLIPS, *ASKED, "--device", "abacus"), "abacus", 2),
         ((*CLIPS, *ASKED, "--json"), "--json", 2),
         ((*CLIPS, *ASKED, "-o", "-", "--resume"), "no file that could be", 2),
-        ((*CLIPS, *ASKED, "-o", "samples"), "cannot write samples: Is a directory", 2),
         ((*CLIPS, *ASKED, "-o", "/proc/out.jsonl"), "cannot write /proc/out.jsonl", 2),
         ((*CLIPS, *ASKED, "-o", CLIPS[1], "--overwrite"), "samples/three.mp4 is what is to be read", 2),
         (("--overwrite", "-o", *CLIPS, *ASKED), "samples/square.mp4 is there, and holds no records of a batch", 2),
         (("--from", "samples/questions.jsonl", "-o", "./samples/questions.jsonl", "--overwrite"), "is to be read", 2),
         (("--from", "-"), "nothing is piped", 2),
-        (("--from", "LICENSE"), "LICENSE: the first line must name the columns", 2),
-        (("gone.mp4", "lost.mp4", *ASKED), "no such file: gone.mp4, lost.mp4\n", 3),
         (("https://example.org/a.mp4", *ASKED), "yt-dlp", 3),
         ((*CLIPS, *ASKED, "-m", "samples"), "config.json", 4),
     ],
-)
+)  # fmt: skip
 def test_refused_before_weights_are_read(run, monkeypatch, out, args, says, code):
     no_weights(monkeypatch)
     result = run(*args)
@@ -198,15 +121,6 @@ def test_refused_before_weights_are_read(run, monkeypatch, out, args, says, code
     if "--json" not in args:
         assert result.out == "" and len(result.err.splitlines()) == 2 and "hint: " in result.err
     assert not out.exists()
-
-
-def test_what_is_there_is_not_lost(run, out, monkeypatch):
-    assert run(*CLIPS, *ASKED).code == 0
-    before = out.read_bytes()
-    result = run(*CLIPS, *ASKED)
-    assert result.code == 2 and "is there already" in result.err and "--resume" in result.err.splitlines()[1]
-    assert run(*CLIPS, *ASKED, "--overwrite", "-m", "samples").code == 4 and out.read_bytes() == before
-    assert run(CLIPS[0], *ASKED, "--overwrite").code == 0 and len(records(out)) == 2
 
 
 def test_resume_asks_what_is_left(run, out, monkeypatch):
@@ -228,23 +142,6 @@ def test_resume_keeps_the_records_of_other_rows(run, out, tmp_path):
     result = run(CLIPS[0], broken, "-Q", "Is there a digit?", "--resume")
     assert result.code == 6 and "also holds 2 records of other rows, which stay in it" in result.err
     assert out.read_bytes().startswith(before) and len(records(out)) == 4
-
-
-def test_resume_mends_a_torn_line_and_refuses_other_settings(run, out, monkeypatch):
-    run(*CLIPS, *ASKED)
-    names, whole = [r["id"] for r in records(out)], out.read_bytes()
-    out.write_bytes(whole[:-100])
-    with monkeypatch.context() as patch:
-        no_weights(patch)
-        for args, says in (
-            (("--seed", "1"), "other settings: seed was 0, is 1"),
-            (("-b", "1"), "budget was 'balanced', is 1"),
-            (("--method", "random"), "method was 'evoprune', is 'random'"),
-        ):
-            result = run(*CLIPS, *ASKED, "--resume", *args)
-            assert result.code == 2 and says in result.err and out.read_bytes() == whole[:-100]
-    assert run(*CLIPS, *ASKED, "--resume").code == 0
-    assert [r["id"] for r in records(out)] == names
 
 
 def test_a_video_that_is_missing(run, out, tmp_path):
@@ -310,22 +207,6 @@ def test_an_interruption_before_the_first_record(run, out, monkeypatch, problem,
     assert result.out == "" and not out.exists() and run(*CLIPS, *ASKED, "-q").err == ""
 
 
-def test_a_folder_of_videos(run, out, tmp_path):
-    (folder := tmp_path / "clips").mkdir()
-    for name in ("b10.mp4", "b9.MP4", "notes.txt", ".hidden.mp4"):
-        (folder / name).symlink_to(ROOT / CLIPS[0])
-    (folder / "inside").mkdir()
-    assert run(folder, CLIPS[1], "-Q", "Who?").code == 0
-    assert [r["video"]["path"] for r in records(out)] == [f"{folder}/b9.MP4", f"{folder}/b10.mp4", CLIPS[1]]
-
-
-def test_another_one_is_writing(run, out):
-    with closing(RecordFile(str(out))):
-        for how in ((), ("--resume",), ("--overwrite",)):
-            result = run(*CLIPS, *ASKED, *how)
-            assert result.code == 2 and "another batch is writing" in result.err and "hint: wait" in result.err
-
-
 @pytest.mark.few(1)
 @pytest.mark.parametrize("columns", [100, 50])
 def test_progress_on_a_terminal(run, columns):
@@ -370,20 +251,6 @@ def test_cache(run, out, monkeypatch, tmp_path):
     for state in ("miss", "hit"):
         run(*CLIPS, *ASKED, "--cache", "--overwrite")
         assert {r["cache"] for r in records(out)} == {state}
-
-
-def test_a_path_that_is_no_text(run, out, tmp_path):
-    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
-    Path(path).write_bytes((ROOT / CLIPS[0]).read_bytes())
-    for _ in range(2):
-        assert run(path, *ASKED, "--resume").code == 0
-    assert [r["video"]["path"] for r in records(out)] == [path] * 2
-
-
-def test_a_bug_outside_of_rows_is_not_hidden(run, out, monkeypatch):
-    monkeypatch.setattr(RecordFile, "add", lambda *_: 1 / 0)
-    result = run(*CLIPS, *ASKED)
-    assert result.code == 1 and "ZeroDivisionError" in result.err and not out.exists()
 
 
 def test_the_model_is_loaded_once(run, monkeypatch):
@@ -437,11 +304,14 @@ def wait_for_lines(process, out: Path, count: int) -> None:
         time.sleep(0.002)
 
 
-def kill_and_resume(start, out: Path, kills: int, questions: int, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("kills", "questions"), [pytest.param(2, 3, marks=pytest.mark.full), pytest.param(20, 20, marks=pytest.mark.slow)]
+)
+def test_killed_and_resumed(start, out, kills, questions):
     """Kills a batch again and again, mostly once a few more rows are done, lets it finish, and compares it with a whole one."""
     whole = out.with_name("whole.jsonl")
     assert start(questions=questions, out=whole).wait(300) == 0
-    draw, total = random.Random(seed), 12 * questions
+    draw, total = random.Random(0), 12 * questions
     for number in range(kills):
         process = start("--resume", questions=questions)
         if draw.random() < 0.2:
@@ -461,134 +331,30 @@ def kill_and_resume(start, out: Path, kills: int, questions: int, seed: int) -> 
     assert len(records(out)) == len(ours) == total and ours == theirs
 
 
-@pytest.mark.full
-def test_killed_twice_and_resumed(start, out):
-    kill_and_resume(start, out, kills=2, questions=3, seed=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1])
-def test_killed_twenty_times_and_resumed(start, out, seed):
-    kill_and_resume(start, out, kills=20, questions=20, seed=seed)
+# Subtitles.
 
 
 @pytest.mark.full
-def test_the_disk_is_full(start, out):
-    """A limit on the size of files, which the fifth record or so runs into."""
-    process = start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and 1 <= len(records(out)) < 24
-    lines = err.decode().splitlines()
-    assert lines[-2].startswith(f"error: cannot write {out}: ") and lines[-1] == "hint: make room there"
-    assert start("--resume").wait(120) == 0 and len(records(out)) == len({r["id"] for r in records(out)}) == 24
-
-
-@pytest.mark.full
-def test_two_at_a_time(start, out):
-    first = start(questions=40)
-    wait_for_lines(first, out, 1)
-    second = start("--resume", questions=40)
-    _, err = second.communicate(timeout=120)
-    assert second.returncode == 2 and b"another batch is writing" in err and first.poll() is None
-    first.kill()
-    first.communicate()
-
-
-@pytest.mark.full
-def test_nobody_reads(start):
-    process = start(questions=40, out=Path("-"))
-    assert json.loads(process.stdout.readline())["error"] is None
-    process.stdout.close()
-    assert process.wait(120) == 0 and process.stderr.read() == b""
-    process.stderr.close()
-
-
-# Subtitles, pictures, several inputs.
-
-
-CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
-
-
-@pytest.fixture
-def clip(tmp_path):
-    return shutil.copy(CLIP, tmp_path / "clip.mp4")
-
-
-@pytest.fixture
-def subtitled(cli, tiny_folder, tmp_path):
-    def call(*args):
-        quick = ("-m", tiny_folder, "-n", "2", "--frames", "4", "-o", tmp_path / "out.jsonl")
-        result = cli("batch", *map(str, (*quick, *args)))
-        lines = (tmp_path / "out.jsonl").read_text().splitlines() if (tmp_path / "out.jsonl").exists() else []
-        return result, [json.loads(line) for line in lines]
-
-    return call
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("form", ["jsonl", "csv"])
-def test_rows_of_a_batch(subtitled, clip, tmp_path, form):
+def test_rows_have_subtitles_of_their_own(run, out, tmp_path):
+    clip = shutil.copy(CLIPS[0], tmp_path / "clip.mp4")
     write_subtitled(tmp_path / "track.mkv", [ASS])
     (tmp_path / "said.srt").write_text(SRT)
-    rows = [
-        {"video": "clip.mp4", "question": "Who?", "subtitles": "said.srt"},
-        {"video": "clip.mp4", "question": "Who?", "subtitles": "none"},
-        {"video": "clip.mp4", "question": "Who?"},
-        {"video": "track.mkv", "question": "Who?", "subtitles": "auto"},
-        {"video": "track.mkv", "question": "Who?", "subtitles": "gone.srt"},
-    ]
-    path = tmp_path / f"rows.{form}"
-    with path.open("w", newline="") as file:
-        if form == "csv":
-            writer = csv.DictWriter(file, ["video", "question", "subtitles"])
-            writer.writeheader()
-            writer.writerows(rows)
-        else:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-    result, made = subtitled("--from", path)
-    found = {record["batch"]["row"].get("subtitles"): record["subtitles"] for record in made}
-    assert result.code == 6 and len({record["id"] for record in made}) == 5
-    assert {key: value and value["source"] for key, value in found.items()} == {
-        "said.srt": f"{tmp_path}/said.srt", "none": None, None: None, "auto": "track 1 (eng)", "gone.srt": None,
-    }  # fmt: skip
-    (failed,) = [record["error"] for record in made if record["error"]]
-    assert failed["code"] == 3 and "gone.srt" in failed["message"]
-    (tmp_path / "gone.srt").write_text(SRT)
-    result, made = subtitled("--from", path, "--resume")
-    assert result.code == 0 and len(made) == 5 and not any(record["error"] for record in made)
-    assert [record["tokens"]["text"] for record in made if record["subtitles"] is None] == [
-        made[1]["tokens"]["text"]
-    ] * 2
-
-
-def test_an_option_for_all_rows_and_resume(subtitled, clip, tmp_path):
-    (tmp_path / "clip.srt").write_text(SRT)
-    result, made = subtitled(clip, CLIP, "-Q", "Who?", "--subtitles", "auto")
-    assert result.code == 0 and [bool(record["subtitles"]) for record in made] == [True, False]
-    assert made[0]["batch"]["settings"]["subtitles"] == "auto"
-    assert "subtitles was 'auto', is None" in subtitled(clip, CLIP, "-Q", "Who?", "--resume")[0].err
-    assert subtitled(clip, CLIP, "-Q", "Who?", "--resume", "--subtitles", "auto")[0].code == 0
-
-
-def test_outputs_of_versions_without_subtitles_can_be_resumed(subtitled, clip):
-    settings = subtitled(clip, "-Q", "Who?")[1][0]["batch"]
-    assert "subtitles" not in settings["row"] and not any("subtitle" in name for name in settings["settings"])
-
-
-CLIP, OTHER, DIFFERS = "samples/square.mp4", "samples/arrivals.webm", "What differs?"
-
-
-QUICK = ("-n", "2")
-
-
-def test_a_batch_of_pictures_and_several_inputs(cli, photo, tmp_path):
-    rows = [{"video": photo, "question": "What?"}, {"inputs": [os.path.abspath(CLIP), photo], "question": "What?"}]
+    names = {"said.srt": clip, "none": clip, "auto": "track.mkv", "gone.srt": clip}
+    rows = [{"video": str(video), "question": "Who?", "subtitles": name} for name, video in names.items()]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out = tmp_path / "out.jsonl"
-    result = cli("batch", "--from", tmp_path / "rows.jsonl", "-m", "demo", "-o", out, *QUICK)
-    assert result.code == 0
-    made = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [len(record["inputs"]) for record in made] == [1, 2]
-    assert made[1]["batch"]["row"]["inputs"] == rows[1]["inputs"] and "video" not in made[1]["batch"]["row"]
-    again = cli("batch", "--from", tmp_path / "rows.jsonl", "-m", "demo", "-o", out, *QUICK, "--resume")
-    assert again.code == 0 and "2 of 2 rows answered, 2 of them before" in again.err
+    assert run("--from", tmp_path / "rows.jsonl").code == 6
+    found = {r["batch"]["row"]["subtitles"]: r["subtitles"] and r["subtitles"]["source"] for r in records(out)}
+    assert found == {"said.srt": f"{tmp_path}/said.srt", "none": None, "auto": "track 1 (eng)", "gone.srt": None}
+    (failed,) = [r["error"] for r in records(out) if r["error"]]
+    assert failed["code"] == 3 and "gone.srt" in failed["message"]
+
+
+def test_an_option_for_all_rows_is_one_of_the_settings(run, out, tmp_path):
+    clip = shutil.copy(CLIPS[0], tmp_path / "clip.mp4")
+    (tmp_path / "clip.srt").write_text(SRT)
+    asked = (clip, CLIPS[0], "-Q", "Who?")
+    assert run(*asked, "--subtitles", "auto").code == 0
+    assert [bool(record["subtitles"]) for record in records(out)] == [True, False]
+    assert "subtitles was 'auto', is None" in run(*asked, "--resume").err
+    run(*asked, "--overwrite")  # as versions without subtitles wrote it
+    assert not any("subtitle" in name for r in records(out) for name in (*r["batch"]["row"], *r["batch"]["settings"]))

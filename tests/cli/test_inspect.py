@@ -1,6 +1,5 @@
 """`evoprune inspect`: facts without weights, and overlays."""
 
-import json
 import os
 import shutil
 import socket
@@ -11,9 +10,8 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
-import evoprune
 from evoprune.bundled import DEMOS
-from evoprune.methods.evoprune import THRESHOLD, EvoPrune
+from evoprune.methods.evoprune import EvoPrune
 from evoprune_cli.inspect import TITLE, lines
 from tests.decoders import needs_decord
 from tests.quantized import KINDS
@@ -30,13 +28,9 @@ def no_network_no_weights(monkeypatch, tmp_path):
     monkeypatch.setattr("evoprune.session.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("video", [(), (CLIP,)])
-def test_what_a_model_needs_before_it_is_downloaded(cli, no_network_no_weights, video):
-    args = ("inspect", *video, "-m", "Qwen/Qwen2.5-VL-3B-Instruct", "--dtype", "bf16")
+def test_what_a_model_needs_before_it_is_downloaded(cli, no_network_no_weights):
+    args = ("inspect", "-m", "Qwen/Qwen2.5-VL-3B-Instruct", "--dtype", "bf16")
     model = cli(*args, "--json").record["model"]
-    assert model["tower"] == {"layers": 32, "hidden_size": 1280}
-    assert model["language_model"] == {"layers": 36, "hidden_size": 2048}
     assert (model["on_disk"], model["folder"], model["dtype"]) == (False, None, "bf16")
     assert model["download_bytes"] == model["weights_bytes"] == 2 * model["parameters"] == 2 * 3_754_622_976
     out = cli(*args).out
@@ -103,17 +97,12 @@ def test_short_memory_is_counted_with_fewer_units_at_a_time(cli, tiny_folder, mo
     assert not cli(*args).record["memory"]["enough"]
 
 
-def test_everything_about_the_machine_fits_a_terminal(cli, monkeypatch):
-    monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
-    out = cli("inspect").out
-    wide = [line for line in out.splitlines() if len(line) > 80]
-    assert "  EVOPRUNE_BUDGET" in out and all(os.path.isabs(line[TITLE:]) for line in wide)  # a path stays in one piece
-
-
-@pytest.mark.parametrize("columns", [45, 60])
-def test_narrow_terminals(cli, monkeypatch, columns):
+@pytest.mark.parametrize("columns", [45, 80])
+def test_it_fits_the_terminal(cli, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
     text = cli("inspect").out + cli("inspect", CLIP).out
+    assert "  EVOPRUNE_BUDGET" in text
     for line in text.splitlines():
         path = os.path.isabs(line[TITLE:]) or " " not in line[TITLE:]  # it stays in one piece, and may have spaces
         assert len(line) <= columns or path, line
@@ -135,12 +124,6 @@ def test_what_is_for_an_overlay_is_checked_without_one(cli):
         assert cli("inspect", CLIP, *wrong).code == 2
 
 
-@pytest.mark.full
-def test_an_overlay_of_what_the_content_asks_for(cli, tmp_path):
-    record = cli("inspect", CLIP, "--overlay", tmp_path / "a.png", "-b", "auto", "--json").record["overlay"]
-    assert record["budget"] == "auto" and 7 <= record["read"] <= 72
-
-
 def test_frames_left_out_for_the_models_limit_are_a_cap(cli, tiny_folder):
     plans = [cli("inspect", CLIP, *rate, "-m", tiny_folder, "--json").record["plan"] for rate in ((), ("--fps", "12"))]
     assert [(plan["frames"], plan["capped"]) for plan in plans] == [(12, False), (32, True)]
@@ -152,32 +135,17 @@ def test_video_from_stdin(cli):
     assert record["video"]["path"] == "-" and record["scan"]["frames"] == 72 and record["plan"]["frames"] == 12
 
 
-def test_reading_a_folder_of_frames(cli, tmp_path):
-    from PIL import Image
-
-    for number in (1, 2, 10):
-        Image.new("RGB", (120, 120), (number * 20, 0, 0)).save(tmp_path / f"frame{number}.png")
-    record = json.loads(cli("inspect", tmp_path, "--json").out)
-    assert record["video"]["frames_total"] == 3 and record["video"]["codec"] == "png"
-    assert evoprune.__version__
-
-
 @pytest.mark.few(1)
-@pytest.mark.parametrize(("ending", "frames"), [("png", 1), ("gif", 12), ("mp4", 12)])
-def test_overlay(cli, tmp_path, ending, frames):
+@pytest.mark.parametrize("ending", ["gif", "mp4"])
+def test_overlay(cli, foreign, tmp_path, ending):
     file = tmp_path / f"drawn.{ending}"
-    result = cli("inspect", CLIP, "--overlay", file, "-b", "0.25", "--json")
+    result = cli("inspect", foreign, "--overlay", file, "-b", "0.25", "--json")
     told = result.record["overlay"]
-    assert result.code == 0 and result.err == ""
-    assert told["file"] == str(file) and told["method"] == "evoprune" and told["budget"] == 0.25
-    assert (
-        told["units"] == 144
-        and told["read"] == 36
-        and told["read"] + told["reused"] + told["merged"] + told["dropped"] == 144
-    )
-    assert told["args"]["reuse"] == THRESHOLD
+    assert result.code == 0 and result.err.startswith("warning: the demo models know only generated clips")
+    assert (told["file"], told["method"], told["budget"]) == (str(file), "evoprune", 0.25)
+    assert told["read"] + told["reused"] + told["merged"] + told["dropped"] == told["units"] == 4 * told["read"]
     with av.open(file) as drawn:
-        assert sum(1 for _ in drawn.decode(video=0)) == frames
+        assert sum(1 for _ in drawn.decode(video=0)) == result.record["plan"]["frames"]
 
 
 @needs_decord
@@ -192,13 +160,6 @@ def test_overlay_takes_the_options_of_pruning_and_sampling(cli, tmp_path):
     )
 
 
-@pytest.mark.full
-def test_overlay_of_a_foreign_video_warns(cli, foreign, tmp_path):
-    result = cli("inspect", foreign, "--overlay", tmp_path / "a.gif")
-    assert result.code == 0 and result.err.startswith("warning: the demo models know only generated clips")
-    assert "merged" in result.out and (tmp_path / "a.gif").read_bytes().startswith(b"GIF89a")
-
-
 def test_an_overlay_never_changes_the_video(cli, tmp_path):
     video = write_video(tmp_path / "clip.mp4", [np.zeros((48, 64, 3), np.uint8)] * 8)
     before = video.read_bytes()
@@ -207,35 +168,10 @@ def test_an_overlay_never_changes_the_video(cli, tmp_path):
     assert video.read_bytes() == before and not (tmp_path / "frame.png").exists()
 
 
-@pytest.mark.full
-def test_a_full_disk(cli, tmp_path):
-    (tmp_path / "drawn.png").symlink_to("/dev/full")
-    result = cli("inspect", CLIP, "--overlay", tmp_path / "drawn.png", "--json")
-    assert result.code == 2 and result.err.startswith(f"error: cannot write {tmp_path}/drawn.png: No space left")
-    assert result.record["plan"]["grid"] == [6, 4, 6]
-
-
-@pytest.mark.full
-def test_what_was_asked_for_stands_first(cli, tmp_path):
-    first, second, *rest = cli("inspect", CLIP, "--overlay", tmp_path / "a.png").out.splitlines()
-    assert first.split() == ["overlay", str(tmp_path / "a.png")]
-    assert "evoprune -b balanced; 144 units: 36 read, " in second and second.endswith(" dropped")
-    assert "frame size" in "\n".join(rest) and "168x112" in "\n".join(rest)
-    assert cli("inspect", "-m", "demo").out.startswith("model\n")
-    assert cli("inspect", CLIP, "-m", "demo").out.startswith("video\n")
-
-
 def test_inspecting_a_picture(cli, photo, tmp_path):
-    record = cli("inspect", photo, "--json").record
-    assert record["video"]["container"] == "picture" and record["plan"]["timestamps_s"] is None
     assert cli("inspect", photo, "--overlay", tmp_path / "o.png").code == 0 and Image.open(tmp_path / "o.png").size[0]
     result = cli("inspect", photo, "--scan")
     assert result.code == 3 and "nothing to scan" in result.err
-
-
-@pytest.mark.parametrize("wrong", ["0", "-1", "nan", "inf"])
-def test_a_rate_that_makes_no_sense(cli, wrong):
-    assert cli("inspect", "samples/square.mp4", f"--frame-rate={wrong}").code == 2
 
 
 @pytest.fixture(autouse=True)
@@ -244,22 +180,10 @@ def folder(monkeypatch, tmp_path):
     return tmp_path / "cache"
 
 
-def test_inspect_shows_and_empties_it(cli, folder, monkeypatch):
+def test_a_cache_that_cannot_be_emptied(cli, folder, monkeypatch):
     cli("ask", CLIP, "What?", "-n", "1", "--cache", "-q")
-    facts = cli("inspect", "--json").record["cache"]
-    (entry,) = folder.iterdir()
-    assert facts == {
-        "folder": str(folder),
-        "videos": 1,
-        "size_bytes": entry.stat().st_size,
-        "limit_bytes": 2 * 2**30,
-        "quantized_models": 0,
-        "quantized_bytes": 0,
-    }
-    assert "limit               2.0 GiB" in cli("inspect").out
-    assert cli("inspect", "--clear-cache", "--json").record["cache"]["videos"] == 0 and list(folder.iterdir()) == []
-    result = cli("inspect", CLIP, "--clear-cache")
-    assert result.code == 2 and "--clear-cache is not about a video" in result.err
+    facts, (entry,) = cli("inspect", "--json").record["cache"], folder.iterdir()
+    assert (facts["videos"], facts["size_bytes"], facts["limit_bytes"]) == (1, entry.stat().st_size, 2 * 2**30)
 
     def refused(self):
         raise PermissionError(13, "Permission denied")

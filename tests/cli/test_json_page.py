@@ -187,26 +187,3 @@ def test_inspect(cli, tmp_path, monkeypatch):
 
 def test_methods(cli):
     check("methods", [cli("methods", "--json").record, cli("methods", "--json", "--what").record])
-
-
-def error(**changed: Any) -> dict:
-    """The page's example of an error, changed."""
-    (example,) = re.findall(r"```json\n(.*?)```", section("Errors"), re.S)
-    return {"error": json.loads(example)["error"] | changed}
-
-
-@pytest.mark.parametrize(
-    ("output", "says"),
-    [
-        (error(more=1), "not on the page"),
-        ({"error": {"code": 1}}, "do not exist"),
-        (error(code="3"), "of another type"),
-        (error(code=True), "of another type"),
-        (error(message=None), "of another type"),
-        (error(type="odd"), "not listed"),
-    ],
-)
-def test_what_the_page_does_not_say_is_found(output, says):
-    check("Errors", [error()])
-    with pytest.raises(AssertionError, match=says):
-        check("Errors", [output])

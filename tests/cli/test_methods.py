@@ -9,24 +9,15 @@ from evoprune import methods
 from tests.methods.kinds import INNER, one_of_each
 
 CLIP = "samples/square.mp4"
-
-
 NAMES = methods.built_in()
-
-
 RUN = [name for name in NAMES if name != "operations"]  # which needs the recipe of a model
-
 
 PAIRS = [
     f"{before}+{inner}"
     for before, inner in zip(("evoprune", "reuse+divprune", "downscale", "tome"), INNER, strict=False)
 ]
 
-
 EXACT = [name for name in NAMES if name != "none" and methods.parse(name).exact]
-
-
-DRAWN = ("none", "downscale", "vidcom2", "tome", "evoprune", "reuse+divprune")  # one of each kind: what goes, and where
 
 
 def reads_question(name: str) -> bool:
@@ -59,29 +50,6 @@ def test_ask(tiny, name):
         assert kept == 24
     else:
         assert kept == 24 or (name not in EXACT and 12 <= kept < 24)
-
-
-@pytest.mark.few(1)
-@pytest.mark.parametrize(
-    "name", one_of_each(["evoprune", *(name for name in NAMES if methods.parse(name).reads_question), *PAIRS])
-)
-def test_batch(tiny, name, tmp_path):
-    out = tmp_path / "out.jsonl"
-    rows = ("-Q", "What happens?", "-Q", "How many shapes are there?")
-    assert tiny("batch", CLIP, *rows, "-n", 1, "--frames", 4, "-b", 0.25, "--method", name, "-o", out).code == 0
-    made = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [record["pruning"]["method"] for record in made] == [name, name]
-
-
-@pytest.mark.few(2)
-@pytest.mark.parametrize("name", one_of_each([*DRAWN, *(name for name in (*NAMES, *PAIRS) if reads_question(name))]))
-def test_inspect(tiny, name, tmp_path):
-    out = tmp_path / "out.png"
-    made = tiny("inspect", CLIP, "--overlay", out, "--frames", 4, "-b", 0.25, "--method", name)
-    asked = reads_question(name)
-    assert (made.code, out.exists()) == ((2, False) if asked else (0, True)), made.err
-    if asked:  # there is no question in a picture
-        assert "question" in made.err and "hint: " in made.err
 
 
 def test_all_are_listed_with_where_they_act(cli, monkeypatch):

@@ -20,11 +20,7 @@ from evoprune_cli.running import check_writable, write_bytes
 from evoprune_cli.terminal import json_line
 
 SAMPLES = Path("samples")
-
-
 QUICK = ("-m", "demo", "-b", "0.25", "--frames", "4", "-r", "1", "-w", "0", "-q")
-
-
 TUNE = ("-m", "demo", "-b", "0.5", "--frames", "4", "-Q", "What digit is it?", "--agree", "0.05", "-q")
 
 
@@ -158,27 +154,6 @@ def test_questions_are_never_replaced(cli, tmp_path):
     data.write_text("{}")
     assert "would change what is read" in cli("eval", "--data", data, "--chart", data).err
     assert data.read_text() == "{}"
-
-
-@pytest.mark.few(1)
-@pytest.mark.parametrize("ending", [".png", ".gif", ".mp4"])
-def test_an_overlay_may_be_drawn_again(cli, clip, tmp_path, ending):
-    drawn = tmp_path / f"drawn{ending}"
-    drawn.touch()  # an empty file holds nothing
-    result = cli("inspect", clip, "--overlay", drawn, "-b", "0.5", "--frames", "4", "--json")
-    assert result.code == 0 and result.record["overlay"]["budget"] == 0.5
-    assert drawn.stat().st_size
-    check_writable(str(drawn))
-
-
-@pytest.mark.full
-def test_a_table_and_a_chart_may_be_written_again(cli, tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("evoprune.bench.profile.matmul_rate", lambda *_, **__: 1e11)
-    table, chart = tmp_path / "a.txt", tmp_path / "a.svg"
-    assert cli("profile", *QUICK, "-m", tiny_folder, "--size", "56x56", "-o", table, "--chart", chart).code == 0
-    for each in (table, chart):
-        assert each.stat().st_size
-        check_writable(str(each))
 
 
 def test_a_file_beside_it_stays(tmp_path):

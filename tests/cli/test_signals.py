@@ -21,16 +21,9 @@ import pytest
 
 
 CLIPS = ["samples/square.mp4", "samples/three.mp4"]
-
-
 QUICK = ["-m", "demo", "-n", "2", "--frames", "4"]
-
-
 EVAL = ["eval", "--data", "samples/questions.jsonl", "--limit", "2", "-b", "0.5", "--method", "random", *QUICK]
-
-
 BATCH = ["batch", *CLIPS, "-Q", "What happens?", "-Q", "Why?", *QUICK, "-o", "{}/out.jsonl"]
-
 
 COMMANDS = {
     "ask": (["ask", CLIPS[0], "What colour is the square?", "-Q", "Why?", *QUICK], None),
@@ -38,13 +31,8 @@ COMMANDS = {
     "eval": ([*EVAL, "-o", "{}/run"], [*EVAL, "--resume", "{}/run"]),
 }
 
-
 SIGNALS = ("SIGINT", "SIGTERM")
-
-
 MARK = "EVOPRUNE_MOMENT"  # in the environment of a run and of all that it starts
-
-
 OURS = tuple(f"{Path(__file__).parents[2] / package}{os.sep}" for package in ("evoprune", "evoprune_cli"))
 
 
@@ -138,14 +126,8 @@ def left(mark: str, patience_s: float = 20.0) -> list[str]:
 
 
 ROOT = Path(__file__).parents[2]
-
-
 CODES = {None: 0, "SIGINT": -signal.SIGINT, "SIGTERM": 143}
-
-
 RECORDS = {"batch": "out.jsonl", "eval": "run/samples.jsonl"}
-
-
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
 

@@ -95,8 +95,6 @@ def test_a_large_model_in_fp32_is_told_of_8_bits(saved, capsys, changes, said, m
 
 
 NAMES = [f"evoprune:alpha={alpha}:reuse=0 -b 0.25" for alpha in (1, 2, 3)]
-
-
 CELLS = {"first token": lambda name: "3.21x", "agree": lambda name: "97.1 (95.0-99.0)", "KL": lambda name: "0.012"}
 
 

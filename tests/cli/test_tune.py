@@ -65,13 +65,6 @@ def test_a_recipe_of_operations_that_is_used(tune, cli, tiny_folder, tmp_path):
 
 
 @pytest.mark.full
-def test_json_alone(tune):
-    result = tune(*LOW, "--json", "--method", "random")
-    assert result.err == ""
-    assert "random -b 0.2" in [row["name"] for row in result.record["rows"]]
-
-
-@pytest.mark.full
 def test_none_passes(tune):
     result = tune("--agree", "0.99")
     assert result.code == 6
@@ -80,30 +73,18 @@ def test_none_passes(tune):
 
 
 @pytest.mark.full
-def test_videos_that_cannot_be_read(tune, tmp_path):
-    text = tmp_path / "text.mp4"
-    text.write_text("no video")
-    result = tune(*LOW, "--json", videos=(text, CLIPS[0], "gone.mp4"))
-    assert result.code == 6 and [found["video"] for found in result.record["failures"]] == [str(text), "gone.mp4"]
-    assert tune(*LOW, videos=("gone.mp4",)).code == 3
-    refused = tune(*LOW, "--json", videos=(text,))
-    assert refused.code == 3 and refused.record["error"]["code"] == 3
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("problem", "code"), [(KeyboardInterrupt(), 130), (Terminated(), 143)])
-def test_an_interruption_leaves_what_is_known(tune, monkeypatch, problem, code):
+def test_an_interruption_leaves_what_is_known(tune, monkeypatch):
     tried = []
 
     def broken(*columns, **trial):  # one that was tried is written out by name
         tried.extend([trial] * bool(trial))
         if len(tried) == 8 and trial:
-            raise problem
+            raise Terminated
         return Trial(*columns, **trial)
 
     monkeypatch.setattr("evoprune.bench.tune.Trial", broken)
     result = tune(*LOW, "--json")
-    assert result.code == code and result.record["error"]["code"] == code
+    assert result.code == 143 == result.record["error"]["code"]
     assert [row["videos"] for row in result.record["rows"]].count(2) == 2  # the second of two videos was begun
 
 
@@ -125,8 +106,7 @@ def test_questions_of_a_file(tune, tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [
-        ("--agree", "1"), ("--agree", "98"), ("--time-limit", "0"), ("-b", "2"), ("--method", "nothing"),
-        ("-Q", " "), ("--chart", "t.png"), ("-o", "/nowhere/t.json"), ("--start", "x"),
+        ("--agree", "98"), ("--time-limit", "0"), ("-Q", " "), ("--chart", "t.png"), ("-o", "/nowhere/t.json"), ("--start", "x"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused_before_weights_are_read(tune, monkeypatch, wrong):

@@ -40,11 +40,6 @@ def test_a_difference_has_an_exit_code_of_its_own(cli, monkeypatch, tmp_path):
     assert found["state"] == "differs" and found["figures"]["wrong"] > 0
 
 
-def test_a_record_of_an_earlier_run_is_replaced(cli, tmp_path):
-    for _ in range(2):
-        assert cli("verify", "-m", "demo", "--time-limit", "0", "-o", tmp_path / "report.json", "-q").code == 7
-
-
 @pytest.mark.parametrize(
     ("args", "code"),
     [

@@ -3,22 +3,13 @@
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import pytest
 
 from evoprune import methods
 from evoprune.bench.eval import EvalSettings
 from evoprune.session.options import GenerationOptions
 from experiments import ablations
-from experiments.ablations import ABLATIONS, PAPER, Ablation, report, specs, table
-from experiments.paired import in_points, paired_difference
-
-
-def sample(method, budget, video, number, right, live=0.5):
-    return {
-        "row": "method", "method": method, "budget": budget, "video": video, "id": f"{video}-{number}", "right": right,
-        "live_share": live, "kept_share": live / 2,
-    }  # fmt: skip
+from experiments.ablations import ABLATIONS, Ablation
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -27,73 +18,10 @@ def test_every_variant_is_a_method_and_differs_from_all_others(name):
     assert len(made) >= 2 and len({repr(method) for method in made}) == len(made)
 
 
-def test_settings_of_the_first_variant_are_in_all_variants():
-    for ablation in ABLATIONS.values():
-        label, args = next(iter(ablation.variants.items()))
-        for setting in filter(None, args.split(":")):
-            name, value = setting.split("=")
-            assert all(name in other for other in ablation.variants.values()), (label, value)
-
-
 def test_a_variant_is_settings_or_the_name_of_another_method():
     variants = {"as it is": "", "set": "a=1:b=2", "other": "evs", "combined": "reuse:threshold=5+mmr:lam=0.7"}
     assert [*Ablation("?", "m", variants).specs().values()] == ["m", "m:a=1:b=2", *[*variants.values()][2:]]
     assert Ablation("?", "reuse+mmr", {"0.7": "lam=0.7"}).specs() == {"0.7": "reuse+mmr:lam=0.7"}
-
-
-def test_a_variant_of_two_ablations_is_run_once():
-    chosen = specs(("diversity", "paper"))
-    assert len(chosen) == len(set(chosen)) and chosen.count(f"{PAPER}:diversity=0") == 1
-
-
-def test_differences_are_paired():
-    random = np.random.default_rng(0)
-    others = [sample("a", 0.1, f"v{v}", i, bool(random.random() < 0.5)) for v in range(40) for i in range(3)]
-    same = [s | {"method": "b"} for s in reversed(others)]
-    assert in_points(*paired_difference(same, others)) == "+0.0 (+0.0 to +0.0)"
-    better = [s | {"right": True} for s in others]
-    share = 100 * (1 - np.mean([s["right"] for s in others]))
-    assert in_points(*paired_difference(better, others)).startswith(f"{share:+.1f} (")
-    low, high = in_points(*paired_difference(better, others)).split("(")[1].rstrip(")").split(" to ")
-    assert 0 < float(low) < share < float(high) < 100
-
-
-class Run:
-    """What `report` reads of an evaluation."""
-
-    settings = EvalSettings("shapes (validation, block 7)", (0.1,), specs(("spending",)), seed=7)
-
-    def __init__(self):
-        each = [(spec, {"row": "method", "method": spec, "budget": 0.1}) for spec in self.settings.methods]
-        self.samples = [
-            sample(spec, 0.1, f"v{v}", 0, right=v % 2 == 0) | row | {"groups": ["static" if v % 2 else "panning"]}
-            for spec, row in [*each, ("", {"row": "full", "method": "none", "budget": 1.0})]
-            for v in range(6)
-        ]
-
-
-def test_a_report_may_be_of_one_group():
-    assert report(["spending"], Run()).startswith(
-        "shapes (validation, block 7): 6 clips, 6 questions; with nothing pruned 50.0%"
-    )
-    said = report(["spending"], Run(), "panning")
-    assert said.startswith(
-        "shapes (validation, block 7): 3 clips, group 'panning', 3 questions; with nothing pruned 100.0%"
-    )
-    assert said.count("| 100.0 |") == len(ABLATIONS["spending"].variants)
-
-
-def test_the_table_holds_every_variant_at_every_budget():
-    samples = [
-        sample(spec, budget, f"v{v}", 0, v < n, live=budget)
-        for spec, n in (("m", 6), ("m:x=1", 9))
-        for budget in (0.5, 0.1)
-        for v in range(12)
-    ] + [{"row": "full", "error": {}, "method": "m", "budget": 0.5}]
-    lines = table(Ablation("?", "m", {"without": "", "with": "x=1"}), samples, (0.5, 0.1))
-    assert lines[2] == "| without | 50.0 |  | 0.50 | 0.25 | 50.0 |  | 0.10 | 0.05 |"
-    assert lines[3].startswith("| with | 75.0 | +25.0 (") and lines[3].endswith("| 0.10 | 0.05 |")
-    assert all(line.count("|") == lines[0].count("|") for line in lines)
 
 
 @pytest.fixture
@@ -117,9 +45,3 @@ def test_the_command_writes_the_tables_and_resumes_its_run(tmp_path, saved, caps
     ablations.main(asked)  # nothing is left to do
     printed = capsys.readouterr()
     assert text in printed.out and not printed.err
-
-
-def test_an_unknown_ablation_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit) as left:
-        ablations.main([str(tmp_path / "run"), "--only", "nothing"])
-    assert left.value.code == 2 and "no ablation 'nothing'" in capsys.readouterr().err and not [*tmp_path.iterdir()]

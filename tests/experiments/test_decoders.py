@@ -1,5 +1,3 @@
-import numpy as np
-
 from evoprune.video.readers.pyav import MIN_JUMP_S
 from evoprune.video.sandbox import isolation
 from experiments import decoders
@@ -21,19 +19,7 @@ def test_tables(monkeypatch, capsys):
     assert pyav.MIN_JUMP_S == MIN_JUMP_S
 
 
-def test_sides_alternate_and_the_first_round_does_not_count():
-    calls = []
-    functions = [lambda: calls.append("a"), lambda: calls.append("b")]
-    assert all(spent >= 0 for spent in decoders.medians(functions, 2))
-    assert calls == list("ababab")
-
-
 def test_crossover():
     assert "every 3.0 s, or 1.33%" in decoders.crossover([(4.0, 0.5), (2.0, 1.5)])
     assert decoders.crossover([(4.0, 0.5), (2.0, 0.9)]) == "Jumps are cheaper throughout."
     assert decoders.crossover([(4.0, 1.5), (2.0, 1.9)]) == "One pass is cheaper throughout."
-
-
-def test_neighbouring_pictures_differ():
-    first, second = decoders.moving_pictures(2, 64, 96)
-    assert np.abs(first.astype(int) - second).mean() > decoders.OTHER_FRAME

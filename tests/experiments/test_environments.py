@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from evoprune_vllm import TESTED
-from experiments.environments import RECIPES, ROOT, filled, parsed
+from experiments.environments import RECIPES, ROOT, parsed
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -13,10 +13,6 @@ def test_files_that_a_recipe_names_are_there(recipe):
     words = [word for line in (*recipe.make, recipe.test) for word in shlex.split(line)]
     files = [word for word in words if word.startswith(("tests/", "plugins/")) or word.endswith((".txt", ".toml"))]
     assert all((ROOT / file).exists() for file in files)
-
-
-def test_words_are_filled_in_one_by_one():
-    assert filled("-c {code} -m ''", {"code": "import this; 'a b'"}) == ["-c", "import this; 'a b'", "-m", ""]
 
 
 def test_vllm_is_the_version_that_the_plugin_works_with():

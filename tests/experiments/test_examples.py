@@ -64,9 +64,3 @@ def test_the_transcript_and_the_recording_say_the_same():
     drawn = ElementTree.parse(ROOT / "docs/recording.svg").iter("{http://www.w3.org/2000/svg}text")
     lines = ["".join(each.itertext()) for each in drawn if each.get("class") == "last"]
     assert counts("\n".join(lines[lines.index("green") + 1 :])) == counts(shown), MADE_BY
-
-
-def test_examples_take_the_fields_of_the_shape_and_rows_of_the_same_name():
-    real = {"a": 1, "b": 2, "rows": [{"name": "x", "n": 1}, {"name": "y", "n": 2}]}
-    assert filled({"b": 0, "rows": [{"n": 0, "name": "y"}]}, real) == {"b": 2, "rows": [{"n": 2, "name": "y"}]}
-    assert filled({"rows": [{"name": "z"}]}, real) == {"rows": [{"name": "x"}]}

@@ -3,9 +3,8 @@ from functools import cache
 import pytest
 import torch
 
-from evoprune.vision.layout import geometry
 from experiments.demo.build import build_config, init_weights
-from experiments.demo.forward import attend, tower, window_buckets
+from experiments.demo.forward import tower
 from experiments.demo.shared_prompts import CHUNK, hidden_of_rows
 
 
@@ -82,23 +81,6 @@ def test_each_question_behind_a_shared_prompt_gets_hugging_faces_logits(grid):
                     use_cache=False,
                 ).logits[0, -len(asked) :]
                 torch.testing.assert_close(model.lm_head(hidden[clip, row, part]), theirs, atol=3e-5, rtol=3e-5)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 7), (8, 3), (9, 9)])
-def test_window_buckets_are_the_windows_of_the_layout(size):
-    geo = geometry(*size)
-    made = sorted(window for bucket in window_buckets(*size) for window in bucket.tolist())
-    expected = [[] for _ in range(geo.windows)]
-    for place, window in enumerate(geo.window.tolist()):
-        expected[window].append(place)
-    assert made == sorted(expected)
-
-
-def test_attention_is_torchs():
-    q, k, v = noise(3, 2, 4, 9, 8)
-    bias = torch.zeros(9, 9).masked_fill_(~torch.ones(9, 9).tril().bool(), -1e4)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(attend(q, k, v, bias), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_gradients_reach_every_weight_of_the_tower():

@@ -1,9 +1,7 @@
 """experiments.frontier: what is kept of the full model's right answers, by set and group, and the worst of the sets."""
 
-import pytest
-
 from evoprune.bench.scores import FULL, METHOD
-from experiments.frontier import kept, main, table
+from experiments.frontier import table
 
 
 def sample(video: int, right: bool, row: str = FULL, budget: float | str = 1.0, group: str = "video") -> dict:
@@ -19,18 +17,9 @@ def samples(wrong: int) -> list[dict]:
     return full + [sample(v, wrong <= v < 16, METHOD, "fast", group) for v, group in enumerate(groups)]
 
 
-def test_kept_is_a_share_of_what_the_full_model_knows():
-    assert kept(samples(4)[20:], samples(4)[:20]) == pytest.approx(75)
-
-
 def test_the_table_has_every_set_and_group_and_the_worst():
     head, _, row = table({"scenes": samples(4), "shapes": samples(2)})
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert [cell.strip() for cell in head.strip("| ").split(" | ")][:3] == ["worst", "scenes", "scenes: picture"]
     assert cells[:2] == ["`evoprune -b fast`", "75.0"] and cells[2].startswith("75.0, -20.0 ")
     assert cells[3:7] == ["75.0", "75.0", "", ""] and cells[7].startswith("87.5, -10.0 ")
-
-
-def test_a_set_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(KeyError, match="circles"):
-        main([str(tmp_path), "--sets", "circles"])

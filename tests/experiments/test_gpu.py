@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import tarfile
 
 import pytest
@@ -31,13 +30,6 @@ def test_a_varlen_call_in_the_tower_of_transformers_gives_what_its_loop_over_win
     assert rows["ours 1.0"]["vs_full"] == 1 and rows["HF+"]["vs_hf"] > 0
 
 
-def test_operations_of_an_encode_are_a_part_of_those_to_the_first_token(tmp_path, saved):
-    whole, pruned = run_step(tmp_path, "operations", "-m", str(saved), "--cases", "4x112x168")["rows"]
-    assert (whole["row"], pruned["row"]) == ("ours 1.0", "evoprune 0.25")
-    for row in (whole, pruned):
-        assert 100 < row["operations"] < row["to_first_token"] and row["tensor_copies"] == 0 and row["by_operator"]
-
-
 def test_a_step_that_fails_or_hangs_does_not_end_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "SPARE", 0.0)
     hangs = gpu.Step("first", "hangs", ("-c", "import time; time.sleep(60)"))
@@ -56,32 +48,6 @@ def test_a_step_that_fails_or_hangs_does_not_end_the_others(tmp_path, monkeypatc
     assert (
         names[:2] == ["gpu.json", "gpu.txt"] and "00-table-fails.txt" in names and "01-operations-works.json" in names
     )
-
-
-def test_a_part_without_time_left_is_not_begun(tmp_path):
-    run = gpu.Run(tmp_path, tmp_path)
-    run.part([gpu.Step("table", "3B", ("-c", "pass"))], gpu.SPARE / 2)
-    assert run.done[0]["state"] == "not begun"
-
-
-@pytest.mark.parametrize("arguments", [["--parts", "tables"], ["--seconds", "table"], ["--seconds", "all=3"]])
-def test_wrong_parts_are_refused(arguments, capsys):
-    with pytest.raises(SystemExit):
-        gpu.parsed(["-o", "x", *arguments])
-    assert "table" in capsys.readouterr().err
-
-
-def test_the_parts_end_within_eight_minutes():
-    assert sum(gpu.SECONDS.values()) <= 480
-    assert {step.part for step in gpu.steps("x")} == {step.part for step in gpu.dry_steps()} == {*gpu.SECONDS}
-    for part in gpu.SECONDS:
-        shares = [step.until for step in gpu.steps("x") if step.part == part]
-        assert shares == sorted(shares) and shares[-1] == 1
-    for step in gpu.steps("x"):
-        if step.arguments[:2] == gpu.STEP:
-            args = gpu_steps.parser().parse_args(step.command(gpu.ROOT / "x", 30)[3:])
-            assert args.seconds == 30 - gpu.SPARE and args.step == step.part
-    assert gpu.steps("x")[0].command(gpu.ROOT / "x", 30)[0] == sys.executable
 
 
 def test_every_part_runs_at_the_size_of_the_demo(tmp_path, capsys, monkeypatch):

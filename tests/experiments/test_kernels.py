@@ -14,7 +14,6 @@ from evoprune.session.loading.model import random_model
 from evoprune.vision.encoder import encode
 from evoprune.vision.families import merge_patches
 from experiments import kernels
-from tests.quantized import KINDS
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import tiny_config
 
@@ -46,15 +45,6 @@ def test_the_command_prints_all_tables(monkeypatch, capsys, sizes, needs_bytes_a
     assert [len(table) - 2 for table in tables] == [6, 10, 6, 2, 4]
     assert all(len({line.count("|") for line in table}) == 1 for table in tables)
     assert "100 GFLOP/s" in out and "GB/s" in out and "Error" not in out
-
-
-@pytest.mark.skipif("int8" not in KINDS, reason="no products of bytes here")
-def test_products_of_bytes_need_no_bf16(monkeypatch, capsys, sizes):
-    monkeypatch.setattr(kernels, "Sizes", lambda config: replace(sizes, rows=(1, 5)))
-    monkeypatch.setattr(sys, "argv", ["kernels", "--repeat", "1", "--bytes"])
-    kernels.main()
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 4 and [line.split()[1] for line in table[2:]] == ["1", "5"]
 
 
 def test_the_measured_layer_is_that_of_the_tower(sizes):

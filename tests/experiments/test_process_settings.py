@@ -1,7 +1,5 @@
 """experiments.process_settings: every setting encodes in a process of its own."""
 
-import pytest
-
 from experiments import process_settings
 
 
@@ -12,8 +10,3 @@ def test_a_table_of_all_settings(capfd, monkeypatch):
     rows = [line.strip("| ").split(" | ") for line in capfd.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == names
     assert all(float(row[1].split()[0]) >= 0 and float(row[2]) > 0 for row in rows)
-
-
-def test_a_setting_that_does_not_exist_is_refused():
-    with pytest.raises(SystemExit):
-        process_settings.main(["--only", "faster"])

@@ -1,8 +1,6 @@
 import xml.etree.ElementTree as ET
 
-import pytest
-
-from experiments.recording import Screen, drawing, record
+from experiments.recording import Screen, drawing
 
 
 def test_a_screen_knows_what_progress_writes():
@@ -20,8 +18,3 @@ def test_the_last_screen_is_what_shows_where_nothing_moves():
     made = ET.fromstring(drawing("evoprune ask", [(0.5, "loading"), (1.0, "\r\x1b[2Kred & blue\r\n")]))
     lines = {"".join(line.itertext()): line.get("class") for line in made.iter("{http://www.w3.org/2000/svg}text")}
     assert lines == {"$": "dim", "evoprune ask": "last", "loading": "passing", "red & blue": "last"}
-
-
-def test_a_command_that_fails_is_no_recording():
-    with pytest.raises(SystemExit, match="no such file"):
-        record(["ask", "missing.mp4", "What?"])

@@ -110,12 +110,3 @@ def test_a_stall_is_no_lag():
         assert backlog.take(0.0) and backlog.take(0.0) is None
         assert backlog.lag_s == 0.0
     assert backlog.skipped == 0
-
-
-def test_the_rate_may_change():
-    backlog = Backlog(WINDOW_S, STEP_S, lambda: 0.0)
-    assert backlog.due() == 0.0
-    backlog.put(0.0, FRAME)
-    assert backlog.due() == 0.5
-    backlog.step_s = 0.25
-    assert backlog.due() == 0.25

@@ -15,7 +15,6 @@ from evoprune.live.source import LiveSource
 from evoprune.video.readers.live import POLL_S, LiveReader
 from tests.live.streaming import connection, streams
 from tests.video.files import number_of, numbered_frames, quarters, write_said, write_video
-from tests.video.kinds import write_kind
 
 FPS = 10
 UNAUTHORISED = b'RTSP/1.0 401 Unauthorized\r\nCSeq: NUMBER\r\nWWW-Authenticate: Basic realm="x"\r\n\r\n'
@@ -77,15 +76,10 @@ def test_in_this_process_too(clip, served, monkeypatch):
     assert not found and "nothing came from" in problem.message
 
 
-def test_a_rate(clip):
-    found = read(clip, fps=2, pace="file")[0]
-    assert [number for _, number in found] == [0, 5, 10, 15, 20, 25]
-
-
 def test_a_file_at_its_own_pace(clip):
     begun = time.monotonic()
-    read(clip, pace="file")
-    assert 2.8 < time.monotonic() - begun < 8
+    assert [number for _, number in read(clip, fps=2, pace="file")[0]] == [0, 5, 10, 15, 20, 25]
+    assert 2.5 < time.monotonic() - begun < 8
 
 
 def test_a_file_that_grows(clip, tmp_path):
@@ -180,17 +174,10 @@ def test_a_password_is_asked_for_and_never_printed(served):
         assert "wants a user and a password" in problem.message
 
 
-@pytest.mark.parametrize("where", ["file://{}", "{}", "concat:{}", "subfile,,start,0,end,0,,:{}", "http+{}"])
+@pytest.mark.parametrize("where", ["file://{}", "{}", "concat:{}", "http+{}"])
 def test_a_playlist_reaches_no_file_of_this_machine(served, clip, where):
     found, _, problem = read(f"{served[0]}/playlist.m3u8?{where.format(clip)}")
     assert not found and problem.exit_code == 3
-
-
-def test_a_playlist_reaches_what_is_on_the_web(served):
-    url, _ = served
-    found, _, problem = read(f"{url}/playlist.m3u8?{url}/whole.ts")
-    assert problem is None
-    check_whole(found)
 
 
 @pytest.mark.parametrize("name", ["aa", "ab"])  # itself; two that name each other
@@ -203,10 +190,10 @@ def test_a_playlist_that_names_itself(served, name):
 def test_a_file_that_is_a_playlist(served, tmp_path):
     path = tmp_path / "list.m3u8"
     path.write_text(f"#EXTM3U\n#EXTINF:6,\n{served[0]}/whole.ts\n#EXT-X-ENDLIST\n")
-    before = len(served[1])
-    assert read(path, pace="file")[2].exit_code == 3 and len(served[1]) == before
+    before = served[1].count("whole")
+    assert read(path, pace="file")[2].exit_code == 3 and served[1].count("whole") == before
     with connection(path.read_bytes()) as port:
-        assert read(f"tcp://127.0.0.1:{port}")[2].exit_code == 3 and len(served[1]) == before
+        assert read(f"tcp://127.0.0.1:{port}")[2].exit_code == 3 and served[1].count("whole") == before
 
 
 def test_frames_of_another_size_and_times_that_jump(tmp_path):
@@ -287,9 +274,7 @@ class Clock:
         self.now += seconds
 
 
-@pytest.mark.parametrize(
-    "name", ["clip.gif", "clip.mjpeg", "clip.ts", "clip.mpg", "clip.webm", "clip.mp4", "clip.h264"]
-)
+@pytest.mark.parametrize("name", ["clip.gif", "clip.mjpeg", "clip.mpg", "clip.webm", "clip.h264"])
 def test_a_file_that_has_ended_is_waited_for_once(tmp_path, monkeypatch, name):
     """Whatever FFmpeg reads again at its end, and whatever it still holds."""
     how = {"gif": {"codec": "gif", "pix_fmt": "rgb8"}, "mjpeg": {"codec": "mjpeg", "pix_fmt": "yuvj420p"}}
@@ -301,9 +286,7 @@ def test_a_file_that_has_ended_is_waited_for_once(tmp_path, monkeypatch, name):
     assert len(times) == 30 and clock.now < 10.0 + 3 * POLL_S
 
 
-@pytest.mark.parametrize(
-    "name", ["note.txt", "list.m3u8", "page.pdf", "photo.jpg", "photo.png", "photo.webp", "photo.avif"]
-)
+@pytest.mark.parametrize("name", ["note.txt", "list.m3u8", "page.pdf", "photo.jpg", "photo.avif"])
 def test_what_never_becomes_a_video_is_told_at_once(tmp_path, monkeypatch, name):
     path = tmp_path / name
     text = {"txt": b"Some text.\n", "m3u8": b"#EXTM3U\n#EXTINF:6,\nx.ts\n", "pdf": b"%PDF-1.7\n\0"}
@@ -328,11 +311,6 @@ def test_what_is_no_video_yet_is_waited_for(tmp_path, monkeypatch, content, says
     with pytest.raises(VideoError, match="clip") as found:
         LiveReader(str(path), str(path), timeout_s=1.0, follow=True)
     assert 1.0 <= clock.now < 1.2 and says in found.value.hint
-
-
-@pytest.mark.parametrize("name", ["picture.apng", "raw.y4m", "mpeg2.mxf"])
-def test_formats_that_files_have(tmp_path, name):
-    assert len(read(write_kind(tmp_path, name), pace="file", fps=25)[0]) == 40
 
 
 @pytest.fixture(scope="module")
