@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
-from functools import partial
 
 import numpy as np
 import pytest
@@ -40,12 +39,8 @@ def test_what_belongs_to_its_process_says_so_where_it_is_copied(demo, copied):
     video = demo.encode("samples/square.mp4", frames=4)
     answer = video.ask("What colour is the square?", max_new_tokens=1)
     with demo.stream() as stream:
-        for each, hint in (
-            (demo, "VideoQA.load"),
-            (video, "threads may"),
-            (stream, "threads may"),
-            (answer, "answer.text"),
-        ):
+        hints = {demo: "VideoQA.load", video: "threads may", stream: "threads may"}
+        for each, hint in (*hints.items(), (answer, "answer.text")):
             with pytest.raises(TypeError, match=f"no {type(each).__name__} can be pickled or copied: .*{hint}"):
                 copied(each)
     assert copied(answer.report) and copied(evoprune.Cache("cache"))
@@ -80,12 +75,7 @@ def test_odd_arguments_are_refused_in_a_sentence(demo, tmp_path):
 
 
 def test_numbers_of_numpy_are_welcome(demo):
-    numbers = {
-        "max_visual_tokens": np.int64(50),
-        "start_s": np.float32(1),
-        "end_s": np.float64(3),
-        "frames": np.int16(4),
-    }
+    numbers = dict(max_visual_tokens=np.int64(50), start_s=np.float32(1), end_s=np.float64(3), frames=np.int16(4))
     video, plain = demo.encode("samples/square.mp4", **numbers), {name: value.item() for name, value in numbers.items()}
     assert video.report.sampling == demo.encode("samples/square.mp4", **plain).report.sampling
     answer = video.ask("What?", max_new_tokens=np.int32(1), temperature=np.float32(0.5), seed=np.int64(3))
@@ -111,19 +101,11 @@ def test_help_names_every_option(function, kinds):
     assert [name for name in names if not re.search(rf"\b{name}\b", function.__doc__)] == []
 
 
-@pytest.mark.parametrize("call", [evoprune.EvoPrune, partial(evoprune.apply, None)])
-def test_a_mistyped_option_is_named_with_those_that_exist(call):
-    with pytest.raises(TypeError, match=r"unknown option 'bugdet'; known: budget, method, method_args, .*seed"):
-        call(bugdet=0.5)
-
-
-def test_a_name_is_no_loaded_model():
-    with pytest.raises(TypeError, match=r"VideoQA.load\('demo'\) loads one"):
-        evoprune.VideoQA("demo")
-
-
 NETWORK = torch.nn.Linear(2, 2)
 MISTAKES = {
+    "unknown option 'bugdet'; known: budget, method, method_args, .*seed": lambda: evoprune.EvoPrune(bugdet=0.5),
+    "unknown option 'bugdet'; known: budget, .*seed": lambda: evoprune.apply(None, bugdet=0.5),
+    r"VideoQA.load\('demo'\) loads one": lambda: evoprune.VideoQA("demo"),
     "VideoQA takes no Linear; to prune a model you hold: evoprune.EvoPrune": lambda: evoprune.VideoQA(NETWORK),
     "model is of class Linear, not a name; to prune a model you hold": lambda: evoprune.VideoQA.load(NETWORK),
     "class Linear is no setting; .*EvoPrune.budget=0.1..model.": lambda: evoprune.EvoPrune(NETWORK),
@@ -150,25 +132,24 @@ def test_a_mistake_is_named_in_a_line_with_what_would_be_right(says):
     assert re.search(says, text) and "in_features" not in text and "\n" not in text
 
 
-@pytest.mark.parametrize("path", [None, [], ["a.mp4", 3], torch.zeros(2, 3, 4, 4), b"a.mp4"], ids=str)
-def test_an_input_is_a_path(demo, path):
-    with pytest.raises(evoprune.UsageError, match=r"the input is .*, not a path|an input is 3, not a path"):
-        demo.encode(path)
+ENCODED = [  # arguments of `encode`, and what is said of them
+    *[((path,), {}, "the input is .*, not a path") for path in (None, [], torch.zeros(2, 3, 4, 4), b"a.mp4")],
+    ((["a.mp4", 3],), {}, "an input is 3, not a path"),
+    (("a.mp4",), {"cache": True}, "cache is True, not a Cache"),
+    (("a.mp4",), {"name": 3}, "name is 3, not a text"),
+    (("a.mp4",), {"progress": "x"}, "progress is 'x', not a function"),
+]
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "says"),
-    [("cache", True, "True, not a Cache"), ("name", 3, "3, not a text"), ("progress", "x", "'x', not a function")],
-)
-def test_options_of_a_video_are_what_they_should_be(demo, option, value, says):
-    with pytest.raises(evoprune.UsageError, match=f"{option} is {says}"):
-        demo.encode("samples/square.mp4", **{option: value})
+@pytest.mark.parametrize(("arguments", "options", "says"), ENCODED, ids=str)
+def test_arguments_of_encode_are_what_they_should_be(demo, arguments, options, says):
+    with pytest.raises(evoprune.UsageError, match=says):
+        demo.encode(*arguments, **options)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "float32", torch.float32, "torch.float32"], ids=str)
-@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")], ids=str)
-def test_torchs_own_names_of_dtypes_and_devices_are_welcome(dtype, device):
-    assert ModelOptions(dtype=dtype, device=device) == ModelOptions(dtype="fp32", device="cpu")
+def test_torchs_own_names_of_dtypes_and_devices_are_welcome():
+    for dtype in ("fp32", "float32", torch.float32, "torch.float32"):
+        assert ModelOptions(dtype=dtype, device=torch.device("cpu")) == ModelOptions(dtype="fp32", device="cpu")
     assert [ModelOptions(dtype=x).dtype for x in (torch.bfloat16, "float16")] == ["bf16", "fp16"]
 
 
@@ -194,26 +175,28 @@ def test_the_cache_of_the_commands_is_a_call_away(monkeypatch, tmp_path):
     assert evoprune.Cache() == evoprune.Cache(str(tmp_path)) == evoprune.Cache(tmp_path)
 
 
-@pytest.mark.few(2)
-@pytest.mark.parametrize("question", [3, None, b"What?", ["What?"]])
-def test_a_question_is_a_text(question):
-    video = evoprune.VideoQA.load("demo").encode("samples/square.mp4", frames=4)
-    with pytest.raises(evoprune.UsageError, match="not a text"):
-        video.ask(question)
+def test_a_question_is_a_text(demo):
+    video = demo.encode("samples/square.mp4", frames=4)
+    for question in (3, None, b"What?", ["What?"]):
+        with pytest.raises(evoprune.UsageError, match="not a text"):
+            video.ask(question)
 
 
-def test_importing_it_costs_nothing():
-    code = "import sys, evoprune; dir(evoprune); print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-
-
-@pytest.mark.full
-def test_an_answer_imports_neither_transformers_nor_the_compiler_of_torch():
+@pytest.mark.parametrize(
+    ("code", "modules"),
+    [
+        ("import evoprune; dir(evoprune)", ("torch", "numpy", "transformers")),
+        ("import evoprune.session.options", ("torch", "numpy", "transformers")),
+        pytest.param(
+            "import evoprune; video = evoprune.VideoQA.load('demo').encode('samples/square.mp4', frames=4)\n"
+            "assert video.ask('What?', max_new_tokens=1).text",
+            ("transformers", "torch._dynamo", "torch._inductor", "sympy"),
+            marks=pytest.mark.full,
+        ),
+    ],
+    ids=["package", "options", "answer"],
+)
+def test_what_is_imported(code, modules):
     """Each takes longer to import than a short answer takes."""
-    code = (
-        "import sys, evoprune\n"
-        "video = evoprune.VideoQA.load('demo').encode('samples/square.mp4', frames=4)\n"
-        "assert video.ask('What?', max_new_tokens=1).text\n"
-        "print([m for m in ('transformers', 'torch._dynamo', 'torch._inductor', 'sympy') if m in sys.modules])"
-    )
+    code += f"\nimport sys; print([m for m in {modules} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -5,9 +5,10 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,6 @@ from evoprune.report import Report, warning_lines
 from evoprune.session.answering import Answer
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.loading.model import load_model, make_ready
-from evoprune.session.planning import estimate_first_token
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from evoprune.vision.preprocess import patchify, pixel_patches, resize
@@ -102,37 +102,61 @@ def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(loaded):
 @pytest.mark.few(2)
 @pytest.mark.parametrize("method", ["evoprune", "evoprune-paper", "tome", "divprune"])
 def test_a_qwen2_vl_is_pruned_too(qwen2, method):
-    qa = VideoQA(qwen2, budget=0.25, method=method)
-    video = qa.encode(LONG)
-    made = asked(video)
+    made = asked(VideoQA(qwen2, budget=0.25, method=method).encode(LONG))
     pruning = made.report.pruning
-    due = pruning.visual_tokens_in // 4
-    assert made.report.tokens.visual == pruning.visual_tokens_kept == due
+    assert made.report.tokens.visual == pruning.visual_tokens_kept == pruning.visual_tokens_in // 4
     assert (pruning.encoder_live_share < 1) == (method != "divprune")
-    assert answer(qa.encode(LONG)) == made.text
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("budget", [1.0, 0.25])
-def test_an_answer_does_not_depend_on_what_was_asked_before(loaded, budget):
+@pytest.mark.few(1)
+@pytest.mark.parametrize(("path", "budget"), [(CLIP, 0.25), (CLIP, 1.0), ([CLIP, LONG], 0.25)])
+def test_an_answer_does_not_depend_on_what_was_asked_before(loaded, path, budget):
     qa = VideoQA(loaded, budget=budget)
     questions = ["What happens?", "How many red squares are there in the video?", "What happens?"]
-    fresh = [answer(qa.encode(CLIP), q) for q in questions]
-    video = qa.encode(CLIP)
+    fresh = [answer(qa.encode(path), q) for q in questions]
+    video = qa.encode(path)
     assert [answer(video, q) for q in questions] == fresh
     # another system prompt in between, and answers that nobody read to the end
-    assert answer(video, questions[0], system="Be brief.") == answer(qa.encode(CLIP), questions[0], system="Be brief.")
+    assert answer(video, questions[0], system="Be brief.") == answer(qa.encode(path), questions[0], system="Be brief.")
     next(iter(video.ask(questions[1], max_new_tokens=9)))
     assert answer(video, questions[0]) == fresh[0]
 
 
-def test_answers_must_not_be_mixed(loaded):
+@contextmanager
+def broken(loaded, problem, layer=0):
+    """The language model raises that, or does what it is."""
+
+    def fail(*_):
+        if isinstance(problem, BaseException):
+            raise problem
+        problem()
+
+    mlp = loaded.model.model.language_model.layers[layer].mlp
+    hook = mlp.gate_proj.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("way", ["begun", "answered in a thread", "broken off"])
+def test_an_answer_does_not_go_on_after_another_question(loaded, way):
+    """And a pause between two of its pieces blocks no other thread."""
     video = VideoQA(loaded).encode(CLIP)
     first = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
     next(first)
-    next(video.ask("And then?", max_new_tokens=50, temperature=1.0))
-    with pytest.raises(UsageError, match="another question"):
-        list(first)
+    if way == "begun":
+        next(video.ask("And then?", max_new_tokens=50, temperature=1.0))
+    elif way == "broken off":
+        with broken(loaded, ZeroDivisionError()), pytest.raises(ZeroDivisionError):
+            next(video.ask("And then?"))
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            said = pool.submit(lambda: answer(video, "And then?")).result(timeout=60)
+        assert said == answer(video, "And then?")
+    for read in (lambda: list(first), lambda: first.text):
+        with pytest.raises(UsageError, match="another question"):
+            read()
 
 
 @pytest.mark.few(1)
@@ -152,61 +176,31 @@ def test_threads_get_their_answers_one_after_the_other(loaded, method, shared_vi
         assert list(pool.map(ask, questions)) == want
 
 
-def test_a_pause_between_two_pieces_blocks_no_other_thread(loaded):
-    video = VideoQA(loaded).encode(CLIP)
-    first = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
-    next(first)
-    with ThreadPoolExecutor(1) as pool:
-        said = pool.submit(lambda: answer(video, "And then?")).result(timeout=60)
-    assert said == answer(video, "And then?")
-    with pytest.raises(UsageError, match="another question"):
-        _ = first.text
-
-
-def test_an_answer_does_not_go_on_after_another_question_broke_off(loaded):
-    video = VideoQA(loaded).encode(CLIP)
-    first = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
-    next(first)
-    hook = loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        next(video.ask("And then?"))
-    hook.remove()
-    with pytest.raises(UsageError, match="another question"):
-        list(first)
-
-
-def test_report_of_an_answer_that_was_cut_short(loaded):
-    video = VideoQA(loaded).encode(CLIP)
-    pieces = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
-    said = next(pieces)
-    pieces.close()
-    assert pieces.report.finish_reason == "interrupt" and pieces.report.answer == pieces.text == said
-
-
-def test_an_answer_that_was_closed_before_its_first_piece(loaded):
-    pieces = VideoQA(loaded).encode(CLIP).ask("What happens?")
-    pieces.close()
-    assert pieces.report.finish_reason == "interrupt" and pieces.report.answer is None and pieces.text == ""
+@pytest.mark.parametrize("pieces", [0, 1])
+def test_report_of_an_answer_that_was_cut_short(loaded, pieces):
+    made = VideoQA(loaded).encode(CLIP).ask("What happens?", max_new_tokens=50, temperature=1.0)
+    said = "".join(islice(made, pieces))
+    made.close()
+    assert (made.report.finish_reason, made.report.answer, made.text) == ("interrupt", said or None, said)
+    assert list(made) == list(made) == [] and made.text == said
 
 
 @pytest.mark.parametrize("passes", [0, 2], ids=["reading the prompt", "decoding"])
 @pytest.mark.parametrize("problem", [ModelError("broken", "mend it", stage="prefill"), ValueError("odd")], ids=repr)
 def test_an_answer_that_failed_never_looks_complete(loaded, passes, problem):
-    made = VideoQA(loaded).encode(CLIP).ask("What happens?", max_new_tokens=9, temperature=1.0)
+    video = VideoQA(loaded).encode(CLIP)
+    made = video.ask("What happens?", max_new_tokens=9, temperature=1.0)
     before = [next(made) for _ in range(passes)]
-
-    def fail(*_):
-        raise problem
-
-    hook = loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(fail)
-    for read in (lambda: made.text, lambda: made.text, lambda: list(made), lambda: str(made)):
-        with pytest.raises(type(problem), match=str(problem)) as caught:
-            read()
-        assert getattr(caught.value, "hint", None) == getattr(problem, "hint", None)
-    hook.remove()
+    with broken(loaded, problem):
+        for read in (lambda: made.text, lambda: made.text, lambda: list(made), lambda: str(made)):
+            with pytest.raises(type(problem), match=str(problem)) as caught:
+                read()
+            assert getattr(caught.value, "hint", None) == getattr(problem, "hint", None)
     made.close()
     assert (made.report.finish_reason, made.report.answer) == ("error", "".join(before) if before else None)
     assert made.report.error == error_record(problem) and "error" in repr(made)
+    # The video is paid for by the first answer that comes.
+    assert (asked(video).report.time_ms.encode > 0) == (passes == 0)
 
 
 def test_an_answer_that_failed_holds_no_memory_of_what_it_computed():
@@ -227,39 +221,20 @@ def test_an_answer_that_failed_holds_no_memory_of_what_it_computed():
 @pytest.mark.few(1)
 @pytest.mark.parametrize("when", ["reading the prompt", "decoding"])
 def test_an_interruption_does_not_spoil_the_next_answer(loaded, when):
-    qa = VideoQA(loaded, budget=0.25)
-    fresh = answer(qa.encode(CLIP))
+    qa, passes = VideoQA(loaded, budget=0.25), []
     video = qa.encode(CLIP)
     answer(video, "And then?")
-    passes = []
 
-    def stop(*_):
+    def stop():
         passes.append(1)
         if len(passes) == (1 if when == "reading the prompt" else 3):
             raise KeyboardInterrupt
 
-    hook = loaded.model.model.language_model.layers[-1].mlp.gate_proj.register_forward_pre_hook(stop)
-    broken = video.ask("What happens now?", max_new_tokens=24)
-    with pytest.raises(KeyboardInterrupt):
-        _ = broken.text
-    assert (broken.report.finish_reason, broken.report.error) == ("interrupt", None)
-    hook.remove()
-    assert answer(video) == fresh
-
-
-def test_the_video_is_paid_for_by_the_first_answer_that_comes(loaded):
-    video = VideoQA(loaded).encode(CLIP)
-    hook = loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        answer(video)
-    hook.remove()
-    assert asked(video).report.time_ms.encode > 0
-
-
-def test_one_token_has_no_rate(loaded):
-    video = VideoQA(loaded).encode(CLIP)
-    report = asked(video, n=1).report
-    assert report.tokens.new == 1 and report.rate.generate_tok_s is None
+    made = video.ask("What happens now?", max_new_tokens=24)
+    with broken(loaded, stop, layer=-1), pytest.raises(KeyboardInterrupt):
+        _ = made.text
+    assert (made.report.finish_reason, made.report.error) == ("interrupt", None)
+    assert answer(video) == answer(qa.encode(CLIP))
 
 
 def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
@@ -298,10 +273,8 @@ def slow(work, seconds):
 @pytest.mark.full
 def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
     """Ten chunks, each 20 ms to preprocess and 30 ms to encode: 300 ms and a little, but 200 and 300 by stage."""
-    monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
-    monkeypatch.setattr("evoprune.session.encoding.pixel_patches", slow(pixel_patches, 0.02))
-    layer = loaded.model.model.visual.blocks[0].attn.proj
-    hook = layer.register_forward_pre_hook(lambda *_: time.sleep(0.03))
+    patches = "evoprune.session.encoding.pixel_patches"
+    hook = loaded.model.model.visual.blocks[0].attn.proj.register_forward_pre_hook(lambda *_: time.sleep(0.03))
 
     def saved_ms() -> float:
         """What the overlap saves: about 200 on idle cores."""
@@ -309,14 +282,20 @@ def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
         assert times.preprocess >= 200 and times.encode >= 300
         return times.read + times.preprocess + times.encode - times.total
 
-    try:
-        assert any(saved_ms() > 30 for _ in range(3))  # not all of them meet with a pause of a busy machine
-        monkeypatch.setattr(OpenInput, "threaded", False)
-        apart = VideoQA(loaded, budget=1.0).encode(CLIP, frames=20).report.time_ms
-    finally:
-        hook.remove()
-    assert apart.preprocess >= 200 and apart.encode >= 300
-    assert apart.total >= apart.read + apart.preprocess + apart.encode - 1
+    with monkeypatch.context() as patch:
+        patch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
+        patch.setattr(patches, slow(pixel_patches, 0.02))
+        try:
+            assert any(saved_ms() > 30 for _ in range(3))  # not all of them meet with a pause of a busy machine
+            patch.setattr(OpenInput, "threaded", False)
+            assert saved_ms() <= 1
+        finally:
+            hook.remove()
+    monkeypatch.setattr(patches, slow(pixel_patches, 1.0))
+    with closing(open_inputs(VideoQA(loaded).engine, [CLIP])) as video:
+        video.begin()  # what is done early costs no time on the wall
+        times = video.encode().report.time_ms
+    assert times.preprocess >= 1000 > times.total - times.encode  # a busy machine takes longer to encode
 
 
 @pytest.mark.few(2)
@@ -364,113 +343,80 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, thre
     assert answer(early) == answer(at_once) and early.report.sampling == at_once.report.sampling
 
 
-@pytest.mark.full
-def test_what_was_done_early_costs_no_time_on_the_wall(loaded, monkeypatch):
-    monkeypatch.setattr("evoprune.session.encoding.pixel_patches", slow(pixel_patches, 1.0))
-    with closing(open_inputs(VideoQA(loaded).engine, [CLIP])) as video:
-        video.begin()
-        times = video.encode().report.time_ms
-    assert times.preprocess >= 1000 > times.total - times.encode  # a busy machine takes longer to encode
-
-
-def test_a_video_that_was_begun_and_is_not_wanted(loaded, monkeypatch):
-    closed, threads = [], set(threading.enumerate())
+@pytest.fixture
+def reading(monkeypatch):
+    """Notes where the reading of a video ends; a test sets what becomes of a chunk. No thread stays behind."""
+    noted, threads = SimpleNamespace(closed=0, each=lambda: None), set(threading.enumerate())
 
     def read(*args, **settings):
         try:
-            yield from read_frames(*args, **settings)
+            for chunk in read_frames(*args, **settings):
+                yield chunk
+                noted.each()
         finally:
-            closed.append(1)
+            noted.closed += 1
 
     monkeypatch.setattr("evoprune.session.encoding.read_frames", read)
+    yield noted
+    assert noted.closed == 1 and set(threading.enumerate()) == threads
+
+
+def test_a_video_that_was_begun_and_is_not_wanted(loaded, reading):
     video = open_inputs(VideoQA(loaded).engine, [CLIP])
     video.begin()
     video.close()
     video.close()
-    assert closed == [1] and set(threading.enumerate()) == threads
 
 
-@pytest.mark.full
+@pytest.mark.few(2)
 @pytest.mark.parametrize("problem", [VideoError("gone"), KeyboardInterrupt(), ZeroDivisionError()])
 @pytest.mark.parametrize("stage", ["read", "preprocess", "encode"])
-def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage, problem):
-    closed, calls, threads = [], [], set(threading.enumerate())
+def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage, problem, reading):
+    calls = []
 
     def fails(*_):
         calls.append(1)
         if len(calls) == 3:
             raise problem.with_traceback(None)
 
-    def read(*args, **settings):
-        try:
-            for chunk in read_frames(*args, **settings):
-                yield chunk
-                if stage == "read":
-                    fails()
-        finally:
-            closed.append(1)
-
     def preprocess(*args):
         fails()
         return pixel_patches(*args)
 
     monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
+    if stage == "read":
+        reading.each = fails
     if stage == "preprocess":
         monkeypatch.setattr("evoprune.session.encoding.pixel_patches", preprocess)
-    monkeypatch.setattr("evoprune.session.encoding.read_frames", read)
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(fails if stage == "encode" else lambda *_: None)
     with pytest.raises(type(problem)) as caught:
         # Three blocks of grids, each of which the first layer runs.
         VideoQA(loaded, method_args={"reuse": "0", "first": "0"}).encode(CLIP, frames=20)
     hook.remove()
-    assert caught.value is problem and closed == [1] and set(threading.enumerate()) == threads
+    assert caught.value is problem
 
 
-def test_a_signal_while_a_frame_is_waited_for(loaded, monkeypatch):
+def test_a_signal_while_a_frame_is_waited_for(loaded, reading):
     """Ctrl-C in the main thread while the other one is at work."""
-    closed, threads, main = [], set(threading.enumerate()), threading.main_thread().ident
 
-    def read(*args, **settings):
-        try:
-            yield from islice(read_frames(*args, **settings), 1)
-            signal.pthread_kill(main, signal.SIGINT)
-            time.sleep(0.2)
-            yield None
-        finally:
-            closed.append(1)
+    def interrupt():
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.2)
 
-    monkeypatch.setattr("evoprune.session.encoding.read_frames", read)
+    reading.each = interrupt
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             VideoQA(loaded).encode(CLIP)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert closed == [1] and set(threading.enumerate()) == threads
-
-
-def test_the_estimate_goes_by_the_budget(loaded, monkeypatch):
-    monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: 1e9)
-
-    def seconds(budget):
-        engine = VideoQA(loaded, budget=budget).engine
-        return estimate_first_token(engine, open_inputs(engine, [CLIP]).plans[0])
-
-    assert seconds(0.1) < seconds(0.5) < seconds(1.0)
 
 
 def test_settings_are_checked_before_weights_are_read():
-    for settings in (
-        {"budget": 2},
-        {"method": "magic"},
-        {"method_args": {"speed": "1"}},
-        {"dtype": "fp64"},
-        {"quantize": "int2"},
-        {"load_format": "gguf"},
-    ):
+    for name, value in {"budget": 2, "method": "magic", "method_args": {"speed": "1"}, "dtype": "fp64"}.items():
         with pytest.raises(UsageError):
-            VideoQA.load("no/such", **settings)
+            VideoQA.load("no/such", **{name: value})
 
 
 def test_unknown_options_are_named_with_the_known_ones(loaded):
@@ -488,6 +434,8 @@ def test_unknown_options_are_named_with_the_known_ones(loaded):
 def test_an_answer_streams_and_has_a_report_of_its_own(loaded):
     video = VideoQA(loaded).encode(CLIP)
     before = video.report.to_json()
+    assert video.report.question is video.report.time_ms.prefill is None
+    assert Report.from_json(before).sampling == video.report.sampling
     first = video.ask("What happens?", max_new_tokens=9, temperature=1.0)
     assert first.report.finish_reason is None and first.report.answer is None
     pieces = [next(first)]
@@ -504,19 +452,16 @@ def test_an_answer_streams_and_has_a_report_of_its_own(loaded):
 
 def test_an_answer_compares_as_its_text(loaded):
     video = VideoQA(loaded).encode(CLIP)
-    text = video.ask("What happens?", max_new_tokens=9).text
-    assert video.ask("What happens?", max_new_tokens=9) == text and text[2:5] in video.ask(
-        "What happens?", max_new_tokens=9
-    )
-    answer = video.ask("What happens?", max_new_tokens=9)
-    assert answer != text + "!" and 3 not in answer and answer != 3
-    assert answer == video.ask("What happens?", max_new_tokens=9)
+
+    def ask():
+        return video.ask("What happens?", max_new_tokens=9)
+
+    text = ask().text
+    assert ask() == text and text[2:5] in ask()
+    answer = ask()
+    assert answer != text + "!" and 3 not in answer and answer != 3 and answer == ask()
     with pytest.raises(TypeError, match="unhashable"):
         set([answer])
-    closed = video.ask("What happens?", max_new_tokens=9)
-    first = next(closed)
-    closed.close()
-    assert list(closed) == list(closed) == [] and closed.text == first
 
 
 def test_each_question_may_have_a_seed_of_its_own(loaded):
@@ -542,13 +487,7 @@ def test_they_say_in_a_line_what_they_are(loaded):
     assert repr(video.encoded).startswith("<Encoded: 14 of 144 visual tokens, ")
     made = asked(video, n=1)
     assert repr(made) == f"<Answer {made.text!r}, length>"
-
-
-def test_questions_are_checked(loaded):
-    video = VideoQA(loaded).encode(CLIP)
-    for question, settings in ((" ", {}), ("What?", {"max_new_tokens": 0}), ("What?", {"top_p": 0})):
-        with pytest.raises(UsageError):
-            video.ask(question, **settings)
+    assert made.report.tokens.new == 1 and made.report.rate.generate_tok_s is None
 
 
 @pytest.mark.parametrize("method", ["evoprune", "divprune"])
@@ -564,31 +503,14 @@ def test_a_black_video_is_a_video(loaded, tmp_path, method):
 @pytest.mark.parametrize(
     ("asked_for", "limited"),
     [
-        ({"frames": 10_000}, True),
-        ({"fps": 500}, True),
-        ({"frames": 12, "max_visual_tokens": 30}, True),
-        ({"frames": 12}, False),
-        ({"fps": 12, "max_frames": 8}, False),
-        ({"max_visual_tokens": 30}, False),
-        ({"max_frames": 4}, False),
+        *[(more, True) for more in ({"frames": 10_000}, {"fps": 500}, {"frames": 12, "max_visual_tokens": 30})],
+        *[({"fps": 12, "max_frames": 8}, False), ({"max_visual_tokens": 30}, False)],
     ],
     ids=str,
 )
 def test_fewer_or_smaller_frames_than_asked_for_are_a_warning(loaded, asked_for, limited):
     report = VideoQA(loaded).encode(CLIP, **asked_for).report
     assert report.warnings == ["limited"] * limited
-
-
-def test_extreme_shapes(loaded, tmp_path):
-    write_video(tmp_path / "flat.mp4", np.zeros((4, 2, 1000, 3), np.uint8), fps=4)
-    with pytest.raises(VideoError, match="ratio"):
-        VideoQA(loaded).encode(tmp_path / "flat.mp4")
-
-
-def test_blank_report_before_any_question(loaded):
-    report = VideoQA(loaded).encode(CLIP).report
-    assert report.question is None and report.time_ms.encode > 0 and report.time_ms.prefill is None
-    assert Report.from_json(report.to_json()).sampling == report.sampling
 
 
 @pytest.mark.parametrize(
@@ -696,11 +618,3 @@ def test_the_inflection_of_a_methods_scores_may_decide_the_count(loaded, method)
     assert (pruning.budget, pruning.method) == ("auto:inflection", method)
     assert 7 <= pruning.visual_tokens_kept <= 72 and pruning.visual_tokens_in == 144
     assert "inflection" not in pruning.args
-
-
-def test_auto_is_for_methods_that_can_choose(loaded):
-    for how in ({"method": "divprune"}, {"method": "reuse+mmr"}):
-        with pytest.raises(UsageError, match="cannot let the content decide the budget"):
-            VideoQA(loaded, budget="auto", **how)
-    with pytest.raises(UsageError, match="cannot let the content decide the budget"):
-        VideoQA.load("nowhere", budget="auto", method="pool")

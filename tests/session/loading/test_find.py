@@ -134,14 +134,14 @@ def test_what_the_hub_has_and_cannot_run_or_does_not_have(hub, name, options, sa
     assert not any("safetensors" in path for path in hub.requests)
 
 
-def test_an_unreachable_hub_fails_at_once(dead_hub):
+def test_without_the_hub_the_cache_serves(dead_hub, cache, saved, monkeypatch):
     began = time.monotonic()
     assert "the hub cannot be reached" in error_of("org/tiny")
     assert time.monotonic() - began < 3
-
-
-def test_the_hubs_own_offline_switch_is_respected(cache, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    fill_cache(cache, saved)
+    assert load_model("org/tiny").revision == COMMIT
+    shutil.rmtree(cache)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the hub's own switch
     monkeypatch.setattr(socket.socket, "connect", no_network)
     assert "offline mode" in error_of("org/tiny")
 
@@ -159,18 +159,16 @@ def test_a_hub_that_does_not_answer_fails_soon(cache, monkeypatch, stuck):
         assert time.monotonic() - began < (1.5 if stuck == "names" else 3)
 
 
-def test_without_the_hub_the_cache_serves(dead_hub, cache, saved):
-    fill_cache(cache, saved)
-    assert load_model("org/tiny").revision == COMMIT
-
-
 def test_offline_uses_the_cache_and_no_network(cache, saved, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    assert "(offline)" in error_of("org/tiny", offline=True)
+    message, hint = refused("org/tiny", offline=True)
+    assert "(offline)" in message and "revision" not in message + hint and "the cache holds" not in hint
     fill_cache(cache, saved)
     loaded = load_model("org/tiny", offline=True)
-    assert loaded.revision == COMMIT
-    assert loaded.tokenizer is not None
+    assert loaded.revision == COMMIT and loaded.tokenizer is not None
+    message, hint = refused("org/tiny", offline=True, revision="v2")
+    assert message == "org/tiny at revision v2 is not in the local cache, and the hub may not be asked (offline)"
+    assert "hf download org/tiny --revision v2" in hint and "the cache holds main" in hint
 
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4242\n"
@@ -204,6 +202,7 @@ def test_git_lfs_pointers_of_clips_and_beside_them(tmp_path):
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "mrope_section": [2, 3, 3]}
+WINDOW = {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None, "sliding_window": 64}
 
 
 @pytest.mark.parametrize(
@@ -213,17 +212,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         # counts more than rope_parameters, as in transformers
         ({"text_config": {"rope_scaling": YARN}}, "rope_type 'yarn' is not supported"),
         ({"rope_scaling": YARN | {"type": "yarn"}}, "rope_type 'yarn' is not supported"),
-        (
-            {
-                "text_config": {
-                    "use_sliding_window": True,
-                    "max_window_layers": 1,
-                    "layer_types": None,
-                    "sliding_window": 64,
-                }
-            },
-            "sliding window attention is not supported",
-        ),
+        ({"text_config": WINDOW}, "sliding window attention is not supported"),
         ({"text_config": {"hidden_act": "gelu"}}, "activation gelu is not supported"),
     ],
 )
@@ -245,22 +234,12 @@ def test_an_adapter_is_no_model(folder):
     assert "merge_and_unload" in hint
 
 
-@pytest.mark.parametrize("snapshots", [0, 1])
-def test_a_folder_of_the_hubs_cache(cache, saved, snapshots):
+def test_a_folder_of_the_hubs_cache(cache, saved):
     fill_cache(cache, saved)
-    message, hint = refused(cache / "snapshots" if snapshots else cache)
-    assert "is a folder of the hub's cache" in message
-    assert f"name the model org/tiny, or {cache / 'snapshots' / COMMIT}" in hint
-
-
-def test_offline_names_the_revision_and_what_the_cache_has(cache, saved):
-    fill_cache(cache, saved)
-    message, hint = refused("org/tiny", offline=True, revision="v2")
-    assert message == "org/tiny at revision v2 is not in the local cache, and the hub may not be asked (offline)"
-    assert "hf download org/tiny --revision v2" in hint and "the cache holds main" in hint
-    shutil.rmtree(cache)
-    message, hint = refused("org/tiny", offline=True)
-    assert "revision" not in message + hint and "the cache holds" not in hint
+    for folder in (cache, cache / "snapshots"):
+        message, hint = refused(folder)
+        assert "is a folder of the hub's cache" in message
+        assert f"name the model org/tiny, or {cache / 'snapshots' / COMMIT}" in hint
 
 
 @pytest.mark.parametrize("shards", [False, True])
@@ -282,38 +261,29 @@ def test_a_download_that_is_not_finished(dead_hub, cache, saved, shards):
     assert f"the download of {local} is not finished" in message and "hf download" in hint
 
 
-UNREAD, RUNS = "its name is that of quantized weights, which evoprune does not read; take {}; ", f"{find.MODEL_HINT}; "
+ORIGINAL = {  # what is to be taken instead of weights of a name that are quantised
+    "Qwen/Qwen2.5-VL-7B-Instruct-AWQ": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "Qwen/Qwen2.5-VL-7B-Instruct-GPTQ-Int4": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "unsloth/Qwen2.5-VL-3B-Instruct-unsloth-bnb-4bit": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "Qwen/Qwen3-VL-4B-Instruct-FP8": "Qwen/Qwen3-VL-4B-Instruct",
+    "ggml-org/Qwen2.5-VL-7B-Instruct-GGUF": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "mlx-community/Qwen2.5-VL-3B-Instruct-8bit": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "org/thing-GGUF": "the original checkpoint",
+}
+OTHERS = ("org/my-awqward-model", "openai/whisper-base", "Qwen/Qwen3.5-4B", "Qwen/Qwen2.5-7B-Instruct")
+KNOWN = ("Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct", "org/qwen2-vl-tuned", "org/my_qwen25vl")
 
 
-@pytest.mark.parametrize(
-    "name, hint",
-    [
-        ("Qwen/Qwen2.5-VL-7B-Instruct-AWQ", UNREAD.format("Qwen/Qwen2.5-VL-7B-Instruct")),
-        ("Qwen/Qwen2.5-VL-7B-Instruct-GPTQ-Int4", UNREAD.format("Qwen/Qwen2.5-VL-7B-Instruct")),
-        ("unsloth/Qwen2.5-VL-3B-Instruct-unsloth-bnb-4bit", UNREAD.format("Qwen/Qwen2.5-VL-3B-Instruct")),
-        ("Qwen/Qwen3-VL-4B-Instruct-FP8", UNREAD.format("Qwen/Qwen3-VL-4B-Instruct")),
-        ("ggml-org/Qwen2.5-VL-7B-Instruct-GGUF", UNREAD.format("Qwen/Qwen2.5-VL-7B-Instruct")),
-        ("mlx-community/Qwen2.5-VL-3B-Instruct-8bit", UNREAD.format("Qwen/Qwen2.5-VL-3B-Instruct")),
-        ("org/thing-GGUF", UNREAD.format("the original checkpoint")),
-        ("org/my-awqward-model", RUNS),
-        ("openai/whisper-base", RUNS),
-        ("Qwen/Qwen3.5-4B", RUNS),
-        ("Qwen/Qwen2.5-7B-Instruct", RUNS),
-        ("Qwen/Qwen3-VL-2B-Instruct", ""),
-        ("Qwen/Qwen2.5-VL-3B-Instruct", ""),
-        ("org/qwen2-vl-tuned", ""),
-        ("org/my_qwen25vl", ""),
-    ],
-)
-def test_what_a_name_says_of_its_model(name, hint):
-    assert find.kind_hint(name) == hint
+def test_what_a_name_says_of_its_model():
+    unread = "its name is that of quantized weights, which evoprune does not read; take {}; "
+    assert {name: find.kind_hint(name) for name in ORIGINAL} == {k: unread.format(v) for k, v in ORIGINAL.items()}
+    assert {find.kind_hint(name) for name in OTHERS} == {f"{find.MODEL_HINT}; "}
+    assert {find.kind_hint(name) for name in KNOWN} == {""}
 
 
 def test_quantised_names_are_known_before_the_download(hub, cache):
     _, hint = refused("Qwen/Qwen2.5-VL-7B-Instruct-AWQ", offline=True)
-    assert hint.startswith(
-        "its name is that of quantized weights, which evoprune does not read; take Qwen/Qwen2.5-VL-7B-"
-    )
+    assert hint.startswith("its name is that of quantized weights")
     edit(hub.folder / "config.json", quantization_config={"quant_method": "awq"})
     assert "holds quantized weights (awq)" in refused("org/tiny")[0]
     assert not any("safetensors" in path for path in hub.requests)
@@ -353,25 +323,18 @@ def change(folder, edited):
     )
 
 
-def of_transformers(folder):
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
-
-
 def assert_as_transformers(folder):
-    loaded, expected = load_model(str(folder), dtype="fp32"), of_transformers(folder)
+    loaded = load_model(str(folder), dtype="fp32")
+    expected = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
     assert all(torch.equal(weight, expected[name]) for name, weight in loaded.model.state_dict().items())
     return loaded
-
-
-def same(weights):
-    weights[HEAD] = weights[EMBEDDINGS]
 
 
 @pytest.mark.parametrize(
     "edited, apart",
     [
         (lambda weights: weights.update({HEAD: weights[EMBEDDINGS].roll(1, 0)}), True),
-        (same, False),
+        (lambda weights: weights.update({HEAD: weights[EMBEDDINGS]}), False),
         (lambda weights: weights.pop(EMBEDDINGS), False),
     ],
     ids=["other", "same", "alone"],
@@ -396,20 +359,15 @@ def test_a_tensor_that_is_not_read_is_named_once(folder):
         weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)  # buffers of older versions
         weights["visual.rotary_pos_emb.inv_freq"] = torch.zeros(8)
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # whole checkpoints say nothing
+        load_model(str(folder))
     change(folder, more)
     with pytest.warns(ModelWarning) as said:
         load_model(str(folder))
     (only,) = said
     assert str(only.message).startswith(f"2 tensors of the weights are not used in {folder}: ")
     assert "q_proj.lora_A.weight, value_head.bias" in str(only.message)
-
-
-def test_whole_checkpoints_say_nothing(folder):
-    change(folder, same)
-    edit(folder / "config.json", tie_word_embeddings=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_model(str(folder))
 
 
 def test_a_tensor_under_two_names_is_refused_where_they_differ(folder):
@@ -437,6 +395,5 @@ def test_null_in_a_config_is_missing(folder, name, value):
     content = json.loads(path.read_text())
     content[name] = content[name] | value if value else value
     path.write_text(json.dumps({"torch_dtype": "float32"} | content))
-    assert (
-        load_model(str(folder)).model is not None and describe_model(ModelOptions(str(folder)))._stored == torch.float32
-    )
+    assert load_model(str(folder)).model is not None
+    assert describe_model(ModelOptions(str(folder)))._stored == torch.float32
