@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 
+from evoprune.backend import devices
 from evoprune.errors import DeviceWarning, ModelError
 from evoprune.language import decoder, static
 from evoprune.language.decoder import bias_features
@@ -100,9 +101,7 @@ def test_what_an_earlier_answer_left_in_the_cache_is_not_read(model, graphs):
     cache = static._caches[model]
     with torch.inference_mode():
         cache._held[..., 45:, : cache._dim] = torch.nan
-    expected = plainly(model, state_of(model, 30))
-    assert list(stream(model, state_of(model, 30))) == expected
-    assert graphs.captured == 1
+    assert list(stream(model, state_of(model, 30))) == plainly(model, state_of(model, 30)) and graphs.captured == 1
 
 
 def test_a_longer_prompt_has_a_larger_cache_and_a_graph_of_its_own(model, graphs, monkeypatch):
@@ -183,20 +182,22 @@ def test_a_short_answer_is_not_captured(model, graphs, monkeypatch):
     assert graphs.replayed == 5
 
 
-def test_layers_of_different_lengths_are_decoded_plainly(model, graphs):
+@pytest.mark.parametrize("reason", ["layers of different lengths", "hooks", "memory"])
+def test_what_is_decoded_plainly(graphs, reason, monkeypatch):
+    model, calls = tiny_model(), []
     state = state_of(model)
-    state.cache.lengths[1] -= 3
+    if reason == "memory":
+        monkeypatch.setattr(static, "available_memory", lambda device: 4 * 32 * 1024)  # of 64 columns of two layers
+    elif reason == "hooks":
+        model.model.language_model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
+    else:
+        state.cache.lengths[1] -= 3
     list(stream(model, state))
-    assert graphs.captured == 0
-
-
-def test_hooks_are_called(graphs):
-    model = tiny_model()
-    calls = []
-    model.model.language_model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
-    state = state_of(model)
-    list(stream(model, state))
-    assert (graphs.captured, len(calls)) == (0, NEW)
+    assert graphs.captured == 0 and len(calls) == (NEW - 1) * (reason == "hooks")
+    if reason == "memory":
+        monkeypatch.setattr(static, "available_memory", lambda device: 4 * 32 * 1024 + 1)
+        list(stream(model, state_of(model)))
+        assert graphs.captured == 1
 
 
 @pytest.mark.filterwarnings("error")
@@ -207,20 +208,10 @@ def test_a_capture_that_fails_is_said_once_and_tokens_are_decoded_plainly(model,
 
     monkeypatch.setattr(graphs, "run_and_capture", fails)
     expected = plainly(model, state_of(model))
-    with pytest.warns(
-        DeviceWarning, match=r"without a CUDA graph.*: operation not permitted when stream is capturing$"
-    ):
+    said = r"without a CUDA graph.*: operation not permitted when stream is capturing$"
+    with pytest.warns(DeviceWarning, match=said):
         assert list(stream(model, state_of(model))) == expected
     assert list(stream(model, state_of(model))) == expected
-
-
-def test_too_little_memory_is_no_error(model, graphs, monkeypatch):
-    monkeypatch.setattr(static, "available_memory", lambda device: 4 * 32 * 1024)  # of 64 columns of two layers
-    list(stream(model, state_of(model)))
-    assert graphs.captured == 0
-    monkeypatch.setattr(static, "available_memory", lambda device: 4 * 32 * 1024 + 1)
-    list(stream(model, state_of(model)))
-    assert graphs.captured == 1
 
 
 def test_a_model_that_is_gone_leaves_nothing(graphs):
@@ -235,8 +226,6 @@ def test_a_model_that_is_gone_leaves_nothing(graphs):
 
 @pytest.mark.parametrize(("value", "expected"), [(None, False), ("0", False), ("", False), ("1", True)])
 def test_plain_is_a_setting_of_the_environment(value, expected, monkeypatch):
-    from evoprune.backend import devices
-
     monkeypatch.delenv("EVOPRUNE_PLAIN", raising=False)
     if value is not None:
         monkeypatch.setenv("EVOPRUNE_PLAIN", value)
