@@ -202,7 +202,9 @@ def test_what_the_system_refuses(named, good, started, monkeypatch, number):
 
     video, (kind, hint) = probe(good), CANNOT[number]
     monkeypatch.setattr(os, "memfd_create", refuses)
-    with pytest.raises(MemoryError if number in (errno.ENOMEM, errno.EAGAIN) else UsageError, match=os.strerror(number)):
+    with pytest.raises(
+        MemoryError if number in (errno.ENOMEM, errno.EAGAIN) else UsageError, match=os.strerror(number)
+    ):
         list(read_frames(video, TIMES))
     isolation.end_all()
     monkeypatch.setattr(subprocess, "Popen", refuses)

@@ -1,5 +1,8 @@
+from collections import Counter
 from dataclasses import replace
+from itertools import combinations
 
+import av
 import numpy as np
 import pytest
 
@@ -8,16 +11,12 @@ from evoprune.video.plan import even_times
 from experiments.demo.clips import (
     COLOURS,
     DIGITS,
-    FRAMES,
-    LENGTHS,
     MOTIONS,
     SHAPES,
     SIZES,
-    SPLITS,
     Clip,
     Thing,
     make_clip,
-    setting,
 )
 from experiments.demo.drawing import render, thing_mask, write_video
 
@@ -38,22 +37,13 @@ def painted(clip: Clip, thing: Thing, t: float) -> np.ndarray:
     return (with_it != without).any(-1)
 
 
-# --- what a clip is --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", SETTINGS)
-def test_a_clip_is_a_function_of_split_and_seed(how):
-    assert clips(10, **how) == clips(10, **how)
-    one = make_clip("train", 3, **how)
-    assert np.array_equal(render(one, [0.2, 1.0]), render(make_clip("train", 3, **how), [0.2, 1.0]))
-
-
-def test_splits_never_share_a_clip():
-    made = {(split, seed): make_clip(split, seed) for split in SPLITS for seed in range(60)}
-    assert len({clip.seed for clip in made.values()}) == len(made)
-    assert len({clip.things for clip in made.values() if clip.things}) == sum(bool(c.things) for c in made.values())
-    backgrounds = {render(replace(make_clip(split, 5), things=(), noise=0.0), [0.0]).tobytes() for split in SPLITS}
-    assert len(backgrounds) == len(SPLITS)
+def test_a_clip_is_a_function_of_split_and_seed_and_its_frames_of_their_times():
+    one, same = make_clip("train", 3), make_clip("train", 3)
+    assert one == same != make_clip("validation", 3) and np.array_equal(
+        render(one, [0.2, 1.0]), render(same, [0.2, 1.0])
+    )
+    quiet = replace(one, noise=0.0)
+    assert np.array_equal(render(quiet, [i / 12 for i in range(24)])[::6], render(quiet, [i / 2 for i in range(4)]))
 
 
 @pytest.mark.parametrize("how", SETTINGS)
@@ -87,64 +77,18 @@ def test_things_are_what_they_say():
     assert seen >= {*SHAPES, *COLOURS, *MOTIONS, *SIZES, *"0123456789", "stays", "appears", "vanishes", "flashes"}
 
 
-def test_sizes_and_lengths_are_drawn_as_often_as_said():
-    drawn = [setting("heldout", seed) for seed in range(4000)]
-    for choices, seen in (
-        (FRAMES, [(h // 28, w // 28) for h, w, _ in drawn]),
-        (LENGTHS, [grids for _, _, grids in drawn]),
-    ):
-        assert sum(odds for _, odds in choices) == pytest.approx(1)
-        for value, odds in choices:
-            assert seen.count(value) / len(seen) == pytest.approx(odds, abs=0.03)
-    clip = make_clip("heldout", 3)
-    assert (clip.height, clip.width, clip.seconds) == setting("heldout", 3)
-
-
-def test_portrait_clips_are_upright_and_always_pan():
-    for clip in clips(30, "portrait"):
-        assert (clip.height, clip.width) == (12 * 28, 8 * 28) and any(clip.pan)
-    panning = np.mean([any(clip.pan) for clip in clips(400, "heldout")])
-    assert 0.28 < panning < 0.42
-
-
-# --- events ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("grids", [3, 4, 6, 12])
-def test_flashes_last_two_or_three_sampled_frames(grids):
-    lengths = [
-        sum(thing.visible(t) for t in sampled(clip, grids))
-        for clip in clips(400, seconds=float(grids), grids=grids)
-        for thing in clip.things
-        if thing.event(clip.seconds) == "flashes"
-    ]
-    assert len(lengths) > 100
-    assert set(lengths) == {2, 3}
-
-
-@pytest.mark.parametrize("grids", [3, 4, 6, 12])
-@pytest.mark.parametrize(
-    ("event", "first", "last"),
-    [("stays", True, True), ("appears", False, True), ("vanishes", True, False), ("flashes", False, False)],
-)
-def test_events_can_be_seen_in_the_sampled_frames(grids, event, first, last):
-    wrong, seen = [], 0
+@pytest.mark.parametrize("grids", [3, 12])
+def test_events_can_be_seen_in_the_sampled_frames(grids):
+    """A flash in two or three of them."""
+    ends = {"stays": (True, True), "appears": (False, True), "vanishes": (True, False), "flashes": (False, False)}
+    counts = Counter()
     for clip in clips(200, seconds=float(grids), grids=grids):
-        times = sampled(clip, grids)
         for thing in clip.things:
-            if thing.event(clip.seconds) == event:
-                seen += 1
-                assert any(thing.visible(t) for t in times)
-                if (thing.visible(times[0]), thing.visible(times[-1])) != (first, last):
-                    wrong.append((clip.seed, thing.name, thing.start, thing.end))
-    assert seen > 20
-    assert not wrong, f"{len(wrong)} of {seen}, such as {wrong[0]}"
-
-
-@pytest.mark.parametrize("grids", [1, 2])
-def test_nothing_comes_or_goes_in_the_shortest_clips(grids):
-    for clip in clips(60, seconds=float(grids), grids=grids):
-        assert all(thing.event(clip.seconds) == "stays" for thing in clip.things)
+            event, seen = thing.event(clip.seconds), [thing.visible(t) for t in sampled(clip, grids)]
+            assert any(seen) and (seen[0], seen[-1]) == ends[event]
+            assert event != "flashes" or sum(seen) in (2, 3)
+            counts[event] += 1
+    assert min(counts[event] for event in ends) > 20
 
 
 @pytest.mark.parametrize(
@@ -155,9 +99,6 @@ def test_event_follows_from_start_and_end(start, end, event):
     assert thing.event(6.0) == event
     seen = [t / 2 for t in range(12) if thing.visible(t / 2)]
     assert seen == [t / 2 for t in range(12) if start <= t / 2 < end]
-
-
-# --- drawing ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", SETTINGS)
@@ -200,7 +141,7 @@ def test_background_stands_still_and_noise_does_not():
     assert np.array_equal(quiet[0], quiet[1])
 
 
-@pytest.mark.parametrize("pan", [(8.0, 0.0), (-8.0, 0.0), (0.0, 5.0), (4.0, -6.0)])
+@pytest.mark.parametrize("pan", [(-8.0, 0.0), (4.0, -6.0)])
 def test_the_camera_moves_over_the_background_and_things_do_not(pan):
     thing = Thing("square", "red", (225, 40, 40), "large", 10, 60.0, 60.0, "still", 0.0)
     first, second = render(Clip((0, 1), 112, 168, 6.0, (thing,), 0.0, pan, clutter=300.0), [0.5, 2.5]).astype(int)
@@ -212,43 +153,18 @@ def test_the_camera_moves_over_the_background_and_things_do_not(pan):
     assert same.mean() > 0.9 and not (first == second).all(-1).mean() > 0.5
 
 
-def test_clutter_is_grey_and_as_dense_as_said():
-    plain, littered = (Clip((0, 5), 448, 448, 1.0, (), 0.0, clutter=d) for d in (0.0, 300.0))
-    changed = (render(plain, [0.0])[0] != render(littered, [0.0])[0]).any(-1)
-    assert 0.02 < changed.mean() < 0.2
-    painted_over = render(littered, [0.0])[0][changed].astype(int)
-    assert np.median(painted_over.max(-1) - painted_over.min(-1)) < 60
-
-
-def test_a_frame_does_not_depend_on_the_frame_rate_but_for_its_noise():
-    clip = replace(make_clip("validation", 2), noise=0.0)
-    fine = render(clip, [i / 12 for i in range(72)])
-    coarse = render(clip, [i / 2 for i in range(12)])
-    assert np.array_equal(fine[::6], coarse)
-
-
-@pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize("radius", [6, 9, 13])
-def test_shape_masks_fill_their_square(kind, radius):
-    mask = thing_mask(kind, radius)
-    assert mask.shape == (2 * radius, 2 * radius) and 0 <= mask.min() < 0.1 and mask.max() == 1
-    assert np.array_equal(mask, mask[:, ::-1])  # every shape is its own mirror image
-    others = [thing_mask(other, radius) for other in SHAPES if other != kind]
-    assert min(abs(mask - other).mean() for other in others) > 0.05
-
-
-def test_digits_differ():
-    masks = [thing_mask(str(digit), 7) for digit in range(10)]
-    assert all(mask.shape == (14, 10) and set(mask.flatten()) == {0, 1} for mask in masks)
-    small = [thing_mask(str(digit), 5) for digit in range(10)]
-    assert all(mask.shape == (10, 7) and mask.min() >= 0 and mask.max() <= 1 for mask in small)
-    assert all(mask.mean() == pytest.approx(whole.mean(), abs=0.02) for mask, whole in zip(small, masks, strict=True))
-    assert min(abs(a - b).sum() for i, a in enumerate(masks) for b in masks[:i]) >= 8
+def test_masks_of_shapes_and_digits_differ():
+    for radius in (6, 9, 13):
+        masks = {kind: thing_mask(kind, radius) for kind in SHAPES}
+        assert all(mask.shape == (2 * radius, 2 * radius) and mask.max() == 1 for mask in masks.values())
+        assert all(np.array_equal(mask, mask[:, ::-1]) for mask in masks.values())  # its own mirror image
+        assert min(abs(masks[a] - masks[b]).mean() for a, b in combinations(SHAPES, 2)) > 0.05
+    digits = [thing_mask(str(digit), 7) for digit in range(10)]
+    assert all(mask.shape == (14, 10) and set(mask.flatten()) == {0, 1} for mask in digits)
+    assert min(abs(a - b).sum() for a, b in combinations(digits, 2)) >= 8
 
 
 def test_a_written_video_shows_the_clip_and_says_where_it_is_from(tmp_path):
-    import av
-
     clip = make_clip("samples", 0, seconds=1.0, grids=1)
     write_video(clip, tmp_path / "clip.mp4", fps=6)
     with av.open(str(tmp_path / "clip.mp4")) as container:
@@ -259,11 +175,10 @@ def test_a_written_video_shows_the_clip_and_says_where_it_is_from(tmp_path):
     assert abs(np.stack(frames).astype(int) - drawn).mean() < 8
 
 
-@pytest.mark.parametrize(("codec", "ending", "times"), [("libx264", "mp4", 6), ("libvpx-vp9", "webm", 2)])
-def test_a_clip_is_always_the_same_file(tmp_path, codec, ending, times):
-    clip = make_clip("validation", 33, 224, 336, 3.0, 3) if ending == "mp4" else make_clip("samples", 0, 56, 56, 1.0, 1)
-    written = set()
-    for number in range(times):
+@pytest.mark.parametrize(("codec", "ending"), [("libx264", "mp4"), ("libvpx-vp9", "webm")])
+def test_a_clip_is_always_the_same_file(tmp_path, codec, ending):
+    clip, written = make_clip("samples", 0, 56, 56, 1.0, 1), set()
+    for number in range(2):
         write_video(clip, tmp_path / f"{number}.{ending}", codec=codec, crf=24, preset="veryfast")
         written.add((tmp_path / f"{number}.{ending}").read_bytes())
     assert len(written) == 1

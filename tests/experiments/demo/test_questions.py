@@ -1,15 +1,13 @@
 """Every answer is worked out again: from names, positions and visibility over time, with nothing of the generator's own."""
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from experiments.demo.clips import COLOURS, SHAPES, Clip, Thing, make_clip
 from experiments.demo.questions import TYPES, Question, ask
-
-pytestmark = pytest.mark.full  # users never run it, and test_frozen.py and test_scenes.py hold what it makes
 
 MANY = 1000
 
@@ -179,10 +177,6 @@ ANSWERS = {
 }  # fmt: skip
 
 
-def test_every_type_is_checked_here():
-    assert set(ANSWERS) == {*TYPES}
-
-
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("how", [{}, {"height": 112, "width": 168, "seconds": 12.0, "grids": 12}], ids=["drawn", "12s"])
 def test_answers_follow_from_the_scene(kind, how):
@@ -190,39 +184,8 @@ def test_answers_follow_from_the_scene(kind, how):
     assert len(found) > 15
     for clip, question in found:
         assert ANSWERS[kind](clip, question) == question.answer, question
-
-
-@pytest.mark.parametrize(
-    ("kind", "answers"),
-    [
-        ("colour", set(COLOURS)),
-        ("shape", set(SHAPES)),
-        ("motion", {"still", "left", "right", "up", "down"}),
-        ("size", {"small", "large"}),
-        ("event", {"stays", "appears", "vanishes", "flashes"}),
-        ("relation", {"left", "right", "above", "below"}),
-        ("place", {"left", "right", "top", "bottom"}),
-        ("exists", {"yes", "no"}),
-        ("count", {"1", "2", "3", "4", "5", "6"}),
-    ],
-)
-def test_no_answer_is_never_or_nearly_always_right(kind, answers):
-    given = Counter(question.answer for _, question in asked({kind}))
-    assert set(given) == answers
-    assert max(given.values()) <= 0.65 * given.total()
-
-
-def test_first_and_second_thing_are_right_equally_often():
-    found = [question for _, question in asked({"order"}, clips=300)]
-    first = [re.fullmatch(r"Which \w+ first, the (.+) or the .+\?", q.question)[1] == q.answer for q in found]
-    assert 0.4 < np.mean(first) < 0.6
-
-
-def test_a_question_has_one_answer_within_a_clip():
-    answers = defaultdict(set)
-    for clip, question in asked():
-        answers[clip.seed, question.question].add(question.answer)
-    assert all(len(given) == 1 for given in answers.values())
+    given = Counter(question.answer for _, question in found)
+    assert kind in ("digit", "count_end", "describe") or max(given.values()) <= 0.65 * given.total()
 
 
 @pytest.mark.parametrize("count_", [0, 1, 5, MANY])
@@ -235,26 +198,3 @@ def test_ask_gives_different_questions_up_to_the_count(count_):
         assert len(some) == min(count_, len(whole))
         assert len({q.question for q in some}) == len(some)
         assert some == ask(clip, np.random.default_rng(0), count_)
-
-
-def test_an_empty_scene_raises_no_question_about_things():
-    empty = Clip((0, 0), 112, 168, 6.0, (), 1.0)
-    types = {q.type for seed in range(10) for q in ask(empty, np.random.default_rng(seed), MANY)}
-    assert types <= {"count_end", "exists"}
-
-
-def test_a_question_about_a_flash_says_so():
-    marked = Counter()
-    for clip, question in asked({"colour", "event", "digit", "which"}, clips=100):
-        named = re.search(r"the (?!shape|colou?r)([a-z ]+?)(?:\?| have| appear| one)", question.question)
-        if question.type == "event":
-            (name,) = parse(question, r"What happens to the (.+)\?", r"Does the (.+) appear, vanish, flash or stay\?")
-            assert ("flash" in question.groups) == (fate(clip, referred(clip, name)) == "flashes")
-        elif question.type == "which":
-            assert ("flash" in question.groups) == ("flash" in question.question)
-        elif question.type == "digit":
-            assert ("flash" in question.groups) == (fate(clip, referred(clip, "digit")) == "flashes")
-        else:
-            assert ("flash" in question.groups) == (fate(clip, referred(clip, named[1])) == "flashes")
-        marked["flash" in question.groups] += 1
-    assert min(marked.values()) > 30

@@ -14,9 +14,9 @@ from evoprune.video.frames import probe, read_frames
 from evoprune.video.info import PICTURE, world_of
 from experiments.demo import drawing
 from experiments.demo.clips import make_clip
-from experiments.demo.questions import GROUPS, TYPES, ask
+from experiments.demo.questions import GROUPS, TYPES
 from experiments.demo.scenes import drawing as scenes_drawing
-from experiments.demo.worlds import QUESTIONS, SCENES, SHAPES
+from experiments.demo.worlds import SCENES, SHAPES
 from experiments.demo.write import BLOCK, ClipName, clips_asked, demo_video, demo_videos, main, seeds
 
 
@@ -52,9 +52,8 @@ def test_compressed_files_are_those_of_the_experiments(tmp_path):
             run = Evaluation(EvalSettings("x", (0.25,), ("evoprune",)), each)
             run.load()
             run.run()
-            samples.append(
-                [{name: s[name] for name in ("id", "answer", "right", "budget", "groups")} for s in run.samples]
-            )
+            fields = ("id", "answer", "right", "budget", "groups")
+            samples.append([{name: s[name] for name in fields} for s in run.samples])
         assert samples[0] == samples[1] and not any(s["warnings"] for s in run.samples)
     assert not any(video.path.exists() for video in videos)
 
@@ -76,31 +75,15 @@ def test_each_file_lives_as_long_as_it_is_looked_at(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_blocks_of_seeds_do_not_meet():
+def test_blocks_of_seeds_do_not_meet_and_questions_are_the_generators_own(tmp_path):
     assert seeds(0, 5) == range(5) and seeds(2, 3) == range(2 * BLOCK, 2 * BLOCK + 3)
     assert seeds(0, BLOCK)[-1] < seeds(1, 1)[0]
-
-
-def test_questions_are_the_generators_own(tmp_path):
     seed = 2 * BLOCK
     with demo_video(ClipName("heldout", seed), tmp_path) as video:
         pass
-    asked = ask(make_clip("heldout", seed), np.random.default_rng(seed), QUESTIONS)
+    asked = SHAPES.ask(make_clip("heldout", seed), seed)
     assert [(i.question, i.answer, i.type) for i in video.rows] == [(q.question, q.answer, q.type) for q in asked]
     assert all(item.id.startswith(video.name) for item in video.rows)
-
-
-def test_groups_tell_needs_flashes_and_the_camera_apart():
-    seen = set()
-    for seed in range(80):
-        clip = make_clip("validation", seed)
-        for question in ask(clip, np.random.default_rng(seed), QUESTIONS):
-            found = question.groups
-            seen |= set(found)
-            assert question.type in GROUPS[found[0]]
-            assert found[1:-1] in ((), ("flash",))
-            assert found[-1] == ("panning" if clip.pan != (0.0, 0.0) else "static")
-    assert seen == {*GROUPS, "flash", "panning", "static"}
 
 
 def test_every_type_is_in_one_group():
