@@ -17,18 +17,13 @@ def test_random_weights_of_both_families(start, tmp_path, family, name):
         assert farthest(llm, asked, budget) < 1e-3  # such answers are no text
 
 
-def test_tensor_parallel(start):
-    """Two processes; the first one encodes."""
-    asked = samples(budget=0.25)
-    llm = start(**pruning(0.75), tensor_parallel_size=2, distributed_executor_backend="mp")
-    assert same(answers(llm, [each.request() for each in asked]), asked)
-    assert farthest(llm, asked) < 1e-3
+PARALLEL = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}  # two processes; the first one encodes
 
 
-@pytest.mark.slow
-def test_compiled(start):
+@pytest.mark.parametrize("options", [PARALLEL, pytest.param({"enforce_eager": False}, marks=pytest.mark.slow)], ids=str)
+def test_tensor_parallel_and_compiled(start, options):
     asked = samples(budget=0.25)
-    llm = start(**pruning(0.75), enforce_eager=False)
+    llm = start(**pruning(0.75), **options)
     assert same(answers(llm, [each.request() for each in asked]), asked)
     assert farthest(llm, asked) < 1e-3
 
