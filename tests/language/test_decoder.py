@@ -1,7 +1,6 @@
 """The decoder against Hugging Face's, against arithmetic written out, and against itself in other portions; tokens that leave."""
 
 import itertools
-import math
 import sys
 from contextlib import suppress
 
@@ -160,60 +159,6 @@ def test_half_precision_is_as_close_as_its_rounding():
         assert mine.dtype == torch.float32
         assert (mine - theirs).abs().max() < 0.03  # logits reach 3, where neighbours in bfloat16 are 0.016 apart
         assert (mine - expected).norm() < 1.2 * (theirs - expected).norm()
-
-
-def written_out(model, embeds, positions):
-    """All of it in float64, one column and one head at a time. Returns logits of the last column."""
-    config = model.config.text_config
-    dim = config.hidden_size // config.num_attention_heads
-    group = config.num_attention_heads // config.num_key_value_heads
-    rope = config.rope_parameters
-    axes = [axis for axis, size in enumerate(rope["mrope_section"]) for _ in range(size)]
-    weights = {name: weight.double() for name, weight in model.state_dict().items()}
-
-    def linear(name, x):
-        y = weights[f"{name}.weight"] @ x
-        return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
-
-    def norm(name, x):
-        return x / math.sqrt(float(x @ x) / len(x) + config.rms_norm_eps) * weights[f"{name}.weight"]
-
-    def turn(x, column):
-        turned = x.clone()
-        for pair, axis in enumerate(axes):
-            angle = float(positions[axis, column]) * rope["rope_theta"] ** (-2 * pair / dim)
-            a, b = float(x[pair]), float(x[pair + dim // 2])
-            turned[pair] = a * math.cos(angle) - b * math.sin(angle)
-            turned[pair + dim // 2] = b * math.cos(angle) + a * math.sin(angle)
-        return turned
-
-    xs = [embed.double() for embed in embeds]
-    for layer in range(config.num_hidden_layers):
-        at = f"model.language_model.layers.{layer}"
-        normed = [norm(f"{at}.input_layernorm", x) for x in xs]
-        q, k, v = ([linear(f"{at}.self_attn.{p}_proj", x).split(dim) for x in normed] for p in "qkv")
-        for column in range(len(xs)):
-            heads = []
-            for head in range(config.num_attention_heads):
-                query, shared = turn(q[column][head], column), head // group
-                scores = [math.exp(query @ turn(k[c][shared], c) / math.sqrt(dim)) for c in range(column + 1)]
-                heads.append(sum(score * v[c][shared] for c, score in enumerate(scores)) / sum(scores))
-            x = xs[column] + linear(f"{at}.self_attn.o_proj", torch.cat(heads))
-            h = norm(f"{at}.post_attention_layernorm", x)
-            gate = linear(f"{at}.mlp.gate_proj", h)
-            xs[column] = x + linear(f"{at}.mlp.down_proj", gate / (1 + (-gate).exp()) * linear(f"{at}.mlp.up_proj", h))
-    return linear("lm_head", norm("model.language_model.norm", xs[-1]))
-
-
-def test_a_pass_is_the_arithmetic_written_out(model):
-    embeds, positions = columns(9)
-    assert len({tuple(row) for row in positions.tolist()}) == 3  # time, height and width differ
-    expected = written_out(model, embeds, positions).float()[None]
-    assert_close(fresh(model, embeds, positions), expected)
-    cache = KVCache(model, 9)
-    for start, end in ((0, 4), (4, 8), (8, 9)):
-        logits = decoder.logits(model, embeds[start:end], positions[:, start:end], cache)
-    assert_close(logits, expected)
 
 
 # --- the cache ---
@@ -442,40 +387,6 @@ def test_a_pass_that_breaks_off_between_drops_leaves_the_cache_as_it_was(layer):
     finally:
         hook.remove()
     assert cache.length == 0 and cache.lengths == [0] * 8
-
-
-def test_the_same_with_other_numbers_of_threads():
-    model, (embeds, positions) = deep_model(), a_prompt()
-    before, made = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            made.append([run_method(model, methods.get(name), embeds, positions, 0.25) for name in DROPPING])
-    finally:
-        torch.set_num_threads(before)
-    for one, two in zip(*made, strict=True):
-        assert one[1].dropped == two[1].dropped
-        assert torch.equal(one[1]._visual, two[1]._visual)
-        assert_close(one[0], two[0])
-
-
-def test_two_inputs_of_one_prompt():
-    """Text between them stays; frame pairs count on from one input to the next."""
-    model, hidden = deep_model(), 64
-    grids, random = [(2, 2, 3), (1, 3, 3)], torch.Generator().manual_seed(4)
-    ids = torch.zeros(40, dtype=torch.int64)
-    visuals = [
-        Visual(Place((range(3, 15),)), torch.randn(6, hidden, generator=random), torch.arange(0, 12, 2)),
-        Visual(Place((range(18, 27),)), torch.randn(9, hidden, generator=random), torch.arange(9)),
-    ]
-    embeds, columns, _, _ = embed_prompt(model, ids, visuals)
-    for name in DROPPING:
-        dropping = dropping_for(model, methods.parse(name), 0.2, visuals, grids, embeds, columns)
-        assert dropping._pair.tolist() == [0, 0, 0, 1, 1, 1] + [2] * 9
-        assert columns[dropping._visual].tolist() == [3, 5, 7, 9, 11, 13, *range(18, 27)]
-        state = prefill(model, embeds, columns.expand(3, -1), 60, dropping=dropping)
-        assert state.logits.isfinite().all()
-        assert dropping.dropped and min(state.cache.lengths) >= len(columns) - 15 + (name != "visipruner")
 
 
 def test_a_method_sees_where_in_their_frames_tokens_are(monkeypatch):

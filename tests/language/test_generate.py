@@ -61,7 +61,7 @@ class Clip:
         visual = Visual(self.prompt.places[0], self.features[kept], kept)
         return embed_prompt(model, self.prompt.input_ids, [visual])[:2]
 
-    def generate(self, model, **options) -> list[int]:
+    def generate(self, model) -> list[int]:
         """The tokens of transformers."""
         length = len(self.prompt.input_ids)
         made = model.generate(
@@ -72,7 +72,6 @@ class Clip:
             do_sample=False,
             max_new_tokens=TOKENS,
             eos_token_id=-1,
-            **options,
         )
         return made[0, length:].tolist()
 
@@ -122,18 +121,6 @@ def test_decoding_on_a_pruned_cache_is_one_forward_pass_without_cache(model, gri
     torch.testing.assert_close(first_logits, logits[0], atol=1e-5, rtol=1e-5)
     assert logits.argmax(-1).tolist() == tokens
     assert len(set(tokens)) > TOKENS // 4
-
-
-def test_a_prompt_read_in_two_parts_is_the_prompt_read_at_once(model):
-    clip = Clip(model, *CLIPS[1])
-    embeds, columns = clip.embed(model, torch.arange(0, clip.prompt.visual_tokens, 3))
-    positions = clip.positions[:, columns]
-    cut = len(columns) - (len(clip.prompt.input_ids) - clip.prompt.prefix_length)
-    prefix = prefill(model, embeds[:cut], positions[:, :cut], 0)
-    state = prefill(model, embeds[cut:], positions[:, cut:], clip.next_position, prefix.cache)
-    at_once = prefill(model, embeds, positions, clip.next_position)
-    torch.testing.assert_close(state.logits, at_once.logits, atol=1e-5, rtol=1e-5)
-    assert greedy(model, state) == greedy(model, at_once)
 
 
 @pytest.mark.parametrize("kept", [[2, 1], [1, 1], [-1, 0], [0, 72], [0, 1, 2]])
@@ -201,17 +188,6 @@ def test_sampling_depends_on_the_seed_alone_and_next_to_zero_is_greedy(model):
     assert len({tuple(drawn(seed, temperature=9.0)) for seed in seeds}) == len(seeds)
     for close in ({"temperature": 1e-6}, {"temperature": 1.0, "top_p": 1e-6}):
         assert drawn(**close) == greedy(model, clip.prefill(model), 8)
-
-
-@pytest.mark.few(2)
-@pytest.mark.parametrize("penalty", [1.0, 1.05, 1.5, 0.5])
-def test_a_repetition_penalty_gives_the_tokens_of_transformers(model, penalty):
-    clip = Clip(model, *CLIPS[1])
-    expected = clip.generate(model, repetition_penalty=penalty)
-    state = clip.prefill(model)
-    state.prompt_ids = clip.prompt.input_ids
-    made = list(TokenStream(state, GenerationOptions(TOKENS, repetition_penalty=penalty), []))
-    assert made == expected and (penalty in (1, 1.05) or made != greedy(model, clip.prefill(model)))
 
 
 def of_transformers(logits, ids, penalty, temperature, top_k, top_p):

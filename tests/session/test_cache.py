@@ -277,7 +277,7 @@ def test_several_processes_at_once(tmp_path):
 
 def test_where_it_is(monkeypatch, tmp_path):
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
-    assert Cache().folder == tmp_path
+    assert Cache().folder == tmp_path and Cache() == Cache(str(tmp_path)) == Cache(tmp_path)
     monkeypatch.delenv("EVOPRUNE_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     assert Cache().folder == Path("/caches/evoprune")

@@ -123,14 +123,6 @@ def test_at_the_full_budget_nothing_changes(load, name, plain):
     assert made.report.pruning.language_work is None and made.report.pruning.language_layers is None
 
 
-@pytest.mark.full
-def test_two_videos_in_one_prompt(load):
-    answer = load("operations", 0.3).encode([CLIP, "samples/arrivals.webm"], frames=4).ask(QUESTIONS[0])
-    assert answer.text is not None
-    count, work = answer.report.tokens.visual, answer.report.pruning.language_work
-    assert work[0] == [0, count, count, count] and work[-1][1] == round(count / 4)
-
-
 WRONG = [
     ({"recipe": None}, "NoneType"),
     ({"recipe": {"depth": 2, "after": 3, "key": 0.25, "weights": [1, 1, 1]}}, "after must be"),

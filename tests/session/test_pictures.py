@@ -1,28 +1,16 @@
 """Pictures, and several inputs in one question: equal to Hugging Face at full budget, exact counts below."""
 
-from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from evoprune import methods
-from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.errors import UsageError
-from evoprune.language.prompt import VisualSpan, prompt_positions
-from evoprune.methods.plans import keep_count
 from evoprune.session.cache import Cache
-from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
 from evoprune.session.planning import TEXT
-from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
-from evoprune.vision.encoder import encode_rows
-from evoprune.vision.preprocess import normalised, patchify, resize
-from tests.methods.kinds import INNER, one_of_each
 from tests.threads import one_thread  # noqa: F401
 
 CLIP, OTHER = "samples/square.mp4", "samples/arrivals.webm"
@@ -40,128 +28,6 @@ def save(path, width, height, seed=0):
     small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
     small.resize((width, height), Image.Resampling.BICUBIC).save(path)
     return str(path)
-
-
-def pixels_of(loaded, plan):
-    """What Hugging Face's processors make of an input: its patches, and its grid in patches."""
-    if plan.kind == "picture":
-        limits = loaded.limits["picture"]
-        processor = Qwen2VLImageProcessorPil(min_pixels=limits.min_pixels, max_pixels=limits.max_pixels)
-        made = processor(images=Image.open(plan.info.path), return_tensors="pt")
-        return made["pixel_values"], made["image_grid_thw"]
-    chunks = read_frames(plan.info, plan.sampling.times_s)
-    frames = torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks]))
-    t, h, w = plan.grid
-    return patchify(resize(frames, plan.height, plan.width)), torch.tensor([[t, 2 * h, 2 * w]])
-
-
-def hugging_face(loaded, inputs, question, tokens):
-    """The tokens that transformers' `generate` makes of the same inputs, at positions by Qwen's rule; and their logits."""
-    model, specials = hugging_face_model(loaded.model), loaded.tokenizer.specials()
-    pads = {"video": specials["<|video_pad|>"], "picture": specials["<|image_pad|>"]}
-    model.config.video_token_id, model.config.image_token_id = pads["video"], pads["picture"]
-    content = [{"type": {"video": "video", "picture": "image"}[each.plan.kind]} for each in inputs]
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    spans, given, end = [], {}, 0
-    loaded.tokenizer.backend.encode_special_tokens = False
-    ids = loaded.tokenizer.backend.encode(loaded.tokenizer.render(messages)).ids
-    loaded.tokenizer.backend.encode_special_tokens = True
-    for each in inputs:
-        pixels, grid = pixels_of(loaded, each.plan)
-        t, h, w = grid[0].tolist()
-        at = next(i for i, token in enumerate(ids) if token in pads.values() and i >= end)
-        assert ids[at] == pads[each.plan.kind]
-        ids[at : at + 1] = [ids[at]] * (t * h * w // 4)
-        end = at + t * h * w // 4
-        spans.append(VisualSpan(at, (t, h // 2, w // 2), each.plan.sampling.seconds_per_pair()))
-        for name, value in (("", pixels), ("_grid_thw", grid)):
-            key = {"video": ("pixel_values_videos", "video_grid_thw"), "picture": ("pixel_values", "image_grid_thw")}
-            given.setdefault(key[each.plan.kind][name != ""], []).append(value)
-    rope = prompt_positions(len(ids), spans, getattr(model.config.vision_config, "tokens_per_second", None))
-    made = model.generate(
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-        position_ids=torch.cat([torch.arange(len(ids))[None], rope])[:, None],
-        **{name: torch.cat(values) for name, values in given.items()},
-        max_new_tokens=tokens,
-        do_sample=False,
-        eos_token_id=list(loaded.eos_ids),
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    tokens = made.sequences[0, len(ids) :].tolist()
-    return [token for token in tokens if token not in loaded.eos_ids], torch.cat(made.logits)
-
-
-SIZES = [(1, 1), (3, 400), (27, 29), (101, 67), (140, 112), (997, 13)]
-
-
-@pytest.mark.few(3)
-@pytest.mark.parametrize("model", ["tiny", "demo"])
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_a_picture_at_full_budget_is_hugging_faces_generate(loaded, model, size, tmp_path):
-    loaded = load_model("demo", pack=False) if model == "demo" else loaded
-    picture = VideoQA(loaded, budget=1.0).encode(save(tmp_path / "a.png", *size))
-    ours = picture.ask(QUESTION, max_new_tokens=12)
-    assert ours.text is not None
-    ids, logits = hugging_face(loaded, [picture], QUESTION, 12)
-    assert ours.ids == ids
-    if ids:
-        along, _ = picture.read_along(QUESTION, ids)
-        torch.testing.assert_close(along, logits[: len(ids)].float(), atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize("size", [*SIZES, (700, 500)], ids=str)
-def test_patches_are_those_of_the_image_processor(loaded, size, tmp_path, monkeypatch):
-    found = []
-
-    def kept(visual, patches, *plan, **how):
-        found.extend(patches)
-        return encode_rows(visual, found, *plan, **how)
-
-    monkeypatch.setattr("evoprune.session.encoding.encode_rows", kept)
-    path = save(tmp_path / "a.png", *size)
-    with closing(open_inputs(VideoQA(loaded, budget=1.0).engine, [path])) as opened:
-        theirs, grid = pixels_of(loaded, opened.plans[0])
-        opened.encode()
-    torch.testing.assert_close(normalised(torch.cat([each.values for each in found])), theirs, atol=1e-5, rtol=0)
-    assert grid[0].tolist() == [1, *(2 * side for side in opened.plans[0].grid[1:])]
-
-
-@pytest.mark.few(1)
-@pytest.mark.parametrize("kinds", ["pp", "vp", "pvv", "vv"])
-def test_several_inputs_at_full_budget_are_hugging_faces_generate(loaded, kinds, tmp_path):
-    paths = [
-        save(tmp_path / f"{i}.png", 60 + 50 * i, 90, i) if kind == "p" else (CLIP, OTHER)[i % 2]
-        for i, kind in enumerate(kinds)
-    ]
-    qa = VideoQA(loaded, budget=1.0)
-    encoded = [qa.encode(path) for path in paths]
-    expected, _ = hugging_face(loaded, encoded, QUESTION, 12)
-    for answer in (qa.encode(paths).ask(QUESTION, max_new_tokens=12), qa.ask(encoded, QUESTION, max_new_tokens=12)):
-        assert answer.text is not None and answer.ids == expected
-        assert [each.kind for each in answer.report.inputs] == [{"p": "picture", "v": "video"}[kind] for kind in kinds]
-
-
-EXACT = [name for name in methods.built_in() if methods.parse(name).exact]
-
-
-@pytest.mark.few(3)
-@pytest.mark.parametrize("method", one_of_each(EXACT))
-def test_exactly_k_tokens_are_kept_of_each_input(loaded, method, tmp_path):
-    qa = VideoQA(loaded, budget=0.25, method=method)
-    inputs = qa.encode([save(tmp_path / "a.png", 300, 200), CLIP, save(tmp_path / "b.png", 97, 130)])
-    report = inputs.ask(QUESTION, max_new_tokens=2)
-    assert report.text is not None
-    report = report.report
-    share = 1.0 if method == "none" or method in INNER else 0.25
-    units = [each.pruning.visual_tokens_in for each in report.inputs]
-    kept = [keep_count(share, count) for count in units]
-    assert [each.pruning.visual_tokens_kept for each in report.inputs] == kept
-    assert report.pruning.visual_tokens_in == sum(units) and report.pruning.visual_tokens_kept == sum(kept)
-    assert report.tokens.visual == sum(kept) == sum(report.pruning.kept_per_pair)
-    if method in INNER:  # which drop among the tokens of all inputs together
-        assert report.pruning.language_layers == [[0, sum(units)], [1, keep_count(0.25, sum(units))]]
 
 
 @pytest.mark.parametrize(

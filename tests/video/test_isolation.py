@@ -294,6 +294,11 @@ def test_what_a_copy_of_this_process_holds_is_not_written_over(good, started):
         os.close(writes)
     for child, _ in children:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    child = os.fork()  # which starts a process of its own
+    if not child:
+        os._exit(numbers(probe(good), TIMES) != list(range(20)) or len(started) != 2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert numbers(probe(good), TIMES) == list(range(20)) and len(started) == 1
 
 
 def test_memory_for_frames_cannot_be_taken_away(good, started, tmp_path):
@@ -308,16 +313,6 @@ def test_memory_for_frames_cannot_be_taken_away(good, started, tmp_path):
         list(read_frames(replace(probe(good), path=str(tmp_path / "gone.mp4")), TIMES, chunk_bytes=SMALL))
     (pid,) = started
     assert "evoprune-frames" not in Path(f"/proc/{pid}/maps").read_text()
-
-
-@pytest.mark.full
-def test_a_fork_starts_its_own(good, started):
-    probe(good)
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0 if numbers(probe(good), TIMES) == list(range(20)) and len(started) == 2 else 1)
-    assert os.waitpid(pid, 0)[1] == 0
-    assert numbers(probe(good), TIMES) == list(range(20)) and len(started) == 1
 
 
 PARENT = """

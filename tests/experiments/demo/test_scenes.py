@@ -5,11 +5,10 @@ import pytest
 
 from evoprune.video.frames import probe
 from evoprune.video.info import world_of
-from experiments.demo.painting import CHARACTERS, glyph_mask, outline_mask
-from experiments.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Camera, Clip, Thing
+from experiments.demo.scenes.clip import COLOURS, Camera, Clip, Thing
 from experiments.demo.scenes.compose import SPLITS, family, make_clip
 from experiments.demo.scenes.drawing import NOTHING, render, render_with_map, write_file
-from experiments.demo.scenes.scenery import texture_field, thing_sprite
+from experiments.demo.scenes.scenery import thing_sprite
 
 
 def test_a_clip_is_a_function_of_split_and_seed_and_even_ones_are_pictures_in_which_nothing_happens():
@@ -50,16 +49,6 @@ def test_layers_move_against_each_other_when_the_camera_pans():
     agree = {shift: (abs(first[:, shift:] - second[:, : 168 - shift]).max(-1) < 3).mean() for shift in range(24)}
     best = sorted(agree, key=agree.get)[-2:]
     assert sorted(best) == [8, 16]  # the far layer, at half of the speed, and the ground
-
-
-@pytest.mark.parametrize("height", [8, 13, 24])
-def test_characters_and_outlines_and_textures_differ(height):
-    masks = [glyph_mask(c, height) for c in CHARACTERS]
-    assert min(abs(a - b).sum() for i, a in enumerate(masks) for b in masks[:i]) > 0.02 * masks[0].size
-    shapes = [outline_mask(o, height) for o in OUTLINES]
-    assert min(abs(a - b).mean() for i, a in enumerate(shapes) for b in shapes[:i]) > 0.05
-    fields = [texture_field(t, 2 * height, max(5, round(height / 2.2))) for t in TEXTURES]
-    assert min(abs(a - b).mean() for i, a in enumerate(fields) for b in fields[:i]) > 0.15
 
 
 def test_what_changes_is_drawn_anew():

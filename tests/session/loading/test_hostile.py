@@ -31,6 +31,7 @@ CONFIG = {
     "num_hidden_layers of a billion": (TEXT, "num_hidden_layers", 10**9, "not a whole number from 1 to 1,000"),
     "more layers than weights": (TEXT, "num_hidden_layers", 900, "lack model.language_model.layers.899"),
     "deeper than the weights": (VISION, "depth", 900, "lack model.visual.blocks.899"),
+    "other dimensions": (TEXT, "intermediate_size", 64, "cannot be loaded"),
     "huge matrices": (TEXT, "intermediate_size", 2**62, "intermediate_size is 4611686018427387904"),
 }
 VIDEO, IMAGE = "video_preprocessor_config.json", "preprocessor_config.json"
