@@ -111,29 +111,6 @@ def test_other_frames_than_pyavs_are_refused(folder, in_process, monkeypatch):
         numbers(info, [0.5], decoder="decord")
 
 
-@pytest.fixture
-def taken(in_process, monkeypatch):
-    """Counts how many frames decord hands out."""
-    count, original = [0], decord.VideoReader.next
-
-    def counting(self):
-        count[0] += 1
-        return original(self)
-
-    monkeypatch.setattr(decord.VideoReader, "next", counting)
-    return count
-
-
-def test_frames_are_taken_as_they_are_needed_and_once(folder, taken):
-    info = probe(write_video(folder / "taken.mp4", numbered_frames(100)))
-    chunks = read_frames(info, [0.05, 0.25, 0.25, 0.26, 5.05, 5.06, 99.0], decoder="decord", chunk_bytes=1)
-    assert taken[0] == 0
-    assert [number_of(rgb) for rgb in next(chunks).frames] == [0, 2]
-    assert taken[0] == 3
-    assert [number_of(rgb) for rgb in pixels(chunks)] == [2, 2, 50, 50, 99]
-    assert taken[0] == 100
-
-
 def test_pixels_are_arrays_whatever_bridge_the_host_has_set(folder, in_process):
     info = probe(write_video(folder / "bridge.mp4", numbered_frames(10), **OPEN_GOP))
     decord.bridge.set_bridge("torch")

@@ -166,25 +166,6 @@ def test_what_cannot_be_shown_as_it_is_is_refused(name, tmp_path):
     assert caught.value.hint and caught.value.exit_code == 3
 
 
-@pytest.mark.few(7)
-@pytest.mark.parametrize("cut", [12, 40, 300])
-@pytest.mark.parametrize("name", ["rgb.jpg", "alpha.png", "rgb.webp", "rgb.tiff", "rgb.bmp", "one.gif", "rgb.avif"])
-def test_damaged_pictures_are_refused_or_read(name, cut, tmp_path):
-    """Never a crash, nor a bug."""
-    content = bytearray(written(tmp_path / name, *KINDS[name]).read_bytes())
-    random = np.random.default_rng(cut)
-    for at in random.integers(12, len(content), 20):
-        content[at] = random.integers(256)
-    (tmp_path / name).write_bytes(content[: len(content) - cut % len(content) // 2])
-    try:
-        info = probe(tmp_path / name)
-        shown = read(info)
-    except VideoError as problem:
-        assert "bug" not in problem.message
-    else:
-        assert shown.shape == (info.height, info.width, 3)
-
-
 def test_there_is_nothing_to_scan_in_a_picture(tmp_path):
     with pytest.raises(VideoError, match="nothing to scan"):
         scan(written(tmp_path / "a.png", *KINDS["rgb.png"]))

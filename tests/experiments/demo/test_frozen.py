@@ -1,4 +1,4 @@
-"""The generators are frozen, so are the samples, which are theirs, and the words of their questions: figures about their clips compare only with figures about the same clips.
+"""The generators are frozen, with the samples and the words of their questions: figures compare only about the same clips.
 
 Where this fails, something has changed what is drawn or asked; so everything in results/ would have to be measured anew.
 """
