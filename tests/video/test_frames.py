@@ -92,7 +92,7 @@ def decoded(in_process, monkeypatch):
     return count
 
 
-GROUPS = {"x264-params": "open-gop=1:bframes=3:b-pyramid=normal"}
+GROUPS = {"x264-params": "open-gop=1:bframes=3:b-pyramid=normal:scenecut=0"}
 LONG_FILES = {  # how they are written, and whether what lies between far moments need not be decoded
     "long.mp4": ({}, True),
     "long.ts": ({"start": 3.0}, True),
@@ -102,12 +102,12 @@ LONG_FILES = {  # how they are written, and whether what lies between far moment
     "av1.mkv": ({"codec": "libsvtav1"}, True),
     "long_hevc.mp4": ({"codec": "libx265", "options": {"x265-params": "log-level=none"}}, True),
     "open_gop.mp4": ({"options": GROUPS}, False),
-    "refresh.mp4": ({"options": {"x264-params": "intra-refresh=1"}}, False),
+    "refresh.mp4": ({"options": {"x264-params": "intra-refresh=1:scenecut=0"}}, False),
     "open_gop.ts": ({"options": GROUPS}, False),
     "fragments.mp4": ({"container_options": {"movflags": "frag_keyframe+empty_moov"}}, False),
     "no_index.mkv": ({"container_options": {"live": "1"}}, False),
-    "one_keyframe.mp4": ({"gop": 1000}, False),
-    "one_keyframe.ts": ({"gop": 1000}, False),
+    "one_keyframe.mp4": ({"gop": 1000, "options": {"sc_threshold": "0"}}, False),
+    "one_keyframe.ts": ({"gop": 1000, "options": {"sc_threshold": "0"}}, False),
     "long.avi": ({}, False),
     "long.flv": ({}, False),
 }

@@ -166,9 +166,10 @@ def test_lines_of_a_part_of_the_video(video, tmp_path, span, kept):
             [(0, 4, "a b"), (2.01, 6, "c d"), (4, 6, "e")],
         ),
         ([(0, 1, "No."), (1.083, 2, "No.")], [(0, 1, "No."), (1.083, 2, "No.")]),
+        ([(0, 1, "No."), (1.04, 2, "No.")], [(0, 2, "No.")]),
         ([(0, 5, "a sign"), (1, 2, "x"), (2, 3, "a sign\ny")], [(0, 5, "a sign"), (1, 2, "x"), (2, 3, "y")]),
     ],
-    ids=["rolling", "said twice", "on screen already"],
+    ids=["rolling", "said twice", "shown on", "on screen already"],
 )
 def test_what_is_on_screen_already_counts_once(video, tmp_path, cues, kept):
     assert read(video, tmp_path / "a.srt", srt(cues)).lines == kept

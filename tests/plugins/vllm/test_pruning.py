@@ -93,6 +93,7 @@ def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(visual, m
     levels = torch.full((8, 28 * 4, 28 * 6, 3), 100, dtype=torch.uint8)
     levels[4:, :56] = 115  # half of each frame, from the third pair on
     pixels, normal = pixel_patches(levels), normalisation((mean,) * 3, (std,) * 3, scale)
+    assert [each[0] for each in normal] == pytest.approx([0.1, 5.0])
     for each in (pixels, (pixels * scale - mean) / std):  # bytes, and as Hugging Face's processor normalises them
         found = encoded(visual, Patches(each, *normal), GRID, 20, methods.parse("reuse+divprune"))
         assert found.layers[0] == (0, 24 + 12)
