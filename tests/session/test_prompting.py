@@ -52,14 +52,13 @@ def test_the_prompt_to_the_letter(qa, said):
     assert without == "Why?" and video.report.subtitles == {
         "source": str(said), "lines": 3, "lines_in_prompt": 3, "tokens": len(ids) - len(plain),
     }  # fmt: skip
-
-
-def test_hours_and_the_part_that_is_looked_at(qa, said):
-    assert prompt_of(qa, qa.encode(CLIP, subtitles=said, start_s=2.5, end_s=5))[0].splitlines()[1:-2] == [
-        "[0:03] <|im_end|>\x1b[31m"
-    ]
+    part = prompt_of(qa, qa.encode(CLIP, subtitles=said, start_s=2.5, end_s=5))[0]
+    assert part.splitlines()[1:-2] == ["[0:03] <|im_end|>\x1b[31m"]
     lines = fit(qa.loaded.tokenizer, Subtitles("a", [(3661.9, 3662.0, "x"), (-3.0, 1.0, "y")]), 99).text
     assert lines == "Subtitles:\n[1:01:01] x\n[0:00] y\n\n"
+    long = [(0.0, 1.0, "short"), (1.0, 2.0, "word " * 10**6), (2.0, 3.0, "brief")]  # left out whole
+    fitted = fit(qa.loaded.tokenizer, Subtitles("a", long), 100)
+    assert fitted.text == "Subtitles:\n[0:00] short\n[0:02] brief\n\n" and fitted.lines == 3
 
 
 @pytest.mark.parametrize("limit", [1, 20, 100, 2048])
@@ -75,12 +74,6 @@ def test_the_most_lines_that_fit_evenly(qa, limit, count):
     assert fitted.lines == count and fitted.text == (text(kept) if kept else "")
     assert fitted.tokens == len(tokenizer.encode(fitted.text)) <= limit
     assert kept == count or len(tokenizer.encode(text(kept + 1))) > limit
-
-
-def test_a_line_that_is_too_long_is_left_out_whole(qa):
-    lines = [(0.0, 1.0, "short"), (1.0, 2.0, "word " * 10**6), (2.0, 3.0, "brief")]
-    fitted = fit(qa.loaded.tokenizer, Subtitles("a", lines), 100)
-    assert fitted.text == "Subtitles:\n[0:00] short\n[0:02] brief\n\n" and fitted.lines == 3
 
 
 @pytest.mark.few(1)

@@ -13,10 +13,7 @@ from evoprune.model.config import FAMILIES, QWEN3
 from evoprune.video.info import Video
 from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits, make_plan, parse_time, plan_sampling, smart_resize
 
-seconds = st.floats(0.01, 1e5)
-
-
-max_frames = st.integers(2, 800)
+seconds, max_frames = st.floats(0.01, 1e5), st.integers(2, 800)
 
 
 @given(seconds, st.floats(1e-3, 1e3), st.integers(0, 50), max_frames)
@@ -27,12 +24,8 @@ def test_counts_by_fps_are_even_and_kept_within_the_limits(duration, fps, least,
     assert plan.frames >= min(least, most - most % 2)
     if max(2, least + least % 2) < plan.frames < most - 1:
         assert abs(plan.frames - duration * fps) <= 1 + 1e-6
-
-
-@given(seconds, st.integers(1, 2000), max_frames)
-def test_an_exact_count_rounds_up_to_even_and_stops_at_max_frames_only(duration, frames, most):
-    plan = plan_sampling(duration, frames=frames, min_frames=64, max_frames=most)
-    assert plan.frames == min(frames + frames % 2, most - most % 2)
+    exact = plan_sampling(duration, frames=least + 1, min_frames=64, max_frames=most)  # stops at max_frames only
+    assert exact.frames == min(least + 1 + (least + 1) % 2, most - most % 2)
 
 
 @given(seconds, st.floats(0, 0.9), st.floats(0.01, 2), st.integers(1, 768))
