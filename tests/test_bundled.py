@@ -37,6 +37,7 @@ def test_they_answer_about_their_own_clips(name):
         ("shapes", "What colour is the Square?", []),
         ("shapes", "Does the man smile?", ["man", "smile"]),
         ("shapes", "What does the sign say?", ["sign", "say"]),
+        ("shapes", "NORTH", ["north"]),
         ("scenes", "In the second picture: What colour is the sign that says NORTH?\nA. red\nB. 4711", []),
         ("scenes", "Is the digit on the North sign?", ["digit", "north"]),
     ],

@@ -14,10 +14,8 @@ def test_a_traceback_ends_with_the_hint(kind, again):
     problem = kind("no such thing", "take another", stage="decode")
     if again:
         problem = pickle.loads(pickle.dumps(problem))
-    assert str(problem) == "no such thing\nhint: take another" and (problem.hint, problem.stage) == (
-        "take another",
-        "decode",
-    )
+    assert str(problem) == "no such thing\nhint: take another"
+    assert (problem.hint, problem.stage) == ("take another", "decode")
     *_, message, hint = "".join(traceback.format_exception(problem)).splitlines()
     assert message == f"evoprune.errors.{kind.__name__}: no such thing" and hint == "hint: take another"
 

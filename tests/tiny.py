@@ -6,22 +6,11 @@ from pathlib import Path
 
 import torch
 
-SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+_NAMES = (
+    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
+    "vision_start vision_end vision_pad image_pad video_pad"
+)
+SPECIAL_TOKENS = [f"<|{name}|>" for name in _NAMES.split()]
 
 CHAT_TEMPLATE = """\
 {%- if messages[0].role != 'system' -%}
@@ -71,42 +60,15 @@ def tiny_tokenizer():
     return tokenizer
 
 
-QWEN2_5_VISION = {
-    "depth": 2,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_heads": 4,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
-    "window_size": 112,
-    "fullatt_block_indexes": [1],
-    "out_hidden_size": 64,
-    "tokens_per_second": 2,
+PATCHES = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
+QWEN2_5_VISION = PATCHES | {
+    **{"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "out_hidden_size": 64},
+    **{"window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2},
 }
-QWEN2_VISION = {
-    "depth": 2,
-    "embed_dim": 48,
-    "hidden_size": 64,
-    "mlp_ratio": 2,
-    "num_heads": 4,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
-}
-
-
-QWEN3_VISION = {
-    "depth": 6,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_heads": 2,
-    "out_hidden_size": 64,
-    "num_position_embeddings": 25,
-    "deepstack_visual_indexes": [1, 2, 4],
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
+QWEN2_VISION = PATCHES | {"depth": 2, "embed_dim": 48, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 4}
+QWEN3_VISION = PATCHES | {
+    **{"depth": 6, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "patch_size": 16},
+    **{"num_position_embeddings": 25, "deepstack_visual_indexes": [1, 2, 4]},
 }
 # Its heads are wider than hidden size by heads, and it has a layer more than DeepStack adds to.
 QWEN3_TEXT = {"num_hidden_layers": 4, "head_dim": 24}

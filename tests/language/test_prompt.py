@@ -1,6 +1,7 @@
 """Prompts: the tokenizer, the chat template, and positions by Qwen's rule."""
 
 import json
+from functools import partial
 
 import pytest
 import tokenizers
@@ -20,7 +21,6 @@ from evoprune.language.prompt import (
     opens_thoughts,
     prompt_positions,
     timestamps,
-    video_positions,
 )
 from tests.thinking import THINKING, thinking_tokenizer
 from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_config, tiny_tokenizer
@@ -59,10 +59,8 @@ def test_lengths_left_over_from_training_do_not_cut_questions():
     assert Tokenizer(backend, "").encode(text) == theirs(text)["input_ids"]
 
 
-MESSAGES = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Why?"}]},
-]
+SYSTEM = {"role": "system", "content": "Be brief."}
+MESSAGES = [SYSTEM, {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Why?"}]}]
 TEMPLATES = [
     "{% for m in messages %}\n    {{ m.role }}\n{% endfor %}",
     "{{ bos_token }}{{ eos_token }}{{ messages | tojson }}",
@@ -82,10 +80,8 @@ def test_rendering_is_that_of_transformers(folder, template):
     own, theirs = load_tokenizer(folder), tiny_tokenizer()
     own.chat_template = template or own.chat_template
     for messages in (MESSAGES, MESSAGES[1:]):
-        expected = theirs.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, chat_template=template
-        )
-        assert own.render(messages) == expected
+        how = {"tokenize": False, "add_generation_prompt": True, "chat_template": template}
+        assert own.render(messages) == theirs.apply_chat_template(messages, **how)
 
 
 @pytest.mark.parametrize("template", REFUSED)
@@ -96,14 +92,6 @@ def test_what_transformers_refuses_is_refused(folder, template):
         tiny_tokenizer().apply_chat_template(MESSAGES, chat_template=template)
     with pytest.raises(ValueError, match=r"underscore|argument"):
         own.render(MESSAGES)
-
-
-def test_templates_run_in_a_sandbox(folder):
-    own = load_tokenizer(folder)
-    for template in ("{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ raise_exception('no') }}"):
-        own.chat_template = template
-        with pytest.raises(Exception, match=r"unsafe|no"):
-            own.render(MESSAGES)
 
 
 def test_where_templates_are_kept(folder):
@@ -132,16 +120,23 @@ def test_vocabulary_and_merges_alone_will_do(folder, tmp_path_factory):
 
 
 ORDINARY = [
-    "What happens after the man opens the door?",
-    "",
-    " leading and trailing ",
-    "\n\nnewlines\r\n first, and last\n",
-    "  \n ",
-    "Größe? 你好 👩‍👩‍👧 é e\u0301",
-    "user\nassistant\n",
-    "<|im_end, almost|> <video> |>",
-    "1234567 !!?? 'll it's",
+    *[
+        "What happens after the man opens the door?",
+        "",
+        " leading and trailing ",
+        "\n\nnewlines\r\n first, and last\n",
+        "  \n ",
+    ],
+    *[
+        "Größe? 你好 👩‍👩‍👧 é e\u0301",
+        "user\nassistant\n",
+        "<|im_end, almost|> <video> |>",
+        "1234567 !!?? 'll it's",
+        "\nWhy?",
+    ],
 ]
+SAID = "Subtitles:\n[0:01] Who is there?\n[0:03] <|im_end, almost|> Größe\n\n"
+QUESTION_IS = CHAT_TEMPLATE.replace("else part.text", "else 'Question: ' + part.text")
 
 
 @pytest.fixture
@@ -167,12 +162,15 @@ def whole(question, visual_tokens, system, template=None):
     return tokenizer(text.replace("<|video_pad|>", "<|video_pad|>" * visual_tokens))["input_ids"]
 
 
+@pytest.mark.few(20)
+@pytest.mark.parametrize("subtitles", ["", SAID])
 @pytest.mark.parametrize("system", [None, "", "Be brief.", "\n\nStart on a new line. "])
 @pytest.mark.parametrize("question", ORDINARY)
-def test_ids_are_those_of_the_conversation_as_a_whole(tokenizer, question, system):
-    prompt = about_video(tokenizer, question, 7, system=system)
+def test_ids_are_those_of_the_conversation_as_a_whole(tokenizer, question, system, subtitles):
+    """Subtitles stand between the video and the question."""
+    prompt = about_video(tokenizer, question, 7, system=system, subtitles=subtitles)
     assert prompt.input_ids.dtype == torch.int64
-    assert prompt.input_ids.tolist() == whole(question, 7, system)
+    assert prompt.input_ids.tolist() == whole(subtitles + question, 7, system)
 
 
 @pytest.mark.full
@@ -198,15 +196,6 @@ def test_several_inputs_stand_in_their_order(tokenizer, kinds):
     assert prompt.visual_tokens == sum(map(len, prompt.places)) == len(ids) - prompt.text_tokens
 
 
-def test_a_template_that_changes_their_order_or_leaves_one_out_is_refused(tokenizer, monkeypatch):
-    inputs = [(VIDEO, 1), (PICTURE, 2)]
-    for change in ("message.content | reverse", "message.content[1:]"):
-        changed = CHAT_TEMPLATE.replace("part in message.content", f"part in {change}")
-        monkeypatch.setattr(tokenizer, "chat_template", changed)
-        with pytest.raises(ModelError, match="in their order"):
-            build_prompt(tokenizer, "Why?", inputs)
-
-
 def test_a_system_prompt_that_the_template_leaves_out_is_refused(tokenizer, monkeypatch):
     changed = CHAT_TEMPLATE.replace("for message in messages", "for message in messages if message.role != 'system'")
     assert changed != CHAT_TEMPLATE
@@ -218,76 +207,55 @@ def test_a_system_prompt_that_the_template_leaves_out_is_refused(tokenizer, monk
         assert about_video(tokenizer, "Why?", 1, system=nothing).visual_tokens == 1
 
 
-@pytest.mark.parametrize("token", SPECIAL_TOKENS)
+@pytest.mark.few(3)
+@pytest.mark.parametrize("token", [*SPECIAL_TOKENS, "\ue000system\ue001", "\ue000question\ue001", "\x1b[31m"])
 def test_special_tokens_in_the_users_words_are_plain_text(tokenizer, token):
+    """And stand-ins for them stay what they are."""
     attack = f"a{token}b {token}{token}"
-    plain, attacked = about_video(tokenizer, "a", 3, system="b"), about_video(tokenizer, attack, 3, system=attack)
+    plain = about_video(tokenizer, "a", 3, system="b", subtitles="c")
+    attacked = about_video(tokenizer, attack, 3, system=attack, subtitles=attack)
     specials = tiny_tokenizer().convert_tokens_to_ids(SPECIAL_TOKENS)
     only_special = [[i for i in prompt.input_ids.tolist() if i in specials] for prompt in (plain, attacked)]
     assert only_special[0] == only_special[1]
     # ... and yet the model reads every character of it.
-    assert tiny_tokenizer().decode(attacked.input_ids).count(attack) == 2
+    assert tiny_tokenizer().decode(attacked.input_ids).count(attack) == 3
 
 
-def test_stand_ins_in_the_users_words_stay_what_they_are(tokenizer):
-    question, system = "\ue000system\ue001?", "\ue000question\ue001!"
-    text = tiny_tokenizer().decode(about_video(tokenizer, question, 1, system=system).input_ids)
-    assert text.count(question) == text.count(system) == 1
-
-
-def test_the_prefix_does_not_depend_on_the_question(tokenizer):
-    one, other = (about_video(tokenizer, question, 4, system="Be brief.") for question in ("\nWhy?", "How many?"))
-    assert one.prefix_length == other.prefix_length == one.places[0].runs[0].stop + 1
-    assert one.input_ids[: one.prefix_length].tolist() == other.input_ids[: other.prefix_length].tolist()
-    assert tiny_tokenizer().decode(one.input_ids[one.prefix_length :]).startswith("\nWhy?<|im_end|>")
-
-
-@pytest.mark.few(3)
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ messages[-1].content[1].text }}",
-        "<|video_pad|>",
-        "<|video_pad|><|video_pad|>{{ messages[-1].content[1].text }}",
-        "{{ messages[-1].content[1].text }}<|video_pad|>",
-        "{{ raise_exception('text only') }}",
-        "{% for %}",
-    ],
-)
-def test_templates_without_one_video_and_a_question_after_it_are_refused(tokenizer, monkeypatch, template):
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, QUESTION_IS])
+@pytest.mark.parametrize("subtitles", ["", SAID])
+def test_the_prefix_does_not_depend_on_the_question(tokenizer, monkeypatch, template, subtitles):
+    """What stands between video and question is part of the prefix with subtitles, which no question merges with."""
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    with pytest.raises(ModelError, match="chat template"):
-        about_video(tokenizer, "Why?", 1)
-
-
-def test_text_between_video_and_question_is_part_of_the_rest(tokenizer, monkeypatch):
-    template = CHAT_TEMPLATE.replace("else part.text", "else 'Question: ' + part.text")
-    monkeypatch.setattr(tokenizer, "chat_template", template)
-    prompt = about_video(tokenizer, "Why?", 2)
-    assert prompt.input_ids.tolist() == whole("Why?", 2, None, template)
-    assert tiny_tokenizer().decode(prompt.input_ids[prompt.prefix_length :]).startswith("Question: Why?")
-
-
-SAID = "Subtitles:\n[0:01] Who is there?\n[0:03] <|im_end, almost|> Größe\n\n"
-
-
-@pytest.mark.parametrize("system", [None, "Be brief."])
-@pytest.mark.parametrize("question", ["Why?", "\nWhy?", "  Why?", ""])
-def test_subtitles_stand_between_the_video_and_the_question(tokenizer, question, system):
-    prompt = about_video(tokenizer, question, 7, system=system, subtitles=SAID)
-    assert prompt.input_ids.tolist() == whole(SAID + question, 7, system)
-    text = tiny_tokenizer().decode(prompt.input_ids)
-    assert f"<|vision_end|>{SAID}{question}<|im_end|>" in text
-
-
-@pytest.mark.parametrize("template", [None, CHAT_TEMPLATE.replace("else part.text", "else 'Question: ' + part.text")])
-def test_subtitles_are_part_of_the_prefix_where_no_question_merges_with_them(tokenizer, monkeypatch, template):
-    if template:
-        monkeypatch.setattr(tokenizer, "chat_template", template)
-    one, other = (about_video(tokenizer, question, 2, subtitles=SAID) for question in ("Why?", "How many?"))
-    assert tiny_tokenizer().decode(one.input_ids[one.prefix_length :]).startswith("Why?<|im_end|>")
-    assert one.prefix_length == other.prefix_length
+    ask = partial(about_video, tokenizer, visual_tokens=4, system="Be brief.", subtitles=subtitles)
+    one, other = (ask(question) for question in ("\nWhy?", "How many?"))
+    assert one.input_ids.tolist() == whole(f"{subtitles}\nWhy?", 4, "Be brief.", template)
+    assert one.prefix_length == other.prefix_length >= one.places[0].runs[0].stop + 1
     assert one.input_ids[: one.prefix_length].tolist() == other.input_ids[: other.prefix_length].tolist()
+    rest = tiny_tokenizer().decode(one.input_ids[one.prefix_length :])
+    before = "Question: " if template == QUESTION_IS and not subtitles else ""
+    assert rest.startswith(f"{before}\nWhy?<|im_end|>")
+
+
+CONTENT = "part in message.content"
+NO_TEMPLATES = {
+    "{{ messages[-1].content[1].text }}": "chat template",
+    "<|video_pad|>": "chat template",
+    "<|video_pad|><|video_pad|>{{ messages[-1].content[1].text }}": "chat template",
+    "{{ messages[-1].content[1].text }}<|video_pad|>": "chat template",
+    "{{ raise_exception('text only') }}": "chat template",
+    "{% for %}": "chat template",
+    CHAT_TEMPLATE.replace(CONTENT, f"{CONTENT} | reverse"): "in their order",
+    CHAT_TEMPLATE.replace(CONTENT, f"{CONTENT}[1:]"): "in their order",
+}
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("template", NO_TEMPLATES)
+def test_templates_without_the_inputs_in_order_and_a_question_after_them_are_refused(tokenizer, monkeypatch, template):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    inputs = [(VIDEO, 1), (PICTURE, 2)] if "order" in NO_TEMPLATES[template] else [(VIDEO, 1)]
+    with pytest.raises(ModelError, match=NO_TEMPLATES[template]):
+        build_prompt(tokenizer, "Why?", inputs)
 
 
 def test_a_question_that_merges_with_the_subtitles_shares_the_video_alone(tokenizer):
@@ -296,25 +264,13 @@ def test_a_question_that_merges_with_the_subtitles_shares_the_video_alone(tokeni
     assert merged.prefix_length == merged.places[0].runs[0].stop + 1 < apart.prefix_length
 
 
-def test_special_tokens_in_subtitles_are_plain_text(tokenizer):
-    attack = "".join(SPECIAL_TOKENS) + "\x1b[31m\ue000question\ue001"
-    prompt = about_video(tokenizer, "Why?", 3, subtitles=attack)
-    specials = tiny_tokenizer().convert_tokens_to_ids(SPECIAL_TOKENS)
-    plain = about_video(tokenizer, "Why?", 3)
-    only_special = [[i for i in made.input_ids.tolist() if i in specials] for made in (plain, prompt)]
-    assert only_special[0] == only_special[1] and tiny_tokenizer().decode(prompt.input_ids).count(attack) == 1
-
-
-@pytest.mark.parametrize("inputs", [[], [(VIDEO, 0)], [(VIDEO, 2), (PICTURE, 0)]])
-def test_an_input_has_at_least_one_token(tokenizer, inputs):
-    with pytest.raises(ValueError, match="at least one"):
-        build_prompt(tokenizer, "Why?", inputs)
-
-
-@pytest.mark.parametrize("content", [b"\xff?", "why?".encode("utf-16-le")], ids=["stray bytes", "UTF-16"])
-def test_what_is_no_text_is_a_usage_error(tokenizer, content):
-    with pytest.raises(UsageError, match="not valid text"):
-        about_video(tokenizer, content.decode(errors="surrogateescape"), 1)
+def test_what_is_refused(tokenizer):
+    for inputs in ([], [(VIDEO, 0)], [(VIDEO, 2), (PICTURE, 0)]):
+        with pytest.raises(ValueError, match="at least one"):
+            build_prompt(tokenizer, "Why?", inputs)
+    for content in (b"\xff?", "why?".encode("utf-16-le")):
+        with pytest.raises(UsageError, match="not valid text"):
+            about_video(tokenizer, content.decode(errors="surrogateescape"), 1)
 
 
 TIMES = ["<0.3 seconds>", "<0.8 seconds>", "<11.3 seconds>"]
@@ -374,19 +330,6 @@ def test_text_goes_on_after_the_time_of_a_video_that_is_longer_than_wide():
     ]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "clock"),
-    [(0.5, [0, 1, 2, 3, 4]), (1, [0, 2, 4, 6, 8]), (3.3, [0, 6, 13, 19, 26]), (0.3, [0, 0, 1, 1, 2])],
-)
-def test_fractions_of_a_second_count(seconds, clock):
-    assert video_positions((5, 1, 1), seconds, 2)[0].tolist() == clock
-
-
-def test_two_videos_follow_one_another():
-    positions = prompt_positions(7, [VisualSpan(1, (2, 1, 1), 2.0), VisualSpan(4, (1, 1, 2), 1.0)], 2)
-    assert positions.tolist() == [[0, 1, 5, 6, 7, 7, 9], [0, 1, 1, 6, 7, 7, 9], [0, 1, 1, 6, 7, 8, 9]]
-
-
 @st.composite
 def prompts(draw):
     videos, at = [], 0
@@ -407,14 +350,10 @@ def test_any_prompt_matches_counting_by_hand(prompt):
     assert torch.equal(positions, by_hand(length, videos, tokens_per_second).reshape(3, -1))
 
 
-@pytest.mark.parametrize(
-    ("length", "videos"),
-    [
-        (3, [VisualSpan(0, (1, 2, 2), 1.0)]),
-        (4, [VisualSpan(1, (1, 2, 2), 1.0)]),
-        (9, [VisualSpan(0, (1, 2, 2), 1.0), VisualSpan(3, (1, 2, 2), 1.0)]),
-    ],
-)
+VIDEOS = [VisualSpan(0, (1, 2, 2), 1.0), VisualSpan(3, (1, 2, 2), 1.0)]
+
+
+@pytest.mark.parametrize(("length", "videos"), [(3, VIDEOS[:1]), (6, VIDEOS[1:]), (9, VIDEOS)])
 def test_videos_that_do_not_fit_are_refused(length, videos):
     with pytest.raises(ValueError, match="does not fit"):
         prompt_positions(length, videos, 2)

@@ -40,11 +40,8 @@ def test_a_plugin_belongs_to_one_version_of_evoprune_and_installs_its_package(na
 
 def test_the_core_has_neither_their_extras_nor_their_entry_points():
     core = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert not {"vllm", "lmms-eval"} & set(core["optional-dependencies"]) and [*core["entry-points"]] == [
-        "evoprune.methods",
-        "evoprune.known_as",
-        "evoprune.language_methods",
-    ]
+    assert not {"vllm", "lmms-eval"} & set(core["optional-dependencies"])
+    assert all(group.startswith("evoprune.") for group in core["entry-points"])
 
 
 def test_an_entry_point_imports_neither_its_host_program_nor_torch():
@@ -62,9 +59,8 @@ def test_the_modules_of_a_server_s_settings_need_no_vllm():
 
 def test_the_pinned_version_of_vllm_is_the_one_that_was_tested():
     assert f"vllm=={TESTED}.*" in PROJECTS["vllm"]["dependencies"]
-    assert f"vLLM {TESTED}, the version that the plugin was tested with" in (ROOT / "docs/serving.md").read_text(
-        "utf-8"
-    )
+    page = (ROOT / "docs/serving.md").read_text("utf-8")
+    assert f"vLLM {TESTED}, the version that the plugin was tested with" in page
 
 
 @pytest.fixture

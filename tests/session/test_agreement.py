@@ -7,7 +7,6 @@ import torch
 
 from evoprune.bench import agreement as made
 from evoprune.bench.agreement import agreement, reference
-from evoprune.errors import UsageError
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
 
@@ -39,11 +38,6 @@ def test_logits_along_an_answer_choose_it(full, ids):
     torch.testing.assert_close(shorter, logits[:2])
 
 
-def test_the_unpruned_model_agrees_with_itself(full, ids):
-    found = agreement(reference(full, QUESTION, ids, ended=False), full)
-    assert found.agrees.all() and len(found.agrees) == len(ids) and float(found.kl.max()) < 1e-5
-
-
 @pytest.mark.parametrize("method", ["evoprune", "random", "cdpruner"])
 @pytest.mark.parametrize("kept", [16, 10**6])
 def test_a_pruned_model(loaded, full, ids, method, kept, monkeypatch):
@@ -59,25 +53,12 @@ def test_a_pruned_model(loaded, full, ids, method, kept, monkeypatch):
     assert ((found.kl > 0) & (found.kl <= whole + 1e-5)).all()
 
 
-def test_an_answer_without_tokens_is_compared_where_it_ends(full):
-    given = reference(full, QUESTION, [], ended=False)
-    assert len(given.ids) == len(agreement(given, full).agrees) == 1
-
-
-def test_the_end_of_an_answer_counts(full, ids):
+def test_the_unpruned_model_agrees_with_itself_and_the_end_of_an_answer_counts(full, ids):
     """Cut before a token that the model goes on with: it does not agree that the answer ends, had another model ended it there."""
+    for given, count in ((ids, len(ids)), ([], 1)):  # without tokens an answer is compared where it ends
+        found = agreement(reference(full, QUESTION, given, ended=False), full)
+        assert len(found.agrees) == count and found.agrees.all() and float(found.kl.max()) < 1e-5
     ended = reference(full, QUESTION, ids[:3], ended=True)
-    assert len(ended.ids) == 4 and ended.tokens[:, 0].tolist() == ids[:4]
-    found = agreement(ended, full)
-    assert found.agrees.all() and len(found.agrees) == 4
+    assert len(ended.ids) == 4 and ended.tokens[:, 0].tolist() == ids[:4] and agreement(ended, full).agrees.all()
     other = agreement(replace(ended, tokens=torch.cat([ended.tokens[:3], ended.tokens[3:].flip(1)])), full)
     assert other.agrees.tolist() == [True, True, True, False]
-
-
-def test_an_answer_that_was_begun_ends_with_an_error(loaded, ids):
-    video = VideoQA(loaded, budget=0.5).encode(CLIP, frames=4)
-    answer = video.ask(QUESTION, max_new_tokens=9)
-    next(answer)
-    video.read_along(QUESTION, ids)
-    with pytest.raises(UsageError, match="another question was asked"):
-        answer.text  # noqa: B018

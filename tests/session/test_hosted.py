@@ -14,8 +14,7 @@ from evoprune.bench.profile_results import TimeLimit
 from evoprune.bench.verify.run import CHECKS, subject_of, verify
 from evoprune.errors import ModelError, UsageError
 from evoprune.language import hosted
-from evoprune.session.loading.find import find_model
-from evoprune.session.loading.hosted import PACKAGES
+from evoprune.session.loading.find import PACKAGES, find_model
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA

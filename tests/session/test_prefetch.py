@@ -57,26 +57,19 @@ def test_no_more_than_the_depth_is_made_ahead(depth):
 def test_what_making_raises_comes_after_what_was_made(problem):
     closed, taken = [], []
     with pytest.raises(type(problem)) as caught:
-        taken.extend(iter_all(prefetched(numbers(5, closed, problem)), taken))
+        for item in prefetched(numbers(5, closed, problem)):
+            taken.append(item)
     assert caught.value is problem and taken == [0, 1, 2, 3, 4] and len(closed) == 1
 
 
-def iter_all(items, taken):
-    for item in items:
-        taken.append(item)
-    return []
-
-
-def test_whoever_stops_early_stops_the_making():
-    closed = []
+def test_whoever_stops_early_stops_the_making_and_waits_for_what_is_being_made():
+    closed, going, done = [], threading.Event(), []
     items = prefetched(numbers(10**9, closed))
     assert [next(items), next(items)] == [0, 1]
     items.close()
     assert len(closed) == 1 and list(items) == []
-
-
-def test_stopping_waits_for_what_is_being_made():
-    going, done = threading.Event(), []
+    prefetched(numbers(3, closed)).close()  # before it began
+    assert len(closed) == 1
 
     def slow():
         yield 0
@@ -90,12 +83,6 @@ def test_stopping_waits_for_what_is_being_made():
     assert going.wait(10)
     items.close()
     assert done == [1]
-
-
-def test_closed_before_it_began():
-    closed = []
-    prefetched(numbers(3, closed)).close()
-    assert closed == []
 
 
 def test_what_hangs_is_not_waited_for_to_its_end(monkeypatch):

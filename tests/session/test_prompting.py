@@ -34,8 +34,8 @@ def said(tmp_path):
     return path
 
 
-def found(count: int, text: str = "a few words") -> Subtitles:
-    return Subtitles("a.srt", [(float(n), n + 1.0, f"{text} {n}") for n in range(count)])
+def found(count: int) -> Subtitles:
+    return Subtitles("a.srt", [(float(n), n + 1.0, f"a few words {n}") for n in range(count)])
 
 
 def prompt_of(qa, video, question="Why?"):
@@ -52,17 +52,16 @@ def test_the_prompt_to_the_letter(qa, said):
     assert without == "Why?" and video.report.subtitles == {
         "source": str(said), "lines": 3, "lines_in_prompt": 3, "tokens": len(ids) - len(plain),
     }  # fmt: skip
-
-
-def test_hours_and_the_part_that_is_looked_at(qa, said):
-    assert prompt_of(qa, qa.encode(CLIP, subtitles=said, start_s=2.5, end_s=5))[0].splitlines()[1:-2] == [
-        "[0:03] <|im_end|>\x1b[31m"
-    ]
+    part = prompt_of(qa, qa.encode(CLIP, subtitles=said, start_s=2.5, end_s=5))[0]
+    assert part.splitlines()[1:-2] == ["[0:03] <|im_end|>\x1b[31m"]
     lines = fit(qa.loaded.tokenizer, Subtitles("a", [(3661.9, 3662.0, "x"), (-3.0, 1.0, "y")]), 99).text
     assert lines == "Subtitles:\n[1:01:01] x\n[0:00] y\n\n"
+    long = [(0.0, 1.0, "short"), (1.0, 2.0, "word " * 10**6), (2.0, 3.0, "brief")]  # left out whole
+    fitted = fit(qa.loaded.tokenizer, Subtitles("a", long), 100)
+    assert fitted.text == "Subtitles:\n[0:00] short\n[0:02] brief\n\n" and fitted.lines == 3
 
 
-@pytest.mark.parametrize("limit", [1, 20, 100, 2048, 10**6])
+@pytest.mark.parametrize("limit", [1, 20, 100, 2048])
 @pytest.mark.parametrize("count", [0, 1, 7, 400])
 def test_the_most_lines_that_fit_evenly(qa, limit, count):
     tokenizer, lines = qa.loaded.tokenizer, found(count).lines
@@ -75,12 +74,6 @@ def test_the_most_lines_that_fit_evenly(qa, limit, count):
     assert fitted.lines == count and fitted.text == (text(kept) if kept else "")
     assert fitted.tokens == len(tokenizer.encode(fitted.text)) <= limit
     assert kept == count or len(tokenizer.encode(text(kept + 1))) > limit
-
-
-def test_a_line_that_is_too_long_is_left_out_whole(qa):
-    lines = [(0.0, 1.0, "short"), (1.0, 2.0, "word " * 10**6), (2.0, 3.0, "brief")]
-    fitted = fit(qa.loaded.tokenizer, Subtitles("a", lines), 100)
-    assert fitted.text == "Subtitles:\n[0:00] short\n[0:02] brief\n\n" and fitted.lines == 3
 
 
 @pytest.mark.few(1)
@@ -104,29 +97,24 @@ def about_said_wh(qa):
 
 
 def test_a_question_that_merges_with_the_subtitles(qa):
-    video = about_said_wh(qa)
-    for question in ["?", "at?", "?", "at?"]:
+    """Also after one that was interrupted."""
+    video, layer = about_said_wh(qa), qa.loaded.model.model.language_model.layers[0]
+    for question in ["?", "at?", "?", "broken", "?"]:
+        if question == "broken":
+            hook = layer.mlp.gate_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                video.read_along("at?", [5, 6, 7])
+            hook.remove()
+            continue
         logits, _ = video.read_along(question, [5, 6, 7])
         alone, _ = about_said_wh(qa).read_along(question, [5, 6, 7])
         torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)
 
 
-def test_and_is_interrupted(qa):
-    video = about_said_wh(qa)
-    expected, _ = video.read_along("?", [5, 6, 7])
-    hook = qa.loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        video.read_along("at?", [5, 6, 7])
-    hook.remove()
-    torch.testing.assert_close(video.read_along("?", [5, 6, 7])[0], expected, atol=1e-4, rtol=1e-4)
-
-
 def test_a_later_question_reads_no_subtitles_again(qa, said, monkeypatch):
-    read = []
-    original = prompting.prefill
-    monkeypatch.setattr(
-        prompting, "prefill", lambda model, embeds, *rest: read.append(len(embeds)) or original(model, embeds, *rest)
-    )
+    read, prefill = [], prompting.prefill
+    noting = lambda model, embeds, *rest: read.append(len(embeds)) or prefill(model, embeds, *rest)  # noqa: E731
+    monkeypatch.setattr(prompting, "prefill", noting)
     video = qa.encode(CLIP, subtitles=said)
     for question in ("Why?", "Who?"):
         assert video.ask(question, max_new_tokens=1).text is not None
@@ -141,17 +129,9 @@ def test_encoded_videos_in_the_cache_serve_any_subtitles(qa, said, tmp_path, mon
 
 
 def test_every_question_counts_them_before_the_video_is_encoded(qa, said):
-    with_them, without = (
-        longest_prompt(
-            qa.engine,
-            [open_inputs(qa.engine, [CLIP], SamplingOptions(subtitles=choice)).plans[0]],
-            ["Why?"],
-            GenerationOptions(2),
-        )
-        for choice in (str(said), "none")
-    )
-    video = qa.encode(CLIP, subtitles=said)
-    assert with_them == without + video.report.subtitles["tokens"]
+    plans = [open_inputs(qa.engine, [CLIP], SamplingOptions(subtitles=each)).plans for each in (str(said), "none")]
+    with_them, without = (longest_prompt(qa.engine, plan, ["Why?"], GenerationOptions(2)) for plan in plans)
+    assert with_them == without + qa.encode(CLIP, subtitles=said).report.subtitles["tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -197,11 +177,14 @@ def test_a_method_that_reads_the_question_checks_it_first(saved, context, qa, mo
         next(video.ask(LONG))
 
 
-def test_a_long_question_takes_time(qa, plan, monkeypatch):
+def test_a_long_question_and_a_larger_budget_take_time(qa, plan, monkeypatch):
     monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: 1e9)
     text = longest_prompt(qa.engine, [plan], [LONG], GenerationOptions(1))
     assert text > 500
     assert estimate_first_token(qa.engine, plan, text) > 1.2 * estimate_first_token(qa.engine, plan)
+    engines = [VideoQA(qa.loaded, budget=budget).engine for budget in (0.1, 0.5, 1.0)]
+    seconds = [estimate_first_token(engine, open_inputs(engine, [CLIP]).plans[0]) for engine in engines]
+    assert seconds[0] < seconds[1] < seconds[2]
 
 
 def test_a_long_question_takes_memory(qa, plan, monkeypatch):

@@ -1,21 +1,35 @@
-"""The names of `import evoprune`: all there, listed, and free until they are used."""
+"""The names of `import evoprune`, and options: all there, listed, checked when they are made, and free until they are used."""
 
 import copy
-import json
 import os
 import pickle
 import re
 import subprocess
 import sys
-from dataclasses import fields
-from functools import partial
+from dataclasses import FrozenInstanceError, fields, replace
+from inspect import signature
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import evoprune
-from evoprune.session.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions, StreamOptions
+from evoprune import methods
+from evoprune.errors import UsageError
+from evoprune.methods.plans import PRESETS
+from evoprune.session.options import (
+    GenerationOptions,
+    ModelOptions,
+    PipelineOptions,
+    PruneOptions,
+    SamplingOptions,
+    StreamOptions,
+    record,
+)
+from evoprune.util import from_keywords
+from evoprune_cli.ask import ask
+from evoprune_cli.batch import batch
 from tests.tiny import tiny_model
 
 
@@ -30,22 +44,13 @@ def test_every_public_name_can_be_had_and_is_listed():
         assert getattr(evoprune, name).__name__.rpartition(".")[2] == name
 
 
-def test_settings_are_of_the_class_that_users_know():
-    settings = evoprune.EvoPrune(budget=0.1, seed=3)
-    assert f"{type(settings)}" == "<class 'evoprune.EvoPrune'>" and pickle.loads(pickle.dumps(settings)) == settings
-
-
 @pytest.mark.parametrize("copied", [pickle.dumps, copy.deepcopy, copy.copy])
 def test_what_belongs_to_its_process_says_so_where_it_is_copied(demo, copied):
     video = demo.encode("samples/square.mp4", frames=4)
     answer = video.ask("What colour is the square?", max_new_tokens=1)
     with demo.stream() as stream:
-        for each, hint in (
-            (demo, "VideoQA.load"),
-            (video, "threads may"),
-            (stream, "threads may"),
-            (answer, "answer.text"),
-        ):
+        hints = {demo: "VideoQA.load", video: "threads may", stream: "threads may"}
+        for each, hint in (*hints.items(), (answer, "answer.text")):
             with pytest.raises(TypeError, match=f"no {type(each).__name__} can be pickled or copied: .*{hint}"):
                 copied(each)
     assert copied(answer.report) and copied(evoprune.Cache("cache"))
@@ -79,22 +84,6 @@ def test_odd_arguments_are_refused_in_a_sentence(demo, tmp_path):
             demo.encode(name)
 
 
-def test_numbers_of_numpy_are_welcome(demo):
-    numbers = {
-        "max_visual_tokens": np.int64(50),
-        "start_s": np.float32(1),
-        "end_s": np.float64(3),
-        "frames": np.int16(4),
-    }
-    video, plain = demo.encode("samples/square.mp4", **numbers), {name: value.item() for name, value in numbers.items()}
-    assert video.report.sampling == demo.encode("samples/square.mp4", **plain).report.sampling
-    answer = video.ask("What?", max_new_tokens=np.int32(1), temperature=np.float32(0.5), seed=np.int64(3))
-    assert answer.text and json.loads(answer.report.to_json())["generation"]["temperature"] == 0.5
-    seeds = (np.uint8(5), 5)
-    drawn = [evoprune.VideoQA(demo.loaded, method="random", seed=seed).encode("samples/square.mp4") for seed in seeds]
-    assert drawn[0].report.pruning == drawn[1].report.pruning
-
-
 @pytest.mark.parametrize(
     ("function", "kinds"),
     [
@@ -111,30 +100,21 @@ def test_help_names_every_option(function, kinds):
     assert [name for name in names if not re.search(rf"\b{name}\b", function.__doc__)] == []
 
 
-@pytest.mark.parametrize("call", [evoprune.EvoPrune, partial(evoprune.apply, None)])
-def test_a_mistyped_option_is_named_with_those_that_exist(call):
-    with pytest.raises(TypeError, match=r"unknown option 'bugdet'; known: budget, method, method_args, .*seed"):
-        call(bugdet=0.5)
-
-
-def test_a_name_is_no_loaded_model():
-    with pytest.raises(TypeError, match=r"VideoQA.load\('demo'\) loads one"):
-        evoprune.VideoQA("demo")
-
-
 NETWORK = torch.nn.Linear(2, 2)
 MISTAKES = {
+    "unknown option 'bugdet'; known: budget, method, method_args, .*seed": lambda: evoprune.EvoPrune(bugdet=0.5),
+    "unknown option 'bugdet'; known: budget, .*seed": lambda: evoprune.apply(None, bugdet=0.5),
+    "unknown option 'fsp'; known: fps, frames, start_s": lambda: evoprune.VideoQA.load("demo").encode("a", fsp=2),
+    r"VideoQA.load\('demo'\) loads one": lambda: evoprune.VideoQA("demo"),
     "VideoQA takes no Linear; to prune a model you hold: evoprune.EvoPrune": lambda: evoprune.VideoQA(NETWORK),
     "model is of class Linear, not a name; to prune a model you hold": lambda: evoprune.VideoQA.load(NETWORK),
     "class Linear is no setting; .*EvoPrune.budget=0.1..model.": lambda: evoprune.EvoPrune(NETWORK),
     "class Linear is no setting; first the settings": lambda: evoprune.EvoPrune(NETWORK, budget=0.1),
     "class Linear is no setting; first the": lambda: evoprune.EvoPrune(model=NETWORK),
-    r"EvoPrune.budget=0.1, .*has no model yet; with evoprune.EvoPrune\(": lambda: evoprune.EvoPrune(0.1).__enter__(),
     "takes 1 positional argument": lambda: evoprune.apply(NETWORK, 0.1),
     "budget None is not a share.*full, high, balanced, fast": lambda: evoprune.EvoPrune(None),
     "budget None .*full, high, balanced, fast": lambda: evoprune.VideoQA.load(budget=None),
     "auto works with VideoQA": lambda: evoprune.EvoPrune("auto"),
-    "an object of class int cannot be pruned": lambda: evoprune.apply(3),
     "an object of class int cannot be pruned; supported": lambda: evoprune.remove(3),
     "progress is True, not a function or None": lambda: evoprune.VideoQA.load(progress=True),
     "seed is 1[0-9]{30}, which 64 bits cannot hold": lambda: evoprune.EvoPrune(seed=10**30),
@@ -150,25 +130,24 @@ def test_a_mistake_is_named_in_a_line_with_what_would_be_right(says):
     assert re.search(says, text) and "in_features" not in text and "\n" not in text
 
 
-@pytest.mark.parametrize("path", [None, [], ["a.mp4", 3], torch.zeros(2, 3, 4, 4), b"a.mp4"], ids=str)
-def test_an_input_is_a_path(demo, path):
-    with pytest.raises(evoprune.UsageError, match=r"the input is .*, not a path|an input is 3, not a path"):
-        demo.encode(path)
+ENCODED = [  # arguments of `encode`, and what is said of them
+    *[((path,), {}, "the input is .*, not a path") for path in (None, [], torch.zeros(2, 3, 4, 4), b"a.mp4")],
+    ((["a.mp4", 3],), {}, "an input is 3, not a path"),
+    (("a.mp4",), {"cache": True}, "cache is True, not a Cache"),
+    (("a.mp4",), {"name": 3}, "name is 3, not a text"),
+    (("a.mp4",), {"progress": "x"}, "progress is 'x', not a function"),
+]
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "says"),
-    [("cache", True, "True, not a Cache"), ("name", 3, "3, not a text"), ("progress", "x", "'x', not a function")],
-)
-def test_options_of_a_video_are_what_they_should_be(demo, option, value, says):
-    with pytest.raises(evoprune.UsageError, match=f"{option} is {says}"):
-        demo.encode("samples/square.mp4", **{option: value})
+@pytest.mark.parametrize(("arguments", "options", "says"), ENCODED, ids=str)
+def test_arguments_of_encode_are_what_they_should_be(demo, arguments, options, says):
+    with pytest.raises(evoprune.UsageError, match=says):
+        demo.encode(*arguments, **options)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "float32", torch.float32, "torch.float32"], ids=str)
-@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")], ids=str)
-def test_torchs_own_names_of_dtypes_and_devices_are_welcome(dtype, device):
-    assert ModelOptions(dtype=dtype, device=device) == ModelOptions(dtype="fp32", device="cpu")
+def test_torchs_own_names_of_dtypes_and_devices_are_welcome():
+    for dtype in ("fp32", "float32", torch.float32, "torch.float32"):
+        assert ModelOptions(dtype=dtype, device=torch.device("cpu")) == ModelOptions(dtype="fp32", device="cpu")
     assert [ModelOptions(dtype=x).dtype for x in (torch.bfloat16, "float16")] == ["bf16", "fp16"]
 
 
@@ -180,40 +159,115 @@ def test_objects_say_in_a_line_what_they_are(demo):
     assert repr(run) == "<PrunedModel: evoprune at budget fast, active>" and repr(run.settings).startswith("EvoPrune(")
     run.remove()
     assert repr(run) == "<PrunedModel: evoprune at budget fast, not active>"
-
-
-def test_a_method_that_prunes_nothing_says_so():
-    """Whatever the budget is."""
+    # A method that prunes nothing says so, whatever the budget is.
     assert "method 'none', budget 1.0, " in repr(evoprune.VideoQA.load("demo", method="none", budget=0.1))
-    pruned = evoprune.EvoPrune(method="none", budget=0.1)(tiny_model())
+    pruned = evoprune.EvoPrune(method="none", budget=0.1)(model)
     assert repr(pruned) == "<PrunedModel: none at budget 1, not active>"
 
 
-def test_the_cache_of_the_commands_is_a_call_away(monkeypatch, tmp_path):
-    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
-    assert evoprune.Cache() == evoprune.Cache(str(tmp_path)) == evoprune.Cache(tmp_path)
+def test_a_question_is_a_text(demo):
+    video = demo.encode("samples/square.mp4", frames=4)
+    for question in (3, None, b"What?", ["What?"]):
+        with pytest.raises(evoprune.UsageError, match="not a text"):
+            video.ask(question)
 
 
-@pytest.mark.few(2)
-@pytest.mark.parametrize("question", [3, None, b"What?", ["What?"]])
-def test_a_question_is_a_text(question):
-    video = evoprune.VideoQA.load("demo").encode("samples/square.mp4", frames=4)
-    with pytest.raises(evoprune.UsageError, match="not a text"):
-        video.ask(question)
-
-
-def test_importing_it_costs_nothing():
-    code = "import sys, evoprune; dir(evoprune); print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-
-
-@pytest.mark.full
-def test_an_answer_imports_neither_transformers_nor_the_compiler_of_torch():
+@pytest.mark.parametrize(
+    ("code", "modules"),
+    [
+        ("import evoprune; dir(evoprune)", ("torch", "numpy", "transformers")),
+        ("import evoprune.session.options", ("torch", "numpy", "transformers")),
+        pytest.param(
+            "import evoprune; video = evoprune.VideoQA.load('demo').encode('samples/square.mp4', frames=4)\n"
+            "assert video.ask('What?', max_new_tokens=1).text",
+            ("transformers", "torch._dynamo", "torch._inductor", "sympy"),
+            marks=pytest.mark.full,
+        ),
+    ],
+    ids=["package", "options", "answer"],
+)
+def test_what_is_imported(code, modules):
     """Each takes longer to import than a short answer takes."""
-    code = (
-        "import sys, evoprune\n"
-        "video = evoprune.VideoQA.load('demo').encode('samples/square.mp4', frames=4)\n"
-        "assert video.ask('What?', max_new_tokens=1).text\n"
-        "print([m for m in ('transformers', 'torch._dynamo', 'torch._inductor', 'sympy') if m in sys.modules])"
-    )
+    code += f"\nimport sys; print([m for m in {modules} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+WRONG = {
+    ModelOptions: [
+        ("load_format", "gguf", "unknown load format 'gguf'"),
+        ("dtype", "fp64", "unknown dtype 'fp64'"),
+        ("quantize", "int2", "unknown quantisation 'int2'"),
+        ("model", 3, "model is 3, not a text or a path"),
+        ("offline", 1, "offline is 1, not True or False"),
+    ],
+    PruneOptions: [
+        *[("budget", value, f"budget {value!r} is not a share") for value in (0, "lots", None)],
+        ("method", "magic", "no pruning method 'magic'"),
+        ("method", 3, "method is 3, not a text"),
+        ("method_args", ["alpha"], "method_args is ['alpha'], not a dict or None"),
+        ("seed", "x", "seed is 'x', not a whole number"),
+    ],
+    SamplingOptions: [
+        *[(name, value, f"{name.removesuffix('_s')} is {value}") for name, value in (
+            ("fps", 0), ("fps", float("nan")), ("frames", 0), ("start_s", float("nan")), ("end_s", float("inf")), ("frame_rate", 0),
+            ("max_frames", 1))],
+        ("max_visual_tokens", 0, "at most 0 visual tokens"),
+        ("start_s", "1:30", "start_s is '1:30', not a number"),
+        ("frames", True, "frames is True, not a whole number or None"),
+    ],
+    GenerationOptions: [
+        *[(name, value, f"{name} is {value}") for name, value in (
+            ("max_new_tokens", 0), ("temperature", -0.1), ("top_p", 0.0), ("top_k", -1), ("repetition_penalty", 0.0),
+            ("repetition_penalty", float("inf")), ("temperature", float("nan")), ("top_p", 1.1))],
+        ("max_new_tokens", 2.5, "max_new_tokens is 2.5, not a whole number"),
+        ("system", 3, "system is 3, not a text or None"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "message"), [(kind, *row) for kind, rows in WRONG.items() for row in rows]
+)
+def test_a_bad_value_is_refused(kind, name, value, message):
+    with pytest.raises(UsageError) as caught:
+        kind(**{name: value})
+    assert caught.value.message.startswith(message) and caught.value.hint
+
+
+def test_numbers_of_numpy_and_settings_that_are_no_texts_are_welcome():
+    assert SamplingOptions(fps=np.float32(2), frames=None) and GenerationOptions(np.int64(3))
+    assert PruneOptions(method_args={"alpha": 2, "average": True}).method_args == {"alpha": "2", "average": "True"}
+    assert methods.get("evoprune", {"alpha": 2, "average": False}).args["average"] is False
+    assert ModelOptions(Path("a/model")).model == "a/model"
+    with pytest.raises(UsageError, match="fps and frames exclude each other"):
+        SamplingOptions(fps=1.0, frames=4)
+
+
+def test_a_preset_keeps_its_name():
+    fast = PruneOptions("fast")
+    assert fast == PruneOptions(PRESETS["fast"]) == replace(fast, seed=0) == pickle.loads(pickle.dumps(fast))
+    assert fast != PruneOptions(float(PRESETS["fast"])) and record([fast], ("budget",))["budget"] == "fast"
+    assert PruneOptions(0.1) == PruneOptions("0.1") == PruneOptions("10%")
+    assert PruneOptions("auto").budget == "auto" and PruneOptions(method_args=None).method_args == {}
+
+
+def test_keywords_go_to_the_options_that_have_them():
+    pruning, sampling = from_keywords({"fps": 1.0, "budget": 0.5}, PruneOptions, SamplingOptions)
+    assert (pruning, sampling) == (PruneOptions(0.5), SamplingOptions(1.0))
+    with pytest.raises(TypeError, match=r"unknown option 'speed'; known: fps, frames, start_s"):
+        from_keywords({"speed": 1.0}, SamplingOptions)
+    assert PipelineOptions.of(model="demo", seed=3, frames=4).pruning.seed == 3
+
+
+def test_no_two_options_have_the_same_name_and_none_changes():
+    kinds = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions)
+    names = [each.name for kind in kinds for each in fields(kind)]
+    assert len(names) == len(set(names))
+    with pytest.raises(FrozenInstanceError):
+        PruneOptions().budget = 1.0
+
+
+@pytest.mark.parametrize("command", [ask, batch])
+def test_every_option_is_one_of_the_command_line(command):
+    names = {each.name for kind in PipelineOptions.KINDS for each in fields(kind)}
+    assert names <= signature(command).parameters.keys()

@@ -191,19 +191,24 @@ def test_the_cache_keeps_deepstack(loaded, tmp_path):
     first = qa.encode(CLIP, cache=cache)
     again = qa.encode(CLIP, cache=cache)
     assert again.encoded.rows.is_meta  # it was read
-    assert torch.equal(first.encoded.deepstack, again.encoded.deepstack)
+    if loaded.model.config.vision_config.deepstack_visual_indexes:
+        assert torch.equal(first.encoded.deepstack, again.encoded.deepstack)
     assert first.ask(QUESTION, max_new_tokens=5).text == again.ask(QUESTION, max_new_tokens=5).text
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["fastv", "evoprune+fastv", "sparsevlm", "visionzip", "cdpruner", "ipcv", "subsample"])
 def test_every_kind_of_method_runs(loaded, name):
+    if methods.parse(name).language and not loaded.model.native:
+        pytest.skip("transformers runs this language model")
     made = VideoQA(loaded, budget=0.3, method=name).encode(LONG).ask(QUESTION, max_new_tokens=4)
     assert made.text is not None and made.report.tokens.new <= 4
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_it_answers_in_fewer_bits(folder, quantize):
+def test_it_answers_in_fewer_bits(folder, loaded, quantize):
+    if not loaded.model.native:
+        pytest.skip("transformers runs this language model")
     loaded = load_model(str(folder), dtype="fp32", quantize=quantize)
     made = VideoQA(loaded, budget=0.5).encode(CLIP).ask(QUESTION, max_new_tokens=4)
     assert made.text is not None and made.report.model.quantize == quantize

@@ -5,27 +5,31 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import evoprune
 from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.bench.overlay import trace
 from evoprune.errors import ModelError, UsageError, VideoError, error_record
-from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
+from evoprune.language.prompt import VisualSpan, prompt_positions
+from evoprune.model.config import MODEL_TYPES
 from evoprune.model.weights import shared
 from evoprune.report import Report, warning_lines
 from evoprune.session.answering import Answer
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.loading.model import load_model, make_ready
-from evoprune.session.planning import estimate_first_token
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
-from evoprune.vision.preprocess import patchify, pixel_patches, resize
+from evoprune.vision.preprocess import pixel_patches
 from tests.tiny import save_tiny
 from tests.video.files import write_video
 
@@ -38,9 +42,16 @@ def loaded(saved):
 
 
 @pytest.fixture(scope="module")
-def qwen2(tmp_path_factory):
-    """A Qwen2-VL."""
-    return load_model(str(save_tiny(tmp_path_factory.mktemp("qwen2"), family="qwen2_vl")), dtype="fp32", pack=False)
+def models(saved, tmp_path_factory):
+    """A tiny model of a family, and its folder; or the demo."""
+
+    @cache
+    def load(name):
+        folder = {"demo": "demo", "qwen2_5_vl": str(saved)}.get(name)
+        folder = folder or str(save_tiny(tmp_path_factory.mktemp("models") / name, family=name))
+        return load_model(folder, dtype="fp32", pack=False), folder
+
+    return load
 
 
 def asked(video, question="What happens?", n=24, **settings):
@@ -54,39 +65,58 @@ def answer(video, question="What happens?", n=24, **settings):
     return asked(video, question, n, **settings).text
 
 
-@pytest.mark.few(3)
-@pytest.mark.parametrize("clip", [CLIP, LONG])
-@pytest.mark.parametrize("model", ["tiny", "qwen2", "demo"])
+def picture(path, width, height):
+    """Smooth noise."""
+    small = Image.fromarray(np.random.default_rng(width).integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    small.resize((width, height), Image.Resampling.BICUBIC).save(path)
+    return str(path)
+
+
+def hugging_faces(loaded, inputs, n) -> list[int]:
+    """The tokens of transformers' `generate`; of Qwen2-VL and Qwen2.5-VL at positions by Qwen's rule."""
+    model, special = hugging_face_model(loaded.model), loaded.tokenizer.specials()
+    ids, pads, spans, how = inputs["input_ids"][0].tolist(), {}, [], {}
+    for name in ("video", "image"):
+        pads[special[f"<|{name}_pad|>"]] = iter(inputs.get(f"{name}_grid_thw", torch.zeros(0)).tolist())
+        setattr(model.config, f"{name}_token_id", special[f"<|{name}_pad|>"])
+    seconds, video, at = iter(inputs.get("second_per_grid_ts", torch.zeros(0)).tolist()), model.config.video_token_id, 0
+    while at < len(ids) and model.config.model_type != "qwen3_vl":
+        if ids[at] in pads:
+            t, h, w = next(pads[ids[at]])
+            spans.append(VisualSpan(at, (t, h // 2, w // 2), next(seconds, 1.0) if ids[at] == video else 1.0))
+            at += t * h * w // 4 - 1
+        at += 1
+    if spans:
+        rope = prompt_positions(len(ids), spans, getattr(model.config.vision_config, "tokens_per_second", None))
+        how = {"position_ids": torch.cat([torch.arange(len(ids))[None], rope])[:, None]}
+    model.config.vision_end_token_id = special["<|vision_end|>"]
+    eos = list(loaded.eos_ids)
+    made = model.generate(**inputs, **how, max_new_tokens=n, do_sample=False, eos_token_id=eos)[0, len(ids) :]
+    return [token for token in made.tolist() if token not in eos]
+
+
+INPUTS = ["v", "l", "p", "vp", "pp", "lvp", "pvlp"]  # videos and pictures
+SIZES = [(101, 67), (997, 13), (3, 400), (1, 1), (27, 29), (140, 112)]
+
+
+@pytest.mark.few(10)
+@pytest.mark.parametrize("kinds", INPUTS)
+@pytest.mark.parametrize("model", [*MODEL_TYPES, "demo"])
 @pytest.mark.parametrize("pack", [True, False])
-def test_full_budget_is_hugging_faces_generate(loaded, qwen2, model, clip, pack):
-    loaded = load_model("demo", pack=False) if model == "demo" else {"tiny": loaded, "qwen2": qwen2}[model]
-    ours = replace(loaded, model=shared(loaded.model))
+def test_full_budget_is_hugging_faces_generate(models, model, kinds, pack, tmp_path):
+    loaded, folder = models(model)
+    ours, sizes = replace(loaded, model=shared(loaded.model)), iter(SIZES[pack::2])
     make_ready(ours.model, "none", pack=pack)
-    video = VideoQA(ours, budget=1.0).encode(clip)
-    mine = asked(video, "Describe the video.")
-    plan, model = video.plan, hugging_face_model(loaded.model)
-    chunks = read_frames(plan.info, plan.sampling.times_s)
-    frames = torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks]))
-    patches = patchify(resize(frames, plan.height, plan.width))
-    t, h, w = plan.grid
-    prompt = build_prompt(loaded.tokenizer, "Describe the video.", [(VIDEO, t * h * w)])
-    span = VisualSpan(prompt.places[0].runs[0].start, plan.grid, plan.sampling.seconds_per_pair())
-    per_second = getattr(model.config.vision_config, "tokens_per_second", None)
-    rope = prompt_positions(len(prompt.input_ids), [span], per_second)
-    sequence = torch.arange(len(prompt.input_ids))[None]
-    model.config.video_token_id = loaded.tokenizer.specials()["<|video_pad|>"]
-    ids = model.generate(
-        prompt.input_ids[None],
-        attention_mask=torch.ones_like(prompt.input_ids)[None],
-        position_ids=torch.cat([sequence, rope])[:, None],
-        pixel_values_videos=patches,
-        video_grid_thw=torch.tensor([[t, 2 * h, 2 * w]]),
-        max_new_tokens=24,
-        do_sample=False,
-        eos_token_id=list(loaded.eos_ids),
-    )[0, len(prompt.input_ids) :]
-    expected = loaded.tokenizer.decode(ids.tolist())
-    assert mine.text == expected and mine.report.tokens.new >= len([i for i in ids.tolist() if i not in loaded.eos_ids])
+    paths = [
+        picture(tmp_path / f"{i}.png", *next(sizes)) if kind == "p" else {"v": CLIP, "l": LONG}[kind]
+        for i, kind in enumerate(kinds)
+    ]
+    qa, question, limit = VideoQA(ours, budget=1.0), "Describe it.", {"max_visual_tokens": 4096}
+    expected = hugging_faces(loaded, evoprune.processor_inputs(folder, paths, question, **limit), 16)
+    apart = [qa.encode(path, **limit) for path in paths]
+    for mine in (asked(qa.encode(paths, **limit), question, 16), qa.ask(apart, question, max_new_tokens=16)):
+        assert mine.text is not None and mine.ids == expected
+    assert [each.kind for each in mine.report.inputs] == ["picture" if kind == "p" else "video" for kind in kinds]
 
 
 def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(loaded):
@@ -99,40 +129,57 @@ def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(loaded):
     assert len(live) == 1 and torch.equal(*unchanged)
 
 
-@pytest.mark.few(2)
-@pytest.mark.parametrize("method", ["evoprune", "evoprune-paper", "tome", "divprune"])
-def test_a_qwen2_vl_is_pruned_too(qwen2, method):
-    qa = VideoQA(qwen2, budget=0.25, method=method)
-    video = qa.encode(LONG)
-    made = asked(video)
-    pruning = made.report.pruning
-    due = pruning.visual_tokens_in // 4
-    assert made.report.tokens.visual == pruning.visual_tokens_kept == due
-    assert (pruning.encoder_live_share < 1) == (method != "divprune")
-    assert answer(qa.encode(LONG)) == made.text
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("budget", [1.0, 0.25])
-def test_an_answer_does_not_depend_on_what_was_asked_before(loaded, budget):
+@pytest.mark.few(1)
+@pytest.mark.parametrize(("path", "budget"), [(CLIP, 0.25), (CLIP, 1.0), ([CLIP, LONG], 0.25)])
+def test_an_answer_does_not_depend_on_what_was_asked_before(loaded, path, budget):
     qa = VideoQA(loaded, budget=budget)
     questions = ["What happens?", "How many red squares are there in the video?", "What happens?"]
-    fresh = [answer(qa.encode(CLIP), q) for q in questions]
-    video = qa.encode(CLIP)
+    fresh = [answer(qa.encode(path), q) for q in questions]
+    video = qa.encode(path)
     assert [answer(video, q) for q in questions] == fresh
     # another system prompt in between, and answers that nobody read to the end
-    assert answer(video, questions[0], system="Be brief.") == answer(qa.encode(CLIP), questions[0], system="Be brief.")
+    assert answer(video, questions[0], system="Be brief.") == answer(qa.encode(path), questions[0], system="Be brief.")
     next(iter(video.ask(questions[1], max_new_tokens=9)))
     assert answer(video, questions[0]) == fresh[0]
 
 
-def test_answers_must_not_be_mixed(loaded):
+@contextmanager
+def broken(loaded, problem, layer=0):
+    """The language model raises that, or does what it is."""
+
+    def fail(*_):
+        if isinstance(problem, BaseException):
+            raise problem
+        problem()
+
+    mlp = loaded.model.model.language_model.layers[layer].mlp
+    hook = mlp.gate_proj.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("way", ["begun", "read along", "answered in a thread", "broken off"])
+def test_an_answer_does_not_go_on_after_another_question(loaded, way):
+    """And a pause between two of its pieces blocks no other thread."""
     video = VideoQA(loaded).encode(CLIP)
     first = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
     next(first)
-    next(video.ask("And then?", max_new_tokens=50, temperature=1.0))
-    with pytest.raises(UsageError, match="another question"):
-        list(first)
+    if way == "begun":
+        next(video.ask("And then?", max_new_tokens=50, temperature=1.0))
+    elif way == "read along":
+        video.read_along("And then?", [5, 6, 7])
+    elif way == "broken off":
+        with broken(loaded, ZeroDivisionError()), pytest.raises(ZeroDivisionError):
+            next(video.ask("And then?"))
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            said = pool.submit(lambda: answer(video, "And then?")).result(timeout=60)
+        assert said == answer(video, "And then?")
+    for read in (lambda: list(first), lambda: first.text):
+        with pytest.raises(UsageError, match="another question"):
+            read()
 
 
 @pytest.mark.few(1)
@@ -152,61 +199,31 @@ def test_threads_get_their_answers_one_after_the_other(loaded, method, shared_vi
         assert list(pool.map(ask, questions)) == want
 
 
-def test_a_pause_between_two_pieces_blocks_no_other_thread(loaded):
-    video = VideoQA(loaded).encode(CLIP)
-    first = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
-    next(first)
-    with ThreadPoolExecutor(1) as pool:
-        said = pool.submit(lambda: answer(video, "And then?")).result(timeout=60)
-    assert said == answer(video, "And then?")
-    with pytest.raises(UsageError, match="another question"):
-        _ = first.text
-
-
-def test_an_answer_does_not_go_on_after_another_question_broke_off(loaded):
-    video = VideoQA(loaded).encode(CLIP)
-    first = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
-    next(first)
-    hook = loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        next(video.ask("And then?"))
-    hook.remove()
-    with pytest.raises(UsageError, match="another question"):
-        list(first)
-
-
-def test_report_of_an_answer_that_was_cut_short(loaded):
-    video = VideoQA(loaded).encode(CLIP)
-    pieces = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
-    said = next(pieces)
-    pieces.close()
-    assert pieces.report.finish_reason == "interrupt" and pieces.report.answer == pieces.text == said
-
-
-def test_an_answer_that_was_closed_before_its_first_piece(loaded):
-    pieces = VideoQA(loaded).encode(CLIP).ask("What happens?")
-    pieces.close()
-    assert pieces.report.finish_reason == "interrupt" and pieces.report.answer is None and pieces.text == ""
+@pytest.mark.parametrize("pieces", [0, 1])
+def test_report_of_an_answer_that_was_cut_short(loaded, pieces):
+    made = VideoQA(loaded).encode(CLIP).ask("What happens?", max_new_tokens=50, temperature=1.0)
+    said = "".join(islice(made, pieces))
+    made.close()
+    assert (made.report.finish_reason, made.report.answer, made.text) == ("interrupt", said or None, said)
+    assert list(made) == list(made) == [] and made.text == said
 
 
 @pytest.mark.parametrize("passes", [0, 2], ids=["reading the prompt", "decoding"])
 @pytest.mark.parametrize("problem", [ModelError("broken", "mend it", stage="prefill"), ValueError("odd")], ids=repr)
 def test_an_answer_that_failed_never_looks_complete(loaded, passes, problem):
-    made = VideoQA(loaded).encode(CLIP).ask("What happens?", max_new_tokens=9, temperature=1.0)
+    video = VideoQA(loaded).encode(CLIP)
+    made = video.ask("What happens?", max_new_tokens=9, temperature=1.0)
     before = [next(made) for _ in range(passes)]
-
-    def fail(*_):
-        raise problem
-
-    hook = loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(fail)
-    for read in (lambda: made.text, lambda: made.text, lambda: list(made), lambda: str(made)):
-        with pytest.raises(type(problem), match=str(problem)) as caught:
-            read()
-        assert getattr(caught.value, "hint", None) == getattr(problem, "hint", None)
-    hook.remove()
+    with broken(loaded, problem):
+        for read in (lambda: made.text, lambda: made.text, lambda: list(made), lambda: str(made)):
+            with pytest.raises(type(problem), match=str(problem)) as caught:
+                read()
+            assert getattr(caught.value, "hint", None) == getattr(problem, "hint", None)
     made.close()
     assert (made.report.finish_reason, made.report.answer) == ("error", "".join(before) if before else None)
     assert made.report.error == error_record(problem) and "error" in repr(made)
+    # The video is paid for by the first answer that comes.
+    assert (asked(video).report.time_ms.encode > 0) == (passes == 0)
 
 
 def test_an_answer_that_failed_holds_no_memory_of_what_it_computed():
@@ -227,39 +244,20 @@ def test_an_answer_that_failed_holds_no_memory_of_what_it_computed():
 @pytest.mark.few(1)
 @pytest.mark.parametrize("when", ["reading the prompt", "decoding"])
 def test_an_interruption_does_not_spoil_the_next_answer(loaded, when):
-    qa = VideoQA(loaded, budget=0.25)
-    fresh = answer(qa.encode(CLIP))
+    qa, passes = VideoQA(loaded, budget=0.25), []
     video = qa.encode(CLIP)
     answer(video, "And then?")
-    passes = []
 
-    def stop(*_):
+    def stop():
         passes.append(1)
         if len(passes) == (1 if when == "reading the prompt" else 3):
             raise KeyboardInterrupt
 
-    hook = loaded.model.model.language_model.layers[-1].mlp.gate_proj.register_forward_pre_hook(stop)
-    broken = video.ask("What happens now?", max_new_tokens=24)
-    with pytest.raises(KeyboardInterrupt):
-        _ = broken.text
-    assert (broken.report.finish_reason, broken.report.error) == ("interrupt", None)
-    hook.remove()
-    assert answer(video) == fresh
-
-
-def test_the_video_is_paid_for_by_the_first_answer_that_comes(loaded):
-    video = VideoQA(loaded).encode(CLIP)
-    hook = loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        answer(video)
-    hook.remove()
-    assert asked(video).report.time_ms.encode > 0
-
-
-def test_one_token_has_no_rate(loaded):
-    video = VideoQA(loaded).encode(CLIP)
-    report = asked(video, n=1).report
-    assert report.tokens.new == 1 and report.rate.generate_tok_s is None
+    made = video.ask("What happens now?", max_new_tokens=24)
+    with broken(loaded, stop, layer=-1), pytest.raises(KeyboardInterrupt):
+        _ = made.text
+    assert (made.report.finish_reason, made.report.error) == ("interrupt", None)
+    assert answer(video) == answer(qa.encode(CLIP))
 
 
 def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
@@ -285,38 +283,6 @@ def test_times_add_up(loaded, threaded, monkeypatch):
     assert times.encode_prune < times.encode and times.ttft_model == times.encode + times.prefill
     again = asked(video, "And then?").report.time_ms
     assert again.read == again.encode == again.encode_prune == 0 and again.ttft_model == again.prefill > 0
-
-
-def slow(work, seconds):
-    def slowed(*args, **settings):
-        time.sleep(seconds)
-        return work(*args, **settings)
-
-    return slowed
-
-
-@pytest.mark.full
-def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
-    """Ten chunks, each 20 ms to preprocess and 30 ms to encode: 300 ms and a little, but 200 and 300 by stage."""
-    monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
-    monkeypatch.setattr("evoprune.session.encoding.pixel_patches", slow(pixel_patches, 0.02))
-    layer = loaded.model.model.visual.blocks[0].attn.proj
-    hook = layer.register_forward_pre_hook(lambda *_: time.sleep(0.03))
-
-    def saved_ms() -> float:
-        """What the overlap saves: about 200 on idle cores."""
-        times = VideoQA(loaded, budget=1.0).encode(CLIP, frames=20).report.time_ms
-        assert times.preprocess >= 200 and times.encode >= 300
-        return times.read + times.preprocess + times.encode - times.total
-
-    try:
-        assert any(saved_ms() > 30 for _ in range(3))  # not all of them meet with a pause of a busy machine
-        monkeypatch.setattr(OpenInput, "threaded", False)
-        apart = VideoQA(loaded, budget=1.0).encode(CLIP, frames=20).report.time_ms
-    finally:
-        hook.remove()
-    assert apart.preprocess >= 200 and apart.encode >= 300
-    assert apart.total >= apart.read + apart.preprocess + apart.encode - 1
 
 
 @pytest.mark.few(2)
@@ -359,135 +325,94 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, thre
             time.sleep(0.001)
         time.sleep(0.02)
         assert len(made) == ready
+        video.inputs[0].clock.seconds["read"] = 1000.0  # before anybody waits
         early = video.encode()
+    assert early.report.time_ms.read >= 1e6 > early.report.time_ms.total
     assert len(made) == chunks and torch.equal(early.encoded.features, at_once.encoded.features)
     assert answer(early) == answer(at_once) and early.report.sampling == at_once.report.sampling
 
 
-@pytest.mark.full
-def test_what_was_done_early_costs_no_time_on_the_wall(loaded, monkeypatch):
-    monkeypatch.setattr("evoprune.session.encoding.pixel_patches", slow(pixel_patches, 1.0))
-    with closing(open_inputs(VideoQA(loaded).engine, [CLIP])) as video:
-        video.begin()
-        times = video.encode().report.time_ms
-    assert times.preprocess >= 1000 > times.total - times.encode  # a busy machine takes longer to encode
-
-
-def test_a_video_that_was_begun_and_is_not_wanted(loaded, monkeypatch):
-    closed, threads = [], set(threading.enumerate())
+@pytest.fixture
+def reading(monkeypatch):
+    """Notes where the reading of a video ends; a test sets what becomes of a chunk. No thread stays behind."""
+    noted, threads = SimpleNamespace(closed=0, each=lambda: None), set(threading.enumerate())
 
     def read(*args, **settings):
         try:
-            yield from read_frames(*args, **settings)
+            for chunk in read_frames(*args, **settings):
+                yield chunk
+                noted.each()
         finally:
-            closed.append(1)
+            noted.closed += 1
 
     monkeypatch.setattr("evoprune.session.encoding.read_frames", read)
+    yield noted
+    assert noted.closed == 1 and set(threading.enumerate()) == threads
+
+
+def test_a_video_that_was_begun_and_is_not_wanted(loaded, reading):
     video = open_inputs(VideoQA(loaded).engine, [CLIP])
     video.begin()
     video.close()
     video.close()
-    assert closed == [1] and set(threading.enumerate()) == threads
 
 
-@pytest.mark.full
+@pytest.mark.few(2)
 @pytest.mark.parametrize("problem", [VideoError("gone"), KeyboardInterrupt(), ZeroDivisionError()])
 @pytest.mark.parametrize("stage", ["read", "preprocess", "encode"])
-def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage, problem):
-    closed, calls, threads = [], [], set(threading.enumerate())
+def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage, problem, reading):
+    calls = []
 
     def fails(*_):
         calls.append(1)
         if len(calls) == 3:
             raise problem.with_traceback(None)
 
-    def read(*args, **settings):
-        try:
-            for chunk in read_frames(*args, **settings):
-                yield chunk
-                if stage == "read":
-                    fails()
-        finally:
-            closed.append(1)
-
     def preprocess(*args):
         fails()
         return pixel_patches(*args)
 
     monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
+    if stage == "read":
+        reading.each = fails
     if stage == "preprocess":
         monkeypatch.setattr("evoprune.session.encoding.pixel_patches", preprocess)
-    monkeypatch.setattr("evoprune.session.encoding.read_frames", read)
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(fails if stage == "encode" else lambda *_: None)
     with pytest.raises(type(problem)) as caught:
         # Three blocks of grids, each of which the first layer runs.
         VideoQA(loaded, method_args={"reuse": "0", "first": "0"}).encode(CLIP, frames=20)
     hook.remove()
-    assert caught.value is problem and closed == [1] and set(threading.enumerate()) == threads
+    assert caught.value is problem
 
 
-def test_a_signal_while_a_frame_is_waited_for(loaded, monkeypatch):
+def test_a_signal_while_a_frame_is_waited_for(loaded, reading):
     """Ctrl-C in the main thread while the other one is at work."""
-    closed, threads, main = [], set(threading.enumerate()), threading.main_thread().ident
 
-    def read(*args, **settings):
-        try:
-            yield from islice(read_frames(*args, **settings), 1)
-            signal.pthread_kill(main, signal.SIGINT)
-            time.sleep(0.2)
-            yield None
-        finally:
-            closed.append(1)
+    def interrupt():
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.2)
 
-    monkeypatch.setattr("evoprune.session.encoding.read_frames", read)
+    reading.each = interrupt
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             VideoQA(loaded).encode(CLIP)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert closed == [1] and set(threading.enumerate()) == threads
-
-
-def test_the_estimate_goes_by_the_budget(loaded, monkeypatch):
-    monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: 1e9)
-
-    def seconds(budget):
-        engine = VideoQA(loaded, budget=budget).engine
-        return estimate_first_token(engine, open_inputs(engine, [CLIP]).plans[0])
-
-    assert seconds(0.1) < seconds(0.5) < seconds(1.0)
 
 
 def test_settings_are_checked_before_weights_are_read():
-    for settings in (
-        {"budget": 2},
-        {"method": "magic"},
-        {"method_args": {"speed": "1"}},
-        {"dtype": "fp64"},
-        {"quantize": "int2"},
-        {"load_format": "gguf"},
-    ):
+    for name, value in {"budget": 2, "method": "magic", "method_args": {"speed": "1"}, "dtype": "fp64"}.items():
         with pytest.raises(UsageError):
-            VideoQA.load("no/such", **settings)
-
-
-def test_unknown_options_are_named_with_the_known_ones(loaded):
-    qa = VideoQA(loaded)
-    for call, known in (
-        (lambda: VideoQA.load("no/such", bugdet=0.5), "load_format, offline, threads, budget, method"),
-        (lambda: VideoQA(loaded, bugdet=0.5), "budget, method, method_args, seed"),
-        (lambda: qa.encode(CLIP, fsp=2), "fps, frames, start_s"),
-        (lambda: qa.encode(CLIP).ask("What?", temprature=1), "max_new_tokens, temperature"),
-    ):
-        with pytest.raises(TypeError, match=f"unknown option '.*; known: .*{known}"):
-            call()
+            VideoQA.load("no/such", **{name: value})
 
 
 def test_an_answer_streams_and_has_a_report_of_its_own(loaded):
     video = VideoQA(loaded).encode(CLIP)
     before = video.report.to_json()
+    assert video.report.question is video.report.time_ms.prefill is None
+    assert Report.from_json(before).sampling == video.report.sampling
     first = video.ask("What happens?", max_new_tokens=9, temperature=1.0)
     assert first.report.finish_reason is None and first.report.answer is None
     pieces = [next(first)]
@@ -504,19 +429,16 @@ def test_an_answer_streams_and_has_a_report_of_its_own(loaded):
 
 def test_an_answer_compares_as_its_text(loaded):
     video = VideoQA(loaded).encode(CLIP)
-    text = video.ask("What happens?", max_new_tokens=9).text
-    assert video.ask("What happens?", max_new_tokens=9) == text and text[2:5] in video.ask(
-        "What happens?", max_new_tokens=9
-    )
-    answer = video.ask("What happens?", max_new_tokens=9)
-    assert answer != text + "!" and 3 not in answer and answer != 3
-    assert answer == video.ask("What happens?", max_new_tokens=9)
+
+    def ask():
+        return video.ask("What happens?", max_new_tokens=9)
+
+    text = ask().text
+    assert ask() == text and text[2:5] in ask()
+    answer = ask()
+    assert answer != text + "!" and 3 not in answer and answer != 3 and answer == ask()
     with pytest.raises(TypeError, match="unhashable"):
         set([answer])
-    closed = video.ask("What happens?", max_new_tokens=9)
-    first = next(closed)
-    closed.close()
-    assert list(closed) == list(closed) == [] and closed.text == first
 
 
 def test_each_question_may_have_a_seed_of_its_own(loaded):
@@ -542,13 +464,7 @@ def test_they_say_in_a_line_what_they_are(loaded):
     assert repr(video.encoded).startswith("<Encoded: 14 of 144 visual tokens, ")
     made = asked(video, n=1)
     assert repr(made) == f"<Answer {made.text!r}, length>"
-
-
-def test_questions_are_checked(loaded):
-    video = VideoQA(loaded).encode(CLIP)
-    for question, settings in ((" ", {}), ("What?", {"max_new_tokens": 0}), ("What?", {"top_p": 0})):
-        with pytest.raises(UsageError):
-            video.ask(question, **settings)
+    assert made.report.tokens.new == 1 and made.report.rate.generate_tok_s is None
 
 
 @pytest.mark.parametrize("method", ["evoprune", "divprune"])
@@ -564,45 +480,14 @@ def test_a_black_video_is_a_video(loaded, tmp_path, method):
 @pytest.mark.parametrize(
     ("asked_for", "limited"),
     [
-        ({"frames": 10_000}, True),
-        ({"fps": 500}, True),
-        ({"frames": 12, "max_visual_tokens": 30}, True),
-        ({"frames": 12}, False),
-        ({"fps": 12, "max_frames": 8}, False),
-        ({"max_visual_tokens": 30}, False),
-        ({"max_frames": 4}, False),
+        *[(more, True) for more in ({"frames": 10_000}, {"fps": 500}, {"frames": 12, "max_visual_tokens": 30})],
+        *[({"fps": 12, "max_frames": 8}, False), ({"max_visual_tokens": 30}, False)],
     ],
     ids=str,
 )
 def test_fewer_or_smaller_frames_than_asked_for_are_a_warning(loaded, asked_for, limited):
     report = VideoQA(loaded).encode(CLIP, **asked_for).report
     assert report.warnings == ["limited"] * limited
-
-
-def test_extreme_shapes(loaded, tmp_path):
-    write_video(tmp_path / "flat.mp4", np.zeros((4, 2, 1000, 3), np.uint8), fps=4)
-    with pytest.raises(VideoError, match="ratio"):
-        VideoQA(loaded).encode(tmp_path / "flat.mp4")
-
-
-def test_blank_report_before_any_question(loaded):
-    report = VideoQA(loaded).encode(CLIP).report
-    assert report.question is None and report.time_ms.encode > 0 and report.time_ms.prefill is None
-    assert Report.from_json(report.to_json()).sampling == report.sampling
-
-
-@pytest.mark.parametrize(
-    ("method", "grid", "tokens"),
-    [("downscale", [6, 4, 6], 36), ("subsample", [1, 8, 12], 24), ("pool", [6, 8, 12], 36), ("evs", [6, 8, 12], 36)],
-)
-def test_methods_that_a_shape_binds(loaded, method, grid, tokens):
-    """A quarter of 6 grids of 4x6 units; `downscale` and `subsample` look at less, at its own places and times."""
-    video = VideoQA(loaded, budget=0.25, method=method).encode(CLIP)
-    report, share = asked(video).report, grid[0] * grid[1] * grid[2] / 4 / 144
-    assert report.sampling.grid_thw == grid and report.pruning.visual_tokens_kept == report.tokens.visual == tokens
-    assert report.pruning.visual_tokens_in == 144 and report.pruning.kept_ratio == pytest.approx(tokens / 144)
-    assert report.pruning.encoder_live_share == pytest.approx(share)
-    assert report.sampling.seconds_per_pair * grid[0] == pytest.approx(6.0)
 
 
 @pytest.mark.few(1)
@@ -617,12 +502,6 @@ def test_less_input_is_what_a_plan_for_less_would_give(loaded, method):
     assert other.plan.grid == less.plan.grid and other.plan.sampling.times_s == less.plan.sampling.times_s
     assert torch.equal(other.encoded.features, less.encoded.features)
     assert answer(other) == answer(less)
-
-
-def test_the_least_that_a_shape_allows(loaded):
-    for method, tokens in (("downscale", 6), ("subsample", 24), ("pool", 1), ("evs", 24), ("evs-nofloor", 1)):
-        video = VideoQA(loaded, budget=0.001, method=method).encode(CLIP)
-        assert len(video.encoded.kept) == tokens, method
 
 
 # --- methods that read the question ------------------------------------------------------------------------------------
@@ -661,46 +540,3 @@ def test_what_is_reported_of_it(loaded):
         else:
             assert 0 < times.encode_prune <= times.encode < encoding * 1000 and times.read == 0
     assert Report.from_json(report.to_json()).pruning == report.pruning
-
-
-def test_reuse_may_precede_a_selector_that_reads_the_question(loaded):
-    video = VideoQA(loaded, budget=0.25, method="reuse+cdpruner").encode(CLIP)
-    kept = [answer(video, question) and video.encoded.kept.tolist() for question in ASKED[:2]]
-    assert kept[0] != kept[1] and len(video.encoded.rows) < 144
-    assert video.report.pruning.method == "reuse+cdpruner" and video.report.pruning.args == {
-        "threshold": 8.0,
-        "cdpruner": {"question": True, "negative": False},
-    }
-
-
-def test_auto_keeps_as_much_as_the_content_asks_for():
-    loaded = load_model("demo")
-    video = VideoQA(loaded, budget="auto").encode(CLIP)
-    pruning = asked(video, n=1).report.pruning
-    units = pruning.visual_tokens_in
-    assert pruning.budget == "auto" and pruning.args["within"] > 0
-    assert round(0.05 * units) <= pruning.visual_tokens_kept <= round(0.5 * units)
-    kept = []
-    for within in ("0.001", "0.03", "100"):
-        coarse = VideoQA(loaded, budget="auto", method_args={"within": within}).encode(CLIP)
-        kept.append(len(coarse.encoded.kept))
-    assert round(0.5 * units) >= kept[0] > kept[1] > kept[2] == round(0.05 * units)
-    exact = VideoQA(loaded, budget=0.5, method_args={"within": "0.03"}).encode(CLIP)
-    assert len(exact.encoded.kept) == kept[1]
-
-
-@pytest.mark.parametrize("method", ["mmr", "reuse+visionzip", "par"])
-def test_the_inflection_of_a_methods_scores_may_decide_the_count(loaded, method):
-    video = VideoQA(loaded, budget="auto:inflection", method=method).encode(CLIP)
-    pruning = asked(video, n=1).report.pruning
-    assert (pruning.budget, pruning.method) == ("auto:inflection", method)
-    assert 7 <= pruning.visual_tokens_kept <= 72 and pruning.visual_tokens_in == 144
-    assert "inflection" not in pruning.args
-
-
-def test_auto_is_for_methods_that_can_choose(loaded):
-    for how in ({"method": "divprune"}, {"method": "reuse+mmr"}):
-        with pytest.raises(UsageError, match="cannot let the content decide the budget"):
-            VideoQA(loaded, budget="auto", **how)
-    with pytest.raises(UsageError, match="cannot let the content decide the budget"):
-        VideoQA.load("nowhere", budget="auto", method="pool")

@@ -71,19 +71,22 @@ def truncate(random: np.random.Generator, content: bytearray) -> bytearray:
     return content[: random.integers(1, len(content))]
 
 
+def some_range(random: np.random.Generator, content: bytearray) -> tuple[int, int]:
+    return tuple(sorted(random.integers(len(content), size=2)))
+
+
 def cut_the_middle_out(random: np.random.Generator, content: bytearray) -> bytearray:
-    begin, end = sorted(random.integers(len(content), size=2))
+    begin, end = some_range(random, content)
     return content[:begin] + content[end:] or content
 
 
 def zero_a_range(random: np.random.Generator, content: bytearray) -> bytearray:
-    begin, end = sorted(random.integers(len(content), size=2))
-    content[begin:end] = bytes(end - begin)
-    return content
+    begin, end = some_range(random, content)
+    return content[:begin] + bytes(end - begin) + content[end:]
 
 
 def repeat_a_range(random: np.random.Generator, content: bytearray) -> bytearray:
-    begin, end = sorted(random.integers(len(content), size=2))
+    begin, end = some_range(random, content)
     return content[:end] + content[begin:end] * int(random.integers(1, 20)) + content[end:]
 
 
@@ -261,18 +264,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000, help="how many cases (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the cases (default: 0)")
-    parser.add_argument("--only", type=int, help="the number of a single case, whose file is kept")
-    parser.add_argument("--keep", type=Path, help="folder for the files of cases that must not be (default: none)")
     args = parser.parse_args()
-    numbers = range(args.count) if args.only is None else [args.only]
-    outcomes = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.keep or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        for outcome in run_all(numbers, args.seed, folder):
-            outcomes.append(outcome)
-            if outcome.bad or args.only is not None:
-                print(outcome, file=sys.stderr, flush=True)
+        outcomes = list(run_all(range(args.count), args.seed, Path(temporary)))
+    for outcome in outcomes:
+        if outcome.bad:
+            print(outcome, file=sys.stderr)
     print(table(outcomes))
     bad = sum(bool(outcome.bad) for outcome in outcomes)
     print(f"\n{len(outcomes):,} cases, {bad} of them bad; {max(o.seconds for o in outcomes):.1f} s at most")

@@ -6,17 +6,12 @@ import numpy as np
 import pytest
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.frames import DECODERS, choose_decoder, probe, read_frames
+from evoprune.video.frames import choose_decoder, probe, read_frames
 from evoprune.video.readers import decord as backend
-from tests.video.files import number_of, numbered_frames, numbers, pixels, spoil, write_video
+from tests.video.files import number_of, numbered_frames, numbers, pixels, spoil, write_image, write_video
 from tests.video.kinds import HEVC, OPEN_GOP
 
 decord = pytest.importorskip("decord")
-
-
-def test_auto_is_pyav():
-    assert DECODERS == ("auto", "pyav", "decord")
-    assert [choose_decoder(name) for name in DECODERS] == ["pyav", "pyav", "decord"]
 
 
 @pytest.mark.parametrize(
@@ -32,15 +27,7 @@ def test_without_decord_pyav_is_offered(problem, tmp_path, in_process, monkeypat
     with pytest.raises(UsageError, match="decord cannot be loaded") as caught:
         choose_decoder("decord")
     assert "use decoder pyav" in caught.value.hint
-    assert choose_decoder("auto") == "pyav"
-
-
-def test_a_video_that_decord_cannot_read_is_refused_before_it_is_opened(folder):
-    info = probe(write_video(folder / "refused.mkv", numbered_frames(2), codec="libsvtav1"))
-    with pytest.raises(VideoError, match="AV1"):
-        choose_decoder("decord", info)
-    with pytest.raises(VideoError, match="AV1"):
-        read_frames(info, [0.0], decoder="decord")
+    assert choose_decoder("auto") == choose_decoder("pyav") == "pyav"
 
 
 def smooth_frames(height, width):
@@ -107,35 +94,21 @@ def test_damage_is_refused_with_a_way_out(name, folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_decord_cannot_read_is_refused_before_it_is_opened(folder, tmp_path):
+    write_image(tmp_path / "0.png", numbered_frames(1)[0])
+    for path in (write_video(folder / "refused.mkv", numbered_frames(2), codec="libsvtav1"), tmp_path):
+        for refusing in (choose_decoder, lambda name, info: read_frames(info, [0.0], decoder=name)):
+            with pytest.raises(VideoError) as caught:
+                refusing("decord", probe(path))
+            assert (caught.value.exit_code, caught.value.hint) == (3, "use decoder pyav")
+
+
 def test_other_frames_than_pyavs_are_refused(folder, in_process, monkeypatch):
     info = probe(write_video(folder / "other.mp4", numbered_frames(10)))
     other = SimpleNamespace(read=lambda *_: ((0.0, rgb) for rgb in numbered_frames(10)[9:]))
     monkeypatch.setattr(backend, "pyav", other)
     with pytest.raises(VideoError, match="does not begin with the first frame"):
         numbers(info, [0.5], decoder="decord")
-
-
-@pytest.fixture
-def taken(in_process, monkeypatch):
-    """Counts how many frames decord hands out."""
-    count, original = [0], decord.VideoReader.next
-
-    def counting(self):
-        count[0] += 1
-        return original(self)
-
-    monkeypatch.setattr(decord.VideoReader, "next", counting)
-    return count
-
-
-def test_frames_are_taken_as_they_are_needed_and_once(folder, taken):
-    info = probe(write_video(folder / "taken.mp4", numbered_frames(100)))
-    chunks = read_frames(info, [0.05, 0.25, 0.25, 0.26, 5.05, 5.06, 99.0], decoder="decord", chunk_bytes=1)
-    assert taken[0] == 0
-    assert [number_of(rgb) for rgb in next(chunks).frames] == [0, 2]
-    assert taken[0] == 3
-    assert [number_of(rgb) for rgb in pixels(chunks)] == [2, 2, 50, 50, 99]
-    assert taken[0] == 100
 
 
 def test_pixels_are_arrays_whatever_bridge_the_host_has_set(folder, in_process):

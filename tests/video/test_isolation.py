@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +108,6 @@ def test_a_crash_while_frames_are_read(name, named, good, started):
     assert numbers(probe(good), TIMES) == list(range(20))
 
 
-@pytest.mark.full
 def test_a_process_that_an_earlier_video_has_spoilt_is_replaced(named, started):
     info = probe(named("once_crash"))
     assert info.frames_total == 20 and len(started) == 2
@@ -136,13 +137,9 @@ def test_silence_is_an_error(when, named, started, monkeypatch):
         numbers(probe(path), TIMES, chunk_bytes=SMALL)
     assert str(path) in caught.value.message and time.monotonic() - begin < 24  # well before the 25 s that are usual
     assert len(started) == 1 and gone(started[0])
-
-
-@pytest.mark.full
-def test_taking_long_is_none(named, good, started, monkeypatch):
-    probe(good)
-    monkeypatch.setattr(isolation, "SILENCE_S", 2.5)
-    assert probe(named("slow")).frames_total == 20  # which takes three seconds
+    if not when:
+        monkeypatch.setattr(isolation, "SILENCE_S", 2.5)
+        assert probe(named("slow")).frames_total == 20  # which takes three seconds, and says that it lives
 
 
 def test_memory_is_limited(named, good, started):
@@ -152,15 +149,12 @@ def test_memory_is_limited(named, good, started):
     assert probe(good).frames_total == 20 and len(started) == 3
 
 
-def test_nothing_is_written(named, started, tmp_path, monkeypatch):
+def test_nothing_is_written_and_a_bug_comes_with_its_traceback(named, good, started, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named("write")
     with pytest.raises(RuntimeError, match="File too large"):
         probe("write.mp4")
     assert (tmp_path / "written").stat().st_size == 0
-
-
-def test_a_bug_comes_with_its_traceback(named, good, started):
     with pytest.raises(RuntimeError, match="ZeroDivisionError: 1/0") as caught:
         probe(named("bug"))
     assert "tests/video/unruly.py" in caught.value.__notes__[0]
@@ -172,11 +166,7 @@ def test_neither_side_has_what_it_does_not_need(named, started):
         probe(named("modules"))
     there = caught.value.message.split()
     assert "av" in there and not {"torch", "transformers", "decord", "subprocess", "site"} & set(there)
-    program = (
-        "import sys; from evoprune.video.frames import probe; from evoprune.video.sandbox import isolation\n"
-        "assert 'numpy' not in sys.modules\n"
-        "from evoprune.video import frames; assert 'av' not in sys.modules"
-    )
+    program = "import sys; from evoprune.video.frames import probe\nassert not {'numpy', 'av'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
@@ -204,26 +194,23 @@ CANNOT = {
 
 
 @pytest.mark.parametrize("number", CANNOT)
-def test_a_process_that_the_system_refuses(named, started, monkeypatch, number):
+def test_what_the_system_refuses(named, good, started, monkeypatch, number):
+    """A process, and memory for frames."""
+
     def refuses(*_, **__):
         raise OSError(number, os.strerror(number))
 
+    video, (kind, hint) = probe(good), CANNOT[number]
+    monkeypatch.setattr(os, "memfd_create", refuses)
+    with pytest.raises(
+        MemoryError if number in (errno.ENOMEM, errno.EAGAIN) else UsageError, match=os.strerror(number)
+    ):
+        list(read_frames(video, TIMES))
+    isolation.end_all()
     monkeypatch.setattr(subprocess, "Popen", refuses)
-    kind, hint = CANNOT[number]
     with pytest.raises(kind, match=f"cannot start the process that reads videos: {os.strerror(number)}") as caught:
         probe(named("fine"))
     assert (type(caught.value), caught.value.hint, caught.value.stage) == (kind, hint, "read")
-
-
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
-def test_memory_for_frames_that_the_system_refuses(good, started, monkeypatch, number):
-    def refuses(*_):
-        raise OSError(number, os.strerror(number))
-
-    video = probe(good)
-    monkeypatch.setattr(os, "memfd_create", refuses)
-    with pytest.raises(UsageError if number == errno.EMFILE else MemoryError, match=os.strerror(number)):
-        list(read_frames(video, TIMES))
 
 
 def test_one_process_serves_one_video_after_the_other(good, started):
@@ -237,20 +224,10 @@ def test_one_process_serves_one_video_after_the_other(good, started):
     assert len(started) == 1
 
 
-@pytest.mark.full
 def test_threads(good, started):
-    right, got = list(range(20)), []
-
-    def read():
-        for _ in range(5):
-            got.append(numbers(probe(good), TIMES, chunk_bytes=SMALL))
-
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert got == [right] * 20 and sum(map(lives, started)) <= isolation.MAX_IDLE
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda _: numbers(probe(good), TIMES, chunk_bytes=SMALL), range(8)))
+    assert got == [list(range(20))] * 8 and sum(map(lives, started)) <= isolation.MAX_IDLE
 
 
 def test_who_stops_early_leaves_nothing_behind(named, started):
@@ -262,27 +239,11 @@ def test_who_stops_early_leaves_nothing_behind(named, started):
     assert gone(started[0])
 
 
-def test_frames_belong_to_whoever_got_them(good, started):
-    info = probe(good)
-    chunks = list(read_frames(info, TIMES, chunk_bytes=SMALL))
-    isolation.end_all()
-    for chunk in chunks:
-        assert chunk.frames.flags.writeable and chunk.frames.flags.c_contiguous
-        chunk.frames[:, :2] = 0
-    again = list(read_frames(info, TIMES, chunk_bytes=SMALL))
-    assert np.array_equal(pixels(again)[:, 2:], pixels(chunks)[:, 2:]) and pixels(again)[:, :2].all()
-
-
 @pytest.fixture
 def pieces(monkeypatch):
     """Of each video that is read, the memory it takes."""
     made, start = [], channel.FrameMemory.__init__
-
-    def noting(self, size):
-        start(self, size)
-        made.append(self)
-
-    monkeypatch.setattr(channel.FrameMemory, "__init__", noting)
+    monkeypatch.setattr(channel.FrameMemory, "__init__", lambda self, size: start(self, size) or made.append(self))
     return made
 
 
@@ -295,24 +256,25 @@ def test_memory_is_used_again_once_nobody_holds_what_is_in_it(good, started, pie
     assert len(of_video._pieces) <= 3  # the caller's, the one before it, and the one that is being filled
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(
-    "hold",
-    [
-        lambda frames: frames,
-        lambda frames: frames[1:, ::2],
-        lambda frames: frames.reshape(-1),
-        lambda frames: torch.from_numpy(frames)[:1],
-    ],
+VIEWS = (
+    lambda frames: frames,
+    lambda frames: frames[1:, ::2],
+    lambda frames: frames.reshape(-1),
+    lambda frames: torch.from_numpy(frames)[:1],
 )
+
+
+@pytest.mark.parametrize("hold", VIEWS)
 def test_what_somebody_holds_is_not_written_over(good, started, pieces, hold):
-    """Nor what a view of it shows, or what torch makes of it."""
+    """Nor what a view of it shows, or what torch makes of it; it stays, and may be written to, when the process is gone."""
     info = probe(good)
     kept = [hold(chunk.frames) for chunk in read_frames(info, TIMES, chunk_bytes=SMALL // 2)]
+    isolation.end_all()
     whole = pixels(list(read_frames(info, TIMES)))
     for first, held in zip(range(0, 20, 2), kept, strict=True):
         assert np.array_equal(held, hold(whole[first : first + 2]))
-    assert len(pieces[0]._pieces) == channel.PIECES
+        held[:1] = 0
+    assert whole.all() and len(pieces[0]._pieces) == channel.PIECES
 
 
 @pytest.mark.full
@@ -332,39 +294,25 @@ def test_what_a_copy_of_this_process_holds_is_not_written_over(good, started):
         os.close(writes)
     for child, _ in children:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    child = os.fork()  # which starts a process of its own
+    if not child:
+        os._exit(numbers(probe(good), TIMES) != list(range(20)) or len(started) != 2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert numbers(probe(good), TIMES) == list(range(20)) and len(started) == 1
 
 
-def test_memory_for_frames_cannot_be_taken_away():
-    """A process that shrank it would end this one."""
+def test_memory_for_frames_cannot_be_taken_away(good, started, tmp_path):
+    """A process that shrank it would end this one. The process that reads holds none of it afterwards."""
     shared, descriptor = channel.shared_memory(100)
     with pytest.raises(OSError):
         os.ftruncate(descriptor, 10)
     os.close(descriptor)
     assert shared[99] == 0
-
-
-@pytest.mark.full
-def test_the_process_holds_no_memory_for_frames_afterwards(good, started, tmp_path):
     list(read_frames(probe(good), TIMES, chunk_bytes=SMALL))
-    info = probe(good)
-    os.rename(good, tmp_path / "away.mp4")
-    try:
-        with pytest.raises(VideoError):  # an end of another kind
-            list(read_frames(info, TIMES, chunk_bytes=SMALL))
-    finally:
-        os.rename(tmp_path / "away.mp4", good)
+    with pytest.raises(VideoError):  # an end of another kind
+        list(read_frames(replace(probe(good), path=str(tmp_path / "gone.mp4")), TIMES, chunk_bytes=SMALL))
     (pid,) = started
     assert "evoprune-frames" not in Path(f"/proc/{pid}/maps").read_text()
-
-
-@pytest.mark.full
-def test_a_fork_starts_its_own(good, started):
-    probe(good)
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0 if numbers(probe(good), TIMES) == list(range(20)) and len(started) == 2 else 1)
-    assert os.waitpid(pid, 0)[1] == 0
-    assert numbers(probe(good), TIMES) == list(range(20)) and len(started) == 1
 
 
 PARENT = """
@@ -394,16 +342,10 @@ def shielded():
 )
 def test_it_ends_with_the_process_that_started_it(how, code, named, good):
     words = [str(good), str(named("hang")), "What happens?"]
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE) | {"stdin": subprocess.DEVNULL}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, "-c", PARENT, *words],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=shielded,
-    ) as parent:
+    program = [sys.executable, "-c", PARENT, *words]
+    with subprocess.Popen(program, cwd=ROOT, env=environment, preexec_fn=shielded, **pipes) as parent:
         pid = int(parent.stdout.readline())
         while not os.path.exists(words[1] + ".begun"):
             time.sleep(0.05)

@@ -15,6 +15,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -55,6 +56,16 @@ BUNDLED_CONFIGS = {
     f"Qwen/{path.stem}": path for path in sorted((Path(evoprune.__file__).parent / "model" / "configs").glob("*.json"))
 }
 FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]  # of a model on the hub
+# What computes with the weights of a method of quantisation: the module, and the package that has it.
+PACKAGES = {
+    "awq": ("gptqmodel", "gptqmodel"),
+    "gptq": ("gptqmodel", "gptqmodel"),
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
+    "hqq": ("hqq", "hqq"),
+    "quanto": ("optimum", "optimum-quanto"),
+    "torchao": ("torchao", "torchao"),
+}
 PLAIN_ON_CPU = ("compressed-tensors", "fp8")  # quantised weights that transformers widens when it loads them on a CPU
 HEAD, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
 ADAPTER = "adapter_config.json"
@@ -71,9 +82,7 @@ NOT_DONE = dict.fromkeys(
      "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "min_p", "penalty_alpha",
      "no_repeat_ngram_size", "sequence_bias", "stop_strings", "suppress_tokens", "top_h"), 0
 ) | dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p"), 1)  # fmt: skip
-MODEL_HINT = (
-    "evoprune runs Qwen3-VL, Qwen2.5-VL and Qwen2-VL checkpoints, such as Qwen/Qwen2.5-VL-3B-Instruct, and its demos"
-)
+MODEL_HINT = "evoprune runs Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL checkpoints, such as Qwen/Qwen2.5-VL-3B-Instruct, and its demos"
 BELONG = "config.json and the weights must belong together; get the model again"
 MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
 # How names of tensors begin that other programs wrote, and what to do about it.
@@ -84,10 +93,8 @@ ELSEWHERE = {
     "vision_tower.": "the weights are a conversion, as of MLX; take the original checkpoint",
     "language_model.model.": "the weights are a conversion, as of MLX; take the original checkpoint",
 }
-_QUANTIZED = re.compile(
-    r"(^|[-_./])(awq|gptq|gguf|nvfp4|fp[48]|mlx|bnb|int[48]|[2-8]-?bit|w[48]a(8|16))($|[-_.])", re.IGNORECASE
-)
-_ORIGINAL = re.compile(r"qwen(2|2\.5|3)-vl-\d+b(-instruct|-thinking)?", re.IGNORECASE)
+_CONVERTED = re.compile(r"(^|[-_./])(gguf|mlx)($|[-_.])", re.IGNORECASE)
+_ORIGINAL = re.compile(r"qwen((2|2\.5|3)-vl|3\.\d)-[\d.]+b(-a\d+b)?(-instruct|-thinking)?", re.IGNORECASE)
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
@@ -302,7 +309,7 @@ def locate(options: ModelOptions, *, files: list[str] | None) -> tuple[Path, str
     if files is None:
         hint = f"random weights need a local folder, {', '.join(DEMOS)}, or {' and '.join(BUNDLED_CONFIGS)}"
         raise ModelError(f"no bundled config for {name}", hint)
-    return download(name, revision, options.offline, files, check=read_config)
+    return download(name, revision, options.offline, files, check=check_runs if files is FILES else read_config)
 
 
 def usable_device(options: ModelOptions) -> torch.device:
@@ -319,11 +326,11 @@ def is_id(name: str) -> bool:
 
 def kind_hint(name: str) -> str:
     """The beginning of a hint: which models run, where the name does not look like one of them; else nothing."""
-    if _QUANTIZED.search(name):
+    if _CONVERTED.search(name):
         original = _ORIGINAL.search(name)
         instead = f"Qwen/{original[0]}" if original else "the original checkpoint"
-        return f"its name is that of quantized weights, which evoprune does not read; take {instead}; "
-    return "" if re.search(r"qwen-?(3|2[._]?5?)[-_]?vl", name, re.IGNORECASE) else f"{MODEL_HINT}; "
+        return f"its name is that of GGUF or MLX weights, which evoprune does not read; take {instead}; "
+    return "" if re.search(r"qwen-?((3|2[._]?5?)[-_]?vl|3[._]?[5-9])", name, re.IGNORECASE) else f"{MODEL_HINT}; "
 
 
 def download(
@@ -442,6 +449,20 @@ def check_engine(found: FoundModel) -> None:
             f"quantize {options.quantize} is for models that evoprune runs itself, and {found.id} {what}",
             "leave quantize out, or take a checkpoint that is quantised already",
         )
+
+
+def check_packages(quantization: str | None, name: str) -> None:
+    """Raises ModelError: the package that a quantised checkpoint needs is not installed."""
+    module, package = PACKAGES.get(quantization or "", (None, None))
+    if module and find_spec(module) is None:
+        problem = f"{name} holds weights quantised by {quantization}, and the package {package} is not installed"
+        raise ModelError(problem, f"pip install {package}")
+
+
+def check_runs(path: Path) -> None:
+    """Checks a config.json before its weights are downloaded. Raises ModelError."""
+    read_config(path)
+    check_packages(quantization_in(path), str(path.parent))
 
 
 def _no_config(folder: Path) -> ModelError:

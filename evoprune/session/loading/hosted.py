@@ -19,34 +19,14 @@ from evoprune.errors import ModelError, ModelWarning, first_line
 from evoprune.language.hosted import can_crop
 from evoprune.model.config import Config, as_written
 from evoprune.model.weights import HostedVL, fill_random, name_in_memory
-from evoprune.session.loading.find import PLAIN_ON_CPU
+from evoprune.session.loading.find import PLAIN_ON_CPU, check_packages
 from evoprune.util import counted
-
-# What computes with the weights of a method of quantisation: the module, and the package that has it.
-PACKAGES = {
-    "awq": ("gptqmodel", "gptqmodel"),
-    "gptq": ("gptqmodel", "gptqmodel"),
-    "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
-    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
-    "hqq": ("hqq", "hqq"),
-    "quanto": ("optimum", "optimum-quanto"),
-    "torchao": ("torchao", "torchao"),
-}
-
 
 UNQUANTIZED = (
     "ignore",
     "modules_to_not_convert",
     "llm_int8_skip_modules",
 )  # entries that name modules left as they are
-
-
-def check_packages(quantization: str | None, name: str) -> None:
-    """Raises ModelError: the package that a quantised checkpoint needs is not installed."""
-    module, package = PACKAGES.get(quantization or "", (None, None))
-    if module and find_spec(module) is None:
-        problem = f"{name} holds weights quantised by {quantization}, and the package {package} is not installed"
-        raise ModelError(problem, f"pip install {package}")
 
 
 def load_hosted(

@@ -20,20 +20,19 @@ NAME = "demo"
 START_S = 300
 OURS = '{"architectures": ["EvoPruneQwen2_5_VLForConditionalGeneration"]}'
 RATE = {"video": {"num_frames": -1, "fps": 2}}  # vLLM's own choice is 32 frames of any video
-OPTIONS = [
-    *("--media-io-kwargs", json.dumps(RATE)),
-    *(
-        "--model",
-        str(DEMO),
-        "--served-model-name",
-        NAME,
-        "--hf-overrides",
-        OURS,
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-    ),
-    *("--block-size", "32", "--max-model-len", "4096", "--max-num-seqs", "8", "--host", "127.0.0.1"),
+FIXED = [
+    *("--dtype", "float32", "--enforce-eager", "--block-size", "32"),
+    *("--max-model-len", "4096", "--max-num-seqs", "8", "--host", "127.0.0.1"),
+]
+NAMED = [
+    "--model",
+    str(DEMO),
+    "--served-model-name",
+    NAME,
+    "--hf-overrides",
+    OURS,
+    "--media-io-kwargs",
+    json.dumps(RATE),
 ]
 
 
@@ -43,7 +42,16 @@ def serving(folder: Path, *options: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *OPTIONS, "--port", str(port), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        *NAMED,
+        *FIXED,
+        "--port",
+        str(port),
+        *options,
+    ]
     log = folder / "server.log"
     with log.open("w") as out:
         server = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, cwd=folder)

@@ -45,16 +45,12 @@ def prompt(per_second, share=0.3):
     return torch.tensor(ids + [TEXT] * END), items, kept, right[:, columns], int(right.max()) + 1
 
 
-def columns_of(kept, per_second, dtype, bias):
+def columns_of(kept, per_second, dtype):
     videos = [item for item in ITEMS if item[1] == VIDEO]
     return [
-        as_columns(video_positions(grid, seconds, per_second)[:, units], bias(units), dtype)
+        as_columns(video_positions(grid, seconds, per_second)[:, units], torch.zeros(len(units)), dtype)
         for units, (_, _, grid, seconds) in zip(kept, videos, strict=True)
     ]
-
-
-def no_bias(units):
-    return torch.zeros(len(units))
 
 
 @pytest.mark.few(4)
@@ -63,7 +59,7 @@ def no_bias(units):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_positions_are_those_of_the_whole_prompt_without_the_dropped_columns(per_second, chunk, dtype):
     ids, items, kept, right, following = prompt(per_second)
-    rows = torch.cat(columns_of(kept, per_second, dtype, no_bias))
+    rows = torch.cat(columns_of(kept, per_second, dtype))
     positions, offset = known_positions(len(ids), items, per_second)
     assert offset == following - len(ids)
     for start in range(0, len(ids), chunk):
@@ -77,21 +73,19 @@ def test_positions_are_those_of_the_whole_prompt_without_the_dropped_columns(per
     assert torch.equal(positions, right)
 
 
-def test_text_is_right_where_the_prefix_cache_holds_the_video():
-    ids, items, _, right, _ = prompt(2.0)
-    positions, _ = known_positions(len(ids), items, 2.0)
-    assert torch.equal(positions[:, ids != VIDEO], right[:, ids != VIDEO])
-    assert (positions[:, ids == VIDEO] < 0).all()
-
-
-def test_a_written_position_is_never_written_again():
+def test_known_and_written_positions():
+    """Text is right where the prefix cache holds the video; a written position is never written again."""
     ids, items, kept, right, _ = prompt(2.0)
-    rows = torch.cat(columns_of(kept, 2.0, torch.float32, no_bias))
-    places = (ids == VIDEO).nonzero()[:, 0]
+    rows, places = torch.cat(columns_of(kept, 2.0, torch.float32)), (ids == VIDEO).nonzero()[:, 0]
     positions, _ = known_positions(len(ids), items, 2.0)
+    assert torch.equal(positions[:, ids != VIDEO], right[:, ids != VIDEO]) and (positions[:, ids == VIDEO] < 0).all()
     positions = with_videos(positions, places, from_columns(rows))
     again = with_videos(positions, places[1:], from_columns(rows[:-1]))  # as speculative decoding calls it
     assert torch.equal(again, right)
+    items = [(VisualSpan(2, (3, 2, 2), 0.7), 12)]  # an unpruned video has its positions from the start
+    positions, offset = known_positions(17, items, 2.0)
+    right = prompt_positions(17, [items[0][0]], 2.0)
+    assert torch.equal(positions, right) and offset == int(right.max()) + 1 - 17
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -104,10 +98,3 @@ def test_the_bias_travels_with_the_positions_exactly(dtype, number):
     plain, carried = split_bias((found + start).to(number))
     assert torch.equal(plain.long(), positions + start)
     assert torch.equal(carried, bias)
-
-
-def test_an_unpruned_video_has_its_positions_from_the_start():
-    items = [(VisualSpan(2, (3, 2, 2), 0.7), 12)]
-    positions, offset = known_positions(17, items, 2.0)
-    right = prompt_positions(17, [items[0][0]], 2.0)
-    assert torch.equal(positions, right) and offset == int(right.max()) + 1 - 17

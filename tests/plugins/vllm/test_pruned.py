@@ -69,10 +69,12 @@ def test_the_tower_is_in_memory_once_and_packed(llm):
     assert not any(type(module) is torch.nn.Linear for module in runner.model.visual.modules())
 
 
-def test_text_alone_and_pictures_alone(llm, quarter):
-    picture = Image.fromarray(quarter[0].media[0].frames[0])
-    asked = [Asked((), "Who are you?"), Asked((picture,), "What colour is the square?")]
-    assert answers(llm, [each.request() for each in asked])[1].strip() == "green"
+def test_text_pictures_and_a_single_frame(llm, quarter):
+    clip = quarter[0].media[0]
+    short = type(clip)(np.ascontiguousarray(clip.frames[:1]), 1.0)
+    media = (Image.fromarray(clip.frames[0]),), (short,)
+    asked = [Asked((), "Who are you?"), *(Asked(each, "What colour is the square?") for each in media)]
+    assert [said.strip() for said in answers(llm, [each.request() for each in asked])][1:] == ["green"] * 2
 
 
 def test_log_probabilities_are_those_of_video_qa(llm, quarter):
@@ -83,20 +85,9 @@ def test_log_probabilities_are_those_of_video_qa(llm, quarter):
     assert farthest(llm, samples(budget=0.1, method="evoprune:count=0"), 0.1) > 0.1
 
 
-def test_a_request_in_a_batch_has_the_answer_that_it_has_alone(llm, quarter):
-    llm.reset_prefix_cache()
-    assert same(answers(llm, [asked.request() for asked in quarter], together=False), quarter)
-
-
-@pytest.mark.parametrize("fps", [1.5, 3.0, 4.0])
-def test_frame_rates(llm, fps):
-    asked = samples(fps, names=("three.mp4", "vanish.webm"), budget=0.25)
-    assert same(answers(llm, [each.request() for each in asked]), asked)
-
-
-@pytest.mark.parametrize("budget", [0.1, 0.5, 1.0])
-def test_a_request_has_a_budget_of_its_own(llm, budget):
-    asked = samples(names=("three.mp4", "vanish.webm", "pan.mp4"), budget=budget)
+@pytest.mark.parametrize(("fps", "budget"), [(1.5, None), (3.0, None), (4.0, None), (2.0, 0.1), (2.0, 0.5), (2.0, 1.0)])
+def test_frame_rates_and_budgets_of_requests(llm, fps, budget):
+    asked = samples(fps, names=("three.mp4", "vanish.webm", "pan.mp4"), budget=budget or 0.25)
     assert same(answers(llm, [each.request(budget) for each in asked]), asked)
 
 
@@ -107,10 +98,9 @@ def test_requests_with_other_budgets_side_by_side(llm, quarter):
     assert same(found[::2], quarter) and same(found[1::2], tenth)
 
 
-def test_a_prefix_that_is_in_the_cache_changes_no_answer(llm, quarter):
+def test_a_request_alone_and_a_prefix_that_is_in_the_cache_change_no_answer(llm, quarter):
     llm.reset_prefix_cache()
-    for asked in quarter:
-        answers(llm, [asked.request()])
+    assert same(answers(llm, [asked.request() for asked in quarter], together=False), quarter)
     again = outputs(llm, [asked.request() for asked in quarter])
     assert same([output.outputs[0].text for output in again], quarter)
     assert all(output.num_cached_tokens >= 32 for output in again)
@@ -123,26 +113,16 @@ def test_a_bad_budget_of_a_request_is_an_error_of_this_request(llm, quarter, bud
     assert same(answers(llm, [quarter[0].request()]), quarter[:1])
 
 
-def test_a_prompt_that_ends_with_a_video_is_an_error(llm, quarter):
-    bad = quarter[0].request() | {"prompt": PROMPT.partition("{}")[0] + VIDEO.removesuffix("<|vision_end|>")}
+def test_what_has_no_positions_is_an_error(llm, quarter):
+    clip, asked = quarter[0].media[0], quarter[0].request()
+    bad = asked | {"prompt": PROMPT.partition("{}")[0] + VIDEO.removesuffix("<|vision_end|>")}
     with pytest.raises(ValueError, match="ends with a video"):
         answers(llm, [bad])
-
-
-def test_a_video_longer_than_the_model_has_positions_is_an_error(llm, quarter):
-    clip = quarter[0].media[0]
-    long = Asked((type(clip)(clip.frames, 10_000.0),), "What colour is the square?")
     with pytest.raises(ValueError, match="positions"):
-        answers(llm, [long.request()])
+        answers(llm, [Asked((type(clip)(clip.frames, 10_000.0),), "What colour is the square?").request()])
 
 
 def test_placeholders_that_a_user_writes_change_no_position(llm, quarter):
     stray = "Is <|image_pad|> or <|video_pad|> in it? What colour is the square?"
     found = outputs(llm, [Asked(quarter[0].media, stray).request()] * 2, together=False)
     assert found[0].outputs[0].token_ids == found[1].outputs[0].token_ids and len(found[0].outputs[0].token_ids) <= NEW
-
-
-def test_a_video_of_one_pair_and_odd_frames(llm, quarter):
-    clip = quarter[0].media[0]
-    short = Asked((type(clip)(np.ascontiguousarray(clip.frames[:1]), 1.0),), "What colour is the square?")
-    assert answers(llm, [short.request()])[0].strip() == "green"

@@ -31,12 +31,6 @@ def patches(grid=GRID):
     return torch.randn(math.prod(grid) * 4, 1176, generator=torch.Generator().manual_seed(1))
 
 
-def test_the_method_is_the_one_of_the_configuration():
-    assert served_method({}).name == "evoprune"
-    assert served_method({"evoprune": {"method": "evoprune:count=0"}}).encoder.count == 0
-    assert served_method({"evoprune": {"method": "reuse+divprune"}}).selector.name == "divprune"
-
-
 @pytest.mark.parametrize(
     ("section", "says"),
     [
@@ -59,7 +53,9 @@ def test_a_method_that_cannot_work_is_refused_with_a_hint(section, says):
     assert caught.value.hint
 
 
-def test_budgets():
+def test_methods_and_budgets():
+    assert served_method({}).name == "evoprune"
+    assert served_method({"evoprune": {"method": "evoprune:count=0"}}).encoder.count == 0
     assert [request_budget({}, rate) for rate in (None, 0.0, 0.75, 0.9)] == [1.0, 1.0, 0.25, 0.1]
     assert request_budget({"evoprune_budget": "50%", "fps": 2}, 0.9) == 0.5
     assert request_budget({"evoprune_budget": 1.0}, None) == 1.0
@@ -88,6 +84,8 @@ def test_columns_hold_position_and_log_of_the_cluster_size(visual):
     assert made.shape == (20, wide + COLUMNS) and torch.equal(made[:, :wide], found.features)
     assert torch.equal(plain, video_positions(GRID, 0.7, 2.0)[:, found.kept])
     assert torch.equal(bias, found.size.log()) and bias.max() > 0
+    whole = with_columns(encoded(visual, patches(), GRID, math.prod(GRID), methods.parse("evoprune")), 1.0, 2.0)
+    assert not split_bias(from_columns(whole[:, -COLUMNS:]))[1].any()
 
 
 @pytest.mark.parametrize(("mean", "std", "scale"), [(0.1, 5.0, 1 / 255), (25.5, 1275.0, 1.0)])
@@ -95,27 +93,18 @@ def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(visual, m
     levels = torch.full((8, 28 * 4, 28 * 6, 3), 100, dtype=torch.uint8)
     levels[4:, :56] = 115  # half of each frame, from the third pair on
     pixels, normal = pixel_patches(levels), normalisation((mean,) * 3, (std,) * 3, scale)
+    assert [each[0] for each in normal] == pytest.approx([0.1, 5.0])
     for each in (pixels, (pixels * scale - mean) / std):  # bytes, and as Hugging Face's processor normalises them
         found = encoded(visual, Patches(each, *normal), GRID, 20, methods.parse("reuse+divprune"))
         assert found.layers[0] == (0, 24 + 12)
 
 
 def test_bytes_are_normalised_as_in_preprocessing(visual):
-    pixels = torch.randint(0, 256, (math.prod(GRID) * 4, 1176), generator=torch.Generator().manual_seed(0)).to(
-        torch.uint8
-    )
-    normal = normalisation(CLIP_MEAN, CLIP_STD, 1 / 255)
+    pixels = torch.randint(0, 256, (math.prod(GRID) * 4, 1176), generator=torch.Generator().manual_seed(0)).byte()
+    normal, method = normalisation(CLIP_MEAN, CLIP_STD, 1 / 255), methods.parse("divprune")
     assert normal == (CLIP_MEAN, CLIP_STD)
-    both = [
-        encoded(visual, Patches(each, *normal), GRID, 20, methods.parse("divprune"))
-        for each in (pixels, normalised(pixels))
-    ]
+    both = [encoded(visual, Patches(each, *normal), GRID, 20, method) for each in (pixels, normalised(pixels))]
     assert torch.equal(both[0].features, both[1].features) and torch.equal(both[0].kept, both[1].kept)
-
-
-def test_a_video_of_which_all_is_kept_has_no_bias(visual):
-    made = with_columns(encoded(visual, patches(), GRID, math.prod(GRID), methods.parse("evoprune")), 1.0, 2.0)
-    assert not split_bias(from_columns(made[:, -COLUMNS:]))[1].any()
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,7 @@ def requests(asked):
     mixed = [Asked((a, b), "Describe the videos.") for a, b in zip(videos[1:], videos, strict=False)]
     mixed += [Asked((a, b), "Describe it.") for a, b in zip(pictures, videos[1:], strict=False)]
     mixed += [Asked((a, *b), HALVES) for a, b in zip(videos, pairwise(pictures), strict=False)]
-    mixed += [
-        Asked(tuple(pictures[:2]), HALVES),
-        Asked((videos[0], videos[0]), "Describe it."),
-        Asked((), "Who are you?"),
-    ]
+    mixed += [Asked(tuple(pictures[:2]), HALVES), Asked((videos[0],) * 2, "Describe it."), Asked((), "Who are you?")]
     return [each.request() for each in [*asked, *mixed]]
 
 
@@ -46,14 +42,9 @@ def test_a_budget_needs_a_server_that_prunes(start):
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [
+    [  # test_pruning.py has the others
         (pruning(0.75, "cdpruner"), "reads the question"),
-        (pruning(0.75, "evs"), "how many tokens"),
-        (pruning(0.75, "downscale"), "acts on frames"),
-        (pruning(0.75, "none"), "prunes nothing"),
-        (pruning(0.75, "no-such-method"), "no pruning method"),
         ({"video_pruning_rate": 1.0}, "less than 1"),
-        ({"video_pruning_rate": -0.1}, "greater than or equal to 0"),
         ({"video_pruning_rate": 0.5, "dtype": "float16"}, "float16"),
     ],
 )

@@ -1,14 +1,18 @@
-"""Models from the hub, played by a server on this machine; and folders that do not load, or not all of them."""
+"""Models from the hub, played by a server here; folders that do not load, or not all of them, or are made to do harm; and what a
+model's generation_config.json says."""
 
 import hashlib
 import json
+import os
 import shutil
 import socket
 import threading
 import time
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -17,12 +21,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from evoprune.batch.rows import load_rows
+from evoprune.bench.verify.subject import QUESTION, SAMPLING, Subject
 from evoprune.errors import LFS_HINT, ModelError, ModelWarning, UsageError, VideoError
+from evoprune.language import template
+from evoprune.language.prompt import build_prompt
 from evoprune.session.loading import find
 from evoprune.session.loading.find import describe_model
+from evoprune.session.loading.model import load_model as load
 from evoprune.session.options import ModelOptions
 from evoprune.video.frames import probe
 from evoprune.video.readers import subtitles
+from evoprune.video_qa import VideoQA
 from tests.loading import edit, error_of, load_model, no_network
 from tests.tiny import tiny_model
 
@@ -134,14 +143,14 @@ def test_what_the_hub_has_and_cannot_run_or_does_not_have(hub, name, options, sa
     assert not any("safetensors" in path for path in hub.requests)
 
 
-def test_an_unreachable_hub_fails_at_once(dead_hub):
+def test_without_the_hub_the_cache_serves(dead_hub, cache, saved, monkeypatch):
     began = time.monotonic()
     assert "the hub cannot be reached" in error_of("org/tiny")
     assert time.monotonic() - began < 3
-
-
-def test_the_hubs_own_offline_switch_is_respected(cache, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    fill_cache(cache, saved)
+    assert load_model("org/tiny").revision == COMMIT
+    shutil.rmtree(cache)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the hub's own switch
     monkeypatch.setattr(socket.socket, "connect", no_network)
     assert "offline mode" in error_of("org/tiny")
 
@@ -159,18 +168,16 @@ def test_a_hub_that_does_not_answer_fails_soon(cache, monkeypatch, stuck):
         assert time.monotonic() - began < (1.5 if stuck == "names" else 3)
 
 
-def test_without_the_hub_the_cache_serves(dead_hub, cache, saved):
-    fill_cache(cache, saved)
-    assert load_model("org/tiny").revision == COMMIT
-
-
 def test_offline_uses_the_cache_and_no_network(cache, saved, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    assert "(offline)" in error_of("org/tiny", offline=True)
+    message, hint = refused("org/tiny", offline=True)
+    assert "(offline)" in message and "revision" not in message + hint and "the cache holds" not in hint
     fill_cache(cache, saved)
     loaded = load_model("org/tiny", offline=True)
-    assert loaded.revision == COMMIT
-    assert loaded.tokenizer is not None
+    assert loaded.revision == COMMIT and loaded.tokenizer is not None
+    message, hint = refused("org/tiny", offline=True, revision="v2")
+    assert message == "org/tiny at revision v2 is not in the local cache, and the hub may not be asked (offline)"
+    assert "hf download org/tiny --revision v2" in hint and "the cache holds main" in hint
 
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4242\n"
@@ -204,6 +211,7 @@ def test_git_lfs_pointers_of_clips_and_beside_them(tmp_path):
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "mrope_section": [2, 3, 3]}
+WINDOW = {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None, "sliding_window": 64}
 
 
 @pytest.mark.parametrize(
@@ -213,17 +221,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         # counts more than rope_parameters, as in transformers
         ({"text_config": {"rope_scaling": YARN}}, "rope_type 'yarn' is not supported"),
         ({"rope_scaling": YARN | {"type": "yarn"}}, "rope_type 'yarn' is not supported"),
-        (
-            {
-                "text_config": {
-                    "use_sliding_window": True,
-                    "max_window_layers": 1,
-                    "layer_types": None,
-                    "sliding_window": 64,
-                }
-            },
-            "sliding window attention is not supported",
-        ),
+        ({"text_config": WINDOW}, "sliding window attention is not supported"),
         ({"text_config": {"hidden_act": "gelu"}}, "activation gelu is not supported"),
     ],
 )
@@ -245,22 +243,12 @@ def test_an_adapter_is_no_model(folder):
     assert "merge_and_unload" in hint
 
 
-@pytest.mark.parametrize("snapshots", [0, 1])
-def test_a_folder_of_the_hubs_cache(cache, saved, snapshots):
+def test_a_folder_of_the_hubs_cache(cache, saved):
     fill_cache(cache, saved)
-    message, hint = refused(cache / "snapshots" if snapshots else cache)
-    assert "is a folder of the hub's cache" in message
-    assert f"name the model org/tiny, or {cache / 'snapshots' / COMMIT}" in hint
-
-
-def test_offline_names_the_revision_and_what_the_cache_has(cache, saved):
-    fill_cache(cache, saved)
-    message, hint = refused("org/tiny", offline=True, revision="v2")
-    assert message == "org/tiny at revision v2 is not in the local cache, and the hub may not be asked (offline)"
-    assert "hf download org/tiny --revision v2" in hint and "the cache holds main" in hint
-    shutil.rmtree(cache)
-    message, hint = refused("org/tiny", offline=True)
-    assert "revision" not in message + hint and "the cache holds" not in hint
+    for folder in (cache, cache / "snapshots"):
+        message, hint = refused(folder)
+        assert "is a folder of the hub's cache" in message
+        assert f"name the model org/tiny, or {cache / 'snapshots' / COMMIT}" in hint
 
 
 @pytest.mark.parametrize("shards", [False, True])
@@ -282,40 +270,35 @@ def test_a_download_that_is_not_finished(dead_hub, cache, saved, shards):
     assert f"the download of {local} is not finished" in message and "hf download" in hint
 
 
-UNREAD, RUNS = "its name is that of quantized weights, which evoprune does not read; take {}; ", f"{find.MODEL_HINT}; "
-
-
-@pytest.mark.parametrize(
-    "name, hint",
-    [
-        ("Qwen/Qwen2.5-VL-7B-Instruct-AWQ", UNREAD.format("Qwen/Qwen2.5-VL-7B-Instruct")),
-        ("Qwen/Qwen2.5-VL-7B-Instruct-GPTQ-Int4", UNREAD.format("Qwen/Qwen2.5-VL-7B-Instruct")),
-        ("unsloth/Qwen2.5-VL-3B-Instruct-unsloth-bnb-4bit", UNREAD.format("Qwen/Qwen2.5-VL-3B-Instruct")),
-        ("Qwen/Qwen3-VL-4B-Instruct-FP8", UNREAD.format("Qwen/Qwen3-VL-4B-Instruct")),
-        ("ggml-org/Qwen2.5-VL-7B-Instruct-GGUF", UNREAD.format("Qwen/Qwen2.5-VL-7B-Instruct")),
-        ("mlx-community/Qwen2.5-VL-3B-Instruct-8bit", UNREAD.format("Qwen/Qwen2.5-VL-3B-Instruct")),
-        ("org/thing-GGUF", UNREAD.format("the original checkpoint")),
-        ("org/my-awqward-model", RUNS),
-        ("openai/whisper-base", RUNS),
-        ("Qwen/Qwen3.5-4B", RUNS),
-        ("Qwen/Qwen2.5-7B-Instruct", RUNS),
-        ("Qwen/Qwen3-VL-2B-Instruct", ""),
-        ("Qwen/Qwen2.5-VL-3B-Instruct", ""),
-        ("org/qwen2-vl-tuned", ""),
-        ("org/my_qwen25vl", ""),
-    ],
+ORIGINAL = {  # what is to be taken instead of weights of a name that are a conversion
+    "unsloth/Qwen3.5-35B-A3B-GGUF": "Qwen/Qwen3.5-35B-A3B",
+    "ggml-org/Qwen2.5-VL-7B-Instruct-GGUF": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "mlx-community/Qwen2.5-VL-3B-Instruct-8bit": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "org/thing-GGUF": "the original checkpoint",
+}
+OTHERS = ("org/my-awqward-model", "openai/whisper-base", "Qwen/Qwen3-4B", "Qwen/Qwen2.5-7B-Instruct")
+KNOWN = (
+    "Qwen/Qwen3.5-4B",
+    "Qwen/Qwen2.5-VL-7B-Instruct-AWQ",
+    "Qwen/Qwen3-VL-2B-Instruct",
+    "Qwen/Qwen2.5-VL-3B-Instruct",
+    "org/qwen2-vl-tuned",
+    "org/my_qwen25vl",
 )
-def test_what_a_name_says_of_its_model(name, hint):
-    assert find.kind_hint(name) == hint
+
+
+def test_what_a_name_says_of_its_model():
+    unread = "its name is that of GGUF or MLX weights, which evoprune does not read; take {}; "
+    assert {name: find.kind_hint(name) for name in ORIGINAL} == {k: unread.format(v) for k, v in ORIGINAL.items()}
+    assert {find.kind_hint(name) for name in OTHERS} == {f"{find.MODEL_HINT}; "}
+    assert {find.kind_hint(name) for name in KNOWN} == {""}
 
 
 def test_quantised_names_are_known_before_the_download(hub, cache):
-    _, hint = refused("Qwen/Qwen2.5-VL-7B-Instruct-AWQ", offline=True)
-    assert hint.startswith(
-        "its name is that of quantized weights, which evoprune does not read; take Qwen/Qwen2.5-VL-7B-"
-    )
-    edit(hub.folder / "config.json", quantization_config={"quant_method": "awq"})
-    assert "holds quantized weights (awq)" in refused("org/tiny")[0]
+    _, hint = refused("org/thing-GGUF", offline=True)
+    assert hint.startswith("its name is that of GGUF or MLX weights")
+    edit(hub.folder / "config.json", quantization_config={"quant_method": "hqq"})
+    assert "the package hqq is not installed" in refused("org/tiny")[0]
     assert not any("safetensors" in path for path in hub.requests)
     (hub.folder / "config.json").unlink()
     assert "no config.json on the hub" in refused("org/tiny")[0]
@@ -353,25 +336,18 @@ def change(folder, edited):
     )
 
 
-def of_transformers(folder):
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
-
-
 def assert_as_transformers(folder):
-    loaded, expected = load_model(str(folder), dtype="fp32"), of_transformers(folder)
+    loaded = load_model(str(folder), dtype="fp32")
+    expected = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
     assert all(torch.equal(weight, expected[name]) for name, weight in loaded.model.state_dict().items())
     return loaded
-
-
-def same(weights):
-    weights[HEAD] = weights[EMBEDDINGS]
 
 
 @pytest.mark.parametrize(
     "edited, apart",
     [
         (lambda weights: weights.update({HEAD: weights[EMBEDDINGS].roll(1, 0)}), True),
-        (same, False),
+        (lambda weights: weights.update({HEAD: weights[EMBEDDINGS]}), False),
         (lambda weights: weights.pop(EMBEDDINGS), False),
     ],
     ids=["other", "same", "alone"],
@@ -395,20 +371,15 @@ def test_a_tensor_that_is_not_read_is_named_once(folder):
         weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)  # buffers of older versions
         weights["visual.rotary_pos_emb.inv_freq"] = torch.zeros(8)
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # whole checkpoints say nothing
+        load_model(str(folder))
     change(folder, more)
     with pytest.warns(ModelWarning) as said:
         load_model(str(folder))
     (only,) = said
     assert str(only.message).startswith(f"2 tensors of the weights are not used in {folder}: ")
     assert "q_proj.lora_A.weight, value_head.bias" in str(only.message)
-
-
-def test_whole_checkpoints_say_nothing(folder):
-    change(folder, same)
-    edit(folder / "config.json", tie_word_embeddings=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_model(str(folder))
 
 
 def test_a_tensor_under_two_names_is_refused_where_they_differ(folder):
@@ -436,6 +407,249 @@ def test_null_in_a_config_is_missing(folder, name, value):
     content = json.loads(path.read_text())
     content[name] = content[name] | value if value else value
     path.write_text(json.dumps({"torch_dtype": "float32"} | content))
-    assert (
-        load_model(str(folder)).model is not None and describe_model(ModelOptions(str(folder)))._stored == torch.float32
-    )
+    assert load_model(str(folder)).model is not None
+    assert describe_model(ModelOptions(str(folder)))._stored == torch.float32
+
+
+@pytest.fixture(autouse=True)
+def soon():
+    """Each case ends within half a minute, also on a busy machine; most take less than a second (`--durations=0`)."""
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < 30
+
+
+TEXT, VISION = "text_config", "vision_config"
+CONFIG = {
+    # entry of config.json: value, and what the message says of it
+    "num_hidden_layers of a billion": (TEXT, "num_hidden_layers", 10**9, "not a whole number from 1 to 1,000"),
+    "more layers than weights": (TEXT, "num_hidden_layers", 900, "lack model.language_model.layers.899"),
+    "deeper than the weights": (VISION, "depth", 900, "lack model.visual.blocks.899"),
+    "other dimensions": (TEXT, "intermediate_size", 64, "cannot be loaded"),
+    "huge matrices": (TEXT, "intermediate_size", 2**62, "intermediate_size is 4611686018427387904"),
+}
+VIDEO, IMAGE = "video_preprocessor_config.json", "preprocessor_config.json"
+ENDS, WORDS = "generation_config.json", "tokenizer_config.json"
+FILES = {
+    # what is in it: its name, its entries or text, and what the message says of it
+    "one mean": (IMAGE, {"image_mean": [1]}, "image_mean is [1], not a list of 3"),
+    "no deviation": (VIDEO, {"image_std": [0, 0, 0]}, "image_std is [0, 0, 0]"),
+    "size is a word": (VIDEO, {"size": "big"}, "size is 'big', not an object"),
+    "edge is a word": (VIDEO, {"size": {"shortest_edge": "big"}}, "min_pixels is 'big'"),
+    "no pixels": (VIDEO, {"max_pixels": -1}, "max_pixels is -1"),
+    "no frames": (VIDEO, {"max_frames": -1}, "max_frames is -1"),
+    "one frame": (VIDEO, {"max_frames": 1}, "max_frames is 1"),
+    "half a frame": (VIDEO, {"min_frames": 1.5}, "min_frames is 1.5"),
+    "fps is no number": (VIDEO, {"fps": float("nan")}, "NaN is no number of JSON"),
+    "fps of nothing": (VIDEO, {"fps": -2}, "fps is -2"),
+    "joint file": ("processor_config.json", '{"video_processor": 3}', "video_processor is 3, not an object"),
+    "ends in words": (ENDS, {"eos_token_id": ["<|im_end|>"]}, "eos_token_id is ['<|im_end|>']"),
+    "deep settings": (ENDS, '{"a":' * 5000, "nested deeper than"),
+    "deep config": ("config.json", "[" * 10**5, "nested deeper than"),
+    "deep tokenizer settings": (WORDS, "[" * 10**5, "nested deeper than"),
+    "template is a number": ("chat_template.json", '{"chat_template": 3}', "chat_template is 3, not a text"),
+    "bytes that are no text": ("config.json", b"\xff\xfe\0", "utf-8"),
+}
+WEIGHTS = {
+    # weight_map of the index: what the message says of it
+    "a list": ([1], "weight_map is [1], not an object"),
+    "numbers": ({"a": 1}, "weight_map.a is 1, not the name of a file"),
+    "another folder": ({"a": "../other/model.safetensors"}, "weight_map.a is '../other/model.safetensors'"),
+    "somewhere else": ({"a": "/etc/passwd"}, "weight_map.a is '/etc/passwd'"),
+    "Windows": ({"a": "C:x"}, "weight_map.a is 'C:x'"),
+    "itself": ({"a": "."}, "is missing"),
+    "a pipe": ({"a": "pipe"}, "pipe is missing"),
+}
+
+
+def said_of(folder: Path, file: str, says: str) -> None:
+    message = error_of(folder)
+    assert says in message
+    assert file in message or str(folder) in message
+
+
+@pytest.mark.parametrize(("part", "name", "value", "says"), CONFIG.values(), ids=CONFIG)
+def test_numbers_of_a_config(folder, part, name, value, says):
+    content = json.loads((folder / "config.json").read_text())
+    content[part][name] = value
+    (folder / "config.json").write_text(json.dumps(content))
+    said_of(folder, "config.json", says)
+
+
+@pytest.mark.few(9)
+@pytest.mark.parametrize(("name", "content", "says"), FILES.values(), ids=FILES)
+def test_settings(folder, name, content, says):
+    if name == "chat_template.json":
+        (folder / "chat_template.jinja").unlink()
+    if isinstance(content, dict):
+        edit(folder / name, **content)
+    else:
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    said_of(folder, name, says)
+
+
+@pytest.mark.parametrize(("weight_map", "says"), WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_are_files_of_the_folder(folder, weight_map, says):
+    os.mkfifo(folder / "pipe")
+    shutil.copytree(folder, folder.parent / "other", ignore=lambda *_: ["pipe"])
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    said_of(folder, "model.safetensors.index.json", says)
+
+
+@pytest.mark.few(8)
+@pytest.mark.parametrize("name", ["config.json", VIDEO, ENDS, WORDS, "chat_template.jinja", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["pipe", "circle", "100 GB"])
+def test_what_is_no_file_or_too_large_a_one(folder, name, kind):
+    if kind == "100 GB":
+        os.truncate(folder / name, 10**11)
+    else:
+        (folder / name).unlink()
+        os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to(name)
+    said_of(folder, name, "MiB" if kind == "100 GB" else "")
+
+
+def test_more_tokens_than_embeddings(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["?"] = 10**6
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="makes token 1000000, and the model knows 4"):
+        VideoQA.load(str(folder)).encode("samples/square.mp4").ask("What?", max_new_tokens=1).text  # noqa: B018
+
+
+BOMB = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+
+
+def test_steps_of_a_tokenizer_that_multiply(folder):
+    whole = (folder / "tokenizer.json").read_text()
+    edit(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [BOMB] * 9})
+    assert "normalizer is of kind" in error_of(folder)
+    (folder / "tokenizer.json").write_text(whole)
+    edit(folder / "tokenizer.json", decoder=BOMB)
+    assert "decoder is of kind Replace, not ByteLevel" in error_of(folder)
+
+
+def test_a_pattern_that_takes_too_many_steps(folder, capfd):
+    split = {"type": "Split", "pattern": {"Regex": "(a|aa)+c"}, "behavior": "Isolated", "invert": False}
+    edit(folder / "tokenizer.json", pre_tokenizer=split)
+    tokenizer = load(str(folder), pack=False).tokenizer
+    with pytest.raises(ModelError, match=r"broke down: .*limit"):
+        build_prompt(tokenizer, "a" * 99, [("video", 1)])
+
+
+def test_a_device_that_computes_nothing(folder):
+    with pytest.raises(UsageError, match="meta"):
+        VideoQA.load(str(folder), device="meta")
+
+
+# --- chat templates ---
+
+LOOPS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+TEMPLATES = {
+    "10 GB": ("{{ 'x' * 10**10 }}", "too much memory"),
+    "10 GB by a filter": ("{{ 'x' | center(10**10) }}", "too much memory"),
+    "long": ("{{ 'x' * 2000000 }}", "it makes 2,000,000 characters"),
+    "deep": ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "nested too deeply"),
+    "calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deeply"),
+}
+
+
+def refusal(folder: Path, source: str) -> str:
+    (folder / "chat_template.jinja").write_text(source)
+    tokenizer = load(str(folder), pack=False).tokenizer
+    with pytest.raises(ModelError) as caught:
+        build_prompt(tokenizer, "What?", [("video", 1)])
+    assert str(folder / "chat_template.jinja") in caught.value.message
+    return caught.value.message
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(("source", "says"), TEMPLATES.values(), ids=TEMPLATES)
+def test_templates_that_take_too_much(folder, source, says):
+    assert says in refusal(folder, source)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("source", [LOOPS, "{{ 3 ** (3 ** 30) }}"], ids=["loops", "a power, which sees no signal"])
+def test_templates_without_an_end(folder, source, monkeypatch):
+    monkeypatch.setattr(template, "CPU_SECONDS", 1)
+    assert "come to an end" in refusal(folder, source)
+
+
+def test_a_template_is_rendered_once(folder, monkeypatch):
+    tokenizer = load(str(folder), pack=False).tokenizer
+    build_prompt(tokenizer, "What?", [("video", 1)])
+    monkeypatch.setattr(template, "_apart", partial(pytest.fail, "a second process"))
+    build_prompt(tokenizer, "Why?", [("video", 1)])
+
+
+CLIP = "samples/square.mp4"
+
+
+@pytest.mark.parametrize("penalty", [None, 1.0, 1.5])
+def test_the_models_own_repetition_penalty_is_applied_as_in_transformers(folder, penalty):
+    edit(folder / "generation_config.json", repetition_penalty=1.3)
+    loaded = load_model(str(folder), dtype="fp32")
+    encoded = VideoQA(loaded, budget=1.0, method="none").encode(CLIP, **vars(SAMPLING))
+    answer = encoded.ask(QUESTION, max_new_tokens=24, repetition_penalty=penalty)
+    assert answer.text and answer.report.generation["repetition_penalty"] == (penalty or 1.3)
+    subject = Subject(loaded, CLIP, CLIP, CLIP)
+    asked = subject.about(CLIP)
+    length = len(asked.prompt.input_ids)
+    places = torch.cat([torch.arange(length)[None], asked.positions])[:, None]
+    how = {} if penalty is None else {"repetition_penalty": penalty}
+    ids = subject.transformers.generate(**asked.call, position_ids=places, do_sample=False, max_new_tokens=24, **how)
+    made = [i for i in ids[0, length:].tolist() if i not in loaded.eos_ids]
+    assert answer.ids == made and len(made) > 3
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ({}, None),
+        ({"num_beams": 1, "do_sample": None, "top_k": None, "max_new_tokens": 8, "repetition_penalty": None}, None),
+        ({"num_beams": 4, "no_repeat_ngram_size": 3}, "no_repeat_ngram_size and num_beams"),
+        ({"suppress_tokens": [1, 2], "min_p": 0.1}, "min_p and suppress_tokens"),
+    ],
+)
+def test_settings_that_are_not_done_are_said_once(folder, asked, said):
+    edit(folder / "generation_config.json", **asked)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_model(str(folder))
+    expected = [] if said is None else [f"evoprune does not do what {folder}/generation_config.json asks for: {said}"]
+    assert [str(each.message) for each in caught if each.category is ModelWarning] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("repetition_penalty", 0), ("temperature", -1), ("top_p", 2), ("top_k", "many"), ("do_sample", "yes")],
+)
+def test_settings_out_of_range_are_refused(folder, name, wrong):
+    edit(folder / "generation_config.json", **{name: wrong})
+    assert f"generation_config.json is damaged: {name} is " in error_of(folder)
+
+
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+def test_an_answer_must_be_able_to_end(folder, where):
+    never = 1_000_000_000
+    if where == "config.json":
+        (folder / "generation_config.json").unlink()
+        content = json.loads((folder / where).read_text())
+        content["text_config"]["eos_token_id"] = never
+        (folder / where).write_text(json.dumps(content))
+    else:
+        edit(folder / where, eos_token_id=[never])
+    said = f"{folder}/{where}: eos_token_id {never} is no token of the model, so no answer could end"
+    assert said in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"), [(7, (7,)), ([7, 8], (7, 8)), ([7, 5000], (7,)), ([], (400,)), (None, (400,))]
+)
+def test_end_tokens(folder, ends, expected):
+    """Those that are no tokens are said where there are others."""
+    edit(folder / "generation_config.json", eos_token_id=ends)
+    wrong = pytest.warns(ModelWarning, match="eos_token_id 5000 is no token of the model")
+    with wrong if ends == [7, 5000] else nullcontext():
+        assert load_model(str(folder)).eos_ids == expected
