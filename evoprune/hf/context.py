@@ -317,8 +317,7 @@ class PrunedModel:
         clock = Clock(visual.patch_embed.proj.weight.device)
         with clock.stage("encode"):
             tower = visual if packed is None else packed.current()
-            given = visuals.pixels, visuals.grids, settings.pruning
-            encoded = encode_with(tower, *given, seconds_per_pair=visuals.seconds)
+            encoded = encode_with(tower, visuals.pixels, visuals.grids, settings.pruning)
         pruned, past = without_pruned(self.model, call, visuals, encoded, settings.positions, generating)
         report = call_report(self.model, call, pruned, visuals, encoded, settings)
         report.memory.weights_bytes += packed.nbytes if packed else 0

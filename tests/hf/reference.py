@@ -22,7 +22,6 @@ def encoded(model, inputs, budget, how=ONCE):
         inputs["pixel_values_videos"],
         inputs["video_grid_thw"],
         budget=budget,
-        seconds_per_pair=seconds_of(inputs),
         **how,
     )
 

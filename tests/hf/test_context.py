@@ -85,9 +85,6 @@ ARGUMENTS = {
     r"video_grid_thw are int64 \[3\]": {"grids": GRIDS[0]},
     "are not .T, H, W., H and W in multiples of 2": {"grids": torch.tensor([[2, 16, 1]])},
     "video_grid_thw .. are not|do not fit": {"grids": GRIDS[:0]},
-    r"seconds_per_pair \[1, 1\] are not one number, or one for each of 1 videos": {"seconds_per_pair": [1, 1]},
-    "seconds_per_pair 'one' are": {"seconds_per_pair": "one"},
-    r"seconds_per_pair \[nan\]": {"seconds_per_pair": torch.tensor([torch.nan])},
     "the question is of type str": {"question": "What?"},
     "the question is int64": {"question": torch.tensor([3, 4])},
     r"the question is float32 \[3, 5\], not floating-point \[tokens, 64\]": {"question": torch.zeros(3, 5)},
@@ -120,17 +117,6 @@ def test_encode_gives_the_question_to_methods_that_read_it(model):
     asked = [model.get_input_embeddings()(torch.tensor(ids)) for ids in ([5, 9, 40], [77, 3])]
     kept = [evoprune.encode(model, patches, thw, budget=0.25, method="cdpruner", question=q).kept for q in asked]
     assert [len(each) for each in kept] == [18, 18] and not torch.equal(*kept)
-
-
-def test_seconds_of_each_video_reach_the_method(model):
-    grids = [(4, 8, 12), (4, 8, 12)]
-    patches, thw = inputs(*grids)
-    patches[len(patches) // 2 :] = patches[: len(patches) // 2]
-    made = evoprune.encode(model, patches, thw, budget=0.1, seconds_per_pair=[0.5, 0.5])
-    alone = evoprune.encode(model, patches[: len(patches) // 2], thw[:1], budget=0.1, seconds_per_pair=0.5)
-    assert torch.equal(made.kept[: len(alone.kept)], alone.kept)
-    with pytest.raises(evoprune.UsageError, match="one for each of 2 videos"):
-        evoprune.encode(model, patches, thw, budget=0.1, seconds_per_pair=[0.5])
 
 
 def loaded_by_hand(name, question, clip=CLIP):

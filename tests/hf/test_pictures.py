@@ -7,7 +7,7 @@ import evoprune
 from evoprune.errors import UsageError
 from evoprune.methods.plans import keep_count
 from evoprune.model.config import MODEL_TYPES
-from tests.hf.reference import ONCE, TAKES_ENCODED, seconds_of, tower_output, with_empty_pairs
+from tests.hf.reference import ONCE, TAKES_ENCODED, tower_output, with_empty_pairs
 from tests.prompts import processed
 from tests.tiny import tiny_model
 
@@ -43,11 +43,8 @@ def reference(model, inputs, budget, method):
     ):
         if inputs.get(pixels) is None:
             continue
-        seconds = seconds_of(inputs) if kind == "video" else 1.0
         how = ONCE if method == "evoprune" else {}
-        made = evoprune.encode(
-            model, inputs[pixels], inputs[grids], budget=budget, method=method, seconds_per_pair=seconds, **how
-        )
+        made = evoprune.encode(model, inputs[pixels], inputs[grids], budget=budget, method=method, **how)
         call["mm_encoder_outputs"][kind] = tower_output(made, (inputs[grids].prod(-1) // 4).tolist())
         dropped = torch.ones(len(made.owner), dtype=torch.bool).index_fill(0, made.kept, False)
         columns = inputs["input_ids"] == token
