@@ -19,7 +19,6 @@ from evoprune.session.loading.stored import calibrate_tower
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoded import Encoded, joined
 from evoprune.vision.encoder import encode as encode_video
-from evoprune.vision.preprocess import Patches
 from evoprune.vision.tower import tower_shape
 
 INT8 = "int8"
@@ -85,8 +84,8 @@ def encode_with(
     tower, normal = tower_shape(visual), InputLimits(**vision_sizes(visual.config).traits.video).normal
     videos = []
     for patches, grid in zip(pixel_values_videos.split(sizes), grids, strict=True):
-        given = [Patches(patches, *normal)]
-        videos.append(encode_video(visual, given, config.plan(tower, grid), question=question, seed=config.seed))
+        plan, how = config.plan(tower, grid), {"normal": normal, "question": question, "seed": config.seed}
+        videos.append(encode_video(visual, [patches], plan, **how))
     return joined(videos)
 
 

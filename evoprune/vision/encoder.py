@@ -31,7 +31,7 @@ from evoprune.model.weights import Tower
 from evoprune.vision.encoded import Checks, Encoded, EncodedRows, averaged, select_tokens
 from evoprune.vision.families import embed, layers_of, merge_patches
 from evoprune.vision.layout import TokenLayout, full_layout, selected_layout
-from evoprune.vision.preprocess import Chunk, Patches, in_chunks
+from evoprune.vision.preprocess import CLIP, Chunk, Normal, in_chunks
 from evoprune.vision.reductions import Followers, Gathering, Merging, Reduction
 from evoprune.vision.segments import CarriedKeys, NothingNew, Rows, Segment
 from evoprune.vision.tower import LayerRun, run_layers, tower_geometry, tower_shape
@@ -39,7 +39,7 @@ from evoprune.vision.tower import LayerRun, run_layers, tower_geometry, tower_sh
 
 def encode(
     visual,
-    patches: Iterable[Patches | torch.Tensor],
+    patches: Iterable[torch.Tensor],
     plan: EncoderPlan,
     *,
     question: torch.Tensor | None = None,
@@ -56,9 +56,10 @@ def encode(
 @without_cudnn()
 def encode_rows(
     visual,
-    patches: Iterable[Patches | torch.Tensor],
+    patches: Iterable[torch.Tensor],
     plan: EncoderPlan,
     *,
+    normal: Normal = CLIP,
     seed: int = 0,
     chunk_units: int | None = None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
@@ -70,7 +71,7 @@ def encode_rows(
     Args:
         visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of the same families, whose layers obey
             torch's autocast. The rows are then in its dtype.
-        patches: the whole video in pieces, as of `preprocess.in_chunks`.
+        patches, normal: the whole video in pieces, as of `preprocess.in_chunks`.
         plan: for this tower, from `Pipeline.plan`.
         seed: as in `Tokens`.
         chunk_units: rows to encode at a time, rounded up to whole frame pairs; default: `devices.largest_chunk`.
@@ -90,7 +91,7 @@ def encode_rows(
     with without_autocast() if isinstance(visual, Tower) else nullcontext():
         chunks = in_chunks(
             patches, run.geometry, plan.grid[0],
-            rows=run.chunk_units, threshold=plan.reuse, dtype=run.dtype, timer=run.timer,
+            normal=normal, rows=run.chunk_units, threshold=plan.reuse, dtype=run.dtype, timer=run.timer,
             even=run.checks.even if plan.prunes else None, references=run.segment and run.segment.references,
         )  # fmt: skip
         for chunk in chunks:
@@ -149,14 +150,13 @@ class _Run:
 
     def run_first_layers(self, chunk: Chunk) -> tuple[torch.Tensor, TokenLayout, torch.Tensor]:
         """The chunk's rows after the layers before the first selection, or behind the patch merger; layout; DeepStack features."""
-        with self.timer if self.carried else nullcontext():
-            layout = chunk.layout(self.geometry)
-            if self.carried:
-                follows = chunk.first + chunk.pairs < self.plan.grid[0] or self.segment is not None
-                # No unit refers to the last chunk.
-                self.carried.begin(chunk.latest(self.geometry) if follows else None)
+        layout, end = chunk.layout, chunk.first + chunk.layout.pairs
+        if self.carried:
+            with self.timer:
+                follows = end < self.plan.grid[0] or self.segment is not None  # no unit refers to the last chunk
+                self.carried.begin(chunk.latest() if follows else None)
         x = embed(self.visual, chunk.patches, layout)
-        reduction = _reduction(self.plan, range(chunk.first, chunk.first + chunk.pairs), self.checks.failed)
+        reduction = _reduction(self.plan, range(chunk.first, end), self.checks.failed)
         run = LayerRun(
             self.visual, self.timer, self.computed, reduction, self.carried, self.gathering, on_layer=self.pause
         )
@@ -176,9 +176,9 @@ class _Run:
         self.pieces.append(Rows(x, deepstack, unit + chunk.first * self.geometry.units, unit_to_row))
         source = chunk.source
         if source is None:
-            source = (chunk.first + ascending(chunk.pairs, order.device))[:, None].expand(-1, self.geometry.units)
+            source = (chunk.first + ascending(layout.pairs, order.device))[:, None].expand(-1, self.geometry.units)
         self.sources.append(source)
-        self.counts += chunk.counts
+        self.counts += chunk.layout.counts
         self.count += len(order)
 
     def all_rows(self) -> Rows:

@@ -165,8 +165,8 @@ def full_layout(geo: Geometry, pairs: int) -> TokenLayout:
 def referring_layout(geo: Geometry, source: torch.Tensor, counts: tuple[int, ...], unit: torch.Tensor) -> TokenLayout:
     """The layout with reuse: some units are rows, and each other unit is owned by a row at its place in an earlier frame pair.
 
-    `source`, `counts`, `unit`: as in `Chunk`, the first counted from the first of these frame pairs; a negative number is one of an
-    earlier chunk.
+    `source`: int64 `[pairs, H*W]`, the frame pair whose row represents each unit, counted from the first of these; a negative
+    number is one of an earlier chunk. `counts`, `unit`: as in the layout.
     """
     pairs, rows = len(source), sum(counts)
     number = torch.zeros(pairs * geo.units, dtype=torch.int64, device=source.device)

@@ -10,7 +10,7 @@ from evoprune import methods
 from evoprune.backend.operators import BLOCKS
 from evoprune.methods.types import Tokens
 from evoprune.vision.encoder import encode_rows
-from evoprune.vision.preprocess import Patches, patch_means, patchify, scan
+from evoprune.vision.preprocess import patch_means, patchify, scan
 from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import AFTER, encoded
 from tests.threads import one_thread  # noqa: F401
@@ -85,7 +85,7 @@ def brighter(frame, steps):
 
 def test_the_means_of_patches_are_those_of_the_frames():
     frames = torch.randint(0, 256, (4, HEIGHT, WIDTH, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    made = patch_means(Patches(patchify(frames)), UNITS)
+    made = patch_means(patchify(frames), UNITS)
     assert made.dtype == torch.float32
     torch.testing.assert_close(made, block_means(frames), atol=1e-3, rtol=0)
     # Unit 4 is the second of the second row; its block (1, 2) in the second frame of pair 1.

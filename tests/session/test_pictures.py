@@ -124,7 +124,7 @@ def test_patches_are_those_of_the_image_processor(loaded, size, tmp_path, monkey
     with closing(open_inputs(VideoQA(loaded, budget=1.0).engine, [path])) as opened:
         theirs, grid = pixels_of(loaded, opened.plans[0])
         opened.encode()
-    torch.testing.assert_close(normalised(torch.cat([each.values for each in found])), theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalised(torch.cat(found)), theirs, atol=1e-5, rtol=0)
     assert grid[0].tolist() == [1, *(2 * side for side in opened.plans[0].grid[1:])]
 
 

@@ -168,7 +168,9 @@ def test_reuse_waits_once_for_the_counts_of_a_chunk(share, monkeypatch):
         patch.setattr(torch.Tensor, "tolist", lambda x: read.append(len(x)) or real(x))
         made = list(chunks_of(patches.split(7 * 60), grid, 60, 5.0))
     assert read == [4] * 5
-    assert all(chunk.first % 4 == chunk.pairs % 4 == 0 for chunk in made)  # so many frame pairs are compared at once
+    assert all(
+        chunk.first % 4 == chunk.layout.pairs % 4 == 0 for chunk in made
+    )  # so many frame pairs are compared at once
     for field in ("patches", "source"):
         assert torch.equal(*(torch.cat([getattr(chunk, field) for chunk in chunks]) for chunks in (made, expected)))
 

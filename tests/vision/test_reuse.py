@@ -17,7 +17,7 @@ from evoprune.methods.select import assign_clusters, farthest_points, points_of
 from evoprune.vision import encoder
 from evoprune.vision.encoded import select_tokens
 from evoprune.vision.encoder import encode_rows
-from evoprune.vision.preprocess import Patches, patch_means, scan
+from evoprune.vision.preprocess import patch_means, scan
 from evoprune.vision.segments import NothingNew, Segment
 from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import plan_of
@@ -31,7 +31,7 @@ AFTER = EvoPrune(depth=1.0)  # the selection comes after the tower
 
 def encoded_units(patches, grid, threshold=THRESHOLD) -> torch.Tensor:
     """bool `[T, H*W]`: which units are encoded."""
-    source, _ = scan(patch_means(Patches(patches), grid[1] * grid[2]), threshold=threshold)
+    source, _ = scan(patch_means(patches, grid[1] * grid[2]), threshold=threshold)
     return source == torch.arange(grid[0])[:, None]
 
 
