@@ -44,7 +44,7 @@ from evoprune.report import Memory, ModelFacts, Report, Sampling, TokenCounts
 from evoprune.session.loading.find import DTYPES
 from evoprune.session.report import FLAT, pruning_facts
 from evoprune.util import brief, check_known, check_types, from_keywords
-from evoprune.vision.encoded import Encoded
+from evoprune.vision.encoder import Encoded
 
 METHODS = ("generate", "forward")  # of the model, that are replaced
 INNER = "evoprune_inside"  # the argument of inner calls; nothing is pruned in those again

@@ -17,7 +17,7 @@ from evoprune.model.config import vision_sizes
 from evoprune.model.numerics import all_numbers
 from evoprune.session.loading.stored import calibrate_tower
 from evoprune.video.plan import InputLimits
-from evoprune.vision.encoded import Encoded, joined
+from evoprune.vision.encoder import Encoded, joined
 from evoprune.vision.encoder import encode as encode_video
 from evoprune.vision.tower import tower_shape
 

@@ -30,8 +30,7 @@ from evoprune.util import brief
 from evoprune.video.frames import FrameChunk, probe, read_frames
 from evoprune.video.info import PICTURE, check_one_file
 from evoprune.video.plan import Plan
-from evoprune.vision.encoded import Encoded, EncodedRows, select_tokens
-from evoprune.vision.encoder import encode_rows
+from evoprune.vision.encoder import Encoded, EncodedRows, encode_rows, select_tokens
 from evoprune.vision.preprocess import patches_of
 
 Path = str | os.PathLike[str]

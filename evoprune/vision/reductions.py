@@ -107,19 +107,19 @@ class Gathering:
         share = x.float() / len(self.middle)
         self._states = share if self._states is None else self._states + share
 
-    def finish(self, order: torch.Tensor) -> None:
-        """Stores the values of a chunk; `order`, int64 `[R]`, sorts its rows by unit."""
+    def finish(self) -> None:
+        """Stores the values of a chunk."""
         if self._seen is None:  # the chunk has no rows
             return
         values, self._seen = self._seen, None
         if self._states is not None:
             values["middle"], self._states = self._merge(self._states).float(), None
         for name, value in values.items():
-            self._collected[name].append(value[order])
+            self._collected[name].append(value)
 
-    def collected(self) -> dict[str, torch.Tensor]:
-        """The values of the whole video by name, float32 `[E, ...]`, rows ordered by unit."""
-        return {name: torch.cat(pieces) for name, pieces in self._collected.items()}
+    def collected(self, order: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The values of the whole video by name, float32 `[E, ...]`, in the `order` of these rows, int64 `[E]`."""
+        return {name: torch.cat(pieces)[order] for name, pieces in self._collected.items()}
 
 
 class Merging(Reduction):

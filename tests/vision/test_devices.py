@@ -14,7 +14,7 @@ from evoprune.backend.attention import attend_varlen, varlen_kernel
 from evoprune.backend.devices import Timer
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_paper import EvoPrunePaper
-from evoprune.vision import attention, encoded
+from evoprune.vision import attention, encoder
 from evoprune.vision.attention import Packed, attend_packed, grouped_attention, plan_attention, with_bias
 from evoprune.vision.layout import geometry
 from tests.vision.clips import changes, clip
@@ -189,7 +189,7 @@ def test_every_shape_is_known_on_a_device_without_values(keep, kernel, monkeypat
         return torch.empty_like(q)
 
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: answer if kernel else None)
-    monkeypatch.setattr(encoded.EncodedRows, "finish", lambda _, kept: (False, 0.0, kept))
+    monkeypatch.setattr(encoder.EncodedRows, "finish", lambda _, kept: (False, 0.0, kept))
     visual = deepcopy(tiny_tower((0, 2))).bfloat16().to(meta)
     method = EvoPrunePaper(first=0.0, last=1.0)
     patches = clip(grid, changes(grid, 0.3))

@@ -16,8 +16,7 @@ from evoprune.methods.evoprune import EvoPrune, Reuse
 from evoprune.methods.ranking import unit_features
 from evoprune.methods.types import Selection, Tokens
 from evoprune.vision import encoder
-from evoprune.vision.encoded import select_tokens
-from evoprune.vision.encoder import encode, encode_rows
+from evoprune.vision.encoder import encode, encode_rows, select_tokens
 from evoprune.vision.layout import geometry
 from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import plan_of

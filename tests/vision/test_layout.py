@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.vision_utils import get_vision_window_index
 
+from evoprune.vision.encoder import Rows
 from evoprune.vision.layout import (
     TokenLayout,
     attention_groups,
     full_layout,
     geometry,
     merged_layout,
-    selected_layout,
+    order_tables,
     window_order,
 )
 from tests.vision.tower import group_key, groups_by_hand, merge_at_random, place_key, random_layout, referring
@@ -218,11 +219,15 @@ def test_selected_units_are_rows_in_window_order_and_own_their_clusters(grid, sh
     kept = torch.randperm(n, generator=random)[:keep].sort().values
     owner = torch.randint(keep, (n,), generator=random)
     owner[kept] = torch.arange(keep)
-    layout, _, row = selected_layout(geo, grid[0], kept, owner)
+    rows = Rows(kept[:, None], kept[:, None, None], kept, owner)
+    made, order = rows.sorted_by(order_tables(geo, grid[0])[1][kept])
+    layout = TokenLayout(geo, grid[0], made.unit, made.unit_to_row, "clip")
     alive = torch.zeros(n, dtype=torch.bool).index_fill_(0, kept, True).view(grid[0], -1)
-    assert torch.equal(layout.unit, window_order(geo, grid[0], alive, keep)) and torch.equal(layout.unit[row], kept)
-    assert torch.equal(layout.unit[layout.unit_to_row], kept[owner])
+    assert torch.equal(made.unit, window_order(geo, grid[0], alive, keep)) and torch.equal(made.unit, made.values[:, 0])
+    assert torch.equal(made.unit[made.unit_to_row], kept[owner]) and torch.equal(made.unit, made.deepstack[:, 0, 0])
     assert sum(layout.per_pair) == layout.rows == keep
+    assert torch.equal(made.unit, kept[order])
+    assert all(map(torch.equal, vars(rows).values(), vars(made.sorted_by(made.unit)[0]).values()))
 
 
 # --- padding -----------------------------------------------------------------------------------------------------------

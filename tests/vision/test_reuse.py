@@ -15,10 +15,8 @@ from evoprune.methods.baselines import Nothing
 from evoprune.methods.evoprune import THRESHOLD, EvoPrune
 from evoprune.methods.select import assign_clusters, farthest_points, points_of
 from evoprune.vision import encoder
-from evoprune.vision.encoded import select_tokens
-from evoprune.vision.encoder import encode_rows
+from evoprune.vision.encoder import NothingNew, Segment, encode_rows, select_tokens
 from evoprune.vision.preprocess import patch_means, scan
-from evoprune.vision.segments import NothingNew, Segment
 from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import plan_of
 from tests.vision.clips import changes, clip
@@ -221,7 +219,7 @@ def test_without_selections_between_layers_segments_are_the_whole(tower, share, 
     method = methods.parse("evoprune:depth=1:first=0")
     ((whole, _),) = in_segments(visual, patches, method, (9,), 1 / 3)  # a plan with another count has the same rows
     parts = [rows for rows, _ in in_segments(visual, patches, method, pairs, 1 / 3, chunk_units=chunk_units)]
-    for values in (lambda rows: rows.tokens.rows, lambda rows: rows.deepstack):
+    for values in (lambda rows: rows.tokens.rows, lambda rows: rows.rows.deepstack):
         of_units = torch.cat([values(part)[part.tokens.owner] for part in parts])
         torch.testing.assert_close(of_units, values(whole)[whole.tokens.owner], atol=2e-5, rtol=1e-5)
     assert sum(part.layers[0][1] for part in parts) == whole.layers[0][1] == changed.sum()
@@ -238,16 +236,18 @@ def test_selections_between_layers_see_rows_of_their_own_segment_alone(name):
         torch.testing.assert_close(part.tokens.rows, other.tokens.rows, atol=2e-5, rtol=1e-5)
         assert torch.equal(part.tokens.owner, other.tokens.owner) and part.layers == other.layers
         owner, computed = part.tokens.owner, part.layers[-1][1]
-        assert (owner >= 0).all() and owner.unique().numel() == len(part.unit) >= computed
-        assert (part.unit.diff() > 0).all() and torch.equal(owner[part.unit], torch.arange(len(part.unit)))
+        assert (owner >= 0).all() and owner.unique().numel() == len(part.rows.unit) >= computed
+        assert (part.rows.unit.diff() > 0).all() and torch.equal(
+            owner[part.rows.unit], torch.arange(len(part.rows.unit))
+        )
         tokens = select_tokens(part)
         assert len(tokens.kept) == 36 and tokens.features.isfinite().all()
         if number:
-            before, place = parts[number - 1][1].features, part.unit % prod(PLACES)
+            before, place = parts[number - 1][1].features, part.rows.unit % prod(PLACES)
             taken = torch.tensor(
                 [bool((row == of).all()) for row, of in zip(part.tokens.rows, before[place], strict=True)]
             )
-            assert taken.sum() == len(part.unit) - computed > 0
+            assert taken.sum() == len(part.rows.unit) - computed > 0
 
 
 def test_attention_sees_the_rows_of_the_segment_before():

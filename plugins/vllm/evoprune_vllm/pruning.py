@@ -17,8 +17,7 @@ from evoprune.methods.chain import Pipeline
 from evoprune.methods.plans import Grid, parse_budget
 from evoprune.model.config import vision_sizes
 from evoprune.util import did_you_mean
-from evoprune.vision.encoded import Encoded
-from evoprune.vision.encoder import encode
+from evoprune.vision.encoder import Encoded, encode
 from evoprune.vision.preprocess import CLIP, Normal
 from evoprune.vision.tower import tower_shape
 from evoprune_vllm.positions import as_columns
