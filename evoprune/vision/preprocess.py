@@ -32,22 +32,37 @@ Normal = tuple[
     tuple[float, ...], tuple[float, ...]
 ]  # mean and standard deviation of red, green and blue, on a scale from 0 to 1
 CLIP: Normal = InputLimits.image_mean, InputLimits.image_std
+# The most by which a device shrinks a side of a frame: torch's kernel for CUDA refuses to shrink one far more.
+MAX_SHRINK = 32
 # A chunk may represent this many times more units than it has rows. Attention reads a key for each row that represents its units.
 SPARSE = 8
 
 
 def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torch.device) -> torch.Tensor:
-    """uint8 `[rows, values]` on `device`: the patches of frames uint8 `[n, height, width, 3]`, resized as planned."""
-    resized = devices.to_device(resize(torch.from_numpy(frames), plan.height, plan.width), device)
+    """uint8 `[rows, values]` on `device`: the patches of frames uint8 `[n, height, width, 3]`, resized as planned.
+
+    The frames go to the device as they are, once, and are resized and cut there.
+    """
+    pixels, (height, width) = torch.from_numpy(frames), frames.shape[1:3]
+    if max(height / plan.height, width / plan.width) > MAX_SHRINK:
+        pixels = resize(pixels, plan.height, plan.width)
+    resized = resize(devices.to_device(pixels, device), plan.height, plan.width)
     return pixel_patches(resized, limits.patch_size, limits.temporal_patch_size, limits.merge_size)
 
 
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resizes frames (uint8 `[F, H, W, 3]`) by antialiased bicubic interpolation; the result is PIL's within one level of 255."""
+    """Resizes frames (uint8 `[F, H, W, 3]`) by antialiased bicubic interpolation; the result is PIL's within one level of 255.
+
+    On a CPU torch reduces bytes: rows, which it rounds to bytes, and then columns. On another device float32 goes the same way.
+    """
     if frames.shape[1:3] == (height, width):
         return frames
-    planes = frames.permute(0, 3, 1, 2)
-    return F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
+    planes, how = frames.permute(0, 3, 1, 2), {"mode": "bicubic", "antialias": True}
+    if devices.is_host(frames.device):
+        return F.interpolate(planes, size=(height, width), **how).permute(0, 2, 3, 1)
+    for size in ((frames.shape[1], width), (height, width)):
+        planes = F.interpolate(planes.float(), size=size, **how).round_().clamp_(0, 255)
+    return planes.byte().permute(0, 2, 3, 1)
 
 
 def patchify(

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evoprune
 from evoprune.batch.output import Settings
@@ -23,10 +25,12 @@ from evoprune.methods.registry import built_in
 from evoprune.model.config import MODEL_TYPES
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, SamplingOptions
+from evoprune.video.plan import InputLimits
 from evoprune.vision import attention
+from evoprune.vision.preprocess import MAX_SHRINK, patches_of
 from tests.bench.faults import FAULTS
 from tests.recipes import write_recipe
-from tests.second_device.far import NAME, Memory
+from tests.second_device.far import NAME, Far, Memory
 from tests.session.test_language_methods import DEMO
 from tests.tiny import save_tiny
 from tests.vision.devices import varlen_by_hand
@@ -90,6 +94,42 @@ def test_every_family(family, budget, tmp_path):
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 def test_pictures_and_several_inputs(inputs, budget):
     assert_same(*both(inputs, budget=budget, frames=FRAMES | {"max_visual_tokens": 200}))
+
+
+class CopiesThere(TorchDispatchMode):
+    """Notes the shape of each tensor that is copied from the CPU to the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Far) and args and isinstance(args[0], torch.Tensor) and args[0].device.type == "cpu":
+            self.shapes.append((*args[0].shape,))
+        return made
+
+
+@pytest.mark.parametrize(
+    ("shape", "height", "width"),
+    [((4, 120, 160, 3), 84, 112), ((2, 200, 90, 3), 56, 28), ((2, 40, 42, 3), 56, 84), ((2, 56, 84, 3), 56, 84)],
+)
+def test_frames_are_copied_once_and_resized_there(shape, height, width):
+    frames = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    plan, limits = SimpleNamespace(height=height, width=width), InputLimits()
+    here = patches_of(frames, plan, limits, torch.device("cpu"))
+    with CopiesThere() as copies:
+        there = patches_of(frames, plan, limits, torch.device(NAME, 0))
+    assert copies.shapes == [shape] and there.device.type == NAME and there.dtype == torch.uint8
+    levels = (there.cpu().int() - here.int()).abs()
+    assert levels.max() <= 1 and (levels > 0).float().mean() < 0.02
+
+
+def test_frames_that_shrink_by_far_are_resized_before_they_are_copied():
+    frames, plan = np.zeros((2, 64, 28 * (MAX_SHRINK + 1), 3), np.uint8), SimpleNamespace(height=56, width=28)
+    with CopiesThere() as copies:
+        patches_of(frames, plan, InputLimits(), torch.device(NAME, 0))
+    assert copies.shapes == [(2, 56, 28, 3)]
 
 
 @pytest.mark.parametrize("budget", ["auto", "auto:inflection"])
