@@ -234,10 +234,10 @@ def encode_rows(
         chunks = in_chunks(
             patches, run.geometry, plan.grid[0],
             normal=normal, rows=run.chunk_units, threshold=plan.reuse, dtype=run.dtype, timer=run.timer,
-            even=run.even if plan.prunes else None, references=run.segment and run.segment.references,
+            even=run.even if plan.prunes else None, references=run.earlier and run.earlier.references,
         )  # fmt: skip
         for chunk in chunks:
-            run.collect(chunk, *run.run_first_layers(chunk))
+            run.collect(chunk)
         chunk = None  # frees the memory of the last chunk
         rows, selection = run.all_rows(), None
         for stage, layers in zip(plan.row_stages, plan.spans[1:], strict=True):
@@ -249,7 +249,7 @@ def encode_rows(
             rows.values = run.merge_patches(rows.values)
             run.note_numbers(rows.values, rows.deepstack)
     if run.segment:
-        rows, selection = run.segment.joined(rows, selection)
+        rows, selection = run.segment.finish(rows, selection, run.carried, run.references)
     tokens = Tokens(rows.values, rows.unit_to_row, plan.grid, seed, gathered)
     source, layers = torch.cat(run.sources), list(enumerate(run.computed))
     return EncodedRows(plan, rows, tokens, source, layers, selection, run.timer, run.checks())
@@ -282,8 +282,8 @@ class _Run:
         self.failed: list[torch.Tensor] = []  # whether a group lost fewer rows than planned
         self.numbers: list[torch.Tensor] = []  # whether rows are without NaN and infinity
         self.segment = segment and segment.begun(plan, self.geometry)  # None where the plan can leave nothing
-        earlier = self.segment and self.segment.earlier
-        self.carried = CarriedKeys(earlier and earlier.keys_values) if plan.reuse else None
+        self.earlier = self.segment and self.segment.earlier
+        self.carried = CarriedKeys(self.earlier and self.earlier.keys_values) if plan.reuse else None
         selector = plan.token_stage.selector if plan.token_stage else None
         needs = selector and selector.needs
         self.gathering = Gathering(selector, tower, lambda x: self.merge_patches(x.to(self.dtype))) if needs else None
@@ -293,11 +293,20 @@ class _Run:
         self.computed = [0] * tower.depth
         self.pieces: list[Rows] = []
         self.sources: list[torch.Tensor] = []
+        self.references: ReferenceBlocks | None = None  # behind the chunks so far
         self.counts: tuple[int, ...] = ()  # rows that entered the tower, of each frame pair so far
         self.count = 0  # rows after the layers that run in chunks, so far
 
-    def run_first_layers(self, chunk: Chunk) -> tuple[torch.Tensor, TokenLayout, torch.Tensor]:
-        """The chunk's rows after the layers before the first selection, or behind the patch merger; layout; DeepStack features."""
+    def run_layers(
+        self, layers: range, x: torch.Tensor, layout: TokenLayout, **how: Any
+    ) -> tuple[torch.Tensor, TokenLayout, torch.Tensor]:
+        """As `tower.run_layers`, and the DeepStack features `[R, n, D]` of these rows; `how`: fields of `LayerRun`."""
+        run = LayerRun(self.visual, self.timer, self.computed, gathering=self.gathering, **how)
+        x, layout = run_layers(run, layers, x, layout)
+        return x, layout, run.deepstack
+
+    def collect(self, chunk: Chunk) -> None:
+        """Adds a chunk's rows after the layers before the first selection, or behind the patch merger."""
         layout, end = chunk.layout, chunk.first + chunk.layout.pairs
         if self.carried:
             with self.timer:
@@ -305,14 +314,9 @@ class _Run:
                 self.carried.begin(chunk.latest() if follows else None)
         x = embed(self.visual, chunk.patches, layout)
         reduction = _reduction(self.plan, range(chunk.first, end), self.failed)
-        run = LayerRun(
-            self.visual, self.timer, self.computed, reduction, self.carried, self.gathering, on_layer=self.pause
-        )
-        x, layout = run_layers(run, self.plan.spans[0], x, layout)
-        return x if self.plan.row_stages else self.merge_patches(x), layout, run.deepstack
-
-    def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout, deepstack: torch.Tensor) -> None:
-        """Appends a chunk's rows to those of earlier chunks. `x`: after the patch merger if no layer follows."""
+        how = {"reduction": reduction, "carried": self.carried, "on_layer": self.pause}
+        x, layout, deepstack = self.run_layers(self.plan.spans[0], x, layout, **how)
+        x = x if self.plan.row_stages else self.merge_patches(x)
         index = ascending(layout.rows, layout.unit.device) + self.count  # of each row among all rows of the video
         unit_to_row = self.carried.among_all(layout.unit_to_row, index) if self.carried else index[layout.unit_to_row]
         self.note_numbers(x, deepstack)
@@ -326,6 +330,7 @@ class _Run:
         if self.gathering:
             with self.timer:
                 self.gathering.finish()
+        self.references = chunk.references
 
     def all_rows(self) -> Rows:
         """The rows of all chunks; frees the chunks. Raises NothingNew: there are none."""
@@ -337,8 +342,8 @@ class _Run:
             of_units = [(each.unit, each.unit_to_row) for each in self.pieces]
             rows = Rows(*map(torch.cat, (*zip(*live, strict=True), *zip(*of_units, strict=True))))
         if self.segment:
-            self.segment.chunks_done(self.carried, rows.unit_to_row)
-        self.pieces, self.carried = [], None
+            self.segment.chunks_done(rows.unit_to_row)
+        self.pieces, self.carried = [], self.carried if self.segment else None
         return rows
 
     def select_rows(self, rows: Rows, stage: Stage, seed: int) -> tuple[Rows, Selection | None]:
@@ -378,28 +383,23 @@ class _Run:
             return Rows(*map(torch.cat, zip(*made, strict=True)), rows.unit, rows.unit_to_row)
         complete = not any(stage.selector.drops for stage in self.plan.row_stages)
         layout = TokenLayout(self.geometry, self.plan.grid[0], rows.unit, rows.unit_to_row, "clip", complete=complete)
-        layout, carried = self.segment.enter(layout) if self.segment else (layout, None)
-        how = {"carried": carried, "piece": self.piece, "deepstack": rows.deepstack}
-        run = LayerRun(self.visual, self.timer, self.computed, on_layer=self.after_layer, **how)
+        layout = self.segment.enter(layout, self.carried) if self.segment else layout
+        how = {"carried": self.carried, "piece": self.piece, "on_layer": self.after_layer, "deepstack": rows.deepstack}
         x, rows.values = rows.values, None  # which the first layer may free
-        x, _ = run_layers(run, layers, x, layout)
-        if self.segment:
-            self.segment.layers_done(carried, layers)
-        return Rows(x, run.deepstack, rows.unit, rows.unit_to_row)
+        x, _, deepstack = self.run_layers(layers, x, layout, **how)
+        return Rows(x, deepstack, rows.unit, rows.unit_to_row)
 
     def _run_pairs(
         self, x: torch.Tensor, deepstack: torch.Tensor, layers: range, last: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of whole frame pairs and their DeepStack features after `layers`, which are reported if these rows are the last."""
         layout = full_layout(self.geometry, len(x) // self.geometry.units)
-        how = {"gathering": self.gathering, "deepstack": deepstack}
-        on_layer = self.after_layer if last else self.pause
-        run = LayerRun(self.visual, self.timer, self.computed, on_layer=on_layer, **how)
-        x, _ = run_layers(run, layers, x, layout)
+        how = {"on_layer": self.after_layer if last else self.pause, "deepstack": deepstack}
+        x, _, deepstack = self.run_layers(layers, x, layout, **how)
         if self.gathering:
             with self.timer:
                 self.gathering.finish()
-        return x, run.deepstack
+        return x, deepstack
 
     def merge_patches(self, x: torch.Tensor) -> torch.Tensor:
         """Rows `[E, D]` as the language model reads them, from rows `[E, 4, hidden]`; piece by piece, to bound the memory."""
@@ -522,7 +522,6 @@ class Segment:
 
     def __init__(self, earlier: Earlier | None = None):
         self.earlier, self.left = earlier, None
-        self.references: list[ReferenceBlocks] = []  # of reuse; in the end those for the next segment
 
     def begun(self, plan: EncoderPlan, geo: Geometry) -> Self | None:
         """Itself, before its first chunk; None where it can leave nothing."""
@@ -530,41 +529,37 @@ class Segment:
         if not plan.reuse or plan.inside_chunks or whole or (stage and stage.selector and stage.selector.needs):
             return None
         self._units, self._places, self.left = plan.units, geo.units, None
-        self.references = [self.earlier.references] if self.earlier else []
-        self._keys_values: dict[int, torch.Tensor] = {}
         self._outside: torch.Tensor | None = None  # bool `[N]`: units that have rows of the segment before
         return self
 
-    def chunks_done(self, carried: CarriedKeys, unit_to_row: torch.Tensor) -> None:
+    def chunks_done(self, unit_to_row: torch.Tensor) -> None:
         """Called after the layers that run in chunks; `unit_to_row`: int64 `[N]`, -1 for units with rows of the segment before."""
-        self._keys_values |= carried.keys_values
         self._outside = unit_to_row < 0 if self.earlier else None
 
-    def enter(self, layout: TokenLayout) -> tuple[TokenLayout, CarriedKeys]:
-        """The layout of all rows, in which units also have rows of the segment before; and the keys of these."""
-        earlier = self.earlier and self.earlier.keys_values
-        carried, last = CarriedKeys(earlier), ascending(self._units, layout.unit_to_row.device)[-self._places :]
+    def enter(self, layout: TokenLayout, carried: CarriedKeys) -> TokenLayout:
+        """The layout of all rows, in which units also have rows of the segment before, whose keys are those that are carried."""
+        units = ascending(self._units, layout.unit_to_row.device)
+        last = units[-self._places :]
         if self._outside is None:
             carried.begin(last)
-            return layout, carried
-        place = ascending(self._units, layout.unit_to_row.device) % self._places
+            return layout
         carried.begin(torch.where(self._outside[last], -1, last))
-        return replace(layout, unit_to_row=torch.where(self._outside, layout.rows + place, layout.unit_to_row)), carried
+        outside = layout.rows + units % self._places
+        return replace(layout, unit_to_row=torch.where(self._outside, outside, layout.unit_to_row))
 
-    def layers_done(self, carried: CarriedKeys, layers: range) -> None:
-        """Called after `layers`, which ran on all rows together."""
-        self._keys_values |= {layer: carried.keys_values[layer] for layer in layers}
-
-    def joined(self, rows: Rows, selection: Selection | None) -> tuple[Rows, Selection | None]:
+    def finish(
+        self, rows: Rows, selection: Selection | None, carried: CarriedKeys, references: ReferenceBlocks
+    ) -> tuple[Rows, Selection | None]:
         """The rows after the tower, with those of the segment before that represent units here, each at the first of them.
 
-        `selection`: of the tokens, among the rows that were computed; returned where there are no others.
+        `selection`: of the tokens, among the rows that were computed; returned where there are no others. `references`: behind the
+        last chunk.
         """
         if self.earlier:
             rows, selection = self._with_earlier(rows, self._outside.view(-1, self._places)), None
-        (seen,), last = self.references, rows.unit_to_row[-self._places :]
-        references = replace(seen, pair=torch.full_like(seen.pair, -1), seen=0)
-        self.left = Earlier(references, self._keys_values, rows.values[last], rows.deepstack[last])
+        last = rows.unit_to_row[-self._places :]
+        references = replace(references, pair=torch.full_like(references.pair, -1), seen=0)
+        self.left = Earlier(references, carried.keys_values, rows.values[last], rows.deepstack[last])
         return rows, selection
 
     def _with_earlier(self, rows: Rows, outside: torch.Tensor) -> Rows:
@@ -572,8 +567,7 @@ class Segment:
         rank = torch.zeros_like(outside[0], dtype=torch.int64)
         rank[place] = len(rows.unit) + ascending(len(place), rank.device)
         unit = torch.cat([rows.unit, outside.to(torch.uint8).argmax(0)[place] * self._places + place])
-        order = unit.argsort()
         unit_to_row = torch.where(outside, rank, rows.unit_to_row.view_as(outside)).flatten()
-        values = torch.cat([rows.values, self.earlier.features[place]])[order]
-        deepstack = torch.cat([rows.deepstack, self.earlier.deepstack[place]])[order]
-        return Rows(values, deepstack, unit[order], order.argsort()[unit_to_row])
+        values = torch.cat([rows.values, self.earlier.features[place]])
+        deepstack = torch.cat([rows.deepstack, self.earlier.deepstack[place]])
+        return Rows(values, deepstack, unit, unit_to_row).sorted_by(unit)[0]

@@ -28,9 +28,8 @@ from evoprune.model.config import PATCHES
 from evoprune.video.plan import InputLimits, Plan
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, referring_layout, window_order
 
-Normal = tuple[
-    tuple[float, ...], tuple[float, ...]
-]  # mean and standard deviation of red, green and blue, on a scale from 0 to 1
+# Mean and standard deviation of red, green and blue, on a scale from 0 to 1.
+Normal = tuple[tuple[float, ...], tuple[float, ...]]
 CLIP: Normal = InputLimits.image_mean, InputLimits.image_std
 # The most by which a device shrinks a side of a frame: torch's kernel for CUDA refuses to shrink one far more.
 MAX_SHRINK = 32
@@ -151,6 +150,7 @@ class Chunk:
     # int64 `[pairs, H*W]`, the number of the frame pair whose row represents each unit: its own if the unit is a row. None without
     # reuse, where every unit is a row.
     source: torch.Tensor | None = None
+    references: ReferenceBlocks | None = None  # of reuse, behind these frame pairs
 
     def latest(self) -> torch.Tensor:
         """int64 `[P]`, with reuse: the unit of this chunk that becomes the reference of each place, -1 where none does."""
@@ -184,7 +184,7 @@ def in_chunks(
     dtype: torch.dtype,
     timer: devices.Timer,
     even: list[torch.Tensor] | None = None,
-    references: list[ReferenceBlocks] | None = None,
+    references: ReferenceBlocks | None = None,
 ) -> Iterator[Chunk]:
     """Cuts a video into chunks of `rows` rows, rounded up to whole frame pairs; the last may have fewer.
 
@@ -195,12 +195,10 @@ def in_chunks(
         patches: `[n, values]`, of `pairs` frame pairs, in pieces: pixels (uint8), or already `normal`ised, as by a processor.
         threshold: of reuse, in levels of 255; 0 for no reuse. `timer` measures the search for references.
         even: a list to which each piece adds whether each of its frame pairs has one colour, until one has not; or None.
-        references: of the segment before, if there is one; in the end those of this video. A unit that a row of the segment
-            before represents has a negative `Chunk.source`.
+        references: of the segment before, if there is one. A unit that a row of it represents has a negative `Chunk.source`.
 
     Raises ValueError: the number of patches does not fit `pairs` frame pairs.
     """
-    references = [] if references is None else references
     device, done, first, held, counts = torch.device(geo.device), 0, 0, [], ()
 
     def chunk() -> Chunk:
@@ -208,7 +206,8 @@ def in_chunks(
         if source is None:
             return Chunk(first, values, full_layout(geo, len(counts)))
         with timer:
-            return Chunk(first, values, referring_layout(geo, source - first, counts, unit), source)
+            layout = referring_layout(geo, source - first, counts, unit)
+            return Chunk(first, values, layout, source, references)
 
     # The scan costs a CPU nothing more frame pair by frame pair. It waits for an accelerator once for each piece.
     here = devices.exact_shapes(device)
@@ -225,10 +224,9 @@ def in_chunks(
         if threshold:
             with timer:
                 means = patch_means(piece, geo.units, normal)
-                source, seen = scan(means, references[0] if references else None, threshold=threshold)
+                source, references = scan(means, references, threshold=threshold)
                 alive = source == done + ascending(count, source.device)[:, None]
                 own = tuple(alive.sum(1).tolist())
-                references[:] = [seen]
         unit = window_order(geo, count, alive, sum(own))
         values = piece.view(-1, PATCHES, piece.shape[1])[unit]
         if values.dtype == torch.uint8:
