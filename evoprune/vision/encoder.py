@@ -34,7 +34,7 @@ from evoprune.errors import UsageError
 from evoprune.methods.chain import select, tokens_before_inflection
 from evoprune.methods.plans import EncoderPlan, Inflection, SetAside, Stage, WholePairs
 from evoprune.methods.ranking import closest
-from evoprune.methods.types import Selection, Tokens, ascending, tally
+from evoprune.methods.types import Selection, Tokens, ascending, cat, tally
 from evoprune.model.numerics import all_numbers, not_a_number_error, without_autocast
 from evoprune.model.weights import Tower
 from evoprune.vision.families import embed, layers_of, merge_patches
@@ -122,12 +122,12 @@ class Rows:
     unit: torch.Tensor  # int64 `[E]`, the unit whose place each row has
     unit_to_row: torch.Tensor  # int64 `[N]`, the row that represents each unit, -1 for none
 
-    def sorted_by(self, rank: torch.Tensor) -> tuple["Rows", torch.Tensor]:
-        """The rows in ascending order of their `rank`, int64 `[E]`; and the index here of each of those, int64 `[E]`."""
-        order = rank.argsort()
+    def sorted_by(self, rank: torch.Tensor | None = None) -> tuple["Rows", torch.Tensor]:
+        """The rows in ascending order of `rank` (int64 `[E]`; default: their units); and the index here of each, int64 `[E]`."""
+        unit, order = self.unit.sort() if rank is None else (None, rank.argsort())
         unit_to_row = F.pad(order.argsort(), (0, 1), value=-1)[self.unit_to_row]  # -1 is the last entry
         deepstack = self.deepstack[order] if self.deepstack.numel() else self.deepstack
-        return Rows(self.values[order], deepstack, self.unit[order], unit_to_row), order
+        return Rows(self.values[order], deepstack, self.unit[order] if unit is None else unit, unit_to_row), order
 
     def averaged(self, found: Selection) -> tuple[torch.Tensor, torch.Tensor]:
         """`[K, ...]`: values and DeepStack features of the selected units, from rows that are ordered by unit."""
@@ -243,7 +243,7 @@ def encode_rows(
         for stage, layers in zip(plan.row_stages, plan.spans[1:], strict=True):
             rows, selection = run.select_rows(rows, stage, seed)
             rows = run.run_later_layers(rows, stage, layers)
-        rows, order = rows.sorted_by(rows.unit)
+        rows, order = rows.sorted_by()
         gathered = run.gathering.collected(order) if run.gathering else {}  # the inputs that the selector declared
         if plan.row_stages:
             rows.values = run.merge_patches(rows.values)
@@ -251,7 +251,7 @@ def encode_rows(
     if run.segment:
         rows, selection = run.segment.finish(rows, selection, run.carried, run.references)
     tokens = Tokens(rows.values, rows.unit_to_row, plan.grid, seed, gathered)
-    source, layers = torch.cat(run.sources), list(enumerate(run.computed))
+    source, layers = cat(run.sources), list(enumerate(run.computed))
     return EncodedRows(plan, rows, tokens, source, layers, selection, run.timer, run.checks())
 
 
@@ -317,13 +317,14 @@ class _Run:
         how = {"reduction": reduction, "carried": self.carried, "on_layer": self.pause}
         x, layout, deepstack = self.run_layers(self.plan.spans[0], x, layout, **how)
         x = x if self.plan.row_stages else self.merge_patches(x)
-        index = ascending(layout.rows, layout.unit.device) + self.count  # of each row among all rows of the video
-        unit_to_row = self.carried.among_all(layout.unit_to_row, index) if self.carried else index[layout.unit_to_row]
+        unit_to_row = self.carried.among_all(layout, self.count) if self.carried else layout.unit_to_row + self.count
         self.note_numbers(x, deepstack)
         self.pieces.append(Rows(x, deepstack, layout.unit + chunk.first * self.geometry.units, unit_to_row))
         source = chunk.source
         if source is None:
-            source = (chunk.first + ascending(layout.pairs, index.device))[:, None].expand(-1, self.geometry.units)
+            source = (chunk.first + ascending(layout.pairs, unit_to_row.device))[:, None].expand(
+                -1, self.geometry.units
+            )
         self.sources.append(source)
         self.counts += chunk.layout.counts
         self.count += layout.rows
@@ -336,11 +337,9 @@ class _Run:
         """The rows of all chunks; frees the chunks. Raises NothingNew: there are none."""
         if not self.count:
             raise NothingNew
-        rows = self.pieces[0]
-        if len(self.pieces) > 1:
-            live = [(each.values, each.deepstack) for each in self.pieces if len(each.values)]
-            of_units = [(each.unit, each.unit_to_row) for each in self.pieces]
-            rows = Rows(*map(torch.cat, (*zip(*live, strict=True), *zip(*of_units, strict=True))))
+        live = [(each.values, each.deepstack) for each in self.pieces if len(each.values)]
+        of_units = [(each.unit, each.unit_to_row) for each in self.pieces]
+        rows = Rows(*map(cat, (*zip(*live, strict=True), *zip(*of_units, strict=True))))
         if self.segment:
             self.segment.chunks_done(rows.unit_to_row)
         self.pieces, self.carried = [], self.carried if self.segment else None
@@ -356,7 +355,7 @@ class _Run:
         most = plan.keep if whole_pairs else stage.rows
         if most >= len(rows.values) and not any(self.counts[1:]):
             return rows, None
-        (by_unit, _), rows.values = rows.sorted_by(rows.unit), None  # frees the rows in the old order
+        (by_unit, _), rows.values = rows.sorted_by(), None  # frees the rows in the old order
         with self.timer:
             seen = by_unit.values
             if "hidden" not in selector.needs:
@@ -570,4 +569,4 @@ class Segment:
         unit_to_row = torch.where(outside, rank, rows.unit_to_row.view_as(outside)).flatten()
         values = torch.cat([rows.values, self.earlier.features[place]])
         deepstack = torch.cat([rows.deepstack, self.earlier.deepstack[place]])
-        return Rows(values, deepstack, unit, unit_to_row).sorted_by(unit)[0]
+        return Rows(values, deepstack, unit, unit_to_row).sorted_by()[0]

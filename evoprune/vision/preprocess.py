@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.operators import reuse_scan
-from evoprune.methods.types import ascending
+from evoprune.methods.types import ascending, cat
 from evoprune.model.config import PATCHES
 from evoprune.video.plan import InputLimits, Plan
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, referring_layout, window_order
@@ -33,6 +33,7 @@ Normal = tuple[tuple[float, ...], tuple[float, ...]]
 CLIP: Normal = InputLimits.image_mean, InputLimits.image_std
 # The most by which a device shrinks a side of a frame: torch's kernel for CUDA refuses to shrink one far more.
 MAX_SHRINK = 32
+FLOATS = 1 << 24  # values of frames that a device resizes at a time, in float32: 64 MiB
 # A chunk may represent this many times more units than it has rows. Attention reads a key for each row that represents its units.
 SPARSE = 8
 
@@ -59,9 +60,12 @@ def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     planes, how = frames.permute(0, 3, 1, 2), {"mode": "bicubic", "antialias": True}
     if devices.is_host(frames.device):
         return F.interpolate(planes, size=(height, width), **how).permute(0, 2, 3, 1)
-    for size in ((frames.shape[1], width), (height, width)):
-        planes = F.interpolate(planes.float(), size=size, **how).round_().clamp_(0, 255)
-    return planes.byte().permute(0, 2, 3, 1)
+    made = []
+    for some in planes.split(max(1, FLOATS // planes[0].numel())):
+        for size in ((frames.shape[1], width), (height, width)):
+            some = F.interpolate(some.float(), size=size, **how).round_().clamp_(0, 255)
+        made.append(some.byte())
+    return cat(made).permute(0, 2, 3, 1)
 
 
 def patchify(
@@ -202,7 +206,7 @@ def in_chunks(
     device, done, first, held, counts = torch.device(geo.device), 0, 0, [], ()
 
     def chunk() -> Chunk:
-        values, unit, source = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*held, strict=True))
+        values, unit, source = map(cat, zip(*held, strict=True))
         if source is None:
             return Chunk(first, values, full_layout(geo, len(counts)))
         with timer:

@@ -93,11 +93,12 @@ class CarriedKeys:
             self.keys_values[layer] = both[torch.where(self._latest < 0, stays, layout.unit_to_row[self._latest])]
         return both.unbind(1) if earlier is not None and layout.reach == "clip" else (k, v)
 
-    def among_all(self, unit_to_row: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-        """`unit_to_row` of the chunk's layout as indices among all rows, of which the chunk's have `number` (int64 `[R]`)."""
+    def among_all(self, layout: TokenLayout, count: int) -> torch.Tensor:
+        """`unit_to_row` of the chunk's layout as indices among all rows, of which so many come before the chunk's."""
+        unit_to_row = layout.unit_to_row + count
         if self._number is not None:
-            number = torch.cat([number, self._number])
-        unit_to_row = number[unit_to_row]
+            number = torch.cat([ascending(layout.rows, unit_to_row.device) + count, self._number])
+            unit_to_row = number[layout.unit_to_row]
         if self._latest is not None:
             latest = unit_to_row[self._latest]
             self._number = latest if self._number is None else torch.where(self._latest < 0, self._number, latest)

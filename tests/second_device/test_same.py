@@ -114,7 +114,7 @@ class CopiesThere(TorchDispatchMode):
     ("shape", "height", "width"),
     [((4, 120, 160, 3), 84, 112), ((2, 200, 90, 3), 56, 28), ((2, 40, 42, 3), 56, 84), ((2, 56, 84, 3), 56, 84)],
 )
-def test_frames_are_copied_once_and_resized_there(shape, height, width):
+def test_frames_are_copied_once_and_resized_there(shape, height, width, monkeypatch):
     frames = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     plan, limits = SimpleNamespace(height=height, width=width), InputLimits()
     here = patches_of(frames, plan, limits, torch.device("cpu"))
@@ -123,6 +123,8 @@ def test_frames_are_copied_once_and_resized_there(shape, height, width):
     assert copies.shapes == [shape] and there.device.type == NAME and there.dtype == torch.uint8
     levels = (there.cpu().int() - here.int()).abs()
     assert levels.max() <= 1 and (levels > 0).float().mean() < 0.02
+    monkeypatch.setattr("evoprune.vision.preprocess.FLOATS", 1)  # frame by frame
+    assert torch.equal(patches_of(frames, plan, limits, there.device).cpu(), there.cpu())
 
 
 def test_frames_that_shrink_by_far_are_resized_before_they_are_copied():

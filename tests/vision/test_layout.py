@@ -227,7 +227,7 @@ def test_selected_units_are_rows_in_window_order_and_own_their_clusters(grid, sh
     assert torch.equal(made.unit[made.unit_to_row], kept[owner]) and torch.equal(made.unit, made.deepstack[:, 0, 0])
     assert sum(layout.per_pair) == layout.rows == keep
     assert torch.equal(made.unit, kept[order])
-    assert all(map(torch.equal, vars(rows).values(), vars(made.sorted_by(made.unit)[0]).values()))
+    assert all(map(torch.equal, vars(rows).values(), vars(made.sorted_by()[0]).values()))
 
 
 # --- padding -----------------------------------------------------------------------------------------------------------
