@@ -77,9 +77,17 @@ def processor_inputs(
 
 
 def arguments(
-    prompt: Prompt, read: Sequence[Plan], limits: dict[str, InputLimits], vision: VisionConfig, decoder: str = "auto"
+    prompt: Prompt,
+    read: Sequence[Plan],
+    limits: dict[str, InputLimits],
+    vision: VisionConfig,
+    decoder: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """The same for a prompt, what is looked at of its inputs, and the limits and the tower's config of a model."""
+    """The same for a prompt, what is looked at of its inputs, and the limits and the tower's config of a model.
+
+    `device`: where frames are resized and their patches are.
+    """
     ids = prompt.input_ids
     types = torch.zeros_like(ids)
     for place, plan in zip(prompt.places, read, strict=True):
@@ -89,7 +97,7 @@ def arguments(
     for plan in read:
         chosen = choose_decoder(decoder, plan.info)
         with closing(read_frames(plan.source, plan.sampling.times_s, decoder=chosen)) as chunks:
-            made_of = (patches_of(each.frames, plan, limits[plan.kind], torch.device("cpu")) for each in chunks)
+            made_of = (patches_of(each.frames, plan, limits[plan.kind], torch.device(device)) for each in chunks)
             patches[plan.kind] += [normalised(each, limits[plan.kind].normal) for each in made_of]
     for kind, (pixels, grids) in NAMES.items():
         if not patches[kind]:
