@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from evoprune.session.answering import Answer, EncodedInputs
     from evoprune.session.cache import Cache
     from evoprune.video_qa import VideoQA
-    from evoprune.vision.encoded import Encoded
+    from evoprune.vision.encoder import Encoded
 
 _SOURCES = {
     "errors": ("EvopruneError", "ModelError", "OutOfMemory", "UsageError", "VideoError"),
@@ -33,7 +33,7 @@ _SOURCES = {
     "live.stream": ("VideoStream",),
     "video_qa": ("VideoQA",),
     "report": ("Report",),
-    "vision.encoded": ("Encoded",),
+    "vision.encoder": ("Encoded",),
 }
 __all__ = [
     "Answer",

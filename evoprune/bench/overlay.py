@@ -29,7 +29,7 @@ from evoprune.session.options import SamplingOptions
 from evoprune.util import counted
 from evoprune.video.frames import FrameChunk
 from evoprune.video.plan import Plan
-from evoprune.vision.encoded import EncodedRows, selected
+from evoprune.vision.encoder import EncodedRows, selected
 from evoprune.vision.preprocess import resize
 
 FATES = ("read", "reused", "merged", "dropped")  # each unit has one, the first that applies
@@ -83,7 +83,7 @@ class Fates:
 def fates(video: EncodedRows) -> Fates:
     """What became of the units of an encoded video. The method must not read the question."""
     row, selection = video.tokens.owner.cpu(), selected(video)
-    owner = torch.where(row >= 0, video.unit.cpu()[row.clamp(min=0)], -1)
+    owner = torch.where(row >= 0, video.rows.unit.cpu()[row.clamp(min=0)], -1)
     kept = selection.kept.cpu()
     if selection.owner is not None:  # otherwise the merging inside the encoder is what is drawn
         into = selection.owner.cpu()
@@ -92,7 +92,7 @@ def fates(video: EncodedRows) -> Fates:
     chosen[kept] = True
     _, height, width = video.plan.grid
     source = (video.source.cpu() * height * width + ascending(height * width, "cpu")).flatten()
-    return Fates(video.plan.grid, chosen, source, owner, len(video.unit))
+    return Fates(video.plan.grid, chosen, source, owner, len(video.rows.unit))
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,6 @@ from evoprune.session.options import ModelOptions
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoder import encode
-from evoprune.vision.preprocess import Patches
 from evoprune.vision.tower import tower_geometry, tower_shape
 
 Progress = Callable[[str], None]
@@ -170,7 +169,8 @@ def run_evoprune(
     with clock.stage("encode"):
         embed = model.model.language_model.embed_tokens
         question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device)) if method.reads_question else None
-        encoded = encode(visual, [Patches(clip.pixels, *loaded.video.normal)], plan, question=question, seed=seed)
+        how = {"normal": loaded.video.normal, "question": question, "seed": seed}
+        encoded = encode(visual, [clip.pixels], plan, **how)
     with clock.stage("prefill"):
         visuals = [generate.Visual(clip.place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
         embeds, columns, sizes, deepstack = generate.embed_prompt(model, clip.ids, visuals)

@@ -13,8 +13,7 @@ from evoprune.model.cost import Clock
 from evoprune.session.encoding import OpenInput
 from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.info import Video
-from evoprune.vision.encoded import EncodedRows
-from evoprune.vision.encoder import encode_rows
+from evoprune.vision.encoder import EncodedRows, encode_rows
 
 # Encodings held: enough for the selectors behind `reuse`, which need attention, keys, both or nothing, at three budgets, whatever
 # other methods run between them.

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from evoprune.errors import UsageError
 from evoprune.hf import interface
 from evoprune.methods.types import ascending
-from evoprune.vision.encoded import Encoded
+from evoprune.vision.encoder import Encoded
 
 NAMES = {True: ("pixel_values_videos", "video_grid_thw"), False: ("pixel_values", "image_grid_thw")}
 PAST = "evoprune"  # attribute that is set on caches; copies of a cache have it too

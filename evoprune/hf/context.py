@@ -44,7 +44,7 @@ from evoprune.report import Memory, ModelFacts, Report, Sampling, TokenCounts
 from evoprune.session.loading.find import DTYPES
 from evoprune.session.report import FLAT, pruning_facts
 from evoprune.util import brief, check_known, check_types, from_keywords
-from evoprune.vision.encoded import Encoded
+from evoprune.vision.encoder import Encoded
 
 METHODS = ("generate", "forward")  # of the model, that are replaced
 INNER = "evoprune_inside"  # the argument of inner calls; nothing is pruned in those again
@@ -317,8 +317,7 @@ class PrunedModel:
         clock = Clock(visual.patch_embed.proj.weight.device)
         with clock.stage("encode"):
             tower = visual if packed is None else packed.current()
-            given = visuals.pixels, visuals.grids, settings.pruning
-            encoded = encode_with(tower, *given, seconds_per_pair=visuals.seconds)
+            encoded = encode_with(tower, visuals.pixels, visuals.grids, settings.pruning)
         pruned, past = without_pruned(self.model, call, visuals, encoded, settings.positions, generating)
         report = call_report(self.model, call, pruned, visuals, encoded, settings)
         report.memory.weights_bytes += packed.nbytes if packed else 0

@@ -1,8 +1,5 @@
 """The pruned encoder on a Hugging Face model's weights and its processor's output; packed or quantised copies of the weights."""
 
-from collections.abc import Sequence
-from math import isfinite
-from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -20,9 +17,8 @@ from evoprune.model.config import vision_sizes
 from evoprune.model.numerics import all_numbers
 from evoprune.session.loading.stored import calibrate_tower
 from evoprune.video.plan import InputLimits
-from evoprune.vision.encoded import Encoded, joined
+from evoprune.vision.encoder import Encoded, joined
 from evoprune.vision.encoder import encode as encode_video
-from evoprune.vision.preprocess import Patches
 from evoprune.vision.tower import tower_shape
 
 INT8 = "int8"
@@ -41,7 +37,6 @@ def encode(
     method: str = methods.DEFAULT,
     method_args: dict[str, Any] | None = None,
     question: torch.Tensor | None = None,
-    seconds_per_pair: float | Sequence[float] = 1.0,
     seed: int = 0,
 ) -> Encoded:
     """Runs the vision tower of `model` on one or several videos and prunes each to `budget`.
@@ -58,7 +53,6 @@ def encode(
         budget: share of the visual tokens to keep, a number in (0, 1] or the name of a preset; 1.0 gives the tower's own output.
         method, method_args: name of a pruning method, and its settings by name.
         question: `[Q, hidden]`, `model.get_input_embeddings()` of the question's tokens, for methods that read the question.
-        seconds_per_pair: seconds between frame pairs, one number or one per video (`second_per_grid_ts`). No method reads it.
         seed: for methods that draw at random.
 
     Returns `Encoded`. Its `kept` and `owner` number the units over all videos, in the order of the video's placeholder tokens.
@@ -70,7 +64,7 @@ def encode(
     """
     config = patch_config(budget, method, method_args, seed, has_question=question is not None)
     visual = interface.tower_of(model)
-    return encode_with(visual, pixel_values_videos, video_grid_thw, config, question, seconds_per_pair)
+    return encode_with(visual, pixel_values_videos, video_grid_thw, config, question)
 
 
 @names_plugins()
@@ -80,7 +74,6 @@ def encode_with(
     video_grid_thw: torch.Tensor,
     config: PruneConfig,
     question: torch.Tensor | None = None,
-    seconds_per_pair: float | Sequence[float] = 1.0,
 ) -> Encoded:
     """As `encode`, with a tower, and what `patch_config` made."""
     _check_videos(visual, pixel_values_videos, video_grid_thw)
@@ -88,12 +81,11 @@ def encode_with(
     merge = visual.config.spatial_merge_size
     grids = [(t, h // merge, w // merge) for t, h, w in video_grid_thw.tolist()]
     sizes = [t * h * w * merge**2 for t, h, w in grids]
-    _check_seconds(seconds_per_pair, len(grids))
     tower, normal = tower_shape(visual), InputLimits(**vision_sizes(visual.config).traits.video).normal
     videos = []
     for patches, grid in zip(pixel_values_videos.split(sizes), grids, strict=True):
-        given = [Patches(patches, *normal)]
-        videos.append(encode_video(visual, given, config.plan(tower, grid), question=question, seed=config.seed))
+        plan, how = config.plan(tower, grid), {"normal": normal, "question": question, "seed": config.seed}
+        videos.append(encode_video(visual, [patches], plan, **how))
     return joined(videos)
 
 
@@ -136,17 +128,6 @@ def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
         raise UsageError(f"{len(pixels)} patches do not fit video_grid_thw {shapes}", PROCESSOR)
     if not all_numbers(pixels.detach()):
         raise UsageError("pixel_values_videos hold NaN or infinity", "look at what the processor was given")
-
-
-def _check_seconds(seconds: float | Sequence[float], videos: int) -> None:
-    """Raises UsageError: neither a number nor one for each video, or one that is no time."""
-    if hasattr(seconds, "tolist"):  # a tensor or array
-        seconds = seconds.tolist()
-    each = list(seconds) if isinstance(seconds, list | tuple) else [seconds] * videos
-    numbers = all(isinstance(x, Real) and not isinstance(x, bool) and isfinite(x) and x >= 0 for x in each)
-    if not numbers or len(each) != videos:
-        hint = "pass the processor's second_per_grid_ts"
-        raise UsageError(f"seconds_per_pair {seconds!r} are not one number, or one for each of {videos} videos", hint)
 
 
 def _check_question(visual, question: torch.Tensor | None) -> None:

@@ -14,7 +14,7 @@ from transformers import BatchFeature
 
 from evoprune.language.prompt import Prompt, load_tokenizer
 from evoprune.model.config import VisionConfig
-from evoprune.session.encoding import patches_of, paths_of
+from evoprune.session.encoding import paths_of
 from evoprune.session.loading.find import find_model
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.session.planning import prompt_subtitles
@@ -23,7 +23,7 @@ from evoprune.util import from_keywords
 from evoprune.video.frames import choose_decoder, probe, read_frames
 from evoprune.video.info import PICTURE, VIDEO, check_one_file, check_picture
 from evoprune.video.plan import InputLimits, Plan, make_plan
-from evoprune.vision.preprocess import normalised
+from evoprune.vision.preprocess import normalised, patches_of
 
 NAMES = {VIDEO: ("pixel_values_videos", "video_grid_thw"), PICTURE: ("pixel_values", "image_grid_thw")}
 TYPES = {PICTURE: 1, VIDEO: 2}  # of the tokens, in `mm_token_type_ids`
@@ -77,9 +77,17 @@ def processor_inputs(
 
 
 def arguments(
-    prompt: Prompt, read: Sequence[Plan], limits: dict[str, InputLimits], vision: VisionConfig, decoder: str = "auto"
+    prompt: Prompt,
+    read: Sequence[Plan],
+    limits: dict[str, InputLimits],
+    vision: VisionConfig,
+    decoder: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """The same for a prompt, what is looked at of its inputs, and the limits and the tower's config of a model."""
+    """The same for a prompt, what is looked at of its inputs, and the limits and the tower's config of a model.
+
+    `device`: where frames are resized and their patches are.
+    """
     ids = prompt.input_ids
     types = torch.zeros_like(ids)
     for place, plan in zip(prompt.places, read, strict=True):
@@ -89,8 +97,8 @@ def arguments(
     for plan in read:
         chosen = choose_decoder(decoder, plan.info)
         with closing(read_frames(plan.source, plan.sampling.times_s, decoder=chosen)) as chunks:
-            made_of = (patches_of(each.frames, plan, limits[plan.kind], torch.device("cpu")) for each in chunks)
-            patches[plan.kind] += [normalised(each.values, each.mean, each.std) for each in made_of]
+            made_of = (patches_of(each.frames, plan, limits[plan.kind], torch.device(device)) for each in chunks)
+            patches[plan.kind] += [normalised(each, limits[plan.kind].normal) for each in made_of]
     for kind, (pixels, grids) in NAMES.items():
         if not patches[kind]:
             continue

@@ -8,7 +8,7 @@ counted from the first frame of the stream.
 The newest half of the memory is whole, windows before it are thinned (`kept_counts`). What is left keeps its position. Before
 positions leave the range that the model knows, keys are rotated back, so that the video begins at the oldest window that is left.
 
-What has not changed since the window before is not encoded again, but may become a token of each window (vision/segments.py).
+What has not changed since the window before is not encoded again, but may become a token of each window (vision/encoder.py).
 
 The way of a frame: `VideoStream.add` collects it, `_encode` encodes its window, `window_columns` makes columns of the prompt of its
 tokens, and `StreamMemory.read` reads these into the KV cache.
@@ -46,9 +46,8 @@ from evoprune.util import brief, check_type
 from evoprune.video.frames import FrameChunk
 from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import Plan, SamplingPlan
-from evoprune.vision.encoded import Encoded, EncodedRows
+from evoprune.vision.encoder import Encoded, EncodedRows, NothingNew, Segment
 from evoprune.vision.preprocess import resize
-from evoprune.vision.segments import NothingNew, Segment
 from evoprune.vision.tower import tower_shape
 
 CONTEXT = 32_768  # positions of a model that states no context

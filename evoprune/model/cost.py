@@ -114,12 +114,14 @@ def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -
     """
     text, depth = config.text_config, config.text_config.num_hidden_layers
     lengths = [tokens] * depth if isinstance(tokens, int) else tokens
+    net = getattr(text, "delta_net", None)  # none in the config of a transformers model in hand
+    linear = [net is not None and text.is_linear(layer) for layer in range(depth)]
     of_token = 2 * text.num_key_value_heads * head_size(text) * bytes_each
-    total = of_token * sum(length for layer, length in enumerate(lengths) if not text.is_linear(layer))
-    if net := text.delta_net:
+    total = of_token * sum(length for length, other in zip(lengths, linear, strict=True) if not other)
+    if net:
         state = net.value_size * net.linear_key_head_dim * 4
         seen = (2 * net.key_size + net.value_size) * net.linear_conv_kernel_dim * bytes_each
-        total += sum(map(text.is_linear, range(depth))) * (state + seen)
+        total += sum(linear) * (state + seen)
     return total
 
 

@@ -26,7 +26,7 @@ from evoprune.session.report import Encoding, fill_dropped, fill_pruning, fill_t
 from evoprune.util import check_type, counted, from_keywords
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
-from evoprune.vision.encoded import Encoded
+from evoprune.vision.encoder import Encoded
 
 
 class Uncopied:

@@ -23,7 +23,7 @@ import evoprune
 from evoprune.errors import UsageError
 from evoprune.model.config import loads
 from evoprune.util import brief, check_type
-from evoprune.vision.encoded import Encoded
+from evoprune.vision.encoder import Encoded
 
 SUFFIX, UNFINISHED = (
     ".safetensors",

@@ -13,12 +13,11 @@ from itertools import chain, islice
 from queue import SimpleQueue
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.backend.devices import empty_cache, to_device
+from evoprune.backend.devices import empty_cache
 from evoprune.errors import OutOfMemory, UsageError, memory_guard, names_plugins
 from evoprune.model.cost import Clock
 from evoprune.session.answering import EncodedInputs
@@ -30,10 +29,9 @@ from evoprune.session.report import Encoding
 from evoprune.util import brief
 from evoprune.video.frames import FrameChunk, probe, read_frames
 from evoprune.video.info import PICTURE, check_one_file
-from evoprune.video.plan import InputLimits, Plan
-from evoprune.vision.encoded import Encoded, EncodedRows, select_tokens
-from evoprune.vision.encoder import encode_rows
-from evoprune.vision.preprocess import Patches, pixel_patches, resize
+from evoprune.video.plan import Plan
+from evoprune.vision.encoder import Encoded, EncodedRows, encode_rows, select_tokens
+from evoprune.vision.preprocess import patches_of
 
 Path = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]  # "encode", frames done, in all; then perhaps "layers", of the tower
@@ -84,13 +82,6 @@ def prefetched(items: Generator[T, None, None], depth: int = 2) -> Iterator[T]:
             thread.join(PATIENCE_S)
 
 
-def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torch.device) -> Patches:
-    """uint8 `[rows, values]` on `device`: the patches of frames uint8 `[n, height, width, 3]`, resized as planned."""
-    resized = to_device(resize(torch.from_numpy(frames), plan.height, plan.width), device)
-    pixels = pixel_patches(resized, limits.patch_size, limits.temporal_patch_size, limits.merge_size)
-    return Patches(pixels, *limits.normal)
-
-
 @dataclass(eq=False)
 class OpenInput:
     """A video or picture that is being read. To be encoded once, and closed.
@@ -107,7 +98,7 @@ class OpenInput:
 
     def __post_init__(self):
         self.damaged, self._early, self._open = 0, False, ExitStack()
-        self._begun: Iterator[tuple[int, Patches]] | None = None
+        self._begun: Iterator[tuple[int, torch.Tensor]] | None = None
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         """What is looked at, as `video.frames.read_frames` yields it."""
@@ -162,7 +153,7 @@ class OpenInput:
         plan, loaded, pruning = self.plan, self.engine.loaded, self.engine.pruning
         loaded.ready()
         chunks, start = chunks or fitting_chunks(self.engine, plan), clock.now()
-        options = {"seed": pruning.seed}
+        options = {"seed": pruning.seed, "normal": loaded.limits[plan.kind].normal}
         if progress:
             options["on_layer"] = partial(progress, "layers")
         late = pruning.method.reads_question and plan.encoder.prunes
@@ -181,18 +172,18 @@ class OpenInput:
             warnings.append("damaged_video")
         return result, "off"
 
-    def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[Patches]:
+    def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
         begun, self._begun = self._begun, None
         for frames_done, patches in clock.each("wait", begun or self._start()):
             yield patches
             if progress:
                 progress("encode", frames_done, self.plan.sampling.frames)
 
-    def _start(self) -> Iterator[tuple[int, Patches]]:
+    def _start(self) -> Iterator[tuple[int, torch.Tensor]]:
         self.damaged, chunks = 0, self._prepared()
         return self._open.enter_context(closing(prefetched(chunks) if self.threaded else chunks))
 
-    def _prepared(self) -> Generator[tuple[int, Patches], None, None]:
+    def _prepared(self) -> Generator[tuple[int, torch.Tensor], None, None]:
         """For every chunk, how many frames there were up to its end, and its patches `[rows, values]`, uint8."""
         plan, limits = self.plan, self.engine.loaded.limits[self.plan.kind]
         with closing(self.frames(chunk_bytes(self.engine, plan))) as chunks:

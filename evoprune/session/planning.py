@@ -149,7 +149,7 @@ def fitting_chunks(engine: Engine, plan: Plan, other_tokens: int = TEXT) -> list
 
 
 def check_carried(engine: Engine, plan: Plan) -> None:
-    """Raises OutOfMemory where there is too little for what a window of a stream leaves to the next one (vision/segments.py)."""
+    """Raises OutOfMemory where there is too little for what a window of a stream leaves to the next one (vision/encoder.py)."""
     model, (_, height, width) = engine.loaded.model, plan.encoder.grid
     needed = 2 * carried_bytes(model.config, height * width, model.dtype.itemsize)  # two windows' are held at once
     if plan.encoder.reuse and (short := shortage(needed, str(model.device))):

@@ -28,7 +28,7 @@ from evoprune.session.planning import TEXT, fitting_chunks
 from evoprune.util import brief, counted
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
-from evoprune.vision.encoded import Encoded
+from evoprune.vision.encoder import Encoded
 
 Beginning = tuple[
     str | None, bool

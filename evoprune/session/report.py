@@ -11,7 +11,7 @@ from evoprune.methods.config import PruneConfig
 from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.engine import Engine
 from evoprune.video.plan import STILL, Plan
-from evoprune.vision.encoded import Encoded, EncodedRows, select_tokens
+from evoprune.vision.encoder import Encoded, EncodedRows, select_tokens
 
 FLAT = "equal_scores"
 

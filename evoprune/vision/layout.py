@@ -73,7 +73,7 @@ class TokenLayout:
     pairs: int
     unit: torch.Tensor  # int64 `[R]`, the unit whose place each row has, in window order
     # int64 `[N]`, the row that represents each unit, or -1 for a dropped one. R + p is the row that an earlier chunk encoded at
-    # place p. Of it only keys and values are left (`segments.CarriedKeys`).
+    # place p. Of it only keys and values are left (`tower.CarriedKeys`).
     unit_to_row: torch.Tensor
     # Where the row of a unit may be: at the same place, in the same window or frame pair, or anywhere in the clip. A group of at
     # least this scope contains all rows of its units.
@@ -165,8 +165,8 @@ def full_layout(geo: Geometry, pairs: int) -> TokenLayout:
 def referring_layout(geo: Geometry, source: torch.Tensor, counts: tuple[int, ...], unit: torch.Tensor) -> TokenLayout:
     """The layout with reuse: some units are rows, and each other unit is owned by a row at its place in an earlier frame pair.
 
-    `source`, `counts`, `unit`: as in `Chunk`, the first counted from the first of these frame pairs; a negative number is one of an
-    earlier chunk.
+    `source`: int64 `[pairs, H*W]`, the frame pair whose row represents each unit, counted from the first of these; a negative
+    number is one of an earlier chunk. `counts`, `unit`: as in the layout.
     """
     pairs, rows = len(source), sum(counts)
     number = torch.zeros(pairs * geo.units, dtype=torch.int64, device=source.device)
@@ -174,20 +174,6 @@ def referring_layout(geo: Geometry, source: torch.Tensor, counts: tuple[int, ...
     place = ascending(geo.units, source.device)
     unit_to_row = torch.where(source >= 0, number[source.clamp(min=0) * geo.units + place], rows + place).flatten()
     return TokenLayout(geo, pairs, unit, unit_to_row, "place" if rows == pairs * geo.units else "clip", counts, True)
-
-
-def selected_layout(
-    geo: Geometry, pairs: int, kept: torch.Tensor, unit_to_row: torch.Tensor, complete: bool = False
-) -> tuple[TokenLayout, torch.Tensor, torch.Tensor]:
-    """The layout after a selection; int64 `[K]`, the index in `kept` of each of its rows; and the row of each of `kept`.
-
-    `kept`: int64 `[K]`, ascending, the units that are rows; `unit_to_row`: int64 `[T * H*W]`, which of them represents each unit,
-    anywhere in the clip, -1 for one that is dropped, of which there is none if `complete`.
-    """
-    order = order_tables(geo, pairs)[1][kept].argsort()
-    row = order.argsort()
-    unit_to_row = (row if complete else F.pad(row, (0, 1), value=-1))[unit_to_row]  # -1 is the last entry
-    return TokenLayout(geo, pairs, kept[order], unit_to_row, "clip", complete=complete), order, row
 
 
 def merged_layout(

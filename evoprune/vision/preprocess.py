@@ -1,8 +1,8 @@
 """The way of frames to rows: the resize, Hugging Face's patch order, what has not changed, and chunks of whole frame pairs.
 
 1. `resize` and `pixel_patches` make patches of uint8 frames. The 2x2 patches of a unit are four consecutive rows, and units are in
-   raster order. A row holds the pixels by channel, frame, y and x. The result is that of `Qwen2VLImageProcessor`, without
-   torchvision. `Patches` knows how they are normalised.
+   raster order. A row holds the pixels by channel, frame, y and x. `normalised`, the result is that of `Qwen2VLImageProcessor`,
+   without torchvision.
 2. Reuse (`scan`) finds the units that have not changed since they were last encoded, from the pixels and before the tower runs.
    Each unit is compared with the frame pair last encoded at its place, because a comparison with the one just before would miss
    slow changes. It has changed if the mean colour of any of its 16 blocks in a frame has: such means average out noise, but not a
@@ -17,48 +17,62 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.operators import reuse_scan
-from evoprune.methods.types import ascending
+from evoprune.methods.types import ascending, cat
 from evoprune.model.config import PATCHES
-from evoprune.video.plan import InputLimits
+from evoprune.video.plan import InputLimits, Plan
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, referring_layout, window_order
 
-CLIP_MEAN, CLIP_STD = InputLimits.image_mean, InputLimits.image_std
+# Mean and standard deviation of red, green and blue, on a scale from 0 to 1.
+Normal = tuple[tuple[float, ...], tuple[float, ...]]
+CLIP: Normal = InputLimits.image_mean, InputLimits.image_std
+# The most by which a device shrinks a side of a frame: torch's kernel for CUDA refuses to shrink one far more.
+MAX_SHRINK = 32
+FLOATS = 1 << 24  # values of frames that a device resizes at a time, in float32: 64 MiB
 # A chunk may represent this many times more units than it has rows. Attention reads a key for each row that represents its units.
 SPARSE = 8
 
 
-@dataclass(frozen=True)
-class Patches:
-    """Patches in Hugging Face's order, and how they are normalised."""
+def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torch.device) -> torch.Tensor:
+    """uint8 `[rows, values]` on `device`: the patches of frames uint8 `[n, height, width, 3]`, resized as planned.
 
-    values: torch.Tensor  # `[n, values]`: pixels (uint8), or already normalised, as a processor makes them
-    mean: tuple[float, ...] = CLIP_MEAN  # of red, green and blue, on a scale from 0 to 1
-    std: tuple[float, ...] = CLIP_STD
+    The frames go to the device as they are, once, and are resized and cut there.
+    """
+    pixels, (height, width) = torch.from_numpy(frames), frames.shape[1:3]
+    if max(height / plan.height, width / plan.width) > MAX_SHRINK:
+        pixels = resize(pixels, plan.height, plan.width)
+    resized = resize(devices.to_device(pixels, device), plan.height, plan.width)
+    return pixel_patches(resized, limits.patch_size, limits.temporal_patch_size, limits.merge_size)
 
 
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resizes frames (uint8 `[F, H, W, 3]`) by antialiased bicubic interpolation; the result is PIL's within one level of 255."""
+    """Resizes frames (uint8 `[F, H, W, 3]`) by antialiased bicubic interpolation; the result is PIL's within one level of 255.
+
+    On a CPU torch reduces bytes: rows, which it rounds to bytes, and then columns. On another device float32 goes the same way.
+    """
     if frames.shape[1:3] == (height, width):
         return frames
-    planes = frames.permute(0, 3, 1, 2)
-    return F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
+    planes, how = frames.permute(0, 3, 1, 2), {"mode": "bicubic", "antialias": True}
+    if devices.is_host(frames.device):
+        return F.interpolate(planes, size=(height, width), **how).permute(0, 2, 3, 1)
+    made = []
+    for some in planes.split(max(1, FLOATS // planes[0].numel())):
+        for size in ((frames.shape[1], width), (height, width)):
+            some = F.interpolate(some.float(), size=size, **how).round_().clamp_(0, 255)
+        made.append(some.byte())
+    return cat(made).permute(0, 2, 3, 1)
 
 
 def patchify(
-    frames: torch.Tensor,
-    mean: tuple[float, ...] = CLIP_MEAN,
-    std: tuple[float, ...] = CLIP_STD,
-    patch: int = 14,
-    temporal: int = 2,
-    merge: int = 2,
+    frames: torch.Tensor, normal: Normal = CLIP, patch: int = 14, temporal: int = 2, merge: int = 2
 ) -> torch.Tensor:
     """float32: `pixel_patches`, normalised, as Hugging Face's processors make them."""
-    return normalised(pixel_patches(frames, patch, temporal, merge), mean, std)
+    return normalised(pixel_patches(frames, patch, temporal, merge), normal)
 
 
 def pixel_patches(frames: torch.Tensor, patch: int = 14, temporal: int = 2, merge: int = 2) -> torch.Tensor:
@@ -75,11 +89,10 @@ def pixel_patches(frames: torch.Tensor, patch: int = 14, temporal: int = 2, merg
     return x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, c * temporal * patch * patch)
 
 
-def normalised(
-    patches: torch.Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
-) -> torch.Tensor:
-    """float32, as `patches`, uint8 `[..., values]`: for red, green and blue, on a scale from 0 to 1, less `mean`, over `std`."""
+def normalised(patches: torch.Tensor, normal: Normal = CLIP) -> torch.Tensor:
+    """float32, as `patches`, uint8 `[..., values]`: colours on a scale from 0 to 1, less the mean, over the deviation."""
     x = patches.unflatten(-1, (3, -1)).float()
+    mean, std = normal
     x -= _by_channel(mean, x.device)
     x /= _by_channel(std, x.device)
     return x.flatten(-2)
@@ -90,18 +103,18 @@ def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor
     return devices.to_device(255 * torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1), device)
 
 
-def patch_means(patches: Patches, units: int) -> torch.Tensor:
+def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> torch.Tensor:
     """float32 `[T, units, 96]`: the mean colour of each block of half a patch, 7x7 or 8x8 pixels, in levels of 255.
 
-    `patches`: `[T * units * 4, values]`, of frame pairs and three colours.
+    `patches`: `[T * units * 4, values]`, of frame pairs and three colours; uint8, or `normal`ised.
     """
-    values = patches.values
-    half = math.isqrt(values.shape[1] // 24)
-    blocks = values.float().view(-1, units, 2, 2, 3, 2, 2, half, 2, half).mean((7, 9))
+    half = math.isqrt(patches.shape[1] // 24)
+    blocks = patches.float().view(-1, units, 2, 2, 3, 2, 2, half, 2, half).mean((7, 9))
     # pair, unit, patch y, x, channel, frame, block y, x -> pair, unit, frame, y, x, channel
     blocks = blocks.permute(0, 1, 5, 2, 6, 3, 7, 4)
-    if values.dtype != torch.uint8:  # of a processor, whose pixels nobody has
-        blocks = 255 * (blocks * blocks.new_tensor(patches.std) + blocks.new_tensor(patches.mean))
+    if patches.dtype != torch.uint8:  # of a processor, whose pixels nobody has
+        mean, std = map(blocks.new_tensor, normal)
+        blocks = 255 * (blocks * std + mean)
     return blocks.reshape(-1, units, 96)
 
 
@@ -136,28 +149,17 @@ class Chunk:
     """Neighbouring whole frame pairs."""
 
     first: int  # number of the first frame pair in the video
-    pairs: int  # how many there are
-    patches: torch.Tensor  # `[R, 4, values]`, of the units that are rows, in window order
-    counts: tuple[int, ...]  # rows of each frame pair
-    unit: torch.Tensor  # int64 `[R]`, the unit of each row, counted from the first of these frame pairs
+    patches: torch.Tensor  # `[R, 4, values]`, normalised, of the units that are rows, in window order
+    layout: TokenLayout  # of these rows, units counted from the first of these frame pairs
     # int64 `[pairs, H*W]`, the number of the frame pair whose row represents each unit: its own if the unit is a row. None without
     # reuse, where every unit is a row.
     source: torch.Tensor | None = None
+    references: ReferenceBlocks | None = None  # of reuse, behind these frame pairs
 
-    @property
-    def rows(self) -> int:
-        return len(self.patches)
-
-    def layout(self, geo: Geometry) -> TokenLayout:
-        """The layout of the chunk's rows."""
-        if self.source is None:
-            return full_layout(geo, self.pairs)
-        return referring_layout(geo, self.source - self.first, self.counts, self.unit)
-
-    def latest(self, geo: Geometry) -> torch.Tensor:
+    def latest(self) -> torch.Tensor:
         """int64 `[P]`, with reuse: the unit of this chunk that becomes the reference of each place, -1 where none does."""
-        pair = self.source[-1] - self.first
-        return torch.where(pair < 0, -1, pair * geo.units + ascending(geo.units, pair.device))
+        pair, units = self.source[-1] - self.first, self.layout.geometry.units
+        return torch.where(pair < 0, -1, pair * units + ascending(units, pair.device))
 
 
 def in_pairs(patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int) -> Iterator[torch.Tensor]:
@@ -176,16 +178,17 @@ def in_pairs(patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int) ->
 
 
 def in_chunks(
-    patches: Iterable[Patches | torch.Tensor],
+    patches: Iterable[torch.Tensor],
     geo: Geometry,
     pairs: int,
     *,
+    normal: Normal,
     rows: int,
     threshold: float,
     dtype: torch.dtype,
     timer: devices.Timer,
     even: list[torch.Tensor] | None = None,
-    references: list[ReferenceBlocks] | None = None,
+    references: ReferenceBlocks | None = None,
 ) -> Iterator[Chunk]:
     """Cuts a video into chunks of `rows` rows, rounded up to whole frame pairs; the last may have fewer.
 
@@ -193,63 +196,51 @@ def in_chunks(
     A chunk also ends once it represents `SPARSE` * `rows` units, so its memory does not grow with the video.
 
     Args:
-        patches: of `pairs` frame pairs, in pieces that are normalised alike: `Patches`, or their values where that is CLIP's way.
+        patches: `[n, values]`, of `pairs` frame pairs, in pieces: pixels (uint8), or already `normal`ised, as by a processor.
         threshold: of reuse, in levels of 255; 0 for no reuse. `timer` measures the search for references.
         even: a list to which each piece adds whether each of its frame pairs has one colour, until one has not; or None.
-        references: of the segment before, if there is one; in the end those of this video. A unit that a row of the segment
-            before represents has a negative `Chunk.source`.
+        references: of the segment before, if there is one. A unit that a row of it represents has a negative `Chunk.source`.
 
     Raises ValueError: the number of patches does not fit `pairs` frame pairs.
     """
-    pair, done, held, references = geo.units * PATCHES, 0, [], [] if references is None else references
-    device, normal = torch.device(geo.device), {}
+    device, done, first, held, counts = torch.device(geo.device), 0, 0, [], ()
 
-    def on_device() -> Iterator[torch.Tensor]:
-        for given in patches:
-            given = given if isinstance(given, Patches) else Patches(given)
-            normal.update(mean=given.mean, std=given.std)
-            yield devices.to_device(given.values, device)
+    def chunk() -> Chunk:
+        values, unit, source = map(cat, zip(*held, strict=True))
+        if source is None:
+            return Chunk(first, values, full_layout(geo, len(counts)))
+        with timer:
+            layout = referring_layout(geo, source - first, counts, unit)
+            return Chunk(first, values, layout, source, references)
 
     # The scan costs a CPU nothing more frame pair by frame pair. It waits for an accelerator once for each piece.
     here = devices.exact_shapes(device)
     at_once = 1 if threshold and here else -(-rows // geo.units)
-    for piece in in_pairs(on_device(), pair, at_once):
-        count, rest = divmod(len(piece), pair)
+    moved = (devices.to_device(piece, device) for piece in patches)
+    for piece in in_pairs(moved, geo.units * PATCHES, at_once):
+        count, rest = divmod(len(piece), geo.units * PATCHES)
         if rest or done + count > pairs:
             raise ValueError(f"patches do not add up to {pairs} frame pairs of {geo.units} units")
         if even is not None and (not even or not here or even[-1]):
             of_pair = piece.view(count, -1, piece.shape[1])  # one colour: all patches are equal within one level of 255
             even.append((of_pair.amax(1) - of_pair.amin(1)).max() < 1 / 255)
-        source, alive, counts = None, None, (geo.units,) * count
+        source, alive, own = None, None, (geo.units,) * count  # rows of each frame pair
         if threshold:
             with timer:
-                means = patch_means(Patches(piece, **normal), geo.units)
-                source, seen = scan(means, references[0] if references else None, threshold=threshold)
+                means = patch_means(piece, geo.units, normal)
+                source, references = scan(means, references, threshold=threshold)
                 alive = source == done + ascending(count, source.device)[:, None]
-                counts = tuple(alive.sum(1).tolist())
-                references[:] = [seen]
-        unit = window_order(geo, count, alive, sum(counts))
-        rows_here = piece.view(-1, PATCHES, piece.shape[1])[unit]
-        if rows_here.dtype == torch.uint8:
-            rows_here = normalised(rows_here, **normal)
-        held.append(Chunk(done, count, rows_here.to(dtype), counts, unit, source))
-        done += count
-        units = (done - held[0].first) * geo.units
-        if sum(chunk.rows for chunk in held) >= rows or units >= SPARSE * rows:
-            yield _joined(held)
-            held = []
+                own = tuple(alive.sum(1).tolist())
+        unit = window_order(geo, count, alive, sum(own))
+        values = piece.view(-1, PATCHES, piece.shape[1])[unit]
+        if values.dtype == torch.uint8:
+            values = normalised(values, normal)
+        held.append((values.to(dtype), unit + (done - first) * geo.units if held else unit, source))
+        done, counts = done + count, counts + own
+        if sum(counts) >= rows or (done - first) * geo.units >= SPARSE * rows:
+            yield chunk()
+            first, held, counts = done, [], ()
     if done != pairs:
         raise ValueError(f"patches end after {done} of {pairs} frame pairs")
     if held:
-        yield _joined(held)
-
-
-def _joined(chunks: list[Chunk]) -> Chunk:
-    """Neighbouring chunks as one; there are several only with reuse."""
-    first = chunks[0].first
-    if len(chunks) == 1:
-        return chunks[0]
-    patches, source = torch.cat([chunk.patches for chunk in chunks]), torch.cat([chunk.source for chunk in chunks])
-    counts = sum((chunk.counts for chunk in chunks), ())
-    unit = torch.cat([chunk.unit + (chunk.first - first) * chunk.source.shape[1] for chunk in chunks])
-    return Chunk(first, len(counts), patches, counts, unit, source)
+        yield chunk()

@@ -107,19 +107,19 @@ class Gathering:
         share = x.float() / len(self.middle)
         self._states = share if self._states is None else self._states + share
 
-    def finish(self, order: torch.Tensor) -> None:
-        """Stores the values of a chunk; `order`, int64 `[R]`, sorts its rows by unit."""
+    def finish(self) -> None:
+        """Stores the values of a chunk."""
         if self._seen is None:  # the chunk has no rows
             return
         values, self._seen = self._seen, None
         if self._states is not None:
             values["middle"], self._states = self._merge(self._states).float(), None
         for name, value in values.items():
-            self._collected[name].append(value[order])
+            self._collected[name].append(value)
 
-    def collected(self) -> dict[str, torch.Tensor]:
-        """The values of the whole video by name, float32 `[E, ...]`, rows ordered by unit."""
-        return {name: torch.cat(pieces) for name, pieces in self._collected.items()}
+    def collected(self, order: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The values of the whole video by name, float32 `[E, ...]`, in the `order` of these rows, int64 `[E]`."""
+        return {name: torch.cat(pieces)[order] for name, pieces in self._collected.items()}
 
 
 class Merging(Reduction):
@@ -190,7 +190,22 @@ class Merging(Reduction):
                 return None
             start, length, remove = start[busy], length[busy], remove[busy]
             longest = int(length.max())
-        into = _merged_into(rows, *runs(start, length, longest, layout.rows), remove, self._merger)
+        row, valid = runs(start, length, longest, layout.rows)
+        candidates = Candidates(
+            features=rows.features[row],
+            attention=None if rows.attention is None else rows.attention[row],
+            place=layout.place[row],
+            size=layout.size[row],
+            valid=valid,
+            width=layout.geometry.width,
+        )
+        with without_autocast():
+            local = self._merger.match(
+                candidates, remove
+            )  # which may write into what it gets: nothing reads that again
+        # int64 `[R]`: the row that each row merges into, its own index if it stays. A last entry takes the values at padding.
+        into = ascending(layout.rows + 1, row.device)
+        into = into.scatter_(0, torch.where(valid, row, layout.rows).flatten(), row.gather(1, local).flatten())[:-1]
         stays = into == ascending(layout.rows, into.device)
         if static:
             left, moves = sum(target) if last else layout.rows, layout.rows - sum(target)
@@ -233,27 +248,6 @@ class _RoundRows:
         """int64 `[groups]`: rows of each group. Padding counts as one more group, which is left out."""
         total = self.layout.group_count(self.scope)
         return tally(self.layout.group_of(self.layout.unit, self.scope), total + 1)[:total]
-
-
-def _merged_into(
-    rows: _RoundRows, row: torch.Tensor, valid: torch.Tensor, remove: torch.Tensor, merger: Merger
-) -> torch.Tensor:
-    """int64 `[R]`: the row that each row merges into, its own index if it stays; arguments as of `runs` and `Merger.match`."""
-    layout = rows.layout
-    candidates = Candidates(
-        features=rows.features[row],
-        attention=None if rows.attention is None else rows.attention[row],
-        place=layout.place[row],
-        size=layout.size[row],
-        valid=valid,
-        width=layout.geometry.width,
-    )
-    into = ascending(layout.rows + 1, row.device)  # the last entry takes the values at padding
-    place = torch.where(valid, row, layout.rows).flatten()
-    with without_autocast():
-        local = merger.match(candidates, remove)  # which may write into what it gets: nothing reads that again
-    into.scatter_(0, place, row.gather(1, local).flatten())
-    return into[:-1]
 
 
 def most_rounds(layout: TokenLayout, scope: Scope, target: Sequence[int], merger: Merger) -> int:

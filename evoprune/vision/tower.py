@@ -22,7 +22,6 @@ from evoprune.vision.attention import Packed, Plan, grouped_attention, plan_atte
 from evoprune.vision.families import EPS, layers_of, merge_patches
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, geometry
 from evoprune.vision.reductions import Compared, Gathering, Reduction
-from evoprune.vision.segments import CarriedKeys
 
 Table = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
 
@@ -62,6 +61,57 @@ def tower_geometry(visual, height: int, width: int) -> Geometry:
     return geometry(height, width, tower_shape(visual).window, str(visual.patch_embed.proj.weight.device))
 
 
+class CarriedKeys:
+    """The latest encoded row of each of P places: its index among all rows, and its keys and values in each layer.
+
+    At first these are the keys and values of the segment before (`earlier`), if there is one, whose rows have no index: -1.
+    """
+
+    def __init__(self, earlier: dict[int, torch.Tensor] | None = None):
+        self.keys_values = dict(earlier or {})  # by layer: [P, 2, 4, heads, d]
+        self._latest: torch.Tensor | None = None
+        self._number: torch.Tensor | None = None  # int64 [P]
+        for places in list(self.keys_values.values())[:1]:
+            self._number = places.new_full((len(places),), -1, dtype=torch.int64)
+
+    def begin(self, latest: torch.Tensor | None) -> None:
+        """Starts a chunk; `latest`: from `Chunk.latest`, None if no later chunk follows."""
+        self._latest = latest
+
+    def seen_by(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[R or R + P, 4, heads, d]`: a chunk's in `layer`, and the references'; keeps those of later chunks."""
+        earlier = self.keys_values.pop(layer, None)
+        if earlier is None and self._latest is None:
+            return k, v
+        both = torch.stack([k, v], 1)
+        if earlier is not None:
+            both = torch.cat([both, earlier])
+        if self._latest is not None:
+            stays = len(k) + ascending(layout.geometry.units, k.device) if earlier is not None else 0
+            self.keys_values[layer] = both[torch.where(self._latest < 0, stays, layout.unit_to_row[self._latest])]
+        return both.unbind(1) if earlier is not None and layout.reach == "clip" else (k, v)
+
+    def among_all(self, layout: TokenLayout, count: int) -> torch.Tensor:
+        """`unit_to_row` of the chunk's layout as indices among all rows, of which so many come before the chunk's."""
+        unit_to_row = layout.unit_to_row + count
+        if self._number is not None:
+            number = torch.cat([ascending(layout.rows, unit_to_row.device) + count, self._number])
+            unit_to_row = number[layout.unit_to_row]
+        if self._latest is not None:
+            latest = unit_to_row[self._latest]
+            self._number = latest if self._number is None else torch.where(self._latest < 0, self._number, latest)
+        return unit_to_row
+
+
+def in_pieces(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, piece: int | None) -> torch.Tensor:
+    """What a function makes of `x`, of which it gets `piece` entries at a time; all where that is None."""
+    if not piece or len(x) <= piece:
+        return function(x)
+    return torch.cat([function(some) for some in x.split(piece)])
+
+
 @dataclass
 class LayerRun:
     """What layers need beside rows and layout."""
@@ -72,26 +122,18 @@ class LayerRun:
     reduction: Reduction = field(default_factory=Reduction)  # what is done with rows between two layers
     carried: CarriedKeys | None = None  # rows of earlier chunks that this chunk attends to; None without reuse
     gathering: Gathering | None = None  # collects the inputs of a selector
-    mlp_rows: int | None = None  # rows that go through an MLP at a time, which bounds the memory; None for all
+    piece: int | None = None  # rows that go through an MLP at a time, which bounds the memory; None for all
     on_layer: Callable[[int], None] = lambda done: None  # called after each layer with the number of finished layers
     # `[R', n, D]`, the DeepStack features of the rows that leave, of the n layers with some so far; None at first
     deepstack: torch.Tensor | None = None
-
-    def in_pieces(
-        self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, patches: int = 1
-    ) -> torch.Tensor:
-        """What a function makes of rows, `mlp_rows` at a time; each is so many neighbouring entries of `x`."""
-        if not self.mlp_rows or len(x) <= self.mlp_rows * patches:
-            return function(x)
-        return torch.cat([function(piece) for piece in x.split(self.mlp_rows * patches)])
 
     def finish(self, layer: int, x: torch.Tensor) -> None:
         """Called after a layer with its rows, `[R, 4, hidden]`."""
         inner = vision_sizes(self.visual.config).deepstack_visual_indexes
         if layer in inner:  # it has features for the layer of that number in the language model
             number = inner.index(layer)
-            features = self.in_pieces(
-                lambda piece: merge_patches(self.visual, piece, number), self.reduction.all_rows(x)
+            features = in_pieces(
+                lambda piece: merge_patches(self.visual, piece, number), self.reduction.all_rows(x), self.piece
             )
             self.deepstack = torch.cat([self.deepstack, features[:, None]], 1)
         if self.gathering and layer in self.gathering.middle:
@@ -149,7 +191,7 @@ class VisionBlock:
         active = self.run.reduction.active(self.number)
         some = x if active is None else x[active]
         self.run.computed[self.number] += len(some)
-        some = self.run.in_pieces(self.mlp, some)
+        some = in_pieces(self.mlp, some, self.run.piece)
         return some if active is None else x.index_copy(0, active, some)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
@@ -173,7 +215,8 @@ class VisionBlock:
         q, k, v = kernels(x.device).rotate_into_groups(qkv, *table, layout.place, self.heads, *plan.keys)
         mixed = plan.attend(q, k, v, scale=dim**-0.5)
         x, normed = self._add_norm(x, weights.attn.proj(mixed[..., :dim].flatten(1)), weights.norm2)
-        return self._add_norm(x, self.run.in_pieces(self._mlp_by_kernels, normed, PATCHES), after)
+        piece = self.run.piece and self.run.piece * PATCHES
+        return self._add_norm(x, in_pieces(self._mlp_by_kernels, normed, piece), after)
 
     def _add_norm(
         self, x: torch.Tensor, plus: torch.Tensor | None, norm: torch.nn.Module | None

@@ -72,8 +72,8 @@ FAULTS = {
     "units that reuse the row of their neighbour": Fault(
         "reuse",
         f"{ENCODER}:_Run.collect",
-        "self.carried.among_all(layout.unit_to_row, index) if",
-        "self.carried.among_all(layout.unit_to_row, index).roll(1) if",
+        "self.carried.among_all(layout, self.count) if",
+        "self.carried.among_all(layout, self.count).roll(1) if",
     ),
     "pixels too bright": Fault(
         "patches", "evoprune.hf.processor_inputs:normalised", "_by_channel(std", "0.98 * _by_channel(std"
@@ -90,7 +90,7 @@ FAULTS = {
         "Visual(place, each.features,",
         "Visual(place, encoded[-1].features[: len(each.features)],",
     ),
-    "later chunks own the rows of the first": Fault("chunks", f"{ENCODER}:_Run.collect", " + self.count", ""),
+    "later chunks own the rows of the first": Fault("chunks", f"{ENCODER}:_Run.collect", "self.count) if", "0) if"),
     "one wait for each norm": Fault(
         "waits", "evoprune.vision.families:norm", ".mul_(weight)", ".mul_(weight + 0 * weight.sum().item())"
     ),

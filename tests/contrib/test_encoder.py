@@ -16,8 +16,7 @@ from evoprune.methods.baselines import Random
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.plans import EncoderPlan, SetAside, Stage, TowerShape, WholePairs, full_plan
 from evoprune.methods.types import Tokens
-from evoprune.vision.encoded import select_tokens, selected
-from evoprune.vision.encoder import encode_rows
+from evoprune.vision.encoder import encode_rows, select_tokens, selected
 from evoprune.vision.layout import full_layout, geometry
 from evoprune.vision.reductions import Followers
 from evoprune.vision.tower import tower_shape
@@ -179,7 +178,7 @@ def test_earlytom_the_whole_encoder_line_by_line(grid, full_layers, settings_, s
     frames = earlytom_slowly(visual, patches, grid, method, {stage.first_layer for stage in plan.row_stages})
     for size in (1, 10**6):
         rows = encode_rows(visual, [patches], plan, chunk_units=size)
-        assert rows.unit.tolist() == [of[0] * units + i for of, *_ in frames for i in range(units)]
+        assert rows.rows.unit.tolist() == [of[0] * units + i for of, *_ in frames for i in range(units)]
         number = {pair: i for i, (of, *_) in enumerate(frames) for pair in of}
         assert rows.tokens.owner.tolist() == [number[p] * units + i for p in range(grid[0]) for i in range(units)]
         expected = torch.cat([x for _, x, _ in frames])

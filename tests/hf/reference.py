@@ -18,8 +18,7 @@ ONCE = {"method_args": {"count": "0"}}  # every token counts once
 
 def encoded(model, inputs, budget, how=ONCE, pictures=False):
     pixels, grids = ("pixel_values", "image_grid_thw") if pictures else ("pixel_values_videos", "video_grid_thw")
-    seconds = 1.0 if pictures else seconds_of(inputs)
-    return evoprune.encode(model, inputs[pixels], inputs[grids], budget=budget, seconds_per_pair=seconds, **how)
+    return evoprune.encode(model, inputs[pixels], inputs[grids], budget=budget, **how)
 
 
 def seconds_of(inputs):

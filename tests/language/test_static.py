@@ -13,12 +13,14 @@ from evoprune.language import decoder, static
 from evoprune.language.decoder import bias_features
 from evoprune.language.generate import GenerationOptions, PrefillState, TokenStream, prefill
 from evoprune.language.prompt import VisualSpan, prompt_positions
-from evoprune.model.config import MODEL_TYPES
+from evoprune.model.config import FAMILIES
 from evoprune.session.loading.model import load_model
 from tests.backend.recorder import Graphs
 from tests.tiny import tiny_model
 
 NEW = 12
+
+NATIVE = [family for family, traits in FAMILIES.items() if traits.native]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def plainly(model, *args, **options) -> list[int]:
 
 
 @pytest.mark.parametrize("sizes", [False, True])
-@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("family", NATIVE)
 def test_a_graph_decodes_the_tokens_of_the_plain_decoder(family, sizes, graphs):
     model = tiny_model(family=family)
     expected = plainly(model, state_of(model, sizes=sizes))
@@ -69,7 +71,7 @@ def test_a_graph_decodes_the_tokens_of_the_plain_decoder(family, sizes, graphs):
     assert answer.finish_reason == "length"
 
 
-@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("family", NATIVE)
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
 def test_the_logits_of_a_step_are_those_of_the_plain_decoder(family, dtype, near):
     model, ids = tiny_model(family=family).to(dtype), [5, 17, 9, 200]
@@ -278,7 +280,7 @@ def answer(model, columns: int, new: int, **how) -> list[int]:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("family", NATIVE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("joined", [False, True])
 def test_a_graph_decodes_the_same_tokens(family, dtype, joined):

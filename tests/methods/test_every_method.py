@@ -175,8 +175,7 @@ def question() -> torch.Tensor:
 
 def encode(name: str, budget: float, family: str = "qwen2_5_vl"):
     inputs = prompt(family)["pixel_values_videos"], prompt(family)["video_grid_thw"]
-    seconds = [float(x) for x in prompt(family).get("second_per_grid_ts", (1, 1))]
-    how = {"budget": budget, "method": name, "question": question(), "seconds_per_pair": seconds}
+    how = {"budget": budget, "method": name, "question": question()}
     return evoprune.encode(model(family), *inputs, **how)
 
 

@@ -17,8 +17,7 @@ from evoprune.contrib.language import select_in_language
 from evoprune.errors import PLUGINS, PluginError, UsageError, names_plugins
 from evoprune.methods import registry
 from evoprune.methods.types import Selection
-from evoprune.vision.encoded import select_tokens
-from evoprune.vision.encoder import encode_rows
+from evoprune.vision.encoder import encode_rows, select_tokens
 from evoprune.vision.tower import tower_shape
 from tests.cli.conftest import cli  # noqa: F401
 from tests.contrib.eager import COLUMNS, a_prompt, deep_model, run_method

@@ -19,7 +19,7 @@ from evoprune.session.loading.model import load_model, random_model
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from evoprune.vision.encoder import encode
-from evoprune.vision.preprocess import Patches, patch_means, patchify, resize, scan
+from evoprune.vision.preprocess import patch_means, patchify, resize, scan
 from evoprune.vision.tower import tower_shape
 from tests.hf.reference import TAKES_ENCODED
 from tests.methods.tokens import plan_of
@@ -81,7 +81,7 @@ def picture(folder):
 def patches_of(plan) -> torch.Tensor:
     chunks = read_frames(plan.info, plan.sampling.times_s)
     frames = torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks]))
-    return patchify(resize(frames, plan.height, plan.width), *HALF, 16)
+    return patchify(resize(frames, plan.height, plan.width), HALF, 16)
 
 
 class Written:
@@ -163,7 +163,7 @@ def test_pruned_logits_against_a_prompt_by_hand(loaded, host, name, budget):
     method, grid, patches = methods.parse(name), plan.grid, patches_of(plan)
     keep, visual = plan.encoder.keep, host.model.visual
     units = grid[1] * grid[2]
-    source, _ = scan(patch_means(Patches(patches, *HALF), units), threshold=8.0)
+    source, _ = scan(patch_means(patches, units, HALF), threshold=8.0)
     reuse = plan_of(method, tower_shape(visual), grid, keep).reuse
     changed = source == torch.arange(grid[0])[:, None] if reuse else None
     kept, features, sizes = tokens_slowly(visual, patches, grid, method, keep, changed)

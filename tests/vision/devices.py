@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evoprune.backend import devices
 from evoprune.bench.verify.waiting import shape_depends_on_values
 from evoprune.methods.base import Merger
-from evoprune.vision import attention, encoded, encoder
+from evoprune.vision import attention, encoder
 from tests.vision.results import assert_same, check_result, encode_patches
 from tests.vision.tower import tiny_tower
 
@@ -65,7 +65,7 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
     by_hand = pausing(varlen_by_hand)
     monkeypatch.setattr(devices, "exact_shapes", lambda device: False)
     for where, name in (
-        (encoded.EncodedRows, "finish"),
+        (encoder.EncodedRows, "finish"),
         (encoder._Run, "select_rows"),
     ):
         monkeypatch.setattr(where, name, pausing(getattr(where, name)))

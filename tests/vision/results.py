@@ -4,8 +4,7 @@ from math import prod
 
 import torch
 
-from evoprune.vision.encoded import Encoded
-from evoprune.vision.encoder import encode
+from evoprune.vision.encoder import Encoded, encode
 from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import plan_of
 from tests.vision.clips import clip

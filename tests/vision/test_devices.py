@@ -15,7 +15,7 @@ from evoprune.backend.attention import attend_varlen, varlen_kernel
 from evoprune.backend.devices import Timer
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_paper import EvoPrunePaper
-from evoprune.vision import attention, encoded
+from evoprune.vision import attention, encoder
 from evoprune.vision.attention import Packed, attend_packed, grouped_attention, plan_attention, with_bias
 from evoprune.vision.layout import geometry
 from tests.vision.clips import changes, clip
@@ -121,7 +121,9 @@ def test_reuse_waits_once_for_the_counts_of_a_chunk(share, monkeypatch):
         patch.setattr(torch.Tensor, "tolist", lambda x: read.append(len(x)) or real(x))
         made = list(chunks_of(patches.split(7 * 60), grid, 60, 5.0))
     assert read == [4] * 5
-    assert all(chunk.first % 4 == chunk.pairs % 4 == 0 for chunk in made)  # so many frame pairs are compared at once
+    assert all(
+        chunk.first % 4 == chunk.layout.pairs % 4 == 0 for chunk in made
+    )  # so many frame pairs are compared at once
     for field in ("patches", "source"):
         assert torch.equal(*(torch.cat([getattr(chunk, field) for chunk in chunks]) for chunks in (made, expected)))
 
@@ -140,7 +142,7 @@ def test_every_shape_is_known_on_a_device_without_values(keep, kernel, monkeypat
         return torch.empty_like(q)
 
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: answer if kernel else None)
-    monkeypatch.setattr(encoded.EncodedRows, "finish", lambda _, kept: (False, 0.0, kept))
+    monkeypatch.setattr(encoder.EncodedRows, "finish", lambda _, kept: (False, 0.0, kept))
     visual = deepcopy(tiny_tower((0, 2))).bfloat16().to(meta)
     method = EvoPrunePaper(first=0.0, last=1.0)
     patches = clip(grid, changes(grid, 0.3))

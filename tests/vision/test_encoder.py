@@ -24,8 +24,7 @@ from evoprune.methods.plans import ALLOCATIONS, keep_count
 from evoprune.methods.registry import built_in
 from evoprune.methods.types import Selection, Tokens
 from evoprune.vision import attention, encoder
-from evoprune.vision.encoded import select_tokens
-from evoprune.vision.encoder import encode, encode_rows
+from evoprune.vision.encoder import encode, encode_rows, select_tokens
 from evoprune.vision.layout import geometry
 from evoprune.vision.preprocess import patchify
 from evoprune.vision.tower import tower_shape

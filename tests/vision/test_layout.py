@@ -1,16 +1,21 @@
 """Rows, owners and attention groups, against loops over units."""
 
+from math import prod
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.vision_utils import get_vision_window_index
 
+from evoprune.vision.encoder import Rows
 from evoprune.vision.layout import (
     TokenLayout,
     attention_groups,
     full_layout,
     geometry,
+    order_tables,
+    window_order,
 )
 from tests.vision.tower import groups_by_hand, merge_at_random, place_key, random_layout, referring
 
@@ -122,3 +127,21 @@ def test_groups_see_rows_of_earlier_frame_pairs(made, scope):
     if layout.reach != "place":
         assert not groups.consecutive and groups.key_length.sum() == len(groups.keys)
         assert (groups.keys < layout.rows + geo.units).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes, st.floats(0, 1), st.integers(0, 99))
+def test_selected_units_are_rows_in_window_order_and_own_their_clusters(grid, share, seed):
+    random, n, geo = torch.Generator().manual_seed(seed), prod(grid), geometry(*grid[1:])
+    keep = max(1, round(share * n))
+    kept = torch.randperm(n, generator=random)[:keep].sort().values
+    owner = torch.randint(keep, (n,), generator=random)
+    owner[kept] = torch.arange(keep)
+    rows = Rows(kept[:, None], kept[:, None, None], kept, owner)
+    made, order = rows.sorted_by(order_tables(geo, grid[0])[1][kept])
+    layout = TokenLayout(geo, grid[0], made.unit, made.unit_to_row, "clip")
+    alive = torch.zeros(n, dtype=torch.bool).index_fill_(0, kept, True).view(grid[0], -1)
+    assert torch.equal(made.unit, window_order(geo, grid[0], alive, keep)) and torch.equal(made.unit, made.values[:, 0])
+    assert torch.equal(made.unit[made.unit_to_row], kept[owner]) and torch.equal(made.unit, made.deepstack[:, 0, 0])
+    assert sum(layout.per_pair) == layout.rows == keep
+    assert torch.equal(made.unit, kept[order])

@@ -17,10 +17,8 @@ from evoprune.video.plan import smart_resize
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.layout import geometry
 from evoprune.vision.preprocess import (
-    CLIP_MEAN,
-    CLIP_STD,
+    CLIP,
     SPARSE,
-    Patches,
     in_chunks,
     patch_means,
     patchify,
@@ -33,7 +31,7 @@ from tests.threads import one_thread  # noqa: F401
 from tests.vision.clips import changes, clip
 from tests.vision.tower import PATCH_WIDTH, referring, tiny_tower
 
-GREY_LEVEL = 1 / 255 / min(CLIP_STD)
+GREY_LEVEL = 1 / 255 / min(CLIP[1])
 
 
 def outcome(function, *args, **kwargs):
@@ -113,9 +111,9 @@ def test_resize_treats_every_frame_by_itself_and_those_of_the_right_size_not_at_
     assert torch.equal(together, torch.cat([resize(frame[None], 84, 56) for frame in frames]))
 
 
-def patches_by_hand(frames, mean, std, patch, temporal, merge):
+def patches_by_hand(frames, normal, patch, temporal, merge):
     """Frame pair, unit row, unit column, row and column in the unit; then channel, frame, row, column."""
-    f, h, w, channels = frames.shape
+    (f, h, w, channels), (mean, std) = frames.shape, normal
     unit = patch * merge
     pixels = (frames.double() / 255 - torch.tensor(mean)) / torch.tensor(std)
     places = product(range(0, f, temporal), range(0, h, unit), range(0, w, unit), *[range(0, unit, patch)] * 2)
@@ -130,12 +128,12 @@ def patches_by_hand(frames, mean, std, patch, temporal, merge):
         ((4, 28, 56), {}),
         ((6, 8, 12), {"patch": 2, "merge": 2}),
         ((3, 6, 12), {"patch": 2, "temporal": 1, "merge": 3}),
-        ((4, 4, 8), {"patch": 4, "temporal": 4, "merge": 1, "mean": (0.1, 0.5, 0.9), "std": (1.0, 0.5, 2.0)}),
+        ((4, 4, 8), {"patch": 4, "temporal": 4, "merge": 1, "normal": ((0.1, 0.5, 0.9), (1.0, 0.5, 2.0))}),
     ],
 )
 def test_patches_of_a_video_against_loops(shape, cut):
     frames = noise(shape[1], shape[2], frames=shape[0])
-    whole = {"mean": CLIP_MEAN, "std": CLIP_STD, "patch": 14, "temporal": 2, "merge": 2} | cut
+    whole = {"normal": CLIP, "patch": 14, "temporal": 2, "merge": 2} | cut
     torch.testing.assert_close(patchify(frames, **cut), patches_by_hand(frames, **whole), atol=1e-5, rtol=1e-5)
 
 
@@ -144,7 +142,7 @@ def test_patches_of_a_video_against_loops(shape, cut):
 
 def chunks_of(pieces, grid, rows, threshold, dtype=torch.float32):
     geo, timer = geometry(*grid[1:]), Timer(torch.device("cpu"))
-    return in_chunks(pieces, geo, grid[0], rows=rows, threshold=threshold, dtype=dtype, timer=timer)
+    return in_chunks(pieces, geo, grid[0], normal=CLIP, rows=rows, threshold=threshold, dtype=dtype, timer=timer)
 
 
 def filled(rows: list[int], units: int, enough: int) -> list[list[int]]:
@@ -171,22 +169,22 @@ def test_a_chunk_is_as_many_frame_pairs_as_it_takes(grid, share, seed, rows, reu
     made = list(chunks_of(patches.tensor_split(3), grid, rows, 5.0 if reuse else 0.0))
     source = torch.arange(count)[:, None].expand(-1, geo.units)
     if reuse:
-        source, _ = scan(patch_means(Patches(patches), geo.units), threshold=5.0)
+        source, _ = scan(patch_means(patches, geo.units), threshold=5.0)
     layout = referring(geo, source)
     expected = filled(list(layout.per_pair), geo.units, rows)
-    assert [(chunk.first, chunk.pairs) for chunk in made] == [(pairs[0], len(pairs)) for pairs in expected]
+    assert [(chunk.first, chunk.layout.pairs) for chunk in made] == [(pairs[0], len(pairs)) for pairs in expected]
     # Together they have the rows of the whole video, in its order, and nothing of any other unit.
     assert torch.equal(torch.cat([c.patches for c in made]), patches.view(-1, 4, PATCH_WIDTH)[layout.unit])
     assert all(c.patches.untyped_storage().nbytes() == c.patches.nbytes for c in made)
-    layouts = [(c.layout(geo), c.latest(geo) if c.source is not None else None) for c in made]
+    layouts = [(c.layout, c.latest() if c.source is not None else None) for c in made]
     units = [own.unit + c.first * geo.units for c, (own, _) in zip(made, layouts, strict=True)]
     assert torch.equal(torch.cat(units), layout.unit)
     for c, (own, latest) in zip(made, layouts, strict=True):
-        assert own.rows == c.rows and own.pairs == c.pairs
+        assert own.rows == len(c.patches)
         if not reuse:
             assert c.source is None and latest is None
             continue
-        assert torch.equal(c.source, source[c.first : c.first + c.pairs])
+        assert torch.equal(c.source, source[c.first : c.first + own.pairs])
         pairs = (c.source[-1] - c.first).tolist()
         assert latest.tolist() == [pair * geo.units + place if pair >= 0 else -1 for place, pair in enumerate(pairs)]
 
@@ -198,8 +196,8 @@ def test_a_chunk_is_made_as_soon_as_its_last_frame_pair_is_read(share, pairs, th
     grid, read, sizes = (40, 3, 5), [], []
     patches = clip(grid, changes(grid, share)).split(4 * 15)
     for chunk in chunks_of((read.append(1) or piece for piece in patches), grid, 30, threshold):
-        assert len(read) == chunk.first + chunk.pairs
-        sizes.append(chunk.pairs)
+        assert len(read) == chunk.first + chunk.layout.pairs
+        sizes.append(chunk.layout.pairs)
     # A still clip is a few chunks, because units are bounded too; noise is two frame pairs at a time.
     assert sum(sizes) == 40 and len(sizes) > 2 and {*sizes[:-1]} <= (pairs if threshold else {2})
 
@@ -263,7 +261,7 @@ def brighter(frame, steps):
 
 def test_the_means_of_patches_are_those_of_the_frames():
     frames = torch.randint(0, 256, (4, HEIGHT, WIDTH, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    made = patch_means(Patches(patchify(frames)), UNITS)
+    made = patch_means(patchify(frames), UNITS)
     assert made.dtype == torch.float32
     torch.testing.assert_close(made, block_means(frames), atol=1e-3, rtol=0)
     # Unit 4 is the second of the second row; its block (1, 2) in the second frame of pair 1.

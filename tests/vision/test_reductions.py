@@ -20,10 +20,8 @@ from evoprune.methods.plans import Stage
 from evoprune.methods.select import assign_clusters, farthest_points, points_of
 from evoprune.methods.types import Selection
 from evoprune.vision import encoder
-from evoprune.vision.encoded import select_tokens
-from evoprune.vision.encoder import encode_rows
-from evoprune.vision.preprocess import Patches, patch_means, scan
-from evoprune.vision.segments import NothingNew, Segment
+from evoprune.vision.encoder import NothingNew, Segment, encode_rows, select_tokens
+from evoprune.vision.preprocess import patch_means, scan
 from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import plan_of
 from tests.vision.clips import changes, clip
@@ -36,7 +34,7 @@ AFTER = EvoPrune(depth=1.0)  # the selection comes after the tower
 
 def encoded_units(patches, grid, threshold=THRESHOLD) -> torch.Tensor:
     """bool `[T, H*W]`: which units are encoded."""
-    source, _ = scan(patch_means(Patches(patches), grid[1] * grid[2]), threshold=threshold)
+    source, _ = scan(patch_means(patches, grid[1] * grid[2]), threshold=threshold)
     return source == torch.arange(grid[0])[:, None]
 
 
@@ -146,7 +144,7 @@ def test_without_selections_between_layers_segments_are_the_whole(tower, share, 
     method = methods.parse("evoprune:depth=1:first=0")
     ((whole, _),) = in_segments(visual, patches, method, (9,), 1 / 3)  # a plan with another count has the same rows
     parts = [rows for rows, _ in in_segments(visual, patches, method, pairs, 1 / 3, chunk_units=chunk_units)]
-    for values in (lambda rows: rows.tokens.rows, lambda rows: rows.deepstack):
+    for values in (lambda rows: rows.tokens.rows, lambda rows: rows.rows.deepstack):
         of_units = torch.cat([values(part)[part.tokens.owner] for part in parts])
         torch.testing.assert_close(of_units, values(whole)[whole.tokens.owner], atol=2e-5, rtol=1e-5)
     assert sum(part.layers[0][1] for part in parts) == whole.layers[0][1] == changed.sum()
@@ -165,12 +163,14 @@ def test_selections_between_layers_see_rows_of_their_own_segment_alone(name, mon
         torch.testing.assert_close(part.tokens.rows, other.tokens.rows, atol=2e-5, rtol=1e-5)
         assert torch.equal(part.tokens.owner, other.tokens.owner) and part.layers == other.layers
         owner, computed = part.tokens.owner, part.layers[-1][1]
-        assert (owner >= 0).all() and owner.unique().numel() == len(part.unit) >= computed
-        assert (part.unit.diff() > 0).all() and torch.equal(owner[part.unit], torch.arange(len(part.unit)))
+        assert (owner >= 0).all() and owner.unique().numel() == len(part.rows.unit) >= computed
+        assert (part.rows.unit.diff() > 0).all() and torch.equal(
+            owner[part.rows.unit], torch.arange(len(part.rows.unit))
+        )
         tokens = select_tokens(part)
         assert len(tokens.kept) == 36 and tokens.features.isfinite().all()
         if number:
-            before, place = parts[number - 1][1].features, part.unit % prod(PLACES)
+            before, place = parts[number - 1][1].features, part.rows.unit % prod(PLACES)
             taken = torch.tensor(
                 [bool((row == of).all()) for row, of in zip(part.tokens.rows, before[place], strict=True)]
             )

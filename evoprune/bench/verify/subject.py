@@ -377,7 +377,8 @@ class Asked:
         reader = PromptReader(engine, self.plans)
         self.prompt = reader.build(question, GenerationOptions(), sum(plan.units for plan in self.plans))
         self.positions = reader.positions(self.prompt)
-        call = arguments(self.prompt, self.plans, loaded.limits, loaded.model.config.vision_config)
+        about = loaded.limits, loaded.model.config.vision_config
+        call = arguments(self.prompt, self.plans, *about, device=subject.device)  # which resizes as the encoder does
         self.call = {name: value.to(subject.device) for name, value in call.items()}
 
     @cached_property

@@ -28,7 +28,6 @@ from evoprune.errors import ModelError, UsageError
 from evoprune.language.prompt import VisualSpan
 from evoprune.model.config import VisionConfig, check_vision, vision_sizes
 from evoprune.model.weights import Tower
-from evoprune.vision.preprocess import Patches
 from evoprune_vllm.attention import add_bias
 from evoprune_vllm.positions import COLUMNS, from_columns, generated_offset, known_positions, with_videos
 from evoprune_vllm.processor import KEEP, SECONDS, DummyInputs2, DummyInputs25, Processor2, Processor25, in_units
@@ -115,7 +114,7 @@ class _Pruned(SupportsMultiModalPruning):
                     made = torch.empty(keep, wide + columns, dtype=dtype, device=group.device)
                 else:
                     given = patches if patches.dtype == torch.uint8 else patches.float()
-                    found = encoded(self.visual, Patches(given, *self.normal), grid, keep, self.method)
+                    found = encoded(self.visual, given, grid, keep, self.method, self.normal)
                     made = with_columns(found, step, self.sizes.tokens_per_second) if columns else found.features
                 yield group.broadcast(made.contiguous())
 

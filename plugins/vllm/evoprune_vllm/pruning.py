@@ -17,9 +17,8 @@ from evoprune.methods.chain import Pipeline
 from evoprune.methods.plans import Grid, parse_budget
 from evoprune.model.config import vision_sizes
 from evoprune.util import did_you_mean
-from evoprune.vision.encoded import Encoded
-from evoprune.vision.encoder import encode
-from evoprune.vision.preprocess import Patches
+from evoprune.vision.encoder import Encoded, encode
+from evoprune.vision.preprocess import CLIP, Normal
 from evoprune.vision.tower import tower_shape
 from evoprune_vllm.positions import as_columns
 
@@ -69,26 +68,20 @@ def request_budget(options: Mapping[str, Any], rate: float | None) -> float:
     return budget
 
 
-def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> tuple[tuple[float, ...], ...]:
+def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> Normal:
     """Mean and std for levels from 0 to 1, from those for levels up to 255 times `scale`."""
     levels = round(1 / scale) / 255
     return tuple(levels * each for each in mean), tuple(levels * each for each in std)
 
 
 @names_plugins()
-def encoded(
-    visual,
-    patches: Patches | torch.Tensor,
-    grid: Grid,
-    keep: int,
-    method: Pipeline,
-) -> Encoded:
+def encoded(visual, patches: torch.Tensor, grid: Grid, keep: int, method: Pipeline, normal: Normal = CLIP) -> Encoded:
     """The tokens of a picture or video, exactly `keep` of them.
 
     Raises ModelError: the tower computes NaN or infinite values. PluginError: another package's method failed, or kept another K.
     """
     plan = method.plan(tower_shape(visual), grid, keep)
-    found = encode(visual, [patches], plan)
+    found = encode(visual, [patches], plan, normal=normal)
     if len(found.kept) != keep:
         hint = "choose another method"
         raise PluginError(f"method {method.name} kept {len(found.kept):,} tokens of {keep:,}", hint)

@@ -14,7 +14,7 @@ from evoprune.language.prompt import video_positions
 from evoprune.methods.base import Selector
 from evoprune.methods.chain import Pipeline
 from evoprune.methods.types import Selection
-from evoprune.vision.preprocess import CLIP_MEAN, CLIP_STD, Patches, normalised, pixel_patches
+from evoprune.vision.preprocess import CLIP, normalised, pixel_patches
 from evoprune_vllm.positions import COLUMNS, from_columns, split_bias
 from evoprune_vllm.pruning import encoded, normalisation, request_budget, served_method, try_out, with_columns
 from tests.tiny import tiny_model
@@ -95,15 +95,15 @@ def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(visual, m
     pixels, normal = pixel_patches(levels), normalisation((mean,) * 3, (std,) * 3, scale)
     assert [each[0] for each in normal] == pytest.approx([0.1, 5.0])
     for each in (pixels, (pixels * scale - mean) / std):  # bytes, and as Hugging Face's processor normalises them
-        found = encoded(visual, Patches(each, *normal), GRID, 20, methods.parse("reuse+divprune"))
+        found = encoded(visual, each, GRID, 20, methods.parse("reuse+divprune"), normal)
         assert found.layers[0] == (0, 24 + 12)
 
 
 def test_bytes_are_normalised_as_in_preprocessing(visual):
     pixels = torch.randint(0, 256, (math.prod(GRID) * 4, 1176), generator=torch.Generator().manual_seed(0)).byte()
-    normal, method = normalisation(CLIP_MEAN, CLIP_STD, 1 / 255), methods.parse("divprune")
-    assert normal == (CLIP_MEAN, CLIP_STD)
-    both = [encoded(visual, Patches(each, *normal), GRID, 20, method) for each in (pixels, normalised(pixels))]
+    normal, method = normalisation(*CLIP, 1 / 255), methods.parse("divprune")
+    assert normal == CLIP
+    both = [encoded(visual, each, GRID, 20, method, normal) for each in (pixels, normalised(pixels))]
     assert torch.equal(both[0].features, both[1].features) and torch.equal(both[0].kept, both[1].kept)
 
 
