@@ -18,7 +18,7 @@ def processed(model, *rows: Sequence, side: str = "left", seed: int = 0, seconds
         steps: frame pairs of a video that differ; the others repeat the one before, with a little noise.
     """
     config, random = model.config, torch.Generator().manual_seed(seed)
-    width, apart = 6 * config.vision_config.patch_size**2, config.model_type == "qwen3_vl"
+    width, apart = 6 * config.vision_config.patch_size**2, FAMILIES[config.model_type].timestamps
     pad = model.generation_config.pad_token_id or 0
     ids, videos, images, grids, shapes = [], [], [], [], []
     for pieces in rows:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import torch
 
+from evoprune.model.config import FAMILIES
+
 _NAMES = (
     "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
     "vision_start vision_end vision_pad image_pad video_pad"
 )
+NATIVE = [family for family, traits in FAMILIES.items() if traits.native]  # whose language model evoprune runs itself
 SPECIAL_TOKENS = [f"<|{name}|>" for name in _NAMES.split()]
 
 CHAT_TEMPLATE = """\

@@ -17,8 +17,9 @@ from evoprune.methods.types import ascending
 from evoprune.model.config import check_vision, vision_sizes
 
 SUPPORTED = (
-    "supported are transformers' classes for conditional generation of Qwen3.5, Qwen3-VL (and their mixtures of experts), "
-    "Qwen2.5-VL and Qwen2-VL; take it out of what wraps it (PEFT: get_base_model(), torch.compile: _orig_mod)"
+    "supported are transformers' Qwen3_5ForConditionalGeneration, Qwen3VLForConditionalGeneration, their Moe forms, "
+    "Qwen2_5_VLForConditionalGeneration and Qwen2VLForConditionalGeneration; take it out of what wraps it (PEFT: "
+    "get_base_model(), torch.compile: _orig_mod)"
 )
 # The classes of supported models, and of their towers.
 MODELS = ("Qwen3_5", "Qwen3_5Moe", "Qwen3VL", "Qwen3VLMoe", "Qwen2_5_VL", "Qwen2VL")

@@ -199,13 +199,12 @@ class Merging(Reduction):
             valid=valid,
             width=layout.geometry.width,
         )
-        with without_autocast():
-            local = self._merger.match(
-                candidates, remove
-            )  # which may write into what it gets: nothing reads that again
+        place = torch.where(valid, row, layout.rows).flatten()
+        with without_autocast():  # the merger may write into what it gets: nothing reads that again
+            local = self._merger.match(candidates, remove)
         # int64 `[R]`: the row that each row merges into, its own index if it stays. A last entry takes the values at padding.
         into = ascending(layout.rows + 1, row.device)
-        into = into.scatter_(0, torch.where(valid, row, layout.rows).flatten(), row.gather(1, local).flatten())[:-1]
+        into = into.scatter_(0, place, row.gather(1, local).flatten())[:-1]
         stays = into == ascending(layout.rows, into.device)
         if static:
             left, moves = sum(target) if last else layout.rows, layout.rows - sum(target)

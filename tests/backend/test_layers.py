@@ -13,9 +13,9 @@ from evoprune.backend.attention import causal_attention
 from evoprune.errors import DeviceWarning
 from evoprune.language import decoder, static
 from evoprune.language.decoder import KVCache, norm, rotate
-from evoprune.model.config import MODEL_TYPES, parse_config
+from evoprune.model.config import parse_config
 from evoprune.model.weights import QwenVL
-from tests.tiny import tiny_config, tiny_model
+from tests.tiny import NATIVE, tiny_config, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
@@ -95,7 +95,7 @@ def test_rotation_and_its_places(fast, dtype, normed, rows, dim, more, column):
         assert not held.any()
 
 
-@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("family", NATIVE)
 def test_joined_weights_are_the_same_weights(family):
     model = QwenVL(parse_config(tiny_config(family).to_dict()))
     model.to_empty(device="cpu").requires_grad_(False)
@@ -116,7 +116,7 @@ def test_joined_weights_are_the_same_weights(family):
     assert layers.joined(model.model.language_model.layers[1].mlp) is not None
 
 
-@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("family", NATIVE)
 def test_layers_of_fused_kernels(family, used):
     model = tiny_model(family=family).to(DEVICE)
     embeds, positions = random(30, 64), torch.randint(0, 40, (3, 30))

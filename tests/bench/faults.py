@@ -90,6 +90,9 @@ FAULTS = {
         "Visual(place, each.features,",
         "Visual(place, encoded[-1].features[: len(each.features)],",
     ),
+    "a word of the question before that stays": Fault(
+        "again", "evoprune.session.prompting:PromptReader._take_prefix", "cache.crop(known)", "cache.crop(known + 1)"
+    ),
     "later chunks own the rows of the first": Fault("chunks", f"{ENCODER}:_Run.collect", "self.count) if", "0) if"),
     "one wait for each norm": Fault(
         "waits", "evoprune.vision.families:norm", ".mul_(weight)", ".mul_(weight + 0 * weight.sum().item())"

@@ -10,6 +10,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 import evoprune
 from evoprune.hf import interface
+from evoprune.model.config import FAMILIES
 from tests.prompts import TIME_TOKENS
 
 TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
@@ -43,7 +44,7 @@ def masked(model, inputs, videos, pictures=None):
         columns = inputs["input_ids"] == getattr(model.config, f"{kind}_token_id")
         dropped = torch.ones(len(made.owner), dtype=torch.bool).index_fill(0, made.kept, False)
         leaves = torch.zeros_like(columns).masked_scatter(columns, dropped)
-        if kind == "video" and made.deepstack is not None:
+        if kind == "video" and FAMILIES[model.config.model_type].timestamps:
             leaves = with_empty_pairs(model, inputs["input_ids"], leaves)
         call["attention_mask"] = call["attention_mask"].masked_fill(leaves, 0)
         features[kind] = tower_output(made, sizes)

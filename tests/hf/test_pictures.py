@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import evoprune
+from evoprune.hf import interface
 from evoprune.errors import UsageError
 from evoprune.methods.plans import keep_count
 from evoprune.model.config import MODEL_TYPES
@@ -45,6 +46,8 @@ def test_full_budget_is_the_models_own(model, prompt):
 @pytest.mark.parametrize("method", ["evoprune", "tome", "visionzip"])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_it_is_the_whole_prompt_with_the_dropped_columns_masked(model, prompt, method):
+    if interface.LINEAR in (getattr(model.config.text_config, "layer_types", None) or ()):
+        pytest.skip("a recurrent state changes with a masked column too")
     inputs = processed(model, *PROMPTS[prompt])
     how = {"method": method} | (ONCE if method == "evoprune" else {})
     videos = encoded(model, inputs, 0.25, how) if "pixel_values_videos" in inputs else None

@@ -13,14 +13,11 @@ from evoprune.language import decoder, static
 from evoprune.language.decoder import bias_features
 from evoprune.language.generate import GenerationOptions, PrefillState, TokenStream, prefill
 from evoprune.language.prompt import VisualSpan, prompt_positions
-from evoprune.model.config import FAMILIES
 from evoprune.session.loading.model import load_model
 from tests.backend.recorder import Graphs
-from tests.tiny import tiny_model
+from tests.tiny import NATIVE, tiny_model
 
 NEW = 12
-
-NATIVE = [family for family, traits in FAMILIES.items() if traits.native]
 
 
 @pytest.fixture(scope="module")

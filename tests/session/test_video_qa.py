@@ -21,7 +21,7 @@ from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.bench.overlay import trace
 from evoprune.errors import ModelError, UsageError, VideoError, error_record
 from evoprune.language.prompt import VisualSpan, prompt_positions
-from evoprune.model.config import MODEL_TYPES
+from evoprune.model.config import FAMILIES, MODEL_TYPES
 from evoprune.model.weights import shared
 from evoprune.report import Report, warning_lines
 from evoprune.session.answering import Answer
@@ -80,7 +80,7 @@ def hugging_faces(loaded, inputs, n) -> list[int]:
         pads[special[f"<|{name}_pad|>"]] = iter(inputs.get(f"{name}_grid_thw", torch.zeros(0)).tolist())
         setattr(model.config, f"{name}_token_id", special[f"<|{name}_pad|>"])
     seconds, video, at = iter(inputs.get("second_per_grid_ts", torch.zeros(0)).tolist()), model.config.video_token_id, 0
-    while at < len(ids) and model.config.model_type != "qwen3_vl":
+    while at < len(ids) and not FAMILIES[model.config.model_type].timestamps:
         if ids[at] in pads:
             t, h, w = next(pads[ids[at]])
             spans.append(VisualSpan(at, (t, h // 2, w // 2), next(seconds, 1.0) if ids[at] == video else 1.0))
@@ -314,7 +314,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, thre
         made.append(1)
         return pixel_patches(*args)
 
-    monkeypatch.setattr("evoprune.session.encoding.pixel_patches", counted)
+    monkeypatch.setattr("evoprune.vision.preprocess.pixel_patches", counted)
     at_once = qa.encode(LONG)
     chunks, made[:] = len(made), []
     with closing(open_inputs(qa.engine, [LONG])) as video:
@@ -376,7 +376,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
     if stage == "read":
         reading.each = fails
     if stage == "preprocess":
-        monkeypatch.setattr("evoprune.session.encoding.pixel_patches", preprocess)
+        monkeypatch.setattr("evoprune.vision.preprocess.pixel_patches", preprocess)
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(fails if stage == "encode" else lambda *_: None)
     with pytest.raises(type(problem)) as caught:

@@ -82,7 +82,9 @@ NOT_DONE = dict.fromkeys(
      "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "min_p", "penalty_alpha",
      "no_repeat_ngram_size", "sequence_bias", "stop_strings", "suppress_tokens", "top_h"), 0
 ) | dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p"), 1)  # fmt: skip
-MODEL_HINT = "evoprune runs Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL checkpoints, such as Qwen/Qwen2.5-VL-3B-Instruct, and its demos"
+MODEL_HINT = (
+    "evoprune runs Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL, such as Qwen/Qwen2.5-VL-3B-Instruct, and its demos"
+)
 BELONG = "config.json and the weights must belong together; get the model again"
 MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
 # How names of tensors begin that other programs wrote, and what to do about it.
