@@ -76,7 +76,7 @@ class VideoQA(Uncopied):
             model: hub id, local folder, demo or demo-scenes.
             progress: called with layers quantised and layers in all.
             options: `budget`, `method`, `method_args`, `seed`; `revision`, `device`, `dtype`, `quantize`, `store_quantized`,
-                `load_format`, `engine`, `offline`, `threads` (None leaves torch's number). What they mean: `evoprune ask --help-all`.
+                `load_format`, `engine`, `offline`, `threads` (None leaves torch's number); see `evoprune ask --help-all`.
         """
         check_type("progress", progress, Callable | None)
         loading, pruning = from_keywords({"model": model, **options}, ModelOptions, PruneOptions)

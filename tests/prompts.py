@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from evoprune.model.config import FAMILIES
+
 VIDEO, IMAGE = "video", "image"
 TIME, TIME_TOKENS = 201, 4  # before each frame pair of a video for Qwen3-VL: the first token, and how many
 

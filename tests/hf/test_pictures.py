@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import evoprune
-from evoprune.hf import interface
 from evoprune.errors import UsageError
+from evoprune.hf import interface
 from evoprune.methods.plans import keep_count
 from evoprune.model.config import MODEL_TYPES
 from tests.hf.reference import ONCE, TAKES_ENCODED, encoded, masked

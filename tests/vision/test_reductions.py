@@ -175,7 +175,7 @@ def test_selections_between_layers_see_rows_of_their_own_segment_alone(name, mon
                 [bool((row == of).all()) for row, of in zip(part.tokens.rows, before[place], strict=True)]
             )
             assert taken.sum() == len(part.rows.unit) - computed > 0
-    for layout, _ in entered:  # units of the segment before have its row at their place
+    for layout in entered:  # units of the segment before have its row at their place
         outside = (layout.unit_to_row >= layout.rows).nonzero()[:, 0]
         assert torch.equal(layout.unit_to_row[outside] - layout.rows, outside % prod(PLACES))
 
