@@ -91,7 +91,7 @@ def profile(
         str | None,
         "--load-format",
         "auto reads the weights; dummy takes random ones, which are as fast and need no network; default: dummy for "
-        "Qwen/Qwen2.5-VL-3B-Instruct, -7B-Instruct and Qwen3-VL-2B-Instruct, -4B-Instruct and -8B-Instruct, else auto.",
+        "a name whose dimensions come with evoprune (evoprune inspect -m NAME), else auto.",
         ModelOptions.PANEL,
         **opt.one_of(*LOAD_FORMATS),
     ) = None,
