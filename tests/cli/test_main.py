@@ -144,7 +144,7 @@ CASES = {
         "load", "evoprune.session.loading.model.load_weights", CPU_FULL, says="the weights of demo"
     ),
     "frames do not fit": out_of_memory("read", "evoprune.video.sandbox.channel.mmap.mmap", OSError(12, "no memory")),
-    "pictures do not fit": out_of_memory("preprocess", "evoprune.session.encoding.pixel_patches", CPU_FULL),
+    "pictures do not fit": out_of_memory("preprocess", "evoprune.vision.preprocess.pixel_patches", CPU_FULL),
     "tower does not fit": out_of_memory("encode", "evoprune.session.encoding.encode_rows", CUDA_FULL),
     "prompt does not fit": out_of_memory("prefill", "evoprune.session.prompting.prefill", CUDA_FULL),
     "nothing fits": fails(5, "memory", *ASK, breaks=("evoprune_cli.ask._check_inputs", MemoryError())),

@@ -242,7 +242,7 @@ def test_a_model_in_hand_is_pruned_alike(folder, loaded, host, name, budget, pat
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", [name for name in BUNDLED_CONFIGS if "Qwen3" in name])
+@pytest.mark.parametrize("name", [name for name in BUNDLED_CONFIGS if "Qwen3-VL" in name and "-A3B" not in name])
 def test_full_budget_at_true_dimensions(name):
     """The whole tower, and a layer more of the language model than DeepStack adds to, on frames of an odd shape."""
     config = read_config(BUNDLED_CONFIGS[name])
