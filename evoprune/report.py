@@ -361,14 +361,17 @@ def summary(report: Report) -> str:
     return f"{read}; first token {first}, total {times.total or 0:,.0f} ms"
 
 
+def device_text(name: str | None, threads: int | None) -> str:
+    """A device as a record names it, with the threads if it is the CPU."""
+    return f"{name} ({counted(threads, 'thread')})" if threads and (name or "").startswith("cpu") else str(name)
+
+
 def _heading(report, width: int) -> list[str]:
     model, pruning, lines = report.model, report.pruning, []
     if model.id or model.device:
-        on_cpu = (model.device or "").startswith("cpu")
-        threads = f" ({counted(report.env.threads, 'thread')})" if on_cpu and report.env.threads else ""
         name = os.path.basename(os.path.abspath(model.id)) if os.path.isabs(model.id or "") else model.id or "?"
         name = shorten(name, max(24, width - 40))
-        lines.append(f"{'model':<11}{name}  {model.precision}  {model.device}{threads}")
+        lines.append(f"{'model':<11}{name}  {model.precision}  {device_text(model.device, report.env.threads)}")
     lines += [_input_line(each, width) for each in report.inputs or [report] if each.video.path]
     if pruning.method:
         budget = "" if pruning.method == "none" else f" -b {budget_text(pruning.budget)}"

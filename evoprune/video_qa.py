@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
+from evoprune.backend.devices import holds_values
 from evoprune.errors import UsageError, names_plugins
 from evoprune.session.answering import Answer, EncodedInputs, Uncopied, together
 from evoprune.session.encoding import OpenInputs, Progress, open_inputs, paths_of
@@ -65,7 +66,7 @@ class VideoQA(Uncopied):
         self.engine = Engine(loaded, pruning.config(), load_seconds) if isinstance(loaded, LoadedModel) else loaded
         if self.loaded.tokenizer is None:
             raise no_tokenizer(self.loaded.id)
-        if self.loaded.device == "meta":  # shapes without numbers
+        if not holds_values(self.engine.device):
             raise UsageError("device 'meta' computes nothing", "cpu always works, auto finds a GPU")
 
     @classmethod

@@ -20,6 +20,7 @@ from evoprune.bench.chart import COLOURS, INK, PALE, Panel, Point, Series, draw
 from evoprune.bench.profile_results import BOUND, METHOD, SYNTHETIC, Case, Figures, ProfileResults, ProfileRow, Spread
 from evoprune.cpu.precision import LOAD_FORMATS, QUANTIZE
 from evoprune.errors import UsageError
+from evoprune.report import device_text
 from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.util import counted
 from evoprune.util import size as size_text
@@ -323,12 +324,6 @@ def _source(results: ProfileResults) -> str:
     return one_line(settings.get("video") or f"synthetic {settings.get('synthetic', 'clip')}")
 
 
-def _device(results: ProfileResults) -> str:
-    """The device, with its threads if it is a CPU."""
-    name = results.model.device
-    return f"{name} ({counted(results.env.threads, 'thread')})" if name.startswith("cpu") else name
-
-
 def _head(results: ProfileResults) -> list[str]:
     model, env, asked = results.model, results.env, results.settings
     args = "; ".join(f"{name}={value}" for name, value in (asked["method_args"] or {}).items())
@@ -336,7 +331,8 @@ def _head(results: ProfileResults) -> list[str]:
     return [
         f"evoprune profile {env.evoprune}, torch {env.torch}, transformers {env.transformers}",  # as results.py knows it
         f"{one_line(model.id)}{weights}, {model.dtype}",
-        f"{_device(results)}: {env.device_name}, {median(results.matmul_rates) / 1e9:,.0f} GFLOP/s in matrix products",
+        f"{device_text(model.device, env.threads)}: {env.device_name}, "
+        f"{median(results.matmul_rates) / 1e9:,.0f} GFLOP/s in matrix products",
         f"{_source(results)}; {asked['text_tokens']} text tokens; {counted(asked['new_tokens'], 'new token')}"
         + (f"; {one_line(args)}" if args else ""),
         f"{counted(results.rounds, 'round')} after {results.warmups} of warm-up, {results.seconds:.0f} s in all",
@@ -459,7 +455,12 @@ def draw_chart(results: ProfileResults) -> str:
     cases, model = results.cases, results.model
     sweep = len(cases) > 1
     sizes = ", ".join(sorted({f"{case.height}x{case.width}" for case in cases}))
-    facts = [model.dtype, _device(results), f"frames of {sizes}" if sweep else str(cases[0]), _source(results)]
+    facts = [
+        model.dtype,
+        device_text(model.device, results.env.threads),
+        f"frames of {sizes}" if sweep else str(cases[0]),
+        _source(results),
+    ]
     facts.append(f"median and range of {results.rounds} rounds" if results.rounds > 1 else "1 round")
     name = short_name(model.id) + " with random weights" * (model.load_format == "dummy")
     used = ", ".join(dict.fromkeys(one_line(row.method) for row in results.rows if row.kind == METHOD))

@@ -79,11 +79,11 @@ def note_model(engine: "Engine", asked: GenerationOptions, quiet: bool) -> None:
     if files.do_sample and others and not greedy:
         flags = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in others.items())
         tell(f"note: the model's generation_config.json has tokens drawn otherwise than here; as it says: {flags}")
-    usual = (loaded.dtype, loaded.device, loaded.quantize) == ("fp32", "cpu", "none")
+    usual = (loaded.dtype, loaded.quantize) == ("fp32", "none")
     if usual and loaded.weights_bytes >= LARGE_MODEL:
         from evoprune.cpu.quantize import kinds
 
-        if "int8" in kinds(loaded.model.device):  # the CPU has no bf16 products, but those of 8 bits
+        if "int8" in kinds(loaded.model.device):  # a CPU that has no bf16 products, but those of 8 bits
             gain = "about twice as fast, less exact, and takes a third of the memory"
             tell(f"note: fp32 on this CPU; --quantize int8 is {gain}")
 

@@ -232,15 +232,20 @@ def test_no_other_file_asks_for_the_family_of_a_model():
     assert all(list(asked_families(tree(name))) for name in FAMILIES_KNOWN_TO)
 
 
-# Who may ask what a device is: `verify` says it, and vLLM has devices of its own.
-DEVICES_KNOWN_TO = ("evoprune.backend.", "evoprune.bench.verify.", "evoprune_vllm.")
+# Who may ask what a device is: `verify` says it, vLLM has devices of its own, and a report names the one that its record does.
+DEVICES_KNOWN_TO = ("evoprune.backend.", "evoprune.bench.verify.", "evoprune_vllm.", "evoprune.report")
 
 
-def asked_devices(code: ast.Module) -> Iterator[ast.Attribute]:
-    """Where code reads of which kind a device is, or uses what torch has for one kind."""
+def asked_devices(code: ast.Module) -> Iterator[ast.AST]:
+    """Where code reads of which kind a device is, compares its name, or uses what torch has for one kind."""
     for node in ast.walk(code):
-        asked = r"(.*\.)?device\.type|torch\.(cuda|accelerator|mps|xpu)|.*\.is_(cpu|cuda|mps|xpu)"
+        asked = r"(.*\.)?device\.type|torch\.(cuda|accelerator|mps|xpu)|.*\.is_(cpu|cuda|meta|mps|xpu)"
         if isinstance(node, ast.Attribute) and re.fullmatch(asked, ast.unparse(node)):
+            yield node
+        begins = isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "startswith"
+        values = ast.walk(node) if begins or isinstance(node, ast.Compare) else ()
+        name = r"(cpu|cuda|meta|mps|xpu)(:\d*)?"
+        if any(isinstance(each, ast.Constant) and re.fullmatch(name, str(each.value)) for each in values):
             yield node
 
 
@@ -250,9 +255,12 @@ def test_no_other_file_asks_what_a_device_is():
         (f"{name}:{node.lineno} {ast.unparse(node)}" for name in others for node in asked_devices(tree(name))),
         "questions for a device",
     )
-    asked = "x.device.type == 'cpu', device.type, torch.cuda.empty_cache(), x.is_cuda, torch.accelerator.synchronize()"
-    assert len(list(asked_devices(ast.parse(asked)))) == 5
-    others = "x.device, torch.backends.cuda.flash_sdp_enabled(), dtype.type, x.to(device)"
+    asked = (
+        "x.device.type == kind, device.type, torch.cuda.empty_cache(), x.is_cuda, torch.accelerator.synchronize(), "
+        "device == 'cpu', 'cuda:0' != name, (dtype, device) == ('fp32', 'cpu'), name in ('mps', 'xpu'), name.startswith('cuda')"
+    )
+    assert len(list(asked_devices(ast.parse(asked)))) == 10
+    others = "x.device, torch.backends.cuda.flash_sdp_enabled(), dtype.type, x.to('cpu'), name == 'auto', zeros(device='cpu')"
     assert not list(asked_devices(ast.parse(others)))
 
 

@@ -48,7 +48,7 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
         reason, visible = first_line(problem).partition(". ")[0], os.environ.get("CUDA_VISIBLE_DEVICES")
         hint = "cpu always works, auto finds a GPU"
-        if name.startswith("cuda") and visible is not None:  # which may hide GPUs from this process
+        if on_cuda(name) and visible is not None:  # which may hide GPUs from this process
             hint += f"; CUDA_VISIBLE_DEVICES is {visible!r}"
         raise UsageError(f"device {name!r} cannot be used here: {reason}", hint) from problem
     return device
@@ -90,13 +90,23 @@ def describe_devices() -> dict[str, str]:
 
 def device_name(device: str) -> str:
     """The name of the product."""
-    if device.startswith("cuda"):
+    if on_cuda(device):
         return torch.cuda.get_device_name(device)
     try:
         with open("/proc/cpuinfo") as f:
             return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def on_cuda(name: str) -> bool:
+    """Whether a device of this name, as options have it, is one of CUDA: torch counts its memory, Ray shares it out."""
+    return name.startswith("cuda")
+
+
+def holds_values(device: torch.device) -> bool:
+    """Whether tensors there have values: those of the meta device have shapes alone."""
+    return device.type != "meta"
 
 
 def is_host(device: torch.device) -> bool:
@@ -177,7 +187,7 @@ class Timer:
 
 def peak_memory(device: str) -> int | None:
     """Bytes: on CUDA the allocator's peak, else the largest resident size of this process so far. None where unknown."""
-    if device.startswith("cuda"):
+    if on_cuda(device):
         return torch.cuda.max_memory_allocated(device)
     try:
         # Not getrusage: on Linux its peak includes the process that started this one.
@@ -193,7 +203,7 @@ def peak_memory(device: str) -> int | None:
 
 def memory_in_use(device: str) -> tuple[int | None, int | None]:
     """Bytes of this process now: its own, and pages of files mapped into memory. None where unknown, and on CUDA."""
-    if device.startswith("cuda"):
+    if on_cuda(device):
         return None, None
     try:
         own, shared, mapped = limits.kib(Path("/proc/self/status"), "RssAnon", "RssShmem", "RssFile")
@@ -204,7 +214,7 @@ def memory_in_use(device: str) -> tuple[int | None, int | None]:
 
 def reset_peak_memory(device: str) -> bool:
     """Restarts the count of `peak_memory`; False where the system cannot."""
-    if device.startswith("cuda"):
+    if on_cuda(device):
         torch.cuda.reset_peak_memory_stats(device)
         return True
     try:
@@ -222,10 +232,10 @@ def available_memory(device: str) -> int | None:
 
     On CUDA: what is free on the device and in torch's own allocator. Else see `limits.available_memory`.
     """
-    if device.startswith("cuda"):
+    if on_cuda(device):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    return None if device == "meta" else limits.available_memory()
+    return limits.available_memory() if holds_values(torch.device(device)) else None
 
 
 def empty_cache() -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
+from evoprune.backend.devices import on_cuda
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
 from evoprune.batch.run import answers, failure_report
@@ -87,7 +88,7 @@ def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]
 def _workers(ray, device: str) -> tuple[int, dict[str, float]]:
     """How many workers there is room for, and the share of each: a GPU, or as many cores as the smallest node has."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    if device.startswith("cuda") or (device == "auto" and gpus):
+    if on_cuda(device) or (device == "auto" and gpus):
         return max(1, gpus), {"num_gpus": 1}
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     least = min((count for count in cores if count), default=1)

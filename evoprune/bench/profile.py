@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from evoprune import methods
-from evoprune.backend.devices import environment, is_host, largest_chunk, now, peak_memory, reset_peak_memory
+from evoprune.backend.devices import environment, is_host, largest_chunk, now, on_cuda, peak_memory, reset_peak_memory
 from evoprune.backend.limits import available_cores
 from evoprune.bench.clips import (
     AFTER_PAIR,
@@ -133,7 +133,7 @@ def quantized_models(
         quantize(model, name, calibrate, lambda done, total, title=title: progress(f"{title}: {done} of {total}"))
         models[name] = replace(loaded, model=model, quantize=name, weights_bytes=weights_bytes(model))
         notes.append(_ready(name, model, start))
-    if not loaded.device.startswith("cuda"):
+    if not on_cuda(loaded.device):
         notes.append("peak memory is the process's, with the weights of all rows in it")
     return models, missing, notes
 
@@ -273,7 +273,7 @@ class Bench:
                         if (method := settings.parse(name)).acts == "input":
                             self._clips[case, name, budget] = prepare(loaded, *frames, method, budget)
         # Large squares, and the tower's own widest product over as many rows as it computes at a time.
-        sides, vision = (4096, 8192) if loaded.device.startswith("cuda") else (1024, 2048), model.config.vision_config
+        sides, vision = (4096, 8192) if on_cuda(loaded.device) else (1024, 2048), model.config.vision_config
         chunk_units = min(largest_chunk(model.device), max((clip.units for clip in self._clips.values()), default=1))
         widest = max(3 * vision.hidden_size, vision.intermediate_size)
         self._shapes = [*((side,) * 3 for side in sides), (PATCHES * chunk_units, vision.hidden_size, widest)]

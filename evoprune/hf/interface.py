@@ -11,6 +11,7 @@ from inspect import signature
 
 import torch
 
+from evoprune.backend.devices import holds_values
 from evoprune.errors import ModelError, UsageError
 from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.methods.types import ascending
@@ -64,7 +65,7 @@ def tower_of(model):
         check_vision(vision_sizes(visual.config))
     except ValueError as problem:
         raise ModelError(f"the vision tower of this model cannot be run: {problem}", SUPPORTED) from problem
-    if visual.patch_embed.proj.weight.is_meta:
+    if not holds_values(visual.patch_embed.proj.weight.device):
         raise ModelError("the vision tower's weights are offloaded", "load the model with its tower on a device")
     for name, module in visual.named_modules():
         # Only linear layers are called. Of other modules the weights are read, so one that wraps them would go unnoticed.

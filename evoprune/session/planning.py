@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from evoprune.backend.devices import largest_chunk
+from evoprune.backend.devices import is_host, largest_chunk
 from evoprune.errors import LESS, OutOfMemory
 from evoprune.language.prompt import Tokenizer
 from evoprune.methods.plans import EncoderPlan, WholePairs
@@ -81,7 +81,7 @@ def plan_input(engine: Engine, info: Video, sampling: SamplingOptions, name: str
     decoder = choose_decoder(sampling.decoder, info)
     loaded, numbers = engine.loaded, sampling.numbers
     if numbers["max_visual_tokens"] is None:
-        on_cpu = loaded.device == "cpu"
+        on_cpu = is_host(torch.device(loaded.device))
         numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=loaded.is_demo)
     limits = loaded.limits[info.kind]
     full = make_plan(info, limits, **numbers)
@@ -158,7 +158,7 @@ def check_carried(engine: Engine, plan: Plan) -> None:
 
 def estimate_first_token(engine: Engine, plan: Plan, text: int = QUESTION) -> float | None:
     """Seconds until the first token, roughly, with `text` tokens around the video; None on CUDA and for a demo model."""
-    if engine.loaded.device != "cpu" or engine.loaded.is_demo:
+    if not is_host(torch.device(engine.loaded.device)) or engine.loaded.is_demo:
         return None
     model, encoder = engine.loaded.model, plan.encoder
     count, height, width = encoder.grid

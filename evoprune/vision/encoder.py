@@ -37,7 +37,7 @@ from evoprune.methods.ranking import closest
 from evoprune.methods.types import Selection, Tokens, ascending, cat, tally
 from evoprune.model.numerics import all_numbers, not_a_number_error, without_autocast
 from evoprune.model.weights import Tower
-from evoprune.vision.families import embed, layers_of, merge_patches
+from evoprune.vision.families import embed, merge_patches, tower_layers
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, order_tables
 from evoprune.vision.preprocess import CLIP, Chunk, Normal, ReferenceBlocks, in_chunks
 from evoprune.vision.reductions import Followers, Gathering, Merging, Reduction
@@ -359,7 +359,7 @@ class _Run:
         with self.timer:
             seen = by_unit.values
             if "hidden" not in selector.needs:
-                seen = layers_of(self.visual).norm(self.visual.blocks[stage.first_layer].norm1, seen)
+                seen = tower_layers(self.visual).norm(self.visual.blocks[stage.first_layer].norm1, seen)
             seen = seen.flatten(1)
             tokens = Tokens(seen, by_unit.unit_to_row, plan.grid, seed)
             found = select(selector, tokens, min(most, len(seen)))

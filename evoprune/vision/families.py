@@ -29,7 +29,7 @@ class Layers:
     rms: bool = False  # whether norms divide by the root of the mean square, without mean and bias
 
 
-def layers_of(visual) -> Layers:
+def tower_layers(visual) -> Layers:
     """How the layers of a tower compute, this project's or transformers'."""
     return LAYERS[vision_sizes(visual.config).family]
 
@@ -102,5 +102,5 @@ def merge_patches(visual, x: torch.Tensor, number: int | None = None) -> torch.T
     merger = visual.merger if number is None else visual.deepstack_merger_list[number]
     before, first, second = map(merger.get_submodule, vision_sizes(visual.config).traits.merger)
     x = x if before.weight.shape[0] == x.shape[-1] else x.flatten(1)
-    x = layers_of(visual).norm(before, x).flatten(1)
+    x = tower_layers(visual).norm(before, x).flatten(1)
     return linear(second, F.gelu(linear(first, x)))

@@ -19,7 +19,7 @@ from evoprune.methods.plans import TowerShape
 from evoprune.methods.types import ascending
 from evoprune.model.config import PATCHES, VisionConfig, vision_sizes
 from evoprune.vision.attention import Packed, Plan, grouped_attention, plan_attention
-from evoprune.vision.families import EPS, layers_of, merge_patches
+from evoprune.vision.families import EPS, merge_patches, tower_layers
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, geometry
 from evoprune.vision.reductions import Compared, Gathering, Reduction
 
@@ -151,7 +151,7 @@ class VisionBlock:
 
     def __init__(self, run: LayerRun, number: int):
         self.run, self.number, self.weights = run, number, run.visual.blocks[number]
-        self.kind, self.heads = layers_of(run.visual), vision_sizes(run.visual.config).num_heads
+        self.kind, self.heads = tower_layers(run.visual), vision_sizes(run.visual.config).num_heads
         self.scope: Scope = tower_shape(run.visual).scope(number)
 
     def attend(
