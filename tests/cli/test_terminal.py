@@ -82,7 +82,6 @@ def test_a_warning_says_which_video_it_is_about(capsys, name, path, more, says):
         ({}, True),
         ({"quantize": "int8"}, False),
         ({"dtype": "bf16"}, False),
-        ({"device": "cuda"}, False),
         ({"weights_bytes": 10}, False),
     ],
 )

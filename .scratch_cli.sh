@@ -1,0 +1,12 @@
+D=/work/wt/eng/.scratch/fam/qwen3_5
+E=".venv/bin/python -m evoprune_cli"
+$E ask samples/square.mp4 "What?" -m $D -n 8 ; echo "rc $?"
+printf 'What?\nAnd then?\nq\n' | $E ask samples/square.mp4 -i -m $D -n 6 -q; echo "rc $?"
+$E ask samples/square.mp4 "What?" -m $D -n 8 --think on; echo "rc $?"
+$E ask samples/square.mp4 "What?" -m $D --quantize int8; echo "rc $?"
+$E watch samples/square.mp4 -m $D -Q "x"; echo "rc $?"
+$E ask samples/square.mp4 "What?" -m $D --method fastv; echo "rc $?"
+$E batch samples/square.mp4 samples/pan.mp4 -Q "What?" -m $D -n 4 -o - -q | cut -c1-90; echo "rc $?"
+$E batch samples/square.mp4 -Q "What?" --engine ray -m $D -o -; echo "rc $?"
+$E inspect -m Qwen/Qwen3.5-4B | head -12; echo "rc $?"
+$E tune samples/square.mp4 -m $D -Q "What happens?" --time-limit 60 2>&1 | tail -5; echo "rc $?"
