@@ -36,7 +36,7 @@ class HostedCache:
         if not (0 <= length <= self.length and self.can_crop):
             raise ValueError(f"a cache of {self.length} columns cannot be cut to {length}")
         for layer in self.states.layers:
-            if layer.get_seq_length():
+            if layer.get_seq_length() > length:
                 layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
         self.sizes = None if self.sizes is None else self.sizes[:length]
         self.length = length
@@ -117,8 +117,10 @@ def _read(
         given["deepstack_visual_embeds"] = list(deepstack[:, strip])
         given["visual_pos_masks"] = torch.ones(1, len(embeds), dtype=torch.bool, device=embeds.device)
     places = places.to(embeds.device)
-    made = text(inputs_embeds=embeds[None], position_ids=places, past_key_values=cache.states, use_cache=True, **given)
-    return made.last_hidden_state[0]
+    output = text(
+        inputs_embeds=embeds[None], position_ids=places, past_key_values=cache.states, use_cache=True, **given
+    )
+    return output.last_hidden_state[0]
 
 
 @torch.inference_mode()

@@ -30,9 +30,8 @@ from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
 from evoprune.vision.encoder import Encoded
 
-Beginning = tuple[
-    str | None, bool
-]  # what a prompt up to the question depends on: its system prompt, and whether it is to think
+# What a prompt up to the question depends on: its system prompt, and whether the model is to think.
+Beginning = tuple[str | None, bool]
 
 
 class PromptReader:
@@ -83,8 +82,8 @@ class PromptReader:
             cache, known = new_cache(model, shared), shared
             first = None if sizes is None else sizes[:known]
             added = None if deepstack is None else deepstack[:, :known]
-            how = {"sizes": first, "deepstack": added}
-            layers_of(model).forward(model, embeds[:known], positions[:, :known], cache, **how)
+            before = embeds[:known], positions[:, :known]
+            layers_of(model).forward(model, *before, cache, sizes=first, deepstack=added)
             self._prefix = beginning, cache, known
             cache = cache.copy()
         sizes = None if sizes is None else sizes[known:]

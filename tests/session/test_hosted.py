@@ -130,16 +130,22 @@ def test_an_unknown_quantisation_is_an_error_of_the_model(saved, tmp_path):
         load_model(name)
 
 
-def test_a_tensor_that_is_missing_is_named(hybrid, tmp_path):
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [(None, r"lack 1 tensor, first .*layers\.0\.linear_attn\.A_log"), (7, "transformers cannot load")],
+)
+def test_a_tensor_that_is_missing_or_of_another_shape(hybrid, tmp_path, shape, says):
     from safetensors.torch import load_file, save_file
 
     folder = Path(hybrid.found.folder)
     name = damaged(folder, tmp_path)
     weights = load_file(folder / "model.safetensors")
     del weights["model.language_model.layers.0.linear_attn.A_log"]
+    if shape:
+        weights["model.language_model.layers.0.linear_attn.A_log"] = torch.zeros(shape)
     (tmp_path / "model.safetensors").unlink()
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"lack 1 tensor, first .*layers\.0\.linear_attn\.A_log"):
+    with pytest.raises(ModelError, match=says):
         load_model(name)
 
 

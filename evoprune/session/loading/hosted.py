@@ -15,18 +15,15 @@ from pathlib import Path
 import torch
 
 from evoprune.backend.devices import is_host
-from evoprune.errors import ModelError, ModelWarning, first_line
+from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memory
 from evoprune.language.hosted import can_crop
 from evoprune.model.config import Config, as_written
 from evoprune.model.weights import HostedVL, fill_random, name_in_memory
 from evoprune.session.loading.find import PLAIN_ON_CPU, check_packages
 from evoprune.util import counted
 
-UNQUANTIZED = (
-    "ignore",
-    "modules_to_not_convert",
-    "llm_int8_skip_modules",
-)  # entries that name modules left as they are
+# Entries of a config that name the modules which are not quantised.
+UNQUANTIZED = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
 
 
 def load_hosted(
@@ -37,23 +34,25 @@ def load_hosted(
     Raises ModelError: transformers cannot read it, tensors are missing, or a package is. Warns of tensors that are not used.
     """
     check_packages(quantization, str(folder))
-    how = (
-        {"device_map": {"": device}, "config": _quantized_config(folder, quantization, device)} if quantization else {}
-    )
+    kwargs = {}
     try:
-        made, info = read_whole(folder, dtype, device, output_loading_info=True, **how)
-    except (ImportError, OSError, ValueError, KeyError, AttributeError, NotImplementedError) as problem:
+        if quantization:
+            kwargs = {"device_map": {"": device}, "config": _quantized_config(folder, quantization, device)}
+        host, info = read_whole(folder, dtype, device, output_loading_info=True, **kwargs)
+    except (
+        Exception
+    ) as problem:  # transformers and the packages of quantisation raise of many kinds what a file has wrong
+        if is_out_of_memory(problem):
+            raise
         hint = "a package that it names must be installed; or take a newer transformers: pip install -U transformers"
         raise ModelError(f"transformers cannot load {folder}: {first_line(problem)}", hint) from problem
     if missing := sorted(map(str, info["missing_keys"])):
         problem = f"the weights in {folder} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
         raise ModelError(problem, "get the model again")
-    if wrong := sorted(map(str, info["mismatched_keys"])):
-        raise ModelError(f"the weights in {folder} have other shapes than config.json wants: {wrong[0]}")
     if unused := sorted(map(str, info["unexpected_keys"])):
         said = f"{counted(len(unused), 'tensor')} of the weights are not used in {folder}: {', '.join(unused[:3])}"
         warnings.warn(said, ModelWarning, stacklevel=2)
-    return _of(config, made)
+    return _of(config, host)
 
 
 def _quantized_config(folder: Path, quantization: str, device: torch.device):
@@ -75,43 +74,45 @@ def _quantized_config(folder: Path, quantization: str, device: torch.device):
     return config
 
 
-def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **how):
+def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs):
     """The model of transformers as it reads a folder, config and weights, by itself; under sdpa."""
     from transformers import AutoModelForImageTextToText
 
     safe = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     with quiet_transformers():
         found = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", **safe, **how
+            folder, dtype=dtype, attn_implementation="sdpa", **safe, **kwargs
         )
-    made = found[0] if isinstance(found, tuple) else found
-    if not how.get("device_map"):  # layers of quantised weights were made on their device
-        made.to(device)
-    made.eval().requires_grad_(False)
+    host = found[0] if isinstance(found, tuple) else found
+    if not kwargs.get("device_map"):  # layers of quantised weights were made on their device
+        host.to(device)
+    host.eval().requires_grad_(False)
     return found
 
 
 def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> HostedVL:
     """A model with seeded random weights, for benchmarks; its values do not change the speed."""
-    made = meta_model(config, dtype)
-    made.to_empty(device=device)
-    fill_random(made)
-    with_frequencies(made, device)
-    made.tie_weights()
-    return _of(config, made)
+    host = meta_model(config, dtype)
+    host.to_empty(device=device)
+    fill_random(host)
+    with_frequencies(host, device)
+    host.tie_weights()
+    return _of(config, host)
 
 
-def _of(config: Config, made) -> HostedVL:
-    made.eval().requires_grad_(False)
-    model = HostedVL(config, made.model.visual, made.model.language_model, made.lm_head)
-    # transformers says once that a kernel is missing, on a CPU too, where there is none.
-    logging.getLogger("transformers.integrations.hub_kernels").addFilter(
-        lambda record: "falling back to its reference" not in record.getMessage()
-    )
+def _of(config: Config, host) -> HostedVL:
+    host.eval().requires_grad_(False)
+    model = HostedVL(config, host.model.visual, host.model.language_model, host.lm_head)
+    logging.getLogger("transformers.integrations.hub_kernels").addFilter(_not_of_kernels)  # the same one is added once
     if (packages := missing_kernels(model)) and not is_host(model.device):
         said = f"layers of linear attention run in plain PyTorch; pip install {' '.join(packages)} makes them faster"
         warnings.warn(said, ModelWarning, stacklevel=2)
     return model
+
+
+def _not_of_kernels(record: logging.LogRecord) -> bool:
+    """transformers says that a kernel is missing on a CPU too, where there is none; on a GPU this module says it."""
+    return "falling back to its reference" not in record.getMessage()
 
 
 def missing_kernels(model: HostedVL) -> list[str]:
@@ -126,9 +127,9 @@ def meta_model(config: Config, dtype: torch.dtype, attention: str = "sdpa"):
     """The model of transformers with the numbers of `config`, without memory."""
     from transformers import AutoModelForImageTextToText
 
-    how = {"dtype": dtype, "attn_implementation": attention}
+    kwargs = {"dtype": dtype, "attn_implementation": attention}
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(hugging_face_config(config), **how)
+        return AutoModelForImageTextToText.from_config(hugging_face_config(config), **kwargs)
 
 
 def hugging_face_config(config: Config):
@@ -140,9 +141,9 @@ def hugging_face_config(config: Config):
     return AutoConfig.for_model(**content)
 
 
-def with_frequencies(made, device: torch.device) -> None:
+def with_frequencies(host, device: torch.device) -> None:
     """Makes the rotary frequencies of a model that was on no device: they follow from the config, and are no weights."""
-    for parent in list(made.modules()):
+    for parent in list(host.modules()):
         for name, child in parent.named_children():
             if hasattr(child, "inv_freq"):
                 # The tower's module has no config before transformers 5.17.
