@@ -160,20 +160,28 @@ def is_out_of_memory(problem: BaseException) -> bool:
     return re.search("|".join(NO_MEMORY), said) is not None
 
 
-@contextmanager
-def memory_guard(stage: str) -> Iterator[None]:
-    """Turns running out of memory, on the CPU or on a device, into an `OutOfMemory` that names the stage."""
-    try:
-        yield
-    except (MemoryError, RuntimeError, OSError) as problem:
-        if not is_out_of_memory(problem):
-            raise
+class memory_guard:  # noqa: N801 (called as a function)
+    """A context that turns running out of memory, on the CPU or on a device, into an `OutOfMemory` that names the stage.
+
+    No generator: from Python 3.12 on, the frame of one that raises is part of a cycle, which keeps all memory that the failed
+    work had until the garbage collector comes.
+    """
+
+    def __init__(self, stage: str):
+        self.stage = stage
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, _traceback: object) -> None:
+        if not (isinstance(problem, (MemoryError, RuntimeError, OSError)) and is_out_of_memory(problem)):
+            return
         # The allocator of a GPU says how much was asked for and how much was free.
         said = re.search(
             r"Tried to allocate ([\d.]+ \wiB).*?(?:of which ([\d.]+ \wiB) is free|$)", str(problem), re.DOTALL
         )
         wanted = "" if not said else f": {said[1]} wanted" + (f", {said[2]} free" if said[2] else "")
-        raise OutOfMemory(f"out of memory in {stage}{wanted}", LESS, stage=stage) from problem
+        raise OutOfMemory(f"out of memory in {self.stage}{wanted}", LESS, stage=self.stage) from problem
 
 
 def process_error(what: str, problem: OSError, stage: str | None = None) -> EvopruneError:

@@ -154,6 +154,8 @@ def tiny_model(seed: int = 0, family: str = "qwen2_5_vl", heads: int = 4):
                 weight.normal_(0, wide, generator=random)
             elif name.endswith("bias"):
                 weight.normal_(0, 0.1, generator=random)
+            elif name.endswith("A_log"):  # how fast each head of a DeltaNet forgets
+                weight.uniform_(1, 16, generator=random).log_()
     return model
 
 

@@ -243,6 +243,16 @@ def empty_cache() -> None:
     torch.cuda.empty_cache()
 
 
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """A context in which convolutions of CUDA in float32 do not round their factors to 10 bits, as they do by default."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 # Kernels, and what replaces them.
 
 _failed: set[str] = set()

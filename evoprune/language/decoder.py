@@ -91,44 +91,45 @@ def attend(
     values: torch.Tensor,
     bias: torch.Tensor | None,
     sees: torch.Tensor | None = None,
-    features: torch.Tensor | None = None,
+    wide: torch.Tensor | None = None,
     dim: int | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last L columns, or of other columns: `[L, heads * head_dim]`.
 
     Args:
-        queries: `[1, L, heads, head_dim]`; neighbouring heads share `keys` and `values`, `[1, kv_heads, n, head_dim]`. For one
-            column these, and perhaps the queries, may have the features of a bias behind those of a head (`bias_features`).
+        queries: `[1, L, heads, head_dim]`; neighbouring heads share `keys` and `values`, `[1, kv_heads, n, head_dim]`. Queries,
+            and for one column also keys and values, may have the features of a bias behind those of a head (`bias_features`).
         bias: `[n]`, added to the logits of each key: the logarithm of its cluster size makes a key weigh as much as that many
             equal keys (arXiv 2210.09461, section 3).
         sees: int64 `[L]`, ascending, how many keys each query sees, n the last; None for the last L columns.
-        features: `[n, e]`, of the bias (`bias_features`), where a kernel is to take it that takes no mask.
+        wide: `[2, kv_heads, n, head_dim + e]`, room for keys and values (`room_beside`), where a kernel takes no mask.
         dim: head_dim, where the queries may have further features.
     """
     _, columns, heads, given = queries.shape
-    (kv_heads, n, wide), dim = keys.shape[1:], dim or given
+    (kv_heads, n, whole), dim = keys.shape[1:], dim or given
     if columns == 1:
         # Heads that share keys become columns of one head: keys are read once for all of them, two to four times as fast.
         queries, mask = queries.view(1, kv_heads, -1, given), None if bias is None else bias[None]
-        if wide > dim:
-            queries = F.pad(queries, (0, wide - given), value=1.0) if wide > given else queries
+        if whole > dim:
+            queries = F.pad(queries, (0, whole - given), value=1.0) if whole > given else queries
             seen = F.scaled_dot_product_attention(queries, keys, values, scale=dim**-0.5)
             return seen[..., :dim].reshape(1, -1)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).reshape(1, -1)
     # Key/value heads become the batch, so keys are not repeated and the kernel needs no support for groups.
     group = heads // kv_heads
-    queries = queries.view(columns, kv_heads, group, dim).permute(1, 2, 0, 3)
+    queries = queries.view(columns, kv_heads, group, given).permute(1, 2, 0, 3)
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
-    if sees is None and (bias is None or features is not None):
-        wider, scale = (queries, keys, values), None
-        if bias is not None:  # keys have its features, queries ones, values zeros
-            more, scale = features.shape[1], dim**-0.5
-            biased = torch.cat([keys, features.expand(*keys.shape[:2], -1, -1)], -1)
-            wider = F.pad(queries, (0, more), value=1.0), biased, F.pad(values, (0, more))
-        asks, *shared = wider
+    if sees is None and (bias is None or wide is not None):
+        asks, shared, scale = queries, (keys, values), None
+        if bias is not None:
+            for room, each in zip(wide[..., :dim], shared, strict=True):
+                room.copy_(each[:, 0])
+            asks = F.pad(queries, (0, wide.shape[3] - given), value=1.0) if wide.shape[3] > given else queries
+            shared, scale = wide[:, :, None], dim**-0.5
         out = causal_attention(asks, *(t.expand(-1, group, -1, -1) for t in shared), scale=scale)
         if out is not None:
             return out[..., :dim].permute(2, 0, 1, 3).reshape(columns, -1)
+    queries = queries[..., :dim] if given > dim else queries
     keys, values = (t.expand(-1, group, -1, -1) for t in (keys, values))
     strips = []  # of queries, each with a mask: that of all would grow with the square of the prompt
     for start in range(0, columns, STRIP):
@@ -157,23 +158,35 @@ def bias_features(bias: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Ten
     return F.pad(torch.stack([high, (value - high.float()).to(dtype)], -1), (0, -(dim + 2) % 8))
 
 
+def room_beside(features: torch.Tensor, kv_heads: int, dim: int) -> torch.Tensor:
+    """`[2, kv_heads, n, dim + e]`: room for the keys and values of a layer; behind keys `features`, `[n, e]`, behind values 0."""
+    room = features.new_zeros(2, kv_heads, len(features), dim + features.shape[1])
+    room[0, :, :, dim:] = features
+    return room
+
+
+def columns_of(wide: torch.Tensor | None, columns: torch.Tensor | slice | None) -> torch.Tensor | None:
+    """Some columns of such a room; all where `columns` is None."""
+    return wide if wide is None or columns is None else wide[:, :, columns]
+
+
 def attend_blind(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     bias: torch.Tensor | None,
-    features: torch.Tensor | None,
+    wide: torch.Tensor | None,
     others: torch.Tensor,
     end: int,
 ) -> torch.Tensor:
     """As `attend`, but columns from `end` on attend to `others` (int64) only. The cache holds nothing but these columns."""
     before = max(0, queries.shape[1] - (keys.shape[2] - end))  # there may be queries of the last columns only
-    extra = {"features": rows_at(features, others)}
+    extra = {"wide": columns_of(wide, others)}
     sighted = attend(queries[:, before:], keys[:, :, others], values[:, :, others], rows_at(bias, others), **extra)
     if not before:
         return sighted
-    first, extra = (None if each is None else each[:end] for each in (bias, features))
-    first = attend(queries[:, :before], keys[:, :, :end], values[:, :, :end], first, features=extra)
+    first, extra = None if bias is None else bias[:end], {"wide": columns_of(wide, slice(end))}
+    first = attend(queries[:, :before], keys[:, :, :end], values[:, :, :end], first, **extra)
     return torch.cat([first, sighted])
 
 
@@ -326,11 +339,11 @@ def forward(
     for i, layer in enumerate(text.layers):
         pause()
         if not i or every[i] is not every[i - 1]:
-            bias, features = _bias(every[i], x, config)
+            bias, wide = _bias(every[i], x, config)
         blind, rows = dropping.before(i, len(x)) if dropping else (None, [])
         entered.append(len(rows[0]) if rows else len(x))
         entering = x
-        x, *heads = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows, features)
+        x, *heads = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows, wide)
         if len(deepstack):
             x, deepstack = x + deepstack[0, -len(x) :], deepstack[1:]  # the top layer returns the last columns alone
         if dropping:
@@ -354,12 +367,13 @@ def logits(model, *args, **kwargs) -> torch.Tensor:
 
 
 def _bias(sizes: torch.Tensor | None, like: torch.Tensor, config) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The bias of columns, and its features for attention that takes no mask, as of `attend`."""
+    """The bias of columns, and room beside its features for attention that takes no mask, as of `attend`."""
     if sizes is None:
         return None, None
-    bias = sizes.log()
-    carried = len(like) > 1 and uses_kernels(like.device)  # kernels that take masks are slow
-    return bias.to(like.dtype), bias_features(bias, head_size(config), like.dtype) if carried else None
+    bias, dim, wide = sizes.log(), head_size(config), None
+    if len(like) > 1 and uses_kernels(like.device):  # kernels that take masks are slow
+        wide = room_beside(bias_features(bias, dim, like.dtype), config.num_key_value_heads, dim)
+    return bias.to(like.dtype), wide
 
 
 def run_layer(
@@ -373,16 +387,16 @@ def run_layer(
     last: int = 1,
     blind: tuple[torch.Tensor, int] | None = None,
     rows: Sequence[torch.Tensor] = (),
-    features: torch.Tensor | None = None,
+    wide: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, and all keys and values.
 
-    `cache`: a `KVCache`, or a `StaticCache` for a column alone. `bias`, `features`: of `attend`.
+    `cache`: a `KVCache`, or a `StaticCache` for a column alone. `bias`, `wide`: of `attend`.
     `blind`, `rows`: of `Reading.before`. Columns without queries or MLP keep their state.
     """
     attention, mlp, eps = layer.self_attn, layer.mlp, config.rms_norm_eps
     whole = blind is None and not rows and (len(x) <= last or number < config.num_hidden_layers - 1)
-    if whole and (fused := _fused(layer, x, places, cache, number, config, bias, features)):
+    if whole and (fused := _fused(layer, x, places, cache, number, config, bias, wide)):
         return fused
     (kv_rows, q_rows, mlp_rows), (cos, sin) = rows or (None,) * 3, places
     h = norm(x, layer.input_layernorm.weight, eps)
@@ -395,8 +409,8 @@ def run_layer(
     queries = heads_of(attention, "q", rows_at(h, q_rows), config)
     queries = rotate(queries, rows_at(cos, q_rows), rows_at(sin, q_rows))[None]
     sees = None if q_rows is None else torch.searchsorted(kv_rows, q_rows, right=True)
-    given, features = (queries, keys, values, rows_at(bias, kv_rows)), rows_at(features, kv_rows)
-    seen = attend(*given, sees, features) if blind is None else attend_blind(*given, features, *blind)
+    given, wide = (queries, keys, values, rows_at(bias, kv_rows)), columns_of(wide, kv_rows)
+    seen = attend(*given, sees, wide) if blind is None else attend_blind(*given, wide, *blind)
     x = put_rows(x, q_rows, linear(attention.o_proj, seen, plus=rows_at(x, q_rows)))
     old = rows_at(x, mlp_rows)
     h = norm(old, layer.post_attention_layernorm.weight, eps)
@@ -412,7 +426,7 @@ def _fused(
     number: int,
     config,
     bias: torch.Tensor | None,
-    features: torch.Tensor | None,
+    wide: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """As `run_layer` of all columns, by fused kernels on joined weights; None where there are none."""
     attention, mlp, eps, heads = layer.self_attn, layer.mlp, config.rms_norm_eps, config.num_attention_heads
@@ -425,10 +439,11 @@ def _fused(
         *room, keys, values = cache.room(number, len(x))
         dim = head_size(config)
         projected = F.linear(h, *into)
-        queries = fast.rotate_put(projected, places, norms, eps, heads, *room, cache.column, keys.shape[3] - dim)
-        seen = attend(queries, keys, values, bias, features=features, dim=dim)
+        more = (keys if wide is None else wide).shape[3] - dim
+        queries = fast.rotate_put(projected, places, norms, eps, heads, *room, cache.column, more)
+        seen = attend(queries, keys, values, bias, wide=wide, dim=dim)
         x, h = fast.add_norm(x.contiguous(), attention.o_proj(seen), layer.post_attention_layernorm.weight, eps)
-        return x + mlp.down_proj(fast.silu_times(F.linear(h, gates[0]))), queries, keys, values
+        return x + mlp.down_proj(fast.silu_times(F.linear(h, gates[0]))), queries[..., :dim], keys, values
     except Exception as problem:
         layers.give_up(problem)
         return None

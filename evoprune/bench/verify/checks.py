@@ -479,13 +479,18 @@ def memory(subject: Subject) -> Outcome:
 
 
 def waits(subject: Subject) -> Outcome:
-    """How often the program waits for the device from the start of encoding to the first token."""
+    """How often the program waits for the device from the start of encoding to the first token.
+
+    Of a language model that transformers runs, to the end of encoding: how often that one waits is not ours.
+    """
     if exact_shapes(subject.device):
         return skipped("reading a value of a CPU waits for nothing")
     qa = subject.asking()
     for _ in range(2):  # the first time makes what is kept for later
         with Waiting() as mode:
-            subject.encode(qa, [subject.video]).ask(QUESTION, max_new_tokens=1).text  # noqa: B018
+            encoded = subject.encode(qa, [subject.video])
+            if subject.loaded.model.native:
+                encoded.ask(QUESTION, max_new_tokens=1).text  # noqa: B018
     times, inside = len(mode.outside), len(mode.places) - len(mode.outside)
     return judged(f"{times} times, and {inside} times in selections", {"waits": (times, WAITS)})
 

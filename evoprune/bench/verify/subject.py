@@ -35,6 +35,7 @@ HELD, DIFFERS, SKIPPED = "held", "differs", "skipped"
 # How far two roundings of the same number may be from each other, as a multiple of the distance of one from the exact number. The
 # largest of many distances varies more than their mean.
 MEAN, LARGEST = 2.0, 3.0
+FEW = 8  # rows; the mean of fewer varies as the largest of many does
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,19 @@ def judged(says: str, limits: dict[str, tuple[float, float]]) -> Outcome:
 
 
 class Gap(NamedTuple):
-    """Relative distances between rows: their mean, and the largest."""
+    """Relative distances between rows: their mean, the largest, and of how many rows they are."""
 
     mean: float
     largest: float
+    rows: int = FEW
 
     def limits(self, noise: "Gap", times: float = 1.0) -> dict[str, tuple[float, float]]:
-        """The two figures with the limits that `noise`, the distance of one rounding, sets."""
-        return {
-            "mean_error": (self.mean, times * MEAN * noise.mean),
-            "largest_error": (self.largest, times * LARGEST * noise.largest),
-        }
+        """The two figures with the limits that `noise`, the distance of one rounding, sets; of few rows the largest alone."""
+        largest = {"largest_error": (self.largest, times * LARGEST * noise.largest)}
+        return ({"mean_error": (self.mean, times * MEAN * noise.mean)} if self.rows >= FEW else {}) | largest
 
     def worse(self, other: Sequence[float]) -> "Gap":
-        return Gap(*map(max, self, other))
+        return Gap(max(self.mean, other[0]), max(self.largest, other[1]), self.rows)
 
     def __str__(self) -> str:
         return f"error {self.mean:.1e}, at most {self.largest:.1e}"
@@ -120,7 +120,7 @@ def gap(made: torch.Tensor, expected: torch.Tensor, centred: bool = False) -> Ga
         made, expected = (x - x.mean(1, keepdim=True) for x in (made, expected))
     tiny = torch.finfo(torch.float32).tiny
     each = (made - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=tiny)
-    return Gap(float(each.mean()), float(each.max()))
+    return Gap(float(each.mean()), float(each.max()), len(each))
 
 
 PIECE = 2**24  # weights that are widened at a time

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def _quantized_config(folder: Path, quantization: str, device: torch.device):
     which a CPU has no kernels are plain in memory.
     """
     from transformers import AutoConfig
+    from transformers.quantizers import AutoQuantizationConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if is_host(device) and quantization in PLAIN_ON_CPU:
@@ -71,6 +73,8 @@ def _quantized_config(folder: Path, quantization: str, device: torch.device):
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             renamed = [re.sub(r"^(re:)?\^?visual\b", r"\1model.visual", name_in_memory(name)) for name in names]
             config.quantization_config[field] = list(dict.fromkeys([*names, *renamed]))
+    # Older releases only warn of a method that they do not know, and read packed weights as if they were plain.
+    AutoQuantizationConfig.from_dict(deepcopy(config.quantization_config))
     return config
 
 
