@@ -1,4 +1,4 @@
-"""Counts what an encode asks of a device, where the counts are exact: `python -m tests.second_device.counting`.
+"""Counts what an encode, or a question, asks of a device, where the counts are exact: `python -m tests.second_device.counting`.
 
 Operations are all that reach torch's dispatcher, views too; an operator of evoprune is one. Copies are those of tensors to the
 host.
@@ -38,15 +38,20 @@ class Counting(TorchDispatchMode):
         return made
 
 
-def encodes(qa, clip: str, lines: bool = False, **frames) -> tuple[Counting, int]:
-    """The counts of one encode, its first one made before; and how often it waits."""
+def encodes(qa, clip: str, lines: bool = False, prefill: bool = False, **frames) -> tuple[Counting, int]:
+    """The counts of one encode, perhaps with the prefill of a question, its first one made before; and how often it waits."""
     from evoprune.bench.verify.waiting import Waiting
 
-    qa.encode(clip, **frames)
+    def run() -> None:
+        encoded = qa.encode(clip, **frames)
+        if prefill:
+            str(encoded.ask("What happens?", max_new_tokens=1))
+
+    run()
     with Counting(lines) as counted:
-        qa.encode(clip, **frames)
+        run()
     with Waiting() as waiting:
-        qa.encode(clip, **frames)
+        run()
     return counted, len(waiting.places)
 
 
@@ -59,16 +64,18 @@ def main() -> None:
     parser.add_argument("-b", "--budget", type=float, action="append")
     parser.add_argument("--method", action="append", help="default: evoprune")
     parser.add_argument("--frames", type=int)
+    parser.add_argument("--prefill", action="store_true", help="to the first token, not to the end of encoding")
     parser.add_argument("--lines", type=int, default=0, help="print so many lines of code that call most operations")
     args = parser.parse_args()
-    model, frames = load_model("demo", device=far.NAME, dtype="fp32"), {"frames": args.frames} if args.frames else {}
+    model = load_model("demo", device=far.NAME, dtype="fp32")
+    how = {"prefill": args.prefill} | ({"frames": args.frames} if args.frames else {})
     print("| clip | method | budget | operations | of a budget of 1 | copies | waits |\n|---|---|---|---|---|---|---|")
     for clip in args.clips:
-        base, _ = encodes(evoprune.VideoQA(model, budget=1.0, method="none"), clip, **frames)
+        base, _ = encodes(evoprune.VideoQA(model, budget=1.0, method="none"), clip, **how)
         for method in args.method or ["evoprune"]:
             for budget in args.budget or [0.25, 1.0]:
                 qa = evoprune.VideoQA(model, budget=budget, method=method)
-                counted, waits = encodes(qa, clip, bool(args.lines), **frames)
+                counted, waits = encodes(qa, clip, bool(args.lines), **how)
                 total = counted.operations.total()
                 ratio = total / base.operations.total()
                 print(
