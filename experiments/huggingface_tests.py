@@ -1,4 +1,4 @@
-"""Runs transformers' own tests of Qwen3-VL, Qwen2.5-VL and Qwen2-VL on models that prune.
+"""Runs transformers' own tests of all families on models that prune.
 
     python -m experiments.huggingface_tests --source DIR
 
@@ -18,24 +18,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from evoprune.model.config import MODEL_TYPES
+
 ROOT = Path(__file__).parent.parent
-TESTS = tuple(f"tests/models/{name}/test_modeling_{name}.py" for name in ("qwen3_vl", "qwen2_5_vl", "qwen2_vl"))
+TESTS = "tests/models/{0}/test_modeling_{0}.py"
 UNPATCHED, PATCHED, MEDIA = "unpatched", ("none", "evoprune"), ("pictures", "videos")
 
 Outcomes = dict[str, dict]  # of each test that ran: its last record of the plugin
 
 
-def outcomes(source: Path, method: str, media: str, options: Sequence[str]) -> Outcomes:
+def outcomes(source: Path, families: Sequence[str], method: str, media: str, options: Sequence[str]) -> Outcomes:
     """Runs the tests in a process of their own."""
+    tests = [TESTS.format(family) for family in families]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with TemporaryDirectory() as folder:
         file = Path(folder) / "outcomes.json"
         plugin = ["-p", "experiments.huggingface_plugin", "--evoprune", method, "--evoprune-media", media]
-        command = [sys.executable, "-m", "pytest", "-q", *plugin, "--evoprune-outcomes", str(file), *TESTS, *options]
+        command = [sys.executable, "-m", "pytest", "-q", *plugin, "--evoprune-outcomes", str(file), *tests, *options]
         env = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
         log = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True)  # noqa: S603
         records = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-        missing = [file for file in TESTS if not any(record["test"].startswith(file) for record in records)]
+        missing = [file for file in tests if not any(record["test"].startswith(file) for record in records)]
         if missing:
             problem = f"the tests of {' and '.join(missing)} did not run"
             raise SystemExit(f"{problem}:\n{log.stdout[-3000:]}{log.stderr[-3000:]}")
@@ -61,17 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m experiments.huggingface_tests", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--source", type=Path, required=True, help="a checkout of transformers")
+    parser.add_argument("--families", nargs="+", choices=MODEL_TYPES, default=MODEL_TYPES, help="default: all")
     parser.add_argument("pytest", nargs="*", help="options for pytest, after --")
     options = parser.parse_args(argv)
     status = 0
     for media in MEDIA:
-        before = outcomes(options.source, UNPATCHED, media, options.pytest)
+        before = outcomes(options.source, options.families, UNPATCHED, media, options.pytest)
         count = Counter(record["outcome"] for record in before.values())
         print(f"\n{media}, unpatched: {count['passed']} pass, {count['failed']} fail, {count['skipped']} are skipped")
         for name in sorted(name for name, record in before.items() if record["outcome"] == "failed"):
             print(f"  left out: {name}: {before[name]['message']}")
         for method in PATCHED:
-            refused, failed = compare(before, outcomes(options.source, method, media, options.pytest))
+            refused, failed = compare(before, outcomes(options.source, options.families, method, media, options.pytest))
             passing = count["passed"] - refused.total() - len(failed)
             print(
                 f"{media}, {method}: {passing} of {count['passed']} pass, {refused.total()} are refused, {len(failed)} fail"

@@ -184,7 +184,7 @@ def test_a_playlist_reaches_no_file_of_this_machine(served, clip, where):
 def test_a_playlist_that_names_itself(served, name):
     before = len(served[1])
     found, _, problem = read(f"{served[0]}/loop.m3u8?{name}", timeout_s=10.0)
-    assert not found and "names itself" in problem.message and len(served[1]) - before < 100
+    assert not found and "names itself" in problem.message and len(served[1]) - before < 1000  # of some ten thousand
 
 
 def test_a_file_that_is_a_playlist(served, tmp_path):
