@@ -21,7 +21,6 @@ from evoprune.backend.devices import holds_values
 from evoprune.errors import UsageError, names_plugins
 from evoprune.session.answering import Answer, EncodedInputs, Uncopied, together
 from evoprune.session.encoding import OpenInputs, Progress, open_inputs, paths_of
-from evoprune.session.engine import Engine, check_fits
 from evoprune.session.loading.find import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.session.options import (
@@ -33,6 +32,7 @@ from evoprune.session.options import (
     StreamOptions,
 )
 from evoprune.session.prompting import longest_prompt
+from evoprune.session.session import Session, check_fits
 from evoprune.util import brief, check_type, from_keywords
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class VideoQA(Uncopied):
     """A loaded model with a pruning method and a budget, ready for videos.
 
     It computes in the dtype that the model was loaded with, also inside torch's autocast. `loaded` is from `loading.load_model`;
-    `load_seconds` is how long that took, for reports. `options`: `budget`, `method`, `method_args`, `seed`. An `Engine`, which
+    `load_seconds` is how long that took, for reports. `options`: `budget`, `method`, `method_args`, `seed`. A `Session`, which
     has all of it, may be given instead.
 
     Raises:
@@ -57,16 +57,16 @@ class VideoQA(Uncopied):
 
     INSTEAD = "threads may share it; another process loads its own, with VideoQA.load"
 
-    def __init__(self, loaded: LoadedModel | Engine, *, load_seconds: float | None = None, **options):
+    def __init__(self, loaded: LoadedModel | Session, *, load_seconds: float | None = None, **options):
         (pruning,) = from_keywords(options, PruneOptions)
         if hasattr(loaded, "forward"):
             raise TypeError(f"VideoQA takes no {type(loaded).__name__}; {HELD}")
-        if not isinstance(loaded, LoadedModel | Engine):
+        if not isinstance(loaded, LoadedModel | Session):
             raise TypeError(f"VideoQA takes a loaded model; VideoQA.load({loaded!r}) loads one")
-        self.engine = Engine(loaded, pruning.config(), load_seconds) if isinstance(loaded, LoadedModel) else loaded
+        self.session = Session(loaded, pruning.config(), load_seconds) if isinstance(loaded, LoadedModel) else loaded
         if self.loaded.tokenizer is None:
             raise no_tokenizer(self.loaded.id)
-        if not holds_values(self.engine.device):
+        if not holds_values(self.session.device):
             raise UsageError("device 'meta' computes nothing", "cpu always works, auto finds a GPU")
 
     @classmethod
@@ -85,14 +85,14 @@ class VideoQA(Uncopied):
 
     @property
     def loaded(self) -> LoadedModel:
-        return self.engine.loaded
+        return self.session.loaded
 
     def __repr__(self) -> str:
-        return repr(self.engine).replace("Engine", "VideoQA", 1)
+        return repr(self.session).replace("Session", "VideoQA", 1)
 
     def unpruned(self) -> "VideoQA":
         """The same model and seed with every visual token kept: what pruning is compared with."""
-        return VideoQA(self.engine.unpruned())
+        return VideoQA(self.session.unpruned())
 
     def encode(
         self,
@@ -128,7 +128,7 @@ class VideoQA(Uncopied):
                 hint = "give evoprune.Cache(), evoprune.Cache(folder) or None"
                 raise UsageError(f"cache is {brief(cache)}, not a Cache", hint)
         names = None if name is None else [name] * len(paths)
-        with closing(open_inputs(self.engine, paths, sampling, names=names, cache=cache)) as opened:
+        with closing(open_inputs(self.session, paths, sampling, names=names, cache=cache)) as opened:
             return opened.encode(progress)
 
     def ask(
@@ -159,13 +159,15 @@ class VideoQA(Uncopied):
             opened: list[EncodedInputs | OpenInputs] = []
             for each in given:
                 known = isinstance(each, EncodedInputs)
-                opened.append(each if known else stack.enter_context(closing(open_inputs(self.engine, paths_of(each)))))
+                opened.append(
+                    each if known else stack.enter_context(closing(open_inputs(self.session, paths_of(each))))
+                )
             if isinstance(question, str) and opened:
                 held = [plan for each in opened if isinstance(each, EncodedInputs) for plan in each.plans]
                 plans = [plan for each in opened for plan in each.plans]
-                longest_prompt(self.engine, plans, [question], generation, held)
+                longest_prompt(self.session, plans, [question], generation, held)
             encoded = [each if isinstance(each, EncodedInputs) else each.encode() for each in opened]
-        return together(self.engine, encoded).ask(question, seed=seed, on_thoughts=on_thoughts, **options)
+        return together(self.session, encoded).ask(question, seed=seed, on_thoughts=on_thoughts, **options)
 
     def stream(
         self,
@@ -194,7 +196,7 @@ class VideoQA(Uncopied):
         check_type("system", system, str | None)
         check_type("name", name, str)
         sampling = SamplingOptions(fps=fps, max_visual_tokens=max_visual_tokens)
-        return VideoStream(self.engine, remembered, sampling, system, name)
+        return VideoStream(self.session, remembered, sampling, system, name)
 
 
 @names_plugins()
@@ -211,4 +213,4 @@ def load_qa(
     found = find_model(model) if isinstance(model, ModelOptions) else model
     check_fits(config.method, found)
     loaded = load_model(found, to_answer=True, progress=progress)
-    return kind(Engine(loaded, config, time.perf_counter() - start))
+    return kind(Session(loaded, config, time.perf_counter() - start))

@@ -114,8 +114,8 @@ def ask(
             encode = partial(_encode, inputs, paths, questions, made, cache, quiet)
             with progress(not quiet) as show:
                 qa = load(made, show, quiet)
-                encoded = encode(qa.engine, show)
-            encode_full = (lambda show: encode(qa.unpruned().engine, show, full=True)) if compare else None
+                encoded = encode(qa.session, show)
+            encode_full = (lambda show: encode(qa.unpruned().session, show, full=True)) if compare else None
             talk.begin(encoded, made.generation, encode_full)
             if not interactive:
                 for question in questions:
@@ -183,7 +183,7 @@ def _encode(
     options: PipelineOptions,
     cache: bool,
     quiet: bool,
-    engine,
+    session,
     show: Callable[..., None],
     full: bool = False,
 ) -> "EncodedInputs":
@@ -195,10 +195,10 @@ def _encode(
 
     show("reading")
     sampling, stored = options.sampling, Cache() if cache else None
-    with contextlib.closing(open_inputs(engine, paths, sampling, names=inputs, cache=stored)) as opened:
+    with contextlib.closing(open_inputs(session, paths, sampling, names=inputs, cache=stored)) as opened:
         plans, text = opened.plans, QUESTION + sum(plan.subtitles.tokens for plan in opened.plans)
         if questions:
-            text = longest_prompt(engine, plans, questions, options.generation)
+            text = longest_prompt(session, plans, questions, options.generation)
         for plan in [] if quiet or full else plans:
             _note_limits(plan.full, sampling)
             if (lines := plan.subtitles).source is not None:
@@ -208,7 +208,7 @@ def _encode(
             elif lines.note:
                 tell(f"note: no subtitles: {lines.note}")
         if not quiet and not opened.in_cache:
-            each = [estimate_first_token(engine, plan, 0 if number else text) for number, plan in enumerate(plans)]
+            each = [estimate_first_token(session, plan, 0 if number else text) for number, plan in enumerate(plans)]
             if None not in each and (wait := sum(each)) > LONG_WAIT_S:
                 note(f"estimated first token {'with nothing pruned ' if full else ''}{roughly(wait)}")
         return opened.encode(encoding(show))

@@ -148,7 +148,7 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready):
     from evoprune.session.cache import Cache
 
     qa = settings.load(partial(show, "quantizing"))
-    note_model(qa.engine, settings.generation, quiet)
+    note_model(qa.session, settings.generation, quiet)
     ready()
     yield from answers(qa, spans, settings, Cache() if cache else None, print_traceback)
 

@@ -171,16 +171,16 @@ def _draw_overlay(file: str, ending: str, path: str, video: str, options: Pipeli
         from evoprune.video_qa import load_qa
 
         show("loading model")
-        engine = load_qa(options.model, options.pruning).engine
+        session = load_qa(options.model, options.pruning).session
         show("reading video")
-        traced = trace(engine, path, options.sampling, video, encoding(show))
+        traced = trace(session, path, options.sampling, video, encoding(show))
         show("drawing")
-        name, budget = engine.pruning.name, engine.pruning.budget
+        name, budget = session.pruning.name, session.pruning.budget
         title = f"{os.path.basename(os.path.abspath(video))}, {name} -b {budget_text(budget)}. {traced.summary}"
         write_bytes(file, overlay_file(traced, title, ending))
     for warning in traced.warnings:
         print_warning(warning, VideoFacts(path=video, damaged=traced.damaged))
-    facts = {"file": file, "method": name, "args": engine.pruning.method.args, "budget": budget}
+    facts = {"file": file, "method": name, "args": session.pruning.method.args, "budget": budget}
     return facts | traced.fates.counts() | {"warnings": traced.warnings}
 
 

@@ -183,7 +183,7 @@ def profile(
         from evoprune.bench.clips import synthetic_frames, video_frames
         from evoprune.bench.profile import default_load_format, load, measure, outline
         from evoprune.bench.profile_results import ProfileSettings, TimeLimit
-        from evoprune.session.engine import check_fits
+        from evoprune.session.session import check_fits
 
         model = replace(made.model, load_format=load_format or default_load_format(made.model.model))
         limit, swept = TimeLimit(time_limit, begun=begun), ProfileSettings(**settings, time_limit_s=time_limit)

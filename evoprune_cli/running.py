@@ -21,7 +21,7 @@ from evoprune.session.options import GenerationOptions, PipelineOptions
 from evoprune_cli.terminal import encodable, failure, json_line, page_width, print_document, stdout, tell
 
 if TYPE_CHECKING:
-    from evoprune.session.engine import Engine
+    from evoprune.session.session import Session
     from evoprune.video_qa import VideoQA
 
 SOME_FAILED = 6  # an exit code
@@ -63,15 +63,15 @@ def load(options: PipelineOptions, show: Callable[..., None], quiet: bool) -> "V
             gc.enable()
     show("loading model")
     qa = load_qa(options.model, options.pruning, progress=partial(show, "quantizing"))
-    note_model(qa.engine, options.generation, quiet)
+    note_model(qa.session, options.generation, quiet)
     return qa
 
 
-def note_model(engine: "Engine", asked: GenerationOptions, quiet: bool) -> None:
+def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> None:
     """Says on stderr what a model's files ask for and is not done, and what would make it faster."""
     if quiet:
         return
-    loaded, files = engine.loaded, engine.loaded.generation
+    loaded, files = session.loaded, session.loaded.generation
     wanted = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # what transformers takes for those that are not there
     wanted |= {name: getattr(files, name) for name in wanted if getattr(files, name) is not None}
     others = {name: value for name, value in wanted.items() if value != getattr(asked, name)}

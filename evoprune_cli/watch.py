@@ -114,8 +114,8 @@ def watch(
                     pass
             feed.check()
             begin = partial(talk.begin, stream, made.generation, None)
-            session = _Session(talk, begin, stream, feed, qa.engine.loaded.device, prompt, quiet, speak)
-            code = session.converse() if prompt else session.serve(asked, every_s, questions)
+            watching = _Watching(talk, begin, stream, feed, qa.session.loaded.device, prompt, quiet, speak)
+            code = watching.converse() if prompt else watching.serve(asked, every_s, questions)
             feed.check()
             return code
     except BaseException as problem:
@@ -124,7 +124,7 @@ def watch(
         raise
 
 
-class _Session:
+class _Watching:
     """A stream that is asked about while it is fed. Ctrl-C ends the answer to a typed question, otherwise the command."""
 
     def __init__(

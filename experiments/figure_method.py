@@ -70,7 +70,7 @@ def measure(clip: str, budget: float) -> Run:
     """
     qa = VideoQA.load("demo", budget=budget)
     report = qa.encode(clip).report.pruning
-    video = trace(qa.engine, clip)
+    video = trace(qa.session, clip)
     layers = tuple(rows for _, rows in report.layers)
     return Run(os.path.basename(clip), budget, video, layers, report.encoder_live_share)
 

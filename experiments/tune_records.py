@@ -22,9 +22,9 @@ from evoprune.bench.questions import grade
 from evoprune.bench.shared import SharedFrames, SharedInput, SharedRows
 from evoprune.bench.tune import Candidate, candidates
 from evoprune.session.encoding import open_inputs
-from evoprune.session.engine import Engine
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions
+from evoprune.session.session import Session
 from experiments.demo.write import ClipName, clips_asked, demo_video
 
 RIVALS = ("random", "divprune", "downscale")
@@ -47,9 +47,9 @@ def lines_of(loaded, folder: Path, clip: ClipName) -> list[dict]:
     with demo_video(clip, folder) as video:
         frames, rows, references, made = SharedFrames(), SharedRows(), [], []
         for setting in (FULL, *settings()):
-            engine = Engine(loaded, PruneOptions(setting.budget, setting.method, seed=clip.seed).config())
+            session = Session(loaded, PruneOptions(setting.budget, setting.method, seed=clip.seed).config())
             kind = partial(SharedInput, shared_frames=frames, shared_rows=rows)
-            with closing(open_inputs(engine, [video.path], kind=kind)) as opened:
+            with closing(open_inputs(session, [video.path], kind=kind)) as opened:
                 encoded = opened.encode()
             cost, answers = Cost(loaded, encoded), []
             for number, row in enumerate(video.rows):

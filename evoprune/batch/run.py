@@ -39,7 +39,7 @@ def _prepared(
     for span in spans:
         try:
             first, sampling = span.rows[0], replace(settings.sampling, **span.sampling)
-            inputs = open_inputs(qa.engine, first.paths, sampling, names=first.inputs, cache=cache)
+            inputs = open_inputs(qa.session, first.paths, sampling, names=first.inputs, cache=cache)
             inputs.begin()
         except Exception as problem:
             yield span, problem

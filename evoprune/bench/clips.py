@@ -26,7 +26,7 @@ import torch
 from evoprune.bench.profile_results import SYNTHETIC, Case
 from evoprune.errors import UsageError
 from evoprune.language.prompt import Place, prompt_positions
-from evoprune.methods.chain import Pipeline
+from evoprune.methods.chain import MethodChain
 from evoprune.methods.plans import keep_tokens
 from evoprune.model.config import VisionConfig
 from evoprune.session.loading.model import LoadedModel
@@ -209,7 +209,7 @@ def prepare(
     loaded: LoadedModel,
     frames: torch.Tensor,
     seconds_per_pair: float,
-    method: Pipeline | None = None,
+    method: MethodChain | None = None,
     budget: float = 1.0,
 ) -> Clip:
     """Preprocesses a clip, made smaller if `method` acts on the input, with a text of random tokens, always the same."""

@@ -33,7 +33,6 @@ from evoprune.model.cost import prefill_flop, shortage, stretched, tower_flop
 from evoprune.report import Report
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import open_inputs
-from evoprune.session.engine import Engine, check_fits
 from evoprune.session.loading.find import describe_model
 from evoprune.session.loading.model import LoadedModel, load_model, threads_of_each
 from evoprune.session.options import (
@@ -44,6 +43,7 @@ from evoprune.session.options import (
     SamplingOptions,
     record,
 )
+from evoprune.session.session import Session, check_fits
 from evoprune.util import OPTION, counted
 from evoprune.vision.tower import tower_geometry
 
@@ -244,10 +244,10 @@ class Evaluation:
         seed = crc32(video.name.encode("utf-8", "surrogateescape"), generator_seed(settings.seed))
         args = settings.method_args if variant.row == METHOD else {}
         options = PruneOptions(budget=variant.budget, method=variant.method, method_args=args, seed=seed)
-        engine = Engine(self.loaded, options.config())
+        session = Session(self.loaded, options.config())
         kind = GreyInput if variant.row == BLIND else partial(SharedInput, shared_frames=frames, shared_rows=rows)
         sampling = replace(settings.sampling, **span.sampling)
-        with closing(open_inputs(engine, [video.path], sampling, names=[video.name], kind=kind)) as opened:
+        with closing(open_inputs(session, [video.path], sampling, names=[video.name], kind=kind)) as opened:
             encoded = opened.encode()
         cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
         for row in span.rows:
@@ -267,7 +267,7 @@ class Evaluation:
             }
             if settings.timed:
                 # A method that does not read the question did all its work before the first one.
-                prune_ms = answer.report.time_ms.encode_prune if engine.pruning.method.reads_question else pruned
+                prune_ms = answer.report.time_ms.encode_prune if session.pruning.method.reads_question else pruned
                 made["prune_ms"] = prune_ms + (answer.report.time_ms.prefill_prune or 0.0)
             yield _about(video, row) | made
 

@@ -24,8 +24,8 @@ from PIL.PngImagePlugin import PngInfo
 from evoprune.errors import UsageError
 from evoprune.methods.types import ascending
 from evoprune.session.encoding import OpenInput, Progress, open_inputs
-from evoprune.session.engine import Engine
 from evoprune.session.options import SamplingOptions
+from evoprune.session.session import Session
 from evoprune.util import counted
 from evoprune.video.frames import FrameChunk
 from evoprune.video.plan import Plan
@@ -132,7 +132,7 @@ class _TracedInput(OpenInput):
 
 
 def trace(
-    engine: Engine,
+    session: Session,
     path: str,
     sampling: SamplingOptions | None = None,
     name: str | None = None,
@@ -142,20 +142,20 @@ def trace(
 
     Raises UsageError: the method reads the question, or acts inside the language model alone. VideoError. OutOfMemory.
     """
-    if engine.pruning.method.reads_question:
-        what, instead = engine.pruning.method.reading
+    if session.pruning.method.reads_question:
+        what, instead = session.pruning.method.reading
         raise UsageError(f"{what}, and an overlay has none", f"use {instead}")
-    if engine.pruning.method.acts == "language":
+    if session.pruning.method.acts == "language":
         hint = (
             "use a method that acts before the language model; in a combination, the overlay shows what that one does"
         )
-        raise UsageError(f"method {engine.pruning.name} drops tokens by the question, and an overlay has none", hint)
-    with closing(open_inputs(engine, [path], sampling, names=[name], kind=_TracedInput)) as opened:
+        raise UsageError(f"method {session.pruning.name} drops tokens by the question, and an overlay has none", hint)
+    with closing(open_inputs(session, [path], sampling, names=[name], kind=_TracedInput)) as opened:
         (traced,) = opened.inputs
         plan, report = traced.plan, opened.encode(progress).report
     found = list(plan.info.warnings)
     found += [each for each in ("cut_short", "damaged_video", "equal_scores") if each in report.inputs[0].warnings]
-    found += [] if engine.loaded.knows(plan.info) else ["demo_overlay"]
+    found += [] if session.loaded.knows(plan.info) else ["demo_overlay"]
     return TracedVideo(plan, torch.cat(traced.shown), fates(traced.made), found, report.video.damaged or 0)
 
 

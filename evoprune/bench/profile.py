@@ -50,7 +50,7 @@ from evoprune.cpu.quantize import check as check_quantize
 from evoprune.cpu.quantize import quantize, saved_bytes
 from evoprune.errors import ModelError, OutOfMemory, memory_guard, names_plugins
 from evoprune.language import generate
-from evoprune.methods.chain import Pipeline
+from evoprune.methods.chain import MethodChain
 from evoprune.methods.plans import EncoderPlan, keep_tokens, plain, share_of
 from evoprune.methods.types import ascending
 from evoprune.model import cost
@@ -160,7 +160,7 @@ class Turn(NamedTuple):
 
 
 def run_evoprune(
-    loaded: LoadedModel, clip: Clip, plan: EncoderPlan, method: Pipeline, budget: float, new_tokens: int, seed: int
+    loaded: LoadedModel, clip: Clip, plan: EncoderPlan, method: MethodChain, budget: float, new_tokens: int, seed: int
 ) -> Turn:
     """evoprune from patches to new tokens; as many visual tokens as `plan` keeps reach the language model."""
     model, visual = loaded.model, loaded.model.model.visual

@@ -31,7 +31,7 @@ class ProfileSettings:
     time_limit_s: float = 150.0  # of the whole run, loading included
 
     def parse(self, name: str):
-        """The `Pipeline` that a name means, with the settings of all methods."""
+        """The `MethodChain` that a name means, with the settings of all methods."""
         return methods.parse(name, self.method_args)
 
 

@@ -82,7 +82,7 @@ class SharedInput(OpenInput):
     def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         if self.shared_rows is None:
             return super().rows(patches, **options)
-        visual = self.engine.loaded.model.model.visual
+        visual = self.session.loaded.model.model.visual
         return self.shared_rows.encode_rows(visual, patches, self.plan.encoder, **options)
 
 

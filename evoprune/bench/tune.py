@@ -29,9 +29,9 @@ from evoprune.bench.shared import SharedFrames, SharedInput, SharedRows
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import open_inputs
-from evoprune.session.engine import Engine, check_fits
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.session.session import Session, check_fits
 from evoprune.util import counted
 
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)
@@ -272,11 +272,11 @@ class FullAnswers:
 
 
 def encode(
-    engine: Engine, path: str, sampling: SamplingOptions, frames: SharedFrames, rows: SharedRows | None = None
+    session: Session, path: str, sampling: SamplingOptions, frames: SharedFrames, rows: SharedRows | None = None
 ) -> tuple[EncodedInputs, float]:
     """A video, encoded, and the seconds of encoding: also those that shared rows have saved."""
     kind = partial(SharedInput, shared_frames=frames, shared_rows=rows)
-    with closing(open_inputs(engine, [Path(path)], sampling, names=[path], kind=kind)) as opened:
+    with closing(open_inputs(session, [Path(path)], sampling, names=[path], kind=kind)) as opened:
         video = opened.encode()
     return video, video.report.time_ms.encode / 1000 + (rows.saved if rows else 0.0)
 
@@ -289,7 +289,7 @@ class Answering:
 
     def __init__(
         self,
-        engine: Engine,
+        session: Session,
         sampling: SamplingOptions,
         questions: tuple[str, ...],
         seconds: float,
@@ -301,7 +301,7 @@ class Answering:
         self.problems: dict[str, EvopruneError] = {}  # of videos that cannot be read or computed, by path
         self.tokens, self.asked = TOKENS[0], len(questions)  # of an answer, at most; of a video
         self._next_s = 0.0  # that the next video takes
-        self.engine, self._sampling, self._questions = engine.unpruned(), sampling, questions
+        self.session, self._sampling, self._questions = session.unpruned(), sampling, questions
         self._seconds, self._now, self._begun = seconds, now, now()
 
     def answer(self, videos: tuple[str, ...], progress: Progress = lambda what: None) -> None:
@@ -325,11 +325,11 @@ class Answering:
     def _answered(self, path: str, videos: int) -> FullAnswers:
         """`videos`: how many are to be answered from now on."""
         start, frames = self._now(), SharedFrames()
-        video, seconds = encode(self.engine, path, self._sampling, frames)
+        video, seconds = encode(self.session, path, self._sampling, frames)
         spent = self._now() - start
         if not self.made:
             if spent < SLOW * self._seconds:
-                video, seconds = encode(self.engine, path, self._sampling, frames)  # the first time also warms up
+                video, seconds = encode(self.session, path, self._sampling, frames)  # the first time also warms up
             self._plan(video, spent, videos)
         made: list[Reference] = []
         for question in self._questions[: self.asked]:
@@ -417,9 +417,9 @@ class Run:
 
     def answer(self, progress: Progress) -> list[FullAnswers]:
         """Raises what `Answering.answer` raises."""
-        engine, settings = Engine(self.loaded, PruneOptions(seed=self.settings.seed).config()), self.settings
+        session, settings = Session(self.loaded, PruneOptions(seed=self.settings.seed).config()), self.settings
         seconds = SHARE_OF_FULL * settings.time_limit_s
-        given = engine, settings.sampling, settings.questions, seconds, self._now
+        given = session, settings.sampling, settings.questions, seconds, self._now
         self.answering = Answering(*given, settings.think)
         self.answering.answer(settings.videos, progress)
         return self.answering.made
@@ -482,7 +482,7 @@ class Tuning(Run):
         """
         made, held = self.answer(progress), {}
         if self._quantizes and self.loaded.quantize == "none":
-            self.loaded = self.answering.engine = None  # frees the weights
+            self.loaded = self.answering.session = None  # frees the weights
             super().load(lambda done, of: progress(f"quantizing, {done} of {of} layers"))
         elif self._quantizes:
             self._problem = "full answers are those of the quantised weights, because memory for the others is missing"
@@ -495,10 +495,10 @@ class Tuning(Run):
                 held.clear()  # the frames and rows of the video before
                 held[video] = SharedFrames(), SharedRows()
             start, full = self._now(), made[video]
-            engine = Engine(
+            session = Session(
                 self.loaded, PruneOptions(candidate.budget, candidate.method, seed=self.settings.seed).config()
             )
-            encoded, seconds = encode(engine, full.path, self.settings.sampling, *held[video])
+            encoded, seconds = encode(session, full.path, self.settings.sampling, *held[video])
             along, pruning = [agreement(given, encoded) for given in full.references], encoded.report.pruning
             return Trial(
                 agree=sum(int(one.agrees.sum()) for one in along),

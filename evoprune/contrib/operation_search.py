@@ -19,10 +19,10 @@ from evoprune.bench.tune import BUDGETS, Progress, Run, TuneSettings, encode
 from evoprune.contrib.language import LanguagePlan, layers_before
 from evoprune.contrib.operations import ALL, KEY, PLACE, REST, SCHEMA, Operation, Operations, Recipe, Removed, closed
 from evoprune.errors import UsageError
-from evoprune.methods.chain import Pipeline
+from evoprune.methods.chain import MethodChain
 from evoprune.model.config import head_size
-from evoprune.session.engine import Engine
 from evoprune.session.options import PruneOptions
+from evoprune.session.session import Session
 from evoprune.util import counted
 
 STEP = 0.3 / 15  # of the loss with everything removed
@@ -152,7 +152,7 @@ class OperationTuning(Run):
     def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
         """Answers in full, then searches until the order is complete or the time is over; otherwise as `Tuning.run`."""
         made, settings, asked = self.answer(progress), self.settings, []
-        full = Engine(self.loaded, PruneOptions(1.0, "none", seed=settings.seed).config())
+        full = Session(self.loaded, PruneOptions(1.0, "none", seed=settings.seed).config())
         for number, answers in enumerate(made):
             progress(f"encoding video {number + 1} of {len(made)}")
             asked.append((encode(full, answers.path, settings.sampling, SharedFrames())[0], answers.references))
@@ -161,9 +161,9 @@ class OperationTuning(Run):
             self._measured += 1
             left_out = sum(len(step.operations) for step in self.found)
             progress(f"measurement {self._measured}, {counted(left_out, 'operation')} left out")
-            method = Pipeline(language=_Trial(recipe=self._blank, removed=removed))
-            engine = replace(full, pruning=replace(full.pruning, method=method))
-            pruned = [(video.with_engine(engine), references) for video, references in asked]
+            method = MethodChain(language=_Trial(recipe=self._blank, removed=removed))
+            session = replace(full, pruning=replace(full.pruning, method=method))
+            pruned = [(video.with_session(session), references) for video, references in asked]
             each = [agreement(given, video) for video, references in pruned for given in references]
             kl = np.concatenate([one.kl.numpy() for one in each])
             return Loss(float(kl.mean()), sum(int(one.agrees.sum()) for one in each) / len(kl))

@@ -21,7 +21,7 @@ from evoprune.language.prompt import THOUGHTS, Place, Tokenizer, opens_thoughts
 from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import StaticCache, best_of
 from evoprune.methods.base import Reading
-from evoprune.methods.chain import Pipeline
+from evoprune.methods.chain import MethodChain
 from evoprune.methods.types import ascending, generator_seed
 from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.numerics import not_a_number_error
@@ -105,7 +105,7 @@ def embed_prompt(
 
 def dropping_for(
     model,
-    method: Pipeline,
+    method: MethodChain,
     budget: float,
     visuals: Sequence[Visual],
     grids: Sequence[tuple[int, int, int]],

@@ -36,12 +36,12 @@ from evoprune.model.cost import Clock
 from evoprune.report import Report, TokenCounts
 from evoprune.session.answering import Askable
 from evoprune.session.encoding import OpenInput
-from evoprune.session.engine import Engine
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import GenerationOptions, SamplingOptions, StreamOptions
 from evoprune.session.planning import check_carried, plan_input
 from evoprune.session.prompting import check_context, check_memory, check_question
 from evoprune.session.report import Encoding, inputs_report
+from evoprune.session.session import Session
 from evoprune.util import brief, check_type
 from evoprune.video.frames import FrameChunk
 from evoprune.video.info import VIDEO, Video
@@ -173,15 +173,15 @@ class VideoStream(Askable):
     OVERTAKEN = "another question was asked meanwhile, or the stream went on for too long"
 
     def __init__(
-        self, engine: Engine, options: StreamOptions, sampling: SamplingOptions, system: str | None, name: str
+        self, session: Session, options: StreamOptions, sampling: SamplingOptions, system: str | None, name: str
     ):
-        super().__init__(engine)
-        self._lock, method = PriorityLock(), engine.pruning.method
+        super().__init__(session)
+        self._lock, method = PriorityLock(), session.pruning.method
         if method.reads_question or method.language or method.input:
             hint = "take one that acts inside the encoder or selects tokens without the question, such as evoprune"
-            raise UsageError(f"method {engine.pruning.name} cannot prune a stream", hint)
-        if not engine.loaded.model.native:
-            problem = f"the language model of {engine.loaded.id} is run by transformers, which cannot forget the oldest tokens"
+            raise UsageError(f"method {session.pruning.name} cannot prune a stream", hint)
+        if not session.loaded.model.native:
+            problem = f"the language model of {session.loaded.id} is run by transformers, which cannot forget the oldest tokens"
             raise UsageError(problem, "take a checkpoint that evoprune runs itself, such as Qwen/Qwen3-VL-4B-Instruct")
         self._options, self._sampling, self._system, self._name = options, sampling, system, name
         self._paid = True  # encoding is no question's, but for the unfinished window
@@ -364,30 +364,30 @@ class VideoStream(Askable):
             done: the slot after the window before.
             pause: called before each layer of the encoder.
         """
-        engine, base, step_s, count = self._engine, self._plan, self.step_s, len(frames)
+        session, base, step_s, count = self._engine, self._plan, self.step_s, len(frames)
         if count % 2:  # as Hugging Face fills up an odd number
             slots, frames = [*slots, slots[-1]], [*frames, frames[-1]]
         first = max(done, slots[0] // base.sampling.frames * base.sampling.frames)
         start_s, end_s, *times = (self._origin_s + slot * step_s for slot in (first, end, *slots))
         sampling = SamplingPlan(start_s, end_s, tuple(times), base.sampling.wanted)
         grid = len(slots) // 2, *base.grid[1:]
-        tower = tower_shape(engine.loaded.model.model.visual)
+        tower = tower_shape(session.loaded.model.model.visual)
         pruning = replace(
-            engine.pruning, share=float(engine.pruning.share)
+            session.pruning, share=float(session.pruning.share)
         )  # one pair alone repeats those of other windows
         plan = replace(
             base, sampling=sampling, grid=grid, encoder=pruning.plan(tower, grid), unshrunk=None, limited=False
         )
         pixels, segment, clock = np.stack(frames), Segment(self._segment.earlier), Clock(torch.device("cpu"))
-        window = _WindowInput(engine, plan, clock, pixels, segment, pause)
+        window = _WindowInput(session, plan, clock, pixels, segment, pause)
         try:
             encoding = window.encode()
         except NothingNew:  # then all of it is encoded anew
             segment = Segment()
-            window = _WindowInput(engine, plan, Clock(torch.device("cpu")), pixels, segment, pause)
+            window = _WindowInput(session, plan, Clock(torch.device("cpu")), pixels, segment, pause)
             encoding = window.encode()
         order = staying_order(window.encoded, encoding.tokens)
-        columns = window_columns(engine.loaded, encoding, order, slots, step_s, self._following)
+        columns = window_columns(session.loaded, encoding, order, slots, step_s, self._following)
         return EncodedWindow(count, end, encoding, Segment(segment.left), **columns)
 
     def _pause(self) -> None:

@@ -29,7 +29,7 @@ from evoprune.model.numerics import without_autocast
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class MethodChain:
     """`reuse+divprune`, `evoprune+fastv` or a method alone. The budget is that of the first part."""
 
     input: InputMethod | None = None
@@ -63,7 +63,7 @@ class Pipeline:
         return self.first.acts
 
     @property
-    def before(self) -> "Pipeline":
+    def before(self) -> "MethodChain":
         """What acts before the language model."""
         return replace(self, language=None)
 
@@ -107,7 +107,7 @@ class Pipeline:
         """The same with the first part `automatic`. Raises UsageError: it cannot be."""
         if len(self.before.members) > 1:
             raise not_automatic(self.before.name)
-        return replace(Pipeline.of(self.first.automatic()), language=self.language)
+        return replace(MethodChain.of(self.first.automatic()), language=self.language)
 
     def by_inflection(self) -> Self:
         """The same with at most as many tokens as before the inflection of the scores. Raises UsageError: there are none."""

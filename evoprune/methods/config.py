@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from evoprune.methods import registry
-from evoprune.methods.chain import Pipeline
+from evoprune.methods.chain import MethodChain
 from evoprune.methods.plans import (
     AUTO,
     AUTO_INFLECTION,
@@ -25,7 +25,7 @@ class PruneConfig:
     """Made by `of`."""
 
     name: str  # of the method, as the user wrote it
-    method: Pipeline
+    method: MethodChain
     budget: (
         float | str
     )  # as reports have it: a share, a preset's name, "auto", "auto:inflection"; 1.0 if nothing is pruned

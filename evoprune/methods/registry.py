@@ -25,7 +25,7 @@ from evoprune.util import did_you_mean
 
 if TYPE_CHECKING:
     from evoprune.methods.base import Method
-    from evoprune.methods.chain import Pipeline
+    from evoprune.methods.chain import MethodChain
 
 # Entry points; what is in the second one acts inside the language model, which is known before it is loaded.
 GROUPS = ("evoprune.methods", "evoprune.language_methods")
@@ -126,16 +126,16 @@ def get(text: str, args: dict[str, str] | None = None) -> "Method":
 
 
 @names_plugins()
-def parse(text: str, args: dict[str, str] | None = None) -> "Pipeline":
+def parse(text: str, args: dict[str, str] | None = None) -> "MethodChain":
     """What `text` names: methods as in `get`, joined by `+` in the order in which they act, without `args`. Raises as `get`."""
-    from evoprune.methods.chain import Pipeline
+    from evoprune.methods.chain import MethodChain
 
     check(text)
     names = _split(text)
     if args and len(names) > 1:
         example = f"{text}:{'='.join(next(iter(args.items())))}, or {REUSE}:threshold=5+{names[-1]}"
         raise UsageError(f"settings of {text} must be part of its name", f"for example {example}")
-    parts = [Pipeline.of(_one(name, args)) for name in names]
+    parts = [MethodChain.of(_one(name, args)) for name in names]
     made = parts.pop()
     language = made.language
     if language and not parts:

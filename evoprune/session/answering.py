@@ -19,10 +19,10 @@ from evoprune.errors import UsageError, error_record, names_plugins
 from evoprune.language.generate import PrefillState, TokenStream, embed_ids, stream_answer, teacher_forced_logits
 from evoprune.model.cost import Clock
 from evoprune.report import Report, TokenCounts
-from evoprune.session.engine import Engine
 from evoprune.session.options import GenerationOptions
 from evoprune.session.prompting import PromptReader, check_not_empty
 from evoprune.session.report import Encoding, fill_dropped, fill_pruning, fill_times, inputs_report
+from evoprune.session.session import Session
 from evoprune.util import check_type, counted, from_keywords
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
@@ -141,8 +141,8 @@ class Askable(ABC, Uncopied):
     INSTEAD = "threads may share it; another process needs a VideoQA of its own, and encodes there"
     OVERTAKEN = "another question was asked meanwhile"  # why an answer ends that is not the latest one any more
 
-    def __init__(self, engine: Engine):
-        self._engine, self._lock = engine, threading.RLock()
+    def __init__(self, session: Session):
+        self._engine, self._lock = session, threading.RLock()
         self._turn, self._paid = 0, False  # how often it was asked; whether a report has had the times of the inputs
 
     @abstractmethod
@@ -260,14 +260,14 @@ class EncodedInputs(Askable):
     the encodings, and never changes: each answer has one of its own. `plans`: of each input, what was looked at, and how large.
     """
 
-    def __init__(self, engine: Engine, encodings: Sequence[Encoding]):
-        super().__init__(engine)
+    def __init__(self, session: Session, encodings: Sequence[Encoding]):
+        super().__init__(session)
         self._encodings = [encoding.own() for encoding in encodings]
         self.plans = [encoding.plan for encoding in encodings]
-        self._prompts = PromptReader(engine, self.plans)
-        self._blank = inputs_report(engine, self._encodings)
+        self._prompts = PromptReader(session, self.plans)
+        self._blank = inputs_report(session, self._encodings)
         self.report = deepcopy(self._blank)
-        fill_times(self.report, *self._spent, engine.loaded.device)
+        fill_times(self.report, *self._spent, session.loaded.device)
 
     def __repr__(self) -> str:
         said = []
@@ -278,9 +278,9 @@ class EncodedInputs(Askable):
             said.append(f"{plan.name!r}: {size}, {len(tokens.kept):,} of {plan.units:,} visual tokens kept")
         return f"<EncodedInputs {', '.join(said)}>"
 
-    def with_engine(self, engine: Engine) -> "EncodedInputs":
-        """The same tokens, read by an engine that differs in what happens inside the language model alone."""
-        return EncodedInputs(engine, self._encodings)
+    def with_session(self, session: Session) -> "EncodedInputs":
+        """The same tokens, read by a session that differs in what happens inside the language model alone."""
+        return EncodedInputs(session, self._encodings)
 
     @property
     def encoded(self) -> Encoded:
@@ -353,12 +353,12 @@ class EncodedInputs(Askable):
         return state
 
 
-def together(engine: Engine, inputs: Sequence[EncodedInputs]) -> EncodedInputs:
+def together(session: Session, inputs: Sequence[EncodedInputs]) -> EncodedInputs:
     """Inputs that were encoded apart, to be asked about together. Raises UsageError: none, or one of another model or pruning."""
     if not inputs:
         raise UsageError("there is no input", "give at least one path, or what encode made of it")
-    if any(each._engine is not engine for each in inputs):
+    if any(each._engine is not session for each in inputs):
         raise UsageError("an input was encoded by another VideoQA", "encode it with this one")
     if len(inputs) == 1:
         return inputs[0]
-    return EncodedInputs(engine, [encoding for each in inputs for encoding in each._encodings])
+    return EncodedInputs(session, [encoding for each in inputs for encoding in each._encodings])

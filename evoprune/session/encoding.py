@@ -22,10 +22,10 @@ from evoprune.errors import OutOfMemory, UsageError, memory_guard, names_plugins
 from evoprune.model.cost import Clock
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache, content_hash, own_code
-from evoprune.session.engine import Engine
 from evoprune.session.options import SamplingOptions
 from evoprune.session.planning import TEXT, chunk_bytes, fitting_chunks, plan_input
 from evoprune.session.report import Encoding
+from evoprune.session.session import Session
 from evoprune.util import brief
 from evoprune.video.frames import FrameChunk, probe, read_frames
 from evoprune.video.info import PICTURE, check_one_file
@@ -92,7 +92,7 @@ class OpenInput:
     threaded: ClassVar[bool] = True
     stored: ClassVar[Encoded | None] = None
 
-    engine: Engine
+    session: Session
     plan: Plan
     clock: Clock  # adds up the seconds of "read" and "preprocess"
 
@@ -107,7 +107,7 @@ class OpenInput:
 
     def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         """What the tower makes of it. `options`: of `vision.encoder.encode_rows`."""
-        return encode_rows(self.engine.loaded.model.model.visual, patches, self.plan.encoder, **options)
+        return encode_rows(self.session.loaded.model.model.visual, patches, self.plan.encoder, **options)
 
     def begin(self) -> None:
         """Has the first chunk ready when it returns; a thread goes on to the next two. Raises VideoError. OutOfMemory."""
@@ -130,7 +130,7 @@ class OpenInput:
 
         Raises VideoError: unreadable. OutOfMemory. ModelError: numbers that are NaN or infinite.
         """
-        plan, clock, pruning = self.plan, Clock(self.engine.device), self.engine.pruning
+        plan, clock, pruning = self.plan, Clock(self.session.device), self.session.pruning
         start, earlier = clock.now(), 0.0 if self._early else self.clock.seconds.get("read", 0.0)
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
@@ -150,9 +150,9 @@ class OpenInput:
 
         Writes the seconds of "encode" into `clock`, and adds to the `warnings`.
         """
-        plan, loaded, pruning = self.plan, self.engine.loaded, self.engine.pruning
+        plan, loaded, pruning = self.plan, self.session.loaded, self.session.pruning
         loaded.ready()
-        chunks, start = chunks or fitting_chunks(self.engine, plan), clock.now()
+        chunks, start = chunks or fitting_chunks(self.session, plan), clock.now()
         options = {"seed": pruning.seed, "normal": loaded.limits[plan.kind].normal}
         if progress:
             options["on_layer"] = partial(progress, "layers")
@@ -185,12 +185,12 @@ class OpenInput:
 
     def _prepared(self) -> Generator[tuple[int, torch.Tensor], None, None]:
         """For every chunk, how many frames there were up to its end, and its patches `[rows, values]`, uint8."""
-        plan, limits = self.plan, self.engine.loaded.limits[self.plan.kind]
-        with closing(self.frames(chunk_bytes(self.engine, plan))) as chunks:
+        plan, limits = self.plan, self.session.loaded.limits[self.plan.kind]
+        with closing(self.frames(chunk_bytes(self.session, plan))) as chunks:
             for chunk in self.clock.each("read", chunks):
                 self.damaged += chunk.damaged
                 with self.clock.stage("preprocess"):
-                    patches = patches_of(chunk.frames, plan, limits, self.engine.device)
+                    patches = patches_of(chunk.frames, plan, limits, self.session.device)
                 yield chunk.first + len(chunk.frames), patches
 
 
@@ -204,7 +204,7 @@ class CachedInput(OpenInput):
     def key(self) -> str | None:
         """Of its entry in the cache; None without one."""
         with self.clock.stage("read"):
-            return entry_key(self.engine, self.plan)
+            return entry_key(self.session, self.plan)
 
     @cached_property
     def stored(self) -> Encoded | None:
@@ -212,7 +212,7 @@ class CachedInput(OpenInput):
         if not self.key:
             return None
         with self.clock.stage("read"):
-            return self.cache.load(self.key, self.engine.device)
+            return self.cache.load(self.key, self.session.device)
 
     def _result(
         self, clock: Clock, progress: Progress | None, chunks: Sequence[int] | None, warnings: list[str]
@@ -222,15 +222,15 @@ class CachedInput(OpenInput):
             return self.stored, "hit"
         result, _ = super()._result(clock, progress, chunks, warnings)
         # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
-        storable = self.key and not self.damaged and entry_key(self.engine, self.plan) == self.key
+        storable = self.key and not self.damaged and entry_key(self.session, self.plan) == self.key
         if storable and not self.cache.store(self.key, result):
             warnings.append("cache_not_written")
         return result, "miss" if self.key else "off"
 
 
-def entry_key(engine: Engine, plan: Plan) -> str | None:
+def entry_key(session: Session, plan: Plan) -> str | None:
     """Equal keys mean equal encodings. None without a fingerprint of the model or a readable file."""
-    loaded, pruning, limits = engine.loaded, engine.pruning, engine.loaded.limits[plan.kind]
+    loaded, pruning, limits = session.loaded, session.pruning, session.loaded.limits[plan.kind]
     if loaded.fingerprint is None:
         return None
     try:
@@ -256,8 +256,8 @@ def entry_key(engine: Engine, plan: Plan) -> str | None:
 class OpenInputs:
     """Videos and pictures that are asked about together. To be encoded once, and closed. `plans`: what is looked at, of each."""
 
-    def __init__(self, engine: Engine, inputs: Sequence[OpenInput]):
-        self.engine, self.inputs, self.plans = engine, inputs, [each.plan for each in inputs]
+    def __init__(self, session: Session, inputs: Sequence[OpenInput]):
+        self.session, self.inputs, self.plans = session, inputs, [each.plan for each in inputs]
 
     @property
     def in_cache(self) -> bool:
@@ -279,12 +279,12 @@ class OpenInputs:
         count, kept, chunks, encodings = len(self.plans), sum(plan.encoder.keep for plan in self.plans), [], []
         for each in self.inputs:
             others = TEXT + kept - each.plan.encoder.keep
-            chunks.append(None if each.stored else fitting_chunks(self.engine, each.plan, others))
+            chunks.append(None if each.stored else fitting_chunks(self.session, each.plan, others))
         for number, each in enumerate(self.inputs):
             if progress and count > 1:
                 progress("input", number + 1, count)
             encodings.append(each.encode(progress, chunks[number]))
-        return EncodedInputs(self.engine, encodings)
+        return EncodedInputs(self.session, encodings)
 
     def close(self) -> None:
         for each in self.inputs:
@@ -292,13 +292,13 @@ class OpenInputs:
 
 
 def open_inputs(
-    engine: Engine,
+    session: Session,
     paths: Sequence[Path],
     sampling: SamplingOptions | None = None,
     *,
     names: Sequence[str] | None = None,
     cache: Cache | None = None,
-    kind: Callable[[Engine, Plan, Clock], OpenInput] = OpenInput,
+    kind: Callable[[Session, Plan, Clock], OpenInput] = OpenInput,
 ) -> OpenInputs:
     """Probes videos and pictures, at least one, in the order in which the model reads them, and plans what is read; reads no frame.
 
@@ -311,7 +311,7 @@ def open_inputs(
     sampling = sampling or SamplingOptions()
     check_one_file(sampling.subtitles, len(paths))
     clocks, infos, inputs = [Clock(torch.device("cpu")) for _ in paths], [], []  # clocks that never wait for a GPU
-    if cache and not engine.pruning.method.reads_question:
+    if cache and not session.pruning.method.reads_question:
         kind = partial(CachedInput, cache=cache)
     for path, clock in zip(paths, clocks, strict=True):
         with clock.stage("read"):
@@ -319,9 +319,9 @@ def open_inputs(
     each = zip(clocks, infos, sampling.of_each(infos), names or [None] * len(paths), strict=True)
     for clock, info, wanted, name in each:
         with clock.stage("read"):
-            plan = plan_input(engine, info, wanted, name)
-        inputs.append(kind(engine, plan, clock))
-    return OpenInputs(engine, inputs)
+            plan = plan_input(session, info, wanted, name)
+        inputs.append(kind(session, plan, clock))
+    return OpenInputs(session, inputs)
 
 
 def paths_of(given: Any) -> Sequence[Path]:

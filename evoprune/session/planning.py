@@ -12,8 +12,8 @@ from evoprune.methods.plans import EncoderPlan, WholePairs
 from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import carried_bytes, shortage, working_memory
 from evoprune.model.cost import estimate_first_token as estimate_seconds
-from evoprune.session.engine import Engine
 from evoprune.session.options import SamplingOptions
+from evoprune.session.session import Session
 from evoprune.util import clock, counted
 from evoprune.video.frames import choose_decoder, read_subtitles
 from evoprune.video.info import (
@@ -73,19 +73,19 @@ def as_text(lines: Sequence[SubtitleLine]) -> str:
     )
 
 
-def plan_input(engine: Engine, info: Video, sampling: SamplingOptions, name: str | None = None) -> Plan:
+def plan_input(session: Session, info: Video, sampling: SamplingOptions, name: str | None = None) -> Plan:
     """Plans which frames of a video are looked at, or how large a picture, and what the encoder does with them.
 
     Raises VideoError: missing, unreadable or empty, or so are its subtitles. UsageError: an unknown or missing decoder.
     """
     decoder = choose_decoder(sampling.decoder, info)
-    loaded, numbers = engine.loaded, sampling.numbers
+    loaded, numbers = session.loaded, sampling.numbers
     if numbers["max_visual_tokens"] is None:
         on_cpu = is_host(torch.device(loaded.device))
         numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=loaded.is_demo)
     limits = loaded.limits[info.kind]
     full = make_plan(info, limits, **numbers)
-    encoder = engine.pruning.plan(tower_shape(loaded.model.model.visual), full.grid)
+    encoder = session.pruning.plan(tower_shape(loaded.model.model.visual), full.grid)
     asked = sampling.fps is not None or sampling.frames is not None
     lines = sampling.subtitles, sampling.max_subtitle_tokens
     return replace(
@@ -115,10 +115,10 @@ def encoding_bytes(
     return working_memory(config, encoder.units, chunk_units, prompt, bytes_each, selected) + means
 
 
-def chunk_bytes(engine: Engine, plan: Plan) -> int:
+def chunk_bytes(session: Session, plan: Plan) -> int:
     """Bytes of decoded frames to hold at a time: no more frames than the encoder takes, and no more than a few large ones."""
-    limits, (_, height, width) = engine.loaded.video, plan.grid
-    pairs = -(-largest_chunk(engine.loaded.model.device) // (height * width))
+    limits, (_, height, width) = session.loaded.video, plan.grid
+    pairs = -(-largest_chunk(session.loaded.model.device) // (height * width))
     return min(CHUNK_BYTES, pairs * limits.temporal_patch_size * plan.source.width * plan.source.height * 3)
 
 
@@ -130,14 +130,14 @@ def chunk_sizes(device: torch.device, encoder: EncoderPlan) -> list[int]:
     return sizes
 
 
-def fitting_chunks(engine: Engine, plan: Plan, other_tokens: int = TEXT) -> list[int]:
+def fitting_chunks(session: Session, plan: Plan, other_tokens: int = TEXT) -> list[int]:
     """Those of `chunk_sizes` for which there is enough memory.
 
     Raises OutOfMemory: there is not enough even for a frame pair, or for the prompt, with `other_tokens` beside the video's.
     """
-    model, encoder = engine.loaded.model, plan.encoder
+    model, encoder = session.loaded.model, plan.encoder
     sizes, pair = chunk_sizes(model.device, encoder), encoder.grid[1] * encoder.grid[2]
-    prompt = engine.prompt_columns(encoder.keep, other_tokens)
+    prompt = session.prompt_columns(encoder.keep, other_tokens)
     for number, size in enumerate(sizes):
         needed = encoding_bytes(model.config, encoder, max(pair, size), model.dtype.itemsize, prompt)
         if not (short := shortage(needed, str(model.device))):
@@ -148,23 +148,23 @@ def fitting_chunks(engine: Engine, plan: Plan, other_tokens: int = TEXT) -> list
     raise OutOfMemory(f"{plan.name} {short}: {kept}", LESS, stage="encode")
 
 
-def check_carried(engine: Engine, plan: Plan) -> None:
+def check_carried(session: Session, plan: Plan) -> None:
     """Raises OutOfMemory where there is too little for what a window of a stream leaves to the next one (vision/encoder.py)."""
-    model, (_, height, width) = engine.loaded.model, plan.encoder.grid
+    model, (_, height, width) = session.loaded.model, plan.encoder.grid
     needed = 2 * carried_bytes(model.config, height * width, model.dtype.itemsize)  # two windows' are held at once
     if plan.encoder.reuse and (short := shortage(needed, str(model.device))):
         raise OutOfMemory(f"a stream of {plan.width}x{plan.height} pixels {short}", LESS, stage="encode")
 
 
-def estimate_first_token(engine: Engine, plan: Plan, text: int = QUESTION) -> float | None:
+def estimate_first_token(session: Session, plan: Plan, text: int = QUESTION) -> float | None:
     """Seconds until the first token, roughly, with `text` tokens around the video; None on CUDA and for a demo model."""
-    if not is_host(torch.device(engine.loaded.device)) or engine.loaded.is_demo:
+    if not is_host(torch.device(session.loaded.device)) or session.loaded.is_demo:
         return None
-    model, encoder = engine.loaded.model, plan.encoder
+    model, encoder = session.loaded.model, plan.encoder
     count, height, width = encoder.grid
     windows = tower_shape(model.model.visual).windows(height, width)
     depth = model.config.text_config.num_hidden_layers
-    pruning = engine.pruning
+    pruning = session.pruning
     work = pruning.method.prompt_work(depth, encoder.keep, text, pruning.share_of_all([encoder.grid]))
     seconds = estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, work)
-    return seconds if engine.loaded.quantize == "none" else seconds / 2  # products of bytes take about half the time
+    return seconds if session.loaded.quantize == "none" else seconds / 2  # products of bytes take about half the time

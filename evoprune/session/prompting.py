@@ -21,10 +21,10 @@ from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Prompt, Tokenizer, build_prompt, prompt_positions, timestamps
 from evoprune.model.config import VisionConfig
 from evoprune.model.cost import language_bytes, shortage
-from evoprune.session.engine import Engine
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import GenerationOptions
 from evoprune.session.planning import TEXT, fitting_chunks
+from evoprune.session.session import Session
 from evoprune.util import brief, counted
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
@@ -41,8 +41,8 @@ class PromptReader:
     uses them again. Where tokens leave inside the language model, they leave by the question, and each prompt is read as a whole.
     """
 
-    def __init__(self, engine: Engine, plans: Sequence[Plan]):
-        self._engine, self._loaded, self._plans = engine, engine.loaded, plans
+    def __init__(self, session: Session, plans: Sequence[Plan]):
+        self._engine, self._loaded, self._plans = session, session.loaded, plans
         # How the prompt began, the cache, and how many of its columns no question changes.
         self._prefix: tuple[Beginning, KVCache | HostedCache, int] | None = None
 
@@ -147,7 +147,7 @@ def prompt_about(
 
 
 def longest_prompt(
-    engine: Engine,
+    session: Session,
     plans: Sequence[Plan],
     questions: Sequence[str],
     options: GenerationOptions,
@@ -159,16 +159,16 @@ def longest_prompt(
     with the prompt. ModelError: an unusable chat template.
     """
     for question in questions:
-        check_question(engine.loaded, question)
-    given = engine.loaded.tokenizer, engine.loaded.model.config.vision_config, plans
+        check_question(session.loaded, question)
+    given = session.loaded.tokenizer, session.loaded.model.config.vision_config, plans
     how = options.system, options.thinking
     longest = max(prompt_about(*given, each, *how).text_tokens for each in questions)
     kept = sum(plan.encoder.keep for plan in plans)
-    check_context(engine.loaded, longest, kept, options.max_new_tokens)
+    check_context(session.loaded, longest, kept, options.max_new_tokens)
     for plan in plans:
         other_tokens = max(TEXT, longest) + kept - plan.encoder.keep
         if other_tokens > TEXT and not any(plan is each for each in encoded):
-            fitting_chunks(engine, plan, other_tokens)
+            fitting_chunks(session, plan, other_tokens)
     return longest
 
 
@@ -204,11 +204,11 @@ def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None
         )
 
 
-def check_memory(engine: Engine, text: int, visual: int) -> None:
+def check_memory(session: Session, text: int, visual: int) -> None:
     """Raises OutOfMemory where there is too little to read a prompt whose text is longer than the encoder's check assumed."""
     if text <= TEXT:
         return
-    model = engine.loaded.model
-    needed = language_bytes(model.config, engine.prompt_columns(visual, text), model.dtype.itemsize)
-    if short := shortage(needed, engine.loaded.device):
+    model = session.loaded.model
+    needed = language_bytes(model.config, session.prompt_columns(visual, text), model.dtype.itemsize)
+    if short := shortage(needed, session.loaded.device):
         raise OutOfMemory(f"a prompt of {text + visual:,} tokens {short}", LESS, stage="prefill")

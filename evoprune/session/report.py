@@ -9,7 +9,7 @@ from evoprune.backend.devices import environment, memory_in_use, peak_memory
 from evoprune.methods.base import Reading
 from evoprune.methods.config import PruneConfig
 from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
-from evoprune.session.engine import Engine
+from evoprune.session.session import Session
 from evoprune.video.plan import STILL, Plan
 from evoprune.vision.encoder import Encoded, EncodedRows, select_tokens
 
@@ -65,22 +65,22 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
     )
 
 
-def inputs_report(engine: Engine, encodings: Sequence[Encoding]) -> Report:
+def inputs_report(session: Session, encodings: Sequence[Encoding]) -> Report:
     """The report of inputs that were encoded, without the times of their stages."""
-    loaded = engine.loaded
+    loaded = session.loaded
     states = {encoding.cache for encoding in encodings}
     report = Report(
         memory=Memory(weights_bytes=loaded.weights_bytes),
         model=loaded.facts(),
         env=environment(loaded.device),
-        inputs=[_input_facts(engine, encoding) for encoding in encodings],
+        inputs=[_input_facts(session, encoding) for encoding in encodings],
         cache=next(state for state in ("miss", "off", "hit") if state in states),  # "hit" if all are from the disk
     )
     if len(report.inputs) == 1:
         only = report.inputs[0]
         report.video, report.sampling, report.subtitles = only.video, only.sampling, only.subtitles
-    fill_pruning(report, engine, encodings)
-    report.time_ms.load = None if engine.load_seconds is None else engine.load_seconds * 1000
+    fill_pruning(report, session, encodings)
+    report.time_ms.load = None if session.load_seconds is None else session.load_seconds * 1000
     for part, spent in loaded.load_seconds.items():
         setattr(report.time_ms, f"load_{part}", spent * 1000)
     report.time_ms.encode_prune = sum(encoding.tokens.prune_seconds for encoding in encodings) * 1000
@@ -96,9 +96,9 @@ def inputs_report(engine: Engine, encodings: Sequence[Encoding]) -> Report:
     return report
 
 
-def _input_facts(engine: Engine, encoding: Encoding) -> InputFacts:
+def _input_facts(session: Session, encoding: Encoding) -> InputFacts:
     """An input by itself; `fill_pruning` adds its pruning."""
-    plan, tokens, merge = encoding.plan, encoding.tokens, engine.loaded.video.merge_size
+    plan, tokens, merge = encoding.plan, encoding.tokens, session.loaded.video.merge_size
     facts = {"path": plan.name, "decoder": plan.decoder, "damaged": encoding.damaged}
     known = {each.name: getattr(plan.info, each.name) for each in fields(VideoFacts) if each.name not in facts}
     times = {stage: spent * 1000 for stage, spent in encoding.seconds.items()}
@@ -108,7 +108,7 @@ def _input_facts(engine: Engine, encoding: Encoding) -> InputFacts:
     if plan.sampling is not STILL:
         sampling.start_s, sampling.end_s = plan.sampling.start_s, plan.sampling.end_s
         sampling.timestamps_s = list(plan.sampling.times_s)
-        sampling.seconds_per_pair = plan.sampling.seconds_per_pair(engine.loaded.video.temporal_patch_size)
+        sampling.seconds_per_pair = plan.sampling.seconds_per_pair(session.loaded.video.temporal_patch_size)
     return InputFacts(
         path=plan.name,
         kind=plan.kind,
@@ -121,12 +121,12 @@ def _input_facts(engine: Engine, encoding: Encoding) -> InputFacts:
     )
 
 
-def fill_pruning(report: Report, engine: Engine, encodings: Sequence[Encoding]) -> None:
+def fill_pruning(report: Report, session: Session, encodings: Sequence[Encoding]) -> None:
     """Writes into a report what the encoder computed, and what the language model reads, of all inputs and of each."""
 
     def pruning(some: Sequence[Encoding]) -> Pruning:
         units = sum(each.plan.units for each in some)
-        return pruning_facts(engine.pruning, units, [each.tokens for each in some], "qwen")
+        return pruning_facts(session.pruning, units, [each.tokens for each in some], "qwen")
 
     report.pruning = pruning(encodings)
     for facts, encoding in zip(report.inputs, encodings, strict=True):

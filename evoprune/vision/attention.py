@@ -93,10 +93,10 @@ class Packed:
         return query, self.layout.group_units(self.scope)[2] if self.layout.mixes(self.scope) else query
 
 
-Plan = list[Bucket] | Packed
+AttentionPlan = list[Bucket] | Packed
 
 
-def plan_attention(layout: TokenLayout, scope: Scope, like: torch.Tensor, size_bias: bool) -> Plan:
+def plan_attention(layout: TokenLayout, scope: Scope, like: torch.Tensor, size_bias: bool) -> AttentionPlan:
     """How the rows of a layout attend inside their groups of `scope`, by the device and the dtype of `like`.
 
     `size_bias` adds to the scores of a key the log of its cluster size inside the group (proportional attention: ToMe, arXiv
@@ -182,7 +182,7 @@ def grouped_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    plan: Plan,
+    plan: AttentionPlan,
     received: torch.Tensor | None = None,
     timer: devices.Timer | None = None,
 ) -> torch.Tensor:
@@ -280,7 +280,7 @@ def attend_by_products(
     return out, None if received is None else received.view(batch, heads, keys).sum(1)
 
 
-def attention_received(q: torch.Tensor, k: torch.Tensor, plan: Plan) -> torch.Tensor:
+def attention_received(q: torch.Tensor, k: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """float32, like the rows of `k`: as `received` of `grouped_attention`, without the output of the attention."""
     total = torch.zeros(len(k), dtype=torch.float32, device=k.device)
     for bucket in [static_bucket(plan.layout, plan.scope, plan.size_bias)] if isinstance(plan, Packed) else plan:

@@ -214,7 +214,7 @@ def encode_rows(
         visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of the same families, whose layers obey
             torch's autocast. The rows are then in its dtype.
         patches, normal: the whole video in pieces, as of `preprocess.in_chunks`.
-        plan: for this tower, from `Pipeline.plan`.
+        plan: for this tower, from `MethodChain.plan`.
         seed: as in `Tokens`.
         chunk_units: rows to encode at a time, rounded up to whole frame pairs; default: `devices.largest_chunk`.
         on_layer: called with the number of finished layers and of all, after each that follows a selection inside the tower.

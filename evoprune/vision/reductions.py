@@ -14,7 +14,7 @@ from evoprune.methods.plans import Stage, TowerShape
 from evoprune.methods.ranking import merge_rows, snap, unit_features
 from evoprune.methods.types import Candidates, ascending, runs, share_rows, tally, true_indices
 from evoprune.model.numerics import without_autocast
-from evoprune.vision.attention import Plan, attention_received
+from evoprune.vision.attention import AttentionPlan, attention_received
 from evoprune.vision.layout import Scope, TokenLayout, merged_layout
 
 Compared = tuple[torch.Tensor | None, torch.Tensor | None]
@@ -89,7 +89,7 @@ class Gathering:
         k: torch.Tensor,
         plain: torch.Tensor,
         layout: TokenLayout,
-        groups: Plan,
+        groups: AttentionPlan,
         spread: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         """Computes the values of one chunk, in that layer; `q`, `k`, `groups` as in `attention_received`, of frame pairs.

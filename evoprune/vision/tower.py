@@ -18,7 +18,7 @@ from evoprune.cpu.linear import linear
 from evoprune.methods.plans import TowerShape
 from evoprune.methods.types import ascending
 from evoprune.model.config import PATCHES, VisionConfig, vision_sizes
-from evoprune.vision.attention import Packed, Plan, grouped_attention, plan_attention
+from evoprune.vision.attention import AttentionPlan, Packed, grouped_attention, plan_attention
 from evoprune.vision.families import EPS, merge_patches, tower_layers
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, geometry
 from evoprune.vision.reductions import Compared, Gathering, Reduction
@@ -159,7 +159,7 @@ class VisionBlock:
         x: torch.Tensor,
         layout: TokenLayout,
         rotation: list[torch.Tensor],
-        plans: dict[Scope, Plan],
+        plans: dict[Scope, AttentionPlan],
         needs: frozenset[str],
     ) -> tuple[torch.Tensor, Compared]:
         """The rows `[R, 4, hidden]` after attention, and what `Reduction.after` compares, as far as it `needs` it.

@@ -75,9 +75,9 @@ def test_full_comes_first_and_nothing_twice():
 def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
     encoded, real = [], evaluation.open_inputs
 
-    def opened(engine, paths, sampling, **more):
-        encoded.append((Path(paths[0]).name, engine.pruning.name, engine.pruning.share, more["kind"] is GreyInput))
-        return real(engine, paths, sampling, **more)
+    def opened(session, paths, sampling, **more):
+        encoded.append((Path(paths[0]).name, session.pruning.name, session.pruning.share, more["kind"] is GreyInput))
+        return real(session, paths, sampling, **more)
 
     monkeypatch.setattr(evaluation, "open_inputs", opened)
     run = begun(loaded, replace(SETTINGS, blind=True, limit=2))
@@ -91,9 +91,9 @@ def test_rows_are_about_parts_which_may_be_missing(loaded, tmp_path, monkeypatch
     """Each part is encoded once for all variants, and the video stays one in results; one without the part fails alone."""
     opened, real = [], evaluation.open_inputs
 
-    def counted(engine, paths, sampling, **more):
+    def counted(session, paths, sampling, **more):
         opened.append((sampling.start_s, sampling.end_s))
-        return real(engine, paths, sampling, **more)
+        return real(session, paths, sampling, **more)
 
     monkeypatch.setattr(evaluation, "open_inputs", counted)
     Image.new("RGB", (112, 112), (200, 0, 0)).save(tmp_path / "p.png")
@@ -153,7 +153,7 @@ def test_operations_at_3b(loaded):
 
 def test_the_blind_row_sees_nothing_but_size_and_length(loaded):
     info = probe(SAMPLES / "square.mp4")
-    opened = open_inputs(VideoQA(loaded).engine, [info.path], SamplingOptions(frames=4), kind=GreyInput)
+    opened = open_inputs(VideoQA(loaded).session, [info.path], SamplingOptions(frames=4), kind=GreyInput)
     chunks = list(opened.inputs[0].frames(chunk_bytes=1))
     assert [chunk.first for chunk in chunks] == [0, 2] and all((chunk.frames == 128).all() for chunk in chunks)
     assert chunks[0].frames.shape == (2, info.height, info.width, 3) and chunks[0].frames.dtype == np.uint8
@@ -173,9 +173,9 @@ def test_methods_that_draw_lots_do_so_anew_for_each_video_but_alike_in_every_run
         return [[s["answer"] for s in run.samples] for run in seen]
 
     assert kept(0) == kept(0) != kept(1)
-    seeds, real = [], evaluation.Engine
+    seeds, real = [], evaluation.Session
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "Engine", lambda m, p: seeds.append(p.seed) or real(m, p))
+        patch.setattr(evaluation, "Session", lambda m, p: seeds.append(p.seed) or real(m, p))
         kept(0), kept(1), kept(2**31 - 1)
     assert len(set(seeds)) == 6 and all(0 <= seed < 2**32 for seed in seeds)
 
@@ -191,10 +191,10 @@ def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
     assert document["failures"] == [{"video": "gone.mp4", "message": "no such file: samples/gone.mp4"}]
     real = evaluation.open_inputs
 
-    def opened(engine, paths, *args, **more):
-        if engine.pruning.name == "random" and Path(paths[0]).name == "three.mp4":
+    def opened(session, paths, *args, **more):
+        if session.pruning.name == "random" and Path(paths[0]).name == "three.mp4":
             raise OutOfMemory("out of memory in encode", stage="encode")
-        return real(engine, paths, *args, **more)
+        return real(session, paths, *args, **more)
 
     monkeypatch.setattr(evaluation, "open_inputs", opened)
     run = begun(loaded, clips=videos(CLIPS[:2]))

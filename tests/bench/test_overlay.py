@@ -35,7 +35,7 @@ def loaded():
 
 
 def traced(loaded, path=CLIP, **settings) -> TracedVideo:
-    return trace(VideoQA(loaded, **settings).engine, path)
+    return trace(VideoQA(loaded, **settings).session, path)
 
 
 def test_reused_units_are_those_whose_pixels_are_older(loaded):
@@ -90,7 +90,7 @@ def test_the_owner_of_merged_units_has_a_dot(loaded, method):
 def test_what_is_drawn_is_what_the_language_model_reads(loaded):
     qa = VideoQA(loaded, budget=0.1)
     kept = qa.encode(CLIP).encoded.kept
-    assert torch.equal(trace(qa.engine, CLIP).fates.chosen.nonzero().flatten(), kept)
+    assert torch.equal(trace(qa.session, CLIP).fates.chosen.nonzero().flatten(), kept)
 
 
 def test_a_method_that_makes_the_input_smaller(loaded):

@@ -21,9 +21,9 @@ from evoprune.bench.tune import (
     smoothed,
 )
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.session.engine import Engine
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.session.session import Session
 from tests.quantized import parameters
 
 CLIPS = ("samples/square.mp4", "samples/arrivals.webm")
@@ -112,8 +112,8 @@ class Ticks:
 @pytest.mark.full
 @pytest.mark.parametrize(("seconds", "tokens", "asked", "videos"), [(1e6, 64, 2, 2), (60, 64, 2, 2), (3, 8, 1, 1)])
 def test_full_answers_keep_their_time(loaded, seconds, tokens, asked, videos):
-    engine = Engine(loaded, PruneOptions().config())
-    answering = Answering(engine, SamplingOptions(frames=4), QUESTIONS, seconds, Ticks())
+    session = Session(loaded, PruneOptions().config())
+    answering = Answering(session, SamplingOptions(frames=4), QUESTIONS, seconds, Ticks())
     answering.answer(CLIPS)
     assert (answering.tokens, answering.asked, len(answering.made)) == (tokens, asked, videos)
     assert all(len(full.references) == answering.asked for full in answering.made)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from evoprune import methods
 from evoprune.contrib.encoder import EarlyTom, FrameTokens, Ipcv, MergedFrames, Runs, highest_of_stretches, similarities
 from evoprune.methods.baselines import Random
-from evoprune.methods.chain import Pipeline
+from evoprune.methods.chain import MethodChain
 from evoprune.methods.plans import EncoderPlan, SetAside, Stage, TowerShape, WholePairs, full_plan
 from evoprune.methods.types import Tokens
 from evoprune.vision.encoder import encode_rows, select_tokens, selected
@@ -353,7 +353,7 @@ def ipcv_slowly(visual, patches, grid, stage: Stage) -> torch.Tensor:
 def test_ipcv_the_whole_encoder_line_by_line(grid, full_layers, first, follow):
     visual, patches = tiny_tower(full_layers), random_patches(grid)
     method = Ipcv(first=first / 4, follow=follow / 4, neighbours=3)
-    plan = Pipeline(encoder=method, selector=Random()).plan(tower_shape(visual), grid, 5)
+    plan = MethodChain(encoder=method, selector=Random()).plan(tower_shape(visual), grid, 5)
     stage, tokens = plan.stages
     assert stage.first_layer == first and tokens.selector == Random()
     assert stage.reduce == SetAside(int(0.35 * grid[1] * grid[2]), first + follow, 3)
@@ -407,7 +407,7 @@ def test_dart_is_the_default():
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize(("full_layers", "chunk_units"), [((1, 3), 10**6), ((0, 2), 40), ((3,), 1)])
 def test_nothing_waits_for_a_gpu(full_layers, chunk_units, kernel, monkeypatch):
-    method = Pipeline(encoder=Ipcv(), selector=Random())
+    method = MethodChain(encoder=Ipcv(), selector=Random())
     assert_same_on_a_gpu(
         monkeypatch, random_patches((3, 5, 7)), (3, 5, 7), method, 20, kernel, full_layers, chunk_units
     )

@@ -19,7 +19,7 @@ from evoprune.contrib.operations import ALL, KINDS, REST, Operation, Operations,
 from evoprune.errors import UsageError
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
-from evoprune.methods.chain import Pipeline
+from evoprune.methods.chain import MethodChain
 from evoprune.report import rounded
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.video_qa import VideoQA
@@ -116,7 +116,7 @@ def test_attention_in_strips_of_any_length(strip, monkeypatch):
 
 def test_with_nothing_removed_nothing_changes_bit_for_bit():
     method, (embeds, positions) = Operations(recipe=recipe_of(*((each,) for each in EVERY))), a_prompt()
-    assert Pipeline.of(method).language_work(DEPTH, len(VISUAL), 1.0) is None
+    assert MethodChain.of(method).language_work(DEPTH, len(VISUAL), 1.0) is None
     plain = decoder.logits(deep_model(), embeds, positions, KVCache(deep_model(), COLUMNS))
     assert torch.equal(plain, run_method(deep_model(), method, embeds, positions, 1.0)[0])
 

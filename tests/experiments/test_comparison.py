@@ -181,11 +181,11 @@ def test_the_command_writes_its_files_and_resumes_an_interrupted_run(asked, monk
     names, args, table, picture = asked
     seen, real = [], evaluation.open_inputs
 
-    def opened(engine, *args, **more):
-        seen.append(engine.pruning.name)
+    def opened(session, *args, **more):
+        seen.append(session.pruning.name)
         if len(seen) == 6:
             raise KeyboardInterrupt
-        return real(engine, *args, **more)
+        return real(session, *args, **more)
 
     monkeypatch.setattr(evaluation, "open_inputs", opened)
     with pytest.raises(KeyboardInterrupt):  # in the second clip

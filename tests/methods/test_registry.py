@@ -17,7 +17,7 @@ from evoprune.hf.encoding import patch_config
 from evoprune.methods import registry
 from evoprune.methods.base import Method
 from evoprune.methods.baselines import DivPrune
-from evoprune.methods.chain import Pipeline
+from evoprune.methods.chain import MethodChain
 from evoprune.methods.evoprune import EvoPrune, Reuse
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.settings import from_args
@@ -36,7 +36,7 @@ def test_the_registry_lists_what_it_can_get():
         assert isinstance(method, Method) and sys.modules[type(method).__module__].__doc__
         assert method.name == pipeline.name == name
         assert method.acts in ("none", "input", "inside", "after", "language")
-        assert pipeline == Pipeline.of(method) and pipeline.acts == method.acts
+        assert pipeline == MethodChain.of(method) and pipeline.acts == method.acts
         assert pipeline.members == ([] if name == "none" else [method])
         assert (pipeline.language is not None) == (name in INNER)
 
@@ -162,15 +162,15 @@ def test_a_name_may_bring_settings():
 @pytest.mark.parametrize(
     ("text", "method"),
     [
-        ("reuse+divprune", Pipeline(encoder=Reuse(), selector=DivPrune())),
-        ("reuse:threshold=5+mmr:lam=0.7", Pipeline(encoder=Reuse(threshold=5.0), selector=Mmr(lam=0.7))),
-        ("evoprune+fastv", Pipeline(encoder=EvoPrune(), language=FastV())),
-        ("reuse+mmr+fastv:share=0.3:depth=0.5", Pipeline(None, Reuse(), Mmr(), FastV(share=0.3, depth=0.5))),
+        ("reuse+divprune", MethodChain(encoder=Reuse(), selector=DivPrune())),
+        ("reuse:threshold=5+mmr:lam=0.7", MethodChain(encoder=Reuse(threshold=5.0), selector=Mmr(lam=0.7))),
+        ("evoprune+fastv", MethodChain(encoder=EvoPrune(), language=FastV())),
+        ("reuse+mmr+fastv:share=0.3:depth=0.5", MethodChain(None, Reuse(), Mmr(), FastV(share=0.3, depth=0.5))),
         # A plus in a number separates no methods.
-        ("evoprune:reuse=+1.5E+1:count=.1e+1", Pipeline(encoder=EvoPrune(reuse=15.0, count=1.0))),
-        ("evoprune:reuse=1e+1+fastv", Pipeline(encoder=EvoPrune(reuse=10.0), language=FastV())),
-        ("evoprune:count=1+fastv:depth=1e-1", Pipeline(encoder=EvoPrune(count=1.0), language=FastV(depth=0.1))),
-        ("reuse:threshold=1e+1+mmr:lam=+7e-1+fastv", Pipeline(None, Reuse(10.0), Mmr(lam=0.7), FastV())),
+        ("evoprune:reuse=+1.5E+1:count=.1e+1", MethodChain(encoder=EvoPrune(reuse=15.0, count=1.0))),
+        ("evoprune:reuse=1e+1+fastv", MethodChain(encoder=EvoPrune(reuse=10.0), language=FastV())),
+        ("evoprune:count=1+fastv:depth=1e-1", MethodChain(encoder=EvoPrune(count=1.0), language=FastV(depth=0.1))),
+        ("reuse:threshold=1e+1+mmr:lam=+7e-1+fastv", MethodChain(None, Reuse(10.0), Mmr(lam=0.7), FastV())),
     ],
 )
 def test_what_can_be_combined(text, method):

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune import methods
 from evoprune.methods.base import Method
-from evoprune.methods.chain import Pipeline
+from evoprune.methods.chain import MethodChain
 from evoprune.methods.plans import EncoderPlan, TowerShape
 from evoprune.methods.ranking import snap
 from evoprune.methods.types import Selection, Tokens
@@ -81,15 +81,20 @@ def ranked(values: list[float]) -> list[int]:
 
 
 def encoded(
-    method: Method | Pipeline, patches: torch.Tensor, grid: tuple[int, int, int], keep: int, full_layers=(1, 3), **how
+    method: Method | MethodChain,
+    patches: torch.Tensor,
+    grid: tuple[int, int, int],
+    keep: int,
+    full_layers=(1, 3),
+    **how,
 ):
     """What the tiny tower makes of a video; `how`: further arguments of `encode`."""
     visual = tiny_tower(full_layers)
     return encode(visual, [patches], plan_of(method, tower_shape(visual), grid, keep), **how)
 
 
-def plan_of(method: Method | Pipeline, tower: TowerShape, grid: tuple[int, int, int], keep: int) -> EncoderPlan:
-    return (method if isinstance(method, Pipeline) else Pipeline.of(method)).plan(tower, grid, keep)
+def plan_of(method: Method | MethodChain, tower: TowerShape, grid: tuple[int, int, int], keep: int) -> EncoderPlan:
+    return (method if isinstance(method, MethodChain) else MethodChain.of(method)).plan(tower, grid, keep)
 
 
 class Largest(TorchDispatchMode):

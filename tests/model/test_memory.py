@@ -161,7 +161,7 @@ def test_a_video_that_will_not_fit_is_not_read(loaded, monkeypatch):
     monkeypatch.setattr(cost, "available_memory", lambda device: 2**26)
     read = []
     monkeypatch.setattr(encoding, "read_frames", lambda *_, **__: read.append(1))
-    video = open_inputs(VideoQA(loaded, budget=0.5).engine, [CLIP])
+    video = open_inputs(VideoQA(loaded, budget=0.5).session, [CLIP])
     with pytest.raises(
         OutOfMemory, match=r"square.mp4 needs about \d+ MiB of memory, and 64 MiB .*12 frames"
     ) as caught:
@@ -197,7 +197,7 @@ def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, threaded, room, t
     """A tower that has room for a single frame pair, and one that has not."""
     monkeypatch.setattr(encoding.OpenInput, "threaded", threaded)
     qa, used, real = VideoQA(loaded, budget=0.5, method="evs"), [], encoding.encode_rows
-    whole = "".join(open_inputs(qa.engine, [CLIP]).encode().ask("What happens?", max_new_tokens=4))
+    whole = "".join(open_inputs(qa.session, [CLIP]).encode().ask("What happens?", max_new_tokens=4))
 
     def encode(*args, chunk_units, **how):
         used.append(chunk_units)
@@ -210,9 +210,9 @@ def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, threaded, room, t
     monkeypatch.setattr(planning, "largest_chunk", lambda device: 96)
     if room < 24:
         with pytest.raises(OutOfMemory, match=OUT):
-            open_inputs(qa.engine, [CLIP]).encode()
+            open_inputs(qa.session, [CLIP]).encode()
     else:
-        video = open_inputs(qa.engine, [CLIP]).encode()
+        video = open_inputs(qa.session, [CLIP]).encode()
         answer = video.ask("What happens?", max_new_tokens=4)
         assert "".join(answer) == whole
         times = answer.report.time_ms

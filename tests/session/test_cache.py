@@ -77,7 +77,7 @@ def test_the_second_time_nothing_is_encoded_and_all_is_the_same(loaded, cache, c
     plain = qa.encode(clip)
     first = qa.encode(clip, cache=cache)
     monkeypatch.setattr("evoprune.session.encoding.encode_rows", lambda *_, **__: pytest.fail("encoded again"))
-    with closing(open_inputs(qa.engine, [clip], cache=cache)) as opened:
+    with closing(open_inputs(qa.session, [clip], cache=cache)) as opened:
         assert opened.in_cache
         second = opened.encode()
     assert [video.report.cache for video in (plain, first, second)] == ["off", "miss", "hit"]
@@ -138,7 +138,7 @@ def test_other_bytes_under_the_same_name_size_and_time(loaded, cache, clip):
     assert os.stat(clip).st_size == before.st_size
     assert qa.encode(clip, cache=cache).report.cache == "miss"
     cache.clear()
-    with closing(open_inputs(qa.engine, [clip], cache=cache)) as opened:
+    with closing(open_inputs(qa.session, [clip], cache=cache)) as opened:
         assert not opened.in_cache
         os.replace(shutil.copy("samples/pan.mp4", f"{clip}.new"), clip)
         opened.encode()

@@ -129,14 +129,14 @@ def test_encoded_videos_in_the_cache_serve_any_subtitles(qa, said, tmp_path, mon
 
 
 def test_every_question_counts_them_before_the_video_is_encoded(qa, said):
-    plans = [open_inputs(qa.engine, [CLIP], SamplingOptions(subtitles=each)).plans for each in (str(said), "none")]
-    with_them, without = (longest_prompt(qa.engine, plan, ["Why?"], GenerationOptions(2)) for plan in plans)
+    plans = [open_inputs(qa.session, [CLIP], SamplingOptions(subtitles=each)).plans for each in (str(said), "none")]
+    with_them, without = (longest_prompt(qa.session, plan, ["Why?"], GenerationOptions(2)) for plan in plans)
     assert with_them == without + qa.encode(CLIP, subtitles=said).report.subtitles["tokens"]
 
 
 @pytest.fixture(scope="module")
 def plan(qa):
-    return open_inputs(qa.engine, [CLIP]).plans[0]
+    return open_inputs(qa.session, [CLIP]).plans[0]
 
 
 @pytest.fixture
@@ -157,11 +157,11 @@ def test_prompt_and_answer_fill_the_context_to_the_last_token(qa, plan, context)
     report.text  # noqa: B018 (generates it)
     tokens = report.report.tokens
     context(tokens.prompt + 3)
-    assert longest_prompt(qa.engine, [plan], ["Hm?", "What?"], GenerationOptions(3)) == tokens.text
+    assert longest_prompt(qa.session, [plan], ["Hm?", "What?"], GenerationOptions(3)) == tokens.text
     assert video.ask("What?", max_new_tokens=3).text == report.text
     for question, options in (("What?", {"max_new_tokens": 4}), ("What is it? Why?", {"max_new_tokens": 3})):
         with pytest.raises(UsageError, match="do not fit into the") as early:
-            longest_prompt(qa.engine, [plan], ["Hm?", question], GenerationOptions(**options))
+            longest_prompt(qa.session, [plan], ["Hm?", question], GenerationOptions(**options))
         with pytest.raises(UsageError) as late:
             next(video.ask(question, **options))
         assert early.value.message == late.value.message and early.value.hint
@@ -179,11 +179,11 @@ def test_a_method_that_reads_the_question_checks_it_first(saved, context, qa, mo
 
 def test_a_long_question_and_a_larger_budget_take_time(qa, plan, monkeypatch):
     monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: 1e9)
-    text = longest_prompt(qa.engine, [plan], [LONG], GenerationOptions(1))
+    text = longest_prompt(qa.session, [plan], [LONG], GenerationOptions(1))
     assert text > 500
-    assert estimate_first_token(qa.engine, plan, text) > 1.2 * estimate_first_token(qa.engine, plan)
-    engines = [VideoQA(qa.loaded, budget=budget).engine for budget in (0.1, 0.5, 1.0)]
-    seconds = [estimate_first_token(engine, open_inputs(engine, [CLIP]).plans[0]) for engine in engines]
+    assert estimate_first_token(qa.session, plan, text) > 1.2 * estimate_first_token(qa.session, plan)
+    engines = [VideoQA(qa.loaded, budget=budget).session for budget in (0.1, 0.5, 1.0)]
+    seconds = [estimate_first_token(session, open_inputs(session, [CLIP]).plans[0]) for session in engines]
     assert seconds[0] < seconds[1] < seconds[2]
 
 
@@ -197,9 +197,9 @@ def test_a_long_question_takes_memory(qa, plan, monkeypatch):
 
     for module in (planning, prompting):
         monkeypatch.setattr(module, "shortage", shortage)
-    longest_prompt(qa.engine, [plan], ["What?"], GenerationOptions(1))
+    longest_prompt(qa.session, [plan], ["What?"], GenerationOptions(1))
     assert not asked  # what the encoder's own check assumes
-    longest_prompt(qa.engine, [plan], [LONG], GenerationOptions(1))
+    longest_prompt(qa.session, [plan], [LONG], GenerationOptions(1))
     assert asked
     with pytest.raises(OutOfMemory, match="needs about 9"):
         next(video.ask(LONG, max_new_tokens=1))

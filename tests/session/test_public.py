@@ -153,7 +153,7 @@ def test_torchs_own_names_of_dtypes_and_devices_are_welcome():
 
 def test_objects_say_in_a_line_what_they_are(demo):
     assert repr(demo.loaded) == "<LoadedModel 'demo' in fp32 on cpu>"
-    assert repr(demo.engine) == "<Engine 'demo' in fp32 on cpu: method 'evoprune', budget balanced, seed 0>"
+    assert repr(demo.session) == "<Session 'demo' in fp32 on cpu: method 'evoprune', budget balanced, seed 0>"
     model = tiny_model()
     run = evoprune.apply(model, budget="fast")
     assert repr(run) == "<PrunedModel: evoprune at budget fast, active>" and repr(run.settings).startswith("EvoPrune(")

@@ -35,7 +35,7 @@ def video(qa):
 @pytest.fixture
 def says(monkeypatch, qa):
     def what(text: str) -> None:
-        monkeypatch.setattr(answering, "TokenStream", Saying(qa.engine.loaded.tokenizer, text))
+        monkeypatch.setattr(answering, "TokenStream", Saying(qa.session.loaded.tokenizer, text))
 
     return what
 

@@ -125,7 +125,7 @@ def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(loaded):
     for model in (loaded, replace(loaded, limits=other)):
         qa = VideoQA(model, budget=0.25, method="reuse+divprune")
         live.add(asked(qa.encode(LONG), n=1).report.pruning.encoder_live_share)
-        unchanged.append(trace(qa.engine, LONG).fates.source)
+        unchanged.append(trace(qa.session, LONG).fates.source)
     assert len(live) == 1 and torch.equal(*unchanged)
 
 
@@ -317,7 +317,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, thre
     monkeypatch.setattr("evoprune.vision.preprocess.pixel_patches", counted)
     at_once = qa.encode(LONG)
     chunks, made[:] = len(made), []
-    with closing(open_inputs(qa.engine, [LONG])) as video:
+    with closing(open_inputs(qa.session, [LONG])) as video:
         assert made == []
         video.begin()
         ready, until = 3 if threaded else 1, time.monotonic() + 10
@@ -351,7 +351,7 @@ def reading(monkeypatch):
 
 
 def test_a_video_that_was_begun_and_is_not_wanted(loaded, reading):
-    video = open_inputs(VideoQA(loaded).engine, [CLIP])
+    video = open_inputs(VideoQA(loaded).session, [CLIP])
     video.begin()
     video.close()
     video.close()

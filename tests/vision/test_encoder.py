@@ -17,7 +17,7 @@ from evoprune.errors import UsageError
 from evoprune.methods import parse
 from evoprune.methods.base import Selector
 from evoprune.methods.baselines import Nothing, Random
-from evoprune.methods.chain import Pipeline
+from evoprune.methods.chain import MethodChain
 from evoprune.methods.evoprune import EvoPrune, Reuse
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.plans import ALLOCATIONS, keep_count
@@ -293,7 +293,7 @@ class Looks(Selector):
 
 def tokens_of(patches, grid, reuse=False, full_layers=(1, 3), selector=None, **how) -> Tokens:
     selector = selector or Looks()
-    method = Pipeline(encoder=Reuse(), selector=selector) if reuse else selector
+    method = MethodChain(encoder=Reuse(), selector=selector) if reuse else selector
     encode_patches(patches, grid, method, max(1, prod(grid) // 8), tiny_tower(full_layers), **how)
     (tokens,) = selector.seen
     return tokens

@@ -10,7 +10,7 @@ from evoprune import methods
 from evoprune.backend import devices
 from evoprune.backend.layers import join_tower
 from evoprune.methods.base import Merger
-from evoprune.methods.chain import Pipeline
+from evoprune.methods.chain import MethodChain
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.plans import keep_count
 from evoprune.model.config import MODEL_TYPES, vision_sizes
@@ -55,8 +55,8 @@ def on_kernels(monkeypatch):
     [
         (tiny_tower, 4, False, EvoPrune()),
         (tiny_tower, 4, True, EvoPrune()),
-        (tiny_tower, 4, True, Pipeline()),
-        (tiny_qwen3, 6, False, Pipeline()),  # with layer norms and features of inner layers
+        (tiny_tower, 4, True, MethodChain()),
+        (tiny_qwen3, 6, False, MethodChain()),  # with layer norms and features of inner layers
     ],
 )
 def test_layers_by_kernels_are_the_plain_ones(on_kernels, monkeypatch, tower_of, layers, joins, method):
@@ -85,10 +85,10 @@ def test_a_kernel_that_fails_leaves_the_other_layers_to_pytorch(on_kernels, monk
             raise RuntimeError("no kernel image")
         return real(block, x)
 
-    expected = encode_patches(patches, FUSED_GRID, Pipeline(), 36)
+    expected = encode_patches(patches, FUSED_GRID, MethodChain(), 36)
     monkeypatch.setattr(devices, "_failed", set())
     monkeypatch.setattr(tower.VisionBlock, "_mlp_by_kernels", fails)
-    made = encode_patches(patches, FUSED_GRID, Pipeline(), 36)
+    made = encode_patches(patches, FUSED_GRID, MethodChain(), 36)
     assert made.layers == expected.layers
     torch.testing.assert_close(made.features, expected.features, atol=2e-4, rtol=2e-4)
     assert [str(each.message) for each in recwarn if "no kernel image" in str(each.message)]

@@ -345,7 +345,7 @@ def every_method(subject: Subject) -> Outcome:
             continue
         ran.append(name)
         plan, kept = first.plan.encoder, first.encoded.kept.tolist()
-        if qa.engine.pruning.method.exact and not qa.engine.pruning.method.language and len(kept) != plan.keep:
+        if qa.session.pruning.method.exact and not qa.session.pruning.method.language and len(kept) != plan.keep:
             return Outcome(DIFFERS, f"{name}: {len(kept)} tokens, expected {plan.keep}")
         if not all(each.isfinite().all() for each in found) or second.encoded.kept.tolist() != kept:
             return Outcome(DIFFERS, f"{name}: NaN, or other tokens the second time")
@@ -466,9 +466,9 @@ def memory(subject: Subject) -> Outcome:
     qa, device = subject.asking(), subject.loaded.device
     if not reset_peak_memory(device):
         return skipped("this system cannot measure it for a part of a run")
-    (plan,) = subject.plans(qa.engine, [subject.video])
-    chunk_units, encoder = fitting_chunks(qa.engine, plan)[0], plan.encoder
-    prompt = qa.engine.prompt_columns(encoder.keep, TEXT)
+    (plan,) = subject.plans(qa.session, [subject.video])
+    chunk_units, encoder = fitting_chunks(qa.session, plan)[0], plan.encoder
+    prompt = qa.session.prompt_columns(encoder.keep, TEXT)
     config = subject.loaded.model.config
     estimate = encoding_bytes(config, encoder, chunk_units, subject.dtype.itemsize, prompt)
     on_cuda = device.startswith("cuda")

@@ -23,11 +23,11 @@ from evoprune.hf.processor_inputs import NAMES, TYPES, arguments
 from evoprune.model.cost import shortage
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import OpenInput, open_inputs
-from evoprune.session.engine import Engine
 from evoprune.session.loading.hosted import read_whole
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import GenerationOptions, SamplingOptions
 from evoprune.session.prompting import PromptReader
+from evoprune.session.session import Session
 from evoprune.video.plan import Plan
 from evoprune.video_qa import VideoQA
 
@@ -257,11 +257,11 @@ class Subject:
                 return super().rows(patches, **options | {"chunk_units": chunk_units})
 
         kind = InChunks if chunk_units else OpenInput
-        with closing(open_inputs(qa.engine, paths, sampling, kind=kind)) as opened:
+        with closing(open_inputs(qa.session, paths, sampling, kind=kind)) as opened:
             return opened.encode()
 
-    def plans(self, engine: Engine, paths: Sequence[Path]) -> list[Plan]:
-        with closing(open_inputs(engine, paths, SAMPLING)) as opened:
+    def plans(self, session: Session, paths: Sequence[Path]) -> list[Plan]:
+        with closing(open_inputs(session, paths, SAMPLING)) as opened:
             return opened.plans
 
     def about(self, *paths: Path, question: str = QUESTION) -> "Asked":
@@ -372,9 +372,9 @@ class Asked:
     """
 
     def __init__(self, subject: Subject, paths: Sequence[Path], question: str):
-        engine, loaded = subject.asking(1.0).engine, subject.loaded
-        self._subject, self.plans = subject, subject.plans(engine, paths)
-        reader = PromptReader(engine, self.plans)
+        session, loaded = subject.asking(1.0).session, subject.loaded
+        self._subject, self.plans = subject, subject.plans(session, paths)
+        reader = PromptReader(session, self.plans)
         self.prompt = reader.build(question, GenerationOptions(), sum(plan.units for plan in self.plans))
         self.positions = reader.positions(self.prompt)
         about = loaded.limits, loaded.model.config.vision_config

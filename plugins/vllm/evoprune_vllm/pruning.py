@@ -13,7 +13,7 @@ import torch
 from evoprune import methods
 from evoprune.errors import PluginError, UsageError, names_plugins
 from evoprune.language.prompt import video_positions
-from evoprune.methods.chain import Pipeline
+from evoprune.methods.chain import MethodChain
 from evoprune.methods.plans import Grid, parse_budget
 from evoprune.model.config import vision_sizes
 from evoprune.util import did_you_mean
@@ -28,7 +28,7 @@ EXACT = "choose evoprune, evoprune-merge, tome, divprune or another exact method
 
 
 @names_plugins()
-def served_method(additional: Any) -> Pipeline:
+def served_method(additional: Any) -> MethodChain:
     """The method that `--additional-config` names, perhaps with settings (`NAME:SETTING=VALUE`), or the default.
 
     Raises UsageError: an unknown key, or a method that does not exist or cannot work here.
@@ -75,7 +75,9 @@ def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float)
 
 
 @names_plugins()
-def encoded(visual, patches: torch.Tensor, grid: Grid, keep: int, method: Pipeline, normal: Normal = CLIP) -> Encoded:
+def encoded(
+    visual, patches: torch.Tensor, grid: Grid, keep: int, method: MethodChain, normal: Normal = CLIP
+) -> Encoded:
     """The tokens of a picture or video, exactly `keep` of them.
 
     Raises ModelError: the tower computes NaN or infinite values. PluginError: another package's method failed, or kept another K.
@@ -96,7 +98,7 @@ def with_columns(found: Encoded, seconds: float, tokens_per_second: float | None
     return torch.cat([features, as_columns(positions, bias.to(features.device), features.dtype)], 1)
 
 
-def try_out(visual, method: Pipeline) -> None:
+def try_out(visual, method: MethodChain) -> None:
     """Encodes a small clip of noise, so that a method that cannot work fails at start. Raises as `encoded`, and UsageError."""
     grid, keep = (4, 4, 4), 16
     sizes, weight = vision_sizes(visual.config), visual.patch_embed.proj.weight

@@ -12,7 +12,7 @@ from evoprune import methods
 from evoprune.errors import PluginError, UsageError
 from evoprune.language.prompt import video_positions
 from evoprune.methods.base import Selector
-from evoprune.methods.chain import Pipeline
+from evoprune.methods.chain import MethodChain
 from evoprune.methods.types import Selection
 from evoprune.vision.preprocess import CLIP, normalised, pixel_patches
 from evoprune_vllm.positions import COLUMNS, from_columns, split_bias
@@ -126,9 +126,9 @@ class Undeclared(Selector):
 
 def test_a_method_that_does_not_hold_what_it_declares_fails_at_the_start(visual):
     with pytest.raises(PluginError, match="kept 15 tokens of 16"):
-        try_out(visual, Pipeline.of(TooFew()))
+        try_out(visual, MethodChain.of(TooFew()))
     with pytest.raises(UsageError, match="sizes"):
-        try_out(visual, Pipeline.of(Undeclared()))
+        try_out(visual, MethodChain.of(Undeclared()))
     try_out(visual, methods.parse("evoprune"))
 
 

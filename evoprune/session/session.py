@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from evoprune.errors import UsageError, names_plugins
-from evoprune.methods.chain import Pipeline
+from evoprune.methods.chain import MethodChain
 from evoprune.methods.config import PruneConfig
 from evoprune.methods.plans import largest_share
 from evoprune.model.weights import Model
@@ -14,7 +14,7 @@ from evoprune.session.loading.model import LoadedModel
 
 
 @dataclass(frozen=True)
-class Engine:
+class Session:
     """Raises UsageError: a method that cannot act in this model."""
 
     loaded: LoadedModel
@@ -26,9 +26,9 @@ class Engine:
 
     def __repr__(self) -> str:
         how = f"method {self.pruning.name!r}, budget {self.pruning.budget}, seed {self.pruning.seed}"
-        return f"<Engine {self.loaded.id!r} in {self.loaded.dtype} on {self.loaded.device}: {how}>"
+        return f"<Session {self.loaded.id!r} in {self.loaded.dtype} on {self.loaded.device}: {how}>"
 
-    def unpruned(self) -> "Engine":
+    def unpruned(self) -> "Session":
         """The same model and seed with every visual token kept: what pruning is compared with."""
         return replace(self, pruning=PruneConfig.of(1.0, "none", seed=self.pruning.seed))
 
@@ -44,7 +44,7 @@ class Engine:
 
 
 @names_plugins()
-def check_fits(method: Pipeline, model: FoundModel | Model) -> None:
+def check_fits(method: MethodChain, model: FoundModel | Model) -> None:
     """Raises UsageError: a method that cannot act in this language model, such as one without a recipe for so many layers."""
     method.language_work(model.config.text_config.num_hidden_layers, 64, 1.0)
     if method.language and not model.native:
