@@ -82,7 +82,7 @@ RECIPES = {
             "-m pip install -q -c constraints.txt -e .[test] parameterized accelerate psutil requests httpx",
             "-m pip install -q {source}",
         ),
-        test="-m experiments.huggingface_tests --source {source} -- -k 'not Integration'",
+        test="-m experiments.huggingface_tests --source {source} -- -k 'not Integration and not Text'",
     ),
     "device": Recipe(
         make=("-m pip install -q -c constraints.txt -e .[test]",),

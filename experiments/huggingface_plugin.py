@@ -69,8 +69,11 @@ def _adapt_inputs(cls, videos: bool) -> None:
         if not hasattr(tester, "prepare_config_and_inputs_for_common"):
             return
         make_config, make_inputs = tester.get_config, tester.prepare_config_and_inputs_for_common
-        rope = copy.deepcopy(getattr(tester, "rope_parameters", None))
-        before = make_config().vision_config.spatial_merge_size
+        rope = copy.deepcopy(getattr(tester, "rope_parameters", None))  # which the config may change
+        config = make_config()
+        if not hasattr(config, "vision_config"):  # of a language model alone
+            return
+        before = config.vision_config.spatial_merge_size
         tester.get_config = functools.partial(_config, tester, make_config, rope)
         tester.prepare_config_and_inputs_for_common = lambda: with_patches(*make_inputs(), before, videos)
         if hasattr(self, "prepare_config_and_inputs_for_generate"):
@@ -98,8 +101,10 @@ def _config(tester, make_config, rope: dict | None):
 
 
 def _with_units(config):
-    """The tests' config with 2x2 patches a unit, the published activation, and layers of full attention that are there."""
+    """The tests' config with 2x2 patches a unit, the published activation and rotation, and layers of full attention that exist."""
     vision = config.vision_config
+    if getattr(vision, "rope_parameters", None):
+        vision.rope_parameters["rope_theta"] = 10000.0
     vision.hidden_act = FAMILIES[config.model_type].hidden_act
     vision.spatial_merge_size = MERGE
     if hasattr(vision, "fullatt_block_indexes"):
