@@ -187,7 +187,9 @@ def profile(
 
         model = replace(made.model, load_format=load_format or default_load_format(made.model.model))
         limit, swept = TimeLimit(time_limit, begun=begun), ProfileSettings(**settings, time_limit_s=time_limit)
-        methods = [swept.parse(name) for name in swept.methods]  # refuses wrong settings before a model is looked for
+        methods = [
+            swept.config(name, 1.0).method for name in swept.methods
+        ]  # refuses wrong settings before a model is looked for
         unit, kind = UNITS[0], None if info else synthetic or SYNTHETIC[0]
         if found := outline(model):
             unit = found.limits[VIDEO].unit

@@ -19,18 +19,18 @@ MODEL, TURNS = "Qwen/Qwen2.5-VL-3B-Instruct", 2
 
 def measure(side: str, args: argparse.Namespace) -> list[dict]:
     """The turns of one process: name, tokens, seconds of encode and prefill."""
-    from evoprune import methods
-    from evoprune.bench.clips import case_grid, prepare, synthetic_frames
+    from evoprune.bench.clips import prepare, synthetic_frames
     from evoprune.bench.hugging_face import hugging_face_model
     from evoprune.bench.profile import run_evoprune, run_hugging_face
     from evoprune.bench.profile_results import Case
-    from evoprune.methods.plans import keep_tokens, parse_budget
+    from evoprune.methods.config import PruneConfig
+    from evoprune.methods.plans import parse_budget
     from evoprune.session.loading.model import load_model
     from evoprune.vision.tower import tower_shape
 
     loaded = load_model(MODEL, dtype=args.dtype, load_format="dummy", pack=side == EVOPRUNE)
     case = Case(args.frames, 224, 336)
-    clip, grid = prepare(loaded, *synthetic_frames("motion", case)), case_grid(case, loaded.video)
+    clip = prepare(loaded, *synthetic_frames("motion", case))
     found = []
     if side == HUGGING_FACE:
         reference = hugging_face_model(loaded.model)
@@ -39,11 +39,9 @@ def measure(side: str, args: argparse.Namespace) -> list[dict]:
         turns = []
         for name in args.method.split(","):
             for text in args.budget.split(","):
-                budget, method = parse_budget(text), methods.parse(name)
-                plan = method.plan(tower_shape(loaded.model.model.visual), clip.grid, keep_tokens(budget, grid))
-                turns.append(
-                    (f"{name} -b {text}", lambda *how: run_evoprune(loaded, clip, *how, 2, 0), plan, method, budget)
-                )
+                config = PruneConfig.of(parse_budget(text), name)
+                plan = config.plan(tower_shape(loaded.model.model.visual), clip.grid)
+                turns.append((f"{name} -b {text}", lambda *how: run_evoprune(loaded, clip, *how, 2), plan, config))
     for name, run, *how in turns:
         for turn in range(1 + TURNS):
             made = run(*how)

@@ -26,8 +26,7 @@ import torch
 from evoprune.bench.profile_results import SYNTHETIC, Case
 from evoprune.errors import UsageError
 from evoprune.language.prompt import Place, prompt_positions
-from evoprune.methods.chain import MethodChain
-from evoprune.methods.plans import keep_tokens
+from evoprune.methods.config import PruneConfig
 from evoprune.model.config import VisionConfig
 from evoprune.session.loading.model import LoadedModel
 from evoprune.video.frames import read_frames
@@ -209,15 +208,14 @@ def prepare(
     loaded: LoadedModel,
     frames: torch.Tensor,
     seconds_per_pair: float,
-    method: MethodChain | None = None,
-    budget: float = 1.0,
+    config: PruneConfig | None = None,
 ) -> Clip:
-    """Preprocesses a clip, made smaller if `method` acts on the input, with a text of random tokens, always the same."""
+    """Preprocesses a clip, made smaller if the method of `config` acts on the input; behind it always the same random tokens."""
     v, visual = loaded.video, loaded.model.model.visual
     count, height, width, _ = frames.shape
     grid = case_grid(Case(count, height, width), v)
     unpruned = prod(grid)
-    smaller = method.plan(tower_shape(visual), grid, keep_tokens(budget, grid)).grid if method else grid
+    smaller = config.plan(tower_shape(visual), grid).grid if config else grid
     if smaller != grid:
         grid, fewer = smaller, min(count, smaller[0] * v.temporal_patch_size)
         picked = [int(time) for time in even_times(0, count, fewer)]

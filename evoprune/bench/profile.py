@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 
-from evoprune import methods
 from evoprune.backend.devices import environment, is_host, largest_chunk, now, on_cuda, peak_memory, reset_peak_memory
 from evoprune.backend.limits import available_cores
 from evoprune.bench.clips import (
@@ -50,8 +49,8 @@ from evoprune.cpu.quantize import check as check_quantize
 from evoprune.cpu.quantize import quantize, saved_bytes
 from evoprune.errors import ModelError, OutOfMemory, memory_guard, names_plugins
 from evoprune.language import generate
-from evoprune.methods.chain import MethodChain
-from evoprune.methods.plans import EncoderPlan, keep_tokens, plain, share_of
+from evoprune.methods.config import PruneConfig
+from evoprune.methods.plans import EncoderPlan, plain
 from evoprune.methods.types import ascending
 from evoprune.model import cost
 from evoprune.model.config import PATCHES, Config, vision_sizes
@@ -159,22 +158,20 @@ class Turn(NamedTuple):
     tokens: list[int]
 
 
-def run_evoprune(
-    loaded: LoadedModel, clip: Clip, plan: EncoderPlan, method: MethodChain, budget: float, new_tokens: int, seed: int
-) -> Turn:
+def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: PruneConfig, new_tokens: int) -> Turn:
     """evoprune from patches to new tokens; as many visual tokens as `plan` keeps reach the language model."""
-    model, visual = loaded.model, loaded.model.model.visual
+    model, visual, method = loaded.model, loaded.model.model.visual, config.method
     reset_peak_memory(loaded.device)
     clock = Clock(torch.device(loaded.device))
     with clock.stage("encode"):
         embed = model.model.language_model.embed_tokens
         question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device)) if method.reads_question else None
-        how = {"normal": loaded.video.normal, "question": question, "seed": seed}
+        how = {"normal": loaded.video.normal, "question": question, "seed": config.seed}
         encoded = encode(visual, [clip.pixels], plan, **how)
     with clock.stage("prefill"):
         visuals = [generate.Visual(clip.place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
         embeds, columns, sizes, deepstack = generate.embed_prompt(model, clip.ids, visuals)
-        share = share_of(budget, [clip.grid])
+        share = config.share_of_all([clip.grid])
         dropping = generate.dropping_for(model, method, share, visuals, [clip.grid], embeds, columns)
         positions = clip.positions[:, columns]
         state = generate.prefill(model, embeds, positions, clip.following, None, sizes, dropping, deepstack)
@@ -270,8 +267,8 @@ class Bench:
                     frames = source(case)
                     self._clips[case,] = prepare(loaded, *frames)
                     for name, budget in {(row.method, row.budget) for row in here if row.kind == METHOD}:
-                        if (method := settings.parse(name)).acts == "input":
-                            self._clips[case, name, budget] = prepare(loaded, *frames, method, budget)
+                        if (config := settings.config(name, budget)).method.acts == "input":
+                            self._clips[case, name, budget] = prepare(loaded, *frames, config)
         # Large squares, and the tower's own widest product over as many rows as it computes at a time.
         sides, vision = (4096, 8192) if on_cuda(loaded.device) else (1024, 2048), model.config.vision_config
         chunk_units = min(largest_chunk(model.device), max((clip.units for clip in self._clips.values()), default=1))
@@ -290,18 +287,17 @@ class Bench:
         try:
             if row.kind == HUGGING_FACE:
                 return run_hugging_face(loaded, self._reference, clip, settings.new_tokens)
-            method = settings.parse(row.method) if row.kind == METHOD else methods.parse(row.method)
-            model, grid = self._models[row.quantize], case_grid(row.case, self._loaded.video)
-            keep = min(keep_tokens(row.budget, grid), clip.units)
-            plan = method.plan(tower_shape(model.model.model.visual), clip.grid, keep)
-            return run_evoprune(model, clip, plan, method, row.budget, settings.new_tokens, settings.seed)
+            model, given = self._models[row.quantize], settings.method_args if row.kind == METHOD else None
+            config = PruneConfig.of(row.budget, row.method, given, settings.seed)
+            plan = config.plan(tower_shape(model.model.model.visual), case_grid(row.case, self._loaded.video))
+            return run_evoprune(model, clip, plan, config, settings.new_tokens)
         except (ModelError, OutOfMemory) as problem:
             return problem.message
 
 
 def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRow]:
     """The rows of all cases in the order of their turns. A method that prunes nothing is the budget of 1.0, always there."""
-    named = {name: settings.parse(name) for name in settings.methods if name != "none"}
+    named = {name: settings.config(name, 1.0).method for name in settings.methods if name != "none"}
     full = 1.0 in settings.budgets or "none" in settings.methods
     made = []
     for case in cases:

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from evoprune import methods
+from evoprune.methods.config import PruneConfig
 from evoprune.methods.plans import plain
 from evoprune.report import Environment, ModelFacts
 
@@ -30,9 +31,9 @@ class ProfileSettings:
     repetitions: int = 3  # rounds that are
     time_limit_s: float = 150.0  # of the whole run, loading included
 
-    def parse(self, name: str):
-        """The `MethodChain` that a name means, with the settings of all methods."""
-        return methods.parse(name, self.method_args)
+    def config(self, name: str, budget: float) -> PruneConfig:
+        """A method at a budget, with the settings of all methods."""
+        return PruneConfig.of(budget, name, self.method_args, self.seed)
 
 
 @dataclass

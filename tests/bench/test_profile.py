@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from evoprune import methods
 from evoprune.backend.devices import peak_memory, reset_peak_memory
 from evoprune.bench import clips, profile
 from evoprune.bench.hugging_face import hugging_face_model
@@ -30,6 +29,7 @@ from evoprune.bench.profile_results import (
     median_ratio,
 )
 from evoprune.errors import ModelError, OutOfMemory
+from evoprune.methods.config import PruneConfig
 from evoprune.methods.plans import full_plan
 from evoprune.model import cost
 from evoprune.report import Environment, ModelFacts
@@ -123,7 +123,7 @@ def test_what_prunes_nothing_is_there_once(loaded):
 def test_transformers_generates_what_budget_one_does(loaded, case):
     clip = clips.prepare(loaded, *MOTION(case))
     theirs = run_hugging_face(loaded, hugging_face_model(loaded.model), clip, 12)
-    ours = run_evoprune(loaded, clip, unpruned(loaded, clip), methods.parse("none"), 1.0, 12, 0)
+    ours = run_evoprune(loaded, clip, unpruned(loaded, clip), PruneConfig.of(1.0, "none"), 12)
     assert len(set(theirs.tokens)) > 1
     assert ours.tokens == theirs.tokens and ours.counts == theirs.counts
 
@@ -131,7 +131,7 @@ def test_transformers_generates_what_budget_one_does(loaded, case):
 def test_generation_is_forced(loaded, monkeypatch):
     """An end of sequence does not end it."""
     clip = clips.prepare(loaded, *MOTION(CASE))
-    run = partial(run_evoprune, loaded, clip, unpruned(loaded, clip), methods.parse("none"), 1.0, 6, 0)
+    run = partial(run_evoprune, loaded, clip, unpruned(loaded, clip), PruneConfig.of(1.0, "none"), 6)
     first = run().tokens
     assert len(first) == 6
     monkeypatch.setattr(loaded, "eos_ids", tuple(first))
@@ -294,7 +294,7 @@ def test_frame_pairs_of_qwen3_stand_apart_and_generate_what_hugging_face_does(tm
     loaded = profile.load(ModelOptions(str(save_tiny(tmp_path, family="qwen3_vl")), dtype="fp32"), [case])
     clip = clips.prepare(loaded, *clips.synthetic_frames("motion", case, 32))
     theirs = run_hugging_face(loaded, hugging_face_model(loaded.model), clip, 4)
-    ours = run_evoprune(loaded, clip, unpruned(loaded, clip), methods.parse("none"), 1.0, 4, 0)
+    ours = run_evoprune(loaded, clip, unpruned(loaded, clip), PruneConfig.of(1.0, "none"), 4)
     assert ours.tokens == theirs.tokens and ours.counts.tower_flop == theirs.counts.tower_flop
     assert ours.counts.prompt == theirs.counts.prompt == 30 + 2 * (24 + 8) == 30 + 16 + len(clip.place)
 

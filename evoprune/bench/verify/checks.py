@@ -52,7 +52,7 @@ from evoprune.hf.context import EvoPrune
 from evoprune.language import generate, static
 from evoprune.language.generate import Visual, embed_prompt
 from evoprune.methods import parse
-from evoprune.methods.plans import keep_count
+from evoprune.methods.config import PruneConfig
 from evoprune.methods.registry import built_in
 from evoprune.methods.select import STEPS, grid_tables
 from evoprune.methods.types import ascending
@@ -418,16 +418,16 @@ WAITS = 4
 
 def first_token(subject: Subject) -> Outcome:
     """Medians of encode and prefill in turns, in seconds: evoprune at the usual budget, and transformers; and their ratio."""
-    loaded, method = subject.loaded, parse("evoprune")
-    (plan,) = subject.about(subject.video).plans
-    case = Case(SAMPLING.frames, plan.height, plan.width)
+    loaded, config = subject.loaded, PruneConfig.of(BUDGET, "evoprune")
+    (whole,) = subject.about(subject.video).plans
+    case = Case(SAMPLING.frames, whole.height, whole.width)
     clip = prepare(loaded, *synthetic_frames("motion", case, loaded.video.unit))
-    pruned = method.plan(tower_shape(loaded.model.model.visual), clip.grid, keep_count(BUDGET, clip.units))
+    plan = config.plan(tower_shape(loaded.model.model.visual), clip.grid)
     rounds = []
     for _ in range(ROUNDS + 1):
         turns = (
             run_hugging_face(loaded, subject.transformers, clip, 1),
-            run_evoprune(loaded, clip, pruned, method, BUDGET, 1, 0),
+            run_evoprune(loaded, clip, plan, config, 1),
         )
         rounds.append([turn.sample.first_token for turn in turns])
     theirs, ours = map(median, zip(*rounds[1:], strict=True))  # the first round warms up
