@@ -166,27 +166,6 @@ def _further_avis(path: str) -> int:
     return max(0, found)
 
 
-def _stated(
-    path: str, stream: VideoStream, start: float, duration: float | None, times: _Times | None, step: float
-) -> float | None:
-    """See `Video.stated_s`. Containers whose duration FFmpeg estimates from their content state none."""
-    container = stream.container
-    name = container.format.name
-    if name == "avi":
-        return step * stream.frames or None
-    if times is None or duration is None:
-        return None
-    if name == ffmpeg.MOV and len(stream.index_entries):
-        return duration + max(0.0, float(stream.index_entries[-1].timestamp * stream.time_base) - times.decoded_s)
-    if name in ffmpeg.DENSE and container.duration is not None and len(container.streams) == 1:
-        stated = max(container.duration / av.time_base - start, duration)
-        # It includes the wrong duration of a frame that was copied from an MP4, see `_measured`.
-        if stated - duration > 0.5 and (every := _measured(_all_packets(path), name, step)):
-            stated = stated if every.claimed_s - start < stated - 1e-2 else duration
-        return stated
-    return None
-
-
 def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Times) -> bool:
     """Whether the times in a file without an index do not grow as one goes through it, as far as 64 places show."""
     begun, places = [], []
