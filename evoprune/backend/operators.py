@@ -27,7 +27,7 @@ ROUNDING = 1 / 256  # of a channel's mean: a deviation as small as that of round
 
 # Plain registration: `torch.library.custom_op` imports torch's compiler, which takes seconds.
 _LIBRARY = torch.library.Library("evoprune", "DEF")
-_LIBRARY.define("standard_places(Tensor rows, Tensor owner, Tensor? projection, int steps) -> (Tensor, Tensor)")
+_LIBRARY.define("standard_places(Tensor rows, Tensor unit_to_row, Tensor? projection, int steps) -> (Tensor, Tensor)")
 _LIBRARY.define(
     "tube_radii(Tensor place, Tensor half, Tensor weight, Tensor first, Tensor row, Tensor time, Tensor tubes, int keep) -> Tensor"
 )
@@ -42,18 +42,18 @@ mean_rows = torch.ops.evoprune.mean_rows
 
 
 def _standard_places(
-    rows: torch.Tensor, owner: torch.Tensor, projection: torch.Tensor | None, steps: int
+    rows: torch.Tensor, unit_to_row: torch.Tensor, projection: torch.Tensor | None, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 `[E, d]`, rows less their mean, every channel divided by its standard deviation, and all by the longest's length.
 
     Also float32 `[E]`, the squared lengths, in whole steps; 0 of a row without a unit. Of equal rows both are 0.
 
     Args:
-        rows: `[E, D]`. owner: int64 `[N]`, the row of each unit, -1 for none; a row counts as often as it has units.
+        rows: `[E, D]`. unit_to_row: int64 `[N]`, the row of each unit, -1 for none; a row counts as often as it has units.
         projection: float32 `[D, d]`, of the places; None for none.
         steps: in a length of 1.
     """
-    count = unit_counts(owner, len(rows))
+    count = unit_counts(unit_to_row, len(rows))
     at_once = AT_ONCE_ON_DEVICE if rows.device.type != "cpu" else AT_ONCE
     shares = (count / count.sum()).split(at_once)
 
@@ -71,10 +71,10 @@ def _standard_places(
     return place / largest.sqrt(), rounded(salience / largest, steps) * (count > 0)
 
 
-def unit_counts(owner: torch.Tensor, rows: int) -> torch.Tensor:
-    """float32 `[rows]`: how many units each row has; `owner`: int64 `[N]`, -1 for none."""
-    count = torch.zeros(rows + 1, dtype=torch.float32, device=owner.device)
-    return count.scatter_(0, owner + 1, 1, reduce="add")[1:]
+def unit_counts(unit_to_row: torch.Tensor, rows: int) -> torch.Tensor:
+    """float32 `[rows]`: how many units each row has; `unit_to_row`: int64 `[N]`, -1 for none."""
+    count = torch.zeros(rows + 1, dtype=torch.float32, device=unit_to_row.device)
+    return count.scatter_(0, unit_to_row + 1, 1, reduce="add")[1:]
 
 
 def rounded(x: torch.Tensor, steps: int) -> torch.Tensor:
@@ -270,10 +270,10 @@ def _mean_rows_cpu(rows, into, row, weight, count):
 
 
 @with_fallback("the distance of units", _standard_places)
-def _standard_places_cuda(rows, owner, projection, steps):
+def _standard_places_cuda(rows, unit_to_row, projection, steps):
     from evoprune.backend import kernels  # Triton takes a while to import
 
-    count = unit_counts(owner, len(rows))
+    count = unit_counts(unit_to_row, len(rows))
     return kernels.standard_places(rows, count, projection, steps, STILL, ROUNDING)
 
 

@@ -82,11 +82,11 @@ class Fates:
 @torch.inference_mode()
 def fates(video: EncodedRows) -> Fates:
     """What became of the units of an encoded video. The method must not read the question."""
-    row, selection = video.tokens.owner.cpu(), selected(video)
+    row, selection = video.tokens.unit_to_row.cpu(), selected(video)
     owner = torch.where(row >= 0, video.rows.unit.cpu()[row.clamp(min=0)], -1)
     kept = selection.kept.cpu()
-    if selection.owner is not None:  # otherwise the merging inside the encoder is what is drawn
-        into = selection.owner.cpu()
+    if selection.unit_to_token is not None:  # otherwise the merging inside the encoder is what is drawn
+        into = selection.unit_to_token.cpu()
         owner = torch.where(into >= 0, kept[into.clamp(min=0)], -1)
     chosen = torch.zeros(len(row), dtype=torch.bool, device=row.device)
     chosen[kept] = True

@@ -31,7 +31,7 @@ class VisionZip(Selector):
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         attention, keys = snap(tokens.attention), F.normalize(tokens.keys, dim=1)
-        into = torch.full_like(tokens.owner, -1)
+        into = torch.full_like(tokens.unit_to_row, -1)
         index = tokens.by_pair(ascending(len(into), into.device))
         for here, share in zip(index, spread(keep, len(index)), strict=True):
             best = here[highest(attention[here], round(self.dominant * share))]

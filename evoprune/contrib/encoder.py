@@ -95,16 +95,16 @@ class MergedFrames(Runs, Selector):
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         frame, first = frames_of(tokens)
-        places = ascending(tokens.owner.numel() // len(frame), frame.device)
+        places = ascending(tokens.unit_to_row.numel() // len(frame), frame.device)
         into, weight = self.merged(similarities(tokens.rows.view(len(first), len(places), -1), self.window))
         into = torch.tensor(into, dtype=torch.int64, device=frame.device)
         weight = torch.tensor(weight, dtype=torch.float32, device=frame.device)
         stays = into == ascending(len(into), into.device)
-        owner = (stays.cumsum(0) - 1)[into[frame]]
+        unit_to_token = (stays.cumsum(0) - 1)[into[frame]]
         own = first[frame] == ascending(len(frame), frame.device)  # others are in their frame's state already
         return Selection(
             (first[stays][:, None] * len(places) + places).flatten(),
-            (owner[:, None] * len(places) + places).flatten(),
+            (unit_to_token[:, None] * len(places) + places).flatten(),
             torch.where(own, weight[frame], 0).repeat_interleave(len(places)),
         )
 
@@ -127,7 +127,7 @@ class FrameTokens(Runs, Selector):
             best = highest if number in ends else highest_of_stretches
             selected.append(best(attention[number], share) + first[number] * places)
         if keep > attention.numel():
-            merged = torch.ones(len(tokens.owner), dtype=torch.bool, device=attention.device)
+            merged = torch.ones(len(tokens.unit_to_row), dtype=torch.bool, device=attention.device)
             merged[torch.cat(selected)] = False
             units = merged.nonzero().flatten()
             more = highest(snap(tokens.attention)[units], keep - attention.numel())
@@ -160,7 +160,7 @@ class EarlyTom(Runs, EncoderMethod):
 def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
     """int64 `[T]`, the number of the frame that represents each frame pair; and int64 `[F]`, the first frame pair of each frame."""
     places = tokens.grid[1] * tokens.grid[2]
-    frame = tokens.owner.view(tokens.grid[0], places)[:, 0] // places
+    frame = tokens.unit_to_row.view(tokens.grid[0], places)[:, 0] // places
     first = torch.searchsorted(frame, ascending(len(tokens.rows) // places, frame.device))
     return frame, first
 

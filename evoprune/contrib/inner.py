@@ -135,14 +135,14 @@ def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
     """
     count, device = len(unit), unit.device
     others = torch.ones(count, dtype=torch.bool, device=device).index_fill_(0, kept, False).nonzero()[:, 0]
-    owner = torch.zeros(count, dtype=torch.int64, device=device)
+    unit_to_token = torch.zeros(count, dtype=torch.int64, device=device)
     to = closest(unit[others], unit[kept])[1]
-    owner[kept], owner[others] = ascending(len(kept), device), to
+    unit_to_token[kept], unit_to_token[others] = ascending(len(kept), device), to
     joining = torch.bincount(to, minlength=len(kept))
     later = torch.empty(count, dtype=torch.float32, device=device)  # how many join after a token does, itself included
     later[kept], later[others] = joining.float(), (joining[to] - turns(ascending(len(to), device), to)).float()
     # float32 has no smaller number of full precision
-    return Selection(kept, owner, torch.exp2(-later).clamp(min=2.0**-126))
+    return Selection(kept, unit_to_token, torch.exp2(-later).clamp(min=2.0**-126))
 
 
 # Tokens left after each drop, of 576, from none to all; between them, the authors' for 64, 96, 128 and 192 tokens on average.

@@ -267,7 +267,7 @@ class Dropping(Reading):
             self._pair, self._place = self._pair[kept], self._place[kept]
             every = state.x, *deepstack
             new = torch.stack([each[stay] for each in every])
-            if selection.owner is not None and len(kept):
+            if selection.unit_to_token is not None and len(kept):
                 for before, each in zip(every, new, strict=True):
                     each[self._visual] = selection.features(before[old])
             self.dropped.append((state.after, len(kept)))

@@ -34,7 +34,7 @@ class CdPruner(Selector):
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         if not self.question:
-            return torch.ones(len(tokens.owner), dtype=torch.float32, device=tokens.rows.device)
+            return torch.ones(len(tokens.unit_to_row), dtype=torch.float32, device=tokens.rows.device)
         return -like_question(tokens) if self.negative else like_question(tokens)
 
     def select(self, tokens: Tokens, keep: int) -> Selection:

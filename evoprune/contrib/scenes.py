@@ -42,7 +42,7 @@ class FastVid(Selector):
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         like, shares = transitions(tokens), spread(keep, tokens.grid[0])
-        x, attention, into = tokens.features, snap(tokens.attention), torch.full_like(tokens.owner, -1)
+        x, attention, into = tokens.features, snap(tokens.attention), torch.full_like(tokens.unit_to_row, -1)
         index = tokens.by_pair(ascending(len(x), x.device))
         for span in segments(like, self.segments, self.threshold):
             new = (like[span.start : span.stop - 1] < self.ignore).nonzero().flatten().tolist()
@@ -242,7 +242,7 @@ class PruneVid(Selector):
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.by_pair(tokens.features.float())
-        index = tokens.by_pair(ascending(len(tokens.owner), x.device))
+        index = tokens.by_pair(ascending(len(tokens.unit_to_row), x.device))
         spans = self.segments(x)
         steady = [steadiness(F.normalize(x[span.start : span.stop], dim=2)) for span in spans]
         into = averaged(index, spans, steady, self.static, keep)
@@ -252,7 +252,7 @@ class PruneVid(Selector):
         for span, places in zip(spans, (mean > self.static for mean in steady), strict=True):
             groups += [index[span.start : span.stop, places].T, *(index[pair, ~places][:, None] for pair in span)]
         sizes = [len(group) for group in groups]
-        into, counts = torch.full_like(tokens.owner, -1), apportion(keep, sizes, sizes)
+        into, counts = torch.full_like(tokens.unit_to_row, -1), apportion(keep, sizes, sizes)
         return join_groups(into, x.flatten(0, 1), groups, counts)
 
     def segments(self, x: torch.Tensor) -> list[range]:
@@ -307,7 +307,7 @@ class HoliTom(Selector):
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.by_pair(tokens.features.float())
-        index = tokens.by_pair(ascending(len(tokens.owner), x.device))
+        index = tokens.by_pair(ascending(len(tokens.unit_to_row), x.device))
         cosine = snap(torch.cosine_similarity(x[1:], x[:-1], dim=2))
         spans = most_saving(cosine > self.static)
         alone = torch.full(x.shape[1:2], -torch.inf, dtype=torch.float32, device=x.device)
@@ -315,7 +315,7 @@ class HoliTom(Selector):
         into = averaged(index, spans, least, self.static, keep)
         if into is not None:
             return gathered(into.flatten())
-        attention, into = snap(tokens.attention), torch.full_like(tokens.owner, -1)
+        attention, into = snap(tokens.attention), torch.full_like(tokens.unit_to_row, -1)
         still = [lowest > self.static for lowest in least]
         # The units of the places that stand still, one row per place; and the others of each frame pair.
         groups = [index[span.start : span.stop, places].T for span, places in zip(spans, still, strict=True)]

@@ -292,7 +292,7 @@ def without_pruned(
     if mask is None and generating:
         mask = interface.inferred_mask(model, call)
     used = torch.ones_like(ids) if mask is None else mask
-    dropped = torch.ones(len(encoded.owner), dtype=torch.bool, device=ids.device)
+    dropped = torch.ones(len(encoded.unit_to_row), dtype=torch.bool, device=ids.device)
     dropped[encoded.kept.to(ids.device)] = False
     leaves = empty_runs(model, call, torch.zeros_like(visual).masked_scatter(visual, dropped))
     # Where all tokens are kept, padding stays too: the model returns what it returns without pruning.
@@ -343,7 +343,7 @@ def _sizes(video: torch.Tensor, columns: Columns, encoded: Encoded) -> torch.Ten
     """The cluster sizes of the columns that are left, float32 `[B, C]`; None for 1."""
     if encoded.size is None:
         return None
-    units = torch.ones(len(encoded.owner), dtype=torch.float32, device=video.device)
+    units = torch.ones(len(encoded.unit_to_row), dtype=torch.float32, device=video.device)
     units[encoded.kept.to(video.device)] = encoded.size.to(video.device)
     every = torch.ones(video.shape, dtype=torch.float32, device=video.device)
     return columns.take(every.masked_scatter(video, units), 1)

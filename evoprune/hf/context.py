@@ -332,7 +332,7 @@ def call_report(model, call: dict, pruned: dict, visuals: Visuals, encoded: Enco
 
     `call`, `pruned`: its arguments as given, and as the model gets them. Its own `position_ids` override those of the settings.
     """
-    device, units = str(model.device), len(encoded.owner)
+    device, units = str(model.device), len(encoded.unit_to_row)
     mask, grids = pruned.get("attention_mask"), visuals.grids.tolist()
     prompt = pruned["input_ids"].numel() if mask is None else int(mask.sum())
     tokens = (call["input_ids"] == model.config.image_token_id) | (call["input_ids"] == model.config.video_token_id)
@@ -381,7 +381,7 @@ class Patches:
     argument that says so (`INNER`). No flag on the model does, because other threads call the same model at the same time.
 
     `runs`: for each method's name, the function that runs instead of it. `end`: what `end_of` finds: calls `remove`, and frees what
-    else the owner of these patches holds.
+    else whoever holds these patches does.
     """
 
     def __init__(self, model, runs: dict[str, Run], end: Callable[[], None]):

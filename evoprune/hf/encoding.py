@@ -55,7 +55,7 @@ def encode(
         question: `[Q, hidden]`, `model.get_input_embeddings()` of the question's tokens, for methods that read the question.
         seed: for methods that draw at random.
 
-    Returns `Encoded`. Its `kept` and `owner` number the units over all videos, in the order of the video's placeholder tokens.
+    Returns `Encoded`. Its `kept` and `unit_to_row` number the units over all videos, in the order of the placeholder tokens.
 
     Raises:
         UsageError: a bad budget or method, a method that resizes frames, a method that reads the question if there is none, or

@@ -492,10 +492,10 @@ def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
     if stage := rows.plan.token_stage:
         selector, given = stage.selector, rows.tokens
     else:
-        owner = torch.full_like(tokens.owner, -1)
-        owner[tokens.kept] = ascending(len(tokens.kept), owner.device)
+        unit_to_row = torch.full_like(tokens.unit_to_row, -1)
+        unit_to_row[tokens.kept] = ascending(len(tokens.kept), unit_to_row.device)
         selector, seen = FarthestPoints(count=0), rows.tokens
-        given = Tokens(tokens.features, owner, rows.plan.grid, seen.seed)
+        given = Tokens(tokens.features, unit_to_row, rows.plan.grid, seen.seed)
     often, count = torch.zeros_like(tokens.kept), len(tokens.kept) // 2
     while count:
         often += torch.isin(tokens.kept, select(selector, given, count).kept.to(often.device))

@@ -85,7 +85,7 @@ class Selector(Method, ABC):
     # middle of the tower. Between layers: nothing, or "hidden" for rows before the next layer's norm.
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_question: ClassVar[bool] = False  # whether the selection is made again for each question
-    drops: ClassVar[bool] = True  # whether the `owner` of a selection may be -1 for a unit that has a row
+    drops: ClassVar[bool] = True  # whether the `unit_to_token` of a selection may be -1 for a unit that has a row
     weighs: ClassVar[bool] = False  # whether selections may have a `size`, by which the language model weighs tokens
     # For a method that ranks tokens, a function of them: float32 [N], higher for what is kept sooner.
     scores: ClassVar[Callable[[Self, Tokens], torch.Tensor] | None] = None

@@ -75,13 +75,13 @@ class Pool(Selector):
         count, height, width = tokens.grid
         pairs = min(count, keep)
         shape = (pairs, *smaller_frame(height, width, keep // pairs))
-        sizes, device = zip(tokens.grid, shape, strict=True), tokens.owner.device
+        sizes, device = zip(tokens.grid, shape, strict=True), tokens.unit_to_row.device
         block, middle = zip(*(_blocks(n, blocks, device) for n, blocks in sizes), strict=True)
         places = torch.meshgrid(*middle, indexing="ij")
         kept = (places[0] * height + places[1]) * width + places[2]
         blocks = torch.meshgrid(*block, indexing="ij")
-        owner = (blocks[0] * shape[1] + blocks[1]) * shape[2] + blocks[2]
-        return Selection(kept.flatten(), owner.flatten())
+        unit_to_token = (blocks[0] * shape[1] + blocks[1]) * shape[2] + blocks[2]
+        return Selection(kept.flatten(), unit_to_token.flatten())
 
 
 def _blocks(length: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -162,7 +162,7 @@ class MethodChain:
 
 def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
     """What `selector` selects. Raises PluginError: one of another package returned what its base class does not allow."""
-    name, units = PLUGINS.get(type(selector)), len(tokens.owner)
+    name, units = PLUGINS.get(type(selector)), len(tokens.unit_to_row)
     with without_autocast():
         # Rows are shared with other methods of an evaluation, and a stranger's code may write into what it gets.
         found = selector.select(tokens.copied() if name else tokens, keep)
@@ -195,11 +195,11 @@ def _faults(found: Selection, enough: bool, keep: int, units: int, device: torch
     if len(kept) and (kept[0] < 0 or kept[-1] >= units):
         yield f"units from {int(kept[0]):,} to {int(kept[-1]):,} of a video with units 0 to {units - 1:,}"
     count = len(kept)
-    if found.owner is not None:
-        yield from _unlike("owner", found.owner, torch.int64, units, device)
+    if (token := found.unit_to_token) is not None:
+        yield from _unlike("unit_to_token", token, torch.int64, units, device)
         own = ascending(count, kept.device)
-        if found.owner.min() < -1 or found.owner.max() >= count or not (found.owner[kept].to(own) == own).all():
-            yield "an owner that is not the index of a kept unit, of each kept unit its own, or -1"
+        if token.min() < -1 or token.max() >= count or not (token[kept].to(own) == own).all():
+            yield "a unit_to_token that is not the index of a kept unit, of each kept unit its own, or -1"
     if found.weight is not None:
         yield from _unlike("weight", found.weight, torch.float32, units, device)
         if not (found.weight.isfinite().all() and (found.weight >= 0).all() and (found.weight[kept] > 0).all()):
@@ -240,7 +240,7 @@ def _unlike(
 
 def tokens_before_inflection(selector: Selector, tokens: Tokens, keep: int) -> int:
     """How many tokens `selector` keeps by the curve of its scores (arXiv 2409.01162): at most `keep`."""
-    least = min(keep, keep_count(AUTO_LEAST, len(tokens.owner)))
+    least = min(keep, keep_count(AUTO_LEAST, len(tokens.unit_to_row)))
     return min(keep, max(least, inflection(selector.scores(tokens))))
 
 

@@ -72,20 +72,20 @@ class FarthestPoints(Selector):
         return self.count > 0
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        points = points_of(tokens.rows, tokens.owner, tokens.grid, self.alpha)
-        least = keep_count(AUTO_LEAST, len(tokens.owner))
+        points = points_of(tokens.rows, tokens.unit_to_row, tokens.grid, self.alpha)
+        least = keep_count(AUTO_LEAST, len(tokens.unit_to_row))
         kept = farthest_points(points, keep, within=self.within, least=least, floor=self.floor)
-        owner = assign_clusters(points, kept)
-        return Selection(kept, owner, size=self._sizes(owner, len(kept)), averages=self.average)
+        unit_to_token = assign_clusters(points, kept)
+        return Selection(kept, unit_to_token, size=self._sizes(unit_to_token, len(kept)), averages=self.average)
 
     def suffices(self, count: int, keep: int, units: int) -> bool:
         return count == keep or (self.within > 0 and keep_count(AUTO_LEAST, units) <= count <= keep)
 
-    def _sizes(self, owner: torch.Tensor, tokens: int) -> torch.Tensor | None:
+    def _sizes(self, unit_to_token: torch.Tensor, tokens: int) -> torch.Tensor | None:
         """float32 `[tokens]`: the cluster size that the language model assumes for each token; None for 1."""
-        if not self.count or tokens == len(owner):
+        if not self.count or tokens == len(unit_to_token):
             return None
-        return unit_counts(owner, tokens) ** self.count
+        return unit_counts(unit_to_token, tokens) ** self.count
 
 
 @dataclass(frozen=True)

@@ -45,21 +45,21 @@ class Points:
     weight: torch.Tensor  # float32 [E], of time: alpha / 2 * salience^2, in steps
 
 
-def points_of(rows: torch.Tensor, owner: torch.Tensor, grid: Grid, alpha: float) -> Points:
-    """The points of one video: `rows`, `owner`, `grid` as in `Tokens`; `alpha`, the weight of time."""
-    place, salience = places_and_salience(rows, owner)
+def points_of(rows: torch.Tensor, unit_to_row: torch.Tensor, grid: Grid, alpha: float) -> Points:
+    """The points of one video: `rows`, `unit_to_row`, `grid` as in `Tokens`; `alpha`, the weight of time."""
+    place, salience = places_and_salience(rows, unit_to_row)
     place = place * math.sqrt(STEPS)
-    time, _, _ = grid_tables(grid, str(owner.device))
-    return Points(grid, owner, time, place, place.square().sum(1) / 2, salience, STEPS * alpha / 2 * salience**2)
+    time, _, _ = grid_tables(grid, str(unit_to_row.device))
+    return Points(grid, unit_to_row, time, place, place.square().sum(1) / 2, salience, STEPS * alpha / 2 * salience**2)
 
 
-def places_and_salience(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def places_and_salience(rows: torch.Tensor, unit_to_row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where rows are in the space of the distance, at most about 1 long, and `salience` of `Points`; of equal features, equal.
 
     A row counts as often as it represents a unit.
     """
     project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > UNPROJECTED  # otherwise projection saves nothing
-    return standard_places(rows, owner, to_device(_projection(rows.shape[1]), rows.device) if project else None, STEPS)
+    return standard_places(rows, unit_to_row, to_device(_projection(rows.shape[1]), rows.device) if project else None, STEPS)
 
 
 @lru_cache(maxsize=8)

@@ -91,7 +91,7 @@ class Tokens:
     """
 
     rows: torch.Tensor  # [E, D], ordered by unit; one for each unit, unless some units were not encoded
-    owner: torch.Tensor  # int64 [N], the row that represents each unit, -1 for none
+    unit_to_row: torch.Tensor  # int64 [N], the row that represents each unit, -1 for none
     grid: tuple[int, int, int]  # (T, H, W) in units
     seed: int = 0  # for what is drawn at random, as `generator_seed` makes it
     # float32 "attention" [E], "keys" [E, 4 d], "middle" [E, D] and "question" [Q, D], as far as declared
@@ -103,7 +103,7 @@ class Tokens:
     def copied(self) -> "Tokens":
         """The same tokens in memory of their own."""
         given = {name: value.clone() for name, value in self.given.items()}
-        return replace(self, rows=self.rows.clone(), owner=self.owner.clone(), given=given)
+        return replace(self, rows=self.rows.clone(), unit_to_row=self.unit_to_row.clone(), given=given)
 
     @cached_property
     def features(self) -> torch.Tensor:
@@ -149,7 +149,7 @@ class Tokens:
         return self.given[name]
 
     def _of_units(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows if len(rows) == len(self.owner) else rows[self.owner]
+        return rows if len(rows) == len(self.unit_to_row) else rows[self.unit_to_row]
 
 
 @dataclass(frozen=True)
@@ -158,23 +158,23 @@ class Selection:
 
     kept: torch.Tensor  # int64 [K], the kept units, ascending
     # int64 [N], the index in `kept` of the token whose mean each unit joins, a kept unit its own; -1 for none. None: no means
-    owner: torch.Tensor | None = None
+    unit_to_token: torch.Tensor | None = None
     weight: torch.Tensor | None = None  # float32 [N], of each unit in that mean, above 0 for kept ones; None for equal
     size: torch.Tensor | None = None  # float32 [K]: the language model's attention adds log(size); None for 1 each
     # Where a unit joins several tokens: int64 [m] indices into `kept`, int64 [m] units, a kept one's own, and float32 [m] weights
     means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-    averages: bool = True  # False: each token stays as its kept unit is, whatever `owner` says it represents
+    averages: bool = True  # False: each token stays as its kept unit is, whatever `unit_to_token` says it represents
 
     def features(self, rows: torch.Tensor, row_of: torch.Tensor | None = None) -> torch.Tensor:
         """`[K, D]`, as `rows` (`[E, D]`): the tokens. `row_of`: int64 `[N]`, the row of each unit, None where each has its own."""
-        if not self.averages or (self.owner is None and self.means is None):
+        if not self.averages or (self.unit_to_token is None and self.means is None):
             return rows[self.kept if row_of is None else row_of[self.kept]]
         row = ascending(len(rows), rows.device) if row_of is None else row_of.clamp(min=0)
         if self.means is not None:
             into, unit, weight = self.means
             row = row[unit]
         else:  # which units have a token is not read, which would wait for a GPU: the others weigh nothing
-            into, weight = self.owner.clamp(min=0), (self.owner >= 0).float()
+            into, weight = self.unit_to_token.clamp(min=0), (self.unit_to_token >= 0).float()
             weight = weight if self.weight is None else weight * self.weight
         return mean_rows(rows, into, row, weight, len(self.kept))
 

@@ -151,7 +151,7 @@ class Cache(Entries):
                 features.to(device),
                 tensors["kept"].to(device),
                 features.new_empty(facts["rows"], features.shape[1], device="meta"),
-                tensors["owner"].to(device),
+                tensors["unit_to_row"].to(device),
                 tuple(tuple(grid) for grid in facts["grids"]),
                 [tuple(layer) for layer in facts["layers"]],
                 0.0,
@@ -165,7 +165,7 @@ class Cache(Entries):
         """Writes an entry atomically, and deletes old ones beyond the limit; False if it cannot be written."""
         from safetensors.torch import save
 
-        tensors = {name: getattr(encoded, name) for name in ("features", "kept", "owner", *OPTIONAL)}
+        tensors = {name: getattr(encoded, name) for name in ("features", "kept", "unit_to_row", *OPTIONAL)}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
         facts = {
             "key": key,

@@ -58,7 +58,7 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
         visual_tokens_in=units,
         visual_tokens_kept=kept,
         encoder_rows=sum(len(each.rows) for each in read),
-        encoder_live_share=sum(each.live_share * len(each.owner) for each in read) / units,
+        encoder_live_share=sum(each.live_share * len(each.unit_to_row) for each in read) / units,
         layers=[[same[0][0], sum(rows for _, rows in same)] for same in layers],
         kept_per_pair=[count for each in read for count in each.kept_per_pair],
         positions=positions,

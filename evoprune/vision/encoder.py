@@ -51,7 +51,7 @@ class Encoded:
     features: torch.Tensor  # `[K, D]`, the tokens
     kept: torch.Tensor  # int64 `[K]`, the unit whose position each token has, ascending in Hugging Face's order
     rows: torch.Tensor  # `[E, D]`, the encoder's rows, ordered by unit
-    owner: torch.Tensor  # int64 `[N]`, the index in `rows` of the row that represents each unit, -1 for none
+    unit_to_row: torch.Tensor  # int64 `[N]`, the index in `rows` of the row that represents each unit, -1 for none
     grids: tuple[tuple[int, int, int], ...]  # (T, H, W) in units, of each video
     layers: list[tuple[int, int]]  # (layer, rows that it computes), summed over the videos
     prune_seconds: float  # spent on scores, merging and selection; part of the encoding time
@@ -65,12 +65,12 @@ class Encoded:
 
     def __repr__(self) -> str:
         tokens, width = self.features.shape
-        return f"<Encoded: {tokens:,} of {len(self.owner):,} visual tokens, {width} numbers each, grids {list(self.grids)}>"
+        return f"<Encoded: {tokens:,} of {len(self.unit_to_row):,} visual tokens, {width} numbers each, grids {list(self.grids)}>"
 
     @property
     def live_share(self) -> float:
         """The live share: the mean over the layers of rows computed / units. The tower's time is proportional to it."""
-        return sum(rows for _, rows in self.layers) / len(self.layers) / len(self.owner)
+        return sum(rows for _, rows in self.layers) / len(self.layers) / len(self.unit_to_row)
 
     @cached_property
     def kept_here(self) -> torch.Tensor:
@@ -93,7 +93,7 @@ def joined(videos: list[Encoded]) -> Encoded:
     """Several videos as one; the numbers of units and rows continue from video to video."""
     if len(videos) == 1:
         return videos[0]
-    units = [0, *accumulate(len(v.owner) for v in videos)]
+    units = [0, *accumulate(len(v.unit_to_row) for v in videos)]
     rows = [0, *accumulate(len(v.rows) for v in videos)]
     sizes = None
     if any(v.size is not None for v in videos):
@@ -103,7 +103,7 @@ def joined(videos: list[Encoded]) -> Encoded:
         torch.cat([v.features for v in videos]),
         torch.cat([v.kept + first for v, first in zip(videos, units, strict=False)]),
         torch.cat([v.rows for v in videos]),
-        torch.cat([torch.where(v.owner >= 0, v.owner + first, -1) for v, first in zip(videos, rows, strict=False)]),
+        torch.cat([torch.where(v.unit_to_row >= 0, v.unit_to_row + first, -1) for v, first in zip(videos, rows, strict=False)]),
         sum((v.grids for v in videos), ()),
         [(layers[0][0], sum(n for _, n in layers)) for layers in zip(*(v.layers for v in videos), strict=True)],
         sum(v.prune_seconds for v in videos),
@@ -363,7 +363,7 @@ class _Run:
             seen = seen.flatten(1)
             tokens = Tokens(seen, by_unit.unit_to_row, plan.grid, seed)
             found = select(selector, tokens, min(most, len(seen)))
-            unit_to_row = found.owner
+            unit_to_row = found.unit_to_token
             if unit_to_row is None:
                 unit_to_row = _nearest_kept(seen, by_unit.unit_to_row, found.kept)
             del seen, tokens  # as large as all rows
@@ -421,7 +421,7 @@ class _Run:
 
 
 def _nearest_kept(seen: torch.Tensor, unit_to_row: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """int64 `[N]`, for a selector that names no owners: which of `kept` (int64 `[K]`) is most similar to each unit, by cosine.
+    """int64 `[N]`, for a selector that says nothing of it: which of `kept` (int64 `[K]`) is most similar to each unit, by cosine.
 
     `seen`: `[E, D]`, rows; `unit_to_row`: int64 `[N]`.
     """
@@ -472,7 +472,7 @@ def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Select
         return video.selection or Selection(unit)
     if stage is None:
         few = len(unit) > keep
-        return Selection(unit[_largest(tally(tokens.owner, len(unit)), keep)] if few else unit)
+        return Selection(unit[_largest(tally(tokens.unit_to_row, len(unit)), keep)] if few else unit)
     selector = stage.selector
     if selector.reads_question:
         if question is None:

@@ -222,7 +222,7 @@ def tokens_of(encoded) -> dict:
     The latter as a hash where there are many units.
     """
     first: dict[int, int] = {-1: -1}
-    owner = [first.setdefault(row, unit) for unit, row in enumerate(encoded.owner.tolist())]
+    owner = [first.setdefault(row, unit) for unit, row in enumerate(encoded.unit_to_row.tolist())]
     return {
         "units kept": packed(encoded.kept.tolist()),
         "rows": [len(set(owner)), len(encoded.rows)],

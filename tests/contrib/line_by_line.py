@@ -31,11 +31,11 @@ def shares(keep: int, count: int) -> list[int]:
 def assert_means(made: Selection, tokens: Tokens, keep: int, members_of: dict[int, list[tuple[int, float]]]) -> None:
     """`members_of`: of each kept unit, whose mean it becomes, with weights."""
     assert made.kept.tolist() == sorted(members_of) and len(members_of) == keep
-    owner = [-1] * len(tokens.owner)
+    owner = [-1] * len(tokens.unit_to_row)
     for number, unit in enumerate(sorted(members_of)):
         for member, _ in members_of[unit]:
             owner[member] = number
-    assert made.owner.tolist() == owner
+    assert made.unit_to_token.tolist() == owner
     x = tokens.features
     for unit, token in zip(sorted(members_of), made.features(x), strict=True):
         total = sum(weight for _, weight in members_of[unit])

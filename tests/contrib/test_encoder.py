@@ -180,7 +180,7 @@ def test_earlytom_the_whole_encoder_line_by_line(grid, full_layers, settings_, s
         rows = encode_rows(visual, [patches], plan, chunk_units=size)
         assert rows.rows.unit.tolist() == [of[0] * units + i for of, *_ in frames for i in range(units)]
         number = {pair: i for i, (of, *_) in enumerate(frames) for pair in of}
-        assert rows.tokens.owner.tolist() == [number[p] * units + i for p in range(grid[0]) for i in range(units)]
+        assert rows.tokens.unit_to_row.tolist() == [number[p] * units + i for p in range(grid[0]) for i in range(units)]
         expected = torch.cat([x for _, x, _ in frames])
         torch.testing.assert_close(rows.tokens.rows.double(), expected, atol=1e-4, rtol=1e-4)
         received = torch.tensor([value for *_, attention in frames for value in attention])
@@ -197,9 +197,9 @@ def test_earlytom_exactly_the_budget_comes_out(keep):
     for patches in (random_patches(grid), torch.zeros(720, 1176)):
         whole, cut = (encoded(method, patches, grid, keep, chunk_units=size) for size in (10**6, 1))
         assert len(whole.kept) == keep and (whole.kept.diff() > 0).all() and whole.features.isfinite().all()
-        assert torch.equal(whole.kept, cut.kept) and torch.equal(whole.owner, cut.owner) and whole.layers == cut.layers
+        assert torch.equal(whole.kept, cut.kept) and torch.equal(whole.unit_to_row, cut.unit_to_row) and whole.layers == cut.layers
         torch.testing.assert_close(whole.features, cut.features, atol=2e-5, rtol=1e-5)
-        assert torch.equal(whole.features, whole.rows[whole.owner[whole.kept]])
+        assert torch.equal(whole.features, whole.rows[whole.unit_to_row[whole.kept]])
 
 
 def test_more_tokens_than_are_left_are_those_of_frame_pairs_that_merged_away():
@@ -361,7 +361,7 @@ def test_ipcv_the_whole_encoder_line_by_line(grid, full_layers, first, follow):
     for size in (1, 10**6):
         rows = encode_rows(visual, [patches], plan, chunk_units=size)
         torch.testing.assert_close(rows.tokens.rows.double(), expected, atol=1e-4, rtol=1e-4)
-        assert rows.tokens.owner.tolist() == list(range(math.prod(grid)))
+        assert rows.tokens.unit_to_row.tolist() == list(range(math.prod(grid)))
 
 
 def test_ipcv_the_plan():
@@ -389,7 +389,7 @@ def test_the_selector_sees_every_unit(name):
     plan = method.plan(tower_shape(tiny_tower()), GRID, 9)
     tokens = encode_rows(tiny_tower(), [patches], plan).tokens
     assert {what: len(value) for what, value in tokens.given.items()} == dict.fromkeys(selector.needs, 100)
-    every = Tokens(tokens.rows, tokens.owner, GRID, given={**tokens.given, "question": QUESTION})
+    every = Tokens(tokens.rows, tokens.unit_to_row, GRID, given={**tokens.given, "question": QUESTION})
     for keep in (1, 9, 40):
         made = encoded(method, patches, GRID, keep, question=QUESTION)
         assert torch.equal(made.kept, selector.select(every, keep).kept) and len(made.kept) == keep

@@ -42,7 +42,7 @@ def masked(model, inputs, videos, pictures=None):
             continue
         sizes = (inputs[f"{kind}_grid_thw"].prod(-1) // 4).tolist()
         columns = inputs["input_ids"] == getattr(model.config, f"{kind}_token_id")
-        dropped = torch.ones(len(made.owner), dtype=torch.bool).index_fill(0, made.kept, False)
+        dropped = torch.ones(len(made.unit_to_row), dtype=torch.bool).index_fill(0, made.kept, False)
         leaves = torch.zeros_like(columns).masked_scatter(columns, dropped)
         if kind == "video" and FAMILIES[model.config.model_type].timestamps:
             leaves = with_empty_pairs(model, inputs["input_ids"], leaves)
@@ -61,7 +61,7 @@ def masked(model, inputs, videos, pictures=None):
 def tower_output(made, sizes):
     """What transformers' tower returns of inputs with `sizes` units: the features of those that were kept, any for the others."""
     of_layers = [made.features, *(() if made.deepstack is None else made.deepstack)]
-    whole = torch.full((len(made.owner), made.features.shape[1]), 7.0)
+    whole = torch.full((len(made.unit_to_row), made.features.shape[1]), 7.0)
     features, *inner = (whole.index_copy(0, made.kept, each).split(sizes) for each in of_layers)
     if not inner:
         return BaseModelOutputWithPooling(pooler_output=features)
@@ -85,7 +85,7 @@ def sizes_of(model, inputs, made):
     if made.size is None:
         return None
     video = inputs["input_ids"] == model.config.video_token_id
-    units = torch.ones(len(made.owner)).index_copy(0, made.kept, made.size)
+    units = torch.ones(len(made.unit_to_row)).index_copy(0, made.kept, made.size)
     return torch.ones(video.shape).masked_scatter(video, units)
 
 

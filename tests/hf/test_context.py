@@ -48,7 +48,7 @@ def test_several_videos_are_pruned_each_on_its_own(model):
         mine = (made.kept >= first_unit) & (made.kept < first_unit + n // 4)
         assert torch.equal(made.kept[mine] - first_unit, alone.kept)
         torch.testing.assert_close(made.features[mine], alone.features)
-        assert torch.equal(made.owner[first_unit : first_unit + n // 4] - first_row, alone.owner)
+        assert torch.equal(made.unit_to_row[first_unit : first_unit + n // 4] - first_row, alone.unit_to_row)
         first_unit, first_row = first_unit + n // 4, first_row + len(alone.rows)
     assert sum(made.kept_per_pair) == len(made.kept) and len(made.kept_per_pair) == 6
 

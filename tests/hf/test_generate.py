@@ -135,7 +135,7 @@ def test_pruned_is_the_whole_prompt_with_dropped_columns_masked(model, prompt, s
     assert torch.equal(out, expected)
     prompts = inputs["input_ids"]
     assert torch.equal(out[:: len(out) // len(prompts), : prompts.shape[1]], prompts)
-    assert run.report.pruning.visual_tokens_kept == len(made.kept) < len(made.owner)
+    assert run.report.pruning.visual_tokens_kept == len(made.kept) < len(made.unit_to_row)
 
 
 @pytest.mark.full

@@ -116,7 +116,7 @@ def test_pooling_is_the_mean_of_blocks(grid, data):
     torch.testing.assert_close(made.features(tokens.features), torch.stack(expected))
     assume(keep >= t)
     assert (
-        made.owner.view(t, -1) // (rows * columns) == torch.arange(t)[:, None]
+        made.unit_to_token.view(t, -1) // (rows * columns) == torch.arange(t)[:, None]
     ).all()  # no frame pair loses its time
 
 

@@ -112,7 +112,7 @@ def test_no_matrix_of_all_pairs(kind):
     """Random tokens have nothing in common, equal ones stand still in time."""
     names = AFTER if kind == "random" else ["fastvid", "prunevid", "holitom", "flashvid", "visionzip"]
     tokens = tokens_of(kind, (16, 16, 16), width=8)
-    n = len(tokens.owner)
+    n = len(tokens.unit_to_row)
     with Largest() as largest:
         for name in names:
             assert 0 < len(selected(name, tokens, 32)) <= 256
@@ -184,7 +184,7 @@ def moved(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def assert_equal_encodings(made, expected) -> None:
-    for field in ("features", "kept", "rows", "owner", "size", "deepstack"):
+    for field in ("features", "kept", "rows", "unit_to_row", "size", "deepstack"):
         a, b = getattr(made, field), getattr(expected, field)
         assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)), field
     assert made.kept_per_pair == expected.kept_per_pair
@@ -246,7 +246,7 @@ def test_a_method_chooses_from_the_same_rows_as_without_autocast(name, half, mon
             assert args[1].features.dtype == torch.float32 and torch.equal(again, chosen)
             continue
         assert all(x.dtype == torch.float32 for x in args[1].given.values())
-        for field in ("kept", "owner", "weight", "size"):
+        for field in ("kept", "unit_to_token", "weight", "size"):
             a, b = getattr(again, field), getattr(chosen, field)
             assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)), field
 

@@ -59,7 +59,7 @@ def test_what_was_stored_comes_back(cache, dtype):
     assert cache.load("0" * 64, torch.device("cpu")) is None and cache.size() == (0, 0)
     assert cache.store("0" * 64, before)
     after = cache.load("0" * 64, torch.device("cpu"))
-    for name in ("features", "kept", "owner"):
+    for name in ("features", "kept", "unit_to_row"):
         assert torch.equal(getattr(after, name), getattr(before, name)), name
     assert after.features.dtype == dtype and after.rows.shape == before.rows.shape
     assert (after.grids, after.layers, after.flat, after.prune_seconds) == (before.grids, before.layers, True, 0.0)

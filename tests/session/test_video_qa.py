@@ -294,7 +294,7 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
     beside = qa.encode(LONG, progress=lambda *now: done.append(now))
     monkeypatch.setattr(OpenInput, "threaded", False)
     apart = qa.encode(LONG)
-    for name in ("features", "kept", "rows", "owner"):
+    for name in ("features", "kept", "rows", "unit_to_row"):
         assert torch.equal(getattr(beside.encoded, name), getattr(apart.encoded, name)), name
     assert beside.encoded.layers == apart.encoded.layers
     # Told by the stage that is the last, in order; and then by the layers that have to wait for all of it.

@@ -80,9 +80,9 @@ def tokens_slowly(
         return [row.unit for row in rows], every, None
     found = stage.selector.select(Tokens(last.float(), torch.tensor(owner), grid), keep)
     kept = found.kept.tolist()
-    if found.owner is None:
+    if found.unit_to_token is None:
         return kept, every[:, [owner[unit] for unit in kept]], found.size
-    clusters = [[unit for unit in range(math.prod(grid)) if found.owner[unit] == k] for k in range(len(kept))]
+    clusters = [[unit for unit in range(math.prod(grid)) if found.unit_to_token[unit] == k] for k in range(len(kept))]
     means = [sum(every[:, owner[unit]] for unit in cluster) / len(cluster) for cluster in clusters]
     return kept, torch.stack(means, 1), found.size
 
@@ -149,7 +149,7 @@ def selected(block, rows: list[Row], geo: Geometry, grid, selector, keep) -> lis
         found = selector.select(Tokens(seen, torch.tensor(owner), grid), min(keep, len(rows)))
         made = []
         for k, unit in enumerate(found.kept.tolist()):
-            cluster = [other for other in units if found.owner[other] == k]
+            cluster = [other for other in units if found.unit_to_token[other] == k]
             mean_of = cluster if selector.average else [unit]
             row = Row(unit, cluster, sum(rows[owner[other]].x for other in mean_of) / len(mean_of))
             row.deep = mean_deep([rows[owner[other]].deep for other in mean_of], [1] * len(mean_of))

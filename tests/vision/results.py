@@ -28,7 +28,7 @@ def encode_clip(grid, changed, method, keep, seed=0, **how) -> Encoded:
 
 def assert_same(a: Encoded, b: Encoded, atol: float = 2e-5) -> None:
     assert torch.equal(a.kept, b.kept)
-    assert torch.equal(a.owner, b.owner)
+    assert torch.equal(a.unit_to_row, b.unit_to_row)
     assert a.layers == b.layers and a.flat == b.flat
     torch.testing.assert_close(a.rows, b.rows, atol=atol, rtol=1e-5)
     torch.testing.assert_close(a.features, b.features, atol=atol, rtol=1e-5)
@@ -37,14 +37,14 @@ def assert_same(a: Encoded, b: Encoded, atol: float = 2e-5) -> None:
 def check_result(encoded: Encoded, grid: tuple[int, int, int], whole_clip: bool = False) -> None:
     """What holds whatever the method; a row represents units of one frame pair, unless of the `whole_clip`."""
     n = prod(grid)
-    assert encoded.owner.shape == (n,) and encoded.grids == (grid,)
-    assert ((encoded.owner >= 0) & (encoded.owner < len(encoded.rows))).all()
-    assert encoded.owner.unique().numel() == len(encoded.rows)  # every row represents something
+    assert encoded.unit_to_row.shape == (n,) and encoded.grids == (grid,)
+    assert ((encoded.unit_to_row >= 0) & (encoded.unit_to_row < len(encoded.rows))).all()
+    assert encoded.unit_to_row.unique().numel() == len(encoded.rows)  # every row represents something
     assert (encoded.kept.diff() > 0).all()
     assert encoded.kept.min() >= 0 and encoded.kept.max() < n
     if encoded.size is None:  # else tokens are means of clusters
-        assert torch.equal(encoded.features, encoded.rows[encoded.owner[encoded.kept]])
+        assert torch.equal(encoded.features, encoded.rows[encoded.unit_to_row[encoded.kept]])
     pair = torch.arange(n) // (grid[1] * grid[2])
     if not whole_clip:
-        assert all(pair[encoded.owner == row].unique().numel() == 1 for row in range(len(encoded.rows)))
+        assert all(pair[encoded.unit_to_row == row].unique().numel() == 1 for row in range(len(encoded.rows)))
     assert encoded.kept_per_pair == torch.bincount(pair[encoded.kept], minlength=grid[0]).tolist()

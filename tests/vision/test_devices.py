@@ -148,9 +148,9 @@ def test_every_shape_is_known_on_a_device_without_values(keep, kernel, monkeypat
     patches = clip(grid, changes(grid, 0.3))
     expected = encode_patches(patches, grid, method, keep, tiny_tower((0, 2)))
     made = encode_patches(patches, grid, method, keep, visual, chunk_units=30)
-    assert made.features.is_meta and made.features.dtype == torch.bfloat16 and made.owner.is_meta
+    assert made.features.is_meta and made.features.dtype == torch.bfloat16 and made.unit_to_row.is_meta
     assert made.layers == expected.layers and made.rows.shape == expected.rows.shape
-    assert made.features.shape == (keep, 24) and made.kept.shape == (keep,) and made.owner.shape == (70,)
+    assert made.features.shape == (keep, 24) and made.kept.shape == (keep,) and made.unit_to_row.shape == (70,)
 
 
 def test_waiting_is_noticed():

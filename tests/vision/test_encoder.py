@@ -49,7 +49,7 @@ def test_budget_one_is_hugging_faces_tower(grid, full_layers):
     for method in (Nothing(), EvoPrune(), EvoPrunePaper(), Random()):
         ours = encode_patches(patches, grid, method, prod(grid), visual)
         torch.testing.assert_close(ours.features, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
-        assert torch.equal(ours.kept, torch.arange(prod(grid))) and torch.equal(ours.owner, ours.kept)
+        assert torch.equal(ours.kept, torch.arange(prod(grid))) and torch.equal(ours.unit_to_row, ours.kept)
         assert ours.live_share == 1 and ours.size is None
 
 
@@ -185,9 +185,9 @@ def test_the_largest_rows_are_kept_where_merging_cannot_reach_the_count():
     # No layer attends to whole frame pairs: each of the six windows keeps a row, and four of them must go in the end.
     encoded = encode_noise((1, 5, 12), EvoPrunePaper(), 2, full_layers=())
     assert len(encoded.rows) == 6 and len(encoded.kept) == 2
-    sizes = torch.bincount(encoded.owner)
+    sizes = torch.bincount(encoded.unit_to_row)
     assert sizes.tolist() == [16, 16, 16, 4, 4, 4]
-    assert sizes[encoded.owner[encoded.kept]].tolist() == [16, 16]
+    assert sizes[encoded.unit_to_row[encoded.kept]].tolist() == [16, 16]
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +237,7 @@ def test_merging_against_loops(grid, settings_, keep, full_layers):
     units, owner, tokens = encode_slowly(tiny_tower(full_layers), random_patches(grid), grid, method, keep)
     encoded = encode_noise(grid, method, keep, full_layers)
     assert len(units) == keep  # else the reference would have to reduce rows by size too
-    assert encoded.kept.tolist() == units and encoded.owner.tolist() == owner
+    assert encoded.kept.tolist() == units and encoded.unit_to_row.tolist() == owner
     torch.testing.assert_close(encoded.features.double(), tokens, atol=1e-4, rtol=1e-4)
 
 

@@ -218,8 +218,8 @@ def test_the_selector_sees_every_unit_with_what_its_row_has(name):
     tokens = encode_rows(tiny_tower(), [patches], plan).tokens
     assert len(tokens.rows) == changes(GRID, 0.4).sum() < 100
     assert set(tokens.given) == selector.needs
-    given = {what: value[tokens.owner] for what, value in tokens.given.items()} | {"question": question}
-    every = Tokens(tokens.rows[tokens.owner], torch.arange(100), GRID, given=given)
+    given = {what: value[tokens.unit_to_row] for what, value in tokens.given.items()} | {"question": question}
+    every = Tokens(tokens.rows[tokens.unit_to_row], torch.arange(100), GRID, given=given)
     for keep in (9, 40):
         made, expected = encoded(method, patches, GRID, keep, question=question), selector.select(every, keep)
         assert torch.equal(made.kept, expected.kept)

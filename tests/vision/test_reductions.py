@@ -71,12 +71,12 @@ def test_the_farthest_points_are_selected_a_token_is_the_mean_of_its_cluster_and
 ):
     grid, keep = (6, 3, 5), 20
     made = encode_clip(grid, changes(grid, share), replace(AFTER, average=average, count=count), keep)
-    every = points_of(made.rows, made.owner, grid, EvoPrune.alpha)
+    every = points_of(made.rows, made.unit_to_row, grid, EvoPrune.alpha)
     assert torch.equal(made.kept, farthest_points(every, keep))
     owner = assign_clusters(every, made.kept)
-    clusters = [made.rows[made.owner[owner == k]] for k in range(keep)]
+    clusters = [made.rows[made.unit_to_row[owner == k]] for k in range(keep)]
     assert sum(map(len, clusters)) == 90 and torch.equal(owner[made.kept], torch.arange(keep))
-    tokens = torch.stack([rows.mean(0) for rows in clusters]) if average else made.rows[made.owner[made.kept]]
+    tokens = torch.stack([rows.mean(0) for rows in clusters]) if average else made.rows[made.unit_to_row[made.kept]]
     torch.testing.assert_close(made.features, tokens, atol=1e-5, rtol=1e-5)
     if count:
         torch.testing.assert_close(made.size, torch.tensor([float(len(rows)) for rows in clusters]) ** count)
@@ -95,7 +95,7 @@ def test_a_chunk_may_have_nothing_new(dtype, packed):
     patches = clip(grid, changed, drift=0).to(dtype)
     whole, cut = (encode_patches(patches, grid, AFTER, 9, visual, chunk_units=size) for size in (10**6, 1))
     assert cut.layers == whole.layers and cut.layers[0][1] == 34
-    assert torch.equal(cut.owner, whole.owner) and len(cut.kept) == 9
+    assert torch.equal(cut.unit_to_row, whole.unit_to_row) and len(cut.kept) == 9
     assert cut.rows.dtype == dtype
     error = (cut.rows.float() - whole.rows.float()).norm() / whole.rows.float().norm()
     assert error < (1e-5 if dtype == torch.float32 else 2e-2)
@@ -145,8 +145,8 @@ def test_without_selections_between_layers_segments_are_the_whole(tower, share, 
     ((whole, _),) = in_segments(visual, patches, method, (9,), 1 / 3)  # a plan with another count has the same rows
     parts = [rows for rows, _ in in_segments(visual, patches, method, pairs, 1 / 3, chunk_units=chunk_units)]
     for values in (lambda rows: rows.tokens.rows, lambda rows: rows.rows.deepstack):
-        of_units = torch.cat([values(part)[part.tokens.owner] for part in parts])
-        torch.testing.assert_close(of_units, values(whole)[whole.tokens.owner], atol=2e-5, rtol=1e-5)
+        of_units = torch.cat([values(part)[part.tokens.unit_to_row] for part in parts])
+        torch.testing.assert_close(of_units, values(whole)[whole.tokens.unit_to_row], atol=2e-5, rtol=1e-5)
     assert sum(part.layers[0][1] for part in parts) == whole.layers[0][1] == changed.sum()
     assert all(len(select_tokens(part).kept) == round(prod(part.plan.grid) / 3) for part in parts)
 
@@ -161,8 +161,8 @@ def test_selections_between_layers_see_rows_of_their_own_segment_alone(name, mon
     parts, cut = (in_segments(visual, patches, method, pairs, 0.4, chunk_units=size) for size in (10**6, 1))
     for number, ((part, _), (other, _)) in enumerate(zip(parts, cut, strict=True)):
         torch.testing.assert_close(part.tokens.rows, other.tokens.rows, atol=2e-5, rtol=1e-5)
-        assert torch.equal(part.tokens.owner, other.tokens.owner) and part.layers == other.layers
-        owner, computed = part.tokens.owner, part.layers[-1][1]
+        assert torch.equal(part.tokens.unit_to_row, other.tokens.unit_to_row) and part.layers == other.layers
+        owner, computed = part.tokens.unit_to_row, part.layers[-1][1]
         assert (owner >= 0).all() and owner.unique().numel() == len(part.rows.unit) >= computed
         assert (part.rows.unit.diff() > 0).all() and torch.equal(
             owner[part.rows.unit], torch.arange(len(part.rows.unit))
@@ -226,7 +226,7 @@ def test_selected_rows_against_loops(share, keep, full_layers):
         units, owner, tokens = encode_slowly(visual, patches, grid, method, keep, changed if method.reuse else None)
         for size in (1, 30, 10**6):
             made = encode_patches(patches, grid, method, keep, visual, chunk_units=size)
-            assert made.owner.tolist() == owner and len(made.kept) == keep
+            assert made.unit_to_row.tolist() == owner and len(made.kept) == keep
             torch.testing.assert_close(made.rows.double(), tokens, atol=1e-4, rtol=1e-4)
             if len(units) == keep < made.layers[0][1] and getattr(method, "rows", 0) == 1:
                 assert made.kept.tolist() == units and torch.equal(made.features, made.rows)
@@ -261,7 +261,7 @@ def inside(kept, owner, given=Given) -> GivenInside:
 def test_units_may_be_dropped():
     owner = torch.where(torch.arange(32) < 20, -1, 1).index_fill_(0, torch.tensor(3), 0)
     made = encode_clip((2, 4, 4), changes((2, 4, 4), 1.0), inside([3, 20], owner), 2)
-    assert made.kept.tolist() == [3, 20] and torch.bincount(made.owner[made.owner >= 0]).tolist() == [1, 12]
+    assert made.kept.tolist() == [3, 20] and torch.bincount(made.unit_to_row[made.unit_to_row >= 0]).tolist() == [1, 12]
 
 
 @pytest.mark.parametrize("waits", [False, True])

@@ -71,7 +71,7 @@ def test_layers_by_kernels_are_the_plain_ones(on_kernels, monkeypatch, tower_of,
         join_tower(visual)
     made = encode_patches(*given, visual)
     assert len(on_kernels) == layers and made.layers == expected.layers
-    assert torch.equal(made.kept, expected.kept) and torch.equal(made.owner, expected.owner)
+    assert torch.equal(made.kept, expected.kept) and torch.equal(made.unit_to_row, expected.unit_to_row)
     torch.testing.assert_close(made.features, expected.features, atol=2e-4, rtol=2e-4)
     if tower_of is tiny_qwen3:
         torch.testing.assert_close(made.deepstack, expected.deepstack, atol=2e-4, rtol=2e-4)
