@@ -1,4 +1,4 @@
-"""evoprune: ask Qwen3-VL, Qwen2.5-VL or Qwen2-VL about videos, with visual tokens pruned inside the vision encoder.
+"""evoprune: ask Qwen3.5, Qwen3-VL or Qwen2.5-VL about videos, with visual tokens pruned inside the vision encoder.
 
 Names are imported when they are first used, so that `import evoprune` costs nothing.
 """
