@@ -10,7 +10,6 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from evoprune import methods
-from evoprune.methods.config import PruneConfig
 from evoprune.methods.plans import plain
 from evoprune.report import Environment, ModelFacts
 
@@ -31,8 +30,10 @@ class ProfileSettings:
     repetitions: int = 3  # rounds that are
     time_limit_s: float = 150.0  # of the whole run, loading included
 
-    def config(self, name: str, budget: float) -> PruneConfig:
-        """A method at a budget, with the settings of all methods."""
+    def config(self, name: str, budget: float):
+        """The `PruneConfig` of a method at a budget, with the settings of all methods."""
+        from evoprune.methods.config import PruneConfig  # which loads torch
+
         return PruneConfig.of(budget, name, self.method_args, self.seed)
 
 

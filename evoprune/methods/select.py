@@ -59,7 +59,9 @@ def places_and_salience(rows: torch.Tensor, unit_to_row: torch.Tensor) -> tuple[
     A row counts as often as it represents a unit.
     """
     project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > UNPROJECTED  # otherwise projection saves nothing
-    return standard_places(rows, unit_to_row, to_device(_projection(rows.shape[1]), rows.device) if project else None, STEPS)
+    return standard_places(
+        rows, unit_to_row, to_device(_projection(rows.shape[1]), rows.device) if project else None, STEPS
+    )
 
 
 @lru_cache(maxsize=8)

@@ -103,7 +103,9 @@ def joined(videos: list[Encoded]) -> Encoded:
         torch.cat([v.features for v in videos]),
         torch.cat([v.kept + first for v, first in zip(videos, units, strict=False)]),
         torch.cat([v.rows for v in videos]),
-        torch.cat([torch.where(v.unit_to_row >= 0, v.unit_to_row + first, -1) for v, first in zip(videos, rows, strict=False)]),
+        torch.cat(
+            [torch.where(v.unit_to_row >= 0, v.unit_to_row + first, -1) for v, first in zip(videos, rows, strict=False)]
+        ),
         sum((v.grids for v in videos), ()),
         [(layers[0][0], sum(n for _, n in layers)) for layers in zip(*(v.layers for v in videos), strict=True)],
         sum(v.prune_seconds for v in videos),

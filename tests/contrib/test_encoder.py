@@ -197,7 +197,11 @@ def test_earlytom_exactly_the_budget_comes_out(keep):
     for patches in (random_patches(grid), torch.zeros(720, 1176)):
         whole, cut = (encoded(method, patches, grid, keep, chunk_units=size) for size in (10**6, 1))
         assert len(whole.kept) == keep and (whole.kept.diff() > 0).all() and whole.features.isfinite().all()
-        assert torch.equal(whole.kept, cut.kept) and torch.equal(whole.unit_to_row, cut.unit_to_row) and whole.layers == cut.layers
+        assert (
+            torch.equal(whole.kept, cut.kept)
+            and torch.equal(whole.unit_to_row, cut.unit_to_row)
+            and whole.layers == cut.layers
+        )
         torch.testing.assert_close(whole.features, cut.features, atol=2e-5, rtol=1e-5)
         assert torch.equal(whole.features, whole.rows[whole.unit_to_row[whole.kept]])
 
