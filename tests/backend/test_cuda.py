@@ -7,8 +7,10 @@ from evoprune.bench.profile_results import TimeLimit
 from evoprune.bench.verify.checks import accelerated
 from evoprune.bench.verify.run import subject_of, verify
 from evoprune.bench.verify.subject import DIFFERS
+from evoprune.model.config import MODEL_TYPES
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
+from tests.tiny import NATIVE, save_tiny
 
 pytest.importorskip("triton")
 from evoprune.backend import kernels
@@ -60,6 +62,15 @@ def test_verify_holds(devices):
         *_, results = verify(subject, TimeLimit(240), quick=True)
     assert not [(found.check.name, found.outcome.says) for found in results.of("differs")]
     assert results.verdict == "held"
+
+
+@pytest.mark.parametrize("family", [family for family in MODEL_TYPES if family not in NATIVE])
+def test_verify_holds_where_transformers_runs_the_language_model(family, tmp_path):
+    loaded = load_model(str(save_tiny(tmp_path / family, family=family)), dtype="fp32")
+    assert loaded.device.startswith("cuda")
+    with subject_of(loaded, None) as subject:
+        *_, results = verify(subject, TimeLimit(240), quick=True)
+    assert not [(found.check.name, found.outcome.says) for found in results.of("differs")]
 
 
 def test_a_kernel_that_computes_something_else_is_found(devices, monkeypatch):
