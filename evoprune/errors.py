@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from traceback import walk_tb
 
 # What takes less memory, at a shell and in Python.
-LESS = (
+USE_LESS = (
     "take fewer frames, fewer visual tokens or a lower budget: --frames, --max-visual-tokens, -b; "
     "in Python frames, max_visual_tokens, budget"
 )
@@ -135,7 +135,7 @@ def names_plugins() -> Iterator[None]:
 def error_record(problem: BaseException) -> dict:
     """A failure as JSON records hold it: code, type, stage, message, hint. Whatever is not expected is a bug."""
     if is_out_of_memory(problem):  # outside of any stage
-        problem = OutOfMemory("out of memory", f"close other programs, or {LESS}")
+        problem = OutOfMemory("out of memory", f"close other programs, or {USE_LESS}")
     elif named := _plugin_error(problem):
         problem = named
     elif not isinstance(problem, EvopruneError):
@@ -181,7 +181,7 @@ class memory_guard:  # noqa: N801 (called as a function)
             r"Tried to allocate ([\d.]+ \wiB).*?(?:of which ([\d.]+ \wiB) is free|$)", str(problem), re.DOTALL
         )
         wanted = "" if not said else f": {said[1]} wanted" + (f", {said[2]} free" if said[2] else "")
-        raise OutOfMemory(f"out of memory in {self.stage}{wanted}", LESS, stage=self.stage) from problem
+        raise OutOfMemory(f"out of memory in {self.stage}{wanted}", USE_LESS, stage=self.stage) from problem
 
 
 def process_error(what: str, problem: OSError, stage: str | None = None) -> EvopruneError:

@@ -118,7 +118,7 @@ ACCEPTED: dict[type, tuple[type, str]] = {
     Callable: (Callable, "a function"),
     NoneType: (NoneType, "None"),
 }
-LEAST, MOST = -(2**63), 2**64 - 1  # of a whole number that torch takes, as a seed for example
+MIN_INTEGER, MAX_INTEGER = -(2**63), 2**64 - 1  # of a whole number that torch takes, as a seed for example
 
 
 def brief(value: Any) -> str:
@@ -187,7 +187,7 @@ def check_type(name: str, value: Any, declared: Any) -> Any:
     right = f"{', '.join(first)} or {last}" if first else last
     if not any(isinstance(value, each) and (each is bool or not isinstance(value, bool)) for each, _ in wanted):
         raise UsageError(f"{name} is {brief(value)}, not {right}", f"give {right}")
-    if isinstance(value, Integral) and not LEAST <= value <= MOST:
+    if isinstance(value, Integral) and not MIN_INTEGER <= value <= MAX_INTEGER:
         raise UsageError(f"{name} is {value}, which 64 bits cannot hold", "give a smaller number")
     if isinstance(value, Real) and not isinstance(value, int | float):
         return int(value) if isinstance(value, Integral) else float(value)

@@ -24,7 +24,7 @@ from evoprune.session.encoding import OpenInputs, Progress, open_inputs, paths_o
 from evoprune.session.loading.find import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.session.options import (
-    HELD,
+    OTHER_MODELS,
     GenerationOptions,
     ModelOptions,
     PruneOptions,
@@ -60,7 +60,7 @@ class VideoQA(Uncopied):
     def __init__(self, loaded: LoadedModel | Session, *, load_seconds: float | None = None, **options):
         (pruning,) = from_keywords(options, PruneOptions)
         if hasattr(loaded, "forward"):
-            raise TypeError(f"VideoQA takes no {type(loaded).__name__}; {HELD}")
+            raise TypeError(f"VideoQA takes no {type(loaded).__name__}; {OTHER_MODELS}")
         if not isinstance(loaded, LoadedModel | Session):
             raise TypeError(f"VideoQA takes a loaded model; VideoQA.load({loaded!r}) loads one")
         self.session = Session(loaded, pruning.config(), load_seconds) if isinstance(loaded, LoadedModel) else loaded

@@ -17,12 +17,12 @@ import torch
 
 from evoprune.backend.devices import with_fallback
 
-HELD = 1 << 23  # distances that a CPU holds at a time
-HELD_ON_DEVICE = 1 << 26
+MAX_DISTANCES = 1 << 23  # distances that a CPU holds at a time
+MAX_DISTANCES_ON_DEVICE = 1 << 26
 FEW_TUBES = 4  # up to so many a CPU goes through one after another
 FEW_ROWS = 512  # up to so many rows a CPU computes products of rows once, for all points
 AT_ONCE, AT_ONCE_ON_DEVICE = 1024, 16384  # rows that have float32 copies at a time
-STILL = 1e-3  # of the mean variance, added to each channel's, so that one that hardly varies counts less
+VARIANCE_FLOOR = 1e-3  # of the mean variance, added to each channel's, so that one that hardly varies counts less
 ROUNDING = 1 / 256  # of a channel's mean: a deviation as small as that of rounding does not count as one
 
 # Plain registration: `torch.library.custom_op` imports torch's compiler, which takes seconds.
@@ -63,11 +63,11 @@ def _standard_places(
     first = rows[0].float()  # sums of differences are exact where all rows are equal
     mean = first + sum(share @ (piece - first) for share, piece in zip(shares, pieces(), strict=True))
     variance = sum(share @ (piece - mean).square_() for share, piece in zip(shares, pieces(), strict=True))
-    scale = (variance + STILL * variance.mean() + (ROUNDING * mean).square_()).clamp_(min=1e-30).rsqrt_()
+    scale = (variance + VARIANCE_FLOOR * variance.mean() + (ROUNDING * mean).square_()).clamp_(min=1e-30).rsqrt_()
     standard = ((piece - mean).mul_(scale) for piece in pieces())
     made = [(piece if projection is None else piece @ projection, piece.square().sum(1)) for piece in standard]
     place, salience = (torch.cat(pieces) for pieces in zip(*made, strict=True))
-    largest = (salience * (count > 0)).max().clamp(min=STILL * rows.shape[1])
+    largest = (salience * (count > 0)).max().clamp(min=VARIANCE_FLOOR * rows.shape[1])
     return place / largest.sqrt(), rounded(salience / largest, steps) * (count > 0)
 
 
@@ -148,7 +148,7 @@ def _apart(
 
 def _tube_radii_cpu(place, half, weight, first, row, time, tubes, keep):
     made = torch.full((len(row) + 1,), -1, dtype=torch.float32, device="cpu")
-    for some in tubes.split(max(1, HELD // tubes.shape[1] ** 2)):
+    for some in tubes.split(max(1, MAX_DISTANCES // tubes.shape[1] ** 2)):
         index, rows, valid = _members(row, some)
         apart = _apart(place, half, weight, rows, time[index])
         radii = _greedy(apart.numpy(), torch.where(valid, first[rows], -1).numpy(), keep)
@@ -220,7 +220,9 @@ def _nearest_selected(
     of, rows = row[selected], row.clamp(min=0)
     there, half_of, when = place[of], half[of], time[selected]
     found = []
-    for some in torch.arange(len(row), dtype=torch.int64, device=row.device).split(HELD_ON_DEVICE // len(selected)):
+    for some in torch.arange(len(row), dtype=torch.int64, device=row.device).split(
+        MAX_DISTANCES_ON_DEVICE // len(selected)
+    ):
         mine = rows[some]
         apart = torch.addmm(half_of, place[mine], there.T, alpha=-1).add_(half[mine][:, None])
         apart.add_((time[some][:, None] - when).abs_().mul_(weight[mine][:, None]))
@@ -239,7 +241,7 @@ def _nearest_selected_cpu(place, half, weight, row, time, selected):
     there, half_of, when = place[rows], half[rows], time[selected]
     found = torch.empty_like(row)
     points = (row >= 0).nonzero()[:, 0]
-    for some in points.split(max(1, (HELD >> 3) // len(selected))):
+    for some in points.split(max(1, (MAX_DISTANCES >> 3) // len(selected))):
         mine, of = row[some].unique(return_inverse=True)
         apart = torch.addmm(half_of, place[mine], there.T, alpha=-1).add_(half[mine][:, None])[of[:, None], back]
         apart.add_((time[some][:, None] - when).abs_().mul_(weight[row[some]][:, None]))
@@ -256,7 +258,7 @@ def _mean_rows(
     """
     total = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
     size = total.new_zeros(count).index_add_(0, into, weight)
-    at_once = max(1, (HELD_ON_DEVICE if rows.device.type != "cpu" else HELD) // rows.shape[1])
+    at_once = max(1, (MAX_DISTANCES_ON_DEVICE if rows.device.type != "cpu" else MAX_DISTANCES) // rows.shape[1])
     for some in torch.arange(len(into), dtype=torch.int64, device=rows.device).split(at_once):
         total.index_add_(0, into[some], rows[row[some]].float() * weight[some][:, None])
     return (total / size[:, None]).to(rows.dtype)
@@ -274,7 +276,7 @@ def _standard_places_cuda(rows, unit_to_row, projection, steps):
     from evoprune.backend import kernels  # Triton takes a while to import
 
     count = unit_counts(unit_to_row, len(rows))
-    return kernels.standard_places(rows, count, projection, steps, STILL, ROUNDING)
+    return kernels.standard_places(rows, count, projection, steps, VARIANCE_FLOOR, ROUNDING)
 
 
 @with_fallback("the selection of units", _tube_radii)

@@ -17,7 +17,7 @@ from evoprune.vision.encoder import EncodedRows, encode_rows
 
 # Encodings held: enough for the selectors behind `reuse`, which need attention, keys, both or nothing, at three budgets, whatever
 # other methods run between them.
-HELD = 32
+MAX_ENCODINGS = 32
 
 
 class SharedFrames:
@@ -62,7 +62,7 @@ class SharedRows:
             start = clock.now()
             rows = encode_rows(visual, clock.each("wait", patches), plan, **options)
             self._held[key] = rows, clock.now() - start - clock.seconds["wait"]
-            if len(self._held) > HELD:
+            if len(self._held) > MAX_ENCODINGS:
                 self._held.popitem(last=False)
         return replace(rows, plan=plan, timer=rows.timer.copy())  # each caller adds its own times
 

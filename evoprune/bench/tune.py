@@ -39,7 +39,7 @@ BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)
 # spread evenly over time; and the paper's merging.
 METHODS = ("evoprune", "evoprune:rows=1", "evoprune:first=0:rows=0.5", "evoprune:floor=1", "evoprune-paper")
 FIRST = 2  # videos that every candidate sees
-LEAST = 3  # candidates that are never left out for want of time
+MIN_CANDIDATES = 3  # candidates that are never left out for want of time
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def affordable(order: Sequence[Candidate], known: Known, new: int, rest: int, ro
     costs = [mean(trial.took_s for trial in known[candidate]) for candidate in order]
     if sum(costs) * rest <= left:
         return len(order)
-    return max(min(LEAST, len(order)), sum(used * new <= left / rounds for used in accumulate(costs)))
+    return max(min(MIN_CANDIDATES, len(order)), sum(used * new <= left / rounds for used in accumulate(costs)))
 
 
 def search(

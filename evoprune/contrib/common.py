@@ -24,7 +24,7 @@ def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[ran
 
 
 NEIGHBOURS = 7  # from which a density is computed, in the authors' code of PruneVid, FlashVID and HoliTom
-HELD = 4  # blocks of distances that are held; more are computed twice
+MAX_BLOCKS = 4  # blocks of distances that are held; more are computed twice
 FAR = 1 << 30  # steps that are more than any distance
 STEPS = 16384  # distances are integers of this many steps of the tokens' root mean square length
 
@@ -80,7 +80,7 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
     index = ascending(len(points), x.device)
     blocks = index.split(BLOCK)
 
-    @lru_cache(HELD if len(blocks) <= HELD else 0)
+    @lru_cache(MAX_BLOCKS if len(blocks) <= MAX_BLOCKS else 0)
     def distances(number: int) -> torch.Tensor:
         return _distances(points[blocks[number]], points)
 

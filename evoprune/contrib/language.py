@@ -22,7 +22,7 @@ from evoprune.methods.plans import keep_count
 from evoprune.methods.ranking import highest
 from evoprune.methods.types import LayerState, Selection, ascending, true_indices
 
-HELD = 1 << 24  # attention weights that are held at a time
+MAX_WEIGHTS = 1 << 24  # attention weights that are held at a time
 
 
 class Drop(NamedTuple):
@@ -143,7 +143,7 @@ class LayerTokens:
         heads, columns = self.queries.shape[1], len(self.keys)
         keys = self.keys.permute(1, 2, 0).float()
         found = keys.new_zeros(len(self.visual))
-        for some in rows.split(max(1, HELD // (heads * columns))):
+        for some in rows.split(max(1, MAX_WEIGHTS // (heads * columns))):
             given = self._weights(some, keys, causal)[:, self.visual]
             found = torch.maximum(found, given.amax(0)) if most else found + given.sum(0)
         return found if most else found / (heads * len(rows))

@@ -14,8 +14,8 @@ from evoprune.methods.ranking import highest, of_pairs, ranked, scaled, snap
 from evoprune.methods.settings import Cosine
 from evoprune.methods.types import Selection, Tokens, ascending
 
-LEAST, STEP = 1 / 128, 1 / 16384
-HELD = 1 << 23  # features in float64 that are held at a time
+MIN_RELEVANCE, STEP = 1 / 128, 1 / 16384
+MAX_FEATURES = 1 << 23  # features in float64 that are held at a time
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class CdPruner(Selector):
     def select(self, tokens: Tokens, keep: int) -> Selection:
         weight = torch.stack([*map(relevant, tokens.by_pair(self.scores(tokens)))])
         unit = tokens.by_pair(tokens.normalised)
-        counts, at_once, kept = spread(keep, len(unit)), max(1, HELD // unit[0].numel()), []
+        counts, at_once, kept = spread(keep, len(unit)), max(1, MAX_FEATURES // unit[0].numel()), []
         for first in range(0, len(unit), at_once):
             some = slice(first, first + at_once)
             kept += widest(unit[some], weight[some], counts[some])
@@ -55,7 +55,7 @@ def like_question(tokens: Tokens) -> torch.Tensor:
 def relevant(relevance: torch.Tensor) -> torch.Tensor:
     """Relevance `[n]` scaled to (0, 1]."""
     flat = relevance.max() == relevance.min()
-    return torch.where(flat, torch.ones_like(relevance), scaled(relevance).clamp(min=LEAST))
+    return torch.where(flat, torch.ones_like(relevance), scaled(relevance).clamp(min=MIN_RELEVANCE))
 
 
 def widest(unit: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:

@@ -51,7 +51,9 @@ class Reuse(EncoderMethod):
 
 
 WITHIN = 0.01  # `within` under `--budget auto`
-STILL = 2 / 3  # of the powers of `rows` and `first` count for one frame pair, whose units no other frame pair repeats
+ONE_PAIR_POWER = (
+    2 / 3
+)  # of the powers of `rows` and `first` count for one frame pair, whose units no other frame pair repeats
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class EvoPrune(EncoderMethod):
         after = min(max(1, round(self.depth * tower.depth)), tower.depth - 1)
         points = replace(self.tokens, average=False, within=0.0)
         for layer, power, select in ((0, self.first, FarthestPatches(*astuple(points))), (after, self.rows, points)):
-            rows = max(keep, round(units * (keep / units) ** (power if grid[0] > 1 else STILL * power)))
+            rows = max(keep, round(units * (keep / units) ** (power if grid[0] > 1 else ONE_PAIR_POWER * power)))
             if rows < (made[-1].rows if made else units):
                 made.append(Stage(layer, rows, select, self.exact))
         return made

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from evoprune.backend.operators import BLOCK, snap
 from evoprune.methods.types import Selection, ascending, true_indices
 
-HELD = 1 << 22  # scores held at a time (16 MiB), or one row of each group if that is more
+MAX_SCORES = 1 << 22  # scores held at a time (16 MiB), or one row of each group if that is more
 ALL = slice(None)
 
 
@@ -43,8 +43,8 @@ def of_pairs(kept: Iterable[torch.Tensor], per_pair: int) -> Selection:
 
 
 def strips(groups: int, rows: int) -> list[slice]:
-    """The strips of `groups` padded groups of `rows` rows whose scores `[groups, strip, rows]` are at most `HELD`."""
-    step = max(1, HELD // max(1, groups * rows))
+    """The strips of `groups` padded groups of `rows` rows whose scores `[groups, strip, rows]` are at most `MAX_SCORES`."""
+    step = max(1, MAX_SCORES // max(1, groups * rows))
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 

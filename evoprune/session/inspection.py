@@ -14,7 +14,7 @@ from evoprune.model.cost import kv_bytes
 from evoprune.session.loading.find import DTYPES, FoundModel
 from evoprune.session.options import PruneOptions
 from evoprune.session.planning import TEXT, chunk_sizes, encoding_bytes
-from evoprune.video.plan import STILL, Plan
+from evoprune.video.plan import ONE_FRAME, Plan
 from evoprune.vision.tower import tower_shape
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord", "typer", "rich", "numpy")
@@ -125,7 +125,7 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
 
 def plan_facts(plan: Plan, config) -> dict:
     """What a model would look at: times, sizes, and at each preset the tokens and the bytes of the KV cache."""
-    n, span = plan.visual_tokens, None if plan.sampling is STILL else plan.sampling
+    n, span = plan.visual_tokens, None if plan.sampling is ONE_FRAME else plan.sampling
     return {
         "start_s": span and span.start_s,
         "end_s": span and span.end_s,

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from evoprune.methods.config import PruneConfig
 
 AUTO, NATIVE, TRANSFORMERS = ENGINES = ("auto", "native", "transformers")
-HELD = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
+OTHER_MODELS = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class ModelOptions:
 
     def __post_init__(self):
         if hasattr(self.model, "forward"):
-            raise UsageError(f"model is of class {type(self.model).__name__}, not a name", HELD)
+            raise UsageError(f"model is of class {type(self.model).__name__}, not a name", OTHER_MODELS)
         object.__setattr__(self, "dtype", short_dtype(self.dtype))
         if type(self.device).__name__ == "device":
             object.__setattr__(self, "device", str(self.device))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from evoprune.backend.devices import is_host, largest_chunk
-from evoprune.errors import LESS, OutOfMemory
+from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.language.prompt import Tokenizer
 from evoprune.methods.plans import EncoderPlan, WholePairs
 from evoprune.model.config import PATCHES, Config
@@ -145,7 +145,7 @@ def fitting_chunks(session: Session, plan: Plan, other_tokens: int = TEXT) -> li
     frames = f"{counted(plan.sampling.frames, 'frame')} of {plan.width}x{plan.height} pixels"
     kept = f"{frames}, {encoder.keep:,} visual tokens kept"
     kept += f", {other_tokens:,} other tokens" if other_tokens > TEXT else ""
-    raise OutOfMemory(f"{plan.name} {short}: {kept}", LESS, stage="encode")
+    raise OutOfMemory(f"{plan.name} {short}: {kept}", USE_LESS, stage="encode")
 
 
 def check_carried(session: Session, plan: Plan) -> None:
@@ -153,7 +153,7 @@ def check_carried(session: Session, plan: Plan) -> None:
     model, (_, height, width) = session.loaded.model, plan.encoder.grid
     needed = 2 * carried_bytes(model.config, height * width, model.dtype.itemsize)  # two windows' are held at once
     if plan.encoder.reuse and (short := shortage(needed, str(model.device))):
-        raise OutOfMemory(f"a stream of {plan.width}x{plan.height} pixels {short}", LESS, stage="encode")
+        raise OutOfMemory(f"a stream of {plan.width}x{plan.height} pixels {short}", USE_LESS, stage="encode")
 
 
 def estimate_first_token(session: Session, plan: Plan, text: int = QUESTION) -> float | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from evoprune.errors import LESS, OutOfMemory, UsageError, names_plugins
+from evoprune.errors import USE_LESS, OutOfMemory, UsageError, names_plugins
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
     PrefillState,
@@ -211,4 +211,4 @@ def check_memory(session: Session, text: int, visual: int) -> None:
     model = session.loaded.model
     needed = language_bytes(model.config, session.prompt_columns(visual, text), model.dtype.itemsize)
     if short := shortage(needed, session.loaded.device):
-        raise OutOfMemory(f"a prompt of {text + visual:,} tokens {short}", LESS, stage="prefill")
+        raise OutOfMemory(f"a prompt of {text + visual:,} tokens {short}", USE_LESS, stage="prefill")

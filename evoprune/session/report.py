@@ -10,7 +10,7 @@ from evoprune.methods.base import Reading
 from evoprune.methods.config import PruneConfig
 from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.session import Session
-from evoprune.video.plan import STILL, Plan
+from evoprune.video.plan import ONE_FRAME, Plan
 from evoprune.vision.encoder import Encoded, EncodedRows, select_tokens
 
 FLAT = "equal_scores"
@@ -105,7 +105,7 @@ def _input_facts(session: Session, encoding: Encoding) -> InputFacts:
     count, height, width = plan.grid
     grid = [count, height * merge, width * merge]
     sampling = Sampling(frames=plan.sampling.frames, resized_hw=[plan.height, plan.width], grid_thw=grid)
-    if plan.sampling is not STILL:
+    if plan.sampling is not ONE_FRAME:
         sampling.start_s, sampling.end_s = plan.sampling.start_s, plan.sampling.end_s
         sampling.timestamps_s = list(plan.sampling.times_s)
         sampling.seconds_per_pair = plan.sampling.seconds_per_pair(session.loaded.video.temporal_patch_size)

@@ -58,7 +58,7 @@ def even_times(start_s: float, end_s: float, count: int) -> tuple[float, ...]:
 
 
 # How a picture is looked at: once. Its length stands for the second to the next frame pair, which does not exist.
-STILL = SamplingPlan(0.0, 0.5, (0.0,), 1)
+ONE_FRAME = SamplingPlan(0.0, 0.5, (0.0,), 1)
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ def make_plan(
     if info.kind == PICTURE:
         if start_s != 0 or end_s is not None:
             raise UsageError(f"{info.path} is a picture, which has no start and no end", "leave out start and end")
-        sampling, frame_limit, wanted, pairs = STILL, STILL.frames, STILL.frames, 1
+        sampling, frame_limit, wanted, pairs = ONE_FRAME, ONE_FRAME.frames, ONE_FRAME.frames, 1
     elif info.duration_s is None:
         raise VideoError(f"cannot tell how long {info.path} is", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
     else:

@@ -18,12 +18,12 @@ def test_places(length, projected, dtype):
     owner = torch.cat([torch.randint(-1, length, (60,), generator=random), torch.zeros(1, dtype=torch.int64)])
     args = rows, owner, torch.randn(70, 16, generator=random) / 4 if projected else None, 16384
     count = operators.unit_counts(owner, length)
-    place, salience = kernels.standard_places(rows, count, args[2], 16384, operators.STILL, operators.ROUNDING)
+    place, salience = kernels.standard_places(rows, count, args[2], 16384, operators.VARIANCE_FLOOR, operators.ROUNDING)
     expected = operators.standard_places(*args)
     torch.testing.assert_close(place, expected[0], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(salience, expected[1], atol=1 / 16384, rtol=0)
     same = kernels.standard_places(
-        rows[:1].expand(9, -1), torch.ones(9), None, 16384, operators.STILL, operators.ROUNDING
+        rows[:1].expand(9, -1), torch.ones(9), None, 16384, operators.VARIANCE_FLOOR, operators.ROUNDING
     )
     assert not same[0].any() and not same[1].any()
 

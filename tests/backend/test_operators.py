@@ -16,7 +16,7 @@ KEEP = pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("held", [1, 1 << 23])
 def test_radii_are_the_same_in_the_form_of_the_cpu(name, share, held, monkeypatch):
     """Of the points of the `keep` largest radii; the CPU may leave the others at 0."""
-    monkeypatch.setattr(operators, "HELD", held)
+    monkeypatch.setattr(operators, "MAX_DISTANCES", held)
     args = points(SHAPES[name], 1)
     keep = max(1, round(share * int((args[4] >= 0).sum())))
     plain = operators._tube_radii(*args, keep)
@@ -37,7 +37,7 @@ def test_the_nearest_is_the_same_in_the_form_of_the_cpu(name, share, held, monke
     selected = there[:: max(1, round(1 / (share or 1e-3)))]
     args = place, half, weight, row, time, selected
     expected = operators._nearest_selected(*args)
-    monkeypatch.setattr(operators, "HELD", held)
+    monkeypatch.setattr(operators, "MAX_DISTANCES", held)
     monkeypatch.setattr(operators, "HELD_ON_DEVICE", max(held, len(selected)))
     assert torch.equal(operators.nearest_selected(*args), expected)
     assert torch.equal(operators._nearest_selected(*args), expected)
@@ -50,7 +50,7 @@ def test_the_nearest_is_the_same_in_the_form_of_the_cpu(name, share, held, monke
 @pytest.mark.parametrize("held", [1, 1 << 23])
 def test_means_are_the_same_in_the_form_of_the_cpu(name, dtype, held, monkeypatch):
     rows, into, row, weight, count = args = clusters(SHAPES[name], 4, dtype)
-    monkeypatch.setattr(operators, "HELD", held)
+    monkeypatch.setattr(operators, "MAX_DISTANCES", held)
     made = operators.mean_rows(*args)
     assert made.dtype == dtype and torch.equal(made, operators._mean_rows(*args))
     for mean in range(count):

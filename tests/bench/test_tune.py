@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from evoprune.bench.tune import (
-    LEAST,
+    MIN_CANDIDATES,
     Answering,
     Candidate,
     Trial,
@@ -165,7 +165,7 @@ def test_the_time_goes_to_the_fastest_that_reach_the_goal(limit):
     assert all(count >= 2 for count in found.values())
     # m4 is the fastest that agrees often enough, m0 the slowest; m8 agrees least.
     assert found["m4"] == max(found.values()) > found["m8"] or limit == 18
-    if limit >= 2 * 9 + 8 * LEAST:
+    if limit >= 2 * 9 + 8 * MIN_CANDIDATES:
         assert found["m4"] == 10
 
 

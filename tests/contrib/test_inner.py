@@ -370,7 +370,7 @@ def test_no_matrix_of_all_pairs_of_columns(monkeypatch):
 def test_attention_in_strips(monkeypatch):
     tokens, rows = public_layer("random", 0, GRID, 12), torch.tensor([1, 4, 5, 11])
     whole = [tokens.attention(rows, most=most, causal=causal) for most in (False, True) for causal in (False, True)]
-    monkeypatch.setattr(language, "HELD", 1)
+    monkeypatch.setattr(language, "MAX_WEIGHTS", 1)
     strips = [tokens.attention(rows, most=most, causal=causal) for most in (False, True) for causal in (False, True)]
     for one, other in zip(whole, strips, strict=True):
         torch.testing.assert_close(one, other)

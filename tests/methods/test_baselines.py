@@ -134,7 +134,7 @@ SELECTIONS = {
 @pytest.mark.parametrize("at_once", [1, 2, 4096])
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_the_tokens_of_a_selection(name, at_once, monkeypatch):
-    monkeypatch.setattr("evoprune.backend.operators.HELD", at_once)
+    monkeypatch.setattr("evoprune.backend.operators.MAX_DISTANCES", at_once)
     kept, owner, weight, means, rows, of, tokens = SELECTIONS[name]
     made = Selection(*(None if x is None else torch.tensor(x) for x in (kept, owner, weight)), means=means)
     rows, of = torch.tensor(rows).float()[:, None], torch.tensor(of)

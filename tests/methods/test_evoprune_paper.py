@@ -139,7 +139,7 @@ def test_matches_do_not_depend_on_the_strips(lengths, seed, held, method, share)
     groups, remove = candidates(lengths, seed), torch.tensor([round(n * share / 2) for n in lengths])
     whole = method.match(groups, remove)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranking, "HELD", held)
+        patch.setattr(ranking, "MAX_SCORES", held)
         assert torch.equal(method.match(groups, remove), whole)
 
 
@@ -150,7 +150,7 @@ def test_matches_do_not_depend_on_the_strips(lengths, seed, held, method, share)
     ids=["plain", "density and attention", "three times as many"],
 )
 def test_memory_for_scores_is_bounded(method, rows, monkeypatch):
-    monkeypatch.setattr(ranking, "HELD", 1 << 14)
+    monkeypatch.setattr(ranking, "MAX_SCORES", 1 << 14)
     groups = candidates([rows])
     if "attention" not in method.needs:
         groups = replace(groups, attention=None)

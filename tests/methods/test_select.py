@@ -206,7 +206,7 @@ def test_every_unit_belongs_to_the_nearest(seed, grid, share, alpha, held, dropp
     if not len(kept):
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operators, "HELD", held)
+        patch.setattr(operators, "MAX_DISTANCES", held)
         clusters = assign_clusters(every, kept).tolist()
     selected = kept.tolist()
     for unit, cluster in enumerate(clusters):

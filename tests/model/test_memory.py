@@ -9,7 +9,7 @@ import torch
 from evoprune import methods
 from evoprune.backend.devices import available_memory
 from evoprune.cpu.quantize import saved_bytes
-from evoprune.errors import LESS, NO_MEMORY, OutOfMemory, error_record, is_out_of_memory, memory_guard
+from evoprune.errors import NO_MEMORY, USE_LESS, OutOfMemory, error_record, is_out_of_memory, memory_guard
 from evoprune.methods.plans import TowerShape
 from evoprune.model import cost
 from evoprune.model.cost import kv_bytes, language_bytes, prefill_flop, working_memory
@@ -61,7 +61,9 @@ OUT = r"(?m)^out of memory in encode(: 2.* wanted)?$"
 def test_its_many_names(problem):
     assert is_out_of_memory(problem)
     record = error_record(problem)
-    assert (record["code"], record["type"], record["stage"]) == (5, "out_of_memory", None) and LESS in record["hint"]
+    assert (record["code"], record["type"], record["stage"]) == (5, "out_of_memory", None) and USE_LESS in record[
+        "hint"
+    ]
     if not isinstance(problem, ImportError):
         with pytest.raises(OutOfMemory, match=OUT) as caught, memory_guard("encode"):
             raise problem
@@ -166,9 +168,9 @@ def test_a_video_that_will_not_fit_is_not_read(loaded, monkeypatch):
         OutOfMemory, match=r"square.mp4 needs about \d+ MiB of memory, and 64 MiB .*12 frames"
     ) as caught:
         video.encode()
-    assert (caught.value.stage, caught.value.hint, read) == ("encode", LESS, [])
+    assert (caught.value.stage, caught.value.hint, read) == ("encode", USE_LESS, [])
     for knob in ("--frames", "-b", "--max-visual-tokens", "max_visual_tokens", "budget"):
-        assert knob in LESS
+        assert knob in USE_LESS
 
 
 def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):

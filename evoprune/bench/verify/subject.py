@@ -123,7 +123,7 @@ def gap(made: torch.Tensor, expected: torch.Tensor, centred: bool = False) -> Ga
     return Gap(float(each.mean()), float(each.max()), len(each))
 
 
-PIECE = 2**24  # weights that are widened at a time
+MAX_WEIGHTS = 2**24  # weights that are widened at a time
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
 
@@ -165,7 +165,7 @@ def _forward_of(module: nn.Module) -> Callable:
 
 
 def _linear(layer: nn.Linear, _forward: Callable, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
-    rows = layer.weight.split(max(1, PIECE // layer.in_features))
+    rows = layer.weight.split(max(1, MAX_WEIGHTS // layer.in_features))
     made = torch.cat([F.linear(x.to(dtype), piece.to(dtype)) for piece in rows], -1)
     return made if layer.bias is None else made + layer.bias.to(dtype)
 
