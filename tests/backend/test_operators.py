@@ -38,7 +38,7 @@ def test_the_nearest_is_the_same_in_the_form_of_the_cpu(name, share, held, monke
     args = place, half, weight, row, time, selected
     expected = operators._nearest_selected(*args)
     monkeypatch.setattr(operators, "MAX_DISTANCES", held)
-    monkeypatch.setattr(operators, "HELD_ON_DEVICE", max(held, len(selected)))
+    monkeypatch.setattr(operators, "MAX_DISTANCES_ON_DEVICE", max(held, len(selected)))
     assert torch.equal(operators.nearest_selected(*args), expected)
     assert torch.equal(operators._nearest_selected(*args), expected)
     assert torch.equal(expected < 0, row < 0)
