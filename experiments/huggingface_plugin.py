@@ -140,7 +140,7 @@ def with_patches(config, inputs: dict, before: int, videos: bool) -> tuple:
 
 def _prune_all_models(method: str) -> None:
     """Lets every model of the supported classes prune from its first call on."""
-    for cls in (getattr(transformers, f"{model}ForConditionalGeneration") for model in MODELS):
+    for cls in (getattr(transformers, model) for model in MODELS):
         for name in ("forward", "generate"):
             setattr(cls, name, _from_now_on(getattr(cls, name), name, method))
 

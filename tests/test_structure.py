@@ -209,7 +209,7 @@ def test_every_python_file_that_house_md_or_the_code_names_exists():
 
 
 # Who may ask which family a model is of.
-FAMILIES_KNOWN_TO = ("evoprune.model.config", "evoprune.vision.families")
+FAMILIES_KNOWN_TO = ("evoprune.model.config",)
 
 
 def asked_families(code: ast.Module) -> Iterator[ast.AST]:

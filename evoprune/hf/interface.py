@@ -15,19 +15,12 @@ from evoprune.backend.devices import holds_values
 from evoprune.errors import ModelError, UsageError
 from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.methods.types import ascending
-from evoprune.model.config import check_vision, vision_sizes
+from evoprune.model.config import FAMILIES, check_vision, vision_sizes
 
+MODELS = [f"{family.model}ForConditionalGeneration" for family in FAMILIES.values()]
 SUPPORTED = (
-    "supported are transformers' Qwen3_5ForConditionalGeneration, Qwen3VLForConditionalGeneration, their Moe forms, "
-    "Qwen2_5_VLForConditionalGeneration and Qwen2VLForConditionalGeneration; take it out of what wraps it (PEFT: "
-    "get_base_model(), torch.compile: _orig_mod)"
-)
-# The classes of supported models, and of their towers.
-MODELS = ("Qwen3_5", "Qwen3_5Moe", "Qwen3VL", "Qwen3VLMoe", "Qwen2_5_VL", "Qwen2VL")
-TOWERS = (
-    *(f"{name}VisionModel" for name in MODELS[:4]),
-    "Qwen2_5_VisionTransformerPretrainedModel",
-    "Qwen2VisionTransformerPretrainedModel",
+    f"supported are transformers' {', '.join(MODELS[:-1])} and {MODELS[-1]}; take it out of what wraps it "
+    "(PEFT: get_base_model(), torch.compile: _orig_mod)"
 )
 # Arguments of `forward` for videos and pictures. It must not get them once those are encoded.
 VISION_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "pixel_values", "image_grid_thw")
@@ -45,7 +38,7 @@ PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100, "shift_labels": -100}
 
 def check_class(model) -> None:
     """Raises ModelError unless `model` is of a supported class."""
-    if not _is_one_of(model, [f"{name}ForConditionalGeneration" for name in MODELS]):
+    if not _is_one_of(model, MODELS):
         raise ModelError(f"an object of class {type(model).__name__} cannot be pruned", SUPPORTED)
 
 
@@ -58,7 +51,7 @@ def tower_of(model):
     from evoprune.model.weights import Tower
 
     visual = getattr(getattr(model, "model", None), "visual", None)
-    if not (isinstance(visual, Tower) or _is_one_of(visual, TOWERS)):
+    if not (isinstance(visual, Tower) or _is_one_of(visual, [family.tower for family in FAMILIES.values()])):
         what = f"an object of class {type(model).__name__}"
         raise ModelError(f"{what} has no vision tower of Qwen3.5, Qwen3-VL, Qwen2.5-VL or Qwen2-VL", SUPPORTED)
     try:

@@ -25,7 +25,6 @@ from evoprune.errors import LFS, LFS_HINT, ModelError
 
 QWEN2_5, QWEN2, QWEN3, QWEN3_MOE = "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"
 QWEN3_5, QWEN3_5_MOE = "qwen3_5", "qwen3_5_moe"
-MODEL_TYPES = (QWEN2_5, QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, QWEN3_5_MOE)
 PATCHES = 4  # of a unit: 2x2
 ANSWER_COLUMNS = 256  # that a prompt's KV cache has to spare: an answer of the usual length needs no second cache
 MAX_LEVELS = 100  # of lists and objects inside one another; Python itself fails at about a thousand
@@ -179,6 +178,8 @@ EndIds = Annotated[  # of the tokens that end an answer
 class Family:
     """How a family of models differs from the others."""
 
+    model: str  # its class in transformers, before ForConditionalGeneration
+    tower: str  # the class of its vision tower in transformers
     hidden_act: str  # of the tower
     layer_norms: bool  # whether the tower has these, with a bias; else RMS norms
     mlp: tuple[str, ...]  # names of the matrices of a tower layer's MLP; of three, the first two make a gated one
@@ -193,6 +194,8 @@ class Family:
 
 
 _QWEN2_5 = Family(
+    model="Qwen2_5_VL",
+    tower="Qwen2_5_VisionTransformerPretrainedModel",
     hidden_act="silu",
     layer_norms=False,
     mlp=("gate_proj", "up_proj", "down_proj"),
@@ -207,6 +210,8 @@ _HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 _QWEN3_PICTURE = _HALF | {"min_pixels": 65_536, "max_pixels": 16_777_216, "of_all_frames": False}
 _QWEN3_TEXT = {"rope_theta": 5e5, "mrope_section": [24, 20, 20], "rms_norm_eps": 1e-6}
 _QWEN3 = Family(
+    model="Qwen3VL",
+    tower="Qwen3VLVisionModel",
     hidden_act="gelu_pytorch_tanh",
     layer_norms=True,
     mlp=("linear_fc1", "linear_fc2"),
@@ -239,22 +244,36 @@ _QWEN3_5_EXPERTS = {
 }
 _QWEN3_5 = replace(
     _QWEN3,
+    model="Qwen3_5",
+    tower="Qwen3_5VisionModel",
     text=_QWEN3_5_TEXT,
     vision={"num_position_embeddings": 2304, "patch_size": 16},  # no DeepStack
     native=False,
 )
 FAMILIES = {
     QWEN2_5: _QWEN2_5,
-    QWEN2: replace(_QWEN2_5, hidden_act="quick_gelu", layer_norms=True, mlp=("fc1", "fc2")),
+    QWEN2: replace(
+        _QWEN2_5,
+        model="Qwen2VL",
+        tower="Qwen2VisionTransformerPretrainedModel",
+        hidden_act="quick_gelu",
+        layer_norms=True,
+        mlp=("fc1", "fc2"),
+    ),
     QWEN3: _QWEN3,
     QWEN3_MOE: replace(
         _QWEN3,
+        model="Qwen3VLMoe",
+        tower="Qwen3VLMoeVisionModel",
         text=_QWEN3_TEXT | {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408},
         native=False,
     ),
     QWEN3_5: _QWEN3_5,
-    QWEN3_5_MOE: replace(_QWEN3_5, text=_QWEN3_5_TEXT | _QWEN3_5_EXPERTS),
+    QWEN3_5_MOE: replace(
+        _QWEN3_5, model="Qwen3_5Moe", tower="Qwen3_5MoeVisionModel", text=_QWEN3_5_TEXT | _QWEN3_5_EXPERTS
+    ),
 }
+MODEL_TYPES = tuple(FAMILIES)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.cpu.linear import linear
-from evoprune.model.config import QWEN2, QWEN2_5, QWEN3, QWEN3_5, QWEN3_5_MOE, QWEN3_MOE, vision_sizes
+from evoprune.model.config import vision_sizes
 from evoprune.vision.layout import Geometry, TokenLayout
 
 EPS = 1e-6  # of all norms
@@ -31,7 +31,7 @@ class Layers:
 
 def tower_layers(visual) -> Layers:
     """How the layers of a tower compute, this project's or transformers'."""
-    return LAYERS[vision_sizes(visual.config).family]
+    return LAYERS[vision_sizes(visual.config).traits.hidden_act]
 
 
 def _gated(mlp, x: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
@@ -53,10 +53,11 @@ def _tanh_gelu(mlp, x: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
     return linear(mlp.linear_fc2, F.gelu(linear(mlp.linear_fc1, x), approximate="tanh"), plus=plus)
 
 
-LAYERS = {
-    QWEN2_5: Layers(lambda module, x: norm(x, module.weight), _gated, rms=True),
-    QWEN2: Layers(_layer, _quick_gelu),
-} | dict.fromkeys((QWEN3, QWEN3_MOE, QWEN3_5, QWEN3_5_MOE), Layers(_layer, _tanh_gelu))
+LAYERS = {  # by activation
+    "silu": Layers(lambda module, x: norm(x, module.weight), _gated, rms=True),
+    "quick_gelu": Layers(_layer, _quick_gelu),
+    "gelu_pytorch_tanh": Layers(_layer, _tanh_gelu),
+}
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
