@@ -14,7 +14,7 @@ import json
 import math
 import reprlib
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from itertools import chain, pairwise
@@ -189,6 +189,9 @@ class Family:
     picture: Mapping[str, Any]
     unstated: Mapping[str, Any]  # the same for pictures, where a model's folder has no settings of a processor
     vision: Mapping[str, Any]  # settings of the tower, where a file does not say
+    windows: bool = False  # whether layers of the tower attend inside windows, and M-RoPE's times follow seconds
+    embed_dim: bool = False  # whether files have the names of `Qwen2Sizes`
+    head_norms: bool = False  # whether queries and keys of the language model are normed
     timestamps: bool = False  # whether a prompt has the time of each frame pair, and markers around its tokens
     native: bool = True  # whether `language/decoder.py` runs its language model; else transformers does
 
@@ -205,6 +208,7 @@ _QWEN2_5 = Family(
     picture={"min_pixels": 56 * 56, "max_pixels": 12_845_056},
     unstated={"min_pixels": 56 * 56, "max_pixels": 1280 * 28 * 28},
     vision={},
+    windows=True,
 )
 _HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 _QWEN3_PICTURE = _HALF | {"min_pixels": 65_536, "max_pixels": 16_777_216, "of_all_frames": False}
@@ -221,6 +225,7 @@ _QWEN3 = Family(
     picture=_QWEN3_PICTURE,
     unstated=_QWEN3_PICTURE,
     vision={"num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24), "patch_size": 16},
+    head_norms=True,
     timestamps=True,
 )
 _QWEN3_5_TEXT = {
@@ -259,6 +264,8 @@ FAMILIES = {
         hidden_act="quick_gelu",
         layer_norms=True,
         mlp=("fc1", "fc2"),
+        windows=False,
+        embed_dim=True,
     ),
     QWEN3: _QWEN3,
     QWEN3_MOE: replace(
@@ -423,10 +430,10 @@ def parse_config(content: dict) -> Config:
     """
     family = content.get("model_type") or QWEN2_5
     text, vision = section(content, "text_config") or content, section(content, "vision_config")
-    # As in transformers: before Qwen3-VL either place ties them, for earlier versions wrote the one in `text_config` alone.
+    # As in transformers: where heads have no norms, either place ties them, for earlier versions wrote the one in `text_config`.
     tied = [each.get("tie_word_embeddings") for each in (content, text)]
     tied = [each is not None and YES_OR_NO.check(each, "tie_word_embeddings") for each in tied]
-    tied = any(tied) if family in (QWEN2_5, QWEN2) else tied[0]
+    tied = tied[0] if FAMILIES[family].head_norms else any(tied)
     config = Config(parse_vision(vision, family), _parse_text(text, family), tied)
     check_vision(config.vision_config)
     _check_rope(section(content, "rope_scaling"))  # nothing reads it where there is a `text_config`
@@ -448,17 +455,16 @@ def _parse_text(content: dict, family: str) -> TextConfig:
         name: value for name, value in rope.items() if value is not None
     }
     heads = content.get("num_key_value_heads") or content.get("num_attention_heads")
-    head_norms = family not in (QWEN2_5, QWEN2)
-    if head_norms:
+    if traits.head_norms:
         rope["mrope_interleaved"] = True
         _check(not content.get("attention_bias"), "attention_bias is not supported", Unsupported)
-    if family == QWEN3_5_MOE:
+    if "shared_expert_intermediate_size" in traits.text:
         given.pop("intermediate_size", None)  # every layer has experts
     text = pick(TextConfig, given | {"rope_parameters": rope, "num_key_value_heads": heads}, "text_config")
     if "full_attention_interval" in traits.text:
         text = replace(text, delta_net=_parse_delta_net(given, text.num_hidden_layers))
     if "num_experts" in traits.text:
-        text = replace(text, experts=_parse_experts(given, family))
+        text = replace(text, experts=_parse_experts(given, traits.text.keys(), family))
     every = all(map(text.has_experts, range(text.num_hidden_layers)))
     _check(every or text.intermediate_size is not None, "text_config has no intermediate_size")
     slides = text.use_sliding_window
@@ -479,7 +485,7 @@ def _parse_text(content: dict, family: str) -> TextConfig:
     share = number(0, 1).check(rope.get("partial_rotary_factor", 1), "partial_rotary_factor") if text.delta_net else 1
     _check(2 * sum(sections) == int(head_size(text) * share), "mrope_section does not fit the heads")
     number(1e-6, 1e15).check(rope["rope_theta"], "rope_theta")
-    return replace(text, head_norms=head_norms, use_sliding_window=False)
+    return replace(text, head_norms=traits.head_norms, use_sliding_window=False)
 
 
 def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
@@ -500,14 +506,15 @@ def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
     return net
 
 
-def _parse_experts(given: dict, family: str) -> Experts:
-    """Raises as `parse_config`."""
+def _parse_experts(given: dict, known: Collection[str], family: str) -> Experts:
+    """`known`: names of settings that this family has. Raises as `parse_config`."""
     experts = pick(Experts, given, "text_config")
     active, count = experts.num_experts_per_tok, experts.num_experts
     _check(active <= count, f"a token goes through {active} experts (num_experts_per_tok) of {count}")
     _check(given.get("norm_topk_prob", True) is True, "norm_topk_prob false is not supported", Unsupported)
-    # What this family of transformers does not read.
-    unread = {"shared_expert_intermediate_size"} if family == QWEN3_MOE else {"decoder_sparse_step", "mlp_only_layers"}
+    # Of layers without experts, and of an expert that all tokens share, transformers knows one in a family.
+    shared = "shared_expert_intermediate_size"
+    unread = {"decoder_sparse_step", "mlp_only_layers"} if shared in known else {shared}
     for field in fields(Experts):
         value = getattr(experts, field.name)
         same = field.name not in unread or value == field.default
@@ -531,15 +538,15 @@ def parse_vision(content: dict, family: str) -> VisionConfig:
     traits = FAMILIES[family]
     given = {"in_channels": content.get("in_chans", 3), "hidden_act": traits.hidden_act} | traits.vision
     given |= {name: value for name, value in content.items() if value is not None}
-    if family == QWEN2:
+    if traits.embed_dim:
         own = pick(Qwen2Sizes, given, "vision_config")
         given |= {"hidden_size": own.embed_dim, "out_hidden_size": own.hidden_size}
         given["intermediate_size"] = own.embed_dim * own.mlp_ratio
     given |= {
         name: None for name in ("num_position_embeddings", "deepstack_visual_indexes") if name not in traits.vision
     }
-    if family == QWEN2_5:
-        return pick(VisionConfig, given, "vision_config")
+    if traits.windows:
+        return replace(pick(VisionConfig, given, "vision_config"), family=family)
     speed = section(given, "rope_parameters").get("rope_theta") or 10_000
     _check(speed == 10_000, f"rope_theta {speed} of the tower is not supported, only 10000", Unsupported)
     picked = pick(VisionConfig, given | {"fullatt_block_indexes": [], "window_size": None}, "vision_config")
@@ -592,7 +599,7 @@ def as_written(config: Config) -> dict[str, Any]:
     family = vision.pop("family")
     del text["head_norms"]
     text |= text.pop("delta_net", {}) | text.pop("experts", {})
-    if family == QWEN2:
+    if FAMILIES[family].embed_dim:
         wide = vision["hidden_size"]
         vision |= {"embed_dim": wide, "hidden_size": vision["out_hidden_size"]}
         vision["mlp_ratio"] = vision["intermediate_size"] // wide

@@ -29,7 +29,7 @@ from evoprune.cpu.quantize import saved_bytes
 from evoprune.errors import EvopruneWarning, ModelError, ModelWarning, UsageError, first_line
 from evoprune.language.prompt import Tokenizer
 from evoprune.model.config import (
-    MODEL_TYPES,
+    FAMILIES,
     TEXT,
     Config,
     GenerationSettings,
@@ -417,8 +417,8 @@ def read_config(path: Path) -> Config:
         raise _no_config(path.parent)
     content = _json(path)
     kind = content.get("model_type")
-    if not isinstance(kind, str) or kind not in MODEL_TYPES:
-        known = " or ".join(MODEL_TYPES)
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known = " or ".join(FAMILIES)
         raise ModelError(f"{path.parent} is a model of type {reprlib.repr(kind)}, not {known}", MODEL_HINT)
     with _valid(f"{path} is no valid {kind} config"):
         try:

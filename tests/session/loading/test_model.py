@@ -22,6 +22,7 @@ from evoprune.cpu.linear import PackedLinear
 from evoprune.cpu.quantize import Int8Linear
 from evoprune.errors import DeviceWarning, EvopruneWarning, ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language.generate import prefill
+from evoprune.model.config import FAMILIES
 from evoprune.model.cost import shortage
 from evoprune.session.loading import find, model
 from evoprune.session.loading.find import DTYPES, FoundModel, look_up
@@ -439,3 +440,18 @@ def test_threads_of_a_model(saved, monkeypatch, wanted, environment, count, thre
 @pytest.mark.parametrize(("wanted", "processes", "each"), [("auto", 2, 3), (None, 4, 2), ("auto", 100, 1), (5, 4, 5)])
 def test_several_processes_share_the_cores(wanted, processes, each, three_threads):
     assert threads_of_each(wanted, processes) == each
+
+
+def test_a_family_that_differs_in_values_is_one_entry(saved, tmp_path, monkeypatch):
+    """That of `FAMILIES`: no other file asks which family a model is of (test_structure.py)."""
+    unstated = {"min_pixels": 28 * 28, "max_pixels": 56 * 56}
+    monkeypatch.setitem(FAMILIES, "qwen2_9_vl", replace(FAMILIES["qwen2_5_vl"], unstated=unstated))
+    folder = shutil.copytree(saved, tmp_path / "model")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"qwen2_5_vl', '"qwen2_9_vl'))
+    (folder / "preprocessor_config.json").unlink()
+    one, other = (VideoQA(load_model(str(name), dtype="fp32")) for name in (saved, folder))
+    assert other.loaded.model.config.vision_config.family == "qwen2_9_vl"
+    assert other.loaded.limits["picture"].max_pixels == 56 * 56
+    texts = [qa.encode("samples/square.mp4").ask("What?", max_new_tokens=6).text for qa in (one, other)]
+    assert texts[0] == texts[1]
