@@ -271,7 +271,7 @@ class EncodedInputs(Askable):
 
     def __repr__(self) -> str:
         said = []
-        for plan, tokens in ((each.plan, each.tokens) for each in self._encodings):
+        for plan, tokens in ((encoding.plan, encoding.tokens) for encoding in self._encodings):
             count, height, width = plan.grid
             pairs = f"{plan.sampling.frames} frames, {counted(count, 'frame pair')} of {height}x{width} units"
             size = pairs if plan.kind == VIDEO else f"a picture of {height}x{width} units"
@@ -314,8 +314,8 @@ class EncodedInputs(Askable):
     def _spent(self) -> tuple[dict[str, float], float]:
         """The busy seconds of each stage, and the wall-clock seconds, of all inputs together."""
         every = self._encodings
-        stages = {stage: sum(each.seconds[stage] for each in every) for stage in every[0].seconds}
-        return stages, sum(each.wall_seconds for each in every)
+        stages = {stage: sum(encoding.seconds[stage] for encoding in every) for stage in every[0].seconds}
+        return stages, sum(encoding.wall_seconds for encoding in every)
 
     def _blank_report(self) -> Report:
         return deepcopy(self._blank)
@@ -347,7 +347,7 @@ class EncodedInputs(Askable):
             read = [encoding.tokens for encoding in self._encodings]
             state = self._prompts.read(read, prompt, (options.system, options.thinking))
             state.prompt_ids = prompt.input_ids
-            visual, columns = sum(len(each.kept) for each in read), state.cache.length
+            visual, columns = sum(len(tokens.kept) for tokens in read), state.cache.length
             report.tokens = TokenCounts(columns - visual, visual, columns, 0)
         fill_dropped(report, state.dropping)
         return state
@@ -357,8 +357,8 @@ def together(session: Session, inputs: Sequence[EncodedInputs]) -> EncodedInputs
     """Inputs that were encoded apart, to be asked about together. Raises UsageError: none, or one of another model or pruning."""
     if not inputs:
         raise UsageError("there is no input", "give at least one path, or what encode made of it")
-    if any(each._engine is not session for each in inputs):
+    if any(encoded._engine is not session for encoded in inputs):
         raise UsageError("an input was encoded by another VideoQA", "encode it with this one")
     if len(inputs) == 1:
         return inputs[0]
-    return EncodedInputs(session, [encoding for each in inputs for encoding in each._encodings])
+    return EncodedInputs(session, [encoding for encoded in inputs for encoding in encoded._encodings])

@@ -191,8 +191,8 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 
 def _digest(about: str, tensors: dict[str, torch.Tensor]) -> str:
     """A hash of everything in an entry: safetensors notices a file that is too short, but not a flipped bit."""
-    found = hashlib.blake2b(about.encode())
+    digest = hashlib.blake2b(about.encode())
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -48,7 +48,7 @@ def prefetched(items: Generator[T, None, None], depth: int = 2) -> Iterator[T]:
     or raises, the thread finishes the item it is making and ends. Where that takes longer than `PATIENCE_S`, as a read that hangs
     does, it is left to end by itself. Whatever making an item raises comes after all items before it.
     """
-    made: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
+    queue: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
     room, stopped = threading.Semaphore(depth), threading.Event()
 
     def work() -> None:
@@ -56,19 +56,19 @@ def prefetched(items: Generator[T, None, None], depth: int = 2) -> Iterator[T]:
         try:
             with closing(items):
                 while room.acquire() and not stopped.is_set():
-                    made.put(([next(items)], None))
+                    queue.put(([next(items)], None))
         except StopIteration:
             pass
-        except BaseException as found:
-            problem = found
-        made.put(([], problem))
+        except BaseException as error:
+            problem = error
+        queue.put(([], problem))
 
     # A daemon thread that hangs does not keep the program from ending.
     thread = threading.Thread(target=work, name="evoprune-prefetch", daemon=True)
     try:
         thread.start()
         while True:
-            item, problem = made.get()
+            item, problem = queue.get()
             if problem is not None:
                 raise problem
             if not item:
@@ -257,12 +257,12 @@ class OpenInputs:
     """Videos and pictures that are asked about together. To be encoded once, and closed. `plans`: what is looked at, of each."""
 
     def __init__(self, session: Session, inputs: Sequence[OpenInput]):
-        self.session, self.inputs, self.plans = session, inputs, [each.plan for each in inputs]
+        self.session, self.inputs, self.plans = session, inputs, [opened.plan for opened in inputs]
 
     @property
     def in_cache(self) -> bool:
         """Whether nothing has to be read or encoded. Reads whole files once, if there is a cache."""
-        return all([each.stored is not None for each in self.inputs])
+        return all([opened.stored is not None for opened in self.inputs])
 
     def begin(self) -> None:
         """Reads the first chunk of the first one, while something else is computed. Errors: as of `OpenInput.begin`."""
@@ -277,18 +277,18 @@ class OpenInputs:
         Errors: as of `OpenInput.encode`. OutOfMemory before anything is read, if all inputs together need too much.
         """
         count, kept, chunks, encodings = len(self.plans), sum(plan.encoder.keep for plan in self.plans), [], []
-        for each in self.inputs:
-            others = TEXT + kept - each.plan.encoder.keep
-            chunks.append(None if each.stored else fitting_chunks(self.session, each.plan, others))
-        for number, each in enumerate(self.inputs):
+        for opened in self.inputs:
+            others = TEXT + kept - opened.plan.encoder.keep
+            chunks.append(None if opened.stored else fitting_chunks(self.session, opened.plan, others))
+        for number, opened in enumerate(self.inputs):
             if progress and count > 1:
                 progress("input", number + 1, count)
-            encodings.append(each.encode(progress, chunks[number]))
+            encodings.append(opened.encode(progress, chunks[number]))
         return EncodedInputs(self.session, encodings)
 
     def close(self) -> None:
-        for each in self.inputs:
-            each.close()
+        for opened in self.inputs:
+            opened.close()
 
 
 def open_inputs(
@@ -316,8 +316,8 @@ def open_inputs(
     for path, clock in zip(paths, clocks, strict=True):
         with clock.stage("read"):
             infos.append(probe(path, folder_fps=sampling.frame_rate))
-    each = zip(clocks, infos, sampling.of_each(infos), names or [None] * len(paths), strict=True)
-    for clock, info, wanted, name in each:
+    arguments = zip(clocks, infos, sampling.of_each(infos), names or [None] * len(paths), strict=True)
+    for clock, info, wanted, name in arguments:
         with clock.stage("read"):
             plan = plan_input(session, info, wanted, name)
         inputs.append(kind(session, plan, clock))
@@ -329,9 +329,9 @@ def paths_of(given: Any) -> Sequence[Path]:
     paths = [given] if isinstance(given, str | os.PathLike) else given
     if not isinstance(paths, list | tuple) or not paths:
         raise UsageError(f"the input is {brief(given)}, not a path", "give the path of a file or a folder of frames")
-    for each in paths:
-        if not isinstance(each, str | os.PathLike) or isinstance(os.fspath(each), bytes):
-            known = isinstance(each, EncodedInputs)
+    for path in paths:
+        if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+            known = isinstance(path, EncodedInputs)
             hint = "ask takes it as it is: ask([encoded, ...], question)" if known else "give paths of files or folders"
-            raise UsageError(f"an input is {brief(each)}, not a path", hint)
-    return [os.fspath(each) for each in paths]
+            raise UsageError(f"an input is {brief(path)}, not a path", hint)
+    return [os.fspath(path) for path in paths]

@@ -120,13 +120,13 @@ class ModelOptions:
 
 def parse_settings(texts: Iterable[str] | None) -> dict[str, str]:
     """A method's settings, of NAME=VALUE texts. Raises UsageError: a text without an equals sign or a name."""
-    made = {}
+    settings = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise UsageError(f"--method-arg {text!r} is not NAME=VALUE", "for example --method-arg alpha=2")
-        made[name] = value
-    return made
+        settings[name] = value
+    return settings
 
 
 @dataclass(frozen=True)
@@ -316,10 +316,10 @@ def record(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
 
     Options that earlier versions did not have are not always there, so that outputs of those versions can be resumed.
     """
-    made = {}
+    values = {}
     for group in groups:
-        for each in fields(group):
-            value = plain(getattr(group, each.name))
-            if each.name in always or (each.metadata[OPTION].changes_answers and value != each.default):
-                made[each.name] = value
-    return made
+        for f in fields(group):
+            value = plain(getattr(group, f.name))
+            if f.name in always or (f.metadata[OPTION].changes_answers and value != f.default):
+                values[f.name] = value
+    return values

@@ -124,9 +124,9 @@ def chunk_bytes(session: Session, plan: Plan) -> int:
 
 def chunk_sizes(device: torch.device, encoder: EncoderPlan) -> list[int]:
     """How many units may go through the tower at a time: the usual number, then half as many each time, down to a frame pair."""
-    sizes, least = [min(largest_chunk(device), encoder.units)], encoder.grid[1] * encoder.grid[2]
-    while sizes[-1] > least:
-        sizes.append(max(least, sizes[-1] // 2))
+    sizes, min_units = [min(largest_chunk(device), encoder.units)], encoder.grid[1] * encoder.grid[2]
+    while sizes[-1] > min_units:
+        sizes.append(max(min_units, sizes[-1] // 2))
     return sizes
 
 

@@ -54,8 +54,8 @@ class PromptReader:
         """
         check_question(self._loaded, question)
         vision = self._loaded.model.config.vision_config
-        how = options.system, options.thinking
-        prompt = prompt_about(self._loaded.tokenizer, vision, self._plans, question, *how)
+        beginning = options.system, options.thinking
+        prompt = prompt_about(self._loaded.tokenizer, vision, self._plans, question, *beginning)
         check_context(self._loaded, prompt.text_tokens, kept, options.max_new_tokens)
         check_memory(self._engine, prompt.text_tokens, kept)
         return prompt
@@ -142,8 +142,8 @@ def prompt_about(
         for plan in plans
     ]
     inputs = [(plan.kind, plan.visual_tokens) for plan in plans]
-    how = {"system": system, "thinking": thinking}
-    return build_prompt(tokenizer, question, inputs, subtitles=subtitles, times=times, **how)
+    kwargs = {"system": system, "thinking": thinking}
+    return build_prompt(tokenizer, question, inputs, subtitles=subtitles, times=times, **kwargs)
 
 
 def longest_prompt(
@@ -161,8 +161,8 @@ def longest_prompt(
     for question in questions:
         check_question(session.loaded, question)
     given = session.loaded.tokenizer, session.loaded.model.config.vision_config, plans
-    how = options.system, options.thinking
-    longest = max(prompt_about(*given, each, *how).text_tokens for each in questions)
+    beginning = options.system, options.thinking
+    longest = max(prompt_about(*given, asked, *beginning).text_tokens for asked in questions)
     kept = sum(plan.encoder.keep for plan in plans)
     check_context(session.loaded, longest, kept, options.max_new_tokens)
     for plan in plans:

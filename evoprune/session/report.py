@@ -48,8 +48,8 @@ class Encoding:
 
 def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], positions: str) -> Pruning:
     """The pruning of some inputs together, of `units` units before anything was pruned; `read`: their tokens."""
-    layers = zip(*(each.layers for each in read), strict=True)
-    kept = sum(len(each.kept) for each in read)
+    layers = zip(*(tokens.layers for tokens in read), strict=True)
+    kept = sum(len(tokens.kept) for tokens in read)
     return Pruning(
         method=config.name,
         args=config.method.args,
@@ -57,10 +57,10 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
         kept_ratio=kept / units,
         visual_tokens_in=units,
         visual_tokens_kept=kept,
-        encoder_rows=sum(len(each.rows) for each in read),
-        encoder_live_share=sum(each.live_share * len(each.unit_to_row) for each in read) / units,
+        encoder_rows=sum(len(tokens.rows) for tokens in read),
+        encoder_live_share=sum(tokens.live_share * len(tokens.unit_to_row) for tokens in read) / units,
         layers=[[same[0][0], sum(rows for _, rows in same)] for same in layers],
-        kept_per_pair=[count for each in read for count in each.kept_per_pair],
+        kept_per_pair=[count for tokens in read for count in tokens.kept_per_pair],
         positions=positions,
     )
 
@@ -84,10 +84,10 @@ def inputs_report(session: Session, encodings: Sequence[Encoding]) -> Report:
     for part, spent in loaded.load_seconds.items():
         setattr(report.time_ms, f"load_{part}", spent * 1000)
     report.time_ms.encode_prune = sum(encoding.tokens.prune_seconds for encoding in encodings) * 1000
-    report.warnings = list(dict.fromkeys(name for each in report.inputs for name in each.warnings if name != FLAT))
+    report.warnings = list(dict.fromkeys(name for facts in report.inputs for name in facts.warnings if name != FLAT))
     if not all(loaded.knows(encoding.plan.info) for encoding in encodings):
         report.warnings.append("demo_model")
-    elif loaded.demo and (len(encodings) > loaded.demo.inputs or any(each.subtitles for each in report.inputs)):
+    elif loaded.demo and (len(encodings) > loaded.demo.inputs or any(facts.subtitles for facts in report.inputs)):
         report.warnings.append("demo_inputs")
     if loaded.load_format == "dummy":
         report.warnings.append("random_weights")
@@ -100,7 +100,7 @@ def _input_facts(session: Session, encoding: Encoding) -> InputFacts:
     """An input by itself; `fill_pruning` adds its pruning."""
     plan, tokens, merge = encoding.plan, encoding.tokens, session.loaded.video.merge_size
     facts = {"path": plan.name, "decoder": plan.decoder, "damaged": encoding.damaged}
-    known = {each.name: getattr(plan.info, each.name) for each in fields(VideoFacts) if each.name not in facts}
+    known = {f.name: getattr(plan.info, f.name) for f in fields(VideoFacts) if f.name not in facts}
     times = {stage: spent * 1000 for stage, spent in encoding.seconds.items()}
     count, height, width = plan.grid
     grid = [count, height * merge, width * merge]
@@ -124,9 +124,9 @@ def _input_facts(session: Session, encoding: Encoding) -> InputFacts:
 def fill_pruning(report: Report, session: Session, encodings: Sequence[Encoding]) -> None:
     """Writes into a report what the encoder computed, and what the language model reads, of all inputs and of each."""
 
-    def pruning(some: Sequence[Encoding]) -> Pruning:
-        units = sum(each.plan.units for each in some)
-        return pruning_facts(session.pruning, units, [each.tokens for each in some], "qwen")
+    def pruning(group: Sequence[Encoding]) -> Pruning:
+        units = sum(member.plan.units for member in group)
+        return pruning_facts(session.pruning, units, [member.tokens for member in group], "qwen")
 
     report.pruning = pruning(encodings)
     for facts, encoding in zip(report.inputs, encodings, strict=True):

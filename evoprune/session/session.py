@@ -25,8 +25,8 @@ class Session:
         check_fits(self.pruning.method, self.loaded.model)
 
     def __repr__(self) -> str:
-        how = f"method {self.pruning.name!r}, budget {self.pruning.budget}, seed {self.pruning.seed}"
-        return f"<Session {self.loaded.id!r} in {self.loaded.dtype} on {self.loaded.device}: {how}>"
+        settings = f"method {self.pruning.name!r}, budget {self.pruning.budget}, seed {self.pruning.seed}"
+        return f"<Session {self.loaded.id!r} in {self.loaded.dtype} on {self.loaded.device}: {settings}>"
 
     def unpruned(self) -> "Session":
         """The same model and seed with every visual token kept: what pruning is compared with."""

@@ -278,11 +278,11 @@ def _found(
     options: ModelOptions, device: torch.device, folder: Path | None = None, commit: str | None = None
 ) -> FoundModel:
     path = _config_path(options, folder)
-    found = FoundModel(options, device, folder, commit, read_config(path), quantization_in(path))
-    check_engine(found)
-    if not found.config.tie_word_embeddings or found.random or not separate_head(found.files_here):
-        return found
-    return replace(found, config=replace(found.config, tie_word_embeddings=False))
+    model = FoundModel(options, device, folder, commit, read_config(path), quantization_in(path))
+    check_engine(model)
+    if not model.config.tie_word_embeddings or model.random or not separate_head(model.files_here):
+        return model
+    return replace(model, config=replace(model.config, tie_word_embeddings=False))
 
 
 def locate(options: ModelOptions, *, files: list[str] | None) -> tuple[Path, str | None]:
@@ -392,8 +392,8 @@ def cached_folder(name: str, revision: str | None) -> Path | None:
     import huggingface_hub as hub
     from huggingface_hub import constants
 
-    found = hub.try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
+    path = hub.try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision)
+    return Path(path).parent if isinstance(path, str) else None
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
@@ -473,7 +473,7 @@ def _no_config(folder: Path) -> ModelError:
         base = _json(folder / ADAPTER).get("base_model_name_or_path")
         of = f" of {base[:100]}" if isinstance(base, str) and base else ""
         return ModelError(f"{folder} holds an adapter{of}, not a model", MERGE)
-    cached = next((each for each in (folder, folder.parent) if each.name.startswith("models--")), None)
+    cached = next((path for path in (folder, folder.parent) if path.name.startswith("models--")), None)
     snapshots = [] if cached is None else sorted(cached.glob("snapshots/*/config.json"))
     if snapshots:
         hint = f"name the model {_cached_id(cached)}, or {snapshots[-1].parent}"
@@ -558,10 +558,10 @@ def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
 def separate_head(files: Iterable[Path]) -> bool:
     """Whether files hold an output layer that differs from the embeddings: transformers then ties the two under no config."""
     stored = ((name_in_memory(name), content, name) for _, content, name in stored_tensors(files))
-    found = {known: content.get_tensor(name) for known, content, name in stored if known in (HEAD, EMBEDDINGS)}
-    if len(found) < 2:
+    tensors = {known: content.get_tensor(name) for known, content, name in stored if known in (HEAD, EMBEDDINGS)}
+    if len(tensors) < 2:
         return False
-    head, embeddings = found.values()
+    head, embeddings = tensors.values()
     return head.dtype != embeddings.dtype or not torch.equal(head, embeddings)
 
 
@@ -605,12 +605,12 @@ def eos_ids(
     if ids in (None, ()) and tokenizer is not None:
         ids = tokenizer.backend.token_to_id(tokenizer.named.get("eos_token", ""))
     ids = () if ids is None else ids if isinstance(ids, tuple) else (ids,)
-    if never := [each for each in ids if each >= config.text_config.vocab_size]:
+    if never := [token for token in ids if token >= config.text_config.vocab_size]:
         said = f"eos_token_id {', '.join(map(str, never))} is no token of the model"
         if len(never) == len(ids):
             raise ModelError(f"{folder}/{file}: {said}, so no answer could end", "get the file again")
         warnings.warn(f"{folder}/{file}: {said}", ModelWarning, stacklevel=2)
-    return tuple(each for each in ids if each not in never)
+    return tuple(token for token in ids if token not in never)
 
 
 def input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, InputLimits]:

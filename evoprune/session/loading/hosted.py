@@ -84,14 +84,14 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
 
     safe = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     with quiet_transformers():
-        found = AutoModelForImageTextToText.from_pretrained(
+        loaded = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", **safe, **kwargs
         )
-    host = found[0] if isinstance(found, tuple) else found
+    host = loaded[0] if isinstance(loaded, tuple) else loaded
     if not kwargs.get("device_map"):  # layers of quantised weights were made on their device
         host.to(device)
     host.eval().requires_grad_(False)
-    return found
+    return loaded
 
 
 def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> HostedVL:

@@ -117,39 +117,39 @@ def load_model(
     """
     if isinstance(model, str):
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
-    found = model if isinstance(model, FoundModel) else find_model(model)
-    model, folder = found.options, found.folder
-    use_threads(model.threads, found)
+    model = model if isinstance(model, FoundModel) else find_model(model)
+    settings, folder = model.options, model.folder
+    use_threads(settings.threads, model)
     tokenizer, start = None, time.perf_counter()
-    if folder is not None and (has_tokenizer(folder) or not found.random):
+    if folder is not None and (has_tokenizer(folder) or not model.random):
         tokenizer = load_tokenizer(folder)
     if to_answer and tokenizer is None:
-        raise no_tokenizer(model.model)
+        raise no_tokenizer(settings.model)
     generation = read_generation(folder)
-    ends = eos_ids(folder, generation, found.config, tokenizer)
-    found.files  # noqa: B018 (checked here)
+    ends = eos_ids(folder, generation, model.config, tokenizer)
+    model.files  # noqa: B018 (checked here)
     seconds = {"tokenizer": time.perf_counter() - start}
     begun = {}
-    if found.native:
-        work = partial(_warm_up, found.config, DTYPES[found.dtype], found.device)
-        begun["ready"] = run_beside(work, found.device)
-    weights, packing = _weights(found, pack, progress, seconds)
+    if model.native:
+        work = partial(_warm_up, model.config, DTYPES[model.dtype], model.device)
+        begun["ready"] = run_beside(work, model.device)
+    weights, packing = _weights(model, pack, progress, seconds)
     return LoadedModel(
         model=weights,
         tokenizer=tokenizer,
-        limits=found.limits,
+        limits=model.limits,
         eos_ids=ends,
         generation=generation,
-        id=model.model,
-        revision=found.commit,
-        dtype=found.dtype,
-        device=str(found.device),
-        demo=None if found.random else found.demo,
-        load_format=model.load_format,
-        quantize=model.quantize,
+        id=settings.model,
+        revision=model.commit,
+        dtype=model.dtype,
+        device=str(model.device),
+        demo=None if model.random else model.demo,
+        load_format=settings.load_format,
+        quantize=settings.quantize,
         weights_bytes=weights_bytes(weights),
-        fingerprint=found.fingerprint,
-        found=found,
+        fingerprint=model.fingerprint,
+        found=model,
         load_seconds=seconds,
         packing=packing,
         **begun,
@@ -157,36 +157,36 @@ def load_model(
 
 
 def _weights(
-    found: FoundModel, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
+    model: FoundModel, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
 ) -> tuple[Model, PackingTime]:
     """The weights, ready to be used. Writes the times of the parts into `seconds`. Raises OutOfMemory: they do not fit."""
-    name, device, files, quantize = found.id, found.device, found.files, found.options.quantize
-    if not found.native:
+    name, device, files, quantize = model.id, model.device, model.files, model.options.quantize
+    if not model.native:
         from evoprune.session.loading import hosted
-    form = DTYPES[found.dtype], device
-    hint = "use a smaller model" + (", or bf16 weights (dtype bf16)" if found.dtype == "fp32" else "")
+    form = DTYPES[model.dtype], device
+    hint = "use a smaller model" + (", or bf16 weights (dtype bf16)" if model.dtype == "fp32" else "")
     start = time.perf_counter()
 
     def needed(kind: str) -> int:
-        if not found.native:
-            return found.hosted_bytes
-        return needed_bytes(found.config, form[0], kind, mapped=stay_mapped(files, *form, kind))
+        if not model.native:
+            return model.hosted_bytes
+        return needed_bytes(model.config, form[0], kind, mapped=stay_mapped(files, *form, kind))
 
     if short := shortage(needed(quantize), str(device)):
-        fit = [kind for kind in kinds(device) if found.native and not shortage(needed(kind), str(device))]
+        fit = [kind for kind in kinds(device) if model.native and not shortage(needed(kind), str(device))]
         less = f", or fewer bits: quantize {fit[0]} needs about {size(needed(fit[0]))}" if fit else ""
         raise OutOfMemory(f"loading {name} {short} ({device})", hint + less, stage="load")
     try:
-        if not found.native:
+        if not model.native:
             if files:
-                weights = hosted.load_hosted(found.config, found.folder, *form, found.quantization)
+                weights = hosted.load_hosted(model.config, model.folder, *form, model.quantization)
             else:
-                weights = hosted.random_hosted(found.config, *form)
+                weights = hosted.random_hosted(model.config, *form)
         elif files:
-            weights = load_weights(found.config, files, *form, quantize)
+            weights = load_weights(model.config, files, *form, quantize)
         else:
-            weights = random_model(found.config, *form)
-        if found.native and stay_mapped(
+            weights = random_model(model.config, *form)
+        if model.native and stay_mapped(
             files, *form, quantize
         ):  # they are read in the order of their use, unless memory for all of them is missing
             tower, language = weights.model.visual, weights.model.language_model
@@ -196,8 +196,8 @@ def _weights(
                 page_in(mapped)
         read = time.perf_counter()
         store = None
-        if found.options.store_quantized and files:
-            store = f"{found.fingerprint} {found.dtype}"
+        if model.options.store_quantized and files:
+            store = f"{model.fingerprint} {model.dtype}"
         packing = make_ready(weights, quantize, pack=pack, progress=progress, store=store)
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
@@ -243,7 +243,7 @@ def load_weights(
     if quantize != "none":
         as_stored = ["lm_head", "model.language_model.embed_tokens", *dict(places(model, quantize))]
     computed = re.compile(r"(^|\.)(inv_freq|position_ids)$")  # buffers of older files, which follow from the config
-    found, unused = {}, []
+    tensors, unused = {}, []
     for file, content, stored in stored_tensors(files):
         name = name_in_memory(stored)
         if name not in wanted:
@@ -255,22 +255,22 @@ def load_weights(
             problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
             raise ModelError(problem, BELONG)
         weight = weight if name.removesuffix(".weight") in as_stored else weight.to(device, dtype)
-        if name in found and not torch.equal(weight, found[name]):
+        if name in tensors and not torch.equal(weight, tensors[name]):
             problem = f"the weights in {file.parent} cannot be loaded: {name} is stored twice, with other values"
             raise ModelError(problem, BELONG)
-        found[name] = weight
+        tensors[name] = weight
     if config.tie_word_embeddings:  # to what there is; `separate_head` was asked before
-        if HEAD in found:
-            found.setdefault(EMBEDDINGS, found.pop(HEAD))
+        if HEAD in tensors:
+            tensors.setdefault(EMBEDDINGS, tensors.pop(HEAD))
         del wanted[HEAD]
-    if missing := sorted(wanted.keys() - found.keys()):
+    if missing := sorted(wanted.keys() - tensors.keys()):
         problem = f"the weights in {files[0].parent} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
         raise ModelError(problem, "get the model again")
     if unused:
         are = "tensor of the weights is" if len(unused) == 1 else "tensors of the weights are"
         said = f"{len(unused):,} {are} not used in {files[0].parent}: {', '.join(unused[:3])}"
         warnings.warn(said + (", ..." if len(unused) > 3 else ""), ModelWarning, stacklevel=2)
-    model.load_state_dict(found, strict=False, assign=True)
+    model.load_state_dict(tensors, strict=False, assign=True)
     model.tie()
     return model.requires_grad_(False)
 
@@ -280,8 +280,8 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Qw
     model = empty(config)
     for module in model.modules():  # not `to_empty`, which imports torch's compiler for two seconds
         for name, weight in [*module.named_parameters(recurse=False)]:
-            made = torch.empty(weight.shape, dtype=dtype, device=device)
-            setattr(module, name, torch.nn.Parameter(made, requires_grad=False))
+            values = torch.empty(weight.shape, dtype=dtype, device=device)
+            setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
     model.tie()
     fill_random(model)
     return model
