@@ -62,8 +62,8 @@ def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float 
     Raises VideoError: no such file; or no subtitles in it, pictures of text only, or text of an unknown encoding; see also
     `isolation.run_task`.
     """
-    found = _run("subtitles", info.path, origin_s=info.start_s, choice=choice, start_s=start_s, end_s=end_s)
-    return Subtitles(**found | {"lines": [tuple(line) for line in found["lines"]]})
+    values = _run("subtitles", info.path, origin_s=info.start_s, choice=choice, start_s=start_s, end_s=end_s)
+    return Subtitles(**values | {"lines": [tuple(line) for line in values["lines"]]})
 
 
 def _run(task: str, path: str | os.PathLike[str], **arguments) -> dict[str, Any]:

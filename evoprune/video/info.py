@@ -51,8 +51,8 @@ class Video:
     @property
     def warnings(self) -> list[str]:
         """What the model sees in another way than players show it."""
-        found = {"hdr_video": self.hdr, "interlaced_video": self.interlaced, "stretched_video": self.pixel_aspect}
-        return [name for name, true in (found | {"other_tracks": self.other_tracks}).items() if true]
+        flags = {"hdr_video": self.hdr, "interlaced_video": self.interlaced, "stretched_video": self.pixel_aspect}
+        return [name for name, true in (flags | {"other_tracks": self.other_tracks}).items() if true]
 
     @property
     def kind(self) -> str:

@@ -110,13 +110,13 @@ def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
     head = _head(path)
     if not head or head.startswith(MEDIA) or head[4:8] in BOXES:
         return None
-    found = next((name for start, name in OTHERS.items() if head.startswith(start)), None)
-    if found is None and len(head.translate(None, CONTROL)) == len(head):
-        found = "a text file"
+    kind = next((name for start, name in OTHERS.items() if head.startswith(start)), None)
+    if kind is None and len(head.translate(None, CONTROL)) == len(head):
+        kind = "a text file"
     if head.startswith(LFS):
         return VideoError(f"{path} is a git-lfs pointer", LFS_HINT)
-    if found:
-        return VideoError(f"{path} is not a video: it is {found}", FORMATS)
+    if kind:
+        return VideoError(f"{path} is not a video: it is {kind}", FORMATS)
     return VideoError(f"{path} is not a video, or its beginning is damaged", FORMATS) if unrecognised else None
 
 
@@ -140,8 +140,8 @@ def reading(path: str) -> Iterator[None]:
     try:
         yield
     except (VideoError, av.error.FFmpegError, OSError, ValueError) as error:
-        if other := not_a_video(path, unrecognised=isinstance(error, av.error.InvalidDataError)):
-            raise other from error
+        if no_video := not_a_video(path, unrecognised=isinstance(error, av.error.InvalidDataError)):
+            raise no_video from error
         if isinstance(error, VideoError):
             raise
         raise VideoError(f"cannot read {path}: {reason(error)}", INCOMPLETE) from error
@@ -151,7 +151,7 @@ def reading(path: str) -> Iterator[None]:
 def open_video(path: str) -> Iterator[InputContainer]:
     """An opened file. Raises VideoError: a URL, no such file, not a file, or an empty one; and as `reading`."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except FileNotFoundError:
         if "://" in path:
             hint = missing_hint(path, "")
@@ -164,10 +164,10 @@ def open_video(path: str) -> Iterator[InputContainer]:
     except OSError as error:
         hint = missing_hint(path, "check the path, and whether you may read it")
         raise VideoError(f"cannot read {shown(path)}: {error.strerror}", hint) from error
-    if not stat.S_ISREG(found.st_mode):
-        problem = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
+    if not stat.S_ISREG(status.st_mode):
+        problem = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise VideoError(f"{path} is {problem}", "give a video file; - reads one from standard input")
-    if not found.st_size:
+    if not status.st_size:
         raise VideoError(f"{path} is empty", "was it copied or downloaded to its end?")
     with open(path, "rb", buffering=0) as file, open_bytes(file) as container:
         if container.format.name == "tty":  # FFmpeg draws text files as a terminal would
@@ -198,8 +198,8 @@ def video_stream(container: InputContainer, path: str, *, threads: bool = False)
     """
     tracks = moving(container)
     if not tracks:
-        found = "only a cover picture" if container.streams.video else "no video stream"
-        raise VideoError(f"{path} has {found}", "give a file with moving pictures")
+        content = "only a cover picture" if container.streams.video else "no video stream"
+        raise VideoError(f"{path} has {content}", "give a file with moving pictures")
     best = container.streams.best("video")
     stream = best if best in tracks else tracks[0]
     if stream.codec_context is None:
@@ -275,9 +275,9 @@ def decoder(stream: VideoStream) -> VideoStream | VideoCodecContext:
     name = WITH_ALPHA.get(stream.codec_context.codec.canonical_name)
     if name is None or stream.metadata.get("alpha_mode") != "1":
         return stream
-    made = CodecContext.create(name, "r")
-    made.options, made.thread_count = stream.codec_context.options, stream.codec_context.thread_count
-    return made
+    context = CodecContext.create(name, "r")
+    context.options, context.thread_count = stream.codec_context.options, stream.codec_context.thread_count
+    return context
 
 
 def decoded_frames(

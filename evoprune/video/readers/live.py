@@ -105,8 +105,8 @@ class LiveReader:
                 "rtsp_flags": "prefer_tcp",
             }
         if self._scheme or camera:
-            how = {"format": camera, "options": limits, "timeout": self._timeout_s, "metadata_errors": "replace"}
-            return self._followed(path, how) if self._scheme in ("http", "https") else av.open(path, **how)
+            kwargs = {"format": camera, "options": limits, "timeout": self._timeout_s, "metadata_errors": "replace"}
+            return self._followed(path, kwargs) if self._scheme in ("http", "https") else av.open(path, **kwargs)
         limits |= {"protocol_whitelist": "none", "format_whitelist": FORMATS}
         end = time.monotonic() + self._timeout_s
         while True:
@@ -126,20 +126,20 @@ class LiveReader:
                 if not path:
                     raise
                 late = not self._follow or time.monotonic() > end
-                if other := ffmpeg.not_a_video(path, unrecognised=late):
-                    raise other from problem
+                if no_video := ffmpeg.not_a_video(path, unrecognised=late):
+                    raise no_video from problem
                 if late:
                     raise VideoError(f"cannot read {path}: {ffmpeg.reason(problem)}", ffmpeg.INCOMPLETE) from problem
             ffmpeg.alive()
             time.sleep(POLL_S)
 
-    def _followed(self, url: str, how: dict) -> InputContainer:
+    def _followed(self, url: str, kwargs: dict) -> InputContainer:
         """What a URL holds. FFmpeg follows a playlist that names itself without end, so its log is searched for that meanwhile."""
         level, opener = av.logging.get_level(), ThreadPoolExecutor(1)
         av.logging.set_level(av.logging.DEBUG)  # at which requests are logged
         try:
             with av.logging.Capture(local=False) as log:
-                opening = opener.submit(av.open, url, **how)
+                opening = opener.submit(av.open, url, **kwargs)
                 while not wait([opening], POLL_S).done:
                     ffmpeg.alive()
                     asked = Counter(text for _, _, text in list(log) if text.startswith("request:"))

@@ -87,14 +87,14 @@ class _Times:
     restarts: int = 0
 
 
-def _measured(found: Iterable[Packet | None], container: str, step: float) -> _Times | None:
+def _measured(packets: Iterable[Packet | None], container: str, step: float) -> _Times | None:
     """`step` replaces durations that are not stored. None without a packet that has a time.
 
     Frames that are stored out of order have no duration of their own in MP4: it is the difference of two decoding times. That of
     the packet that is stored last is none, and replaces that of the frame displayed last.
     """
     times = None
-    for packet in found:
+    for packet in packets:
         if packet is None or packet.pts is None or packet.is_discard:
             continue
         tick, per = packet.time_base.as_integer_ratio()  # fractions would take several times as long
@@ -154,16 +154,16 @@ def _lengths(
 
 def _further_avis(path: str) -> int:
     """How many AVI files follow the first one in a file; FFmpeg reads them, and counts the first one alone."""
-    found, end = -1, 0
+    count, end = -1, 0
     with open(path, "rb") as file:
         for _ in range(1000):  # no more parts are looked for
             file.seek(end)
             head = file.read(12)
             if head[:4] != b"RIFF":
                 break
-            found += head[8:] == b"AVI "  # the parts of one large file are called AVIX
+            count += head[8:] == b"AVI "  # the parts of one large file are called AVIX
             end += 8 + int.from_bytes(head[4:8], "little")
-    return max(0, found)
+    return max(0, count)
 
 
 def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Times) -> bool:

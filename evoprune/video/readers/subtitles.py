@@ -36,21 +36,21 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
     file, why = (choice, None) if choice != AUTO_SUBTITLES else _beside(path)
     try:
         if file is not None:
-            found = _from_file(file, origin_s if os.path.realpath(file) == os.path.realpath(path) else 0.0)
-            if found.source is None:
-                raise VideoError(f"no subtitles in {file}: {found.note}", HINT)
+            subtitles = _from_file(file, origin_s if os.path.realpath(file) == os.path.realpath(path) else 0.0)
+            if subtitles.source is None:
+                raise VideoError(f"no subtitles in {file}: {subtitles.note}", HINT)
         elif os.path.isdir(path):
-            found = Subtitles(note=why or "no file beside the folder")
+            subtitles = Subtitles(note=why or "no file beside the folder")
         else:
-            found = _from_container(path, origin_s, "")
+            subtitles = _from_container(path, origin_s, "")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         name = file or path
         said = f"cannot read subtitles from {shown(name)}: {ffmpeg.reason(error)}"
         raise VideoError(said, missing_hint(name, HINT) if file else HINT) from error
-    if found.source is None:
-        return Subtitles(note=why or found.note)
-    lines = [line for line in found.lines if line[0] < end_s and (line[1] > start_s or line[0] >= start_s)]
-    return Subtitles(found.source, lines, found.warnings)
+    if subtitles.source is None:
+        return Subtitles(note=why or subtitles.note)
+    lines = [line for line in subtitles.lines if line[0] < end_s and (line[1] > start_s or line[0] >= start_s)]
+    return Subtitles(subtitles.source, lines, subtitles.warnings)
 
 
 def _beside(path: str) -> tuple[str | None, str | None]:
@@ -78,11 +78,11 @@ def _beside(path: str) -> tuple[str | None, str | None]:
 
 def _from_file(file: str, origin_s: float) -> Subtitles:
     try:
-        found = os.stat(file)
+        status = os.stat(file)
     except FileNotFoundError:
         hint = missing_hint(file, "check the path; auto looks for one beside the video")
         raise VideoError(f"no such file of subtitles: {shown(file)}", hint) from None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise VideoError(f"{file} is no file of subtitles", HINT)
     with open(file, "rb") as opened:
         content = opened.read(HEAD_BYTES)
@@ -127,7 +127,7 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
     with ffmpeg.open_video(path) as container:
         tracks = list(enumerate(container.streams.subtitles, 1))
         texts = [(number, track) for number, track in tracks if _codec(track) in TEXT_CODECS]
-        default = [each for each in texts if each[1].disposition & Disposition.default]
+        default = [pair for pair in texts if pair[1].disposition & Disposition.default]
         if not default and len(texts) != 1:
             note = "no file beside the video, and no text track in it"
             if tracks:
@@ -161,7 +161,7 @@ def _cues(
             continue
         texts = None
         with suppress(av.error.FFmpegError):  # which has all formats as ASS
-            texts = packet and [each.ass.split(b",", 8)[-1].decode("utf-8", "replace") for each in packet.decode()]
+            texts = packet and [cue.ass.split(b",", 8)[-1].decode("utf-8", "replace") for cue in packet.decode()]
         if texts is None:
             if DAMAGED not in warnings:
                 warnings.append(DAMAGED)
@@ -192,7 +192,7 @@ def _plain(text: str, hidden: bool) -> list[str]:
 
 def _lines(cues: Iterable[tuple[float, float, list[str]]]) -> list[SubtitleLine]:
     """One line for each cue, by start. Rolling captions repeat what is still on screen: it counts once, and lasts longer."""
-    made: list[list] = []
+    lines: list[list] = []
     on_screen: dict[str, list] = {}  # the line that last held each text
     for start, end, texts in sorted(cues, key=lambda cue: cue[:2]):
         ffmpeg.alive()
@@ -205,6 +205,6 @@ def _lines(cues: Iterable[tuple[float, float, list[str]]]) -> list[SubtitleLine]
             else:
                 before[1] = max(before[1], end)
         if new:
-            made.append([start, end, " ".join(new)])
-            on_screen |= dict.fromkeys(new, made[-1])
-    return [(start, end, text) for start, end, text in made]
+            lines.append([start, end, " ".join(new)])
+            on_screen |= dict.fromkeys(new, lines[-1])
+    return [(start, end, text) for start, end, text in lines]
