@@ -82,8 +82,8 @@ class LiveSource:
                             return
                         tries, last = 0, (base + time_s, time.monotonic())
                         yield base + time_s, frame
-            except VideoError as found:
-                problem = found
+            except VideoError as error:
+                problem = error
             if self._closing.is_set() or (finite and not problem):
                 return
             if last is None or tries >= self._reconnects:
@@ -114,13 +114,13 @@ class LiveSource:
                 memory, shape = None, None
                 while True:
                     worker.send(worker.request("next", {"after_s": due()}))
-                    if (found := worker.answer()) is None:
+                    if (header := worker.answer()) is None:
                         return
-                    if shape != (new := (1, found["height"], found["width"], 3)):
+                    if shape != (new := (1, header["height"], header["width"], 3)):
                         shape, memory = new, FrameMemory(prod(new))
                     frames = worker.ask_to_fill(memory, shape, {})
                     worker.answer()
-                    yield found["time_s"], frames[0].copy()
+                    yield header["time_s"], frames[0].copy()
                     del frames  # so that its memory can be used again
             finally:
                 self._worker, worker.busy = None, True
@@ -134,10 +134,10 @@ class LiveSource:
         descriptor = None if self._source else os.dup(sys.stdin.fileno())
         with closing(LiveReader(**self._arguments, descriptor=descriptor)) as reader:
             yield reader.facts
-            while found := reader.next(due()):
-                frames = np.empty((1, found["height"], found["width"], 3), np.uint8)
+            while header := reader.next(due()):
+                frames = np.empty((1, header["height"], header["width"], 3), np.uint8)
                 reader.fill(frames)
-                yield found["time_s"], frames[0]
+                yield header["time_s"], frames[0]
 
 
 def _check(source: str) -> None:

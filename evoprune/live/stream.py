@@ -422,8 +422,8 @@ class VideoStream(Askable):
         """int64: the ids of a prompt before the video and after it."""
         loaded = self._engine.loaded
         times = [[""]] if loaded.model.config.vision_config.traits.timestamps else ()  # markers go with the frame pairs
-        how = {"system": self._system, "times": times, "thinking": thinking}
-        prompt = build_prompt(loaded.tokenizer, question, [(VIDEO, 1)], **how)
+        kwargs = {"system": self._system, "times": times, "thinking": thinking}
+        prompt = build_prompt(loaded.tokenizer, question, [(VIDEO, 1)], **kwargs)
         (video,) = prompt.places[0].around or prompt.places[0].runs
         return prompt.input_ids[: video.start], prompt.input_ids[video.stop :]
 
