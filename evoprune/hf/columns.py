@@ -101,7 +101,7 @@ def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
     for name in ("logits_processor", "stopping_criteria"):
         if pruned_call.get(name):
             wrapped = copy(pruned_call[name])
-            wrapped[:] = [_OnWholePrompts(one, prompt, places) for one in wrapped]
+            wrapped[:] = [_OnWholePrompts(callback, prompt, places) for callback in wrapped]
             pruned_call[name] = wrapped
     if (allowed := pruned_call.get("prefix_allowed_tokens_fn")) is not None:
         pruned_call["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
@@ -200,10 +200,10 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
         seconds = interface.seconds_per_pair(call) if only else [1.0] * len(grids[only])
         return Visuals(columns, pixels[only], grids[only], (only,) * len(grids[only]), tuple(seconds))
     patches = {video: pixels[video].split(grids[video].prod(-1).tolist()) for video in kinds}
-    each = {video: iter(zip(patches[video], grids[video], strict=True)) for video in kinds}
-    found = [pair for row in interface.visual_spans(model, call, None) for pair in row]
-    pixels, grids = zip(*(next(each[video]) for _, video in found), strict=True)
-    videos, seconds = tuple(video for _, video in found), tuple(spans[0].seconds_per_pair for spans, _ in found)
+    parts = {video: iter(zip(patches[video], grids[video], strict=True)) for video in kinds}
+    visuals = [pair for row in interface.visual_spans(model, call, None) for pair in row]
+    pixels, grids = zip(*(next(parts[video]) for _, video in visuals), strict=True)
+    videos, seconds = tuple(video for _, video in visuals), tuple(spans[0].seconds_per_pair for spans, _ in visuals)
     return Visuals(columns, torch.cat(pixels), torch.stack(grids), videos, seconds)
 
 
@@ -214,8 +214,8 @@ def empty_runs(model, call: dict, dropped: torch.Tensor) -> torch.Tensor:
     the token with which it begins before the second.
     """
     leaves, ids = dropped.clone(), call["input_ids"]
-    for row, found in enumerate(interface.visual_spans(model, call, None)):
-        for spans in (spans for spans, _ in found if len(spans) > 1):
+    for row, visuals in enumerate(interface.visual_spans(model, call, None)):
+        for spans in (spans for spans, _ in visuals if len(spans) > 1):
             ends = [span.start + span.tokens for span in spans]
             same = (ids[row, : spans[0].start] == ids[row, ends[0] + 1]).nonzero()
             starts = [int(same[-1]) if len(same) else spans[0].start - 1, *(end + 1 for end in ends)]
@@ -314,9 +314,9 @@ def without_pruned(
     if trained and torch.is_grad_enabled():  # in eval mode this is usually no training, so `backward` alone raises
         features = _NoGradients.apply(features, trained[0])
     inner = [None] * len(tokens) if encoded.deepstack is None else encoded.deepstack.split(tokens, 1)
-    made = list(zip(features.split(tokens), inner, visuals.videos, strict=True))
-    videos = [(each, deep) for each, deep, is_video in made if is_video]
-    images = [(each, deep) for each, deep, is_video in made if not is_video]
+    parts = list(zip(features.split(tokens), inner, visuals.videos, strict=True))
+    videos = [(tensor, deep) for tensor, deep, is_video in parts if is_video]
+    images = [(tensor, deep) for tensor, deep, is_video in parts if not is_video]
     pruned_call |= interface.encoded_inputs(model, call, videos, images or None)
     furthest = at[-3:].amax(0).masked_fill(used == 0, -1).cummax(1).values
     return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _sizes(visual, columns, encoded))

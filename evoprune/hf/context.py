@@ -135,8 +135,8 @@ def apply(model, **settings) -> "PrunedModel":
         UsageError: bad settings, the model is pruned already, or its tower cannot be packed.
         TypeError: an unknown option.
     """
-    (made,) = from_keywords(settings, EvoPrune)
-    return made(model).__enter__()
+    (pruning,) = from_keywords(settings, EvoPrune)
+    return pruning(model).__enter__()
 
 
 def remove(model) -> None:
@@ -370,8 +370,8 @@ class _Inside:
 def end_of(model) -> Callable[[], None] | None:
     """What ends the pruning of a model; None if it is not pruned."""
     own = vars(model)
-    found = (inspect.unwrap(own[name], stop=_is_active) for name in METHODS if name in own)
-    return next((patch.end for patch in found if _is_active(patch)), None)
+    patches = (inspect.unwrap(own[name], stop=_is_active) for name in METHODS if name in own)
+    return next((patch.end for patch in patches if _is_active(patch)), None)
 
 
 class Patches:
@@ -456,8 +456,8 @@ class _Patch:
         self.active, self.end = True, end
         self._stock, self._run = stock, run
         self._own_signature = inspect.signature(stock)
-        others = [each for name, each in self._own_signature.parameters.items() if name != INNER]
-        at = next((i for i, each in enumerate(others) if each.kind is each.VAR_KEYWORD), len(others))
+        others = [parameter for name, parameter in self._own_signature.parameters.items() if name != INNER]
+        at = next((i for i, parameter in enumerate(others) if parameter.kind is parameter.VAR_KEYWORD), len(others))
         # `generate` refuses arguments that the signature of `forward` does not have.
         others.insert(at, inspect.Parameter(INNER, inspect.Parameter.KEYWORD_ONLY, default=None))
         self.__signature__ = self._own_signature.replace(parameters=others)

@@ -84,8 +84,8 @@ def encode_with(
     tower, normal = tower_shape(visual), InputLimits(**vision_sizes(visual.config).traits.video).normal
     videos = []
     for patches, grid in zip(pixel_values_videos.split(sizes), grids, strict=True):
-        plan, how = config.plan(tower, grid), {"normal": normal, "question": question, "seed": config.seed}
-        videos.append(encode_video(visual, [patches], plan, **how))
+        plan, kwargs = config.plan(tower, grid), {"normal": normal, "question": question, "seed": config.seed}
+        videos.append(encode_video(visual, [patches], plan, **kwargs))
     return joined(videos)
 
 

@@ -99,14 +99,14 @@ def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequ
         pictures = {name: call[name] for name in ("pixel_values", "image_grid_thw") if call.get(name) is not None}
         grids = torch.tensor([[1, 1, len(features)] for features in videos], dtype=torch.int64, device=videos[0].device)
         return pictures | {"pixel_values_videos": torch.cat(videos).as_subclass(_Features), "video_grid_thw": grids}
-    found = dict(call.get(ENCODED) or {})
+    encoded = dict(call.get(ENCODED) or {})
     if videos:
-        found["video"] = _output(videos)
+        encoded["video"] = _output(videos)
     if pictures is not None:
-        found["image"] = _output(pictures)
+        encoded["image"] = _output(pictures)
     elif call.get("pixel_values") is not None:
-        found["image"] = model.get_image_features(call["pixel_values"], call["image_grid_thw"], return_dict=True)
-    return {ENCODED: found}
+        encoded["image"] = model.get_image_features(call["pixel_values"], call["image_grid_thw"], return_dict=True)
+    return {ENCODED: encoded}
 
 
 def _output(visuals: Sequence[Features]):
@@ -296,8 +296,8 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
     per_second = vision_sizes(model.config.vision_config).tokens_per_second
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
     rows = torch.ones_like(ids) if mask is None else mask
-    for row, (used, found) in enumerate(zip(rows.cpu().bool(), visual_spans(model, call, mask), strict=True)):
-        spans = [span for spans, _ in found for span in spans]
+    for row, (used, visuals) in enumerate(zip(rows.cpu().bool(), visual_spans(model, call, mask), strict=True)):
+        spans = [span for spans, _ in visuals for span in spans]
         positions[:, row, used] = prompt_positions(int(used.sum()), spans, per_second)
     return positions.to(ids.device)
 
@@ -305,7 +305,7 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
 def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tuple[list[VisualSpan], bool]]]:
     """For each row of a prompt its videos and pictures, in order: the runs of each, and whether it is a video, without padding."""
     ids, grids = call["input_ids"].cpu(), [call.get(name) for name in ("video_grid_thw", "image_grid_thw")]
-    videos, images = (iter([] if each is None else each.tolist()) for each in grids)
+    videos, images = (iter([] if grid is None else grid.tolist()) for grid in grids)
     seconds = iter(seconds_per_pair(call))
     rows = torch.ones_like(ids) if mask is None else mask.cpu()
     return [list(_spans(model.config, ids[row, used.bool()], videos, images, seconds)) for row, used in enumerate(rows)]
@@ -331,8 +331,8 @@ def _spans(
     at, merge = 0, config.vision_config.spatial_merge_size
     apart = vision_sizes(config.vision_config).traits.timestamps
     tokens = (ids == config.video_token_id) | (ids == config.image_token_id)
-    while len(found := tokens[at:].nonzero()):
-        at += int(found[0])
+    while len(offsets := tokens[at:].nonzero()):
+        at += int(offsets[0])
         is_video = int(ids[at]) == config.video_token_id
         t, h, w = next(videos if is_video else images)
         second, runs = next(seconds) if is_video else 1.0, t if is_video and apart else 1

@@ -61,8 +61,8 @@ def processor_inputs(
     check_not_empty(question)
     paths = paths_of(inputs)
     check_one_file(options.subtitles, len(paths))
-    found = find_model(ModelOptions(model, revision, device="cpu", offline=offline))
-    tokenizer, limits = load_tokenizer(found.folder), found.limits
+    checkpoint = find_model(ModelOptions(model, revision, device="cpu", offline=offline))
+    tokenizer, limits = load_tokenizer(checkpoint.folder), checkpoint.limits
     infos, read = [probe(path, folder_fps=options.frame_rate) for path in paths], []
     for info, wanted in zip(infos, options.of_each(infos), strict=True):
         check_picture(info, options.subtitles)
@@ -71,7 +71,7 @@ def processor_inputs(
             (options.subtitles, options.max_subtitle_tokens),
         )
         read.append(replace(plan, subtitles=prompt_subtitles(tokenizer, info, plan.sampling, *lines)))
-    vision = found.config.vision_config
+    vision = checkpoint.config.vision_config
     prompt = prompt_about(tokenizer, vision, read, question, system)
     return BatchFeature(arguments(prompt, read, limits, vision, options.decoder))
 
@@ -92,21 +92,21 @@ def arguments(
     types = torch.zeros_like(ids)
     for place, plan in zip(prompt.places, read, strict=True):
         types[place.columns] = TYPES[plan.kind]
-    made = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "mm_token_type_ids": types[None]}
+    inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "mm_token_type_ids": types[None]}
     patches: dict[str, list[torch.Tensor]] = {VIDEO: [], PICTURE: []}
     for plan in read:
         chosen = choose_decoder(decoder, plan.info)
         with closing(read_frames(plan.source, plan.sampling.times_s, decoder=chosen)) as chunks:
-            made_of = (patches_of(each.frames, plan, limits[plan.kind], torch.device(device)) for each in chunks)
-            patches[plan.kind] += [normalised(each, limits[plan.kind].normal) for each in made_of]
+            made_of = (patches_of(chunk.frames, plan, limits[plan.kind], torch.device(device)) for chunk in chunks)
+            patches[plan.kind] += [normalised(values, limits[plan.kind].normal) for values in made_of]
     for kind, (pixels, grids) in NAMES.items():
         if not patches[kind]:
             continue
         merge = limits[kind].merge_size
         shapes = [(plan.grid[0], plan.grid[1] * merge, plan.grid[2] * merge) for plan in read if plan.kind == kind]
-        made |= {pixels: torch.cat(patches[kind]), grids: torch.tensor(shapes, dtype=torch.int64, device="cpu")}
+        inputs |= {pixels: torch.cat(patches[kind]), grids: torch.tensor(shapes, dtype=torch.int64, device="cpu")}
     if patches[VIDEO] and vision.tokens_per_second is not None:  # the processor of another model does not say
         pair = limits[VIDEO].temporal_patch_size
         seconds = [plan.sampling.seconds_per_pair(pair) for plan in read if plan.kind == VIDEO]
-        made["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device="cpu")
-    return made
+        inputs["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device="cpu")
+    return inputs
