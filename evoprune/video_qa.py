@@ -151,22 +151,22 @@ class VideoQA(Uncopied):
         Errors: as of `encode` and `EncodedInputs.ask`. UsageError: an input was encoded for another model or pruning.
         """
         (generation,) = from_keywords(options, GenerationOptions)
-        one = str | os.PathLike | EncodedInputs
-        given = [inputs] if isinstance(inputs, one) else inputs
-        if not isinstance(given, list | tuple) or not all(isinstance(each, one) for each in given):
+        input_type = str | os.PathLike | EncodedInputs
+        given = [inputs] if isinstance(inputs, input_type) else inputs
+        if not isinstance(given, list | tuple) or not all(isinstance(item, input_type) for item in given):
             raise UsageError(f"the inputs are {brief(inputs)}, not paths", "give paths, or what encode made of them")
         with ExitStack() as stack:
             opened: list[EncodedInputs | OpenInputs] = []
-            for each in given:
-                known = isinstance(each, EncodedInputs)
+            for item in given:
+                known = isinstance(item, EncodedInputs)
                 opened.append(
-                    each if known else stack.enter_context(closing(open_inputs(self.session, paths_of(each))))
+                    item if known else stack.enter_context(closing(open_inputs(self.session, paths_of(item))))
                 )
             if isinstance(question, str) and opened:
-                held = [plan for each in opened if isinstance(each, EncodedInputs) for plan in each.plans]
-                plans = [plan for each in opened for plan in each.plans]
+                held = [plan for item in opened if isinstance(item, EncodedInputs) for plan in item.plans]
+                plans = [plan for item in opened for plan in item.plans]
                 longest_prompt(self.session, plans, [question], generation, held)
-            encoded = [each if isinstance(each, EncodedInputs) else each.encode() for each in opened]
+            encoded = [item if isinstance(item, EncodedInputs) else item.encode() for item in opened]
         return together(self.session, encoded).ask(question, seed=seed, on_thoughts=on_thoughts, **options)
 
     def stream(
@@ -210,7 +210,7 @@ def load_qa(
     """Loads a model, as `VideoQA.load`; a method that cannot act in it is refused before weights are read."""
     start = time.perf_counter()
     config = pruning.config()  # refuses wrong settings before a model is looked for
-    found = find_model(model) if isinstance(model, ModelOptions) else model
-    check_fits(config.method, found)
-    loaded = load_model(found, to_answer=True, progress=progress)
+    model = find_model(model) if isinstance(model, ModelOptions) else model
+    check_fits(config.method, model)
+    loaded = load_model(model, to_answer=True, progress=progress)
     return kind(Session(loaded, config, time.perf_counter() - start))
