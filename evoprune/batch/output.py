@@ -53,8 +53,8 @@ class Settings(PipelineOptions):
     def record(self) -> dict[str, Any]:
         """All of it as flat data for JSON, as records hold it."""
         code = methods.plugin_code(self.pruning.method)
-        made = record((self.model, self.pruning, self.sampling, self.generation), RECORDED)
-        return made | ({"plugins": code} if code else {})
+        facts = record((self.model, self.pruning, self.sampling, self.generation), RECORDED)
+        return facts | ({"plugins": code} if code else {})
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ def remaining(rows: Sequence[Row], settings: Settings, found: Sequence[Found]) -
     """The rows that have no answer yet, or failed. Raises UsageError if a record has other settings, or its row has changed."""
     now, asked, done = rounded(settings.record()), {row.id: rounded(row.asked) for row in rows}, set()
     for earlier in found:
-        if other := differences(earlier.settings, now):
-            raise UsageError(f"the output was begun with other settings: {other}", "give the same ones, or another -o")
+        if change := differences(earlier.settings, now):
+            raise UsageError(f"the output was begun with other settings: {change}", "give the same ones, or another -o")
         before = earlier.row | {"answer": None}  # which the model's answer does not depend on
-        if other := differences(before, asked.get(earlier.id, before) | {"answer": None}):
+        if change := differences(before, asked.get(earlier.id, before) | {"answer": None}):
             hint = "give changed rows ids of their own, or choose another -o"
-            raise UsageError(f"the row {earlier.id!r} is not what it was: {other}", hint)
+            raise UsageError(f"the row {earlier.id!r} is not what it was: {change}", hint)
         if not earlier.failed:
             done.add(earlier.id)
     return [row for row in rows if row.id not in done]
@@ -212,7 +212,7 @@ class RecordFile:
 
     def _read(self) -> list[Found]:
         """All whole records. A torn one may follow them; a file with anything else is refused."""
-        found, end, settings = [], 0, None
+        records, end, settings = [], 0, None
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
@@ -222,15 +222,15 @@ class RecordFile:
                     about, failed = record["batch"], record["error"] is not None
                     if about["settings"] != settings:  # usually one object serves all records
                         settings = about["settings"]
-                    found.append(Found(record["id"], about["row"], settings, failed, end, end + len(line)))
+                    records.append(Found(record["id"], about["row"], settings, failed, end, end + len(line)))
                 except (ValueError, KeyError, TypeError) as problem:
-                    if _is_torn(line, bool(found)):
+                    if _is_torn(line, bool(records)):
                         break
                     damaged = "if nobody needs that line, delete it, and the same command goes on; or choose another -o"
-                    hint = damaged if found else OTHER_HINT
+                    hint = damaged if records else OTHER_HINT
                     raise UsageError(f"{self.name}, line {number} is no record of a batch", hint) from problem
                 end += len(line)
-        return found
+        return records
 
     def _copied(self, kept: list[Found]) -> int:
         """Replaces the file by one with these records, in one step; returns the new file's descriptor, locked."""

@@ -91,8 +91,8 @@ def _workers(ray, device: str) -> tuple[int, dict[str, float]]:
     if on_cuda(device) or (device == "auto" and gpus):
         return max(1, gpus), {"num_gpus": 1}
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    least = min((count for count in cores if count), default=1)
-    return max(1, sum(count // least for count in cores)), {"num_cpus": least}
+    min_cores = min((count for count in cores if count), default=1)
+    return max(1, sum(count // min_cores for count in cores)), {"num_cpus": min_cores}
 
 
 class Tries:

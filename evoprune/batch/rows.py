@@ -125,7 +125,7 @@ def group_by_span(rows: Iterable[Row]) -> list[Span]:
     for row in rows:
         encoding = (row.start_s, row.end_s, row.fps, row.frames, row.frame_rate, row.subtitles_path)
         inputs.setdefault(row.paths, {}).setdefault(encoding, []).append(row)
-    return [Span(tuple(found)) for spans in inputs.values() for found in spans.values()]
+    return [Span(tuple(group)) for spans in inputs.values() for group in spans.values()]
 
 
 def product_rows(
@@ -226,7 +226,7 @@ def _row(
     if "inputs" in fields:
         _must("video" not in fields, "video and inputs exclude each other")
         _must(isinstance(fields["inputs"], list) and fields["inputs"], "inputs are not a list of paths")
-        inputs = tuple(_file(each, "input") for each in fields["inputs"])
+        inputs = tuple(_file(path, "input") for path in fields["inputs"])
     else:
         inputs = (_file(fields.get("video"), "video"),)
     subtitles = _file(fields["subtitles"], "subtitles") if "subtitles" in fields else None
@@ -234,7 +234,7 @@ def _row(
     row = Row(
         id="",
         inputs=inputs,
-        paths=tuple(_path(folder, each) for each in inputs),
+        paths=tuple(_path(folder, path) for path in inputs),
         question=_text(fields.get("question"), "question"),
         start_s=start,
         end_s=end,
@@ -278,10 +278,10 @@ def _options(options: Any) -> tuple[str, ...]:
     lettered = [LETTERED.fullmatch(option) for option in options]
     if not options or not all(lettered):
         return options
-    letters, in_order = "".join(each[1] or each[2] for each in lettered).upper(), LETTERS[: len(options)]
+    letters, in_order = "".join(match[1] or match[2] for match in lettered).upper(), LETTERS[: len(options)]
     mixed = letters != in_order and sorted(letters) == list(in_order)
     _must(not mixed, f"the letters of the options are {', '.join(letters)}, not in order")
-    return tuple(each[3] for each in lettered) if letters == in_order else options
+    return tuple(match[3] for match in lettered) if letters == in_order else options
 
 
 def _file(value: Any, name: str) -> str:
@@ -308,12 +308,12 @@ def _text(value: Any, name: str) -> str:
 def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
     """A number that a row may have, in CSV as a text; None where it has none."""
     try:
-        made = kind(value) if isinstance(value, str) else value
+        number = kind(value) if isinstance(value, str) else value
     except ValueError:
-        made = value
-    right = made is None or (isinstance(made, (int, kind)) and not isinstance(made, bool))
+        number = value
+    right = number is None or (isinstance(number, (int, kind)) and not isinstance(number, bool))
     _must(right, f"{name} is not a {'whole ' if kind is int else ''}number")
-    return made
+    return number
 
 
 def _seconds(value: Any, name: str) -> float | None:
@@ -366,18 +366,19 @@ def in_folders(videos: Iterable[str], wrong: Wrong) -> Iterator[str]:
             yield video
             continue
         try:
-            images, found = files(video, IMAGES), files(video, VIDEOS)
+            images, video_files = files(video, IMAGES), files(video, VIDEOS)
         except OSError as problem:
             hint = "check the path, and whether you may read it"
             wrong.add(f"cannot read the folder {video}: {problem.strerror}", hint)
             continue
-        if len(found) > len(images) or (images and not found):
-            yield from found or [video]
+        if len(video_files) > len(images) or (images and not video_files):
+            yield from video_files or [video]
         elif images:
-            pattern = os.path.join(video, "*" + os.path.splitext(found[0])[1])
+            pattern = os.path.join(video, "*" + os.path.splitext(video_files[0])[1])
             hint = f"name the videos ({pattern}), or move the images to a folder of their own"
             wrong.add(
-                f"the folder {video} holds {counted(len(images), 'image')} and {counted(len(found), 'video')}", hint
+                f"the folder {video} holds {counted(len(images), 'image')} and {counted(len(video_files), 'video')}",
+                hint,
             )
         else:
             hint = f"folders inside it are not searched; files that count end in {', '.join((*VIDEOS, *IMAGES))}"

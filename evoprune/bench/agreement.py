@@ -33,8 +33,8 @@ class Agreement:
     seconds: float  # from the question to the first token
 
     def record(self) -> dict[str, float]:
-        found = {"tokens": len(self.agrees), "agree": int(self.agrees.sum())}
-        return found | {"kl": float(self.kl.mean()), "kl_p95": float(self.kl.quantile(0.95))}
+        counts = {"tokens": len(self.agrees), "agree": int(self.agrees.sum())}
+        return counts | {"kl": float(self.kl.mean()), "kl_p95": float(self.kl.quantile(0.95))}
 
 
 def reference(

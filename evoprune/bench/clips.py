@@ -47,10 +47,10 @@ def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int
     if min(frames, height, width) < 1 or frames % PAIR or height % unit or width % unit:
         raise ValueError(f"{frames} frames of {height}x{width} are not whole grids of whole units")
     draw = {"motion": _motion, "static90": partial(_static, unit=unit), "noise": _noise}[content](height, width)
-    made = np.empty((frames, height, width, 3), np.uint8)
+    clip = np.empty((frames, height, width, 3), np.uint8)
     for f in range(frames):  # one at a time, for the sake of memory
-        made[f] = draw(f)
-    return made
+        clip[f] = draw(f)
+    return clip
 
 
 def _mix(*numbers: int | np.ndarray) -> np.ndarray:
@@ -58,13 +58,13 @@ def _mix(*numbers: int | np.ndarray) -> np.ndarray:
 
     The hash is lowbias32, https://nullprogram.com/blog/2018/07/31/. Products of uint32 of one dimension or more wrap silently.
     """
-    made = np.zeros(1, np.uint32)
+    hashes = np.zeros(1, np.uint32)
     for number in numbers:
-        made = made + np.atleast_1d(number).astype(np.uint32)
-        made = (made ^ (made >> np.uint32(16))) * np.uint32(0x7FEB352D)
-        made = (made ^ (made >> np.uint32(15))) * np.uint32(0x846CA68B)
-        made ^= made >> np.uint32(16)
-    return made
+        hashes = hashes + np.atleast_1d(number).astype(np.uint32)
+        hashes = (hashes ^ (hashes >> np.uint32(16))) * np.uint32(0x7FEB352D)
+        hashes = (hashes ^ (hashes >> np.uint32(15))) * np.uint32(0x846CA68B)
+        hashes ^= hashes >> np.uint32(16)
+    return hashes
 
 
 def _byte(*numbers: int | np.ndarray) -> np.ndarray:
@@ -79,15 +79,15 @@ def _axes(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _texture(seed: int, height: int, width: int) -> np.ndarray:
     """int64 `[height, width, 3]`, 0 to 255: smooth on each of `SCALES`, between bytes at every `s`-th pixel."""
-    made = np.zeros((height, width, 3), np.int64)
+    texture = np.zeros((height, width, 3), np.int64)
     for s, weight in SCALES:
         b = _byte(seed, s, *_axes((height - 1) // s + 2, (width - 1) // s + 2))
         i, p = np.divmod(np.arange(height), s)
         j, q = np.divmod(np.arange(width)[:, None], s)
         above, below = ((s - q) * b[row][:, j[:, 0]] + q * b[row][:, j[:, 0] + 1] for row in (i, i + 1))
         p = p[:, None, None]
-        made += weight * (((s - p) * above + p * below) // (s * s))
-    return made // sum(weight for _, weight in SCALES)
+        texture += weight * (((s - p) * above + p * below) // (s * s))
+    return texture // sum(weight for _, weight in SCALES)
 
 
 def _noise(height: int, width: int) -> Draw:
@@ -144,16 +144,16 @@ Frames = tuple[torch.Tensor, float]  # uint8 [F, H, W, 3], and the seconds from 
 
 def synthetic_frames(content: str, case: Case, unit: int = UNIT) -> Frames:
     """A clip made by formula, at Qwen's own frame rate; or a picture, its first frame. `unit`: side of a unit in pixels."""
-    made = synthetic_clip(content, max(PAIR, case.frames), case.height, case.width, unit)
-    return torch.from_numpy(made[: case.frames]), 2 / SYNTHETIC_FPS
+    clip = synthetic_clip(content, max(PAIR, case.frames), case.height, case.width, unit)
+    return torch.from_numpy(clip[: case.frames]), 2 / SYNTHETIC_FPS
 
 
 def video_frames(info: Video, case: Case) -> Frames:
     """Frames of a video, spread over all of it; or a picture."""
-    source, most = info, max(2, case.frames)
+    source, max_frames = info, max(2, case.frames)
     if info.kind == PICTURE:
         source = replace(info, width=case.width, height=case.height)  # which the reader makes of it
-    plan = make_plan(info, InputLimits(), frames=case.frames, max_frames=most, max_visual_tokens=sys.maxsize)
+    plan = make_plan(info, InputLimits(), frames=case.frames, max_frames=max_frames, max_visual_tokens=sys.maxsize)
     with closing(read_frames(source, plan.sampling.times_s)) as chunks:
         small = [resize(torch.from_numpy(chunk.frames), case.height, case.width) for chunk in chunks]
     return torch.cat(small), plan.sampling.seconds_per_pair()

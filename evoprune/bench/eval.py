@@ -120,14 +120,12 @@ class EvalSettings:
         Raises KeyError, TypeError, ValueError or UsageError: it is no such record.
         """
         options = {name: value for name, value in record.items() if name not in ("digest", "version", "plugins")}
-        own = {
-            each.name: options.pop(each.name) for each in fields(cls) if each.name in options and each.name != "model"
-        }
+        own = {f.name: options.pop(f.name) for f in fields(cls) if f.name in options and f.name != "model"}
         own["budgets"] = tuple(map(parse_budget_or_name, own["budgets"]))
         own |= {name: tuple(own[name]) for name in ("methods", "groups")}
-        free = (each.name for each in fields(model) if not each.metadata[OPTION].changes_answers)
-        made = PipelineOptions.of(**{name: getattr(model, name) for name in free} | options)
-        return cls(**own, model=made.model, sampling=made.sampling, generation=made.generation)
+        free = (f.name for f in fields(model) if not f.metadata[OPTION].changes_answers)
+        pipeline = PipelineOptions.of(**{name: getattr(model, name) for name in free} | options)
+        return cls(**own, model=pipeline.model, sampling=pipeline.sampling, generation=pipeline.generation)
 
     def record(self) -> dict[str, Any]:
         own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling", "generation")}
@@ -156,7 +154,7 @@ def variants(settings: EvalSettings) -> list[Variant]:
     """The rows in order: full, blind, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
     pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
     asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
-    pruned = [Variant(METHOD, each.method, plain(each.budget)) for each in asked if each.config().acts]
+    pruned = [Variant(METHOD, options.method, plain(options.budget)) for options in asked if options.config().acts]
     blind = [Variant(BLIND)] if settings.blind else []
     return [Variant(FULL), *blind, *pruned]
 
@@ -209,33 +207,33 @@ class Evaluation:
                 hint = "fewer processes (--processes), or a smaller model"
                 raise OutOfMemory(f"{processes} copies of {loaded.id}: {short}", hint, stage="load")
             model = replace(model, threads=threads_of_each(model.threads, processes))
-            each = map_in_processes(partial(_start, replace(self.settings, model=model)), missing, processes)
+            results = map_in_processes(partial(_start, replace(self.settings, model=model)), missing, processes)
         else:
-            each = (
+            results = (
                 self.evaluate(video, lambda what, at=number: progress(f"video {at} of {self.total}: {what}"))
                 for number, video in enumerate(missing, len(done) + 1)
             )
-        with closing(each):
-            for number, made in enumerate(each, len(done) + 1):
+        with closing(results):
+            for number, samples in enumerate(results, len(done) + 1):
                 if processes > 1:
                     progress(f"video {number} of {self.total}")
                 if self.folder:
-                    self.folder.add(made)
-                self.samples += made
+                    self.folder.add(samples)
+                self.samples += samples
 
     def evaluate(self, video: VideoQuestions, progress: Progress = lambda what: None) -> list[dict]:
         """The samples of a video, variant after variant; if it fails, one with an `error` for each question."""
-        made: list[dict] = []
+        samples: list[dict] = []
         try:
             for span in group_by_span(video.rows):
                 frames, rows = SharedFrames(), SharedRows()
                 for variant in self.variants:
                     progress(variant.name)
-                    made += self._asked(variant, video, span, frames, rows)
+                    samples += self._asked(variant, video, span, frames, rows)
         except (UsageError, VideoError, ModelError, OutOfMemory) as problem:
             error = error_record(problem)
             return [_about(video, row) | {"error": error} for row in video.rows]
-        return made
+        return samples
 
     def _asked(
         self, variant: Variant, video: VideoQuestions, span: Span, frames: SharedFrames, rows: SharedRows
@@ -254,7 +252,7 @@ class Evaluation:
             answer = encoded.ask(row.prompt, **vars(row.generation(settings.generation)))
             said = "".join(answer)
             right = grade(row, said)
-            made = {
+            sample = {
                 **asdict(variant),
                 "question": row.question,
                 "expected": row.answer,
@@ -268,8 +266,8 @@ class Evaluation:
             if settings.timed:
                 # A method that does not read the question did all its work before the first one.
                 prune_ms = answer.report.time_ms.encode_prune if session.pruning.method.reads_question else pruned
-                made["prune_ms"] = prune_ms + (answer.report.time_ms.prefill_prune or 0.0)
-            yield _about(video, row) | made
+                sample["prune_ms"] = prune_ms + (answer.report.time_ms.prefill_prune or 0.0)
+            yield _about(video, row) | sample
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
         """The results so far, as plain data for JSON; `error` is what cut the run short."""

@@ -45,8 +45,8 @@ class RunFolder:
             text = file.read_bytes() if file.exists() else b""
         except OSError as problem:
             raise no_folder(path) from problem
-        if other := differences(before, json.loads(json.dumps(settings))):
-            raise UsageError(f"{path} was begun with other settings: {other}", "give the same ones, or a new -o DIR")
+        if change := differences(before, json.loads(json.dumps(settings))):
+            raise UsageError(f"{path} was begun with other settings: {change}", "give the same ones, or a new -o DIR")
         with _writing(path):
             for name in (SETTINGS, SAMPLES, RESULTS):
                 remove_unfinished(str(path / name))

@@ -17,17 +17,17 @@ def fastest_attention(model: Model) -> str:
 
 def hugging_face_model(model: Model, attention: str = "sdpa"):
     """The model of transformers for this family (`Qwen3VLForConditionalGeneration`, ...), on the tensors of `model`."""
-    made = meta_model(model.config, model.dtype, attention)
+    reference = meta_model(model.config, model.dtype, attention)
     if not model.native:
-        made.model.visual, made.model.language_model = model.model.visual, model.model.language_model
-        made.lm_head = model.lm_head
-        return made.eval()
+        reference.model.visual, reference.model.language_model = model.model.visual, model.model.language_model
+        reference.lm_head = model.lm_head
+        return reference.eval()
     # Those that are a part of a padded matrix as a user has them.
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-    made.load_state_dict(weights, strict=True, assign=True)
-    made.tie_weights()
-    with_frequencies(made, model.device)
-    return made.eval().requires_grad_(False)
+    reference.load_state_dict(weights, strict=True, assign=True)
+    reference.tie_weights()
+    with_frequencies(reference, model.device)
+    return reference.eval().requires_grad_(False)
 
 
 def share_equal(made, model: Model) -> list[str]:

@@ -153,10 +153,10 @@ def trace(
     with closing(open_inputs(session, [path], sampling, names=[name], kind=_TracedInput)) as opened:
         (traced,) = opened.inputs
         plan, report = traced.plan, opened.encode(progress).report
-    found = list(plan.info.warnings)
-    found += [each for each in ("cut_short", "damaged_video", "equal_scores") if each in report.inputs[0].warnings]
-    found += [] if session.loaded.knows(plan.info) else ["demo_overlay"]
-    return TracedVideo(plan, torch.cat(traced.shown), fates(traced.made), found, report.video.damaged or 0)
+    warnings = list(plan.info.warnings)
+    warnings += [code for code in ("cut_short", "damaged_video", "equal_scores") if code in report.inputs[0].warnings]
+    warnings += [] if session.loaded.knows(plan.info) else ["demo_overlay"]
+    return TracedVideo(plan, torch.cat(traced.shown), fates(traced.made), warnings, report.video.damaged or 0)
 
 
 MADE_BY = "evoprune overlay"  # in the metadata of each file
@@ -383,11 +383,11 @@ def _joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> 
     """Pictures in a column, aligned to the left; or in a row, centred vertically."""
     sizes = [picture.size[::-1] if across else picture.size for picture in pictures]
     wide, length = max(size[0] for size in sizes), sum(size[1] + gap for size in sizes) - gap
-    made, at = Image.new("RGB", (length, wide) if across else (wide, length), BACKGROUND), 0
+    canvas, at = Image.new("RGB", (length, wide) if across else (wide, length), BACKGROUND), 0
     for picture, size in zip(pictures, sizes, strict=True):
-        made.paste(picture, (at, (wide - size[0]) // 2) if across else (0, at))
+        canvas.paste(picture, (at, (wide - size[0]) // 2) if across else (0, at))
         at += size[1] + gap
-    return made
+    return canvas
 
 
 def _framed(pictures: Sequence[Image.Image]) -> Image.Image:

@@ -83,11 +83,11 @@ def outline(options: ModelOptions) -> FoundModel | None:
 
 def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
     """Loads a model if there is memory for the smallest case. Raises OutOfMemory; what `case_grid` and `load_model` raise."""
-    if found := outline(options):
-        size = DTYPES[found.dtype].itemsize
-        weights = found.parameters * size
-        working = min(working_memory(found.config, case, found.limits[VIDEO], size) for case in cases)
-        if short := cost.shortage(weights + working, str(found.device)):
+    if model := outline(options):
+        size = DTYPES[model.dtype].itemsize
+        weights = model.parameters * size
+        working = min(working_memory(model.config, case, model.limits[VIDEO], size) for case in cases)
+        if short := cost.shortage(weights + working, str(model.device)):
             hint = (
                 "take fewer or smaller frames (--frames, --size), 16-bit weights (--dtype bf16) or a smaller model (-m)"
             )
@@ -166,8 +166,8 @@ def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: Pru
     with clock.stage("encode"):
         embed = model.model.language_model.embed_tokens
         question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device)) if method.reads_question else None
-        how = {"normal": loaded.video.normal, "question": question, "seed": config.seed}
-        encoded = encode(visual, [clip.pixels], plan, **how)
+        options = {"normal": loaded.video.normal, "question": question, "seed": config.seed}
+        encoded = encode(visual, [clip.pixels], plan, **options)
     with clock.stage("prefill"):
         visuals = [generate.Visual(clip.place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
         embeds, columns, sizes, deepstack = generate.embed_prompt(model, clip.ids, visuals)
@@ -180,7 +180,7 @@ def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: Pru
     counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept), len(columns))
     sample = _sample(loaded, clock, encoded.prune_seconds, dropping.timer.seconds() if dropping else 0.0)
     if dropping:
-        work = dropping.work and tuple((layer, *each) for layer, each in enumerate(dropping.work))
+        work = dropping.work and tuple((layer, *layer_work) for layer, layer_work in enumerate(dropping.work))
         counts = replace(counts, language_layers=tuple(enumerate(dropping.layers)), language_work=work)
     return Turn(counts, sample, tokens)
 
@@ -197,14 +197,14 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
     # Row 0 is the place in the text; the others are the positions in time, height and width.
     positions = torch.cat([ascending(len(clip.ids), "cpu")[None], clip.positions])[:, None].to(device)
     with clock.stage("encode"):
-        made = reference.model.visual(clip.patches, grid_thw=grid_thw)
+        encoded = reference.model.visual(clip.patches, grid_thw=grid_thw)
     with clock.stage("prefill"):
         embeds = text.embed_tokens(clip.ids.to(device))
         video = clip.place.columns.to(device)
-        embeds[video], inner = made.pooler_output, {}
-        if getattr(made, "deepstack_features", None):
+        embeds[video], inner = encoded.pooler_output, {}
+        if getattr(encoded, "deepstack_features", None):
             mask = torch.zeros_like(positions[0], dtype=torch.bool).index_fill_(1, video, True)
-            inner = {"visual_pos_masks": mask, "deepstack_visual_embeds": made.deepstack_features}
+            inner = {"visual_pos_masks": mask, "deepstack_visual_embeds": encoded.deepstack_features}
         cache = DynamicCache(config=reference.config.text_config)
         given = {"inputs_embeds": embeds[None], "position_ids": positions, **inner}
         hidden = text(**given, past_key_values=cache, use_cache=True)
@@ -299,16 +299,16 @@ def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRo
     """The rows of all cases in the order of their turns. A method that prunes nothing is the budget of 1.0, always there."""
     named = {name: settings.config(name, 1.0).method for name in settings.methods if name != "none"}
     full = 1.0 in settings.budgets or "none" in settings.methods
-    made = []
+    rows = []
     for case in cases:
-        made += [ProfileRow(HUGGING_FACE, case), ProfileRow(FULL, case, method="none")]
-        made += [ProfileRow(METHOD, case, method="none", quantize=q) for q in settings.quantize if full and q != "none"]
-        made += [
+        rows += [ProfileRow(HUGGING_FACE, case), ProfileRow(FULL, case, method="none")]
+        rows += [ProfileRow(METHOD, case, method="none", quantize=q) for q in settings.quantize if full and q != "none"]
+        rows += [
             ProfileRow(METHOD, case, budget, name, quantize=quantize)
             for budget, name, quantize in product(settings.budgets, named, settings.quantize)
             if named[name].acts_at(budget)
         ]
-    return made
+    return rows
 
 
 WARM_UP, ROUND, COUNTED = "warm-up", "round", "counted"  # what `paced` yields
@@ -392,10 +392,10 @@ def _run_round(
     progress(f"{title}: matrix products")
     rate, turns, slowest = bench.rate(), {}, 0.0
     method = next((row for row in rows if row.kind == METHOD and row.method != "none"), None)
-    least = [row for row in rows if row.case == rows[0].case and (row.kind in (HUGGING_FACE, FULL) or row is method)]
+    minimum = [row for row in rows if row.case == rows[0].case and (row.kind in (HUGGING_FACE, FULL) or row is method)]
     for row in [row for row in rows if not row.error]:
         start = limit.now()
-        if rounds and row not in least and limit.left < rounds * slowest + (rounds - 1) * (start - begun):
+        if rounds and row not in minimum and limit.left < rounds * slowest + (rounds - 1) * (start - begun):
             rows.remove(row)
             continue
         progress(f"{title}: {row.name}, {row.case}")
@@ -421,28 +421,28 @@ def paced(
 
     Yields each with `WARM_UP` or `ROUND`; and the last warm-up once more with `COUNTED`, if no measured round ends in time.
     """
-    last, made, measured = 0.0, None, False
+    last, result, measured = 0.0, None, False
     titles = [(WARM_UP, n, settings.warmups) for n in range(settings.warmups)]
     titles += [(ROUND, n, settings.repetitions) for n in range(settings.repetitions)]
     for phase, number, wanted in titles:
         rounds = 1 if phase == ROUND else 2  # a measured round comes after each warm-up
-        if made is None or limit.left >= last * rounds:
+        if result is None or limit.left >= last * rounds:
             begun = limit.spent
-            made = run_round(f"{phase} {number + 1} of {wanted}", 0 if made else rounds)
+            result = run_round(f"{phase} {number + 1} of {wanted}", 0 if result else rounds)
             last, measured = limit.spent - begun, phase == ROUND
-            yield phase, made
+            yield phase, result
     if not measured:
-        yield COUNTED, made
+        yield COUNTED, result
 
 
 def _with_bounds(rows: list[ProfileRow]) -> list[ProfileRow]:
     """The rows, with a bound before the methods of each budget, made from the first of these that did not fail."""
-    made, seen, full = [], set(), None
+    bounded, seen, full = [], set(), None
     for row in rows:
         full = row if row.kind == FULL else full
         if row.kind == METHOD and row.method != "none" and (row.case, row.budget) not in seen:
             seen.add((row.case, row.budget))
             like = [r for r in rows if (r.kind, r.case, r.budget) == (METHOD, row.case, row.budget)]
-            made.append(bound_of(full, next((r for r in like if not r.error), row)))
-        made.append(row)
-    return made
+            bounded.append(bound_of(full, next((r for r in like if not r.error), row)))
+        bounded.append(row)
+    return bounded

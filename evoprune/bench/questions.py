@@ -165,8 +165,8 @@ def read(said: str, options: tuple[str, ...]) -> list[Word]:
     """The words and signs of an answer. What it denies, leaves open, asks, or says aside names nothing."""
     scanner, names = _scanner(options)
     words: list[Word] = []
-    for found in scanner.finditer(_plain(said)):
-        kind, text = found.lastgroup, found[0]
+    for match in scanner.finditer(_plain(said)):
+        kind, text = match.lastgroup, match[0]
         if kind == "letter":
             letter = next(char for char in text if char.isalpha()).upper()
             words.append(Word("name", text, names[letter], letter=True, marked=len(text) > 1))

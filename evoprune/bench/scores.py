@@ -48,7 +48,7 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
     groups = _groups(first)
     # Columns: the questions of each group, then the right answers of each row in each group.
     masks = np.array(list(groups.values())).T
-    right = {key: np.array([s["right"] for s in found]) for key, found in rows.items()}
+    right = {key: np.array([s["right"] for s in answers]) for key, answers in rows.items()}
     columns = np.hstack([masks, *(masks & r[:, None] for r in right.values())]).astype(float)
     sums = np.zeros((len(videos), columns.shape[1]))
     np.add.at(sums, cluster, columns)
@@ -58,33 +58,33 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
     with np.errstate(divide="ignore", invalid="ignore"):
         share = drawn[:, 1:] / drawn[:, :1]
         ratio = share / share[:, :1]
-    firsts, made = _firsts(list(rows)), []
+    firsts, table = _firsts(list(rows)), []
     for g, (group, mask) in enumerate(groups.items()):
         asked, accuracy = sums[:, 0, g], sums[:, 1:, g].sum(0) / mask.sum()
-        for r, (key, found) in enumerate(rows.items()):
-            mine = [s for s, counts in zip(found, mask, strict=True) if counts]
+        for r, (key, answers) in enumerate(rows.items()):
+            members = [s for s, counts in zip(answers, mask, strict=True) if counts]
             first = firsts[r]
-            made.append(
+            table.append(
                 {
                     "row": key[0],
                     "name": row_name(*key),
                     **dict(zip(KEY[1:], key[1:], strict=True)),
                     "group": group,
-                    "n": len(mine),
+                    "n": len(members),
                     "videos": int((asked > 0).sum()),
                     "right": int(sums[:, 1 + r, g].sum()),
                     "accuracy": _round(accuracy[r]),
                     **_interval("", accuracy_interval(sums[:, 1 + r, g], asked)),
-                    "unparseable": sum(s["unparseable"] for s in mine),
+                    "unparseable": sum(s["unparseable"] for s in members),
                     **_difference("difference", accuracy, share[:, :, g], r, 0),
                     "kept_of_full": _round(accuracy[r] / accuracy[0]) if accuracy[0] else None,
                     **_interval("kept_", percentile_interval(ratio[:, r, g])),
                     "first": None if first is None else row_name(*list(rows)[first]),
                     **_difference("first_difference", accuracy, share[:, :, g], r, first),
-                    **{name: _round(np.mean([s[name] for s in mine])) for name in COSTS},
+                    **{name: _round(np.mean([s[name] for s in members])) for name in COSTS},
                 }
             )
-    return made
+    return table
 
 
 def is_tie(row: dict, name: str) -> bool:
@@ -110,8 +110,8 @@ def precision(rows: Sequence[dict]) -> str | None:
     asked = f"{counted(compared[0]['n'], 'question')} about {counted(videos, 'video')}"
     if videos < LEAST_VIDEOS:
         return f"{asked}: too few videos for intervals of differences, which need at least {LEAST_VIDEOS}"
-    found = [(row[name], row[f"{name}_low"], row[f"{name}_high"]) for row in compared for name in DIFFERENCES]
-    reach = max(max(value - low, high - value) for value, low, high in found if value is not None)
+    intervals = [(row[name], row[f"{name}_low"], row[f"{name}_high"]) for row in compared for name in DIFFERENCES]
+    reach = max(max(value - low, high - value) for value, low, high in intervals if value is not None)
     unseen = 1 - 0.05 ** (1 / videos)  # the share that differs of which so many drawn ones see none, at a chance of 5%
     points = math.ceil(1000 * (reach or unseen) - 1e-6) / 10
     return f"{asked}: differences are known to about ±{points:.1f} points"
@@ -135,9 +135,9 @@ def _difference(name: str, accuracy: np.ndarray, drawn: np.ndarray, row: int, ot
 
 def _groups(samples: Sequence[dict]) -> dict[str, np.ndarray]:
     groups, types = {g for s in samples for g in s["groups"]} - {ALL}, {s["type"] for s in samples if s["type"]}
-    made = {ALL: np.ones(len(samples), bool)}
-    made |= {name: np.array([name in s["groups"] for s in samples]) for name in sorted(groups)}
-    return made | {TYPE + name: np.array([s["type"] == name for s in samples]) for name in sorted(types)}
+    masks = {ALL: np.ones(len(samples), bool)}
+    masks |= {name: np.array([name in s["groups"] for s in samples]) for name in sorted(groups)}
+    return masks | {TYPE + name: np.array([s["type"] == name for s in samples]) for name in sorted(types)}
 
 
 def _interval(name: str, interval: tuple[float, float]) -> dict[str, float | None]:
@@ -184,13 +184,13 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 
 def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
     """Totals of `sums` `[C, k]`, a row a cluster, over C clusters drawn with replacement: float64 `[draws, k]`, paired by draw."""
-    clusters, made = len(sums), []
+    clusters, totals = len(sums), []
     random = np.random.default_rng(seed)
     step = max(1, _AT_ONCE // max(1, clusters))
     for first in range(0, draws, step):
         weights = random.multinomial(clusters, np.full(clusters, 1 / clusters), size=min(step, draws - first))
-        made.append(weights.astype(float) @ sums)
-    return np.concatenate(made)
+        totals.append(weights.astype(float) @ sums)
+    return np.concatenate(totals)
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:

@@ -131,7 +131,7 @@ def search(
             alive = alive[: affordable(alive, known, len(these), videos - these.start, rounds, left())]
         for video in these:
             for candidate in alive:
-                took = [made.took_s for made in known[candidate]]
+                took = [earlier.took_s for earlier in known[candidate]]
                 if left() >= (mean(took) if took else first_guess(video)):
                     yield candidate, video
                     known[candidate].append(trial(candidate, video))
@@ -181,12 +181,12 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
 
 def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
     """The agreement of each, estimated among those that were tried on as many videos."""
-    made = {}
+    estimates = {}
     for videos in {len(seen.tokens) for seen in tried.values()}:
         group = {candidate: seen for candidate, seen in tried.items() if len(seen.tokens) == videos}
         sums = [(sum(seen.agree), sum(seen.tokens), np.mean(np.concatenate(seen.kl))) for seen in group.values()]
-        made |= dict(zip(group, smoothed(*map(np.array, zip(*sums, strict=True))).tolist(), strict=True))
-    return made
+        estimates |= dict(zip(group, smoothed(*map(np.array, zip(*sums, strict=True))).tolist(), strict=True))
+    return estimates
 
 
 def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
@@ -215,10 +215,10 @@ def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarra
             before = blocks.pop()
             block = before[0] + block[0], before[1] + block[1], before[2] + block[2]
         blocks.append(block)
-    made = np.zeros(len(agree))
+    shares = np.zeros(len(agree))
     for agreeing, all_tokens, members in blocks:
-        made[members] = agreeing / all_tokens
-    return made
+        shares[members] = agreeing / all_tokens
+    return shares
 
 
 def design_effect(candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> float | None:
@@ -331,13 +331,13 @@ class Answering:
             if spent < SLOW * self._seconds:
                 video, seconds = encode(self.session, path, self._sampling, frames)  # the first time also warms up
             self._plan(video, spent, videos)
-        made: list[Reference] = []
+        references: list[Reference] = []
         for question in self._questions[: self.asked]:
             answer = video.ask(question, max_new_tokens=self.tokens, think=self._think)
             str(answer)  # generates it
             ended = answer.report.finish_reason == "stop"
-            made.append(reference(video, question, answer.ids, ended, think=self._think))
-        return FullAnswers(path, tuple(made), seconds + made[0].seconds, self._now() - start)
+            references.append(reference(video, question, answer.ids, ended, think=self._think))
+        return FullAnswers(path, tuple(references), seconds + references[0].seconds, self._now() - start)
 
     def _plan(self, video: EncodedInputs, encoding: float, videos: int) -> None:
         """The longest answers to the most questions for which there is time, by a short answer; `encoding`: seconds a video."""
@@ -426,15 +426,15 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """What every document says of a run, as plain data for JSON."""
-        made, problems = (self.answering.made, self.answering.problems) if self.answering else ([], {})
+        answers, problems = (self.answering.made, self.answering.problems) if self.answering else ([], {})
         failures = [{"video": path, "message": error_record(problem)["message"]} for path, problem in problems.items()]
         return {
             "model": asdict(self.loaded.facts()) if self.loaded else None,
             "env": asdict(environment(self.loaded.device)) if self.loaded else None,
             "settings": self.settings.record(),
-            "videos": {"wanted": len(self.settings.videos), "answered": len(made), "failed": len(problems)},
+            "videos": {"wanted": len(self.settings.videos), "answered": len(answers), "failed": len(problems)},
             "questions": self.answering.asked if self.answering else 0,
-            "answer_tokens": sum(full.tokens for full in made),
+            "answer_tokens": sum(full.tokens for full in answers),
             "seconds": self.spent_s,
             "failures": failures,
         }
@@ -453,7 +453,7 @@ class Tuning(Run):
 
     def __init__(self, settings: TuneSettings, now: Callable[[], float] = time.perf_counter):
         super().__init__(settings, now)
-        self.known: Known = {made: [] for made in candidates(settings.budgets, settings.methods)}
+        self.known: Known = {candidate: [] for candidate in candidates(settings.budgets, settings.methods)}
         if not self.known:
             raise UsageError("no candidate prunes anything", "give budgets below 1 (-b 0.25,0.1)")
         self._quantizes, self._problem = settings.model.quantize != "none", None
@@ -480,7 +480,7 @@ class Tuning(Run):
 
         Calls `progress` with what comes next, `note` with what is to be read at once. Raises what `Answering.answer` raises.
         """
-        made, held = self.answer(progress), {}
+        answers, held = self.answer(progress), {}
         if self._quantizes and self.loaded.quantize == "none":
             self.loaded = self.answering.session = None  # frees the weights
             super().load(lambda done, of: progress(f"quantizing, {done} of {of} layers"))
@@ -494,16 +494,16 @@ class Tuning(Run):
             if video not in held:
                 held.clear()  # the frames and rows of the video before
                 held[video] = SharedFrames(), SharedRows()
-            start, full = self._now(), made[video]
+            start, full = self._now(), answers[video]
             session = Session(
                 self.loaded, PruneOptions(candidate.budget, candidate.method, seed=self.settings.seed).config()
             )
             encoded, seconds = encode(session, full.path, self.settings.sampling, *held[video])
             along, pruning = [agreement(given, encoded) for given in full.references], encoded.report.pruning
             return Trial(
-                agree=sum(int(one.agrees.sum()) for one in along),
+                agree=sum(int(result.agrees.sum()) for result in along),
                 tokens=full.tokens,
-                kl=[value for one in along for value in one.kl.tolist()],
+                kl=[value for result in along for value in result.kl.tolist()],
                 first_s=seconds + along[0].seconds,
                 full_s=full.first_s,
                 took_s=self._now() - start,
@@ -512,9 +512,9 @@ class Tuning(Run):
             )
 
         goal = self.settings.agree
-        trials = search(self.known, len(made), goal, trial, lambda: self.left_s, lambda video: made[video].took_s)
+        trials = search(self.known, len(answers), goal, trial, lambda: self.left_s, lambda video: answers[video].took_s)
         for candidate, video in trials:
-            progress(f"video {video + 1} of {len(made)}, {candidate.name}{self._best()}")
+            progress(f"video {video + 1} of {len(answers)}, {candidate.name}{self._best()}")
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
         """The results so far, for JSON; `error` is what cut the run short."""
@@ -544,18 +544,18 @@ class Tuning(Run):
 
     def _notes(self) -> list[str]:
         answering, known = self.answering, self.known.values()
-        made, settings = [self._problem, self._too_few()], self.settings
+        notes, settings = [self._problem, self._too_few()], self.settings
         wanted = len(settings.videos) - len(answering.problems)
         if len(answering.made) < wanted:
-            made.append(f"the time limit left out {wanted - len(answering.made)} of {counted(wanted, 'video')}")
+            notes.append(f"the time limit left out {wanted - len(answering.made)} of {counted(wanted, 'video')}")
         if answering.tokens < TOKENS[0] or answering.asked < len(settings.questions):
             asked = f"{answering.asked} of {counted(len(settings.questions), 'question')}"
-            made.append(f"the time limit allowed answers of {answering.tokens} tokens to {asked}")
+            notes.append(f"the time limit allowed answers of {answering.tokens} tokens to {asked}")
         fewer = sum(len(trials) < len(answering.made) for trials in known)
         if self.has_results and fewer:
             said = "settings were not tried on all videos: the time went to the better ones"
-            made.append(f"{fewer} of {len(known)} {said}")
-        return [note for note in made if note]
+            notes.append(f"{fewer} of {len(known)} {said}")
+        return [note for note in notes if note]
 
     def _best(self) -> str:
         best = recommended(result_rows(self.known, self.settings.agree))

@@ -74,11 +74,11 @@ def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
     """int64 `[keep]`: the rows of `unit` (`[n, D]`, the most attended first) left when rounds remove up to `step` similar ones."""
     left = ascending(len(unit) if keep else 0, unit.device)
     while len(left) > keep:
-        one, other = left[::2], left[1::2]
-        like = torch.cat([snap(unit[some] @ unit[other].T).amax(1) for some in one.split(BLOCK)])
+        even, odd = left[::2], left[1::2]
+        like = torch.cat([snap(unit[block] @ unit[odd].T).amax(1) for block in even.split(BLOCK)])
         # Of equals the last goes: a stable sort of the reversed rows puts it first.
-        order = len(one) - 1 - like.flip(0).argsort(descending=True, stable=True)
-        left = torch.cat([one[order[min(step, len(left) - keep) :]], other])
+        order = len(even) - 1 - like.flip(0).argsort(descending=True, stable=True)
+        left = torch.cat([even[order[min(step, len(left) - keep) :]], odd])
     return left
 
 
@@ -186,19 +186,19 @@ class Scope(Selector):
         every, cover = ascending(len(unit), unit.device), torch.zeros_like(unit[:, 0])
         weight = snap(tokens.attention).double() ** self.alpha if self.alpha else torch.ones_like(every).double()
 
-        def cosine(some: torch.Tensor) -> torch.Tensor:
-            return (unit[some] @ unit.T).mul_(16384).round_()  # in steps, as of `ranking.snap`
+        def cosine(rows: torch.Tensor) -> torch.Tensor:
+            return (unit[rows] @ unit.T).mul_(16384).round_()  # in steps, as of `ranking.snap`
 
-        def adds(some: torch.Tensor) -> torch.Tensor:
-            return cosine(some).sub_(cover).clamp_(min=0).sum(1, dtype=torch.float64) * weight[some]
+        def adds(rows: torch.Tensor) -> torch.Tensor:
+            return cosine(rows).sub_(cover).clamp_(min=0).sum(1, dtype=torch.float64) * weight[rows]
 
-        most = torch.cat([adds(some) for some in every.split(BLOCK)])  # what each adds at most; -1 once selected
+        bounds = torch.cat([adds(rows) for rows in every.split(BLOCK)])  # what each adds at most; -1 once selected
         for _ in range(keep):
-            known = most <= 0
-            while not known[best := most.argmax()]:
-                stale = torch.where(known, -torch.inf, most).topk(min(32, len(unit))).indices
+            known = bounds <= 0
+            while not known[best := bounds.argmax()]:
+                stale = torch.where(known, -torch.inf, bounds).topk(min(32, len(unit))).indices
                 stale = stale[~known[stale]]
-                most[stale], known[stale] = adds(stale), True
-            most[best] = -1
+                bounds[stale], known[stale] = adds(stale), True
+            bounds[best] = -1
             cover = torch.maximum(cover, cosine(best[None])[0])
-        return Selection((most < 0).nonzero().flatten())
+        return Selection((bounds < 0).nonzero().flatten())

@@ -41,7 +41,7 @@ def joined_peaks(x: torch.Tensor, count: int, neighbours: int | None = None) -> 
     """
     neighbours = min(NEIGHBOURS, max(2, count)) if neighbours is None else neighbours
     centres, (points, _) = peaks(x, count, neighbours), _points(x)
-    to = torch.cat([_distances(some, points[centres]).argmin(1) for some in points.split(BLOCK)])
+    to = torch.cat([_distances(block, points[centres]).argmin(1) for block in points.split(BLOCK)])
     return centres[to].index_copy(0, centres, centres)
 
 
@@ -86,13 +86,13 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
 
     nearest = min(neighbours, len(points))
     near = [distances(number).topk(nearest, largest=False).values for number in range(len(blocks))]
-    sparse = torch.cat([each.square().mean(1) for each in near])  # exact: integers
+    sparse = torch.cat([values.square().mean(1) for values in near])  # exact: integers
     apart, farthest = torch.empty_like(sparse), sparse.new_zeros(())
-    for number, some in enumerate(blocks):
+    for number, block in enumerate(blocks):
         distance = distances(number)
-        denser = (sparse < sparse[some, None]) | ((sparse == sparse[some, None]) & (index < some[:, None]))
+        denser = (sparse < sparse[block, None]) | ((sparse == sparse[block, None]) & (index < block[:, None]))
         farthest = torch.maximum(farthest, distance.max())
-        apart[some] = distance.masked_fill(~denser, torch.inf).amin(1)
+        apart[block] = distance.masked_fill(~denser, torch.inf).amin(1)
     return snap(torch.minimum(apart, farthest).log() - sparse * step.square() / x.shape[1])
 
 
@@ -108,13 +108,13 @@ def vicinity_clusters(x: torch.Tensor, place: torch.Tensor, count: int, cutoff: 
     scale = cutoff * (2 * (points - points.mean(0)).square().sum(1).mean()).sqrt().clamp(min=1)
     index, place = ascending(len(points), x.device), place.double()
     blocks = index.split(BLOCK)
-    dense = snap(torch.cat([(-(_distances(points[some], points) / scale).square()).exp().sum(1) for some in blocks]))
+    dense = snap(torch.cat([(-(_distances(points[block], points) / scale).square()).exp().sum(1) for block in blocks]))
     apart, follows = torch.empty_like(dense), torch.empty_like(index)
-    for some in blocks:
-        denser = (dense > dense[some, None]) | ((dense == dense[some, None]) & (index < some[:, None]))
-        far = snap(torch.cdist(place[some], place) - near) > 0
-        distance = (_distances(points[some], points) + far * FAR).masked_fill(~denser, torch.inf)
-        apart[some], follows[some] = distance.min(1)
+    for block in blocks:
+        denser = (dense > dense[block, None]) | ((dense == dense[block, None]) & (index < block[:, None]))
+        far = snap(torch.cdist(place[block], place) - near) > 0
+        distance = (_distances(points[block], points) + far * FAR).masked_fill(~denser, torch.inf)
+        apart[block], follows[block] = distance.min(1)
     centres = highest(snap(dense * apart / scale), count)
     follows[centres] = centres
     for _ in range(len(points).bit_length()):
@@ -129,9 +129,9 @@ def _points(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x / step, step
 
 
-def _distances(some: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+def _distances(block: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """`[p, n]`: distances in whole steps."""
-    return torch.cdist(some, points).round_()
+    return torch.cdist(block, points).round_()
 
 
 def relative(score: torch.Tensor) -> torch.Tensor:

@@ -167,12 +167,12 @@ def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
 
 def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
     """`[i][d]`: the mean cosine of the tokens of frames i and i + d of `x` (`[F, n, D]`), d from 0 to `window - 1`."""
-    held, found = deque(maxlen=window), []
+    held, cosines = deque(maxlen=window), []
     for frame in x:
         held.append(F.normalize(frame.float(), dim=1))
-        found.append(torch.stack([(held[-1] * other).sum(1).mean() for other in reversed(held)]))
-    sizes = [len(each) for each in found]
-    back = [each.tolist() for each in snap(torch.cat(found)).cpu().split(sizes)]  # to itself and the frames before
+        cosines.append(torch.stack([(held[-1] * other).sum(1).mean() for other in reversed(held)]))
+    sizes = [len(row) for row in cosines]
+    back = [row.tolist() for row in snap(torch.cat(cosines)).cpu().split(sizes)]  # to itself and the frames before
     return [[back[i + d][d] for d in range(min(window, len(x) - i))] for i in range(len(x))]
 
 

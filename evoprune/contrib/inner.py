@@ -86,7 +86,7 @@ class PruneVidInner(FastV):
         index, score = ascending(len(tokens.pair), tokens.pair.device), relative(self.score(tokens))
         sizes = tokens.pair.unique_consecutive(return_counts=True)[1].tolist()
         counts = apportion(tokens.left, sizes, sizes)
-        kept = [some[highest(score[some], count)] for some, count in zip(index.split(sizes), counts, strict=True)]
+        kept = [pair[highest(score[pair], count)] for pair, count in zip(index.split(sizes), counts, strict=True)]
         return Selection(torch.cat(kept))
 
 
@@ -172,17 +172,17 @@ class SparseVlm(DroppingMethod):
         into = torch.full_like(order, -1)
         into[order[:stay]] = order[:stay]
         if means := tokens.left - stay:
-            some = order[stay : stay + recycled(count - stay)].sort().values
-            into[some] = some[joined_peaks(tokens.hidden[some], means, means)]
+            merging = order[stay : stay + recycled(count - stay)].sort().values
+            into[merging] = merging[joined_peaks(tokens.hidden[merging], means, means)]
         return gathered(into)
 
 
 def _raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """int64 `[q]`: the text tokens (`[Q, D]`) that rate the visual tokens (`[N, D]`)."""
     words = text.float().T
-    weight = sum((some.float() @ words).softmax(1).sum(0) for some in visual.split(BLOCK))
-    found = (weight > weight.mean()).nonzero()[:, 0]
-    return found if len(found) else ascending(len(text), text.device)
+    weight = sum((block.float() @ words).softmax(1).sum(0) for block in visual.split(BLOCK))
+    raters = (weight > weight.mean()).nonzero()[:, 0]
+    return raters if len(raters) else ascending(len(text), text.device)
 
 
 def recycled(dropped: int) -> int:
@@ -270,9 +270,9 @@ class ViTCoP(DroppingMethod):
         if len(tokens.visual) < len(tokens.visual_embeds):
             return Selection(highest(-relative(length), tokens.left))
         into, index = [], ascending(len(tokens.visual), tokens.visual.device)
-        for some in index.split(tokens.pair.unique_consecutive(return_counts=True)[1].tolist()):
-            count, x = max(1, int(self.centres * len(some))), tokens.visual_embeds[some]
-            into.append(some[vicinity_clusters(x, tokens.place[some], count, self.cutoff, self.near)])
+        for pair in index.split(tokens.pair.unique_consecutive(return_counts=True)[1].tolist()):
+            count, x = max(1, int(self.centres * len(pair))), tokens.visual_embeds[pair]
+            into.append(pair[vicinity_clusters(x, tokens.place[pair], count, self.cutoff, self.near)])
         return merged(torch.cat(into).unique(return_inverse=True)[1], length, tokens.left)
 
 

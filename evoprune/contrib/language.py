@@ -129,7 +129,7 @@ class LayerTokens:
 
     def copied(self) -> "LayerTokens":
         """The same tokens in memory of their own. `memory` is the same."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         own = {name: value.clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
         others = {name: lambda make=make: make().copied() for name, make in values.items() if callable(make)}
         return replace(self, **own, **others)
@@ -142,11 +142,11 @@ class LayerTokens:
         rows = ascending(len(self.queries), self.queries.device)[-1:] if rows is None else rows
         heads, columns = self.queries.shape[1], len(self.keys)
         keys = self.keys.permute(1, 2, 0).float()
-        found = keys.new_zeros(len(self.visual))
-        for some in rows.split(max(1, MAX_WEIGHTS // (heads * columns))):
-            given = self._weights(some, keys, causal)[:, self.visual]
-            found = torch.maximum(found, given.amax(0)) if most else found + given.sum(0)
-        return found if most else found / (heads * len(rows))
+        received = keys.new_zeros(len(self.visual))
+        for block in rows.split(max(1, MAX_WEIGHTS // (heads * columns))):
+            given = self._weights(block, keys, causal)[:, self.visual]
+            received = torch.maximum(received, given.amax(0)) if most else received + given.sum(0)
+        return received if most else received / (heads * len(rows))
 
     def last_weights(self, count: int = 1) -> torch.Tensor:
         """float32 `[heads, C]`: the attention of the prompt's last columns to every column, head by head, as the mean over them."""
@@ -200,12 +200,12 @@ def select_in_language(method: DroppingMethod, tokens: LayerTokens) -> Selection
     """What stays behind a layer of the language model. Raises as `selecting.select`."""
     name, count = PLUGINS.get(type(method)), len(tokens.visual)
     # Keys and values are those of the cache, and a stranger's code may write into what it gets.
-    found = method.select(tokens.copied() if name else tokens)
-    if name and found is not None:
-        left = getattr(getattr(found, "kept", None), "shape", (0,))[0]
+    selection = method.select(tokens.copied() if name else tokens)
+    if name and selection is not None:
+        left = getattr(getattr(selection, "kept", None), "shape", (0,))[0]
         enough = left == tokens.left if method.exact else left <= tokens.left
-        check_selection(name, found, enough, tokens.left, count, tokens.hidden.device)
-    return found
+        check_selection(name, selection, enough, tokens.left, count, tokens.hidden.device)
+    return selection
 
 
 class Dropping(Reading):
@@ -224,7 +224,7 @@ class Dropping(Reading):
         place: torch.Tensor,
     ):
         self._model, self._method, self._plan = model, method, plan
-        self._visual, self._pair, self._place = (to_device(each, embeds.device) for each in (visual, pair, place))
+        self._visual, self._pair, self._place = (to_device(tensor, embeds.device) for tensor in (visual, pair, place))
         self._others = len(embeds) - len(visual)
         self._text = len(embeds) - 1 - int(visual[-1])  # columns after the last of them
         self._embeds = embeds[self._visual], embeds[len(embeds) - self._text :]
@@ -266,10 +266,10 @@ class Dropping(Reading):
             self._visual = torch.searchsorted(stay, old[kept])
             self._pair, self._place = self._pair[kept], self._place[kept]
             every = state.x, *deepstack
-            new = torch.stack([each[stay] for each in every])
+            new = torch.stack([tensor[stay] for tensor in every])
             if selection.unit_to_token is not None and len(kept):
-                for before, each in zip(every, new, strict=True):
-                    each[self._visual] = selection.features(before[old])
+                for before, tensor in zip(every, new, strict=True):
+                    tensor[self._visual] = selection.features(before[old])
             self.dropped.append((state.after, len(kept)))
             return new[0], new[1:], stay
 

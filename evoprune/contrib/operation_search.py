@@ -97,18 +97,18 @@ def search(
     add(removed, loss(removed))
     step = STEP * loss(frozenset(product(range(after, depth), [ALL], ORDER))).kl
     allowed, scores = step, {}
-    while left := [each for each in every if each not in removed and (each[0] < depth - 1 or each[2] == "keys")]:
-        for each in left:
-            if each not in scores:
+    while left := [op for op in every if op not in removed and (op[0] < depth - 1 or op[2] == "keys")]:
+        for op in left:
+            if op not in scores:
                 if not go_on():
                     return False
-                scores[each] = loss(closed(removed | {each}, depth)).kl
+                scores[op] = loss(closed(removed | {op}, depth)).kl
         best = min(reversed(left), key=scores.__getitem__)
         then = closed(removed | {best}, depth)
         measured = loss(then) if go_on() else None
         if measured and step and measured.kl > allowed:
             allowed += step
-            scores |= {each: loss(closed(removed | {each}, depth)).kl for each in left if go_on()}
+            scores |= {op: loss(closed(removed | {op}, depth)).kl for op in left if go_on()}
         else:
             add(then - removed, measured)
             removed = then
@@ -151,10 +151,10 @@ class OperationTuning(Run):
 
     def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
         """Answers in full, then searches until the order is complete or the time is over; otherwise as `Tuning.run`."""
-        made, settings, asked = self.answer(progress), self.settings, []
+        videos, settings, asked = self.answer(progress), self.settings, []
         full = Session(self.loaded, PruneOptions(1.0, "none", seed=settings.seed).config())
-        for number, answers in enumerate(made):
-            progress(f"encoding video {number + 1} of {len(made)}")
+        for number, answers in enumerate(videos):
+            progress(f"encoding video {number + 1} of {len(videos)}")
             asked.append((encode(full, answers.path, settings.sampling, SharedFrames())[0], answers.references))
 
         def measure(removed: Removed) -> Loss:
@@ -164,9 +164,9 @@ class OperationTuning(Run):
             method = MethodChain(language=_Trial(recipe=self._blank, removed=removed))
             session = replace(full, pruning=replace(full.pruning, method=method))
             pruned = [(video.with_session(session), references) for video, references in asked]
-            each = [agreement(given, video) for video, references in pruned for given in references]
-            kl = np.concatenate([one.kl.numpy() for one in each])
-            return Loss(float(kl.mean()), sum(int(one.agrees.sum()) for one in each) / len(kl))
+            results = [agreement(given, video) for video, references in pruned for given in references]
+            kl = np.concatenate([result.kl.numpy() for result in results])
+            return Loss(float(kl.mean()), sum(int(result.agrees.sum()) for result in results) / len(kl))
 
         blank = self._blank
         self.complete = search(blank.after, blank.depth, measure, self.found, lambda: self.left_s > 0)
@@ -205,4 +205,4 @@ def weights(config) -> tuple[float, float, float]:
     hidden, keys, queries = config.hidden_size, config.num_key_value_heads, config.num_attention_heads
     work = 2 * hidden * head_size(config) * keys, 2 * hidden * head_size(config) * queries
     work += (3 * hidden * config.intermediate_size,)
-    return tuple(round(each / sum(work), 6) for each in work)  # as files have them
+    return tuple(round(part / sum(work), 6) for part in work)  # as files have them

@@ -72,7 +72,7 @@ class Recipe:
             raise ValueError("after must be from 1 to depth, and key a share")
         if len(self.weights) != len(KINDS) or min(self.weights) <= 0:
             raise ValueError(f"weights must be {len(KINDS)} numbers above 0")
-        if wrong := [each for each in chain(*self.steps) if tuple(each) not in self._every]:
+        if wrong := [operation for operation in chain(*self.steps) if tuple(operation) not in self._every]:
             raise ValueError(f"there is no operation {[*wrong[0]]}")
 
     @classmethod
@@ -82,7 +82,7 @@ class Recipe:
             content = read_object(Path(file))
             if content.get("schema") != SCHEMA or not content.get("complete"):
                 raise ValueError(f"it is no complete result of {SCHEMA}")
-            steps = tuple(tuple(tuple(each) for each in step["operations"]) for step in content["steps"])
+            steps = tuple(tuple(tuple(operation) for operation in step["operations"]) for step in content["steps"])
             facts = content["recipe"]
             return cls(**facts | {"weights": tuple(facts["weights"])}, steps=steps)
         except OSError as problem:
@@ -111,8 +111,8 @@ class Recipe:
     def share(self, removed: Iterable[Operation]) -> float:
         """The share of the work on visual tokens that is left in the layers behind `after`; attention is not counted."""
         weight, sizes = dict(zip(KINDS, self.weights, strict=True)), {ALL: self.key, REST: 1 - self.key}
-        work, gone = {each: weight[each[2]] * sizes[each[1]] for each in self._every}, self._gone(removed)
-        left = sum(own for each, own in work.items() if each not in gone)
+        work, gone = {op: weight[op[2]] * sizes[op[1]] for op in self._every}, self._gone(removed)
+        left = sum(own for op, own in work.items() if op not in gone)
         # Rounded, so that what leaves a quarter by the sum of many shares fits into a budget of a quarter.
         return round(left / sum(work.values()), 9) if work else 1.0
 
@@ -145,11 +145,11 @@ class Recipe:
 
 def closed(removed: Iterable[Operation], depth: int) -> Removed:
     """`removed`, with those of the rest where those of all are, and with what nothing reads behind a group's last keys."""
-    made = set(removed)
-    made |= {(layer, REST, kind) for layer, group, kind in made if group == ALL}
+    gone = set(removed)
+    gone |= {(layer, REST, kind) for layer, group, kind in gone if group == ALL}
     for group in (ALL, REST):
-        made |= {*product(range(_last_keys(made, group, depth) + 1, depth), [group], KINDS)}
-    return frozenset(made)
+        gone |= {*product(range(_last_keys(gone, group, depth) + 1, depth), [group], KINDS)}
+    return frozenset(gone)
 
 
 def _last_keys(removed: Collection[Operation], group: str, depth: int) -> int:
@@ -203,8 +203,8 @@ class _Grouped(Dropping):
         computed = [self._plan.computed(layer, kind) for kind in KINDS]
         if self._key is None or all(map(all, computed)):
             return None, []
-        stays = (torch.where(self._key, *each) for each in computed)
-        return None, [self._with_text(columns, *each) for each in zip(stays, self.work[layer], strict=True)]
+        stays = (torch.where(self._key, *flags) for flags in computed)
+        return None, [self._with_text(columns, *pair) for pair in zip(stays, self.work[layer], strict=True)]
 
     def _selected(self, state: LayerState) -> Selection | None:
         if self._key is None:

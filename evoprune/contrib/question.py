@@ -42,8 +42,8 @@ class CdPruner(Selector):
         unit = tokens.by_pair(tokens.normalised)
         counts, at_once, kept = spread(keep, len(unit)), max(1, MAX_FEATURES // unit[0].numel()), []
         for first in range(0, len(unit), at_once):
-            some = slice(first, first + at_once)
-            kept += widest(unit[some], weight[some], counts[some])
+            part = slice(first, first + at_once)
+            kept += widest(unit[part], weight[part], counts[part])
         return of_pairs(kept, unit.shape[1])
 
 
@@ -110,9 +110,9 @@ def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
     a, b = torch.cat(ends, 1)
     cluster = index.flatten().clone()
     while (cluster[a] != cluster[b]).any():
-        least = torch.minimum(cluster[a], cluster[b])
+        lowest = torch.minimum(cluster[a], cluster[b])
         for end in (cluster[a], cluster[b]):  # the roots, so that whole clusters join
-            cluster.scatter_reduce_(0, end, least, "amin")
+            cluster.scatter_reduce_(0, end, lowest, "amin")
         while (cluster != cluster[cluster]).any():
             cluster = cluster[cluster]
     return cluster
@@ -142,10 +142,10 @@ class Dart(Selector):
             pivots = torch.cat([pivots, F.normalize(tokens.question[longest(tokens.question, self.text)], dim=1)])
         unlike = -snap(unit @ pivots.T)
         unlike[first] = -torch.inf
-        each, odd = divmod(keep - len(first), len(pivots))
+        per_pivot, odd = divmod(keep - len(first), len(pivots))
         selected = [first]
         for pivot in range(len(pivots)):
-            selected.append(ranked(unlike[:, pivot])[: each + (pivot < odd)])
+            selected.append(ranked(unlike[:, pivot])[: per_pivot + (pivot < odd)])
             unlike[selected[-1]] = -torch.inf
         return Selection(torch.cat(selected).sort().values)
 

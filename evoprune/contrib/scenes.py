@@ -46,8 +46,8 @@ class FastVid(Selector):
         index = tokens.by_pair(ascending(len(x), x.device))
         for span in segments(like, self.segments, self.threshold):
             new = (like[span.start : span.stop - 1] < self.ignore).nonzero().flatten().tolist()
-            some = slice(span.start, span.stop)
-            self.condense(x, attention, index[some], [*new, len(span) - 1], sum(shares[some]), into)
+            part = slice(span.start, span.stop)
+            self.condense(x, attention, index[part], [*new, len(span) - 1], sum(shares[part]), into)
         return gathered(into, centre_weights(into, self.centre))
 
     def condense(
@@ -66,19 +66,19 @@ class FastVid(Selector):
         half, context = index.shape[1] // 2, min(keep, max(1, int((1 - self.salient) * keep)))
         anchors = new[:: -self.every]
         wanted = dict(zip(anchors, apportion(context, [1] * len(anchors), [half] * len(anchors)), strict=True))
-        most = [index.shape[1] - wanted.get(pair, 0) for pair in new]
-        salient = zip(new, apportion(keep - context, [1] * len(new), most), strict=True)
+        max_counts = [index.shape[1] - wanted.get(pair, 0) for pair in new]
+        salient = zip(new, apportion(keep - context, [1] * len(new), max_counts), strict=True)
         best = torch.cat([index[pair, highest(attention[index[pair]], count)] for pair, count in salient])
         into[best] = best
         free = {pair: index[pair][into[index[pair]] < 0] for pair in anchors}
-        centres = torch.cat([some[peaks(x[some], wanted[pair], 4)] for pair, some in free.items()])
+        centres = torch.cat([units[peaks(x[units], wanted[pair], 4)] for pair, units in free.items()])
         into[centres] = centres
         rest = index[into[index] < 0]
         more = rest[highest(attention[rest], keep - len(best) - len(centres))]
         into[more] = more
         rest = rest[into[rest] < 0]
         if len(centres):
-            unit, peak = (F.normalize(x[some].float(), dim=1) for some in (rest, centres))
+            unit, peak = (F.normalize(x[units].float(), dim=1) for units in (rest, centres))
             into[rest] = centres[closest(unit, peak)[1]]
 
 
@@ -99,9 +99,9 @@ class FlashVid(Selector):
         into = torch.full_like(attention, -1, dtype=torch.int64)
         weight = torch.ones_like(attention, dtype=torch.float32)
         for span in segments(transitions(tokens), self.segments, self.threshold):
-            some = slice(span.start, span.stop)
-            local, weight[some] = self.condensed(attention[some], x[some], sum(shares[some]))
-            into[some] = torch.where(local < 0, -1, local + span.start * x.shape[1])
+            part = slice(span.start, span.stop)
+            local, weight[part] = self.condensed(attention[part], x[part], sum(shares[part]))
+            into[part] = torch.where(local < 0, -1, local + span.start * x.shape[1])
         return gathered(into.flatten(), weight.flatten())
 
     def condensed(self, attention: torch.Tensor, x: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,9 +158,9 @@ class FlashVid(Selector):
         """
         sizes, to = torch.bincount(pair).tolist(), torch.full_like(into, -1)
         counts = apportion(keep, sizes, sizes)
-        for own, some, count in zip(roots.split(sizes), mean.split(sizes), counts, strict=True):
+        for own, means, count in zip(roots.split(sizes), mean.split(sizes), counts, strict=True):
             if count:
-                to[own] = own[joined_peaks(some, count)]
+                to[own] = own[joined_peaks(means, count)]
         return to[into]
 
 
@@ -200,14 +200,14 @@ class Mmg(Selector):
 
 def joined(spans: list[range], like: list[float]) -> list[range]:
     """The segments after each of one frame pair has joined the more similar neighbour. `like`: cosines as of `transitions`."""
-    made: list[range] = []
+    merged: list[range] = []
     for number, span in enumerate(spans):
-        left = like[span.start - 1] if made else -math.inf
+        left = like[span.start - 1] if merged else -math.inf
         right = like[span.stop - 1] if number + 1 < len(spans) else -math.inf
-        if made and (len(made[-1]) == 1 or (len(span) == 1 and left >= right)):
-            span = range(made.pop().start, span.stop)
-        made.append(span)
-    return made
+        if merged and (len(merged[-1]) == 1 or (len(span) == 1 and left >= right)):
+            span = range(merged.pop().start, span.stop)
+        merged.append(span)
+    return merged
 
 
 def marginal_gains(means: torch.Tensor, video: torch.Tensor, beta: float) -> list[float]:
@@ -270,15 +270,15 @@ def folded(cluster: list[int]) -> list[int]:
     runs = _runs(cluster)
     longest = {label: max(length for other, length in runs if other == label) for label in cluster}
     runs = _runs([label if length == longest[label] > 1 else -1 for label, length in runs for _ in range(length)])
-    made: list[tuple[int, int]] = []
+    merged: list[tuple[int, int]] = []
     for (label, length), after in zip(runs, [*runs[1:], (-1, 0)], strict=True):
-        before = made[-1] if made else (-1, 0)
+        before = merged[-1] if merged else (-1, 0)
         if label < 0:
             label = before[0] if before[1] >= after[1] else after[0]
-        if label == before[0] and made:
-            length += made.pop()[1]
-        made.append((label, length))
-    return [length for _, length in made]
+        if label == before[0] and merged:
+            length += merged.pop()[1]
+        merged.append((label, length))
+    return [length for _, length in merged]
 
 
 def _runs(labels: list[int]) -> list[tuple[int, int]]:
@@ -311,19 +311,19 @@ class HoliTom(Selector):
         cosine = snap(torch.cosine_similarity(x[1:], x[:-1], dim=2))
         spans = most_saving(cosine > self.static)
         alone = torch.full(x.shape[1:2], -torch.inf, dtype=torch.float32, device=x.device)
-        least = [cosine[span.start : span.stop - 1].amin(0) if len(span) > 1 else alone for span in spans]
-        into = averaged(index, spans, least, self.static, keep)
+        min_cosines = [cosine[span.start : span.stop - 1].amin(0) if len(span) > 1 else alone for span in spans]
+        into = averaged(index, spans, min_cosines, self.static, keep)
         if into is not None:
             return gathered(into.flatten())
         attention, into = snap(tokens.attention), torch.full_like(tokens.unit_to_row, -1)
-        still = [lowest > self.static for lowest in least]
+        still = [lowest > self.static for lowest in min_cosines]
         # The units of the places that stand still, one row per place; and the others of each frame pair.
         groups = [index[span.start : span.stop, places].T for span, places in zip(spans, still, strict=True)]
         moving = [index[pair, ~places] for span, places in zip(spans, still, strict=True) for pair in span]
         sizes = [len(group) for group in (*groups, *moving)]
         counts = apportion(keep, sizes, sizes)
-        for some, count in zip(moving, counts[len(groups) :], strict=True):
-            best = some[highest(attention[some], count)]
+        for units, count in zip(moving, counts[len(groups) :], strict=True):
+            best = units[highest(attention[units], count)]
             into[best] = best
         return join_groups(into, x.flatten(0, 1), groups, counts[: len(groups)], self.centre)
 
@@ -334,8 +334,8 @@ def most_saving(same: torch.Tensor) -> list[range]:
     `same`: bool `[T - 1, n]`, whether each token is similar to the next one at its place.
     """
     back, backs = torch.zeros(same.shape[1], dtype=torch.int64, device=same.device), []
-    for each in same:  # counts for how many frame pairs each place has not changed
-        back = (back + 1) * each
+    for unchanged in same:  # counts for how many frame pairs each place has not changed
+        back = (back + 1) * unchanged
         backs.append(torch.bincount(back, minlength=len(same) + 1))
     # still[t][n]: the places that have not changed in the last n steps up to frame pair t + 1
     still = torch.stack(backs).flip(1).cumsum(1).flip(1).tolist() if backs else []
@@ -366,7 +366,7 @@ def averaged(
     Returns None if more than `keep` are left.
     """
     into, n, saved = index.clone(), index.shape[1], index.numel() - keep
-    if sum(int((each > limit).sum()) * (len(span) - 1) for span, each in zip(spans, still, strict=True)) < saved:
+    if sum(int((cosine > limit).sum()) * (len(span) - 1) for span, cosine in zip(spans, still, strict=True)) < saved:
         return None
     for best in torch.cat(still).argsort(descending=True, stable=True).tolist():
         if not saved:

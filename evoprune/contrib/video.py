@@ -85,15 +85,15 @@ class Adjacent(Selector):
 def neighbours(left: torch.Tensor) -> torch.Tensor:
     """int64 `[N, 4]`: the nearest of the tokens `left` (bool `[T, H, W]`) above, below, left and right of each; -1 for none."""
     index = torch.where(left, ascending(left.numel(), left.device).view_as(left), -1)
-    last, found = left.numel(), []
+    last, sides = left.numel(), []
     for dim in (1, 2):
         before = index.cummax(dim).values.roll(1, dim)  # indices rise along both dimensions
         before.select(dim, 0).fill_(-1)
         after = torch.where(index < 0, last, index).flip(dim).cummin(dim).values.roll(1, dim)
         after.select(dim, 0).fill_(last)
         after = after.flip(dim)
-        found += [before, torch.where(after == last, -1, after)]
-    return torch.stack(found, -1).view(-1, 4)
+        sides += [before, torch.where(after == last, -1, after)]
+    return torch.stack(sides, -1).view(-1, 4)
 
 
 def redundancy(unit: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
@@ -114,8 +114,8 @@ def highest_apart(score: torch.Tensor, near: torch.Tensor, count: int) -> torch.
     while (open_ < outside).any():  # a token that comes before all of its open neighbours is certain to be taken
         taken[:-1] |= (open_[:-1] < outside) & (open_[:-1] < open_[near].amin(1))
         open_[:-1].masked_fill_(taken[:-1] | taken[near].any(1), outside)
-    found = taken.nonzero().flatten()
-    return found[order[found].argsort()[:count]]
+    chosen = taken.nonzero().flatten()
+    return chosen[order[chosen].argsort()[:count]]
 
 
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)

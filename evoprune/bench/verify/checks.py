@@ -88,12 +88,12 @@ def patches(subject: Subject) -> Outcome:
     worst = Gap(0.0, 0.0)
     for path, name in ((subject.video, "pixel_values_videos"), (subject.picture, "pixel_values")):
         asked = subject.about(path)
-        (plan,), made = asked.plans, asked.call[name].cpu()
+        (plan,), pixels = asked.plans, asked.call[name].cpu()
         expected = _patches_of_transformers(subject, plan)
-        if made.shape != expected.shape:
-            return Outcome(DIFFERS, f"patches {list(made.shape)}, expected {list(expected.shape)}")
+        if pixels.shape != expected.shape:
+            return Outcome(DIFFERS, f"patches {list(pixels.shape)}, expected {list(expected.shape)}")
         std = min(subject.loaded.limits[plan.kind].image_std)
-        away = (made - expected).abs() * std
+        away = (pixels - expected).abs() * std
         worst = worst.worse((float(away.mean()), float(away.max())))
     says = f"at most {worst.largest * 255:.2f} of 255 levels, {worst.mean * 255:.3f} on average"
     return judged(says, {"mean_error": (worst.mean, LEVEL / 4), "largest_error": (worst.largest, LEVEL)})
@@ -111,8 +111,8 @@ def _patches_of_transformers(subject: Subject, plan: Plan) -> torch.Tensor:
     with closing(read_frames(plan.source, plan.sampling.times_s, decoder=plan.decoder)) as chunks:
         frames = [Image.fromarray(frame) for chunk in chunks for frame in chunk.frames]
     frames = [frame.resize(size, Image.Resampling.BICUBIC) for frame in (frames if len(frames) > 1 else 2 * frames)]
-    made = processor(images=frames, return_tensors="pt")["pixel_values"]
-    first, second = made.view(len(frames) // 2, 2, -1, 3, 2, limits.patch_size**2).unbind(1)
+    pixels = processor(images=frames, return_tensors="pt")["pixel_values"]
+    first, second = pixels.view(len(frames) // 2, 2, -1, 3, 2, limits.patch_size**2).unbind(1)
     return torch.stack([first[..., 0, :], second[..., 1, :]], -2).flatten(0, 1).flatten(1)
 
 
@@ -127,7 +127,7 @@ def positions(subject: Subject) -> Outcome:
     pair = subject.loaded.video.temporal_patch_size
     for paths in ([subject.video], [subject.picture, subject.video]):
         asked = subject.about(*paths)
-        made, call = asked.positions, {name: value.cpu() for name, value in asked.call.items()}
+        ours, call = asked.positions, {name: value.cpu() for name, value in asked.call.items()}
         if "second_per_grid_ts" in call:  # exactly: a product that is a whole number must not be rounded below it
             seconds = [asked.plans[-1].sampling.seconds_per_pair(pair)]
             if seconds[0] % 1 and not interface.takes_encoded(subject.transformers):
@@ -140,11 +140,11 @@ def positions(subject: Subject) -> Outcome:
             runs.append(run - run[:, :1] + at)
             at = int(runs[-1].max()) + 1
         expected = torch.cat(runs, 1)
-        if wrong := int((made != expected).any(0).sum()):
-            first = int((made != expected).any(0).nonzero()[0])
-            says = f"{counted(wrong, 'position')} of {made.shape[1]}, the first {made[:, first].tolist()}, expected "
+        if wrong := int((ours != expected).any(0).sum()):
+            first = int((ours != expected).any(0).nonzero()[0])
+            says = f"{counted(wrong, 'position')} of {ours.shape[1]}, the first {ours[:, first].tolist()}, expected "
             return Outcome(DIFFERS, says + str(expected[:, first].tolist()), {"wrong": wrong, "wrong_limit": 0})
-    return Outcome(HELD, f"all {made.shape[1]} of a picture and a video equal", {"wrong": 0, "wrong_limit": 0})
+    return Outcome(HELD, f"all {ours.shape[1]} of a picture and a video equal", {"wrong": 0, "wrong_limit": 0})
 
 
 def logits(subject: Subject) -> Outcome:
@@ -154,9 +154,9 @@ def logits(subject: Subject) -> Outcome:
     visuals = [Visual(place, last, ascending(len(place), "cpu"), deepstack=torch.stack(inner) if inner else None)]
     embeds, _, _, added = embed_prompt(model, asked.prompt.input_ids, visuals)
     cache = generate.new_cache(model, len(embeds))
-    how = {"last": asked.text_behind, "deepstack": added}
-    made = generate.layers_of(model).logits(model, embeds, asked.positions, cache, **how)
-    return _within(gap(made, subject.video_logits, centred=True), subject.logits_noise)
+    options = {"last": asked.text_behind, "deepstack": added}
+    ours = generate.layers_of(model).logits(model, embeds, asked.positions, cache, **options)
+    return _within(gap(ours, subject.video_logits, centred=True), subject.logits_noise)
 
 
 def answer(subject: Subject) -> Outcome:
@@ -181,11 +181,11 @@ def _same_answer(subject: Subject, *paths: Path) -> Outcome:
     same = f"{counted(rows, 'token')} equal, {len(text)} characters"
     if first is not None:
         same = f"token {first + 1} of {rows} differs, by a margin of {margin[first]:.2g}, within rounding"
-    found = judged(same, {"margin": (float(margin.max()), 2 * subject.logit_noise)})
-    if found.state == DIFFERS:
-        says = f"token {first + 1} of {rows}, where transformers prefers another by {margin[first]:.2g}; {found.says}"
-        return Outcome(DIFFERS, says, found.figures)
-    return found
+    outcome = judged(same, {"margin": (float(margin.max()), 2 * subject.logit_noise)})
+    if outcome.state == DIFFERS:
+        says = f"token {first + 1} of {rows}, where transformers prefers another by {margin[first]:.2g}; {outcome.says}"
+        return Outcome(DIFFERS, says, outcome.figures)
+    return outcome
 
 
 def batch(subject: Subject) -> Outcome:
@@ -207,14 +207,14 @@ def batch(subject: Subject) -> Outcome:
 
 def _padded(calls: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The calls as one, padded on the left."""
-    most = max(call["input_ids"].shape[1] for call in calls)
-    made = {}
+    max_length = max(call["input_ids"].shape[1] for call in calls)
+    padded = {}
     for name in calls[0]:
         values = [call[name] for call in calls]
         if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            values = [torch.nn.functional.pad(value, (most - value.shape[1], 0)) for value in values]
-        made[name] = torch.cat(values)
-    return made
+            values = [torch.nn.functional.pad(value, (max_length - value.shape[1], 0)) for value in values]
+        padded[name] = torch.cat(values)
+    return padded
 
 
 def packed(subject: Subject) -> Outcome:
@@ -228,7 +228,7 @@ def packed(subject: Subject) -> Outcome:
         return skipped("weights are not packed in this dtype on this device")
     worst = 0.0
     for layer in layers.values():
-        ours, least = PackedLinear(layer), layer.in_features**0.5 * torch.finfo(subject.dtype).eps
+        ours, rounding = PackedLinear(layer), layer.in_features**0.5 * torch.finfo(subject.dtype).eps
         for rows in (1, 300):
             random = torch.Generator().manual_seed(rows)
             x = torch.randn(rows, layer.in_features, generator=random, dtype=torch.float32, device="cpu")
@@ -236,13 +236,13 @@ def packed(subject: Subject) -> Outcome:
             bias = None if layer.bias is None else layer.bias.double()
             exact = torch.nn.functional.linear(x.double(), layer.weight.double(), bias)
             with torch.inference_mode():
-                worst = max(worst, gap(ours(x), exact).mean / least)
+                worst = max(worst, gap(ours(x), exact).mean / rounding)
     says = f"{counted(len(layers), 'shape')} of layers, error at most {worst:.2f} of what a sum of so many terms rounds"
     return judged(says, {"error_of_rounding": (worst, 1.0)})
 
 
-def _within(found: Gap, noise: Gap, times: float = 1.0) -> Outcome:
-    return judged(f"{found}; rounding alone {noise.mean:.1e}, {noise.largest:.1e}", found.limits(noise, times))
+def _within(distance: Gap, noise: Gap, times: float = 1.0) -> Outcome:
+    return judged(f"{distance}; rounding alone {noise.mean:.1e}, {noise.largest:.1e}", distance.limits(noise, times))
 
 
 # Share of the tokens that 16 bits may select otherwise: units that are nearly alike round to the same distance.
@@ -276,8 +276,8 @@ def counts(subject: Subject) -> Outcome:
     for budget in (BUDGET, 0.1):
         with counted_rows(subject.loaded.model.model.visual) as rows:
             encoded = subject.encode(subject.asking(budget, "evoprune:reuse=0"), [subject.video])
-        plan, made = encoded.plan.encoder, encoded.encoded
-        tokens = ("tokens", len(made.kept), plan.keep), ("features", len(made.features), plan.keep)
+        plan, result = encoded.plan.encoder, encoded.encoded
+        tokens = ("tokens", len(result.kept), plan.keep), ("features", len(result.features), plan.keep)
         layers = enumerate(zip(rows, plan.layers, strict=True))
         for what, entered, planned in (*((f"rows in layer {i}", *pair) for i, pair in layers), *tokens):
             if entered != planned:
@@ -307,16 +307,16 @@ def threads(subject: Subject) -> Outcome:
         torch.set_num_threads(before)
 
 
-def _same(subject: Subject, one: EncodedInputs, other: EncodedInputs) -> Outcome:
+def _same(subject: Subject, first: EncodedInputs, second: EncodedInputs) -> Outcome:
     """Whether two encodings have the same tokens and lead to the same logits."""
-    kept, again = ({*each.encoded.kept.tolist()} for each in (one, other))
+    kept, again = ({*encoding.encoded.kept.tolist()} for encoding in (first, second))
     flips = len(kept - again) / len(kept)
     limits = {"tokens_selected_otherwise": (flips, FLIPS if subject.dtype.itemsize == 2 else 0.0)}
-    found = gap(*(each.read_along(QUESTION, [0])[0] for each in (other, one)), centred=True)
+    distance = gap(*(encoding.read_along(QUESTION, [0])[0] for encoding in (second, first)), centred=True)
     if not flips:
-        limits |= found.limits(subject.logits_noise, 2)
+        limits |= distance.limits(subject.logits_noise, 2)
     other_ones = f", {flips:.0%} of them other ones" if flips else ""
-    return judged(f"{counted(len(kept), 'token')}{other_ones}; logits: {found}", limits)
+    return judged(f"{counted(len(kept), 'token')}{other_ones}; logits: {distance}", limits)
 
 
 def again(subject: Subject) -> Outcome:
@@ -337,7 +337,7 @@ def every_method(subject: Subject) -> Outcome:
         try:
             qa = subject.asking(method=name)
             first, second = (subject.encode(qa, [subject.video], SHORT) for _ in range(2))
-            found = first.read_along(QUESTION, [0])[0], second.read_along(QUESTION, [0])[0]
+            values = first.read_along(QUESTION, [0])[0], second.read_along(QUESTION, [0])[0]
         except UsageError:
             if name != "operations":
                 raise
@@ -347,7 +347,7 @@ def every_method(subject: Subject) -> Outcome:
         plan, kept = first.plan.encoder, first.encoded.kept.tolist()
         if qa.session.pruning.method.exact and not qa.session.pruning.method.language and len(kept) != plan.keep:
             return Outcome(DIFFERS, f"{name}: {len(kept)} tokens, expected {plan.keep}")
-        if not all(each.isfinite().all() for each in found) or second.encoded.kept.tolist() != kept:
+        if not all(x.isfinite().all() for x in values) or second.encoded.kept.tolist() != kept:
             return Outcome(DIFFERS, f"{name}: NaN, or other tokens the second time")
     return Outcome(HELD, f"{counted(len(ran), 'method')}{left}, each twice", {"methods": len(ran)})
 
@@ -360,8 +360,8 @@ def reuse(subject: Subject) -> Outcome:
     pairs, rows = plain.plan.grid[0], len(reusing.encoded.rows)
     if rows * pairs != plain.plan.units:
         return Outcome(DIFFERS, f"{rows} rows are encoded, expected {plain.plan.units // pairs}", {"rows": rows})
-    found = gap(reusing.encoded.every_feature, plain.encoded.every_feature)
-    return judged(f"{rows} of {plain.plan.units} units encoded; {found}", found.limits(subject.features_noise))
+    distance = gap(reusing.encoded.every_feature, plain.encoded.every_feature)
+    return judged(f"{rows} of {plain.plan.units} units encoded; {distance}", distance.limits(subject.features_noise))
 
 
 def transformers_model(subject: Subject) -> Outcome:
@@ -377,9 +377,9 @@ def transformers_model(subject: Subject) -> Outcome:
         ours = subject.encode(subject.asking(), [subject.video]).read_along(QUESTION, [0])[0]
     with pruning:
         theirs = subject.last_logits(subject.about(subject.video).call)
-    found = gap(ours, theirs, centred=True)
-    says = f"{found}; rounding alone {subject.logits_noise.mean:.1e}"
-    return judged(says, found.limits(subject.logits_noise, 2))
+    distance = gap(ours, theirs, centred=True)
+    says = f"{distance}; rounding alone {subject.logits_noise.mean:.1e}"
+    return judged(says, distance.limits(subject.logits_noise, 2))
 
 
 def _bits(kind: str, subject: Subject) -> Outcome:
@@ -397,13 +397,13 @@ def _bits(kind: str, subject: Subject) -> Outcome:
     small = shared(model)
     quantize(small, kind, calibrate)
     qa = VideoQA(replace(subject.loaded, model=small, quantize=kind), budget=1.0, method="none")
-    exact, made = (each.read_along(QUESTION, ids)[0] for each in (plain, subject.encode(qa, [subject.video])))
+    exact, rounded = (side.read_along(QUESTION, ids)[0] for side in (plain, subject.encode(qa, [subject.video])))
     logs = exact.log_softmax(-1)
-    kl = float((logs.exp() * (logs - made.log_softmax(-1))).sum(1).mean())
-    error, same = gap(made, exact, centred=True).mean, int((made.argmax(1) == exact.argmax(1)).sum())
+    kl = float((logs.exp() * (logs - rounded.log_softmax(-1))).sum(1).mean())
+    error, same = gap(rounded, exact, centred=True).mean, int((rounded.argmax(1) == exact.argmax(1)).sum())
     says = f"mean KL {kl:.2g} nats, {same} of {len(ids)} first choices the same, error of logits {error:.1e}"
-    most = ERRORS[kind] + GROWTH * subject.logits_noise.mean
-    return judged(says, {"kl": (kl, KL[kind]), "mean_error": (error, most)})
+    max_error = ERRORS[kind] + GROWTH * subject.logits_noise.mean
+    return judged(says, {"kl": (kl, KL[kind]), "mean_error": (error, max_error)})
 
 
 int8, int4 = partial(_bits, "int8"), partial(_bits, "int4")
@@ -453,10 +453,10 @@ def kernels(subject: Subject) -> Outcome:
     return Outcome(HELD, f"attention: tower {tower}, language model {language}; products: {products}")
 
 
-def _sdpa(q: torch.Tensor, **how) -> str:
+def _sdpa(q: torch.Tensor, **kwargs) -> str:
     """The kernel that torch takes for attention, where the device says it."""
     try:
-        return f"sdpa ({SDPBackend(torch._fused_sdp_choice(q, q, q, **how)).name.lower()})"
+        return f"sdpa ({SDPBackend(torch._fused_sdp_choice(q, q, q, **kwargs)).name.lower()})"
     except (AttributeError, RuntimeError, ValueError):
         return "sdpa"
 
@@ -508,8 +508,8 @@ def accelerated(subject: Subject) -> Outcome:
         figures[f"{name}_unlike"] = (1 - share, 1 - SAME)
     with plainly():
         expected = subject.encode(subject.asking(1.0), [subject.video]).encoded.every_feature
-    made = subject.encode(subject.asking(1.0), [subject.video]).encoded.every_feature
-    features = gap(made, expected)
+    actual = subject.encode(subject.asking(1.0), [subject.video]).encoded.every_feature
+    features = gap(actual, expected)
     figures |= {f"tower_{name}": limit for name, limit in features.limits(subject.features_noise).items()}
     said = f"tower {features}"
     if can_capture(subject.device) and subject.loaded.model.native:
@@ -537,7 +537,7 @@ def _selections(device: torch.device) -> dict[str, float]:
     means = (drawn(GRID[0], 117, 96) * 20 + 128).clamp(0, 255)
     means[1::2, 30:] = means[:-1:2, 30:]
 
-    def each() -> dict[str, torch.Tensor]:
+    def outputs() -> dict[str, torch.Tensor]:
         radii = operators.tube_radii(place, half, weight, first, row, time, tubes, units)
         kept = radii.topk(units // 4).indices.sort().values
         scanned = reuse_scan(means, means[0], torch.zeros_like(row[:117]), False, 0, 8.0)[0]
@@ -547,10 +547,10 @@ def _selections(device: torch.device) -> dict[str, float]:
         return {"selection": mask, "clusters": of, "reuse": scanned, "means": averages.round(decimals=2)}
 
     selected = torch.arange(0, units, 4, dtype=torch.int64, device=device)
-    made = each()
+    actual = outputs()
     with plainly():
-        expected = each()
-    return {name: float((made[name] == expected[name]).float().mean()) for name in made}
+        expected = outputs()
+    return {name: float((actual[name] == expected[name]).float().mean()) for name in actual}
 
 
 @torch.inference_mode()
@@ -566,8 +566,8 @@ def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.tensor([*answer.ids, 0], dtype=torch.int64, device="cpu")
         plain = generate.teacher_forced_logits(state, ids, one_by_one=True)[1:]
     state = generate.prefill(model, embeds, positions, 64)
-    steps, holder, made = static.StaticCache(model, static.MIN_COLUMNS), object(), []
+    steps, holder, decoded = static.StaticCache(model, static.MIN_COLUMNS), object(), []
     steps.begin(holder, state.cache, 64, static.MIN_COLUMNS)
     for token in answer.ids:
-        steps.following(model, holder, token, lambda logits, best: made.append(logits.clone()) or 0)
-    return torch.stack(made), plain
+        steps.following(model, holder, token, lambda logits, best: decoded.append(logits.clone()) or 0)
+    return torch.stack(decoded), plain

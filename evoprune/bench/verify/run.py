@@ -74,7 +74,7 @@ class VerifyResults:
     seconds: float = 0.0
 
     def of(self, state: str) -> list[Finding]:
-        return [found for found in self.findings if found.outcome.state == state]
+        return [finding for finding in self.findings if finding.outcome.state == state]
 
     @property
     def verdict(self) -> str:
@@ -86,9 +86,13 @@ class VerifyResults:
         loaded, env = self.loaded, environment(self.loaded.device)
         counts = {state: len(self.of(state)) for state in (HELD, DIFFERS, SKIPPED)}
         checks = [
-            {"name": found.check.name, "compares": found.check.compares, "state": found.outcome.state}
-            | {"says": found.outcome.says, "figures": _short(found.outcome.figures), "seconds": round(found.seconds, 2)}
-            for found in self.findings
+            {"name": finding.check.name, "compares": finding.check.compares, "state": finding.outcome.state}
+            | {
+                "says": finding.outcome.says,
+                "figures": _short(finding.outcome.figures),
+                "seconds": round(finding.seconds, 2),
+            }
+            for finding in self.findings
         ]
         return {
             "schema": SCHEMA,

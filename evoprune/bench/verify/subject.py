@@ -119,8 +119,8 @@ def gap(made: torch.Tensor, expected: torch.Tensor, centred: bool = False) -> Ga
     if centred:
         made, expected = (x - x.mean(1, keepdim=True) for x in (made, expected))
     tiny = torch.finfo(torch.float32).tiny
-    each = (made - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=tiny)
-    return Gap(float(each.mean()), float(each.max()), len(each))
+    distances = (made - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=tiny)
+    return Gap(float(distances.mean()), float(distances.max()), len(distances))
 
 
 MAX_WEIGHTS = 2**24  # weights that are widened at a time
@@ -129,8 +129,8 @@ WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.floa
 
 def wider(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
     """The dtype that shows the rounding of another; None where the device has none."""
-    found = WIDER.get(dtype)
-    return None if found == torch.float64 and device.type == "mps" else found
+    wide = WIDER.get(dtype)
+    return None if wide == torch.float64 and device.type == "mps" else wide
 
 
 @contextmanager
@@ -166,8 +166,8 @@ def _forward_of(module: nn.Module) -> Callable:
 
 def _linear(layer: nn.Linear, _forward: Callable, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
     rows = layer.weight.split(max(1, MAX_WEIGHTS // layer.in_features))
-    made = torch.cat([F.linear(x.to(dtype), piece.to(dtype)) for piece in rows], -1)
-    return made if layer.bias is None else made + layer.bias.to(dtype)
+    output = torch.cat([F.linear(x.to(dtype), piece.to(dtype)) for piece in rows], -1)
+    return output if layer.bias is None else output + layer.bias.to(dtype)
 
 
 def _embedding(layer: nn.Embedding, forward: Callable, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
@@ -213,27 +213,27 @@ class Subject:
         self.limit, self._asked = TimeLimit(inf), {}
         self.differing: list[str] = []
         self.not_read: str | None = None
-        limits = {kind: replace(each, min_pixels=each.unit**2) for kind, each in loaded.limits.items()}
+        limits = {kind: replace(limit, min_pixels=limit.unit**2) for kind, limit in loaded.limits.items()}
         self.loaded, self.video, self.still, self.picture = replace(loaded, limits=limits), video, still, picture
 
     @cached_property
     def transformers(self):
         """Transformers' model, which knows the model's special tokens. It reads the files itself, where there are any and memory
         for a second copy of the weights; otherwise it is made of our tensors. Equal ones are in memory once."""
-        model, found = self.loaded.model, self.loaded.found
+        model, origin = self.loaded.model, self.loaded.found
         short = shortage(self.loaded.weights_bytes, self.loaded.device)
-        if found.random or found.quantization or short:
-            whole = "quantised weights are in memory once" if found.quantization else "random weights are in no file"
+        if origin.random or origin.quantization or short:
+            whole = "quantised weights are in memory once" if origin.quantization else "random weights are in no file"
             self.not_read = f"a second copy of the weights {short}" if short else whole
-            made = hugging_face_model(model)
+            reference = hugging_face_model(model)
         else:
-            made = read_whole(found.folder, self.dtype, self.device)
-            self.differing = share_equal(made, model)
+            reference = read_whole(origin.folder, self.dtype, self.device)
+            self.differing = share_equal(reference, model)
         specials = self.loaded.tokenizer.specials()
         names = {"image_token_id": "image_pad", "video_token_id": "video_pad", "vision_start_token_id": "vision_start"}
         for name, token in names.items():
-            setattr(made.config, name, specials[f"<|{token}|>"])
-        return made
+            setattr(reference.config, name, specials[f"<|{token}|>"])
+        return reference
 
     @property
     def device(self) -> torch.device:
@@ -276,13 +276,13 @@ class Subject:
         kinds, parts = call["mm_token_type_ids"][0], {}
         for kind, (pixels, grids) in NAMES.items():
             if pixels in call:
-                made = self.transformers.model.visual(call[pixels].to(self.dtype), grid_thw=call[grids])
-                inner = getattr(made, "deepstack_features", None) or ()
-                parts[TYPES[kind]] = torch.stack([made.pooler_output, *inner])
-        some = next(iter(parts.values()))
-        every = some.new_empty(len(some), len(kinds), some.shape[2])
-        for kind, made in parts.items():
-            every[:, kinds == kind] = made
+                output = self.transformers.model.visual(call[pixels].to(self.dtype), grid_thw=call[grids])
+                inner = getattr(output, "deepstack_features", None) or ()
+                parts[TYPES[kind]] = torch.stack([output.pooler_output, *inner])
+        first = next(iter(parts.values()))
+        every = first.new_empty(len(first), len(kinds), first.shape[2])
+        for kind, part in parts.items():
+            every[:, kinds == kind] = part
         return every[:, kinds > 0]
 
     @torch.inference_mode()
@@ -350,16 +350,16 @@ class Subject:
 
     def _noise(self, of: Callable[[tuple[torch.Tensor, torch.Tensor]], Gap]) -> Gap:
         """No less than a rounding of one number, because a short sum may happen to be exact."""
-        least = torch.finfo(self.dtype).eps
-        return Gap(*2 * [ROUNDINGS * least]) if self._wide is None else of(self._wide).worse((least, least))
+        rounding = torch.finfo(self.dtype).eps
+        return Gap(*2 * [ROUNDINGS * rounding]) if self._wide is None else of(self._wide).worse((rounding, rounding))
 
     @cached_property
     def logit_noise(self) -> float:
         """The largest distance between a logit and that of the wider dtype; logits are compared without their mean."""
         exact = self.video_logits if self._wide is None else self._wide[1]
-        made, exact = (x.cpu().double() - x.cpu().double().mean(1, keepdim=True) for x in (self.video_logits, exact))
-        least = float(exact.abs().max()) * torch.finfo(self.dtype).eps
-        return max(float((made - exact).abs().max()), least * (ROUNDINGS if self._wide is None else 1))
+        ours, exact = (x.cpu().double() - x.cpu().double().mean(1, keepdim=True) for x in (self.video_logits, exact))
+        rounding = float(exact.abs().max()) * torch.finfo(self.dtype).eps
+        return max(float((ours - exact).abs().max()), rounding * (ROUNDINGS if self._wide is None else 1))
 
 
 class Asked:

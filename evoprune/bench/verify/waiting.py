@@ -43,12 +43,12 @@ class Waiting(TorchDispatchMode):
         return [place for place in self.places if not place.split()[1].startswith(("methods/", "contrib/"))]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        if self.waits(func, args, kwargs or {}, made):
+        result = func(*args, **(kwargs or {}))
+        if self.waits(func, args, kwargs or {}, result):
             lines = [frame for frame in extract_stack() if "evoprune/" in frame.filename and __file__ != frame.filename]
             where = f"{lines[-1].filename.rpartition('evoprune/')[2]}:{lines[-1].lineno}" if lines else "?"
             self.places.append(f"{func._schema.name.removeprefix('aten::')} {where}")
-        return made
+        return result
 
     def waits(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> bool:
         there = any(isinstance(x, torch.Tensor) and not exact_shapes(x.device) for x in args)
@@ -58,6 +58,6 @@ class Waiting(TorchDispatchMode):
         if name not in COPYING:
             return False
         to, source = args[:2] if name == "copy_" else (made, args[0])
-        named = kwargs | {each.name: value for each, value in zip(func._schema.arguments, args, strict=False)}
+        named = kwargs | {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
         across = exact_shapes(to.device) != exact_shapes(source.device)
         return across and not (named.get("non_blocking") and exact_shapes(source.device) and source.is_pinned())
