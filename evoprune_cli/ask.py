@@ -433,8 +433,8 @@ class Conversation:
         else:
             names = {"answer_cut", "thoughts_cut"}
             cut = [record for record in (report, report.compare) if record and names & {*record.warnings}]
-            for each in cut[:1]:
-                _print_warnings(each, [*names])
+            for record in cut[:1]:
+                _print_warnings(record, [*names])
         self._finished += 1
         if not self._stats:
             return
@@ -443,10 +443,10 @@ class Conversation:
             for line in stats_block(report, columns(), self._verbose):
                 note(paint(printable(line), "2"))
         else:
-            for title, each in (
+            for title, record in (
                 {"pruned: ": report, "full: ": report.compare}.items() if report.compare else [("", report)]
             ):
-                tell(f"{title}{summary(each)}")
+                tell(f"{title}{summary(record)}")
 
     def _failure(self, question: str, problem: BaseException) -> Report:
         """The record of a question that has no answer."""
