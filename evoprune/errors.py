@@ -141,8 +141,8 @@ def error_record(problem: BaseException) -> dict:
     elif not isinstance(problem, EvopruneError):
         hint = "this is a bug; report it with its traceback, which --debug prints"
         problem = EvopruneError(f"{type(problem).__name__}: {first_line(problem)}", hint)
-    made = {"code": problem.exit_code} | {name: getattr(problem, name) for name in ("type", "stage", "message", "hint")}
-    return made | {name: made[name] and LONG_WORD.sub(r"\1...\2", made[name]) for name in ("message", "hint")}
+    data = {"code": problem.exit_code} | {name: getattr(problem, name) for name in ("type", "stage", "message", "hint")}
+    return data | {name: data[name] and LONG_WORD.sub(r"\1...\2", data[name]) for name in ("message", "hint")}
 
 
 def is_interruption(problem: BaseException) -> bool:

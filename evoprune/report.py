@@ -266,7 +266,7 @@ class Report:
     def to_json(self, ascii_only: bool = False) -> str:
         """One compact line; `ascii_only` spells everything else as JSON escapes, as invisible characters always are."""
         text = json.dumps(rounded(asdict(self)), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
-        return INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+        return INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
@@ -280,26 +280,26 @@ class Report:
     def _from_record(cls, record: Any) -> "Report":
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             raise ValueError(f"not a record of {SCHEMA}")
-        made = _filled(cls(), record)
-        if made.compare is not None:
-            made.compare = cls._from_record(made.compare)
-        if not isinstance(made.inputs, list):
+        report = _filled(cls(), record)
+        if report.compare is not None:
+            report.compare = cls._from_record(report.compare)
+        if not isinstance(report.inputs, list):
             raise ValueError("inputs is not a list")
-        made.inputs = [_filled(InputFacts(), each) for each in made.inputs]
-        return made
+        report.inputs = [_filled(InputFacts(), facts) for facts in report.inputs]
+        return report
 
 
-def _filled(made, record: Any, name: str = "a record"):
+def _filled(target, record: Any, name: str = "a record"):
     """A dataclass with the values of a record; those of dataclasses inside it, too. Fields that it does not have are ignored."""
     if not isinstance(record, dict):
         raise ValueError(f"{name} is not an object")
     for field_, value in record.items():
-        current = getattr(made, field_, None)
+        current = getattr(target, field_, None)
         if hasattr(current, "__dataclass_fields__"):
             _filled(current, value, field_)
-        elif field_ in made.__dataclass_fields__:
-            setattr(made, field_, value)
-    return made
+        elif field_ in target.__dataclass_fields__:
+            setattr(target, field_, value)
+    return target
 
 
 def name_inputs(report: Report, names: Sequence[str]) -> None:
@@ -339,8 +339,8 @@ def warning_lines(report: Report) -> list[str]:
 
 def warned(report: Report) -> list[tuple[str, VideoFacts]]:
     """The warnings of a `Report`: names, and the `VideoFacts` that each is about. Those of inputs, then those about the model."""
-    own = [(name, each.video) for each in report.inputs for name in each.warnings]
-    names = [os.path.basename(os.path.abspath(each.path)) for each in report.inputs]
+    own = [(name, facts.video) for facts in report.inputs for name in facts.warnings]
+    names = [os.path.basename(os.path.abspath(facts.path)) for facts in report.inputs]
     about = replace(report.video, path=listed(names)) if len(names) > 1 else report.video
     return [*own, *((name, about) for name in report.warnings if name not in {known for known, _ in own})]
 
@@ -372,7 +372,7 @@ def _heading(report, width: int) -> list[str]:
         name = os.path.basename(os.path.abspath(model.id)) if os.path.isabs(model.id or "") else model.id or "?"
         name = shorten(name, max(24, width - 40))
         lines.append(f"{'model':<11}{name}  {model.precision}  {device_text(model.device, report.env.threads)}")
-    lines += [_input_line(each, width) for each in report.inputs or [report] if each.video.path]
+    lines += [_input_line(facts, width) for facts in report.inputs or [report] if facts.video.path]
     if pruning.method:
         budget = "" if pruning.method == "none" else f" -b {budget_text(pruning.budget)}"
         lines.append(f"{'pruning':<11}{pruning.method}{budget}: {_kept(pruning)}")
@@ -432,8 +432,8 @@ def _stages(report, width: int) -> list[str]:
 def _each_input(report) -> list[str]:
     """Of several inputs, what each took and what is kept of it."""
     lines = []
-    for number, each in enumerate(report.inputs, 1):
-        kept, spent = each.pruning, each.time_ms
+    for number, facts in enumerate(report.inputs, 1):
+        kept, spent = facts.pruning, facts.time_ms
         if len(report.inputs) > 1 and spent.read is not None:
             times = f"read {spent.read:,.0f}, preprocess {spent.preprocess:,.0f}, encode {spent.encode:,.0f} ms"
             tokens = f"{kept.visual_tokens_in or 0:,} visual tokens -> {kept.visual_tokens_kept or 0:,}"
@@ -461,7 +461,7 @@ def _flow(report) -> dict[str, str]:
         flow["read"] = f"{len(report.inputs)} inputs"
     elif sampling.frames:
         height, width = sampling.resized_hw
-        still = any(each.kind == "picture" for each in report.inputs)
+        still = any(facts.kind == "picture" for facts in report.inputs)
         flow["read"] = "a picture" if still else _frames_read(report)
         flow["preprocess"] = f"{counted(sampling.frames, 'frame')} of " * (not still) + f"{width}x{height}"
     if pruning.visual_tokens_kept is not None:
@@ -556,5 +556,5 @@ def _subtitles(said: dict) -> str:
 
 def _wrapped(title: str, words: list[str]) -> list[str]:
     settings = {"break_long_words": False, "break_on_hyphens": False}
-    made = textwrap.wrap(" ".join(words), WIDTH, initial_indent=f"{title:<11}", subsequent_indent=INDENT, **settings)
-    return made or [f"{title:<10}"]
+    lines = textwrap.wrap(" ".join(words), WIDTH, initial_indent=f"{title:<11}", subsequent_indent=INDENT, **settings)
+    return lines or [f"{title:<10}"]

@@ -92,7 +92,7 @@ def listed(names: Sequence[str], word: str = "and") -> str:
 
 def harmless(text: str) -> str:
     r"""The text with escapes, such as \x1b, for what a terminal would obey."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def is_text(value: str) -> bool:
@@ -158,20 +158,20 @@ def from_keywords(given: Mapping[str, Any], *declared: type) -> list:
     Raises TypeError: a keyword that is a field of none of them. UsageError: a bad value.
     """
     check_known(given, *declared)
-    return [each(**{f.name: given[f.name] for f in fields(each) if f.name in given}) for each in declared]
+    return [group(**{f.name: given[f.name] for f in fields(group) if f.name in given}) for group in declared]
 
 
 def check_known(given: Iterable[str], *declared: type) -> None:
     """Raises TypeError, with the options that there are, for a keyword that is a field of none of `declared`."""
-    known = [f.name for each in declared for f in fields(each)]
+    known = [f.name for group in declared for f in fields(group)]
     if unknown := [name for name in given if name not in known]:
         raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(known)}")
 
 
 def check_types(options: Any) -> None:
     """`check_type` of each field of a dataclass, which then holds Python's own numbers, as JSON and torch's seeds need them."""
-    for each in fields(options):
-        object.__setattr__(options, each.name, check_type(each.name, getattr(options, each.name), each.type))
+    for field_ in fields(options):
+        object.__setattr__(options, field_.name, check_type(field_.name, getattr(options, field_.name), field_.type))
 
 
 def check_type(name: str, value: Any, declared: Any) -> Any:
@@ -180,12 +180,12 @@ def check_type(name: str, value: Any, declared: Any) -> Any:
     Raises UsageError, with what is right, where it is not of the declared type, if that is in `ACCEPTED`.
     """
     types = get_args(declared) if isinstance(declared, UnionType) else [declared]
-    wanted = [ACCEPTED.get(get_origin(each) or each) for each in types]
+    wanted = [ACCEPTED.get(get_origin(kind) or kind) for kind in types]
     if None in wanted:
         return value
-    *first, last = (each for _, each in wanted)
+    *first, last = (kind for _, kind in wanted)
     right = f"{', '.join(first)} or {last}" if first else last
-    if not any(isinstance(value, each) and (each is bool or not isinstance(value, bool)) for each, _ in wanted):
+    if not any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in wanted):
         raise UsageError(f"{name} is {brief(value)}, not {right}", f"give {right}")
     if isinstance(value, Integral) and not MIN_INTEGER <= value <= MAX_INTEGER:
         raise UsageError(f"{name} is {value}, which 64 bits cannot hold", "give a smaller number")

@@ -104,19 +104,19 @@ def ask(
             check_words(inputs, first)
             warm_up()  # while this process imports what it needs
             questions = _questions(inputs, given, interactive)
-            made = options()
+            pipeline = options()
             from evoprune.video.frames import choose_decoder
 
-            choose_decoder(made.sampling.decoder)
-            check_text(*questions, made.generation.system)
-            paths = [cleanup.enter_context(local_file(each)) for each in inputs]
-            _check_inputs(paths, made.sampling, quiet)
-            encode = partial(_encode, inputs, paths, questions, made, cache, quiet)
+            choose_decoder(pipeline.sampling.decoder)
+            check_text(*questions, pipeline.generation.system)
+            paths = [cleanup.enter_context(local_file(path)) for path in inputs]
+            _check_inputs(paths, pipeline.sampling, quiet)
+            encode = partial(_encode, inputs, paths, questions, pipeline, cache, quiet)
             with progress(not quiet) as show:
-                qa = load(made, show, quiet)
+                qa = load(pipeline, show, quiet)
                 encoded = encode(qa.session, show)
             encode_full = (lambda show: encode(qa.unpruned().session, show, full=True)) if compare else None
-            talk.begin(encoded, made.generation, encode_full)
+            talk.begin(encoded, pipeline.generation, encode_full)
             if not interactive:
                 for question in questions:
                     talk.answer(question)
@@ -124,7 +124,7 @@ def ask(
             for question in [*questions]:
                 talk.attempt(question)
             if not quiet:
-                names = listed([os.path.basename(os.path.abspath(each)) for each in inputs])
+                names = listed([os.path.basename(os.path.abspath(path)) for path in inputs])
                 tell(f"Ask about {names}. /help for help, q or Ctrl-D to end.")
             for question in typed_questions():
                 questions.append(question)
@@ -208,8 +208,8 @@ def _encode(
             elif lines.note:
                 tell(f"note: no subtitles: {lines.note}")
         if not quiet and not opened.in_cache:
-            each = [estimate_first_token(session, plan, 0 if number else text) for number, plan in enumerate(plans)]
-            if None not in each and (wait := sum(each)) > LONG_WAIT_S:
+            waits = [estimate_first_token(session, plan, 0 if number else text) for number, plan in enumerate(plans)]
+            if None not in waits and (wait := sum(waits)) > LONG_WAIT_S:
                 note(f"estimated first token {'with nothing pruned ' if full else ''}{roughly(wait)}")
         return opened.encode(encoding(show))
 
@@ -255,11 +255,11 @@ def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> N
     from evoprune.video.plan import InputLimits, make_plan
 
     check_one_file(sampling.subtitles, len(paths))
-    found = [probe(path, folder_fps=sampling.frame_rate) for path in paths]
-    videos = [info for info in found if info.kind == VIDEO]
+    infos = [probe(path, folder_fps=sampling.frame_rate) for path in paths]
+    videos = [info for info in infos if info.kind == VIDEO]
     if not quiet and not videos and (sampling.fps or sampling.frames or sampling.max_frames):
         tell("note: --fps, --frames and --max-frames are about videos; a picture is read as it is")
-    for info, wanted in zip(found, sampling.of_each(found), strict=True):
+    for info, wanted in zip(infos, sampling.of_each(infos), strict=True):
         check_picture(info, wanted.subtitles)
         choose_decoder(wanted.decoder, info)
         make_plan(info, InputLimits(), **wanted.numbers)
@@ -348,8 +348,8 @@ class Conversation:
             from evoprune.bench.agreement import agreement, reference
 
             ended = answer.report.finish_reason == "stop"
-            how = self._generation.system, self._generation.think
-            given = reference(self._full, question, answer.ids, ended, *how)
+            settings = self._generation.system, self._generation.think
+            given = reference(self._full, question, answer.ids, ended, *settings)
             report.agreement = agreement(given, self._inputs).record()
         self.answered += 1  # before it is printed: a record that is interrupted must not be printed twice
         self._finish(report)
@@ -432,9 +432,9 @@ class Conversation:
             print_json(report)
         else:
             names = {"answer_cut", "thoughts_cut"}
-            cut = [each for each in (report, report.compare) if each and names & {*each.warnings}]
-            for each in cut[:1]:
-                _print_warnings(each, [*names])
+            cut = [record for record in (report, report.compare) if record and names & {*record.warnings}]
+            for record in cut[:1]:
+                _print_warnings(record, [*names])
         self._finished += 1
         if not self._stats:
             return
@@ -443,10 +443,10 @@ class Conversation:
             for line in stats_block(report, columns(), self._verbose):
                 note(paint(printable(line), "2"))
         else:
-            for title, each in (
+            for title, record in (
                 {"pruned: ": report, "full: ": report.compare}.items() if report.compare else [("", report)]
             ):
-                tell(f"{title}{summary(each)}")
+                tell(f"{title}{summary(record)}")
 
     def _failure(self, question: str, problem: BaseException) -> Report:
         """The record of a question that has no answer."""

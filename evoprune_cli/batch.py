@@ -98,18 +98,18 @@ def batch(
         raise UsageError(f"--on {on} is no place to run", f"one of {', '.join(PLACES)}")
     if address and on != "ray":
         raise UsageError("--address is of a Ray cluster", "add --on ray")
-    made = options()
+    pipeline = options()
     from evoprune.batch.output import RecordFile, Settings, remaining
     from evoprune.batch.rows import group_by_span
     from evoprune.video.frames import choose_decoder
 
-    if not made.model.model:
+    if not pipeline.model.model:
         raise UsageError("no model", "name one with -m or EVOPRUNE_MODEL; -m demo is a bundled tiny one")
-    choose_decoder(made.sampling.decoder)
-    if made.generation.system is not None and not is_text(made.generation.system):
+    choose_decoder(pipeline.sampling.decoder)
+    if pipeline.generation.system is not None and not is_text(pipeline.generation.system):
         raise UsageError("the system prompt is not valid text", "write it in UTF-8")
-    settings = Settings(made.model, made.pruning, made.sampling.timeless, made.generation)
-    rows = _rows(videos or [], questions or [], source, quiet, (made.sampling.start_s, made.sampling.end_s))
+    settings = Settings(pipeline.model, pipeline.pruning, pipeline.sampling.timeless, pipeline.generation)
+    rows = _rows(videos or [], questions or [], source, quiet, (pipeline.sampling.start_s, pipeline.sampling.end_s))
     tally = Tally(len(rows), quiet, _check_files(rows, source, output, quiet))
     opened = partial(RecordFile, output, stdout=stdout(), resume=resume, overwrite=overwrite)
     with tally, closing(opened()) as file, progress(not quiet) as show:
@@ -231,8 +231,8 @@ class Tally:
             self._warnings.setdefault(name, {}).setdefault(video.path, video)
         if record.error:
             self.failed += 1
-            inputs, message = [each.path for each in record.inputs], record.error["message"]
-            known = any(each in message for each in inputs)
+            inputs, message = [facts.path for facts in record.inputs], record.error["message"]
+            known = any(path in message for path in inputs)
             said = f"failed: {message if known else f'{listed(inputs)}: {message}'}"
             if not (self._named & set(inputs) and message.startswith("no such file")):
                 if said != self._last_failure and not self.quiet:  # all rows of a video fail for the same reason
@@ -258,10 +258,10 @@ class Tally:
             print_warning(name, next(iter(videos.values())), len(videos) - 1)
         if self.quiet:
             return
-        made, seconds = self._file.written, time.monotonic() - self._begun
-        done, failed = self._before + made - self.failed, self._failed()
+        new, seconds = self._file.written, time.monotonic() - self._begun
+        done, failed = self._before + new - self.failed, self._failed()
         before = f", {self._before:,} of them before" if self._before else ""
-        took = f": {clock(seconds)}, {pace(made, seconds)}" if made else ""
+        took = f": {clock(seconds)}, {pace(new, seconds)}" if new else ""
         tell(f"{done:,} of {counted(self._total, 'row')} answered{before}{failed}{took}")
         if self._cut:
             tell(f"{counted(self._cut, 'answer')} may be incomplete: -n (max_new_tokens) allows no more tokens")
@@ -271,16 +271,16 @@ class Tally:
             tell("once the cause of a failure is mended, the same command with --resume asks the failed rows again")
 
     def _line(self, done: int) -> str:
-        seconds, made = time.monotonic() - self._begun, self._file.written
-        rest = f", {pace(made, seconds)}, {roughly(seconds / made * (self._total - done))} left" if made else ""
+        seconds, new = time.monotonic() - self._begun, self._file.written
+        rest = f", {pace(new, seconds)}, {roughly(seconds / new * (self._total - done))} left" if new else ""
         return f"{done:,} of {counted(self._total, 'row')}{self._failed()}{rest}"
 
     def _failed(self) -> str:
         return f", {self.failed:,} failed" if self.failed else ""
 
 
-def pace(made: int, seconds: float) -> str:
+def pace(count: int, seconds: float) -> str:
     """Rows a second, a minute or an hour, whichever is the first above one."""
     units = (("a second", 1), ("a minute", 60), ("an hour", 3600))
-    unit, length = next((unit for unit in units if made * unit[1] >= seconds), units[-1])
-    return f"{made * length / max(seconds, 1e-3):,.3g} {unit}"
+    unit, length = next((unit for unit in units if count * unit[1] >= seconds), units[-1])
+    return f"{count * length / max(seconds, 1e-3):,.3g} {unit}"

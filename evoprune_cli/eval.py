@@ -99,7 +99,7 @@ def evaluate(
     evoprune eval --data my.jsonl -b 0.25,0.1 --method evoprune,divprune -o runs/a
     evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
     """
-    made = options()
+    pipeline = options()
     if data is None and resume is None:
         raise UsageError("no questions", "--data FILE, a JSONL or CSV file whose rows have video, question and answer")
     from evoprune.bench.eval_folder import no_folder, stored_settings
@@ -108,19 +108,19 @@ def evaluate(
     record, given = None, {}  # settings: of the run to go on with, or of the command line
     if data is None:
         check_output()
-        if other := [each for each in sys.argv[2:] if each[:1] == "-" and each.partition("=")[0] not in BESIDE_RESUME]:
+        if refused := [arg for arg in sys.argv[2:] if arg[:1] == "-" and arg.partition("=")[0] not in BESIDE_RESUME]:
             hint = "leave it out, or give all settings, --data included"
-            raise UsageError(f"{other[0]} is given beside --resume, which has the settings of its run", hint)
+            raise UsageError(f"{refused[0]} is given beside --resume, which has the settings of its run", hint)
         record = stored_settings(Path(resume))
         data = str(record.get("data"))
     else:
-        sweep = opt.sweep(budget, method, made.pruning.method_args, named=True)
+        sweep = opt.sweep(budget, method, pipeline.pruning.method_args, named=True)
         check_output()
         if output is not None and resume is not None:
             raise UsageError("-o and --resume exclude each other", "--resume goes on in its own folder")
         groups = tuple(dict.fromkeys(opt.listed(group)))
         given = {**sweep, "data": data, "blind": blind, "seed": seed, "limit": limit, "groups": groups}
-        given |= {"model": made.model, "sampling": made.sampling, "generation": made.generation}
+        given |= {"model": pipeline.model, "sampling": pipeline.sampling, "generation": pipeline.generation}
     check_chart(chart, beside=output, inputs=[data])
     videos, evaluation = load_questions(Path(data)), None
 
@@ -146,7 +146,7 @@ def evaluate(
         from evoprune.bench.eval import EvalSettings, Evaluation, digest
 
         try:
-            settings = EvalSettings(**given) if record is None else EvalSettings.of_record(record, made.model)
+            settings = EvalSettings(**given) if record is None else EvalSettings.of_record(record, pipeline.model)
         except (KeyError, TypeError, ValueError) as problem:
             if record is None:
                 raise
@@ -195,8 +195,8 @@ def render(document: dict, width: int = 80) -> str:
         name, columns = itemgetter("name"), dict(ANSWERS)
         if any(row["unparseable"] for row in rows):
             columns["unparsed"] = lambda row: f"{row['unparseable']:,}"
-        made, titles = fitting(rows, name, columns, DROPPED, width)
-        lines += ["", *made, *_too_small([rows[0]], width)]
+        answers, titles = fitting(rows, name, columns, DROPPED, width)
+        lines += ["", *answers, *_too_small([rows[0]], width)]
         versus, legend = _versus_first(rows, width)
         costs, of_costs = fitting(rows, name, COSTS, DROPPED, width)
         lines += [*versus, "", *costs]
@@ -204,8 +204,8 @@ def render(document: dict, width: int = 80) -> str:
         notes += [UNPARSED] * ("unparsed" in titles)
         names, rest = [row["name"] for row in rows], [row for row in document["rows"] if row["group"] != "all"]
         for title, typed in (("group", False), ("type", True)):
-            found = [row for row in rest if row["group"].startswith("type:") == typed]
-            lines += _by_group(title, found, names, width)
+            matching = [row for row in rest if row["group"].startswith("type:") == typed]
+            lines += _by_group(title, matching, names, width)
     lines.append("")
     if document["error"]:
         notes.append(f"{document['error']['message']}: not all videos were evaluated")
@@ -263,12 +263,12 @@ def _versus_first(rows: list[dict], width: int) -> tuple[list[str], list[str]]:
     first = one_line(of_name[others[0]["first"]]["method"])
     marks = [" *" * (not same_tokens(row, of_name[row["first"]])) for row in others]
     body = [(row["name"] + mark, _difference(row, "first_difference")) for row, mark in zip(others, marks, strict=True)]
-    made, fits = table(["", f"vs {first}"], body, width)
+    drawn, fits = table(["", f"vs {first}"], body, width)
     if not fits:
         return [], []
     said = [f"* reads another number of tokens than {first} at this budget; how many: below"] if any(marks) else []
     legend = f"vs {first}: the paired difference to the first method, at the same budget"
-    return ["", *made, *folded(said, width)], [legend]
+    return ["", *drawn, *folded(said, width)], [legend]
 
 
 def _by_group(title: str, rows: list[dict], names: list[str], width: int) -> list[str]:
@@ -282,15 +282,15 @@ def _by_group(title: str, rows: list[dict], names: list[str], width: int) -> lis
     while rest and groups:
         for count in range(len(rest), 0, -1):
             body = []
-            for group, found in groups.items():
-                cells = [_percent(found[name]["accuracy"]) for name in rest[:count]]
-                body.append([group.removeprefix(TYPE), f"{found[names[0]]['n']:,}", *cells])
-            made, fits = table([title, "n", *rest[:count]], body, width)
+            for group, by_name in groups.items():
+                cells = [_percent(by_name[name]["accuracy"]) for name in rest[:count]]
+                body.append([group.removeprefix(TYPE), f"{by_name[names[0]]['n']:,}", *cells])
+            drawn, fits = table([title, "n", *rest[:count]], body, width)
             if fits:
                 break
-        lines += ["", *made]
+        lines += ["", *drawn]
         rest = rest[count:]
-    return lines + _too_small([found[names[0]] for found in groups.values()], width, title)
+    return lines + _too_small([by_name[names[0]] for by_name in groups.values()], width, title)
 
 
 def _too_small(rows: Sequence[dict], width: int, title: str = "") -> list[str]:
@@ -318,9 +318,9 @@ def draw_chart(document: dict) -> str:
     ):
         series = []
         for name, (hollow, colour) in ({name: (False, colour) for name, colour in fixed.items()} | looks).items():
-            mine = [row for row in rows if row["row" if name in fixed else "method"] == name]
-            labels = [f"-b {budget_text(row['budget'])}" * (row["row"] == "method") for row in mine]
-            points = [Point.percent(row[cost], row, "accuracy", label) for row, label in zip(mine, labels, strict=True)]
+            line = [row for row in rows if row["row" if name in fixed else "method"] == name]
+            labels = [f"-b {budget_text(row['budget'])}" * (row["row"] == "method") for row in line]
+            points = [Point.percent(row[cost], row, "accuracy", label) for row, label in zip(line, labels, strict=True)]
             points.sort(key=lambda point: point.x)
             if name == "blind" and points:  # a level, not a point: it reads nothing of the video
                 points = [Point(0, points[0].y), Point(rows[0][cost], points[0].y)]

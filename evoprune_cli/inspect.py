@@ -93,8 +93,8 @@ def inspect(
         every = _about_machine(options, overlay, scan, clear_cache)
         if video is not None:
             every = _about_video(video, options, overlay, scan, clear_cache)
-        for found in every:
-            facts |= found
+        for part in every:
+            facts |= part
     deliver()
     return 0
 
@@ -132,14 +132,14 @@ def _about_video(
     from evoprune.video.frames import local_file, probe
     from evoprune.video.frames import scan as scan_video
 
-    made = options()
-    made = replace(made, model=replace(made.model, model=made.model.model or "demo"))
-    rate, ending = made.sampling.frame_rate, os.path.splitext(overlay or "")[1].lower()
+    pipeline = options()
+    pipeline = replace(pipeline, model=replace(pipeline.model, model=pipeline.model.model or "demo"))
+    rate, ending = pipeline.sampling.frame_rate, os.path.splitext(overlay or "")[1].lower()
     if overlay is not None:
         if ending not in OVERLAYS:
             hint = ".png shows frame pairs side by side, .gif and .mp4 frame after frame"
-            found = repr(ending) if ending else "no ending"
-            raise UsageError(f"--overlay {overlay} has {found}, which cannot be drawn", hint)
+            named = repr(ending) if ending else "no ending"
+            raise UsageError(f"--overlay {overlay} has {named}, which cannot be drawn", hint)
         check_writable(overlay, inputs=[video])
     with local_file(video) as path:
         info = replace(probe(path, folder_fps=rate), path=video)
@@ -151,16 +151,16 @@ def _about_video(
         from evoprune.session.loading.find import look_up
         from evoprune.video.plan import default_max_visual_tokens, make_plan
 
-        model, numbers = look_up(made.model), made.sampling.numbers
+        model, numbers = look_up(pipeline.model), pipeline.sampling.numbers
         yield {"model": model_facts(model)}
         if numbers["max_visual_tokens"] is None:
             on_cpu = is_host(model.device)
             numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=model.demo is not None)
         plan = make_plan(info, model.limits[info.kind], **numbers)
         yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
-        yield {"memory": memory_facts(model, plan, made.pruning)}
+        yield {"memory": memory_facts(model, plan, pipeline.pruning)}
         if overlay is not None:
-            yield {"overlay": _draw_overlay(overlay, ending, path, video, made)}
+            yield {"overlay": _draw_overlay(overlay, ending, path, video, pipeline)}
 
 
 def _draw_overlay(file: str, ending: str, path: str, video: str, options: PipelineOptions) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _draw_overlay(file: str, ending: str, path: str, video: str, options: Pipeli
 
 def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
     """Nested facts as aligned lines, folded to the terminal. `literal`: their names are names of things, printed as they are."""
-    made = []
+    output = []
     for key, value in facts.items():
         name = "" if literal else key  # which decides what a value looks like
         plain = key.removesuffix("_s").removesuffix("_bytes").replace("_", " ")
@@ -194,18 +194,18 @@ def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
         if name in FOR_PROGRAMS or (name in OFTEN_NOTHING and not value):
             continue
         if name in BLOCKS:
-            made += BLOCKS[name](title, value)
+            output += BLOCKS[name](title, value)
         elif isinstance(value, dict) and value and name not in SHOWN:
             if name in ("video", "plan") and facts.get("video", {}).get("container") == PICTURE:
                 value = {key: fact for key, fact in value.items() if fact is not None}  # a picture has no times
-            made += [title, *lines(value, indent + 2, name in NAMES)]
+            output += [title, *lines(value, indent + 2, name in NAMES)]
         else:
             text = _value(name, value)
             if isinstance(value, list) or name in SHOWN:  # paths and tags stay in one piece
-                made += _folded(f"{title + ' ':<{TITLE}}", text, TITLE)
+                output += _folded(f"{title + ' ':<{TITLE}}", text, TITLE)
             else:
-                made.append(f"{title + ' ':<{TITLE}}{text}")
-    return made
+                output.append(f"{title + ' ':<{TITLE}}{text}")
+    return output
 
 
 def _folded(title: str, text: str, indent: int) -> list[str]:
@@ -223,12 +223,12 @@ def _overlay_lines(title: str, overlay: dict) -> list[str]:
 
 
 def _preset_lines(title: str, presets: dict[str, dict]) -> list[str]:
-    indent, made = " " * (len(title) - len(title.lstrip()) + 2), [title]
+    indent, output = " " * (len(title) - len(title.lstrip()) + 2), [title]
     for name, preset in presets.items():
         tokens = f"{preset['tokens']:>8,} {'token ' if preset['tokens'] == 1 else 'tokens'}"
         told = f"-b {preset['share']:<5g} {tokens}  KV cache {size(preset['kv_cache_bytes'])}"
-        made += _folded(f"{indent}{name:<18}", told, TITLE)
-    return made
+        output += _folded(f"{indent}{name:<18}", told, TITLE)
+    return output
 
 
 BLOCKS: dict[str, Callable[[str, Any], list[str]]] = {  # facts of several lines

@@ -37,12 +37,12 @@ def methods(*, json: opt.option(bool, "--json", "JSON on stdout instead of text.
     evoprune methods
     evoprune methods --json
     """
-    found = [_facts(name, None) for name in registry.built_in()]
-    found += [_facts(name, state) for name, state in registry.plugins().items()]
+    entries = [_facts(name, None) for name in registry.built_in()]
+    entries += [_facts(name, state) for name, state in registry.plugins().items()]
     if json:
-        print_document({"schema": "evoprune/methods@1", "methods": found, "error": None})
+        print_document({"schema": "evoprune/methods@1", "methods": entries, "error": None})
         return 0
-    rows = [[cell(each) for cell in COLUMNS.values()] for each in found]
+    rows = [[cell(entry) for cell in COLUMNS.values()] for entry in entries]
     lines, _ = table([*COLUMNS], rows, page_width(), right=False)
     print_text("\n".join([*lines, "", *folded([COMBINED], page_width())]) + "\n")
     return 0

@@ -54,10 +54,10 @@ def _after_commas(typed: str, complete: Callable[[str], Iterable[str]]) -> list[
 def _methods(typed: str) -> list[str]:
     """What may follow the last `+`."""
     before = typed[: typed.rfind("+") + 1]
-    found = [before + name for name in methods.available() if _exists(before + name)]
-    if typed and f"{REUSE}+".startswith(typed) and not any(name.startswith(typed) for name in found):
+    names = [before + name for name in methods.available() if _exists(before + name)]
+    if typed and f"{REUSE}+".startswith(typed) and not any(name.startswith(typed) for name in names):
         return _methods(f"{REUSE}+")  # it is no method alone
-    return found
+    return names
 
 
 def _exists(method: str) -> bool:
@@ -125,7 +125,7 @@ def command(
             return function(**given)
 
         own = signature(function).parameters.values()
-        parameters = [each for one in own for each in (pipeline if one.name == "options" else [one])]
+        parameters = [each for parameter in own for each in (pipeline if parameter.name == "options" else [parameter])]
         run.__signature__, run.__annotations__ = Signature([*parameters, *FOR_ALL]), {}
         run.short = short.split()
         return run
@@ -289,10 +289,10 @@ class Command(TyperCommand):
 
     def shell_complete(self, ctx, incomplete: str) -> list:
         """The names of options for a shell, each with the beginning of its help."""
-        found = super().shell_complete(ctx, incomplete)
-        for item in found:
+        items = super().shell_complete(ctx, incomplete)
+        for item in items:
             item.help = textwrap.shorten(item.help or "", BESIDE_NAMES, placeholder="...")
-        return found
+        return items
 
     def format_epilog(self, ctx, formatter) -> None:
         if not ctx.meta.get(EVERYTHING):

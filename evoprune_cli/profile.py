@@ -139,13 +139,13 @@ def profile(
     evoprune profile --pictures -b 0.25,0.1 --time-limit 3600
     """
     bits = tuple(dict.fromkeys(opt.listed(quantize) or ["none"]))
-    made = options()
+    pipeline = options()
     settings = {
-        **opt.sweep(budget, method, made.pruning.method_args), "seed": made.pruning.seed,
+        **opt.sweep(budget, method, pipeline.pruning.method_args), "seed": pipeline.pruning.seed,
         "quantize": bits, "new_tokens": new_tokens, "warmups": warmup, "repetitions": repeat,
     }  # fmt: skip
     counts, sizes = _frames(opt.listed(frames)), _sizes(opt.listed(size))
-    choices = [("--quantize", each, QUANTIZE) for each in bits]
+    choices = [("--quantize", width, QUANTIZE) for width in bits]
     choices += [("--format", form, FORMATS), ("--load-format", load_format, (None, *LOAD_FORMATS))]
     for name, value, known in (*choices, ("--synthetic", synthetic, (None, *SYNTHETIC))):
         if value not in known:
@@ -185,18 +185,18 @@ def profile(
         from evoprune.bench.profile_results import ProfileSettings, TimeLimit
         from evoprune.session.session import check_fits
 
-        model = replace(made.model, load_format=load_format or default_load_format(made.model.model))
+        model = replace(pipeline.model, load_format=load_format or default_load_format(pipeline.model.model))
         limit, swept = TimeLimit(time_limit, begun=begun), ProfileSettings(**settings, time_limit_s=time_limit)
         methods = [
             swept.config(name, 1.0).method for name in swept.methods
         ]  # refuses wrong settings before a model is looked for
         unit, kind = UNITS[0], None if info else synthetic or SYNTHETIC[0]
-        if found := outline(model):
-            unit = found.limits[VIDEO].unit
+        if config := outline(model):
+            unit = config.limits[VIDEO].unit
             if not size:  # as many units, of another side in pixels
                 cases = [case.of_units(unit / UNITS[0]) for case in cases]
-            for each in methods:
-                check_fits(each, found)
+            for reducer in methods:
+                check_fits(reducer, config)
         show("loading model")
         loaded, about = load(model, cases), {"video": video, "synthetic": kind}
         read = partial(video_frames, info) if info else partial(synthetic_frames, kind, unit=unit)
@@ -239,7 +239,7 @@ def _frames(texts: list[str]) -> list[int]:
 
 def _sizes(texts: list[str]) -> list[tuple[int, int]]:
     """(height, width) in pixels, each once."""
-    made = {}
+    sizes = {}
     for text in texts:
         match = re.fullmatch("([0-9]+)x([0-9]+)", text)
         sides = [int(side) for side in match.groups()] if match else [0]
@@ -247,8 +247,8 @@ def _sizes(texts: list[str]) -> list[tuple[int, int]]:
             units = "in multiples of 28, the side of a merge unit, or of 32 with Qwen3-VL"
             what = units if match else "HEIGHTxWIDTH in pixels"
             raise UsageError(f"--size {text!r} is not {what}", "for example --size 224x336")
-        made[int(match[1]), int(match[2])] = True
-    return list(made)
+        sizes[int(match[1]), int(match[2])] = True
+    return list(sizes)
 
 
 # Tables.
@@ -378,11 +378,11 @@ def _table(results: ProfileResults, width: int) -> str:
     lines, titles = folded(_head(results), width), []
     for case in results.cases:
         lines += ["", *textwrap.wrap(_caption(results, case), width)]
-        found = [(row, results.figures(row)) for row in results.of(case)]
+        pairs = [(row, results.figures(row)) for row in results.of(case)]
         for columns in (TIMES, WORK):
             cells = {title: (lambda pair, cell=cell: cell(*pair)) for title, cell in columns.items()}
-            made, there = fitting(found, lambda pair: pair[0].name, cells, DROPPED, width)
-            lines += ["", *made]
+            drawn, there = fitting(pairs, lambda pair: pair[0].name, cells, DROPPED, width)
+            lines += ["", *drawn]
             titles += there
     lines += ["", *folded((*_legend(titles), "±: the round that is farthest from the median", *_tail(results)), width)]
     return "\n".join(lines) + "\n"
@@ -403,14 +403,14 @@ MARKDOWN: dict[str, Cell] = {
 
 
 def _markdown(results: ProfileResults) -> str:
-    one = results.cases[0] if len(results.cases) == 1 else None
-    seen = _caption(results, one) if one else f"{len(results.cases)} sizes"
+    only_case = results.cases[0] if len(results.cases) == 1 else None
+    seen = _caption(results, only_case) if only_case else f"{len(results.cases)} sizes"
     head = "; ".join([*_head(results)[:3], seen, *_head(results)[3:]]) + "."
-    titles = ["", *MARKDOWN] if one else ["frames", "size", "", *MARKDOWN]
+    titles = ["", *MARKDOWN] if only_case else ["frames", "size", "", *MARKDOWN]
     lines = [head, "", _cells(titles), _cells("---" for _ in titles)]
     for row in results.rows:
         figures, case = results.figures(row), row.case
-        where = [] if one else [f"{case.frames:,}", f"{case.height}x{case.width}"]
+        where = [] if only_case else [f"{case.frames:,}", f"{case.height}x{case.width}"]
         lines.append(_cells([*where, row.name, *(cell(row, figures) for cell in MARKDOWN.values())]))
     notes = (*_legend(MARKDOWN), "Times: the median (lowest-highest) of the rounds", *_tail(results))
     return "\n".join([*lines, "", *(f"- {note[0].upper()}{note[1:]}." for note in notes)]) + "\n"
@@ -422,7 +422,7 @@ def _cells(texts) -> str:
 
 def _csv(results: ProfileResults) -> str:
     """One line a row, each complete in itself; empty where a value is unknown."""
-    document, made = results.document(), []
+    document, rows = results.document(), []
     common = {"rounds": results.rounds, "warmups": results.warmups, "new_tokens": results.settings["new_tokens"]}
     common |= {"source": _source(results), "matmul_flop_per_s": document["matmul"]["flop_per_s"]}
     common |= {f"model_{name}": one_line(document["model"][name]) for name in ("id", "dtype", "device", "load_format")}
@@ -439,11 +439,11 @@ def _csv(results: ProfileResults) -> str:
             taken = [sample[stage] for sample in facts["samples"]]
             line |= {f"{stage}_ms": median_ms}
             line |= {f"{stage}_low_ms": min(taken, default=None), f"{stage}_high_ms": max(taken, default=None)}
-        made.append(line | facts["rate"] | facts["ratio"] | facts["memory"] | {"error": facts["error"]} | common)
+        rows.append(line | facts["rate"] | facts["ratio"] | facts["memory"] | {"error": facts["error"]} | common)
     out = io.StringIO()
-    writer = csv.DictWriter(out, made[0].keys(), lineterminator="\n")
+    writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(made)
+    writer.writerows(rows)
     return out.getvalue()
 
 

@@ -123,11 +123,11 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
 
 def is_one_of(path: str, files: Iterable[str]) -> bool:
     """Whether it is one of these files, perhaps by another name."""
-    real, found = os.path.realpath(path), os.stat(path) if os.path.exists(path) else None
+    real, status = os.path.realpath(path), os.stat(path) if os.path.exists(path) else None
     return any(
-        os.path.realpath(each) == real
-        or (found is not None and os.path.exists(each) and os.path.samestat(found, os.stat(each)))
-        for each in files
+        os.path.realpath(file) == real
+        or (status is not None and os.path.exists(file) and os.path.samestat(status, os.stat(file)))
+        for file in files
     )
 
 
@@ -136,12 +136,12 @@ def _may_replace(path: str) -> bool:
     if path.startswith(OPEN_FILES):
         return True
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode) or not found.st_size:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or not status.st_size:
             return True
         with open(path, "rb") as file:
             head = file.read(1024)
-            file.seek(max(0, found.st_size - len(MP4_END)))
+            file.seek(max(0, status.st_size - len(MP4_END)))
             return bool(HEADS.match(head)) or (head[4:8] == b"ftyp" and file.read() == MP4_END)
     except FileNotFoundError:
         return True

@@ -58,10 +58,10 @@ def width_of(terminal) -> int:
     """Columns of a stream that is a terminal, by COLUMNS or by the terminal itself; 80 where neither says."""
     stated = os.environ.get("COLUMNS", "")
     try:
-        found = int(stated) if stated.isdigit() else os.get_terminal_size(terminal.fileno()).columns
+        width = int(stated) if stated.isdigit() else os.get_terminal_size(terminal.fileno()).columns
     except OSError:
-        found = 0
-    return found if found > 0 else WIDTH
+        width = 0
+    return width if width > 0 else WIDTH
 
 
 def paint(text: str, code: str) -> str:
@@ -341,7 +341,7 @@ def model_line(model: dict) -> str:
 
 def failures(document: dict) -> list[str]:
     """A line for each video that failed. `document`: of results."""
-    return [one_line(f"failed: {each['video']}: {each['message']}") for each in document["failures"]]
+    return [one_line(f"failed: {entry['video']}: {entry['message']}") for entry in document["failures"]]
 
 
 def folded(texts: Iterable[str], width: int, **settings: bool) -> list[str]:
@@ -362,20 +362,20 @@ def table(
     from rich.table import Table
 
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
-    made, rows = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style=""), list(rows)
+    grid, rows = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style=""), list(rows)
     for number, title in enumerate(titles):
-        made.add_column(title, justify="right" if number and right else "left", overflow="fold")
+        grid.add_column(title, justify="right" if number and right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*row)
-    wide = Measurement.get(console, console.options.update(width=10_000), made).maximum
+        grid.add_row(*row)
+    wide = Measurement.get(console, console.options.update(width=10_000), grid).maximum
     if right and wide > width:
         cells = [[*title.split(), *(row[number] for row in rows)] for number, title in enumerate(titles)]
-        least = [max(map(cell_len, column), default=0) for column in cells[1:]]
-        if width - sum(least) - 2 * len(least) >= MIN_NAME:
-            for column, columns in zip(made.columns[1:], least, strict=True):
+        min_widths = [max(map(cell_len, column), default=0) for column in cells[1:]]
+        if width - sum(min_widths) - 2 * len(min_widths) >= MIN_NAME:
+            for column, columns in zip(grid.columns[1:], min_widths, strict=True):
                 column.width = columns
     with console.capture() as captured:
-        console.print(made)
+        console.print(grid)
     return [line.rstrip() for line in captured.get().splitlines()], wide <= width
 
 
@@ -387,7 +387,7 @@ def fitting(
     `name`: of a row, in the first column. `columns`: title and cell of the others.
     """
     for title in (None, *drop):
-        columns = {each: cell for each, cell in columns.items() if each != title}
+        columns = {heading: cell for heading, cell in columns.items() if heading != title}
         body = [[name(row), *(cell(row) for cell in columns.values())] for row in rows]
         lines, fits = table(["", *columns], body, width)
         if fits:

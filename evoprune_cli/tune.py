@@ -114,9 +114,9 @@ def tune(
     settings["methods"] = tuple(opt.listed(method))
     for name in settings["methods"]:
         methods.check(name)
-    made = options()
-    settings |= {"seed": made.pruning.seed, "model": made.model, "sampling": made.sampling}
-    settings["think"] = made.generation.think
+    pipeline = options()
+    settings |= {"seed": pipeline.pruning.seed, "model": pipeline.model, "sampling": pipeline.sampling}
+    settings["think"] = pipeline.generation.think
     tuning = None
 
     def deliver(error: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -208,15 +208,15 @@ def _heading(document: dict, width: int) -> list[str]:
 
 def _fitting(document: dict, name, columns: dict, drop: tuple[str, ...], width: int) -> tuple[list[str], str]:
     """The lines of a table, and what its columns mean."""
-    made, titles = fitting(document["rows"], name, {title: cell for title, (cell, _) in columns.items()}, drop, width)
-    return made, "; ".join(f"{title}: {columns[title][1]}" for title in titles)
+    body, titles = fitting(document["rows"], name, {title: cell for title, (cell, _) in columns.items()}, drop, width)
+    return body, "; ".join(f"{title}: {columns[title][1]}" for title in titles)
 
 
 def render_operations(document: dict, width: int = 80) -> str:
     lines = _heading(document, width)
     if document["rows"]:
-        made, said = _fitting(document, lambda row: f"-b {row['budget']:g}", OPERATIONS, ("operations", "agree"), width)
-        lines += ["", *made, "", *folded([said], width)]
+        body, said = _fitting(document, lambda row: f"-b {row['budget']:g}", OPERATIONS, ("operations", "agree"), width)
+        lines += ["", *body, "", *folded([said], width)]
     else:
         lines.append("no recipe was found: too little time")
     lines += failures(document)
@@ -233,10 +233,10 @@ def render(document: dict, width: int = 80) -> str:
     said = [_verdict(document)]
     if document["rows"]:
         best = document["recommended"]
-        made, meanings = _fitting(
+        body, meanings = _fitting(
             document, lambda row: f"{'*' if row['name'] == best else ' '} {row['name']}", COLUMNS, DROPPED, width
         )
-        lines += ["", *made, ""]
+        lines += ["", *body, ""]
         said.append(meanings)
     said += [*document["notes"], *failures(document)]
     if document["error"]:
@@ -264,9 +264,9 @@ def draw_chart(document: dict) -> str:
     """SVG: agreement against the time to the first token, a line a method, and the frontier."""
     rows, series = document["rows"], []
     for method, colour in zip(dict.fromkeys(row["method"] for row in rows), cycle(COLOURS), strict=False):
-        mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["budget"])
-        labels = {row["name"]: f"-b {row['budget']:g}" * row["frontier"] for row in mine}
-        points = (Point.percent(100 * row["first_token"], row, "agreement", labels[row["name"]]) for row in mine)
+        line = sorted((row for row in rows if row["method"] == method), key=lambda row: row["budget"])
+        labels = {row["name"]: f"-b {row['budget']:g}" * row["frontier"] for row in line}
+        points = (Point.percent(100 * row["first_token"], row, "agreement", labels[row["name"]]) for row in line)
         series.append(Series(method, tuple(points), colour))
     best = sorted((row for row in rows if row["frontier"]), key=lambda row: row["first_token"])
     edge = tuple(Point(100 * row["first_token"], 100 * row["agreement"]) for row in best)

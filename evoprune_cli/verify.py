@@ -55,7 +55,7 @@ def verify(
     begun = time.perf_counter()
     check_output()
     check_writable(output, inputs=[path or ""])
-    made, results = options(), None
+    pipeline, results = options(), None
 
     def deliver(error: dict | None = None) -> None:
         document = results.document() | {"error": error}
@@ -72,7 +72,7 @@ def verify(
 
         limit = TimeLimit(UNLIMITED_S if time_limit is None else time_limit, begun=begun)
         tell("loading model")
-        loaded = load_model(made.model, pack=False, to_answer=True)
+        loaded = load_model(pipeline.model, pack=False, to_answer=True)
         with subject_of(loaded, path) as subject:
             for results in run(subject, limit, quick=quick, progress=tell, failed=print_traceback):  # noqa: B007
                 pass

@@ -86,12 +86,12 @@ def watch(
         raise UsageError(f"--every {every}", "give a time above 0")
     if questions == STDIN and source == STDIN:
         raise UsageError("standard input is both the video and the questions", "give one of them by its name")
-    if not all(each.strip() for each in asked):
+    if not all(text.strip() for text in asked):
         raise UsageError("the question is empty", '-Q "What happens?"')
     if prompt and (source == STDIN or sys.stdin is None or not sys.stdin.isatty()):
         raise UsageError("no questions, and stdin is no terminal", "-Q TEXT --every 30s, or --questions FILE")
-    made = options()
-    check_text(*asked, made.generation.system)
+    pipeline = options()
+    check_text(*asked, pipeline.generation.system)
 
     def speak(text: str) -> None:
         if not quiet:
@@ -102,18 +102,18 @@ def watch(
     talk = Conversation([opened.name], json, stats, quiet, verbose, **shown)
     try:
         with progress(not quiet) as show:
-            qa = load(made, show, quiet)
+            qa = load(pipeline, show, quiet)
         from evoprune.live.feed import LiveFeed
 
-        limits = {"fps": made.sampling.fps, "max_visual_tokens": made.sampling.max_visual_tokens}
-        stream = qa.stream(system=made.generation.system, name=opened.name, **limits, **vars(made.stream))
-        with LiveFeed(stream, opened, made.stream.window_s) as feed:
+        limits = {"fps": pipeline.sampling.fps, "max_visual_tokens": pipeline.sampling.max_visual_tokens}
+        stream = qa.stream(system=pipeline.generation.system, name=opened.name, **limits, **vars(pipeline.stream))
+        with LiveFeed(stream, opened, pipeline.stream.window_s) as feed:
             with progress(not quiet) as show:
                 show("waiting for a frame")
                 while not feed.begun.wait(TICK_S):
                     pass
             feed.check()
-            begin = partial(talk.begin, stream, made.generation, None)
+            begin = partial(talk.begin, stream, pipeline.generation, None)
             watching = _Watching(talk, begin, stream, feed, qa.session.loaded.device, prompt, quiet, speak)
             code = watching.converse() if prompt else watching.serve(asked, every_s, questions)
             feed.check()
@@ -203,12 +203,12 @@ class _Watching:
         else:
             self._answer(asked, identity=None if identity is None else str(identity))
 
-    def _answer(self, question: str, **how) -> None:
+    def _answer(self, question: str, **kwargs) -> None:
         self._clear()
         if self._begin:
             self._begin()
             self._begin = None
-        self._failed += not self._talk.attempt(question, **how, goes_on=self._prompt)
+        self._failed += not self._talk.attempt(question, **kwargs, goes_on=self._prompt)
 
     def _clear(self) -> None:
         if self._there:
@@ -237,14 +237,14 @@ def _lines(path: str) -> "queue.SimpleQueue[bytes | None]":
     """Lines of a pipe as they come, none of them empty, then None; read by a thread that holds no lock of Python's streams."""
     if path != STDIN and not os.path.exists(path):
         raise UsageError(f"no such file: {path}", "--questions - reads stdin")
-    found: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    pending: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def read() -> None:
         typed = path == STDIN
         with contextlib.suppress(OSError), open(sys.stdin.fileno() if typed else path, "rb", closefd=not typed) as file:
             for line in filter(bytes.strip, iter(partial(file.readline, MAX_LINE), b"")):
-                found.put(line)
-        found.put(None)
+                pending.put(line)
+        pending.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    return found
+    return pending

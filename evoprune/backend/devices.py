@@ -61,11 +61,11 @@ def has_bf16(device: torch.device) -> bool:
     if device.type != "cpu":
         return device.type == "xpu"
     if hasattr(torch.cpu, "get_capabilities"):  # not in the oldest torch that is supported
-        found = {name for name, value in torch.cpu.get_capabilities().items() if value}
+        flags = {name for name, value in torch.cpu.get_capabilities().items() if value}
     else:
         cpuinfo = Path("/proc/cpuinfo")
-        found = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
-    return bool(found & {"avx512_bf16", "amx_bf16", "bf16", "arm_bf16"})
+        flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "arm_bf16"})
 
 
 def environment(device: str) -> Environment:
@@ -81,11 +81,11 @@ def environment(device: str) -> Environment:
 
 def describe_devices() -> dict[str, str]:
     """The devices here by name: the product of each, and what it has."""
-    found = {"cpu": f"{device_name('cpu')}, bf16 {'yes' if has_bf16(torch.device('cpu')) else 'no'}"}
+    devices = {"cpu": f"{device_name('cpu')}, bf16 {'yes' if has_bf16(torch.device('cpu')) else 'no'}"}
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
-        found[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"
-    return found
+        devices[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"
+    return devices
 
 
 def device_name(device: str) -> str:
@@ -131,8 +131,8 @@ def scores_at_a_time(device: torch.device) -> int:
 
 def accelerator() -> str | None:
     """The kind of device that torch drives here by streams and events, to which pinned memory is copied meanwhile."""
-    found = torch.accelerator.current_accelerator()
-    return found and found.type
+    device = torch.accelerator.current_accelerator()
+    return device and device.type
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -164,9 +164,9 @@ class Timer:
 
     def copy(self) -> "Timer":
         """A new timer that starts from the same sum."""
-        made = Timer(self._device or torch.device("cpu"))
-        made._marks = list(self._marks)
-        return made
+        timer = Timer(self._device or torch.device("cpu"))
+        timer._marks = list(self._marks)
+        return timer
 
     def _mark(self):
         if self._device is None:

@@ -53,12 +53,12 @@ def _standardise(
 ):  # fmt: skip
     """Rows less their mean, over the deviation of each channel; and the squared length of each."""
     r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    least, total = still * tl.load(average), tl.zeros((block_rows,), tl.float32)
+    floor, total = still * tl.load(average), tl.zeros((block_rows,), tl.float32)
     for start in range(0, width, block):
         c = start + tl.arange(0, block)
         middle = tl.load(mean + c, mask=c < width, other=0.0)
         off = rounding * middle
-        scale = tl.rsqrt(tl.maximum(tl.load(variance + c, mask=c < width, other=1.0) + least + off * off, 1e-30))
+        scale = tl.rsqrt(tl.maximum(tl.load(variance + c, mask=c < width, other=1.0) + floor + off * off, 1e-30))
         at, mask = r.to(tl.int64)[:, None] * width + c[None, :], (r < length)[:, None] & (c < width)[None, :]
         x = tl.load(rows + at, mask=mask, other=0.0).to(tl.float32)
         x = tl.where(mask, (x - middle[None, :]) * scale[None, :], 0.0)
@@ -91,8 +91,8 @@ def _tube_distances(product, half, weight, row, time, tubes, points, length, sid
     time_j = tl.load(time + point_j, mask=point_j < points, other=0.0)
     at = product + tube * length * length + i[:, None] * length + j[None, :]
     inside = (i < length)[:, None] & (j < length)[None, :]
-    found = tl.load(at, mask=inside, other=0.0)
-    tl.store(at, _distances(found, half, weight, row_i, row_j, time_i, time_j, row_i >= 0, row_j >= 0), mask=inside)
+    products = tl.load(at, mask=inside, other=0.0)
+    tl.store(at, _distances(products, half, weight, row_i, row_j, time_i, time_j, row_i >= 0, row_j >= 0), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -101,9 +101,9 @@ def _greedy(apart, first, row, tubes, out, points, length, block: tl.constexpr):
     tube = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, block)
     point = tl.load(tubes + tube * length + i, mask=i < length, other=points)
-    mine = tl.load(row + point, mask=point < points, other=-1)
-    valid = mine >= 0
-    near = tl.load(first + mine, mask=valid, other=-1.0)
+    own_row = tl.load(row + point, mask=point < points, other=-1)
+    valid = own_row >= 0
+    near = tl.load(first + own_row, mask=valid, other=-1.0)
     apart += tube * length * length
     radius, start = tl.max(near, 0, return_indices=True)
     radii = tl.where(i == start, tl.maximum(radius, 0.0), 0.0)
@@ -123,23 +123,23 @@ def _nearest(product, half, weight, row, time, selected, out, begin, points, cou
     """Which selected point is nearest to each of some points, from `begin` to `points`; `product`: `[point, selected]`."""
     number = tl.program_id(0) * side + tl.arange(0, side)
     point = begin + number
-    mine = tl.load(row + point, mask=point < points, other=-1)
+    own_row = tl.load(row + point, mask=point < points, other=-1)
     when = tl.load(time + point, mask=point < points, other=0.0)
-    least = tl.full((side,), float("inf"), tl.float32)
-    found = tl.zeros((side,), tl.int64)
+    min_distance = tl.full((side,), float("inf"), tl.float32)
+    nearest_index = tl.zeros((side,), tl.int64)
     for start in range(0, count, side):
         k = start + tl.arange(0, side)
-        other = tl.load(selected + k, mask=k < count, other=0)
-        row_k = tl.load(row + other, mask=k < count, other=-1)
-        time_k = tl.load(time + other, mask=k < count, other=0.0)
+        point_k = tl.load(selected + k, mask=k < count, other=0)
+        row_k = tl.load(row + point_k, mask=k < count, other=-1)
+        time_k = tl.load(time + point_k, mask=k < count, other=0.0)
         at = product + number.to(tl.int64)[:, None] * count + k[None, :]
         of = tl.trans(tl.load(at, mask=(point < points)[:, None] & (k < count)[None, :], other=0.0))
-        apart = _distances(of, half, weight, row_k, mine, time_k, when, k < count, mine >= 0)
+        apart = _distances(of, half, weight, row_k, own_row, time_k, when, k < count, own_row >= 0)
         apart = tl.where((k < count)[:, None], apart, float("inf"))
         nearest, which = tl.min(apart, 0, return_indices=True)
-        found = tl.where(nearest < least, which + start, found)
-        least = tl.minimum(nearest, least)
-    tl.store(out + point, tl.where(mine >= 0, found, -1), mask=point < points)
+        nearest_index = tl.where(nearest < min_distance, which + start, nearest_index)
+        min_distance = tl.minimum(nearest, min_distance)
+    tl.store(out + point, tl.where(own_row >= 0, nearest_index, -1), mask=point < points)
 
 
 @triton.jit
@@ -184,14 +184,14 @@ def tube_radii(place, half, weight, first, row, time, tubes, keep):
 
 
 def nearest_selected(place, half, weight, row, time, selected, held=1 << 26):
-    found, selected, (points, count) = torch.empty_like(row), selected.contiguous(), (len(row), len(selected))
+    nearest, selected, (points, count) = torch.empty_like(row), selected.contiguous(), (len(row), len(selected))
     there, rows = place[row[selected]].T, row.clamp(min=0)
     step = max(1, held // count)  # products are held for so many points at a time
     for begin in range(0, points, step):
         end = min(begin + step, points)
         product, grid = place[rows[begin:end]] @ there, (triton.cdiv(end - begin, SIDE),)
-        _nearest[grid](product, half, weight, row, time, selected, found, begin, end, count, side=SIDE)
-    return found.index_copy_(0, selected, torch.arange(count, dtype=torch.int64, device=row.device))
+        _nearest[grid](product, half, weight, row, time, selected, nearest, begin, end, count, side=SIDE)
+    return nearest.index_copy_(0, selected, torch.arange(count, dtype=torch.int64, device=row.device))
 
 
 def mean_rows(rows, into, row, weight, count):
@@ -245,12 +245,12 @@ def greedy_cosine(unit, weight, bonus, factor, keep, from_nearest):
     nearest = unit.new_zeros(rows)
     at_once = max(1, COSINES_HELD // rows)
     for start in range(0, rows, at_once):
-        some = slice(start, start + at_once)
-        steps = (unit[some] @ unit.T).mul_(16384).round_()
-        cosines[some] = steps
+        part = slice(start, start + at_once)
+        steps = (unit[part] @ unit.T).mul_(16384).round_()
+        cosines[part] = steps
         if from_nearest:
             steps.diagonal(start).fill_(-torch.inf)
-            nearest[some] = steps.amax(1) / 16384
+            nearest[part] = steps.amax(1) / 16384
     value = bonus if bonus is not None else nearest if weight is None else weight
     order, block = torch.empty(keep, dtype=torch.int64, device=unit.device), triton.next_power_of_2(rows)
     _greedy_cosine[1,](
@@ -273,12 +273,12 @@ def _gain(now, then, inside, low: tl.constexpr, high: tl.constexpr, halvings: tl
     """The median of now / then, weighted by then, between two numbers given by their bits; it is found by halving."""
     ratio = tl.where(inside, now / tl.maximum(then, 1e-3), float("inf"))
     bits = ratio.to(tl.int32, bitcast=True)
-    least, half = tl.min(bits, 0), tl.sum(then, 0) / 2
+    min_bits, half = tl.min(bits, 0), tl.sum(then, 0) / 2
     a, b = tl.min(bits, 0) * 0 + low, tl.min(bits, 0) * 0 + high
     for _ in range(halvings):
         middle = (a + b) // 2
         weight = tl.sum(tl.where(bits <= middle, then, 0.0), 0)
-        enough = tl.where(weight >= half, 1, 0) * tl.where(least <= middle, 1, 0)
+        enough = tl.where(weight >= half, 1, 0) * tl.where(min_bits <= middle, 1, 0)
         b = tl.where(enough > 0, middle, b)
         a = tl.where(enough > 0, a, middle + 1)
     return b.to(tl.float32, bitcast=True)
@@ -414,19 +414,19 @@ def _rotate_put(
     if placed:
         to += tl.load(column)
     if head < heads + kv_heads:
-        other = tl.load(read + across, mask=here, other=0.0)
+        twin = tl.load(read + across, mask=here, other=0.0)
         if norms:
             weight = query_norm
             if head >= heads:
                 weight = key_norm
             exact = value.to(tl.float32)
             scale = tl.rsqrt(tl.sum(exact * exact, 0) / dim + eps)
-            mine = tl.load(weight + at, mask=here, other=0.0).to(tl.float32)
-            theirs = tl.load(weight + across, mask=here, other=0.0).to(tl.float32)
-            value = ((exact * scale).to(value.dtype).to(tl.float32) * mine).to(value.dtype)
-            other = ((other.to(tl.float32) * scale).to(other.dtype).to(tl.float32) * theirs).to(other.dtype)
+            gain = tl.load(weight + at, mask=here, other=0.0).to(tl.float32)
+            twin_gain = tl.load(weight + across, mask=here, other=0.0).to(tl.float32)
+            value = ((exact * scale).to(value.dtype).to(tl.float32) * gain).to(value.dtype)
+            twin = ((twin.to(tl.float32) * scale).to(twin.dtype).to(tl.float32) * twin_gain).to(twin.dtype)
         turned = value.to(tl.float32) * tl.load(cos + row * dim + at, mask=here, other=0.0).to(tl.float32)
-        beside = other.to(tl.float32) * tl.load(sin + row * dim + at, mask=here, other=0.0).to(tl.float32)
+        beside = twin.to(tl.float32) * tl.load(sin + row * dim + at, mask=here, other=0.0).to(tl.float32)
         value = (turned.to(value.dtype).to(tl.float32) + beside.to(value.dtype).to(tl.float32)).to(value.dtype)
     if head < heads:
         value = tl.where(here, value, tl.full((block,), 1.0, value.dtype))
@@ -507,8 +507,8 @@ def _rotate_into_groups(
     if gathers:
         source = tl.load(keys + to, mask=at >= rows, other=0)
         source = tl.where(asks, to, source)
-    each = tl.arange(0, 4 * heads)
-    patch, head = each // heads, each % heads
+    number = tl.arange(0, 4 * heads)
+    patch, head = number // heads, number % heads
     h = tl.arange(0, half)
     inside = (h < dim // 2)[None, :]
     turn = (tl.load(place + source) * 4 + patch)[:, None] * dim + h[None, :]
@@ -519,7 +519,7 @@ def _rotate_into_groups(
     read = (((source * 4 + patch) * 3 + which) * wide + head * dim)[:, None] + h[None, :]
     a = tl.load(qkv + read, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(qkv + read + dim // 2, mask=inside, other=0.0).to(tl.float32)
-    write = ((to * 4 * heads + each) * (dim + more))[:, None] + h[None, :]
+    write = ((to * 4 * heads + number) * (dim + more))[:, None] + h[None, :]
     kind = q.dtype.element_ty
     if asks:
         tl.store(q + write, (a * c - b * s).to(kind), mask=inside)
@@ -534,7 +534,7 @@ def _rotate_into_groups(
         tl.store(v + write + dim // 2, last, mask=both)
     if more > 0:
         e = tl.arange(0, more)
-        extra = ((to * 4 * heads + each) * (dim + more) + dim)[:, None] + e[None, :]
+        extra = ((to * 4 * heads + number) * (dim + more) + dim)[:, None] + e[None, :]
         if asks:
             tl.store(q + extra, tl.where(e < 2, 1.0, 0.0)[None, :].to(kind) + tl.zeros((4 * heads, more), kind))
         else:

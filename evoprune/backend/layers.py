@@ -21,11 +21,11 @@ def join(model) -> None:
             linears = [module.get_submodule(name) for name in names]
             if not all(map(is_plain, linears)):
                 continue
-            rows = [each.out_features for each in linears]
-            weight = torch.cat([each.weight.detach() for each in linears])
-            bias = None if linears[0].bias is None else torch.cat([each.bias.detach() for each in linears])
-            for each, piece in zip(linears, weight.split(rows), strict=True):
-                each.weight = torch.nn.Parameter(piece, requires_grad=False)
+            rows = [linear.out_features for linear in linears]
+            weight = torch.cat([linear.weight.detach() for linear in linears])
+            bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+            for linear, piece in zip(linears, weight.split(rows), strict=True):
+                linear.weight = torch.nn.Parameter(piece, requires_grad=False)
             module.joined = weight, bias
 
 
@@ -38,17 +38,17 @@ def join_tower(visual) -> None:
     for block in visual.blocks:
         mlp = block.mlp
         linears = [getattr(mlp, name, None) for name in (*TOGETHER["mlp"], "down_proj")]
-        if not all(each is not None and is_plain(each) for each in linears):
+        if not all(linear is not None and is_plain(linear) for linear in linears):
             continue
         gate, up, down = linears
         inner = gate.out_features
         wide = -(-inner // 32) * 32
         weight, bias = gate.weight.new_zeros(2 * wide, gate.in_features), gate.weight.new_zeros(2 * wide)
         mlp.wide_down = down.weight.new_zeros(down.out_features, wide)
-        for each, start in ((gate, 0), (up, wide)):
-            weight[start : start + inner] = each.weight.detach()
-            bias[start : start + inner] = each.bias.detach()
-            each.weight = torch.nn.Parameter(weight[start : start + inner], requires_grad=False)
+        for linear, start in ((gate, 0), (up, wide)):
+            weight[start : start + inner] = linear.weight.detach()
+            bias[start : start + inner] = linear.bias.detach()
+            linear.weight = torch.nn.Parameter(weight[start : start + inner], requires_grad=False)
         mlp.wide_down[:, :inner] = down.weight.detach()
         down.weight = torch.nn.Parameter(mlp.wide_down[:, :inner], requires_grad=False)
         mlp.joined = weight, bias
@@ -56,11 +56,11 @@ def join_tower(visual) -> None:
 
 def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """The weights of `join` of a layer's attention or MLP; None if there are none, or a layer has others by now."""
-    found = getattr(module, "joined", None)
-    if found is None or _apart:
+    parameters = getattr(module, "joined", None)
+    if parameters is None or _apart:
         return None
     first = module.q_proj if hasattr(module, "q_proj") else module.gate_proj
-    return found if first.weight.data_ptr() == found[0].data_ptr() else None
+    return parameters if first.weight.data_ptr() == parameters[0].data_ptr() else None
 
 
 def is_plain(module: torch.nn.Module) -> bool:

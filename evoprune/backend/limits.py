@@ -65,9 +65,9 @@ def check_libraries(root: Path = ROOT) -> None:
     """
     available = available_memory(root)
     if available is not None and available < LIBRARIES:
-        found = f"{max(0, available) >> 20} MiB are available, and the libraries alone take {LIBRARIES >> 20}"
+        figures = f"{max(0, available) >> 20} MiB are available, and the libraries alone take {LIBRARIES >> 20}"
         hint = "close other programs, or give the container more"
-        raise OutOfMemory(f"too little memory: {found}", hint, stage="load")
+        raise OutOfMemory(f"too little memory: {figures}", hint, stage="load")
 
 
 def keep_freed_memory() -> None:
@@ -110,9 +110,9 @@ def _left(folder: Path) -> Iterator[int]:
 
 
 def _reclaimable(stat: str) -> int:
-    found = RECLAIMABLE.findall(stat)
-    total = "total_" if any(prefix for prefix, _ in found) else ""
-    return sum(int(size) for prefix, size in found if prefix == total)
+    matches = RECLAIMABLE.findall(stat)
+    total = "total_" if any(prefix for prefix, _ in matches) else ""
+    return sum(int(size) for prefix, size in matches if prefix == total)
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
@@ -141,8 +141,8 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
 def kib(path: Path, *names: str) -> list[int]:
     """Figures in kibibytes of a file in /proc, in bytes. Raises OSError: no such file. KeyError: no such figure."""
-    found = dict(line.partition(":")[::2] for line in path.read_text("utf-8", "replace").splitlines())
-    return [int(found[name].split()[0]) * 1024 for name in names]
+    values = dict(line.partition(":")[::2] for line in path.read_text("utf-8", "replace").splitlines())
+    return [int(values[name].split()[0]) * 1024 for name in names]
 
 
 def _left_of_address_space(mapped: int) -> float:

@@ -58,15 +58,15 @@ def _standard_places(
     shares = (count / count.sum()).split(at_once)
 
     def pieces() -> Iterator[torch.Tensor]:  # float32, a few rows at a time to save memory
-        return (some.float() for some in rows.split(at_once))
+        return (part.float() for part in rows.split(at_once))
 
     first = rows[0].float()  # sums of differences are exact where all rows are equal
     mean = first + sum(share @ (piece - first) for share, piece in zip(shares, pieces(), strict=True))
     variance = sum(share @ (piece - mean).square_() for share, piece in zip(shares, pieces(), strict=True))
     scale = (variance + VARIANCE_FLOOR * variance.mean() + (ROUNDING * mean).square_()).clamp_(min=1e-30).rsqrt_()
     standard = ((piece - mean).mul_(scale) for piece in pieces())
-    made = [(piece if projection is None else piece @ projection, piece.square().sum(1)) for piece in standard]
-    place, salience = (torch.cat(pieces) for pieces in zip(*made, strict=True))
+    places = [(piece if projection is None else piece @ projection, piece.square().sum(1)) for piece in standard]
+    place, salience = (torch.cat(pieces) for pieces in zip(*places, strict=True))
     largest = (salience * (count > 0)).max().clamp(min=VARIANCE_FLOOR * rows.shape[1])
     return place / largest.sqrt(), rounded(salience / largest, steps) * (count > 0)
 
@@ -120,8 +120,8 @@ def _tube_radii(
         is_best = place_in == best
         radii = torch.where(is_best, torch.maximum(radii, radius), radii)
         near = torch.where(is_best, -1.0, torch.minimum(near, apart[at, best[:, 0]]))
-    made = row.new_full((len(row) + 1,), -1, dtype=torch.float32)
-    return made.scatter_(0, tubes.flatten(), torch.where(valid, radii, -1.0).flatten())[:-1].clone()
+    by_point = row.new_full((len(row) + 1,), -1, dtype=torch.float32)
+    return by_point.scatter_(0, tubes.flatten(), torch.where(valid, radii, -1.0).flatten())[:-1].clone()
 
 
 def _members(row: torch.Tensor, tubes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -147,13 +147,13 @@ def _apart(
 
 
 def _tube_radii_cpu(place, half, weight, first, row, time, tubes, keep):
-    made = torch.full((len(row) + 1,), -1, dtype=torch.float32, device="cpu")
-    for some in tubes.split(max(1, MAX_DISTANCES // tubes.shape[1] ** 2)):
-        index, rows, valid = _members(row, some)
+    by_point = torch.full((len(row) + 1,), -1, dtype=torch.float32, device="cpu")
+    for batch in tubes.split(max(1, MAX_DISTANCES // tubes.shape[1] ** 2)):
+        index, rows, valid = _members(row, batch)
         apart = _apart(place, half, weight, rows, time[index])
         radii = _greedy(apart.numpy(), torch.where(valid, first[rows], -1).numpy(), keep)
-        made[some] = torch.where(valid, torch.from_numpy(radii), -1)
-    return made[:-1].clone()
+        by_point[batch] = torch.where(valid, torch.from_numpy(radii), -1)
+    return by_point[:-1].clone()
 
 
 def _greedy(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
@@ -219,34 +219,34 @@ def _nearest_selected(
     """
     of, rows = row[selected], row.clamp(min=0)
     there, half_of, when = place[of], half[of], time[selected]
-    found = []
-    for some in torch.arange(len(row), dtype=torch.int64, device=row.device).split(
+    nearest = []
+    for batch in torch.arange(len(row), dtype=torch.int64, device=row.device).split(
         MAX_DISTANCES_ON_DEVICE // len(selected)
     ):
-        mine = rows[some]
-        apart = torch.addmm(half_of, place[mine], there.T, alpha=-1).add_(half[mine][:, None])
-        apart.add_((time[some][:, None] - when).abs_().mul_(weight[mine][:, None]))
-        found.append(apart.round_().clamp_(min=0).argmin(1))
-    return _own(torch.cat(found), row, selected)
+        own = rows[batch]
+        apart = torch.addmm(half_of, place[own], there.T, alpha=-1).add_(half[own][:, None])
+        apart.add_((time[batch][:, None] - when).abs_().mul_(weight[own][:, None]))
+        nearest.append(apart.round_().clamp_(min=0).argmin(1))
+    return _own(torch.cat(nearest), row, selected)
 
 
-def _own(found: torch.Tensor, row: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+def _own(nearest: torch.Tensor, row: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
     numbers = torch.arange(len(selected), dtype=torch.int64, device=row.device)
-    return torch.where(row < 0, -1, found).index_copy_(0, selected, numbers)
+    return torch.where(row < 0, -1, nearest).index_copy_(0, selected, numbers)
 
 
 def _nearest_selected_cpu(place, half, weight, row, time, selected):
     # With reuse one row is that of many points: products are computed for rows, a piece at a time that stays in the cache.
     rows, back = row[selected].unique(return_inverse=True)
     there, half_of, when = place[rows], half[rows], time[selected]
-    found = torch.empty_like(row)
+    nearest = torch.empty_like(row)
     points = (row >= 0).nonzero()[:, 0]
-    for some in points.split(max(1, (MAX_DISTANCES >> 3) // len(selected))):
-        mine, of = row[some].unique(return_inverse=True)
-        apart = torch.addmm(half_of, place[mine], there.T, alpha=-1).add_(half[mine][:, None])[of[:, None], back]
-        apart.add_((time[some][:, None] - when).abs_().mul_(weight[row[some]][:, None]))
-        found[some] = apart.round_().clamp_(min=0).argmin(1)
-    return _own(found, row, selected)
+    for batch in points.split(max(1, (MAX_DISTANCES >> 3) // len(selected))):
+        own, of = row[batch].unique(return_inverse=True)
+        apart = torch.addmm(half_of, place[own], there.T, alpha=-1).add_(half[own][:, None])[of[:, None], back]
+        apart.add_((time[batch][:, None] - when).abs_().mul_(weight[row[batch]][:, None]))
+        nearest[batch] = apart.round_().clamp_(min=0).argmin(1)
+    return _own(nearest, row, selected)
 
 
 def _mean_rows(
@@ -259,8 +259,8 @@ def _mean_rows(
     total = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
     size = total.new_zeros(count).index_add_(0, into, weight)
     at_once = max(1, (MAX_DISTANCES_ON_DEVICE if rows.device.type != "cpu" else MAX_DISTANCES) // rows.shape[1])
-    for some in torch.arange(len(into), dtype=torch.int64, device=rows.device).split(at_once):
-        total.index_add_(0, into[some], rows[row[some]].float() * weight[some][:, None])
+    for batch in torch.arange(len(into), dtype=torch.int64, device=rows.device).split(at_once):
+        total.index_add_(0, into[batch], rows[row[batch]].float() * weight[batch][:, None])
     return (total / size[:, None]).to(rows.dtype)
 
 

@@ -98,8 +98,8 @@ def linear(
         if silu:
             return torch.ops.mkldnn._linear_pointwise(x, layer.weights_for(x), layer.bias, "swish", [], "")
         if times is not None or plus is not None:
-            other, how = (times, "mul") if plus is None else (plus, "add")
-            return torch.ops.mkldnn._linear_pointwise.binary(x, other, layer.weights_for(x), layer.bias, how)
+            operand, operation = (times, "mul") if plus is None else (plus, "add")
+            return torch.ops.mkldnn._linear_pointwise.binary(x, operand, layer.weights_for(x), layer.bias, operation)
         return layer(x)
     y = layer(x)
     if silu:
@@ -145,8 +145,8 @@ def packed_copy(module: nn.Module) -> nn.Module:
 
 def shared_copy(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
     """A copy of a tree of modules on the same weights. `replace`: what stands for a module in it; None for a copy."""
-    if (other := replace(module)) is not None:
-        return other
+    if (replacement := replace(module)) is not None:
+        return replacement
     clone = copy(module)
     clone._modules = {name: child and shared_copy(child, replace) for name, child in module.named_children()}
     return clone

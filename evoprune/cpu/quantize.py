@@ -111,8 +111,8 @@ class Int8Linear(nn.Module):
 
 
 def _product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, offset) -> torch.Tensor:
-    how = 1.0, 0, torch.float32, "none", [], ""
-    return torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, scale, zero, offset, *how)
+    output_args = 1.0, 0, torch.float32, "none", [], ""
+    return torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, scale, zero, offset, *output_args)
 
 
 def _largest(rows: torch.Tensor) -> torch.Tensor:
@@ -127,8 +127,8 @@ def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def large_channels(x: torch.Tensor) -> torch.Tensor:
     """int64, ascending: the channels of `x` (`[..., K]`) that are more than `LARGE` times the median; the largest `MAX_LARGE`."""
     size = x.reshape(-1, x.shape[-1]).float().abs().amax(0)
-    most = int(len(size) * MAX_LARGE)
-    largest = size.topk(most).indices if most else size[:0].long()
+    max_count = int(len(size) * MAX_LARGE)
+    largest = size.topk(max_count).indices if max_count else size[:0].long()
     return largest[size[largest] > LARGE * size.median()].sort().values
 
 

@@ -122,8 +122,8 @@ def attend(
     if sees is None and (bias is None or wide is not None):
         asks, shared, scale = queries, (keys, values), None
         if bias is not None:
-            for room, each in zip(wide[..., :dim], shared, strict=True):
-                room.copy_(each[:, 0])
+            for room, tensor in zip(wide[..., :dim], shared, strict=True):
+                room.copy_(tensor[:, 0])
             asks = F.pad(queries, (0, wide.shape[3] - given), value=1.0) if wide.shape[3] > given else queries
             shared, scale = wide[:, :, None], dim**-0.5
         out = causal_attention(asks, *(t.expand(-1, group, -1, -1) for t in shared), scale=scale)
@@ -240,8 +240,8 @@ class KVCache:
         columns = to_device(columns, self._layers[0][0].device)
         count, sized = len(columns), {id(sizes): sizes[columns] for sizes in self.sizes if sizes is not None}
         for stored in self._layers:
-            for each in stored:
-                each[:, :, :count] = each[:, :, columns]
+            for tensor in stored:
+                tensor[:, :, :count] = tensor[:, :, columns]
         self.sizes = [sized.get(id(sizes)) for sizes in self.sizes]
         self.length, self.lengths = count, [count] * len(self.lengths)
 
@@ -261,8 +261,8 @@ class KVCache:
         Returns all keys and values of the layer `[1, kv_heads, lengths[layer] + L, head_dim]`, views.
         """
         *room, known_keys, known_values = self.room(layer, keys.shape[2])
-        for each, new in zip(room, (keys, values), strict=True):
-            each[:] = new[0]
+        for target, new in zip(room, (keys, values), strict=True):
+            target[:] = new[0]
         return known_keys, known_values
 
     def room(self, layer: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -272,9 +272,9 @@ class KVCache:
         if end > (full := stored[0].shape[2]):
             # Layer by layer, so that only one layer is in memory twice.
             more = (0, 0, 0, max(end, full * 3 // 2) - before)
-            stored = self._layers[layer] = tuple(F.pad(each[:, :, :before], more) for each in stored)
-        known = tuple(each[:, :, :end] for each in stored)
-        return *(each[0, :, before:] for each in known), *known
+            stored = self._layers[layer] = tuple(F.pad(tensor[:, :, :before], more) for tensor in stored)
+        known = tuple(tensor[:, :, :end] for tensor in stored)
+        return *(tensor[0, :, before:] for tensor in known), *known
 
     def add(self, read: int, columns: Sequence[int], sizes: Sequence[torch.Tensor | None]) -> None:
         """Makes what was put valid: `read` columns, of which each layer has `columns`, with the `sizes` of all its columns."""
@@ -402,7 +402,7 @@ def run_layer(
     h = norm(x, layer.input_layernorm.weight, eps)
     keys, values = (heads_of(attention, name, rows_at(h, kv_rows), config) for name in "kv")
     keys = rotate(keys, rows_at(cos, kv_rows), rows_at(sin, kv_rows))
-    keys, values = cache.put(number, *(each[None].transpose(1, 2) for each in (keys, values)))
+    keys, values = cache.put(number, *(tensor[None].transpose(1, 2) for tensor in (keys, values)))
     if number == config.num_hidden_layers - 1:  # only the output of these columns is used
         x, h, cos, sin = x[-last:], h[-last:], cos[-last:], sin[-last:]
         q_rows = mlp_rows = None

@@ -52,12 +52,12 @@ class Visual:
     deepstack: torch.Tensor | None = None  # `[n, K, hidden]`, what is added to them after each of the first n layers
 
     def __post_init__(self):
-        kept, most = self.kept.cpu(), len(self.place) - 1
+        kept, last = self.kept.cpu(), len(self.place) - 1
         object.__setattr__(self, "kept", kept)  # read once: from an accelerator it waits
         if len(kept) != len(self.features):
             raise ValueError(f"{len(self.features)} features for {len(kept)} visual tokens")
-        if len(kept) and (kept[0] < 0 or kept[-1] > most or bool((kept.diff() <= 0).any())):
-            raise ValueError(f"kept visual tokens must ascend within 0..{most}")
+        if len(kept) and (kept[0] < 0 or kept[-1] > last or bool((kept.diff() <= 0).any())):
+            raise ValueError(f"kept visual tokens must ascend within 0..{last}")
 
     @cached_property
     def columns(self) -> torch.Tensor:
@@ -371,8 +371,8 @@ def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
     """Pieces of a text; of each, whether it comes before `end`, which is in none of them."""
     held = ""  # what may be a beginning of `end`
     for piece in pieces:
-        before, found, after = (held + piece).partition(end)
-        if found:
+        before, separator, after = (held + piece).partition(end)
+        if separator:
             yield before, True
             yield after, False
             yield from zip(pieces, repeat(False))

@@ -179,7 +179,7 @@ def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
     for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
         template = (settings if file.name == "tokenizer_config.json" else _settings(file)).get("chat_template")
         if isinstance(template, list):  # several templates by name
-            template = {each["name"]: each["template"] for each in template}.get("default")
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if template:
             return TEXT.check(template, f"{file.name}: chat_template"), file
     return None, file
@@ -334,13 +334,13 @@ def build_prompt(
         raise UsageError(problem, "leave it out, or write it in the question")
     words = {_QUESTION: subtitles + question, _SYSTEM: system or ""}
     check_text(question, system)
-    each = times or [()] * len(inputs)
+    times_of = times or [()] * len(inputs)
     # The placeholders of each run; an input with times has a run for each of them.
-    lengths = (count // (len(own) or 1) for (_, count), own in zip(inputs, each, strict=True) for _ in own or [""])
+    lengths = (count // (len(own) or 1) for (_, count), own in zip(inputs, times_of, strict=True) for _ in own or [""])
     ids, runs, prefix_length = [], [], 0
     # Split only at the template's special tokens, where the tokenizer splits too. The text between them is encoded as one
     # piece, so that merges across the edge of the user's text (a newline before it, say) are the same as in the whole.
-    for piece in re.split(f"({'|'.join(map(re.escape, specials))})", _with_times(rendered, each)):
+    for piece in re.split(f"({'|'.join(map(re.escape, specials))})", _with_times(rendered, times_of)):
         if piece in _PLACEHOLDERS:
             runs.append(range(len(ids), len(ids) + next(lengths)))
             ids += [specials[piece]] * len(runs[-1])
@@ -355,7 +355,7 @@ def build_prompt(
                 # None of them where the question's beginning merges with the subtitles.
                 prefix_length = len(ids) + (len(before) if encoded[: len(before)] == before else 0)
             ids += encoded
-    places = tuple(_places(tokenizer, ids, runs, each))
+    places = tuple(_places(tokenizer, ids, runs, times_of))
     return Prompt(torch.tensor(ids, dtype=torch.int64, device="cpu"), places, prefix_length)
 
 

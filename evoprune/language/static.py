@@ -160,7 +160,7 @@ def begin(model, holder: object, cache: KVCache, position: int, decoded: int, le
                 if available is not None and kv_bytes(model.config, columns, like.itemsize) >= SHARE * available:
                     return None
                 layers = [model.lm_head, *model.model.language_model.layers.modules()]
-                if not all(is_plain(each) for each in layers if isinstance(each, nn.Linear)):
+                if not all(is_plain(layer) for layer in layers if isinstance(layer, nn.Linear)):
                     return None  # hooks may compute something else on each call
                 steps = _caches[model] = StaticCache(model, columns)
     steps.begin(holder, cache, position, min(known, default=columns))

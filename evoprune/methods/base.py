@@ -143,12 +143,12 @@ class Merger(EncoderMethod, ABC):
         units, windows = height * width, tower.windows(height, width)
         shares = [max(1, share) for share in spread(keep, count)]
         of_share = {share: self.rows(tower, units, windows, share) for share in set(shares)}
-        made, before = [], prod(grid)
+        stages, before = [], prod(grid)
         for layer, left in enumerate(zip(*(of_share[share] for share in shares), strict=True), 1):
             if sum(left) < before:
                 before = sum(left)
-                made.append(Stage(layer, before, Merge(self, left)))
-        return made
+                stages.append(Stage(layer, before, Merge(self, left)))
+        return stages
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class MethodChain:
     def of(cls, method: Method) -> Self:
         """One method alone; the base class itself prunes nothing."""
         classes = {"input": InputMethod, "encoder": EncoderMethod, "selector": Selector, "language": LanguageMethod}
-        return cls(**{part: method for part, each in classes.items() if isinstance(method, each)})
+        return cls(**{part: method for part, kind in classes.items() if isinstance(method, kind)})
 
     @property
     def members(self) -> list[Method]:
@@ -88,12 +88,12 @@ class MethodChain:
     @property
     def args(self) -> dict[str, Any]:
         """The settings as reports show them: those of the first part, and by name those of the others."""
-        made = dict(self.first.args)
+        args = dict(self.first.args)
         if self.encoder and self.encoder.combines:
-            made[self.tokens.name] = self.tokens.args
+            args[self.tokens.name] = self.tokens.args
         if self.language and self.language is not self.first:
-            made[self.language.name] = self.language.args | {"share": round(self.language.left, 4)}
-        return made
+            args[self.language.name] = self.language.args | {"share": round(self.language.left, 4)}
+        return args
 
     @property
     def reading(self) -> tuple[str, str]:
@@ -114,8 +114,8 @@ class MethodChain:
         if self.tokens is None or self.tokens.scores is None:
             name = self.tokens.name if self.selector or (self.encoder and self.encoder.combines) else self.first.name
             problem = f"method {name} has no scores whose curve could decide the budget"
-            other = "take a method that ranks tokens, such as visionzip, with auto:inflection"
-            raise UsageError(problem, f"give a share such as 0.25, or {other}")
+            alternative = "take a method that ranks tokens, such as visionzip, with auto:inflection"
+            raise UsageError(problem, f"give a share such as 0.25, or {alternative}")
         return replace(self, inflection=True)
 
     def acts_at(self, budget: float) -> bool:
@@ -165,28 +165,28 @@ def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
     name, units = PLUGINS.get(type(selector)), len(tokens.unit_to_row)
     with without_autocast():
         # Rows are shared with other methods of an evaluation, and a stranger's code may write into what it gets.
-        found = selector.select(tokens.copied() if name else tokens, keep)
+        selection = selector.select(tokens.copied() if name else tokens, keep)
     if name:
-        count = getattr(getattr(found, "kept", None), "shape", (0,))[0]
+        count = getattr(getattr(selection, "kept", None), "shape", (0,))[0]
         enough = bool(count) and (selector.suffices(count, keep, units) or not selector.exact)
-        check_selection(name, found, enough, keep, units, tokens.rows.device)
-    return found
+        check_selection(name, selection, enough, keep, units, tokens.rows.device)
+    return selection
 
 
-def check_selection(name: str, found: Selection, enough: bool, keep: int, units: int, device: torch.device) -> None:
+def check_selection(name: str, selection: Selection, enough: bool, keep: int, units: int, device: torch.device) -> None:
     """Raises PluginError: what the method `name` selected is wrong.
 
     `enough`: whether the number of units is one that the method may return where `keep` of `units` were asked for.
     """
-    if wrong := next(_faults(found, enough, keep, units, device), None):
+    if wrong := next(_faults(selection, enough, keep, units, device), None):
         raise PluginError(f"{name} returned {wrong}", "report it to that package's authors, or choose another method")
 
 
-def _faults(found: Selection, enough: bool, keep: int, units: int, device: torch.device) -> Iterator[str]:
+def _faults(selection: Selection, enough: bool, keep: int, units: int, device: torch.device) -> Iterator[str]:
     """What is wrong with a selection, the first thing first: later ones are not meaningful."""
-    if not isinstance(found, Selection):
-        yield f"an object of class {type(found).__name__} where a Selection was asked for"
-    kept = found.kept
+    if not isinstance(selection, Selection):
+        yield f"an object of class {type(selection).__name__} where a Selection was asked for"
+    kept = selection.kept
     yield from _unlike("kept", kept, torch.int64, None, device)
     if not enough:
         yield f"{len(kept):,} units where {keep:,} were asked for"
@@ -195,20 +195,22 @@ def _faults(found: Selection, enough: bool, keep: int, units: int, device: torch
     if len(kept) and (kept[0] < 0 or kept[-1] >= units):
         yield f"units from {int(kept[0]):,} to {int(kept[-1]):,} of a video with units 0 to {units - 1:,}"
     count = len(kept)
-    if (token := found.unit_to_token) is not None:
+    if (token := selection.unit_to_token) is not None:
         yield from _unlike("unit_to_token", token, torch.int64, units, device)
         own = ascending(count, kept.device)
         if token.min() < -1 or token.max() >= count or not (token[kept].to(own) == own).all():
             yield "a unit_to_token that is not the index of a kept unit, of each kept unit its own, or -1"
-    if found.weight is not None:
-        yield from _unlike("weight", found.weight, torch.float32, units, device)
-        if not (found.weight.isfinite().all() and (found.weight >= 0).all() and (found.weight[kept] > 0).all()):
+    if selection.weight is not None:
+        yield from _unlike("weight", selection.weight, torch.float32, units, device)
+        if not (
+            selection.weight.isfinite().all() and (selection.weight >= 0).all() and (selection.weight[kept] > 0).all()
+        ):
             yield "a weight that is not a number, below 0, or 0 for a kept unit"
-    if found.means is not None:
-        yield from _wrong_means(found.means, count, units, device)
-    if found.size is not None:
-        yield from _unlike("size", found.size, torch.float32, count, device)
-        if not (found.size.isfinite().all() and (found.size > 0).all()):
+    if selection.means is not None:
+        yield from _wrong_means(selection.means, count, units, device)
+    if selection.size is not None:
+        yield from _unlike("size", selection.size, torch.float32, count, device)
+        if not (selection.size.isfinite().all() and (selection.size > 0).all()):
             yield "a size that is not a number above 0"
 
 
@@ -240,8 +242,8 @@ def _unlike(
 
 def tokens_before_inflection(selector: Selector, tokens: Tokens, keep: int) -> int:
     """How many tokens `selector` keeps by the curve of its scores (arXiv 2409.01162): at most `keep`."""
-    least = min(keep, keep_count(AUTO_LEAST, len(tokens.unit_to_row)))
-    return min(keep, max(least, inflection(selector.scores(tokens))))
+    min_keep = min(keep, keep_count(AUTO_LEAST, len(tokens.unit_to_row)))
+    return min(keep, max(min_keep, inflection(selector.scores(tokens))))
 
 
 def inflection(scores: torch.Tensor) -> int:

@@ -75,8 +75,8 @@ class FarthestPoints(Selector):
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         points = points_of(tokens.rows, tokens.unit_to_row, tokens.grid, self.alpha)
-        least = keep_count(AUTO_LEAST, len(tokens.unit_to_row))
-        kept = farthest_points(points, keep, within=self.within, least=least, floor=self.floor)
+        min_keep = keep_count(AUTO_LEAST, len(tokens.unit_to_row))
+        kept = farthest_points(points, keep, within=self.within, least=min_keep, floor=self.floor)
         unit_to_token = assign_clusters(points, kept)
         return Selection(kept, unit_to_token, size=self._sizes(unit_to_token, len(kept)), averages=self.average)
 
@@ -133,14 +133,14 @@ class EvoPrune(EncoderMethod):
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
         if self.depth == 1:
             return []
-        units, made = prod(grid), []
+        units, stages = prod(grid), []
         after = min(max(1, round(self.depth * tower.depth)), tower.depth - 1)
         points = replace(self.tokens, average=False, within=0.0)
         for layer, power, select in ((0, self.first, FarthestPatches(*astuple(points))), (after, self.rows, points)):
             rows = max(keep, round(units * (keep / units) ** (power if grid[0] > 1 else ONE_PAIR_POWER * power)))
-            if rows < (made[-1].rows if made else units):
-                made.append(Stage(layer, rows, select, self.exact))
-        return made
+            if rows < (stages[-1].rows if stages else units):
+                stages.append(Stage(layer, rows, select, self.exact))
+        return stages
 
     def automatic(self) -> "EvoPrune":
         return replace(self, within=self.within or WITHIN)

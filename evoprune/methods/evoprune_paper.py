@@ -64,16 +64,16 @@ class EvoPrunePaper(Merger):
         self, c: Candidates, attention: torch.Tensor | None, source: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """`ranking.best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
-        pieces, density, found = ranking.strips(*c.valid.shape), None, []
+        pieces, density, partners = ranking.strips(*c.valid.shape), None, []
         if self.diversity:
             cosines = ((rows, ranking.similarity(c.features, rows)) for rows in pieces)
-            each = [ranking.local_density(cosine, c.valid, self.neighbours, rows) for rows, cosine in cosines]
-            density = torch.cat(each, 1)
+            densities = [ranking.local_density(cosine, c.valid, self.neighbours, rows) for rows, cosine in cosines]
+            density = torch.cat(densities, 1)
         for rows in pieces:
             cosine = ranking.similarity(c.features, rows)
             score = ranking.composite_score(cosine, density, attention, self.diversity, self.attention, rows)
-            found.append(ranking.best_partners(ranking.snap(score), source[:, rows], c.valid & ~source))
-        return tuple(torch.cat(of_each, 1) for of_each in zip(*found, strict=True))
+            partners.append(ranking.best_partners(ranking.snap(score), source[:, rows], c.valid & ~source))
+        return tuple(torch.cat(of_each, 1) for of_each in zip(*partners, strict=True))
 
     def _critical(self, attention: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
         """bool `[B, n]`: the most attended rows of each group, a share of `critical`, rounded up; ties by index."""

@@ -25,9 +25,9 @@ class Preset(float):
     """
 
     def __new__(cls, name: str, video: float, still: float):
-        made = super().__new__(cls, video)
-        made.name, made.still = name, still
-        return made
+        preset = super().__new__(cls, video)
+        preset.name, preset.still = name, still
+        return preset
 
     def __reduce__(self):
         return Preset, (self.name, float(self), self.still)

@@ -33,8 +33,8 @@ def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, tor
 
     All rows are of length one, and m is at least 1. Ties go to the lower index.
     """
-    found = [snap(some @ others.T).max(1) for some in unit.split(BLOCK)]
-    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+    maxima = [snap(rows @ others.T).max(1) for rows in unit.split(BLOCK)]
+    return torch.cat([piece.values for piece in maxima]), torch.cat([piece.indices for piece in maxima])
 
 
 def of_pairs(kept: Iterable[torch.Tensor], per_pair: int) -> Selection:
@@ -153,8 +153,8 @@ def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: in
     # If several rows merge into one, one of their slots in `total` holds the sum. Any of them will do: all start from the same row.
     place = torch.empty_like(before).scatter_(0, to, ascending(moves, into.device))[to]
     grown = (after > before)[to]  # other rows must stay exactly as they are
-    one = (-1, *[1] * (x.ndim - 1))
-    total = out[to].float().mul_(torch.where(grown, before[to], 1).view(one))
-    total.index_add_(0, place, x[moved].float().mul_(added.view(one)))
-    out[to] = total.div_(torch.where(grown, after[to], 1).view(one)).to(x.dtype)[place]
+    column = (-1, *[1] * (x.ndim - 1))
+    total = out[to].float().mul_(torch.where(grown, before[to], 1).view(column))
+    total.index_add_(0, place, x[moved].float().mul_(added.view(column)))
+    out[to] = total.div_(torch.where(grown, after[to], 1).view(column)).to(x.dtype)[place]
     return out

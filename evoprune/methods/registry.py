@@ -85,8 +85,8 @@ def _names(text: str) -> list[str]:
 
 def _split(text: str) -> list[str]:
     """The methods in `text`, with their settings. A plus in a setting's number, as in 1e+1, separates none."""
-    hidden = _NUMBER.sub(lambda found: found[0].replace("+", "\0"), text)
-    return [each.replace("\0", "+") for each in hidden.split("+")]
+    hidden = _NUMBER.sub(lambda match: match[0].replace("+", "\0"), text)
+    return [part.replace("\0", "+") for part in hidden.split("+")]
 
 
 def _is_list(text: str) -> bool:
@@ -136,26 +136,26 @@ def parse(text: str, args: dict[str, str] | None = None) -> "MethodChain":
         example = f"{text}:{'='.join(next(iter(args.items())))}, or {REUSE}:threshold=5+{names[-1]}"
         raise UsageError(f"settings of {text} must be part of its name", f"for example {example}")
     parts = [MethodChain.of(_one(name, args)) for name in names]
-    made = parts.pop()
-    language = made.language
+    chain = parts.pop()
+    language = chain.language
     if language and not parts:
         if language.share is None:
-            return made
+            return chain
         name = language.name
         hint = f"the budget (-b) is the share of a method alone; or combine it: {DEFAULT}+{name}:share={language.share}"
         raise UsageError(f"method {name} has a share, and nothing acts before it", hint)
     if language:
-        made = parts.pop()
+        chain = parts.pop()
         if names[-2].partition(":")[0] == REUSE:
             raise _impossible(text)
     if parts:
         front = parts.pop().encoder
-        if parts or not (front and front.combines and made.selector):
+        if parts or not (front and front.combines and chain.selector):
             raise _impossible(text)
-        made = replace(made, encoder=front)
-    if language and (made.language or not made.members):
+        chain = replace(chain, encoder=front)
+    if language and (chain.language or not chain.members):
         raise _impossible(text)
-    return replace(made, language=language)
+    return replace(chain, language=language)
 
 
 def _one(text: str, args: dict[str, str] | None) -> "Method":
@@ -190,12 +190,12 @@ def _class(name: str) -> "type[Method]":
 
 def plugin_code(text: str) -> dict[str, str]:
     """A hash of the code of each method of another package that `text` names, by name. Raises UsageError: it cannot be loaded."""
-    found = {}
+    hashes = {}
     for name in _names(text):
         if (entry := _plugins().get(name)) and not _is_own(entry):
             files = _code_files(entry, Path(inspect.getfile(_load(entry))))
-            found[name] = hashlib.sha256(b"\0".join(each.read_bytes() for each in files)).hexdigest()[:16]
-    return found
+            hashes[name] = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return hashes
 
 
 def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
@@ -206,13 +206,13 @@ def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
     if (folder / "__init__.py").exists():
         return sorted(folder.rglob("*.py"))
     files = entry.dist.files or () if entry.dist else ()
-    installed = [Path(str(each.locate())) for each in files if each.suffix == ".py"]
+    installed = [Path(str(path.locate())) for path in files if path.suffix == ".py"]
     return sorted(installed if file in installed else folder.glob("*.py"))
 
 
 def plugins() -> dict[str, str]:
     """Each entry point of other packages, by name: its package, and whether it works. Loads all of them."""
-    found = {}
+    states = {}
     for entry in _entry_points():
         if _is_own(entry):
             continue
@@ -224,24 +224,24 @@ def plugins() -> dict[str, str]:
                 _load(entry)
             except EvopruneError as problem:
                 state += f", broken: {problem.message.removeprefix(f'{_named(entry)} ')}"
-        found[f"{entry.name} ({_package(entry)})" if entry.name in found else entry.name] = state
-    return found
+        states[f"{entry.name} ({_package(entry)})" if entry.name in states else entry.name] = state
+    return states
 
 
 @cache
 def _entry_points() -> tuple[EntryPoint, ...]:
-    found = (entry for group in GROUPS for entry in entry_points(group=group))
-    return tuple(sorted(found, key=lambda entry: (not _is_own(entry), entry.name, _package(entry))))
+    entries = (entry for group in GROUPS for entry in entry_points(group=group))
+    return tuple(sorted(entries, key=lambda entry: (not _is_own(entry), entry.name, _package(entry))))
 
 
 @cache
 def _plugins() -> dict[str, EntryPoint]:
     """The entry points by name, without names that are taken or not valid."""
-    made = {}
+    entries = {}
     for entry in _entry_points():
         if entry.name not in (*CORE, REUSE) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", entry.name):
-            made.setdefault(entry.name, entry)
-    return made
+            entries.setdefault(entry.name, entry)
+    return entries
 
 
 def _is_own(entry: EntryPoint) -> bool:
@@ -256,23 +256,23 @@ def _load(entry: EntryPoint) -> type["Method"]:
     from evoprune.methods.base import Method
 
     try:
-        found = entry.load()
+        loaded = entry.load()
     except BaseException as problem:  # another package's module may raise anything when it is imported
         if is_interruption(problem):
             raise
         reason = f"{type(problem).__name__}: {first_line(problem)}"
         raise _broken(entry, f"cannot be loaded ({reason})") from problem
-    if not (isinstance(found, type) and issubclass(found, Method)):
+    if not (isinstance(loaded, type) and issubclass(loaded, Method)):
         raise _broken(entry, f"is not a Method: {entry.value}")
-    if missing := sorted(getattr(found, "__abstractmethods__", ())):
-        raise _broken(entry, f"is not complete: class {found.__name__} has no {', '.join(missing)}")
-    if found.name != entry.name:
-        raise _broken(entry, f"has another name in its class: {found.__name__} needs name = {entry.name!r}")
-    if "__dataclass_params__" not in vars(found):
-        raise _broken(entry, f"is no dataclass: {found.__name__} needs @dataclass(frozen=True)")
+    if missing := sorted(getattr(loaded, "__abstractmethods__", ())):
+        raise _broken(entry, f"is not complete: class {loaded.__name__} has no {', '.join(missing)}")
+    if loaded.name != entry.name:
+        raise _broken(entry, f"has another name in its class: {loaded.__name__} needs name = {entry.name!r}")
+    if "__dataclass_params__" not in vars(loaded):
+        raise _broken(entry, f"is no dataclass: {loaded.__name__} needs @dataclass(frozen=True)")
     if not _is_own(entry):
-        PLUGINS[found] = _named(entry)
-    return found
+        PLUGINS[loaded] = _named(entry)
+    return loaded
 
 
 def _broken(entry: EntryPoint, what: str) -> UsageError:

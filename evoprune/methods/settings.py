@@ -51,12 +51,12 @@ def from_args(method: type, args: dict[str, Any]) -> Any:
             raise UsageError(f"method {method.name} has no argument {name!r}", settings_hint(method))
         values[name] = _parsed(method, known[name], str(text))
     try:
-        made = method(**values)
+        instance = method(**values)
         if wrong := [name for name, value in values.items() if value != value]:  # NaN is no number to any method
             raise ValueError(f"{wrong[0]}=nan is not a number")
     except ValueError as error:
         raise UsageError(f"method {method.name}: {error}", settings_hint(method)) from None
-    return made
+    return instance
 
 
 def settings_hint(method: type, name: str | None = None) -> str:

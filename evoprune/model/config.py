@@ -134,8 +134,8 @@ def loads(text: str) -> Any:
         raise too_deep from None
     level = [[value]]
     for _ in range(MAX_LEVELS + 1):
-        inside = chain.from_iterable(each.values() if isinstance(each, dict) else each for each in level)
-        level = [each for each in inside if isinstance(each, dict | list)]
+        inside = chain.from_iterable(inner.values() if isinstance(inner, dict) else inner for inner in level)
+        level = [inner for inner in inside if isinstance(inner, dict | list)]
         if not level:
             return value
     raise too_deep
@@ -431,8 +431,8 @@ def parse_config(content: dict) -> Config:
     family = content.get("model_type") or QWEN2_5
     text, vision = section(content, "text_config") or content, section(content, "vision_config")
     # As in transformers: where heads have no norms, either place ties them, for earlier versions wrote the one in `text_config`.
-    tied = [each.get("tie_word_embeddings") for each in (content, text)]
-    tied = [each is not None and YES_OR_NO.check(each, "tie_word_embeddings") for each in tied]
+    tied = [part.get("tie_word_embeddings") for part in (content, text)]
+    tied = [value is not None and YES_OR_NO.check(value, "tie_word_embeddings") for value in tied]
     tied = tied[0] if FAMILIES[family].head_norms else any(tied)
     config = Config(parse_vision(vision, family), _parse_text(text, family), tied)
     check_vision(config.vision_config)

@@ -117,7 +117,7 @@ def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -
     net = getattr(text, "delta_net", None)  # none in the config of a transformers model in hand
     linear = [net is not None and text.is_linear(layer) for layer in range(depth)]
     of_token = 2 * text.num_key_value_heads * head_size(text) * bytes_each
-    total = of_token * sum(length for length, other in zip(lengths, linear, strict=True) if not other)
+    total = of_token * sum(length for length, is_linear in zip(lengths, linear, strict=True) if not is_linear)
     if net:
         state = net.value_size * net.linear_key_head_dim * 4
         seen = (2 * net.key_size + net.value_size) * net.linear_conv_kernel_dim * bytes_each
@@ -127,15 +127,15 @@ def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -
 
 def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int) -> int:
     """Bytes of reading a prompt of `prompt` tokens, in each layer or in all, keys and values included."""
-    text, most = config.text_config, prompt if isinstance(prompt, int) else max(prompt)
+    text, longest = config.text_config, prompt if isinstance(prompt, int) else max(prompt)
     added = config.vision_config.layers_read - 1  # by DeepStack, to as many layers
     inner = max(mlp_size(text, layer) for layer in range(text.num_hidden_layers))
     wide = 8 * 4 * text.hidden_size
     if net := text.delta_net:  # its chunks are computed in float32, with a copy of its keys for each head of values
         heads, key, value = net.linear_num_value_heads, net.linear_key_head_dim, net.linear_value_head_dim
         wide = max(wide, heads * (6 * key + 6 * value + 3 * DELTA_CHUNK) * 4)
-    widest = most * (wide + added * bytes_each * text.hidden_size + 3 * inner * bytes_each)
-    held = most + ANSWER_COLUMNS if isinstance(prompt, int) else [tokens + ANSWER_COLUMNS for tokens in prompt]
+    widest = longest * (wide + added * bytes_each * text.hidden_size + 3 * inner * bytes_each)
+    held = longest + ANSWER_COLUMNS if isinstance(prompt, int) else [tokens + ANSWER_COLUMNS for tokens in prompt]
     return widest + kv_bytes(config, held, bytes_each)
 
 
@@ -207,8 +207,8 @@ def prefill_flop(config: TextConfig, length: int | Sequence[int | Sequence[int]]
     key_value, wide = (head_size(config) * heads for heads in (config.num_key_value_heads, config.num_attention_heads))
     total = 2.0 * h * config.vocab_size
     gate = 2 * h * wide if config.output_gate else 0
-    for layer, each in enumerate(lengths):
-        keys, queries, mlp = (each,) * 3 if isinstance(each, int) else each
+    for layer, layer_length in enumerate(lengths):
+        keys, queries, mlp = (layer_length,) * 3 if isinstance(layer_length, int) else layer_length
         if config.is_linear(layer):
             total += keys * _delta_flop(config)
         else:

@@ -174,10 +174,10 @@ def shared(model: Model) -> Model:
     if isinstance(model, HostedVL):
         parts = model.model.visual, model.model.language_model, model.lm_head
         return HostedVL(model.config, *(shared_copy(part, lambda module: None) for part in parts))
-    other = empty(model.config)
-    other.load_state_dict(model.state_dict(), assign=True)
-    other.tie()
-    return other.requires_grad_(False)
+    copy = empty(model.config)
+    copy.load_state_dict(model.state_dict(), assign=True)
+    copy.tie()
+    return copy.requires_grad_(False)
 
 
 def name_in_memory(name: str) -> str:

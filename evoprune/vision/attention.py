@@ -69,10 +69,10 @@ class Packed:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Attention of all groups in one call of the kernel; arguments `[patches, heads, d]`, keys group after group."""
-        longest = most = self.layout.longest(self.scope)
+        longest = longest_key = self.layout.longest(self.scope)
         if self.layout.mixes(self.scope):
-            most = self.layout.group_units(self.scope)[0].shape[1]
-        return self.kernel(q, k, v, *self.ends, longest * PATCHES, most * PATCHES, scale=scale)
+            longest_key = self.layout.group_units(self.scope)[0].shape[1]
+        return self.kernel(q, k, v, *self.ends, longest * PATCHES, longest_key * PATCHES, scale=scale)
 
     @cached_property
     def keys(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -141,10 +141,10 @@ def static_bucket(layout: TokenLayout, scope: Scope, size_bias: bool) -> Bucket:
 
 def _padded(groups: Groups, members: torch.Tensor, size_bias: bool, layout: TokenLayout) -> Bucket:
     """The bucket of some groups (int64 `[B]`), padded to the longest of them."""
-    longest, most = (int(each[members].max()) for each in (groups.length, groups.key_length))
+    longest, longest_key = (int(lengths[members].max()) for lengths in (groups.length, groups.key_length))
     start = groups.key_length.cumsum(0) - groups.key_length
     query, valid = runs(groups.start[members], groups.length[members], longest, layout.rows)
-    key, key_valid = runs(start[members], groups.key_length[members], most, len(groups.keys))
+    key, key_valid = runs(start[members], groups.key_length[members], longest_key, len(groups.keys))
     weight = torch.where(key_valid, groups.count[key], 0) if size_bias else None if key_valid.all() else key_valid
     clip = layout if layout.reach == "clip" else None
     key = None if groups.consecutive else groups.keys[key]
@@ -162,11 +162,11 @@ def buckets(groups: Groups, size_bias: bool, layout: TokenLayout) -> list[Bucket
     if groups.consecutive and len(lengths) == 1:
         shape = (len(groups.length), int(lengths))
         return [Bucket(shape, weight=groups.count.view(shape) if size_bias else None)]
-    made = []
+    padded = []
     for like in _alike(groups.key_length, 0.75 if len(lengths) > 4 else 1.0):
-        batches = [like] if groups.consecutive else [like[some] for some in _alike(groups.length[like], 0.5)]
-        made += [_padded(groups, members, size_bias, layout) for members in batches]
-    return made
+        batches = [like] if groups.consecutive else [like[subset] for subset in _alike(groups.length[like], 0.5)]
+        padded += [_padded(groups, members, size_bias, layout) for members in batches]
+    return padded
 
 
 def _alike(length: torch.Tensor, share: float) -> Iterator[torch.Tensor]:
@@ -268,10 +268,10 @@ def attend_by_products(
     groups = max(1, min(len(q), held // (rows * keys)))
     for g in range(0, len(q), groups):
         of = slice(g, g + groups)
-        some, beta = (q.new_empty(1), 0) if bias is None else (bias[of], 1)
+        added, beta = (q.new_empty(1), 0) if bias is None else (bias[of], 1)
         for at in range(0, queries, rows):
             piece = slice(at, at + rows)
-            scores = torch.baddbmm(some, q[of, piece], k[of].transpose(1, 2), beta=beta, alpha=dim**-0.5).softmax(-1)
+            scores = torch.baddbmm(added, q[of, piece], k[of].transpose(1, 2), beta=beta, alpha=dim**-0.5).softmax(-1)
             out[of, piece] = torch.bmm(scores, v[of])
             if received is not None:
                 with timer:

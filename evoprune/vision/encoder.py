@@ -131,13 +131,15 @@ class Rows:
         deepstack = self.deepstack[order] if self.deepstack.numel() else self.deepstack
         return Rows(self.values[order], deepstack, self.unit[order] if unit is None else unit, unit_to_row), order
 
-    def averaged(self, found: Selection) -> tuple[torch.Tensor, torch.Tensor]:
+    def averaged(self, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
         """`[K, ...]`: values and DeepStack features of the selected units, from rows that are ordered by unit."""
-        made = []
+        means = []
         for x in (self.values, self.deepstack):
-            shape = len(found.kept), *x.shape[1:]
-            made.append(found.features(x.flatten(1), self.unit_to_row).view(shape) if x.numel() else x.new_empty(shape))
-        return tuple(made)
+            shape = len(selection.kept), *x.shape[1:]
+            means.append(
+                selection.features(x.flatten(1), self.unit_to_row).view(shape) if x.numel() else x.new_empty(shape)
+            )
+        return tuple(means)
 
 
 @dataclass(frozen=True)
@@ -187,13 +189,13 @@ class EncodedRows:
 
 
 def encode(
-    visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, *, question: torch.Tensor | None = None, **how: Any
+    visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, *, question: torch.Tensor | None = None, **kwargs: Any
 ) -> Encoded:
-    """Encodes one video: `encode_rows`, whose other arguments (`how`) and errors it has, and `select_tokens`.
+    """Encodes one video: `encode_rows`, whose other arguments (`kwargs`) and errors it has, and `select_tokens`.
 
     `question`: `[Q, D]`, the embeddings of its tokens, for a method that reads the question.
     """
-    return select_tokens(encode_rows(visual, patches, plan, **how), question)
+    return select_tokens(encode_rows(visual, patches, plan, **kwargs), question)
 
 
 @torch.inference_mode()
@@ -300,10 +302,10 @@ class _Run:
         self.count = 0  # rows after the layers that run in chunks, so far
 
     def run_layers(
-        self, layers: range, x: torch.Tensor, layout: TokenLayout, **how: Any
+        self, layers: range, x: torch.Tensor, layout: TokenLayout, **kwargs: Any
     ) -> tuple[torch.Tensor, TokenLayout, torch.Tensor]:
-        """As `tower.run_layers`, and the DeepStack features `[R, n, D]` of these rows; `how`: fields of `LayerRun`."""
-        run = LayerRun(self.visual, self.timer, self.computed, gathering=self.gathering, **how)
+        """As `tower.run_layers`, and the DeepStack features `[R, n, D]` of these rows; `kwargs`: fields of `LayerRun`."""
+        run = LayerRun(self.visual, self.timer, self.computed, gathering=self.gathering, **kwargs)
         x, layout = run_layers(run, layers, x, layout)
         return x, layout, run.deepstack
 
@@ -316,8 +318,8 @@ class _Run:
                 self.carried.begin(chunk.latest() if follows else None)
         x = embed(self.visual, chunk.patches, layout)
         reduction = _reduction(self.plan, range(chunk.first, end), self.failed)
-        how = {"reduction": reduction, "carried": self.carried, "on_layer": self.pause}
-        x, layout, deepstack = self.run_layers(self.plan.spans[0], x, layout, **how)
+        args = {"reduction": reduction, "carried": self.carried, "on_layer": self.pause}
+        x, layout, deepstack = self.run_layers(self.plan.spans[0], x, layout, **args)
         x = x if self.plan.row_stages else self.merge_patches(x)
         unit_to_row = self.carried.among_all(layout, self.count) if self.carried else layout.unit_to_row + self.count
         self.note_numbers(x, deepstack)
@@ -339,8 +341,8 @@ class _Run:
         """The rows of all chunks; frees the chunks. Raises NothingNew: there are none."""
         if not self.count:
             raise NothingNew
-        live = [(each.values, each.deepstack) for each in self.pieces if len(each.values)]
-        of_units = [(each.unit, each.unit_to_row) for each in self.pieces]
+        live = [(piece.values, piece.deepstack) for piece in self.pieces if len(piece.values)]
+        of_units = [(piece.unit, piece.unit_to_row) for piece in self.pieces]
         rows = Rows(*map(cat, (*zip(*live, strict=True), *zip(*of_units, strict=True))))
         if self.segment:
             self.segment.chunks_done(rows.unit_to_row)
@@ -354,8 +356,8 @@ class _Run:
         are large in all rows. All rows of a video without any change go on if there are few enough of them.
         """
         plan, selector, whole_pairs = self.plan, stage.selector, isinstance(stage.reduce, WholePairs)
-        most = plan.keep if whole_pairs else stage.rows
-        if most >= len(rows.values) and not any(self.counts[1:]):
+        max_rows = plan.keep if whole_pairs else stage.rows
+        if max_rows >= len(rows.values) and not any(self.counts[1:]):
             return rows, None
         (by_unit, _), rows.values = rows.sorted_by(), None  # frees the rows in the old order
         with self.timer:
@@ -364,30 +366,30 @@ class _Run:
                 seen = tower_layers(self.visual).norm(self.visual.blocks[stage.first_layer].norm1, seen)
             seen = seen.flatten(1)
             tokens = Tokens(seen, by_unit.unit_to_row, plan.grid, seed)
-            found = select(selector, tokens, min(most, len(seen)))
-            unit_to_row = found.unit_to_token
+            selection = select(selector, tokens, min(max_rows, len(seen)))
+            unit_to_row = selection.unit_to_token
             if unit_to_row is None:
-                unit_to_row = _nearest_kept(seen, by_unit.unit_to_row, found.kept)
+                unit_to_row = _nearest_kept(seen, by_unit.unit_to_row, selection.kept)
             del seen, tokens  # as large as all rows
-            means, deepstack = by_unit.averaged(found)
+            means, deepstack = by_unit.averaged(selection)
         rank = order_tables(self.geometry, plan.grid[0])[1]  # of each unit in window order
-        made, _ = Rows(means, deepstack, found.kept, unit_to_row).sorted_by(rank[found.kept])
-        final = not whole_pairs and selector.suffices(len(found.kept), plan.keep, plan.units)
-        return made, found if final else None
+        kept_rows, _ = Rows(means, deepstack, selection.kept, unit_to_row).sorted_by(rank[selection.kept])
+        final = not whole_pairs and selector.suffices(len(selection.kept), plan.keep, plan.units)
+        return kept_rows, selection if final else None
 
     def run_later_layers(self, rows: Rows, stage: Stage, layers: range) -> Rows:
         """The selected rows after `layers`, which run on the whole video at once, or on chunks of whole frame pairs."""
         if isinstance(stage.reduce, WholePairs):
             at_once = -(-self.chunk_units // self.geometry.units) * self.geometry.units
             pieces = list(zip(rows.values.split(at_once), rows.deepstack.split(at_once), strict=True))
-            made = [self._run_pairs(*piece, layers, last=piece is pieces[-1]) for piece in pieces]
-            return Rows(*map(torch.cat, zip(*made, strict=True)), rows.unit, rows.unit_to_row)
+            outputs = [self._run_pairs(*piece, layers, last=piece is pieces[-1]) for piece in pieces]
+            return Rows(*map(torch.cat, zip(*outputs, strict=True)), rows.unit, rows.unit_to_row)
         complete = not any(stage.selector.drops for stage in self.plan.row_stages)
         layout = TokenLayout(self.geometry, self.plan.grid[0], rows.unit, rows.unit_to_row, "clip", complete=complete)
         layout = self.segment.enter(layout, self.carried) if self.segment else layout
-        how = {"carried": self.carried, "piece": self.piece, "on_layer": self.after_layer, "deepstack": rows.deepstack}
+        args = {"carried": self.carried, "piece": self.piece, "on_layer": self.after_layer, "deepstack": rows.deepstack}
         x, rows.values = rows.values, None  # which the first layer may free
-        x, _, deepstack = self.run_layers(layers, x, layout, **how)
+        x, _, deepstack = self.run_layers(layers, x, layout, **args)
         return Rows(x, deepstack, rows.unit, rows.unit_to_row)
 
     def _run_pairs(
@@ -395,8 +397,8 @@ class _Run:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of whole frame pairs and their DeepStack features after `layers`, which are reported if these rows are the last."""
         layout = full_layout(self.geometry, len(x) // self.geometry.units)
-        how = {"on_layer": self.after_layer if last else self.pause, "deepstack": deepstack}
-        x, _, deepstack = self.run_layers(layers, x, layout, **how)
+        args = {"on_layer": self.after_layer if last else self.pause, "deepstack": deepstack}
+        x, _, deepstack = self.run_layers(layers, x, layout, **args)
         if self.gathering:
             with self.timer:
                 self.gathering.finish()
@@ -428,8 +430,8 @@ def _nearest_kept(seen: torch.Tensor, unit_to_row: torch.Tensor, kept: torch.Ten
     `seen`: `[E, D]`, rows; `unit_to_row`: int64 `[N]`.
     """
     rows = F.normalize(seen.float(), dim=1)
-    found = closest(rows, rows[unit_to_row[kept]])[1][unit_to_row]
-    return torch.where(unit_to_row < 0, -1, found).index_copy_(0, kept, ascending(len(kept), kept.device))
+    nearest = closest(rows, rows[unit_to_row[kept]])[1][unit_to_row]
+    return torch.where(unit_to_row < 0, -1, nearest).index_copy_(0, kept, ascending(len(kept), kept.device))
 
 
 def _reduction(plan: EncoderPlan, pairs: range, failed: list[torch.Tensor]) -> Reduction:

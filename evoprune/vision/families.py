@@ -82,9 +82,9 @@ def learned_positions(table: torch.Tensor, geo: Geometry) -> torch.Tensor:
     The corners of the table are those of the frame. Returns float32 `[units, 4, hidden]`, by raster place.
     """
     side, wide = math.isqrt(len(table)), table.shape[1]
-    made = table.float().view(side, side, wide)
-    made = _resampled(_resampled(made, 2 * geo.height).transpose(0, 1), 2 * geo.width).transpose(0, 1)
-    return made.reshape(geo.height, 2, geo.width, 2, wide).transpose(1, 2).reshape(geo.units, 4, wide)
+    positions = table.float().view(side, side, wide)
+    positions = _resampled(_resampled(positions, 2 * geo.height).transpose(0, 1), 2 * geo.width).transpose(0, 1)
+    return positions.reshape(geo.height, 2, geo.width, 2, wide).transpose(1, 2).reshape(geo.units, 4, wide)
 
 
 def _resampled(x: torch.Tensor, count: int) -> torch.Tensor:

@@ -99,9 +99,9 @@ class TokenLayout:
 
     def longest(self, scope: Scope) -> int:
         """An upper bound of the rows of a group, computed without waiting."""
-        most = self.geometry.largest_window if scope == "window" else self.geometry.units
+        limit = self.geometry.largest_window if scope == "window" else self.geometry.units
         known = self.counts or devices.exact_shapes(self.unit.device)
-        return min(max(self.per_pair) if known else self.rows, most)
+        return min(max(self.per_pair) if known else self.rows, limit)
 
     def mixes(self, scope: Scope) -> bool:
         """Whether a group of `scope` may have units that rows of other groups own."""
@@ -204,20 +204,20 @@ def merged_layout(
 def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a device needs of all units of each window or frame pair, without reading a value.
 
-    Their numbers, int64 `[G, most]`, padded with the first after the last frame pair; int64 `[T * H*W]`, where in this flattened
+    Their numbers, int64 `[G, widest]`, padded with the first after the last frame pair; int64 `[T * H*W]`, where in this flattened
     table they are; and int32 `[G + 1]`, a zero and the ends of all groups, counted in patches.
     """
     order, _ = order_tables(geo, pairs)
     group = group_table(geo, pairs, scope)[order]
-    total, most = (
+    total, widest = (
         pairs * (geo.windows if scope == "window" else 1),
         geo.largest_window if scope == "window" else geo.units,
     )
     length = tally(group, total)
     ends = F.pad(length.cumsum(0), (1, 0))
-    slot = group * most + ascending(len(order), order.device) - ends[group]
-    table = torch.full((total * most,), len(order), dtype=torch.int64, device=order.device).scatter_(0, slot, order)
-    return table.view(total, most), slot, (ends * PATCHES).int()
+    slot = group * widest + ascending(len(order), order.device) - ends[group]
+    table = torch.full((total * widest,), len(order), dtype=torch.int64, device=order.device).scatter_(0, slot, order)
+    return table.view(total, widest), slot, (ends * PATCHES).int()
 
 
 @dataclass(frozen=True)

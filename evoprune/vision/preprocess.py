@@ -57,15 +57,15 @@ def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """
     if frames.shape[1:3] == (height, width):
         return frames
-    planes, how = frames.permute(0, 3, 1, 2), {"mode": "bicubic", "antialias": True}
+    planes, kwargs = frames.permute(0, 3, 1, 2), {"mode": "bicubic", "antialias": True}
     if devices.is_host(frames.device):
-        return F.interpolate(planes, size=(height, width), **how).permute(0, 2, 3, 1)
-    made = []
-    for some in planes.split(max(1, FLOATS // planes[0].numel())):
+        return F.interpolate(planes, size=(height, width), **kwargs).permute(0, 2, 3, 1)
+    resized = []
+    for part in planes.split(max(1, FLOATS // planes[0].numel())):
         for size in ((frames.shape[1], width), (height, width)):
-            some = F.interpolate(some.float(), size=size, **how).round_().clamp_(0, 255)
-        made.append(some.byte())
-    return cat(made).permute(0, 2, 3, 1)
+            part = F.interpolate(part.float(), size=size, **kwargs).round_().clamp_(0, 255)
+        resized.append(part.byte())
+    return cat(resized).permute(0, 2, 3, 1)
 
 
 def patchify(

@@ -216,7 +216,7 @@ class Merging(Reduction):
         attention = rows.attention
         if attention is not None:
             attention = torch.zeros_like(attention).index_add_(0, into, attention)[true_indices(stays, left)]
-        x, features = (merge_rows(each, layout.size, into, left, moves) for each in (rows.x, rows.features))
+        x, features = (merge_rows(tensor, layout.size, into, left, moves) for tensor in (rows.x, rows.features))
         counts = target if left == sum(target) else None
         return _RoundRows(x, features, attention, merged_layout(layout, into, rows.scope, left, counts), rows.scope)
 
@@ -308,10 +308,10 @@ class Followers(Reduction):
         """A dropped row has the mean of the rows that it follows."""
         if self._saved is None or len(values) == len(self._saved):
             return values
-        made = values.new_empty(len(self._saved), *values.shape[1:])
-        made[self._kept] = values
-        made[self._dropped] = self._mean_of_near(values).to(values.dtype)
-        return made
+        full = values.new_empty(len(self._saved), *values.shape[1:])
+        full[self._kept] = values
+        full[self._dropped] = self._mean_of_near(values).to(values.dtype)
+        return full
 
     def _divide(self, x: torch.Tensor, layout: TokenLayout) -> None:
         """Decides which rows stay, and whom the others follow."""
@@ -333,9 +333,9 @@ class Followers(Reduction):
 
     def _moved(self, kept: torch.Tensor) -> torch.Tensor:
         """All rows `[R, 4, hidden]`, from the kept ones: a dropped row has moved as the rows that it follows, on average."""
-        made = self._saved.index_copy(0, self._kept, kept)
+        moved = self._saved.index_copy(0, self._kept, kept)
         move = self._mean_of_near(kept.float() - self._saved[self._kept].float())
-        return made.index_copy_(0, self._dropped, (self._saved[self._dropped].float() + move).to(made.dtype))
+        return moved.index_copy_(0, self._dropped, (self._saved[self._dropped].float() + move).to(moved.dtype))
 
     def _mean_of_near(self, values: torch.Tensor) -> torch.Tensor:
         """float32 `[dropped, ...]`: for each dropped row the mean of `values` (`[kept, ...]`) over the rows that it follows."""
@@ -348,8 +348,8 @@ def nearest_rows(rows: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor, 
     `rows`: float32 `[B, n, D]`; `kept`, `dropped`: int64 `[B, k]` and `[B, d]`, indices of rows.
     """
     wide = (-1, -1, rows.shape[2])
-    some, others = (rows.gather(1, index[:, :, None].expand(wide)) for index in (dropped, kept))
-    distance = torch.cdist(some, others)
+    dropped_rows, kept_rows = (rows.gather(1, index[:, :, None].expand(wide)) for index in (dropped, kept))
+    distance = torch.cdist(dropped_rows, kept_rows)
     longest = distance.flatten(1).amax(1)[:, None, None] if distance.numel() else distance.new_ones(())
     order = snap(distance / longest.clamp(min=1e-30)).argsort(dim=2, stable=True)
     return order[:, :, :count]

@@ -45,8 +45,8 @@ def rotary(sizes: VisionConfig, geo: Geometry) -> tuple[torch.Tensor, torch.Tens
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """`x` (`[R, 4, 2, heads, d]`) turned in float32 by `cos` and `sin` (float32 `[R, 4, 1, 1, d]`)."""
     wide = x.float()
-    other = wide.roll(x.shape[-1] // 2, -1)
-    return (wide * cos).addcmul_(other, sin).to(x.dtype)
+    rolled = wide.roll(x.shape[-1] // 2, -1)
+    return (wide * cos).addcmul_(rolled, sin).to(x.dtype)
 
 
 def tower_shape(visual) -> TowerShape:
@@ -109,7 +109,7 @@ def in_pieces(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor,
     """What a function makes of `x`, of which it gets `piece` entries at a time; all where that is None."""
     if not piece or len(x) <= piece:
         return function(x)
-    return torch.cat([function(some) for some in x.split(piece)])
+    return torch.cat([function(part) for part in x.split(piece)])
 
 
 @dataclass
@@ -189,10 +189,10 @@ class VisionBlock:
     def transform(self, x: torch.Tensor) -> torch.Tensor:
         """The rows `[R, 4, hidden]` after the MLP; those that the reduction has set aside stay."""
         active = self.run.reduction.active(self.number)
-        some = x if active is None else x[active]
-        self.run.computed[self.number] += len(some)
-        some = in_pieces(self.mlp, some, self.run.piece)
-        return some if active is None else x.index_copy(0, active, some)
+        rows = x if active is None else x[active]
+        self.run.computed[self.number] += len(rows)
+        rows = in_pieces(self.mlp, rows, self.run.piece)
+        return rows if active is None else x.index_copy(0, active, rows)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         """Norm, MLP and residual of rows `[R, 4, hidden]`."""
@@ -232,8 +232,8 @@ class VisionBlock:
     def _mlp_by_kernels(self, x: torch.Tensor) -> torch.Tensor:
         """An MLP without norm and residual, `[rows, hidden]`."""
         mlp = self.weights.mlp
-        if found := joined(mlp):
-            hidden = kernels(x.device).silu_times(F.linear(x, *found))
+        if parameters := joined(mlp):
+            hidden = kernels(x.device).silu_times(F.linear(x, *parameters))
             return F.linear(hidden, mlp.wide_down, mlp.down_proj.bias)
         return self.kind.mlp(mlp, x, None)
 
@@ -284,11 +284,11 @@ def _run_by_kernels(
             if block.scope not in plans:
                 plans[block.scope] = plan_attention(layout, block.scope, x, layout.reach != "place")
             after = run.visual.blocks[layer + 1].norm1 if layer + 1 in layers else None
-            made = block.by_kernels(x, normed, after, plans[block.scope], layout, table)
+            outputs = block.by_kernels(x, normed, after, plans[block.scope], layout, table)
         except Exception as problem:
             give_up(problem)
             return x.view(shape), range(layer, layers.stop)
-        x, normed = made
+        x, normed = outputs
         run.computed[layer] += layout.rows
         run.finish(layer, x.view(shape))
     return x.view(shape), range(0)
