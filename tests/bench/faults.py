@@ -39,8 +39,8 @@ FAULTS = {
     "a tensor that is loaded upside down": Fault(
         "weights",
         "evoprune.session.loading.model:load_weights",
-        "found[name] = weight\n",
-        "found[name] = weight.flip(0)\n",
+        "tensors[name] = weight\n",
+        "tensors[name] = weight.flip(0)\n",
     ),
     "another rotary base in the tower": Fault("tower", f"{TOWER}:rotary", "10000.0", "1000.0"),
     "another rotary base in the language model": Fault(
