@@ -102,7 +102,7 @@ def attend(
         bias: `[n]`, added to the logits of each key: the logarithm of its cluster size makes a key weigh as much as that many
             equal keys (arXiv 2210.09461, section 3).
         sees: int64 `[L]`, ascending, how many keys each query sees, n the last; None for the last L columns.
-        wide: `[2, kv_heads, n, head_dim + e]`, room for keys and values (`room_beside`), where a kernel takes no mask.
+        wide: `[2, kv_heads, n, head_dim + e]`, room for keys and values (`wide_buffer`), where a kernel takes no mask.
         dim: head_dim, where the queries may have further features.
     """
     _, columns, heads, given = queries.shape
@@ -158,7 +158,7 @@ def bias_features(bias: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Ten
     return F.pad(torch.stack([high, (value - high.float()).to(dtype)], -1), (0, -(dim + 2) % 8))
 
 
-def room_beside(features: torch.Tensor, kv_heads: int, dim: int) -> torch.Tensor:
+def wide_buffer(features: torch.Tensor, kv_heads: int, dim: int) -> torch.Tensor:
     """`[2, kv_heads, n, dim + e]`: room for the keys and values of a layer; behind keys `features`, `[n, e]`, behind values 0."""
     room = features.new_zeros(2, kv_heads, len(features), dim + features.shape[1])
     room[0, :, :, dim:] = features
@@ -372,7 +372,7 @@ def _bias(sizes: torch.Tensor | None, like: torch.Tensor, config) -> tuple[torch
         return None, None
     bias, dim, wide = sizes.log(), head_size(config), None
     if len(like) > 1 and uses_kernels(like.device):  # kernels that take masks are slow
-        wide = room_beside(bias_features(bias, dim, like.dtype), config.num_key_value_heads, dim)
+        wide = wide_buffer(bias_features(bias, dim, like.dtype), config.num_key_value_heads, dim)
     return bias.to(like.dtype), wide
 
 
