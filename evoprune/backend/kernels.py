@@ -493,7 +493,7 @@ def rotate_put(
 # Between the two products of the tower's attention: rotation, and the order in which groups read their keys.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rotate_into_groups(
     qkv, cos, sin, place, keys, weight, q, k, v, rows,
     heads: tl.constexpr, dim: tl.constexpr, more: tl.constexpr, root: tl.constexpr, least: tl.constexpr, half: tl.constexpr,

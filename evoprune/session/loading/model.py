@@ -24,6 +24,7 @@ from evoprune.errors import ModelError, ModelWarning, OutOfMemory, is_out_of_mem
 from evoprune.language.generate import TokenStream, Visual, embed_prompt, prefill
 from evoprune.language.prompt import Place, Tokenizer, has_tokenizer, load_tokenizer
 from evoprune.language.settings import GenerationOptions
+from evoprune.language.static import MIN_COLUMNS, StaticCache, step
 from evoprune.methods.registry import parse
 from evoprune.model.config import PATCHES, Config, GenerationSettings
 from evoprune.model.cost import shortage
@@ -319,14 +320,18 @@ def make_ready(
 def _warm_up(config: Config, dtype: torch.dtype, device: torch.device) -> None:
     """Begins, beside loading, what a GPU's first question would wait for: kernels are compiled, libraries set up.
 
-    A model of one layer with the same widths answers about a few units.
+    A model with the same widths and few layers answers about a few units: at least two, for the top one computes few columns, which
+    takes other kernels. A step of decoding follows, as graphs have it.
     """
     vision, text = config.vision_config, config.text_config
-    full = (0,) if vision.fullatt_block_indexes else ()
+    levels = len(vision.deepstack_visual_indexes)
+    depth, full = max(2, levels), (0,) if vision.fullatt_block_indexes else ()
     small = replace(
         config,
-        vision_config=replace(vision, depth=2, fullatt_block_indexes=full, deepstack_visual_indexes=()),
-        text_config=replace(text, num_hidden_layers=1, vocab_size=1024),
+        vision_config=replace(
+            vision, depth=depth, fullatt_block_indexes=full, deepstack_visual_indexes=tuple(range(levels))
+        ),
+        text_config=replace(text, num_hidden_layers=depth, vocab_size=1024),
     )
     model = random_model(small, dtype, device)
     join(model)
@@ -343,3 +348,6 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device) -> None:
     embeds, columns, sizes, deepstack = embed_prompt(model, ids, visuals)
     state = prefill(model, embeds, columns.expand(3, -1), len(ids), None, sizes, None, deepstack)
     list(TokenStream(state, GenerationOptions(max_new_tokens=2), eos_ids=()))
+    steps = StaticCache(model, MIN_COLUMNS)
+    steps.fill(state.cache, len(ids) + 1, MIN_COLUMNS)
+    step(model, steps)

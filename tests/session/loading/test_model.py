@@ -22,7 +22,7 @@ from evoprune.cpu.linear import PackedLinear
 from evoprune.cpu.quantize import Int8Linear
 from evoprune.errors import DeviceWarning, EvopruneWarning, ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language.generate import prefill
-from evoprune.model.config import FAMILIES
+from evoprune.model.config import FAMILIES, parse_config
 from evoprune.model.cost import shortage
 from evoprune.session.loading import find, model
 from evoprune.session.loading.find import DTYPES, FoundModel, look_up
@@ -31,7 +31,7 @@ from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
 from tests.loading import edit, error_of, load_model
 from tests.quantized import parameters
-from tests.tiny import tiny_model
+from tests.tiny import NATIVE, tiny_config, tiny_model
 
 # --- what loads ---
 
@@ -138,6 +138,12 @@ def test_names_of_older_and_newer_checkpoints(folder):
         found = load_model(str(folder), dtype="fp32").model.state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_what_a_gpu_sets_up_beside_loading_runs_to_its_end(family):
+    """There its errors are lost."""
+    model._warm_up(parse_config(tiny_config(family).to_dict()), torch.float32, torch.device("cpu"))
 
 
 # --- processor and generation settings ---

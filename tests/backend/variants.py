@@ -1,0 +1,91 @@
+"""What a GPU compiles for a question and has not compiled beside loading: run by test_kernels.py in a process of its own.
+
+Triton's interpreter runs the kernels of a GPU here, on tensors of the CPU, and each call notes for what it would be compiled.
+"""
+
+import inspect
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from triton.runtime.interpreter import InterpretedFunction
+
+from evoprune.backend import layers, operators
+from evoprune.session.loading.model import _warm_up, load_model
+from evoprune.video_qa import VideoQA
+from tests.tiny import NATIVE, save_tiny
+
+OPERATORS = ("standard_places", "tube_radii", "nearest_selected", "mean_rows", "reuse_scan")
+run_interpreted = InterpretedFunction.run
+
+
+def variant(kernel: InterpretedFunction, args: tuple, kwargs: dict) -> tuple:
+    """Calls with equal ones are served by one compilation: constants, dtypes, and what 16 divides."""
+    given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    anyhow = {
+        *(kernel.kwargs["do_not_specialize"] or ()),
+        "head_stride",
+        "column_stride",
+    }  # 16 divides real heads, not those of 24
+    kinds = []
+    for name, parameter in inspect.signature(kernel.fn).parameters.items():
+        value = given.pop(name)
+        if isinstance(value, torch.Tensor):
+            kinds.append((value.dtype, value.data_ptr() % 16 == 0))
+        elif isinstance(value, float) or name in anyhow:
+            kinds.append(type(value))
+        elif "constexpr" in str(parameter.annotation):
+            kinds.append(value)
+        else:
+            kinds.append((value == 1, value % 16 == 0))
+    return kernel.fn.__name__, *kinds, *given.items()
+
+
+def attend(q, k, v, query_ends, key_ends, longest, most, scale):
+    """`attend_varlen`, group by group."""
+    pieces = zip(
+        q.split(query_ends.diff().tolist()),
+        k.split(key_ends.diff().tolist()),
+        v.split(key_ends.diff().tolist()),
+        strict=True,
+    )
+    seen = [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in each), scale=scale) for each in pieces]
+    return torch.cat([each.transpose(0, 1) for each in seen])
+
+
+@pytest.fixture
+def noted(monkeypatch):
+    """The variants of all calls, while the CPU takes the ways of a GPU."""
+    seen = set()
+
+    def run(self, *args, grid, warmup, **kwargs):
+        seen.add(variant(self, args, kwargs))
+        return run_interpreted(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    answers = {"uses_kernels": True, "exact_shapes": False, "is_host": False, "varlen_kernel": attend}
+    for module in [module for name, module in sys.modules.items() if name.startswith("evoprune.")]:
+        for name in answers.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, lambda *_, answer=answers[name]: answer)
+    library = torch.library.Library("evoprune", "IMPL")
+    for name in OPERATORS:
+        library.impl(name, getattr(operators, f"_{name}_cuda"), "CPU", allow_override=True)
+    yield seen
+    library._destroy()
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+@pytest.mark.parametrize("family", NATIVE)
+def test_a_question_compiles_nothing_that_was_not_compiled_beside_loading(family, noted, tmp_path):
+    loaded = load_model(str(save_tiny(tmp_path, family=family)), device="cpu", dtype="fp16")
+    layers.join(loaded.model)
+    layers.join_tower(loaded.model.model.visual)
+    noted.clear()
+    _warm_up(loaded.found.config, torch.float16, torch.device("cpu"))
+    known = set(noted)
+    assert {name for name, *_ in known} >= {"_scan", "_greedy", "_means", "_rotate_into_groups", "_rotate_put"}
+    for budget, tokens in ((0.25, 90), ("high", 60)):
+        clip = VideoQA(loaded, budget=budget).encode("samples/square.mp4", max_visual_tokens=tokens)
+        assert clip.ask("What?", max_new_tokens=2).text
+    assert noted - known == set()
