@@ -82,7 +82,7 @@ def test_a_question_compiles_nothing_that_was_not_compiled_beside_loading(family
     layers.join(loaded.model)
     layers.join_tower(loaded.model.model.visual)
     noted.clear()
-    _warm_up(loaded.found.config, torch.float16, torch.device("cpu"))
+    _warm_up(loaded.found.config, torch.float16, torch.device("cpu"), True)
     known = set(noted)
     assert {name for name, *_ in known} >= {"_scan", "_greedy", "_means", "_rotate_into_groups", "_rotate_put"}
     for budget, tokens in ((0.25, 90), ("high", 60)):

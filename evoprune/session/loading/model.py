@@ -130,10 +130,8 @@ def load_model(
     ends = eos_ids(folder, generation, model.config, tokenizer)
     model.files  # noqa: B018 (checked here)
     seconds = {"tokenizer": time.perf_counter() - start}
-    begun = {}
-    if model.native:
-        work = partial(_warm_up, model.config, DTYPES[model.dtype], model.device)
-        begun["ready"] = run_beside(work, model.device)
+    work = partial(_warm_up, model.config, DTYPES[model.dtype], model.device, model.native)
+    ready = run_beside(work, model.device)
     weights, packing = _weights(model, pack, progress, seconds)
     return LoadedModel(
         model=weights,
@@ -153,7 +151,7 @@ def load_model(
         found=model,
         load_seconds=seconds,
         packing=packing,
-        **begun,
+        ready=ready,
     )
 
 
@@ -317,11 +315,11 @@ def make_ready(
     return spent
 
 
-def _warm_up(config: Config, dtype: torch.dtype, device: torch.device) -> None:
+def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: bool) -> None:
     """Begins, beside loading, what a GPU's first question would wait for: kernels are compiled, libraries set up.
 
     A model with the same widths and few layers answers about a few units: at least two, for the top one computes few columns, which
-    takes other kernels. A step of decoding follows, as graphs have it.
+    takes other kernels. A step of decoding follows, as graphs have it. A language model that transformers runs is left out.
     """
     vision, text = config.vision_config, config.text_config
     levels = len(vision.deepstack_visual_indexes)
@@ -331,7 +329,9 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device) -> None:
         vision_config=replace(
             vision, depth=depth, fullatt_block_indexes=full, deepstack_visual_indexes=tuple(range(levels))
         ),
-        text_config=replace(text, num_hidden_layers=depth, vocab_size=1024),
+        text_config=replace(
+            text, num_hidden_layers=depth, vocab_size=1024, intermediate_size=text.intermediate_size if native else 1
+        ),
     )
     model = random_model(small, dtype, device)
     join(model)
@@ -342,6 +342,8 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device) -> None:
     pixels = torch.randint(256, (units * PATCHES, values), dtype=torch.uint8, device=device)
     plan = parse("evoprune").plan(tower_shape(visual), grid, units // 4)
     encoded = encode(visual, [pixels], plan)
+    if not native:
+        return
     place = Place((range(words, words + units),))
     visuals = [Visual(place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
     ids = torch.zeros(2 * words + units, dtype=torch.int64, device="cpu")

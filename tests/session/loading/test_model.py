@@ -31,7 +31,7 @@ from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
 from tests.loading import edit, error_of, load_model
 from tests.quantized import parameters
-from tests.tiny import NATIVE, tiny_config, tiny_model
+from tests.tiny import tiny_config, tiny_model
 
 # --- what loads ---
 
@@ -140,10 +140,11 @@ def test_names_of_older_and_newer_checkpoints(folder):
         assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
 
 
-@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_gpu_sets_up_beside_loading_runs_to_its_end(family):
     """There its errors are lost."""
-    model._warm_up(parse_config(tiny_config(family).to_dict()), torch.float32, torch.device("cpu"))
+    config = parse_config(tiny_config(family).to_dict())
+    model._warm_up(config, torch.float32, torch.device("cpu"), FAMILIES[family].native)
 
 
 # --- processor and generation settings ---
