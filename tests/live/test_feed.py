@@ -81,7 +81,7 @@ def test_it_never_falls_behind_without_bound():
 
 
 def test_of_frames_that_wait_every_second_goes_once_a_window_and_then_the_oldest():
-    """The encoder takes none: half go after one and a half windows, no frame waits for more than two, and half go a window later."""
+    """The encoder takes none. No frame waits for more than two windows."""
     now, counted = [0.0], {}
     backlog = Backlog(WINDOW_S, STEP_S, lambda: now[0])
     for number in range(41):
@@ -117,7 +117,9 @@ def test_what_comes_early_waits_and_is_not_skipped():
             found.append(each[0])
     thread.join()
     assert backlog.skipped == 0 and found == [number * STEP_S for number in range(200)]
-    now = [0.0]  # the first 20 s come and are taken at once, then the encoder takes longer than it may for what comes in time
+    now = [
+        0.0
+    ]  # the first 20 s come and are taken at once, then the encoder takes longer than it may for what comes in time
     backlog = Backlog(WINDOW_S, STEP_S, lambda: now[0])
     for number in range(64):
         backlog.put(number * STEP_S, FRAME)
