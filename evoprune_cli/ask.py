@@ -409,7 +409,7 @@ class Conversation:
                     show("thinking")
 
             answer = self._running = inputs.ask(question, on_thoughts=think, **vars(self._generation))
-            new = [name for name in answer.report.warnings if name not in self._warned] if label == "pruned" else []
+            new = [name for name in answer.report.warnings if name not in self._warned]
             _print_warnings(answer.report, new)
             self._warned.update(new)
             show = line.enter_context(progress(not self._quiet))

@@ -409,8 +409,8 @@ def run_layer(
     queries = heads_of(attention, "q", rows_at(h, q_rows), config)
     queries = rotate(queries, rows_at(cos, q_rows), rows_at(sin, q_rows))[None]
     sees = None if q_rows is None else torch.searchsorted(kv_rows, q_rows, right=True)
-    given, wide = (queries, keys, values, rows_at(bias, kv_rows)), columns_of(wide, kv_rows)
-    seen = attend(*given, sees, wide) if blind is None else attend_blind(*given, wide, *blind)
+    given = queries, keys, values, rows_at(bias, kv_rows)
+    seen = attend(*given, sees, None if rows else wide) if blind is None else attend_blind(*given, wide, *blind)
     x = put_rows(x, q_rows, linear(attention.o_proj, seen, plus=rows_at(x, q_rows)))
     old = rows_at(x, mlp_rows)
     h = norm(old, layer.post_attention_layernorm.weight, eps)

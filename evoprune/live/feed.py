@@ -50,7 +50,7 @@ class Backlog:
     def put(self, time_s: float, frame: np.ndarray) -> None:
         """Appends a frame that is due; waits where there are enough, and the source is early."""
         with self._changed:
-            if self._hungry and not self._waiting:  # the encoder waits for it, so it is not late
+            if self._hungry:  # the encoder waits for it, so it is not late
                 self._late_s = max(self._now() - time_s, self._late_s)
             max_span_s = 1.5 * self.window_s  # while a window is encoded, almost as much comes
             while self._span(time_s) >= max_span_s and not self.ended:

@@ -241,7 +241,6 @@ def entry_key(session: Session, plan: Plan) -> str | None:
         "video": content,
         "decoder": plan.decoder,
         "times": plan.sampling.times_s,
-        "seconds_per_pair": plan.sampling.seconds_per_pair(limits.temporal_patch_size),
         "size": [plan.height, plan.width],
         "encoder": asdict(plan.encoder),
         "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],

@@ -504,6 +504,9 @@ def test_warnings_come_once(cli, tiny_folder):
     result = cli(*TALK, *flags, stdin=f"{QUESTION}\n{MORE}\n", terminal=True)
     assert result.err.count("warning: the weights") == 1 and result.out.count("\n") >= 2
     assert result.err.count("warning: the answer may be incomplete") == 2
+    # One that a question causes, not the inputs.
+    asked = cli("ask", CLIP, "Does the dog bark?", "-Q", "Is the dog asleep?", "--compare", "-q").err
+    assert asked.count("warning: a demo model knows only the words of its training") == 1
 
 
 @pytest.mark.full

@@ -7,7 +7,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
@@ -495,6 +495,7 @@ def folded_line_by_line(label: list[int]) -> list[int]:
     return label
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=16))
 def test_prunevid_folds_short_runs(cluster):
     label = folded_line_by_line(cluster)
@@ -604,6 +605,7 @@ def most_saving_line_by_line(same: list[list[bool]]) -> tuple[int, list[list[int
     return saved, pieces
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5), st.integers(1, 4), st.integers(0, 999))
 def test_holitom_cuts_where_it_costs_least(pairs, places, seed):
     same = torch.rand(pairs, places, generator=torch.Generator().manual_seed(seed)) < 0.6

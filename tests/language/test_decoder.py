@@ -112,19 +112,23 @@ def test_a_bias_in_features_of_heads_is_that_in_a_mask(cuts, dtype, near, monkey
             logits = decoder.logits(model, *given)
         return logits
 
+    def with_blind_columns():
+        return run_method(deep_model(), methods.get("visipruner"), *a_prompt(), 0.25, sizes_of())[0]
+
     def lower_right(queries, keys, values, scale):
         """As the kernels of CUDA, without a mask of the caller."""
         shapes.append((queries.shape[2:], keys.shape[2:], values.shape[2:]))
         mask = torch.ones(queries.shape[2], keys.shape[2]).tril(keys.shape[2] - queries.shape[2]).bool()
         return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
 
-    expected, shapes = made(), []
+    expected, masked, shapes = made(), with_blind_columns(), []
     monkeypatch.setattr(decoder, "uses_kernels", lambda device: True)
     monkeypatch.setattr(decoder, "causal_attention", lower_right)
     assert_close(made(), expected, near)
     ends = [end for end in [*cuts, LENGTH] if end != LENGTH or LENGTH - 1 not in cuts]
     # The last column of the top layer, and a column alone, take the mask.
     assert [keys for _, keys, _ in shapes] == [(end, 24) for end in ends]
+    assert_close(with_blind_columns(), masked)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])

@@ -289,9 +289,18 @@ def test_times_stand_before_frame_pairs_between_their_own_markers(tokenizer):
     for run, around, time in zip(video.runs, video.around, TIMES, strict=True):
         assert tiny_tokenizer().decode(prompt.input_ids[around.start : run.start]) == f"{time}<|vision_start|>"
         assert around.stop == run.stop + 1
-    assert video.left_out(torch.tensor([0, 4, 5])) == [video.around[1]] and picture.left_out(torch.tensor([0])) == []
+    assert (
+        video.left_out(torch.tensor([0, 4, 5])) == [video.around[1]] and picture.left_out(torch.tensor([]).long()) == []
+    )
     spans = video.spans((3, 1, 2), 0.5)
     assert [(span.start, span.grid) for span in spans] == [(run.start, (1, 1, 2)) for run in video.runs]
+    # A time that has merged with what the template writes before it stays.
+    merging = Tokenizer(
+        tokenizer.backend, tokenizer.chat_template.replace("'<|vision_start|>", "'said: Wh<|vision_start|>")
+    )
+    (place,) = build_prompt(merging, "Why?", [(VIDEO, 2)], times=[["at", "at"]]).places
+    before = [run.start - around.start for run, around in zip(place.runs, place.around, strict=True)]
+    assert before == [1, 1 + len(tokenizer.encode("at"))]
 
 
 def test_the_time_of_a_frame_pair_is_the_middle_of_its_frames():

@@ -20,6 +20,11 @@ def live(cost_s, seconds, *, window_cost_s=0.0, busy=lambda now: 0.0, at_once=Tr
     """
     now = [0.0]
     backlog, looked = Backlog(WINDOW_S, STEP_S, lambda: now[0]), []
+
+    def wait_for(ready, patience_s):
+        now[0] += patience_s
+
+    backlog._changed.wait_for = wait_for
     free_s, waiting, window, encoding = 0.0, [], 0, False
     for number in range(round(seconds * 10)):
         now[0] = number / 10
@@ -29,10 +34,9 @@ def live(cost_s, seconds, *, window_cost_s=0.0, busy=lambda now: 0.0, at_once=Tr
             if encoding:
                 backlog.encoded()
                 encoding = False
-            at, found = now[0], backlog.take(0.0)
+            at, found = now[0], backlog.take(0.1)
             if found is None:
                 free_s = at + 0.1
-                backlog._idle += 0.1  # which it has waited for
                 break
             waiting.append(found)
             looked.append((found[0], backlog.lag_s, backlog.stride))
@@ -73,7 +77,21 @@ def test_it_never_falls_behind_without_bound():
     """Each window takes longer than it lasts, whatever is skipped: windows are left out."""
     backlog, looked = live(0.1, 1200, window_cost_s=20.0)
     assert max(lag for _, lag, _ in looked) < 2 * WINDOW_S + 25
-    assert backlog.skipped > 1000
+    assert backlog.skipped > 1000 and max(stride for _, _, stride in looked) == 8  # two frames a window
+
+
+def test_of_frames_that_wait_every_second_goes_once_a_window_and_then_the_oldest():
+    """The encoder takes none. No frame waits for more than two windows."""
+    now, counted = [0.0], {}
+    backlog = Backlog(WINDOW_S, STEP_S, lambda: now[0])
+    for number in range(41):
+        now[0] = number * STEP_S
+        backlog.put(now[0], FRAME)
+        counted[now[0]] = backlog.skipped
+    assert counted[11.5] == 0 and counted[12.0] == counted[15.5] == 12 and counted[16.0] == 13
+    assert counted[19.5] == 16 and counted[20.0] == 16 + 12 + 1
+    oldest, _ = backlog.take(0.0)
+    assert now[0] - oldest < 2 * WINDOW_S and backlog.lag_s == now[0] - oldest
 
 
 def test_it_recovers_after_a_burst_of_other_work():
@@ -99,14 +117,29 @@ def test_what_comes_early_waits_and_is_not_skipped():
             found.append(each[0])
     thread.join()
     assert backlog.skipped == 0 and found == [number * STEP_S for number in range(200)]
+    now = [
+        0.0
+    ]  # the first 20 s come and are taken at once, then the encoder takes longer than it may for what comes in time
+    backlog = Backlog(WINDOW_S, STEP_S, lambda: now[0])
+    for number in range(64):
+        backlog.put(number * STEP_S, FRAME)
+        while number < 40 and backlog.take(0.0):
+            pass
+    now[0] = 13.0
+    thread = threading.Thread(target=backlog.put, args=(32.0, FRAME))
+    thread.start()
+    backlog.take(0.0)
+    thread.join()
+    assert backlog.skipped == 0 and backlog.lag_s == 0.0
 
 
 def test_a_stall_is_no_lag():
     now = [0.0]
     backlog = Backlog(WINDOW_S, STEP_S, lambda: now[0])
-    for number in range(40):
-        now[0] = number * STEP_S + (100.0 if number >= 20 else 0.0)
-        backlog.put(number * STEP_S, FRAME)
+    for number in range(60):
+        time_s = number * STEP_S + (50.0 if number >= 40 else 0.0)  # for which there are no frames
+        now[0] = time_s + (100.0 if number >= 20 else 0.0)
+        backlog.put(time_s, FRAME)
         assert backlog.take(0.0) and backlog.take(0.0) is None
         assert backlog.lag_s == 0.0
     assert backlog.skipped == 0

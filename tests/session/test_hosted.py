@@ -29,10 +29,21 @@ def folder(request, tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp(request.param), family=request.param)
 
 
+def loaded(tmp_path_factory, family: str):
+    return load_model(str(save_tiny(tmp_path_factory.mktemp(family), family=family)), dtype="fp32", pack=False)
+
+
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory):
-    folder = save_tiny(tmp_path_factory.mktemp("hybrid"), family="qwen3_5")
-    return load_model(str(folder), dtype="fp32", pack=False)
+    return loaded(tmp_path_factory, "qwen3_5")
+
+
+@pytest.fixture(scope="module", params=["recurrent", "croppable"])
+def either(request, tmp_path_factory):
+    """A model whose cache cannot be cropped, and one with DeepStack whose cache can."""
+    if request.param == "recurrent":
+        return request.getfixturevalue("hybrid")
+    return loaded(tmp_path_factory, "qwen3_vl_moe")
 
 
 def said(inputs, question: str, **options) -> list[int]:
@@ -50,10 +61,10 @@ def test_the_engines_give_the_same_answer(budget):
     assert answer("transformers") == answer("native")
 
 
-def test_ten_questions_are_answered_as_ten_fresh_ones(hybrid):
-    qa = VideoQA(hybrid, budget=0.3)
+def test_several_questions_are_answered_as_fresh_ones(either):
+    qa = VideoQA(either, budget=0.3)
     inputs = qa.encode(CLIP)
-    for number in range(10):
+    for number in range(5):
         how = {"system": "Be brief."} if number % 4 == 3 else {}
         if number % 3 == 2:
             how |= {"temperature": 1.0, "seed": number}
@@ -70,25 +81,48 @@ def test_an_answer_that_breaks_off_leaves_the_state_before_it(hybrid):
     assert said(inputs, "What happens?") == whole
 
 
-def test_a_long_prompt_is_read_in_strips_of_masks(hybrid, monkeypatch):
+def a_prompt(columns: int):
+    """Embeddings, positions, cluster sizes, and what DeepStack adds."""
+    random = torch.Generator().manual_seed(0)
+    embeds, deepstack = (torch.randn(*shape, generator=random) for shape in ((columns, 64), (3, columns, 64)))
+    return embeds, torch.arange(columns).expand(3, -1), 1 + 9 * torch.rand(columns, generator=random), deepstack
+
+
+def test_a_long_prompt_is_read_in_strips_of_masks(either, monkeypatch):
+    embeds, positions, sizes, deepstack = a_prompt(20)
+    added = deepstack if hosted.can_crop(either.model) else None
+    read, strips = hosted._read, []
+
     def logits():
-        return VideoQA(hybrid, budget=0.3).encode(CLIP).read_along("What happens?", [5, 6])[0]
+        given = either.model, embeds, positions, hosted.HostedCache(either.model), sizes
+        return hosted.logits(*given, last=20, deepstack=added)
 
     whole = logits()
     monkeypatch.setattr(hosted, "STRIP", 8)
+    monkeypatch.setattr(
+        hosted, "_read", lambda model, embeds, *rest: strips.append(len(embeds)) or read(model, embeds, *rest)
+    )
     torch.testing.assert_close(logits(), whole, rtol=1e-4, atol=1e-4)
+    assert strips == [8, 8, 4]
 
 
-def test_a_pass_that_fails_spoils_a_recurrent_state_alone(hybrid, monkeypatch):
-    cache = hosted.HostedCache(hybrid.model)
-    embeds, positions = torch.zeros(3, 64), torch.arange(3).expand(3, -1)
-    hosted.forward(hybrid.model, embeds, positions, cache)
-    monkeypatch.setattr(hosted, "_read", lambda *args: 1 / 0)
+def test_a_pass_that_fails_spoils_a_recurrent_state_alone(either):
+    embeds, positions, sizes, _ = a_prompt(3)
+    cache, same = (hosted.HostedCache(either.model) for _ in range(2))
+    for each in (cache, same):
+        hosted.forward(either.model, embeds, positions, each, sizes)
+    given = either.model, embeds, positions + 3
+    hook = either.model.model.language_model.layers[-1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        hosted.forward(hybrid.model, embeds, positions, cache)
-    monkeypatch.undo()
+        hosted.forward(*given, cache)
+    hook.remove()
+    if cache.can_crop:
+        torch.testing.assert_close(hosted.forward(*given, cache), hosted.forward(*given, same), rtol=0, atol=0)
+        cache.crop(2)
+        assert cache.length == len(cache.sizes) == 2
+        return
     with pytest.raises(ValueError, match="a pass failed"):
-        hosted.forward(hybrid.model, embeds, positions, cache)
+        hosted.forward(*given, cache)
     with pytest.raises(ValueError, match="cannot be cut"):
         cache.crop(0)
 

@@ -16,6 +16,7 @@ from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits, make_plan, parse
 seconds, max_frames = st.floats(0.01, 1e5), st.integers(2, 800)
 
 
+@settings(deadline=None)
 @given(seconds, st.floats(1e-3, 1e3), st.integers(0, 50), max_frames)
 def test_counts_by_fps_are_even_and_kept_within_the_limits(duration, fps, least, most):
     plan = plan_sampling(duration, fps=fps, min_frames=least, max_frames=most)
@@ -28,6 +29,7 @@ def test_counts_by_fps_are_even_and_kept_within_the_limits(duration, fps, least,
     assert exact.frames == min(least + 1 + (least + 1) % 2, most - most % 2)
 
 
+@settings(deadline=None)
 @given(seconds, st.floats(0, 0.9), st.floats(0.01, 2), st.integers(1, 768))
 def test_times_are_the_middles_of_equal_shares(duration, start_share, length_share, frames):
     start = start_share * duration
