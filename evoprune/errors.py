@@ -33,6 +33,8 @@ LFS_HINT = "the file itself is missing: run `git lfs pull` in its folder, or dow
 
 # Methods of other packages, as far as they are loaded: the class of each, with how errors name it.
 PLUGINS: dict[type, str] = {}
+# Packages that compute with the quantised weights of a model that was loaded: the name of each, by its module.
+QUANTIZERS: dict[str, str] = {}
 
 
 class EvopruneError(Exception):
@@ -77,7 +79,7 @@ class ModelError(EvopruneError):
 
 
 class PluginError(EvopruneError):
-    """The code of a method that another package brings failed."""
+    """The code that another package brings failed: a method, or layers of quantised weights."""
 
     type = "plugin"
 
@@ -106,14 +108,15 @@ class OutOfMemory(EvopruneError):
 
 
 def _plugin_error(problem: BaseException) -> PluginError | None:
-    """The error for an unexpected exception in another package's method, or in code that it called; None for any other."""
-    packages = {method.__module__.partition(".")[0]: name for method, name in PLUGINS.items()}
+    """The error for an unexpected exception in another package's method or layers, or in code that these called; else None."""
+    packages = {method.__module__.partition(".")[0]: name for method, name in PLUGINS.items()} | QUANTIZERS
     expected = isinstance(problem, EvopruneError) or is_out_of_memory(problem) or is_interruption(problem)
     for frame, _ in walk_tb(None if expected else problem.__traceback__):
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if package in packages:
             method = PLUGINS.get(type(frame.f_locals.get("self")), packages[package])
-            hint = "report it to that package's authors, with the traceback, which --debug prints; or choose another method"
+            other = "quantisation" if package in QUANTIZERS else "method"
+            hint = f"report it to that package's authors, with the traceback, which --debug prints; or choose another {other}"
             return PluginError(f"{method} failed: {type(problem).__name__}: {first_line(problem)}", hint)
     return None
 

@@ -57,6 +57,7 @@ WARNINGS = {
     "set the limits",
     "answer_cut": "the answer may be incomplete: -n (max_new_tokens) allows no more tokens",
     "thoughts_cut": "the model was still thinking when -n (max_new_tokens) allowed no more tokens, so there is no answer",
+    "thoughts_only": "the model ended inside its thoughts, so there is no answer",
     "always_thinks": "this model thinks before every answer, and has no switch for it; -n (max_new_tokens) counts its thoughts too",
     "demo_model": f"{KNOWN}; {{answers}} nothing. For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
     "demo_inputs": "the demo models were trained without subtitles, and on few inputs at a time (demo: one video; demo-scenes: "

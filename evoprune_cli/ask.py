@@ -431,7 +431,7 @@ class Conversation:
         if self._json:
             print_json(report)
         else:
-            names = {"answer_cut", "thoughts_cut"}
+            names = {"answer_cut", "thoughts_cut", "thoughts_only"}
             cut = [record for record in (report, report.compare) if record and names & {*record.warnings}]
             for record in cut[:1]:
                 _print_warnings(record, [*names])

@@ -430,6 +430,8 @@ def parse_config(content: dict) -> Config:
     """
     family = content.get("model_type") or QWEN2_5
     text, vision = section(content, "text_config") or content, section(content, "vision_config")
+    if content.get("eos_token_id") is not None:  # which counts more beside `text_config`, as in transformers
+        text = text | {"eos_token_id": content["eos_token_id"]}
     # As in transformers: where heads have no norms, either place ties them, for earlier versions wrote the one in `text_config`.
     tied = [part.get("tie_word_embeddings") for part in (content, text)]
     tied = [value is not None and YES_OR_NO.check(value, "tie_word_embeddings") for value in tied]
@@ -496,6 +498,7 @@ def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
     _check(len(net.layer_types) == depth, f"layer_types names {len(net.layer_types)} layers of {depth}")
     for kind in net.layer_types:
         _check(kind in (FULL, LINEAR), f"a layer of type {kind[:100]!r} is not supported", Unsupported)
+    _check(FULL in net.layer_types, "a language model without a layer of attention is not supported", Unsupported)
     whole_groups = net.linear_num_value_heads % net.linear_num_key_heads == 0
     _check(whole_groups, "linear_num_key_heads does not divide linear_num_value_heads")
     _check(

@@ -246,6 +246,8 @@ class Askable(ABC, Uncopied):
             report.thoughts = report.thoughts and report.thoughts.rstrip()
             if report.finish_reason == "length":
                 report.warnings.append("thoughts_cut" if report.thoughts and not report.answer else "answer_cut")
+            elif report.thoughts and not report.answer:
+                report.warnings.append("thoughts_only")
         except GeneratorExit:  # the reader stopped early
             update()
             raise

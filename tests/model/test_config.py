@@ -289,6 +289,7 @@ REFUSED = (  # family, where, entry, value, and what the message says of it
     ("3.5", TEXT, "layer_types", [LINEAR, FULL], "layer_types names 2 layers of 6"),
     ("3.5", TEXT, "layer_types", ["sliding_attention"] * 6, "a layer of type 'sliding_attention'"),
     ("3.5", TEXT, "layer_types", [1] * 6, "layer_types is"),
+    ("3.5", TEXT, "layer_types", [LINEAR] * 6, "without a layer of attention"),
     ("3.5", TEXT, "linear_num_value_heads", 3, "linear_num_key_heads does not divide"),
     ("3.5", TEXT, "linear_key_head_dim", 0, "linear_key_head_dim is 0"),
     ("3.5", TEXT, "head_dim", 16, "mrope_section does not fit"),
@@ -304,6 +305,13 @@ def test_what_cannot_run_is_refused(family, where, name, value, message):
     content.get(where, content)[name] = value
     with pytest.raises(ValueError, match=message):
         parse_config(content)
+
+
+@pytest.mark.parametrize(("outer", "inner", "expected"), [(7, 9, 7), (None, 9, 9), ([7, 8], None, (7, 8))])
+def test_the_end_of_answers_beside_the_language_model_counts_more(outer, inner, expected):
+    content = copy.deepcopy(CONTENTS["3.5"])
+    content["eos_token_id"], content[TEXT]["eos_token_id"] = outer, inner
+    assert parse_config(content).text_config.eos_token_id == expected
 
 
 def outcome(content):

@@ -4,6 +4,7 @@ tests/session/test_qwen3.py compares their answers with `generate` at full budge
 """
 
 import json
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import torch
 
 from evoprune.bench.profile_results import TimeLimit
 from evoprune.bench.verify.run import CHECKS, subject_of, verify
-from evoprune.errors import ModelError, UsageError
+from evoprune.errors import QUANTIZERS, ModelError, ModelWarning, PluginError, UsageError
 from evoprune.language import hosted
-from evoprune.session.loading.find import PACKAGES, find_model
+from evoprune.session.loading.find import PACKAGES, check_packages, find_model
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
@@ -166,7 +167,10 @@ def test_an_unknown_quantisation_is_an_error_of_the_model(saved, tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "says"),
-    [(None, r"lack 1 tensor, first .*layers\.0\.linear_attn\.A_log"), (7, "transformers cannot load")],
+    [
+        (None, r"lack 1 tensor, first .*layers\.0\.linear_attn\.A_log"),
+        (7, r"layers\.0\.linear_attn\.A_log is \[7\] where config\.json wants \[4\]"),
+    ],
 )
 def test_a_tensor_that_is_missing_or_of_another_shape(hybrid, tmp_path, shape, says):
     from safetensors.torch import load_file, save_file
@@ -181,6 +185,52 @@ def test_a_tensor_that_is_missing_or_of_another_shape(hybrid, tmp_path, shape, s
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=says):
         load_model(name)
+
+
+def test_a_package_that_fails_to_compute_is_named(hybrid, monkeypatch):
+    monkeypatch.setattr("evoprune.session.loading.find.find_spec", lambda module: True)
+    monkeypatch.setitem(QUANTIZERS, "torchao", "a package that another test loaded")
+    check_packages("torchao", "a model")
+    layers = {"__name__": "torchao.layers"}
+    exec("def fails(*given): assert False, 'no kernel'", layers)
+    monkeypatch.setattr(hybrid.model.model.language_model.layers[2].mlp, "forward", layers["fails"])
+    with pytest.raises(PluginError, match="the package torchao failed: AssertionError: no kernel"):
+        said(VideoQA(hybrid).encode(CLIP), "What?")
+
+
+def test_what_loggers_say_of_every_product_is_left_out(hybrid, caplog):
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    logger.warning("MatMul8bitLt: inputs will be cast from %s to float16 during quantization", torch.bfloat16)
+    logger.warning("another")
+    assert [record.getMessage() for record in caplog.records] == ["another"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_quantised_weights_of_which_the_config_says_nothing(saved, tmp_path, engine, dtype):
+    from safetensors.torch import load_file, save_file
+
+    name, weights = damaged(saved, tmp_path), load_file(saved / "model.safetensors")
+    changed = next(stored for stored in weights if stored.endswith("layers.0.self_attn.q_proj.weight"))
+    weights |= {changed: weights[changed].to(dtype), f"{changed}_scale": torch.ones(1)}
+    (tmp_path / "model.safetensors").unlink()
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*layers\.0\.self_attn\.q_proj\.weight is"):
+        load_model(name, engine=engine)
+
+
+def test_an_adapter_beside_the_weights_is_not_applied(hybrid, tmp_path, monkeypatch):
+    import transformers.integrations.peft
+    import transformers.models.auto.auto_factory
+
+    for module in (transformers.integrations.peft, transformers.models.auto.auto_factory):
+        monkeypatch.setattr(module, "is_peft_available", lambda: True)
+    name = damaged(Path(hybrid.found.folder), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "another/model"}))
+    with pytest.warns(ModelWarning, match="holds an adapter"):
+        loaded = load_model(name, dtype="fp32", pack=False)
+    weights = zip(loaded.model.parameters(), hybrid.model.parameters(), strict=True)
+    assert all(map(torch.equal, *zip(*weights, strict=True)))
 
 
 def outcomes(loaded, *names: str) -> dict[str, str]:

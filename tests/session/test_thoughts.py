@@ -78,6 +78,13 @@ def test_an_answer_that_is_cut_inside_thoughts(video, says):
     assert answer.text and "answer_cut" in answer.report.warnings and "thoughts_cut" not in answer.report.warnings
 
 
+def test_a_model_that_ends_inside_its_thoughts_says_so(video, says):
+    says("It turns, I would say.")
+    answer = video.ask(QUESTION, think="on", max_new_tokens=200)
+    assert answer.text == "" and answer.thoughts and answer.report.finish_reason == "stop"
+    assert "thoughts_only" in answer.report.warnings and "thoughts_cut" not in answer.report.warnings
+
+
 @pytest.mark.parametrize("qa", ["always"], indirect=True)
 def test_a_model_that_always_thinks_says_so(video, says):
     for think in ("off", "on"):

@@ -26,7 +26,7 @@ from evoprune.backend.devices import has_bf16, is_host, pick_device
 from evoprune.bundled import DEMOS, Demo, demo_in
 from evoprune.cpu.quantize import check as check_quantize
 from evoprune.cpu.quantize import saved_bytes
-from evoprune.errors import EvopruneWarning, ModelError, ModelWarning, UsageError, first_line
+from evoprune.errors import QUANTIZERS, EvopruneWarning, ModelError, ModelWarning, UsageError, first_line
 from evoprune.language.prompt import Tokenizer
 from evoprune.model.config import (
     FAMILIES,
@@ -66,6 +66,7 @@ PACKAGES = {
     "quanto": ("optimum", "optimum-quanto"),
     "torchao": ("torchao", "torchao"),
 }
+PLAIN = ("BF16", "F16", "F32", "F64")  # dtypes of safetensors whose numbers mean what they say: others have scales
 PLAIN_ON_CPU = ("compressed-tensors", "fp8")  # quantised weights that transformers widens when it loads them on a CPU
 HEAD, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
 ADAPTER = "adapter_config.json"
@@ -80,7 +81,8 @@ ALWAYS = {
 NOT_DONE = dict.fromkeys(
     ("bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "min_length",
      "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "min_p", "penalty_alpha",
-     "no_repeat_ngram_size", "sequence_bias", "stop_strings", "suppress_tokens", "top_h"), 0
+     "no_repeat_ngram_size", "sequence_bias", "stop_strings", "suppress_tokens", "top_h", "constraints", "dola_layers",
+     "force_words_ids", "watermarking_config"), 0
 ) | dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p"), 1)  # fmt: skip
 MODEL_HINT = (
     "evoprune runs Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL, such as Qwen/Qwen2.5-VL-3B-Instruct, and its demos"
@@ -459,6 +461,8 @@ def check_packages(quantization: str | None, name: str) -> None:
     if module and find_spec(module) is None:
         problem = f"{name} holds weights quantised by {quantization}, and the package {package} is not installed"
         raise ModelError(problem, f"pip install {package}")
+    if module:
+        QUANTIZERS[module] = f"the package {package}"
 
 
 def check_runs(path: Path) -> None:

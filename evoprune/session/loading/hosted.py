@@ -20,11 +20,17 @@ from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memo
 from evoprune.language.hosted import can_crop
 from evoprune.model.config import Config, as_written
 from evoprune.model.weights import HostedVL, fill_random, name_in_memory
-from evoprune.session.loading.find import PLAIN_ON_CPU, check_packages
+from evoprune.session.loading.find import BELONG, PLAIN, PLAIN_ON_CPU, check_packages, stored_tensors, weight_files
 from evoprune.util import counted
 
 # Entries of a config that name the modules which are not quantised.
 UNQUANTIZED = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
+# What loggers say again and again. That a kernel is missing is said on CPUs too, where there is none; on a GPU this module says it.
+# That layers of 8 bits compute in fp16 is said of every product.
+SAID = {
+    "transformers.integrations.hub_kernels": "falling back to its reference",
+    "bitsandbytes.autograd._functions": "inputs will be cast",
+}
 
 
 def load_hosted(
@@ -39,17 +45,27 @@ def load_hosted(
     try:
         if quantization:
             kwargs = {"device_map": {"": device}, "config": _quantized_config(folder, quantization, device)}
-        host, info = read_whole(folder, dtype, device, output_loading_info=True, **kwargs)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are named here
+        host, info = read_whole(folder, dtype, device, **kwargs)
     except (
         Exception
     ) as problem:  # transformers and the packages of quantisation raise of many kinds what a file has wrong
         if is_out_of_memory(problem):
             raise
-        hint = "a package that it names must be installed; or take a newer transformers: pip install -U transformers"
+        hint = "a package that it names must be installed" if quantization else BELONG
+        hint += "; or take a newer transformers: pip install -U transformers"
         raise ModelError(f"transformers cannot load {folder}: {first_line(problem)}", hint) from problem
     if missing := sorted(map(str, info["missing_keys"])):
         problem = f"the weights in {folder} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
         raise ModelError(problem, "get the model again")
+    for name, shape, wanted in sorted(info["mismatched_keys"]):
+        what = f"{name} is {list(shape)} where config.json wants {list(wanted)}"
+        raise ModelError(f"the weights in {folder} cannot be loaded: {what}", BELONG)
+    for _, content, stored in () if quantization else stored_tensors(weight_files(folder)):
+        kind = content.get_slice(stored).get_dtype()
+        if kind not in PLAIN and stored not in info["unexpected_keys"]:
+            what = f"{stored} is {kind}, and config.json says nothing of quantisation"
+            raise ModelError(f"the weights in {folder} cannot be loaded: {what}", BELONG)
     if unused := sorted(map(str, info["unexpected_keys"])):
         said = f"{counted(len(unused), 'tensor')} of the weights are not used in {folder}: {', '.join(unused[:3])}"
         warnings.warn(said, ModelWarning, stacklevel=2)
@@ -83,6 +99,8 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
     from transformers import AutoModelForImageTextToText
 
     safe = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    # Where PEFT is installed, an adapter in the folder would be applied: it is looked for where there can be none.
+    safe["adapter_kwargs"] = {"subfolder": "config.json"}
     with quiet_transformers():
         loaded = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", **safe, **kwargs
@@ -107,16 +125,16 @@ def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> H
 def _of(config: Config, host) -> HostedVL:
     host.eval().requires_grad_(False)
     model = HostedVL(config, host.model.visual, host.model.language_model, host.lm_head)
-    logging.getLogger("transformers.integrations.hub_kernels").addFilter(_not_of_kernels)  # the same one is added once
+    for logger in SAID:
+        logging.getLogger(logger).addFilter(_is_news)  # the same one is added once
     if (packages := missing_kernels(model)) and not is_host(model.device):
         said = f"layers of linear attention run in plain PyTorch; pip install {' '.join(packages)} makes them faster"
         warnings.warn(said, ModelWarning, stacklevel=2)
     return model
 
 
-def _not_of_kernels(record: logging.LogRecord) -> bool:
-    """transformers says that a kernel is missing on a CPU too, where there is none; on a GPU this module says it."""
-    return "falling back to its reference" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    return SAID[record.name] not in record.getMessage()
 
 
 def missing_kernels(model: HostedVL) -> list[str]:

@@ -249,7 +249,8 @@ def load_weights(
             unused += [] if computed.search(name) else [stored]
             continue
         weight = content.get_tensor(stored)
-        if weight.shape != wanted[name] or not weight.is_floating_point():
+        plain = weight.is_floating_point() and weight.itemsize > 1  # others have scales
+        if weight.shape != wanted[name] or not plain:
             what = f"{weight.dtype} {list(weight.shape)} where config.json wants {list(wanted[name])}"
             problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
             raise ModelError(problem, BELONG)

@@ -610,6 +610,7 @@ def test_the_models_own_repetition_penalty_is_applied_as_in_transformers(folder,
         ({"num_beams": 1, "do_sample": None, "top_k": None, "max_new_tokens": 8, "repetition_penalty": None}, None),
         ({"num_beams": 4, "no_repeat_ngram_size": 3}, "no_repeat_ngram_size and num_beams"),
         ({"suppress_tokens": [1, 2], "min_p": 0.1}, "min_p and suppress_tokens"),
+        ({"watermarking_config": {"bias": 3.0}}, "watermarking_config"),
     ],
 )
 def test_settings_that_are_not_done_are_said_once(folder, asked, said):
