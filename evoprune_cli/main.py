@@ -221,7 +221,10 @@ def _outcome() -> int:
         _prepare_completion()
         try:
             with names_plugins():
-                code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
+                try:
+                    code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
+                except typer.Abort as ended:  # what Typer makes of an EOFError, and in some versions of Ctrl-C
+                    raise ended.__cause__ from None
         finally:
             for again in _AGAIN:  # the command may end before they arrive, and was interrupted all the same
                 again.join()
@@ -232,7 +235,7 @@ def _outcome() -> int:
         code = ended.code if _completes() else _nobody_reads(streams)
     except typer.Exit as done:
         code = done.exit_code
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         code = 130
     except terminal.Terminated:
         code = 143

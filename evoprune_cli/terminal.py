@@ -16,7 +16,11 @@ from evoprune.util import counted, harmless
 
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1"}
 TAB = 8  # columns
-FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b"}  # with the option each sets
+FROM_ENVIRONMENT = {
+    "EVOPRUNE_MODEL": "-m",
+    "EVOPRUNE_BUDGET": "-b",
+    "EVOPRUNE_THREADS": "--threads",
+}  # with the option each sets
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
 MIN_NAME = 8  # characters of the first column of a table for which the others keep their width
 T = TypeVar("T")
@@ -58,7 +62,7 @@ def width_of(terminal) -> int:
     """Columns of a stream that is a terminal, by COLUMNS or by the terminal itself; 80 where neither says."""
     stated = os.environ.get("COLUMNS", "")
     try:
-        width = int(stated) if stated.isdigit() else os.get_terminal_size(terminal.fileno()).columns
+        width = int(stated) if stated.isdecimal() else os.get_terminal_size(terminal.fileno()).columns
     except OSError:
         width = 0
     return width if width > 0 else WIDTH

@@ -1,7 +1,9 @@
 """The contract of the command line: exit code, what is on stdout and on stderr, with and without a terminal; hostile input."""
 
+import importlib
 import json
 import os
+import py_compile
 import re
 import shlex
 import shutil
@@ -279,6 +281,22 @@ def test_a_traceback_only_where_it_is_asked_for(cli, monkeypatch, code):
     assert "Traceback" not in cli(*args).err
 
 
+def test_what_ends_too_early_is_no_interruption(cli, monkeypatch):
+    monkeypatch.setattr("evoprune_cli.ask._check_inputs", _raiser(EOFError("it ends")))
+    result = cli(*ASK, "--json")
+    assert result.code == 1 == result.record["error"]["code"] and "error: EOFError: it ends" in result.err
+
+
+def test_a_damaged_compiled_module_is_named(cli, monkeypatch, tmp_path):
+    (tmp_path / "halved.py").write_text("number = 1\n")
+    compiled = Path(py_compile.compile(tmp_path / "halved.py"))
+    compiled.write_bytes(compiled.read_bytes()[:-4])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("evoprune_cli.ask._check_inputs", lambda *_: importlib.import_module("halved"))
+    result = cli(*ASK)
+    assert result.code == 2 and f"a compiled module of Python is damaged: {compiled}" in result.err
+
+
 @pytest.mark.parametrize("command", ["ask", "batch", "eval", "inspect", "profile"])
 def test_the_short_help_fits_on_a_screen_and_names_the_full_one(cli, command):
     short, full = (cli(command, flag).out.splitlines() for flag in ("--help", "--help-all"))
@@ -386,7 +404,8 @@ ROWS = {
     "a whole number of 5,000 digits": (answer("9" * 5000), 2, "line 1: Exceeds the limit"),
     "a deep answer": (answer("[" * 900 + "]" * 900), 2, "it is nested deeper than 100 levels"),
     "a deep line": ("[" * 10**5, 2, "it is nested deeper than 100 levels"),
-    "NUL in a name": (row(video="a\0b"), 3, "no such file"),
+    "NUL in a name": (row(id=1) + row(video="a\0b"), 2, "line 2: no file can have the name 'a"),
+    "half a surrogate in a name": (row(id=1) + row(subtitles="\ud800"), 2, "line 2: no file can have the name"),
     "UTF-16": (row().encode("utf-16"), 2, "is not UTF-8"),
     "an escape in a name": (row(video="a\x1b[31m\u202e"), 3, "a?[31m?"),
     "a byte order mark": ("\ufeff" + row(), 0, ""),

@@ -111,6 +111,14 @@ def test_what_evoprune_wrote_is_replaced(cli, clip, tmp_path, monkeypatch, what)
         assert "it would be written" in cli(*commands(clip, named)[what]).err, content and content[:80]
 
 
+@pytest.mark.parametrize(
+    "command", [("tune", "-m", "demo"), ("profile",), ("verify",), ("batch", "-m", "demo", "-Q", "Who?")]
+)
+def test_an_empty_name_is_refused(cli, command):
+    result = cli(*command, "samples/square.mp4", "-o", "")
+    assert result.code == 2 and ("the name of an output is empty" in result.err or "no output" in result.err)
+
+
 def test_a_link_into_no_folder_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone" / "file")
     with pytest.raises(UsageError, match="cannot write"):
