@@ -129,11 +129,13 @@ def evaluate(
     def deliver(error: dict[str, Any] | None = None) -> None:
         """Writes the results so far: to stdout first, then into the folder, then as a chart."""
         document = evaluation.document(error)
-        if json or document["rows"] or error is None:
-            show(document, render, json)
-        if evaluation.folder:
-            evaluation.folder.finish(document)
-        write(document, None, chart, draw_chart)
+        try:
+            if json or document["rows"] or error is None:
+                show(document, render, json)
+        finally:  # also where nobody reads stdout
+            if evaluation.folder:
+                evaluation.folder.finish(document)
+            write(document, None, chart, draw_chart)
 
     def rescue(error: dict[str, Any]) -> None:
         try:

@@ -183,7 +183,9 @@ def _once_more(lost) -> None:
 
 def run() -> None:
     """Runs the command line and exits with a documented code; a traceback is for `--debug` or EVOPRUNE_DEBUG=1."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in terminal.ENDINGS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, _terminate)
     sys.unraisablehook = _once_more
     # Something in the place of streams that were closed at the start, or the next file that is opened would be there.
     for number in range(3):

@@ -171,8 +171,9 @@ def profile(
             if output is not None:
                 print_text(text)  # it took minutes to find out
             raise
-        if chart:
-            write_bytes(chart, draw_chart(results).encode())
+        finally:  # also where nobody reads stdout
+            if chart:
+                write_bytes(chart, draw_chart(results).encode())
 
     inputs = _inputs(video, counts, sizes)
     ready = rescuing(lambda: results is not None, deliver)

@@ -193,7 +193,7 @@ def rescuing(ready: Callable[[], bool], deliver: Callable[[dict[str, Any]], Any]
         yield
     except BaseException as problem:
         if ready() and not isinstance(problem, BrokenPipeError | SystemExit):
-            with suppress(UsageError):  # the first problem is the one to report
+            with suppress(UsageError, OSError):  # the first problem is the one to report
                 deliver(failure(problem))
             problem.reported = True
         raise

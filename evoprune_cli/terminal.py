@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -28,8 +29,12 @@ T = TypeVar("T")
 _stdout: TextIO | None = None  # while `sys.stdout` is stderr
 
 
+# Asks the process to end: SIGTERM, and where the terminal is closed SIGHUP.
+ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 class Terminated(BaseException):
-    """SIGTERM as an exception, so that finished results are printed and files closed."""
+    """One of `ENDINGS` as an exception, so that finished results are printed and files closed."""
 
 
 def stdout() -> TextIO:
@@ -146,8 +151,8 @@ def json_line(document: dict[str, Any]) -> str:
 
 def failure(problem: BaseException) -> dict:
     """`errors.error_record` for everything that can end a command: also signals, and values from the environment."""
-    for signal, code, name in ((KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")):
-        if isinstance(problem, signal):
+    for ending, code, name in ((KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")):
+        if isinstance(problem, ending):
             return {"code": code, "type": name, "stage": None, "message": name, "hint": None}
     record = error_record(problem)
     for name, option in FROM_ENVIRONMENT.items():

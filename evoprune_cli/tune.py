@@ -122,8 +122,10 @@ def tune(
     def deliver(error: dict[str, Any] | None = None) -> dict[str, Any]:
         """Prints, writes and draws the results; returns them. `error`: what cut the run short."""
         document = rounded({"schema": tuning.schema} | tuning.document(error))
-        show(document, render_operations if "steps" in document else render, json)
-        write(document, output, chart, draw_chart)
+        try:
+            show(document, render_operations if "steps" in document else render, json)
+        finally:  # also where nobody reads stdout
+            write(document, output, chart, draw_chart)
         return document
 
     with rescuing(lambda: tuning is not None and tuning.has_results, deliver), progress(not quiet) as tell:

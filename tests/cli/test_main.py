@@ -570,17 +570,33 @@ __main__.start()
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("when", ["exit", "twice"])
-@pytest.mark.parametrize(("how", "code"), [("SIGINT", -signal.SIGINT), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("how", "code"), [("SIGINT", -signal.SIGINT), ("SIGTERM", 143), ("SIGHUP", 143)])
 def test_signals_at_the_very_end(how, code, when):
     done = subprocess.run([sys.executable, "-c", PROGRAM, how, when], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
 
-def test_a_signal_that_is_ignored_stays_so():
-    """As in the background of a shell script."""
-    program = PROGRAM.replace("signal.default_int_handler", "signal.SIG_IGN")
-    done = subprocess.run([sys.executable, "-c", program, "SIGINT", "exit"], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_that_is_ignored_stays_so(how):
+    """As in the background of a shell script, and with nohup."""
+    program = PROGRAM.replace("signal.SIGINT, signal.default_int_handler", f"signal.{how}, signal.SIG_IGN")
+    done = subprocess.run([sys.executable, "-c", program, how, "exit"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_closed_terminal_leaves_no_copy_of_stdin(tmp_path):
+    command = [sys.executable, "-m", "evoprune_cli", "ask", "-", "What?", "--json"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)}, **pipes) as process:
+        process.stdin.write(b"video")
+        process.stdin.flush()
+        until = time.monotonic() + 30
+        while not list(tmp_path.glob("evoprune-*/stdin")) and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGHUP)
+        process.wait()
+        record = json.loads(process.stdout.read())
+    assert process.returncode == 143 and record["error"]["type"] == "terminated" and not list(tmp_path.iterdir())
 
 
 # --- the cache ---
