@@ -138,6 +138,8 @@ def error_record(problem: BaseException) -> dict:
         problem = OutOfMemory("out of memory", f"close other programs, or {USE_LESS}")
     elif named := _plugin_error(problem):
         problem = named
+    elif isinstance(problem, FileNotFoundError) and problem.filename is None:  # from os.getcwd
+        problem = UsageError("the current folder is gone", "go to another")
     elif path := _damaged_module(problem):
         hint = "delete it, and Python makes it anew; was a disk full, or the size of files limited (ulimit -f)?"
         problem = UsageError(f"a compiled module of Python is damaged: {path}", hint)

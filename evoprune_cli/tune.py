@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 from evoprune import methods
@@ -145,11 +144,14 @@ def tune(
 def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
     """The questions, each once; none for the general ones."""
     if file is not None:
+        from evoprune.batch.rows import read_all
+
+        hint = "a text file with a question on each line"
         try:
-            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+            with open(file, "rb") as opened:
+                lines = read_all(opened, f"--questions {file}", hint).decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as problem:
             reason = getattr(problem, "strerror", None) or "it is not UTF-8"
-            hint = "a text file with a question on each line"
             raise UsageError(f"--questions {file} cannot be read: {reason}", hint) from problem
         if not (asked := [line.strip() for line in lines if line.strip()]):
             raise UsageError(f"--questions {file} holds no question", "write a question on each line")

@@ -297,6 +297,17 @@ def test_a_damaged_compiled_module_is_named(cli, monkeypatch, tmp_path):
     assert result.code == 2 and f"a compiled module of Python is damaged: {compiled}" in result.err
 
 
+@pytest.mark.parametrize("output", ["batch -Q What? -m demo -o out.jsonl", "inspect --overlay out.png"])
+def test_a_current_folder_that_is_gone_is_named(tmp_path, output):
+    gone = "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); from evoprune_cli.main import run; run()"
+    command, *options = output.split()
+    words = [sys.executable, "-c", gone, command, str(ROOT / CLIP), *options]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr == "error: the current folder is gone\nhint: go to another\n"
+
+
 @pytest.mark.parametrize("command", ["ask", "batch", "eval", "inspect", "profile"])
 def test_the_short_help_fits_on_a_screen_and_names_the_full_one(cli, command):
     short, full = (cli(command, flag).out.splitlines() for flag in ("--help", "--help-all"))
@@ -429,6 +440,8 @@ def test_input_without_an_end(cli, soon, monkeypatch, tmp_path):
     for command in (("batch", "--from", "/dev/zero", "-o", tmp_path / "out.jsonl"), ("eval", "--data", "/dev/zero")):
         result = cli(*command, *QUICK)
         assert result.code == 2 and "/dev/zero has more than 1 MiB" in result.err
+    result = cli("tune", SQUARE, "--questions", "/dev/zero", "-m", "demo")
+    assert result.code == 2 and "--questions /dev/zero has more than 1 MiB" in result.err
 
 
 # --- questions ---
