@@ -141,11 +141,22 @@ def error_record(problem: BaseException) -> dict:
         problem = OutOfMemory("out of memory", f"close other programs, or {USE_LESS}")
     elif named := _plugin_error(problem):
         problem = named
+    elif isinstance(problem, FileNotFoundError) and problem.filename is None:  # from os.getcwd
+        problem = UsageError("the current folder is gone", "go to another")
+    elif path := _damaged_module(problem):
+        hint = "delete it, and Python makes it anew; was a disk full, or the size of files limited (ulimit -f)?"
+        problem = UsageError(f"a compiled module of Python is damaged: {path}", hint)
     elif not isinstance(problem, EvopruneError):
         hint = "this is a bug; report it with its traceback, which --debug prints"
         problem = EvopruneError(f"{type(problem).__name__}: {first_line(problem)}", hint)
     data = {"code": problem.exit_code} | {name: getattr(problem, name) for name in ("type", "stage", "message", "hint")}
     return data | {name: data[name] and LONG_WORD.sub(r"\1...\2", data[name]) for name in ("message", "hint")}
+
+
+def _damaged_module(problem: BaseException) -> str | None:
+    """The compiled file of a module that Python could not load: it was written in part, which Python does not notice."""
+    frames = (frame for frame, _ in walk_tb(problem.__traceback__) if frame.f_code.co_name == "_compile_bytecode")
+    return next((frame.f_locals.get("bytecode_path") for frame in frames), None)
 
 
 def is_interruption(problem: BaseException) -> bool:

@@ -10,7 +10,7 @@ import sys
 # milliseconds, on cores that other programs need, or the thread that all wait for. It reads this when torch is loaded.
 SPIN = {"GOMP_SPINCOUNT": "10000"}
 CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 def start() -> None:
@@ -52,8 +52,10 @@ def _end_at_once_from_now_on() -> None:
     """Makes a signal end the process: all is done and printed, and Python's own clearing up is no place for exceptions."""
     if callable(signal.getsignal(signal.SIGINT)):  # else it was ignored from the beginning
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if callable(signal.getsignal(signal.SIGTERM)):
-        signal.signal(signal.SIGTERM, lambda which, _: os._exit(128 + which))
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number and callable(signal.getsignal(number)):
+            signal.signal(number, lambda *_: os._exit(TERMINATED))
 
 
 def _report_uncaught(category, problem, trace) -> None:

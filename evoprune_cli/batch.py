@@ -90,7 +90,7 @@ def batch(
     evoprune batch --from rows.csv -o answers.jsonl --resume
     jq -c 'select(.split == "test")' all.jsonl | evoprune batch --from - -o -
     """
-    if output is None:
+    if not output:
         raise UsageError("no output", f"name a file with -o: {USAGE}")
     if output.startswith("--"):
         raise UsageError(f"-o has no file: {output} is an option", "-o FILE; a file of that name is ./--...")

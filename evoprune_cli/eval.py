@@ -15,7 +15,7 @@ from evoprune.errors import UsageError
 from evoprune.session.options import PipelineOptions
 from evoprune.util import budget_text, counted
 from evoprune_cli import options as opt
-from evoprune_cli.running import SOME_FAILED, check_chart, prepare, rescuing, show, write
+from evoprune_cli.running import SOME_FAILED, check_chart, check_new_folder, prepare, rescuing, show, write
 from evoprune_cli.terminal import (
     check_output,
     failures,
@@ -121,17 +121,21 @@ def evaluate(
         groups = tuple(dict.fromkeys(opt.listed(group)))
         given = {**sweep, "data": data, "blind": blind, "seed": seed, "limit": limit, "groups": groups}
         given |= {"model": pipeline.model, "sampling": pipeline.sampling, "generation": pipeline.generation}
+    if output is not None:
+        check_new_folder(output)
     check_chart(chart, beside=output, inputs=[data])
     videos, evaluation = load_questions(Path(data)), None
 
     def deliver(error: dict[str, Any] | None = None) -> None:
         """Writes the results so far: to stdout first, then into the folder, then as a chart."""
         document = evaluation.document(error)
-        if json or document["rows"] or error is None:
-            show(document, render, json)
-        if evaluation.folder:
-            evaluation.folder.finish(document)
-        write(document, None, chart, draw_chart)
+        try:
+            if json or document["rows"] or error is None:
+                show(document, render, json)
+        finally:  # also where nobody reads stdout
+            if evaluation.folder:
+                evaluation.folder.finish(document)
+            write(document, None, chart, draw_chart)
 
     def rescue(error: dict[str, Any]) -> None:
         try:
@@ -152,11 +156,11 @@ def evaluate(
                 raise
             raise no_folder(Path(resume)) from problem
         evaluation = Evaluation(replace(settings, digest=digest(Path(data))), videos)
-        if resume:
+        if resume is not None:
             evaluation.keep_in(Path(resume), resume=True)
         tell("loading model")
         evaluation.load(partial(tell, "quantizing"))
-        if output:
+        if output is not None:
             evaluation.keep_in(Path(output))
             if not quiet and evaluation.folder.path != Path(output):
                 note(f"{output} is there already: writing to {evaluation.folder.path}")

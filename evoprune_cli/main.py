@@ -183,7 +183,9 @@ def _once_more(lost) -> None:
 
 def run() -> None:
     """Runs the command line and exits with a documented code; a traceback is for `--debug` or EVOPRUNE_DEBUG=1."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in terminal.ENDINGS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, _terminate)
     sys.unraisablehook = _once_more
     # Something in the place of streams that were closed at the start, or the next file that is opened would be there.
     for number in range(3):
@@ -221,7 +223,10 @@ def _outcome() -> int:
         _prepare_completion()
         try:
             with names_plugins():
-                code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
+                try:
+                    code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
+                except typer.Abort as ended:  # what Typer makes of an EOFError, and in some versions of Ctrl-C
+                    raise ended.__cause__ from None
         finally:
             for again in _AGAIN:  # the command may end before they arrive, and was interrupted all the same
                 again.join()
@@ -232,7 +237,7 @@ def _outcome() -> int:
         code = ended.code if _completes() else _nobody_reads(streams)
     except typer.Exit as done:
         code = done.exit_code
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         code = 130
     except terminal.Terminated:
         code = 143

@@ -171,8 +171,9 @@ def profile(
             if output is not None:
                 print_text(text)  # it took minutes to find out
             raise
-        if chart:
-            write_bytes(chart, draw_chart(results).encode())
+        finally:  # also where nobody reads stdout
+            if chart:
+                write_bytes(chart, draw_chart(results).encode())
 
     inputs = _inputs(video, counts, sizes)
     ready = rescuing(lambda: results is not None, deliver)
@@ -232,7 +233,7 @@ def _inputs(video: str | None, counts: list[int], sizes: list[tuple[int, int]]) 
 
 def _frames(texts: list[str]) -> list[int]:
     """Even numbers of frames, each once."""
-    if wrong := [text for text in texts if not re.fullmatch("[0-9]+", text) or not int(text)]:
+    if wrong := [text for text in texts if not re.fullmatch("[0-9]{1,9}", text) or not int(text)]:
         raise UsageError(f"--frames {wrong[0]!r} is not a number of frames", "for example --frames 8,32")
     return list(dict.fromkeys(int(text) + int(text) % 2 for text in texts or ["8"]))
 
@@ -241,7 +242,7 @@ def _sizes(texts: list[str]) -> list[tuple[int, int]]:
     """(height, width) in pixels, each once."""
     sizes = {}
     for text in texts:
-        match = re.fullmatch("([0-9]+)x([0-9]+)", text)
+        match = re.fullmatch("([0-9]{1,9})x([0-9]{1,9})", text)
         sides = [int(side) for side in match.groups()] if match else [0]
         if not all(sides) or not any(all(side % unit == 0 for side in sides) for unit in UNITS):
             units = "in multiples of 28, the side of a merge unit, or of 32 with Qwen3-VL"

@@ -107,6 +107,8 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
     """
     if path is None:
         return
+    if not path:
+        raise UsageError("the name of an output is empty", "name a file; is a variable of the shell not set?")
     real = os.path.realpath(path)
     folder = os.path.dirname(real)
     if beside is not None and not os.path.exists(folder) and Path(os.path.realpath(beside)).is_relative_to(folder):
@@ -119,6 +121,17 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
         raise UsageError(f"{path} would change what is read", "name another place")
     if not _may_replace(path):
         raise UsageError(f"{path} is there, and evoprune did not write it", "name another file, or remove this one")
+
+
+def check_new_folder(path: str) -> None:
+    """Raises UsageError, before anything is measured, where a folder cannot be made, perhaps with its parents, by this name or by
+    the same name with a number.
+    """
+    if Path(path).name in ("", ".."):
+        raise UsageError(f"-o {path!r} names no new folder", "name one that is to be made, for example runs/a")
+    above = next(folder for folder in Path(os.path.abspath(path)).parents if os.path.exists(folder))
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UsageError(f"cannot write {path}", "name a folder in one that can be written")
 
 
 def is_one_of(path: str, files: Iterable[str]) -> bool:
@@ -180,7 +193,7 @@ def rescuing(ready: Callable[[], bool], deliver: Callable[[dict[str, Any]], Any]
         yield
     except BaseException as problem:
         if ready() and not isinstance(problem, BrokenPipeError | SystemExit):
-            with suppress(UsageError):  # the first problem is the one to report
+            with suppress(UsageError, OSError):  # the first problem is the one to report
                 deliver(failure(problem))
             problem.reported = True
         raise

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -16,7 +17,11 @@ from evoprune.util import counted, harmless
 
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1"}
 TAB = 8  # columns
-FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b"}  # with the option each sets
+FROM_ENVIRONMENT = {
+    "EVOPRUNE_MODEL": "-m",
+    "EVOPRUNE_BUDGET": "-b",
+    "EVOPRUNE_THREADS": "--threads",
+}  # with the option each sets
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
 MIN_NAME = 8  # characters of the first column of a table for which the others keep their width
 T = TypeVar("T")
@@ -24,8 +29,12 @@ T = TypeVar("T")
 _stdout: TextIO | None = None  # while `sys.stdout` is stderr
 
 
+# Asks the process to end: SIGTERM, and where the terminal is closed SIGHUP.
+ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 class Terminated(BaseException):
-    """SIGTERM as an exception, so that finished results are printed and files closed."""
+    """One of `ENDINGS` as an exception, so that finished results are printed and files closed."""
 
 
 def stdout() -> TextIO:
@@ -58,7 +67,7 @@ def width_of(terminal) -> int:
     """Columns of a stream that is a terminal, by COLUMNS or by the terminal itself; 80 where neither says."""
     stated = os.environ.get("COLUMNS", "")
     try:
-        width = int(stated) if stated.isdigit() else os.get_terminal_size(terminal.fileno()).columns
+        width = int(stated) if stated.isdecimal() else os.get_terminal_size(terminal.fileno()).columns
     except OSError:
         width = 0
     return width if width > 0 else WIDTH
@@ -142,8 +151,8 @@ def json_line(document: dict[str, Any]) -> str:
 
 def failure(problem: BaseException) -> dict:
     """`errors.error_record` for everything that can end a command: also signals, and values from the environment."""
-    for signal, code, name in ((KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")):
-        if isinstance(problem, signal):
+    for ending, code, name in ((KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")):
+        if isinstance(problem, ending):
             return {"code": code, "type": name, "stage": None, "message": name, "hint": None}
     record = error_record(problem)
     for name, option in FROM_ENVIRONMENT.items():

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 from evoprune import methods
@@ -122,8 +121,10 @@ def tune(
     def deliver(error: dict[str, Any] | None = None) -> dict[str, Any]:
         """Prints, writes and draws the results; returns them. `error`: what cut the run short."""
         document = rounded({"schema": tuning.schema} | tuning.document(error))
-        show(document, render_operations if "steps" in document else render, json)
-        write(document, output, chart, draw_chart)
+        try:
+            show(document, render_operations if "steps" in document else render, json)
+        finally:  # also where nobody reads stdout
+            write(document, output, chart, draw_chart)
         return document
 
     with rescuing(lambda: tuning is not None and tuning.has_results, deliver), progress(not quiet) as tell:
@@ -143,11 +144,14 @@ def tune(
 def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
     """The questions, each once; none for the general ones."""
     if file is not None:
+        from evoprune.batch.rows import read_all
+
+        hint = "a text file with a question on each line"
         try:
-            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+            with open(file, "rb") as opened:
+                lines = read_all(opened, f"--questions {file}", hint).decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as problem:
             reason = getattr(problem, "strerror", None) or "it is not UTF-8"
-            hint = "a text file with a question on each line"
             raise UsageError(f"--questions {file} cannot be read: {reason}", hint) from problem
         if not (asked := [line.strip() for line in lines if line.strip()]):
             raise UsageError(f"--questions {file} holds no question", "write a question on each line")

@@ -59,8 +59,10 @@ def verify(
 
     def deliver(error: dict | None = None) -> None:
         document = results.document() | {"error": error}
-        show(document, render, json)
-        write(document, output)
+        try:
+            show(document, render, json)
+        finally:  # also where nobody reads stdout
+            write(document, output)
 
     with rescuing(lambda: results is not None, deliver), progress(not quiet) as tell:
         tell("loading libraries")

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from evoprune.errors import LFS, LFS_HINT, EvopruneError, EvopruneWarning, UsageError
 from evoprune.language.settings import GenerationOptions
 from evoprune.model.config import loads
-from evoprune.util import FILE_URL, counted, did_you_mean, is_text, missing_hint, shorten, shown, some
+from evoprune.util import FILE_URL, check_type, counted, did_you_mean, is_text, missing_hint, shorten, shown, some
 from evoprune.video.info import AUTO_SUBTITLES, IMAGES, NO_SUBTITLES, VIDEOS, files
 from evoprune.video.plan import check_sampling, parse_time
 
@@ -254,9 +254,18 @@ def _row(
 
 
 def _path(folder: str, text: str) -> str:
-    """The path that opens a file, which is relative to `folder`; a row may also have `~` or a file:// URL."""
+    """The path that opens a file, which is relative to `folder`; a row may also have `~` or a file:// URL.
+
+    Raises ValueError: no file can have such a name.
+    """
     file = unquote(text.removeprefix(FILE_URL)) if text.startswith(FILE_URL) else os.path.expanduser(text)
-    return os.path.join(folder, file)
+    path = os.path.join(folder, file)
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        possible = False
+    _must(possible, f"no file can have the name {shown(text)!r}")
+    return path
 
 
 def _check_span(start_s: float, end_s: float | None) -> None:
@@ -313,7 +322,7 @@ def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
         number = value
     right = number is None or (isinstance(number, (int, kind)) and not isinstance(number, bool))
     _must(right, f"{name} is not a {'whole ' if kind is int else ''}number")
-    return number
+    return check_type(name, number, kind | None)
 
 
 def _seconds(value: Any, name: str) -> float | None:
@@ -321,8 +330,8 @@ def _seconds(value: Any, name: str) -> float | None:
         return None
     if isinstance(value, str):
         return parse_time(value)
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    _must(number, f"{name} is not a time in seconds")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    _must(number and math.isfinite(check_type(name, value, float)), f"{name} is not a time in seconds")
     return float(value)
 
 

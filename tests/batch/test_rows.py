@@ -128,6 +128,7 @@ def test_an_id_is_made_of_what_is_asked_and_of_nothing_else():
         (ROW | {"fps": "fast"}, "fps is not a number"),
         (ROW | {"frames": 2.5}, "frames is not a whole number"),
         (ROW | {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        *((ROW | {name: 10**400}, "64 bits cannot hold") for name in ("start", "fps", "frames", "frame_rate")),
     ],
 )
 def test_what_is_no_row(row, says):

@@ -65,7 +65,7 @@ class Stdin(io.StringIO):
 @contextmanager
 def restored():
     """What the program sets for its process becomes what it was."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     hooks, threads = (sys.excepthook, sys.unraisablehook), torch.get_num_threads()
     try:
         yield

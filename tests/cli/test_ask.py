@@ -42,6 +42,8 @@ def test_a_wrong_value_from_the_environment_is_traced_to_it(cli, monkeypatch):
     assert "EVOPRUNE_BUDGET" not in cli("ask", CLIP, QUESTION, "-b", "lots").err
     record = cli("ask", CLIP, QUESTION, "--json").record
     assert record["error"]["hint"].endswith("EVOPRUNE_BUDGET")
+    monkeypatch.setenv("EVOPRUNE_THREADS", "lots")
+    assert "; the value comes from EVOPRUNE_THREADS\n" in cli("ask", CLIP, QUESTION).err
 
 
 @pytest.mark.full

@@ -1,7 +1,9 @@
 """The contract of the command line: exit code, what is on stdout and on stderr, with and without a terminal; hostile input."""
 
+import importlib
 import json
 import os
+import py_compile
 import re
 import shlex
 import shutil
@@ -279,6 +281,33 @@ def test_a_traceback_only_where_it_is_asked_for(cli, monkeypatch, code):
     assert "Traceback" not in cli(*args).err
 
 
+def test_what_ends_too_early_is_no_interruption(cli, monkeypatch):
+    monkeypatch.setattr("evoprune_cli.ask._check_inputs", _raiser(EOFError("it ends")))
+    result = cli(*ASK, "--json")
+    assert result.code == 1 == result.record["error"]["code"] and "error: EOFError: it ends" in result.err
+
+
+def test_a_damaged_compiled_module_is_named(cli, monkeypatch, tmp_path):
+    (tmp_path / "halved.py").write_text("number = 1\n")
+    compiled = Path(py_compile.compile(tmp_path / "halved.py"))
+    compiled.write_bytes(compiled.read_bytes()[:-4])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("evoprune_cli.ask._check_inputs", lambda *_: importlib.import_module("halved"))
+    result = cli(*ASK)
+    assert result.code == 2 and f"a compiled module of Python is damaged: {compiled}" in result.err
+
+
+@pytest.mark.parametrize("output", ["batch -Q What? -m demo -o out.jsonl", "inspect --overlay out.png"])
+def test_a_current_folder_that_is_gone_is_named(tmp_path, output):
+    gone = "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); from evoprune_cli.main import run; run()"
+    command, *options = output.split()
+    words = [sys.executable, "-c", gone, command, str(ROOT / CLIP), *options]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr == "error: the current folder is gone\nhint: go to another\n"
+
+
 @pytest.mark.parametrize("command", ["ask", "batch", "eval", "inspect", "profile"])
 def test_the_short_help_fits_on_a_screen_and_names_the_full_one(cli, command):
     short, full = (cli(command, flag).out.splitlines() for flag in ("--help", "--help-all"))
@@ -386,7 +415,8 @@ ROWS = {
     "a whole number of 5,000 digits": (answer("9" * 5000), 2, "line 1: Exceeds the limit"),
     "a deep answer": (answer("[" * 900 + "]" * 900), 2, "it is nested deeper than 100 levels"),
     "a deep line": ("[" * 10**5, 2, "it is nested deeper than 100 levels"),
-    "NUL in a name": (row(video="a\0b"), 3, "no such file"),
+    "NUL in a name": (row(id=1) + row(video="a\0b"), 2, "line 2: no file can have the name 'a"),
+    "half a surrogate in a name": (row(id=1) + row(subtitles="\ud800"), 2, "line 2: no file can have the name"),
     "UTF-16": (row().encode("utf-16"), 2, "is not UTF-8"),
     "an escape in a name": (row(video="a\x1b[31m\u202e"), 3, "a?[31m?"),
     "a byte order mark": ("\ufeff" + row(), 0, ""),
@@ -410,6 +440,8 @@ def test_input_without_an_end(cli, soon, monkeypatch, tmp_path):
     for command in (("batch", "--from", "/dev/zero", "-o", tmp_path / "out.jsonl"), ("eval", "--data", "/dev/zero")):
         result = cli(*command, *QUICK)
         assert result.code == 2 and "/dev/zero has more than 1 MiB" in result.err
+    result = cli("tune", SQUARE, "--questions", "/dev/zero", "-m", "demo")
+    assert result.code == 2 and "--questions /dev/zero has more than 1 MiB" in result.err
 
 
 # --- questions ---
@@ -551,17 +583,33 @@ __main__.start()
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("when", ["exit", "twice"])
-@pytest.mark.parametrize(("how", "code"), [("SIGINT", -signal.SIGINT), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("how", "code"), [("SIGINT", -signal.SIGINT), ("SIGTERM", 143), ("SIGHUP", 143)])
 def test_signals_at_the_very_end(how, code, when):
     done = subprocess.run([sys.executable, "-c", PROGRAM, how, when], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
 
-def test_a_signal_that_is_ignored_stays_so():
-    """As in the background of a shell script."""
-    program = PROGRAM.replace("signal.default_int_handler", "signal.SIG_IGN")
-    done = subprocess.run([sys.executable, "-c", program, "SIGINT", "exit"], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_that_is_ignored_stays_so(how):
+    """As in the background of a shell script, and with nohup."""
+    program = PROGRAM.replace("signal.SIGINT, signal.default_int_handler", f"signal.{how}, signal.SIG_IGN")
+    done = subprocess.run([sys.executable, "-c", program, how, "exit"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_closed_terminal_leaves_no_copy_of_stdin(tmp_path):
+    command = [sys.executable, "-m", "evoprune_cli", "ask", "-", "What?", "--json"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)}, **pipes) as process:
+        process.stdin.write(b"video")
+        process.stdin.flush()
+        until = time.monotonic() + 30
+        while not list(tmp_path.glob("evoprune-*/stdin")) and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGHUP)
+        process.wait()
+        record = json.loads(process.stdout.read())
+    assert process.returncode == 143 and record["error"]["type"] == "terminated" and not list(tmp_path.iterdir())
 
 
 # --- the cache ---

@@ -143,6 +143,7 @@ def test_progress_on_a_terminal_only(profile):
     [
         (("--frames", "0"), "--frames '0'"),
         (("--frames", "8,many"), "--frames 'many'"),
+        (("--frames", "9" * 40), "is not a number of frames"),
         (("--size", "100x100"), "multiples of 28"),
         (("--size", "224"), "HEIGHTxWIDTH"),
         (("--synthetic", "film"), "one of motion, static90, noise"),

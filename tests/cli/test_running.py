@@ -111,6 +111,38 @@ def test_what_evoprune_wrote_is_replaced(cli, clip, tmp_path, monkeypatch, what)
         assert "it would be written" in cli(*commands(clip, named)[what]).err, content and content[:80]
 
 
+@pytest.mark.parametrize(
+    "command", [("tune", "-m", "demo"), ("profile",), ("verify",), ("batch", "-m", "demo", "-Q", "Who?")]
+)
+def test_an_empty_name_is_refused(cli, command):
+    result = cli(*command, "samples/square.mp4", "-o", "")
+    assert result.code == 2 and ("the name of an output is empty" in result.err or "no output" in result.err)
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("args", "prints", "file"),
+    [
+        (("verify", "-m", "demo", "--quick", "-o"), "running.print_text", "report.json"),
+        (("tune", *TUNE, "--json", "samples/square.mp4", "-o"), "running.print_document", "tune.json"),
+        (
+            ("eval", "--data", "samples/questions.jsonl", "--limit", "1", "-q", "-o"),
+            "running.print_text",
+            "run/results.json",
+        ),
+        (("profile", *QUICK, "--size", "56x56", "--chart"), "profile.print_text", "chart.svg"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_files_are_written_though_nobody_reads_stdout(cli, monkeypatch, tmp_path, args, prints, file):
+    def nobody_reads(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(f"evoprune_cli.{prints}", nobody_reads)
+    result = cli(*args, tmp_path / file.removesuffix("/results.json"))
+    assert (result.code, result.out) == (0, "") and (tmp_path / file).stat().st_size
+
+
 def test_a_link_into_no_folder_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone" / "file")
     with pytest.raises(UsageError, match="cannot write"):

@@ -1,6 +1,7 @@
 """What is printed: lines that fold, tables on narrow terminals, answers that are broken between words."""
 
 import io
+import os
 import random
 import re
 import sys
@@ -13,7 +14,7 @@ from evoprune import VideoQA
 from evoprune.language.settings import GenerationOptions
 from evoprune.report import Report, VideoFacts, stats_block
 from evoprune_cli.running import note_model
-from evoprune_cli.terminal import Wrapped, fitting, print_json, print_stream, print_warning, table
+from evoprune_cli.terminal import Wrapped, fitting, print_json, print_stream, print_warning, table, width_of
 from evoprune_cli.tune import render_operations as operations_table
 from tests.cli.screen import visible
 from tests.loading import load_model
@@ -189,6 +190,13 @@ def test_nothing_is_broken_in_a_pipe(monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     print_stream(iter(["one two ", "three", " four\tfive"]))
     assert capsys.readouterr().out == ("one two\nthree four\nfive\n" if terminal else "one two three four\tfive\n")
+
+
+@pytest.mark.parametrize("stated", ["", "0", "-5", "\u00b2", "wide"])
+def test_columns_that_are_no_number_are_the_usual_ones(monkeypatch, stated):
+    monkeypatch.setenv("COLUMNS", stated)
+    with open(os.devnull) as no_terminal:
+        assert width_of(no_terminal) == 80
 
 
 @pytest.mark.parametrize("width", [40, 80])

@@ -85,7 +85,7 @@ def running(folder: Path):
     env |= {"COLUMNS": "80", "TERM": "xterm", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"EVOPRUNE_CONFIG_DIR": str(folder / "config"), "XDG_CACHE_HOME": str(folder / "cache")}
     threads, hooks = torch.get_num_threads(), (sys.excepthook, sys.unraisablehook)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         torch.set_num_threads(1)
         with patch.dict(os.environ, env, clear=True), chdir(folder), warnings.catch_warnings():
