@@ -226,7 +226,7 @@ def _outcome() -> int:
                 try:
                     code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
                 except typer.Abort as ended:  # what Typer makes of an EOFError, and in some versions of Ctrl-C
-                    raise ended.__cause__ from None
+                    raise ended.__cause__ or KeyboardInterrupt from None
         finally:
             for again in _AGAIN:  # the command may end before they arrive, and was interrupted all the same
                 again.join()

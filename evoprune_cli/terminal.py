@@ -17,11 +17,8 @@ from evoprune.util import counted, harmless
 
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1"}
 TAB = 8  # columns
-FROM_ENVIRONMENT = {
-    "EVOPRUNE_MODEL": "-m",
-    "EVOPRUNE_BUDGET": "-b",
-    "EVOPRUNE_THREADS": "--threads",
-}  # with the option each sets
+# With the option each sets.
+FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b", "EVOPRUNE_THREADS": "--threads"}
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
 MIN_NAME = 8  # characters of the first column of a table for which the others keep their width
 T = TypeVar("T")
