@@ -2,10 +2,11 @@
 
 import io
 import struct
+from inspect import signature
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from transformers.image_transforms import convert_to_rgb
 
 from evoprune.errors import VideoError
@@ -35,6 +36,8 @@ def exif(orientation):
     return tags
 
 
+# Before 5.21 transformers returns a picture of Pillow's, without the transparency.
+OVER_WHITE = "return_numpy" in signature(convert_to_rgb).parameters
 # The table of formats: how a file is made, and what becomes of it.
 KINDS = {
     "rgb.jpg": (image(RGB), {}),
@@ -77,9 +80,14 @@ def read(info):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_is_what_hugging_face_sees(name, tmp_path):
+    if name == "rgb.avif" and not features.check("avif"):
+        pytest.skip("Pillow before 11.3 has no AVIF")
     path = written(tmp_path / name, *KINDS[name])
     info = probe(path)
-    theirs = convert_to_rgb(ImageOps.exif_transpose(Image.open(path)), return_numpy=True)
+    picture = ImageOps.exif_transpose(Image.open(path))
+    if not OVER_WHITE and picture.has_transparency_data:
+        pytest.skip("transformers before 5.21 drops transparency")
+    theirs = np.array(convert_to_rgb(picture, return_numpy=True) if OVER_WHITE else convert_to_rgb(picture))
     assert (info.kind, info.height, info.width, info.duration_s) == (PICTURE, *theirs.shape[:2], None)
     assert np.array_equal(read(info), theirs)
 
