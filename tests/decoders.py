@@ -1,9 +1,11 @@
-"""Which libraries decode videos here: decord has no wheels for every system."""
+"""Which libraries decode videos and pictures here: decord has no wheels for every system, an older Pillow has no AVIF."""
 
 from importlib.util import find_spec
 
 import pytest
+from PIL import Image
 
 DECODERS = ("pyav", "decord") if find_spec("decord") else ("pyav",)
 needs_decord = pytest.mark.skipif("decord" not in DECODERS, reason="decord is not installed")
 EVERY = ["pyav", pytest.param("decord", marks=needs_decord)]
+needs_avif = pytest.mark.skipif(".avif" not in Image.registered_extensions(), reason="Pillow before 11.3 has no AVIF")

@@ -8,6 +8,7 @@ from evoprune.cpu.linear import PackedLinear, can_pack
 from evoprune.cpu.quantize import Int8Linear
 from evoprune.hf.encoding import PackedTower
 from evoprune.model.config import MODEL_TYPES, QWEN3_MOE
+from tests.hf.reference import skip_where_not_taken
 from tests.prompts import processed
 from tests.quantized import parameters
 from tests.tiny import NATIVE, tiny_model
@@ -19,7 +20,7 @@ PROMPT = (5, ("image", 4, 4), 2, ("video", 4, 8, 12), 7)
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_tokens_are_the_models_own_and_the_model_does_not_change(family):
-    model = tiny_model(family=family)
+    skip_where_not_taken(model := tiny_model(family=family))
     inputs, wish = processed(model, PROMPT), {"max_new_tokens": 8, "do_sample": False}
     before, modules, expected = model.state_dict(), dict(model.named_modules()), model.generate(**inputs, **wish)
     with evoprune.EvoPrune(budget=0.3)(model):
@@ -64,7 +65,7 @@ def test_changed_weights_are_packed_again(change):
 @pytest.mark.parametrize("pack", INT8)
 @torch.no_grad()
 def test_a_tower_in_8_bits_is_near_the_models_own(pack, family):
-    model = tiny_model(family=family)
+    skip_where_not_taken(model := tiny_model(family=family))
     inputs, before = processed(model, PROMPT), model.state_dict()
     logits = [model(**inputs).logits]
     with evoprune.EvoPrune(budget=1.0, pack=pack)(model) as run:

@@ -13,6 +13,7 @@ from PIL import Image
 from evoprune.errors import UsageError, VideoError
 from evoprune.live.source import LiveSource
 from evoprune.video.readers.live import POLL_S, LiveReader
+from tests.decoders import needs_avif
 from tests.live.streaming import connection, streams
 from tests.video.files import number_of, numbered_frames, quarters, write_said, write_video
 
@@ -286,7 +287,9 @@ def test_a_file_that_has_ended_is_waited_for_once(tmp_path, monkeypatch, name):
     assert len(times) == 30 and clock.now < 10.0 + 3 * POLL_S
 
 
-@pytest.mark.parametrize("name", ["note.txt", "list.m3u8", "page.pdf", "photo.jpg", "photo.avif"])
+@pytest.mark.parametrize(
+    "name", ["note.txt", "list.m3u8", "page.pdf", "photo.jpg", pytest.param("photo.avif", marks=needs_avif)]
+)
 def test_what_never_becomes_a_video_is_told_at_once(tmp_path, monkeypatch, name):
     path = tmp_path / name
     text = {"txt": b"Some text.\n", "m3u8": b"#EXTM3U\n#EXTINF:6,\nx.ts\n", "pdf": b"%PDF-1.7\n\0"}

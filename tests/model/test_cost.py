@@ -50,7 +50,8 @@ def test_operations_of_a_prompt_are_those_of_transformers(family):
     if net := config.delta_net:  # the triangular systems, which are not counted there
         solved = DELTA_CHUNK * (net.linear_key_head_dim + net.linear_value_head_dim) * net.linear_num_value_heads
         expected += (depth - full) * n * solved
-    assert prefill_flop(config, n) == pytest.approx(expected, rel=2e-4)
+    # Before transformers 5.20 the counter sees the products of the rotary frequencies too.
+    assert prefill_flop(config, n) == pytest.approx(expected, rel=3e-4)
     assert prefill_flop(config, [n] * depth) == prefill_flop(config, [(n, n, n)] * depth) == prefill_flop(config, n)
 
 

@@ -21,7 +21,7 @@ from evoprune.video_qa import VideoQA
 from evoprune.vision.encoder import encode
 from evoprune.vision.preprocess import patch_means, patchify, resize, scan
 from evoprune.vision.tower import tower_shape
-from tests.hf.reference import TAKES_ENCODED
+from tests.hf.reference import skip_where_not_taken
 from tests.methods.tokens import plan_of
 from tests.tiny import save_tiny
 from tests.vision.reference import tokens_slowly
@@ -227,12 +227,12 @@ def test_the_bundled_dimensions_are_those_of_transformers(name):
     assert ours == {key: value.shape for key, value in theirs.state_dict().items()}
 
 
-@pytest.mark.skipif(not TAKES_ENCODED, reason="this transformers takes no encoded videos of Qwen3-VL")
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["evoprune", "divprune", "tome", "evs"])
 @pytest.mark.parametrize("budget", [0.3, 0.05])
 @pytest.mark.parametrize("path", [LONG, [CLIP, LONG]])
 def test_a_model_in_hand_is_pruned_alike(folder, loaded, host, name, budget, path):
+    skip_where_not_taken(host)
     inputs = evoprune.processor_inputs(folder, path, QUESTION, max_visual_tokens=4096)
     with evoprune.EvoPrune(budget=budget, method=name)(host) as run:
         theirs = [i for i in generated(host, inputs) if i not in loaded.eos_ids]

@@ -168,10 +168,8 @@ def with_frequencies(host, device: torch.device) -> None:
     for parent in list(host.modules()):
         for name, child in parent.named_children():
             if hasattr(child, "inv_freq"):
-                # The tower's module has no config before transformers 5.17.
-                given = (child.config,) if hasattr(child, "config") else (child.dim, child.theta)
                 with device:
-                    setattr(parent, name, type(child)(*given))
+                    setattr(parent, name, type(child)(child.config))
 
 
 @contextmanager

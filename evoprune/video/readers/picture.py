@@ -1,7 +1,8 @@
 """A file that holds one picture, read with Pillow: the pixels that Hugging Face's image processor sees, at the size that it wants.
 
 It is turned by its EXIF data, as `transformers.image_utils.load_image` does, and transparent parts are put over white, as
-`transformers.image_transforms.convert_to_rgb` does. Unlike there, 16 bits of grey become 8 by their upper half, not by clipping.
+`transformers.image_transforms.convert_to_rgb` does from 5.21 on. Unlike there, 16 bits of grey become 8 by their upper half, not by
+clipping.
 """
 
 import os
