@@ -9,7 +9,7 @@ from dataclasses import dataclass
 # Colours that colour-blind readers can distinguish on white (Okabe and Ito, https://jfly.uni-koeln.de/color/).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, SOFT, PALE = "#222222", "#5F5F5F", "#8C8C8C"  # PALE: lines beside those in INK
-CLOSE = 26  # pixels: labels that are nearer to one another overlap
+AROUND = (5, 4), (5, -9), (-5, 4), (-5, -9)  # where a label begins, or ends, in points from its mark
 CUT = 1 / 3  # an axis may start above zero where everything lies above this share of the highest value
 
 
@@ -99,13 +99,16 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], rows: Sequence[str]
             if not rows:
                 axes.margins(x=0.1)  # room for labels
                 axes.set_xlim(left=0)
-            if not cut:
-                (axes.set_xlim if rows else axes.set_ylim)(0)
-        low = (every[0].get_xlim() if rows else every[0].get_ylim())[0]
-        start = f" (axis from {low:,.3g})" if cut else ""
+            start = (
+                (axes.xaxis if rows else axes.yaxis).get_major_locator().tick_values(min(values), max(values))[0]
+                if cut
+                else 0
+            )
+            (axes.set_xlim if rows else axes.set_ylim)(start)
+        begins = f" (axis from {start:,.3g})" if cut else ""
         for number, (axes, panel) in enumerate(zip(every, panels, strict=True)):
-            axes.set_xlabel(panel.x_label + (start if rows else ""))
-            axes.set_ylabel(panel.y_label + start if not rows and number == 0 else "")
+            axes.set_xlabel(panel.x_label + (begins if rows else ""))
+            axes.set_ylabel(panel.y_label + begins if not rows and number == 0 else "")
         figure.supxlabel(textwrap.fill(subtitle, 130), x=0.01, ha="left", fontsize=8.25, color=SOFT)
         named = {name: handle for axes in every for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
         figure.legend(  # with the title: two things outside the plots would overlap
@@ -141,13 +144,20 @@ def _draw_series(axes, series: Series, sideways: bool) -> None:
 
 
 def _label_points(axes, panel: Panel) -> None:
-    """Labels beside their points, in the order of the series; one near another label is left out."""
-    places: list[tuple[float, float]] = []
-    for point in (point for series in panel.series for point in series.points if point.label):
-        place = tuple(axes.transData.transform((point.x, point.y)))
-        if all(math.dist(place, other) > CLOSE for other in places):
-            places.append(place)
+    """Labels beside their points, in the order of the series: where there is room around the point, or not at all."""
+    every = [(point, series.colour) for series in panel.series for point in series.points]
+    marks = axes.transData.transform([(point.x, point.y) for point, _ in every])
+    taken: list = []
+    for point, colour in every:
+        for x, y in AROUND if point.label else ():
             label = axes.annotate(
-                point.label, (point.x, point.y), (5, 4), textcoords="offset points", fontsize=8.25, color=SOFT
-            )
+                point.label, (point.x, point.y), (x, y), textcoords="offset points", ha="left" if x > 0 else "right",
+                fontsize=8.25, color=colour,
+            )  # fmt: skip
             label.set_in_layout(False)
+            box = label.get_window_extent()
+            inside = axes.figure.bbox.x0 <= box.x0 and box.x1 <= axes.figure.bbox.x1
+            if inside and not box.count_overlaps(taken) and not box.count_contains(marks):
+                taken.append(box)
+                break
+            label.remove()

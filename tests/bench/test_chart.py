@@ -61,7 +61,7 @@ def test_an_axis_starts_near_values_that_all_lie_high_and_says_so():
         ),
     ):
         (said,) = (w for w in texts(ElementTree.fromstring(made(high))) if w.startswith("accuracy, % (axis from "))
-        assert 40 < float(said.rpartition(" ")[2].rstrip(")")) < 60
+        assert 40 < float(said.rpartition(" ")[2].rstrip(")")) <= 60
         words = texts(ElementTree.fromstring(made(high, low)))
         assert "accuracy, %" in words and "0" in words
     assert "0" in texts(ElementTree.fromstring(draw("", "", [Panel("", "x", "y", (high,))])))
@@ -82,4 +82,4 @@ def test_the_same_data_give_the_same_bytes():
 def test_labels_of_near_points_do_not_touch():
     crowd = Series("crowd", tuple(Point(1 + n / 1000, 3, label=f"-b {n}") for n in range(5)))
     words = texts(ElementTree.fromstring(draw("", "", [Panel("", "", "", (crowd,))])))
-    assert [word for word in words if word.startswith("-b")] == ["-b 0"]
+    assert [word for word in words if word.startswith("-b")] == ["-b 0", "-b 1"]  # on both sides
