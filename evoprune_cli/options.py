@@ -209,8 +209,13 @@ Cache = option(
 
 
 def listed(texts: Sequence[str] | None) -> list[str]:
-    """A list given by commas or by repeating the option."""
-    return [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
+    """A list given by commas or by repeating the option. Raises UsageError: it is given and holds nothing."""
+    parts = [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
+    if texts and not parts:
+        raise UsageError(
+            f"an option's list holds nothing: {texts[0]!r}", "give a value; is a variable of the shell not set?"
+        )
+    return parts
 
 
 def sweep(budgets: list[str] | None, names: list[str] | None, args: dict[str, str], *, named: bool = False) -> dict:

@@ -119,6 +119,20 @@ def test_an_empty_name_is_refused(cli, command):
     assert result.code == 2 and ("the name of an output is empty" in result.err or "no output" in result.err)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("profile", "-b", ""),
+        ("profile", "--method=,"),
+        ("eval", "--data", "samples/questions.jsonl", "-b", " "),
+        ("tune", "samples/square.mp4", "-b", ""),
+    ],
+)
+def test_an_empty_list_is_refused(cli, command):
+    result = cli(*command)
+    assert result.code == 2 and "list holds nothing" in result.err
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("args", "prints", "file"),
