@@ -20,7 +20,7 @@ from evoprune.session.loading.find import PACKAGES, check_packages, find_model, 
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
-from tests.bench.faults import FAULTS, Fault
+from tests.bench.faults import Fault
 from tests.tiny import save_tiny
 
 CLIP = "samples/square.mp4"
@@ -299,7 +299,6 @@ HOSTED_FAULTS = {
     "no sizes": Fault("model", READ, "sizes[:end].log()", "(sizes[:end].log() * 0)"),
     "a bias of the whole logarithm and again": Fault("model", READ, "sizes[:end].log()", "(sizes[:end].log() * 2)"),
     "a wrong scale": Fault("logits", READ, "=embeds[None]", "=1.1 * embeds[None]"),
-    "decoded tokens at a wrong position": FAULTS["decoded tokens at a wrong position"],
 }
 
 
