@@ -344,7 +344,8 @@ def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Te
     """The text of token ids, in pieces as of `stream_text`; of each, whether it belongs to the model's thoughts.
 
     Thoughts end at `</think>`: the token where the tokenizer has one, else the text. They begin with the prompt (int64 `[L]`), or
-    with the first token. What is between thoughts and answer, `</think>` and white space, belongs to neither.
+    with the first token; then the first piece is an empty one of theirs. What is between thoughts and answer, `</think>` and white
+    space, belongs to neither.
     """
     ids, (begin, end) = iter(ids), map(tokenizer.backend.token_to_id, THOUGHTS)
     thinks = opens_thoughts(tokenizer.backend.decode(prompt_ids[-16:].tolist(), skip_special_tokens=False))
@@ -355,6 +356,7 @@ def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Te
     if not thinks:
         yield from ((piece, False) for piece in stream_text(tokenizer, ids))
         return
+    yield "", True
     if end is not None:
         thoughts = stream_text(tokenizer, takewhile(lambda token: token != end, ids))
         pieces = chain(zip(thoughts, repeat(True)), zip(stream_text(tokenizer, ids), repeat(False)))

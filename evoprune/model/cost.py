@@ -136,7 +136,10 @@ def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int)
         wide = max(wide, heads * (6 * key + 6 * value + 3 * DELTA_CHUNK) * 4)
     widest = longest * (wide + added * bytes_each * text.hidden_size + 3 * inner * bytes_each)
     held = longest + ANSWER_COLUMNS if isinstance(prompt, int) else [tokens + ANSWER_COLUMNS for tokens in prompt]
-    return widest + kv_bytes(config, held, bytes_each)
+    copies = (
+        2 if text.delta_net else 1
+    )  # a recurrent state cannot be cropped: it is kept for the next question, and copied
+    return widest + copies * kv_bytes(config, held, bytes_each)
 
 
 def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:

@@ -235,7 +235,8 @@ class Askable(ABC, Uncopied):
                 if thought:
                     report.thoughts = (report.thoughts or "") + piece
                     update()
-                    on_thoughts(piece)
+                    if piece:
+                        on_thoughts(piece)
                     continue
                 report.answer += piece
                 update()
@@ -243,9 +244,10 @@ class Askable(ABC, Uncopied):
                 if turn != self._turn:
                     raise UsageError(self.OVERTAKEN, "finish one answer before the next question")
             update()
-            report.thoughts = report.thoughts and report.thoughts.rstrip()
+            thinking = report.thoughts is not None and not report.answer
+            report.thoughts = (report.thoughts or "").rstrip() or None
             if report.finish_reason == "length":
-                report.warnings.append("thoughts_cut" if report.thoughts and not report.answer else "answer_cut")
+                report.warnings.append("thoughts_cut" if thinking else "answer_cut")
             elif report.thoughts and not report.answer:
                 report.warnings.append("thoughts_only")
         except GeneratorExit:  # the reader stopped early

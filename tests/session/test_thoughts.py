@@ -78,6 +78,14 @@ def test_an_answer_that_is_cut_inside_thoughts(video, says):
     assert answer.text and "answer_cut" in answer.report.warnings and "thoughts_cut" not in answer.report.warnings
 
 
+def test_thoughts_that_are_cut_before_their_first_word(video, says):
+    says("\n\nIt turns, I would say")
+    told = []
+    answer = video.ask(QUESTION, think="on", max_new_tokens=1, on_thoughts=told.append)
+    assert answer.text == "" and answer.thoughts is None and not told
+    assert "thoughts_cut" in answer.report.warnings and "answer_cut" not in answer.report.warnings
+
+
 def test_a_model_that_ends_inside_its_thoughts_says_so(video, says):
     says("It turns, I would say.")
     answer = video.ask(QUESTION, think="on", max_new_tokens=200)

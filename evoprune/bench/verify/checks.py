@@ -156,7 +156,7 @@ def logits(subject: Subject) -> Outcome:
     cache = generate.new_cache(model, len(embeds))
     options = {"last": asked.text_behind, "deepstack": added}
     ours = generate.layers_of(model).logits(model, embeds, asked.positions, cache, **options)
-    return _within(gap(ours, subject.video_logits, centred=True), subject.logits_noise)
+    return _within(gap(ours, subject.video_logits, centred=True), subject.language_noise)
 
 
 def answer(subject: Subject) -> Outcome:
@@ -168,22 +168,30 @@ def inputs(subject: Subject) -> Outcome:
 
 
 def _same_answer(subject: Subject, *paths: Path) -> Outcome:
-    """Transformers reads our answer: at each token its first choice is ours, or nearer to ours than rounding can tell."""
+    """Transformers reads our answer: at each token its first choice is ours, or nearer to ours than rounding can tell.
+
+    Modules that both sides run read the features of our tower, which are compared by themselves: they can be told apart better.
+    """
     inputs = subject.encode(subject.asking(1.0), paths)
     said = inputs.ask(QUESTION, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
     text, ids, asked = said.text, [*said.ids], subject.about(*paths)
     rows = len(ids) + (said.report.finish_reason == "stop")
-    theirs = subject.logits(asked.call, asked.positions, asked.features, ids[: rows - 1], last=rows).float().cpu()
+    features, limits = asked.features, {}
+    if not subject.loaded.model.native:
+        encoded = [subject.encode(subject.asking(1.0), [path]).encoded.every_feature for path in paths]
+        features = torch.cat([each.view(len(features), -1, each.shape[-1]) for each in encoded], 1)
+        limits = gap(features.flatten(0, 1), asked.features.flatten(0, 1)).limits(subject.features_noise)
+    theirs = subject.logits(asked.call, asked.positions, features, ids[: rows - 1], last=rows).float().cpu()
     ends = torch.tensor(subject.loaded.eos_ids, dtype=torch.int64, device="cpu")
     ours = torch.stack([theirs[row, ids[row]] if row < len(ids) else theirs[row, ends].max() for row in range(rows)])
-    margin = theirs.amax(1) - ours
+    margin = (theirs.amax(1) - ours) / (theirs.amax(1) - theirs.mean(1))  # 0: its choice; 1: a token as good as any
     first = next((row for row in range(rows) if margin[row] > 0), None)
     same = f"{counted(rows, 'token')} equal, {len(text)} characters"
     if first is not None:
-        same = f"token {first + 1} of {rows} differs, by a margin of {margin[first]:.2g}, within rounding"
-    outcome = judged(same, {"margin": (float(margin.max()), 2 * subject.logit_noise)})
-    if outcome.state == DIFFERS:
-        says = f"token {first + 1} of {rows}, where transformers prefers another by {margin[first]:.2g}; {outcome.says}"
+        same = f"token {first + 1} of {rows} differs, by {margin[first]:.1%} of its logit, within rounding"
+    outcome = judged(same, limits | {"margin_error": (float(margin.max()), 2 * subject.logit_noise)})
+    if outcome.state == DIFFERS and first is not None:
+        says = f"token {first + 1} of {rows}, where transformers prefers another by {margin[first]:.1%}; {outcome.says}"
         return Outcome(DIFFERS, says, outcome.figures)
     return outcome
 
@@ -291,7 +299,7 @@ def chunks(subject: Subject) -> Outcome:
     """The same tokens from chunks of one frame pair."""
     qa = subject.asking()
     usual, small = (subject.encode(qa, [subject.video], chunk_units=units) for units in (None, 1))
-    return _same(subject, usual, small)
+    return _same(subject, usual, small, subject.logits_noise, 2)
 
 
 def threads(subject: Subject) -> Outcome:
@@ -302,28 +310,35 @@ def threads(subject: Subject) -> Outcome:
     usual.read_along(QUESTION, [0])
     torch.set_num_threads(2 if before == 1 else 1)
     try:
-        return _same(subject, usual, subject.encode(qa, [subject.video]))
+        return _same(subject, usual, subject.encode(qa, [subject.video]), subject.logits_noise, 2)
     finally:
         torch.set_num_threads(before)
 
 
-def _same(subject: Subject, first: EncodedInputs, second: EncodedInputs) -> Outcome:
+def _same(subject: Subject, first: EncodedInputs, second: EncodedInputs, noise: Gap, times: float) -> Outcome:
     """Whether two encodings have the same tokens and lead to the same logits."""
     kept, again = ({*encoding.encoded.kept.tolist()} for encoding in (first, second))
     flips = len(kept - again) / len(kept)
     limits = {"tokens_selected_otherwise": (flips, FLIPS if subject.dtype.itemsize == 2 else 0.0)}
-    distance = gap(*(encoding.read_along(QUESTION, [0])[0] for encoding in (second, first)), centred=True)
+    distance = gap(*(each.read_along(QUESTION, subject.words)[0] for each in (second, first)), centred=True)
     if not flips:
-        limits |= distance.limits(subject.logits_noise, 2)
+        limits |= distance.limits(noise, times)
     other_ones = f", {flips:.0%} of them other ones" if flips else ""
     return judged(f"{counted(len(kept), 'token')}{other_ones}; logits: {distance}", limits)
 
 
 def again(subject: Subject) -> Outcome:
-    """A second question goes on from what the first one left in the cache."""
-    asked, fresh = (subject.encode(subject.asking(), [subject.video]) for _ in range(2))
+    """A second question goes on from what the first one left in the cache.
+
+    A language model that transformers runs reads the same columns at a time in both: only what differs between two fresh ones is
+    rounding.
+    """
+    asked, fresh, *twice = (subject.encode(subject.asking(), [subject.video]) for _ in range(4))
     asked.read_along(ANOTHER, [0])
-    return _same(subject, fresh, asked)
+    noise = subject.language_noise
+    if not subject.loaded.model.native:
+        noise = subject.noise(gap(*(each.read_along(QUESTION, subject.words)[0] for each in twice), centred=True))
+    return _same(subject, fresh, asked, noise, 1)
 
 
 def every_method(subject: Subject) -> Outcome:
@@ -374,12 +389,11 @@ def transformers_model(subject: Subject) -> Outcome:
     except UsageError as older:  # Qwen3-VL in an older transformers
         return skipped(older.message)
     with unjoined():
-        ours = subject.encode(subject.asking(), [subject.video]).read_along(QUESTION, [0])[0]
+        ours = subject.encode(subject.asking(), [subject.video]).read_along(QUESTION, subject.words)[0]
     with pruning:
-        theirs = subject.last_logits(subject.about(subject.video).call)
+        theirs = subject.logits_along(subject.about(subject.video).call)
     distance = gap(ours, theirs, centred=True)
-    says = f"{distance}; rounding alone {subject.logits_noise.mean:.1e}"
-    return judged(says, distance.limits(subject.logits_noise, 2))
+    return _within(distance, subject.language_noise, 2)
 
 
 def _bits(kind: str, subject: Subject) -> Outcome:

@@ -2,7 +2,8 @@
 
 Also what comes of a check (held, differs or skipped) and the distance between what two programs computed. The limit of a distance
 is what rounding does to a transformers model: the same computes in a wider dtype than its weights have. No second copy of the
-weights is made for that: each module widens its own while it computes, large ones a piece at a time.
+weights is made for that: each module widens its own while it computes, large ones a piece at a time. Quantised weights compute in
+no other dtype: what their modules give is rounded once more, at random.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,8 @@ HELD, DIFFERS, SKIPPED = "held", "differs", "skipped"
 # largest of many distances varies more than their mean.
 MEAN, LARGEST = 2.0, 3.0
 FEW = 8  # rows; the mean of fewer varies as the largest of many does
+# An error of this share of what is compared is never called rounding. Unrelated logits are 1.4 apart, a fault may be by 0.3.
+COARSE = 0.25
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ def skipped(why: str) -> Outcome:
 def judged(says: str, limits: dict[str, tuple[float, float]]) -> Outcome:
     """Held where each figure is at most its limit; otherwise says the first that is not.
 
+    Skipped where an error is large and below its limit all the same: rounding is amplified so much that it could be a fault.
+
     Args:
         says: where all hold.
         limits: of each figure by name, the figure and its limit.
@@ -86,6 +91,10 @@ def judged(says: str, limits: dict[str, tuple[float, float]]) -> Outcome:
     for name, (value, limit) in limits.items():
         if not value <= limit:  # also where it is no number
             return Outcome(DIFFERS, f"{name.replace('_', ' ')} {value:.2g}, expected at most {limit:.2g}", figures)
+    for name, (value, limit) in limits.items():
+        if name.endswith("error") and value > COARSE:
+            why = f"not comparable: {name.replace('_', ' ')} {value:.2g}, and rounding alone may be {limit:.2g}"
+            return Outcome(SKIPPED, why, figures)
     return Outcome(HELD, says, figures)
 
 
@@ -187,13 +196,34 @@ def _others(module: nn.Module, forward: Callable, dtype: torch.dtype, *given: to
             holder._parameters[name] = weight
 
 
+@contextmanager
+def rounding_again(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Until the context ends, what each module of `model` gives in `dtype` is off by one more rounding, at random: of a product in
+    fp32 by that of a sum of so many terms."""
+    random = torch.Generator().manual_seed(0)
+
+    def off(module: nn.Module, _: tuple, output: Any) -> torch.Tensor | None:
+        if not isinstance(output, torch.Tensor) or output.dtype != dtype:
+            return None
+        terms = getattr(module, "in_features", 1)
+        rounding = max(torch.finfo(dtype).eps, terms**0.5 * torch.finfo(torch.float32).eps)
+        share = torch.rand(output.shape, generator=random, dtype=torch.float32, device="cpu").to(output.device) - 0.5
+        return (output + output.float() * (rounding * share)).to(dtype)
+
+    hooks = [module.register_forward_hook(off) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 QUESTION, ANOTHER = "What happens in this video?", "Which things can be seen, and where do they go?"
 # Of an input: enough for several frame pairs and windows, and few enough for a large model on a CPU.
 SAMPLING = SamplingOptions(frames=8, max_visual_tokens=128)
 SHORT = SamplingOptions(frames=4, max_visual_tokens=48)
 NEW_TOKENS = 16
 BUDGET = 0.25
-ROUNDINGS = 64  # that a feature is off by where the device cannot compute more exactly
 
 
 class Subject:
@@ -293,6 +323,7 @@ class Subject:
         features: torch.Tensor,
         answer: Sequence[int] = (),
         last: int = 1,
+        first: int = 0,
     ) -> torch.Tensor:
         """Those of transformers' language model after each of the last tokens, `[last, vocabulary]`.
 
@@ -300,7 +331,10 @@ class Subject:
             positions: int64 `[3, L]`, of the prompt; those of the answer follow.
             features: of the inputs, from `features`, instead of what its own tower makes of them.
             answer: tokens behind the prompt.
+            first: how many columns, all visual tokens among them, are read into a cache before the others.
         """
+        from transformers import DynamicCache
+
         text = self.transformers.model.language_model
         more = torch.tensor(answer, dtype=torch.int64, device=self.device)
         embeds = text.embed_tokens(torch.cat([call["input_ids"][0], more]))
@@ -312,7 +346,14 @@ class Subject:
         following = positions.max() + 1 + row[: len(answer)]
         every = torch.cat([row[None], torch.cat([positions, following.expand(3, -1)], 1)])
         places = every[:, None].to(self.device)
-        hidden = text(inputs_embeds=embeds[None], position_ids=places, use_cache=False, **inner)
+        cache = DynamicCache(config=text.config) if first else None
+        if first:
+            inner |= {"visual_pos_masks": visual[None, :first]} if inner else {}
+            read = {"inputs_embeds": embeds[None, :first], "position_ids": places[..., :first]}
+            text(**read, past_key_values=cache, use_cache=True, **inner)
+            embeds, places, inner = embeds[first:], places[..., first:], {}
+        read = {"inputs_embeds": embeds[None], "position_ids": places, "past_key_values": cache}
+        hidden = text(**read, use_cache=cache is not None, **inner)
         return self.transformers.lm_head(hidden.last_hidden_state[0, -last:])
 
     @torch.inference_mode()
@@ -321,45 +362,73 @@ class Subject:
         return self.transformers(**call, logits_to_keep=1, use_cache=False).logits[:, -1]
 
     @cached_property
+    def words(self) -> list[int]:
+        """Tokens to be read behind a prompt as if they were its answer, so that the logits of several places are compared."""
+        return self.loaded.tokenizer.encode(ANOTHER)
+
+    @torch.inference_mode()
+    def logits_along(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Those of transformers' model for each of `words` behind the prompt of a call, `[words, vocabulary]`."""
+        read, call = torch.tensor([self.words[:-1]], dtype=torch.int64, device=self.device), dict(call)
+        for name, more in (("input_ids", read), ("attention_mask", read * 0 + 1), ("mm_token_type_ids", read * 0)):
+            call[name] = torch.cat([call[name], more.to(call[name])], 1)
+        return self.transformers(**call, logits_to_keep=len(self.words), use_cache=False).logits[0]
+
+    @cached_property
     def video_logits(self) -> torch.Tensor:
         """Transformers', after each token behind the video."""
         asked = self.about(self.video)
         return self.logits(asked.call, asked.positions, asked.features, last=asked.text_behind)
 
     @cached_property
-    def _wide(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Features and logits of transformers in a wider dtype, on the same weights; None where there is none."""
+    def _otherwise(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and logits of transformers on the same weights, rounded otherwise: in a wider dtype, or once more."""
         dtype = None if self.loaded.found.quantization else wider(self.dtype, self.device)
-        if dtype is None:
-            return None
-        asked = self.about(self.video)
-        with computing_in(self.transformers, dtype):
+        other, asked = rounding_again if dtype is None else computing_in, self.about(self.video)
+        with other(self.transformers, dtype or self.dtype):
             features = self.features(asked.call)
             logits = self.logits(asked.call, asked.positions, features, last=asked.text_behind)
         return features, logits
 
     @cached_property
     def features_noise(self) -> Gap:
-        """How far transformers' features are from those of the wider dtype."""
-        return self._noise(lambda wide: gap(self.about(self.video).features.flatten(0, 1), wide[0].flatten(0, 1)))
+        """How far transformers' features are from those that are rounded otherwise."""
+        features = self.about(self.video).features
+        return self.noise(gap(features.flatten(0, 1), self._otherwise[0].flatten(0, 1)))
 
     @cached_property
     def logits_noise(self) -> Gap:
         """The same of its logits, from pixels on."""
-        return self._noise(lambda wide: gap(self.video_logits, wide[1], centred=True))
+        return self.noise(gap(self.video_logits, self._otherwise[1], centred=True))
 
-    def _noise(self, of: Callable[[tuple[torch.Tensor, torch.Tensor]], Gap]) -> Gap:
+    def noise(self, distance: Gap) -> Gap:
         """No less than a rounding of one number, because a short sum may happen to be exact."""
         rounding = torch.finfo(self.dtype).eps
-        return Gap(*2 * [ROUNDINGS * rounding]) if self._wide is None else of(self._wide).worse((rounding, rounding))
+        return distance.worse((rounding, rounding))
+
+    @cached_property
+    def _same_features(self) -> torch.Tensor:
+        """Logits that are rounded otherwise than `video_logits`, as a language model that reads the same features is free to.
+
+        Modules that both sides run differ in how many columns they read at a time, and in nothing else.
+        """
+        if self.loaded.model.native:
+            return self._otherwise[1]
+        asked = self.about(self.video)
+        columns = asked.text_behind, len(asked.prompt.input_ids) - asked.text_behind
+        return self.logits(asked.call, asked.positions, asked.features, last=columns[0], first=columns[1])
+
+    @cached_property
+    def language_noise(self) -> Gap:
+        """How far logits may be from those of the same features."""
+        return self.noise(gap(self.video_logits, self._same_features, centred=True))
 
     @cached_property
     def logit_noise(self) -> float:
-        """The largest distance between a logit and that of the wider dtype; logits are compared without their mean."""
-        exact = self.video_logits if self._wide is None else self._wide[1]
-        ours, exact = (x.cpu().double() - x.cpu().double().mean(1, keepdim=True) for x in (self.video_logits, exact))
-        rounding = float(exact.abs().max()) * torch.finfo(self.dtype).eps
-        return max(float((ours - exact).abs().max()), rounding * (ROUNDINGS if self._wide is None else 1))
+        """The same of one logit: the largest distance without their means, as a share of the largest logit."""
+        ours, other = (x.cpu().double() for x in (self.video_logits, self._same_features))
+        ours, other = (x - x.mean(1, keepdim=True) for x in (ours, other))
+        return max(float((ours - other).abs().max() / other.abs().max()), torch.finfo(self.dtype).eps)
 
 
 class Asked:

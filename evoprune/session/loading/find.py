@@ -66,6 +66,7 @@ PACKAGES = {
     "quanto": ("optimum", "optimum-quanto"),
     "torchao": ("torchao", "torchao"),
 }
+BITS = {"load_in_8bit", "load_in_4bit"}  # which mean bitsandbytes, whatever method is named, as in transformers
 PLAIN = ("BF16", "F16", "F32", "F64")  # dtypes of safetensors whose numbers mean what they say: others have scales
 PLAIN_ON_CPU = ("compressed-tensors", "fp8")  # quantised weights that transformers widens when it loads them on a CPU
 HEAD, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
@@ -433,10 +434,19 @@ def read_config(path: Path) -> Config:
 def quantization_in(path: Path) -> str | None:
     """The method by which the checkpoint of a config.json is quantised; None if it is not."""
     content = _json(path)
-    if content.get("quantization_config") is None:
-        return None
     with _valid(f"{path} is damaged"):
-        return TEXT.check(section(content, "quantization_config").get("quant_method"), "quant_method")
+        settings = section(content, "quantization_config") or section(
+            section(content, "text_config"), "quantization_config"
+        )
+        method = (
+            "bitsandbytes"
+            if BITS & {name for name, on in settings.items() if on is True}
+            else settings.get("quant_method")
+        )
+        if not settings or method is not None:
+            return TEXT.check(method, "quant_method") if settings else None
+    problem = f"the quantization_config in {path} does not name its method (quant_method)"
+    raise ModelError(problem, "take a checkpoint whose method is known, or name it there, such as gptq")
 
 
 def check_engine(found: FoundModel) -> None:

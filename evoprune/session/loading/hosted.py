@@ -7,6 +7,7 @@ quantisation packs its weights; the packages that compute with them are the user
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -41,6 +42,8 @@ def load_hosted(
     Raises ModelError: transformers cannot read it, tensors are missing, or a package is. Warns of tensors that are not used.
     """
     check_packages(quantization, str(folder))
+    if config.text_config.experts and not quantization:
+        _check_experts(folder, config.text_config.experts.num_experts)
     kwargs = {}
     try:
         if quantization:
@@ -56,8 +59,7 @@ def load_hosted(
         hint += "; or take a newer transformers: pip install -U transformers"
         raise ModelError(f"transformers cannot load {folder}: {first_line(problem)}", hint) from problem
     if missing := sorted(map(str, info["missing_keys"])):
-        problem = f"the weights in {folder} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
-        raise ModelError(problem, "get the model again")
+        raise _lacking(folder, missing)
     for name, shape, wanted in sorted(info["mismatched_keys"]):
         what = f"{name} is {list(shape)} where config.json wants {list(wanted)}"
         raise ModelError(f"the weights in {folder} cannot be loaded: {what}", BELONG)
@@ -72,6 +74,32 @@ def load_hosted(
     return _of(config, host)
 
 
+def _check_experts(folder: Path, count: int) -> None:
+    """Raises ModelError: a tensor of an expert is missing, or of another shape than that of the others.
+
+    transformers joins them, and names what it cannot join in a log alone.
+    """
+    alike: dict[str, dict[str, tuple[int, ...]]] = {}
+    for _, content, stored in stored_tensors(weight_files(folder)):
+        if ".experts." in stored:
+            shape = tuple(content.get_slice(stored).get_shape())
+            alike.setdefault(re.sub(r"\.\d+\.", ".*.", stored), {})[stored] = shape
+    for shapes in alike.values():
+        every = {re.sub(r"(experts)\.\d+\.", rf"\1.{i}.", name) for name in shapes for i in range(count)}
+        if missing := sorted(every - shapes.keys()):
+            raise _lacking(folder, missing)
+        (usual, _), *_ = Counter(shapes.values()).most_common()
+        for name, shape in shapes.items():
+            if shape != usual:
+                what = f"{name} is {list(shape)} where the same of others is {list(usual)}"
+                raise ModelError(f"the weights in {folder} cannot be loaded: {what}", BELONG)
+
+
+def _lacking(folder: Path, missing: list[str]) -> ModelError:
+    problem = f"the weights in {folder} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
+    return ModelError(problem, "get the model again")
+
+
 def _quantized_config(folder: Path, quantization: str, device: torch.device):
     """The config of transformers, in which parts that are not quantised have the names of the modules in memory too.
 
@@ -82,6 +110,9 @@ def _quantized_config(folder: Path, quantization: str, device: torch.device):
     from transformers.quantizers import AutoQuantizationConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # Some programs write it beside the layers that are quantised; older releases look for it there for few families.
+    given = getattr(config, "quantization_config", None) or config.text_config.quantization_config
+    config.quantization_config = given
     if is_host(device) and quantization in PLAIN_ON_CPU:
         config.quantization_config["dequantize"] = True
     for field in UNQUANTIZED:
