@@ -136,9 +136,8 @@ def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int)
         wide = max(wide, heads * (6 * key + 6 * value + 3 * DELTA_CHUNK) * 4)
     widest = longest * (wide + added * bytes_each * text.hidden_size + 3 * inner * bytes_each)
     held = longest + ANSWER_COLUMNS if isinstance(prompt, int) else [tokens + ANSWER_COLUMNS for tokens in prompt]
-    copies = (
-        2 if text.delta_net else 1
-    )  # a recurrent state cannot be cropped: it is kept for the next question, and copied
+    # A recurrent state cannot be cropped: it is kept for the next question, and copied.
+    copies = 2 if text.delta_net else 1
     return widest + copies * kv_bytes(config, held, bytes_each)
 
 

@@ -333,11 +333,14 @@ def again(subject: Subject) -> Outcome:
     A language model that transformers runs reads the same columns at a time in both: only what differs between two fresh ones is
     rounding.
     """
-    asked, fresh, *twice = (subject.encode(subject.asking(), [subject.video]) for _ in range(4))
+    asked, fresh = (subject.encode(subject.asking(), [subject.video]) for _ in range(2))
     asked.read_along(ANOTHER, [0])
     noise = subject.language_noise
     if not subject.loaded.model.native:
-        noise = subject.noise(gap(*(each.read_along(QUESTION, subject.words)[0] for each in twice), centred=True))
+        twice = (
+            subject.encode(subject.asking(), [subject.video]).read_along(QUESTION, subject.words) for _ in range(2)
+        )
+        noise = subject.noise(gap(*(logits for logits, *_ in twice), centred=True))
     return _same(subject, fresh, asked, noise, 1)
 
 

@@ -435,14 +435,10 @@ def quantization_in(path: Path) -> str | None:
     """The method by which the checkpoint of a config.json is quantised; None if it is not."""
     content = _json(path)
     with _valid(f"{path} is damaged"):
-        settings = section(content, "quantization_config") or section(
-            section(content, "text_config"), "quantization_config"
-        )
-        method = (
-            "bitsandbytes"
-            if BITS & {name for name, on in settings.items() if on is True}
-            else settings.get("quant_method")
-        )
+        parts = content, section(content, "text_config")
+        settings = next((given for part in parts if (given := section(part, "quantization_config"))), {})
+        bits = BITS & {name for name, on in settings.items() if on is True}
+        method = "bitsandbytes" if bits else settings.get("quant_method")
         if not settings or method is not None:
             return TEXT.check(method, "quant_method") if settings else None
     problem = f"the quantization_config in {path} does not name its method (quant_method)"
