@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import io
 
 import pytest
@@ -215,3 +216,27 @@ def test_the_compiled_steps_of_generate_are_one_graph(model):
             out = generated(model, inputs, cache_implementation="static", compile_config=compiled)
             assert torch.equal(out, generated(model, inputs))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.skipif(not TAKES_ENCODED, reason="Qwen3-VL needs a later transformers")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_forward_of_other_code_may_pass_encoded_videos_on_without_naming_them(family, monkeypatch):
+    """As Liger's and those of subclasses do."""
+    model = tiny_model(family=family)
+    inputs, kind = processed(model, ONE), type(model)
+    results = []
+    for _ in range(2):
+        whole = generated(model, inputs)
+        with evoprune.EvoPrune(budget=1.0)(model):
+            assert torch.equal(generated(model, inputs), whole)
+        with evoprune.EvoPrune(budget=0.2)(model):
+            results.append(generated(model, inputs, num_beams=2))
+        stock, features = kind.forward, type(model.model).get_video_features
+        names = [x for x in inspect.signature(stock).parameters.values() if x.name != "mm_encoder_outputs"]
+
+        def forward(self, *args, stock=stock, **kwargs):
+            return stock(self, *args, **kwargs)
+
+        forward.__signature__ = inspect.Signature(names)
+        monkeypatch.setattr(kind, "forward", forward)
+    assert torch.equal(*results) and type(model.model).get_video_features is features
