@@ -84,7 +84,10 @@ def test_where_nothing_is_pruned_embeddings_are_taken(model, settings, with_ids)
         unusual.append(known | {"mm_encoder_outputs": {"video": video}})
     # The model keeps the offset of positions of the latest prompt with ids, and uses it where there are none.
     usual, answer, expected = model(**inputs).logits, generated(model, call), model(**call).logits
+    last = inputs | {"labels": inputs["input_ids"][:, -4:], "logits_to_keep": 4}
+    loss = model(**last).loss
     with evoprune.EvoPrune(**settings)(model) as run:
+        assert torch.equal(model(**last).loss, loss)
         assert torch.equal(model(**call).logits, expected)
         first = model(**call | {"logits_to_keep": torch.arange(3)}).logits
         torch.testing.assert_close(first, expected[:, :3], atol=1e-5, rtol=1e-5)  # a product of fewer rows
