@@ -247,17 +247,22 @@ def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError |
     traced = any(pixels is not None and pixels.requires_grad for pixels in given)
     if torch.is_grad_enabled() and (traced or (training and trained_weights(visual))):
         return no_gradients()
-    ids, mask = call.get("input_ids"), call.get("attention_mask")
+    ids = call.get("input_ids")
     if ids is None or call.get("inputs_embeds") is not None:
         hint = "pass input_ids, which have the video's tokens"
         return UsageError("inputs_embeds beside a video cannot be pruned", hint)
-    for name in ("input_ids", "attention_mask", "video_grid_thw", "image_grid_thw"):
+    per_column = ("attention_mask", *interface.PER_COLUMN)
+    for name in ("input_ids", *per_column, "position_ids", "video_grid_thw", "image_grid_thw"):
         if not isinstance(call.get(name), torch.Tensor | None):
             hint = "call the processor with return_tensors='pt'"
             return UsageError(f"{name} are of class {type(call[name]).__name__}, not a tensor", hint)
-    if mask is not None and mask.shape != ids.shape:
-        shapes = f"attention_mask is {list(mask.shape)}, input_ids are {list(ids.shape)}"
-        return UsageError(shapes, "pass the processor's own mask")
+    if ids.ndim != 2:
+        return UsageError(f"input_ids are {list(ids.shape)}, not [prompts, columns]", "pass input_ids[None]")
+    for name in (*per_column, "position_ids"):
+        compared = slice(-1, None) if name == "position_ids" else slice(None)  # which may be any of several shapes
+        if call.get(name) is not None and call[name].shape[compared] != ids.shape[compared]:
+            shapes = f"{name} are {list(call[name].shape)}, input_ids are {list(ids.shape)}"
+            return UsageError(shapes, "pass a value for each column of the whole prompt")
     if _packed(call):
         return UsageError("several sequences packed in a row cannot be pruned", "pass them as rows of a batch")
     if generating:

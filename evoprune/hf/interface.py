@@ -148,8 +148,11 @@ def accept_features(model) -> None:
 
 
 def takes_encoded(model) -> bool:
-    """Whether the model takes videos that are encoded already; before transformers 5.18 none does."""
-    return ENCODED in signature(type(model).forward).parameters
+    """Whether the model takes videos that are encoded already; before transformers 5.18 none does.
+
+    The inner model reads them. A `forward` of other code (Liger, a subclass) may pass them on without naming them.
+    """
+    return ENCODED in signature(type(model.model).forward).parameters
 
 
 def _older(what: str) -> UsageError:
@@ -303,7 +306,10 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
 
 
 def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tuple[list[VisualSpan], bool]]]:
-    """For each row of a prompt its videos and pictures, in order: the runs of each, and whether it is a video, without padding."""
+    """For each row of a prompt its videos and pictures, in order: the runs of each, and whether it is a video, without padding.
+
+    Raises UsageError: a video or picture whose grid is missing, or does not fit its placeholders.
+    """
     ids, grids = call["input_ids"].cpu(), [call.get(name) for name in ("video_grid_thw", "image_grid_thw")]
     videos, images = (iter([] if grid is None else grid.tolist()) for grid in grids)
     seconds = iter(seconds_per_pair(call))
@@ -332,13 +338,25 @@ def _spans(
     apart = vision_sizes(config.vision_config).traits.timestamps
     tokens = (ids == config.video_token_id) | (ids == config.image_token_id)
     while len(offsets := tokens[at:].nonzero()):
-        at += int(offsets[0])
-        is_video = int(ids[at]) == config.video_token_id
-        t, h, w = next(videos if is_video else images)
+        token = ids[at + int(offsets[0])]
+        is_video = int(token) == config.video_token_id
+        grid = next(videos if is_video else images, None)
+        if grid is None:
+            raise _unfit(is_video, "there is no row for it")
+        t, h, w = grid
         second, runs = next(seconds) if is_video else 1.0, t if is_video and apart else 1
         spans = []
         for _ in range(runs):
-            at += int(tokens[at:].nonzero()[0])
+            at += int((tokens[at:].cumsum(0) == 0).sum())  # to the next token, if there is one
             spans.append(VisualSpan(at, (t // runs, h // merge, w // merge), second))
+            run = ids[at : at + spans[-1].tokens]
+            if len(run) < spans[-1].tokens or bool((run != token).any()):
+                raise _unfit(is_video, f"its row is {grid}")
             at += spans[-1].tokens
         yield spans, is_video
+
+
+def _unfit(video: bool, why: str) -> UsageError:
+    name, grids = ("video", "video_grid_thw") if video else ("image", "image_grid_thw")
+    problem = f"a run of {name} tokens in input_ids does not fit {grids}: {why}"
+    return UsageError(problem, "pass all that one call of the processor returned, in its order")

@@ -242,6 +242,8 @@ class VideoStream(Askable):
             self._check_open()
             if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
                 raise UsageError(f"a frame is {brief(frame)}, not uint8 [H, W, 3]", "give RGB pixels as a numpy array")
+            if not frame.size:
+                raise UsageError(f"a frame is {list(frame.shape)}, without pixels", "leave it out")
             check_type("time_s", time_s, float)
             if not isfinite(time_s):
                 raise UsageError(f"the time of a frame is {time_s}", "give seconds")

@@ -173,6 +173,7 @@ class Askable(ABC, Uncopied):
         (generation,) = from_keywords(options, GenerationOptions)
         check_not_empty(question)
         seed = check_type("seed", seed, int | None)
+        check_type("on_thoughts", on_thoughts, Callable | None)
         if generation.repetition_penalty is None:
             generation = replace(
                 generation, repetition_penalty=self._engine.loaded.generation.repetition_penalty or 1.0

@@ -16,6 +16,7 @@ import transformers
 
 import evoprune
 from evoprune.hf import context
+from tests.hf.reference import TAKES_ENCODED
 from tests.prompts import processed
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import tiny_model
@@ -253,11 +254,18 @@ def refusals(model, prompt):
     video = {"video": SimpleNamespace(pooler_output=[])}
     yield "inputs_embeds", changed(prompt, inputs_embeds=embeds)
     yield "inputs_embeds", changed(prompt, inputs_embeds=embeds, input_ids=None)
-    yield "attention_mask is", changed(prompt, attention_mask=mask[:, :-1])
-    yield "attention_mask is", changed(prompt, attention_mask=mask[:, None, None])
+    yield "attention_mask are", changed(prompt, attention_mask=mask[:, :-1])
+    yield "attention_mask are", changed(prompt, attention_mask=mask[:, None, None])
     yield "video tokens, video_grid_thw makes", changed(prompt, video_grid_thw=prompt["video_grid_thw"][:1])
     yield "video tokens, video_grid_thw makes", changed(prompt, video_grid_thw=None)
-    yield "video tokens, video_grid_thw makes", changed(prompt, input_ids=ids[:, :-12], attention_mask=mask[:, :-12])
+    shorter = {"input_ids": ids[:, :-12], "attention_mask": mask[:, :-12], "mm_token_type_ids": None}
+    yield "video tokens, video_grid_thw makes", changed(prompt, **shorter)
+    yield "labels are", changed(prompt, labels=ids[:, -4:], logits_to_keep=4)
+    yield "shift_labels are", changed(prompt, shift_labels=ids[0])
+    yield "mm_token_type_ids are", changed(prompt, mm_token_type_ids=ids[:, 1:])
+    yield "mm_token_type_ids are of class list", changed(prompt, mm_token_type_ids=ids.tolist())
+    yield "position_ids are", changed(prompt, position_ids=torch.arange(5)[None])
+    yield "input_ids are", changed(prompt, input_ids=ids[0], attention_mask=mask[0])
     yield "patches do not fit", changed(prompt, pixel_values_videos=prompt["pixel_values_videos"][:-4])
     yield "second_per_grid_ts", changed(prompt, second_per_grid_ts=torch.ones(3))
     yield "packed", changed(prompt, position_ids=packed)
@@ -279,6 +287,29 @@ def test_what_cannot_be_pruned_is_refused(model):
                 with pytest.raises(evoprune.UsageError, match=message) as caught:
                     way(**call)
                 assert caught.value.hint and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.25])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", *(["qwen3_vl"] if TAKES_ENCODED else [])])
+def test_grids_that_do_not_fit_the_prompt_are_refused(family, budget):
+    """As many tokens as the grids make are not enough: each run has its own grid. Pictures count, too, that stay whole."""
+    model = tiny_model(family=family)
+    prompt = processed(model, (5, ("image", 8, 8), 2, ("video", 4, 8, 12), 3, ("video", 2, 4, 8), ("image", 4, 4), 1))
+    grids, shapes = prompt["video_grid_thw"], prompt["image_grid_thw"]
+    cases = {
+        r"a run of video tokens .* video_grid_thw: its row is \[": {"video_grid_thw": grids.flip(0)},
+        r"a run of image tokens .* image_grid_thw: there is no": {"pixel_values": None, "image_grid_thw": None},
+        r"image tokens .*: there is no row": {
+            "pixel_values": prompt["pixel_values"][:64],
+            "image_grid_thw": shapes[:1],
+        },
+        r"image tokens .*: its row is \[1, ": {"image_grid_thw": shapes.flip(0)},
+    }
+    with evoprune.EvoPrune(budget=budget)(model), torch.no_grad():
+        for message, changes in cases.items():
+            with pytest.raises(evoprune.UsageError, match=message):
+                model(**changed(prompt, **changes))
+        model(**prompt)
 
 
 def test_calls_that_cannot_go_on_from_a_pruned_prompt_are_refused(model):

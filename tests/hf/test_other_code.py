@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import io
 
 import pytest
@@ -83,7 +84,10 @@ def test_where_nothing_is_pruned_embeddings_are_taken(model, settings, with_ids)
         unusual.append(known | {"mm_encoder_outputs": {"video": video}})
     # The model keeps the offset of positions of the latest prompt with ids, and uses it where there are none.
     usual, answer, expected = model(**inputs).logits, generated(model, call), model(**call).logits
+    last = inputs | {"labels": inputs["input_ids"][:, -4:], "logits_to_keep": 4}
+    loss = model(**last).loss
     with evoprune.EvoPrune(**settings)(model) as run:
+        assert torch.equal(model(**last).loss, loss)
         assert torch.equal(model(**call).logits, expected)
         first = model(**call | {"logits_to_keep": torch.arange(3)}).logits
         torch.testing.assert_close(first, expected[:, :3], atol=1e-5, rtol=1e-5)  # a product of fewer rows
@@ -215,3 +219,27 @@ def test_the_compiled_steps_of_generate_are_one_graph(model):
             out = generated(model, inputs, cache_implementation="static", compile_config=compiled)
             assert torch.equal(out, generated(model, inputs))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.skipif(not TAKES_ENCODED, reason="Qwen3-VL needs a later transformers")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_forward_of_other_code_may_pass_encoded_videos_on_without_naming_them(family, monkeypatch):
+    """As Liger's and those of subclasses do."""
+    model = tiny_model(family=family)
+    inputs, kind = processed(model, ONE), type(model)
+    results = []
+    for _ in range(2):
+        whole = generated(model, inputs)
+        with evoprune.EvoPrune(budget=1.0)(model):
+            assert torch.equal(generated(model, inputs), whole)
+        with evoprune.EvoPrune(budget=0.2)(model):
+            results.append(generated(model, inputs, num_beams=2))
+        stock, features = kind.forward, type(model.model).get_video_features
+        names = [x for x in inspect.signature(stock).parameters.values() if x.name != "mm_encoder_outputs"]
+
+        def forward(self, *args, stock=stock, **kwargs):
+            return stock(self, *args, **kwargs)
+
+        forward.__signature__ = inspect.Signature(names)
+        monkeypatch.setattr(kind, "forward", forward)
+    assert torch.equal(*results) and type(model.model).get_video_features is features

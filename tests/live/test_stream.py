@@ -323,6 +323,8 @@ def test_frames_that_are_too_many_too_few_or_of_another_size(demo):
             stream.add(noise(3), 59.0)
         with pytest.raises(UsageError, match="not uint8"):
             stream.add(noise(3).astype(float), 61.0)
+        with pytest.raises(UsageError, match="without pixels"):
+            stream.add(noise(3)[:0], 61.0)
         with pytest.raises(UsageError, match="nan"):
             stream.add(noise(3), float("nan"))
 

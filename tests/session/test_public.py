@@ -170,6 +170,8 @@ def test_a_question_is_a_text(demo):
     for question in (3, None, b"What?", ["What?"]):
         with pytest.raises(evoprune.UsageError, match="not a text"):
             video.ask(question)
+    with pytest.raises(evoprune.UsageError, match="on_thoughts is 3, not a function or None"):
+        video.ask("What?", on_thoughts=3)
 
 
 @pytest.mark.parametrize(
