@@ -74,7 +74,7 @@ def clip_of(qa: VideoQA, path: Path, fps: float):
                 held.append(chunk.frames.copy())
                 yield chunk
 
-    with closing(open_inputs(qa.engine, [path], SamplingOptions(fps=fps), kind=Kept)) as video:
+    with closing(open_inputs(qa.session, [path], SamplingOptions(fps=fps), kind=Kept)) as video:
         encoded = video.encode()
         return encoded, Clip(np.concatenate(held), video.plans[0].sampling.seconds_per_pair(2))
 
