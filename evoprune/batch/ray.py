@@ -163,7 +163,9 @@ def _cluster(address: str | None):
     with redirect_stdout(sys.stderr):
         try:
             with _own_process():
-                ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+                # Ray itself would also look for a cluster that ran here once, and wait where that is gone.
+                where = address or os.environ.get("RAY_ADDRESS") or "local"
+                ray.init(where, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as problem:
             hint = "start one (ray start --head), or leave --address out"
             raise UsageError(f"no Ray cluster: {first_line(problem)}", hint) from problem
