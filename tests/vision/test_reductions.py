@@ -15,6 +15,7 @@ from evoprune.backend import devices
 from evoprune.cpu.linear import pack
 from evoprune.errors import ModelError
 from evoprune.methods.base import EncoderMethod, Selector
+from evoprune.methods.baselines import DivPrune
 from evoprune.methods.evoprune import THRESHOLD, EvoPrune, FarthestPoints
 from evoprune.methods.plans import Stage
 from evoprune.methods.select import assign_clusters, farthest_points, points_of
@@ -201,14 +202,20 @@ def test_what_needs_more_than_rows_leaves_nothing(name):
 
 @dataclass(frozen=True)
 class Several(EncoderMethod):
-    """Rows are left behind before the first layer, and before the second and the last of four."""
+    """Rows are left behind before the first layer, and before the second and the last of four.
+
+    Field: last: the selector of the last, which may say nothing of the units that are not kept.
+    """
 
     tokens: ClassVar[Selector] = FarthestPoints()
     reuse: ClassVar[float] = 8.0
 
+    last: Selector = FarthestPoints(average=False)
+
     def stages(self, tower, grid, keep):
-        after = {0: 60, 1: 50, 3: 45}
-        return [Stage(layer, max(keep, rows), FarthestPoints(average=layer == 1)) for layer, rows in after.items()]
+        points = [FarthestPoints(average=layer == 1) for layer in (0, 1)]
+        every = zip((0, 1, 3), (60, 50, 45), (*points, self.last), strict=True)
+        return [Stage(layer, max(keep, rows), selector) for layer, rows, selector in every]
 
 
 @pytest.mark.few(2)
@@ -221,7 +228,7 @@ def test_selected_rows_against_loops(share, keep, full_layers):
     assert torch.equal(encoded_units(patches, grid), changed)  # else the test shows something else
     for method in (
         EvoPrune(), EvoPrune(depth=0.75, alpha=1.0), EvoPrune(average=False, reuse=0.0, count=0.0),
-        EvoPrune(rows=1.0), EvoPrune(rows=0.0), EvoPrune(first=0.0), AFTER, Several(),
+        EvoPrune(rows=1.0), EvoPrune(rows=0.0), EvoPrune(first=0.0), AFTER, Several(), Several(DivPrune()),
     ):  # fmt: skip
         units, owner, tokens = encode_slowly(visual, patches, grid, method, keep, changed if method.reuse else None)
         for size in (1, 30, 10**6):
