@@ -210,12 +210,12 @@ class Several(EncoderMethod):
     tokens: ClassVar[Selector] = FarthestPoints()
     reuse: ClassVar[float] = 8.0
 
-    last: Selector = FarthestPoints(average=False)
+    last: Selector | None = None
 
     def stages(self, tower, grid, keep):
-        points = [FarthestPoints(average=layer == 1) for layer in (0, 1)]
-        every = zip((0, 1, 3), (60, 50, 45), (*points, self.last), strict=True)
-        return [Stage(layer, max(keep, rows), selector) for layer, rows, selector in every]
+        after, points = {0: 60, 1: 50, 3: 45}, {layer: FarthestPoints(average=layer == 1) for layer in (0, 1, 3)}
+        points[3] = self.last or points[3]
+        return [Stage(layer, max(keep, rows), points[layer]) for layer, rows in after.items()]
 
 
 @pytest.mark.few(2)
