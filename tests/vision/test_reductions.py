@@ -3,6 +3,7 @@
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from math import prod
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -20,6 +21,7 @@ from evoprune.methods.evoprune import THRESHOLD, EvoPrune, FarthestPoints
 from evoprune.methods.plans import Stage
 from evoprune.methods.select import assign_clusters, farthest_points, points_of
 from evoprune.methods.types import Selection
+from evoprune.model.cost import carried_bytes
 from evoprune.vision import encoder
 from evoprune.vision.encoder import NothingNew, Segment, encode_rows, select_tokens
 from evoprune.vision.preprocess import patch_means, scan
@@ -117,6 +119,7 @@ def test_what_is_carried_to_the_next_chunk_does_not_grow(monkeypatch):
     encode_clip(grid, changed, AFTER, 30, chunk_units=1)
     per_place = 4 * (2 * 4 * 32 * 4)  # keys and values of four patches in four layers
     assert len(held) > 10 and {*held[:-1]} == {15 * per_place} and held[-1] == 0  # nothing follows the last chunk
+    assert carried_bytes(SimpleNamespace(vision_config=tiny_tower().config), 15, 4) == 15 * per_place
 
 
 # Segments of a longer video: what has not changed is not encoded again, and the result is that of the whole.
