@@ -313,9 +313,7 @@ class _Run:
         """Adds a chunk's rows after the layers before the first selection, or behind the patch merger."""
         layout, end = chunk.layout, chunk.first + chunk.layout.pairs
         if self.carried:
-            with self.timer:
-                follows = end < self.plan.grid[0] or self.segment is not None  # no unit refers to the last chunk
-                self.carried.begin(chunk.latest() if follows else None)
+            self.carried.begin(end < self.plan.grid[0] or self.segment is not None)
         x = embed(self.visual, chunk.patches, layout)
         reduction = _reduction(self.plan, range(chunk.first, end), self.failed)
         args = {"reduction": reduction, "carried": self.carried, "on_layer": self.pause}
@@ -386,7 +384,7 @@ class _Run:
             return Rows(*map(torch.cat, zip(*outputs, strict=True)), rows.unit, rows.unit_to_row)
         complete = not any(stage.selector.drops for stage in self.plan.row_stages)
         layout = TokenLayout(self.geometry, self.plan.grid[0], rows.unit, rows.unit_to_row, "clip", complete=complete)
-        layout = self.segment.enter(layout, self.carried) if self.segment else layout
+        layout = self.segment.enter(layout) if self.segment else layout
         args = {"carried": self.carried, "piece": self.piece, "on_layer": self.after_layer, "deepstack": rows.deepstack}
         x, rows.values = rows.values, None  # which the first layer may free
         x, _, deepstack = self.run_layers(layers, x, layout, **args)
@@ -539,15 +537,11 @@ class Segment:
         """Called after the layers that run in chunks; `unit_to_row`: int64 `[N]`, -1 for units with rows of the segment before."""
         self._outside = unit_to_row < 0 if self.earlier else None
 
-    def enter(self, layout: TokenLayout, carried: CarriedKeys) -> TokenLayout:
+    def enter(self, layout: TokenLayout) -> TokenLayout:
         """The layout of all rows, in which units also have rows of the segment before, whose keys are those that are carried."""
-        units = ascending(self._units, layout.unit_to_row.device)
-        last = units[-self._places :]
         if self._outside is None:
-            carried.begin(last)
             return layout
-        carried.begin(torch.where(self._outside[last], -1, last))
-        outside = layout.rows + units % self._places
+        outside = layout.rows + ascending(self._units, layout.unit_to_row.device) % self._places
         return replace(layout, unit_to_row=torch.where(self._outside, outside, layout.unit_to_row))
 
     def finish(

@@ -156,11 +156,6 @@ class Chunk:
     source: torch.Tensor | None = None
     references: ReferenceBlocks | None = None  # of reuse, behind these frame pairs
 
-    def latest(self) -> torch.Tensor:
-        """int64 `[P]`, with reuse: the unit of this chunk that becomes the reference of each place, -1 where none does."""
-        pair, units = self.source[-1] - self.first, self.layout.geometry.units
-        return torch.where(pair < 0, -1, pair * units + ascending(units, pair.device))
-
 
 def in_pairs(patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int) -> Iterator[torch.Tensor]:
     """Cuts a stream of patches (pieces `[n, values]`) into pieces of `pairs` whole frame pairs; the last may be shorter."""

@@ -69,28 +69,27 @@ class CarriedKeys:
 
     def __init__(self, earlier: dict[int, torch.Tensor] | None = None):
         self.keys_values = dict(earlier or {})  # by layer: [P, 2, 4, heads, d]
-        self._latest: torch.Tensor | None = None
+        self._follows = False
         self._number: torch.Tensor | None = None  # int64 [P]
         for places in list(self.keys_values.values())[:1]:
             self._number = places.new_full((len(places),), -1, dtype=torch.int64)
 
-    def begin(self, latest: torch.Tensor | None) -> None:
-        """Starts a chunk; `latest`: from `Chunk.latest`, None if no later chunk follows."""
-        self._latest = latest
+    def begin(self, follows: bool) -> None:
+        """Starts a chunk; `follows`: whether a later one, or another segment, does."""
+        self._follows = follows
 
     def seen_by(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[R or R + P, 4, heads, d]`: a chunk's in `layer`, and the references'; keeps those of later chunks."""
         earlier = self.keys_values.pop(layer, None)
-        if earlier is None and self._latest is None:
+        if earlier is None and not self._follows:
             return k, v
         both = torch.stack([k, v], 1)
         if earlier is not None:
             both = torch.cat([both, earlier])
-        if self._latest is not None:
-            stays = len(k) + ascending(layout.geometry.units, k.device) if earlier is not None else 0
-            self.keys_values[layer] = both[torch.where(self._latest < 0, stays, layout.unit_to_row[self._latest])]
+        if self._follows:
+            self.keys_values[layer] = both[layout.unit_to_row[-layout.geometry.units :]]
         return both.unbind(1) if earlier is not None and layout.reach == "clip" else (k, v)
 
     def among_all(self, layout: TokenLayout, count: int) -> torch.Tensor:
@@ -99,9 +98,8 @@ class CarriedKeys:
         if self._number is not None:
             number = torch.cat([ascending(layout.rows, unit_to_row.device) + count, self._number])
             unit_to_row = number[layout.unit_to_row]
-        if self._latest is not None:
-            latest = unit_to_row[self._latest]
-            self._number = latest if self._number is None else torch.where(self._latest < 0, self._number, latest)
+        if self._follows:
+            self._number = unit_to_row[-layout.geometry.units :]
         return unit_to_row
 
 

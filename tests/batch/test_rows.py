@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.batch.rows import Row, Wrong, group_by_span, in_folders, left_out, load_rows, product_rows, read_rows
+from evoprune.batch.rows import (
+    Row,
+    Span,
+    Wrong,
+    group_by_span,
+    in_folders,
+    left_out,
+    load_rows,
+    product_rows,
+    read_rows,
+)
 from evoprune.errors import EvopruneWarning, UsageError
 
 ROW = {"video": "a.mp4", "question": "What?"}
@@ -210,11 +220,13 @@ def test_fields_as_other_tools_write_them():
     (often,) = read(jsonl(ROW | {"fps": "0.5"}))
     (usual,) = read(jsonl(ROW))
     assert len({often.id, usual.id, row.id}) == 3
-    spans = group_by_span([often, usual, usual])
+    spans = group_by_span([often, row, usual, usual])
     # A row's own rate stands instead of the batch's number of frames, and the other way round.
     assert [span.sampling for span in spans] == [
-        {"start_s": 0.0, "end_s": None, "fps": 0.5, "frames": None}, {"start_s": 0.0, "end_s": None},
-    ]  # fmt: skip
+        {"start_s": 0.0, "end_s": None, "fps": 0.5, "frames": None},
+        {"start_s": 1.0, "end_s": 3.0, "fps": None, "frames": 8},
+        {"start_s": 0.0, "end_s": None},
+    ]
 
 
 def test_fields_that_are_not_used_are_named_once():
@@ -257,11 +269,14 @@ def test_a_video_inside_its_row_is_refused_in_a_line():
 
 some_rows = st.lists(
     st.builds(
-        lambda number, video, start, end: Row(str(number), (video,), (video,), "What?", start, end),
+        lambda number, video, **own: Row(str(number), (video,), (video,), "What?", **own),
         st.integers(),
         st.sampled_from("abc"),
-        st.sampled_from([0.0, 1.0]),
-        st.sampled_from([None, 2.0]),
+        start_s=st.sampled_from([0.0, 1.0]),
+        end_s=st.sampled_from([None, 2.0]),
+        frames=st.sampled_from([None, 8]),
+        frame_rate=st.sampled_from([None, 5.0]),
+        subtitles_path=st.sampled_from([None, "a.srt"]),
     )
 )
 
@@ -271,10 +286,10 @@ some_rows = st.lists(
 def test_rows_that_one_encoding_serves_are_together(rows):
     spans = group_by_span(rows)
     assert sorted((row for span in spans for row in span.rows), key=id) == sorted(rows, key=id)
-    keys = [(span.rows[0].paths, span.sampling["start_s"], span.sampling["end_s"]) for span in spans]
-    assert len(set(keys)) == len(keys)  # one encoding each
+    keys = [(span.rows[0].paths, span.sampling) for span in spans]
+    assert all(key not in keys[:i] for i, key in enumerate(keys))  # one encoding each
     for span, key in zip(spans, keys, strict=True):
-        assert list(span.rows) == [row for row in rows if (row.paths, row.start_s, row.end_s) == key]  # in their order
+        assert list(span.rows) == [row for row in rows if (row.paths, Span((row,)).sampling) == key]  # in their order
     videos = [path for path, *_ in keys]
     assert [v for i, v in enumerate(videos) if i == 0 or videos[i - 1] != v] == list(
         dict.fromkeys(r.paths for r in rows)

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.bench.scores import accuracy_interval, is_tie, percentile_interval, precision, resampled, score_rows
+from evoprune.bench.scores import (
+    accuracy_interval,
+    is_tie,
+    percentile_interval,
+    precision,
+    resampled,
+    score_rows,
+    share_variance,
+    wilson,
+)
 
 COST = {
     "tokens": 10,
@@ -73,8 +82,10 @@ def test_equal_answers_differ_by_exactly_nothing():
 
 def test_a_failed_video_is_in_no_row():
     failed = {"video": "d", "id": "1", "type": "order", "groups": ["time"], "error": {"message": "gone"}}
-    again = {video: ANSWERS[video] for video in ("c", "a", "b")}  # nor does the order matter
-    assert score_rows([failed, *run(again)]) == score_rows(run(ANSWERS))
+    again = run({video: ANSWERS[video] for video in ("c", "a", "b")})  # nor does the order matter, of any row
+    mixed = [s for s in run(ANSWERS) if s["row"] == "full"] + [s for s in again if s["row"] != "full"]
+    for samples in (again, mixed):
+        assert score_rows([failed, *samples]) == score_rows(run(ANSWERS))
     assert score_rows([failed]) == score_rows([]) == [] and precision([]) is None
 
 
@@ -131,6 +142,8 @@ def test_how_precisely_differences_are_known():
     ]
     widest = max(max(r[f] - r[f + "_low"], r[f + "_high"] - r[f]) for r, f in compared)
     assert float(found[1]) == pytest.approx(100 * widest, abs=0.1) and len(compared) == 7
+    # Of 60 videos 1 to 8 differ where 4 did: the lower end is farther away.
+    assert precision(score_rows(with_methods(full="1" * 60, a=("1" * 56 + "0000",)))).endswith("±6.7 points")
 
 
 @pytest.mark.parametrize(("videos", "points"), [(10, "25.9"), (100, "3.0")])
@@ -175,6 +188,13 @@ def test_independent_questions_have_wilsons_interval():
     right = np.array([1] * 45 + [0] * 15)
     low, high = accuracy_interval(right, np.ones(60))
     assert (low, high) == pytest.approx((0.6277, 0.8422), abs=2e-3)
+    assert share_variance(np.array([1.0, 0.0]), np.ones(2)) == 0.25  # unbiased, of few clusters
+
+
+@pytest.mark.parametrize(("right", "share", "n"), [(6, 1.0, 10), (0, 0.0, 10), (3, 0.5, 60)])
+def test_where_all_clusters_are_alike(right, share, n):
+    """Where all is right or wrong, nothing says how alike the questions of a cluster are, and each cluster counts once."""
+    assert accuracy_interval(np.full(10, right), np.full(10, 6)) == wilson(share, n)
 
 
 @settings(deadline=None, max_examples=200)

@@ -38,17 +38,23 @@ def inputs(*grids):
     return torch.randn(sum(t * h * w for t, h, w in grids), 1176, generator=generator), torch.tensor(grids)
 
 
-def test_several_videos_are_pruned_each_on_its_own(model):
+@pytest.mark.parametrize("budget", [0.25, 0.9])  # at 0.9 all tokens of the second video are kept, and have no sizes
+def test_several_videos_are_pruned_each_on_its_own(model, budget):
     grids = [(2, 10, 14), (1, 4, 4), (3, 6, 18)]
     patches, thw = inputs(*grids)
-    made = evoprune.encode(model, patches, thw, budget=0.25)
+    patches[280:296] = 0.0
+    made = evoprune.encode(model, patches, thw, budget=budget)
+    assert not made.flat  # only the second is
     first_unit = first_row = 0
     for i, (t, h, w) in enumerate(grids):
         start, n = first_unit * 4, t * h * w
-        alone = evoprune.encode(model, patches[start : start + n], thw[i : i + 1], budget=0.25)
+        alone = evoprune.encode(model, patches[start : start + n], thw[i : i + 1], budget=budget)
         mine = (made.kept >= first_unit) & (made.kept < first_unit + n // 4)
         assert torch.equal(made.kept[mine] - first_unit, alone.kept)
         torch.testing.assert_close(made.features[mine], alone.features)
+        torch.testing.assert_close(made.size[mine], torch.ones(len(alone.kept)) if alone.size is None else alone.size)
+        # Evenness is looked at where something is pruned.
+        assert (alone.flat, alone.size is None) == ((i, budget) == (1, 0.25), (i, budget) == (1, 0.9))
         assert torch.equal(made.unit_to_row[first_unit : first_unit + n // 4] - first_row, alone.unit_to_row)
         first_unit, first_row = first_unit + n // 4, first_row + len(alone.rows)
     assert sum(made.kept_per_pair) == len(made.kept) and len(made.kept_per_pair) == 6

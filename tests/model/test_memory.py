@@ -110,12 +110,13 @@ def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():
     assert foretold("divprune") == foretold("ipcv") < foretold("earlytom") < foretold("divprune") + 3 * held
     assert held < foretold("earlytom") < foretold("divprune", 16_384)
 
-    def selected(units: int, late: int) -> int:
-        return working_memory(config, units, 2048, 1024, 2, late)
+    def selected(units: int, late: int, chunk_units: int = 2048) -> int:
+        return working_memory(config, units, chunk_units, 1024, 2, late)
 
     # In bf16: the features of all units, and a copy for their distances; a selected row in the tower and after it.
     assert selected(32_768, 100) - selected(16_384, 100) == 16_384 * 2 * 4 * 1280 * 2
     assert selected(16_384, 8192) - selected(16_384, 4096) == 4096 * (4 * 1280 * (12 * 4 + 2) + 2048 * 2)
+    assert selected(16_384, 100, 4096) > selected(16_384, 100) + GIB / 2  # the layers before go on in chunks
 
 
 def test_layers_that_read_fewer_tokens_hold_and_cost_less():

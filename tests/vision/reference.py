@@ -147,10 +147,13 @@ def selected(block, rows: list[Row], geo: Geometry, grid, selector, keep) -> lis
         as_it_is = "hidden" in selector.needs
         seen = torch.stack([(row.x if as_it_is else normed(block.norm1, row.x)).flatten() for row in rows])
         found = selector.select(Tokens(seen, torch.tensor(owner), grid), min(keep, len(rows)))
-        made = []
-        for k, unit in enumerate(found.kept.tolist()):
-            cluster = [other for other in units if found.unit_to_token[other] == k]
-            mean_of = cluster if selector.average else [unit]
+        made, kept, joins = [], found.kept.tolist(), found.unit_to_token
+        if joins is None:  # a unit joins the most similar kept one, a kept unit its own
+            likeness = torch.nn.functional.cosine_similarity(seen[:, None], seen[[owner[unit] for unit in kept]], -1)
+            joins = [kept.index(unit) if unit in kept else int(likeness[owner[unit]].argmax()) for unit in units]
+        for k, unit in enumerate(kept):
+            cluster = [other for other in units if joins[other] == k]
+            mean_of = cluster if getattr(selector, "average", found.unit_to_token is not None) else [unit]
             row = Row(unit, cluster, sum(rows[owner[other]].x for other in mean_of) / len(mean_of))
             row.deep = mean_deep([rows[owner[other]].deep for other in mean_of], [1] * len(mean_of))
             made.append(row)

@@ -3,6 +3,7 @@
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from math import prod
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -15,10 +16,12 @@ from evoprune.backend import devices
 from evoprune.cpu.linear import pack
 from evoprune.errors import ModelError
 from evoprune.methods.base import EncoderMethod, Selector
+from evoprune.methods.baselines import DivPrune
 from evoprune.methods.evoprune import THRESHOLD, EvoPrune, FarthestPoints
 from evoprune.methods.plans import Stage
 from evoprune.methods.select import assign_clusters, farthest_points, points_of
 from evoprune.methods.types import Selection
+from evoprune.model.cost import carried_bytes
 from evoprune.vision import encoder
 from evoprune.vision.encoder import NothingNew, Segment, encode_rows, select_tokens
 from evoprune.vision.preprocess import patch_means, scan
@@ -116,6 +119,7 @@ def test_what_is_carried_to_the_next_chunk_does_not_grow(monkeypatch):
     encode_clip(grid, changed, AFTER, 30, chunk_units=1)
     per_place = 4 * (2 * 4 * 32 * 4)  # keys and values of four patches in four layers
     assert len(held) > 10 and {*held[:-1]} == {15 * per_place} and held[-1] == 0  # nothing follows the last chunk
+    assert carried_bytes(SimpleNamespace(vision_config=tiny_tower().config), 15, 4) == 15 * per_place
 
 
 # Segments of a longer video: what has not changed is not encoded again, and the result is that of the whole.
@@ -201,14 +205,20 @@ def test_what_needs_more_than_rows_leaves_nothing(name):
 
 @dataclass(frozen=True)
 class Several(EncoderMethod):
-    """Rows are left behind before the first layer, and before the second and the last of four."""
+    """Rows are left behind before the first layer, and before the second and the last of four.
+
+    Field: last: the selector of the last, which may say nothing of the units that are not kept.
+    """
 
     tokens: ClassVar[Selector] = FarthestPoints()
     reuse: ClassVar[float] = 8.0
 
+    last: Selector | None = None
+
     def stages(self, tower, grid, keep):
-        after = {0: 60, 1: 50, 3: 45}
-        return [Stage(layer, max(keep, rows), FarthestPoints(average=layer == 1)) for layer, rows in after.items()]
+        after, points = {0: 60, 1: 50, 3: 45}, {layer: FarthestPoints(average=layer == 1) for layer in (0, 1, 3)}
+        points[3] = self.last or points[3]
+        return [Stage(layer, max(keep, rows), points[layer]) for layer, rows in after.items()]
 
 
 @pytest.mark.few(2)
@@ -221,7 +231,7 @@ def test_selected_rows_against_loops(share, keep, full_layers):
     assert torch.equal(encoded_units(patches, grid), changed)  # else the test shows something else
     for method in (
         EvoPrune(), EvoPrune(depth=0.75, alpha=1.0), EvoPrune(average=False, reuse=0.0, count=0.0),
-        EvoPrune(rows=1.0), EvoPrune(rows=0.0), EvoPrune(first=0.0), AFTER, Several(),
+        EvoPrune(rows=1.0), EvoPrune(rows=0.0), EvoPrune(first=0.0), AFTER, Several(), Several(DivPrune()),
     ):  # fmt: skip
         units, owner, tokens = encode_slowly(visual, patches, grid, method, keep, changed if method.reuse else None)
         for size in (1, 30, 10**6):
