@@ -82,18 +82,18 @@ def test_where_nothing_is_pruned_embeddings_are_taken(model, settings, with_ids)
     if TAKES_ENCODED:
         video = model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
         unusual.append(known | {"mm_encoder_outputs": {"video": video}})
-    # The model keeps the offset of positions of the latest prompt with ids, and uses it where there are none.
-    usual, answer, expected = model(**inputs).logits, generated(model, call), model(**call).logits
     last = inputs | {"labels": inputs["input_ids"][:, -4:], "logits_to_keep": 4}
     loss = model(**last).loss
+    # The model keeps the offset of positions of the latest prompt with ids, and uses it where there are none.
+    usual, answer, expected = model(**inputs).logits, generated(model, call), model(**call).logits
     with evoprune.EvoPrune(**settings)(model) as run:
-        assert torch.equal(model(**last).loss, loss)
         assert torch.equal(model(**call).logits, expected)
         first = model(**call | {"logits_to_keep": torch.arange(3)}).logits
         torch.testing.assert_close(first, expected[:, :3], atol=1e-5, rtol=1e-5)  # a product of fewer rows
         assert torch.equal(generated(model, call), answer)
         for other in unusual:
             torch.testing.assert_close(model(**other).logits, usual, atol=1e-5, rtol=1e-5)
+        assert torch.equal(model(**last).loss, loss)
         assert run.columns is None
     with evoprune.EvoPrune(**settings, positions="qwen")(model), pytest.raises(evoprune.UsageError):
         model(**call)  # the model's own code knows its own positions only

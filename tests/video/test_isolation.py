@@ -338,7 +338,7 @@ def shielded():
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("how", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, -1)]
+    ("how", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
 )
 def test_it_ends_with_the_process_that_started_it(how, code, named, good):
     words = [str(good), str(named("hang")), "What happens?"]
