@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -21,7 +22,15 @@ from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memo
 from evoprune.language.hosted import can_crop
 from evoprune.model.config import Config, as_written
 from evoprune.model.weights import HostedVL, fill_random, name_in_memory
-from evoprune.session.loading.find import BELONG, PLAIN, PLAIN_ON_CPU, check_packages, stored_tensors, weight_files
+from evoprune.session.loading.find import (
+    ADAPTER,
+    BELONG,
+    PLAIN,
+    PLAIN_ON_CPU,
+    check_packages,
+    stored_tensors,
+    weight_files,
+)
 from evoprune.util import counted
 
 # Entries of a config that name the modules which are not quantised.
@@ -130,17 +139,28 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
     from transformers import AutoModelForImageTextToText
 
     safe = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
-    # Where PEFT is installed, an adapter in the folder would be applied: it is looked for where there can be none.
-    safe["adapter_kwargs"] = {"subfolder": "config.json"}
-    with quiet_transformers():
+    with quiet_transformers(), _without_adapter(folder) as plain:
         loaded = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", **safe, **kwargs
+            plain, dtype=dtype, attn_implementation="sdpa", **safe, **kwargs
         )
     host = loaded[0] if isinstance(loaded, tuple) else loaded
     if not kwargs.get("device_map"):  # layers of quantised weights were made on their device
         host.to(device)
     host.eval().requires_grad_(False)
     return loaded
+
+
+@contextmanager
+def _without_adapter(folder: Path) -> Iterator[Path]:
+    """The folder; where an adapter is beside the weights, which transformers would apply with PEFT, links to its other files."""
+    if not (folder / ADAPTER).exists():
+        yield folder
+        return
+    with TemporaryDirectory(prefix="evoprune-") as links:
+        for file in folder.iterdir():
+            if file.name != ADAPTER:
+                Path(links, file.name).symlink_to(file.resolve())
+        yield Path(links)
 
 
 def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> HostedVL:
