@@ -99,11 +99,8 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], rows: Sequence[str]
             if not rows:
                 axes.margins(x=0.1)  # room for labels
                 axes.set_xlim(left=0)
-            start = (
-                (axes.xaxis if rows else axes.yaxis).get_major_locator().tick_values(min(values), max(values))[0]
-                if cut
-                else 0
-            )
+            ticks = (axes.xaxis if rows else axes.yaxis).get_major_locator()
+            start = ticks.tick_values(min(values), max(values))[0] if cut else 0
             (axes.set_xlim if rows else axes.set_ylim)(start)
         begins = f" (axis from {start:,.3g})" if cut else ""
         for number, (axes, panel) in enumerate(zip(every, panels, strict=True)):

@@ -66,7 +66,7 @@ PACKAGES = {
     "quanto": ("optimum", "optimum-quanto"),
     "torchao": ("torchao", "torchao"),
 }
-BITS = {"load_in_8bit", "load_in_4bit"}  # which mean bitsandbytes, whatever method is named, as in transformers
+BITS = "load_in_8bit", "load_in_4bit"  # which mean bitsandbytes, whatever method is named, as in transformers
 PLAIN = ("BF16", "F16", "F32", "F64")  # dtypes of safetensors whose numbers mean what they say: others have scales
 PLAIN_ON_CPU = ("compressed-tensors", "fp8")  # quantised weights that transformers widens when it loads them on a CPU
 HEAD, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
@@ -436,11 +436,13 @@ def quantization_in(path: Path) -> str | None:
     content = _json(path)
     with _valid(f"{path} is damaged"):
         parts = content, section(content, "text_config")
-        settings = next((given for part in parts if (given := section(part, "quantization_config"))), {})
-        bits = BITS & {name for name, on in settings.items() if on is True}
-        method = "bitsandbytes" if bits else settings.get("quant_method")
-        if not settings or method is not None:
-            return TEXT.check(method, "quant_method") if settings else None
+        settings = next((given for part in parts if (given := section(part, "quantization_config"))), None)
+        if settings is None:
+            return None
+        if any(settings.get(name) is True for name in BITS):
+            return "bitsandbytes"
+        if (method := settings.get("quant_method")) is not None:
+            return TEXT.check(method, "quant_method")
     problem = f"the quantization_config in {path} does not name its method (quant_method)"
     raise ModelError(problem, "take a checkpoint whose method is known, or name it there, such as gptq")
 

@@ -59,9 +59,8 @@ def load_hosted(
             kwargs = {"device_map": {"": device}, "config": _quantized_config(folder, quantization, device)}
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are named here
         host, info = read_whole(folder, dtype, device, **kwargs)
-    except (
-        Exception
-    ) as problem:  # transformers and the packages of quantisation raise of many kinds what a file has wrong
+    # transformers and the packages of quantisation raise of many kinds what a file has wrong.
+    except Exception as problem:
         if is_out_of_memory(problem):
             raise
         hint = "a package that it names must be installed" if quantization else BELONG
@@ -94,7 +93,8 @@ def _check_experts(folder: Path, count: int) -> None:
             shape = tuple(content.get_slice(stored).get_shape())
             alike.setdefault(re.sub(r"\.\d+\.", ".*.", stored), {})[stored] = shape
     for shapes in alike.values():
-        every = {re.sub(r"(experts)\.\d+\.", rf"\1.{i}.", name) for name in shapes for i in range(count)}
+        of_layers = {re.sub(r"experts\.\d+\.", "experts.*.", name) for name in shapes}
+        every = {name.replace("*", str(i)) for name in of_layers for i in range(count)}
         if missing := sorted(every - shapes.keys()):
             raise _lacking(folder, missing)
         (usual, _), *_ = Counter(shapes.values()).most_common()
@@ -120,8 +120,8 @@ def _quantized_config(folder: Path, quantization: str, device: torch.device):
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # Some programs write it beside the layers that are quantised; older releases look for it there for few families.
-    given = getattr(config, "quantization_config", None) or config.text_config.quantization_config
-    config.quantization_config = given
+    if not getattr(config, "quantization_config", None):
+        config.quantization_config = config.text_config.quantization_config
     if is_host(device) and quantization in PLAIN_ON_CPU:
         config.quantization_config["dequantize"] = True
     for field in UNQUANTIZED:
