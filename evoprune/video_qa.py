@@ -167,7 +167,10 @@ class VideoQA(Uncopied):
                 plans = [plan for item in opened for plan in item.plans]
                 longest_prompt(self.session, plans, [question], generation, held)
             encoded = [item if isinstance(item, EncodedInputs) else item.encode() for item in opened]
-        return together(self.session, encoded).ask(question, seed=seed, on_thoughts=on_thoughts, **options)
+        asked = together(self.session, encoded)
+        if asked not in opened:  # nobody else holds it
+            asked.last_question = True
+        return asked.ask(question, seed=seed, on_thoughts=on_thoughts, **options)
 
     def stream(
         self,

@@ -118,6 +118,7 @@ def ask(
             encode_full = (lambda show: encode(qa.unpruned().session, show, full=True)) if compare else None
             talk.begin(encoded, pipeline.generation, encode_full)
             if not interactive:
+                encoded.last_question = len(questions) == 1 and not compare
                 for question in questions:
                     talk.answer(question)
                 return 0

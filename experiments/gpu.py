@@ -37,8 +37,8 @@ DRY_SECONDS = 120
 SPARE = 6.0  # seconds between the last turn that a step may begin and its end
 TAIL = 30  # lines of the output of a step that failed
 QWEN = "Qwen/Qwen{}-Instruct"
-M3, M7, Q4 = (QWEN.format(name) for name in ("2.5-VL-3B", "2.5-VL-7B", "3-VL-4B"))
-SMALL, MIDDLE, LARGE, LONGEST = "8x224x336", "32x364x644", "64x364x644", "128x364x644"
+M3, M7, Q4, Q35 = *(QWEN.format(name) for name in ("2.5-VL-3B", "2.5-VL-7B", "3-VL-4B")), "Qwen/Qwen3.5-4B"
+SMALL, LONGER, MIDDLE, LARGE, LONGEST = "8x224x336", "32x224x336", "32x364x644", "64x364x644", "128x364x644"
 STEP, VERIFY = ("-m", "experiments.gpu_steps"), ("-m", "evoprune_cli", "verify", "--quick", "--quiet")
 
 
@@ -65,8 +65,9 @@ def steps(settings: str) -> list[Step]:
         Step("correctness", "demo", (*VERIFY, "-m", "demo", "--device", "cuda", "--dtype", "fp32"), 0.4),
         Step("correctness", "3B", (*VERIFY, *random, "--device", "cuda")),
         Step("table", "3B", _step("table", M3, SMALL, MIDDLE, LARGE, budgets=(0.25, 0.1)), 0.45),
-        Step("table", "7B", _step("table", M7, LONGEST, budgets=(0.25, 0.1)), 0.8),
-        Step("table", "Qwen3-VL-4B", _step("table", Q4, MIDDLE, budgets=(0.25, 0.1))),
+        Step("table", "7B", _step("table", M7, LONGEST, budgets=(0.25, 0.1)), 0.7),
+        Step("table", "Qwen3-VL-4B", _step("table", Q4, MIDDLE, budgets=(0.25, 0.1)), 0.8),
+        Step("table", "Qwen3.5-4B", _step("table", Q35, SMALL, LONGER, MIDDLE, budgets=(0.25, 0.1))),
         Step("decoding", "3B", (*_step("decoding", M3, SMALL), "--hf"), 0.65),
         Step("decoding", "3B plain", _step("decoding", M3, SMALL), environment=plain),
         Step("first", "3B 0.25", (*STEP, "first", *random, "--tokens", "32"), 0.35),
@@ -191,7 +192,7 @@ def _cell(value: Any) -> str:
 def summary(done: Sequence[dict[str, Any]]) -> list[str]:
     """The short tables of all parts."""
     env = next((each["found"]["env"] for each in done if "env" in each["found"]), {})
-    named = ("torch", "transformers", "triton", "flash_attn")
+    named = ("torch", "transformers", "triton", "flash_attn", "flash-linear-attention", "causal-conv1d")
     lines = [
         ", ".join([env.get("device") or env.get("device_name") or "?", *(f"{n} {env[n]}" for n in named if env.get(n))])
     ]

@@ -49,7 +49,7 @@ def environment(device: str) -> dict[str, Any]:
     import torch
 
     found = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
-    for name in ("torch", "transformers", "triton", "flash_attn"):
+    for name in ("torch", "transformers", "triton", "flash_attn", "flash-linear-attention", "causal-conv1d"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -74,6 +74,7 @@ def _asked(
             return inputs.encode()
 
     def answered(row: Row) -> Report:
+        encoded.last_question = row is span.rows[-1]
         answer = encoded.ask(row.prompt, **vars(row.generation(settings.generation)))
         str(answer)  # generates it
         return answer.report

@@ -249,6 +249,7 @@ class Evaluation:
             encoded = opened.encode()
         cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
         for row in span.rows:
+            encoded.last_question = row is span.rows[-1]
             answer = encoded.ask(row.prompt, **vars(row.generation(settings.generation)))
             said = "".join(answer)
             right = grade(row, said)

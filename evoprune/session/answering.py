@@ -263,6 +263,9 @@ class EncodedInputs(Askable):
 
     Threads wait for one another (`Answer`). A method that reads the question selects tokens for each one anew. `report` describes
     the encodings, and never changes: each answer has one of its own. `plans`: of each input, what was looked at, and how large.
+
+    `last_question`, to be set before it is asked, says that no question follows: a model with recurrent states (Qwen3.5) then reads
+    the prompt in one pass, not in two. One that follows after all has the same answer, and waits longer.
     """
 
     def __init__(self, session: Session, encodings: Sequence[Encoding]):
@@ -270,6 +273,7 @@ class EncodedInputs(Askable):
         self._encodings = [encoding.own() for encoding in encodings]
         self.plans = [encoding.plan for encoding in encodings]
         self._prompts = PromptReader(session, self.plans)
+        self.last_question = False
         self._blank = inputs_report(session, self._encodings)
         self.report = deepcopy(self._blank)
         fill_times(self.report, *self._spent, session.loaded.device)
@@ -350,7 +354,7 @@ class EncodedInputs(Askable):
                 self._select_for(question, report)
         with clock.stage("prefill"):
             read = [encoding.tokens for encoding in self._encodings]
-            state = self._prompts.read(read, prompt, (options.system, options.thinking))
+            state = self._prompts.read(read, prompt, (options.system, options.thinking), self.last_question)
             state.prompt_ids = prompt.input_ids
             visual, columns = sum(len(tokens.kept) for tokens in read), state.cache.length
             report.tokens = TokenCounts(columns - visual, visual, columns, 0)

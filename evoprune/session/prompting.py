@@ -39,6 +39,9 @@ class PromptReader:
 
     Attention is causal: keys and values before the question do not depend on it. So a later question under the same system prompt
     uses them again. Where tokens leave inside the language model, they leave by the question, and each prompt is read as a whole.
+
+    A recurrent state is known only where a pass ends. So where layers have one, what is before the question is a pass of its own,
+    unless no question follows.
     """
 
     def __init__(self, session: Session, plans: Sequence[Plan]):
@@ -61,8 +64,13 @@ class PromptReader:
         return prompt
 
     @names_plugins()
-    def read(self, encoded: Sequence[Encoded], prompt: Prompt, beginning: Beginning) -> PrefillState:
-        """The state that decoding of a prompt from `build` starts from; `encoded`: the tokens of each input."""
+    def read(
+        self, encoded: Sequence[Encoded], prompt: Prompt, beginning: Beginning, last: bool = False
+    ) -> PrefillState:
+        """The state that decoding of a prompt from `build` starts from.
+
+        `encoded`: the tokens of each input. `last`: no question follows, so nothing has to be kept for one.
+        """
         model, positions = self._loaded.model, self.positions(prompt)
         following = int(positions.max()) + 1
         read = zip(prompt.places, encoded, strict=True)
@@ -77,8 +85,10 @@ class PromptReader:
             return prefill(model, embeds, positions, following, None, sizes, dropping, deepstack)
         shared = int((columns < prompt.prefix_length).sum())
         crops = can_crop(model)
-        cache, known = self._take_prefix(beginning, shared)
-        if not known and not crops and shared:  # the prefix by itself, so that a copy can serve each question
+        cache, known = self._take_prefix(beginning, shared, last)
+        if (
+            not known and not crops and shared and not last
+        ):  # the prefix by itself, so that a copy can serve each question
             cache, known = new_cache(model, shared), shared
             first = None if sizes is None else sizes[:known]
             added = None if deepstack is None else deepstack[:, :known]
@@ -101,7 +111,7 @@ class PromptReader:
         per_second = self._loaded.model.config.vision_config.tokens_per_second
         return prompt_positions(len(prompt.input_ids), spans, per_second)
 
-    def _take_prefix(self, beginning: Beginning, shared: int) -> tuple[KVCache | HostedCache | None, int]:
+    def _take_prefix(self, beginning: Beginning, shared: int, last: bool) -> tuple[KVCache | HostedCache | None, int]:
         """The cache up to the question, and its columns; of the new prompt `shared` do not depend on the question."""
         taken, self._prefix = self._prefix, None
         if taken is None or taken[0] != beginning:
@@ -110,6 +120,8 @@ class PromptReader:
         if not can_crop(self._loaded.model):
             if known > shared:
                 return None, 0
+            if last:
+                return cache, known
             self._prefix = taken
             return cache.copy(), known
         known = min(known, shared)  # both end with the inputs or with their subtitles

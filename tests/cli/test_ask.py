@@ -46,6 +46,27 @@ def test_a_wrong_value_from_the_environment_is_traced_to_it(cli, monkeypatch):
     assert "; the value comes from EVOPRUNE_THREADS\n" in cli("ask", CLIP, QUESTION).err
 
 
+@pytest.mark.parametrize(
+    "command, last",
+    [
+        (f"ask {CLIP} What?", [True]),
+        (f"ask {CLIP} -Q What? -Q Who?", [False, False]),
+        (f"ask {CLIP} What? --compare", [False] * 4),
+        (f"batch {CLIP} samples/pan.mp4 -Q What? -Q Who? -m demo -o /dev/null", [False, True] * 2),
+        ("eval --data samples/questions.jsonl --limit 1 -b 0.5", [False, True] * 2),
+    ],
+)
+def test_a_model_is_told_that_no_question_follows(cli, monkeypatch, command, last):
+    read, told = prompting.PromptReader.read, []
+
+    def reads(self, encoded, prompt, beginning, last):
+        told.append(last)
+        return read(self, encoded, prompt, beginning, last)
+
+    monkeypatch.setattr(prompting.PromptReader, "read", reads)
+    assert cli(*command.split(), "-q").code == 0 and told == last
+
+
 @pytest.mark.full
 def test_a_limit_on_the_size_of_files_is_named(cli):
     assert cli("ask", CLIP, QUESTION, "-q").code == 0  # or Python writes its compiled files under the limit, cut short

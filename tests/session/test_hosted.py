@@ -84,6 +84,30 @@ def test_an_answer_that_breaks_off_leaves_the_state_before_it(hybrid):
     assert said(inputs, "What happens?") == whole
 
 
+def test_a_last_question_is_read_in_one_pass(hybrid):
+    qa, columns = VideoQA(hybrid, budget=0.3), []
+    hook = hybrid.model.model.language_model.register_forward_pre_hook(
+        lambda module, args, given: columns.append(given["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+
+    def passes(inputs, question: str = "What happens?", last: bool = False) -> list[int]:
+        columns.clear()
+        inputs.last_question = last
+        answers.append(said(inputs, question))
+        return [count for count in columns if count > 1]
+
+    answers, alone, several = [], qa.encode(CLIP), qa.encode(CLIP)
+    (whole,) = passes(alone, last=True)
+    before, question = passes(several)
+    assert before + question == whole
+    assert passes(several, last=True) == [question]  # from what was kept, not from a copy of it
+    assert passes(several) == passes(alone) == [before, question]  # one that follows nevertheless
+    assert len({*map(tuple, answers)}) == 1
+    columns.clear()
+    assert str(qa.ask(CLIP, "What happens?", max_new_tokens=1)) and columns == [whole]
+    hook.remove()
+
+
 def a_prompt(columns: int):
     """Embeddings, positions, cluster sizes, and what DeepStack adds."""
     random = torch.Generator().manual_seed(0)
