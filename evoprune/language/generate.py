@@ -161,7 +161,7 @@ class PrefillState:
         """
         token, last = None, len(ids) - 1
         try:
-            if self._steps is None and self.answered == last and not isinstance(self.model, HostedVL):
+            if self._steps is None and self.answered == last:
                 self._steps = static.begin(
                     self.model, self._holder, self.cache, self.next_position + last, len(ids), left
                 )

@@ -8,6 +8,7 @@ over, and the answer that had it reads its latest tokens again into its own cach
 
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
@@ -20,9 +21,11 @@ from evoprune.backend.devices import available_memory, to_device
 from evoprune.backend.layers import is_plain
 from evoprune.errors import DeviceWarning, first_line
 from evoprune.language.decoder import KVCache, bias_features, frequencies_of, norm, run_layer, turns_by
+from evoprune.language.hosted import HostedCache
 from evoprune.model.config import head_size
 from evoprune.model.cost import kv_bytes
 from evoprune.model.numerics import without_autocast
+from evoprune.model.weights import HostedVL
 
 # Tokens that an answer has before a graph is captured for it, and the fewest that may still come then. A capture takes as long as
 # a few plain steps, and an answer of a word or two should not wait for it.
@@ -32,22 +35,17 @@ MAX_NEW = 1024  # tokens of an answer that a cache has room for at first
 SHARE = 0.25  # of the memory that is free, at most, for such a cache
 
 
-class StaticCache:
-    """Keys and values of up to `capacity` columns, inputs and results of a step, at places that never change; and the steps.
+class StaticCache(ABC):
+    """Up to `capacity` columns of a prompt and an answer, inputs and results of a step, at places that never change; and the steps.
 
     It serves one answer at a time. Each number of columns that steps read has a graph. Threads wait for one another.
     """
 
     def __init__(self, model, capacity: int):
-        config, like = model.config.text_config, model.model.language_model.norm.weight
-        self.capacity, self._dim = capacity, head_size(config)
-        more = bias_features(torch.zeros(1, dtype=torch.float32, device="cpu"), self._dim, like.dtype).shape[1]
-        wide = self._dim + more
-        self._held = like.new_zeros(config.num_hidden_layers, 2, config.num_key_value_heads, capacity, wide)
-        self.read = capacity  # how many of the columns attention reads
+        like = model.model.language_model.norm.weight
+        self.capacity = self.read = capacity  # how many columns there are, and of these how many attention reads
         # int64 `[1]`: what a step reads, and in which column and at which position; it goes on to the next of both.
         self.token, self.column, self.position = like.new_zeros(3, 1, dtype=torch.int64).unbind(0)
-        self.frequencies = to_device(frequencies_of(config)[0], like.device)
         self.logits = like.new_zeros(len(model.lm_head.weight), dtype=torch.float32)  # of the token that follows
         self.best = like.new_zeros(2, dtype=torch.int64)  # see `best_of`
         self.graphs: dict[int, Callable[[], None]] = {}  # by the columns that they read
@@ -55,37 +53,25 @@ class StaticCache:
         self._holder: object | None = None  # whose answer it is; None for nobody's
         self._room = 0  # tokens that it has room for
 
-    def fill(self, cache: KVCache, position: int, read: int) -> None:
+    def fill(self, cache: KVCache | HostedCache, position: int, read: int) -> None:
         """Copies the columns of another cache, which are the same in all layers. `position`: of the first token that is read."""
-        length, dim = cache.length, self._dim
-        for number, held in enumerate(self._held):
-            for to, given in zip(held, cache.room(number, 0)[2:], strict=True):
-                to[:, :length, :dim] = given[0]
-        self._held[:, :, :, length:read, :dim] = 0  # of an earlier answer, perhaps NaN, which no weight of 0 removes
+        sizes = cache.sizes if isinstance(cache, HostedCache) else cache.sizes[0]
         bias = self.logits.new_full((read,), -torch.inf)
-        bias[:length] = 0 if cache.sizes[0] is None else cache.sizes[0].log()
-        self._held[:, 0, :, :read, dim:] = bias_features(bias, dim, self._held.dtype)
+        bias[: cache.length] = 0 if sizes is None else sizes.log()
+        self._copy(cache, bias)
         self.read = read
-        self.column.fill_(length)
+        self.column.fill_(cache.length)
         self.position.fill_(position)
 
-    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `KVCache.put` of one column, but returns all columns that are read, with the features of their bias."""
-        *room, known_keys, known_values = self.room(layer, 1)
-        for to, new in zip(room, (keys, values), strict=True):
-            to[..., : self._dim].index_copy_(1, self.column, new[0])
-        return known_keys, known_values
+    @abstractmethod
+    def _copy(self, cache: KVCache | HostedCache, bias: torch.Tensor) -> None:
+        """Copies what the layers hold. `bias`: of each column that is to be read, float32; -inf of those that are not there yet."""
 
-    def room(self, layer: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `KVCache.room`; the new one begins at `column`."""
-        held = self._held[layer, :, :, : self.read]
-        return *held.unbind(0), held[:1], held[1:]
+    @abstractmethod
+    def run(self, model, x: torch.Tensor) -> torch.Tensor:
+        """The final hidden state of the next column, whose embedding is `x`; both `[1, hidden]`."""
 
-    def open(self) -> None:
-        """Gives the column of a step its weight, in every layer."""
-        self._held[:, 0, :, : self.read, self._dim :].index_fill_(2, self.column, 0)
-
-    def begin(self, holder: object, cache: KVCache, position: int, read: int) -> None:
+    def begin(self, holder: object, cache: KVCache | HostedCache, position: int, read: int) -> None:
         """The cache is that of another answer from now on; errors leave it to nobody."""
         with self._lock:
             self._holder = None
@@ -108,6 +94,104 @@ class StaticCache:
             return following
 
 
+class NativeStaticCache(StaticCache):
+    """Of the layers of language/decoder.py: keys, with the features of their bias, and values."""
+
+    def __init__(self, model, capacity: int):
+        super().__init__(model, capacity)
+        config, like = model.config.text_config, model.model.language_model.norm.weight
+        self._dim = head_size(config)
+        more = bias_features(torch.zeros(1, dtype=torch.float32, device="cpu"), self._dim, like.dtype).shape[1]
+        wide = self._dim + more
+        self._held = like.new_zeros(config.num_hidden_layers, 2, config.num_key_value_heads, capacity, wide)
+        self.frequencies = to_device(frequencies_of(config)[0], like.device)
+
+    def _copy(self, cache: KVCache, bias: torch.Tensor) -> None:
+        length, read, dim = cache.length, len(bias), self._dim
+        for number, held in enumerate(self._held):
+            for to, given in zip(held, cache.room(number, 0)[2:], strict=True):
+                to[:, :length, :dim] = given[0]
+        self._held[:, :, :, length:read, :dim] = 0  # of an earlier answer, perhaps NaN, which no weight of 0 removes
+        self._held[:, 0, :, :read, dim:] = bias_features(bias, dim, self._held.dtype)
+
+    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `KVCache.put` of one column, but returns all columns that are read, with the features of their bias."""
+        *room, known_keys, known_values = self.room(layer, 1)
+        for to, new in zip(room, (keys, values), strict=True):
+            to[..., : self._dim].index_copy_(1, self.column, new[0])
+        return known_keys, known_values
+
+    def room(self, layer: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `KVCache.room`; the new one begins at `column`."""
+        held = self._held[layer, :, :, : self.read]
+        return *held.unbind(0), held[:1], held[1:]
+
+    def run(self, model, x: torch.Tensor) -> torch.Tensor:
+        config, text = model.config.text_config, model.model.language_model
+        # Time, height and width of a generated token are the same.
+        places = turns_by(self.position[:, None] * self.frequencies, x.dtype)
+        self._held[:, 0, :, : self.read, self._dim :].index_fill_(2, self.column, 0)  # the column has a weight now
+        for number, layer in enumerate(text.layers):
+            x = run_layer(layer, x, places, self, number, config)[0]
+        return norm(x, text.norm.weight, config.rms_norm_eps)
+
+
+class HostedStaticCache(StaticCache):
+    """Of modules of transformers. Their layers of linear attention keep the places of their states themselves."""
+
+    def __init__(self, model: HostedVL, capacity: int):
+        super().__init__(model, capacity)
+        config, like = model.config.text_config, model.model.language_model.norm.weight
+        self._bias = like.new_zeros(capacity)  # of each column, in every layer of attention
+        self._states, shape = HostedCache(model).states, (2, 1, config.num_key_value_heads, capacity, head_size(config))
+        self._states.layers = [
+            layer if _is_linear(layer) else StaticLayer(like.new_zeros(shape), self.column)
+            for layer in self._states.layers
+        ]
+
+    def _copy(self, cache: HostedCache, bias: torch.Tensor) -> None:
+        self._bias[: len(bias)] = bias
+        for own, given in zip(self._states.layers, cache.states.layers, strict=True):
+            if isinstance(own, StaticLayer):
+                own.copy(given.keys, given.values, len(bias))
+                continue
+            for number, state in given.conv_states.items():
+                own.update_conv_state(state, number)
+            for number, state in given.recurrent_states.items():
+                own.update_recurrent_state(state, number)
+
+    def run(self, model: HostedVL, x: torch.Tensor) -> torch.Tensor:
+        self._bias.index_fill_(0, self.column, 0)
+        places = torch.cat([self.column, self.position.expand(3)])[:, None, None]
+        mask = self._bias[None, None, None, : self.read]
+        given = {"position_ids": places, "attention_mask": mask, "past_key_values": self._states, "use_cache": True}
+        return model.model.language_model(inputs_embeds=x[None], **given).last_hidden_state[0]
+
+
+class StaticLayer:
+    """A layer of attention in a cache of transformers: `held`, keys and values `[2, 1, heads, capacity, dim]`, of which it shows as
+    many columns as were asked for last. What is added is put at `column`, int64 `[1]`.
+    """
+
+    def __init__(self, held: torch.Tensor, column: torch.Tensor):
+        self._held, self._column, self._read = held, column, held.shape[3]
+
+    def copy(self, keys: torch.Tensor, values: torch.Tensor, read: int) -> None:
+        length, self._read = keys.shape[2], read
+        self._held[:, :, :, :length] = torch.stack([keys, values])
+        self._held[:, :, :, length:read] = 0  # as in `NativeStaticCache`
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+        for held, new in zip(self._held, (keys, values), strict=True):
+            held.index_copy_(2, self._column, new)
+        return self._held[:, :, :, : self._read].unbind(0)
+
+
+def _is_linear(layer) -> bool:
+    """Whether a layer of a cache of transformers has states in the place of keys and values."""
+    return hasattr(layer, "recurrent_states")
+
+
 def best_of(logits: torch.Tensor) -> torch.Tensor:
     """int64 `[2]`: the most probable token, and 0 if a logit (float32 `[vocabulary]`) is NaN or infinite. One copy reads both."""
     return torch.stack([logits.argmax(), logits.amax().isfinite().long()])  # the largest is NaN where any is
@@ -118,14 +202,9 @@ def best_of(logits: torch.Tensor) -> torch.Tensor:
 @without_cudnn()
 def step(model, cache: StaticCache) -> None:
     """Reads the token of a cache, and writes what follows it there."""
-    config, text = model.config.text_config, model.model.language_model
+    text = model.model.language_model
     x = text.embed_tokens(cache.token).to(text.norm.weight.dtype)
-    # Time, height and width of a generated token are the same.
-    places = turns_by(cache.position[:, None] * cache.frequencies, x.dtype)
-    cache.open()
-    for number, layer in enumerate(text.layers):
-        x = run_layer(layer, x, places, cache, number, config)[0]
-    logits = model.lm_head(norm(x, text.norm.weight, config.rms_norm_eps)).float()[0]
+    logits = model.lm_head(cache.run(model, x)).float()[0]
     cache.logits.copy_(logits)
     cache.best.copy_(best_of(logits))
     cache.column.add_(1)
@@ -137,13 +216,19 @@ _caches: WeakKeyDictionary[nn.Module, StaticCache | None] = WeakKeyDictionary()
 _caches_lock = threading.Lock()
 
 
-def begin(model, holder: object, cache: KVCache, position: int, decoded: int, left: int) -> StaticCache | None:
+def new_cache(model, columns: int) -> StaticCache:
+    return (HostedStaticCache if isinstance(model, HostedVL) else NativeStaticCache)(model, columns)
+
+
+def begin(
+    model, holder: object, cache: KVCache | HostedCache, position: int, decoded: int, left: int
+) -> StaticCache | None:
     """Steps that hold what a cache holds, for the answer of `holder`; None where its next token is better decoded plainly.
 
     `position`: of the token that is read next. `decoded`, `left`: how many tokens the answer has, and may still have.
     """
     like = model.model.language_model.norm.weight
-    if not devices.can_capture(like.device) or {*cache.lengths} != {cache.length} or len({*map(id, cache.sizes)}) > 1:
+    if not devices.can_capture(like.device) or not _is_even(cache):
         return None
     need = cache.length + min(left, MAX_NEW)
     columns = max(MIN_COLUMNS, 1 << (need - 1).bit_length())
@@ -159,12 +244,34 @@ def begin(model, holder: object, cache: KVCache, position: int, decoded: int, le
                 available = available_memory(str(like.device))
                 if available is not None and kv_bytes(model.config, columns, like.itemsize) >= SHARE * available:
                     return None
-                layers = [model.lm_head, *model.model.language_model.layers.modules()]
-                if not all(is_plain(layer) for layer in layers if isinstance(layer, nn.Linear)):
-                    return None  # hooks may compute something else on each call
-                steps = _caches[model] = StaticCache(model, columns)
+                if not can_step(model):
+                    return None
+                steps = _caches[model] = new_cache(model, columns)
     steps.begin(holder, cache, position, min(known, default=columns))
     return steps
+
+
+def _is_even(cache: KVCache | HostedCache) -> bool:
+    """Whether the columns of a cache, and their sizes, are the same in all layers."""
+    if isinstance(cache, HostedCache):
+        return True
+    return {*cache.lengths} == {cache.length} and len({*map(id, cache.sizes)}) == 1
+
+
+def can_step(model) -> bool:
+    """Whether each pass of a column runs the same operations: hooks may do something else, and experts are chosen by values."""
+    modules = [model.lm_head, *model.model.language_model.layers.modules()]
+    if not all(is_plain(layer) for layer in modules if isinstance(layer, nn.Linear)):
+        return False
+    if not isinstance(model, HostedVL):
+        return True
+    text = model.model.language_model
+    kinds = {*(getattr(text.config, "layer_types", None) or ())}
+    return (
+        model.config.text_config.experts is None
+        and kinds <= {"full_attention", "linear_attention"}
+        and all(type(weight) is nn.Parameter for weight in text.parameters())  # none that a package has quantised
+    )
 
 
 def give_up(model, problem: Exception) -> None:

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from contextlib import contextmanager
+from functools import cache
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from evoprune.language.generate import GenerationOptions, PrefillState, TokenStr
 from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.session.loading.model import load_model
 from tests.backend.recorder import Graphs
-from tests.tiny import NATIVE, tiny_model
+from tests.tiny import NATIVE, save_tiny, tiny_model
 
 NEW = 12
 
@@ -23,6 +24,17 @@ NEW = 12
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def hosted(tmp_path_factory):
+    """Models that transformers runs, by family: one with recurrent states, one without, and one with experts."""
+
+    def load(family: str):
+        folder = save_tiny(tmp_path_factory.mktemp(family), family=family)
+        return load_model(str(folder), dtype="fp32", engine="transformers", pack=False).model
+
+    return cache(load)
 
 
 @pytest.fixture
@@ -68,23 +80,53 @@ def test_a_graph_decodes_the_tokens_of_the_plain_decoder(family, sizes, graphs):
     assert answer.finish_reason == "length"
 
 
+@pytest.mark.parametrize("sizes", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl", "qwen2_5_vl"])
+def test_a_graph_runs_modules_of_transformers(family, sizes, graphs, hosted):
+    model = hosted(family)
+    for number, columns in enumerate((40, 25, 45)):
+        expected = plainly(model, state_of(model, columns, sizes, seed=number))
+        assert list(stream(model, state_of(model, columns, sizes, seed=number))) == expected
+        assert len(set(expected)) > 1
+    assert (graphs.captured, graphs.replayed) == (1, 3 * (NEW - 1) - 1)
+
+
+def test_an_answer_of_transformers_modules_goes_on_after_its_graph(graphs, hosted, monkeypatch):
+    model = hosted("qwen3_5")
+    expected = [plainly(model, state_of(model, seed=seed)) for seed in (1, 2)]
+    one, other = (stream(model, state_of(model, seed=seed)) for seed in (1, 2))
+    made = [next(one) for _ in range(4)], [next(other) for _ in range(5)]  # the second takes the cache over
+    assert [begun + list(answer) for begun, answer in zip(made, (one, other), strict=True)] == expected
+    monkeypatch.setattr(static, "MAX_NEW", 4)
+    monkeypatch.setattr(static, "MIN_COLUMNS", 16)
+    static._caches.clear()
+    assert list(stream(model, state_of(model, 28), new=24)) == plainly(model, state_of(model, 28), new=24)
+    assert static._caches[model].read == 64 and graphs.captured == 3
+
+
+def test_experts_are_chosen_without_a_graph(graphs, hosted):
+    model = hosted("qwen3_5_moe")
+    list(stream(model, state_of(model)))
+    assert graphs.captured == 0
+
+
 @pytest.mark.parametrize("family", NATIVE)
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
 def test_the_logits_of_a_step_are_those_of_the_plain_decoder(family, dtype, near):
     model, ids = tiny_model(family=family).to(dtype), [5, 17, 9, 200]
     state, also = state_of(model, sizes=True), state_of(model, sizes=True)
     with torch.inference_mode():
-        cache = static.StaticCache(model, 64)
-        cache.fill(also.cache, also.next_position, 64)
+        steps = static.new_cache(model, 64)
+        steps.fill(also.cache, also.next_position, 64)
         for number, token in enumerate(ids):
             position = torch.full((3, 1), state.next_position + number)
             embeds = model.get_input_embeddings()(torch.tensor([token]))
             expected = decoder.logits(model, embeds, position, state.cache)[0]
-            cache.token.fill_(token)
-            static.step(model, cache)
-            torch.testing.assert_close(cache.logits, expected, atol=near, rtol=near)
-            assert cache.best.tolist() == [int(cache.logits.argmax()), 1]
-    assert (int(cache.column), int(cache.position)) == (44, state.next_position + 4)
+            steps.token.fill_(token)
+            static.step(model, steps)
+            torch.testing.assert_close(steps.logits, expected, atol=near, rtol=near)
+            assert steps.best.tolist() == [int(steps.logits.argmax()), 1]
+    assert (int(steps.column), int(steps.position)) == (44, state.next_position + 4)
     assert also.cache.length == 40
 
 
@@ -300,7 +342,7 @@ def test_logits_at_3b():
     """Along one answer, of the step and of the plain decoder."""
     model = load_model("Qwen/Qwen2.5-VL-3B-Instruct", load_format="dummy", device=DEVICE, dtype="bf16").model
     with torch.inference_mode():
-        state, cache = prompt_state(model, 256), static.StaticCache(model, 2048)
+        state, cache = prompt_state(model, 256), static.new_cache(model, 2048)
         cache.fill(state.cache, state.next_position, 2048)
         for token in answer(model, 256, 16)[:-1]:
             plain = state.read(torch.tensor([token]))[0]

@@ -529,7 +529,7 @@ def accelerated(subject: Subject) -> Outcome:
     features = gap(actual, expected)
     figures |= {f"tower_{name}": limit for name, limit in features.limits(subject.features_noise).items()}
     said = f"tower {features}"
-    if can_capture(subject.device) and subject.loaded.model.native:
+    if can_capture(subject.device) and static.can_step(subject.loaded.model):
         logits = gap(*_decoded(subject), centred=True)
         figures |= {f"decoding_{name}": limit for name, limit in logits.limits(subject.logits_noise, 2).items()}
         said += f"; decoding {logits}"
@@ -583,7 +583,7 @@ def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.tensor([*answer.ids, 0], dtype=torch.int64, device="cpu")
         plain = generate.teacher_forced_logits(state, ids, one_by_one=True)[1:]
     state = generate.prefill(model, embeds, positions, 64)
-    steps, holder, decoded = static.StaticCache(model, static.MIN_COLUMNS), object(), []
+    steps, holder, decoded = static.new_cache(model, static.MIN_COLUMNS), object(), []
     steps.begin(holder, state.cache, 64, static.MIN_COLUMNS)
     for token in answer.ids:
         steps.following(model, holder, token, lambda logits, best: decoded.append(logits.clone()) or 0)

@@ -24,7 +24,7 @@ from evoprune.errors import ModelError, ModelWarning, OutOfMemory, is_out_of_mem
 from evoprune.language.generate import TokenStream, Visual, embed_prompt, prefill
 from evoprune.language.prompt import Place, Tokenizer, has_tokenizer, load_tokenizer
 from evoprune.language.settings import GenerationOptions
-from evoprune.language.static import MIN_COLUMNS, StaticCache, step
+from evoprune.language.static import MIN_COLUMNS, NativeStaticCache, step
 from evoprune.methods.registry import parse
 from evoprune.model.config import PATCHES, Config, GenerationSettings
 from evoprune.model.cost import shortage
@@ -351,6 +351,6 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     embeds, columns, sizes, deepstack = embed_prompt(model, ids, visuals)
     state = prefill(model, embeds, columns.expand(3, -1), len(ids), None, sizes, None, deepstack)
     list(TokenStream(state, GenerationOptions(max_new_tokens=2), eos_ids=()))
-    steps = StaticCache(model, MIN_COLUMNS)
+    steps = NativeStaticCache(model, MIN_COLUMNS)
     steps.fill(state.cache, len(ids) + 1, MIN_COLUMNS)
     step(model, steps)
