@@ -5,7 +5,6 @@ tests/session/test_qwen3.py compares their answers with `generate` at full budge
 
 import json
 import logging
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from evoprune.bench.verify.run import CHECKS, subject_of, verify
 from evoprune.bench.verify.subject import gap, rounding_again
 from evoprune.errors import QUANTIZERS, ModelError, ModelWarning, PluginError, UsageError
 from evoprune.language import hosted
+from evoprune.session.loading import find
 from evoprune.session.loading.find import PACKAGES, check_packages, find_model, quantization_in
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions
@@ -177,12 +177,19 @@ def damaged(folder: Path, tmp_path: Path, **entries) -> str:
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("method", [method for method, (module, _) in PACKAGES.items() if find_spec(module) is None])
-def test_a_package_that_is_missing_is_named(saved, tmp_path, method):
+@pytest.mark.parametrize(("method", "here", "hint"), [
+    ("gptq", (), "gptqmodel optimum accelerate"),
+    ("gptq", ("gptqmodel", "accelerate"), "optimum"),
+    ("awq", ("gptqmodel", "optimum"), "accelerate"),
+    ("fp8", (), "accelerate"),
+    *((method, ("accelerate",), " ".join(packages)) for method, packages in PACKAGES.items()),
+])  # fmt: skip
+def test_packages_that_are_missing_are_named(saved, tmp_path, monkeypatch, method, here, hint):
+    monkeypatch.setattr(find, "_is_installed", here.__contains__)
     name = damaged(saved, tmp_path, quantization_config={"quant_method": method})
-    with pytest.raises(ModelError, match=f"quantised by {method}") as caught:
+    with pytest.raises(ModelError, match=f"quantised by {method}, and .* not installed") as caught:
         load_model(name)
-    assert caught.value.hint == f"pip install {PACKAGES[method][1]}"
+    assert caught.value.hint == f"pip install {hint}"
 
 
 @pytest.mark.parametrize("entries", [{}, {"load_in_8bit": False}])
@@ -218,7 +225,8 @@ def test_a_tensor_of_an_expert_that_does_not_fit_is_named(tmp_path, family, shap
     assert f"{name} is [7, 5]" in str(caught.value) if shape else f"lack 1 tensor, first {name}" in str(caught.value)
 
 
-def test_an_unknown_quantisation_is_an_error_of_the_model(saved, tmp_path):
+def test_an_unknown_quantisation_is_an_error_of_the_model(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(find, "_is_installed", lambda package: True)
     name = damaged(saved, tmp_path, quantization_config={"quant_method": "fictitious"})
     with pytest.raises(ModelError, match="transformers cannot load"):
         load_model(name)
@@ -247,7 +255,7 @@ def test_a_tensor_that_is_missing_or_of_another_shape(hybrid, tmp_path, shape, s
 
 
 def test_a_package_that_fails_to_compute_is_named(hybrid, monkeypatch):
-    monkeypatch.setattr("evoprune.session.loading.find.find_spec", lambda module: True)
+    monkeypatch.setattr(find, "_is_installed", lambda package: True)
     monkeypatch.setitem(QUANTIZERS, "torchao", "a package that another test loaded")
     check_packages("torchao", "a model")
     layers = {"__name__": "torchao.layers"}
@@ -346,11 +354,19 @@ def test_rounding_once_more_is_about_as_much_as_a_wider_dtype_shows(hybrid):
         assert torch.equal(subject.features(call), subject.about(subject.video).features)
 
 
+def needs(package: str) -> None:
+    """Skips without it. `pytest.importorskip` would import it, and gptqmodel changes the environment then."""
+    if not find._is_installed(package) or not find._is_installed("accelerate"):
+        pytest.skip(f"needs {package} and accelerate")
+
+
 def quantised(kind: str, base: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes a model whose language model a library has quantised; but for layers that are too small for the kernels."""
     import transformers
     from transformers import AutoModelForImageTextToText
 
+    if kind in ("gptq", "awq"):
+        return four_bits(kind, base, folder)
     left = ["model.visual", "lm_head", "in_proj_a", "in_proj_b"]
     if kind == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
@@ -369,14 +385,57 @@ def quantised(kind: str, base: Path, folder: Path, dtype: torch.dtype = torch.fl
             (folder / file.name).symlink_to(file)
 
 
+def four_bits(kind: str, base: Path, folder: Path) -> None:
+    """The same in the layout of GPTQ or AWQ: eight columns or rows in an int32, a scale for each 32 inputs."""
+    from safetensors.torch import load_file, save_file
+
+    def packed(numbers: torch.Tensor) -> torch.Tensor:
+        order = (0, 2, 4, 6, 1, 3, 5, 7) if kind == "awq" else range(8)
+        return sum(numbers[:, column::8].int() << (4 * place) for place, column in enumerate(order))
+
+    written, names, left = {}, set(), {"visual"}
+    for name, weight in load_file(base / "model.safetensors").items():
+        layer = name.rpartition(".layers.")[2].partition(".")[2].removesuffix(".weight")
+        linear = ".layers." in name and "_proj" in layer and weight.ndim == 2
+        if not linear or any(size % 32 for size in weight.shape):
+            written[name] = weight
+            left |= {layer} if linear else set()
+            continue
+        names.add(layer)
+        groups = weight.T.unflatten(0, (-1, 32))
+        scales = groups.abs().amax(1) / 7
+        numbers = (8 + (groups / scales[:, None]).round()).flatten(0, 1)
+        zeros = torch.full_like(scales, 8 if kind == "awq" else 7)  # GPTQ stores one less
+        stem = name.removesuffix(".weight")
+        written[f"{stem}.qweight"] = packed(numbers) if kind == "awq" else packed(numbers.T).T
+        written |= {f"{stem}.qzeros": packed(zeros), f"{stem}.scales": scales.half()}
+        if kind == "gptq":
+            written[f"{stem}.g_idx"] = torch.arange(len(numbers), dtype=torch.int32) // 32
+    written = {name: tensor.contiguous() for name, tensor in written.items()}
+    save_file(written, folder / "model.safetensors", {"format": "pt"})
+    settings = {
+        "gptq": {"desc_act": False, "sym": True, "modules_in_block_to_quantize": [sorted(names)]},
+        "awq": {"zero_point": True, "version": "gemm", "modules_to_not_convert": sorted(left)},
+    }[kind]
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = settings | {"quant_method": kind, "bits": 4, "group_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in base.iterdir():
+        if not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file)
+
+
 @pytest.mark.full
-@pytest.mark.parametrize(("kind", "package"), [("torchao", "torchao"), ("4 bits", "bitsandbytes")])
+@pytest.mark.parametrize(
+    ("kind", "package"),
+    [("torchao", "torchao"), ("4 bits", "bitsandbytes"), ("gptq", "gptqmodel"), ("awq", "gptqmodel")],
+)
 def test_a_quantised_checkpoint_is_as_in_transformers(saved, tmp_path, kind, package):
-    pytest.importorskip(package)
-    pytest.importorskip("accelerate")
+    needs(package)
     quantised(kind, saved, tmp_path)
     loaded = load_model(str(tmp_path), dtype="fp32")
-    assert (loaded.facts().quantize, loaded.facts().engine) == (package, "transformers")
+    method = package if package != "gptqmodel" else kind
+    assert (loaded.facts().quantize, loaded.facts().engine) == (method, "transformers")
     assert outcomes(loaded, "tower", "logits", "answer", "again", "model") == dict.fromkeys(
         ("tower", "logits", "answer", "again", "model"), "held"
     )
@@ -387,8 +446,7 @@ def test_a_quantised_checkpoint_is_as_in_transformers(saved, tmp_path, kind, pac
     ("kind", "package"), [("torchao", "torchao"), ("4 bits", "bitsandbytes"), ("8 bits", "bitsandbytes")]
 )
 def test_verify_finds_faults_of_quantised_checkpoints_in_16_bits(saved, hybrid, tmp_path, kind, package, monkeypatch):
-    pytest.importorskip(package)
-    pytest.importorskip("accelerate")
+    needs(package)
     crops = kind == "4 bits"  # whose kernels on CPUs take no layer as narrow as this hybrid's
     quantised(kind, saved if crops else Path(hybrid.found.folder), tmp_path, torch.bfloat16)
     loaded = load_model(str(tmp_path), dtype="bf16")
@@ -406,8 +464,7 @@ def test_verify_finds_faults_of_quantised_checkpoints_in_16_bits(saved, hybrid, 
 @pytest.mark.parametrize("kind", ["4 bits", "8 bits"])
 @pytest.mark.parametrize("where", ["outside", "inside"])
 def test_settings_of_quantisation_as_older_programs_write_them(saved, tmp_path, kind, where):
-    pytest.importorskip("bitsandbytes")
-    pytest.importorskip("accelerate")
+    needs("bitsandbytes")
     quantised(kind, saved, tmp_path, torch.bfloat16)
     content = json.loads((tmp_path / "config.json").read_text())
     settings = content.pop("quantization_config")

@@ -15,7 +15,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -57,14 +57,14 @@ BUNDLED_CONFIGS = {
 }
 FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]  # of a model on the hub
 # What computes with the weights of a method of quantisation: the module, and the package that has it.
-PACKAGES = {
-    "awq": ("gptqmodel", "gptqmodel"),
-    "gptq": ("gptqmodel", "gptqmodel"),
-    "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
-    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
-    "hqq": ("hqq", "hqq"),
-    "quanto": ("optimum", "optimum-quanto"),
-    "torchao": ("torchao", "torchao"),
+PACKAGES = {  # that transformers needs for a method of quantisation, besides accelerate
+    "awq": ["gptqmodel"],
+    "gptq": ["gptqmodel", "optimum"],
+    "bitsandbytes": ["bitsandbytes"],
+    "compressed-tensors": ["compressed-tensors"],
+    "hqq": ["hqq"],
+    "quanto": ["optimum-quanto"],
+    "torchao": ["torchao"],
 }
 BITS = "load_in_8bit", "load_in_4bit"  # which mean bitsandbytes, whatever method is named, as in transformers
 PLAIN = ("BF16", "F16", "F32", "F64")  # dtypes of safetensors whose numbers mean what they say: others have scales
@@ -464,13 +464,24 @@ def check_engine(found: FoundModel) -> None:
 
 
 def check_packages(quantization: str | None, name: str) -> None:
-    """Raises ModelError: the package that a quantised checkpoint needs is not installed."""
-    module, package = PACKAGES.get(quantization or "", (None, None))
-    if module and find_spec(module) is None:
-        problem = f"{name} holds weights quantised by {quantization}, and the package {package} is not installed"
-        raise ModelError(problem, f"pip install {package}")
-    if module:
+    """Raises ModelError: a package that a quantised checkpoint needs is not installed."""
+    if quantization is None:
+        return
+    packages = PACKAGES.get(quantization, [])
+    if missing := [package for package in [*packages, "accelerate"] if not _is_installed(package)]:
+        what = f"{listed(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+        problem = f"{name} holds weights quantised by {quantization}, and {what}"
+        raise ModelError(problem, f"pip install {' '.join(missing)}")
+    for package in packages:
+        module = "optimum" if package == "optimum-quanto" else package.replace("-", "_")
         QUANTIZERS[module] = f"the package {package}"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def check_runs(path: Path) -> None:

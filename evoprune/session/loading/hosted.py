@@ -5,7 +5,9 @@ quantisation packs its weights; the packages that compute with them are the user
 """
 
 import logging
+import os
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -55,10 +57,11 @@ def load_hosted(
         _check_experts(folder, config.text_config.experts.num_experts)
     kwargs = {}
     try:
-        if quantization:
-            kwargs = {"device_map": {"": device}, "config": _quantized_config(folder, quantization, device)}
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are named here
-        host, info = read_whole(folder, dtype, device, **kwargs)
+        with _environment_kept():
+            if quantization:
+                kwargs = {"device_map": {"": device}, "config": _quantized_config(folder, quantization, device)}
+            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are named here
+            host, info = read_whole(folder, dtype, device, **kwargs)
     # transformers and the packages of quantisation raise of many kinds what a file has wrong.
     except Exception as problem:
         if is_out_of_memory(problem):
@@ -80,6 +83,19 @@ def load_hosted(
         said = f"{counted(len(unused), 'tensor')} of the weights are not used in {folder}: {', '.join(unused[:3])}"
         warnings.warn(said, ModelWarning, stacklevel=2)
     return _of(config, host)
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Takes back what packages of quantisation set when they are imported: gptqmodel moves the hub's cache, among others."""
+    variables, path = dict(os.environ), list(sys.path)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - variables.keys():
+            del os.environ[name]
+        os.environ |= variables
+        sys.path[:] = path
 
 
 def _check_experts(folder: Path, count: int) -> None:

@@ -298,7 +298,7 @@ def test_quantised_names_are_known_before_the_download(hub, cache):
     _, hint = refused("org/thing-GGUF", offline=True)
     assert hint.startswith("its name is that of GGUF or MLX weights")
     edit(hub.folder / "config.json", quantization_config={"quant_method": "hqq"})
-    assert "the package hqq is not installed" in refused("org/tiny")[0]
+    assert "hqq and accelerate are not installed" in refused("org/tiny")[0]
     assert not any("safetensors" in path for path in hub.requests)
     (hub.folder / "config.json").unlink()
     assert "no config.json on the hub" in refused("org/tiny")[0]
