@@ -72,7 +72,7 @@ def environment(device: str) -> Environment:
     """Versions, device and threads."""
     return Environment(
         evoprune=evoprune.__version__,
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         transformers=version("transformers"),
         device_name=device_name(device),
         threads=torch.get_num_threads(),
