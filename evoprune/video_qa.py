@@ -32,7 +32,7 @@ from evoprune.session.options import (
     StreamOptions,
 )
 from evoprune.session.prompting import longest_prompt
-from evoprune.session.session import Session, check_fits
+from evoprune.session.session import Session, check_fits, check_streams
 from evoprune.util import brief, check_type, from_keywords
 
 if TYPE_CHECKING:
@@ -204,16 +204,24 @@ class VideoQA(Uncopied):
 
 @names_plugins()
 def load_qa(
-    model: ModelOptions | FoundModel,
+    model: ModelOptions,
     pruning: PruneOptions,
     *,
     progress: Callable[[int, int], None] | None = None,
     kind: type[VideoQA] = VideoQA,
+    streams: bool = False,
 ) -> VideoQA:
-    """Loads a model, as `VideoQA.load`; a method that cannot act in it is refused before weights are read."""
+    """Loads a model, as `VideoQA.load`. Before weights are downloaded, a method that cannot act in it is refused.
+
+    `streams`: so is a method or a model that cannot watch a stream.
+    """
     start = time.perf_counter()
     config = pruning.config()  # refuses wrong settings before a model is looked for
-    model = find_model(model) if isinstance(model, ModelOptions) else model
-    check_fits(config.method, model)
-    loaded = load_model(model, to_answer=True, progress=progress)
+
+    def check(found: FoundModel) -> None:
+        check_fits(config.method, found)
+        if streams:
+            check_streams(config.method, found)
+
+    loaded = load_model(find_model(model, check), to_answer=True, progress=progress)
     return kind(Session(loaded, config, time.perf_counter() - start))

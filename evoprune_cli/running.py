@@ -50,8 +50,8 @@ def prepare() -> None:
     keep_freed_memory()
 
 
-def load(options: PipelineOptions, show: Callable[..., None], quiet: bool) -> "VideoQA":
-    """The model of `ask` and `watch`. `show`: of `terminal.progress`."""
+def load(options: PipelineOptions, show: Callable[..., None], quiet: bool, streams: bool = False) -> "VideoQA":
+    """The model of `ask` and `watch`. `show`: of `terminal.progress`; `streams`: as of `load_qa`."""
     prepare()
     collects = gc.isenabled()
     gc.disable()  # imports are an eighth faster: Python does not search a hundred thousand new objects for garbage again and again
@@ -62,7 +62,7 @@ def load(options: PipelineOptions, show: Callable[..., None], quiet: bool) -> "V
             gc.freeze()  # nothing that is imported is ever garbage
             gc.enable()
     show("loading model")
-    qa = load_qa(options.model, options.pruning, progress=partial(show, "quantizing"))
+    qa = load_qa(options.model, options.pruning, progress=partial(show, "quantizing"), streams=streams)
     note_model(qa.session, options.generation, quiet)
     return qa
 

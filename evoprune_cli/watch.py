@@ -102,7 +102,7 @@ def watch(
     talk = Conversation([opened.name], json, stats, quiet, verbose, **shown)
     try:
         with progress(not quiet) as show:
-            qa = load(pipeline, show, quiet)
+            qa = load(pipeline, show, quiet, streams=True)
         from evoprune.live.feed import LiveFeed
 
         limits = {"fps": pipeline.sampling.fps, "max_visual_tokens": pipeline.sampling.max_visual_tokens}

@@ -33,7 +33,7 @@ from evoprune.model.cost import prefill_flop, shortage, stretched, tower_flop
 from evoprune.report import Report
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import open_inputs
-from evoprune.session.loading.find import describe_model
+from evoprune.session.loading.find import FoundModel, describe_model, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, threads_of_each
 from evoprune.session.options import (
     GenerationOptions,
@@ -181,9 +181,12 @@ class Evaluation:
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Raises what `load_model` raises. UsageError: a method cannot act in the model."""
-        self.loaded = loaded = load_model(self.settings.model, progress=progress)
-        for name in {variant.method for variant in self.variants}:
-            check_fits(methods.parse(name), loaded.model)
+
+        def check(found: FoundModel) -> None:
+            for name in {variant.method for variant in self.variants}:
+                check_fits(methods.parse(name), found)
+
+        self.loaded = load_model(find_model(self.settings.model, check), progress=progress)
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
         """Writes samples into a folder from now on; with `resume` that of an earlier run, whose samples are kept (`RunFolder`)."""

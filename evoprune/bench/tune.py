@@ -29,6 +29,7 @@ from evoprune.bench.shared import SharedFrames, SharedInput, SharedRows
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import open_inputs
+from evoprune.session.loading.find import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.session.session import Session, check_fits
@@ -462,14 +463,18 @@ class Tuning(Run):
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Raises what `load_model` raises. UsageError: a method cannot act in the model."""
+
+        def check(found: FoundModel) -> None:
+            for candidate in self.known:
+                check_fits(methods.parse(candidate.method), found)
+
+        find_model(self.settings.model, check)
         if self._quantizes:
             with suppress(OutOfMemory):  # then the full answers are those of the quantised weights
                 exact = replace(self.settings.model, quantize="none", store_quantized=False)
                 self.loaded = load_model(exact, to_answer=True)
         if self.loaded is None:
             super().load(progress)
-        for candidate in self.known:
-            check_fits(methods.parse(candidate.method), self.loaded.model)
 
     @property
     def has_results(self) -> bool:

@@ -133,7 +133,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         message = f"the tokenizer in {folder} cannot be loaded: {first_line(problem)}"
         raise ModelError(message, "get its files again") from problem
     if not template:
-        hint = "copy chat_template.json from the original model"
+        hint = "copy chat_template.jinja or chat_template.json from the original model"
         raise ModelError(f"the tokenizer in {folder} has no chat template", hint)
     # Either plain text or {"content": text, ...}.
     tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items() if k.endswith("_token")}

@@ -41,7 +41,7 @@ from evoprune.session.options import GenerationOptions, SamplingOptions, StreamO
 from evoprune.session.planning import check_carried, plan_input
 from evoprune.session.prompting import check_context, check_memory, check_question
 from evoprune.session.report import Encoding, inputs_report
-from evoprune.session.session import Session
+from evoprune.session.session import Session, check_streams
 from evoprune.util import brief, check_type
 from evoprune.video.frames import FrameChunk
 from evoprune.video.info import VIDEO, Video
@@ -176,13 +176,8 @@ class VideoStream(Askable):
         self, session: Session, options: StreamOptions, sampling: SamplingOptions, system: str | None, name: str
     ):
         super().__init__(session)
-        self._lock, method = PriorityLock(), session.pruning.method
-        if method.reads_question or method.language or method.input:
-            hint = "take one that acts inside the encoder or selects tokens without the question, such as evoprune"
-            raise UsageError(f"method {session.pruning.name} cannot prune a stream", hint)
-        if not session.loaded.model.native:
-            problem = f"the language model of {session.loaded.id} is run by transformers, which cannot forget the oldest tokens"
-            raise UsageError(problem, "take a checkpoint that evoprune runs itself, such as Qwen/Qwen3-VL-4B-Instruct")
+        self._lock = PriorityLock()
+        check_streams(session.pruning.method, session.loaded.found)
         self._options, self._sampling, self._system, self._name = options, sampling, system, name
         self._paid = True  # encoding is no question's, but for the unfinished window
         self._gate, self._feeding = Lock(), RLock()

@@ -8,7 +8,6 @@ from evoprune.errors import UsageError, names_plugins
 from evoprune.methods.chain import MethodChain
 from evoprune.methods.config import PruneConfig
 from evoprune.methods.plans import largest_share
-from evoprune.model.weights import Model
 from evoprune.session.loading.find import FoundModel
 from evoprune.session.loading.model import LoadedModel
 
@@ -22,7 +21,7 @@ class Session:
     load_seconds: float | None = None  # how long loading took, for reports; None where that is unknown
 
     def __post_init__(self):
-        check_fits(self.pruning.method, self.loaded.model)
+        check_fits(self.pruning.method, self.loaded.found)
 
     def __repr__(self) -> str:
         settings = f"method {self.pruning.name!r}, budget {self.pruning.budget}, seed {self.pruning.seed}"
@@ -44,10 +43,20 @@ class Session:
 
 
 @names_plugins()
-def check_fits(method: MethodChain, model: FoundModel | Model) -> None:
+def check_fits(method: MethodChain, model: FoundModel) -> None:
     """Raises UsageError: a method that cannot act in this language model, such as one without a recipe for so many layers."""
     method.language_work(model.config.text_config.num_hidden_layers, 64, 1.0)
     if method.language and not model.native:
         works = method.before.name if method.before.members else "evoprune"
         problem = f"method {method.name} acts inside the language model, which is transformers' own here"
-        raise UsageError(problem, f"use {works}, or a checkpoint that evoprune runs itself (evoprune methods)")
+        raise UsageError(problem, f"use {works}, or {model.to_be_native}")
+
+
+def check_streams(method: MethodChain, model: FoundModel) -> None:
+    """Raises UsageError: the method cannot prune a stream, or the model cannot forget its beginning."""
+    if method.reads_question or method.language or method.input:
+        hint = "take one that acts inside the encoder or selects tokens without the question, such as evoprune"
+        raise UsageError(f"method {method.name} cannot prune a stream", hint)
+    if not model.native:
+        problem = f"the language model of {model.id} is run by transformers, which cannot forget the oldest tokens"
+        raise UsageError(problem, model.to_be_native)

@@ -17,6 +17,7 @@ from evoprune.errors import QUANTIZERS, ModelError, ModelWarning, PluginError, U
 from evoprune.language import hosted
 from evoprune.session.loading import find
 from evoprune.session.loading.find import PACKAGES, check_packages, find_model, quantization_in
+from evoprune.session.loading.hosted import in_one_dtype
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
@@ -263,6 +264,31 @@ def test_a_package_that_fails_to_compute_is_named(hybrid, monkeypatch):
     monkeypatch.setattr(hybrid.model.model.language_model.layers[2].mlp, "forward", layers["fails"])
     with pytest.raises(PluginError, match="the package torchao failed: AssertionError: no kernel"):
         said(VideoQA(hybrid).encode(CLIP), "What?")
+
+
+def test_layers_beside_quantised_ones_have_one_dtype():
+    def frozen(*shape: int, dtype: torch.dtype = torch.float32):
+        return torch.nn.Parameter(torch.ones(shape, dtype=dtype), requires_grad=False)
+
+    class Packed(torch.nn.Parameter):
+        """A weight that knows how it is packed."""
+
+    norm, scaled, packed = torch.nn.LayerNorm(4), torch.nn.Module(), torch.nn.Module()
+    scaled.weight, scaled.scale = frozen(4, 4, dtype=torch.float8_e4m3fn), frozen(4)
+    packed.weight = Packed(torch.ones(4), requires_grad=False)
+    in_one_dtype(torch.nn.ModuleList([norm, scaled, packed]), torch.bfloat16)
+    assert (norm.weight.dtype, norm.bias.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert scaled.weight.dtype == torch.float8_e4m3fn
+    assert scaled.scale.dtype == packed.weight.dtype == torch.float32
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["4 bits", "8 bits"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_quantised_checkpoint_in_another_dtype_than_its_file(saved, tmp_path, kind, dtype):
+    needs("bitsandbytes")
+    quantised(kind, saved, tmp_path)
+    assert said(VideoQA.load(model=str(tmp_path), dtype=dtype).encode(CLIP), "What happens?")
 
 
 def test_what_loggers_say_of_every_product_is_left_out(hybrid, caplog):

@@ -45,7 +45,7 @@ from evoprune.model.config import (
 )
 from evoprune.model.cost import parameter_count
 from evoprune.model.weights import Tower, empty, name_in_memory
-from evoprune.session.options import AUTO, NATIVE, TRANSFORMERS, ModelOptions
+from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.util import did_you_mean, is_text, listed, shorten
 from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import InputLimits
@@ -137,8 +137,19 @@ class FoundModel:
     @property
     def native(self) -> bool:
         """Whether this project runs the language model itself."""
-        able = self.config.vision_config.traits.native and self.quantization is None
-        return able and self.options.engine != TRANSFORMERS
+        return self.can_be_native and self.options.engine != TRANSFORMERS
+
+    @property
+    def to_be_native(self) -> str:
+        """What a user is to do so that this project runs the language model; a hint where it does not."""
+        if self.can_be_native:
+            return "leave the engine out"
+        return "take a checkpoint that evoprune runs itself, such as Qwen/Qwen3-VL-4B-Instruct"
+
+    @property
+    def can_be_native(self) -> bool:
+        """Whether this project could run the language model."""
+        return self.config.vision_config.traits.native and self.quantization is None
 
     @cached_property
     def limits(self) -> dict[str, InputLimits]:
@@ -233,15 +244,27 @@ class FoundModel:
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(str(name))
 
 
-def find_model(options: ModelOptions) -> FoundModel:
-    """Finds a model, and downloads it if it is on the hub and not here yet. Errors: as of `load_model`."""
+def find_model(options: ModelOptions, check: Callable[[FoundModel], Any] = lambda found: None) -> FoundModel:
+    """Finds a model, and downloads it if it is on the hub and not here yet. Errors: as of `load_model`.
+
+    `check`: called with what its config.json says, before weights are downloaded; it raises if the model will not do.
+    """
     device, random = usable_device(options), options.load_format == "dummy"
+
+    def check_config(path: Path) -> None:
+        model = _found(options, device, path.parent)
+        check_packages(model.quantization, options.model)
+        check(model)
+
     if random and _is_bundled(options.model):
         if options.revision is not None:
             problem = f"the bundled config of {options.model} has no revision {options.revision!r}"
             raise UsageError(problem, "leave the revision out")
-        return _found(options, device)
-    return _found(options, device, *locate(options, files=None if random else FILES))
+        model = _found(options, device)
+    else:
+        model = _found(options, device, *locate(options, files=None if random else FILES, check=check_config))
+    check(model)
+    return model
 
 
 def describe_model(options: ModelOptions) -> FoundModel:
@@ -288,8 +311,13 @@ def _found(
     return replace(model, config=replace(model.config, tie_word_embeddings=False))
 
 
-def locate(options: ModelOptions, *, files: list[str] | None) -> tuple[Path, str | None]:
-    """The folder of a model, and its commit if it is a hub id. `files`: patterns of what to download; None if nothing may be."""
+def locate(
+    options: ModelOptions, *, files: list[str] | None, check: Callable[[Path], Any] | None = None
+) -> tuple[Path, str | None]:
+    """The folder of a model, and its commit if it is a hub id. `files`: patterns of what to download; None if nothing may be.
+
+    `check`: as of `download`; by default the config must be one of a model that can run.
+    """
     name, revision = options.model, options.revision
     if not name.strip():
         raise ModelError("the name of the model is empty", MODEL_HINT)
@@ -314,7 +342,7 @@ def locate(options: ModelOptions, *, files: list[str] | None) -> tuple[Path, str
     if files is None:
         hint = f"random weights need a local folder, {', '.join(DEMOS)}, or {' and '.join(BUNDLED_CONFIGS)}"
         raise ModelError(f"no bundled config for {name}", hint)
-    return download(name, revision, options.offline, files, check=check_runs if files is FILES else read_config)
+    return download(name, revision, options.offline, files, check or read_config)
 
 
 def usable_device(options: ModelOptions) -> torch.device:
@@ -456,11 +484,11 @@ def check_engine(found: FoundModel) -> None:
     if options.engine == NATIVE and not found.native:
         raise ModelError(f"{found.id} {why}", "leave the engine out: auto takes that of transformers")
     if options.quantize != "none" and not found.native:
-        what = why if options.engine == AUTO else "is run by transformers, as asked for"
-        raise UsageError(
-            f"quantize {options.quantize} is for models that evoprune runs itself, and {found.id} {what}",
-            "leave quantize out, or take a checkpoint that is quantised already",
-        )
+        hint = "leave quantize out, or take a checkpoint that is quantised already"
+        if found.can_be_native:
+            why, hint = "is run by transformers, as asked for", found.to_be_native
+        problem = f"quantize {options.quantize} is for models that evoprune runs itself, and {found.id} {why}"
+        raise UsageError(problem, hint)
 
 
 def check_packages(quantization: str | None, name: str) -> None:
@@ -482,12 +510,6 @@ def _is_installed(package: str) -> bool:
         return bool(version(package))
     except PackageNotFoundError:
         return False
-
-
-def check_runs(path: Path) -> None:
-    """Checks a config.json before its weights are downloaded. Raises ModelError."""
-    read_config(path)
-    check_packages(quantization_in(path), str(path.parent))
 
 
 def _no_config(folder: Path) -> ModelError:

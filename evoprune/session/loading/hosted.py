@@ -162,8 +162,20 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
     host = loaded[0] if isinstance(loaded, tuple) else loaded
     if not kwargs.get("device_map"):  # layers of quantised weights were made on their device
         host.to(device)
+    else:
+        in_one_dtype(host, dtype)
     host.eval().requires_grad_(False)
     return loaded
+
+
+def in_one_dtype(host, dtype: torch.dtype) -> None:
+    """Gives layers without quantised weights this dtype. Of bitsandbytes' checkpoints, transformers leaves some as stored."""
+    for module in host.modules():
+        weights = list(module.parameters(recurse=False))
+        # Weights in 8 bits have scales beside them; those of other classes know how they are packed.
+        if all(type(w) is torch.nn.Parameter and w.is_floating_point() and w.itemsize > 1 for w in weights):
+            for weight in weights:
+                weight.data = weight.data.to(dtype)
 
 
 @contextmanager

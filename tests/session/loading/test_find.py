@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from evoprune.batch.rows import load_rows
+from evoprune.bench.eval import EvalSettings, Evaluation
+from evoprune.bench.tune import TuneSettings, Tuning
 from evoprune.bench.verify.subject import QUESTION, SAMPLING, Subject
 from evoprune.errors import LFS_HINT, ModelError, ModelWarning, UsageError, VideoError
 from evoprune.language import template
@@ -28,10 +30,11 @@ from evoprune.language.prompt import build_prompt
 from evoprune.session.loading import find
 from evoprune.session.loading.find import describe_model
 from evoprune.session.loading.model import load_model as load
-from evoprune.session.options import ModelOptions
+from evoprune.session.options import ModelOptions, PruneOptions
+from evoprune.util import from_keywords
 from evoprune.video.frames import probe
 from evoprune.video.readers import subtitles
-from evoprune.video_qa import VideoQA
+from evoprune.video_qa import VideoQA, load_qa
 from tests.loading import edit, error_of, load_model, no_network
 from tests.tiny import tiny_model
 
@@ -292,6 +295,35 @@ def test_what_a_name_says_of_its_model():
     assert {name: find.kind_hint(name) for name in ORIGINAL} == {k: unread.format(v) for k, v in ORIGINAL.items()}
     assert {find.kind_hint(name) for name in OTHERS} == {f"{find.MODEL_HINT}; "}
     assert {find.kind_hint(name) for name in KNOWN} == {""}
+
+
+@pytest.mark.parametrize(
+    ("options", "streams", "says", "hint"),
+    [
+        ({"engine": "transformers"}, True, "cannot forget the oldest tokens", "leave the engine out"),
+        ({"engine": "transformers", "quantize": "int8"}, False, "as asked for", "leave the engine out"),
+        ({"engine": "transformers", "method": "pyramiddrop"}, False, "acts inside the language model", "engine out"),
+        ({"method": "cdpruner"}, True, "cannot prune a stream", "without the question"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_before_the_download(hub, options, streams, says, hint):
+    loading, pruning = from_keywords({"model": "org/tiny"} | options, ModelOptions, PruneOptions)
+    with pytest.raises(UsageError, match=says) as caught:
+        load_qa(loading, pruning, streams=streams)
+    assert hint in caught.value.hint
+    assert hub.requests and not any("safetensors" in path for path in hub.requests)
+
+
+@pytest.mark.parametrize("kind", [Evaluation, Tuning])
+def test_methods_to_compare_are_refused_before_the_download(hub, kind):
+    options = {"methods": ("pyramiddrop",), "model": ModelOptions("org/tiny", engine="transformers")}
+    if kind is Evaluation:
+        run = Evaluation(EvalSettings(data="a.jsonl", budgets=(0.25,), **options), [])
+    else:
+        run = Tuning(TuneSettings(("a.mp4",), **options))
+    with pytest.raises(UsageError, match="acts inside the language model"):
+        run.load()
+    assert hub.requests and not any("safetensors" in path for path in hub.requests)
 
 
 def test_quantised_names_are_known_before_the_download(hub, cache):
