@@ -137,7 +137,7 @@ def test_layers_of_fused_kernels(family, used):
         logits, cache = made()
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
         with torch.inference_mode():
-            held = static.StaticCache(model, 64)
+            held = static.new_cache(model, 64)
             held.fill(cache, 50, 64)
             held.token.fill_(7)
             static.step(model, held)
