@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from evoprune.errors import UsageError
@@ -37,6 +38,14 @@ def test_a_picture_that_a_method_cannot_prune_stays_whole_and_says_so(loaded, me
     picture = VideoQA(loaded, budget=0.25, method=method).encode(save(tmp_path / "a.png", 300, 200))
     assert ("whole_picture" in picture.report.warnings) == whole
     assert (len(picture.encoded.kept) == picture.plan.units) == (whole or method == "none")
+
+
+def test_a_picture_has_the_limits_of_pictures(loaded, tmp_path):
+    """Also where its values are normalised; a video's are others."""
+    picture, limits = save(tmp_path / "a.png", 300, 200), loaded.limits
+    other = replace(loaded, limits=limits | {"video": replace(limits["video"], image_std=(5.0, 5.0, 5.0))})
+    alike = [VideoQA(model, budget=1.0).encode(picture).encoded.features for model in (loaded, other)]
+    assert torch.equal(*alike)
 
 
 def test_each_input_is_cached_by_itself(tmp_path):

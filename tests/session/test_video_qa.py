@@ -31,7 +31,7 @@ from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from evoprune.vision.preprocess import pixel_patches
 from tests.tiny import save_tiny
-from tests.video.files import write_video
+from tests.video.files import write_said, write_video
 
 CLIP, LONG = "samples/square.mp4", "samples/arrivals.webm"
 
@@ -462,6 +462,7 @@ def test_they_say_in_a_line_what_they_are(loaded):
     )
     assert "2 frames, 1 frame pair of 4x6 units" in repr(qa.encode(CLIP, frames=2))
     assert repr(video.encoded).startswith("<Encoded: 14 of 144 visual tokens, ")
+    assert repr(video.ask("What happens?")) == "<Answer '', not complete>"
     made = asked(video, n=1)
     assert repr(made) == f"<Answer {made.text!r}, length>"
     assert made.report.tokens.new == 1 and made.report.rate.generate_tok_s is None
@@ -488,6 +489,11 @@ def test_a_black_video_is_a_video(loaded, tmp_path, method):
 def test_fewer_or_smaller_frames_than_asked_for_are_a_warning(loaded, asked_for, limited):
     report = VideoQA(loaded).encode(CLIP, **asked_for).report
     assert report.warnings == ["limited"] * limited
+
+
+def test_what_is_not_shown_as_players_show_it_is_a_warning(loaded, tmp_path):
+    _, warning = write_said(tmp_path / "wide.mp4")
+    assert VideoQA(loaded).encode(tmp_path / "wide.mp4").report.warnings == [warning]
 
 
 @pytest.mark.few(1)
