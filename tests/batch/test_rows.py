@@ -98,10 +98,8 @@ def test_an_id_is_made_of_what_is_asked_and_of_nothing_else():
     assert (
         name() == name(answer="yes") == name(type="order") == name(start=0) == product_rows(["a.mp4"], ["What?"])[0].id
     )
-    assert (
-        len({name(), name(video="b.mp4"), name(question="Who?"), name(start=1), name(end=1), name(options=["a", "b"])})
-        == 6
-    )
+    others = {"video": "b.mp4", "question": "Who?", "start": 1, "end": 1, "options": ["a", "b"], "subtitles": "a.srt"}
+    assert len({name(), *(name(**{field: value}) for field, value in others.items())}) == 7
     assert [row.id for row in read(jsonl(ROW | {"question": "Who?"}, ROW))][1] == name()
 
 

@@ -151,6 +151,18 @@ def test_operations_at_3b(loaded):
     assert run.samples[2]["tflop_3b_tower"] == pytest.approx(tower_flop(config.vision_config, rows, 2, 2) / 1e12)
 
 
+def test_what_leaves_inside_the_language_model_costs_less(loaded):
+    run = begun(loaded, replace(SETTINGS, methods=("random+fastv",), budgets=(0.5,)), videos(CLIPS[:1]))
+    run.run()
+    video = VideoQA(loaded, budget=0.5, method="random+fastv").encode(SAMPLES / CLIPS[0], frames=4)
+    answer, sample = video.ask("What?", max_new_tokens=1), run.samples[2]
+    assert answer.text is not None
+    read = [count for _, count in answer.report.pruning.language_layers]
+    assert sample["tokens"] == read[0] > sample["layer_tokens"] == sum(read) / len(read)
+    whole = prefill_flop(describe_model(ModelOptions(COST_MODEL)).config.text_config, sample["prompt"]) / 1e12
+    assert 0.5 * whole < sample["tflop_3b_prefill"] < whole
+
+
 def test_the_blind_row_sees_nothing_but_size_and_length(loaded):
     info = probe(SAMPLES / "square.mp4")
     opened = open_inputs(VideoQA(loaded).session, [info.path], SamplingOptions(frames=4), kind=GreyInput)

@@ -48,6 +48,18 @@ def test_a_picture_has_the_limits_of_pictures(loaded, tmp_path):
     assert torch.equal(*alike)
 
 
+def test_several_inputs_take_the_time_of_all_and_are_told_one_by_one(loaded, tmp_path):
+    picture, done = save(tmp_path / "a.png", 300, 200), []
+    qa = VideoQA(loaded, budget=1.0)
+    both = qa.encode([picture, CLIP], progress=lambda *now: done.append(now))
+    apart = [qa.encode(path) for path in (picture, CLIP)]
+    answer = qa.ask(apart, QUESTION, max_new_tokens=1)
+    assert answer.text is not None
+    assert answer.report.time_ms.ttft_wall > sum(encoded.report.time_ms.total for encoded in apart)
+    assert [told for told in done if told[0] == "input"] == [("input", 1, 2), ("input", 2, 2)]
+    assert "a picture of 7x11 units, 77 of 77 visual tokens kept, 'samples/square.mp4': 12 frames" in repr(both)
+
+
 def test_each_input_is_cached_by_itself(tmp_path):
     qa, cache = VideoQA.load("demo"), Cache(tmp_path / "cache")
     picture = save(tmp_path / "a.png", 300, 200)

@@ -409,12 +409,13 @@ def test_settings_are_checked_before_weights_are_read():
 
 
 def test_an_answer_streams_and_has_a_report_of_its_own(loaded):
-    video = VideoQA(loaded).encode(CLIP)
+    qa = VideoQA(loaded)
+    video = qa.encode(CLIP)
     before = video.report.to_json()
     assert video.report.question is video.report.time_ms.prefill is None
     assert Report.from_json(before).sampling == video.report.sampling
     first = video.ask("What happens?", max_new_tokens=9, temperature=1.0)
-    assert first.report.finish_reason is None and first.report.answer is None
+    assert first.report.finish_reason is first.report.answer is first.report.time_ms.total is None
     pieces = [next(first)]
     assert first.report.answer == pieces[0]
     pieces += first
@@ -423,6 +424,8 @@ def test_an_answer_streams_and_has_a_report_of_its_own(loaded):
     assert again.text == str(again) == first.text  # the text generates what is left
     second = asked(video, "And then?", n=2)
     assert first.report.question == "What happens?" and second.report.question == "And then?"
+    third = qa.ask(video, "And now?", max_new_tokens=2)
+    assert third.text is not None and third.report.time_ms.encode == 0
     assert first.report.id != second.report.id and first.report.time_ms.encode > second.report.time_ms.encode == 0
     assert video.report.to_json() == before
 
