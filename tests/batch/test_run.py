@@ -96,6 +96,12 @@ def test_each_record_is_what_asking_alone_gives(qa):
     assert all(report.time_ms.ttft_wall <= report.time_ms.total for report in made)
 
 
+def test_a_record_names_a_video_as_its_row_does(qa):
+    rows = [replace(ROWS[0], inputs=("square.mp4",))]
+    (report,) = answers(qa, group_by_span(rows), changed(max_new_tokens=1, frames=2))
+    assert report.error is None and report.video.path == report.inputs[0].path == "square.mp4"
+
+
 def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
     """While the first video's questions are answered, the second is read; the third is not looked at."""
     events, second = [], threading.Event()
