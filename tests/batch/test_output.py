@@ -66,7 +66,9 @@ def test_what_is_there_is_not_touched_by_accident(path):
     assert ids(path) == ["2"]
 
 
-@pytest.mark.parametrize("content", [b"\0\0\0 ftypisom", b"\0" * 99 + b"x", b'{"question":"What?"}\n', b"notes", HEAD[:-1] + b"x"])
+@pytest.mark.parametrize(
+    "content", [b"\0\0\0 ftypisom", b"\0" * 99 + b"x", b'{"question":"What?"}\n', b"notes", HEAD[:-1] + b"x"]
+)
 @pytest.mark.parametrize("how", [{"overwrite": True}, {"resume": True}, {}])
 def test_what_holds_no_records_is_never_replaced(path, content, how):
     path.write_bytes(content)

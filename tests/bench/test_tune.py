@@ -16,6 +16,7 @@ from evoprune.bench.tune import (
     least_tokens,
     provable,
     recommended,
+    promising,
     result_rows,
     search,
     smoothed,
@@ -176,6 +177,7 @@ def test_candidates():
         *(made.method for made in found), "divprune"
     }  # fmt: skip
     assert {made.budget for made in candidates((1.0, 0.2))} == {0.2}
+    assert [made.budget for made in candidates((0.1, 0.5))][:2] == [0.5, 0.1]
     assert Candidate("evoprune:depth=0.5", 0.25).name == "evoprune:depth=0.5 -b 0.25"
 
 
@@ -208,9 +210,15 @@ def test_settings_that_do_the_same_work_share_their_times():
         Candidate("evoprune:floor=1", 0.1): trials([0.10, 0.20], 0.2),
         Candidate("evoprune:depth=0.5", 0.1): trials([0.15, 0.15], 0.5),
     }
-    rows = {row["name"]: row["first_token"] for row in result_rows(known, 0.9)}
+    found = {row["name"]: row for row in result_rows(known, 0.9)}
+    rows = {name: row["first_token"] for name, row in found.items()}
     assert rows["evoprune -b 0.1"] == rows["evoprune:floor=1 -b 0.1"] == pytest.approx(0.25)
     assert rows["evoprune:depth=0.5 -b 0.1"] == pytest.approx(0.15)
+    slow = found["evoprune -b 0.1"]  # the times are its own
+    assert (slow["first_token_ms"], slow["full_first_token_ms"]) == pytest.approx((350, 1000))
+    # All reach the goal, and none is proven to.
+    assert promising(known, 0.9)[-1].name == slow["name"] and not any(row["passes"] for row in found.values())
+    assert [row["frontier"] for row in found.values()] == [True, False, False]
 
 
 def answers(random, shares, videos=16, tokens=60, alike=0.2):
