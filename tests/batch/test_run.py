@@ -58,6 +58,7 @@ def test_other_settings_are_refused(failed):
         "max_visual_tokens": 9, "decoder": "decord", "max_new_tokens": 1, "temperature": 0.5, "top_p": 0.5, "system": "other",
     }  # fmt: skip
     assert others.keys() == SETTINGS.record().keys()
+    assert changed(device="cpu", threads=2, offline=True).record() == SETTINGS.record()  # the same answers
     for name, value in others.items():
         other = changed(**{name: value})
         with pytest.raises(UsageError, match=f"other settings: {name} was .*, is ") as caught:

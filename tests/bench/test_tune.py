@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from evoprune.bench import tune
 from evoprune.bench.tune import (
     MIN_CANDIDATES,
     Answering,
@@ -56,6 +57,7 @@ def test_a_run(saved):
     assert document["videos"] == {"wanted": 2, "answered": 2, "failed": 0} and document["error"] is None
     assert {row["tokens"] for row in rows.values()} == {document["answer_tokens"]}
     near, far = rows["evoprune -b 0.9"], rows["evoprune -b 0.2"]
+    assert (near["kept_share"], far["kept_share"]) == pytest.approx((0.9, 0.2), abs=0.03)
     assert 0 <= near["kl"] < far["kl"] and far["live_share"] < near["live_share"] < 1
     assert all(0 <= row["low"] <= row["agreement"] <= row["high"] <= 1 for row in rows.values())
     assert all(row["kl_p95"] >= row["kl"] / 2 and row["first_token"] > 0 for row in rows.values())
@@ -65,6 +67,17 @@ def test_a_run(saved):
     assert any(row["frontier"] for row in rows.values()) and rows[document["best"]]["low"] == max(
         row["low"] for row in rows.values()
     )
+
+
+def test_the_time_to_the_first_token_holds_the_encoding(saved, monkeypatch):
+    def encode(*args):
+        video, seconds = real(*args)
+        return video, seconds + 1000
+
+    real = tune.encode
+    monkeypatch.setattr(tune, "encode", encode)
+    document, _ = tuned(saved, videos=CLIPS[:1], budgets=(0.5,), methods=())
+    assert all(1e6 < row[name] < 2e6 for row in document["rows"] for name in ("first_token_ms", "full_first_token_ms"))
 
 
 @pytest.mark.parametrize("kind", parameters("int8"))

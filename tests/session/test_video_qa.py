@@ -445,7 +445,9 @@ def test_an_answer_compares_as_its_text(loaded):
 
 
 def test_each_question_may_have_a_seed_of_its_own(loaded):
-    video = VideoQA(loaded, seed=5).encode(CLIP)
+    qa = VideoQA(loaded, seed=5)
+    assert qa.session.unpruned().pruning.seed == 5  # what it is compared with
+    video = qa.encode(CLIP)
 
     def drawn(**seed):
         return video.ask("What happens?", max_new_tokens=12, temperature=2.0, **seed)
