@@ -9,6 +9,7 @@ from PIL import Image
 
 from evoprune.errors import UsageError
 from evoprune.session.cache import Cache
+from evoprune.session.inspection import plan_facts
 from evoprune.session.loading.model import load_model
 from evoprune.session.planning import TEXT
 from evoprune.video_qa import VideoQA
@@ -46,6 +47,14 @@ def test_a_picture_has_the_limits_of_pictures(loaded, tmp_path):
     other = replace(loaded, limits=limits | {"video": replace(limits["video"], image_std=(5.0, 5.0, 5.0))})
     alike = [VideoQA(model, budget=1.0).encode(picture).encoded.features for model in (loaded, other)]
     assert torch.equal(*alike)
+
+
+def test_what_inspect_says_of_a_picture(loaded, tmp_path):
+    facts = plan_facts(VideoQA(loaded).encode(save(tmp_path / "a.png", 300, 200)).plan, loaded.model.config)
+    assert (facts["resized_hw"], facts["grid"], facts["timestamps_s"]) == ([196, 308], [1, 7, 11], None)
+    full, fast = (facts["presets"][name] for name in ("full", "fast"))
+    assert (fast["tokens"], fast["share"], fast["budget"]) == (23, 0.3, 23 / 77)
+    assert fast["kv_cache_bytes"] * 77 == full["kv_cache_bytes"] * 23
 
 
 def test_several_inputs_take_the_time_of_all_and_are_told_one_by_one(loaded, tmp_path):

@@ -445,6 +445,8 @@ def test_an_answer_compares_as_its_text(loaded):
 
 
 def test_each_question_may_have_a_seed_of_its_own(loaded):
+    kept = {tuple(VideoQA(loaded, method="random", seed=seed).encode(CLIP).encoded.kept.tolist()) for seed in (1, 1, 2)}
+    assert len(kept) == 2
     qa = VideoQA(loaded, seed=5)
     assert qa.session.unpruned().pruning.seed == 5  # what it is compared with
     video = qa.encode(CLIP)
