@@ -320,7 +320,7 @@ def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
         number = kind(value) if isinstance(value, str) else value
     except ValueError:
         number = value
-    right = number is None or (isinstance(number, (int, kind)) and not isinstance(number, bool))
+    right = number is None or isinstance(number, (int, kind))
     _must(right, f"{name} is not a {'whole ' if kind is int else ''}number")
     return check_type(name, number, kind | None)
 

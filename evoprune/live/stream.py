@@ -80,6 +80,7 @@ class Window:
     # int64 `[C]`: place in the order in which tokens stay, 0 for the last; text has the smallest of its frame pair
     order: torch.Tensor
     visual: torch.Tensor  # bool `[C]`: which columns are tokens
+    ids: torch.Tensor  # int64: what its unpruned prompt is made of; a repetition penalty needs them
 
     @property
     def tokens(self) -> int:
@@ -469,7 +470,8 @@ class VideoStream(Askable):
             following = memory.look(*unread) if unread else memory.following
             positions = (ascending(len(ids), "cpu") + following).expand(3, -1)
             state = prefill(loaded.model, embed_ids(loaded.model, ids), positions, following + len(ids), memory.cache)
-            state.prompt_ids = torch.cat([before, ids])
+            windows = [*memory.windows, *(encoded.window for encoded in unread)]
+            state.prompt_ids = torch.cat([before, *(window.ids for window in windows), ids])
         self._open, self._lock.generating = self._turn, True
         return state
 
@@ -536,7 +538,9 @@ def window_columns(
     for run, tokens in zip(around, runs, strict=True):
         first = stays[run.start : run.stop].min()
         stays[run.start : tokens.start] = stays[tokens.stop : run.stop] = first
-    window = Window(span.start_s, span.end_s, int(positions[0, 0]), len(order), stays[columns], visual[columns])
+    window = Window(
+        span.start_s, span.end_s, int(positions[0, 0]), len(order), stays[columns], visual[columns], ids.unique()
+    )
     last = positions.amax(1, keepdim=True)
     return {
         "window": window, "embeds": embeds, "positions": positions[:, columns], "last": last, "sizes": sizes,

@@ -251,9 +251,6 @@ class Askable(ABC, Uncopied):
                 report.warnings.append("thoughts_cut" if thinking else "answer_cut")
             elif report.thoughts and not report.answer:
                 report.warnings.append("thoughts_only")
-        except GeneratorExit:  # the reader stopped early
-            update()
-            raise
         finally:
             self._ended(turn)
 

@@ -66,7 +66,9 @@ def test_what_is_there_is_not_touched_by_accident(path):
     assert ids(path) == ["2"]
 
 
-@pytest.mark.parametrize("content", [b"\0\0\0 ftypisom", b'{"question":"What?"}\n', b"notes", HEAD[:-1] + b"x"])
+@pytest.mark.parametrize(
+    "content", [b"\0\0\0 ftypisom", b"\0" * 99 + b"x", b'{"question":"What?"}\n', b"notes", HEAD[:-1] + b"x"]
+)
 @pytest.mark.parametrize("how", [{"overwrite": True}, {"resume": True}, {}])
 def test_what_holds_no_records_is_never_replaced(path, content, how):
     path.write_bytes(content)
@@ -286,8 +288,9 @@ def test_what_is_no_file_is_only_written(tmp_path, capfd):
     write(tmp_path / "pipe", record(2))
     assert json.loads(reader.communicate(timeout=20)[0])["id"] == "2"
     for name in ("-", str(tmp_path / "pipe")):
-        with pytest.raises(UsageError, match="no file that could be"):
-            RecordFile(name, resume=True)
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(UsageError, match="no file that could be"):
+                RecordFile(name, **how)
     with closing(RecordFile("/dev/full")) as file, pytest.raises(UsageError, match="cannot write /dev/full: No space"):
         file.begin()
         file.add(record(3))

@@ -98,10 +98,8 @@ def test_an_id_is_made_of_what_is_asked_and_of_nothing_else():
     assert (
         name() == name(answer="yes") == name(type="order") == name(start=0) == product_rows(["a.mp4"], ["What?"])[0].id
     )
-    assert (
-        len({name(), name(video="b.mp4"), name(question="Who?"), name(start=1), name(end=1), name(options=["a", "b"])})
-        == 6
-    )
+    others = {"video": "b.mp4", "question": "Who?", "start": 1, "end": 1, "options": ["a", "b"], "subtitles": "a.srt"}
+    assert len({name(), *(name(**{field: value}) for field, value in others.items())}) == 7
     assert [row.id for row in read(jsonl(ROW | {"question": "Who?"}, ROW))][1] == name()
 
 
@@ -126,6 +124,7 @@ def test_an_id_is_made_of_what_is_asked_and_of_nothing_else():
         (ROW | {"start": 3, "end": 3}, "end 3 s is not after start 3 s"),
         (ROW | {"id": 1.5}, "id is neither"),
         (ROW | {"id": ""}, "id is neither"),
+        (ROW | {"id": True}, "id is neither"),
         (ROW | {"id": 1}, r"the same id \(or the same question\) as rows, line 1"),
         (ROW | {"options": ["B. blue", "A. red"]}, "the letters of the options are B, A"),
         ({"inputs": [], "question": "Which?"}, "not a list of paths"),
@@ -137,6 +136,7 @@ def test_an_id_is_made_of_what_is_asked_and_of_nothing_else():
         (ROW | {"fps": 0}, "fps is 0"),
         (ROW | {"fps": "fast"}, "fps is not a number"),
         (ROW | {"frames": 2.5}, "frames is not a whole number"),
+        (ROW | {"frames": True}, "frames is True, not a whole number"),
         (ROW | {"max_new_tokens": 0}, "max_new_tokens is 0"),
         *((ROW | {name: 10**400}, "64 bits cannot hold") for name in ("start", "fps", "frames", "frame_rate")),
     ],
@@ -195,6 +195,9 @@ def test_all_that_is_wrong_is_named_at_once(tmp_path):
         read(jsonl(ROW | {"video": "a.mp4"}, ROW | {"id": 2, "start": "500ms"}))
     assert caught.value.message == "rows, line 2: '500ms' is not a time; line 1: no such file: there/a.mp4"
     assert "1m30s" in caught.value.hint and "relative" in caught.value.hint and "yt-dlp" not in caught.value.hint
+    with pytest.raises(UsageError) as caught:
+        read(jsonl(ROW | {"video": "https://example.org/a.mp4"}, {}))
+    assert "yt-dlp" in caught.value.hint
 
 
 def test_a_row_may_have_several_inputs():

@@ -58,6 +58,7 @@ def test_other_settings_are_refused(failed):
         "max_visual_tokens": 9, "decoder": "decord", "max_new_tokens": 1, "temperature": 0.5, "top_p": 0.5, "system": "other",
     }  # fmt: skip
     assert others.keys() == SETTINGS.record().keys()
+    assert changed(device="cpu", threads=2, offline=True).record() == SETTINGS.record()  # the same answers
     for name, value in others.items():
         other = changed(**{name: value})
         with pytest.raises(UsageError, match=f"other settings: {name} was .*, is ") as caught:
@@ -94,6 +95,12 @@ def test_each_record_is_what_asking_alone_gives(qa):
         assert report.batch == {"row": row.asked | {"answer": "?"}, "settings": settings.record()}
     assert [report.time_ms.encode > 0 for report in made] == [True, False] * 3  # paid for by the first one
     assert all(report.time_ms.ttft_wall <= report.time_ms.total for report in made)
+
+
+def test_a_record_names_a_video_as_its_row_does(qa):
+    rows = [replace(ROWS[0], inputs=("square.mp4",))]
+    (report,) = answers(qa, group_by_span(rows), changed(max_new_tokens=1, frames=2))
+    assert report.error is None and report.video.path == report.inputs[0].path == "square.mp4"
 
 
 def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):

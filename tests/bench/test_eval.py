@@ -72,6 +72,19 @@ def test_full_comes_first_and_nothing_twice():
     assert [variant.name for variant in variants(replace(SETTINGS, budgets=(1.0,)))] == ["full"]
 
 
+def test_settings_are_those_of_the_methods_and_a_row_may_have_a_limit_of_its_own(loaded):
+    asked = replace(SETTINGS, budgets=(0.5,), methods=("none", "evoprune"), method_args={"alpha": "3"}, blind=True)
+    (clip,) = videos(CLIPS[:1])
+    short = replace(clip.rows[0], max_new_tokens=1, groups=("h",))
+    run = begun(loaded, replace(asked, groups=("h", "i")), [replace(clip, rows=(short, clip.rows[1]))])
+    run.run()
+    assert [(s["row"], s["id"]) for s in run.samples] == [(row, short.id) for row in ("full", "blind", "method")]
+    notes = run.document()["notes"]
+    assert "settings of the methods: alpha=3" in notes and any(note.startswith("3 of 3 answers") for note in notes)
+    video = VideoQA(loaded, budget=1.0).encode(SAMPLES / CLIPS[0], frames=4)
+    assert run.samples[0]["answer"] == video.ask("What?", max_new_tokens=1).text
+
+
 def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
     encoded, real = [], evaluation.open_inputs
 
@@ -101,14 +114,15 @@ def test_rows_are_about_parts_which_may_be_missing(loaded, tmp_path, monkeypatch
     parts = (0.0, None), (1.0, 3.0), (-2.0, None), (1.0, 3.0)
     clips = [
         VideoQuestions("p.png", tmp_path / "p.png", (row,)),
-        replace(spans("square.mp4", (200.0, None)), name="late"),
+        replace(spans("square.mp4", (200.0, None), (0.0, 1.0)), name="late"),
         spans("square.mp4", *parts),
     ]
     run = begun(loaded, replace(SETTINGS, budgets=(0.25,)), clips)
     run.run()
     made = run.document()
-    assert opened[-6:] == [part for part in parts[:3] for _ in range(2)] and len(run.samples) == 10
+    assert opened[-6:] == [part for part in parts[:3] for _ in range(2)] and len(run.samples) == 11
     assert made["videos"] == {"wanted": 3, "evaluated": 1, "failed": 2} and run.failed
+    assert made["items"] == {"answered": 4, "failed": 3}
     assert [f["message"] for f in made["failures"]] == [
         "start 200 s lies beyond the video, which is 6 s long",
         f"{tmp_path / 'p.png'} is a picture, which has no start and no end",
@@ -149,6 +163,18 @@ def test_operations_at_3b(loaded):
     )
     assert [rows_of_two[0][1], rows_of_two[1][1]] == [48, 24]
     assert run.samples[2]["tflop_3b_tower"] == pytest.approx(tower_flop(config.vision_config, rows, 2, 2) / 1e12)
+
+
+def test_what_leaves_inside_the_language_model_costs_less(loaded):
+    run = begun(loaded, replace(SETTINGS, methods=("random+fastv",), budgets=(0.5,)), videos(CLIPS[:1]))
+    run.run()
+    video = VideoQA(loaded, budget=0.5, method="random+fastv").encode(SAMPLES / CLIPS[0], frames=4)
+    answer, sample = video.ask("What?", max_new_tokens=1), run.samples[2]
+    assert answer.text is not None
+    read = [count for _, count in answer.report.pruning.language_layers]
+    assert sample["tokens"] == read[0] > sample["layer_tokens"] == sum(read) / len(read)
+    whole = prefill_flop(describe_model(ModelOptions(COST_MODEL)).config.text_config, sample["prompt"]) / 1e12
+    assert 0.5 * whole < sample["tflop_3b_prefill"] < whole
 
 
 def test_the_blind_row_sees_nothing_but_size_and_length(loaded):

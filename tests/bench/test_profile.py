@@ -117,6 +117,15 @@ def test_what_prunes_nothing_is_there_once(loaded):
     names = [row.name for row in rows]
     assert names == ["Hugging Face", "budget 1.0", "bound -b 0.5", "random -b 0.5", "cdpruner -b 0.5"]
     assert rows[-1].counts.tokens == rows[-2].counts.tokens  # the text after the video is the question
+    quantised = profile.all_rows([CASE], ProfileSettings(budgets=(1.0,), quantize=("none", "int8")))
+    assert [(row.method, row.quantize) for row in quantised[1:]] == [("none", "none"), ("none", "int8")]
+    assert (str(Case(1, 8, 9)), str(Case(2, 8, 9))) == ("a picture of 8x9", "2 frames of 8x9")
+
+
+def test_settings_are_those_of_the_methods(loaded):
+    settings = ProfileSettings(budgets=(0.5,), method_args={"alpha": "3"}, warmups=0, repetitions=1)
+    rows = last(loaded, [CASE], MOTION, settings).rows
+    assert [row.name for row in rows if row.samples][-1] == "evoprune -b 0.5" and not any(row.error for row in rows)
 
 
 @pytest.mark.parametrize("case", [CASE, Case(2, 28, 28)])
@@ -242,7 +251,13 @@ def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
         profile.load(ModelOptions(str(saved)), [CASE])
 
 
-def test_random_weights_need_a_bundled_config():
+def test_random_weights_need_a_bundled_config(tmp_path, monkeypatch):
+    name = "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert [profile.default_load_format(each) for each in (name, "demo")] == ["dummy", "auto"]
+    (tmp_path / name).mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert profile.default_load_format(name) == "auto"  # a folder of that name has weights of its own
     with pytest.raises(ModelError, match="no bundled config"):  # and the hub is not asked
         profile.load(ModelOptions("nobody/nothing", load_format="dummy"), [CASE])
 

@@ -235,6 +235,7 @@ def test_a_row_with_options_is_graded_by_the_option_that_is_named(said, right):
         ("green", "green", True),
         (" Green. ", "green", True),
         ("green", "Green.", True),
+        ("green .", "green", True),
         ("A man", "a man", True),
         ("the man", "a man", False),
         ("green!", "green", False),
@@ -274,13 +275,21 @@ ROW = {"video": "a.mp4", "question": "What?", "answer": "yes"}
 
 
 def test_a_file_is_read_video_by_video(tmp_path):
-    rows = [ROW, ROW | {"video": "b.mp4", "id": 7, "type": "order", "groups": ["time"]}, "", ROW | {"answer": 3}]
+    rows = [
+        ROW,
+        ROW | {"video": "b.mp4", "id": 7, "type": "order", "groups": ["time"]},
+        "",
+        ROW | {"answer": 3, "type": 2},
+    ]
     rows.append(ROW | {"options": ["no", "yes", "maybe"], "answer": "b"})
     rows.append(ROW | {"options": ["B", "A"], "answer": "B"})  # a text goes before a letter
     first, second = load_questions(write(tmp_path / "q.jsonl", *rows))
     assert (first.name, first.path) == ("a.mp4", tmp_path / "a.mp4") and second.name == "b.mp4"
     assert [row.id for row in first.rows] == ["1", "4", "5", "6"] and second.rows[0].id == "7"
-    assert first.rows[1].answer == "3" and [row.answer for row in first.rows[2:]] == ["yes", "B"]
+    assert (first.rows[1].answer, first.rows[1].type) == ("3", "2") and [row.answer for row in first.rows[2:]] == [
+        "yes",
+        "B",
+    ]
     assert (second.rows[0].type, second.rows[0].groups) == ("order", ("time",))
 
 
@@ -299,6 +308,8 @@ def test_options_with_letters(tmp_path):
         ("[]", "line 2"),
         ({"video": "a.mp4", "question": "What?"}, "line 2: no answer"),
         (ROW | {"groups": [3]}, "groups is not a list"),
+        (ROW | {"subtitles": "a.srt"}, "subtitles are not read"),
+        (ROW | {"video": None, "inputs": ["a.mp4", "b.mp4"]}, "one video or picture at a time"),
         (ROW | {"options": ["yes", "Yes."]}, "different"),
         (ROW | {"options": ["red", "green"]}, "none of the options"),
         (ROW | {"options": ["red", "green"], "answer": "C"}, "none of the options"),

@@ -77,7 +77,7 @@ def test_counts():
 def test_equal_answers_differ_by_exactly_nothing():
     for row in score_rows(with_methods(full="1101" * 3, a=("1101" * 3,))):
         assert row["difference"] == row["difference_low"] == row["difference_high"] == 0
-        assert row["kept_of_full"] == row["kept_low"] == row["kept_high"] == 1
+        assert row["kept_of_full"] == row["kept_low"] == row["kept_high"] == 1 and is_tie(row, "difference")
 
 
 def test_a_failed_video_is_in_no_row():
@@ -90,6 +90,7 @@ def test_a_failed_video_is_in_no_row():
 
 
 def test_nothing_right_in_full():
+    assert score_rows(run({"a": [("time", True, False)]}))[1]["kept_of_full"] == 0
     rows = score_rows(run({"a": [("time", False, True)]}))
     assert rows[1]["kept_of_full"] is None and rows[1]["kept_low"] is None and rows[1]["difference"] == 1
     json.dumps(rows, allow_nan=False)
@@ -97,8 +98,12 @@ def test_nothing_right_in_full():
 
 @pytest.mark.parametrize("kind", [None, "order"])
 def test_groups_are_there_where_items_carry_them(kind):
+    """One that is named as the group of all questions is that."""
     rows = score_rows(
-        [sample("a", "full", right, kind=kind, unparseable=not right) | {"groups": []} for right in (True, False)]
+        [
+            sample("a", "full", right, kind=kind, unparseable=not right) | {"groups": groups}
+            for right, groups in ((True, ["all"]), (False, []))
+        ]
     )
     assert [row["group"] for row in rows] == ["all", *(["type:order"] if kind else [])]
     assert (rows[0]["n"], rows[0]["accuracy"], rows[0]["unparseable"]) == (

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from evoprune.bench import tune
 from evoprune.bench.tune import (
     MIN_CANDIDATES,
     Answering,
@@ -14,6 +15,7 @@ from evoprune.bench.tune import (
     candidates,
     design_effect,
     least_tokens,
+    promising,
     provable,
     recommended,
     result_rows,
@@ -55,6 +57,7 @@ def test_a_run(saved):
     assert document["videos"] == {"wanted": 2, "answered": 2, "failed": 0} and document["error"] is None
     assert {row["tokens"] for row in rows.values()} == {document["answer_tokens"]}
     near, far = rows["evoprune -b 0.9"], rows["evoprune -b 0.2"]
+    assert (near["kept_share"], far["kept_share"]) == pytest.approx((0.9, 0.2), abs=0.03)
     assert 0 <= near["kl"] < far["kl"] and far["live_share"] < near["live_share"] < 1
     assert all(0 <= row["low"] <= row["agreement"] <= row["high"] <= 1 for row in rows.values())
     assert all(row["kl_p95"] >= row["kl"] / 2 and row["first_token"] > 0 for row in rows.values())
@@ -64,6 +67,17 @@ def test_a_run(saved):
     assert any(row["frontier"] for row in rows.values()) and rows[document["best"]]["low"] == max(
         row["low"] for row in rows.values()
     )
+
+
+def test_the_time_to_the_first_token_holds_the_encoding(saved, monkeypatch):
+    def encode(*args):
+        video, seconds = real(*args)
+        return video, seconds + 1000
+
+    real = tune.encode
+    monkeypatch.setattr(tune, "encode", encode)
+    document, _ = tuned(saved, videos=CLIPS[:1], budgets=(0.5,), methods=())
+    assert all(1e6 < row[name] < 2e6 for row in document["rows"] for name in ("first_token_ms", "full_first_token_ms"))
 
 
 @pytest.mark.parametrize("kind", parameters("int8"))
@@ -176,6 +190,7 @@ def test_candidates():
         *(made.method for made in found), "divprune"
     }  # fmt: skip
     assert {made.budget for made in candidates((1.0, 0.2))} == {0.2}
+    assert [made.budget for made in candidates((0.1, 0.5))][:2] == [0.5, 0.1]
     assert Candidate("evoprune:depth=0.5", 0.25).name == "evoprune:depth=0.5 -b 0.25"
 
 
@@ -208,9 +223,15 @@ def test_settings_that_do_the_same_work_share_their_times():
         Candidate("evoprune:floor=1", 0.1): trials([0.10, 0.20], 0.2),
         Candidate("evoprune:depth=0.5", 0.1): trials([0.15, 0.15], 0.5),
     }
-    rows = {row["name"]: row["first_token"] for row in result_rows(known, 0.9)}
+    found = {row["name"]: row for row in result_rows(known, 0.9)}
+    rows = {name: row["first_token"] for name, row in found.items()}
     assert rows["evoprune -b 0.1"] == rows["evoprune:floor=1 -b 0.1"] == pytest.approx(0.25)
     assert rows["evoprune:depth=0.5 -b 0.1"] == pytest.approx(0.15)
+    slow = found["evoprune -b 0.1"]  # the times are its own
+    assert (slow["first_token_ms"], slow["full_first_token_ms"]) == pytest.approx((350, 1000))
+    # All reach the goal, and none is proven to.
+    assert promising(known, 0.9)[-1].name == slow["name"] and not any(row["passes"] for row in found.values())
+    assert [row["frontier"] for row in found.values()] == [True, False, False]
 
 
 def answers(random, shares, videos=16, tokens=60, alike=0.2):

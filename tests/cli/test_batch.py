@@ -234,9 +234,9 @@ def test_pace(made, seconds, says):
 
 
 def test_a_warning_is_told_once_even_where_it_is_quiet(cli, out, foreign):
-    result = cli("batch", foreign, *ASKED, "-m", "demo", "-q", "-o", out)
+    result = cli("batch", foreign, *ASKED, "-Q", "Is the man smiling?", "-m", "demo", "-q", "-o", out)
     assert result.code == 0 and result.err.count("warning: ") == 1
-    assert [r["warnings"] for r in records(out)] == [["demo_model"]] * 2
+    assert [r["warnings"] for r in records(out)] == [["demo_model"]] * 3
 
 
 def test_frames_that_a_limit_leaves_out_are_told_once(run, out):

@@ -157,7 +157,7 @@ def test_an_answer_ends_at_an_end_token_or_at_its_length(model):
     clip = Clip(model, *CLIPS[0])
     tokens = greedy(model, clip.prefill(model))
     end = tokens[9]
-    answer = TokenStream(clip.prefill(model), GenerationOptions(max_new_tokens=TOKENS), [end, 10**6])
+    answer = TokenStream(clip.prefill(model), GenerationOptions(max_new_tokens=TOKENS), [10**6, end])
     assert answer.finish_reason is None
     assert list(answer) == tokens[: tokens.index(end)]
     assert (answer.finish_reason, answer.ids) == ("stop", tokens[: tokens.index(end)])

@@ -66,7 +66,7 @@ def test_a_stream_of_one_window_has_the_answer_of_the_file(model, budget, method
     with qa.stream(fps=rate, window_s=video.plan.info.duration_s) as stream:
         for frame, time in frames_of(video):
             assert stream.add(frame, time)
-        of_file, of_stream = video.ask(QUESTION), stream.ask(QUESTION)
+        of_file, of_stream = (asked.ask(QUESTION, repetition_penalty=1.5) for asked in (video, stream))
         assert of_stream.text == of_file.text and of_stream.ids == of_file.ids
     ours, theirs = of_stream.report, of_file.report
     assert ours.tokens == theirs.tokens and ours.pruning == theirs.pruning
@@ -308,7 +308,9 @@ def test_a_bundled_model_forgets_what_is_further_away_than_its_longest_clip():
 
 def test_frames_that_are_too_many_too_few_or_of_another_size(demo):
     with VideoQA(demo, budget=0.25).stream(window_s=4.0) as stream:
+        assert (stream.scaled(noise(0, 200)) == noise(0, 200)).all()
         looked = [stream.add(noise(number), number / 30) for number in range(121)]
+        assert stream.scaled(noise(0, 200)).shape == noise(0).shape
         assert sum(looked) == 9 and all(looked[::15])
         whole = stream.seen.tokens
         stream.add(noise(1, 200), 5.0)  # another size, and a gap

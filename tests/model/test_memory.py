@@ -2,6 +2,7 @@
 
 import os
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
 from tests.quantized import KINDS
 from tests.threads import one_thread  # noqa: F401
+from tests.video.files import spoil
 
 CLIP = "samples/square.mp4"
 CPU, GIB = torch.device("cpu"), 2**30
@@ -203,11 +205,12 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
 @pytest.mark.few(2)
 @pytest.mark.parametrize("threaded", [True, False])
 @pytest.mark.parametrize(("room", "tried"), [(24, [96, 48, 24]), (23, [96, 48, 24])])
-def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, threaded, room, tried):
+def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, tmp_path, threaded, room, tried):
     """A tower that has room for a single frame pair, and one that has not."""
+    clip = spoil(Path(CLIP), tmp_path / "damaged.mp4", {40, 50})
     monkeypatch.setattr(encoding.OpenInput, "threaded", threaded)
     qa, used, real = VideoQA(loaded, budget=0.5, method="evs"), [], encoding.encode_rows
-    whole = "".join(open_inputs(qa.session, [CLIP]).encode().ask("What happens?", max_new_tokens=4))
+    whole = "".join(open_inputs(qa.session, [clip]).encode().ask("What happens?", max_new_tokens=4))
 
     def encode(*args, chunk_units, **how):
         used.append(chunk_units)
@@ -220,11 +223,12 @@ def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, threaded, room, t
     monkeypatch.setattr(planning, "largest_chunk", lambda device: 96)
     if room < 24:
         with pytest.raises(OutOfMemory, match=OUT):
-            open_inputs(qa.session, [CLIP]).encode()
+            open_inputs(qa.session, [clip]).encode()
     else:
-        video = open_inputs(qa.session, [CLIP]).encode()
+        video = open_inputs(qa.session, [clip]).encode()
         answer = video.ask("What happens?", max_new_tokens=4)
         assert "".join(answer) == whole
+        assert answer.report.video.damaged == 2  # not once for each try
         times = answer.report.time_ms
         assert min(times.read, times.preprocess, times.encode) > 0 and times.total >= times.encode
     assert used == tried

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evoprune.bench import agreement as made
-from evoprune.bench.agreement import agreement, reference
+from evoprune.bench.agreement import Agreement, agreement, reference
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
 
@@ -53,11 +53,18 @@ def test_a_pruned_model(loaded, full, ids, method, kept, monkeypatch):
     assert ((found.kl > 0) & (found.kl <= whole + 1e-5)).all()
 
 
+def test_what_is_recorded_of_it():
+    found = Agreement(torch.tensor([True, False, True]), torch.tensor([0.0, 0.0, 3.0]), 0.1).record()
+    assert found == {"tokens": 3, "agree": 2, "kl": 1.0, "kl_p95": pytest.approx(2.7)}
+
+
 def test_the_unpruned_model_agrees_with_itself_and_the_end_of_an_answer_counts(full, ids):
     """Cut before a token that the model goes on with: it does not agree that the answer ends, had another model ended it there."""
     for given, count in ((ids, len(ids)), ([], 1)):  # without tokens an answer is compared where it ends
         found = agreement(reference(full, QUESTION, given, ended=False), full)
         assert len(found.agrees) == count and found.agrees.all() and float(found.kl.max()) < 1e-5
+    told = reference(full, QUESTION, ids, ended=False, system="Be brief.")
+    assert float(agreement(told, full).kl.max()) < 1e-5  # under the same system prompt
     ended = reference(full, QUESTION, ids[:3], ended=True)
     assert len(ended.ids) == 4 and ended.tokens[:, 0].tolist() == ids[:4] and agreement(ended, full).agrees.all()
     other = agreement(replace(ended, tokens=torch.cat([ended.tokens[:3], ended.tokens[3:].flip(1)])), full)

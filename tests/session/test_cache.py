@@ -64,6 +64,7 @@ def test_what_was_stored_comes_back(cache, dtype):
     assert after.features.dtype == dtype and after.rows.shape == before.rows.shape
     assert (after.grids, after.layers, after.flat, after.prune_seconds) == (before.grids, before.layers, True, 0.0)
     assert cache.size()[0] == 1 and cache.size()[1] > 0 and after.size is None
+    assert cache.folder.stat().st_mode & 0o777 == 0o700  # what was seen is nobody else's
     assert cache.store("1" * 64, encoded(size=torch.tensor([1.0, 2.5, 1.0, 4.0])))
     assert cache.load("1" * 64, torch.device("cpu")).size.tolist() == [1.0, 2.5, 1.0, 4.0]
 

@@ -73,7 +73,7 @@ def test_the_report_says_what_left_and_what_was_computed(load):
     _, report = answer.text, answer.report
     assert report.pruning.language_layers == [[0, 96], [1, 48], [2, 48], [3, 48]]
     assert report.tokens.visual == report.pruning.visual_tokens_kept == 96 and report.pruning.kept_ratio == 1
-    assert 0 < report.time_ms.prefill_prune < report.time_ms.prefill
+    assert 0.01 < report.time_ms.prefill_prune < report.time_ms.prefill
     plain = load("divprune").encode(CLIP, frames=8).ask(QUESTIONS[0])
     assert plain.text and plain.report.pruning.language_layers is None and plain.report.time_ms.prefill_prune is None
     answer = load("operations", 0.25).encode(CLIP, frames=8).ask(QUESTIONS[0])

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from evoprune.errors import UsageError
 from evoprune.session.cache import Cache
+from evoprune.session.inspection import plan_facts
 from evoprune.session.loading.model import load_model
 from evoprune.session.planning import TEXT
 from evoprune.video_qa import VideoQA
@@ -37,6 +39,34 @@ def test_a_picture_that_a_method_cannot_prune_stays_whole_and_says_so(loaded, me
     picture = VideoQA(loaded, budget=0.25, method=method).encode(save(tmp_path / "a.png", 300, 200))
     assert ("whole_picture" in picture.report.warnings) == whole
     assert (len(picture.encoded.kept) == picture.plan.units) == (whole or method == "none")
+
+
+def test_a_picture_has_the_limits_of_pictures(loaded, tmp_path):
+    """Also where its values are normalised; a video's are others."""
+    picture, limits = save(tmp_path / "a.png", 300, 200), loaded.limits
+    other = replace(loaded, limits=limits | {"video": replace(limits["video"], image_std=(5.0, 5.0, 5.0))})
+    alike = [VideoQA(model, budget=1.0).encode(picture).encoded.features for model in (loaded, other)]
+    assert torch.equal(*alike)
+
+
+def test_what_inspect_says_of_a_picture(loaded, tmp_path):
+    facts = plan_facts(VideoQA(loaded).encode(save(tmp_path / "a.png", 300, 200)).plan, loaded.model.config)
+    assert (facts["resized_hw"], facts["grid"], facts["timestamps_s"]) == ([196, 308], [1, 7, 11], None)
+    full, fast = (facts["presets"][name] for name in ("full", "fast"))
+    assert (fast["tokens"], fast["share"], fast["budget"]) == (23, 0.3, 23 / 77)
+    assert fast["kv_cache_bytes"] * 77 == full["kv_cache_bytes"] * 23
+
+
+def test_several_inputs_take_the_time_of_all_and_are_told_one_by_one(loaded, tmp_path):
+    picture, done = save(tmp_path / "a.png", 300, 200), []
+    qa = VideoQA(loaded, budget=1.0)
+    both = qa.encode([picture, CLIP], progress=lambda *now: done.append(now))
+    apart = [qa.encode(path) for path in (picture, CLIP)]
+    answer = qa.ask(apart, QUESTION, max_new_tokens=1)
+    assert answer.text is not None
+    assert answer.report.time_ms.ttft_wall > sum(encoded.report.time_ms.total for encoded in apart)
+    assert [told for told in done if told[0] == "input"] == [("input", 1, 2), ("input", 2, 2)]
+    assert "a picture of 7x11 units, 77 of 77 visual tokens kept, 'samples/square.mp4': 12 frames" in repr(both)
 
 
 def test_each_input_is_cached_by_itself(tmp_path):

@@ -1,9 +1,11 @@
 """Prompts: whether they fit, which subtitles they have and how, and that answers do not depend on earlier ones."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.session import planning, prompting
@@ -109,6 +111,19 @@ def test_a_question_that_merges_with_the_subtitles(qa):
         logits, _ = video.read_along(question, [5, 6, 7])
         alone, _ = about_said_wh(qa).read_along(question, [5, 6, 7])
         torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_subtitles_of_several_inputs_are_under_the_numbers_of_the_videos(qa, tmp_path):
+    picture = str(tmp_path / "still.png")
+    Image.new("RGB", (112, 112)).save(picture)
+    paths = [picture, *(shutil.copy(CLIP, tmp_path / f"{name}.mp4") for name in "abc")]
+    for name in "ac":
+        (tmp_path / f"{name}.srt").write_text(srt([(1, 2, f"said in {name}")]))
+    text, _ = prompt_of(qa, qa.encode(paths, subtitles="auto", frames=2))
+    said = "Video 1:\nSubtitles:\n[0:01] said in a\n\nVideo 3:\nSubtitles:\n[0:01] said in c\n\nWhy?"
+    assert text.rpartition("<|vision_end|>")[2] == said
+    with pytest.raises(UsageError, match="holds the subtitles of one video, and there are 4 inputs"):
+        qa.encode(paths, subtitles=str(tmp_path / "a.srt"))
 
 
 def test_a_later_question_reads_no_subtitles_again(qa, said, monkeypatch):

@@ -31,7 +31,7 @@ from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from evoprune.vision.preprocess import pixel_patches
 from tests.tiny import save_tiny
-from tests.video.files import write_video
+from tests.video.files import write_said, write_video
 
 CLIP, LONG = "samples/square.mp4", "samples/arrivals.webm"
 
@@ -409,12 +409,13 @@ def test_settings_are_checked_before_weights_are_read():
 
 
 def test_an_answer_streams_and_has_a_report_of_its_own(loaded):
-    video = VideoQA(loaded).encode(CLIP)
+    qa = VideoQA(loaded)
+    video = qa.encode(CLIP)
     before = video.report.to_json()
     assert video.report.question is video.report.time_ms.prefill is None
     assert Report.from_json(before).sampling == video.report.sampling
     first = video.ask("What happens?", max_new_tokens=9, temperature=1.0)
-    assert first.report.finish_reason is None and first.report.answer is None
+    assert first.report.finish_reason is first.report.answer is first.report.time_ms.total is None
     pieces = [next(first)]
     assert first.report.answer == pieces[0]
     pieces += first
@@ -423,6 +424,8 @@ def test_an_answer_streams_and_has_a_report_of_its_own(loaded):
     assert again.text == str(again) == first.text  # the text generates what is left
     second = asked(video, "And then?", n=2)
     assert first.report.question == "What happens?" and second.report.question == "And then?"
+    third = qa.ask(video, "And now?", max_new_tokens=2)
+    assert third.text is not None and third.report.time_ms.encode == 0
     assert first.report.id != second.report.id and first.report.time_ms.encode > second.report.time_ms.encode == 0
     assert video.report.to_json() == before
 
@@ -442,7 +445,11 @@ def test_an_answer_compares_as_its_text(loaded):
 
 
 def test_each_question_may_have_a_seed_of_its_own(loaded):
-    video = VideoQA(loaded, seed=5).encode(CLIP)
+    kept = {tuple(VideoQA(loaded, method="random", seed=seed).encode(CLIP).encoded.kept.tolist()) for seed in (1, 1, 2)}
+    assert len(kept) == 2
+    qa = VideoQA(loaded, seed=5)
+    assert qa.session.unpruned().pruning.seed == 5  # what it is compared with
+    video = qa.encode(CLIP)
 
     def drawn(**seed):
         return video.ask("What happens?", max_new_tokens=12, temperature=2.0, **seed)
@@ -462,6 +469,7 @@ def test_they_say_in_a_line_what_they_are(loaded):
     )
     assert "2 frames, 1 frame pair of 4x6 units" in repr(qa.encode(CLIP, frames=2))
     assert repr(video.encoded).startswith("<Encoded: 14 of 144 visual tokens, ")
+    assert repr(video.ask("What happens?")) == "<Answer '', not complete>"
     made = asked(video, n=1)
     assert repr(made) == f"<Answer {made.text!r}, length>"
     assert made.report.tokens.new == 1 and made.report.rate.generate_tok_s is None
@@ -488,6 +496,11 @@ def test_a_black_video_is_a_video(loaded, tmp_path, method):
 def test_fewer_or_smaller_frames_than_asked_for_are_a_warning(loaded, asked_for, limited):
     report = VideoQA(loaded).encode(CLIP, **asked_for).report
     assert report.warnings == ["limited"] * limited
+
+
+def test_what_is_not_shown_as_players_show_it_is_a_warning(loaded, tmp_path):
+    _, warning = write_said(tmp_path / "wide.mp4")
+    assert VideoQA(loaded).encode(tmp_path / "wide.mp4").report.warnings == [warning]
 
 
 @pytest.mark.few(1)
