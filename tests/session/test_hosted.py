@@ -3,8 +3,10 @@
 tests/session/test_qwen3.py compares their answers with `generate` at full budget, and below it with prompts written by hand.
 """
 
+import functools
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from evoprune.errors import QUANTIZERS, ModelError, ModelWarning, PluginError, U
 from evoprune.language import hosted
 from evoprune.session.loading import find
 from evoprune.session.loading.find import PACKAGES, check_packages, find_model, quantization_in
-from evoprune.session.loading.hosted import in_one_dtype
+from evoprune.session.loading.hosted import FUSED, in_one_dtype
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
@@ -63,6 +65,25 @@ def test_the_engines_give_the_same_answer(budget):
         return said(qa.encode(CLIP), "What happens?")
 
     assert answer("transformers") == answer("native")
+
+
+def test_kernels_for_gpus_are_not_called_on_a_cpu(hybrid, tmp_path_factory, monkeypatch):
+    """As if fla and causal-conv1d were installed: transformers' functions are theirs, and wrap its own."""
+    expected = said(VideoQA(hybrid).encode(CLIP), "What happens?")
+    layer = next(each for each in hybrid.model.model.language_model.modules() if hasattr(each, "in_proj_qkv"))
+    module = sys.modules[type(layer).__module__]
+    for name in FUSED:
+        plain = getattr(module, name).args[1]  # what loading has put there
+
+        @functools.wraps(plain)
+        def kernel(*_, **__):
+            raise RuntimeError("0 active drivers")
+
+        monkeypatch.setattr(module, name, kernel)
+    with pytest.raises(RuntimeError, match="active drivers"):
+        said(VideoQA(hybrid).encode(CLIP), "What happens?")
+    again = loaded(tmp_path_factory, "qwen3_5")
+    assert said(VideoQA(again).encode(CLIP), "What happens?") == expected
 
 
 def test_several_questions_are_answered_as_fresh_ones(either):

@@ -10,9 +10,10 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,6 +38,8 @@ from evoprune.util import counted
 
 # Entries of a config that name the modules which are not quantised.
 UNQUANTIZED = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
+# Functions in modules of transformers: where fla or causal-conv1d is installed, kernels for GPUs.
+FUSED = {"causal_conv1d_fn", "causal_conv1d_update", "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"}
 # What loggers say again and again. That a kernel is missing is said on CPUs too, where there is none; on a GPU this module says it.
 # That layers of 8 bits compute in fp16 is said of every product.
 SAID = {
@@ -204,12 +207,29 @@ def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> H
 def _of(config: Config, host) -> HostedVL:
     host.eval().requires_grad_(False)
     model = HostedVL(config, host.model.visual, host.model.language_model, host.lm_head)
+    _plain_on_a_cpu(model.model.language_model)
     for logger in SAID:
         logging.getLogger(logger).addFilter(_is_news)  # the same one is added once
     if (packages := missing_kernels(model)) and not is_host(model.device):
         said = f"layers of linear attention run in plain PyTorch; pip install {' '.join(packages)} makes them faster"
         warnings.warn(said, ModelWarning, stacklevel=2)
     return model
+
+
+def _plain_on_a_cpu(module: torch.nn.Module) -> None:
+    """Has transformers run its own functions on tensors of a CPU where it has imported kernels for GPUs (fla, causal-conv1d).
+
+    It calls those whatever the device, and there they fail.
+    """
+    for source in {type(part).__module__ for part in module.modules()}:
+        functions = vars(sys.modules[source])
+        for name in FUSED & functions.keys():
+            if plain := getattr(functions[name], "__wrapped__", None):
+                functions[name] = partial(_by_device, functions[name], plain)
+
+
+def _by_device(fused: Callable, plain: Callable, x: torch.Tensor, *args, **kwargs):
+    return (plain if is_host(x.device) else fused)(x, *args, **kwargs)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
