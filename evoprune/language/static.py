@@ -267,8 +267,9 @@ def can_step(model) -> bool:
         return True
     text = model.model.language_model
     kinds = {*(getattr(text.config, "layer_types", None) or ())}
+    experts = model.config.text_config.experts
     return (
-        model.config.text_config.experts is None
+        (experts is None or text.config._experts_implementation == "grouped_mm")  # others read the choice on the host
         and kinds <= {"full_attention", "linear_attention"}
         and all(type(weight) is nn.Parameter for weight in text.parameters())  # none that a package has quantised
     )

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "is_nonzero")
-MAKES = ("lift_fresh", "arange", "_to_copy")  # of which only a copy to another dtype may be captured
+MAKES = ("lift_fresh", "_to_copy")  # of which only a copy to another dtype may be captured
 
 
 class Recorder(TorchDispatchMode):

@@ -81,7 +81,7 @@ def test_a_graph_decodes_the_tokens_of_the_plain_decoder(family, sizes, graphs):
 
 
 @pytest.mark.parametrize("sizes", [False, True])
-@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "qwen3_vl", "qwen2_5_vl"])
 def test_a_graph_runs_modules_of_transformers(family, sizes, graphs, hosted):
     model = hosted(family)
     for number, columns in enumerate((40, 25, 45)):
@@ -104,8 +104,9 @@ def test_an_answer_of_transformers_modules_goes_on_after_its_graph(graphs, hoste
     assert static._caches[model].read == 64 and graphs.captured == 3
 
 
-def test_experts_are_chosen_without_a_graph(graphs, hosted):
+def test_experts_that_are_chosen_on_the_host_have_no_graph(graphs, hosted, monkeypatch):
     model = hosted("qwen3_5_moe")
+    monkeypatch.setattr(model.model.language_model.config, "_experts_implementation", "eager")
     list(stream(model, state_of(model)))
     assert graphs.captured == 0
 
