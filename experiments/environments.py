@@ -7,6 +7,7 @@
 | vllm | the plugin for vLLM, on a CPU |
 | ray | batches on Ray, also the slow ones |
 | lmms-eval | the model for lmms-eval, in lmms-eval |
+| processor | what transformers' processors make, which need torchvision |
 | transformers | transformers' own tests on models that prune; `--source DIR` is a checkout, which is installed |
 | device | on a second device, which is not the CPU (tests/second_device) |
 | lowest | the default tests, with the lowest versions that pyproject.toml allows |
@@ -77,6 +78,14 @@ RECIPES = {
             "-c {declare}",
         ),
         test="-m pytest -q -m '' tests/plugins/test_lmms_eval.py",
+    ),
+    "processor": Recipe(
+        make=(
+            "-m pip install -q -c constraints.txt -e .[test]",
+            "-m pip install -q --no-deps torchvision==0.28.0",  # that of torch 2.13; its own needs bring a torch for CUDA
+            "-c {declare}",
+        ),
+        test="-m pytest -q -m '' tests/hf/test_processor.py",
     ),
     "transformers": Recipe(
         make=(
