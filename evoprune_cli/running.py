@@ -79,7 +79,7 @@ def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> Non
     if files.do_sample and others and not greedy:
         flags = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in others.items())
         tell(f"note: the model's generation_config.json has tokens drawn otherwise than here; as it says: {flags}")
-    usual = (loaded.dtype, loaded.quantize, loaded.model.native) == ("fp32", "none", True)
+    usual = (loaded.dtype, loaded.quantize) == ("fp32", "none") and loaded.found.can_be_quantized
     if usual and loaded.weights_bytes >= LARGE_MODEL:
         from evoprune.cpu.quantize import kinds
 

@@ -219,8 +219,7 @@ def reset_peak_memory(device: str) -> bool:
         return True
     try:
         with open("/proc/self/clear_refs", "w") as f:
-            if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-                libc.malloc_trim(0)  # memory that was freed and is kept would be used uncounted
+            empty_cache()  # it would be used uncounted
             f.write("5")
     except OSError:
         return False
@@ -239,8 +238,10 @@ def available_memory(device: str) -> int | None:
 
 
 def empty_cache() -> None:
-    """Returns memory of CUDA that is free but in pieces; does nothing where there is no CUDA."""
+    """Returns memory that was freed and is kept: CUDA's, and that of glibc."""
     torch.cuda.empty_cache()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @contextmanager

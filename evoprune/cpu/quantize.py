@@ -26,7 +26,8 @@ PIECE_WEIGHTS = 2**20  # weights quantised at a time, about: they fit into a cac
 STEP_ROWS = 64  # rows, by which pieces are cut: kernels arrange rows in steps that divide it
 LARGE = 4.0  # channels are large above so many times the median of all
 MAX_LARGE = 1 / 32  # share of the channels that may be
-
+# Layers that stay as they are, as in published checkpoints: what is kept and what is written in a Gated DeltaNet, a number a head.
+GATES = "in_proj_a", "in_proj_b"
 
 SCRATCH_BYTES = 2**25  # larger blocks are given back to the system when they are freed
 Weights = dict[str, torch.Tensor]  # of a quantised layer, by name, on the CPU
@@ -238,7 +239,7 @@ def kinds(device: torch.device) -> list[str]:
 def places(model: nn.Module, kind: str) -> Iterator[tuple[str, str]]:
     """The linear layers that are quantised, by name, and what each becomes: "int8" or "int4"."""
     for path, layer in model.named_modules():
-        if is_plain(layer):
+        if is_plain(layer) and not path.endswith(GATES):
             decodes = path.startswith(("model.language_model.", "lm_head")) and layer.in_features % GROUP == 0
             yield path, kind if decodes else "int8"
 

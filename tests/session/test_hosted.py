@@ -18,12 +18,13 @@ from evoprune.bench.verify.subject import gap, rounding_again
 from evoprune.errors import QUANTIZERS, ModelError, ModelWarning, PluginError, UsageError
 from evoprune.language import hosted
 from evoprune.session.loading import find
-from evoprune.session.loading.find import PACKAGES, check_packages, find_model, quantization_in
+from evoprune.session.loading.find import DTYPES, PACKAGES, check_packages, find_model, quantization_in
 from evoprune.session.loading.hosted import FUSED, in_one_dtype
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
 from tests.bench.faults import Fault
+from tests.quantized import parameters
 from tests.tiny import save_tiny
 
 CLIP = "samples/square.mp4"
@@ -181,12 +182,62 @@ def test_what_needs_our_own_layers_is_refused(folder):
     with pytest.raises(ModelError, match="does not run itself") as caught:
         find_model(ModelOptions(engine="native", **options))
     assert "leave the engine out" in caught.value.hint
-    with pytest.raises(UsageError, match="quantize int8 is for models that evoprune runs itself"):
-        find_model(ModelOptions(quantize="int8", **options))
     with pytest.raises(UsageError, match="acts inside the language model"):
         VideoQA.load(method="pyramiddrop", **options)
     with pytest.raises(UsageError, match="cannot forget the oldest tokens"):
         VideoQA.load(**options).stream()
+
+
+@pytest.mark.parametrize(("family", "entries", "why"), [
+    ("qwen3_5_moe", {}, "is a mixture of experts"),
+    ("qwen3_5", {"quantization_config": {"quant_method": "awq"}}, r"is quantised \(awq\)"),
+])  # fmt: skip
+def test_what_cannot_be_quantised(tmp_path, family, entries, why):
+    folder = save_tiny(tmp_path / "model", family=family)
+    (tmp_path / "changed").mkdir()
+    with pytest.raises(UsageError, match=f"quantize int8 is for dense models .* {why}"):
+        find_model(ModelOptions(damaged(folder, tmp_path / "changed", **entries), quantize="int8"))
+
+
+@pytest.mark.parametrize("kind", parameters("int8", "int4"))
+def test_fewer_bits_are_those_of_models_that_evoprune_runs(kind):
+    def answer(engine: str) -> tuple[list[int], int]:
+        qa = VideoQA.load("demo", engine=engine, quantize=kind, budget=0.25)
+        return said(qa.encode(CLIP), "What digit is it?"), qa.loaded.weights_bytes
+
+    assert answer("transformers") == answer("native")
+
+
+def in_bf16(folder: Path) -> Path:
+    """A model whose files have this dtype from now on."""
+    from safetensors.torch import load_file, save_file
+
+    weights = {name: weight.bfloat16() for name, weight in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", parameters("int8", "int4"))
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_hybrid_in_fewer_bits(tmp_path, monkeypatch, hybrid, kind, dtype):
+    """Read in the dtype of its file, it computes in the one that was asked for."""
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
+    options = {"dtype": dtype, "quantize": kind, "store_quantized": True}
+    folder = str(in_bf16(save_tiny(tmp_path / "model", family="qwen3_5")))
+    small, again = (load_model(folder, **options) for _ in range(2))
+    text = small.model.model.language_model
+    assert {weight.dtype for weight in text.layers.parameters()} == {DTYPES[dtype]}
+    assert type(text.layers[0].linear_attn.in_proj_a) is torch.nn.Linear
+    assert small.weights_bytes < 0.9 * load_model(folder, dtype=dtype, pack=False).weights_bytes
+    plain, *rounded = (
+        VideoQA(each, budget=1.0).encode(CLIP).read_along("What?", list(range(5, 15)))[0]
+        for each in (hybrid, small, again)
+    )
+    assert torch.equal(*rounded)
+    limit = {"int8": 0.15, "int4": 0.7}[kind]  # of layers as small as these; other weights would be 1.4 away
+    assert (rounded[0] - plain).std() < limit * plain.std()
 
 
 def damaged(folder: Path, tmp_path: Path, **entries) -> str:

@@ -151,6 +151,11 @@ class FoundModel:
         """Whether this project could run the language model."""
         return self.config.vision_config.traits.native and self.quantization is None
 
+    @property
+    def can_be_quantized(self) -> bool:
+        """Whether `quantize` applies: experts are no linear layers."""
+        return self.quantization is None and self.config.text_config.experts is None
+
     @cached_property
     def limits(self) -> dict[str, InputLimits]:
         return input_limits(self.folder, self.config.vision_config)
@@ -203,26 +208,32 @@ class FoundModel:
         """Of memory that the loaded weights take."""
         dtype, quantize = DTYPES[self.dtype], self.options.quantize
         if not self.native:
-            return self.hosted_bytes
-        mapped = quantize != "none" or self._stored == dtype  # as a download would be
+            return self.hosted_bytes(quantize)
+        mapped = quantize != "none" or self.stored == dtype  # as a download would be
         if self.files_here:
             mapped = stay_mapped(self.files_here, dtype, self.device, quantize)
         return needed_bytes(self.config, dtype, quantize, mapped)
 
-    @property
-    def hosted_bytes(self) -> int:
-        """Of the weights as transformers loads them: quantised ones as their files are, unless they are widened."""
+    def hosted_bytes(self, quantize: str) -> int:
+        """Of the weights as transformers loads them: quantised ones as their files are, unless they are widened.
+
+        `quantize`: what becomes of them afterwards; until then they have the dtype of their files.
+        """
         plain = is_host(self.device) and self.quantization in PLAIN_ON_CPU
         if self.quantization and self.files_here and not plain:
             return sum(file.stat().st_size for file in self.files_here)
-        return self.parameters * DTYPES[self.dtype].itemsize
+        return self.parameters * self.read_dtype(quantize).itemsize
+
+    def read_dtype(self, quantize: str) -> torch.dtype:
+        """In which transformers reads the weights: that of the files where they are quantised afterwards."""
+        return self.stored or DTYPES[self.dtype] if quantize != "none" else DTYPES[self.dtype]
 
     @property
     def download_bytes(self) -> int | None:
         """Of weights that have to be downloaded, roughly; 0 if they are here, None where that is unknown."""
         if self.files_here:
             return 0
-        return self.parameters * self._stored.itemsize if self._stored and is_id(self.id) else None
+        return self.parameters * self.stored.itemsize if self.stored and is_id(self.id) else None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -237,7 +248,7 @@ class FoundModel:
         return hashlib.sha256(_config_path(self.options, self.folder).read_bytes() + repr(stats).encode()).hexdigest()
 
     @cached_property
-    def _stored(self) -> torch.dtype | None:
+    def stored(self) -> torch.dtype | None:
         """The dtype of the published weights, if config.json says so."""
         content = _json(_config_path(self.options, self.folder))
         name = content.get("dtype") or content.get("torch_dtype")
@@ -476,19 +487,17 @@ def quantization_in(path: Path) -> str | None:
 
 
 def check_engine(found: FoundModel) -> None:
-    """Raises ModelError: the asked-for engine cannot run the language model. UsageError: 8 or 4 bits of ours in another one."""
+    """Raises ModelError: the asked-for engine cannot run the language model. UsageError: the weights cannot be quantised."""
     why = (
         f"is quantised ({found.quantization})" if found.quantization else "has layers that evoprune does not run itself"
     )
     options = found.options
     if options.engine == NATIVE and not found.native:
         raise ModelError(f"{found.id} {why}", "leave the engine out: auto takes that of transformers")
-    if options.quantize != "none" and not found.native:
-        hint = "leave quantize out, or take a checkpoint that is quantised already"
-        if found.can_be_native:
-            why, hint = "is run by transformers, as asked for", found.to_be_native
-        problem = f"quantize {options.quantize} is for models that evoprune runs itself, and {found.id} {why}"
-        raise UsageError(problem, hint)
+    if options.quantize != "none" and not found.can_be_quantized:
+        why = f"is quantised ({found.quantization})" if found.quantization else "is a mixture of experts"
+        problem = f"quantize {options.quantize} is for dense models that are not quantised, and {found.id} {why}"
+        raise UsageError(problem, "leave quantize out, or take a checkpoint that is quantised already")
 
 
 def check_packages(quantization: str | None, name: str) -> None:

@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -179,6 +179,13 @@ def in_one_dtype(host, dtype: torch.dtype) -> None:
         if all(type(w) is torch.nn.Parameter and w.is_floating_point() and w.itemsize > 1 for w in weights):
             for weight in weights:
                 weight.data = weight.data.to(dtype)
+
+
+def widen(model: HostedVL, dtype: torch.dtype, but: Collection[str]) -> None:
+    """Gives weights a dtype, but those of some layers, by name, which are to be quantised, and the input embeddings."""
+    for name, weight in model.named_parameters():
+        if name.removesuffix(".weight") not in but and weight is not model.model.language_model.embed_tokens.weight:
+            weight.data = weight.data.to(dtype)
 
 
 @contextmanager

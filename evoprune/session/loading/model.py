@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from evoprune.backend.devices import available_memory, is_host, run_beside, uses_kernels
+from evoprune.backend.devices import available_memory, empty_cache, is_host, run_beside, uses_kernels
 from evoprune.backend.layers import join, join_tower
 from evoprune.backend.limits import available_cores
 from evoprune.bundled import Demo
@@ -168,19 +168,22 @@ def _weights(
 
     def needed(kind: str) -> int:
         if not model.native:
-            return model.hosted_bytes
+            return model.hosted_bytes(kind)
         return needed_bytes(model.config, form[0], kind, mapped=stay_mapped(files, *form, kind))
 
     if short := shortage(needed(quantize), str(device)):
-        fit = [kind for kind in kinds(device) if model.native and not shortage(needed(kind), str(device))]
+        fit = [kind for kind in kinds(device) if model.can_be_quantized and not shortage(needed(kind), str(device))]
         less = f", or fewer bits: quantize {fit[0]} needs about {size(needed(fit[0]))}" if fit else ""
         raise OutOfMemory(f"loading {name} {short} ({device})", hint + less, stage="load")
     try:
         if not model.native:
+            read_in = model.read_dtype(quantize), device
             if files:
-                weights = hosted.load_hosted(model.config, model.folder, *form, model.quantization)
+                weights = hosted.load_hosted(model.config, model.folder, *read_in, model.quantization)
             else:
-                weights = hosted.random_hosted(model.config, *form)
+                weights = hosted.random_hosted(model.config, *read_in)
+            if quantize != "none":
+                hosted.widen(weights, DTYPES[model.dtype], but=dict(places(weights, quantize)))
         elif files:
             weights = load_weights(model.config, files, *form, quantize)
         else:
@@ -307,6 +310,7 @@ def make_ready(
         from evoprune.session.loading.stored import quantize_once
 
         quantize_once(model, quantize, store, progress)
+        empty_cache()  # of the weights that were quantised
         return spent
     linear_bytes = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
     available = available_memory("cpu")

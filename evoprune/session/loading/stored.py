@@ -17,11 +17,11 @@ import torch
 
 import evoprune
 from evoprune.cpu.quantize import Progress, Weights, levels, places, quantize, restore
-from evoprune.language.decoder import KVCache, logits
+from evoprune.language.generate import layers_of, new_cache
 from evoprune.methods.plans import full_plan
 from evoprune.methods.types import ascending
 from evoprune.model.config import PATCHES
-from evoprune.model.weights import QwenVL
+from evoprune.model.weights import Model
 from evoprune.session.cache import Entries, cache_folder, own_code
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
@@ -45,7 +45,7 @@ def weights_folder() -> Entries:
     return Entries(cache_folder() / "weights", LIMIT_BYTES)
 
 
-def quantize_once(model: QwenVL, kind: str, fingerprint: str | None, progress: Progress | None = None) -> None:
+def quantize_once(model: Model, kind: str, fingerprint: str | None, progress: Progress | None = None) -> None:
     """Quantises a model in place: from the entry of its files and dtype (`fingerprint`; None for no entry), or into a new one."""
     if fingerprint is None:
         quantize(model, kind, calibrate, progress)
@@ -125,7 +125,7 @@ class _Stream:
         self.file.write(HEADER_BYTES.to_bytes(8, "little") + text.ljust(HEADER_BYTES))
 
 
-def calibrate(model: QwenVL) -> None:
+def calibrate(model: Model) -> None:
     """Calls every linear layer of a model on the CPU; its results are not used."""
     seen = calibrate_tower(model.model.visual)
     embed = model.model.language_model.embed_tokens
@@ -133,7 +133,7 @@ def calibrate(model: QwenVL) -> None:
     before, behind = embed(ids).to(seen.dtype).split(CALIBRATION_TOKENS)
     embeds = torch.cat([before, seen, behind])
     positions = ascending(len(embeds), "cpu").expand(3, -1)
-    logits(model, embeds, positions, KVCache(model, len(embeds)))
+    layers_of(model).logits(model, embeds, positions, new_cache(model, len(embeds)))
 
 
 def calibrate_tower(visual) -> torch.Tensor:

@@ -301,7 +301,6 @@ def test_what_a_name_says_of_its_model():
     ("options", "streams", "says", "hint"),
     [
         ({"engine": "transformers"}, True, "cannot forget the oldest tokens", "leave the engine out"),
-        ({"engine": "transformers", "quantize": "int8"}, False, "as asked for", "leave the engine out"),
         ({"engine": "transformers", "method": "pyramiddrop"}, False, "acts inside the language model", "engine out"),
         ({"method": "cdpruner"}, True, "cannot prune a stream", "without the question"),
     ],
@@ -440,7 +439,7 @@ def test_null_in_a_config_is_missing(folder, name, value):
     content[name] = content[name] | value if value else value
     path.write_text(json.dumps({"torch_dtype": "float32"} | content))
     assert load_model(str(folder)).model is not None
-    assert describe_model(ModelOptions(str(folder)))._stored == torch.float32
+    assert describe_model(ModelOptions(str(folder))).stored == torch.float32
 
 
 @pytest.fixture(autouse=True)
