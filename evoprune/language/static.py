@@ -265,13 +265,15 @@ def can_step(model) -> bool:
         return False
     if not isinstance(model, HostedVL):
         return True
-    text = model.model.language_model
+    text, plain = model.model.language_model, (nn.Parameter, torch.Tensor)
     kinds = {*(getattr(text.config, "layer_types", None) or ())}
+    weights = [*text.parameters(), *text.buffers()]
     experts = model.config.text_config.experts
     return (
         (experts is None or text.config._experts_implementation == "grouped_mm")  # others read the choice on the host
         and kinds <= {"full_attention", "linear_attention"}
-        and all(type(weight) is nn.Parameter for weight in text.parameters())  # none that a package has quantised
+        # None that a package has quantised: some have a class of their own, others are whole numbers, perhaps in buffers.
+        and all(type(weight) in plain and weight.is_floating_point() for weight in weights)
     )
 
 

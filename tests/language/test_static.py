@@ -111,6 +111,16 @@ def test_experts_that_are_chosen_on_the_host_have_no_graph(graphs, hosted, monke
     assert graphs.captured == 0
 
 
+def test_quantised_weights_in_buffers_have_no_graph(hosted):
+    """As of GPTQ and AWQ, whose layers are no linear ones of torch."""
+    model = hosted("qwen3_5")
+    layer = model.model.language_model.layers[0].mlp
+    assert static.can_step(model)
+    layer.register_buffer("qweight", torch.zeros(8, 8, dtype=torch.int32))
+    assert not static.can_step(model)
+    del layer.qweight
+
+
 @pytest.mark.parametrize("family", NATIVE)
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
 def test_the_logits_of_a_step_are_those_of_the_plain_decoder(family, dtype, near):
