@@ -128,6 +128,8 @@ def test_a_last_question_is_read_in_one_pass(hybrid):
     assert len({*map(tuple, answers)}) == 1
     columns.clear()
     assert str(qa.ask(CLIP, "What happens?", max_new_tokens=1)) and columns == [whole]
+    selecting = VideoQA(hybrid, budget=0.3, method="cdpruner").encode(CLIP)
+    assert len(passes(selecting)) == len(passes(selecting)) == 1  # tokens of a question of their own, which none shares
     hook.remove()
 
 
