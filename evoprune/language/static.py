@@ -237,16 +237,15 @@ def begin(
         if model in _caches and steps is None:
             return None
         known = [size for size in steps.graphs if need <= size <= 4 * columns] if steps else []
-        if not known:
-            if min(decoded, left) < PLAIN_TOKENS:
+        if not known and min(decoded, left) < PLAIN_TOKENS:
+            return None
+        if not can_step(model):
+            return None
+        if not known and (steps is None or steps.capacity < columns):
+            available = available_memory(str(like.device))
+            if available is not None and kv_bytes(model.config, columns, like.itemsize) >= SHARE * available:
                 return None
-            if steps is None or steps.capacity < columns:
-                available = available_memory(str(like.device))
-                if available is not None and kv_bytes(model.config, columns, like.itemsize) >= SHARE * available:
-                    return None
-                if not can_step(model):
-                    return None
-                steps = _caches[model] = new_cache(model, columns)
+            steps = _caches[model] = new_cache(model, columns)
     steps.begin(holder, cache, position, min(known, default=columns))
     return steps
 

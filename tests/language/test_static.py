@@ -254,6 +254,18 @@ def test_what_is_decoded_plainly(graphs, reason, monkeypatch):
         assert graphs.captured == 1
 
 
+def test_a_hook_that_comes_after_a_capture_is_called(graphs):
+    model, calls = tiny_model(), []
+    list(stream(model, state_of(model)))
+    hook = model.model.language_model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
+    expected, replayed = plainly(model, state_of(model)), graphs.replayed
+    assert list(stream(model, state_of(model))) == expected and graphs.replayed == replayed
+    assert len(calls) == 2 * NEW
+    hook.remove()
+    list(stream(model, state_of(model)))
+    assert graphs.captured == 1 and graphs.replayed > replayed
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_capture_that_fails_is_said_once_and_tokens_are_decoded_plainly(model, graphs, monkeypatch):
     def fails(function, device):
