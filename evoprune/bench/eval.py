@@ -206,7 +206,7 @@ class Evaluation:
         missing = [video for video in self.videos if video.name not in done]
         if processes > 1:
             loaded, model = self.loaded, self.settings.model
-            if loaded and (short := shortage(processes * loaded.weights_bytes, loaded.device)):
+            if loaded and (short := shortage(processes * loaded.found.weights_bytes, loaded.device)):
                 hint = "fewer processes (--processes), or a smaller model"
                 raise OutOfMemory(f"{processes} copies of {loaded.id}: {short}", hint, stage="load")
             model = replace(model, threads=threads_of_each(model.threads, processes))

@@ -333,11 +333,14 @@ class Answering:
                 video, seconds = encode(self.session, path, self._sampling, frames)  # the first time also warms up
             self._plan(video, spent, videos)
         references: list[Reference] = []
+        fresh = video.with_session(
+            self.session
+        )  # it has read no prompt, so the first reference takes as long as a pruned one
         for question in self._questions[: self.asked]:
             answer = video.ask(question, max_new_tokens=self.tokens, think=self._think)
             str(answer)  # generates it
             ended = answer.report.finish_reason == "stop"
-            references.append(reference(video, question, answer.ids, ended, think=self._think))
+            references.append(reference(fresh, question, answer.ids, ended, think=self._think))
         return FullAnswers(path, tuple(references), seconds + references[0].seconds, self._now() - start)
 
     def _plan(self, video: EncodedInputs, encoding: float, videos: int) -> None:

@@ -237,16 +237,15 @@ def begin(
         if model in _caches and steps is None:
             return None
         known = [size for size in steps.graphs if need <= size <= 4 * columns] if steps else []
-        if not known:
-            if min(decoded, left) < PLAIN_TOKENS:
+        if not known and min(decoded, left) < PLAIN_TOKENS:
+            return None
+        if not can_step(model):
+            return None
+        if not known and (steps is None or steps.capacity < columns):
+            available = available_memory(str(like.device))
+            if available is not None and kv_bytes(model.config, columns, like.itemsize) >= SHARE * available:
                 return None
-            if steps is None or steps.capacity < columns:
-                available = available_memory(str(like.device))
-                if available is not None and kv_bytes(model.config, columns, like.itemsize) >= SHARE * available:
-                    return None
-                if not can_step(model):
-                    return None
-                steps = _caches[model] = new_cache(model, columns)
+            steps = _caches[model] = new_cache(model, columns)
     steps.begin(holder, cache, position, min(known, default=columns))
     return steps
 
@@ -265,13 +264,15 @@ def can_step(model) -> bool:
         return False
     if not isinstance(model, HostedVL):
         return True
-    text = model.model.language_model
+    text, plain = model.model.language_model, (nn.Parameter, torch.Tensor)
     kinds = {*(getattr(text.config, "layer_types", None) or ())}
+    weights = [*text.parameters(), *text.buffers()]
     experts = model.config.text_config.experts
     return (
         (experts is None or text.config._experts_implementation == "grouped_mm")  # others read the choice on the host
         and kinds <= {"full_attention", "linear_attention"}
-        and all(type(weight) is nn.Parameter for weight in text.parameters())  # none that a package has quantised
+        # None that a package has quantised: some have a class of their own, others are whole numbers, perhaps in buffers.
+        and all(type(weight) in plain and weight.is_floating_point() for weight in weights)
     )
 
 

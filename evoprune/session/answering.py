@@ -346,12 +346,13 @@ class EncodedInputs(Askable):
         """The state from which the answer is decoded; the tokens are selected first, if the method reads the question."""
         with clock.stage("prefill"):
             prompt = self._prompts.build(question, options, sum(encoding.kept for encoding in self._encodings))
-        if any(encoding.rows for encoding in self._encodings):
+        if selects := any(encoding.rows for encoding in self._encodings):
             with clock.stage("encode"):
                 self._select_for(question, report)
         with clock.stage("prefill"):
             read = [encoding.tokens for encoding in self._encodings]
-            state = self._prompts.read(read, prompt, (options.system, options.thinking), self.last_question)
+            last = self.last_question or selects  # what is selected anew has a prompt of its own
+            state = self._prompts.read(read, prompt, (options.system, options.thinking), last)
             state.prompt_ids = prompt.input_ids
             visual, columns = sum(len(tokens.kept) for tokens in read), state.cache.length
             report.tokens = TokenCounts(columns - visual, visual, columns, 0)

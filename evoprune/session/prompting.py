@@ -86,9 +86,7 @@ class PromptReader:
         shared = int((columns < prompt.prefix_length).sum())
         crops = can_crop(model)
         cache, known = self._take_prefix(beginning, shared, last)
-        if (
-            not known and not crops and shared and not last
-        ):  # the prefix by itself, so that a copy can serve each question
+        if shared and not (known or crops or last):  # the prefix by itself, so that a copy can serve each question
             cache, known = new_cache(model, shared), shared
             first = None if sizes is None else sizes[:known]
             added = None if deepstack is None else deepstack[:, :known]

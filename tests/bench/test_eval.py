@@ -26,7 +26,9 @@ from evoprune.session.loading.find import describe_model
 from evoprune.session.options import GenerationOptions, ModelOptions, SamplingOptions
 from evoprune.video.frames import probe
 from evoprune.video_qa import VideoQA
+from tests.quantized import parameters
 from tests.threads import one_thread  # noqa: F401
+from tests.tiny import save_tiny
 
 SAMPLES = Path("samples")
 CLIPS = ("square.mp4", "three.mp4", "vanish.webm", "flash.mp4")
@@ -261,6 +263,17 @@ def test_more_copies_of_the_model_than_fit_are_refused(loaded, monkeypatch):
     with pytest.raises(OutOfMemory, match=r"^4 copies of .*: needs about") as caught:
         run.run(processes=4)
     assert "--processes" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", parameters("int8"))
+def test_copies_are_counted_as_they_are_read(tmp_path, monkeypatch, kind):
+    """transformers reads all weights in the dtype of their files before they are quantised."""
+    loaded = evaluation.load_model(str(save_tiny(tmp_path, family="qwen3_5")), dtype="fp32", quantize=kind)
+    run = begun(loaded, SETTINGS, videos(CLIPS[:1]))
+    monkeypatch.setattr(cost, "available_memory", lambda device: 3 * loaded.weights_bytes)
+    monkeypatch.setattr(evaluation, "map_in_processes", lambda *_: pytest.fail("processes were started"))
+    with pytest.raises(OutOfMemory, match=r"^2 copies of .*: needs about"):
+        run.run(processes=2)
 
 
 @pytest.mark.full

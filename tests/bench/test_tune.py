@@ -23,6 +23,9 @@ from evoprune.bench.tune import (
     smoothed,
 )
 from evoprune.errors import OutOfMemory, UsageError, VideoError
+from evoprune.language.generate import prefill
+from evoprune.session import prompting
+from evoprune.session.answering import EncodedInputs
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.session.session import Session
@@ -67,6 +70,19 @@ def test_a_run(saved):
     assert any(row["frontier"] for row in rows.values()) and rows[document["best"]]["low"] == max(
         row["low"] for row in rows.values()
     )
+
+
+def test_the_time_to_the_first_token_holds_the_whole_prompt(loaded, monkeypatch):
+    """Unpruned too, whose answers have read it before. Columns stand in place of seconds."""
+    read, along = [], EncodedInputs.read_along
+    monkeypatch.setattr(prompting, "prefill", lambda *args: read.append(len(args[1])) or prefill(*args))
+    monkeypatch.setattr(EncodedInputs, "read_along", lambda *args: (along(*args)[0], read[-1]))
+    session = Session(loaded, PruneOptions().config())
+    answering = Answering(session, SamplingOptions(frames=4), QUESTIONS, 60, lambda: 0.0)
+    answering.answer(CLIPS)
+    for full in answering.made:
+        first, second = full.references
+        assert first.seconds > second.seconds > 0
 
 
 def test_the_time_to_the_first_token_holds_the_encoding(saved, monkeypatch):

@@ -111,6 +111,16 @@ def test_experts_that_are_chosen_on_the_host_have_no_graph(graphs, hosted, monke
     assert graphs.captured == 0
 
 
+def test_quantised_weights_in_buffers_have_no_graph(hosted):
+    """As of GPTQ and AWQ, whose layers are no linear ones of torch."""
+    model = hosted("qwen3_5")
+    layer = model.model.language_model.layers[0].mlp
+    assert static.can_step(model)
+    layer.register_buffer("qweight", torch.zeros(8, 8, dtype=torch.int32))
+    assert not static.can_step(model)
+    del layer.qweight
+
+
 @pytest.mark.parametrize("family", NATIVE)
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
 def test_the_logits_of_a_step_are_those_of_the_plain_decoder(family, dtype, near):
@@ -242,6 +252,18 @@ def test_what_is_decoded_plainly(graphs, reason, monkeypatch):
         monkeypatch.setattr(static, "available_memory", lambda device: 4 * 32 * 1024 + 1)
         list(stream(model, state_of(model)))
         assert graphs.captured == 1
+
+
+def test_a_hook_that_comes_after_a_capture_is_called(graphs):
+    model, calls = tiny_model(), []
+    list(stream(model, state_of(model)))
+    hook = model.model.language_model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
+    expected, replayed = plainly(model, state_of(model)), graphs.replayed
+    assert list(stream(model, state_of(model))) == expected and graphs.replayed == replayed
+    assert len(calls) == 2 * NEW
+    hook.remove()
+    list(stream(model, state_of(model)))
+    assert graphs.captured == 1 and graphs.replayed > replayed
 
 
 @pytest.mark.filterwarnings("error")

@@ -128,6 +128,8 @@ def test_a_last_question_is_read_in_one_pass(hybrid):
     assert len({*map(tuple, answers)}) == 1
     columns.clear()
     assert str(qa.ask(CLIP, "What happens?", max_new_tokens=1)) and columns == [whole]
+    selecting = VideoQA(hybrid, budget=0.3, method="cdpruner").encode(CLIP)
+    assert len(passes(selecting)) == len(passes(selecting)) == 1  # tokens of a question of their own, which none shares
     hook.remove()
 
 
@@ -238,6 +240,16 @@ def test_a_hybrid_in_fewer_bits(tmp_path, monkeypatch, hybrid, kind, dtype):
     assert torch.equal(*rounded)
     limit = {"int8": 0.15, "int4": 0.7}[kind]  # of layers as small as these; other weights would be 1.4 away
     assert (rounded[0] - plain).std() < limit * plain.std()
+
+
+def test_the_dtype_of_files_is_read_beside_the_layers_too(hybrid, tmp_path):
+    """Where published configs say it, which have none at the top."""
+    (tmp_path / "changed").mkdir()
+    config = json.loads((hybrid.found.folder / "config.json").read_text())
+    entries = {"dtype": None, "text_config": config["text_config"] | {"dtype": "bfloat16"}}
+    name = damaged(hybrid.found.folder, tmp_path / "changed", **entries)
+    found = find_model(ModelOptions(name, dtype="fp32", quantize="int8"))
+    assert found.read_dtype("int8") == torch.bfloat16 and found.weights_bytes == 2 * found.parameters
 
 
 def damaged(folder: Path, tmp_path: Path, **entries) -> str:

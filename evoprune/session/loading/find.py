@@ -56,7 +56,6 @@ BUNDLED_CONFIGS = {
     f"Qwen/{path.stem}": path for path in sorted((Path(evoprune.__file__).parent / "model" / "configs").glob("*.json"))
 }
 FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]  # of a model on the hub
-# What computes with the weights of a method of quantisation: the module, and the package that has it.
 PACKAGES = {  # that transformers needs for a method of quantisation, besides accelerate
     "awq": ["gptqmodel"],
     "gptq": ["gptqmodel", "optimum"],
@@ -251,7 +250,8 @@ class FoundModel:
     def stored(self) -> torch.dtype | None:
         """The dtype of the published weights, if config.json says so."""
         content = _json(_config_path(self.options, self.folder))
-        name = content.get("dtype") or content.get("torch_dtype")
+        parts = content, section(content, "text_config")  # some files say it of the language model alone
+        name = next((said for part in parts if (said := part.get("dtype") or part.get("torch_dtype"))), None)
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(str(name))
 
 
