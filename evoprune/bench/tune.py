@@ -333,9 +333,7 @@ class Answering:
                 video, seconds = encode(self.session, path, self._sampling, frames)  # the first time also warms up
             self._plan(video, spent, videos)
         references: list[Reference] = []
-        fresh = video.with_session(
-            self.session
-        )  # it has read no prompt, so the first reference takes as long as a pruned one
+        fresh = video.with_session(self.session)  # has read no prompt: its first one takes as long as a pruned one's
         for question in self._questions[: self.asked]:
             answer = video.ask(question, max_new_tokens=self.tokens, think=self._think)
             str(answer)  # generates it
