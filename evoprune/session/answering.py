@@ -262,7 +262,7 @@ class EncodedInputs(Askable):
     the encodings, and never changes: each answer has one of its own. `plans`: of each input, what was looked at, and how large.
 
     `last_question`, to be set before it is asked, says that no question follows: a model with recurrent states (Qwen3.5) then reads
-    the prompt in one pass, not in two. One that follows after all has the same answer, and waits longer.
+    the prompt in one pass, not in two. One that follows after all waits longer.
     """
 
     def __init__(self, session: Session, encodings: Sequence[Encoding]):

@@ -208,7 +208,7 @@ class FoundModel:
         dtype, quantize = DTYPES[self.dtype], self.options.quantize
         if not self.native:
             return self.hosted_bytes(quantize)
-        mapped = quantize != "none" or self.stored == dtype  # as a download would be
+        mapped = quantize != "none" or self._stored == dtype  # as a download would be
         if self.files_here:
             mapped = stay_mapped(self.files_here, dtype, self.device, quantize)
         return needed_bytes(self.config, dtype, quantize, mapped)
@@ -225,14 +225,14 @@ class FoundModel:
 
     def read_dtype(self, quantize: str) -> torch.dtype:
         """In which transformers reads the weights: that of the files where they are quantised afterwards."""
-        return self.stored or DTYPES[self.dtype] if quantize != "none" else DTYPES[self.dtype]
+        return self._stored or DTYPES[self.dtype] if quantize != "none" else DTYPES[self.dtype]
 
     @property
     def download_bytes(self) -> int | None:
         """Of weights that have to be downloaded, roughly; 0 if they are here, None where that is unknown."""
         if self.files_here:
             return 0
-        return self.parameters * self.stored.itemsize if self.stored and is_id(self.id) else None
+        return self.parameters * self._stored.itemsize if self._stored and is_id(self.id) else None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -247,7 +247,7 @@ class FoundModel:
         return hashlib.sha256(_config_path(self.options, self.folder).read_bytes() + repr(stats).encode()).hexdigest()
 
     @cached_property
-    def stored(self) -> torch.dtype | None:
+    def _stored(self) -> torch.dtype | None:
         """The dtype of the published weights, if config.json says so."""
         content = _json(_config_path(self.options, self.folder))
         parts = content, section(content, "text_config")  # some files say it of the language model alone

@@ -439,7 +439,7 @@ def test_null_in_a_config_is_missing(folder, name, value):
     content[name] = content[name] | value if value else value
     path.write_text(json.dumps({"torch_dtype": "float32"} | content))
     assert load_model(str(folder)).model is not None
-    assert describe_model(ModelOptions(str(folder))).stored == torch.float32
+    assert describe_model(ModelOptions(str(folder)))._stored == torch.float32
 
 
 @pytest.fixture(autouse=True)
