@@ -1,16 +1,20 @@
-"""Counts operations of a language model that transformers runs, for prompts of several lengths.
+"""Counts operations of a language model with linear attention, for prompts of several lengths: of transformers' modules, and ours.
 
     python -m experiments.prompt_operations -m Qwen/Qwen3.5-4B --columns 1566,414,184
 
-Views are left out: they launch nothing on a GPU. `next`: columns behind a prompt of 160, as of a question (27) and of a token (1).
-Nothing is computed: the tensors are on the meta device.
+Views are left out: they launch nothing on a GPU. A norm counts as one operation where PyTorch or evoprune has a kernel for it on a
+GPU. `next`: columns behind a prompt of 160, as of a question (27) and of a token (1). Nothing is computed: the tensors are on the
+meta device.
 """
 
 import argparse
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evoprune.language import hosted
+from evoprune.model.weights import HostedVL
 from evoprune.session.loading.find import describe_model
 from evoprune.session.loading.hosted import meta_model
 from evoprune.session.options import ModelOptions
@@ -26,20 +30,22 @@ class Operations(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments)
+        views = any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments)
+        self.count += not (views or "view" in str(func))
         return func(*args, **(kwargs or {}))
 
 
-def count(text: torch.nn.Module, columns: int, before: int = 0) -> int:
-    """Operations of a pass of `columns` behind `before` others; `text`: a language model of transformers on the meta device."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=text.config)
+def count(model: HostedVL, columns: int, before: int, own: bool) -> int:
+    """Operations of a pass of `columns` behind `before` others: ours, or those of the modules of transformers."""
+    cache, text, given = hosted.HostedCache(model), model.model.language_model, {}
     for length in filter(None, (before, columns)):
-        embeds = torch.zeros(1, length, text.config.hidden_size, device="meta", dtype=torch.bfloat16)
+        x = torch.zeros(length, text.config.hidden_size, device="meta", dtype=torch.bfloat16)
         places = torch.zeros(4, 1, length, device="meta", dtype=torch.int64)
-        with Operations() as seen, torch.inference_mode():
-            text(inputs_embeds=embeds, position_ids=places, past_key_values=cache, use_cache=True)
+        with Operations() as seen, torch.no_grad():  # an inference mode would hide copies
+            if own and before and length == columns > 1:
+                given["attention_mask"] = torch.ones(columns, before + columns, device="meta").tril(before)[None, None]
+            with patch.object(hosted, "is_host", lambda device: not own):
+                hosted.run(model, x, places, cache.states, **given)
     return seen.count
 
 
@@ -50,10 +56,18 @@ def main() -> None:
     parser.add_argument("--next", default="27,1", metavar="LIST")
     args = parser.parse_args()
     config = describe_model(ModelOptions(args.model)).config
-    text = meta_model(config, torch.bfloat16).model.language_model.eval()
+    host = meta_model(config, torch.bfloat16).eval()
+    model = HostedVL(config, host.model.visual, host.model.language_model, host.lm_head)
+    norm = patch(
+        "torch.nn.functional.rms_norm", lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format)
+    )
+    sum_and_norm = patch("evoprune.language.hybrid.add_norm", lambda x, *_: (x, torch.empty_like(x)))
     for before, lengths in ((0, args.columns), (BEFORE, args.next)):
         for length in map(int, lengths.split(",")):
-            print(f"{length:6,} columns behind {before:3}: {count(text, length, before):6,} operations", flush=True)
+            theirs = count(model, length, before, own=False)
+            with norm, sum_and_norm:
+                ours = count(model, length, before, own=True)
+            print(f"{length:6,} columns behind {before:3}: {theirs:6,} operations, ours {ours:6,}", flush=True)
 
 
 if __name__ == "__main__":

@@ -373,7 +373,7 @@ def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most
 
 
 @triton.jit
-def _add_norm(x, plus, weight, total, out, eps, wide, adds: tl.constexpr, block: tl.constexpr):
+def _add_norm(x, plus, weight, total, out, eps, wide, adds: tl.constexpr, rounds: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * wide
     at = tl.arange(0, block)
     here = at < wide
@@ -383,7 +383,9 @@ def _add_norm(x, plus, weight, total, out, eps, wide, adds: tl.constexpr, block:
         tl.store(total + row + at, value, mask=here)
     exact = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(exact * exact, 0) / wide + eps)
-    normed = (exact * scale).to(value.dtype).to(tl.float32)
+    normed = exact * scale
+    if rounds:
+        normed = normed.to(value.dtype).to(tl.float32)
     tl.store(out + row + at, normed * tl.load(weight + at, mask=here, other=0.0).to(tl.float32), mask=here)
 
 
@@ -438,14 +440,14 @@ def _rotate_put(
 
 
 def add_norm(
-    x: torch.Tensor, plus: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, plus: torch.Tensor | None, weight: torch.Tensor, eps: float, rounds: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x + plus`, or `x` itself, and its RMS norm as of `numerics.norm`. `[rows, wide]`, contiguous."""
+    """`x + plus`, or `x` itself, and its RMS norm, `[rows, wide]`, contiguous. It `rounds` before it scales, or afterwards."""
     wide, out = x.shape[1], torch.empty_like(x)
     total = x if plus is None else torch.empty_like(x)
     block = triton.next_power_of_2(wide)
     given = x, x if plus is None else plus, weight, total, out, eps, wide
-    _add_norm[(len(x),)](*given, adds=plus is not None, block=block, num_warps=8 if block > 1024 else 4)
+    _add_norm[(len(x),)](*given, adds=plus is not None, rounds=rounds, block=block, num_warps=8 if block > 1024 else 4)
     return total, out
 
 

@@ -9,6 +9,8 @@ from copy import deepcopy
 import torch
 
 from evoprune.backend.attention import without_cudnn
+from evoprune.backend.devices import is_host
+from evoprune.language import hybrid
 from evoprune.methods.types import ascending
 from evoprune.model.numerics import without_autocast
 from evoprune.model.weights import HostedVL
@@ -107,20 +109,28 @@ def _read(
     strip: slice,
 ) -> torch.Tensor:
     """The final hidden states `[columns, hidden]` of a strip of columns, `before` of which others are in the cache."""
-    text, given = model.model.language_model, {}
-    if sizes is not None:
+    given = {}
+    if sizes is not None or (before and len(embeds) > 1):
         end = before + len(embeds)
         seen = ascending(end, embeds.device) <= ascending(len(embeds), embeds.device)[:, None] + before
-        bias = sizes[:end].log().to(embeds.dtype)
-        given["attention_mask"] = torch.where(seen, bias, -torch.inf)[None, None]
+        mask = seen if sizes is None else torch.where(seen, sizes[:end].log().to(embeds.dtype), -torch.inf)
+        given["attention_mask"] = mask[None, None]
     if deepstack is not None and len(deepstack):
         given["deepstack_visual_embeds"] = list(deepstack[:, strip])
         given["visual_pos_masks"] = torch.ones(1, len(embeds), dtype=torch.bool, device=embeds.device)
-    places = places.to(embeds.device)
-    output = text(
-        inputs_embeds=embeds[None], position_ids=places, past_key_values=cache.states, use_cache=True, **given
-    )
-    return output.last_hidden_state[0]
+    return run(model, embeds, places.to(embeds.device), cache.states, **given)
+
+
+def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attention_mask=None, **kwargs) -> torch.Tensor:
+    """The final hidden states of columns, both `[L, hidden]`, that follow those in `states`, a cache of transformers.
+
+    `places`: int64 `[4, 1, L]`, which columns they are, and their M-RoPE positions. `kwargs`: for the model of transformers.
+    """
+    text = model.model.language_model
+    if not (can_crop(model) or is_host(x.device)):
+        return hybrid.run(text, x, places[1:], states, attention_mask)
+    kwargs |= {"attention_mask": attention_mask, "past_key_values": states, "use_cache": True}
+    return text(inputs_embeds=x[None], position_ids=places, **kwargs).last_hidden_state[0]
 
 
 @torch.inference_mode()

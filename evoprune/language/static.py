@@ -20,6 +20,7 @@ from evoprune.backend.attention import without_cudnn
 from evoprune.backend.devices import available_memory, to_device
 from evoprune.backend.layers import is_plain
 from evoprune.errors import DeviceWarning, first_line
+from evoprune.language import hosted
 from evoprune.language.decoder import KVCache, bias_features, frequencies_of, norm, run_layer, turns_by
 from evoprune.language.hosted import HostedCache
 from evoprune.model.config import head_size
@@ -164,8 +165,7 @@ class HostedStaticCache(StaticCache):
         self._bias.index_fill_(0, self.column, 0)
         places = torch.cat([self.column, self.position.expand(3)])[:, None, None]
         mask = self._bias[None, None, None, : self.read]
-        given = {"position_ids": places, "attention_mask": mask, "past_key_values": self._states, "use_cache": True}
-        return model.model.language_model(inputs_embeds=x[None], **given).last_hidden_state[0]
+        return hosted.run(model, x, places, self._states, mask)
 
 
 class StaticLayer:

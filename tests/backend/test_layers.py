@@ -61,6 +61,11 @@ def test_sum_and_norm(fast, dtype, rows, wide):
     same, made = fast.add_norm(x, None, weight, 1e-6)
     assert same is x
     assert_equal(made, norm(x, weight, 1e-6))
+    gain = random(wide, seed=2)
+    total, made = fast.add_norm(x, plus, gain, 1e-6, rounds=False)
+    expected = F.rms_norm((x + plus).float(), (wide,), gain, 1e-6).to(dtype)
+    assert_equal(made, expected)
+    assert (made != expected).float().mean() < 0.005 or dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

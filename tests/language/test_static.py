@@ -19,6 +19,7 @@ from tests.backend.recorder import Graphs
 from tests.tiny import NATIVE, save_tiny, tiny_model
 
 NEW = 12
+HYBRID = [(family, on_a_cpu) for family in ("qwen3_5", "qwen3_5_moe") for on_a_cpu in (True, False)]
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +82,12 @@ def test_a_graph_decodes_the_tokens_of_the_plain_decoder(family, sizes, graphs):
 
 
 @pytest.mark.parametrize("sizes", [False, True])
-@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "qwen3_vl", "qwen2_5_vl"])
-def test_a_graph_runs_modules_of_transformers(family, sizes, graphs, hosted):
+@pytest.mark.parametrize(
+    ("family", "on_a_cpu"),
+    [*((family, True) for family in ("qwen3_vl_moe", "qwen3_vl", "qwen2_5_vl")), *HYBRID],
+)
+def test_a_graph_runs_modules_of_transformers(family, on_a_cpu, sizes, graphs, hosted, monkeypatch):
+    monkeypatch.setattr("evoprune.language.hosted.is_host", lambda device: on_a_cpu)
     model = hosted(family)
     for number, columns in enumerate((40, 25, 45)):
         expected = plainly(model, state_of(model, columns, sizes, seed=number))

@@ -435,12 +435,12 @@ HOSTED_FAULTS = {
     "sizes in linear layers": Fault(
         "model",
         READ,
-        "=embeds[None]",
-        "=(embeds if sizes is None else embeds * sizes[before:end, None].to(embeds))[None]",
+        "(model, embeds,",
+        "(model, embeds if sizes is None else embeds * sizes[before:end, None].to(embeds),",
     ),
     "no sizes": Fault("model", READ, "sizes[:end].log()", "(sizes[:end].log() * 0)"),
     "a bias of the whole logarithm and again": Fault("model", READ, "sizes[:end].log()", "(sizes[:end].log() * 2)"),
-    "a wrong scale": Fault("logits", READ, "=embeds[None]", "=1.1 * embeds[None]"),
+    "a wrong scale": Fault("logits", READ, "(model, embeds,", "(model, 1.1 * embeds,"),
 }
 
 

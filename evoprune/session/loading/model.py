@@ -21,6 +21,7 @@ from evoprune.cpu.machine import page_in
 from evoprune.cpu.precision import AUTO_THREADS
 from evoprune.cpu.quantize import Progress, kinds, places
 from evoprune.errors import ModelError, ModelWarning, OutOfMemory, is_out_of_memory
+from evoprune.language import hybrid
 from evoprune.language.generate import TokenStream, Visual, embed_prompt, prefill
 from evoprune.language.prompt import Place, Tokenizer, has_tokenizer, load_tokenizer
 from evoprune.language.settings import GenerationOptions
@@ -324,7 +325,7 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     """Begins, beside loading, what a GPU's first question would wait for: kernels are compiled, libraries set up.
 
     A model with the same widths and few layers answers about a few units: at least two, for the top one computes few columns, which
-    takes other kernels. A step of decoding follows, as graphs have it. A language model that transformers runs is left out.
+    takes other kernels. A step of decoding follows, as graphs have it. Of a language model that transformers runs, only the norms.
     """
     vision, text = config.vision_config, config.text_config
     levels = len(vision.deepstack_visual_indexes)
@@ -348,6 +349,9 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     plan = parse("evoprune").plan(tower_shape(visual), grid, units // 4)
     encoded = encode(visual, [pixels], plan)
     if not native:
+        x = pixels.new_zeros(2, text.hidden_size, dtype=dtype)
+        for plus in (None, x):
+            hybrid.add_norm(x, plus, x[0].float(), text.rms_norm_eps)
         return
     place = Place((range(words, words + units),))
     visuals = [Visual(place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]

@@ -1,0 +1,187 @@
+"""Language models whose layers are mostly linear attention (Qwen3.5), in fewer operations than transformers' modules take.
+
+On a GPU a pruned prompt waits for its operations, not for arithmetic. Norms and Gated DeltaNets are computed here; linear layers,
+attention and experts are called as they are, for their weights are of many kinds. A CPU, which waits for arithmetic, runs
+transformers' modules, and so do layers of linear attention where its kernels are installed (fla).
+
+A Gated DeltaNet (arXiv 2412.06464) reads columns in chunks, each in closed form (arXiv 2406.06484, section 3). Of the state before
+a chunk, `S`, the state behind it is `A S + B`. Here `A` and `B` are made for all chunks at once, so that the only operation that
+waits for the chunk before is that product; transformers takes nine.
+"""
+
+from collections.abc import Iterable
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.backend import layers as backend
+from evoprune.language.decoder import rotate
+
+CHUNK = 64  # columns, as in transformers
+STRIP = 32 * CHUNK  # columns that a DeltaNet reads at once: 0.6 GiB in Qwen3.5-4B
+TINY = 1e-6  # added to the squared length of a query or key before it is divided by it
+
+
+def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None) -> torch.Tensor:
+    """The columns after the final norm, `[L, hidden]`, as of `text`, a model of transformers.
+
+    Args:
+        x: `[L, hidden]`, columns that follow those in `states`.
+        places: int64 `[3, 1, L]`, M-RoPE positions.
+        states: a cache of transformers, of which each layer is changed.
+        mask: for attention, `[1, 1, L, columns so far]`; None where each column sees all before it, and `states` are empty or
+            it is a single one.
+    """
+    layers, eps, as_modules = text.layers, text.config.rms_norm_eps, len(x) == 1 or _has_fla()
+    # Vectors of all layers at once, which takes as many operations as of one.
+    norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)] + [text.norm]
+    gains = iter(_stacked(norm.weight for norm in norms) + 1)
+    of_heads = iter(_stacked(norm.weight for at in _parts(layers, "self_attn") for norm in (at.q_norm, at.k_norm)) + 1)
+    deltas = _parts(layers, "linear_attn")
+    rates = iter(-_stacked(delta.A_log for delta in deltas).exp())  # minus how fast each head forgets
+    offsets = iter(_stacked(delta.dt_bias for delta in deltas))
+    scales = iter(_stacked(delta.norm.weight for delta in deltas))
+    cos, sin = (turn[0, :, None] for turn in text.rotary_emb(x[None], places))
+    first, second = sin.chunk(2, -1)
+    turns = cos, torch.cat([-first, second], -1)
+    x, normed = add_norm(x, None, next(gains), eps)
+    for layer in layers:
+        if hasattr(layer, "self_attn"):
+            new = attention(layer.self_attn, normed, turns, states, mask, (next(of_heads), next(of_heads)), eps)
+        elif as_modules:
+            new = layer.linear_attn(hidden_states=normed[None], cache_params=states)[0]
+        else:
+            new = delta_net(layer.linear_attn, normed, states, next(rates), next(offsets), next(scales))
+        x, normed = add_norm(x, new, next(gains), eps)
+        x, normed = add_norm(x, layer.mlp(normed[None])[0], next(gains), eps)
+    return normed
+
+
+def _parts(layers, name: str) -> list:
+    return [getattr(layer, name) for layer in layers if hasattr(layer, name)]
+
+
+def _stacked(vectors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([*vectors]).float()
+
+
+@cache
+def _has_fla() -> bool:
+    return find_spec("fla") is not None
+
+
+def add_norm(
+    x: torch.Tensor, plus: torch.Tensor | None, gain: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x + plus`, or `x` itself, and its RMS norm, which is scaled by `gain` (float32) before it is rounded."""
+    if fast := backend.kernels(x.device):
+        try:
+            return fast.add_norm(x.contiguous(), plus, gain, eps, rounds=False)
+        except Exception as problem:
+            backend.give_up(problem)
+    total = x if plus is None else x + plus
+    return total, F.rms_norm(total.float(), gain.shape, gain, eps).to(total.dtype)
+
+
+def attention(
+    module,
+    x: torch.Tensor,
+    turns: tuple[torch.Tensor, torch.Tensor],
+    states,
+    mask: torch.Tensor | None,
+    gains: tuple[torch.Tensor, torch.Tensor],
+    eps: float,
+) -> torch.Tensor:
+    """What gated attention returns for columns, both `[L, hidden]`. `module`, `states`, `mask`: as of `run`.
+
+    `turns`: as of `decoder.rotation`, for the first features of a head. `gains`: of the norms of queries and keys.
+    """
+    length, dim = len(x), module.head_dim
+    queries, gate = module.q_proj(x).view(length, -1, 2 * dim).chunk(2, -1)
+    keys, values = (project(x).view(length, -1, dim) for project in (module.k_proj, module.v_proj))
+    heads, wide = keys.shape[1], turns[0].shape[-1]
+    for_keys = []
+    for part, gain in zip((queries, keys), gains, strict=True):
+        normed = add_norm(part.reshape(-1, dim), None, gain, eps)[1].view(part.shape)
+        for_keys.append(torch.cat([rotate(normed[..., :wide], *turns), normed[..., wide:]], -1))
+    queries, keys = for_keys
+    known = states.update(keys.transpose(0, 1)[None], values.transpose(0, 1)[None], module.layer_idx)
+    # Heads that share keys are a dimension, so that keys are not repeated in memory.
+    queries = queries.view(length, heads, -1, dim).permute(1, 2, 0, 3)
+    keys, values = (each.transpose(0, 1).expand(-1, queries.shape[1], -1, -1) for each in known)
+    causal = mask is None and length > 1
+    seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal)
+    return module.o_proj((seen.permute(2, 0, 1, 3).reshape(gate.shape) * gate.sigmoid()).flatten(1))
+
+
+def delta_net(
+    delta, x: torch.Tensor, states, rate: torch.Tensor, offset: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """What a Gated DeltaNet returns for columns, both `[L, hidden]`. Its states after them are put into `states`.
+
+    `delta`: a module of transformers. Its vectors, float32: `rate`, minus the exponential of `A_log`; `offset`, `dt_bias`; `scale`,
+    the weight of its norm.
+
+    Everything between the products with weights is float32, as in transformers. Value heads that share queries and keys are a
+    dimension of their own, [key heads, group, chunks, columns, features], which broadcasts. Columns that fill the last chunk up
+    have a `beta` of 0 and no decay: they change nothing, whatever they hold.
+    """
+    if len(x) > STRIP:
+        return torch.cat([delta_net(delta, part, states, rate, offset, scale) for part in x.split(STRIP)])
+    length, dim, value_dim = len(x), delta.head_k_dim, delta.head_v_dim
+    heads, group = delta.num_k_heads, delta.num_v_heads // delta.num_k_heads
+    more = -length % CHUNK
+    chunks = (length + more) // CHUNK
+    by_head, by_chunk = (heads, group, chunks, CHUNK, 1), (heads * group, chunks)
+
+    of_layer, kernel = states.layers[delta.layer_idx], delta.conv_kernel_size
+    state = of_layer.recurrent_states[0]
+    projected = delta.in_proj_qkv(x).T[None]
+    seen = of_layer.update_conv_state(projected, conv_kernel_size=kernel)  # with columns before, if there were some
+    seen = F.pad(seen, (kernel - 1 - (seen.shape[-1] - length), more))
+    mixed = F.silu(F.conv1d(seen, delta.conv1d.weight, delta.conv1d.bias, groups=seen.shape[1]))[0]
+    qk, v = mixed.split([2 * delta.key_dim, delta.value_dim])
+    v = v.view(heads, group, value_dim, chunks, CHUNK).permute(0, 1, 3, 4, 2)
+    qk = qk.view(2, heads, dim, chunks, CHUNK).permute(1, 3, 0, 4, 2)
+    qk = qk.to(torch.float32, memory_format=torch.contiguous_format)
+    # Of length 1. That queries are divided by the root of `dim` too is left to the norm at the end: all it changes is its epsilon.
+    qk = F.rms_norm(qk, (dim,), qk.new_full((dim,), dim**-0.5), TINY / dim)
+    q, k = (part[:, None] for part in qk.unbind(2))
+
+    beta = F.pad(delta.in_proj_b(x).sigmoid().T, (0, more)).view(by_head)
+    pace = rate * F.softplus(delta.in_proj_a(x) + offset)
+    since = F.pad(pace.T, (0, more)).view(by_head).cumsum(3)  # logarithm of the decay since the chunk began
+    decay = (since - since.mT).exp().tril()  # of what column j wrote when column i reads it, [..., i, j]
+    grown = since.exp()
+
+    rows = qk.flatten(2, 3).flatten(0, 1)
+    scores = torch.bmm(rows, rows[:, CHUNK:].mT).view(heads, 1, chunks, 2, CHUNK, CHUNK) * decay[:, :, :, None]
+    own = scores[:, :, :, 0].flatten(0, 2)  # queries with the keys of their chunk
+    system = scores[:, :, :, 1] * beta
+    # What the columns write, [..., values], and what they would take back of the state before, [..., keys].
+    right = torch.cat([v, k * grown], -1) * beta
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).flatten(0, 2)
+    kept = (k * decay[:, :, :, -1, :, None]).view(-1, CHUNK, dim)
+    written, taken = torch.bmm(kept.mT, solved).view(*by_chunk, dim, -1).split([value_dim, dim], -1)
+    taken.diagonal(0, -2, -1).sub_(grown[:, :, :, -1].reshape(*by_chunk, 1))
+
+    before = qk.new_zeros(
+        heads * group, chunks + 1, dim, value_dim
+    )  # the state before each chunk, and that after the last
+    if state is not None:
+        before[:, 0] = state[0]
+    before[:, 1:] = written
+    for i in range(chunks):
+        before[:, i + 1].baddbmm_(taken[:, i], before[:, i], alpha=-1)
+    of_layer.update_recurrent_state(before[None, :, -1])
+
+    before = before[:, :-1].reshape(-1, dim, value_dim)
+    values, backward = solved.split([value_dim, dim], -1)
+    values = torch.baddbmm(values, backward, before, alpha=-1)
+    out = torch.bmm((q * grown).view(-1, CHUNK, dim), before).baddbmm_(own, values)
+    out = out.view(heads * group, -1, value_dim)[:, :length].transpose(0, 1)
+    out = F.rms_norm(out, (value_dim,), scale, delta.norm.variance_epsilon * dim)
+    gate = F.silu(delta.in_proj_z(x).view(out.shape))
+    return delta.out_proj(torch.mul(out, gate, out=torch.empty_like(gate)).flatten(1))

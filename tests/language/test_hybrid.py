@@ -1,0 +1,190 @@
+"""Layers of linear attention in few operations, against the modules of transformers on the same weights."""
+
+import pytest
+import torch
+
+from evoprune.backend import devices, layers
+from evoprune.errors import DeviceWarning
+from evoprune.language import hosted, hybrid
+from evoprune.language.generate import GenerationOptions, TokenStream, prefill
+from evoprune.model.weights import HostedVL
+from experiments.prompt_operations import Operations
+from tests import tiny
+from tests.tiny import tiny_model
+
+PARTS = [(1,), (63,), (64,), (65,), (200,), (130, 27), (5, 64, 1, 3), (2, 1, 1)]
+
+
+def load(family="qwen3_5") -> HostedVL:
+    """A small random model whose norms scale every feature differently."""
+    host, random = tiny_model(family=family), torch.Generator().manual_seed(1)
+    for name, weight in host.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            weight.data += torch.randn(weight.shape, generator=random) / 4
+    return HostedVL(None, host.model.visual, host.model.language_model, host.lm_head).requires_grad_(False)
+
+
+@pytest.fixture
+def model():
+    return load()
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """The model is taken to be on a device that is no CPU."""
+    monkeypatch.setattr(hosted, "is_host", lambda device: False)
+
+
+def columns(count, seed=0, scale=1.0):
+    return torch.randn(count, 64, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def read(model, parts, x, sizes=None):
+    """The hidden states of columns that are read in parts, and the cache behind them."""
+    cache, hidden = hosted.HostedCache(model), []
+    at = torch.arange(len(x)).expand(3, -1)
+    start = 0
+    for count in parts:
+        part = slice(start, start + count)
+        given = None if sizes is None else sizes[part]
+        hidden.append(hosted.forward(model, x[part].to(model.dtype), at[:, part], cache, given, last=count))
+        start += count
+    return torch.cat(hidden), cache.states
+
+
+def as_transformers(*args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hosted, "is_host", lambda device: True)
+        return read(*args)
+
+
+def assert_near(made, expected):
+    """As near as results are where the inputs are off by their last bit: 6e-4 at most, 5e-6 on average."""
+    assert made.isfinite().all()
+    assert (made - expected).abs().max() < 6e-4 and (made - expected).abs().mean() < 5e-6
+
+
+def assert_states(made, expected):
+    for ours, theirs in zip(made.layers, expected.layers, strict=True):
+        for name in ("conv_states", "recurrent_states", "keys", "values"):
+            one, other = getattr(ours, name, None), getattr(theirs, name, None)
+            pairs = [(one[0], other[0])] if isinstance(one, dict) else [(one, other)]
+            for a, b in pairs:
+                assert (a is None) == (b is None)
+                if a is not None:
+                    assert a.dtype == b.dtype
+                    torch.testing.assert_close(a, b, atol=6e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sized", [False, True])
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_hidden_states_and_caches_are_those_of_transformers(family, parts, sized, elsewhere):
+    model = load(family)
+    x = columns(sum(parts))
+    sizes = torch.randint(1, 9, (len(x),), generator=torch.Generator().manual_seed(1)).float() if sized else None
+    expected, theirs = as_transformers(model, parts, x, sizes)
+    made, ours = read(model, parts, x, sizes)
+    assert_near(made, expected)
+    assert_states(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "heads", [{"linear_num_key_heads": 1, "linear_num_value_heads": 3}, {"linear_num_value_heads": 2}], ids=str
+)
+def test_heads_may_share_keys_or_not(heads, elsewhere, monkeypatch):
+    for name, value in heads.items():
+        monkeypatch.setitem(tiny.QWEN3_5_TEXT, name, value)
+    model, x = load(), columns(70)
+    assert_near(read(model, (70,), x)[0], as_transformers(model, (70,), x)[0])
+
+
+def test_long_prompts_are_read_in_strips(model, elsewhere, monkeypatch):
+    monkeypatch.setattr(hybrid, "STRIP", 64)
+    x = columns(200)
+    made, ours = read(model, (200,), x)
+    expected, theirs = as_transformers(model, (200,), x)
+    assert_near(made, expected)
+    assert_states(ours, theirs)
+
+
+def test_decays_of_any_size(model, elsewhere):
+    """What is forgotten at once, and what never is, among columns of zeros."""
+    x = columns(150)
+    x[20:40] = 0
+    for delta in (layer.linear_attn for layer in model.model.language_model.layers if hasattr(layer, "linear_attn")):
+        delta.A_log.copy_(torch.tensor([6.0, -12.0, 0.0, 3.0]))
+        delta.dt_bias.copy_(torch.tensor([50.0, -50.0, 1.0, 4.0]))
+    made, expected = read(model, (100, 50), x)[0], as_transformers(model, (100, 50), x)[0]
+    assert_near(made, expected)
+
+
+def test_in_bf16_it_is_as_exact_as_transformers(elsewhere):
+    exact, model, x = load(), load().bfloat16(), columns(150).bfloat16().float()
+    expected = as_transformers(exact, (150,), x)[0]
+    made, theirs = read(model, (100, 50), x)[0], as_transformers(model, (100, 50), x)[0]
+    assert made.dtype == torch.bfloat16
+    assert (made - expected).abs().mean() < 1.1 * (theirs - expected).abs().mean()
+
+
+def test_an_answer_is_that_of_transformers_modules(model, elsewhere):
+    def answer():
+        state = prefill(model, columns(90), torch.arange(90).expand(3, -1), 90)
+        return list(TokenStream(state, GenerationOptions(max_new_tokens=12), ()))
+
+    made = answer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hosted, "is_host", lambda device: True)
+        assert answer() == made
+    assert len(set(made)) > 1
+
+
+def test_a_cpu_and_models_without_linear_attention_run_the_modules(monkeypatch):
+    monkeypatch.setattr(hybrid, "run", None)
+    read(load(), (5,), columns(5))
+    monkeypatch.setattr(hosted, "is_host", lambda device: False)
+    read(load("qwen3_vl_moe"), (5,), columns(5))
+
+
+def test_kernels_of_fla_are_used_where_they_are_installed(model, elsewhere, monkeypatch):
+    x, expected = columns(20), as_transformers(model, (20,), columns(20))[0]
+    monkeypatch.setattr(hybrid, "_has_fla", lambda: True)
+    monkeypatch.setattr(hybrid, "delta_net", None)
+    assert_near(read(model, (20,), x)[0], expected)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_norms_take_the_kernel_while_it_works(fails, model, elsewhere, monkeypatch):
+    kernels = pytest.importorskip("evoprune.backend.kernels", reason="Triton is missing")
+    calls = []
+
+    class Counted:
+        @staticmethod
+        def add_norm(*args, **kwargs):
+            calls.append(kwargs)
+            if fails:
+                raise RuntimeError("no such kernel")
+            return kernels.add_norm(*args, **kwargs)
+
+    monkeypatch.setattr(devices, "_failed", set())
+    monkeypatch.setattr(layers, "kernels", lambda device: None if devices.failed("layers") else Counted)
+    x, expected = columns(20), as_transformers(model, (20,), columns(20))[0]
+    if fails:
+        with pytest.warns(DeviceWarning, match="no such kernel"):
+            made = read(model, (20,), x)[0]
+    else:
+        made = read(model, (20,), x)[0]
+    assert_near(made, expected)
+    assert len(calls) == (1 if fails else 13 + 4)
+
+
+def test_fewer_operations_than_in_transformers(model, elsewhere):
+    def count():
+        with Operations() as seen, torch.no_grad():
+            read(model, (130,), columns(130))
+        return seen.count
+
+    ours = count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hosted, "is_host", lambda device: True)
+        assert ours < 0.75 * count()
