@@ -188,3 +188,16 @@ def test_fewer_operations_than_in_transformers(model, elsewhere):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hosted, "is_host", lambda device: True)
         assert ours < 0.75 * count()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_on_a_gpu(family):
+    """As transformers' modules on the CPU: layers that are read there have no other reference."""
+    model, x = load(family), columns(157)
+    expected, theirs = read(model, (130, 27), x)
+    made, ours = read(model.cuda(), (130, 27), x.cuda())
+    assert (made.cpu() - expected).abs().max() < 2e-3
+    for one, other in zip(ours.layers, theirs.layers, strict=True):
+        if hasattr(one, "recurrent_states"):
+            torch.testing.assert_close(one.recurrent_states[0].cpu(), other.recurrent_states[0], atol=2e-3, rtol=1e-3)
