@@ -98,16 +98,18 @@ def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
     """
     from transformers import AutoConfig
 
+    half, part = QWEN3_TEXT["head_dim"] // 2, QWEN3_5_TEXT["head_dim"] // 4
+    of_3, of_3_5 = [half // 2, half // 4, half // 4], [part - part // 3 * 2, part // 3, part // 3]
     vision, text, rope = {
         "qwen2_5_vl": (QWEN2_5_VISION, {}, {"mrope_section": [8 // heads, 12 // heads, 12 // heads]}),
         "qwen2_vl": (QWEN2_VISION, {}, {"mrope_section": [8 // heads, 12 // heads, 12 // heads]}),
-        "qwen3_vl": (QWEN3_VISION, QWEN3_TEXT, {"mrope_section": [6, 3, 3]}),
-        "qwen3_vl_moe": (QWEN3_VISION, QWEN3_TEXT | EXPERTS | {"mlp_only_layers": [1]}, {"mrope_section": [6, 3, 3]}),
-        "qwen3_5": (QWEN3_5_VISION, QWEN3_5_TEXT, {"mrope_section": [2, 2, 2]}),
+        "qwen3_vl": (QWEN3_VISION, QWEN3_TEXT, {"mrope_section": of_3}),
+        "qwen3_vl_moe": (QWEN3_VISION, QWEN3_TEXT | EXPERTS | {"mlp_only_layers": [1]}, {"mrope_section": of_3}),
+        "qwen3_5": (QWEN3_5_VISION, QWEN3_5_TEXT, {"mrope_section": of_3_5}),
         "qwen3_5_moe": (
             QWEN3_5_VISION,
             QWEN3_5_TEXT | EXPERTS | {"shared_expert_intermediate_size": 48},
-            {"mrope_section": [2, 2, 2]},
+            {"mrope_section": of_3_5},
         ),
     }[family]
     if vision.get("patch_size") == 16:

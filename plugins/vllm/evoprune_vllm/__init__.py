@@ -8,7 +8,7 @@ import logging
 
 TESTED = "0.32"  # minor version of vLLM; its interfaces for models change from one to the next
 PREFIX = "EvoPrune"  # of the architectures' names
-ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration", "Qwen2VLForConditionalGeneration")
+FAMILIES = ("Qwen2_5_VL", "Qwen2VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe")
 
 
 def register() -> None:
@@ -20,5 +20,10 @@ def register() -> None:
             "evoprune registers nothing: it was tested with vLLM %s, and this is %s", TESTED, __version__
         )
         return
-    for name in ARCHITECTURES:
-        ModelRegistry.register_model(PREFIX + name, f"{__name__}.model:{PREFIX}{name}")
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    for family in FAMILIES:
+        stock = f"{family}ForConditionalGeneration"
+        ModelRegistry.register_model(PREFIX + stock, f"{__name__}.model:{PREFIX}{stock}")
+        if stock in MODELS_CONFIG_MAP:  # what vLLM settles for an architecture, such as the dtype of recurrent states
+            MODELS_CONFIG_MAP[PREFIX + stock] = MODELS_CONFIG_MAP[stock]

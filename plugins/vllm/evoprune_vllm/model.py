@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen2-VL of vLLM with this project's vision encoder.
+"""vLLM's models with this project's vision encoder.
 
 vLLM's own tower is not made, so its weights are in memory once. With tensor parallelism, the first process of a group encodes for
 all: two processes could select different tokens, if their numbers differed in the last bit.
@@ -17,21 +17,65 @@ from vllm.model_executor.layers.fusion.mm_input_norm import _load_norm_params
 from vllm.model_executor.models.interfaces import SupportsMultiModalPruning
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessingInfo
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration, Qwen2VLProcessingInfo
+from vllm.model_executor.models.qwen3_5 import (
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeProcessingInfo,
+    Qwen3_5ProcessingInfo,
+)
+from vllm.model_executor.models.qwen3_vl import (
+    Qwen3LLMForCausalLM,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessingInfo,
+)
+from vllm.model_executor.models.qwen3_vl_moe import (
+    Qwen3MoeLLMForCausalLM,
+    Qwen3VLMoeForConditionalGeneration,
+    Qwen3VLMoeProcessingInfo,
+)
 from vllm.model_executor.models.utils import StageMissingLayer, init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
+from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
 
 from evoprune.cpu.linear import pack
 from evoprune.errors import ModelError, UsageError
-from evoprune.language.prompt import VisualSpan
+from evoprune.language.prompt import video_positions
 from evoprune.model.config import VisionConfig, check_vision, vision_sizes
 from evoprune.model.weights import Tower
 from evoprune_vllm.attention import add_bias
-from evoprune_vllm.positions import COLUMNS, from_columns, generated_offset, known_positions, with_videos
-from evoprune_vllm.processor import KEEP, SECONDS, DummyInputs2, DummyInputs25, Processor2, Processor25, in_units
-from evoprune_vllm.pruning import encoded, normalisation, request_budget, served_method, try_out, with_columns
+from evoprune_vllm.positions import (
+    COLUMNS,
+    extent,
+    from_columns,
+    generated_offset,
+    known_positions,
+    with_videos,
+)
+from evoprune_vllm.processor import (
+    KEEP,
+    SECONDS,
+    DummyInputs2,
+    DummyInputs3,
+    DummyInputs25,
+    Processor2,
+    Processor3,
+    Processor25,
+    in_units,
+)
+from evoprune_vllm.pruning import (
+    encoded,
+    normalisation,
+    request_budget,
+    served_method,
+    tokens_of,
+    try_out,
+    with_columns,
+)
 
 logger = init_logger("vllm.evoprune")
 
@@ -59,6 +103,7 @@ class _Pruned(SupportsMultiModalPruning):
         self.method = served_method(vllm_config.additional_config)
         self.sizes = vision_sizes(self.config.vision_config)
         _check(self.sizes, vllm_config)
+        self.wide = self.config.get_text_config().hidden_size * (1 + len(self.sizes.deepstack_visual_indexes))
         self.normal = normalisation(*_load_norm_params(model_config))
         with self._mark_tower_model(vllm_config, {"image", "video"}):
             if get_tp_group().rank_in_group:
@@ -69,8 +114,7 @@ class _Pruned(SupportsMultiModalPruning):
                     tower = Tower(self.sizes)
                 self.visual = tower.to_empty(device=device).eval().requires_grad_(False)
         with self._mark_language_model(vllm_config):
-            language = {"prefix": maybe_prefix(prefix, "language_model"), "architectures": ["Qwen2ForCausalLM"]}
-            self.language_model = init_vllm_registered_model(vllm_config=vllm_config, **language)
+            self.language_model = self._language(vllm_config, maybe_prefix(prefix, "language_model"))
         if self.is_multimodal_pruning_enabled and self.method.weighs:
             add_bias(self.language_model.model.layers, vllm_config)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
@@ -93,8 +137,11 @@ class _Pruned(SupportsMultiModalPruning):
         with gpu_sync_allowed():  # the encoder reads what it selected
             return tuple(self._features(inputs))
 
+    def _language(self, config: VllmConfig, prefix: str) -> nn.Module:
+        return init_vllm_registered_model(vllm_config=config, prefix=prefix, architectures=["Qwen2ForCausalLM"])
+
     def _features(self, inputs: dict) -> Iterator[torch.Tensor]:
-        group, wide, dtype = get_tp_group(), self.config.get_text_config().hidden_size, self.model_config.dtype
+        group, dtype = get_tp_group(), self.model_config.dtype
         for name in inputs:
             if name not in ("image_embeds", "pixel_values", "pixel_values_videos"):
                 continue
@@ -104,37 +151,55 @@ class _Pruned(SupportsMultiModalPruning):
             if name == "image_embeds":
                 yield from inputs[name].to(dtype).split(units)
                 continue
-            kept, seconds = units, [1.0] * len(units)
+            kept, seconds, times = units, [1.0] * len(units), [()] * len(units)
             if video:
-                kept, seconds = inputs[KEEP].tolist(), inputs[SECONDS].tolist()
-            columns = COLUMNS if video and self.is_multimodal_pruning_enabled else 0
+                kept, seconds, times = inputs[KEEP].tolist(), inputs[SECONDS].tolist(), inputs.get("timestamps", times)
+            placed = video and self.is_multimodal_pruning_enabled
             pieces = inputs[name].split([count * self.sizes.spatial_merge_size**2 for count in units])
-            for patches, grid, keep, step in zip(pieces, grids, kept, seconds, strict=True):
+            for patches, grid, keep, step, own in zip(pieces, grids, kept, seconds, times, strict=True):
+                words = [self._words(float(time)) for time in own] if placed else []
+                text = self._text(words, patches.device) if words else None
                 if group.rank_in_group:
-                    made = torch.empty(keep, wide + columns, dtype=dtype, device=group.device)
+                    shape = keep + (0 if text is None else len(text)), self.wide + (COLUMNS if placed else 0)
+                    made = torch.empty(shape, dtype=dtype, device=group.device)
                 else:
                     given = patches if patches.dtype == torch.uint8 else patches.float()
                     found = encoded(self.visual, given, grid, keep, self.method, self.normal)
-                    made = with_columns(found, step, self.sizes.tokens_per_second) if columns else found.features
+                    clock, lengths = self.sizes.tokens_per_second, [*map(len, words)]
+                    made = with_columns(found, step, clock, lengths, text) if placed else tokens_of(found)
                 yield group.broadcast(made.contiguous())
+
+    def _words(self, time: float) -> list[int]:
+        """What stands before the tokens of a frame pair."""
+        written = self.tokenizer.encode(f"<{time:.1f} seconds>", add_special_tokens=False)
+        return [*written, self.config.vision_start_token_id]
+
+    def _text(self, words: list[list[int]], device: torch.device) -> torch.Tensor:
+        """The embeddings `[n, hidden]` of times and markers: all processes of a group compute a part of them."""
+        ids = [word for before in words for word in (*before, self.config.vision_end_token_id)]
+        return self.language_model.embed_input_ids(torch.tensor(ids, dtype=torch.int64, device=device))
 
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
         """`positions.known_positions` of a prompt."""
-        items = []
+        items, clock = [], self.sizes.tokens_per_second
         for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
-            grid = PICTURE if feature.modality == "image" else VIDEO
-            seconds = feature.data.get(SECONDS)
-            (shape,) = in_units(feature.data[grid].data[None], self.sizes.spatial_merge_size)
-            span = VisualSpan(feature.mm_position.offset, shape, 1.0 if seconds is None else float(seconds.data))
-            items.append((span, feature.mm_position.length))
-        return known_positions(len(input_tokens), items, self.sizes.tokens_per_second)
+            picture, place = feature.modality == "image", feature.mm_position
+            (grid,) = in_units(feature.data[PICTURE if picture else VIDEO].data[None], self.sizes.spatial_merge_size)
+            if "timestamps" in feature.data:
+                words = place.length - int(feature.data[KEEP].data)
+                items.append((place.offset, place.length, words + grid[0] * max(grid[1:]), None))
+                continue
+            seconds = 1.0 if picture else float(feature.data[SECONDS].data)
+            known = video_positions(grid, seconds, clock) if place.length == prod(grid) else None
+            items.append((place.offset, place.length, extent(grid, seconds, clock), known))
+        return known_positions(len(input_tokens), items)
 
     def recompute_mrope_positions(self, input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens):
         """The features without their additional columns, the prompt's positions, and vLLM's number for generated tokens.
 
         `multimodal_embeddings`: from the first picture or video that is not computed yet. `mrope_positions`: int64 `[3, prompt]`.
         """
-        wide = self.config.get_text_config().hidden_size
+        wide = self.wide
         videos = [each[:, wide:] for each in multimodal_embeddings if each.shape[1] > wide]
         with gpu_sync_allowed():
             if videos:
@@ -147,8 +212,28 @@ class _Pruned(SupportsMultiModalPruning):
 
     def get_encoder_cudagraph_config(self) -> EncoderCudaGraphConfig:
         """No graphs: how much the encoder computes depends on the video."""
-        wide = self.config.get_text_config().hidden_size
-        return EncoderCudaGraphConfig(modalities=[], buffer_keys=[], out_hidden_size=wide, max_frames_per_video=1)
+        return EncoderCudaGraphConfig(modalities=[], buffer_keys=[], out_hidden_size=self.wide, max_frames_per_video=1)
+
+
+class _Timed(_Pruned):
+    """Of families whose frame pairs have times. Mixed into vLLM's models, by whose names these numbers are kept."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.tokenizer = cached_tokenizer_from_config(self.model_config)
+        text, levels = self.config.get_text_config(), len(self.sizes.deepstack_visual_indexes)
+        self.use_deepstack, self.deepstack_num_level = levels > 0, levels
+        self.visual_dim, self.multiscale_dim = text.hidden_size, levels * text.hidden_size
+        room = vllm_config.scheduler_config.max_num_batched_tokens, text.hidden_size
+        dtype, device = self.model_config.dtype, torch.get_default_device()
+        self.deepstack_input_embeds = [torch.zeros(room, dtype=dtype, device=device) for _ in range(levels)]
+        self.deepstack_input_embeds_num_tokens = 0
+
+    def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
+        """vLLM's, where nothing is pruned: times and markers have no placeholders then."""
+        if self.is_multimodal_pruning_enabled:
+            return super().get_mrope_input_positions(input_tokens, mm_features)
+        return super(_Pruned, self).get_mrope_input_positions(input_tokens, mm_features)
 
 
 def _check(sizes: VisionConfig, config: VllmConfig) -> None:
@@ -194,3 +279,46 @@ class EvoPruneQwen2_5_VLForConditionalGeneration(_Pruned, Qwen2_5_VLForCondition
 @MULTIMODAL_REGISTRY.register_processor(Processor2, info=Qwen2VLProcessingInfo, dummy_inputs=DummyInputs2)
 class EvoPruneQwen2VLForConditionalGeneration(_Pruned, Qwen2VLForConditionalGeneration):
     """Qwen2-VL."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor3, info=Qwen3VLProcessingInfo, dummy_inputs=DummyInputs3)
+class EvoPruneQwen3VLForConditionalGeneration(_Timed, Qwen3VLForConditionalGeneration):
+    """Qwen3-VL."""
+
+    def _language(self, config: VllmConfig, prefix: str) -> nn.Module:
+        text = config.with_hf_config(self.config.text_config, architectures=["Qwen3ForCausalLM"])
+        return Qwen3LLMForCausalLM(vllm_config=text, prefix=prefix)
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor3, info=Qwen3VLMoeProcessingInfo, dummy_inputs=DummyInputs3)
+class EvoPruneQwen3VLMoeForConditionalGeneration(_Timed, Qwen3VLMoeForConditionalGeneration):
+    """Qwen3-VL's mixtures of experts."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.packed_modules_mapping = self.packed_modules_mapping | self.language_model.packed_modules_mapping
+        self.set_moe_parameters()
+
+    def _language(self, config: VllmConfig, prefix: str) -> nn.Module:
+        text = config.with_hf_config(self.config.text_config, architectures=["Qwen3MoeForCausalLM"])
+        return Qwen3MoeLLMForCausalLM(vllm_config=text, prefix=prefix)
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor3, info=Qwen3_5ProcessingInfo, dummy_inputs=DummyInputs3)
+class EvoPruneQwen3_5ForConditionalGeneration(_Timed, Qwen3_5ForConditionalGeneration):  # noqa: N801
+    """Qwen3.5."""
+
+    def _language(self, config: VllmConfig, prefix: str) -> nn.Module:
+        return Qwen3_5ForCausalLM(vllm_config=config, prefix=prefix)
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor3, info=Qwen3_5MoeProcessingInfo, dummy_inputs=DummyInputs3)
+class EvoPruneQwen3_5MoeForConditionalGeneration(_Timed, Qwen3_5MoeForConditionalGeneration):  # noqa: N801
+    """Qwen3.5's mixtures of experts."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.set_moe_parameters()
+
+    def _language(self, config: VllmConfig, prefix: str) -> nn.Module:
+        return Qwen3_5MoeForCausalLM(vllm_config=config, prefix=prefix)

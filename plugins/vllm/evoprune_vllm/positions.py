@@ -8,11 +8,10 @@ The 32 bits of a token's bias (model.py) travel in the upper bits of its three p
 """
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 
-from evoprune.language.prompt import VisualSpan, video_positions
+from evoprune.language.prompt import video_positions
 from evoprune.methods.types import ascending
 
 DIGITS = (3, 3, 3, 4)  # below 256: of time, height, width, and the bits of the bias
@@ -28,25 +27,46 @@ def extent(grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_secon
 
 
 def known_positions(
-    length: int, items: Sequence[tuple[VisualSpan, int]], tokens_per_second: float | None
+    length: int, items: Sequence[tuple[int, int, int, torch.Tensor | None]]
 ) -> tuple[torch.Tensor, int]:
     """The positions of a prompt before its videos are encoded: int64 `[3, length]`, negative at placeholders of pruned videos.
 
-    And the number that vLLM adds to the index of a generated token to get its position. `items`: videos and pictures, in order,
-    each with the number of its placeholders, which is less than that of its units if it is pruned.
+    And the number that vLLM adds to the index of a generated token to get its position. `items`: of each video and picture, in
+    order, its first placeholder, how many it has, its extent, and their positions, int64 `[3, n]` counted from its own, where they
+    are known.
     """
     pieces, at, following = [], 0, 0
-    for span, count in items:
-        pieces.append((ascending(span.start - at, "cpu") + following).expand(3, -1))
-        following += span.start - at
-        if count == prod(span.grid):
-            pieces.append(video_positions(span.grid, span.seconds_per_pair, tokens_per_second) + following)
-        else:
-            pieces.append(torch.full((3, count), -1 - following, dtype=torch.int64, device="cpu"))
-        following += extent(span.grid, span.seconds_per_pair, tokens_per_second)
-        at = span.start + count
+    for start, count, more, known in items:
+        pieces.append((ascending(start - at, "cpu") + following).expand(3, -1))
+        following += start - at
+        unknown = torch.full((3, count), -1 - following, dtype=torch.int64, device="cpu")
+        pieces.append(unknown if known is None else known + following)
+        following += more
+        at = start + count
     pieces.append((ascending(length - at, "cpu") + following).expand(3, -1))
     return torch.cat(pieces, dim=1), following - at
+
+
+def timed(
+    kept: torch.Tensor, grid: tuple[int, int, int], words: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The rows of a video whose frame pairs stand behind their times (Qwen3-VL, Qwen3.5): times, markers and tokens.
+
+    `kept`: int64 `[K]` on the CPU, ascending, the units whose tokens stay. `words`: of each frame pair, how many rows of text stand
+    before its tokens; one stands behind them.
+
+    Returns bool `[n]`, which rows are tokens, and int64 `[3, n]`, the positions of all, counted from the video's own.
+    """
+    units = grid[1] * grid[2]
+    inside = video_positions((1, *grid[1:]), 1.0, None)
+    is_token, positions, following = [], [], 0
+    for pair, before in zip(kept.split(torch.bincount(kept // units, minlength=grid[0]).tolist()), words, strict=True):
+        is_token += [False] * before + [True] * len(pair) + [False]
+        behind = following + before + max(grid[1:])
+        own = inside[:, pair % units] + following + before
+        positions += [(ascending(before, "cpu") + following).expand(3, -1), own, own.new_full((3, 1), behind)]
+        following = behind + 1
+    return torch.tensor(is_token, dtype=torch.bool, device="cpu"), torch.cat(positions, 1)
 
 
 def generated_offset(positions: torch.Tensor) -> int:

@@ -1,4 +1,8 @@
-"""vLLM's processor of Qwen2.5-VL and Qwen2-VL, which puts exactly K placeholders into the prompt for each video.
+"""vLLM's processors, which put exactly K placeholders into the prompt for each video.
+
+Where frame pairs have times (Qwen3-VL, Qwen3.5), how many of the K tokens stand behind which time is not known before the video is
+encoded. So times and markers have placeholders as well, and the encoder brings their embeddings. As in vLLM's own pruning, a frame
+pair without tokens keeps its time and markers.
 
 It also writes K and the seconds per pair of each video beside its patches. vLLM's own seconds have the model's dtype: in bfloat16,
 0.7 s would be 0.699, and positions would be off by one.
@@ -10,6 +14,7 @@ from dataclasses import replace
 import torch
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLDummyInputsBuilder, Qwen2_5_VLMultiModalProcessor
 from vllm.model_executor.models.qwen2_vl import Qwen2VLDummyInputsBuilder, Qwen2VLMultiModalProcessor
+from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder, Qwen3VLMultiModalProcessor
 from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from evoprune.errors import EvopruneError
@@ -20,6 +25,7 @@ from evoprune_vllm.pruning import BUDGET, request_budget
 
 KEEP, SECONDS = "evoprune_keep", "evoprune_seconds"  # fields of each video, beside those of vLLM
 END = "<|vision_end|>"
+MOST_WORDS = 16  # tokens of a time and its markers, at most
 
 
 def in_units(grids: torch.Tensor, merge: int) -> list[Grid]:
@@ -51,23 +57,22 @@ class Processor:
             raise ValueError(f"the prompt ends with a video; write {END} and the rest of the chat template behind it")
         return made
 
-    def _call_hf_processor(self, hf_data, hf_kwargs):
-        return super()._call_hf_processor(hf_data, without_own(hf_kwargs))
-
-    def _postprocess_hf_mm_data(self, mm_inputs, hf_processor_mm_kwargs, processed_data):
-        made = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
+    def _apply_hf_processor_main(self, mm_items, hf_kwargs):
+        """vLLM's, whose options are not those of this package, and K of each video."""
+        made = super()._apply_hf_processor_main(mm_items, without_own(hf_kwargs))
         if "video_embeds" in made:
             raise ValueError("videos that are encoded already cannot be pruned; send the video itself")
         try:
             config = self.info.ctx.get_mm_config()
-            options = config.merge_mm_processor_kwargs(hf_processor_mm_kwargs)
+            options = config.merge_mm_processor_kwargs(hf_kwargs)
             budget = request_budget(options, config.video_pruning_rate)
         except EvopruneError as problem:
             raise ValueError(f"{problem.message}; {problem.hint}") from problem
         if "video_grid_thw" in made:
             sizes = vision_sizes(self.info.get_hf_config().vision_config)
             grids = in_units(made["video_grid_thw"], sizes.spatial_merge_size)
-            seconds = self._seconds(sizes, mm_inputs.get("video_metadata") or [None] * len(grids), grids)
+            known = self._get_hf_mm_inputs(mm_items, without_own(hf_kwargs))[0].get("video_metadata")
+            seconds = self._seconds(sizes, known or [None] * len(grids), grids)
             kept = [keep_tokens(budget, grid) for grid in grids]
             made[KEEP] = torch.tensor(kept, dtype=torch.int64, device="cpu")
             made[SECONDS] = torch.tensor(seconds, dtype=torch.float64, device="cpu")
@@ -83,10 +88,12 @@ class Processor:
         for grid, video in zip(grids, known, strict=True):
             rate = None if video is None else video.sampled_fps
             seconds = sizes.temporal_patch_size / rate if rate and sizes.tokens_per_second else 1.0
-            if extent(grid, seconds, sizes.tokens_per_second) >= most:
+            if self._extent(grid, seconds, sizes.tokens_per_second) >= most:
                 raise ValueError(f"a video of {grid[0] * seconds:,.0f} s has more than the model's {most:,} positions")
             found.append(seconds)
         return found
+
+    _extent = staticmethod(extent)
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
         stock = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
@@ -96,12 +103,29 @@ class Processor:
         stock = super()._get_prompt_updates(mm_items, without_own(hf_processor_mm_kwargs), out_mm_kwargs)
 
         def pruned(update):
-            def placeholders(item: int) -> list[int]:
-                return update.target * int(out_mm_kwargs["video"][item][KEEP].data)
+            def placeholders(item: int):
+                return self._placeholders(update, item, int(out_mm_kwargs["video"][item][KEEP].data))
 
             return replace(update, replacement=placeholders)
 
         return [pruned(update) if update.modality == "video" else update for update in stock]
+
+    def _placeholders(self, update, item: int, keep: int):
+        return update.target * keep
+
+
+class TimedProcessor(Processor):
+    """Of a family whose frame pairs have times. Mixed into vLLM's class."""
+
+    def _placeholders(self, update, item: int, keep: int):
+        stock, token = update.replacement(item), self.info.get_hf_config().video_token_id
+        if not self.info.ctx.get_mm_config().is_multimodal_pruning_enabled():
+            return stock
+        return [token] * (keep + sum(each != token for each in stock.full))
+
+    @staticmethod
+    def _extent(grid: Grid, *_) -> int:
+        return grid[0] * (MOST_WORDS + max(grid[1:]))
 
 
 class DummyInputs25(DummyInputs, Qwen2_5_VLDummyInputsBuilder):
@@ -118,3 +142,11 @@ class Processor25(Processor, Qwen2_5_VLMultiModalProcessor):
 
 class Processor2(Processor, Qwen2VLMultiModalProcessor):
     """Of Qwen2-VL."""
+
+
+class DummyInputs3(DummyInputs, Qwen3VLDummyInputsBuilder):
+    """Of Qwen3-VL and Qwen3.5."""
+
+
+class Processor3(TimedProcessor, Qwen3VLMultiModalProcessor):
+    """Of Qwen3-VL and Qwen3.5."""

@@ -4,7 +4,7 @@
 of those that stay. `--additional-config '{"evoprune": {"method": "divprune"}}'` names the method.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -20,7 +20,7 @@ from evoprune.util import did_you_mean
 from evoprune.vision.encoder import Encoded, encode
 from evoprune.vision.preprocess import CLIP, Normal
 from evoprune.vision.tower import tower_shape
-from evoprune_vllm.positions import as_columns
+from evoprune_vllm.positions import as_columns, timed
 
 BUDGET = "evoprune_budget"
 EXAMPLE = 'for example --additional-config \'{"evoprune": {"method": "divprune"}}\''
@@ -90,12 +90,34 @@ def encoded(
     return found
 
 
-def with_columns(found: Encoded, seconds: float, tokens_per_second: float | None) -> torch.Tensor:
-    """`[K, D + COLUMNS]`: features, positions counted from the video's own, and the log of the cluster size."""
-    features = found.features
-    positions = video_positions(found.grids[0], seconds, tokens_per_second).to(features.device)[:, found.kept]
-    bias = features.new_zeros(len(features), dtype=torch.float32) if found.size is None else found.size.log()
-    return torch.cat([features, as_columns(positions, bias.to(features.device), features.dtype)], 1)
+def tokens_of(found: Encoded) -> torch.Tensor:
+    """`[K, (1 + n) * D]`: the features of each token, and those of the n levels of DeepStack."""
+    return torch.cat([found.features, *([] if found.deepstack is None else found.deepstack)], 1)
+
+
+def with_columns(
+    found: Encoded,
+    seconds: float,
+    tokens_per_second: float | None,
+    words: Sequence[int] = (),
+    text: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`tokens_of` with COLUMNS more: positions counted from the video's own, and the log of the cluster size.
+
+    `words`: where frame pairs have times, how many embeddings of `text`, `[n, D]`, stand before the tokens of each; one stands
+    behind them. Then there is a row for each of these as well.
+    """
+    rows, kept = tokens_of(found), found.kept.cpu()
+    bias = rows.new_zeros(len(rows), dtype=torch.float32) if found.size is None else found.size.log().to(rows.device)
+    if words:
+        is_token, positions = timed(kept, found.grids[0], words)
+        is_token, tokens, of_tokens = is_token.to(rows.device), rows, bias
+        rows, bias = rows.new_zeros(len(is_token), rows.shape[1]), bias.new_zeros(len(is_token))
+        rows[is_token], bias[is_token] = tokens, of_tokens
+        rows[~is_token, : text.shape[1]] = text
+    else:
+        positions = video_positions(found.grids[0], seconds, tokens_per_second)[:, kept]
+    return torch.cat([rows, as_columns(positions.to(rows.device), bias, rows.dtype)], 1)
 
 
 def try_out(visual, method: MethodChain) -> None:

@@ -7,10 +7,12 @@ from evoprune.language.prompt import VisualSpan, prompt_positions, video_positio
 from evoprune_vllm.positions import (
     LIMIT,
     as_columns,
+    extent,
     from_columns,
     generated_offset,
     known_positions,
     split_bias,
+    timed,
     with_videos,
 )
 
@@ -36,7 +38,8 @@ def prompt(per_second, share=0.3):
         columns += [whole + i for i in range(text)] + (whole + text + chosen).tolist()
         ids += [TEXT] * text
         spans.append(VisualSpan(whole + text, grid, seconds))
-        items.append((VisualSpan(len(ids), grid, seconds), keep))
+        known = video_positions(grid, seconds, per_second) if keep == units else None
+        items.append((len(ids), keep, extent(grid, seconds, per_second), known))
         ids += [kind] * keep
         whole += text + units
         kept += [chosen] if kind == VIDEO else []
@@ -60,7 +63,7 @@ def columns_of(kept, per_second, dtype):
 def test_positions_are_those_of_the_whole_prompt_without_the_dropped_columns(per_second, chunk, dtype):
     ids, items, kept, right, following = prompt(per_second)
     rows = torch.cat(columns_of(kept, per_second, dtype))
-    positions, offset = known_positions(len(ids), items, per_second)
+    positions, offset = known_positions(len(ids), items)
     assert offset == following - len(ids)
     for start in range(0, len(ids), chunk):
         videos = ids == VIDEO
@@ -77,15 +80,40 @@ def test_known_and_written_positions():
     """Text is right where the prefix cache holds the video; a written position is never written again."""
     ids, items, kept, right, _ = prompt(2.0)
     rows, places = torch.cat(columns_of(kept, 2.0, torch.float32)), (ids == VIDEO).nonzero()[:, 0]
-    positions, _ = known_positions(len(ids), items, 2.0)
+    positions, _ = known_positions(len(ids), items)
     assert torch.equal(positions[:, ids != VIDEO], right[:, ids != VIDEO]) and (positions[:, ids == VIDEO] < 0).all()
     positions = with_videos(positions, places, from_columns(rows))
     again = with_videos(positions, places[1:], from_columns(rows[:-1]))  # as speculative decoding calls it
     assert torch.equal(again, right)
-    items = [(VisualSpan(2, (3, 2, 2), 0.7), 12)]  # an unpruned video has its positions from the start
-    positions, offset = known_positions(17, items, 2.0)
-    right = prompt_positions(17, [items[0][0]], 2.0)
-    assert torch.equal(positions, right) and offset == int(right.max()) + 1 - 17
+
+
+@pytest.mark.parametrize("chosen", ["all", "some", "of two frame pairs", "none of the last"])
+def test_positions_of_rows_behind_times(chosen):
+    """Those of the whole prompt without the units that are dropped: times and markers keep theirs."""
+    grid, words, start = (4, 2, 3), [5, 5, 6, 6], 7
+    units, before = 6, [start]
+    for count in words:
+        before.append(before[-1] + count + units + 1)
+    spans = [VisualSpan(at + count, (1, 2, 3), 1.0) for at, count in zip(before, words, strict=False)]
+    right = prompt_positions(before[-1] + 4, spans, None)
+    kept = {
+        "all": torch.arange(24),
+        "some": torch.tensor([0, 3, 7, 13, 14, 20]),
+        "of two frame pairs": torch.tensor([6, 7, 18, 23]),
+        "none of the last": torch.tensor([1, 8, 12]),
+    }[chosen]
+    dropped = {spans[unit // units].start + unit % units for unit in range(24)} - {
+        spans[unit // units].start + unit % units for unit in kept.tolist()
+    }
+    columns = [column for column in range(start, before[-1]) if column not in dropped]
+    is_token, positions = timed(kept, grid, words)
+    assert torch.equal(positions + start, right[:, columns])
+    places = {column for span in spans for column in range(span.start, span.start + units)}
+    assert is_token.tolist() == [column in places for column in columns]
+    items = [(start, len(columns), sum(words) + 4 + 4 * 3, None)]
+    of_prompt, offset = known_positions(start + len(columns) + 4, items)
+    assert torch.equal(of_prompt[:, :start], right[:, :start]) and torch.equal(of_prompt[:, -4:], right[:, -4:])
+    assert offset == int(right.max()) + 1 - of_prompt.shape[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
