@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from evoprune.backend.devices import to_device
-from evoprune.errors import ModelError
+from evoprune.errors import EvopruneError, ModelError
 from evoprune.language import decoder, hosted, static
 from evoprune.language.decoder import KVCache
 from evoprune.language.hosted import HostedCache
@@ -167,7 +167,9 @@ class PrefillState:
                 )
             if self._steps is not None:
                 token = self._steps.following(self.model, self._holder, ids[-1], pick)
-        except RuntimeError as problem:
+        except EvopruneError:  # of `pick`
+            raise
+        except Exception as problem:  # a capture, or a module of transformers inside it, raises of many kinds
             static.give_up(self.model, problem)
         if token is None:
             self._steps = None
