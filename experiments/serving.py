@@ -1,9 +1,11 @@
 """Encode and first token inside vLLM: its own encoder, its own pruning (EVS), and the plugin, in turn; then 16 requests at once.
 
     python -m experiments.serving CKPT -o runs/serving.md      # CKPT is written if it is not there
+    python -m experiments.serving CKPT --of Qwen/Qwen3.5-4B    # of another model's dimensions
     python -m experiments.serving --tiny --rounds 1            # the demo model: does it run? Its times mean nothing
 
-CKPT has a vision tower of the 3B model's dimensions, a language model of its width with few layers, and random weights (2 GB).
+CKPT has a vision tower of a model's dimensions, by default the 3B model's, a language model of its width with few layers, and
+random weights (2 GB). Heads of Qwen3.5 have no room for the bias of cluster sizes, so it is pruned without (`evoprune:count=0`).
 Each side is a process of its own, which waits while another one works. EVS fails on a CPU, because vLLM's runner does not note
 there that the model prunes; the process of that side sets the flag. Run it in the environment of docs/serving.md.
 """
@@ -19,7 +21,9 @@ from pathlib import Path
 from statistics import median
 
 from evoprune.bundled import DEMOS
+from evoprune.model.config import parse_config
 from evoprune.session.loading.find import BUNDLED_CONFIGS
+from evoprune_vllm import PREFIX
 
 SIDES = ("stock", "evoprune:0", "evs:0.75", "evoprune:0.75", "evs:0.9", "evoprune:0.9")
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -29,36 +33,38 @@ PROMPT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
     "What happens?<|im_end|>\n<|im_start|>assistant\n"
 )
-OURS = {"architectures": ["EvoPruneQwen2_5_VLForConditionalGeneration"]}
 
 
-def write_checkpoint(folder: Path, layers: int) -> None:
-    """Random weights with the demo's tokenizer: the 3B model's tower, and `layers` layers of its language model."""
+def write_checkpoint(folder: Path, name: str, layers: int) -> None:
+    """Random weights with the demo's tokenizer: a model's tower, and `layers` layers of its language model."""
     import shutil
 
     import torch
     from safetensors.torch import save_file
 
-    from evoprune.model.config import parse_config
+    from evoprune.session.loading.hosted import random_hosted
     from evoprune.session.loading.model import random_model
 
-    large, config = (
-        json.loads(path.read_text("utf-8")) for path in (BUNDLED_CONFIGS[MODEL], DEMOS["demo"].folder / "config.json")
+    config, demo = (
+        json.loads(path.read_text("utf-8")) for path in (BUNDLED_CONFIGS[name], DEMOS["demo"].folder / "config.json")
     )
-    text = {name: value for name, value in large["text_config"].items() if name not in ("vocab_size", "model_type")}
-    text = {name: value for name, value in text.items() if not name.endswith("token_id")}
-    more = {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
-    config["text_config"] |= text | more
-    config["vision_config"] = large["vision_config"]
+    config |= {key: value for key, value in demo.items() if key.endswith("_token_id")}
+    text = {key: value for key, value in config["text_config"].items() if not key.endswith("_token_id")}
+    text |= {"num_hidden_layers": layers, "vocab_size": demo["text_config"]["vocab_size"]}
+    text["layer_types"] = text.get("layer_types", ["full_attention"] * layers)[:layers]
+    config["text_config"] = text
     made = folder.with_name(folder.name + ".writing")
     shutil.copytree(DEMOS["demo"].folder, made, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    model = random_model(parse_config(config), torch.bfloat16, torch.device("cpu"))
+    parsed = parse_config(config)
+    make = random_model if parsed.vision_config.traits.native else random_hosted
+    model = make(parsed, torch.bfloat16, torch.device("cpu"))
     save_file(dict(model.named_parameters()), made / "model.safetensors", metadata={"format": "pt"})
     (made / "config.json").write_text(json.dumps(config), encoding="utf-8")
     area = {"shortest_edge": 12_544, "longest_edge": FRAMES * HEIGHT * WIDTH}
-    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
-        path = made / name
-        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"size": area}), encoding="utf-8")
+    more = {"size": area, "patch_size": config["vision_config"]["patch_size"]}
+    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        path = made / file
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | more), encoding="utf-8")
     made.rename(folder)
 
 
@@ -70,7 +76,10 @@ class Engine:
 
         name, _, rate = side.partition(":")
         pruned = {"video_pruning_rate": float(rate)} if float(rate or 0) else {}
-        override = {"hf_overrides": OURS} if name == "evoprune" else {}
+        (stock,) = json.loads((Path(model) / "config.json").read_text("utf-8"))["architectures"]
+        override = {"hf_overrides": {"architectures": [PREFIX + stock]}} if name == "evoprune" else {}
+        if "Qwen3_5" in stock:
+            override["additional_config"] = {"evoprune": {"method": "evoprune:count=0"}}
         fixed = {"enforce_eager": True, "block_size": 32, "max_model_len": 4096, "max_num_seqs": AT_ONCE, "seed": 0}
         nothing_cached = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0}
         self.llm = LLM(model=model, dtype=dtype, **fixed, **nothing_cached, **pruned, **override)
@@ -184,6 +193,7 @@ def main() -> None:
     """Parses the command line; prints the table, and writes it if a file is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path)
+    parser.add_argument("--of", default=MODEL, help="whose dimensions CKPT gets, if it is not there")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--rounds", type=int, default=5)
@@ -198,7 +208,7 @@ def main() -> None:
     if model is None:
         parser.error("name a checkpoint, or give --tiny")
     if not model.exists():
-        write_checkpoint(model, given.layers)
+        write_checkpoint(model, given.of, given.layers)
     rows = measure(given.sides.split(","), str(model), given.dtype, given.rounds)
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     table = "\n".join(
