@@ -325,7 +325,8 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     """Begins, beside loading, what a GPU's first question would wait for: kernels are compiled, libraries set up.
 
     A model with the same widths and few layers answers about a few units: at least two, for the top one computes few columns, which
-    takes other kernels. A step of decoding follows, as graphs have it. Of a language model that transformers runs, only the norms.
+    takes other kernels. A step of decoding follows, as graphs have it. Of a language model that transformers runs, norms and
+    the solver of DeltaNets, which is in a library of its own.
     """
     vision, text = config.vision_config, config.text_config
     levels = len(vision.deepstack_visual_indexes)
@@ -352,6 +353,9 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
         x, of_head = (pixels.new_zeros(2, wide, dtype=dtype) for wide in (text.hidden_size, head_size(text)))
         for rows, plus in ((x, None), (x, x), (of_head, None)):
             hybrid.add_norm(rows, plus, rows[0].float(), text.rms_norm_eps)
+        if text.delta_net:
+            chunks = pixels.new_zeros(16, hybrid.CHUNK, hybrid.CHUNK, dtype=torch.float32)
+            torch.linalg.solve_triangular(chunks, chunks, upper=False, unitriangular=True)  # loads that library
         return
     place = Place((range(words, words + units),))
     visuals = [Visual(place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
