@@ -58,10 +58,9 @@ def main() -> None:
     config = describe_model(ModelOptions(args.model)).config
     host = meta_model(config, torch.bfloat16).eval()
     model = HostedVL(config, host.model.visual, host.model.language_model, host.lm_head)
-    norm = patch(
-        "torch.nn.functional.rms_norm", lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format)
-    )
-    sum_and_norm = patch("evoprune.language.hybrid.add_norm", lambda x, *_: (x, torch.empty_like(x)))
+    # Both read rows that are not contiguous from a copy.
+    norm = patch("torch.nn.functional.rms_norm", lambda x, *_: torch.empty_like(x.contiguous()))
+    sum_and_norm = patch("evoprune.language.hybrid.add_norm", lambda x, *_: (x, torch.empty_like(x.contiguous())))
     for before, lengths in ((0, args.columns), (BEFORE, args.next)):
         for length in map(int, lengths.split(",")):
             theirs = count(model, length, before, own=False)

@@ -9,7 +9,7 @@ from copy import deepcopy
 import torch
 
 from evoprune.backend.attention import without_cudnn
-from evoprune.backend.devices import is_host
+from evoprune.backend.devices import is_host, plain, to_device
 from evoprune.language import hybrid
 from evoprune.methods.types import ascending
 from evoprune.model.numerics import without_autocast
@@ -51,6 +51,11 @@ def can_crop(model: HostedVL) -> bool:
     """Whether every layer of the language model keeps keys and values, and no recurrent state."""
     kinds = getattr(model.model.language_model.config, "layer_types", None) or ()
     return all(kind == "full_attention" for kind in kinds)
+
+
+def in_few_operations(model: HostedVL, device: torch.device) -> bool:
+    """Whether language/hybrid.py computes the layers, which rounds otherwise than the modules of transformers."""
+    return not (can_crop(model) or is_host(device) or plain())
 
 
 @torch.inference_mode()
@@ -118,7 +123,7 @@ def _read(
     if deepstack is not None and len(deepstack):
         given["deepstack_visual_embeds"] = list(deepstack[:, strip])
         given["visual_pos_masks"] = torch.ones(1, len(embeds), dtype=torch.bool, device=embeds.device)
-    return run(model, embeds, places.to(embeds.device), cache.states, **given)
+    return run(model, embeds, to_device(places, embeds.device), cache.states, **given)
 
 
 def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attention_mask=None, **kwargs) -> torch.Tensor:
@@ -127,7 +132,7 @@ def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attentio
     `places`: int64 `[4, 1, L]`, which columns they are, and their M-RoPE positions. `kwargs`: for the model of transformers.
     """
     text = model.model.language_model
-    if not (can_crop(model) or is_host(x.device)):
+    if in_few_operations(model, x.device):
         return hybrid.run(text, x, places[1:], states, attention_mask)
     kwargs |= {"attention_mask": attention_mask, "past_key_values": states, "use_cache": True}
     return text(inputs_embeds=x[None], position_ids=places, **kwargs).last_hidden_state[0]

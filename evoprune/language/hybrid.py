@@ -20,7 +20,7 @@ from evoprune.backend import layers as backend
 from evoprune.language.decoder import rotate
 
 CHUNK = 64  # columns, as in transformers
-STRIP = 32 * CHUNK  # columns that a DeltaNet reads at once: 0.6 GiB in Qwen3.5-4B
+STRIP = 32 * CHUNK  # columns that a DeltaNet reads at once: 0.5 GiB in Qwen3.5-4B
 TINY = 1e-6  # added to the squared length of a query or key before it is divided by it
 
 
@@ -43,6 +43,8 @@ def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor 
     rates = iter(-_stacked(delta.A_log for delta in deltas).exp())  # minus how fast each head forgets
     offsets = iter(_stacked(delta.dt_bias for delta in deltas))
     scales = iter(_stacked(delta.norm.weight for delta in deltas))
+    dim = deltas[0].head_k_dim
+    unit = x.new_full((dim,), dim**-0.5, dtype=torch.float32)
     cos, sin = (turn[0, :, None] for turn in text.rotary_emb(x[None], places))
     first, second = sin.chunk(2, -1)
     turns = cos, torch.cat([-first, second], -1)
@@ -53,7 +55,7 @@ def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor 
         elif as_modules:
             new = layer.linear_attn(hidden_states=normed[None], cache_params=states)[0]
         else:
-            new = delta_net(layer.linear_attn, normed, states, next(rates), next(offsets), next(scales))
+            new = delta_net(layer.linear_attn, normed, states, next(rates), next(offsets), next(scales), unit)
         x, normed = add_norm(x, new, next(gains), eps)
         x, normed = add_norm(x, layer.mlp(normed[None])[0], next(gains), eps)
     return normed
@@ -78,7 +80,9 @@ def add_norm(
     """`x + plus`, or `x` itself, and its RMS norm, which is scaled by `gain` (float32) before it is rounded."""
     if fast := backend.kernels(x.device):
         try:
-            return fast.add_norm(x.contiguous(), plus, gain, eps, rounds=False)
+            # What quantised layers return need not be contiguous.
+            given = [each if each is None else each.contiguous() for each in (x, plus)]
+            return fast.add_norm(*given, gain, eps, rounds=False)
         except Exception as problem:
             backend.give_up(problem)
     total = x if plus is None else x + plus
@@ -102,11 +106,13 @@ def attention(
     queries, gate = module.q_proj(x).view(length, -1, 2 * dim).chunk(2, -1)
     keys, values = (project(x).view(length, -1, dim) for project in (module.k_proj, module.v_proj))
     heads, wide = keys.shape[1], turns[0].shape[-1]
-    for_keys = []
-    for part, gain in zip((queries, keys), gains, strict=True):
-        normed = add_norm(part.reshape(-1, dim), None, gain, eps)[1].view(part.shape)
-        for_keys.append(torch.cat([rotate(normed[..., :wide], *turns), normed[..., wide:]], -1))
-    queries, keys = for_keys
+    normed = [
+        add_norm(part.reshape(-1, dim), None, gain, eps)[1].view(part.shape)
+        for part, gain in zip((queries, keys), gains, strict=True)
+    ]
+    both = torch.cat(normed, 1)
+    both = torch.cat([rotate(both[..., :wide], *turns), both[..., wide:]], -1)
+    queries, keys = both.tensor_split([-heads], 1)
     known = states.update(keys.transpose(0, 1)[None], values.transpose(0, 1)[None], module.layer_idx)
     # Heads that share keys are a dimension, so that keys are not repeated in memory.
     queries = queries.view(length, heads, -1, dim).permute(1, 2, 0, 3)
@@ -117,19 +123,25 @@ def attention(
 
 
 def delta_net(
-    delta, x: torch.Tensor, states, rate: torch.Tensor, offset: torch.Tensor, scale: torch.Tensor
+    delta,
+    x: torch.Tensor,
+    states,
+    rate: torch.Tensor,
+    offset: torch.Tensor,
+    scale: torch.Tensor,
+    unit: torch.Tensor,
 ) -> torch.Tensor:
     """What a Gated DeltaNet returns for columns, both `[L, hidden]`. Its states after them are put into `states`.
 
     `delta`: a module of transformers. Its vectors, float32: `rate`, minus the exponential of `A_log`; `offset`, `dt_bias`; `scale`,
-    the weight of its norm.
+    the weight of its norm; `unit`, by which an RMS norm of a head's features is scaled to length 1.
 
     Everything between the products with weights is float32, as in transformers. Value heads that share queries and keys are a
     dimension of their own, [key heads, group, chunks, columns, features], which broadcasts. Columns that fill the last chunk up
     have a `beta` of 0 and no decay: they change nothing, whatever they hold.
     """
     if len(x) > STRIP:
-        return torch.cat([delta_net(delta, part, states, rate, offset, scale) for part in x.split(STRIP)])
+        return torch.cat([delta_net(delta, part, states, rate, offset, scale, unit) for part in x.split(STRIP)])
     length, dim, value_dim = len(x), delta.head_k_dim, delta.head_v_dim
     heads, group = delta.num_k_heads, delta.num_v_heads // delta.num_k_heads
     more = -length % CHUNK
@@ -146,8 +158,8 @@ def delta_net(
     v = v.view(heads, group, value_dim, chunks, CHUNK).permute(0, 1, 3, 4, 2)
     qk = qk.view(2, heads, dim, chunks, CHUNK).permute(1, 3, 0, 4, 2)
     qk = qk.to(torch.float32, memory_format=torch.contiguous_format)
-    # Of length 1. That queries are divided by the root of `dim` too is left to the norm at the end: all it changes is its epsilon.
-    qk = F.rms_norm(qk, (dim,), qk.new_full((dim,), dim**-0.5), TINY / dim)
+    # That queries are divided by the root of `dim` too is left to the norm at the end: all it changes is its epsilon.
+    qk = F.rms_norm(qk, (dim,), unit, TINY / dim)
     q, k = (part[:, None] for part in qk.unbind(2))
 
     beta = F.pad(delta.in_proj_b(x).sigmoid().T, (0, more)).view(by_head)
@@ -159,29 +171,26 @@ def delta_net(
     rows = qk.flatten(2, 3).flatten(0, 1)
     scores = torch.bmm(rows, rows[:, CHUNK:].mT).view(heads, 1, chunks, 2, CHUNK, CHUNK) * decay[:, :, :, None]
     own = scores[:, :, :, 0].flatten(0, 2)  # queries with the keys of their chunk
-    system = scores[:, :, :, 1] * beta
     # What the columns write, [..., values], and what they would take back of the state before, [..., keys].
-    right = torch.cat([v, k * grown], -1) * beta
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).flatten(0, 2)
-    kept = (k * decay[:, :, :, -1, :, None]).view(-1, CHUNK, dim)
-    written, taken = torch.bmm(kept.mT, solved).view(*by_chunk, dim, -1).split([value_dim, dim], -1)
+    solved = torch.linalg.solve_triangular(
+        scores[:, :, :, 1] * beta, torch.cat([v, k * grown], -1) * beta, upper=False, unitriangular=True
+    ).flatten(0, 2)
+    kept = (k * decay[:, :, :, -1, :, None]).view(-1, CHUNK, dim).mT
+    written, taken = torch.bmm(kept, solved).view(*by_chunk, dim, -1).split([value_dim, dim], -1)
     taken.diagonal(0, -2, -1).sub_(grown[:, :, :, -1].reshape(*by_chunk, 1))
 
-    before = qk.new_zeros(
-        heads * group, chunks + 1, dim, value_dim
-    )  # the state before each chunk, and that after the last
-    if state is not None:
-        before[:, 0] = state[0]
-    before[:, 1:] = written
+    first = qk.new_zeros(heads * group, dim, value_dim) if state is None else state[0]
+    before = torch.cat([first[:, None], written], 1)  # the state before each chunk, and that after the last
     for i in range(chunks):
         before[:, i + 1].baddbmm_(taken[:, i], before[:, i], alpha=-1)
     of_layer.update_recurrent_state(before[None, :, -1])
+    del kept, written, taken  # a third of what is in memory
 
     before = before[:, :-1].reshape(-1, dim, value_dim)
     values, backward = solved.split([value_dim, dim], -1)
     values = torch.baddbmm(values, backward, before, alpha=-1)
     out = torch.bmm((q * grown).view(-1, CHUNK, dim), before).baddbmm_(own, values)
-    out = out.view(heads * group, -1, value_dim)[:, :length].transpose(0, 1)
     out = F.rms_norm(out, (value_dim,), scale, delta.norm.variance_epsilon * dim)
+    out = out.view(heads * group, -1, value_dim)[:, :length].transpose(0, 1)
     gate = F.silu(delta.in_proj_z(x).view(out.shape))
-    return delta.out_proj(torch.mul(out, gate, out=torch.empty_like(gate)).flatten(1))
+    return delta.out_proj(gate.mul_(out).flatten(1))

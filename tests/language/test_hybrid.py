@@ -146,6 +146,12 @@ def test_a_cpu_and_models_without_linear_attention_run_the_modules(monkeypatch):
     read(load("qwen3_vl_moe"), (5,), columns(5))
 
 
+def test_without_kernels_it_runs_the_modules(model, elsewhere, monkeypatch):
+    monkeypatch.setattr(hybrid, "run", None)
+    with devices.plainly():
+        read(model, (5,), columns(5))
+
+
 def test_kernels_of_fla_are_used_where_they_are_installed(model, elsewhere, monkeypatch):
     x, expected = columns(20), as_transformers(model, (20,), columns(20))[0]
     monkeypatch.setattr(hybrid, "_has_fla", lambda: True)
@@ -176,6 +182,15 @@ def test_norms_take_the_kernel_while_it_works(fails, model, elsewhere, monkeypat
         made = read(model, (20,), x)[0]
     assert_near(made, expected)
     assert len(calls) == (1 if fails else 13 + 4)
+
+
+def test_the_kernel_reads_what_is_not_contiguous(model, elsewhere, monkeypatch):
+    kernels = pytest.importorskip("evoprune.backend.kernels", reason="Triton is missing")
+    monkeypatch.setattr(layers, "kernels", lambda device: kernels)
+    x, expected = columns(20), as_transformers(model, (20,), columns(20))[0]
+    for layer in model.model.language_model.layers:
+        layer.mlp.register_forward_hook(lambda *args: args[2].mT.contiguous().mT)
+    assert_near(read(model, (20,), x)[0], expected)
 
 
 def test_fewer_operations_than_in_transformers(model, elsewhere):

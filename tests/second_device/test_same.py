@@ -265,6 +265,15 @@ def test_how_often_it_waits(method, times, selecting):
     assert len(longer.places) - len(first.places) == more - 1 > 0
 
 
+def test_layers_of_linear_attention_wait_for_nothing(tmp_path):
+    """The language model is a module of transformers, but its layers are not."""
+    qa = evoprune.VideoQA(loaded(NAME, str(save_tiny(tmp_path, family="qwen3_5"))), budget=0.25)
+    for _ in range(2):
+        with Waiting() as mode:
+            qa.encode(CLIP, **FRAMES).ask(QUESTION, max_new_tokens=1).text  # noqa: B018
+    assert len(mode.places) == 3, mode.places
+
+
 @pytest.mark.parametrize("budget", [0.25, 1.0])
 def test_operations_copies_and_waits_do_not_grow_with_the_video(budget):
     """From 384 units in two tubes to 1,152 in more; `python -m tests.second_device.counting` prints the table of results/gpu.md."""

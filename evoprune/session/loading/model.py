@@ -27,7 +27,7 @@ from evoprune.language.prompt import Place, Tokenizer, has_tokenizer, load_token
 from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import MIN_COLUMNS, NativeStaticCache, step
 from evoprune.methods.registry import parse
-from evoprune.model.config import PATCHES, Config, GenerationSettings
+from evoprune.model.config import PATCHES, Config, GenerationSettings, head_size
 from evoprune.model.cost import shortage
 from evoprune.model.weights import Model, QwenVL, empty, fill_random, name_in_memory
 from evoprune.report import ModelFacts
@@ -325,7 +325,8 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     """Begins, beside loading, what a GPU's first question would wait for: kernels are compiled, libraries set up.
 
     A model with the same widths and few layers answers about a few units: at least two, for the top one computes few columns, which
-    takes other kernels. A step of decoding follows, as graphs have it. Of a language model that transformers runs, only the norms.
+    takes other kernels. A step of decoding follows, as graphs have it. Of a language model that transformers runs, norms and
+    the solver of DeltaNets, which is in a library of its own.
     """
     vision, text = config.vision_config, config.text_config
     levels = len(vision.deepstack_visual_indexes)
@@ -349,9 +350,12 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     plan = parse("evoprune").plan(tower_shape(visual), grid, units // 4)
     encoded = encode(visual, [pixels], plan)
     if not native:
-        x = pixels.new_zeros(2, text.hidden_size, dtype=dtype)
-        for plus in (None, x):
-            hybrid.add_norm(x, plus, x[0].float(), text.rms_norm_eps)
+        x, of_head = (pixels.new_zeros(2, wide, dtype=dtype) for wide in (text.hidden_size, head_size(text)))
+        for rows, plus in ((x, None), (x, x), (of_head, None)):
+            hybrid.add_norm(rows, plus, rows[0].float(), text.rms_norm_eps)
+        if text.delta_net:
+            chunks = pixels.new_zeros(16, hybrid.CHUNK, hybrid.CHUNK, dtype=torch.float32)
+            torch.linalg.solve_triangular(chunks, chunks, upper=False, unitriangular=True)  # loads that library
         return
     place = Place((range(words, words + units),))
     visuals = [Visual(place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
