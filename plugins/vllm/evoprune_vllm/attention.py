@@ -71,7 +71,7 @@ def add_bias(layers: nn.ModuleList, config: VllmConfig) -> None:
     Raises UsageError: the attention backend has no kernel for wider heads, or was not tested.
     """
     for each in layers:
-        if not hasattr(each, "self_attn"):  # a pipeline has layers elsewhere
+        if not hasattr(each, "self_attn"):  # linear attention
             continue
         layer = each.self_attn
         stock, backend = layer.attn, layer.attn.attn_backend

@@ -245,6 +245,9 @@ def _check(sizes: VisionConfig, config: VllmConfig) -> None:
         raise ModelError(what, "serve it without evoprune") from problem
     if config.model_config.dtype == torch.float16:
         raise UsageError("the vision tower of Qwen overflows in float16", "start with --dtype bfloat16 or float32")
+    if config.parallel_config.pipeline_parallel_size > 1:
+        hint = "start with --tensor-parallel-size instead"
+        raise UsageError("only the first stage of a pipeline learns the positions of pruned videos", hint)
     speculative = config.speculative_config
     if speculative is not None and speculative.method not in ("ngram", "suffix"):
         hint = "leave it out, or use the method ngram"

@@ -26,6 +26,11 @@ from evoprune_vllm.pruning import BUDGET, request_budget
 KEEP, SECONDS = "evoprune_keep", "evoprune_seconds"  # fields of each video, beside those of vLLM
 END = "<|vision_end|>"
 MOST_WORDS = 16  # tokens of a time and its markers, at most
+FIXED = {
+    "patch_size",
+    "temporal_patch_size",
+    "merge_size",
+}  # options of the Hugging Face processor that are the model's own
 
 
 def in_units(grids: torch.Tensor, merge: int) -> list[Grid]:
@@ -59,6 +64,9 @@ class Processor:
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs):
         """vLLM's, whose options are not those of this package, and K of each video."""
+        for options in (hf_kwargs, *(each for each in hf_kwargs.values() if isinstance(each, Mapping))):
+            if fixed := sorted(FIXED & set(options)):
+                raise ValueError(f"{fixed[0]} is fixed by the model")
         made = super()._apply_hf_processor_main(mm_items, without_own(hf_kwargs))
         if "video_embeds" in made:
             raise ValueError("videos that are encoded already cannot be pruned; send the video itself")

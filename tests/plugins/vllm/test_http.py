@@ -72,6 +72,8 @@ BROKEN = [  # requests that must fail, and what is said
     (request(GOOD, COLOUR, evoprune_budget="auto"), "does not work here"),
     (request(GOOD, COLOUR, evoprune_budget={"share": 0.5}), None),
     (request(GOOD, COLOUR, evoprune_method="tome"), "no option"),
+    (request(GOOD, COLOUR, patch_size=8), "fixed by the model"),
+    (request(GOOD, COLOUR, videos_kwargs={"temporal_patch_size": 4}), "fixed by the model"),
     (request(GOOD, "word " * 5000), None),
     (request(data_url((SAMPLES / "square.mp4").read_bytes()[:200]), COLOUR), None),
     (request(data_url(b"no video"), COLOUR), None),

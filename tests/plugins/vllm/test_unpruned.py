@@ -1,11 +1,15 @@
 """vLLM with this project's encoder on a server that prunes nothing: it answers as vLLM does with its own."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from evoprune.errors import UsageError
+from evoprune.model.config import vision_sizes
 from tests.plugins.vllm.serving import Asked, answers, outputs, pruning, same, samples
+from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.vllm
 HALVES = "What is in the picture? Describe it."
@@ -51,3 +55,15 @@ def test_a_budget_needs_a_server_that_prunes(start):
 def test_a_server_that_cannot_work_does_not_start(start, options, says):
     with pytest.raises(Exception, match=says):  # vLLM makes errors of its own of some
         start(**options)
+
+
+def test_a_pipeline_is_refused():
+    """Its later stages would attend with unknown positions."""
+    from evoprune_vllm.model import _check
+
+    parallel = SimpleNamespace(pipeline_parallel_size=2)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(dtype="float32"), parallel_config=parallel, speculative_config=None
+    )
+    with pytest.raises(UsageError, match="pipeline"):
+        _check(vision_sizes(tiny_config("qwen3_vl").vision_config), config)
