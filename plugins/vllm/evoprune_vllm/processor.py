@@ -30,7 +30,7 @@ FIXED = {
     "patch_size",
     "temporal_patch_size",
     "merge_size",
-}  # options of the Hugging Face processor that are the model's own
+}  # options of Hugging Face's processor that the model decides
 
 
 def in_units(grids: torch.Tensor, merge: int) -> list[Grid]:
