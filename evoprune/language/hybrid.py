@@ -1,8 +1,8 @@
 """Language models whose layers are mostly linear attention (Qwen3.5), in fewer operations than transformers' modules take.
 
 On a GPU a pruned prompt waits for its operations, not for arithmetic. Norms, attention and Gated DeltaNets are computed here;
-linear layers and experts are called as they are, for their weights are of many kinds. A CPU, which waits for arithmetic, runs the modules
-of transformers. So do Gated DeltaNets for a single column, and for all where their kernels are installed (fla).
+linear layers and experts are called as they are, for their weights are of many kinds. A CPU, which waits for arithmetic, runs
+transformers' modules. Gated DeltaNets are modules for a single column, and for all where their kernels are installed (fla).
 
 A Gated DeltaNet (arXiv 2412.06464) reads columns in chunks, each in closed form (arXiv 2406.06484, section 3). Of the state before
 a chunk, `S`, the state behind it is `A S + B`. Here `A` and `B` are made for all chunks at once, so that the only operation that
