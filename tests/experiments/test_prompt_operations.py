@@ -1,7 +1,8 @@
-"""Operations of prompts, where transformers runs the language model."""
+"""Operations of prompts, where layers are linear attention."""
 
 import torch
 
+from evoprune.model.weights import HostedVL
 from evoprune.session.loading.find import describe_model
 from evoprune.session.loading.hosted import meta_model
 from evoprune.session.options import ModelOptions
@@ -9,9 +10,12 @@ from experiments.prompt_operations import count
 from tests.tiny import save_tiny
 
 
-def test_each_chunk_of_a_gated_delta_net_costs_as_much(tmp_path):
+def test_a_chunk_costs_one_operation_for_each_gated_delta_net(tmp_path):
     config = describe_model(ModelOptions(str(save_tiny(tmp_path, family="qwen3_5")))).config
-    text = meta_model(config, torch.bfloat16).model.language_model.eval()
-    one, two, three = (count(text, 64 * chunks) for chunks in (1, 2, 3))
-    assert three - two == two - one > 0
-    assert count(text, 1, before=64) < one
+    host = meta_model(config, torch.bfloat16).eval()
+    model = HostedVL(config, host.model.visual, host.model.language_model, host.lm_head)
+    theirs, ours = ([count(model, 64 * chunks, 0, own) for chunks in (2, 3, 4)] for own in (False, True))
+    assert theirs[2] - theirs[1] == theirs[1] - theirs[0] == 4 * 9
+    assert ours[2] - ours[1] == ours[1] - ours[0] == 4
+    for own, whole in ((False, theirs), (True, ours)):
+        assert count(model, 1, 64, own) < whole[0]
