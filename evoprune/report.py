@@ -53,6 +53,13 @@ WARNINGS = {
     "stretched_video": "the pixels of {video} are not square, and are read as if they were: it looks narrower or wider than in a "
     "player. Scale it first, e.g. with ffmpeg -i IN -vf scale=iw*sar:ih,setsar=1 OUT",
     "other_tracks": "{video} has more than one video track; only the main one is read. Extract another with ffmpeg -map",
+    "changing_size": "{video} changes the size of its pictures: all are read at one size, those of another shape between black "
+    "borders",
+    "guessed_rate": "{video} does not state its frame rate, and is read at 25 frames a second: times are right only if that is it. "
+    "ffmpeg -r RATE -i IN -c copy OUT.mp4 states it",
+    "clock_gap": "the clock of {video} jumps ahead by {gap}: what follows is read as if it came at once. If it is a gap, times "
+    "behind it are too early by so much",
+    "cut_off": "{video} was cut off while it was written; everything before {ends} is read",
     "limited": "fewer or smaller frames were looked at than --fps or --frames ask for; --max-frames and --max-visual-tokens "
     "set the limits",
     "answer_cut": "the answer may be incomplete: -n (max_new_tokens) allows no more tokens",
@@ -83,6 +90,8 @@ class VideoFacts:
     decoder: str | None = None
     stated_s: float | None = None
     damaged: int | None = None
+    rate_guessed: bool | None = None
+    clock_gap_s: float | None = None
 
 
 @dataclass
@@ -350,7 +359,12 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
     """What a warning says about a video (`VideoFacts`). `answers`: which ones mean nothing; None for the one about this video."""
     path = path or os.path.basename(os.path.abspath(video.path or "the video"))
     path = "standard input" if video.path == "-" else path
-    facts = {"damaged": video.damaged or 0, "ends": clock(video.duration_s), "stated": clock(video.stated_s)}
+    facts = {
+        "damaged": video.damaged or 0,
+        "ends": clock(video.duration_s),
+        "stated": clock(video.stated_s),
+        "gap": clock(video.clock_gap_s),
+    }
     return WARNINGS.get(name, name).format(**facts, video=path, answers=answers or f"its answer about {path} means")
 
 

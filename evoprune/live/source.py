@@ -76,7 +76,8 @@ class LiveSource:
                 with closing((self._apart if POSSIBLE else self._here)(lambda base=base: due() - base)) as frames:
                     self.facts = next(frames)
                     finite, begun = self.facts.pop("finite"), time.monotonic()
-                    for time_s, frame in frames:
+                    for time_s, frame, gap_s in frames:
+                        self.facts["clock_gap_s"] = gap_s
                         wait = begun + time_s - time.monotonic() if self._pace == FROM_FILE else 0.0
                         if wait > 0 and self._closing.wait(wait):
                             return
@@ -120,7 +121,7 @@ class LiveSource:
                         shape, memory = new, FrameMemory(prod(new))
                     frames = worker.ask_to_fill(memory, shape, {})
                     worker.answer()
-                    yield header["time_s"], frames[0].copy()
+                    yield header["time_s"], frames[0].copy(), header["clock_gap_s"]
                     del frames  # so that its memory can be used again
             finally:
                 self._worker, worker.busy = None, True
@@ -137,7 +138,7 @@ class LiveSource:
             while header := reader.next(due()):
                 frames = np.empty((1, header["height"], header["width"], 3), np.uint8)
                 reader.fill(frames)
-                yield header["time_s"], frames[0]
+                yield header["time_s"], frames[0], header["clock_gap_s"]
 
 
 def _check(source: str) -> None:

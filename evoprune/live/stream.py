@@ -44,7 +44,7 @@ from evoprune.session.report import Encoding, inputs_report
 from evoprune.session.session import Session, check_streams
 from evoprune.util import brief, check_type
 from evoprune.video.frames import FrameChunk
-from evoprune.video.info import VIDEO, Video
+from evoprune.video.info import VIDEO, Video, fitted
 from evoprune.video.plan import Plan, SamplingPlan
 from evoprune.vision.encoder import Encoded, EncodedRows, NothingNew, Segment
 from evoprune.vision.preprocess import resize
@@ -225,7 +225,8 @@ class VideoStream(Askable):
         """Feeds a frame. If it is the first one of another window, the window before is encoded and read first.
 
         Args:
-            frame: uint8 `[H, W, 3]`, RGB. The size of the first one decides what the model sees; others are scaled to it.
+            frame: uint8 `[H, W, 3]`, RGB. The size of the first one decides what the model sees; others are scaled to it, those of
+                another shape between black borders.
             time_s: when it was taken, in seconds from anywhere, not before the frame before it.
 
         Returns whether it is looked at: frames that come faster than the stream's rate are not.
@@ -265,8 +266,23 @@ class VideoStream(Askable):
         """A frame of its own as the encoder reads it, which `add` takes too; of any size before the first one was added."""
         if self._plan is None:
             return frame
-        pixels = torch.from_numpy(np.ascontiguousarray(frame))[None]
-        return resize(pixels, self._plan.height, self._plan.width)[0].clone().numpy()
+        plan, (height, width, _) = self._plan, frame.shape
+        if (height, width) == (plan.height, plan.width):
+            return frame
+        outer = plan.info.width, plan.info.height
+        inner = fitted((width, height), outer)
+        inner_height = max(1, round(plan.height * inner[1] / outer[1]))
+        inner_width = max(1, round(plan.width * inner[0] / outer[0]))
+        pixels = (
+            resize(torch.from_numpy(np.ascontiguousarray(frame))[None], inner_height, inner_width)[0].clone().numpy()
+        )
+        if inner == outer:
+            return pixels
+        self._plan = replace(plan, info=replace(plan.info, changes_size=True))
+        bordered = np.zeros((plan.height, plan.width, 3), np.uint8)
+        top, left = (plan.height - inner_height) // 2, (plan.width - inner_width) // 2
+        bordered[top : top + inner_height, left : left + inner_width] = pixels
+        return bordered
 
     def flush(self) -> None:
         """Encodes and reads the frames of the unfinished window, which then ends here. Raises as `add`."""
@@ -374,7 +390,13 @@ class VideoStream(Askable):
             session.pruning, share=float(session.pruning.share)
         )  # one pair alone repeats those of other windows
         plan = replace(
-            base, sampling=sampling, grid=grid, encoder=pruning.plan(tower, grid), unshrunk=None, limited=False
+            base,
+            info=replace(base.info, **self.facts),
+            sampling=sampling,
+            grid=grid,
+            encoder=pruning.plan(tower, grid),
+            unshrunk=None,
+            limited=False,
         )
         pixels, segment, clock = np.stack(frames), Segment(self._segment.earlier), Clock(torch.device("cpu"))
         window = _WindowInput(session, plan, clock, pixels, segment, pause)

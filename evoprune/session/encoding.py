@@ -98,6 +98,7 @@ class OpenInput:
 
     def __post_init__(self):
         self.damaged, self._early, self._open = 0, False, ExitStack()
+        self.other_shape = False
         self._begun: Iterator[tuple[int, torch.Tensor]] | None = None
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
@@ -170,6 +171,8 @@ class OpenInput:
         clock.seconds["encode"] = clock.now() - start - clock.seconds.pop("wait", 0.0)
         if self.damaged:
             warnings.append("damaged_video")
+        if self.other_shape and "changing_size" not in warnings:  # a part that probing did not meet
+            warnings.append("changing_size")
         return result, "off"
 
     def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
@@ -180,7 +183,7 @@ class OpenInput:
                 progress("encode", frames_done, self.plan.sampling.frames)
 
     def _start(self) -> Iterator[tuple[int, torch.Tensor]]:
-        self.damaged, chunks = 0, self._prepared()
+        self.damaged, self.other_shape, chunks = 0, False, self._prepared()
         return self._open.enter_context(closing(prefetched(chunks) if self.threaded else chunks))
 
     def _prepared(self) -> Generator[tuple[int, torch.Tensor], None, None]:
@@ -189,6 +192,7 @@ class OpenInput:
         with closing(self.frames(chunk_bytes(self.session, plan))) as chunks:
             for chunk in self.clock.each("read", chunks):
                 self.damaged += chunk.damaged
+                self.other_shape = self.other_shape or chunk.other_shape
                 with self.clock.stage("preprocess"):
                     patches = patches_of(chunk.frames, plan, limits, self.session.device)
                 yield chunk.first + len(chunk.frames), patches
@@ -222,7 +226,8 @@ class CachedInput(OpenInput):
             return self.stored, "hit"
         result, _ = super()._result(clock, progress, chunks, warnings)
         # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
-        storable = self.key and not self.damaged and entry_key(self.session, self.plan) == self.key
+        whole = not self.damaged and (self.plan.info.changes_size or not self.other_shape)
+        storable = self.key and whole and entry_key(self.session, self.plan) == self.key
         if storable and not self.cache.store(self.key, result):
             warnings.append("cache_not_written")
         return result, "miss" if self.key else "off"

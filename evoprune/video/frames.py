@@ -78,6 +78,7 @@ class FrameChunk:
     frames: "np.ndarray"  # uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied), C-contiguous
     times_s: tuple[float, ...]  # of the frames themselves, from the first frame; perhaps earlier than those asked for
     damaged: int = 0  # damaged packets (of a folder: images) on the way to these frames that no earlier chunk counts
+    other_shape: bool = False  # whether one of the frames had another shape than the video, and has borders
 
 
 def read_frames(
@@ -85,8 +86,9 @@ def read_frames(
 ) -> Iterator[FrameChunk]:
     """The frame on screen at each time: the first frame before the video begins, the last one after it ends.
 
-    All frames have the size in `info`; where a video changes its size, they are scaled to it. Damaged packets are
-    skipped: the frame before them stays on screen. (decord does not report damage: it stops, or patches up silently.)
+    All frames have the size in `info`; where a video changes its size, they are scaled to it, with black borders where they have
+    another shape. Damaged packets are skipped: the frame before them stays on screen. (decord does not report damage: it stops,
+    or patches up silently.)
     Close the iterator to stop early.
 
     Args:
@@ -106,7 +108,10 @@ def read_frames(
     firsts = range(0, len(times), per_chunk)
     sizes = [min(per_chunk, len(times) - first) for first in firsts]
     filled = stream_frames(info, times, decoder, sizes) if sizes else ()
-    return (FrameChunk(first, frames, tuple(at), bad) for first, (frames, at, bad) in zip(firsts, filled, strict=True))
+    return (
+        FrameChunk(first, frames, tuple(at), damaged, other_shape)
+        for first, (frames, at, damaged, other_shape) in zip(firsts, filled, strict=True)
+    )
 
 
 def choose_decoder(decoder: str, info: Video | None = None) -> str:

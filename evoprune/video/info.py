@@ -8,6 +8,7 @@ from typing import Any
 
 from evoprune.errors import UsageError
 
+SAME_SHAPE = 0.02  # by which the ratios of width and height of frames of one shape may differ, relative
 VIDEO, PICTURE = "video", "picture"  # what an input is to the model
 FOLDER_FPS = 2.0  # of a folder of images, by default: the rate at which frames for Qwen2.5-VL are usually extracted
 # What the comment of a clip says: which generator made it.
@@ -36,6 +37,9 @@ class Video:
     pix_fmt: str | None  # such as `yuv420p`
     container: str  # FFmpeg's name of the format, such as `matroska,webm`; or `folder`, or `picture`
     fps: float | None = None  # on average
+    rate_guessed: bool = (
+        False  # whether `fps` is FFmpeg's guess, as of a raw stream that does not state its rate; times follow it
+    )
     variable_rate: bool | None = None  # whether the frame intervals differ
     frames_total: int | None = None
     start_s: float = 0.0  # the file's own timestamp of the first frame
@@ -43,6 +47,11 @@ class Video:
     mirrored: bool = False  # stored frames are flipped left to right before they are rotated
     stated_s: float | None = None  # the duration by the file, of the pictures alone; longer if the file was cut off
     clock_restarts: int = 0  # how often the file's clock starts anew, as in files that were joined; times here go on
+    cut_off: bool = False  # whether the file ends inside the header of a fragment, as a recording that was interrupted
+    clock_gap_s: float = 0.0  # the largest step ahead that counts as another clock
+    changes_size: bool = (
+        False  # whether some frames have another size; `width` and `height` are the largest that was found
+    )
     hdr: bool = False  # PQ or HLG, which are converted to RGB as if they were neither
     interlaced: bool = False
     pixel_aspect: float | None = None  # width by height of the stored pixels, where they are not square
@@ -51,8 +60,17 @@ class Video:
     @property
     def warnings(self) -> list[str]:
         """What the model sees in another way than players show it."""
-        flags = {"hdr_video": self.hdr, "interlaced_video": self.interlaced, "stretched_video": self.pixel_aspect}
-        return [name for name, true in (flags | {"other_tracks": self.other_tracks}).items() if true]
+        flags = {
+            "hdr_video": self.hdr,
+            "interlaced_video": self.interlaced,
+            "stretched_video": self.pixel_aspect,
+            "other_tracks": self.other_tracks,
+            "guessed_rate": self.rate_guessed,
+            "clock_gap": self.clock_gap_s,
+            "cut_off": self.cut_off,
+            "changing_size": self.changes_size,
+        }
+        return [name for name, true in flags.items() if true]
 
     @property
     def kind(self) -> str:
@@ -64,6 +82,16 @@ class Video:
         if self.stated_s is None or self.duration_s is None:
             return False
         return self.stated_s - self.duration_s > max(0.5, 0.02 * self.stated_s)
+
+
+def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
+    """The width and height of a picture of that size as large as `outer` allows; all of it where their shapes nearly agree."""
+    across, down = size[0] * outer[1], size[1] * outer[0]
+    if abs(across - down) <= SAME_SHAPE * down:
+        return outer
+    if across > down:
+        return outer[0], max(1, round(outer[0] * size[1] / size[0]))
+    return max(1, round(outer[1] * size[0] / size[1])), outer[1]
 
 
 def world_of(info: Video) -> str | None:

@@ -213,6 +213,46 @@ def test_frames_of_another_size_and_times_that_jump(tmp_path):
     assert times == sorted(times) and times[-1] < 3.0
 
 
+def test_a_joined_file_is_watched_to_its_end(tmp_path):
+    path = tmp_path / "joined.mkv"
+    path.write_bytes(
+        b"".join(write_video(tmp_path / f"{i}.mkv", numbered_frames(30)[i : i + 10]).read_bytes() for i in (0, 10, 20))
+    )
+    for pace in ("source", "file"):
+        check_whole(read(path, pace=pace)[0])
+
+
+def test_a_recording_that_was_cut_off_is_watched(tmp_path):
+    how = {"container_options": {"movflags": "frag_keyframe+empty_moov+default_base_moof"}, "gop": 10}
+    content = write_video(tmp_path / "whole.mp4", numbered_frames(60), **how).read_bytes()
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(content[: content.rindex(b"moof") + 36])
+    for pace in ("source", "file"):
+        found, _, problem = read(path, pace=pace)
+        assert [number for _, number in found] == list(range(len(found))) and len(found) > 40 and problem is None
+
+
+def test_a_raw_stream_is_watched_at_the_rate_that_it_states(tmp_path):
+    path = write_video(tmp_path / "raw.h264", numbered_frames(30), fps=FPS)
+    check_whole(read(path, pace="source")[0])
+    with closing(LiveReader(str(path), path.name, 1.0)) as reader:
+        assert (reader.facts["fps"], reader.facts["rate_guessed"]) == (FPS, False)
+
+
+def test_a_frame_an_hour_is_no_other_clock(tmp_path):
+    path = write_video(tmp_path / "rare.mkv", numbered_frames(3), pts=[0.0, 3600.0, 7200.0])
+    assert [time_s for time_s, _ in read(path, pace="source")[0]] == pytest.approx([0.0, 3600.0, 7200.0])
+
+
+def test_a_jump_of_the_clock_is_said(tmp_path):
+    path = tmp_path / "apart.ts"
+    parts = [write_video(tmp_path / f"{start}.ts", numbered_frames(10), start=start) for start in (0.0, 900.0)]
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    live = LiveSource(str(path), pace="source", timeout_s=1.0)
+    times = [time_s for time_s, _ in live.frames(lambda: 0.0)]
+    assert times[-1] < 3 and live.facts["clock_gap_s"] == pytest.approx(899, abs=1)
+
+
 def test_closing_ends_whatever_it_waits_for(served):
     live = LiveSource(f"{served[0]}/silent.ts", timeout_s=20.0)
     ended = []

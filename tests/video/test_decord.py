@@ -105,7 +105,7 @@ def test_what_decord_cannot_read_is_refused_before_it_is_opened(folder, tmp_path
 
 def test_other_frames_than_pyavs_are_refused(folder, in_process, monkeypatch):
     info = probe(write_video(folder / "other.mp4", numbered_frames(10)))
-    other = SimpleNamespace(read=lambda *_: ((0.0, rgb) for rgb in numbered_frames(10)[9:]))
+    other = SimpleNamespace(read=lambda *_: ((0.0, rgb, False) for rgb in numbered_frames(10)[9:]))
     monkeypatch.setattr(backend, "pyav", other)
     with pytest.raises(VideoError, match="does not begin with the first frame"):
         numbers(info, [0.5], decoder="decord")

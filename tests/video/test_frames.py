@@ -162,8 +162,8 @@ def test_the_file_is_closed_on_early_exit(long_file, in_process, monkeypatch):
     info, opened, original = probe(long_file), [], ffmpeg.open_video
 
     @contextmanager
-    def noticing(path):
-        with original(path) as container:
+    def noticing(*part):
+        with original(*part) as container:
             opened.append(container)
             yield container
 

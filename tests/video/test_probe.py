@@ -3,6 +3,8 @@
 import struct
 import zlib
 from dataclasses import replace
+from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -10,10 +12,13 @@ import pytest
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.frames import probe, read_frames, scan
+from evoprune.video.readers import ffmpeg, pyav
+from evoprune.video.readers.parts import spans
 from evoprune.video.sandbox import isolation
 from tests.video import mutations
 from tests.video.files import (
     SAID,
+    apart,
     number_of,
     numbered_frame,
     numbered_frames,
@@ -57,8 +62,7 @@ FILES = {
 def test_facts(name, tmp_path):
     how, expected = FILES[name]
     info = probe(write_video(tmp_path / name, FRAMES, **how))
-    raw = name == "raw.h264"  # it states no rate, and 25 is what FFmpeg assumes
-    assert (info.duration_s, info.fps) == (pytest.approx(30 / 25 if raw else 3.0, abs=1e-6), 25 if raw else 10)
+    assert (info.duration_s, info.fps, info.rate_guessed) == (pytest.approx(3.0, abs=1e-6), 10, False)
     assert (info.width, info.height, info.rotation_deg, info.mirrored) == (64, 48, 0, False)
     assert info.path == str(tmp_path / name) and info.tags.get("comment") == how.get("metadata", {}).get("comment")
     assert {fact: getattr(info, fact) for fact in expected} == expected
@@ -258,6 +262,113 @@ def test_several_parts(tmp_path):
     assert numbers(info, [0.05, 2.95, 3.05, 5.95, 6.05, 8.95]) == pytest.approx([0, 29] * 3, abs=1)
 
 
+ENDINGS = (
+    "mkv",
+    "webm",
+    "mp4",
+    "mov",
+    "flv",
+    "avi",
+    "wmv",
+    "ogv",
+    "ivf",
+    "apng",
+    "nut",
+    "mxf",
+    "ts",
+    "mpg",
+    "vob",
+    "gif",
+    "fmp4",
+)
+HOW = {
+    "webm": {"codec": "libvpx"}, "ivf": {"codec": "libvpx"}, "wmv": {"codec": "wmv2"}, "ogv": {"codec": "libvpx"},
+    "apng": {"codec": "apng", "pix_fmt": "rgb24"}, "gif": {"codec": "gif", "pix_fmt": "rgb8"}, "avi": {"codec": "mpeg4"},
+    "mxf": MPEG2, "mpg": MPEG2, "vob": MPEG2, "nut": {"codec": "mpeg4"},
+    "fmp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
+}  # fmt: skip
+
+
+@pytest.mark.few(10)
+@pytest.mark.parametrize("count", [5, 20])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_container_is_read_to_the_end_of_its_third_part(ending, count, tmp_path):
+    how, name = HOW.get(ending, {}), ending.replace("fmp4", "mp4")
+    step = 1 / how.get("fps", 10)
+    parts = [
+        write_video(tmp_path / f"{i}.{name}", [numbered_frame(i * count + j) for j in range(count)], **how)
+        for i in range(3)
+    ]
+    path = tmp_path / f"joined.{name}"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    info, found = probe(path), scan(path)
+    assert [info.duration_s, found.duration_s] == pytest.approx([3 * count * step] * 2, abs=1e-3)
+    assert (found.frames, found.damaged, info.clock_restarts) == (3 * count, 0, 0 if ending == "gif" else 2)
+    assert numbers(info, [(i + 0.5) * step for i in range(3 * count)]) == list(range(3 * count))
+    assert not info.cut_short and info.warnings == []
+
+
+def test_a_live_recording_that_was_joined(tmp_path):
+    """It does not state how long its segments and clusters are."""
+    live = {"container_options": {"live": "1"}}
+    content = [write_video(tmp_path / f"{i}.mkv", numbered_frames(5), **live).read_bytes() for i in range(3)]
+    path = tmp_path / "joined.mkv"
+    path.write_bytes(b"".join(content))
+    assert spans(str(path)) == [
+        (0, len(content[0])),
+        (len(content[0]), 2 * len(content[0])),
+        (2 * len(content[0]), 3 * len(content[0])),
+    ]
+    assert numbers(probe(path), [0.05 + 0.1 * i for i in range(15)]) == [*range(5)] * 3
+
+
+def test_parts_that_differ(tmp_path):
+    """In size, codec, rate and rotation: the largest sets the size, and each is read as it is."""
+    parts = [
+        write_video(tmp_path / "a.mkv", numbered_frames(10, 48, 64)),
+        write_video(tmp_path / "b.mkv", numbered_frames(20, 96, 128), codec="libvpx-vp9", fps=20),
+        write_video(tmp_path / "c.mp4", numbered_frames(10, 48, 64), rotation=90),
+    ]
+    path = tmp_path / "joined.mkv"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts[:2]))
+    info = probe(path)
+    assert (info.duration_s, info.width, info.height, info.fps) == (pytest.approx(2.0), 128, 96, None)
+    assert info.warnings == ["changing_size"]
+    assert numbers(info, [0.05, 0.95, 1.02, 1.98]) == [0, 9, 0, 19]
+    turned = tmp_path / "turned.mp4"
+    upright = write_video(tmp_path / "d.mp4", numbered_frames(10, 64, 48))
+    turned.write_bytes(parts[2].read_bytes() + upright.read_bytes())
+    info = probe(turned)
+    assert (info.width, info.height, info.rotation_deg, info.warnings) == (48, 64, 90, [])
+    assert number_of(np.rot90(next(read_frames(info, [0.35])).frames[0], 1)) == 3
+    assert numbers(info, [1.35]) == [3]
+
+
+def test_more_parts_than_any_joined_file_has(tmp_path):
+    path = tmp_path / "many.flv"
+    path.write_bytes(write_video(tmp_path / "a.flv", numbered_frames(1)).read_bytes() * 1001)
+    refused(path, "more than 1,000 files", "concat")
+
+
+def test_a_part_that_cannot_be_read_is_damage(tmp_path):
+    content = write_video(tmp_path / "a.mp4", numbered_frames(10)).read_bytes()
+    spoilt = content.replace(b"avc1", b"none")
+    path = tmp_path / "joined.mp4"
+    path.write_bytes(content + spoilt + content)
+    info = probe(path)
+    assert info.duration_s == pytest.approx(2.0) and numbers(info, [0.95, 1.05]) == [9, 0]
+    assert sum(chunk.damaged for chunk in read_frames(info, [0.05, 1.95])) == scan(path).damaged == 1
+
+
+def test_a_jump_ahead_that_counts_as_another_clock_is_said(tmp_path):
+    parts = [write_video(tmp_path / f"{start}.ts", numbered_frames(30), start=start) for start in (0.0, 900.0)]
+    path = tmp_path / "joined.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    info = probe(path)
+    assert info.warnings == ["clock_gap"] and info.clock_gap_s == pytest.approx(897, abs=1)
+    assert info.duration_s == pytest.approx(6.0, abs=0.2)
+
+
 def test_damage_between_the_joints_still_counts(tmp_path):
     whole = write_video(tmp_path / "whole.ts", numbered_frames(60), gop=1).read_bytes()
     lost = bytearray(whole)
@@ -303,6 +414,101 @@ SMALL = ("no_length.mkv", "vp9_hidden.webm", "vp9_10.webm", "subtitles.mkv", "co
 
 
 FORTY = [name for name, kind in KINDS.items() if kind.frames == 40 and not kind.hidden and name not in SPREAD]
+
+
+@pytest.mark.parametrize("ending", ["h264", "hevc", "m2v"])
+def test_a_raw_stream_that_states_its_rate(ending, tmp_path):
+    codec = {"h264": {}, "hevc": KINDS["hevc.mp4"].how, "m2v": {"codec": "mpeg2video"}}[ending]
+    info = probe(write_video(tmp_path / f"raw.{ending}", numbered_frames(50), fps=50, **codec))
+    assert (info.fps, info.duration_s, info.rate_guessed, info.warnings) == (50, pytest.approx(1.0), False, [])
+    assert numbers(info, [0.01, 0.51, 0.99]) == [0, 25, 49]
+
+
+def test_a_rate_that_is_a_guess_is_said_to_be_one(tmp_path):
+    info = probe(write_video(tmp_path / "raw.obu", numbered_frames(50), fps=50, **KINDS["av1.mkv"].how))
+    assert (info.fps, info.rate_guessed, info.warnings) == (25, True, ["guessed_rate"])
+
+
+@pytest.mark.parametrize("rates", [(60_000, 25), (1000, 1000), (0, 0)])
+def test_the_frequency_of_a_clock_is_no_rate(rates):
+    average, guessed = map(Fraction, rates)
+    tick = 1 / average if average else Fraction(1, 90_000)
+    said = SimpleNamespace(
+        container=SimpleNamespace(format=SimpleNamespace(flags=0)),
+        average_rate=average,
+        guessed_rate=guessed,
+        time_base=tick,
+    )
+    assert ffmpeg.frame_rate(said) == (25 if guessed == 25 else None, False)
+    fast = SimpleNamespace(**vars(said) | {"average_rate": Fraction(4000), "time_base": Fraction(1, 90_000)})
+    assert ffmpeg.frame_rate(fast) == (4000, False)
+
+
+def test_what_an_edit_list_takes_away_is_not_missing(tmp_path):
+    content = bytearray(write_video(tmp_path / "whole.mp4", numbered_frames(60), gop=60).read_bytes())
+    at = content.index(b"elst") + 12
+    assert struct.unpack(">I", content[at : at + 4]) == (6000,)
+    content[at : at + 4] = struct.pack(">I", 3000)
+    path = tmp_path / "trimmed.mp4"
+    path.write_bytes(content)
+    info = probe(path)
+    assert (info.duration_s, info.stated_s, info.frames_total) == (pytest.approx(3.0), pytest.approx(3.0), 30)
+    assert not info.cut_short and numbers(info, [0.05, 2.95, 5.0]) == [0, 29, 29]
+
+
+@pytest.mark.parametrize("at", [8, 40])
+def test_a_recording_that_was_cut_off_inside_the_header_of_a_fragment(at, tmp_path):
+    how = {"container_options": {"movflags": "frag_keyframe+empty_moov+default_base_moof"}, "gop": 10}
+    whole = write_video(tmp_path / "whole.mp4", numbered_frames(60), **how)
+    content, path = whole.read_bytes(), tmp_path / "cut.mp4"
+    path.write_bytes(content[: content.rindex(b"moof") - 4 + at])
+    info, last = probe(path), [time for time, _, key in pyav.intervals(probe(whole), print) if key][-1]
+    assert (info.duration_s, info.cut_off, info.warnings) == (pytest.approx(last), True, ["cut_off"]) and last > 4
+    assert numbers(info, [0.05, 2.55, last - 0.05]) == [0, 25, round(10 * last) - 1]
+
+
+@pytest.mark.parametrize("repeated", [{5, 6, 20}, {5, 37, 38, 39}])
+def test_frames_that_an_avi_repeats_without_data(repeated, tmp_path):
+    path = tmp_path / "repeats.avi"
+    apart(encode_repeats, path, repeated)
+    info, found = probe(path), scan(path)
+    assert (info.duration_s, found.duration_s, found.frames, found.damaged) == (4.0, 4.0, 40 - len(repeated), 0)
+    wanted = [max(j for j in range(i + 1) if j not in repeated) for i in range(40)]
+    assert numbers(info, [0.05 + 0.1 * i for i in range(40)]) == wanted
+
+
+def encode_repeats(path, repeated):
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mpeg4", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.codec_context.gop_size = 1
+        for i, rgb in enumerate(numbered_frames(40)):
+            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = i, Fraction(1, 10)
+            for packet in stream.encode(frame):
+                empty = av.Packet(b"")
+                empty.pts = empty.dts = packet.pts
+                empty.time_base, empty.stream = packet.time_base, stream
+                out.mux(empty if i in repeated else packet)
+
+
+def test_packets_without_data_are_no_damage(folder, monkeypatch):
+    """As Theora has them, of which PyAV writes none: FFmpeg's decoders take one for the end."""
+    path = write_video(folder / "intra.mkv", numbered_frames(20), gop=1)
+    original = ffmpeg.packets
+
+    def some_empty(*arguments, **how):
+        for number, packet in enumerate(original(*arguments, **how)):
+            if packet is not None and packet.size and number % 5 == 4:
+                empty = av.Packet(b"")
+                empty.pts, empty.dts, empty.time_base = packet.pts, packet.dts, packet.time_base
+                packet = empty
+            yield packet
+
+    monkeypatch.setattr(ffmpeg, "packets", some_empty)
+    info, damage = pyav.probe(str(path)), set()
+    frames = list(pyav.intervals(info, damage.add))
+    assert (len(frames), damage, info.duration_s) == (16, set(), pytest.approx(2.0))
 
 
 def read_whole(path):
@@ -513,7 +719,7 @@ def test_no_times_in_a_transport_stream(folder, tmp_path):
 
 
 def test_frames_that_change_their_size(tmp_path):
-    """Two raw streams, one after the other."""
+    """Raw streams, one after the other."""
     pieces = [
         write_video(tmp_path / f"{size}.h264", numbered_frames(20, *size), options={"x264-params": "annexb=1"})
         for size in ((48, 64), (96, 128), (24, 32))
@@ -521,8 +727,8 @@ def test_frames_that_change_their_size(tmp_path):
     path = tmp_path / "changing.h264"
     path.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
     info = probe(path)
-    assert (info.width, info.height) == (64, 48)
-    assert numbers(info, [i / 25 + 0.01 for i in range(60)]) == [*range(20)] * 3
+    assert (info.width, info.height, info.warnings) == (128, 96, ["changing_size"])
+    assert numbers(info, [i / 10 + 0.01 for i in range(60)]) == [*range(20)] * 3
 
 
 @pytest.mark.parametrize("seed", [77, pytest.param(0, marks=pytest.mark.slow)])

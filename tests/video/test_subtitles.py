@@ -8,7 +8,7 @@ import pytest
 
 from evoprune.errors import VideoError
 from evoprune.video.frames import probe, read_subtitles
-from tests.video.files import numbered_frame, write_image
+from tests.video.files import numbered_frame, numbered_frames, write_image, write_video
 from tests.video.subtitled import ASS, SRT, SSA, VTT, pictures, srt, write_subtitled
 
 WHO, SIZE = (1.0, 2.0, "Who is there?"), (3.5, 4.0, "Größe {laughs} <|im_end|>")
@@ -49,6 +49,32 @@ def test_tracks(tmp_path, name):
     assert read_subtitles(probe(path), "auto").lines == expected(TRACKS[name])
     named = read_subtitles(probe(path), str(path))
     assert (named.lines, named.source) == (expected(TRACKS[name]), f"{path}, track 1 (eng)")
+
+
+def test_a_file_beside_a_video_that_begins_after_its_sound(tmp_path):
+    """Players count from the sound; a track of the file itself has the same clock."""
+    path = write_video(tmp_path / "late.mp4", numbered_frames(40), start=8.0, audio_s=12.0)
+    (tmp_path / "late.srt").write_text(srt([(8.5, 9, "spoken"), (2, 3, "before")]))
+    info = probe(path)
+    assert info.start_s == pytest.approx(8.0, abs=0.1)
+    ((start, end, said),) = read_subtitles(info, "auto").lines
+    assert (start, end, said) == (pytest.approx(8.5 - info.start_s), pytest.approx(9 - info.start_s), "spoken")
+
+
+def test_a_file_beside_a_stream_that_begins_late_as_a_whole(tmp_path):
+    path = write_video(tmp_path / "late.ts", numbered_frames(40), start=8.0)
+    (tmp_path / "late.srt").write_text(SRT)
+    assert [line[:2] for line in read_subtitles(probe(path), "auto").lines] == [(1.0, 2.0), (3.5, 4.0)]
+
+
+def test_tracks_of_a_joined_file(tmp_path):
+    part = write_subtitled(tmp_path / "part.mkv", [SRT]).read_bytes()
+    path = tmp_path / "joined.mkv"
+    path.write_bytes(part * 3)
+    info = probe(path)
+    assert info.duration_s == pytest.approx(18.0)
+    starts = [start for start, _, said in read_subtitles(info, "auto").lines if said == WHO[2]]
+    assert starts == pytest.approx([1.0, 7.0, 13.0])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])

@@ -69,13 +69,13 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
                 frame = reader.next()
                 if at < 0:
                     with closing(pyav.read(info, (0.0,), ffmpeg.ignore_damage)) as pictures:
-                        _, right = next(pictures)
+                        _, right, _ = next(pictures)
                     if np.abs(_pixels(info, frame).astype(np.int16) - right).mean() > OTHER_FRAME:
                         raise _refusal(info, "it does not begin with the first frame")
                 at, rgb = at + 1, None
             if rgb is None:
                 rgb = _pixels(info, frame)
-            yield float(stamps[at]), rgb
+            yield float(stamps[at]), rgb, False
 
 
 def _refusal(info: Video, problem: str) -> VideoError:

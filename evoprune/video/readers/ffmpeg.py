@@ -7,7 +7,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
 from types import SimpleNamespace
 from typing import BinaryIO
@@ -27,18 +27,25 @@ from av.video.stream import VideoStream
 from evoprune.backend.limits import available_cores
 from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.util import LONGEST, missing_hint, shorten, shown
+from evoprune.video.info import Video, fitted
+from evoprune.video.readers.parts import Slice, Span
 
-# Called with a number for each damaged packet or image: the same number for the same damage; None where the file breaks off.
-Damage = Callable[[int | None], None]
-Frames = Iterator[tuple[float, np.ndarray]]  # what readers return, see `readers`
+# Called with a mark for each damaged packet or image: the same mark for the same damage.
+Damage = Callable[[object], None]
+Frames = Iterator[tuple[float, np.ndarray, bool]]  # what readers return, see `readers`
 
 FALLBACK_FPS = 25.0  # of a stream that states no frame rate; FFmpeg assumes the same
 # Containers that store the time of each frame, so that times are the same after a jump; others are read front to back.
 MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 SEEKABLE = (MOV, "matroska,webm", "mpegts")
 # Containers that files are often joined in, byte by byte (`cat a.ts b.ts`, the parts of a DVD), so that the clock restarts.
-JOINED = ("mpegts", "mpeg")
-BACK_S, LONGEST_GAP_S = 0.5, 600.0  # a step back by more is another clock; so is, in such a container, a longer gap
+PROGRAM_STREAM, AVI = "mpeg", "avi"
+JOINED = ("mpegts", PROGRAM_STREAM)
+BACK_S, LONGEST_GAP_S = 0.1, 600.0  # a step back by more is another clock; so is, in such a container, a longer gap
+NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS, a flag of formats
+LEAST_CLOCK_HZ = (
+    1000  # a rate that is a clock's frequency, and as high, is no rate of frames: Matroska counts milliseconds
+)
 TAG_CHARACTERS = 4000  # tags with more are left out, because tags travel with every `Video`
 MAX_PIXELS = 2**27  # of pictures that are read: 16K video, and photographs of 100 megapixels, have fewer
 INCOMPLETE = (
@@ -82,7 +89,7 @@ def picture_size(pixels: int) -> None:
     """Called before pictures of so many pixels are decoded. The worker process raises its memory limit by it."""
 
 
-def ignore_damage(number: int | None) -> None: ...
+def ignore_damage(mark: object) -> None: ...
 
 
 def reason(error: Exception) -> str:
@@ -147,9 +154,8 @@ def reading(path: str) -> Iterator[None]:
         raise VideoError(f"cannot read {path}: {reason(error)}", INCOMPLETE) from error
 
 
-@contextmanager
-def open_video(path: str) -> Iterator[InputContainer]:
-    """An opened file. Raises VideoError: a URL, no such file, not a file, or an empty one; and as `reading`."""
+def check_file(path: str) -> None:
+    """Raises VideoError: a URL, no such file, not a file, or an empty one."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -169,7 +175,14 @@ def open_video(path: str) -> Iterator[InputContainer]:
         raise VideoError(f"{path} is {problem}", "give a video file; - reads one from standard input")
     if not status.st_size:
         raise VideoError(f"{path} is empty", "was it copied or downloaded to its end?")
-    with open(path, "rb", buffering=0) as file, open_bytes(file) as container:
+
+
+@contextmanager
+def open_video(path: str, span: Span | None = None) -> Iterator[InputContainer]:
+    """An opened file, or one part of it. Raises what `check_file` raises, and as `reading`."""
+    check_file(path)
+    file = open(path, "rb", buffering=0) if span is None else Slice(path, span)  # noqa: SIM115 (`closing` closes it)
+    with closing(file), open_bytes(file) as container:
         if container.format.name == "tty":  # FFmpeg draws text files as a terminal would
             raise VideoError(f"{path} is not a video: it is a text file", FORMATS)
         yield container
@@ -289,6 +302,8 @@ def decoded_frames(
     """
     decode = decoder(stream).decode
     for packet in packets(container, stream, damaged):
+        if packet is not None and not packet.size and packet.dts is not None:
+            continue  # the frame before is repeated; FFmpeg's decoders take a packet without data for the end
         broken, frames = packet is None or packet.is_corrupt, []
         try:
             frames = decode(packet)
@@ -303,16 +318,35 @@ def decoded_frames(
             yield frame
 
 
+def incomplete_joints(info: Video) -> int:
+    """How many packets may be incomplete without any damage: one where each part of a stream without headers ends."""
+    return info.clock_restarts if info.container in JOINED else 0
+
+
 def restarts(passed_s: float, container: str) -> bool:
     """Whether two times in a row, so many seconds apart, are of different clocks."""
     return passed_s < -BACK_S or (passed_s > LONGEST_GAP_S and container in JOINED)
+
+
+def frame_rate(stream: VideoStream) -> tuple[float | None, bool]:
+    """Frames a second on average, None where nothing tells; and whether they are a guess.
+
+    Of a raw stream, which has no times, FFmpeg knows what the stream states of itself, and assumes `FALLBACK_FPS` otherwise. Where
+    the container states no rate, its average may be the frequency of the clock.
+    """
+    if stream.container.format.flags & NO_TIMESTAMPS:
+        stated = stream.codec_context.framerate
+        return float(stated or stream.guessed_rate or FALLBACK_FPS), not stated
+    rates = [rate for rate in (stream.average_rate, stream.guessed_rate) if rate]
+    rate = next((rate for rate in rates if rate < LEAST_CLOCK_HZ or rate * stream.time_base != 1), None)
+    return rate and float(rate), False
 
 
 def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
     """The time of a frame by the file's own clock, in seconds; None where the file states none (raw streams)."""
     # AVI stores decoding times only. The presentation times that FFmpeg derives are wrong if frames are stored out of
     # order; the decoding times are right up to a constant.
-    stamp = frame.dts if stream.container.format.name == "avi" else frame.pts
+    stamp = frame.dts if stream.container.format.name == AVI else frame.pts
     return None if stamp is None else float(stamp * stream.time_base)
 
 
@@ -346,7 +380,7 @@ def to_rgb(
 ) -> np.ndarray:
     """uint8 `[height, width, 3]`: the frame by libswscale's default conversion, rotated and scaled to this size.
 
-    Its transparent parts are put over white, as those of pictures are.
+    Its transparent parts are put over white, as those of pictures are. A frame of another shape keeps it, between black borders.
     """
     if may_be_transparent(frame.format):
         rgba = reformatter.reformat(frame, format="rgba").to_ndarray().astype(np.uint16)
@@ -354,8 +388,15 @@ def to_rgb(
         if alpha.min() < 255:
             mixed = (rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
             frame = VideoFrame.from_ndarray(mixed.astype(np.uint8), format="rgb24")
-    stored = turned_size((width, height), rotation_deg)
-    return rotated(reformatter.reformat(frame, *stored, format="rgb24").to_ndarray(), rotation_deg, mirrored)
+    inner = fitted(turned_size((frame.width, frame.height), rotation_deg), (width, height))
+    rgb = reformatter.reformat(frame, *turned_size(inner, rotation_deg), format="rgb24").to_ndarray()
+    rgb = rotated(rgb, rotation_deg, mirrored)
+    if inner == (width, height):
+        return rgb
+    bordered = np.zeros((height, width, 3), np.uint8)
+    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
+    bordered[top : top + inner[1], left : left + inner[0]] = rgb
+    return bordered
 
 
 def rotated(rgb: np.ndarray, rotation_deg: int, mirrored: bool) -> np.ndarray:

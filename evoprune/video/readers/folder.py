@@ -11,13 +11,12 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import LFS, LFS_HINT, UsageError, VideoError
-from evoprune.video.info import IMAGES, Video, files
+from evoprune.video.info import IMAGES, Video, files, fitted
 from evoprune.video.readers import ffmpeg
 
 CONTAINER = "folder"
 MAX_BYTES = 2**29  # larger files count as damaged
 EXIF_MARKS, EXIF_FORMATS = (b"Exif\0\0", b"eXIf", b"EXIF"), ("JPEG", "PNG", "WEBP")
-SAME_SHAPE = 0.02  # by which the ratios of width and height of a video's images may differ, relative
 
 
 def list_images(folder: str) -> list[str]:
@@ -78,7 +77,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
                 _, frame, turn = decoded
                 width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
                 # An image of another shape than the first would be stretched.
-                if abs(width * info.height - height * info.width) > SAME_SHAPE * width * info.height:
+                if fitted((width, height), (info.width, info.height)) != (info.width, info.height):
                     shapes = f"{images[i]} has {width}x{height}, the first {info.width}x{info.height}"
                     hint = "a folder is a video, whose frames have one shape; pictures are asked about one by one: a.jpg b.jpg"
                     raise VideoError(f"images of different shapes: {shapes}", hint)
@@ -88,7 +87,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
         done = max(done, wanted, current)
         if rgb is None:
             raise VideoError(f"no image in the folder {info.path} can be decoded", "the files are damaged")
-        yield current / info.fps, rgb
+        yield current / info.fps, rgb, False
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:

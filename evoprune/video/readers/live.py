@@ -24,6 +24,7 @@ from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import VideoError
 from evoprune.video.readers import ffmpeg
+from evoprune.video.readers.parts import Slice, Span, spans
 
 # By the kind of a URL: the protocols that it needs, and formats beside those of files.
 WEB = "http,https,httpproxy,tcp,tls,crypto", ",hls,dash,aac,mp3,webvtt"
@@ -33,7 +34,9 @@ FORMATS = (
     "mpegts,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,flv,avi,nut,ogg,asf,mpeg,mpegvideo,mjpeg,mpjpeg,h264,hevc,av1,ivf,gif"
     ",apng,yuv4mpegpipe,mxf"
 )
-JUMP_S, FILE_JUMP_S = 10.0, 600.0  # longer steps between two frames are no gaps, but another clock
+JUMP_S = (
+    10.0  # longer steps between two frames of a stream are no gaps, but another clock; of a file: `ffmpeg.restarts`
+)
 POLL_S = 0.05  # how often a file is asked whether it has grown
 
 
@@ -54,7 +57,9 @@ class LiveReader:
     ):
         self._source, self._name, self._timeout_s, self._follow = source, name, timeout_s, follow
         self._scheme = source.partition("://")[0].lower() if source and "://" in source else None
-        self._open, self._held, self._sizes = ExitStack(), None, {}
+        self._open, self._held = ExitStack(), None
+        self._parts: list[Span] = []  # of a file that does not grow, those that were not opened yet
+        self._gap_s = 0.0  # the largest step ahead that was taken for another clock
         self._reformatter = VideoReformatter()
         if descriptor is not None:
             self._open.callback(os.close, descriptor)
@@ -71,20 +76,22 @@ class LiveReader:
             "container": container,
             "tags": ffmpeg.tags(self._container),
         }
-        self.facts |= ffmpeg.shown_otherwise(stream)
+        rate, guessed = ffmpeg.frame_rate(stream)
+        self.facts |= {"fps": rate, "rate_guessed": guessed, **ffmpeg.shown_otherwise(stream)}
         self._frames = self._timed()
 
     def next(self, after_s: float) -> dict | None:
         """The next frame that is not earlier than so many seconds after the first one; None where the source has ended.
 
-        Returns its "time_s", and its "height" and "width" in pixels; `fill` has the pixels.
+        Returns its "time_s", its "height" and "width" in pixels, and as "clock_gap_s" the largest step ahead so far that was taken
+        for another clock; `fill` has the pixels.
         """
         for time_s, frame in self._frames:
             if time_s >= after_s - ffmpeg.TOLERANCE_S:
                 turn = ffmpeg.orientation(frame)
                 width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
                 self._held = frame, width, height, *turn
-                return {"time_s": time_s, "height": height, "width": width}
+                return {"time_s": time_s, "height": height, "width": width, "clock_gap_s": self._gap_s}
         return None
 
     def fill(self, frames: np.ndarray) -> None:
@@ -115,17 +122,23 @@ class LiveReader:
 
                 if picture.is_picture(path):
                     raise VideoError(f"{path} is a picture, not a video", "evoprune ask answers questions about it")
-            file = _Following(os.open(path, os.O_RDONLY) if path else os.dup(descriptor), self._timeout_s)
+            late = not self._follow or time.monotonic() > end
+            parts = spans(path) if path and os.path.isfile(path) else []
+            if len(parts) > 1 or (parts and late):  # a joined file, or the end of one that is cut off, does not grow
+                first, *self._parts = parts
+                file = Slice(path, first)
+            else:
+                file = _Following(os.open(path, os.O_RDONLY) if path else os.dup(descriptor), self._timeout_s)
             self._open.callback(file.close)
             try:
                 container = av.open(file, options=limits, metadata_errors="replace")
-                file.waits = self._follow and path is not None  # not before: FFmpeg also looks at the end of a file
+                if isinstance(file, _Following):
+                    file.waits = self._follow and path is not None  # not before: FFmpeg also looks at the end of a file
                 return container
             except av.error.FFmpegError as problem:  # perhaps its beginning is not there yet
                 file.close()
                 if not path:
                     raise
-                late = not self._follow or time.monotonic() > end
                 if no_video := ffmpeg.not_a_video(path, unrecognised=late):
                     raise no_video from problem
                 if late:
@@ -154,23 +167,36 @@ class LiveReader:
 
     def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
         """Each frame with its seconds from the first one, which never go back, whatever the source's own clock does."""
-        stream, time_s, before, arrived = self._stream, 0.0, None, time.monotonic()
-        rate, longest = stream.average_rate or stream.guessed_rate, JUMP_S if self._scheme else FILE_JUMP_S
-        step = 1 / float(rate or ffmpeg.FALLBACK_FPS)
+        time_s, before, arrived = 0.0, None, time.monotonic()
+        step = 1 / (self.facts["fps"] or ffmpeg.FALLBACK_FPS)
         for number, frame in enumerate(self._decoded()):
-            stamp, now = ffmpeg.frame_time(frame, stream), time.monotonic()
+            stamp, now = ffmpeg.frame_time(frame, self._stream), time.monotonic()
             passed = step if stamp is None or before is None else stamp - before
+            ahead = passed > JUMP_S if self._scheme else ffmpeg.restarts(passed, self.facts["container"])
+            if ahead and passed > 0:
+                self._gap_s = max(self._gap_s, passed)
             if number:
-                time_s += passed if 0 <= passed <= longest else max(step, now - arrived)
+                time_s += max(step, now - arrived) if ahead or passed < 0 else passed
             before, arrived = stamp, now
             yield time_s, frame
 
     def _decoded(self) -> Iterator[VideoFrame]:
+        """All frames of all parts."""
+        yield from self._decoded_part()
+        while self._parts:
+            self._container.close()
+            self._container = self._open.enter_context(ffmpeg.open_video(self._source, self._parts.pop(0)))
+            self._stream = ffmpeg.video_stream(self._container, self._name, threads=True)
+            yield from self._decoded_part()
+
+    def _decoded_part(self) -> Iterator[VideoFrame]:
         """All frames; what cannot be decoded is left out, unless it is all that comes for `timeout_s`."""
         since = None  # when the first packet after the latest frame came; waiting for one is no failure
         decode = ffmpeg.decoder(self._stream).decode
         for packet in self._packets():
             ffmpeg.alive()
+            if packet is not None and not packet.size and packet.dts is not None:
+                continue  # the frame before is repeated
             try:
                 frames = decode(packet)
             except (av.error.InvalidDataError, av.error.ArgumentError):

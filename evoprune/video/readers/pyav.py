@@ -4,9 +4,11 @@
 """
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 
 import av
@@ -18,8 +20,10 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from evoprune.errors import VideoError
-from evoprune.video.info import Video
+from evoprune.video.info import Video, fitted
 from evoprune.video.readers import ffmpeg
+from evoprune.video.readers.parts import AVI_ENTRY_BYTES, Span, avi_index, spans
+from evoprune.video.readers.sizes import stored_sizes
 
 RATE_JITTER_S = 0.0025  # frame intervals that differ by less are constant: Matroska rounds times to milliseconds
 # Jump over gaps longer than this, in seconds, instead of decoding all frames in between. Keyframes are commonly 1 to 10 s
@@ -30,8 +34,85 @@ MIN_JUMP_S = 4.0
 TimedFrame = tuple[float, VideoFrame]  # seconds from the first frame; the decoder's own pixels, not yet rotated
 
 
-def probe(path: str, container: InputContainer) -> Video:
-    """See `evoprune.video.frames.probe`; `container`: the opened file."""
+def probe(path: str) -> Video:
+    """See `evoprune.video.frames.probe`. Of a joined file the size is that of its largest part."""
+    every = parts(path)
+    first = every[0].info
+    cut_off = every[-1].span[1] < os.path.getsize(path)
+    if len(every) == 1:
+        return replace(first, cut_off=cut_off)
+    infos = [part.info for part in every]
+    largest = max(infos, key=_area)
+    frames = [info.frames_total for info in infos]
+    return replace(
+        first,
+        duration_s=_sum([info.duration_s for info in infos]),
+        width=largest.width,
+        height=largest.height,
+        fps=first.fps if all(info.fps == first.fps for info in infos) else None,
+        variable_rate=None,
+        frames_total=_sum(frames),
+        stated_s=_sum([info.stated_s for info in infos]),
+        clock_restarts=sum(info.clock_restarts + 1 for info in infos) - 1,
+        changes_size=any(
+            info.changes_size or (info.width, info.height) != (first.width, first.height) for info in infos
+        ),
+        hdr=any(info.hdr for info in infos),
+        interlaced=any(info.interlaced for info in infos),
+        rate_guessed=any(info.rate_guessed for info in infos),
+        cut_off=cut_off,
+    )
+
+
+def _area(info: Video) -> int:
+    return info.width * info.height
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """None if one of them is not known."""
+    return None if None in values else sum(values)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the files that a joined file consists of. `info` counts times from its own first frame, which comes at `begin_s`."""
+
+    span: Span
+    info: Video
+    begin_s: float
+
+
+def parts(path: str, damaged: ffmpeg.Damage = ffmpeg.ignore_damage) -> list[Part]:
+    """At least one. Those behind it that cannot be read are left out, and `damaged` is called for each.
+
+    Raises VideoError: nothing in the first can be decoded, or as `ffmpeg.open_video` and `spans`.
+    """
+    ffmpeg.check_file(path)
+    found: list[Part] = []
+    begin_s = 0.0
+    for span in spans(path):
+        ffmpeg.alive()
+        try:
+            with ffmpeg.open_video(path, span) as container:
+                info = _probe(path, span, container)
+        except (VideoError, av.error.FFmpegError):
+            if not found:
+                raise
+            damaged(span)
+            continue
+        found.append(Part(span, info, begin_s))
+        begin_s += info.duration_s or 0.0
+    return found
+
+
+def _parts_of(info: Video, damaged: ffmpeg.Damage) -> list[Part]:
+    """The parts of a file that was probed before, which is not probed again unless it was joined."""
+    ffmpeg.check_file(info.path)
+    found = spans(info.path)
+    return [Part(found[0], info, 0.0)] if len(found) == 1 else parts(info.path, damaged)
+
+
+def _probe(path: str, span: Span, container: InputContainer) -> Video:
     stream = ffmpeg.video_stream(container, path)
     if container.format.name.endswith("_pipe"):  # FFmpeg's names for single pictures: jpegxl_pipe and so on
         hint = f"convert it to JPEG or PNG; {', '.join(ffmpeg.PICTURES)} are read"
@@ -40,35 +121,42 @@ def probe(path: str, container: InputContainer) -> Video:
     if first is None:
         raise ffmpeg.nothing_decoded(path)
     rotation, mirrored = ffmpeg.orientation(first)
-    width, height = ffmpeg.turned_size((first.width, first.height), rotation)
-    rate = stream.average_rate or stream.guessed_rate
-    step = 1 / float(rate or ffmpeg.FALLBACK_FPS)
+    rate, guessed = ffmpeg.frame_rate(stream)
+    step = 1 / (rate or ffmpeg.FALLBACK_FPS)
     # The header's count is wrong if it has more frames than the file has bytes.
     total = stream.frames if stream.frames <= container.size else 0
     start = ffmpeg.frame_time(first, stream)
-    duration, stated, restarts = _lengths(path, stream, start, step)
+    lengths = _lengths(path, span, stream, start, step)
     variable_rate = None
-    # Only MP4 and related containers list every frame in advance; fragments were found when packets were read.
-    if 3 <= stream.frames == len(stream.index_entries):
-        steps = np.diff([entry.timestamp for entry in stream.index_entries])
-        variable_rate = bool(np.ptp(steps) * stream.time_base > RATE_JITTER_S)
+    # Only MP4 and related containers list every frame in advance, less those that an edit list cuts away; fragments were found when
+    # packets were read.
+    shown = [entry.timestamp for entry in stream.index_entries if not entry.is_discard]
+    if 3 <= stream.frames == len(stream.index_entries) or len(shown) < len(stream.index_entries):
+        total = len(shown)
+        steps = np.diff(shown)
+        variable_rate = len(steps) > 1 and bool(np.ptp(steps) * stream.time_base > RATE_JITTER_S)
+    sizes = stored_sizes(container, stream, first, lengths.duration_s)
+    width, height = ffmpeg.turned_size(max(sizes, key=math.prod), rotation)
     return Video(
         path=path,
-        duration_s=duration,
+        duration_s=lengths.duration_s,
         width=width,
         height=height,
         rotation_deg=rotation,
         codec=stream.codec_context.codec.canonical_name,
         pix_fmt=first.format.name,
         container=container.format.name,
-        fps=float(rate) if rate else None,
+        fps=rate,
+        rate_guessed=guessed,
         variable_rate=variable_rate,
         frames_total=total or None,
         start_s=start or 0.0,
         tags=ffmpeg.tags(container),
         mirrored=mirrored,
-        stated_s=stated and max(stated, duration or 0.0),
-        clock_restarts=restarts,
+        stated_s=lengths.stated_s and max(lengths.stated_s, lengths.duration_s or 0.0),
+        clock_restarts=lengths.restarts,
+        clock_gap_s=lengths.gap_s,
+        changes_size=len(sizes) > 1,
         other_tracks=len(ffmpeg.moving(container)) - 1,
         **ffmpeg.shown_otherwise(stream, first),
     )
@@ -83,8 +171,15 @@ class _Times:
     length_s: float
     decoded_s: float  # the time at which the packet that is stored last is decoded
     claimed_s: float  # the latest end by the word of any packet
+    counted_s: float = 0.0  # of the same part, the durations of all packets together
     parts_s: float = 0.0  # of the parts before
     restarts: int = 0
+    gap_s: float = 0.0  # the largest step ahead that was taken for a restart
+
+    def part_s(self, container: str, step: float) -> float:
+        """How long the part lasts that is read; `step` replaces the length of its last frame."""
+        stamped_s = self.last_s - self.first_s + step
+        return self.counted_s if _misses_one(stamped_s - self.counted_s, step, container) else stamped_s
 
 
 def _measured(packets: Iterable[Packet | None], container: str, step: float) -> _Times | None:
@@ -104,66 +199,72 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
         stored, key = container in ffmpeg.JOINED, packet.is_keyframe
         if times is None:
             times = _Times(shown, shown, length, decoded, shown + length)
-        elif ffmpeg.restarts(decoded - times.decoded_s if stored else key * (shown - times.last_s), container):
-            times.parts_s += times.last_s - times.first_s + step
+        elif ffmpeg.restarts(
+            passed := decoded - times.decoded_s if stored else key * (shown - times.last_s), container
+        ):
+            times.parts_s += times.part_s(container, step)
             times.first_s = times.last_s = shown
+            times.counted_s = 0.0
             times.restarts += 1
+            times.gap_s = max(times.gap_s, passed)
         times.first_s, times.last_s = min(times.first_s, shown), max(times.last_s, shown)
         times.claimed_s = max(times.claimed_s, shown + length)
         times.length_s, times.decoded_s = length, decoded
+        times.counted_s += length
     return times
 
 
-def _lengths(
-    path: str, stream: VideoStream, start: float | None, step: float
-) -> tuple[float | None, float | None, int]:
-    """The duration, `Video.stated_s`, and how often the file's clock starts anew.
+@dataclass
+class _Lengths:
+    """`Video.duration_s`, `Video.stated_s`, and how often the file's clock starts anew, with its largest step ahead."""
 
-    The header is not trusted where packets have times: it includes audio, may count from zero instead of from the first frame, and
-    does not know that the file was cut off. Containers whose duration FFmpeg estimates from their content state none.
+    duration_s: float | None
+    stated_s: float | None = None
+    restarts: int = 0
+    gap_s: float = 0.0
+
+
+def _lengths(path: str, span: Span, stream: VideoStream, start: float | None, step: float) -> _Lengths:
+    """The header is not trusted where packets have times: it includes audio, may count from zero instead of from the first frame,
+    and does not know that the file was cut off. Containers whose duration FFmpeg estimates from their content state none.
     """
     container, name = stream.container, stream.container.format.name
-    if name == "avi":
-        stated, further = step * stream.frames or None, _further_avis(path)
-        if start is None:
-            return step * sum(1 for _ in _all_packets(path)), stated, further
-        # If the index does not list as many frames as the header, the file was cut off, or has gaps.
-        if stream.frames == len(stream.index_entries) and not further:
-            return stated or 0.0, stated, 0
-        decoded = [float(p.dts * p.time_base) for p in _all_packets(path) if p.dts is not None]
-        return max(decoded) - min(decoded) + step if decoded else None, stated, further
     if start is None:
-        return step * sum(1 for _ in _all_packets(path)), None, 0
+        stated = (step * stream.frames or None) if name == ffmpeg.AVI else None
+        return _Lengths(step * sum(1 for _ in _all_packets(path, span)), stated)
+    if name == ffmpeg.AVI:
+        stated = step * stream.frames or None
+        # If the index does not list as many frames as the header, the file was cut off. FFmpeg's lacks frames without data.
+        if stream.frames in (len(stream.index_entries), _listed_in_avi(path, span, stream.index)):
+            return _Lengths(stated or 0.0, stated)
+        decoded = [float(p.dts * p.time_base) for p in _all_packets(path, span) if p.dts is not None]
+        return _Lengths(max(decoded) - min(decoded) + step if decoded else None, stated)
     times = _measured(_tail_packets(container, stream), name, step)
     if times is None or times.restarts or (name in ffmpeg.JOINED and _seen_to_restart(container, stream, times)):
-        times = _measured(_all_packets(path), name, step)
+        times = _measured(_all_packets(path, span), name, step)
     if times is None:
-        return None, None, 0
-    duration = times.parts_s + times.last_s + times.length_s - (times.first_s if times.restarts else start)
+        return _Lengths(None)
+    duration = times.last_s + times.length_s - start
+    if times.restarts:
+        duration = times.parts_s + times.part_s(name, times.length_s)
     stated = None
     if name == ffmpeg.MOV and len(stream.index_entries):
-        missing = float(stream.index_entries[-1].timestamp * stream.time_base) - times.decoded_s
+        listed = next((entry for entry in reversed(stream.index_entries) if not entry.is_discard), None)
+        missing = float(listed.timestamp * stream.time_base) - times.decoded_s if listed else 0.0
         stated = duration + max(0.0, missing)
     elif name in ffmpeg.DENSE and container.duration is not None and len(container.streams) == 1:
         stated = max(container.duration / av.time_base - start, duration)
         # It includes the wrong duration of a frame that was copied from an MP4, see `_measured`.
-        if stated - duration > 0.5 and (every := _measured(_all_packets(path), name, step)):
+        if stated - duration > 0.5 and (every := _measured(_all_packets(path, span), name, step)):
             stated = stated if every.claimed_s - start < stated - 1e-2 else duration
-    return duration, stated, times.restarts
+    return _Lengths(duration, stated, times.restarts, times.gap_s)
 
 
-def _further_avis(path: str) -> int:
-    """How many AVI files follow the first one in a file; FFmpeg reads them, and counts the first one alone."""
-    count, end = -1, 0
-    with open(path, "rb") as file:
-        for _ in range(1000):  # no more parts are looked for
-            file.seek(end)
-            head = file.read(12)
-            if head[:4] != b"RIFF":
-                break
-            count += head[8:] == b"AVI "  # the parts of one large file are called AVIX
-            end += 8 + int.from_bytes(head[4:8], "little")
-    return max(0, count)
+def _listed_in_avi(path: str, span: Span, stream: int) -> int:
+    """How many frames of a stream the index of an AVI lists; those without data repeat the frame before."""
+    chunks = avi_index(path, span)
+    names = {f"{stream:02}{kind}".encode() for kind in ("dc", "db")}
+    return sum(chunks[at : at + 4] in names for at in range(0, len(chunks), AVI_ENTRY_BYTES))
 
 
 def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Times) -> bool:
@@ -197,42 +298,61 @@ def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Pa
     yield from ffmpeg.packets(container, stream)
 
 
-def _all_packets(path: str) -> Iterator[Packet]:
-    """Those of the stream that are not empty."""
-    with ffmpeg.open_video(path) as container:
+def _all_packets(path: str, span: Span) -> Iterator[Packet]:
+    """Those of the stream; an empty one that has a time repeats the frame before it."""
+    with ffmpeg.open_video(path, span) as container:
         packets = ffmpeg.packets(container, ffmpeg.video_stream(container, path))
-        yield from (packet for packet in packets if packet is not None and packet.size)
+        yield from (packet for packet in packets if packet is not None and (packet.size or packet.dts is not None))
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
     """As `readers` says. Holds two decoded frames at a time; `damaged` may be called more than once for the same damage."""
-    reformatter, converted, rgb = VideoReformatter(), None, None
-    with ffmpeg.reading(info.path), closing(_on_screen(info, times_s, damaged)) as on_screen:
-        for time, frame in on_screen:
-            if frame is not converted:
-                converted = frame
-                rgb = ffmpeg.to_rgb(frame, info.width, info.height, info.rotation_deg, info.mirrored, reformatter)
-            yield time, rgb
+    reformatter = VideoReformatter()
+    size = info.width, info.height
+    with ffmpeg.reading(info.path):
+        every = _parts_of(info, damaged)
+        for number, part in enumerate(every):
+            ends_s = every[number + 1].begin_s - ffmpeg.TOLERANCE_S if number + 1 < len(every) else math.inf
+            starts_s = part.begin_s - ffmpeg.TOLERANCE_S if number else -math.inf
+            times = [time - part.begin_s for time in times_s if starts_s <= time < ends_s]
+            turn = part.info.rotation_deg, part.info.mirrored
+            converted, rgb, other_shape = None, None, False
+            with closing(_on_screen(part, times, partial(_damaged_in, number, damaged))) as on_screen:
+                for time, frame in on_screen:
+                    if frame is not converted:
+                        converted = frame
+                        rgb = ffmpeg.to_rgb(frame, *size, *turn, reformatter)
+                        shown = ffmpeg.turned_size((frame.width, frame.height), turn[0])
+                        other_shape = fitted(shown, size) != size
+                    yield part.begin_s + time, rgb, other_shape
+
+
+def _damaged_in(part: int, damaged: ffmpeg.Damage, number: int | None) -> None:
+    damaged((part, number))
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
     """The time and duration of every frame in seconds, and whether it is a keyframe."""
-    step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
-    with ffmpeg.open_video(info.path) as container:
-        stream = ffmpeg.video_stream(container, info.path, threads=True)
-        for time_s, frame in decode(container, stream, info, damaged):
-            length = frame.duration if frame.pts is not None else 0
-            yield time_s, float((length or 0) * stream.time_base) or step, frame.key_frame
+    for number, part in enumerate(_parts_of(info, damaged)):
+        step = 1 / (part.info.fps or ffmpeg.FALLBACK_FPS)
+        with ffmpeg.open_video(info.path, part.span) as container:
+            stream = ffmpeg.video_stream(container, info.path, threads=True)
+            for time_s, frame in decode(container, stream, part.info, partial(_damaged_in, number, damaged)):
+                length = frame.duration if frame.pts is not None else 0
+                yield part.begin_s + time_s, float((length or 0) * stream.time_base) or step, frame.key_frame
 
 
 def _on_screen(
-    info: Video, times: Sequence[float], damaged: ffmpeg.Damage, *, seek: bool = True
+    part: Part, times: Sequence[float], damaged: ffmpeg.Damage, *, seek: bool = True
 ) -> Iterator[TimedFrame]:
     """The frame on screen at each time. Holds no more than that frame and the one after it."""
+    if not times:
+        return
+    info = part.info
     seek = seek and info.container in ffmpeg.SEEKABLE and not info.clock_restarts
     end = info.duration_s if seek else None
     jump_from, keyframe_time = MIN_JUMP_S, 0.0
-    with ffmpeg.open_video(info.path) as container:
+    with ffmpeg.open_video(info.path, part.span) as container:
         stream = ffmpeg.video_stream(container, info.path, threads=True)
         frames = decode(container, stream, info, damaged)
         current, coming = None, next(frames, None)
@@ -242,7 +362,7 @@ def _on_screen(
             if end is not None and coming and min(wanted, end) - coming[0] > jump_from:
                 frames = _jump(container, stream, info, min(wanted, end), damaged)
                 if frames is None:
-                    yield from _on_screen(info, times[i:], damaged, seek=False)
+                    yield from _on_screen(part, times[i:], damaged, seek=False)
                     return
                 current, coming = None, next(frames)
             while coming and coming[0] <= wanted + ffmpeg.TOLERANCE_S:
@@ -284,11 +404,26 @@ def decode(container: InputContainer, stream: VideoStream, info: Video, damaged:
 
     So is the first frame after a restart of the file's clock, from where on times are counted.
     """
-    step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
+    step = length = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
     time, origin = -step, info.start_s
     for frame in ffmpeg.decoded_frames(container, stream, damaged):
         stamp = ffmpeg.frame_time(frame, stream)
         if stamp is not None and info.clock_restarts and ffmpeg.restarts(stamp - origin - time, info.container):
             origin = stamp - time - step
-        time = time + step if stamp is None else stamp - origin
+        if stamp is None:
+            time += step
+        elif _misses_one(stamp - origin - time - length, length, info.container):
+            time += length
+        else:
+            time = stamp - origin
         yield time, frame
+        length = float((frame.duration or 0) * stream.time_base) or step
+
+
+def _misses_one(late_s: float, length_s: float, container: str) -> bool:
+    """Whether a time by the clock is one frame wrong.
+
+    MPEG-PS states a time for a pack of 2 KiB. If that holds several small frames, FFmpeg gives the time to the frame before its
+    own, and counts on from there.
+    """
+    return container == ffmpeg.PROGRAM_STREAM and 0.5 * length_s < abs(late_s) < 1.5 * length_s

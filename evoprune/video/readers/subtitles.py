@@ -16,7 +16,8 @@ from av.subtitles.stream import SubtitleStream
 from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.util import missing_hint, shown
 from evoprune.video.info import AUTO_SUBTITLES, SubtitleLine, Subtitles
-from evoprune.video.readers import ffmpeg
+from evoprune.video.readers import ffmpeg, pyav
+from evoprune.video.readers.parts import spans
 
 ENDINGS = (".srt", ".vtt", ".ass", ".ssa")  # of files beside a video, the preferred one first
 LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")  # between a video's name and the ending: .en, .pt-BR
@@ -36,7 +37,8 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
     file, why = (choice, None) if choice != AUTO_SUBTITLES else _beside(path)
     try:
         if file is not None:
-            subtitles = _from_file(file, origin_s if os.path.realpath(file) == os.path.realpath(path) else 0.0)
+            same = os.path.realpath(file) == os.path.realpath(path)
+            subtitles = _from_file(file, origin_s if same else origin_s - _clock_start(path))
             if subtitles.source is None:
                 raise VideoError(f"no subtitles in {file}: {subtitles.note}", HINT)
         elif os.path.isdir(path):
@@ -76,6 +78,14 @@ def _beside(path: str) -> tuple[str | None, str | None]:
     return None, f"{len(others)} files beside the video differ in language; name one" if others else None
 
 
+def _clock_start(path: str) -> float:
+    """The time of a video's own clock at which players begin, in seconds: that of its first stream, which may be its sound."""
+    if os.path.isdir(path):
+        return 0.0
+    with ffmpeg.open_video(path) as container:
+        return (container.start_time or 0) / av.time_base
+
+
 def _from_file(file: str, origin_s: float) -> Subtitles:
     try:
         status = os.stat(file)
@@ -99,7 +109,7 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
         hint = "is it a file of subtitles? break the line"
         raise VideoError(f"{file} has a line of more than {LONGEST_LINE:,} bytes", hint)
     with ffmpeg.open_bytes(io.BytesIO(content), name) as container:
-        lines = _lines(_cues(container, container.streams.subtitles[0], 0.0, warnings))
+        lines = _lines(_cues(container, container.streams.subtitles[0], origin_s, warnings))
     if not lines:
         if content.startswith(LFS):
             raise VideoError(f"{file} is a git-lfs pointer", LFS_HINT)
@@ -124,7 +134,9 @@ def _decoded(content: bytes, file: str) -> tuple[str, list[str]]:
 
 def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
     """The default text track of a container, or its only one."""
-    with ffmpeg.open_video(path) as container:
+    ffmpeg.check_file(path)
+    every = spans(path)
+    with ffmpeg.open_video(path, every[0]) as container:
         tracks = list(enumerate(container.streams.subtitles, 1))
         texts = [(number, track) for number, track in tracks if _codec(track) in TEXT_CODECS]
         default = [pair for pair in texts if pair[1].disposition & Disposition.default]
@@ -141,9 +153,19 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
                 if other.index != stream.index:
                     other.discard = Discard.all
         warnings = []
-        lines = _lines(_cues(container, stream, origin_s, warnings))
-        language = f" ({stream.language})" if stream.language else ""
-        return Subtitles(f"{prefix}track {number}{language}", lines, warnings)
+        cues = list(_cues(container, stream, origin_s, warnings))
+        index, language = stream.index, f" ({stream.language})" if stream.language else ""
+    if len(every) > 1:
+        cues += _cues_behind(path, index, warnings)
+    return Subtitles(f"{prefix}track {number}{language}", _lines(cues), warnings)
+
+
+def _cues_behind(path: str, index: int, warnings: list[str]) -> Iterator[tuple[float, float, list[str]]]:
+    """The cues of all parts of a joined file but the first, in the stream with that index."""
+    for part in pyav.parts(path)[1:]:
+        with ffmpeg.open_video(path, part.span) as container:
+            if index < len(container.streams) and _codec(container.streams[index]) in TEXT_CODECS:
+                yield from _cues(container, container.streams[index], part.info.start_s - part.begin_s, warnings)
 
 
 def _codec(stream: SubtitleStream) -> str | None:

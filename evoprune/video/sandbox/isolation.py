@@ -32,8 +32,9 @@ MAX_IDLE = 2  # processes that are kept for later videos
 SILENCE_S = 25.0  # a worker that reports no progress for so long counts as hung
 # Elsewhere everything runs in this process, and FFmpeg is trusted. The executable of a frozen program is no Python.
 POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
-# uint8 [n, H, W, 3], the time of each frame in seconds, and the number of damaged packets met on the way.
-FilledArray = tuple["np.ndarray", list[float], int]
+# uint8 [n, H, W, 3], the time of each frame in seconds, the number of damaged packets met on the way, and whether a frame has
+# another shape than the video.
+FilledArray = tuple["np.ndarray", list[float], int, bool]
 # What the process runs. It imports from the same paths as this one.
 PROGRAM = "import sys; sys.path[:] = {paths}; from evoprune.video.sandbox.worker import main; main({socket})"
 ERRORS = {error.type: error for error in (UsageError, VideoError, OutOfMemory)}

@@ -56,8 +56,7 @@ def probe(path: str, folder_fps: float) -> Video:
 
             if picture.is_picture(path):
                 return picture.probe(path)
-        with ffmpeg.open_video(path) as container:
-            return pyav.probe(path, container)
+        return pyav.probe(path)
 
 
 def scan(path: str, folder_fps: float) -> ScanResult:
@@ -83,12 +82,14 @@ def scan(path: str, folder_fps: float) -> ScanResult:
         raise ffmpeg.nothing_decoded(path)
     if info.duration_s is not None and first_s + info.duration_s > last_s:  # see `pyav._measured`
         end_s = min(end_s, first_s + info.duration_s)
+        if info.container == ffmpeg.AVI:  # which may repeat its last frame without data
+            end_s = first_s + info.duration_s
     keyframes[round(end_s - key_s, 4)] += 1
     median_gap = _median(gaps)
     irregular = sum(n for gap, n in gaps.items() if abs(gap - median_gap) > pyav.RATE_JITTER_S)
     return ScanResult(
         frames=frames,
-        damaged=max(0, len(damage) - info.clock_restarts),  # at each joint a packet may be incomplete
+        damaged=max(0, len(damage) - ffmpeg.incomplete_joints(info)),
         duration_s=end_s - first_s,
         stated_s=info.stated_s,
         variable_rate=irregular > len(damage),
@@ -131,21 +132,23 @@ class FrameReader:
             from evoprune.video.readers import picture as reader  # Pillow's import would delay every video
         else:
             reader = decord if decoder == "decord" else folder if info.container == folder.CONTAINER else pyav
-        self._damaged: set[int | None] = set()
-        self._joints = info.clock_restarts  # at each of which a packet may be incomplete
+        self._damaged: set[object] = set()
+        self._joints = ffmpeg.incomplete_joints(info)
         self._frames = reader.read(info, times_s, self._damaged.add)
 
-    def fill(self, frames: np.ndarray) -> tuple[list[float], int]:
+    def fill(self, frames: np.ndarray) -> tuple[list[float], int, bool]:
         """Write the next frames into uint8 `[n, H, W, 3]`.
 
-        Returns the time of each frame in seconds, and how many damaged packets were found that earlier calls did not find.
+        Returns the time of each frame in seconds, how many damaged packets were found that earlier calls did not find, and whether
+        a frame has another shape than the video.
         """
-        times, before = [], self._count()
+        times, before, other_shape = [], self._count(), False
         for slot in frames:
-            time, slot[:] = next(self._frames)
+            time, slot[:], other = next(self._frames)
             times.append(time)
+            other_shape = other_shape or other
             ffmpeg.alive()
-        return times, self._count() - before
+        return times, self._count() - before, other_shape
 
     def _count(self) -> int:
         return max(0, len(self._damaged) - self._joints)

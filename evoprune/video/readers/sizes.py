@@ -1,0 +1,92 @@
+"""The sizes that the frames of a stream have, found without decoding it.
+
+A recorder that is turned, or a stream whose quality changes, goes on with frames of another size.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+
+import av
+from av.bitstream import BitStreamFilterContext
+from av.codec.context import CodecContext
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from evoprune.video.readers import ffmpeg
+
+Size = tuple[int, int]  # width and height in pixels, as stored
+
+PLACES = 32  # at which a file is looked into
+MOST_PACKETS = 300  # from a place to the next keyframe
+# FFmpeg's filters that find, in a packet, the parameters that its decoder needs; the size is one of them.
+PARAMETERS = {
+    "h264": "h264_mp4toannexb,extract_extradata",
+    "hevc": "hevc_mp4toannexb,extract_extradata",
+    "av1": "extract_extradata",
+    "mpeg2video": "extract_extradata",
+    "mpeg4": "extract_extradata",
+}
+HEADS = {"vp8": 10, "vp9": 10}  # bytes of a keyframe in which its size stands
+
+
+def stored_sizes(
+    container: InputContainer, stream: VideoStream, first: VideoFrame, duration_s: float | None
+) -> list[Size]:
+    """Return the size of the first frame, and others of keyframes at up to `PLACES` places. Moves the container's position.
+
+    Decodes a keyframe only if its parameters differ from those of all before. Other codecs than those above are taken to keep
+    their size: the reader finds those that do not.
+    """
+    sizes = [(first.width, first.height)]
+    codec = stream.codec_context.codec.canonical_name
+    if codec not in PARAMETERS and codec not in HEADS:
+        return sizes
+    seen: set[bytes] = set()
+    with suppress(av.error.FFmpegError):  # the file does not seek, or is damaged, which its reader says
+        for keyframe in _keyframes(container, stream, duration_s):
+            mark, keyframe = _parameters(keyframe, stream, codec)
+            if not mark or mark in seen:
+                continue
+            seen.add(mark)
+            size = _decoded_size(keyframe, stream, mark if codec in ("h264", "hevc") else None)
+            if size and size not in sizes:
+                sizes.append(size)
+    return sizes
+
+
+def _keyframes(container: InputContainer, stream: VideoStream, duration_s: float | None) -> Iterator[Packet]:
+    for place in range(PLACES):
+        if stream.start_time is None:
+            container.seek(container.size * place // PLACES, unsupported_byte_offset=True)
+        else:
+            at_s = (duration_s or 0.0) * (place + 0.5) / PLACES
+            container.seek(stream.start_time + int(at_s / stream.time_base), stream=stream)
+        packets = islice(ffmpeg.packets(container, stream), MOST_PACKETS)
+        keyframe = next(
+            (packet for packet in packets if packet is not None and packet.size and packet.is_keyframe), None
+        )
+        if keyframe is not None:
+            yield keyframe
+
+
+def _parameters(keyframe: Packet, stream: VideoStream, codec: str) -> tuple[bytes, Packet]:
+    """The parameters that stand in a keyframe, perhaps none, and the keyframe in the form in which it is decoded with them."""
+    if codec in HEADS:
+        return bytes(keyframe)[: HEADS[codec]], keyframe
+    for packet in BitStreamFilterContext(PARAMETERS[codec], stream).filter(keyframe):
+        if packet.has_sidedata("new_extradata"):
+            return bytes(packet.get_sidedata("new_extradata")), packet
+        return b"", packet
+    return b"", keyframe
+
+
+def _decoded_size(keyframe: Packet, stream: VideoStream, extradata: bytes | None) -> Size | None:
+    """The size of a keyframe; None if it cannot be decoded alone."""
+    decoder = CodecContext.create(stream.codec_context.codec.name, "r")
+    decoder.options = {"max_pixels": str(ffmpeg.MAX_PIXELS)}
+    decoder.extradata = extradata
+    frame = next(iter([*decoder.decode(keyframe), *decoder.decode(None)]), None)
+    return frame and (frame.width, frame.height)

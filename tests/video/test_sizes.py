@@ -1,0 +1,90 @@
+"""Videos whose frames change their size: read at the largest, those of another shape between borders, and said."""
+
+from dataclasses import replace
+
+import av
+import numpy as np
+import pytest
+
+from evoprune.video.frames import probe, read_frames
+from evoprune.video.info import fitted
+from evoprune.video.readers import sizes
+from tests.video.files import number_of, numbered_frames, write_video
+
+SIZES = {
+    "turns": ((48, 64), (64, 48)),
+    "grows": ((48, 64), (96, 128)),
+    "there and back": ((48, 64), (96, 128), (48, 64)),
+}
+CODECS = {
+    "h264": ("ts", {"options": {"bf": "0"}}),  # MPEG-TS has the parameters of a stream in every keyframe
+    "hevc": ("ts", {"codec": "libx265", "options": {"x265-params": "log-level=none:bframes=0"}}),
+    "vp9": ("mkv", {"codec": "libvpx-vp9"}),
+}
+
+
+def changing(folder, heights_and_widths, codec="h264"):
+    """Packets of videos of those sizes one after the other in one track, 10 frames each."""
+    ending, how = CODECS[codec]
+    path, track = folder / "changing.mkv", None
+    with av.open(str(path), "w") as out:
+        for i, size in enumerate(heights_and_widths):
+            with av.open(str(write_video(folder / f"{i}.{ending}", numbered_frames(10, *size), **how))) as source:
+                stream = source.streams.video[0]
+                track = track or out.add_stream_from_template(stream)
+                packets = [packet for packet in source.demux(stream) if packet.size]
+                first = packets[0].pts
+                for packet in packets:
+                    packet.pts += round(i / stream.time_base) - first
+                    packet.dts, packet.stream = packet.pts, track
+                    out.mux(packet)
+    return path
+
+
+def middle(rgb, width_of_part, height_of_part):
+    top, left = (rgb.shape[0] - height_of_part) // 2, (rgb.shape[1] - width_of_part) // 2
+    return rgb[top : top + height_of_part, left : left + width_of_part]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("how", SIZES)
+def test_frames_that_change_their_size(codec, how, tmp_path):
+    path = changing(tmp_path, SIZES[how], codec)
+    info = probe(path)
+    largest = max(SIZES[how], key=np.prod)
+    assert (info.height, info.width, info.changes_size, info.warnings) == (*largest, True, ["changing_size"])
+    (chunk,) = read_frames(info, [0.05 + 0.1 * i for i in range(10 * len(SIZES[how]))])
+    assert chunk.other_shape == (how == "turns")
+    if how != "turns":
+        assert [number_of(rgb) for rgb in chunk.frames] == [*range(10)] * len(SIZES[how])
+        return
+    upright = [middle(rgb, 36, 48) for rgb in chunk.frames[10:]]
+    assert [number_of(rgb) for rgb in chunk.frames[:10]] == [number_of(rgb) for rgb in upright] == [*range(10)]
+    assert chunk.frames[10:, :, :13].max() == chunk.frames[10:, :, -13:].max() == 0
+
+
+def test_one_size_is_found_without_decoding(tmp_path, monkeypatch):
+    decoded = []
+    original = sizes._decoded_size
+    monkeypatch.setattr(sizes, "_decoded_size", lambda *args: decoded.append(args) or original(*args))
+    path = write_video(tmp_path / "a.mp4", numbered_frames(100))
+    from evoprune.video.readers.pyav import probe as probe_here
+
+    assert not probe_here(str(path)).changes_size and len(decoded) <= 1
+
+
+def test_a_size_that_probing_did_not_meet_is_said_when_it_is_read(tmp_path):
+    path = changing(tmp_path, SIZES["turns"])
+    info = replace(probe(path), changes_size=False)
+    assert [chunk.other_shape for chunk in read_frames(info, [0.05, 0.15, 1.05, 1.15], chunk_bytes=1)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("size", "outer", "expected"),
+    [
+        ((64, 48), (64, 48), (64, 48)), ((65, 48), (64, 48), (64, 48)), ((128, 96), (64, 48), (64, 48)),
+        ((48, 64), (64, 48), (36, 48)), ((64, 48), (48, 64), (48, 36)), ((4000, 1), (64, 48), (64, 1)),
+    ],
+)  # fmt: skip
+def test_a_frame_of_another_shape_keeps_it(size, outer, expected):
+    assert fitted(size, outer) == expected
