@@ -3,6 +3,7 @@
 A recorder that is turned, or a stream whose quality changes, goes on with frames of another size.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -19,7 +20,7 @@ from evoprune.video.readers import ffmpeg
 
 Size = tuple[int, int]  # width and height in pixels, as stored
 
-PLACES = 32  # at which a file is looked into
+PLACES = 32  # at most, at which a file is looked into; one a second of shorter files
 MOST_PACKETS = 300  # from a place to the next keyframe
 # FFmpeg's filters that find, in a packet, the parameters that its decoder needs; the size is one of them.
 PARAMETERS = {
@@ -58,11 +59,12 @@ def stored_sizes(
 
 
 def _keyframes(container: InputContainer, stream: VideoStream, duration_s: float | None) -> Iterator[Packet]:
-    for place in range(PLACES):
+    places = min(PLACES, math.ceil(duration_s or PLACES))
+    for place in range(places):
         if stream.start_time is None:
-            container.seek(container.size * place // PLACES, unsupported_byte_offset=True)
+            container.seek(container.size * place // places, unsupported_byte_offset=True)
         else:
-            at_s = (duration_s or 0.0) * (place + 0.5) / PLACES
+            at_s = (duration_s or 0.0) * (place + 0.5) / places
             container.seek(stream.start_time + int(at_s / stream.time_base), stream=stream)
         packets = islice(ffmpeg.packets(container, stream), MOST_PACKETS)
         keyframe = next(
