@@ -15,6 +15,7 @@ from evoprune.methods.types import ascending
 from evoprune.model.numerics import without_autocast
 from evoprune.model.weights import HostedVL
 
+EXPERTS = "evoprune"  # the name of `through_experts` among transformers' implementations of experts
 STRIP = 2048  # columns that share one mask of numbers; a multiple of the chunks (64) that linear attention computes in
 
 
@@ -51,6 +52,34 @@ def can_crop(model: HostedVL) -> bool:
     """Whether every layer of the language model keeps keys and values, and no recurrent state."""
     kinds = getattr(model.model.language_model.config, "layer_types", None) or ()
     return all(kind == "full_attention" for kind in kinds)
+
+
+def use_experts(model: HostedVL) -> None:
+    """Has mixtures of experts call `through_experts`, unless something other than transformers' default was chosen."""
+    config = model.model.language_model.config
+    if model.config.text_config.experts is None or config._experts_implementation != "grouped_mm":
+        return
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, through_experts)
+    config._experts_implementation = EXPERTS
+
+
+def through_experts(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return what the experts of a layer make of columns, both `[L, hidden]`. `layer`: a module of transformers.
+
+    Off the CPU a single column goes through a product with copies of its experts' weights, as where transformers generates.
+    The product of groups, which serves several, copies the ends of the groups to the host: in every dtype but bf16, and in bf16
+    on GPUs other than Hopper's and Blackwell's. A CUDA graph cannot do that.
+
+    Args:
+        chosen: int64 `[L, n]`, the experts of each column. weights: `[L, n]`, of what they return.
+    """
+    from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
+
+    if len(x) == 1 and not is_host(x.device):
+        return batched_mm_experts_forward(layer, x, chosen, weights)
+    return grouped_mm_experts_forward(layer, x, chosen, weights)
 
 
 def in_few_operations(model: HostedVL, device: torch.device) -> bool:

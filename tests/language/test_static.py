@@ -19,7 +19,6 @@ from tests.backend.recorder import Graphs
 from tests.tiny import NATIVE, save_tiny, tiny_model
 
 NEW = 12
-HYBRID = [(family, on_a_cpu) for family in ("qwen3_5", "qwen3_5_moe") for on_a_cpu in (True, False)]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +83,13 @@ def test_a_graph_decodes_the_tokens_of_the_plain_decoder(family, sizes, graphs):
 @pytest.mark.parametrize("sizes", [False, True])
 @pytest.mark.parametrize(
     ("family", "on_a_cpu"),
-    [*((family, True) for family in ("qwen3_vl_moe", "qwen3_vl", "qwen2_5_vl")), *HYBRID],
+    [
+        *(("qwen2_5_vl", True), ("qwen3_vl", True), ("qwen3_5", True), ("qwen3_5", False)),
+        *(
+            ("qwen3_vl_moe", False),
+            ("qwen3_5_moe", False),
+        ),  # a CPU multiplies experts by groups, which no graph can hold
+    ],
 )
 def test_a_graph_runs_modules_of_transformers(family, on_a_cpu, sizes, graphs, hosted, monkeypatch):
     monkeypatch.setattr("evoprune.language.hosted.is_host", lambda device: on_a_cpu)

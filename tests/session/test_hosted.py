@@ -87,6 +87,24 @@ def test_kernels_for_gpus_are_not_called_on_a_cpu(hybrid, tmp_path_factory, monk
     assert said(VideoQA(again).encode(CLIP), "What happens?") == expected
 
 
+@pytest.mark.parametrize(
+    ("columns", "on_a_cpu", "taken"), [(1, False, "batched"), (1, True, "grouped"), (5, False, "grouped")]
+)
+def test_one_column_goes_through_its_experts_without_groups(columns, on_a_cpu, taken, tmp_path_factory, monkeypatch):
+    from transformers.integrations import moe
+
+    model, (embeds, positions, _, _), calls = loaded(tmp_path_factory, "qwen3_5_moe").model, a_prompt(columns), []
+    expected = hosted.forward(model, embeds, positions, hosted.HostedCache(model))
+    for name in ("batched", "grouped"):
+        whole = getattr(moe, f"{name}_mm_experts_forward")
+        note = functools.partial(lambda whole, name, *given: calls.append(name) or whole(*given), whole, name)
+        monkeypatch.setattr(moe, f"{name}_mm_experts_forward", note)
+    monkeypatch.setattr(hosted, "is_host", lambda device: on_a_cpu)
+    made = hosted.forward(model, embeds, positions, hosted.HostedCache(model))
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    assert calls == model.config.text_config.num_hidden_layers * [taken]
+
+
 def test_several_questions_are_answered_as_fresh_ones(either):
     qa = VideoQA(either, budget=0.3)
     inputs = qa.encode(CLIP)

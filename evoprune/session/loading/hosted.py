@@ -22,7 +22,7 @@ import torch
 
 from evoprune.backend.devices import is_host
 from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memory
-from evoprune.language.hosted import can_crop
+from evoprune.language.hosted import can_crop, use_experts
 from evoprune.model.config import Config, as_written
 from evoprune.model.weights import HostedVL, fill_random, name_in_memory
 from evoprune.session.loading.find import (
@@ -85,7 +85,10 @@ def load_hosted(
     if unused := sorted(map(str, info["unexpected_keys"])):
         said = f"{counted(len(unused), 'tensor')} of the weights are not used in {folder}: {', '.join(unused[:3])}"
         warnings.warn(said, ModelWarning, stacklevel=2)
-    return _of(config, host)
+    model = _of(config, host)
+    if not quantization:  # layers of quantised experts have implementations of their own
+        use_experts(model)
+    return model
 
 
 @contextmanager
@@ -208,7 +211,9 @@ def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> H
     fill_random(host)
     with_frequencies(host, device)
     host.tie_weights()
-    return _of(config, host)
+    model = _of(config, host)
+    use_experts(model)
+    return model
 
 
 def _of(config: Config, host) -> HostedVL:
