@@ -4,6 +4,9 @@ The functions are those of language/decoder.py. Cluster sizes reach the layers o
 linear attention (Gated DeltaNet, arXiv 2412.06464), which have no scores, read tokens as they are.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
@@ -16,6 +19,8 @@ from evoprune.model.numerics import without_autocast
 from evoprune.model.weights import HostedVL
 
 EXPERTS = "evoprune"  # the name of `through_experts` among transformers' implementations of experts
+# Of each thread: how many contexts of `without_packages` it is in.
+_thread = threading.local()
 STRIP = 2048  # columns that share one mask of numbers; a multiple of the chunks (64) that linear attention computes in
 
 
@@ -155,6 +160,26 @@ def _read(
     return run(model, embeds, to_device(places, embeds.device), cache.states, **given)
 
 
+@contextmanager
+def without_packages() -> Iterator[None]:
+    """A context, and a decorator, in which this thread's layers of linear attention call no function of fla or causal-conv1d.
+
+    Where these packages are installed, transformers calls them in place of its own functions. fla compiles and times up to 59 forms
+    of its kernels before the first prompt is read, which takes more than a minute.
+    """
+    _thread.depth = getattr(_thread, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _thread.depth -= 1
+
+
+def uses_packages() -> bool:
+    """Whether this thread is in no context of `without_packages`."""
+    return not getattr(_thread, "depth", 0)
+
+
+@without_packages()
 def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attention_mask=None, **kwargs) -> torch.Tensor:
     """The final hidden states of columns, both `[L, hidden]`, that follow those in `states`, a cache of transformers.
 
