@@ -372,6 +372,21 @@ def test_a_graph_decodes_the_same_tokens(family, dtype, joined):
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("error::evoprune.errors.DeviceWarning")
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_graph_decodes_the_tokens_of_transformers_modules(family, dtype, tmp_path):
+    model = load_model(str(save_tiny(tmp_path, family=family)), dtype=dtype, device=DEVICE, pack=False).model
+    for columns, sizes in ((40, True), (30, False)):
+        made = {}
+        for how in ("graph", "step"):
+            with decoding(how):
+                made[how] = answer(model, columns, 24, sizes=sizes)
+        assert made["graph"] == made["step"]
+    assert static._caches[model].graphs
+
+
+@pytest.mark.cuda
 def test_logits_at_3b():
     """Along one answer, of the step and of the plain decoder."""
     model = load_model("Qwen/Qwen2.5-VL-3B-Instruct", load_format="dummy", device=DEVICE, dtype="bf16").model
