@@ -55,7 +55,10 @@ def environment(device: str) -> dict[str, Any]:
         except PackageNotFoundError:
             found[name] = None
     cuda = device.startswith("cuda")
-    return found | {"device": torch.cuda.get_device_name() if cuda else device, "threads": torch.get_num_threads()}
+    return found | {
+        "device": torch.cuda.get_device_name(device) if cuda else device,
+        "threads": torch.get_num_threads(),
+    }
 
 
 # The models and the clips: those of `evoprune profile`.
@@ -276,7 +279,7 @@ def first(record: Record) -> None:
         begun = time.perf_counter()
         qa = video_qa.load(args.model, **options)
         if args.device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(args.device)
         steps["load"] = time.perf_counter() - begun
         record.save(seconds={k: round(v, 3) for k, v in steps.items()}, video=video.name, asked=[])
 

@@ -17,10 +17,13 @@ except ImportError:  # Windows
     resource = None
 
 
-SET_BY_OTHERS = (
-    "PYTEST_CURRENT_TEST",
-    "TORCHINDUCTOR_CACHE_DIR",
-)  # by pytest, and by torch when its compiler is imported
+# Variables of the environment that other packages set by themselves, as soon as a test makes them do something.
+SET_BY_OTHERS = {
+    "PYTEST_CURRENT_TEST",  # pytest
+    "TORCHINDUCTOR_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG",  # torch's compiler, when it is imported
+    "CUDA_MODULE_LOADING",  # older releases of torch, when CUDA is first used
+    "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK",  # scikit-learn, which transformers imports where it is installed
+}  # fmt: skip
 
 
 def process_state() -> dict:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.devices import is_host, uses_kernels
+from evoprune.backend.devices import as_current, is_host, uses_kernels
 
 # Keys from which on the fused kernel is faster, because scores no longer stay in the cache. With the 36,864 patches of a picture of
 # 2688x2688 pixels it takes a third of the time.
@@ -86,6 +86,7 @@ def causal_attention(
     # Not `torch.nn.attention.bias`, which calls the same and imports the whole of torch.compile. Flash attention's "causal" ends at
     # the lower right; the check is of shapes and types, and refuses "causal" because that of torch begins at the upper left.
     params = torch.backends.cuda.SDPAParams(queries, keys, values, None, 0.0, False, False)
-    if not torch.backends.cuda.can_use_flash_attention(params) or queries.shape[3] % 8:
-        return None
+    with as_current(queries.device):  # whose capability is asked for
+        if not torch.backends.cuda.can_use_flash_attention(params) or queries.shape[3] % 8:
+            return None
     return torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, values, 0.0, True, False, scale=scale)[0]

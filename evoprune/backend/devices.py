@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import lru_cache, wraps
 from importlib.metadata import version
 from pathlib import Path
@@ -323,7 +323,30 @@ def with_fallback(what: str, plain_form: Callable) -> Callable[[Callable], Calla
     return decorate
 
 
-# Graphs and streams of CUDA.
+# The current device, graphs and streams of CUDA.
+
+_NOTHING = nullcontext()
+
+
+def as_current(device: torch.device) -> AbstractContextManager:
+    """Return a context in which a device of CUDA is this thread's current one: Triton launches there, and torch asks what it can.
+
+    Torch's own operators find the device by their tensors.
+    """
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+def on_its_device(function: Callable) -> Callable:
+    """Decorates a function that launches kernels of Triton: its first argument is a tensor on the device that is meant."""
+
+    @wraps(function)
+    def run(first: torch.Tensor, *args, **kwargs):
+        with as_current(first.device):
+            return function(first, *args, **kwargs)
+
+    return run
 
 
 def can_capture(device: torch.device) -> bool:
@@ -337,7 +360,7 @@ def run_and_capture(function: Callable[[], None], device: torch.device) -> Calla
     """
     stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.device(device), torch.cuda.stream(stream):
+    with as_current(device), torch.cuda.stream(stream):
         function()  # libraries are set up and kernels are loaded, which a capture refuses
         # Not `torch.cuda.graph`, which empties the allocator. Other threads may use the device meanwhile.
         graph.capture_begin(capture_error_mode="thread_local")
@@ -346,17 +369,24 @@ def run_and_capture(function: Callable[[], None], device: torch.device) -> Calla
         finally:
             graph.capture_end()
     torch.cuda.current_stream(device).wait_stream(stream)
-    return graph.replay
+
+    def replay() -> None:
+        with as_current(device):
+            graph.replay()
+
+    return replay
 
 
 def run_beside(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Begins a function on CUDA, in a thread and on a stream of its own. Returns what waits for its end; what it raises is lost."""
     if device.type != "cuda":
         return lambda: None
+    if device.index is None:  # the current device of this thread: each has its own
+        device = torch.device("cuda", torch.cuda.current_device())
 
     def run() -> None:
         # What is wrong the program itself will say, when it does the same.
-        with suppress(Exception), torch.cuda.stream(torch.cuda.Stream(device)):
+        with suppress(Exception), as_current(device), torch.cuda.stream(torch.cuda.Stream(device)):
             function()
 
     thread = threading.Thread(target=run, name="evoprune-beside", daemon=True)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from evoprune.backend.attention import NEVER
+from evoprune.backend.devices import on_its_device
 
 # Selection: around products of cuBLAS.
 
@@ -156,6 +157,7 @@ def _means(rows, order, row, weight, ends, out, width: tl.constexpr, block: tl.c
     tl.store(out + mean * width + at, (total / size).to(out.dtype.element_ty), mask=at < width)
 
 
+@on_its_device
 def standard_places(rows, count, projection, steps, still, rounding):
     rows, (length, width) = rows.contiguous(), rows.shape
     mean, variance = (torch.empty(width, dtype=torch.float32, device=rows.device) for _ in range(2))
@@ -171,6 +173,7 @@ def standard_places(rows, count, projection, steps, still, rounding):
     return place / largest.sqrt(), (squares / largest * steps).round_().div_(steps)
 
 
+@on_its_device
 def tube_radii(place, half, weight, first, row, time, tubes, keep):
     (count, length), points = tubes.shape, len(row)
     there = place[row[tubes.clamp(max=points - 1)].clamp(min=0)]
@@ -183,6 +186,7 @@ def tube_radii(place, half, weight, first, row, time, tubes, keep):
     return radii
 
 
+@on_its_device
 def nearest_selected(place, half, weight, row, time, selected, held=1 << 26):
     nearest, selected, (points, count) = torch.empty_like(row), selected.contiguous(), (len(row), len(selected))
     there, rows = place[row[selected]].T, row.clamp(min=0)
@@ -194,6 +198,7 @@ def nearest_selected(place, half, weight, row, time, selected, held=1 << 26):
     return nearest.index_copy_(0, selected, torch.arange(count, dtype=torch.int64, device=row.device))
 
 
+@on_its_device
 def mean_rows(rows, into, row, weight, count):
     rows, width = rows.contiguous(), rows.shape[1]
     sorted_, order = into.sort(stable=True)
@@ -239,6 +244,7 @@ def _greedy_cosine(
         near = tl.where(step > 0, tl.maximum(near, cosine), cosine)
 
 
+@on_its_device
 def greedy_cosine(unit, weight, bonus, factor, keep, from_nearest):
     rows = len(unit)
     cosines = torch.empty(rows, rows, dtype=torch.int16, device=unit.device)
@@ -350,6 +356,7 @@ def _scan(
     tl.store(pair + u, latest, mask=inside)
 
 
+@on_its_device
 def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most):
     """`most`: the greatest drift of brightness. Other arguments as of the operator, and of backend/operators.py."""
     count, units, _ = means.shape
@@ -439,6 +446,7 @@ def _rotate_put(
         tl.store(values + (head - heads - kv_heads) * head_stride + to * column_stride + at, value, mask=here)
 
 
+@on_its_device
 def add_norm(
     x: torch.Tensor, plus: torch.Tensor | None, weight: torch.Tensor, eps: float, rounds: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -451,6 +459,7 @@ def add_norm(
     return total, out
 
 
+@on_its_device
 def silu_times(x: torch.Tensor) -> torch.Tensor:
     """`[rows, wide]`: SiLU of the first half of each row of `x`, `[rows, 2 * wide]`, times the second."""
     rows, wide = len(x), x.shape[1] // 2
@@ -459,6 +468,7 @@ def silu_times(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@on_its_device
 def rotate_put(
     x: torch.Tensor,
     places: tuple[torch.Tensor, torch.Tensor],
@@ -549,6 +559,7 @@ def _rotate_into_groups(
             tl.store(v + extra, tl.zeros((4 * heads, more), kind))
 
 
+@on_its_device
 def rotate_into_groups(
     qkv: torch.Tensor,
     cos: torch.Tensor,

@@ -4,6 +4,9 @@ The functions are those of language/decoder.py. Cluster sizes reach the layers o
 linear attention (Gated DeltaNet, arXiv 2412.06464), which have no scores, read tokens as they are.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
@@ -15,6 +18,9 @@ from evoprune.methods.types import ascending
 from evoprune.model.numerics import without_autocast
 from evoprune.model.weights import HostedVL
 
+EXPERTS = "evoprune"  # the name of `through_experts` among transformers' implementations of experts
+# Of each thread: how many contexts of `without_packages` it is in.
+_thread = threading.local()
 STRIP = 2048  # columns that share one mask of numbers; a multiple of the chunks (64) that linear attention computes in
 
 
@@ -51,6 +57,34 @@ def can_crop(model: HostedVL) -> bool:
     """Whether every layer of the language model keeps keys and values, and no recurrent state."""
     kinds = getattr(model.model.language_model.config, "layer_types", None) or ()
     return all(kind == "full_attention" for kind in kinds)
+
+
+def use_experts(model: HostedVL) -> None:
+    """Has mixtures of experts call `through_experts`, unless something other than transformers' default was chosen."""
+    config = model.model.language_model.config
+    if model.config.text_config.experts is None or config._experts_implementation != "grouped_mm":
+        return
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, through_experts)
+    config._experts_implementation = EXPERTS
+
+
+def through_experts(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return what the experts of a layer make of columns, both `[L, hidden]`. `layer`: a module of transformers.
+
+    Off the CPU a single column goes through a product with copies of its experts' weights, as where transformers generates.
+    The product of groups, which serves several, copies the ends of the groups to the host: in every dtype but bf16, and in bf16
+    on GPUs other than Hopper's and Blackwell's. A CUDA graph cannot do that.
+
+    Args:
+        chosen: int64 `[L, n]`, the experts of each column. weights: `[L, n]`, of what they return.
+    """
+    from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
+
+    if len(x) == 1 and not is_host(x.device):
+        return batched_mm_experts_forward(layer, x, chosen, weights)
+    return grouped_mm_experts_forward(layer, x, chosen, weights)
 
 
 def in_few_operations(model: HostedVL, device: torch.device) -> bool:
@@ -126,6 +160,26 @@ def _read(
     return run(model, embeds, to_device(places, embeds.device), cache.states, **given)
 
 
+@contextmanager
+def without_packages() -> Iterator[None]:
+    """A context, and a decorator, in which this thread's layers of linear attention call no function of fla or causal-conv1d.
+
+    Where these packages are installed, transformers calls them in place of its own functions. fla compiles and times up to 59 forms
+    of its kernels before the first prompt is read, which takes more than a minute.
+    """
+    _thread.depth = getattr(_thread, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _thread.depth -= 1
+
+
+def uses_packages() -> bool:
+    """Whether this thread is in no context of `without_packages`."""
+    return not getattr(_thread, "depth", 0)
+
+
+@without_packages()
 def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attention_mask=None, **kwargs) -> torch.Tensor:
     """The final hidden states of columns, both `[L, hidden]`, that follow those in `states`, a cache of transformers.
 

@@ -2,7 +2,7 @@
 
 On a GPU a pruned prompt waits for its operations, not for arithmetic. Norms, attention and Gated DeltaNets are computed here;
 linear layers and experts are called as they are, for their weights are of many kinds. A CPU, which waits for arithmetic, runs
-transformers' modules. Gated DeltaNets are modules for a single column, and for all where their kernels are installed (fla).
+transformers' modules. So does a Gated DeltaNet of a single column.
 
 A Gated DeltaNet (arXiv 2412.06464) reads columns in chunks, each in closed form (arXiv 2406.06484, section 3). Of the state before
 a chunk, `S`, the state behind it is `A S + B`. Here `A` and `B` are made for all chunks at once, so that the only operation that
@@ -10,8 +10,6 @@ waits for the chunk before is that product; transformers takes nine.
 """
 
 from collections.abc import Iterable
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +32,7 @@ def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor 
         mask: for attention, `[1, 1, L, columns so far]`; None where each column sees all before it, and `states` are empty or
             it is a single one.
     """
-    layers, eps, as_modules = text.layers, text.config.rms_norm_eps, len(x) == 1 or _has_fla()
+    layers, eps = text.layers, text.config.rms_norm_eps
     # Vectors of all layers at once, which takes as many operations as of one.
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)] + [text.norm]
     gains = iter(_stacked(norm.weight for norm in norms) + 1)
@@ -52,7 +50,7 @@ def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor 
     for layer in layers:
         if hasattr(layer, "self_attn"):
             new = attention(layer.self_attn, normed, turns, states, mask, (next(of_heads), next(of_heads)), eps)
-        elif as_modules:
+        elif len(x) == 1:
             new = layer.linear_attn(hidden_states=normed[None], cache_params=states)[0]
         else:
             new = delta_net(layer.linear_attn, normed, states, next(rates), next(offsets), next(scales), unit)
@@ -67,11 +65,6 @@ def _parts(layers, name: str) -> list:
 
 def _stacked(vectors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack([*vectors]).float()
-
-
-@cache
-def _has_fla() -> bool:
-    return find_spec("fla") is not None
 
 
 def add_norm(

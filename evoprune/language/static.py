@@ -258,7 +258,10 @@ def _is_even(cache: KVCache | HostedCache) -> bool:
 
 
 def can_step(model) -> bool:
-    """Whether each pass of a column runs the same operations: hooks may do something else, and experts are chosen by values."""
+    """Whether each pass of a column runs the same operations: hooks may do something else, and experts are chosen by values.
+
+    Two implementations of experts read the choice on the device alone. Others read it on the host.
+    """
     modules = [model.lm_head, *model.model.language_model.layers.modules()]
     if not all(is_plain(layer) for layer in modules if isinstance(layer, nn.Linear)):
         return False
@@ -269,7 +272,7 @@ def can_step(model) -> bool:
     weights = [*text.parameters(), *text.buffers()]
     experts = model.config.text_config.experts
     return (
-        (experts is None or text.config._experts_implementation == "grouped_mm")  # others read the choice on the host
+        (experts is None or text.config._experts_implementation in (hosted.EXPERTS, "batched_mm"))
         and kinds <= {"full_attention", "linear_attention"}
         # None that a package has quantised: some have a class of their own, others are whole numbers, perhaps in buffers.
         and all(type(weight) in plain and weight.is_floating_point() for weight in weights)

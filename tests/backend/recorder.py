@@ -6,7 +6,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "is_nonzero")
+from evoprune.bench.verify.waiting import COPYING, shape_depends_on_values
+
+# Operators that copy the ends of their groups to the host: torch's own in all dtypes but bf16, and in that one on most GPUs too
+# (`_grouped_mm_fallback` in ATen/native/GroupedMMUtils.h), and the one that transformers has for older ones.
+READS_ENDS = ("_grouped_mm", "grouped_mm_fallback")
 MAKES = ("lift_fresh", "_to_copy")  # of which only a copy to another dtype may be captured
 
 
@@ -21,21 +25,26 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = func._schema.name.removeprefix("aten::")
-        assert name not in WAITS and not (name in MAKES and "dtype" not in kwargs), f"{name} while a graph is captured"
+        name = func._schema.name.rpartition("::")[2]
+        reads = name in READS_ENDS or shape_depends_on_values(func, args, kwargs)
+        makes = name in MAKES and "dtype" not in kwargs
+        assert not reads and not makes, f"{name} while a graph is captured"
         for argument, given in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 self._note(given)
         made = func(*args, **kwargs)
-        given = {x.untyped_storage().data_ptr() for x in _tensors((args, kwargs))}
-        self._own |= {x.untyped_storage().data_ptr() for x in _tensors(made)} - given
+        devices = {x.device for x in _tensors((args, made))}
+        assert name not in COPYING or len(devices) == 1, f"{name} between {devices} while a graph is captured"
+        given = {_storage(x).data_ptr() for x in _tensors((args, kwargs))}
+        self._own |= {_storage(x).data_ptr() for x in _tensors(made)} - given
         self._ran.append((func, args, kwargs, made))
         return made
 
     def _note(self, x: torch.Tensor) -> None:
-        at = x.untyped_storage().data_ptr()
+        whole = _storage(x)
+        at = whole.data_ptr()
         if at not in self._own and at not in self._before:
-            self._before[at] = x.untyped_storage(), x.untyped_storage().clone()
+            self._before[at] = whole, whole.clone()
 
     def undo(self) -> None:
         """A capture runs nothing."""
@@ -50,7 +59,7 @@ class Recorder(TorchDispatchMode):
                 if not isinstance(old, torch.Tensor):
                     continue
                 assert old.shape == new.shape
-                if old.data_ptr() != new.data_ptr():
+                if _values(old).data_ptr() != _values(new).data_ptr():
                     old.copy_(new)
 
 
@@ -58,6 +67,15 @@ def _tensors(made) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     tree_map_only(torch.Tensor, found.append, made)
     return found
+
+
+def _values(x: torch.Tensor) -> torch.Tensor:
+    """The tensor in memory: of one on the second device (tests/second_device/far.py) the one that it wraps."""
+    return getattr(x, "there", x)
+
+
+def _storage(x: torch.Tensor) -> torch.UntypedStorage:
+    return _values(x).untyped_storage()
 
 
 class Graphs:

@@ -4,16 +4,20 @@ import json
 import platform
 import shutil
 from itertools import product
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
 
 from evoprune.bench.profile_results import TimeLimit
+from evoprune.bench.verify import checks
 from evoprune.bench.verify.run import CHECKS, subject_of, verify
-from evoprune.bench.verify.subject import DIFFERS, HELD, QUESTION, SKIPPED, Check, computing_in, gap, judged
+from evoprune.bench.verify.subject import DIFFERS, HELD, QUESTION, SKIPPED, Check, Outcome, computing_in, gap, judged
 from evoprune.hf import interface
+from evoprune.language import hosted, static
 from evoprune.model.config import MODEL_TYPES
 from evoprune.session.loading.model import load_model
+from tests.backend.recorder import Graphs
 from tests.bench.faults import FAULTS, QWEN3_FAULTS
 from tests.hf.reference import TAKES_ENCODED
 from tests.loading import edit
@@ -53,6 +57,50 @@ def test_everything_holds(folders, name):
     older = {"model"} if name in ("qwen3_vl", "qwen3_vl_moe") and not TAKES_ENCODED else set()
     expected = {c.name for c in CHECKS if c.slow} | {"waits", "plain"} | older
     assert {n for n, s in states(results).items() if s == SKIPPED} == expected
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The CPU is taken for a GPU, whose graphs are recorded."""
+    made = Graphs()
+    monkeypatch.setattr(checks, "uses_kernels", lambda device: True)
+    monkeypatch.setattr(checks, "can_capture", made.can_capture)
+    monkeypatch.setattr(static, "devices", made)
+    monkeypatch.setattr(static, "_caches", WeakKeyDictionary())
+    monkeypatch.setattr(hosted, "is_host", lambda device: False)
+    return made
+
+
+def plain(folder) -> Outcome:
+    with subject_of(load_model(str(folder), device="cpu", dtype="fp32", pack=False), None) as subject:
+        return checks.accelerated(subject)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen3_vl_moe", "qwen2_5_vl"])
+def test_graphs_decode_what_is_decoded_plainly(folders, family, graphs):
+    outcome = plain(folders[family])
+    assert outcome.state == HELD and "; decoding " in outcome.says
+    assert graphs.captured and "decoding_mean_error" in outcome.figures
+
+
+def test_a_model_that_has_no_graph_differs_in_nothing(folders, graphs, monkeypatch):
+    monkeypatch.setattr(static, "can_step", lambda model: False)
+    outcome = plain(folders["qwen3_5_moe"])
+    assert outcome.state == SKIPPED and outcome.says.startswith("no graph: layers have hooks, quantised weights")
+    assert not graphs.captured and "tower_mean_error" in outcome.figures
+
+
+@pytest.mark.filterwarnings("ignore::evoprune.errors.DeviceWarning")  # tokens of the answer are decoded plainly
+def test_a_capture_that_fails_differs_in_nothing(folders, graphs, monkeypatch):
+    def fails(function, device):
+        raise RuntimeError("Cannot copy between CPU and CUDA tensors during CUDA graph capture\nand more")
+
+    monkeypatch.setattr(graphs, "run_and_capture", fails)
+    outcome = plain(folders["qwen3_5_moe"])
+    assert outcome.state == SKIPPED
+    assert outcome.says.startswith(
+        "no graph: Cannot copy between CPU and CUDA tensors during CUDA graph capture; tower "
+    )
 
 
 @pytest.mark.full

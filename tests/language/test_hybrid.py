@@ -152,13 +152,6 @@ def test_without_kernels_it_runs_the_modules(model, elsewhere, monkeypatch):
         read(model, (5,), columns(5))
 
 
-def test_kernels_of_fla_are_used_where_they_are_installed(model, elsewhere, monkeypatch):
-    x, expected = columns(20), as_transformers(model, (20,), columns(20))[0]
-    monkeypatch.setattr(hybrid, "_has_fla", lambda: True)
-    monkeypatch.setattr(hybrid, "delta_net", None)
-    assert_near(read(model, (20,), x)[0], expected)
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_norms_take_the_kernel_while_it_works(fails, model, elsewhere, monkeypatch):
     kernels = pytest.importorskip("evoprune.backend.kernels", reason="Triton is missing")

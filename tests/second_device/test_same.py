@@ -21,6 +21,7 @@ from evoprune.bench.verify.subject import DIFFERS, Subject
 from evoprune.bench.verify.waiting import Waiting
 from evoprune.errors import OutOfMemory
 from evoprune.hf.processor_inputs import processor_inputs
+from evoprune.language import static
 from evoprune.methods.registry import built_in
 from evoprune.model.config import MODEL_TYPES, QWEN2, QWEN2_5
 from evoprune.session.loading.model import load_model
@@ -28,6 +29,7 @@ from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.video.plan import InputLimits
 from evoprune.vision import attention
 from evoprune.vision.preprocess import MAX_SHRINK, patches_of
+from tests.backend.recorder import Graphs, Recorder
 from tests.bench.faults import FAULTS
 from tests.recipes import write_recipe
 from tests.second_device import far
@@ -47,10 +49,7 @@ FRAMES = {"frames": 8}
 
 @cache
 def loaded(device: str, model: str = "demo"):
-    made = load_model(model, device=device, dtype="fp32")
-    if not made.model.native:  # transformers' fused experts count with an operation that this device lacks
-        made.model.model.language_model.config._experts_implementation = "eager"
-    return made
+    return load_model(model, device=device, dtype="fp32")
 
 
 def both(inputs, model="demo", frames=FRAMES, budget=0.25, **pruning):
@@ -143,6 +142,23 @@ def test_frames_that_shrink_by_far_are_resized_before_they_are_copied():
 @pytest.mark.parametrize("budget", ["auto", "auto:inflection"])
 def test_the_content_decides(budget):
     assert_same(*both(CLIP, budget=budget, method="evoprune" if budget == "auto" else "visionzip"))
+
+
+@pytest.mark.filterwarnings("error::evoprune.errors.DeviceWarning")
+@pytest.mark.parametrize("family", MODEL_TYPES)
+def test_graphs(family, tmp_path, monkeypatch):
+    """Recorded, without copies between the CPU and the device."""
+    cpu, device = both(CLIP, str(save_tiny(tmp_path, family=family)))
+    graphs, how = Graphs(), {"temperature": 1.0, "max_new_tokens": 12, "seed": 2}
+    expected = cpu.ask(QUESTION, **how)
+    expected.text  # which generates it # noqa: B018
+    monkeypatch.setattr(static, "devices", graphs)
+    monkeypatch.setattr(
+        static, "can_step", lambda model: True
+    )  # tensors of this device have a class, as quantised ones do
+    made = device.ask(QUESTION, **how)
+    assert made.text == expected.text
+    assert (graphs.captured, graphs.replayed) == (1, len(expected.ids) - static.PLAIN_TOKENS - 1)
 
 
 def test_sampling_draws_the_same_tokens():
@@ -309,3 +325,24 @@ def test_it_refuses_tensors_of_the_cpu():
     assert (x + torch.tensor(1.0)).sum().item() == 6  # a number is no tensor of the CPU
     x.copy_(torch.ones(2, 3))
     assert x.sum().item() == 6
+
+
+def test_a_recorded_graph_refuses_copies():
+    x, here, ends = torch.zeros(2, 3, device=far.NAME), torch.zeros(2, 3).pin_memory(), torch.tensor([1, 2]).int()
+    copies = {
+        "to the CPU": lambda: x.cpu(),
+        "to the CPU, in another dtype": lambda: x.to("cpu", torch.float64),
+        "from the CPU": lambda: here.to(far.NAME, non_blocking=True),
+        "from the CPU, in another dtype": lambda: here.to(x.device, torch.float64),
+        "from the CPU, into a tensor": lambda: x.copy_(here),
+        "into a tensor of the CPU": lambda: here.copy_(x),
+        "of numbers": lambda: torch.tensor([1.0], device=far.NAME),
+        "of a value": lambda: x.sum().item(),
+        "of the ends of groups": lambda: torch._grouped_mm(here, torch.zeros(2, 3, 4), offs=ends),
+    }
+    for what, copy in copies.items():
+        with Recorder(), pytest.raises(AssertionError, match="while a graph is captured"):
+            copy()
+            pytest.fail(what)
+    with Recorder():
+        x.to(torch.float64).to(torch.float32)

@@ -6,6 +6,8 @@ tests/session/test_qwen3.py compares their answers with `generate` at full budge
 import functools
 import json
 import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,6 +87,110 @@ def test_kernels_for_gpus_are_not_called_on_a_cpu(hybrid, tmp_path_factory, monk
         said(VideoQA(hybrid).encode(CLIP), "What happens?")
     again = loaded(tmp_path_factory, "qwen3_5")
     assert said(VideoQA(again).encode(CLIP), "What happens?") == expected
+
+
+# What is written into a folder of packages. Their functions have the names that transformers asks for.
+INSTALLED = {
+    "fla/__init__.py": "",
+    "fla/ops/__init__.py": "",
+    "fla/ops/gated_delta_rule.py": """
+def chunk_gated_delta_rule(*args, **kwargs):
+    raise RuntimeError("a kernel of fla")
+
+
+fused_recurrent_gated_delta_rule = chunk_gated_delta_rule
+""",
+    "causal_conv1d.py": """
+def causal_conv1d_fn(*args, **kwargs):
+    raise RuntimeError("a kernel of causal-conv1d")
+
+
+causal_conv1d_update = causal_conv1d_fn
+""",
+    "ask.py": """
+import sys
+
+import torch
+
+import evoprune
+from evoprune.backend.devices import plainly
+from evoprune.bench.profile_results import TimeLimit
+from evoprune.bench.verify.run import CHECKS, subject_of, verify
+from evoprune.language import hosted
+from evoprune.session.loading import hosted as loading
+from evoprune.session.loading.model import load_model
+
+hosted.is_host = loading.is_host = lambda device: False  # the model is taken to be on a GPU
+loaded = load_model("model", device="cpu", dtype="fp32", pack=False)
+encoded = evoprune.VideoQA(loaded, budget=0.3).encode(sys.argv[1], frames=4)
+for question in ("What happens?", "And then?"):
+    answer = encoded.ask(question, max_new_tokens=6)
+    print(len(answer.text) > 0)
+with plainly():
+    print(len(encoded.ask("What then?", max_new_tokens=6).text) > 0)
+with subject_of(loaded, None) as subject:
+    checks = [check for check in CHECKS if check.name in ("logits", "answer")]
+    results = [*verify(subject, TimeLimit(1e6), checks=checks)][-1]
+    print(*(found.outcome.state for found in results.findings))
+    model, call = subject.transformers, subject.about(subject.video).call
+with evoprune.EvoPrune(budget=1.0)(model), torch.inference_mode():
+    try:
+        model(**call)
+    except RuntimeError as problem:
+        print(problem)
+""",
+}
+
+
+def test_kernels_that_are_installed_are_called_in_a_model_in_hand_alone(tmp_path):
+    """The first call of fla takes more than a minute, for which no question waits."""
+    for name, content in INSTALLED.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    save_tiny(tmp_path / "model", family="qwen3_5")
+    ran = subprocess.run(
+        [sys.executable, "ask.py", str(Path(CLIP).resolve())],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ran.stdout.splitlines() == [*3 * ["True"], "held held", "a kernel of causal-conv1d"], ran.stderr
+
+
+def test_no_package_of_kernels_is_recommended(tmp_path):
+    """By transformers or by this package, where none is installed."""
+    (tmp_path / "ask.py").write_text(INSTALLED["ask.py"])
+    save_tiny(tmp_path / "model", family="qwen3_5")
+    ran = subprocess.run(
+        [sys.executable, "ask.py", str(Path(CLIP).resolve())],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ran.stdout.splitlines() == [*3 * ["True"], "held held"], ran.stderr
+    assert "install" not in ran.stderr and "linear-attention" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("columns", "on_a_cpu", "taken"), [(1, False, "batched"), (1, True, "grouped"), (5, False, "grouped")]
+)
+def test_one_column_goes_through_its_experts_without_groups(columns, on_a_cpu, taken, tmp_path_factory, monkeypatch):
+    from transformers.integrations import moe
+
+    model, (embeds, positions, _, _), calls = loaded(tmp_path_factory, "qwen3_5_moe").model, a_prompt(columns), []
+    expected = hosted.forward(model, embeds, positions, hosted.HostedCache(model))
+    for name in ("batched", "grouped"):
+        whole = getattr(moe, f"{name}_mm_experts_forward")
+        note = functools.partial(lambda whole, name, *given: calls.append(name) or whole(*given), whole, name)
+        monkeypatch.setattr(moe, f"{name}_mm_experts_forward", note)
+    monkeypatch.setattr(hosted, "is_host", lambda device: on_a_cpu)
+    made = hosted.forward(model, embeds, positions, hosted.HostedCache(model))
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    assert calls == model.config.text_config.num_hidden_layers * [taken]
 
 
 def test_several_questions_are_answered_as_fresh_ones(either):

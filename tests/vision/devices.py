@@ -21,7 +21,7 @@ class NoWaiting(TorchDispatchMode):
         self.allowed = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not self.allowed and shape_depends_on_values(func, args):
+        if not self.allowed and shape_depends_on_values(func, args, kwargs or {}):
             raise AssertionError(f"{func} waits for the device")
         return func(*args, **(kwargs or {}))
 

@@ -21,6 +21,7 @@ from evoprune.backend.devices import (
     peak_memory,
     plainly,
     reset_peak_memory,
+    uses_kernels,
 )
 from evoprune.backend.layers import unjoined
 from evoprune.backend.operators import reuse_scan
@@ -36,6 +37,7 @@ from evoprune.bench.verify.subject import (
     QUESTION,
     SAMPLING,
     SHORT,
+    SKIPPED,
     Gap,
     Outcome,
     Subject,
@@ -46,7 +48,7 @@ from evoprune.bench.verify.subject import (
 from evoprune.bench.verify.waiting import Waiting
 from evoprune.cpu.linear import PackedLinear, can_pack, packs
 from evoprune.cpu.quantize import kinds, quantize, saved_bytes
-from evoprune.errors import UsageError
+from evoprune.errors import UsageError, first_line, is_out_of_memory
 from evoprune.hf import interface
 from evoprune.hf.context import EvoPrune
 from evoprune.language import generate, static
@@ -527,9 +529,9 @@ SAME = 0.99  # share of units that two forms of a selection have alike: where su
 
 
 def accelerated(subject: Subject) -> Outcome:
-    """Each against its plain form; says the first that differs."""
-    if subject.device.type != "cuda":
-        return skipped("kernels and graphs are for CUDA")
+    """Each against its plain form; says the first that differs. Skipped where all hold but tokens are decoded without a graph."""
+    if not uses_kernels(subject.device):
+        return skipped("kernels and graphs are for CUDA, and EVOPRUNE_PLAIN switches them off")
     figures: dict[str, tuple[float, float]] = {}
     for name, share in _selections(subject.device).items():
         figures[f"{name}_unlike"] = (1 - share, 1 - SAME)
@@ -539,13 +541,16 @@ def accelerated(subject: Subject) -> Outcome:
     features = gap(actual, expected)
     figures |= {f"tower_{name}": limit for name, limit in features.limits(subject.features_noise).items()}
     said = f"tower {features}"
-    if can_capture(subject.device) and static.can_step(subject.loaded.model):
-        logits = gap(*_decoded(subject), centred=True)
+    decoded = _decoded(subject)
+    if not isinstance(decoded, str):
+        logits = gap(*decoded, centred=True)
         figures |= {f"decoding_{name}": limit for name, limit in logits.limits(subject.logits_noise, 2).items()}
         said += f"; decoding {logits}"
     outcome = judged(said, figures)
     if outcome.state == DIFFERS:
         return Outcome(DIFFERS, f"{outcome.says}; EVOPRUNE_PLAIN=1 does without kernels and graphs", outcome.figures)
+    if isinstance(decoded, str):
+        return Outcome(SKIPPED, f"no graph: {decoded}; {outcome.says}", outcome.figures)
     return outcome
 
 
@@ -581,8 +586,12 @@ def _selections(device: torch.device) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits along an answer `[n, vocabulary]`: from steps in a graph, and from plain decoding."""
+def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
+    """Logits along an answer `[n, vocabulary]`: from steps in a graph, and from plain decoding. Or why there is no graph."""
+    if not can_capture(subject.device):
+        return "this device has none"
+    if not static.can_step(subject.loaded.model):
+        return "layers have hooks, quantised weights, or experts that are chosen on the host"
     model, encoded = subject.loaded.model, subject.encode(subject.asking(1.0), [subject.video])
     answer = encoded.ask("What happens?", max_new_tokens=NEW_TOKENS)
     answer.text  # which generates it  # noqa: B018
@@ -590,11 +599,16 @@ def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
     positions = torch.arange(64, dtype=torch.int64, device="cpu").expand(3, -1)
     with plainly():
         state = generate.prefill(model, embeds, positions, 64)
-        ids = torch.tensor([*answer.ids, 0], dtype=torch.int64, device="cpu")
+        ids = torch.tensor([*(answer.ids or [0]), 0], dtype=torch.int64, device="cpu")
         plain = generate.teacher_forced_logits(state, ids, one_by_one=True)[1:]
     state = generate.prefill(model, embeds, positions, 64)
     steps, holder, decoded = static.new_cache(model, static.MIN_COLUMNS), object(), []
     steps.begin(holder, state.cache, 64, static.MIN_COLUMNS)
-    for token in answer.ids:
-        steps.following(model, holder, token, lambda logits, best: decoded.append(logits.clone()) or 0)
+    try:
+        for token in ids[:-1].tolist():
+            steps.following(model, holder, token, lambda logits, best: decoded.append(logits.clone()) or 0)
+    except Exception as problem:  # of a capture, after which tokens are decoded plainly
+        if is_out_of_memory(problem):
+            raise
+        return first_line(problem)
     return torch.stack(decoded), plain

@@ -17,6 +17,7 @@ from evoprune.bench.profile_results import TimeLimit
 from evoprune.bench.verify import checks
 from evoprune.bench.verify.subject import DIFFERS, HELD, SKIPPED, Check, Outcome, Subject, skipped
 from evoprune.errors import EvopruneError, first_line, is_out_of_memory
+from evoprune.language.hosted import without_packages
 from evoprune.model.config import as_written
 from evoprune.session.loading.find import BUNDLED_CONFIGS
 from evoprune.session.loading.model import LoadedModel
@@ -188,7 +189,7 @@ def verify(
 def _outcome(check: Check, subject: Subject, failed: Callable[[Exception], None]) -> Outcome:
     """What comes of a check; a kernel that does not run, or a library that lacks a function, is a finding as well."""
     try:
-        with exact_convolutions():  # of transformers' towers
+        with exact_convolutions(), without_packages():  # of transformers' towers, and of its layers of linear attention
             return check.run(subject)
     except Exception as problem:
         if is_out_of_memory(problem) or (isinstance(problem, EvopruneError) and problem.type == "out_of_memory"):

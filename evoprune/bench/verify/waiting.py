@@ -11,19 +11,20 @@ from evoprune.backend.devices import exact_shapes
 
 # Operators whose result has a shape that depends on values, or is itself read by the CPU.
 SHAPED = {
-    "_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy", "argwhere", "bincount", "histc",
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy", "argwhere", "bincount",
     "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive",
 }  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 COPYING = {"_to_copy", "to", "copy_"}
 
 
-def shape_depends_on_values(func: Any, args: Sequence[Any]) -> bool:
+def shape_depends_on_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether an operator of torch reads values of its arguments before it returns."""
     name = func._schema.name.split("::")[1]
     masks = name in INDEXING and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
     repeats = name == "repeat_interleave" and isinstance(args[-1], torch.Tensor)
-    return masks or repeats or name in SHAPED
+    unbounded = name == "histc" and len(args) < 3 and "min" not in kwargs  # it finds the bounds among the values
+    return masks or repeats or unbounded or name in SHAPED
 
 
 class Waiting(TorchDispatchMode):
@@ -52,7 +53,7 @@ class Waiting(TorchDispatchMode):
 
     def waits(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> bool:
         there = any(isinstance(x, torch.Tensor) and not exact_shapes(x.device) for x in args)
-        if there and shape_depends_on_values(func, args):
+        if there and shape_depends_on_values(func, args, kwargs):
             return True
         name = func._schema.name.split("::")[1]
         if name not in COPYING:

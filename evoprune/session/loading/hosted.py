@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,7 +21,7 @@ import torch
 
 from evoprune.backend.devices import is_host
 from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memory
-from evoprune.language.hosted import can_crop
+from evoprune.language.hosted import use_experts, uses_packages
 from evoprune.model.config import Config, as_written
 from evoprune.model.weights import HostedVL, fill_random, name_in_memory
 from evoprune.session.loading.find import (
@@ -40,8 +39,8 @@ from evoprune.util import counted
 UNQUANTIZED = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
 # Functions in modules of transformers: where fla or causal-conv1d is installed, kernels for GPUs.
 FUSED = {"causal_conv1d_fn", "causal_conv1d_update", "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"}
-# What loggers say again and again. That a kernel is missing is said on CPUs too, where there is none; on a GPU this module says it.
-# That layers of 8 bits compute in fp16 is said of every product.
+# What loggers say again and again. One recommends the packages of `FUSED`, which would not be called. That layers of 8 bits
+# compute in fp16 is said of every product.
 SAID = {
     "transformers.integrations.hub_kernels": "falling back to its reference",
     "bitsandbytes.autograd._functions": "inputs will be cast",
@@ -85,7 +84,10 @@ def load_hosted(
     if unused := sorted(map(str, info["unexpected_keys"])):
         said = f"{counted(len(unused), 'tensor')} of the weights are not used in {folder}: {', '.join(unused[:3])}"
         warnings.warn(said, ModelWarning, stacklevel=2)
-    return _of(config, host)
+    model = _of(config, host)
+    if not quantization:  # layers of quantised experts have implementations of their own
+        use_experts(model)
+    return model
 
 
 @contextmanager
@@ -208,47 +210,38 @@ def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> H
     fill_random(host)
     with_frequencies(host, device)
     host.tie_weights()
-    return _of(config, host)
+    model = _of(config, host)
+    use_experts(model)
+    return model
 
 
 def _of(config: Config, host) -> HostedVL:
     host.eval().requires_grad_(False)
     model = HostedVL(config, host.model.visual, host.model.language_model, host.lm_head)
-    _plain_on_a_cpu(model.model.language_model)
+    _choose_functions(model.model.language_model)
     for logger in SAID:
         logging.getLogger(logger).addFilter(_is_news)  # the same one is added once
-    if (packages := missing_kernels(model)) and not is_host(model.device):
-        said = f"layers of linear attention run in plain PyTorch; pip install {' '.join(packages)} makes them faster"
-        warnings.warn(said, ModelWarning, stacklevel=2)
     return model
 
 
-def _plain_on_a_cpu(module: torch.nn.Module) -> None:
-    """Has transformers run its own functions on tensors of a CPU where it has imported kernels for GPUs (fla, causal-conv1d).
+def _choose_functions(module: torch.nn.Module) -> None:
+    """Has transformers run its own functions in `without_packages`, and on tensors of a CPU, where it has imported `FUSED` kernels.
 
-    It calls those whatever the device, and there they fail.
+    It calls those whatever the device, and on a CPU they fail.
     """
     for source in {type(part).__module__ for part in module.modules()}:
         functions = vars(sys.modules[source])
         for name in FUSED & functions.keys():
             if plain := getattr(functions[name], "__wrapped__", None):
-                functions[name] = partial(_by_device, functions[name], plain)
+                functions[name] = partial(_chosen, functions[name], plain)
 
 
-def _by_device(fused: Callable, plain: Callable, x: torch.Tensor, *args, **kwargs):
-    return (plain if is_host(x.device) else fused)(x, *args, **kwargs)
+def _chosen(fused: Callable, plain: Callable, x: torch.Tensor, *args, **kwargs):
+    return (fused if uses_packages() and not is_host(x.device) else plain)(x, *args, **kwargs)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     return SAID[record.name] not in record.getMessage()
-
-
-def missing_kernels(model: HostedVL) -> list[str]:
-    """Packages with fused kernels for the layers of linear attention, on GPUs, that are not installed; none for other models."""
-    if can_crop(model):
-        return []
-    modules = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
-    return [package for module, package in modules.items() if find_spec(module) is None]
 
 
 def meta_model(config: Config, dtype: torch.dtype, attention: str = "sdpa"):
