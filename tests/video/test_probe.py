@@ -344,6 +344,22 @@ def test_parts_that_differ(tmp_path):
     assert numbers(info, [1.35]) == [3]
 
 
+@pytest.mark.parametrize("endings", [("mkv", "mp4", "flv", "ts"), ("mp4", "webm", "mpg"), ("avi", "ogv", "ivf", "mov")])
+def test_parts_in_different_containers(endings, tmp_path):
+    parts = [
+        write_video(tmp_path / f"part.{ending}", [numbered_frame(10 * i + j) for j in range(10)], **HOW.get(ending, {}))
+        for i, ending in enumerate(endings)
+    ]
+    path = tmp_path / f"joined.{endings[0]}"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    info, found = probe(path), scan(path)
+    lasts = [10 / HOW.get(ending, {}).get("fps", 10) for ending in endings]
+    assert [info.duration_s, found.duration_s] == pytest.approx([sum(lasts)] * 2, abs=1e-3)
+    assert (found.frames, found.damaged, info.clock_restarts) == (10 * len(endings), 0, len(endings) - 1)
+    middles = [sum(lasts[:i]) + (j + 0.5) * last / 10 for i, last in enumerate(lasts) for j in range(10)]
+    assert numbers(info, middles) == list(range(10 * len(endings)))
+
+
 def test_more_parts_than_any_joined_file_has(tmp_path):
     path = tmp_path / "many.flv"
     path.write_bytes(write_video(tmp_path / "a.flv", numbered_frames(1)).read_bytes() * 1001)

@@ -12,9 +12,9 @@ from evoprune.video.readers import sizes
 from tests.video.files import number_of, numbered_frames, write_video
 
 SIZES = {
-    "turns": ((48, 64), (64, 48)),
-    "grows": ((48, 64), (96, 128)),
-    "there and back": ((48, 64), (96, 128), (48, 64)),
+    "turns": ((96, 128), (128, 96)),
+    "grows": ((96, 128), (192, 256)),
+    "there and back": ((96, 128), (192, 256), (96, 128)),
 }
 CODECS = {
     "h264": ("ts", {"options": {"bf": "0"}}),  # MPEG-TS has the parameters of a stream in every keyframe
@@ -58,9 +58,9 @@ def test_frames_that_change_their_size(codec, how, tmp_path):
     if how != "turns":
         assert [number_of(rgb) for rgb in chunk.frames] == [*range(10)] * len(SIZES[how])
         return
-    upright = [middle(rgb, 36, 48) for rgb in chunk.frames[10:]]
+    upright = [middle(rgb, 72, 96) for rgb in chunk.frames[10:]]
     assert [number_of(rgb) for rgb in chunk.frames[:10]] == [number_of(rgb) for rgb in upright] == [*range(10)]
-    assert chunk.frames[10:, :, :13].max() == chunk.frames[10:, :, -13:].max() == 0
+    assert chunk.frames[10:, :, :27].max() == chunk.frames[10:, :, -27:].max() == 0
 
 
 def test_one_size_is_found_without_decoding(tmp_path, monkeypatch):

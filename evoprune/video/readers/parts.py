@@ -1,37 +1,35 @@
-"""Where the parts of a file that was joined byte by byte lie (`cat a.mkv b.mkv`).
+"""Where the parts of a file that was joined byte by byte lie (`cat a.mkv b.mkv`), whatever their containers.
 
 FFmpeg reads such a file to the end of its first or second part, or reads all parts by the header of the first. A container states
 how long its elements are, so the walk from one to the next touches a few bytes of each. MPEG-TS and MPEG-PS have no header that
 begins a part: there the clock tells it (pyav.py).
 """
 
-import math
 import os
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from itertools import islice, pairwise
+from itertools import pairwise
 
 from evoprune.errors import VideoError
 
 Span = tuple[int, int]  # the first byte of a part, and the one behind its last byte
 Peek = Callable[[int, int], bytes]  # so many bytes of a file from a place on, fewer at its end
+Step = Callable[[Peek, int], int | None]  # the end of the element that begins at a place, None if that is not known
 
 MOST_PARTS = 1000
-AVI_ENTRY_BYTES = 16
+HEAD_BYTES = 32
 PIECE = 2**20  # bytes that are searched at a time
-# Elements of Matroska.
-EBML, SEGMENT, CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
-ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")  # the object that begins a file
-PNG = b"\x89PNG\r\n\x1a\n"
-MXF = bytes.fromhex("060e2b34020501010d01020101")  # a partition; that of the file's beginning has a 2 behind it
+AVI_ENTRY_BYTES = 16
+TS_PACKET_BYTES = 188
+SEGMENT, CLUSTER = 0x18538067, 0x1F43B675  # elements of Matroska that hold others
 NUT = b"nut/multimedia container\0"
 
 
 def spans(path: str) -> list[Span]:
     """Return the parts of a file, in order: one that is the whole file, unless it was joined.
 
-    An MP4 ends in front of the header of a fragment in which it was cut off, because FFmpeg opens none that ends there.
+    A part ends where the next one begins. An MP4 ends in front of the header of a fragment in which it was cut off, because FFmpeg
+    opens none that ends there.
 
     Raises VideoError: more than `MOST_PARTS`. OSError: the file cannot be read.
     """
@@ -41,31 +39,38 @@ def spans(path: str) -> list[Span]:
         def peek(at: int, count: int) -> bytes:
             return os.pread(file.fileno(), count, at) if at < size else b""
 
-        head = peek(0, 32)
-        iso = head[4:8] == b"ftyp"
-        walk = _iso if iso else next((walk for start, walk in WALKS.items() if head.startswith(start)), None)
-        begins = list(islice(walk(peek), MOST_PARTS + 1)) if walk else []
-        if len(begins) > MOST_PARTS:
-            hint = "join them with ffmpeg -f concat, or ask about fewer"
-            raise VideoError(f"{path} consists of more than {MOST_PARTS:,} files", hint)
-        end = _cut_fragment(peek, size) if iso else size
+        begins: list[int] = []
+        at, step = 0, None
+        while at is not None and at < size:
+            if begun := _container_at(peek, at):
+                begins.append(at)
+                step = begun
+            if len(begins) > MOST_PARTS:
+                hint = "join them with ffmpeg -f concat, or ask about fewer"
+                raise VideoError(f"{path} consists of more than {MOST_PARTS:,} files", hint)
+            end = step and step(peek, at)
+            at = end if end and end > at else None
+        last = begins[-1] if begins else 0
+        end = _cut_fragment(peek, last, size) if step is _box_end else size
         return list(pairwise([0, *begins[1:], end]))
 
 
-def _matroska(peek: Peek) -> Iterator[int]:
-    """Live recordings do not state how long their segments and clusters are: these are entered."""
-    at = 0
-    while element := _ebml_element(peek, at):
-        name, begin, size = element
-        if name == EBML:
-            yield at
-        if size is None and name not in (SEGMENT, CLUSTER):
-            break  # damage, or bytes of another kind
-        at = begin + (size or 0)
+def _container_at(peek: Peek, at: int) -> Step | None:
+    """How to walk through the container whose header stands at a place; None if there is none."""
+    head = peek(at, HEAD_BYTES)
+    if head[4:8] == b"ftyp":
+        return _box_end if _has_index(peek, at) else None
+    if head.startswith(b"RIFF") and head[8:12] != b"AVI ":
+        return None  # the further pieces of one large AVI are called AVIX
+    if head.startswith(b"OggS") and not head[5] & 2:
+        return None  # a page that begins no stream
+    if all(peek(at + packet * TS_PACKET_BYTES, 1) == b"G" for packet in range(4)):
+        return _no_end
+    return next((step for start, step in STEPS.items() if head.startswith(start)), None)
 
 
-def _ebml_element(peek: Peek, at: int) -> tuple[int, int, int | None] | None:
-    """The name of the element at a byte, where its content begins, and how long it is, None if it does not say; None at the end."""
+def _element_end(peek: Peek, at: int) -> int | None:
+    """Of Matroska. Live recordings do not state how long their segments and clusters are: these are entered."""
     head = peek(at, 12)
     if not head or not head[0] & 0xF0:
         return None
@@ -77,47 +82,46 @@ def _ebml_element(peek: Peek, at: int) -> tuple[int, int, int | None] | None:
     largest = 2 ** (7 * size_bytes) - 1
     size = field & largest
     begin = at + name_bytes + size_bytes
-    return int.from_bytes(head[:name_bytes], "big"), begin, None if size == largest else size
+    if size != largest:
+        return begin + size
+    return begin if int.from_bytes(head[:name_bytes], "big") in (SEGMENT, CLUSTER) else None
 
 
-def _boxes(peek: Peek) -> Iterator[tuple[int, bytes, float]]:
-    """Where each box of an MP4 or MOV begins, its kind, and where it ends by its own word: infinity is the end of the file."""
-    at = 0
-    while len(head := peek(at, 16)) >= 8:
-        size, kind = struct.unpack(">I4s", head[:8])
-        if size == 1 and len(head) == 16:
-            size = int.from_bytes(head[8:], "big")
-        if 0 < size < 8:
-            break
-        end = at + size
-        yield at, kind, end if size else math.inf
-        if not size:
-            break
-        at = end
+def _box_end(peek: Peek, at: int) -> int | None:
+    """Of MP4 and MOV; a box without a length ends with the file."""
+    head = peek(at, 16)
+    if len(head) < 8:
+        return None
+    size = int.from_bytes(head[:4], "big")
+    if size == 1:
+        size = int.from_bytes(head[8:], "big")
+    return at + size if size >= 8 else None
 
 
-def _iso(peek: Peek) -> Iterator[int]:
-    """A part has an index: pieces of a stream may begin with their type alone."""
-    begin = None
-    for at, kind, _ in _boxes(peek):
-        if kind == b"ftyp":
-            begin = at
-        elif kind == b"moov" and begin is not None:
-            yield begin
-            begin = None
+def _boxes(peek: Peek, at: int) -> Iterator[tuple[int, bytes, int | None]]:
+    """Where each box begins, its kind, and its end."""
+    place: int | None = at
+    while place is not None and len(head := peek(place, 8)) == 8:
+        end = _box_end(peek, place)
+        yield place, head[4:], end
+        place = end
 
 
-def _cut_fragment(peek: Peek, size: int) -> int:
+def _has_index(peek: Peek, at: int) -> bool:
+    """Whether the box at a place begins a file: pieces of a stream may begin with their type alone."""
+    kinds = (kind for place, kind, _ in _boxes(peek, at) if place > at)
+    return next((kind == b"moov" for kind in kinds if kind in (b"moov", b"moof", b"ftyp")), False)
+
+
+def _cut_fragment(peek: Peek, at: int, size: int) -> int:
     """Where the header of a fragment begins in which a file of that size ends; else that size."""
-    return next((at for at, kind, end in _boxes(peek) if kind == b"moof" and size < end), size)
+    cut = (place for place, kind, end in _boxes(peek, at) if kind == b"moof" and end is not None and end > size)
+    return next(cut, size)
 
 
-def _riff(peek: Peek) -> Iterator[int]:
-    at = 0
-    while len(head := peek(at, 12)) == 12 and head[:4] == b"RIFF":
-        if head[8:] == b"AVI ":  # the further pieces of one large file are called AVIX
-            yield at
-        at += 8 + int.from_bytes(head[4:8], "little")
+def _riff_end(peek: Peek, at: int) -> int | None:
+    head = peek(at, 8)
+    return at + 8 + int.from_bytes(head[4:], "little") if head.startswith(b"RIFF") else None
 
 
 def avi_index(path: str, span: Span) -> bytes:
@@ -132,90 +136,91 @@ def avi_index(path: str, span: Span) -> bytes:
     return b""
 
 
-def _flv(peek: Peek) -> Iterator[int]:
-    at = 0
-    while len(head := peek(at, 9)) == 9:
-        if head.startswith(b"FLV\x01"):
-            yield at
-            at += int.from_bytes(head[5:9], "big") + 4
-        elif head[0] & 0x1F in (8, 9, 18):  # sound, pictures, or notes
-            at += 11 + int.from_bytes(head[1:4], "big") + 4
-        else:
-            break
+def _flv_end(peek: Peek, at: int) -> int | None:
+    """Of the header, or of a tag: sound, pictures, or notes."""
+    head = peek(at, 9)
+    if len(head) < 9:
+        return None
+    if head.startswith(b"FLV"):
+        return at + int.from_bytes(head[5:], "big") + 4
+    return at + 11 + int.from_bytes(head[1:4], "big") + 4 if head[0] & 0x1F in (8, 9, 18) else None
 
 
-def _asf(peek: Peek) -> Iterator[int]:
-    at = 0
-    while len(head := peek(at, 24)) == 24:
-        if head.startswith(ASF):
-            yield at
-        size = int.from_bytes(head[16:], "little")
-        if size < 24:
-            break
-        at += size
+def _asf_end(peek: Peek, at: int) -> int | None:
+    size = int.from_bytes(peek(at, 24)[16:], "little")
+    return at + size if size >= 24 else None
 
 
-def _ivf(peek: Peek) -> Iterator[int]:
-    at = 0
-    while len(head := peek(at, 12)) == 12:
-        if head.startswith(b"DKIF"):
-            yield at
-            at += int.from_bytes(head[6:8], "little") or 32
-        else:
-            at += 12 + int.from_bytes(head[:4], "little")
+def _ivf_end(peek: Peek, at: int) -> int:
+    """Of the header, or of a frame."""
+    head = peek(at, 12)
+    if head.startswith(b"DKIF"):
+        return at + (int.from_bytes(head[6:8], "little") or 32)
+    return at + 12 + int.from_bytes(head[:4], "little")
 
 
-def _ogg(peek: Peek) -> Iterator[int]:
-    """A part begins with pages that begin streams, one a stream."""
-    at, beginning = 0, False
-    while len(head := peek(at, 27)) == 27 and head.startswith(b"OggS"):
-        begins_stream = bool(head[5] & 2)
-        if begins_stream and not beginning:
-            yield at
-        beginning = begins_stream
-        lengths = peek(at + 27, head[26])
-        at += 27 + len(lengths) + sum(lengths)
+def _ogg_end(peek: Peek, at: int) -> int | None:
+    """Of a page; of the pages that begin streams, one a stream, all together."""
+    end = _page_end(peek, at)
+    if peek(at, 6)[5:] and peek(at, 6)[5] & 2:
+        while end is not None and peek(end, 4) == b"OggS" and peek(end, 6)[5] & 2:
+            end = _page_end(peek, end)
+    return end
 
 
-def _png(peek: Peek) -> Iterator[int]:
-    at = 0
-    while len(head := peek(at, 8)) == 8:
-        if head == PNG:
-            yield at
-            at += 8
-        else:
-            at += 12 + int.from_bytes(head[:4], "big")
+def _page_end(peek: Peek, at: int) -> int | None:
+    head = peek(at, 27)
+    if len(head) < 27 or not head.startswith(b"OggS"):
+        return None
+    lengths = peek(at + 27, head[26])
+    return at + 27 + len(lengths) + sum(lengths)
 
 
-def _mxf(peek: Peek) -> Iterator[int]:
-    at = 0
-    while len(head := peek(at, 25)) == 25:
-        if head.startswith(MXF + b"\x02"):
-            yield at
-        length = head[16]
-        if length & 0x80:  # how many bytes the length has
-            count = length & 0x7F
-            at += 17 + count + int.from_bytes(head[17 : 17 + count], "big")
-        else:
-            at += 17 + length
+def _png_end(peek: Peek, at: int) -> int:
+    """Of the signature, or of a chunk."""
+    head = peek(at, 8)
+    return at + 8 if head.startswith(b"\x89PNG") else at + 12 + int.from_bytes(head[:4], "big")
 
 
-def _nut(peek: Peek) -> Iterator[int]:
-    """All bytes are searched, because packets cannot be told without decoding their headers."""
-    at = 0
-    while piece := peek(at, PIECE + len(NUT) - 1):
+def _mxf_end(peek: Peek, at: int) -> int | None:
+    head = peek(at, 25)
+    if len(head) < 17:
+        return None
+    length = head[16]
+    if length & 0x80:  # how many bytes the length has
+        count = length & 0x7F
+        return at + 17 + count + int.from_bytes(head[17 : 17 + count], "big")
+    return at + 17 + length
+
+
+def _nut_end(peek: Peek, at: int) -> int | None:
+    """The beginning of the next file. All bytes are searched: packets cannot be told without decoding their headers."""
+    place = at + 1
+    while piece := peek(place, PIECE + len(NUT) - 1):
         found = piece.find(NUT)
-        while found >= 0:
-            yield at + found
-            found = piece.find(NUT, found + 1)
-        at += PIECE
+        if found >= 0:
+            return place + found
+        place += PIECE
+    return None
+
+
+def _no_end(peek: Peek, at: int) -> None:
+    return None
 
 
 # By the first bytes of a file. MP4 and MOV begin with the length of their first box.
-WALKS: dict[bytes, Callable[[Peek], Iterator[int]]] = {
-    b"\x1aE\xdf\xa3": _matroska, b"RIFF": _riff, b"FLV\x01": _flv, ASF: _asf, b"DKIF": _ivf, b"OggS": _ogg, PNG: _png,
-    MXF: _mxf, NUT: _nut,
-}  # fmt: skip
+STEPS: dict[bytes, Step] = {
+    b"\x1aE\xdf\xa3": _element_end,
+    b"RIFF": _riff_end,
+    b"FLV\x01": _flv_end,
+    bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"): _asf_end,
+    b"DKIF": _ivf_end,
+    b"OggS": _ogg_end,
+    b"\x89PNG\r\n\x1a\n": _png_end,
+    bytes.fromhex("060e2b34020501010d0102010102"): _mxf_end,
+    NUT: _nut_end,
+    b"\0\0\1\xba": _no_end,  # MPEG-PS
+}
 
 
 class Slice:
