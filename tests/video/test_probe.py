@@ -460,6 +460,12 @@ def test_the_frequency_of_a_clock_is_no_rate(rates):
     assert ffmpeg.frame_rate(fast) == (4000, False)
 
 
+def test_a_rate_that_nothing_states_is_measured(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mkv", numbered_frames(30), fps=20)
+    monkeypatch.setattr(ffmpeg, "frame_rate", lambda stream: (None, False))
+    assert pyav.probe(str(path)).fps == pytest.approx(20, rel=0.02)
+
+
 def test_what_an_edit_list_takes_away_is_not_missing(tmp_path):
     content = bytearray(write_video(tmp_path / "whole.mp4", numbered_frames(60), gop=60).read_bytes())
     at = content.index(b"elst") + 12

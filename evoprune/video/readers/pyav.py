@@ -31,6 +31,8 @@ RATE_JITTER_S = 0.0025  # frame intervals that differ by less are constant: Matr
 # turn out to be further apart than this, only longer jumps are made.
 MIN_JUMP_S = 4.0
 
+RATE_PACKETS = 100  # by which the rate of frames is measured where none is stated
+
 TimedFrame = tuple[float, VideoFrame]  # seconds from the first frame; the decoder's own pixels, not yet rotated
 
 
@@ -43,7 +45,6 @@ def probe(path: str) -> Video:
         return replace(first, cut_off=cut_off)
     infos = [part.info for part in every]
     largest = max(infos, key=_area)
-    frames = [info.frames_total for info in infos]
     return replace(
         first,
         duration_s=_sum([info.duration_s for info in infos]),
@@ -51,9 +52,10 @@ def probe(path: str) -> Video:
         height=largest.height,
         fps=first.fps if all(info.fps == first.fps for info in infos) else None,
         variable_rate=None,
-        frames_total=_sum(frames),
+        frames_total=_sum([info.frames_total for info in infos]),
         stated_s=_sum([info.stated_s for info in infos]),
         clock_restarts=sum(info.clock_restarts + 1 for info in infos) - 1,
+        clock_gap_s=max(info.clock_gap_s for info in infos),
         changes_size=any(
             info.changes_size or (info.width, info.height) != (first.width, first.height) for info in infos
         ),
@@ -122,6 +124,7 @@ def _probe(path: str, span: Span, container: InputContainer) -> Video:
         raise ffmpeg.nothing_decoded(path)
     rotation, mirrored = ffmpeg.orientation(first)
     rate, guessed = ffmpeg.frame_rate(stream)
+    rate = rate or _measured_rate(path, span)
     step = 1 / (rate or ffmpeg.FALLBACK_FPS)
     # The header's count is wrong if it has more frames than the file has bytes.
     total = stream.frames if stream.frames <= container.size else 0
@@ -265,6 +268,13 @@ def _listed_in_avi(path: str, span: Span, stream: int) -> int:
     chunks = avi_index(path, span)
     names = {f"{stream:02}{kind}".encode() for kind in ("dc", "db")}
     return sum(chunks[at : at + 4] in names for at in range(0, len(chunks), AVI_ENTRY_BYTES))
+
+
+def _measured_rate(path: str, span: Span) -> float | None:
+    """Frames a second by the times of the first packets; None if they have none."""
+    stamps = [float(p.pts * p.time_base) for p in islice(_all_packets(path, span), RATE_PACKETS) if p.pts is not None]
+    lasts_s = max(stamps, default=0.0) - min(stamps, default=0.0)
+    return (len(stamps) - 1) / lasts_s if lasts_s else None
 
 
 def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Times) -> bool:
