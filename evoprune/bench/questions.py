@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -87,6 +88,7 @@ def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
        `<answer>B</answer>`. A letter decides, what follows explains it.
     3. The only option whose letter begins a line (`B: it is blue`, `(B)`, `B, because`), or that is all of a line.
     4. The only option that is named anywhere.
+    5. Where these name several, the last line that is a letter; else the last line, if it repeats an option.
 
     A letter names an option in brackets, at the start of a clause, or after words such as "is" and "option"; not directly before a
     word ("a circle", "I think"). A text does as whole words, with or without articles, numbers up to twelve in figures or words.
@@ -100,6 +102,8 @@ def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
             return texts.index(alone)
     words = read(said, options)
     named = _stated(words) | _of_lines(words) or _anywhere(words)
+    if len(named) != 1:
+        named = _last_letter(words) or _repeated(words)
     return max(named) if len(named) == 1 and named != {-1} else None
 
 
@@ -127,18 +131,62 @@ def _stated(words: list[Word]) -> frozenset[int]:
 def _of_lines(words: list[Word]) -> frozenset[int]:
     """The option whose letter begins a line, or that is all of a line; none if there are several, or other marked letters."""
     named: frozenset[int] = frozenset()
-    start = 0
-    for end in [*(place for place, word in enumerate(words) if word.kind == "line"), len(words)]:
-        line, start = words[start:end], end + 1
-        if not line:
-            continue
+    for line in _lines(words):
         first, second = line[0], line[1] if len(line) > 1 else Word("line", "")
         if first.kind == "name" and first.letter and first.sure and (first.marked or second.kind in ENDS):
             named |= _decided(line, 0)
-        elif all(word.kind == "name" or FILLERS.fullmatch(word.text) for word in line):
+        elif _names_alone(line):
             named |= _anywhere(line)
     others = (word.options for word in words if word.kind == "name" and word.marked)
     return named if len(named.union(*others)) == 1 else frozenset()
+
+
+def _last_letter(words: list[Word]) -> frozenset[int]:
+    """Find the option of the last line that is a letter; none where the lines before it list letters too."""
+    lines = _lines(words)
+    letters = {number: _anywhere(line) for number, line in enumerate(lines) if _is_letter(line)}
+    if not letters:
+        return frozenset()
+    *before, last = letters
+    chosen = letters[last]
+    earlier = [letters[number] for number in before]
+    if all(option == chosen for option in earlier):
+        return chosen
+    listed = last - 1 in letters and chosen not in earlier  # one more of A, B, C, line by line
+    ends = last + 1 == len(lines)  # else an explanation may follow each letter
+    return chosen if ends and not listed else frozenset()
+
+
+def _repeated(words: list[Word]) -> frozenset[int]:
+    """Find the option that the last line names, letter or text alone, if more such lines name it than any other option."""
+    lines = _lines(words)
+    if not lines or not _names_alone(lines[-1]):
+        return frozenset()
+    counts = Counter(_anywhere(line) for line in lines if _names_alone(line))
+    chosen = _anywhere(lines[-1])
+    return (
+        chosen if all(counts[chosen] > count for option, count in counts.items() if option != chosen) else frozenset()
+    )
+
+
+def _lines(words: list[Word]) -> list[list[Word]]:
+    """Split words into lines, without empty ones."""
+    ends = [place for place, word in enumerate(words) if word.kind == "line"]
+    lines = [words[start:end] for start, end in zip([0, *(end + 1 for end in ends)], [*ends, len(words)], strict=True)]
+    return [line for line in lines if line]
+
+
+def _names_alone(line: list[Word]) -> bool:
+    return all(word.kind == "name" or FILLERS.fullmatch(word.text) for word in line)
+
+
+def _is_letter(line: list[Word]) -> bool:
+    """Say whether a line is the letter of an option, perhaps with up to three words before it: `It is B.`, `Final: B`."""
+    names = [place for place, word in enumerate(line) if word.kind == "name"]
+    if len(names) != 1 or not (line[names[0]].letter and line[names[0]].sure):
+        return False
+    plain = [place for place, word in enumerate(line) if word.kind == "plain" and not FILLERS.fullmatch(word.text)]
+    return len(plain) <= 3 and all(place < names[0] for place in plain)
 
 
 def _decided(words: list[Word], place: int) -> frozenset[int]:

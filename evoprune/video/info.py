@@ -2,11 +2,11 @@
 `Subtitles` from its tracks and the files beside it. And what a folder holds, by the endings of its files."""
 
 import os
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from evoprune.errors import UsageError
+from evoprune.video.order import natural, readings_of
 
 SAME_SHAPE = 0.02  # by which the ratios of width and height of frames of one shape may differ, relative
 VIDEO, PICTURE = "video", "picture"  # what an input is to the model
@@ -176,10 +176,5 @@ def files(folder: str, endings: tuple[str, ...]) -> list[str]:
     with os.scandir(folder) as entries:
         seen = [e for e in entries if e.name.lower().endswith(endings) and e.name[0] != "."]
         names = [e.name for e in seen if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)]
-    return [os.path.join(folder, name) for name in sorted(names, key=natural)]
-
-
-def natural(name: str) -> tuple[list[str | int], str]:
-    """A sort key: runs of digits by their value; equal values, such as 1 and 01, by the characters."""
-    pieces = re.split("([0-9]+)", name.casefold())
-    return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], name
+    readings = readings_of(names)
+    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: natural(name, readings))]

@@ -18,6 +18,7 @@ COLOURS_ZH = ("红色", "蓝色")
 LABELLED = ("A. Apples.", "B. Pears.")
 TEN = ("ant", "bee", "cat", "dog", "eel", "fox", "goat", "hare", "ibis", "jay")
 BOTH = ("red", "blue", "both A and B", "none of the above")
+LISTED = "A. red square\nB. blue star\nC. circle\n"
 NONE = None  # names no option, or more than one
 
 # The answer given, and the index of the option that it names.
@@ -94,6 +95,22 @@ ANSWERS = {
         *((said, 1) for said in ("The answer is B. So the answer is clear.",)),
         ("B. The answer is C.", NONE),  # it begins with one and states another
         ("Answer: A\nWait. Answer: B", 1),  # the last statement
+    ],
+    ("all options, then a letter", SHAPES): [
+        *((LISTED + said, 1) for said in ("**B**", "B", "b", "B.", "(B)", "(b)", "[B]", "B)", "B:", "B,", "B!", "B。", "（B）")),
+        *((LISTED + said, 1) for said in ("Ｂ", "Ⓑ", "【B】", "`B`", "*B*", "__B__", "'B'", '"B"', "{B}", "$B$", "**(B)**")),
+        *((LISTED + said, 1) for said in ("**B.**", "### B", "- B", "> B", "=> B", "→ B", "✅ B", "**b**", "\n\nB\n\n", "B</s>")),
+        *((LISTED + said, 1) for said in ("Option B", "**Option B**", "So B", "Therefore: B.", "It is B.", "Final: B", "Best: B")),
+        *((LISTED + said, 1) for said in ("Answer: B", "Answer - B", r"\boxed{B}", "<answer>B</answer>", "<ans>B</ans>")),
+        *((LISTED + said, 1) for said in ("**B**\n\nThe star stays.", "B\nIt is the only one that stays.")),
+        *((LISTED + said, 1) for said in ("B. blue star", "**B. blue star**", "(B) the blue star", "blue star", "B. blue star\nB")),
+        *(("**B**\n\n" + said, 1) for said in (LISTED, "A. red square: hidden\nC. circle: too small")),
+        *((said, 1) for said in ("A: it leaves.\nB: it stays.\nC: it is hidden.\n\n**B**", "A\nB\nC\n\n**B**")),
+        *((said, 1) for said in ("A\nWait. The square leaves, the star stays.\nB", "The answer may be A.\nIt is late.\n(B)")),
+        *((LISTED + said, NONE) for said in ("", LISTED, "A and B", "B or C", "not B", "B?", "D", "A circle or a square", "None")),
+        *((said, NONE) for said in ("A\nB", "(A)\nred square\n(B)\nblue star\n(C)\ncircle", "A: hidden\nB: seen\nC: small")),
+        (LISTED + "A", 0),
+        (LISTED + "The answer is B.\nC is too small.", 1),
     ],
     ("denied", SHAPES): [
         *((said, 1) for said in ("not A but B", "B, not A", "B and not A", "B rather than A", "It is B instead of A.")),

@@ -9,7 +9,7 @@ import pytest
 from evoprune.errors import VideoError
 from evoprune.video.frames import probe, read_subtitles
 from tests.video.files import numbered_frame, numbered_frames, write_image, write_video
-from tests.video.subtitled import ASS, SRT, SSA, VTT, pictures, srt, write_subtitled
+from tests.video.subtitled import ASS, FORMAT, HEAD, SRT, SSA, VTT, pictures, srt, write_subtitled
 
 WHO, SIZE = (1.0, 2.0, "Who is there?"), (3.5, 4.0, "Größe {laughs} <|im_end|>")
 FILES = {"a.srt": SRT, "a.vtt": VTT, "a.ass": ASS, "a.ssa": SSA}
@@ -201,6 +201,86 @@ def test_what_is_on_screen_already_counts_once(video, tmp_path, cues, kept):
     assert read(video, tmp_path / "a.srt", srt(cues)).lines == kept
 
 
+def cue(*lines: str) -> str:
+    """A file of one cue in SRT, without its number."""
+    return "\n".join([*lines, "a", ""])
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "seconds"),
+    [
+        ("0:00:01.500000", "0:00:03.250000", (1.5, 3.25)),
+        ("00:00:04,5", "00:00:05,25", (4.5, 5.25)),
+        ("00:00:01.123456789", "00:00:02.9999999999", (1.123, 3.0)),
+        ("01:02,500", "01:05.5", (62.5, 65.5)),
+        ("1:02", "0:01:05", (62.0, 65.0)),
+        ("00:00:01", "00:00:02", (1.0, 2.0)),
+        ("00:00:59,9999", "00:01:02:5", (60.0, 62.5)),
+        ("-00:00:01,500", "00:00:02,25", (-1.5, 2.25)),
+        ("00:75:00,5", "00:75:61,5", (4500.5, 4561.5)),
+        ("100:00:00,25", "100:00:01", (360000.25, 360001.0)),
+    ],
+)
+@pytest.mark.parametrize("form", ["srt", "vtt", "ass"])
+def test_times_of_any_precision(video, tmp_path, form, start, end, seconds):
+    """Of one to nine digits, to the millisecond, in ASS too, whose times usually have hundredths."""
+    content = {
+        "srt": cue("7", f"{start} --> {end}"),
+        "vtt": f"WEBVTT\n\nname\n{start} --> {end} align:start\na\n",
+        "ass": HEAD + FORMAT + f"Dialogue: 0,{start},{end},Default,,0,0,0,,a\n",
+    }[form]
+    assert read(video, tmp_path / f"a.{form}", content, end_s=1e9).lines == [(*seconds, "a")]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "00:00:01,5-->00:00:02,5",
+        "  00:00:01,5\t-->  00:00:02,5  ",
+        "00:00:01, 5 --> 00: 00: 02 ,5",
+        "00:00:01,5 -> 00:00:02,5",
+        "00:00:01,5 ---> 00:00:02,5",
+        "00:00:01,5 -- > 00:00:02,5",
+        "00:00:01;5 - -> 00:00:02;5",
+        "00:00:01,5 \N{EN DASH}> 00:00:02,5",
+        "00:00:01,5 \N{RIGHTWARDS ARROW} 00:00:02,5",
+        "00:00:01,5 --&gt; 00:00:02,5",
+        "00:00:01,5 --> 00:00:02,5 X1:10 X2:20 Y1:30 Y2:40",
+    ],
+)
+def test_lines_of_times_as_people_write_them(video, tmp_path, line, newline):
+    before = cue("00:00:00.5 --> 00:00:01")
+    for text in (cue("1", line), before + "\n" + cue(line), before + "\n" + cue("2", line)):
+        assert read(video, tmp_path / "a.srt", text.replace("\n", newline)).lines[-1] == (1.5, 2.5, "a")
+
+
+def test_text_is_never_taken_for_times(video, tmp_path):
+    said = ["3:20 -> 4:10", "Train 00:00:07,5 --> 00:00:08,5", "00:00:09,5 --> later", "1:02.5"]
+    found = read(video, tmp_path / "a.srt", cue("1", "00:00:01,5 --> 00:00:03,5", "5", *said))
+    assert found.lines == [(1.5, 3.5, f"5 {' '.join(said)} a")]
+    inner = "WEBVTT\n\n00:01.5 --> 00:03.5\n00:02.5 to 00:03<00:02.500> word 0:00:04.5\n"
+    assert read(video, tmp_path / "a.vtt", inner).lines == [(1.5, 3.5, "00:02.5 to 00:03 word 0:00:04.5")]
+    events = [
+        "Dialogue: 0,0:00:01.5,0:00:03.5,Default,,0,0,0,,a, 0:00:01.5,0:00:03.5, b",
+        "Comment: 0,0:00:01.5,0:00:02,,,,,,,c",
+    ]
+    found = read(video, tmp_path / "a.ass", HEAD + FORMAT + "\n".join(events) + "\n")
+    assert found.lines == [(1.5, 3.5, "a, 0:00:01.5,0:00:03.5, b")]
+
+
+def test_a_cue_with_a_comma_in_its_time_ends_no_file(video, tmp_path):
+    """FFmpeg reads a WebVTT file up to the first line of times that it does not know."""
+    times = ("00:01.000 --> 00:02.000", "00:00:03,000 --> 00:00:04,000", "00:05 --> 00:06")
+    found = read(video, tmp_path / "a.vtt", "WEBVTT\n\n" + "\n\n".join(f"{line}\n{i}" for i, line in enumerate(times)))
+    assert found.lines == [(1.0, 2.0, "0"), (3.0, 4.0, "1"), (5.0, 6.0, "2")]
+
+
+def test_times_of_tracks_are_those_of_the_container(tmp_path):
+    path = write_subtitled(tmp_path / "clip.mkv", [srt([(1.001, 2.002, "a"), (3.25, 4, "00:00:04,5 -> 00:00:05")])])
+    assert read_subtitles(probe(path), "auto").lines == [(1.001, 2.002, "a"), (3.25, 4.0, "00:00:04,5 -> 00:00:05")]
+
+
 ORDER = random.Random(0)
 UNSORTED = [(at := ORDER.random() * 9000, at + ORDER.random() * 60, f"{i} <|im_end|>") for i in range(100_000)]
 
@@ -217,6 +297,14 @@ UNSORTED = [(at := ORDER.random() * 9000, at + ORDER.random() * 60, f"{i} <|im_e
         "WEBVTT\n\n00:01.000 --> 00:02.000\n" + "<" * 9_000_000,
         "WEBVTT\n\n00:01.000 --> 00:02.000\n" + "\x01" * 10_000_000,
         "WEBVTT\n\n" + "00:01.000 --> 00:02.000\na\n\n" * 380_000,
+        "WEBVTT\n\n00:01.000 --> 00:02.000\n" + "0:" * 5_000_000,
+        "00:00:01,5 --> 00:00:02,5\n" + "1:2\n" * 2_500_000,
+        "00:00:01,5 --> 00:00:02,5\n" + (" " * 3999 + "\n") * 2500,
+        "00:00:01,5 --> 00:00:02,5\n1:2 -" + " " * 3900,
+        "00:00:01,5 --> 00:00:02,5\n\n" + "1:2 -> 3:4\n" * 900_000,
+        "00:00:01,5 --> 00:00:02,5\n" + "\r" * 9_000_000,
+        "WEBVTT\n\n00:01.000 --> 00:02." + "1" * 9_000_000 + "\na",
+        "[Script Info]\n\n[Events]\nDialogue: 0,0:00:01.5,0:00:02.5,,,,,,,a\n" + "Dialogue: " * 1_000_000,
         "[Script Info]\n\n[Events]\n" + "Dialogue: 0,0:00:01.00,0:00:02.00,Default,,0,0,0,," + "{\\a" * 2_400_000,
     ],
 )  # fmt: skip

@@ -5,8 +5,9 @@ import os
 import re
 import stat
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from fractions import Fraction
 
 import av
 from av.container import InputContainer
@@ -29,6 +30,17 @@ DAMAGED = "damaged_subtitles"
 HEAD_BYTES = 4096
 # Words of other scripts that are read as cp1252 consist of accented letters. In Western European words, not so many follow.
 NO_WESTERN_WORD = re.compile(r"[^\W\d_\x00-\x7f]{4}")
+MILLISECOND = Fraction(1, 1000)
+# FFmpeg counts the digits behind the seconds as so many parts of a second, however many digits there are.
+PARTS = {"srt": 1000, "webvtt": 1000, "ass": 100}
+# A time as people write it: sign, hours or none, minutes, seconds, fraction or none. With four digits each no number overflows.
+TIME = (
+    r"[ \t]*+(-?)(?:([0-9]{1,4}+)[ \t]*+:[ \t]*+)?([0-9]{1,4}+)[ \t]*+:[ \t]*+([0-9]{1,4}+)"
+    r"(?:[ \t]*+[,.:;][ \t]*+([0-9]++))?[ \t]*+"
+)
+ARROW = r"([-–—=](?: ?[-–—=]){0,2} ?(?:>|&gt;)|→)"
+SPAN = re.compile(rf"^{TIME}{ARROW}{TIME}([^\n]*+)", re.MULTILINE)  # a line of times in SRT and WebVTT
+EVENT = re.compile(rf"^(Dialogue:[^,\n]++,){TIME},{TIME}(?=,)", re.MULTILINE)  # the times of a line in ASS
 HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a text track; or leave them out"
 
 
@@ -103,13 +115,15 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
         hint = "is it a file of subtitles? cut it into pieces"
         raise VideoError(f"{file} has more than {MAX_BYTES // 2**20} MiB", hint)
     text, warnings = _decoded(content, file)
-    start, content = text.lstrip()[:16].lower(), text.encode()
+    text = re.sub("\r{1,2}\n|\r", "\n", text)
+    start = text.lstrip()[:16].lower()
     name = "webvtt" if start.startswith("webvtt") else "ass" if start.startswith("[script info]") else "srt"
-    if name == "srt" and max(map(len, content.split(b"\n"))) > LONGEST_LINE:
+    if name == "srt" and max(map(len, text.encode().split(b"\n"))) > LONGEST_LINE:
         hint = "is it a file of subtitles? break the line"
         raise VideoError(f"{file} has a line of more than {LONGEST_LINE:,} bytes", hint)
-    with ffmpeg.open_bytes(io.BytesIO(content), name) as container:
-        lines = _lines(_cues(container, container.streams.subtitles[0], origin_s, warnings))
+    written = _in_milliseconds(text, name).encode()
+    with ffmpeg.open_bytes(io.BytesIO(written), name) as container:
+        lines = _lines(_cues(container, container.streams.subtitles[0], MILLISECOND, origin_s, warnings))
     if not lines:
         if content.startswith(LFS):
             raise VideoError(f"{file} is a git-lfs pointer", LFS_HINT)
@@ -130,6 +144,56 @@ def _decoded(content: bytes, file: str) -> tuple[str, list[str]]:
     if "\0" in text:
         raise VideoError(f"{file} is no text", HINT)
     return text, warnings
+
+
+def _in_milliseconds(text: str, name: str) -> str:
+    """Rewrite the times in the text of a file so that FFmpeg reads them in milliseconds. What the cues say stays as it is.
+
+    Times may have any number of digits behind the seconds, no fraction, no hours, blanks or a minus sign, and arrows may have other
+    strokes. `name`: of the format, in FFmpeg. Lines end with \\n.
+    """
+
+    def event(match: re.Match[str]) -> str:
+        head, *times = match.groups()
+        return f"{head}{_time(times[:5], name)},{_time(times[5:], name)}"
+
+    def span(match: re.Match[str]) -> str:
+        *start, arrow = match.groups()[:6]
+        *end, rest = match.groups()[6:]
+        # FFmpeg takes such a line for one of times wherever it stands in an SRT file. Others may be what somebody says.
+        usual = name == "srt" and arrow == "-->" and all((start[1], start[4], end[1], end[4]))
+        if usual or _begins_cue(text, match.start(), rest, name):
+            return f"{_time(start, name)} --> {_time(end, name)} {rest}"
+        return match[0]
+
+    return EVENT.sub(event, text) if name == "ass" else SPAN.sub(span, text)
+
+
+def _time(groups: Sequence[str | None], name: str) -> str:
+    """Write a time, the groups of `TIME`: FFmpeg takes seconds times `PARTS` plus the digits behind them, here milliseconds."""
+    sign, hours, minutes, seconds, fraction = groups
+    whole = (int(hours or 0) * 60 + int(minutes)) * 60 + int(seconds)
+    nanoseconds = int((fraction or "")[:9].ljust(9, "0"))
+    milliseconds = 1000 * whole + (nanoseconds + 500_000) // 1_000_000
+    count, rest = divmod(-milliseconds if sign else milliseconds, PARTS[name])
+    return f"0:0:{count}.{rest}"
+
+
+def _begins_cue(text: str, start: int, rest: str, name: str) -> bool:
+    """Say whether a line of two times, at `start` of the text, begins a cue: it follows an empty line and perhaps a number, in
+    WebVTT a name. In SRT the `rest` of the line holds nothing but settings.
+    """
+    before = _line_before(text, start)
+    named = before.strip().isdecimal() if name == "srt" else not SPAN.match(before)
+    if before.strip() and named:
+        before = _line_before(text, start - len(before) - 1)
+    settings = name != "srt" or all(":" in word for word in rest.split())
+    return settings and not before.strip()
+
+
+def _line_before(text: str, start: int) -> str:
+    end = max(0, start - 1)
+    return text[text.rfind("\n", 0, end) + 1 : end]
 
 
 def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
@@ -153,7 +217,7 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
                 if other.index != stream.index:
                     other.discard = Discard.all
         warnings = []
-        cues = list(_cues(container, stream, origin_s, warnings))
+        cues = list(_cues(container, stream, stream.time_base, origin_s, warnings))
         index, language = stream.index, f" ({stream.language})" if stream.language else ""
     if len(every) > 1:
         cues += _cues_behind(path, index, warnings)
@@ -165,7 +229,8 @@ def _cues_behind(path: str, index: int, warnings: list[str]) -> Iterator[tuple[f
     for part in pyav.parts(path)[1:]:
         with ffmpeg.open_video(path, part.span) as container:
             if index < len(container.streams) and _codec(container.streams[index]) in TEXT_CODECS:
-                yield from _cues(container, container.streams[index], part.info.start_s - part.begin_s, warnings)
+                stream = container.streams[index]
+                yield from _cues(container, stream, stream.time_base, part.info.start_s - part.begin_s, warnings)
 
 
 def _codec(stream: SubtitleStream) -> str | None:
@@ -173,11 +238,14 @@ def _codec(stream: SubtitleStream) -> str | None:
 
 
 def _cues(
-    container: InputContainer, stream: SubtitleStream, origin_s: float, warnings: list[str]
+    container: InputContainer, stream: SubtitleStream, time_base: Fraction, origin_s: float, warnings: list[str]
 ) -> Iterator[tuple[float, float, list[str]]]:
-    """The start and the end of each cue, in seconds, and its text lines. Adds a warning where something cannot be read."""
+    """The start and the end of each cue, in seconds, and its text lines. Adds a warning where something cannot be read.
+
+    `time_base`: seconds that a packet's times count.
+    """
     hidden, size = _codec(stream) in ("ass", "ssa"), 0
-    tick, per = stream.time_base.as_integer_ratio()  # fractions would take half of the time
+    tick, per = time_base.as_integer_ratio()  # fractions would take half of the time
     for packet in ffmpeg.packets(container, stream, every_stream=True):
         if packet is not None and (packet.pts is None or not packet.size):
             continue
