@@ -20,7 +20,7 @@ MOST_PARTS = 1000
 HEAD_BYTES = 32
 PIECE = 2**20  # bytes that are searched at a time
 AVI_ENTRY_BYTES = 16
-TS_PACKET_BYTES = 188
+TS_PACKET, TS_PACKET_BYTES = b"G", 188
 SEGMENT, CLUSTER = 0x18538067, 0x1F43B675  # elements of Matroska that hold others
 NUT = b"nut/multimedia container\0"
 
@@ -64,8 +64,11 @@ def _container_at(peek: Peek, at: int) -> Step | None:
         return None  # the further pieces of one large AVI are called AVIX
     if head.startswith(b"OggS") and not head[5] & 2:
         return None  # a page that begins no stream
-    if all(peek(at + packet * TS_PACKET_BYTES, 1) == b"G" for packet in range(4)):
-        return _no_end
+    if head[0] == TS_PACKET[0]:
+        in_a_row = all(peek(at + packet * TS_PACKET_BYTES, 1) == TS_PACKET for packet in range(4))
+        return _no_end if in_a_row else None
+    if head[0] not in FIRST_BYTES:  # nearly always: it is an element of the part that is walked through
+        return None
     return next((step for start, step in STEPS.items() if head.startswith(start)), None)
 
 
@@ -221,6 +224,7 @@ STEPS: dict[bytes, Step] = {
     NUT: _nut_end,
     b"\0\0\1\xba": _no_end,  # MPEG-PS
 }
+FIRST_BYTES = {start[0] for start in STEPS}
 
 
 class Slice:
