@@ -349,7 +349,13 @@ def test_parts_that_differ(tmp_path):
 
 @pytest.mark.parametrize(
     "endings",
-    [("mkv", "mp4", "flv", "ts"), ("mp4", "webm", "mpg"), ("avi", "ogv", "ivf", "mov"), ("ts", "mkv", "flv")],
+    [
+        ("mkv", "mp4", "flv", "ts"),
+        ("mp4", "webm", "mpg"),
+        ("avi", "ogv", "ivf", "mov"),
+        ("ts", "mkv", "flv"),
+        ("mkv", "gif"),
+    ],
 )
 def test_parts_in_different_containers(endings, tmp_path):
     parts = [
@@ -499,6 +505,13 @@ def test_a_recording_that_was_cut_off_elsewhere_in_a_fragment(behind, kind, tmp_
     path.write_bytes(content[: content.rindex(kind) - 4 + behind])
     info = probe(path)
     assert info.cut_off and info.warnings == ["cut_off"] and numbers(info, [0.05, 2.55, 4.05]) == [0, 25, 40]
+
+
+def test_bytes_behind_a_fragmented_recording_do_not_make_it_cut_off(tmp_path):
+    how = {"container_options": {"movflags": "frag_keyframe+empty_moov"}, "gop": 10}
+    path = write_video(tmp_path / "a.mp4", numbered_frames(30), **how)
+    path.write_bytes(path.read_bytes() + b"~" * 200)
+    assert not probe(path).cut_off
 
 
 @pytest.mark.parametrize("claimed", [0, 2**30])

@@ -29,6 +29,7 @@ HEAD_BYTES = 32
 PIECE = 2**20  # bytes that are searched at a time
 AVI_ENTRY_BYTES = 16
 TS_PACKET_BYTES = 188
+BROKEN = (b"moof", b"mdat", b"mfra", b"sidx", b"styp")  # where a fragmented MP4 may break off; others are no boxes
 SEGMENT, CLUSTER = 0x18538067, 0x1F43B675  # elements of Matroska that hold others
 NUT, Y4M, REAL = b"nut/multimedia container\0", b"YUV4MPEG2 W", b".RMF\0\0\0\x12\0"
 
@@ -68,7 +69,8 @@ def cut_off(path: str, begin: int) -> bool:
         fragments, kind = False, b""
         for _, kind, end in _boxes(peek, begin):
             fragments = fragments or kind == b"moof"
-            if fragments and (len(kind) < 4 or (end is not None and end > size)):
+            cut = len(kind) < 4 or (kind in BROKEN and end is not None and end > size)
+            if fragments and cut:
                 return True
         return kind == b"moof"  # its pictures are missing
 
@@ -278,5 +280,6 @@ STEPS: dict[bytes, Step] = {
     Y4M: partial(_next_start, Y4M),
     REAL: partial(_next_start, REAL),
     b"\0\0\1\xba": _no_end,  # MPEG-PS
+    b"GIF8": _no_end,  # FFmpeg reads all of several
 }
 STARTS = tuple(STEPS)
