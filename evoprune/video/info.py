@@ -47,7 +47,7 @@ class Video:
     mirrored: bool = False  # stored frames are flipped left to right before they are rotated
     stated_s: float | None = None  # the duration by the file, of the pictures alone; longer if the file was cut off
     clock_restarts: int = 0  # how often the file's clock starts anew, as in files that were joined; times here go on
-    cut_off: bool = False  # whether the file ends inside the header of a fragment, as a recording that was interrupted
+    cut_off: bool = False  # whether the file ends inside a fragment of MP4, as a recording that was interrupted
     clock_gap_s: float = 0.0  # the largest step ahead that counts as another clock
     changes_size: bool = (
         False  # whether some frames have another size; `width` and `height` are the largest that was found

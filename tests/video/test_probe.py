@@ -280,10 +280,13 @@ ENDINGS = (
     "vob",
     "gif",
     "fmp4",
+    "y4m",
+    "rm",
 )
 HOW = {
     "webm": {"codec": "libvpx"}, "ivf": {"codec": "libvpx"}, "wmv": {"codec": "wmv2"}, "ogv": {"codec": "libvpx"},
     "apng": {"codec": "apng", "pix_fmt": "rgb24"}, "gif": {"codec": "gif", "pix_fmt": "rgb8"}, "avi": {"codec": "mpeg4"},
+    "y4m": {"codec": "wrapped_avframe"}, "rm": {"codec": "rv20", "fps": 25},
     "mxf": MPEG2, "mpg": MPEG2, "vob": MPEG2, "nut": {"codec": "mpeg4"},
     "fmp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
 }  # fmt: skip
@@ -344,7 +347,16 @@ def test_parts_that_differ(tmp_path):
     assert numbers(info, [1.35]) == [3]
 
 
-@pytest.mark.parametrize("endings", [("mkv", "mp4", "flv", "ts"), ("mp4", "webm", "mpg"), ("avi", "ogv", "ivf", "mov")])
+@pytest.mark.parametrize(
+    "endings",
+    [
+        ("mkv", "mp4", "flv", "ts"),
+        ("mp4", "webm", "mpg"),
+        ("avi", "ogv", "ivf", "mov"),
+        ("ts", "mkv", "flv"),
+        ("mkv", "gif"),
+    ],
+)
 def test_parts_in_different_containers(endings, tmp_path):
     parts = [
         write_video(tmp_path / f"part.{ending}", [numbered_frame(10 * i + j) for j in range(10)], **HOW.get(ending, {}))
@@ -487,6 +499,40 @@ def test_a_recording_that_was_cut_off_inside_the_header_of_a_fragment(at, tmp_pa
     info, last = probe(path), [time for time, _, key in pyav.intervals(probe(whole), print) if key][-1]
     assert (info.duration_s, info.cut_off, info.warnings) == (pytest.approx(last), True, ["cut_off"]) and last > 4
     assert numbers(info, [0.05, 2.55, last - 0.05]) == [0, 25, round(10 * last) - 1]
+
+
+@pytest.mark.parametrize(
+    "behind, kind", [(12, b"moof"), (7, b"moof"), (3, b"mdat"), (8, b"mdat"), (40, b"mdat"), (4, b"mfra")]
+)
+def test_a_recording_that_was_cut_off_elsewhere_in_a_fragment(behind, kind, tmp_path):
+    how = {"container_options": {"movflags": "frag_keyframe+empty_moov+default_base_moof"}, "gop": 10}
+    content, path = write_video(tmp_path / "whole.mp4", numbered_frames(60), **how).read_bytes(), tmp_path / "cut.mp4"
+    assert not probe(tmp_path / "whole.mp4").cut_off
+    path.write_bytes(content[: content.rindex(kind) - 4 + behind])
+    info = probe(path)
+    assert info.cut_off and info.warnings == ["cut_off"] and numbers(info, [0.05, 2.55, 4.05]) == [0, 25, 40]
+
+
+def test_bytes_behind_a_fragmented_recording_do_not_make_it_cut_off(tmp_path):
+    how = {"container_options": {"movflags": "frag_keyframe+empty_moov"}, "gop": 10}
+    path = write_video(tmp_path / "a.mp4", numbered_frames(30), **how)
+    path.write_bytes(path.read_bytes() + b"~" * 200)
+    assert not probe(path).cut_off
+
+
+@pytest.mark.parametrize("claimed", [0, 2**30])
+def test_an_avi_whose_header_was_never_completed(claimed, tmp_path):
+    """It was written to a pipe, so that it claims no frames or a thousand million, and has no index."""
+    content = bytearray(write_video(tmp_path / "whole.avi", numbered_frames(20), codec="mpeg4").read_bytes())
+    at = content.index(b"avih") + 24
+    content[at : at + 4] = struct.pack("<I", claimed)
+    at = content.index(b"strh") + 40
+    content[at : at + 4] = struct.pack("<I", claimed)
+    path = tmp_path / "piped.avi"
+    path.write_bytes(content[: content.rindex(b"idx1")])
+    info = probe(path)
+    assert (info.duration_s, info.stated_s, info.cut_short, info.warnings) == (pytest.approx(2.0), None, False, [])
+    assert numbers(info, [0.05, 1.95]) == [0, 19]
 
 
 @pytest.mark.parametrize("repeated", [{5, 6, 20}, {5, 37, 38, 39}])

@@ -20,13 +20,15 @@ CODECS = {
     "h264": ("ts", {"options": {"bf": "0"}}),  # MPEG-TS has the parameters of a stream in every keyframe
     "hevc": ("ts", {"codec": "libx265", "options": {"x265-params": "log-level=none:bframes=0"}}),
     "vp9": ("mkv", {"codec": "libvpx-vp9"}),
+    "mjpeg": ("mkv", {"codec": "mjpeg", "pix_fmt": "yuvj420p"}),
+    "flv1": ("flv", {"codec": "flv"}),
 }
 
 
 def changing(folder, heights_and_widths, codec="h264"):
     """Packets of videos of those sizes one after the other in one track, 10 frames each."""
     ending, how = CODECS[codec]
-    path, track = folder / "changing.mkv", None
+    path, track = folder / f"changing.{'flv' if ending == 'flv' else 'mkv'}", None  # Matroska has no Sorenson H.263
     with av.open(str(path), "w") as out:
         for i, size in enumerate(heights_and_widths):
             with av.open(str(write_video(folder / f"{i}.{ending}", numbered_frames(10, *size), **how))) as source:

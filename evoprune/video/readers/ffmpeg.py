@@ -28,8 +28,8 @@ from evoprune.backend.limits import available_cores
 from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.util import LONGEST, missing_hint, shorten, shown
 from evoprune.video.info import Video, fitted
-from evoprune.video.readers.parts import Slice, Span
 
+Span = tuple[int, int]  # the first byte of a part of a file, and the one behind its last byte
 # Called with a mark for each damaged packet or image: the same mark for the same damage.
 Damage = Callable[[object], None]
 Frames = Iterator[tuple[float, np.ndarray, bool]]  # what readers return, see `readers`
@@ -175,6 +175,29 @@ def check_file(path: str) -> None:
         raise VideoError(f"{path} is {problem}", "give a video file; - reads one from standard input")
     if not status.st_size:
         raise VideoError(f"{path} is empty", "was it copied or downloaded to its end?")
+
+
+class Slice:
+    """One part of an open binary file, as a file of its own that FFmpeg can read and seek in."""
+
+    def __init__(self, path: str, span: Span):
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (`close` closes it)
+        self._begin, self._end = span
+        self._file.seek(self._begin)
+
+    def read(self, count: int) -> bytes:
+        left = self._end - self._file.tell()
+        return self._file.read(min(count, left)) if left > 0 else b""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = (self._begin, self._file.tell(), self._end)[whence]
+        return self._file.seek(max(self._begin, start + offset)) - self._begin
+
+    def tell(self) -> int:
+        return self._file.tell() - self._begin
+
+    def close(self) -> None:
+        self._file.close()
 
 
 @contextmanager

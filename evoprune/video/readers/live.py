@@ -24,7 +24,8 @@ from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import VideoError
 from evoprune.video.readers import ffmpeg
-from evoprune.video.readers.parts import Slice, Span, spans
+from evoprune.video.readers.ffmpeg import Slice, Span
+from evoprune.video.readers.parts import spans
 
 # By the kind of a URL: the protocols that it needs, and formats beside those of files.
 WEB = "http,https,httpproxy,tcp,tls,crypto", ",hls,dash,aac,mp3,webvtt"

@@ -6,23 +6,32 @@ begins a part: there the clock tells it (pyav.py).
 """
 
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from itertools import pairwise
+from typing import BinaryIO
 
 from evoprune.errors import VideoError
+from evoprune.video.readers import ffmpeg
+from evoprune.video.readers.ffmpeg import Slice, Span
 
-Span = tuple[int, int]  # the first byte of a part, and the one behind its last byte
 Peek = Callable[[int, int], bytes]  # so many bytes of a file from a place on, fewer at its end
 Step = Callable[[Peek, int], int | None]  # the end of the element that begins at a place, None if that is not known
 
 MOST_PARTS = 1000
+MOST_LOOKS = (
+    6 * 10**6
+)  # into a file: some seconds; then it counts as ended. A day of FLV has two million tags, looked at twice each
+BLOCK_BYTES = 4096  # that are read at once: small elements stand close together
 HEAD_BYTES = 32
 PIECE = 2**20  # bytes that are searched at a time
 AVI_ENTRY_BYTES = 16
-TS_PACKET, TS_PACKET_BYTES = b"G", 188
+TS_PACKET_BYTES = 188
+BROKEN = (b"moof", b"mdat", b"mfra", b"sidx", b"styp")  # where a fragmented MP4 may break off; others are no boxes
 SEGMENT, CLUSTER = 0x18538067, 0x1F43B675  # elements of Matroska that hold others
-NUT = b"nut/multimedia container\0"
+NUT, Y4M, REAL = b"nut/multimedia container\0", b"YUV4MPEG2 W", b".RMF\0\0\0\x12\0"
 
 
 def spans(path: str) -> list[Span]:
@@ -34,14 +43,10 @@ def spans(path: str) -> list[Span]:
     Raises VideoError: more than `MOST_PARTS`. OSError: the file cannot be read.
     """
     with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-
-        def peek(at: int, count: int) -> bytes:
-            return os.pread(file.fileno(), count, at) if at < size else b""
-
+        peek, size = _peeks(file), os.fstat(file.fileno()).st_size
         begins: list[int] = []
         at, step = 0, None
-        while at is not None and at < size:
+        while at is not None and peek(at, 1):
             if begun := _container_at(peek, at):
                 begins.append(at)
                 step = begun
@@ -55,6 +60,39 @@ def spans(path: str) -> list[Span]:
         return list(pairwise([0, *begins[1:], end]))
 
 
+def cut_off(path: str, begin: int) -> bool:
+    """Whether the last part of a file, from that byte on, is an MP4 that ends inside a fragment. OSError: it cannot be read."""
+    with open(path, "rb", buffering=0) as file:
+        peek, size = _peeks(file), os.fstat(file.fileno()).st_size
+        if peek(begin, 8)[4:] != b"ftyp":
+            return False
+        fragments, kind = False, b""
+        for _, kind, end in _boxes(peek, begin):
+            fragments = fragments or kind == b"moof"
+            cut = len(kind) < 4 or (kind in BROKEN and end is not None and end > size)
+            if fragments and cut:
+                return True
+        return kind == b"moof"  # its pictures are missing
+
+
+def _peeks(file: BinaryIO) -> Peek:
+    """How to look into an open file, which reports progress."""
+    size = os.fstat(file.fileno()).st_size
+    block, begin, looks = b"", 0, 0
+
+    def peek(at: int, count: int) -> bytes:
+        nonlocal block, begin, looks
+        looks += 1
+        if at >= size or looks > MOST_LOOKS:
+            return b""
+        if not begin <= at <= at + count <= begin + len(block):
+            ffmpeg.alive()
+            block, begin = os.pread(file.fileno(), max(count, BLOCK_BYTES), at), at
+        return block[at - begin : at - begin + count]
+
+    return peek
+
+
 def _container_at(peek: Peek, at: int) -> Step | None:
     """How to walk through the container whose header stands at a place; None if there is none."""
     head = peek(at, HEAD_BYTES)
@@ -64,10 +102,9 @@ def _container_at(peek: Peek, at: int) -> Step | None:
         return None  # the further pieces of one large AVI are called AVIX
     if head.startswith(b"OggS") and not head[5] & 2:
         return None  # a page that begins no stream
-    if head[0] == TS_PACKET[0]:
-        in_a_row = all(peek(at + packet * TS_PACKET_BYTES, 1) == TS_PACKET for packet in range(4))
-        return _no_end if in_a_row else None
-    if head[0] not in FIRST_BYTES:  # nearly always: it is an element of the part that is walked through
+    if head.startswith(b"G") and all(_is_packet(peek, at, number) for number in range(4)):
+        return _packets_end
+    if not head.startswith(STARTS):
         return None
     return next((step for start, step in STEPS.items() if head.startswith(start)), None)
 
@@ -97,14 +134,14 @@ def _box_end(peek: Peek, at: int) -> int | None:
         return None
     size = int.from_bytes(head[:4], "big")
     if size == 1:
-        size = int.from_bytes(head[8:], "big")
+        size = max(16, int.from_bytes(head[8:], "big"))
     return at + size if size >= 8 else None
 
 
 def _boxes(peek: Peek, at: int) -> Iterator[tuple[int, bytes, int | None]]:
-    """Where each box begins, its kind, and its end."""
+    """Where each box begins, its kind, which may be cut off, and its end."""
     place: int | None = at
-    while place is not None and len(head := peek(place, 8)) == 8:
+    while place is not None and (head := peek(place, 8)):
         end = _box_end(peek, place)
         yield place, head[4:], end
         place = end
@@ -196,15 +233,33 @@ def _mxf_end(peek: Peek, at: int) -> int | None:
     return at + 17 + length
 
 
-def _nut_end(peek: Peek, at: int) -> int | None:
-    """The beginning of the next file. All bytes are searched: packets cannot be told without decoding their headers."""
+def _next_start(start: bytes, peek: Peek, at: int) -> int | None:
+    """The next place with these bytes. All bytes are searched, where packets cannot be told without decoding their headers."""
     place = at + 1
-    while piece := peek(place, PIECE + len(NUT) - 1):
-        found = piece.find(NUT)
+    while piece := peek(place, PIECE + len(start) - 1):
+        found = piece.find(start)
         if found >= 0:
             return place + found
         place += PIECE
     return None
+
+
+def _is_packet(peek: Peek, at: int, number: int) -> bool:
+    return peek(at + number * TS_PACKET_BYTES, 1) == b"G"
+
+
+def _packets_end(peek: Peek, at: int) -> int | None:
+    """Of packets of MPEG-TS in a row, however many files they are of. Looks at few of them."""
+
+    def inside(count: int) -> bool:
+        return all(_is_packet(peek, at, number) for number in range(max(0, count - 4), count))
+
+    if not inside(1):
+        return None
+    most = 1
+    while inside(2 * most):
+        most *= 2
+    return at + TS_PACKET_BYTES * (bisect_left(range(2 * most), True, key=lambda count: not inside(count)) - 1)
 
 
 def _no_end(peek: Peek, at: int) -> None:
@@ -221,30 +276,10 @@ STEPS: dict[bytes, Step] = {
     b"OggS": _ogg_end,
     b"\x89PNG\r\n\x1a\n": _png_end,
     bytes.fromhex("060e2b34020501010d0102010102"): _mxf_end,
-    NUT: _nut_end,
+    NUT: partial(_next_start, NUT),
+    Y4M: partial(_next_start, Y4M),
+    REAL: partial(_next_start, REAL),
     b"\0\0\1\xba": _no_end,  # MPEG-PS
+    b"GIF8": _no_end,  # FFmpeg reads all of several
 }
-FIRST_BYTES = {start[0] for start in STEPS}
-
-
-class Slice:
-    """One part of an open binary file, as a file of its own that FFmpeg can read and seek in."""
-
-    def __init__(self, path: str, span: Span):
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (`close` closes it)
-        self._begin, self._end = span
-        self._file.seek(self._begin)
-
-    def read(self, count: int) -> bytes:
-        left = self._end - self._file.tell()
-        return self._file.read(min(count, left)) if left > 0 else b""
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = (self._begin, self._file.tell(), self._end)[whence]
-        return self._file.seek(max(self._begin, start + offset)) - self._begin
-
-    def tell(self) -> int:
-        return self._file.tell() - self._begin
-
-    def close(self) -> None:
-        self._file.close()
+STARTS = tuple(STEPS)

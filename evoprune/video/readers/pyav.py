@@ -4,7 +4,6 @@
 """
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -22,7 +21,8 @@ from av.video.stream import VideoStream
 from evoprune.errors import VideoError
 from evoprune.video.info import Video, fitted
 from evoprune.video.readers import ffmpeg
-from evoprune.video.readers.parts import AVI_ENTRY_BYTES, Span, avi_index, spans
+from evoprune.video.readers.ffmpeg import Span
+from evoprune.video.readers.parts import AVI_ENTRY_BYTES, avi_index, cut_off, spans
 from evoprune.video.readers.sizes import stored_sizes
 
 RATE_JITTER_S = 0.0025  # frame intervals that differ by less are constant: Matroska rounds times to milliseconds
@@ -40,9 +40,9 @@ def probe(path: str) -> Video:
     """See `evoprune.video.frames.probe`. Of a joined file the size is that of its largest part."""
     every = parts(path)
     first = every[0].info
-    cut_off = every[-1].span[1] < os.path.getsize(path)
+    broken = cut_off(path, every[-1].span[0])
     if len(every) == 1:
-        return replace(first, cut_off=cut_off)
+        return replace(first, cut_off=broken)
     infos = [part.info for part in every]
     largest = max(infos, key=_area)
     return replace(
@@ -62,7 +62,7 @@ def probe(path: str) -> Video:
         hdr=any(info.hdr for info in infos),
         interlaced=any(info.interlaced for info in infos),
         rate_guessed=any(info.rate_guessed for info in infos),
-        cut_off=cut_off,
+        cut_off=broken,
     )
 
 
@@ -232,14 +232,15 @@ def _lengths(path: str, span: Span, stream: VideoStream, start: float | None, st
     and does not know that the file was cut off. Containers whose duration FFmpeg estimates from their content state none.
     """
     container, name = stream.container, stream.container.format.name
+    frames = stream.frames if stream.frames <= container.size else 0  # an AVI that was written to a pipe claims 2**30
     if start is None:
-        stated = (step * stream.frames or None) if name == ffmpeg.AVI else None
+        stated = (step * frames or None) if name == ffmpeg.AVI else None
         return _Lengths(step * sum(1 for _ in _all_packets(path, span)), stated)
     if name == ffmpeg.AVI:
-        stated = step * stream.frames or None
+        stated = step * frames or None
         # If the index does not list as many frames as the header, the file was cut off. FFmpeg's lacks frames without data.
-        if stream.frames in (len(stream.index_entries), _listed_in_avi(path, span, stream.index)):
-            return _Lengths(stated or 0.0, stated)
+        if frames and frames in (len(stream.index_entries), _listed_in_avi(path, span, stream.index)):
+            return _Lengths(stated, stated)
         decoded = [float(p.dts * p.time_base) for p in _all_packets(path, span) if p.dts is not None]
         return _Lengths(max(decoded) - min(decoded) + step if decoded else None, stated)
     times = _measured(_tail_packets(container, stream), name, step)

@@ -4,6 +4,7 @@ A recorder that is turned, or a stream whose quality changes, goes on with frame
 """
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -30,7 +31,9 @@ PARAMETERS = {
     "mpeg2video": "extract_extradata",
     "mpeg4": "extract_extradata",
 }
-HEADS = {"vp8": 10, "vp9": 10}  # bytes of a keyframe in which its size stands
+# Bytes of a keyframe in which its size stands. Those of H.263 and Sorenson's H.263 differ from frame to frame.
+HEADS = {"vp8": 10, "vp9": 10, "flv1": 9, "h263": 8}
+JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc2]\0.{6}", re.DOTALL)  # the header of a JPEG's frame
 
 
 def stored_sizes(
@@ -43,7 +46,7 @@ def stored_sizes(
     """
     sizes = [(first.width, first.height)]
     codec = stream.codec_context.codec.canonical_name
-    if codec not in PARAMETERS and codec not in HEADS:
+    if codec not in PARAMETERS and codec not in HEADS and codec != "mjpeg":
         return sizes
     seen: set[bytes] = set()
     with suppress(av.error.FFmpegError):  # the file does not seek, or is damaged, which its reader says
@@ -76,6 +79,9 @@ def _keyframes(container: InputContainer, stream: VideoStream, duration_s: float
 
 def _parameters(keyframe: Packet, stream: VideoStream, codec: str) -> tuple[bytes, Packet]:
     """The parameters that stand in a keyframe, perhaps none, and the keyframe in the form in which it is decoded with them."""
+    if codec == "mjpeg":
+        found = JPEG_SIZE.search(bytes(keyframe))
+        return found[0] if found else b"", keyframe
     if codec in HEADS:
         return bytes(keyframe)[: HEADS[codec]], keyframe
     for packet in BitStreamFilterContext(PARAMETERS[codec], stream).filter(keyframe):
