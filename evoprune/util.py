@@ -1,8 +1,11 @@
 """Short and harmless texts, and options: fields that describe them, and keywords made of them."""
 
+import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from numbers import Integral, Real
 from os import PathLike
@@ -15,6 +18,7 @@ from evoprune.errors import UsageError
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 FILE_URL = "file://"
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LONGEST = 200  # characters of a path in a message
 SOME = 10  # texts that a sentence names before it only counts them
 
@@ -104,6 +108,34 @@ def check_text(*texts: str | None) -> None:
     """Raises UsageError if one of a question and a system prompt is no text."""
     if not all(is_text(text) for text in texts if text):
         raise UsageError("the question or the system prompt is not valid text", "write it in UTF-8")
+
+
+def file_stats(paths: Iterable[str | PathLike]) -> list[tuple[str, int, int]]:
+    """Look up the path, the bytes and the time of change in nanoseconds of each file. Raises OSError: one cannot be found."""
+    stats = [(os.fspath(path), os.stat(path)) for path in paths]
+    return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+
+def file_state(paths: Iterable[str | PathLike]) -> dict[str, Any] | None:
+    """Describe files without reading them, as flat data for JSON; None where one cannot be found, or there are none.
+
+    `files` and `bytes` count, `modified_utc` is the latest change, and `digest` stands for the name, size and time of every file.
+    """
+    try:
+        stats = sorted((os.path.basename(path), size, time) for path, size, time in file_stats(paths))
+        newest = EPOCH + timedelta(microseconds=max(time for _, _, time in stats) // 1000)
+    except (
+        OSError,
+        ValueError,
+        OverflowError,
+    ):  # also: a name that no file can have, none at all, a time after the year 9999
+        return None
+    return {
+        "files": len(stats),
+        "bytes": sum(size for _, size, _ in stats),
+        "modified_utc": newest.isoformat(),
+        "digest": hashlib.sha256(repr(stats).encode()).hexdigest()[:16],
+    }
 
 
 OPTION = "option"  # of a field's metadata

@@ -99,7 +99,7 @@ def batch(
     if address and on != "ray":
         raise UsageError("--address is of a Ray cluster", "add --on ray")
     pipeline = options()
-    from evoprune.batch.output import RecordFile, Settings, remaining
+    from evoprune.batch.output import RecordFile, Settings, Sources, remaining
     from evoprune.batch.rows import group_by_span
     from evoprune.video.frames import choose_decoder
 
@@ -113,7 +113,8 @@ def batch(
     tally = Tally(len(rows), quiet, _check_files(rows, source, output, quiet))
     opened = partial(RecordFile, output, stdout=stdout(), resume=resume, overwrite=overwrite)
     with tally, closing(opened()) as file, progress(not quiet) as show:
-        left = remaining(rows, settings, file.found)
+        sources = Sources(settings)
+        left = remaining(rows, settings, file.found, sources)
         ready = partial(tally.start, file, len(left), show)
         others = len({record.id for record in file.found} - {row.id for row in rows})
         if others and not quiet:
@@ -124,6 +125,7 @@ def batch(
             file.begin()
             return 0
         spans = group_by_span(left)
+        files = {row.id: sources.of(row) for row in left}
         if on == "ray":
             from evoprune.batch.ray import answers_on_ray
 
@@ -133,6 +135,8 @@ def batch(
             answers = _answers(spans, settings, cache, quiet, show, ready)
         with closing(answers) as records:
             for record in records:
+                sources.check_revision(record.model.revision)
+                record.batch["files"] = files[record.id]
                 if not file.written:  # earlier records stay until there is one to write
                     file.begin(again={row.id for row in left})
                 file.add(record)

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TextIO
 
 from evoprune import methods
@@ -22,6 +23,8 @@ from evoprune.errors import UsageError
 from evoprune.model.config import loads
 from evoprune.report import SCHEMA, Report, rounded
 from evoprune.session.options import PipelineOptions, record
+from evoprune.util import shown
+from evoprune.video.info import input_state
 
 if TYPE_CHECKING:
     from evoprune.video_qa import VideoQA
@@ -59,7 +62,10 @@ class Settings(PipelineOptions):
 
 @dataclass(frozen=True)
 class Found:
-    """A record that an earlier run wrote: its row and settings, whether the row failed, and its bytes [start, end) of the file."""
+    """A record that an earlier run wrote: its row and settings, whether the row failed, and its bytes [start, end) of the file.
+
+    `files`: what it was made of (`Sources`), and `revision`: the commit of a hub model. Empty, and None, where that is unknown.
+    """
 
     id: str
     row: dict[str, Any]
@@ -67,10 +73,60 @@ class Found:
     failed: bool
     start: int
     end: int
+    files: dict[str, Any] = field(default_factory=dict)
+    revision: str | None = None
 
 
-def remaining(rows: Sequence[Row], settings: Settings, found: Sequence[Found]) -> list[Row]:
-    """The rows that have no answer yet, or failed. Raises UsageError if a record has other settings, or its row has changed."""
+class Sources:
+    """What the records of a batch are made of: states (`file_state`) of the files of the model and of the inputs, when it begins.
+
+    None is unknown, such as the files of a hub model, whose commit each record has.
+    """
+
+    def __init__(self, settings: Settings):
+        self._name, self._subtitles = settings.model.model, settings.sampling.subtitles
+        self._model = settings.model.state()
+        self._input = cache(partial(input_state, listdir=cache(os.listdir)))
+        self._revision: str | None = None
+
+    def of(self, row: Row) -> dict[str, Any]:
+        """The states for a record of a row, as plain data."""
+        subtitles = row.subtitles_path or self._subtitles
+        return {"model": self._model, "inputs": [self._input(path, subtitles) for path in row.paths]}
+
+    def check(self, earlier: Found, row: Row | None) -> None:
+        """Raise UsageError where the model is not what it was, or an input of a row that has an answer."""
+        if change := file_changes(earlier.files.get("model"), self._model):
+            self._refuse(change)
+        self.check_revision(earlier.revision)
+        if row is None or earlier.failed:
+            return
+        for name, before, now in zip(
+            row.inputs, earlier.files.get("inputs") or [], self.of(row)["inputs"], strict=False
+        ):
+            if change := file_changes(before, now):
+                hint = "delete its line in the output, and it is asked anew; or choose another -o"
+                raise UsageError(f"{shown(name)} is not what it was when row {row.id!r} was answered: {change}", hint)
+
+    def check_revision(self, commit: str | None) -> None:
+        """Raise UsageError where a record, earlier or new, has another commit of a hub model than the ones before."""
+        if commit and self._revision and commit != self._revision:
+            self._refuse(f"its commit was {self._revision}, is {commit}")
+        self._revision = commit or self._revision
+
+    def _refuse(self, change: str) -> None:
+        hint = "give the earlier one (--revision, where it is of the hub), or another -o"
+        raise UsageError(f"the model {self._name} is not what it was when the output was begun: {change}", hint)
+
+
+def remaining(
+    rows: Sequence[Row], settings: Settings, found: Sequence[Found], sources: Sources | None = None
+) -> list[Row]:
+    """The rows that have no answer yet, or failed.
+
+    Raises UsageError: a record has other settings, its row has changed, or the files that it was made of have.
+    """
+    sources, by_id = sources or Sources(settings), {row.id: row for row in rows}
     now, asked, done = rounded(settings.record()), {row.id: rounded(row.asked) for row in rows}, set()
     for earlier in found:
         if change := differences(earlier.settings, now):
@@ -79,6 +135,7 @@ def remaining(rows: Sequence[Row], settings: Settings, found: Sequence[Found]) -
         if change := differences(before, asked.get(earlier.id, before) | {"answer": None}):
             hint = "give changed rows ids of their own, or choose another -o"
             raise UsageError(f"the row {earlier.id!r} is not what it was: {change}", hint)
+        sources.check(earlier, by_id.get(earlier.id))
         if not earlier.failed:
             done.add(earlier.id)
     return [row for row in rows if row.id not in done]
@@ -88,6 +145,14 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The entries in which two dicts differ, in words; empty where they are equal."""
     names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
+
+
+def file_changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
+    """Say in words how the state of files (`file_state`) has changed; empty where it has not, or one is unknown."""
+    if not before or not now or before == now:
+        return ""
+    first, second = ({name: value for name, value in state.items() if name != "digest"} for state in (before, now))
+    return differences(first, second) or "single files have other sizes or times"
 
 
 class RecordFile:
@@ -222,7 +287,9 @@ class RecordFile:
                     about, failed = record["batch"], record["error"] is not None
                     if about["settings"] != settings:  # usually one object serves all records
                         settings = about["settings"]
-                    records.append(Found(record["id"], about["row"], settings, failed, end, end + len(line)))
+                    files, commit = dict(about.get("files") or {}), dict(record.get("model") or {}).get("revision")
+                    place = end, end + len(line)
+                    records.append(Found(record["id"], about["row"], settings, failed, *place, files, commit))
                 except (ValueError, KeyError, TypeError) as problem:
                     if _is_torn(line, bool(records)):
                         break

@@ -20,6 +20,7 @@ from zlib import crc32
 import evoprune
 from evoprune import methods
 from evoprune.backend.devices import environment
+from evoprune.batch.output import file_changes
 from evoprune.batch.rows import Row, Span, group_by_span
 from evoprune.bench.eval_folder import RunFolder
 from evoprune.bench.processes import map_in_processes
@@ -45,6 +46,7 @@ from evoprune.session.options import (
 )
 from evoprune.session.session import Session, check_fits
 from evoprune.util import OPTION, counted
+from evoprune.video.info import NO_SUBTITLES, input_state
 from evoprune.vision.tower import tower_geometry
 
 COST_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -119,7 +121,8 @@ class EvalSettings:
 
         Raises KeyError, TypeError, ValueError or UsageError: it is no such record.
         """
-        options = {name: value for name, value in record.items() if name not in ("digest", "version", "plugins")}
+        others = ("digest", "version", "plugins", "files")
+        options = {name: value for name, value in record.items() if name not in others}
         own = {f.name: options.pop(f.name) for f in fields(cls) if f.name in options and f.name != "model"}
         own["budgets"] = tuple(map(parse_budget_or_name, own["budgets"]))
         own |= {name: tuple(own[name]) for name in ("methods", "groups")}
@@ -180,18 +183,25 @@ class Evaluation:
         self.loaded: LoadedModel | None = None
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Raises what `load_model` raises. UsageError: a method cannot act in the model."""
+        """Raises what `load_model` raises. UsageError: a method cannot act in the model, or a run to go on with had another one."""
 
         def check(found: FoundModel) -> None:
             for name in {variant.method for variant in self.variants}:
                 check_fits(methods.parse(name), found)
 
         self.loaded = load_model(find_model(self.settings.model, check), progress=progress)
+        if self.folder:
+            self.folder.check_model(self.loaded.found.state)
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
         """Writes samples into a folder from now on; with `resume` that of an earlier run, whose samples are kept (`RunFolder`)."""
-        self.folder = (RunFolder.resume if resume else RunFolder.create)(path, self.settings.record())
+        self.folder = (RunFolder.resume if resume else RunFolder.create)(path, self._record())
         self.samples = list(self.folder.samples)
+        states = {sample["video"]: sample.get("files") for sample in self.samples}
+        for video in self.videos:
+            if change := file_changes(states.get(video.name), _state(video)):
+                hint = "give the earlier one, or a new -o DIR"
+                raise UsageError(f"{video.name} is not what it was when {path} was begun: {change}", hint)
 
     @property
     def failed(self) -> bool:
@@ -227,12 +237,13 @@ class Evaluation:
     def evaluate(self, video: VideoQuestions, progress: Progress = lambda what: None) -> list[dict]:
         """The samples of a video, variant after variant; if it fails, one with an `error` for each question."""
         samples: list[dict] = []
+        files = _state(video)
         try:
             for span in group_by_span(video.rows):
                 frames, rows = SharedFrames(), SharedRows()
                 for variant in self.variants:
                     progress(variant.name)
-                    samples += self._asked(variant, video, span, frames, rows)
+                    samples += [sample | {"files": files} for sample in self._asked(variant, video, span, frames, rows)]
         except (UsageError, VideoError, ModelError, OutOfMemory) as problem:
             error = error_record(problem)
             return [_about(video, row) | {"error": error} for row in video.rows]
@@ -282,7 +293,7 @@ class Evaluation:
             "schema": SCHEMA,
             "model": asdict(loaded.facts()) if loaded else None,
             "env": asdict(environment(loaded.device)) if loaded else None,
-            "settings": self.settings.record(),
+            "settings": self._record(),
             "videos": {"wanted": self.total, "evaluated": len({s["video"] for s in good}), "failed": len(failed)},
             "items": {"answered": len(good), "failed": sum("error" in s for s in self.samples)},
             "rows": rows,
@@ -290,6 +301,11 @@ class Evaluation:
             "notes": [*filter(None, [precision(rows)]), *self._notes()],
             "error": error,
         }
+
+    def _record(self) -> dict[str, Any]:
+        """The settings, and the state of the model's files if it is known."""
+        state = self.loaded.found.state if self.loaded else self.settings.model.state()
+        return self.settings.record() | ({"files": state} if state else {})
 
     def _notes(self) -> list[str]:
         notes, given = [NOTE], self.settings.method_args
@@ -312,6 +328,10 @@ def _start(settings: EvalSettings) -> Callable[[VideoQuestions], list[dict]]:
     evaluation = Evaluation(settings, [])  # what it evaluates comes one by one
     evaluation.load()
     return evaluation.evaluate
+
+
+def _state(video: VideoQuestions) -> dict[str, Any] | None:
+    return input_state(str(video.path), NO_SUBTITLES)
 
 
 def _about(video: VideoQuestions, row: Row) -> dict[str, Any]:

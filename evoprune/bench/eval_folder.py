@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from evoprune.batch.output import append, differences, remove_unfinished, write_file
+from evoprune.batch.output import append, differences, file_changes, remove_unfinished, write_file
 from evoprune.errors import UsageError
 from evoprune.model.config import read_object
 
@@ -17,10 +17,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunFolder:
-    """The folder of one run. `samples` are those of the videos that were finished when it was opened."""
+    """The folder of one run. `samples` are those of the videos that were finished when it was opened.
 
-    def __init__(self, path: Path, samples: list[dict]):
-        self.path, self.samples = path, samples
+    `model`: the state of the files of its model (`FoundModel.state`); None where that is unknown.
+    """
+
+    def __init__(self, path: Path, samples: list[dict], model: dict[str, Any] | None):
+        self.path, self.samples, self.model = path, samples, model
 
     @classmethod
     def create(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
@@ -30,7 +33,7 @@ class RunFolder:
             with _writing(place), suppress(FileExistsError):
                 place.mkdir(parents=True)
                 break
-        folder = cls(place, [])
+        folder = cls(place, [], settings.get("files"))
         folder._replace(SETTINGS, json.dumps(settings, indent=1) + "\n")
         return folder
 
@@ -38,24 +41,33 @@ class RunFolder:
     def resume(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
         """The folder of an interrupted run, without the samples of unfinished and of failed videos.
 
-        Raises UsageError: `path` is no such folder, or its run had other settings.
+        Raises UsageError: `path` is no such folder, or its run had other settings, or another model.
         """
         before, file = stored_settings(path), path / SAMPLES
+        now = json.loads(json.dumps(settings))
+        model, here = before.pop("files", None), now.pop("files", None)
         try:
             text = file.read_bytes() if file.exists() else b""
         except OSError as problem:
             raise no_folder(path) from problem
-        if change := differences(before, json.loads(json.dumps(settings))):
+        if change := differences(before, now):
             raise UsageError(f"{path} was begun with other settings: {change}", "give the same ones, or a new -o DIR")
         with _writing(path):
             for name in (SETTINGS, SAMPLES, RESULTS):
                 remove_unfinished(str(path / name))
         samples = _finished(text)
-        folder = cls(path, samples)
+        folder = cls(path, samples, model)
+        folder.check_model(here)
         kept = "".join(map(_line, samples))
         if kept.encode() != text:
             folder._replace(SAMPLES, kept)
         return folder
+
+    def check_model(self, state: dict[str, Any] | None) -> None:
+        """Raises UsageError: the model is not the one that the run was begun with."""
+        if change := file_changes(self.model, state):
+            problem = f"the model is not what it was when {self.path} was begun: {change}"
+            raise UsageError(problem, "give the earlier one, or a new -o DIR")
 
     def add(self, samples: list[dict]) -> None:
         """Appends all samples of a video, or none of them. They are on the disk when this returns. Raises UsageError."""

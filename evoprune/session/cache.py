@@ -22,7 +22,7 @@ import torch
 import evoprune
 from evoprune.errors import UsageError
 from evoprune.model.config import loads
-from evoprune.util import brief, check_type
+from evoprune.util import brief, check_type, file_stats
 from evoprune.vision.encoder import Encoded
 
 SUFFIX, UNFINISHED = (
@@ -42,8 +42,7 @@ def cache_folder() -> Path:
 def own_code() -> str:
     """A hash of this package's files, which change during development while the version does not."""
     files = sorted(Path(evoprune.__file__).parent.rglob("*.py"))
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
+    return hashlib.sha256(repr(file_stats(files)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

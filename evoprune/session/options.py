@@ -5,9 +5,11 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from evoprune import methods
+from evoprune.bundled import DEMOS
 from evoprune.cpu.precision import (
     AUTO_THREADS,
     DTYPE_NAMES,
@@ -26,7 +28,7 @@ from evoprune.methods.plans import (
     parse_budget_or_name,
     plain,
 )
-from evoprune.util import OPTION, check_types, from_keywords, option
+from evoprune.util import OPTION, check_types, file_state, from_keywords, option
 from evoprune.video.info import FOLDER_FPS, NO_SUBTITLES, PICTURE, VIDEO, Video
 from evoprune.video.plan import check_sampling, parse_time
 
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
     from evoprune.methods.config import PruneConfig
 
 AUTO, NATIVE, TRANSFORMERS = ENGINES = ("auto", "native", "transformers")
+# Of a model's folder, what answers depend on.
+MODEL_FILES = (
+    "*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.*",
+)  # fmt: skip
 OTHER_MODELS = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
 
 
@@ -116,6 +123,15 @@ class ModelOptions:
         check_quantize(self.quantize)
         if self.store_quantized and self.quantize == "none":
             raise UsageError("store_quantized needs quantize", "--quantize int8, or int4")
+
+    @property
+    def folder(self) -> Path:
+        """The folder of a bundled or a local model. Of a hub id there is none by this name."""
+        return DEMOS[self.model].folder if self.model in DEMOS else Path(os.path.expanduser(self.model))
+
+    def state(self) -> dict[str, Any] | None:
+        """Describe the files of a local model (`file_state`): weights, settings, tokenizer, adapters; None where there are none."""
+        return file_state(file for pattern in MODEL_FILES for file in self.folder.glob(pattern))
 
 
 def parse_settings(texts: Iterable[str] | None) -> dict[str, str]:

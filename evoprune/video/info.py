@@ -2,10 +2,13 @@
 `Subtitles` from its tracks and the files beside it. And what a folder holds, by the endings of its files."""
 
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from evoprune.errors import UsageError
+from evoprune.util import file_state
 from evoprune.video.order import natural, readings_of
 
 SAME_SHAPE = 0.02  # by which the ratios of width and height of frames of one shape may differ, relative
@@ -171,6 +174,10 @@ VIDEOS = (
 )  # fmt: skip
 
 
+SUBTITLES = (".srt", ".vtt", ".ass", ".ssa")  # of files beside a video, the preferred one first
+LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")  # between a video's name and the ending: .en, .pt-BR
+
+
 def files(folder: str, endings: tuple[str, ...]) -> list[str]:
     """Paths of the files with these endings in a folder, in natural order, without hidden ones. Raises OSError, ValueError."""
     with os.scandir(folder) as entries:
@@ -178,3 +185,39 @@ def files(folder: str, endings: tuple[str, ...]) -> list[str]:
         names = [e.name for e in seen if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)]
     readings = readings_of(names)
     return [os.path.join(folder, name) for name in sorted(names, key=lambda name: natural(name, readings))]
+
+
+def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[list[str], list[str]]:
+    """Find the files of subtitles beside a video: those of its name, the preferred first, and those that add a language to it.
+
+    `listdir`: as of `os`, or one that remembers. Raises OSError: the folder cannot be read.
+    """
+    path = os.path.normpath(path)
+    folder, name = os.path.split(path)
+    stem = name if os.path.isdir(path) else os.path.splitext(name)[0]
+    exact, others = {}, []
+    for file in listdir(folder or "."):
+        front, ending = os.path.splitext(file)
+        if not file.startswith(stem) or ending.lower() not in SUBTITLES:
+            continue
+        if front == stem:
+            exact[ending.lower()] = os.path.join(folder, file)
+        elif LANGUAGE.fullmatch(front[len(stem) :]):
+            others.append(os.path.join(folder, file))
+    return [exact[ending] for ending in SUBTITLES if ending in exact], others
+
+
+def input_state(path: str, subtitles: str, listdir: Callable[[str], list[str]] = os.listdir) -> dict[str, Any] | None:
+    """Describe the files of an input (`file_state`): the video, the picture or the images of a folder, and its subtitles.
+
+    `subtitles`: a file, none, or auto: all beside it. `listdir`: as of `subtitles_beside`. None where one cannot be found.
+    """
+    try:
+        own = files(path, IMAGES) if os.path.isdir(path) else [path]
+        if subtitles == AUTO_SUBTITLES:
+            own += [file for found in subtitles_beside(path, listdir) for file in found]
+        elif subtitles != NO_SUBTITLES:
+            own.append(subtitles)
+        return file_state(own)
+    except (OSError, ValueError):
+        return None

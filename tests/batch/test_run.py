@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.batch.output import Found, Settings, remaining
+from evoprune.batch.output import Found, Settings, Sources, remaining
 from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
 from evoprune.errors import OutOfMemory, UsageError, VideoError
@@ -73,6 +73,28 @@ def test_a_row_that_changed_is_refused(name):
     with pytest.raises(UsageError, match=f"is not what it was: {name} was "):
         remaining(rows, SETTINGS, [found(ROWS[0])])
     assert remaining([replace(ROWS[0], answer="yes")], SETTINGS, [found(ROWS[0])]) == []  # nobody is asked that
+
+
+def test_another_commit_of_a_hub_model_is_refused():
+    """An earlier record names it, or a new one does; before, it may be unknown."""
+    settings = changed(model="org/model")
+    before = [
+        replace(found(row, settings=settings), revision=name) for row, name in zip(ROWS, [None, "a"], strict=False)
+    ]
+    sources = Sources(settings)
+    assert remaining(ROWS, settings, before, sources) == ROWS[2:]
+    sources.check_revision(None)
+    sources.check_revision("a")
+    other = [*before, replace(before[1], revision="b")]
+    for check in (lambda: sources.check_revision("b"), lambda: remaining(ROWS, settings, other)):
+        with pytest.raises(UsageError, match=r"org/model is not what it was .*: its commit was a, is b") as caught:
+            check()
+        assert "--revision" in caught.value.hint
+
+
+@pytest.mark.parametrize("before", [{}, {"model": None, "inputs": [None]}, {"inputs": []}, {"inputs": None}])
+def test_what_is_unknown_of_files_is_accepted(before):
+    assert remaining(ROWS[:1], SETTINGS, [replace(found(ROWS[0]), files=before)]) == []
 
 
 @pytest.fixture(scope="module")

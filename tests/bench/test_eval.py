@@ -1,6 +1,7 @@
 """Running an evaluation: what is encoded how often, what it is said to cost, and going on after an interruption."""
 
 import json
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -359,6 +360,26 @@ def test_other_settings_are_refused(loaded, tmp_path):
             begun(loaded, replace(SETTINGS, **changes), folder=tmp_path / "run", resume=True)
     with pytest.raises(UsageError, match="no folder of an evaluation"):
         begun(loaded, folder=tmp_path / "nothing", resume=True)
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "square.mp4"])
+def test_a_model_or_a_video_that_was_replaced_is_refused(loaded, folder, tmp_path, changed):
+    """What an earlier version did not write down is accepted."""
+    (tmp_path / "square.mp4").write_bytes((SAMPLES / "square.mp4").read_bytes())
+    clips = [VideoQuestions("square.mp4", tmp_path / "square.mp4", videos()[0].rows)]
+    asked = replace(SETTINGS, model=ModelOptions(str(folder)))
+    begun(loaded, asked, clips, tmp_path / "run").run()
+    begun(loaded, asked, clips, tmp_path / "run", resume=True)
+    os.utime((folder if "model" in changed else tmp_path) / changed, (1, 1))
+    what = "the model" if "model" in changed else changed
+    with pytest.raises(UsageError, match=f"{what} is not what it was when .*run was begun: ") as caught:
+        begun(loaded, asked, clips, tmp_path / "run", resume=True)
+    assert caught.value.hint
+    for name in ("settings.json", "samples.jsonl"):
+        file = tmp_path / "run" / name
+        lines = [json.loads(file.read_text())] if name == "settings.json" else map(json.loads, file.open())
+        file.write_text("".join(json.dumps({k: v for k, v in each.items() if k != "files"}) + "\n" for each in lines))
+    assert len(begun(loaded, asked, clips, tmp_path / "run", resume=True).samples) == 6
 
 
 def test_a_folder_that_is_there_gets_a_sibling(loaded, tmp_path):

@@ -18,6 +18,7 @@ from evoprune.language.static import best_of
 from evoprune_cli import batch
 from evoprune_cli.terminal import Terminated
 from tests.cli.screen import visible
+from tests.video.files import numbered_frame, write_image
 from tests.video.subtitled import ASS, SRT, write_subtitled
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +133,75 @@ def test_resume_asks_what_is_left(run, out, monkeypatch):
     no_weights(monkeypatch)
     result = run(*CLIPS, *ASKED, "--resume")
     assert (result.code, result.err) == (0, "4 of 4 rows answered, 4 of them before\n")
+
+
+@pytest.fixture
+def model(tiny_folder, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
+def test_resume_refuses_a_model_that_was_replaced(run, out, model, monkeypatch, name):
+    assert run(CLIPS[0], *ASKED, "-m", model).code == 0
+    before = out.read_bytes()
+    (model / name).write_bytes((model / name).read_bytes())  # as another one of the same size
+    no_weights(monkeypatch)
+    result = run(*CLIPS, *ASKED, "-m", model, "--resume")
+    assert result.code == 2 and out.read_bytes() == before
+    said = f"the model {model} is not what it was when the output was begun: modified_utc was"
+    assert said in " ".join(result.err.split()) and len(result.err.splitlines()) == 2
+
+
+def test_resume_accepts_records_that_do_not_say_what_they_were_made_of(run, out, model):
+    assert run(CLIPS[0], *ASKED, "-m", model).code == 0
+    made = records(out)
+    for record in made:
+        assert record["batch"].pop("files")["model"]["files"] > 5
+    out.write_text("".join(json.dumps(record) + "\n" for record in made))
+    os.utime(model / "model.safetensors", (1, 1))
+    assert run(*CLIPS, *ASKED, "-m", model, "--resume").code == 0 and len(records(out)) == 4
+
+
+def test_resume_refuses_an_adapter_beside_the_model(run, out, model):
+    assert run(CLIPS[0], *ASKED, "-m", model).code == 0
+    (model / "adapter_config.json").write_text("{}")
+    assert re.search(r"files was (\d+), is \d+;", " ".join(run(CLIPS[0], *ASKED, "-m", model, "--resume").err.split()))
+
+
+@pytest.mark.parametrize("kind", ["video", "picture", "folder", "added", "subtitles", "beside", "second"])
+def test_resume_refuses_an_input_that_was_replaced(run, out, tmp_path, kind):
+    """A row without an answer is asked about whatever is there."""
+    clip, folder, picture = tmp_path / "clip.mp4", tmp_path / "frames", tmp_path / "a.png"
+    shutil.copy(CLIPS[0], clip)
+    folder.mkdir()
+    for place in (folder / "1.png", folder / "2.png", picture):
+        write_image(place, numbered_frame(1))
+    said = tmp_path / ("clip.en.srt" if kind == "beside" else "said.srt")
+    said.write_text(SRT)
+    asked, changed = {
+        "video": ({"video": "clip.mp4"}, clip),
+        "picture": ({"video": "a.png"}, picture),
+        "folder": ({"video": "frames"}, folder / "2.png"),
+        "added": ({"video": "frames"}, folder / "3.png"),
+        "subtitles": ({"video": "clip.mp4", "subtitles": "said.srt"}, said),
+        "beside": ({"video": "clip.mp4", "subtitles": "auto"}, said),
+        "second": ({"inputs": ["a.png", "clip.mp4"]}, clip),
+    }[kind]
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"id": "a", "question": "What?"} | asked, {"id": "b", "video": "gone.mp4", "question": "What?"}]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run("--from", rows).code == 6
+    shutil.copy(CLIPS[1], tmp_path / "gone.mp4")  # whose row failed
+    assert run("--from", rows, "--resume").code == 0 and [r["error"] for r in records(out)] == [None, None]
+    before = out.read_bytes()
+    write_image(changed, numbered_frame(3)) if kind == "added" else os.utime(changed, (1, 1))
+    result = run("--from", rows, "--resume")
+    assert result.code == 2 and out.read_bytes() == before
+    assert "is not what it was when row 'a' was answered: " in " ".join(result.err.split())
+    assert len(result.err.splitlines()) == 2 and "delete its line" in result.err
+    out.write_bytes(before.split(b"\n", 1)[1])
+    assert run("--from", rows, "--resume").code == 0 and {r["id"] for r in records(out)} == {"a", "b"}
 
 
 def test_resume_keeps_the_records_of_other_rows(run, out, tmp_path):

@@ -165,13 +165,17 @@ def names_of(fields: dict) -> str:
 
 
 def masked_record(record):
-    """A JSON record whose times, memory and versions are names alone. What repeats the whole is said to be the same."""
+    """A JSON record whose times, memory and versions are names alone, without the states of files. What repeats the whole is said
+    to be the same.
+    """
     if isinstance(record, list):
         return [masked_record(each) for each in record]
     if not isinstance(record, dict):
         return masked_text(record) if isinstance(record, str) and "/" in record else record
     made = {}
     for name, value in record.items():
+        if name == "files" and isinstance(value, dict):
+            continue
         if name == "created_utc" or (name == "id" and re.fullmatch("[0-9a-f]{16,32}", str(value))):
             made[name] = type(value).__name__
         elif name in MASKED_FIELDS and isinstance(value, dict):

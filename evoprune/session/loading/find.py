@@ -46,7 +46,7 @@ from evoprune.model.config import (
 from evoprune.model.cost import parameter_count
 from evoprune.model.weights import Tower, empty, name_in_memory
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
-from evoprune.util import did_you_mean, is_text, listed, shorten
+from evoprune.util import did_you_mean, file_stats, is_text, listed, shorten
 from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import InputLimits
 
@@ -243,8 +243,13 @@ class FoundModel:
         """
         if self.commit is not None and self.files:
             return f"{self.id}@{self.commit}"
-        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        stats = file_stats(file.resolve() for file in self.files)
         return hashlib.sha256(_config_path(self.options, self.folder).read_bytes() + repr(stats).encode()).hexdigest()
+
+    @cached_property
+    def state(self) -> dict[str, Any] | None:
+        """What answers come from: the commit of a hub model, or the state of a folder's files (`ModelOptions.state`)."""
+        return {"commit": self.commit} if self.commit is not None else self.options.state()
 
     @cached_property
     def _stored(self) -> torch.dtype | None:
@@ -332,7 +337,7 @@ def locate(
     name, revision = options.model, options.revision
     if not name.strip():
         raise ModelError("the name of the model is empty", MODEL_HINT)
-    folder = DEMOS[name].folder if name in DEMOS else Path(os.path.expanduser(name))
+    folder = options.folder
     if name in DEMOS and not (folder / "config.json").is_file():
         hint = "install evoprune again, or name another model"
         raise ModelError(f"the bundled {name} model is missing: {folder}", hint)

@@ -130,6 +130,7 @@ def load_model(
     generation = read_generation(folder)
     ends = eos_ids(folder, generation, model.config, tokenizer)
     model.files  # noqa: B018 (checked here)
+    model.state  # noqa: B018 (before they are read)
     seconds = {"tokenizer": time.perf_counter() - start}
     work = partial(_warm_up, model.config, DTYPES[model.dtype], model.device, model.native)
     ready = run_beside(work, model.device)

@@ -16,12 +16,10 @@ from av.subtitles.stream import SubtitleStream
 
 from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.util import missing_hint, shown
-from evoprune.video.info import AUTO_SUBTITLES, SubtitleLine, Subtitles
+from evoprune.video.info import AUTO_SUBTITLES, SubtitleLine, Subtitles, subtitles_beside
 from evoprune.video.readers import ffmpeg, pyav
 from evoprune.video.readers.parts import spans
 
-ENDINGS = (".srt", ".vtt", ".ass", ".ssa")  # of files beside a video, the preferred one first
-LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")  # between a video's name and the ending: .en, .pt-BR
 TEXT_CODECS = ("subrip", "ass", "ssa", "webvtt", "mov_text", "text")
 # Bytes of a file of subtitles, and of all text in a track. A film has 0.1 MB; as JSON, text grows up to six times.
 MAX_BYTES = 10 * 2**20
@@ -69,24 +67,11 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
 
 def _beside(path: str) -> tuple[str | None, str | None]:
     """The file beside a video that has its name, perhaps with a language if only one has; or why there is none."""
-    path = os.path.normpath(path)
-    folder, name = os.path.split(path)
-    stem = name if os.path.isdir(path) else os.path.splitext(name)[0]
-    exact, others = {}, []
-    with os.scandir(folder or ".") as entries:
-        for entry in entries:
-            ffmpeg.alive()
-            front, ending = os.path.splitext(entry.name)
-            if not front.startswith(stem) or ending.lower() not in ENDINGS:
-                continue
-            if front == stem:
-                exact[ending.lower()] = entry.name
-            elif LANGUAGE.fullmatch(front[len(stem) :]):
-                others.append(entry.name)
-    if best := next((exact[ending] for ending in ENDINGS if ending in exact), None):
-        return os.path.join(folder, best), None
+    exact, others = subtitles_beside(path, os.listdir)
+    if exact:
+        return exact[0], None
     if len(others) == 1:
-        return os.path.join(folder, others[0]), None
+        return others[0], None
     return None, f"{len(others)} files beside the video differ in language; name one" if others else None
 
 
