@@ -21,6 +21,7 @@ OFTEN_NOTHING = (
     "download_bytes",
     "clock_restarts",
     "hdr",
+    "hdr_format",
     "interlaced",
     "pixel_aspect",
     "other_tracks",

@@ -20,10 +20,9 @@ import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import VideoError
-from evoprune.video.readers import ffmpeg
+from evoprune.video.readers import colour, ffmpeg
 
 # By the kind of a URL: the protocols that it needs, and formats beside those of files.
 WEB = "http,https,httpproxy,tcp,tls,crypto", ",hls,dash,aac,mp3,webvtt"
@@ -55,7 +54,6 @@ class LiveReader:
         self._source, self._name, self._timeout_s, self._follow = source, name, timeout_s, follow
         self._scheme = source.partition("://")[0].lower() if source and "://" in source else None
         self._open, self._held, self._sizes = ExitStack(), None, {}
-        self._reformatter = VideoReformatter()
         if descriptor is not None:
             self._open.callback(os.close, descriptor)
         try:
@@ -71,25 +69,29 @@ class LiveReader:
             "container": container,
             "tags": ffmpeg.tags(self._container),
         }
-        self.facts |= ffmpeg.shown_otherwise(stream)
+        hdr = colour.stated(stream)
+        self.facts |= ffmpeg.shown_otherwise(stream, hdr)
+        # A header of MPEG-TS says nothing, so it was the first frames, and later ones may be of another video.
+        self._converter = colour.Converter(name, None if container in ffmpeg.JOINED else hdr)
         self._frames = self._timed()
 
     def next(self, after_s: float) -> dict | None:
         """The next frame that is not earlier than so many seconds after the first one; None where the source has ended.
 
-        Returns its "time_s", and its "height" and "width" in pixels; `fill` has the pixels.
+        Returns its "time_s", its "height" and "width" in pixels, and its "hdr_format" as in `Video`; `fill` has the pixels.
         """
         for time_s, frame in self._frames:
             if time_s >= after_s - ffmpeg.TOLERANCE_S:
                 turn = ffmpeg.orientation(frame)
                 width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
                 self._held = frame, width, height, *turn
-                return {"time_s": time_s, "height": height, "width": width}
+                hdr = colour.hdr_format(frame, self.facts["hdr_format"])
+                return {"time_s": time_s, "height": height, "width": width, "hdr_format": hdr}
         return None
 
     def fill(self, frames: np.ndarray) -> None:
         """Writes the frame that `next` found into uint8 `[1, H, W, 3]`."""
-        frames[0] = ffmpeg.to_rgb(*self._held, self._reformatter)
+        frames[0] = ffmpeg.to_rgb(*self._held, self._converter)
 
     def close(self) -> None:
         self._open.close()

@@ -14,12 +14,11 @@ import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
-from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from evoprune.errors import VideoError
 from evoprune.video.info import Video
-from evoprune.video.readers import ffmpeg
+from evoprune.video.readers import colour, ffmpeg
 
 RATE_JITTER_S = 0.0025  # frame intervals that differ by less are constant: Matroska rounds times to milliseconds
 # Jump over gaps longer than this, in seconds, instead of decoding all frames in between. Keyframes are commonly 1 to 10 s
@@ -36,6 +35,7 @@ def probe(path: str, container: InputContainer) -> Video:
     if container.format.name.endswith("_pipe"):  # FFmpeg's names for single pictures: jpegxl_pipe and so on
         hint = f"convert it to JPEG or PNG; {', '.join(ffmpeg.PICTURES)} are read"
         raise VideoError(f"{path} is a picture of a kind that is not read ({stream.codec_context.codec.name})", hint)
+    header = colour.stated(stream)
     first = next(ffmpeg.decoded_frames(container, stream), None)
     if first is None:
         raise ffmpeg.nothing_decoded(path)
@@ -70,7 +70,7 @@ def probe(path: str, container: InputContainer) -> Video:
         stated_s=stated and max(stated, duration or 0.0),
         clock_restarts=restarts,
         other_tracks=len(ffmpeg.moving(container)) - 1,
-        **ffmpeg.shown_otherwise(stream, first),
+        **ffmpeg.shown_otherwise(stream, colour.hdr_format(first, header), first),
     )
 
 
@@ -206,12 +206,14 @@ def _all_packets(path: str) -> Iterator[Packet]:
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
     """As `readers` says. Holds two decoded frames at a time; `damaged` may be called more than once for the same damage."""
-    reformatter, converted, rgb = VideoReformatter(), None, None
+    # Where files are joined, frames that do not say what they are may be of another file than the first one.
+    converter = colour.Converter(info.path, None if info.clock_restarts else info.hdr_format)
+    converted, rgb = None, None
     with ffmpeg.reading(info.path), closing(_on_screen(info, times_s, damaged)) as on_screen:
         for time, frame in on_screen:
             if frame is not converted:
                 converted = frame
-                rgb = ffmpeg.to_rgb(frame, info.width, info.height, info.rotation_deg, info.mirrored, reformatter)
+                rgb = ffmpeg.to_rgb(frame, info.width, info.height, info.rotation_deg, info.mirrored, converter)
             yield time, rgb
 
 
