@@ -46,8 +46,9 @@ WARNINGS = {
     "damaged_video": "{video} is damaged ({damaged:,} of its packets or images); each frame that cannot be decoded was "
     "replaced by the one before it",
     "cut_short": "{video} breaks off at {ends}, although its file says that it lasts until {stated}",
-    "hdr_video": "{video} is HDR, and its colours are read as if it were not: they are too dark and too pale. Convert it to SDR "
-    "first, e.g. with HandBrake",
+    "hdr_video": "{video} is HDR, mapped to SDR",
+    "dolby_vision": "{video} is Dolby Vision with no HDR10, HLG or SDR in it (profile 5), and its metadata, which changes colours "
+    "scene by scene, is not applied: colours and brightness may be wrong. Export it as HDR10 or SDR first",
     "interlaced_video": "{video} is interlaced: edges of what moves look like combs. Deinterlace it first, e.g. with ffmpeg -i IN "
     "-vf bwdif OUT",
     "stretched_video": "the pixels of {video} are not square, and are read as if they were: it looks narrower or wider than in a "
@@ -74,6 +75,7 @@ WARNINGS = {
     "demo_overlay": f"{KNOWN}; what the model merges and selects in {{video}} "
     "says little. For a real model: --model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
+NOTES = ("hdr_video",)  # warnings of which there is nothing to fear
 
 
 @dataclass
@@ -343,7 +345,7 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
 
 def warning_lines(report: Report) -> list[str]:
     """What the warnings of a `Report` say, each line at most `WIDTH` columns wide."""
-    texts = (f"{'warning':<11}{warning_text(name, video)}" for name, video in warned(report))
+    texts = (f"{warning_title(name):<11}{warning_text(name, video)}" for name, video in warned(report))
     return [piece for text in texts for piece in _folded(text, WIDTH)]
 
 
@@ -353,6 +355,10 @@ def warned(report: Report) -> list[tuple[str, VideoFacts]]:
     names = [os.path.basename(os.path.abspath(facts.path)) for facts in report.inputs]
     about = replace(report.video, path=listed(names)) if len(names) > 1 else report.video
     return [*own, *((name, about) for name in report.warnings if name not in {known for known, _ in own})]
+
+
+def warning_title(name: str) -> str:
+    return "note" if name in NOTES else "warning"
 
 
 def warning_text(name: str, video: VideoFacts, path: str | None = None, answers: str | None = None) -> str:

@@ -25,6 +25,7 @@ OFTEN_NOTHING = (
     "rate_guessed",
     "cut_off",
     "hdr",
+    "hdr_format",
     "interlaced",
     "pixel_aspect",
     "other_tracks",

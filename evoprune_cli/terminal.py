@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
 from evoprune.errors import UsageError, error_record
-from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, precision, warning_text
+from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, precision, warning_text, warning_title
 from evoprune.util import counted, harmless
 
-COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1"}
+COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
 TAB = 8  # columns
 # With the option each sets.
 FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b", "EVOPRUNE_THREADS": "--threads"}
@@ -183,7 +183,7 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
         text += f" ({path}{f' and {more:,} more' if more else ''})"
     elif more and "{video}" in template:
         text += f" (and {counted(more, 'more video')})"
-    print_titled("warning:", text)
+    print_titled(f"{warning_title(name)}:", text)
 
 
 def tell(text: str) -> None:

@@ -117,6 +117,7 @@ class LiveSource:
                     worker.send(worker.request("next", {"after_s": due()}))
                     if (header := worker.answer()) is None:
                         return
+                    self._learn(header)
                     if shape != (new := (1, header["height"], header["width"], 3)):
                         shape, memory = new, FrameMemory(prod(new))
                     frames = worker.ask_to_fill(memory, shape, {})
@@ -136,9 +137,15 @@ class LiveSource:
         with closing(LiveReader(**self._arguments, descriptor=descriptor)) as reader:
             yield reader.facts
             while header := reader.next(due()):
+                self._learn(header)
                 frames = np.empty((1, header["height"], header["width"], 3), np.uint8)
                 reader.fill(frames)
                 yield header["time_s"], frames[0], header["clock_gap_s"]
+
+    def _learn(self, header: dict) -> None:
+        """Adds to the facts what only the frames of some sources say."""
+        if header["hdr_format"]:
+            self.facts |= {"hdr": True, "hdr_format": header["hdr_format"]}
 
 
 def _check(source: str) -> None:

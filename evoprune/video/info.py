@@ -18,6 +18,8 @@ FOLDER_FPS = 2.0  # of a folder of images, by default: the rate at which frames 
 DEMO_TAG = "evoprune demo clip"
 SCENES_TAG = "evoprune scenes clip"
 _WORLDS = {DEMO_TAG: "shapes", SCENES_TAG: "scenes"}
+# How HDR is stored: by one of two curves of brightness, or in the format of Dolby Vision that nothing else reads (profile 5).
+PQ, HLG, IPT = "PQ", "HLG", "IPTPQc2"
 # What else than a file subtitles can be asked from: nowhere, or wherever there are any.
 NO_SUBTITLES, AUTO_SUBTITLES = "none", "auto"
 
@@ -52,10 +54,9 @@ class Video:
     clock_restarts: int = 0  # how often the file's clock starts anew, as in files that were joined; times here go on
     cut_off: bool = False  # whether the file ends inside a fragment of MP4, as a recording that was interrupted
     clock_gap_s: float = 0.0  # the largest step ahead that counts as another clock
-    changes_size: bool = (
-        False  # whether some frames have another size; `width` and `height` are the largest that was found
-    )
-    hdr: bool = False  # PQ or HLG, which are converted to RGB as if they were neither
+    changes_size: bool = False  # whether some frames have another size; `width` and `height` are those of the largest
+    hdr: bool = False  # mapped to SDR where frames are read
+    hdr_format: str | None = None  # `PQ`, `HLG` or `IPTPQc2`, if it is HDR
     interlaced: bool = False
     pixel_aspect: float | None = None  # width by height of the stored pixels, where they are not square
     other_tracks: int = 0  # of moving pictures, which are not read
@@ -65,6 +66,7 @@ class Video:
         """What the model sees in another way than players show it."""
         flags = {
             "hdr_video": self.hdr,
+            "dolby_vision": self.hdr_format == IPT,
             "interlaced_video": self.interlaced,
             "stretched_video": self.pixel_aspect,
             "other_tracks": self.other_tracks,

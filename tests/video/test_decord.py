@@ -44,7 +44,6 @@ SMOOTH = {
     "smooth_hd.mp4": {"options": {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709"}},
     "smooth_10.mp4": {"pix_fmt": "yuv420p10le"},
     "smooth_hevc_10.mkv": HEVC | {"pix_fmt": "yuv420p10le"},
-    "smooth_hdr.mp4": {"pix_fmt": "yuv420p10le", "options": {"colorspace": "bt2020nc", "color_trc": "smpte2084"}},
 }
 
 
@@ -96,11 +95,23 @@ def test_damage_is_refused_with_a_way_out(name, folder, capfd):
 
 def test_what_decord_cannot_read_is_refused_before_it_is_opened(folder, tmp_path):
     write_image(tmp_path / "0.png", numbered_frames(1)[0])
-    for path in (write_video(folder / "refused.mkv", numbered_frames(2), codec="libsvtav1"), tmp_path):
+    hdr = {"pix_fmt": "yuv420p10le", "options": {"colorspace": "bt2020nc", "color_trc": "smpte2084"}}
+    files = {"refused.mkv": {"codec": "libsvtav1"}, "refused_hdr.mp4": hdr}
+    for path in (*(write_video(folder / name, numbered_frames(2), **how) for name, how in files.items()), tmp_path):
         for refusing in (choose_decoder, lambda name, info: read_frames(info, [0.0], decoder=name)):
             with pytest.raises(VideoError) as caught:
                 refusing("decord", probe(path))
             assert (caught.value.exit_code, caught.value.hint) == (3, "use decoder pyav")
+
+
+@pytest.mark.parametrize("matrix", ["bt2020c", "YCgCo", "ICtCp"])
+def test_matrices_that_decord_takes_for_others_are_refused(matrix, folder):
+    options = {"x264-params": f"colormatrix={matrix}"}
+    info = probe(write_video(folder / f"{matrix}.mp4", smooth_frames(48, 64), options=options))
+    refusal = "HDR" if info.hdr else "matrix"
+    with pytest.raises(VideoError, match=refusal) as caught:
+        numbers(info, [0.0], decoder="decord")
+    assert caught.value.hint == "use decoder pyav"
 
 
 def test_other_frames_than_pyavs_are_refused(folder, in_process, monkeypatch):

@@ -15,7 +15,7 @@ from av.video.format import VideoFormat
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import Video
-from evoprune.video.readers import ffmpeg, pyav
+from evoprune.video.readers import colour, ffmpeg, pyav
 
 # In other containers it does not return to the beginning (MPEG-TS), or it does not open them at all.
 CONTAINERS = (ffmpeg.MOV, "matroska,webm", "avi", "flv")
@@ -41,8 +41,10 @@ def check(info: Video) -> None:
         raise _refusal(info, "its FFmpeg has no decoder for AV1")
     if info.container not in CONTAINERS:
         raise _refusal(info, f"it does not read {info.container} reliably")
-    if info.pix_fmt and ffmpeg.may_be_transparent(VideoFormat(info.pix_fmt)):
+    if info.pix_fmt and colour.may_be_transparent(VideoFormat(info.pix_fmt)):
         raise _refusal(info, "it shows transparent parts as black")
+    if info.hdr:
+        raise _refusal(info, "it does not map HDR to SDR")
     if info.clock_restarts:
         raise _refusal(info, "it loses the frames after a restart of the clock")
     if info.mirrored and info.container == ffmpeg.MOV:
@@ -54,6 +56,10 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
     check(info)
     decord = load()
     with ffmpeg.reading(info.path), open(info.path, "rb") as file, _refusing(info):
+        with ffmpeg.open_video(info.path) as container:
+            matrix = ffmpeg.video_stream(container, info.path).codec_context.colorspace
+        if matrix not in colour.USUAL:
+            raise _refusal(info, "it takes its matrix of colours for another")
         # By number where the system can, because decord's FFmpeg takes some names for patterns; else by absolute path,
         # because it takes what precedes a colon for a protocol.
         name = f"/dev/fd/{file.fileno()}"

@@ -19,15 +19,14 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition, Stream
 from av.video.codeccontext import VideoCodecContext
-from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from evoprune.backend.limits import available_cores
 from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.util import LONGEST, missing_hint, shorten, shown
 from evoprune.video.info import Video, fitted
+from evoprune.video.readers import colour
 
 Span = tuple[int, int]  # the first byte of a part of a file, and the one behind its last byte
 # Called with a mark for each damaged packet or image: the same mark for the same damage.
@@ -296,11 +295,17 @@ def packets(
         yield None
 
 
-def shown_otherwise(stream: VideoStream, first: VideoFrame | None = None) -> dict[str, bool | float | None]:
-    """Fields of `Video` about what players show in another way, by the `first` frame, or by the header alone."""
+def shown_otherwise(
+    stream: VideoStream, hdr: str | None, first: VideoFrame | None = None
+) -> dict[str, bool | float | str | None]:
+    """Fields of `Video` about what players show in another way, by the `first` frame, or by the header alone.
+
+    `hdr`: `Video.hdr_format`.
+    """
     context, aspect = stream.codec_context, stream.sample_aspect_ratio
     return {
-        "hdr": (first or context).color_trc in (16, 18),  # FFmpeg's numbers of the curves of brightness PQ and HLG
+        "hdr": hdr is not None,
+        "hdr_format": hdr,
         "interlaced": bool(first.interlaced_frame) if first else context.field_order > 1,  # 1 is progressive
         "pixel_aspect": float(aspect) if aspect and aspect != 1 else None,
     }
@@ -394,26 +399,15 @@ def turned_size(size: tuple[int, int], rotation_deg: int) -> tuple[int, int]:
     return size if rotation_deg % 180 == 0 else size[::-1]
 
 
-def may_be_transparent(form: VideoFormat) -> bool:
-    return form.has_palette or any(component.is_alpha for component in form.components)
-
-
 def to_rgb(
-    frame: VideoFrame, width: int, height: int, rotation_deg: int, mirrored: bool, reformatter: VideoReformatter
+    frame: VideoFrame, width: int, height: int, rotation_deg: int, mirrored: bool, converter: colour.Converter
 ) -> np.ndarray:
-    """uint8 `[height, width, 3]`: the frame by libswscale's default conversion, rotated and scaled to this size.
+    """uint8 `[height, width, 3]`: the frame as `Converter.rgb` says, rotated and scaled to this size.
 
-    Its transparent parts are put over white, as those of pictures are. A frame of another shape keeps it, between black borders.
+    A frame of another shape keeps it, between black borders.
     """
-    if may_be_transparent(frame.format):
-        rgba = reformatter.reformat(frame, format="rgba").to_ndarray().astype(np.uint16)
-        alpha = rgba[..., 3:]
-        if alpha.min() < 255:
-            mixed = (rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
-            frame = VideoFrame.from_ndarray(mixed.astype(np.uint8), format="rgb24")
     inner = fitted(turned_size((frame.width, frame.height), rotation_deg), (width, height))
-    rgb = reformatter.reformat(frame, *turned_size(inner, rotation_deg), format="rgb24").to_ndarray()
-    rgb = rotated(rgb, rotation_deg, mirrored)
+    rgb = rotated(converter.rgb(frame, *turned_size(inner, rotation_deg)), rotation_deg, mirrored)
     if inner == (width, height):
         return rgb
     bordered = np.zeros((height, width, 3), np.uint8)

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 
 import av
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import LFS, LFS_HINT, UsageError, VideoError
 from evoprune.video.info import IMAGES, Video, files, fitted
-from evoprune.video.readers import ffmpeg
+from evoprune.video.readers import colour, ffmpeg
 
 CONTAINER = "folder"
 MAX_BYTES = 2**29  # larger files count as damaged
@@ -47,6 +46,7 @@ def probe(folder: str, fps: float) -> Video:
         raise VideoError(f"no image in the folder {folder} can be decoded", "the files are damaged, or no images")
     codec, frame, (rotation, _) = decoded
     width, height = ffmpeg.turned_size((frame.width, frame.height), rotation)
+    hdr = colour.hdr_format(frame)
     return Video(
         path=folder,
         duration_s=len(images) / fps,
@@ -59,6 +59,8 @@ def probe(folder: str, fps: float) -> Video:
         fps=fps,
         variable_rate=False,
         frames_total=len(images),
+        hdr=hdr is not None,
+        hdr_format=hdr,
     )
 
 
@@ -67,7 +69,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
     A damaged image is replaced by the one before it, at the beginning by the first that can be decoded.
     """
-    images, reformatter = list_images(info.path), VideoReformatter()
+    images, converter = list_images(info.path), colour.Converter(info.path)
     last = len(images) - 1
     done, current, rgb = -1, -1, None  # `done`: the last image that was opened; `current`: the one on screen
     for time in times_s:
@@ -81,7 +83,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
                     shapes = f"{images[i]} has {width}x{height}, the first {info.width}x{info.height}"
                     hint = "a folder is a video, whose frames have one shape; pictures are asked about one by one: a.jpg b.jpg"
                     raise VideoError(f"images of different shapes: {shapes}", hint)
-                current, rgb = i, ffmpeg.to_rgb(frame, info.width, info.height, *turn, reformatter)
+                current, rgb = i, ffmpeg.to_rgb(frame, info.width, info.height, *turn, converter)
                 break
             damaged(i)
         done = max(done, wanted, current)

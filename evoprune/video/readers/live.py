@@ -20,10 +20,9 @@ import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import VideoError
-from evoprune.video.readers import ffmpeg
+from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.ffmpeg import Slice, Span
 from evoprune.video.readers.parts import spans
 
@@ -61,7 +60,6 @@ class LiveReader:
         self._open, self._held = ExitStack(), None
         self._parts: list[Span] = []  # of a file that does not grow, those that were not opened yet
         self._gap_s = 0.0  # the largest step ahead that was taken for another clock
-        self._reformatter = VideoReformatter()
         if descriptor is not None:
             self._open.callback(os.close, descriptor)
         try:
@@ -78,26 +76,36 @@ class LiveReader:
             "tags": ffmpeg.tags(self._container),
         }
         rate, guessed = ffmpeg.frame_rate(stream)
-        self.facts |= {"fps": rate, "rate_guessed": guessed, **ffmpeg.shown_otherwise(stream)}
+        hdr = colour.stated(stream)
+        self.facts |= {"fps": rate, "rate_guessed": guessed, **ffmpeg.shown_otherwise(stream, hdr)}
+        # A header of MPEG-TS says nothing, so it was the first frames, and later ones may be of another video.
+        self._converter = colour.Converter(name, None if container in ffmpeg.JOINED else hdr)
         self._frames = self._timed()
 
     def next(self, after_s: float) -> dict | None:
         """The next frame that is not earlier than so many seconds after the first one; None where the source has ended.
 
-        Returns its "time_s", its "height" and "width" in pixels, and as "clock_gap_s" the largest step ahead so far that was taken
-        for another clock; `fill` has the pixels.
+        Returns its "time_s", its "height" and "width" in pixels, its "hdr_format" as in `Video`, and as "clock_gap_s" the largest
+        step ahead so far that was taken for another clock; `fill` has the pixels.
         """
         for time_s, frame in self._frames:
             if time_s >= after_s - ffmpeg.TOLERANCE_S:
                 turn = ffmpeg.orientation(frame)
                 width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
                 self._held = frame, width, height, *turn
-                return {"time_s": time_s, "height": height, "width": width, "clock_gap_s": self._gap_s}
+                hdr = colour.hdr_format(frame, self.facts["hdr_format"])
+                return {
+                    "time_s": time_s,
+                    "height": height,
+                    "width": width,
+                    "hdr_format": hdr,
+                    "clock_gap_s": self._gap_s,
+                }
         return None
 
     def fill(self, frames: np.ndarray) -> None:
         """Writes the frame that `next` found into uint8 `[1, H, W, 3]`."""
-        frames[0] = ffmpeg.to_rgb(*self._held, self._reformatter)
+        frames[0] = ffmpeg.to_rgb(*self._held, self._converter)
 
     def close(self) -> None:
         self._open.close()

@@ -15,12 +15,11 @@ import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
-from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from evoprune.errors import VideoError
 from evoprune.video.info import Video, fitted
-from evoprune.video.readers import ffmpeg
+from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.ffmpeg import Span
 from evoprune.video.readers.parts import AVI_ENTRY_BYTES, avi_index, cut_off, spans
 from evoprune.video.readers.sizes import stored_sizes
@@ -60,6 +59,7 @@ def probe(path: str) -> Video:
             info.changes_size or (info.width, info.height) != (first.width, first.height) for info in infos
         ),
         hdr=any(info.hdr for info in infos),
+        hdr_format=next((info.hdr_format for info in infos if info.hdr_format), None),
         interlaced=any(info.interlaced for info in infos),
         rate_guessed=any(info.rate_guessed for info in infos),
         cut_off=broken,
@@ -119,6 +119,7 @@ def _probe(path: str, span: Span, container: InputContainer) -> Video:
     if container.format.name.endswith("_pipe"):  # FFmpeg's names for single pictures: jpegxl_pipe and so on
         hint = f"convert it to JPEG or PNG; {', '.join(ffmpeg.PICTURES)} are read"
         raise VideoError(f"{path} is a picture of a kind that is not read ({stream.codec_context.codec.name})", hint)
+    header = colour.stated(stream)
     first = next(ffmpeg.decoded_frames(container, stream), None)
     if first is None:
         raise ffmpeg.nothing_decoded(path)
@@ -161,7 +162,7 @@ def _probe(path: str, span: Span, container: InputContainer) -> Video:
         clock_gap_s=lengths.gap_s,
         changes_size=len(sizes) > 1,
         other_tracks=len(ffmpeg.moving(container)) - 1,
-        **ffmpeg.shown_otherwise(stream, first),
+        **ffmpeg.shown_otherwise(stream, colour.hdr_format(first, header), first),
     )
 
 
@@ -318,7 +319,6 @@ def _all_packets(path: str, span: Span) -> Iterator[Packet]:
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
     """As `readers` says. Holds two decoded frames at a time; `damaged` may be called more than once for the same damage."""
-    reformatter = VideoReformatter()
     size = info.width, info.height
     with ffmpeg.reading(info.path):
         every = _parts_of(info, damaged)
@@ -327,12 +327,14 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
             starts_s = part.begin_s - ffmpeg.TOLERANCE_S if number else -math.inf
             times = [time - part.begin_s for time in times_s if starts_s <= time < ends_s]
             turn = part.info.rotation_deg, part.info.mirrored
+            # Where a clock restarts, frames that do not say what they are may be of another file than the first one.
+            converter = colour.Converter(info.path, None if part.info.clock_restarts else part.info.hdr_format)
             converted, rgb, other_shape = None, None, False
             with closing(_on_screen(part, times, partial(_damaged_in, number, damaged))) as on_screen:
                 for time, frame in on_screen:
                     if frame is not converted:
                         converted = frame
-                        rgb = ffmpeg.to_rgb(frame, *size, *turn, reformatter)
+                        rgb = ffmpeg.to_rgb(frame, *size, *turn, converter)
                         shown = ffmpeg.turned_size((frame.width, frame.height), turn[0])
                         other_shape = fitted(shown, size) != size
                     yield part.begin_s + time, rgb, other_shape

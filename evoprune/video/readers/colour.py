@@ -1,0 +1,323 @@
+"""The pixels of decoded frames as 8-bit RGB of BT.709, whatever their format, range, matrix, primaries and curve of brightness.
+
+libswscale converts them, but for two things. HDR is mapped to SDR here, as FFmpeg's filters do it: `zscale=t=linear:npl=100,
+zscale=p=bt709,tonemap=mobius:desat=0,zscale=t=bt709`, for displays of 1000 cd/m2. Matrices that libswscale refuses are computed, or
+replaced by the nearest one that it has. Numbers of matrices, primaries and curves are those of ITU-T H.273, as in FFmpeg and PyAV.
+"""
+
+import re
+import sys
+from enum import IntEnum
+from functools import cache
+
+import av
+import av.logging
+import numpy as np
+from av.video.format import VideoFormat
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, VideoReformatter
+from av.video.stream import VideoStream
+
+from evoprune.errors import VideoError
+from evoprune.video.info import HLG, IPT, PQ
+
+CURVES = {ColorTrc.SMPTE2084: PQ, ColorTrc.ARIB_STD_B67: HLG}
+UNSTATED = (0, 2, 3)  # curves that say nothing
+HDR_METADATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL", "DYNAMIC_HDR_PLUS")
+# Dolby Vision has a base layer, which is decoded here, and metadata. Its configuration record says by a "compatibility id" what the
+# base layer is; 0 is Dolby's own format in these profiles, and elsewhere nothing. Sample entries of these names have such a record.
+DOLBY_TAGS = ("dvhe", "dvh1", "dvav", "dva1", "dav1")
+DOLBY_RECORD = re.compile(r"DOVI configuration record:.* profile: (\d+),.* compatibility id: (\d+)")
+DOLBY_BASES = {1: PQ, 4: HLG, 6: PQ}  # 2 is SDR
+DOLBY_OWN = (5, 10, 20)
+
+# Matrices that make three channels of a stored Y and two differences, which are 0.5 at most. Of ICtCp they depend on the curve
+# (BT.2100); that of Dolby's own format is in all its metadata.
+FROM_YCGCO = np.array([[1, -1, 1], [1, 1, 0], [1, -1, -1]])
+FROM_ICTCP = {
+    PQ: np.linalg.inv(np.array([[2048, 2048, 0], [6610, -13613, 7003], [17933, -17390, -543]]) / 4096),
+    HLG: np.linalg.inv(np.array([[2048, 2048, 0], [3625, -7465, 3840], [9500, -9212, -288]]) / 4096),
+}
+FROM_IPT = np.array([[8192, 799, 1681], [8192, -933, 1091], [8192, 267, -5545]]) / 8192
+# Matrices that make light of BT.709 of the light of three channels: RGB of BT.2020 (BT.2087) or Display P3, LMS of ICtCp (BT.2100),
+# and LMS of Dolby's own format, without its crosstalk (in its metadata) and then as in libplacebo.
+FROM_BT2020 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])
+FROM_P3 = np.array([[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.0979]])
+TO_LMS = np.array([[1688, 2146, 262], [683, 2951, 462], [99, 309, 3688]]) / 4096
+FROM_LMS = FROM_BT2020 @ np.linalg.inv(TO_LMS)
+CROSSTALK = np.array([[17081, -349, -349], [-349, 17081, -349], [-349, -349, 17081]]) / 16384
+DOLBY_LMS = np.array([[3.0644, -2.1660, 0.1016], [-0.6561, 1.7855, -0.1294], [0.0174, -0.0473, 1.0300]])
+FROM_DOLBY_LMS = FROM_BT2020 @ DOLBY_LMS @ CROSSTALK
+
+# Of the tone mapping, in units of 100 cd/m2: up to the knee light stays as it is, and the peak becomes white.
+KNEE, PEAK = 0.3, 10.0
+WHITE = 2**16 - 1  # of 16-bit channels
+STRIP = 2**16  # pixels that are computed at a time, so that they stay in a core's cache
+# Formats that libswscale reads with swapped bytes, by those that hold the same pixels; and those at which it ends the process.
+SWAPPED = {f"{name}be": f"{name}le" for name in ("rgb565", "bgr565", "rgb555", "bgr555")}
+FATAL = ("yaf32le", "yaf32be")
+
+
+class Matrix(IntEnum):
+    """Numbers of H.273, and in lower case FFmpeg's names."""
+
+    GBR = 0
+    BT709 = 1
+    UNKNOWN = 2
+    RESERVED = 3
+    FCC = 4
+    BT470BG = 5
+    SMPTE170M = 6
+    SMPTE240M = 7
+    YCGCO = 8
+    BT2020NC = 9
+    BT2020C = 10
+    SMPTE2085 = 11
+    CHROMA_DERIVED_NC = 12
+    CHROMA_DERIVED_C = 13
+    ICTCP = 14
+    IPT_C2 = 15
+    YCGCO_RE = 16
+    YCGCO_RO = 17
+
+
+# Those that libswscale has, or does not need.
+USUAL = (
+    Matrix.GBR,
+    Matrix.BT709,
+    Matrix.UNKNOWN,
+    Matrix.FCC,
+    Matrix.BT470BG,
+    Matrix.SMPTE170M,
+    Matrix.SMPTE240M,
+    Matrix.BT2020NC,
+)
+
+
+def stated(stream: VideoStream) -> str | None:
+    """`Video.hdr_format` by the header of a stream, of which no frame was decoded yet: decoders replace the curve."""
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.INFO)  # FFmpeg logs what PyAV has no attribute for
+    try:
+        log = stream.container.dumps_format()
+    finally:
+        av.logging.set_level(level)
+    parts = re.split(r"^  Stream #0:(\d+)", log, flags=re.MULTILINE)
+    said = dict(zip(parts[1::2], parts[2::2], strict=True)).get(str(stream.index), "")
+    context = stream.codec_context
+    curve = CURVES.get(context.color_trc)
+    if record := DOLBY_RECORD.search(said):
+        profile, base = map(int, record.groups())
+        if profile in DOLBY_OWN and base == 0:
+            return IPT
+        return curve or DOLBY_BASES.get(base)
+    if curve or context.color_trc not in UNSTATED:
+        return curve
+    if context.codec_tag in DOLBY_TAGS:
+        return IPT
+    return PQ if "Mastering Display Metadata" in said or "Content Light Level Metadata" in said else None
+
+
+def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
+    """`Video.hdr_format` of a frame. `header`: what it is where it does not say so itself."""
+    data = _side_data(frame)
+    if header == IPT or frame.colorspace == Matrix.IPT_C2 or _is_dolby_own(data.get("DOVI_METADATA")):
+        return IPT
+    if curve := CURVES.get(frame.color_trc):
+        return curve
+    if frame.colorspace == Matrix.ICTCP:
+        return PQ  # there is no ICtCp of SDR
+    if frame.color_trc not in UNSTATED:
+        return None
+    return header or (PQ if any(name in data for name in HDR_METADATA) else None)
+
+
+def _side_data(frame: VideoFrame) -> dict[str, bytes]:
+    try:
+        return {data.type.name: bytes(data) for data in frame.side_data}
+    except ValueError:  # PyAV cannot list side data that includes EXIF
+        return {}
+
+
+def _is_dolby_own(metadata: bytes | None) -> bool:
+    """Whether FFmpeg's `AVDOVIMetadata` is of a base layer in Dolby's own format."""
+    if metadata is None:
+        return False
+    start = int.from_bytes(metadata[:8], sys.byteorder)  # of `AVDOVIRpuDataHeader`
+    profile, full_range = metadata[start + 4], metadata[start + 10]
+    return profile == 0 and full_range == 1  # as FFmpeg guesses a profile
+
+
+def may_be_transparent(form: VideoFormat) -> bool:
+    return form.has_palette or any(component.is_alpha for component in form.components)
+
+
+class Converter:
+    """Converts the frames of one source. `name`: of it, for messages; `header`: as in `hdr_format`."""
+
+    def __init__(self, name: str, header: str | None = None):
+        self._name, self._header = name, header
+        self._reformatter = VideoReformatter()
+
+    def rgb(self, frame: VideoFrame, width: int, height: int) -> np.ndarray:
+        """uint8 `[height, width, 3]`: the frame, scaled to this size. Its transparent parts are put over white, as in pictures.
+
+        Raises VideoError: its format or its matrix cannot be converted.
+        """
+        try:
+            return self._rgb(frame, width, height)
+        except MemoryError as error:  # FFmpeg's own kind of it counts as damage of the file
+            raise MemoryError(str(error)) from error
+        except (av.error.FFmpegError, ValueError) as error:
+            hint = "export it as 8-bit 4:2:0 video in BT.709, as most programs do"
+            raise VideoError(f"the colours of {self._name} cannot be converted: {_described(frame)}", hint) from error
+
+    def _rgb(self, frame: VideoFrame, width: int, height: int) -> np.ndarray:
+        hdr = hdr_format(frame, self._header)
+        own = _own_matrix(frame, hdr)
+        plain = hdr is None and own is None
+        if may_be_transparent(frame.format):
+            rgba = self._reformat(frame, "rgba").to_ndarray().astype(np.uint16)
+            alpha = rgba[..., 3:]
+            if alpha.min() < 255:
+                opaque = rgba[..., :3] if plain else self._computed(frame, frame.width, frame.height, hdr, own)
+                mixed = (opaque * alpha + 255 * (255 - alpha) + 127) // 255
+                frame, plain = VideoFrame.from_ndarray(mixed.astype(np.uint8), format="rgb24"), True
+        if plain:
+            return self._reformat(frame, "rgb24", width, height).to_ndarray()
+        return self._computed(frame, width, height, hdr, own)
+
+    def _computed(
+        self, frame: VideoFrame, width: int, height: int, hdr: str | None, own: np.ndarray | None
+    ) -> np.ndarray:
+        """The same for HDR, and for a matrix of `_own_matrix`."""
+        stored = self._reformat(frame, "gbrp16" if own is None else "yuv444p16", width, height)
+        planes = [np.frombuffer(plane, np.uint16).reshape(height, -1)[:, :width] for plane in stored.planes]
+        matrix, offset = _scaled(frame, own)
+        to_bt709 = _to_bt709(frame, hdr)
+        rgb, rows = np.empty((height, width, 3), np.uint8), max(1, STRIP // width)
+        for top in range(0, height, rows):
+            values = np.stack([plane[top : top + rows].ravel() for plane in planes], dtype=np.float32)
+            channels = (matrix @ values + offset).clip(0, WHITE).astype(np.uint16)
+            strip = _mapped(channels, hdr, to_bt709) if hdr else (channels.astype(np.uint32) + 128) // 257
+            rgb[top : top + rows] = strip.T.reshape(-1, width, 3)
+        return rgb
+
+    def _reformat(
+        self, frame: VideoFrame, form: str, width: int | None = None, height: int | None = None
+    ) -> VideoFrame:
+        if frame.format.name in FATAL:
+            raise ValueError("libswscale would end the process")
+        if native := SWAPPED.get(frame.format.name):
+            frame = self._reformatter.reformat(frame, format=native)
+        matrix = _replacement(frame)
+        how = {"src_colorspace": matrix, "dst_colorspace": matrix} if matrix else {}
+        return self._reformatter.reformat(frame, width, height, format=form, **how)
+
+
+def _is_yuv(form: VideoFormat) -> bool:
+    return not form.is_rgb and len(form.components) >= 3
+
+
+def _replacement(frame: VideoFrame) -> str | None:
+    """PyAV's name of the matrix to use in place of the frame's own; None where that will do, or nothing will."""
+    matrix = frame.colorspace
+    if matrix in USUAL or not _is_yuv(frame.format):
+        return None
+    if matrix in (Matrix.CHROMA_DERIVED_NC, Matrix.CHROMA_DERIVED_C):
+        return "BT2020" if frame.color_primaries == ColorPrimaries.BT2020 else "ITU709"
+    if matrix == Matrix.BT2020C:
+        return "BT2020"
+    unknown = matrix == Matrix.RESERVED or matrix > max(Matrix)
+    return "DEFAULT" if unknown or matrix in (Matrix.YCGCO, Matrix.ICTCP, Matrix.IPT_C2) else None
+
+
+def _own_matrix(frame: VideoFrame, hdr: str | None) -> np.ndarray | None:
+    """`[3, 3]`: makes channels from 0 to 1 of a stored Y from 0 to 1 and two differences; None where libswscale does."""
+    if not _is_yuv(frame.format):
+        return None
+    if hdr == IPT:
+        return FROM_IPT
+    if frame.colorspace == Matrix.ICTCP:
+        return FROM_ICTCP[hdr]
+    return FROM_YCGCO if frame.colorspace == Matrix.YCGCO else None
+
+
+def _scaled(frame: VideoFrame, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """float32 `[3, 3]` and `[3, 1]`: matrix and offset that make channels from 0 to 65535 of three planes of 16 bits.
+
+    These are G, B and R, or with a matrix of `_own_matrix` Y and two differences. libswscale adds zeros to values of fewer bits.
+    """
+    added = 16 - min(16, frame.format.components[0].bits)
+    full = WHITE >> added << added
+    limited = _is_yuv(frame.format) and frame.color_range != ColorRange.JPEG
+    if own is None:
+        matrix = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
+        zero, one = [0, 0, 0], [255 << 8 if limited else full] * 3
+    elif limited:
+        matrix, level = own, 1 << 8
+        chroma = 219 if own is FROM_YCGCO else 224
+        zero, one = [16 * level, 128 * level, 128 * level], [219 * level, chroma * level, chroma * level]
+    else:
+        matrix, zero, one = own, [0, 1 << 15, 1 << 15], [full] * 3
+    matrix = matrix * WHITE / np.array(one)
+    return matrix.astype(np.float32), (0.5 - matrix @ zero).astype(np.float32)[:, None]
+
+
+def _to_bt709(frame: VideoFrame, hdr: str | None) -> np.ndarray:
+    """float32 `[3, 3]`: the matrix that makes light of BT.709 of the light of an HDR frame's channels."""
+    if hdr == IPT:
+        matrix = FROM_DOLBY_LMS
+    elif frame.colorspace == Matrix.ICTCP:
+        matrix = FROM_LMS
+    else:
+        known = {ColorPrimaries.BT709: np.eye(3), ColorPrimaries.SMPTE432: FROM_P3}
+        matrix = known.get(frame.color_primaries, FROM_BT2020)  # nearly all HDR is BT.2020
+    return matrix.astype(np.float32)
+
+
+def _mapped(channels: np.ndarray, hdr: str, to_bt709: np.ndarray) -> np.ndarray:
+    """uint8 `[3, n]`: RGB of SDR, of the channels of HDR, uint16 `[3, n]`."""
+    light = to_bt709 @ _light(hdr)[channels]
+    # FFmpeg's `tonemap=mobius` of the brightest channel; the others keep their ratio to it.
+    square = KNEE * KNEE
+    a = square * (1 - PEAK) / (square - 2 * KNEE + PEAK)
+    b = (square - 2 * KNEE * PEAK + PEAK) / (PEAK - 1)
+    brightest = light.max(axis=0).clip(KNEE, None)
+    light *= (b * b + 2 * b * KNEE + square) / (b - a) * (brightest + a) / ((brightest + b) * brightest)
+    table = _gamma()
+    return table[(np.sqrt(light.clip(0, 1)) * (len(table) - 1) + 0.5).astype(np.uint16)]
+
+
+@cache
+def _light(hdr: str) -> np.ndarray:
+    """float32 `[65536]`: the light that a display of 1000 cd/m2 shows for each 16-bit signal, in units of 100 cd/m2 (BT.2100).
+
+    The system gamma of HLG, 1.2, applies to each channel, as in zimg.
+    """
+    signal = np.linspace(0, 1, 2**16)
+    if hdr == HLG:
+        scene = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - 0.55991073) / 0.17883277) + 0.28466892) / 12)
+        return (10 * scene**1.2).astype(np.float32)
+    power = signal ** (32 / 2523)
+    return (100 * (np.maximum(power - 0.8359375, 0) / (18.8515625 - 18.6875 * power)) ** (8192 / 1305)).astype(
+        np.float32
+    )
+
+
+@cache
+def _gamma() -> np.ndarray:
+    """uint8 `[4096]`: the levels of SDR (BT.1886) by the root of their light, of which dark light takes more steps."""
+    return np.round(255 * np.linspace(0, 1, 2**12) ** (2 / 2.4)).astype(np.uint8)
+
+
+def _described(frame: VideoFrame) -> str:
+    ranges = {ColorRange.MPEG: "limited", ColorRange.JPEG: "full"}
+    return (
+        f"{frame.format.name}, matrix {_named(Matrix, frame.colorspace)}, {ranges.get(frame.color_range, 'unknown')} range, "
+        f"primaries {_named(ColorPrimaries, frame.color_primaries)}, curve {_named(ColorTrc, frame.color_trc)}"
+    )
+
+
+def _named(numbers: type[IntEnum], number: int) -> str:
+    return numbers(number).name.lower().replace("_", "-") if number in set(numbers) else f"{number}"

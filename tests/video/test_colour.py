@@ -1,0 +1,552 @@
+"""HDR is seen in whatever way it is signalled, and mapped to SDR; every format and matrix is converted, or refused by name."""
+
+import shutil
+import subprocess
+import zlib
+from contextlib import closing
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.video.format import names
+from av.video.reformatter import VideoReformatter
+
+from evoprune.errors import VideoError
+from evoprune.live.source import LiveSource
+from evoprune.video.frames import probe, read_frames, scan
+from evoprune.video.readers import colour
+from evoprune.video.readers.live import LiveReader
+from tests.video.files import numbered_frame, pixels, quarters, write_video
+
+SIDE = 16
+# 10-bit values of patches: Y and two differences, of limited range.
+PATCHES = np.array(
+    [
+        *([level, 512, 512] for level in (64, 160, 256, 352, 448, 544, 640, 940)),
+        *([300, 480, 600], [400, 600, 450], [450, 450, 460], [500, 560, 580]),
+        *([350, 450, 520], [550, 460, 560], [600, 540, 490], [280, 530, 540]),
+    ]
+)
+# What FFmpeg 5.1 makes of them, which is where HDR is mapped as in `colour`. `ffmpeg_maps` is the command.
+MAPPED = {
+    "PQ": [
+        *((0, 0, 0), (26, 26, 26), (61, 61, 61), (113, 113, 113), (183, 183, 183), (227, 227, 227), (248, 248, 248)),
+        *((255, 255, 255), (194, 0, 45), (0, 117, 235), (0, 210, 61), (247, 78, 207), (125, 116, 33), (249, 132, 89)),
+        *((134, 205, 250), (107, 58, 92)),
+    ],
+    "HLG": [
+        *((0, 0, 0), (42, 42, 42), (84, 84, 84), (126, 126, 126), (167, 167, 167), (197, 197, 197), (220, 220, 220)),
+        *((255, 255, 255), (183, 64, 72), (0, 144, 204), (86, 185, 105), (221, 127, 195), (135, 128, 65), (224, 155, 129)),
+        *((160, 198, 224), (125, 82, 111)),
+    ],
+}  # fmt: skip
+CURVES = {"PQ": 16, "HLG": 18}
+HDR = {"colorspace": 9, "color_primaries": 9, "color_range": 1}
+X265 = {"codec": "libx265", "options": {"x265-params": "log-level=none:qp=1"}}
+LIGHT_LEVELS = "master-display=G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,1):max-cll=1000,400"
+
+
+def frame_of(planes, pix_fmt, **facts):
+    """A frame of arrays [h, w], one for each plane."""
+    frame = av.VideoFrame(planes[0].shape[1], planes[0].shape[0], pix_fmt)
+    for plane, values in zip(frame.planes, planes, strict=True):
+        rows = np.frombuffer(plane, values.dtype).reshape(len(values), -1)
+        rows[:, : values.shape[1]] = values
+    for name, value in facts.items():
+        setattr(frame, name, value)
+    return frame
+
+
+def patches(bits=10, sampling="444", full=False):
+    """The patches as planes and FFmpeg's name of their format."""
+    scale = 2.0 ** (bits - 10)
+    values = PATCHES.astype(float)
+    if full:
+        values = (values - [64, 512, 512]) * [1023 / 876, 1023 / 896, 1023 / 896] + [0, 512, 512]
+    values = np.clip(np.round(values * scale), 0, 2**bits - 1).astype(np.uint8 if bits == 8 else "<u2")
+    planes = [np.repeat(np.repeat(values[None, :, i], SIDE, 0), SIDE, 1) for i in range(3)]
+    across, down = {"444": (1, 1), "422": (2, 1), "420": (2, 2)}[sampling]
+    planes[1:] = [plane[::down, ::across] for plane in planes[1:]]
+    return planes, f"yuv{sampling}p{'' if bits == 8 else f'{bits}le'}"
+
+
+def middles(rgb):
+    return rgb[SIDE // 2, SIDE // 2 :: SIDE].astype(int)
+
+
+def write(path, *, codec="ffv1", options=None, frame=None, pix_fmt=None, count=4, rotation=0, **facts):
+    """A file in which one frame is shown several times. `facts`: of the frame and of the encoder."""
+    frame = frame or av.VideoFrame.from_ndarray(numbered_frame(7), format="rgb24").reformat(format=pix_fmt)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=10, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, frame.format.name
+        for name, value in facts.items():
+            setattr(stream.codec_context, name, value)
+            setattr(frame, name, value)
+        if rotation:
+            stream.set_display_rotation(-rotation)
+        for i in range(count):
+            frame.pts, frame.time_base = i, Fraction(1, 10)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return path
+
+
+def remux(path, out, **facts):
+    """A copy of the packets in another file, whose header says these things of them."""
+    with av.open(str(path)) as source, av.open(str(out), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for name, value in facts.items():
+            setattr(stream.codec_context, name, value)
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    return out
+
+
+def dolby_record(profile, base):
+    """The box with a Dolby Vision configuration record: version 1.0, level 1, metadata and base layer present."""
+    bits = f"{profile:07b}{1:06b}101{base:04b}"
+    content = bytes([1, 0]) + int(bits.ljust(22 * 8, "0"), 2).to_bytes(22, "big")
+    return (8 + len(content)).to_bytes(4, "big") + b"dvcC" + content
+
+
+def with_record(path, out, profile, base):
+    """A copy of an MP4 of HEVC with a configuration record of Dolby Vision."""
+    content, box = bytearray(path.read_bytes()), dolby_record(profile, base)
+    moov = content.rindex(b"moov")
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"hev1"):
+        at = content.index(name, moov) - 4
+        content[at : at + 4] = (int.from_bytes(content[at : at + 4], "big") + len(box)).to_bytes(4, "big")
+    at = content.index(b"hvcC", moov) - 4
+    content[at:at] = box
+    out.write_bytes(content)
+    return out
+
+
+def dolby_metadata(profile, full_range):
+    """A unit of HEVC with Dolby Vision's metadata of a frame, which change nothing (ETSI GS CCM 001)."""
+
+    def ue(value):
+        return f"{value + 1:b}".zfill(2 * (value + 1).bit_length() - 1)
+
+    header = f"{25:08b}{2:06b}{18:011b}{profile:04b}00001000{ue(23)}01{full_range}{ue(2)}{ue(2)}{ue(4)}000001"
+    mapping = f"00{ue(0) * 3}" + f"{ue(0)}{0:010b}{1023:010b}" * 3 + ue(0) * 2
+    curves = f"{ue(0)}{ue(0)}0{ue(0)}{0:023b}{ue(2 - 1)}{0:023b}" * 3
+    bits = header + mapping + curves
+    bits = bits.ljust(-(-len(bits) // 8) * 8, "0")
+    content = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    content += zlib.crc32(content[1:]).to_bytes(4, "big") + b"\x80"
+    escaped, zeros = bytearray(), 0
+    for byte in content:
+        if zeros >= 2 and byte <= 3:
+            escaped.append(3)
+            zeros = 0
+        escaped.append(byte)
+        zeros = 0 if byte else zeros + 1
+    return b"\0\0\0\1\x7c\1" + bytes(escaped)
+
+
+def with_metadata(path, out, unit):
+    """A raw HEVC stream with such a unit after each frame."""
+    units = path.read_bytes().replace(b"\0\0\0\1", b"\0\0\1").split(b"\0\0\1")[1:]
+    out.write_bytes(b"".join(b"\0\0\0\1" + u + (unit if u[0] >> 1 < 32 else b"") for u in units))
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """10-bit HEVC that says nothing of its colours, in several containers."""
+    folder = tmp_path_factory.mktemp("plain")
+    return {
+        ending: write(folder / f"plain.{ending}", pix_fmt="yuv420p10le", **X265) for ending in ("mp4", "mkv", "hevc")
+    }
+
+
+def check_seen(path, hdr_format):
+    """A file and a live source know it, and what is read is other than if it were SDR."""
+    info = probe(path)
+    assert (info.hdr, info.hdr_format) == (hdr_format is not None, hdr_format)
+    assert info.warnings == ["hdr_video"] * info.hdr + ["dolby_vision"] * (hdr_format == "IPTPQc2")
+    with closing(LiveReader(str(path), path.name, 1.0)) as reader:
+        header = reader.next(0.0)
+        assert header["hdr_format"] == hdr_format
+        live = np.empty((1, header["height"], header["width"], 3), np.uint8)
+        reader.fill(live)
+    (chunk,) = read_frames(info, [0.0])
+    assert (live == chunk.frames).all()
+    with av.open(str(path)) as container:
+        as_sdr = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert (chunk.frames[0] == as_sdr).all() == (hdr_format is None)
+
+
+@pytest.mark.parametrize("name", ["frames", "header.mp4", "header.mkv", "prores.mov", "vp9.webm", "light_levels"])
+@pytest.mark.parametrize("hdr_format", CURVES)
+def test_hdr_by_curves_of_frames_and_headers(name, hdr_format, plain, tmp_path):
+    trc = CURVES[hdr_format]
+    if name == "frames":
+        path = write(tmp_path / "frames.mp4", pix_fmt="yuv420p10le", color_trc=trc, **X265)
+    elif name.startswith("header"):
+        path = remux(plain["mp4"], tmp_path / name, color_trc=trc, colorspace=9, color_primaries=9)
+    elif name == "light_levels":
+        options = {"x265-params": f"log-level=none:{LIGHT_LEVELS}"}
+        path = write(tmp_path / "levels.mp4", codec="libx265", options=options, pix_fmt="yuv420p10le")
+        hdr_format = "PQ"
+    else:
+        codec, pix_fmt = ("prores_ks", "yuv422p10le") if name == "prores.mov" else ("libvpx-vp9", "yuv420p")
+        path = write(tmp_path / name, codec=codec, pix_fmt=pix_fmt, color_trc=trc)
+    check_seen(path, hdr_format)
+
+
+@pytest.mark.parametrize("trc", [1, 2, 6, 13, 14, 15])  # 14 and 15 are BT.2020, of 10 and 12 bits
+def test_other_curves_are_sdr_to_the_bit(trc, tmp_path):
+    check_seen(write(tmp_path / "sdr.mkv", pix_fmt="yuv420p10le", color_trc=trc, colorspace=9, color_primaries=9), None)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+@pytest.mark.parametrize(
+    ("profile", "base", "hdr_format"),
+    [(5, 0, "IPTPQc2"), (8, 1, "PQ"), (8, 4, "HLG"), (8, 2, None), (7, 6, "PQ"), (20, 0, "IPTPQc2")],
+)
+def test_dolby_vision_by_its_record(profile, base, hdr_format, container, plain, tmp_path):
+    if (profile, container) == (20, "mkv"):
+        pytest.skip("PyAV does not write it")
+    path = with_record(plain["mp4"], tmp_path / "record.mp4", profile, base)
+    check_seen(remux(path, tmp_path / "record.mkv") if container == "mkv" else path, hdr_format)
+
+
+@pytest.mark.parametrize("tag", ["dvhe", "dvh1"])
+def test_dolby_vision_by_its_tag(tag, plain, tmp_path):
+    path = tmp_path / "tag.mp4"
+    path.write_bytes(plain["mp4"].read_bytes().replace(b"hev1", tag.encode()))
+    check_seen(path, "IPTPQc2")
+    base = write(tmp_path / "base.mp4", pix_fmt="yuv420p10le", color_trc=16, colorspace=9, color_primaries=9, **X265)
+    base.write_bytes(base.read_bytes().replace(b"hev1", tag.encode()))  # which other players read as HDR10
+    check_seen(base, "PQ")
+
+
+@pytest.mark.parametrize(("profile", "full_range", "hdr_format"), [(0, 1, "IPTPQc2"), (1, 0, None)])
+def test_dolby_vision_by_the_metadata_of_frames(profile, full_range, hdr_format, plain, tmp_path):
+    path = with_metadata(plain["hevc"], tmp_path / "units.hevc", dolby_metadata(profile, full_range))
+    with av.open(str(path)) as container:
+        assert "DOVI_METADATA" in [data.type.name for data in next(container.decode(video=0)).side_data]
+    check_seen(path, hdr_format)
+    source = LiveSource(str(path), pace="file", timeout_s=1.0)
+    with closing(source.frames(lambda: 0.0)) as frames:
+        next(frames)
+        assert (source.facts["hdr"], source.facts["hdr_format"]) == (hdr_format is not None, hdr_format)
+
+
+def test_a_title_that_sounds_like_dolby_vision_is_none(tmp_path):
+    title = "DOVI configuration record: version: 1.0, profile: 5, level: 1, compatibility id: 0\n  Stream #0:0"
+    info = probe(write_video(tmp_path / "title.mkv", [numbered_frame(1)], metadata={"title": title}))
+    assert not info.hdr
+
+
+def test_frames_after_hdr_in_a_joined_file_are_what_they_say(tmp_path):
+    hdr = write(tmp_path / "hdr.ts", pix_fmt="yuv420p10le", color_trc=16, count=10, **X265)
+    sdr = write(tmp_path / "sdr.ts", pix_fmt="yuv420p10le", count=10, **X265)
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(hdr.read_bytes() + sdr.read_bytes())
+    info = probe(joined)
+    assert info.hdr and info.clock_restarts == 1
+    right = [pixels(read_frames(probe(path), [0.5]))[0] for path in (hdr, sdr)]
+    assert (pixels(read_frames(info, [0.5, 1.5])) == right).all()
+    with closing(LiveReader(str(joined), "it", 1.0)) as reader:
+        for after_s, expected in zip((0.5, 1.5), right, strict=True):
+            assert reader.next(after_s)
+            live = np.empty((1, 48, 64, 3), np.uint8)
+            reader.fill(live)
+            assert (live[0] == expected).all()
+
+
+@pytest.mark.parametrize("hdr_format", MAPPED)
+@pytest.mark.parametrize("rotation", [0, 90])
+def test_hdr_is_mapped_as_ffmpeg_maps_it(hdr_format, rotation, tmp_path):
+    planes, pix_fmt = patches()
+    frame = frame_of(planes, pix_fmt)
+    facts = HDR | {"color_trc": CURVES[hdr_format]}
+    container = {"codec": "ffv1"} if not rotation else X265
+    path = write(
+        tmp_path / ("turned.mp4" if rotation else "hdr.mkv"), frame=frame, rotation=rotation, **container, **facts
+    )
+    info = probe(path)
+    (chunk,) = read_frames(info, [0.0, 0.1])
+    for rgb in chunk.frames:
+        assert np.abs(middles(np.rot90(rgb, rotation // 90)) - MAPPED[hdr_format]).max() <= 1
+    smaller = pixels(read_frames(replace(info, width=info.width // 2, height=info.height // 2), [0.0]))[0]
+    inside = np.rot90(smaller, rotation // 90)[SIDE // 4, SIDE // 4 :: SIDE // 2].astype(int)
+    assert np.abs(inside - MAPPED[hdr_format]).max() <= 1
+
+
+def ffmpeg_maps(planes, pix_fmt, hdr_format, full):
+    """uint8 `[h, w, 3]`: what the program makes of a frame."""
+    curve = {"PQ": "smpte2084", "HLG": "arib-std-b67"}[hdr_format]
+    filters = (
+        f"setparams=color_primaries=bt2020:color_trc={curve}:colorspace=bt2020nc:range={'pc' if full else 'tv'},"
+        "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:desat=0,"
+        "zscale=t=bt709:m=gbr:r=full,format=gbrp,format=rgb24"
+    )
+    height, width = planes[0].shape
+    raw = ["-f", "rawvideo", "-pix_fmt", pix_fmt, "-s", f"{width}x{height}", "-i", "-"]
+    command = ["ffmpeg", "-loglevel", "error", *raw, "-vf", filters, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    content = b"".join(plane.tobytes() for plane in planes)
+    made = subprocess.run(command, input=content, stdout=subprocess.PIPE, check=True).stdout
+    return np.frombuffer(made, np.uint8).reshape(height, width, 3)
+
+
+def has_zscale():
+    if shutil.which("ffmpeg") is None:
+        return False
+    filters = subprocess.run(["ffmpeg", "-filters"], capture_output=True, text=True).stdout
+    return " zscale " in filters and " tonemap " in filters
+
+
+@pytest.mark.skipif(not has_zscale(), reason="no ffmpeg with zscale")
+@pytest.mark.parametrize("hdr_format", MAPPED)
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("sampling", ["444", "422", "420"])
+@pytest.mark.parametrize("bits", [8, 10, 12])
+def test_hdr_is_mapped_as_the_ffmpeg_that_is_here_maps_it(bits, sampling, full, hdr_format):
+    planes, pix_fmt = patches(bits, sampling, full)
+    frame = frame_of(planes, pix_fmt, **HDR | {"color_trc": CURVES[hdr_format], "color_range": 2 if full else 1})
+    got = colour.Converter("it").rgb(frame, frame.width, frame.height)
+    assert np.abs(middles(got) - middles(ffmpeg_maps(planes, pix_fmt, hdr_format, full))).max() <= 2
+
+
+@pytest.mark.parametrize("hdr_format", MAPPED)
+@pytest.mark.parametrize(
+    "pix_fmt", ["gbrp10le", "gbrp12le", "rgb48le", "gbrap12le", "p010le", "yuva444p10le", "x2rgb10le"]
+)
+def test_the_same_colours_in_other_formats(pix_fmt, hdr_format):
+    planes, source = patches()
+    frame = frame_of(planes, source, colorspace=9, color_range=1)
+    frame = VideoReformatter().reformat(frame, format=pix_fmt)
+    for name, value in (HDR | {"color_trc": CURVES[hdr_format]}).items():
+        setattr(frame, name, value)
+    got = colour.Converter("it").rgb(frame, frame.width, frame.height)
+    assert np.abs(middles(got) - MAPPED[hdr_format]).max() <= 3
+
+
+def test_transparent_hdr_is_put_over_white():
+    planes, pix_fmt = patches()
+    alpha = np.full_like(planes[0], 1023)
+    alpha[: SIDE // 4] = 0
+    frame = frame_of([*planes, alpha], pix_fmt.replace("yuv", "yuva"), color_trc=16, **HDR)
+    got = colour.Converter("it").rgb(frame, frame.width, frame.height)
+    assert np.abs(middles(got) - MAPPED["PQ"]).max() <= 1
+    assert (got[0] == 255).all()
+
+
+def test_a_frame_is_computed_in_strips(monkeypatch):
+    planes, pix_fmt = patches()
+    frame = frame_of(planes, pix_fmt, color_trc=16, **HDR)
+    whole = colour.Converter("it").rgb(frame, frame.width, frame.height)
+    monkeypatch.setattr(colour, "STRIP", 3 * frame.width)
+    assert (colour.Converter("it").rgb(frame, frame.width, frame.height) == whole).all()
+
+
+def test_the_primaries_of_hdr():
+    """Red of Display P3 is within BT.2020, outside of BT.709, where it is clipped; that of BT.709 stays."""
+    red = np.full((16, 16), 600, "<u2")
+    none = np.zeros_like(red)
+
+    def shown(primaries):
+        frame = frame_of([none, none, red], "gbrp10le", color_trc=16, colorspace=0, color_primaries=primaries)
+        return colour.Converter("it").rgb(frame, 16, 16)[8, 8].tolist()
+
+    assert shown(1)[1:] == [0, 0]
+    assert shown(2) == shown(9)  # PQ is of BT.2020 where nothing else is said
+    assert shown(1)[0] < shown(12)[0] < shown(9)[0]
+
+
+def ipt_of(rgb):
+    """Y and two differences, as Dolby Vision's own format stores linear RGB of BT.2020, 1 for 10,000 cd/m2.
+
+    Its matrices are those of IPT (Ebner and Fairchild, 1998), with 2% of crosstalk.
+    """
+    to_xyz = np.array([[0.6370, 0.1446, 0.1689], [0.2627, 0.6780, 0.0593], [0.0000, 0.0281, 1.0610]])
+    to_lms = np.array([[0.4002, 0.7076, -0.0808], [-0.2263, 1.1653, 0.0457], [0.0, 0.0, 0.9182]])
+    mixed = np.full((3, 3), 0.02) + 0.94 * np.eye(3)
+    power = (mixed @ to_lms @ to_xyz @ rgb).clip(0, None) ** (1305 / 8192)
+    signal = ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** (2523 / 32)
+    return np.array([[0.4, 0.4, 0.2], [4.455, -4.851, 0.396], [0.8056, 0.3572, -1.1628]]) @ signal
+
+
+def pq_of(rgb):
+    power = np.asarray(rgb) ** (1305 / 8192)
+    return ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** (2523 / 32)
+
+
+@pytest.mark.parametrize(
+    "nits", [(100, 100, 100), (203, 203, 203), (20, 60, 10), (120, 40, 30), (10, 20, 90), (600, 500, 300)]
+)
+def test_dolby_visions_own_format_has_its_own_matrices(nits):
+    rgb = np.array(nits) / 10000
+    stored = np.round(ipt_of(rgb) * 1023 + [0, 512, 512]).astype("<u2")
+    frame = frame_of([np.full((16, 16), value) for value in stored], "yuv444p10le", color_range=2)
+    got = colour.Converter("it", "IPTPQc2").rgb(frame, 16, 16)[8, 8].astype(int)
+    green, blue, red = np.round(pq_of(rgb) * 65535).astype("<u2")[[1, 2, 0]]
+    same = frame_of([np.full((16, 16), value) for value in (green, blue, red)], "gbrp16le", color_trc=16, colorspace=0)
+    assert np.abs(got - colour.Converter("it").rgb(same, 16, 16)[8, 8]).max() <= 5
+
+
+# Matrices by what becomes of them: the one that stands in for it, or None if it is computed or refused.
+STAND_INS = {3: 2, 10: 9, 12: 1, 13: 1}
+REFUSED = {11: "smpte2085", 16: "ycgco-re", 17: "ycgco-ro"}
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+@pytest.mark.parametrize("matrix", [10, 12, 13])
+def test_a_matrix_is_replaced_by_the_nearest(matrix, name, tmp_path):
+    how = {"codec": "libx264"} if name == "a.mp4" else {}
+    got, right = (
+        pixels(read_frames(probe(write(tmp_path / f"{m}_{name}", pix_fmt="yuv420p", colorspace=m, **how)), [0.0]))
+        for m in (matrix, STAND_INS[matrix])
+    )
+    assert (got == right).all()
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv444p", "nv12", "yuyv422", "p010le", "vuya", "yuva420p", "gbrp", "gray"])
+def test_a_matrix_is_replaced_in_all_formats(pix_fmt):
+    frame = av.VideoFrame.from_ndarray(quarters(), format="rgb24").reformat(format=pix_fmt)
+    shown = []
+    for matrix in (9, 10):
+        frame.colorspace = matrix
+        shown.append(colour.Converter("it").rgb(frame, 64, 48))
+    assert (shown[0] == shown[1]).all()
+
+
+@pytest.mark.parametrize("matrix", [3, 40, 200])
+def test_matrices_of_no_meaning_count_as_none(matrix):
+    planes, pix_fmt = patches()
+    got, right = (
+        colour.Converter("it").rgb(frame_of(planes, pix_fmt, colorspace=m), len(PATCHES) * SIDE, SIDE)
+        for m in (matrix, 2)
+    )
+    assert (got == right).all()
+
+
+@pytest.mark.parametrize("primaries", [1, 2, 9, 12])
+@pytest.mark.parametrize("matrix", [12, 13])
+def test_derived_matrices_follow_the_primaries(matrix, primaries):
+    planes, pix_fmt = patches()
+    right = 9 if primaries == 9 else 1
+    got, right = (
+        colour.Converter("it").rgb(
+            frame_of(planes, pix_fmt, colorspace=m, color_primaries=primaries), len(PATCHES) * SIDE, SIDE
+        )
+        for m in (matrix, right)
+    )
+    assert (got == right).all()
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("bits", [8, 10])
+def test_ycgco_is_exact(bits, full):
+    rng = np.random.default_rng(0)
+    rgb = rng.integers(0, 256, (24, 32, 3))
+    red, green, blue = np.moveaxis(rgb / 255, 2, 0)
+    y, cg, co = green / 2 + (red + blue) / 4, green / 2 - (red + blue) / 4, (red - blue) / 2
+    span = 2**bits - 1 if full else 219 * 2 ** (bits - 8)
+    low = 0 if full else 16 * 2 ** (bits - 8)
+    planes = [
+        np.round(v * span + o).clip(0, 2**bits - 1) for v, o in ((y, low), (cg, 2 ** (bits - 1)), (co, 2 ** (bits - 1)))
+    ]
+    planes = [plane.astype(np.uint8 if bits == 8 else "<u2") for plane in planes]
+    frame = frame_of(planes, "yuv444p" if bits == 8 else "yuv444p10le", colorspace=8, color_range=2 if full else 1)
+    assert np.abs(colour.Converter("it").rgb(frame, 32, 24).astype(int) - rgb).max() <= (3 if bits == 8 else 1)
+
+
+def check_refused(error, path, *words):
+    assert error.exit_code == 3 and "BT.709" in error.hint
+    assert error.message.startswith(f"the colours of {path} cannot be converted: ")
+    assert all(word in error.message for word in words)
+
+
+@pytest.mark.parametrize("matrix", REFUSED)
+def test_a_matrix_that_cannot_be_converted_is_named(matrix, tmp_path):
+    path = write(tmp_path / "matrix.mkv", pix_fmt="yuv444p", colorspace=matrix, count=3)
+    info, words = probe(path), ("yuv444p", f"matrix {REFUSED[matrix]},", "range", "primaries", "curve")
+    assert scan(path).frames == 3  # nothing is damaged
+    with pytest.raises(VideoError) as caught:
+        list(read_frames(info, [0.0]))
+    check_refused(caught.value, path, *words)
+    with closing(LiveReader(str(path), "it", 1.0)) as reader:
+        header = reader.next(0.0)
+        with pytest.raises(VideoError) as caught:
+            reader.fill(np.empty((1, header["height"], header["width"], 3), np.uint8))
+    check_refused(caught.value, "it", *words)
+
+
+def test_folders_name_what_cannot_be_converted_and_map_hdr(tmp_path, in_process, monkeypatch):
+    frame = av.VideoFrame.from_ndarray(quarters(), format="rgb24").reformat(format="rgb48be")
+    for i in range(2):
+        encoder = av.CodecContext.create("png", "w")
+        encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 64, 48, "rgb48be", Fraction(1, 10)
+        encoder.color_trc, encoder.color_primaries = 16, 9
+        frame.color_trc, frame.color_primaries = 16, 9
+        packets = [*encoder.encode(frame), *encoder.encode(None)]
+        Path(tmp_path / f"{i}.png").write_bytes(b"".join(bytes(packet) for packet in packets))
+    info = probe(tmp_path)
+    assert (info.hdr_format, info.warnings) == ("PQ", ["hdr_video"])
+    right = colour.Converter("it").rgb(frame, 64, 48)
+    assert (pixels(read_frames(info, [0.0])) == right).all()
+    monkeypatch.setattr(colour, "FATAL", ("rgb48be",))
+    with pytest.raises(VideoError) as caught:
+        list(read_frames(info, [0.0]))
+    check_refused(caught.value, tmp_path, "rgb48be")
+
+
+def test_lack_of_memory_is_not_damage(monkeypatch):
+    def fail(*_, **__):
+        raise av.error.MemoryError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(colour.Converter, "_reformat", fail)
+    frame = av.VideoFrame.from_ndarray(quarters(), format="rgb24")
+    with pytest.raises(MemoryError) as caught:
+        colour.Converter("it").rgb(frame, 64, 48)
+    assert not isinstance(caught.value, av.error.FFmpegError)
+
+
+COARSE = {"bgr8", "rgb8", "bgr4", "rgb4", "bgr4_byte", "rgb4_byte", "monob", "monow"}  # fewer than 4 bits a channel
+
+
+@pytest.mark.parametrize("name", sorted(names))
+def test_every_format_is_converted_or_refused(name):
+    """Also those that libswscale would read wrongly, or end the process at."""
+    rgb, reformatter = quarters(), VideoReformatter()
+    source = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+    swapped = colour.SWAPPED.get(name)
+    known = True
+    try:
+        if name in colour.FATAL:
+            raise ValueError
+        frame = reformatter.reformat(source, format=swapped or name)
+    except (av.error.FFmpegError, ValueError):  # it can perhaps be read all the same
+        known = False
+        try:
+            frame = av.VideoFrame(64, 48, name)
+        except (av.error.FFmpegError, ValueError):
+            return  # of a graphics card
+        for plane in frame.planes:
+            np.frombuffer(plane, np.uint8)[:] = 0
+    if swapped:
+        right = reformatter.reformat(frame, format="rgb24").to_ndarray()
+        values = [np.frombuffer(plane, "<u2").reshape(48, -1).byteswap() for plane in frame.planes]
+        frame = frame_of(values, name)
+    try:
+        got = colour.Converter("it").rgb(frame, 64, 48)
+    except VideoError as error:
+        check_refused(error, "it", f": {name},")
+        return
+    assert got.shape == (48, 64, 3)
+    if swapped:
+        assert (got == right).all()
+    elif known and name not in COARSE and not name.startswith(("gray", "ya")):
+        at = [(12, 10), (12, 50), (36, 10), (36, 50)]
+        assert max(np.abs(got[y, x].astype(int) - rgb[y, x]).max() for y, x in at) <= 20
