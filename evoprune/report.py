@@ -75,7 +75,7 @@ WARNINGS = {
     "demo_overlay": f"{KNOWN}; what the model merges and selects in {{video}} "
     "says little. For a real model: --model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
-NOTES = ("hdr_video",)  # warnings of which there is nothing to fear
+NOTES = ("hdr_video",)  # warnings that leave nothing to do
 
 
 @dataclass

@@ -24,12 +24,18 @@ from evoprune.video.info import HLG, IPT, PQ
 CURVES = {ColorTrc.SMPTE2084: PQ, ColorTrc.ARIB_STD_B67: HLG}
 UNSTATED = (0, 2, 3)  # curves that say nothing
 HDR_METADATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL", "DYNAMIC_HDR_PLUS")
-# Dolby Vision has a base layer, which is decoded here, and metadata. Its configuration record says by a "compatibility id" what the
-# base layer is; 0 is Dolby's own format in these profiles, and elsewhere nothing. Sample entries of these names have such a record.
-DOLBY_TAGS = ("dvhe", "dvh1", "dvav", "dva1", "dav1")
+# Dolby Vision is a base layer, which FFmpeg decodes, and metadata, which is not applied. The "compatibility id" of its record says
+# what the base layer is: 2 is SDR, and 0 Dolby's own format in some profiles, in others nothing.
 DOLBY_RECORD = re.compile(r"DOVI configuration record:.* profile: (\d+),.* compatibility id: (\d+)")
-DOLBY_BASES = {1: PQ, 4: HLG, 6: PQ}  # 2 is SDR
-DOLBY_OWN = (5, 10, 20)
+DOLBY_BASES = {1: PQ, 4: HLG, 6: PQ}
+DOLBY_OWN = (5, 10, 20)  # profiles
+DOLBY_TAGS = (
+    "dvhe",
+    "dvh1",
+    "dvav",
+    "dva1",
+    "dav1",
+)  # of MP4; where neither record nor curve says more, it is Dolby's own format
 
 # Matrices that make three channels of a stored Y and two differences, which are 0.5 at most. Of ICtCp they depend on the curve
 # (BT.2100); that of Dolby's own format is in all its metadata.
@@ -81,17 +87,7 @@ class Matrix(IntEnum):
     YCGCO_RO = 17
 
 
-# Those that libswscale has, or does not need.
-USUAL = (
-    Matrix.GBR,
-    Matrix.BT709,
-    Matrix.UNKNOWN,
-    Matrix.FCC,
-    Matrix.BT470BG,
-    Matrix.SMPTE170M,
-    Matrix.SMPTE240M,
-    Matrix.BT2020NC,
-)
+USUAL = tuple(Matrix(number) for number in (0, 1, 2, 4, 5, 6, 7, 9))  # which libswscale does not refuse
 
 
 def stated(stream: VideoStream) -> str | None:
