@@ -57,6 +57,7 @@ class LiveReader:
     ):
         self._source, self._name, self._timeout_s, self._follow = source, name, timeout_s, follow
         self._scheme = source.partition("://")[0].lower() if source and "://" in source else None
+        self._live = source is None or not os.path.isfile(source)  # whether what comes has just been made
         self._open, self._held = ExitStack(), None
         self._parts: list[Span] = []  # of a file that does not grow, those that were not opened yet
         self._gap_s = 0.0  # the largest step ahead that was taken for another clock
@@ -185,7 +186,9 @@ class LiveReader:
             if ahead and passed > 0:
                 self._gap_s = max(self._gap_s, passed)
             if number:
-                time_s += max(step, now - arrived) if ahead or passed < 0 else passed
+                another_clock = ahead or passed < 0
+                waited = now - arrived if self._live else 0.0  # a file is read as fast as it goes
+                time_s += max(step, waited) if another_clock else passed
             before, arrived = stamp, now
             yield time_s, frame
 

@@ -205,7 +205,7 @@ def test_git_lfs_pointers_of_clips_and_beside_them(tmp_path):
         (tmp_path / name).write_text(POINTER)
     for error, read in (
         *((VideoError, partial(probe, tmp_path / name)) for name in ("clip.mp4", "picture.png", "frames")),
-        (VideoError, lambda: subtitles.read("clip.mp4", 0.0, str(tmp_path / "lines.srt"), 0.0, 1.0)),
+        (VideoError, lambda: subtitles.read(str(tmp_path), 0.0, str(tmp_path / "lines.srt"), 0.0, 1.0)),
         (UsageError, lambda: load_rows(str(tmp_path / "rows.jsonl"))),
     ):
         with pytest.raises(error, match="is a git-lfs pointer") as caught:
