@@ -425,7 +425,7 @@ def decode(container: InputContainer, stream: VideoStream, info: Video, damaged:
             origin = stamp - time - step
         if stamp is None:
             time += step
-        elif _misses_one(stamp - origin - time - length, length, info.container):
+        elif info.clock_restarts and _misses_one(stamp - origin - time - length, length, info.container):
             time += length
         else:
             time = stamp - origin
