@@ -42,15 +42,13 @@ class Video:
     pix_fmt: str | None  # such as `yuv420p`
     container: str  # FFmpeg's name of the format, such as `matroska,webm`; or `folder`, or `picture`
     fps: float | None = None  # on average
-        False  # whether `fps` is FFmpeg's guess, as of a raw stream that does not state its rate; times follow it
-    )
     variable_rate: bool | None = None  # whether the frame intervals differ
     frames_total: int | None = None
     start_s: float = 0.0  # the file's own timestamp of the first frame
     tags: dict[str, str] = field(default_factory=dict)  # of the container; of a picture its comment
     mirrored: bool = False  # stored frames are flipped left to right before they are rotated
     stated_s: float | None = None  # the duration by the file, of the pictures alone; longer if the file was cut off
-    rate_guessed: bool = (
+    rate_guessed: bool = False  # whether `fps` is a guess, as of a raw stream that does not state its rate
     clock_restarts: int = 0  # how often the file's clock starts anew, as in files that were joined; times here go on
     cut_off: bool = False  # whether the file ends inside a fragment of MP4, as a recording that was interrupted
     clock_gap_s: float = 0.0  # the largest step ahead that counts as another clock
