@@ -10,7 +10,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 from urllib.parse import unquote
@@ -33,9 +33,6 @@ SAME = {"video_start": "start", "video_end": "end", "nframes": "frames"}  # what
 LONGEST_PATH = 4096  # characters
 LIST_COLUMNS = ("inputs", "options", "groups")  # columns whose cells in a CSV file are lists, separated by |
 MAX_BYTES = 2**28  # of a file: all rows are held in memory
-# Where LLaVA's data sets put a video or picture: lines of their own around a question, or right in front of it. The model's
-# template places it. Inside a question they are words.
-PLACEHOLDERS = re.compile(r"\A\s*(?:<(?:video|image)>(?:[ \t]*\r?\n\s*|(?=\S)))+|(?:\n\s*<(?:video|image)>)+\s*\Z")
 # "line" or, in an array, "row"; its number from 1; and its fields or why it has none.
 Line = tuple[str, int, dict[str, Any] | ValueError]
 
@@ -238,7 +235,7 @@ def _row(
         id="",
         inputs=inputs,
         paths=tuple(_path(folder, path) for path in inputs),
-        question=_text(PLACEHOLDERS.sub("", _filled(fields.get("question"), "question")), "question"),
+        question=_text(fields.get("question"), "question"),
         start_s=start,
         end_s=end,
         options=_options(fields.get("options", [])),
@@ -319,14 +316,10 @@ def _text(value: Any, name: str) -> str:
 
 def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
     """A number that a row may have, in CSV as a text; None where it has none."""
-    number = value
-    if isinstance(value, str):
-        for read in (kind, float):
-            with suppress(ValueError):
-                number = read(value)
-                break
-    if kind is int and isinstance(number, float) and number.is_integer():  # spreadsheets write 8 as 8.0
-        number = int(number)
+    try:
+        number = kind(value) if isinstance(value, str) else value
+    except ValueError:
+        number = value
     right = number is None or isinstance(number, (int, kind))
     _must(right, f"{name} is not a {'whole ' if kind is int else ''}number")
     return check_type(name, number, kind | None)
@@ -463,10 +456,6 @@ def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     try:
         names = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-        if twice := sorted({name for name in names if name and names.count(name) > 1}):
-            raise UsageError(
-                f"{file}: the first line names {' and '.join(twice)} more than once", "name each column once"
-            )
         for required in (("video", "inputs"), ("question",)):  # one of each
             if not set(required) & set(names):
                 needed = f"the first line must name the columns, unless the lines are JSON; `{required[0]}` is missing"

@@ -5,9 +5,9 @@ become a crash or an endless loop later. A field of a dataclass has its rule in 
 entries of a file.
 
 `parse_config` reads the config of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5, under Hugging Face's names. Older checkpoints keep
-the language model's numbers at the top level, newer ones in `text_config`; both are read where transformers reads both. A model
-that this program could not run faithfully is refused here, before any weights are read. What differs between the families is
-written down here as values. Only `vision/families.py` asks for a family by name, too.
+the language model's numbers at the top level, newer ones in `text_config`; both are read. A model that this program could not run
+faithfully is refused here, before any weights are read. What differs between the families is written down here as values. Only
+`vision/families.py` asks for a family by name, too.
 """
 
 import json
@@ -430,10 +430,6 @@ def parse_config(content: dict) -> Config:
     """
     family = content.get("model_type") or QWEN2_5
     text, vision = section(content, "text_config") or content, section(content, "vision_config")
-    # Of these alone transformers reads numbers at the top level; of others it would make a language model of another size.
-    _check(
-        text is not content or family in (QWEN2_5, QWEN2), f"text_config is missing, in which {family} has its numbers"
-    )
     if content.get("eos_token_id") is not None:  # which counts more beside `text_config`, as in transformers
         text = text | {"eos_token_id": content["eos_token_id"]}
     # As in transformers: where heads have no norms, either place ties them, for earlier versions wrote the one in `text_config`.

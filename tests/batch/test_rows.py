@@ -147,40 +147,6 @@ def test_what_is_no_row(row, says):
     assert caught.value.hint and "\n" not in caught.value.message
 
 
-def test_whole_numbers_as_spreadsheets_write_them():
-    (row,) = read(b"video,question,frames,max_new_tokens\na.mp4,What?,8.0,16.00\n")
-    assert (row.frames, row.max_new_tokens) == (8, 16) and type(row.frames) is int
-    assert read(jsonl(ROW | {"frames": 8.0}))[0].frames == 8
-    for wrong in (b"8.5", b"inf", b"nan", b"8,0"):
-        with pytest.raises(UsageError, match=r"frames is not a whole number|more cells"):
-            read(b"video,question,frames\na.mp4,What?," + wrong + b"\n")
-
-
-def test_two_columns_of_one_name():
-    with pytest.raises(UsageError, match="names question more than once"):
-        read(b"video,question,Question\na.mp4,What?,Who?\n")
-
-
-@pytest.mark.parametrize(
-    ("written", "asked"),
-    [
-        ("<video>\nWhat happens?", "What happens?"),
-        ("<image>\r\n<video>\nWhat happens?", "What happens?"),
-        ("<video>What happens?", "What happens?"),
-        ("What happens?\n<video>", "What happens?"),
-        ("What does the tag <video> do?", "What does the tag <video> do?"),
-        ("<video> is which tag?", "<video> is which tag?"),
-    ],
-)
-def test_where_data_sets_place_the_video(written, asked):
-    assert read(jsonl(ROW | {"question": written}))[0].question == asked
-
-
-def test_a_question_that_is_nothing_but_a_place():
-    with pytest.raises(UsageError, match="question is empty"):
-        read(jsonl(ROW | {"question": "<video>\n"}))
-
-
 def test_times_for_rows_that_have_none_and_times_from_the_end():
     rows = read(jsonl(ROW, ROW | {"start": "-0:05"}, ROW | {"end": -2.5}), start_s=1.0, end_s=4.0)
     assert [(row.start_s, row.end_s) for row in rows] == [(1, 4), (-5, 4), (1, -2.5)]

@@ -71,15 +71,6 @@ def test_both_ways_to_write_it_mean_the_same():
         assert getattr(old.text_config, name) == getattr(new.text_config, name)
 
 
-@pytest.mark.parametrize("family", ["3", "3 experts", "3.5", "3.5 experts"])
-def test_numbers_at_the_top_level_that_transformers_would_not_read_are_refused(family):
-    """It would make a language model of its default size, which may take all memory."""
-    content = dict(CONTENTS[family])
-    content |= content.pop("text_config") | {"model_type": content["model_type"]}
-    with pytest.raises(ValueError, match="text_config is missing"):
-        parse_config(content)
-
-
 CONFIGS = BUNDLED_CONFIGS | {name: demo.folder / "config.json" for name, demo in DEMOS.items()}
 FORMS = {"new": dict, "old": flat}
 # Fields of ours that transformers' class does not have, where it has none: it hard-codes them or has no use for them.
