@@ -430,6 +430,7 @@ def parse_config(content: dict) -> Config:
     """
     family = content.get("model_type") or QWEN2_5
     text, vision = section(content, "text_config") or content, section(content, "vision_config")
+    _check_places(content, family)
     if content.get("eos_token_id") is not None:  # which counts more beside `text_config`, as in transformers
         text = text | {"eos_token_id": content["eos_token_id"]}
     # As in transformers: where heads have no norms, either place ties them, for earlier versions wrote the one in `text_config`.
@@ -442,6 +443,23 @@ def parse_config(content: dict) -> Config:
     same = config.vision_config.out_hidden_size == config.text_config.hidden_size
     _check(same, "tower and language model differ in size")
     return config
+
+
+def _check_places(content: dict, family: str) -> None:
+    """Raises ValueError: a size of the language model stands at the top level alone, beside a `text_config` without it.
+
+    transformers would take its default, and the weights would not fit. The context's length is no size of weights.
+    """
+    inner = section(content, "text_config")
+    if not inner:
+        return
+    classes = (TextConfig, DeltaNet, Experts)
+    usual = {field.name: field.default for cls in classes for field in fields(cls)} | dict(FAMILIES[family].text)
+    usual["num_key_value_heads"] = inner.get("num_attention_heads")
+    for name in usual.keys() - {"eos_token_id", "max_position_embeddings"}:
+        outer = content.get(name)
+        misplaced = type(outer) is int and inner.get(name) is None and outer != usual[name]
+        _check(not misplaced, f"{name} stands beside text_config, not in it")
 
 
 def _parse_text(content: dict, family: str) -> TextConfig:
