@@ -14,6 +14,7 @@ import json
 import math
 import reprlib
 import stat
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
@@ -113,10 +114,11 @@ def _rules(cls: type) -> dict[str, Rule]:
     return {name: rule for name, rule in annotated.items() if isinstance(rule, Rule)}
 
 
-def loads(text: str) -> Any:
+def loads(text: str, once: bool = False) -> Any:
     """The value of a JSON text.
 
-    Raises ValueError: no JSON; NaN, an infinite number or one that is too large; or more than `MAX_LEVELS` levels.
+    Raises ValueError: no JSON; NaN, an infinite number or one that is too large; or more than `MAX_LEVELS` levels. With `once` also
+    an object that has a name twice, of which Python takes the last.
     """
 
     def refuse(word: str) -> None:
@@ -127,9 +129,17 @@ def loads(text: str) -> Any:
             raise ValueError(f"the number {number[:20]} is too large")
         return value
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise ValueError(f"the field {twice[:40]} is there twice")
+        return value
+
     too_deep = ValueError(f"it is nested deeper than {MAX_LEVELS} levels")
     try:
-        value = json.loads(text, parse_constant=refuse, parse_float=finite)
+        hook = unique if once else None
+        value = json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=hook)
     except RecursionError:
         raise too_deep from None
     level = [[value]]
