@@ -10,7 +10,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 from urllib.parse import unquote
@@ -316,10 +316,12 @@ def _text(value: Any, name: str) -> str:
 
 def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
     """A number that a row may have, in CSV as a text; None where it has none."""
-    try:
-        number = kind(value) if isinstance(value, str) else value
-    except ValueError:
-        number = value
+    number = value
+    for read in (float, kind) if isinstance(value, str) else ():
+        with suppress(ValueError):
+            number = read(value)
+    if kind is int and isinstance(number, float) and number.is_integer():  # 8.0, as spreadsheets write 8
+        number = int(number)
     right = number is None or isinstance(number, (int, kind))
     _must(right, f"{name} is not a {'whole ' if kind is int else ''}number")
     return check_type(name, number, kind | None)
@@ -430,7 +432,7 @@ def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
         yield from _csv_lines(text, name, hint)
     elif first == "[":
         try:
-            rows = loads(text)
+            rows = loads(text, once=True)
         except ValueError as problem:
             raise UsageError(f"{name} is not JSON: {problem}", hint) from problem
         for number, fields in enumerate(rows, 1):
@@ -439,7 +441,7 @@ def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
-                    fields = loads(line)
+                    fields = loads(line, once=True)
                 except ValueError as problem:
                     fields = (
                         ValueError(f"not JSON: {problem}") if isinstance(problem, json.JSONDecodeError) else problem
@@ -456,6 +458,9 @@ def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     try:
         names = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+        if twice := [name for name, count in Counter(names).items() if name and count > 1]:
+            hint = "rename one of them, or leave it out; upper and lower case count as the same"
+            raise UsageError(f"{file}: the first line names the column {shorten(twice[0], 40)} twice", hint)
         for required in (("video", "inputs"), ("question",)):  # one of each
             if not set(required) & set(names):
                 needed = f"the first line must name the columns, unless the lines are JSON; `{required[0]}` is missing"

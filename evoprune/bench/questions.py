@@ -45,6 +45,8 @@ COMMON = {
 
 _SPACED = re.compile(r"([\u3041-\u9fff\uac00-\ud7a3])")  # Chinese, Japanese and Korean write no blanks between words
 _MARKUP = str.maketrans(dict.fromkeys('*`$"“”{}#', " ") | {"\\": "", "’": "'", "‘": "'"})
+_TAG = r"(?:<(?:video|image)>|<\|vision_start\|><\|(?:video|image)_pad\|><\|vision_end\|>)"
+BEFORE, BEHIND = re.compile(rf"\A\s*+(?:{_TAG}\s*+)+"), re.compile(rf"(?:\n[ \t]*+{_TAG}[ \t\r]*+){{1,64}}\s*+\Z")
 ENDS = ("clause", "stop", "line", "aside")
 JOINS = re.compile("and|then|to|maybe|perhaps|possibly|[/&]", re.IGNORECASE)  # two names that are both meant
 FILLERS = re.compile(rf"{JOINS.pattern}|[,:.–—()\[\]-]|an?|the|option", re.IGNORECASE)
@@ -338,15 +340,25 @@ def load_questions(path: Path) -> list[VideoQuestions]:
     return [VideoQuestions(name, Path(rows[0].paths[0]), tuple(rows)) for name, rows in videos.items()]
 
 
+def without_tags(question: str) -> str:
+    """Leave out tags of the input before a question, or on lines behind it, as in files for LLaVA: `<video>\\nWhat happens?`.
+
+    The prompt has the input itself. Tags inside a question are text.
+    """
+    return BEHIND.sub("", BEFORE.sub("", question))
+
+
 def _complete(row: Row, fields: dict[str, Any]) -> Row:
     texts = [normalised(option) for option in row.options]
     groups, type = fields.get("groups", []), fields.get("type")
+    asked = without_tags(row.question)
     answer = str(row.answer) if isinstance(row.answer, int) else row.answer
     for wrong, problem in (
         (len(set(texts)) < len(texts), f"options are 2 to {len(LETTERS)} different texts"),
         (not isinstance(groups, list) or not all(isinstance(g, str) for g in groups), "groups is not a list of texts"),
         (len(row.inputs) > 1, "an evaluation asks about one video or picture at a time"),
         (row.subtitles is not None, "subtitles are not read in an evaluation"),
+        (not asked.strip(), "question is empty"),
         (answer is None, "no answer"),
         (not isinstance(answer, str) or not answer.strip(), "answer is not a text"),
     ):
@@ -357,7 +369,7 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
         if choice is None:
             raise ValueError(f"the answer {answer!r} is none of the options")
         answer = row.options[choice]
-    return replace(row, answer=answer, type=None if type is None else str(type), groups=tuple(groups))
+    return replace(row, question=asked, answer=answer, type=None if type is None else str(type), groups=tuple(groups))
 
 
 GRADED = Rules(

@@ -232,7 +232,7 @@ def _placeholders(model, call: dict, video: bool) -> torch.Tensor:
     units = 0 if grids is None else int(grids.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
     if not units or units != int(columns.sum()):
         problem = f"input_ids have {int(columns.sum())} {name} tokens, {NAMES[video][1]} makes {units}"
-        raise UsageError(problem, "pass all that one call of the processor returned")
+        raise UsageError(problem, interface.ONE_CALL)
     return columns
 
 

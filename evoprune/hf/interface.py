@@ -28,6 +28,10 @@ VISION_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", 
 # `pooler_output` is a list of features `[tokens, hidden]`, one for each video or picture. transformers before 5.18 has no such
 # argument (`encoded_inputs`).
 ENCODED = "mm_encoder_outputs"
+# A hint. Processors take placeholders in a question for inputs.
+ONE_CALL = (
+    "pass all that one call of the processor returned, in its order; is <|video_pad|> or <|image_pad|> in a question?"
+)
 NEEDED = "transformers 5.20 or later"  # where an older one does not do
 # Of layers, where a config names no kinds; then the model takes one mask in place of a dict.
 ONLY_KIND = "full_attention"
@@ -359,4 +363,4 @@ def _spans(
 def _unfit(video: bool, why: str) -> UsageError:
     name, grids = ("video", "video_grid_thw") if video else ("image", "image_grid_thw")
     problem = f"a run of {name} tokens in input_ids does not fit {grids}: {why}"
-    return UsageError(problem, "pass all that one call of the processor returned, in its order")
+    return UsageError(problem, ONE_CALL)

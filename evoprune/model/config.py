@@ -14,6 +14,7 @@ import json
 import math
 import reprlib
 import stat
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
@@ -113,10 +114,11 @@ def _rules(cls: type) -> dict[str, Rule]:
     return {name: rule for name, rule in annotated.items() if isinstance(rule, Rule)}
 
 
-def loads(text: str) -> Any:
+def loads(text: str, once: bool = False) -> Any:
     """The value of a JSON text.
 
-    Raises ValueError: no JSON; NaN, an infinite number or one that is too large; or more than `MAX_LEVELS` levels.
+    Raises ValueError: no JSON; NaN, an infinite number or one that is too large; or more than `MAX_LEVELS` levels. With `once` also
+    an object that has a name twice, of which Python takes the last.
     """
 
     def refuse(word: str) -> None:
@@ -127,9 +129,17 @@ def loads(text: str) -> Any:
             raise ValueError(f"the number {number[:20]} is too large")
         return value
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise ValueError(f"the field {twice[:40]} is there twice")
+        return value
+
     too_deep = ValueError(f"it is nested deeper than {MAX_LEVELS} levels")
     try:
-        value = json.loads(text, parse_constant=refuse, parse_float=finite)
+        hook = unique if once else None
+        value = json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=hook)
     except RecursionError:
         raise too_deep from None
     level = [[value]]
@@ -430,6 +440,7 @@ def parse_config(content: dict) -> Config:
     """
     family = content.get("model_type") or QWEN2_5
     text, vision = section(content, "text_config") or content, section(content, "vision_config")
+    _check_places(content, family)
     if content.get("eos_token_id") is not None:  # which counts more beside `text_config`, as in transformers
         text = text | {"eos_token_id": content["eos_token_id"]}
     # As in transformers: where heads have no norms, either place ties them, for earlier versions wrote the one in `text_config`.
@@ -442,6 +453,23 @@ def parse_config(content: dict) -> Config:
     same = config.vision_config.out_hidden_size == config.text_config.hidden_size
     _check(same, "tower and language model differ in size")
     return config
+
+
+def _check_places(content: dict, family: str) -> None:
+    """Raises ValueError: a size of the language model stands at the top level alone, beside a `text_config` without it.
+
+    transformers would take its default, and the weights would not fit. The context's length is no size of weights.
+    """
+    inner = section(content, "text_config")
+    if not inner:
+        return
+    classes = (TextConfig, DeltaNet, Experts)
+    usual = {field.name: field.default for cls in classes for field in fields(cls)} | dict(FAMILIES[family].text)
+    usual["num_key_value_heads"] = inner.get("num_attention_heads")
+    for name in usual.keys() - {"eos_token_id", "max_position_embeddings"}:
+        outer = content.get(name)
+        misplaced = type(outer) is int and inner.get(name) is None and outer != usual[name]
+        _check(not misplaced, f"{name} stands beside text_config, not in it")
 
 
 def _parse_text(content: dict, family: str) -> TextConfig:

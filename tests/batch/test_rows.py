@@ -232,6 +232,43 @@ def test_fields_as_other_tools_write_them():
     ]
 
 
+@pytest.mark.parametrize("written", ["8", "8.0", "8.", "8.000", " 8.0 ", "0.8e1"])
+@pytest.mark.parametrize("name", ["frames", "nframes", "max_new_tokens"])
+def test_whole_numbers_as_spreadsheets_write_them(name, written):
+    (row,) = read(f"video,question,{name}\na.mp4,What?,{written}\n".encode())
+    assert (row.max_new_tokens if "tokens" in name else row.frames) == 8
+    (same,) = read(json.dumps({"video": "a.mp4", "question": "What?", name: 8.0}).encode())
+    assert row.id == same.id and type(row.max_new_tokens if "tokens" in name else row.frames) is int
+
+
+@pytest.mark.parametrize("written", ["8.5", "8,0", "nan", "inf", "1e400", "eight"])
+@pytest.mark.parametrize("name", ["frames", "max_new_tokens"])
+def test_other_numbers_are_no_whole_ones(name, written):
+    with pytest.raises(UsageError, match=f"line 2: {name} is not a whole number") as caught:
+        read(f"video;question;{name}\na.mp4;What?;{written}\n".encode())
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("video,question,Video \na.mp4,What?,b.mp4\n", "the first line names the column video twice"),
+        ("video,question,notes,NOTES\na.mp4,What?,x,\n", "the first line names the column notes twice"),
+        ('{"video": "a.mp4", "question": "What?", "question": "Why?"}\n', "line 1: the field question is there twice"),
+        ('[{"video": "a.mp4", "question": "What?", "video": "b.mp4"}]', "the field video is there twice"),
+    ],
+)
+def test_a_field_that_is_there_twice(content, says):
+    with pytest.raises(UsageError, match=says) as caught:
+        read(content.encode())
+    assert caught.value.hint
+
+
+def test_columns_without_a_name_or_a_cell_are_none():
+    (row,) = read(b"video,question,,\na.mp4,What?,,\n")
+    assert row.question == "What?"
+
+
 def test_fields_that_are_not_used_are_named_once():
     rows = [ROW | {"id": i, "strat": 5, "split": "test"} for i in range(2)] + [ROW | {"id": 2, "split": "test"}]
     with pytest.warns(EvopruneWarning) as said:

@@ -310,6 +310,37 @@ def test_a_file_is_read_video_by_video(tmp_path):
     assert (second.rows[0].type, second.rows[0].groups) == ("order", ("time",))
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *("<video>\nWhich <image> is it?", "<image>\nWhich <image> is it?", "<video>Which <image> is it?"),
+        *(
+            "<image>\n<image>\r\n <video> Which <image> is it?",
+            "Which <image> is it?\n<video>",
+            " <video>\n\nWhich <image> is it?",
+        ),
+        "<|vision_start|><|video_pad|><|vision_end|>Which <image> is it?",
+    ],
+)
+def test_tags_of_the_input_are_left_out(tmp_path, asked):
+    """As files for LLaVA have them, before the question or behind it. What stands inside is text."""
+    ((row,),) = (video.rows for video in load_questions(write(tmp_path / "q.jsonl", ROW | {"question": asked})))
+    assert row.question == row.prompt == "Which <image> is it?"
+
+
+@pytest.mark.parametrize(
+    "asked", ["Is <video> a tag?", "What is <|video_pad|>", "<videos>\nWhich?", "Which ends in <image>", "<b>What?"]
+)
+def test_other_tags_are_text(tmp_path, asked):
+    ((row,),) = (video.rows for video in load_questions(write(tmp_path / "q.jsonl", ROW | {"question": asked})))
+    assert row.question == asked
+
+
+def test_a_question_of_tags_alone(tmp_path):
+    with pytest.raises(UsageError, match="question is empty"):
+        load_questions(write(tmp_path / "q.jsonl", ROW | {"question": "<video>\n"}))
+
+
 def test_options_with_letters(tmp_path):
     options = ["A. red", "B. blue"]
     answers = ["A", "A. red", "red", "(B)", "blue"]

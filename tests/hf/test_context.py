@@ -266,6 +266,10 @@ def refusals(model, prompt):
     yield "video tokens, video_grid_thw makes", changed(prompt, video_grid_thw=None)
     shorter = {"input_ids": ids[:, :-12], "attention_mask": mask[:, :-12], "mm_token_type_ids": None}
     yield "video tokens, video_grid_thw makes", changed(prompt, **shorter)
+    for token in (model.config.video_token_id, model.config.image_token_id):  # in the question
+        more = {"attention_mask": None, "mm_token_type_ids": None}
+        with_it = torch.cat([ids[:, :-4], torch.tensor([[token]]), ids[:, -4:]], 1)
+        yield "video tokens, video_grid_thw makes|a run of image tokens", changed(prompt, input_ids=with_it, **more)
     yield "labels are", changed(prompt, labels=ids[:, -4:], logits_to_keep=4)
     yield "shift_labels are", changed(prompt, shift_labels=ids[0])
     yield "mm_token_type_ids are", changed(prompt, mm_token_type_ids=ids[:, 1:])

@@ -183,6 +183,35 @@ def test_ids_are_those_of_the_conversation_as_a_whole(tokenizer, question, syste
     assert prompt.input_ids.tolist() == whole(subtitles + question, 7, system)
 
 
+PADS = (
+    "<|video_pad|>",
+    "<|image_pad|>",
+    "<|vision_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|im_start|>",
+    "<|im_end|>",
+)
+
+
+@pytest.mark.parametrize("times", [(), [["<1.0 seconds>"] * 2]])
+@pytest.mark.parametrize(
+    "tag", ["<video>", "<image>", "<video>\n", "<|vision_start|><|video_pad|><|vision_end|>", *PADS]
+)
+def test_placeholders_in_a_question_are_text(tokenizer, tag, times):
+    """Wherever they stand, and in the system prompt: the prompt has as many special tokens as without them."""
+    specials = set(tokenizer.specials().values())
+
+    def special(prompt: Prompt) -> list[int]:
+        return [token for token in prompt.input_ids.tolist() if token in specials]
+
+    plain = about_video(tokenizer, "What?", 8, system="Hm.", times=times)
+    for question in (f"{tag}What?", f"What is {tag} here?", f"What?\n{tag}", tag):
+        prompt = about_video(tokenizer, question, 8, system=f"Hm. {tag}", times=times)
+        assert special(prompt) == special(plain) and prompt.visual_tokens == 8
+        assert question in tokenizer.backend.decode(prompt.input_ids.tolist(), skip_special_tokens=False)
+
+
 @pytest.mark.full
 @settings(deadline=None)
 @given(question=st.text(max_size=30), system=st.none() | st.text(max_size=10))

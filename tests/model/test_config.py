@@ -314,6 +314,29 @@ def test_the_end_of_answers_beside_the_language_model_counts_more(outer, inner, 
     assert parse_config(content).text_config.eos_token_id == expected
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("2.5", "hidden_size"),
+        ("2.5", "num_key_value_heads"),
+        ("3 experts", "head_dim"),
+        ("3.5", "linear_key_head_dim"),
+        ("3 experts", "num_experts"),
+    ],
+)
+def test_a_size_beside_the_language_model_is_named(family, name):
+    """Not so what is there as well, or equals the default."""
+    content = copy.deepcopy(CONTENTS[family])
+    content[TEXT].pop("num_local_experts", None)
+    content[TEXT].setdefault(name, 4)
+    content[name] = content[TEXT][name]
+    whole = parse_config(content)
+    assert whole == parse_config(content[TEXT] | {name: value for name, value in content.items() if name != TEXT})
+    del content[TEXT][name]
+    with pytest.raises(ValueError, match=f"{name} stands beside text_config, not in it"):
+        parse_config(content)
+
+
 def outcome(content):
     try:
         return parse_config(content)

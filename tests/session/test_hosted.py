@@ -55,6 +55,22 @@ def either(request, tmp_path_factory):
     return loaded(tmp_path_factory, "qwen3_vl_moe")
 
 
+@pytest.mark.parametrize("inner", ["absent", "empty"])
+def test_settings_of_the_language_model_that_lie_flat(folder, tmp_path, inner):
+    """transformers takes its defaults for them, of billions of weights; a Qwen2.5-VL's own config.json lies flat."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    content = json.loads((folder / "config.json").read_text())
+    content = content.pop("text_config") | content | ({} if inner == "absent" else {"text_config": {}})
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(content))
+
+    def answer(folder: Path) -> list[int]:
+        return said(VideoQA.load(str(folder), dtype="fp32").encode(CLIP, frames=4), "What happens?")
+
+    assert answer(tmp_path) == answer(folder)
+
+
 def said(inputs, question: str, **options) -> list[int]:
     answer = inputs.ask(question, max_new_tokens=6, **options)
     return answer.ids if answer.text is not None else []

@@ -50,7 +50,7 @@ def everything(info):
     """Decode the whole file: a list of (seconds from the first frame, RGB), in the order of display."""
     with av.open(info.path) as container:
         stream = container.streams.best("video")
-        rate = ffmpeg.frame_rate(stream)[0]  # which the next tests of rates check
+        rate = ffmpeg.frame_rate(stream)[0]
         converter, decoded = VideoReformatter(), container.decode(stream)
         rgb = ((frame.pts, converter.reformat(frame, format="rgb24").to_ndarray()) for frame in decoded)
         frames = [(pts, turned(picture, info)) for pts, picture in rgb]

@@ -22,7 +22,7 @@ import torch
 from evoprune.backend.devices import is_host
 from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memory
 from evoprune.language.hosted import use_experts, uses_packages
-from evoprune.model.config import Config, as_written
+from evoprune.model.config import Config, as_written, read_object
 from evoprune.model.weights import HostedVL, fill_random, name_in_memory
 from evoprune.session.loading.find import (
     ADAPTER,
@@ -37,6 +37,11 @@ from evoprune.util import counted
 
 # Entries of a config that name the modules which are not quantised.
 UNQUANTIZED = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
+# Entries of a config that are no settings of the language model alone.
+OF_THE_WHOLE = (
+    "model_type", "architectures", "vision_config", "text_config", "quantization_config", "tie_word_embeddings", "dtype",
+    "torch_dtype",
+)  # fmt: skip
 # Functions in modules of transformers: where fla or causal-conv1d is installed, kernels for GPUs.
 FUSED = {"causal_conv1d_fn", "causal_conv1d_update", "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"}
 # What loggers say again and again. One recommends the packages of `FUSED`, which would not be called. That layers of 8 bits
@@ -62,6 +67,8 @@ def load_hosted(
         with _environment_kept():
             if quantization:
                 kwargs = {"device_map": {"": device}, "config": _quantized_config(folder, quantization, device)}
+            elif lies_flat(folder):
+                kwargs = {"config": _read_config(folder)}
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are named here
             host, info = read_whole(folder, dtype, device, **kwargs)
     # transformers and the packages of quantisation raise of many kinds what a file has wrong.
@@ -136,10 +143,9 @@ def _quantized_config(folder: Path, quantization: str, device: torch.device):
     Published checkpoints name the tower `visual`, as older releases did; it would be taken for quantised otherwise. Weights for
     which a CPU has no kernels are plain in memory.
     """
-    from transformers import AutoConfig
     from transformers.quantizers import AutoQuantizationConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = _read_config(folder)
     # Some programs write it beside the layers that are quantised; older releases look for it there for few families.
     if not getattr(config, "quantization_config", None):
         config.quantization_config = config.text_config.quantization_config
@@ -153,6 +159,23 @@ def _quantized_config(folder: Path, quantization: str, device: torch.device):
     # Older releases only warn of a method that they do not know, and read packed weights as if they were plain.
     AutoQuantizationConfig.from_dict(deepcopy(config.quantization_config))
     return config
+
+
+def lies_flat(folder: Path) -> bool:
+    """Say whether the settings of the language model stand at the top level of a config.json, not in `text_config`."""
+    return not read_object(folder / "config.json").get("text_config")
+
+
+def _read_config(folder: Path):
+    """Read the config of transformers. Its later families know `text_config` alone, and take their defaults where there is none."""
+    from transformers import AutoConfig
+
+    if not lies_flat(folder):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    content = read_object(folder / "config.json")
+    whole = {name: value for name, value in content.items() if name in OF_THE_WHOLE or name.endswith("_token_id")}
+    own = {name: value for name, value in content.items() if name not in OF_THE_WHOLE or name == "tie_word_embeddings"}
+    return AutoConfig.for_model(**whole | {"text_config": own})
 
 
 def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs):

@@ -21,6 +21,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
+from evoprune.bench.questions import without_tags
 from evoprune.errors import UsageError
 from evoprune.report import Report
 from evoprune.session.answering import EncodedInputs
@@ -93,7 +94,7 @@ class EvoPruneQwen25VL(lmms):
                 if self._shown != contents:
                     self._inputs = self._shown = None  # its memory goes before the next one is encoded
                     self._inputs, self._shown = self._qa.encode(paths, **vars(self._sampling)), contents
-            text, report = self._answer(question, settings)
+            text, report = self._answer(without_tags(question), settings)
             self.cache_hook.add_partial("generate_until", (question, settings), text)
             counts = ("visual_tokens_in", "visual_tokens_kept", "encoder_live_share")
             facts = {name: getattr(report.pruning, name) for name in counts}
