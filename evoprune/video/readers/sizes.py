@@ -49,7 +49,8 @@ def stored_sizes(
     if codec not in PARAMETERS and codec not in HEADS and codec != "mjpeg":
         return sizes
     seen: set[bytes] = set()
-    with suppress(av.error.FFmpegError):  # the file does not seek, or is damaged, which its reader says
+    # The file does not seek, or is damaged, which its reader says; or its times are no numbers to seek to.
+    with suppress(av.error.FFmpegError, OverflowError):
         for keyframe in _keyframes(container, stream, duration_s):
             mark, keyframe = _parameters(keyframe, stream, codec)
             if not mark or mark in seen:
@@ -96,5 +97,8 @@ def _decoded_size(keyframe: Packet, stream: VideoStream, extradata: bytes | None
     decoder = CodecContext.create(stream.codec_context.codec.name, "r")
     decoder.options = {"max_pixels": str(ffmpeg.MAX_PIXELS)}
     decoder.extradata = extradata
-    frame = next(iter([*decoder.decode(keyframe), *decoder.decode(None)]), None)
-    return frame and (frame.width, frame.height)
+    try:
+        frames = [*decoder.decode(keyframe), *decoder.decode(None)]
+    except av.error.FFmpegError:  # others may be whole
+        return None
+    return (frames[0].width, frames[0].height) if frames else None
