@@ -7,6 +7,7 @@ files (`--compressed`), whose rate factors go by the clip's number; `experiments
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,6 +80,9 @@ def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Col
     )  # fmt: skip
     try:
         world.write(clip, path, crf)
+        os.utime(
+            path, (0, 0)
+        )  # the same file each time, so that a run that is resumed takes it for the one that it began with
     except OSError as problem:
         reason = problem.strerror or problem
         raise UsageError(
