@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.info import EXACT, FOLDER_FPS, PICTURE, SEEKS, ScanResult, Subtitles, Video
+from evoprune.video.info import EXACT, FOLDER_FPS, PICTURE, ScanResult, Subtitles, Video, check_seek
 from evoprune.video.sandbox.isolation import run_task, stream_frames
 
 if TYPE_CHECKING:
@@ -126,12 +126,6 @@ def read_frames(
         FrameChunk(first, frames, **facts | {"times_s": tuple(facts["times_s"])})
         for first, (frames, facts) in zip(firsts, filled, strict=True)
     )
-
-
-def check_seek(seek: str) -> None:
-    """Raises UsageError: no such way to seek."""
-    if seek not in SEEKS:
-        raise UsageError(f"unknown seek {seek!r}", f"use {', '.join(SEEKS)}")
 
 
 def choose_decoder(decoder: str, info: Video | None = None) -> str:

@@ -156,6 +156,12 @@ class PromptSubtitles:
 NOTHING_SAID = PromptSubtitles()
 
 
+def check_seek(seek: str) -> None:
+    """Raises UsageError: no such way to seek."""
+    if seek not in SEEKS:
+        raise UsageError(f"unknown seek {seek!r}", f"use {', '.join(SEEKS)}")
+
+
 def check_one_file(choice: str, inputs: int) -> None:
     """Raises UsageError where one file of subtitles is given for several inputs."""
     if inputs > 1 and choice not in (NO_SUBTITLES, AUTO_SUBTITLES):

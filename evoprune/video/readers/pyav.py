@@ -95,23 +95,25 @@ def _read_part(
     ffmpeg.picture_size(pixels, threads)
 
     @contextmanager
-    def tools(decoder_threads: int) -> Iterator[Callable[[Run], ffmpeg.Frames]]:
-        with closing(Track(info.path, part, decoder_threads)) as track:
+    def tools() -> Iterator[Callable[[Run], ffmpeg.Frames]]:
+        with closing(Track(info.path, part, ffmpeg.thread_count(cores // threads))) as track:
             picture = _Picture(info, part)
             yield lambda run: (picture.of(*found) for found in _frames(track, run, part_s, damaged))
 
+    room = max(2 * threads, ROOM_BYTES // (3 * pixels))
     done = 0
     try:
-        room = max(2 * threads, ROOM_BYTES // (3 * pixels))
-        with closing(in_order(runs, partial(tools, ffmpeg.thread_count(cores // threads)), threads, room)) as frames:
+        with closing(in_order(runs, tools, threads, room)) as frames:
             for frame in frames:
                 done += 1
                 yield frame
         return
     except Unreachable:
         rest = Run(tuple(times_s[done:]), (None,))
-    with tools(ffmpeg.thread_count(cores)) as work:
-        yield from work(rest)
+    with closing(Track(info.path, part, ffmpeg.thread_count(cores))) as track:
+        picture = _Picture(info, part)
+        for found in _on_screen(track, rest, damaged, sparing=False):
+            yield picture.of(*found, moved=False)
 
 
 def _most_decoders(pixels: int) -> int:
@@ -190,29 +192,32 @@ def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> It
             return
     done = 0
     if track.can_spare():
-        met: list[object] = []
-        for frame in _on_screen(track, run, met.append, sparing=True):
-            # What is damaged or interlaced may be shown for longer, or need others: nothing is left out then.
-            if met or frame[1].interlaced_frame:
-                break
+        for frame in _on_screen(track, run, damaged, sparing=True):
             yield *frame, False
             done += 1
-        if done == len(run.times_s) and not met:
-            return
-    for frame in _on_screen(track, replace(run, times_s=run.times_s[done:]), damaged, sparing=False):
-        yield *frame, False
+    if done < len(run.times_s):
+        for frame in _on_screen(track, replace(run, times_s=run.times_s[done:]), damaged, sparing=False):
+            yield *frame, False
 
 
 def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool) -> Iterator[TimedFrame]:
-    """The frame on screen at each time. Holds no more than that frame and the one after it."""
+    """The frame on screen at each time. Holds no more than that frame and the one after it.
+
+    With `sparing` it ends where nothing may be left out: at damage, as the frame before it stays on screen; where frames are
+    interlaced; and where they are not in the order of their times, by which what is needed is found.
+    """
+    met: list[object] = []
+    note = met.append if sparing else damaged
     frames = None
     for entry in run.entries:
         if entry is None:
-            frames = track.from_beginning(run.times_s, damaged, sparing=sparing)
+            frames = track.from_beginning(run.times_s, note, sparing=sparing)
         else:
-            frames = track.from_keyframe(entry, run.times_s, damaged, sparing=sparing)
+            frames = track.from_keyframe(entry, run.times_s, note, sparing=sparing)
         if frames is not None:
             break
+    if frames is None and sparing:
+        return
     if frames is None:
         raise Unreachable
     current, coming = None, next(frames, None)
@@ -221,4 +226,8 @@ def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool)
     for time in run.times_s:
         while coming and coming[0] <= time + ffmpeg.TOLERANCE_S:
             current, coming = coming, next(frames, None)
+            if sparing and (met or (coming and (coming[0] <= current[0] or coming[1].interlaced_frame))):
+                return
+            if coming and coming[0] < current[0] and entry:
+                raise Unreachable  # the times lie: what precedes a keyframe is not known
         yield current or coming

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 
 import av
 from av.packet import Packet
@@ -23,6 +23,7 @@ SEEKABLE = (ffmpeg.MOV, ffmpeg.MATROSKA, "mpegts")
 SPARING = ("h264", "hevc")
 LOOK_AHEAD = 64  # packets, among which the frame is that is shown next: no codec here reorders more than 16
 LOOK_AHEAD_BYTES = 2**25
+FIRST = 8  # frames of which none is left out, which show whether they are in the order of their times
 BACK_S = (
     0.0,
     4.0,
@@ -66,9 +67,9 @@ class Track:
     def keyframes(self, start_s: float, end_s: float) -> list[Keyframe]:
         """Those between two times, and one or more before them, by the index if it is complete, else by all packets.
 
-        None where the container does not seek, its clock restarts, or packets have no times.
+        None where the container does not seek, its clock restarts, or packets have no times or not in their order.
         """
-        if self.info.container not in SEEKABLE or self.info.clock_restarts or self._stream.start_time is None:
+        if not self._has_times:
             return []
         tick = float(self._stream.time_base)
         if self.info.container == ffmpeg.MATROSKA:
@@ -79,7 +80,10 @@ class Track:
             first = next((entry.timestamp for entry in entries if not entry.is_discard), entries[0].timestamp)
             # In MP4 the first frame's decoding time; what it is shown later by, nearly all are.
             begin_s = first * tick if self.info.container == ffmpeg.MOV else self.info.start_s
-            return sorted(Keyframe(e.timestamp * tick - begin_s, e.timestamp) for e in entries if e.is_keyframe)
+            stamps = [entry.timestamp for entry in entries]
+            if any(later <= earlier for earlier, later in pairwise(stamps)):
+                return []  # it lies: what comes first is not known
+            return [Keyframe(e.timestamp * tick - begin_s, e.timestamp) for e in entries if e.is_keyframe]
         if start_s > BACK_S[-1]:
             self._seek(start_s - BACK_S[-1])
         found = []
@@ -118,7 +122,7 @@ class Track:
             if landed:
                 damaged(mark)
 
-        landed = False
+        landed, latest = False, -math.inf
         packets = self._from(keyframe, note)
         frames = self._decoded(self._spared(packets, times_s) if sparing else packets, note)
         for time, frame in frames:
@@ -126,8 +130,9 @@ class Track:
                 break
             # Before the first true keyframe, frames may lack the frames that they were predicted from.
             if _is_whole(frame):
-                landed = True
-                return chain([(time, frame)], frames)
+                landed = time > latest
+                return chain([(time, frame)], frames) if landed else None
+            latest = max(latest, time)
         return None
 
     def alone(self, keyframe: Keyframe) -> TimedFrame | None:
@@ -143,12 +148,12 @@ class Track:
         except (av.error.FFmpegError, Unreachable):
             return None
         stamp = ffmpeg.frame_time(frames[0], self._stream) if frames else None
-        if stamp is None or not _is_whole(frames[0]) or frames[0].is_corrupt:
+        if stamp is None or not _is_whole(frames[0]):
             return None
         return stamp - self.info.start_s, frames[0]
 
     def can_spare(self) -> bool:
-        """Whether frames can be left out with the others staying the same.
+        """Whether frames can be left out, by their times, with the others staying the same.
 
         In HEVC a frame on which no other of its layer depends may be needed by those of higher layers; the header counts them.
         Interlaced frames may be stored in two packets.
@@ -159,7 +164,12 @@ class Track:
             header = bytes(context.extradata or b"")
             if len(header) < 23 or header[0] != 1 or header[21] >> 3 & 7 != 1:
                 return False
-        return name in SPARING and not self.info.interlaced and context.field_order <= 1
+        progressive = not self.info.interlaced and context.field_order <= 1
+        return name in SPARING and self._has_times and progressive
+
+    @property
+    def _has_times(self) -> bool:
+        return self.info.container in SEEKABLE and not self.info.clock_restarts and self._stream.start_time is not None
 
     def _packets(self, damaged: ffmpeg.Damage = ffmpeg.ignore_damage) -> Iterator[Packet | None]:
         self._at_beginning = False
@@ -197,7 +207,7 @@ class Track:
         context, tick = self._stream.codec_context, float(self._stream.time_base)
         ahead: deque[Packet | None] = deque()
         shown: list[float] = []  # times at which frames near by are shown, ascending
-        ends, held = False, 0
+        ends, held, count = False, 0, 0
 
         def time_of(packet: Packet | None) -> float | None:
             return None if packet is None or packet.pts is None or packet.is_discard else packet.pts * tick
@@ -219,10 +229,10 @@ class Track:
                 packet = ahead.popleft()
                 held -= packet.size if packet is not None else 0
                 time = time_of(packet)
-                context.skip_frame = (
-                    "DEFAULT" if time is None or _is_wanted(time - begin_s, shown, times_s) else "NONREF"
-                )
+                needed = count < FIRST or time is None or _is_wanted(time - begin_s, shown, times_s)
+                context.skip_frame = "DEFAULT" if needed else "NONREF"
                 yield packet
+                count += 1
                 del shown[: max(0, len(shown) - 2 * LOOK_AHEAD)]
         finally:
             context.skip_frame = "DEFAULT"
@@ -250,8 +260,8 @@ class Track:
 
 
 def _is_whole(frame: VideoFrame) -> bool:
-    """Whether a frame depends on no other: what is marked as a keyframe may only begin a gradual refresh."""
-    return bool(frame.key_frame) and frame.pict_type == PictureType.I
+    """Whether a frame depends on no other, and is undamaged: what is marked as a keyframe may only begin a gradual refresh."""
+    return bool(frame.key_frame) and frame.pict_type == PictureType.I and not frame.is_corrupt
 
 
 def _is_wanted(time_s: float, shown_s: Sequence[float], times_s: Sequence[float]) -> bool:
