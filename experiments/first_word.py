@@ -35,6 +35,7 @@ from statistics import median
 from typing import Any
 
 from evoprune.bundled import DEMOS
+from evoprune.video.info import AUTO_SEEK, SEEKS
 from experiments.first_word_asks import QUESTION, TRANSFORMERS
 from experiments.first_word_clips import KINDS, TINY
 from experiments.first_word_readers import EXACT, KEYFRAMES, OURS, PEERS, READERS, TORCHCODEC, make_environment
@@ -358,7 +359,9 @@ def asking_sides(run: Run) -> list[str]:
 
 
 def model_options(run: Run) -> tuple[str, ...]:
-    return "-m", str(run.model.absolute()), "--device", run.args.device, "--dtype", run.args.dtype
+    """The options that all sides have. Earlier versions do not know `--seek`."""
+    seek = () if run.args.seek == AUTO_SEEK else ("--seek", run.args.seek)
+    return "-m", str(run.model.absolute()), "--device", run.args.device, "--dtype", run.args.dtype, *seek
 
 
 def loaded(run: Run, until: float) -> None:
@@ -514,6 +517,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
     parser.add_argument("--dtype", default="auto", help="of both sides; auto: what evoprune chooses")
+    parser.add_argument(
+        "--seek", default=AUTO_SEEK, choices=SEEKS, help=f"{LOADED}, {START}: of evoprune; default: auto"
+    )
     parser.add_argument("--minutes", metavar="LIST", help="of the clips, ascending; default: 10,60")
     parser.add_argument("--kinds", metavar="LIST", help=f"of {', '.join(KINDS)}; default: all, on a GPU hd")
     parser.add_argument("--budgets", default=",".join(BUDGETS), metavar="LIST", help=f"default: {','.join(BUDGETS)}")

@@ -15,6 +15,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from evoprune.video.info import AUTO_SEEK, EXACT, SEEKS
 from experiments.sides import serve
 
 QUESTION = "What happens in the video?"
@@ -33,14 +34,16 @@ class Ours:
 
         how = {"device": args.device, "dtype": args.dtype, "threads": "auto", "offline": True}
         self._qa = VideoQA.load(args.model, budget=args.side, **how)
+        self._sampling = {} if args.seek == AUTO_SEEK else {"seek": args.seek}
         self.facts = {"load": time.perf_counter() - begun}
 
     def ask(self, video: str, frames: int | None, new_tokens: int, word: Word) -> dict[str, Any]:
         begun = time.perf_counter()
-        if frames is None:
-            answer = self._qa.ask(video, QUESTION, max_new_tokens=new_tokens)
+        sampling = self._sampling | ({} if frames is None else {"frames": frames})
+        if sampling:
+            answer = self._qa.encode(video, **sampling).ask(QUESTION, max_new_tokens=new_tokens)
         else:
-            answer = self._qa.encode(video, frames=frames).ask(QUESTION, max_new_tokens=new_tokens)
+            answer = self._qa.ask(video, QUESTION, max_new_tokens=new_tokens)
         moments = []
         for piece in answer:
             moments.append(time.perf_counter() - begun)
@@ -59,6 +62,7 @@ class Ours:
             "prompt": report.tokens.prompt,
             "frames": report.sampling.frames,
             "size": report.sampling.resized_hw,
+            "seek": report.sampling.seek,
             "dtype": report.model.dtype,
             "threads": report.env.threads,
             "device": report.env.device_name,
@@ -126,6 +130,7 @@ class Transformers:
             "prompt": inputs["input_ids"].shape[1],
             "frames": plan.sampling.frames,
             "size": [plan.height, plan.width],
+            "seek": EXACT,
             "dtype": self._found.dtype,
             **self.facts,
         }
@@ -234,6 +239,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-m", "--model", required=True, help="a folder")
     made.add_argument("--device", default="cpu")
     made.add_argument("--dtype", default="auto")
+    made.add_argument("--seek", default=AUTO_SEEK, choices=SEEKS, help="of evoprune")
     made.add_argument("--once", metavar="FILE", help="ask one question about a video, and print the answer")
     made.add_argument("--frames", type=int, help="default: what the model's rate and limits give")
     made.add_argument("-n", "--new-tokens", type=int, default=32)

@@ -130,7 +130,8 @@ def _scenery(draw: np.random.Generator, height: int, width: int) -> np.ndarray:
     spectrum = np.fft.rfft2(draw.standard_normal((height, width))) * fall
     waves = np.fft.irfft2(spectrum, (height, width))
     light = np.clip(0.5 + waves / (5 * waves.std() + 1e-9), 0, 1)[..., None]
-    dark, bright = draw.integers(0, 120, 3), draw.integers(140, 256, 3)
+    dark = draw.integers(0, 120, 3)
+    bright = draw.integers(140, 256, 3)
     return (dark + light * (bright - dark)).astype(np.uint8)
 
 

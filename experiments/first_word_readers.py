@@ -31,19 +31,8 @@ def evoprune(path: str, times_s: Sequence[float], part_s: float, seek: str = "ex
     """`part_s`: the distance between the times; with `seek="keyframes"` a frame may be half as far from its time."""
     from evoprune.video.frames import probe, read_frames
 
-    for chunk in read_frames(probe(path), times_s, **seeking(read_frames, seek, part_s)):
+    for chunk in read_frames(probe(path), times_s, seek=seek, part_s=part_s):
         yield from chunk.frames
-
-
-def seeking(read_frames: Callable, seek: str, part_s: float) -> dict[str, Any]:
-    """The arguments by which `read_frames` jumps. Raises ValueError: this version always reads exact frames."""
-    from inspect import signature
-
-    if "seek" in signature(read_frames).parameters:
-        return {"seek": seek, "part_s": part_s}
-    if seek != "exact":
-        raise ValueError(f"this version of evoprune has no seek={seek!r}")
-    return {}
 
 
 def keyframes(path: str, times_s: Sequence[float], part_s: float) -> Frames:
@@ -78,7 +67,8 @@ def opencv_seeking(path: str, times_s: Sequence[float], part_s: float) -> Frames
     import cv2
 
     video = opened(path)
-    rate, count = video.get(cv2.CAP_PROP_FPS), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    rate = video.get(cv2.CAP_PROP_FPS)
+    count = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     for time_s in times_s:
         video.set(cv2.CAP_PROP_POS_FRAMES, index_of(time_s, rate, count))
         yield in_rgb(*video.read())
@@ -89,7 +79,8 @@ def opencv_one_pass(path: str, times_s: Sequence[float], part_s: float) -> Frame
     import cv2
 
     video = opened(path)
-    rate, count = video.get(cv2.CAP_PROP_FPS), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    rate = video.get(cv2.CAP_PROP_FPS)
+    count = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     at = -1
     for time_s in times_s:
         wanted = index_of(time_s, rate, count)

@@ -123,9 +123,10 @@ def loaded_tables(record: Row) -> list[str]:
     all_first = [row for row in record.get("loaded", []) if row["first"]]
     for (clip, asked), sides in waits(record).items():
         words = next((row["words"] for rows in sides.values() for row in rows if "words" in row), 0)
+        last = f"last of {words} words, s"
         heads = [
-            case_title(clip, sides), "visual tokens", *STAGES, "first word, s", "times as fast", f"last of {words} words, s",
-            "first question of a process, s", f"its last of {words} words, s",
+            case_title(clip, sides), "frames", "visual tokens", *STAGES, "first word, s", "times as fast", last,
+            "first question of a process, s", f"its {last}",
         ]  # fmt: skip
         rows = []
         for side, turns in sides.items():
@@ -139,6 +140,7 @@ def loaded_tables(record: Row) -> list[str]:
             rows.append(
                 [
                     title_of(side, turns),
+                    shown["seek"],
                     f"{shown['visual']:,}",
                     *map(seconds, stages(shown)),
                     seconds(middle(turns, "first_word")),
@@ -433,7 +435,8 @@ def write_documents(records: Sequence[Row], root: Path) -> None:
 def fill(page: Path, words: str) -> None:
     """Puts words between the marks of a page. Raises ValueError: it has no marks."""
     text = page.read_text(encoding="utf-8")
-    begin, end = text.find(BEGIN), text.find(END)
+    begin = text.find(BEGIN)
+    end = text.find(END)
     if not 0 <= begin < end:
         raise ValueError(f"{page.name} has no place between {BEGIN} and {END}")
     page.write_text(f"{text[: begin + len(BEGIN)]}\n\n{words.strip()}\n\n{text[end:]}", encoding="utf-8")

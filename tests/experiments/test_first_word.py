@@ -133,8 +133,16 @@ def run_in(folder: Path, *more: str) -> Run:
 
 
 def test_readers_take_turns_and_those_that_fail_are_rows(tmp_path, clips):
-    """`keyframes` and readers that are not installed here fail, each with its reason; times of the others are there."""
-    names = ["evoprune", "torchcodec", "OpenCV, seeking", "PyAV, seeking", "PyAV, one pass", "decord"]
+    """Readers that are not installed here fail, each with its reason; times of the others are there."""
+    names = [
+        "evoprune",
+        "evoprune, keyframes",
+        "torchcodec",
+        "OpenCV, seeking",
+        "PyAV, seeking",
+        "PyAV, one pass",
+        "decord",
+    ]
     run = run_in(tmp_path, "--sides", ";".join(names), "-r", "2")
     run.record |= {"reading": [], "about": first_word.about(run), "parts": {}}
     cases = [(Frames(clip, 6, 1.1, 1.0137), names) for clip in (clips["hd"], clips["ts"])]
@@ -144,6 +152,8 @@ def test_readers_take_turns_and_those_that_fail_are_rows(tmp_path, clips):
     for side in ("evoprune", "PyAV, seeking", "PyAV, one pass"):
         mine = [row for row in rows if row["side"] == side]
         assert len(mine) == 4 and all(row["others"] == 0 and row["seconds"] > 0 and row["frames"] == 6 for row in mine)
+    near = [row for row in rows if row["side"] == "evoprune, keyframes"]
+    assert any(row["others"] for row in near) and all(row["moved_s"] <= 1.1 / 2 + 0.05 for row in near)
     if "torchcodec" in (missing := {row["side"] for row in rows if "error" in row}):
         assert sum(row["side"] == "torchcodec" for row in rows) == 2  # once for each case
     page = first_word_tables.document([run.record])
