@@ -16,7 +16,7 @@
 
 First the clips are made (10 and 60 minutes; 3 GB), a checkpoint of 3B dimensions with random weights (7 GB), and an environment
 with the other readers. All are kept in DIR. Each side is a process of its own; the sides take turns, round after round, and each
-part ends after its time. After each turn DIR/first_word.json has all that is known, after each part DIR/first_word.md the tables.
+part ends after its time: on a CPU all of it takes some hours. After each turn DIR/first_word.json has all that is known, after each part DIR/first_word.md the tables.
 """
 
 import argparse
@@ -47,7 +47,7 @@ PARTS = READING, CURVE, LOADED, START = ("reading", "curve", "loaded", "start")
 PREPARE = "prepare"
 # The seconds that a part may take. On a GPU all together take eight minutes.
 SECONDS = {
-    "cpu": {PREPARE: 1800, READING: 3000, CURVE: 2400, LOADED: 3000, START: 2400},
+    "cpu": {PREPARE: 1800, READING: 7200, CURVE: 3600, LOADED: 3600, START: 2400},
     "cuda": {PREPARE: 150, READING: 70, LOADED: 180, START: 80},
 }
 TURN_S = {

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from evoprune.bench.hugging_face import share_equal
 from evoprune.bundled import DEMOS
 from evoprune.hf.processor_inputs import processor_inputs
 from evoprune.session.loading.model import load_model
@@ -29,9 +30,12 @@ ROOT = Path(__file__).parents[2]
 CLIP = ROOT / "samples/square.mp4"
 
 
-def test_a_checkpoint_has_every_weight_and_a_tokenizer_of_that_size(tmp_path, monkeypatch):
+def test_a_checkpoint_has_every_weight_and_a_tokenizer_of_that_size_and_transformers_reads_it(tmp_path, monkeypatch):
     tiny = tiny_config().to_dict()
     tiny["text_config"]["vocab_size"] = 700
+    for name in ("vision_start", "vision_end", "image", "video"):  # transformers has their ids from the config
+        special = f"{name}_pad" if name in ("image", "video") else name
+        tiny[f"{name}_token_id"] = 600 + checkpoint.SPECIAL_TOKENS.index(special)
     (tmp_path / "config.json").write_text(json.dumps(tiny))
     monkeypatch.setattr(checkpoint, "WORDS", 600)
     monkeypatch.setitem(checkpoint.BUNDLED_CONFIGS, "tiny", tmp_path / "config.json")
@@ -44,6 +48,10 @@ def test_a_checkpoint_has_every_weight_and_a_tokenizer_of_that_size(tmp_path, mo
     assert loaded.tokenizer.decode(loaded.tokenizer.encode(text)) == text
     answer = VideoQA(loaded).encode(CLIP, frames=4).ask("What?", max_new_tokens=5)
     assert answer.text is not None and answer.report.tokens.new == 5  # no token ends an answer
+    side = Transformers(Namespace(model=str(written), device="cpu", dtype="bf16"))
+    plain = load_model(str(written), dtype="bf16", pack=False)
+    assert share_equal(side._model, plain.model) == []  # it has all weights, and no others
+    assert side.ask(str(CLIP), 4, 5, lambda piece: None)["words"] == 5
 
 
 # Clips.
