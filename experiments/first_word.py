@@ -16,7 +16,8 @@
 
 First the clips are made (10 and 60 minutes; 3 GB), a checkpoint of 3B dimensions with random weights (7 GB), and an environment
 with the other readers. All are kept in DIR. Each side is a process of its own; the sides take turns, round after round, and each
-part ends after its time: on a CPU all of it takes some hours. After each turn DIR/first_word.json has all that is known, after each part DIR/first_word.md the tables.
+part ends after its time: on a CPU all of it takes some hours. After each turn DIR/first_word.json has all that is known, after each
+part DIR/first_word.md has the tables.
 """
 
 import argparse
