@@ -24,7 +24,7 @@ from evoprune.batch.output import file_changes
 from evoprune.batch.rows import Row, Span, group_by_span
 from evoprune.bench.eval_folder import RunFolder
 from evoprune.bench.processes import map_in_processes
-from evoprune.bench.questions import VideoQuestions, grade
+from evoprune.bench.questions import VideoQuestions, grade, of_groups
 from evoprune.bench.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
 from evoprune.bench.shared import GreyInput, SharedFrames, SharedInput, SharedRows
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
@@ -32,6 +32,7 @@ from evoprune.methods.plans import parse_budget_or_name, plain
 from evoprune.methods.types import generator_seed
 from evoprune.model.cost import prefill_flop, shortage, stretched, tower_flop
 from evoprune.report import Report
+from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.find import FoundModel, describe_model, find_model
@@ -171,13 +172,11 @@ class Evaluation:
     def __init__(self, settings: EvalSettings, videos: Sequence[VideoQuestions]):
         self.settings, self.variants = settings, variants(settings)
         self.folder: RunFolder | None = None
-        if groups := settings.groups:
-            every = [replace(v, rows=tuple(r for r in v.rows if set(groups) & set(r.groups))) for v in videos]
-            chosen = [video for video in every if video.rows]
-            if videos and not chosen:
-                raise UsageError(f"no question is in {' or '.join(groups)}", "see the field groups of the file")
-            videos = chosen
-        self.videos = list(videos[: settings.limit])
+        self.ahead: Ahead | None = None  # what may have read the first videos already
+        chosen = of_groups(videos, settings.groups)
+        if videos and not chosen:
+            raise UsageError(f"no question is in {' or '.join(settings.groups)}", "see the field groups of the file")
+        self.videos = chosen[: settings.limit]
         self.total = len(self.videos)
         self.samples: list[dict] = []
         self.loaded: LoadedModel | None = None
@@ -240,7 +239,7 @@ class Evaluation:
         files = _state(video)
         try:
             for span in group_by_span(video.rows):
-                frames, rows = SharedFrames(), SharedRows()
+                frames, rows = SharedFrames(self.ahead), SharedRows()
                 for variant in self.variants:
                     progress(variant.name)
                     samples += [sample | {"files": files} for sample in self._asked(variant, video, span, frames, rows)]
@@ -259,7 +258,8 @@ class Evaluation:
         session = Session(self.loaded, options.config())
         kind = GreyInput if variant.row == BLIND else partial(SharedInput, shared_frames=frames, shared_rows=rows)
         sampling = replace(settings.sampling, **span.sampling)
-        with closing(open_inputs(session, [video.path], sampling, names=[video.name], kind=kind)) as opened:
+        given = {"names": [video.name], "kind": kind, "ahead": frames.ahead}
+        with closing(open_inputs(session, [video.path], sampling, **given)) as opened:
             encoded = opened.encode()
         cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
         for row in span.rows:

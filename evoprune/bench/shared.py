@@ -10,8 +10,9 @@ import torch
 
 from evoprune.methods.plans import EncoderPlan, SetAside
 from evoprune.model.cost import Clock
+from evoprune.session.ahead import Ahead
 from evoprune.session.encoding import OpenInput
-from evoprune.video.frames import FrameChunk, read_frames
+from evoprune.video.frames import FrameChunk, frames_at_once, read_frames
 from evoprune.video.info import Video
 from evoprune.vision.encoder import EncodedRows, encode_rows
 
@@ -21,7 +22,10 @@ MAX_ENCODINGS = 32
 
 
 class SharedFrames:
-    def __init__(self):
+    """Frames that are read once. `ahead`: what may have read them already."""
+
+    def __init__(self, ahead: Ahead | None = None):
+        self.ahead = ahead
         self._held: dict[tuple, list[FrameChunk]] = {}
 
     def read(self, info: Video, times_s: Sequence[float], **options) -> Iterator[FrameChunk]:
@@ -31,9 +35,10 @@ class SharedFrames:
             yield from self._held[key]
             return
         chunks = []
-        with closing(read_frames(info, times_s, **options)) as read:
+        source = self.ahead.read_frames if self.ahead else read_frames
+        with closing(source(info, times_s, **options)) as read:
             for chunk in read:
-                chunks = [*chunks, chunk][:2]
+                chunks = [*chunks, replace(chunk, hidden_s=0.0)][:2]
                 yield chunk
         if len(chunks) == 1:
             self._held[key] = chunks
@@ -91,7 +96,7 @@ class GreyInput(OpenInput):
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         source, times_s = self.plan.source, self.plan.sampling.times_s
-        at_once = max(2, chunk_bytes // (source.width * source.height * 3) // 2 * 2)
+        at_once = frames_at_once(source, chunk_bytes)
         for first in range(0, len(times_s), at_once):
             times = tuple(times_s[first : first + at_once])
             yield FrameChunk(first, np.full((len(times), source.height, source.width, 3), 128, np.uint8), times)

@@ -79,6 +79,7 @@ class FrameChunk:
     times_s: tuple[float, ...]  # of the frames themselves, from the first frame; perhaps earlier than those asked for
     damaged: int = 0  # damaged packets (of a folder: images) on the way to these frames that no earlier chunk counts
     other_shape: bool = False  # whether one of the frames had another shape than the video, and has borders
+    hidden_s: float = 0.0  # seconds of reading that nobody waited for, because it was done ahead (session/ahead.py)
 
 
 def read_frames(
@@ -104,7 +105,7 @@ def read_frames(
     if not all(map(math.isfinite, times)) or any(b < a for a, b in pairwise(times)):
         raise UsageError("times of frames must be numbers that ascend")
     decoder = choose_decoder(decoder, info)
-    per_chunk = max(2, chunk_bytes // (info.width * info.height * 3) // 2 * 2)
+    per_chunk = frames_at_once(info, chunk_bytes)
     firsts = range(0, len(times), per_chunk)
     sizes = [min(per_chunk, len(times) - first) for first in firsts]
     filled = stream_frames(info, times, decoder, sizes) if sizes else ()
@@ -112,6 +113,11 @@ def read_frames(
         FrameChunk(first, frames, tuple(at), damaged, other_shape)
         for first, (frames, at, damaged, other_shape) in zip(firsts, filled, strict=True)
     )
+
+
+def frames_at_once(info: Video, chunk_bytes: int) -> int:
+    """How many frames a chunk of that size holds: whole frame pairs, at least one."""
+    return max(2, chunk_bytes // (info.width * info.height * 3) // 2 * 2)
 
 
 def choose_decoder(decoder: str, info: Video | None = None) -> str:
