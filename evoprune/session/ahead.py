@@ -92,6 +92,11 @@ class _Reading:
         """Whether it is read for somebody."""
         return self.taken and not (self.ended or self.dropped)
 
+    def has(self, request: tuple[Any, ...], state: tuple | None) -> bool:
+        """Whether it gives these frames of files in that state, or the error of the video that comes with them."""
+        failed = self.problem is not None and not isinstance(self.problem, VideoError)
+        return self.request == request and self.state == state is not None and not failed and not self.dropped
+
 
 class Ahead:
     """A thread that probes and reads inputs ahead of a model, one after the other, and holds their frames. To be closed.
@@ -253,12 +258,10 @@ class Ahead:
                 for earlier in self._readings[:number]:
                     if not earlier.taken:
                         self._drop(earlier)
-                # While another one is read for somebody, the thread may come here late, or never.
+                # While another one is read for somebody, the thread may come to this one late, or never.
                 if not any(earlier.is_busy for earlier in self._readings[:number]):
                     self._changed.wait_for(lambda reading=reading: reading.request or reading.ended or reading.dropped)
-                    failed = reading.problem is not None and not isinstance(reading.problem, VideoError)
-                    same = reading.request == request and reading.state == state is not None
-                    if same and not failed and not reading.dropped:
+                    if reading.has(request, state):
                         reading.taken = True
                         self._changed.notify_all()
                         return reading

@@ -238,6 +238,7 @@ def test_a_model_that_is_not_here_is_not_expected_and_one_that_is_damaged_says_n
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     name = next(iter(BUNDLED_CONFIGS))
     assert expected(ModelOptions(name)) is None and expected(ModelOptions("no such model")) is None
+    assert all(expected(ModelOptions(no_name)) is None for no_name in ("a/b-", "a/b.git", f"a/{'b' * 200}"))
     assert expected(ModelOptions(name, load_format="dummy")).max_visual_tokens == 4096
     commit = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
     (commit / "snapshots" / "abc").mkdir(parents=True)

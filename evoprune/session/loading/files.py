@@ -62,7 +62,10 @@ def cached_folder(name: str, revision: str | None) -> Path | None:
     import huggingface_hub as hub
     from huggingface_hub import constants
 
-    path = hub.try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision)
+    try:
+        path = hub.try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision)
+    except ValueError:  # no name of the hub, for example too long
+        return None
     return Path(path).parent if isinstance(path, str) else None
 
 
