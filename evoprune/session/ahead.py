@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -92,6 +93,10 @@ class _Reading:
         """Whether it is read for somebody."""
         return self.taken and not (self.ended or self.dropped)
 
+    def is_known(self) -> bool:
+        """Whether it is known which frames it gives, if any."""
+        return self.request is not None or self.ended or self.dropped
+
     def has(self, request: tuple[Any, ...], state: tuple | None) -> bool:
         """Whether it gives these frames of files in that state, or the error of the video that comes with them."""
         failed = self.problem is not None and not isinstance(self.problem, VideoError)
@@ -155,14 +160,20 @@ class Ahead:
         """As `frames.probe`. What was probed already is not probed again unless its files have changed."""
         if os.getpid() != self._pid:
             return probe(path, folder_fps=folder_fps)
-        name = os.fspath(path)
-        with self._probing:  # whoever comes while an input is probed waits for the result
-            now = _state(name)
-            before, info = self._known.get((name, folder_fps), (None, None))
-            if info is None or now is None or now != before:
-                info = probe(path, folder_fps=folder_fps)
-                self._known[name, folder_fps] = now, info
+        key = os.fspath(path), folder_fps
+        if info := self._recalled(key):
             return info
+        with self._probing:  # whoever comes while an input is probed waits for the result
+            info, state = self._recalled(key), _state(key[0])
+            if info is None:
+                info = probe(path, folder_fps=folder_fps)
+                self._known[key] = state, info
+            return info
+
+    def _recalled(self, key: tuple[str, float]) -> Video | None:
+        """What was probed, if the files are as they were then."""
+        before, info = self._known.get(key, (None, None))
+        return info if before is not None and before == _state(key[0]) else None
 
     def read_frames(self, info: Video, times_s: Sequence[float], *, chunk_bytes: int, **how) -> Iterator[FrameChunk]:
         """As `frames.read_frames`: the same chunks, of what was read ahead if that is asked for; else it is read now."""
@@ -260,7 +271,8 @@ class Ahead:
                         self._drop(earlier)
                 # While another one is read for somebody, the thread may come to this one late, or never.
                 if not any(earlier.is_busy for earlier in self._readings[:number]):
-                    self._changed.wait_for(lambda reading=reading: reading.request or reading.ended or reading.dropped)
+                    # It is probed, so it is planned at once, unless the thread hangs in one that nobody wants any more.
+                    self._changed.wait_for(partial(_Reading.is_known, reading), PATIENCE_S)
                     if reading.has(request, state):
                         reading.taken = True
                         self._changed.notify_all()

@@ -440,6 +440,24 @@ def test_a_reader_that_hangs_is_left_to_itself(long, monkeypatch):
     ahead._thread.join(20)
 
 
+def test_nobody_waits_long_for_one_that_hangs_and_is_not_wanted(long, monkeypatch, read_anew):
+    monkeypatch.setattr(module, "PATIENCE_S", 0.05)
+    released, hanging, real = threading.Event(), threading.Event(), module.read_frames
+
+    def hangs(info, *args, **how):
+        if threading.current_thread().name == "evoprune-ahead":
+            hanging.set()
+            assert released.wait(30)
+        yield from real(info, *args, **how)
+
+    monkeypatch.setattr(module, "read_frames", hangs)
+    with begun(SQUARE, long) as ahead:
+        assert hanging.wait(20)
+        assert frame_numbers(ahead, long) and read_anew() == [long]
+        released.set()
+        ahead._thread.join(20)
+
+
 def test_whoever_reads_when_it_is_closed_is_told(long):
     with begun(long, held_bytes=0) as ahead:
         info = ahead.probe(long, folder_fps=2.0)
