@@ -105,6 +105,8 @@ class Sampling:
     resized_hw: list[int] | None = None
     grid_thw: list[int] | None = None  # in patches, as Hugging Face counts
     seconds_per_pair: float | None = None
+    seek: str | None = None  # exact, or keyframes if a time was moved to one
+    read_s: list[float] | None = None  # times of the frames themselves
 
 
 @dataclass

@@ -53,7 +53,7 @@ class Expected:
         if numbers["max_visual_tokens"] is None:
             numbers["max_visual_tokens"] = self.max_visual_tokens
         plan = make_plan(info, self.limits[info.kind], **numbers)
-        return replace(plan, decoder=choose_decoder(sampling.decoder, info))
+        return replace(plan, decoder=choose_decoder(sampling.decoder, info), seek=sampling.seek)
 
 
 def expected(options: ModelOptions) -> Expected | None:
@@ -175,11 +175,13 @@ class Ahead:
         before, info = self._known.get(key, (None, None))
         return info if before is not None and before == _state(key[0]) else None
 
-    def read_frames(self, info: Video, times_s: Sequence[float], *, chunk_bytes: int, **how) -> Iterator[FrameChunk]:
+    def read_frames(
+        self, info: Video, times_s: Sequence[float], *, chunk_bytes: int, cores: int | None = None, **how
+    ) -> Iterator[FrameChunk]:
         """As `frames.read_frames`: the same chunks, of what was read ahead if that is asked for; else it is read now."""
         reading = self._take((info, tuple(times_s), how))
         if reading is None:
-            with closing(read_frames(info, times_s, chunk_bytes=chunk_bytes, **how)) as chunks:
+            with closing(read_frames(info, times_s, chunk_bytes=chunk_bytes, cores=cores, **how)) as chunks:
                 yield from chunks
             return
         try:
@@ -210,13 +212,14 @@ class Ahead:
             return
         info, wanted = infos[reading.place], sampling.of_each(infos)[reading.place]
         plan = self._expected.plan(info, wanted)
-        source, times, how = plan.source, plan.sampling.times_s, {"decoder": plan.decoder}
+        source, times, how = plan.source, plan.sampling.times_s, plan.reading
         with self._changed:
             reading.state, _ = self._known[reading.path, sampling.frame_rate]
             reading.request = source, times, how
             self._changed.notify_all()
         piece_bytes = source.width * source.height * 3 * min(len(times), frames_at_once(source, PIECE_BYTES))
-        with closing(read_frames(source, times, chunk_bytes=PIECE_BYTES, **how)) as pieces:
+        how = how | {"chunk_bytes": PIECE_BYTES, "cores": self._model.cores}
+        with closing(read_frames(source, times, **how)) as pieces:
             while self._has_room(reading, piece_bytes):
                 start = time.perf_counter()
                 piece = next(pieces, None)
@@ -351,6 +354,7 @@ def _joined(pieces: Sequence[FrameChunk]) -> FrameChunk:
         times_s=tuple(time_s for piece in pieces for time_s in piece.times_s),
         damaged=sum(piece.damaged for piece in pieces),
         other_shape=any(piece.other_shape for piece in pieces),
+        moved=any(piece.moved for piece in pieces),
         hidden_s=sum(piece.hidden_s for piece in pieces),
     )
 

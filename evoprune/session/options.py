@@ -29,7 +29,7 @@ from evoprune.methods.plans import (
     plain,
 )
 from evoprune.util import OPTION, check_types, file_state, from_keywords, option
-from evoprune.video.info import FOLDER_FPS, NO_SUBTITLES, PICTURE, VIDEO, Video
+from evoprune.video.info import AUTO_SEEK, FOLDER_FPS, NO_SUBTITLES, PICTURE, SEEKS, VIDEO, Video, check_seek
 from evoprune.video.plan import check_sampling, parse_time
 
 if TYPE_CHECKING:
@@ -128,6 +128,11 @@ class ModelOptions:
     def folder(self) -> Path:
         """The folder of a bundled or a local model. Of a hub id there is none by this name."""
         return DEMOS[self.model].folder if self.model in DEMOS else Path(os.path.expanduser(self.model))
+
+    @property
+    def cores(self) -> int | None:
+        """How many cores reading videos may keep busy; None for all that this process may use."""
+        return self.threads if isinstance(self.threads, int) else None
 
     def state(self) -> dict[str, Any] | None:
         """Describe the files of a local model (`file_state`): weights, settings, tokenizer, adapters; None where there are none."""
@@ -239,6 +244,12 @@ class SamplingOptions:
     )
     frame_rate: float = option(FOLDER_FPS, "Frames a second in a folder of frames. Video files have their own rate.")
     decoder: str = option("auto", "Library that reads the video; auto is pyav.", words=("auto", "pyav", "decord"))
+    seek: str = option(
+        AUTO_SEEK,
+        "Which frame is taken for each equal part of the video: exact, that in its middle; keyframes, the keyframe nearest to it, "
+        "if the part has one, which is read many times as fast. auto: keyframes where that saves seconds, else exact.",
+        words=SEEKS,
+    )
     subtitles: str | PathLike = option(
         NO_SUBTITLES,
         "Subtitles for the prompt. auto: a file beside the video, else a text track in it. FILE: SRT, WebVTT, ASS, or a video "
@@ -254,6 +265,7 @@ class SamplingOptions:
             raise UsageError("subtitles is empty", "none, auto or a file")
         if self.max_subtitle_tokens < 1:
             raise UsageError(f"at most {self.max_subtitle_tokens} tokens of subtitles", "1 or more; or no subtitles")
+        check_seek(self.seek)
         if not 0 < self.frame_rate < math.inf:
             raise UsageError(f"frame_rate is {self.frame_rate:g}", "give a number above 0")
         check_sampling(**self.numbers)
@@ -271,7 +283,7 @@ class SamplingOptions:
     @property
     def numbers(self) -> dict[str, Any]:
         """How frames are chosen: what `video.plan.make_plan` takes."""
-        others = ("frame_rate", "decoder", "subtitles", "max_subtitle_tokens")
+        others = ("frame_rate", "decoder", "seek", "subtitles", "max_subtitle_tokens")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
 
 

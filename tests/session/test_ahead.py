@@ -146,12 +146,17 @@ def joined(tmp_path) -> str:
     return str(tmp_path / "joined.mkv")
 
 
+def keyframes(tmp_path) -> str:
+    return str(write_video(tmp_path / "keys.mp4", numbered_frames(200), fps=10, options={"g": "7"}))
+
+
 CASES = {
     "video": (lambda tmp_path: [SQUARE], {}, {}),
     "part": (lambda tmp_path: [SQUARE], {"start_s": 1.0, "end_s": -1.5}, {}),
     "frames": (lambda tmp_path: [THREE], {"frames": 7}, {"budget": 1.0}),
     "rate": (lambda tmp_path: [THREE], {"fps": 3.0}, {"budget": "fast"}),
     "few tokens": (lambda tmp_path: [SQUARE], {"max_visual_tokens": 20}, {}),
+    "keyframes": (lambda tmp_path: [keyframes(tmp_path)], {"seek": "keyframes", "frames": 6}, {}),
     "picture": (lambda tmp_path: [picture(tmp_path)], {}, {}),
     "folder": (lambda tmp_path: [of_frames(tmp_path)], {"frame_rate": 4.0}, {}),
     "several": (lambda tmp_path: [SQUARE, picture(tmp_path), THREE], {"start_s": 0.5}, {}),
@@ -231,7 +236,7 @@ def test_what_is_expected_is_what_a_session_plans(demo, saved, tmp_path):
             planned = plan_input(session, info, sampling)
             plan = replace(planned.full, encoder=None, name="", limited=False)
             guess = expected(options).plan(info, sampling)
-            assert guess == replace(plan, decoder=planned.decoder)
+            assert guess == replace(plan, decoder=planned.decoder, seek=planned.seek)
 
 
 def test_a_model_that_is_not_here_is_not_expected_and_one_that_is_damaged_says_nothing(tmp_path, monkeypatch):
@@ -257,10 +262,10 @@ def test_a_model_that_is_not_here_is_not_expected_and_one_that_is_damaged_says_n
 # What has changed is read anew.
 
 
-def frame_numbers(ahead, path, **how) -> list[int]:
+def frame_numbers(ahead, path) -> list[int]:
     info = ahead.probe(path, folder_fps=2.0)
-    expectation = expected(DEMO).plan(info, SamplingOptions())
-    chunks = ahead.read_frames(info, expectation.sampling.times_s, chunk_bytes=2**20, decoder="pyav", **how)
+    plan = expected(DEMO).plan(info, SamplingOptions())
+    chunks = ahead.read_frames(info, plan.sampling.times_s, chunk_bytes=2**20, **plan.reading)
     return [number_of(rgb) for chunk in chunks for rgb in chunk.frames]
 
 
@@ -280,8 +285,8 @@ def test_a_file_that_is_replaced_is_read_anew(tmp_path, read_anew):
         wait_for(lambda: all_read(ahead))
         info = ahead.probe(path, folder_fps=2.0)
         os.replace(shutil.copy(path, tmp_path / "c.mp4"), path)  # between probing and reading
-        times = ahead._readings[0].request[1]
-        assert list(ahead.read_frames(info, times, chunk_bytes=1, decoder="pyav")) and read_anew() == [path] * 2
+        _, times, how = ahead._readings[0].request
+        assert list(ahead.read_frames(info, times, chunk_bytes=1, **how)) and read_anew() == [path] * 2
     with begun(path) as ahead:
         wait_for(lambda: all_read(ahead))
         os.remove(path)
@@ -299,7 +304,7 @@ def test_an_image_that_is_added_to_a_folder_is_read(demo, tmp_path, read_anew):
         assert ahead.probe(path, folder_fps=2.0).frames_total == 10
 
 
-@pytest.mark.parametrize("change", [{"frames": 4}, {"start_s": 1.0}, {"fps": 1.0}])
+@pytest.mark.parametrize("change", [{"frames": 4}, {"start_s": 1.0}, {"fps": 1.0}, {"seek": "keyframes"}])
 def test_other_options_read_anew(demo, read_anew, change):
     qa = VideoQA(demo)
     with begun(SQUARE) as ahead:
@@ -354,10 +359,9 @@ def test_while_one_is_read_for_somebody_the_next_is_not_waited_for(long, monkeyp
     """The thread reads one at a time, and may never come to the next if nobody goes on with the first."""
     monkeypatch.setattr(module, "PIECE_BYTES", 1)
     with begun(long, SQUARE, held_bytes=0) as ahead:
-        info, wanted = ahead.probe(long, folder_fps=2.0), SamplingOptions()
-        chunks = ahead.read_frames(
-            info, expected(DEMO).plan(info, wanted).sampling.times_s, chunk_bytes=1, decoder="pyav"
-        )
+        info = ahead.probe(long, folder_fps=2.0)
+        plan = expected(DEMO).plan(info, SamplingOptions())
+        chunks = ahead.read_frames(info, plan.sampling.times_s, chunk_bytes=1, **plan.reading)
         next(chunks)
         assert frame_numbers(ahead, SQUARE) and read_anew() == [SQUARE]
         chunks.close()
@@ -461,8 +465,8 @@ def test_nobody_waits_long_for_one_that_hangs_and_is_not_wanted(long, monkeypatc
 def test_whoever_reads_when_it_is_closed_is_told(long):
     with begun(long, held_bytes=0) as ahead:
         info = ahead.probe(long, folder_fps=2.0)
-        times = expected(DEMO).plan(info, SamplingOptions()).sampling.times_s
-        chunks = ahead.read_frames(info, times, chunk_bytes=1, decoder="pyav")
+        plan = expected(DEMO).plan(info, SamplingOptions())
+        chunks = ahead.read_frames(info, plan.sampling.times_s, chunk_bytes=1, **plan.reading)
         next(chunks)
     with pytest.raises(RuntimeError, match="closed"):
         list(chunks)

@@ -86,6 +86,11 @@ class LoadedModel:
     def is_demo(self) -> bool:
         return self.demo is not None
 
+    @property
+    def cores(self) -> int | None:
+        """How many cores reading videos may keep busy; None for all that this process may use."""
+        return self.found.options.cores
+
     def knows(self, info: Video) -> bool:
         """Whether a file may be of a kind that the model knows. Of a demo model, only clips of its world are."""
         return self.demo is None or world_of(info) == self.demo.world
