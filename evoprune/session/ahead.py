@@ -122,7 +122,7 @@ class Ahead:
         self._readings: list[_Reading] = []
         self._expected: Expected | None = None
         self._thread: threading.Thread | None = None
-        self._pid, self._closed = os.getpid(), False
+        self._pid = os.getpid()
 
     def __enter__(self) -> Self:
         return self
@@ -150,10 +150,10 @@ class Ahead:
         if os.getpid() != self._pid:  # a forked copy, without the thread
             return
         with self._changed:
-            self._closed = True
             for reading in self._readings:
                 self._drop(reading)
-        if self._thread and self._thread.is_alive():
+        # The model that it belongs to may be collected as garbage in any thread.
+        if self._thread and self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(PATIENCE_S)
 
     def probe(self, path: Path, *, folder_fps: float) -> Video:
@@ -197,9 +197,7 @@ class Ahead:
             try:
                 if not reading.dropped:
                     self._read(reading)
-            except (
-                Exception
-            ) as problem:  # for whoever takes the frames; else it is met again by whoever reads them anew
+            except Exception as problem:  # told to whoever takes the frames; who reads them anew meets it again
                 reading.problem = problem
             with self._changed:
                 reading.ended = True
