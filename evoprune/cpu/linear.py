@@ -7,9 +7,11 @@ and longer ones pack some layers with each token (`Packing`). The operators are 
 none, layers are not packed.
 """
 
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 
 import torch
@@ -34,7 +36,7 @@ PASS_BYTES = 2**29  # of weights that are packed in each pass from then on, abou
 
 
 class Packing:
-    """Which of the layers that wait are packed when, by the number of passes alone, and what it took.
+    """Which of the layers that wait are packed when: by the number of passes, and while nothing is asked. Also what it took.
 
     A layer waits only as long as plain weights give the same numbers as packed ones: else an answer would depend on what was asked
     before. Whether they do is tried, because it depends on the dtype, the CPU and torch: the first layer of each shape does not
@@ -240,6 +242,32 @@ def pack_waiting(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.pack()
+
+
+@contextmanager
+def packing_meanwhile(model: nn.Module) -> Iterator[None]:
+    """A context in which another thread packs the layers that wait, while this thread waits for someone.
+
+    It ends after the layer that is being packed then; the others go on waiting.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear) and module.waits]
+    ended = threading.Event()
+
+    def work() -> None:
+        for layer in layers:
+            if ended.is_set():
+                return
+            layer.pack()
+
+    thread = threading.Thread(target=work, name="evoprune-packing", daemon=True)
+    if layers:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if layers:
+            thread.join()
 
 
 def begin_pass(model: nn.Module) -> None:

@@ -1,3 +1,7 @@
+import threading
+import time
+from contextlib import suppress
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,7 @@ from evoprune.cpu.linear import (
     linear,
     pack,
     pack_waiting,
+    packing_meanwhile,
 )
 from tests.threads import one_thread  # noqa: F401
 
@@ -194,6 +199,35 @@ def test_a_large_layer_waits_in_parts(monkeypatch, same, bias, outputs):
     pack_waiting(model)
     torch.testing.assert_close(model[0](x), expected)
     assert module.weights_bytes(model) == 4 * outputs * (33 if bias else 32)
+
+
+def test_layers_are_packed_while_someone_is_waited_for(large, same, monkeypatch):
+    model, x = stack(large, 4)
+    compute(model, x)
+    expected, reorder = [layer(x) for layer in model], module._packed
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(weight):
+        begun.set()
+        assert go_on.wait(60)
+        return reorder(weight)
+
+    monkeypatch.setattr(module, "_packed", slowly)
+    with suppress(KeyboardInterrupt), packing_meanwhile(model):
+        assert begun.wait(60)
+        threading.Timer(0.2, go_on.set).start()
+        raise KeyboardInterrupt  # ends it after the layer at hand
+    assert [layer.waits for layer in model] == [False, False, True, True]
+    monkeypatch.setattr(module, "_packed", reorder)
+    with packing_meanwhile(model):
+        end = time.monotonic() + 60
+        while any(layer.waits for layer in model) and time.monotonic() < end:
+            time.sleep(0.01)
+    assert not any(layer.waits for layer in model) and not model.packing._samples
+    assert all(torch.equal(layer(x), numbers) for layer, numbers in zip(model, expected, strict=True))
+    threads = threading.active_count()
+    with packing_meanwhile(model):
+        assert threading.active_count() == threads  # nothing is left to do
 
 
 def test_packing_that_is_interrupted_goes_on_later(large, same, monkeypatch):
