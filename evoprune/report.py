@@ -447,7 +447,7 @@ def _stages(report, width: int) -> list[str]:
         if pruning := getattr(times, f"{stage}_prune", None):
             lines.append(f"{'  pruning':<11}{pruning:>8,.0f}")
         if stage == "generate" and (times.pack or 0) >= 1:
-            lines.append(f"{'  packing':<11}{times.pack:>8,.0f}  of all stages, the first time only")
+            lines.append(f"{'  packing':<11}{times.pack:>8,.0f}  of all stages, once for each layer")
     lines = [f"{'stage':<11}{'ms':>8}", *lines] if lines else []
     return lines + (_each_input(report) if times.read else [])
 

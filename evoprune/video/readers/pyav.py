@@ -143,7 +143,10 @@ class _Picture:
 def planned(path: str, part: Part, times_s: Sequence[float], seek: str, part_s: float) -> list[Run]:
     """The runs of some times, at least one, which ascend."""
     with closing(Track(path, part)) as track:
-        keyframes = track.keyframes(times_s[0], times_s[-1])
+        try:
+            keyframes = track.keyframes(times_s[0], times_s[-1] + part_s)
+        except Unreachable:
+            keyframes = []
     if len(keyframes) < 2:
         return [Run(tuple(times_s), (None,))]
     ends = [bisect_right(keyframes, time + ffmpeg.TOLERANCE_S, key=_time_of) for time in times_s]
