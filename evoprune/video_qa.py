@@ -135,7 +135,7 @@ class VideoQA(Uncopied):
             cache: where encoded inputs are kept. Not used for a method that reads the question.
             progress: called with a stage, steps done and steps in all; see `encoding.OpenInput.encode`.
             options: `fps`, `frames`, `max_frames`, `max_visual_tokens`; `start_s` and `end_s` in seconds, below 0 from the end;
-                `frame_rate`, `decoder`, `subtitles`, `max_subtitle_tokens`. What they mean: `evoprune ask --help-all`.
+                `frame_rate`, `decoder`, `seek`, `subtitles`, `max_subtitle_tokens`. What they mean: `evoprune ask --help-all`.
 
         Raises:
             VideoError: missing, unreadable or empty, or so are the subtitles. UsageError: numbers that make no sense, a part of the
