@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import torch
+
 import evoprune
 from evoprune import methods
 from evoprune.backend.devices import environment
 from evoprune.batch.output import file_changes
 from evoprune.batch.rows import Row, Span, group_by_span
-from evoprune.bench.eval_folder import RunFolder
+from evoprune.bench.eval_folder import SIZE_RULE, RunFolder
 from evoprune.bench.processes import map_in_processes
 from evoprune.bench.questions import VideoQuestions, grade
 from evoprune.bench.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
@@ -121,7 +123,7 @@ class EvalSettings:
 
         Raises KeyError, TypeError, ValueError or UsageError: it is no such record.
         """
-        others = ("digest", "version", "plugins", "files")
+        others = ("digest", "version", "plugins", "files", SIZE_RULE)
         options = {name: value for name, value in record.items() if name not in others}
         own = {f.name: options.pop(f.name) for f in fields(cls) if f.name in options and f.name != "model"}
         own["budgets"] = tuple(map(parse_budget_or_name, own["budgets"]))
@@ -192,10 +194,12 @@ class Evaluation:
         self.loaded = load_model(find_model(self.settings.model, check), progress=progress)
         if self.folder:
             self.folder.check_model(self.loaded.found.state)
+            self.folder.check_size_rule(self._after_tower_below())
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
         """Writes samples into a folder from now on; with `resume` that of an earlier run, whose samples are kept (`RunFolder`)."""
         self.folder = (RunFolder.resume if resume else RunFolder.create)(path, self._record())
+        self.folder.check_size_rule(self._after_tower_below())
         self.samples = list(self.folder.samples)
         states = {sample["video"]: sample.get("files") for sample in self.samples}
         for video in self.videos:
@@ -303,9 +307,19 @@ class Evaluation:
         }
 
     def _record(self) -> dict[str, Any]:
-        """The settings, and the state of the model's files if it is known."""
+        """The settings, the state of the model's files if it is known, and the rule of sizes where the model's device has one."""
         state = self.loaded.found.state if self.loaded else self.settings.model.state()
-        return self.settings.record() | ({"files": state} if state else {})
+        below = self._after_tower_below()
+        return self.settings.record() | ({"files": state} if state else {}) | ({SIZE_RULE: below} if below else {})
+
+    def _after_tower_below(self) -> int | None:
+        """Return the number of units below which a method prunes inputs after the tower alone; None before a model is loaded."""
+        if self.loaded is None:
+            return None
+        device, given = torch.device(self.loaded.device), self.settings.method_args
+        pruned = [variant for variant in self.variants if variant.row == METHOD]
+        configs = [PruneOptions(variant.budget, variant.method, given).config() for variant in pruned]
+        return max((config.after_tower_below(device) for config in configs), default=0)
 
     def _notes(self) -> list[str]:
         notes, given = [NOTE], self.settings.method_args

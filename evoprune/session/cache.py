@@ -156,6 +156,7 @@ class Cache(Entries):
                 0.0,
                 facts["flat"],
                 *(tensors[name].to(device) if name in tensors else None for name in OPTIONAL),
+                after_tower_below=facts["after_tower_below"],
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
@@ -172,6 +173,7 @@ class Cache(Entries):
             "grids": encoded.grids,
             "layers": encoded.layers,
             "flat": encoded.flat,
+            "after_tower_below": encoded.after_tower_below,
         }
         about = json.dumps(facts)
         content = save(tensors, {"about": about, "digest": _digest(about, tensors)})
