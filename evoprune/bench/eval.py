@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import torch
-
 import evoprune
 from evoprune import methods
 from evoprune.backend.devices import environment
@@ -28,7 +26,14 @@ from evoprune.bench.eval_folder import SIZE_RULE, RunFolder
 from evoprune.bench.processes import map_in_processes
 from evoprune.bench.questions import VideoQuestions, grade
 from evoprune.bench.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
-from evoprune.bench.shared import GreyInput, SharedFrames, SharedInput, SharedRows
+from evoprune.bench.shared import (
+    GreyInput,
+    SharedFrames,
+    SharedInput,
+    SharedRows,
+    after_tower_below,
+    after_tower_note,
+)
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.methods.plans import parse_budget_or_name, plain
 from evoprune.methods.types import generator_seed
@@ -316,15 +321,16 @@ class Evaluation:
         """Return the number of units below which a method prunes inputs after the tower alone; None before a model is loaded."""
         if self.loaded is None:
             return None
-        device, given = torch.device(self.loaded.device), self.settings.method_args
-        pruned = [variant for variant in self.variants if variant.row == METHOD]
+        given, pruned = self.settings.method_args, [variant for variant in self.variants if variant.row == METHOD]
         configs = [PruneOptions(variant.budget, variant.method, given).config() for variant in pruned]
-        return max((config.after_tower_below(device) for config in configs), default=0)
+        return after_tower_below(configs, self.loaded.device)
 
     def _notes(self) -> list[str]:
         notes, given = [NOTE], self.settings.method_args
         if given:
             notes.append("settings of the methods: " + ", ".join(f"{name}={value}" for name, value in given.items()))
+        if said := after_tower_note(self._after_tower_below() or 0):
+            notes.append(said)
         total = counted(len(self.samples), "answer")
         for name, what in {
             "answer_cut": "may be incomplete",
