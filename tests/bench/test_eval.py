@@ -373,6 +373,7 @@ def test_going_on_where_other_sizes_are_pruned_after_the_tower_is_refused(saved,
         first.keep_in(folder)
         written = json.loads((folder / "settings.json").read_text())
         assert written.get("after_tower_below", 0) == begun_with
+        assert any("after the tower alone" in note for note in first.document()["notes"]) == bool(begun_with)
         assert EvalSettings.of_record(written, ModelOptions()).methods == asked.methods
         monkeypatch.setattr(devices, "launch_bound_units", lambda device, units=goes_on_with: units)
         again = Evaluation(asked, videos())
