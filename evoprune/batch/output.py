@@ -120,12 +120,12 @@ class Sources:
         self._revision = commit or self._revision
 
     def check_sizes(self, after_tower_below: int | None) -> None:
-        """Raise UsageError where of a record, earlier or new, other sizes are pruned after the tower alone than of the ones before.
+        """Raise UsageError where a device pruned inputs of other sizes after the tower alone than for the records before.
 
         `after_tower_below`: as in `Found`.
         """
         if change := size_rule_changes(self._after_tower_below, after_tower_below):
-            raise UsageError(f"the output was begun on another device: {change}", SIZE_HINT)
+            raise UsageError(f"the output was begun on another device or version: {change}", SIZE_HINT)
         if after_tower_below is not None:
             self._after_tower_below = after_tower_below
 

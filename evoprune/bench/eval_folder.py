@@ -84,7 +84,7 @@ class RunFolder:
     def check_size_rule(self, after_tower_below: int | None) -> None:
         """Raises UsageError: the run was begun where inputs of other sizes are pruned after the tower alone. None is unknown."""
         if change := size_rule_changes(self.after_tower_below, after_tower_below):
-            raise UsageError(f"{self.path} was begun on another device: {change}", SIZE_HINT)
+            raise UsageError(f"{self.path} was begun on another device or version: {change}", SIZE_HINT)
 
     def add(self, samples: list[dict]) -> None:
         """Appends all samples of a video, or none of them. They are on the disk when this returns. Raises UsageError."""

@@ -133,7 +133,8 @@ class MethodChain:
             return full_plan(tower, self.input.resize(grid, keep))
         if keep >= prod(grid) or not (self.encoder or self.selector):
             return full_plan(tower, grid)
-        stages, reuse = [], 0.0
+        stages = []
+        reuse = 0.0
         below = self.after_tower_below(tower.launch_bound)
         if self.encoder and prod(grid) >= below:
             stages += self.encoder.stages(tower, grid, keep)

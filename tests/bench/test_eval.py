@@ -381,7 +381,9 @@ def test_going_on_where_other_sizes_are_pruned_after_the_tower_is_refused(saved,
         if begun_with == goes_on_with:
             again.load()
             continue
-        with pytest.raises(UsageError, match="begun on another device: the inputs pruned after the tower") as caught:
+        with pytest.raises(
+            UsageError, match="begun on another device or version: the inputs pruned after the tower"
+        ) as caught:
             again.load()
         assert "--device" in caught.value.hint
     always = replace(asked, methods=("evoprune:inner=always", "random"))
