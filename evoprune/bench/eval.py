@@ -96,7 +96,7 @@ class Cost:
 Progress = Callable[[str], None]
 # Options that results hold also at their defaults.
 RECORDED = (
-    "fps", "frames", "max_frames", "max_visual_tokens", "max_new_tokens", "model", "revision", "dtype", "quantize",
+    "fps", "frames", "max_frames", "max_visual_tokens", "seek", "max_new_tokens", "model", "revision", "dtype", "quantize",
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from evoprune.batch.output import (
 )
 from evoprune.errors import UsageError
 from evoprune.model.config import read_object
+from evoprune.video.info import EXACT
 
 SETTINGS, SAMPLES, RESULTS = "settings.json", "samples.jsonl", "results.json"
 SIZE_RULE = "after_tower_below"  # in the settings, where there is one
@@ -104,7 +105,7 @@ class RunFolder:
 def stored_settings(path: Path) -> dict[str, Any]:
     """The settings of the run in a folder. Raises UsageError: there is none."""
     try:
-        return read_object(path / SETTINGS)
+        return {"seek": EXACT} | read_object(path / SETTINGS)  # earlier versions knew no other
     except (OSError, ValueError) as problem:
         raise no_folder(path) from problem
 

@@ -11,7 +11,7 @@ import torch
 from evoprune.methods.config import PruneConfig
 from evoprune.methods.plans import EncoderPlan, SetAside
 from evoprune.model.cost import Clock
-from evoprune.session.encoding import OpenInput
+from evoprune.session.encoding import OpenInput, reading
 from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.info import Video
 from evoprune.vision.encoder import EncodedRows, encode_rows
@@ -92,7 +92,7 @@ class SharedInput(OpenInput):
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         plan = self.plan
         given = plan.source, plan.sampling.times_s
-        return self.shared_frames.read(*given, decoder=plan.decoder, chunk_bytes=chunk_bytes)
+        return self.shared_frames.read(*given, chunk_bytes=chunk_bytes, **reading(self.session, plan))
 
     def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         if self.shared_rows is None:

@@ -26,6 +26,7 @@ from evoprune.backend.devices import environment
 from evoprune.bench.agreement import Reference, agreement, reference
 from evoprune.bench.scores import Z95, share_variance, wilson
 from evoprune.bench.shared import SharedFrames, SharedInput, SharedRows, after_tower_below, after_tower_note
+from evoprune.cpu.linear import pack_waiting
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import open_inputs
@@ -329,6 +330,7 @@ class Answering:
         video, seconds = encode(self.session, path, self._sampling, frames)
         spent = self._now() - start
         if not self.made:
+            pack_waiting(self.session.loaded.model)  # or the first answers would be slower than the later ones
             if spent < SLOW * self._seconds:
                 video, seconds = encode(self.session, path, self._sampling, frames)  # the first time also warms up
             self._plan(video, spent, videos)

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import chain, islice
@@ -21,7 +21,7 @@ from evoprune.backend.devices import empty_cache
 from evoprune.errors import OutOfMemory, UsageError, memory_guard, names_plugins
 from evoprune.model.cost import Clock
 from evoprune.session.answering import EncodedInputs
-from evoprune.session.cache import Cache, content_hash, own_code
+from evoprune.session.cache import Cache, Entry, content_hash, own_code
 from evoprune.session.options import SamplingOptions
 from evoprune.session.planning import TEXT, chunk_bytes, fitting_chunks, plan_input
 from evoprune.session.report import Encoding
@@ -90,7 +90,7 @@ class OpenInput:
     """
 
     threaded: ClassVar[bool] = True
-    stored: ClassVar[Encoded | None] = None
+    stored: ClassVar[Entry | None] = None
 
     session: Session
     plan: Plan
@@ -98,13 +98,14 @@ class OpenInput:
 
     def __post_init__(self):
         self.damaged, self._early, self._open = 0, False, ExitStack()
-        self.other_shape = False
+        self.other_shape = self.moved = False
+        self.read_s: tuple[float, ...] = ()  # times of the frames themselves
         self._begun: Iterator[tuple[int, torch.Tensor]] | None = None
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         """What is looked at, as `video.frames.read_frames` yields it."""
         plan = self.plan
-        return read_frames(plan.source, plan.sampling.times_s, decoder=plan.decoder, chunk_bytes=chunk_bytes)
+        return read_frames(plan.source, plan.sampling.times_s, chunk_bytes=chunk_bytes, **reading(self.session, plan))
 
     def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         """What the tower makes of it. `options`: of `vision.encoder.encode_rows`."""
@@ -142,6 +143,7 @@ class OpenInput:
         if plan.kind == PICTURE and rows is None and wanted and len(tokens.kept) == plan.units:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
         seconds = clock.seconds | self.clock.seconds
+        plan = replace(plan, read_s=self.read_s, moved=self.moved)
         return Encoding(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
 
     def _result(
@@ -183,7 +185,8 @@ class OpenInput:
                 progress("encode", frames_done, self.plan.sampling.frames)
 
     def _start(self) -> Iterator[tuple[int, torch.Tensor]]:
-        self.damaged, self.other_shape, chunks = 0, False, self._prepared()
+        self.damaged, self.other_shape, self.moved, self.read_s = 0, False, False, ()
+        chunks = self._prepared()
         return self._open.enter_context(closing(prefetched(chunks) if self.threaded else chunks))
 
     def _prepared(self) -> Generator[tuple[int, torch.Tensor], None, None]:
@@ -193,6 +196,8 @@ class OpenInput:
             for chunk in self.clock.each("read", chunks):
                 self.damaged += chunk.damaged
                 self.other_shape = self.other_shape or chunk.other_shape
+                self.moved = self.moved or chunk.moved
+                self.read_s += chunk.times_s
                 with self.clock.stage("preprocess"):
                     patches = patches_of(chunk.frames, plan, limits, self.session.device)
                 yield chunk.first + len(chunk.frames), patches
@@ -211,7 +216,7 @@ class CachedInput(OpenInput):
             return entry_key(self.session, self.plan)
 
     @cached_property
-    def stored(self) -> Encoded | None:
+    def stored(self) -> Entry | None:
         """What the cache has."""
         if not self.key:
             return None
@@ -223,14 +228,25 @@ class CachedInput(OpenInput):
     ) -> tuple[Encoded | EncodedRows, str]:
         if self.stored:
             clock.seconds = {"preprocess": 0.0, "encode": 0.0}
-            return self.stored, "hit"
+            self.read_s, self.moved = self.stored.read_s, self.stored.moved
+            return self.stored.encoded, "hit"
         result, _ = super()._result(clock, progress, chunks, warnings)
         # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
         whole = not self.damaged and (self.plan.info.changes_size or not self.other_shape)
         storable = self.key and whole and entry_key(self.session, self.plan) == self.key
-        if storable and not self.cache.store(self.key, result):
+        if storable and not self.cache.store(self.key, Entry(result, self.read_s, self.moved)):
             warnings.append("cache_not_written")
         return result, "miss" if self.key else "off"
+
+
+def reading(session: Session, plan: Plan) -> dict[str, Any]:
+    """How `video.frames.read_frames` reads what is looked at."""
+    return {
+        "decoder": plan.decoder,
+        "seek": plan.seek,
+        "part_s": plan.sampling.seconds_per_frame,
+        "cores": session.loaded.cores,
+    }
 
 
 def entry_key(session: Session, plan: Plan) -> str | None:
@@ -245,6 +261,7 @@ def entry_key(session: Session, plan: Plan) -> str | None:
     facts = {
         "video": content,
         "decoder": plan.decoder,
+        "seek": plan.seek,
         "times": plan.sampling.times_s,
         "size": [plan.height, plan.width],
         "encoder": asdict(plan.encoder),
