@@ -137,6 +137,7 @@ def batch(
         with closing(answers) as records:
             for record in records:
                 sources.check_revision(record.model.revision)
+                sources.check_sizes(None if record.error else record.pruning.after_tower_below or 0)
                 record.batch["files"] = files[record.id]
                 if not file.written:  # earlier records stay until there is one to write
                     file.begin(again={row.id for row in left})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from evoprune.methods.config import PruneConfig
 from evoprune.methods.plans import EncoderPlan, SetAside
 from evoprune.model.cost import Clock
 from evoprune.session.ahead import Ahead
@@ -19,6 +20,20 @@ from evoprune.vision.encoder import EncodedRows, encode_rows
 # Encodings held: enough for the selectors behind `reuse`, which need attention, keys, both or nothing, at three budgets, whatever
 # other methods run between them.
 MAX_ENCODINGS = 32
+
+
+def after_tower_below(configs: Iterable[PruneConfig], device: str) -> int:
+    """Return the number of units below which one of the methods prunes inputs after the tower alone on a device; 0: none does."""
+    return max((config.after_tower_below(torch.device(device)) for config in configs), default=0)
+
+
+def after_tower_note(below: int) -> str:
+    """Say which inputs are pruned after the tower alone; empty where none is. `below`: of `after_tower_below`."""
+    if not below:
+        return ""
+    return (
+        f"inputs of fewer than {below:,} visual tokens were pruned after the tower alone, as inner=auto has it on a GPU"
+    )
 
 
 class SharedFrames:

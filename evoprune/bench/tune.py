@@ -25,7 +25,7 @@ from evoprune import methods
 from evoprune.backend.devices import environment
 from evoprune.bench.agreement import Reference, agreement, reference
 from evoprune.bench.scores import Z95, share_variance, wilson
-from evoprune.bench.shared import SharedFrames, SharedInput, SharedRows
+from evoprune.bench.shared import SharedFrames, SharedInput, SharedRows, after_tower_below, after_tower_note
 from evoprune.cpu.linear import pack_waiting
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.session.ahead import Ahead
@@ -567,6 +567,9 @@ class Tuning(Run):
         if self.has_results and fewer:
             said = "settings were not tried on all videos: the time went to the better ones"
             notes.append(f"{fewer} of {len(known)} {said}")
+        if self.loaded:
+            configs = [PruneOptions(each.budget, each.method).config() for each in self.known]
+            notes.append(after_tower_note(after_tower_below(configs, self.loaded.device)))
         return [note for note in notes if note]
 
     def _best(self) -> str:

@@ -94,6 +94,26 @@ def test_another_commit_of_a_hub_model_is_refused():
         assert "--revision" in caught.value.hint
 
 
+@pytest.mark.parametrize(("begun", "now"), [(0, 2048), (2048, 0), (2048, 1024)])
+def test_a_device_that_prunes_other_sizes_elsewhere_is_refused(begun, now):
+    """Small inputs are pruned after the tower alone on some devices; of a failed row that is unknown."""
+    before = [
+        replace(found(row, failed=below is None), after_tower_below=below)
+        for row, below in zip(ROWS, [None, begun, begun], strict=False)
+    ]
+    sources = Sources(SETTINGS)
+    assert remaining(ROWS, SETTINGS, before, sources) == [ROWS[0], *ROWS[3:]]
+    sources.check_sizes(None)
+    sources.check_sizes(begun)
+    other = [*before, replace(before[1], after_tower_below=now)]
+    for check in (lambda: sources.check_sizes(now), lambda: remaining(ROWS, SETTINGS, other)):
+        with pytest.raises(
+            UsageError, match="begun on another device or version: the inputs pruned after the tower"
+        ) as caught:
+            check()
+        assert "--device" in caught.value.hint
+
+
 @pytest.mark.parametrize("before", [{}, {"model": None, "inputs": [None]}, {"inputs": []}, {"inputs": None}])
 def test_what_is_unknown_of_files_is_accepted(before):
     assert remaining(ROWS[:1], SETTINGS, [replace(found(ROWS[0]), files=before)]) == []
