@@ -11,6 +11,7 @@ from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
 from evoprune.errors import OutOfMemory, error_record
 from evoprune.report import Report, name_inputs
+from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import OpenInputs, open_inputs, prefetched
@@ -25,21 +26,26 @@ def answers(
     settings: Settings,
     cache: Cache | None = None,
     on_failure: Callable[[Exception], None] = lambda problem: None,
+    ahead: Ahead | None = None,
 ) -> Iterator[Report]:
-    """A record for every row, as they are answered. A row that fails has a record with an error, and the others go on."""
-    with closing(prefetched(_prepared(qa, spans, settings, cache), depth=1)) as prepared:
+    """A record for every row, as they are answered. A row that fails has a record with an error, and the others go on.
+
+    `ahead`: what may have read the first inputs already.
+    """
+    with closing(prefetched(_prepared(qa, spans, settings, cache, ahead), depth=1)) as prepared:
         for span, inputs in prepared:
             yield from _asked(span, inputs, settings, on_failure)
 
 
 def _prepared(
-    qa: VideoQA, spans: Iterable[Span], settings: Settings, cache: Cache | None
+    qa: VideoQA, spans: Iterable[Span], settings: Settings, cache: Cache | None, ahead: Ahead | None
 ) -> Generator[tuple[Span, OpenInputs | Exception], None, None]:
     """Every span with its first chunks read, or with the exception that prevents it."""
     for span in spans:
         try:
             first, sampling = span.rows[0], replace(settings.sampling, **span.sampling)
-            inputs = open_inputs(qa.session, first.paths, sampling, names=first.inputs, cache=cache)
+            given = {"names": first.inputs, "cache": cache, "ahead": ahead}
+            inputs = open_inputs(qa.session, first.paths, sampling, **given)
             inputs.begin()
         except Exception as problem:
             yield span, problem

@@ -22,16 +22,24 @@ from evoprune import methods
 from evoprune.backend.devices import environment
 from evoprune.batch.output import file_changes
 from evoprune.batch.rows import Row, Span, group_by_span
-from evoprune.bench.eval_folder import RunFolder
+from evoprune.bench.eval_folder import SIZE_RULE, RunFolder
 from evoprune.bench.processes import map_in_processes
-from evoprune.bench.questions import VideoQuestions, grade
+from evoprune.bench.questions import VideoQuestions, grade, of_groups
 from evoprune.bench.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
-from evoprune.bench.shared import GreyInput, SharedFrames, SharedInput, SharedRows
+from evoprune.bench.shared import (
+    GreyInput,
+    SharedFrames,
+    SharedInput,
+    SharedRows,
+    after_tower_below,
+    after_tower_note,
+)
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.methods.plans import parse_budget_or_name, plain
 from evoprune.methods.types import generator_seed
 from evoprune.model.cost import prefill_flop, shortage, stretched, tower_flop
 from evoprune.report import Report
+from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.find import FoundModel, describe_model, find_model
@@ -121,7 +129,7 @@ class EvalSettings:
 
         Raises KeyError, TypeError, ValueError or UsageError: it is no such record.
         """
-        others = ("digest", "version", "plugins", "files")
+        others = ("digest", "version", "plugins", "files", SIZE_RULE)
         options = {name: value for name, value in record.items() if name not in others}
         own = {f.name: options.pop(f.name) for f in fields(cls) if f.name in options and f.name != "model"}
         own["budgets"] = tuple(map(parse_budget_or_name, own["budgets"]))
@@ -171,13 +179,11 @@ class Evaluation:
     def __init__(self, settings: EvalSettings, videos: Sequence[VideoQuestions]):
         self.settings, self.variants = settings, variants(settings)
         self.folder: RunFolder | None = None
-        if groups := settings.groups:
-            every = [replace(v, rows=tuple(r for r in v.rows if set(groups) & set(r.groups))) for v in videos]
-            chosen = [video for video in every if video.rows]
-            if videos and not chosen:
-                raise UsageError(f"no question is in {' or '.join(groups)}", "see the field groups of the file")
-            videos = chosen
-        self.videos = list(videos[: settings.limit])
+        self.ahead: Ahead | None = None  # what may have read the first videos already
+        chosen = of_groups(videos, settings.groups)
+        if videos and not chosen:
+            raise UsageError(f"no question is in {' or '.join(settings.groups)}", "see the field groups of the file")
+        self.videos = chosen[: settings.limit]
         self.total = len(self.videos)
         self.samples: list[dict] = []
         self.loaded: LoadedModel | None = None
@@ -192,10 +198,12 @@ class Evaluation:
         self.loaded = load_model(find_model(self.settings.model, check), progress=progress)
         if self.folder:
             self.folder.check_model(self.loaded.found.state)
+            self.folder.check_size_rule(self._after_tower_below())
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
         """Writes samples into a folder from now on; with `resume` that of an earlier run, whose samples are kept (`RunFolder`)."""
         self.folder = (RunFolder.resume if resume else RunFolder.create)(path, self._record())
+        self.folder.check_size_rule(self._after_tower_below())
         self.samples = list(self.folder.samples)
         states = {sample["video"]: sample.get("files") for sample in self.samples}
         for video in self.videos:
@@ -240,7 +248,7 @@ class Evaluation:
         files = _state(video)
         try:
             for span in group_by_span(video.rows):
-                frames, rows = SharedFrames(), SharedRows()
+                frames, rows = SharedFrames(self.ahead), SharedRows()
                 for variant in self.variants:
                     progress(variant.name)
                     samples += [sample | {"files": files} for sample in self._asked(variant, video, span, frames, rows)]
@@ -259,7 +267,8 @@ class Evaluation:
         session = Session(self.loaded, options.config())
         kind = GreyInput if variant.row == BLIND else partial(SharedInput, shared_frames=frames, shared_rows=rows)
         sampling = replace(settings.sampling, **span.sampling)
-        with closing(open_inputs(session, [video.path], sampling, names=[video.name], kind=kind)) as opened:
+        given = {"names": [video.name], "kind": kind, "ahead": frames.ahead}
+        with closing(open_inputs(session, [video.path], sampling, **given)) as opened:
             encoded = opened.encode()
         cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
         for row in span.rows:
@@ -303,14 +312,25 @@ class Evaluation:
         }
 
     def _record(self) -> dict[str, Any]:
-        """The settings, and the state of the model's files if it is known."""
+        """The settings, the state of the model's files if it is known, and the rule of sizes where the model's device has one."""
         state = self.loaded.found.state if self.loaded else self.settings.model.state()
-        return self.settings.record() | ({"files": state} if state else {})
+        below = self._after_tower_below()
+        return self.settings.record() | ({"files": state} if state else {}) | ({SIZE_RULE: below} if below else {})
+
+    def _after_tower_below(self) -> int | None:
+        """Return the number of units below which a method prunes inputs after the tower alone; None before a model is loaded."""
+        if self.loaded is None:
+            return None
+        given, pruned = self.settings.method_args, [variant for variant in self.variants if variant.row == METHOD]
+        configs = [PruneOptions(variant.budget, variant.method, given).config() for variant in pruned]
+        return after_tower_below(configs, self.loaded.device)
 
     def _notes(self) -> list[str]:
         notes, given = [NOTE], self.settings.method_args
         if given:
             notes.append("settings of the methods: " + ", ".join(f"{name}={value}" for name, value in given.items()))
+        if said := after_tower_note(self._after_tower_below() or 0):
+            notes.append(said)
         total = counted(len(self.samples), "answer")
         for name, what in {
             "answer_cut": "may be incomplete",

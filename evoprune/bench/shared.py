@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from evoprune.methods.config import PruneConfig
 from evoprune.methods.plans import EncoderPlan, SetAside
 from evoprune.model.cost import Clock
+from evoprune.session.ahead import Ahead
 from evoprune.session.encoding import OpenInput, reading
-from evoprune.video.frames import FrameChunk, read_frames
+from evoprune.video.frames import FrameChunk, frames_at_once, read_frames
 from evoprune.video.info import Video
 from evoprune.vision.encoder import EncodedRows, encode_rows
 
@@ -20,8 +22,25 @@ from evoprune.vision.encoder import EncodedRows, encode_rows
 MAX_ENCODINGS = 32
 
 
+def after_tower_below(configs: Iterable[PruneConfig], device: str) -> int:
+    """Return the number of units below which one of the methods prunes inputs after the tower alone on a device; 0: none does."""
+    return max((config.after_tower_below(torch.device(device)) for config in configs), default=0)
+
+
+def after_tower_note(below: int) -> str:
+    """Say which inputs are pruned after the tower alone; empty where none is. `below`: of `after_tower_below`."""
+    if not below:
+        return ""
+    return (
+        f"inputs of fewer than {below:,} visual tokens were pruned after the tower alone, as inner=auto has it on a GPU"
+    )
+
+
 class SharedFrames:
-    def __init__(self):
+    """Frames that are read once. `ahead`: what may have read them already."""
+
+    def __init__(self, ahead: Ahead | None = None):
+        self.ahead = ahead
         self._held: dict[tuple, list[FrameChunk]] = {}
 
     def read(self, info: Video, times_s: Sequence[float], **options) -> Iterator[FrameChunk]:
@@ -31,9 +50,10 @@ class SharedFrames:
             yield from self._held[key]
             return
         chunks = []
-        with closing(read_frames(info, times_s, **options)) as read:
+        source = self.ahead.read_frames if self.ahead else read_frames
+        with closing(source(info, times_s, **options)) as read:
             for chunk in read:
-                chunks = [*chunks, chunk][:2]
+                chunks = [*chunks, replace(chunk, hidden_s=0.0)][:2]
                 yield chunk
         if len(chunks) == 1:
             self._held[key] = chunks
@@ -91,7 +111,7 @@ class GreyInput(OpenInput):
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         source, times_s = self.plan.source, self.plan.sampling.times_s
-        at_once = max(2, chunk_bytes // (source.width * source.height * 3) // 2 * 2)
+        at_once = frames_at_once(source, chunk_bytes)
         for first in range(0, len(times_s), at_once):
             times = tuple(times_s[first : first + at_once])
             yield FrameChunk(first, np.full((len(times), source.height, source.width, 3), 128, np.uint8), times)

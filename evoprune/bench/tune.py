@@ -25,8 +25,10 @@ from evoprune import methods
 from evoprune.backend.devices import environment
 from evoprune.bench.agreement import Reference, agreement, reference
 from evoprune.bench.scores import Z95, share_variance, wilson
-from evoprune.bench.shared import SharedFrames, SharedInput, SharedRows
+from evoprune.bench.shared import SharedFrames, SharedInput, SharedRows, after_tower_below, after_tower_note
+from evoprune.cpu.linear import pack_waiting
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
+from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.find import FoundModel, find_model
@@ -277,7 +279,8 @@ def encode(
 ) -> tuple[EncodedInputs, float]:
     """A video, encoded, and the seconds of encoding: also those that shared rows have saved."""
     kind = partial(SharedInput, shared_frames=frames, shared_rows=rows)
-    with closing(open_inputs(session, [Path(path)], sampling, names=[path], kind=kind)) as opened:
+    given = {"names": [path], "kind": kind, "ahead": frames.ahead}
+    with closing(open_inputs(session, [Path(path)], sampling, **given)) as opened:
         video = opened.encode()
     return video, video.report.time_ms.encode / 1000 + (rows.saved if rows else 0.0)
 
@@ -296,8 +299,9 @@ class Answering:
         seconds: float,
         now: Callable[[], float],
         think: str = "off",
+        ahead: Ahead | None = None,
     ):
-        self._think = think
+        self._think, self._ahead = think, ahead
         self.made: list[FullAnswers] = []  # a video each
         self.problems: dict[str, EvopruneError] = {}  # of videos that cannot be read or computed, by path
         self.tokens, self.asked = TOKENS[0], len(questions)  # of an answer, at most; of a video
@@ -325,10 +329,11 @@ class Answering:
 
     def _answered(self, path: str, videos: int) -> FullAnswers:
         """`videos`: how many are to be answered from now on."""
-        start, frames = self._now(), SharedFrames()
+        start, frames = self._now(), SharedFrames(self._ahead)
         video, seconds = encode(self.session, path, self._sampling, frames)
         spent = self._now() - start
         if not self.made:
+            pack_waiting(self.session.loaded.model)  # or the first answers would be slower than the later ones
             if spent < SLOW * self._seconds:
                 video, seconds = encode(self.session, path, self._sampling, frames)  # the first time also warms up
             self._plan(video, spent, videos)
@@ -404,6 +409,7 @@ class Run:
         self.settings, self._now, self._begun = settings, now, now()
         self.loaded: LoadedModel | None = None  # before `load`
         self.answering: Answering | None = None  # the full answers; None before `run`
+        self.ahead: Ahead | None = None  # what may have read the first video already
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Raises what `load_model` raises."""
@@ -422,7 +428,7 @@ class Run:
         session, settings = Session(self.loaded, PruneOptions(seed=self.settings.seed).config()), self.settings
         seconds = SHARE_OF_FULL * settings.time_limit_s
         given = session, settings.sampling, settings.questions, seconds, self._now
-        self.answering = Answering(*given, settings.think)
+        self.answering = Answering(*given, settings.think, self.ahead)
         self.answering.answer(settings.videos, progress)
         return self.answering.made
 
@@ -561,6 +567,9 @@ class Tuning(Run):
         if self.has_results and fewer:
             said = "settings were not tried on all videos: the time went to the better ones"
             notes.append(f"{fewer} of {len(known)} {said}")
+        if self.loaded:
+            configs = [PruneOptions(each.budget, each.method).config() for each in self.known]
+            notes.append(after_tower_note(after_tower_below(configs, self.loaded.device)))
         return [note for note in notes if note]
 
     def _best(self) -> str:
