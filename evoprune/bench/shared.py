@@ -1,9 +1,9 @@
-"""What the variants of one evaluated video share: its frames, and the encoder's rows where they give the tower the same work."""
+"""What the variants of one evaluated video share: the encoder's rows where they give the tower the same work."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -11,32 +11,12 @@ import torch
 from evoprune.methods.plans import EncoderPlan, SetAside
 from evoprune.model.cost import Clock
 from evoprune.session.encoding import OpenInput
-from evoprune.video.frames import FrameChunk, read_frames
-from evoprune.video.info import Video
+from evoprune.video.frames import FrameChunk
 from evoprune.vision.encoder import EncodedRows, encode_rows
 
 # Encodings held: enough for the selectors behind `reuse`, which need attention, keys, both or nothing, at three budgets, whatever
 # other methods run between them.
 MAX_ENCODINGS = 32
-
-
-class SharedFrames:
-    def __init__(self):
-        self._held: dict[tuple, list[FrameChunk]] = {}
-
-    def read(self, info: Video, times_s: Sequence[float], **options) -> Iterator[FrameChunk]:
-        """As `read_frames`. Frames that come in several chunks are too large to hold, and are read again each time."""
-        key = (tuple(times_s), *sorted(options.items()))
-        if key in self._held:
-            yield from self._held[key]
-            return
-        chunks = []
-        with closing(read_frames(info, times_s, **options)) as read:
-            for chunk in read:
-                chunks = [*chunks, chunk][:2]
-                yield chunk
-        if len(chunks) == 1:
-            self._held[key] = chunks
 
 
 class SharedRows:
@@ -69,25 +49,19 @@ class SharedRows:
 
 @dataclass(eq=False)
 class SharedInput(OpenInput):
-    """An input with shared frames, and shared rows if there are any."""
+    """An input with shared rows."""
 
-    shared_frames: SharedFrames
-    shared_rows: SharedRows | None = None
-
-    def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
-        plan = self.plan
-        given = plan.source, plan.sampling.times_s
-        return self.shared_frames.read(*given, decoder=plan.decoder, chunk_bytes=chunk_bytes)
+    shared_rows: SharedRows
 
     def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
-        if self.shared_rows is None:
-            return super().rows(patches, **options)
         visual = self.session.loaded.model.model.visual
         return self.shared_rows.encode_rows(visual, patches, self.plan.encoder, **options)
 
 
 class GreyInput(OpenInput):
     """Every frame is grey: the size and the length of a video without its content."""
+
+    shares: ClassVar[bool] = False
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         source, times_s = self.plan.source, self.plan.sampling.times_s
