@@ -176,11 +176,11 @@ def content_key(plan: Plan, limits: InputLimits, device: torch.device) -> Hashab
     path = plan.info.path
     try:
         paths = files(path, IMAGES) if os.path.isdir(path) else [path]
-        states = [(os.path.basename(name), os.stat(name)) for name in paths]
+        states = [os.stat(name) for name in paths]
     except (OSError, ValueError):
         return None
     # The time of the last change of the file's entry tells also of a file whose size and time were set back.
-    state = [(name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in states]
+    state = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in states]
     read = replace(
         plan,
         info=replace(plan.info, path=""),

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from evoprune.session.options import SamplingOptions
 from evoprune.session.patches import PatchStore, Piece
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
+from tests.video.files import spoil
 
 CLIP = "samples/square.mp4"
 CPU = torch.device("cpu")
@@ -42,7 +44,7 @@ def read(monkeypatch):
 @pytest.fixture
 def clip(tmp_path):
     path = tmp_path / "clip.mp4"
-    path.write_bytes(open(CLIP, "rb").read())
+    path.write_bytes(Path(CLIP).read_bytes())
     return path
 
 
@@ -98,10 +100,6 @@ def test_another_file_in_its_place_is_read(loaded, read, clip):
 
 
 def test_damage_is_told_each_time(loaded, read, monkeypatch, tmp_path):
-    from pathlib import Path
-
-    from tests.video.files import spoil
-
     clip = spoil(Path("samples/three.mp4"), tmp_path / "damaged.mp4", {40, 50})
     reports = [VideoQA(loaded, budget=budget).encode(clip).report for budget in (0.5, 0.25)]
     assert len(read) == 1

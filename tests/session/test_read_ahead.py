@@ -1,0 +1,167 @@
+"""Inputs are read ahead: in order, bounded, side by side where cores are idle, and nothing stays behind."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from evoprune.errors import VideoError
+from evoprune.session import read_ahead
+from evoprune.session.encoding import OpenInputs
+from evoprune.session.read_ahead import ReadAhead, idle_cores, readers
+from evoprune.video.sandbox import isolation
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays():
+    before, idle = set(threading.enumerate()), isolation._most_idle
+    yield
+    assert set(threading.enumerate()) == before and isolation._most_idle == idle
+
+
+class Inputs(OpenInputs):
+    """Notes what is done with it; `gate`: reading waits for it, or until it is closed."""
+
+    def __init__(self, events, item, gate=None):
+        self.events, self.item, self.gate = events, item, gate or threading.Event()
+        if gate is None:
+            self.gate.set()
+        events.append(("open", item))
+
+    def read(self):
+        assert self.gate.wait(10)
+        self.events.append(("read", self.item))
+
+    def close(self):
+        self.gate.set()
+        self.events.append(("close", self.item))
+
+
+def wait_for(condition):
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_all_items_in_their_order(count):
+    events = []
+
+    def opened(item):
+        time.sleep(0.003 * (item % 3))
+        return Inputs(events, item)
+
+    ahead = ReadAhead(range(20), opened, count)
+    taken = [(item, inputs.item) for item, inputs in ahead]
+    ahead.close()
+    assert taken == [(item, item) for item in range(20)] and list(ahead) == []
+    assert [item for what, item in sorted(events) if what == "read"] == list(range(20))
+    assert "close" not in dict(events)  # that is up to whoever took them
+    assert ahead.waited_s > 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_no_more_are_opened_than_there_is_room_for(count):
+    events = []
+    ahead = ReadAhead(range(100), lambda item: Inputs(events, item), count)
+    time.sleep(0.01)
+    assert not events  # nothing before the first is asked for
+    for taken in range(1, 5):
+        next(ahead)
+        wait_for(lambda taken=taken: events.count(("read", taken - 1 + count)))
+        time.sleep(0.01)
+        assert {item for _, item in events} == set(range(taken + count))
+    ahead.close()
+    assert {item for what, item in events if what == "close"} == set(range(4, 4 + count))
+
+
+def test_one_reader_finishes_one_before_it_begins_the_next():
+    """So an input that comes later takes nothing from the one that comes next."""
+    events, gate = [], threading.Event()
+    ahead = ReadAhead(range(3), lambda item: Inputs(events, item, gate if item == 0 else None), 1)
+    next(ahead)
+    time.sleep(0.02)
+    assert events == [("open", 0)]
+    gate.set()
+    wait_for(lambda: ("read", 1) in events)
+    ahead.close()
+
+
+def test_what_opening_raises_is_of_that_item():
+    def opened(item):
+        if item % 2:
+            raise VideoError(f"no {item}")
+        return Inputs([], item)
+
+    ahead = ReadAhead(range(4), opened, 2)
+    assert [str(found) if isinstance(found, Exception) else found.item for _, found in ahead] == [0, "no 1", 2, "no 3"]
+    ahead.close()
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), SystemExit(3)])
+def test_what_ends_the_program_is_raised(problem):
+    def opened(item):
+        if item == 1:
+            raise problem
+        return Inputs([], item)
+
+    ahead = ReadAhead(range(4), opened, 1)
+    next(ahead)
+    with pytest.raises(type(problem)) as caught:
+        next(ahead)
+    assert caught.value is problem
+    ahead.close()
+
+
+def test_items_that_cannot_be_made():
+    def items():
+        yield 0
+        raise ZeroDivisionError
+
+    ahead = ReadAhead(items(), lambda item: Inputs([], item), 2)
+    assert next(ahead)[0] == 0
+    with pytest.raises(ZeroDivisionError):
+        next(ahead)
+    ahead.close()
+
+
+def test_what_is_opened_too_late_is_closed():
+    events, going, gate = [], threading.Event(), threading.Event()
+
+    def opened(item):
+        if item:
+            going.set()
+            assert gate.wait(10)
+        return Inputs(events, item)
+
+    ahead = ReadAhead(range(3), opened, 1)
+    next(ahead)
+    assert going.wait(10)
+    threading.Timer(0.02, gate.set).start()
+    ahead.close()
+    wait_for(lambda: ("close", 1) in events)
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "torch_threads", "asked", "memory", "idle", "count"),
+    [
+        ("cpu", 2, 2, None, None, 0, 1),
+        ("cpu", 16, 16, "auto", None, 0, 1),
+        ("cpu", 16, 1, "auto", None, 15, 8),  # a small model
+        ("cpu", 16, 4, 4, None, 0, 1),  # the others are somebody else's
+        ("cuda", 16, 16, "auto", None, 15, 8),
+        ("cuda", 4, 4, "auto", None, 3, 3),
+        ("cuda", 16, 16, 3, None, 2, 2),
+        ("cuda", 1, 1, None, None, 0, 1),
+        ("cuda", 16, 16, None, 3 * 2**30, 15, 3),
+        ("cuda", 16, 16, None, 2**20, 15, 1),
+    ],
+)
+def test_how_many_are_read_at_a_time(monkeypatch, device, cores, torch_threads, asked, memory, idle, count):
+    monkeypatch.setattr(read_ahead, "available_cores", lambda: cores)
+    monkeypatch.setattr(read_ahead, "available_memory", lambda: memory)
+    monkeypatch.setattr(read_ahead.torch, "get_num_threads", lambda: torch_threads)
+    loaded = SimpleNamespace(device=device, found=SimpleNamespace(options=SimpleNamespace(threads=asked)))
+    assert (idle_cores(loaded), readers(loaded)) == (idle, count)
