@@ -273,7 +273,7 @@ class Tally:
         new, seconds = self._file.written, time.monotonic() - self._begun
         done, failed = self._before + new - self.failed, self._failed()
         before = f", {self._before:,} of them before" if self._before else ""
-        waited = "" if self._waited_s is None else f", {clock(self._waited_s)} of it waiting for reading"
+        waited = "" if self._waited_s is None else f"; waited {clock(self._waited_s)} for reading"
         took = f": {clock(seconds)}, {pace(new, seconds)}{waited}" if new else ""
         tell(f"{done:,} of {counted(self._total, 'row')} answered{before}{failed}{took}")
         if self._cut:
