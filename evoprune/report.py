@@ -105,6 +105,8 @@ class Sampling:
     resized_hw: list[int] | None = None
     grid_thw: list[int] | None = None  # in patches, as Hugging Face counts
     seconds_per_pair: float | None = None
+    seek: str | None = None  # exact, or keyframes if a time was moved to one
+    read_s: list[float] | None = None  # times of the frames themselves
 
 
 @dataclass
@@ -445,7 +447,7 @@ def _stages(report, width: int) -> list[str]:
         if pruning := getattr(times, f"{stage}_prune", None):
             lines.append(f"{'  pruning':<11}{pruning:>8,.0f}")
         if stage == "generate" and (times.pack or 0) >= 1:
-            lines.append(f"{'  packing':<11}{times.pack:>8,.0f}  of all stages, the first time only")
+            lines.append(f"{'  packing':<11}{times.pack:>8,.0f}  of all stages, once for each layer")
     lines = [f"{'stage':<11}{'ms':>8}", *lines] if lines else []
     return lines + (_each_input(report) if times.read else [])
 

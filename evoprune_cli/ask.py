@@ -127,7 +127,9 @@ def ask(
             if not quiet:
                 names = listed([os.path.basename(os.path.abspath(path)) for path in inputs])
                 tell(f"Ask about {names}. /help for help, q or Ctrl-D to end.")
-            for question in typed_questions():
+            from evoprune.cpu.linear import packing_meanwhile
+
+            for question in typed_questions(meanwhile=partial(packing_meanwhile, qa.session.loaded.model)):
                 questions.append(question)
                 talk.attempt(question, typed=True)
         except BaseException as problem:
@@ -464,8 +466,12 @@ def _print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
             print_warning(name, video)
 
 
-def typed_questions(twice: bool = True) -> Iterator[str]:
+def typed_questions(
+    twice: bool = True, meanwhile: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+) -> Iterator[str]:
     """Questions, one a line, until the input ends (Ctrl-D) or a line says so. Empty lines are skipped, commands carried out.
+
+    `meanwhile`: makes the context in which a line is waited for.
 
     Raises KeyboardInterrupt: on Ctrl-C at the prompt, with `twice` on the second in a row: the first may have been meant for an
     answer.
@@ -475,7 +481,7 @@ def typed_questions(twice: bool = True) -> Iterator[str]:
     warned = False
     while True:
         try:
-            with _output_on_stderr():
+            with _output_on_stderr(), meanwhile():
                 line = input(PROMPT)
         except UnicodeDecodeError:
             print_error("the question is not valid text", "write it in UTF-8")

@@ -30,7 +30,17 @@ TICK_S, STATUS_S = 0.05, 1.0
     StreamOptions,
     *PipelineOptions.KINDS,
     short="question every questions pace window_s memory_s model budget fps json quiet",
-    without=("frames", "start_s", "end_s", "max_frames", "frame_rate", "decoder", "subtitles", "max_subtitle_tokens"),
+    without=(
+        "frames",
+        "start_s",
+        "end_s",
+        "max_frames",
+        "frame_rate",
+        "decoder",
+        "seek",
+        "subtitles",
+        "max_subtitle_tokens",
+    ),
 )
 def watch(
     *,

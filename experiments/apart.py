@@ -3,8 +3,9 @@
     python -m experiments.apart --dtype fp32 -b high,balanced,fast
 
 `evoprune profile` holds the weights of both sides in one process, and where memory is short it cannot pack evoprune's. Here each
-side has the memory to itself, and evoprune's weights are packed, as they are from a second question on. Dimensions are those of the
-3B model, weights are random, clip and clocks are those of `profile`. In each process the first turn of a row does not count.
+side has the memory to itself, and evoprune's weights are packed, as they are after some dozens of tokens. Dimensions are
+those of the 3B model, weights are random, clip and clocks are those of `profile`. In each process the first turn of a row does
+not count.
 """
 
 import argparse
@@ -23,6 +24,7 @@ def measure(side: str, args: argparse.Namespace) -> list[dict]:
     from evoprune.bench.hugging_face import hugging_face_model
     from evoprune.bench.profile import run_evoprune, run_hugging_face
     from evoprune.bench.profile_results import Case
+    from evoprune.cpu.linear import pack_waiting
     from evoprune.methods.config import PruneConfig
     from evoprune.methods.plans import parse_budget
     from evoprune.session.loading.model import load_model
@@ -36,6 +38,7 @@ def measure(side: str, args: argparse.Namespace) -> list[dict]:
         reference = hugging_face_model(loaded.model)
         turns = [("Hugging Face", lambda: run_hugging_face(loaded, reference, clip, 2))]
     else:
+        pack_waiting(loaded.model)
         turns = []
         for name in args.method.split(","):
             for text in args.budget.split(","):

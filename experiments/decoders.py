@@ -1,5 +1,4 @@
-"""PyAV against decord, jumps against one pass, and a separate process against this one, as Markdown tables:
-`python -m experiments.decoders`."""
+"""PyAV against decord, and a separate process against this one, as Markdown tables: `python -m experiments.decoders`."""
 
 import argparse
 import os
@@ -10,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +17,7 @@ import numpy as np
 
 from evoprune.video.frames import probe, read_frames
 from evoprune.video.info import Video
-from evoprune.video.readers import decord, ffmpeg, pyav
+from evoprune.video.readers import decord
 from evoprune.video.sandbox import isolation
 
 FPS = 25
@@ -162,57 +160,8 @@ def compare_processes(folder: Path, repeat: int) -> None:
             )
 
 
-def read_with(info: Video, times_s: Sequence[float], seek_ahead_s: float) -> None:
-    """Read with PyAV, jumping wherever the next time_s is farther away than this."""
-    usual, pyav.MIN_JUMP_S = pyav.MIN_JUMP_S, seek_ahead_s
-    try:
-        for _ in pyav.read(info, times_s, ffmpeg.ignore_damage):
-            pass
-    finally:
-        pyav.MIN_JUMP_S = usual
-
-
-def compare_jumps(folder: Path, minutes: float, repeat: int) -> None:
-    """Print, for fewer and fewer frames of a long file, what jumping to each costs against one pass over everything."""
-    for gop_s in (2, 10):
-        path = folder / f"long{gop_s}.mp4"
-        kind = Kind("long", "mp4", "libx264", gop_s * FPS, {"preset": "ultrafast", "sc_threshold": "0"})
-        write_clip(path, kind, minutes * 60, LONG_SIZE)
-        info = probe(path)
-        total = round(minutes * 60 * FPS)
-        print(f"\nMilliseconds with PyAV; {minutes:g} min of {LONG_SIZE[1]}x{LONG_SIZE[0]}, keyframe every {gop_s} s\n")
-        print("| frames | share | seconds apart | jumps | one pass | jumps / one pass | as built |")
-        print("|---|---|---|---|---|---|---|")
-        ratios = []
-        for apart in (40.0, 20.0, 10.0, 5.0, 2.5, 1.0):
-            count = round(minutes * 60 / apart)
-            if count < 2:
-                continue
-            limits = (0.0, float("inf"), pyav.MIN_JUMP_S)
-            jumps, one_pass, built = medians(
-                [partial(read_with, info, middles(info, count), limit) for limit in limits], repeat
-            )
-            ratios.append((apart, jumps / one_pass))
-            print(
-                f"| {count} | {count / total:.2%} | {apart:g} | {jumps:.0f} | {one_pass:.0f} | {jumps / one_pass:.2f} "
-                f"| {built:.0f} |",
-                flush=True,
-            )
-        print(f"\n{crossover(ratios)}")
-
-
-def crossover(ratios: Sequence[tuple[float, float]]) -> str:
-    """Where one pass becomes cheaper, from (seconds between frames, cost of jumps / cost of one pass), falling seconds."""
-    for (far, cheap), (near, dear) in pairwise(ratios):
-        if cheap <= 1 < dear:
-            apart = far + (near - far) * (1 - cheap) / (dear - cheap)
-            return f"One pass is cheaper from a frame every {apart:.1f} s, or {1 / (apart * FPS):.2%} of the frames."
-    return f"{'Jumps are' if all(r <= 1 for _, r in ratios) else 'One pass is'} cheaper throughout."
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=1.0, help="length of the long file (default: 1)")
     parser.add_argument("--repeat", type=int, default=3, help="measured rounds; their median is shown (default: 3)")
     args = parser.parse_args()
     print(f"PyAV {av.__version__}, {os.cpu_count()} processors\n")
@@ -220,7 +169,6 @@ def main() -> None:
         compare_decoders(Path(folder), args.repeat)
         if isolation.POSSIBLE:
             compare_processes(Path(folder), args.repeat)
-        compare_jumps(Path(folder), args.minutes, args.repeat)
 
 
 if __name__ == "__main__":

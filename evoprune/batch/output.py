@@ -24,7 +24,7 @@ from evoprune.model.config import loads
 from evoprune.report import SCHEMA, Report, rounded
 from evoprune.session.options import PipelineOptions, record
 from evoprune.util import shown
-from evoprune.video.info import input_state
+from evoprune.video.info import EXACT, input_state
 
 if TYPE_CHECKING:
     from evoprune.video_qa import VideoQA
@@ -36,10 +36,10 @@ OPEN_FILES = ("/dev/", "/proc/self/fd/")  # written to as they are given, such a
 UNFINISHED = (
     "{}.evoprune-{}.tmp"  # the name of a file while it is written: that which it gets, and eight hexadecimal digits
 )
-# Options that records hold also at their defaults, as the first version's did; the others where they differ from these.
+# Options that records hold also at their defaults; the others where they differ from these.
 RECORDED = (
     "model", "revision", "dtype", "quantize", "load_format", "budget", "method", "method_args", "seed", "fps", "frames",
-    "max_frames", "max_visual_tokens", "decoder", "max_new_tokens", "temperature", "top_p", "system",
+    "max_frames", "max_visual_tokens", "decoder", "seek", "max_new_tokens", "temperature", "top_p", "system",
 )  # fmt: skip
 
 
@@ -285,8 +285,9 @@ class RecordFile:
                     if record["schema"] != SCHEMA:
                         raise ValueError
                     about, failed = record["batch"], record["error"] is not None
-                    if about["settings"] != settings:  # usually one object serves all records
-                        settings = about["settings"]
+                    stated = {"seek": EXACT} | about["settings"]  # earlier versions knew no other
+                    if stated != settings:  # usually one object serves all records
+                        settings = stated
                     files, commit = dict(about.get("files") or {}), dict(record.get("model") or {}).get("revision")
                     place = end, end + len(line)
                     records.append(Found(record["id"], about["row"], settings, failed, *place, files, commit))

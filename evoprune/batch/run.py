@@ -14,7 +14,7 @@ from evoprune.report import Report, name_inputs
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import OpenInputs, open_inputs
-from evoprune.session.read_ahead import ReadAhead, readers
+from evoprune.session.read_ahead import ReadAhead
 from evoprune.video_qa import VideoQA
 
 T = TypeVar("T")
@@ -33,14 +33,15 @@ def answers(
     `on_wait`: called after each encoding with the seconds that it has waited for reading and preprocessing.
     """
 
-    def opened(span: Span) -> OpenInputs:
+    def opened(span: Span, cores: int | None) -> OpenInputs:
         first, sampling = span.rows[0], replace(settings.sampling, **span.sampling)
         inputs = open_inputs(qa.session, first.paths, sampling, names=first.inputs, cache=cache)
+        inputs.use_cores(cores)
         inputs.begin()
         return inputs
 
     before = 0.0
-    with closing(ReadAhead(spans, opened, readers(qa.loaded))) as prepared:
+    with closing(ReadAhead(spans, opened, qa.loaded)) as prepared:
         for span, inputs in prepared:
             on_wait(prepared.waited_s - before)
             before = prepared.waited_s

@@ -44,7 +44,7 @@ from evoprune.session.options import (
     SamplingOptions,
     record,
 )
-from evoprune.session.read_ahead import ReadAhead, readers
+from evoprune.session.read_ahead import ReadAhead
 from evoprune.session.session import Session, check_fits
 from evoprune.util import OPTION, counted
 from evoprune.video.info import NO_SUBTITLES, input_state
@@ -90,7 +90,7 @@ class Cost:
 Progress = Callable[[str], None]
 # Options that results hold also at their defaults.
 RECORDED = (
-    "fps", "frames", "max_frames", "max_visual_tokens", "max_new_tokens", "model", "revision", "dtype", "quantize",
+    "fps", "frames", "max_frames", "max_visual_tokens", "seek", "max_new_tokens", "model", "revision", "dtype", "quantize",
 )  # fmt: skip
 
 
@@ -235,16 +235,18 @@ class Evaluation:
     def _reading_ahead(self, videos: Sequence[VideoQuestions], progress: Progress) -> Iterator[list[dict]]:
         """The samples of video after video; meanwhile the next ones are read."""
         first = self.total - len(videos) + 1
-        with closing(ReadAhead(videos, self._opened, readers(self.loaded))) as ahead:
+        with closing(ReadAhead(videos, self._opened, self.loaded)) as ahead:
             for number, (video, opened) in enumerate(ahead, first):
                 yield self.evaluate(
                     video, lambda what, at=number: progress(f"video {at} of {self.total}: {what}"), opened
                 )
 
-    def _opened(self, video: VideoQuestions) -> OpenInputs:
+    def _opened(self, video: VideoQuestions, cores: int | None) -> OpenInputs:
         """All parts of a video that questions are about, as the first variant looks at them: what is read ahead."""
         parts = [self._open(self.variants[0], video, span) for span in group_by_span(video.rows)]
-        return OpenInputs(parts[0].session, [opened for part in parts for opened in part.inputs])
+        inputs = OpenInputs(parts[0].session, [opened for part in parts for opened in part.inputs])
+        inputs.use_cores(cores)
+        return inputs
 
     def evaluate(
         self,

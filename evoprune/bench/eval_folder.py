@@ -11,6 +11,7 @@ from typing import Any
 from evoprune.batch.output import append, differences, file_changes, remove_unfinished, write_file
 from evoprune.errors import UsageError
 from evoprune.model.config import read_object
+from evoprune.video.info import EXACT
 
 SETTINGS, SAMPLES, RESULTS = "settings.json", "samples.jsonl", "results.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -87,7 +88,7 @@ class RunFolder:
 def stored_settings(path: Path) -> dict[str, Any]:
     """The settings of the run in a folder. Raises UsageError: there is none."""
     try:
-        return read_object(path / SETTINGS)
+        return {"seek": EXACT} | read_object(path / SETTINGS)  # earlier versions knew no other
     except (OSError, ValueError) as problem:
         raise no_folder(path) from problem
 

@@ -26,13 +26,14 @@ from evoprune.backend.devices import environment
 from evoprune.bench.agreement import Reference, agreement, reference
 from evoprune.bench.scores import Z95, share_variance, wilson
 from evoprune.bench.shared import SharedInput, SharedRows
+from evoprune.cpu.linear import pack_waiting
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.loading.find import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
-from evoprune.session.read_ahead import ReadAhead, idle_cores, readers
+from evoprune.session.read_ahead import ReadAhead, idle_cores
 from evoprune.session.session import Session, check_fits
 from evoprune.util import counted
 
@@ -312,14 +313,14 @@ class Answering:
         """Answers what the time allows, the first readable video in any case. Raises the first problem if there is none."""
         loaded = self.session.loaded
         # What takes cores from the model would falsify the times.
-        ahead = ReadAhead(videos, self._open, readers(loaded)) if idle_cores(loaded) else None
+        ahead = ReadAhead(videos, self._open, loaded) if idle_cores(loaded) else None
         with closing(ahead) if ahead else nullcontext():
             for number, path in enumerate(videos):
                 if self.made and self._left < self._next_s:
                     return
                 progress(f"answering in full, video {number + 1} of {len(videos)}")
                 try:
-                    _, opened = next(ahead) if ahead else (path, self._open(path))
+                    _, opened = next(ahead) if ahead else (path, self._open(path, loaded.cores))
                     self.made.append(self._answered(path, opened, len(videos) - number))
                     self._next_s = self.made[-1].took_s if len(self.made) > 1 else self._next_s
                 except (VideoError, ModelError, OutOfMemory) as problem:
@@ -336,8 +337,10 @@ class Answering:
     def _left(self) -> float:
         return self._seconds - (self._now() - self._begun)
 
-    def _open(self, path: str) -> OpenInputs:
-        return open_inputs(self.session, [path], self._sampling)
+    def _open(self, path: str, cores: int | None) -> OpenInputs:
+        inputs = open_inputs(self.session, [path], self._sampling)
+        inputs.use_cores(cores)
+        return inputs
 
     def _answered(self, path: str, opened: OpenInputs | Exception, videos: int) -> FullAnswers:
         """`opened`: the video, to be read, or why it cannot be. `videos`: how many are to be answered from now on."""
@@ -349,6 +352,7 @@ class Answering:
         opened.read()  # finds the patches, and keeps them
         spent = self._now() - start
         if not self.made:
+            pack_waiting(self.session.loaded.model)  # or the first answers would be slower than the later ones
             if spent < SLOW * self._seconds:
                 video, seconds = encode(self.session, path, self._sampling)  # the first time also warms up
             self._plan(video, spent, videos)

@@ -21,7 +21,7 @@ from evoprune.session.planning import prompt_subtitles
 from evoprune.session.prompting import check_not_empty, prompt_about
 from evoprune.util import from_keywords
 from evoprune.video.frames import choose_decoder, probe, read_frames
-from evoprune.video.info import PICTURE, VIDEO, check_one_file, check_picture
+from evoprune.video.info import EXACT, PICTURE, VIDEO, check_one_file, check_picture
 from evoprune.video.plan import InputLimits, Plan, make_plan
 from evoprune.vision.preprocess import normalised, patches_of
 
@@ -47,7 +47,7 @@ def processor_inputs(
         question: taken literally. `system`: a system prompt; None for the model's own.
         revision, offline: of the model, see `VideoQA.load`.
         sampling: options of `VideoQA.encode`: `fps`, `frames`, `start_s`, `end_s`, `max_frames`, `max_visual_tokens` (default:
-            24,576), `frame_rate`, `decoder`, `subtitles`, `max_subtitle_tokens`.
+            24,576), `frame_rate`, `decoder`, `seek` (default: exact), `subtitles`, `max_subtitle_tokens`.
 
     Returns one prompt, on the CPU; `.to(device)` moves it. int64 `[1, L]` "input_ids", "attention_mask" and
     "mm_token_type_ids"; of videos float32 `[patches, values]` "pixel_values_videos", int64 `[videos, 3]` "video_grid_thw", and
@@ -57,56 +57,67 @@ def processor_inputs(
         VideoError: an input is missing, unreadable or empty. ModelError: the model is missing, of another kind, or its chat
             template cannot be used. UsageError: an option that makes no sense. TypeError: an unknown option.
     """
-    (options,) = from_keywords(sampling, SamplingOptions)
+    (options,) = from_keywords({"seek": EXACT} | sampling, SamplingOptions)
     check_not_empty(question)
     paths = paths_of(inputs)
     check_one_file(options.subtitles, len(paths))
     checkpoint = find_model(ModelOptions(model, revision, device="cpu", offline=offline))
     tokenizer, limits = load_tokenizer(checkpoint.folder), checkpoint.limits
-    infos, read = [probe(path, folder_fps=options.frame_rate) for path in paths], []
+    infos = [probe(path, folder_fps=options.frame_rate) for path in paths]
+    plans: list[Plan] = []
     for info, wanted in zip(infos, options.of_each(infos), strict=True):
         check_picture(info, options.subtitles)
-        plan, lines = (
-            make_plan(info, limits[info.kind], **wanted.numbers),
-            (options.subtitles, options.max_subtitle_tokens),
-        )
-        read.append(replace(plan, subtitles=prompt_subtitles(tokenizer, info, plan.sampling, *lines)))
+        plan = make_plan(info, limits[info.kind], **wanted.numbers)
+        plan = replace(plan, decoder=choose_decoder(options.decoder, info), seek=options.seek)
+        lines = options.subtitles, options.max_subtitle_tokens
+        plans.append(replace(plan, subtitles=prompt_subtitles(tokenizer, info, plan.sampling, *lines)))
     vision = checkpoint.config.vision_config
-    prompt = prompt_about(tokenizer, vision, read, question, system)
-    return BatchFeature(arguments(prompt, read, limits, vision, options.decoder))
+    read = [read_patches(plan, limits[plan.kind]) for plan in plans]
+    plans = [plan for plan, _ in read]
+    prompt = prompt_about(tokenizer, vision, plans, question, system)
+    return BatchFeature(arguments(prompt, read, limits, vision))
+
+
+def read_patches(plan: Plan, limits: InputLimits, device: torch.device | str = "cpu") -> tuple[Plan, torch.Tensor]:
+    """What is looked at of an input, float32 `[patches, values]`, resized on `device`; and the plan, with the times of the frames.
+
+    Raises VideoError: it cannot be read.
+    """
+    made: list[torch.Tensor] = []
+    times_s: tuple[float, ...] = ()
+    moved = False
+    how = {"decoder": plan.decoder, "seek": plan.seek, "part_s": plan.sampling.seconds_per_frame}
+    with closing(read_frames(plan.source, plan.sampling.times_s, **how)) as chunks:
+        for chunk in chunks:
+            made.append(normalised(patches_of(chunk.frames, plan, limits, torch.device(device)), limits.normal))
+            times_s += chunk.times_s
+            moved = moved or chunk.moved
+    return replace(plan, read_s=times_s, moved=moved), torch.cat(made)
 
 
 def arguments(
     prompt: Prompt,
-    read: Sequence[Plan],
+    read: Sequence[tuple[Plan, torch.Tensor]],
     limits: dict[str, InputLimits],
     vision: VisionConfig,
-    decoder: str = "auto",
-    device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """The same for a prompt, what is looked at of its inputs, and the limits and the tower's config of a model.
-
-    `device`: where frames are resized and their patches are.
-    """
+    """The same for a prompt, what was read of its inputs (`read_patches`), and the limits and the tower's config of a model."""
     ids = prompt.input_ids
+    plans = [plan for plan, _ in read]
     types = torch.zeros_like(ids)
-    for place, plan in zip(prompt.places, read, strict=True):
+    for place, plan in zip(prompt.places, plans, strict=True):
         types[place.columns] = TYPES[plan.kind]
     inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "mm_token_type_ids": types[None]}
-    patches: dict[str, list[torch.Tensor]] = {VIDEO: [], PICTURE: []}
-    for plan in read:
-        chosen = choose_decoder(decoder, plan.info)
-        with closing(read_frames(plan.source, plan.sampling.times_s, decoder=chosen)) as chunks:
-            made_of = (patches_of(chunk.frames, plan, limits[plan.kind], torch.device(device)) for chunk in chunks)
-            patches[plan.kind] += [normalised(values, limits[plan.kind].normal) for values in made_of]
     for kind, (pixels, grids) in NAMES.items():
-        if not patches[kind]:
+        patches = [patches for plan, patches in read if plan.kind == kind]
+        if not patches:
             continue
         merge = limits[kind].merge_size
-        shapes = [(plan.grid[0], plan.grid[1] * merge, plan.grid[2] * merge) for plan in read if plan.kind == kind]
-        inputs |= {pixels: torch.cat(patches[kind]), grids: torch.tensor(shapes, dtype=torch.int64, device="cpu")}
-    if patches[VIDEO] and vision.tokens_per_second is not None:  # the processor of another model does not say
+        shapes = [(plan.grid[0], plan.grid[1] * merge, plan.grid[2] * merge) for plan in plans if plan.kind == kind]
+        inputs |= {pixels: torch.cat(patches), grids: torch.tensor(shapes, dtype=torch.int64, device="cpu")}
+    videos = [plan for plan in plans if plan.kind == VIDEO]
+    if videos and vision.tokens_per_second is not None:  # the processor of another model does not say
         pair = limits[VIDEO].temporal_patch_size
-        seconds = [plan.sampling.seconds_per_pair(pair) for plan in read if plan.kind == VIDEO]
+        seconds = [plan.sampling.seconds_per_pair(pair) for plan in videos]
         inputs["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device="cpu")
     return inputs

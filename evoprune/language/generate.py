@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from evoprune.backend.devices import to_device
+from evoprune.cpu.linear import begin_pass
 from evoprune.errors import EvopruneError, ModelError
 from evoprune.language import decoder, hosted, static
 from evoprune.language.decoder import KVCache
@@ -150,6 +151,7 @@ class PrefillState:
         """Reads further tokens of the answer, int64 `[n]`; the logits after each of them, float32 `[n, vocabulary]`."""
         positions = (ascending(len(ids), "cpu") + self.next_position + self.answered).expand(3, -1)
         embeds = embed_ids(self.model, ids)
+        begin_pass(self.model)
         logits = layers_of(self.model).logits(self.model, embeds, positions, self.cache, last=len(ids))
         self.answered, self.logits = self.answered + len(ids), logits[-1]
         return logits
@@ -204,6 +206,7 @@ def prefill(
     if cache is None:
         cache = new_cache(model, len(inputs_embeds) if dropping is None else dropping.columns)
     given = {} if dropping is None else {"dropping": dropping}
+    begin_pass(model)
     after = layers_of(model).logits(model, inputs_embeds, positions, cache, sizes, deepstack=deepstack, **given)[0]
     return PrefillState(model, cache, after, next_position, dropping)
 

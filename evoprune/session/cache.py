@@ -120,14 +120,23 @@ class Entries:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """An encoded video, and what is known of its frames."""
+
+    encoded: Encoded
+    read_s: tuple[float, ...]  # their own times, in seconds
+    moved: bool  # whether some are keyframes nearby, as of `FrameChunk`
+
+
+@dataclass(frozen=True)
 class Cache(Entries):
     """A folder of encoded videos; several processes may use it at a time."""
 
     folder: Path = field(default_factory=cache_folder)  # default: the one of `evoprune ask --cache`
     limit_bytes: int = 2 * 2**30  # of all entries together; the least recently used are deleted
 
-    def load(self, key: str, device: torch.device) -> Encoded | None:
-        """An entry, or None if there is none or it is damaged. Its `rows` are on the device `meta`: no answer needs them."""
+    def load(self, key: str, device: torch.device) -> Entry | None:
+        """An entry, or None if there is none or it is damaged. Its rows are on the device `meta`: no answer needs them."""
         from safetensors import SafetensorError, safe_open
 
         path = self.path(key)
@@ -146,7 +155,7 @@ class Cache(Entries):
             with suppress(OSError):  # a folder that may only be read
                 os.utime(path)
             features = tensors["features"]
-            return Encoded(
+            encoded = Encoded(
                 features.to(device),
                 tensors["kept"].to(device),
                 features.new_empty(facts["rows"], features.shape[1], device="meta"),
@@ -157,13 +166,15 @@ class Cache(Entries):
                 facts["flat"],
                 *(tensors[name].to(device) if name in tensors else None for name in OPTIONAL),
             )
+            return Entry(encoded, tuple(facts["read_s"]), facts["moved"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
 
-    def store(self, key: str, encoded: Encoded) -> bool:
+    def store(self, key: str, entry: Entry) -> bool:
         """Writes an entry atomically, and deletes old ones beyond the limit; False if it cannot be written."""
         from safetensors.torch import save
 
+        encoded = entry.encoded
         tensors = {name: getattr(encoded, name) for name in ("features", "kept", "unit_to_row", *OPTIONAL)}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
         facts = {
@@ -172,6 +183,8 @@ class Cache(Entries):
             "grids": encoded.grids,
             "layers": encoded.layers,
             "flat": encoded.flat,
+            "read_s": entry.read_s,
+            "moved": entry.moved,
         }
         about = json.dumps(facts)
         content = save(tensors, {"about": about, "digest": _digest(about, tensors)})

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import chain, islice
@@ -21,7 +21,7 @@ from evoprune.backend.devices import empty_cache
 from evoprune.errors import OutOfMemory, UsageError, memory_guard, names_plugins
 from evoprune.model.cost import Clock
 from evoprune.session.answering import EncodedInputs
-from evoprune.session.cache import Cache, content_hash, own_code
+from evoprune.session.cache import Cache, Entry, content_hash, own_code
 from evoprune.session.options import SamplingOptions
 from evoprune.session.patches import PATIENCE_S, Piece, Reading, content_key, patch_bytes
 from evoprune.session.planning import TEXT, chunk_bytes, fitting_chunks, plan_input
@@ -93,7 +93,7 @@ class OpenInput:
 
     threaded: ClassVar[bool] = True
     shares: ClassVar[bool] = True
-    stored: ClassVar[Encoded | None] = None
+    stored: ClassVar[Entry | None] = None
 
     session: Session
     plan: Plan
@@ -102,7 +102,9 @@ class OpenInput:
     def __post_init__(self):
         self.damaged, self._early, self._open = 0, False, ExitStack()
         self.waited_s = 0.0  # for patches, while they were encoded
-        self.other_shape = False
+        self.other_shape = self.moved = False
+        self.read_s: tuple[float, ...] = ()  # times of the frames themselves
+        self.cores = self.session.loaded.cores  # for reading; None for all that this process may use
         self._begun: Iterator[Piece] | None = None
         self._key: Hashable | None = None
         self._reading: Reading | None = None  # the patches, where they are kept
@@ -111,7 +113,15 @@ class OpenInput:
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         """What is looked at, as `video.frames.read_frames` yields it."""
         plan = self.plan
-        return read_frames(plan.source, plan.sampling.times_s, decoder=plan.decoder, chunk_bytes=chunk_bytes)
+        return read_frames(
+            plan.source,
+            plan.sampling.times_s,
+            decoder=plan.decoder,
+            chunk_bytes=chunk_bytes,
+            seek=plan.seek,
+            part_s=plan.sampling.seconds_per_frame,
+            cores=self.cores,
+        )
 
     def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         """What the tower makes of it. `options`: of `vision.encoder.encode_rows`."""
@@ -163,6 +173,7 @@ class OpenInput:
         if plan.kind == PICTURE and rows is None and wanted and len(tokens.kept) == plan.units:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
         seconds = clock.seconds | {"preprocess": 0.0} | self.clock.seconds
+        plan = replace(plan, read_s=self.read_s, moved=self.moved)
         return Encoding(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
 
     def _result(
@@ -204,10 +215,12 @@ class OpenInput:
     def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
         """All patches, once more in each pass."""
         begun, self._begun = self._begun, None
-        self.damaged, self.other_shape = 0, False
+        self.damaged, self.other_shape, self.moved, self.read_s = 0, False, False, ()
         for piece in clock.each("wait", begun or self._kept() or self._start()):
             self.damaged += piece.damaged
             self.other_shape = self.other_shape or piece.other_shape
+            self.moved = self.moved or piece.moved
+            self.read_s += piece.times_s
             yield piece.patches
             if progress:
                 progress("encode", piece.frames, self.plan.sampling.frames)
@@ -236,7 +249,8 @@ class OpenInput:
             for chunk in self.clock.each("read", chunks):
                 with self.clock.stage("preprocess"):
                     patches = patches_of(chunk.frames, plan, limits, self.session.device)
-                yield Piece(chunk.first + len(chunk.frames), patches, chunk.damaged, chunk.other_shape)
+                done = chunk.first + len(chunk.frames)
+                yield Piece(done, patches, chunk.times_s, chunk.damaged, chunk.other_shape, chunk.moved)
 
 
 @dataclass(eq=False)
@@ -252,7 +266,7 @@ class CachedInput(OpenInput):
             return entry_key(self.session, self.plan)
 
     @cached_property
-    def stored(self) -> Encoded | None:
+    def stored(self) -> Entry | None:
         """What the cache has."""
         if not self.key:
             return None
@@ -264,12 +278,13 @@ class CachedInput(OpenInput):
     ) -> tuple[Encoded | EncodedRows, str]:
         if self.stored:
             clock.seconds = {"preprocess": 0.0, "encode": 0.0}
-            return self.stored, "hit"
+            self.read_s, self.moved = self.stored.read_s, self.stored.moved
+            return self.stored.encoded, "hit"
         result, _ = super()._result(clock, progress, chunks, warnings)
         # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
         whole = not self.damaged and (self.plan.info.changes_size or not self.other_shape)
         storable = self.key and whole and entry_key(self.session, self.plan) == self.key
-        if storable and not self.cache.store(self.key, result):
+        if storable and not self.cache.store(self.key, Entry(result, self.read_s, self.moved)):
             warnings.append("cache_not_written")
         return result, "miss" if self.key else "off"
 
@@ -286,6 +301,7 @@ def entry_key(session: Session, plan: Plan) -> str | None:
     facts = {
         "video": content,
         "decoder": plan.decoder,
+        "seek": plan.seek,
         "times": plan.sampling.times_s,
         "size": [plan.height, plan.width],
         "encoder": asdict(plan.encoder),
@@ -317,6 +333,11 @@ class OpenInputs:
         """Reads one after the other, all of it where it is kept. Another thread may encode meanwhile."""
         for opened in self.inputs:
             opened.read()
+
+    def use_cores(self, cores: int | None) -> None:
+        """Lets reading keep so many cores busy, where it has not begun; None for all that this process may use."""
+        for opened in self.inputs:
+            opened.cores = cores
 
     @property
     def waited_s(self) -> float:

@@ -29,7 +29,7 @@ from evoprune.methods.plans import (
     plain,
 )
 from evoprune.util import OPTION, check_types, file_state, from_keywords, option
-from evoprune.video.info import FOLDER_FPS, NO_SUBTITLES, PICTURE, VIDEO, Video
+from evoprune.video.info import AUTO_SEEK, FOLDER_FPS, NO_SUBTITLES, PICTURE, SEEKS, VIDEO, Video, check_seek
 from evoprune.video.plan import check_sampling, parse_time
 
 if TYPE_CHECKING:
@@ -239,6 +239,12 @@ class SamplingOptions:
     )
     frame_rate: float = option(FOLDER_FPS, "Frames a second in a folder of frames. Video files have their own rate.")
     decoder: str = option("auto", "Library that reads the video; auto is pyav.", words=("auto", "pyav", "decord"))
+    seek: str = option(
+        AUTO_SEEK,
+        "Which frame is taken for each equal part of the video: exact, that in its middle; keyframes, the keyframe nearest to it, "
+        "if the part has one, which is read many times as fast. auto: keyframes where that saves seconds, else exact.",
+        words=SEEKS,
+    )
     subtitles: str | PathLike = option(
         NO_SUBTITLES,
         "Subtitles for the prompt. auto: a file beside the video, else a text track in it. FILE: SRT, WebVTT, ASS, or a video "
@@ -254,6 +260,7 @@ class SamplingOptions:
             raise UsageError("subtitles is empty", "none, auto or a file")
         if self.max_subtitle_tokens < 1:
             raise UsageError(f"at most {self.max_subtitle_tokens} tokens of subtitles", "1 or more; or no subtitles")
+        check_seek(self.seek)
         if not 0 < self.frame_rate < math.inf:
             raise UsageError(f"frame_rate is {self.frame_rate:g}", "give a number above 0")
         check_sampling(**self.numbers)
@@ -271,7 +278,7 @@ class SamplingOptions:
     @property
     def numbers(self) -> dict[str, Any]:
         """How frames are chosen: what `video.plan.make_plan` takes."""
-        others = ("frame_rate", "decoder", "subtitles", "max_subtitle_tokens")
+        others = ("frame_rate", "decoder", "seek", "subtitles", "max_subtitle_tokens")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
 
 

@@ -28,8 +28,10 @@ class Piece:
 
     frames: int  # of the input, up to the end of these
     patches: torch.Tensor  # uint8 [rows, values]
-    damaged: int = 0  # as of `FrameChunk`, and what follows
+    times_s: tuple[float, ...] = ()  # as of `FrameChunk`, and what follows
+    damaged: int = 0
     other_shape: bool = False
+    moved: bool = False
 
 
 class Reading:

@@ -94,6 +94,7 @@ def plan_input(session: Session, info: Video, sampling: SamplingOptions, name: s
         unshrunk=full,
         name=name or info.path,
         decoder=decoder,
+        seek=sampling.seek,
         limited=asked and (full.token_capped or (full.capped and sampling.max_frames is None)),
         subtitles=prompt_subtitles(loaded.tokenizer, info, full.sampling, *lines),
     )

@@ -146,9 +146,7 @@ def prompt_about(
         videos = [plan.subtitles.text for plan in plans if plan.kind == VIDEO]
         subtitles = "".join(f"Video {number}:\n{text}" for number, text in enumerate(videos, 1) if text)
     times = [  # before each frame pair, where the model reads them
-        timestamps(plan.sampling.times_s, vision.temporal_patch_size)
-        if vision.traits.timestamps and plan.kind == VIDEO
-        else []
+        timestamps(plan.shown_s, vision.temporal_patch_size) if vision.traits.timestamps and plan.kind == VIDEO else []
         for plan in plans
     ]
     inputs = [(plan.kind, plan.visual_tokens) for plan in plans]

@@ -2,6 +2,7 @@
 
 They are begun in their order, several at a time where cores are idle, and no more wait than are read at a time. So on a CPU that
 computes with all its cores, one input is read while the one before it is answered, and none competes with the one that comes next.
+Of several, the one that comes next is begun with all cores, those behind it with an equal share.
 """
 
 import threading
@@ -31,37 +32,38 @@ def idle_cores(loaded: LoadedModel) -> int:
 
     On a CPU the model has torch's threads, on another device one core drives it. `--threads N` allows N cores in all.
     """
-    cores, asked = available_cores(), loaded.found.options.threads
-    if isinstance(asked, int):
-        cores = min(cores, asked)
+    cores = available_cores() if loaded.cores is None else min(available_cores(), loaded.cores)
     busy = torch.get_num_threads() if is_host(torch.device(loaded.device)) else 1
     return max(0, cores - busy)
 
 
 def readers(loaded: LoadedModel) -> int:
-    """How many inputs are read at a time: one for each idle core, as far as memory allows, at least one and at most `MOST`."""
+    """How many inputs are read at a time: one for each two idle cores, as memory allows, at least one and at most `MOST`."""
     available = available_memory()
     room = MOST if available is None else available // READER_BYTES
-    return max(1, min(idle_cores(loaded), room, MOST))
+    return max(1, min(idle_cores(loaded) // 2, room, MOST))
 
 
 class ReadAhead(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
     """Yields items in their order, each with its inputs, opened by a thread, or with the exception that opening them raised.
 
-    Threads also read the inputs to their ends where they are kept in memory. They take a further item only when fewer than `count`
-    wait to be yielded. The caller closes the inputs that it gets, and this iterator, which closes the others.
+    Threads also read the inputs to their ends where they are kept in memory. They take a further item only when fewer wait than
+    are read at a time. The caller closes the inputs that it gets, and this iterator, which closes the others.
 
     Args:
-        opened: opens the inputs of an item.
-        count: how many items are read at a time.
+        opened: opens the inputs of an item, given the cores that reading it may keep busy, None for all.
+        loaded: the model, by which `readers` says how many items are read at a time.
 
     Attributes:
         waited_s: how long the caller has waited for items, in seconds.
     """
 
-    def __init__(self, items: Iterable[T], opened: Callable[[T], OpenInputs], count: int):
+    def __init__(self, items: Iterable[T], opened: Callable[[T, int | None], OpenInputs], loaded: LoadedModel):
         self.waited_s = 0.0
-        self._items, self._opened, self._count = iter(items), opened, count
+        self._items, self._opened, self._loaded = iter(items), opened, loaded
+        self._count = readers(loaded)
+        self._share = max(1, idle_cores(loaded) // self._count)  # cores of each
+        self._reading = 0  # how many items are being opened or read
         self._waiting: deque[_Opening[T]] = deque()
         self._exhausted = self._stopped = False
         self._problem: BaseException | None = None  # that making the next item raised
@@ -111,7 +113,7 @@ class ReadAhead(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
     def _work(self) -> None:
         while opening := self._taken():
             try:
-                inputs = self._opened(opening.item)
+                inputs = self._opened(opening.item, self._loaded.cores if opening.first else self._share)
             except BaseException as problem:
                 inputs = problem
             with self._changed:
@@ -123,6 +125,8 @@ class ReadAhead(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
                     inputs.close()
                 else:
                     inputs.read()
+            with self._changed:
+                self._reading -= 1
             del opening, inputs  # the caller may free them before there is another item
 
     def _taken(self) -> "_Opening[T] | None":
@@ -141,6 +145,8 @@ class ReadAhead(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
                 self._problem = problem
             with self._changed:
                 if opening and not self._stopped:
+                    opening.first = self._count == 1 or not (self._waiting or self._reading)
+                    self._reading += 1
                     self._waiting.append(opening)
                 else:
                     self._exhausted, opening = True, None
@@ -153,4 +159,5 @@ class _Opening(Generic[T]):
 
     def __init__(self, item: T):
         self.item = item
+        self.first = True  # whether nothing that comes before it was still to be read
         self.result: OpenInputs | BaseException | None = None

@@ -10,6 +10,7 @@ from evoprune.methods.base import Reading
 from evoprune.methods.config import PruneConfig
 from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.session import Session
+from evoprune.video.info import EXACT, KEYFRAMES
 from evoprune.video.plan import ONE_FRAME, Plan
 from evoprune.vision.encoder import Encoded, EncodedRows, select_tokens
 
@@ -108,6 +109,8 @@ def _input_facts(session: Session, encoding: Encoding) -> InputFacts:
     if plan.sampling is not ONE_FRAME:
         sampling.start_s, sampling.end_s = plan.sampling.start_s, plan.sampling.end_s
         sampling.timestamps_s = list(plan.sampling.times_s)
+        sampling.seek = KEYFRAMES if plan.moved else EXACT
+        sampling.read_s = list(plan.read_s)
         sampling.seconds_per_pair = plan.sampling.seconds_per_pair(session.loaded.video.temporal_patch_size)
     return InputFacts(
         path=plan.name,

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.info import FOLDER_FPS, PICTURE, ScanResult, Subtitles, Video
+from evoprune.video.info import EXACT, FOLDER_FPS, PICTURE, ScanResult, Subtitles, Video, check_seek
 from evoprune.video.sandbox.isolation import run_task, stream_frames
 
 if TYPE_CHECKING:
@@ -79,10 +79,18 @@ class FrameChunk:
     times_s: tuple[float, ...]  # of the frames themselves, from the first frame; perhaps earlier than those asked for
     damaged: int = 0  # damaged packets (of a folder: images) on the way to these frames that no earlier chunk counts
     other_shape: bool = False  # whether one of the frames had another shape than the video, and has borders
+    moved: bool = False  # whether one of them is a keyframe nearby instead of the frame on screen
 
 
 def read_frames(
-    info: Video, times_s: Sequence[float], *, decoder: str = "auto", chunk_bytes: int = 64 * 2**20
+    info: Video,
+    times_s: Sequence[float],
+    *,
+    decoder: str = "auto",
+    chunk_bytes: int = 64 * 2**20,
+    seek: str = EXACT,
+    part_s: float = 0.0,
+    cores: int | None = None,
 ) -> Iterator[FrameChunk]:
     """The frame on screen at each time: the first frame before the video begins, the last one after it ends.
 
@@ -95,22 +103,28 @@ def read_frames(
         times_s: seconds from the video's first frame, ascending; a time may repeat.
         chunk_bytes: upper limit of a chunk's size, but a chunk holds two frames even if they are larger. Every chunk but the last
             holds an even number of frames, so that no frame pair is split.
+        seek: `keyframes` takes the nearest keyframe instead, if there is one at most half of `part_s` away, which is decoded
+            without others. `auto` does so where it saves much (readers/pyav.py), by the file and the times alone. Only PyAV does.
+        part_s: seconds from one time to the next, where the times are the middles of equal parts.
+        cores: that may be kept busy; default: all that this process may use. The frames are the same for any number.
 
     Raises:
-        UsageError: times that do not ascend. And what `choose_decoder` raises.
+        UsageError: times that do not ascend, or no such `seek`. And what `choose_decoder` raises.
         VideoError: while iterating: the file cannot be read (any more), or no frame can be decoded; see also `isolation.run_task`.
     """
     times = tuple(float(t) for t in times_s)
     if not all(map(math.isfinite, times)) or any(b < a for a, b in pairwise(times)):
         raise UsageError("times of frames must be numbers that ascend")
+    check_seek(seek)
     decoder = choose_decoder(decoder, info)
     per_chunk = max(2, chunk_bytes // (info.width * info.height * 3) // 2 * 2)
     firsts = range(0, len(times), per_chunk)
     sizes = [min(per_chunk, len(times) - first) for first in firsts]
-    filled = stream_frames(info, times, decoder, sizes) if sizes else ()
+    how = {"decoder": decoder, "seek": seek, "part_s": part_s, "cores": cores}
+    filled = stream_frames(info, times, sizes, how) if sizes else ()
     return (
-        FrameChunk(first, frames, tuple(at), damaged, other_shape)
-        for first, (frames, at, damaged, other_shape) in zip(firsts, filled, strict=True)
+        FrameChunk(first, frames, **facts | {"times_s": tuple(facts["times_s"])})
+        for first, (frames, facts) in zip(firsts, filled, strict=True)
     )
 
 

@@ -20,6 +20,8 @@ SCENES_TAG = "evoprune scenes clip"
 _WORLDS = {DEMO_TAG: "shapes", SCENES_TAG: "scenes"}
 # How HDR is stored: by one of two curves of brightness, or in the format of Dolby Vision that nothing else reads (profile 5).
 PQ, HLG, IPT = "PQ", "HLG", "IPTPQc2"
+# Whether a time may be moved to the nearest keyframe of its part of the video: where that saves much, never, or wherever one is.
+SEEKS = AUTO_SEEK, EXACT, KEYFRAMES = ("auto", "exact", "keyframes")
 # What else than a file subtitles can be asked from: nowhere, or wherever there are any.
 NO_SUBTITLES, AUTO_SUBTITLES = "none", "auto"
 
@@ -152,6 +154,12 @@ class PromptSubtitles:
 
 
 NOTHING_SAID = PromptSubtitles()
+
+
+def check_seek(seek: str) -> None:
+    """Raises UsageError: no such way to seek."""
+    if seek not in SEEKS:
+        raise UsageError(f"unknown seek {seek!r}", f"use {', '.join(SEEKS)}")
 
 
 def check_one_file(choice: str, inputs: int) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated
 from evoprune.errors import UsageError, VideoError
 from evoprune.methods.plans import EncoderPlan, Grid
 from evoprune.model.config import list_of, number, whole
-from evoprune.video.info import NOTHING_SAID, PICTURE, VIDEO, PromptSubtitles, Video
+from evoprune.video.info import EXACT, NOTHING_SAID, PICTURE, VIDEO, PromptSubtitles, Video
 
 # Visual tokens before pruning: Qwen2.5-VL's own limit for a video, and what a CPU encodes in about a minute.
 MAX_VISUAL_TOKENS = 24_576
@@ -120,6 +120,9 @@ class Plan:
     unshrunk: "Plan | None" = None  # the plan with nothing pruned, where a method makes the input smaller
     name: str = ""
     decoder: str = ""  # "pyav" or "decord"; for a picture "pillow"
+    seek: str = EXACT  # of `info.SEEKS`
+    read_s: tuple[float, ...] = ()  # the times of the frames themselves, as soon as they are read
+    moved: bool = False  # whether some of these are keyframes nearby
     limited: bool = False
     subtitles: PromptSubtitles = NOTHING_SAID
 
@@ -135,6 +138,11 @@ class Plan:
     @property
     def full(self) -> "Plan":
         return self.unshrunk or self
+
+    @property
+    def shown_s(self) -> tuple[float, ...]:
+        """The times that the model is told, where it is: those that were asked for, unless some were moved."""
+        return self.read_s if self.moved else self.sampling.times_s
 
     @property
     def units(self) -> int:

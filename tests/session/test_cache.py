@@ -14,7 +14,7 @@ import torch
 
 from evoprune.contrib.video import Evs
 from evoprune.session import encoding
-from evoprune.session.cache import Cache, content_hash
+from evoprune.session.cache import Cache, Entry, content_hash
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
@@ -53,20 +53,26 @@ def encoded(count=4, width=8, rows=6, dtype=torch.float32, size=None):
     return Encoded(features, torch.arange(count) * 2, torch.zeros(rows, width), owner, **rest)
 
 
+def entry(encoded):
+    return Entry(encoded, (0.25, 0.75), moved=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_was_stored_comes_back(cache, dtype):
     before = encoded(dtype=dtype)
     assert cache.load("0" * 64, torch.device("cpu")) is None and cache.size() == (0, 0)
-    assert cache.store("0" * 64, before)
-    after = cache.load("0" * 64, torch.device("cpu"))
+    assert cache.store("0" * 64, entry(before))
+    found = cache.load("0" * 64, torch.device("cpu"))
+    assert (found.read_s, found.moved) == ((0.25, 0.75), True)
+    after = found.encoded
     for name in ("features", "kept", "unit_to_row"):
         assert torch.equal(getattr(after, name), getattr(before, name)), name
     assert after.features.dtype == dtype and after.rows.shape == before.rows.shape
     assert (after.grids, after.layers, after.flat, after.prune_seconds) == (before.grids, before.layers, True, 0.0)
     assert cache.size()[0] == 1 and cache.size()[1] > 0 and after.size is None
     assert cache.folder.stat().st_mode & 0o777 == 0o700  # what was seen is nobody else's
-    assert cache.store("1" * 64, encoded(size=torch.tensor([1.0, 2.5, 1.0, 4.0])))
-    assert cache.load("1" * 64, torch.device("cpu")).size.tolist() == [1.0, 2.5, 1.0, 4.0]
+    assert cache.store("1" * 64, entry(encoded(size=torch.tensor([1.0, 2.5, 1.0, 4.0]))))
+    assert cache.load("1" * 64, torch.device("cpu")).encoded.size.tolist() == [1.0, 2.5, 1.0, 4.0]
 
 
 @pytest.mark.few(2)
@@ -224,22 +230,22 @@ def test_what_cannot_be_written_is_a_warning(loaded, clip, tmp_path, monkeypatch
         patch.setattr("evoprune.session.cache.os.replace", raising(OSError(28, "No space left on device")))
         assert qa.encode(clip, cache=cache).report.warnings == ["cache_not_written"]
     assert list(cache.folder.iterdir()) == []
-    assert not Cache(tmp_path / "small", limit_bytes=100).store("0" * 64, encoded())
-    cache.store("0" * 64, encoded())
+    assert not Cache(tmp_path / "small", limit_bytes=100).store("0" * 64, entry(encoded()))
+    cache.store("0" * 64, entry(encoded()))
     monkeypatch.setattr("evoprune.session.cache.os.utime", raising(PermissionError))
     assert cache.load("0" * 64, torch.device("cpu")) is not None
 
 
 def test_what_was_used_longest_ago_goes_first(tmp_path):
     big = Cache(tmp_path)
-    big.store("a" * 64, encoded())
+    big.store("a" * 64, entry(encoded()))
     each = big.size()[1]
     cache = Cache(tmp_path, limit_bytes=3 * each + each // 2)
     for number, name in enumerate("abc"):
-        cache.store(name * 64, encoded())
+        cache.store(name * 64, entry(encoded()))
         os.utime(tmp_path / f"{name * 64}.safetensors", (1000 + number, 1000 + number))
     assert cache.load("a" * 64, torch.device("cpu"))  # used just now
-    cache.store("d" * 64, encoded())
+    cache.store("d" * 64, entry(encoded()))
     assert sorted(p.name[0] for p in tmp_path.iterdir()) == ["a", "c", "d"]
 
 
@@ -248,7 +254,7 @@ def test_other_files_stay_and_unfinished_ones_go_when_they_are_old(cache):
     for name in ("notes.txt", "model.safetensors", "tmpnew.tmp", "tmpold.tmp"):
         (cache.folder / name).touch()
     os.utime(cache.folder / "tmpold.tmp", (1, 1))
-    cache.store("0" * 64, encoded())
+    cache.store("0" * 64, entry(encoded()))
     left = {"notes.txt", "model.safetensors", "tmpnew.tmp"}
     assert {p.name for p in cache.folder.iterdir()} == left | {f"{'0' * 64}.safetensors"}
     assert cache.clear() == 1 and cache.clear() == 0
@@ -261,10 +267,10 @@ def _storm(folder: str, worker: int) -> int:
     cache, right = Cache(Path(folder), limit_bytes=3000), 0
     for turn in range(40):
         count = (turn + worker) % 4 + 1
-        cache.store(f"{count}" * 64, encoded(count))
+        cache.store(f"{count}" * 64, entry(encoded(count)))
         found = cache.load(f"{turn % 4 + 1}" * 64, torch.device("cpu"))
         if found is not None:
-            assert torch.equal(found.features, encoded(turn % 4 + 1).features)
+            assert torch.equal(found.encoded.features, encoded(turn % 4 + 1).features)
             right += 1
     return right
 

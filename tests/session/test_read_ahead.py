@@ -20,6 +20,18 @@ def no_thread_stays():
     assert set(threading.enumerate()) == before and isolation._most_idle == idle
 
 
+@pytest.fixture
+def ahead_of(monkeypatch):
+    """A `ReadAhead` with so many readers."""
+
+    def made(items, opened, count, cores=0):
+        monkeypatch.setattr(read_ahead, "readers", lambda loaded: count)
+        monkeypatch.setattr(read_ahead, "idle_cores", lambda loaded: cores)
+        return ReadAhead(items, opened, SimpleNamespace(cores=None))
+
+    return made
+
+
 class Inputs(OpenInputs):
     """Notes what is done with it; `gate`: reading waits for it, or until it is closed."""
 
@@ -46,14 +58,14 @@ def wait_for(condition):
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_all_items_in_their_order(count):
+def test_all_items_in_their_order(ahead_of, count):
     events = []
 
-    def opened(item):
+    def opened(item, cores):
         time.sleep(0.003 * (item % 3))
         return Inputs(events, item)
 
-    ahead = ReadAhead(range(20), opened, count)
+    ahead = ahead_of(range(20), opened, count)
     taken = [(item, inputs.item) for item, inputs in ahead]
     ahead.close()
     assert taken == [(item, item) for item in range(20)] and list(ahead) == []
@@ -63,9 +75,9 @@ def test_all_items_in_their_order(count):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_no_more_are_opened_than_there_is_room_for(count):
+def test_no_more_are_opened_than_there_is_room_for(ahead_of, count):
     events = []
-    ahead = ReadAhead(range(100), lambda item: Inputs(events, item), count)
+    ahead = ahead_of(range(100), lambda item, cores: Inputs(events, item), count)
     time.sleep(0.01)
     assert not events  # nothing before the first is asked for
     for taken in range(1, 5):
@@ -77,10 +89,10 @@ def test_no_more_are_opened_than_there_is_room_for(count):
     assert {item for what, item in events if what == "close"} == set(range(4, 4 + count))
 
 
-def test_one_reader_finishes_one_before_it_begins_the_next():
+def test_one_reader_finishes_one_before_it_begins_the_next(ahead_of):
     """So an input that comes later takes nothing from the one that comes next."""
     events, gate = [], threading.Event()
-    ahead = ReadAhead(range(3), lambda item: Inputs(events, item, gate if item == 0 else None), 1)
+    ahead = ahead_of(range(3), lambda item, cores: Inputs(events, item, gate if item == 0 else None), 1)
     next(ahead)
     time.sleep(0.02)
     assert events == [("open", 0)]
@@ -89,25 +101,40 @@ def test_one_reader_finishes_one_before_it_begins_the_next():
     ahead.close()
 
 
-def test_what_opening_raises_is_of_that_item():
-    def opened(item):
+def test_those_behind_the_next_one_share_the_cores(ahead_of):
+    given, gate = {}, threading.Event()
+
+    def opened(item, cores):
+        given[item] = cores
+        return Inputs([], item, gate)
+
+    ahead = ahead_of(range(3), opened, 3, cores=7)
+    next(ahead)
+    wait_for(lambda: len(given) == 3)
+    assert given == {0: None, 1: 2, 2: 2}
+    gate.set()
+    ahead.close()
+
+
+def test_what_opening_raises_is_of_that_item(ahead_of):
+    def opened(item, cores):
         if item % 2:
             raise VideoError(f"no {item}")
         return Inputs([], item)
 
-    ahead = ReadAhead(range(4), opened, 2)
+    ahead = ahead_of(range(4), opened, 2)
     assert [str(found) if isinstance(found, Exception) else found.item for _, found in ahead] == [0, "no 1", 2, "no 3"]
     ahead.close()
 
 
 @pytest.mark.parametrize("problem", [KeyboardInterrupt(), SystemExit(3)])
-def test_what_ends_the_program_is_raised(problem):
-    def opened(item):
+def test_what_ends_the_program_is_raised(ahead_of, problem):
+    def opened(item, cores):
         if item == 1:
             raise problem
         return Inputs([], item)
 
-    ahead = ReadAhead(range(4), opened, 1)
+    ahead = ahead_of(range(4), opened, 1)
     next(ahead)
     with pytest.raises(type(problem)) as caught:
         next(ahead)
@@ -115,28 +142,28 @@ def test_what_ends_the_program_is_raised(problem):
     ahead.close()
 
 
-def test_items_that_cannot_be_made():
+def test_items_that_cannot_be_made(ahead_of):
     def items():
         yield 0
         raise ZeroDivisionError
 
-    ahead = ReadAhead(items(), lambda item: Inputs([], item), 2)
+    ahead = ahead_of(items(), lambda item, cores: Inputs([], item), 2)
     assert next(ahead)[0] == 0
     with pytest.raises(ZeroDivisionError):
         next(ahead)
     ahead.close()
 
 
-def test_what_is_opened_too_late_is_closed():
+def test_what_is_opened_too_late_is_closed(ahead_of):
     events, going, gate = [], threading.Event(), threading.Event()
 
-    def opened(item):
+    def opened(item, cores):
         if item:
             going.set()
             assert gate.wait(10)
         return Inputs(events, item)
 
-    ahead = ReadAhead(range(3), opened, 1)
+    ahead = ahead_of(range(3), opened, 1)
     next(ahead)
     assert going.wait(10)
     threading.Timer(0.02, gate.set).start()
@@ -148,12 +175,13 @@ def test_what_is_opened_too_late_is_closed():
     ("device", "cores", "torch_threads", "asked", "memory", "idle", "count"),
     [
         ("cpu", 2, 2, None, None, 0, 1),
-        ("cpu", 16, 16, "auto", None, 0, 1),
-        ("cpu", 16, 1, "auto", None, 15, 8),  # a small model
+        ("cpu", 16, 16, None, None, 0, 1),
+        ("cpu", 16, 1, None, None, 15, 7),  # a small model
         ("cpu", 16, 4, 4, None, 0, 1),  # the others are somebody else's
-        ("cuda", 16, 16, "auto", None, 15, 8),
-        ("cuda", 4, 4, "auto", None, 3, 3),
-        ("cuda", 16, 16, 3, None, 2, 2),
+        ("cuda", 16, 16, None, None, 15, 7),
+        ("cuda", 64, 16, None, None, 63, 8),
+        ("cuda", 4, 4, None, None, 3, 1),
+        ("cuda", 16, 16, 5, None, 4, 2),
         ("cuda", 1, 1, None, None, 0, 1),
         ("cuda", 16, 16, None, 3 * 2**30, 15, 3),
         ("cuda", 16, 16, None, 2**20, 15, 1),
@@ -163,5 +191,5 @@ def test_how_many_are_read_at_a_time(monkeypatch, device, cores, torch_threads, 
     monkeypatch.setattr(read_ahead, "available_cores", lambda: cores)
     monkeypatch.setattr(read_ahead, "available_memory", lambda: memory)
     monkeypatch.setattr(read_ahead.torch, "get_num_threads", lambda: torch_threads)
-    loaded = SimpleNamespace(device=device, found=SimpleNamespace(options=SimpleNamespace(threads=asked)))
+    loaded = SimpleNamespace(device=device, cores=asked)
     assert (idle_cores(loaded), readers(loaded)) == (idle, count)

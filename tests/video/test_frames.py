@@ -17,6 +17,7 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.video.frames import probe, read_frames, scan
 from evoprune.video.readers import ffmpeg, pyav
 from evoprune.video.readers.ffmpeg import TOLERANCE_S
+from evoprune.video.readers.track import Track
 from experiments.decoders import in_this_process
 from tests.decoders import DECODERS, EVERY
 from tests.video.files import number_of, numbered_frames, numbers, pixels, quarters, write_image, write_video
@@ -81,14 +82,14 @@ def test_the_frame_on_screen_is_read(info):
 @pytest.fixture
 def decoded(in_process, monkeypatch):
     """Counts how many frames are decoded."""
-    count, original = [0], pyav.decode
+    count, original = [0], Track._decoded
 
     def counting(*args):
         for frame in original(*args):
             count[0] += 1
             yield frame
 
-    monkeypatch.setattr(pyav, "decode", counting)
+    monkeypatch.setattr(Track, "_decoded", counting)
     return count
 
 
@@ -122,10 +123,9 @@ def test_jumps_change_nothing_but_how_much_is_decoded(name, folder, decoded, mon
     for step in (0.7, 3.3, 6.1):
         times = np.arange(0.05, info.duration_s + step, step)
         with monkeypatch.context() as patch:
-            patch.setattr(pyav, "MIN_JUMP_S", 1e9)
-            straight = list(read_frames(info, times))
-            patch.setattr(pyav, "MIN_JUMP_S", 0.3)
-            jumping = list(read_frames(info, times))
+            patch.setattr(pyav, "planned", lambda path, part, times, *how: [pyav.Run(tuple(times), (None,))])
+            straight = list(read_frames(info, times, cores=1))
+        jumping = list(read_frames(info, times))
         np.testing.assert_array_equal(pixels(straight), pixels(jumping))
         assert [c.times_s for c in straight] == [c.times_s for c in jumping]
         assert [number_of(rgb) for rgb in pixels(straight)] == [min(int(t * 10 + 0.01), 255) for t in times]
@@ -153,7 +153,7 @@ def test_chunks_are_bounded_and_whole_pairs(frames_fitting, total, long_file):
 
 
 def test_chunks_are_read_one_by_one(long_file, decoded):
-    chunks = read_frames(probe(long_file), [0.05 + 0.1 * i for i in range(200)], chunk_bytes=1)
+    chunks = read_frames(probe(long_file), [0.05 + 0.1 * i for i in range(200)], chunk_bytes=1, cores=1)
     next(chunks)
     assert decoded[0] <= 3
 

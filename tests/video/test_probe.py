@@ -12,7 +12,7 @@ import pytest
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.frames import probe, read_frames, scan
-from evoprune.video.readers import ffmpeg, pyav
+from evoprune.video.readers import ffmpeg, probing, pyav
 from evoprune.video.readers.parts import spans
 from evoprune.video.sandbox import isolation
 from tests.video import mutations
@@ -475,7 +475,7 @@ def test_the_frequency_of_a_clock_is_no_rate(rates):
 def test_a_rate_that_nothing_states_is_measured(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mkv", numbered_frames(30), fps=20)
     monkeypatch.setattr(ffmpeg, "frame_rate", lambda stream: (None, False))
-    assert pyav.probe(str(path)).fps == pytest.approx(20, rel=0.02)
+    assert probing.probe(str(path)).fps == pytest.approx(20, rel=0.02)
 
 
 def test_what_an_edit_list_takes_away_is_not_missing(tmp_path):
@@ -574,7 +574,7 @@ def test_packets_without_data_are_no_damage(folder, monkeypatch):
             yield packet
 
     monkeypatch.setattr(ffmpeg, "packets", some_empty)
-    info, damage = pyav.probe(str(path)), set()
+    info, damage = probing.probe(str(path)), set()
     frames = list(pyav.intervals(info, damage.add))
     assert (len(frames), damage, info.duration_s) == (16, set(), pytest.approx(2.0))
 

@@ -83,8 +83,8 @@ def behave(path: str) -> None:
 class UnrulyReader(worker.FrameReader):
     """Reads two arrays of frames; before the third it does what the name says, `later_` left out."""
 
-    def __init__(self, info, times_s, decoder):
-        super().__init__(info, times_s, decoder)
+    def __init__(self, info, times_s, **how):
+        super().__init__(info, times_s, **how)
         self.path, self.filled = info.path, 0
 
     def fill(self, frames):

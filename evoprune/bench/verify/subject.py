@@ -20,7 +20,7 @@ from torch import nn
 
 from evoprune.bench.hugging_face import hugging_face_model, share_equal
 from evoprune.bench.profile_results import TimeLimit
-from evoprune.hf.processor_inputs import NAMES, TYPES, arguments
+from evoprune.hf.processor_inputs import NAMES, TYPES, arguments, read_patches
 from evoprune.language.hosted import in_few_operations
 from evoprune.model.cost import shortage
 from evoprune.session.answering import EncodedInputs
@@ -448,8 +448,9 @@ class Asked:
         reader = PromptReader(session, self.plans)
         self.prompt = reader.build(question, GenerationOptions(), sum(plan.units for plan in self.plans))
         self.positions = reader.positions(self.prompt)
-        about = loaded.limits, loaded.model.config.vision_config
-        call = arguments(self.prompt, self.plans, *about, device=subject.device)  # which resizes as the encoder does
+        # Frames are resized as the encoder does it.
+        read = [read_patches(plan, loaded.limits[plan.kind], subject.device) for plan in self.plans]
+        call = arguments(self.prompt, read, loaded.limits, loaded.model.config.vision_config)
         self.call = {name: value.to(subject.device) for name, value in call.items()}
 
     @cached_property

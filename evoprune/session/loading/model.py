@@ -15,7 +15,7 @@ from evoprune.backend.devices import available_memory, empty_cache, is_host, run
 from evoprune.backend.layers import join, join_tower
 from evoprune.backend.limits import available_cores
 from evoprune.bundled import Demo
-from evoprune.cpu.linear import PackingTime, weights_bytes
+from evoprune.cpu.linear import Packing, weights_bytes
 from evoprune.cpu.linear import pack as pack_layers
 from evoprune.cpu.machine import page_in
 from evoprune.cpu.precision import AUTO_THREADS
@@ -77,7 +77,7 @@ class LoadedModel:
     fingerprint: str | None  # changes when the weights' files do, or their place; None where that is unknown
     found: FoundModel  # the model before it was loaded
     load_seconds: dict[str, float]  # of the steps of loading: "tokenizer", "weights" and "prepare"
-    packing: PackingTime  # how long layers have packed since, which they do when they are first called with few rows
+    packing: Packing  # when layers that wait are packed, and how long that has taken since
     ready: Callable[[], None] = lambda: None  # waits for what was begun beside loading (`_warm_up`)
     patches: PatchStore = field(
         default_factory=PatchStore
@@ -89,6 +89,12 @@ class LoadedModel:
     @property
     def is_demo(self) -> bool:
         return self.demo is not None
+
+    @property
+    def cores(self) -> int | None:
+        """How many cores reading videos may keep busy; None for all that this process may use."""
+        threads = self.found.options.threads
+        return threads if isinstance(threads, int) else None
 
     def knows(self, info: Video) -> bool:
         """Whether a file may be of a kind that the model knows. Of a demo model, only clips of its world are."""
@@ -163,7 +169,7 @@ def load_model(
 
 def _weights(
     model: FoundModel, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
-) -> tuple[Model, PackingTime]:
+) -> tuple[Model, Packing]:
     """The weights, ready to be used. Writes the times of the parts into `seconds`. Raises OutOfMemory: they do not fit."""
     name, device, files, quantize = model.id, model.device, model.files, model.options.quantize
     if not model.native:
@@ -298,32 +304,32 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Qw
 
 def make_ready(
     model: Model, quantize: str, *, pack: bool = True, progress: Progress | None = None, store: str | None = None
-) -> PackingTime:
+) -> Packing:
     """Quantises the linear layers of a model on the CPU in place, or packs them; on CUDA, joins them. Arguments as `load_model`.
 
-    Those of the tower are packed now, those of the language model when few rows come: the tower is a sixth of a 3B model, and
-    packed it encodes about a tenth faster; the language model would make the first word wait. Where memory is short, none are.
-    `store`: the fingerprint of quantised weights on disk; None for no storing. Returns how long layers have packed, so far.
+    Those of the tower are packed now, those of the language model later, as `Packing` says: the tower is a sixth of a 3B model, and
+    packed it encodes about a tenth faster; the language model would make words wait. Where memory is short, none are. `store`: the
+    fingerprint of quantised weights on disk; None for no storing. Returns what layers that wait share.
     """
-    spent = PackingTime()
+    packing = Packing()
     if uses_kernels(model.device):
         if model.native:
             join(model)
         join_tower(model.model.visual)
     if not is_host(model.device):
-        return spent
+        return packing
     if quantize != "none":
         from evoprune.session.loading.stored import quantize_once
 
         quantize_once(model, quantize, store, progress)
         empty_cache()  # of the weights that were quantised
-        return spent
+        return packing
     linear_bytes = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
     available = available_memory("cpu")
     if pack and (available is None or available > linear_bytes + RESERVED_BYTES):
         pack_layers(model.model.visual)
-        pack_layers(model, spent)
-    return spent
+        pack_layers(model, packing)
+    return packing
 
 
 def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: bool) -> None:

@@ -13,6 +13,7 @@ from types import ModuleType
 import numpy as np
 from av.video.format import VideoFormat
 
+from evoprune.backend.limits import available_cores
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg, pyav
@@ -64,7 +65,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
         # because it takes what precedes a colon for a protocol.
         name = f"/dev/fd/{file.fileno()}"
         name = name if os.path.exists(name) else os.path.abspath(info.path)
-        reader = decord.VideoReader(name, num_threads=ffmpeg.thread_count())
+        reader = decord.VideoReader(name, num_threads=ffmpeg.thread_count(available_cores()))
         stamps = _stamps(info, reader)
         # One float32 step more, because decord rounds its times to 32 bits.
         begins = stamps - np.spacing(stamps) - ffmpeg.TOLERANCE_S
@@ -75,13 +76,13 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
                 frame = reader.next()
                 if at < 0:
                     with closing(pyav.read(info, (0.0,), ffmpeg.ignore_damage)) as pictures:
-                        _, right, _ = next(pictures)
+                        right = next(pictures).rgb
                     if np.abs(_pixels(info, frame).astype(np.int16) - right).mean() > OTHER_FRAME:
                         raise _refusal(info, "it does not begin with the first frame")
                 at, rgb = at + 1, None
             if rgb is None:
                 rgb = _pixels(info, frame)
-            yield float(stamps[at]), rgb, False
+            yield ffmpeg.Shown(float(stamps[at]), rgb)
 
 
 def _refusal(info: Video, problem: str) -> VideoError:

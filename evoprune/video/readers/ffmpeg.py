@@ -6,11 +6,12 @@ FFmpeg sees the bytes of the one file, and no other file.
 import math
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 from types import SimpleNamespace
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
@@ -22,7 +23,6 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from evoprune.backend.limits import available_cores
 from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.util import LONGEST, missing_hint, shorten, shown
 from evoprune.video.info import Video, fitted
@@ -31,12 +31,9 @@ from evoprune.video.readers import colour
 Span = tuple[int, int]  # the first byte of a part of a file, and the one behind its last byte
 # Called with a mark for each damaged packet or image: the same mark for the same damage.
 Damage = Callable[[object], None]
-Frames = Iterator[tuple[float, np.ndarray, bool]]  # what readers return, see `readers`
 
 FALLBACK_FPS = 25.0  # of a stream that states no frame rate; FFmpeg assumes the same
-# Containers that store the time of each frame, so that times are the same after a jump; others are read front to back.
-MOV = "mov,mp4,m4a,3gp,3g2,mj2"
-SEEKABLE = (MOV, "matroska,webm", "mpegts")
+MOV, MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"
 # Containers that files are often joined in, byte by byte (`cat a.ts b.ts`, the parts of a DVD), so that the clock restarts.
 PROGRAM_STREAM, AVI = "mpeg", "avi"
 JOINED = ("mpegts", PROGRAM_STREAM)
@@ -51,7 +48,7 @@ INCOMPLETE = (
     "is it a complete video file? An MP4 or MOV cut off before its index, usually at its end, cannot be read at all"
 )
 # Containers in which packet follows packet. At damage, FFmpeg searches for the next packet without an error.
-DENSE = ("matroska,webm", "flv")
+DENSE = (MATROSKA, "flv")
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders of streams that say they have transparency
 TOLERANCE_S = 0.0006  # a frame counts as on screen so much before its time: Matroska rounds times to milliseconds
 FORMATS = "MP4, MOV, MKV, WebM, AVI and GIF are read, most others that FFmpeg knows, pictures, and folders of images"
@@ -71,6 +68,7 @@ PICTURE_HEADS = {
     b"II*\0": "TIFF", b"MM\0*": "TIFF", b"GIF87a": "GIF", b"GIF89a": "GIF",
 }  # fmt: skip
 PICTURE_BRANDS = {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"mif1": "HEIC"}
+of_thread = threading.local()  # its `alive` is what `alive` does in another thread
 CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))  # characters that no text has
 # For every value of EXIF's orientation, as `orientation`: clockwise degrees, and whether a left-right flip comes first.
 ORIENTATION_TAG = 0x0112
@@ -80,12 +78,29 @@ ORIENTATIONS = {
 }  # fmt: skip
 
 
+class Shown(NamedTuple):
+    """What a reader yields for a time."""
+
+    time_s: float  # the frame's own, from the first frame
+    rgb: np.ndarray  # uint8 `[H, W, 3]`, as displayed
+    other_shape: bool = False  # whether it has another shape than the video
+    moved: bool = False  # whether it is a keyframe nearby instead of the frame on screen
+
+
+Frames = Iterator[Shown]
+
+
 def alive() -> None:
     """Called after each frame or packet. A worker process reports it, because one that is silent for long counts as hung."""
+    getattr(of_thread, "alive", report_alive)()
 
 
-def picture_size(pixels: int) -> None:
-    """Called before pictures of so many pixels are decoded. The worker process raises its memory limit by it."""
+def report_alive() -> None:
+    """What `alive` does in the first thread."""
+
+
+def picture_size(pixels: int, decoders: int = 1) -> None:
+    """Called before pictures of so many pixels are decoded, side by side by several decoders, which raises the memory limit."""
 
 
 def ignore_damage(mark: object) -> None: ...
@@ -226,8 +241,8 @@ def moving(container: InputContainer) -> list[VideoStream]:
     return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
 
 
-def video_stream(container: InputContainer, path: str, *, threads: bool = False) -> VideoStream:
-    """The stream to show, decoded with several `threads`.
+def video_stream(container: InputContainer, path: str, *, threads: int = 1) -> VideoStream:
+    """The stream to show, decoded with so many `threads`.
 
     Raises VideoError: no video, only a cover picture, no decoder in this build of FFmpeg, or pictures that are too large.
     """
@@ -246,8 +261,7 @@ def video_stream(container: InputContainer, path: str, *, threads: bool = False)
         raise VideoError(f"{path} says that its pictures have {width:,} x {height:,} pixels", hint)
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # a frame may state another size
     picture_size(width * height)
-    if threads:
-        stream.thread_type, stream.codec_context.thread_count = "AUTO", thread_count()
+    stream.thread_type, stream.codec_context.thread_count = "AUTO" if threads > 1 else "NONE", threads
     return stream
 
 
@@ -257,9 +271,8 @@ def tags(container: InputContainer) -> dict[str, str]:
     return dict(islice(short, 200))
 
 
-def thread_count() -> int:
-    """Threads of a decoder: one more than the cores that this process may use, at most 16, as each holds a picture; or one."""
-    cores = available_cores()
+def thread_count(cores: int) -> int:
+    """Threads of a decoder for so many cores: one more, at most 16, as each holds a picture; or one."""
     return min(cores + 1, 16) if cores > 1 else 1
 
 
@@ -322,14 +335,14 @@ def decoder(stream: VideoStream) -> VideoStream | VideoCodecContext:
 
 
 def decoded_frames(
-    container: InputContainer, stream: VideoStream, damaged: Damage = ignore_damage
+    stream: VideoStream, packets: Iterator[Packet | None], damaged: Damage = ignore_damage
 ) -> Iterator[VideoFrame]:
-    """All frames from the container's position on, in display order, without damaged packets; frames that were patched up count.
+    """The frames of some packets of `packets`, in display order, without damaged ones; frames that were patched up count.
 
     `damaged` is called for both, and where the file breaks off.
     """
     decode = decoder(stream).decode
-    for packet in packets(container, stream, damaged):
+    for packet in packets:
         if packet is not None and not packet.size and packet.dts is not None:
             continue  # the frame before is repeated; FFmpeg's decoders take a packet without data for the end
         broken, frames = packet is None or packet.is_corrupt, []

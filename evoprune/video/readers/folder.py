@@ -89,7 +89,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
         done = max(done, wanted, current)
         if rgb is None:
             raise VideoError(f"no image in the folder {info.path} can be decoded", "the files are damaged")
-        yield current / info.fps, rgb, False
+        yield ffmpeg.Shown(current / info.fps, rgb)
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
@@ -110,7 +110,7 @@ def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
             stream = ffmpeg.video_stream(container, path)
             # Without it, half a JPEG decodes to a picture with a grey bottom.
             stream.codec_context.options = stream.codec_context.options | {"err_detect": "explode"}
-            frame = next(ffmpeg.decoded_frames(container, stream), None)
+            frame = next(ffmpeg.decoded_frames(stream, ffmpeg.packets(container, stream)), None)
             if frame is None:
                 return None
             return (

@@ -21,6 +21,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
 
+from evoprune.backend.limits import available_cores
 from evoprune.errors import VideoError
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.ffmpeg import Slice, Span
@@ -67,7 +68,9 @@ class LiveReader:
             self._container = self._open.enter_context(self._opened(descriptor))
         except (av.error.FFmpegError, OSError, ValueError) as problem:
             raise self._error(problem) from problem
-        stream = self._stream = ffmpeg.video_stream(self._container, name, threads=True)
+        stream = self._stream = ffmpeg.video_stream(
+            self._container, name, threads=ffmpeg.thread_count(available_cores())
+        )
         known = self._scheme and ((self._container.duration or 0) > 0 or self._container.size > 0)
         codec, container = stream.codec_context.codec.canonical_name, self._container.format.name
         self.facts = {
@@ -198,7 +201,9 @@ class LiveReader:
         while self._parts:
             self._container.close()
             self._container = self._open.enter_context(ffmpeg.open_video(self._source, self._parts.pop(0)))
-            self._stream = ffmpeg.video_stream(self._container, self._name, threads=True)
+            self._stream = ffmpeg.video_stream(
+                self._container, self._name, threads=ffmpeg.thread_count(available_cores())
+            )
             yield from self._decoded_part()
 
     def _decoded_part(self) -> Iterator[VideoFrame]:

@@ -97,7 +97,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
         rgb = rgb.resize((info.width, info.height), Image.Resampling.BICUBIC)
     pixels = np.asarray(rgb)
     for _ in times_s:
-        yield 0.0, pixels, False
+        yield ffmpeg.Shown(0.0, pixels)
 
 
 @contextmanager

@@ -1,442 +1,236 @@
 """Video files by PyAV, which continues after damage, and opens everything that FFmpeg opens.
 
-`probe` decodes no more than the first frame, `intervals` all of them; `read`, those on screen at given times, jumps over long gaps.
+The wanted times are planned as runs: those of one group of pictures, which is decoded once. Threads decode runs side by side, each
+with a decoder of its own. What is planned depends on the file and the times alone, so the frames do not depend on the threads.
+`intervals` decodes all frames.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
 
-import av
-import numpy as np
-from av.container import InputContainer
-from av.packet import Packet
-from av.video.frame import PictureType, VideoFrame
-from av.video.stream import VideoStream
+from av.video.frame import VideoFrame
 
-from evoprune.errors import VideoError
-from evoprune.video.info import Video, fitted
+from evoprune.backend.limits import available_cores, available_memory
+from evoprune.video.info import AUTO_SEEK, EXACT, KEYFRAMES, Video, fitted
 from evoprune.video.readers import colour, ffmpeg
-from evoprune.video.readers.ffmpeg import Span
-from evoprune.video.readers.parts import AVI_ENTRY_BYTES, avi_index, cut_off, spans
-from evoprune.video.readers.sizes import stored_sizes
+from evoprune.video.readers.probing import Part, parts_of
+from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
+from evoprune.video.readers.workers import in_order
 
-RATE_JITTER_S = 0.0025  # frame intervals that differ by less are constant: Matroska rounds times to milliseconds
-# Jump over gaps longer than this, in seconds, instead of decoding all frames in between. Keyframes are commonly 1 to 10 s
-# apart; a jump lands on the one before the wanted time, so short jumps would decode the same frames again. Where keyframes
-# turn out to be further apart than this, only longer jumps are made.
-MIN_JUMP_S = 4.0
-
-RATE_PACKETS = 100  # by which the rate of frames is measured where none is stated
-
-TimedFrame = tuple[float, VideoFrame]  # seconds from the first frame; the decoder's own pixels, not yet rotated
-
-
-def probe(path: str) -> Video:
-    """See `evoprune.video.frames.probe`. Of a joined file the size is that of its largest part."""
-    every = parts(path)
-    first = every[0].info
-    broken = cut_off(path, every[-1].span[0])
-    if len(every) == 1:
-        return replace(first, cut_off=broken)
-    infos = [part.info for part in every]
-    largest = max(infos, key=_area)
-    return replace(
-        first,
-        duration_s=_sum([info.duration_s for info in infos]),
-        width=largest.width,
-        height=largest.height,
-        fps=first.fps if all(info.fps == first.fps for info in infos) else None,
-        variable_rate=None,
-        frames_total=_sum([info.frames_total for info in infos]),
-        stated_s=_sum([info.stated_s for info in infos]),
-        clock_restarts=sum(info.clock_restarts + 1 for info in infos) - 1,
-        clock_gap_s=max(info.clock_gap_s for info in infos),
-        changes_size=any(
-            info.changes_size or (info.width, info.height) != (first.width, first.height) for info in infos
-        ),
-        hdr=any(info.hdr for info in infos),
-        hdr_format=next((info.hdr_format for info in infos if info.hdr_format), None),
-        interlaced=any(info.interlaced for info in infos),
-        rate_guessed=any(info.rate_guessed for info in infos),
-        cut_off=broken,
-    )
-
-
-def _area(info: Video) -> int:
-    return info.width * info.height
-
-
-def _sum(values: Sequence[float | None]) -> float | None:
-    """None if one of them is not known."""
-    return None if None in values else sum(values)
+EARLIER = (
+    3  # keyframes at which decoding a time is tried to begin, one before the other: what an index lists may be none
+)
+BEGINNING_S = 1.0  # from a keyframe before that, a part is decoded from its beginning
+NEAR = 3  # keyframes that are tried, the nearest first
+INDEX_ERROR_S = (
+    0.5  # by which the time of a keyframe in an index may be wrong: decoding times come a few frames earlier
+)
+# Times are moved to keyframes where that saves the decoding of so many pixels, which takes one core two to three seconds; and where
+# the parts of the video are not shorter than this.
+SAVED_PIXELS, LEAST_PART_S = 10**9, 1.0
+DECODER_BYTES = 64  # for each pixel: 16 reference pictures and a few others, of up to 3 bytes a pixel
+ROOM_BYTES = 2**29  # of decoded frames that wait for their turn
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of the files that a joined file consists of. `info` counts times from its own first frame, which comes at `begin_s`."""
+class Run:
+    """Times whose frames are decoded one after the other."""
 
-    span: Span
-    info: Video
-    begin_s: float
+    times_s: tuple[float, ...]
+    entries: tuple[Keyframe | None, ...]  # where decoding begins, the best first; None: at the part's beginning
+    near: tuple[Keyframe, ...] = ()  # to which the only time may be moved, the nearest first
 
 
-def parts(path: str, damaged: ffmpeg.Damage = ffmpeg.ignore_damage) -> list[Part]:
-    """At least one. Those behind it that cannot be read are left out, and `damaged` is called for each.
+def read(
+    info: Video,
+    times_s: Sequence[float],
+    damaged: ffmpeg.Damage,
+    seek: str = EXACT,
+    part_s: float = 0.0,
+    cores: int | None = None,
+) -> ffmpeg.Frames:
+    """As `readers` says; `damaged` may be called more than once for the same damage.
 
-    Raises VideoError: nothing in the first can be decoded, or as `ffmpeg.open_video` and `spans`.
+    `seek`, `part_s`: as of `frames.read_frames`. `cores`: that may be kept busy; default: all that this process may use.
     """
-    ffmpeg.check_file(path)
-    found: list[Part] = []
-    begin_s = 0.0
-    for span in spans(path):
-        ffmpeg.alive()
-        try:
-            with ffmpeg.open_video(path, span) as container:
-                info = _probe(path, span, container)
-        except (VideoError, av.error.FFmpegError):
-            if not found:
-                raise
-            damaged(span)
-            continue
-        found.append(Part(span, info, begin_s))
-        begin_s += info.duration_s or 0.0
-    return found
-
-
-def _parts_of(info: Video, damaged: ffmpeg.Damage) -> list[Part]:
-    """The parts of a file that was probed before, which is not probed again unless it was joined."""
-    ffmpeg.check_file(info.path)
-    found = spans(info.path)
-    return [Part(found[0], info, 0.0)] if len(found) == 1 else parts(info.path, damaged)
-
-
-def _probe(path: str, span: Span, container: InputContainer) -> Video:
-    stream = ffmpeg.video_stream(container, path)
-    if container.format.name.endswith("_pipe"):  # FFmpeg's names for single pictures: jpegxl_pipe and so on
-        hint = f"convert it to JPEG or PNG; {', '.join(ffmpeg.PICTURES)} are read"
-        raise VideoError(f"{path} is a picture of a kind that is not read ({stream.codec_context.codec.name})", hint)
-    header = colour.stated(stream)
-    first = next(ffmpeg.decoded_frames(container, stream), None)
-    if first is None:
-        raise ffmpeg.nothing_decoded(path)
-    rotation, mirrored = ffmpeg.orientation(first)
-    rate, guessed = ffmpeg.frame_rate(stream)
-    rate = rate or _measured_rate(path, span)
-    step = 1 / (rate or ffmpeg.FALLBACK_FPS)
-    # The header's count is wrong if it has more frames than the file has bytes.
-    total = stream.frames if stream.frames <= container.size else 0
-    start = ffmpeg.frame_time(first, stream)
-    lengths = _lengths(path, span, stream, start, step)
-    variable_rate = None
-    # Only MP4 and related containers list every frame in advance, less those that an edit list cuts away; fragments were found when
-    # packets were read.
-    shown = [entry.timestamp for entry in stream.index_entries if not entry.is_discard]
-    if 3 <= stream.frames == len(stream.index_entries) or len(shown) < len(stream.index_entries):
-        total = len(shown)
-        steps = np.diff(shown)
-        variable_rate = len(steps) > 1 and bool(np.ptp(steps) * stream.time_base > RATE_JITTER_S)
-    sizes = stored_sizes(container, stream, first, lengths.duration_s)
-    width, height = ffmpeg.turned_size(max(sizes, key=math.prod), rotation)
-    return Video(
-        path=path,
-        duration_s=lengths.duration_s,
-        width=width,
-        height=height,
-        rotation_deg=rotation,
-        codec=stream.codec_context.codec.canonical_name,
-        pix_fmt=first.format.name,
-        container=container.format.name,
-        fps=rate,
-        rate_guessed=guessed,
-        variable_rate=variable_rate,
-        frames_total=total or None,
-        start_s=start or 0.0,
-        tags=ffmpeg.tags(container),
-        mirrored=mirrored,
-        stated_s=lengths.stated_s and max(lengths.stated_s, lengths.duration_s or 0.0),
-        clock_restarts=lengths.restarts,
-        clock_gap_s=lengths.gap_s,
-        changes_size=len(sizes) > 1,
-        other_tracks=len(ffmpeg.moving(container)) - 1,
-        **ffmpeg.shown_otherwise(stream, colour.hdr_format(first, header), first),
-    )
-
-
-@dataclass
-class _Times:
-    """What the times of some packets tell, in seconds; those of a clock that restarts in parts, one part after the other."""
-
-    first_s: float  # of the part that is read: the earliest frame, the latest, how long it lasts
-    last_s: float
-    length_s: float
-    decoded_s: float  # the time at which the packet that is stored last is decoded
-    claimed_s: float  # the latest end by the word of any packet
-    counted_s: float = 0.0  # of the same part, the durations of all packets together
-    parts_s: float = 0.0  # of the parts before
-    restarts: int = 0
-    gap_s: float = 0.0  # the largest step ahead that was taken for a restart
-
-    def part_s(self, container: str, step: float) -> float:
-        """How long the part lasts that is read; `step` replaces the length of its last frame."""
-        stamped_s = self.last_s - self.first_s + step
-        return self.counted_s if _misses_one(stamped_s - self.counted_s, step, container) else stamped_s
-
-
-def _measured(packets: Iterable[Packet | None], container: str, step: float) -> _Times | None:
-    """`step` replaces durations that are not stored. None without a packet that has a time.
-
-    Frames that are stored out of order have no duration of their own in MP4: it is the difference of two decoding times. That of
-    the packet that is stored last is none, and replaces that of the frame displayed last.
-    """
-    times = None
-    for packet in packets:
-        if packet is None or packet.pts is None or packet.is_discard:
-            continue
-        tick, per = packet.time_base.as_integer_ratio()  # fractions would take several times as long
-        shown, decoded = packet.pts * tick / per, (packet.pts if packet.dts is None else packet.dts) * tick / per
-        length = (packet.duration or 0) * tick / per or step
-        # Elsewhere decoding times are FFmpeg's guess; but no keyframe is displayed before what is stored before it.
-        stored, key = container in ffmpeg.JOINED, packet.is_keyframe
-        if times is None:
-            times = _Times(shown, shown, length, decoded, shown + length)
-        elif ffmpeg.restarts(
-            passed := decoded - times.decoded_s if stored else key * (shown - times.last_s), container
-        ):
-            times.parts_s += times.part_s(container, step)
-            times.first_s = times.last_s = shown
-            times.counted_s = 0.0
-            times.restarts += 1
-            times.gap_s = max(times.gap_s, passed)
-        times.first_s, times.last_s = min(times.first_s, shown), max(times.last_s, shown)
-        times.claimed_s = max(times.claimed_s, shown + length)
-        times.length_s, times.decoded_s = length, decoded
-        times.counted_s += length
-    return times
-
-
-@dataclass
-class _Lengths:
-    """`Video.duration_s`, `Video.stated_s`, and how often the file's clock starts anew, with its largest step ahead."""
-
-    duration_s: float | None
-    stated_s: float | None = None
-    restarts: int = 0
-    gap_s: float = 0.0
-
-
-def _lengths(path: str, span: Span, stream: VideoStream, start: float | None, step: float) -> _Lengths:
-    """The header is not trusted where packets have times: it includes audio, may count from zero instead of from the first frame,
-    and does not know that the file was cut off. Containers whose duration FFmpeg estimates from their content state none.
-    """
-    container, name = stream.container, stream.container.format.name
-    frames = stream.frames if stream.frames <= container.size else 0  # an AVI that was written to a pipe claims 2**30
-    if start is None:
-        stated = (step * frames or None) if name == ffmpeg.AVI else None
-        return _Lengths(step * sum(1 for _ in _all_packets(path, span)), stated)
-    if name == ffmpeg.AVI:
-        stated = step * frames or None
-        # If the index does not list as many frames as the header, the file was cut off. FFmpeg's lacks frames without data.
-        if frames and frames in (len(stream.index_entries), _listed_in_avi(path, span, stream.index)):
-            return _Lengths(stated, stated)
-        decoded = [float(p.dts * p.time_base) for p in _all_packets(path, span) if p.dts is not None]
-        return _Lengths(max(decoded) - min(decoded) + step if decoded else None, stated)
-    times = _measured(_tail_packets(container, stream), name, step)
-    if times is None or times.restarts or (name in ffmpeg.JOINED and _seen_to_restart(container, stream, times)):
-        times = _measured(_all_packets(path, span), name, step)
-    if times is None:
-        return _Lengths(None)
-    duration = times.last_s + times.length_s - start
-    if times.restarts:
-        duration = times.parts_s + times.part_s(name, times.length_s)
-    stated = None
-    if name == ffmpeg.MOV and len(stream.index_entries):
-        listed = next((entry for entry in reversed(stream.index_entries) if not entry.is_discard), None)
-        missing = float(listed.timestamp * stream.time_base) - times.decoded_s if listed else 0.0
-        stated = duration + max(0.0, missing)
-    elif name in ffmpeg.DENSE and container.duration is not None and len(container.streams) == 1:
-        stated = max(container.duration / av.time_base - start, duration)
-        # It includes the wrong duration of a frame that was copied from an MP4, see `_measured`.
-        if stated - duration > 0.5 and (every := _measured(_all_packets(path, span), name, step)):
-            stated = stated if every.claimed_s - start < stated - 1e-2 else duration
-    return _Lengths(duration, stated, times.restarts, times.gap_s)
-
-
-def _listed_in_avi(path: str, span: Span, stream: int) -> int:
-    """How many frames of a stream the index of an AVI lists; those without data repeat the frame before."""
-    chunks = avi_index(path, span)
-    names = {f"{stream:02}{kind}".encode() for kind in ("dc", "db")}
-    return sum(chunks[at : at + 4] in names for at in range(0, len(chunks), AVI_ENTRY_BYTES))
-
-
-def _measured_rate(path: str, span: Span) -> float | None:
-    """Frames a second by the times of the first packets; None if they have none."""
-    stamps = [float(p.pts * p.time_base) for p in islice(_all_packets(path, span), RATE_PACKETS) if p.pts is not None]
-    lasts_s = max(stamps, default=0.0) - min(stamps, default=0.0)
-    return (len(stamps) - 1) / lasts_s if lasts_s else None
-
-
-def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Times) -> bool:
-    """Whether the times in a file without an index do not grow as one goes through it, as far as 64 places show."""
-    begun, places = [], []
-    for place in range(64):
-        try:
-            container.seek(container.size * place // 64, unsupported_byte_offset=True)
-        except av.error.FFmpegError:
-            return False
-        packets = (p for p in ffmpeg.packets(container, stream) if p is not None and p.dts is not None)
-        times = [float(p.dts * p.time_base) for p in islice(packets, 1 if place else 250)]
-        if not times:  # nor is there one later
-            break
-        begun, places = begun or times, places + times[:1]
-    places.append(tail.decoded_s)
-    steps = np.diff(places)
-    longest = ffmpeg.LONGEST_GAP_S + 10 * np.median(steps) if len(steps) else 0.0
-    return any(np.diff(begun) < -ffmpeg.BACK_S) or any(steps < -ffmpeg.BACK_S) or any(steps > longest)
-
-
-def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet | None]:
-    """Packets of the last 3 s, as the frame displayed last may not be the one stored last; none if FFmpeg cannot seek there."""
-    if container.duration is None:
-        return
-    end = ((container.start_time or 0) + container.duration) / av.time_base
-    try:
-        container.seek(math.floor((end - 3) / stream.time_base), stream=stream)
-    except av.error.FFmpegError:
-        return
-    yield from ffmpeg.packets(container, stream)
-
-
-def _all_packets(path: str, span: Span) -> Iterator[Packet]:
-    """Those of the stream; an empty one that has a time repeats the frame before it."""
-    with ffmpeg.open_video(path, span) as container:
-        packets = ffmpeg.packets(container, ffmpeg.video_stream(container, path))
-        yield from (packet for packet in packets if packet is not None and (packet.size or packet.dts is not None))
-
-
-def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """As `readers` says. Holds two decoded frames at a time; `damaged` may be called more than once for the same damage."""
-    size = info.width, info.height
+    cores = cores or available_cores()
     with ffmpeg.reading(info.path):
-        every = _parts_of(info, damaged)
+        every = parts_of(info, damaged)
         for number, part in enumerate(every):
             ends_s = every[number + 1].begin_s - ffmpeg.TOLERANCE_S if number + 1 < len(every) else math.inf
             starts_s = part.begin_s - ffmpeg.TOLERANCE_S if number else -math.inf
             times = [time - part.begin_s for time in times_s if starts_s <= time < ends_s]
-            turn = part.info.rotation_deg, part.info.mirrored
-            # Where a clock restarts, frames that do not say what they are may be of another file than the first one.
-            converter = colour.Converter(info.path, None if part.info.clock_restarts else part.info.hdr_format)
-            converted, rgb, other_shape = None, None, False
-            with closing(_on_screen(part, times, partial(_damaged_in, number, damaged))) as on_screen:
-                for time, frame in on_screen:
-                    if frame is not converted:
-                        converted = frame
-                        rgb = ffmpeg.to_rgb(frame, *size, *turn, converter)
-                        shown = ffmpeg.turned_size((frame.width, frame.height), turn[0])
-                        other_shape = fitted(shown, size) != size
-                    yield part.begin_s + time, rgb, other_shape
+            if times:
+                with closing(
+                    _read_part(info, part, times, partial(_damaged_in, number, damaged), seek, part_s, cores)
+                ) as frames:
+                    for shown in frames:
+                        yield shown._replace(time_s=part.begin_s + shown.time_s)
+
+
+def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
+    """The time and duration of every frame in seconds, and whether it is a keyframe."""
+    for number, part in enumerate(parts_of(info, damaged)):
+        step = 1 / (part.info.fps or ffmpeg.FALLBACK_FPS)
+        with closing(Track(info.path, part, ffmpeg.thread_count(available_cores()))) as track:
+            for time_s, frame in track.from_beginning((), partial(_damaged_in, number, damaged)):
+                length = frame.duration if frame.pts is not None else 0
+                yield part.begin_s + time_s, float((length or 0) * frame.time_base) or step, frame.key_frame
 
 
 def _damaged_in(part: int, damaged: ffmpeg.Damage, number: int | None) -> None:
     damaged((part, number))
 
 
-def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """The time and duration of every frame in seconds, and whether it is a keyframe."""
-    for number, part in enumerate(_parts_of(info, damaged)):
-        step = 1 / (part.info.fps or ffmpeg.FALLBACK_FPS)
-        with ffmpeg.open_video(info.path, part.span) as container:
-            stream = ffmpeg.video_stream(container, info.path, threads=True)
-            for time_s, frame in decode(container, stream, part.info, partial(_damaged_in, number, damaged)):
-                length = frame.duration if frame.pts is not None else 0
-                yield part.begin_s + time_s, float((length or 0) * stream.time_base) or step, frame.key_frame
+def _read_part(
+    info: Video, part: Part, times_s: Sequence[float], damaged: ffmpeg.Damage, seek: str, part_s: float, cores: int
+) -> ffmpeg.Frames:
+    runs = planned(info.path, part, times_s, seek, part_s)
+    pixels = info.width * info.height
+    threads = min(cores, len(runs), _most_decoders(pixels))
+    ffmpeg.picture_size(pixels, threads)
 
+    @contextmanager
+    def tools() -> Iterator[Callable[[Run], ffmpeg.Frames]]:
+        with closing(Track(info.path, part, ffmpeg.thread_count(cores // threads))) as track:
+            picture = _Picture(info, part)
+            yield lambda run: (picture.of(*found) for found in _frames(track, run, part_s, damaged))
 
-def _on_screen(
-    part: Part, times: Sequence[float], damaged: ffmpeg.Damage, *, seek: bool = True
-) -> Iterator[TimedFrame]:
-    """The frame on screen at each time. Holds no more than that frame and the one after it."""
-    if not times:
+    room = max(2 * threads, ROOM_BYTES // (3 * pixels))
+    done = 0
+    try:
+        with closing(in_order(runs, tools, threads, room)) as frames:
+            for frame in frames:
+                done += 1
+                yield frame
         return
-    info = part.info
-    seek = seek and info.container in ffmpeg.SEEKABLE and not info.clock_restarts
-    end = info.duration_s if seek else None
-    jump_from, keyframe_time = MIN_JUMP_S, 0.0
-    with ffmpeg.open_video(info.path, part.span) as container:
-        stream = ffmpeg.video_stream(container, info.path, threads=True)
-        frames = decode(container, stream, info, damaged)
-        current, coming = None, next(frames, None)
-        if coming is None:
-            raise ffmpeg.nothing_decoded(info.path)
-        for i, wanted in enumerate(times):
-            if end is not None and coming and min(wanted, end) - coming[0] > jump_from:
-                frames = _jump(container, stream, info, min(wanted, end), damaged)
-                if frames is None:
-                    yield from _on_screen(part, times[i:], damaged, seek=False)
-                    return
-                current, coming = None, next(frames)
-            while coming and coming[0] <= wanted + ffmpeg.TOLERANCE_S:
-                if coming[1].key_frame:
-                    keyframe_time = coming[0]
-                jump_from = max(jump_from, coming[0] - keyframe_time)
-                current, coming = coming, next(frames, None)
-            yield current or coming
+    except Unreachable:
+        rest = Run(tuple(times_s[done:]), (None,))
+    with closing(Track(info.path, part, ffmpeg.thread_count(cores))) as track:
+        picture = _Picture(info, part)
+        for found in _on_screen(track, rest, damaged, sparing=False):
+            yield picture.of(*found, moved=False)
 
 
-def _jump(
-    container: InputContainer, stream: VideoStream, info: Video, wanted: float, damaged: ffmpeg.Damage
-) -> Iterator[TimedFrame] | None:
-    """The frames from a keyframe at or before the wanted time on; None if none could be reached."""
-    for back in (
-        0.0,
-        4.0,
-        16.0,
-    ):  # a jump may land after the wanted time (MPEG-TS has no index): then earlier ones are tried
+def _most_decoders(pixels: int) -> int:
+    """How many there is memory for."""
+    available = available_memory()
+    return 1 if available is None else max(1, int(available / 2 - ROOM_BYTES) // (DECODER_BYTES * pixels))
+
+
+class _Picture:
+    """Makes what readers yield of the frames of a part, one after the other."""
+
+    def __init__(self, info: Video, part: Part):
+        self._size, self._turn = (info.width, info.height), (part.info.rotation_deg, part.info.mirrored)
+        # Where a clock restarts, frames that do not say what they are may be of another file than the first one.
+        self._converter = colour.Converter(info.path, None if part.info.clock_restarts else part.info.hdr_format)
+        self._frame, self._rgb, self._other_shape = None, None, False
+
+    def of(self, time_s: float, frame: VideoFrame, moved: bool) -> ffmpeg.Shown:
+        if frame is not self._frame:
+            self._frame = frame
+            self._rgb = ffmpeg.to_rgb(frame, *self._size, *self._turn, self._converter)
+            shown = ffmpeg.turned_size((frame.width, frame.height), self._turn[0])
+            self._other_shape = fitted(shown, self._size) != self._size
+        return ffmpeg.Shown(time_s, self._rgb, self._other_shape, moved)
+
+
+def planned(path: str, part: Part, times_s: Sequence[float], seek: str, part_s: float) -> list[Run]:
+    """The runs of some times, at least one, which ascend."""
+    with closing(Track(path, part)) as track:
         try:
-            container.seek(math.floor((wanted - back + info.start_s) / stream.time_base), stream=stream)
-        except av.error.FFmpegError:
-            return None
-        # Frames that lack what they depend on, because decoding starts in the middle, are not damaged.
-        landed = False
-        frames = decode(container, stream, info, lambda number: landed and damaged(number))  # noqa: B023
-        for time, frame in frames:
-            if time > wanted + ffmpeg.TOLERANCE_S:
-                break
-            # Before the first true keyframe, frames may lack the frames that they were predicted from.
-            if frame.key_frame and frame.pict_type == PictureType.I:
-                landed = True
-                return chain([(time, frame)], frames)
-    return None
+            keyframes = track.keyframes(times_s[0], times_s[-1] + part_s)
+        except Unreachable:
+            keyframes = []
+    if len(keyframes) < 2:
+        return [Run(tuple(times_s), (None,))]
+    ends = [bisect_right(keyframes, time + ffmpeg.TOLERANCE_S, key=_time_of) for time in times_s]
+    places = [max(0, end - 1) for end in ends]  # of the last keyframe that is shown before each time
+    moves = seek == KEYFRAMES or (seek == AUTO_SEEK and part_s >= LEAST_PART_S)
+    near = [_near(keyframes, time, part_s / 2) if moves else () for time in times_s]
+    if seek == AUTO_SEEK and moves:
+        frames = [
+            (time - keyframes[place].time_s) * (part.info.fps or ffmpeg.FALLBACK_FPS)
+            for time, place, found in zip(times_s, places, near, strict=True)
+            if found
+        ]
+        if sum(frames) * part.info.width * part.info.height < SAVED_PIXELS:
+            near = [()] * len(times_s)
+    runs: list[Run] = []
+    last = None  # the keyframe of the run that is open
+    for time, place, found in zip(times_s, places, near, strict=True):
+        if place == last and not found:
+            runs[-1] = replace(runs[-1], times_s=(*runs[-1].times_s, time))
+            continue
+        entries = reversed(keyframes[max(0, place - EARLIER + 1) : place + 1])
+        runs.append(Run((time,), tuple(key if key.time_s > BEGINNING_S else None for key in entries), found))
+        last = None if found else place
+    return runs
 
 
-def decode(container: InputContainer, stream: VideoStream, info: Video, damaged: ffmpeg.Damage) -> Iterator[TimedFrame]:
-    """As `decoded_frames`, with the time of each frame: where the file states none, one step after the frame before it.
+def _time_of(keyframe: Keyframe) -> float:
+    return keyframe.time_s
 
-    So is the first frame after a restart of the file's clock, from where on times are counted.
+
+def _near(keyframes: Sequence[Keyframe], time_s: float, reach_s: float) -> tuple[Keyframe, ...]:
+    """The keyframes to which a time may be moved, the nearest first; whether they are in reach, their frames tell."""
+    reach_s += INDEX_ERROR_S
+    first = bisect_left(keyframes, time_s - reach_s, key=_time_of)
+    last = bisect_right(keyframes, time_s + reach_s, key=_time_of)
+    return tuple(sorted(keyframes[first:last], key=lambda keyframe: abs(keyframe.time_s - time_s))[:NEAR])
+
+
+def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> Iterator[tuple[float, VideoFrame, bool]]:
+    """The frames of a run: the time of each, and whether it is a keyframe to which a time was moved. Raises Unreachable."""
+    for keyframe in run.near:
+        frame = track.alone(keyframe)
+        # A part of the video has its beginning, and not its end.
+        if frame and -ffmpeg.TOLERANCE_S <= frame[0] - run.times_s[0] + part_s / 2 < part_s - ffmpeg.TOLERANCE_S:
+            yield *frame, True
+            return
+    done = 0
+    if track.can_spare():
+        for frame in _on_screen(track, run, damaged, sparing=True):
+            yield *frame, False
+            done += 1
+    if done < len(run.times_s):
+        for frame in _on_screen(track, replace(run, times_s=run.times_s[done:]), damaged, sparing=False):
+            yield *frame, False
+
+
+def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool) -> Iterator[TimedFrame]:
+    """The frame on screen at each time. Holds no more than that frame and the one after it.
+
+    With `sparing` it ends where nothing may be left out: at damage, as the frame before it stays on screen; where frames are
+    interlaced; and where they are not in the order of their times, by which what is needed is found.
     """
-    step = length = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
-    time, origin = -step, info.start_s
-    for frame in ffmpeg.decoded_frames(container, stream, damaged):
-        stamp = ffmpeg.frame_time(frame, stream)
-        if stamp is not None and info.clock_restarts and ffmpeg.restarts(stamp - origin - time, info.container):
-            origin = stamp - time - step
-        if stamp is None:
-            time += step
-        elif info.clock_restarts and _misses_one(stamp - origin - time - length, length, info.container):
-            time += length
+    met: list[object] = []
+    note = met.append if sparing else damaged
+    frames = None
+    for entry in run.entries:
+        if entry is None:
+            frames = track.from_beginning(run.times_s, note, sparing=sparing)
         else:
-            time = stamp - origin
-        yield time, frame
-        length = float((frame.duration or 0) * stream.time_base) or step
-
-
-def _misses_one(late_s: float, length_s: float, container: str) -> bool:
-    """Whether a time by the clock is one frame wrong.
-
-    MPEG-PS states a time for a pack of 2 KiB. If that holds several small frames, FFmpeg gives the time to the frame before its
-    own, and counts on from there.
-    """
-    return container == ffmpeg.PROGRAM_STREAM and 0.5 * length_s < abs(late_s) < 1.5 * length_s
+            frames = track.from_keyframe(entry, run.times_s, note, sparing=sparing)
+        if frames is not None:
+            break
+    if frames is None and sparing:
+        return
+    if frames is None:
+        raise Unreachable
+    current, coming = None, next(frames, None)
+    if coming is None:
+        raise ffmpeg.nothing_decoded(track.info.path)
+    for time in run.times_s:
+        while coming and coming[0] <= time + ffmpeg.TOLERANCE_S:
+            current, coming = coming, next(frames, None)
+            if sparing and (met or (coming and (coming[0] <= current[0] or coming[1].interlaced_frame))):
+                return
+            if coming and coming[0] < current[0] and entry:
+                raise Unreachable  # the times lie: what precedes a keyframe is not known
+        yield current or coming

@@ -17,7 +17,7 @@ from av.subtitles.stream import SubtitleStream
 from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.util import missing_hint, shown
 from evoprune.video.info import AUTO_SUBTITLES, SubtitleLine, Subtitles, subtitles_beside
-from evoprune.video.readers import ffmpeg, pyav
+from evoprune.video.readers import ffmpeg, probing
 from evoprune.video.readers.parts import spans
 
 TEXT_CODECS = ("subrip", "ass", "ssa", "webvtt", "mov_text", "text")
@@ -211,7 +211,7 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
 
 def _cues_behind(path: str, index: int, warnings: list[str]) -> Iterator[tuple[float, float, list[str]]]:
     """The cues of all parts of a joined file but the first, in the stream with that index."""
-    for part in pyav.parts(path)[1:]:
+    for part in probing.parts(path)[1:]:
         with ffmpeg.open_video(path, part.span) as container:
             if index < len(container.streams) and _codec(container.streams[index]) in TEXT_CODECS:
                 stream = container.streams[index]

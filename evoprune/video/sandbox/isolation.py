@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,9 +33,7 @@ MAX_IDLE = 2  # processes that are kept for later videos
 SILENCE_S = 25.0  # a worker that reports no progress for so long counts as hung
 # Elsewhere everything runs in this process, and FFmpeg is trusted. The executable of a frozen program is no Python.
 POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
-# uint8 [n, H, W, 3], the time of each frame in seconds, the number of damaged packets met on the way, and whether a frame has
-# another shape than the video.
-FilledArray = tuple["np.ndarray", list[float], int, bool]
+FilledArray = tuple["np.ndarray", dict[str, Any]]  # uint8 [n, H, W, 3], and what `worker.FrameReader.fill` returns
 # What the process runs. It imports from the same paths as this one.
 PROGRAM = "import sys; sys.path[:] = {paths}; from evoprune.video.sandbox.worker import main; main({socket})"
 ERRORS = {error.type: error for error in (UsageError, VideoError, OutOfMemory)}
@@ -257,46 +256,56 @@ def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] 
                 raise
 
 
-def stream_frames(info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int]) -> Iterator[FilledArray]:
+def stream_frames(
+    info: Video, times_s: Sequence[float], sizes: Sequence[int], how: dict[str, Any]
+) -> Iterator[FilledArray]:
     """The frames on screen at given times, as `frames.read_frames`, in arrays; raises what `run_task` raises.
+
+    `how`: further arguments of `worker.FrameReader`.
 
     The worker fills one array while the caller uses the one before it, in memory that both processes share. `sizes` are the frames
     of each array, of which there is at least one; their sum is the number of times.
     """
     stream, done = _stream_once if POSSIBLE else _stream_here, 0
     try:
-        with closing(stream(info, times_s, decoder, sizes)) as arrays:
+        with closing(stream(info, times_s, sizes, how)) as arrays:
             for filled in arrays:
                 done += 1
                 yield filled
     except Crash:
-        yield from stream(info, times_s[sum(sizes[:done]) :], decoder, sizes[done:])
+        # All times again, because on all of them depends whether times are moved.
+        with closing(stream(info, times_s, sizes, how)) as arrays:
+            yield from islice(arrays, done, None)
 
 
-def _stream_here(info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int]) -> Iterator[FilledArray]:
+def _stream_here(
+    info: Video, times_s: Sequence[float], sizes: Sequence[int], how: dict[str, Any]
+) -> Iterator[FilledArray]:
     import numpy as np
 
     from evoprune.video.sandbox.worker import FrameReader
 
-    with closing(FrameReader(info, times_s, decoder)) as reader:
+    with closing(FrameReader(info, times_s, **how)) as reader:
         for size in sizes:
             frames = np.empty((size, info.height, info.width, 3), np.uint8)
-            yield frames, *reader.fill(frames)
+            yield frames, reader.fill(frames)
 
 
-def _stream_once(info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int]) -> Iterator[FilledArray]:
+def _stream_once(
+    info: Video, times_s: Sequence[float], sizes: Sequence[int], how: dict[str, Any]
+) -> Iterator[FilledArray]:
     shapes = [(size, info.height, info.width, 3) for size in sizes]
     memory = FrameMemory(max(map(prod, shapes)))
     with borrow(info.path) as worker:
-        begin = worker.request("frames", {"info": asdict(info), "times_s": list(times_s), "decoder": decoder})
+        begin = worker.request("frames", {"info": asdict(info), "times_s": list(times_s), **how})
         # One message opens the video and asks for its first array: a round trip costs as much as a small picture.
         coming = worker.ask_to_fill(memory, shapes[0], begin | {"last": len(shapes) == 1})
         for number, shape in enumerate(shapes[1:], 2):
-            filled = coming, *worker.answer()
+            filled = coming, worker.answer()
             del coming  # so that only the caller holds the array, and its memory can be reused once the caller drops it
             coming = worker.ask_to_fill(memory, shape, {"last": number == len(shapes)})
             yield filled
             del filled
-        filled = coming, *worker.answer()
+        filled = coming, worker.answer()
         del coming
     yield filled

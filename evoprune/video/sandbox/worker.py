@@ -31,7 +31,7 @@ import numpy as np
 
 from evoprune.errors import EvopruneError, VideoError
 from evoprune.video.info import PICTURE, ScanResult, Video
-from evoprune.video.readers import decord, ffmpeg, folder, pyav, subtitles
+from evoprune.video.readers import decord, ffmpeg, folder, probing, pyav, subtitles
 from evoprune.video.readers.live import LiveReader
 from evoprune.video.sandbox.channel import Channel
 
@@ -42,7 +42,7 @@ if sys.platform != "win32":  # where no process is apart
 # Memory that any video may take, in bytes: libraries, stacks of threads, the tables of a long file, one large picture.
 BASE_BYTES = 2**30
 # And for each pixel of a picture: 16 reference pictures, one picture in each of 16 threads, and some in queues, of up to
-# 3 bytes a pixel (10 bits, 4:2:0).
+# 3 bytes a pixel (10 bits, 4:2:0). Of further decoders, which have one thread, half as much.
 BYTES_PER_PIXEL = 128
 
 
@@ -56,7 +56,7 @@ def probe(path: str, folder_fps: float) -> Video:
 
             if picture.is_picture(path):
                 return picture.probe(path)
-        return pyav.probe(path)
+        return probing.probe(path)
 
 
 def scan(path: str, folder_fps: float) -> ScanResult:
@@ -80,13 +80,13 @@ def scan(path: str, folder_fps: float) -> ScanResult:
             frames, last_s, end_s = frames + 1, time_s, time_s + length_s
     if not frames:
         raise ffmpeg.nothing_decoded(path)
-    if info.duration_s is not None and first_s + info.duration_s > last_s:  # see `pyav._measured`
+    if info.duration_s is not None and first_s + info.duration_s > last_s:  # see `probing._measured`
         end_s = min(end_s, first_s + info.duration_s)
         if info.container == ffmpeg.AVI:  # which may repeat its last frame without data
             end_s = first_s + info.duration_s
     keyframes[round(end_s - key_s, 4)] += 1
     median_gap = _median(gaps)
-    irregular = sum(n for gap, n in gaps.items() if abs(gap - median_gap) > pyav.RATE_JITTER_S)
+    irregular = sum(n for gap, n in gaps.items() if abs(gap - median_gap) > probing.RATE_JITTER_S)
     return ScanResult(
         frames=frames,
         damaged=max(0, len(damage) - ffmpeg.incomplete_joints(info)),
@@ -126,29 +126,39 @@ def run(task: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
 class FrameReader:
     """The frames on screen at given times, in order; arguments as of `isolation.stream_frames`."""
 
-    def __init__(self, info: Video, times_s: Sequence[float], decoder: str):
+    def __init__(self, info: Video, times_s: Sequence[float], decoder: str, **how):
         ffmpeg.picture_size(info.width * info.height)
-        if info.kind == PICTURE:
-            from evoprune.video.readers import picture as reader  # Pillow's import would delay every video
-        else:
-            reader = decord if decoder == "decord" else folder if info.container == folder.CONTAINER else pyav
         self._damaged: set[object] = set()
         self._joints = ffmpeg.incomplete_joints(info)
-        self._frames = reader.read(info, times_s, self._damaged.add)
+        if info.kind == PICTURE:
+            from evoprune.video.readers import picture  # Pillow's import would delay every video
 
-    def fill(self, frames: np.ndarray) -> tuple[list[float], int, bool]:
+            self._frames = picture.read(info, times_s, self._damaged.add)
+        elif info.container == folder.CONTAINER:
+            self._frames = folder.read(info, times_s, self._damaged.add)
+        elif decoder == "decord":
+            self._frames = decord.read(info, times_s, self._damaged.add)
+        else:
+            self._frames = pyav.read(info, times_s, self._damaged.add, **how)
+
+    def fill(self, frames: np.ndarray) -> dict[str, Any]:
         """Write the next frames into uint8 `[n, H, W, 3]`.
 
-        Returns the time of each frame in seconds, how many damaged packets were found that earlier calls did not find, and whether
-        a frame has another shape than the video.
+        Returns fields of `FrameChunk`: the time of each frame in seconds, how many damaged packets were found that earlier calls
+        did not find, whether a frame has another shape than the video, and whether one was moved.
         """
-        times, before, other_shape = [], self._count(), False
+        before, filled = self._count(), []
         for slot in frames:
-            time, slot[:], other = next(self._frames)
-            times.append(time)
-            other_shape = other_shape or other
+            shown = next(self._frames)
+            slot[:] = shown.rgb
+            filled.append(shown)
             ffmpeg.alive()
-        return times, self._count() - before, other_shape
+        return {
+            "times_s": [shown.time_s for shown in filled],
+            "damaged": self._count() - before,
+            "other_shape": any(shown.other_shape for shown in filled),
+            "moved": any(shown.moved for shown in filled),
+        }
 
     def _count(self) -> int:
         return max(0, len(self._damaged) - self._joints)
@@ -166,7 +176,7 @@ def main(descriptor: int) -> None:
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # not every system has it
         file.write("1000")
     channel = Channel(socket.socket(fileno=descriptor), descriptors=1)
-    ffmpeg.alive, ffmpeg.picture_size = channel.report_alive, _allow
+    ffmpeg.report_alive, ffmpeg.picture_size = channel.report_alive, _allow
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the other end is closed
         _serve(channel)
 
@@ -184,9 +194,12 @@ def _end_with(pipe: int) -> None:
         os.kill(os.getpid(), signal.SIGIO)
 
 
-def _allow(pixels: int) -> None:
-    """Raise the memory limit to what decoding pictures of that size needs."""
-    _limit(max(BASE_BYTES + BYTES_PER_PIXEL * pixels, resource.getrlimit(resource.RLIMIT_DATA)[0]))
+def _allow(pixels: int, decoders: int = 1) -> None:
+    """Raise the memory limit to what so many decoders of pictures of that size need."""
+    needed = BASE_BYTES + BYTES_PER_PIXEL * pixels
+    if decoders > 1:
+        needed += pyav.ROOM_BYTES + (decoders - 1) * pyav.DECODER_BYTES * pixels
+    _limit(max(needed, resource.getrlimit(resource.RLIMIT_DATA)[0]))
 
 
 def _limit(memory: int) -> None:

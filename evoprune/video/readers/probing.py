@@ -1,0 +1,313 @@
+"""What a video file is, and how long: `probe` decodes no more than the first frame. `parts`: of a file that was joined."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+from evoprune.errors import VideoError
+from evoprune.video.info import Video
+from evoprune.video.readers import colour, ffmpeg
+from evoprune.video.readers.ffmpeg import Span
+from evoprune.video.readers.parts import AVI_ENTRY_BYTES, avi_index, cut_off, spans
+from evoprune.video.readers.sizes import stored_sizes
+
+RATE_JITTER_S = 0.0025  # frame intervals that differ by less are constant: Matroska rounds times to milliseconds
+RATE_PACKETS = 100  # by which the rate of frames is measured where none is stated
+
+
+def probe(path: str) -> Video:
+    """See `evoprune.video.frames.probe`. Of a joined file the size is that of its largest part."""
+    every = parts(path)
+    first = every[0].info
+    broken = cut_off(path, every[-1].span[0])
+    if len(every) == 1:
+        return replace(first, cut_off=broken)
+    infos = [part.info for part in every]
+    largest = max(infos, key=_area)
+    return replace(
+        first,
+        duration_s=_sum([info.duration_s for info in infos]),
+        width=largest.width,
+        height=largest.height,
+        fps=first.fps if all(info.fps == first.fps for info in infos) else None,
+        variable_rate=None,
+        frames_total=_sum([info.frames_total for info in infos]),
+        stated_s=_sum([info.stated_s for info in infos]),
+        clock_restarts=sum(info.clock_restarts + 1 for info in infos) - 1,
+        clock_gap_s=max(info.clock_gap_s for info in infos),
+        changes_size=any(
+            info.changes_size or (info.width, info.height) != (first.width, first.height) for info in infos
+        ),
+        hdr=any(info.hdr for info in infos),
+        hdr_format=next((info.hdr_format for info in infos if info.hdr_format), None),
+        interlaced=any(info.interlaced for info in infos),
+        rate_guessed=any(info.rate_guessed for info in infos),
+        cut_off=broken,
+    )
+
+
+def _area(info: Video) -> int:
+    return info.width * info.height
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """None if one of them is not known."""
+    return None if None in values else sum(values)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the files that a joined file consists of. `info` counts times from its own first frame, which comes at `begin_s`."""
+
+    span: Span
+    info: Video
+    begin_s: float
+
+
+def parts(path: str, damaged: ffmpeg.Damage = ffmpeg.ignore_damage) -> list[Part]:
+    """At least one. Those behind it that cannot be read are left out, and `damaged` is called for each.
+
+    Raises VideoError: nothing in the first can be decoded, or as `ffmpeg.open_video` and `spans`.
+    """
+    ffmpeg.check_file(path)
+    found: list[Part] = []
+    begin_s = 0.0
+    for span in spans(path):
+        ffmpeg.alive()
+        try:
+            with ffmpeg.open_video(path, span) as container:
+                info = _probe(path, span, container)
+        except (VideoError, av.error.FFmpegError):
+            if not found:
+                raise
+            damaged(span)
+            continue
+        found.append(Part(span, info, begin_s))
+        begin_s += info.duration_s or 0.0
+    return found
+
+
+def parts_of(info: Video, damaged: ffmpeg.Damage) -> list[Part]:
+    """The parts of a file that was probed before, which is not probed again unless it was joined."""
+    ffmpeg.check_file(info.path)
+    found = spans(info.path)
+    return [Part(found[0], info, 0.0)] if len(found) == 1 else parts(info.path, damaged)
+
+
+def _probe(path: str, span: Span, container: InputContainer) -> Video:
+    stream = ffmpeg.video_stream(container, path)
+    if container.format.name.endswith("_pipe"):  # FFmpeg's names for single pictures: jpegxl_pipe and so on
+        hint = f"convert it to JPEG or PNG; {', '.join(ffmpeg.PICTURES)} are read"
+        raise VideoError(f"{path} is a picture of a kind that is not read ({stream.codec_context.codec.name})", hint)
+    header = colour.stated(stream)
+    first = next(ffmpeg.decoded_frames(stream, ffmpeg.packets(container, stream)), None)
+    if first is None:
+        raise ffmpeg.nothing_decoded(path)
+    rotation, mirrored = ffmpeg.orientation(first)
+    rate, guessed = ffmpeg.frame_rate(stream)
+    rate = rate or _measured_rate(path, span)
+    step = 1 / (rate or ffmpeg.FALLBACK_FPS)
+    # The header's count is wrong if it has more frames than the file has bytes.
+    total = stream.frames if stream.frames <= container.size else 0
+    start = ffmpeg.frame_time(first, stream)
+    lengths = _lengths(path, span, stream, start, step)
+    variable_rate = None
+    # Only MP4 and related containers list every frame in advance, less those that an edit list cuts away; fragments were found when
+    # packets were read.
+    shown = [entry.timestamp for entry in stream.index_entries if not entry.is_discard]
+    if 3 <= stream.frames == len(stream.index_entries) or len(shown) < len(stream.index_entries):
+        total = len(shown)
+        steps = np.diff(shown)
+        variable_rate = len(steps) > 1 and bool(np.ptp(steps) * stream.time_base > RATE_JITTER_S)
+    sizes = stored_sizes(container, stream, first, lengths.duration_s)
+    width, height = ffmpeg.turned_size(max(sizes, key=math.prod), rotation)
+    return Video(
+        path=path,
+        duration_s=lengths.duration_s,
+        width=width,
+        height=height,
+        rotation_deg=rotation,
+        codec=stream.codec_context.codec.canonical_name,
+        pix_fmt=first.format.name,
+        container=container.format.name,
+        fps=rate,
+        rate_guessed=guessed,
+        variable_rate=variable_rate,
+        frames_total=total or None,
+        start_s=start or 0.0,
+        tags=ffmpeg.tags(container),
+        mirrored=mirrored,
+        stated_s=lengths.stated_s and max(lengths.stated_s, lengths.duration_s or 0.0),
+        clock_restarts=lengths.restarts,
+        clock_gap_s=lengths.gap_s,
+        changes_size=len(sizes) > 1,
+        other_tracks=len(ffmpeg.moving(container)) - 1,
+        **ffmpeg.shown_otherwise(stream, colour.hdr_format(first, header), first),
+    )
+
+
+@dataclass
+class _Times:
+    """What the times of some packets tell, in seconds; those of a clock that restarts in parts, one part after the other."""
+
+    first_s: float  # of the part that is read: the earliest frame, the latest, how long it lasts
+    last_s: float
+    length_s: float
+    decoded_s: float  # the time at which the packet that is stored last is decoded
+    claimed_s: float  # the latest end by the word of any packet
+    counted_s: float = 0.0  # of the same part, the durations of all packets together
+    parts_s: float = 0.0  # of the parts before
+    restarts: int = 0
+    gap_s: float = 0.0  # the largest step ahead that was taken for a restart
+
+    def part_s(self, container: str, step: float) -> float:
+        """How long the part lasts that is read; `step` replaces the length of its last frame."""
+        stamped_s = self.last_s - self.first_s + step
+        return self.counted_s if misses_one(stamped_s - self.counted_s, step, container) else stamped_s
+
+
+def _measured(packets: Iterable[Packet | None], container: str, step: float) -> _Times | None:
+    """`step` replaces durations that are not stored. None without a packet that has a time.
+
+    Frames that are stored out of order have no duration of their own in MP4: it is the difference of two decoding times. That of
+    the packet that is stored last is none, and replaces that of the frame displayed last.
+    """
+    times = None
+    for packet in packets:
+        if packet is None or packet.pts is None or packet.is_discard:
+            continue
+        tick, per = packet.time_base.as_integer_ratio()  # fractions would take several times as long
+        shown, decoded = packet.pts * tick / per, (packet.pts if packet.dts is None else packet.dts) * tick / per
+        length = (packet.duration or 0) * tick / per or step
+        # Elsewhere decoding times are FFmpeg's guess; but no keyframe is displayed before what is stored before it.
+        stored, key = container in ffmpeg.JOINED, packet.is_keyframe
+        if times is None:
+            times = _Times(shown, shown, length, decoded, shown + length)
+        elif ffmpeg.restarts(
+            passed := decoded - times.decoded_s if stored else key * (shown - times.last_s), container
+        ):
+            times.parts_s += times.part_s(container, step)
+            times.first_s = times.last_s = shown
+            times.counted_s = 0.0
+            times.restarts += 1
+            times.gap_s = max(times.gap_s, passed)
+        times.first_s, times.last_s = min(times.first_s, shown), max(times.last_s, shown)
+        times.claimed_s = max(times.claimed_s, shown + length)
+        times.length_s, times.decoded_s = length, decoded
+        times.counted_s += length
+    return times
+
+
+@dataclass
+class _Lengths:
+    """`Video.duration_s`, `Video.stated_s`, and how often the file's clock starts anew, with its largest step ahead."""
+
+    duration_s: float | None
+    stated_s: float | None = None
+    restarts: int = 0
+    gap_s: float = 0.0
+
+
+def _lengths(path: str, span: Span, stream: VideoStream, start: float | None, step: float) -> _Lengths:
+    """The header is not trusted where packets have times: it includes audio, may count from zero instead of from the first frame,
+    and does not know that the file was cut off. Containers whose duration FFmpeg estimates from their content state none.
+    """
+    container, name = stream.container, stream.container.format.name
+    frames = stream.frames if stream.frames <= container.size else 0  # an AVI that was written to a pipe claims 2**30
+    if start is None:
+        stated = (step * frames or None) if name == ffmpeg.AVI else None
+        return _Lengths(step * sum(1 for _ in _all_packets(path, span)), stated)
+    if name == ffmpeg.AVI:
+        stated = step * frames or None
+        # If the index does not list as many frames as the header, the file was cut off. FFmpeg's lacks frames without data.
+        if frames and frames in (len(stream.index_entries), _listed_in_avi(path, span, stream.index)):
+            return _Lengths(stated, stated)
+        decoded = [float(p.dts * p.time_base) for p in _all_packets(path, span) if p.dts is not None]
+        return _Lengths(max(decoded) - min(decoded) + step if decoded else None, stated)
+    times = _measured(_tail_packets(container, stream), name, step)
+    if times is None or times.restarts or (name in ffmpeg.JOINED and _seen_to_restart(container, stream, times)):
+        times = _measured(_all_packets(path, span), name, step)
+    if times is None:
+        return _Lengths(None)
+    duration = times.last_s + times.length_s - start
+    if times.restarts:
+        duration = times.parts_s + times.part_s(name, times.length_s)
+    stated = None
+    if name == ffmpeg.MOV and len(stream.index_entries):
+        listed = next((entry for entry in reversed(stream.index_entries) if not entry.is_discard), None)
+        missing = float(listed.timestamp * stream.time_base) - times.decoded_s if listed else 0.0
+        stated = duration + max(0.0, missing)
+    elif name in ffmpeg.DENSE and container.duration is not None and len(container.streams) == 1:
+        stated = max(container.duration / av.time_base - start, duration)
+        # It includes the wrong duration of a frame that was copied from an MP4, see `_measured`.
+        if stated - duration > 0.5 and (every := _measured(_all_packets(path, span), name, step)):
+            stated = stated if every.claimed_s - start < stated - 1e-2 else duration
+    return _Lengths(duration, stated, times.restarts, times.gap_s)
+
+
+def _listed_in_avi(path: str, span: Span, stream: int) -> int:
+    """How many frames of a stream the index of an AVI lists; those without data repeat the frame before."""
+    chunks = avi_index(path, span)
+    names = {f"{stream:02}{kind}".encode() for kind in ("dc", "db")}
+    return sum(chunks[at : at + 4] in names for at in range(0, len(chunks), AVI_ENTRY_BYTES))
+
+
+def _measured_rate(path: str, span: Span) -> float | None:
+    """Frames a second by the times of the first packets; None if they have none."""
+    stamps = [float(p.pts * p.time_base) for p in islice(_all_packets(path, span), RATE_PACKETS) if p.pts is not None]
+    lasts_s = max(stamps, default=0.0) - min(stamps, default=0.0)
+    return (len(stamps) - 1) / lasts_s if lasts_s else None
+
+
+def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Times) -> bool:
+    """Whether the times in a file without an index do not grow as one goes through it, as far as 64 places show."""
+    begun, places = [], []
+    for place in range(64):
+        try:
+            container.seek(container.size * place // 64, unsupported_byte_offset=True)
+        except av.error.FFmpegError:
+            return False
+        packets = (p for p in ffmpeg.packets(container, stream) if p is not None and p.dts is not None)
+        times = [float(p.dts * p.time_base) for p in islice(packets, 1 if place else 250)]
+        if not times:  # nor is there one later
+            break
+        begun, places = begun or times, places + times[:1]
+    places.append(tail.decoded_s)
+    steps = np.diff(places)
+    longest = ffmpeg.LONGEST_GAP_S + 10 * np.median(steps) if len(steps) else 0.0
+    return any(np.diff(begun) < -ffmpeg.BACK_S) or any(steps < -ffmpeg.BACK_S) or any(steps > longest)
+
+
+def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet | None]:
+    """Packets of the last 3 s, as the frame displayed last may not be the one stored last; none if FFmpeg cannot seek there."""
+    if container.duration is None:
+        return
+    end = ((container.start_time or 0) + container.duration) / av.time_base
+    try:
+        container.seek(math.floor((end - 3) / stream.time_base), stream=stream)
+    except av.error.FFmpegError:
+        return
+    yield from ffmpeg.packets(container, stream)
+
+
+def _all_packets(path: str, span: Span) -> Iterator[Packet]:
+    """Those of the stream; an empty one that has a time repeats the frame before it."""
+    with ffmpeg.open_video(path, span) as container:
+        packets = ffmpeg.packets(container, ffmpeg.video_stream(container, path))
+        yield from (packet for packet in packets if packet is not None and (packet.size or packet.dts is not None))
+
+
+def misses_one(late_s: float, length_s: float, container: str) -> bool:
+    """Whether a time by the clock is one frame wrong.
+
+    MPEG-PS states a time for a pack of 2 KiB. If that holds several small frames, FFmpeg gives the time to the frame before its
+    own, and counts on from there.
+    """
+    return container == ffmpeg.PROGRAM_STREAM and 0.5 * length_s < abs(late_s) < 1.5 * length_s

@@ -1,0 +1,138 @@
+"""Work that threads do side by side, with results in the order of the work, whatever the number of threads."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Generic, TypeVar
+
+from evoprune.video.readers import ffmpeg
+
+Job, Item = TypeVar("Job"), TypeVar("Item")
+Tools = Callable[[], AbstractContextManager[Callable[[Job], Iterator[Item]]]]
+
+LOOK_S = 0.5  # how often it is looked whether all threads make progress
+
+
+def in_order(jobs: Sequence[Job], tools: Tools, threads: int, room: int) -> Iterator[Item]:
+    """Yield what is made of each job, job after job.
+
+    Args:
+        tools: enters what a thread needs, and gives what makes items of a job.
+        threads: at most so many; with one the work is done in the calling thread, as items are asked for.
+        room: how many items may wait for their turn, in all.
+
+    Whatever a job raises comes after all items before it, and ends the rest. Closing the iterator ends the threads.
+    """
+    if threads > 1 and len(jobs) > 1:
+        yield from _Crew(jobs, tools, room).run(min(threads, len(jobs)))
+        return
+    with tools() as work:
+        for job in jobs:
+            yield from work(job)
+
+
+class _Stopped(BaseException):
+    """Nobody wants the results any more."""
+
+
+class _Crew(Generic[Job, Item]):
+    """Threads that share a list of jobs. What they change is guarded by one condition."""
+
+    def __init__(self, jobs: Sequence[Job], tools: Tools, room: int):
+        self._jobs, self._tools, self._room = jobs, tools, room
+        self._changed = threading.Condition()
+        self._taken = 0  # jobs that a thread has begun
+        self._head = 0  # the job whose items are next
+        self._made: list[deque[Item]] = [deque() for _ in jobs]  # items that wait for their turn
+        self._ended: list[BaseException | bool] = [False] * len(jobs)  # whether a job is complete, or why it failed
+        self._waiting = 0  # items, of all jobs
+        self._stopped = False
+        self._busy: set[threading.Thread] = set()
+        self._silent: set[threading.Thread] = set()  # busy ones that have made no progress since the last sign of life
+
+    def run(self, threads: int) -> Iterator[Item]:
+        members = [threading.Thread(target=self._serve, name="evoprune-read", daemon=True) for _ in range(threads)]
+        try:
+            for member in members:
+                member.start()
+            for job in range(len(self._jobs)):
+                while item := self._next(job):
+                    yield item[0]
+        finally:
+            with self._changed:
+                self._stopped = True
+                self._changed.notify_all()
+            for member in members:
+                if member.ident is not None:  # it was started
+                    member.join()
+
+    def _next(self, job: int) -> tuple[Item] | None:
+        """The next item of a job; None after its last one."""
+        with self._changed:
+            if job != self._head:
+                self._head = job
+                self._changed.notify_all()
+            while not self._made[job] and not self._ended[job]:
+                self._changed.wait(LOOK_S)
+                if not self._silent:  # a thread that lives does not hide one that hangs
+                    ffmpeg.alive()
+                    self._silent = set(self._busy)
+            if self._made[job]:
+                self._waiting -= 1
+                self._changed.notify_all()
+                return (self._made[job].popleft(),)
+            if isinstance(problem := self._ended[job], BaseException):
+                raise problem
+            return None
+
+    def _serve(self) -> None:
+        ffmpeg.of_thread.alive = self._progress
+        work = None
+        with ExitStack() as stack:
+            while (job := self._take()) is not None:
+                end: BaseException | bool = True
+                try:
+                    work = work or stack.enter_context(self._tools())
+                    for item in work(self._jobs[job]):
+                        self._put(job, item)
+                except _Stopped:
+                    return
+                except BaseException as problem:
+                    end = problem
+                with self._changed:
+                    self._busy.discard(threading.current_thread())
+                    self._silent.discard(threading.current_thread())
+                    self._ended[job] = end
+                    self._changed.notify_all()
+
+    def _progress(self) -> None:
+        if self._stopped:
+            raise _Stopped
+        self._silent.discard(threading.current_thread())
+
+    def _take(self) -> int | None:
+        with self._changed:
+            if self._stopped or self._taken == len(self._jobs):
+                return None
+            self._busy.add(threading.current_thread())
+            self._taken += 1
+            return self._taken - 1
+
+    def _put(self, job: int, item: Item) -> None:
+        """Waits for room, unless the item is the next."""
+        me = threading.current_thread()
+        with self._changed:
+            self._busy.discard(me)
+            self._silent.discard(me)
+            while not self._stopped and not self._has_room(job):
+                self._changed.wait()
+            if self._stopped:
+                raise _Stopped
+            self._busy.add(me)
+            self._made[job].append(item)
+            self._waiting += 1
+            self._changed.notify_all()
+
+    def _has_room(self, job: int) -> bool:
+        return self._waiting < self._room or (job == self._head and not self._made[job])

@@ -1,0 +1,108 @@
+"""Answers do not depend on which layers of the language model are packed."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from evoprune import VideoQA
+from evoprune.cpu import linear
+from evoprune.cpu.linear import PackedLinear, can_pack, pack_waiting
+from evoprune.session.loading.model import load_model
+from tests.threads import one_thread  # noqa: F401
+from tests.tiny import save_tiny
+
+CLIP, QUESTIONS = "samples/square.mp4", ("What happens?", "And then, where does the red square go?", "Why?")
+MODELS = ("demo fp32", "demo bf16", "qwen2_5_vl bf16", "qwen2_5_vl fp32", "qwen3_vl bf16", "qwen3_5 bf16")
+
+pytestmark = pytest.mark.skipif(not can_pack(torch.empty(1)), reason="this torch has no packed products")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    families = {name.split()[0] for name in MODELS} - {"demo"}
+    return {family: str(save_tiny(tmp_path_factory.mktemp(family), family=family)) for family in families}
+
+
+@pytest.fixture(params=MODELS)
+def load(request, folders, monkeypatch):
+    """Loads a model anew, as a process does: all layers of its language model wait, and are packed from the third pass on."""
+    monkeypatch.setattr(linear, "SMALL_WEIGHT", 0)
+    monkeypatch.setattr(linear, "LARGE_WEIGHT", 20_000)  # the output layer is in parts
+    monkeypatch.setattr(linear, "START_PASSES", 2)
+    monkeypatch.setattr(linear, "PASS_BYTES", 40_000)
+    name, dtype = request.param.split()
+    if not can_pack(torch.empty(1, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)):
+        pytest.skip("this dtype is not packed here")
+    return lambda: load_model(folders.get(name, name), dtype=dtype)
+
+
+def waiting(loaded) -> int:
+    return sum(layer.waits for layer in loaded.model.modules() if isinstance(layer, PackedLinear))
+
+
+def ids_of(video, question, n=12) -> list[int]:
+    """The tokens of an answer, drawn: they change where a number does."""
+    made = video.ask(question, max_new_tokens=n, temperature=1.0, seed=1)
+    assert made.text is not None
+    return made.ids
+
+
+def packed_answers(load) -> list[list[int]]:
+    """The answers of a model that is packed from the beginning."""
+    loaded = load()
+    pack_waiting(loaded.model)
+    video = VideoQA(loaded, budget=0.25).encode(CLIP)
+    return [ids_of(video, question) for question in QUESTIONS]
+
+
+def test_answers_are_the_same_however_many_were_asked_before(load):
+    want = packed_answers(load)
+    for first in range(len(QUESTIONS)):
+        loaded = load()
+        assert (before := waiting(loaded)) and not loaded.packing.seconds
+        qa = VideoQA(loaded, budget=0.25)
+        video = qa.encode(CLIP)
+        for number in [*range(first, len(QUESTIONS)), *range(first)]:
+            assert ids_of(video, QUESTIONS[number]) == want[number]
+        assert [ids_of(qa.encode(CLIP), question) for question in QUESTIONS] == want
+        assert waiting(loaded) < before and loaded.packing.seconds
+        pack_waiting(loaded.model)
+        assert [ids_of(video, question) for question in QUESTIONS] == want
+
+
+def test_the_beginning_of_an_answer_does_not_depend_on_its_length(load):
+    (want, *_) = packed_answers(load)
+    for n in (1, 2, 3, 5):
+        assert ids_of(VideoQA(load(), budget=0.25).encode(CLIP), QUESTIONS[0], n) == want[:n]
+
+
+def test_an_interruption_while_layers_are_packed(load, monkeypatch):
+    want, reorder = packed_answers(load), linear._packed
+    for moment in (1, 4, 9):
+        loaded, calls = load(), []
+        video = VideoQA(loaded, budget=0.25).encode(CLIP)
+
+        def interrupted(weight, moment=moment, calls=calls):
+            calls.append(weight)
+            if len(calls) == moment:
+                raise KeyboardInterrupt
+            return reorder(weight)
+
+        monkeypatch.setattr(linear, "_packed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            for question in QUESTIONS:
+                ids_of(video, question)
+        monkeypatch.setattr(linear, "_packed", reorder)
+        assert waiting(loaded)
+        assert [ids_of(video, question) for question in QUESTIONS] == want
+        pack_waiting(loaded.model)
+        assert [ids_of(video, question) for question in QUESTIONS] == want
+
+
+def test_threads_that_ask_while_layers_are_packed(load):
+    want, loaded = packed_answers(load), load()
+    videos = [VideoQA(loaded, budget=0.25).encode(CLIP) for _ in QUESTIONS]
+    with ThreadPoolExecutor(len(videos)) as pool:
+        for _ in range(2):
+            assert list(pool.map(ids_of, videos, QUESTIONS)) == want

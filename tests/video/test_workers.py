@@ -1,0 +1,116 @@
+"""Work side by side: results in order, whatever the threads do."""
+
+import threading
+import time
+from contextlib import closing, contextmanager
+
+import pytest
+
+from evoprune.video.readers import ffmpeg
+from evoprune.video.readers.workers import in_order
+
+
+class Tools:
+    """Makes `count` items of each job; `before(job, number)` is called before each item."""
+
+    def __init__(self, count=3, before=lambda job, number: None):
+        self.count, self.before = count, before
+        self.entered, self.left, self.made = [], [], []
+
+    @contextmanager
+    def __call__(self):
+        self.entered.append(threading.current_thread())
+        try:
+            yield self.work
+        finally:
+            self.left.append(threading.current_thread())
+
+    def work(self, job):
+        for number in range(self.count):
+            self.before(job, number)
+            self.made.append((job, number))
+            yield job, number
+
+
+def everything(jobs, count=3):
+    return [(job, number) for job in range(jobs) for number in range(count)]
+
+
+def left_over():
+    return [thread for thread in threading.enumerate() if thread.name == "evoprune-read"]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 50])
+@pytest.mark.parametrize("room", [1, 4, 100])
+def test_items_come_in_the_order_of_the_jobs(threads, room):
+    tools = Tools(before=lambda job, number: time.sleep(0.002 * (7 * job % 5)))
+    assert list(in_order(range(12), tools, threads, room)) == everything(12)
+    assert len(tools.entered) == len(tools.left) <= min(threads, 12)
+    assert not left_over()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_a_job_raises_comes_after_all_items_before_it(threads):
+    def fail(job, number):
+        if (job, number) == (2, 1):
+            raise ZeroDivisionError
+        time.sleep(0.01 * (job < 2))
+
+    got = []
+    with pytest.raises(ZeroDivisionError):
+        for item in in_order(range(6), Tools(before=fail), threads, 100):
+            got.append(item)
+    assert got == [*everything(2), (2, 0)]
+    assert not left_over()
+
+
+def test_tools_that_fail_are_the_failure_of_their_job():
+    @contextmanager
+    def broken():
+        raise OSError("gone")
+        yield
+
+    with pytest.raises(OSError, match="gone"):
+        list(in_order(range(6), broken, 3, 100))
+
+
+def test_closing_ends_the_threads_wherever_they_are():
+    begun = threading.Event()
+
+    def slow(job, number):
+        begun.set()
+        for _ in range(1000 if job else 0):
+            time.sleep(0.01)
+            ffmpeg.alive()
+
+    start = time.monotonic()
+    with closing(in_order(range(6), Tools(before=slow), 3, 100)) as items:
+        assert next(items) == (0, 0)
+        begun.wait()
+    assert time.monotonic() - start < 5
+    assert not left_over()
+
+
+def test_no_more_wait_for_their_turn_than_there_is_room():
+    release = threading.Event()
+    tools = Tools(count=20, before=lambda job, number: release.wait() if job == 0 else None)
+    items = in_order(range(4), tools, 4, 5)
+    threading.Timer(0.3, lambda: (seen.append(len(tools.made)), release.set())).start()
+    seen = []
+    assert list(items) == everything(4, 20)
+    assert 5 <= seen[0] <= 5 + 3  # each of the others holds one in its hands
+
+
+def test_a_thread_that_lives_does_not_hide_one_that_hangs(monkeypatch):
+    signs, release = [], threading.Event()
+    monkeypatch.setattr(ffmpeg, "report_alive", lambda: signs.append(time.monotonic()))
+
+    def hang(job, number):
+        if job == 0:
+            release.wait()  # without a sign of life
+        ffmpeg.alive()
+
+    start = time.monotonic()
+    threading.Timer(2.0, release.set).start()
+    assert list(in_order(range(3), Tools(count=500, before=hang), 2, 10**6)) == everything(3, 500)
+    assert not [sign for sign in signs if 0.9 < sign - start < 1.9]
