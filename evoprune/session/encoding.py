@@ -23,7 +23,7 @@ from evoprune.model.cost import Clock
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache, Entry, content_hash, own_code
 from evoprune.session.options import SamplingOptions
-from evoprune.session.patches import PATIENCE_S, Piece, Reading, content_key, patch_bytes
+from evoprune.session.patches import PATIENCE_S, KeptPatches, Piece, content_key, patch_bytes
 from evoprune.session.planning import TEXT, chunk_bytes, fitting_chunks, plan_input
 from evoprune.session.report import Encoding
 from evoprune.session.session import Session
@@ -107,7 +107,7 @@ class OpenInput:
         self.cores = self.session.loaded.cores  # for reading; None for all that this process may use
         self._begun: Iterator[Piece] | None = None
         self._key: Hashable | None = None
-        self._reading: Reading | None = None  # the patches, where they are kept
+        self._held: KeptPatches | None = None  # the patches, where they are kept
         self._closed, self._lock = False, threading.Lock()
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
@@ -140,17 +140,17 @@ class OpenInput:
     def read(self) -> None:
         """Reads all of it where it is kept, and else nothing. For another thread than the one that encodes, which may begin."""
         self._early = True
-        if self.stored is None and (reading := self._kept()):
-            reading.wait()
+        if self.stored is None and (held := self._kept()):
+            held.wait()
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            reading, self._reading = self._reading, None
+            held, self._held = self._held, None
         self._begun = None
         self._open.close()
-        if reading:
-            self.session.loaded.patches.close(self._key, reading)
+        if held:
+            self.session.loaded.patches.close(self._key, held)
 
     def encode(self, progress: Progress | None = None, chunks: Sequence[int] | None = None) -> Encoding:
         """Reads, preprocesses and encodes it.
@@ -225,17 +225,17 @@ class OpenInput:
             if progress:
                 progress("encode", piece.frames, self.plan.sampling.frames)
 
-    def _kept(self) -> Reading | None:
+    def _kept(self) -> KeptPatches | None:
         """The patches where they are kept; they are read from now on, unless they are there."""
         with self._lock:
-            if self._reading is None and self.shares and self.threaded and not self._closed:
+            if self._held is None and self.shares and self.threaded and not self._closed:
                 plan, device = self.plan, self.session.device
                 limits = self.session.loaded.limits[plan.kind]
                 self._key = content_key(plan, limits, device)
                 if self._key is not None:
                     size = patch_bytes(plan, limits)
-                    self._reading = self.session.loaded.patches.open(self._key, size, device, self._prepared)
-            return self._reading
+                    self._held = self.session.loaded.patches.open(self._key, size, device, self._prepared)
+            return self._held
 
     def _start(self) -> Iterator[Piece]:
         self._open.close()  # of an earlier pass

@@ -34,7 +34,7 @@ class Piece:
     moved: bool = False
 
 
-class Reading:
+class KeptPatches:
     """All pieces of one input, which a thread makes. Each iteration yields all of them, also while more are made.
 
     An iteration raises whatever making a piece has raised, after the pieces before it. `PatchStore` opens and closes it.
@@ -102,42 +102,42 @@ class PatchStore:
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES):
         self.limit_bytes = limit_bytes
-        self._readings: OrderedDict[Hashable, Reading] = OrderedDict()
+        self._entries: OrderedDict[Hashable, KeptPatches] = OrderedDict()
         self._lock = threading.Lock()
 
     def open(
         self, key: Hashable, size: int, device: torch.device, pieces: Callable[[], Generator[Piece, None, None]]
-    ) -> Reading | None:
+    ) -> KeptPatches | None:
         """The patches of this key, which are there or being read, or which `pieces` reads from now on; to be closed.
 
         None where they cannot be kept: they are too large, or memory on `device` is short. `size`: their bytes.
         """
         with self._lock:
-            if key not in self._readings:
+            if key not in self._entries:
                 if size > self.limit_bytes:
                     return None
                 available, used = available_memory(str(device)), sum(each.bytes for each in self._used)
                 if available is not None and SHARE * (used + size) > available:
                     self._drop_unused(0)
                     return None
-                self._readings[key] = Reading(pieces(), size)
-            reading = self._readings[key]
-            reading.users += 1
-            return reading
+                self._entries[key] = KeptPatches(pieces(), size)
+            kept = self._entries[key]
+            kept.users += 1
+            return kept
 
-    def close(self, key: Hashable, reading: Reading) -> None:
+    def close(self, key: Hashable, kept: KeptPatches) -> None:
         """Counts one user less. What nobody uses is kept if it is complete; else its thread ends."""
         with self._lock:
-            reading.users -= 1
-            if reading.users:
+            kept.users -= 1
+            if kept.users:
                 return
-            if reading.complete:
-                self._readings.move_to_end(key)
+            if kept.complete:
+                self._entries.move_to_end(key)
                 self._drop_unused(self.limit_bytes)
             else:
-                del self._readings[key]
-        if not reading.complete:
-            reading.stop()
+                del self._entries[key]
+        if not kept.complete:
+            kept.stop()
 
     def clear(self) -> bool:
         """Frees what nobody uses; whether there was anything."""
@@ -148,18 +148,18 @@ class PatchStore:
         return freed
 
     @property
-    def _used(self) -> list[Reading]:
-        return [reading for reading in self._readings.values() if reading.users]
+    def _used(self) -> list[KeptPatches]:
+        return [kept for kept in self._entries.values() if kept.users]
 
     def _drop_unused(self, limit_bytes: int) -> bool:
         """Drops the least recently used beyond a limit; whether there were any."""
-        unused = [(key, reading) for key, reading in self._readings.items() if not reading.users]
-        total = sum(reading.bytes for _, reading in unused)
+        unused = [(key, kept) for key, kept in self._entries.items() if not kept.users]
+        total = sum(kept.bytes for _, kept in unused)
         dropped = False
-        for key, reading in unused:
+        for key, kept in unused:
             if total > limit_bytes or not limit_bytes:
-                del self._readings[key]
-                total -= reading.bytes
+                del self._entries[key]
+                total -= kept.bytes
                 dropped = True
         return dropped
 

@@ -321,4 +321,4 @@ def test_each_video_is_read_once_for_all_candidates(saved, monkeypatch, idle):
     run.run()
     assert read == [videos[0], videos[2]]
     assert run.document()["videos"] == {"wanted": 3, "answered": 2, "failed": 1}
-    assert len(run.loaded.patches._readings) == 1
+    assert len(run.loaded.patches._entries) == 1

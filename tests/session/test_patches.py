@@ -111,7 +111,7 @@ def test_damage_is_told_each_time(loaded, read, monkeypatch, tmp_path):
 def test_what_cannot_be_kept_is_read_again(loaded, read, monkeypatch, why):
     qa = VideoQA(loaded, budget=0.5)
     qa.encode(CLIP, frames=4)
-    assert len(loaded.patches._readings) == 1
+    assert len(loaded.patches._entries) == 1
     if why == "memory is short":
         monkeypatch.setattr(patches, "available_memory", lambda device: 2**20)
     else:
@@ -119,7 +119,7 @@ def test_what_cannot_be_kept_is_read_again(loaded, read, monkeypatch, why):
     for _ in range(2):
         qa.encode(CLIP, frames=8)
     assert len(read) == 3
-    assert why == "too large" or not [each for each in loaded.patches._readings.values() if each.users]
+    assert why == "too large" or not [each for each in loaded.patches._entries.values() if each.users]
 
 
 def test_what_shows_other_frames_is_not_kept(loaded, read):
@@ -145,7 +145,7 @@ def test_a_failure_is_not_kept(loaded, read, monkeypatch):
     qa = VideoQA(loaded, budget=0.5)
     with pytest.raises(VideoError, match="gone"):
         qa.encode(CLIP, frames=4)
-    assert not loaded.patches._readings
+    assert not loaded.patches._entries
     monkeypatch.setattr(encoding, "patches_of", real)
     assert qa.encode(CLIP, frames=4).report.sampling.frames == 4
 
@@ -181,9 +181,9 @@ def test_the_least_recently_used_goes_first():
         assert [piece.frames for piece in held[key]] == [0, 1, 2] == [piece.frames for piece in held[key]]
     for key in "bac":  # in use they are all there
         store.close(key, held[key])
-    assert list(store._readings) == ["a", "c"]
+    assert list(store._entries) == ["a", "c"]
     assert store.open("a", 40, CPU, lambda: pytest.fail("made anew")) is held["a"]
-    assert store.clear() and list(store._readings) == ["a"] and not store.clear()
+    assert store.clear() and list(store._entries) == ["a"] and not store.clear()
     assert store.open("d", 101, CPU, pieces) is None
 
 
@@ -196,7 +196,7 @@ def test_two_users_share_what_is_being_read():
     gate.set()
     assert len(list(second)) == 3
     store.close("a", second)
-    assert store._readings["a"] is second
+    assert store._entries["a"] is second
 
 
 def test_what_nobody_needs_any_more_ends():
@@ -204,7 +204,7 @@ def test_what_nobody_needs_any_more_ends():
     reading = store.open("a", 40, CPU, lambda: pieces(10**9, gate=gate))
     threading.Timer(0.05, gate.set).start()
     store.close("a", reading)
-    assert not store._readings and not reading.complete
+    assert not store._entries and not reading.complete
     until = time.monotonic() + 10
     while threading.active_count() > before:
         assert time.monotonic() < until
