@@ -82,7 +82,7 @@ def batch(
     """Ask many questions about many videos: one JSON line each.
 
     A line is the record of `ask --json` with the row's id. The model is loaded once, a video encoded once for all its questions,
-    and the next one read meanwhile. A row that fails has a record with `error`, and the others go on; the exit code is then 6.
+    and the next ones are read meanwhile. A row that fails has a record with `error`, and the others go on; the exit code is then 6.
     Needs -m or EVOPRUNE_MODEL.
 
     \b
@@ -133,7 +133,7 @@ def batch(
             show("connecting to Ray")
             answers = answers_on_ray(spans, settings, address=address, cache=cache, on_ready=ready)
         else:
-            answers = _answers(spans, settings, cache, quiet, show, ready)
+            answers = _answers(spans, settings, cache, quiet, show, ready, tally.wait)
         with closing(answers) as records:
             for record in records:
                 sources.check_revision(record.model.revision)
@@ -146,8 +146,11 @@ def batch(
     return SOME_FAILED if tally.failed else 0
 
 
-def _answers(spans, settings, cache: bool, quiet: bool, show, ready):
-    """The records of rows that are answered in this process; `ready` is called when the model is loaded."""
+def _answers(spans, settings, cache: bool, quiet: bool, show, ready, on_wait):
+    """The records of rows that are answered in this process; `ready` is called when the model is loaded.
+
+    `on_wait`: called with seconds in which reading was waited for.
+    """
     from evoprune.session.ahead import FIRST, Ahead
 
     show("loading model")
@@ -160,7 +163,7 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready):
         qa = settings.load(partial(show, "quantizing"))
         note_model(qa.session, settings.generation, quiet)
         ready()
-        yield from answers(qa, spans, settings, Cache() if cache else None, print_traceback, ahead)
+        yield from answers(qa, spans, settings, Cache() if cache else None, print_traceback, on_wait, ahead)
 
 
 def _rows(
@@ -225,12 +228,17 @@ class Tally:
         self._file: RecordFile | None = None
         self._warnings: dict[str, dict[str | None, VideoFacts]] = {}  # by name, the videos that have it by path
         self._last_failure, self._cut = "", 0  # `_cut`: answers that -n cut
+        self._waited_s: float | None = None  # for reading; None where that is unknown, as on a Ray cluster
 
     def start(self, file: "RecordFile", left: int, show) -> None:
         """The model is loaded, and `left` rows have no answer yet. `show`: see `terminal.progress`."""
         self._file, self._before, self._show = file, self._total - left, show
         self._begun = self._reported = time.monotonic()
         show(self._line(self._before))
+
+    def wait(self, seconds: float) -> None:
+        """Counts time in which the model waited for a video to be read."""
+        self._waited_s = (self._waited_s or 0.0) + seconds
 
     def add(self, record: Report) -> None:
         """Counts a record that is already in the file."""
@@ -271,7 +279,8 @@ class Tally:
         new, seconds = self._file.written, time.monotonic() - self._begun
         done, failed = self._before + new - self.failed, self._failed()
         before = f", {self._before:,} of them before" if self._before else ""
-        took = f": {clock(seconds)}, {pace(new, seconds)}" if new else ""
+        waited = "" if self._waited_s is None else f"; waited {clock(self._waited_s)} for reading"
+        took = f": {clock(seconds)}, {pace(new, seconds)}{waited}" if new else ""
         tell(f"{done:,} of {counted(self._total, 'row')} answered{before}{failed}{took}")
         if self._cut:
             tell(f"{counted(self._cut, 'answer')} may be incomplete: -n (max_new_tokens) allows no more tokens")

@@ -19,7 +19,7 @@ from evoprune.bench.agreement import agreement, reference
 from evoprune.bench.eval import Cost
 from evoprune.bench.processes import map_in_processes
 from evoprune.bench.questions import grade
-from evoprune.bench.shared import SharedFrames, SharedInput, SharedRows
+from evoprune.bench.shared import SharedInput, SharedRows
 from evoprune.bench.tune import Candidate, candidates
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
@@ -45,10 +45,10 @@ def start(model: ModelOptions, folder: str):
 def lines_of(loaded, folder: Path, clip: ClipName) -> list[dict]:
     """A line of the full answers, then one a setting."""
     with demo_video(clip, folder) as video:
-        frames, rows, references, made = SharedFrames(), SharedRows(), [], []
+        rows, references, made = SharedRows(), [], []
         for setting in (FULL, *settings()):
             session = Session(loaded, PruneOptions(setting.budget, setting.method, seed=clip.seed).config())
-            kind = partial(SharedInput, shared_frames=frames, shared_rows=rows)
+            kind = partial(SharedInput, shared_rows=rows)
             with closing(open_inputs(session, [video.path], kind=kind)) as opened:
                 encoded = opened.encode()
             cost, answers = Cost(loaded, encoded), []

@@ -13,6 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 
+from evoprune.session import encoding
+from evoprune.session.patches import content_key
 from tests.process_state import differences, process_state
 from tests.tiny import save_tiny
 
@@ -69,6 +71,12 @@ def the_process_stays_as_it_was():
             del before[name]
     changed = differences(before, process_state())
     assert not changed, "\n".join(changed)
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_read_before(monkeypatch):
+    """A model that several tests share keeps patches, but no test finds those that another one has read."""
+    monkeypatch.setattr(encoding, "content_key", lambda *what: (monkeypatch, content_key(*what)))
 
 
 @pytest.fixture(scope="session")

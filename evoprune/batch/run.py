@@ -1,6 +1,6 @@
-"""Many questions about many videos; meanwhile the first chunks of the next video are read and preprocessed."""
+"""Many questions about many videos; meanwhile the next ones are read (session/read_ahead.py)."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,8 @@ from evoprune.report import Report, name_inputs
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache
-from evoprune.session.encoding import OpenInputs, open_inputs, prefetched
+from evoprune.session.encoding import OpenInputs, open_inputs
+from evoprune.session.read_ahead import ReadAhead
 from evoprune.video_qa import VideoQA
 
 T = TypeVar("T")
@@ -26,35 +27,29 @@ def answers(
     settings: Settings,
     cache: Cache | None = None,
     on_failure: Callable[[Exception], None] = lambda problem: None,
+    on_wait: Callable[[float], None] = lambda seconds: None,
     ahead: Ahead | None = None,
 ) -> Iterator[Report]:
     """A record for every row, as they are answered. A row that fails has a record with an error, and the others go on.
 
-    `ahead`: what may have read the first inputs already.
+    `on_wait`: called after each encoding with the seconds that it has waited for reading and preprocessing. `ahead`: what may have
+    read the first inputs already.
     """
-    with closing(prefetched(_prepared(qa, spans, settings, cache, ahead), depth=1)) as prepared:
+
+    def opened(span: Span, cores: int | None) -> OpenInputs:
+        first, sampling = span.rows[0], replace(settings.sampling, **span.sampling)
+        given = {"names": first.inputs, "cache": cache, "ahead": ahead}
+        inputs = open_inputs(qa.session, first.paths, sampling, **given)
+        inputs.use_cores(cores)
+        inputs.begin()
+        return inputs
+
+    before = 0.0
+    with closing(ReadAhead(spans, opened, qa.loaded)) as prepared:
         for span, inputs in prepared:
-            yield from _asked(span, inputs, settings, on_failure)
-
-
-def _prepared(
-    qa: VideoQA, spans: Iterable[Span], settings: Settings, cache: Cache | None, ahead: Ahead | None
-) -> Generator[tuple[Span, OpenInputs | Exception], None, None]:
-    """Every span with its first chunks read, or with the exception that prevents it."""
-    for span in spans:
-        try:
-            first, sampling = span.rows[0], replace(settings.sampling, **span.sampling)
-            given = {"names": first.inputs, "cache": cache, "ahead": ahead}
-            inputs = open_inputs(qa.session, first.paths, sampling, **given)
-            inputs.begin()
-        except Exception as problem:
-            yield span, problem
-            continue
-        try:
-            yield span, inputs
-        except GeneratorExit:  # the consumer may have stopped before it took the inputs
-            inputs.close()
-            raise
+            on_wait(prepared.waited_s - before)
+            before = prepared.waited_s
+            yield from _asked(span, inputs, settings, on_failure, on_wait)
 
 
 def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Report:
@@ -71,13 +66,20 @@ def _named(report: Report, row: Row, settings: Settings) -> Report:
 
 
 def _asked(
-    span: Span, inputs: OpenInputs | Exception, settings: Settings, on_failure: Callable[[Exception], None]
+    span: Span,
+    inputs: OpenInputs | Exception,
+    settings: Settings,
+    on_failure: Callable[[Exception], None],
+    on_wait: Callable[[float], None],
 ) -> Iterator[Report]:
     def encode() -> EncodedInputs:
         if isinstance(inputs, Exception):
             raise inputs
-        with closing(inputs):
-            return inputs.encode()
+        try:
+            with closing(inputs):
+                return inputs.encode()
+        finally:
+            on_wait(inputs.waited_s)
 
     def answered(row: Row) -> Report:
         encoded.last_question = row is span.rows[-1]

@@ -26,14 +26,7 @@ from evoprune.bench.eval_folder import SIZE_RULE, RunFolder
 from evoprune.bench.processes import map_in_processes
 from evoprune.bench.questions import VideoQuestions, grade, of_groups
 from evoprune.bench.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
-from evoprune.bench.shared import (
-    GreyInput,
-    SharedFrames,
-    SharedInput,
-    SharedRows,
-    after_tower_below,
-    after_tower_note,
-)
+from evoprune.bench.shared import GreyInput, SharedInput, SharedRows, after_tower_below, after_tower_note
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.methods.plans import parse_budget_or_name, plain
 from evoprune.methods.types import generator_seed
@@ -41,7 +34,7 @@ from evoprune.model.cost import prefill_flop, shortage, stretched, tower_flop
 from evoprune.report import Report
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
-from evoprune.session.encoding import open_inputs
+from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.loading.find import FoundModel, describe_model, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, threads_of_each
 from evoprune.session.options import (
@@ -52,6 +45,7 @@ from evoprune.session.options import (
     SamplingOptions,
     record,
 )
+from evoprune.session.read_ahead import ReadAhead
 from evoprune.session.session import Session, check_fits
 from evoprune.util import OPTION, counted
 from evoprune.video.info import NO_SUBTITLES, input_state
@@ -230,10 +224,7 @@ class Evaluation:
             model = replace(model, threads=threads_of_each(model.threads, processes))
             results = map_in_processes(partial(_start, replace(self.settings, model=model)), missing, processes)
         else:
-            results = (
-                self.evaluate(video, lambda what, at=number: progress(f"video {at} of {self.total}: {what}"))
-                for number, video in enumerate(missing, len(done) + 1)
-            )
+            results = self._reading_ahead(missing, progress)
         with closing(results):
             for number, samples in enumerate(results, len(done) + 1):
                 if processes > 1:
@@ -242,34 +233,69 @@ class Evaluation:
                     self.folder.add(samples)
                 self.samples += samples
 
-    def evaluate(self, video: VideoQuestions, progress: Progress = lambda what: None) -> list[dict]:
-        """The samples of a video, variant after variant; if it fails, one with an `error` for each question."""
+    def _reading_ahead(self, videos: Sequence[VideoQuestions], progress: Progress) -> Iterator[list[dict]]:
+        """The samples of video after video; meanwhile the next ones are read."""
+        first = self.total - len(videos) + 1
+        with closing(ReadAhead(videos, self._opened, self.loaded)) as ahead:
+            for number, (video, opened) in enumerate(ahead, first):
+                yield self.evaluate(
+                    video, lambda what, at=number: progress(f"video {at} of {self.total}: {what}"), opened
+                )
+
+    def _opened(self, video: VideoQuestions, cores: int | None) -> OpenInputs:
+        """All parts of a video that questions are about, as the first variant looks at them: what is read ahead."""
+        parts = [self._open(self.variants[0], video, span) for span in group_by_span(video.rows)]
+        inputs = OpenInputs(parts[0].session, [opened for part in parts for opened in part.inputs])
+        inputs.use_cores(cores)
+        return inputs
+
+    def evaluate(
+        self,
+        video: VideoQuestions,
+        progress: Progress = lambda what: None,
+        opened: OpenInputs | Exception | None = None,
+    ) -> list[dict]:
+        """The samples of a video, variant after variant; if it fails, one with an `error` for each question.
+
+        `opened`: what `_opened` has made of it, or raised. Its patches stay in memory for all variants until they are done.
+        """
         samples: list[dict] = []
         files = _state(video)
         try:
+            if isinstance(opened, Exception):
+                raise opened
             for span in group_by_span(video.rows):
-                frames, rows = SharedFrames(self.ahead), SharedRows()
+                rows = SharedRows()
                 for variant in self.variants:
                     progress(variant.name)
-                    samples += [sample | {"files": files} for sample in self._asked(variant, video, span, frames, rows)]
+                    samples += [sample | {"files": files} for sample in self._asked(variant, video, span, rows)]
         except (UsageError, VideoError, ModelError, OutOfMemory) as problem:
             error = error_record(problem)
             return [_about(video, row) | {"error": error} for row in video.rows]
+        finally:
+            if isinstance(opened, OpenInputs):
+                opened.close()
         return samples
 
-    def _asked(
-        self, variant: Variant, video: VideoQuestions, span: Span, frames: SharedFrames, rows: SharedRows
-    ) -> Iterator[dict]:
+    def _session(self, variant: Variant, video: VideoQuestions) -> Session:
         settings = self.settings
         seed = crc32(video.name.encode("utf-8", "surrogateescape"), generator_seed(settings.seed))
         args = settings.method_args if variant.row == METHOD else {}
         options = PruneOptions(budget=variant.budget, method=variant.method, method_args=args, seed=seed)
-        session = Session(self.loaded, options.config())
-        kind = GreyInput if variant.row == BLIND else partial(SharedInput, shared_frames=frames, shared_rows=rows)
-        sampling = replace(settings.sampling, **span.sampling)
-        given = {"names": [video.name], "kind": kind, "ahead": frames.ahead}
-        with closing(open_inputs(session, [video.path], sampling, **given)) as opened:
-            encoded = opened.encode()
+        return Session(self.loaded, options.config())
+
+    def _open(self, variant: Variant, video: VideoQuestions, span: Span, rows: SharedRows | None = None) -> OpenInputs:
+        """`rows`: of all variants; None for what is only to be read."""
+        kind = OpenInput if rows is None else partial(SharedInput, shared_rows=rows)
+        kind = GreyInput if variant.row == BLIND else kind
+        sampling = replace(self.settings.sampling, **span.sampling)
+        given = {"names": [video.name], "kind": kind, "ahead": self.ahead}
+        return open_inputs(self._session(variant, video), [video.path], sampling, **given)
+
+    def _asked(self, variant: Variant, video: VideoQuestions, span: Span, rows: SharedRows) -> Iterator[dict]:
+        settings = self.settings
+        with closing(self._open(variant, video, span, rows)) as opened:
+            encoded, session = opened.encode(), opened.session
         cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
         for row in span.rows:
             encoded.last_question = row is span.rows[-1]

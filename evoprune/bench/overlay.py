@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from typing import ClassVar
 
 import av
 import numpy as np
@@ -118,6 +119,8 @@ class TracedVideo:
 
 class _TracedInput(OpenInput):
     """Keeps its frames, as the encoder reads them, and its rows."""
+
+    shares: ClassVar[bool] = False  # it needs each frame
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         self.shown = []  # anew where memory was short and the encoder begins anew

@@ -1,9 +1,9 @@
-"""What the variants of one evaluated video share: its frames, and the encoder's rows where they give the tower the same work."""
+"""What the variants of one evaluated video share: the encoder's rows where they give the tower the same work."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -11,10 +11,8 @@ import torch
 from evoprune.methods.config import PruneConfig
 from evoprune.methods.plans import EncoderPlan, SetAside
 from evoprune.model.cost import Clock
-from evoprune.session.ahead import Ahead
-from evoprune.session.encoding import OpenInput, reading
-from evoprune.video.frames import FrameChunk, frames_at_once, read_frames
-from evoprune.video.info import Video
+from evoprune.session.encoding import OpenInput
+from evoprune.video.frames import FrameChunk, frames_at_once
 from evoprune.vision.encoder import EncodedRows, encode_rows
 
 # Encodings held: enough for the selectors behind `reuse`, which need attention, keys, both or nothing, at three budgets, whatever
@@ -34,29 +32,6 @@ def after_tower_note(below: int) -> str:
     return (
         f"inputs of fewer than {below:,} visual tokens were pruned after the tower alone, as inner=auto has it on a GPU"
     )
-
-
-class SharedFrames:
-    """Frames that are read once. `ahead`: what may have read them already."""
-
-    def __init__(self, ahead: Ahead | None = None):
-        self.ahead = ahead
-        self._held: dict[tuple, list[FrameChunk]] = {}
-
-    def read(self, info: Video, times_s: Sequence[float], **options) -> Iterator[FrameChunk]:
-        """As `read_frames`. Frames that come in several chunks are too large to hold, and are read again each time."""
-        key = (tuple(times_s), *sorted(options.items()))
-        if key in self._held:
-            yield from self._held[key]
-            return
-        chunks = []
-        source = self.ahead.read_frames if self.ahead else read_frames
-        with closing(source(info, times_s, **options)) as read:
-            for chunk in read:
-                chunks = [*chunks, replace(chunk, hidden_s=0.0)][:2]
-                yield chunk
-        if len(chunks) == 1:
-            self._held[key] = chunks
 
 
 class SharedRows:
@@ -89,25 +64,19 @@ class SharedRows:
 
 @dataclass(eq=False)
 class SharedInput(OpenInput):
-    """An input with shared frames, and shared rows if there are any."""
+    """An input with shared rows."""
 
-    shared_frames: SharedFrames
-    shared_rows: SharedRows | None = None
-
-    def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
-        plan = self.plan
-        given = plan.source, plan.sampling.times_s
-        return self.shared_frames.read(*given, chunk_bytes=chunk_bytes, **reading(self.session, plan))
+    shared_rows: SharedRows
 
     def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
-        if self.shared_rows is None:
-            return super().rows(patches, **options)
         visual = self.session.loaded.model.model.visual
         return self.shared_rows.encode_rows(visual, patches, self.plan.encoder, **options)
 
 
 class GreyInput(OpenInput):
     """Every frame is grey: the size and the length of a video without its content."""
+
+    shares: ClassVar[bool] = False
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         source, times_s = self.plan.source, self.plan.sampling.times_s

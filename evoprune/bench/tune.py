@@ -11,7 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import accumulate, product
@@ -25,15 +25,16 @@ from evoprune import methods
 from evoprune.backend.devices import environment
 from evoprune.bench.agreement import Reference, agreement, reference
 from evoprune.bench.scores import Z95, share_variance, wilson
-from evoprune.bench.shared import SharedFrames, SharedInput, SharedRows, after_tower_below, after_tower_note
+from evoprune.bench.shared import SharedInput, SharedRows, after_tower_below, after_tower_note
 from evoprune.cpu.linear import pack_waiting
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
-from evoprune.session.encoding import open_inputs
+from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.loading.find import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.session.read_ahead import ReadAhead, idle_cores
 from evoprune.session.session import Session, check_fits
 from evoprune.util import counted
 
@@ -275,12 +276,11 @@ class FullAnswers:
 
 
 def encode(
-    session: Session, path: str, sampling: SamplingOptions, frames: SharedFrames, rows: SharedRows | None = None
+    session: Session, path: str, sampling: SamplingOptions, rows: SharedRows | None = None
 ) -> tuple[EncodedInputs, float]:
     """A video, encoded, and the seconds of encoding: also those that shared rows have saved."""
-    kind = partial(SharedInput, shared_frames=frames, shared_rows=rows)
-    given = {"names": [path], "kind": kind, "ahead": frames.ahead}
-    with closing(open_inputs(session, [Path(path)], sampling, **given)) as opened:
+    kind = partial(SharedInput, shared_rows=rows) if rows else OpenInput
+    with closing(open_inputs(session, [Path(path)], sampling, names=[path], kind=kind)) as opened:
         video = opened.encode()
     return video, video.report.time_ms.encode / 1000 + (rows.saved if rows else 0.0)
 
@@ -288,7 +288,8 @@ def encode(
 class Answering:
     """Answers the questions about all videos within `seconds`, by the clock `now`.
 
-    Where answers would take longer they become shorter, then fewer questions are asked, then videos are left out.
+    Where answers would take longer they become shorter, then fewer questions are asked, then videos are left out. The patches of
+    videos that were answered stay in memory until this is closed.
     """
 
     def __init__(
@@ -306,36 +307,56 @@ class Answering:
         self.problems: dict[str, EvopruneError] = {}  # of videos that cannot be read or computed, by path
         self.tokens, self.asked = TOKENS[0], len(questions)  # of an answer, at most; of a video
         self._next_s = 0.0  # that the next video takes
+        self._held: list[OpenInputs] = []  # those of `made`
         self.session, self._sampling, self._questions = session.unpruned(), sampling, questions
         self._seconds, self._now, self._begun = seconds, now, now()
 
     def answer(self, videos: tuple[str, ...], progress: Progress = lambda what: None) -> None:
         """Answers what the time allows, the first readable video in any case. Raises the first problem if there is none."""
-        for number, path in enumerate(videos):
-            if self.made and self._left < self._next_s:
-                return
-            progress(f"answering in full, video {number + 1} of {len(videos)}")
-            try:
-                self.made.append(self._answered(path, len(videos) - number))
-                self._next_s = self.made[-1].took_s if len(self.made) > 1 else self._next_s
-            except (VideoError, ModelError, OutOfMemory) as problem:
-                self.problems[path] = problem
+        loaded = self.session.loaded
+        # What takes cores from the model would falsify the times.
+        ahead = ReadAhead(videos, self._open, loaded) if idle_cores(loaded) else None
+        with closing(ahead) if ahead else nullcontext():
+            for number, path in enumerate(videos):
+                if self.made and self._left < self._next_s:
+                    return
+                progress(f"answering in full, video {number + 1} of {len(videos)}")
+                try:
+                    _, opened = next(ahead) if ahead else (path, self._open(path, loaded.cores))
+                    self.made.append(self._answered(path, opened, len(videos) - number))
+                    self._next_s = self.made[-1].took_s if len(self.made) > 1 else self._next_s
+                except (VideoError, ModelError, OutOfMemory) as problem:
+                    self.problems[path] = problem
         if not self.made:
             raise next(iter(self.problems.values()))
+
+    def close(self) -> None:
+        for opened in self._held:
+            opened.close()
+        self._held.clear()
 
     @property
     def _left(self) -> float:
         return self._seconds - (self._now() - self._begun)
 
-    def _answered(self, path: str, videos: int) -> FullAnswers:
-        """`videos`: how many are to be answered from now on."""
-        start, frames = self._now(), SharedFrames(self._ahead)
-        video, seconds = encode(self.session, path, self._sampling, frames)
+    def _open(self, path: str, cores: int | None) -> OpenInputs:
+        inputs = open_inputs(self.session, [path], self._sampling, ahead=self._ahead)
+        inputs.use_cores(cores)
+        return inputs
+
+    def _answered(self, path: str, opened: OpenInputs | Exception, videos: int) -> FullAnswers:
+        """`opened`: the video, to be read, or why it cannot be. `videos`: how many are to be answered from now on."""
+        if isinstance(opened, Exception):
+            raise opened
+        self._held.append(opened)
+        start = self._now()
+        video, seconds = encode(self.session, path, self._sampling)
+        opened.read()  # finds the patches, and keeps them
         spent = self._now() - start
         if not self.made:
             pack_waiting(self.session.loaded.model)  # or the first answers would be slower than the later ones
             if spent < SLOW * self._seconds:
-                video, seconds = encode(self.session, path, self._sampling, frames)  # the first time also warms up
+                video, seconds = encode(self.session, path, self._sampling)  # the first time also warms up
             self._plan(video, spent, videos)
         references: list[Reference] = []
         fresh = video.with_session(self.session)  # has read no prompt: its first one takes as long as a pruned one's
@@ -494,8 +515,11 @@ class Tuning(Run):
         """
         answers, held = self.answer(progress), {}
         if self._quantizes and self.loaded.quantize == "none":
+            self.answering.close()
+            patches = self.loaded.patches
             self.loaded = self.answering.session = None  # frees the weights
             super().load(lambda done, of: progress(f"quantizing, {done} of {of} layers"))
+            self.loaded.patches = patches
         elif self._quantizes:
             self._problem = "full answers are those of the quantised weights, because memory for the others is missing"
             note(self._problem)
@@ -504,13 +528,13 @@ class Tuning(Run):
 
         def trial(candidate: Candidate, video: int) -> Trial:
             if video not in held:
-                held.clear()  # the frames and rows of the video before
-                held[video] = SharedFrames(), SharedRows()
+                held.clear()  # the rows of the video before
+                held[video] = SharedRows()
             start, full = self._now(), answers[video]
             session = Session(
                 self.loaded, PruneOptions(candidate.budget, candidate.method, seed=self.settings.seed).config()
             )
-            encoded, seconds = encode(session, full.path, self.settings.sampling, *held[video])
+            encoded, seconds = encode(session, full.path, self.settings.sampling, held[video])
             along, pruning = [agreement(given, encoded) for given in full.references], encoded.report.pruning
             return Trial(
                 agree=sum(int(result.agrees.sum()) for result in along),
@@ -527,6 +551,7 @@ class Tuning(Run):
         trials = search(self.known, len(answers), goal, trial, lambda: self.left_s, lambda video: answers[video].took_s)
         for candidate, video in trials:
             progress(f"video {video + 1} of {len(answers)}, {candidate.name}{self._best()}")
+        self.answering.close()
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
         """The results so far, for JSON; `error` is what cut the run short."""

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evoprune.bench.agreement import agreement
-from evoprune.bench.shared import SharedFrames
 from evoprune.bench.tune import BUDGETS, Progress, Run, TuneSettings, encode
 from evoprune.contrib.language import LanguagePlan, layers_before
 from evoprune.contrib.operations import ALL, KEY, PLACE, REST, SCHEMA, Operation, Operations, Recipe, Removed, closed
@@ -155,7 +154,8 @@ class OperationTuning(Run):
         full = Session(self.loaded, PruneOptions(1.0, "none", seed=settings.seed).config())
         for number, answers in enumerate(videos):
             progress(f"encoding video {number + 1} of {len(videos)}")
-            asked.append((encode(full, answers.path, settings.sampling, SharedFrames())[0], answers.references))
+            asked.append((encode(full, answers.path, settings.sampling)[0], answers.references))
+        self.answering.close()
 
         def measure(removed: Removed) -> Loss:
             self._measured += 1

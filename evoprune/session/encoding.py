@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -24,6 +24,7 @@ from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache, Entry, content_hash, own_code
 from evoprune.session.options import SamplingOptions
+from evoprune.session.patches import PATIENCE_S, KeptPatches, Piece, content_key, patch_bytes
 from evoprune.session.planning import TEXT, chunk_bytes, fitting_chunks, plan_input
 from evoprune.session.report import Encoding
 from evoprune.session.session import Session
@@ -39,7 +40,6 @@ Progress = Callable[[str, int, int], None]  # "encode", frames done, in all; the
 T = TypeVar("T")
 
 READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package that each decoder is
-PATIENCE_S = 3.0  # how long closing waits for the item that is being made
 
 
 def prefetched(items: Generator[T, None, None], depth: int = 2) -> Iterator[T]:
@@ -88,9 +88,12 @@ class OpenInput:
     """A video or picture that is being read. To be encoded once, and closed.
 
     `threaded`: whether a thread prepares the next chunks while one is used. Subclasses take frames or rows from elsewhere.
+    `shares`: whether its patches are kept for other inputs, and are perhaps those that another one has read; not where a subclass
+    changes frames, or needs each of them.
     """
 
     threaded: ClassVar[bool] = True
+    shares: ClassVar[bool] = True
     stored: ClassVar[Entry | None] = None
 
     session: Session
@@ -100,29 +103,49 @@ class OpenInput:
     def __post_init__(self):
         self.damaged, self._early, self._open = 0, False, ExitStack()
         self.ahead: Ahead | None = None  # what may have read the frames already
+        self.waited_s = 0.0  # for patches, while they were encoded
         self.other_shape = self.moved = False
         self.read_s: tuple[float, ...] = ()  # times of the frames themselves
-        self._begun: Iterator[tuple[int, torch.Tensor]] | None = None
+        self.cores = self.session.loaded.cores  # for reading; None for all that this process may use
+        self._begun: Iterator[Piece] | None = None
+        self._key: Hashable | None = None
+        self._held: KeptPatches | None = None  # the patches, where they are kept
+        self._closed, self._lock = False, threading.Lock()
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         """What is looked at, as `video.frames.read_frames` yields it."""
         plan, read = self.plan, self.ahead.read_frames if self.ahead else read_frames
-        return read(plan.source, plan.sampling.times_s, chunk_bytes=chunk_bytes, **reading(self.session, plan))
+        how = plan.reading | {"cores": self.cores}
+        return read(plan.source, plan.sampling.times_s, chunk_bytes=chunk_bytes, **how)
 
     def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         """What the tower makes of it. `options`: of `vision.encoder.encode_rows`."""
         return encode_rows(self.session.loaded.model.model.visual, patches, self.plan.encoder, **options)
 
     def begin(self) -> None:
-        """Has the first chunk ready when it returns; a thread goes on to the next two. Raises VideoError. OutOfMemory."""
+        """Starts to read in a thread: all of it where it is kept; else three chunks, of which the first is then ready.
+
+        Raises VideoError or OutOfMemory where that first one fails.
+        """
         self._early = True
-        if self.stored is None:
-            chunks = self._start()
-            self._begun = chain(list(islice(chunks, 1)), chunks)
+        if self.stored is None and self._kept() is None:
+            pieces = self._start()
+            self._begun = chain(list(islice(pieces, 1)), pieces)
+
+    def read(self) -> None:
+        """Reads all of it where it is kept, and else nothing. For another thread than the one that encodes, which may begin."""
+        self._early = True
+        if self.stored is None and (held := self._kept()):
+            held.wait()
 
     def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            held, self._held = self._held, None
         self._begun = None
         self._open.close()
+        if held:
+            self.session.loaded.patches.close(self._key, held)
 
     def encode(self, progress: Progress | None = None, chunks: Sequence[int] | None = None) -> Encoding:
         """Reads, preprocesses and encodes it.
@@ -144,7 +167,7 @@ class OpenInput:
         wanted = pruning.acts and pruning.keep(plan.full.grid) < plan.units
         if plan.kind == PICTURE and rows is None and wanted and len(tokens.kept) == plan.units:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
-        seconds = clock.seconds | self.clock.seconds
+        seconds = clock.seconds | {"preprocess": 0.0} | self.clock.seconds
         plan = replace(plan, read_s=self.read_s, moved=self.moved)
         return Encoding(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
 
@@ -162,17 +185,22 @@ class OpenInput:
         if progress:
             options["on_layer"] = partial(progress, "layers")
         late = pruning.method.reads_question and plan.encoder.prunes
-        for chunk_units in chunks:
-            try:
-                with memory_guard("encode"), closing(self):
-                    rows = self.rows(self._patches(clock, progress), chunk_units=chunk_units, **options)
-                    result = rows if late else select_tokens(rows)
-                break
-            except OutOfMemory as problem:
-                if problem.stage != "encode" or chunk_units == chunks[-1]:
-                    raise
-            empty_cache()
-        clock.seconds["encode"] = clock.now() - start - clock.seconds.pop("wait", 0.0)
+        try:
+            with closing(self):
+                for chunk_units in chunks:
+                    try:
+                        with memory_guard("encode"):
+                            rows = self.rows(self._patches(clock, progress), chunk_units=chunk_units, **options)
+                            result = rows if late else select_tokens(rows)
+                        break
+                    except OutOfMemory as problem:
+                        if problem.stage != "encode" or chunk_units == chunks[-1]:
+                            raise
+                    loaded.patches.clear()
+                    empty_cache()
+        finally:
+            self.waited_s = clock.seconds.pop("wait", 0.0)
+        clock.seconds["encode"] = clock.now() - start - self.waited_s
         if self.damaged:
             warnings.append("damaged_video")
         if self.other_shape and "changing_size" not in warnings:  # a part that probing did not meet
@@ -180,30 +208,45 @@ class OpenInput:
         return result, "off"
 
     def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
+        """All patches, once more in each pass."""
         begun, self._begun = self._begun, None
-        for frames_done, patches in clock.each("wait", begun or self._start()):
-            yield patches
-            if progress:
-                progress("encode", frames_done, self.plan.sampling.frames)
-
-    def _start(self) -> Iterator[tuple[int, torch.Tensor]]:
         self.damaged, self.other_shape, self.moved, self.read_s = 0, False, False, ()
-        chunks = self._prepared()
-        return self._open.enter_context(closing(prefetched(chunks) if self.threaded else chunks))
+        for piece in clock.each("wait", begun or self._kept() or self._start()):
+            self.damaged += piece.damaged
+            self.other_shape = self.other_shape or piece.other_shape
+            self.moved = self.moved or piece.moved
+            self.read_s += piece.times_s
+            yield piece.patches
+            if progress:
+                progress("encode", piece.frames, self.plan.sampling.frames)
 
-    def _prepared(self) -> Generator[tuple[int, torch.Tensor], None, None]:
-        """For every chunk, how many frames there were up to its end, and its patches `[rows, values]`, uint8."""
+    def _kept(self) -> KeptPatches | None:
+        """The patches where they are kept; they are read from now on, unless they are there."""
+        with self._lock:
+            if self._held is None and self.shares and self.threaded and not self._closed:
+                plan, device = self.plan, self.session.device
+                limits = self.session.loaded.limits[plan.kind]
+                self._key = content_key(plan, limits, device)
+                if self._key is not None:
+                    size = patch_bytes(plan, limits)
+                    self._held = self.session.loaded.patches.open(self._key, size, device, self._prepared)
+            return self._held
+
+    def _start(self) -> Iterator[Piece]:
+        self._open.close()  # of an earlier pass
+        pieces = self._prepared()
+        return self._open.enter_context(closing(prefetched(pieces) if self.threaded else pieces))
+
+    def _prepared(self) -> Generator[Piece, None, None]:
+        """The patches of each chunk of frames."""
         plan, limits = self.plan, self.session.loaded.limits[self.plan.kind]
         with closing(self.frames(chunk_bytes(self.session, plan))) as chunks:
             for chunk in self.clock.each("read", chunks):
                 self.clock.seconds["read"] += chunk.hidden_s
-                self.damaged += chunk.damaged
-                self.other_shape = self.other_shape or chunk.other_shape
-                self.moved = self.moved or chunk.moved
-                self.read_s += chunk.times_s
                 with self.clock.stage("preprocess"):
                     patches = patches_of(chunk.frames, plan, limits, self.session.device)
-                yield chunk.first + len(chunk.frames), patches
+                done = chunk.first + len(chunk.frames)
+                yield Piece(done, patches, chunk.times_s, chunk.damaged, chunk.other_shape, chunk.moved)
 
 
 @dataclass(eq=False)
@@ -240,11 +283,6 @@ class CachedInput(OpenInput):
         if storable and not self.cache.store(self.key, Entry(result, self.read_s, self.moved)):
             warnings.append("cache_not_written")
         return result, "miss" if self.key else "off"
-
-
-def reading(session: Session, plan: Plan) -> dict[str, Any]:
-    """How `video.frames.read_frames` reads what is looked at."""
-    return plan.reading | {"cores": session.loaded.cores}
 
 
 def entry_key(session: Session, plan: Plan) -> str | None:
@@ -284,8 +322,23 @@ class OpenInputs:
         return all([opened.stored is not None for opened in self.inputs])
 
     def begin(self) -> None:
-        """Reads the first chunk of the first one, while something else is computed. Errors: as of `OpenInput.begin`."""
+        """Starts to read the first one, while something else is computed. Errors: as of `OpenInput.begin`."""
         self.inputs[0].begin()
+
+    def read(self) -> None:
+        """Reads one after the other, all of it where it is kept. Another thread may encode meanwhile."""
+        for opened in self.inputs:
+            opened.read()
+
+    def use_cores(self, cores: int | None) -> None:
+        """Lets reading keep so many cores busy, where it has not begun; None for all that this process may use."""
+        for opened in self.inputs:
+            opened.cores = cores
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that encoding has waited for reading and preprocessing."""
+        return sum(opened.waited_s for opened in self.inputs)
 
     @names_plugins()
     def encode(self, progress: Progress | None = None) -> EncodedInputs:

@@ -141,7 +141,10 @@ def fitting_chunks(session: Session, plan: Plan, other_tokens: int = TEXT) -> li
     prompt = session.prompt_columns(encoder.keep, other_tokens)
     for number, size in enumerate(sizes):
         needed = encoding_bytes(model.config, encoder, max(pair, size), model.dtype.itemsize, prompt)
-        if not (short := shortage(needed, str(model.device))):
+        short = shortage(needed, str(model.device))
+        if short and session.loaded.patches.clear():  # of earlier inputs
+            short = shortage(needed, str(model.device))
+        if not short:
             return sizes[number:]
     frames = f"{counted(plan.sampling.frames, 'frame')} of {plan.width}x{plan.height} pixels"
     kept = f"{frames}, {encoder.keep:,} visual tokens kept"

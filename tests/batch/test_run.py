@@ -168,6 +168,23 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
     assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-prefetch"]
 
 
+def test_a_video_of_several_rows_is_read_once_and_waiting_is_told(qa, monkeypatch):
+    """Alone, with others, and twice in a row."""
+    read, waited = [], []
+
+    def counted(info, times, **how):
+        read.append(info.path)
+        return read_frames(info, times, **how)
+
+    monkeypatch.setattr("evoprune.session.encoding.read_frames", counted)
+    asked = [CLIPS[:1], CLIPS[:2], [CLIPS[1], CLIPS[1], CLIPS[0]], CLIPS[2:]]
+    rows = [Row(str(number), tuple(paths), tuple(paths), "What?") for number, paths in enumerate(asked)]
+    made = list(answers(qa, group_by_span(rows), changed(max_new_tokens=1, frames=4), on_wait=waited.append))
+    assert [report.id for report in made] == ["0", "1", "2", "3"] and not any(report.error for report in made)
+    assert read == CLIPS
+    assert len(waited) == 2 * len(rows) and min(waited) >= 0 < sum(waited)
+
+
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 

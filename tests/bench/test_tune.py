@@ -24,7 +24,7 @@ from evoprune.bench.tune import (
 )
 from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.language.generate import prefill
-from evoprune.session import prompting
+from evoprune.session import encoding, prompting
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
@@ -300,3 +300,25 @@ def test_agreement_does_not_rise_with_kl():
     random = np.random.default_rng(2)
     found = smoothed(random.integers(0, 100, 30), np.full(30, 100), np.arange(30))
     assert (np.diff(found) <= 1e-12).all()
+
+
+@pytest.mark.parametrize("idle", [0, 2])
+def test_each_video_is_read_once_for_all_candidates(saved, monkeypatch, idle):
+    """Ahead where that takes no core from what is measured."""
+    read, real = [], encoding.read_frames
+
+    def counted(info, times_s, **how):
+        read.append(info.path)
+        return real(info, times_s, **how)
+
+    monkeypatch.setattr(encoding, "read_frames", counted)
+    monkeypatch.setattr(tune, "idle_cores", lambda loaded: idle)
+    videos = ("samples/square.mp4", "samples/gone.mp4", "samples/three.mp4")
+    asked = {"videos": videos, "questions": QUESTIONS, "budgets": (0.5, 0.25), "methods": ("random",)}
+    run = Tuning(TuneSettings(**asked, model=ModelOptions(str(saved)), sampling=SamplingOptions(frames=4)))
+    run.load()
+    run.loaded.patches.limit_bytes = 300_000  # of what nobody uses: one of them
+    run.run()
+    assert read == [videos[0], videos[2]]
+    assert run.document()["videos"] == {"wanted": 3, "answered": 2, "failed": 1}
+    assert len(run.loaded.patches._entries) == 1

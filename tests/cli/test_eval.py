@@ -10,6 +10,7 @@ from evoprune.bench import eval as evaluation
 from evoprune.bench.scores import COSTS, score_rows
 from evoprune.errors import OutOfMemory
 from evoprune.methods.plans import PRESETS
+from evoprune.session.encoding import OpenInput
 from evoprune_cli.eval import render as table
 from evoprune_cli.terminal import Terminated
 
@@ -42,9 +43,10 @@ def breaking(monkeypatch, at: int, problem: BaseException):
     shown, real = [], evaluation.open_inputs
 
     def opened(*args, **more):
-        shown.append(args)
-        if len(shown) == at:
-            raise problem
+        if more["kind"] is not OpenInput:  # what is only read ahead
+            shown.append(args)
+            if len(shown) == at:
+                raise problem
         return real(*args, **more)
 
     monkeypatch.setattr(evaluation, "open_inputs", opened)

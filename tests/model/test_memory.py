@@ -211,6 +211,7 @@ def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, tmp_path, threade
     monkeypatch.setattr(encoding.OpenInput, "threaded", threaded)
     qa, used, real = VideoQA(loaded, budget=0.5, method="evs"), [], encoding.encode_rows
     whole = "".join(open_inputs(qa.session, [clip]).encode().ask("What happens?", max_new_tokens=4))
+    loaded.patches.clear()
 
     def encode(*args, chunk_units, **how):
         used.append(chunk_units)

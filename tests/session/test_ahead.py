@@ -20,7 +20,6 @@ from PIL import Image
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import group_by_span, product_rows
 from evoprune.batch.run import answers
-from evoprune.bench.shared import SharedFrames
 from evoprune.errors import ModelError, UsageError, VideoError
 from evoprune.session import ahead as module
 from evoprune.session.ahead import Ahead, expected, read_ahead, regrouped
@@ -572,16 +571,6 @@ def test_a_batch_takes_its_first_videos(demo, read_anew):
         without = without or said
         assert said == without and None not in said
     assert read_anew() == [*(row.video for row in rows), rows[2].video]
-
-
-def test_frames_that_are_shared_come_from_it_too_and_count_once(read_anew):
-    with begun(SQUARE) as ahead:
-        wait_for(lambda: all_read(ahead))
-        info, times, how = ahead._readings[0].request
-        frames = SharedFrames(ahead)
-        first, second = (list(frames.read(info, times, chunk_bytes=2**26, **how)) for _ in range(2))
-        assert first[0].hidden_s > 0 == second[0].hidden_s and first[0].frames is second[0].frames
-        assert read_anew() == []
 
 
 BEFORE_TORCH = """

@@ -302,12 +302,14 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
     assert done == [("encode", n, 16) for n in range(2, 17, 2)] + late
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(2)
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("threaded", [True, False])
-def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, threaded):
-    """Three chunks are ready before it is encoded, one without a thread; none is made twice, or left out."""
+def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, threaded, kept):
+    """What is kept is ready before it is encoded, else three chunks, one without a thread; none is made twice, or left out."""
     monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
     monkeypatch.setattr(OpenInput, "threaded", threaded)
+    monkeypatch.setattr(OpenInput, "shares", kept)
     qa, made = VideoQA(loaded, budget=0.25), []
 
     def counted(*args):
@@ -317,10 +319,14 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, thre
     monkeypatch.setattr("evoprune.vision.preprocess.pixel_patches", counted)
     at_once = qa.encode(LONG)
     chunks, made[:] = len(made), []
+    loaded.patches.clear()
     with closing(open_inputs(qa.session, [LONG])) as video:
         assert made == []
         video.begin()
-        ready, until = 3 if threaded else 1, time.monotonic() + 10
+        ready = 1
+        if threaded:
+            ready = chunks if kept else 3
+        until = time.monotonic() + 10
         while len(made) < ready and time.monotonic() < until:
             time.sleep(0.001)
         time.sleep(0.02)

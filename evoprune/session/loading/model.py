@@ -5,7 +5,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +45,7 @@ from evoprune.session.loading.find import (
     stored_tensors,
 )
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
+from evoprune.session.patches import PatchStore
 from evoprune.util import counted, from_keywords, size
 from evoprune.video.info import VIDEO, Video, world_of
 from evoprune.video.plan import InputLimits
@@ -78,6 +79,9 @@ class LoadedModel:
     load_seconds: dict[str, float]  # of the steps of loading: "tokenizer", "weights" and "prepare"
     packing: Packing  # when layers that wait are packed, and how long that has taken since
     ready: Callable[[], None] = lambda: None  # waits for what was begun beside loading (`_warm_up`)
+    patches: PatchStore = field(
+        default_factory=PatchStore
+    )  # of the latest inputs, for other settings of the same model
 
     def __repr__(self) -> str:
         return f"<LoadedModel {self.id!r} in {self.dtype} on {self.device}>"

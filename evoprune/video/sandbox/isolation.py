@@ -162,6 +162,23 @@ class WorkerProcess:
 
 _idle: list[WorkerProcess] = []
 _lock = threading.Lock()
+_most_idle = MAX_IDLE
+
+
+@contextmanager
+def keep_idle(count: int) -> Iterator[None]:
+    """Keeps up to so many processes while the block runs, which reads as many videos at a time; afterwards `MAX_IDLE` again."""
+    global _most_idle
+    before = _most_idle
+    _most_idle = max(before, count)
+    try:
+        yield
+    finally:
+        _most_idle = before
+        with _lock:
+            ended, _idle[:] = _idle[before:], _idle[:before]
+        for worker in ended:
+            worker.end()
 
 
 def warm_up() -> None:
@@ -191,7 +208,7 @@ def borrow(path: str) -> Iterator[WorkerProcess]:
         yield worker
     finally:
         with _lock:
-            kept = not worker.busy and len(_idle) < MAX_IDLE
+            kept = not worker.busy and len(_idle) < _most_idle
             if kept:
                 _idle.append(worker)
         if not kept:

@@ -69,6 +69,8 @@ def clip_of(qa: VideoQA, path: Path, fps: float):
     held = []
 
     class Kept(OpenInput):
+        shares = False
+
         def frames(self, chunk_bytes):
             for chunk in super().frames(chunk_bytes):
                 held.append(chunk.frames.copy())

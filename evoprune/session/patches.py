@@ -1,0 +1,200 @@
+"""Patches that were read are kept in memory, so that other settings encode the same input without reading it again.
+
+They are uint8: 116 MB for the 24,576 units that an input has at most by default (151 MB in Qwen3-VL). They stay on the device that
+made them.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Hashable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+import torch
+
+from evoprune.backend.devices import available_memory, empty_cache
+from evoprune.video.info import IMAGES, NOTHING_SAID, files
+from evoprune.video.plan import InputLimits, Plan
+
+LIMIT_BYTES = 2**29  # of one input, and of all that nobody uses
+SHARE = 4  # those in use take at most one part in so many of the memory that is available
+PATIENCE_S = 3.0  # how long closing waits for the piece that is being made
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Patches of consecutive frames, and what reading these frames found."""
+
+    frames: int  # of the input, up to the end of these
+    patches: torch.Tensor  # uint8 [rows, values]
+    times_s: tuple[float, ...] = ()  # as of `FrameChunk`, and what follows
+    damaged: int = 0
+    other_shape: bool = False
+    moved: bool = False
+
+
+class KeptPatches:
+    """All pieces of one input, which a thread makes. Each iteration yields all of them, also while more are made.
+
+    An iteration raises whatever making a piece has raised, after the pieces before it. `PatchStore` opens and closes it.
+    """
+
+    def __init__(self, pieces: Generator[Piece, None, None], size: int):
+        self.bytes, self.users, self.complete = size, 0, False
+        self._made: list[Piece] = []
+        self._problem: BaseException | None = None
+        self._ended = self._stopped = False
+        self._changed = threading.Condition()
+        # A daemon thread that hangs does not keep the program from ending.
+        self._thread = threading.Thread(target=self._make, args=(pieces,), name="evoprune-prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Piece]:
+        taken = 0
+        while True:
+            with self._changed:
+                while len(self._made) == taken and not self._ended:
+                    self._changed.wait()
+                if len(self._made) == taken:
+                    if self._problem is not None:
+                        raise self._problem
+                    return
+                piece = self._made[taken]
+            taken += 1
+            yield piece
+
+    def wait(self) -> None:
+        """Waits until nothing more is made."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended)
+
+    def stop(self) -> None:
+        """Ends the thread after the piece that it is making; one that takes longer than `PATIENCE_S` is left to end by itself."""
+        self._stopped = True
+        self._thread.join(PATIENCE_S)
+        self._problem = None  # whose traceback refers to this object
+
+    def _make(self, pieces: Generator[Piece, None, None]) -> None:
+        try:
+            with closing(pieces):
+                for piece in pieces:
+                    with self._changed:
+                        self._made.append(piece)
+                        self._changed.notify_all()
+                    if self._stopped:
+                        break
+                else:
+                    self.complete = True
+        except BaseException as problem:
+            self._problem = problem
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+
+class PatchStore:
+    """The patches of the latest inputs of a model, by `content_key`. Threads may share it.
+
+    What nobody uses takes at most `limit_bytes`; the least recently used is dropped first. An input that is larger is not kept, and
+    nothing is where memory is short. 0 keeps nothing.
+    """
+
+    def __init__(self, limit_bytes: int = LIMIT_BYTES):
+        self.limit_bytes = limit_bytes
+        self._entries: OrderedDict[Hashable, KeptPatches] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def open(
+        self, key: Hashable, size: int, device: torch.device, pieces: Callable[[], Generator[Piece, None, None]]
+    ) -> KeptPatches | None:
+        """The patches of this key, which are there or being read, or which `pieces` reads from now on; to be closed.
+
+        None where they cannot be kept: they are too large, or memory on `device` is short. `size`: their bytes.
+        """
+        with self._lock:
+            if key not in self._entries:
+                if size > self.limit_bytes:
+                    return None
+                available, used = available_memory(str(device)), sum(each.bytes for each in self._used)
+                if available is not None and SHARE * (used + size) > available:
+                    self._drop_unused(0)
+                    return None
+                self._entries[key] = KeptPatches(pieces(), size)
+            kept = self._entries[key]
+            kept.users += 1
+            return kept
+
+    def close(self, key: Hashable, kept: KeptPatches) -> None:
+        """Counts one user less. What nobody uses is kept if it is complete; else its thread ends."""
+        with self._lock:
+            kept.users -= 1
+            if kept.users:
+                return
+            if kept.complete:
+                self._entries.move_to_end(key)
+                self._drop_unused(self.limit_bytes)
+            else:
+                del self._entries[key]
+        if not kept.complete:
+            kept.stop()
+
+    def clear(self) -> bool:
+        """Frees what nobody uses; whether there was anything."""
+        with self._lock:
+            freed = self._drop_unused(0)
+        if freed:
+            empty_cache()
+        return freed
+
+    @property
+    def _used(self) -> list[KeptPatches]:
+        return [kept for kept in self._entries.values() if kept.users]
+
+    def _drop_unused(self, limit_bytes: int) -> bool:
+        """Drops the least recently used beyond a limit; whether there were any."""
+        unused = [(key, kept) for key, kept in self._entries.items() if not kept.users]
+        total = sum(kept.bytes for _, kept in unused)
+        dropped = False
+        for key, kept in unused:
+            if total > limit_bytes or not limit_bytes:
+                del self._entries[key]
+                total -= kept.bytes
+                dropped = True
+        return dropped
+
+
+def patch_bytes(plan: Plan, limits: InputLimits) -> int:
+    """Bytes of all patches of an input: those of its pixels as the encoder reads them, in three colours."""
+    count, height, width = plan.grid
+    return count * height * width * limits.unit**2 * limits.temporal_patch_size * 3
+
+
+def content_key(plan: Plan, limits: InputLimits, device: torch.device) -> Hashable | None:
+    """Equal keys mean equal patches: of the same state of the same files, read in the same way. None where there is no such file.
+
+    All of the plan counts but for what no pixel depends on.
+    """
+    path = plan.info.path
+    try:
+        paths = files(path, IMAGES) if os.path.isdir(path) else [path]
+        states = [os.stat(name) for name in paths]
+    except (OSError, ValueError):
+        return None
+    # The time of the last change of the file's entry tells also of a file whose size and time were set back.
+    state = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in states]
+    read = replace(
+        plan,
+        info=replace(plan.info, path=""),
+        sampling=replace(plan.sampling, wanted=0),
+        frame_limit=0,
+        token_limit=0,
+        token_capped=False,
+        encoder=None,
+        unshrunk=None,
+        name="",
+        limited=False,
+        subtitles=NOTHING_SAID,
+    )
+    sizes = limits.patch_size, limits.temporal_patch_size, limits.merge_size
+    return repr((state, read, sizes, str(device)))

@@ -1,0 +1,211 @@
+"""Patches that were read are kept: inputs that are looked at in the same way are read once, whatever prunes them."""
+
+import os
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from evoprune.errors import VideoError
+from evoprune.session import encoding, patches
+from evoprune.session.encoding import OpenInput, open_inputs
+from evoprune.session.options import SamplingOptions
+from evoprune.session.patches import PatchStore, Piece
+from evoprune.video.frames import read_frames
+from evoprune.video_qa import VideoQA
+from tests.video.files import spoil
+
+CLIP = "samples/square.mp4"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def loaded(saved):
+    return VideoQA.load(str(saved)).loaded
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The paths that are read, in order. No thread stays behind."""
+    paths, threads = [], set(threading.enumerate())
+
+    def counted(info, times_s, **how):
+        paths.append(info.path)
+        return read_frames(info, times_s, **how)
+
+    monkeypatch.setattr(encoding, "read_frames", counted)
+    yield paths
+    assert set(threading.enumerate()) <= threads
+
+
+@pytest.fixture
+def clip(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(Path(CLIP).read_bytes())
+    return path
+
+
+def test_other_budgets_and_methods_read_nothing(loaded, read):
+    first = VideoQA(loaded, budget=0.5).encode(CLIP, frames=8)
+    for options in ({"budget": 0.25}, {"budget": 1.0}, {"budget": 0.5, "method": "divprune"}):
+        video = VideoQA(loaded, **options).encode(CLIP, frames=8)
+        loaded.patches.clear()
+        again = VideoQA(loaded, **options).encode(CLIP, frames=8)
+        assert torch.equal(video.encoded.features, again.encoded.features)
+        assert video.report.time_ms.preprocess == 0 < again.report.time_ms.preprocess
+        assert video.report.video == again.report.video and video.report.warnings == again.report.warnings
+    assert read == [CLIP] * 4
+    same = VideoQA(loaded, budget=0.5).encode(CLIP, frames=8)
+    assert torch.equal(same.encoded.features, first.encoded.features) and len(read) == 4
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"frames": 6}, {"start_s": 1.0}, {"max_visual_tokens": 16}, {"decoder": "decord"}],
+)
+def test_what_is_looked_at_otherwise_is_read(loaded, read, other, monkeypatch):
+    qa = VideoQA(loaded, budget=0.5)
+    qa.encode(CLIP, frames=8)
+    monkeypatch.setattr(
+        "evoprune.session.planning.choose_decoder", lambda name, info=None: name.replace("auto", "pyav")
+    )
+    monkeypatch.setattr(encoding, "patches_of", lambda *what: pytest.fail("read"))
+    with pytest.raises(BaseException, match="read"):
+        qa.encode(CLIP, **{"frames": 8} | other)
+
+
+def test_a_method_that_shrinks_the_input_reads_its_own(loaded, read):
+    VideoQA(loaded, budget=0.5).encode(CLIP, frames=8)
+    for _ in range(2):
+        VideoQA(loaded, budget=0.25, method="subsample").encode(CLIP, frames=8)
+    assert len(read) == 2
+
+
+def test_another_file_in_its_place_is_read(loaded, read, clip):
+    """Also one of the same length and time; by another name it is the same file."""
+    qa = VideoQA(loaded, budget=0.5)
+    qa.encode(clip, frames=4)
+    other = clip.with_name("other.mp4")
+    other.symlink_to(clip)
+    qa.encode(other, frames=4)
+    assert len(read) == 1
+    status = os.stat(clip)
+    clip.write_bytes(clip.read_bytes())
+    os.utime(clip, ns=(status.st_atime_ns, status.st_mtime_ns))
+    qa.encode(clip, frames=4)
+    assert len(read) == 2
+
+
+def test_damage_is_told_each_time(loaded, read, monkeypatch, tmp_path):
+    clip = spoil(Path("samples/three.mp4"), tmp_path / "damaged.mp4", {40, 50})
+    reports = [VideoQA(loaded, budget=budget).encode(clip).report for budget in (0.5, 0.25)]
+    assert len(read) == 1
+    assert [report.video.damaged for report in reports] == [2, 2]
+    assert all("damaged_video" in report.warnings for report in reports)
+
+
+@pytest.mark.parametrize("why", ["too large", "memory is short", "off"])
+def test_what_cannot_be_kept_is_read_again(loaded, read, monkeypatch, why):
+    qa = VideoQA(loaded, budget=0.5)
+    qa.encode(CLIP, frames=4)
+    assert len(loaded.patches._entries) == 1
+    if why == "memory is short":
+        monkeypatch.setattr(patches, "available_memory", lambda device: 2**20)
+    else:
+        loaded.patches.limit_bytes = 0 if why == "off" else 100_000
+    for _ in range(2):
+        qa.encode(CLIP, frames=8)
+    assert len(read) == 3
+    assert why == "too large" or not [each for each in loaded.patches._entries.values() if each.users]
+
+
+def test_what_shows_other_frames_is_not_kept(loaded, read):
+    class Dark(OpenInput):
+        shares = False
+
+        def frames(self, chunk_bytes):
+            for chunk in super().frames(chunk_bytes):
+                chunk.frames[:] = 0
+                yield chunk
+
+    qa = VideoQA(loaded, budget=0.5)
+    for _ in range(2):
+        with closing(open_inputs(qa.session, [CLIP], SamplingOptions(frames=4), kind=Dark)) as opened:
+            dark = opened.encode()
+    assert len(read) == 2
+    assert not torch.equal(dark.encoded.features, qa.encode(CLIP, frames=4).encoded.features)
+
+
+def test_a_failure_is_not_kept(loaded, read, monkeypatch):
+    real = encoding.patches_of
+    monkeypatch.setattr(encoding, "patches_of", lambda *what: (_ for _ in ()).throw(VideoError("gone")))
+    qa = VideoQA(loaded, budget=0.5)
+    with pytest.raises(VideoError, match="gone"):
+        qa.encode(CLIP, frames=4)
+    assert not loaded.patches._entries
+    monkeypatch.setattr(encoding, "patches_of", real)
+    assert qa.encode(CLIP, frames=4).report.sampling.frames == 4
+
+
+def test_smaller_chunks_read_nothing_again(loaded, read, monkeypatch):
+    """Also where memory runs out before all is read."""
+    real, tried = encoding.encode_rows, []
+
+    def encode(visual, pieces, plan, *, chunk_units, **how):
+        tried.append(chunk_units)
+        if len(tried) < 3:
+            next(iter(pieces))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(visual, pieces, plan, chunk_units=chunk_units, **how)
+
+    monkeypatch.setattr(encoding, "encode_rows", encode)
+    monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 96)
+    video = VideoQA(loaded, budget=0.5).encode("samples/three.mp4")
+    assert len(tried) == 3 and len(read) == 1 and video.report.sampling.frames > 4
+
+
+def pieces(count=3, rows=2, gate=None):
+    for number in range(count):
+        if gate and number:
+            assert gate.wait(10)
+        yield Piece(number, torch.full((rows, 6), number, dtype=torch.uint8))
+
+
+def test_the_least_recently_used_goes_first():
+    store, held = PatchStore(limit_bytes=100), {}
+    for key in "abc":
+        held[key] = store.open(key, 40, CPU, pieces)
+        assert [piece.frames for piece in held[key]] == [0, 1, 2] == [piece.frames for piece in held[key]]
+    for key in "bac":  # in use they are all there
+        store.close(key, held[key])
+    assert list(store._entries) == ["a", "c"]
+    assert store.open("a", 40, CPU, lambda: pytest.fail("made anew")) is held["a"]
+    assert store.clear() and list(store._entries) == ["a"] and not store.clear()
+    assert store.open("d", 101, CPU, pieces) is None
+
+
+def test_two_users_share_what_is_being_read():
+    store, gate = PatchStore(), threading.Event()
+    first = store.open("a", 40, CPU, lambda: pieces(gate=gate))
+    second = store.open("a", 40, CPU, pieces)
+    assert first is second
+    store.close("a", first)  # the other one still needs it
+    gate.set()
+    assert len(list(second)) == 3
+    store.close("a", second)
+    assert store._entries["a"] is second
+
+
+def test_what_nobody_needs_any_more_ends():
+    store, gate, before = PatchStore(), threading.Event(), threading.active_count()
+    reading = store.open("a", 40, CPU, lambda: pieces(10**9, gate=gate))
+    threading.Timer(0.05, gate.set).start()
+    store.close("a", reading)
+    assert not store._entries and not reading.complete
+    until = time.monotonic() + 10
+    while threading.active_count() > before:
+        assert time.monotonic() < until
+        time.sleep(0.001)

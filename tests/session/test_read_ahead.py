@@ -1,0 +1,195 @@
+"""Inputs are read ahead: in order, bounded, side by side where cores are idle, and nothing stays behind."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from evoprune.errors import VideoError
+from evoprune.session import read_ahead
+from evoprune.session.encoding import OpenInputs
+from evoprune.session.read_ahead import ReadAhead, idle_cores, readers
+from evoprune.video.sandbox import isolation
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays():
+    before, idle = set(threading.enumerate()), isolation._most_idle
+    yield
+    assert set(threading.enumerate()) == before and isolation._most_idle == idle
+
+
+@pytest.fixture
+def ahead_of(monkeypatch):
+    """A `ReadAhead` with so many readers."""
+
+    def made(items, opened, count, cores=0):
+        monkeypatch.setattr(read_ahead, "readers", lambda loaded: count)
+        monkeypatch.setattr(read_ahead, "idle_cores", lambda loaded: cores)
+        return ReadAhead(items, opened, SimpleNamespace(cores=None))
+
+    return made
+
+
+class Inputs(OpenInputs):
+    """Notes what is done with it; `gate`: reading waits for it, or until it is closed."""
+
+    def __init__(self, events, item, gate=None):
+        self.events, self.item, self.gate = events, item, gate or threading.Event()
+        if gate is None:
+            self.gate.set()
+        events.append(("open", item))
+
+    def read(self):
+        assert self.gate.wait(10)
+        self.events.append(("read", self.item))
+
+    def close(self):
+        self.gate.set()
+        self.events.append(("close", self.item))
+
+
+def wait_for(condition):
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_all_items_in_their_order(ahead_of, count):
+    events = []
+
+    def opened(item, cores):
+        time.sleep(0.003 * (item % 3))
+        return Inputs(events, item)
+
+    ahead = ahead_of(range(20), opened, count)
+    taken = [(item, inputs.item) for item, inputs in ahead]
+    ahead.close()
+    assert taken == [(item, item) for item in range(20)] and list(ahead) == []
+    assert [item for what, item in sorted(events) if what == "read"] == list(range(20))
+    assert "close" not in dict(events)  # that is up to whoever took them
+    assert ahead.waited_s > 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_no_more_are_opened_than_there_is_room_for(ahead_of, count):
+    events = []
+    ahead = ahead_of(range(100), lambda item, cores: Inputs(events, item), count)
+    time.sleep(0.01)
+    assert not events  # nothing before the first is asked for
+    for taken in range(1, 5):
+        next(ahead)
+        wait_for(lambda taken=taken: events.count(("read", taken - 1 + count)))
+        time.sleep(0.01)
+        assert {item for _, item in events} == set(range(taken + count))
+    ahead.close()
+    assert {item for what, item in events if what == "close"} == set(range(4, 4 + count))
+
+
+def test_one_reader_finishes_one_before_it_begins_the_next(ahead_of):
+    """So an input that comes later takes nothing from the one that comes next."""
+    events, gate = [], threading.Event()
+    ahead = ahead_of(range(3), lambda item, cores: Inputs(events, item, gate if item == 0 else None), 1)
+    next(ahead)
+    time.sleep(0.02)
+    assert events == [("open", 0)]
+    gate.set()
+    wait_for(lambda: ("read", 1) in events)
+    ahead.close()
+
+
+def test_those_behind_the_next_one_share_the_cores(ahead_of):
+    given, gate = {}, threading.Event()
+
+    def opened(item, cores):
+        given[item] = cores
+        return Inputs([], item, gate)
+
+    ahead = ahead_of(range(3), opened, 3, cores=7)
+    next(ahead)
+    wait_for(lambda: len(given) == 3)
+    assert given == {0: None, 1: 2, 2: 2}
+    gate.set()
+    ahead.close()
+
+
+def test_what_opening_raises_is_of_that_item(ahead_of):
+    def opened(item, cores):
+        if item % 2:
+            raise VideoError(f"no {item}")
+        return Inputs([], item)
+
+    ahead = ahead_of(range(4), opened, 2)
+    assert [str(found) if isinstance(found, Exception) else found.item for _, found in ahead] == [0, "no 1", 2, "no 3"]
+    ahead.close()
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), SystemExit(3)])
+def test_what_ends_the_program_is_raised(ahead_of, problem):
+    def opened(item, cores):
+        if item == 1:
+            raise problem
+        return Inputs([], item)
+
+    ahead = ahead_of(range(4), opened, 1)
+    next(ahead)
+    with pytest.raises(type(problem)) as caught:
+        next(ahead)
+    assert caught.value is problem
+    ahead.close()
+
+
+def test_items_that_cannot_be_made(ahead_of):
+    def items():
+        yield 0
+        raise ZeroDivisionError
+
+    ahead = ahead_of(items(), lambda item, cores: Inputs([], item), 2)
+    assert next(ahead)[0] == 0
+    with pytest.raises(ZeroDivisionError):
+        next(ahead)
+    ahead.close()
+
+
+def test_what_is_opened_too_late_is_closed(ahead_of):
+    events, going, gate = [], threading.Event(), threading.Event()
+
+    def opened(item, cores):
+        if item:
+            going.set()
+            assert gate.wait(10)
+        return Inputs(events, item)
+
+    ahead = ahead_of(range(3), opened, 1)
+    next(ahead)
+    assert going.wait(10)
+    threading.Timer(0.02, gate.set).start()
+    ahead.close()
+    wait_for(lambda: ("close", 1) in events)
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "torch_threads", "asked", "memory", "idle", "count"),
+    [
+        ("cpu", 2, 2, None, None, 0, 1),
+        ("cpu", 16, 16, None, None, 0, 1),
+        ("cpu", 16, 1, None, None, 15, 7),  # a small model
+        ("cpu", 16, 4, 4, None, 0, 1),  # the others are somebody else's
+        ("cuda", 16, 16, None, None, 15, 7),
+        ("cuda", 64, 16, None, None, 63, 8),
+        ("cuda", 4, 4, None, None, 3, 1),
+        ("cuda", 16, 16, 5, None, 4, 2),
+        ("cuda", 1, 1, None, None, 0, 1),
+        ("cuda", 16, 16, None, 3 * 2**30, 15, 3),
+        ("cuda", 16, 16, None, 2**20, 15, 1),
+    ],
+)
+def test_how_many_are_read_at_a_time(monkeypatch, device, cores, torch_threads, asked, memory, idle, count):
+    monkeypatch.setattr(read_ahead, "available_cores", lambda: cores)
+    monkeypatch.setattr(read_ahead, "available_memory", lambda: memory)
+    monkeypatch.setattr(read_ahead.torch, "get_num_threads", lambda: torch_threads)
+    loaded = SimpleNamespace(device=device, cores=asked)
+    assert (idle_cores(loaded), readers(loaded)) == (idle, count)
