@@ -27,6 +27,7 @@ from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.find import BUNDLED_CONFIGS
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, SamplingOptions
+from evoprune.session.patches import PatchStore
 from evoprune.session.planning import plan_input
 from evoprune.video.frames import FrameChunk, probe, read_frames
 from evoprune.video.sandbox import isolation
@@ -56,6 +57,12 @@ def nothing_is_left():
     gc.collect()
     assert {thread.name for thread in set(threading.enumerate()) - before} == set()
     assert len(isolation._idle) <= isolation.MAX_IDLE
+
+
+@pytest.fixture(autouse=True)
+def not_kept(monkeypatch):
+    """Patches are not kept, or nothing would be read for a second answer."""
+    monkeypatch.setattr(PatchStore, "open", lambda *given: None)
 
 
 @pytest.fixture

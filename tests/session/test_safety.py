@@ -236,7 +236,7 @@ def test_the_disk_is_full_while_an_evaluation_writes(cli, tmp_path, monkeypatch,
 
 
 def test_results_that_do_not_fit_leave_the_earlier_ones_and_other_files(tmp_path):
-    folder = RunFolder.create(tmp_path / "run", {"a": 1})
+    folder = RunFolder.create(tmp_path / "run", {"seek": "auto"})
     mine, left = folder.path / "results.json.new", folder.path / "results.json.evoprune-0123abcd.tmp"
     for each in (mine, left):
         each.write_text("mine")
@@ -244,7 +244,7 @@ def test_results_that_do_not_fit_leave_the_earlier_ones_and_other_files(tmp_path
     with room(folder.path / "results.json", -5), pytest.raises(UsageError, match=r"results\.json: File too large"):
         folder.finish({"second": list(range(1000))})
     assert json.loads((folder.path / "results.json").read_text()) == {"first": 1}
-    RunFolder.resume(folder.path, {"a": 1})  # removes what a killed run left
+    RunFolder.resume(folder.path, {"seek": "auto"})  # removes what a killed run left
     assert mine.read_text() == "mine"
     assert {path.name for path in folder.path.iterdir()} == {"settings.json", "results.json", mine.name}
 
