@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from evoprune.hf.processor_inputs import processor_inputs
     from evoprune.live.stream import VideoStream
     from evoprune.report import Report
+    from evoprune.session.ahead import read_ahead
     from evoprune.session.answering import Answer, EncodedInputs
     from evoprune.session.cache import Cache
     from evoprune.video_qa import VideoQA
@@ -28,6 +29,7 @@ _SOURCES = {
     "hf.context": ("EvoPrune", "PrunedModel", "apply", "remove"),
     "hf.encoding": ("encode",),
     "hf.processor_inputs": ("processor_inputs",),
+    "session.ahead": ("read_ahead",),
     "session.answering": ("Answer", "EncodedInputs"),
     "session.cache": ("Cache",),
     "live.stream": ("VideoStream",),
@@ -55,6 +57,7 @@ __all__ = [
     "encode",
     "methods",
     "processor_inputs",
+    "read_ahead",
     "remove",
 ]
 

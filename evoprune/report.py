@@ -124,6 +124,8 @@ class Pruning:
     positions: str | None = None
     language_layers: list[list[int]] | None = None
     language_work: list[list[int]] | None = None
+    after_tower_below: int | None = None
+    after_tower_inputs: int | None = None
 
 
 @dataclass
@@ -445,11 +447,19 @@ def _stages(report, width: int) -> list[str]:
         marks = "#" * (round(bar * spent / longest) if longest else 0)
         lines.append(f"{stage:<11}{spent:>8,.0f}  {marks:<{bar}}{'  ' if bar else ''}{flow[stage]}".rstrip())
         if pruning := getattr(times, f"{stage}_prune", None):
-            lines.append(f"{'  pruning':<11}{pruning:>8,.0f}")
+            lines.append(f"{'  pruning':<11}{pruning:>8,.0f}{_only_after(report) if stage == 'encode' else ''}")
         if stage == "generate" and (times.pack or 0) >= 1:
             lines.append(f"{'  packing':<11}{times.pack:>8,.0f}  of all stages, once for each layer")
     lines = [f"{'stage':<11}{'ms':>8}", *lines] if lines else []
     return lines + (_each_input(report) if times.read else [])
+
+
+def _only_after(report) -> str:
+    """Say that inputs were pruned after the tower alone because they are small, if any were."""
+    pruning = report.pruning
+    if not pruning.after_tower_inputs:
+        return ""
+    return f"  after the tower alone: under {pruning.after_tower_below:,} visual tokens"
 
 
 def _each_input(report) -> list[str]:

@@ -13,12 +13,14 @@ the wall clock shows.
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 from evoprune.backend.devices import holds_values
 from evoprune.errors import UsageError, names_plugins
+from evoprune.session.ahead import Ahead
 from evoprune.session.answering import Answer, EncodedInputs, Uncopied, together
 from evoprune.session.encoding import OpenInputs, Progress, open_inputs, paths_of
 from evoprune.session.loading.find import FoundModel, find_model
@@ -64,24 +66,46 @@ class VideoQA(Uncopied):
         if not isinstance(loaded, LoadedModel | Session):
             raise TypeError(f"VideoQA takes a loaded model; VideoQA.load({loaded!r}) loads one")
         self.session = Session(loaded, pruning.config(), load_seconds) if isinstance(loaded, LoadedModel) else loaded
+        self._ahead: Ahead | None = None  # what may have read inputs already
         if self.loaded.tokenizer is None:
             raise no_tokenizer(self.loaded.id)
         if not holds_values(self.session.device):
             raise UsageError("device 'meta' computes nothing", "cpu always works, auto finds a GPU")
 
     @classmethod
-    def load(cls, model: Path = "demo", *, progress: Callable[[int, int], None] | None = None, **options) -> "VideoQA":
+    def load(
+        cls,
+        model: Path = "demo",
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        ahead: Path | Sequence[Path] | Ahead | None = None,
+        **options,
+    ) -> "VideoQA":
         """Loads a model. Options are checked before any weights are read. Errors: as of `load_model` and the constructor.
 
         Args:
             model: hub id, local folder, demo or demo-scenes.
             progress: called with layers quantised and layers in all.
+            ahead: what `encode` or `ask` will be called with first, without options: it is read while the model is loaded. Or what
+                `evoprune.read_ahead` has begun to read, perhaps with options.
             options: `budget`, `method`, `method_args`, `seed`; `revision`, `device`, `dtype`, `quantize`, `store_quantized`,
                 `load_format`, `engine`, `offline`, `threads` (None leaves torch's number); see `evoprune ask --help-all`.
         """
         check_type("progress", progress, Callable | None)
         loading, pruning = from_keywords({"model": model, **options}, ModelOptions, PruneOptions)
-        return load_qa(loading, pruning, progress=progress, kind=cls)
+        if ahead is None:
+            return load_qa(loading, pruning, progress=progress, kind=cls)
+        if not isinstance(ahead, Ahead):
+            paths, ahead = paths_of(ahead), Ahead(loading)
+            ahead.begin([(paths, SamplingOptions())])
+        try:
+            qa = load_qa(loading, pruning, progress=progress, kind=cls)
+        except BaseException:
+            ahead.close()
+            raise
+        qa._ahead = ahead
+        weakref.finalize(qa, ahead.close)
+        return qa
 
     @property
     def loaded(self) -> LoadedModel:
@@ -111,7 +135,7 @@ class VideoQA(Uncopied):
             cache: where encoded inputs are kept. Not used for a method that reads the question.
             progress: called with a stage, steps done and steps in all; see `encoding.OpenInput.encode`.
             options: `fps`, `frames`, `max_frames`, `max_visual_tokens`; `start_s` and `end_s` in seconds, below 0 from the end;
-                `frame_rate`, `decoder`, `subtitles`, `max_subtitle_tokens`. What they mean: `evoprune ask --help-all`.
+                `frame_rate`, `decoder`, `seek`, `subtitles`, `max_subtitle_tokens`. What they mean: `evoprune ask --help-all`.
 
         Raises:
             VideoError: missing, unreadable or empty, or so are the subtitles. UsageError: numbers that make no sense, a part of the
@@ -128,7 +152,7 @@ class VideoQA(Uncopied):
                 hint = "give evoprune.Cache(), evoprune.Cache(folder) or None"
                 raise UsageError(f"cache is {brief(cache)}, not a Cache", hint)
         names = None if name is None else [name] * len(paths)
-        with closing(open_inputs(self.session, paths, sampling, names=names, cache=cache)) as opened:
+        with closing(open_inputs(self.session, paths, sampling, names=names, cache=cache, ahead=self._ahead)) as opened:
             return opened.encode(progress)
 
     def ask(
@@ -158,10 +182,11 @@ class VideoQA(Uncopied):
         with ExitStack() as stack:
             opened: list[EncodedInputs | OpenInputs] = []
             for item in given:
-                known = isinstance(item, EncodedInputs)
-                opened.append(
-                    item if known else stack.enter_context(closing(open_inputs(self.session, paths_of(item))))
-                )
+                if isinstance(item, EncodedInputs):
+                    opened.append(item)
+                    continue
+                inputs_of_item = open_inputs(self.session, paths_of(item), ahead=self._ahead)
+                opened.append(stack.enter_context(closing(inputs_of_item)))
             if isinstance(question, str) and opened:
                 held = [plan for item in opened if isinstance(item, EncodedInputs) for plan in item.plans]
                 plans = [plan for item in opened for plan in item.plans]

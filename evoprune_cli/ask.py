@@ -37,6 +37,7 @@ from evoprune_cli.terminal import (
 )
 
 if TYPE_CHECKING:
+    from evoprune.session.ahead import Ahead
     from evoprune.session.answering import Answer, EncodedInputs
     from evoprune.video.plan import Plan
 
@@ -105,16 +106,21 @@ def ask(
             warm_up()  # while this process imports what it needs
             questions = _questions(inputs, given, interactive)
             pipeline = options()
+            from evoprune.session.ahead import Ahead
             from evoprune.video.frames import choose_decoder
 
             choose_decoder(pipeline.sampling.decoder)
             check_text(*questions, pipeline.generation.system)
             paths = [cleanup.enter_context(local_file(path)) for path in inputs]
-            _check_inputs(paths, pipeline.sampling, quiet)
+            # What the cache has need not be read.
+            ahead = cleanup.enter_context(Ahead(pipeline.model, reads=not cache))
+            _check_inputs(paths, pipeline.sampling, quiet, ahead)
+            ahead.begin([(paths, pipeline.sampling)])
             encode = partial(_encode, inputs, paths, questions, pipeline, cache, quiet)
             with progress(not quiet) as show:
                 qa = load(pipeline, show, quiet)
-                encoded = encode(qa.session, show)
+                encoded = encode(qa.session, show, ahead=ahead)
+            ahead.close()
             encode_full = (lambda show: encode(qa.unpruned().session, show, full=True)) if compare else None
             talk.begin(encoded, pipeline.generation, encode_full)
             if not interactive:
@@ -189,6 +195,7 @@ def _encode(
     session,
     show: Callable[..., None],
     full: bool = False,
+    ahead: "Ahead | None" = None,
 ) -> "EncodedInputs":
     """Encodes the inputs at `paths`. First says on stderr which limits apply, and how long it will take if that is long."""
     from evoprune.session.cache import Cache
@@ -198,7 +205,8 @@ def _encode(
 
     show("reading")
     sampling, stored = options.sampling, Cache() if cache else None
-    with contextlib.closing(open_inputs(session, paths, sampling, names=inputs, cache=stored)) as opened:
+    given = {"names": inputs, "cache": stored, "ahead": ahead}
+    with contextlib.closing(open_inputs(session, paths, sampling, **given)) as opened:
         plans, text = opened.plans, QUESTION + sum(plan.subtitles.tokens for plan in opened.plans)
         if questions:
             text = longest_prompt(session, plans, questions, options.generation)
@@ -251,14 +259,14 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
     return question
 
 
-def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> None:
+def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool, ahead: "Ahead") -> None:
     """Checks the inputs in milliseconds, before torch is imported or weights are read."""
-    from evoprune.video.frames import choose_decoder, probe, read_subtitles
+    from evoprune.video.frames import choose_decoder, read_subtitles
     from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES, VIDEO, check_one_file, check_picture
     from evoprune.video.plan import InputLimits, make_plan
 
     check_one_file(sampling.subtitles, len(paths))
-    infos = [probe(path, folder_fps=sampling.frame_rate) for path in paths]
+    infos = [ahead.probe(path, folder_fps=sampling.frame_rate) for path in paths]
     videos = [info for info in infos if info.kind == VIDEO]
     if not quiet and not videos and (sampling.fps or sampling.frames or sampling.max_frames):
         tell("note: --fps, --frames and --max-frames are about videos; a picture is read as it is")

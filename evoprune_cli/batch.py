@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -136,6 +137,7 @@ def batch(
         with closing(answers) as records:
             for record in records:
                 sources.check_revision(record.model.revision)
+                sources.check_sizes(None if record.error else record.pruning.after_tower_below or 0)
                 record.batch["files"] = files[record.id]
                 if not file.written:  # earlier records stay until there is one to write
                     file.begin(again={row.id for row in left})
@@ -149,15 +151,19 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, on_wait):
 
     `on_wait`: called with seconds in which reading was waited for.
     """
+    from evoprune.session.ahead import FIRST, Ahead
+
     show("loading model")
     prepare()
-    from evoprune.batch.run import answers
-    from evoprune.session.cache import Cache
+    with Ahead(settings.model, reads=not cache) as ahead:
+        ahead.begin((span.rows[0].paths, replace(settings.sampling, **span.sampling)) for span in spans[:FIRST])
+        from evoprune.batch.run import answers
+        from evoprune.session.cache import Cache
 
-    qa = settings.load(partial(show, "quantizing"))
-    note_model(qa.session, settings.generation, quiet)
-    ready()
-    yield from answers(qa, spans, settings, Cache() if cache else None, print_traceback, on_wait)
+        qa = settings.load(partial(show, "quantizing"))
+        note_model(qa.session, settings.generation, quiet)
+        ready()
+        yield from answers(qa, spans, settings, Cache() if cache else None, print_traceback, ahead, on_wait)
 
 
 def _rows(

@@ -8,11 +8,11 @@ from functools import partial
 from itertools import cycle, product
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evoprune.bench.chart import COLOURS, INK, PALE, Panel, Point, Series, draw
 from evoprune.errors import UsageError
-from evoprune.session.options import PipelineOptions
+from evoprune.session.options import PipelineOptions, SamplingOptions
 from evoprune.util import budget_text, counted
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_new_folder, prepare, rescuing, show, write
@@ -28,6 +28,10 @@ from evoprune_cli.terminal import (
     short_name,
     table,
 )
+
+if TYPE_CHECKING:
+    from evoprune.bench.questions import VideoQuestions
+    from evoprune.session.ahead import Asked
 
 # What may be given beside --resume DIR alone: all that results do not depend on.
 BESIDE_RESUME = (
@@ -144,9 +148,17 @@ def evaluate(
             if evaluation.folder and not quiet:
                 note(f"to go on: evoprune eval --resume {shlex.quote(str(evaluation.folder.path))}")
 
-    with rescuing(lambda: evaluation is not None and evaluation.loaded, rescue), progress(not quiet) as tell:
+    from evoprune.session.ahead import Ahead
+
+    with (
+        rescuing(lambda: evaluation is not None and evaluation.loaded, rescue),
+        progress(not quiet) as tell,
+        Ahead(pipeline.model) as ahead,
+    ):
         tell("loading libraries")
         prepare()
+        if record is None and processes == 1:
+            ahead.begin(_first(videos, groups, limit, pipeline.sampling))
         from evoprune.bench.eval import EvalSettings, Evaluation, digest
 
         try:
@@ -164,9 +176,23 @@ def evaluate(
             evaluation.keep_in(Path(output))
             if not quiet and evaluation.folder.path != Path(output):
                 note(f"{output} is there already: writing to {evaluation.folder.path}")
+        evaluation.ahead = ahead
         evaluation.run(tell, processes)
     deliver()
     return SOME_FAILED if evaluation.failed else 0
+
+
+def _first(
+    videos: list["VideoQuestions"], groups: Sequence[str], limit: int | None, sampling: SamplingOptions
+) -> list["Asked"]:
+    """What is looked at of the first videos."""
+    from evoprune.batch.rows import group_by_span
+    from evoprune.bench.questions import of_groups
+    from evoprune.session.ahead import FIRST
+
+    chosen = of_groups(videos, groups)[:limit]
+    spans = ((video, group_by_span(video.rows)[0]) for video in chosen[:FIRST])
+    return [([video.path], replace(sampling, **span.sampling)) for video, span in spans]
 
 
 # The tables.

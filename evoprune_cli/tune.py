@@ -127,15 +127,24 @@ def tune(
             write(document, output, chart, draw_chart)
         return document
 
-    with rescuing(lambda: tuning is not None and tuning.has_results, deliver), progress(not quiet) as tell:
+    from evoprune.session.ahead import Ahead
+
+    with (
+        rescuing(lambda: tuning is not None and tuning.has_results, deliver),
+        progress(not quiet) as tell,
+        Ahead(pipeline.model) as ahead,
+    ):
         tell("loading libraries")
         prepare()
+        # The first video alone: reading others would take time from what is measured.
+        ahead.begin([(settings["videos"][:1], pipeline.sampling)])
         from evoprune.bench.tune import TuneSettings, Tuning
         from evoprune.contrib.operation_search import OperationTuning
 
         tuning = (OperationTuning if operations else Tuning)(TuneSettings(**settings))
         tell("loading model")
         tuning.load(partial(tell, "quantizing"))
+        tuning.ahead = ahead
         tuning.run(tell, lambda text: quiet or note(text))
     document = deliver()
     return SOME_FAILED if document["failures"] or document.get("recommended", "") is None else 0

@@ -263,7 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         budgets,
         specs(names),
         limit=args.limit,
-        model=ModelOptions(args.model, dtype="fp32"),  # as the demo's own; all that know its clips are as small
+        # On a CPU, which prunes clips as small as these inside the tower too; in the demo's own dtype, whatever the model.
+        model=ModelOptions(args.model, device="cpu", dtype="fp32"),
     )
     with demo_videos(clips_asked(args.world, args.split, args.seed, args.limit)) as videos:
         run = Evaluation(settings, videos)

@@ -2,7 +2,7 @@
 
     python -m experiments.checkpoint CKPT                                    # 3B: 7.5 GB in two shards
 
-It is as large, and takes as long to read, as the published one. Its answers mean nothing. Imported by `start_to_first_word`.
+It is as large, and takes as long to read, as the published one. Its answers mean nothing. `experiments.first_word` makes one.
 """
 
 import argparse

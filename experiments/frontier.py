@@ -48,7 +48,8 @@ def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
         tuple(parse_budget(text) for text in args.budget.split(",")),
         tuple(args.method.split(",")),
         limit=args.limit,
-        model=ModelOptions(model, dtype="fp32"),
+        # On a CPU, which prunes clips as small as these inside the tower too.
+        model=ModelOptions(model, device="cpu", dtype="fp32"),
     )
     with demo_videos(clips_asked(world, args.split, args.seed, args.limit)) as videos:
         run, folder = Evaluation(settings, videos), folder_of(out, name)

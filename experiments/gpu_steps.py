@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 BEGUN = time.perf_counter()
 QUESTION = "What happens in the video?"
 HF, HF_VARLEN, FULL = "HF", "HF+", "ours 1.0"
+INSIDE = "evoprune:inner=always"  # what a GPU does with larger inputs
 # Calls of CUDA's interface, as the profiler names them, by what they do.
 LAUNCHES = "cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx"
 TO_HOST, GRAPHS = "Memcpy DtoH", "cudaGraphLaunch"
@@ -66,7 +68,8 @@ def environment(device: str) -> dict[str, Any]:
 
 def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] = ("evoprune",)):
     """A benchmark of `evoprune profile` with its rows: `bench.run(row)` is one turn of a row."""
-    from evoprune.bench.clips import synthetic_frames
+    from evoprune.backend.devices import LAUNCH_BOUND_UNITS
+    from evoprune.bench.clips import case_grid, synthetic_frames
     from evoprune.bench.profile import Bench, all_rows, default_load_format, load, outline
     from evoprune.bench.profile_results import Case, ProfileSettings
     from evoprune.session.options import ModelOptions
@@ -75,14 +78,20 @@ def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] =
     options = ModelOptions(
         model=args.model, device=args.device, load_format=default_load_format(args.model), dtype=args.dtype
     )
-    unit = outline(options).limits[VIDEO].unit
+    limits = outline(options).limits[VIDEO]
+    unit = limits.unit
     cases = [
         Case(*map(int, case.split("x"))).of_units(unit / 28) for case in args.cases
     ]  # as many units, whatever their size
     loaded = load(options, cases)
     settings = ProfileSettings(budgets=tuple(args.budgets), methods=tuple(methods), new_tokens=new_tokens)
-    # DivPrune, which selects after the tower, at the first budget alone.
-    rows = [r for r in all_rows(cases, settings) if r.method != "divprune" or r.budget == args.budgets[0]]
+    # DivPrune, which selects after the tower, at the first budget alone. `INSIDE` where it is another method than `evoprune`.
+    small = {case for case in cases if prod(case_grid(case, limits)) < LAUNCH_BOUND_UNITS}
+    rows = [
+        row
+        for row in all_rows(cases, settings)
+        if (row.method != "divprune" or row.budget == args.budgets[0]) and (row.method != INSIDE or row.case in small)
+    ]
     bench = Bench(loaded, rows, lambda case: synthetic_frames("motion", case, unit), settings, lambda what: None)
     return bench, rows
 
@@ -139,7 +148,7 @@ def varlen_tower(bench) -> Iterator[None]:
 
 def table(record: Record) -> None:
     """Rows in turns: transformers, the same with a varlen kernel, and evoprune; the first turn of each is not counted."""
-    bench, rows = bench_of(record.args, 8, ("evoprune", "divprune"))
+    bench, rows = bench_of(record.args, 8, ("evoprune", INSIDE, "divprune"))
     record.save(ready_s=time.perf_counter() - BEGUN)
     turns: dict[tuple[str, str], list] = {}
     errors: dict[tuple[str, str], str] = {}
@@ -397,7 +406,7 @@ def counting():
 def operations(record: Record) -> None:
     """Of an encode at 1.0 and at the first budget: operations, launches, waits and copies; and where device time goes there."""
     args = record.args
-    bench, rows = bench_of(args, 1)
+    bench, rows = bench_of(args, 1, ("evoprune", INSIDE))
     rows = [row for row in rows if row.budget == args.budgets[0] or label(row) == FULL]
     found = []
     for row in [row for row in rows if label(row) != HF and not row.error]:

@@ -84,7 +84,8 @@ def main() -> None:
     there = args.output.read_text().splitlines() if args.output.exists() else []
     done = {json.loads(line)["clip"] for line in there}
     jobs = [clip for clip in clips_asked(args.world, args.split, args.block, args.clips) if str(clip) not in done]
-    model = ModelOptions(args.model, dtype="fp32", threads=1)
+    # On a CPU, which prunes clips as small as these inside the tower too.
+    model = ModelOptions(args.model, device="cpu", dtype="fp32", threads=1)
     with (
         tempfile.TemporaryDirectory() as folder,
         args.output.open("a") as file,

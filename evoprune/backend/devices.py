@@ -32,6 +32,11 @@ GPU_CHUNK_UNITS = 8192
 # Entries of a score matrix held at a time, for the same reasons.
 SCORES = 1 << 21
 GPU_SCORES = 1 << 26
+# On CUDA, launches bound the time of an input of fewer units in the tower, whatever the number of rows. The number lies between
+# sizes that were measured on one H200 (results/gpu.md, "Small inputs"): at 384 units pruning inside the tower lost against nothing
+# pruned (0.73 to 0.99 times as fast), at 1,536 it lost against a selection after the tower (by 9%, calculated), at 4,784 it won
+# against one (1.6 times as fast). It is nearer to the sizes that lost: what is between them has not been measured.
+LAUNCH_BOUND_UNITS = 2048
 
 
 def pick_device(name: str) -> torch.device:
@@ -122,6 +127,11 @@ def exact_shapes(device: torch.device) -> bool:
 def largest_chunk(device: torch.device) -> int:
     """How many units are encoded at a time; the caller rounds up to whole frame pairs."""
     return CHUNK_UNITS if exact_shapes(device) else GPU_CHUNK_UNITS
+
+
+def launch_bound_units(device: torch.device) -> int:
+    """Return the number of units below which launches bound the time of an input in the tower; 0 where arithmetic does."""
+    return LAUNCH_BOUND_UNITS if device.type == "cuda" else 0
 
 
 def scores_at_a_time(device: torch.device) -> int:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 STDOUT = "-"
 HEAD = f'{{"schema":"{SCHEMA}",'.encode()  # how every record begins
 OTHER_HINT = "name another file with -o, or remove this one"
+SIZE_HINT = "give the same --device, or a new -o; inner=always prunes alike on all devices"
 OPEN_FILES = ("/dev/", "/proc/self/fd/")  # written to as they are given, such as the pipe of >(gzip > x)
 UNFINISHED = (
     "{}.evoprune-{}.tmp"  # the name of a file while it is written: that which it gets, and eight hexadecimal digits
@@ -65,6 +66,7 @@ class Found:
     """A record that an earlier run wrote: its row and settings, whether the row failed, and its bytes [start, end) of the file.
 
     `files`: what it was made of (`Sources`), and `revision`: the commit of a hub model. Empty, and None, where that is unknown.
+    `after_tower_below`: as in the record's pruning; 0 where no size changes what is pruned, None where the row failed.
     """
 
     id: str
@@ -75,6 +77,7 @@ class Found:
     end: int
     files: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
+    after_tower_below: int | None = None
 
 
 class Sources:
@@ -88,6 +91,7 @@ class Sources:
         self._model = settings.model.state()
         self._input = cache(partial(input_state, listdir=cache(os.listdir)))
         self._revision: str | None = None
+        self._after_tower_below: int | None = None
 
     def of(self, row: Row) -> dict[str, Any]:
         """The states for a record of a row, as plain data."""
@@ -99,6 +103,7 @@ class Sources:
         if change := file_changes(earlier.files.get("model"), self._model):
             self._refuse(change)
         self.check_revision(earlier.revision)
+        self.check_sizes(earlier.after_tower_below)
         if row is None or earlier.failed:
             return
         for name, before, now in zip(
@@ -113,6 +118,16 @@ class Sources:
         if commit and self._revision and commit != self._revision:
             self._refuse(f"its commit was {self._revision}, is {commit}")
         self._revision = commit or self._revision
+
+    def check_sizes(self, after_tower_below: int | None) -> None:
+        """Raise UsageError where a device pruned inputs of other sizes after the tower alone than for the records before.
+
+        `after_tower_below`: as in `Found`.
+        """
+        if change := size_rule_changes(self._after_tower_below, after_tower_below):
+            raise UsageError(f"the output was begun on another device or version: {change}", SIZE_HINT)
+        if after_tower_below is not None:
+            self._after_tower_below = after_tower_below
 
     def _refuse(self, change: str) -> None:
         hint = "give the earlier one (--revision, where it is of the hub), or another -o"
@@ -145,6 +160,17 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The entries in which two dicts differ, in words; empty where they are equal."""
     names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
+
+
+def size_rule_changes(before: int | None, now: int | None) -> str:
+    """Say in words how the number of units has changed below which inputs are pruned after the tower alone; empty where it has not.
+
+    0 is a device on which no input is, None is unknown.
+    """
+    if before is None or now is None or before == now:
+        return ""
+    which = [f"those of fewer than {units:,} visual tokens" if units else "none" for units in (before, now)]
+    return f"the inputs pruned after the tower alone were {which[0]}, are {which[1]}"
 
 
 def file_changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
@@ -290,7 +316,8 @@ class RecordFile:
                         settings = stated
                     files, commit = dict(about.get("files") or {}), dict(record.get("model") or {}).get("revision")
                     place = end, end + len(line)
-                    records.append(Found(record["id"], about["row"], settings, failed, *place, files, commit))
+                    below = None if failed else dict(record.get("pruning") or {}).get("after_tower_below") or 0
+                    records.append(Found(record["id"], about["row"], settings, failed, *place, files, commit, below))
                 except (ValueError, KeyError, TypeError) as problem:
                     if _is_torn(line, bool(records)):
                         break

@@ -22,16 +22,17 @@ from evoprune import methods
 from evoprune.backend.devices import environment
 from evoprune.batch.output import file_changes
 from evoprune.batch.rows import Row, Span, group_by_span
-from evoprune.bench.eval_folder import RunFolder
+from evoprune.bench.eval_folder import SIZE_RULE, RunFolder
 from evoprune.bench.processes import map_in_processes
-from evoprune.bench.questions import VideoQuestions, grade
+from evoprune.bench.questions import VideoQuestions, grade, of_groups
 from evoprune.bench.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
-from evoprune.bench.shared import GreyInput, SharedInput, SharedRows
+from evoprune.bench.shared import GreyInput, SharedInput, SharedRows, after_tower_below, after_tower_note
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.methods.plans import parse_budget_or_name, plain
 from evoprune.methods.types import generator_seed
 from evoprune.model.cost import prefill_flop, shortage, stretched, tower_flop
 from evoprune.report import Report
+from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.loading.find import FoundModel, describe_model, find_model
@@ -44,8 +45,8 @@ from evoprune.session.options import (
     SamplingOptions,
     record,
 )
-from evoprune.session.read_ahead import ReadAhead
 from evoprune.session.session import Session, check_fits
+from evoprune.session.upcoming import Upcoming
 from evoprune.util import OPTION, counted
 from evoprune.video.info import NO_SUBTITLES, input_state
 from evoprune.vision.tower import tower_geometry
@@ -122,7 +123,7 @@ class EvalSettings:
 
         Raises KeyError, TypeError, ValueError or UsageError: it is no such record.
         """
-        others = ("digest", "version", "plugins", "files")
+        others = ("digest", "version", "plugins", "files", SIZE_RULE)
         options = {name: value for name, value in record.items() if name not in others}
         own = {f.name: options.pop(f.name) for f in fields(cls) if f.name in options and f.name != "model"}
         own["budgets"] = tuple(map(parse_budget_or_name, own["budgets"]))
@@ -172,13 +173,11 @@ class Evaluation:
     def __init__(self, settings: EvalSettings, videos: Sequence[VideoQuestions]):
         self.settings, self.variants = settings, variants(settings)
         self.folder: RunFolder | None = None
-        if groups := settings.groups:
-            every = [replace(v, rows=tuple(r for r in v.rows if set(groups) & set(r.groups))) for v in videos]
-            chosen = [video for video in every if video.rows]
-            if videos and not chosen:
-                raise UsageError(f"no question is in {' or '.join(groups)}", "see the field groups of the file")
-            videos = chosen
-        self.videos = list(videos[: settings.limit])
+        self.ahead: Ahead | None = None  # what may have read the first videos already
+        chosen = of_groups(videos, settings.groups)
+        if videos and not chosen:
+            raise UsageError(f"no question is in {' or '.join(settings.groups)}", "see the field groups of the file")
+        self.videos = chosen[: settings.limit]
         self.total = len(self.videos)
         self.samples: list[dict] = []
         self.loaded: LoadedModel | None = None
@@ -193,10 +192,12 @@ class Evaluation:
         self.loaded = load_model(find_model(self.settings.model, check), progress=progress)
         if self.folder:
             self.folder.check_model(self.loaded.found.state)
+            self.folder.check_size_rule(self._after_tower_below())
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
         """Writes samples into a folder from now on; with `resume` that of an earlier run, whose samples are kept (`RunFolder`)."""
         self.folder = (RunFolder.resume if resume else RunFolder.create)(path, self._record())
+        self.folder.check_size_rule(self._after_tower_below())
         self.samples = list(self.folder.samples)
         states = {sample["video"]: sample.get("files") for sample in self.samples}
         for video in self.videos:
@@ -235,7 +236,7 @@ class Evaluation:
     def _reading_ahead(self, videos: Sequence[VideoQuestions], progress: Progress) -> Iterator[list[dict]]:
         """The samples of video after video; meanwhile the next ones are read."""
         first = self.total - len(videos) + 1
-        with closing(ReadAhead(videos, self._opened, self.loaded)) as ahead:
+        with closing(Upcoming(videos, self._opened, self.loaded)) as ahead:
             for number, (video, opened) in enumerate(ahead, first):
                 yield self.evaluate(
                     video, lambda what, at=number: progress(f"video {at} of {self.total}: {what}"), opened
@@ -288,7 +289,8 @@ class Evaluation:
         kind = OpenInput if rows is None else partial(SharedInput, shared_rows=rows)
         kind = GreyInput if variant.row == BLIND else kind
         sampling = replace(self.settings.sampling, **span.sampling)
-        return open_inputs(self._session(variant, video), [video.path], sampling, names=[video.name], kind=kind)
+        given = {"names": [video.name], "kind": kind, "ahead": self.ahead}
+        return open_inputs(self._session(variant, video), [video.path], sampling, **given)
 
     def _asked(self, variant: Variant, video: VideoQuestions, span: Span, rows: SharedRows) -> Iterator[dict]:
         settings = self.settings
@@ -336,14 +338,25 @@ class Evaluation:
         }
 
     def _record(self) -> dict[str, Any]:
-        """The settings, and the state of the model's files if it is known."""
+        """The settings, the state of the model's files if it is known, and the rule of sizes where the model's device has one."""
         state = self.loaded.found.state if self.loaded else self.settings.model.state()
-        return self.settings.record() | ({"files": state} if state else {})
+        below = self._after_tower_below()
+        return self.settings.record() | ({"files": state} if state else {}) | ({SIZE_RULE: below} if below else {})
+
+    def _after_tower_below(self) -> int | None:
+        """Return the number of units below which a method prunes inputs after the tower alone; None before a model is loaded."""
+        if self.loaded is None:
+            return None
+        given, pruned = self.settings.method_args, [variant for variant in self.variants if variant.row == METHOD]
+        configs = [PruneOptions(variant.budget, variant.method, given).config() for variant in pruned]
+        return after_tower_below(configs, self.loaded.device)
 
     def _notes(self) -> list[str]:
         notes, given = [NOTE], self.settings.method_args
         if given:
             notes.append("settings of the methods: " + ", ".join(f"{name}={value}" for name, value in given.items()))
+        if said := after_tower_note(self._after_tower_below() or 0):
+            notes.append(said)
         total = counted(len(self.samples), "answer")
         for name, what in {
             "answer_cut": "may be incomplete",

@@ -8,23 +8,33 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from evoprune.batch.output import append, differences, file_changes, remove_unfinished, write_file
+from evoprune.batch.output import (
+    SIZE_HINT,
+    append,
+    differences,
+    file_changes,
+    remove_unfinished,
+    size_rule_changes,
+    write_file,
+)
 from evoprune.errors import UsageError
 from evoprune.model.config import read_object
 from evoprune.video.info import EXACT
 
 SETTINGS, SAMPLES, RESULTS = "settings.json", "samples.jsonl", "results.json"
+SIZE_RULE = "after_tower_below"  # in the settings, where there is one
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunFolder:
     """The folder of one run. `samples` are those of the videos that were finished when it was opened.
 
-    `model`: the state of the files of its model (`FoundModel.state`); None where that is unknown.
+    `model`: the state of the files of its model (`FoundModel.state`); None where that is unknown. `after_tower_below`: the number
+    of units below which its device prunes inputs after the tower alone; 0 where it prunes none so, None where that is unknown.
     """
 
-    def __init__(self, path: Path, samples: list[dict], model: dict[str, Any] | None):
-        self.path, self.samples, self.model = path, samples, model
+    def __init__(self, path: Path, samples: list[dict], model: dict[str, Any] | None, after_tower_below: int | None):
+        self.path, self.samples, self.model, self.after_tower_below = path, samples, model, after_tower_below
 
     @classmethod
     def create(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
@@ -34,7 +44,7 @@ class RunFolder:
             with _writing(place), suppress(FileExistsError):
                 place.mkdir(parents=True)
                 break
-        folder = cls(place, [], settings.get("files"))
+        folder = cls(place, [], settings.get("files"), settings.get(SIZE_RULE))
         folder._replace(SETTINGS, json.dumps(settings, indent=1) + "\n")
         return folder
 
@@ -47,6 +57,8 @@ class RunFolder:
         before, file = stored_settings(path), path / SAMPLES
         now = json.loads(json.dumps(settings))
         model, here = before.pop("files", None), now.pop("files", None)
+        below = before.pop(SIZE_RULE, 0)
+        now.pop(SIZE_RULE, None)  # `check_size_rule` compares it, when the device is known
         try:
             text = file.read_bytes() if file.exists() else b""
         except OSError as problem:
@@ -57,7 +69,7 @@ class RunFolder:
             for name in (SETTINGS, SAMPLES, RESULTS):
                 remove_unfinished(str(path / name))
         samples = _finished(text)
-        folder = cls(path, samples, model)
+        folder = cls(path, samples, model, below)
         folder.check_model(here)
         kept = "".join(map(_line, samples))
         if kept.encode() != text:
@@ -69,6 +81,11 @@ class RunFolder:
         if change := file_changes(self.model, state):
             problem = f"the model is not what it was when {self.path} was begun: {change}"
             raise UsageError(problem, "give the earlier one, or a new -o DIR")
+
+    def check_size_rule(self, after_tower_below: int | None) -> None:
+        """Raises UsageError: the run was begun where inputs of other sizes are pruned after the tower alone. None is unknown."""
+        if change := size_rule_changes(self.after_tower_below, after_tower_below):
+            raise UsageError(f"{self.path} was begun on another device or version: {change}", SIZE_HINT)
 
     def add(self, samples: list[dict]) -> None:
         """Appends all samples of a video, or none of them. They are on the disk when this returns. Raises UsageError."""

@@ -43,6 +43,7 @@ from evoprune.bench.profile_results import (
     TimeLimit,
     bound_of,
 )
+from evoprune.bench.shared import after_tower_below, after_tower_note
 from evoprune.bundled import DEMOS
 from evoprune.cpu.linear import PackedLinear, can_pack, pack, weights_bytes
 from evoprune.cpu.quantize import check as check_quantize
@@ -343,6 +344,10 @@ def measure(
     if loaded.model.config.vision_config.traits.timestamps:
         more = BEFORE_PAIR + AFTER_PAIR
         notes.append(f"{more} tokens more for the time and the markers of each frame pair of a clip")
+    configs = [settings.config(row.method, row.budget) for row in rows if row.kind == METHOD]
+    below = after_tower_below(configs, loaded.device)
+    if any(prod(case_grid(case, loaded.video)) < below for case in cases):
+        notes.append(after_tower_note(below))
     results = ProfileResults(
         model=replace(loaded.facts(), quantize="none"),
         weights_bytes=loaded.weights_bytes,

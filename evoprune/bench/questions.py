@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -324,6 +325,14 @@ class VideoQuestions:
     name: str
     path: Path
     rows: tuple[Row, ...]
+
+
+def of_groups(videos: Sequence[VideoQuestions], groups: Collection[str]) -> list[VideoQuestions]:
+    """The videos with questions of these groups, each with these alone; all videos where no group is named."""
+    if not groups:
+        return list(videos)
+    every = [replace(video, rows=tuple(row for row in video.rows if set(groups) & set(row.groups))) for video in videos]
+    return [video for video in every if video.rows]
 
 
 def load_questions(path: Path) -> list[VideoQuestions]:

@@ -8,15 +8,30 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from evoprune.methods.config import PruneConfig
 from evoprune.methods.plans import EncoderPlan, SetAside
 from evoprune.model.cost import Clock
 from evoprune.session.encoding import OpenInput
-from evoprune.video.frames import FrameChunk
+from evoprune.video.frames import FrameChunk, frames_at_once
 from evoprune.vision.encoder import EncodedRows, encode_rows
 
 # Encodings held: enough for the selectors behind `reuse`, which need attention, keys, both or nothing, at three budgets, whatever
 # other methods run between them.
 MAX_ENCODINGS = 32
+
+
+def after_tower_below(configs: Iterable[PruneConfig], device: str) -> int:
+    """Return the number of units below which one of the methods prunes inputs after the tower alone on a device; 0: none does."""
+    return max((config.after_tower_below(torch.device(device)) for config in configs), default=0)
+
+
+def after_tower_note(below: int) -> str:
+    """Say which inputs are pruned after the tower alone; empty where none is. `below`: of `after_tower_below`."""
+    if not below:
+        return ""
+    return (
+        f"inputs of fewer than {below:,} visual tokens were pruned after the tower alone, as inner=auto has it on a GPU"
+    )
 
 
 class SharedRows:
@@ -65,7 +80,7 @@ class GreyInput(OpenInput):
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         source, times_s = self.plan.source, self.plan.sampling.times_s
-        at_once = max(2, chunk_bytes // (source.width * source.height * 3) // 2 * 2)
+        at_once = frames_at_once(source, chunk_bytes)
         for first in range(0, len(times_s), at_once):
             times = tuple(times_s[first : first + at_once])
             yield FrameChunk(first, np.full((len(times), source.height, source.width, 3), 128, np.uint8), times)

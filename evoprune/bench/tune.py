@@ -25,16 +25,17 @@ from evoprune import methods
 from evoprune.backend.devices import environment
 from evoprune.bench.agreement import Reference, agreement, reference
 from evoprune.bench.scores import Z95, share_variance, wilson
-from evoprune.bench.shared import SharedInput, SharedRows
+from evoprune.bench.shared import SharedInput, SharedRows, after_tower_below, after_tower_note
 from evoprune.cpu.linear import pack_waiting
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
+from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.loading.find import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
-from evoprune.session.read_ahead import ReadAhead, idle_cores
 from evoprune.session.session import Session, check_fits
+from evoprune.session.upcoming import Upcoming, idle_cores
 from evoprune.util import counted
 
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)
@@ -275,11 +276,16 @@ class FullAnswers:
 
 
 def encode(
-    session: Session, path: str, sampling: SamplingOptions, rows: SharedRows | None = None
+    session: Session,
+    path: str,
+    sampling: SamplingOptions,
+    rows: SharedRows | None = None,
+    ahead: Ahead | None = None,
 ) -> tuple[EncodedInputs, float]:
-    """A video, encoded, and the seconds of encoding: also those that shared rows have saved."""
+    """A video, encoded, and the seconds of encoding: also those that shared rows have saved. `ahead`: what may have read it."""
     kind = partial(SharedInput, shared_rows=rows) if rows else OpenInput
-    with closing(open_inputs(session, [Path(path)], sampling, names=[path], kind=kind)) as opened:
+    given = {"names": [path], "kind": kind, "ahead": ahead}
+    with closing(open_inputs(session, [Path(path)], sampling, **given)) as opened:
         video = opened.encode()
     return video, video.report.time_ms.encode / 1000 + (rows.saved if rows else 0.0)
 
@@ -299,8 +305,9 @@ class Answering:
         seconds: float,
         now: Callable[[], float],
         think: str = "off",
+        ahead: Ahead | None = None,
     ):
-        self._think = think
+        self._think, self._ahead = think, ahead
         self.made: list[FullAnswers] = []  # a video each
         self.problems: dict[str, EvopruneError] = {}  # of videos that cannot be read or computed, by path
         self.tokens, self.asked = TOKENS[0], len(questions)  # of an answer, at most; of a video
@@ -313,14 +320,14 @@ class Answering:
         """Answers what the time allows, the first readable video in any case. Raises the first problem if there is none."""
         loaded = self.session.loaded
         # What takes cores from the model would falsify the times.
-        ahead = ReadAhead(videos, self._open, loaded) if idle_cores(loaded) else None
-        with closing(ahead) if ahead else nullcontext():
+        upcoming = Upcoming(videos, self._open, loaded) if idle_cores(loaded) else None
+        with closing(upcoming) if upcoming else nullcontext():
             for number, path in enumerate(videos):
                 if self.made and self._left < self._next_s:
                     return
                 progress(f"answering in full, video {number + 1} of {len(videos)}")
                 try:
-                    _, opened = next(ahead) if ahead else (path, self._open(path, loaded.cores))
+                    _, opened = next(upcoming) if upcoming else (path, self._open(path, loaded.cores))
                     self.made.append(self._answered(path, opened, len(videos) - number))
                     self._next_s = self.made[-1].took_s if len(self.made) > 1 else self._next_s
                 except (VideoError, ModelError, OutOfMemory) as problem:
@@ -338,7 +345,7 @@ class Answering:
         return self._seconds - (self._now() - self._begun)
 
     def _open(self, path: str, cores: int | None) -> OpenInputs:
-        inputs = open_inputs(self.session, [path], self._sampling)
+        inputs = open_inputs(self.session, [path], self._sampling, ahead=self._ahead)
         inputs.use_cores(cores)
         return inputs
 
@@ -348,7 +355,7 @@ class Answering:
             raise opened
         self._held.append(opened)
         start = self._now()
-        video, seconds = encode(self.session, path, self._sampling)
+        video, seconds = encode(self.session, path, self._sampling, ahead=self._ahead)
         opened.read()  # finds the patches, and keeps them
         spent = self._now() - start
         if not self.made:
@@ -428,6 +435,7 @@ class Run:
         self.settings, self._now, self._begun = settings, now, now()
         self.loaded: LoadedModel | None = None  # before `load`
         self.answering: Answering | None = None  # the full answers; None before `run`
+        self.ahead: Ahead | None = None  # what may have read the first video already
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Raises what `load_model` raises."""
@@ -446,7 +454,7 @@ class Run:
         session, settings = Session(self.loaded, PruneOptions(seed=self.settings.seed).config()), self.settings
         seconds = SHARE_OF_FULL * settings.time_limit_s
         given = session, settings.sampling, settings.questions, seconds, self._now
-        self.answering = Answering(*given, settings.think)
+        self.answering = Answering(*given, settings.think, self.ahead)
         self.answering.answer(settings.videos, progress)
         return self.answering.made
 
@@ -589,6 +597,9 @@ class Tuning(Run):
         if self.has_results and fewer:
             said = "settings were not tried on all videos: the time went to the better ones"
             notes.append(f"{fewer} of {len(known)} {said}")
+        if self.loaded:
+            configs = [PruneOptions(each.budget, each.method).config() for each in self.known]
+            notes.append(after_tower_note(after_tower_below(configs, self.loaded.device)))
         return [note for note in notes if note]
 
     def _best(self) -> str:

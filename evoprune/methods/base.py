@@ -107,6 +107,8 @@ class EncoderMethod(Method, ABC):
     reuse: ClassVar[float] = 0.0  # a unit is encoded again if it changes by at least this many levels of 255; 0: always
     combines: ClassVar[bool] = False  # whether users may name the selector of tokens behind it: NAME+SELECTOR
     tokens: ClassVar[Selector | None] = None  # selects tokens after the tower; None where every row becomes a token
+    # Whether `tokens` alone prunes an input that launches bound (`TowerShape.launch_bound`), without stages and reuse
+    small_after_tower: ClassVar[bool] = False
 
     @abstractmethod
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> Sequence[Stage]:

@@ -133,10 +133,22 @@ class MethodChain:
             return full_plan(tower, self.input.resize(grid, keep))
         if keep >= prod(grid) or not (self.encoder or self.selector):
             return full_plan(tower, grid)
-        stages = [*self.encoder.stages(tower, grid, keep)] if self.encoder else []
+        stages = []
+        reuse = 0.0
+        below = self.after_tower_below(tower.launch_bound)
+        if self.encoder and prod(grid) >= below:
+            stages += self.encoder.stages(tower, grid, keep)
+            reuse = self.encoder.reuse
         if self.tokens:
             stages.append(Stage(tower.depth, keep, Inflection(self.tokens) if self.inflection else self.tokens))
-        return EncoderPlan(grid, keep, tower.depth, self.encoder.reuse if self.encoder else 0.0, tuple(stages))
+        return EncoderPlan(grid, keep, tower.depth, reuse, tuple(stages), below)
+
+    def after_tower_below(self, launch_bound: int) -> int:
+        """Return the number of units below which it prunes an input after the tower alone; 0 if no size changes what it does.
+
+        `launch_bound`: as in `TowerShape`.
+        """
+        return launch_bound if self.encoder and self.encoder.small_after_tower else 0
 
     def language_share(self, budget: float) -> float:
         """The budget of the language method, in (0, 1], where the user asked for `budget`."""

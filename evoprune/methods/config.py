@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import torch
+
+from evoprune.backend import devices
 from evoprune.methods import registry
 from evoprune.methods.chain import MethodChain
 from evoprune.methods.plans import (
@@ -57,6 +60,12 @@ class PruneConfig:
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
         """The encoder's work on one input, of which K tokens are for the language model."""
         return self.method.plan(tower, grid, self.keep(grid))
+
+    def after_tower_below(self, device: torch.device) -> int:
+        """Return the number of units below which a device prunes an input after the tower alone; 0 if no size changes anything."""
+        if self.share == 1:
+            return 0
+        return self.method.after_tower_below(devices.launch_bound_units(device))
 
     def share_of_all(self, grids: Sequence[Grid]) -> float:
         """The share of all units of several inputs that is kept, for methods that know only one share."""

@@ -7,6 +7,8 @@
 3. Tokens: after the tower the tokens are selected among these rows in the same way. Each becomes the mean of its cluster.
 4. Bias: the language model's attention adds half the log of the cluster size to each token's logits.
 
+On CUDA an input of few units skips the first two steps: launches bound its time in the tower, so that fewer rows save nothing.
+
 No paper describes this method; docs/methods.md says what it shares with which. results/frontier.md says what its stages are worth,
 results/ablations.md which settings were tried and brought nothing.
 """
@@ -50,6 +52,7 @@ class Reuse(EncoderMethod):
         return []
 
 
+INNER = ("auto", "always")  # when the method prunes inside the tower
 WITHIN = 0.01  # `within` under `--budget auto`
 ONE_PAIR_POWER = (
     2 / 3
@@ -121,10 +124,22 @@ class EvoPrune(EncoderMethod):
     # The last selection ends once every unit is within this distance of a selected one, but not below a twentieth of all units; 0
     # selects as many as the budget says.
     within: Annotated[float, "[0, inf)"] = 0.0
+    # auto: where launches bound the time of a small input, it is pruned after the tower alone, and nothing is reused. always: every
+    # input is pruned inside the tower, on every device.
+    inner: str = "auto"
+
+    def __post_init__(self):
+        if self.inner not in INNER:
+            raise ValueError(f"inner is one of {', '.join(INNER)}, not {self.inner!r}")
+        super().__post_init__()
 
     @property
     def exact(self) -> bool:
         return not self.within
+
+    @property
+    def small_after_tower(self) -> bool:
+        return self.inner == "auto"
 
     @property
     def tokens(self) -> FarthestPoints:

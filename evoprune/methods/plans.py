@@ -176,6 +176,7 @@ class TowerShape:
     depth: int
     full_layers: tuple[int, ...]  # whose attention spans a whole frame pair; the others attend inside windows
     window: int = 4  # its side in units
+    launch_bound: int = 0  # inputs of fewer units take the time of their launches, whatever the number of rows
 
     def scope(self, layer: int) -> Literal["window", "pair"]:
         return "pair" if layer in self.full_layers else "window"
@@ -250,6 +251,8 @@ class EncoderPlan:
     # A unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit
     reuse: float = 0.0
     stages: tuple[Stage, ...] = ()  # in the order of their layers; the last may select tokens, after the last layer
+    # Inputs of fewer units are pruned after the tower alone, where others are pruned inside it; 0 where no size changes that
+    after_tower_below: int = 0
 
     def __post_init__(self):
         for stage, after in pairwise(self.stages):

@@ -165,6 +165,7 @@ class Cache(Entries):
                 0.0,
                 facts["flat"],
                 *(tensors[name].to(device) if name in tensors else None for name in OPTIONAL),
+                after_tower_below=facts["after_tower_below"],
             )
             return Entry(encoded, tuple(facts["read_s"]), facts["moved"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
@@ -183,6 +184,7 @@ class Cache(Entries):
             "grids": encoded.grids,
             "layers": encoded.layers,
             "flat": encoded.flat,
+            "after_tower_below": encoded.after_tower_below,
             "read_s": entry.read_s,
             "moved": entry.moved,
         }

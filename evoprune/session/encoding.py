@@ -20,6 +20,7 @@ from evoprune import methods
 from evoprune.backend.devices import empty_cache
 from evoprune.errors import OutOfMemory, UsageError, memory_guard, names_plugins
 from evoprune.model.cost import Clock
+from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache, Entry, content_hash, own_code
 from evoprune.session.options import SamplingOptions
@@ -102,6 +103,7 @@ class OpenInput:
     def __post_init__(self):
         self.damaged, self._early, self._open = 0, False, ExitStack()
         self.waited_s = 0.0  # for patches, while they were encoded
+        self.ahead: Ahead | None = None  # what may have read the frames already
         self.other_shape = self.moved = False
         self.read_s: tuple[float, ...] = ()  # times of the frames themselves
         self.cores = self.session.loaded.cores  # for reading; None for all that this process may use
@@ -112,16 +114,9 @@ class OpenInput:
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         """What is looked at, as `video.frames.read_frames` yields it."""
-        plan = self.plan
-        return read_frames(
-            plan.source,
-            plan.sampling.times_s,
-            decoder=plan.decoder,
-            chunk_bytes=chunk_bytes,
-            seek=plan.seek,
-            part_s=plan.sampling.seconds_per_frame,
-            cores=self.cores,
-        )
+        plan, read = self.plan, self.ahead.read_frames if self.ahead else read_frames
+        given = {"chunk_bytes": chunk_bytes, "cores": self.cores}
+        return read(plan.source, plan.sampling.times_s, **given, **plan.reading)
 
     def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         """What the tower makes of it. `options`: of `vision.encoder.encode_rows`."""
@@ -247,6 +242,7 @@ class OpenInput:
         plan, limits = self.plan, self.session.loaded.limits[self.plan.kind]
         with closing(self.frames(chunk_bytes(self.session, plan))) as chunks:
             for chunk in self.clock.each("read", chunks):
+                self.clock.seconds["read"] += chunk.hidden_s
                 with self.clock.stage("preprocess"):
                     patches = patches_of(chunk.frames, plan, limits, self.session.device)
                 done = chunk.first + len(chunk.frames)
@@ -375,11 +371,12 @@ def open_inputs(
     names: Sequence[str] | None = None,
     cache: Cache | None = None,
     kind: Callable[[Session, Plan, Clock], OpenInput] = OpenInput,
+    ahead: Ahead | None = None,
 ) -> OpenInputs:
     """Probes videos and pictures, at least one, in the order in which the model reads them, and plans what is read; reads no frame.
 
     `sampling` applies to each, what it says of time to the videos. `names`: for reports; default: the paths. `cache`: not used for
-    a method that reads the question. `kind`: the class of each without a cache.
+    a method that reads the question. `kind`: the class of each without a cache. `ahead`: what may have read them already.
 
     Raises VideoError: one is missing, unreadable or empty. UsageError: numbers that make no sense, a part of the time where
     there are pictures alone, or a file of subtitles for several inputs.
@@ -391,12 +388,13 @@ def open_inputs(
         kind = partial(CachedInput, cache=cache)
     for path, clock in zip(paths, clocks, strict=True):
         with clock.stage("read"):
-            infos.append(probe(path, folder_fps=sampling.frame_rate))
+            infos.append((ahead.probe if ahead else probe)(path, folder_fps=sampling.frame_rate))
     arguments = zip(clocks, infos, sampling.of_each(infos), names or [None] * len(paths), strict=True)
     for clock, info, wanted, name in arguments:
         with clock.stage("read"):
             plan = plan_input(session, info, wanted, name)
         inputs.append(kind(session, plan, clock))
+        inputs[-1].ahead = ahead
     return OpenInputs(session, inputs)
 
 

@@ -102,7 +102,7 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
     Raises UsageError: as of `PruneConfig.of`; a method that cannot act in this model.
     """
     config = pruning.config()
-    encoder = config.plan(tower_shape(model.tower), plan.grid)
+    encoder = config.plan(tower_shape(model.tower, model.device), plan.grid)
     depth, share = model.config.text_config.num_hidden_layers, config.share_of_all([encoder.grid])
     prompt = config.method.prompt_columns(depth, encoder.keep, TEXT, share)
     pair, available = encoder.grid[1] * encoder.grid[2], available_memory(str(model.device))

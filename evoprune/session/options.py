@@ -129,6 +129,11 @@ class ModelOptions:
         """The folder of a bundled or a local model. Of a hub id there is none by this name."""
         return DEMOS[self.model].folder if self.model in DEMOS else Path(os.path.expanduser(self.model))
 
+    @property
+    def cores(self) -> int | None:
+        """How many cores reading videos may keep busy; None for all that this process may use."""
+        return self.threads if isinstance(self.threads, int) else None
+
     def state(self) -> dict[str, Any] | None:
         """Describe the files of a local model (`file_state`): weights, settings, tokenizer, adapters; None where there are none."""
         return file_state(file for pattern in MODEL_FILES for file in self.folder.glob(pattern))

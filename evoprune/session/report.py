@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from math import prod
 
 import torch
 
@@ -51,6 +52,8 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
     """The pruning of some inputs together, of `units` units before anything was pruned; `read`: their tokens."""
     layers = zip(*(tokens.layers for tokens in read), strict=True)
     kept = sum(len(tokens.kept) for tokens in read)
+    below = max(tokens.after_tower_below for tokens in read)
+    small = sum(prod(grid) < below for tokens in read for grid in tokens.grids)
     return Pruning(
         method=config.name,
         args=config.method.args,
@@ -63,6 +66,8 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
         layers=[[same[0][0], sum(rows for _, rows in same)] for same in layers],
         kept_per_pair=[count for tokens in read for count in tokens.kept_per_pair],
         positions=positions,
+        after_tower_below=below or None,
+        after_tower_inputs=small if below else None,
     )
 
 

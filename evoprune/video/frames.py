@@ -80,6 +80,7 @@ class FrameChunk:
     damaged: int = 0  # damaged packets (of a folder: images) on the way to these frames that no earlier chunk counts
     other_shape: bool = False  # whether one of the frames had another shape than the video, and has borders
     moved: bool = False  # whether one of them is a keyframe nearby instead of the frame on screen
+    hidden_s: float = 0.0  # seconds of reading that nobody waited for, because it was done ahead (session/ahead.py)
 
 
 def read_frames(
@@ -117,7 +118,7 @@ def read_frames(
         raise UsageError("times of frames must be numbers that ascend")
     check_seek(seek)
     decoder = choose_decoder(decoder, info)
-    per_chunk = max(2, chunk_bytes // (info.width * info.height * 3) // 2 * 2)
+    per_chunk = frames_at_once(info, chunk_bytes)
     firsts = range(0, len(times), per_chunk)
     sizes = [min(per_chunk, len(times) - first) for first in firsts]
     how = {"decoder": decoder, "seek": seek, "part_s": part_s, "cores": cores}
@@ -126,6 +127,11 @@ def read_frames(
         FrameChunk(first, frames, **facts | {"times_s": tuple(facts["times_s"])})
         for first, (frames, facts) in zip(firsts, filled, strict=True)
     )
+
+
+def frames_at_once(info: Video, chunk_bytes: int) -> int:
+    """How many frames a chunk of that size holds: whole frame pairs, at least one."""
+    return max(2, chunk_bytes // (info.width * info.height * 3) // 2 * 2)
 
 
 def choose_decoder(decoder: str, info: Video | None = None) -> str:

@@ -8,7 +8,7 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.methods.plans import EncoderPlan, Grid
@@ -134,6 +134,11 @@ class Plan:
     def source(self) -> Video:
         """What frames are read from: videos at their own size, pictures at the one that the encoder reads."""
         return self.info if self.kind == VIDEO else replace(self.info, width=self.width, height=self.height)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How `frames.read_frames` reads it: what frames depend on."""
+        return {"decoder": self.decoder, "seek": self.seek, "part_s": self.sampling.seconds_per_frame}
 
     @property
     def full(self) -> "Plan":

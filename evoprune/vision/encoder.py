@@ -62,6 +62,7 @@ class Encoded:
     # `[n, K, D]`, added to the tokens after the first n layers of the language model
     deepstack: torch.Tensor | None = None
     read: torch.Tensor | None = None  # `kept` on the CPU, if it has been read
+    after_tower_below: int = 0  # as in `EncoderPlan`; of several videos the largest
 
     def __repr__(self) -> str:
         tokens, width = self.features.shape
@@ -112,6 +113,7 @@ def joined(videos: list[Encoded]) -> Encoded:
         all(v.flat for v in videos),
         sizes,
         None if videos[0].deepstack is None else torch.cat([v.deepstack for v in videos], 1),
+        after_tower_below=max(v.after_tower_below for v in videos),
     )
 
 
@@ -169,7 +171,7 @@ class EncodedRows:
         flat, seconds, read = self.finish(kept)
         by_layer = deepstack.transpose(0, 1) if deepstack.shape[1] else None
         about = self.rows.values, self.rows.unit_to_row, (self.plan.grid,), self.layers, seconds, flat
-        return Encoded(features, kept, *about, size, by_layer, read)
+        return Encoded(features, kept, *about, size, by_layer, read, self.plan.after_tower_below)
 
     def finish(self, kept: torch.Tensor) -> tuple[bool, float, torch.Tensor]:
         """Whether each frame pair has one colour, the seconds spent on pruning, and `kept` on the CPU; reads all checks.

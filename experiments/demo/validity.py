@@ -76,9 +76,9 @@ def kept(
             for budget in dict.fromkeys(cell.budget for cell in CELLS if cell.group == group):
                 cells = [cell for cell in CELLS if (cell.group, cell.budget) == (group, budget)]
                 first = budget == next(cell.budget for cell in CELLS if cell.group == group)
-                settings = EvalSettings(
+                settings = EvalSettings(  # on a CPU, which prunes clips as small as these inside the tower too
                     data_text(SCENES.name, split, seed), (budget,), tuple(dict.fromkeys(cell.method for cell in cells)),
-                    blind=first, groups=(group,), limit=limit, model=ModelOptions(model, dtype="fp32"),
+                    blind=first, groups=(group,), limit=limit, model=ModelOptions(model, device="cpu", dtype="fp32"),
                     generation=GenerationOptions(max_new_tokens=LONGEST),
                 )  # fmt: skip
                 run = Evaluation(settings, videos)

@@ -6,7 +6,7 @@ import torch
 from evoprune.bench.profile_results import TimeLimit
 from evoprune.bench.verify.checks import accelerated
 from evoprune.bench.verify.run import subject_of, verify
-from evoprune.bench.verify.subject import DIFFERS
+from evoprune.bench.verify.subject import DIFFERS, INSIDE
 from evoprune.model.config import MODEL_TYPES
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
@@ -30,29 +30,37 @@ def test_auto_takes_the_gpu(devices):
     assert [loaded.device.partition(":")[0] for loaded in devices] == ["cpu", "cuda"]
 
 
-@pytest.mark.parametrize("budget", [1.0, 0.25])
-def test_an_encoding_and_an_answer_are_those_of_the_cpu(devices, budget):
-    here, there = (VideoQA(loaded, budget=budget).encode(CLIP) for loaded in devices)
-    kept, on_gpu = ({*each.encoded.kept.tolist()} for each in (here, there))
-    assert len(on_gpu) == len(kept) and len(kept - on_gpu) <= 0.05 * len(
-        kept
-    )  # where distances are equal but for rounding
-    if kept == on_gpu:
+@pytest.mark.parametrize(
+    ("budget", "on_cpu", "on_gpu"),
+    [(1.0, "evoprune", "evoprune"), (0.25, INSIDE, INSIDE), (0.25, "evoprune:depth=1:reuse=0", "evoprune")],
+)
+def test_an_encoding_and_an_answer_are_those_of_the_cpu(devices, budget, on_cpu, on_gpu):
+    """The clip is small: left to itself, the GPU prunes it after the tower alone."""
+    methods = on_cpu, on_gpu
+    here, there = (
+        VideoQA(loaded, budget=budget, method=name).encode(CLIP) for loaded, name in zip(devices, methods, strict=True)
+    )
+    kept, there_kept = ({*each.encoded.kept.tolist()} for each in (here, there))
+    assert len(there_kept) == len(kept)
+    assert len(kept - there_kept) <= 0.05 * len(kept)  # where distances are equal but for rounding
+    if kept == there_kept:
         features = there.encoded.features.cpu()
         torch.testing.assert_close(features, here.encoded.features, rtol=2e-3, atol=2e-3 * float(features.abs().max()))
+    small = 1 if budget < 1 and on_gpu == "evoprune" else None
+    assert there.report.pruning.after_tower_inputs == small and here.report.pruning.after_tower_inputs is None
     answers = [each.ask(QUESTION, max_new_tokens=8) for each in (here, there)]
     assert answers[0].text == answers[1].text == "green"
     assert answers[1].report.memory.peak_bytes > 0 and answers[1].report.model.device.startswith("cuda")
 
 
-@pytest.mark.parametrize("budget", [1.0, 0.25])
-def test_without_graphs_and_kernels_the_tokens_are_the_same(devices, budget, monkeypatch):
-    video = VideoQA(devices[1], budget=budget).encode(CLIP)
+@pytest.mark.parametrize(("budget", "method"), [(1.0, "evoprune"), (0.25, "evoprune"), (0.25, INSIDE)])
+def test_without_graphs_and_kernels_the_tokens_are_the_same(devices, budget, method, monkeypatch):
+    video = VideoQA(devices[1], budget=budget, method=method).encode(CLIP)
     long = {"max_new_tokens": 24, "temperature": 1.0, "seed": 3}  # a draw does not end at once
     answer = video.ask("What happens in the clip?", **long)
     text = answer.text
     monkeypatch.setenv("EVOPRUNE_PLAIN", "1")
-    plain = VideoQA(devices[1], budget=budget).encode(CLIP)
+    plain = VideoQA(devices[1], budget=budget, method=method).encode(CLIP)
     assert {*plain.encoded.kept.tolist()} == {*video.encoded.kept.tolist()}
     assert plain.ask("What happens in the clip?", **long).text == text
 

@@ -1,5 +1,6 @@
 """Many questions about many videos: what is left to ask, and that every row gets its record, whatever happens to the others."""
 
+import json
 import threading
 import time
 from contextlib import closing
@@ -10,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.batch.output import Found, Settings, Sources, remaining
+from evoprune.batch.output import Found, RecordFile, Settings, Sources, remaining
 from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.report import Report
+from evoprune.report import SCHEMA, Report
 from evoprune.video.frames import read_frames
 
 CLIPS = ["samples/square.mp4", "samples/three.mp4", "samples/vanish.webm"]
@@ -55,7 +56,8 @@ def test_other_settings_are_refused(failed):
     others = {
         "model": "other", "revision": "other", "dtype": "fp16", "quantize": "int8", "load_format": "dummy", "budget": 0.125,
         "method": "pool", "method_args": {"a": "b"}, "seed": 1, "fps": 1.0, "frames": 4, "max_frames": 4,
-        "max_visual_tokens": 9, "decoder": "decord", "max_new_tokens": 1, "temperature": 0.5, "top_p": 0.5, "system": "other",
+        "max_visual_tokens": 9, "decoder": "decord", "seek": "exact", "max_new_tokens": 1, "temperature": 0.5, "top_p": 0.5,
+        "system": "other",
     }  # fmt: skip
     assert others.keys() == SETTINGS.record().keys()
     assert changed(device="cpu", threads=2, offline=True).record() == SETTINGS.record()  # the same answers
@@ -90,6 +92,26 @@ def test_another_commit_of_a_hub_model_is_refused():
         with pytest.raises(UsageError, match=r"org/model is not what it was .*: its commit was a, is b") as caught:
             check()
         assert "--revision" in caught.value.hint
+
+
+@pytest.mark.parametrize(("begun", "now"), [(0, 2048), (2048, 0), (2048, 1024)])
+def test_a_device_that_prunes_other_sizes_elsewhere_is_refused(begun, now):
+    """Small inputs are pruned after the tower alone on some devices; of a failed row that is unknown."""
+    before = [
+        replace(found(row, failed=below is None), after_tower_below=below)
+        for row, below in zip(ROWS, [None, begun, begun], strict=False)
+    ]
+    sources = Sources(SETTINGS)
+    assert remaining(ROWS, SETTINGS, before, sources) == [ROWS[0], *ROWS[3:]]
+    sources.check_sizes(None)
+    sources.check_sizes(begun)
+    other = [*before, replace(before[1], after_tower_below=now)]
+    for check in (lambda: sources.check_sizes(now), lambda: remaining(ROWS, SETTINGS, other)):
+        with pytest.raises(
+            UsageError, match="begun on another device or version: the inputs pruned after the tower"
+        ) as caught:
+            check()
+        assert "--device" in caught.value.hint
 
 
 @pytest.mark.parametrize("before", [{}, {"model": None, "inputs": [None]}, {"inputs": []}, {"inputs": None}])
@@ -247,3 +269,15 @@ def test_an_interruption_is_no_failure(qa, monkeypatch, stop, where):
     with pytest.raises(type(stop)):
         list(answers(qa, group_by_span(ROWS), SETTINGS))
     assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-prefetch"]
+
+
+def test_records_of_versions_without_seek_are_of_exact_frames(tmp_path):
+    path = tmp_path / "out.jsonl"
+    settings = changed(seek="exact").record()
+    del settings["seek"]
+    line = {"schema": SCHEMA, "id": ROWS[0].id, "error": None, "batch": {"row": ROWS[0].asked, "settings": settings}}
+    path.write_text(json.dumps(line) + "\n")
+    with closing(RecordFile(str(path), resume=True)) as output:
+        assert remaining(ROWS, changed(seek="exact"), output.found) == ROWS[1:]
+        with pytest.raises(UsageError, match=r"other settings: seek was .*exact.*, is .*auto"):
+            remaining(ROWS, SETTINGS, output.found)

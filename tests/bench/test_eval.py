@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from evoprune import methods
+from evoprune.backend import devices
 from evoprune.batch.rows import Row
 from evoprune.bench import eval as evaluation
 from evoprune.bench import shared
@@ -356,6 +357,36 @@ def test_other_settings_are_refused(loaded, tmp_path):
             begun(loaded, replace(SETTINGS, **changes), folder=tmp_path / "run", resume=True)
     with pytest.raises(UsageError, match="no folder of an evaluation"):
         begun(loaded, folder=tmp_path / "nothing", resume=True)
+
+
+def test_going_on_where_other_sizes_are_pruned_after_the_tower_is_refused(saved, loaded, tmp_path, monkeypatch):
+    asked = replace(SETTINGS, model=ModelOptions(str(saved)), methods=("evoprune", "random"))
+    for begun_with, goes_on_with in ((0, 2048), (2048, 0), (2048, 1024), (2048, 2048)):
+        folder = tmp_path / f"{begun_with}-{goes_on_with}"
+        monkeypatch.setattr(devices, "launch_bound_units", lambda device, units=begun_with: units)
+        first = Evaluation(asked, videos())
+        first.load()
+        first.keep_in(folder)
+        written = json.loads((folder / "settings.json").read_text())
+        assert written.get("after_tower_below", 0) == begun_with
+        assert any("after the tower alone" in note for note in first.document()["notes"]) == bool(begun_with)
+        assert EvalSettings.of_record(written, ModelOptions()).methods == asked.methods
+        monkeypatch.setattr(devices, "launch_bound_units", lambda device, units=goes_on_with: units)
+        again = Evaluation(asked, videos())
+        again.keep_in(folder, resume=True)
+        if begun_with == goes_on_with:
+            again.load()
+            continue
+        with pytest.raises(
+            UsageError, match="begun on another device or version: the inputs pruned after the tower"
+        ) as caught:
+            again.load()
+        assert "--device" in caught.value.hint
+    always = replace(asked, methods=("evoprune:inner=always", "random"))
+    other = Evaluation(always, videos())
+    other.load()
+    other.keep_in(tmp_path / "always")
+    assert "after_tower_below" not in json.loads((tmp_path / "always" / "settings.json").read_text())
 
 
 @pytest.mark.parametrize("changed", ["model.safetensors", "square.mp4"])

@@ -20,6 +20,7 @@ from evoprune.bundled import DEMOS
 from evoprune.errors import VideoError
 from evoprune.report import Report
 from evoprune.session import encoding, prompting
+from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.video import frames
 from evoprune.video.info import SCENES_TAG
@@ -409,6 +410,7 @@ def notes(cli, tiny_folder, monkeypatch):
         with monkeypatch.context() as patch:
             read = frames.stream_frames
             patch.setattr(frames, "stream_frames", announced)
+            patch.setattr(Ahead, "begin", lambda *_: None)  # which reads before
             result = cli("ask", clip, QUESTION, "-m", model, "-n", "1", *flags)
         assert result.code == (0 if whole else 3), result.err
         before, after = result.err.split("READING\n")

@@ -54,6 +54,8 @@ def test_a_model_of_which_nothing_is_known_here(cli, no_network_no_weights):
     result = cli("inspect", CLIP, "-m", "org/other")
     assert result.code == 4 and "org/other is not on this machine" in result.err
     assert "hf download org/other config.json" in result.err
+    for name in ("org/other-", "org/other.git", f"org/{'o' * 200}"):  # which the hub's own library refuses
+        assert cli("inspect", "-m", name).code == 4
     assert "hint: evoprune runs Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL" in result.err
     assert "hint: its settings are small" in cli("inspect", "-m", "org/My-Qwen2.5-VL-3B").err
     without_video = cli("inspect", "-m", "org/other")

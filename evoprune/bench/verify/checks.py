@@ -33,6 +33,7 @@ from evoprune.bench.verify.subject import (
     BUDGET,
     DIFFERS,
     HELD,
+    INSIDE,
     NEW_TOKENS,
     QUESTION,
     SAMPLING,
@@ -288,7 +289,7 @@ def counts(subject: Subject) -> Outcome:
     said = []
     for budget in (BUDGET, 0.1):
         with counted_rows(subject.loaded.model.model.visual) as rows:
-            encoded = subject.encode(subject.asking(budget, "evoprune:reuse=0"), [subject.video])
+            encoded = subject.encode(subject.asking(budget, f"{INSIDE}:reuse=0"), [subject.video])
         plan, result = encoded.plan.encoder, encoded.encoded
         tokens = ("tokens", len(result.kept), plan.keep), ("features", len(result.features), plan.keep)
         layers = enumerate(zip(rows, plan.layers, strict=True))
@@ -393,7 +394,7 @@ def transformers_model(subject: Subject) -> Outcome:
     Both towers compute with weights as they are: products with joined ones round otherwise, and a selection depends on that.
     """
     try:
-        pruning = EvoPrune(budget=BUDGET, positions="qwen")(subject.transformers)
+        pruning = EvoPrune(budget=BUDGET, method=INSIDE, positions="qwen")(subject.transformers)
     except UsageError as older:  # Qwen3-VL in an older transformers
         return skipped(older.message)
     with unjoined():

@@ -225,6 +225,7 @@ SAMPLING = SamplingOptions(frames=8, max_visual_tokens=128)
 SHORT = SamplingOptions(frames=4, max_visual_tokens=48)
 NEW_TOKENS = 16
 BUDGET = 0.25
+INSIDE = "evoprune:inner=always"  # the clips are small: a GPU would prune them after the tower alone, and the rest go unchecked
 
 
 class Subject:
@@ -274,7 +275,7 @@ class Subject:
     def dtype(self) -> torch.dtype:
         return self.loaded.model.dtype
 
-    def asking(self, budget: float = BUDGET, method: str = "evoprune") -> VideoQA:
+    def asking(self, budget: float = BUDGET, method: str = INSIDE) -> VideoQA:
         """This project's side; at a budget of 1.0 nothing is pruned."""
         return VideoQA(self.loaded, budget=budget, method="none" if budget == 1 else method)
 

@@ -4,15 +4,12 @@ Only safetensors are read, and no code that comes with a model is run.
 """
 
 import hashlib
-import json
 import os
 import re
-import reprlib
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -21,40 +18,43 @@ from typing import Any
 
 import torch
 
-import evoprune
 from evoprune.backend.devices import has_bf16, is_host, pick_device
 from evoprune.bundled import DEMOS, Demo, demo_in
 from evoprune.cpu.quantize import check as check_quantize
 from evoprune.cpu.quantize import saved_bytes
-from evoprune.errors import QUANTIZERS, EvopruneWarning, ModelError, ModelWarning, UsageError, first_line
+from evoprune.errors import QUANTIZERS, ModelError, ModelWarning, UsageError, first_line
 from evoprune.language.prompt import Tokenizer
 from evoprune.model.config import (
-    FAMILIES,
     TEXT,
     Config,
     GenerationSettings,
     Rule,
-    Unsupported,
-    VisionConfig,
     check_fetched,
-    checked,
-    parse_config,
     pick,
-    read_object,
     section,
 )
 from evoprune.model.cost import parameter_count
 from evoprune.model.weights import Tower, empty, name_in_memory
+from evoprune.session.loading.files import (
+    ADAPTER,
+    BUNDLED_CONFIGS,
+    MERGE,
+    MODEL_HINT,
+    cached_folder,
+    cached_id,
+    input_limits,
+    is_bundled,
+    is_id,
+    read_config,
+    read_json,
+    valid,
+    warn_of_unused,
+)
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
-from evoprune.util import did_you_mean, file_stats, is_text, listed, shorten
-from evoprune.video.info import PICTURE, VIDEO
+from evoprune.util import did_you_mean, file_stats, is_text, listed
 from evoprune.video.plan import InputLimits
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# The published dimensions (config.json of the repositories), so that benchmarks need no network.
-BUNDLED_CONFIGS = {
-    f"Qwen/{path.stem}": path for path in sorted((Path(evoprune.__file__).parent / "model" / "configs").glob("*.json"))
-}
 FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]  # of a model on the hub
 PACKAGES = {  # that transformers needs for a method of quantisation, besides accelerate
     "awq": ["gptqmodel"],
@@ -69,14 +69,7 @@ BITS = "load_in_8bit", "load_in_4bit"  # which mean bitsandbytes, whatever metho
 PLAIN = ("BF16", "F16", "F32", "F64")  # dtypes of safetensors whose numbers mean what they say: others have scales
 PLAIN_ON_CPU = ("compressed-tensors", "fp8")  # quantised weights that transformers widens when it loads them on a CPU
 HEAD, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
-ADAPTER = "adapter_config.json"
 HUB_SECONDS = 5.0
-NORMALISATION = ("image_mean", "image_std")
-# What is done whatever the settings of a processor say. Other values are named, null counts as missing.
-ALWAYS = {
-    "do_sample_frames": True, "num_frames": None, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255,
-    "do_normalize": True, "do_convert_rgb": True, "do_center_crop": False, "do_pad": False, "resample": 3,
-}  # fmt: skip
 # Settings of transformers' `generate` that change answers and are not done here, and what they are where they change nothing.
 NOT_DONE = dict.fromkeys(
     ("bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "min_length",
@@ -84,11 +77,7 @@ NOT_DONE = dict.fromkeys(
      "no_repeat_ngram_size", "sequence_bias", "stop_strings", "suppress_tokens", "top_h", "constraints", "dola_layers",
      "force_words_ids", "watermarking_config"), 0
 ) | dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p"), 1)  # fmt: skip
-MODEL_HINT = (
-    "evoprune runs Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL, such as Qwen/Qwen2.5-VL-3B-Instruct, and its demos"
-)
 BELONG = "config.json and the weights must belong together; get the model again"
-MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
 # How names of tensors begin that other programs wrote, and what to do about it.
 ELSEWHERE = {
     "base_model.model.": f"the weights are those of a model under an adapter; {MERGE}",
@@ -99,7 +88,6 @@ ELSEWHERE = {
 }
 _CONVERTED = re.compile(r"(^|[-_./])(gguf|mlx)($|[-_.])", re.IGNORECASE)
 _ORIGINAL = re.compile(r"qwen((2|2\.5|3)-vl|3\.\d)-[\d.]+b(-a\d+b)?(-instruct|-thinking)?", re.IGNORECASE)
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -157,7 +145,11 @@ class FoundModel:
 
     @cached_property
     def limits(self) -> dict[str, InputLimits]:
-        return input_limits(self.folder, self.config.vision_config)
+        """Of videos and of pictures. Warns of settings of the processors that are not followed."""
+        limits = input_limits(self.folder, self.config.vision_config)
+        if self.folder is not None:
+            warn_of_unused(self.folder)
+        return limits
 
     @cached_property
     def tower(self) -> Tower:
@@ -254,7 +246,7 @@ class FoundModel:
     @cached_property
     def _stored(self) -> torch.dtype | None:
         """The dtype of the published weights, if config.json says so."""
-        content = _json(_config_path(self.options, self.folder))
+        content = read_json(_config_path(self.options, self.folder))
         parts = content, section(content, "text_config")  # some files say it of the language model alone
         name = next((said for part in parts if (said := part.get("dtype") or part.get("torch_dtype"))), None)
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(str(name))
@@ -272,7 +264,7 @@ def find_model(options: ModelOptions, check: Callable[[FoundModel], Any] = lambd
         check_packages(model.quantization, options.model)
         check(model)
 
-    if random and _is_bundled(options.model):
+    if random and is_bundled(options.model):
         if options.revision is not None:
             problem = f"the bundled config of {options.model} has no revision {options.revision!r}"
             raise UsageError(problem, "leave the revision out")
@@ -286,7 +278,7 @@ def find_model(options: ModelOptions, check: Callable[[FoundModel], Any] = lambd
 def describe_model(options: ModelOptions) -> FoundModel:
     """Finds a model's settings, and downloads them alone if they are not here yet. A bundled config needs no hub."""
     device = usable_device(options)
-    if _is_bundled(options.model) and options.revision is None:
+    if is_bundled(options.model) and options.revision is None:
         return _found(options, device)
     return _found(options, device, *locate(options, files=["config.json", "*processor_config.json"]))
 
@@ -306,10 +298,6 @@ def look_up(options: ModelOptions) -> FoundModel:
             hint = f"{kind_hint(name)}its settings are small, and suffice: hf download {name} {files}"
             raise ModelError(f"{name} is not on this machine, and inspect does not use the network", hint)
     return _found(options, device, *locate(options, files=None))
-
-
-def _is_bundled(name: str) -> bool:
-    return name in BUNDLED_CONFIGS and not Path(name).is_dir()
 
 
 def _config_path(options: ModelOptions, folder: Path | None) -> Path:
@@ -366,11 +354,6 @@ def usable_device(options: ModelOptions) -> torch.device:
     device = pick_device(options.device)
     check_quantize(options.quantize, device)
     return device
-
-
-def is_id(name: str) -> bool:
-    """Whether a name has the form of a hub id, `org/name`."""
-    return bool(_ID.fullmatch(name)) and ".." not in name and "--" not in name
 
 
 def kind_hint(name: str) -> str:
@@ -434,15 +417,6 @@ def download(
     return folder, folder.name
 
 
-def cached_folder(name: str, revision: str | None) -> Path | None:
-    """The folder of a hub model in the hub's own cache, if its config is there; no network is used."""
-    import huggingface_hub as hub
-    from huggingface_hub import constants
-
-    path = hub.try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision)
-    return Path(path).parent if isinstance(path, str) else None
-
-
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
     """`work()`, or TimeoutError. HTTP timeouts leave out name resolution, which alone can take half a minute."""
     answer = Future()
@@ -459,26 +433,10 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
     return answer.result()
 
 
-def read_config(path: Path) -> Config:
-    if not os.path.isfile(path):
-        raise _no_config(path.parent)
-    content = _json(path)
-    kind = content.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        known = " or ".join(FAMILIES)
-        raise ModelError(f"{path.parent} is a model of type {reprlib.repr(kind)}, not {known}", MODEL_HINT)
-    with _valid(f"{path} is no valid {kind} config"):
-        try:
-            return parse_config(content)
-        except Unsupported as reason:
-            hint = f"take its config.json without yarn; {MODEL_HINT}" if "yarn" in str(reason) else MODEL_HINT
-            raise ModelError(f"evoprune cannot run {path.parent}: {reason}", hint) from reason
-
-
 def quantization_in(path: Path) -> str | None:
     """The method by which the checkpoint of a config.json is quantised; None if it is not."""
-    content = _json(path)
-    with _valid(f"{path} is damaged"):
+    content = read_json(path)
+    with valid(f"{path} is damaged"):
         parts = content, section(content, "text_config")
         settings = next((given for part in parts if (given := section(part, "quantization_config"))), None)
         if settings is None:
@@ -526,43 +484,6 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def _no_config(folder: Path) -> ModelError:
-    """The error for a folder without a config.json, which may be an adapter's, or one of the hub's cache."""
-    if (folder / ADAPTER).is_file():
-        base = _json(folder / ADAPTER).get("base_model_name_or_path")
-        of = f" of {base[:100]}" if isinstance(base, str) and base else ""
-        return ModelError(f"{folder} holds an adapter{of}, not a model", MERGE)
-    cached = next((path for path in (folder, folder.parent) if path.name.startswith("models--")), None)
-    snapshots = [] if cached is None else sorted(cached.glob("snapshots/*/config.json"))
-    if snapshots:
-        hint = f"name the model {_cached_id(cached)}, or {snapshots[-1].parent}"
-        return ModelError(f"{folder} is a folder of the hub's cache, and holds no config.json", hint)
-    return ModelError(f"{folder} holds no config.json", "name a folder in the hub's file layout, or a hub id org/name")
-
-
-def _cached_id(folder: Path) -> str:
-    """The id of the model of a folder in the hub's cache, `models--org--name`."""
-    return folder.name.removeprefix("models--").replace("--", "/", 1)
-
-
-@contextmanager
-def _valid(problem: str, *more: type[Exception]) -> Iterator[None]:
-    """Turns a rule that does not hold, JSON that is none, a file that cannot be read or `more` into a `ModelError`."""
-    try:
-        yield
-    except (OSError, ValueError, *more) as reason:
-        raise ModelError(f"{problem}: {first_line(reason)}", "get the file again") from reason
-
-
-def _json(path: Path) -> dict:
-    """The object in a JSON file of a model's folder; an empty one if there is no such file."""
-    if not os.path.lexists(path):  # a link that leads nowhere is no missing file
-        return {}
-    with _valid(f"{path} cannot be read"):
-        check_fetched(path)
-        return read_object(path)
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model. Their headers are read, so that missing or truncated files are found here."""
     from safetensors import SafetensorError, safe_open
@@ -574,8 +495,8 @@ def weight_files(folder: Path) -> list[Path]:
     )
     files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if not files[0].is_file() and index.is_file():
-        with _valid(f"{index} is damaged"):
-            named = section(_json(index), "weight_map")
+        with valid(f"{index} is damaged"):
+            named = section(read_json(index), "weight_map")
             files = [folder / name for name in sorted({inside.check(v, f"weight_map.{k}") for k, v in named.items()})]
     elif not files[0].is_file():
         files = []
@@ -583,7 +504,7 @@ def weight_files(folder: Path) -> list[Path]:
     name, again = str(folder), "hf download ID --local-dir DIR"
     broken = any((folder / ".cache" / "huggingface" / "download").rglob("*.incomplete"))
     if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
-        name, broken = _cached_id(folder.parents[1]), False
+        name, broken = cached_id(folder.parents[1]), False
         again = f"hf download {name}"
     if not files and not broken:
         hint = (
@@ -599,7 +520,7 @@ def weight_files(folder: Path) -> list[Path]:
                 )
             raise ModelError(f"weights file {file} is missing", "get the file again")
         check_fetched(file)
-        with _valid(f"weights file {file} is damaged or incomplete", SafetensorError), safe_open(file, framework="pt"):
+        with valid(f"weights file {file} is damaged or incomplete", SafetensorError), safe_open(file, framework="pt"):
             pass
     return files
 
@@ -647,10 +568,10 @@ def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, qua
 def read_generation(folder: Path | None) -> GenerationSettings:
     """What a model's generation_config.json says. Warns of what it asks for and nothing here does."""
     path = None if folder is None else folder / "generation_config.json"
-    content = {} if path is None else _json(path)
+    content = {} if path is None else read_json(path)
     if asked := sorted(name for name, off in NOT_DONE.items() if content.get(name) and content[name] != off):
         warnings.warn(f"evoprune does not do what {path} asks for: {listed(asked)}", ModelWarning, stacklevel=2)
-    with _valid(f"{path} is damaged"):
+    with valid(f"{path} is damaged"):
         return pick(GenerationSettings, content, "")
 
 
@@ -670,61 +591,3 @@ def eos_ids(
             raise ModelError(f"{folder}/{file}: {said}, so no answer could end", "get the file again")
         warnings.warn(f"{folder}/{file}: {said}", ModelWarning, stacklevel=2)
     return tuple(token for token in ids if token not in never)
-
-
-def input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, InputLimits]:
-    """Limits of videos and of pictures from a model folder's processor settings, and patch sizes from its config.
-
-    `preprocessor_config.json` belongs to the image processor. Of videos only its mean and std are used: its limit of 12.8 million
-    pixels is meant for one picture, and Qwen's own code limits the frames of a video far lower. Those limits are the defaults here.
-    """
-    traits = vision_config.traits
-    limits = InputLimits(
-        **traits.video,
-        patch_size=vision_config.patch_size,
-        temporal_patch_size=vision_config.temporal_patch_size,
-        merge_size=vision_config.spatial_merge_size,
-    )
-    if folder is None:
-        return {VIDEO: limits, PICTURE: replace(limits, **traits.picture)}
-    of_pictures = (*NORMALISATION, "min_pixels", "max_pixels")
-    joint = folder / "processor_config.json"  # where transformers 5 saves both
-    video = _limits(joint, "video_processor") or _limits(folder / "video_preprocessor_config.json")
-    image = _limits(joint, "image_processor", of_pictures)
-    image = image or _limits(folder / "preprocessor_config.json", only=of_pictures)
-    _warn_of_unused(folder)
-    normal = {name: image[name] for name in NORMALISATION if name in image}
-    return {VIDEO: replace(limits, **(normal | video)), PICTURE: replace(limits, **(dict(traits.unstated) | image))}
-
-
-def _warn_of_unused(folder: Path) -> None:
-    """Names settings of processors that have been checked and are not followed, in one warning."""
-    joint, unused = _json(folder / "processor_config.json"), {}
-    for inner, file in (
-        ("video_processor", "video_preprocessor_config.json"),
-        ("image_processor", "preprocessor_config.json"),
-    ):
-        content = section(joint, inner) or _json(folder / file)
-        usual = ALWAYS
-        if content.get("video_processor_type") == "Qwen2VLVideoProcessor":
-            # Its settings have this false unless somebody changed it; whoever uses it samples frames outside.
-            usual = ALWAYS | {"do_sample_frames": False}
-        unused |= {
-            name: content[name] for name, value in usual.items() if content.get(name) not in (None, value, ALWAYS[name])
-        }
-    if unused:
-        named = ", ".join(f"{name}={shorten(json.dumps(value), 40)}" for name, value in unused.items())
-        warnings.warn(f"{folder}: settings of the processor that are not used: {named}", EvopruneWarning, stacklevel=3)
-
-
-def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None = None) -> dict:
-    """The fields of `InputLimits` in a processor's settings, perhaps in an object inside them, perhaps `only` some."""
-    content = _json(path)
-    with _valid(f"{path} is damaged"):
-        content = section(content, inner) if inner else content
-        size = section(content, "size")
-        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-            content = content | {name: content.get(name) or size.get(edge)}
-        if only:
-            content = {name: content.get(name) for name in only}
-        return checked(InputLimits, content, inner or "")

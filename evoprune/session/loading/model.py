@@ -93,8 +93,7 @@ class LoadedModel:
     @property
     def cores(self) -> int | None:
         """How many cores reading videos may keep busy; None for all that this process may use."""
-        threads = self.found.options.threads
-        return threads if isinstance(threads, int) else None
+        return self.found.options.cores
 
     def knows(self, info: Video) -> bool:
         """Whether a file may be of a kind that the model knows. Of a demo model, only clips of its world are."""
@@ -358,7 +357,8 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     units = 2 * 8 * 8
     values = visual.patch_embed.proj.weight[0].numel()
     pixels = torch.randint(256, (units * PATCHES, values), dtype=torch.uint8, device=device)
-    plan = parse("evoprune").plan(tower_shape(visual), grid, units // 4)
+    # As of a larger input, whose reuse and selections inside the tower take more kernels.
+    plan = parse("evoprune:inner=always").plan(tower_shape(visual), grid, units // 4)
     encoded = encode(visual, [pixels], plan)
     if not native:
         x, of_head = (pixels.new_zeros(2, wide, dtype=dtype) for wide in (text.hidden_size, head_size(text)))
