@@ -163,7 +163,7 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, on_wait):
         qa = settings.load(partial(show, "quantizing"))
         note_model(qa.session, settings.generation, quiet)
         ready()
-        yield from answers(qa, spans, settings, Cache() if cache else None, print_traceback, on_wait, ahead)
+        yield from answers(qa, spans, settings, Cache() if cache else None, print_traceback, ahead, on_wait)
 
 
 def _rows(

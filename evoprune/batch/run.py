@@ -1,4 +1,4 @@
-"""Many questions about many videos; meanwhile the next ones are read (session/read_ahead.py)."""
+"""Many questions about many videos; meanwhile the next ones are read (session/upcoming.py)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -15,7 +15,7 @@ from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import OpenInputs, open_inputs
-from evoprune.session.read_ahead import ReadAhead
+from evoprune.session.upcoming import Upcoming
 from evoprune.video_qa import VideoQA
 
 T = TypeVar("T")
@@ -27,13 +27,13 @@ def answers(
     settings: Settings,
     cache: Cache | None = None,
     on_failure: Callable[[Exception], None] = lambda problem: None,
-    on_wait: Callable[[float], None] = lambda seconds: None,
     ahead: Ahead | None = None,
+    on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Report]:
     """A record for every row, as they are answered. A row that fails has a record with an error, and the others go on.
 
-    `on_wait`: called after each encoding with the seconds that it has waited for reading and preprocessing. `ahead`: what may have
-    read the first inputs already.
+    `ahead`: what may have read the first inputs already. `on_wait`: called after each encoding with the seconds that it has waited
+    for reading and preprocessing.
     """
 
     def opened(span: Span, cores: int | None) -> OpenInputs:
@@ -45,7 +45,7 @@ def answers(
         return inputs
 
     before = 0.0
-    with closing(ReadAhead(spans, opened, qa.loaded)) as prepared:
+    with closing(Upcoming(spans, opened, qa.loaded)) as prepared:
         for span, inputs in prepared:
             on_wait(prepared.waited_s - before)
             before = prepared.waited_s

@@ -45,8 +45,8 @@ from evoprune.session.options import (
     SamplingOptions,
     record,
 )
-from evoprune.session.read_ahead import ReadAhead
 from evoprune.session.session import Session, check_fits
+from evoprune.session.upcoming import Upcoming
 from evoprune.util import OPTION, counted
 from evoprune.video.info import NO_SUBTITLES, input_state
 from evoprune.vision.tower import tower_geometry
@@ -236,7 +236,7 @@ class Evaluation:
     def _reading_ahead(self, videos: Sequence[VideoQuestions], progress: Progress) -> Iterator[list[dict]]:
         """The samples of video after video; meanwhile the next ones are read."""
         first = self.total - len(videos) + 1
-        with closing(ReadAhead(videos, self._opened, self.loaded)) as ahead:
+        with closing(Upcoming(videos, self._opened, self.loaded)) as ahead:
             for number, (video, opened) in enumerate(ahead, first):
                 yield self.evaluate(
                     video, lambda what, at=number: progress(f"video {at} of {self.total}: {what}"), opened

@@ -34,8 +34,8 @@ from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.loading.find import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
-from evoprune.session.read_ahead import ReadAhead, idle_cores
 from evoprune.session.session import Session, check_fits
+from evoprune.session.upcoming import Upcoming, idle_cores
 from evoprune.util import counted
 
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)
@@ -276,11 +276,16 @@ class FullAnswers:
 
 
 def encode(
-    session: Session, path: str, sampling: SamplingOptions, rows: SharedRows | None = None
+    session: Session,
+    path: str,
+    sampling: SamplingOptions,
+    rows: SharedRows | None = None,
+    ahead: Ahead | None = None,
 ) -> tuple[EncodedInputs, float]:
-    """A video, encoded, and the seconds of encoding: also those that shared rows have saved."""
+    """A video, encoded, and the seconds of encoding: also those that shared rows have saved. `ahead`: what may have read it."""
     kind = partial(SharedInput, shared_rows=rows) if rows else OpenInput
-    with closing(open_inputs(session, [Path(path)], sampling, names=[path], kind=kind)) as opened:
+    given = {"names": [path], "kind": kind, "ahead": ahead}
+    with closing(open_inputs(session, [Path(path)], sampling, **given)) as opened:
         video = opened.encode()
     return video, video.report.time_ms.encode / 1000 + (rows.saved if rows else 0.0)
 
@@ -315,14 +320,14 @@ class Answering:
         """Answers what the time allows, the first readable video in any case. Raises the first problem if there is none."""
         loaded = self.session.loaded
         # What takes cores from the model would falsify the times.
-        ahead = ReadAhead(videos, self._open, loaded) if idle_cores(loaded) else None
-        with closing(ahead) if ahead else nullcontext():
+        upcoming = Upcoming(videos, self._open, loaded) if idle_cores(loaded) else None
+        with closing(upcoming) if upcoming else nullcontext():
             for number, path in enumerate(videos):
                 if self.made and self._left < self._next_s:
                     return
                 progress(f"answering in full, video {number + 1} of {len(videos)}")
                 try:
-                    _, opened = next(ahead) if ahead else (path, self._open(path, loaded.cores))
+                    _, opened = next(upcoming) if upcoming else (path, self._open(path, loaded.cores))
                     self.made.append(self._answered(path, opened, len(videos) - number))
                     self._next_s = self.made[-1].took_s if len(self.made) > 1 else self._next_s
                 except (VideoError, ModelError, OutOfMemory) as problem:
@@ -350,7 +355,7 @@ class Answering:
             raise opened
         self._held.append(opened)
         start = self._now()
-        video, seconds = encode(self.session, path, self._sampling)
+        video, seconds = encode(self.session, path, self._sampling, ahead=self._ahead)
         opened.read()  # finds the patches, and keeps them
         spent = self._now() - start
         if not self.made:

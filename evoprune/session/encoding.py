@@ -102,8 +102,8 @@ class OpenInput:
 
     def __post_init__(self):
         self.damaged, self._early, self._open = 0, False, ExitStack()
-        self.ahead: Ahead | None = None  # what may have read the frames already
         self.waited_s = 0.0  # for patches, while they were encoded
+        self.ahead: Ahead | None = None  # what may have read the frames already
         self.other_shape = self.moved = False
         self.read_s: tuple[float, ...] = ()  # times of the frames themselves
         self.cores = self.session.loaded.cores  # for reading; None for all that this process may use
@@ -115,8 +115,8 @@ class OpenInput:
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         """What is looked at, as `video.frames.read_frames` yields it."""
         plan, read = self.plan, self.ahead.read_frames if self.ahead else read_frames
-        how = plan.reading | {"cores": self.cores}
-        return read(plan.source, plan.sampling.times_s, chunk_bytes=chunk_bytes, **how)
+        given = {"chunk_bytes": chunk_bytes, "cores": self.cores}
+        return read(plan.source, plan.sampling.times_s, **given, **plan.reading)
 
     def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         """What the tower makes of it. `options`: of `vision.encoder.encode_rows`."""

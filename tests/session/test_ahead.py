@@ -27,7 +27,6 @@ from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.find import BUNDLED_CONFIGS
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, SamplingOptions
-from evoprune.session.patches import PatchStore
 from evoprune.session.planning import plan_input
 from evoprune.video.frames import FrameChunk, probe, read_frames
 from evoprune.video.sandbox import isolation
@@ -60,9 +59,9 @@ def nothing_is_left():
 
 
 @pytest.fixture(autouse=True)
-def not_kept(monkeypatch):
-    """Patches are not kept, or nothing would be read for a second answer."""
-    monkeypatch.setattr(PatchStore, "open", lambda *given: None)
+def nothing_is_kept(demo, monkeypatch):
+    """Of patches, for other settings: each encoding asks for frames."""
+    monkeypatch.setattr(demo.patches, "limit_bytes", 0)
 
 
 @pytest.fixture
@@ -535,6 +534,8 @@ def test_times_of_reading_are_those_of_the_reader_and_the_clock_is_that_on_the_w
 def test_python(read_anew, tmp_path):
     qa = VideoQA.load("demo", device="cpu", ahead=SQUARE)
     assert qa.ask(SQUARE, "What colour is the square?").text and read_anew() == []
+    assert qa.ask(SQUARE, "What colour is the square?").text and read_anew() == []  # its patches are there
+    qa.loaded.patches.clear()
     assert qa.ask(SQUARE, "What colour is the square?").text and read_anew() == [SQUARE]
     qa = VideoQA.load("demo", device="cpu", ahead=[Path(SQUARE), THREE])
     assert qa.encode([SQUARE, Path(THREE)]).ask("What colour is the square?").text and read_anew() == [SQUARE]
@@ -578,6 +579,18 @@ def test_a_batch_takes_its_first_videos(demo, read_anew):
         without = without or said
         assert said == without and None not in said
     assert read_anew() == [*(row.video for row in rows), rows[2].video]
+
+
+def test_patches_of_its_frames_serve_other_settings_and_count_once(read_anew, demo, monkeypatch):
+    monkeypatch.setattr(demo.patches, "limit_bytes", 2**29)
+    with begun(SQUARE) as ahead:
+        wait_for(lambda: all_read(ahead))
+        times = []
+        for budget in (0.5, 0.25):
+            with closing(open_inputs(VideoQA(demo, budget=budget).session, [SQUARE], ahead=ahead)) as opened:
+                times.append(opened.encode().report.time_ms)
+        assert times[0].preprocess > 0 == times[1].preprocess and times[0].read > times[1].read
+        assert read_anew() == []
 
 
 BEFORE_TORCH = """

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.session import read_ahead
+from evoprune.session import upcoming
 from evoprune.session.encoding import OpenInputs
-from evoprune.session.read_ahead import ReadAhead, idle_cores, readers
+from evoprune.session.upcoming import Upcoming, idle_cores, readers
 from evoprune.video.sandbox import isolation
 
 
@@ -22,12 +22,12 @@ def no_thread_stays():
 
 @pytest.fixture
 def ahead_of(monkeypatch):
-    """A `ReadAhead` with so many readers."""
+    """A `Upcoming` with so many readers."""
 
     def made(items, opened, count, cores=0):
-        monkeypatch.setattr(read_ahead, "readers", lambda loaded: count)
-        monkeypatch.setattr(read_ahead, "idle_cores", lambda loaded: cores)
-        return ReadAhead(items, opened, SimpleNamespace(cores=None))
+        monkeypatch.setattr(upcoming, "readers", lambda loaded: count)
+        monkeypatch.setattr(upcoming, "idle_cores", lambda loaded: cores)
+        return Upcoming(items, opened, SimpleNamespace(cores=None))
 
     return made
 
@@ -188,8 +188,8 @@ def test_what_is_opened_too_late_is_closed(ahead_of):
     ],
 )
 def test_how_many_are_read_at_a_time(monkeypatch, device, cores, torch_threads, asked, memory, idle, count):
-    monkeypatch.setattr(read_ahead, "available_cores", lambda: cores)
-    monkeypatch.setattr(read_ahead, "available_memory", lambda: memory)
-    monkeypatch.setattr(read_ahead.torch, "get_num_threads", lambda: torch_threads)
+    monkeypatch.setattr(upcoming, "available_cores", lambda: cores)
+    monkeypatch.setattr(upcoming, "available_memory", lambda: memory)
+    monkeypatch.setattr(upcoming.torch, "get_num_threads", lambda: torch_threads)
     loaded = SimpleNamespace(device=device, cores=asked)
     assert (idle_cores(loaded), readers(loaded)) == (idle, count)

@@ -44,7 +44,7 @@ def readers(loaded: LoadedModel) -> int:
     return max(1, min(idle_cores(loaded) // 2, room, MOST))
 
 
-class ReadAhead(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
+class Upcoming(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
     """Yields items in their order, each with its inputs, opened by a thread, or with the exception that opening them raised.
 
     Threads also read the inputs to their ends where they are kept in memory. They take a further item only when fewer wait than
