@@ -4,7 +4,7 @@
     python -m experiments.seek -o runs/seek-scenes.jsonl --world scenes --split heldout --block 14
     python -m experiments.seek runs/seek-shapes.jsonl runs/seek-scenes.jsonl
 
-The first two forms add a line a clip, sampling, kind of times and budget. They go on where the file ends. The third prints tables.
+The first two forms add a line a clip, sampling, kind of times and budget, and leave out what the file has. The third prints tables.
 
 A sampling time is the middle of one of n equal parts of the video. The clips have a keyframe every second. Three kinds of times:
 
@@ -47,16 +47,8 @@ KEYFRAME_S = 1.0
 RATES = (2.0, 0.75)  # frames a second: the models' own; and parts of 1 to 1.5 s, so that each has a keyframe
 BUDGETS = ("full", "balanced", "fast")
 EXACT, KEYFRAMES, RANDOM = "exact", "keyframes", "random"
-KINDS = (
-    "flash",
-    "moment",
-    "time",
-    "events",
-    "motion",
-    "space",
-    "detail",
-    "gist",
-)  # groups of questions, of either world
+# Groups of questions, of either world.
+KINDS = ("flash", "moment", "time", "events", "motion", "space", "detail", "gist")
 TOKENS = 64
 ROUNDING = 1e-6  # seconds
 
@@ -106,14 +98,18 @@ class MovedInput(OpenInput):
         return self.shared_frames.read(plan.source, times_s, decoder=plan.decoder, chunk_bytes=chunk_bytes)
 
 
-def start(model: str, groups: Sequence[str], folder: str) -> Callable[[ClipName], list[dict]]:
+Job = tuple[ClipName, Sequence[str]]  # a clip and the budgets at which it is asked about
+
+
+def start(model: str, groups: Sequence[str], folder: str) -> Callable[[Job], list[dict]]:
     """What each process begins with: the function that makes the lines of a clip."""
     loaded = load_model(ModelOptions(model, dtype="fp32", threads=1))
     return partial(lines_of, loaded, groups, Path(folder))
 
 
-def lines_of(loaded: LoadedModel, groups: Sequence[str], folder: Path, clip: ClipName) -> list[dict]:
+def lines_of(loaded: LoadedModel, groups: Sequence[str], folder: Path, job: Job) -> list[dict]:
     """A line a sampling, kind of times and budget."""
+    clip, budgets = job
     made = []
     with demo_video(clip, folder, groups=groups, keyframe_s=KEYFRAME_S) as video:
         frames = SharedFrames()
@@ -121,7 +117,7 @@ def lines_of(loaded: LoadedModel, groups: Sequence[str], folder: Path, clip: Cli
             for times, move in MOVES.items():
                 moving = partial(move, seed=clip.seed)
                 kind = partial(MovedInput, shared_frames=frames, move=moving)
-                for budget in BUDGETS:
+                for budget in budgets:
                     session = Session(loaded, PruneOptions(budget, seed=clip.seed).config())
                     made.append(answered(session, video, fps, kind) | {"times": times, "budget": budget})
     return made
@@ -195,7 +191,8 @@ def table(lines: Sequence[dict]) -> list[str]:
     for fps in dict.fromkeys(line["fps"] for line in lines):
         sampled = [line for line in lines if line["fps"] == fps]
         groups = {group for line in sampled for each in line["groups"] for group in each}
-        rows = {f"`-b {b}`": cells(line for line in sampled if line["budget"] == b) for b in BUDGETS}
+        budgets = dict.fromkeys(line["budget"] for line in sampled)
+        rows = {f"`-b {b}`": cells(line for line in sampled if line["budget"] == b) for b in budgets}
         rows["all"] = cells(sampled)
         rows |= {f"all: {kind}": cells(sampled, kind) for kind in KINDS if kind in groups}
         made += ["| " + " | ".join([f"{fps:g} frames/s", name, *row]) + " |" for name, row in rows.items()]
@@ -229,6 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="validation")
     parser.add_argument("--block", type=int)
     parser.add_argument("--clips", type=int, default=300)
+    parser.add_argument("-b", "--budget", default=",".join(BUDGETS), help="some of: %(default)s")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args(arguments)
@@ -240,17 +238,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.output is None or args.block is None:
         parser.error("--output and --block are needed, or files to print")
     groups = VIDEOS[args.world]
-    done = {line["clip"] for line in read(args.output)} if args.output.exists() else set()
-    asked = clips_asked(args.world, args.split, args.block, args.clips, groups)
-    jobs = [clip for clip in asked if str(clip) not in done]
+    done = {(line["clip"], line["budget"]) for line in read(args.output)} if args.output.exists() else set()
+    jobs = []
+    for clip in clips_asked(args.world, args.split, args.block, args.clips, groups):
+        missing = [budget for budget in args.budget.split(",") if (str(clip), budget) not in done]
+        if missing:
+            jobs.append((clip, missing))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory() as folder,
         args.output.open("a", encoding="utf-8") as file,
         closing(map_in_processes(partial(start, MODELS[args.world], groups, folder), jobs, args.processes)) as each,
     ):
-        for number, made in enumerate(each, len(done) + 1):
-            file.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in made)
+        for number, made in enumerate(each, args.clips - len(jobs) + 1):
+            file.write("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in made))
             file.flush()
             print(f"{number} of {args.clips}", flush=True)
 

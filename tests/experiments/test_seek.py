@@ -61,9 +61,9 @@ def test_other_frames_are_read_than_the_prompt_is_made_for(tmp_path, monkeypatch
 
     monkeypatch.setattr(seek, "SharedFrames", Frames)
     monkeypatch.setattr(seek, "RATES", (0.75,))
-    monkeypatch.setattr(seek, "BUDGETS", ("fast",))
     demo = load_model(ModelOptions("demo", dtype="fp32"))
-    exact, keyframes, random = seek.lines_of(demo, (), tmp_path, ClipName("validation", 6_400_000))
+    job = ClipName("validation", 6_400_000), ["fast"]
+    exact, keyframes, random = seek.lines_of(demo, (), tmp_path, job)
     assert [line["times"] for line in (exact, keyframes, random)] == [*MOVES]
     assert read[:8] == pytest.approx([0.75, 2.25, 3.75, 5.25, 1, 2, 4, 5])
     assert (exact["moved"], keyframes["moved"], random["moved"]) == (0, 4, 4) and keyframes["moved_s"] == 1
@@ -102,16 +102,21 @@ def fake(model: str, groups, folder: str):
     return partial(_answered, model)
 
 
-def _answered(model: str, clip: ClipName) -> list[dict]:
-    return [{"clip": str(clip), "model": model}]
+def _answered(model: str, job: seek.Job) -> list[dict]:
+    clip, budgets = job
+    return [{"clip": str(clip), "model": model, "budget": budget} for budget in budgets]
 
 
-def test_a_run_goes_on_where_its_file_ends(tmp_path, monkeypatch, capsys):
+def test_a_run_does_what_its_file_lacks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(seek, "start", fake)
     asked = ["-o", str(tmp_path / "runs" / "scenes.jsonl"), "--world", "scenes", "--block", "64"]
-    main([*asked, "--clips", "1"])
-    main([*asked, "--clips", "3"])
+    main([*asked, "--clips", "1", "-b", "fast"])
+    main([*asked, "--clips", "2", "-b", "fast,full"])
     lines = seek.read(tmp_path / "runs" / "scenes.jsonl")
-    names = [f"scenes-validation-{seed}" for seed in (6_400_001, 6_400_003, 6_400_005)]  # those of videos
-    assert [each["clip"] for each in lines] == names and {each["model"] for each in lines} == {"demo-scenes"}
-    assert capsys.readouterr().out.splitlines() == ["1 of 1", "2 of 3", "3 of 3"]
+    first, second = (f"scenes-validation-{seed}" for seed in (6_400_001, 6_400_003))  # those of videos
+    found = [(line["clip"], line["budget"]) for line in lines]
+    assert found == [(first, "fast"), (first, "full"), (second, "fast"), (second, "full")]
+    assert {line["model"] for line in lines} == {"demo-scenes"}
+    assert capsys.readouterr().out.splitlines() == ["1 of 1", "1 of 2", "2 of 2"]
+    main([*asked, "--clips", "2"])
+    assert len(seek.read(tmp_path / "runs" / "scenes.jsonl")) == 6
