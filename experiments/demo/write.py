@@ -60,10 +60,14 @@ def data_text(world: str, split: str, block: int) -> str:
     return f"{world} ({split}, block {block})"
 
 
-def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()) -> VideoQuestions:
+def write_clip(
+    name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = (), **encoding
+) -> VideoQuestions:
     """Writes a clip as a file in `folder`; returns it with its questions, those of `groups` where any are given.
 
-    `crf`: x264's constant rate factor, 0 to keep every pixel; default: by the seed. Raises UsageError: the file cannot be written.
+    `crf`: x264's constant rate factor, 0 to keep every pixel; default: by the seed. `encoding`: as of `World.write`.
+
+    Raises UsageError: the file cannot be written.
     """
     world = WORLDS[name.world]
     clip = world.make(name.split, name.seed)
@@ -79,7 +83,7 @@ def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Col
         for i, q in enumerate(asked)
     )  # fmt: skip
     try:
-        world.write(clip, path, crf)
+        world.write(clip, path, crf, **encoding)
         os.utime(
             path, (0, 0)
         )  # the same file each time, so that a run that is resumed takes it for the one that it began with
@@ -93,10 +97,10 @@ def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Col
 
 @contextmanager
 def demo_video(
-    name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()
+    name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = (), **encoding
 ) -> Iterator[VideoQuestions]:
     """As `write_clip`, but the file is removed at the end."""
-    video = write_clip(name, folder, crf, groups)
+    video = write_clip(name, folder, crf, groups, **encoding)
     try:
         yield video
     finally:
