@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
+from contextvars import copy_context
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from evoprune.util import brief
 from evoprune.video.frames import FrameChunk, probe, read_frames
 from evoprune.video.info import PICTURE, check_one_file
 from evoprune.video.plan import Plan
+from evoprune.video.sandbox.isolation import Scope
 from evoprune.vision.encoder import Encoded, EncodedRows, encode_rows, select_tokens
 from evoprune.vision.preprocess import patches_of
 
@@ -38,21 +40,23 @@ Progress = Callable[[str, int, int], None]  # "encode", frames done, in all; the
 T = TypeVar("T")
 
 READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package that each decoder is
-PATIENCE_S = 3.0  # how long closing waits for the item that is being made
+PATIENCE_S = 3.0  # how long closing waits for the item that is being made, where that is no frame of a worker process
 
 
 def prefetched(items: Generator[T, None, None], depth: int = 2) -> Iterator[T]:
     """Yields items in order while a thread makes the next ones, at most `depth` of them.
 
     The thread, which also closes `items`, starts with the first item that is asked for. When this iterator is exhausted, is closed
-    or raises, the thread finishes the item it is making and ends. Where that takes longer than `PATIENCE_S`, as a read that hangs
-    does, it is left to end by itself. Whatever making an item raises comes after all items before it.
+    or raises, the thread ends: what it reads in a worker process is stopped at once, anything else that it is making is finished,
+    unless that takes longer than `PATIENCE_S`; then it is left to end by itself. Whatever making an item raises comes after all
+    items before it.
     """
     queue: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
-    room, stopped = threading.Semaphore(depth), threading.Event()
+    room, stopped, scope = threading.Semaphore(depth), threading.Event(), Scope()
 
     def work() -> None:
         problem = None
+        scope.enter()
         try:
             with closing(items):
                 while room.acquire() and not stopped.is_set():
@@ -64,7 +68,8 @@ def prefetched(items: Generator[T, None, None], depth: int = 2) -> Iterator[T]:
         queue.put(([], problem))
 
     # A daemon thread that hangs does not keep the program from ending.
-    thread = threading.Thread(target=work, name="evoprune-prefetch", daemon=True)
+    run = copy_context().run  # so that whatever stops this thread also stops the one that it starts
+    thread = threading.Thread(target=run, args=(work,), name="evoprune-prefetch", daemon=True)
     try:
         thread.start()
         while True:
@@ -79,6 +84,7 @@ def prefetched(items: Generator[T, None, None], depth: int = 2) -> Iterator[T]:
         stopped.set()
         room.release()
         if thread.is_alive():
+            scope.stop()
             thread.join(PATIENCE_S)
 
 

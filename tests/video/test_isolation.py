@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,34 @@ def gone(pid, seconds=5.0):
     while lives(pid) and time.monotonic() < end:
         time.sleep(0.02)
     return not lives(pid)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_what_reads_is_stopped_from_another_thread(stopped, named, good, started):
+    """At once, whatever the process does, and it is not tried again; nor does anything else begin there."""
+    info, scope, problems, waits = probe(named("later_hang")), isolation.Scope(), [], threading.Event()
+
+    def read():
+        scope.enter()
+        for again in (False, True):
+            try:
+                for _ in read_frames(info, TIMES, chunk_bytes=SMALL):
+                    waits.set()
+            except isolation.Stopped as problem:
+                problems.append((again, problem))
+
+    thread = threading.Thread(target=copy_context().run, args=(read,))
+    thread.start()
+    assert waits.wait(20)
+    time.sleep(0.2)
+    if stopped:  # as if a disk held it
+        os.kill(started[0], signal.SIGSTOP)
+    begun = time.monotonic()
+    scope.stop()
+    thread.join(20)
+    assert time.monotonic() - begun < 5 and [again for again, _ in problems] == [False, True]
+    assert gone(started[0]) and len(started) <= 2  # the second one was idle
+    assert numbers(probe(good), TIMES) == list(range(20))
 
 
 CRASHES = {

@@ -10,6 +10,7 @@ import socket
 import struct
 import time
 import weakref
+from contextlib import suppress
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,11 @@ class Channel:
                 raise EOFError
             content += piece
         return bytes(content)
+
+    def shut(self) -> None:
+        """For another thread: whoever receives gets an EOFError."""
+        with suppress(OSError):  # the other end is closed
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()

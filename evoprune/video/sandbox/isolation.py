@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -45,11 +46,16 @@ class Crash(VideoError):
     """The worker process has ended, or cannot be used any more."""
 
 
+class Stopped(Exception):
+    """Nobody wants what was to be read: `Scope.stop` has ended it."""
+
+
 class WorkerProcess:
     """A process that reads videos, one request at a time. `path` names the video in messages; `busy`: one is unanswered."""
 
     def __init__(self):
         self.path, self.busy, self._answered, self._oom_kills = "", False, False, oom_kills()
+        self._stopped = False
         here, there = socket.socketpair()
         here.settimeout(SILENCE_S)
         self._channel = Channel(here)
@@ -130,7 +136,9 @@ class WorkerProcess:
             raise problem
         return message["result"]
 
-    def _crash(self) -> Crash | OutOfMemory:
+    def _crash(self) -> Crash | OutOfMemory | Stopped:
+        if self._stopped:
+            return Stopped()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
         code = self._process.returncode
@@ -151,6 +159,12 @@ class WorkerProcess:
         """Kill the process, whatever it does; for another thread: whoever waits for an answer gets a `Crash`."""
         self._process.kill()
 
+    def stop(self) -> None:
+        """Kill the process, for another thread: whoever waits for an answer gets `Stopped`, also where a disk holds the process."""
+        self._stopped = True
+        self._channel.shut()
+        self.kill()
+
     def end(self) -> None:
         """Kill the process, and forget it."""
         self.kill()
@@ -162,7 +176,46 @@ class WorkerProcess:
 
 
 _idle: list[WorkerProcess] = []
-_lock = threading.Lock()
+_lock = threading.RLock()  # memory may be cleaned up, which gives a process back, in whoever holds it
+
+
+class Scope:
+    """What a thread reads, and what the threads read that it starts: entered there, stopped from another thread.
+
+    A thread inherits the scope of the one that starts it where `contextvars.copy_context().run` runs it.
+    """
+
+    def __init__(self):
+        self._outer, self._stopped = _scope.get(), False
+        self._workers: set[WorkerProcess] = set()
+
+    def enter(self) -> None:
+        """From now on, what this thread reads is read in this scope."""
+        _scope.set(self)
+
+    def stop(self) -> None:
+        """End all reading at once: whoever waits for a worker process in this scope, or wants one, gets `Stopped`."""
+        with _lock:
+            self._stopped = True
+            for worker in list(self._workers):
+                worker.stop()
+
+    @contextmanager
+    def using(self, worker: WorkerProcess) -> Iterator[None]:
+        """Has `stop` end a worker process during a block. Raises Stopped."""
+        with _lock:
+            if self._stopped:
+                raise Stopped
+            self._workers.add(worker)
+        try:
+            with self._outer.using(worker) if self._outer else nullcontext():
+                yield
+        finally:
+            with _lock:
+                self._workers.discard(worker)
+
+
+_scope: ContextVar[Scope | None] = ContextVar("evoprune-scope", default=None)
 
 
 def warm_up() -> None:
@@ -187,9 +240,10 @@ def borrow(path: str) -> Iterator[WorkerProcess]:
         elif worker._process.poll() is not None:  # what ended one that idled is not the next video's fault
             worker.end()
             worker = None
-    worker.path = path
+    worker.path, scope = path, _scope.get()
     try:
-        yield worker
+        with scope.using(worker) if scope else nullcontext():
+            yield worker
     finally:
         with _lock:
             kept = not worker.busy and len(_idle) < MAX_IDLE
@@ -211,7 +265,7 @@ def end_all() -> None:
 def _forget() -> None:
     """In a forked copy of this process: the workers belong to the original."""
     global _lock, _idle
-    _lock, _idle = threading.Lock(), []
+    _lock, _idle = threading.RLock(), []
 
 
 if hasattr(os, "register_at_fork"):
