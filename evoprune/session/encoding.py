@@ -5,7 +5,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from contextvars import copy_context
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -21,6 +21,7 @@ from evoprune import methods
 from evoprune.backend.devices import empty_cache
 from evoprune.errors import OutOfMemory, UsageError, memory_guard, names_plugins
 from evoprune.model.cost import Clock
+from evoprune.report import BESIDE, OF_INPUTS
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache, content_hash, own_code
 from evoprune.session.options import SamplingOptions
@@ -100,7 +101,7 @@ class OpenInput:
 
     session: Session
     plan: Plan
-    clock: Clock  # adds up the seconds of "read" and "preprocess"
+    clock: Clock  # adds up the seconds of "plan", "read" and "preprocess"
 
     def __post_init__(self):
         self.damaged, self._early, self._open = 0, False, ExitStack()
@@ -138,16 +139,21 @@ class OpenInput:
         Raises VideoError: unreadable. OutOfMemory. ModelError: numbers that are NaN or infinite.
         """
         plan, clock, pruning = self.plan, Clock(self.session.device), self.session.pruning
-        start, earlier = clock.now(), 0.0 if self._early else self.clock.seconds.get("read", 0.0)
+        start, before = clock.now(), dict.fromkeys(OF_INPUTS, 0.0) | self.clock.seconds
+        read_before = 0.0 if self._early else before["read"]  # that somebody waited for
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
         result, cache = self._result(clock, progress, chunks, warnings)
-        wall = earlier + clock.now() - start
+        wall = before["plan"] + read_before + clock.now() - start
         rows, tokens = (None, result) if isinstance(result, Encoded) else (result, result.nothing_selected())
         wanted = pruning.acts and pruning.keep(plan.full.grid) < plan.units
         if plan.kind == PICTURE and rows is None and wanted and len(tokens.kept) == plan.units:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
-        seconds = clock.seconds | self.clock.seconds
+        waited = read_before + clock.seconds.pop("wait", 0.0)
+        seconds = dict.fromkeys(OF_INPUTS, 0.0) | clock.seconds | self.clock.seconds
+        ahead = seconds["read"] + seconds["preprocess"] - waited
+        seconds[BESIDE] = max(0.0, ahead)
+        seconds["read"] += max(0.0, -ahead)  # waiting for the thread that reads, on a busy machine
         return Encoding(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
 
     def _result(
@@ -155,11 +161,15 @@ class OpenInput:
     ) -> tuple[Encoded | EncodedRows, str]:
         """The tokens, or the rows where the method reads the question; and whether they were in the cache, as `Encoding.cache`.
 
-        Writes the seconds of "encode" into `clock`, and adds to the `warnings`.
+        Writes the seconds of "compile", "encode", "store" and "wait" into `clock`, and adds to the `warnings`.
         """
         plan, loaded, pruning = self.plan, self.session.loaded, self.session.pruning
-        loaded.ready()
-        chunks, start = chunks or fitting_chunks(self.session, plan), clock.now()
+        if chunks is None:
+            with self.clock.stage("plan"):
+                chunks = fitting_chunks(self.session, plan)
+        with clock.stage("compile"):
+            loaded.ready()
+        start = clock.now()
         options = {"seed": pruning.seed, "normal": loaded.limits[plan.kind].normal}
         if progress:
             options["on_layer"] = partial(progress, "layers")
@@ -174,7 +184,7 @@ class OpenInput:
                 if problem.stage != "encode" or chunk_units == chunks[-1]:
                     raise
             empty_cache()
-        clock.seconds["encode"] = clock.now() - start - clock.seconds.pop("wait", 0.0)
+        clock.seconds["encode"] = clock.now() - start - clock.seconds.get("wait", 0.0)
         if self.damaged:
             warnings.append("damaged_video")
         if self.other_shape and "changing_size" not in warnings:  # a part that probing did not meet
@@ -228,14 +238,14 @@ class CachedInput(OpenInput):
         self, clock: Clock, progress: Progress | None, chunks: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
         if self.stored:
-            clock.seconds = {"preprocess": 0.0, "encode": 0.0}
             return self.stored, "hit"
         result, _ = super()._result(clock, progress, chunks, warnings)
         # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
         whole = not self.damaged and (self.plan.info.changes_size or not self.other_shape)
-        storable = self.key and whole and entry_key(self.session, self.plan) == self.key
-        if storable and not self.cache.store(self.key, result):
-            warnings.append("cache_not_written")
+        with clock.stage("store"):
+            storable = self.key and whole and entry_key(self.session, self.plan) == self.key
+            if storable and not self.cache.store(self.key, result):
+                warnings.append("cache_not_written")
         return result, "miss" if self.key else "off"
 
 
@@ -278,6 +288,10 @@ class OpenInputs:
         """Reads the first chunk of the first one, while something else is computed. Errors: as of `OpenInput.begin`."""
         self.inputs[0].begin()
 
+    def planning(self) -> AbstractContextManager[None]:
+        """Times what is decided about all inputs before anything is read, such as whether the questions fit."""
+        return self.inputs[0].clock.stage("plan")
+
     @names_plugins()
     def encode(self, progress: Progress | None = None) -> EncodedInputs:
         """Reads, preprocesses and encodes one after the other.
@@ -288,8 +302,9 @@ class OpenInputs:
         """
         count, kept, chunks, encodings = len(self.plans), sum(plan.encoder.keep for plan in self.plans), [], []
         for opened in self.inputs:
-            others = TEXT + kept - opened.plan.encoder.keep
-            chunks.append(None if opened.stored else fitting_chunks(self.session, opened.plan, others))
+            others, stored = TEXT + kept - opened.plan.encoder.keep, opened.stored
+            with opened.clock.stage("plan"):
+                chunks.append([] if stored else fitting_chunks(self.session, opened.plan, others))
         for number, opened in enumerate(self.inputs):
             if progress and count > 1:
                 progress("input", number + 1, count)
