@@ -13,7 +13,7 @@ from evoprune.errors import OutOfMemory, error_record
 from evoprune.report import Report, name_inputs
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache
-from evoprune.session.encoding import OpenInputs, open_inputs, prefetched
+from evoprune.session.encoding import OpenInputs, Progress, open_inputs, prefetched
 from evoprune.video_qa import VideoQA
 
 T = TypeVar("T")
@@ -25,11 +25,15 @@ def answers(
     settings: Settings,
     cache: Cache | None = None,
     on_failure: Callable[[Exception], None] = lambda problem: None,
+    progress: Progress | None = None,
 ) -> Iterator[Report]:
-    """A record for every row, as they are answered. A row that fails has a record with an error, and the others go on."""
+    """A record for every row, as they are answered. A row that fails has a record with an error, and the others go on.
+
+    `progress`: as of `session.encoding.OpenInputs.encode`, of one span after the other.
+    """
     with closing(prefetched(_prepared(qa, spans, settings, cache), depth=1)) as prepared:
         for span, inputs in prepared:
-            yield from _asked(span, inputs, settings, on_failure)
+            yield from _asked(span, inputs, settings, on_failure, progress)
 
 
 def _prepared(
@@ -65,13 +69,17 @@ def _named(report: Report, row: Row, settings: Settings) -> Report:
 
 
 def _asked(
-    span: Span, inputs: OpenInputs | Exception, settings: Settings, on_failure: Callable[[Exception], None]
+    span: Span,
+    inputs: OpenInputs | Exception,
+    settings: Settings,
+    on_failure: Callable[[Exception], None],
+    progress: Progress | None,
 ) -> Iterator[Report]:
     def encode() -> EncodedInputs:
         if isinstance(inputs, Exception):
             raise inputs
         with closing(inputs):
-            return inputs.encode()
+            return inputs.encode(progress)
 
     def answered(row: Row) -> Report:
         encoded.last_question = row is span.rows[-1]

@@ -86,7 +86,9 @@ class Cost:
         }
 
 
-Progress = Callable[[str], None]
+Progress = Callable[
+    ..., None
+]  # what is done; of `run`: "video", how many are done and in all, and what is done just now
 # Options that results hold also at their defaults.
 RECORDED = (
     "fps", "frames", "max_frames", "max_visual_tokens", "max_new_tokens", "model", "revision", "dtype", "quantize",
@@ -207,7 +209,7 @@ class Evaluation:
     def failed(self) -> bool:
         return any("error" in sample for sample in self.samples)
 
-    def run(self, progress: Progress = lambda what: None, processes: int = 1) -> None:
+    def run(self, progress: Progress = lambda *what: None, processes: int = 1) -> None:
         """Evaluates all videos that have no samples yet, so many at a time, each process with a model of its own.
 
         A video that cannot be read, computed or held is left out of all rows. Raises OutOfMemory: too little for so many models.
@@ -223,18 +225,18 @@ class Evaluation:
             results = map_in_processes(partial(_start, replace(self.settings, model=model)), missing, processes)
         else:
             results = (
-                self.evaluate(video, lambda what, at=number: progress(f"video {at} of {self.total}: {what}"))
-                for number, video in enumerate(missing, len(done) + 1)
+                self.evaluate(video, lambda what, at=number: progress("video", at, self.total, what))
+                for number, video in enumerate(missing, len(done))
             )
         with closing(results):
             for number, samples in enumerate(results, len(done) + 1):
                 if processes > 1:
-                    progress(f"video {number} of {self.total}")
+                    progress("video", number, self.total)
                 if self.folder:
                     self.folder.add(samples)
                 self.samples += samples
 
-    def evaluate(self, video: VideoQuestions, progress: Progress = lambda what: None) -> list[dict]:
+    def evaluate(self, video: VideoQuestions, progress: Progress = lambda *what: None) -> list[dict]:
         """The samples of a video, variant after variant; if it fails, one with an `error` for each question."""
         samples: list[dict] = []
         files = _state(video)
@@ -243,15 +245,25 @@ class Evaluation:
                 frames, rows = SharedFrames(), SharedRows()
                 for variant in self.variants:
                     progress(variant.name)
-                    samples += [sample | {"files": files} for sample in self._asked(variant, video, span, frames, rows)]
+                    asked = self._asked(variant, video, span, frames, rows, progress)
+                    samples += [sample | {"files": files} for sample in asked]
         except (UsageError, VideoError, ModelError, OutOfMemory) as problem:
             error = error_record(problem)
             return [_about(video, row) | {"error": error} for row in video.rows]
         return samples
 
     def _asked(
-        self, variant: Variant, video: VideoQuestions, span: Span, frames: SharedFrames, rows: SharedRows
+        self,
+        variant: Variant,
+        video: VideoQuestions,
+        span: Span,
+        frames: SharedFrames,
+        rows: SharedRows,
+        progress: Progress,
     ) -> Iterator[dict]:
+        def tell(stage: str, done: int, total: int) -> None:
+            progress(f"{variant.name}, {stage} {done:,}/{total:,}")
+
         settings = self.settings
         seed = crc32(video.name.encode("utf-8", "surrogateescape"), generator_seed(settings.seed))
         args = settings.method_args if variant.row == METHOD else {}
@@ -260,7 +272,7 @@ class Evaluation:
         kind = GreyInput if variant.row == BLIND else partial(SharedInput, shared_frames=frames, shared_rows=rows)
         sampling = replace(settings.sampling, **span.sampling)
         with closing(open_inputs(session, [video.path], sampling, names=[video.name], kind=kind)) as opened:
-            encoded = opened.encode()
+            encoded = opened.encode(tell)
         cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
         for row in span.rows:
             encoded.last_question = row is span.rows[-1]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import chain, islice
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -37,15 +37,19 @@ from evoprune.vision.encoder import Encoded, EncodedRows, encode_rows, select_to
 from evoprune.vision.preprocess import patches_of
 
 Path = str | os.PathLike[str]
-Progress = Callable[[str, int, int], None]  # "encode", frames done, in all; then perhaps "layers", of the tower
+# A stage, what is done of it, in all: "read" and "encode" frames; then perhaps "layers" of the tower.
+Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package that each decoder is
+TICK_S = 0.25  # how often whoever waits for an item says so
 PATIENCE_S = 3.0  # how long closing waits for the item that is being made, where that is no frame of a worker process
 
 
-def prefetched(items: Generator[T, None, None], depth: int = 2) -> Iterator[T]:
-    """Yields items in order while a thread makes the next ones, at most `depth` of them.
+def prefetched(
+    items: Generator[T, None, None], depth: int = 2, waiting: Callable[[], None] = lambda: None
+) -> Iterator[T]:
+    """Yields items in order while a thread makes the next ones, at most `depth` of them. `waiting`: called now and then meanwhile.
 
     The thread, which also closes `items`, starts with the first item that is asked for. When this iterator is exhausted, is closed
     or raises, the thread ends: what it reads in a worker process is stopped at once, anything else that it is making is finished,
@@ -74,7 +78,11 @@ def prefetched(items: Generator[T, None, None], depth: int = 2) -> Iterator[T]:
     try:
         thread.start()
         while True:
-            item, problem = queue.get()
+            try:
+                item, problem = queue.get(timeout=TICK_S)
+            except Empty:
+                waiting()
+                continue
             if problem is not None:
                 raise problem
             if not item:
@@ -106,12 +114,15 @@ class OpenInput:
     def __post_init__(self):
         self.damaged, self._early, self._open = 0, False, ExitStack()
         self.other_shape = False
+        self._frames_read = self._frames_told = 0
+        self._progress: Progress | None = None
         self._begun: Iterator[tuple[int, torch.Tensor]] | None = None
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         """What is looked at, as `video.frames.read_frames` yields it."""
         plan = self.plan
-        return read_frames(plan.source, plan.sampling.times_s, decoder=plan.decoder, chunk_bytes=chunk_bytes)
+        options = {"decoder": plan.decoder, "chunk_bytes": chunk_bytes, "on_frames": self._count}
+        return read_frames(plan.source, plan.sampling.times_s, **options)
 
     def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         """What the tower makes of it. `options`: of `vision.encoder.encode_rows`."""
@@ -132,13 +143,15 @@ class OpenInput:
         """Reads, preprocesses and encodes it.
 
         Args:
-            progress: called with "encode", frames done and frames in all, after every chunk; then, where all of the video goes
-                through some of the tower's layers together, with "layers", those done and in all.
+            progress: called in this thread, while frames are waited for with "read", those read and in all; with "encode", those
+                encoded, after every chunk; then, where all of the video goes through some of the tower's layers together, with
+                "layers", those done and in all.
             chunks: how many units go through the tower at a time, and fewer where memory runs out; default: `fitting_chunks`.
 
         Raises VideoError: unreadable. OutOfMemory. ModelError: numbers that are NaN or infinite.
         """
         plan, clock, pruning = self.plan, Clock(self.session.device), self.session.pruning
+        self._progress = progress
         start, before = clock.now(), dict.fromkeys(OF_INPUTS, 0.0) | self.clock.seconds
         read_before = 0.0 if self._early else before["read"]  # that somebody waited for
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
@@ -194,13 +207,26 @@ class OpenInput:
     def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
         begun, self._begun = self._begun, None
         for frames_done, patches in clock.each("wait", begun or self._start()):
+            self._tell()
             yield patches
             if progress:
                 progress("encode", frames_done, self.plan.sampling.frames)
 
     def _start(self) -> Iterator[tuple[int, torch.Tensor]]:
         self.damaged, self.other_shape, chunks = 0, False, self._prepared()
-        return self._open.enter_context(closing(prefetched(chunks) if self.threaded else chunks))
+        if self.threaded:
+            chunks = prefetched(chunks, waiting=self._tell)
+        return self._open.enter_context(closing(chunks))
+
+    def _count(self, frames: int) -> None:
+        """Called by the thread that reads."""
+        self._frames_read = max(self._frames_read, frames)
+
+    def _tell(self) -> None:
+        """Tells how many frames were read, where that is more than was told."""
+        if self._progress and self._frames_read > self._frames_told:
+            self._frames_told = self._frames_read
+            self._progress("read", self._frames_told, self.plan.sampling.frames)
 
     def _prepared(self) -> Generator[tuple[int, torch.Tensor], None, None]:
         """For every chunk, how many frames there were up to its end, and its patches `[rows, values]`, uint8."""
@@ -208,6 +234,7 @@ class OpenInput:
         with closing(self.frames(chunk_bytes(self.session, plan))) as chunks:
             for chunk in self.clock.each("read", chunks):
                 self.damaged += chunk.damaged
+                self._count(chunk.first + len(chunk.frames))
                 self.other_shape = self.other_shape or chunk.other_shape
                 with self.clock.stage("preprocess"):
                     patches = patches_of(chunk.frames, plan, limits, self.session.device)

@@ -7,7 +7,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -44,12 +44,15 @@ def probe(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> Vi
     return Video(**_run("probe", path, folder_fps=folder_fps))
 
 
-def scan(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> ScanResult:
+def scan(
+    path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS, on_frames: Callable[[int], None] | None = None
+) -> ScanResult:
     """Decode a whole video once, to find damage, its true length, and how regular its frames and keyframes are.
 
-    Memory does not grow with the video: a few frames at a time, and a count of each frame interval. Otherwise as `probe`.
+    Memory does not grow with the video: a few frames at a time, and a count of each frame interval. `on_frames`: called about each
+    second with how many frames were decoded. Otherwise as `probe`.
     """
-    return ScanResult(**_run("scan", path, folder_fps=folder_fps))
+    return ScanResult(**_run("scan", path, on_frames, folder_fps=folder_fps))
 
 
 def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float = 1e9) -> Subtitles:
@@ -66,8 +69,10 @@ def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float 
     return Subtitles(**values | {"lines": [tuple(line) for line in values["lines"]]})
 
 
-def _run(task: str, path: str | os.PathLike[str], **arguments) -> dict[str, Any]:
-    return run_task(task, os.fspath(path), {"path": os.fspath(path), **arguments})
+def _run(
+    task: str, path: str | os.PathLike[str], on_frames: Callable[[int], None] | None = None, **arguments
+) -> dict[str, Any]:
+    return run_task(task, os.fspath(path), {"path": os.fspath(path), **arguments}, on_frames)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,12 @@ class FrameChunk:
 
 
 def read_frames(
-    info: Video, times_s: Sequence[float], *, decoder: str = "auto", chunk_bytes: int = 64 * 2**20
+    info: Video,
+    times_s: Sequence[float],
+    *,
+    decoder: str = "auto",
+    chunk_bytes: int = 64 * 2**20,
+    on_frames: Callable[[int], None] | None = None,
 ) -> Iterator[FrameChunk]:
     """The frame on screen at each time: the first frame before the video begins, the last one after it ends.
 
@@ -95,6 +105,7 @@ def read_frames(
         times_s: seconds from the video's first frame, ascending; a time may repeat.
         chunk_bytes: upper limit of a chunk's size, but a chunk holds two frames even if they are larger. Every chunk but the last
             holds an even number of frames, so that no frame pair is split.
+        on_frames: called by the thread that iterates, about each second, with how many frames were read so far, at least.
 
     Raises:
         UsageError: times that do not ascend. And what `choose_decoder` raises.
@@ -107,7 +118,7 @@ def read_frames(
     per_chunk = max(2, chunk_bytes // (info.width * info.height * 3) // 2 * 2)
     firsts = range(0, len(times), per_chunk)
     sizes = [min(per_chunk, len(times) - first) for first in firsts]
-    filled = stream_frames(info, times, decoder, sizes) if sizes else ()
+    filled = stream_frames(info, times, decoder, sizes, on_frames) if sizes else ()
     return (
         FrameChunk(first, frames, tuple(at), damaged, other_shape)
         for first, (frames, at, damaged, other_shape) in zip(firsts, filled, strict=True)

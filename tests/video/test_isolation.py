@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.video.frames import probe, read_frames
+from evoprune.video.frames import probe, read_frames, scan
 from evoprune.video.sandbox import channel, isolation
 from tests.video.files import number_of, numbered_frames, numbers, pixels, write_video
 from tests.video.unruly import PROGRAM
@@ -75,6 +75,15 @@ def gone(pid, seconds=5.0):
     while lives(pid) and time.monotonic() < end:
         time.sleep(0.02)
     return not lives(pid)
+
+
+def test_frames_are_counted_while_they_are_read(named, good, started):
+    """About each second, here more often: within an array, and up to the third one, which is slow."""
+    seen, info = [], probe(named("later_slow"))
+    frames = sum(len(chunk.frames) for chunk in read_frames(info, TIMES, chunk_bytes=SMALL, on_frames=seen.append))
+    assert frames == 20 and seen == sorted(seen) and seen.count(8) > 10 and max(seen) <= 20
+    seen.clear()
+    assert scan(good, on_frames=seen.append).frames == 20 and seen == sorted(seen) and max(seen, default=0) <= 20
 
 
 @pytest.mark.parametrize("stopped", [True, False])

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import asdict
@@ -36,6 +36,7 @@ POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys,
 # uint8 [n, H, W, 3], the time of each frame in seconds, the number of damaged packets met on the way, and whether a frame has
 # another shape than the video.
 FilledArray = tuple["np.ndarray", list[float], int, bool]
+OnFrames = Callable[[int], None]
 # What the process runs. It imports from the same paths as this one.
 PROGRAM = "import sys; sys.path[:] = {paths}; from evoprune.video.sandbox.worker import main; main({socket})"
 ERRORS = {error.type: error for error in (UsageError, VideoError, OutOfMemory)}
@@ -114,10 +115,13 @@ class WorkerProcess:
         except OSError as error:
             raise self._crash() from error
 
-    def answer(self) -> Any:
-        """The result of the request. Raises what `run_task` raises, and Crash where that tries again."""
+    def answer(self, on_frames: OnFrames | None = None) -> Any:
+        """The result of the request. Raises what `run_task` raises, and Crash where that tries again.
+
+        `on_frames`: called about each second with how many frames there are so far.
+        """
         try:
-            message, _ = self._channel.receive(SILENCE_S)
+            message, _ = self._channel.receive(SILENCE_S, on_frames)
         except TimeoutError as error:
             message = f"reading {self.path} has come to a standstill: nothing for {SILENCE_S:g} s"
             raise VideoError(message, HINT) from error
@@ -272,8 +276,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of one of `worker.TASKS` as plain data. `path` is the video's, for messages.
+def run_task(
+    task: str, path: str, arguments: dict[str, Any], on_frames: OnFrames | None = None
+) -> dict[str, Any] | None:
+    """The result of one of `worker.TASKS` as plain data. `path` is the video's, for messages; `on_frames`: as of `answer`.
 
     Raises:
         VideoError: the process crashed or took too much memory, twice, or made no progress for `SILENCE_S`.
@@ -288,29 +294,39 @@ def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] 
         try:
             with borrow(path) as worker:
                 worker.send(worker.request(task, arguments))
-                return worker.answer()
+                return worker.answer(on_frames)
         except Crash:
             if not again:
                 raise
 
 
-def stream_frames(info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int]) -> Iterator[FilledArray]:
+def stream_frames(
+    info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int], on_frames: OnFrames | None = None
+) -> Iterator[FilledArray]:
     """The frames on screen at given times, as `frames.read_frames`, in arrays; raises what `run_task` raises.
 
     The worker fills one array while the caller uses the one before it, in memory that both processes share. `sizes` are the frames
-    of each array, of which there is at least one; their sum is the number of times.
+    of each array, of which there is at least one; their sum is the number of times. `on_frames`: called about each second, by the
+    thread that iterates, with how many frames there are so far, at least.
     """
     stream, done = _stream_once if POSSIBLE else _stream_here, 0
+
+    def count(frames: int) -> None:
+        if on_frames:
+            on_frames(sum(sizes[:done]) + frames)
+
     try:
-        with closing(stream(info, times_s, decoder, sizes)) as arrays:
+        with closing(stream(info, times_s, decoder, sizes, count)) as arrays:
             for filled in arrays:
                 done += 1
                 yield filled
     except Crash:
-        yield from stream(info, times_s[sum(sizes[:done]) :], decoder, sizes[done:])
+        yield from stream(info, times_s[sum(sizes[:done]) :], decoder, sizes[done:], count)
 
 
-def _stream_here(info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int]) -> Iterator[FilledArray]:
+def _stream_here(
+    info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int], count: OnFrames
+) -> Iterator[FilledArray]:
     import numpy as np
 
     from evoprune.video.sandbox.worker import FrameReader
@@ -321,7 +337,9 @@ def _stream_here(info: Video, times_s: Sequence[float], decoder: str, sizes: Seq
             yield frames, *reader.fill(frames)
 
 
-def _stream_once(info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int]) -> Iterator[FilledArray]:
+def _stream_once(
+    info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int], count: OnFrames
+) -> Iterator[FilledArray]:
     shapes = [(size, info.height, info.width, 3) for size in sizes]
     memory = FrameMemory(max(map(prod, shapes)))
     with borrow(info.path) as worker:
@@ -329,11 +347,11 @@ def _stream_once(info: Video, times_s: Sequence[float], decoder: str, sizes: Seq
         # One message opens the video and asks for its first array: a round trip costs as much as a small picture.
         coming = worker.ask_to_fill(memory, shapes[0], begin | {"last": len(shapes) == 1})
         for number, shape in enumerate(shapes[1:], 2):
-            filled = coming, *worker.answer()
+            filled = coming, *worker.answer(count)
             del coming  # so that only the caller holds the array, and its memory can be reused once the caller drops it
             coming = worker.ask_to_fill(memory, shape, {"last": number == len(shapes)})
             yield filled
             del filled
-        filled = coming, *worker.answer()
+        filled = coming, *worker.answer(count)
         del coming
     yield filled

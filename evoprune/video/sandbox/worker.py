@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -44,6 +45,10 @@ BASE_BYTES = 2**30
 # And for each pixel of a picture: 16 reference pictures, one picture in each of 16 threads, and some in queues, of up to
 # 3 bytes a pixel (10 bits, 4:2:0).
 BYTES_PER_PIXEL = 128
+
+
+def counted(done: int) -> None:
+    """Called after each frame that is read or scanned, with how many there are so far. A worker process tells it now and then."""
 
 
 def probe(path: str, folder_fps: float) -> Video:
@@ -78,6 +83,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
                     keyframes[round(time_s - key_s, 4)] += 1
                     key_s = time_s
             frames, last_s, end_s = frames + 1, time_s, time_s + length_s
+            counted(frames)
     if not frames:
         raise ffmpeg.nothing_decoded(path)
     if info.duration_s is not None and first_s + info.duration_s > last_s:  # see `pyav._measured`
@@ -147,6 +153,7 @@ class FrameReader:
             time, slot[:], other = next(self._frames)
             times.append(time)
             other_shape = other_shape or other
+            counted(len(times))
             ffmpeg.alive()
         return times, self._count() - before, other_shape
 
@@ -167,6 +174,8 @@ def main(descriptor: int) -> None:
         file.write("1000")
     channel = Channel(socket.socket(fileno=descriptor), descriptors=1)
     ffmpeg.alive, ffmpeg.picture_size = channel.report_alive, _allow
+    global counted
+    counted = partial(setattr, channel, "done")
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the other end is closed
         _serve(channel)
 
