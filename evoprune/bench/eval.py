@@ -86,9 +86,15 @@ class Cost:
         }
 
 
-Progress = Callable[
-    ..., None
-]  # what is done; of `run`: "video", how many are done and in all, and what is done just now
+# Called with what is done; by `run` with "video", how many are done and in all, and what is done just now.
+Progress = Callable[..., None]
+
+
+def told(what: str, done: int = 0, total: int = 0, detail: str = "") -> str:
+    """What a `Progress` is called with, as a line of a log."""
+    return f"{what} {done} of {total}: {detail}" if total else what
+
+
 # Options that results hold also at their defaults.
 RECORDED = (
     "fps", "frames", "max_frames", "max_visual_tokens", "max_new_tokens", "model", "revision", "dtype", "quantize",
@@ -262,7 +268,8 @@ class Evaluation:
         progress: Progress,
     ) -> Iterator[dict]:
         def tell(stage: str, done: int, total: int) -> None:
-            progress(f"{variant.name}, {stage} {done:,}/{total:,}")
+            if stage == "read" and done < total:
+                progress(f"{variant.name}, frame {done:,}/{total:,}")
 
         settings = self.settings
         seed = crc32(video.name.encode("utf-8", "surrogateescape"), generator_seed(settings.seed))

@@ -114,7 +114,7 @@ class OpenInput:
     def __post_init__(self):
         self.damaged, self._early, self._open = 0, False, ExitStack()
         self.other_shape = False
-        self._frames_read = self._frames_told = 0
+        self._frames_read, self._frames_told = 0, -1
         self._progress: Progress | None = None
         self._begun: Iterator[tuple[int, torch.Tensor]] | None = None
 
