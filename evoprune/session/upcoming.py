@@ -20,7 +20,7 @@ from evoprune.backend.limits import available_cores, available_memory
 from evoprune.session.encoding import OpenInputs
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.patches import PATIENCE_S
-from evoprune.video.sandbox.isolation import Scope, Stopped, keep_idle
+from evoprune.video.sandbox.isolation import Scope, keep_idle
 
 T = TypeVar("T")
 
@@ -128,7 +128,7 @@ class Upcoming(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
                 if stopped:
                     inputs.close()
                 else:
-                    with suppress(Stopped):  # by `close`
+                    with suppress(Exception):  # whoever encodes the inputs meets it again, unless nobody wants them
                         inputs.read()
             with self._changed:
                 self._reading -= 1
