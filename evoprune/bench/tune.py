@@ -455,7 +455,11 @@ class Run:
         seconds = SHARE_OF_FULL * settings.time_limit_s
         given = session, settings.sampling, settings.questions, seconds, self._now
         self.answering = Answering(*given, settings.think, self.ahead)
-        self.answering.answer(settings.videos, progress)
+        try:
+            self.answering.answer(settings.videos, progress)
+        except BaseException:  # such as Ctrl-C while a video is read
+            self.answering.close()
+            raise
         return self.answering.made
 
     def facts(self) -> dict[str, Any]:

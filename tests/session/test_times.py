@@ -5,7 +5,7 @@ By a clock that stands still, but for what a test makes slow: so nothing that th
 
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
@@ -15,8 +15,11 @@ import pytest
 from PIL import Image
 
 from evoprune.report import Report
+from evoprune.session.ahead import read_ahead
 from evoprune.session.cache import Cache
+from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
+from evoprune.session.upcoming import Upcoming
 from evoprune.video_qa import VideoQA
 from tests.cli.conftest import cli  # noqa: F401
 from tests.threads import one_thread  # noqa: F401
@@ -193,6 +196,56 @@ def test_of_the_command_line(cli, slow, saved, tmp_path, monkeypatch, more):  # 
         records = [Report.from_json(line) for line in said.out.splitlines()]
         for report in [each for record in records for each in (record, record.compare) if each]:
             assert report.time_ms.ttft_wall == pytest.approx(covered(report.time_ms)) and report.time_ms.ttft_wall > 0
+
+
+@pytest.mark.parametrize("method", ["evoprune", "cdpruner"])
+def test_of_patches_that_are_kept(kernels, slow, method):
+    """Those of an earlier encoding, and those that are read for another input meanwhile."""
+    kernels.patches.clear()
+    for again in (False, True):
+        with timed(slow) as reports:
+            reports.append(first(VideoQA(kernels, budget=0.5 / (1 + again), method=method).encode(CLIP).ask(QUESTION)))
+        assert (reports[0].time_ms.preprocess == 0.0) == again
+        assert reports[0].time_ms.read > 0.0
+    kernels.patches.clear()
+    with timed(slow) as reports:
+        reports.append(first(VideoQA(kernels, budget=0.5, method=method).encode([CLIP, CLIP]).ask(QUESTION)))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_of_inputs_that_are_read_ahead(kernels, slow, monkeypatch, kept):
+    """What was done before they are encoded is no wait, nor is what is done beside the encoding of others."""
+    monkeypatch.setattr("evoprune.session.upcoming.readers", lambda loaded: 2)
+    monkeypatch.setattr(kernels.patches, "limit_bytes", kernels.patches.limit_bytes * kept)
+    kernels.patches.clear()
+    qa = VideoQA(kernels, budget=0.25)
+
+    def opened(paths, cores):
+        inputs = open_inputs(qa.session, paths)
+        inputs.begin()
+        return inputs
+
+    with closing(Upcoming([[CLIP, OTHER], [OTHER], [CLIP]], opened, kernels)) as upcoming:
+        for paths, inputs in upcoming:
+            for opening in inputs.inputs:
+                opening.read()
+            with closing(inputs):
+                times = first(inputs.encode().ask(QUESTION)).time_ms
+            assert times.ttft_wall == covered(times) > 0
+            assert times.overlap >= 1000 * len(paths)  # a second of probing each
+
+
+def test_of_what_was_read_before_the_model_was_there(kernels, slow, saved, monkeypatch):
+    """Reading takes its time, and nobody waits for it."""
+    kernels.patches.clear()
+    with read_ahead([CLIP, OTHER], str(saved)) as ahead:
+        ahead._thread.join()
+        for path in (CLIP, OTHER):
+            with closing(open_inputs(VideoQA(kernels, budget=0.25).session, [path], ahead=ahead)) as opened:
+                monkeypatch.setattr("evoprune.session.ahead.read_frames", lambda *what, **how: pytest.fail("anew"))
+                times = first(opened.encode().ask(QUESTION)).time_ms
+            assert times.ttft_wall == pytest.approx(covered(times), abs=1e-6)
+            assert times.overlap > 0
 
 
 def test_of_a_batch(cli, slow, saved, tmp_path):  # noqa: F811
