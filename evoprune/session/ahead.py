@@ -150,7 +150,10 @@ class Ahead:
             self._readings.clear()
 
     def close(self) -> None:
-        """Drops what was read, and ends the thread, whatever it reads."""
+        """Drops what was read, and ends the thread: at once where it reads in a worker process.
+
+        Where it hangs otherwise, it is left to end by itself.
+        """
         if os.getpid() != self._pid:  # a forked copy, without the thread
             return
         with self._changed:
@@ -215,7 +218,7 @@ class Ahead:
             try:
                 if not reading.dropped:
                     self._read(reading)
-            except Exception as problem:  # told to whoever takes the frames; who reads them anew meets it again
+            except BaseException as problem:  # told to whoever takes the frames; who reads them anew meets it again
                 reading.problem = problem
             with self._changed:
                 reading.ended = True

@@ -115,7 +115,8 @@ class OpenInput:
     clock: Clock  # adds up the seconds of "plan", "read" and "preprocess"
 
     def __post_init__(self):
-        self.damaged, self._early, self._open = 0, False, ExitStack()
+        self.damaged, self._open = 0, ExitStack()
+        self.early = False  # whether nobody waits for what is read before it is encoded
         self.waited_s = 0.0  # for patches, while they were encoded
         self.ahead: Ahead | None = None  # what may have read the frames already
         self.other_shape = self.moved = False
@@ -144,14 +145,14 @@ class OpenInput:
 
         Raises VideoError or OutOfMemory where that first one fails.
         """
-        self._early = True
+        self.early = True
         if self.stored is None and self._kept() is None:
             pieces = self._start()
             self._begun = chain(list(islice(pieces, 1)), pieces)
 
     def read(self) -> None:
         """Reads all of it where it is kept, and else nothing. For another thread than the one that encodes, which may begin."""
-        self._early = True
+        self.early = True
         if self.stored is None and (held := self._kept()):
             held.wait()
 
@@ -178,7 +179,7 @@ class OpenInput:
         plan, clock, pruning = self.plan, Clock(self.session.device), self.session.pruning
         self._progress = progress
         start, before = clock.now(), dict.fromkeys(OF_INPUTS, 0.0) | self.clock.seconds
-        read_before = 0.0 if self._early else before["read"]  # that somebody waited for
+        read_before = 0.0 if self.early else before["read"]  # that somebody waited for
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
         result, cache = self._result(clock, progress, chunks, warnings)
@@ -367,7 +368,12 @@ class OpenInputs:
         return all([opened.stored is not None for opened in self.inputs])
 
     def begin(self) -> None:
-        """Starts to read the first one, while something else is computed. Errors: as of `OpenInput.begin`."""
+        """Starts to read the first one, while something else is computed. Errors: as of `OpenInput.begin`.
+
+        So far nobody has waited for any of them.
+        """
+        for opened in self.inputs:
+            opened.early = True
         self.inputs[0].begin()
 
     def read(self) -> None:

@@ -168,7 +168,7 @@ def test_the_file_is_closed_on_early_exit(long_file, in_process, monkeypatch):
             yield container
 
     monkeypatch.setattr(ffmpeg, "open_video", noticing)
-    chunks = read_frames(info, [0.05, 0.15, 0.25, 9.95], chunk_bytes=1)
+    chunks = read_frames(info, [0.05, 0.15, 0.25, 9.95], chunk_bytes=1, cores=1)
     next(chunks)
     assert any(container.input_was_opened for container in opened)
     chunks.close()
