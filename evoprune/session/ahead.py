@@ -218,7 +218,7 @@ class Ahead:
             try:
                 if not reading.dropped:
                     self._read(reading)
-            except Exception as problem:  # told to whoever takes the frames; who reads them anew meets it again
+            except BaseException as problem:  # told to whoever takes the frames; who reads them anew meets it again
                 reading.problem = problem
             with self._changed:
                 reading.ended = True

@@ -155,6 +155,7 @@ def masked_text(text: str) -> str:
         line = re.sub(r"^  (enough|seconds) .*", r"  \1", line)
         line = re.sub(r"\b(read|preprocess|encode) [\d,]+(?=,| ms)", r"\1 N", line)
         line = re.sub(r"\d+:\d\d(\.\d)?, [\d.,]+ an? (second|minute|hour)", "N a second", line)
+        line = re.sub(r"waited \d+:\d\d(\.\d)?", "waited N", line)
         line = re.sub(r"[\d.,]+ (a second|tok/s)", r"N \1", line)
         line = re.sub(r"[\d.,]*\d (ms|[KMG]iB)\b", lambda found: f"N {'ms' if found[1] == 'ms' else 'MiB'}", line)
         line = re.sub(r"\(\d+ threads?\)", "(N threads)", line)

@@ -35,7 +35,6 @@ from tests.backend.recorder import Graphs, Recorder
 from tests.bench.faults import FAULTS
 from tests.recipes import write_recipe
 from tests.second_device import far
-from tests.second_device.counting import encodes
 from tests.second_device.far import NAME, Far, Memory
 from tests.session.test_language_methods import DEMO
 from tests.tiny import save_tiny
@@ -79,6 +78,8 @@ def test_every_method(method):
 
 def test_a_small_input_where_launches_bound_the_tower(monkeypatch):
     """Pruned after the tower alone: the same tokens as on the CPU, in fewer operations, with one wait fewer."""
+    from tests.second_device.counting import encodes  # which makes the device
+
     after = evoprune.VideoQA(loaded("cpu"), budget=0.25, method="evoprune:depth=1:reuse=0").encode(CLIP, **FRAMES)
     monkeypatch.setattr(devices, "launch_bound_units", lambda device: LAUNCH_BOUND_UNITS if device.type == NAME else 0)
     there = evoprune.VideoQA(loaded(NAME), budget=0.25).encode(CLIP, **FRAMES)
