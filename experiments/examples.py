@@ -38,7 +38,8 @@ JSON = {
     "Errors": ("ask", "gone.mp4", "What happens?", "--json"),
 }  # fmt: skip
 WIDTH = 128  # of a line of JSON
-MEASURED = ("model", "first token", "total", "memory", " " * 11)  # how lines begin that differ from run to run
+# How lines begin that differ from run to run, or are there where something takes a millisecond.
+MEASURED = ("model", "compile", "store", "  overlap", "first token", "total", "memory", " " * 11)
 
 
 def run(*arguments: str) -> tuple[str, str]:

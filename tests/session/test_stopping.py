@@ -2,7 +2,7 @@
 
 import threading
 import time
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -91,7 +91,12 @@ def test_patches_that_others_need_are_read_on(qa, named, monkeypatch):
             first.close()
             ahead.close()
         assert kept.users == 1 and kept._thread.is_alive()
-        waiting = threading.Thread(target=lambda: waits.extend(kept.pieces()))
+
+        def wait():
+            with suppress(isolation.Stopped):
+                waits.extend(kept.pieces())
+
+        waiting = threading.Thread(target=wait)
         waiting.start()
         with at_once():
             second.close()
