@@ -8,6 +8,7 @@ import pytest
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.frames import choose_decoder, probe, read_frames
 from evoprune.video.readers import decord as backend
+from evoprune.video.readers.ffmpeg import Shown
 from tests.video.files import number_of, numbered_frames, numbers, pixels, spoil, write_image, write_video
 from tests.video.kinds import HEVC, OPEN_GOP
 
@@ -116,7 +117,7 @@ def test_matrices_that_decord_takes_for_others_are_refused(matrix, folder):
 
 def test_other_frames_than_pyavs_are_refused(folder, in_process, monkeypatch):
     info = probe(write_video(folder / "other.mp4", numbered_frames(10)))
-    other = SimpleNamespace(read=lambda *_: ((0.0, rgb, False) for rgb in numbered_frames(10)[9:]))
+    other = SimpleNamespace(read=lambda *_: (Shown(0.0, rgb) for rgb in numbered_frames(10)[9:]))
     monkeypatch.setattr(backend, "pyav", other)
     with pytest.raises(VideoError, match="does not begin with the first frame"):
         numbers(info, [0.5], decoder="decord")

@@ -98,7 +98,13 @@ def _read_part(
     def tools() -> Iterator[Callable[[Run], ffmpeg.Frames]]:
         with closing(Track(info.path, part, ffmpeg.thread_count(cores // threads))) as track:
             picture = _Picture(info, part)
-            yield lambda run: (picture.of(*found) for found in _frames(track, run, part_s, damaged))
+            yield lambda run: (picture.of(*found) for found in _frames(track, run, part_s, note))
+
+    met: list[object] = []  # damage
+
+    def note(mark: object) -> None:
+        met.append(mark)
+        damaged(mark)
 
     room = max(2 * threads, ROOM_BYTES // (3 * pixels))
     done = 0
@@ -110,7 +116,8 @@ def _read_part(
         return
     except Unreachable:
         rest = Run(tuple(times_s[done:]), (None,))
-    with closing(Track(info.path, part, ffmpeg.thread_count(cores))) as track:
+    # A decoder with several threads tells of damage some packets later, so that the same damage would count twice.
+    with closing(Track(info.path, part, 1 if met else ffmpeg.thread_count(cores))) as track:
         picture = _Picture(info, part)
         for found in _on_screen(track, rest, damaged, sparing=False):
             yield picture.of(*found, moved=False)
