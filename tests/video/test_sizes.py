@@ -70,7 +70,7 @@ def test_one_size_is_found_without_decoding(tmp_path, monkeypatch):
     original = sizes._decoded_size
     monkeypatch.setattr(sizes, "_decoded_size", lambda *args: decoded.append(args) or original(*args))
     path = write_video(tmp_path / "a.mp4", numbered_frames(100))
-    from evoprune.video.readers.pyav import probe as probe_here
+    from evoprune.video.readers.probing import probe as probe_here
 
     assert not probe_here(str(path)).changes_size and len(decoded) <= 1
 
