@@ -205,6 +205,7 @@ def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, 
     """What breaks at its `at`-th call fails the rows it is for, one question or all of the video's."""
     settings = changed(max_new_tokens=1)
     whole = [report.answer for report in answers(qa, group_by_span(ROWS), settings)]
+    qa.loaded.patches.clear()  # or nothing would be read again
     module, _, name = where.rpartition(".")
     real, calls, problems = getattr(__import__(module, fromlist=[name]), name), [], []
 
