@@ -1,6 +1,7 @@
 import av  # noqa: F401  before decord, whose older codec libraries would replace those of PyAV
 import pytest
 
+from evoprune.video.readers.track import Track
 from evoprune.video.sandbox import isolation
 
 
@@ -13,3 +14,17 @@ def folder(tmp_path_factory):
 def in_process(monkeypatch):
     """Videos are read in this process, where a test can look on."""
     monkeypatch.setattr(isolation, "POSSIBLE", False)
+
+
+@pytest.fixture
+def decoded(in_process, monkeypatch):
+    """Counts how many frames are decoded."""
+    count, original = [0], Track._decoded
+
+    def counting(*args):
+        for frame in original(*args):
+            count[0] += 1
+            yield frame
+
+    monkeypatch.setattr(Track, "_decoded", counting)
+    return count

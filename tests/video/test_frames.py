@@ -17,7 +17,6 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.video.frames import probe, read_frames, scan
 from evoprune.video.readers import ffmpeg, pyav
 from evoprune.video.readers.ffmpeg import TOLERANCE_S
-from evoprune.video.readers.track import Track
 from experiments.decoders import in_this_process
 from tests.decoders import DECODERS, EVERY
 from tests.video.files import number_of, numbered_frames, numbers, pixels, quarters, write_image, write_video
@@ -77,20 +76,6 @@ def test_the_frame_on_screen_is_read(info):
     assert [t for chunk in chunks for t in chunk.times_s] == pytest.approx([t for t, _ in displayed])
     np.testing.assert_array_equal(pixels(chunks), np.stack([rgb for _, rgb in displayed]))
     assert numbers(info, [t + 0.001 for t, _ in frames]) == list(range(40))  # in the order in which they were written
-
-
-@pytest.fixture
-def decoded(in_process, monkeypatch):
-    """Counts how many frames are decoded."""
-    count, original = [0], Track._decoded
-
-    def counting(*args):
-        for frame in original(*args):
-            count[0] += 1
-            yield frame
-
-    monkeypatch.setattr(Track, "_decoded", counting)
-    return count
 
 
 GROUPS = {"x264-params": "open-gop=1:bframes=3:b-pyramid=normal:scenecut=0"}

@@ -40,7 +40,7 @@ def info(request, folder):
     return probe(path if path.exists() else write_video(path, numbered_frames(256), **FILES[request.param]))
 
 
-def decoded(info):
+def times_and_keyframes(info):
     """All frames, front to back: times, and whether each is a keyframe."""
     with_keys = [(time, key) for time, _, key in pyav.intervals(info, lambda mark: None)]
     return [time for time, _ in with_keys], [time for time, key in with_keys if key]
@@ -58,7 +58,7 @@ def test_the_frames_are_those_of_the_times_that_are_reported(info):
     times, near, moved = read(info, asked, seek="keyframes", part_s=part_s)
     exact_times, _, never = read(info, asked)
     assert not never and moved == (times != exact_times)
-    all_times, keys = decoded(info)
+    all_times, keys = times_and_keyframes(info)
     for wanted, time, exactly in zip(asked, times, exact_times, strict=True):
         inside = [key for key in keys if -TOLERANCE_S <= key - (wanted - part_s / 2) < part_s - TOLERANCE_S]
         if time == exactly:
@@ -79,7 +79,7 @@ def test_the_frames_are_those_of_the_times_that_are_reported(info):
 def test_a_part_with_a_keyframe_takes_it(name, folder):
     path = folder / f"near_{name}"
     info = probe(path if path.exists() else write_video(path, numbered_frames(256), **FILES[name]))
-    _, keys = decoded(info)
+    _, keys = times_and_keyframes(info)
     times, _, moved = read(info, even_times(0.0, info.duration_s, 4), seek="keyframes", part_s=info.duration_s / 4)
     assert moved and all(any(abs(time - key) < 1e-6 for key in keys) for time in times)
 
@@ -120,23 +120,16 @@ def test_frames_are_the_same_for_any_number_of_cores(info, step):
 
 
 @pytest.mark.parametrize("name", ["plain.mp4", "hevc.mp4"])
-def test_frames_on_which_no_other_depends_are_left_out(name, folder, in_process, monkeypatch):
+def test_frames_on_which_no_other_depends_are_left_out(name, folder, decoded, monkeypatch):
     path = folder / f"near_{name}"
     info = probe(path if path.exists() else write_video(path, numbered_frames(256), **FILES[name]))
     asked = even_times(0.0, info.duration_s, 5)
-    count, original = [0], Track._decoded
-
-    def counting(*args):
-        for frame in original(*args):
-            count[0] += 1
-            yield frame
-
-    monkeypatch.setattr(Track, "_decoded", counting)
     _, sparing, _ = read(info, asked)
-    fewer, count[0] = count[0], 0
+    fewer = decoded[0]
+    decoded[0] = 0
     monkeypatch.setattr(Track, "can_spare", lambda track: False)
     _, all_of_them, _ = read(info, asked)
-    assert fewer < count[0]
+    assert fewer < decoded[0]
     np.testing.assert_array_equal(sparing, all_of_them)
 
 

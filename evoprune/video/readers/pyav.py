@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 
 from av.video.frame import VideoFrame
 
@@ -21,14 +23,9 @@ from evoprune.video.readers.probing import Part, parts_of
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
 from evoprune.video.readers.workers import in_order
 
-EARLIER = (
-    3  # keyframes at which decoding a time is tried to begin, one before the other: what an index lists may be none
-)
+EARLIER = 3  # keyframes at which decoding a time is tried to begin: what an index lists may be none
 BEGINNING_S = 1.0  # from a keyframe before that, a part is decoded from its beginning
 NEAR = 3  # keyframes that are tried, the nearest first
-INDEX_ERROR_S = (
-    0.5  # by which the time of a keyframe in an index may be wrong: decoding times come a few frames earlier
-)
 # Times are moved to keyframes where that saves the decoding of so many pixels, which takes one core two to three seconds; and where
 # the parts of the video are not shorter than this.
 SAVED_PIXELS, LEAST_PART_S = 10**9, 1.0
@@ -169,14 +166,12 @@ def planned(path: str, part: Part, times_s: Sequence[float], seek: str, part_s: 
         if sum(frames) * part.info.width * part.info.height < SAVED_PIXELS:
             near = [()] * len(times_s)
     runs: list[Run] = []
-    last = None  # the keyframe of the run that is open
-    for time, place, found in zip(times_s, places, near, strict=True):
-        if place == last and not found:
-            runs[-1] = replace(runs[-1], times_s=(*runs[-1].times_s, time))
-            continue
+    for (place, found), same in groupby(zip(places, near, times_s, strict=True), key=itemgetter(0, 1)):
         entries = reversed(keyframes[max(0, place - EARLIER + 1) : place + 1])
-        runs.append(Run((time,), tuple(key if key.time_s > BEGINNING_S else None for key in entries), found))
-        last = None if found else place
+        entries = tuple(key if key.time_s > BEGINNING_S else None for key in entries)
+        group = tuple(time for _, _, time in same)
+        # Times that may be moved are decoded one by one.
+        runs += [Run((time,), entries, found) for time in group] if found else [Run(group, entries)]
     return runs
 
 
