@@ -9,13 +9,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.cli.apart import records_of
 from tests.cli.test_signals import MARK, ROOT, left
 
 QUICK = ["-m", "demo", "-n", "2", "--frames", "4"]
@@ -122,15 +122,7 @@ def in_python(folder: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere videos are read in the process itself")
 def test_ctrl_c_while_reading_ends_at_once(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.cli.test_interrupts", str(tmp_path)],
-        cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if not k.startswith("EVOPRUNE_")} | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    runs = [json.loads(line) for line in done.stdout.splitlines()]
+    runs = records_of("tests.cli.test_interrupts", str(tmp_path))
     assert len(runs) == len(RUNS) + len(TWICE)
     for one in runs:
         assert one["code"] == (130 if one["name"] == "python" else -signal.SIGINT), one

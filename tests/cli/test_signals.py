@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.apart import records_of
+
 # A run, and what becomes of it.
 
 
@@ -133,15 +135,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for proce
 
 def check(command: str, folder: Path, count: int) -> None:
     """Signals at so many moments, and whole runs: those that nobody disturbed, and those that went on where one was cut short."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.cli.test_signals", command, str(folder), str(count)],
-        cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if not k.startswith("EVOPRUNE_")} | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    runs = [json.loads(line) for line in done.stdout.splitlines()]
+    runs = records_of("tests.cli.test_signals", command, str(folder), str(count))
     for run in runs:
         assert run["code"] == CODES[run["signal"]] and run["moment"] in (None, run["moments"]), run
         check_end(run)
@@ -181,6 +175,7 @@ def test_signals_at_a_hundred_moments(tmp_path, command):
 LOST = """
 import signal, sys, time
 from evoprune_cli import main
+
 
 def thrown_away():
     try:

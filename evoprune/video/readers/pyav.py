@@ -92,29 +92,35 @@ def _read_part(
     ffmpeg.picture_size(pixels, threads)
 
     @contextmanager
-    def tools() -> Iterator[Callable[[Run], ffmpeg.Frames]]:
+    def tools() -> Iterator[Callable[[Run], Iterator[tuple[ffmpeg.Shown, list[object]]]]]:
+        """Each frame comes with the damage that was met on the way to it."""
         with closing(Track(info.path, part, ffmpeg.thread_count(cores // threads))) as track:
             picture = _Picture(info, part)
-            yield lambda run: (picture.of(*found) for found in _frames(track, run, part_s, note))
 
-    met: list[object] = []  # damage
+            def work(run: Run) -> Iterator[tuple[ffmpeg.Shown, list[object]]]:
+                met: list[object] = []
+                for found in _frames(track, run, part_s, met.append):
+                    yield picture.of(*found), met.copy()
+                    met.clear()
 
-    def note(mark: object) -> None:
-        met.append(mark)
-        damaged(mark)
+            yield work
 
+    any_damage = False
     room = max(2 * threads, ROOM_BYTES // (3 * pixels))
     done = 0
     try:
         with closing(in_order(runs, tools, threads, room)) as frames:
-            for frame in frames:
+            for frame, met in frames:
+                for mark in met:
+                    damaged(mark)
+                    any_damage = True
                 done += 1
                 yield frame
         return
     except Unreachable:
         rest = Run(tuple(times_s[done:]), (None,))
     # A decoder with several threads tells of damage some packets later, so that the same damage would count twice.
-    with closing(Track(info.path, part, 1 if met else ffmpeg.thread_count(cores))) as track:
+    with closing(Track(info.path, part, 1 if any_damage else ffmpeg.thread_count(cores))) as track:
         picture = _Picture(info, part)
         for found in _on_screen(track, rest, damaged, sparing=False):
             yield picture.of(*found, moved=False)
