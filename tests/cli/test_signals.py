@@ -176,7 +176,6 @@ LOST = """
 import signal, sys, time
 from evoprune_cli import main
 
-
 def thrown_away():
     try:
         yield
