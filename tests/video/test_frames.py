@@ -314,3 +314,12 @@ def test_transparent_frames_of_a_folder_are_put_over_white(ending, mode, tmp_pat
     (chunk,) = read_frames(probe(tmp_path), [0.0, 0.5])
     right = first_picture(tmp_path / f"a.{ending}").astype(int)
     assert np.abs(chunk.frames - right)[:, 24, [10, 32, 56]].max() <= 4 and right[24, 56].tolist() == [255] * 3
+
+
+@pytest.mark.parametrize(("untrusted", "threads"), [((), 3), (("h264",), 1)])
+def test_decoders_that_differ_with_several_threads_get_one(long_file, monkeypatch, untrusted, threads):
+    assert "theora" in ffmpeg.UNTHREADED
+    monkeypatch.setattr(ffmpeg, "UNTHREADED", untrusted)
+    with ffmpeg.open_video(str(long_file)) as container:
+        stream = ffmpeg.video_stream(container, str(long_file), threads=3)
+        assert stream.codec_context.thread_count == threads

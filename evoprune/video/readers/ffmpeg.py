@@ -49,6 +49,8 @@ INCOMPLETE = (
 )
 # Containers in which packet follows packet. At damage, FFmpeg searches for the next packet without an error.
 DENSE = (MATROSKA, "flv")
+# Codecs whose decoder (FFmpeg 8), with several threads, returned other pixels in one reading of four of a clip of ten seconds.
+UNTHREADED = ("theora", "vp3", "vp4")
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders of streams that say they have transparency
 TOLERANCE_S = 0.0006  # a frame counts as on screen so much before its time: Matroska rounds times to milliseconds
 FORMATS = "MP4, MOV, MKV, WebM, AVI and GIF are read, most others that FFmpeg knows, pictures, and folders of images"
@@ -261,6 +263,8 @@ def video_stream(container: InputContainer, path: str, *, threads: int = 1) -> V
         raise VideoError(f"{path} says that its pictures have {width:,} x {height:,} pixels", hint)
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # a frame may state another size
     picture_size(width * height)
+    if stream.codec_context.codec.canonical_name in UNTHREADED:
+        threads = 1
     stream.thread_type, stream.codec_context.thread_count = "AUTO" if threads > 1 else "NONE", threads
     return stream
 
