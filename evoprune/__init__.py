@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from evoprune.session.ahead import read_ahead
     from evoprune.session.answering import Answer, EncodedInputs
     from evoprune.session.cache import Cache
+    from evoprune.video.arrays import read_frames
     from evoprune.video_qa import VideoQA
     from evoprune.vision.encoder import Encoded
 
@@ -33,6 +34,7 @@ _SOURCES = {
     "session.answering": ("Answer", "EncodedInputs"),
     "session.cache": ("Cache",),
     "live.stream": ("VideoStream",),
+    "video.arrays": ("read_frames",),
     "video_qa": ("VideoQA",),
     "report": ("Report",),
     "vision.encoder": ("Encoded",),
@@ -58,6 +60,7 @@ __all__ = [
     "methods",
     "processor_inputs",
     "read_ahead",
+    "read_frames",
     "remove",
 ]
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.info import EXACT, FOLDER_FPS, PICTURE, ScanResult, Subtitles, Video, check_seek
+from evoprune.video.info import EXACT, FOLDER_FPS, PICTURE, FrameTimes, ScanResult, Subtitles, Video, check_seek
 from evoprune.video.sandbox.isolation import run_task, stream_frames
 
 if TYPE_CHECKING:
@@ -53,6 +53,14 @@ def scan(
     second with how many frames were decoded. Otherwise as `probe`.
     """
     return ScanResult(**_run("scan", path, on_frames, folder_fps=folder_fps))
+
+
+def frame_times(info: Video) -> FrameTimes:
+    """When each frame of a video file is shown, for those who count frames.
+
+    Reads all packets. Without decoding where these tell (MP4, MOV, Matroska, WebM, MPEG-TS). Raises as `probe`.
+    """
+    return FrameTimes(**run_task("frame_times", info.path, {"info": asdict(info)}))
 
 
 def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float = 1e9) -> Subtitles:
@@ -158,6 +166,32 @@ def choose_decoder(decoder: str, info: Video | None = None) -> str:
         return "pyav"
     run_task("check_decord", info.path if info else "", {"info": asdict(info) if info else None})
     return "decord"
+
+
+@contextmanager
+def file_of(content: bytes) -> Iterator[str]:
+    """A path to read the bytes of a file from, of which nothing is left behind. Errors about it say "the video" in its place.
+
+    Raises VideoError: they cannot be stored.
+    """
+    with ExitStack() as stack:
+        try:
+            if hasattr(os, "memfd_create"):
+                file = stack.enter_context(os.fdopen(os.memfd_create("evoprune-video"), "wb"))
+                path = f"/proc/{os.getpid()}/fd/{file.fileno()}"  # another process reads it
+            else:
+                path = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="evoprune-")), "video")
+                file = stack.enter_context(open(path, "wb"))
+            file.write(content)
+            file.flush()
+        except OSError as error:
+            hint = "free memory, or allow larger files: ulimit -f unlimited"
+            raise VideoError(f"cannot store the video: {error.strerror or error}", hint) from error
+        try:
+            yield path
+        except VideoError as problem:
+            problem.message = problem.message.replace(path, "the video")
+            raise
 
 
 @contextmanager

@@ -124,6 +124,14 @@ class ScanResult:
 
 
 @dataclass(frozen=True)
+class FrameTimes:
+    """When the frames of a video are shown."""
+
+    times_s: list[float]  # of all of them, from the first frame, ascending
+    stated: int  # how many frames there are by the header; 0 where it does not tell
+
+
+@dataclass(frozen=True)
 class Subtitles:
     """Subtitles of a video.
 

@@ -202,6 +202,21 @@ def plan_sampling(
     rate = fps if frames is None else None
     check_sampling(fps=rate, frames=frames, start_s=start_s, end_s=end_s, max_frames=max_frames)
     _check_at_least(0, "min_frames", min_frames)
+    start, end = span_of(duration_s, start_s, end_s)
+    if rate is None:
+        wanted = frames + frames % 2
+    else:
+        nearest = 2 * math.floor(min((end - start) * rate, sys.maxsize) / 2 + 0.5)
+        wanted = max(nearest, 2, min_frames + min_frames % 2)
+    count = min(wanted, max_frames - max_frames % 2)
+    return SamplingPlan(start, end, even_times(start, end, count), wanted)
+
+
+def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
+    """The start and the end of a span of a video of that length, all in seconds; arguments as of `plan.make_plan`.
+
+    Raises VideoError: the span is empty.
+    """
     if not 0 < duration_s < math.inf:
         raise VideoError(f"the video has no length that frames could be spread over ({duration_s} s)")
     start = start_s if start_s >= 0 else max(0.0, duration_s + start_s)
@@ -212,13 +227,20 @@ def plan_sampling(
     if end <= start:
         hint = "choose an end after the start; below 0 both count back from the video's end"
         raise VideoError(f"nothing between start {start_s:g} s and end {end_s:g} s of {video}", hint)
-    if rate is None:
-        wanted = frames + frames % 2
-    else:
-        nearest = 2 * math.floor(min((end - start) * rate, sys.maxsize) / 2 + 0.5)
-        wanted = max(nearest, 2, min_frames + min_frames % 2)
-    count = min(wanted, max_frames - max_frames % 2)
-    return SamplingPlan(start, end, even_times(start, end, count), wanted)
+    return start, end
+
+
+def duration_of(info: Video) -> float:
+    """The length of a video in seconds. Raises VideoError: it cannot be told."""
+    if info.duration_s is None:
+        raise VideoError(f"cannot tell how long {info.path} is", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
+    return info.duration_s
+
+
+def check_no_span(picture: Video, start_s: float, end_s: float | None) -> None:
+    """Raises UsageError: a span of a picture is asked for."""
+    if start_s != 0 or end_s is not None:
+        raise UsageError(f"{picture.path} is a picture, which has no start and no end", "leave out start and end")
 
 
 def check_sampling(
@@ -329,14 +351,12 @@ def make_plan(
     max_tokens = MAX_VISUAL_TOKENS if max_visual_tokens is None else max_visual_tokens
     pair = limits.temporal_patch_size
     if info.kind == PICTURE:
-        if start_s != 0 or end_s is not None:
-            raise UsageError(f"{info.path} is a picture, which has no start and no end", "leave out start and end")
+        check_no_span(info, start_s, end_s)
         sampling, frame_limit, wanted, pairs = ONE_FRAME, ONE_FRAME.frames, ONE_FRAME.frames, 1
-    elif info.duration_s is None:
-        raise VideoError(f"cannot tell how long {info.path} is", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
     else:
+        duration_s = duration_of(info)
         fps = limits.fps if fps is None else fps
-        sample = partial(plan_sampling, info.duration_s, fps=fps, min_frames=limits.min_frames, **span)
+        sample = partial(plan_sampling, duration_s, fps=fps, min_frames=limits.min_frames, **span)
         frame_limit = limits.max_frames if max_frames is None else max_frames
         # No more pairs than tokens are allowed, so that `times_s` stays short where `frame_limit` is huge.
         sampling = sample(max_frames=min(frame_limit, pair * max_tokens))

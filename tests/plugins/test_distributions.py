@@ -12,7 +12,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import evoprune
-from evoprune_vllm import FAMILIES, PREFIX, TESTED
+import evoprune_vllm
+from evoprune_vllm import DECODER, FAMILIES, PREFIX, TESTED
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = {path.parent.name: tomllib.loads(path.read_text("utf-8")) for path in ROOT.glob("plugins/*/pyproject.toml")}
@@ -75,6 +76,14 @@ def registered(monkeypatch):
         settled = ModuleType("vllm.model_executor.models.config")
         settled.MODELS_CONFIG_MAP = found.setdefault("settled", {"Qwen3_5ForConditionalGeneration": object})
         monkeypatch.setitem(sys.modules, settled.__name__, settled)
+        decoders, ours = ModuleType("vllm.multimodal.video_decoders"), ModuleType("evoprune_vllm.decoder")
+        decoders._BACKEND_OPTION_DEFAULTS = found.setdefault("decoders", {"opencv": {}})
+        ours.OPTIONS = {"num_ffmpeg_threads": 0}
+        monkeypatch.setitem(sys.modules, "vllm.multimodal", ModuleType("vllm.multimodal"))
+        monkeypatch.setattr(sys.modules["vllm.multimodal"], "video_decoders", decoders, raising=False)
+        monkeypatch.setitem(sys.modules, ours.__name__, ours)
+        monkeypatch.setattr(evoprune_vllm, "decoder", ours, raising=False)
+        monkeypatch.setitem(sys.modules, f"{decoders.__name__}.{DECODER}", None)  # and away again after the test
         EntryPoint("", PROJECTS["vllm"]["entry-points"]["vllm.general_plugins"]["evoprune"], "").load()()
         return found
 
@@ -83,6 +92,8 @@ def registered(monkeypatch):
 
 def test_it_registers_architectures_of_its_own_which_the_model_defines(registered):
     found = registered(f"{TESTED}.4+cpu")
+    assert found.pop("decoders") == {"opencv": {}, DECODER: {"num_ffmpeg_threads": 0}}
+    assert sys.modules[f"vllm.multimodal.video_decoders.{DECODER}"] is sys.modules["evoprune_vllm.decoder"]
     assert found.pop("settled")[f"{PREFIX}Qwen3_5ForConditionalGeneration"] is object
     assert set(found) == {f"{PREFIX}{family}ForConditionalGeneration" for family in FAMILIES}
     code = ast.parse((ROOT / "plugins/vllm/evoprune_vllm/model.py").read_text("utf-8"))
@@ -93,5 +104,6 @@ def test_it_registers_architectures_of_its_own_which_the_model_defines(registere
 @pytest.mark.parametrize("version", ["0.3.2", "0.31.1", "1.0.0", "dev"])
 def test_with_another_version_it_registers_nothing_and_logs_one_line(registered, caplog, version):
     with caplog.at_level(logging.WARNING):
-        assert [*registered(version)] == ["settled"]
+        found = registered(version)
+    assert [*found] == ["settled", "decoders"] and [*found["decoders"]] == ["opencv"]
     assert len(caplog.messages) == 1 and TESTED in caplog.text and version in caplog.text

@@ -387,6 +387,14 @@ def frame_rate(stream: VideoStream) -> tuple[float | None, bool]:
     return rate and float(rate), False
 
 
+def stated_frames(container: InputContainer, stream: VideoStream) -> int:
+    """How many frames the header counts, or has time for at its rate; 0 where it tells neither."""
+    length_s = float((stream.duration or 0) * stream.time_base)
+    if container.duration:
+        length_s = container.duration / av.time_base
+    return stream.frames or math.floor(length_s * float(stream.average_rate or 0) + 0.5)
+
+
 def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
     """The time of a frame by the file's own clock, in seconds; None where the file states none (raw streams)."""
     # AVI stores decoding times only. The presentation times that FFmpeg derives are wrong if frames are stored out of

@@ -17,7 +17,7 @@ from operator import itemgetter
 from av.video.frame import VideoFrame
 
 from evoprune.backend.limits import available_cores, available_memory
-from evoprune.video.info import AUTO_SEEK, EXACT, KEYFRAMES, Video, fitted
+from evoprune.video.info import AUTO_SEEK, EXACT, KEYFRAMES, FrameTimes, Video, fitted
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.probing import Part, parts_of
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
@@ -77,6 +77,21 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
             for time_s, frame in track.from_beginning((), partial(_damaged_in, number, damaged)):
                 length = frame.duration if frame.pts is not None else 0
                 yield part.begin_s + time_s, float((length or 0) * frame.time_base) or step, frame.key_frame
+
+
+def frame_times(info: Video) -> FrameTimes:
+    """See `evoprune.video.frames.frame_times`."""
+    with ffmpeg.reading(info.path):
+        first, *others = parts_of(info, ffmpeg.ignore_damage)
+        with ffmpeg.open_video(info.path, first.span) as container:
+            stated = ffmpeg.stated_frames(container, ffmpeg.video_stream(container, info.path))
+        times = None
+        if not others:
+            with closing(Track(info.path, first)) as track:
+                times = track.times()
+        if times is None:
+            times = sorted(time_s for time_s, _, _ in intervals(info, ffmpeg.ignore_damage))
+        return FrameTimes(times, stated)
 
 
 def _damaged_in(part: int, damaged: ffmpeg.Damage, number: int | None) -> None:

@@ -96,6 +96,19 @@ class Track:
                 found.append(Keyframe(packet.pts * tick - self.info.start_s, self._stamp(packet)))
         return sorted(found)
 
+    def times(self) -> list[float] | None:
+        """The time of every frame, ascending, without decoding; None where packets do not tell."""
+        if not self._has_times:
+            return None
+        packets = self._packets()
+        stamps = [packet.pts for packet in packets if packet is not None and packet.size and not packet.is_discard]
+        if None in stamps or len(set(stamps)) < len(stamps):
+            return None
+        tick = float(self._stream.time_base)
+        times = sorted(stamp * tick - self.info.start_s for stamp in stamps)
+        # Frames before the first one that can be decoded lack those that they were predicted from.
+        return times[bisect_left(times, -ffmpeg.TOLERANCE_S) :]
+
     def from_beginning(
         self, times_s: Sequence[float], damaged: ffmpeg.Damage, *, sparing: bool = False
     ) -> Iterator[TimedFrame]:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from evoprune.errors import EvopruneError, VideoError
-from evoprune.video.info import PICTURE, ScanResult, Video
+from evoprune.video.info import PICTURE, FrameTimes, ScanResult, Video
 from evoprune.video.readers import decord, ffmpeg, folder, probing, pyav, subtitles
 from evoprune.video.readers.live import LiveReader
 from evoprune.video.sandbox.channel import Channel
@@ -120,7 +120,18 @@ def check_decord(info: dict[str, Any] | None) -> None:
         decord.check(Video(**info))
 
 
-TASKS = {"probe": probe, "scan": scan, "check_decord": check_decord, "subtitles": subtitles.read}
+def frame_times(info: dict[str, Any]) -> FrameTimes:
+    """See `evoprune.video.frames.frame_times`."""
+    return pyav.frame_times(Video(**info))
+
+
+TASKS = {
+    "probe": probe,
+    "scan": scan,
+    "frame_times": frame_times,
+    "check_decord": check_decord,
+    "subtitles": subtitles.read,
+}
 
 
 def run(task: str, arguments: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,18 +1,21 @@
-"""evoprune's encoder inside vLLM (https://github.com/vllm-project/vllm): docs/serving.md.
+"""evoprune's encoder and its reader of videos inside vLLM (https://github.com/vllm-project/vllm): docs/serving.md.
 
-`register` is the entry point of the group `vllm.general_plugins`. It adds architectures of its own, so installing this package
-changes nothing in models that do not ask for them. Only `register` and the modules that it names import vLLM.
+`register` is the entry point of the group `vllm.general_plugins`. It adds architectures and a decoder of their own names, so
+installing this package changes nothing for those who do not ask for them. Only `register` and the modules that it names import
+vLLM.
 """
 
 import logging
+import sys
 
 TESTED = "0.32"  # minor version of vLLM; its interfaces for models change from one to the next
 PREFIX = "EvoPrune"  # of the architectures' names
+DECODER = "evoprune"  # name of the decoder of videos, among those of vLLM
 FAMILIES = ("Qwen2_5_VL", "Qwen2VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe")
 
 
 def register() -> None:
-    """Registers the architectures in vLLM; in another version than the tested one it does nothing but log one line."""
+    """Registers the architectures and the decoder in vLLM; in another version than the tested one it only logs one line."""
     from vllm import ModelRegistry, __version__
 
     if __version__.split(".")[:2] != TESTED.split("."):
@@ -27,3 +30,10 @@ def register() -> None:
         ModelRegistry.register_model(PREFIX + stock, f"{__name__}.model:{PREFIX}{stock}")
         if stock in MODELS_CONFIG_MAP:  # what vLLM settles for an architecture, such as the dtype of recurrent states
             MODELS_CONFIG_MAP[PREFIX + stock] = MODELS_CONFIG_MAP[stock]
+    # vLLM has no function that adds a decoder. It looks for the name among the options, then imports the module of that name.
+    from vllm.multimodal import video_decoders
+
+    from evoprune_vllm import decoder
+
+    video_decoders._BACKEND_OPTION_DEFAULTS[DECODER] = decoder.OPTIONS
+    sys.modules[f"{video_decoders.__name__}.{DECODER}"] = decoder

@@ -19,7 +19,7 @@ from tests.plugins.vllm.serving import DEMO, NEW
 NAME = "demo"
 START_S = 300
 OURS = '{"architectures": ["EvoPruneQwen2_5_VLForConditionalGeneration"]}'
-RATE = {"video": {"num_frames": -1, "fps": 2}}  # vLLM's own choice is 32 frames of any video
+RATE = {"video": {"num_frames": -1, "fps": 2}}  # where vLLM knows no rule of a model it takes 32 of any video
 FIXED = [
     *("--dtype", "float32", "--enforce-eager", "--block-size", "32"),
     *("--max-model-len", "4096", "--max-num-seqs", "8", "--host", "127.0.0.1"),
