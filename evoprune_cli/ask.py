@@ -162,13 +162,13 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
     if len(inputs) == 1 and question is None and re.search(r"\s", inputs[0]):
         (only,) = inputs
         if not _exists(only) and not PATH.search(only):
-            raise VideoError(f"no such file: {only}", f"the video comes first: {USAGE}")
+            raise VideoError(f"no such file: {only}", missing_hint(only, f"the video comes first: {USAGE}"))
     missing = [word for word in inputs if not _exists(word)] if len(inputs) > 1 else []
     if not missing:
         return
     name, last = missing[0], inputs[-1]
     if name == inputs[0] and not PATH.fullmatch(name):
-        raise VideoError(f"no such file: {name}", f"videos and pictures come first: {USAGE}")
+        raise VideoError(f"no such file: {name}", missing_hint(name, f"videos and pictures come first: {USAGE}"))
     if not PATH.fullmatch(name):
         words, hint = [*missing, *filter(None, [question])], f"quote the question: {USAGE}; a second one: -Q"
         if any(word.startswith("-") for word in words):

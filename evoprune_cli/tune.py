@@ -161,7 +161,7 @@ def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
                 lines = read_all(opened, f"--questions {file}", hint).decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as problem:
             reason = getattr(problem, "strerror", None) or "it is not UTF-8"
-            raise UsageError(f"--questions {file} cannot be read: {reason}", hint) from problem
+            raise UsageError(f"--questions {file} cannot be read: {reason}", missing_hint(file, hint)) from problem
         if not (asked := [line.strip() for line in lines if line.strip()]):
             raise UsageError(f"--questions {file} holds no question", "write a question on each line")
         texts = [*texts, *asked]

@@ -14,7 +14,7 @@ from math import floor
 from evoprune.errors import UsageError
 from evoprune.live.source import FROM_SOURCE, PACES, STDIN, LiveSource
 from evoprune.session.options import PipelineOptions, StreamOptions
-from evoprune.util import check_text, clock, counted, size
+from evoprune.util import check_text, clock, counted, missing_hint, size
 from evoprune.video.plan import parse_time
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
@@ -246,7 +246,7 @@ def _write(text: str) -> None:
 def _lines(path: str) -> "queue.SimpleQueue[bytes | None]":
     """Lines of a pipe as they come, none of them empty, then None; read by a thread that holds no lock of Python's streams."""
     if path != STDIN and not os.path.exists(path):
-        raise UsageError(f"no such file: {path}", "--questions - reads stdin")
+        raise UsageError(f"no such file: {path}", missing_hint(path, "--questions - reads stdin"))
     pending: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def read() -> None:

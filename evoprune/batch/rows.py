@@ -153,7 +153,7 @@ def load_rows(path: str, start_s: float = 0.0, end_s: float | None = None, rules
         with open(path, "rb") as file:
             content = read_all(file, path, rules.file)
     except OSError as problem:
-        raise UsageError(f"cannot read {path}: {problem.strerror}", rules.file) from problem
+        raise UsageError(f"cannot read {path}: {problem.strerror}", missing_hint(path, rules.file)) from problem
     return read_rows(content, path, os.path.dirname(path), start_s, end_s, rules)
 
 

@@ -630,3 +630,64 @@ def test_entries_of_the_cache_that_are_no_files(cli, monkeypatch, tmp_path, kind
     again = cli(*ask).record
     assert (again["cache"], again["answer"]) == ("miss", first["answer"])
     assert ("cache_not_written" in again["warnings"]) == (kind == "folder")
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("help", "evoprune --help"),
+        ("help ask", "evoprune ask --help"),
+        ("models", "evoprune inspect -m"),
+        ("modles", "evoprune inspect -m"),
+        ("version", "evoprune --version"),
+        ("-V", "evoprune --version"),
+        ("run clip.mp4", "evoprune ask"),
+        ("chat", "evoprune ask video.mp4 -i"),
+        ("list", "evoprune methods"),
+        ("serve", "vLLM"),
+        ("insepct", "did you mean evoprune inspect?"),
+        ("Ask", "did you mean evoprune ask?"),
+        ("aks", "did you mean evoprune ask?"),
+        ("zebra", "see evoprune --help"),
+    ],
+)
+def test_what_is_typed_in_the_place_of_a_command_leads_to_one(cli, line, hint):
+    result = cli(*line.split())
+    error, hinted = result.err.splitlines()
+    assert result.code == 2 and error.startswith("error: No such ") and hinted.startswith("hint: ") and hint in hinted
+    assert "Did you mean" not in error
+
+
+def test_every_hint_about_a_command_names_one_that_there_is():
+    known = {command.name for command in main.app.registered_commands}
+    named = [word for hint in main.TRIED.values() for word in re.findall(r"evoprune ([a-z]+)", hint)]
+    assert named and set(named) <= known and not known & main.TRIED.keys()
+
+
+@pytest.mark.parametrize(
+    ("command", "near"),
+    [
+        ("ask samples/sqare.mp4 What?", "samples/square.mp4"),
+        ("ask sampels/square.mp4 What?", "samples/square.mp4"),
+        ("ask samples/Square.MP4 What?", "samples/square.mp4"),
+        ("ask samples/square.mkv samples/pan.mp4 What?", "samples/square.mp4"),
+        ("batch samples/sqare.mp4 -Q What -m demo -o -", "samples/square.mp4"),
+        ("batch --from samples/question.jsonl -m demo -o -", "samples/questions.jsonl"),
+        ("eval --data samples/question.jsonl", "samples/questions.jsonl"),
+        ("watch samples/sqare.mp4 -Q What", "samples/square.mp4"),
+        ("watch samples/square.mp4 --questions samples/question.jsonl", "samples/questions.jsonl"),
+        ("inspect samples/sqare.mp4", "samples/square.mp4"),
+        ("tune samples/sqare.mp4 -m demo", "samples/square.mp4"),
+        ("verify samples/sqare.mp4", "samples/square.mp4"),
+        ("ask samples/square.mp4 What? --subtitles samples/question.jsonl", "samples/questions.jsonl"),
+        ("ask samples/square.mp4 What? -m sampels", "samples"),
+    ],
+)
+def test_a_misspelt_file_has_the_near_name_in_the_hint(cli, command, near):
+    result = cli(*command.split())
+    assert result.code in (2, 3, 4) and f"hint: did you mean {near}? " in result.err
+
+
+def test_a_name_that_no_file_is_like_gets_none(cli):
+    assert "did you mean" not in cli("ask", "nothing.mp4", "What?").err
+    assert "did you mean" not in cli("ask", "samples/b.mp4", "What?").err  # an ending alone is no likeness
