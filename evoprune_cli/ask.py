@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from evoprune.errors import UsageError, VideoError
 from evoprune.report import Report, name_inputs, stats_block, summary, warned
 from evoprune.session.options import GenerationOptions, PipelineOptions, SamplingOptions
-from evoprune.util import check_text, counted, listed, missing_hint, roughly, shown
+from evoprune.util import check_text, clock, counted, listed, missing_hint, roughly, shown
 from evoprune.video.frames import local_file
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
@@ -430,6 +430,8 @@ class Conversation:
             finally:
                 if thoughts:
                     thoughts.end()
+        if (seen := answer.report.stream) and not (self._json or self._quiet):
+            tell(f"up to {clock(seen['end_s'])}:")
         if self._json:
             for _ in answer:
                 pass
