@@ -19,9 +19,10 @@ DEMO_TAG = "evoprune demo clip"
 SCENES_TAG = "evoprune scenes clip"
 _WORLDS = {DEMO_TAG: "shapes", SCENES_TAG: "scenes"}
 # Formats that keep no comment, as FFmpeg calls them: of transport, raw ones, and frames that came without a file.
-_NO_COMMENTS = frozenset(
-    "mpegts hls dash rtsp rtp sdp mpeg mpegvideo mjpeg mpjpeg h264 hevc av1 obu ivf yuv4mpegpipe apng stream".split()
-)
+_NO_COMMENTS = {
+    "mpegts", "hls", "dash", "rtsp", "rtp", "sdp", "mpeg", "mpegvideo", "mjpeg", "mpjpeg", "h264", "hevc", "av1", "obu", "ivf",
+    "yuv4mpegpipe", "apng", "stream",
+}  # fmt: skip
 # How HDR is stored: by one of two curves of brightness, or in the format of Dolby Vision that nothing else reads (profile 5).
 PQ, HLG, IPT = "PQ", "HLG", "IPTPQc2"
 # Whether a time may be moved to the nearest keyframe of its part of the video: where that saves much, never, or wherever one is.

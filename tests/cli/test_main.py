@@ -510,6 +510,7 @@ REDIRECTED = {
     "stdout closed": ("{} ask samples/square.mp4 What? -q >&-", 2, "", "stdout is closed"),
     "stdout closed, help": ("{} --help >&-", 2, "", "stdout is closed"),
     "disk full": ("{} inspect samples/square.mp4 --json >/dev/full", 2, "", "error: cannot write the output: No space"),
+    "disk full, JSON": ("{} ask samples/square.mp4 What? -q --json >/dev/full", 2, "", "No space left"),
     "disk full, an unknown flag": ("{} ask samples/square.mp4 What? --json --none >/dev/full", 2, "", "No space left"),
     "reader of the answer gone": (
         "{} ask samples/square.mp4 'What happens?' -q | true; exit ${PIPESTATUS[0]}",
@@ -545,6 +546,24 @@ def test_where_the_output_goes(clips, line, code, out, says):
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (code, out), done.stderr
     assert len(done.stderr.splitlines()) == 2 and says in done.stderr if says else done.stderr == ""
+
+
+@pytest.mark.parametrize("sign", [">", ">>"])
+@pytest.mark.parametrize("command", ["ask samples/square.mp4 What?", "ask no/such.mp4 What?", "methods"])
+def test_a_full_disk_leaves_no_half_line(tmp_path, command, sign):
+    """A limit on the size of files takes the first part of a line, as a disk does that has little room."""
+    path = tmp_path / "log"
+    path.write_text("x" * 699 + "\n")
+    (tmp_path / "samples").symlink_to(ROOT / "samples")
+    limited = (
+        "import resource, signal, sys; from evoprune_cli.main import run; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900)); sys.argv[0] = 'evoprune'; run()"
+    )
+    line = f"{shlex.quote(sys.executable)} -B -c {shlex.quote(limited)} {command} --json {sign} {path}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert path.read_text() == ("" if sign == ">" else "x" * 699 + "\n")
+    assert done.returncode == 2 and "cannot write the output: File too large" in done.stderr
 
 
 def test_other_streams_may_be_closed(tmp_path):
