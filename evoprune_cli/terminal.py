@@ -7,6 +7,7 @@ import signal
 import stat
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, precision, warn
 from evoprune.util import counted, harmless
 
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
+PIPE_S = 2.0  # for which nobody is told of a pipe that has no other end
 TAB = 8  # columns
 # With the option each sets.
 FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b", "EVOPRUNE_THREADS": "--threads"}
@@ -222,6 +224,29 @@ def tell(text: str) -> None:
     """Prints a sentence on stderr, folded to the terminal's width."""
     for line in _folded(printable(text), 2):
         note(paint(line, "2"))
+
+
+@contextmanager
+def naming_pipe(path: str | None, does: str = "write to") -> Iterator[None]:
+    """Says on stderr after two seconds that a block waits for the other end of a named pipe; of other files nothing."""
+    if path is None or not _is_pipe(path):
+        yield
+        return
+    said = f"waiting for {path}, which is a pipe: does a program {does} it?"
+    timer = threading.Timer(PIPE_S, tell, (said,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _is_pipe(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except (OSError, ValueError):  # whoever opens it says what is wrong
+        return False
 
 
 def print_titled(title: str, text: str) -> None:
