@@ -72,6 +72,8 @@ WARNINGS = {
     "thoughts_only": "the model ended inside its thoughts, so there is no answer",
     "always_thinks": "this model thinks before every answer, and has no switch for it; -n (max_new_tokens) counts its thoughts too",
     "demo_model": f"{KNOWN}; {{answers}} nothing. For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
+    "demo_untold": f"{KNOWN}; the format of {{video}} does not tell whether it is one of these. If it is not, trust no answer "
+    "about it. For any video: --model=Qwen/Qwen2.5-VL-3B-Instruct",
     "demo_inputs": "the demo models were trained without subtitles, and on few inputs at a time (demo: one video; demo-scenes: "
     "up to two videos or pictures); answers about others mean little",
     "demo_question": "a demo model knows only the words of its training, and a question has others; its answer means little. "

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
+from itertools import islice
 from numbers import Integral, Real
 from os import PathLike
 from types import NoneType, UnionType
@@ -20,6 +21,7 @@ _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 FILE_URL = "file://"
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LONGEST = 200  # characters of a path in a message
+MOST_NAMES = 10_000  # of a folder that a misspelt one is compared with
 SOME = 10  # texts that a sentence names before it only counts them
 
 
@@ -34,10 +36,12 @@ def clock(seconds: float | None) -> str:
 
 
 def roughly(seconds: float) -> str:
-    """~40 s, ~12 min or ~9 h: an estimate with one digit or two."""
+    """~0.3 s, ~40 s, ~12 min or ~9 h: an estimate with one digit or two."""
     if seconds >= 5700:
         return f"~{seconds / 3600:,.0f} h"
-    return f"~{seconds / 60:,.0f} min" if seconds >= 95 else f"~{float(f'{seconds:.1g}'):.0f} s"
+    if seconds >= 95:
+        return f"~{seconds / 60:,.0f} min"
+    return f"~{float(f'{seconds:.1g}'):.0f} s" if seconds >= 0.95 else f"~{float(f'{seconds:.1g}'):g} s"
 
 
 def shorten(text: str, width: int) -> str:
@@ -74,12 +78,43 @@ def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
 
 
 def missing_hint(path: str, usual: str) -> str:
-    """The hint where there is no file of that name: what else it is, or else `usual`."""
+    """The hint where there is no file of that name: what else it is, which name is near, or else `usual`."""
     if path.startswith("data:"):
         return "write it to a file, and give the path of that"
     if path.startswith(FILE_URL):
         return f"leave out {FILE_URL}"
-    return "download what is on the web first, e.g. with yt-dlp" if "://" in path else usual
+    if "://" in path:
+        return "download what is on the web first, e.g. with yt-dlp"
+    near = near_file(path)
+    return f"did you mean {shown(near)}? {usual}".rstrip() if near else usual
+
+
+def near_file(path: str) -> str | None:
+    """The path of a file or folder that exists and that a misspelt path is like; None where none is.
+
+    The first part of the path that does not exist is compared with the names beside it, without regard to case. Endings count
+    less than what is before them, or all names of a folder of videos would be alike.
+    """
+    if os.path.lexists(path):
+        return None
+    above, name, below = os.path.dirname(path), os.path.basename(path), ""
+    while above and not os.path.isdir(above):
+        below = os.path.join(name, below) if below else name
+        above, name = os.path.dirname(above), os.path.basename(above)
+    try:
+        with os.scandir(above or os.curdir) as entries:
+            names = [entry.name for entry in islice(entries, MOST_NAMES)]
+    except (OSError, ValueError):  # a folder that may not be read; a name that no folder can have
+        return None
+    stems: dict[str, list[str]] = {}
+    for each in names:
+        stems.setdefault(os.path.splitext(each)[0].lower(), []).append(each)
+    for stem in get_close_matches(os.path.splitext(name)[0].lower(), stems, 3):
+        for near in get_close_matches(name, stems[stem], len(stems[stem]), 0.0):
+            found = os.path.join(above, near, below) if below else os.path.join(above, near)
+            if found != path and os.path.exists(found):
+                return found
+    return None
 
 
 def some(texts: Sequence[str], separator: str = ", ") -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from evoprune.errors import UsageError, VideoError
 from evoprune.report import Report, name_inputs, stats_block, summary, warned
 from evoprune.session.options import GenerationOptions, PipelineOptions, SamplingOptions
-from evoprune.util import check_text, counted, listed, missing_hint, roughly, shown
+from evoprune.util import check_text, clock, counted, listed, missing_hint, roughly, shown
 from evoprune.video.frames import local_file
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
@@ -162,13 +162,13 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
     if len(inputs) == 1 and question is None and re.search(r"\s", inputs[0]):
         (only,) = inputs
         if not _exists(only) and not PATH.search(only):
-            raise VideoError(f"no such file: {only}", f"the video comes first: {USAGE}")
+            raise VideoError(f"no such file: {only}", missing_hint(only, f"the video comes first: {USAGE}"))
     missing = [word for word in inputs if not _exists(word)] if len(inputs) > 1 else []
     if not missing:
         return
     name, last = missing[0], inputs[-1]
     if name == inputs[0] and not PATH.fullmatch(name):
-        raise VideoError(f"no such file: {name}", f"videos and pictures come first: {USAGE}")
+        raise VideoError(f"no such file: {name}", missing_hint(name, f"videos and pictures come first: {USAGE}"))
     if not PATH.fullmatch(name):
         words, hint = [*missing, *filter(None, [question])], f"quote the question: {USAGE}; a second one: -Q"
         if any(word.startswith("-") for word in words):
@@ -434,6 +434,8 @@ class Conversation:
             finally:
                 if thoughts:
                     thoughts.end()
+        if (seen := answer.report.stream) and not (self._json or self._quiet):
+            tell(f"up to {clock(seen['end_s'])}:")
         if self._json:
             for _ in answer:
                 pass

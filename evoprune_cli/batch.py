@@ -15,7 +15,7 @@ from evoprune.session.options import PipelineOptions
 from evoprune.util import SOME, clock, counted, is_text, listed, missing_hint, roughly, shown, some
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, is_one_of, note_model, prepare
-from evoprune_cli.terminal import encoding, print_traceback, print_warning, progress, stdout, tell
+from evoprune_cli.terminal import encoding, naming_pipe, print_traceback, print_warning, progress, stdout, tell
 
 if TYPE_CHECKING:
     from evoprune.batch.output import RecordFile
@@ -46,10 +46,14 @@ def batch(
         "answer. Files are relative to the file; - is stdin, which is read to its end first.",
         "Rows",
     ) = None,
+    recursive: opt.option(
+        bool, "-r --recursive", "Also the videos of the folders inside a folder, but for hidden ones and links.", "Rows"
+    ) = False,
     output: opt.option(
         str | None,
         "-o --output FILE|-",
-        "Where the records go, each as soon as it is finished; - is stdout. Records of a video stand together.",
+        "Where the records go, each as soon as it is finished; - is stdout. Records of a video stand together. FILE.csv gets a "
+        "table: the columns of the rows, then answer, error, finish_reason, visual_tokens, new_tokens, total_ms.",
         opt.OUTPUT,
     ) = None,
     resume: opt.option(
@@ -102,6 +106,7 @@ def batch(
     pipeline = options()
     from evoprune.batch.output import RecordFile, Settings, Sources, remaining
     from evoprune.batch.rows import group_by_span
+    from evoprune.batch.table import TableFile, is_table
     from evoprune.video.frames import choose_decoder
 
     if not pipeline.model.model:
@@ -110,10 +115,13 @@ def batch(
     if pipeline.generation.system is not None and not is_text(pipeline.generation.system):
         raise UsageError("the system prompt is not valid text", "write it in UTF-8")
     settings = Settings(pipeline.model, pipeline.pruning, pipeline.sampling.timeless, pipeline.generation)
-    rows = _rows(videos or [], questions or [], source, quiet, (pipeline.sampling.start_s, pipeline.sampling.end_s))
+    span = pipeline.sampling.start_s, pipeline.sampling.end_s
+    rows = _rows(videos or [], questions or [], source, quiet, span, recursive)
     tally = Tally(len(rows), quiet, _check_files(rows, source, output, quiet))
-    opened = partial(RecordFile, output, stdout=stdout(), resume=resume, overwrite=overwrite)
-    with tally, closing(opened()) as file, progress(not quiet) as show:
+    kind = partial(TableFile, rows=rows) if is_table(output) else RecordFile
+    with naming_pipe(output, "read"):
+        opened = kind(output, stdout=stdout(), resume=resume, overwrite=overwrite)
+    with tally, closing(opened) as file, progress(not quiet) as show:
         sources = Sources(settings)
         left = remaining(rows, settings, file.found, sources)
         ready = partial(tally.start, file, len(left), show)
@@ -169,7 +177,12 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tal
 
 
 def _rows(
-    videos: list[str], questions: list[str], source: str | None, quiet: bool, span: tuple[float, float | None]
+    videos: list[str],
+    questions: list[str],
+    source: str | None,
+    quiet: bool,
+    span: tuple[float, float | None],
+    recursive: bool,
 ) -> list["Row"]:
     """All rows. `span`: start and end in seconds of those that say none."""
     from evoprune.batch.rows import left_out, load_rows, product_rows, read_all, read_rows
@@ -181,14 +194,17 @@ def _rows(
             raise UsageError("no question", f"put -Q before each question, or give --from FILE: {USAGE}")
         if DASH in videos:
             raise UsageError("a batch takes no video from stdin", "evoprune ask - does; a file of that name is ./-")
-        rows = product_rows(videos, questions, *span)
-        for line in filter(None, map(left_out, [] if quiet else videos)):
+        rows = product_rows(videos, questions, *span, recursive)
+        for line in filter(None, map(left_out, [] if quiet or recursive else videos)):
             tell(line)
         return rows
+    if recursive:
+        raise UsageError("-r is about folders, and --from names every video", "leave out one of the two")
     if videos or questions:
         raise UsageError("--from excludes videos and questions", "the rows of the file name both")
     if source != DASH:
-        return load_rows(source, *span)
+        with naming_pipe(source):
+            return load_rows(source, *span)
     stdin = getattr(sys.stdin, "buffer", None)
     if stdin is None or sys.stdin.isatty():
         raise UsageError("--from - reads stdin, and nothing is piped into it", "pipe rows into it, or name a file")
@@ -294,9 +310,11 @@ class Tally:
         tell(f"{done:,} of {counted(self._total, 'row')} answered{before}{failed}{took}")
         if self._cut:
             tell(f"{counted(self._cut, 'answer')} may be incomplete: -n (max_new_tokens) allows no more tokens")
-        if self._file.regular and problem:
+        if self._file.resumable and problem:
             tell("to go on: the same command with --resume")
-        elif self._file.regular and self.failed:
+        elif self._file.regular and problem:
+            tell("a table cannot be gone on with; records can: -o FILE.jsonl")
+        elif self._file.resumable and self.failed:
             tell("once the cause of a failure is mended, the same command with --resume asks the failed rows again")
 
     def _line(self, done: int) -> str:

@@ -22,6 +22,7 @@ from evoprune_cli.terminal import (
     fitting,
     folded,
     model_line,
+    naming_pipe,
     note,
     one_line,
     progress,
@@ -128,7 +129,9 @@ def evaluate(
     if output is not None:
         check_new_folder(output)
     check_chart(chart, beside=output, inputs=[data])
-    videos, evaluation = load_questions(Path(data)), None
+    with naming_pipe(data):
+        videos = load_questions(Path(data))
+    evaluation = None
 
     def deliver(error: dict[str, Any] | None = None) -> None:
         """Writes the results so far: to stdout first, then into the folder, then as a chart."""

@@ -9,7 +9,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from functools import partial
 
 import shellingham  # comes with Typer
@@ -33,6 +34,32 @@ from evoprune_cli.watch import watch
 
 # What the parser raises. Some versions of Typer contain click and others import it, so the class is found through Typer's own.
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+# What people type in the place of a command, and the command that does it.
+MODELS_HINT = "evoprune inspect -m MODEL says what a model needs; -m names it in every command"
+TRIED = {
+    **dict.fromkeys(("help", "h", "man", "usage"), "evoprune --help, or evoprune COMMAND --help"),
+    **dict.fromkeys(("version", "v"), "evoprune --version"),
+    **dict.fromkeys(("model", "models", "pull", "download"), MODELS_HINT),
+    **dict.fromkeys(("list", "ls", "method"), "evoprune methods lists the methods; " + MODELS_HINT),
+    **dict.fromkeys(("run", "query", "question", "describe", "caption", "answer", "prune"), USAGE),
+    **dict.fromkeys(("chat", "talk", "interactive"), "evoprune ask video.mp4 -i asks for one question after the other"),
+    **dict.fromkeys(
+        ("live", "stream", "camera", "listen"), 'evoprune watch rtsp://HOST/PATH -Q "Who is there?" --every 30s'
+    ),
+    **dict.fromkeys(
+        ("serve", "server", "api"), "there is no server here; vLLM serves pruned models with a plugin of evoprune"
+    ),
+    **dict.fromkeys(
+        ("info", "show", "probe", "doctor", "env", "cache"), "evoprune inspect, also with a video or -m MODEL"
+    ),
+    **dict.fromkeys(("check", "test", "selftest"), "evoprune verify compares with plain transformers"),
+    **dict.fromkeys(("bench", "benchmark", "time", "speed"), "evoprune profile measures time, evoprune eval answers"),
+    **dict.fromkeys(
+        ("evaluate", "score", "compare"), "evoprune eval --data FILE; for one video evoprune ask --compare"
+    ),
+    **dict.fromkeys(("completion", "completions"), "evoprune --install-completion"),
+}
 
 # Of the redirected output. Errors of files that are read have a filename.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -275,6 +302,7 @@ def _report(problem: Exception) -> int:
         text = " ".join(problem.format_message().split()).rstrip(".")
         text = re.sub(r"Input should be a valid (integer|number), unable to parse .*", r"not a valid \1", text)
         text = re.sub(r"^Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", r"unexpected extra words: \1", text)
+        text = re.sub(r"^(No such command '.*')\. Did you mean.*", r"\1", text)  # the hint names what was meant
         problem = UsageError(text, _hint(problem.format_message()))
     error = terminal.failure(problem)
     if "--json" in sys.argv[1:] and not getattr(problem, "reported", False):
@@ -304,7 +332,23 @@ def _hint(text: str) -> str:
         return f"quote the question: {USAGE}; a second one: -Q"
     if _command() == "ask" and "Missing argument" in text:
         return USAGE
-    if "No such command" in text and os.path.exists(text.split("'")[1]):
+    known = [command.name for command in app.registered_commands]
+    if (typed := _command()) in known:
+        return f"see evoprune {typed} --help-all"
+    if typed is not None and os.path.exists(typed):
         return f"to ask about a video: {USAGE}"
-    known = {command.name for command in app.registered_commands}
-    return f"see evoprune {_command()} --help-all" if _command() in known else "see evoprune --help"
+    return _meant(typed, known) or "see evoprune --help"
+
+
+def _meant(typed: str | None, known: Sequence[str]) -> str:
+    """The command that does what somebody typed in the place of one, or that is spelt like it; empty where there is none."""
+    if typed is None:
+        return TRIED["version"] if sys.argv[1:2] in (["-V"], ["-v"], ["-version"]) else ""
+    word = typed.lower()
+    if word == "help" and (about := [name for name in known if name in sys.argv[2:]]):
+        return f"evoprune {about[0]} --help"
+    if word in TRIED:
+        return TRIED[word]
+    if near := get_close_matches(word, known, 1):
+        return f"did you mean evoprune {near[0]}? see evoprune --help"
+    return "".join(TRIED[near] for near in get_close_matches(word, TRIED, 1))

@@ -18,7 +18,7 @@ from evoprune.backend.limits import check_libraries, keep_freed_memory
 from evoprune.batch.output import OPEN_FILES, write_file
 from evoprune.errors import UsageError
 from evoprune.session.options import GenerationOptions, PipelineOptions
-from evoprune_cli.terminal import encodable, failure, json_line, page_width, print_document, stdout, tell
+from evoprune_cli.terminal import encodable, failure, json_line, page_width, print_document, stdout, tell, write_whole
 
 if TYPE_CHECKING:
     from evoprune.session.session import Session
@@ -169,7 +169,7 @@ def print_text(text: str) -> None:
         text.encode(stream.encoding or "ascii")
     except UnicodeEncodeError:
         text = text.replace("±", "+-")
-    print(encodable(text, stream), end="", file=stream, flush=True)
+    write_whole(encodable(text, stream))
 
 
 def write_bytes(path: str, content: bytes) -> None:

@@ -4,12 +4,14 @@ import io
 import json
 import os
 import signal
+import stat
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any, TextIO, TypeVar
@@ -20,6 +22,7 @@ from evoprune.util import clock, counted, harmless, roughly
 
 LEAST_S = 1.0  # that a line of progress has counted before it says how much longer it takes
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
+PIPE_S = 2.0  # for which nobody is told of a pipe that has no other end
 TAB = 8  # columns
 # With the option each sets.
 FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b", "EVOPRUNE_THREADS": "--threads"}
@@ -136,14 +139,45 @@ def print_json(report: Report) -> None:
         proper = (stream.encoding or "").lower().replace("-", "") == "utf8" and bool(text.encode("utf-8"))
     except UnicodeEncodeError:  # a path with bytes that are not UTF-8
         proper = False
-    # One write, so that lines of processes that share a file stay whole: print would write the end of a long line on its own.
-    stream.write(f"{text if proper else report.to_json(ascii_only=True)}\n")
-    stream.flush()
+    write_whole(f"{text if proper else report.to_json(ascii_only=True)}\n")
 
 
 def print_document(document: dict[str, Any]) -> None:
     """Prints results as one line on stdout, in plain ASCII."""
-    print(json_line(document), file=stdout(), flush=True)
+    write_whole(f"{json_line(document)}\n")
+
+
+def write_whole(text: str) -> None:
+    """Writes text to stdout, of which a file has all or nothing if the disk is full.
+
+    In one write, so that lines of processes that share a file stay whole; and past the buffer of the stream, which would keep
+    what the disk has no room for, and write it later. Raises OSError: it cannot be written.
+    """
+    stream = stdout()
+    stream.flush()
+    try:
+        number = stream.fileno()
+    except io.UnsupportedOperation:  # no file of the system, as in a host program
+        stream.write(text)
+        stream.flush()
+        return
+    status, rest = os.fstat(number), memoryview(text.encode(stream.encoding, stream.errors or "strict"))
+    try:
+        while rest:
+            rest = rest[os.write(number, rest) :]
+    except OSError:
+        if stat.S_ISREG(status.st_mode):
+            _take_back(number, status.st_size)
+        raise
+
+
+def _take_back(number: int, size: int) -> None:
+    """Cuts an open file down to its earlier size, unless another process has put a whole line behind that."""
+    with suppress(OSError), open(f"/dev/fd/{number}", "rb") as file:
+        file.seek(size)
+        if b"\n" not in file.read():
+            os.ftruncate(number, size)
+            os.lseek(number, size, os.SEEK_SET)
 
 
 def json_line(document: dict[str, Any]) -> str:
@@ -194,6 +228,29 @@ def tell(text: str) -> None:
     """Prints a sentence on stderr, folded to the terminal's width."""
     for line in _folded(printable(text), 2):
         note(paint(line, "2"))
+
+
+@contextmanager
+def naming_pipe(path: str | None, does: str = "write to") -> Iterator[None]:
+    """Says on stderr after two seconds that a block waits for the other end of a named pipe; of other files nothing."""
+    if path is None or not _is_pipe(path):
+        yield
+        return
+    said = f"waiting for {path}, which is a pipe: does a program {does} it?"
+    timer = threading.Timer(PIPE_S, tell, (said,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _is_pipe(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except (OSError, ValueError):  # whoever opens it says what is wrong
+        return False
 
 
 def print_titled(title: str, text: str) -> None:

@@ -15,7 +15,17 @@ from evoprune.session.options import GenerationOptions, ModelOptions, PruneOptio
 from evoprune.util import counted, missing_hint, shown
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, prepare, rescuing, show, write
-from evoprune_cli.terminal import check_output, failures, fitting, folded, model_line, note, progress, short_name
+from evoprune_cli.terminal import (
+    check_output,
+    failures,
+    fitting,
+    folded,
+    model_line,
+    naming_pipe,
+    note,
+    progress,
+    short_name,
+)
 
 AGREE = 0.98
 ASKED = "What is asked"  # the title of a panel
@@ -157,11 +167,11 @@ def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
 
         hint = "a text file with a question on each line"
         try:
-            with open(file, "rb") as opened:
+            with naming_pipe(file), open(file, "rb") as opened:
                 lines = read_all(opened, f"--questions {file}", hint).decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as problem:
             reason = getattr(problem, "strerror", None) or "it is not UTF-8"
-            raise UsageError(f"--questions {file} cannot be read: {reason}", hint) from problem
+            raise UsageError(f"--questions {file} cannot be read: {reason}", missing_hint(file, hint)) from problem
         if not (asked := [line.strip() for line in lines if line.strip()]):
             raise UsageError(f"--questions {file} holds no question", "write a question on each line")
         texts = [*texts, *asked]

@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from math import floor
+from math import floor, inf
 
 from evoprune.errors import UsageError
 from evoprune.live.source import FROM_SOURCE, PACES, STDIN, LiveSource
 from evoprune.session.options import PipelineOptions, StreamOptions
-from evoprune.util import check_text, clock, counted, size
+from evoprune.util import check_text, clock, counted, missing_hint, size
 from evoprune.video.plan import parse_time
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
@@ -53,7 +53,10 @@ def watch(
         list[str] | None, "-Q --question TEXT", "A question at the end of the source, or see --every; repeatable."
     ) = None,
     every: opt.option(
-        str | None, "--every TIME", "Ask -Q again each time this much of the source was seen, such as 30s."
+        str | None,
+        "--every TIME",
+        "Ask -Q again each time this much of the source was seen, such as 30s. A file and a download wait for "
+        "the answer; of what does not wait, stderr says which answers were left out.",
     ) = None,
     questions: opt.option(
         str | None, "--questions FILE", 'Questions from a pipe: JSON lines with "question", perhaps "id"; - for stdin.'
@@ -117,7 +120,7 @@ def watch(
 
         limits = {"fps": pipeline.sampling.fps, "max_visual_tokens": pipeline.sampling.max_visual_tokens}
         stream = qa.stream(system=pipeline.generation.system, name=opened.name, **limits, **vars(pipeline.stream))
-        with LiveFeed(stream, opened, pipeline.stream.window_s) as feed:
+        with LiveFeed(stream, opened, pipeline.stream.window_s, inf if every_s is None else every_s) as feed:
             with progress(not quiet) as show:
                 show("waiting for a frame")
                 while not feed.begun.wait(TICK_S):
@@ -180,14 +183,19 @@ class _Watching:
             if self._status and time.monotonic() - self._latest >= STATUS_S:  # over the line before
                 self._latest, self._there = time.monotonic(), True
                 _write(f"\r{self._state()}\x1b[K")
+            latest_s = self._feed.latest_s  # first: what is before that frame was fed
             now_s = self._stream.until_s or 0.0
-            due = next_s is not None and now_s >= next_s
-            if due:
-                next_s = (floor(now_s / every_s) + 1) * every_s
-            if due or (ended and now_s > asked_s):
+            due = next_s is not None and max(now_s, latest_s) >= next_s
+            new = now_s > asked_s
+            if new and (due or ended):
                 asked_s = now_s
                 for question in asked:
                     self._answer(question)
+            if due:
+                over_s = max(next_s, floor((now_s if new else latest_s) / every_s) * every_s)
+                self._say_left_out(next_s, over_s, every_s, new)
+                next_s = over_s + every_s
+                self._feed.ask_at(next_s)
             while lines and not lines.empty():
                 if (line := lines.get()) is None:
                     lines = None
@@ -196,6 +204,17 @@ class _Watching:
             if ended or not (lines or asked):
                 self._clear()
                 return SOME_FAILED if self._failed else 0
+
+    def _say_left_out(self, first_s: float, over_s: float, every_s: float, asked: bool) -> None:
+        """Name the moments from `first_s` to `over_s` that have no answer; if it was `asked`, the last one has."""
+        count = round((over_s - first_s) / every_s) + (not asked)
+        if not count:
+            return
+        last_s = first_s + (count - 1) * every_s
+        when = f"at {clock(first_s)}" if count == 1 else f"from {clock(first_s)} to {clock(last_s)}"
+        why = "the video went on meanwhile" if asked else "no frame came since the one before"
+        self._clear()
+        self._speak(f"{counted(count, 'answer')} left out, {when}: {why}")
 
     def _ask_line(self, line: bytes) -> None:
         """A question of the pipe; one that is none has a record, and does not end anything."""
@@ -246,7 +265,7 @@ def _write(text: str) -> None:
 def _lines(path: str) -> "queue.SimpleQueue[bytes | None]":
     """Lines of a pipe as they come, none of them empty, then None; read by a thread that holds no lock of Python's streams."""
     if path != STDIN and not os.path.exists(path):
-        raise UsageError(f"no such file: {path}", "--questions - reads stdin")
+        raise UsageError(f"no such file: {path}", missing_hint(path, "--questions - reads stdin"))
     pending: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def read() -> None:

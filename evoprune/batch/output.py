@@ -207,10 +207,9 @@ class RecordFile:
             raise self._cannot_write(problem) from problem
         try:
             if self.regular and os.fstat(self._number).st_size:
-                begun = os.pread(self._number, len(HEAD), 0).rstrip(b"\0")  # of a record, which may be torn
                 if resume:
                     self.found = self._read()
-                elif not (begun and HEAD.startswith(begun)):
+                elif not self._is_own():
                     raise UsageError(f"{path} is there, and holds no records of a batch", OTHER_HINT)
                 elif not overwrite:
                     hint = "--resume goes on with it, --overwrite replaces it; or name another file with -o"
@@ -220,6 +219,16 @@ class RecordFile:
             raise
         # Signals become exceptions in the main thread only, so what another thread writes is written completely.
         self._writer = ThreadPoolExecutor(1)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a later run can go on with the file."""
+        return self.regular
+
+    def _is_own(self) -> bool:
+        """Whether the file begins with a record, which may be torn."""
+        begun = os.pread(self._number, len(HEAD), 0).rstrip(b"\0")
+        return bool(begun) and HEAD.startswith(begun)
 
     def begin(self, again: Container[str] = ()) -> None:
         """Cuts the file down to its whole records, without those whose ids are in `again`; without `resume`, to nothing."""

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 from urllib.parse import unquote
 
@@ -20,6 +20,7 @@ from evoprune.language.settings import GenerationOptions
 from evoprune.model.config import loads
 from evoprune.util import FILE_URL, check_type, counted, did_you_mean, is_text, missing_hint, shorten, shown, some
 from evoprune.video.info import AUTO_SUBTITLES, IMAGES, NO_SUBTITLES, VIDEOS, files
+from evoprune.video.order import natural
 from evoprune.video.plan import check_sampling, parse_time
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
@@ -32,6 +33,7 @@ FIELDS = (
 SAME = {"video_start": "start", "video_end": "end", "nframes": "frames"}  # what qwen-vl-utils calls them
 LONGEST_PATH = 4096  # characters
 LIST_COLUMNS = ("inputs", "options", "groups")  # columns whose cells in a CSV file are lists, separated by |
+ENDINGS_HINT = f"files that count end in {', '.join((*VIDEOS, *IMAGES))}"
 MAX_BYTES = 2**28  # of a file: all rows are held in memory
 # "line" or, in an array, "row"; its number from 1; and its fields or why it has none.
 Line = tuple[str, int, dict[str, Any] | ValueError]
@@ -58,6 +60,8 @@ class Row:
     answer: Any = None
     type: str | None = None  # in an evaluation, a name under which the row is counted
     groups: tuple[str, ...] = ()  # more of them
+    # The fields as they were given, as text: name and value. Tables repeat them.
+    cells: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def video(self) -> str:
@@ -129,11 +133,18 @@ def group_by_span(rows: Iterable[Row]) -> list[Span]:
 
 
 def product_rows(
-    videos: Sequence[str], questions: Sequence[str], start_s: float = 0.0, end_s: float | None = None
+    videos: Sequence[str],
+    questions: Sequence[str],
+    start_s: float = 0.0,
+    end_s: float | None = None,
+    recursive: bool = False,
 ) -> list[Row]:
-    """Every question about every video, or every video of a folder. Raises UsageError that names all that is wrong."""
+    """Every question about every video, or every video of a folder, with `recursive` also of the folders inside it.
+
+    Raises UsageError that names all that is wrong.
+    """
     wrong = Wrong()
-    videos = list(in_folders(videos, wrong))
+    videos = list(in_folders(videos, wrong, recursive))
     for noun, texts, check in (("video", videos, _file), ("question", questions, _text)):
         for text, times in Counter(texts).items():
             if times > 1:
@@ -153,7 +164,7 @@ def load_rows(path: str, start_s: float = 0.0, end_s: float | None = None, rules
         with open(path, "rb") as file:
             content = read_all(file, path, rules.file)
     except OSError as problem:
-        raise UsageError(f"cannot read {path}: {problem.strerror}", rules.file) from problem
+        raise UsageError(f"cannot read {path}: {problem.strerror}", missing_hint(path, rules.file)) from problem
     return read_rows(content, path, os.path.dirname(path), start_s, end_s, rules)
 
 
@@ -200,9 +211,9 @@ def _rows(lines: Iterable[Line], name: str, folder: str, span: tuple[float, floa
 def _named(unused: Counter) -> str:
     """Fields, each with the number of its rows, and with the one that may be meant."""
     texts = []
-    for field, count in unused.items():
-        near = did_you_mean(field, (*FIELDS, *SAME)).strip()
-        texts.append(f"{shorten(field, 40)} in {counted(count, 'row')}{f' ({near})' if near else ''}")
+    for name, count in unused.items():
+        near = did_you_mean(name, (*FIELDS, *SAME)).strip()
+        texts.append(f"{shorten(name, 40)} in {counted(count, 'row')}{f' ({near})' if near else ''}")
     return some(texts)
 
 
@@ -212,6 +223,7 @@ def _row(
     if isinstance(fields, ValueError):
         raise fields
     fields = {name: value for name, value in fields.items() if value is not None}
+    cells = tuple((name, _cell(value)) for name, value in fields.items())
     for theirs, own in SAME.items():
         _must(theirs not in fields or own not in fields, f"{own} and {theirs} exclude each other")
     fields = {SAME.get(name, name): value for name, value in fields.items()}
@@ -250,7 +262,16 @@ def _row(
     name = fields.get("id", number if rules.numbered else digest)
     right = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
     _must(right, "id is neither a text nor a whole number")
-    return replace(row, id=str(name))
+    return replace(row, id=str(name), cells=cells)
+
+
+def _cell(value: Any) -> str:
+    """A field as the text of a cell: lists of texts as they are read from CSV, all else that is no text as JSON."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(each, str) and "|" not in each for each in value):
+        return "|".join(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _path(folder: str, text: str) -> str:
@@ -367,14 +388,33 @@ class Wrong:
         raise UsageError(some(messages, "; "), some(list(dict.fromkeys(hint for _, hint in self._found)), "; "))
 
 
-def in_folders(videos: Iterable[str], wrong: Wrong) -> Iterator[str]:
+def folders_below(folder: str) -> Iterator[str]:
+    """The folder and all folders inside it, in natural order of names; none that is hidden, or that a link leads to."""
+    yield folder
+    try:
+        with os.scandir(folder) as entries:
+            inside = [e.name for e in entries if e.name[0] != "." and e.is_dir(follow_symlinks=False)]
+    except OSError:  # `in_folders` reports it
+        return
+    for name in sorted(inside, key=natural):
+        yield from folders_below(os.path.join(folder, name))
+
+
+def in_folders(videos: Iterable[str], wrong: Wrong, recursive: bool = False) -> Iterator[str]:
     """The videos, with those in a folder of videos instead of the folder, in natural order of names; a folder of images is one.
 
     Among more videos than images, the images are left out, as thumbnails are. `wrong` collects folders that are unclear.
+    `recursive`: also those of the folders inside a folder, each as if it was given; of those that hold neither there is no word.
     """
     for video in videos:
         if not os.path.isdir(video):
             yield video
+            continue
+        if recursive:
+            below = [folder for folder in folders_below(video) if holds_some(folder)]
+            if not below:
+                wrong.add(f"neither videos nor images in the folder {video} and those inside it", ENDINGS_HINT)
+            yield from in_folders(below, wrong)
             continue
         try:
             images, video_files = files(video, IMAGES), files(video, VIDEOS)
@@ -392,8 +432,16 @@ def in_folders(videos: Iterable[str], wrong: Wrong) -> Iterator[str]:
                 hint,
             )
         else:
-            hint = f"folders inside it are not searched; files that count end in {', '.join((*VIDEOS, *IMAGES))}"
+            hint = f"-r also searches the folders inside it; {ENDINGS_HINT}"
             wrong.add(f"neither videos nor images in the folder {video}", hint)
+
+
+def holds_some(folder: str) -> bool:
+    """Whether a folder holds videos or images itself, or cannot be read, which is to be said."""
+    try:
+        return bool(files(folder, VIDEOS) or files(folder, IMAGES))
+    except OSError:
+        return True
 
 
 def left_out(video: str) -> str:

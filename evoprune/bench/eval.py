@@ -377,7 +377,7 @@ class Evaluation:
         }.items():
             if cut := sum(name in s.get("warnings", ()) for s in self.samples):
                 notes.append(f"{cut:,} of {total} {what}: -n (max_new_tokens) allows no more tokens")
-        if any("demo_model" in s.get("warnings", ()) for s in self.samples):
+        if any({"demo_model", "demo_untold"} & {*s.get("warnings", ())} for s in self.samples):
             notes.append("the demo model knows only its own clips; what it says about other videos means nothing")
         return notes
 

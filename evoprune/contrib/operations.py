@@ -19,6 +19,7 @@ from evoprune.methods.base import Reading
 from evoprune.methods.plans import keep_count
 from evoprune.methods.types import LayerState, Selection, true_indices
 from evoprune.model.config import read_object
+from evoprune.util import missing_hint
 
 KINDS = ("keys", "queries", "mlp")  # of a layer's operations on a token: keys and values; queries and output; the MLP
 ALL, REST = "all", "rest"  # visual tokens: all, and those that are not key
@@ -86,7 +87,9 @@ class Recipe:
             facts = content["recipe"]
             return cls(**facts | {"weights": tuple(facts["weights"])}, steps=steps)
         except OSError as problem:
-            raise UsageError(f"cannot read the recipe {file}: {problem.strerror}", AGAIN) from problem
+            raise UsageError(
+                f"cannot read the recipe {file}: {problem.strerror}", missing_hint(file, AGAIN)
+            ) from problem
         except (ValueError, KeyError, TypeError) as problem:
             raise UsageError(f"{file} holds no recipe of operations: {problem}", AGAIN) from problem
 

@@ -13,6 +13,7 @@ from evoprune.cpu.machine import release_omp_threads, use_one_omp_thread
 from evoprune.live.source import LiveSource
 from evoprune.live.stream import VideoStream
 
+HOLD_S = 0.05  # how often a frame that is held back is looked at again
 BUSY = 0.97  # share of its time that the encoder is to be busy while frames are skipped
 
 
@@ -95,6 +96,17 @@ class Backlog:
                 self.stride = max(1.0, min(max_stride, self._busy_s / (self._looked * self.step_s * BUSY)))
             self._since, self._idle, self._taken = now, 0.0, 0
 
+    def early_s(self, time_s: float) -> float:
+        """Return how many seconds early a frame of that time is, by its own clock; below 0 if it is late."""
+        return self._late_s + time_s - self._now()
+
+    def rest(self, seconds: float, source_waits: bool) -> None:
+        """Count time in which the encoder was kept from going on. If the source waited too, that is no lag."""
+        with self._changed:
+            self._idle += seconds
+            if source_waits:
+                self._late_s += seconds
+
     def end(self, drop: bool = False) -> None:
         """No frame will come; what waits can be taken, unless it is to `drop`."""
         with self._changed:
@@ -124,14 +136,17 @@ class LiveFeed:
     """Frames of a source go to a stream until the source ends, or the feed is closed, best by `with`: then both are closed.
 
     `backlog`: frames between the two. `begun`: set once a frame was fed, or none will be. `ended`: set once all of the source is
-    encoded, or reading it failed. `problem`: why it failed.
+    encoded, or reading it failed. `problem`: why it failed. `latest_s`: time of the latest frame that was fed or is held back.
+    `ask_s`: when the first question is due, as of `ask_at`.
     """
 
-    def __init__(self, stream: VideoStream, source: LiveSource, window_s: float):
+    def __init__(self, stream: VideoStream, source: LiveSource, window_s: float, ask_s: float = inf):
         self.backlog = Backlog(window_s, 0.5)  # until the first frame tells the step of the stream
         self.begun, self.ended = threading.Event(), threading.Event()
         self.problem: BaseException | None = None
+        self.latest_s = 0.0
         self._stream, self._source, self._closing = stream, source, False
+        self._asking, self._ask_s = threading.Condition(), ask_s
         release_omp_threads()  # this thread has loaded the model, and another one encodes
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._read, self._encode)]
         for thread in self._threads:
@@ -147,6 +162,15 @@ class LiveFeed:
         self._stream.close()
         for thread in self._threads:
             thread.join(3.0)
+
+    def ask_at(self, time_s: float) -> None:
+        """Feed no frame of this time or later before the next call, so that a question then sees just what is before it.
+
+        Frames of a source that does not wait are held back only while they are early.
+        """
+        with self._asking:
+            self._ask_s = time_s
+            self._asking.notify_all()
 
     def check(self) -> None:
         """Raises why reading or encoding failed."""
@@ -171,6 +195,7 @@ class LiveFeed:
                 if timed_frame is None:
                     stream.catch_up()
                     continue
+                self._hold(timed_frame[0])
                 stream.facts, before = self._source.facts, stream.encoded
                 stream.add(timed_frame[1], timed_frame[0])
                 if stream.encoded > before:
@@ -184,3 +209,14 @@ class LiveFeed:
             backlog.end()
         self.begun.set()
         self.ended.set()
+
+    def _hold(self, time_s: float) -> None:
+        """Wait with a frame until the questions before it were asked."""
+        self.latest_s = time_s
+        with self._asking:
+            while time_s >= self._ask_s - 1e-6 and not self._closing:
+                waits, begun = self._source.waits, time.monotonic()
+                if not waits and self.backlog.early_s(time_s) <= 0:
+                    return
+                self._asking.wait(HOLD_S)
+                self.backlog.rest(time.monotonic() - begun, waits)

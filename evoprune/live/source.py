@@ -29,6 +29,7 @@ Due = Callable[[], float]
 
 class LiveSource:
     """A source and its connections, one after the other. `name`: without a password. `facts`: of `Video`, once it is open.
+    `waits`: whether frames that are taken late are all there, as of a file or a download of known length.
 
     Args:
         source: a URL of `SCHEMES`, a camera such as /dev/video0, a file, or `-` for the standard input, a pipe.
@@ -58,7 +59,9 @@ class LiveSource:
         self._source, self._pace = None if source == STDIN else source, pace
         self._arguments = {"source": self._source, "name": self.name, "timeout_s": float(timeout_s)}  # of `LiveReader`
         self._arguments["follow"] = pace == FROM_SOURCE
-        self._reconnects = 0 if source == STDIN or os.path.isfile(source) else reconnects
+        is_file = source != STDIN and os.path.isfile(source)
+        self._reconnects = 0 if source == STDIN or is_file else reconnects
+        self._is_file, self.waits = is_file, is_file and pace == FROM_SOURCE
         self._tell, self._closing, self._worker = tell, threading.Event(), None
         self.facts: dict = {}
 
@@ -76,6 +79,7 @@ class LiveSource:
                 with closing((self._apart if POSSIBLE else self._here)(lambda base=base: due() - base)) as frames:
                     self.facts = next(frames)
                     finite, begun = self.facts.pop("finite"), time.monotonic()
+                    self.waits = self._pace == FROM_SOURCE and bool(finite or self._is_file)
                     for time_s, frame, gap_s in frames:
                         self.facts["clock_gap_s"] = gap_s
                         wait = begun + time_s - time.monotonic() if self._pace == FROM_FILE else 0.0

@@ -1,5 +1,6 @@
 """`evoprune batch`: records in a file, every row once whatever happens, and what is refused before any weights are read."""
 
+import csv
 import json
 import os
 import random
@@ -446,3 +447,57 @@ def test_an_option_for_all_rows_is_one_of_the_settings(run, out, tmp_path):
     assert "subtitles was 'auto', is None" in run(*asked, "--resume").err
     run(*asked, "--overwrite")  # as versions without subtitles wrote it
     assert not any("subtitle" in name for r in records(out) for name in (*r["batch"]["row"], *r["batch"]["settings"]))
+
+
+def table(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_table_has_the_rows_as_they_came_and_their_answers(run, tmp_path):
+    """Also where cells hold commas, quotes, lines and a column of the same name."""
+    odd = 'Is it "red",\nor blue; which?'
+    clip = str(ROOT / CLIPS[0])
+    with open(tmp_path / "rows.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(
+            [["video", "question", "answer", "note"], [clip, odd, "red", ""], ["gone.mp4", "Why?", "", "grün"]]
+        )
+    result = run("--from", tmp_path / "rows.csv", "-o", tmp_path / "x.csv")
+    found = table(tmp_path / "x.csv")
+    assert result.code == 6 and [row["question"] for row in found] == [odd, "Why?"]
+    assert list(found[0])[:4] == ["video", "question", "row_answer", "note"] and found[1]["note"] == "grün"
+    assert (
+        found[0]["row_answer"] == "red"
+        and found[0]["answer"]
+        and not found[0]["error"]
+        and found[0]["new_tokens"] == "2"
+    )
+    assert "no such file" in found[1]["error"] and not found[1]["answer"] and found[1]["finish_reason"] == "error"
+    assert "--resume" not in result.err
+
+
+def test_a_table_is_not_gone_on_with_and_replaces_only_a_table(run, tmp_path):
+    asked = (CLIPS[0], "-Q", QUESTIONS[0])
+    result = run(*asked, "-o", tmp_path / "x.csv", "--resume")
+    assert result.code == 2 and "no place for settings" in result.err and ".jsonl" in result.err
+    assert run(*asked, "-o", tmp_path / "x.csv").code == 0 and run(*asked, "-o", tmp_path / "x.csv").code == 2
+    assert run(*asked, "-o", tmp_path / "x.csv", "--overwrite").code == 0
+    assert [(row["video"], row["question"]) for row in table(tmp_path / "x.csv")] == [(CLIPS[0], QUESTIONS[0])]
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    assert run(*asked, "-o", tmp_path / "mine.csv", "--overwrite").code == 2
+    assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_folders_inside_folders(run, out, tmp_path):
+    deep = tmp_path / "all" / "b" / "c"
+    deep.mkdir(parents=True)
+    (tmp_path / "all" / ".hidden").mkdir()
+    for place in (deep, tmp_path / "all" / ".hidden"):
+        shutil.copy(ROOT / CLIPS[0], place / "x.mp4")
+    (deep / "again").symlink_to(tmp_path / "all")
+    refused = run(tmp_path / "all", "-Q", QUESTIONS[0])
+    assert refused.code == 2 and "-r also searches" in refused.err
+    assert run(tmp_path / "all", "-r", "-Q", QUESTIONS[0]).code == 0
+    assert [record["video"]["path"] for record in records(out)] == [str(deep / "x.mp4")]
+    (tmp_path / "none").mkdir()
+    assert run(tmp_path / "none", "-r", "-Q", QUESTIONS[0], "--overwrite").code == 2

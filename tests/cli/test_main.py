@@ -510,6 +510,7 @@ REDIRECTED = {
     "stdout closed": ("{} ask samples/square.mp4 What? -q >&-", 2, "", "stdout is closed"),
     "stdout closed, help": ("{} --help >&-", 2, "", "stdout is closed"),
     "disk full": ("{} inspect samples/square.mp4 --json >/dev/full", 2, "", "error: cannot write the output: No space"),
+    "disk full, JSON": ("{} ask samples/square.mp4 What? -q --json >/dev/full", 2, "", "No space left"),
     "disk full, an unknown flag": ("{} ask samples/square.mp4 What? --json --none >/dev/full", 2, "", "No space left"),
     "reader of the answer gone": (
         "{} ask samples/square.mp4 'What happens?' -q | true; exit ${PIPESTATUS[0]}",
@@ -545,6 +546,24 @@ def test_where_the_output_goes(clips, line, code, out, says):
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (code, out), done.stderr
     assert len(done.stderr.splitlines()) == 2 and says in done.stderr if says else done.stderr == ""
+
+
+@pytest.mark.parametrize("sign", [">", ">>"])
+@pytest.mark.parametrize("command", ["ask samples/square.mp4 What?", "ask no/such.mp4 What?", "methods"])
+def test_a_full_disk_leaves_no_half_line(tmp_path, command, sign):
+    """A limit on the size of files takes the first part of a line, as a disk does that has little room."""
+    path = tmp_path / "log"
+    path.write_text("x" * 699 + "\n")
+    (tmp_path / "samples").symlink_to(ROOT / "samples")
+    limited = (
+        "import resource, signal, sys; from evoprune_cli.main import run; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900)); sys.argv[0] = 'evoprune'; run()"
+    )
+    line = f"{shlex.quote(sys.executable)} -B -c {shlex.quote(limited)} {command} --json {sign} {path}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert path.read_text() == ("" if sign == ">" else "x" * 699 + "\n")
+    assert done.returncode == 2 and "cannot write the output: File too large" in done.stderr
 
 
 def test_other_streams_may_be_closed(tmp_path):
@@ -630,3 +649,92 @@ def test_entries_of_the_cache_that_are_no_files(cli, monkeypatch, tmp_path, kind
     again = cli(*ask).record
     assert (again["cache"], again["answer"]) == ("miss", first["answer"])
     assert ("cache_not_written" in again["warnings"]) == (kind == "folder")
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("help", "evoprune --help"),
+        ("help ask", "evoprune ask --help"),
+        ("models", "evoprune inspect -m"),
+        ("modles", "evoprune inspect -m"),
+        ("version", "evoprune --version"),
+        ("-V", "evoprune --version"),
+        ("run clip.mp4", "evoprune ask"),
+        ("chat", "evoprune ask video.mp4 -i"),
+        ("list", "evoprune methods"),
+        ("serve", "vLLM"),
+        ("insepct", "did you mean evoprune inspect?"),
+        ("Ask", "did you mean evoprune ask?"),
+        ("aks", "did you mean evoprune ask?"),
+        ("zebra", "see evoprune --help"),
+    ],
+)
+def test_what_is_typed_in_the_place_of_a_command_leads_to_one(cli, line, hint):
+    result = cli(*line.split())
+    error, hinted = result.err.splitlines()
+    assert result.code == 2 and error.startswith("error: No such ") and hinted.startswith("hint: ") and hint in hinted
+    assert "Did you mean" not in error
+
+
+def test_every_hint_about_a_command_names_one_that_there_is():
+    known = {command.name for command in main.app.registered_commands}
+    named = [word for hint in main.TRIED.values() for word in re.findall(r"evoprune ([a-z]+)", hint)]
+    assert named and set(named) <= known and not known & main.TRIED.keys()
+
+
+@pytest.mark.parametrize(
+    ("command", "near"),
+    [
+        ("ask samples/sqare.mp4 What?", "samples/square.mp4"),
+        ("ask sampels/square.mp4 What?", "samples/square.mp4"),
+        ("ask samples/Square.MP4 What?", "samples/square.mp4"),
+        ("ask samples/square.mkv samples/pan.mp4 What?", "samples/square.mp4"),
+        ("batch samples/sqare.mp4 -Q What -m demo -o -", "samples/square.mp4"),
+        ("batch --from samples/question.jsonl -m demo -o -", "samples/questions.jsonl"),
+        ("eval --data samples/question.jsonl", "samples/questions.jsonl"),
+        ("watch samples/sqare.mp4 -Q What", "samples/square.mp4"),
+        ("watch samples/square.mp4 --questions samples/question.jsonl", "samples/questions.jsonl"),
+        ("inspect samples/sqare.mp4", "samples/square.mp4"),
+        ("tune samples/sqare.mp4 -m demo", "samples/square.mp4"),
+        ("verify samples/sqare.mp4", "samples/square.mp4"),
+        ("ask samples/square.mp4 What? --subtitles samples/question.jsonl", "samples/questions.jsonl"),
+        ("ask samples/square.mp4 What? -m sampels", "samples"),
+    ],
+)
+def test_a_misspelt_file_has_the_near_name_in_the_hint(cli, command, near):
+    result = cli(*command.split())
+    assert result.code in (2, 3, 4) and f"hint: did you mean {near}? " in result.err
+
+
+def test_a_name_that_no_file_is_like_gets_none(cli):
+    assert "did you mean" not in cli("ask", "nothing.mp4", "What?").err
+    assert "did you mean" not in cli("ask", "samples/b.mp4", "What?").err  # an ending alone is no likeness
+
+
+@pytest.mark.parametrize(
+    ("command", "does"),
+    [
+        ("batch --from {} -m demo -o -", "write to"),
+        ("eval --data {}", "write to"),
+        ("tune samples/square.mp4 -m demo --questions {}", "write to"),
+        ("batch samples/square.mp4 -Q What? -m demo -o {}", "read"),
+    ],
+)
+def test_a_pipe_without_another_end_is_named(tmp_path, command, does):
+    os.mkfifo(tmp_path / "pipe")
+    words = shlex.split(command.format(tmp_path / "pipe"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "evoprune_cli", *words],
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        cwd=ROOT,
+        text=True,
+    )
+    try:
+        said = process.stderr.readline()
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+    assert said == f"waiting for {tmp_path / 'pipe'}, which is a pipe: does a program {does} it?\n"

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import av
 import pytest
 
 from evoprune_cli.ask import Conversation
@@ -46,6 +47,62 @@ def test_again_and_again(cli):
     assert all(end >= 2.0 * number for number, end in enumerate(ends, 1))
     assert all(each["stream"]["tokens"] == each["tokens"]["visual"] for each in found)
     assert all(each["video"]["path"] == CLIP for each in found) and found[0]["time_ms"]["encode"] > 0
+
+
+@pytest.fixture(scope="module")
+def untagged(tmp_path_factory):
+    """A clip that the demo model knows, in a format that keeps no tag, over http."""
+    path = tmp_path_factory.mktemp("untagged") / "clip.ts"
+    with av.open(CLIP) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    with streams(path) as (url, _):
+        yield url
+
+
+@pytest.mark.parametrize("source", ["whole", "file"])
+def test_what_can_wait_is_asked_about_at_every_moment(cli, untagged, source):
+    """It is read faster than it plays, and each answer sees just what was before its moment."""
+    name = CLIP if source == "file" else f"{untagged}/whole.ts"
+    result = cli("watch", name, *ASKED, "-Q", MORE, "--every", "1s", "--window", "2s", "--json")
+    ends = [each["stream"]["end_s"] for each in records(result.out)]
+    assert ends == [moment for moment in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0) for _ in range(2)]
+    assert "left out" not in result.err and {each["stream"]["skipped"] for each in records(result.out)} == {0}
+
+
+def test_a_moment_without_new_frames_is_left_out_aloud(cli, tmp_path):
+    clip = write_video(tmp_path / "rare.mkv", numbered_frames(4), pts=[0.0, 3.0, 6.0, 6.5])
+    result = cli("watch", clip, *ASKED, "--every", "1s", "--window", "2s", "--json")
+    assert [each["stream"]["end_s"] for each in records(result.out)] == [0.5, 3.5, 7.0]
+    assert "2 answers left out, from 0:02.0 to 0:03.0: no frame came" in result.err
+
+
+def test_what_does_not_wait_says_which_answers_were_left_out(cli, untagged, monkeypatch):
+    def slow(self, question, *args):
+        time.sleep(2.2)
+        return real(self, question, *args)
+
+    real = Conversation._say
+    monkeypatch.setattr(Conversation, "_say", slow)
+    result = cli("watch", CLIP, "--pace", "file", *ASKED, "--every", "1s", "--window", "2s")
+    assert result.code == 0 and "left out, " in result.err and "the video went on meanwhile" in result.err
+
+
+def test_an_answer_has_its_time_on_stderr_alone(cli):
+    result = cli("watch", CLIP, *ASKED, "--every", "3s", "--no-stats")
+    assert result.out == "green\ngreen\n" and [line for line in result.err.splitlines() if "up to" in line] == [
+        "up to 0:03.0:",
+        "up to 0:06.0:",
+    ]
+
+
+def test_a_format_without_tags_makes_no_answer_worthless(cli, untagged):
+    result = cli("watch", f"{untagged}/whole.ts", *ASKED, "-q")
+    assert result.out == "green\n" and "means nothing" not in result.err and "does not tell whether" in result.err
+    assert cli("watch", CLIP, *ASKED, "-q").err == ""
 
 
 def test_questions_from_a_pipe(cli, tmp_path):

@@ -51,7 +51,7 @@ from evoprune.session.loading.files import (
     warn_of_unused,
 )
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
-from evoprune.util import did_you_mean, file_stats, is_text, listed
+from evoprune.util import did_you_mean, file_stats, is_text, listed, missing_hint
 from evoprune.video.plan import InputLimits
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -341,7 +341,7 @@ def locate(
     if not is_id(name):
         near = [known for known in BUNDLED_CONFIGS if name.lower() in known.lower()]
         meant = f"did you mean {near[0]}? " if near else did_you_mean(name, DEMOS)
-        hint = f"{meant}a hub id is org/name; {MODEL_HINT}"
+        hint = missing_hint(name, f"{meant}a hub id is org/name; {MODEL_HINT}")
         raise ModelError(f"{name!r} is neither a folder here nor a hub id", hint)
     if files is None:
         hint = f"random weights need a local folder, {', '.join(DEMOS)}, or {' and '.join(BUNDLED_CONFIGS)}"

@@ -1,0 +1,80 @@
+"""The output of a batch as a table in CSV: each row as it came, then its answer or error. No torch."""
+
+import csv
+import io
+from collections.abc import Container, Sequence
+from typing import TextIO
+
+from evoprune.batch.output import OPEN_FILES, STDOUT, RecordFile
+from evoprune.batch.rows import Row
+from evoprune.errors import UsageError
+from evoprune.report import Report
+from evoprune.util import harmless
+
+ENDING = ".csv"
+COLUMNS = ("answer", "error", "finish_reason", "visual_tokens", "new_tokens", "total_ms")
+
+
+def is_table(path: str) -> bool:
+    """Whether an output of this name is a table. Stdout and open files are not, whatever they are called."""
+    return path.lower().endswith(ENDING) and path != STDOUT and not path.startswith(OPEN_FILES)
+
+
+class TableFile(RecordFile):
+    """A CSV file (RFC 4180, UTF-8, comma) that grows by whole rows, each on the disk when `add` returns, as they are finished.
+
+    The columns are those of the rows, in the order in which they come up, then `COLUMNS`. A column of a row that is called as one
+    of `COLUMNS` is `row_` and its name. A table has no place for settings, so nothing can go on with it.
+
+    Raises UsageError as `RecordFile`, and for `resume`.
+    """
+
+    def __init__(self, path: str, rows: Sequence[Row], *, stdout: TextIO | None = None, resume: bool, overwrite: bool):
+        if resume:
+            hint = "give -o a name that ends in .jsonl, which can be resumed; or leave out --resume"
+            raise UsageError(f"--resume cannot go on with {path}: a table in CSV has no place for settings", hint)
+        self._rows = {row.id: dict(row.cells) for row in rows}
+        self._names = list(dict.fromkeys(name for row in rows for name, _ in row.cells))
+        super().__init__(path, stdout=stdout, overwrite=overwrite)
+
+    @property
+    def resumable(self) -> bool:
+        return False
+
+    def begin(self, again: Container[str] = ()) -> None:
+        """Empties the file and writes the head."""
+        super().begin(again)
+        taken, titles = {*self._names, *COLUMNS}, []
+        for name in self._names:
+            title = name
+            while title in COLUMNS or (title != name and title in taken):
+                title = f"row_{title}"
+            titles.append(title)
+        self._append([*titles, *COLUMNS])
+
+    def add(self, record: Report) -> None:
+        """Appends a row, which is on the disk when this returns. Neither a signal nor a full disk tears it."""
+        cells, tokens = self._rows[record.id], record.tokens
+        own = (
+            harmless(record.answer or ""),
+            harmless(record.error["message"]) if record.error else "",
+            record.finish_reason,
+            tokens.visual,
+            tokens.new,
+            None if record.time_ms.total is None else round(record.time_ms.total, 3),
+        )
+        self._append([*(cells.get(name, "") for name in self._names), *own])
+        self.written += 1
+
+    def _append(self, cells: Sequence) -> None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(cells)
+        # A path that is not valid Unicode has escapes.
+        self._writer.submit(self._write, text.getvalue().encode("utf-8", "backslashreplace")).result()
+        self.written -= 1  # counted by `add`
+
+    def _is_own(self) -> bool:
+        """Whether the file begins with the head of such a table, perhaps a torn one."""
+        with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
+            head = next(csv.reader(file), [])
+        return tuple(head[-len(COLUMNS) :]) == COLUMNS
