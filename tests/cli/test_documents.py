@@ -16,6 +16,7 @@ import pytest
 import typer
 from typer.main import get_command
 
+import evoprune
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.methods.plans import parse_budget_or_name
@@ -118,6 +119,20 @@ def test_the_number_of_methods_is_that_of_the_list(page):
         r"(?:\ball (?:the )?|^|- )(\d+) (?:other )?(?:pruning )?methods\b|(\d+) other methods", text, re.M
     )
     assert {int(number) for found in counted for number in found if number} <= {len(built_in())}, counted
+
+
+def test_each_block_that_is_run_is_in_the_list_of_those():
+    """CONTRIBUTING.md says by what; a block that installs something is run too."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = {name: int(count) for name, count in re.findall(r"^\| `([\w/.]+\.md)`, (\d+) \| \S", text, re.M)}
+    found = {str(page.relative_to(ROOT)): len(re.findall("^```sh$", page.read_text("utf-8"), re.M)) for page in PAGES}
+    assert {name: count for name, count in found.items() if count} == listed
+
+
+def test_the_citation_names_the_version():
+    for name in ("CITATION.cff", "results/README.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert re.search(rf"version *[:=] \{{?{re.escape(evoprune.__version__)}\b", text), name
 
 
 def without_code(page: Path) -> str:
