@@ -165,9 +165,6 @@ def test_panels_show_the_fates():
     assert reused[2] > reused[0] + 50 and merged[0] > merged[2] + 50  # blue, orange
     assert tuple(pixel(second, 1, 0.5, 0.5)) == MARK  # the owner's dot
     assert tuple(pixel(first, 1, 0.5, 0.5)) == MARK  # the arrow to its frame pair
-    assert (
-        tuple(pixel(first, 1, 0.5, 0.57)) == MARK and tuple(pixel(first, 1, 0.42, 0.57)) != MARK
-    )  # it points to a later one
     assert np.ptp(pixel(first, 2, 0.5, 0.5)) == 0
     assert panels.caption(0) == "0:00.25: 1 read, 0 reused, 1 merged, 1 dropped"
 
